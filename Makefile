@@ -1,0 +1,54 @@
+# The two that matter: `make serve` (the main job) and `make test`. Both set up all that they need.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+DATA := languages
+CHECKPOINT := runs/$(DATA)
+BUNDLE := bundles/$(DATA)/1
+ENGINE ?= $(shell command -v docker || command -v podman)
+IMAGE ?= evalmode
+
+.PHONY: serve test check lint bench image clean
+
+serve: $(BUNDLE)/manifest.json  ## train, export and certify the default model once, then serve it on :8000
+	$(BIN)/evalmode serve $(BUNDLE)
+
+test: $(VENV)/dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: lint test  ## what a change must pass
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(BUNDLE)/manifest.json $(VENV)/dev  ## start-up, memory and latency of the server, as figures
+	$(BIN)/python bench/server.py $(BUNDLE)
+
+image: $(BUNDLE)/manifest.json  ## a container image that serves the default bundle
+	$(ENGINE) build --build-context bundle=bundles -t $(IMAGE) .
+
+clean:
+	rm -rf $(VENV) runs bundles build dist *.egg-info
+
+$(BUNDLE)/manifest.json: | $(CHECKPOINT)/checkpoint.json
+	$(BIN)/evalmode export $(CHECKPOINT)
+
+$(CHECKPOINT)/checkpoint.json: | $(VENV)/serve
+	$(BIN)/evalmode train --data $(DATA) --out $(CHECKPOINT)
+
+# A stamp for each set of extras: pip runs again only when what it would read has changed.
+$(VENV)/serve: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt -e '.[cpu,train,export]'
+	@touch $@
+
+$(VENV)/dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt -e '.[cpu,train,export,dev]'
+	@touch $@ $(VENV)/serve

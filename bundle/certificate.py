@@ -1,0 +1,103 @@
+"""The record of the checks that a bundle passed: rule, verdict, measured, limit, where. Knows no rule itself."""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from evalmode.bundle.manifest import Frozen, Sha256
+
+# Largest |difference| over the reference's standard deviation that fp32 may show. torch against float64 shows 6.5e-7,
+# ONNX Runtime against torch 1.6e-6; the smallest leak worth the name (p = .001 at four sites) shows 8.2e-3.
+TOLERANCE = 1e-5
+
+
+class Verdict(StrEnum):
+    """What a rule, or a whole certificate, came to."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNPROVEN = "unproven"
+    NOT_APPLICABLE = "not applicable"
+
+
+class Record(Frozen):
+    """What one rule found: `why` is one sentence, `measured` and `limit` are for people, `where` names sites or nodes."""
+
+    rule: str
+    verdict: Verdict
+    why: str
+    measured: str = ""
+    limit: str = ""
+    where: tuple[str, ...] = ()
+
+
+class Platform(Frozen):
+    """What bits depend on beside the bundle: the runtime and its version, provider, threads, CPU, Unicode tables."""
+
+    runtime: str
+    provider: str
+    threads: int
+    architecture: str
+    cpu_features: tuple[str, ...]
+
+
+class Certificate(Frozen):
+    """The checks of the bundle with this digest, made on this platform.
+
+    `row_counts` holds, for each padded length, the batch sizes at which a row has the bits it has alone.
+    `seal` is the sha256 of the canonical spelling with an empty seal: it detects a changed byte, and is no signature.
+    """
+
+    schema_version: Literal[1] = 1
+    digest: Sha256
+    platform: Platform
+    records: tuple[Record, ...]
+    row_counts: dict[int, tuple[int, ...]] = Field(default_factory=dict)
+    tolerance: float = TOLERANCE
+    seal: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Fail when any rule failed, else unproven when any is, else pass; no records prove nothing."""
+        found = {record.verdict for record in self.records}
+        for worst in (Verdict.FAIL, Verdict.UNPROVEN):
+            if worst in found:
+                return worst
+        return Verdict.PASS if Verdict.PASS in found else Verdict.UNPROVEN
+
+    def sealed(self) -> Certificate:
+        """The same certificate with its seal."""
+        return self.model_copy(update={"seal": self._expected_seal()})
+
+    @property
+    def seal_holds(self) -> bool:
+        """Whether the seal is that of the content."""
+        return self.seal == self._expected_seal()
+
+    def _expected_seal(self) -> str:
+        return hashlib.sha256(self.model_copy(update={"seal": ""}).canonical()).hexdigest()
+
+
+def relative_difference(actual: npt.NDArray[np.generic], reference: npt.NDArray[np.generic]) -> float:
+    """max|actual - reference| / std(reference), in float64; inf when a shape, or the place of a NaN or inf, differs."""
+    if actual.shape != reference.shape:
+        return float("inf")
+    if actual.size == 0:
+        return 0.0
+    a, r = actual.astype(np.float64), reference.astype(np.float64)
+    finite = np.isfinite(r)
+    if not np.array_equal(a[~finite], r[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    largest = float(np.abs(a[finite] - r[finite]).max())
+    spread = float(r[finite].std())
+    if spread == 0.0:  # a constant output has no scale of its own: the difference is judged as it is
+        return largest
+    return largest / spread

@@ -1,0 +1,40 @@
+"""The errors a user of a bundle can meet.
+
+EvalmodeError                 every error that is the user's to mend: one sentence, exit code 2
+├── BundleError               a bundle that must not be used
+│   ├── BundleCorrupt         a file is missing, changed or unreadable; the sentence names it
+│   ├── BundleNotCertified    its certificate is absent, fails, or certifies other content
+│   └── KnownAnswersDiffer    it does not answer here as it was certified to
+├── DataError                 a data set that cannot be used as asked
+└── ProviderUnavailable       an execution provider that was asked for is not there; says which are
+"""
+
+from __future__ import annotations
+
+
+class EvalmodeError(Exception):
+    """Something the user can mend; its message is one clear sentence that names the way out."""
+
+
+class BundleError(EvalmodeError):
+    """A bundle that must not be used."""
+
+
+class BundleCorrupt(BundleError):  # noqa: N818 - read as a sentence: "raise BundleCorrupt"
+    """A file of the bundle is missing, changed or unreadable; the message names it."""
+
+
+class BundleNotCertified(BundleError):  # noqa: N818
+    """The certificate is absent, holds a failed rule, or certifies other content."""
+
+
+class KnownAnswersDiffer(BundleError):  # noqa: N818
+    """A known answer does not come out here; the message names the first that does not, and by how much."""
+
+
+class DataError(EvalmodeError):
+    """A data set that cannot be used as asked; the message names the file, column or row."""
+
+
+class ProviderUnavailable(EvalmodeError):  # noqa: N818
+    """An execution provider that was asked for is not available here; the message lists those that are."""

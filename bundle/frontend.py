@@ -1,0 +1,186 @@
+"""Text -> int64 ids: the one implementation that training, export and service share. Knows neither torch nor HTTP.
+
+Two kinds. `ngrams` hashes the character n-grams that end at each character into rows of one table: no vocabulary file,
+short sequences. `bpe` is a Hugging Face `tokenizers` file. Kind and parameters stand in the manifest, so what a model
+was trained on is what it is served.
+
+Shapes: B rows, T positions, G ids a position.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from tokenizers import Tokenizer
+
+from evalmode.bundle.errors import BundleCorrupt
+
+Ids: TypeAlias = npt.NDArray[np.int64]
+TOKENIZER_FILE = "tokenizer.json"
+
+# Composition takes a time quadratic in a run of combining marks (measured: 54 s for 240,000 of them, holding Python's
+# lock), so no more than this many code points for each symbol that the model can read are composed.
+_UNITS_A_SYMBOL = 8
+
+
+class _Spec(BaseModel):
+    """What both kinds declare. `lengths` is the ladder: a row is padded to the first length that holds it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lengths: tuple[int, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ladder_rises(self) -> _Spec:
+        if self.lengths[0] < 1 or list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"lengths must be positive and rising, got lengths={self.lengths}")
+        return self
+
+    def padded_length(self, length: int) -> int:
+        """The padded length of a row of `length` positions: a function of that row alone, never of its neighbours."""
+        return next(rung for rung in self.lengths if rung >= length)
+
+
+class NgramSpec(_Spec):
+    """Hashed character n-grams of 1..orders characters; `characters` of them share one position."""
+
+    kind: Literal["ngrams"] = "ngrams"
+    lengths: tuple[int, ...] = (4, 8, 16, 32)
+    orders: int = Field(default=4, ge=1, le=8)
+    characters: int = Field(default=4, ge=1, le=16)
+    vocabulary: int = Field(default=32_768, ge=2)
+    # Lower-casing and composition follow Python's Unicode tables; another version may read rare characters otherwise.
+    unicode: str = unicodedata.unidata_version
+
+
+class BpeSpec(_Spec):
+    """A tokenizer file whose id 0 is padding and whose `start` id opens every row."""
+
+    kind: Literal["bpe"] = "bpe"
+    lengths: tuple[int, ...] = (8, 16, 32, 64, 128)
+    vocabulary: int = Field(ge=2)
+    start: int = Field(default=1, ge=1)
+
+
+FrontEndSpec: TypeAlias = Annotated[NgramSpec | BpeSpec, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One encoded text: ids (T,) or (T, G), without padding, and whether the text was longer than the model reads."""
+
+    ids: Ids
+    truncated: bool
+
+
+class FrontEnd(Protocol):
+    """The seam: what turns texts into rows."""
+
+    @property
+    def spec(self) -> NgramSpec | BpeSpec:
+        """What the manifest declares of it."""
+
+    @property
+    def ids_per_position(self) -> int:
+        """G; 1 means that ids are (B, T) and come with an attention mask."""
+
+    def encode(self, text: str) -> Row:
+        """The row of one text; never empty, whatever the text."""
+
+
+class NgramFrontEnd:
+    """Lower-cases, writes every digit as 0, folds blanks, and hashes the n-grams that end at each character.
+
+    Every text is opened by a boundary symbol: the first n-grams then say that they are first, and the empty text has
+    one position instead of none.
+    """
+
+    def __init__(self, spec: NgramSpec) -> None:
+        self.spec = spec
+        self.ids_per_position = spec.orders * spec.characters
+        self._symbols = spec.lengths[-1] * spec.characters - 1  # what is left beside the boundary
+
+    def encode(self, text: str) -> Row:
+        """Ids (T, G) of a text; G holds `characters` groups of `orders` ids, 0 where the text has ended."""
+        symbols, read = _normalise(text, limit=_UNITS_A_SYMBOL * self._symbols)
+        points = np.frombuffer(symbols[: self._symbols].encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+        points = np.concatenate([np.zeros(self.spec.orders, np.uint64), points])  # zeros: the boundary, and before it
+        grams = np.stack([self._hash(points, order) for order in range(1, self.spec.orders + 1)], axis=1)
+        grams = grams[self.spec.orders - 1 :]  # (characters of the text and one boundary, orders)
+        short = -len(grams) % self.spec.characters
+        ids = np.pad(grams, ((0, short), (0, 0))).reshape(-1, self.ids_per_position)
+        return Row(ids=ids, truncated=not read or len(symbols) > self._symbols)
+
+    def _hash(self, points: npt.NDArray[np.uint64], order: int) -> Ids:
+        """The id, 1..vocabulary-1, of the n-gram of `order` characters that ends at each point."""
+        # Polynomial over the points, then the finaliser of splitmix64 (Steele et al. 2014); uint64 wraps by design.
+        mixed = np.full(len(points), order, np.uint64)
+        for back in range(order):
+            shifted = np.concatenate([np.zeros(back, np.uint64), points[: len(points) - back]])
+            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + shifted
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed = mixed ^ (mixed >> np.uint64(31))
+        return (mixed % np.uint64(self.spec.vocabulary - 1) + np.uint64(1)).astype(np.int64)
+
+
+class BpeFrontEnd:
+    """A Hugging Face tokenizer, opened by its `start` token; knows nothing of how it was trained."""
+
+    ids_per_position = 1
+
+    def __init__(self, spec: BpeSpec, tokenizer: str) -> None:
+        self.spec = spec
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer)
+        except Exception as error:  # the Rust side raises Exception itself
+            raise BundleCorrupt(f"{TOKENIZER_FILE} is not a tokenizer that can be read: {error}") from error
+
+    def encode(self, text: str) -> Row:
+        """Ids (T,) of a text, `start` first."""
+        found = self._tokenizer.encode(_readable(text), add_special_tokens=False).ids
+        room = self.spec.lengths[-1] - 1
+        return Row(ids=np.array([self.spec.start, *found[:room]], np.int64), truncated=len(found) > room)
+
+
+def open_frontend(spec: NgramSpec | BpeSpec, tokenizer: str | None) -> FrontEnd:
+    """The front end a manifest declares; `tokenizer` is the text of its tokenizer file where it has one."""
+    if isinstance(spec, NgramSpec):
+        return NgramFrontEnd(spec)
+    assert tokenizer is not None, "a bpe front end comes with its tokenizer file"
+    return BpeFrontEnd(spec, tokenizer)
+
+
+def collate(rows: Sequence[Ids], *, length: int) -> dict[str, Ids]:
+    """The model's inputs for rows padded to `length`: input_ids (B, T) or (B, T, G), and for (B, T) attention_mask.
+
+    Padding is id 0. Rows with several ids a position need no mask: a real position always holds an id above 0.
+    """
+    input_ids = np.zeros((len(rows), length, *rows[0].shape[1:]), np.int64)
+    for padded, row in zip(input_ids, rows, strict=True):
+        padded[: len(row)] = row
+    if input_ids.ndim == 3:
+        return {"input_ids": input_ids}
+    attention_mask = np.zeros((len(rows), length), np.int64)
+    for mask, row in zip(attention_mask, rows, strict=True):
+        mask[: len(row)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _readable(text: str) -> str:
+    """The text without lone surrogates (a broken emoji half), which no encoder accepts."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _normalise(text: str, *, limit: int) -> tuple[str, bool]:
+    """The text's symbols, made from its first `limit` code points after blanks are folded, and whether that was all."""
+    folded = " ".join(_readable(text).split())
+    composed = unicodedata.normalize("NFC", folded[:limit]).lower()
+    return re.sub(r"\d", "0", " ".join(composed.split())), len(folded) <= limit

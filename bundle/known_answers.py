@@ -1,0 +1,122 @@
+"""Inputs with their expected outputs, kept in the bundle and replayed wherever it is opened to serve.
+
+Knows neither ONNX Runtime nor HTTP: it is given `run`.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from evalmode.bundle.certificate import Certificate, Platform, relative_difference
+from evalmode.bundle.errors import BundleCorrupt, KnownAnswersDiffer
+from evalmode.bundle.frontend import FrontEnd
+from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, Frozen
+
+Tensors = Mapping[str, npt.NDArray[np.generic]]
+Run = Callable[[Tensors], Tensors]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownAnswer:
+    """One input of one row, as tensors with a leading dimension of 1, its output, and the text it came from."""
+
+    inputs: Tensors
+    outputs: Tensors
+    text: str | None = None
+
+
+class Replay(Frozen):
+    """How the known answers came out here: bit for bit on the certifying platform, within the tolerance elsewhere."""
+
+    verdict: str
+    answers: int
+    largest_difference: float
+    tolerance: float
+
+
+def pack(answers: tuple[KnownAnswer, ...]) -> bytes:
+    """The file: an .npz without pickles whose bytes depend on the answers alone."""
+    arrays: dict[str, npt.NDArray[np.generic]] = {}
+    for index, answer in enumerate(answers):
+        if answer.text is not None:
+            arrays[f"{index}/text"] = np.frombuffer(answer.text.encode(), np.uint8)
+        arrays |= {f"{index}/input/{name}": np.asarray(tensor) for name, tensor in answer.inputs.items()}
+        arrays |= {f"{index}/output/{name}": np.asarray(tensor) for name, tensor in answer.outputs.items()}
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def unpack(file: bytes) -> tuple[KnownAnswer, ...]:
+    """The answers of `pack`; raises BundleCorrupt for bytes that are not such a file."""
+    found: dict[int, dict[str, dict[str, npt.NDArray[np.generic]]]] = {}
+    try:
+        with np.load(io.BytesIO(file), allow_pickle=False) as arrays:
+            for key in arrays.files:
+                index, kind, *name = key.split("/", 2)
+                found.setdefault(int(index), {}).setdefault(kind, {})[name[0] if name else ""] = arrays[key]
+        return tuple(
+            KnownAnswer(
+                inputs=parts["input"],
+                outputs=parts["output"],
+                text=parts["text"][""].tobytes().decode() if "text" in parts else None,
+            )
+            for _, parts in sorted(found.items())
+        )
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise BundleCorrupt(f"{KNOWN_ANSWERS_FILE} cannot be read: {error}") from error
+
+
+def replay(
+    answers: tuple[KnownAnswer, ...],
+    run: Run,
+    *,
+    certificate: Certificate,
+    platform: Platform,
+    frontend: FrontEnd | None,
+) -> Replay:
+    """Run every known answer again and hold it against what the bundle says.
+
+    On the certifying platform the bits must agree; on another the difference must stay within the certified tolerance
+    and no label may flip. Where there is a front end, each text must still give the very ids it was certified with.
+    Raises KnownAnswersDiffer, naming the first answer that does not come out.
+    """
+    bitwise = platform == certificate.platform
+    largest = 0.0
+    for index, answer in enumerate(answers):
+        if frontend is not None and answer.text is not None:
+            _same_ids(index, answer, frontend)
+        actual = run(answer.inputs)
+        for name, expected in answer.outputs.items():
+            difference = relative_difference(actual[name], expected)
+            largest = max(largest, difference)
+            same = actual[name].tobytes() == expected.tobytes()
+            flipped = not np.array_equal(actual[name].argmax(-1), expected.argmax(-1))
+            if (bitwise and not same) or difference > certificate.tolerance or flipped:
+                allowed = "not one bit" if bitwise else f"at most {certificate.tolerance:g}"
+                raise KnownAnswersDiffer(
+                    f"known answer {index} does not come out: output {name!r} differs by {difference:.3e} standard "
+                    f"deviations where {allowed} is allowed; export the model again on this platform"
+                )
+    return Replay(
+        verdict="bitwise" if bitwise else "within tolerance",
+        answers=len(answers),
+        largest_difference=largest,
+        tolerance=certificate.tolerance,
+    )
+
+
+def _same_ids(index: int, answer: KnownAnswer, frontend: FrontEnd) -> None:
+    assert answer.text is not None
+    ids, certified = frontend.encode(answer.text).ids, answer.inputs["input_ids"][0]
+    if len(ids) > len(certified) or not np.array_equal(ids, certified[: len(ids)]) or certified[len(ids) :].any():
+        raise KnownAnswersDiffer(
+            f"known answer {index} is encoded to other ids than when it was certified: the front end's library or "
+            f"Unicode tables differ here (certified for {frontend.spec.model_dump_json()})"
+        )

@@ -1,0 +1,69 @@
+"""What a bundle declares: tensors, labels, front end, files and their sha256, provenance. Knows no files itself.
+
+The manifest is the bundle's root: it lists the sha256 of every other file (but the certificate), so the sha256 of
+`manifest.json` is the digest of the whole. No clock, path or timing stands in it: the same training run gives the same
+digest.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+from evalmode.bundle.frontend import FrontEndSpec
+
+MODEL_FILE = "model.onnx"
+MANIFEST_FILE = "manifest.json"
+CERTIFICATE_FILE = "certificate.json"
+KNOWN_ANSWERS_FILE = "known_answers.npz"
+SCHEMA_VERSION = 1
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# A name and a version are a folder each: nothing that could climb out of the bundle root.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def _inside(path: str) -> str:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", path) or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"a bundle's file must be a plain relative path inside the bundle, got {path!r}")
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_inside)]
+
+
+class Frozen(BaseModel):
+    """A record that is read from and written to a bundle: immutable, and no key that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def canonical(self) -> bytes:
+        """The one spelling of this record as JSON: what is written, hashed and compared byte for byte."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
+
+
+class TensorSpec(Frozen):
+    """A tensor of the graph: its name, Open Inference Protocol datatype, and shape with -1 where it varies."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class Manifest(Frozen):
+    """Everything a service must know to answer from a bundle, and everything a reader may ask about its origin."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    version: Name
+    opset: int
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    labels: tuple[str, ...] | None = None
+    frontend: FrontEndSpec | None = None
+    metrics: dict[str, JsonValue] = Field(default_factory=dict)
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
+    files: dict[FilePath, Sha256]

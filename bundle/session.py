@@ -1,0 +1,154 @@
+"""The one way to open ONNX Runtime: provider, threads, determinism. Export certifies under it, service serves under it.
+
+Knows neither texts nor HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import platform as machine
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+from evalmode.bundle.certificate import Platform
+from evalmode.bundle.errors import BundleCorrupt, ProviderUnavailable
+from evalmode.bundle.manifest import MODEL_FILE, TensorSpec
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+
+# The CPU features by which ONNX Runtime's kernel library chooses its code, and with it the order of additions.
+# fmt: off
+_KERNEL_FEATURES = frozenset({
+    "sse4_1", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
+    "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
+})
+# fmt: on
+
+# ONNX's names for element types -> the Open Inference Protocol's.
+_DATATYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+
+
+class Session:
+    """An open model. `run` takes and returns tensors by name and may be called from several threads at once."""
+
+    def __init__(self, model: bytes | Path, *, provider: str, threads: int, optimise: bool) -> None:
+        ort = _runtime()
+        self.provider = _resolve(provider, ort)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.use_deterministic_compute = True
+        options.log_severity_level = 3  # errors reach us as exceptions; its own lines on stderr help nobody
+        # Spinning threads burn a container's CPU quota while nothing is asked.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not optimise:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source = str(model) if isinstance(model, Path) else model
+        try:
+            self._session = ort.InferenceSession(source, options, providers=[self.provider])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise BundleCorrupt(f"{MODEL_FILE} cannot be opened by ONNX Runtime: {error}") from error
+        # Where a provider fails to start, ONNX Runtime prints a line and runs on the CPU instead.
+        active = self._session.get_providers()[0]
+        if active != self.provider:
+            raise ProviderUnavailable(f"{self.provider} was asked for and did not start; ONNX Runtime offers {active}")
+        self.inputs = tuple(_tensor(found) for found in self._session.get_inputs())
+        self.outputs = tuple(_tensor(found) for found in self._session.get_outputs())
+        self.platform = Platform(
+            runtime=f"onnxruntime {ort.__version__}",
+            provider=self.provider,
+            threads=threads,
+            architecture=machine.machine(),
+            cpu_features=_cpu_features(),
+        )
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+        """Every output by name, for inputs by name."""
+        names = [output.name for output in self.outputs]
+        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+
+
+def open_session(model: bytes | Path, *, provider: str = "cpu", threads: int = 1, optimise: bool = True) -> Session:
+    """Open a model, given as bytes or as a path, on one execution provider and never on another.
+
+    `provider` is a short name (cpu, cuda, tensorrt) or ONNX Runtime's own. Raises ProviderUnavailable, saying which
+    there are, and BundleCorrupt when the model cannot be opened.
+    """
+    return Session(model, provider=provider, threads=threads, optimise=optimise)
+
+
+def _runtime() -> ModuleType:
+    """The onnxruntime module; its CPU and GPU builds are two distributions of the same files."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it otherwise writes a device id under the home directory
+    installed = [name for name in _DISTRIBUTIONS if _is_installed(name)]
+    if len(installed) > 1:
+        raise ProviderUnavailable(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files: "
+            "`pip uninstall onnxruntime onnxruntime-gpu`, then install evalmode[cpu] or evalmode[gpu]"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ProviderUnavailable(
+            "ONNX Runtime is not installed: `pip install 'evalmode[cpu]'`, or 'evalmode[gpu]' on a machine with a GPU"
+        ) from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _resolve(provider: str, ort: ModuleType) -> str:
+    name = _PROVIDERS.get(provider.lower(), provider)
+    available: list[str] = ort.get_available_providers()
+    if name not in available:
+        short = {full: key for key, full in _PROVIDERS.items()}
+        offered = ", ".join(short.get(found, found) for found in available)
+        raise ProviderUnavailable(f"provider {provider!r} is not available here; this ONNX Runtime offers: {offered}")
+    if name == _PROVIDERS["cuda"] and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds the CUDA and cuDNN libraries that pip installed beside it
+    return name
+
+
+def _tensor(found: object) -> TensorSpec:
+    shape = tuple(size if isinstance(size, int) else -1 for size in found.shape)  # type: ignore[attr-defined]
+    kind = found.type  # type: ignore[attr-defined]
+    return TensorSpec(name=found.name, datatype=_DATATYPES.get(kind, kind), shape=shape)  # type: ignore[attr-defined]
+
+
+def _cpu_features() -> tuple[str, ...]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return (machine.processor() or "unknown",)
+    words = {
+        word for line in text.splitlines() if line.lower().startswith(("flags", "features")) for word in line.split()
+    }
+    return tuple(sorted(words & _KERNEL_FEATURES))

@@ -1,0 +1,267 @@
+"""The command `evalmode`: one subcommand a job. What a subcommand needs is imported when it is called, not before.
+
+Exit codes: 0 done, 1 a check found something, 2 the input cannot be used (one sentence on stderr says why).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evalmode import __version__
+from evalmode.bundle.errors import EvalmodeError
+
+app = typer.Typer(
+    help="Train with dropout. Serve without it. Prove it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+
+FOUND, UNUSABLE = 1, 2
+# What a lean installation may lack, and the extra that brings it.
+_EXTRAS = {
+    "torch": "train",
+    "lightning": "train",
+    "datasets": "train",
+    "safetensors": "train",
+    "onnx": "export",
+    "evalmode": "train,export",
+}
+BUNDLES = Path("bundles")
+
+
+@app.command(
+    epilog="Examples:  evalmode train   |   evalmode train --data reviews.csv --label-column stars --out runs/reviews"
+)
+def train(
+    data: Annotated[str, typer.Option(help="`languages`, or a CSV, TSV, JSONL or Parquet file.")] = "languages",
+    text_column: Annotated[str | None, typer.Option(help="The file's column of texts. [default: a usual name]")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Its column of labels. [default: a usual name]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write. [default: runs/NAME]")] = None,
+    frontend: Annotated[str, typer.Option(help="auto, ngrams or bpe.")] = "auto",
+    vocabulary: Annotated[int | None, typer.Option(help="Rows of the embedding table.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times to read the data. [default: by its size]")] = None,
+    patience: Annotated[int, typer.Option(help="Epochs without a better validation loss before it stops.")] = 3,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop by the clock; bits then depend on it.")] = None,
+    dropout: Annotated[float, typer.Option(help="Drop probability wherever none is given below.")] = 0.1,
+    embedding_dropout: Annotated[float | None, typer.Option(help="After the embedding.")] = None,
+    attention_dropout: Annotated[float | None, typer.Option(help="On the attention weights.")] = None,
+    residual_dropout: Annotated[float | None, typer.Option(help="On each residual branch.")] = None,
+    feed_forward_dropout: Annotated[float | None, typer.Option(help="In the feed-forward, after its GELU.")] = None,
+    ngram_dropout: Annotated[float, typer.Option(help="On single n-grams (front end ngrams).")] = 0.3,
+    dropout_kind: Annotated[str, typer.Option(help="inverted, or classic (scales at test time).")] = "inverted",
+    crop: Annotated[float, typer.Option(help="Share of rows of which an epoch reads a random piece.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, on the weights of linear layers alone.")] = 0.05,
+    width: Annotated[int, typer.Option(help="Size of a position's vector.")] = 96,
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 3,
+    heads: Annotated[int, typer.Option(help="Attention heads; a divisor of the width.")] = 4,
+    causal: Annotated[bool, typer.Option(help="Let a position see itself and the past only.")] = False,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    batch_rows: Annotated[int, typer.Option(help="Rows a batch, in each process.")] = 128,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights on the same machine.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is faster beside busy neighbours.")] = None,
+    devices: Annotated[int, typer.Option(help="Devices (processes) on each node.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    strategy: Annotated[str, typer.Option(help="Lightning's name: auto, ddp, ...")] = "auto",
+    resume: Annotated[bool, typer.Option(help="Go on where a killed run of the same settings stood.")] = False,
+) -> None:
+    """Train a transformer with dropout, and write a checkpoint that `evalmode export` takes."""
+    options = dict(locals())  # first of all: the parameters are the fields of TrainConfig, but for these two
+    where, again = options.pop("out"), options.pop("resume")
+    from evalmode.model.config import TrainConfig
+    from evalmode.model.train import fit
+    from evalmode.tables import metrics_table, pairs_table
+
+    try:
+        config = TrainConfig(**options)
+    except ValueError as error:
+        raise EvalmodeError(str(error)) from error
+    result = fit(config, out=where or Path("runs") / Path(data).stem, resume=again)
+    if result is None:  # another process of the same training tells it
+        return
+    console = _console()
+    console.print(metrics_table(result.metrics))
+    console.print(pairs_table(result.facts(), title="training"))
+
+
+@app.command(
+    epilog="Examples:  evalmode export runs/languages   |   evalmode export runs/mine --out /srv/bundles --version 2"
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="The folder that `evalmode train` wrote.")],
+    out: Annotated[Path, typer.Option(help="The bundle root.")] = BUNDLES,
+    name: Annotated[str | None, typer.Option(help="The bundle's name. [default: the checkpoint folder's]")] = None,
+    version: Annotated[str, typer.Option(help="The bundle's version.")] = "1",
+) -> None:
+    """Export a checkpoint in eval mode, certify it, and write a bundle; a certificate that fails writes nothing."""
+    from evalmode.export.release import ExportRefused, release
+    from evalmode.model.checkpoint import load
+
+    console = _console()
+    found = load(checkpoint)
+    try:
+        with console.status("export") as status:
+            released = release(
+                found,
+                root=out,
+                name=name or checkpoint.resolve().name,
+                version=version,
+                progress=lambda step: status.update(f"export: {step}"),
+            )
+    except ExportRefused as refused:
+        _print_records(refused.records, title="refused: no bundle was written")
+        raise typer.Exit(FOUND) from refused
+    _print_records(released.certificate.records, title=f"certificate of {released.path}")
+    console.print(f"digest {released.certificate.digest}", soft_wrap=True)
+
+
+@app.command(epilog="Examples:  evalmode verify bundles   |   evalmode verify model.onnx other.onnx --json")
+def verify(
+    paths: Annotated[list[Path], typer.Argument(help="Bundles, folders that hold one, or bare .onnx files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+) -> None:
+    """Check bundles and ONNX files: exit 0 when all pass, 1 when a rule finds something, 2 when one is unreadable."""
+    from evalmode.export.verify import verify as verify_one
+
+    code, found = 0, []
+    for path in paths:
+        try:
+            found.append(verify_one(path))
+        except EvalmodeError as error:
+            _complain(error)
+            code = UNUSABLE
+    if as_json:
+        _print_json([{"path": str(one.path), "records": [r.model_dump() for r in one.records]} for one in found])
+    else:
+        for one in found:
+            _print_records(one.records, title=f"{one.path}: {'pass' if one.passed else 'not passed'}")
+    if code == 0 and not all(one.passed for one in found):
+        code = FOUND
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Examples:  evalmode serve   |   evalmode serve bundles/languages/1 --port 9000 --provider cuda")
+def serve(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle or a folder of bundles. [default: bundles]")] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one. [default: 8000]")] = None,
+    provider: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or ONNX Runtime's own name.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of one batch. [default: 1]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Batches at once. [default: as the CPU quota allows]")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="The largest request body. [default: 1 MiB]")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="The most texts in a request. [default: 256]")] = None,
+    allow_uncertified: Annotated[
+        bool | None, typer.Option(help="Serve a bundle without a passing certificate.")
+    ] = None,
+) -> None:
+    """Serve a bundle over HTTP. Every option is also an environment variable: EVALMODE_PORT=9000."""
+    from evalmode.service.server import serve as serve_settings
+    from evalmode.service.settings import load_settings
+
+    serve_settings(
+        load_settings(
+            bundle=bundle,
+            host=host,
+            port=port,
+            provider=provider,
+            threads=threads,
+            workers=workers,
+            max_body_bytes=max_body_bytes,
+            max_rows=max_rows,
+            allow_uncertified=allow_uncertified,
+        )
+    )
+
+
+@app.command(epilog="Examples:  evalmode predict 'Dit is een zin.'   |   cat texts.txt | evalmode predict --json")
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none reads a text a line from stdin.")] = None,
+    bundle: Annotated[Path, typer.Option(help="A bundle or a folder of bundles.")] = BUNDLES,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels to show for each text.")] = 3,
+    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or ONNX Runtime's own name.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the server would answer, as JSON.")] = False,
+) -> None:
+    """Predict in this process, without a server; the scores have the bits that the server's have."""
+    from evalmode.service.predictor import Predictor
+
+    asked = texts or [line.rstrip("\n") for line in sys.stdin]
+    with Predictor.open(bundle, provider=provider) as predictor:
+        predictions = predictor.predict(asked, top_k=top_k)
+        if as_json:
+            from evalmode.service.schemas import PredictResponse
+
+            print(PredictResponse.of(predictor, predictions).model_dump_json())
+            return
+    from evalmode.tables import predictions_table
+
+    answers = [[(scored.label, scored.score) for scored in prediction.top] for prediction in predictions]
+    _console().print(predictions_table(asked, answers))
+
+
+@app.command(epilog="Example:  evalmode show bundles/languages/1")
+def show(bundle: Annotated[Path, typer.Argument(help="A bundle or a folder of bundles.")] = BUNDLES) -> None:
+    """Show a bundle's manifest, certificate, dropout census and metrics; also of one that must not be served."""
+    from evalmode.bundle.store import find_bundle, open_bundle
+    from evalmode.tables import bundle_tables
+
+    _console().print(bundle_tables(open_bundle(find_bundle(bundle), allow_uncertified=True)))
+
+
+def main() -> None:
+    """Run the command line: the user's mistakes are one sentence on stderr and exit code 2, never a traceback."""
+    try:
+        app()
+    except EvalmodeError as error:
+        _complain(error)
+        sys.exit(UNUSABLE)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f"evalmode: this needs {error.name}: pip install 'evalmode[{extra}]'", file=sys.stderr)
+        sys.exit(UNUSABLE)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"evalmode {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_records(records: Any, *, title: str) -> None:
+    from evalmode.tables import records_table
+
+    _console().print(records_table(records, title=title))
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _complain(error: EvalmodeError) -> None:
+    print(f"evalmode: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

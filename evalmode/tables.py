@@ -1,0 +1,111 @@
+"""What the command line shows a person: tables of certificates, metrics and predictions. Knows Rich and the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.manifest import Manifest
+from evalmode.bundle.store import Bundle
+
+_COLOURS = {
+    Verdict.PASS: "green",
+    Verdict.FAIL: "bold red",
+    Verdict.UNPROVEN: "yellow",
+    Verdict.NOT_APPLICABLE: "dim",
+}
+
+
+def records_table(records: Iterable[Record], *, title: str) -> Table:
+    """One line a rule; a rule that did not pass is followed by the places where it did not."""
+    table = Table(title=title, title_justify="left", expand=False)
+    for column in ("rule", "verdict", "measured", "limit", "why"):
+        table.add_column(column, overflow="fold")
+    for record in records:
+        verdict = Text(record.verdict, style=_COLOURS[record.verdict])
+        table.add_row(record.rule, verdict, record.measured, record.limit, Text(record.why))
+        if record.verdict in (Verdict.FAIL, Verdict.UNPROVEN):
+            for place in record.where:
+                table.add_row("", "", "", "", Text(f"at {place}"))
+    return table
+
+
+def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> Table:
+    """One line a part of the data, one column a measure; what is not such a table is a line of its own."""
+    parts = {name: value for name, value in metrics.items() if isinstance(value, Mapping)}
+    columns = list(dict.fromkeys(column for part in parts.values() for column in part))
+    table = Table("data", *columns, title=title, title_justify="left")
+    for name, part in parts.items():
+        table.add_row(name, *(_shown(part.get(column, "")) for column in columns))
+    for name, value in metrics.items():
+        if name not in parts:
+            table.add_row(name, _shown(value), *[""] * (len(columns) - 1))
+    return table
+
+
+def bundle_tables(bundle: Bundle) -> Group:
+    """All of a bundle that a reader may ask for: what it is, how it was checked, where its dropout was, how good it is."""
+    tables: list[Table] = [_manifest_table(bundle)]
+    if bundle.certificate is not None:
+        records = bundle.certificate.records
+        tables.append(records_table(records, title=f"certificate: {bundle.certificate.verdict}"))
+        sites = next((record.where for record in records if record.rule == "census"), ())
+        tables.append(_sites_table(sites))
+    tables.append(metrics_table(bundle.manifest.metrics))
+    return Group(*tables)
+
+
+def predictions_table(texts: Sequence[str], answers: Sequence[Sequence[tuple[str, float]]]) -> Table:
+    """One line a text, with its best labels and their scores."""
+    table = Table("text", "label", "score", "next", title_justify="left")
+    for text, top in zip(texts, answers, strict=True):
+        (label, score), *rest = top
+        others = ", ".join(f"{name} {value:.4f}" for name, value in rest)
+        table.add_row(Text(text), Text(label, style="bold"), f"{score:.4f}", Text(others))
+    return table
+
+
+def pairs_table(pairs: Mapping[str, object], *, title: str) -> Table:
+    """A name and a value a line."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in pairs.items():
+        table.add_row(name, Text(_shown(value), overflow="fold"))
+    return table
+
+
+def _manifest_table(bundle: Bundle) -> Table:
+    manifest: Manifest = bundle.manifest
+    labels = manifest.labels or ()
+    certificate = bundle.certificate
+    return pairs_table(
+        {
+            "name": manifest.name,
+            "version": manifest.version,
+            "digest": bundle.digest,
+            "opset": manifest.opset,
+            "inputs": ", ".join(f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.inputs),
+            "outputs": ", ".join(f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.outputs),
+            "front end": "" if manifest.frontend is None else manifest.frontend.model_dump_json(),
+            "labels": f"{len(labels)}: {', '.join(labels)}",
+            **{f"provenance: {name}": value for name, value in manifest.provenance.items()},
+            "certified on": "" if certificate is None else certificate.platform.model_dump_json(),
+            **{f"sha256 of {name}": sha256 for name, sha256 in manifest.files.items()},
+        },
+        title="manifest",
+    )
+
+
+def _sites_table(sites: Sequence[str]) -> Table:
+    table = Table("dropout site", "in the graph", title="census", title_justify="left")
+    for site in sites:
+        name, _, state = site.rpartition(": ")
+        table.add_row(name, state)
+    return table
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""One rule a file: its docstring states it, `RULE` names it, `check` returns the record of what it found."""

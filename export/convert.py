@@ -1,0 +1,117 @@
+"""Any `nn.Module` in eval mode -> an ONNX model whose bytes depend on the module alone.
+
+Every node is named after the module it came from (`blocks.0.attention/MatMul_17`). Knows no checkpoint and no bundle.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import onnx
+import torch
+from google.protobuf.message import Message
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.bundle.errors import EvalmodeError
+from evalmode.export.checks import escaped_module
+from evalmode.export.witness import plain_forward
+
+# The first opset with GELU as one operator; the runtimes of the last two years read it.
+OPSET = 20
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class NotInEvalMode(EvalmodeError):  # noqa: N818 - read as a sentence: "raise NotInEvalMode"
+    """A module that would be exported with training behaviour; the message names the sites."""
+
+
+class NotConvertible(EvalmodeError):  # noqa: N818
+    """A module that torch's exporter cannot write as ONNX; the message carries its reason."""
+
+
+def convert(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    dynamic_axes: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+    opset: int = OPSET,
+) -> onnx.ModelProto:
+    """The ONNX model of `module`, which is called with `inputs` by name.
+
+    `dynamic_axes` names, for each input, the axes that may vary: {"input_ids": {0: "batch", 1: "length"}}. `outputs`
+    names the output tensors in order. Never calls `.eval()`: raises NotInEvalMode, naming the sites, for a module that
+    has not left training, and NotConvertible when the exporter gives up.
+    """
+    record = escaped_module.check(module)
+    if record.verdict is not Verdict.PASS:
+        raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(record.where)}")
+    try:
+        with _quiet(), plain_forward():
+            program = torch.onnx.export(
+                module,
+                (),
+                kwargs=dict(inputs),
+                dynamo=True,
+                dynamic_shapes={name: dict(dynamic_axes.get(name, {})) for name in inputs},
+                output_names=list(outputs),
+                opset_version=opset,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise NotConvertible(f"{type(module).__name__} cannot be exported: {reason}") from error
+    assert program is not None, "the dynamo exporter returns a program"
+    model = program.model_proto
+    _name_nodes(model)
+    _strip(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+def serialise(model: onnx.ModelProto) -> bytes:
+    """The model's bytes: the same for the same model."""
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def scope(node_name: str) -> str:
+    """The path of the module that a converted model's node came from."""
+    return node_name.rpartition("/")[0]
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    for index, node in enumerate(model.graph.node):
+        found = next((item.value for item in node.metadata_props if item.key == _SCOPES), "[]")
+        scopes = ast.literal_eval(found)  # from the root to the operator itself
+        node.name = f"{scopes[-2] if len(scopes) > 1 else ''}/{node.op_type}_{index}"
+
+
+def _strip(message: Message) -> None:
+    """Remove what the exporter notes about itself: stack traces and paths of this machine, and texts that vary."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
+                _strip(part)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not installed; its errors are exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

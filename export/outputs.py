@@ -1,0 +1,12 @@
+"""The tensors a module answers with, by name, whatever container it answers in. Knows no rule."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def flatten(output: object) -> dict[str, Tensor]:
+    """The tensors of a module's output in order: a tensor, or tuples, lists, dicts and dataclasses of them."""
+    leaves, _ = pytree.tree_flatten(output)
+    return {f"output_{index}": leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}

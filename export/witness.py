@@ -1,0 +1,179 @@
+"""A witness of randomness: runs a module and reports every place that drew a random number, and with which rate.
+
+Torch marks the operators that may draw (`nondeterministic_seeded`); whether one did is seen from the generator's state
+before and after. NumPy's and Python's global generators are watched at every module's entry and exit. A private
+generator leaves no trace in either: only repeating the forward finds it, which the rule eager-randomness does.
+
+Knows neither ONNX nor files.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evalmode.export.modules import named_everything
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One place that drew: the innermost module's path and class, the operator, the rate if one was given, the line."""
+
+    path: str
+    kind: str
+    operator: str
+    p: float | None
+    line: str
+
+    def __str__(self) -> str:
+        rate = "" if self.p is None else f", p={self.p:g}"
+        return f"{self.path or '(root)'} ({self.kind}{rate}): {self.operator} at {self.line}"
+
+
+@contextmanager
+def plain_forward() -> Iterator[None]:
+    """No gradients, and no fused fast path: that of nn.MultiheadAttention ignores a child's training flag."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
+    """Every place that draws a random number in one forward of `module`, in order, each once."""
+    witness = _Witness(module)
+    with plain_forward(), witness.watching():
+        module(**inputs)
+    return tuple(dict.fromkeys(witness.seen))
+
+
+class _Witness:
+    def __init__(self, root: nn.Module) -> None:
+        self.seen: list[Draw] = []
+        self.call: tuple[str, float | None] | None = None
+        self._paths = {id(part): path for path, part in named_everything(root).items()}
+        self._stack: list[nn.Module] = [root]
+        self._host = _host_state()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.callback(register_module_forward_pre_hook(self._enter).remove)
+            stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            stack.enter_context(_Calls(self))
+            stack.enter_context(_Operators(self))
+            yield
+            self._look_at_host()
+
+    def saw(self, operator: str) -> None:
+        name, p = self.call or ("", None)
+        module = self._stack[-1]
+        rate = p if p is not None else _declared_rate(module)
+        path = self._paths.get(id(module), f"<{type(module).__name__} made in forward>")
+        label = f"{name} ({operator})" if name else operator
+        self.seen.append(Draw(path=path, kind=type(module).__name__, operator=label, p=rate, line=_line()))
+
+    def _enter(self, module: nn.Module, _inputs: object) -> None:
+        self._look_at_host()
+        self._stack.append(module)
+
+    def _leave(self, _module: nn.Module, _inputs: object, _output: object) -> None:
+        self._look_at_host()
+        self._stack.pop()
+
+    def _look_at_host(self) -> None:
+        state = _host_state()
+        for name, then, now in zip(("random", "numpy.random"), self._host, state, strict=True):
+            if then != now:
+                self.saw(f"{name}'s global generator")
+        self._host = state
+
+
+class _Calls(TorchFunctionMode):
+    """Notes the Python-level function, and the rate it was called with, around the operators that it dispatches."""
+
+    def __init__(self, witness: _Witness) -> None:
+        super().__init__()
+        self._witness = witness
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        outer = self._witness.call
+        self._witness.call = (getattr(func, "__name__", str(func)), _given_rate(func, args, kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._witness.call = outer
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, witness: _Witness) -> None:
+        super().__init__()
+        self._witness = witness
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        generator = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)), None)
+        state = _device_states if generator is None else lambda: [generator.get_state()]
+        before = state()
+        result = func(*args, **kwargs)
+        if any(not torch.equal(then, now) for then, now in zip(before, state(), strict=True)):
+            self._witness.saw(str(func))
+        return result
+
+
+def _device_states() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def _host_state() -> tuple[object, object]:
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), (numpy_state["key"].tobytes(), numpy_state["pos"])
+
+
+def _given_rate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The drop probability among a call's arguments; None where it has none or its signature cannot be read."""
+    try:
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+    except (ValueError, TypeError):  # built-in functions have no signature: keywords are all there is
+        given = kwargs
+    rate = given.get("p", given.get("dropout_p"))
+    return float(rate) if isinstance(rate, int | float) else None
+
+
+def _declared_rate(module: nn.Module) -> float | None:
+    rates = [getattr(module, name, None) for name in ("p", "drop_prob", "dropout")]
+    return next((float(rate) for rate in rates if isinstance(rate, int | float)), None)
+
+
+def _line() -> str:
+    """The innermost line of the user's own code: the first frame that is neither torch's nor the witness's."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith((_TORCH, __file__)):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

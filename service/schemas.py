@@ -1,0 +1,124 @@
+"""What requests and answers look like on the wire, as OpenAPI shows them. Knows no model and no framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, JsonValue
+
+from evalmode.bundle.certificate import Certificate, Platform
+from evalmode.bundle.known_answers import Replay
+from evalmode.bundle.manifest import Manifest
+
+_REQUEST: JsonValue = {"inputs": ["Ez egy rövid mondat.", "Dit is een zin."], "top_k": 3, "truncate": True}
+_MODEL: JsonValue = {"name": "languages", "version": "1", "digest": "0f3c" * 16}
+_TOP: JsonValue = [
+    {"label": "hu", "score": 0.9921875},
+    {"label": "fi", "score": 0.00390625},
+    {"label": "et", "score": 0.001953125},
+]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class PredictRequest(BaseModel):
+    """Texts to classify."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra={"examples": [_REQUEST]})
+
+    # InstanceOf: a text that ends in half an emoji is valid JSON and the front end reads it; pydantic's str does not.
+    inputs: list[InstanceOf[str]] = Field(min_length=1, description="The texts; each may be empty.")
+    top_k: int = Field(
+        default=3, ge=1, description="How many labels to give, best first; a model with fewer gives all of them."
+    )
+    truncate: bool = Field(
+        default=True, description="Cut a text that is longer than the model reads, or refuse the request with 422."
+    )
+
+
+class ModelReference(_Answer):
+    """Which model answered: the digest names every byte of it."""
+
+    name: str
+    version: str
+    digest: str
+
+
+class ScoredLabel(_Answer):
+    """A label with its probability."""
+
+    label: str
+    score: float
+
+
+class TextPrediction(_Answer):
+    """The prediction of one text."""
+
+    label: str
+    score: float
+    truncated: bool = Field(description="Whether the text was longer than the model reads, and was cut.")
+    top: list[ScoredLabel]
+
+
+class PredictAnswer(_Answer):
+    """One prediction for each text, in their order."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": _MODEL,
+                    "predictions": [{"label": "hu", "score": 0.9921875, "truncated": False, "top": _TOP}],
+                }
+            ]
+        }
+    )
+
+    model: ModelReference
+    predictions: list[TextPrediction]
+
+
+class ModelAnswer(_Answer):
+    """What is being served, what was proven of it, and where."""
+
+    name: str
+    version: str
+    digest: str
+    manifest: Manifest
+    certificate: Certificate | None = Field(description="null where an uncertified bundle was allowed")
+    known_answers: Replay | None = Field(description="how the bundle's known answers came out on this machine")
+    platform: Platform
+    provider: str
+    threads: int = Field(description="threads of one batch")
+    workers: int = Field(description="batches that run at once")
+    row_counts: dict[int, list[int]] = Field(
+        description="for each padded length, the batch sizes measured here to give a row the bits it has alone"
+    )
+
+
+class StateAnswer(_Answer):
+    """The answer of /livez and /readyz."""
+
+    live: bool = True
+    ready: bool | None = None
+
+
+class ErrorAnswer(_Answer):
+    """Every answer other than 200."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"error": "inputs.3 must be a string, got 17", "field": "inputs.3"}]}
+    )
+
+    error: str = Field(description="one sentence")
+    field: str | None = Field(description="the field of the request that is at fault, if it is one")
+
+
+def request_schema(*, max_rows: int, max_top_k: int) -> dict[str, JsonValue]:
+    """The JSON schema of PredictRequest with this server's limits in it."""
+    schema: dict[str, Any] = PredictRequest.model_json_schema()
+    schema["properties"]["inputs"]["maxItems"] = max_rows
+    schema["properties"]["top_k"]["maximum"] = max_top_k
+    return schema

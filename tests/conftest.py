@@ -1,0 +1,77 @@
+"""What several rooms' tests share: a small trained-looking checkpoint and the bundle made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evalmode.bundle.frontend import NgramFrontEnd, NgramSpec
+from evalmode.export.release import Released, release
+from evalmode.model.checkpoint import Checkpoint, HeldOut
+from evalmode.model.config import TransformerConfig
+from evalmode.model.transformer import Transformer
+
+TEXTS = (
+    "",
+    "Ez egy rövid mondat.",
+    "Dit is een zin.",
+    "Это предложение на русском языке, и оно длиннее других предложений в этом списке.",
+    "2026-11-20",
+    "これは文です。",
+    "a",
+    "word " * 40,
+)
+
+
+def small_config(**changes: object) -> TransformerConfig:
+    """A network with every dropout site on, small enough to export in a second or two."""
+    sizes = {
+        "vocabulary": 512,
+        "labels": 5,
+        "positions": 16,
+        "ids_per_position": 16,
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+    }
+    return TransformerConfig(**{**sizes, "feed_forward": 32, "ngram_dropout": 0.3, **changes})  # type: ignore[arg-type]
+
+
+def make_checkpoint(module: torch.nn.Module, *, labels: int = 5) -> Checkpoint:
+    """A checkpoint around any module that reads n-gram ids: what `model.checkpoint.load` returns, without a training."""
+    spec = NgramSpec(vocabulary=512, lengths=(4, 16))
+    frontend = NgramFrontEnd(spec)
+    rows = [frontend.encode(text).ids for text in TEXTS * 4]
+    return Checkpoint(
+        module=module,
+        frontend=spec,
+        tokenizer=None,
+        labels=tuple(f"label {index}" for index in range(labels)),
+        held_out=HeldOut(rows=rows, labels=np.arange(len(rows), dtype=np.int64) % labels),
+        sample_texts=TEXTS,
+        metrics={"test": {"accuracy": 0.2, "macro_f1": 0.2}},
+        provenance={"seed": 0},
+    )
+
+
+@pytest.fixture
+def checkpoint() -> Checkpoint:
+    torch.manual_seed(0)
+    module = Transformer(small_config())
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # an untrained head answers nearly the same to everything
+    return make_checkpoint(module)
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
+    torch.manual_seed(0)
+    module = Transformer(small_config())
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    root: Path = tmp_path_factory.mktemp("bundles")
+    return release(make_checkpoint(module), root=root, name="small", version="1", progress=lambda step: None)

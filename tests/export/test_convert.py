@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evalmode.export.convert import NotConvertible, NotInEvalMode, convert, scope, serialise
+
+X = {"x": torch.ones(3, 4)}
+AXES = {"x": {0: "batch"}}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+def test_a_module_in_training_is_refused_with_its_sites_and_not_put_into_eval() -> None:
+    module = Net().eval()
+    module.body[1].train()
+    with pytest.raises(NotInEvalMode, match=r"body\.1 \(Dropout\)"):
+        convert(module, X, dynamic_axes=AXES, outputs=["y"])
+    assert module.body[1].training
+
+
+def test_nodes_are_named_after_the_modules_they_came_from() -> None:
+    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"])
+    assert {scope(node.name) for node in model.graph.node} == {"body.0", "body.2"}
+
+
+def test_axes_and_outputs_have_the_names_that_were_given() -> None:
+    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"])
+    assert [output.name for output in model.graph.output] == ["y"]
+    assert [size.dim_param or size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim] == [
+        "batch",
+        4,
+    ]
+
+
+def test_no_path_of_this_machine_and_no_stack_trace_is_in_the_file() -> None:
+    data = serialise(convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]))
+    for word in (b"/", b".py", b"stack_trace", b"ExportedProgram"):
+        assert word not in data.replace(b"body.0/", b"").replace(b"body.2/", b""), word
+
+
+def test_another_process_writes_the_same_bytes() -> None:
+    program = (
+        "import hashlib, sys, torch; sys.path.insert(0, sys.argv[1]); import test_convert as t\n"
+        "torch.manual_seed(0); m = t.convert(t.Net().eval(), t.X, dynamic_axes=t.AXES, outputs=['y'])\n"
+        "print(hashlib.sha256(t.serialise(m)).hexdigest())"
+    )
+    folder = __file__.rpartition("/")[0]
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program, folder],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": s},
+        ).stdout.split()[-1]
+        for s in ("1", "2")
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_what_cannot_be_exported_is_one_sentence() -> None:
+    with pytest.raises(NotConvertible, match="Branching cannot be exported"):
+        convert(Branching().eval(), X, dynamic_axes=AXES, outputs=["y"])

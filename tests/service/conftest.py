@@ -1,0 +1,219 @@
+"""A tiny certified bundle made by hand, and a real server process on a port of its own: no test here needs torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from evalmode.bundle.certificate import Certificate, Record, Verdict
+from evalmode.bundle.frontend import NgramFrontEnd, NgramSpec, collate
+from evalmode.bundle.known_answers import KnownAnswer, pack
+from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest
+from evalmode.bundle.session import Session, open_session
+from evalmode.bundle.store import digest_of, hashes_of, write_bundle
+
+SPEC = NgramSpec(lengths=(4, 8, 16), orders=3, characters=2, vocabulary=512)
+LABELS = ("hu", "nl", "fi", "et", "de")
+TEXTS = ("", "Ez egy rövid mondat.", "Dit is een zin.", "A", "Tämä on lyhyt lause, joka ei ole aivan lyhyt.")
+READY_S = 30.0
+
+
+def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(LABELS)) -> bytes:
+    """Sum over n-grams, over positions, then a head: logits (B, C) for ids (B, T, G).
+
+    `batchable` sums the positions by a matrix product, which gives a row the same bits at every batch size; without it
+    a reduction does, whose one-row kernel adds in another order. A `bias` that is NaN or infinite spoils every answer.
+    """
+    random = np.random.default_rng(7)
+    table = random.standard_normal((SPEC.vocabulary, 48)).astype(np.float32)
+    table[0] = 0  # padding
+    tensors = {
+        "table": table,
+        "head": (random.standard_normal((48, labels)) / 4).astype(np.float32),
+        "bias": np.full(labels, bias, np.float32),
+        "positions": np.array([1], np.int64),
+        "grams": np.array([2], np.int64),
+    }
+    node = helper.make_node
+    by_product = [
+        node("ReduceMax", ["input_ids", "grams"], ["highest"], keepdims=0),  # (B, T)
+        node("Sign", ["highest"], ["real"]),
+        node("Cast", ["real"], ["mask"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["mask", "positions"], ["weights"]),  # (B, 1, T)
+        node("MatMul", ["weights", "embedded"], ["pooled"]),  # (B, 1, D)
+    ]
+    by_reduction = [node("ReduceSum", ["embedded", "positions"], ["pooled"], keepdims=1)]  # (B, 1, D)
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["gathered"]),  # (B, T, G, D)
+        node("ReduceSum", ["gathered", "grams"], ["embedded"], keepdims=0),  # (B, T, D)
+        *(by_product if batchable else by_reduction),
+        node("MatMul", ["pooled", "head"], ["headed"]),  # (B, 1, C)
+        node("Squeeze", ["headed", "positions"], ["flat"]),
+        node("Add", ["flat", "bias"], ["logits"]),  # (B, C)
+    ]
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length", 6])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", labels])
+    weights = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph(nodes, "tiny", [ids], [logits], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return model.SerializeToString()
+
+
+def make_bundle(
+    root: Path,
+    *,
+    model: bytes | None = None,
+    labels: tuple[str, ...] | None = LABELS,
+    frontend: NgramSpec | None = SPEC,
+    change: Callable[[KnownAnswer], KnownAnswer] = lambda answer: answer,
+    certify: Callable[[Certificate], Certificate] = lambda certificate: certificate,
+) -> Path:
+    """Write a bundle below `root` whose certificate is filled in by hand.
+
+    `change` spoils its known answers, and `certify` what its certificate says.
+    """
+    model = model or tiny_model()
+    session = open_session(model)
+    answers = tuple(change(answer) for answer in _known_answers(session))
+    contents = {MODEL_FILE: model, KNOWN_ANSWERS_FILE: pack(answers)}
+    manifest = Manifest(
+        name="tiny",
+        version="1",
+        opset=18,
+        inputs=session.inputs,
+        outputs=session.outputs,
+        labels=labels,
+        frontend=frontend,
+        files=hashes_of(contents),
+    )
+    passed = Record(rule="by-hand", verdict=Verdict.PASS, why="a bundle of the tests")
+    certificate = Certificate(digest=digest_of(manifest), platform=session.platform, records=(passed,))
+    return write_bundle(root, manifest=manifest, certificate=certify(certificate), contents=contents)
+
+
+def _known_answers(session: Session) -> Iterator[KnownAnswer]:
+    frontend = NgramFrontEnd(SPEC)
+    for text in TEXTS:
+        ids = frontend.encode(text).ids
+        inputs = collate([ids], length=SPEC.padded_length(len(ids)))
+        yield KnownAnswer(inputs=inputs, outputs=session.run(inputs), text=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """A running server: where it is, what it wrote when it began, and its process."""
+
+    url: str
+    port: int
+    started: dict[str, object]
+    process: subprocess.Popen[str]
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+def environment(bundle: Path, **settings: object) -> dict[str, str]:
+    """The environment of a server process."""
+    given = {"bundle": bundle, "port": 0, "log_format": "json", "workers": 2, **settings}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}
+    return kept | {f"EVALMODE_{name.upper()}": str(value) for name, value in given.items()}
+
+
+@contextmanager
+def running(bundle: Path, *, program: tuple[str, ...] = ("-m", "evalmode.service.server"), **settings: object):
+    """A server process that has said that it serves."""
+    process = subprocess.Popen(
+        [sys.executable, *program],
+        env=environment(bundle, **settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        started = _started(process)
+        url = str(started["url"])
+        yield Service(url=url, port=int(url.rpartition(":")[2]), started=started, process=process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def refused(bundle: Path, **settings: object) -> str:
+    """The sentence with which a server refuses to start; it is one, without a traceback, and the exit code is 2."""
+    program = [sys.executable, "-m", "evalmode.service.server"]
+    ended = subprocess.run(
+        program, env=environment(bundle, **settings), capture_output=True, text=True, timeout=READY_S, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    return ended.stderr
+
+
+def _started(process: subprocess.Popen[str]) -> dict[str, object]:
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if '"serving"' in line:
+            return json.loads(line)
+    raise AssertionError(f"the server did not start: {''.join(seen)}")
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """What a test that wants a bundle of its own calls: importlib mode has no importing from a conftest."""
+
+    make = staticmethod(make_bundle)
+    model = staticmethod(tiny_model)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What a test that wants a server of its own calls."""
+
+    running = staticmethod(running)
+    refused = staticmethod(refused)
+
+
+@pytest.fixture(scope="session")
+def bundles() -> Bundles:
+    return Bundles()
+
+
+@pytest.fixture(scope="session")
+def processes() -> Processes:
+    return Processes()
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """200 texts of every length the tiny model reads, empty, longer, and in several scripts."""
+    random = np.random.default_rng(11)
+    words = "Ez egy rövid mondat Dit is een zin これは Это 7 👍 ﷺ long-winded a 2026".split()
+    found = ["", " ", "a", "\ud83d", "x" * 500]
+    while len(found) < 200:
+        found.append(" ".join(random.choice(words, random.integers(1, 10))))
+    return found
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="session")
+def service(bundle: Path) -> Iterator[Service]:
+    with running(bundle, max_body_bytes=65_536, max_rows=256) as found:
+        yield found
