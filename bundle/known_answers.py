@@ -45,7 +45,7 @@ def pack(answers: tuple[KnownAnswer, ...]) -> bytes:
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for index, answer in enumerate(answers):
         if answer.text is not None:
-            arrays[f"{index}/text"] = np.frombuffer(answer.text.encode(), np.uint8)
+            arrays[f"{index}/text"] = np.frombuffer(answer.text.encode("utf-8", "surrogatepass"), np.uint8)
         arrays |= {f"{index}/input/{name}": np.asarray(tensor) for name, tensor in answer.inputs.items()}
         arrays |= {f"{index}/output/{name}": np.asarray(tensor) for name, tensor in answer.outputs.items()}
     file = io.BytesIO()
@@ -65,7 +65,7 @@ def unpack(file: bytes) -> tuple[KnownAnswer, ...]:
             KnownAnswer(
                 inputs=parts["input"],
                 outputs=parts["output"],
-                text=parts["text"][""].tobytes().decode() if "text" in parts else None,
+                text=parts["text"][""].tobytes().decode("utf-8", "surrogatepass") if "text" in parts else None,
             )
             for _, parts in sorted(found.items())
         )

@@ -11,9 +11,9 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
-from evalmode.bundle.frontend import FrontEndSpec
+from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, FrontEndSpec
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
@@ -67,3 +67,10 @@ class Manifest(Frozen):
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     files: dict[FilePath, Sha256]
+
+    @model_validator(mode="after")
+    def _files_are_listed(self) -> Manifest:
+        needed = {MODEL_FILE} | ({TOKENIZER_FILE} if isinstance(self.frontend, BpeSpec) else set())
+        if missing := sorted(needed - set(self.files)):
+            raise ValueError(f"files must list {', '.join(missing)}")
+        return self

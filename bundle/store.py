@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -81,18 +82,10 @@ def write_bundle(root: Path, *, manifest: Manifest, certificate: Certificate, co
     target = root / manifest.name / manifest.version
     if target.exists():
         return _already(target, certificate.digest)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{manifest.version}-", dir=target.parent))
+    every = {**contents, MANIFEST_FILE: manifest.canonical(), CERTIFICATE_FILE: certificate.sealed().canonical()}
     try:
-        every = {**contents, MANIFEST_FILE: manifest.canonical(), CERTIFICATE_FILE: certificate.sealed().canonical()}
-        for path, data in every.items():
-            _write_through(building / path, data)
-        building.chmod(0o755)  # mkdtemp's 0700 would lock out the user that the service runs as
-        _sync_folder(building)
-        building.rename(target)
-        _sync_folder(target.parent)
+        _write_whole(target, every)
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise BundleError(f"{target} cannot be written: {error}") from error
     return target
 
@@ -120,7 +113,8 @@ def open_bundle(path: Path, *, allow_uncertified: bool = False) -> Bundle:
 def find_bundle(path: Path) -> Path:
     """The bundle folder that `path` means: itself, or the newest version below a folder of versions or of one name.
 
-    Versions are ordered as numbers where they are numbers. Raises BundleError when there is none, or several names.
+    Versions are ordered as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before 2.0. Raises BundleError when
+    there is none, or several names.
     """
     if (path / MANIFEST_FILE).is_file():
         return path
@@ -134,9 +128,10 @@ def find_bundle(path: Path) -> Path:
     return max(found, key=_version_order)
 
 
-def _version_order(folder: Path) -> tuple[int, int, str]:
-    name = folder.name
-    return (1, int(name), name) if name.isdecimal() else (0, 0, name)
+def _version_order(folder: Path) -> list[tuple[int, int, str]]:
+    # A word is below the end, and the end below a number: 2.0-rc1, 2.0, 2.0.1.
+    parts = re.findall(r"[0-9]+|[a-z]+", folder.name.lower())
+    return [(2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts] + [(1, 0, folder.name)]
 
 
 def _already(target: Path, digest: str) -> Path:
@@ -190,9 +185,24 @@ def _checked(path: Path, name: str, sha256: str) -> bytes:
 
 
 def _no_strangers(path: Path, known: set[str]) -> None:
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
     if strangers := sorted(present - known):
         raise BundleCorrupt(f"{path / strangers[0]} is not listed in {MANIFEST_FILE}: nothing vouches for it")
+
+
+def _write_whole(target: Path, contents: Mapping[str, bytes]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for path, data in contents.items():
+            _write_through(building / path, data)
+        building.chmod(0o755)  # mkdtemp's 0700 would lock out the user that the service runs as
+        _sync_folder(building)
+        building.rename(target)
+    except BaseException:  # an interrupt from the keyboard leaves nothing behind either
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
 
 
 def _write_through(file: Path, data: bytes) -> None:

@@ -75,19 +75,27 @@ def train(
     options = dict(locals())  # first of all: the parameters are the fields of TrainConfig, but for these two
     where, again = options.pop("out"), options.pop("resume")
     from evalmode.model.config import TrainConfig
-    from evalmode.model.train import fit
-    from evalmode.tables import metrics_table, pairs_table
 
     try:
         config = TrainConfig(**options)
     except ValueError as error:
         raise EvalmodeError(str(error)) from error
-    result = fit(config, out=where or Path("runs") / Path(data).stem, resume=again)
-    if result is None:  # another process of the same training tells it
-        return
+
+    from evalmode.model.train import fit  # after the configuration: nonsense need not wait for torch
+    from evalmode.tables import metrics_table, pairs_table
+
     console = _console()
+    result = fit(config, out=where or Path("runs") / Path(data).stem, resume=again, console=console)
+    if result is None:  # one of several processes, and not the first: that one tells
+        return
     console.print(metrics_table(result.metrics))
-    console.print(pairs_table(result.facts(), title="training"))
+    facts = {
+        "checkpoint": result.checkpoint,
+        "sha256 of the weights": result.weights_sha256,
+        "parameters": f"{result.parameters:,}",
+        "seconds": f"{result.seconds:.0f}",
+    }
+    console.print(pairs_table(facts, title="training"))
 
 
 @app.command(

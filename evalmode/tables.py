@@ -21,16 +21,19 @@ _COLOURS = {
 
 
 def records_table(records: Iterable[Record], *, title: str) -> Table:
-    """One line a rule; a rule that did not pass is followed by the places where it did not."""
-    table = Table(title=title, title_justify="left", expand=False)
-    for column in ("rule", "verdict", "measured", "limit", "why"):
-        table.add_column(column, overflow="fold")
+    """One line a rule; below one that did not pass stand the reason and the places."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("rule", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("measured", overflow="fold")
+    table.add_column("limit", overflow="fold")
     for record in records:
-        verdict = Text(record.verdict, style=_COLOURS[record.verdict])
-        table.add_row(record.rule, verdict, record.measured, record.limit, Text(record.why))
+        table.add_row(record.rule, Text(record.verdict, style=_COLOURS[record.verdict]), record.measured, record.limit)
+        if record.verdict is not Verdict.PASS:
+            table.add_row("", "", Text(record.why, style="bold"), "")
         if record.verdict in (Verdict.FAIL, Verdict.UNPROVEN):
             for place in record.where:
-                table.add_row("", "", "", "", Text(f"at {place}"))
+                table.add_row("", "", Text(place), "")
     return table
 
 
@@ -48,7 +51,7 @@ def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> T
 
 
 def bundle_tables(bundle: Bundle) -> Group:
-    """All of a bundle that a reader may ask for: what it is, how it was checked, where its dropout was, how good it is."""
+    """All that a reader may ask of a bundle: what it is, how it was checked, where its dropout was, how good it is."""
     tables: list[Table] = [_manifest_table(bundle)]
     if bundle.certificate is not None:
         records = bundle.certificate.records
@@ -89,10 +92,10 @@ def _manifest_table(bundle: Bundle) -> Table:
             "opset": manifest.opset,
             "inputs": ", ".join(f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.inputs),
             "outputs": ", ".join(f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.outputs),
-            "front end": "" if manifest.frontend is None else manifest.frontend.model_dump_json(),
+            "front end": "none" if manifest.frontend is None else _flat(manifest.frontend.model_dump()),
             "labels": f"{len(labels)}: {', '.join(labels)}",
-            **{f"provenance: {name}": value for name, value in manifest.provenance.items()},
-            "certified on": "" if certificate is None else certificate.platform.model_dump_json(),
+            **{name: _flat(value) for name, value in manifest.provenance.items()},
+            "certified on": "nothing" if certificate is None else _flat(certificate.platform.model_dump()),
             **{f"sha256 of {name}": sha256 for name, sha256 in manifest.files.items()},
         },
         title="manifest",
@@ -105,6 +108,17 @@ def _sites_table(sites: Sequence[str]) -> Table:
         name, _, state = site.rpartition(": ")
         table.add_row(name, state)
     return table
+
+
+def _flat(value: object) -> object:
+    """A record as words: `seed 0, width 96`; what is unset is left out."""
+    if not isinstance(value, Mapping):
+        return value
+    return ", ".join(f"{name} {_list(item)}" for name, item in value.items() if item is not None)
+
+
+def _list(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _shown(value: object) -> str:

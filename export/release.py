@@ -15,7 +15,7 @@ import torch
 
 from evalmode.bundle.certificate import Certificate, Record, Verdict
 from evalmode.bundle.errors import EvalmodeError
-from evalmode.bundle.frontend import TOKENIZER_FILE, collate, open_frontend
+from evalmode.bundle.frontend import TOKENIZER_FILE, collate
 from evalmode.bundle.known_answers import KnownAnswer, pack
 from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest
 from evalmode.bundle.session import Session
@@ -48,13 +48,13 @@ class Released:
 
 
 def release(checkpoint: Checkpoint, *, root: Path, name: str, version: str, progress: Progress) -> Released:
-    """Export, certify and write `root/name/version`; unless every rule passes, write nothing and raise ExportRefused."""
+    """Export, certify and write `root/name/version`; raise ExportRefused, and write nothing, unless all rules pass."""
     rows, spec = list(checkpoint.held_out.rows), checkpoint.frontend
     batches = probes(rows, spec)
     # The exporter takes a size of 1 for a constant: its example has several rows of several positions.
     example = collate([row[: spec.lengths[0]] for row in rows[:3]], length=spec.lengths[0] + 1)
     module = checkpoint.module.eval()
-    records = check_module(module, as_tensors(batches[-1]), progress=progress)
+    records = check_module(module, as_tensors(example), progress=progress)
     _refuse_unless_passed(records)
     progress("convert")
     model = convert(
@@ -96,7 +96,7 @@ def _contents(checkpoint: Checkpoint, subject: Subject) -> dict[str, bytes]:
 
 
 def _known_answers(checkpoint: Checkpoint, session: Session) -> tuple[KnownAnswer, ...]:
-    frontend = open_frontend(checkpoint.frontend, checkpoint.tokenizer)
+    frontend = checkpoint.open_frontend()
     answers = []
     for text in checkpoint.sample_texts:
         ids = frontend.encode(text).ids

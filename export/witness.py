@@ -125,9 +125,9 @@ class _Calls(TorchFunctionMode):
             self._witness.call = outer
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
     def __init__(self, witness: _Witness) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._witness = witness
 
     def __torch_dispatch__(
@@ -146,7 +146,8 @@ class _Operators(TorchDispatchMode):
 
 
 def _device_states() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *on_gpu]
 
 
 def _host_state() -> tuple[object, object]:

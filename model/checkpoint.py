@@ -112,7 +112,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> str:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Open the checkpoint in `folder`. Raises CheckpointError, naming the file, when one is missing, changed or alien."""
+    """Open the checkpoint in `folder`. Raises CheckpointError, naming the file that is missing, changed or alien."""
     record = _record(folder)
     contents = {name: _checked(folder / name, sha256) for name, sha256 in record["files"].items()}
     try:

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
 
 LANGUAGES = "languages"
 LETTERLESS_ROWS = 1_500  # a fiftieth of the training rows: enough that a text without letters gets even scores
-TEXT_COLUMNS = ("text", "sentence", "content", "review", "title", "question", "document", "message", "utterance", "query")
+TEXT_COLUMNS = (
+    "text",
+    "sentence",
+    "content",
+    "review",
+    "title",
+    "question",
+    "document",
+    "message",
+    "utterance",
+    "query",
+)
 LABEL_COLUMNS = ("label", "labels", "language", "lang", "class", "category", "target", "intent", "sentiment", "topic")
 ENDINGS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 FEWEST_ROWS = 30
@@ -61,10 +72,7 @@ def open_data(source: str, *, text_column: str | None, label_column: str | None,
     for flag, column in (("text_column", text_column), ("label_column", label_column)):
         if column is not None:
             raise DataError(f"{flag}={column!r} names a column of a file, and the data is {LANGUAGES!r}: leave it away")
-    try:
-        parts = languages.load(cache)
-    except languages.LanguagesError as error:
-        raise DataError(str(error)) from error
+    parts = languages.load(cache)
     return DataSet(
         name=LANGUAGES,
         labels=tuple(sorted(set(parts["train"].labels))),
@@ -94,10 +102,12 @@ def read_file(path: Path, *, text_column: str | None = None, label_column: str |
     parts = _split(pairs)
     if len(pairs) < FEWEST_ROWS or not all(part.texts for part in parts.values()):
         raise DataError(
-            f"{path} has {len(pairs)} usable rows (each text once, texts with two labels left out), too few to train on and "
-            f"to test with: give at least {FEWEST_ROWS}, better some hundred"
+            f"{path} has {len(pairs)} usable rows (each text once, those with two labels left out), too few to train "
+            f"on and to test with: give at least {FEWEST_ROWS}, better some hundred"
         )
-    return DataSet(name=path.name, labels=known, **parts)
+    return DataSet(
+        name=path.name, labels=known, train=parts["train"], validation=parts["validation"], test=parts["test"]
+    )
 
 
 def _table(path: Path) -> Dataset:
@@ -154,7 +164,9 @@ def _filled(path: Path, values: Iterable[Any], column: str) -> list[str]:
     texts = ["" if value is None else str(value).strip() for value in values]
     empty = [number for number, text in enumerate(texts, start=1) if not text]
     if empty:
-        raise DataError(f"{path}: column {column!r} is empty in {len(empty)} row(s), the first is row {empty[0]}: fill or drop them")
+        raise DataError(
+            f"{path}: column {column!r} is empty in {len(empty)} row(s), the first is row {empty[0]}: fill or drop them"
+        )
     return texts
 
 
@@ -163,7 +175,7 @@ def _unambiguous(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     labels: dict[str, set[str]] = defaultdict(set)
     for text, label in pairs:
         labels[text].add(label)
-    return [(text, *found) for text, found in labels.items() if len(found) == 1]
+    return [(text, found.pop()) for text, found in labels.items() if len(found) == 1]
 
 
 def _split(pairs: Sequence[tuple[str, str]]) -> dict[str, Texts]:
@@ -176,4 +188,6 @@ def _split(pairs: Sequence[tuple[str, str]]) -> dict[str, Texts]:
     for name in ("validation", "test"):
         parts["train"] += [pair for pair in parts[name] if pair[1] not in learned]
         parts[name] = [pair for pair in parts[name] if pair[1] in learned]
-    return {name: Texts(tuple(t for t, _ in rows), tuple(l for _, l in rows)) for name, rows in parts.items()}
+    return {
+        name: Texts(tuple(text for text, _ in rows), tuple(label for _, label in rows)) for name, rows in parts.items()
+    }

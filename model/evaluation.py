@@ -30,7 +30,8 @@ def predict(network: nn.Module, rows: Rows, *, spec: NgramSpec | BpeSpec) -> npt
         with torch.inference_mode():
             for start in range(0, len(order), EVAL_ROWS):
                 numbers = order[start : start + EVAL_ROWS]
-                batch = padded([rows[number] for number in numbers], rows.labels[numbers], spec=spec)
+                length = spec.padded_length(int(rows.lengths[numbers[-1]]))
+                batch = padded([rows[number] for number in numbers], rows.labels[numbers], length=length)
                 del batch["labels"]
                 found.append(network(**{name: tensor.to(device) for name, tensor in batch.items()}).cpu())
     finally:

@@ -12,12 +12,13 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from evalmode.model.batches import UNLABELLED, Batch, Batches
 from evalmode.model.config import TrainConfig
 
-BETAS = (0.9, 0.98)  # the second as in Vaswani et al. 2017, section 5.3: a run of a thousand steps cannot average over more
+BETAS = (0.9, 0.98)  # as Vaswani et al. 2017, section 5.3: a run of a thousand steps cannot average over more
 
 
 class Learner(lightning.LightningModule):
@@ -42,12 +43,15 @@ class Learner(lightning.LightningModule):
         right = (logits.detach().argmax(-1) == labels).sum() / (labels != UNLABELLED).sum().clamp(min=1)
         return {"loss": loss_of(logits, labels), "accuracy": right}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW (Loshchilov and Hutter 2019), whose decay reaches the weights of linear layers alone."""
         decayed = [module.weight for module in self.network.modules() if isinstance(module, nn.Linear)]
         reached = {id(weight) for weight in decayed}
         others = [weight for weight in self.network.parameters() if id(weight) not in reached]
-        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": self.config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         # fused: one pass over the table's three million weights instead of ten.
         optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=BETAS, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -41,8 +41,8 @@ def informed_table(rows: Rows, *, vocabulary: int, labels: int, width: int, scal
 
         table = scale * e @ R / std(e),   R (labels, width)
 
-    The rows of R are orthonormal where labels <= width (the evidence is turned, none is lost); otherwise R is a Gaussian
-    projection with variance 1 / width, which keeps distances on average (Johnson and Lindenstrauss 1984).
+    The rows of R are orthonormal where labels <= width (the evidence is turned, none is lost); otherwise R is a
+    Gaussian projection with variance 1 / width, which keeps distances on average (Johnson and Lindenstrauss 1984).
     """
     evidence = label_evidence(rows, vocabulary=vocabulary, labels=labels)
     draw = np.random.default_rng((seed, labels, width))

@@ -23,7 +23,12 @@ class ShowProgress(lightning.Callback):
         """Open the bar, at the step where the run stands."""
         if not (trainer.is_global_zero and self.console.is_terminal):
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
         self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
         total = int(trainer.num_training_batches) * self.epochs
         self.bar.add_task("training", total=total, completed=trainer.global_step, figures="")
@@ -48,7 +53,7 @@ class ShowProgress(lightning.Callback):
         if trainer.is_global_zero:
             figures = self.means | {name: float(value) for name, value in trainer.callback_metrics.items()}
             shown = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
-            self.console.print(f"{self._epoch(trainer)}  {shown}", highlight=False)
+            self.console.print(f"{self._epoch(trainer)}  {shown}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Close the bar."""

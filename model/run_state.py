@@ -26,7 +26,7 @@ class RunMismatch(EvalmodeError):  # noqa: N818 - read as a sentence
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that at every instant it is either as it was before or complete, whatever happens to the machine."""
+    """Write a file so that at every instant it is as it was before or complete, whatever happens to the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("wb") as file:
@@ -89,7 +89,9 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> Path | No
     """
     state, run = folder / STATE_FILE, folder / RUN_FILE
     if state.exists() and not resume:
-        raise EvalmodeError(f"{folder.parent} holds an unfinished training: go on with --resume, or choose another --out")
+        raise EvalmodeError(
+            f"{folder.parent} holds an unfinished training: go on with --resume, or choose another --out"
+        )
     if state.exists():
         require_same(json.loads(run.read_text()), record, where=run)
         return state
@@ -106,4 +108,6 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path)
         if stored.get(key) != record.get(key)
     ]
     if differing:
-        raise RunMismatch(f"{where} describes another training: {'; '.join(differing)}: use the same options, or another --out")
+        raise RunMismatch(
+            f"{where} describes another training: {'; '.join(differing)}: use the same options, or another --out"
+        )

@@ -6,10 +6,11 @@ of the command line.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,27 +22,30 @@ import lightning
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import evalmode
-from evalmode.bundle.frontend import BpeSpec, FrontEnd, NgramSpec, open_frontend
+from evalmode.bundle.frontend import BpeSpec, NgramSpec, open_frontend
 from evalmode.model import checkpoint
 from evalmode.model.batches import UNLABELLED, Batches, Rows, encode
 from evalmode.model.checkpoint import Checkpoint, HeldOut
-from evalmode.model.config import TrainConfig
+from evalmode.model.config import TrainConfig, TransformerConfig
 from evalmode.model.data import DataSet, open_data
 from evalmode.model.evaluation import fit_temperature, fold_temperature, predict, quality
 from evalmode.model.frontends import choose_frontend
+from evalmode.model.languages import Texts
 from evalmode.model.learner import Learner, step_seed
 from evalmode.model.prior import informed_table
 from evalmode.model.progress import ShowProgress
-from evalmode.model.run_state import FOLDER, KeepState, WholeFiles, open_run, require_same
+from evalmode.model.run_state import FOLDER, STATE_FILE, KeepState, WholeFiles, open_run, require_same
 from evalmode.model.transformer import Transformer
 from evalmode.model.validation import Validation
 
 ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 150_000, 2, 20
 JUDGED_TRAIN_ROWS = 10_000  # the training accuracy is of so many rows: it is shown for the gap to test, no more
-TABLE_SCALE = 0.3
+TABLE_SCALE = 0.1
 ODD_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
+SAMPLED_LABELS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Result:
     """What a training came to. `seconds` are of this call alone; `metrics` as in Checkpoint."""
 
     checkpoint: Path
-    metrics: dict[str, dict[str, float]]
+    metrics: Mapping[str, Mapping[str, float]]
     weights_sha256: str
     parameters: int
     epochs: int
@@ -57,16 +61,21 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """The data of a run as rows, and what encoded it."""
+class _Run:
+    """What a run trains on: its data, what encodes it, and the three parts encoded."""
 
+    config: TrainConfig
     data: DataSet
     spec: NgramSpec | BpeSpec
     tokenizer: str | None
-    frontend: FrontEnd
     train: Rows
     validation: Rows
     test: Rows
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What another run must agree with to continue this one."""
+        return self.config.record() | {"data_sha256": self.data.sha256}
 
 
 def fit(
@@ -81,22 +90,182 @@ def fit(
 
     `resume` goes on where a killed run stopped, starts one where there is none, and takes a finished one as it is.
     `cache` holds the default data set, `console` shows the progress. Raises DataError, RunMismatch or EvalmodeError
-    with one sentence on what to mend.
+    with one sentence on what to mend; KeyboardInterrupt when the user stops it, and the run can be resumed then.
     """
     started = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    console = console or Console(quiet=True)
-    data = open_data(config.data, text_column=config.text_column, label_column=config.label_column, cache=cache)
-    record = config.record() | {"data_sha256": data.sha256}
+    run = _prepare(config, cache=cache)
     if resume and (out / checkpoint.RECORD_FILE).exists():
-        return _finished(out, record, started=started)
-    with _quiet():
-        run = _prepare(config, data)
-        network, validation, main = _train(config, run, out=out, record=record, resume=resume, console=console)
-        if not main:
+        finished = checkpoint.load(out)
+        require_same(_record_of(finished), run.record, where=out / checkpoint.RECORD_FILE)
+    else:
+        validation = _train(run, out=out, resume=resume, console=console or Console(quiet=True))
+        if validation is None:
             return None
-        network.load_state_dict(validation.best_weights)
-        sha256, metrics = _finish(network.cpu(), run, config=config, out=out)
-    rmtree(out / FOLDER)
-    return _result(out, network, metrics, sha256, started=started)
+        finished = _finish(run, validation.best_weights, epochs=validation.epochs)
+        checkpoint.save(finished, out)
+        rmtree(out / FOLDER)
+    return Result(
+        checkpoint=out,
+        metrics=finished.metrics,
+        weights_sha256=hashlib.sha256((out / checkpoint.WEIGHTS_FILE).read_bytes()).hexdigest(),
+        parameters=sum(weight.numel() for weight in finished.module.parameters()),
+        epochs=finished.provenance["epochs"],
+        seconds=time.monotonic() - started,
+    )
+
+
+def _prepare(config: TrainConfig, *, cache: Path) -> _Run:
+    data = open_data(config.data, text_column=config.text_column, label_column=config.label_column, cache=cache)
+    spec, tokenizer = choose_frontend(config, data)
+    frontend = open_frontend(spec, tokenizer)
+    index = {label: number for number, label in enumerate(data.labels)}
+    parts = {
+        name: encode(part.texts, [index[label] for label in part.labels], frontend=frontend)
+        for name, part in (("validation", data.validation), ("test", data.test))
+    }
+    labels = [*(index[label] for label in data.train.labels), *(UNLABELLED for _ in data.unlabelled)]
+    train = encode((*data.train.texts, *data.unlabelled), labels, frontend=frontend)
+    return _Run(config=config, data=data, spec=spec, tokenizer=tokenizer, train=train, **parts)
+
+
+def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validation | None:
+    """What validation kept; None in every process but the first. Leaves the state it could resume from in `out`."""
+    config, state = run.config, out / FOLDER / STATE_FILE
+    epochs = config.epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(ROWS_TO_SHOW / len(run.train))))
+    validation = Validation(run.validation, spec=run.spec, patience=config.patience)
+    callbacks = [validation, ShowProgress(console, epochs=epochs), KeepState(state, steps=config.save_steps)]
+    with _quiet():
+        trainer = _trainer(config, epochs=epochs, callbacks=callbacks)
+        batches = Batches(
+            run.train,
+            spec=run.spec,
+            batch_rows=config.batch_rows,
+            seed=config.seed,
+            crop=config.crop,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+        if trainer.is_global_zero:
+            open_run(out / FOLDER, record=run.record, resume=resume)
+        learner = Learner(_network(run), config=config, batches=batches, steps=epochs * len(batches))
+        try:
+            trainer.fit(learner, ckpt_path=state if state.exists() else None)
+        except SystemExit as stopped:  # how Lightning passes a Ctrl-C on
+            raise KeyboardInterrupt from stopped
+    return validation if trainer.is_global_zero else None
+
+
+def _trainer(config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="auto",
+        devices=config.devices,
+        num_nodes=config.nodes,
+        strategy=config.strategy,
+        max_epochs=epochs,
+        max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
+        gradient_clip_val=config.clip_norm,
+        deterministic=True,
+        callbacks=callbacks,
+        plugins=[WholeFiles()],
+        use_distributed_sampler=False,  # Batches deals the rows out to the processes itself
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _network(run: _Run) -> Transformer:
+    """The untrained network, the same in every process."""
+    torch.manual_seed(step_seed(run.config.seed, step=-1, rank=0))
+    network = Transformer(_shape(run))
+    if run.config.informed_table:
+        table = network.embedding.table.weight
+        guess = informed_table(
+            run.train,
+            vocabulary=table.shape[0],
+            labels=len(run.data.labels),
+            width=table.shape[1],
+            scale=TABLE_SCALE,
+            seed=run.config.seed,
+        )
+        with torch.no_grad():
+            table.copy_(guess)
+    return network
+
+
+def _shape(run: _Run) -> TransformerConfig:
+    return run.config.network(
+        vocabulary=run.spec.vocabulary,
+        labels=len(run.data.labels),
+        positions=run.spec.lengths[-1],
+        ids_per_position=open_frontend(run.spec, run.tokenizer).ids_per_position,
+    )
+
+
+def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpoint:
+    """The network with these weights, its temperature fitted and folded in, judged on the three parts."""
+    network = Transformer(_shape(run)).eval()
+    network.load_state_dict(weights)
+    temperature = fit_temperature(predict(network, run.validation, spec=run.spec), run.validation.labels)
+    fold_temperature(network.head, temperature)
+    parts = {"train": _sample(run.train), "validation": run.validation, "test": run.test}
+    metrics = {
+        name: quality(predict(network, rows, spec=run.spec), rows.labels) | {"rows": len(rows)}
+        for name, rows in parts.items()
+    }
+    return Checkpoint(
+        module=network,
+        frontend=run.spec,
+        tokenizer=run.tokenizer,
+        labels=run.data.labels,
+        held_out=HeldOut(rows=[run.test[number] for number in range(len(run.test))], labels=run.test.labels),
+        sample_texts=(*ODD_TEXTS, *_one_a_label(run.data.test)),
+        metrics=metrics,
+        provenance={
+            "evalmode": evalmode.__version__,
+            "torch": torch.__version__,
+            "seed": run.config.seed,
+            "data": {"name": run.data.name, "sha256": run.data.sha256, "rows": len(run.data.train.texts)},
+            "training": run.config.record(),
+            "epochs": epochs,
+            "temperature": temperature,
+        },
+    )
+
+
+def _record_of(finished: Checkpoint) -> dict[str, Any]:
+    return finished.provenance["training"] | {"data_sha256": finished.provenance["data"]["sha256"]}
+
+
+def _sample(rows: Rows) -> Rows:
+    """At most JUDGED_TRAIN_ROWS of the labelled rows, evenly spread."""
+    labelled = np.flatnonzero(rows.labels != UNLABELLED)
+    numbers = labelled[:: -(-len(labelled) // JUDGED_TRAIN_ROWS)]
+    return rows.take(numbers)
+
+
+def _one_a_label(texts: Texts) -> tuple[str, ...]:
+    """The first text of each label, of at most SAMPLED_LABELS labels."""
+    first = dict(zip(reversed(texts.labels), reversed(texts.texts), strict=True))
+    return tuple(first[label] for label in sorted(first)[:SAMPLED_LABELS])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning without its tips, its device report and its advice, which speak to its own users and not to ours."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.|torch\.")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

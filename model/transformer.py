@@ -12,6 +12,7 @@ Knows nothing of texts, training or files.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,37 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T, G) int64 -> (B, T, D)."""
         b, t, g = ids.shape
-        # A matrix product, not a sum over G: its order of addition does not depend on how many rows there are.
         weights = self.ngram_dropout(self.table.weight.new_full((b, t, 1, g), 1.0 / g))
-        x = (weights @ self.table(ids)).squeeze(2)  # (B, T, D)
+        if self.training:
+            x = _WeightedRows.apply(ids, weights, self.table.weight)  # type: ignore[no-untyped-call]  # (B, T, D)
+        else:
+            # A matrix product, not a sum over G: its order of addition does not depend on how many rows there are.
+            x = (weights @ self.table(ids)).squeeze(2)  # (B, T, D)
         return self.dropout(x + self.positions.weight[:t])
+
+
+class _WeightedRows(torch.autograd.Function):
+    """Training's way to `weights @ table[ids]`: (B, T, G), (B, T, 1, G), (V, D) -> (B, T, D), to rounding.
+
+    It never holds the (B, T, G, D) rows, and scatters their gradient into the table in one pass: on CPU a third of the
+    time of autograd's own, which was an eighth of a step. Gives no gradient to the weights, which are no parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+        b, t, g = ids.shape
+        ctx.save_for_backward(ids, weights)
+        ctx.rows = len(table)
+        bags = F.embedding_bag(ids.view(-1, g), table, per_sample_weights=weights.view(-1, g), mode="sum")
+        return bags.view(b, t, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        ids, weights = ctx.saved_tensors
+        scattered = grad.new_zeros(ctx.rows, grad.shape[-1])
+        scattered.index_add_(0, ids.flatten(), (weights.transpose(2, 3) * grad.unsqueeze(2)).flatten(0, 2))
+        scattered[0] = 0.0  # padding never learns
+        return None, None, scattered
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""The end of each epoch: the validation loss, the best weights so far, and whether it is time to stop. Knows no files."""
+"""The end of each epoch: its validation loss, the best weights so far, whether it is time to stop. Knows no files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Validation(lightning.Callback):
 
     def __init__(self, rows: Rows, *, spec: NgramSpec | BpeSpec, patience: int) -> None:
         self.rows, self.spec, self.patience = rows, spec, patience
-        self.best_loss, self.waited = float("inf"), 0
+        self.best_loss, self.waited, self.epochs = float("inf"), 0, 0
         self.best_weights: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -33,6 +33,7 @@ class Validation(lightning.Callback):
         loss = log_loss(logits, self.rows.labels)
         accuracy = quality(logits, self.rows.labels)["accuracy"]
         pl_module.log_dict({"validation_loss": loss, "validation_accuracy": accuracy})
+        self.epochs += 1
         if loss < self.best_loss:
             self.best_loss, self.waited = loss, 0
             weights = _network(pl_module).state_dict()
@@ -43,12 +44,13 @@ class Validation(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge as this one would have."""
-        return {"best_loss": self.best_loss, "waited": self.waited, "best_weights": self.best_weights}
+        names = ("best_loss", "waited", "epochs", "best_weights")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Judge on from there."""
-        self.best_loss, self.waited = state_dict["best_loss"], state_dict["waited"]
-        self.best_weights = state_dict["best_weights"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
 
 def _network(module: lightning.LightningModule) -> nn.Module:

@@ -17,17 +17,8 @@ from starlette.exceptions import HTTPException
 import evalmode
 from evalmode.service.body import parse_predict, read_body, require_json
 from evalmode.service.errors import BodyTooLarge, NotReady, RequestError
-from evalmode.service.predictor import Prediction, Predictor
-from evalmode.service.schemas import (
-    ErrorAnswer,
-    ModelAnswer,
-    ModelReference,
-    PredictAnswer,
-    ScoredLabel,
-    StateAnswer,
-    TextPrediction,
-    request_schema,
-)
+from evalmode.service.predictor import Predictor
+from evalmode.service.schemas import ErrorResponse, ModelResponse, PredictResponse, StateResponse, request_schema
 from evalmode.service.settings import Settings
 
 _log = structlog.get_logger("evalmode.service")
@@ -81,9 +72,9 @@ def _lifespan(
 
 def _routes(settings: Settings) -> APIRouter:
     body = {"schema": request_schema(max_rows=settings.max_rows, max_top_k=settings.max_top_k)}
-    not_ready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorAnswer}}
+    not_ready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
     refusals: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer} for status in (400, 413, 415, 422, 500, 503)
+        status: {"model": ErrorResponse} for status in (400, 413, 415, 422, 500, 503)
     }
     router = APIRouter(default_response_class=Response)
     router.add_api_route(
@@ -91,14 +82,14 @@ def _routes(settings: Settings) -> APIRouter:
         _predict,
         methods=["POST"],
         operation_id="predict",
-        response_model=PredictAnswer,
+        response_model=PredictResponse,
         responses=refusals,
         # The body is read by hand: within the limit, and with our own sentences for what is wrong with it.
         openapi_extra={"requestBody": {"required": True, "content": {_JSON: body}}},
     )
-    router.add_api_route("/v1/model", _model, operation_id="model", response_model=ModelAnswer, responses=not_ready)
-    router.add_api_route("/livez", _livez, operation_id="livez", response_model=StateAnswer)
-    router.add_api_route("/readyz", _readyz, operation_id="readyz", response_model=StateAnswer, responses=not_ready)
+    router.add_api_route("/v1/model", _model, operation_id="model", response_model=ModelResponse, responses=not_ready)
+    router.add_api_route("/livez", _livez, operation_id="livez", response_model=StateResponse)
+    router.add_api_route("/readyz", _readyz, operation_id="readyz", response_model=StateResponse, responses=not_ready)
     return router
 
 
@@ -114,38 +105,23 @@ async def _predict(request: Request) -> Response:
     )
     asked = parse_predict(body, max_rows=settings.max_rows, max_top_k=settings.max_top_k)
     found = await predictor.predict_async(asked.inputs, top_k=asked.top_k, truncate=asked.truncate)
-    return _answer(
-        PredictAnswer(model=_reference(predictor), predictions=[_prediction(prediction) for prediction in found])
-    )
+    return _answer(PredictResponse.of(predictor, found))
 
 
 async def _model(request: Request) -> Response:
     """What is being served: manifest, certificate, and how its known answers came out on this machine."""
-    predictor = _predictor(request)
-    return _answer(
-        ModelAnswer(
-            **dict(_reference(predictor)),
-            manifest=predictor.bundle.manifest,
-            certificate=predictor.bundle.certificate,
-            known_answers=predictor.replayed,
-            platform=predictor.platform,
-            provider=predictor.platform.provider,
-            threads=predictor.platform.threads,
-            workers=predictor.workers,
-            row_counts={length: list(counts) for length, counts in predictor.row_counts.items()},
-        )
-    )
+    return _answer(ModelResponse.of(_predictor(request)))
 
 
 async def _livez() -> Response:
     """Whether this process answers at all."""
-    return _answer(StateAnswer())
+    return _answer(StateResponse())
 
 
 async def _readyz(request: Request) -> Response:
     """Whether predictions can be asked: the bundle is checked and its known answers came out."""
     _predictor(request)
-    return _answer(StateAnswer(ready=True))
+    return _answer(StateResponse(ready=True))
 
 
 def _predictor(request: Request) -> Predictor:
@@ -155,27 +131,13 @@ def _predictor(request: Request) -> Predictor:
     return predictor
 
 
-def _reference(predictor: Predictor) -> ModelReference:
-    manifest = predictor.bundle.manifest
-    return ModelReference(name=manifest.name, version=manifest.version, digest=predictor.bundle.digest)
-
-
-def _prediction(prediction: Prediction) -> TextPrediction:
-    return TextPrediction(
-        label=prediction.label,
-        score=prediction.score,
-        truncated=prediction.truncated,
-        top=[ScoredLabel(label=scored.label, score=scored.score) for scored in prediction.top],
-    )
-
-
-def _answer(model: PredictAnswer | ModelAnswer | StateAnswer) -> Response:
+def _answer(model: PredictResponse | ModelResponse | StateResponse) -> Response:
     # Serialised once, here; numbers are written with as many digits as it takes to read the same bits back.
     return Response(model.model_dump_json(), media_type=_JSON)
 
 
 def _error(status: int, sentence: str, *, field: str | None = None, headers: dict[str, str] | None = None) -> Response:
-    body = ErrorAnswer(error=sentence, field=field).model_dump_json()
+    body = ErrorResponse(error=sentence, field=field).model_dump_json()
     return Response(body, status_code=status, media_type=_JSON, headers=headers)
 
 

@@ -66,15 +66,15 @@ def _refuse_constant(name: str) -> Any:
 
 def _invalid(error: ErrorDetails) -> InvalidField:
     """pydantic's first complaint as one sentence that names the field and the value."""
-    field = ".".join(map(str, error["loc"])) or None
+    field = ".".join(map(str, error["loc"]))[:_SHOWN_CHARACTERS]
     kind, value = error["type"], _shown(error["input"])
-    if field is None:
+    if kind in ("extra_forbidden", "string_unicode"):  # the latter: a key that is half an emoji, and has no loc
+        known = ", ".join(PredictRequest.model_fields)
+        return InvalidField(f"{field or value} is not a field of this request, which has {known}", field=field or None)
+    if not field:
         return InvalidField(f"the body must be a JSON object with the field inputs, got {value}")
     if kind == "missing":
         return InvalidField(f"{field} is missing", field=field)
-    if kind == "extra_forbidden":
-        known = ", ".join(PredictRequest.model_fields)
-        return InvalidField(f"{field} is not a field of this request, which has {known}", field=field)
     if kind == "is_instance_of":
         return InvalidField(f"{field} must be a string, got {value}", field=field)
     complaint = error["msg"].replace("Input should", "must").replace("List should", "must")

@@ -18,9 +18,9 @@ def configure_logs(form: Literal["auto", "json", "console"]) -> None:
     ]
     if not console:
         shared.append(structlog.processors.format_exc_info)
-    renderer: structlog.types.Processor = (
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(ensure_ascii=False)
-    )
+    renderer: structlog.types.Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+    if console:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

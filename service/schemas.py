@@ -1,7 +1,8 @@
-"""What requests and answers look like on the wire, as OpenAPI shows them. Knows no model and no framework."""
+"""What requests and responses look like on the wire, as OpenAPI shows them. Knows no framework and no status."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, JsonValue
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, JsonValue
 from evalmode.bundle.certificate import Certificate, Platform
 from evalmode.bundle.known_answers import Replay
 from evalmode.bundle.manifest import Manifest
+from evalmode.service.predictor import Prediction, Predictor
 
 _REQUEST: JsonValue = {"inputs": ["Ez egy rövid mondat.", "Dit is een zin."], "top_k": 3, "truncate": True}
 _MODEL: JsonValue = {"name": "languages", "version": "1", "digest": "0f3c" * 16}
@@ -19,7 +21,7 @@ _TOP: JsonValue = [
 ]
 
 
-class _Answer(BaseModel):
+class _Response(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
@@ -38,22 +40,28 @@ class PredictRequest(BaseModel):
     )
 
 
-class ModelReference(_Answer):
+class ModelReference(_Response):
     """Which model answered: the digest names every byte of it."""
 
     name: str
     version: str
     digest: str
 
+    @classmethod
+    def of(cls, predictor: Predictor) -> ModelReference:
+        """The model that this predictor answers with."""
+        manifest = predictor.bundle.manifest
+        return cls(name=manifest.name, version=manifest.version, digest=predictor.bundle.digest)
 
-class ScoredLabel(_Answer):
+
+class ScoredLabel(_Response):
     """A label with its probability."""
 
     label: str
     score: float
 
 
-class TextPrediction(_Answer):
+class TextPrediction(_Response):
     """The prediction of one text."""
 
     label: str
@@ -61,8 +69,18 @@ class TextPrediction(_Answer):
     truncated: bool = Field(description="Whether the text was longer than the model reads, and was cut.")
     top: list[ScoredLabel]
 
+    @classmethod
+    def of(cls, prediction: Prediction) -> TextPrediction:
+        """The prediction as it is written."""
+        return cls(
+            label=prediction.label,
+            score=prediction.score,
+            truncated=prediction.truncated,
+            top=[ScoredLabel(label=scored.label, score=scored.score) for scored in prediction.top],
+        )
 
-class PredictAnswer(_Answer):
+
+class PredictResponse(_Response):
     """One prediction for each text, in their order."""
 
     model_config = ConfigDict(
@@ -79,8 +97,16 @@ class PredictAnswer(_Answer):
     model: ModelReference
     predictions: list[TextPrediction]
 
+    @classmethod
+    def of(cls, predictor: Predictor, predictions: Sequence[Prediction]) -> PredictResponse:
+        """The response to a request that this predictor answered so."""
+        return cls(
+            model=ModelReference.of(predictor),
+            predictions=[TextPrediction.of(prediction) for prediction in predictions],
+        )
 
-class ModelAnswer(_Answer):
+
+class ModelResponse(_Response):
     """What is being served, what was proven of it, and where."""
 
     name: str
@@ -97,15 +123,30 @@ class ModelAnswer(_Answer):
         description="for each padded length, the batch sizes measured here to give a row the bits it has alone"
     )
 
+    @classmethod
+    def of(cls, predictor: Predictor) -> ModelResponse:
+        """Everything there is to say of the model that this predictor answers with."""
+        return cls(
+            **dict(ModelReference.of(predictor)),
+            manifest=predictor.bundle.manifest,
+            certificate=predictor.bundle.certificate,
+            known_answers=predictor.replayed,
+            platform=predictor.platform,
+            provider=predictor.platform.provider,
+            threads=predictor.platform.threads,
+            workers=predictor.workers,
+            row_counts={length: list(counts) for length, counts in predictor.row_counts.items()},
+        )
 
-class StateAnswer(_Answer):
+
+class StateResponse(_Response):
     """The answer of /livez and /readyz."""
 
     live: bool = True
     ready: bool | None = None
 
 
-class ErrorAnswer(_Answer):
+class ErrorResponse(_Response):
     """Every answer other than 200."""
 
     model_config = ConfigDict(

@@ -47,6 +47,5 @@ def load_settings(**given: Any) -> Settings:
         if first["type"] == "extra_forbidden":
             raise StartFailed(f"there is no setting {field}; there are {', '.join(Settings.model_fields)}") from error
         complaint = first["msg"].replace("Input should", "must").replace("String should", "must")
-        raise StartFailed(
-            f"setting {field} (--{field.replace('_', '-')}, {_PREFIX}{field.upper()}) {complaint}, got {first['input']!r}"
-        ) from error
+        spellings = f"--{field.replace('_', '-')}, {_PREFIX}{field.upper()}"
+        raise StartFailed(f"setting {field} ({spellings}) {complaint}, got {first['input']!r}") from error

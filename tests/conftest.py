@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ def small_config(**changes: object) -> TransformerConfig:
 
 
 def make_checkpoint(module: torch.nn.Module, *, labels: int = 5) -> Checkpoint:
-    """A checkpoint around any module that reads n-gram ids: what `model.checkpoint.load` returns, without a training."""
+    """A checkpoint, as `model.checkpoint.load` returns it, around any module that reads n-gram ids."""
     spec = NgramSpec(vocabulary=512, lengths=(4, 16))
     frontend = NgramFrontEnd(spec)
     rows = [frontend.encode(text).ids for text in TEXTS * 4]

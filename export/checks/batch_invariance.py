@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def measure(subject: Subject) -> dict[int, tuple[int, ...]]:
     return {length: stable_row_counts(subject.served.run, rows, COUNTS) for length, rows in subject.rows.items()}
 
 
-def check(subject: Subject, row_counts: dict[int, tuple[int, ...]]) -> Record:
+def check(subject: Subject, row_counts: Mapping[int, Sequence[int]]) -> Record:
     """Fail when exchanging a row's companions, at one batch size, changes its answer by a bit.
 
     Which batch sizes give the bits of one row alone (`row_counts`, from `measure`) is a property of the runtime's
@@ -35,15 +35,21 @@ def check(subject: Subject, row_counts: dict[int, tuple[int, ...]]) -> Record:
         for length, by in moved.items()
         if by
     )
-    stable = ", ".join(f"{len(counts)} at length {length}" for length, counts in row_counts.items())
     return Record(
         rule=RULE,
         verdict=Verdict.FAIL if where else Verdict.PASS,
         why="rows depend on their neighbours" if where else "no row depends on its neighbours",
-        measured=f"moved by {worst:.3g}; of the batch sizes 1..{COUNTS[-1]} as alone: {stable}",
+        measured=f"moved by {worst:.3g}; {_as_alone(row_counts)}",
         limit="0",
         where=where,
     )
+
+
+def _as_alone(row_counts: Mapping[int, Sequence[int]]) -> str:
+    if all(len(counts) == len(COUNTS) for counts in row_counts.values()):
+        return f"the bits of one row alone at every batch size 1..{COUNTS[-1]}"
+    some = ", ".join(f"{len(counts)} at length {length}" for length, counts in row_counts.items())
+    return f"of the batch sizes 1..{COUNTS[-1]}, with the bits of one row alone: {some}"
 
 
 def _moved_by_companions(subject: Subject, rows: Sequence[Tensors]) -> float:

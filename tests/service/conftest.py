@@ -27,6 +27,7 @@ SPEC = NgramSpec(lengths=(4, 8, 16), orders=3, characters=2, vocabulary=512)
 LABELS = ("hu", "nl", "fi", "et", "de")
 TEXTS = ("", "Ez egy rövid mondat.", "Dit is een zin.", "A", "Tämä on lyhyt lause, joka ei ole aivan lyhyt.")
 READY_S = 30.0
+SERVER = ("-m", "evalmode.service.server")
 
 
 def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(LABELS)) -> bytes:
@@ -131,7 +132,7 @@ def environment(bundle: Path, **settings: object) -> dict[str, str]:
 
 
 @contextmanager
-def running(bundle: Path, *, program: tuple[str, ...] = ("-m", "evalmode.service.server"), **settings: object):
+def running(bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object) -> Iterator[Service]:
     """A server process that has said that it serves."""
     process = subprocess.Popen(
         [sys.executable, *program],
@@ -149,16 +150,25 @@ def running(bundle: Path, *, program: tuple[str, ...] = ("-m", "evalmode.service
         process.communicate()
 
 
+def ended(bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object) -> subprocess.CompletedProcess[str]:
+    """A server process that ended by itself."""
+    return subprocess.run(
+        [sys.executable, *program],
+        env=environment(bundle, **settings),
+        capture_output=True,
+        text=True,
+        timeout=READY_S,
+        check=False,
+    )
+
+
 def refused(bundle: Path, **settings: object) -> str:
     """The sentence with which a server refuses to start; it is one, without a traceback, and the exit code is 2."""
-    program = [sys.executable, "-m", "evalmode.service.server"]
-    ended = subprocess.run(
-        program, env=environment(bundle, **settings), capture_output=True, text=True, timeout=READY_S, check=False
-    )
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stdout == ""
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr
-    return ended.stderr
+    process = ended(bundle, **settings)
+    assert process.returncode == 2, process.stderr
+    assert process.stdout == ""
+    assert len(process.stderr.splitlines()) == 1, process.stderr
+    return process.stderr
 
 
 def _started(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -184,6 +194,7 @@ class Processes:
     """What a test that wants a server of its own calls."""
 
     running = staticmethod(running)
+    ended = staticmethod(ended)
     refused = staticmethod(refused)
 
 
@@ -201,7 +212,7 @@ def processes() -> Processes:
 def texts() -> list[str]:
     """200 texts of every length the tiny model reads, empty, longer, and in several scripts."""
     random = np.random.default_rng(11)
-    words = "Ez egy rövid mondat Dit is een zin これは Это 7 👍 ﷺ long-winded a 2026".split()
+    words = ["Ez", "egy", "rövid", "mondat", "Dit", "is", "een", "これは", "Это", "7", "👍", "ﷺ", "long-winded", "2026"]
     found = ["", " ", "a", "\ud83d", "x" * 500]
     while len(found) < 200:
         found.append(" ".join(random.choice(words, random.integers(1, 10))))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from evalmode.service.body import parse_predict, read_body, require_json
 from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, UnsupportedMedia
+from evalmode.service.schemas import ErrorResponse
 
 
 def parse(body: bytes | object):
@@ -111,13 +112,26 @@ def test_a_wrong_field_is_named_with_its_value(body, field, sentence):
     assert str(refusal.value) == sentence
 
 
+def test_half_an_emoji_in_the_name_of_a_field_is_refused_in_words_that_can_be_sent():
+    with pytest.raises(InvalidField) as refusal:
+        parse(b'{"inputs": ["a"], "\\ud83d": 1}')
+    assert str(refusal.value) == '"\\ud83d" is not a field of this request, which has inputs, top_k, truncate'
+
+
 def test_half_an_emoji_is_a_text_like_any_other():
     assert parse(b'{"inputs": ["cut \\ud83d"]}').inputs == ["cut \ud83d"]
 
 
-@given(st.binary() | st.recursive(st.none() | st.booleans() | st.text(), st.lists).map(json.dumps).map(str.encode))
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(ANY_TEXT | st.sampled_from(["inputs", "top_k"]), inner),
+)
+
+
+@given(st.binary() | ANY_JSON.map(json.dumps).map(str.encode))
 def test_whatever_the_bytes_they_are_a_request_or_one_of_our_sentences(body):
     try:
         parse(body)
     except (BadRequest, InvalidField) as refusal:
-        assert str(refusal)
+        ErrorResponse(error=str(refusal), field=refusal.field).model_dump_json()

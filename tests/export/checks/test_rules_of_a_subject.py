@@ -1,0 +1,163 @@
+"""The rules that run the graph, each on a graph and a module that differ in just what the rule is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.export.checks import batch_invariance, census, held_out, parity, repeatability
+from evalmode.export.subject import HeldOut, Subject
+
+ROWS = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+
+
+class Calls(nn.Module):
+    """A module that answers as a function says."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(x)
+
+
+def graph(*nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, **constants: np.ndarray) -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])
+    y = helper.make_tensor_value_info("y", kind, None)
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    opsets = [helper.make_opsetid("", 20)]
+    return helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers), opset_imports=opsets, ir_version=9)
+
+
+def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(op, list(inputs), [output], name=f"/{op}_{output}", **attributes)
+
+
+DOUBLED = graph(node("Add", "x", "x"))
+
+
+def subject(model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **more: object) -> Subject:
+    rows = {4: [{"x": row[np.newaxis]} for row in ROWS]}
+    return Subject(module=Calls(answer).eval(), model=model, probes=[{"x": ROWS}, {"x": ROWS[:1]}], rows=rows, **more)  # type: ignore[arg-type]
+
+
+def test_parity_passes_for_the_same_function() -> None:
+    assert parity.check(subject(DOUBLED)).verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    ("model", "answer", "why"),
+    [
+        (DOUBLED, lambda x: 2.0001 * x, ""),
+        (DOUBLED, lambda x: (x + x).double(), "type float32, the module's is float64"),
+        (DOUBLED, lambda x: torch.cat([x, x]), "shape [8, 4], the module's is [16, 4]"),
+        (DOUBLED, lambda x: x + float("inf"), "the module's own answer is not finite"),
+        (graph(node("Log", "x")), lambda x: x, "the graph's answer is not finite"),
+    ],
+)
+def test_parity_fails_for_another_function_and_says_where(
+    model: onnx.ModelProto, answer: Callable[[Tensor], Tensor], why: str
+) -> None:
+    record = parity.check(subject(model, answer))
+    assert record.verdict is Verdict.FAIL
+    assert why in " ".join(record.where)
+
+
+def test_parity_fails_for_a_difference_that_flips_one_label_within_the_tolerance() -> None:
+    near = np.array([[1.0, 1.0 + 1e-6]], np.float32)
+    swap = graph(node("Gather", "x", "order", axis=1), order=np.array([1, 0, 2, 3]))
+    probe = {"x": np.hstack([near, -np.ones((1, 2), np.float32)])}
+    made = Subject(module=Calls(lambda x: x).eval(), model=swap, probes=[probe], rows={})
+    record = parity.check(made)
+    assert record.verdict is Verdict.FAIL
+    assert "1 labels flipped" in record.measured
+
+
+def test_repeatability_fails_for_noise_with_optimisation_off_and_as_served() -> None:
+    noisy = graph(node("RandomUniformLike", "x", output="n"), node("Add", "x", "n"))
+    record = repeatability.check(subject(noisy))
+    assert record.verdict is Verdict.FAIL
+    assert {place.split(":")[0] for place in record.where} == {"optimisation off", "as served"}
+
+
+def test_repeatability_sees_the_dropout_that_the_optimiser_would_delete() -> None:
+    hidden = graph(
+        node("Relu", "x", output="a"),
+        node("Dropout", "a", "ratio", "on", output="b"),
+        node("Relu", "b"),
+        ratio=np.float32(0.5),
+        on=np.True_,
+    )
+    record = repeatability.check(subject(hidden))
+    assert record.verdict is Verdict.FAIL
+    assert {place.split(":")[0] for place in record.where} == {"optimisation off"}
+
+
+def test_repeatability_passes_for_a_quiet_graph() -> None:
+    assert repeatability.check(subject(DOUBLED)).verdict is Verdict.PASS
+
+
+def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_words() -> None:
+    centred = graph(
+        node("ReduceMean", "x", "axis", output="mean", keepdims=1), node("Sub", "x", "mean"), axis=np.array([0])
+    )
+    made = subject(centred)
+    counts = batch_invariance.measure(made)
+    record = batch_invariance.check(made, counts)
+    assert record.verdict is Verdict.FAIL
+    assert "another row in the batch changes this row's answer by" in record.where[0]
+    assert counts == {4: (1,)}
+
+
+def test_rows_that_keep_to_themselves_pass_at_every_batch_size() -> None:
+    made = subject(DOUBLED)
+    counts = batch_invariance.measure(made)
+    assert batch_invariance.check(made, counts).verdict is Verdict.PASS
+    assert counts == {4: tuple(range(1, 65))}
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"), [(lambda x: x + x, Verdict.PASS), (lambda x: -x, Verdict.FAIL)], ids=["same", "other"]
+)
+def test_held_out_rows_are_counted_on_both_sides(answer: Callable[[Tensor], Tensor], verdict: Verdict) -> None:
+    rows = HeldOut(batches=[{"x": ROWS}], labels=[ROWS.argmax(-1)])
+    record = held_out.check(subject(DOUBLED, answer, held_out=rows))
+    assert record.verdict is verdict
+    assert record.measured == "8 right of 8"
+
+
+def test_without_held_out_rows_the_rule_does_not_apply() -> None:
+    assert held_out.check(subject(DOUBLED)).verdict is Verdict.NOT_APPLICABLE
+
+
+class TwoSites(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.drop(x), 0.25, self.training) * 2
+
+
+def test_the_census_names_modules_and_functions_that_drop() -> None:
+    made = Subject(module=TwoSites().eval(), model=DOUBLED, probes=[{"x": ROWS}], rows={})
+    record = census.check(made)
+    assert record.verdict is Verdict.PASS
+    assert record.where[0] == "drop (Dropout, p=0.5): absent"
+    assert record.where[1].startswith("(root) (TwoSites, p=0.25): dropout")
+    assert not made.module.training, "the census trains a copy"
+
+
+def test_a_site_that_left_a_node_is_unproven() -> None:
+    left = graph(helper.make_node("Mul", ["x", "x"], ["y"], name="drop/Mul_0"))
+    record = census.check(Subject(module=TwoSites().eval(), model=left, probes=[{"x": ROWS}], rows={}))
+    assert record.verdict is Verdict.UNPROVEN
+    assert "drop (Dropout, p=0.5): 1 nodes left" in record.where

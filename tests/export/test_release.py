@@ -1,0 +1,162 @@
+"""`evalmode export`, on real modules: the clean becomes a bundle, what leaks is refused by name and leaves nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.bundle.store import open_bundle
+from evalmode.export.release import ExportRefused, Released, release
+from evalmode.model.checkpoint import Checkpoint
+from evalmode.model.dropout import Dropout
+from evalmode.model.transformer import Transformer
+from tests.conftest import make_checkpoint, small_config
+
+SITES = [name for name, part in Transformer(small_config()).named_modules() if isinstance(part, Dropout)]
+
+
+class AlwaysTraining(nn.Dropout):
+    """What people write to get Monte Carlo dropout, and forget."""
+
+    def train(self, mode: bool = True) -> AlwaysTraining:
+        return super().train(True)
+
+
+class ForgetsTraining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.25)
+
+
+class HidesInAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drops = [nn.Dropout(0.25)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drops[0](x)
+
+
+class LeaksInAttention(nn.Module):
+    """The most frequent bug of this kind: the rate is passed, and SDPA cannot see whether the module trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.25)
+
+
+def exported(checkpoint: Checkpoint, root: Path) -> Released:
+    return release(checkpoint, root=root, name="leak", version="1", progress=lambda step: None)
+
+
+def refused(checkpoint: Checkpoint, root: Path) -> ExportRefused:
+    with pytest.raises(ExportRefused) as caught:
+        exported(checkpoint, root)
+    assert list(root.iterdir()) == [], "a refusal writes nothing"
+    return caught.value
+
+
+def replaced(checkpoint: Checkpoint, site: str, part: nn.Module) -> Checkpoint:
+    parent, _, name = site.rpartition(".")
+    setattr(checkpoint.module.get_submodule(parent), name, part)
+    return checkpoint
+
+
+def test_there_are_sites_in_every_place_the_network_drops() -> None:
+    assert len(SITES) == 2 + 4 * 2
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_one_site_left_in_training_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path, site: str) -> None:
+    error = refused(replaced(checkpoint, site, AlwaysTraining(0.25)), tmp_path)
+    assert f"{site} (AlwaysTraining)" in str(error)
+    assert {"escaped-module", "eager-randomness"} == {
+        record.rule for record in error.records if record.verdict is Verdict.FAIL
+    }
+
+
+@pytest.mark.parametrize("part", [ForgetsTraining(), LeaksInAttention()], ids=lambda part: type(part).__name__)
+@pytest.mark.parametrize("site", ["embedding.dropout", "blocks.1.feed_forward.dropout"])
+def test_a_functional_dropout_without_its_flag_is_refused_by_name(
+    checkpoint: Checkpoint, tmp_path: Path, site: str, part: nn.Module
+) -> None:
+    error = refused(replaced(checkpoint, site, part), tmp_path)
+    assert f"{site} ({type(part).__name__}, p=0.25)" in str(error)
+    assert "test_release.py:" in str(error)
+
+
+def test_a_dropout_in_a_list_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    error = refused(replaced(checkpoint, "blocks.0.attention.dropout", HidesInAList()), tmp_path)
+    assert "blocks.0.attention.dropout.drops[0] (Dropout)" in str(error)
+
+
+def test_a_module_that_is_not_finite_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with torch.no_grad():
+        checkpoint.module.head.bias[0] = float("nan")
+    assert "parity" in str(refused(checkpoint, tmp_path))
+
+
+def test_a_graph_of_another_network_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    class Exchanged(Checkpoint):
+        def folded(self) -> Transformer:
+            other = Transformer(self.module.config)
+            other.load_state_dict(self.module.state_dict())
+            with torch.no_grad():
+                other.head.weight.mul_(1.001)
+            return other
+
+    fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    assert "parity" in str(refused(Exchanged(**fields), tmp_path))
+
+
+def test_a_clean_module_becomes_a_bundle_that_opens(released: Released) -> None:
+    bundle = open_bundle(released.path)
+    assert bundle.certificate is not None
+    assert bundle.certificate.verdict is Verdict.PASS
+    assert {record.rule for record in bundle.certificate.records} >= {
+        "escaped-module",
+        "eager-randomness",
+        "stochastic-op",
+        "training-mode",
+        "census",
+        "parity",
+        "repeatability",
+        "batch-invariance",
+        "held-out",
+    }
+
+
+def test_the_census_names_every_site_with_its_rate_and_shows_it_absent(released: Released) -> None:
+    (census,) = [record for record in released.certificate.records if record.rule == "census"]
+    rates = {"embedding.ngram_dropout": 0.3}
+    assert set(census.where) == {f"{site} (Dropout, p={rates.get(site, 0.1)}): absent" for site in SITES}
+
+
+def test_classic_dropout_is_folded_and_leaves_no_node(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Transformer(small_config(dropout_kind="classic"))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    (census,) = [
+        record for record in exported(make_checkpoint(module), tmp_path).certificate.records if record.rule == "census"
+    ]
+    assert census.verdict is Verdict.PASS
+    assert len(census.where) == len(SITES)
+
+
+def test_a_causal_network_without_any_rate_is_exported_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    off = dict.fromkeys(("embedding", "attention", "residual", "feed_forward", "ngram"), 0.0)
+    module = Transformer(small_config(causal=True, **{f"{name}_dropout": rate for name, rate in off.items()}))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert exported(make_checkpoint(module), tmp_path).certificate.verdict is Verdict.PASS
+
+
+def test_the_same_checkpoint_gives_the_same_digest(checkpoint: Checkpoint, released: Released, tmp_path: Path) -> None:
+    again = release(checkpoint, root=tmp_path, name="small", version="1", progress=lambda step: None)
+    assert again.certificate.digest == released.certificate.digest

@@ -1,0 +1,57 @@
+"""The house's rules, as tests: which way imports go, what rooms may be called, how long a file may be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("bundle", "model", "export", "service")
+SOURCES = sorted(file for room in (*ROOMS, "evalmode", "tests", "bench") for file in (ROOT / room).glob("**/*.py"))
+NOWHERE = {"utils", "util", "common", "helpers", "core", "misc"}
+
+
+def loaded_after(statement: str) -> set[str]:
+    program = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(found.stdout.splitlines()[-1].split())
+
+
+def test_imports_go_the_way_the_contracts_say() -> None:
+    lint = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports")], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert lint.returncode == 0, lint.stdout
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_has_one_door(room: str) -> None:
+    door = ROOT / "evalmode" / room
+    assert door.is_symlink()
+    assert door.resolve() == ROOT / room
+
+
+def test_no_room_is_a_junk_drawer() -> None:
+    assert not [file for file in SOURCES if NOWHERE & {file.stem, file.parent.name}]
+
+
+def test_a_file_holds_one_noun() -> None:
+    assert not [str(file) for file in SOURCES if len(file.read_text().splitlines()) > 350]
+
+
+def test_every_file_of_the_rooms_says_what_it_is_for() -> None:
+    in_rooms = [file for file in SOURCES if file.relative_to(ROOT).parts[0] in (*ROOMS, "evalmode")]
+    assert not [str(file) for file in in_rooms if not file.read_text().startswith('"""')]
+
+
+def test_the_service_loads_neither_torch_nor_onnx() -> None:
+    loaded = loaded_after("import evalmode.service.server")
+    assert not loaded & {"torch", "onnx", "lightning", "datasets"}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = loaded_after("import evalmode.cli")
+    assert not loaded & {"torch", "onnx", "onnxruntime", "numpy", "fastapi", "pydantic", "lightning"}
