@@ -27,7 +27,7 @@ class Verdict(StrEnum):
 
 
 class Record(Frozen):
-    """What one rule found: `why` is one sentence, `measured` and `limit` are for people, `where` names sites or nodes."""
+    """What one rule found: `why` is one sentence, `measured` and `limit` for people, `where` names sites or nodes."""
 
     rule: str
     verdict: Verdict

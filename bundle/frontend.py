@@ -35,11 +35,11 @@ class _Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lengths: tuple[int, ...] = Field(min_length=1)
+    lengths: tuple[int, ...]
 
     @model_validator(mode="after")
     def _ladder_rises(self) -> _Spec:
-        if self.lengths[0] < 1 or list(self.lengths) != sorted(set(self.lengths)):
+        if not self.lengths or self.lengths[0] < 1 or list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"lengths must be positive and rising, got lengths={self.lengths}")
         return self
 

@@ -123,6 +123,7 @@ class TrainConfig:
             _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         for key in ("learning_rate", "clip_norm"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
+        _require(self.vocabulary is None or self.vocabulary >= 2, "vocabulary", self.vocabulary, "at least 2")
         _require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", self.max_minutes, "more than 0")
         _require(0.0 <= self.crop <= 1.0, "crop", self.crop, "a share in [0, 1]")
         _require(self.frontend in ("auto", "ngrams", "bpe"), "frontend", self.frontend, "auto, ngrams or bpe")

@@ -28,21 +28,27 @@ class RunMismatch(EvalmodeError):  # noqa: N818 - read as a sentence
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that at every instant it is as it was before or complete, whatever happens to the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(data)
-    settle(beside, path)
+    _beside(path).write_bytes(data)
+    _settle(path)
 
 
-def settle(written: Path, path: Path) -> None:
-    """Flush `written` to the disk, give it the name `path`, and flush the name."""
-    for flushed, action in ((written, lambda: os.replace(written, path)), (path.parent, lambda: None)):
-        handle = os.open(flushed, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        action()
+def _beside(path: Path) -> Path:
+    # One name, not one for each process: what a killed run left there, the next one overwrites.
+    return path.with_name(f".{path.name}.new")
+
+
+def _settle(path: Path) -> None:
+    _flush(_beside(path))
+    os.replace(_beside(path), path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class WholeFiles(CheckpointIO):
@@ -50,11 +56,8 @@ class WholeFiles(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the state whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(checkpoint, beside)
-        settle(beside, path)
+        torch.save(checkpoint, _beside(Path(path)))
+        _settle(Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read it back: tensors and plain values, no code."""

@@ -96,7 +96,7 @@ def fit(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = _prepare(config, cache=cache)
-    if resume and (out / checkpoint.RECORD_FILE).exists():
+    if resume and (out / checkpoint.RECORD_FILE).exists() and not (out / FOLDER / STATE_FILE).exists():
         finished = checkpoint.load(out)
         require_same(_record_of(finished), run.record, where=out / checkpoint.RECORD_FILE)
     else:

@@ -13,10 +13,11 @@ from typing import Any
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import evalmode
 from evalmode.service.body import parse_predict, read_body, require_json
-from evalmode.service.errors import BodyTooLarge, NotReady, RequestError
+from evalmode.service.errors import BodyTooLarge, NotReady, RequestError, RunFailed
 from evalmode.service.predictor import Predictor
 from evalmode.service.schemas import ErrorResponse, ModelResponse, PredictResponse, StateResponse, request_schema
 from evalmode.service.settings import Settings
@@ -52,6 +53,7 @@ def create_app(settings: Settings, *, open_predictor: Callable[[Settings], Predi
     app.include_router(_routes(settings))
     app.add_exception_handler(RequestError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_route)
+    app.add_exception_handler(ClientDisconnect, _hung_up)
     app.add_exception_handler(Exception, _fail)
     return app
 
@@ -76,20 +78,20 @@ def _routes(settings: Settings) -> APIRouter:
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in (400, 413, 415, 422, 500, 503)
     }
-    router = APIRouter(default_response_class=Response)
+    router = APIRouter(generate_unique_id_function=lambda route: route.name)
     router.add_api_route(
         "/v1/predict",
         _predict,
         methods=["POST"],
-        operation_id="predict",
+        name="predict",
         response_model=PredictResponse,
         responses=refusals,
         # The body is read by hand: within the limit, and with our own sentences for what is wrong with it.
         openapi_extra={"requestBody": {"required": True, "content": {_JSON: body}}},
     )
-    router.add_api_route("/v1/model", _model, operation_id="model", response_model=ModelResponse, responses=not_ready)
-    router.add_api_route("/livez", _livez, operation_id="livez", response_model=StateResponse)
-    router.add_api_route("/readyz", _readyz, operation_id="readyz", response_model=StateResponse, responses=not_ready)
+    router.add_api_route("/v1/model", _model, name="model", response_model=ModelResponse, responses=not_ready)
+    router.add_api_route("/livez", _livez, name="livez", response_model=StateResponse)
+    router.add_api_route("/readyz", _readyz, name="readyz", response_model=StateResponse, responses=not_ready)
     return router
 
 
@@ -143,7 +145,7 @@ def _error(status: int, sentence: str, *, field: str | None = None, headers: dic
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    if error.status >= 500 and error.__cause__ is not None:
+    if isinstance(error, RunFailed):
         _log.error("request failed", path=request.url.path, error=str(error), exc_info=error)
     # What is left of the body is not read, so the connection cannot carry another request.
     headers = {"connection": "close"} if isinstance(error, BodyTooLarge) else None
@@ -157,6 +159,10 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not answer {request.method}",
     }.get(error.status_code, str(error.detail))
     return _error(error.status_code, sentence, headers=dict(error.headers or {}))
+
+
+async def _hung_up(request: Request, error: Exception) -> Response:
+    return _error(400, "the connection was closed before the whole body came")  # for the record: nobody reads it
 
 
 async def _fail(request: Request, error: Exception) -> Response:

@@ -17,6 +17,9 @@ from evalmode.service.schemas import PredictRequest
 
 _SHOWN_CHARACTERS = 60
 
+# The form is what curl -d and urllib declare when nobody told them what they send.
+_TAKEN_FOR_JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded"})
+
 
 async def read_body(chunks: AsyncIterator[bytes], *, declared_bytes: str | None, max_body_bytes: int) -> bytes:
     """The whole body. `declared_bytes` is the Content-Length header: too many are refused before a byte is read."""
@@ -33,8 +36,8 @@ async def read_body(chunks: AsyncIterator[bytes], *, declared_bytes: str | None,
 
 def require_json(content_type: str | None) -> None:
     """Refuse a body that declares to be something else; one that declares nothing may well be JSON."""
-    media = (content_type or "application/json").partition(";")[0].strip().lower()
-    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+    media = (content_type or "").partition(";")[0].strip().lower()
+    if media not in _TAKEN_FOR_JSON and not (media.startswith("application/") and media.endswith("+json")):
         raise UnsupportedMedia(f"the body must be JSON: send content-type application/json, got {media!r}")
 
 

@@ -72,7 +72,7 @@ def _run(settings: Settings, predictor: Predictor, listener: socket.socket) -> N
         access_log=False,
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=settings.grace_s,  # type: ignore[arg-type]  # any number of seconds will do
+        timeout_graceful_shutdown=settings.grace_s,
     )
     try:
         _Server(config, predictor=predictor).run(sockets=[listener])

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     max_rows: int = Field(default=256, ge=1, description="the most texts in a request")
     max_top_k: int = Field(default=100, ge=1, description="the most labels that are given for a text")
     allow_uncertified: bool = Field(default=False, description="serve a bundle without a certificate that passes")
-    grace_s: float = Field(default=30.0, gt=0, description="the longest wait for requests in flight when told to stop")
+    grace_s: int = Field(default=30, ge=1, description="the longest wait for requests in flight when told to stop")
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="auto: console on a terminal, else JSON"
     )

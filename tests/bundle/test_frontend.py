@@ -52,15 +52,13 @@ def test_the_ids_are_the_hashes_that_the_docstring_describes(symbols):
     assert NgramFrontEnd(SMALL).encode(symbols).ids.tolist() == by_hand(symbols, SMALL)
 
 
+PINNED = [[737, 460, 33, 595, 902, 553], [399, 49, 25, 857, 136, 265], [453, 7, 322, 172, 65, 162]]
+
+
 def test_the_ids_are_those_that_every_trained_model_was_trained_on():
     # Written down once: whoever changes these numbers makes every bundle that exists unusable.
     assert NgramFrontEnd(SMALL).encode("Ez 7!").ids.tolist() == PINNED
     assert NgramFrontEnd(SMALL).encode("Ez 7!").ids.tolist() == by_hand("ez 0!", SMALL)
-
-
-PINNED = [
-    [1, 2, 3],
-]
 
 
 @given(TEXTS)

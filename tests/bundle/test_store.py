@@ -98,7 +98,9 @@ def test_a_bundle_may_be_reached_by_a_link(written, tmp_path):
     assert open_bundle(tmp_path / "current").digest == open_bundle(written).digest
 
 
-@pytest.mark.parametrize("name", ["../model.onnx", "notes/../../model.onnx", "/etc/passwd", "a//b", "", "a\\\\b", "a b"])
+@pytest.mark.parametrize(
+    "name", ["../model.onnx", "notes/../../model.onnx", "/etc/passwd", "a//b", "", "a\\\\b", "a b"]
+)
 def test_a_manifest_that_lists_a_path_out_of_the_bundle_is_refused(written, parts, name):
     raw = parts().manifest.canonical().replace(b"notes/origin.txt", name.encode())
     (written / "manifest.json").write_bytes(raw)

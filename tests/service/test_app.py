@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from evalmode.service.app import create_app
 from evalmode.service.errors import RunFailed
@@ -67,11 +68,13 @@ def test_before_a_model_is_loaded_it_is_live_and_not_ready(path):
     assert ready.json() == {"error": "no model is loaded: the server is starting or stopping", "field": None}
 
 
-def test_a_failing_model_answers_500_without_its_inside_and_the_next_request_is_answered(caplog):
+def test_a_failing_model_answers_500_without_its_inside_and_the_next_request_is_answered():
     failure = RunFailed("the model failed on the rows of this request")
     failure.__cause__ = MemoryError("secret")
     app = create_app(Settings(), open_predictor=lambda _: Failing(failure))
-    bad, good = asked(app, predict("bad"), predict("good"))
+    with capture_logs() as logged:
+        bad, good = asked(app, predict("bad"), predict("good"))
+    assert [(event["event"], event["exc_info"]) for event in logged] == [("request failed", failure)]
     assert bad.status_code == 500
     assert bad.json() == {"error": "the model failed on the rows of this request", "field": None}
     assert good.json()["predictions"] == [
@@ -116,6 +119,8 @@ def test_its_description_shows_examples_limits_and_every_error(bundle):
     assert request["properties"]["inputs"]["items"] == {"type": "string"}
     assert request["properties"]["top_k"]["maximum"] == 9
     assert {"200", "400", "413", "415", "422", "500", "503"} == set(operation["responses"])
+    response = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    assert response == {"$ref": "#/components/schemas/PredictResponse"}
     for example in request["examples"]:
         PredictRequest.model_validate(example)
     answers = description.json()["components"]["schemas"]["PredictResponse"]["examples"]

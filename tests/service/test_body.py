@@ -53,12 +53,24 @@ def test_a_body_that_declares_nothing_is_read_no_further_than_the_chunk_that_pas
     assert chunks.taken_bytes == 11
 
 
-@pytest.mark.parametrize("media", [None, "application/json", "Application/JSON; charset=utf-8", "application/x+json"])
-def test_json_and_nothing_are_taken_for_json(media):
+@pytest.mark.parametrize(
+    "media",
+    [
+        None,
+        "",
+        "application/json",
+        "Application/JSON; charset=utf-8",
+        "application/x+json",
+        "application/x-www-form-urlencoded",
+    ],
+)
+def test_json_and_what_clients_say_when_nobody_told_them_are_taken_for_json(media):
     require_json(media)
 
 
-@pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", "json"])
+@pytest.mark.parametrize(
+    "media", ["text/plain", "multipart/form-data", "application/x-ndjson", "application/jsonx", "json"]
+)
 def test_a_body_that_declares_to_be_something_else_is_refused(media):
     with pytest.raises(UnsupportedMedia, match=media):
         require_json(media)

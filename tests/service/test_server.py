@@ -86,6 +86,12 @@ def test_a_body_without_a_content_type_is_taken_for_json(client):
     assert answer.status_code == 200
 
 
+def test_a_form_is_not_json(client):
+    answer = client.post("/v1/predict", data={"inputs": "a"})
+    assert answer.status_code == 400
+    assert "not valid JSON" in answer.json()["error"]
+
+
 TOO_MUCH = b'{"inputs": ["' + b"a" * 70_000 + b'"]}'
 
 
@@ -119,7 +125,7 @@ def test_every_error_is_a_sentence_with_the_field_it_is_about(client, method, pa
 
 
 def test_a_body_of_another_type_is_refused(client):
-    answer = client.post("/v1/predict", data={"inputs": "a"})
+    answer = client.post("/v1/predict", content=b"a", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
     assert "application/json" in answer.json()["error"]
 
@@ -157,6 +163,16 @@ def test_a_request_in_flight_is_answered_after_sigterm_and_the_exit_code_is_0(bu
             assert json.loads(content)["predictions"] == expected
         assert service.process.wait(WAIT_S) == 0
         assert "Traceback" not in service.process.stderr.read()
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_server(bundle, processes):
+    with processes.running(bundle) as service:
+        begun_request(service.port, 100).close()
+        assert httpx.post(f"{service.url}/v1/predict", json={"inputs": ["a"]}, timeout=WAIT_S).status_code == 200
+        service.terminate()
+        _, logged = service.process.communicate(timeout=WAIT_S)
+        assert service.process.returncode == 0
+        assert [json.loads(line)["event"] for line in logged.splitlines()] == ["stopped"]
 
 
 def test_an_interrupt_from_the_keyboard_is_an_end_in_good_order_too(bundle, processes):

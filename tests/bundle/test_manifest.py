@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from evalmode.bundle.frontend import BpeSpec
+from evalmode.bundle.manifest import Manifest, TensorSpec
+
+SHA = "0f" * 32
+FIELDS = {
+    "name": "any",
+    "version": "1.0-rc1",
+    "opset": 18,
+    "inputs": (TensorSpec(name="input_ids", datatype="INT64", shape=(-1, -1)),),
+    "outputs": (TensorSpec(name="logits", datatype="FP32", shape=(-1, 3)),),
+    "files": {"model.onnx": SHA},
+}
+
+
+def test_it_has_one_spelling_that_reads_back_as_itself():
+    manifest = Manifest(**FIELDS, metrics={"accuracy": 0.1}, provenance={"seed": 0, "note": "rövid"})
+    read = Manifest.model_validate_json(manifest.canonical())
+    assert read == manifest
+    assert read.canonical() == manifest.canonical()
+    assert manifest.canonical().endswith(b"}\n")
+    assert "rövid".encode() in manifest.canonical()
+
+
+def test_a_model_of_tensors_needs_neither_front_end_nor_labels():
+    manifest = Manifest(**FIELDS)
+    assert (manifest.frontend, manifest.labels) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", ".."),
+        ("name", "a/b"),
+        ("name", ".hidden"),
+        ("name", "a" * 65),
+        ("name", "a\n"),
+        ("version", "1/../.."),
+        ("version", ""),
+        ("inputs", ()),
+        ("outputs", ()),
+        ("schema_version", 2),
+        ("schema_version", 0),
+        ("unknown", 1),
+        ("files", {"model.onnx": "0F" * 32}),
+        ("files", {"model.onnx": "0f" * 31}),
+        ("files", {"model.onnx": SHA, "../out": SHA}),
+        ("files", {"model.onnx": SHA, "/etc/passwd": SHA}),
+        ("files", {"model.onnx": SHA, "a\n": SHA}),
+        ("files", {"other.onnx": SHA}),
+        ("files", {}),
+    ],
+)
+def test_what_makes_no_sense_is_refused_naming_the_field(field, value):
+    with pytest.raises(ValidationError, match=field):
+        Manifest(**{**FIELDS, field: value})
+
+
+def test_a_front_end_with_a_tokenizer_lists_its_file():
+    spec = BpeSpec(vocabulary=300)
+    with pytest.raises(ValidationError, match=r"files must list tokenizer\.json"):
+        Manifest(**FIELDS, frontend=spec)
+    files = {"model.onnx": SHA, "tokenizer.json": SHA}
+    assert Manifest(**{**FIELDS, "files": files}, frontend=spec).frontend == spec
+
+
+def test_it_does_not_change():
+    with pytest.raises(ValidationError):
+        Manifest(**FIELDS).name = "other"

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from evalmode.bundle.errors import BundleCorrupt, ProviderUnavailable
+from evalmode.bundle.session import open_session
+
+WEIGHTS = np.random.default_rng(5).standard_normal((64, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    """y = x @ w, for any number of rows."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 32])],
+        [numpy_helper.from_array(WEIGHTS, "w")],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return made.SerializeToString()
+
+
+def test_a_model_is_opened_from_bytes_and_from_a_path_alike(model, tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(model)
+    inputs = {"x": np.ones((2, 64), np.float32)}
+    from_bytes, from_path = (open_session(source).run(inputs)["y"] for source in (model, file))
+    assert from_bytes.tobytes() == from_path.tobytes()
+    assert np.allclose(from_bytes, inputs["x"] @ WEIGHTS, atol=1e-5)
+
+
+def test_a_session_tells_its_tensors_with_minus_one_where_they_vary(model):
+    session = open_session(model)
+    assert [(spec.name, spec.datatype, spec.shape) for spec in session.inputs] == [("x", "FP32", (-1, 64))]
+    assert [(spec.name, spec.datatype, spec.shape) for spec in session.outputs] == [("y", "FP32", (-1, 32))]
+
+
+def test_a_session_tells_the_platform_that_its_bits_depend_on(model):
+    platform = open_session(model, threads=2).platform
+    assert platform.runtime == f"onnxruntime {onnxruntime.__version__}"
+    assert platform.provider == "CPUExecutionProvider"
+    assert platform.threads == 2
+    assert platform.cpu_features == tuple(sorted(platform.cpu_features))
+    assert platform != open_session(model, threads=1).platform
+
+
+@pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider"])
+def test_a_provider_may_be_named_in_short_or_by_its_full_name(model, name):
+    assert open_session(model, provider=name).provider == "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize("name", ["cuda", "tensorrt", "nonsense", ""])
+def test_a_provider_that_is_not_there_is_refused_and_those_that_are_are_listed(model, name):
+    if f"{name.upper()}ExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("it is there")
+    with pytest.raises(ProviderUnavailable, match=rf"'{name}' is not available here.*offers:.*cpu"):
+        open_session(model, provider=name)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"\x08\x0a" * 100])
+def test_a_file_that_is_no_model_is_refused_with_its_name(garbage):
+    with pytest.raises(BundleCorrupt, match=r"model\.onnx cannot be opened"):
+        open_session(garbage)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(BundleCorrupt, match=r"model\.onnx cannot be opened"):
+        open_session(tmp_path / "nothing.onnx")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("optimise", [True, False])
+def test_many_threads_on_one_session_get_the_bits_of_one(model, threads, optimise):
+    session = open_session(model, threads=threads, optimise=optimise)
+    random = np.random.default_rng(9)
+    asked = [{"x": random.standard_normal((rows, 64)).astype(np.float32)} for rows in (1, 2, 7, 16) * 20]
+    expected = [session.run(inputs)["y"].tobytes() for inputs in asked]
+    with ThreadPoolExecutor(8) as pool:
+        assert [found["y"].tobytes() for found in pool.map(session.run, asked)] == expected
+
+
+def distribution(folder: Path, name: str) -> None:
+    """What pip leaves behind of an installed distribution."""
+    info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+
+
+PROGRAM = """
+import json, sys
+from evalmode.bundle.errors import ProviderUnavailable
+from evalmode.bundle.session import open_session
+{before}
+try:
+    open_session(b"")
+except ProviderUnavailable as error:
+    print(json.dumps([str(error), "onnxruntime.capi" in sys.modules]))
+"""
+
+
+def sentence(*, path: Path, before: str = "") -> str:
+    """What a new process with these distributions says; it has not touched ONNX Runtime then."""
+    program = f"import sys; sys.path.insert(0, {str(path)!r})\n" + PROGRAM.format(before=before)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    said, loaded = json.loads(ended.stdout)
+    assert not loaded
+    return said
+
+
+def test_both_distributions_of_onnx_runtime_are_refused_with_the_way_out(tmp_path):
+    distribution(tmp_path, "onnxruntime")
+    distribution(tmp_path, "onnxruntime-gpu")
+    said = sentence(path=tmp_path)
+    assert "are both installed" in said
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in said
+
+
+def test_no_onnx_runtime_is_refused_with_the_way_out(tmp_path):
+    said = sentence(
+        path=tmp_path, before="sys.modules['onnxruntime'] = None  # what the import system takes for absent"
+    )
+    assert "ONNX Runtime is not installed" in said
+    assert "evalmode[cpu]" in said
+    assert "evalmode[gpu]" in said
+
+
+def test_opening_a_session_tells_onnx_runtime_to_write_no_telemetry(model, tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from evalmode.bundle.session import open_session;"
+        "open_session(Path(sys.argv[1])); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    file = tmp_path / "model.onnx"
+    file.write_bytes(model)
+    ended = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "1"

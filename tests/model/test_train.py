@@ -1,0 +1,245 @@
+"""A run from its configuration to its checkpoint: the same bytes for the same seed, also when it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from evalmode.bundle.errors import EvalmodeError
+from evalmode.model import checkpoint
+from evalmode.model.learner import Learner
+from evalmode.model.run_state import FOLDER, STATE_FILE, RunMismatch, WholeFiles
+from evalmode.model.train import Result, fit
+from tests.model.conftest import small_run, write_rows
+
+ROOT = Path(__file__).parents[2]
+STEPS_AN_EPOCH = 13
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from evalmode.model.learner import Learner
+from evalmode.model.train import fit
+from tests.model.conftest import small_run
+
+plain = Learner.training_step
+def deadly(self, batch, batch_idx):
+    if self.global_step == 18:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, batch, batch_idx)
+Learner.training_step = deadly
+fit(small_run(Path(sys.argv[1])), out=Path(sys.argv[2]))
+"""
+
+
+class Killed(BaseException):
+    """What no handler of ours or of Lightning's swallows."""
+
+
+def train(data: Path, out: Path, *, resume: bool = False, **changes: object) -> Result:
+    result = fit(small_run(data, **changes), out=out, resume=resume)
+    assert result is not None
+    return result
+
+
+def watch_steps(monkeypatch: pytest.MonkeyPatch, *, die_at: int | None = None) -> list[int]:
+    """The steps that are trained from now on; at `die_at` the run ends as though it were killed."""
+    plain, seen = Learner.training_step, []
+
+    def step(self, batch, batch_idx):
+        if self.global_step == die_at:
+            raise Killed
+        seen.append(self.global_step)
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(Learner, "training_step", step)
+    return seen
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return train(data, tmp_path_factory.mktemp("runs") / "uninterrupted")
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(data, tmp_path, uninterrupted):
+    train(data, tmp_path / "same")
+    other = train(data, tmp_path / "other", seed=1)
+    assert contents(tmp_path / "same") == contents(uninterrupted.checkpoint)
+    assert other.weights_sha256 != uninterrupted.weights_sha256
+
+
+def test_it_learns_and_says_what_it_came_to(uninterrupted):
+    assert uninterrupted.metrics["test"]["accuracy"] > 0.9
+    assert uninterrupted.epochs == 2
+    assert set(uninterrupted.metrics) == {"train", "validation", "test"}
+    network = checkpoint.load(uninterrupted.checkpoint).module
+    assert uninterrupted.parameters == sum(weight.numel() for weight in network.parameters())
+
+
+def test_after_a_kill_9_a_resumed_run_ends_with_the_same_bytes(data, tmp_path, monkeypatch, uninterrupted):
+    out = tmp_path / "run"
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(data), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert (out / FOLDER / STATE_FILE).exists()
+    assert not (out / checkpoint.RECORD_FILE).exists()
+    seen = watch_steps(monkeypatch)
+    train(data, out, resume=True)
+    assert seen == list(range(15, 2 * STEPS_AN_EPOCH))
+    assert contents(out) == contents(uninterrupted.checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [
+        (3, 0),
+        (5, 5),
+        (STEPS_AN_EPOCH - 1, 10),
+        (STEPS_AN_EPOCH, STEPS_AN_EPOCH),
+        (2 * STEPS_AN_EPOCH - 1, 2 * STEPS_AN_EPOCH - 1),
+    ],
+)
+def test_it_does_not_matter_at_which_step_it_was_killed(data, tmp_path, monkeypatch, uninterrupted, step, saved):
+    with monkeypatch.context() as patch:
+        watch_steps(patch, die_at=step)
+        with pytest.raises(Killed):
+            train(data, tmp_path)
+    seen = watch_steps(monkeypatch)
+    train(data, tmp_path, resume=True)
+    assert seen == list(range(saved, 2 * STEPS_AN_EPOCH))
+    assert contents(tmp_path) == contents(uninterrupted.checkpoint)
+
+
+def test_a_kill_while_the_state_is_written_leaves_the_state_before(data, tmp_path, monkeypatch, uninterrupted):
+    written = []
+
+    def cut_short(value, path):
+        Path(path).write_bytes(b"half of it")
+        raise Killed
+
+    def save(self, state, path, storage_options=None):
+        if written:
+            monkeypatch.setattr(torch, "save", cut_short)
+        written.append(path)
+        plain(self, state, path)
+
+    plain = WholeFiles.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(WholeFiles, "save_checkpoint", save)
+        with pytest.raises(Killed):
+            train(data, tmp_path)
+        monkeypatch.undo()
+    train(data, tmp_path, resume=True)
+    assert contents(tmp_path) == contents(uninterrupted.checkpoint)
+
+
+def test_a_kill_between_training_and_checkpoint_costs_nothing(data, tmp_path, monkeypatch, uninterrupted):
+    def deadly(*_args, **_options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", deadly)
+        with pytest.raises(Killed):
+            train(data, tmp_path)
+    train(data, tmp_path, resume=True)
+    assert contents(tmp_path) == contents(uninterrupted.checkpoint)
+
+
+def test_a_run_that_ran_out_of_patience_stays_stopped_when_it_is_resumed(data, tmp_path, monkeypatch):
+    stubborn = {"learning_rate": 1e-12, "informed_table": False, "epochs": 9, "patience": 1, "dropout_kind": "classic"}
+    expected = train(data, tmp_path / "whole", **stubborn)
+    assert expected.epochs < 9
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train(data, tmp_path / "killed", **stubborn)
+    assert train(data, tmp_path / "killed", resume=True, **stubborn).epochs == expected.epochs
+
+
+def test_a_finished_run_is_not_trained_again(data, tmp_path, monkeypatch, uninterrupted):
+    train(data, tmp_path)
+    monkeypatch.setattr(Learner, "training_step", None)
+    again = train(data, tmp_path, resume=True)
+    assert again.weights_sha256 == uninterrupted.weights_sha256
+    assert again.metrics == uninterrupted.metrics
+
+
+def test_only_the_same_run_can_be_resumed_and_none_is_lost_by_mistake(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        watch_steps(patch, die_at=7)
+        with pytest.raises(Killed):
+            train(data, tmp_path)
+    with pytest.raises(RunMismatch, match=r"dropout was 0\.2 and is now 0\.4"):
+        train(data, tmp_path, resume=True, dropout=0.4)
+    with pytest.raises(RunMismatch, match="data_sha256"):
+        train(write_rows(tmp_path / "rows.csv", rows=250), tmp_path, resume=True)
+    with pytest.raises(EvalmodeError, match="holds an unfinished training: go on with --resume"):
+        train(data, tmp_path)
+
+
+def test_the_clock_stops_it_with_what_it_has(data, tmp_path):
+    result = train(data, tmp_path, max_minutes=1e-4, epochs=500, patience=500)
+    assert result.epochs < 500
+    assert checkpoint.load(tmp_path).module is not None
+
+
+@pytest.mark.parametrize("options", [{"frontend": "bpe"}, {"dropout_kind": "classic", "causal": True}])
+def test_every_front_end_and_kind_of_dropout_trains(data, tmp_path, options):
+    result = train(data, tmp_path, **options)
+    assert result.metrics["test"]["accuracy"] > 0.8
+    again = checkpoint.load(tmp_path)
+    assert (again.tokenizer is None) == (options.get("frontend") != "bpe")
+
+
+def test_what_it_shows_is_its_own_and_it_leaves_nothing_behind(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "shown").open("w") as shown:
+        fit(small_run(data), out=tmp_path / "out", console=Console(file=shown, force_terminal=True, width=200))
+    text = (tmp_path / "shown").read_text()
+    assert "accuracy" in text
+    assert "epoch 2/2" in text
+    assert capfd.readouterr() == ("", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"shown", "out"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "model.safetensors",
+        "checkpoint.json",
+        "held_out.npz",
+    }
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_two_processes_train_together_through_the_command_line(data, tmp_path):
+    out = tmp_path / "out"
+    options = "--devices 2 --strategy ddp --frontend ngrams --width 16 --layers 1 --heads 2 --batch-rows 8 --epochs 2"
+    command = [sys.executable, "-m", "evalmode.cli", "train", "--data", str(data), "--out", str(out), *options.split()]
+    ran = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = checkpoint.load(out)
+    assert found.provenance["training"]["devices"] == 2
+    assert found.metrics["test"]["accuracy"] > 0.9
+    assert ran.stdout.count("sha256 of the weights") == 1
