@@ -38,7 +38,7 @@ class Record(Frozen):
 
 
 class Platform(Frozen):
-    """What bits depend on beside the bundle: the runtime and its version, provider, threads, CPU, Unicode tables."""
+    """What bits depend on beside the bundle: the runtime and its version, provider, threads and CPU."""
 
     runtime: str
     provider: str

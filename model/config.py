@@ -38,7 +38,7 @@ class TransformerConfig:
     width: int = 96
     layers: int = 3
     heads: int = 4
-    feed_forward: int = 384
+    feed_forward: int = 192
     causal: bool = False
     dropout_kind: Literal["inverted", "classic"] = "inverted"
     ngram_dropout: float = 0.0
@@ -63,12 +63,13 @@ class TrainConfig:
     data                `languages`, or a CSV, TSV, JSONL or Parquet file
     text_column         None: the first of the usual names that the file has; the same for label_column
     frontend            auto: ngrams for languages, bpe for a file
-    vocabulary          rows of the embedding table; None: 32,768 for ngrams, 8,192 for bpe
+    vocabulary          rows of the embedding table; None: 65,536 for ngrams, 8,192 for bpe
+    feed_forward        None: twice the width
     dropout             drop probability of every place whose own rate is None
     ngram_dropout       drop probability of single ids of a position; ngrams alone have several
     crop                share of the training rows that an epoch reads a random piece of
     informed_table      start the embedding table from label counts (see prior.py) instead of noise
-    epochs              None: as many as show it 150,000 rows, at least 2 and at most 20
+    epochs              None: as many as show it 225,000 rows, at least 3 and at most 20
     patience            epochs without a lower validation loss before it stops
     max_minutes         stop by the clock; then the result is the clock's too, not the seed's alone
     batch_rows          rows a batch, in each process
@@ -86,6 +87,7 @@ class TrainConfig:
     width: int = 96
     layers: int = 3
     heads: int = 4
+    feed_forward: int | None = None
     causal: bool = False
     dropout_kind: Literal["inverted", "classic"] = "inverted"
     dropout: float = 0.1
@@ -116,7 +118,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("patience", "batch_rows", "save_steps", "devices", "nodes"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("epochs", "threads"):
+        for key in ("epochs", "threads", "feed_forward"):
             value = getattr(self, key)
             _require(value is None or value >= 1, key, value, "at least 1")
         for key in ("weight_decay", "warmup_steps", "seed"):
@@ -145,7 +147,7 @@ class TrainConfig:
             width=self.width,
             layers=self.layers,
             heads=self.heads,
-            feed_forward=4 * self.width,
+            feed_forward=self.feed_forward or 2 * self.width,
             causal=self.causal,
             dropout_kind=self.dropout_kind,
             ngram_dropout=self.ngram_dropout if ids_per_position > 1 else 0.0,

@@ -56,7 +56,9 @@ class ShowProgress(lightning.Callback):
             self.console.print(f"{self._epoch(trainer)}  {shown}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Close the bar."""
+        """Close the bar, at the step where the run ended."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=trainer.global_step)
         self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from evalmode import cli
 from evalmode.export.release import Released
+from evalmode.model.checkpoint import Checkpoint
 from evalmode.model.config import TrainConfig
 from evalmode.service.settings import Settings
 
@@ -95,3 +98,18 @@ def test_show_prints_manifest_certificate_census_and_metrics(released: Released)
         released.certificate.digest[:16],
     ):
         assert part in shown
+
+
+def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AlwaysOn(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(x, 0.25)
+
+    checkpoint.module.blocks[1].feed_forward.dropout = AlwaysOn()
+    monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["export", "any", "--out", str(tmp_path)])
+    assert shown.exit_code == 1
+    assert "blocks.1.feed_forward.dropout (AlwaysOn, p=0.25): dropout" in shown.output
+    assert list(tmp_path.iterdir()) == []
