@@ -15,7 +15,7 @@ from evalmode.model.config import TrainConfig
 from evalmode.model.data import LANGUAGES, DataSet
 
 PADDING, START = "[PAD]", "[START]"
-# n-grams are hashed and collide: 65,536 rows answer .4 points more than 32,768 in sixty languages.
+# n-grams are hashed and collide: with 65,536 rows the languages' test came to .959, with 32,768 to .953 (one seed).
 NGRAM_VOCABULARY, BPE_VOCABULARY = 65_536, 8_192
 
 

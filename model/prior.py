@@ -1,7 +1,6 @@
 """A first guess for the embedding table: what each id alone already says about the labels.
 
-With it the network starts where a naive Bayes classifier ends, and needs an epoch or two instead of ten. Knows nothing
-of training: it counts.
+With it the network starts about where a naive Bayes classifier ends. Knows nothing of training: it counts.
 """
 
 from __future__ import annotations

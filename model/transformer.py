@@ -47,8 +47,8 @@ class Embedding(nn.Module):
 class _WeightedRows(torch.autograd.Function):
     """Training's way to `weights @ table[ids]`: (B, T, G), (B, T, 1, G), (V, D) -> (B, T, D), to rounding.
 
-    It never holds the (B, T, G, D) rows, and scatters their gradient into the table in one pass: on CPU a third of the
-    time of autograd's own, which was an eighth of a step. Gives no gradient to the weights, which are no parameters.
+    It never holds the (B, T, G, D) rows, and scatters their gradient into the table in one pass: 2.0 ms instead of 5.9
+    for 128 rows of 8 positions and 16 ids on one CPU thread. Gives no gradient to the weights, which are no parameters.
     """
 
     @staticmethod
