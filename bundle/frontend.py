@@ -112,23 +112,25 @@ class NgramFrontEnd:
         symbols, read = _normalise(text, limit=_UNITS_A_SYMBOL * self._symbols)
         points = np.frombuffer(symbols[: self._symbols].encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
         points = np.concatenate([np.zeros(self.spec.orders, np.uint64), points])  # zeros: the boundary, and before it
-        grams = np.stack([self._hash(points, order) for order in range(1, self.spec.orders + 1)], axis=1)
-        grams = grams[self.spec.orders - 1 :]  # (characters of the text and one boundary, orders)
-        short = -len(grams) % self.spec.characters
-        ids = np.pad(grams, ((0, short), (0, 0))).reshape(-1, self.ids_per_position)
+        grams = self._hash(points)[self.spec.orders - 1 :]  # (characters of the text and one boundary, orders)
+        ids = np.zeros((-(-len(grams) // self.spec.characters), self.ids_per_position), np.int64)
+        ids.reshape(-1, self.spec.orders)[: len(grams)] = grams
         return Row(ids=ids, truncated=not read or len(symbols) > self._symbols)
 
-    def _hash(self, points: npt.NDArray[np.uint64], order: int) -> Ids:
-        """The id, 1..vocabulary-1, of the n-gram of `order` characters that ends at each point."""
-        # Polynomial over the points, then the finaliser of splitmix64 (Steele et al. 2014); uint64 wraps by design.
-        mixed = np.full(len(points), order, np.uint64)
-        for back in range(order):
-            shifted = np.concatenate([np.zeros(back, np.uint64), points[: len(points) - back]])
-            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + shifted
+    def _hash(self, points: npt.NDArray[np.uint64]) -> Ids:
+        """The ids, 1..vocabulary-1, of the n-grams of 1..orders characters that end at each point, (points, orders)."""
+        # A polynomial over the points, each order one step on from the one before, then the finaliser of splitmix64
+        # (Steele et al. 2014); uint64 wraps by design.
+        mixed = np.empty((self.spec.orders, len(points)), np.uint64)
+        step = np.full(len(points), 1, np.uint64)
+        for back in range(self.spec.orders):
+            step = step * np.uint64(0x9E3779B97F4A7C15)
+            step[back:] += points[: len(points) - back]
+            mixed[back] = step
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed = mixed ^ (mixed >> np.uint64(31))
-        return (mixed % np.uint64(self.spec.vocabulary - 1) + np.uint64(1)).astype(np.int64)
+        return (mixed % np.uint64(self.spec.vocabulary - 1) + np.uint64(1)).astype(np.int64).T
 
 
 class BpeFrontEnd:

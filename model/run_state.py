@@ -7,7 +7,6 @@ does not continue from it. Knows nothing of what the state means.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from evalmode.bundle.errors import EvalmodeError
+from evalmode.bundle.files import draft_of, settle, write_file
 
 FOLDER, STATE_FILE, RUN_FILE = "training", "state.ckpt", "run.json"
 
@@ -25,39 +25,13 @@ class RunMismatch(EvalmodeError):  # noqa: N818 - read as a sentence
     """A run was asked to continue another one that was configured otherwise; the message names what differs."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that at every instant it is as it was before or complete, whatever happens to the machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _beside(path).write_bytes(data)
-    _settle(path)
-
-
-def _beside(path: Path) -> Path:
-    # One name, not one for each process: what a killed run left there, the next one overwrites.
-    return path.with_name(f".{path.name}.new")
-
-
-def _settle(path: Path) -> None:
-    _flush(_beside(path))
-    os.replace(_beside(path), path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class WholeFiles(CheckpointIO):
     """Lightning's way to the disk, replaced: its own neither flushes nor replaces in one instant."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the state whole."""
-        torch.save(checkpoint, _beside(Path(path)))
-        _settle(Path(path))
+        torch.save(checkpoint, draft_of(Path(path)))
+        settle(Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read it back: tensors and plain values, no code."""
@@ -99,7 +73,7 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> Path | No
         require_same(json.loads(run.read_text()), record, where=run)
         return state
     shutil.rmtree(folder, ignore_errors=True)
-    write_whole(run, json.dumps(record, indent=1, sort_keys=True).encode())
+    write_file(run, json.dumps(record, indent=1, sort_keys=True).encode())
     return None
 
 

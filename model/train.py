@@ -83,7 +83,7 @@ def fit(
     *,
     out: Path,
     resume: bool = False,
-    cache: Path = Path(".cache"),
+    cache: Path,
     console: Console | None = None,
 ) -> Result | None:
     """Train as `config` says and leave the checkpoint in the folder `out`; None in every process but the first.

@@ -37,7 +37,7 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
 
 def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_defaults() -> None:
     flags = {name: flag.default for name, flag in inspect.signature(cli.train).parameters.items()}
-    assert {flags.pop("out"), flags.pop("resume")} == {None, False}
+    assert [flags.pop(name) for name in ("out", "resume", "cache")] == [None, False, None]
     fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     fine_tuning = fields.keys() - flags.keys()
     assert flags == {name: default for name, default in fields.items() if name not in fine_tuning}

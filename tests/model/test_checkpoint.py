@@ -19,7 +19,7 @@ from tests.model.conftest import small_run
 @pytest.fixture(scope="module")
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "classic"
-    fit(small_run(data, dropout_kind="classic", frontend="bpe", epochs=1), out=out)
+    fit(small_run(data, dropout_kind="classic", frontend="bpe", epochs=1), out=out, cache=out)
     return out
 
 

@@ -35,7 +35,7 @@ def deadly(self, batch, batch_idx):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(self, batch, batch_idx)
 Learner.training_step = deadly
-fit(small_run(Path(sys.argv[1])), out=Path(sys.argv[2]))
+fit(small_run(Path(sys.argv[1])), out=Path(sys.argv[2]), cache=Path(sys.argv[2]))
 """
 
 
@@ -44,7 +44,7 @@ class Killed(BaseException):
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: object) -> Result:
-    result = fit(small_run(data, **changes), out=out, resume=resume)
+    result = fit(small_run(data, **changes), out=out, resume=resume, cache=out)
     assert result is not None
     return result
 
@@ -163,7 +163,7 @@ def test_a_kill_between_training_and_checkpoint_costs_nothing(data, tmp_path, mo
 
 
 def test_a_run_that_ran_out_of_patience_stays_stopped_when_it_is_resumed(data, tmp_path, monkeypatch):
-    stubborn = {"learning_rate": 1e-12, "informed_table": False, "epochs": 9, "patience": 1, "dropout_kind": "classic"}
+    stubborn = {"learning_rate": 1e-30, "informed_table": False, "epochs": 9, "patience": 1, "dropout_kind": "classic"}
     expected = train(data, tmp_path / "whole", **stubborn)
     assert expected.epochs < 9
     with monkeypatch.context() as patch:
@@ -211,7 +211,12 @@ def test_every_front_end_and_kind_of_dropout_trains(data, tmp_path, options):
 def test_what_it_shows_is_its_own_and_it_leaves_nothing_behind(data, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "shown").open("w") as shown:
-        fit(small_run(data), out=tmp_path / "out", console=Console(file=shown, force_terminal=True, width=200))
+        fit(
+            small_run(data),
+            out=tmp_path / "out",
+            cache=tmp_path,
+            console=Console(file=shown, force_terminal=True, width=200),
+        )
     text = (tmp_path / "shown").read_text()
     assert "accuracy" in text
     assert "epoch 2/2" in text

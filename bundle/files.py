@@ -1,0 +1,58 @@
+"""Writing so that a kill, or a power cut, at any instant leaves what was there before or all of what is new.
+
+Knows nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write one file whole, over the one that may stand there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft_of(path).write_bytes(data)
+    settle(path)
+
+
+def draft_of(path: Path) -> Path:
+    """Where to write a file before `settle` puts it at `path`."""
+    # One name, not one for each process: what a killed run left there, the next one overwrites.
+    return path.with_name(f".{path.name}.new")
+
+
+def settle(path: Path) -> None:
+    """Put the finished draft of `path` in its place."""
+    _flush(draft_of(path))
+    draft_of(path).replace(path)
+    _flush(path.parent)
+
+
+def write_folder(target: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a folder of files whole; `target` must not exist. Raises OSError, and leaves nothing behind."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for name, data in contents.items():
+            (building / name).parent.mkdir(parents=True, exist_ok=True)
+            (building / name).write_bytes(data)
+            _flush(building / name)
+        building.chmod(0o755)  # mkdtemp's 0700 would lock out the user that the service runs as
+        _flush(building)
+        building.rename(target)
+    except BaseException:  # an interrupt from the keyboard leaves nothing behind either
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
