@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from evalmode.bundle.frontend import BpeSpec, NgramSpec
 from evalmode.model.batches import Rows
-from evalmode.model.evaluation import log_loss, predict, quality
+from evalmode.model.evaluation import fit_temperature, log_loss, predict, quality
 
 
 class Validation(lightning.Callback):
     """Validates, remembers the weights of the lowest loss, and stops after `patience` epochs without a lower one.
 
+    The loss is that at the best temperature, which is what the finished network will have: without it, epochs that are
+    right more often but too sure of themselves would lose to earlier ones.
     Every process validates all rows: they are few, and so all processes stop at the same epoch with no word exchanged.
     """
 
@@ -30,7 +32,7 @@ class Validation(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Validate. Also after an epoch that the clock cut short: its weights may be the best there are."""
         logits = predict(_network(pl_module), self.rows, spec=self.spec)
-        loss = log_loss(logits, self.rows.labels)
+        loss = log_loss(logits / fit_temperature(logits, self.rows.labels), self.rows.labels)
         accuracy = quality(logits, self.rows.labels)["accuracy"]
         pl_module.log_dict({"validation_loss": loss, "validation_accuracy": accuracy})
         self.epochs += 1
