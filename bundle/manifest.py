@@ -23,7 +23,13 @@ SCHEMA_VERSION = 1
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A name and a version are a folder each: nothing that could climb out of the bundle root.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, StringConstraints(pattern=_NAME)]
+
+
+def is_name(text: str) -> bool:
+    """Whether a bundle, or a version of one, may be called `text`."""
+    return re.fullmatch(_NAME, text) is not None
 
 
 def _inside(path: str) -> str:

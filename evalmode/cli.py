@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,7 +134,7 @@ def export(
             released = release(
                 found,
                 root=out,
-                name=name or checkpoint.resolve().name,
+                name=name or re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.resolve().name).strip("-._"),
                 version=version,
                 progress=lambda step: status.update(f"export: {step}"),
             )
@@ -213,7 +214,7 @@ def predict(
     """Predict in this process, without a server; the scores have the bits that the server's have."""
     from evalmode.service.predictor import Predictor
 
-    asked = texts or [line.rstrip("\n") for line in sys.stdin]
+    asked = texts or _lines_of_stdin()
     with Predictor.open(bundle, provider=provider) as predictor:
         predictions = predictor.predict(asked, top_k=top_k)
         if as_json:
@@ -270,6 +271,12 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console()
+
+
+def _lines_of_stdin() -> list[str]:
+    if sys.stdin.isatty():
+        raise EvalmodeError("there is no text: give texts as arguments, or pipe one a line into stdin")
+    return [line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer]
 
 
 def _print_records(records: Any, *, title: str) -> None:

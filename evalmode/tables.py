@@ -1,11 +1,14 @@
-"""What the command line shows a person: tables of certificates, metrics and predictions. Knows Rich and the bundle."""
+"""What the command line shows a person: tables of certificates, metrics and predictions. Knows Rich and the bundle.
+
+What comes from files and users is a `Text`: a path such as `x[/a]` is no markup.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from evalmode.bundle.certificate import Record, Verdict
@@ -22,13 +25,14 @@ _COLOURS = {
 
 def records_table(records: Iterable[Record], *, title: str) -> Table:
     """One line a rule; below one that did not pass stand the reason and the places."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("rule", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("measured", overflow="fold")
     table.add_column("limit", overflow="fold")
     for record in records:
-        table.add_row(record.rule, Text(record.verdict, style=_COLOURS[record.verdict]), record.measured, record.limit)
+        verdict = Text(record.verdict, style=_COLOURS[record.verdict])
+        table.add_row(Text(record.rule), verdict, Text(record.measured), Text(record.limit))
         if record.verdict is not Verdict.PASS:
             table.add_row("", "", Text(record.why, style="bold"), "")
         if record.verdict in (Verdict.FAIL, Verdict.UNPROVEN):
@@ -41,12 +45,12 @@ def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> T
     """One line a part of the data, one column a measure; what is not such a table is a line of its own."""
     parts = {name: value for name, value in metrics.items() if isinstance(value, Mapping)}
     columns = list(dict.fromkeys(column for part in parts.values() for column in part))
-    table = Table("data", *columns, title=title, title_justify="left")
+    table = Table("data", *(Column(Text(column)) for column in columns), title=title, title_justify="left")
     for name, part in parts.items():
-        table.add_row(name, *(_shown(part.get(column, "")) for column in columns))
+        table.add_row(Text(name), *(Text(_shown(part.get(column, ""))) for column in columns))
     for name, value in metrics.items():
         if name not in parts:
-            table.add_row(name, _shown(value), *[""] * (len(columns) - 1))
+            table.add_row(Text(name), Text(_shown(value)))
     return table
 
 
@@ -76,7 +80,7 @@ def pairs_table(pairs: Mapping[str, object], *, title: str) -> Table:
     """A name and a value a line."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in pairs.items():
-        table.add_row(name, Text(_shown(value), overflow="fold"))
+        table.add_row(Text(name), Text(_shown(value), overflow="fold"))
     return table
 
 
@@ -106,7 +110,7 @@ def _sites_table(sites: Sequence[str]) -> Table:
     table = Table("dropout site", "in the graph", title="census", title_justify="left")
     for site in sites:
         name, _, state = site.rpartition(": ")
-        table.add_row(name, state)
+        table.add_row(Text(name), Text(state))
     return table
 
 

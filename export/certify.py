@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -23,12 +23,14 @@ from evalmode.export.subject import Subject
 Progress = Callable[[str], None]
 
 
-def check_module(module: nn.Module, inputs: Mapping[str, Tensor], *, progress: Progress) -> tuple[Record, ...]:
+def check_module(
+    module: nn.Module, probes: Sequence[Mapping[str, Tensor]], *, progress: Progress
+) -> tuple[Record, ...]:
     """The rules that need the module alone; one that fails makes an export pointless."""
     progress(escaped_module.RULE)
     escaped = escaped_module.check(module)
     progress(eager_randomness.RULE)
-    return escaped, eager_randomness.check(module, inputs)
+    return escaped, eager_randomness.check(module, probes)
 
 
 def check_graph(subject: Subject, *, progress: Progress) -> tuple[tuple[Record, ...], dict[int, tuple[int, ...]]]:

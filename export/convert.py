@@ -52,6 +52,26 @@ def convert(
     record = escaped_module.check(module)
     if record.verdict is not Verdict.PASS:
         raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(record.where)}")
+    if unknown := dynamic_axes.keys() - inputs.keys():
+        raise ValueError(f"dynamic_axes names {sorted(unknown)}, the inputs are {list(inputs)}")
+    model = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
+    if (found := [output.name for output in model.graph.output]) != list(outputs):
+        raise NotConvertible(f"{type(module).__name__} has {len(found)} outputs, {len(outputs)} are named")
+    if (version := next(item.version for item in model.opset_import if item.domain == "")) != opset:
+        raise NotConvertible(f"{type(module).__name__} was exported at opset {version}: opset {opset} cannot be had")
+    _name_nodes(model)
+    _strip(model)
+    return model
+
+
+def _export(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    dynamic_axes: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+    opset: int,
+) -> onnx.ModelProto:
     try:
         with _quiet(), plain_forward():
             program = torch.onnx.export(
@@ -64,15 +84,13 @@ def convert(
                 opset_version=opset,
                 verbose=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
+        assert program is not None, "the dynamo exporter returns a program"
+        model = program.model_proto
+        onnx.checker.check_model(model)
+        return model
+    except (torch.onnx.errors.OnnxExporterError, onnx.checker.ValidationError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise NotConvertible(f"{type(module).__name__} cannot be exported: {reason}") from error
-    assert program is not None, "the dynamo exporter returns a program"
-    model = program.model_proto
-    _name_nodes(model)
-    _strip(model)
-    onnx.checker.check_model(model)
-    return model
 
 
 def serialise(model: onnx.ModelProto) -> bytes:

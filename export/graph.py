@@ -18,6 +18,8 @@ from onnx import numpy_helper
 
 from evalmode.bundle.errors import EvalmodeError
 
+_LAST_OPSET = 10_000  # far above any that exists; a larger number is damage
+
 
 class ModelUnreadable(EvalmodeError):  # noqa: N818 - read as a sentence: "raise ModelUnreadable"
     """A file that is no ONNX model, or a broken one."""
@@ -37,10 +39,12 @@ class NodeAt:
         """The operator's domain, with ONNX's own spelled as the empty string."""
         return "" if self.node.domain == "ai.onnx" else self.node.domain
 
-    def attribute(self, name: str) -> object:
-        """The value of an attribute, or None where it is absent."""
+    def flag(self, name: str) -> bool | None:
+        """Whether an integer attribute is set; None where a function's caller decides. Absent is not set."""
         found = next((item for item in self.node.attribute if item.name == name), None)
-        return None if found is None else onnx.helper.get_attribute_value(found)
+        if found is None:
+            return False
+        return None if found.ref_attr_name else bool(found.i)
 
     def has_output(self, index: int) -> bool:
         """Whether the node's optional output `index` is asked for."""
@@ -51,9 +55,14 @@ class NodeAt:
         return self.node.input[index] if len(self.node.input) > index else ""
 
     def constant(self, index: int) -> npt.NDArray[np.generic] | None:
-        """The value of input `index` where the graph alone decides it, else None."""
+        """The value of input `index` where the graph alone decides it and it can be read, else None."""
         tensor = self.constants.get(self.input_name(index))
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return None
+        try:
+            return numpy_helper.to_array(tensor)
+        except (ValueError, TypeError, KeyError):  # a malformed tensor decides nothing
+            return None
 
 
 def read_model(data: bytes, *, name: str) -> onnx.ModelProto:
@@ -64,6 +73,9 @@ def read_model(data: bytes, *, name: str) -> onnx.ModelProto:
         raise ModelUnreadable(f"{name} is not an ONNX model: {error}") from error
     if not model.opset_import or not model.HasField("graph"):
         raise ModelUnreadable(f"{name} is not an ONNX model: it has no graph")
+    for item in model.opset_import:
+        if not 0 < item.version <= _LAST_OPSET:
+            raise ModelUnreadable(f"{name} is not an ONNX model: opset {item.version} of domain {item.domain!r}")
     return model
 
 
@@ -108,7 +120,7 @@ def _walk_nodes(
         domain = "" if node.domain == "ai.onnx" else node.domain
         yield NodeAt(node=node, path=here, opset=opsets.get(domain, 0), constants=constants)
         for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
+            if node.op_type == "Constant" and attribute.name == "value" and node.output:
                 constants[node.output[0]] = attribute.t
             subgraphs = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
             for graph in subgraphs:

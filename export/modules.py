@@ -1,44 +1,82 @@
-"""Every module of a network with a name for it, those that `named_modules` does not see included. Knows no rule."""
+"""What hangs on a network, by name: its modules, also those that `named_modules` does not see, and its generators.
+
+Knows no rule.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import random
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias
 
+import numpy as np
 from torch import nn
+
+Generator: TypeAlias = random.Random | np.random.Generator | np.random.RandomState
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # its registries of parameters, buffers, hooks and children
+_SEQUENCES = (list, tuple, set, frozenset, deque)
+# What their objects hold is theirs, large, and no module of the user's.
+_NOT_LOOKED_INTO = ("torch", "numpy", "lightning", "builtins", "logging", "threading")
 
 
 def named_everything(root: nn.Module) -> dict[str, nn.Module]:
-    """Module by path ("" is the root), each object once, those kept in plain lists, tuples, sets and dicts included.
+    """Module by path ("" is the root), each once, wherever an attribute leads to one.
 
-    A hidden one is named as one would write it: `blocks.0.drops[1]`, `parts['head']`.
+    A hidden one is named as one would write it: `blocks.0.drops[1]`, `parts['head']`, `call.args[0]`.
     """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    _visit("", root, found, seen)
+    return {path: value for path, value in _reachable(root) if isinstance(value, nn.Module)}
+
+
+def named_generators(root: nn.Module) -> dict[str, Generator]:
+    """Python's and NumPy's generators by path: those that attributes lead to, and the globals beside a forward."""
+    kinds = (random.Random, np.random.Generator, np.random.RandomState)
+    found = {path: value for path, value in _reachable(root) if isinstance(value, kinds)}
+    for module in named_everything(root).values():
+        beside = getattr(type(module).forward, "__globals__", {})
+        found |= {f"global {name}": value for name, value in beside.items() if isinstance(value, kinds)}
     return found
 
 
-def _visit(path: str, value: object, found: dict[str, nn.Module], seen: set[int]) -> None:
-    if id(value) in seen or not isinstance(value, nn.Module | dict | list | tuple | set | frozenset):
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        found[path] = value
-    for name, part in _parts(path, value):
-        _visit(name, part, found, seen)
+def _reachable(root: nn.Module) -> Iterator[tuple[str, object]]:
+    """Everything that attributes, containers, partials and closures lead to, breadth first, each object once."""
+    seen: dict[int, object] = {id(root): root}  # holds the objects too: an id is only theirs while they live
+    waiting: deque[tuple[str, object]] = deque([("", root)])
+    while waiting:
+        path, value = waiting.popleft()
+        yield path, value
+        for name, part in _parts(path, value):
+            if id(part) not in seen:
+                seen[id(part)] = part
+                waiting.append((name, part))
 
 
 def _parts(path: str, value: object) -> Iterator[tuple[str, object]]:
     prefix = f"{path}." if path else ""
     if isinstance(value, nn.Module):
-        for name, child in value.named_children():
-            yield f"{prefix}{name}", child
-        for name, attribute in vars(value).items():
-            if not name.startswith("_"):  # torch's own registries: parameters, buffers, hooks, children seen above
-                yield f"{prefix}{name}", attribute
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield f"{path}[{key!r}]", item
-    elif isinstance(value, list | tuple | set | frozenset):
-        for index, item in enumerate(value):
-            yield f"{path}[{index}]", item
+        yield from ((f"{prefix}{name}", child) for name, child in value.named_children())
+        yield from ((f"{prefix}{name}", part) for name, part in vars(value).items() if name not in _TORCHS_OWN)
+    elif isinstance(value, Mapping):
+        yield from ((f"{path}[{key!r}]", item) for key, item in value.items())
+    elif isinstance(value, _SEQUENCES):
+        yield from ((f"{path}[{index}]", item) for index, item in enumerate(value))
+    elif isinstance(value, functools.partial):
+        yield from ((f"{prefix}{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(value, types.MethodType):
+        yield f"{prefix}__self__", value.__self__
+    elif isinstance(value, types.FunctionType):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            if cell != types.CellType():  # an empty cell: the variable is not bound yet
+                yield f"{prefix}<{name}>", cell.cell_contents
+    elif _is_users(value):
+        yield from ((f"{prefix}{name}", part) for name, part in vars(value).items())
+
+
+def _is_users(value: object) -> bool:
+    """Whether a value is an object of a class that the user wrote."""
+    if not hasattr(value, "__dict__") or isinstance(value, type | types.ModuleType):
+        return False
+    return type(value).__module__.partition(".")[0] not in _NOT_LOOKED_INTO

@@ -34,9 +34,9 @@ def rows_by_length(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> dict[int, 
 
 
 def probes(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> tuple[Tensors, ...]:
-    """Batches of 1, 2 and 64 rows at length 1, at every rung of the ladder and at one length between two rungs."""
-    between = (spec.lengths[-1] + spec.lengths[0]) // 2
-    lengths = sorted({1, between, *spec.lengths})
+    """Batches of 1, 2 and 64 rows at length 1, at every rung of the ladder and at a length in the middle."""
+    middle = (spec.lengths[-1] + spec.lengths[0]) // 2 + 1
+    lengths = sorted({1, min(middle, spec.lengths[-1]), *spec.lengths})
     order = np.random.default_rng(0).permutation(len(rows))
     return tuple(
         collate([rows[order[index % len(order)]][:length] for index in range(count)], length=length)

@@ -5,6 +5,7 @@ Knows no rule; puts the parts in order.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from evalmode.bundle.certificate import Certificate, Record, Verdict
 from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.frontend import TOKENIZER_FILE, collate
 from evalmode.bundle.known_answers import KnownAnswer, pack
-from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest
+from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest, is_name
 from evalmode.bundle.session import Session
 from evalmode.bundle.store import digest_of, hashes_of, write_bundle
 from evalmode.export.certify import Progress, check_graph, check_module
@@ -48,28 +49,12 @@ class Released:
 
 
 def release(checkpoint: Checkpoint, *, root: Path, name: str, version: str, progress: Progress) -> Released:
-    """Export, certify and write `root/name/version`; raise ExportRefused, and write nothing, unless all rules pass."""
-    rows, spec = list(checkpoint.held_out.rows), checkpoint.frontend
-    batches = probes(rows, spec)
-    # The exporter takes a size of 1 for a constant: its example has several rows of several positions.
-    example = collate([row[: spec.lengths[0]] for row in rows[:3]], length=spec.lengths[0] + 1)
-    module = checkpoint.module.eval()
-    records = check_module(module, as_tensors(example), progress=progress)
-    _refuse_unless_passed(records)
-    progress("convert")
-    model = convert(
-        checkpoint.folded().eval(),
-        as_tensors(example),
-        dynamic_axes=dict.fromkeys(example, _AXES),
-        outputs=["logits"],
-    )
-    subject = Subject(
-        module=module,
-        model=model,
-        probes=batches,
-        rows=rows_by_length(rows, spec),
-        held_out=held_out(rows, checkpoint.held_out.labels, spec),
-    )
+    """Export, certify and write `root/name/version`; raise ExportRefused, and write nothing, unless all rules pass.
+
+    Raises EvalmodeError at once for a name, a version or a root that no bundle can be written to.
+    """
+    _require_writable(root, name=name, version=version)
+    subject, records = _converted(checkpoint, progress=progress)
     graph_records, row_counts = check_graph(subject, progress=progress)
     records += graph_records
     _refuse_unless_passed(records)
@@ -81,6 +66,45 @@ def release(checkpoint: Checkpoint, *, root: Path, name: str, version: str, prog
     ).sealed()
     path = write_bundle(root, manifest=manifest, certificate=certificate, contents=contents)
     return Released(path=path, certificate=certificate)
+
+
+def _require_writable(root: Path, *, name: str, version: str) -> None:
+    """What would only be told by the last step of a long export is told by the first."""
+    for flag, given in (("--name", name), ("--version", version)):
+        if not is_name(given):
+            allowed = "at most 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
+            raise EvalmodeError(f"{flag} must be {allowed}, got {given!r}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise EvalmodeError(f"no bundle can be written to {root}: {error.strerror}") from error
+
+
+def _converted(checkpoint: Checkpoint, *, progress: Progress) -> tuple[Subject, tuple[Record, ...]]:
+    """What is to be certified, and the records of the rules that its module has passed."""
+    rows, spec = list(checkpoint.held_out.rows), checkpoint.frontend
+    if not rows:
+        raise EvalmodeError("the checkpoint holds no held-out rows, and without rows nothing can be compared")
+    batches = probes(rows, spec)
+    module = checkpoint.module
+    module.eval()
+    records = check_module(module, [as_tensors(batch) for batch in batches], progress=progress)
+    _refuse_unless_passed(records)
+    progress("convert")
+    # Several rows of several positions: an exporter may take a size of 1 for a constant.
+    example = collate([row[: spec.lengths[0]] for row in rows[:3]], length=min(spec.lengths[0] + 1, spec.lengths[-1]))
+    folded = checkpoint.folded()
+    folded.eval()
+    model = convert(folded, as_tensors(example), dynamic_axes=dict.fromkeys(example, _AXES), outputs=["logits"])
+    subject = Subject(
+        module=module,
+        model=model,
+        probes=batches,
+        rows=rows_by_length(rows, spec),
+        held_out=held_out(rows, checkpoint.held_out.labels, spec),
+    )
+    return subject, records
 
 
 def _refuse_unless_passed(records: Sequence[Record]) -> None:

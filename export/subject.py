@@ -69,9 +69,14 @@ class Subject:
         with plain_forward():
             answers = flatten(self.module(**as_tensors(inputs)))
         names = [output.name for output in self.model.graph.output]
-        return {name: tensor.numpy() for name, tensor in zip(names, answers.values(), strict=True)}
+        return {name: _as_array(tensor) for name, tensor in zip(names, answers.values(), strict=True)}
 
 
 def as_tensors(inputs: Tensors) -> dict[str, Tensor]:
     """NumPy inputs as torch tensors."""
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+
+
+def _as_array(tensor: Tensor) -> npt.NDArray[np.generic]:
+    # NumPy has no bfloat16; every one of its numbers is a float32.
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -16,7 +16,7 @@ from evalmode.bundle.known_answers import replay
 from evalmode.bundle.session import open_session
 from evalmode.bundle.store import Bundle, find_bundle, open_bundle
 from evalmode.export.checks import stochastic_op, training_mode
-from evalmode.export.graph import read_file, read_model
+from evalmode.export.graph import ModelUnreadable, read_file, read_model
 
 KNOWN_ANSWERS = "known-answers"
 
@@ -40,17 +40,20 @@ def verify(path: Path) -> Verified:
     Raises ModelUnreadable or BundleError for what cannot be read at all.
     """
     if not path.is_dir():
-        return Verified(path=path, records=_structure(read_file(path)))
+        return Verified(path=path, records=_structure(read_file(path), name=str(path)))
     bundle = open_bundle(find_bundle(path))
     model = read_model(bundle.model, name=str(bundle.path))
     certified = () if bundle.certificate is None else bundle.certificate.records
-    fresh = (*_structure(model), _known_answers(bundle))
+    fresh = (*_structure(model, name=str(bundle.path)), _known_answers(bundle))
     again = {record.rule for record in fresh}
     return Verified(path=bundle.path, records=(*(record for record in certified if record.rule not in again), *fresh))
 
 
-def _structure(model: onnx.ModelProto) -> tuple[Record, ...]:
-    return stochastic_op.check(model), training_mode.check(model)
+def _structure(model: onnx.ModelProto, *, name: str) -> tuple[Record, ...]:
+    try:
+        return stochastic_op.check(model), training_mode.check(model)
+    except Exception as error:  # a file from anywhere may be malformed in ways that no one has listed
+        raise ModelUnreadable(f"{name} cannot be examined: {type(error).__name__}: {error}") from error
 
 
 def _known_answers(bundle: Bundle) -> Record:

@@ -1,8 +1,9 @@
 """A witness of randomness: runs a module and reports every place that drew a random number, and with which rate.
 
 Torch marks the operators that may draw (`nondeterministic_seeded`); whether one did is seen from the generator's state
-before and after. NumPy's and Python's global generators are watched at every module's entry and exit. A private
-generator leaves no trace in either: only repeating the forward finds it, which the rule eager-randomness does.
+before and after. NumPy's and Python's generators, the global ones and those that hang on the module, are watched at
+every module's entry and exit. Nothing here sees the operating system's randomness, a clock or a counter: repeating the
+forward may, which the rule eager-randomness does.
 
 Knows neither ONNX nor files.
 """
@@ -10,6 +11,7 @@ Knows neither ONNX nor files.
 from __future__ import annotations
 
 import inspect
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,9 +27,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evalmode.export.modules import named_everything
+from evalmode.export.modules import Generator, named_everything, named_generators
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,8 @@ class _Witness:
         self.call: tuple[str, float | None] | None = None
         self._paths = {id(part): path for path, part in named_everything(root).items()}
         self._stack: list[nn.Module] = [root]
-        self._host = _host_state()
+        self._generators = named_generators(root)
+        self._host = self._host_states()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -86,8 +89,8 @@ class _Witness:
     def saw(self, operator: str) -> None:
         name, p = self.call or ("", None)
         module = self._stack[-1]
-        rate = p if p is not None else _declared_rate(module)
-        path = self._paths.get(id(module), f"<{type(module).__name__} made in forward>")
+        rate = p if p is not None else declared_rate(module)
+        path = self._paths[id(module)] if id(module) in self._paths else self._unregistered()
         label = f"{name} ({operator})" if name else operator
         self.seen.append(Draw(path=path, kind=type(module).__name__, operator=label, p=rate, line=_line()))
 
@@ -99,12 +102,24 @@ class _Witness:
         self._look_at_host()
         self._stack.pop()
 
+    def _unregistered(self) -> str:
+        """The name of a module that no attribute leads to: below which known one it was called."""
+        known = next(part for part in reversed(self._stack) if id(part) in self._paths)
+        return f"{self._paths[id(known)] or '(root)'} > unregistered"
+
     def _look_at_host(self) -> None:
-        state = _host_state()
-        for name, then, now in zip(("random", "numpy.random"), self._host, state, strict=True):
-            if then != now:
-                self.saw(f"{name}'s global generator")
-        self._host = state
+        states = self._host_states()
+        for name, now in states.items():
+            if self._host[name] != now:
+                self.saw(name)
+        self._host = states
+
+    def _host_states(self) -> dict[str, object]:
+        states: dict[str, object] = {
+            "random's global generator": random.getstate(),
+            "numpy.random's global generator": _plain(np.random.get_state(legacy=False)),
+        }
+        return states | {f"the generator {path}": _state_of(found) for path, found in self._generators.items()}
 
 
 class _Calls(TorchFunctionMode):
@@ -150,9 +165,20 @@ def _device_states() -> list[Tensor]:
     return [torch.get_rng_state(), *on_gpu]
 
 
-def _host_state() -> tuple[object, object]:
-    numpy_state = np.random.get_state(legacy=False)["state"]
-    return random.getstate(), (numpy_state["key"].tobytes(), numpy_state["pos"])
+def _state_of(generator: Generator) -> object:
+    if isinstance(generator, random.Random):
+        # SystemRandom is one too, and has no state to compare.
+        return None if isinstance(generator, random.SystemRandom) else generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return _plain(generator.bit_generator.state)
+
+
+def _plain(state: object) -> object:
+    """NumPy's state as values that == compares: its arrays as bytes."""
+    if isinstance(state, Mapping):
+        return {key: _plain(value) for key, value in state.items()}
+    return state.tobytes() if isinstance(state, np.ndarray) else state
 
 
 def _given_rate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -167,7 +193,8 @@ def _given_rate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return float(rate) if isinstance(rate, int | float) else None
 
 
-def _declared_rate(module: nn.Module) -> float | None:
+def declared_rate(module: nn.Module) -> float | None:
+    """The drop probability that a module holds, under one of the names that they go by."""
     rates = [getattr(module, name, None) for name in ("p", "drop_prob", "dropout")]
     return next((float(rate) for rate in rates if isinstance(rate, int | float)), None)
 

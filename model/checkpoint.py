@@ -15,7 +15,7 @@ import copy
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,11 @@ def load(folder: Path) -> Checkpoint:
     try:
         module = Transformer(TransformerConfig(**record["network"]))
         module.load_state_dict(safetensors.torch.load(contents[WEIGHTS_FILE]))
+        frontend = _spec.validate_python(record["frontend"])
+        _require_agreement(module.config, frontend, labels=record["labels"], metrics=record["metrics"])
         return Checkpoint(
             module=module.eval(),
-            frontend=_spec.validate_python(record["frontend"]),
+            frontend=frontend,
             tokenizer=contents[TOKENIZER_FILE].decode() if TOKENIZER_FILE in contents else None,
             labels=tuple(record["labels"]),
             held_out=_unpack(contents[HELD_OUT_FILE]),
@@ -148,6 +150,20 @@ def _record(folder: Path) -> dict[str, Any]:
     if not isinstance(record.get("files"), dict) or not {WEIGHTS_FILE, HELD_OUT_FILE} <= record["files"].keys():
         raise CheckpointError(f"{path} does not list {WEIGHTS_FILE} and {HELD_OUT_FILE}: train again")
     return record
+
+
+def _require_agreement(
+    network: TransformerConfig, frontend: NgramSpec | BpeSpec, *, labels: Sequence[str], metrics: object
+) -> None:
+    """Raise ValueError where the record's parts, each sound alone, do not make one classifier."""
+    if len(labels) != network.labels:
+        raise ValueError(f"{len(labels)} labels, and the network tells {network.labels} apart")
+    if frontend.vocabulary > network.vocabulary:
+        raise ValueError(f"ids up to {frontend.vocabulary}, and the network's table has {network.vocabulary} rows")
+    if frontend.lengths[-1] > network.positions:
+        raise ValueError(f"rows of {frontend.lengths[-1]} positions, and the network reads {network.positions}")
+    if not isinstance(metrics, dict):
+        raise ValueError("metrics that are not a table")
 
 
 def _checked(path: Path, sha256: str) -> bytes:

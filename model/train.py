@@ -41,7 +41,7 @@ from evalmode.model.run_state import FOLDER, STATE_FILE, KeepState, WholeFiles, 
 from evalmode.model.transformer import Transformer
 from evalmode.model.validation import Validation
 
-ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 3, 20
+ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 2, 20
 JUDGED_TRAIN_ROWS = 10_000  # the training accuracy is of so many rows: it is shown for the gap to test, no more
 TABLE_SCALE = 0.1
 ODD_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)

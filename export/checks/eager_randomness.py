@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,34 +13,55 @@ from evalmode.export.witness import draws, plain_forward
 
 RULE = "eager-randomness"
 
-# A private generator leaves the global state alone, and one pair of its draws may coincide: five seldom do.
+# What leaves no generator's state behind may agree by chance once or twice, seldom five times.
 _REPEATS = 5
 
 
-def check(module: nn.Module, inputs: Mapping[str, Tensor]) -> Record:
-    """Fail for every place that draws in eval, and when two forwards of the same input differ by a bit."""
-    found = [str(draw) for draw in draws(module, inputs)]
-    differing = _differing(module, inputs)
-    if differing:
-        found.append(f"outputs differ between forwards of one input: {', '.join(differing)}")
+def check(module: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> Record:
+    """Fail for every place that draws in eval on one of the probes, and when two forwards of the last differ by a bit.
+
+    Unproven where a forward cannot be watched (`torch.cond`: the branch that was not taken is not seen).
+    """
+    found: dict[str, None] = {}  # in order, each once
+    try:
+        for probe in probes:
+            found |= dict.fromkeys(_places(module, probe))
+    except NotImplementedError as error:
+        reason = str(error).partition("\n")[0]
+        return Record(rule=RULE, verdict=Verdict.UNPROVEN, why="a forward cannot be watched", where=(reason,))
+    if not found:
+        found |= dict.fromkeys(_differing(module, probes[-1]))
     return Record(
         rule=RULE,
         verdict=Verdict.FAIL if found else Verdict.PASS,
         why="the module is random in eval mode" if found else "no generator moved and every repeat gave the same bits",
-        measured=f"{len(found)} places, {_REPEATS} forwards",
+        measured=f"{len(found)} places in {len(probes)} forwards, {_REPEATS} repeats",
         limit="0",
         where=tuple(found),
     )
 
 
-def _differing(module: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
+def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
+    try:
+        return [str(draw) for draw in draws(module, probe)]
+    except NotImplementedError:
+        raise
+    except Exception as error:  # the user's own code: whatever it raises on an input it should read is a finding
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in probe.items())
+        return [f"the forward fails on {shapes}: {type(error).__name__}: {error}"]
+
+
+def _differing(module: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
     with plain_forward():
-        first = flatten(module(**inputs))
-        repeats = [flatten(module(**inputs)) for _ in range(_REPEATS - 1)]
+        first, *others = [flatten(module(**probe)) for _ in range(_REPEATS)]
+    if not first:
+        return ["the forward returns no tensor that could be compared"]
+    if any(other.keys() != first.keys() for other in others):
+        return ["forwards of one input return different numbers of tensors"]
     return [
-        name
-        for index, (name, tensor) in enumerate(first.items())
-        if any(not _same_bits(tensor, list(repeat.values())[index]) for repeat in repeats)
+        f"{name} differs between forwards of one input"
+        for name, tensor in first.items()
+        if any(not _same_bits(tensor, other[name]) for other in others)
     ]
 
 

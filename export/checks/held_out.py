@@ -16,8 +16,8 @@ def check(subject: Subject) -> Record:
         return Record(rule=RULE, verdict=Verdict.NOT_APPLICABLE, why="no held-out rows came with the module")
     right_module = right_graph = differing = rows = 0
     for batch, labels in zip(subject.held_out.batches, subject.held_out.labels, strict=True):
-        (expected,) = (answer.argmax(-1) for answer in subject.reference(batch).values())
-        (actual,) = (answer.argmax(-1) for answer in subject.served.run(batch).values())
+        name, reference = next(iter(subject.reference(batch).items()))  # the first output is what is classified by
+        expected, actual = reference.argmax(-1), subject.served.run(batch)[name].argmax(-1)
         right_module += int(np.sum(expected == labels))
         right_graph += int(np.sum(actual == labels))
         differing += int(np.sum(actual != expected))

@@ -39,7 +39,7 @@ def _name(at: NodeAt) -> str:
 def _dropout(at: NodeAt) -> Verdict:
     """ONNX Dropout: 1 and 6 by `is_test`, whose default is to train; 7 and 10 never train; 12 and later by input 2."""
     if at.opset < 7:
-        return Verdict.PASS if at.attribute("is_test") else Verdict.FAIL
+        return _by_flag(at, "is_test", trains_when=False)
     if at.opset < 12:
         return Verdict.PASS
     return _mode_input(at, 2)
@@ -58,10 +58,17 @@ def _mode_input(at: NodeAt, index: int) -> Verdict:
 def _batch_normalization(at: NodeAt) -> Verdict:
     """ONNX BatchNormalization: 1 and 6 by `is_test`; 7 and 9 by asking for statistics; later by an attribute."""
     if at.opset < 7:
-        return Verdict.PASS if at.attribute("is_test") else Verdict.FAIL
+        return _by_flag(at, "is_test", trains_when=False)
     if at.opset < 14:
         return Verdict.FAIL if any(at.has_output(index) for index in range(1, 5)) else Verdict.PASS
-    return Verdict.FAIL if at.attribute("training_mode") else Verdict.PASS
+    return _by_flag(at, "training_mode", trains_when=True)
+
+
+def _by_flag(at: NodeAt, name: str, *, trains_when: bool) -> Verdict:
+    flag = at.flag(name)
+    if flag is None:
+        return Verdict.UNPROVEN
+    return Verdict.FAIL if flag is trains_when else Verdict.PASS
 
 
 def _always(at: NodeAt) -> Verdict:

@@ -53,9 +53,11 @@ def test_axes_and_outputs_have_the_names_that_were_given() -> None:
 
 
 def test_no_path_of_this_machine_and_no_stack_trace_is_in_the_file() -> None:
-    data = serialise(convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]))
-    for word in (b"/", b".py", b"stack_trace", b"ExportedProgram"):
-        assert word not in data.replace(b"body.0/", b"").replace(b"body.2/", b""), word
+    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"])
+    model.graph.ClearField("initializer")  # weights are any bytes at all
+    data = serialise(model)
+    for word in (b".py", b"stack_trace", b"ExportedProgram", b"forward", str(Path.cwd()).encode()):
+        assert word not in data, word
 
 
 def test_another_process_writes_the_same_bytes() -> None:
