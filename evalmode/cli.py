@@ -68,7 +68,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     batch_rows: Annotated[int, typer.Option(help="Rows a batch, in each process.")] = 128,
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights on the same machine.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is faster beside busy neighbours.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; other numbers may give other bits.")] = 1,
     devices: Annotated[int, typer.Option(help="Devices (processes) on each node.")] = 1,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     strategy: Annotated[str, typer.Option(help="Lightning's name: auto, ddp, ...")] = "auto",

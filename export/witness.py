@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evalmode.export.modules import Generator, named_everything, named_generators
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+
+
+class Unwatched(Exception):  # noqa: N818 - read as a sentence: "raise Unwatched"
+    """A forward that runs what cannot be watched (`torch.cond`: the branch not taken); the message names the place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ def plain_forward() -> Iterator[None]:
 
 
 def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
-    """Every place that draws a random number in one forward of `module`, in order, each once."""
+    """Every place that draws a random number in one forward of `module`, in order, each once. Raises Unwatched."""
     witness = _Witness(module)
     with plain_forward(), witness.watching():
         module(**inputs)
@@ -87,12 +92,17 @@ class _Witness:
             self._look_at_host()
 
     def saw(self, operator: str) -> None:
+        """Keep where `operator`, which drew, was called."""
+        self.seen.append(self.here(operator))
+
+    def here(self, operator: str) -> Draw:
+        """The place that is running now."""
         name, p = self.call or ("", None)
         module = self._stack[-1]
         rate = p if p is not None else declared_rate(module)
         path = self._paths[id(module)] if id(module) in self._paths else self._unregistered()
         label = f"{name} ({operator})" if name else operator
-        self.seen.append(Draw(path=path, kind=type(module).__name__, operator=label, p=rate, line=_line()))
+        return Draw(path=path, kind=type(module).__name__, operator=label, p=rate, line=_line())
 
     def _enter(self, module: nn.Module, _inputs: object) -> None:
         self._look_at_host()
@@ -141,6 +151,9 @@ class _Calls(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
+    # Without it torch refuses such an operator too, in a sentence for its own developers.
+    supports_higher_order_operators = True
+
     def __init__(self, witness: _Witness) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._witness = witness
@@ -149,6 +162,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch do
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise Unwatched(str(self._witness.here(func.name())))
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         generator = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)), None)

@@ -69,12 +69,13 @@ class TrainConfig:
     ngram_dropout       drop probability of single ids of a position; ngrams alone have several
     crop                share of the training rows that an epoch reads a random piece of
     informed_table      start the embedding table from label counts (see prior.py) instead of noise
-    epochs              None: as many as show it 225,000 rows, at least 3 and at most 20
+    epochs              None: as many as show it 225,000 rows, at least 2 and at most 20
     patience            epochs without a lower validation loss before it stops
     max_minutes         stop by the clock; then the result is the clock's too, not the seed's alone
     batch_rows          rows a batch, in each process
     save_steps          steps between two states from which a killed run resumes
-    threads             None: as torch chooses. Beside busy neighbours 1 is faster than 2
+    threads             CPU threads. With 1 the bits do not depend on how many cores there are; a small network is no
+                        faster with 2, and much slower with them beside busy neighbours
     Raises ValueError, naming the key and the value, when built with nonsense.
     """
 
@@ -110,15 +111,15 @@ class TrainConfig:
     seed: int = 0
 
     save_steps: int = 200
-    threads: int | None = None
+    threads: int = 1
     devices: int = 1
     nodes: int = 1
     strategy: str = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("patience", "batch_rows", "save_steps", "devices", "nodes"):
+        for key in ("patience", "batch_rows", "save_steps", "threads", "devices", "nodes"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("epochs", "threads", "feed_forward"):
+        for key in ("epochs", "feed_forward"):
             value = getattr(self, key)
             _require(value is None or value >= 1, key, value, "at least 1")
         for key in ("weight_decay", "warmup_steps", "seed"):

@@ -93,8 +93,7 @@ def fit(
     with one sentence on what to mend; KeyboardInterrupt when the user stops it, and the run can be resumed then.
     """
     started = time.monotonic()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
     run = _prepare(config, cache=cache)
     if resume and (out / checkpoint.RECORD_FILE).exists() and not (out / FOLDER / STATE_FILE).exists():
         finished = checkpoint.load(out)

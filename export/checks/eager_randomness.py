@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Record, Verdict
 from evalmode.export.outputs import flatten
-from evalmode.export.witness import draws, plain_forward
+from evalmode.export.witness import Unwatched, draws, plain_forward
 
 RULE = "eager-randomness"
 
@@ -26,9 +26,8 @@ def check(module: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> Record:
     try:
         for probe in probes:
             found |= dict.fromkeys(_places(module, probe))
-    except NotImplementedError as error:
-        reason = str(error).partition("\n")[0]
-        return Record(rule=RULE, verdict=Verdict.UNPROVEN, why="a forward cannot be watched", where=(reason,))
+    except Unwatched as error:
+        return Record(rule=RULE, verdict=Verdict.UNPROVEN, why="a forward cannot be watched", where=(str(error),))
     if not found:
         found |= dict.fromkeys(_differing(module, probes[-1]))
     return Record(
@@ -44,7 +43,7 @@ def check(module: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> Record:
 def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
     try:
         return [str(draw) for draw in draws(module, probe)]
-    except NotImplementedError:
+    except Unwatched:
         raise
     except Exception as error:  # the user's own code: whatever it raises on an input it should read is a finding
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in probe.items())
