@@ -27,7 +27,8 @@ def rows_by_length(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> dict[int, 
     joined = np.concatenate(rows)
     found: dict[int, list[Tensors]] = {}
     for length in spec.lengths:
-        pieces = [np.roll(joined, -length * index, axis=0)[:length] for index in range(_ROWS_A_LENGTH)]
+        starts = [length * index for index in range(_ROWS_A_LENGTH)]
+        pieces = [np.take(joined, range(start, start + length), axis=0, mode="wrap") for start in starts]
         pieces[1::2] = [piece[: max(1, length // (index + 2))] for index, piece in enumerate(pieces[1::2])]
         found[length] = [collate([piece], length=length) for piece in pieces]
     return found

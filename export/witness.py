@@ -163,7 +163,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch do
     ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
-            raise Unwatched(str(self._witness.here(func.name())))
+            raise Unwatched(str(self._witness.here(str(func))))
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         generator = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)), None)

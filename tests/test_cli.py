@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from evalmode import cli
@@ -25,6 +27,15 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run(
         [Path(sys.executable).with_name("evalmode"), *arguments], capture_output=True, text=True, check=False, cwd=cwd
     )
+
+
+def called(*arguments: str, patch: pytest.MonkeyPatch) -> int:
+    """The exit code of `evalmode ARGUMENTS` in this process, whose output pytest captures."""
+    patch.setattr(sys, "argv", ["evalmode", *arguments])
+    patch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -113,3 +124,146 @@ def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
     assert shown.exit_code == 1
     assert "blocks.1.feed_forward.dropout (AlwaysOn, p=0.25): dropout" in shown.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def exported(
+    checkpoint: Checkpoint, released: Released, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, object]:
+    """What `release` was asked for by a command line that need not export anything for it."""
+    asked: dict[str, object] = {}
+
+    def release(found: Checkpoint, **options: object) -> Released:
+        asked.update(options)
+        return released
+
+    monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
+    monkeypatch.setattr("evalmode.export.release.release", release)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_export_prints_the_certificate_and_the_digest(
+    exported: dict[str, object],
+    released: Released,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert called("export", "any", patch=monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"certificate of {released.path}"[:100])
+    for record in released.certificate.records:
+        assert record.rule in shown
+    assert f"digest {released.certificate.digest}\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("plain", "plain"), ("my data", "my-data"), ("runs/.hidden/", "hidden"), ("été 2026", "t-2026"), (".", "here")],
+)
+def test_a_bundle_is_called_by_the_name_of_the_checkpoints_folder_in_letters_that_a_name_may_have(
+    exported: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert called("export", folder, patch=monkeypatch) == 0
+    assert exported["name"] == name
+    assert exported["root"] == Path("bundles")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--name", "a/b"),
+            "--name must be at most 64 letters, digits, '.', '_' and '-', the first a letter or a digit, ",
+        ),
+        (("--out", "file"), "no bundle can be written to file: "),
+        (("--out", "/proc/bundles"), "no bundle can be written to /proc/bundles: "),
+    ],
+)
+def test_export_says_at_once_in_one_sentence_what_it_cannot_write(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, str],
+    said: str,
+) -> None:
+    monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    assert called("export", "any", *flags, patch=monkeypatch) == cli.UNUSABLE
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"evalmode: {said}")
+    assert shown.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_torch_export_says_what_to_install(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['evalmode', 'export', 'any']\n"
+        "from evalmode.cli import main; main()"
+    )
+    refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert refused.returncode == cli.UNUSABLE
+    assert refused.stderr == "evalmode: this needs torch: pip install 'evalmode[train]'\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra"),
+    [("onnx.helper", "export"), ("datasets", "train"), ("lightning.pytorch", "train"), ("safetensors", "train")],
+)
+def test_what_an_extra_would_bring_is_named_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str, extra: str
+) -> None:
+    def fails() -> None:
+        raise ModuleNotFoundError(name=missing)
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert called(patch=monkeypatch) == cli.UNUSABLE
+    assert capsys.readouterr().err == f"evalmode: this needs {missing}: pip install 'evalmode[{extra}]'\n"
+
+
+def test_a_module_that_no_extra_would_bring_is_our_own_bug_and_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        cli.main()
+
+
+@pytest.mark.parametrize("folder", ["x[/a]", "[red]", "[bold]x"])
+def test_a_path_that_looks_like_markup_is_printed_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
+    draw = helper.make_node("Bernoulli", ["x"], ["y"], name="[/red]draw")
+    monkeypatch.chdir(tmp_path)
+    file = Path(folder, "m.onnx")
+    file.parent.mkdir(parents=True)
+    graph = helper.make_graph([draw], "g", values[:1], values[1:])
+    file.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
+    assert called("verify", str(file), patch=monkeypatch) == cli.FOUND
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{file}: not passed")
+    assert "[/red]draw (Bernoulli)" in shown
+
+
+def test_verify_as_json_holds_every_record(
+    released: Released, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("verify", "--json", str(released.path), patch=monkeypatch) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one["path"] == str(released.path)
+    assert {record["verdict"] for record in one["records"]} == {"pass"}
+
+
+def test_predict_reads_a_text_a_line_whatever_the_bytes(released: Released) -> None:
+    asked = ["predict", "--json", "--bundle", str(released.path)]
+    shown = CliRunner().invoke(cli.app, asked, input=b"caf\xe9\r\n\n\xff\xfe\n\xe6\x96\x87")
+    assert shown.exit_code == 0, shown.output
+    read = json.loads(shown.stdout)["predictions"]
+    given = CliRunner().invoke(cli.app, [*asked, "caf\ufffd", "", "\ufffd\ufffd", "文"])
+    assert read == json.loads(given.stdout)["predictions"]

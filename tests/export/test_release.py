@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Verdict
+from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.store import open_bundle
 from evalmode.export.release import ExportRefused, Released, release
 from evalmode.model.checkpoint import Checkpoint
@@ -92,6 +93,36 @@ def test_a_functional_dropout_without_its_flag_is_refused_by_name(
 def test_a_dropout_in_a_list_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
     error = refused(replaced(checkpoint, "blocks.0.attention.dropout", HidesInAList()), tmp_path)
     assert "blocks.0.attention.dropout.drops[0] (Dropout)" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"name": "a/b"}, "--name must be .*'a/b'"), ({"name": ""}, "--name"), ({"version": "../1"}, "--version must be")],
+)
+def test_a_name_that_no_bundle_can_have_is_refused_before_any_work(
+    checkpoint: Checkpoint, tmp_path: Path, given: dict[str, str], said: str
+) -> None:
+    steps: list[str] = []
+    with pytest.raises(EvalmodeError, match=said):
+        release(checkpoint, root=tmp_path, progress=steps.append, **{"name": "any", "version": "1", **given})
+    assert steps == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/bundles"])
+def test_a_root_that_cannot_be_written_to_is_refused_before_any_work(
+    checkpoint: Checkpoint, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    steps: list[str] = []
+    with pytest.raises(EvalmodeError, match=f"no bundle can be written to .*{place}: "):
+        release(checkpoint, root=tmp_path / place, name="any", version="1", progress=steps.append)
+    assert steps == []
+
+
+def test_a_checkpoint_without_held_out_rows_is_refused_in_one_sentence(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    empty = dataclasses.replace(checkpoint.held_out, rows=[], labels=checkpoint.held_out.labels[:0])
+    with pytest.raises(EvalmodeError, match="holds no held-out rows"):
+        exported(dataclasses.replace(checkpoint, held_out=empty), tmp_path)
 
 
 def test_a_module_that_is_not_finite_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ def test_parity_fails_for_another_function_and_says_where(
     assert why in " ".join(record.where)
 
 
+@pytest.mark.parametrize(("deviations", "verdict"), [(5e-5, Verdict.FAIL), (5e-6, Verdict.PASS)])
+def test_parity_is_judged_at_a_hundred_thousandth_of_a_standard_deviation(deviations: float, verdict: Verdict) -> None:
+    shift = deviations * float((2 * ROWS).std())
+    record = parity.check(subject(DOUBLED, lambda x: ((x + x).double() + shift).float()))
+    assert record.verdict is verdict
+    assert record.limit == "1e-05, 0 flipped"
+    assert "0 labels flipped" in record.measured
+
+
 def test_parity_fails_for_a_difference_that_flips_one_label_within_the_tolerance() -> None:
     near = np.array([[1.0, 1.0 + 1e-6]], np.float32)
     swap = graph(node("Gather", "x", "order", axis=1), order=np.array([1, 0, 2, 3]))
@@ -115,6 +124,18 @@ def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_wor
     assert record.verdict is Verdict.FAIL
     assert "another row in the batch changes this row's answer by" in record.where[0]
     assert counts == {4: (1,)}
+
+
+def test_a_row_that_is_moved_only_among_many_fails_too() -> None:
+    """Where a batch has less than eight rows, the slice of its last row is empty, and so is the sum."""
+    crowded = graph(
+        node("Slice", "x", "from", "to", "axis", output="eighth"),
+        node("ReduceSum", "eighth", "axis", output="sum", keepdims=1),
+        node("Add", "x", "sum"),
+        **{"from": np.array([7]), "to": np.array([8]), "axis": np.array([0])},
+    )
+    made = subject(crowded)
+    assert batch_invariance.check(made, {4: (1,)}).verdict is Verdict.FAIL
 
 
 def test_rows_that_keep_to_themselves_pass_at_every_batch_size() -> None:

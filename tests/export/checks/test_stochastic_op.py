@@ -24,6 +24,17 @@ def test_an_operator_that_draws_fails_and_is_named(op: str) -> None:
     assert record.where == (f"the_node ({op})",)
 
 
+@pytest.mark.parametrize("op", ["Sampling", "RandomNormal", "RandomUniform"])
+def test_an_operator_that_draws_in_microsofts_domain_fails_though_onnx_has_no_schema_of_it(op: str) -> None:
+    node = helper.make_node(op, ["x"], ["y"], name="the_node", domain="com.microsoft")
+    assert stochastic_op.check(model_of([node])).where == (f"the_node ({op})",)
+
+
+def test_a_quiet_operator_in_microsofts_domain_passes() -> None:
+    node = helper.make_node("FusedMatMul", ["x", "x"], ["y"], domain="com.microsoft")
+    assert stochastic_op.check(model_of([node])).verdict is Verdict.PASS
+
+
 def test_a_graph_without_one_passes() -> None:
     assert stochastic_op.check(model_of([helper.make_node("Relu", ["x"], ["y"])])).verdict is Verdict.PASS
 

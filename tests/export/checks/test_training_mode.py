@@ -98,6 +98,20 @@ def test_the_contributed_dropouts_are_judged_by_their_mode_input(op: str, index:
     assert judged(node, opset=20, constants={"m": False}) is Verdict.PASS
 
 
-def test_an_operator_of_a_training_build_fails() -> None:
-    node = helper.make_node("DropoutGrad", ["x"], ["y"], domain="com.microsoft")
-    assert judged(node, opset=20) is Verdict.FAIL
+@pytest.mark.parametrize(
+    ("domain", "op"),
+    [
+        ("com.microsoft", "DropoutGrad"),
+        ("com.microsoft", "BitmaskDropoutGrad"),
+        ("com.microsoft", "BiasSoftmaxDropout"),
+        ("com.microsoft", "BatchNormInternal"),
+        ("com.microsoft", "LSTMTraining"),
+        ("com.microsoft", "GRUTraining"),
+        ("ai.onnx.preview.training", "Gradient"),
+        ("ai.onnx.preview.training", "Adam"),
+        ("ai.onnx.preview.training", "Adagrad"),
+        ("ai.onnx.preview.training", "Momentum"),
+    ],
+)
+def test_an_operator_of_a_training_build_fails(domain: str, op: str) -> None:
+    assert judged(helper.make_node(op, ["x"], ["y"], domain=domain), opset=20) is Verdict.FAIL
