@@ -6,6 +6,7 @@ EvalmodeError                 every error that is the user's to mend: one senten
 │   ├── BundleNotCertified    its certificate is absent, fails, or certifies other content
 │   └── KnownAnswersDiffer    it does not answer here as it was certified to
 ├── DataError                 a data set that cannot be used as asked
+├── ModelRunFailed            the runtime refused these inputs, or failed on them
 └── ProviderUnavailable       an execution provider that was asked for is not there; says which are
 """
 
@@ -34,6 +35,10 @@ class KnownAnswersDiffer(BundleError):  # noqa: N818
 
 class DataError(EvalmodeError):
     """A data set that cannot be used as asked; the message names the file, column or row."""
+
+
+class ModelRunFailed(EvalmodeError):  # noqa: N818
+    """The runtime refused the inputs of a run, or failed on them; the message is the runtime's reason."""
 
 
 class ProviderUnavailable(EvalmodeError):  # noqa: N818

@@ -97,6 +97,8 @@ def replay(
         if frontend is not None and answer.text is not None:
             _same_ids(index, answer, frontend)
         actual = run(answer.inputs)
+        if unknown := sorted(answer.outputs.keys() - actual.keys()):
+            raise KnownAnswersDiffer(f"known answer {index} names an output that the model has not: {unknown[0]!r}")
         for name, expected in answer.outputs.items():
             difference = relative_difference(actual[name], expected)
             largest = max(largest, difference)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evalmode.bundle.certificate import Platform
-from evalmode.bundle.errors import BundleCorrupt, ProviderUnavailable
+from evalmode.bundle.errors import BundleCorrupt, ModelRunFailed, ProviderUnavailable
 from evalmode.bundle.manifest import MODEL_FILE, TensorSpec
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -84,9 +84,12 @@ class Session:
         )
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
-        """Every output by name, for inputs by name."""
+        """Every output by name, for inputs by name. Raises ModelRunFailed with the runtime's reason."""
         names = [output.name for output in self.outputs]
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        try:
+            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelRunFailed(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
 
 
 def open_session(model: bytes | Path, *, provider: str = "cpu", threads: int = 1, optimise: bool = True) -> Session:

@@ -118,6 +118,11 @@ def test_on_the_certifying_platform_the_bits_agree(replayed):
     assert (found.verdict, found.answers, found.largest_difference) == ("bitwise", 3, 0.0)
 
 
+def test_an_output_that_the_model_has_not_is_refused_by_name(replayed):
+    with pytest.raises(KnownAnswersDiffer, match="known answer 0 names an output that the model has not: 'logits'"):
+        replayed(ANSWERS, lambda inputs: {"scores": run(inputs)["logits"]})
+
+
 def test_where_nothing_was_replayed_nothing_held(replayed):
     assert replayed(()).verdict == "no answers"
 

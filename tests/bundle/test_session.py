@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from evalmode.bundle.errors import BundleCorrupt, ProviderUnavailable
+from evalmode.bundle.errors import BundleCorrupt, ModelRunFailed, ProviderUnavailable
 from evalmode.bundle.session import open_session
 
 WEIGHTS = np.random.default_rng(5).standard_normal((64, 32)).astype(np.float32)
@@ -38,6 +38,12 @@ def test_a_model_is_opened_from_bytes_and_from_a_path_alike(model, tmp_path):
     from_bytes, from_path = (open_session(source).run(inputs)["y"] for source in (model, file))
     assert from_bytes.tobytes() == from_path.tobytes()
     assert np.allclose(from_bytes, inputs["x"] @ WEIGHTS, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [{}, {"z": np.ones((2, 64), np.float32)}, {"x": np.ones((2, 63), np.float32)}])
+def test_inputs_that_the_model_does_not_take_are_refused_in_a_sentence(model, inputs):
+    with pytest.raises(ModelRunFailed, match="ONNX Runtime cannot run the model on these inputs: "):
+        open_session(model).run(inputs)
 
 
 def test_a_session_tells_its_tensors_with_minus_one_where_they_vary(model):
