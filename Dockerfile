@@ -1,6 +1,6 @@
 # evalmode in a container: `docker build -t evalmode .` trains, exports and certifies the default model, then serves it.
 # Targets: cpu (the default) and gpu. A bundle of one's own instead of the training:
-#   docker build --build-context bundle=./bundles -t evalmode .
+#   docker build --build-context bundle=bundles/NAME -t evalmode .
 # pip listens to its own environment variables as build arguments, so that it can be pointed at a mirror, or at PyTorch's
 # CPU builds for the training stage: --build-arg PIP_EXTRA_INDEX_URL=...
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm

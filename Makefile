@@ -31,16 +31,16 @@ bench: $(BUNDLE)/manifest.json $(VENV)/dev  ## start-up, memory and latency of t
 	$(BIN)/python bench/server.py $(BUNDLE)
 
 image: $(BUNDLE)/manifest.json  ## a container image that serves the default bundle
-	$(ENGINE) build --build-context bundle=bundles -t $(IMAGE) .
+	$(ENGINE) build --build-context bundle=bundles/$(DATA) -t $(IMAGE) .
 
-clean:
-	rm -rf $(VENV) runs bundles build dist *.egg-info
+clean:  ## the environment and the default model; your own runs and bundles stay
+	rm -rf $(VENV) $(CHECKPOINT) bundles/$(DATA) build dist *.egg-info
 
 $(BUNDLE)/manifest.json: | $(CHECKPOINT)/checkpoint.json
 	$(BIN)/evalmode export $(CHECKPOINT)
 
 $(CHECKPOINT)/checkpoint.json: | $(VENV)/serve
-	$(BIN)/evalmode train --data $(DATA) --out $(CHECKPOINT)
+	$(BIN)/evalmode train --data $(DATA) --out $(CHECKPOINT) --resume
 
 # A stamp for each set of extras: pip runs again only when what it would read has changed.
 $(VENV)/serve: pyproject.toml constraints.txt

@@ -43,12 +43,14 @@ BUNDLES = Path("bundles")
 )
 def train(
     data: Annotated[str, typer.Option(help="`languages`, or a CSV, TSV, JSONL or Parquet file.")] = "languages",
-    text_column: Annotated[str | None, typer.Option(help="The file's column of texts. [default: a usual name]")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Its column of labels. [default: a usual name]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write. [default: runs/NAME]")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="The file's column of texts. \\[default: a usual name]")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Its column of labels. \\[default: a usual name]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write. \\[default: runs/NAME]")] = None,
     frontend: Annotated[str, typer.Option(help="auto, ngrams or bpe.")] = "auto",
     vocabulary: Annotated[int | None, typer.Option(help="Rows of the embedding table.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Times to read the data. [default: by its size]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times to read the data. \\[default: by its size]")] = None,
     patience: Annotated[int, typer.Option(help="Epochs without a better validation loss before it stops.")] = 3,
     max_minutes: Annotated[float | None, typer.Option(help="Stop by the clock; bits then depend on it.")] = None,
     dropout: Annotated[float, typer.Option(help="Drop probability wherever none is given below.")] = 0.1,
@@ -63,7 +65,7 @@ def train(
     width: Annotated[int, typer.Option(help="Size of a position's vector.")] = 96,
     layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 3,
     heads: Annotated[int, typer.Option(help="Attention heads; a divisor of the width.")] = 4,
-    feed_forward: Annotated[int | None, typer.Option(help="Its inner size. [default: twice the width]")] = None,
+    feed_forward: Annotated[int | None, typer.Option(help="Its inner size. \\[default: twice the width]")] = None,
     causal: Annotated[bool, typer.Option(help="Let a position see itself and the past only.")] = False,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     batch_rows: Annotated[int, typer.Option(help="Rows a batch, in each process.")] = 128,
@@ -74,7 +76,8 @@ def train(
     strategy: Annotated[str, typer.Option(help="Lightning's name: auto, ddp, ...")] = "auto",
     resume: Annotated[bool, typer.Option(help="Go on where a killed run of the same settings stood.")] = False,
     cache: Annotated[
-        Path | None, typer.Option(envvar="EVALMODE_CACHE", help="Keeps the default data. [default: ~/.cache/evalmode]")
+        Path | None,
+        typer.Option(envvar="EVALMODE_CACHE", help="Keeps the default data. \\[default: ~/.cache/evalmode]"),
     ] = None,
 ) -> None:
     """Train a transformer with dropout, and write a checkpoint that `evalmode export` takes."""
@@ -120,7 +123,7 @@ def train(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="The folder that `evalmode train` wrote.")],
     out: Annotated[Path, typer.Option(help="The bundle root.")] = BUNDLES,
-    name: Annotated[str | None, typer.Option(help="The bundle's name. [default: the checkpoint folder's]")] = None,
+    name: Annotated[str | None, typer.Option(help="The bundle's name. \\[default: the checkpoint folder's]")] = None,
     version: Annotated[str, typer.Option(help="The bundle's version.")] = "1",
 ) -> None:
     """Export a checkpoint in eval mode, certify it, and write a bundle; a certificate that fails writes nothing."""
@@ -161,10 +164,21 @@ def verify(
             _complain(error)
             code = UNUSABLE
     if as_json:
-        _print_json([{"path": str(one.path), "records": [r.model_dump() for r in one.records]} for one in found])
+        _print_json(
+            [
+                {
+                    "path": str(one.path),
+                    "checked": [record.model_dump() for record in one.records],
+                    "certified": [record.model_dump() for record in one.certified],
+                }
+                for one in found
+            ]
+        )
     else:
         for one in found:
-            _print_records(one.records, title=f"{one.path}: {'pass' if one.passed else 'not passed'}")
+            _print_records(one.records, title=f"{one.path}: {'pass' if one.passed else 'not passed'}; checked now")
+            if one.certified:
+                _print_records(one.certified, title="checked with the trained module at export, by its certificate")
     if code == 0 and not all(one.passed for one in found):
         code = FOUND
     raise typer.Exit(code)
@@ -172,14 +186,16 @@ def verify(
 
 @app.command(epilog="Examples:  evalmode serve   |   evalmode serve bundles/languages/1 --port 9000 --provider cuda")
 def serve(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle or a folder of bundles. [default: bundles]")] = None,
-    host: Annotated[str | None, typer.Option(help="The address to listen on. [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one. [default: 8000]")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle or a folder of bundles. \\[default: bundles]")] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on. \\[default: 127.0.0.1]")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="The port to listen on; 0 takes a free one. \\[default: 8000]")
+    ] = None,
     provider: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or ONNX Runtime's own name.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of one batch. [default: 1]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Batches at once. [default: as the CPU quota allows]")] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="The largest request body. [default: 1 MiB]")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="The most texts in a request. [default: 256]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of one batch. \\[default: 1]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Batches at once. \\[default: as the CPU quota allows]")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="The largest request body. \\[default: 1 MiB]")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="The most texts in a request. \\[default: 256]")] = None,
     allow_uncertified: Annotated[
         bool | None, typer.Option(help="Serve a bundle without a passing certificate.")
     ] = None,

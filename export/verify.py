@@ -23,15 +23,17 @@ KNOWN_ANSWERS = "known-answers"
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was found in one file or bundle."""
+    """What was found in one file or bundle: by the rules that ran now, and by those that ran when it was exported."""
 
     path: Path
     records: tuple[Record, ...]
+    certified: tuple[Record, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether no rule failed and none was left unproven."""
-        return not any(record.verdict in (Verdict.FAIL, Verdict.UNPROVEN) for record in self.records)
+        """Whether no rule failed and none was left unproven, now or then."""
+        every = (*self.records, *self.certified)
+        return not any(record.verdict in (Verdict.FAIL, Verdict.UNPROVEN) for record in every)
 
 
 def verify(path: Path) -> Verified:
@@ -43,10 +45,11 @@ def verify(path: Path) -> Verified:
         return Verified(path=path, records=_structure(read_file(path), name=str(path)))
     bundle = open_bundle(find_bundle(path))
     model = read_model(bundle.model, name=str(bundle.path))
-    certified = () if bundle.certificate is None else bundle.certificate.records
-    fresh = (*_structure(model, name=str(bundle.path)), _known_answers(bundle))
-    again = {record.rule for record in fresh}
-    return Verified(path=bundle.path, records=(*(record for record in certified if record.rule not in again), *fresh))
+    assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
+    checked = (*_structure(model, name=str(bundle.path)), _known_answers(bundle))
+    again = {record.rule for record in checked}
+    certified = tuple(record for record in bundle.certificate.records if record.rule not in again)
+    return Verified(path=bundle.path, records=checked, certified=certified)
 
 
 def _structure(model: onnx.ModelProto, *, name: str) -> tuple[Record, ...]:

@@ -58,7 +58,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run: what it reads, what it builds, how it learns. Each field is a flag of `evalmode train`.
+    """One training run: what it reads, what it builds, how it learns. Most fields are a flag of `evalmode train`.
 
     data                `languages`, or a CSV, TSV, JSONL or Parquet file
     text_column         None: the first of the usual names that the file has; the same for label_column

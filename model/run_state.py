@@ -73,7 +73,10 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> Path | No
         require_same(json.loads(run.read_text()), record, where=run)
         return state
     shutil.rmtree(folder, ignore_errors=True)
-    write_file(run, json.dumps(record, indent=1, sort_keys=True).encode())
+    try:
+        write_file(run, json.dumps(record, indent=1, sort_keys=True).encode())
+    except OSError as error:
+        raise EvalmodeError(f"no training can be written to {folder.parent}: {error.strerror}") from error
     return None
 
 

@@ -21,10 +21,12 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor
 
 import evalmode
+from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.frontend import BpeSpec, NgramSpec, open_frontend
 from evalmode.model import checkpoint
 from evalmode.model.batches import UNLABELLED, Batches, Rows, encode
@@ -39,7 +41,7 @@ from evalmode.model.prior import informed_table
 from evalmode.model.progress import ShowProgress
 from evalmode.model.run_state import FOLDER, STATE_FILE, KeepState, WholeFiles, open_run, require_same
 from evalmode.model.transformer import Transformer
-from evalmode.model.validation import Validation
+from evalmode.model.validation import Diverged, Validation
 
 ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 2, 20
 JUDGED_TRAIN_ROWS = 10_000  # the training accuracy is of so many rows: it is shown for the gap to test, no more
@@ -153,27 +155,34 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
             trainer.fit(learner, ckpt_path=state if state.exists() else None)
         except SystemExit as stopped:  # how Lightning passes a Ctrl-C on
             raise KeyboardInterrupt from stopped
+        except Diverged:
+            rmtree(out / FOLDER, ignore_errors=True)  # nobody should resume it
+            raise
     return validation if trainer.is_global_zero else None
 
 
 def _trainer(config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]) -> lightning.Trainer:
-    return lightning.Trainer(
-        accelerator="auto",
-        devices=config.devices,
-        num_nodes=config.nodes,
-        strategy=config.strategy,
-        max_epochs=epochs,
-        max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
-        gradient_clip_val=config.clip_norm,
-        deterministic=True,
-        callbacks=callbacks,
-        plugins=[WholeFiles()],
-        use_distributed_sampler=False,  # Batches deals the rows out to the processes itself
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    try:
+        return lightning.Trainer(
+            accelerator="auto",
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=config.strategy,
+            max_epochs=epochs,
+            max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
+            gradient_clip_val=config.clip_norm,
+            deterministic=True,
+            callbacks=callbacks,
+            plugins=[WholeFiles()],
+            use_distributed_sampler=False,  # Batches deals the rows out to the processes itself
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        asked = f"--devices {config.devices} --nodes {config.nodes} --strategy {config.strategy}"
+        raise EvalmodeError(f"Lightning cannot train with {asked}: {error}") from error
 
 
 def _network(run: _Run) -> Transformer:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning
 from torch import Tensor, nn
 
+from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.frontend import BpeSpec, NgramSpec
 from evalmode.model.batches import Rows
 from evalmode.model.evaluation import fit_temperature, log_loss, predict, quality
+
+
+class Diverged(EvalmodeError):  # noqa: N818 - read as a sentence: "raise Diverged"
+    """The weights are lost: nothing that training went on with could be resumed."""
 
 
 class Validation(lightning.Callback):
@@ -36,6 +42,8 @@ class Validation(lightning.Callback):
         accuracy = quality(logits, self.rows.labels)["accuracy"]
         pl_module.log_dict({"validation_loss": loss, "validation_accuracy": accuracy})
         self.epochs += 1
+        if not math.isfinite(loss):
+            raise Diverged(f"the validation loss is not finite after epoch {self.epochs}: lower --learning-rate")
         if loss < self.best_loss:
             self.best_loss, self.waited = loss, 0
             weights = _network(pl_module).state_dict()

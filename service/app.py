@@ -46,6 +46,7 @@ def create_app(settings: Settings, *, open_predictor: Callable[[Settings], Predi
         version=evalmode.__version__,
         docs_url=None,  # FastAPI's pages load their scripts from a CDN: nothing for a server without a way out
         redoc_url=None,
+        redirect_slashes=False,  # a redirect answers no POST, and is no error in our form
         lifespan=_lifespan(settings, open_predictor),
     )
     app.state.settings = settings

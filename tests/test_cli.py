@@ -55,6 +55,14 @@ def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_de
     assert fine_tuning == {"informed_table", "warmup_steps", "clip_norm", "save_steps"}
 
 
+@pytest.mark.parametrize(
+    ("command", "default"), [("serve", "[default: 8000]"), ("train", "[default: runs/NAME]"), ("verify", "--json")]
+)
+def test_help_shows_the_defaults_that_are_written_in_words(command: str, default: str) -> None:
+    shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
+    assert default in shown.output
+
+
 def test_the_flags_of_serve_are_settings() -> None:
     assert inspect.signature(cli.serve).parameters.keys() <= Settings.model_fields.keys()
 
@@ -257,7 +265,8 @@ def test_verify_as_json_holds_every_record(
     assert called("verify", "--json", str(released.path), patch=monkeypatch) == 0
     (one,) = json.loads(capsys.readouterr().out)
     assert one["path"] == str(released.path)
-    assert {record["verdict"] for record in one["records"]} == {"pass"}
+    assert {record["verdict"] for record in (*one["checked"], *one["certified"])} == {"pass"}
+    assert {record["rule"] for record in one["checked"]} == {"stochastic-op", "training-mode", "known-answers"}
 
 
 def test_predict_reads_a_text_a_line_whatever_the_bytes(released: Released) -> None:

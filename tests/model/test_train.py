@@ -248,3 +248,20 @@ def test_two_processes_train_together_through_the_command_line(data, tmp_path):
     assert found.provenance["training"]["devices"] == 2
     assert found.metrics["test"]["accuracy"] > 0.9
     assert ran.stdout.count("sha256 of the weights") == 1
+
+
+def test_a_training_that_diverges_says_so_and_leaves_nothing_to_resume(data, tmp_path):
+    with pytest.raises(EvalmodeError, match=r"the validation loss is not finite after epoch 1: lower --learning-rate"):
+        train(data, tmp_path / "out", learning_rate=1e30)
+    assert not (tmp_path / "out" / FOLDER).exists()
+
+
+def test_a_strategy_that_lightning_does_not_know_is_one_sentence(data, tmp_path):
+    with pytest.raises(EvalmodeError, match=r"Lightning cannot train with .*--strategy bogus"):
+        train(data, tmp_path / "out", strategy="bogus")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(data, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EvalmodeError, match=r"no training can be written to .*file"):
+        train(data, tmp_path / "file")
