@@ -80,7 +80,11 @@ def _invalid(error: ErrorDetails) -> InvalidField:
         return InvalidField(f"{field} is missing", field=field)
     if kind == "is_instance_of":
         return InvalidField(f"{field} must be a string, got {value}", field=field)
-    complaint = error["msg"].replace("Input should", "must").replace("List should", "must")
+    if kind == "list_type":
+        return InvalidField(f"{field} must be a list of texts, got {value}", field=field)
+    if kind == "too_short":
+        return InvalidField(f"{field} must hold at least 1 text", field=field)
+    complaint = error["msg"].replace("Input should", "must")
     return InvalidField(f"{field} {complaint}, got {value}", field=field)
 
 

@@ -97,9 +97,9 @@ def test_what_is_not_json_is_a_bad_request(body):
     ("body", "field", "sentence"),
     [
         ({}, "inputs", "inputs is missing"),
-        ({"inputs": "a"}, "inputs", 'inputs must be a valid list, got "a"'),
-        ({"inputs": None}, "inputs", "inputs must be a valid list, got null"),
-        ({"inputs": []}, "inputs", "inputs must have at least 1 item after validation, not 0, got []"),
+        ({"inputs": "a"}, "inputs", 'inputs must be a list of texts, got "a"'),
+        ({"inputs": None}, "inputs", "inputs must be a list of texts, got null"),
+        ({"inputs": []}, "inputs", "inputs must hold at least 1 text"),
         ({"inputs": ["a"] * 5}, "inputs", "inputs must hold at most 4 texts a request, got 5"),
         ({"inputs": ["a", 17]}, "inputs.1", "inputs.1 must be a string, got 17"),
         ({"inputs": ["a", None]}, "inputs.1", "inputs.1 must be a string, got null"),
