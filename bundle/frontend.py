@@ -59,6 +59,11 @@ class NgramSpec(_Spec):
     # Lower-casing and composition follow Python's Unicode tables; another version may read rare characters otherwise.
     unicode: str = unicodedata.unidata_version
 
+    @property
+    def ids_per_position(self) -> int:
+        """G: the ids of all n-grams that end at one of a position's characters."""
+        return self.orders * self.characters
+
 
 class BpeSpec(_Spec):
     """A tokenizer file whose id 0 is padding and whose `start` id opens every row."""
@@ -67,6 +72,11 @@ class BpeSpec(_Spec):
     lengths: tuple[int, ...] = (8, 16, 32, 64, 128)
     vocabulary: int = Field(ge=2)
     start: int = Field(default=1, ge=1)
+
+    @property
+    def ids_per_position(self) -> int:
+        """G is 1: ids are (B, T) and come with an attention mask."""
+        return 1
 
 
 FrontEndSpec: TypeAlias = Annotated[NgramSpec | BpeSpec, Field(discriminator="kind")]
@@ -87,10 +97,6 @@ class FrontEnd(Protocol):
     def spec(self) -> NgramSpec | BpeSpec:
         """What the manifest declares of it."""
 
-    @property
-    def ids_per_position(self) -> int:
-        """G; 1 means that ids are (B, T) and come with an attention mask."""
-
     def encode(self, text: str) -> Row:
         """The row of one text; never empty, whatever the text."""
 
@@ -104,7 +110,6 @@ class NgramFrontEnd:
 
     def __init__(self, spec: NgramSpec) -> None:
         self.spec = spec
-        self.ids_per_position = spec.orders * spec.characters
         self._symbols = spec.lengths[-1] * spec.characters - 1  # what is left beside the boundary
 
     def encode(self, text: str) -> Row:
@@ -113,7 +118,7 @@ class NgramFrontEnd:
         points = np.frombuffer(symbols[: self._symbols].encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
         points = np.concatenate([np.zeros(self.spec.orders, np.uint64), points])  # zeros: the boundary, and before it
         grams = self._hash(points)[self.spec.orders - 1 :]  # (characters of the text and one boundary, orders)
-        ids = np.zeros((-(-len(grams) // self.spec.characters), self.ids_per_position), np.int64)
+        ids = np.zeros((-(-len(grams) // self.spec.characters), self.spec.ids_per_position), np.int64)
         ids.reshape(-1, self.spec.orders)[: len(grams)] = grams
         return Row(ids=ids, truncated=not read or len(symbols) > self._symbols)
 
@@ -135,8 +140,6 @@ class NgramFrontEnd:
 
 class BpeFrontEnd:
     """A Hugging Face tokenizer, opened by its `start` token; knows nothing of how it was trained."""
-
-    ids_per_position = 1
 
     def __init__(self, spec: BpeSpec, tokenizer: str) -> None:
         self.spec = spec

@@ -75,6 +75,7 @@ class Session:
             raise ProviderUnavailable(f"{self.provider} was asked for and did not start; ONNX Runtime offers {active}")
         self.inputs = tuple(_tensor(found) for found in self._session.get_inputs())
         self.outputs = tuple(_tensor(found) for found in self._session.get_outputs())
+        self._answers = [output.name for output in self.outputs]
         self.platform = Platform(
             runtime=f"onnxruntime {ort.__version__}",
             provider=self.provider,
@@ -85,9 +86,8 @@ class Session:
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
         """Every output by name, for inputs by name. Raises ModelRunFailed with the runtime's reason."""
-        names = [output.name for output in self.outputs]
         try:
-            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+            return dict(zip(self._answers, self._session.run(self._answers, dict(inputs)), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise ModelRunFailed(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
 

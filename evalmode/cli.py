@@ -264,7 +264,7 @@ def main() -> None:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        print(f"evalmode: this needs {error.name}: pip install 'evalmode[{extra}]'", file=sys.stderr)
+        _complain(f"this needs {error.name}: pip install 'evalmode[{extra}]'")
         sys.exit(UNUSABLE)
 
 
@@ -305,8 +305,8 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def _complain(error: EvalmodeError) -> None:
-    print(f"evalmode: {error}", file=sys.stderr)
+def _complain(sentence: object) -> None:
+    print(f"evalmode: {sentence}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class NodeAt:
     @property
     def domain(self) -> str:
         """The operator's domain, with ONNX's own spelled as the empty string."""
-        return "" if self.node.domain == "ai.onnx" else self.node.domain
+        return _domain(self.node.domain)
 
     def flag(self, name: str) -> bool | None:
         """Whether an integer attribute is set; None where a function's caller decides. Absent is not set."""
@@ -98,7 +98,11 @@ def walk(model: onnx.ModelProto) -> Iterator[NodeAt]:
 
 
 def _opsets(imports: object) -> dict[str, int]:
-    return {"" if item.domain == "ai.onnx" else item.domain: item.version for item in imports}  # type: ignore[attr-defined]
+    return {_domain(item.domain): item.version for item in imports}  # type: ignore[attr-defined]
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
 
 
 def _walk_graph(
@@ -117,8 +121,7 @@ def _walk_nodes(
     constants = dict(outer)
     for index, node in enumerate(nodes):  # type: ignore[arg-type, var-annotated]
         here = f"{path}{node.name or f'{node.op_type}_{index}'}"
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        yield NodeAt(node=node, path=here, opset=opsets.get(domain, 0), constants=constants)
+        yield NodeAt(node=node, path=here, opset=opsets.get(_domain(node.domain), 0), constants=constants)
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.name == "value" and node.output:
                 constants[node.output[0]] = attribute.t

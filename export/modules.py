@@ -34,10 +34,13 @@ def named_everything(root: nn.Module) -> dict[str, nn.Module]:
 def named_generators(root: nn.Module) -> dict[str, Generator]:
     """Python's and NumPy's generators by path: those that attributes lead to, and the globals beside a forward."""
     kinds = (random.Random, np.random.Generator, np.random.RandomState)
-    found = {path: value for path, value in _reachable(root) if isinstance(value, kinds)}
-    for module in named_everything(root).values():
-        beside = getattr(type(module).forward, "__globals__", {})
-        found |= {f"global {name}": value for name, value in beside.items() if isinstance(value, kinds)}
+    found: dict[str, Generator] = {}
+    for path, value in _reachable(root):
+        if isinstance(value, kinds):
+            found[path] = value
+        elif isinstance(value, nn.Module):
+            beside = getattr(type(value).forward, "__globals__", {})
+            found |= {f"global {name}": part for name, part in beside.items() if isinstance(part, kinds)}
     return found
 
 

@@ -81,8 +81,8 @@ class Checkpoint:
         return open_frontend(self.frontend, self.tokenizer)
 
 
-def save(checkpoint: Checkpoint, folder: Path) -> str:
-    """Write `checkpoint` into `folder`, over the one that may stand there; return the sha256 of its weights.
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write `checkpoint` into `folder`, over the one that may stand there.
 
     The record is written last and names every other file's hash, so a folder is either a whole checkpoint or none.
     """
@@ -108,7 +108,6 @@ def save(checkpoint: Checkpoint, folder: Path) -> str:
     for name, data in files.items():
         write_file(folder / name, data)
     write_file(folder / RECORD_FILE, json.dumps(record, ensure_ascii=True, indent=1).encode())
-    return hashes[WEIGHTS_FILE]
 
 
 def load(folder: Path) -> Checkpoint:

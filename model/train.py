@@ -209,7 +209,7 @@ def _shape(run: _Run) -> TransformerConfig:
         vocabulary=run.spec.vocabulary,
         labels=len(run.data.labels),
         positions=run.spec.lengths[-1],
-        ids_per_position=open_frontend(run.spec, run.tokenizer).ids_per_position,
+        ids_per_position=run.spec.ids_per_position,
     )
 
 

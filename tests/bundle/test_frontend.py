@@ -66,7 +66,7 @@ def test_whatever_the_text_it_has_a_row_that_fits_the_ladder_and_the_table(text)
     row = DEFAULT.encode(text)
     spec = DEFAULT.spec
     assert row.ids.dtype == np.int64
-    assert row.ids.shape[1] == DEFAULT.ids_per_position == 16
+    assert row.ids.shape[1] == DEFAULT.spec.ids_per_position == 16
     assert 1 <= len(row.ids) <= spec.lengths[-1]
     assert spec.padded_length(len(row.ids)) in spec.lengths
     assert row.ids.min() >= 0
@@ -221,7 +221,7 @@ BPE = BpeSpec(vocabulary=300, lengths=(4, 16))
 def test_a_tokenizer_gives_any_text_a_row_that_starts_with_its_start(tokenizer, text):
     frontend = open_frontend(BPE, tokenizer)
     row = frontend.encode(text)
-    assert frontend.ids_per_position == 1
+    assert frontend.spec.ids_per_position == 1
     assert row.ids.dtype == np.int64
     assert row.ids[0] == BPE.start
     assert 1 <= len(row.ids) <= 16

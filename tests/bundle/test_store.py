@@ -23,7 +23,7 @@ def test_what_was_written_is_what_is_opened(written, parts):
     assert bundle.contents == made.contents
     assert bundle.model == made.contents["model.onnx"]
     assert [answer.text for answer in bundle.known_answers()] == ["Ez egy rövid mondat."]
-    assert bundle.frontend().ids_per_position == 16
+    assert bundle.frontend().spec.ids_per_position == 16
 
 
 def test_the_digest_is_the_sha256_of_the_manifest_file(written, parts):
