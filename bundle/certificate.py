@@ -1,8 +1,9 @@
-"""The record of the checks that a bundle passed: rule, verdict, measured, limit, where. Knows no rule itself."""
+"""The record of the checks that a bundle passed: rule, verdict, measured, limit, findings. Knows no rule itself."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Literal
 
@@ -26,15 +27,81 @@ class Verdict(StrEnum):
     NOT_APPLICABLE = "not applicable"
 
 
+class Severity(StrEnum):
+    """How much a finding weighs: an error fails its rule, what is unproven keeps it from passing, a warning does not."""
+
+    ERROR = "error"
+    UNPROVEN = "unproven"
+    WARNING = "warning"
+
+
+class Finding(Frozen):
+    """One place where a rule does not hold: why, and what to do about it.
+
+    `node` is the path of a node (through subgraphs and functions), of a module or of a tensor; `op` is its operator or
+    class. Both are empty for what concerns the whole.
+    """
+
+    severity: Severity
+    node: str = ""
+    op: str = ""
+    why: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.node} ({self.op})".strip() if self.op else self.node
+        return f"{place}: {self.why}" if place else self.why
+
+
 class Record(Frozen):
-    """What one rule found: `why` is one sentence, `measured` and `limit` for people, `where` names sites or nodes."""
+    """What one rule found: `why` is one sentence, `measured` and `limit` are for people.
+
+    `sites` names what was looked at where that is worth telling although nothing is wrong with it.
+    """
 
     rule: str
     verdict: Verdict
     why: str
     measured: str = ""
     limit: str = ""
-    where: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    sites: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        rule: str,
+        findings: Iterable[Finding],
+        *,
+        fine: str,
+        otherwise: str,
+        measured: str = "",
+        limit: str = "",
+        sites: tuple[str, ...] = (),
+    ) -> Record:
+        """The record whose verdict its findings decide; it says `fine` when it passes, else `otherwise`."""
+        found = tuple(findings)
+        verdict = Verdict.PASS
+        if any(finding.severity is Severity.UNPROVEN for finding in found):
+            verdict = Verdict.UNPROVEN
+        if any(finding.severity is Severity.ERROR for finding in found):
+            verdict = Verdict.FAIL
+        why = fine if verdict is Verdict.PASS else otherwise
+        return cls(rule=rule, verdict=verdict, why=why, measured=measured, limit=limit, findings=found, sites=sites)
+
+    @classmethod
+    def not_applicable(cls, rule: str, why: str) -> Record:
+        """The record of a rule that has nothing to judge here; it lowers no verdict."""
+        return cls(rule=rule, verdict=Verdict.NOT_APPLICABLE, why=why)
+
+
+def overall(records: Iterable[Record]) -> Verdict:
+    """Fail when any rule failed, else unproven when any is, else pass; no records prove nothing."""
+    found = {record.verdict for record in records}
+    for worst in (Verdict.FAIL, Verdict.UNPROVEN):
+        if worst in found:
+            return worst
+    return Verdict.PASS if Verdict.PASS in found else Verdict.UNPROVEN
 
 
 class Platform(Frozen):
@@ -64,12 +131,8 @@ class Certificate(Frozen):
 
     @property
     def verdict(self) -> Verdict:
-        """Fail when any rule failed, else unproven when any is, else pass; no records prove nothing."""
-        found = {record.verdict for record in self.records}
-        for worst in (Verdict.FAIL, Verdict.UNPROVEN):
-            if worst in found:
-                return worst
-        return Verdict.PASS if Verdict.PASS in found else Verdict.UNPROVEN
+        """What all records together come to."""
+        return overall(self.records)
 
     def sealed(self) -> Certificate:
         """The same certificate with its seal."""

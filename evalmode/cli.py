@@ -1,13 +1,8 @@
-"""The command `evalmode`: one subcommand a job. What a subcommand needs is imported when it is called, not before.
-
-Exit codes: 0 done, 1 a check found something, 2 the input cannot be used (one sentence on stderr says why).
-"""
+"""The command `evalmode`: one subcommand a job. What a subcommand needs is imported when it is called, not before."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +11,10 @@ import typer
 
 from evalmode import __version__
 from evalmode.bundle.errors import EvalmodeError
+from evalmode.commands import audit as audit_command
+from evalmode.commands import export as export_command
+from evalmode.commands import verify as verify_command
+from evalmode.terminal import UNUSABLE, complain, open_console
 
 app = typer.Typer(
     help="Train with dropout. Serve without it. Prove it.",
@@ -25,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-FOUND, UNUSABLE = 1, 2
 # What a lean installation may lack, and the extra that brings it.
 _EXTRAS = {
     "torch": "train",
@@ -96,7 +94,7 @@ def train(
     from evalmode.model.train import fit  # after the configuration: nonsense need not wait for torch
     from evalmode.tables import metrics_table, pairs_table
 
-    console = _console()
+    console = open_console()
     result = fit(
         config,
         out=out or Path("runs") / Path(data).stem,
@@ -117,71 +115,9 @@ def train(
     console.print(pairs_table(facts, title="training"))
 
 
-@app.command(
-    epilog="Examples:  evalmode export runs/languages   |   evalmode export runs/mine --out /srv/bundles --version 2"
-)
-def export(
-    checkpoint: Annotated[Path, typer.Argument(help="The folder that `evalmode train` wrote.")],
-    out: Annotated[Path, typer.Option(help="The bundle root.")] = BUNDLES,
-    name: Annotated[str | None, typer.Option(help="The bundle's name. \\[default: the checkpoint folder's]")] = None,
-    version: Annotated[str, typer.Option(help="The bundle's version.")] = "1",
-) -> None:
-    """Export a checkpoint in eval mode, certify it, and write a bundle; a certificate that fails writes nothing."""
-    from evalmode.export.release import ExportRefused, release
-    from evalmode.model.checkpoint import load
-
-    console = _console()
-    found = load(checkpoint)
-    try:
-        with console.status("export") as status:
-            released = release(
-                found,
-                root=out,
-                name=name or re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.resolve().name).strip("-._"),
-                version=version,
-                progress=lambda step: status.update(f"export: {step}"),
-            )
-    except ExportRefused as refused:
-        _print_records(refused.records, title="refused: no bundle was written")
-        raise typer.Exit(FOUND) from refused
-    _print_records(released.certificate.records, title=f"certificate of {released.path}")
-    console.print(f"digest {released.certificate.digest}", soft_wrap=True)
-
-
-@app.command(epilog="Examples:  evalmode verify bundles   |   evalmode verify model.onnx other.onnx --json")
-def verify(
-    paths: Annotated[list[Path], typer.Argument(help="Bundles, folders that hold one, or bare .onnx files.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
-) -> None:
-    """Check bundles and ONNX files: exit 0 when all pass, 1 when a rule finds something, 2 when one is unreadable."""
-    from evalmode.export.verify import verify as verify_one
-
-    code, found = 0, []
-    for path in paths:
-        try:
-            found.append(verify_one(path))
-        except EvalmodeError as error:
-            _complain(error)
-            code = UNUSABLE
-    if as_json:
-        _print_json(
-            [
-                {
-                    "path": str(one.path),
-                    "checked": [record.model_dump() for record in one.records],
-                    "certified": [record.model_dump() for record in one.certified],
-                }
-                for one in found
-            ]
-        )
-    else:
-        for one in found:
-            _print_records(one.records, title=f"{one.path}: {'pass' if one.passed else 'not passed'}; checked now")
-            if one.certified:
-                _print_records(one.certified, title="checked with the trained module at export, by its certificate")
-    if code == 0 and not all(one.passed for one in found):
-        code = FOUND
-    raise typer.Exit(code)
+app.command(epilog=export_command.EPILOG)(export_command.export)
+app.command(epilog=verify_command.EPILOG)(verify_command.verify)
+app.command(epilog=audit_command.EPILOG)(audit_command.audit)
 
 
 @app.command(epilog="Examples:  evalmode serve   |   evalmode serve bundles/languages/1 --port 9000 --provider cuda")
@@ -241,7 +177,7 @@ def predict(
     from evalmode.tables import predictions_table
 
     answers = [[(scored.label, scored.score) for scored in prediction.top] for prediction in predictions]
-    _console().print(predictions_table(asked, answers))
+    open_console().print(predictions_table(asked, answers))
 
 
 @app.command(epilog="Example:  evalmode show bundles/languages/1")
@@ -250,7 +186,7 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle or a folder of bu
     from evalmode.bundle.store import find_bundle, open_bundle
     from evalmode.tables import bundle_tables
 
-    _console().print(bundle_tables(open_bundle(find_bundle(bundle), allow_uncertified=True)))
+    open_console().print(bundle_tables(open_bundle(find_bundle(bundle), allow_uncertified=True)))
 
 
 def main() -> None:
@@ -258,13 +194,13 @@ def main() -> None:
     try:
         app()
     except EvalmodeError as error:
-        _complain(error)
+        complain(error)
         sys.exit(UNUSABLE)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        _complain(f"this needs {error.name}: pip install 'evalmode[{extra}]'")
+        complain(f"this needs {error.name}: pip install 'evalmode[{extra}]'")
         sys.exit(UNUSABLE)
 
 
@@ -283,12 +219,6 @@ def _root(
     pass
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
 def _lines_of_stdin() -> list[str]:
     if sys.stdin.isatty():
         raise EvalmodeError("there is no text: give texts as arguments, or pipe one a line into stdin")
@@ -298,15 +228,7 @@ def _lines_of_stdin() -> list[str]:
 def _print_records(records: Any, *, title: str) -> None:
     from evalmode.tables import records_table
 
-    _console().print(records_table(records, title=title))
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
-
-
-def _complain(sentence: object) -> None:
-    print(f"evalmode: {sentence}", file=sys.stderr)
+    open_console().print(records_table(records, title=title))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,19 @@ What comes from files and users is a `Text`: a path such as `x[/a]` is no markup
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.bundle.manifest import Manifest
 from evalmode.bundle.store import Bundle
+
+if TYPE_CHECKING:
+    from evalmode.export.audit.site import Site
 
 _COLOURS = {
     Verdict.PASS: "green",
@@ -24,7 +28,7 @@ _COLOURS = {
 
 
 def records_table(records: Iterable[Record], *, title: str) -> Table:
-    """One line a rule; below one that did not pass stand the reason and the places."""
+    """One line a rule; below it stand the reason why it did not pass, the places, and once each what to do."""
     table = Table(title=Text(title), title_justify="left")
     table.add_column("rule", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -35,10 +39,43 @@ def records_table(records: Iterable[Record], *, title: str) -> Table:
         table.add_row(Text(record.rule), verdict, Text(record.measured), Text(record.limit))
         if record.verdict is not Verdict.PASS:
             table.add_row("", "", Text(record.why, style="bold"), "")
-        if record.verdict in (Verdict.FAIL, Verdict.UNPROVEN):
-            for place in record.where:
-                table.add_row("", "", Text(place), "")
+        for line in _found(record):
+            table.add_row("", "", line, "")
     return table
+
+
+def _found(record: Record) -> Iterator[Text]:
+    yield from (Text(str(finding)) for finding in record.findings)
+    for fix in dict.fromkeys(finding.fix for finding in record.findings if finding.fix):
+        yield Text(fix, style="italic")
+
+
+def sites_table(sites: Iterable[Site]) -> Table:
+    """One line a site of an audit: what it is, what was measured, and by how much training and eval differ."""
+    table = Table(title="expectation gap", title_justify="left")
+    for column in ("site", "kind", "p", "keep rate", "train scale", "eval scale", "gap"):
+        table.add_column(column, overflow="fold")
+    for site in sites:
+        name = f"{site.path or '(root)'}{f', draw {site.draw}' if site.draw else ''} ({site.type})"
+        colour = {None: "green", Severity.ERROR: "bold red", Severity.UNPROVEN: "yellow"}.get(site.severity, "cyan")
+        table.add_row(
+            Text(name),
+            Text(site.kind, style=colour),
+            _number(site.p),
+            _measured(site.keep_rate, site.keep_interval),
+            _number(site.train_scale),
+            _number(site.eval_scale),
+            _measured(site.gap, site.gap_interval),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _measured(value: float | None, interval: tuple[float, float] | None) -> str:
+    return _number(value) if interval is None else f"{_number(value)} [{interval[0]:.4g}, {interval[1]:.4g}]"
 
 
 def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> Table:
@@ -60,7 +97,7 @@ def bundle_tables(bundle: Bundle) -> Group:
     if bundle.certificate is not None:
         records = bundle.certificate.records
         tables.append(records_table(records, title=f"certificate: {bundle.certificate.verdict}"))
-        sites = next((record.where for record in records if record.rule == "census"), ())
+        sites = next((record.sites for record in records if record.rule == "census"), ())
         tables.append(_sites_table(sites))
     tables.append(metrics_table(bundle.manifest.metrics))
     return Group(*tables)

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import onnx
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from evalmode.bundle.certificate import Verdict
 from evalmode.bundle.errors import EvalmodeError
 from evalmode.export.checks import escaped_module
+from evalmode.export.outputs import answering_tensors
 from evalmode.export.witness import plain_forward
 
 # The first opset with GELU as one operator; the runtimes of the last two years read it.
@@ -35,6 +37,18 @@ class NotConvertible(EvalmodeError):  # noqa: N818
     """A module that torch's exporter cannot write as ONNX; the message carries its reason."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """The model as it goes into a bundle, and the graph before optimisation.
+
+    The optimiser computes what depends on constants alone, once: also a Dropout or a Bernoulli, whose noise it then
+    leaves behind as a constant. The evidence is in the graph that it was given.
+    """
+
+    model: onnx.ModelProto
+    unoptimised: onnx.ModelProto
+
+
 def convert(
     module: nn.Module,
     inputs: Mapping[str, Tensor],
@@ -42,7 +56,7 @@ def convert(
     dynamic_axes: Mapping[str, Mapping[int, str]],
     outputs: Sequence[str],
     opset: int = OPSET,
-) -> onnx.ModelProto:
+) -> Converted:
     """The ONNX model of `module`, which is called with `inputs` by name.
 
     `dynamic_axes` names, for each input, the axes that may vary: {"input_ids": {0: "batch", 1: "length"}}. `outputs`
@@ -51,17 +65,19 @@ def convert(
     """
     record = escaped_module.check(module)
     if record.verdict is not Verdict.PASS:
-        raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(record.where)}")
+        raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(map(str, record.findings))}")
     if unknown := dynamic_axes.keys() - inputs.keys():
         raise ValueError(f"dynamic_axes names {sorted(unknown)}, the inputs are {list(inputs)}")
-    model = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
+    converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
+    model = converted.model
     if (found := [output.name for output in model.graph.output]) != list(outputs):
         raise NotConvertible(f"{type(module).__name__} has {len(found)} outputs, {len(outputs)} are named")
     if (version := next(item.version for item in model.opset_import if item.domain == "")) != opset:
         raise NotConvertible(f"{type(module).__name__} was exported at opset {version}: opset {opset} cannot be had")
-    _name_nodes(model)
-    _strip(model)
-    return model
+    for one in (model, converted.unoptimised):
+        _name_nodes(one)
+        _strip(one)
+    return converted
 
 
 def _export(
@@ -71,9 +87,9 @@ def _export(
     dynamic_axes: Mapping[str, Mapping[int, str]],
     outputs: Sequence[str],
     opset: int,
-) -> onnx.ModelProto:
+) -> Converted:
     try:
-        with _quiet(), plain_forward():
+        with _quiet(), plain_forward(), answering_tensors(module):
             program = torch.onnx.export(
                 module,
                 (),
@@ -82,12 +98,15 @@ def _export(
                 dynamic_shapes={name: dict(dynamic_axes.get(name, {})) for name in inputs},
                 output_names=list(outputs),
                 opset_version=opset,
+                optimize=False,
                 verbose=False,
             )
         assert program is not None, "the dynamo exporter returns a program"
+        unoptimised = program.model_proto
+        program.optimize()
         model = program.model_proto
         onnx.checker.check_model(model)
-        return model
+        return Converted(model=model, unoptimised=unoptimised)
     except (torch.onnx.errors.OnnxExporterError, onnx.checker.ValidationError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise NotConvertible(f"{type(module).__name__} cannot be exported: {reason}") from error

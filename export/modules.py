@@ -5,6 +5,7 @@ Knows no rule.
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import types
@@ -42,6 +43,22 @@ def named_generators(root: nn.Module) -> dict[str, Generator]:
             beside = getattr(type(value).forward, "__globals__", {})
             found |= {f"global {name}": part for name, part in beside.items() if isinstance(part, kinds)}
     return found
+
+
+def private_copy(root: nn.Module) -> nn.Module:
+    """A copy that shares the parameters and nothing else: what a forward leaves on it, it leaves on no other.
+
+    Raises whatever the user's own attributes raise that cannot be copied: a lock, an open file.
+    """
+    shared = {id(parameter): parameter for parameter in root.parameters()}
+    return copy.deepcopy(root, shared)
+
+
+def disturbed(root: nn.Module) -> nn.Module:
+    """The network, after one number was drawn from each of its own generators: what they give next is another one."""
+    for generator in named_generators(root).values():
+        generator.random()
+    return root
 
 
 def _reachable(root: nn.Module) -> Iterator[tuple[str, object]]:

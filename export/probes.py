@@ -1,63 +1,75 @@
-"""The inputs on which a text classifier is held against its graph: both ends of every axis, padding, held-out rows.
+"""The inputs on which anything is judged that came with a few samples: other sizes, other values, single rows.
 
-Knows no rule.
+Knows no module, no rule and no ONNX: it is given `run`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec, collate
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.subject import HeldOut
+from evalmode.export.axes import ends, keeps_masks, resampled, resized, sizes_of
+from evalmode.export.candidate import BATCH, Axes, Sample
 
-_ROWS_A_LENGTH = 8
-_HELD_OUT_BATCH = 64
-_BATCHES = (1, 2, 64)  # both ends of the certified batch sizes, and the smallest at which rows have a neighbour
+# Answers by name; raises whatever it likes on inputs that it does not read.
+Run: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
+
+_ROWS = 8
+_RESAMPLED = 4
 
 
-def rows_by_length(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> dict[int, list[Tensors]]:
-    """Single rows, padded, for every rung of the ladder: half of them full, half of them mostly padding.
+def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
+    """The samples, then what is made of them: both ends of every axis, and other values.
 
-    Made of real rows, cut or joined until they have the length: real ids at lengths that the data may not reach.
+    Of what is made, those that `run` reads and answers with numbers: the others may be outside of its domain.
     """
-    joined = np.concatenate(rows)
+    made: list[Sample] = []
+    for sample in samples:
+        made += [probe for probe in list(ends(sample, axes))[1:] if keeps_masks(sample, probe)]
+    rows = {BATCH: 5} if BATCH in sizes_of(samples[0], axes) else {}
+    made += [resized(resampled(samples[0], seed), axes, rows if seed % 2 else {}) for seed in range(_RESAMPLED)]
+    return [_arrays(probe) for probe in (*samples, *_that_run(run, made))]
+
+
+def single_rows(run: Run, samples: Sequence[Sample], axes: Axes) -> dict[int, list[Tensors]]:
+    """Single rows by the size of the first axis beside the batch (0 where none varies).
+
+    None where an input has no batch axis, or an answer has not one row for each row.
+    """
+    if not all(axes.get(name, {}).get(0) == BATCH for name in samples[0]):
+        return {}
+    answers = run(resized(samples[0], axes, {BATCH: 2})).values()
+    if not all(answer.ndim and answer.shape[0] == 2 for answer in answers):
+        return {}
     found: dict[int, list[Tensors]] = {}
-    for length in spec.lengths:
-        starts = [length * index for index in range(_ROWS_A_LENGTH)]
-        pieces = [np.take(joined, range(start, start + length), axis=0, mode="wrap") for start in starts]
-        pieces[1::2] = [piece[: max(1, length // (index + 2))] for index, piece in enumerate(pieces[1::2])]
-        found[length] = [collate([piece], length=length) for piece in pieces]
+    for sample in samples:
+        length = next((size for axis, size in sizes_of(sample, axes).items() if axis != BATCH), 0)
+        pool = [sample, *_that_run(run, [resampled(sample, seed) for seed in range(_ROWS)])]
+        single: list[Tensors] = [
+            {name: array[place : place + 1] for name, array in _arrays(one).items()}
+            for one in pool
+            for place in range(next(iter(sample.values())).shape[0])
+        ]
+        found.setdefault(length, single[:_ROWS])
     return found
 
 
-def probes(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> tuple[Tensors, ...]:
-    """Batches of 1, 2 and 64 rows at length 1, at every rung of the ladder and at a length in the middle."""
-    middle = (spec.lengths[-1] + spec.lengths[0]) // 2 + 1
-    lengths = sorted({1, min(middle, spec.lengths[-1]), *spec.lengths})
-    order = np.random.default_rng(0).permutation(len(rows))
-    return tuple(
-        collate([rows[order[index % len(order)]][:length] for index in range(count)], length=length)
-        for length in lengths
-        for count in _BATCHES
-    )
+def _that_run(run: Run, made: Sequence[Sample]) -> list[Sample]:
+    return [probe for probe in made if _is_finite(run, probe)]
 
 
-def held_out(rows: Sequence[Ids], labels: Ids, spec: NgramSpec | BpeSpec) -> HeldOut:
-    """Every held-out row, padded to its own rung, in batches of equal length."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        by_length[spec.padded_length(len(row))].append(index)
-    batches = [(length, chosen) for length, every in sorted(by_length.items()) for chosen in _chunks(every)]
-    return HeldOut(
-        batches=[collate([rows[index] for index in chosen], length=length) for length, chosen in batches],
-        labels=[labels[chosen] for _, chosen in batches],
-    )
+def _is_finite(run: Run, probe: Sample) -> bool:
+    try:
+        answers = run(probe)
+    except Exception:  # the user's own code or graph, on inputs that he did not give
+        return False
+    return all(bool(torch.isfinite(answer).all()) for answer in answers.values())
 
 
-def _chunks(indices: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(indices), _HELD_OUT_BATCH):
-        yield indices[start : start + _HELD_OUT_BATCH]
+def _arrays(sample: Sample) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().cpu().numpy() for name, tensor in sample.items()}

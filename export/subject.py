@@ -5,9 +5,11 @@ Knows no rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +19,19 @@ from torch import Tensor, nn
 
 from evalmode.bundle.frontend import Ids
 from evalmode.bundle.known_answers import Tensors
+from evalmode.bundle.row_counts import stable_row_counts
 from evalmode.bundle.session import Session, open_session
 from evalmode.export.convert import serialise
+from evalmode.export.fingerprint import Fingerprint
+from evalmode.export.graph import Graph, graph_of
 from evalmode.export.outputs import flatten
 from evalmode.export.witness import plain_forward
+
+# The batch sizes that are measured.
+COUNTS = tuple(range(1, 65))
+
+# Makes another export of the same weights under other seeds. Raises EvalmodeError where it cannot be made.
+Twin: TypeAlias = Callable[[], Fingerprint]
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
@@ -38,14 +49,22 @@ class Subject:
     """A module in eval mode and the model made of it.
 
     `probes` are batches that reach both ends of every dynamic axis; `rows` are single rows (leading dimension 1) by
-    padded length.
+    padded length. `module` is None for a file that came without one. `labelled` says that the largest number of the
+    first output is a label. `unoptimised` is the graph before constants were folded, `twins` make exports of the
+    same weights under other seeds. A model that lies in a file, `path`, comes with the graph that was `opened` from it.
     """
 
-    module: nn.Module
+    module: nn.Module | None
     model: onnx.ModelProto
     probes: Sequence[Tensors]
     rows: Mapping[int, Sequence[Tensors]]
+    dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    labelled: bool = False
     held_out: HeldOut | None = None
+    unoptimised: onnx.ModelProto | None = None
+    twins: Sequence[Twin] = ()
+    path: Path | None = None
+    opened: Graph | None = None
     provider: str = "cpu"
     threads: int = 1
 
@@ -55,17 +74,29 @@ class Subject:
         return serialise(self.model)
 
     @cached_property
+    def graph(self) -> Graph:
+        """The model as a rule reads it."""
+        return self.opened or graph_of(self.model)
+
+    @cached_property
+    def row_counts(self) -> dict[int, tuple[int, ...]]:
+        """By padded length, the batch sizes of 1..64 at which a row has the bits it has alone, as served."""
+        return {length: stable_row_counts(self.served.run, rows, COUNTS) for length, rows in self.rows.items()}
+
+    @cached_property
     def served(self) -> Session:
         """A session opened as the service opens it."""
-        return open_session(self.data, provider=self.provider, threads=self.threads)
+        return open_session(self.path or self.data, provider=self.provider, threads=self.threads)
 
     @cached_property
     def plain(self) -> Session:
         """A session without graph optimisation, which would delete a training-mode Dropout and its evidence."""
-        return open_session(self.data, provider=self.provider, threads=self.threads, optimise=False)
+        source = self.path or self.data
+        return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
 
     def reference(self, inputs: Tensors) -> Arrays:
         """What the module itself answers, by the names of the model's outputs."""
+        assert self.module is not None, "a rule that compares with the module is given one"
         with plain_forward():
             answers = flatten(self.module(**as_tensors(inputs)))
         names = [output.name for output in self.model.graph.output]

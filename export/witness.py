@@ -64,6 +64,21 @@ def plain_forward() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's, NumPy's and Python's global generators under a seed, and back where they were afterwards."""
+    host, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(legacy)
+            random.setstate(host)
+
+
 def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
     """Every place that draws a random number in one forward of `module`, in order, each once. Raises Unwatched."""
     witness = _Witness(module)

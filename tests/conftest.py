@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from evalmode.bundle.frontend import NgramFrontEnd, NgramSpec
-from evalmode.export.release import Released, release
+from evalmode.export.from_checkpoint import release_checkpoint
+from evalmode.export.release import Released
 from evalmode.model.checkpoint import Checkpoint, HeldOut
 from evalmode.model.config import TransformerConfig
 from evalmode.model.transformer import Transformer
@@ -73,4 +74,4 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     root: Path = tmp_path_factory.mktemp("bundles")
-    return release(make_checkpoint(module), root=root, name="small", version="1", progress=lambda step: None)
+    return release_checkpoint(make_checkpoint(module), root=root, name="small", version="1", progress=lambda step: None)

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from evalmode import cli
+from evalmode import cli, terminal
 from evalmode.export.release import Released
 from evalmode.model.checkpoint import Checkpoint
 from evalmode.model.config import TrainConfig
@@ -56,7 +56,8 @@ def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_de
 
 
 @pytest.mark.parametrize(
-    ("command", "default"), [("serve", "[default: 8000]"), ("train", "[default: runs/NAME]"), ("verify", "--json")]
+    ("command", "default"),
+    [("serve", "[default: 8000]"), ("train", "[default: runs/NAME]"), ("verify", "[default: stdout]")],
 )
 def test_help_shows_the_defaults_that_are_written_in_words(command: str, default: str) -> None:
     shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
@@ -146,7 +147,7 @@ def exported(
         return released
 
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
-    monkeypatch.setattr("evalmode.export.release.release", release)
+    monkeypatch.setattr("evalmode.export.from_checkpoint.release_checkpoint", release)
     monkeypatch.chdir(tmp_path)
     return asked
 
@@ -201,7 +202,7 @@ def test_export_says_at_once_in_one_sentence_what_it_cannot_write(
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
-    assert called("export", "any", *flags, patch=monkeypatch) == cli.UNUSABLE
+    assert called("export", "any", *flags, patch=monkeypatch) == terminal.UNUSABLE
     shown = capsys.readouterr()
     assert shown.err.startswith(f"evalmode: {said}")
     assert shown.err.count("\n") == 1
@@ -214,7 +215,7 @@ def test_without_torch_export_says_what_to_install(tmp_path: Path) -> None:
         "from evalmode.cli import main; main()"
     )
     refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert refused.returncode == cli.UNUSABLE
+    assert refused.returncode == terminal.UNUSABLE
     assert refused.stderr == "evalmode: this needs torch: pip install 'evalmode[train]'\n"
 
 
@@ -229,7 +230,7 @@ def test_what_an_extra_would_bring_is_named_with_the_extra(
         raise ModuleNotFoundError(name=missing)
 
     monkeypatch.setattr(cli, "app", fails)
-    assert called(patch=monkeypatch) == cli.UNUSABLE
+    assert called(patch=monkeypatch) == terminal.UNUSABLE
     assert capsys.readouterr().err == f"evalmode: this needs {missing}: pip install 'evalmode[{extra}]'\n"
 
 
@@ -253,20 +254,10 @@ def test_a_path_that_looks_like_markup_is_printed_as_it_is(
     file.parent.mkdir(parents=True)
     graph = helper.make_graph([draw], "g", values[:1], values[1:])
     file.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
-    assert called("verify", str(file), patch=monkeypatch) == cli.FOUND
+    assert called("verify", str(file), patch=monkeypatch) == terminal.FOUND
     shown = capsys.readouterr().out
-    assert shown.startswith(f"{file}: not passed")
+    assert shown.startswith(f"fail        {file}\n")
     assert "[/red]draw (Bernoulli)" in shown
-
-
-def test_verify_as_json_holds_every_record(
-    released: Released, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert called("verify", "--json", str(released.path), patch=monkeypatch) == 0
-    (one,) = json.loads(capsys.readouterr().out)
-    assert one["path"] == str(released.path)
-    assert {record["verdict"] for record in (*one["checked"], *one["certified"])} == {"pass"}
-    assert {record["rule"] for record in one["checked"]} == {"stochastic-op", "training-mode", "known-answers"}
 
 
 def test_predict_reads_a_text_a_line_whatever_the_bytes(released: Released) -> None:

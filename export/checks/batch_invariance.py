@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.bundle.known_answers import Tensors
-from evalmode.bundle.row_counts import stable_row_counts, stack
-from evalmode.export.subject import Subject
+from evalmode.bundle.row_counts import stack
+from evalmode.export.subject import COUNTS, Subject
 
 RULE = "batch-invariance"
 
-COUNTS = tuple(range(1, 65))
-_COMPANIONS = 8  # the batch size at which companions are exchanged
+_PLACES = 8  # the batch size at which companions are exchanged
 
 
-def measure(subject: Subject) -> dict[int, tuple[int, ...]]:
-    """By padded length, the batch sizes of 1..64 at which a row has the bits it has alone, as served."""
-    return {length: stable_row_counts(subject.served.run, rows, COUNTS) for length, rows in subject.rows.items()}
-
-
-def check(subject: Subject, row_counts: Mapping[int, Sequence[int]]) -> Record:
+def check(subject: Subject) -> Record:
     """Fail when exchanging a row's companions, at one batch size, changes its answer by a bit.
 
-    Which batch sizes give the bits of one row alone (`row_counts`, from `measure`) is a property of the runtime's
+    Which batch sizes give the bits of one row alone (`row_counts`) is a property of the runtime's
     kernels and no fault: the service batches by that list. It is reported.
     """
+    if not subject.rows:
+        return Record.not_applicable(RULE, "not every input and output has a batch axis: no rows share a run")
     moved = {length: _moved_by_companions(subject, rows) for length, rows in subject.rows.items()}
     worst = max(moved.values(), default=0.0)
-    where = tuple(
-        f"length {length}: another row in the batch changes this row's answer by {by:.3g}"
+    findings = [
+        Finding(
+            severity=Severity.ERROR,
+            why=f"length {length}: another row in the batch changes this row's answer by {by:.3g}",
+            fix="quantise statically, not dynamically; give BatchNorm running statistics; reduce over no batch axis",
+        )
         for length, by in moved.items()
         if by
-    )
-    return Record(
-        rule=RULE,
-        verdict=Verdict.FAIL if where else Verdict.PASS,
-        why="rows depend on their neighbours" if where else "no row depends on its neighbours",
-        measured=f"moved by {worst:.3g}; {_as_alone(row_counts)}",
+    ]
+    return Record.of(
+        RULE,
+        findings,
+        fine="no row depends on its neighbours",
+        otherwise="rows depend on their neighbours",
+        measured=f"moved by {worst:.3g}; {_as_alone(subject.row_counts)}",
         limit="0",
-        where=where,
     )
 
 
@@ -53,17 +54,23 @@ def _as_alone(row_counts: Mapping[int, Sequence[int]]) -> str:
 
 
 def _moved_by_companions(subject: Subject, rows: Sequence[Tensors]) -> float:
-    """The largest change of the first row's answer as other rows take the places beside it."""
-    others = rows[1:] or rows
-    answers = []
-    for first in range(len(others)):
-        companions = stack(others, count=_COMPANIONS - 1, first=first)
-        batch = {name: np.concatenate([array, companions[name]]) for name, array in rows[0].items()}
-        answers.append(subject.served.run(batch))
+    """The largest change of any row's answer when other rows take the places beside it."""
+    among_itself = [subject.served.run(stack([row], count=_PLACES)) for row in rows]
     largest = 0.0
-    for answer in answers[1:]:
-        for name, tensor in answers[0].items():
-            if answer[name][0].tobytes() != tensor[0].tobytes():
-                difference = np.abs(answer[name][0].astype(np.float64) - tensor[0].astype(np.float64)).max()
-                largest = max(largest, float(difference), np.finfo(np.float64).tiny)  # -0.0 for 0.0 is a change too
+    for places in _compositions(len(rows)):
+        answer = subject.served.run(stack([rows[index] for index in places], count=_PLACES))
+        for place, index in enumerate(places):
+            for name, expected in among_itself[index].items():
+                if answer[name][place].tobytes() != expected[place].tobytes():
+                    change = np.abs(answer[name][place].astype(np.float64) - expected[place].astype(np.float64)).max()
+                    # -0.0 for 0.0, or a NaN, is a change too
+                    largest = max(largest, float(np.nan_to_num(change, nan=np.inf)), np.finfo(np.float64).tiny)
     return largest
+
+
+def _compositions(rows: int) -> Iterator[list[int]]:
+    """Which rows share a batch: every pair, half of the places each, and all together, each in every place."""
+    for one, other in combinations(range(rows), 2):
+        yield [one] * (_PLACES // 2) + [other] * (_PLACES // 2)
+    for first in range(rows):
+        yield [(first + place) % rows for place in range(_PLACES)]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import nn
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
+from evalmode.bundle.known_answers import Tensors
 from evalmode.export.convert import scope
-from evalmode.export.modules import named_everything
+from evalmode.export.modules import named_everything, private_copy
 from evalmode.export.subject import Subject, as_tensors
 from evalmode.export.witness import Draw, declared_rate, draws
 
 RULE = "census"
-
 
 # A module that is nothing but a dropout, by the names that they go by.
 _NAMES = ("dropout", "droppath", "dropblock", "stochasticdepth")
@@ -26,8 +26,9 @@ def check(subject: Subject) -> Record:
     The sites are the modules that are a dropout, and whatever else draws in a forward of a copy in training mode. That
     the graph itself holds nothing random is the rules stochastic-op's and training-mode's to show.
     """
+    assert subject.module is not None, "a rule that trains the module is given one"
     try:
-        drawn = _training_draws(subject)
+        drawn = _training_draws(subject.module, subject.probes)
     except Exception as error:  # the user's own code, in a mode that is not the one it is exported in
         why = f"a copy of the module does not run in training mode: {type(error).__name__}: {error}"
         return Record(rule=RULE, verdict=Verdict.UNPROVEN, why=why)
@@ -35,14 +36,25 @@ def check(subject: Subject) -> Record:
     modules = {path: part for path, part in named_everything(subject.module).items() if path and _is_dropout(part)}
     sites = [_module_site(path, part, left[path]) for path, part in modules.items()]
     sites += [f"{draw}: absent" for draw in drawn if draw.path not in modules]
-    present = [site for site in sites if not site.endswith(": absent")]
-    return Record(
-        rule=RULE,
-        verdict=Verdict.UNPROVEN if present else Verdict.PASS,
-        why="dropout sites left nodes in the graph" if present else "every dropout site is absent from the graph",
+    present = [
+        Finding(
+            severity=Severity.UNPROVEN,
+            node=path,
+            op=type(part).__name__,
+            why=f"this dropout left {left[path]} nodes in the graph",
+            fix="fold its scale into the next layer's weights, or use inverted dropout, which leaves nothing",
+        )
+        for path, part in modules.items()
+        if left[path]
+    ]
+    return Record.of(
+        RULE,
+        present,
+        fine="every dropout site is absent from the graph",
+        otherwise="dropout sites left nodes in the graph",
         measured=f"{len(sites)} sites, {len(present)} present",
         limit="0 present",
-        where=tuple(sites),
+        sites=tuple(sites),
     )
 
 
@@ -56,9 +68,8 @@ def _module_site(path: str, part: nn.Module, nodes: int) -> str:
     return f"{named}: {f'{nodes} nodes left' if nodes else 'absent'}"
 
 
-def _training_draws(subject: Subject) -> tuple[Draw, ...]:
-    training = copy.deepcopy(subject.module)
-    training.train()
+def _training_draws(module: nn.Module, probes: Sequence[Tensors]) -> tuple[Draw, ...]:
+    training = private_copy(module).train()
     # The largest probe: batch normalisation, for one, cannot train on a single row.
-    largest = max(subject.probes, key=lambda probe: sum(array.size for array in probe.values()))
+    largest = max(probes, key=lambda probe: sum(array.size for array in probe.values()))
     return draws(training, as_tensors(largest))

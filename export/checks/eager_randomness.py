@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.outputs import flatten
-from evalmode.export.witness import Unwatched, draws, plain_forward
+from evalmode.export.witness import Draw, Unwatched, draws, plain_forward
 
 RULE = "eager-randomness"
 
 # What leaves no generator's state behind may agree by chance once or twice, seldom five times.
 _REPEATS = 5
+
+_FIX = "pass training=self.training, or p=0.0 outside of training, so that nothing is drawn in eval mode"
+_FIX_UNWATCHED = "export a module without data-dependent branches: the branch that was not taken is not seen"
 
 
 def check(module: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> Record:
@@ -22,43 +25,55 @@ def check(module: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> Record:
 
     Unproven where a forward cannot be watched (`torch.cond`: the branch that was not taken is not seen).
     """
-    found: dict[str, None] = {}  # in order, each once
-    try:
-        for probe in probes:
-            found |= dict.fromkeys(_places(module, probe))
-    except Unwatched as error:
-        return Record(rule=RULE, verdict=Verdict.UNPROVEN, why="a forward cannot be watched", where=(str(error),))
+    found: dict[Finding, None] = {}  # in order, each once
+    for probe in probes:
+        found |= dict.fromkeys(_places(module, probe))
     if not found:
         found |= dict.fromkeys(_differing(module, probes[-1]))
-    return Record(
-        rule=RULE,
-        verdict=Verdict.FAIL if found else Verdict.PASS,
-        why="the module is random in eval mode" if found else "no generator moved and every repeat gave the same bits",
+    return Record.of(
+        RULE,
+        found,
+        fine="no generator moved and every repeat gave the same bits",
+        otherwise="the module is not shown to be free of randomness in eval mode",
         measured=f"{len(found)} places in {len(probes)} forwards, {_REPEATS} repeats",
         limit="0",
-        where=tuple(found),
     )
 
 
-def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
+def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
     try:
-        return [str(draw) for draw in draws(module, probe)]
-    except Unwatched:
-        raise
+        return [_drawn(draw) for draw in draws(module, probe)]
+    except Unwatched as error:
+        return [Finding(severity=Severity.UNPROVEN, why=f"a forward cannot be watched: {error}", fix=_FIX_UNWATCHED)]
     except Exception as error:  # the user's own code: whatever it raises on an input it should read is a finding
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in probe.items())
-        return [f"the forward fails on {shapes}: {type(error).__name__}: {error}"]
+        return [_error(f"the forward fails on {shapes}: {type(error).__name__}: {error}", "give inputs that it reads")]
 
 
-def _differing(module: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
+def _drawn(draw: Draw) -> Finding:
+    rate = "" if draw.p is None else f", p={draw.p:g}"
+    return Finding(
+        severity=Severity.ERROR,
+        node=draw.path or "(root)",
+        op=f"{draw.kind}{rate}",
+        why=f"{draw.operator} at {draw.line} draws in eval mode",
+        fix=_FIX,
+    )
+
+
+def _error(why: str, fix: str = "") -> Finding:
+    return Finding(severity=Severity.ERROR, why=why, fix=fix)
+
+
+def _differing(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
     with plain_forward():
         first, *others = [flatten(module(**probe)) for _ in range(_REPEATS)]
     if not first:
-        return ["the forward returns no tensor that could be compared"]
+        return [_error("the forward returns no tensor that could be compared")]
     if any(other.keys() != first.keys() for other in others):
-        return ["forwards of one input return different numbers of tensors"]
+        return [_error("forwards of one input return different numbers of tensors")]
     return [
-        f"{name} differs between forwards of one input"
+        _error(f"{name} differs between forwards of one input", "look for the system's randomness, a clock, a counter")
         for name, tensor in first.items()
         if any(not _same_bits(tensor, other[name]) for other in others)
     ]

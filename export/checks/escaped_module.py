@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.modules import named_everything
 
 RULE = "escaped-module"
@@ -16,12 +16,22 @@ def check(module: nn.Module) -> Record:
     `root.eval()` does not reach a module kept in a plain list or dict, nor one whose `train()` is overridden.
     """
     every = named_everything(module)
-    escaped = [f"{path or '(root)'} ({type(part).__name__})" for path, part in every.items() if part.training]
-    return Record(
-        rule=RULE,
-        verdict=Verdict.FAIL if escaped else Verdict.PASS,
-        why="modules are still in training mode" if escaped else "every module is in eval mode",
+    escaped = [
+        Finding(
+            severity=Severity.ERROR,
+            node=path or "(root)",
+            op=type(part).__name__,
+            why="it is still in training mode",
+            fix="call .eval() on the root; a module in a list needs nn.ModuleList, an overridden train() must obey",
+        )
+        for path, part in every.items()
+        if part.training
+    ]
+    return Record.of(
+        RULE,
+        escaped,
+        fine="every module is in eval mode",
+        otherwise="modules are still in training mode",
         measured=f"{len(escaped)} of {len(every)} modules",
         limit="0",
-        where=tuple(escaped),
     )

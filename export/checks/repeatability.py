@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.bundle.session import Session
 from evalmode.export.subject import Subject
 
@@ -14,26 +14,36 @@ _RUNS = 5
 
 def check(subject: Subject) -> Record:
     """Fail for every probe and session under which one of the runs differs by a bit."""
-    where = []
-    for kind, session in (("optimisation off", subject.plain), ("as served", subject.served)):
-        where += [f"{kind}: {found}" for found in _unstable(subject, session)]
-    return Record(
-        rule=RULE,
-        verdict=Verdict.FAIL if where else Verdict.PASS,
-        why="the same input gives different answers" if where else "the same input gives the same bits",
-        measured=f"{len(where)} differ of {2 * len(subject.probes)} probes, {_RUNS} runs each",
+    differing = {
+        kind: _unstable(subject, session)
+        for kind, session in (("optimisation off", subject.plain), ("as served", subject.served))
+    }
+    findings = [
+        Finding(
+            severity=Severity.ERROR,
+            node=name,
+            why=f"{kind}: the bits of output {name} differ between runs on one input, on {len(indices)} probes",
+            fix="find what draws: the rules stochastic-op and training-mode name it where it is an operator",
+        )
+        for kind, found in differing.items()
+        for name, indices in found.items()
+    ]
+    return Record.of(
+        RULE,
+        findings,
+        fine="the same input gives the same bits",
+        otherwise="the same input gives different answers",
+        measured=f"{len(findings)} outputs differ, {2 * len(subject.probes)} probes, {_RUNS} runs each",
         limit="0",
-        where=tuple(where),
     )
 
 
-def _unstable(subject: Subject, session: Session) -> list[str]:
-    found = []
+def _unstable(subject: Subject, session: Session) -> dict[str, list[int]]:
+    """By output, the probes on which one of the runs differs from the first."""
+    found: dict[str, list[int]] = {}
     for index, probe in enumerate(subject.probes):
-        runs = [session.run(probe) for _ in range(_RUNS)]
-        found += [
-            f"output {name} of probe {index}"
-            for name, first in runs[0].items()
-            if any(run[name].tobytes() != first.tobytes() for run in runs[1:])
-        ]
+        first, *others = [session.run(probe) for _ in range(_RUNS)]
+        for name, array in first.items():
+            if any(other[name].tobytes() != array.tobytes() for other in others):
+                found.setdefault(name, []).append(index)
     return found

@@ -2,95 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import onnx
 
-from evalmode.bundle.certificate import Record, Verdict
-from evalmode.export.graph import NodeAt, walk
+from evalmode.bundle.certificate import Finding, Record, Severity
+from evalmode.export.graph import Graph, NodeAt
 
 RULE = "training-mode"
 
+_OFF = "export the module in eval mode: call .eval() on all of it, and pass training=self.training to functions"
+_DECIDE = "make the mode a constant of the graph: export in eval mode, and take the input out of the model's inputs"
 
-def check(model: onnx.ModelProto) -> Record:
+
+@dataclass(frozen=True)
+class _Mode:
+    """What was found out about one node's mode: an error, or unproven, and why."""
+
+    severity: Severity
+    why: str
+
+
+def check(graph: Graph) -> Record:
     """Fail where a node trains; unproven where the caller, or a value computed in the graph, decides about it."""
-    verdicts = [(at, judge(at)) for at in walk(model) if (judge := _JUDGES.get((at.domain, at.node.op_type)))]
-    trains = [_name(at) for at, verdict in verdicts if verdict is Verdict.FAIL]
-    open_ended = [_name(at) for at, verdict in verdicts if verdict is Verdict.UNPROVEN]
-    verdict, why = Verdict.PASS, "every operator that has a training mode has it off"
-    if open_ended:
-        verdict, why = Verdict.UNPROVEN, "the mode of an operator is not decided by the graph"
-    if trains:
-        verdict, why = Verdict.FAIL, "operators run in training mode"
-    return Record(
-        rule=RULE,
-        verdict=verdict,
-        why=why,
-        measured=f"{len(trains)} on, {len(open_ended)} undecided, of {len(verdicts)}",
+    judged = [(at, judge(at)) for at in graph.nodes if (judge := _JUDGES.get((at.domain, at.node.op_type)))]
+    found = list(_findings(judged))
+    on = sum(finding.severity is Severity.ERROR for finding in found)
+    return Record.of(
+        RULE,
+        found,
+        fine="every operator that has a training mode has it off",
+        otherwise="operators run in training mode" if on else "the mode of an operator is not decided by the graph",
+        measured=f"{on} on, {len(found) - on} undecided, of {len(judged)}",
         limit="0",
-        where=tuple(trains + open_ended),
     )
 
 
-def _name(at: NodeAt) -> str:
-    return f"{at.path} ({at.node.op_type}-{at.opset})"
+def _findings(judged: list[tuple[NodeAt, _Mode | None]]) -> Iterator[Finding]:
+    for at, mode in judged:
+        if mode is not None:
+            fix = _OFF if mode.severity is Severity.ERROR else _DECIDE
+            yield Finding(severity=mode.severity, node=at.path, op=f"{at.op}-{at.opset}", why=mode.why, fix=fix)
 
 
-def _dropout(at: NodeAt) -> Verdict:
+def _on(why: str) -> _Mode:
+    return _Mode(Severity.ERROR, why)
+
+
+def _dropout(at: NodeAt) -> _Mode | None:
     """ONNX Dropout: 1 and 6 by `is_test`, whose default is to train; 7 and 10 never train; 12 and later by input 2."""
     if at.opset < 7:
-        return _by_flag(at, "is_test", trains_when=False)
+        ratio = at.attribute("ratio")
+        if isinstance(ratio, onnx.AttributeProto) and ratio.type == onnx.AttributeProto.FLOAT and ratio.f == 0:
+            return None
+        return _by_is_test(at)
     if at.opset < 12:
-        return Verdict.PASS
-    return _mode_input(at, 2)
+        return None
+    return _by_input(at, 2)
 
 
-def _mode_input(at: NodeAt, index: int) -> Verdict:
+def _by_input(at: NodeAt, index: int) -> _Mode | None:
     """A mode that is an input: absent means off, and a ratio (input 1 before it) of 0 drops nothing."""
-    if at.input_name(index) == "":
-        return Verdict.PASS
+    if not at.has_input(index):
+        return None
     mode, ratio = at.constant(index), at.constant(index - 1)
     if (mode is not None and not mode.any()) or (ratio is not None and not ratio.any()):
-        return Verdict.PASS
-    return Verdict.UNPROVEN if mode is None else Verdict.FAIL
+        return None
+    if mode is None:
+        return _Mode(Severity.UNPROVEN, f"nothing in the graph decides its mode: it is {at.decider(index)}")
+    rate = f" at a rate of {float(ratio.reshape(-1)[0]):g}" if ratio is not None and ratio.size == 1 else ""
+    return _on(f"its training mode is on: it drops{rate}")
 
 
-def _batch_normalization(at: NodeAt) -> Verdict:
+def _batch_normalization(at: NodeAt) -> _Mode | None:
     """ONNX BatchNormalization: 1 and 6 by `is_test`; 7 and 9 by asking for statistics; later by an attribute."""
     if at.opset < 7:
-        return _by_flag(at, "is_test", trains_when=False)
+        return _by_is_test(at)
     if at.opset < 14:
-        return Verdict.FAIL if any(at.has_output(index) for index in range(1, 5)) else Verdict.PASS
-    return _by_flag(at, "training_mode", trains_when=True)
+        asked = any(at.has_output(index) for index in range(1, 5))
+        return _on("it is asked for the batch's statistics, which puts it into training mode") if asked else None
+    return _by_training_mode(at)
 
 
-def _by_flag(at: NodeAt, name: str, *, trains_when: bool) -> Verdict:
-    flag = at.flag(name)
+def _by_is_test(at: NodeAt) -> _Mode | None:
+    flag = at.flag("is_test")
     if flag is None:
-        return Verdict.UNPROVEN
-    return Verdict.FAIL if flag is trains_when else Verdict.PASS
+        return _undecided("is_test")
+    return None if flag else _on("is_test is not set, and unless it is this operator trains")
 
 
-def _always(at: NodeAt) -> Verdict:
-    return Verdict.FAIL
+def _by_training_mode(at: NodeAt) -> _Mode | None:
+    flag = at.flag("training_mode")
+    if flag is None:
+        return _undecided("training_mode")
+    return _on("training_mode is 1: it normalises by the statistics of the batch") if flag else None
 
 
-_TRAINING_BUILDS = (
-    "DropoutGrad",
-    "BitmaskDropoutGrad",
-    "BiasSoftmaxDropout",
-    "BatchNormInternal",
-    "LSTMTraining",
-    "GRUTraining",
-)
+def _undecided(name: str) -> _Mode:
+    return _Mode(Severity.UNPROVEN, f"its attribute {name} is not known here: the caller of its function gives it")
+
+
+def _always(at: NodeAt) -> _Mode:
+    return _on("it is an operator of training alone")
+
+
+# What only builds of ONNX Runtime for training have, and what only a training graph is made of.
+_TRAINING_BUILDS = """
+    AdamOptimizer AdamWOptimizer BatchNormalizationGrad BatchNormInternal BiasSoftmaxDropout BitmaskDropoutGrad
+    DropoutGrad GRUGrad GRUTraining InPlaceAccumulator InPlaceAccumulatorV2 LambOptimizer LSTMGrad LSTMTraining
+    SGDOptimizer SGDOptimizerV2 SoftmaxDropoutGrad TrainableDropout ZeroGradient
+"""
 _OPTIMIZERS = ("Gradient", "Adam", "Adagrad", "Momentum")
 
-_JUDGES: Mapping[tuple[str, str], Callable[[NodeAt], Verdict]] = {
+_JUDGES: Mapping[tuple[str, str], Callable[[NodeAt], _Mode | None]] = {
     ("", "Dropout"): _dropout,
     ("", "BatchNormalization"): _batch_normalization,
-    ("com.microsoft", "BitmaskDropout"): lambda at: _mode_input(at, 2),
-    ("com.microsoft", "BiasDropout"): lambda at: _mode_input(at, 4),
-    ("com.microsoft", "BitmaskBiasDropout"): lambda at: _mode_input(at, 4),
-    **{("com.microsoft", op): _always for op in _TRAINING_BUILDS},
+    # The form in which ONNX Runtime saves a model that it has laid out anew; it has the attributes of opset 15.
+    ("com.ms.internal.nhwc", "BatchNormalization"): _by_training_mode,
+    ("com.microsoft", "BitmaskDropout"): lambda at: _by_input(at, 2),
+    ("com.microsoft", "BiasDropout"): lambda at: _by_input(at, 4),
+    ("com.microsoft", "BitmaskBiasDropout"): lambda at: _by_input(at, 4),
+    **{("com.microsoft", op): _always for op in _TRAINING_BUILDS.split()},
     **{("ai.onnx.preview.training", op): _always for op in _OPTIMIZERS},
 }
+JUDGED = frozenset(_JUDGES)

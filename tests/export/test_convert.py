@@ -39,12 +39,12 @@ def test_a_module_in_training_is_refused_with_its_sites_and_not_put_into_eval() 
 
 
 def test_nodes_are_named_after_the_modules_they_came_from() -> None:
-    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"])
+    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model
     assert {scope(node.name) for node in model.graph.node} == {"body.0", "body.2"}
 
 
 def test_axes_and_outputs_have_the_names_that_were_given() -> None:
-    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"])
+    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model
     assert [output.name for output in model.graph.output] == ["y"]
     assert [size.dim_param or size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim] == [
         "batch",
@@ -53,7 +53,7 @@ def test_axes_and_outputs_have_the_names_that_were_given() -> None:
 
 
 def test_no_path_of_this_machine_and_no_stack_trace_is_in_the_file() -> None:
-    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"])
+    model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model
     model.graph.ClearField("initializer")  # weights are any bytes at all
     data = serialise(model)
     for word in (b".py", b"stack_trace", b"ExportedProgram", b"forward", str(Path.cwd()).encode()):
@@ -74,7 +74,7 @@ def test_another_process_writes_the_same_bytes() -> None:
 
 def digest_of_a_conversion() -> str:
     torch.manual_seed(0)
-    return hashlib.sha256(serialise(convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]))).hexdigest()
+    return hashlib.sha256(serialise(convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model)).hexdigest()
 
 
 def test_what_cannot_be_exported_is_one_sentence() -> None:

@@ -1,4 +1,4 @@
-"""Walking a model: what stands in a body is seen, under the constants and the opset that hold there."""
+"""Walking a model: what stands in a body or a function is seen, with the values and the opset that it has there."""
 
 from __future__ import annotations
 
@@ -7,95 +7,204 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from evalmode.export.graph import ModelUnreadable, NodeAt, read_model, walk
+from evalmode.export.graph import Graph, ModelUnreadable, NodeAt, graph_of, read_graph
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
-M = helper.make_tensor_value_info("m", TensorProto.BOOL, [])
+C = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
 DROP = helper.make_node("Dropout", ["x", "", "m"], ["y"], name="drop")
-ON = numpy_helper.from_array(np.asarray(True), "m")
+ON, OFF = (numpy_helper.from_array(np.asarray(value), "m") for value in (True, False))
+OPSETS = [helper.make_opsetid("", 20), helper.make_opsetid("my", 1)]
 
 
 def model_of(
-    *nodes: onnx.NodeProto, initializers: tuple[onnx.TensorProto, ...] = (), **extra: object
+    *nodes: onnx.NodeProto,
+    inputs: tuple[onnx.ValueInfoProto, ...] = (X, C),
+    initializers: tuple[onnx.TensorProto, ...] = (),
+    functions: tuple[onnx.FunctionProto, ...] = (),
 ) -> onnx.ModelProto:
-    graph = helper.make_graph(nodes, "main", [X], [Y], initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], **extra)
+    graph = helper.make_graph(nodes, "main", inputs, [Y], initializers)
+    return helper.make_model(graph, opset_imports=OPSETS, functions=functions, ir_version=10)
 
 
 def body(*nodes: onnx.NodeProto, inputs: tuple[onnx.ValueInfoProto, ...] = ()) -> onnx.GraphProto:
     return helper.make_graph(nodes, "body", inputs, [Y])
 
 
-def at(model: onnx.ModelProto, path: str) -> NodeAt:
-    (found,) = [one for one in walk(model) if one.path == path]
+def function(
+    *nodes: onnx.NodeProto, name: str = "f", opset: int = 20, attributes: tuple[str, ...] = (), **defaults: object
+) -> onnx.FunctionProto:
+    protos = [helper.make_attribute(key, value) for key, value in defaults.items()]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("my", 1)]
+    return helper.make_function("my", name, ["x", "m"], ["y"], nodes, imports, attributes, protos)
+
+
+def call(*inputs: str, name: str = "call", function: str = "f", **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(function, inputs, ["y"], name=name, domain="my", **attributes)
+
+
+def branch(name: str, then: onnx.GraphProto, otherwise: onnx.GraphProto, output: str = "y") -> onnx.NodeProto:
+    return helper.make_node("If", ["c"], [output], name=name, then_branch=then, else_branch=otherwise)
+
+
+def at(model: onnx.ModelProto | Graph, path: str) -> NodeAt:
+    graph = model if isinstance(model, Graph) else graph_of(model)
+    (found,) = [one for one in graph.nodes if one.path == path]
     return found
+
+
+def flag_node() -> onnx.NodeProto:
+    node = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="norm")
+    node.attribute.add(name="training_mode", ref_attr_name="flag", type=onnx.AttributeProto.INT)
+    return node
 
 
 def test_an_attribute_that_holds_several_graphs_is_walked_too() -> None:
     many = helper.make_node("Many", ["x"], ["y"], name="many", domain="my", bodies=[body(DROP), body(DROP)])
-    assert [one.path for one in walk(model_of(many))] == ["many", "many/bodies/drop", "many/bodies/drop"]
+    paths = [one.path for one in graph_of(model_of(many, initializers=(ON,))).nodes]
+    assert paths == ["many", "many/bodies/drop", "many/bodies/drop"]
+
+
+def test_a_node_without_a_name_is_called_by_its_operator_and_its_number() -> None:
+    model = model_of(helper.make_node("Relu", ["x"], ["h"]), helper.make_node("Relu", ["h"], ["y"]))
+    assert [one.path for one in graph_of(model).nodes] == ["Relu_0", "Relu_1"]
 
 
 def test_a_constant_of_the_outer_graph_is_visible_in_a_body_at_any_depth() -> None:
-    inner = helper.make_node("If", ["c"], ["y"], name="inner", then_branch=body(DROP), else_branch=body(DROP))
-    outer = helper.make_node("If", ["c"], ["y"], name="outer", then_branch=body(inner), else_branch=body(DROP))
-    mode = at(model_of(outer, initializers=(ON,)), "outer/then_branch/inner/else_branch/drop").constant(2)
+    inner = branch("inner", body(DROP), body(DROP))
+    model = model_of(branch("outer", body(inner), body(DROP)), initializers=(ON,))
+    mode = at(model, "outer/then_branch/inner/else_branch/drop").constant(2)
     assert mode is not None
     assert mode.all()
 
 
 def test_a_constant_node_before_a_body_is_visible_in_it() -> None:
     constant = helper.make_node("Constant", [], ["m"], value=ON)
-    branch = helper.make_node("If", ["c"], ["y"], name="if", then_branch=body(DROP), else_branch=body(DROP))
-    assert at(model_of(constant, branch), "if/then_branch/drop").constant(2) is not None
+    model = model_of(constant, branch("if", body(DROP), body(DROP)))
+    assert at(model, "if/then_branch/drop").constant(2) is not None
 
 
 def test_an_input_of_a_body_hides_the_outer_constant_of_its_name() -> None:
-    loop = helper.make_node("Loop", ["n", "c", "z"], ["y"], name="loop", body=body(DROP, inputs=(M,)))
-    assert at(model_of(loop, initializers=(ON,)), "loop/body/drop").constant(2) is None
+    loops = [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("m", 9, [])]
+    inner = helper.make_graph([DROP], "body", loops, [loops[1], Y])
+    loop = helper.make_node("Loop", ["", "c"], ["y"], name="loop", body=inner)
+    drop = at(model_of(loop, initializers=(OFF,)), "loop/body/drop")
+    assert drop.constant(2) is None
+    assert drop.decider(2) == "'m', an input of a body"
 
 
-def test_a_constant_of_a_body_stays_in_it() -> None:
-    inside = body(helper.make_node("Constant", [], ["m"], value=ON))
-    branch = helper.make_node("If", ["c"], ["z"], name="if", then_branch=inside, else_branch=inside)
-    assert at(model_of(branch, DROP), "drop").constant(2) is None
+def test_two_branches_may_use_one_name_for_two_values() -> None:
+    then, otherwise = (body(helper.make_node("Constant", [], ["m"], value=value), DROP) for value in (ON, OFF))
+    graph = graph_of(model_of(branch("if", then, otherwise)))
+    modes = [at(graph, f"if/{name}/drop").constant(2) for name in ("then_branch", "else_branch")]
+    assert [mode is not None and bool(mode) for mode in modes] == [True, False]
 
 
-def test_a_function_does_not_see_the_constants_of_the_graph_that_calls_it() -> None:
-    function = helper.make_function("my", "f", ["x", "m"], ["y"], [DROP], [helper.make_opsetid("", 6)])
-    found = at(model_of(DROP, initializers=(ON,), functions=[function]), "my:f/drop")
-    assert found.constant(2) is None
-    assert found.opset == 6
+def test_a_function_is_entered_where_it_is_called_with_what_that_call_gives() -> None:
+    on, off = (numpy_helper.from_array(np.asarray(value), name) for name, value in (("on", True), ("off", False)))
+    first = helper.make_node("f", ["x", "on"], ["h"], name="first", domain="my")
+    second = helper.make_node("f", ["h", "off"], ["y"], name="second", domain="my")
+    graph = graph_of(model_of(first, second, initializers=(on, off), functions=(function(DROP),)))
+    modes = [at(graph, f"{name}/my:f/drop").constant(2) for name in ("first", "second")]
+    assert [mode is not None and bool(mode) for mode in modes] == [True, False]
+
+
+def test_a_value_is_followed_through_functions_that_call_functions() -> None:
+    negated = helper.make_node("Not", ["m"], ["n"])
+    outer = function(negated, call("x", "n", name="inner"), name="g")
+    model = model_of(call("x", "m", function="g"), initializers=(OFF,), functions=(function(DROP), outer))
+    mode = at(model, "call/my:g/inner/my:f/drop").constant(2)
+    assert mode is not None
+    assert mode.all()
+
+
+def test_what_a_function_answers_is_followed_out_of_it() -> None:
+    mode = helper.make_function("my", "mode", [], ["m"], [helper.make_node("Constant", [], ["m"], value=ON)], OPSETS)
+    made = helper.make_node("mode", [], ["m"], domain="my")
+    assert at(model_of(made, DROP, functions=(mode,)), "drop").constant(2) == np.True_
+
+
+def test_an_input_that_the_caller_leaves_out_is_absent_in_the_function() -> None:
+    for inputs in (("x",), ("x", "")):
+        assert not at(model_of(call(*inputs), functions=(function(DROP),)), "call/my:f/drop").has_input(2)
+
+
+def test_a_function_does_not_see_the_names_of_the_graph_that_calls_it() -> None:
+    inner = helper.make_function("my", "f", ["x"], ["y"], [DROP], OPSETS)
+    with pytest.raises(ModelUnreadable, match="the input 'm' of the node 'call/my:f/drop' is made by nothing"):
+        graph_of(model_of(call("x"), initializers=(ON,), functions=(inner,)))
+
+
+def test_a_function_has_the_opset_that_it_imports_itself() -> None:
+    model = model_of(call("x"), functions=(function(DROP, opset=6),))
+    assert at(model, "call/my:f/drop").opset == 6
+
+
+@pytest.mark.parametrize(("given", "flag"), [({"flag": 1}, True), ({"flag": 0}, False), ({}, False)])
+def test_an_attribute_of_a_call_reaches_the_node_that_refers_to_it(given: dict[str, int], flag: bool) -> None:
+    model = model_of(call("x", **given), functions=(function(flag_node(), attributes=("flag",)),))
+    assert at(model, "call/my:f/norm").flag("training_mode") is flag
+
+
+def test_an_attribute_that_a_call_does_not_give_has_the_functions_default() -> None:
+    model = model_of(call("x"), functions=(function(flag_node(), flag=1),))
+    assert at(model, "call/my:f/norm").flag("training_mode") is True
+
+
+def test_an_attribute_is_passed_on_from_call_to_call() -> None:
+    inner = call("x", name="inner")
+    inner.attribute.add(name="flag", ref_attr_name="flag", type=onnx.AttributeProto.INT)
+    functions = (function(flag_node(), flag=0), function(inner, name="g", flag=0))
+    model = model_of(call("x", function="g", flag=1), functions=functions)
+    assert at(model, "call/my:g/inner/my:f/norm").flag("training_mode") is True
+
+
+def test_a_function_that_nothing_calls_is_walked_and_nothing_is_known_of_its_inputs() -> None:
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    graph = graph_of(model_of(relu, functions=(function(DROP), function(flag_node(), name="g", attributes=("flag",)))))
+    assert at(graph, "my:f/drop").constant(2) is None
+    assert at(graph, "my:f/drop").decider(2) == "'m', an input of a function that nothing calls"
+    assert at(graph, "my:g/norm").flag("training_mode") is None
+
+
+def test_a_function_that_only_a_dead_function_calls_is_entered_from_there() -> None:
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    functions = (function(DROP), function(call("x"), name="dead"))
+    paths = [one.path for one in graph_of(model_of(relu, functions=functions)).nodes]
+    assert paths == ["Relu_0", "my:dead/call", "my:dead/call/my:f/drop"]
+
+
+def test_a_flag_that_is_no_integer_is_not_known() -> None:
+    node = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="norm", training_mode=1.0)
+    assert at(model_of(node), "norm").flag("training_mode") is None
+
+
+def test_a_reference_outside_of_a_function_is_not_known() -> None:
+    assert at(model_of(flag_node()), "norm").flag("training_mode") is None
 
 
 def test_the_long_name_of_onnxs_own_domain_is_the_short_one() -> None:
     model = model_of(helper.make_node("Dropout", ["x"], ["y"], name="drop", domain="ai.onnx"))
-    assert (at(model, "drop").domain, at(model, "drop").opset) == ("", 20)
+    assert (at(model, "drop").domain, at(model, "drop").opset, at(model, "drop").op) == ("", 20, "Dropout")
 
 
-def test_a_constant_in_a_file_beside_the_model_is_not_read() -> None:
-    outside = TensorProto(name="m", data_type=TensorProto.BOOL, dims=[1], data_location=TensorProto.EXTERNAL)
-    outside.external_data.add(key="location", value="weights.bin")
-    assert at(model_of(DROP, initializers=(outside,)), "drop").constant(2) is None
+def test_the_weights_of_every_graph_and_function_are_listed_once() -> None:
+    inner = helper.make_node("Constant", [], ["w"], value=ON)
+    in_function = function(inner, helper.make_node("Relu", ["x"], ["y"]))
+    calls = [helper.make_node("f", ["x"], ["h"], domain="my"), call("h")]
+    then = helper.make_graph(
+        [helper.make_node("Identity", ["v"], ["z"])], "then", [], [helper.make_tensor_value_info("z", 1, [3])]
+    )
+    then.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "v"))
+    chosen = branch("if", then, then, "z")
+    graph = graph_of(model_of(*calls, chosen, initializers=(ON,), functions=(in_function,)))
+    paths = sorted(weight.path for weight in graph.weights)
+    assert paths == ["f_0/my:f/w", "if/else_branch/v", "if/then_branch/v", "m"]
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        TensorProto(name="m"),
-        TensorProto(name="m", data_type=999, dims=[1], raw_data=b"\1"),
-        TensorProto(name="m", data_type=TensorProto.FLOAT, dims=[4], raw_data=b"abc"),
-    ],
-    ids=["no type", "unknown type", "too short"],
-)
-def test_a_malformed_constant_decides_nothing(tensor: onnx.TensorProto) -> None:
-    assert at(model_of(DROP, initializers=(tensor,)), "drop").constant(2) is None
-
-
-@pytest.mark.parametrize("opset", [-1, 0, 2**40])
-def test_an_opset_that_there_cannot_be_is_unreadable(opset: int) -> None:
-    model = model_of(DROP)
-    model.opset_import[0].version = opset
-    with pytest.raises(ModelUnreadable, match=f"some.onnx is not an ONNX model: opset {opset}"):
-        read_model(model.SerializeToString(), name="some.onnx")
+def test_a_graph_that_was_read_is_the_graph_that_was_written() -> None:
+    model = model_of(DROP, initializers=(ON, numpy_helper.from_array(np.arange(5000.0), "large")))
+    graph = read_graph(model.SerializeToString(), name="some.onnx")
+    assert [one.path for one in graph.nodes] == ["drop"]
+    assert {weight.name: weight.size for weight in graph.weights} == {"m": 1, "large": 5000}
+    assert len(graph.proto.SerializeToString()) < 1000

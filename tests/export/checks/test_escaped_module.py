@@ -53,12 +53,13 @@ def test_a_module_that_eval_leaves_in_training_is_named(name: str, held: object,
     root = nn.Sequential(Holds(name, held)).eval()
     record = escaped_module.check(root)
     assert record.verdict is Verdict.FAIL
-    assert record.where == (f"0.{where}",)
+    assert [f"{one.node} ({one.op})" for one in record.findings] == [f"0.{where}"]
     assert record.measured == "1 of 4 modules"
 
 
 def test_the_root_itself_is_named() -> None:
-    assert escaped_module.check(nn.Dropout(0.5)).where == ("(root) (Dropout)",)
+    (found,) = escaped_module.check(nn.Dropout(0.5)).findings
+    assert str(found) == "(root) (Dropout): it is still in training mode"
 
 
 def test_hidden_modules_that_were_put_into_eval_by_hand_pass() -> None:

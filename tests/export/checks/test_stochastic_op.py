@@ -2,51 +2,71 @@ from __future__ import annotations
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from evalmode.bundle.certificate import Verdict
+from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.checks import stochastic_op
+from evalmode.export.graph import graph_of
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+C = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
 DRAW = helper.make_node("RandomUniformLike", ["x"], ["y"], name="draw")
+HALF = helper.make_tensor("half", TensorProto.FLOAT, [], [0.5])
 
 
-def model_of(nodes: list[onnx.NodeProto], **extra: object) -> onnx.ModelProto:
-    graph = helper.make_graph(nodes, "main", [X], [Y])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], **extra)
+def checked(*nodes: onnx.NodeProto, opset: int = 20, **extra: object) -> Record:
+    graph = helper.make_graph(nodes, "main", [X, C], [Y], [HALF])
+    opsets = [helper.make_opsetid("", opset)] if opset else [helper.make_opsetid("my", 1)]
+    return stochastic_op.check(graph_of(helper.make_model(graph, opset_imports=opsets, **extra)))
 
 
-@pytest.mark.parametrize("op", ["RandomUniformLike", "RandomNormalLike", "Bernoulli", "Multinomial"])
-def test_an_operator_that_draws_fails_and_is_named(op: str) -> None:
-    record = stochastic_op.check(model_of([helper.make_node(op, ["x"], ["y"], name="the_node")]))
+def places(record: Record) -> list[str]:
+    return [f"{finding.node} ({finding.op})" for finding in record.findings]
+
+
+@pytest.mark.parametrize(
+    ("op", "opset"),
+    [
+        *(("RandomUniformLike", 1), ("RandomNormalLike", 1), ("RandomUniform", 1), ("RandomNormal", 1)),
+        *(("Multinomial", 7), ("Bernoulli", 15), ("RandomUniformLike", 22), ("Bernoulli", 22), ("Multinomial", 22)),
+    ],
+)
+def test_an_operator_that_draws_fails_and_is_named(op: str, opset: int) -> None:
+    record = checked(helper.make_node(op, ["x"], ["y"], name="the_node"), opset=opset)
     assert record.verdict is Verdict.FAIL
-    assert record.where == (f"the_node ({op})",)
+    assert places(record) == [f"the_node ({op})"]
+    assert record.findings[0].severity is Severity.ERROR
+    assert "eval mode" in record.findings[0].fix
+
+
+@pytest.mark.parametrize("opset", [0, 6, 9999])
+def test_a_draw_is_one_whatever_the_opset_says(opset: int) -> None:
+    assert checked(helper.make_node("Bernoulli", ["x"], ["y"]), opset=opset).verdict is Verdict.FAIL
+
+
+def test_a_seed_makes_no_draw_harmless() -> None:
+    assert checked(helper.make_node("RandomUniformLike", ["x"], ["y"], seed=1.0)).verdict is Verdict.FAIL
+
+
+def test_onnxs_domain_may_be_spelled_out() -> None:
+    assert checked(helper.make_node("Bernoulli", ["x"], ["y"], domain="ai.onnx")).verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize("op", ["Sampling", "RandomNormal", "RandomUniform"])
 def test_an_operator_that_draws_in_microsofts_domain_fails_though_onnx_has_no_schema_of_it(op: str) -> None:
-    node = helper.make_node(op, ["x"], ["y"], name="the_node", domain="com.microsoft")
-    assert stochastic_op.check(model_of([node])).where == (f"the_node ({op})",)
+    record = checked(helper.make_node(op, ["x"], ["y"], name="the_node", domain="com.microsoft"))
+    assert places(record) == [f"the_node (com.microsoft::{op})"]
 
 
-def test_a_quiet_operator_in_microsofts_domain_passes() -> None:
-    node = helper.make_node("FusedMatMul", ["x", "x"], ["y"], domain="com.microsoft")
-    assert stochastic_op.check(model_of([node])).verdict is Verdict.PASS
-
-
-def test_a_graph_without_one_passes() -> None:
-    assert stochastic_op.check(model_of([helper.make_node("Relu", ["x"], ["y"])])).verdict is Verdict.PASS
-
-
-def test_affine_grid_is_no_false_alarm() -> None:
-    node = helper.make_node("AffineGrid", ["x", "size"], ["y"])
-    assert stochastic_op.check(model_of([node])).verdict is Verdict.PASS
-
-
-def test_an_operator_of_the_same_name_in_another_domain_is_another_operator() -> None:
-    node = helper.make_node("RandomUniformLike", ["x"], ["y"], domain="my")
-    assert stochastic_op.check(model_of([node])).verdict is Verdict.PASS
+@pytest.mark.parametrize(
+    ("op", "domain"),
+    [("Relu", ""), ("AffineGrid", ""), ("Dropout", ""), ("FusedMatMul", "com.microsoft"), ("RandomUniformLike", "my")],
+)
+def test_what_draws_nothing_by_itself_passes(op: str, domain: str) -> None:
+    record = checked(helper.make_node(op, ["x"], ["y"], domain=domain))
+    assert record.verdict is Verdict.PASS
+    assert record.measured == "0 of 1 nodes"
 
 
 def test_it_is_found_in_a_subgraph_of_a_subgraph() -> None:
@@ -54,13 +74,80 @@ def test_it_is_found_in_a_subgraph_of_a_subgraph() -> None:
     branch = helper.make_node("If", ["c"], ["y"], name="inside", then_branch=inner, else_branch=inner)
     outer = helper.make_graph([branch], "outer", [], [Y])
     top = helper.make_node("If", ["c"], ["y"], name="outside", then_branch=outer, else_branch=outer)
-    record = stochastic_op.check(model_of([top]))
-    assert "outside/then_branch/inside/else_branch/draw (RandomUniformLike)" in record.where
-    assert len(record.where) == 4
+    found = places(checked(top))
+    assert "outside/then_branch/inside/else_branch/draw (RandomUniformLike)" in found
+    assert len(found) == 4
 
 
-def test_it_is_found_in_a_local_function() -> None:
-    function = helper.make_function("my", "noisy", ["x"], ["y"], [DRAW], [helper.make_opsetid("", 20)])
-    call = helper.make_node("noisy", ["x"], ["y"], domain="my")
-    record = stochastic_op.check(model_of([call], functions=[function]))
-    assert record.where == ("my:noisy/draw (RandomUniformLike)",)
+@pytest.mark.parametrize("op", ["Loop", "Scan", "SequenceMap"])
+def test_it_is_found_in_every_operator_that_has_a_body(op: str) -> None:
+    body = helper.make_graph([DRAW], "body", [], [Y])
+    assert places(checked(helper.make_node(op, ["x"], ["y"], name="n", body=body))) == [f"n/body/draw ({DRAW.op_type})"]
+
+
+def noisy(name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
+    return helper.make_function("my", name, ["x"], ["y"], nodes, [helper.make_opsetid("", 20)])
+
+
+def test_it_is_found_in_a_local_function_at_each_of_its_calls() -> None:
+    calls = [helper.make_node("noisy", [a], [b], domain="my", name=f"to_{b}") for a, b in ("xh", "hy")]
+    found = places(checked(*calls, functions=[noisy("noisy", DRAW)]))
+    assert found == [f"to_{name}/my:noisy/draw (RandomUniformLike)" for name in "hy"]
+
+
+def test_it_is_found_in_a_function_that_another_function_calls_in_a_branch() -> None:
+    call = helper.make_node("noisy", ["x"], ["y"], domain="my", name="inner")
+    branch = helper.make_graph([call], "branch", [], [Y])
+    mode = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(numpy_helper.to_array(HALF) > 0))
+    choice = helper.make_node("If", ["c"], ["y"], name="if", then_branch=branch, else_branch=branch)
+    functions = [noisy("noisy", DRAW), noisy("outer", mode, choice)]
+    top = helper.make_node("outer", ["x"], ["y"], domain="my", name="top")
+    found = places(checked(top, functions=functions))
+    assert found[0] == "top/my:outer/if/else_branch/inner/my:noisy/draw (RandomUniformLike)"
+
+
+def test_it_is_found_in_a_function_that_nothing_calls() -> None:
+    record = checked(helper.make_node("Relu", ["x"], ["y"]), functions=[noisy("noisy", DRAW)])
+    assert places(record) == ["my:noisy/draw (RandomUniformLike)"]
+
+
+def test_a_function_that_is_called_like_a_draw_is_what_it_is_made_of() -> None:
+    quiet = noisy("RandomUniformLike", helper.make_node("Identity", ["x"], ["y"]))
+    call = helper.make_node("RandomUniformLike", ["x"], ["y"], domain="my")
+    assert checked(call, functions=[quiet]).verdict is Verdict.PASS
+
+
+def chain(*steps: tuple[str, str]) -> list[onnx.NodeProto]:
+    """Nodes one after another; each also reads what its step names."""
+    names = [*[f"h{index}" for index in range(len(steps) - 1)], "y"]
+    nodes = []
+    for index, (op, other) in enumerate(steps):
+        before = names[index - 1] if index else "x"
+        nodes.append(helper.make_node(op, [before, *other.split()], [names[index]]))
+    return nodes
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [("RandomUniformLike", ""), ("GreaterOrEqual", "half"), ("Cast", ""), ("Mul", "x"), ("Div", "half")],
+        [("RandomUniformLike", ""), ("Less", "half"), ("Cast", ""), ("Div", "half"), ("Mul", "x")],
+        [("RandomUniformLike", ""), ("Add", "half"), ("Floor", ""), ("Mul", "x")],
+        [("RandomUniformLike", ""), ("Greater", "half"), ("Not", ""), ("Where", "x half")],
+        [("Bernoulli", ""), ("Mul", "x")],
+    ],
+    ids=["dropout", "in place", "drop path", "chosen", "bernoulli"],
+)
+def test_a_hand_written_dropout_is_called_one(steps: list[tuple[str, str]]) -> None:
+    (finding,) = checked(*chain(*steps)).findings
+    assert "a hand-written dropout" in finding.why
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[("RandomNormalLike", ""), ("Add", "x")], [("RandomUniformLike", ""), ("Mul", "x")]],
+    ids=["added", "scaled"],
+)
+def test_other_noise_is_not_called_a_dropout(steps: list[tuple[str, str]]) -> None:
+    (finding,) = checked(*chain(*steps)).findings
+    assert finding.why == "it draws random numbers"

@@ -9,7 +9,7 @@ import pytest
 
 from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.probes import held_out, probes, rows_by_length
+from evalmode.export.text_probes import held_out, probes, rows_by_length
 
 LADDER = NgramSpec(lengths=(4, 8, 32))
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from evalmode.bundle.certificate import Verdict
 from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.store import open_bundle
-from evalmode.export.release import ExportRefused, Released, release
+from evalmode.export.from_checkpoint import release_checkpoint
+from evalmode.export.release import ExportRefused, Released
 from evalmode.model.checkpoint import Checkpoint
 from evalmode.model.dropout import Dropout
 from evalmode.model.transformer import Transformer
@@ -51,7 +52,7 @@ class LeaksInAttention(nn.Module):
 
 
 def exported(checkpoint: Checkpoint, root: Path) -> Released:
-    return release(checkpoint, root=root, name="leak", version="1", progress=lambda step: None)
+    return release_checkpoint(checkpoint, root=root, name="leak", version="1", progress=lambda step: None)
 
 
 def refused(checkpoint: Checkpoint, root: Path) -> ExportRefused:
@@ -87,7 +88,7 @@ def test_a_functional_dropout_without_its_flag_is_refused_by_name(
 ) -> None:
     error = refused(replaced(checkpoint, site, part), tmp_path)
     assert f"{site} ({type(part).__name__}, p=0.25)" in str(error)
-    assert "test_release.py:" in str(error)
+    assert "test_from_checkpoint.py:" in str(error)
 
 
 def test_a_dropout_in_a_list_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_name_that_no_bundle_can_have_is_refused_before_any_work(
 ) -> None:
     steps: list[str] = []
     with pytest.raises(EvalmodeError, match=said):
-        release(checkpoint, root=tmp_path, progress=steps.append, **{"name": "any", "version": "1", **given})
+        release_checkpoint(checkpoint, root=tmp_path, progress=steps.append, **{"name": "any", "version": "1", **given})
     assert steps == []
 
 
@@ -115,7 +116,7 @@ def test_a_root_that_cannot_be_written_to_is_refused_before_any_work(
     (tmp_path / "file").write_text("no folder")
     steps: list[str] = []
     with pytest.raises(EvalmodeError, match=f"no bundle can be written to .*{place}: "):
-        release(checkpoint, root=tmp_path / place, name="any", version="1", progress=steps.append)
+        release_checkpoint(checkpoint, root=tmp_path / place, name="any", version="1", progress=steps.append)
     assert steps == []
 
 
@@ -128,7 +129,7 @@ def test_a_checkpoint_without_held_out_rows_is_refused_in_one_sentence(checkpoin
 def test_a_module_that_is_not_finite_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with torch.no_grad():
         checkpoint.module.head.bias[0] = float("nan")
-    assert "parity" in str(refused(checkpoint, tmp_path))
+    assert "non-finite" in str(refused(checkpoint, tmp_path))
 
 
 def test_a_graph_of_another_network_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_a_clean_module_becomes_a_bundle_that_opens(released: Released) -> None:
 def test_the_census_names_every_site_with_its_rate_and_shows_it_absent(released: Released) -> None:
     (census,) = [record for record in released.certificate.records if record.rule == "census"]
     rates = {"embedding.ngram_dropout": 0.3}
-    assert set(census.where) == {f"{site} (Dropout, p={rates.get(site, 0.1)}): absent" for site in SITES}
+    assert set(census.sites) == {f"{site} (Dropout, p={rates.get(site, 0.1)}): absent" for site in SITES}
 
 
 def test_classic_dropout_is_folded_and_leaves_no_node(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_classic_dropout_is_folded_and_leaves_no_node(tmp_path: Path) -> None:
         record for record in exported(make_checkpoint(module), tmp_path).certificate.records if record.rule == "census"
     ]
     assert census.verdict is Verdict.PASS
-    assert len(census.where) == len(SITES)
+    assert len(census.sites) == len(SITES)
 
 
 def test_a_causal_network_without_any_rate_is_exported_too(tmp_path: Path) -> None:
@@ -189,5 +190,5 @@ def test_a_causal_network_without_any_rate_is_exported_too(tmp_path: Path) -> No
 
 
 def test_the_same_checkpoint_gives_the_same_digest(checkpoint: Checkpoint, released: Released, tmp_path: Path) -> None:
-    again = release(checkpoint, root=tmp_path, name="small", version="1", progress=lambda step: None)
+    again = release_checkpoint(checkpoint, root=tmp_path, name="small", version="1", progress=lambda step: None)
     assert again.certificate.digest == released.certificate.digest

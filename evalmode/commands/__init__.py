@@ -1,0 +1,1 @@
+"""The subcommands that are too long for cli.py, one a file."""

@@ -1,0 +1,63 @@
+"""The bundle of a trained checkpoint: what is judged, on which texts, and what the bundle says about itself.
+
+Knows no rule.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evalmode.bundle.errors import EvalmodeError
+from evalmode.bundle.frontend import collate
+from evalmode.export.candidate import BATCH, Candidate
+from evalmode.export.certify import Progress
+from evalmode.export.release import Description, Released, release, require_writable
+from evalmode.export.subject import as_tensors
+from evalmode.export.text_probes import held_out, probes, rows_by_length
+from evalmode.model.checkpoint import Checkpoint
+
+_AXES = {0: BATCH, 1: "length"}
+
+
+def release_checkpoint(checkpoint: Checkpoint, *, root: Path, name: str, version: str, progress: Progress) -> Released:
+    """Export, certify and write a checkpoint's module in eval mode as `root/name/version`.
+
+    Raises EvalmodeError at once for a name, a version or a root that no bundle can be written to, and ExportRefused,
+    having written nothing, unless all rules pass.
+    """
+    require_writable(root, name=name, version=version)
+    candidate, description = _candidate(checkpoint), _description(checkpoint)
+    return release(candidate, description, root=root, name=name, version=version, progress=progress)
+
+
+def _candidate(checkpoint: Checkpoint) -> Candidate:
+    rows, spec = list(checkpoint.held_out.rows), checkpoint.frontend
+    if not rows:
+        raise EvalmodeError("the checkpoint holds no held-out rows, and without rows nothing can be compared")
+    # Several rows of several positions: an exporter may take a size of 1 for a constant.
+    example = collate([row[: spec.lengths[0]] for row in rows[:3]], length=min(spec.lengths[0] + 1, spec.lengths[-1]))
+    return Candidate(
+        module=checkpoint.module.eval(),
+        exported=checkpoint.folded().eval(),
+        fresh=checkpoint.folded().eval(),
+        example=as_tensors(example),
+        dynamic_axes=dict.fromkeys(example, _AXES),
+        outputs=("logits",),
+        probes=probes(rows, spec),
+        rows=rows_by_length(rows, spec),
+        labelled=True,
+        held_out=held_out(rows, checkpoint.held_out.labels, spec),
+    )
+
+
+def _description(checkpoint: Checkpoint) -> Description:
+    frontend = checkpoint.open_frontend()
+    encoded = [(text, frontend.encode(text).ids) for text in checkpoint.sample_texts]
+    return Description(
+        samples=[(collate([ids], length=frontend.spec.padded_length(len(ids))), text) for text, ids in encoded],
+        labels=checkpoint.labels,
+        frontend=checkpoint.frontend,
+        tokenizer=checkpoint.tokenizer,
+        metrics={part: {**measures} for part, measures in checkpoint.metrics.items()},
+        provenance=checkpoint.provenance,
+    )

@@ -1,0 +1,8 @@
+"""What a rule is given: an ONNX model, every node of it, and its weights, which stay in their file. Knows no rule."""
+
+from evalmode.export.graph.errors import ModelUnreadable
+from evalmode.export.graph.graph import Graph, graph_of, open_graph, read_graph
+from evalmode.export.graph.walk import NodeAt
+from evalmode.export.graph.weight import Weight
+
+__all__ = ["Graph", "ModelUnreadable", "NodeAt", "Weight", "graph_of", "open_graph", "read_graph"]

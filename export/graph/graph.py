@@ -1,0 +1,89 @@
+"""The graph that a rule is given, and how it is opened: a file, bytes or a model in memory. Knows no rule."""
+
+from __future__ import annotations
+
+import mmap
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from evalmode.export.graph.errors import Broken, ModelUnreadable
+from evalmode.export.graph.walk import NodeAt, Walker
+from evalmode.export.graph.weight import Source, Weight
+from evalmode.export.graph.wire import Skimmed, skim
+
+_LAST_OPSET = 10_000  # far above any that exists; a larger number is damage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """A model, every node of it, and its weights; `name` is what a message calls it.
+
+    `nodes` holds those of subgraphs, and those of local functions once for each call. The `proto` of a graph that was
+    opened from a file or from bytes lacks the values of large weights; `weights` has them all, and reads none before it
+    is asked to.
+    """
+
+    proto: onnx.ModelProto
+    name: str
+    nodes: tuple[NodeAt, ...]
+    weights: tuple[Weight, ...]
+
+
+def graph_of(model: onnx.ModelProto, *, name: str = "model") -> Graph:
+    """The graph of a model in memory; the files beside it, if it has any, are not looked for.
+
+    Raises ModelUnreadable, naming the model and the node or tensor, where the model is broken.
+    """
+    return _graph(model, Source(), None, name)
+
+
+def read_graph(data: bytes, *, name: str) -> Graph:
+    """The graph of a serialised model. Raises ModelUnreadable, naming the file, for bytes that hold none."""
+    return _read(memoryview(data), memoryview(data), None, name)
+
+
+def open_graph(path: Path) -> Graph:
+    """The graph in the file `path`, whose large weights, and the files beside it, are not read.
+
+    Raises ModelUnreadable, naming the file and the node or tensor, for a file that holds no model or a broken one, and
+    where a file that it names is missing, too short, or out of its own folder.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            raise ModelUnreadable(f"{path} cannot be read: it is no regular file")
+        if found.st_size == 0:
+            raise ModelUnreadable(f"{path} is not an ONNX model: it is empty")
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with mapped, memoryview(mapped) as data:
+            return _read(data, path, path.parent, str(path))
+    except OSError as error:
+        raise ModelUnreadable(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read(data: memoryview, where: Path | memoryview, folder: Path | None, name: str) -> Graph:
+    try:
+        skimmed = skim(data)
+        model = onnx.load_model_from_string(skimmed.model)
+    except (Broken, DecodeError) as error:
+        raise ModelUnreadable(f"{name} is not an ONNX model: {error}") from error
+    return _graph(model, Source(data=where, folder=folder), skimmed, name)
+
+
+def _graph(model: onnx.ModelProto, source: Source, skimmed: Skimmed | None, name: str) -> Graph:
+    if not model.opset_import or not model.HasField("graph"):
+        raise ModelUnreadable(f"{name} is not an ONNX model: it has no graph")
+    for item in [*model.opset_import, *(item for function in model.functions for item in function.opset_import)]:
+        if not 0 < item.version <= _LAST_OPSET:
+            raise ModelUnreadable(f"{name} is not an ONNX model: opset {item.version} of domain {item.domain!r}")
+    try:
+        walker = Walker(model, source, skimmed)
+        walker.walk(model)
+    except Broken as error:
+        raise ModelUnreadable(f"{name} is not a valid ONNX model: {error}") from error
+    return Graph(proto=model, name=name, nodes=tuple(walker.nodes), weights=tuple(walker.weights))

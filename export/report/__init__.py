@@ -1,0 +1,1 @@
+"""One report, several spellings: each format is a file with `render(report) -> str`."""

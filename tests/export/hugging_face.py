@@ -1,0 +1,41 @@
+"""Two networks of Hugging Face's, small and random, as anyone would hand them in: no flag set, nothing wrapped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+_SIZES = {"vocab_size": 100}
+
+
+def bert() -> nn.Module:
+    """An encoder that classifies."""
+    config = BertConfig(
+        **_SIZES,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config)
+
+
+def gpt2() -> nn.Module:
+    """A decoder, which answers with a cache beside its logits."""
+    config = GPT2Config(**_SIZES, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+def inputs() -> list[dict[str, Tensor]]:
+    """Two batches of padded rows: other numbers of rows, other lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [_batch(rows, length, generator) for rows, length in ((3, 9), (2, 16))]
+
+
+def _batch(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, length // 2 :] = 0
+    return {"input_ids": torch.randint(100, (rows, length), generator=generator), "attention_mask": mask}

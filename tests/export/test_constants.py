@@ -1,0 +1,246 @@
+"""Constant propagation: a mode is decided by what the graph alone holds, through any deterministic operators."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from evalmode.export.graph import NodeAt, graph_of
+
+X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+MODE = helper.make_tensor_value_info("mode", TensorProto.BOOL, [])
+DROP = helper.make_node("Dropout", ["x", "", "m"], ["y"], name="drop")
+VALUES = {
+    "yes": np.True_,
+    "no": np.False_,
+    "one": np.int64(1),
+    "half": np.float32(0.5),
+    "three": np.arange(3, dtype=np.int64),
+    "wide": np.zeros((4, 5000), np.float32),
+    "axes": np.asarray([0], np.int64),
+    "many": np.asarray([10**9, 10**9], np.int64),
+    "two": np.asarray([2], np.int64),
+    "some": np.asarray([2, 2], np.int64),
+    "nan": np.float32(np.nan),
+    "huge": np.float32(1e30),
+}
+
+
+def node(op: str, *inputs: str, output: str = "m", **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(op, inputs, [output], **attributes)
+
+
+def drop_after(
+    *nodes: onnx.NodeProto,
+    opset: int = 20,
+    inputs: tuple[onnx.ValueInfoProto, ...] = (MODE,),
+    ir_version: int = 10,
+    values: dict[str, object] | None = None,
+) -> NodeAt:
+    named = VALUES if values is None else values
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in named.items()]
+    graph = helper.make_graph([*nodes, DROP], "main", [X, *inputs], [Y], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    return next(one for one in graph_of(model).nodes if one.path == "drop")
+
+
+def value_after(*nodes: onnx.NodeProto, opset: int = 20) -> object:
+    found = drop_after(*nodes, opset=opset).constant(2)
+    return None if found is None else found.tolist()
+
+
+@pytest.mark.parametrize(
+    ("made", "value"),
+    [
+        (node("Identity", "yes"), True),
+        (node("Not", "no"), True),
+        (node("Not", "yes"), False),
+        (node("And", "yes", "no"), False),
+        (node("Or", "yes", "no"), True),
+        (node("Xor", "yes", "yes"), False),
+        (node("Cast", "one", to=TensorProto.BOOL), True),
+        (node("Equal", "one", "one"), True),
+        (node("Greater", "one", "one"), False),
+        (node("Less", "half", "half"), False),
+        (node("Where", "no", "yes", "no"), False),
+        (node("Shape", "wide"), [4, 5000]),
+        (node("Shape", "wide", start=1), [5000]),
+        (node("Size", "wide"), 20_000),
+        (node("Gather", "three", "one"), 1),
+        (node("Unsqueeze", "one", "axes"), [1]),
+        (node("ConstantOfShape", "some"), [[0.0, 0.0], [0.0, 0.0]]),
+        (node("Expand", "one", "some"), [[1, 1], [1, 1]]),
+        (node("Slice", "three", "axes", "two"), [0, 1]),
+        (node("Concat", "three", "axes", axis=0), [0, 1, 2, 0]),
+        (node("ReduceMax", "three", keepdims=0), 2),
+    ],
+    ids=lambda item: item.op_type if isinstance(item, onnx.NodeProto) else "",
+)
+def test_a_deterministic_operator_on_constants_is_computed(made: onnx.NodeProto, value: object) -> None:
+    assert value_after(made) == value
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ({"value_int": 1}, 1),
+        ({"value_ints": [1, 0]}, [1, 0]),
+        ({"value_float": 0.5}, 0.5),
+        ({"value_floats": [0.5]}, [0.5]),
+        ({"value": numpy_helper.from_array(np.asarray(True))}, True),
+        ({"value_string": "True"}, None),
+    ],
+    ids=lambda item: next(iter(item)) if isinstance(item, dict) else "",
+)
+def test_every_way_to_write_a_constant_node_is_read(attribute: dict[str, object], value: object) -> None:
+    assert value_after(node("Constant", **attribute)) == value
+
+
+@pytest.mark.parametrize("indices", [[1], [[1]]], ids=["flat", "by axis"])
+def test_a_sparse_constant_is_read(indices: list[object]) -> None:
+    values = numpy_helper.from_array(np.asarray([7.0], np.float32), "values")
+    places = numpy_helper.from_array(np.asarray(indices, np.int64), "indices")
+    assert value_after(node("Constant", sparse_value=helper.make_sparse_tensor(values, places, [3]))) == [0, 7, 0]
+
+
+def test_a_sparse_initializer_is_read_and_one_that_is_an_input_too_is_not() -> None:
+    values = numpy_helper.from_array(np.asarray([1.0], np.float32), "m")
+    places = numpy_helper.from_array(np.asarray([0], np.int64), "m_indices")
+    for inputs, decided in (([X], True), ([X, helper.make_tensor_value_info("m", 1, [2])], False)):
+        graph = helper.make_graph([DROP], "main", inputs, [Y])
+        graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [2]))
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+        assert (graph_of(model).nodes[0].constant(2) is not None) is decided
+
+
+def test_a_long_chain_is_followed() -> None:
+    names = ["yes", *[f"n{index}" for index in range(99)], "m"]
+    chain = [node("Not", before, output=after) for before, after in pairwise(names)]
+    assert value_after(*chain) is True
+
+
+def test_a_chain_that_never_seems_to_end_is_given_up() -> None:
+    names = ["yes", *[f"n{index}" for index in range(20_000)], "m"]
+    chain = [node("Identity", before, output=after) for before, after in pairwise(names)]
+    assert value_after(*chain) is None
+
+
+def test_a_value_that_is_read_twice_at_every_step_is_computed_once() -> None:
+    names = ["yes", *[f"n{index}" for index in range(200)], "m"]
+    chain = [node("And", before, before, output=after) for before, after in pairwise(names)]
+    assert value_after(*chain) is True
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        node("Not", "mode"),
+        node("And", "mode", "yes"),
+        node("RandomUniformLike", "one"),
+        node("Dropout", "yes"),
+        node("Shape", "x"),
+        node("Unheard", "yes"),
+        node("Not", "yes", domain="my"),
+        node("IsNaN", "nan"),
+        node("Cast", "huge", to=TensorProto.INT32),
+        node("Not"),
+        node("Cast", "yes"),
+        node("Cast", "yes", to=999),
+    ],
+    ids=["caller", "half a caller", "draw", "dropout", "run time", "unknown", "foreign", "nan", "huge", *"abc"],
+)
+def test_anything_else_decides_nothing(made: onnx.NodeProto) -> None:
+    assert value_after(made) is None
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        [node("ConstantOfShape", "many")],
+        [node("Expand", "one", "many")],
+        [node("Identity", "wide")],
+        [
+            node("ConstantOfShape", "axes_1000", output="a"),
+            node("Reshape", "a", "column", output="b"),
+            node("Add", "a", "b"),
+        ],
+    ],
+    ids=["ConstantOfShape", "Expand", "large", "broadcast"],
+)
+def test_what_would_grow_large_is_not_computed(made: list[onnx.NodeProto]) -> None:
+    values = VALUES | {"axes_1000": np.asarray([1000], np.int64), "column": np.asarray([1000, 1], np.int64)}
+    started = time.perf_counter()
+    assert drop_after(*made, values=values).constant(2) is None
+    assert time.perf_counter() - started < 5
+
+
+def test_an_operator_of_before_opset_7_that_broadcasts_in_its_own_way_decides_nothing() -> None:
+    made = node("And", "yes", "yes", broadcast=1)
+    assert value_after(made, opset=6) is None
+
+
+def branches(condition: str) -> onnx.NodeProto:
+    graphs = {}
+    for name, value in (("then_branch", True), ("else_branch", False)):
+        inner = node("Constant", output=f"in_{name}", value=numpy_helper.from_array(np.asarray(value)))
+        output = helper.make_tensor_value_info(f"in_{name}", TensorProto.BOOL, [])
+        graphs[name] = helper.make_graph([inner], name, [], [output])
+    return node("If", condition, **graphs)
+
+
+@pytest.mark.parametrize(("condition", "value"), [("yes", True), ("no", False), ("mode", None)])
+def test_a_branch_is_followed_where_its_condition_is_decided(condition: str, value: bool | None) -> None:
+    assert value_after(branches(condition)) is value
+
+
+def test_a_constant_of_a_function_that_its_caller_gives_is_read() -> None:
+    constant = helper.make_node("Constant", [], ["n"])
+    constant.attribute.add(name="value_int", ref_attr_name="mode", type=onnx.AttributeProto.INT)
+    cast = helper.make_node("Cast", ["n"], ["m"], to=TensorProto.BOOL)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("my", 1)]
+    function = helper.make_function("my", "f", ["x"], ["y"], [constant, cast, DROP], opsets, ["mode"])
+    found = []
+    for mode in (0, 1):
+        called = helper.make_node("f", ["x"], ["y"], domain="my", name="call", mode=mode)
+        graph = helper.make_graph([called], "main", [X], [Y])
+        nodes = graph_of(helper.make_model(graph, opset_imports=opsets, functions=[function])).nodes
+        found.append(next(one for one in nodes if one.path == "call/my:f/drop").constant(2))
+    assert [value is not None and bool(value) for value in found] == [False, True]
+
+
+M = helper.make_tensor_value_info("m", TensorProto.BOOL, [])
+
+
+@pytest.mark.parametrize(("ir_version", "decided"), [(3, True), (4, False), (10, False)])
+def test_an_initializer_that_is_an_input_too_decides_only_where_the_format_wants_it_so(
+    ir_version: int, decided: bool
+) -> None:
+    drop = drop_after(inputs=(M,), ir_version=ir_version, values={"m": False})
+    assert (drop.constant(2) is not None) is decided
+
+
+@pytest.mark.parametrize(
+    ("nodes", "inputs", "said"),
+    [
+        ((), (M,), "the initializer 'm', which is an input too: the caller may override it"),
+        ((node("Not", "mode"),), (MODE,), "computed by Not_0 (Not) from the model's input 'mode': the caller decides"),
+        (
+            (node("RandomUniform", output="n", shape=[1]), node("Cast", "n", to=TensorProto.BOOL)),
+            (),
+            "computed by Cast_1 (Cast) when the model runs",
+        ),
+    ],
+    ids=["override", "computed", "drawn"],
+)
+def test_who_decides_is_said(
+    nodes: tuple[onnx.NodeProto, ...], inputs: tuple[onnx.ValueInfoProto, ...], said: str
+) -> None:
+    drop = drop_after(*nodes, inputs=inputs, values={} if nodes else {"m": False})
+    assert drop.constant(2) is None
+    assert drop.decider(2) == said

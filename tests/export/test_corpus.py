@@ -1,0 +1,101 @@
+"""The static rules on the models that the onnx wheel brings along: all that draw or train are flagged, and no other.
+
+`python -m tests.export.test_corpus` says how long that takes, without the time it takes to build the models.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import onnx.backend.test
+from onnx.backend.test.loader import load_model_tests
+
+from evalmode.bundle.certificate import Record, Verdict
+from evalmode.export.checks import opaque_op, stochastic_op, training_mode
+from evalmode.export.graph import Graph, graph_of, open_graph
+from evalmode.export.mask_like import mask_like, non_finite_weights
+
+DRAW = {f"test_bernoulli{kind}{form}" for kind in ("", "_double", "_seed") for form in ("", "_expanded")}
+TRAIN = {
+    *("test_batchnorm_epsilon_training_mode", "test_batchnorm_example_training_mode"),
+    *("test_adagrad", "test_adagrad_multiple", "test_adam", "test_adam_multiple"),
+    *("test_momentum", "test_momentum_multiple", "test_nesterov_momentum"),
+    *("test_gradient_of_add", "test_gradient_of_add_and_mul"),
+}
+# Their mode is an input of the model, and their rate too: also where the example's rate is 0, the caller may give
+# another.
+THE_CALLER_DECIDES = {
+    f"test_training_dropout{kind}{mask}" for kind in ("", "_default", "_zero_ratio") for mask in ("", "_mask")
+}
+# A few that a careless rule would flag.
+MUST_PASS = {
+    *("test_dropout_default", "test_dropout_default_mask", "test_dropout_default_ratio", "test_dropout_default_old"),
+    *("test_dropout_random_old", "test_batchnorm_example", "test_affine_grid_2d", "test_if", "test_loop11"),
+    *("test_scan9_sum", "test_sequence_map_identity_1_sequence", "test_range_float_type_positive_delta_expanded"),
+}
+
+
+@cache
+def corpus() -> tuple[Graph, ...]:
+    return tuple(graphs())
+
+
+def graphs() -> Iterator[Graph]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # onnx's own arithmetic
+        cases = load_model_tests(kind="node")
+    for case in cases:
+        yield graph_of(case.model, name=case.name)
+    for path in sorted(Path(onnx.backend.test.__file__).parent.rglob("*.onnx")):
+        graph = open_graph(path)
+        yield Graph(proto=graph.proto, name=path.parent.name, nodes=graph.nodes, weights=graph.weights)
+
+
+def verdicts(check: object) -> dict[Verdict, set[str]]:
+    found: dict[Verdict, set[str]] = {Verdict.PASS: set(), Verdict.FAIL: set(), Verdict.UNPROVEN: set()}
+    for graph in corpus():
+        record: Record = check(graph)  # type: ignore[operator]
+        found[record.verdict].add(graph.name)
+    return found
+
+
+def test_the_corpus_is_all_there() -> None:
+    assert len(corpus()) >= 2033
+    assert {graph.name for graph in corpus()} >= DRAW | TRAIN | THE_CALLER_DECIDES | MUST_PASS
+
+
+def test_all_that_draw_are_flagged_and_no_other() -> None:
+    found = verdicts(stochastic_op.check)
+    assert found[Verdict.FAIL] == DRAW
+    assert not found[Verdict.UNPROVEN]
+
+
+def test_all_that_train_are_flagged_and_no_other() -> None:
+    found = verdicts(training_mode.check)
+    assert found[Verdict.FAIL] == TRAIN
+    assert found[Verdict.UNPROVEN] == THE_CALLER_DECIDES
+
+
+def test_no_operator_of_the_corpus_is_opaque() -> None:
+    found = verdicts(opaque_op.check)
+    assert not found[Verdict.FAIL] | found[Verdict.UNPROVEN]
+
+
+def test_no_weight_of_the_corpus_looks_like_a_mask_or_holds_a_nan() -> None:
+    assert not [graph.name for graph in corpus() if mask_like(graph) or non_finite_weights(graph)]
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    read = corpus()
+    built = time.perf_counter()
+    for one in read:
+        for rule in (stochastic_op, training_mode, opaque_op):
+            rule.check(one)
+    print(
+        f"{len(read)} models: {built - started:.2f} s to build and open, {time.perf_counter() - built:.2f} s to judge"
+    )

@@ -1,0 +1,137 @@
+"""Anyone's module becomes a bundle as ours does: judged by every rule, and against an export in another process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.session import open_session
+from evalmode.bundle.store import open_bundle
+from evalmode.export.from_module import release_module
+from evalmode.export.release import ExportRefused, Released
+from evalmode.export.verify import verify
+
+NET = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+MADE_AT_IMPORT = torch.from_numpy(np.random.rand(4).astype("float32"))
+
+class Net(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.linear = nn.Linear(4, 4)
+        self.drop = nn.Dropout(0.5)
+        self.plain = torch.bernoulli(torch.full((64,), 0.5))[:4]
+        self.register_buffer("kept", torch.rand(4))
+
+    def forward(self, x, y):
+        out = self.drop(self.linear(x)) + y
+        if self.kind == "import":
+            out = out * MADE_AT_IMPORT
+        if self.kind == "attribute":
+            out = out * self.plain
+        if self.kind == "buffer":
+            out = out * self.kept
+        return {"sum": out, "pair": (out.mean(-1), out > 0)}
+
+def clean(): return Net("")
+def buffer(): return Net("buffer")
+def at_import(): return Net("import")
+def attribute(): return Net("attribute")
+def other_each_time(): return nn.Sequential(*[nn.Linear(4, 4) for _ in range(random.SystemRandom().randrange(1, 10**3))])
+def inputs(): return {"x": torch.randn(3, 4), "y": torch.zeros(3, 1)}
+def one(): return torch.randn(3, 4)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name = f"owned_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield name
+    sys.modules.pop(name, None)
+
+
+def released(factory: str, inputs: str, root: Path) -> Released:
+    return release_module(factory, inputs, root=root, name="theirs", version="1", progress=lambda step: None)
+
+
+def refused(factory: str, inputs: str, root: Path) -> ExportRefused:
+    with pytest.raises(ExportRefused) as caught:
+        released(factory, inputs, root)
+    assert list(root.iterdir()) == []
+    return caught.value
+
+
+def baked(error: ExportRefused) -> Record:
+    (record,) = [record for record in error.records if record.verdict is not Verdict.PASS and record.findings]
+    assert record.rule == "baked-noise"
+    return record
+
+
+def test_several_inputs_and_outputs_become_a_bundle_that_opens_verifies_and_answers(
+    project: str, tmp_path: Path
+) -> None:
+    made = released(f"{project}:clean", f"{project}:inputs", tmp_path / "bundles")
+    bundle = open_bundle(made.path)
+    assert [(item.name, item.shape) for item in bundle.manifest.inputs] == [("x", (-1, 4)), ("y", (-1, 1))]
+    assert [item.name for item in bundle.manifest.outputs] == ["sum", "pair_0", "pair_1"]
+    assert bundle.manifest.frontend is None
+    assert bundle.manifest.provenance["module"] == f"{project}:clean"
+    assert len(bundle.known_answers()) == 8
+    assert verify(made.path).verdict is Verdict.PASS
+    answer = open_session(bundle.model).run({"x": np.ones((5, 4), np.float32), "y": np.zeros((5, 1), np.float32)})
+    assert answer["sum"].shape == (5, 4)
+
+
+def test_what_is_random_and_in_a_buffer_is_handed_over_and_passes(project: str, tmp_path: Path) -> None:
+    assert released(f"{project}:buffer", f"{project}:inputs", tmp_path / "bundles").certificate.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("factory", ["at_import", "attribute"])
+def test_what_is_random_and_neither_parameter_nor_buffer_is_refused_by_name(
+    project: str, tmp_path: Path, factory: str
+) -> None:
+    record = baked(refused(f"{project}:{factory}", f"{project}:inputs", tmp_path / "bundles"))
+    assert record.verdict is Verdict.FAIL
+    assert "its values differ under other seeds" in str(record.findings[0])
+
+
+def test_a_factory_that_returns_another_network_each_time_is_unproven(project: str, tmp_path: Path) -> None:
+    record = baked(refused(f"{project}:other_each_time", f"{project}:one", tmp_path / "bundles"))
+    assert record.verdict is Verdict.UNPROVEN
+    assert "a second export could not be compared: " in str(record.findings[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_hugging_faces_networks_are_exported_without_a_special_word(name: str, tmp_path: Path) -> None:
+    here = "tests.export.hugging_face"
+    made = released(f"{here}:{name}", f"{here}:inputs", tmp_path / "bundles")
+    assert made.certificate.verdict is Verdict.PASS
+    bundle = open_bundle(made.path)
+    assert [item.shape for item in bundle.manifest.inputs] == [(-1, -1), (-1, -1)]
+    assert [item.name for item in bundle.manifest.outputs] == ["logits"]
+    left = {"bert": [], "gpt2": ["past_key_values (DynamicCache)"]}
+    assert bundle.manifest.provenance["left out"] == left[name]
+
+
+def test_no_process_is_left_behind_by_a_refusal(project: str, tmp_path: Path) -> None:
+    source = (tmp_path / f"{project}.py").read_text()
+    (tmp_path / f"{project}.py").write_text(
+        source.replace("self.drop(self.linear(x))", "self.linear(x) * torch.rand(1)")
+    )
+    refused(f"{project}:clean", f"{project}:inputs", tmp_path / "bundles")
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert f"{project}:clean" not in running
