@@ -31,6 +31,7 @@ _EXTRAS = {
     "datasets": "train",
     "safetensors": "train",
     "onnx": "export",
+    "scipy": "export",
     "evalmode": "train,export",
 }
 BUNDLES = Path("bundles")
@@ -89,8 +90,6 @@ def train(
     except ValueError as error:
         raise EvalmodeError(str(error)) from error
 
-    # Threads that wait spinning starve their neighbours; read when torch is loaded, which is why it stands here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from evalmode.model.train import fit  # after the configuration: nonsense need not wait for torch
     from evalmode.tables import metrics_table, pairs_table
 
@@ -191,6 +190,8 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle or a folder of bu
 
 def main() -> None:
     """Run the command line: the user's mistakes are one sentence on stderr and exit code 2, never a traceback."""
+    # Threads that wait spinning starve their neighbours; read when torch is loaded, which no command has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except EvalmodeError as error:

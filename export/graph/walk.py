@@ -97,8 +97,10 @@ class Walker:
         self._opsets = opsets_of(model.opset_import)
         # Before IR version 4 every initializer had to be an input, and ONNX Runtime takes no value for such an input.
         self._overridable = not 0 < model.ir_version < _OVERRIDABLE_SINCE
+        _text("the opset imports", [item.domain for item in model.opset_import])
         for item in model.functions:
-            _text("a function", [item.name, item.domain, item.overload, *item.input, *item.output])
+            imported = [one.domain for one in item.opset_import]
+            _text("a function", [item.name, item.domain, item.overload, *item.input, *item.output, *imported])
         self._functions = {function_id(item): item for item in model.functions}
         if len(self._functions) < len(model.functions):
             raise Broken("it defines a function twice")
@@ -167,10 +169,10 @@ class Walker:
         names = [item.name for item in node.attribute]
         references = [item.ref_attr_name for item in node.attribute]
         _text(path, [node.op_type, node.domain, node.overload, *node.input, *node.output, *names, *references])
-        if not node.op_type or len(set(names)) < len(names):
-            raise Broken(
-                f"the node {path!r} has no operator" if not node.op_type else f"{path!r} has an attribute twice"
-            )
+        if not node.op_type:
+            raise Broken(f"the node {path!r} has no operator")
+        if len(set(names)) < len(names):
+            raise Broken(f"the node {path!r} has an attribute twice")
         for name in node.input:
             if name:
                 _require(scope, name, f"the input {name!r} of the node {path!r}")

@@ -159,6 +159,21 @@ def test_an_attribute_is_passed_on_from_call_to_call() -> None:
     assert at(model, "call/my:g/inner/my:f/norm").flag("training_mode") is True
 
 
+def test_an_attribute_of_a_call_reaches_a_body_in_the_function() -> None:
+    condition = helper.make_node("Constant", [], ["c"], value=ON)
+    inner = function(condition, branch("if", body(flag_node()), body(flag_node())), attributes=("flag",))
+    model = model_of(call("x", flag=1), functions=(inner,))
+    assert at(model, "call/my:f/if/then_branch/norm").flag("training_mode") is True
+
+
+def test_a_graph_that_is_a_functions_default_is_walked() -> None:
+    bodies = helper.make_graph([helper.make_node("Relu", ["x"], ["y"], name="inside")], "body", [], [Y])
+    with_default = function(helper.make_node("Relu", ["x"], ["y"]), then=bodies)
+    assert "call/my:f/then/inside" in [
+        one.path for one in graph_of(model_of(call("x"), functions=(with_default,))).nodes
+    ]
+
+
 def test_a_function_that_nothing_calls_is_walked_and_nothing_is_known_of_its_inputs() -> None:
     relu = helper.make_node("Relu", ["x"], ["y"])
     graph = graph_of(model_of(relu, functions=(function(DROP), function(flag_node(), name="g", attributes=("flag",)))))

@@ -62,6 +62,7 @@ WHOLE = model_of(
     node("Add", "h w", "y", name="add"),
     initializers=(numpy_helper.from_array(np.ones(2, np.float32), "w"),),
 )
+EVERYWHERE = model_of(node("f", "x", "y"), functions=(function("f", node("Relu", "x", "y", name="n")),))
 W = numpy_helper.from_array(np.ones(2, np.float32), "w")
 
 
@@ -99,7 +100,14 @@ def test_a_graph_whose_names_do_not_add_up_is_refused_with_the_place(model: onnx
 def test_an_attribute_that_stands_twice_is_refused() -> None:
     twice = node("Dropout", "x", "y", name="n", is_test=1)
     twice.attribute.append(helper.make_attribute("is_test", 0))
-    assert refused(model_of(twice)) == " is not a valid ONNX model: 'n' has an attribute twice"
+    assert refused(model_of(twice)) == " is not a valid ONNX model: the node 'n' has an attribute twice"
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    for data in (WHOLE.SerializeToString(), EVERYWHERE.SerializeToString()):
+        for name in (b"\x01h", b"\x01x", b"\x01w", b"\x01y", b"\x04Relu", b"\x02my"):
+            changed = data.replace(name, name[:-1] + b"\xff")
+            assert outcome(changed).endswith("is not UTF-8") or changed == data
 
 
 def test_a_name_that_a_body_reads_from_outside_and_then_defines_is_refused() -> None:
@@ -125,6 +133,12 @@ def test_a_name_that_a_body_reads_from_outside_and_then_defines_is_refused() -> 
 )
 def test_a_function_that_cannot_be_entered_is_refused(functions: tuple[onnx.FunctionProto, ...], said: str) -> None:
     assert refused(model_of(node("f", "x", "y"), functions=functions)) == f" is not a valid ONNX model: {said}"
+
+
+def test_a_function_that_calls_itself_in_a_branch_is_refused() -> None:
+    again = helper.make_graph([node("f", "x", "z")], "b", [], [helper.make_tensor_value_info("z", 1, [2])])
+    inner = function("f", node("If", "x", "y", then_branch=again, else_branch=again))
+    assert refused(model_of(node("f", "x", "y"), functions=(inner,))).endswith("the function my:f calls itself")
 
 
 def test_functions_that_call_one_another_into_the_billions_are_refused_at_once() -> None:

@@ -54,6 +54,8 @@ def test_an_operator_that_nobody_knows_is_unproven_and_is_named(domain: str, op:
     assert (finding.node, finding.op, finding.severity) == ("n", named, Severity.UNPROVEN)
     assert finding.why.startswith(f"{named} cannot be shown to be free of randomness: ")
     assert finding.fix
+    is_foreign = domain in ("my", "org.pytorch.aten", "com.microsoft", "com.microsoft.extensions")
+    assert finding.why.endswith("nor a function here") is is_foreign
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,72 @@
+"""The helpers for users' own tests: silent when all is well, and an AssertionError that a reader can act on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evalmode.export.axes import UnusableInputs
+from evalmode.testing import assert_export_is_clean, assert_no_expectation_gap
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self, leak: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.25), nn.Linear(6, 3))
+        self.leak = leak
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return F.dropout(self.body(x), self.leak) * scale
+
+
+class Unscaled(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand_like(x) >= self.p) if self.training else x
+
+
+def test_a_clean_module_is_no_news_and_keeps_its_forward() -> None:
+    module = Net().eval()
+    assert_export_is_clean(module, {"x": X, "scale": 2.0})
+    assert "forward" not in vars(module), "the constant that the sample gave is not left behind"
+    assert not module.training
+
+
+def test_a_leak_is_named_with_its_site_and_the_way_out() -> None:
+    with pytest.raises(AssertionError) as caught:
+        assert_export_is_clean(Net(leak=0.1).eval(), X)
+    said = str(caught.value)
+    assert "eager-randomness: fail" in said
+    assert "p=0.1" in said
+    assert "test_testing.py:" in said
+    assert "-> pass training=self.training" in said
+
+
+def test_a_module_in_training_is_a_finding_and_is_not_put_into_eval() -> None:
+    module = Net()
+    with pytest.raises(AssertionError, match=r"escaped-module: fail(.|\n)*body\.1 \(Dropout\)"):
+        assert_export_is_clean(module, X)
+    assert module.training
+
+
+def test_inputs_that_do_not_fit_are_no_finding() -> None:
+    with pytest.raises(UnusableInputs, match="fails on the sample"):
+        assert_export_is_clean(Net().eval(), X[:, :2])
+
+
+def test_dropout_that_keeps_the_expected_scale_is_no_news() -> None:
+    module = Net()
+    assert_no_expectation_gap(module, X)
+    assert module.training
+
+
+def test_a_lost_scale_is_told_in_the_users_terms() -> None:
+    module = Net()
+    module.body[1] = Unscaled(0.5)
+    with pytest.raises(
+        AssertionError, match=r"body\.1 \(Unscaled\): unscaled: .* times larger in eval than in training"
+    ):
+        assert_no_expectation_gap(module, [X, X[:2]])
