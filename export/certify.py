@@ -20,22 +20,19 @@ from evalmode.export.checks import (
     escaped_module,
     held_out,
     non_finite,
-    opaque_op,
     parity,
     repeatability,
-    stochastic_op,
-    training_mode,
 )
 from evalmode.export.convert import Converted, convert
 from evalmode.export.fingerprint import fingerprint
 from evalmode.export.modules import disturbed
+from evalmode.export.structure import STRUCTURE
 from evalmode.export.subject import Subject, as_tensors
 from evalmode.export.witness import seeded
 
 Progress = Callable[[str], None]
 
-# The rules that read the graph alone, and those that hold the module and its graph against one another, in their order.
-STRUCTURE: tuple[ModuleType, ...] = (stochastic_op, training_mode, opaque_op)
+# The rules that hold the module and its graph against one another, in their order.
 _OF_A_SUBJECT: tuple[ModuleType, ...] = (
     baked_noise,
     census,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from evalmode.bundle.certificate import Finding, Record, Verdict, overall
@@ -18,14 +17,13 @@ from evalmode.bundle.known_answers import replay
 from evalmode.bundle.manifest import MODEL_FILE
 from evalmode.bundle.session import open_session
 from evalmode.bundle.store import Bundle, find_bundle, open_bundle
-from evalmode.export.checks import opaque_op, stochastic_op, training_mode
 from evalmode.export.graph import Graph, ModelUnreadable, open_graph, read_graph
 from evalmode.export.mask_like import mask_like, non_finite_weights
 from evalmode.export.rules import KNOWN_ANSWERS, Needs, Rule, every_rule
+from evalmode.export.structure import STRUCTURE
 from evalmode.export.targets import Target
 
-_RULES: tuple[ModuleType, ...] = (stochastic_op, training_mode, opaque_op)
-STRUCTURE: Mapping[str, Callable[[Graph], Record]] = {rule.RULE: rule.check for rule in _RULES}
+_STRUCTURE: Mapping[str, Callable[[Graph], Record]] = {rule.RULE: rule.check for rule in STRUCTURE}
 
 # What a graph alone shows of a rule that needs more: a warning, or what would be wrong whatever else was at hand.
 _GLIMPSES: Mapping[str, Callable[[Graph], tuple[Finding, ...]]] = {
@@ -123,8 +121,8 @@ def _bare_file(path: Path, asked: Asked) -> Verified:
     for rule in every_rule():
         if rule.name in asked.excluded:
             continue
-        if rule.name in STRUCTURE:
-            records.append(STRUCTURE[rule.name](graph))
+        if rule.name in _STRUCTURE:
+            records.append(_STRUCTURE[rule.name](graph))
         else:
             records.append(ran.get(rule.name) or _not_applicable(rule, graph))
     return Verified(path=path, file=path, records=tuple(records), excluded=_in_order(asked.excluded))
@@ -150,14 +148,14 @@ def _bundle(path: Path, excluded: Collection[str]) -> Verified:
     bundle = open_bundle(path)
     assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
     graph = read_graph(bundle.model, name=str(path))
-    certified = tuple(record for record in bundle.certificate.records if record.rule not in {*STRUCTURE, *excluded})
+    certified = tuple(record for record in bundle.certificate.records if record.rule not in {*_STRUCTURE, *excluded})
     then = {record.rule for record in certified}
     now = []
     for rule in every_rule():
         if rule.name in excluded or rule.name in then:
             continue
-        if rule.name in STRUCTURE:
-            now.append(STRUCTURE[rule.name](graph))
+        if rule.name in _STRUCTURE:
+            now.append(_STRUCTURE[rule.name](graph))
         elif rule.name == KNOWN_ANSWERS:
             now.append(_known_answers(bundle))
         else:

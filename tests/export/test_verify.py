@@ -17,7 +17,8 @@ from evalmode.bundle.store import digest_of, hashes_of, open_bundle, write_bundl
 from evalmode.export.graph import ModelUnreadable
 from evalmode.export.release import Released
 from evalmode.export.rules import KNOWN_ANSWERS, every_rule
-from evalmode.export.verify import STRUCTURE, Asked, Verified, verify
+from evalmode.export.structure import STRUCTURE
+from evalmode.export.verify import Asked, Verified, verify
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
@@ -92,7 +93,7 @@ def test_a_graph_that_draws_fails_whatever_its_certificate_says(released: Releas
 
 def test_a_bare_file_is_judged_by_its_structure_alone_and_says_which_rules_do_not_apply(tmp_path: Path) -> None:
     found = verified(model_of(helper.make_node("Relu", ["x"], ["y"])), tmp_path)
-    assert verdicts(found) == dict.fromkeys(STRUCTURE, Verdict.PASS)
+    assert verdicts(found) == dict.fromkeys((rule.RULE for rule in STRUCTURE), Verdict.PASS)
     assert found.verdict is Verdict.PASS
     assert [record.rule for record in found.records] == [rule.name for rule in every_rule()]
     reasons = {record.rule: record.why for record in found.records if record.verdict is Verdict.NOT_APPLICABLE}
