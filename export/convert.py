@@ -11,11 +11,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import onnx
 import torch
 from google.protobuf.message import Message
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from evalmode.bundle.certificate import Verdict
 from evalmode.bundle.errors import EvalmodeError
@@ -25,6 +27,8 @@ from evalmode.export.witness import plain_forward
 
 # The first opset with GELU as one operator; the runtimes of the last two years read it.
 OPSET = 20
+
+_operators = cache(ONNXRegistry.from_torchlib)
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -89,7 +93,7 @@ def _export(
     opset: int,
 ) -> Converted:
     try:
-        with _quiet(), plain_forward(), answering_tensors(module):
+        with _quiet(), _one_table_of_operators(), plain_forward(), answering_tensors(module):
             program = torch.onnx.export(
                 module,
                 (),
@@ -141,14 +145,27 @@ def _strip(message: Message) -> None:
 
 
 @contextmanager
+def _one_table_of_operators() -> Iterator[None]:
+    """torch makes its table of operators anew for every export, which takes longer than a small export itself."""
+    made_anew = vars(ONNXRegistry)["from_torchlib"]
+    ONNXRegistry.from_torchlib = staticmethod(_operators)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = made_anew  # type: ignore[method-assign]
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks on packages that are not installed; its errors are exceptions."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -21,6 +21,8 @@ from evalmode.export.outputs import flatten, left_out
 from evalmode.export.probes import probes, single_rows
 from evalmode.export.witness import plain_forward
 
+# A runtime is given NumPy arrays.
+_WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _TRACED_ROWS = (2, 4)  # an exporter may take a size of 1 for a constant; more than a few rows only cost time
 
 
@@ -64,6 +66,8 @@ def bound(module: nn.Module, samples: Sequence[object]) -> tuple[list[Sample], d
 
     Raises UnusableInputs for samples that are no inputs of this module, or that differ in more than sizes and values.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnusableInputs("a scripted or traced module hides its mode: give the Python module that it was made of")
     named = [_named(module, sample) for sample in samples]
     tensors: list[Sample] = [{name: value for name, value in one.items() if isinstance(value, Tensor)} for one in named]
     constants = _constants(named)
@@ -88,12 +92,16 @@ def _named(module: nn.Module, sample: object) -> dict[str, Any]:
         args = sample if isinstance(sample, tuple) else (sample,)
         try:
             bound = inspect.signature(module.forward).bind(*args)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UnusableInputs(f"{type(module).__name__} cannot be called with the sample: {error}") from error
         given = dict(bound.arguments)
         kinds = inspect.signature(module.forward).parameters
         if any(kinds[name].kind is inspect.Parameter.VAR_POSITIONAL for name in given):
-            raise UnusableInputs(f"{type(module).__name__}.forward takes *args: its inputs have no names to export by")
+            inside = next((name for name in ("_orig_mod", "module") if hasattr(module, name)), None)
+            hint = f"; export its .{inside}, which it only wraps" if inside else ""
+            raise UnusableInputs(
+                f"{type(module).__name__}.forward takes *args: its inputs have no names to export by{hint}"
+            )
     return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in given.items()}
 
 
@@ -118,6 +126,9 @@ def _require_alike(samples: Sequence[Sample]) -> None:
     first = samples[0]
     if not first:
         raise UnusableInputs("a sample holds no tensor")
+    for name, tensor in first.items():
+        if tensor.dtype in _WITHOUT_ARRAYS:
+            raise UnusableInputs(f"input {name!r} is {tensor.dtype}, which no array holds: cast it in the module")
     for sample in samples[1:]:
         if sample.keys() != first.keys():
             raise UnusableInputs(f"the samples have other inputs: {', '.join(first)} and {', '.join(sample)}")

@@ -18,6 +18,9 @@ from torch import nn
 
 Generator: TypeAlias = random.Random | np.random.Generator | np.random.RandomState
 
+# The names that dropouts go by.
+_DROPOUTS = ("dropout", "droppath", "dropblock", "stochasticdepth")
+
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # its registries of parameters, buffers, hooks and children
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 # What their objects hold is theirs, large, and no module of the user's.
@@ -30,6 +33,12 @@ def named_everything(root: nn.Module) -> dict[str, nn.Module]:
     A hidden one is named as one would write it: `blocks.0.drops[1]`, `parts['head']`, `call.args[0]`.
     """
     return {path: value for path, value in _reachable(root) if isinstance(value, nn.Module)}
+
+
+def is_dropout(part: nn.Module) -> bool:
+    """Whether a module is nothing but a dropout, to go by the names of its class and of those that it inherits."""
+    classes = "\n".join(base.__name__.lower() for base in type(part).__mro__)
+    return any(name in classes for name in _DROPOUTS) and not any(part.parameters())
 
 
 def named_generators(root: nn.Module) -> dict[str, Generator]:

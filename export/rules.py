@@ -26,6 +26,7 @@ class Needs(StrEnum):
     RUN = "a graph and inputs"
     MODULE = "the module"
     BUNDLE = "a bundle"
+    AUDIT = "the module (`evalmode audit`)"
 
 
 # By the name of the rule's file, in the order in which a report lists them.
@@ -44,8 +45,16 @@ _NEEDS = {
     "held_out": Needs.MODULE,
     "batch_invariance": Needs.RUN,
 }
-# The one rule without a file in checks/: verify runs it on what a bundle brings along.
-_KNOWN_ANSWERS_STATEMENT = "the answers that were written down when the bundle was certified come out again"
+# The two rules without a file in checks/: verify runs one on what a bundle brings along, the other is a command.
+EXPECTATION_GAP = "expectation-gap"
+_OTHERS = (
+    (
+        EXPECTATION_GAP,
+        "every place that drops or adds noise passes on in training, on average, what it does in eval",
+        Needs.AUDIT,
+    ),
+    (KNOWN_ANSWERS, "the answers that were written down when the bundle was certified come out again", Needs.BUNDLE),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +76,7 @@ def every_rule() -> tuple[Rule, ...]:
     of_files = (
         Rule(name=file.replace("_", "-"), statement=_statement(file), needs=needs) for file, needs in _NEEDS.items()
     )
-    return (*of_files, Rule(name=KNOWN_ANSWERS, statement=_KNOWN_ANSWERS_STATEMENT, needs=Needs.BUNDLE))
+    return (*of_files, *(Rule(name=name, statement=statement, needs=needs) for name, statement, needs in _OTHERS))
 
 
 def names_of(asked: Iterable[str]) -> frozenset[str]:

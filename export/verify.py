@@ -35,6 +35,7 @@ _LACKING = {
     Needs.MODULE: "it needs the module itself, which `evalmode export` has",
     Needs.RUN: "it needs inputs to run the graph on: give them with --inputs",
     Needs.BUNDLE: "it needs a bundle's known answers",
+    Needs.AUDIT: "it needs the module in training, which `evalmode audit` has",
 }
 
 
@@ -159,7 +160,9 @@ def _bundle(path: Path, excluded: Collection[str]) -> Verified:
         elif rule.name == KNOWN_ANSWERS:
             now.append(_known_answers(bundle))
         else:
-            now.append(Record.not_applicable(rule.name, "the bundle's certificate has no record of it"))
+            audited = rule.needs is Needs.AUDIT
+            why = _LACKING[rule.needs] if audited else "the bundle's certificate has no record of it"
+            now.append(Record.not_applicable(rule.name, why))
     return Verified(
         path=path, file=path / MODEL_FILE, records=tuple(now), certified=certified, excluded=_in_order(excluded)
     )

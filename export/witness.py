@@ -30,6 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evalmode.export.modules import Generator, named_everything, named_generators
 
+# An operator that is not marked as one that may draw (anyone can register one) is seen by this alone.
+_TORCHS = "torch's generator, by an operator that does not say that it draws"
+
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
@@ -82,8 +85,12 @@ def seeded(seed: int) -> Iterator[None]:
 def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
     """Every place that draws a random number in one forward of `module`, in order, each once. Raises Unwatched."""
     witness = _Witness(module)
-    with plain_forward(), witness.watching():
-        module(**inputs)
+    try:
+        with plain_forward(), witness.watching():
+            module(**inputs)
+    except Unwatched:
+        torch._dynamo.reset()  # else the compiler, which was left half-way, fails for every later forward
+        raise
     return tuple(dict.fromkeys(witness.seen))
 
 
@@ -107,8 +114,9 @@ class _Witness:
             self._look_at_host()
 
     def saw(self, operator: str) -> None:
-        """Keep where `operator`, which drew, was called."""
+        """Keep where `operator`, which drew, was called; what it did to torch's generators is then explained."""
         self.seen.append(self.here(operator))
+        self._host[_TORCHS] = _torchs_states()
 
     def here(self, operator: str) -> Draw:
         """The place that is running now."""
@@ -141,6 +149,7 @@ class _Witness:
 
     def _host_states(self) -> dict[str, object]:
         states: dict[str, object] = {
+            _TORCHS: _torchs_states(),
             "random's global generator": random.getstate(),
             "numpy.random's global generator": _plain(np.random.get_state(legacy=False)),
         }
@@ -188,6 +197,10 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch do
         if any(not torch.equal(then, now) for then, now in zip(before, state(), strict=True)):
             self._witness.saw(str(func))
         return result
+
+
+def _torchs_states() -> list[bytes]:
+    return [state.numpy(force=True).tobytes() for state in _device_states()]
 
 
 def _device_states() -> list[Tensor]:

@@ -65,8 +65,8 @@ def _differing(subject: Subject) -> Iterator[Finding]:
 def _weights(own: Fingerprint, twin: Fingerprint, model: onnx.ModelProto) -> Iterator[Finding]:
     for name in own.weights.keys() | twin.weights.keys():
         if own.weights.get(name) != twin.weights.get(name):
-            readers = [node.name for node in model.graph.node if name in node.input]
-            why = f"its values differ under other seeds; it is read by {', '.join(readers) or 'nothing'}"
+            readers = ", ".join(node.name for node in model.graph.node if name in node.input) or "nothing"
+            why = f"its values differ in another export, under other seeds; it is read by {readers}"
             yield _baked(name, "weight", why)
 
 

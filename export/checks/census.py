@@ -10,14 +10,11 @@ from torch import nn
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
 from evalmode.bundle.known_answers import Tensors
 from evalmode.export.convert import scope
-from evalmode.export.modules import named_everything, private_copy
+from evalmode.export.modules import is_dropout, named_everything, private_copy
 from evalmode.export.subject import Subject, as_tensors
 from evalmode.export.witness import Draw, declared_rate, draws
 
 RULE = "census"
-
-# A module that is nothing but a dropout, by the names that they go by.
-_NAMES = ("dropout", "droppath", "dropblock", "stochasticdepth")
 
 
 def check(subject: Subject) -> Record:
@@ -33,7 +30,7 @@ def check(subject: Subject) -> Record:
         why = f"a copy of the module does not run in training mode: {type(error).__name__}: {error}"
         return Record(rule=RULE, verdict=Verdict.UNPROVEN, why=why)
     left = Counter(scope(node.name) for node in subject.model.graph.node)
-    modules = {path: part for path, part in named_everything(subject.module).items() if path and _is_dropout(part)}
+    modules = {path: part for path, part in named_everything(subject.module).items() if path and is_dropout(part)}
     sites = [_module_site(path, part, left[path]) for path, part in modules.items()]
     sites += [f"{draw}: absent" for draw in drawn if draw.path not in modules]
     present = [
@@ -56,10 +53,6 @@ def check(subject: Subject) -> Record:
         limit="0 present",
         sites=tuple(sites),
     )
-
-
-def _is_dropout(part: nn.Module) -> bool:
-    return any(name in type(part).__name__.lower() for name in _NAMES) and not any(part.parameters())
 
 
 def _module_site(path: str, part: nn.Module, nodes: int) -> str:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cache
 from itertools import chain
 
 import onnx
-import torch
-import torch._dynamo
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from evalmode.bundle.certificate import Verdict
 from evalmode.export.axes import UnusableInputs
@@ -35,9 +32,6 @@ FAMILIES = {
 CASES = {case.name: case for case in chain.from_iterable(FAMILIES.values())}
 
 
-_operators = cache(ONNXRegistry.from_torchlib)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
     """The rules that refused a module, none where it was certified, and the certified model."""
@@ -52,9 +46,7 @@ def measure(name: str, state: str) -> Measured | None:
     case = CASES[name]
     if case.expected(state) is None:
         return None
-    torch._dynamo.reset()  # what one module's torch.cond left compiled must not meet the next one's
     with ExitStack() as stack:
-        stack.enter_context(_one_table_of_operators())
         try:
             candidate = candidate_of(case.module(state), [case.sample])
             if case.reference:
@@ -70,17 +62,6 @@ def measure(name: str, state: str) -> Measured | None:
     assert found.passed == (not refused), name
     assert found.subject is not None or refused, name
     return Measured(refused=refused, model=found.subject.model if found.subject and found.passed else None)
-
-
-@contextmanager
-def _one_table_of_operators() -> Iterator[None]:
-    """Torch makes its table anew for each export, which takes a small module longer than all the rest."""
-    made_anew = vars(ONNXRegistry)["from_torchlib"]
-    ONNXRegistry.from_torchlib = staticmethod(_operators)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        ONNXRegistry.from_torchlib = made_anew  # type: ignore[method-assign]
 
 
 def table() -> str:

@@ -79,7 +79,7 @@ def test_resampled_values_are_of_the_samples_range_and_whole_numbers_are_its_own
     sample = {"ids": torch.tensor([[3, 5], [7, 9]]), "x": torch.rand(4, 3) + 1.0}
     other = resampled(sample, 0)
     assert set(other["ids"].flatten().tolist()) <= {3, 5, 7, 9}
-    assert 0 < float(other["x"].min())
+    assert float(other["x"].min()) > 0
     assert float(other["x"].max()) <= float(sample["x"].max())
     assert not torch.equal(other["x"], sample["x"])
     assert torch.equal(resampled(sample, 0)["x"], other["x"]), "the same seed, the same values"

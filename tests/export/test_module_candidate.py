@@ -132,10 +132,12 @@ class Anything(nn.Module):
         (Net(), [(X, 1.0, X)], "cannot be called with the sample: too many positional"),
         (Net(), [{"y": X}], r"fails on the sample \(y \[3, 4\]\): TypeError"),
         (Pair(), [(X, X)], r"fails on the sample \(a \[3, 4\], b \[3, 4\]\): RuntimeError"),
-        (Anything(), [X], r"forward takes \*args"),
+        (Anything(), [X], r"forward takes \*args: its inputs have no names"),
         (Net(), [{"x": X, "scale": object()}], "input 'scale' must be a tensor or a plain constant, got object"),
         (Net(), [{"x": X, "scale": 1.0}, {"x": X, "scale": 2.0}], "the samples differ in it"),
         (Net(), [{"scale": 1.0}], "holds no tensor"),
+        (Net(), [X.bfloat16()], "input 'x' is torch.bfloat16, which no array holds"),
+        (nn.DataParallel(Net()), [X], r"takes \*args: .*; export its \.module, which it only wraps"),
         (Net(), [X, {"x": X.double()}], "input 'x' has another type or other axes in another sample"),
         (Pair(), [{"a": X, "b": X.T}, {"a": X}], "the samples have other inputs: a, b and a"),
     ],
@@ -154,3 +156,9 @@ def test_an_answer_without_a_tensor_is_one_sentence() -> None:
 
     with pytest.raises(UnusableInputs, match="Talks answers with no tensor but with str"):
         candidate_of(Talks().eval(), [X])
+
+
+def test_a_scripted_or_traced_module_is_refused_in_one_sentence() -> None:
+    traced = torch.jit.trace(nn.Linear(4, 2), X)
+    with pytest.raises(UnusableInputs, match="give the Python module that it was made of"):
+        candidate_of(traced.eval(), [X])

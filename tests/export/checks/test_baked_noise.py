@@ -90,7 +90,7 @@ def test_the_weight_is_named_with_the_node_that_reads_it() -> None:
     candidate = candidate_of(module, [X])
     module(X)  # as any rule does that watches it
     record = baked_noise.check(subject_of(candidate))
-    assert "(weight): its values differ under other seeds; it is read by /Mul_" in said(record)
+    assert "(weight): its values differ in another export, under other seeds; it is read by /Mul_" in said(record)
 
 
 def test_a_dropout_that_the_optimiser_folded_is_named_by_the_graph_before_it() -> None:

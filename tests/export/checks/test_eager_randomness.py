@@ -168,3 +168,24 @@ def test_a_number_of_answers_that_changes_fails(counts: Iterable[int]) -> None:
 def test_an_answer_whose_shape_changes_fails_though_its_bits_are_the_same() -> None:
     columns = iter([1, 5] * 99)
     assert judged(lambda module, x: x.reshape(-1, next(columns)) if x.numel() % 5 == 0 else x).verdict is Verdict.FAIL
+
+
+@torch.library.custom_op("evalmode_tests::quiet_noise", mutates_args=())
+def quiet_noise(x: Tensor) -> Tensor:
+    """It draws, and carries no mark that says so."""
+    return x + torch.rand_like(x)
+
+
+def test_a_draw_inside_an_operator_that_is_not_marked_is_seen_from_torchs_generator() -> None:
+    record = judged(lambda module, x: quiet_noise(x))
+    assert record.verdict is Verdict.FAIL
+    assert "inner (Calls): " in places(record)[0]
+
+
+def test_a_branch_that_was_refused_leaves_the_compiler_ready_for_the_next() -> None:
+    def branches(module: Calls, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 1e9, lambda x: F.dropout(x, 0.25), lambda x: x.clone(), (x,))
+
+    for _ in range(2):
+        (where,) = places(judged(branches))
+        assert where.startswith("a forward cannot be watched: inner (Calls): cond")

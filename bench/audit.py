@@ -1,0 +1,88 @@
+"""How often the expectation-gap audit is wrong on random sites whose true gap is known, under a fresh seed.
+
+python bench/audit.py                       # 1,000 sites, ten to a network, a seed that nobody chose
+python bench/audit.py --sites 200 --seed 7  # to see one again
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from evalmode.bundle.certificate import Severity
+from evalmode.export.audit.audit import audit
+from evalmode.export.audit.site import Kind
+from tests.export.audit.random_sites import SHAPE, Network, Truth, draw_site
+
+EACH = 10
+
+
+def main() -> None:
+    """Measure and print: per mistake, how many sites, how many called wrong, missed or left open."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sites", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
+    parser.add_argument("--alpha", type=float, default=0.01)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rng, start = random.Random(given.seed), time.perf_counter()
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    networks = -(-given.sites // EACH)
+    alarmed = sum(_network(rng, counts, given.alpha) for _ in track(range(networks), transient=True))
+    console = Console()
+    console.print(_table(counts))
+    console.print(
+        f"seed {given.seed}: {alarmed} of {networks} networks with a false alarm (alpha {given.alpha}), "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+
+
+def _network(rng: random.Random, counts: dict[str, collections.Counter[str]], alpha: float) -> bool:
+    torch.manual_seed(rng.randrange(2**31))
+    sites = [draw_site(rng) for _ in range(EACH)]
+    network = Network([module for module, _ in sites])
+    found = audit(network, [{"x": torch.randn(SHAPE)}], alpha=alpha, seed=rng.randrange(2**31)).sites
+    outcomes = [_outcome(truth, site.severity, site.kind) for (_, truth), site in zip(sites, found, strict=True)]
+    for (_, truth), site, outcome in zip(sites, found, outcomes, strict=True):
+        counts[truth.mistake].update(["sites", *outcome])
+        if {"false alarm", "missed", "inconclusive"} & set(outcome):
+            Console().print(truth, site)
+    return any("false alarm" in outcome for outcome in outcomes)
+
+
+def _outcome(truth: Truth, severity: Severity | None, kind: Kind) -> list[str]:
+    named = ["must be found"] if truth.must_be_found else []
+    if truth.is_right and severity is Severity.ERROR:
+        named.append("false alarm")
+    if truth.must_be_found and severity is not Severity.ERROR:
+        named.append("missed")
+    if kind is Kind.INCONCLUSIVE:
+        named.append("inconclusive")
+    return named
+
+
+def _table(counts: dict[str, collections.Counter[str]]) -> Table:
+    columns = ("sites", "must be found", "missed", "false alarm", "inconclusive")
+    table = Table("mistake", *columns)
+    for mistake, counter in sorted(counts.items()):
+        table.add_row(mistake, *(str(counter[column]) for column in columns))
+    total: collections.Counter[str] = sum(counts.values(), collections.Counter())
+    table.add_section()
+    table.add_row("all", *(str(total[column]) for column in columns))
+    return table
+
+
+if __name__ == "__main__":
+    main()

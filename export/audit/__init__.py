@@ -1,0 +1,1 @@
+"""The expectation-gap audit: whether training passes on, on average, what eval passes on."""

@@ -1,0 +1,189 @@
+"""One candidate's verdict: by its tape, by its outputs, or by what it does not do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from evalmode.export.audit import words
+from evalmode.export.audit.capture import Candidate
+from evalmode.export.audit.classify import kind_of, scales
+from evalmode.export.audit.effect import Effect, Observer, Unclear
+from evalmode.export.audit.held import Held
+from evalmode.export.audit.masks import kept_value
+from evalmode.export.audit.measure import measure
+from evalmode.export.audit.measured import Measured, Outcome
+from evalmode.export.audit.outputs import Outputs
+from evalmode.export.audit.site import SEVERITIES, Kind, Site
+from evalmode.export.audit.taped import Taped, gathered, probe, read
+
+
+def judge(
+    root: nn.Module, module: nn.Module, candidate: Candidate, *, alpha: float, draws: int | None, given: bool
+) -> list[Site]:
+    """The sites of one candidate, at level `alpha` together.
+
+    `root` and `module` are working copies; `given` says that a parent which draws holds the same rate, so that the
+    dropout itself need not be called.
+    """
+    if candidate.p == 0 and not candidate.training and not candidate.eval:
+        return [_site(candidate, Kind.OFF)]
+    if candidate.call is None:
+        if given:
+            return [_site(candidate, Kind.NOT_CALLED, harmless=True)]
+        return [_site(candidate, Kind.ALWAYS_ON if candidate.eval else Kind.NOT_CALLED)]
+    held = Held(root, module, candidate.call, trains=candidate.trains)
+    try:
+        with held.ready():
+            return [_always_on(held, candidate)] if candidate.eval else _judge(held, candidate, alpha, draws)
+    except Exception as error:  # the user's own code, run without the network around it
+        why = f"it does not run alone: {type(error).__name__}: {error}"
+        return [_site(candidate, Kind.ALWAYS_ON if candidate.eval else Kind.INCONCLUSIVE, why=why)]
+
+
+def _judge(held: Held, candidate: Candidate, alpha: float, draws: int | None) -> list[Site]:
+    taped = Taped.of(held, candidate.p)
+    if isinstance(taped, Unclear) and not taped.why and candidate.training:
+        held.with_children()  # it drew in the network, and does not alone: a child's flag may decide
+        taped = Taped.of(held, candidate.p)
+    if isinstance(taped, Taped):
+        whole = Outputs.of(held) if taped.repeats else Unclear()
+        if isinstance(whole, Outputs) and whole.exact:
+            return _measured(whole, candidate, alpha, draws, None)
+        return _measured(taped, candidate, alpha, draws, _own_scale(held, taped.effects))
+    outputs = Outputs.of(held)
+    if isinstance(outputs, Unclear):
+        return [_site(candidate, Kind.INCONCLUSIVE, why="; ".join((*taped.why, *outputs.why)))]
+    if not outputs.effects:
+        return [_unmoved(candidate)]
+    still = _still(held, candidate)
+    return [still] if still else _measured(outputs, candidate, alpha, draws, None, taped.why)
+
+
+def _measured(
+    observer: Observer,
+    candidate: Candidate,
+    alpha: float,
+    draws: int | None,
+    own: float | None,
+    whys: Sequence[str] = (),
+) -> list[Site]:
+    count = len(observer.effects)
+    figures = measure(observer, alpha=alpha / count, draws=draws)
+    names = [f"{index + 1} of {count}" if count > 1 else "" for index in range(count)]
+    return [
+        _site_of(candidate, name, effect, measured, own, whys)
+        for name, effect, measured in zip(names, observer.effects, figures, strict=True)
+    ]
+
+
+def _site_of(
+    candidate: Candidate, name: str, effect: Effect, measured: Measured, own: float | None, whys: Sequence[str]
+) -> Site:
+    if own is not None and effect.balance:
+        effect = Effect(
+            balance=effect.balance, additive=effect.additive, scale=own / effect.balance, rounding=effect.rounding
+        )
+    kind = kind_of(effect, measured, candidate.p)
+    train_scale, eval_scale = scales(effect, measured)
+    why = effect.why
+    if kind is Kind.INCONCLUSIVE and effect.direction is not None:
+        why = "; ".join(dict.fromkeys((*whys, effect.why)))
+    return _site(candidate, kind, draw=name, measured=measured, scales=(train_scale, eval_scale), why=why)
+
+
+def _site(
+    candidate: Candidate,
+    kind: Kind,
+    *,
+    draw: str = "",
+    measured: Measured | None = None,
+    scales: tuple[float | None, float | None] = (None, None),
+    why: str = "",
+    harmless: bool = False,
+) -> Site:
+    m = measured or Measured(outcome=Outcome.NONE, draws=0)
+    return Site(
+        path=candidate.path,
+        type=candidate.kind,
+        kind=kind,
+        draw=draw,
+        p=candidate.p,
+        keep_rate=m.keep,
+        keep_interval=m.keep_interval,
+        train_scale=scales[0],
+        eval_scale=scales[1],
+        gap=m.gap,
+        gap_interval=m.gap_interval,
+        draws=m.draws,
+        calls=candidate.calls,
+        sentence=words.sentence(kind, gap=m.gap, keep=m.keep, p=candidate.p, why=why, draws=m.draws),
+        fix="" if harmless else words.fix(kind, p=candidate.p, keep=m.keep),
+        severity=None if harmless else SEVERITIES.get(kind),
+    )
+
+
+def _own_scale(held: Held, effects: tuple[Effect, ...]) -> float | None:
+    """What eval multiplies the input by, where the site is one dropout whose output is a multiple of its one input."""
+    outputs = held.run(training=False)
+    inputs = [tensor for tensor in held.call.tensors() if tensor.is_floating_point()]
+    if len(effects) != 1 or len(outputs) != 1 or len(inputs) != 1 or outputs[0].shape != inputs[0].shape:
+        return None
+    x, y = (tensor.to(torch.float64) for tensor in (inputs[0], outputs[0]))
+    if not bool(x.any()):
+        return None
+    factor = float((x * y).sum() / (x * x).sum())
+    off = float((factor * x - y).abs().max())
+    step = torch.finfo(outputs[0].dtype).eps
+    return factor if factor > 0 and off <= 4 * step * float(y.abs().max()) else None
+
+
+def _unmoved(candidate: Candidate) -> Site:
+    if candidate.training:
+        why = "it draws random numbers, and its output in training is eval's in every forward"
+        rate = candidate.p or 0.0
+        return _site(candidate, Kind.NEVER_ON if rate >= 0.01 else Kind.INCONCLUSIVE, why=why)
+    return _site(candidate, Kind.NEVER_ON)
+
+
+def _still(held: Held, candidate: Candidate) -> Site | None:
+    """The verdict of a site whose training output is always the same, and not eval's."""
+    first, e = held.run(training=True), held.run(training=False)
+    if any(not torch.equal(a, b) for _ in range(16) for a, b in zip(held.run(training=True), first, strict=True)):
+        return None
+    if not any(bool(tensor.any()) for tensor in first):
+        nothing = Measured(outcome=Outcome.NOTHING_KEPT, draws=17, keep=0.0, gap=0.0)
+        return _site(candidate, Kind.DROPS_ALL, measured=nothing, scales=(0.0, None))
+    value = kept_value(_ratios(first, e), rounding=1e-5)
+    dropped = any(bool(((a == 0) & (b != 0)).any()) for a, b in zip(first, e, strict=True))
+    if value is not None and dropped:
+        return _site(candidate, Kind.FROZEN, measured=Measured(outcome=Outcome.FROZEN, draws=17))
+    gap = Measured(outcome=Outcome.GAP, draws=17, gap=value, gap_interval=None if value is None else (value, value))
+    why = "" if value is not None else "training differs from eval although it draws nothing"
+    return _site(candidate, Kind.WRONG_SCALE if value is not None else Kind.INCONCLUSIVE, measured=gap, why=why)
+
+
+def _ratios(first: list[Tensor], e: list[Tensor]) -> Tensor:
+    pairs = [(a.to(torch.float64).reshape(-1), b.to(torch.float64).reshape(-1)) for a, b in zip(first, e, strict=True)]
+    return torch.cat([(a / b).masked_fill(b == 0, float("nan")) for a, b in pairs])
+
+
+def _always_on(held: Held, candidate: Candidate) -> Site:
+    """Random in eval: an error whatever its mean; the keep rate is told where it can be read."""
+    for training in (False, True):
+        found = probe(held, training=training)
+        if isinstance(found, Unclear) or len(found[1][0].applications) != 1:
+            continue
+        noise = torch.stack([gathered(read(held, found[0], training=training)[0], [0]) for _ in range(32)])
+        value = kept_value(noise, rounding=1e-2)
+        if value is not None:
+            keep = float((noise != 0).to(torch.float64).mean())
+            return _site(
+                candidate,
+                Kind.ALWAYS_ON,
+                measured=Measured(outcome=Outcome.GAP, draws=32, keep=keep),
+                scales=(value, None),
+            )
+    return _site(candidate, Kind.ALWAYS_ON)

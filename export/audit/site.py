@@ -1,0 +1,81 @@
+"""What the audit says of one site: its kind, what was measured, and the sentence a user reads.
+
+Knows neither how it was measured nor any network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from evalmode.bundle.certificate import Severity
+
+Interval = tuple[float, float]
+
+
+class Kind(StrEnum):
+    """What a site turned out to be. Below k is the keep rate, s the train scale of what is kept, e the eval scale."""
+
+    INVERTED = "inverted"  # s = 1/k, e = 1
+    CLASSIC = "classic"  # s = 1, e = k
+    ALPHA = "alpha"  # keeps the mean and the variance of N(0, 1), as AlphaDropout does
+    MULTIPLICATIVE = "multiplicative noise"  # factors that are no mask, Gaussian dropout for one
+    ADDITIVE = "additive noise"
+    UNBIASED = "unbiased noise"  # of no form that is known; the mean of what the site returns is eval's
+    OFF = "off"  # p = 0
+    UNSCALED = "unscaled"  # s = e: nothing makes up for what is dropped
+    WRONG_RATE = "wrong rate"  # scaled, or drawn, as another rate would need
+    SCALED_TWICE = "scaled twice"  # k is made up for twice
+    WRONG_SCALE = "wrong scale"  # a gap that none of the names above explains
+    ALWAYS_ON = "always on"  # random in eval
+    NEVER_ON = "never on"  # p > 0, and training changes nothing
+    DROPS_ALL = "drops everything"  # k = 0
+    FROZEN = "frozen mask"  # every forward draws the same mask
+    NOT_CALLED = "not called"  # no sample reaches it
+    INCONCLUSIVE = "inconclusive"
+
+
+# A gap, or randomness where none may be, is an error. What never drops has no gap: the exported model is right, the
+# training was not what its author meant, and only he can tell. So is a dropout that no sample reaches.
+SEVERITIES = {
+    Kind.UNSCALED: Severity.ERROR,
+    Kind.WRONG_RATE: Severity.ERROR,
+    Kind.SCALED_TWICE: Severity.ERROR,
+    Kind.WRONG_SCALE: Severity.ERROR,
+    Kind.ALWAYS_ON: Severity.ERROR,
+    Kind.DROPS_ALL: Severity.ERROR,
+    Kind.FROZEN: Severity.ERROR,
+    Kind.NEVER_ON: Severity.WARNING,
+    Kind.NOT_CALLED: Severity.WARNING,
+    Kind.INCONCLUSIVE: Severity.UNPROVEN,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place that drops or adds noise.
+
+    `path` is the module's ("" is the root), `type` its class, `draw` names one of several places inside it ("" where
+    there is one). `p` is the declared drop probability. `train_scale` is the factor of what is kept in training,
+    `eval_scale` the factor of everything in eval, `gap` = E[train] / eval, 1 when nothing is wrong; the intervals hold
+    at the audit's level, all sites together. None stands for what a site of this kind has not, or could not be
+    measured. `draws` counts the training forwards that measured it, `calls` how often all samples' forwards called it.
+    `severity` is None for a site with nothing to report.
+    """
+
+    path: str
+    type: str
+    kind: Kind
+    draw: str = ""
+    p: float | None = None
+    keep_rate: float | None = None
+    keep_interval: Interval | None = None
+    train_scale: float | None = None
+    eval_scale: float | None = None
+    gap: float | None = None
+    gap_interval: Interval | None = None
+    draws: int = 0
+    calls: int = 0
+    sentence: str = ""
+    fix: str = ""
+    severity: Severity | None = None
