@@ -17,7 +17,7 @@ serve: $(BUNDLE)/manifest.json  ## train, export and certify the default model o
 	$(BIN)/evalmode serve $(BUNDLE)
 
 test: $(VENV)/dev  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: lint test  ## what a change must pass
 

@@ -9,52 +9,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 from torch import Tensor, nn
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Verdict
 from evalmode.export.certify import subject_of
 from evalmode.export.checks import batch_invariance, dynamic_axes, non_finite, parity
 from evalmode.export.module_candidate import candidate_of
 from evalmode.export.subject import Subject
-
-X = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
-
-
-class Calls(nn.Module):
-    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.answer(x)
-
-
-def graph(*nodes: onnx.NodeProto, rows: int | str = "batch", **constants: np.ndarray) -> onnx.ModelProto:
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 4])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    opsets = [helper.make_opsetid("", 20)]
-    return helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers), opset_imports=opsets, ir_version=9)
-
-
-def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx.NodeProto:
-    return helper.make_node(op, list(inputs), [output], name=f"/{op}_{output}", **attributes)
-
-
-def subject(model: onnx.ModelProto, answer: Callable[[Tensor], Tensor], *, probes: tuple[int, ...] = (8, 1)) -> Subject:
-    return Subject(
-        module=Calls(answer).eval(),
-        model=model,
-        probes=[{"x": X[:rows]} for rows in probes],
-        rows={4: [{"x": row[np.newaxis]} for row in X]},
-        dynamic_axes={"x": {0: "batch"}},
-    )
-
-
-def said(record: Record) -> str:
-    return "; ".join(map(str, record.findings))
+from tests.export.checks.small_graphs import ROWS, Calls, graph, node, said, subject
 
 
 def test_an_axis_that_varies_passes() -> None:
@@ -62,7 +25,7 @@ def test_an_axis_that_varies_passes() -> None:
 
 
 def test_an_axis_that_the_exporter_fixed_is_named_with_its_size() -> None:
-    record = dynamic_axes.check(subject(graph(node("Add", "x", "x"), rows=8), lambda x: x + x, probes=(8,)))
+    record = dynamic_axes.check(subject(graph(node("Add", "x", "x"), rows=8), lambda x: x + x, probes=[{"x": ROWS}]))
     assert record.verdict is Verdict.FAIL
     assert said(record) == "x: axis 0 (batch) is 8 in the graph"
 
@@ -82,7 +45,7 @@ def test_a_shape_that_is_not_the_modules_is_named() -> None:
 
 def test_without_declared_axes_the_rule_does_not_apply() -> None:
     model = graph(node("Add", "x", "x"))
-    made = Subject(module=Calls(lambda x: x + x), model=model, probes=[{"x": X}], rows={})
+    made = Subject(module=Calls(lambda x: x + x), model=model, probes=[{"x": ROWS}], rows={})
     assert dynamic_axes.check(made).verdict is Verdict.NOT_APPLICABLE
 
 
@@ -165,7 +128,7 @@ def test_static_int8_does_not_and_is_held_to_the_limits_of_int8(tmp_path: Path) 
 
 def test_a_batch_norm_without_statistics_lets_a_row_change_with_its_neighbours() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
-    made = subject_of(candidate_of(module, [torch.from_numpy(X)]))
+    made = subject_of(candidate_of(module, [torch.from_numpy(ROWS)]))
     record = batch_invariance.check(made)
     assert record.verdict is Verdict.FAIL
     assert "another row in the batch changes this row's answer by " in said(record)

@@ -9,49 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Verdict
 from evalmode.export.checks import batch_invariance, census, held_out, parity, repeatability
 from evalmode.export.subject import HeldOut, Subject
-
-ROWS = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
-
-
-class Calls(nn.Module):
-    """A module that answers as a function says."""
-
-    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.answer(x)
-
-
-def graph(*nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, **constants: np.ndarray) -> onnx.ModelProto:
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])
-    y = helper.make_tensor_value_info("y", kind, None)
-    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    opsets = [helper.make_opsetid("", 20)]
-    return helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers), opset_imports=opsets, ir_version=9)
-
-
-def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx.NodeProto:
-    return helper.make_node(op, list(inputs), [output], name=f"/{op}_{output}", **attributes)
-
-
-DOUBLED = graph(node("Add", "x", "x"))
-
-
-def said(record: Record) -> str:
-    return "; ".join(map(str, record.findings))
-
-
-def subject(model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **more: object) -> Subject:
-    rows = {4: [{"x": row[np.newaxis]} for row in ROWS]}
-    return Subject(module=Calls(answer).eval(), model=model, probes=[{"x": ROWS}, {"x": ROWS[:1]}], rows=rows, **more)  # type: ignore[arg-type]
+from tests.export.checks.small_graphs import DOUBLED, ROWS, Calls, graph, node, said, subject
 
 
 def test_parity_passes_for_the_same_function() -> None:

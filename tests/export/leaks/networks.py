@@ -5,46 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from evalmode.model.transformer import Transformer
 from tests.conftest import small_config
+from tests.export.hugging_face import bert, gpt2
 from tests.export.leaks.case import DRAWS, ESCAPED, IDS, IMAGES, Case, between, does
 
 MASKED = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])}
-
-
-def bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=16,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-            max_position_embeddings=16,
-            hidden_dropout_prob=0.3,
-            attention_probs_dropout_prob=0.3,
-        )
-    )
-
-
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=16,
-            n_positions=16,
-            n_embd=8,
-            n_layer=1,
-            n_head=2,
-            resid_pdrop=0.3,
-            embd_pdrop=0.3,
-            attn_pdrop=0.3,
-            use_cache=False,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
 
 
 class Experts(nn.Module):
