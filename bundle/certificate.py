@@ -28,7 +28,7 @@ class Verdict(StrEnum):
 
 
 class Severity(StrEnum):
-    """How much a finding weighs: an error fails its rule, what is unproven keeps it from passing, a warning does not."""
+    """How much a finding weighs: an error fails its rule, the unproven keeps it from passing, a warning does not."""
 
     ERROR = "error"
     UNPROVEN = "unproven"
