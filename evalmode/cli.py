@@ -197,12 +197,24 @@ def main() -> None:
     except EvalmodeError as error:
         complain(error)
         sys.exit(UNUSABLE)
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        complain(f"this needs {error.name}: pip install 'evalmode[{extra}]'")
+    except OSError as error:  # a full disk, a closed pipe
+        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         sys.exit(UNUSABLE)
+    except Exception as error:
+        _explain(error)
+        sys.exit(UNUSABLE)
+
+
+def _explain(error: Exception) -> None:
+    """A package that is missing, or a mistake of ours: a traceback and exit code 1 would read as a finding in CI."""
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    if extra := _EXTRAS.get(missing.partition(".")[0]):
+        complain(f"this needs {missing}: pip install 'evalmode[{extra}]'")
+    elif os.environ.get("EVALMODE_TRACEBACK"):
+        raise error
+    else:
+        reason = " ".join(str(error).split())
+        complain(f"a mistake of ours, {type(error).__name__}: {reason} (EVALMODE_TRACEBACK=1 shows where)")
 
 
 def _version(asked: bool) -> None:

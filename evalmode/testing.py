@@ -9,6 +9,7 @@ from torch import nn
 
 from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.audit.audit import audit
+from evalmode.export.audit.state import untouched
 from evalmode.export.certify import certify
 from evalmode.export.module_candidate import bound, candidate_of
 
@@ -24,7 +25,7 @@ def assert_export_is_clean(
     vary; `dynamic_axes` says so otherwise ("ids=batch,length"). Never calls `.eval()`: a module in training is a
     finding. Raises EvalmodeError for what cannot be exported at all.
     """
-    with _forward_kept(module):
+    with _left_alone(module):
         certified = certify(candidate_of(module, _as_list(inputs), dynamic_axes=dynamic_axes), progress=_silent)
     bad = (Verdict.FAIL,) if allow_unproven else (Verdict.FAIL, Verdict.UNPROVEN)
     _raise_for([record for record in certified.records if record.verdict in bad])
@@ -38,18 +39,19 @@ def assert_no_expectation_gap(
     `draws` a site are chosen by the size of the smallest gap that matters, unless given; `alpha` bounds the probability
     of a false alarm over all sites together. The module is left as it was.
     """
-    with _forward_kept(module):
+    with _left_alone(module):
         samples, _ = bound(module, _as_list(inputs))
         found = audit(module, samples, draws=draws, alpha=alpha, progress=_silent)
     _raise_for([found.record] if found.record.verdict in (Verdict.FAIL, Verdict.UNPROVEN) else [])
 
 
 @contextmanager
-def _forward_kept(module: nn.Module) -> Iterator[None]:
-    """The module's own forward afterwards, whatever constants it was given for the time."""
+def _left_alone(module: nn.Module) -> Iterator[None]:
+    """The module and every generator afterwards as before, whatever constants the forward was bound to."""
     own = vars(module).get("forward")
     try:
-        yield
+        with untouched(module):
+            yield
     finally:
         vars(module).pop("forward", None)
         if own is not None:

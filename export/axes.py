@@ -50,8 +50,8 @@ def infer_axes(samples: Sequence[Sample]) -> Axes:
         for name, tensor in samples[0].items()
         for place in range(tensor.ndim)
     }
-    first = {found for (_, place), found in sizes.items() if place == 0}
-    has_batch = len(first) == 1 and all(tensor.ndim for tensor in samples[0].values())
+    first = {found for (_, place), found in sizes.items() if place == 0}  # a number without axes has none to compare
+    has_batch = len(first) == 1
     names = {next(iter(first)): BATCH} if has_batch else {}
     axes: dict[str, dict[int, str]] = {name: {} for name in samples[0]}
     for (name, place), found in sizes.items():
@@ -87,16 +87,16 @@ def resized(sample: Sample, axes: Axes, sizes: Mapping[str, int]) -> dict[str, T
 
 
 def ends(sample: Sample, axes: Axes) -> Iterator[dict[str, Tensor]]:
-    """The sample with each axis at its ends: 1, 2, all; for the batch also 5 and 64 rows."""
+    """The sample with each axis at its ends and beyond: 1, 2, half, twice; for the batch 1, 2, 5 and 65 rows."""
     whole = sizes_of(sample, axes)
     yield resized(sample, axes, {})
     if BATCH in whole:
-        for rows in (1, 2, 5, 64):
+        for rows in (1, 2, 5, 65):
             yield resized(sample, axes, {BATCH: rows})
     for axis, size in whole.items():
         if axis == BATCH:
             continue
-        for other in sorted({1, 2, max(1, size // 2), max(1, size - 1)} - {size}):
+        for other in sorted({1, 2, max(1, size // 2), max(1, size - 1), 2 * size} - {size}):
             yield resized(sample, axes, {axis: other})
             if BATCH in whole:
                 yield resized(sample, axes, {axis: other, BATCH: 1})

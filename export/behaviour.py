@@ -124,8 +124,8 @@ def _axes(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
 
 def _given(sample: Mapping[str, Any], inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, Tensor]:
     names = [value.name for value in inputs]
-    if not isinstance(sample, Mapping):
-        raise UnusableInputs(f"a sample for a file must map its inputs ({', '.join(names)}) to arrays")
+    if not isinstance(sample, Mapping):  # a tuple, or one array
+        sample = dict(zip(names, sample if isinstance(sample, tuple) else (sample,), strict=False))
     if set(sample) != set(names):
         raise UnusableInputs(f"the inputs are {', '.join(names)}, given are {', '.join(map(str, sample))}")
     return {name: torch.as_tensor(sample[name]) for name in names}

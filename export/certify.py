@@ -98,6 +98,7 @@ def subject_of(candidate: Candidate) -> Subject:
         probes=candidate.probes,
         rows=candidate.rows,
         dynamic_axes=candidate.dynamic_axes,
+        bounds=converted.bounds,
         labelled=candidate.labelled,
         held_out=candidate.held_out,
     )

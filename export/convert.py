@@ -28,6 +28,9 @@ from evalmode.export.witness import plain_forward
 # The first opset with GELU as one operator; the runtimes of the last two years read it.
 OPSET = 20
 
+# A bound that no input reaches is none; torch writes its infinity as a very large number in places.
+_UNBOUNDED = 1 << 20
+
 _operators = cache(ONNXRegistry.from_torchlib)
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -46,11 +49,13 @@ class Converted:
     """The model as it goes into a bundle, and the graph before optimisation.
 
     The optimiser computes what depends on constants alone, once: also a Dropout or a Bernoulli, whose noise it then
-    leaves behind as a constant. The evidence is in the graph that it was given.
+    leaves behind as a constant. The evidence is in the graph that it was given. `bounds` holds, by the axis' name, the
+    largest size for which the trace holds: beyond it the module's own code takes another way.
     """
 
     model: onnx.ModelProto
     unoptimised: onnx.ModelProto
+    bounds: Mapping[str, int]
 
 
 def convert(
@@ -75,7 +80,7 @@ def convert(
     converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
     model = converted.model
     if (found := [output.name for output in model.graph.output]) != list(outputs):
-        raise NotConvertible(f"{type(module).__name__} has {len(found)} outputs, {len(outputs)} are named")
+        raise NotConvertible(f"{type(module).__name__} has the outputs {found}, named were {list(outputs)}")
     if (version := next(item.version for item in model.opset_import if item.domain == "")) != opset:
         raise NotConvertible(f"{type(module).__name__} was exported at opset {version}: opset {opset} cannot be had")
     for one in (model, converted.unoptimised):
@@ -93,6 +98,7 @@ def _export(
     opset: int,
 ) -> Converted:
     try:
+        _forget_unrolled_loops()
         with _quiet(), _one_table_of_operators(), plain_forward(), answering_tensors(module):
             program = torch.onnx.export(
                 module,
@@ -110,10 +116,30 @@ def _export(
         program.optimize()
         model = program.model_proto
         onnx.checker.check_model(model)
-        return Converted(model=model, unoptimised=unoptimised)
+        return Converted(model=model, unoptimised=unoptimised, bounds=_bounds(program, dynamic_axes))
     except (torch.onnx.errors.OnnxExporterError, onnx.checker.ValidationError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = _reason(error.__cause__ or error)
         raise NotConvertible(f"{type(module).__name__} cannot be exported: {reason}") from error
+
+
+def _bounds(program: torch.onnx.ONNXProgram, dynamic_axes: Mapping[str, Mapping[int, str]]) -> dict[str, int]:
+    exported = program.exported_program
+    assert exported is not None, "the dynamo exporter keeps what it traced"
+    found: dict[str, int] = {}
+    for node in exported.graph.nodes:
+        for place, axis in dynamic_axes.get(node.name, {}).items() if node.op == "placeholder" else ():
+            size = node.meta["val"].shape[place]
+            known = exported.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            if known is not None and known.upper.is_Integer and known.upper < _UNBOUNDED:
+                found[axis] = int(known.upper)
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of torch's reason; where it only announces a list, with the list's first item."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    more = next((line for line in lines[1:] if line.startswith("- ")), "") if lines and lines[0].endswith(":") else ""
+    return f"{lines[0] if lines else type(error).__name__} {more}".strip()
 
 
 def serialise(model: onnx.ModelProto) -> bytes:
@@ -142,6 +168,14 @@ def _strip(message: Message) -> None:
         elif field.message_type is not None:
             for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
                 _strip(part)
+
+
+def _forget_unrolled_loops() -> None:
+    """After one export torch keeps, for its recurrent operators, a kernel that fixes the length at the next."""
+    for name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
+        operator = getattr(torch.ops.aten, name)
+        for overload in operator.overloads():
+            getattr(operator, overload)._dispatch_cache.clear()
 
 
 @contextmanager

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.axes import UnusableInputs, infer_axes, parse_axes, resized, sizes_of
+from evalmode.export.audit.state import untouched
+from evalmode.export.axes import UnusableInputs, parse_axes, resized, sizes_of
 from evalmode.export.candidate import BATCH, Axes, Candidate, Sample
 from evalmode.export.modules import private_copy
 from evalmode.export.outputs import flatten, left_out
-from evalmode.export.probes import probes, single_rows
+from evalmode.export.probes import inferred_axes, probes, single_rows
 from evalmode.export.witness import plain_forward
 
 # A runtime is given NumPy arrays.
@@ -34,26 +35,35 @@ def candidate_of(
 ) -> Candidate:
     """The candidate that `module` is with these sample inputs; neither its mode nor its state is touched.
 
+    Only its forward is bound to the constants among them, if there are any.
+
     A sample is a mapping of input names, a tuple or a tensor; what is no tensor in it is a constant. The axes that vary
     are those of `dynamic_axes` ("ids=batch,length"), or else those that the samples show. Raises UnusableInputs for
     samples that the module cannot be called with.
     """
     tensors, constants = bound(module, samples)
-    axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else infer_axes(tensors)
-    scout, fresh = unused_copy(module), unused_copy(module)
+    with untouched(module):  # it may be the module itself that runs here, where it cannot be copied
+        return _candidate(module, tensors, constants, dynamic_axes)
+
+
+def _candidate(
+    module: nn.Module, tensors: list[Sample], constants: dict[str, Any], dynamic_axes: Sequence[str]
+) -> Candidate:
+    scout, fresh = private_copy(module), private_copy(module)
     answer = _answer(scout, tensors[0])
 
     def run(sample: Sample) -> dict[str, Tensor]:
         with plain_forward():
             return flatten(scout(**sample))
 
+    axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else inferred_axes(run, tensors)
     return Candidate(
         module=module,
         exported=module,
         fresh=fresh,
         example=_example(tensors, axes),
         dynamic_axes=axes,
-        outputs=tuple(flatten(answer)),
+        outputs=tuple(f"{name}_out" if name in tensors[0] else name for name in flatten(answer)),
         probes=probes(run, tensors, axes),
         rows=single_rows(run, tensors, axes),
         left_out=left_out(answer),
@@ -68,20 +78,14 @@ def bound(module: nn.Module, samples: Sequence[object]) -> tuple[list[Sample], d
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise UnusableInputs("a scripted or traced module hides its mode: give the Python module that it was made of")
+    if not samples:
+        raise UnusableInputs("there is no sample to call the module with")
     named = [_named(module, sample) for sample in samples]
     tensors: list[Sample] = [{name: value for name, value in one.items() if isinstance(value, Tensor)} for one in named]
     constants = _constants(named)
     _require_alike(tensors)
     bind(module, constants)
     return tensors, constants
-
-
-def unused_copy(module: nn.Module) -> nn.Module:
-    """A copy for forwards that must leave no trace on the module; one that cannot be copied is returned as it is."""
-    try:
-        return private_copy(module)
-    except Exception:  # the user's own attributes: a lock, a generator, an open file
-        return module
 
 
 def _named(module: nn.Module, sample: object) -> dict[str, Any]:
@@ -119,7 +123,12 @@ def _constants(named: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def bind(module: nn.Module, constants: Mapping[str, Any]) -> None:
     """Give the module its constant arguments: a graph's inputs are tensors."""
     if constants:
-        module.forward = functools.wraps(module.forward)(functools.partial(module.forward, **constants))
+        given = functools.partial(module.forward, **constants)
+        signature = inspect.signature(given)
+        inputs = [parameter for name, parameter in signature.parameters.items() if name not in constants]
+        forward: Any = functools.wraps(module.forward)(given)
+        forward.__signature__ = signature.replace(parameters=inputs)  # else the constant is asked for again
+        module.forward = forward
 
 
 def _require_alike(samples: Sequence[Sample]) -> None:
@@ -129,6 +138,10 @@ def _require_alike(samples: Sequence[Sample]) -> None:
     for name, tensor in first.items():
         if tensor.dtype in _WITHOUT_ARRAYS:
             raise UnusableInputs(f"input {name!r} is {tensor.dtype}, which no array holds: cast it in the module")
+        if tensor.layout is not torch.strided:
+            raise UnusableInputs(f"input {name!r} is sparse: a graph reads dense tensors")
+    if empty := [name for sample in samples for name, tensor in sample.items() if not tensor.numel()]:
+        raise UnusableInputs(f"input {empty[0]!r} is empty in a sample: nothing can be seen from it")
     for sample in samples[1:]:
         if sample.keys() != first.keys():
             raise UnusableInputs(f"the samples have other inputs: {', '.join(first)} and {', '.join(sample)}")

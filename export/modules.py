@@ -57,10 +57,16 @@ def named_generators(root: nn.Module) -> dict[str, Generator]:
 def private_copy(root: nn.Module) -> nn.Module:
     """A copy that shares the parameters and nothing else: what a forward leaves on it, it leaves on no other.
 
-    Raises whatever the user's own attributes raise that cannot be copied: a lock, an open file.
+    The network itself where it cannot be copied (a lock, an open file), or where a copy would still run parts of it (a
+    closure over one of its modules): whoever runs it then puts back what it moves.
     """
     shared = {id(parameter): parameter for parameter in root.parameters()}
-    return copy.deepcopy(root, shared)
+    try:
+        copied = copy.deepcopy(root, shared)
+    except Exception:  # whatever a user's attribute raises when it is copied
+        return root
+    originals = {id(part) for part in named_everything(root).values()}
+    return root if any(id(part) in originals for part in named_everything(copied).values()) else copied
 
 
 def disturbed(root: nn.Module) -> nn.Module:

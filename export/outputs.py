@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ def flatten(output: object) -> dict[str, Tensor]:
 
     A dictionary's keys name its tensors (`logits`, `hidden_states_0`); what has no key is `output_0`, `output_1`, ...
     """
-    leaves = [(path, leaf) for path, leaf in pytree.tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
+    leaves = [(path, leaf) for path, leaf in _leaves(output) if isinstance(leaf, Tensor)]
     found: dict[str, Tensor] = {}
     for index, (path, leaf) in enumerate(leaves):
         name = _name(path) or f"output_{index}"
@@ -27,8 +28,7 @@ def flatten(output: object) -> dict[str, Tensor]:
 
 def left_out(output: object) -> tuple[str, ...]:
     """What an output holds beside tensors, which no graph can answer with: `past_key_values (DynamicCache)`."""
-    leaves = pytree.tree_flatten_with_path(output)[0]
-    strangers = [(path, leaf) for path, leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)]
+    strangers = [(path, leaf) for path, leaf in _leaves(output) if leaf is not None and not isinstance(leaf, Tensor)]
     return tuple(f"{_name(path) or 'output'} ({type(leaf).__name__})" for path, leaf in strangers)
 
 
@@ -42,7 +42,13 @@ def answering_tensors(module: nn.Module) -> Iterator[None]:
 
     @functools.wraps(forward)
     def tensors(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return tuple(flatten(forward(*args, **kwargs)).values())
+        known = {id(given) for given in (*args, *kwargs.values())}
+        answers = []
+        for answer in flatten(forward(*args, **kwargs)).values():
+            # What is an input, or was an answer already, would be no output of its own in a graph.
+            answers.append(answer.clone() if id(answer) in known else answer)
+            known.add(id(answer))
+        return tuple(answers)
 
     module.forward = tensors
     try:
@@ -52,6 +58,21 @@ def answering_tensors(module: nn.Module) -> Iterator[None]:
             module.forward = forward
         else:
             del module.forward
+
+
+def _leaves(output: object) -> list[tuple[tuple[Any, ...], Any]]:
+    return pytree.tree_flatten_with_path(_opened(output))[0]
+
+
+def _opened(output: object) -> Any:
+    """The output with every dataclass in it as a dictionary of its fields, which pytrees know."""
+
+    def opened(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return _opened({field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)})
+
+    return pytree.tree_map(opened, output)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.axes import ends, keeps_masks, resampled, resized, sizes_of
+from evalmode.export.axes import ends, infer_axes, keeps_masks, resampled, resized, sizes_of
 from evalmode.export.candidate import BATCH, Axes, Sample
 
 # Answers by name; raises whatever it likes on inputs that it does not read.
@@ -21,6 +21,19 @@ Run: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
 
 _ROWS = 8
 _RESAMPLED = 4
+
+
+def inferred_axes(run: Run, samples: Sequence[Sample]) -> Axes:
+    """The axes that the samples show to vary; no batch where another number of rows is refused: it was a guess."""
+    axes = infer_axes(samples)
+    rows = sizes_of(samples[0], axes).get(BATCH)
+    if rows is None or len({sizes_of(sample, axes)[BATCH] for sample in samples}) > 1:
+        return axes
+    try:
+        run(resized(samples[0], axes, {BATCH: rows + 1}))
+    except Exception:  # the user's own code
+        return {name: {at: axis for at, axis in places.items() if axis != BATCH} for name, places in axes.items()}
+    return axes
 
 
 def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
@@ -43,8 +56,7 @@ def single_rows(run: Run, samples: Sequence[Sample], axes: Axes) -> dict[int, li
     """
     if not all(axes.get(name, {}).get(0) == BATCH for name in samples[0]):
         return {}
-    answers = run(resized(samples[0], axes, {BATCH: 2})).values()
-    if not all(answer.ndim and answer.shape[0] == 2 for answer in answers):
+    if not all(_keeps_rows(run, resized(samples[0], axes, {BATCH: rows}), rows) for rows in (2, 3)):
         return {}
     found: dict[int, list[Tensors]] = {}
     for sample in samples:
@@ -57,6 +69,14 @@ def single_rows(run: Run, samples: Sequence[Sample], axes: Axes) -> dict[int, li
         ]
         found.setdefault(length, single[:_ROWS])
     return found
+
+
+def _keeps_rows(run: Run, batch: Sample, rows: int) -> bool:
+    try:
+        answers = run(batch).values()
+    except Exception:  # the user's own code: what it takes another number of rows for is no batch axis
+        return False
+    return all(answer.ndim and answer.shape[0] == rows for answer in answers)
 
 
 def _that_run(run: Run, made: Sequence[Sample]) -> list[Sample]:

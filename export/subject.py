@@ -49,9 +49,10 @@ class Subject:
     """A module in eval mode and the model made of it.
 
     `probes` are batches that reach both ends of every dynamic axis; `rows` are single rows (leading dimension 1) by
-    padded length. `module` is None for a file that came without one. `labelled` says that the largest number of the
-    first output is a label. `unoptimised` is the graph before constants were folded, `twins` make exports of the
-    same weights under other seeds. A model that lies in a file, `path`, comes with the graph that was `opened` from it.
+    padded length. `module` is None for a file that came without one. `bounds` holds the sizes of axes up to which the
+    graph was traced. `labelled` says that the largest number of the first output is a label. `unoptimised` is the graph
+    before constants were folded, `twins` make exports of the same weights under other seeds. A model that lies in a
+    file, `path`, comes with the graph that was `opened` from it.
     """
 
     module: nn.Module | None
@@ -59,6 +60,7 @@ class Subject:
     probes: Sequence[Tensors]
     rows: Mapping[int, Sequence[Tensors]]
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    bounds: Mapping[str, int] = field(default_factory=dict)
     labelled: bool = False
     held_out: HeldOut | None = None
     unoptimised: onnx.ModelProto | None = None

@@ -6,6 +6,7 @@ Knows no rule and no ONNX.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import sysconfig
@@ -80,7 +81,8 @@ def load_samples(reference: str) -> list[Any]:
 def _told(what: str) -> Iterator[None]:
     """Whatever the user's code raises becomes one sentence with the line of his that raised it."""
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the report's
+            yield
     except (Exception, SystemExit) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserCodeFailed(f"{what}: {type(error).__name__}: {reason}{_line(error)}") from error

@@ -234,13 +234,17 @@ def test_what_an_extra_would_bring_is_named_with_the_extra(
     assert capsys.readouterr().err == f"evalmode: this needs {missing}: pip install 'evalmode[{extra}]'\n"
 
 
-def test_a_module_that_no_extra_would_bring_is_our_own_bug_and_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_no_extra_would_bring_is_a_mistake_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails() -> None:
         raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
 
     monkeypatch.setattr(cli, "app", fails)
-    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+    with pytest.raises(SystemExit) as left:
         cli.main()
+    assert left.value.code == terminal.UNUSABLE
+    assert "a mistake of ours, ModuleNotFoundError: No module named 'nowhere'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["x[/a]", "[red]", "[bold]x"])
@@ -267,3 +271,28 @@ def test_predict_reads_a_text_a_line_whatever_the_bytes(released: Released) -> N
     read = json.loads(shown.stdout)["predictions"]
     given = CliRunner().invoke(cli.app, [*asked, "caf\ufffd", "", "\ufffd\ufffd", "文"])
     assert read == json.loads(given.stdout)["predictions"]
+
+
+def test_a_mistake_of_ours_is_one_sentence_too_and_shows_where_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(paths: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("evalmode.export.targets.find_targets", fails)
+    assert called("verify", "any.onnx", patch=monkeypatch) == terminal.UNUSABLE
+    said = "evalmode: a mistake of ours, ZeroDivisionError: two lines (EVALMODE_TRACEBACK=1 shows where)\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("EVALMODE_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        called("verify", "any.onnx", patch=monkeypatch)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    graph = helper.make_graph([], "g", [], [])
+    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    command = [Path(sys.executable).parent / "evalmode", "verify", "m.onnx", "--format", "json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == terminal.UNUSABLE
+    assert done.stderr.startswith("evalmode: No space left on device")

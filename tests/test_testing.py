@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,3 +74,27 @@ def test_a_lost_scale_is_told_in_the_users_terms() -> None:
         AssertionError, match=r"body\.1 \(Unscaled\): unscaled: .* times larger in eval than in training"
     ):
         assert_no_expectation_gap(module, [X, X[:2]])
+
+
+def test_the_generators_and_the_module_are_as_they_were() -> None:
+    module = Net()
+    module.counted = 0
+
+    def counting(part: nn.Module, _inputs: object) -> None:
+        part.counted += 1
+
+    module.register_forward_pre_hook(counting)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert_export_is_clean(module.eval(), X)
+    assert_no_expectation_gap(module, X)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]
+    assert module.counted == 0
+    assert not module.training
+
+
+@pytest.mark.parametrize("call", [assert_export_is_clean, assert_no_expectation_gap])
+def test_no_sample_at_all_is_said_in_one_sentence(call: Callable[[nn.Module, object], None]) -> None:
+    with pytest.raises(UnusableInputs, match="there is no sample"):
+        call(Net().eval(), [])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EPILOG = "Example:  evalmode audit package.module:factory --inputs package.module:sample_inputs"
 AUTO = "auto"
+_MOST = 1_000_000
 
 
 def audit(
@@ -32,7 +33,7 @@ def audit(
         str, typer.Option(help="Training forwards for each site, or auto: as many as find the gaps that matter.")
     ] = AUTO,
     alpha: Annotated[float, typer.Option(help="Bounds the probability of any false alarm at all.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same audit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="The same seed gives the same audit.")] = 0,
     form: reporting.Format = "text",
     output: reporting.Output = None,
     fail_on: reporting.FailOn = "unproven",
@@ -59,8 +60,8 @@ def audit(
 def _draws(samples: str) -> int | None:
     if samples == AUTO:
         return None
-    if not samples.isdecimal() or int(samples) < 2:
-        raise EvalmodeError(f"--samples must be auto or a number of at least 2, got {samples!r}")
+    if not samples.isdecimal() or not 2 <= int(samples) <= _MOST:
+        raise EvalmodeError(f"--samples must be auto or a number from 2 to {_MOST:,}, got {samples!r}")
     return int(samples)
 
 

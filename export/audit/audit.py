@@ -49,7 +49,8 @@ def audit(
     `alpha` bounds the chance that any site at all is called wrong by accident. `draws` fixes the training forwards of
     each site's test; None takes as many as find gaps of a quarter of the drop rate (of .02 at least) 99 times in 100,
     20,000 at most. `progress` hears each site's path first. The same seed gives the same audit; the module, its state
-    and every generator are left as they were. Raises ValueError for no samples, or an alpha or draws out of range.
+    and every generator are left as they were. Raises ValueError for no samples, or an alpha or draws out of range, and
+    UnusableInputs where no sample runs in either mode.
     """
     if not samples:
         raise ValueError("the audit needs at least one sample")
@@ -63,7 +64,7 @@ def audit(
         warnings: list[Finding] = []
         if found.ran:
             sites, warnings = _audit(module, samples, found, draws=draws, alpha=alpha, seed=seed, progress=progress)
-    return Audit(tuple(sites), _record(sites, [*_failed(found), *warnings], alpha))
+    return Audit(tuple(sites), _record(sites, [*_failed(found), *_empty(samples, found), *warnings], alpha))
 
 
 def _audit(
@@ -117,6 +118,14 @@ def _failed(found: Found) -> Iterator[Finding]:
     for failure in dict.fromkeys(found.failures):
         why = f"the module does not run {failure}"
         yield Finding(severity=severity, why=why, fix="give samples that a forward accepts in either mode")
+
+
+def _empty(samples: Sequence[Mapping[str, Tensor]], found: Found) -> Iterator[Finding]:
+    """Unproven where no sample holds a row: torch draws nothing for none, so that no site is found."""
+    sizes = [tensor.numel() for index in found.ran for tensor in samples[index].values() if tensor.ndim]
+    if sizes and not any(sizes):
+        why = "every sample is empty, so nothing can be measured"
+        yield Finding(severity=Severity.UNPROVEN, why=why, fix="give samples that hold at least one row")
 
 
 def _record(sites: Sequence[Site], others: Sequence[Finding], alpha: float) -> Record:

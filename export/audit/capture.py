@@ -1,6 +1,7 @@
 """Finding the sites: which modules draw in training, which in eval, which are a dropout by name, and what reaches them.
 
-A site's input is that of its first call in a training forward. Does not know what a site does with its draws.
+A site's input is that of its first call in a training forward, or of the first that carries values where that one
+does not. Does not know what a site does with its draws.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from evalmode.export.audit.state import seed_everything, working_copy
+from evalmode.export.axes import UnusableInputs
 from evalmode.export.modules import is_dropout, named_everything
-from evalmode.export.witness import Draw, declared_rate, draws, plain_forward
+from evalmode.export.witness import Draw, Unwatched, declared_rate, draws, plain_forward
 
 Sample = Mapping[str, Tensor]
 
@@ -49,6 +51,27 @@ class Call:
         """Its tensors, in order."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
+    def emptiness(self) -> str:
+        """What its floating tensors are where they show no mask; "" where they carry values, or there are none."""
+        tensors = self.tensors()
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            return "empty"
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+        return "" if not floats or carry_values(floats) else _emptiness(floats)
+
+
+def carry_values(floats: Sequence[Tensor]) -> bool:
+    """Whether any element is finite and not zero."""
+    return any(bool((tensor.isfinite() & (tensor != 0)).any()) for tensor in floats)
+
+
+def _emptiness(floats: Sequence[Tensor]) -> str:
+    if not any(tensor.numel() for tensor in floats):
+        return "empty"
+    if not any(bool(tensor.isfinite().any()) for tensor in floats):
+        return "finite nowhere"
+    return "zero everywhere" if all(bool(tensor.isfinite().all()) for tensor in floats) else "zero where it is finite"
+
 
 def _copied_object(value: Any) -> Any:
     """An object of the user's, in a copy: a cache of keys and values grows with every call that is given it."""
@@ -62,7 +85,7 @@ def _copied_object(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What may be a site: a module's path, its draws in the two modes, its first call (None: no sample reaches it).
+    """What may be a site: a module's path, its draws in the two modes, its call (None: no sample reaches it).
 
     `trains` is its training flag after the root's `train()`, which a module may refuse.
     """
@@ -95,14 +118,20 @@ def should_drop(part: nn.Module) -> bool:
 
 
 def find(module: nn.Module, samples: Sequence[Sample], *, seed: int) -> Found:
-    """Every candidate of a module, which is left to the caller to put back (see `state.untouched`)."""
+    """Every candidate of a module, which is left to the caller to put back (see `state.untouched`).
+
+    Raises UnusableInputs where no sample runs in either mode.
+    """
     found = Found()
     training = working_copy(module).train()
     flags = {path: part.training for path, part in named_everything(training).items()}
     drawn, found.ran, failures = _draws(training, samples, seed=seed)
     always, answered, others = _draws(working_copy(module).eval(), samples, seed=seed)
-    found.failures = [f"in training mode on a sample: {failure}" for failure in failures]
-    found.failures += [f"in eval mode on a sample: {failure}" for failure in others]
+    found.failures = [f"in training mode on a sample: {_said(failure)}" for failure in failures]
+    found.failures += [f"in eval mode on a sample: {_said(failure)}" for failure in others]
+    if not found.ran and not answered and not any(isinstance(failure, Unwatched) for failure in others):
+        reason = _said(others[0]).strip().partition("\n")[0]
+        raise UnusableInputs(f"{type(module).__name__} fails on every sample, in eval mode too: {reason}")
     if not answered:
         found.ran = []
     modules = named_everything(module)
@@ -128,6 +157,10 @@ def find(module: nn.Module, samples: Sequence[Sample], *, seed: int) -> Found:
     return found
 
 
+def _said(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"
+
+
 def _rate(part: nn.Module, drawn: Sequence[Draw]) -> float | None:
     """The one rate that the calls give, else the one that the module holds."""
     rates = {draw.p for draw in drawn if draw.p is not None}
@@ -136,17 +169,17 @@ def _rate(part: nn.Module, drawn: Sequence[Draw]) -> float | None:
 
 def _draws(
     module: nn.Module, samples: Sequence[Sample], *, seed: int
-) -> tuple[dict[str, dict[Draw, None]], list[int], list[str]]:
+) -> tuple[dict[str, dict[Draw, None]], list[int], list[Exception]]:
     """The draws by the path of the innermost module that has one, the samples that ran, and what the others raised."""
     drawn: dict[str, dict[Draw, None]] = {}
     ran: list[int] = []
-    failures: list[str] = []
+    failures: list[Exception] = []
     for index, sample in enumerate(samples):
         seed_everything(seed + index)
         try:
             seen = draws(module, Call.of((), sample).kwargs)
         except Exception as error:  # the user's own code, in a mode that may be new to it; or what cannot be watched
-            failures.append(f"{type(error).__name__}: {error}")
+            failures.append(error)
             continue
         ran.append(index)
         for draw in seen:
@@ -168,6 +201,8 @@ def _calls(
             counts[path] = counts.get(path, 0) + 1
             if path not in first:
                 first[path] = Call.of(args, kwargs)
+            elif first[path].emptiness() and not (call := Call.of(args, kwargs)).emptiness():
+                first[path] = call
 
         stack.callback(modules[path].register_forward_pre_hook(hook, with_kwargs=True).remove)
 

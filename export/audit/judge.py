@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.export.audit import words
-from evalmode.export.audit.capture import Candidate
+from evalmode.export.audit.capture import Candidate, carry_values
 from evalmode.export.audit.classify import kind_of, scales
 from evalmode.export.audit.effect import Effect, Observer, Unclear
 from evalmode.export.audit.held import Held
@@ -56,8 +56,8 @@ def _judge(held: Held, candidate: Candidate, alpha: float, draws: int | None) ->
     outputs = Outputs.of(held)
     if isinstance(outputs, Unclear):
         return [_site(candidate, Kind.INCONCLUSIVE, why="; ".join((*taped.why, *outputs.why)))]
-    if not outputs.effects:
-        return [_unmoved(candidate)]
+    if not outputs.effects or (held.call.emptiness() and not carry_values(held.run(training=False))):
+        return [_unmoved(held, candidate)]
     still = _still(held, candidate)
     return [still] if still else _measured(outputs, candidate, alpha, draws, None, taped.why)
 
@@ -102,6 +102,7 @@ def _site(
     measured: Measured | None = None,
     scales: tuple[float | None, float | None] = (None, None),
     why: str = "",
+    fix: str = "",
     harmless: bool = False,
 ) -> Site:
     m = measured or Measured(outcome=Outcome.NONE, draws=0)
@@ -120,7 +121,7 @@ def _site(
         draws=m.draws,
         calls=candidate.calls,
         sentence=words.sentence(kind, gap=m.gap, keep=m.keep, p=candidate.p, why=why, draws=m.draws),
-        fix="" if harmless else words.fix(kind, p=candidate.p, keep=m.keep),
+        fix="" if harmless else fix or words.fix(kind, p=candidate.p, keep=m.keep),
         severity=None if harmless else SEVERITIES.get(kind),
     )
 
@@ -140,11 +141,14 @@ def _own_scale(held: Held, effects: tuple[Effect, ...]) -> float | None:
     return factor if factor > 0 and off <= 4 * step * float(y.abs().max()) else None
 
 
-def _unmoved(candidate: Candidate) -> Site:
+def _unmoved(held: Held, candidate: Candidate) -> Site:
+    """A site whose training could not be seen to differ from eval: never on only where a mask would have been seen."""
+    if emptiness := held.call.emptiness():
+        why = f"its input is {emptiness}, so nothing can be measured: {words.REACH}"
+        return _site(candidate, Kind.INCONCLUSIVE, why=why, fix=words.REACH)
     if candidate.training:
         why = "it draws random numbers, and its output in training is eval's in every forward"
-        rate = candidate.p or 0.0
-        return _site(candidate, Kind.NEVER_ON if rate >= 0.01 else Kind.INCONCLUSIVE, why=why)
+        return _site(candidate, Kind.INCONCLUSIVE, why=why)
     return _site(candidate, Kind.NEVER_ON)
 
 

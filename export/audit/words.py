@@ -5,6 +5,7 @@ from __future__ import annotations
 from evalmode.export.audit.site import Kind
 
 _CONVENTION = "papers often call the keep probability p, PyTorch's p is the drop probability"
+REACH = "give samples that reach it"
 
 
 def gap_sentence(gap: float) -> str:

@@ -14,6 +14,10 @@ from evalmode.export.subject import COUNTS, Subject
 
 RULE = "batch-invariance"
 
+_FIX = (
+    "quantise statically, not dynamically; give BatchNorm running statistics; reduce over no batch axis; "
+    "where the first axis is no batch, say so with --dynamic-axes NAME=length,batch,_"
+)
 _PLACES = 8  # the batch size at which companions are exchanged
 
 
@@ -31,7 +35,7 @@ def check(subject: Subject) -> Record:
         Finding(
             severity=Severity.ERROR,
             why=f"length {length}: another row in the batch changes this row's answer by {by:.3g}",
-            fix="quantise statically, not dynamically; give BatchNorm running statistics; reduce over no batch axis",
+            fix=_FIX,
         )
         for length, by in moved.items()
         if by

@@ -9,6 +9,7 @@ from torch import nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
 from evalmode.bundle.known_answers import Tensors
+from evalmode.export.audit.state import untouched
 from evalmode.export.convert import scope
 from evalmode.export.modules import is_dropout, named_everything, private_copy
 from evalmode.export.subject import Subject, as_tensors
@@ -27,7 +28,7 @@ def check(subject: Subject) -> Record:
     try:
         drawn = _training_draws(subject.module, subject.probes)
     except Exception as error:  # the user's own code, in a mode that is not the one it is exported in
-        why = f"a copy of the module does not run in training mode: {type(error).__name__}: {error}"
+        why = f"the module does not run in training mode: {type(error).__name__}: {error}"
         return Record(rule=RULE, verdict=Verdict.UNPROVEN, why=why)
     left = Counter(scope(node.name) for node in subject.model.graph.node)
     modules = {path: part for path, part in named_everything(subject.module).items() if path and is_dropout(part)}
@@ -62,7 +63,7 @@ def _module_site(path: str, part: nn.Module, nodes: int) -> str:
 
 
 def _training_draws(module: nn.Module, probes: Sequence[Tensors]) -> tuple[Draw, ...]:
-    training = private_copy(module).train()
     # The largest probe: batch normalisation, for one, cannot train on a single row.
     largest = max(probes, key=lambda probe: sum(array.size for array in probe.values()))
-    return draws(training, as_tensors(largest))
+    with untouched(module):  # it may be the module itself that trains, where it cannot be copied
+        return draws(private_copy(module).train(), as_tensors(largest))

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.subject import Subject
+from evalmode.export.axes import resized
+from evalmode.export.subject import Subject, as_tensors
 
 RULE = "dynamic-axes"
 
+_FIX_BOUND = "let no branch depend on a size, or let the module raise for sizes beyond the branch"
 _FIX = "compute with x.shape, not with sizes that were numbers when the module was traced"
 
 
@@ -21,10 +23,10 @@ def check(subject: Subject) -> Record:
         return Record.not_applicable(RULE, "no axis was declared to vary")
     return Record.of(
         RULE,
-        [*_fixed(subject), *_refused(subject)],
+        [*_fixed(subject), *_refused(subject), *_beyond(subject)],
         fine="every declared axis varies",
         otherwise="an axis that was declared to vary is fixed in the graph",
-        measured=f"{declared} axes, {len(subject.probes)} shapes",
+        measured=f"{declared} axes, {len(subject.probes)} shapes{_bounded(subject)}",
         limit="0 fixed",
     )
 
@@ -50,6 +52,25 @@ def _refused(subject: Subject) -> Iterator[Finding]:
             if reference.shape != answers[name].shape:
                 shape, right = list(answers[name].shape), list(reference.shape)
                 yield _error(name, f"its shape is {shape} for {_shapes(probe)}, the module's is {right}")
+
+
+def _beyond(subject: Subject) -> Iterator[Finding]:
+    """A bound of the graph that is none of the module's: for larger inputs the module may do what was never traced."""
+    sample = as_tensors(subject.probes[0])
+    for axis, bound in subject.bounds.items():
+        larger = {
+            name: tensor.numpy() for name, tensor in resized(sample, subject.dynamic_axes, {axis: bound + 1}).items()
+        }
+        try:
+            subject.reference(larger)
+        except Exception:  # the user's own code: it ends where the graph does
+            continue
+        why = f"the graph is the module's for {axis} up to {bound}, and the module also reads {bound + 1}"
+        yield Finding(severity=Severity.ERROR, why=why, fix=_FIX_BOUND)
+
+
+def _bounded(subject: Subject) -> str:
+    return "".join(f", {axis} at most {bound}" for axis, bound in subject.bounds.items())
 
 
 def _shapes(probe: Tensors) -> str:

@@ -52,6 +52,8 @@ def _findings(graph: Graph) -> Iterator[Finding]:
         why = "it draws random numbers"
         if _is_a_mask(at, readers):
             why = "it draws the mask of a hand-written dropout: what it draws is compared with a rate and scales values"
+        if at.is_dead:
+            why += "; it stands in a function that nothing calls"
         yield Finding(severity=Severity.ERROR, node=at.path, op=at.op, why=why, fix=_FIX)
 
 

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from evalmode.export.graph.errors import Broken, ModelUnreadable
 from evalmode.export.graph.walk import NodeAt, Walker
-from evalmode.export.graph.weight import Source, Weight
+from evalmode.export.graph.weight import LFS_POINTER, Source, Weight
 from evalmode.export.graph.wire import Skimmed, skim
 
 _LAST_OPSET = 10_000  # far above any that exists; a larger number is damage
@@ -67,6 +67,8 @@ def open_graph(path: Path) -> Graph:
 
 
 def _read(data: memoryview, where: Path | memoryview, folder: Path | None, name: str) -> Graph:
+    if data[: len(LFS_POINTER)] == LFS_POINTER:
+        raise ModelUnreadable(f"{name} is a Git LFS pointer and not the model: fetch it with `git lfs pull`")
     try:
         skimmed = skim(data)
         model = onnx.load_model_from_string(skimmed.model)
@@ -76,8 +78,10 @@ def _read(data: memoryview, where: Path | memoryview, folder: Path | None, name:
 
 
 def _graph(model: onnx.ModelProto, source: Source, skimmed: Skimmed | None, name: str) -> Graph:
-    if not model.opset_import or not model.HasField("graph"):
+    if not model.HasField("graph"):
         raise ModelUnreadable(f"{name} is not an ONNX model: it has no graph")
+    if not model.opset_import:
+        raise ModelUnreadable(f"{name} is not an ONNX model: it names no opset")
     for item in [*model.opset_import, *(item for function in model.functions for item in function.opset_import)]:
         if not 0 < item.version <= _LAST_OPSET:
             raise ModelUnreadable(f"{name} is not an ONNX model: opset {item.version} of domain {item.domain!r}")

@@ -35,13 +35,17 @@ _OVERRIDABLE_SINCE = 4  # IR version
 
 @dataclass(frozen=True, kw_only=True)
 class NodeAt:
-    """A node, the path to it, the opset that its domain has there, and the scope that its names are read in."""
+    """A node, the path to it, the opset that its domain has there, and the scope that its names are read in.
+
+    `is_dead` says that it stands in a function that nothing calls, or in one as such a function calls it.
+    """
 
     node: onnx.NodeProto
     path: str
     opset: int
     scope: Scope
     is_call: bool = False
+    is_dead: bool = False
 
     @property
     def domain(self) -> str:
@@ -105,12 +109,14 @@ class Walker:
         if len(self._functions) < len(model.functions):
             raise Broken("it defines a function twice")
         self._seen: set[Identity] = set()
+        self._dead = False  # whether the main graph, and so all that it calls, has been walked
         self._again = self._depth = 0  # calls, in progress, of what was walked before; all that is in progress
 
     def walk(self, model: onnx.ModelProto) -> None:
         """The main graph and what it calls, then the functions that nothing called."""
         self._outermost_first = order_of_calls(model, self._functions)
         self._graph(model.graph, "", self._opsets, None, Origin.CALLER)
+        self._dead = True
         # Those that no function calls come first: what they call is entered with what they give.
         for identity in self._outermost_first:
             if identity not in self._seen:
@@ -178,7 +184,9 @@ class Walker:
                 _require(scope, name, f"the input {name!r} of the node {path!r}")
         opset = scope.opsets.get(domain_of(node.domain), 0)
         function = self._functions.get(function_id(node))
-        self.nodes.append(NodeAt(node=node, path=path, opset=opset, scope=scope, is_call=function is not None))
+        is_call = function is not None
+        at = NodeAt(node=node, path=path, opset=opset, scope=scope, is_call=is_call, is_dead=self._dead)
+        self.nodes.append(at)
         self._bodies(scope, index, node, path)
         if function is not None:
             scope.calls[index] = self._call(scope, node, function, path)

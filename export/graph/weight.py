@@ -32,6 +32,9 @@ _BITS = {
 _PLAIN = {"float_data": np.dtype("<f4"), "double_data": np.dtype("<f8")}
 _CHUNK = 1 << 22  # elements
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that Git LFS leaves where it has not fetched the real one."""
+
 
 @dataclass(frozen=True)
 class Region:
@@ -218,6 +221,9 @@ class Source:
         wanted = Weight(name="", path=path, tensor=tensor).nbytes if min(tensor.dims, default=0) >= 0 else 0
         length = wanted if length == -1 else length
         if offset < 0 or length < 0 or offset + length > size:
+            if _is_pointer(file):
+                said = f"the tensor {path!r} is in {file}, which is a Git LFS pointer and not the weights"
+                raise Broken(f"{said}: fetch it with `git lfs pull`")
             raise Broken(f"the tensor {path!r} wants bytes {offset} to {offset + length} of {file}, which has {size}")
         return Region(file, offset, length)
 
@@ -237,3 +243,11 @@ def _file(folder: Path, location: str, path: str) -> tuple[Path, int]:
         return file, found.stat().st_size
     except (OSError, RuntimeError) as error:
         raise Broken(f"{said}, which cannot be read: {error}") from error
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False

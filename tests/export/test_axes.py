@@ -30,9 +30,13 @@ def test_axes_that_differ_between_samples_vary_and_share_a_name_where_they_go_to
     }
 
 
-@pytest.mark.parametrize("shapes", [{"x": (3, 4), "y": (5, 4)}, {"x": (3, 4), "scale": ()}])
+@pytest.mark.parametrize("shapes", [{"x": (3, 4), "y": (5, 4)}, {"x": (), "scale": ()}])
 def test_inputs_of_different_first_sizes_have_no_batch(shapes: dict[str, tuple[int, ...]]) -> None:
     assert infer_axes([tensors(**shapes)]) == {name: {} for name in shapes}
+
+
+def test_a_number_beside_rows_leaves_them_their_batch() -> None:
+    assert infer_axes([tensors(x=(3, 4), scale=())]) == {"x": {0: "batch"}, "scale": {}}
 
 
 def test_an_axis_that_grows_with_the_batch_is_named_after_it() -> None:
@@ -72,7 +76,7 @@ def test_another_size_is_cut_from_the_end_or_begins_again() -> None:
 def test_the_ends_of_every_axis_are_reached() -> None:
     axes = {"x": {0: "batch", 1: "length"}}
     shapes = {tuple(probe["x"].shape) for probe in ends(tensors(x=(3, 8, 4)), axes)}
-    assert {(1, 8, 4), (2, 8, 4), (64, 8, 4), (3, 1, 4), (1, 1, 4), (3, 7, 4)} <= shapes
+    assert {(1, 8, 4), (2, 8, 4), (65, 8, 4), (3, 1, 4), (1, 1, 4), (3, 7, 4), (3, 16, 4)} <= shapes
 
 
 def test_resampled_values_are_of_the_samples_range_and_whole_numbers_are_its_own() -> None:

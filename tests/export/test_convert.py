@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from evalmode.bundle.session import open_session
 from evalmode.export.convert import NotConvertible, NotInEvalMode, convert, scope, serialise
 
 X = {"x": torch.ones(3, 4)}
@@ -80,3 +82,40 @@ def digest_of_a_conversion() -> str:
 def test_what_cannot_be_exported_is_one_sentence() -> None:
     with pytest.raises(NotConvertible, match="Branching cannot be exported"):
         convert(Branching().eval(), X, dynamic_axes=AXES, outputs=["y"])
+
+
+class Answers(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        twice = x * 2
+        return x, twice, twice
+
+
+def test_an_input_that_is_an_answer_and_an_answer_that_is_given_twice_are_outputs_of_their_own() -> None:
+    model = convert(Answers().eval(), X, dynamic_axes=AXES, outputs=["a", "b", "c"]).model
+    answer = open_session(serialise(model)).run({"x": np.full((2, 4), 3, np.float32)})
+    assert [float(answer[name][0, 0]) for name in "abc"] == [3, 6, 6]
+
+
+def test_a_recurrent_layer_keeps_its_dynamic_length_at_the_second_export() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(4, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0]
+
+    for _ in range(2):
+        model = convert(
+            Recurrent().eval(), {"x": torch.ones(3, 5, 4)}, dynamic_axes={"x": {0: "batch", 1: "length"}}, outputs=["y"]
+        ).model
+        assert open_session(serialise(model)).run({"x": np.ones((2, 9, 4), np.float32)})["y"].shape == (2, 9, 3)
+
+
+def test_a_size_up_to_which_a_branch_was_traced_is_the_bound_of_its_axis() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[0] <= 16 else x
+
+    assert convert(Branches().eval(), X, dynamic_axes=AXES, outputs=["y"]).bounds == {"batch": 16}
+    assert convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).bounds == {}

@@ -189,6 +189,17 @@ def test_a_function_that_only_a_dead_function_calls_is_entered_from_there() -> N
     assert paths == ["Relu_0", "my:dead/call", "my:dead/call/my:f/drop"]
 
 
+def test_only_what_a_dead_function_holds_or_calls_is_dead() -> None:
+    functions = (function(DROP), function(call("x"), name="dead"))
+    found = {one.path: one.is_dead for one in graph_of(model_of(call("x"), functions=functions)).nodes}
+    assert found == {
+        "call": False,
+        "call/my:f/drop": False,
+        "my:dead/call": True,
+        "my:dead/call/my:f/drop": True,
+    }
+
+
 def test_a_flag_that_is_no_integer_is_not_known() -> None:
     node = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="norm", training_mode=1.0)
     assert at(model_of(node), "norm").flag("training_mode") is None

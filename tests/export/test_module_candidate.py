@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import threading
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.export.axes import UnusableInputs
-from evalmode.export.module_candidate import candidate_of, unused_copy
+from evalmode.export.module_candidate import candidate_of
+from evalmode.export.modules import private_copy
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -45,9 +48,9 @@ def test_the_module_is_not_run_and_not_changed_but_its_copies_are() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_an_unused_copy_shares_the_parameters_and_not_the_buffers() -> None:
+def test_a_private_copy_shares_the_parameters_and_not_the_buffers() -> None:
     module = Net()
-    other = unused_copy(module)
+    other = private_copy(module)
     assert other.linear.weight is module.linear.weight
     assert other.norm.running_mean is not module.norm.running_mean
 
@@ -55,7 +58,24 @@ def test_an_unused_copy_shares_the_parameters_and_not_the_buffers() -> None:
 def test_what_cannot_be_copied_is_used_as_it_is() -> None:
     module = Net()
     module.lock = threading.Lock()
-    assert unused_copy(module) is module
+    assert private_copy(module) is module
+
+
+def test_a_copy_that_would_run_parts_of_the_original_is_none() -> None:
+    module = Net()
+    module.forward = lambda x: module.linear(x)
+    assert private_copy(module) is module
+
+
+def test_what_cannot_be_copied_is_as_it_was_after_it_ran() -> None:
+    module = Net().train()
+    module.lock = threading.Lock()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = torch.get_rng_state()
+    candidate_of(module, [X])
+    assert module.calls == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_constant_is_bound_and_no_input() -> None:
@@ -77,7 +97,7 @@ def test_probes_are_the_samples_and_what_the_module_can_read_besides() -> None:
     candidate = candidate_of(Picky().eval(), [sample])
     np.testing.assert_array_equal(candidate.probes[0]["x"], sample.numpy())
     sizes = {probe["x"].shape[0] for probe in candidate.probes}
-    assert sizes == {1, 2, 3, 5}, "64 rows it does not read"
+    assert sizes == {1, 2, 3, 5}, "65 rows it does not read"
     for probe in candidate.probes:
         assert np.isfinite(np.log(probe["x"] - 1.5)).all(), "what it answers with no number was not given by the user"
 
@@ -136,6 +156,9 @@ class Anything(nn.Module):
         (Net(), [{"x": X, "scale": object()}], "input 'scale' must be a tensor or a plain constant, got object"),
         (Net(), [{"x": X, "scale": 1.0}, {"x": X, "scale": 2.0}], "the samples differ in it"),
         (Net(), [{"scale": 1.0}], "holds no tensor"),
+        (Net(), [], "there is no sample"),
+        (Net(), [X[:0]], "input 'x' is empty in a sample"),
+        (Net(), [X.to_sparse()], "input 'x' is sparse"),
         (Net(), [X.bfloat16()], "input 'x' is torch.bfloat16, which no array holds"),
         (nn.DataParallel(Net()), [X], r"takes \*args: .*; export its \.module, which it only wraps"),
         (Net(), [X, {"x": X.double()}], "input 'x' has another type or other axes in another sample"),
@@ -162,3 +185,45 @@ def test_a_scripted_or_traced_module_is_refused_in_one_sentence() -> None:
     traced = torch.jit.trace(nn.Linear(4, 2), X)
     with pytest.raises(UnusableInputs, match="give the Python module that it was made of"):
         candidate_of(traced.eval(), [X])
+
+
+def test_a_first_axis_that_takes_no_other_number_of_rows_is_no_batch() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(3, 2, 2)
+
+    candidate = candidate_of(Fixed().eval(), [X])
+    assert candidate.dynamic_axes == {"x": {}}
+    assert candidate.rows == {}
+
+
+def test_a_constant_of_an_argument_without_default_is_not_asked_for_again() -> None:
+    class Needs(nn.Module):
+        def forward(self, x: Tensor, mode: str, times: int) -> Tensor:
+            return x * times if mode == "fast" else x
+
+    module = Needs().eval()
+    candidate_of(module, [{"x": X, "mode": "fast", "times": 3}])
+    assert list(inspect.signature(module.forward).parameters) == ["x"]
+    assert torch.equal(module(X), X * 3)
+
+
+def test_a_dataclass_answers_with_its_fields() -> None:
+    @dataclasses.dataclass
+    class Answer:
+        logits: Tensor
+        hidden: tuple[Tensor, ...]
+
+    class Wraps(nn.Module):
+        def forward(self, x: Tensor) -> Answer:
+            return Answer(x + 1, (x, x * 2))
+
+    assert candidate_of(Wraps().eval(), [X]).outputs == ("logits", "hidden_0", "hidden_1")
+
+
+def test_an_output_that_is_called_as_an_input_gets_a_name_of_its_own() -> None:
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"x": x + 1, "y": x}
+
+    assert candidate_of(Same().eval(), [X]).outputs == ("x_out", "y")

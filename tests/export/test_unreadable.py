@@ -187,6 +187,25 @@ def test_what_has_no_graph_is_refused() -> None:
     assert refused(onnx.ModelProto()) == " is not an ONNX model: it has no graph"
 
 
+def test_what_names_no_opset_is_refused_for_that() -> None:
+    model = model_of(node("Relu", "x", "y"))
+    del model.opset_import[:]
+    assert refused(model) == " is not an ONNX model: it names no opset"
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+
+
+def test_a_git_lfs_pointer_is_told_as_one_with_how_to_fetch_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "some.onnx"
+    path.write_bytes(POINTER)
+    with pytest.raises(ModelUnreadable) as caught:
+        open_graph(path)
+    said = " is a Git LFS pointer and not the model: fetch it with `git lfs pull`"
+    assert str(caught.value) == f"{path}{said}"
+    assert refused(POINTER) == said
+
+
 def padded() -> bytes:
     """A model with a weight that is large enough to stay in the file."""
     large = numpy_helper.from_array(np.ones(5000, np.float32), "w")
@@ -307,6 +326,12 @@ def test_values_in_a_file_that_cannot_hold_them_are_refused(entries: dict[str, s
         open_graph(beside(folder, **entries))
     assert str(caught.value).startswith(f"{folder / 'some.onnx'} is not a valid ONNX model: the tensor 'w' ")
     assert said in str(caught.value)
+
+
+def test_a_git_lfs_pointer_in_place_of_the_weights_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(POINTER)
+    with pytest.raises(ModelUnreadable, match=r"weights\.bin, which is a Git LFS pointer .*`git lfs pull`"):
+        open_graph(beside(tmp_path, length="", offset="4096"))
 
 
 def test_values_in_a_file_beside_the_model_are_found(tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ def samples():
 
 def none():
     return []
+
+def chatty():
+    print("hello from the factory")
+    return nn.Linear(2, 2)
 """
 
 
@@ -112,3 +116,9 @@ def test_a_path_is_no_reference(tmp_path: Path) -> None:
 def test_the_users_folder_stands_first(project: str) -> None:
     load_reference(f"{project}.net:build")
     assert sys.path[0] == str(Path.cwd())
+
+
+def test_what_a_factory_prints_is_not_in_the_report(project: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load_module(f"{project}.net:chatty")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "hello from the factory\n")

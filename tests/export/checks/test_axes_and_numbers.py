@@ -43,6 +43,33 @@ def test_a_shape_that_is_not_the_modules_is_named() -> None:
     assert "y: its shape is [16, 2] for x [8, 4], the module's is [8, 4]" in said(record)
 
 
+class Branches(nn.Module):
+    """Twice its input, up to 100 rows; beyond them something else, or nothing at all."""
+
+    def __init__(self, *, ends: bool) -> None:
+        super().__init__()
+        self.ends = ends
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= 100:
+            return x * 2
+        if self.ends:
+            raise ValueError("at most 100 rows")
+        return x * 3
+
+
+def test_a_branch_for_sizes_beyond_every_probe_is_told_by_the_bound_of_the_trace() -> None:
+    record = dynamic_axes.check(subject_of(candidate_of(Branches(ends=False).eval(), [torch.from_numpy(ROWS)])))
+    assert record.verdict is Verdict.FAIL
+    assert "the graph is the module's for batch up to 100, and the module also reads 101" in said(record)
+
+
+def test_a_module_that_ends_where_its_graph_does_passes_and_tells_the_bound() -> None:
+    record = dynamic_axes.check(subject_of(candidate_of(Branches(ends=True).eval(), [torch.from_numpy(ROWS)])))
+    assert record.verdict is Verdict.PASS
+    assert record.measured.endswith("batch at most 100")
+
+
 def test_without_declared_axes_the_rule_does_not_apply() -> None:
     model = graph(node("Add", "x", "x"))
     made = Subject(module=Calls(lambda x: x + x), model=model, probes=[{"x": ROWS}], rows={})

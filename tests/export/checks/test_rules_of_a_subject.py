@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -156,3 +157,15 @@ def test_a_site_that_left_a_node_is_unproven() -> None:
     record = census.check(Subject(module=TwoSites().eval(), model=left, probes=[{"x": ROWS}], rows={}))
     assert record.verdict is Verdict.UNPROVEN
     assert said(record) == "drop (Dropout): this dropout left 1 nodes in the graph"
+
+
+def test_the_census_trains_what_cannot_be_copied_and_leaves_it_as_it_was() -> None:
+    module = TwoSites().eval()
+    module.lock = threading.Lock()
+    state = torch.get_rng_state()
+    record = census.check(Subject(module=module, model=DOUBLED, probes=[{"x": ROWS}], rows={}))
+    assert record.verdict is Verdict.PASS
+    assert len(record.sites) == 2
+    assert not module.training
+    assert not module.drop.training
+    assert torch.equal(torch.get_rng_state(), state)

@@ -106,9 +106,18 @@ def test_it_is_found_in_a_function_that_another_function_calls_in_a_branch() -> 
     assert found[0] == "top/my:outer/if/else_branch/inner/my:noisy/draw (RandomUniformLike)"
 
 
-def test_it_is_found_in_a_function_that_nothing_calls() -> None:
+def test_it_is_found_in_a_function_that_nothing_calls_and_told_to_stand_there() -> None:
     record = checked(helper.make_node("Relu", ["x"], ["y"]), functions=[noisy("noisy", DRAW)])
     assert places(record) == ["my:noisy/draw (RandomUniformLike)"]
+    (finding,) = record.findings
+    assert finding.severity is Severity.ERROR
+    assert finding.why == "it draws random numbers; it stands in a function that nothing calls"
+
+
+def test_what_is_drawn_in_a_function_that_is_called_is_not_said_to_be_dead() -> None:
+    call = helper.make_node("noisy", ["x"], ["y"], domain="my")
+    (finding,) = checked(call, functions=[noisy("noisy", DRAW)]).findings
+    assert finding.why == "it draws random numbers"
 
 
 def test_a_function_that_is_called_like_a_draw_is_what_it_is_made_of() -> None:

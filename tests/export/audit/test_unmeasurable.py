@@ -1,0 +1,120 @@
+"""An input on which no mask can be seen proves nothing: the audit says so, and what is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Severity
+from evalmode.export.audit.audit import audit
+from evalmode.export.audit.site import Kind, Site
+from tests.export.audit import zoo
+
+X = torch.randn(32, 8, 16, generator=torch.Generator().manual_seed(0))
+INF = torch.full_like(X, torch.inf)
+NOTHING = {
+    "zeros": (torch.zeros_like(X), "zero everywhere"),
+    "NaN": (torch.full_like(X, torch.nan), "finite nowhere"),
+    "infinity": (INF, "finite nowhere"),
+    "both infinities": (torch.where(X > 0, INF, -INF), "finite nowhere"),
+    "zeros and NaN": (torch.zeros_like(X).index_fill(0, torch.tensor([3]), torch.nan), "zero where it is finite"),
+    "no rows": (X[:0], "empty"),
+}
+
+
+class Unscaled(nn.Dropout):
+    """A dropout by its name, so that it is a site whether it draws or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand_like(x) >= self.p) if self.training else x
+
+
+class Root(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(x)
+
+
+class Dead(nn.Module):
+    """A ReLU that nothing gets through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x - 100)
+
+
+def site_of(module: nn.Module, *samples: Tensor) -> Site:
+    (site,) = audit(Root(module), [{"x": x} for x in samples]).sites
+    return site
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("factory", [Unscaled, nn.Dropout, zoo.Shut, nn.AlphaDropout])
+def test_an_input_that_carries_nothing_is_inconclusive_and_says_what_it_is(
+    factory: type[nn.Dropout | nn.AlphaDropout], name: str
+) -> None:
+    x, said = NOTHING[name]
+    found = audit(Root(factory(0.5)), [{"x": x}])
+    site = found.sites[0]
+    assert (site.kind, site.severity) == (Kind.INCONCLUSIVE, Severity.UNPROVEN)
+    assert site.sentence == f"its input is {said}, so nothing can be measured: give samples that reach it"
+    assert site.fix == "give samples that reach it"
+    assert found.record.verdict == "unproven"
+
+
+def test_an_unscaled_dropout_behind_a_dead_relu_is_unproven() -> None:
+    found = audit(Root(Dead(), Unscaled(0.5)), [{"x": X}])
+    assert found.record.verdict == "unproven"
+    assert "its input is zero everywhere" in found.record.findings[0].why
+
+
+def test_a_draw_that_changes_nothing_of_an_input_with_values_is_unproven() -> None:
+    class DeadInside(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(x - 100)
+            return x * (torch.rand_like(x) >= 0.5) if self.training else x
+
+    site = site_of(DeadInside(), X)
+    assert site.kind is Kind.INCONCLUSIVE
+    assert site.sentence == "it draws random numbers, and its output in training is eval's in every forward"
+
+
+def test_of_samples_of_which_some_carry_nothing_one_that_does_is_measured() -> None:
+    zeros = torch.zeros_like(X)
+    assert site_of(Unscaled(0.5), zeros, X).kind is Kind.UNSCALED
+    assert site_of(nn.Dropout(0.5), X[:0], zeros, X).kind is Kind.INVERTED
+    assert site_of(Unscaled(0.5), zeros, X[:0]).kind is Kind.INCONCLUSIVE
+
+
+def test_samples_without_a_row_are_unproven_though_no_site_shows() -> None:
+    found = audit(zoo.Masked(0.5, train_scale=1.0), [{"x": X[:0]}, {"x": X[:0]}])
+    assert found.sites == ()
+    assert found.record.verdict == "unproven"
+    assert "every sample is empty" in found.record.findings[0].why
+    assert audit(zoo.Masked(0.5), [{"x": X[:0]}, {"x": X}]).record.verdict == "pass"
+
+
+@pytest.mark.parametrize("module", [zoo.Shut(0.3), Root(zoo.Shut(0.3))], ids=["alone", "inside"])
+def test_a_dropout_that_does_not_draw_on_values_is_still_never_on(module: nn.Module) -> None:
+    site = site_of(module, X)
+    assert (site.kind, site.severity) == (Kind.NEVER_ON, Severity.WARNING)
+    sparse = torch.zeros_like(X)
+    sparse[0, 0, 0] = 1
+    assert site_of(module, sparse).kind is Kind.NEVER_ON
+
+
+def test_what_moves_without_its_input_is_measured_all_the_same() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            return x * (torch.rand_like(x) >= 0.5) if self.training else x
+
+    assert site_of(Biased(), torch.zeros_like(X)).kind is Kind.UNSCALED
