@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.audit.audit import audit
-from evalmode.export.audit.state import untouched
 from evalmode.export.certify import certify
 from evalmode.export.module_candidate import bound, candidate_of
+from evalmode.export.outputs import own_forward
+from evalmode.export.state import untouched
 
 __all__ = ["assert_export_is_clean", "assert_no_expectation_gap"]
 
@@ -25,7 +25,7 @@ def assert_export_is_clean(
     vary; `dynamic_axes` says so otherwise ("ids=batch,length"). Never calls `.eval()`: a module in training is a
     finding. Raises EvalmodeError for what cannot be exported at all.
     """
-    with _left_alone(module):
+    with own_forward(module), untouched(module):
         certified = certify(candidate_of(module, _as_list(inputs), dynamic_axes=dynamic_axes), progress=_silent)
     bad = (Verdict.FAIL,) if allow_unproven else (Verdict.FAIL, Verdict.UNPROVEN)
     _raise_for([record for record in certified.records if record.verdict in bad])
@@ -39,23 +39,10 @@ def assert_no_expectation_gap(
     `draws` a site are chosen by the size of the smallest gap that matters, unless given; `alpha` bounds the probability
     of a false alarm over all sites together. The module is left as it was.
     """
-    with _left_alone(module):
+    with own_forward(module), untouched(module):
         samples, _ = bound(module, _as_list(inputs))
         found = audit(module, samples, draws=draws, alpha=alpha, progress=_silent)
     _raise_for([found.record] if found.record.verdict in (Verdict.FAIL, Verdict.UNPROVEN) else [])
-
-
-@contextmanager
-def _left_alone(module: nn.Module) -> Iterator[None]:
-    """The module and every generator afterwards as before, whatever constants the forward was bound to."""
-    own = vars(module).get("forward")
-    try:
-        with untouched(module):
-            yield
-    finally:
-        vars(module).pop("forward", None)
-        if own is not None:
-            module.forward = own
 
 
 def _raise_for(records: Iterable[Record]) -> None:

@@ -16,12 +16,12 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
-from evalmode.bundle.certificate import Finding, Record, Severity
+from evalmode.bundle.certificate import Record
 from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.session import Session, open_session
 from evalmode.export.axes import UnusableInputs
 from evalmode.export.candidate import BATCH, Axes, Sample
-from evalmode.export.certify import run_rule
+from evalmode.export.certify import could_not_run, run_rule
 from evalmode.export.checks import batch_invariance, dynamic_axes, non_finite, parity, repeatability
 from evalmode.export.graph import Graph
 from evalmode.export.outputs import flatten
@@ -49,11 +49,8 @@ def behaviour(
         subject = _subject(path, graph, samples, module)
         return tuple(run_rule(rule, subject) for rule in rules)
     except EvalmodeError as error:
-        why, fix = f"the rule could not run: {error}", "give inputs that the graph reads with --inputs"
-        finding = Finding(severity=Severity.UNPROVEN, why=why, fix=fix)
-        return tuple(
-            Record.of(rule.RULE, [finding], fine="", otherwise="the rule applies and could not run") for rule in rules
-        )
+        fix = "give inputs that the graph reads with --inputs"
+        return tuple(could_not_run(rule, error, fix=fix) for rule in rules)
 
 
 def _subject(path: Path, graph: Graph, samples: Sequence[Mapping[str, Any]], module: nn.Module | None) -> Subject:

@@ -121,7 +121,10 @@ def run_rule(rule: ModuleType, subject: Subject) -> Record:
         record: Record = rule.check(subject)
         return record
     except ModelRunFailed as error:
-        why = f"the rule could not run: {error}"
-        fix = "see rule dynamic-axes, which names the input that the graph does not read"
-        finding = Finding(severity=Severity.UNPROVEN, why=why, fix=fix)
-        return Record.of(rule.RULE, [finding], fine="", otherwise="the rule applies and could not run")
+        return could_not_run(rule, error, fix="see rule dynamic-axes: it names the input that the graph does not read")
+
+
+def could_not_run(rule: ModuleType, error: Exception, *, fix: str) -> Record:
+    """The record of a rule that applies and could not run: nothing is proven by it."""
+    finding = Finding(severity=Severity.UNPROVEN, why=f"the rule could not run: {error}", fix=fix)
+    return Record.of(rule.RULE, [finding], fine="", otherwise="the rule applies and could not run")

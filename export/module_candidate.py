@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.audit.state import untouched
 from evalmode.export.axes import UnusableInputs, parse_axes, resized, sizes_of
 from evalmode.export.candidate import BATCH, Axes, Candidate, Sample
 from evalmode.export.modules import private_copy
 from evalmode.export.outputs import flatten, left_out
 from evalmode.export.probes import inferred_axes, probes, single_rows
+from evalmode.export.state import untouched
 from evalmode.export.witness import plain_forward
 
 # A runtime is given NumPy arrays.

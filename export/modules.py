@@ -54,13 +54,13 @@ def named_generators(root: nn.Module) -> dict[str, Generator]:
     return found
 
 
-def private_copy(root: nn.Module) -> nn.Module:
-    """A copy that shares the parameters and nothing else: what a forward leaves on it, it leaves on no other.
+def private_copy(root: nn.Module, *, parameters: bool = False) -> nn.Module:
+    """A copy that shares the parameters, unless these are asked for too, and nothing else with the network.
 
     The network itself where it cannot be copied (a lock, an open file), or where a copy would still run parts of it (a
-    closure over one of its modules): whoever runs it then puts back what it moves.
+    closure over one of its modules): whoever runs it then puts back what that moves.
     """
-    shared = {id(parameter): parameter for parameter in root.parameters()}
+    shared = {} if parameters else {id(parameter): parameter for parameter in root.parameters()}
     try:
         copied = copy.deepcopy(root, shared)
     except Exception:  # whatever a user's attribute raises when it is copied

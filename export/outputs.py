@@ -33,12 +33,24 @@ def left_out(output: object) -> tuple[str, ...]:
 
 
 @contextmanager
+def own_forward(module: nn.Module) -> Iterator[None]:
+    """The module's forward afterwards as it was, whatever took its place on the object meanwhile."""
+    own = vars(module).get("forward")
+    try:
+        yield
+    finally:
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
 def answering_tensors(module: nn.Module) -> Iterator[None]:
     """Let `module` answer with its tensors alone, for an exporter that knows no other types.
 
     The forward is exchanged on the object, not wrapped into another module: no path of the network changes.
     """
-    forward, own = module.forward, "forward" in vars(module)
+    forward = module.forward
 
     @functools.wraps(forward)
     def tensors(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -50,14 +62,9 @@ def answering_tensors(module: nn.Module) -> Iterator[None]:
             known.add(id(answer))
         return tuple(answers)
 
-    module.forward = tensors
-    try:
+    with own_forward(module):
+        module.forward = tensors
         yield
-    finally:
-        if own:
-            module.forward = forward
-        else:
-            del module.forward
 
 
 def _leaves(output: object) -> list[tuple[tuple[Any, ...], Any]]:

@@ -7,7 +7,6 @@ another one, and shows in the fingerprint. Knows no rule. Run as `python -m eval
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 
 from evalmode.bundle.errors import EvalmodeError
@@ -26,6 +24,7 @@ from evalmode.export.fingerprint import Fingerprint, fingerprint
 from evalmode.export.module_candidate import bind
 from evalmode.export.subject import Twin
 from evalmode.export.user_code import load_module
+from evalmode.export.witness import seed_everything
 
 _TASK, _ANSWER = "task.pt", "fingerprint.json"
 _SEED = 2
@@ -75,9 +74,7 @@ def _fingerprint_of(process: subprocess.Popen[str], folder: Path) -> Fingerprint
 
 def main(factory: str, folder: Path) -> None:
     """Export what the factory returns, with the weights and on the example that lie in the folder."""
-    torch.manual_seed(_SEED)
-    np.random.seed(_SEED)
-    random.seed(_SEED)
+    seed_everything(_SEED)
     task = torch.load(folder / _TASK, weights_only=True)
     module = load_module(factory).eval()
     module.load_state_dict(task["state"])

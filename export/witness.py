@@ -67,14 +67,19 @@ def plain_forward() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators, NumPy's and Python's global ones."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's, NumPy's and Python's global generators under a seed, and back where they were afterwards."""
     host, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        seed_everything(seed)
         try:
             yield
         finally:

@@ -17,9 +17,10 @@ from evalmode.export.audit import batchnorm
 from evalmode.export.audit.capture import Candidate, Found, find
 from evalmode.export.audit.judge import judge
 from evalmode.export.audit.site import Kind, Site
-from evalmode.export.audit.state import seed_everything, untouched, working_copy
-from evalmode.export.modules import named_everything
+from evalmode.export.modules import named_everything, private_copy
 from evalmode.export.rules import EXPECTATION_GAP
+from evalmode.export.state import untouched
+from evalmode.export.witness import seed_everything
 
 RULE = EXPECTATION_GAP
 
@@ -77,7 +78,7 @@ def _audit(
     seed: int,
     progress: Callable[[str], None],
 ) -> tuple[list[Site], list[Finding]]:
-    copied = working_copy(module).eval()
+    copied = private_copy(module, parameters=True).eval()
     modules = named_everything(copied)
     norms = batchnorm.batch_norms(modules)
     level = alpha / (_TESTS * max(len(found.candidates), 1))

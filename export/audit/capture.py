@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from evalmode.export.audit.state import seed_everything, working_copy
 from evalmode.export.axes import UnusableInputs
-from evalmode.export.modules import is_dropout, named_everything
-from evalmode.export.witness import Draw, Unwatched, declared_rate, draws, plain_forward
+from evalmode.export.modules import is_dropout, named_everything, private_copy
+from evalmode.export.witness import Draw, Unwatched, declared_rate, draws, plain_forward, seed_everything
 
 Sample = Mapping[str, Tensor]
 
@@ -123,10 +122,10 @@ def find(module: nn.Module, samples: Sequence[Sample], *, seed: int) -> Found:
     Raises UnusableInputs where no sample runs in either mode.
     """
     found = Found()
-    training = working_copy(module).train()
+    training = private_copy(module, parameters=True).train()
     flags = {path: part.training for path, part in named_everything(training).items()}
     drawn, found.ran, failures = _draws(training, samples, seed=seed)
-    always, answered, others = _draws(working_copy(module).eval(), samples, seed=seed)
+    always, answered, others = _draws(private_copy(module, parameters=True).eval(), samples, seed=seed)
     found.failures = [f"in training mode on a sample: {_said(failure)}" for failure in failures]
     found.failures += [f"in eval mode on a sample: {_said(failure)}" for failure in others]
     if not found.ran and not answered and not any(isinstance(failure, Unwatched) for failure in others):
@@ -140,7 +139,9 @@ def find(module: nn.Module, samples: Sequence[Sample], *, seed: int) -> Found:
         for path, part in modules.items()
         if path in drawn or path in always or (should_drop(part) and declared_rate(part) is not None)
     ]
-    first, counts = _calls(working_copy(module).train(), [samples[index] for index in found.ran], paths, seed=seed)
+    first, counts = _calls(
+        private_copy(module, parameters=True).train(), [samples[index] for index in found.ran], paths, seed=seed
+    )
     found.candidates = [
         Candidate(
             path=path,

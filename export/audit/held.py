@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from evalmode.export.audit.capture import Call
-from evalmode.export.audit.state import saved
 from evalmode.export.modules import named_everything
+from evalmode.export.state import saved
 from evalmode.export.witness import plain_forward
 
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.audit.state import untouched
 from evalmode.export.convert import scope
 from evalmode.export.modules import is_dropout, named_everything, private_copy
+from evalmode.export.state import untouched
 from evalmode.export.subject import Subject, as_tensors
 from evalmode.export.witness import Draw, declared_rate, draws
 

@@ -6,7 +6,6 @@ a module which cannot be copied changes in place.
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,27 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.export.modules import named_everything, named_generators
-
-
-def working_copy(module: nn.Module) -> nn.Module:
-    """A deep copy; the module itself, which `untouched` must then put back, where it cannot be copied.
-
-    A copy that still runs parts of the original (a closure over one of its modules) is none.
-    """
-    try:
-        copied = copy.deepcopy(module)
-    except Exception:  # whatever a user's attribute raises when it is copied
-        return module
-    originals = {id(part) for part in named_everything(module).values()}
-    shares = any(id(part) in originals for part in named_everything(copied).values())
-    return module if shares else copied
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch's generators, NumPy's and Python's global ones."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 @contextmanager
