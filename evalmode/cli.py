@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -236,12 +236,6 @@ def _lines_of_stdin() -> list[str]:
     if sys.stdin.isatty():
         raise EvalmodeError("there is no text: give texts as arguments, or pipe one a line into stdin")
     return [line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer]
-
-
-def _print_records(records: Any, *, title: str) -> None:
-    from evalmode.tables import records_table
-
-    open_console().print(records_table(records, title=title))
 
 
 if __name__ == "__main__":

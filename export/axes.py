@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -72,6 +74,11 @@ def sizes_of(sample: Sample, axes: Axes) -> dict[str, int]:
             if sizes.setdefault(axis, size) != size:
                 raise UnusableInputs(f"axis {axis!r} is {sizes[axis]} in one input and {size} in {name}")
     return sizes
+
+
+def shapes_of(inputs: Mapping[str, Tensor | npt.NDArray[np.generic]]) -> str:
+    """The inputs' shapes in words: `ids [3, 9], mask [3, 9]`."""
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
 
 
 def resized(sample: Sample, axes: Axes, sizes: Mapping[str, int]) -> dict[str, Tensor]:

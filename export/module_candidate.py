@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.axes import UnusableInputs, parse_axes, resized, sizes_of
+from evalmode.export.axes import UnusableInputs, parse_axes, resized, shapes_of, sizes_of
 from evalmode.export.candidate import BATCH, Axes, Candidate, Sample
 from evalmode.export.modules import private_copy
 from evalmode.export.outputs import flatten, left_out
@@ -155,10 +155,9 @@ def _answer(module: nn.Module, sample: Sample) -> object:
         with plain_forward():
             answer = module(**sample)
     except Exception as error:  # the user's own code
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sample.items())
         reason = str(error).strip().partition("\n")[0]
         raise UnusableInputs(
-            f"{type(module).__name__} fails on the sample ({shapes}): {type(error).__name__}: {reason}"
+            f"{type(module).__name__} fails on the sample ({shapes_of(sample)}): {type(error).__name__}: {reason}"
         ) from error
     if not flatten(answer):
         raise UnusableInputs(f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}")

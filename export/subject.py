@@ -96,6 +96,11 @@ class Subject:
         source = self.path or self.data
         return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
 
+    @cached_property
+    def answers(self) -> list[tuple[Arrays, Arrays]]:
+        """For each probe what the module answers (nothing without one) and what the graph does, as served."""
+        return [({} if self.module is None else self.reference(probe), self.served.run(probe)) for probe in self.probes]
+
     def reference(self, inputs: Tensors) -> Arrays:
         """What the module itself answers, by the names of the model's outputs."""
         assert self.module is not None, "a rule that compares with the module is given one"

@@ -17,7 +17,6 @@ from evalmode.export.subject import Subject
 RULE = "baked-noise"
 
 _FIX = "draw nothing in eval mode; what must stay random but fixed belongs into a buffer of the module"
-_FIX_MASK = "if this is a dropout mask, make it depend on self.training; if it is a pruning mask, all is well"
 
 
 def check(subject: Subject) -> Record:

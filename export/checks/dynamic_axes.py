@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.bundle.errors import ModelRunFailed
-from evalmode.bundle.known_answers import Tensors
-from evalmode.export.axes import resized
+from evalmode.export.axes import resized, shapes_of
 from evalmode.export.subject import Subject, as_tensors
 
 RULE = "dynamic-axes"
@@ -46,12 +45,12 @@ def _refused(subject: Subject) -> Iterator[Finding]:
             answers = subject.served.run(probe)
         except ModelRunFailed as error:
             reason = str(error).rpartition(" : ")[2].strip()
-            yield _error("", f"the module reads {_shapes(probe)}, the graph does not: {reason}")
+            yield _error("", f"the module reads {shapes_of(probe)}, the graph does not: {reason}")
             continue
         for name, reference in subject.reference(probe).items():
             if reference.shape != answers[name].shape:
                 shape, right = list(answers[name].shape), list(reference.shape)
-                yield _error(name, f"its shape is {shape} for {_shapes(probe)}, the module's is {right}")
+                yield _error(name, f"its shape is {shape} for {shapes_of(probe)}, the module's is {right}")
 
 
 def _beyond(subject: Subject) -> Iterator[Finding]:
@@ -71,10 +70,6 @@ def _beyond(subject: Subject) -> Iterator[Finding]:
 
 def _bounded(subject: Subject) -> str:
     return "".join(f", {axis} at most {bound}" for axis, bound in subject.bounds.items())
-
-
-def _shapes(probe: Tensors) -> str:
-    return ", ".join(f"{name} {list(array.shape)}" for name, array in probe.items())
 
 
 def _error(node: str, why: str) -> Finding:

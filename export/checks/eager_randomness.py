@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity
+from evalmode.export.axes import shapes_of
 from evalmode.export.outputs import flatten
 from evalmode.export.witness import Draw, Unwatched, draws, plain_forward
 
@@ -46,8 +47,8 @@ def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
     except Unwatched as error:
         return [Finding(severity=Severity.UNPROVEN, why=f"a forward cannot be watched: {error}", fix=_FIX_UNWATCHED)]
     except Exception as error:  # the user's own code: whatever it raises on an input it should read is a finding
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in probe.items())
-        return [_error(f"the forward fails on {shapes}: {type(error).__name__}: {error}", "give inputs that it reads")]
+        why = f"the forward fails on {shapes_of(probe)}: {type(error).__name__}: {error}"
+        return [_error(why, "give inputs that it reads")]
 
 
 def _drawn(draw: Draw) -> Finding:

@@ -84,11 +84,6 @@ class NodeAt:
         """Who decides input `index` where the graph alone does not: the end of a sentence that begins with "it is"."""
         return decider(self.scope.argument(self.node, index))
 
-    def maker(self, index: int) -> onnx.NodeProto | None:
-        """The node that makes input `index`, if one does."""
-        value = self.scope.argument(self.node, index)
-        return value.node if isinstance(value, Made) else None
-
 
 class Walker:
     """One walk over a model; `nodes` and `weights` hold what it has met. Raises Broken for a model that is broken."""
