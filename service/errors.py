@@ -3,12 +3,19 @@
 EvalmodeError
 ├── StartFailed            the server cannot start: a setting, the port, the model; exit code 2
 └── RequestError           what an answer other than 200 says
-    ├── BadRequest         400  the body is not JSON
+    ├── BadRequest         400  the body is not JSON, or a tensor is not what the model takes
+    ├── Unauthorized       401  no API key, or none that is known
+    ├── Forbidden          403  something that this server was told not to do
+    ├── UnknownModel       404  no model, or no version of it, has this name
+    ├── RequestTimeout     408  the body did not come in time
+    ├── Conflict           409  something that this server cannot do as it is set up
+    ├── BodyTooLarge       413  more than this server reads, or than its queue could ever hold
     ├── UnsupportedMedia   415  the body declares to be something else
-    ├── BodyTooLarge       413  more bytes than this server reads
     ├── InvalidField       422  one field is wrong; says which and how
     ├── RunFailed          500  the model failed on these rows; others are not concerned
-    └── NotReady           503  the model is not loaded, or the server is stopping
+    ├── NotReady           503  the model is not loaded, or the server is stopping
+    ├── QueueFull          503  too much waits already; says when to come again
+    └── DeadlineExceeded   504  the answer was not there in the time that the request allowed
 
 Knows nothing of FastAPI: `app.py` turns these into answers.
 """
@@ -35,9 +42,39 @@ class RequestError(EvalmodeError):
 
 
 class BadRequest(RequestError):  # noqa: N818
-    """The body is not JSON."""
+    """The body is not JSON, or holds a tensor that is not what the model takes."""
 
     status = 400
+
+
+class Unauthorized(RequestError):  # noqa: N818
+    """The request shows no API key, or none that this server knows."""
+
+    status = 401
+
+
+class Forbidden(RequestError):  # noqa: N818
+    """Something that this server was told not to do for anyone."""
+
+    status = 403
+
+
+class UnknownModel(RequestError):  # noqa: N818
+    """No model, or no version of it, has the name that was asked for."""
+
+    status = 404
+
+
+class RequestTimeout(RequestError):  # noqa: N818
+    """The body did not come in time."""
+
+    status = 408
+
+
+class Conflict(RequestError):  # noqa: N818
+    """Something that this server cannot do as it is set up."""
+
+    status = 409
 
 
 class UnsupportedMedia(RequestError):  # noqa: N818
@@ -47,7 +84,7 @@ class UnsupportedMedia(RequestError):  # noqa: N818
 
 
 class BodyTooLarge(RequestError):  # noqa: N818
-    """The body holds more bytes than this server reads."""
+    """The body holds more than this server reads, or than its queue could ever hold."""
 
     status = 413
 
@@ -68,3 +105,19 @@ class NotReady(RequestError):  # noqa: N818
     """No model is there to answer: not yet loaded, or closed already."""
 
     status = 503
+
+
+class QueueFull(RequestError):  # noqa: N818
+    """Too much waits already; `retry_after_s` is when there should be room, by the measured drain rate."""
+
+    status = 503
+
+    def __init__(self, sentence: str, *, retry_after_s: int) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(RequestError):  # noqa: N818
+    """The answer was not there in the time that the request, or this server, allows."""
+
+    status = 504
