@@ -7,22 +7,17 @@ Machines are noisy: quote the ratios, which are of one run, and repeat the absol
 
 from __future__ import annotations
 
-import os
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from serving import served
 
 STARTS = 5
 REQUESTS = 1000
@@ -35,33 +30,6 @@ TEXTS = (
     "これは文です。",
     "Une phrase de longueur moyenne, ni plus ni moins.",
 )
-
-
-@contextmanager
-def served(bundle: str) -> Iterator[tuple[str, subprocess.Popen[str], float]]:
-    """A server on a free port: its address, its process, and the seconds from its start until it was ready."""
-    started = time.perf_counter()
-    command = [Path(sys.executable).with_name("evalmode"), "serve", bundle, "--port", "0"]
-    with (
-        tempfile.NamedTemporaryFile("w+") as log,
-        subprocess.Popen(command, stderr=log, text=True, env={**os.environ, "EVALMODE_LOG_FORMAT": "json"}) as process,
-    ):
-        try:
-            while not (found := re.search(r'"url": "([^"]+)"', Path(log.name).read_text())):
-                if process.poll() is not None:
-                    sys.exit(Path(log.name).read_text())
-                time.sleep(0.002)  # the resolution of the figure
-            httpx.get(f"{found[1]}/readyz").raise_for_status()
-            yield found[1], process, time.perf_counter() - started
-        finally:
-            process.terminate()
-
-
-def resident_mb(process: subprocess.Popen[str], field: str) -> float:
-    """VmRSS or VmHWM of a process, in megabytes."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-    assert found
-    return int(found[1]) / 1024
 
 
 def latencies_ms(ask: Callable[[int], object], *, clients: int, title: str) -> tuple[list[float], float]:
@@ -82,10 +50,10 @@ def main(bundle: str) -> None:
     """Measure and print."""
     starts = []
     for _ in track(range(STARTS), description="start", transient=True):
-        with served(bundle) as (_, process, seconds):
-            starts.append(seconds)
-            idle_mb = resident_mb(process, "VmRSS")
-    with served(bundle) as (url, process, _), httpx.Client(base_url=url) as client:
+        with served(bundle) as server:
+            starts.append(server.start_s)
+            idle_mb = server.resident_mb()
+    with served(bundle, "--access-log", "0") as server, httpx.Client(base_url=server.url) as client:
 
         def post(texts: list[str]) -> None:
             client.post("/v1/predict", json={"inputs": texts}).raise_for_status()
@@ -96,7 +64,7 @@ def main(bundle: str) -> None:
         for first in range(0, REQUESTS, 100):
             post([TEXTS[n % len(TEXTS)] for n in range(first, first + 100)])
         in_batches_per_s = REQUESTS / (time.perf_counter() - started)
-        peak_mb = resident_mb(process, "VmHWM")
+        peak_mb = server.resident_mb("VmHWM")
     table = Table("figure", "value", title=f"server of {bundle}", title_justify="left")
     table.add_row("start to ready, median of 5", f"{statistics.median(starts):.2f} s")
     table.add_row("resident memory when ready", f"{idle_mb:.0f} MB")

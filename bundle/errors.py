@@ -6,7 +6,8 @@ EvalmodeError                 every error that is the user's to mend: one senten
 │   ├── BundleNotCertified    its certificate is absent, fails, or certifies other content
 │   └── KnownAnswersDiffer    it does not answer here as it was certified to
 ├── DataError                 a data set that cannot be used as asked
-├── ModelRunFailed            the runtime refused these inputs, or failed on them
+├── ModelRunFailed            the runtime failed on these inputs
+│   └── InputsRefused         because of the inputs: an index out of range, shapes that do not go together
 └── ProviderUnavailable       an execution provider that was asked for is not there; says which are
 """
 
@@ -38,7 +39,11 @@ class DataError(EvalmodeError):
 
 
 class ModelRunFailed(EvalmodeError):  # noqa: N818
-    """The runtime refused the inputs of a run, or failed on them; the message is the runtime's reason."""
+    """The runtime failed on the inputs of a run; the message is the runtime's reason."""
+
+
+class InputsRefused(ModelRunFailed):
+    """The inputs of a run are not what the model can compute with; other inputs would have been answered."""
 
 
 class ProviderUnavailable(EvalmodeError):  # noqa: N818

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evalmode.bundle.certificate import Platform
-from evalmode.bundle.errors import BundleCorrupt, ModelRunFailed, ProviderUnavailable
+from evalmode.bundle.errors import BundleCorrupt, InputsRefused, ModelRunFailed, ProviderUnavailable
 from evalmode.bundle.manifest import MODEL_FILE, TensorSpec
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -46,6 +46,8 @@ _DATATYPES = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+
+_NO_FAULT_OF_INPUTS = ("memory", "bad_alloc", "cuda", "cudnn", "cublas", "tensorrt", "rocm", "not implemented")
 
 
 class Session:
@@ -85,11 +87,15 @@ class Session:
         )
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
-        """Every output by name, for inputs by name. Raises ModelRunFailed with the runtime's reason."""
+        """Every output by name, for inputs by name.
+
+        Raises ModelRunFailed with the runtime's reason, and InputsRefused where the inputs are to blame.
+        """
         try:
             return dict(zip(self._answers, self._session.run(self._answers, dict(inputs)), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise ModelRunFailed(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
+            kind = InputsRefused if _blames_inputs(error) else ModelRunFailed
+            raise kind(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
 
 
 def open_session(model: bytes | Path, *, provider: str = "cpu", threads: int = 1, optimise: bool = True) -> Session:
@@ -138,6 +144,18 @@ def _resolve(provider: str, ort: ModuleType) -> str:
     if name == _PROVIDERS["cuda"] and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds the CUDA and cuDNN libraries that pip installed beside it
     return name
+
+
+def _blames_inputs(error: Exception) -> bool:
+    """Whether a run failed because of what it was given.
+
+    An index out of range is an InvalidArgument, but shapes that do not go together are a mere Fail of the node that
+    meets them, like the memory or the device that gives out there; only the words tell these apart.
+    """
+    if type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError):
+        return True
+    said = str(error)
+    return "while running" in said and not any(word in said.lower() for word in _NO_FAULT_OF_INPUTS)
 
 
 def _tensor(found: object) -> TensorSpec:

@@ -123,13 +123,14 @@ def find_bundle(path: Path) -> Path:
     names = sorted({folder.parent for folder in found})
     if len(names) > 1:
         raise BundleError(f"{path} holds several bundles, name one: {', '.join(map(str, names))}")
-    return max(found, key=_version_order)
+    return max(found, key=lambda folder: version_order(folder.name))
 
 
-def _version_order(folder: Path) -> list[tuple[int, int, str]]:
+def version_order(version: str) -> list[tuple[int, int, str]]:
+    """A key that sorts versions as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before 2.0."""
     # A word is below the end, and the end below a number: 2.0-rc1, 2.0, 2.0.1.
-    parts = re.findall(r"[0-9]+|[a-z]+", folder.name.lower())
-    return [(2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts] + [(1, 0, folder.name)]
+    parts = re.findall(r"[0-9]+|[a-z]+", version.lower())
+    return [(2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts] + [(1, 0, version)]
 
 
 def _already(target: Path, digest: str) -> Path:

@@ -5,18 +5,31 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from evalmode import __version__
 from evalmode.bundle.errors import EvalmodeError
 from evalmode.commands import audit as audit_command
 from evalmode.commands import export as export_command
+from evalmode.commands import predict as predict_command
+from evalmode.commands import serve as serve_command
 from evalmode.commands import verify as verify_command
 from evalmode.terminal import UNUSABLE, complain, open_console
 
+
+class _Commands(TyperGroup):
+    """The subcommands; the one with a flag for every setting of a server gets them when it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, serve_command.serve_command() if name == "serve" else command, rest
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Train with dropout. Serve without it. Prove it.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -117,66 +130,8 @@ def train(
 app.command(epilog=export_command.EPILOG)(export_command.export)
 app.command(epilog=verify_command.EPILOG)(verify_command.verify)
 app.command(epilog=audit_command.EPILOG)(audit_command.audit)
-
-
-@app.command(epilog="Examples:  evalmode serve   |   evalmode serve bundles/languages/1 --port 9000 --provider cuda")
-def serve(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle or a folder of bundles. \\[default: bundles]")] = None,
-    host: Annotated[str | None, typer.Option(help="The address to listen on. \\[default: 127.0.0.1]")] = None,
-    port: Annotated[
-        int | None, typer.Option(help="The port to listen on; 0 takes a free one. \\[default: 8000]")
-    ] = None,
-    provider: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or ONNX Runtime's own name.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of one batch. \\[default: 1]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Batches at once. \\[default: as the CPU quota allows]")] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="The largest request body. \\[default: 1 MiB]")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="The most texts in a request. \\[default: 256]")] = None,
-    allow_uncertified: Annotated[
-        bool | None, typer.Option(help="Serve a bundle without a passing certificate.")
-    ] = None,
-) -> None:
-    """Serve a bundle over HTTP. Every option is also an environment variable: EVALMODE_PORT=9000."""
-    from evalmode.service.server import serve as serve_settings
-    from evalmode.service.settings import load_settings
-
-    serve_settings(
-        load_settings(
-            bundle=bundle,
-            host=host,
-            port=port,
-            provider=provider,
-            threads=threads,
-            workers=workers,
-            max_body_bytes=max_body_bytes,
-            max_rows=max_rows,
-            allow_uncertified=allow_uncertified,
-        )
-    )
-
-
-@app.command(epilog="Examples:  evalmode predict 'Dit is een zin.'   |   cat texts.txt | evalmode predict --json")
-def predict(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none reads a text a line from stdin.")] = None,
-    bundle: Annotated[Path, typer.Option(help="A bundle or a folder of bundles.")] = BUNDLES,
-    top_k: Annotated[int, typer.Option(min=1, help="Labels to show for each text.")] = 3,
-    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or ONNX Runtime's own name.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print what the server would answer, as JSON.")] = False,
-) -> None:
-    """Predict in this process, without a server; the scores have the bits that the server's have."""
-    from evalmode.service.predictor import Predictor
-
-    asked = texts or _lines_of_stdin()
-    with Predictor.open(bundle, provider=provider) as predictor:
-        predictions = predictor.predict(asked, top_k=top_k)
-        if as_json:
-            from evalmode.service.schemas import PredictResponse
-
-            print(PredictResponse.of(predictor, predictions).model_dump_json())
-            return
-    from evalmode.tables import predictions_table
-
-    answers = [[(scored.label, scored.score) for scored in prediction.top] for prediction in predictions]
-    open_console().print(predictions_table(asked, answers))
+app.command(epilog=serve_command.EPILOG)(serve_command.serve)
+app.command(epilog=predict_command.EPILOG)(predict_command.predict)
 
 
 @app.command(epilog="Example:  evalmode show bundles/languages/1")
@@ -230,12 +185,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _lines_of_stdin() -> list[str]:
-    if sys.stdin.isatty():
-        raise EvalmodeError("there is no text: give texts as arguments, or pipe one a line into stdin")
-    return [line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer]
 
 
 if __name__ == "__main__":

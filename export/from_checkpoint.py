@@ -9,11 +9,12 @@ from pathlib import Path
 
 from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.frontend import collate
+from evalmode.bundle.row_counts import rows_by_length
 from evalmode.export.candidate import BATCH, Candidate
 from evalmode.export.certify import Progress
 from evalmode.export.release import Description, Released, release, require_writable
 from evalmode.export.subject import as_tensors
-from evalmode.export.text_probes import held_out, probes, rows_by_length
+from evalmode.export.text_probes import held_out, probes
 from evalmode.model.checkpoint import Checkpoint
 
 _AXES = {0: BATCH, 1: "length"}

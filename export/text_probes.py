@@ -14,24 +14,8 @@ from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec, collate
 from evalmode.bundle.known_answers import Tensors
 from evalmode.export.subject import HeldOut
 
-_ROWS_A_LENGTH = 8
 _HELD_OUT_BATCH = 64
 _BATCHES = (1, 2, 64)  # both ends of the certified batch sizes, and the smallest at which rows have a neighbour
-
-
-def rows_by_length(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> dict[int, list[Tensors]]:
-    """Single rows, padded, for every rung of the ladder: half of them full, half of them mostly padding.
-
-    Made of real rows, cut or joined until they have the length: real ids at lengths that the data may not reach.
-    """
-    joined = np.concatenate(rows)
-    found: dict[int, list[Tensors]] = {}
-    for length in spec.lengths:
-        starts = [length * index for index in range(_ROWS_A_LENGTH)]
-        pieces = [np.take(joined, range(start, start + length), axis=0, mode="wrap") for start in starts]
-        pieces[1::2] = [piece[: max(1, length // (index + 2))] for index, piece in enumerate(pieces[1::2])]
-        found[length] = [collate([piece], length=length) for piece in pieces]
-    return found
 
 
 def probes(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> tuple[Tensors, ...]:

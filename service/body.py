@@ -5,6 +5,7 @@ It is given the chunks of the body, so that no more than the limit is ever held.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, UnsupportedMedia
+from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, RequestTimeout, UnsupportedMedia
 from evalmode.service.schemas import PredictRequest
 
 _SHOWN_CHARACTERS = 60
@@ -21,17 +22,35 @@ _SHOWN_CHARACTERS = 60
 _TAKEN_FOR_JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded"})
 
 
-async def read_body(chunks: AsyncIterator[bytes], *, declared_bytes: str | None, max_body_bytes: int) -> bytes:
-    """The whole body. `declared_bytes` is the Content-Length header: too many are refused before a byte is read."""
+async def read_body(
+    chunks: AsyncIterator[bytes], *, declared_bytes: str | None, max_body_bytes: int, silence_s: float
+) -> bytes:
+    """The whole body. `declared_bytes` is the Content-Length header: too many are refused before a byte is read.
+
+    Raises BodyTooLarge, and RequestTimeout when nothing more of it came for `silence_s`.
+    """
     too_large = BodyTooLarge(f"the body is larger than the {max_body_bytes} bytes that this server reads")
     if declared_bytes is not None and declared_bytes.isdecimal() and int(declared_bytes) > max_body_bytes:
         raise too_large
     body = bytearray()
-    async for chunk in chunks:
+    async for chunk in unless_silent(chunks, silence_s=silence_s):
         body += chunk
         if len(body) > max_body_bytes:
             raise too_large
     return bytes(body)
+
+
+async def unless_silent(chunks: AsyncIterator[bytes], *, silence_s: float) -> AsyncIterator[bytes]:
+    """The chunks of a body. Raises RequestTimeout when the next one takes longer than `silence_s`."""
+    while True:
+        try:
+            async with asyncio.timeout(silence_s):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise RequestTimeout(f"nothing more of the body came for {silence_s:g} seconds") from error
+        yield chunk
 
 
 def require_json(content_type: str | None) -> None:

@@ -1,113 +1,195 @@
-"""Runs rows in batches on a pool of threads and answers them in order. Knows nothing of HTTP, tokens or ONNX.
+"""Runs rows in batches on a few threads. Knows nothing of HTTP, tokens or ONNX.
 
-It is given `run`, which answers rows of one key, and the batch sizes at which `run` gives every row the bits it has
-alone. Rows of different keys never meet in a batch, and a batch never has another size.
+It is given jobs: a row with the bucket it belongs to, which says how it is run and at which row counts. Rows of
+different buckets never meet in a batch, and a batch never has another row count. A batch starts at once when a thread
+is free; else rows gather in the queue, and go when one is: the most urgent first, and with it those of its bucket.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Generic
 
-from evalmode.service.errors import NotReady, RequestError, RunFailed
+from evalmode.service.batch import Batch, as_request_error, run_filled
+from evalmode.service.bucket import Answer, Bucket, Row, SizedRow
+from evalmode.service.errors import RequestError
+from evalmode.service.limits import Limits, Load
+from evalmode.service.observer import Observer, Reason, tell
+from evalmode.service.proof import Proofs, Sample, Violation
+from evalmode.service.queue import Queue
 
-Row = TypeVar("Row")
-Answer = TypeVar("Answer")
+__all__ = ["Answer", "Bucket", "Engine", "Limits", "Load", "Observer", "Reason", "Row", "SizedRow", "Violation"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Batch(Generic[Answer]):
-    """A batch on its way: the places of its rows in the request. `answers` may hold more: copies that filled it up."""
-
-    places: Sequence[int]
-    answers: Future[Sequence[Answer]]
+_log = logging.getLogger(__name__)
 
 
 class Engine(Generic[Row, Answer]):
-    """Answers rows, blocking (`answer`) or awaited (`answer_async`), from any number of threads at once.
+    """Answers requests of one or many rows, blocking or awaited, from any number of threads and event loops at once.
 
-    A batch that fails fails the request it belongs to and nothing else; a request is answered whole or fails whole.
+    A request is answered whole or fails whole, and a row that makes its batch fail fails its own request alone.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[Row]], Sequence[Answer]],
         *,
-        key: Callable[[Row], int],
-        row_counts: Mapping[int, Sequence[int]],
-        workers: int,
+        parallel: int,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        content: Callable[[Answer], bytes],
+        digest: Callable[[Row], str],
+        observers: Sequence[Observer] = (),
+        proof_fraction: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        assert all(row_counts.values()), "every key has a batch size that may run"
-        self._run = run
-        self._key = key
-        self._row_counts = row_counts
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="engine")
+        """Start `parallel` threads; `content` gives the bytes of an answer and `digest` names a row, for the proof."""
+        if parallel < 1:
+            raise ValueError(f"parallel is {parallel}: at least 1 batch must be able to run")
+        self._observers = tuple(observers)
+        self._clock = clock
+        self._proofs: Proofs[Row, Answer] = Proofs(fraction=proof_fraction, content=content, digest=digest)
+        self._queue: Queue[Row, Answer] = Queue(
+            parallel=parallel, limits=limits, proofs=self._proofs, observers=self._observers, clock=clock
+        )
+        # Daemons: a run that never comes back must not keep the process from ending.
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"engine-{number}", daemon=True) for number in range(parallel)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
-        """The answers of `rows`, in their order. Raises RunFailed when a batch fails, NotReady after `close`."""
-        batches = self._start(rows)
-        return self._collect(batches, [batch.answers.result() for batch in batches])
+    def answer(
+        self, jobs: Sequence[tuple[Bucket[Row, Answer], Row]], *, timeout_s: float | None = None
+    ) -> list[Answer]:
+        """The answers of `jobs`, in their order.
 
-    async def answer_async(self, rows: Sequence[Row]) -> list[Answer]:
-        """The same, without blocking the event loop."""
-        batches = self._start(rows)
-        answered = await asyncio.gather(*(asyncio.wrap_future(batch.answers) for batch in batches))
-        return self._collect(batches, answered)
-
-    def close(self) -> None:
-        """Finish what was started and take nothing more."""
-        self._pool.shutdown()
-
-    def _start(self, rows: Sequence[Row]) -> list[_Batch[Answer]]:
-        groups: dict[int, list[int]] = {}
-        for place, row in enumerate(rows):
-            groups.setdefault(self._key(row), []).append(place)
-        batches = []
-        for key, places in groups.items():
-            first = 0
-            for count in cut(len(places), self._row_counts[key]):
-                taken = places[first : first + count]
-                first += count
-                filled = [rows[place] for place in taken] + [rows[taken[-1]]] * (count - len(taken))
-                batches.append(_Batch(places=taken, answers=self._submit(filled)))
-        return batches
-
-    def _submit(self, rows: Sequence[Row]) -> Future[Sequence[Answer]]:
+        Raises QueueFull; BodyTooLarge for more than the queue could ever hold; NotReady after `close`;
+        DeadlineExceeded when `timeout_s` has passed; and when a row fails RunFailed, or what `run` has for the caller.
+        """
+        if not jobs:
+            return []
+        event = threading.Event()
+        ticket = self._queue.admit(jobs, timeout_s=timeout_s, caller=event)
         try:
-            return self._pool.submit(self._guarded, rows)
-        except RuntimeError as error:  # the pool's own word for "shut down"
-            raise NotReady("the server is stopping and takes no more requests") from error
-
-    def _guarded(self, rows: Sequence[Row]) -> Sequence[Answer]:
-        try:
-            answers = self._run(rows)
-        except RequestError:
+            if not event.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
+                self._queue.expire(ticket)
+        except BaseException:  # an interrupt
+            self._queue.drop(ticket, "cancelled", None)
             raise
-        except Exception as error:  # whatever the runtime raises: this batch's callers must hear of it, nobody else
-            raise RunFailed("the model failed on the rows of this request") from error
-        assert len(answers) == len(rows), "run answers every row"
-        return answers
+        return ticket.result()
 
-    def _collect(self, batches: Sequence[_Batch[Answer]], answered: Sequence[Sequence[Answer]]) -> list[Answer]:
-        by_place = {
-            place: answer
-            for batch, answers in zip(batches, answered, strict=True)
-            for place, answer in zip(batch.places, answers, strict=False)  # the copies that filled a batch fall off
-        }
-        return [by_place[place] for place in range(len(by_place))]
+    async def answer_async(
+        self, jobs: Sequence[tuple[Bucket[Row, Answer], Row]], *, timeout_s: float | None = None
+    ) -> list[Answer]:
+        """The same, without blocking the event loop; when the task is cancelled its rows leave the queue at once."""
+        if not jobs:
+            return []
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        ticket = self._queue.admit(jobs, timeout_s=timeout_s, caller=future)
+        timer = None
+        if timeout_s is not None and timeout_s < math.inf:
+            timer = loop.call_later(timeout_s, self._queue.expire, ticket)
+        try:
+            await future
+        except BaseException:  # a cancellation
+            self._queue.drop(ticket, "cancelled", None)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return ticket.result()
 
+    async def wait_for_room(self, rows: int, *, nbytes: int = 0) -> None:
+        """Return when that many rows, of `nbytes` together, would be admitted; first come first served.
 
-def cut(rows: int, allowed: Sequence[int]) -> list[int]:
-    """The batch sizes, each one of `allowed`, that `rows` rows run in, largest first.
+        Nothing is reserved: a request that comes in between may still take the room. Raises NotReady once the engine is
+        closed, and BodyTooLarge for more than the queue could ever hold.
+        """
+        await self._queue.wait_for_room(rows=rows, nbytes=nbytes)
 
-    Only where no allowed size is small enough does the last batch hold more places than rows.
-    """
-    sizes: list[int] = []
-    while rows > 0:
-        fitting = [count for count in allowed if count <= rows]
-        sizes.append(max(fitting) if fitting else min(allowed))
-        rows -= sizes[-1]
-    return sizes
+    @property
+    def load(self) -> Load:
+        """What waits and runs now."""
+        return self._queue.load
+
+    def stuck_s(self) -> float:
+        """Seconds by which the longest run now exceeds `limits.max_run_s`; 0.0 when none does."""
+        return self._queue.stuck_s()
+
+    def retry_after_s(self) -> int:
+        """Seconds, 1 to 60, until what waits now should have run, by the measured drain rate."""
+        return self._queue.retry_after_s()
+
+    def close(self, *, timeout_s: float | None = None) -> bool:
+        """Take nothing more and finish what was accepted; False when not all of it ended in time."""
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        self._queue.close()
+        for thread in self._threads:
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        self._proofs.clear()
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _serve(self) -> None:
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        work = self._queue.next()  # held no longer than this call: a thread that waits keeps no row alive
+        if isinstance(work, Batch):
+            self._run(work)
+        elif isinstance(work, Sample):
+            self._prove(work)
+        return work is not None
+
+    def _run(self, batch: Batch[Row, Answer]) -> None:
+        started = self._clock()
+        outcomes = self._outcomes(batch)
+        if isinstance(outcomes, RequestError):
+            if batch.shared:
+                self._run_alone(batch)
+            else:
+                self._queue.deliver(batch, [outcomes] * len(batch.entries))
+            return
+        run_s = self._clock() - started
+        self._tell_ran(batch, started=started, run_s=run_s)
+        self._sample(batch, outcomes)
+        self._queue.deliver(batch, outcomes, run_s=run_s)
+
+    def _outcomes(self, batch: Batch[Row, Answer]) -> Sequence[Answer | Exception] | RequestError:
+        try:
+            return run_filled(batch.bucket, batch.rows, places=batch.places)
+        except BaseException as error:  # also what is no Exception: the thread must live, and the callers hear of it
+            return as_request_error(error)
+
+    def _run_alone(self, batch: Batch[Row, Answer]) -> None:
+        """Run again, each row for itself, what failed together, so that only the guilty request fails."""
+        for single in batch.alone():
+            if self._queue.begin(single.entries[0][0]):
+                self._run(single)
+
+    def _tell_ran(self, batch: Batch[Row, Answer], *, started: float, run_s: float) -> None:
+        if self._observers:
+            waited_s = [started - ticket.arrived for ticket, _, _ in batch.entries]
+            for observer in self._observers:
+                tell(observer.batch_ran, batch.bucket, batch.rows, places=batch.places, waited_s=waited_s, run_s=run_s)
+
+    def _sample(self, batch: Batch[Row, Answer], outcomes: Sequence[Answer | Exception]) -> None:
+        try:
+            self._proofs.sample(batch.bucket, batch.rows, outcomes, places=batch.places)
+        except Exception:  # the answers are there all the same
+            _log.exception("an answer could not be kept for its proof")
+
+    def _prove(self, sample: Sample[Row, Answer]) -> None:
+        try:
+            violation = self._proofs.prove(sample)
+        except BaseException:
+            _log.exception(
+                "a row of bucket %s/%s could not be run again for its proof", sample.bucket.model, sample.bucket.label
+            )
+            return
+        for observer in self._observers:
+            tell(observer.proved, sample.bucket, violation)

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, JsonValue
 from evalmode.bundle.certificate import Certificate, Platform
 from evalmode.bundle.known_answers import Replay
 from evalmode.bundle.manifest import Manifest
-from evalmode.service.predictor import Prediction, Predictor
+from evalmode.service.model import Model
+from evalmode.service.text import Prediction
 
 _REQUEST: JsonValue = {"inputs": ["Ez egy rövid mondat.", "Dit is een zin."], "top_k": 3, "truncate": True}
 _MODEL: JsonValue = {"name": "languages", "version": "1", "digest": "0f3c" * 16}
@@ -35,6 +36,8 @@ class PredictRequest(BaseModel):
     top_k: int = Field(
         default=3, ge=1, description="How many labels to give, best first; a model with fewer gives all of them."
     )
+    model: str | None = Field(default=None, description="Which model answers; needed where there are several.")
+    version: str | None = Field(default=None, description="Which version of it; by default the newest.")
     truncate: bool = Field(
         default=True, description="Cut a text that is longer than the model reads, or refuse the request with 422."
     )
@@ -48,10 +51,9 @@ class ModelReference(_Response):
     digest: str
 
     @classmethod
-    def of(cls, predictor: Predictor) -> ModelReference:
-        """The model that this predictor answers with."""
-        manifest = predictor.bundle.manifest
-        return cls(name=manifest.name, version=manifest.version, digest=predictor.bundle.digest)
+    def of(cls, model: Model) -> ModelReference:
+        """What this model is called."""
+        return cls(name=model.name, version=model.version, digest=model.digest)
 
 
 class ScoredLabel(_Response):
@@ -98,10 +100,10 @@ class PredictResponse(_Response):
     predictions: list[TextPrediction]
 
     @classmethod
-    def of(cls, predictor: Predictor, predictions: Sequence[Prediction]) -> PredictResponse:
-        """The response to a request that this predictor answered so."""
+    def of(cls, model: Model, predictions: Sequence[Prediction]) -> PredictResponse:
+        """The response to a request that this model answered so."""
         return cls(
-            model=ModelReference.of(predictor),
+            model=ModelReference.of(model),
             predictions=[TextPrediction.of(prediction) for prediction in predictions],
         )
 
@@ -118,31 +120,34 @@ class ModelResponse(_Response):
     platform: Platform
     provider: str
     threads: int = Field(description="threads of one batch")
-    workers: int = Field(description="batches that run at once")
-    row_counts: dict[int, list[int]] = Field(
-        description="for each padded length, the batch sizes measured here to give a row the bits it has alone"
+    parallel: int = Field(description="batches that run at once, in each worker")
+    workers: int = Field(description="server processes")
+    row_counts: dict[str, list[int]] = Field(
+        description="for each bucket of rows, the batch sizes measured here to give a row the bits it has alone, as far "
+        "as they are worth their time"
     )
 
     @classmethod
-    def of(cls, predictor: Predictor) -> ModelResponse:
-        """Everything there is to say of the model that this predictor answers with."""
+    def of(cls, model: Model, *, parallel: int, workers: int) -> ModelResponse:
+        """Everything there is to say of a model and of the server that answers with it."""
         return cls(
-            **dict(ModelReference.of(predictor)),
-            manifest=predictor.bundle.manifest,
-            certificate=predictor.bundle.certificate,
-            known_answers=predictor.replayed,
-            platform=predictor.platform,
-            provider=predictor.platform.provider,
-            threads=predictor.platform.threads,
-            workers=predictor.workers,
-            row_counts={length: list(counts) for length, counts in predictor.row_counts.items()},
+            **dict(ModelReference.of(model)),
+            manifest=model.bundle.manifest,
+            certificate=model.bundle.certificate,
+            known_answers=model.replayed,
+            platform=model.platform,
+            provider=model.platform.provider,
+            threads=model.platform.threads,
+            parallel=parallel,
+            workers=workers,
+            row_counts={bucket.label: sorted(bucket.costs) for bucket in model.buckets},
         )
 
 
 class StateResponse(_Response):
     """The answer of /livez and /readyz."""
 
-    live: bool = True
+    live: bool
     ready: bool | None = None
 
 

@@ -1,56 +1,108 @@
-"""A process that serves: binds the port, runs uvicorn, ends with 0 on a signal. Knows no model and no route."""
+"""A process that serves: binds the port, opens the models, runs the server, ends with 0 on a signal.
+
+Knows no route. What it serves is a `Service`: `open_service` makes the one of the settings, tests make their own.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any
 
 import structlog
-import uvicorn
 
 from evalmode.bundle.certificate import Verdict
 from evalmode.bundle.errors import EvalmodeError
-from evalmode.service.app import create_app, open_predictor
-from evalmode.service.errors import StartFailed
+from evalmode.service.graceful import GracefulServer
+from evalmode.service.health import Health
+from evalmode.service.listener import bound, cannot_listen, tls_context, url_of
 from evalmode.service.logs import configure_logs
-from evalmode.service.predictor import Predictor
 from evalmode.service.settings import Settings, load_settings
+from evalmode.service.signals import Signals
+
+if TYPE_CHECKING:
+    from evalmode.service.model import Model
 
 _log = structlog.get_logger("evalmode.service")
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it listens."""
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What a process serves: an ASGI application, its health, and what its first log line tells of it.
 
-    def __init__(self, config: uvicorn.Config, *, predictor: Predictor) -> None:
-        super().__init__(config)
-        self._predictor = predictor
+    `refused` is told the status of every request that is refused before the application sees it.
+    """
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and sockets:
-            _log_start(self._predictor, sockets[0])
+    app: Callable[..., Any]
+    health: Health
+    told: Mapping[str, object] = field(default_factory=dict)
+    refused: Callable[[int], None] = lambda status: None
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what is in flight and return.
+def serve(
+    settings: Settings,
+    *,
+    open_service: Callable[[Settings], Service] | None = None,
+    worker: Sequence[str] = (sys.executable, "-m", "evalmode.service.worker"),
+) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
 
-    Call it from the main thread. Raises EvalmodeError, one sentence, when the server cannot start.
+    Call it from the main thread. `open_service` opens what is served in this process; where the settings ask for
+    several, each is a process of the command `worker`. Raises EvalmodeError, one sentence, when the server cannot start.
     """
     configure_logs(settings.log_format)
-    earlier = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    tls_context(settings)  # what is wrong with it is said before a model is loaded
+    with Signals() as signals, bound(settings) as listener:
+        if settings.workers > 1:
+            # Only now, for a process that serves by itself needs none of it.
+            from evalmode.service.supervisor import Supervisor
+
+            supervisor = Supervisor(settings, listener, command=worker)
+            supervisor.run(signals, serving=lambda told: _log_start(settings, listener, told))
+        else:
+            serve_one(
+                settings,
+                listener,
+                signals=signals,
+                serving=lambda service: _log_start(settings, listener, service.told),
+                open_service=open_service,
+            )
+        _log.info("stopped")
+
+
+def serve_one(
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    signals: Signals,
+    serving: Callable[[Service], None],
+    watch: Callable[[Service, GracefulServer], None] = lambda service, server: None,
+    open_service: Callable[[Settings], Service] | None = None,
+) -> int:
+    """Serve in this process, on a bound socket, until a signal; the exit code.
+
+    `serving` is called when requests can come, `watch` every second from then on.
+    """
+    service = (open_service or _open_service)(settings)
+    server = GracefulServer(
+        service.app,
+        settings,
+        health=service.health,
+        serving=lambda: serving(service),
+        watch=lambda running: watch(service, running),
+        refused=service.refused,
+    )
+    signals.to(server.signalled)
     try:
-        with _bound(settings) as listener, open_predictor(settings) as predictor:
-            _run(settings, predictor, listener)
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        server.run([listener])
+    except OSError as error:  # two processes may bind a port at once; the second to listen is refused here
+        raise cannot_listen(settings, error) from error
+    return server.exit_code
 
 
 def main() -> int:
@@ -63,66 +115,42 @@ def main() -> int:
     return 0
 
 
-def _run(settings: Settings, predictor: Predictor, listener: socket.socket) -> None:
-    config = uvicorn.Config(
-        # Opened already: what is wrong with a bundle is then one sentence, not a traceback out of a lifespan.
-        create_app(settings, open_predictor=lambda _: predictor),
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=settings.grace_s,
-    )
-    try:
-        _Server(config, predictor=predictor).run(sockets=[listener])
-    except OSError as error:  # two processes may bind a port at once; the second to listen is refused here
-        raise _refused(settings, error) from error
-    except _Stopped:
-        pass  # uvicorn has stopped in good order and raises the signal once more, as if nobody had handled it
-    _log.info("stopped")
+def _open_service(settings: Settings) -> Service:
+    # Here, for a process that only looks after others does without models and routes.
+    from evalmode.service.app import create_app
+    from evalmode.service.state import open_state
+
+    state = open_state(settings)
+    return Service(app=create_app(state), health=state.health, told=_told(state.repository.models()))
 
 
-class _Stopped(SystemExit):
-    """A signal asked for the end; where nothing catches this (a model is still loading) the exit code is 0."""
+def _told(models: tuple[Model, ...]) -> dict[str, object]:
+    """What the first line tells of the models: plain values, for it may be another process that writes it."""
+    if not models:
+        return {}
+    first, *others = models
+    told: dict[str, object] = {
+        "bundle": str(first.bundle.path),
+        "digest": first.digest,
+        "provider": first.platform.provider,
+        "known_answers": str(first.replayed.verdict) if first.replayed else "not replayed",
+        "uncertified": [f"{model.name}/{model.version}" for model in models if not _is_certified(model)],
+    }
+    if others:
+        told["others"] = [f"{model.name}/{model.version}" for model in others]
+    return told
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Stopped(0)
+def _is_certified(model: Model) -> bool:
+    certificate = model.bundle.certificate
+    return certificate is not None and certificate.verdict is Verdict.PASS
 
 
-def _bound(settings: Settings) -> socket.socket:
-    """A socket that holds the port and does not listen yet: who connects before the model is ready is refused."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise _refused(settings, error) from error
-    return listener
-
-
-def _refused(settings: Settings, error: OSError) -> StartFailed:
-    return StartFailed(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
-
-
-def _log_start(predictor: Predictor, listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
-    replayed, certificate = predictor.replayed, predictor.bundle.certificate
-    if certificate is None or certificate.verdict is not Verdict.PASS:
-        _log.warning("this bundle is not certified: nothing proves that it answers as the trained model does")
-    _log.info(
-        "serving",
-        url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
-        bundle=str(predictor.bundle.path),
-        digest=predictor.bundle.digest,
-        provider=predictor.platform.provider,
-        known_answers=replayed.verdict if replayed else "not replayed",
-        start_s=_process_age_s(),
-    )
+def _log_start(settings: Settings, listener: socket.socket, told: Mapping[str, object]) -> None:
+    fields = dict(told)
+    for model in fields.pop("uncertified", []):  # type: ignore[attr-defined]
+        _log.warning(f"model {model} is not certified: nothing proves that it answers as the trained model does")
+    _log.info("serving", url=url_of(settings, listener), **fields, start_s=_process_age_s())
 
 
 def _process_age_s() -> float | None:

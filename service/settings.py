@@ -1,16 +1,39 @@
-"""How a server is set up: frozen, from flags, `EVALMODE_*` and a file, refused when built if wrong. Opens nothing itself."""
+"""How a server is set up: frozen, from flags, `EVALMODE_*` and a file, refused when built if wrong.
+
+A flag goes before the environment, the environment before the file, the file before the default. Nothing that a setting
+names is opened here.
+"""
 
 from __future__ import annotations
 
+import difflib
+import os
+import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from evalmode.service.errors import StartFailed
 
 _PREFIX = "EVALMODE_"
+CONFIG_VARIABLE = f"{_PREFIX}CONFIG"
+
+# Where the value of a setting came from.
+Origin = Literal["flag", "environment", "file", "default"]
+
+# What a group of settings is called, by the first of them.
+GROUPS = {
+    "bundle": "What is served",
+    "provider": "How it runs",
+    "host": "Where it listens",
+    "max_body_bytes": "What is accepted",
+    "queue_rows": "What happens under load",
+    "drain_s": "How it ends, and what it says",
+}
 
 
 class Settings(BaseSettings):
@@ -20,7 +43,9 @@ class Settings(BaseSettings):
 
     # What is served.
     bundle: Path = Field(default=Path("bundles"), description="a bundle, or a folder of bundles")
-    default_model: str | None = Field(default=None, description="who answers /v1 where no model is named; none: the only")
+    default_model: str | None = Field(
+        default=None, description="who answers where no model is named; none: the only"
+    )
     versions: int = Field(default=1, ge=1, description="how many of a model's newest versions are served")
     poll_s: float = Field(default=2.0, ge=0, description="how often the folder is looked at for new versions; 0: never")
     model_control: bool = Field(default=True, description="let POST /v2/repository load and unload models")
@@ -30,16 +55,22 @@ class Settings(BaseSettings):
     threads: int = Field(default=1, ge=1, description="threads of one batch")
     parallel: int | None = Field(default=None, ge=1, description="batches at once in a process; none: by the CPU quota")
     workers: int = Field(default=1, ge=1, le=256, description="server processes that share the port")
-    calibration_s: float = Field(default=1.0, ge=0, description="the longest that measuring a model may take at its load")
+    calibration_s: float = Field(
+        default=1.0, ge=0, description="the longest that measuring a model may take"
+    )
     cache: Path | None = Field(default=None, description="where measurements are kept; none: ~/.cache/evalmode")
-    proof_fraction: float = Field(default=0.001, ge=0, le=1, description="share of answers that idle time computes again")
+    proof_fraction: float = Field(
+        default=0.001, ge=0, le=1, description="share of answers that idle time checks again"
+    )
     # Where it listens.
     host: str = Field(default="127.0.0.1", min_length=1, description="the address to listen on")
     port: int = Field(default=8000, ge=0, le=65_535, description="the port to listen on; 0 takes a free one")
     ssl_certfile: Path | None = Field(default=None, description="the certificate for TLS")
     ssl_keyfile: Path | None = Field(default=None, description="its private key")
     ssl_keyfile_password: SecretStr | None = Field(default=None, description="the password of the private key")
-    ssl_ca_certs: Path | None = Field(default=None, description="authorities; clients must then show a certificate of one")
+    ssl_ca_certs: Path | None = Field(
+        default=None, description="authorities: clients must show a certificate of one"
+    )
     # What is accepted.
     max_body_bytes: int = Field(default=1_048_576, ge=1, description="the largest request body that is read")
     max_rows: int = Field(default=256, ge=1, description="the most texts, or rows of tensors, in a request")
@@ -49,8 +80,12 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(default=30.0, gt=0, description="the longest wait for more of a body, or to be read")
     keep_alive_s: int = Field(default=75, ge=1, description="how long a connection may lie idle between requests")
     api_keys: SecretStr | None = Field(default=None, description="keys, one of which a request must show, by commas")
-    api_keys_file: Path | None = Field(default=None, description="a file with such keys, one a line, read as it changes")
-    cors_origins: tuple[str, ...] = Field(default=(), description="origins whose pages may call this server")
+    api_keys_file: Path | None = Field(
+        default=None, description="a file of API keys, one a line, read as it changes"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="origins whose pages may call this server; by commas in the environment"
+    )
     docs: bool = Field(default=True, description="show the documentation at /docs")
     # What happens under load.
     queue_rows: int = Field(default=4096, ge=1, description="the most rows that wait")
@@ -68,6 +103,11 @@ class Settings(BaseSettings):
     metrics: bool = Field(default=True, description="show Prometheus metrics at /metrics")
     otlp_endpoint: str | None = Field(default=None, description="where OpenTelemetry traces are sent; none: nowhere")
 
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _by_commas(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _a_request_fits_into_the_queue(self) -> Settings:
         if self.max_rows > self.queue_rows:
@@ -75,20 +115,67 @@ class Settings(BaseSettings):
         return self
 
 
-def load_settings(**given: Any) -> Settings:
-    """The settings: what is `given` (None counts as not given), else the environment, else the defaults.
+# Never a flag: what stands on a command line is read by everyone on the machine.
+SECRETS = frozenset(name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation))
 
-    Raises StartFailed, naming the first field that is wrong and its value.
+
+def load_settings(*, config: Path | None = None, **given: Any) -> Settings:
+    """The settings: what is `given` (None counts as not given), else the environment, else the file, else the defaults.
+
+    The file is TOML with the settings' names: `config`, or what EVALMODE_CONFIG names. Raises StartFailed, naming the
+    first field that is wrong and its value.
     """
+    return trace_settings(config=config, **given)[0]
+
+
+def trace_settings(*, config: Path | None = None, **given: Any) -> tuple[Settings, dict[str, Origin]]:
+    """The settings as `load_settings` finds them, and where the value of each came from."""
+    flags = {name: value for name, value in given.items() if value is not None}
+    in_environment = {name.upper() for name in os.environ}
+    file = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    written = _read_file(file) if file is not None else {}
+    origins: dict[str, Origin] = {}
+    for name in Settings.model_fields:
+        origins[name] = "file" if name in written else "default"
+        if f"{_PREFIX}{name}".upper() in in_environment:
+            origins[name] = "environment"
+        if name in flags:
+            origins[name] = "flag"
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        return Settings(**{name: written[name] for name in written if origins[name] == "file"}, **flags), origins
     except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:
-            raise StartFailed(f"settings: {first['msg'].removeprefix('Value error, ')}") from error
-        field = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
-            raise StartFailed(f"there is no setting {field}; there are {', '.join(Settings.model_fields)}") from error
-        complaint = first["msg"].replace("Input should", "must").replace("String should", "must")
-        spellings = f"--{field.replace('_', '-')}, {_PREFIX}{field.upper()}"
-        raise StartFailed(f"setting {field} ({spellings}) {complaint}, got {first['input']!r}") from error
+        raise StartFailed(_sentence(error.errors()[0], origins, file)) from error
+
+
+def _read_file(file: Path) -> Mapping[str, Any]:
+    try:
+        written = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise StartFailed(f"the settings file {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise StartFailed(f"the settings file {file} is not valid TOML: {error}") from error
+    for name in written:
+        if name not in Settings.model_fields:
+            raise StartFailed(f"{file}: {_unknown(name)}")
+    return written
+
+
+def _sentence(error: ErrorDetails, origins: Mapping[str, Origin], file: Path | None) -> str:
+    """pydantic's complaint as one sentence that names the setting, where it may be set, and its value."""
+    if not error["loc"]:
+        return f"settings: {error['msg'].removeprefix('Value error, ')}"
+    field = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return _unknown(field)
+    complaint = error["msg"].replace("Input should", "must").replace("String should", "must")
+    value = "a value that is not shown" if field in SECRETS else repr(error["input"])
+    if origins[field] == "file":
+        return f"{file}: {field} {complaint}, got {value}"
+    flag = "" if field in SECRETS else f"--{field.replace('_', '-')}, "
+    return f"setting {field} ({flag}{_PREFIX}{field.upper()}) {complaint}, got {value}"
+
+
+def _unknown(name: str) -> str:
+    known: Collection[str] = Settings.model_fields
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    return f"there is no setting {name}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")

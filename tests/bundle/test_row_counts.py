@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
 
-from evalmode.bundle.row_counts import stable_row_counts, stack
+from evalmode.bundle.errors import ModelRunFailed
+from evalmode.bundle.frontend import BpeSpec, NgramSpec
+from evalmode.bundle.row_counts import bits, rows_by_length, stable_row_counts, stack, timed_row_counts
 
 ROWS = [{"x": np.array([[0.1, 0.2, 0.3 + place]], np.float32)} for place in range(3)]
 COUNTS = (1, 2, 4, 8)
@@ -73,7 +75,90 @@ def test_every_output_counts():
 
 
 def test_what_is_not_begun_in_time_is_not_proven():
-    assert stable_row_counts(exact, ROWS, COUNTS, budget_s=0) == (1,)
+    assert set(timed_row_counts(exact, ROWS, COUNTS, budget_s=0)) == {1}
+
+
+def test_every_stable_count_is_timed_and_no_other():
+    def run(inputs):
+        found = exact(inputs)["y"]
+        return {"y": np.nextafter(found, np.float32(9)) if len(found) == 4 else found}
+
+    timed = timed_row_counts(run, ROWS, COUNTS, budget_s=10)
+    assert set(timed) == {1, 2, 8}
+    assert all(seconds > 0 for seconds in timed.values())
+
+
+def test_a_batch_that_fails_ends_the_measurement_and_does_not_fail_it():
+    def run(inputs):
+        if len(inputs["x"]) > 2:
+            raise ModelRunFailed("out of memory")
+        return exact(inputs)
+
+    assert set(timed_row_counts(run, ROWS, COUNTS, budget_s=10)) == {1, 2}
+
+
+def test_one_row_that_fails_fails_the_measurement():
+    def run(inputs):
+        raise ModelRunFailed("always")
+
+    with pytest.raises(ModelRunFailed):
+        timed_row_counts(run, ROWS, COUNTS, budget_s=10)
+
+
+def test_an_answer_with_fewer_rows_than_were_asked_is_not_stable():
+    def run(inputs):
+        return {"y": exact(inputs)["y"][:2]}
+
+    assert stable_row_counts(run, ROWS, COUNTS) == (1, 2)
+
+
+def test_strings_are_compared_by_what_they_say_and_not_by_where_they_lie():
+    one, other = np.array(["ab", "c"], object), np.array(["a", "bc"], object)
+    assert bits(one) == bits(np.array(["".join("ab"), "c"], object))
+    assert bits(one) != bits(other)
+
+
+LADDER = NgramSpec(lengths=(4, 8, 32))
+
+
+def rows_of(*lengths):
+    """Rows (T, 2) of these lengths, all of whose ids differ."""
+    starts = np.cumsum([0, *lengths])
+    return [np.arange(2 * a, 2 * b, dtype=np.int64).reshape(-1, 2) + 1 for a, b in pairwise(starts)]
+
+
+def real_length(row):
+    return int(row["input_ids"][0].any(-1).sum())
+
+
+def test_every_rung_has_single_rows_half_of_them_full_and_half_mostly_padding():
+    found = rows_by_length(rows_of(1, 3, 4, 5, 8, 9, 20, 32), LADDER)
+    assert list(found) == [4, 8, 32]
+    for length, rows in found.items():
+        assert {row["input_ids"].shape for row in rows} == {(1, length, 2)}
+        real = [real_length(row) for row in rows]
+        assert real[0::2] == [length] * 4
+        assert all(1 <= short <= length // 2 for short in real[1::2])
+        assert len({row["input_ids"].tobytes() for row in rows}) == 8, "eight rows that differ"
+
+
+def test_rows_reach_a_length_that_the_data_does_not():
+    short = rows_of(1, 2)
+    found = rows_by_length(short, NgramSpec(lengths=(3, 8)), each=2)
+    assert [real_length(rows[0]) for rows in found.values()] == [3, 8]
+    assert [len(rows) for rows in found.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("rung", [16, 2, 1])
+def test_rows_never_leave_a_ladder_of_one_rung(rung):
+    found = rows_by_length(rows_of(1, 3, 9), NgramSpec(lengths=(rung,)))[rung]
+    assert {row["input_ids"].shape[:2] for row in found} == {(1, rung)}
+
+
+def test_rows_of_token_ids_come_with_their_attention_mask():
+    (rows,) = rows_by_length([np.arange(1, 9)], BpeSpec(vocabulary=99, lengths=(8,))).values()
+    for row in rows:
+        np.testing.assert_array_equal(row["attention_mask"], row["input_ids"] != 0)
 
 
 def test_a_batch_takes_its_rows_in_turn():

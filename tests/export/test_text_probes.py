@@ -9,7 +9,7 @@ import pytest
 
 from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.text_probes import held_out, probes, rows_by_length
+from evalmode.export.text_probes import held_out, probes
 
 LADDER = NgramSpec(lengths=(4, 8, 32))
 
@@ -61,31 +61,11 @@ def test_probes_of_token_ids_come_with_their_attention_mask() -> None:
 def test_a_ladder_of_one_rung_is_never_left(rung: int, lengths: set[int]) -> None:
     spec = NgramSpec(lengths=(rung,))
     assert {ids_of(batch).shape[1] for batch in probes(ROWS, spec)} == lengths
-    assert {ids_of(row).shape[:2] for row in rows_by_length(ROWS, spec)[rung]} == {(1, rung)}
 
 
 def test_the_probes_are_the_same_each_time() -> None:
     for first, second in zip(probes(ROWS, LADDER), probes(ROWS, LADDER), strict=True):
         np.testing.assert_array_equal(ids_of(first), ids_of(second))
-
-
-def test_every_rung_has_eight_single_rows_half_of_them_full_and_half_mostly_padding() -> None:
-    found = rows_by_length(ROWS, LADDER)
-    assert list(found) == [4, 8, 32]
-    for length, rows in found.items():
-        assert {ids_of(row).shape for row in rows} == {(1, length, 2)}
-        real = [real_length(ids_of(row)[0]) for row in rows]
-        assert real[0::2] == [length] * 4
-        assert all(1 <= short <= length // 2 for short in real[1::2])
-        assert len({ids_of(row).tobytes() for row in rows}) == 8, "eight rows that differ"
-
-
-def test_rows_reach_a_length_that_the_data_does_not() -> None:
-    short = rows_of(1, 2)
-    (row, *_) = rows_by_length(short, NgramSpec(lengths=(3, 8)))[3]
-    assert real_length(ids_of(row)[0]) == 3
-    longest = rows_by_length(short, NgramSpec(lengths=(3, 8)))[8]
-    assert real_length(ids_of(longest[0])[0]) == 8
 
 
 def test_held_out_covers_every_row_once_beside_its_own_label_and_at_its_own_rung() -> None:

@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from evalmode.bundle.certificate import Certificate, Record, Verdict
 from evalmode.bundle.frontend import NgramFrontEnd, NgramSpec, collate
@@ -65,10 +65,7 @@ def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(L
     ]
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length", 6])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", labels])
-    weights = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
-    graph = helper.make_graph(nodes, "tiny", [ids], [logits], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    return model.SerializeToString()
+    return onnx_model(nodes, inputs=[ids], outputs=[logits], weights=tensors)
 
 
 def make_bundle(
@@ -77,20 +74,95 @@ def make_bundle(
     model: bytes | None = None,
     labels: tuple[str, ...] | None = LABELS,
     frontend: NgramSpec | None = SPEC,
+    name: str = "tiny",
+    version: str = "1",
     change: Callable[[KnownAnswer], KnownAnswer] = lambda answer: answer,
     certify: Callable[[Certificate], Certificate] = lambda certificate: certificate,
 ) -> Path:
-    """Write a bundle below `root` whose certificate is filled in by hand.
+    """Write a bundle of text below `root` whose certificate is filled in by hand.
 
     `change` spoils its known answers, and `certify` what its certificate says.
     """
     model = model or tiny_model()
     session = open_session(model)
     answers = tuple(change(answer) for answer in _known_answers(session))
+    return _written(
+        root, model, session, answers, certify, name=name, version=version, labels=labels, frontend=frontend
+    )
+
+
+def tensor_bundle(
+    root: Path,
+    *,
+    model: bytes | None = None,
+    known: Sequence[Mapping[str, np.ndarray]] | None = None,
+    independent: bool = True,
+    name: str = "tensors",
+    version: str = "1",
+) -> Path:
+    """Write a bundle without a front end below `root`; its known answers are the model's for `known`.
+
+    `independent` is whether its certificate says that rows do not depend on one another.
+    """
+    model = model or product_model()
+    session = open_session(model)
+    known = [{"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}] if known is None else known
+    answers = tuple(KnownAnswer(inputs=inputs, outputs=session.run(inputs)) for inputs in known)
+    invariance = Record(rule="batch-invariance", verdict=Verdict.PASS, why="a bundle of the tests")
+
+    def certify(certificate: Certificate) -> Certificate:
+        more = (invariance,) if independent else ()
+        return certificate.model_copy(update={"records": (*certificate.records, *more)})
+
+    return _written(root, model, session, answers, certify, name=name, version=version)
+
+
+def product_model() -> bytes:
+    """y = x @ w: (B, 2) for x (B, T) of 1 to 64 columns; w is as many rows long as x has columns."""
+    weights = np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)
+    node = helper.make_node
+    return onnx_model(
+        [
+            node("Shape", ["x"], ["columns"], start=1, end=2),
+            node("Slice", ["w", "zero", "columns", "zero"], ["some"]),
+            node("MatMul", ["x", "some"], ["y"]),
+        ],
+        inputs=[helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "columns"])],
+        outputs=[helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
+        weights={"w": weights, "zero": np.array([0], np.int64)},
+    )
+
+
+def onnx_model(
+    nodes: Sequence[NodeProto],
+    *,
+    inputs: Sequence[ValueInfoProto],
+    outputs: Sequence[ValueInfoProto],
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> bytes:
+    """A model made by hand."""
+    constants = [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()]
+    graph = helper.make_graph(nodes, "by hand", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return model.SerializeToString()
+
+
+def _written(
+    root: Path,
+    model: bytes,
+    session: Session,
+    answers: tuple[KnownAnswer, ...],
+    certify: Callable[[Certificate], Certificate],
+    *,
+    name: str,
+    version: str,
+    labels: tuple[str, ...] | None = None,
+    frontend: NgramSpec | None = None,
+) -> Path:
     contents = {MODEL_FILE: model, KNOWN_ANSWERS_FILE: pack(answers)}
     manifest = Manifest(
-        name="tiny",
-        version="1",
+        name=name,
+        version=version,
         opset=18,
         inputs=session.inputs,
         outputs=session.outputs,
@@ -126,7 +198,7 @@ class Service:
 
 def environment(bundle: Path, **settings: object) -> dict[str, str]:
     """The environment of a server process."""
-    given = {"bundle": bundle, "port": 0, "log_format": "json", "workers": 2, **settings}
+    given = {"bundle": bundle, "port": 0, "log_format": "json", "parallel": 2, **settings}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}
     return kept | {f"EVALMODE_{name.upper()}": str(value) for name, value in given.items()}
 
@@ -187,6 +259,8 @@ class Bundles:
 
     make = staticmethod(make_bundle)
     model = staticmethod(tiny_model)
+    tensors = staticmethod(tensor_bundle)
+    onnx = staticmethod(onnx_model)
 
 
 @dataclass(frozen=True)
@@ -196,6 +270,14 @@ class Processes:
     running = staticmethod(running)
     ended = staticmethod(ended)
     refused = staticmethod(refused)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Timings are kept in the home folder: the tests leave none in the user's, and use none that they find there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evalmode.service.body import parse_predict, read_body, require_json
-from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, UnsupportedMedia
+from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, RequestTimeout, UnsupportedMedia
 from evalmode.service.schemas import ErrorResponse
 
 
@@ -32,7 +32,7 @@ class Chunks:
 
 
 def read(chunks: Chunks, *, declared_bytes: str | None = None) -> bytes:
-    return asyncio.run(read_body(aiter(chunks), declared_bytes=declared_bytes, max_body_bytes=10))
+    return asyncio.run(read_body(aiter(chunks), declared_bytes=declared_bytes, max_body_bytes=10, silence_s=5))
 
 
 def test_a_body_of_the_limit_is_read_whole():
@@ -51,6 +51,15 @@ def test_a_body_that_declares_nothing_is_read_no_further_than_the_chunk_that_pas
     with pytest.raises(BodyTooLarge):
         read(chunks)
     assert chunks.taken_bytes == 11
+
+
+def test_a_body_that_stops_coming_is_given_up():
+    async def stopping() -> AsyncIterator[bytes]:
+        yield b"12"
+        await asyncio.Event().wait()
+
+    with pytest.raises(RequestTimeout, match=r"nothing more of the body came for 0\.01 seconds"):
+        asyncio.run(read_body(stopping(), declared_bytes="4", max_body_bytes=10, silence_s=0.01))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +120,7 @@ def test_what_is_not_json_is_a_bad_request(body):
         (
             {"inputs": ["a"], "topk": 3},
             "topk",
-            "topk is not a field of this request, which has inputs, top_k, truncate",
+            "topk is not a field of this request, which has inputs, top_k, model, version, truncate",
         ),
         (["a"], None, 'the body must be a JSON object with the field inputs, got ["a"]'),
         ("a" * 100, None, f'the body must be a JSON object with the field inputs, got "{"a" * 59}...'),
@@ -127,7 +136,7 @@ def test_a_wrong_field_is_named_with_its_value(body, field, sentence):
 def test_half_an_emoji_in_the_name_of_a_field_is_refused_in_words_that_can_be_sent():
     with pytest.raises(InvalidField) as refusal:
         parse(b'{"inputs": ["a"], "\\ud83d": 1}')
-    assert str(refusal.value) == '"\\ud83d" is not a field of this request, which has inputs, top_k, truncate'
+    assert str(refusal.value) == '"\\ud83d" is not a field of this request, which has inputs, top_k, model, version, truncate'
 
 
 def test_half_an_emoji_is_a_text_like_any_other():

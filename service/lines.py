@@ -1,0 +1,178 @@
+"""A text a line in, an answer a line out: what `application/x-ndjson` bodies and `evalmode predict --input` share.
+
+Knows no HTTP and no model: it is given `predict`, which answers texts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from evalmode.service.errors import NotReady, RequestError
+
+_SHOWN_CHARACTERS = 60
+
+
+class ScoredLabel(Protocol):
+    """A label with its probability."""
+
+    @property
+    def label(self) -> str:
+        """The label."""
+
+    @property
+    def score(self) -> float:
+        """Its probability."""
+
+
+class Predicted(Protocol):
+    """What a model says of one text."""
+
+    @property
+    def top(self) -> Sequence[ScoredLabel]:
+        """The best labels, best first."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the text was cut."""
+
+
+Predict = Callable[[Sequence[str]], Awaitable[Sequence[Predicted]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line that was read: its text, or the problem with it. `echoed` is what its answer says again: its id."""
+
+    text: str = ""
+    problem: str | None = None
+    echoed: Mapping[str, object] = field(default_factory=dict)
+
+
+class Splitter:
+    """Cuts chunks of bytes into lines, and never holds more than one chunk and one line within the limit."""
+
+    def __init__(self, *, max_line_bytes: int) -> None:
+        self._max_line_bytes = max_line_bytes
+        self._begun: list[bytes] = []
+        self._begun_bytes = 0
+        self._too_long = False
+
+    def feed(self, chunk: bytes) -> Iterator[bytes | None]:
+        """The lines that this chunk completes, without their ends; None for one that is too long."""
+        *ended, rest = chunk.split(b"\n")
+        for piece in ended:
+            self._add(piece)
+            yield self._taken()
+        self._add(rest)
+
+    def end(self) -> Iterator[bytes | None]:
+        """The last line, where no line end follows it."""
+        if self._begun_bytes:
+            yield self._taken()
+
+    def _add(self, piece: bytes) -> None:
+        self._begun_bytes += len(piece)
+        if self._begun_bytes > self._max_line_bytes:
+            self._too_long = True
+            self._begun.clear()
+        elif piece:
+            self._begun.append(piece)
+
+    def _taken(self) -> bytes | None:
+        line = None if self._too_long else b"".join(self._begun).removesuffix(b"\r")
+        self._begun, self._begun_bytes, self._too_long = [], 0, False
+        return line
+
+
+def read_line(raw: bytes | None) -> Line:
+    """What a line asks: a JSON string, or an object with `text` and perhaps `id`; its other keys are not looked at."""
+    if raw is None:
+        return Line(problem="the line is longer than is read here")
+    try:
+        found = json.loads(raw.decode(), parse_constant=_refuse_constant)
+    except RecursionError:
+        return Line(problem="the line is nested too deeply")
+    except ValueError as error:
+        return Line(problem=f"the line is not valid JSON: {error}")
+    if isinstance(found, str):
+        return Line(text=found)
+    if not isinstance(found, dict):
+        return Line(problem=f"the line must be a string or an object with the key text, got {_shown(found)}")
+    return _read_object(found)
+
+
+def _read_object(found: Mapping[str, Any]) -> Line:
+    echoed: dict[str, object] = {}
+    if "id" in found:
+        name = found["id"]
+        if isinstance(name, dict | list) or (isinstance(name, float) and not math.isfinite(name)):
+            return Line(problem=f"id must be a string, a number, true, false or null, got {_shown(name)}")
+        echoed["id"] = name
+    if "text" not in found:
+        return Line(problem="text is missing", echoed=echoed)
+    if not isinstance(found["text"], str):
+        return Line(problem=f"text must be a string, got {_shown(found['text'])}", echoed=echoed)
+    return Line(text=found["text"], echoed=echoed)
+
+
+async def answer_lines(raw: Sequence[bytes | None], *, first: int, predict: Predict, inline_bytes: int) -> list[bytes]:
+    """An answer a line, each with its line end, numbered from `first`; what is wrong with a line is its answer.
+
+    More than `inline_bytes` are read in a thread. Raises NotReady where nothing will be answered any more.
+    """
+    if sum(map(len, filter(None, raw))) <= inline_bytes:
+        lines = [read_line(one) for one in raw]
+    else:
+        lines = await asyncio.to_thread(lambda: [read_line(one) for one in raw])
+    found = iter(await _predictions([line.text for line in lines if line.problem is None], predict))
+    answers = []
+    for index, line in enumerate(lines, first):
+        outcome = line.problem if line.problem is not None else next(found)
+        answers.append(_spelled(index, line, outcome))
+    return answers
+
+
+async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predicted | str]:
+    """The predictions of `texts`; in the place of one that cannot be answered the sentence that says why."""
+    if not texts:
+        return []
+    try:
+        return await predict(texts)
+    except NotReady:
+        raise
+    except RequestError as error:
+        if len(texts) == 1:
+            return [str(error).replace("inputs.0 ", "text ")]
+    # One of them is at fault, and the others are not to suffer: each is asked for itself.
+    each = await asyncio.gather(*(_predictions([text], predict) for text in texts))
+    return [outcome for (outcome,) in each]
+
+
+def _spelled(index: int, line: Line, outcome: Predicted | str) -> bytes:
+    said: dict[str, object] = {"index": index, **line.echoed}
+    if isinstance(outcome, str):
+        said["error"] = outcome
+    else:
+        top = [{"label": scored.label, "score": scored.score} for scored in outcome.top]
+        said |= {**top[0], "truncated": outcome.truncated, "top": top}
+    return spell(said)
+
+
+def spell(said: Mapping[str, object]) -> bytes:
+    """One line of JSON with its end; numbers have as many digits as it takes to read the same bits back."""
+    # Half a surrogate pair, which an id may hold, becomes the escape that JSON reads.
+    return json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."

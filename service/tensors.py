@@ -1,0 +1,153 @@
+"""Raw tensors of one request: checked against what the model declares, split into rows. Knows no texts and no HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from evalmode.bundle.known_answers import Tensors
+from evalmode.bundle.manifest import TensorSpec
+from evalmode.bundle.row_counts import bits
+from evalmode.service.errors import BadRequest
+from evalmode.service.protocol.datatypes import BYTES, DATATYPES, datatype_of
+
+# What tells rows apart that may not share a batch: the name of each input, and its shape without the rows.
+Signature = tuple[tuple[str, tuple[int, ...]], ...]
+
+_AN_OBJECT_BYTES = 64  # what Python's string and the pointer to it take beside the characters
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelRow:
+    """One row as the engine sees it: inputs with a leading dimension of 1 (or a whole request), and its real length."""
+
+    inputs: Tensors
+    tokens: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes it holds while it waits."""
+        return sum(map(_nbytes, self.inputs.values()))
+
+    def digest(self) -> str:
+        """The sha256 of its inputs."""
+        return hashlib.sha256(content_of(self.inputs)).hexdigest()
+
+
+def content_of(tensors: Tensors) -> bytes:
+    """Names, element types, shapes and every byte: two answers are the same when these are."""
+    parts = []
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        parts += [f"{name} {tensor.dtype.str} {tensor.shape}\n".encode(), bits(tensor)]
+    return b"".join(parts)
+
+
+def checked(
+    inputs: Tensors, specs: Sequence[TensorSpec], *, optional: frozenset[str] = frozenset()
+) -> dict[str, npt.NDArray[np.generic]]:
+    """`inputs` as the runtime takes them. Raises BadRequest, naming the tensor, for what the model does not take."""
+    known = {spec.name: spec for spec in specs}
+    for name in inputs:
+        if name not in known:
+            raise BadRequest(f"the model has no input {name!r}: its inputs are {', '.join(known)}", field=name)
+    for name in known:
+        if name not in inputs and name not in optional:
+            raise BadRequest(f"input {name!r} is missing: the model's inputs are {', '.join(known)}", field=name)
+    return {name: _fitting(tensor, known[name]) for name, tensor in inputs.items()}
+
+
+def row_count(inputs: Tensors) -> int:
+    """How many rows the inputs hold. Raises BadRequest when they do not agree, or hold none."""
+    sizes: dict[str, int] = {name: tensor.shape[0] for name, tensor in inputs.items()}
+    first, rows = next(iter(sizes.items()))
+    for name, size in sizes.items():
+        if size != rows:
+            raise BadRequest(f"input {name!r} has {size} rows and {first!r} has {rows}: make them agree", field=name)
+    if rows == 0:
+        raise BadRequest(f"input {first!r} has no rows: send at least one", field=first)
+    return rows
+
+
+def split(inputs: Tensors) -> list[dict[str, npt.NDArray[np.generic]]]:
+    """Single rows with a leading dimension of 1, none of which holds on to the whole."""
+    rows = row_count(inputs)
+    if rows == 1:
+        return [dict(inputs)]
+    return [{name: tensor[row : row + 1].copy() for name, tensor in inputs.items()} for row in range(rows)]
+
+
+def signature_of(row: Tensors) -> Signature:
+    """The shapes of a row, without its leading dimension."""
+    return tuple((name, row[name].shape[1:]) for name in sorted(row))
+
+
+def label_of(signature: Signature) -> str:
+    """A signature as people read it: `3x224x224`, of several inputs `8,8x2`."""
+    return ",".join("x".join(map(str, shape)) or "1" for _, shape in signature)
+
+
+def unknown_datatype(specs: Sequence[TensorSpec]) -> TensorSpec | None:
+    """The first tensor of a kind that cannot be sent, as a sequence or a bfloat16 cannot; None where all can be."""
+    return next((spec for spec in specs if spec.datatype not in DATATYPES), None)
+
+
+def non_finite_input(inputs: Tensors) -> str | None:
+    """The first input that holds NaN or infinity; None where all are finite."""
+    return next(
+        (name for name, tensor in inputs.items() if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()), None
+    )
+
+
+def _fitting(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
+    if len(tensor.shape) != len(spec.shape) or any(
+        wanted not in (-1, size) for size, wanted in zip(tensor.shape, spec.shape, strict=True)
+    ):
+        raise BadRequest(
+            f"input {spec.name!r} must have the shape {[*spec.shape]} (-1: any), got {[*tensor.shape]}",
+            field=spec.name,
+        )
+    if (got := _name_of(tensor)) != spec.datatype:
+        raise BadRequest(f"input {spec.name!r} must be {spec.datatype}, got {got}", field=spec.name)
+    if spec.datatype == BYTES:
+        return _strings(tensor, spec)
+    return np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("=")).reshape(tensor.shape)
+
+
+def _strings(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
+    found = np.empty(tensor.size, dtype=object)
+    for place, element in enumerate(tensor.flat):
+        try:  # both ways: half an emoji is a str that no encoder accepts, and not every byte begins a character
+            found[place] = (element if isinstance(element, bytes) else str(element).encode()).decode()
+        except UnicodeError as error:
+            raise BadRequest(f"element {place} of input {spec.name!r} is not UTF-8", field=spec.name) from error
+    return found.reshape(tensor.shape)
+
+
+def _name_of(tensor: npt.NDArray[np.generic]) -> str:
+    return BYTES if tensor.dtype.kind in "OUS" else datatype_of(tensor)
+
+
+def _nbytes(tensor: npt.NDArray[np.generic]) -> int:
+    if tensor.dtype.hasobject:
+        return sum(len(str(element)) + _AN_OBJECT_BYTES for element in tensor.flat)
+    return int(tensor.nbytes)
+
+
+def joined(answers: Sequence[Tensors], names: Sequence[str]) -> dict[str, npt.NDArray[np.generic]]:
+    """The answers of a request's rows as one tensor an output. Raises BadRequest where rows differ in shape."""
+    found = {}
+    for name in names:
+        rows = [answer[name] for answer in answers]
+        if len({row.shape[1:] for row in rows}) > 1:
+            raise BadRequest(
+                f"the rows of this request give output {name!r} different shapes, {[*rows[0].shape[1:]]} and others: "
+                "send rows of different lengths one by one, or leave this output out",
+                field=name,
+            )
+        found[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    return found

@@ -1,0 +1,50 @@
+"""How long a request is waited for: until its deadline, and while its client is there. Knows no route and no model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from evalmode.service.errors import BadRequest
+
+Answer = TypeVar("Answer")
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+
+
+def timeout_of(headers: Mapping[str, str], *, longest_s: float) -> float:
+    """Seconds that the request gives its answer: what its header asks for, at most `longest_s`.
+
+    Raises BadRequest for a header that is not a whole number of milliseconds above 0.
+    """
+    asked = headers.get(TIMEOUT_HEADER)
+    if asked is None:
+        return longest_s
+    if not (asked.isascii() and asked.isdecimal() and 0 < int(asked[:12])):
+        raise BadRequest(f"header {TIMEOUT_HEADER} must be a whole number of milliseconds above 0, got {asked[:40]!r}")
+    return min(int(asked[:12]) / 1000, longest_s)
+
+
+async def unless_hung_up(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """The answer; where the client hangs up first it is cancelled, and ClientDisconnect raised.
+
+    Call it after the whole body was read: what the connection says next is then that it has ended.
+    """
+    answering = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return answering.result()
+    finally:
+        for task in (answering, gone):
+            task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

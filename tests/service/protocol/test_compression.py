@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import asyncio
+import gzip
+import tracemalloc
+import zlib
+from collections.abc import AsyncIterator, Iterable
+
+import pytest
+
+from evalmode.service.body import read_body
+from evalmode.service.errors import BadRequest, BodyTooLarge
+from evalmode.service.protocol.compression import Encoding, accepted, compress, decompressed, encoding_of
+
+TEXT = b"Ez egy rovid mondat. " * 10_000
+
+
+def raw_deflate(body: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-15)
+    return compressor.compress(body) + compressor.flush()
+
+
+def read(chunks: Iterable[bytes], encoding: Encoding, *, max_body_bytes: int = 10**6) -> bytes:
+    async def sent() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    return asyncio.run(
+        read_body(
+            decompressed(sent(), encoding), declared_bytes=None, max_body_bytes=max_body_bytes, silence_s=30
+        )
+    )
+
+
+def cut(body: bytes, size: int) -> list[bytes]:
+    return [body[place : place + size] for place in range(0, len(body), size)]
+
+
+@pytest.mark.parametrize(
+    ("packed", "encoding"),
+    [(gzip.compress(TEXT), "gzip"), (zlib.compress(TEXT), "deflate"), (raw_deflate(TEXT), "deflate")],
+)
+def test_a_body_comes_out_whole_however_it_is_cut(packed: bytes, encoding: Encoding):
+    for size in (1, 7, len(packed)):
+        assert read(cut(packed, size), encoding) == TEXT
+    assert read([b"", *cut(packed, 100), b""], encoding) == TEXT
+
+
+def test_a_bomb_of_a_gigabyte_stops_at_the_limit_and_takes_no_memory():
+    made = 0
+
+    def bomb() -> Iterable[bytes]:
+        nonlocal made
+        compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
+        for _ in range(1024):
+            if chunk := compressor.compress(bytes(1 << 20)):
+                made += len(chunk)
+                yield chunk
+        yield compressor.flush()
+
+    tracemalloc.start()
+    with pytest.raises(BodyTooLarge, match="larger than the 1000000 bytes"):
+        read(bomb(), "gzip")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 8 << 20
+    assert made < 200_000
+
+
+def test_a_bomb_in_one_chunk_stops_at_the_limit_too():
+    packed = zlib.compress(bytes(1 << 26), 9)
+    tracemalloc.start()
+    with pytest.raises(BodyTooLarge):
+        read([packed], "deflate")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("chunks", "encoding", "sentence"),
+    [
+        ([], "gzip", "ends within its gzip data"),
+        ([b"\x1f"], "gzip", "ends within its gzip data"),
+        ([b"no gzip at all"], "gzip", "is not gzip data"),
+        ([b"\xff\xff\xff"], "deflate", "is not deflate data"),
+        ([gzip.compress(TEXT)[:-1]], "gzip", "ends within its gzip data"),
+        ([gzip.compress(TEXT)[:-5] + b"xxxxx"], "gzip", "is not gzip data"),
+        ([gzip.compress(b"a") + b"b"], "gzip", "goes on after the end"),
+        ([zlib.compress(b"a"), b"b"], "deflate", "goes on after the end"),
+        ([gzip.compress(b"a") * 2], "gzip", "goes on after the end"),
+    ],
+)
+def test_what_is_not_its_encoding_is_refused(chunks: list[bytes], encoding: Encoding, sentence: str):
+    with pytest.raises(BadRequest, match=sentence):
+        read(chunks, encoding)
+
+
+def test_headers_name_an_encoding_or_are_refused():
+    assert [encoding_of(name) for name in (None, "", "identity", "GZIP", "x-gzip", " deflate ")] == [
+        None,
+        None,
+        None,
+        "gzip",
+        "gzip",
+        "deflate",
+    ]
+    for name in ("br", "gzip, gzip", "x" * 1000):
+        with pytest.raises(BadRequest, match="must be gzip, deflate or identity"):
+            encoding_of(name)
+
+
+@pytest.mark.parametrize(
+    ("header", "encoding"),
+    [
+        (None, None),
+        ("", None),
+        ("identity", None),
+        ("*", None),
+        ("br", None),
+        ("gzip", "gzip"),
+        ("deflate", "deflate"),
+        ("gzip, deflate, br, zstd", "gzip"),
+        ("deflate;q=1.0, gzip; q=0.5", "deflate"),
+        ("gzip;q=0", None),
+        ("gzip;q=0, deflate", "deflate"),
+        ("gzip;q=x", None),
+        ("gzip;q=nan", None),
+    ],
+)
+def test_the_encoding_that_the_client_prefers_is_answered_in(header: str | None, encoding: str | None):
+    assert accepted(header) == encoding
+
+
+def test_the_same_response_is_the_same_bytes_at_all_times():
+    assert compress(TEXT, "gzip")[4:8] == b"\0\0\0\0"  # the place of the clock
+    assert gzip.decompress(compress(TEXT, "gzip")) == TEXT
+    assert zlib.decompress(compress(TEXT, "deflate")) == TEXT

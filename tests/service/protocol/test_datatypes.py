@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evalmode.service.errors import BadRequest
+from evalmode.service.protocol.binary import array_from_bytes, bytes_of
+from evalmode.service.protocol.datatypes import BYTES, DTYPES, array_from_values, datatype_of, shown, values_of
+
+
+def refusal(values: list[object], datatype: str) -> str:
+    with pytest.raises(BadRequest) as found:
+        array_from_values(values, datatype, field="inputs.0.data")
+    assert found.value.field is not None
+    assert found.value.field.startswith("inputs.0.data.")
+    return str(found.value)
+
+
+@pytest.mark.parametrize("datatype", DTYPES)
+def test_every_datatype_goes_through_json_without_losing_a_bit(datatype: str):
+    dtype = DTYPES[datatype]
+    if dtype.kind == "f":
+        limits = np.finfo(dtype)
+        array = np.array([0.0, -0.0, 0.1, limits.max, limits.min, limits.tiny, limits.smallest_subnormal], dtype)
+    elif dtype.kind == "b":
+        array = np.array([True, False])
+    else:
+        array = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max, 0, 1], dtype)
+    written = json.loads(json.dumps(values_of(array, field="output x"), allow_nan=False))
+    assert array_from_values(written, datatype, field="x").tobytes() == array.tobytes()
+    assert datatype_of(array) == datatype
+
+
+@given(st.binary(min_size=4, max_size=400))
+def test_any_finite_float_goes_through_json_without_losing_a_bit(raw: bytes):
+    for datatype in ("FP16", "FP32"):
+        array = np.frombuffer(raw[: len(raw) // 4 * 4], DTYPES[datatype])
+        array = array[np.isfinite(array)]
+        written = json.loads(json.dumps(values_of(array, field="x")))
+        assert array_from_values(written, datatype, field="x").tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("datatype", DTYPES)
+def test_every_datatype_goes_through_bytes_without_losing_a_bit(datatype: str):
+    array = np.array([[0, 1, 1], [1, 0, 1]]).astype(DTYPES[datatype])
+    found = array_from_bytes(memoryview(bytes_of(array)), datatype, 6, field="x")
+    assert found.tobytes() == array.tobytes()
+    assert found.dtype == array.dtype
+    assert found.flags.aligned
+    assert found.flags.writeable
+
+
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=10))
+def test_bytes_elements_of_any_length_go_through_bytes(elements: list[bytes]):
+    array = np.array(elements, dtype=object)
+    found = array_from_bytes(memoryview(bytes_of(array)), BYTES, len(elements), field="x")
+    assert found.tolist() == elements
+    assert datatype_of(found) == BYTES
+
+
+@pytest.mark.parametrize(
+    ("values", "datatype", "place", "got"),
+    [
+        ([1, True], "INT64", 1, "true"),
+        ([1.0], "INT64", 0, "1.0"),
+        ([0, 128], "INT8", 1, "128"),
+        ([-1], "UINT64", 0, "-1"),
+        ([2**64], "UINT64", 0, str(2**64)),
+        (["1"], "INT32", 0, '"1"'),
+        ([None], "INT32", 0, "null"),
+        ([1], "BOOL", 0, "1"),
+        ([True], "FP32", 0, "true"),
+        ([1e39], "FP32", 0, "1e+39"),
+        ([1.0, 65520.0], "FP16", 1, "65520.0"),
+        ([float("inf")], "FP64", 0, "Infinity"),
+        ([10**400], "FP64", 0, "1000"),
+        (["a", 1], "BYTES", 1, "1"),
+        ([[1]], "FP32", 0, "a list"),
+        ([{}], "BYTES", 0, "an object"),
+    ],
+)
+def test_a_value_that_its_datatype_cannot_hold_is_refused_by_its_place(
+    values: list[object], datatype: str, place: int, got: str
+):
+    sentence = refusal(values, datatype)
+    assert f"inputs.0.data.{place} must be " in sentence
+    assert f"got {got}" in sentence
+
+
+def test_an_integer_is_a_good_float():
+    assert array_from_values([1, 2.5], "FP32", field="x").tolist() == [1.0, 2.5]
+
+
+def test_half_an_emoji_is_a_text():
+    assert array_from_values(["\ud83d"], BYTES, field="x").tolist() == ["\ud83d"]
+
+
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+def test_what_json_cannot_write_says_to_ask_for_binary(number: float):
+    with pytest.raises(BadRequest, match='output y .*"binary_data": true'):
+        values_of(np.array([1.0, number], np.float32), field="output y")
+
+
+def test_bytes_that_are_no_text_say_to_ask_for_binary():
+    with pytest.raises(BadRequest, match='output y .*not UTF-8.*"binary_data": true'):
+        values_of(np.array([b"\xff"], dtype=object), field="output y")
+
+
+@pytest.mark.parametrize(
+    ("raw", "datatype", "count", "sentence"),
+    [
+        (b"\0" * 7, "INT64", 1, "must be 8 bytes for 1 elements of INT64, got 7"),
+        (b"", "FP32", 2**60, f"must be {2**62} bytes"),
+        (b"\x02", "BOOL", 1, "must hold the bytes 0 and 1 for BOOL, got 2"),
+        (b"\0\0\0", BYTES, 1, "ends within its element 0"),
+        (b"\1\0\0\0", BYTES, 1, "ends within its element 0"),
+        (b"\xff\xff\xff\xffab", BYTES, 1, "ends within its element 0"),
+        (b"\1\0\0\0a", BYTES, 2, "fewer elements than the 2"),
+        (b"\1\0\0\0a\0\0\0\0", BYTES, 1, "more elements than the 1"),
+        (b"", BYTES, 10**30, "fewer elements"),
+    ],
+)
+def test_bytes_that_do_not_fit_their_shape_are_refused(raw: bytes, datatype: str, count: int, sentence: str):
+    with pytest.raises(BadRequest, match="^inputs.0.data") as found:
+        array_from_bytes(memoryview(raw), datatype, count, field="inputs.0.data")
+    assert sentence in str(found.value)
+
+
+def test_a_long_value_is_cut_and_a_deep_one_is_not_walked_into():
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(deep) == "a list"
+    assert len(shown("x" * 10**6)) < 70
+    assert len(shown(10**4000)) < 70
+    while deep:  # or its end would be as deep
+        deep = deep.pop()  # type: ignore[assignment]
