@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CLIENTS := .venv-clients
 
 DATA := languages
 CHECKPOINT := runs/$(DATA)
@@ -16,7 +17,7 @@ IMAGE ?= evalmode
 serve: $(BUNDLE)/manifest.json  ## train, export and certify the default model once, then serve it on :8000
 	$(BIN)/evalmode serve $(BUNDLE)
 
-test: $(VENV)/dev  ## the whole test suite
+test: $(VENV)/dev $(CLIENTS)/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: lint test  ## what a change must pass
@@ -33,8 +34,8 @@ bench: $(BUNDLE)/manifest.json $(VENV)/dev  ## start-up, memory and latency of t
 image: $(BUNDLE)/manifest.json  ## a container image that serves the default bundle
 	$(ENGINE) build --build-context bundle=bundles/$(DATA) -t $(IMAGE) .
 
-clean:  ## the environment and the default model; your own runs and bundles stay
-	rm -rf $(VENV) $(CHECKPOINT) bundles/$(DATA) build dist *.egg-info
+clean:  ## the environments and the default model; your own runs and bundles stay
+	rm -rf $(VENV) $(CLIENTS) $(CHECKPOINT) bundles/$(DATA) build dist *.egg-info
 
 $(BUNDLE)/manifest.json: | $(CHECKPOINT)/checkpoint.json
 	$(BIN)/evalmode export $(CHECKPOINT)
@@ -52,3 +53,9 @@ $(VENV)/dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt -e '.[cpu,train,export,dev]'
 	@touch $@ $(VENV)/serve
+
+# The protocol's clients, real and unmodified: what they pin (protobuf, pandas, ml_dtypes) clashes with what we do.
+$(CLIENTS)/ready: constraints-clients.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install -q -c constraints-clients.txt kserve 'tritonclient[http]'
+	@touch $@

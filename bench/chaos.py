@@ -110,7 +110,7 @@ def answered_alone(bundle: Path, texts: list[str]) -> list[str]:
 async def disturbances(chaos: Chaos, model: Path, pid: int) -> None:
     """Swap the model, and kill a worker, again and again."""
     for turn in range(1_000_000):
-        await asyncio.sleep(0.5 + chaos.chance.random())
+        await asyncio.sleep(1 + 2 * chaos.chance.random())
         os.utime(model)  # the same bytes, newly written: every worker opens them again
         chaos.counts["hot swaps"] += 1
         if turn % 3 == 2:

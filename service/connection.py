@@ -16,7 +16,7 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from evalmode.service.ending import IDLE_LINGER_S, UNREAD_LINGER_S, Connections, EndingProtocol
+from evalmode.service.ending import IDLE_LINGER_S, UNREAD_LINGER_S, Connections, EndingProtocol, Outlet
 from evalmode.service.settings import Settings
 
 # Who connected so recently has a request on its way.
@@ -134,7 +134,9 @@ class Connection(EndingProtocol):
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self._wait_no_more()
-        self.cycle.transport = self._outlet
+        outlet = Outlet(self)
+        self.cycle.transport = outlet  # type: ignore[assignment]  # it has what a cycle calls
+        self.cycle.on_response = outlet.complete
         if self.server_state.draining:
             self.cycle.keep_alive = False
 

@@ -63,13 +63,43 @@ class Connections(ServerState):
         return list(self.connections)
 
 
-class _Outlet:
-    """What a request's cycle writes to: the transport, but for its end, which is the connection's affair."""
+class Outlet:
+    """What a request's cycle writes to: the transport, but that it keeps the head until the body begins.
+
+    Together they are one system call, and one packet that wakes the client once. The end is the connection's affair.
+    """
 
     def __init__(self, connection: EndingProtocol) -> None:
-        self.write = connection.transport.write
+        self._connection = connection
+        self._transport = connection.transport
+        self._head: bytes | None = None
+        self._is_begun = False
         self.is_closing = connection.transport.is_closing
-        self.close = connection.end
+
+    def write(self, data: bytes) -> None:
+        """Write, or keep the head."""
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.writelines((head, data))
+        elif self._is_begun or data.startswith(b"HTTP/1.1 100 "):
+            self._transport.write(data)
+        else:
+            self._head, self._is_begun = data, True
+
+    def close(self) -> None:
+        """End the connection when all is written."""
+        self._flush()
+        self._connection.end()
+
+    def complete(self) -> None:
+        """Tell the connection that the answer is written."""
+        self._flush()
+        self._connection.on_response_complete()
+
+    def _flush(self) -> None:
+        if self._head is not None:  # no body followed, as after HEAD
+            head, self._head = self._head, None
+            self._transport.write(head)
 
 
 class EndingProtocol(HttpToolsProtocol):
@@ -90,11 +120,6 @@ class EndingProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_body = False
         self._deaf = False  # what comes is read and dropped
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Keep what the answers are written to."""
-        super().connection_made(transport)
-        self._outlet: Any = _Outlet(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything that would keep this object."""

@@ -85,9 +85,11 @@ class GracefulServer(uvicorn.Server):
 
     def signalled(self, number: int) -> None:
         """Take the end a step further; SIGINT leaves out the draining. Safe in a signal handler."""
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended already
-                self._loop.call_soon_threadsafe(self._signalled, number)
+        if self._loop is None:  # it has not begun
+            self._signalled(number)
+            return
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            self._loop.call_soon_threadsafe(self._signalled, number)
 
     def leave(self, exit_code: int) -> None:
         """End at once, with this code: what is in flight is given up. Call it from `watch`."""

@@ -16,7 +16,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
@@ -318,11 +318,6 @@ class _AllProcesses(Collector):
             if metric.name == "evalmode_model_info":
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
-
-
-def forget_process(pid: int) -> None:
-    """For who started the processes: what process `pid` had waiting and in flight is no more. Its counts stay."""
-    mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
 def _gauge(

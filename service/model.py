@@ -243,9 +243,10 @@ def _rows_by_shape(bundle: Bundle, asked: Sequence[Tensors], run: Run) -> dict[s
     found: dict[str, list[Tensors]] = {}
     for inputs in asked:
         for row in split(inputs):
-            if any(answer.shape[:1] != (1,) for answer in run(row).values()):
+            label = label_of(signature_of(row))
+            if label not in found and any(answer.shape[:1] != (1,) for answer in run(row).values()):
                 return None  # a first axis of another kind, whatever it is called
-            found.setdefault(label_of(signature_of(row)), []).append(row)
+            found.setdefault(label, []).append(row)
     return found
 
 

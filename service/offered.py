@@ -69,8 +69,10 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
         jobs = model.tensor_jobs({tensor.name: tensor.data for tensor in request.inputs})
         return Asked(model=model, jobs=jobs, outputs=outputs, truncated=None)
     if len(request.inputs) > 1:
-        others = ", ".join(shown(tensor.name) for tensor in request.inputs if tensor is not text)
-        raise BadRequest(f"inputs must be the text alone, or tensors without it, got also {others}", field="inputs")
+        other = next(tensor for tensor in request.inputs if tensor is not text)
+        raise BadRequest(
+            f"inputs must be the text alone, or tensors without it, got also {shown(other.name)}", field="inputs"
+        )
     texts = _texts(text)
     try:
         jobs, truncated = model.text_rows(texts, truncate=request.truncate)

@@ -141,12 +141,9 @@ class Queue(Generic[Row, Answer]):
                 return
         try:
             await future
-        finally:
-            if future in self._room:  # else not the lock: the garbage collector may get here, as in `drop`
-                with self._lock:
-                    self._room.leave(future)
+        finally:  # without the lock: the garbage collector may get here, as in `drop`
             if not loop.is_closed():
-                loop.call_soon(self._offer_room)  # after this turn, in which he who was woken takes his room
+                loop.call_soon(self._leave_room, future)  # after this turn, in which he who was woken takes his room
         self._check(rows=rows, nbytes=nbytes)
 
     @property
@@ -283,14 +280,17 @@ class Queue(Generic[Row, Answer]):
                 tell(observer.rows_dropped, reason, bucket, rows)
 
     def _offer_room(self) -> None:
-        while len(self._room):  # without the lock: whoever joins after it sees for himself what room there is
-            with self._lock:
-                first = self._room.next()
-            if first is None:
-                return
+        if not len(self._room):  # without the lock: whoever joins after it sees for himself what room there is
+            return
+        with self._lock:
+            first = self._room.next()
+        if first is not None:
             wake([first])
-            if not first.get_loop().is_closed():
-                return
+
+    def _leave_room(self, future: asyncio.Future[None]) -> None:
+        with self._lock:
+            self._room.leave(future)
+        self._offer_room()
 
 
 def _late() -> DeadlineExceeded:

@@ -104,7 +104,8 @@ class Repository:
         Raises UnknownModel for what there is not, and NotReady for what there is and is not open.
         """
         if name is None:
-            return self.default_text()
+            default = self.default_text()
+            return default if version is None else self.get(default.name, version)
         snapshot = self._snapshot
         for model in snapshot.models.get(name, ()):
             if version is None or model.version == version:
@@ -150,6 +151,8 @@ class Repository:
         self._require_control()
         with self._lock:
             if not self._shelf.restore(name):
+                if name in self._snapshot.models:
+                    raise BadRequest(f"model {name} cannot be loaded: its folder is gone; what was open goes on")
                 raise _unknown(self._snapshot, name)
             refused = self._shelf.settle(anew=name)
             for refusal in refused:

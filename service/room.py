@@ -9,38 +9,44 @@ from collections.abc import Callable
 class Room:
     """Those who wait, each with the rows and bytes he needs room for.
 
-    One is woken at a time, and when he has had his turn the next: nothing is reserved for him, so how much he took is
-    known only then.
+    One has his turn at a time: nothing is reserved for him, so what he leaves for the next is known only when he has
+    had it. Who waits on an event loop that was closed is passed over.
     """
 
     def __init__(self, fits: Callable[[int, int], bool]) -> None:
         self._fits = fits
         self._waiting: dict[asyncio.Future[None], tuple[int, int]] = {}
+        self._turn: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __contains__(self, future: asyncio.Future[None]) -> bool:
-        return future in self._waiting
-
     def join(self, future: asyncio.Future[None], *, rows: int, nbytes: int) -> bool:
         """Wait behind all who wait already; False when nobody does and there is room now."""
-        if not self._waiting and self._fits(rows, nbytes):
+        if not self._waiting and not self._is_taking() and self._fits(rows, nbytes):
             return False
         self._waiting[future] = (rows, nbytes)
         return True
 
     def leave(self, future: asyncio.Future[None]) -> None:
-        """Wait no more."""
+        """Wait no more, or have had one's turn."""
         self._waiting.pop(future, None)
+        if self._turn is future:
+            self._turn = None
 
     def next(self) -> asyncio.Future[None] | None:
-        """The first, if there is room for him; he waits no more."""
-        for future, (rows, nbytes) in self._waiting.items():
-            if self._fits(rows, nbytes):
+        """The first, if there is room for him and nobody has his turn; it is his now, until he leaves."""
+        if self._is_taking():
+            return None
+        for future, (rows, nbytes) in list(self._waiting.items()):
+            if future.get_loop().is_closed():
                 del self._waiting[future]
+            elif self._fits(rows, nbytes):
+                del self._waiting[future]
+                self._turn = future
                 return future
-            break  # nobody is served before him, or a large request would never be
+            else:
+                break  # nobody is served before him, or a large request would never be
         return None
 
     def all(self) -> list[asyncio.Future[None]]:
@@ -48,3 +54,6 @@ class Room:
         everybody = list(self._waiting)
         self._waiting.clear()
         return everybody
+
+    def _is_taking(self) -> bool:
+        return self._turn is not None and not self._turn.get_loop().is_closed()

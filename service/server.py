@@ -53,7 +53,7 @@ def serve(
     """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
 
     Call it from the main thread. `open_service` opens what is served in this process; where the settings ask for
-    several, each is a process of the command `worker`. Raises EvalmodeError, one sentence, when the server cannot start.
+    several, each is a process of the command `worker`. Raises EvalmodeError, one sentence, when it cannot start.
     """
     configure_logs(settings.log_format)
     tls_context(settings)  # what is wrong with it is said before a model is loaded

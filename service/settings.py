@@ -43,9 +43,7 @@ class Settings(BaseSettings):
 
     # What is served.
     bundle: Path = Field(default=Path("bundles"), description="a bundle, or a folder of bundles")
-    default_model: str | None = Field(
-        default=None, description="who answers where no model is named; none: the only"
-    )
+    default_model: str | None = Field(default=None, description="who answers where no model is named; none: the only")
     versions: int = Field(default=1, ge=1, description="how many of a model's newest versions are served")
     poll_s: float = Field(default=2.0, ge=0, description="how often the folder is looked at for new versions; 0: never")
     model_control: bool = Field(default=True, description="let POST /v2/repository load and unload models")
@@ -55,22 +53,16 @@ class Settings(BaseSettings):
     threads: int = Field(default=1, ge=1, description="threads of one batch")
     parallel: int | None = Field(default=None, ge=1, description="batches at once in a process; none: by the CPU quota")
     workers: int = Field(default=1, ge=1, le=256, description="server processes that share the port")
-    calibration_s: float = Field(
-        default=1.0, ge=0, description="the longest that measuring a model may take"
-    )
+    calibration_s: float = Field(default=1.0, ge=0, description="the longest that measuring a model may take")
     cache: Path | None = Field(default=None, description="where measurements are kept; none: ~/.cache/evalmode")
-    proof_fraction: float = Field(
-        default=0.001, ge=0, le=1, description="share of answers that idle time checks again"
-    )
+    proof_fraction: float = Field(default=0.001, ge=0, le=1, description="share of answers that idle time checks again")
     # Where it listens.
     host: str = Field(default="127.0.0.1", min_length=1, description="the address to listen on")
     port: int = Field(default=8000, ge=0, le=65_535, description="the port to listen on; 0 takes a free one")
     ssl_certfile: Path | None = Field(default=None, description="the certificate for TLS")
     ssl_keyfile: Path | None = Field(default=None, description="its private key")
     ssl_keyfile_password: SecretStr | None = Field(default=None, description="the password of the private key")
-    ssl_ca_certs: Path | None = Field(
-        default=None, description="authorities: clients must show a certificate of one"
-    )
+    ssl_ca_certs: Path | None = Field(default=None, description="authorities: clients must show a certificate of one")
     # What is accepted.
     max_body_bytes: int = Field(default=1_048_576, ge=1, description="the largest request body that is read")
     max_rows: int = Field(default=256, ge=1, description="the most texts, or rows of tensors, in a request")
@@ -80,9 +72,7 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(default=30.0, gt=0, description="the longest wait for more of a body, or to be read")
     keep_alive_s: int = Field(default=75, ge=1, description="how long a connection may lie idle between requests")
     api_keys: SecretStr | None = Field(default=None, description="keys, one of which a request must show, by commas")
-    api_keys_file: Path | None = Field(
-        default=None, description="a file of API keys, one a line, read as it changes"
-    )
+    api_keys_file: Path | None = Field(default=None, description="a file of API keys, one a line, read as it changes")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="origins whose pages may call this server; by commas in the environment"
     )
@@ -168,6 +158,8 @@ def _sentence(error: ErrorDetails, origins: Mapping[str, Origin], file: Path | N
     if error["type"] == "extra_forbidden":
         return _unknown(field)
     complaint = error["msg"].replace("Input should", "must").replace("String should", "must")
+    if error["type"] == "path_type":
+        complaint = "must be a path"
     value = "a value that is not shown" if field in SECRETS else repr(error["input"])
     if origins[field] == "file":
         return f"{file}: {field} {complaint}, got {value}"

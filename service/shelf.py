@@ -7,6 +7,7 @@ was to replace goes on.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -150,10 +151,10 @@ class Shelf:
     def _identified(self, folders: Sequence[Folder]) -> Iterator[_Found]:
         opened = {one.path: (name, one.model.version) for name, every in self._open.items() for one in every}
         first: dict[Identity, Path] = {}
-        for folder in folders:
+        for folder in sorted(folders, key=lambda folder: folder.identity is None):
             # A manifest that is being written cannot be read; it goes by what was there, else by what it may become.
-            beside = (folder.path.parent.name, folder.path.name)
-            identity = folder.identity or opened.get(folder.path) or beside
+            may_be = (folder.path.parent.name, folder.path.name)
+            identity = folder.identity or opened.get(folder.path) or may_be
             path = first.setdefault(identity, folder.path)
             yield _Found(identity=identity, folder=folder, behind=None if path == folder.path else path)
 
@@ -205,6 +206,7 @@ class Shelf:
             if (model.name, model.version) != folder.identity:
                 raise BundleError(f"{folder.path} was changed while it was opened")
         except Exception as error:  # whatever it is, it is the matter of this bundle and of no other
+            _let_go(error)
             tried.append(Refusal(folder=folder.path, signature=folder.signature, error=error))
             self._refused[folder.path] = tried[-1]
             return None
@@ -249,6 +251,13 @@ class Shelf:
 
     def _relative(self, path: Path) -> str:
         return str(path.relative_to(self._root))
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what was local where an error came from: one that is remembered would hold on to a model."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _say_opened(model: Model, *, seconds: float) -> None:

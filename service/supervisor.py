@@ -15,7 +15,6 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import structlog
@@ -48,9 +47,11 @@ class _Worker:
     refused: str | None = None
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it is there to take one."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
+        """Send it a signal, if it is there to take one; while it starts, the one that ends it without a word."""
+        # Not by `send_signal`, which looks first whether the process has ended, and takes the exit code from asyncio.
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number if self.was_ready else signal.SIGTERM)
 
 
 class Supervisor:
@@ -77,7 +78,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._serving = serving
         self._stopping = asyncio.Event()
-        signals.to(partial(loop.call_soon_threadsafe, self._signalled))
+        signals.to(lambda number: loop.call_soon_threadsafe(self._signalled, number))
         refused: StartFailed | None = None
         try:
             async with asyncio.TaskGroup() as group:
@@ -186,7 +187,8 @@ class Supervisor:
     def _kill(self) -> None:
         for worker in self._workers:
             _log.error("a worker does not end: killed", worker=worker.process.pid)
-            worker.signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.process.pid, signal.SIGKILL)
 
     def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name != _METRICS_VARIABLE}

@@ -74,27 +74,34 @@ def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
     Raises BadRequest, naming the first that is wrong, for ids that the model has no row for, a mask of other numbers
     than 0 and 1, more positions than it reads, and a row where nothing counts.
     """
-    ids, mask = inputs[IDS].astype(np.int64), inputs.get(MASK)
+    ids = inputs[IDS].astype(np.int64)
+    grams = (spec.ids_per_position,) if isinstance(spec, NgramSpec) else ()
+    if ids.shape[2:] != grams:
+        raise BadRequest(f"{IDS} must have the shape {[-1, -1, *grams]}, got {[*ids.shape]}", field=IDS)
     if ids.shape[1] > spec.lengths[-1]:
         raise BadRequest(
             f"{IDS} has {ids.shape[1]} positions and the model reads at most {spec.lengths[-1]}: shorten it", field=IDS
         )
-    grams = (spec.ids_per_position,) if isinstance(spec, NgramSpec) else ()
-    if ids.shape[2:] != grams:
-        raise BadRequest(f"{IDS} must have the shape {[-1, -1, *grams]}, got {[*ids.shape]}", field=IDS)
     _require_range(IDS, ids, below=spec.vocabulary)
-    if mask is not None and mask.shape != ids.shape[:2]:
-        raise BadRequest(f"{MASK} must have the shape {[*ids.shape[:2]]} of {IDS}, got {[*mask.shape]}", field=MASK)
-    real = (
-        mask.astype(np.int64) if mask is not None else (ids.reshape(*ids.shape[:2], -1) != 0).any(-1).astype(np.int64)
-    )
-    _require_range(MASK, real, below=2)
-    lengths = (real * np.arange(1, ids.shape[1] + 1)).max(axis=1, initial=0)  # (B,)
+    counts = _counting(ids, inputs.get(MASK))  # (B, T)
+    lengths = (counts * np.arange(1, ids.shape[1] + 1)).max(axis=1, initial=0)  # (B,)
     for row, length in enumerate(lengths):
         if length == 0:
-            name = IDS if mask is None else MASK
+            name = MASK if MASK in inputs else IDS
             raise BadRequest(f"row {row} of {name} is empty: nothing in it counts, its answer would be NaN", field=name)
-        yield IdRow(ids=ids[row, :length].copy(), mask=None if ids.ndim == 3 else real[row, :length].copy())
+        yield IdRow(ids=ids[row, :length].copy(), mask=None if grams else counts[row, :length].copy())
+
+
+def _counting(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
+    """Which positions count, as 0 and 1, (B, T)."""
+    if mask is None:
+        real = (ids != 0).reshape(*ids.shape[:2], *ids.shape[2:] or (1,))  # (B, T, G)
+        return np.asarray(real.any(-1), np.int64)
+    if mask.shape != ids.shape[:2]:
+        raise BadRequest(f"{MASK} must have the shape {[*ids.shape[:2]]} of {IDS}, got {[*mask.shape]}", field=MASK)
+    counts = mask.astype(np.int64)
+    _require_range(MASK, counts, below=2)
+    return counts
 
 
 def labels_of(manifest: Manifest, *, path: object) -> tuple[str, ...]:

@@ -27,6 +27,16 @@ JSON = "application/json"
 _INLINE_CHARACTERS = 2_000
 
 
+_LINES = {
+    "schema": {
+        "type": "string",
+        "description": "A text a line, as a JSON string or as an object with `text` and, to know it again, `id`. The "
+        "query may hold top_k, truncate, model and version. The answer has a line for each, in their order.",
+        "examples": ['"Ez egy r\u00f6vid mondat."\n{"text": "Dit is een zin.", "id": 7}\n'],
+    }
+}
+
+
 def routes(settings: Settings) -> APIRouter:
     """`/v1/predict` and `/v1/model`."""
     body = {"schema": request_schema(max_rows=settings.max_rows, max_top_k=settings.max_top_k)}
@@ -41,7 +51,7 @@ def routes(settings: Settings) -> APIRouter:
         response_model=PredictResponse,
         responses=refusals,
         # The body is read by hand: within the limit, and with our own sentences for what is wrong with it.
-        openapi_extra={"requestBody": {"required": True, "content": {JSON: body}}},
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: body, NDJSON: _LINES}}},
     )
     router.add_api_route("/v1/model", _model, name="model", response_model=ModelResponse, responses=refusals)
     return router

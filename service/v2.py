@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -112,8 +113,8 @@ class _Inference:
             request, asked = await asyncio.to_thread(self._read, body, json_length)
         now = time.monotonic()
         self._read_s = now - before
-        timeout_s = min(self._deadline - now, request.timeout_s or self._deadline)
-        answers = await self._state.engine.answer_async(asked.jobs, timeout_s=timeout_s)
+        deadline = min(self._deadline, self._started + (request.timeout_s or math.inf))
+        answers = await self._state.engine.answer_async(asked.jobs, timeout_s=deadline - now)
         before = time.monotonic()
         if sum(tensor.nbytes for answer in answers for tensor in answer.values()) <= _INLINE_BYTES:
             encoded = self._write(request, asked, answers)
@@ -145,6 +146,7 @@ class _Inference:
             model_name=self._model.name,
             model_version=self._model.version,
             request_id=request.id,
+            digest=self._model.digest,
         )
 
 

@@ -2,8 +2,8 @@
 
 Both use one socket, a line of JSON each time. To the worker: first its settings, then {"others": N} whenever the number
 of other workers that take requests changes. From it: {"refused": SENTENCE} when it cannot start, {"ready": true,
-"told": {...}} when it serves, {"ready": bool, "why": SENTENCE} when that changes. When the socket ends the supervisor has
-ended: then the worker drains and ends by itself.
+"told": {...}} when it serves, {"ready": bool, "why": SENTENCE} when that changes. When the socket ends the supervisor
+has ended: then the worker drains and ends by itself.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from evalmode import cli, terminal
 from evalmode.export.release import Released
 from evalmode.model.checkpoint import Checkpoint
 from evalmode.model.config import TrainConfig
-from evalmode.service.settings import Settings
 
 COMMANDS = ("train", "export", "verify", "serve", "predict", "show")
 
@@ -62,10 +61,6 @@ def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_de
 def test_help_shows_the_defaults_that_are_written_in_words(command: str, default: str) -> None:
     shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
     assert default in shown.output
-
-
-def test_the_flags_of_serve_are_settings() -> None:
-    assert inspect.signature(cli.serve).parameters.keys() <= Settings.model_fields.keys()
 
 
 def test_nonsense_is_one_sentence_with_the_flag_and_the_value(tmp_path: Path) -> None:

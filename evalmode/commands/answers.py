@@ -152,8 +152,11 @@ class Stdout:
             raise EvalmodeError(f"the model changed while it answered, to the digest {digest[:16]}; {self.way_on}")
         self.digest = digest or self.digest
         view = memoryview(b"".join(lines))
-        while view:  # no buffer that would be flushed once more at exit, into a pipe that has no reader
-            view = view[os.write(sys.stdout.fileno(), view) :]
+        try:
+            while view:  # no buffer that would be flushed once more at exit, into a pipe that has no reader
+                view = view[os.write(sys.stdout.fileno(), view) :]
+        except OSError as error:
+            raise EvalmodeError(f"stdout cannot be written: {error.strerror}; {self.way_on}") from error
         self.lines += len(lines)
         self.errors += sum(map(is_error, lines))
 

@@ -80,7 +80,7 @@ class Source:
     def check(self) -> None:
         """Raise EvalmodeError where it cannot be read."""
         try:
-            if self.repeatable:  # whoever opens a named pipe and goes away has broken it
+            if self.repeatable or self.path.is_dir():  # whoever opens a named pipe and goes away has broken it
                 self.open().close()
         except OSError as error:
             raise EvalmodeError(f"--input {self.path} cannot be read: {error.strerror}") from error

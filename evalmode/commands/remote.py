@@ -109,7 +109,7 @@ def open_client(url: str, *, api_key: str | None, ca: Path | None, connections: 
         raise EvalmodeError(f"--url {url} is no address: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise EvalmodeError(f"--url must begin with http:// or https://, got {url}")
-    if api_key is not None and not api_key.isascii():
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
         raise EvalmodeError("the API key holds a character that no header may hold")
     verify: ssl.SSLContext | bool = True
     if ca is not None:

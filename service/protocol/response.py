@@ -29,15 +29,16 @@ class Encoded:
 
 
 def encode_response(
-    outputs: Sequence[OutputTensor], *, model_name: str, model_version: str, request_id: str | None = None
+    outputs: Sequence[OutputTensor], *, model_name: str, model_version: str, digest: str, request_id: str | None = None
 ) -> Encoded:
-    """The response with these outputs in their order.
+    """The response with these outputs in their order; `digest` names every byte of the model that answered.
 
     Raises BadRequest, naming the output, where JSON was asked for and cannot write it.
     """
     found: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
     if request_id is not None:
         found["id"] = request_id
+    found["parameters"] = {"digest": digest}
     raw: list[bytes] = []
     found["outputs"] = [_described(output, raw) for output in outputs]
     body = json.dumps(found, allow_nan=False, separators=(",", ":")).encode()

@@ -71,6 +71,7 @@ INFER_RESPONSE: dict[str, Any] = {
         "model_name": {"type": "string"},
         "model_version": {"type": "string"},
         "id": {"type": "string"},
+        "parameters": {"type": "object", "properties": {"digest": {"type": "string"}}},
         "outputs": {
             "type": "array",
             "items": {"type": "object", "required": ["name", "datatype", "shape"], "properties": _TENSOR},

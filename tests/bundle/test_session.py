@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from evalmode.bundle.errors import BundleCorrupt, ModelRunFailed, ProviderUnavailable
+from evalmode.bundle.errors import BundleCorrupt, InputsRefused, ModelRunFailed, ProviderUnavailable
 from evalmode.bundle.session import open_session
 
 WEIGHTS = np.random.default_rng(5).standard_normal((64, 32)).astype(np.float32)
@@ -42,8 +42,52 @@ def test_a_model_is_opened_from_bytes_and_from_a_path_alike(model, tmp_path):
 
 @pytest.mark.parametrize("inputs", [{}, {"z": np.ones((2, 64), np.float32)}, {"x": np.ones((2, 63), np.float32)}])
 def test_inputs_that_the_model_does_not_take_are_refused_in_a_sentence(model, inputs):
-    with pytest.raises(ModelRunFailed, match="ONNX Runtime cannot run the model on these inputs: "):
+    with pytest.raises(InputsRefused, match="ONNX Runtime cannot run the model on these inputs: "):
         open_session(model).run(inputs)
+
+
+def made(op, *, inputs, weights):
+    """A model of one node whose inputs are named, and whose output has any shape."""
+    graph = helper.make_graph(
+        [helper.make_node(op, [*inputs, *weights], ["y"])],
+        "one node",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+
+
+FLOATS = (TensorProto.FLOAT, ["n", "k"])
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (
+            made("MatMul", inputs={"x": FLOATS}, weights={"w": np.ones((4, 2), np.float32)}),
+            {"x": np.ones((2, 3), np.float32)},
+        ),
+        (
+            made("Reshape", inputs={"x": FLOATS}, weights={"s": np.array([0, 4, -1])}),
+            {"x": np.ones((2, 3), np.float32)},
+        ),
+        (
+            made("Add", inputs={"a": FLOATS, "b": FLOATS}, weights={}),
+            {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 2), np.float32)},
+        ),
+    ],
+)
+def test_shapes_that_do_not_go_together_are_the_fault_of_the_inputs(model, inputs):
+    with pytest.raises(InputsRefused, match="while running"):
+        open_session(model).run(inputs)
+
+
+def test_memory_that_gives_out_is_no_fault_of_the_inputs():
+    model = made("Expand", inputs={"x": (TensorProto.FLOAT, [1])}, weights={"s": np.array([10**6, 10**7, 10**3])})
+    with pytest.raises(ModelRunFailed, match="memory") as failure:
+        open_session(model).run({"x": np.ones(1, np.float32)})
+    assert not isinstance(failure.value, InputsRefused)
 
 
 def test_a_session_tells_its_tensors_with_minus_one_where_they_vary(model):

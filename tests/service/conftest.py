@@ -17,7 +17,7 @@ import pytest
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from evalmode.bundle.certificate import Certificate, Record, Verdict
-from evalmode.bundle.frontend import NgramFrontEnd, NgramSpec, collate
+from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, NgramFrontEnd, NgramSpec, collate
 from evalmode.bundle.known_answers import KnownAnswer, pack
 from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest
 from evalmode.bundle.session import Session, open_session
@@ -117,6 +117,11 @@ def tensor_bundle(
     return _written(root, model, session, answers, certify, name=name, version=version)
 
 
+def token_bundle(root: Path, model: bytes, tokenizer: str, *, spec: BpeSpec) -> Path:
+    """Write a bundle of text below `root` whose front end is a tokenizer; it has no known answers."""
+    return _written(root, model, open_session(model), (), lambda found: found, frontend=spec, tokenizer=tokenizer)
+
+
 def product_model() -> bytes:
     """y = x @ w: (B, 2) for x (B, T) of 1 to 64 columns; w is as many rows long as x has columns."""
     weights = np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)
@@ -154,12 +159,15 @@ def _written(
     answers: tuple[KnownAnswer, ...],
     certify: Callable[[Certificate], Certificate],
     *,
-    name: str,
-    version: str,
+    name: str = "tokens",
+    version: str = "1",
     labels: tuple[str, ...] | None = None,
-    frontend: NgramSpec | None = None,
+    frontend: NgramSpec | BpeSpec | None = None,
+    tokenizer: str | None = None,
 ) -> Path:
     contents = {MODEL_FILE: model, KNOWN_ANSWERS_FILE: pack(answers)}
+    if tokenizer is not None:
+        contents[TOKENIZER_FILE] = tokenizer.encode()
     manifest = Manifest(
         name=name,
         version=version,
@@ -198,7 +206,7 @@ class Service:
 
 def environment(bundle: Path, **settings: object) -> dict[str, str]:
     """The environment of a server process."""
-    given = {"bundle": bundle, "port": 0, "log_format": "json", "parallel": 2, **settings}
+    given = {"bundle": bundle, "port": 0, "log_format": "json", "access_log": 0, "parallel": 2, **settings}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}
     return kept | {f"EVALMODE_{name.upper()}": str(value) for name, value in given.items()}
 
@@ -260,6 +268,7 @@ class Bundles:
     make = staticmethod(make_bundle)
     model = staticmethod(tiny_model)
     tensors = staticmethod(tensor_bundle)
+    tokens = staticmethod(token_bundle)
     onnx = staticmethod(onnx_model)
 
 

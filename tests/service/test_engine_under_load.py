@@ -89,8 +89,10 @@ def test_any_mix_of_requests_is_answered_right_or_fails_for_a_reason_of_its_own(
             allowed = {"stay": (), "cancel": (asyncio.CancelledError,), "deadline": (DeadlineExceeded,)}[fate]
             assert isinstance(answers, (*allowed, RunFailed))
             assert guilty or not isinstance(answers, RunFailed)
-    lost = sum(len(rows) for (rows, _), answers in zip(requests, found, strict=True) if not isinstance(answers, list))
-    assert sum(rows for _, _, rows in notes.dropped) == lost
+    lost = Counter(type(answers) for (rows, _), answers in zip(requests, found, strict=True) for _ in rows)
+    told = sum(rows for _, _, rows in notes.dropped)
+    at_least = lost[DeadlineExceeded] + lost[RunFailed]
+    assert at_least <= told <= at_least + lost[asyncio.CancelledError]  # some are cancelled when their answer is there
 
 
 def mixed_buckets() -> list[Bucket]:

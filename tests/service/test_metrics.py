@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import structlog
 from prometheus_client import parser
+from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from evalmode.service.bucket import Bucket
@@ -256,9 +257,7 @@ def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_ha
         assert process.stdout.readline() == "told\n"
     processes[0].kill()
     processes[0].wait()
-    forget = "import sys; from evalmode.service.metrics import forget_process; forget_process(int(sys.argv[1]))"
-    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", forget, str(processes[0].pid)], env=environment, check=True)
+    mark_process_dead(processes[0].pid, tmp_path)  # as the supervisor does
     text, _ = processes[1].communicate("\n\n", timeout=30)
     assert processes[1].returncode == 0
     lines = text.splitlines()

@@ -1,29 +1,23 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from evalmode.bundle.certificate import Verdict
-from evalmode.bundle.errors import BundleCorrupt, BundleError, ProviderUnavailable
+from evalmode.bundle.errors import BundleError
+from evalmode.service.calibration import Calibration
 from evalmode.service.errors import InvalidField, NotReady, RunFailed
-from evalmode.service.predictor import Predictor, best, softmax
+from evalmode.service.predictor import Predictor
 
-FINITE = st.floats(min_value=-1e4, max_value=1e4, width=32)
 LONG = "a much longer text than the sixteen positions of the tiny model"
 
 
 @pytest.fixture(scope="module")
 def predictor(bundle):
-    with Predictor.open(bundle, workers=2) as opened:
+    with Predictor.open(bundle, parallel=2) as opened:
         yield opened
 
 
@@ -34,10 +28,9 @@ def test_a_row_gives_the_same_bits_whatever_its_neighbours(predictor, texts):
     assert asyncio.run(predictor.predict_async(texts)) == alone
 
 
-def test_a_model_whose_bits_depend_on_the_batch_size_is_not_batched_and_gives_the_same_bits(tmp_path, texts, bundles):
+def test_a_model_whose_bits_depend_on_the_batch_size_gives_the_same_bits_too(tmp_path, texts, bundles):
     bundle = bundles.make(tmp_path, model=bundles.model(batchable=False))
-    with Predictor.open(bundle, workers=2) as predictor:
-        assert (1,) in predictor.row_counts.values(), "this model was to be unstable"
+    with Predictor.open(bundle, parallel=2) as predictor:
         alone = [predictor.predict([text])[0] for text in texts]
         assert predictor.predict(texts) == alone
 
@@ -50,15 +43,18 @@ def test_many_threads_asking_at_once_get_the_bits_of_one(predictor, texts):
             assert found == alone[part]
 
 
-def test_a_predictor_says_what_it_proved_when_it_was_opened(predictor):
-    assert predictor.replayed.verdict == "bitwise"
-    assert predictor.replayed.answers == 5
-    assert set(predictor.row_counts) == {4, 8, 16}
-    assert predictor.labels == ("hu", "nl", "fi", "et", "de")
+def test_batching_changes_nothing_that_running_alone_would_not_give(predictor, bundle, texts):
+    with Predictor.open(bundle, parallel=1, calibration=Calibration(budget_s=0)) as alone:
+        assert {count for bucket in alone.model.buckets for count in bucket.costs} == {1}
+        assert alone.predict(texts) == predictor.predict(texts)
 
 
-def test_the_bundles_bytes_are_not_kept_beside_the_session(predictor):
-    assert not predictor.bundle.contents
+def test_more_texts_than_a_server_would_queue_are_answered(predictor):
+    assert len(predictor.predict(["a"] * 5000)) == 5000
+
+
+def test_no_texts_have_no_predictions(predictor):
+    assert predictor.predict([]) == []
 
 
 def test_an_empty_text_is_a_prediction(predictor):
@@ -85,6 +81,14 @@ def test_as_many_labels_as_asked_are_given_or_all_there_are(predictor, top_k, gi
     assert (prediction.label, prediction.score) == (prediction.top[0].label, prediction.top[0].score)
 
 
+def test_numbers_that_are_not_finite_fail_the_request(tmp_path, bundles):
+    with (
+        Predictor.open(bundles.make(tmp_path, model=bundles.model(bias=float("nan")))) as predictor,
+        pytest.raises(RunFailed, match="not finite"),
+    ):
+        predictor.predict(["a"])
+
+
 def test_after_closing_nothing_is_answered(bundle):
     predictor = Predictor.open(bundle)
     predictor.close()
@@ -105,102 +109,9 @@ def test_opening_it_loads_no_web_framework_and_no_torch(bundle):
 
 def test_a_folder_of_one_bundle_is_enough(bundle):
     with Predictor.open(bundle.parent.parent) as predictor:
-        assert predictor.bundle.path == bundle
+        assert predictor.model.bundle.path == bundle
 
 
 def test_a_bundle_without_a_front_end_is_refused(tmp_path, bundles):
     with pytest.raises(BundleError, match="no front end"):
-        Predictor.open(bundles.make(tmp_path, frontend=None))
-
-
-def test_a_model_with_another_number_of_answers_than_labels_is_refused(tmp_path, bundles):
-    with pytest.raises(BundleError, match=r"\(batch, 5 labels\)"):
-        Predictor.open(bundles.make(tmp_path, model=bundles.model(labels=4)))
-
-
-def test_labels_that_the_manifest_does_not_name_are_numbers(tmp_path, bundles):
-    with Predictor.open(bundles.make(tmp_path, labels=None)) as predictor:
-        assert predictor.labels == ("0", "1", "2", "3", "4")
-
-
-def test_a_provider_that_is_not_there_is_refused(bundle):
-    with pytest.raises(ProviderUnavailable, match="cpu"):
-        Predictor.open(bundle, provider="nonsense")
-
-
-def test_a_changed_bundle_is_refused(tmp_path, bundles):
-    bundle = bundles.make(tmp_path)
-    (bundle / "model.onnx").write_bytes(b"other")
-    with pytest.raises(BundleCorrupt, match=r"model\.onnx"):
-        Predictor.open(bundle)
-
-
-def test_a_known_answer_that_does_not_come_out_is_a_refusal_to_open(tmp_path, bundles):
-    def one_bit_off(answer):
-        logits = np.nextafter(answer.outputs["logits"], np.float32(np.inf))
-        return dataclasses.replace(answer, outputs={"logits": logits})
-
-    with pytest.raises(BundleError, match="known answer 0 does not come out"):
-        Predictor.open(bundles.make(tmp_path, change=one_bit_off))
-
-
-def test_an_uncertified_bundle_is_opened_only_when_that_is_allowed(tmp_path, bundles):
-    bundle = bundles.make(tmp_path)
-    (bundle / "certificate.json").unlink()
-    with pytest.raises(BundleError, match="not certified"):
-        Predictor.open(bundle)
-    with Predictor.open(bundle, allow_uncertified=True) as predictor:
-        assert predictor.replayed is None
-        assert predictor.bundle.certificate is None
-        assert predictor.predict(["a"])
-
-
-def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path, bundles):
-    def elsewhere(certificate):
-        platform = certificate.platform.model_copy(update={"cpu_features": ("another",)})
-        return certificate.model_copy(update={"platform": platform})
-
-    with Predictor.open(bundles.make(tmp_path, certify=elsewhere)) as predictor:
-        assert predictor.replayed.verdict == "within tolerance"
-        assert predictor.bundle.certificate.verdict is Verdict.PASS
-
-
-@pytest.mark.parametrize("bias", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_fail_the_request(tmp_path, bundles, bias):
-    with (
-        Predictor.open(bundles.make(tmp_path, model=bundles.model(bias=bias))) as predictor,
-        pytest.raises(RunFailed, match="not finite"),
-    ):
-        predictor.predict(["a"])
-
-
-@given(st.lists(FINITE, min_size=1, max_size=70))
-def test_probabilities_sum_to_one_and_keep_the_order_of_the_logits(logits):
-    scores = softmax(logits)
-    assert math.isclose(math.fsum(scores), 1, rel_tol=1e-14)
-    order = sorted(range(len(logits)), key=logits.__getitem__)
-    assert [scores[index] for index in order] == sorted(scores)
-
-
-@given(st.lists(FINITE, min_size=2, max_size=20), st.integers(min_value=1, max_value=19))
-def test_a_probability_does_not_depend_on_the_order_of_the_labels(logits, turn):
-    turned = logits[turn:] + logits[:turn]
-    scores = softmax(logits)
-    assert softmax(turned) == scores[turn:] + scores[:turn]
-
-
-@pytest.mark.parametrize(
-    "logits", [[math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [1.0, math.inf], [-math.inf, -math.inf]]
-)
-def test_logits_without_probabilities_are_refused(logits):
-    with pytest.raises(RunFailed):
-        softmax(logits)
-
-
-def test_an_impossible_label_has_no_probability():
-    assert softmax([0.0, -math.inf]) == [1.0, 0.0]
-
-
-def test_equal_scores_are_ranked_in_the_order_of_the_labels():
-    assert best([0.2, 0.3, 0.2, 0.3], 4) == [1, 3, 0, 2]
-    assert best([0.25] * 4, 2) == [0, 1]
+        Predictor.open(bundles.tensors(tmp_path))

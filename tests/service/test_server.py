@@ -29,7 +29,7 @@ def client(service) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def expected(bundle, texts) -> list[dict[str, object]]:
     """What `Predictor` answers in this process, each text asked alone, as the server would write it."""
-    with Predictor.open(bundle, workers=1) as predictor:
+    with Predictor.open(bundle, parallel=1) as predictor:
         return [as_json(predictor.predict([text])[0]) for text in texts]
 
 
@@ -62,7 +62,8 @@ def test_it_is_ready_and_tells_everything_of_its_model(service, client):
     assert model["manifest"]["labels"] == ["hu", "nl", "fi", "et", "de"]
     assert model["certificate"]["digest"] == model["digest"]
     assert model["known_answers"]["verdict"] == "bitwise"
-    assert (model["provider"], model["threads"], model["workers"]) == ("CPUExecutionProvider", 1, 2)
+    assert (model["provider"], model["threads"]) == ("CPUExecutionProvider", 1)
+    assert (model["parallel"], model["workers"]) == (2, 1)
     assert set(model["row_counts"]) == {"4", "8", "16"}
 
 
@@ -112,7 +113,6 @@ TOO_MUCH = b'{"inputs": ["' + b"a" * 70_000 + b'"]}'
         ("GET", "/v1/predict", b"", 405, None),
         ("POST", "/readyz", b"", 405, None),
         ("GET", "/nowhere", b"", 404, None),
-        ("GET", "/docs", b"", 404, None),
     ],
 )
 def test_every_error_is_a_sentence_with_the_field_it_is_about(client, method, path, content, status, field):
@@ -166,13 +166,15 @@ def test_a_request_in_flight_is_answered_after_sigterm_and_the_exit_code_is_0(bu
 
 
 def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_server(bundle, processes):
-    with processes.running(bundle) as service:
+    with processes.running(bundle, access_log=1) as service:
         begun_request(service.port, 100).close()
         assert httpx.post(f"{service.url}/v1/predict", json={"inputs": ["a"]}, timeout=WAIT_S).status_code == 200
         service.terminate()
         _, logged = service.process.communicate(timeout=WAIT_S)
         assert service.process.returncode == 0
-        assert [json.loads(line)["event"] for line in logged.splitlines()] == ["stopped"]
+        events = [json.loads(line) for line in logged.splitlines()]
+        assert [event["event"] for event in events] == ["request", "request", "draining", "stopped"]
+        assert [event["status"] for event in events[:2]] == [499, 200]
 
 
 def test_an_interrupt_from_the_keyboard_is_an_end_in_good_order_too(bundle, processes):
@@ -185,8 +187,8 @@ def test_an_interrupt_from_the_keyboard_is_an_end_in_good_order_too(bundle, proc
 # Its model takes so long to load that the signal comes first.
 STOPPED_WHILE_LOADING = """
 import signal, sys
-from evalmode.service import server
-server.open_predictor = lambda settings: signal.raise_signal(signal.SIGTERM)
+from evalmode.service import server, state
+state.open_state = lambda settings: signal.raise_signal(signal.SIGTERM)
 sys.exit(server.main())
 """
 

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from evalmode.service import settings as module
 from evalmode.service.errors import StartFailed
-from evalmode.service.settings import Settings, load_settings
+from evalmode.service.settings import GROUPS, SECRETS, Settings, load_settings, trace_settings
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.delenv(f"EVALMODE_{name.upper()}", raising=False)
+    monkeypatch.delenv("EVALMODE_CONFIG", raising=False)
 
 
 def test_a_flag_goes_before_the_environment_and_the_environment_before_the_default(monkeypatch):
@@ -58,3 +61,88 @@ def test_settings_do_not_change_once_built():
     settings = load_settings()
     with pytest.raises(ValidationError):
         settings.port = 1  # type: ignore[misc]
+
+
+@pytest.fixture
+def config(tmp_path: Path):
+    """Writes a settings file with this content."""
+
+    def write(content: str) -> Path:
+        file = tmp_path / "evalmode.toml"
+        file.write_text(content)
+        return file
+
+    return write
+
+
+def test_the_environment_goes_before_the_file_and_the_file_before_the_default(monkeypatch, config):
+    file = config('port = 9000\nhost = "::1"\nthreads = 2\ncors_origins = ["https://a", "https://b"]\n')
+    monkeypatch.setenv("EVALMODE_HOST", "0.0.0.0")
+    settings, origins = trace_settings(config=file, port=9001, workers=None)
+    assert (settings.port, settings.host, settings.threads) == (9001, "0.0.0.0", 2)
+    assert settings.cors_origins == ("https://a", "https://b")
+    asked = ("port", "host", "threads", "workers")
+    assert [origins[name] for name in asked] == ["flag", "environment", "file", "default"]
+    assert origins.keys() == Settings.model_fields.keys()
+
+
+def test_the_environment_may_name_the_file_and_a_flag_another(monkeypatch, config, tmp_path):
+    monkeypatch.setenv("EVALMODE_CONFIG", str(config("port = 1\n")))
+    assert load_settings().port == 1
+    other = tmp_path / "other.toml"
+    other.write_text("port = 2\n")
+    assert load_settings(config=other).port == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prot = 1", "there is no setting prot; did you mean port?"),
+        ("max-rows = 1", "there is no setting max-rows; did you mean max_rows?"),
+        ("[tls]\nport = 1", "there is no setting tls; "),
+        ("port = 'many'", "port must be a valid integer, unable to parse string as an integer, got 'many'"),
+        ("port = 70000", "port must be less than or equal to 65535, got 70000"),
+        ("bundle = 3", "bundle must be a path, got 3"),
+        ("cors_origins = [1]", "cors_origins must be a valid string, got 1"),
+        ("port = 1\nport = 2", "is not valid TOML: "),
+        ("port: 1", "is not valid TOML: "),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_one_sentence_with_the_file_the_key_and_the_value(config, content, said):
+    file = config(content)
+    with pytest.raises(StartFailed, match=re.escape(said)) as failure:
+        load_settings(config=file)
+    assert str(file) in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(StartFailed, match="cannot be read: No such file"):
+        load_settings(config=tmp_path / "absent.toml")
+
+
+def test_a_wrong_secret_is_not_shown(config):
+    with pytest.raises(StartFailed) as failure:
+        load_settings(config=config("api_keys = 'x'\nssl_keyfile_password = 918273"))
+    assert "ssl_keyfile_password" in str(failure.value)
+    assert "918273" not in str(failure.value)
+
+
+def test_secrets_are_what_holds_one():
+    assert sorted(SECRETS) == ["api_keys", "ssl_keyfile_password"]
+
+
+def test_lists_are_spelled_with_commas_in_the_environment(monkeypatch):
+    monkeypatch.setenv("EVALMODE_CORS_ORIGINS", "https://a, https://b,")
+    assert load_settings().cors_origins == ("https://a", "https://b")
+
+
+def test_a_request_must_fit_into_the_queue():
+    with pytest.raises(StartFailed, match="max_rows must be at most queue_rows, got 256 > 10"):
+        load_settings(queue_rows=10)
+
+
+def test_the_groups_are_those_that_the_settings_stand_in():
+    source = Path(module.__file__).read_text()
+    found = re.findall(r"^    # (.*)\.\n    (\w+): ", source, flags=re.MULTILINE)
+    assert [(first, name) for name, first in found] == list(GROUPS.items())

@@ -1,8 +1,8 @@
 """A program: the server's process around an application of a few lines, for tests of everything but the models.
 
 `GET /` answers "pid N". A body that is posted anywhere is read and echoed. What is below `/gate` answers only once the
-file TINY_GATE is there, `/large` with 64 MB, `/early` before it reads, `/stuck` makes the process say that a batch is
-stuck for the seconds of its query, and `/kept` never answers, whatever it is told.
+file TINY_GATE is there, `/large` with 64 MB, `/early` before it reads, `/stuck?AforB` makes the process say for B
+seconds that a batch is stuck, since A, and `/kept` never answers, whatever it is told.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Tiny:
         if scope["type"] == "lifespan":
             while True:
                 event = (await receive())["type"]
+                if event == "lifespan.shutdown" and os.environ.get("TINY_CLOSING") == "never":
+                    await asyncio.sleep(3600)
                 await send({"type": f"{event}.complete"})
                 if event == "lifespan.shutdown":
                     return
@@ -63,7 +65,8 @@ class Tiny:
         if path == "/livez":
             return (503 if self.health.live() else 200), b""
         if path == "/stuck":
-            self.stuck_s = float(scope["query_string"])
+            self.stuck_s, for_s = map(float, scope["query_string"].split(b"for"))
+            asyncio.get_running_loop().call_later(for_s, setattr, self, "stuck_s", 0.0)
         while path.startswith("/gate") and not GATE.exists():
             await asyncio.sleep(0.01)
         if path == "/kept":

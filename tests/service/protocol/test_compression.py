@@ -26,9 +26,7 @@ def read(chunks: Iterable[bytes], encoding: Encoding, *, max_body_bytes: int = 1
             yield chunk
 
     return asyncio.run(
-        read_body(
-            decompressed(sent(), encoding), declared_bytes=None, max_body_bytes=max_body_bytes, silence_s=30
-        )
+        read_body(decompressed(sent(), encoding), declared_bytes=None, max_body_bytes=max_body_bytes, silence_s=30)
     )
 
 

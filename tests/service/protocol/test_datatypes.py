@@ -101,12 +101,12 @@ def test_half_an_emoji_is_a_text():
 
 @pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
 def test_what_json_cannot_write_says_to_ask_for_binary(number: float):
-    with pytest.raises(BadRequest, match='output y .*"binary_data": true'):
+    with pytest.raises(BadRequest, match=r'output y .*"binary_data": true'):
         values_of(np.array([1.0, number], np.float32), field="output y")
 
 
 def test_bytes_that_are_no_text_say_to_ask_for_binary():
-    with pytest.raises(BadRequest, match='output y .*not UTF-8.*"binary_data": true'):
+    with pytest.raises(BadRequest, match=r'output y .*not UTF-8.*"binary_data": true'):
         values_of(np.array([b"\xff"], dtype=object), field="output y")
 
 
@@ -125,7 +125,7 @@ def test_bytes_that_are_no_text_say_to_ask_for_binary():
     ],
 )
 def test_bytes_that_do_not_fit_their_shape_are_refused(raw: bytes, datatype: str, count: int, sentence: str):
-    with pytest.raises(BadRequest, match="^inputs.0.data") as found:
+    with pytest.raises(BadRequest, match=r"^inputs\.0\.data") as found:
         array_from_bytes(memoryview(raw), datatype, count, field="inputs.0.data")
     assert sentence in str(found.value)
 

@@ -203,9 +203,7 @@ def test_a_tensor_in_both_ways_at_once_is_refused():
 
 @pytest.mark.parametrize("header", ["-1", "x", "", "²", "1.0", "999", "9" * 5000])
 def test_a_json_length_that_is_none_is_refused(header: str):
-    assert "header inference-header-content-length must be the length of the JSON" in refusal(
-        one(), json_length=header
-    )
+    assert "header inference-header-content-length must be the length of the JSON" in refusal(one(), json_length=header)
 
 
 def test_a_nested_tensor_of_a_million_elements_costs_no_more_than_its_elements():

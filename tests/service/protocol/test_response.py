@@ -10,16 +10,16 @@ from evalmode.service.protocol.classification import classify
 from evalmode.service.protocol.response import OutputTensor, encode_response
 
 LOGITS = np.array([[0.1, 2.5, -1.0], [3.0, 3.0, 0.0]], np.float32)
+NAMED = {"model_name": "m", "model_version": "1", "digest": "0" * 64}
 LABELS = ("hu", "nl:x", "fi")
 
 
 def test_json_outputs_are_row_major_lists_that_read_back_to_the_same_bits():
-    encoded = encode_response(
-        [OutputTensor(name="logits", data=LOGITS, binary=False)], model_name="m", model_version="1", request_id="\ud83d"
-    )
+    encoded = encode_response([OutputTensor(name="logits", data=LOGITS, binary=False)], **NAMED, request_id="\ud83d")
     found = json.loads(encoded.body)
     assert encoded.json_length is None
     assert (found["model_name"], found["model_version"], found["id"]) == ("m", "1", "\ud83d")
+    assert found["parameters"] == {"digest": "0" * 64}
     (output,) = found["outputs"]
     assert (output["name"], output["datatype"], output["shape"]) == ("logits", "FP32", [2, 3])
     assert np.array(output["data"], np.float32).tobytes() == LOGITS.tobytes()
@@ -33,8 +33,7 @@ def test_binary_outputs_follow_the_json_in_their_order():
             OutputTensor(name="b", data=np.array([True]), binary=False),
             OutputTensor(name="c", data=LOGITS.T, binary=True),
         ],
-        model_name="m",
-        model_version="1",
+        **NAMED,
     )
     assert encoded.json_length is not None
     found = json.loads(encoded.body[: encoded.json_length])

@@ -1,0 +1,324 @@
+"""Real bundles that come, change and go below a folder."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import weakref
+from functools import partial
+
+import pytest
+from structlog.testing import capture_logs
+
+from evalmode.bundle.errors import BundleCorrupt, BundleError
+from evalmode.service.errors import NotReady
+from tests.service.bundle_folders import (
+    QUICKLY,
+    READY,
+    UNAVAILABLE,
+    Opener,
+    answer,
+    put,
+    refusals,
+    spoil,
+    started,
+    states,
+)
+
+
+@pytest.fixture
+def opener():
+    return Opener()
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, bundles):
+    """Bundles to copy from: two contents of tiny/1, and tiny/2."""
+    folder = tmp_path_factory.mktemp("made")
+    return {
+        "1": bundles.make(folder / "a"),
+        "1 anew": bundles.make(folder / "b", labels=("a", "b", "c", "d", "e")),
+        "2": bundles.make(folder / "c", version="2"),
+    }
+
+
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_the_folder_may_be_a_bundle_or_versions_of_one_or_names_of_such(root, bundles, above):
+    bundle = bundles.make(root)
+    repository = started([bundle, *bundle.parents][above])
+    assert repository.get("tiny").bundle.path == bundle
+    assert repository.default_text() is repository.get("tiny", "1") is repository.get()
+    assert states(repository) == {("tiny", "1"): READY}
+
+
+def test_the_newest_version_answers_as_people_count(root, bundles):
+    for version in ("9", "10", "2"):
+        bundles.make(root, version=version)
+    repository = started(root)
+    assert repository.get("tiny").version == "10"
+    assert [entry.version for entry in repository.index()] == ["10", "9", "2"]
+    assert states(repository) == {("tiny", "10"): READY, ("tiny", "9"): UNAVAILABLE, ("tiny", "2"): UNAVAILABLE}
+    with pytest.raises(NotReady, match="version 9 of model tiny is not open: only the newest 1"):
+        repository.get("tiny", "9")
+
+
+def test_several_versions_are_open_where_that_is_asked(root, bundles):
+    for version in ("9", "10", "2"):
+        bundles.make(root, version=version)
+    repository = started(root, versions=2)
+    assert [model.version for model in repository.versions_of("tiny")] == ["10", "9"]
+    assert repository.get("tiny", "9").version == "9"
+    assert repository.models() == repository.versions_of("tiny")
+
+
+def test_folders_may_be_called_anything_that_is_not_hidden(root, made):
+    put(made["1"], root / "what" / "ever")
+    put(made["2"], root / ".hidden" / "2")
+    put(made["2"], root / "what" / ".2-being-written")
+    assert states(started(root)) == {("tiny", "1"): READY}
+
+
+def test_of_two_folders_of_one_version_the_first_is_open_and_the_other_reported(root, made, opener):
+    put(made["1"], root / "a" / "x")
+    put(made["1 anew"], root / "b" / "x")
+    repository = started(root, opener)
+    assert repository.get("tiny").bundle.path == root / "a" / "x"
+    assert dict(opener.asked) == {root / "a" / "x": 1}
+    said = [(entry.state, entry.reason) for entry in repository.index()]
+    assert sorted(said) == [(READY, ""), (UNAVAILABLE, "a/x is the same version of the same model")]
+
+
+def test_an_older_good_version_takes_the_place_of_a_bad_one(root, bundles):
+    bundles.make(root, version="1")
+    spoil(bundles.make(root, version="2"))
+    with capture_logs() as logs:
+        repository = started(root)
+    assert repository.get("tiny").version == "1"
+    newest, _ = repository.index()
+    assert (newest.version, newest.state) == ("2", UNAVAILABLE)
+    assert "tiny/2/model.onnx is not the certified file" in newest.reason
+    assert str(root) not in newest.reason, "a client is not told the server's paths"
+    assert len(refusals(logs)) == 1
+
+
+def test_where_nothing_can_be_opened_its_own_error_is_raised_and_nothing_logged(root, bundles):
+    spoil(bundles.make(root))
+    with capture_logs() as logs, pytest.raises(BundleCorrupt, match=r"model\.onnx is not the certified file"):
+        started(root)
+    assert logs == []
+
+
+@pytest.mark.parametrize("manifest", [b"", b"{", b'{"name": 3}'])
+def test_a_manifest_that_cannot_be_read_is_told_by_who_opens_the_bundle(root, bundles, manifest):
+    (bundles.make(root) / "manifest.json").write_bytes(manifest)
+    with pytest.raises(BundleCorrupt, match=r"manifest\.json is not the certified one"):
+        started(root)
+
+
+def test_a_bad_model_takes_none_of_the_others_down(root, bundles):
+    bundles.make(root)
+    spoil(bundles.make(root, name="spoilt"))
+    repository = started(root)
+    assert [model.name for model in repository.models()] == ["tiny"]
+    with pytest.raises(NotReady, match=r"version 1 of model spoilt is not open: spoilt/1/model.onnx"):
+        repository.get("spoilt")
+
+
+def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(root, bundles):
+    bundles.make(root)
+    bundles.make(root, name="odd")
+
+    def open_model(path):
+        if "odd" in path.parts:
+            raise RuntimeError("/etc/secret")
+        return QUICKLY(path)
+
+    repository = started(root, open_model)
+    assert {entry.name: entry.reason for entry in repository.index()}["odd"] == "it failed to open; the log says how"
+
+
+def test_a_new_version_answers_at_once_and_the_old_one_is_let_go(root, bundles):
+    bundles.make(root)
+    repository = started(root)
+    old = repository.get("tiny")
+    bundles.make(root, version="2")
+    repository.poll()
+    assert repository.get("tiny").version == "2"
+    assert [model.version for model in repository.models()] == ["2"]
+    assert answer(old) == answer(repository.get("tiny")), "who still holds it goes on with it"
+    gone = weakref.ref(old)
+    del old
+    gc.collect()
+    assert gone() is None
+
+
+def test_nothing_is_opened_again_while_nothing_changes(root, bundles, opener):
+    bundles.make(root)
+    bundles.make(root, version="2")
+    repository = started(root, opener)
+    model = repository.get("tiny")
+    for _ in range(3):
+        repository.poll()
+    assert repository.get("tiny") is model
+    assert set(opener.asked.values()) == {1}
+
+
+def test_other_content_in_the_folder_of_a_version_takes_its_place(root, made):
+    bundle = root / "tiny" / "1"
+    put(made["1"], bundle)
+    repository = started(root)
+    digest = repository.get("tiny").digest
+    put(made["1 anew"], bundle)
+    repository.poll()
+    assert repository.get("tiny").digest != digest
+    assert repository.get("tiny").labels == ("a", "b", "c", "d", "e")
+
+
+def test_the_same_bytes_written_anew_are_opened_anew(root, bundles, opener):
+    bundle = bundles.make(root)
+    repository = started(root, opener)
+    os.utime(bundle / "model.onnx", ns=(1, 1))
+    repository.poll()
+    assert opener.asked[bundle] == 2
+
+
+def test_a_bad_replacement_is_refused_once_and_what_was_open_goes_on(root, bundles, opener):
+    bundle = bundles.make(root)
+    repository = started(root, opener)
+    model = repository.get("tiny")
+    mend = spoil(bundle)
+    with capture_logs() as logs:
+        for _ in range(3):
+            repository.poll()
+    assert repository.get("tiny") is model
+    assert len(refusals(logs)) == 1
+    assert opener.asked[bundle] == 2, "what was refused is not tried again until it has changed"
+    (entry,) = repository.index()
+    assert entry.state == READY
+    assert "the one that was open goes on" in entry.reason
+    mend()
+    repository.poll()
+    assert repository.get("tiny") is not model
+    assert repository.index()[0].reason == ""
+
+
+def test_a_manifest_that_is_being_written_is_taken_for_no_other_model(root, bundles):
+    bundles.make(root, version="2")
+    bundle = bundles.make(root)
+    repository = started(root, versions=2)
+    good = (bundle / "manifest.json").read_bytes()
+    (bundle / "manifest.json").write_bytes(good[:40])
+    repository.poll()
+    assert [model.version for model in repository.versions_of("tiny")] == ["2", "1"]
+    (bundle / "manifest.json").write_bytes(good)
+    repository.poll()
+    assert states(repository) == {("tiny", "2"): READY, ("tiny", "1"): READY}
+
+
+def test_a_version_whose_folder_is_gone_is_let_go_and_an_older_one_answers(root, bundles):
+    bundles.make(root)
+    newest = bundles.make(root, version="2")
+    repository = started(root)
+    shutil.rmtree(newest)
+    repository.poll()
+    assert [model.version for model in repository.models()] == ["1"]
+    assert states(repository) == {("tiny", "1"): READY}
+
+
+def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(root, bundles):
+    bundle = bundles.make(root)
+    repository = started(root)
+    model = repository.get("tiny")
+    shutil.rmtree(bundle)
+    with capture_logs() as logs:
+        repository.poll()
+        repository.poll()
+    assert repository.get("tiny") is model
+    (entry,) = repository.index()
+    assert (entry.state, entry.reason) == (READY, "its folder is gone; it was the last of its model and goes on")
+    assert [line["event"] for line in logs] == ["the folders of a model are gone: its last version goes on"]
+    spoil(bundles.make(root, version="2"))
+    repository.poll()
+    assert repository.get("tiny") is model
+    bundles.make(root, version="3")
+    repository.poll()
+    assert [model.version for model in repository.models()] == ["3"]
+
+
+def test_a_new_model_is_served_beside_the_others_and_one_that_is_gone_no_longer_once_another_is_there(root, bundles):
+    bundles.make(root)
+    repository = started(root)
+    bundles.tensors(root)
+    repository.poll()
+    assert [model.name for model in repository.models()] == ["tensors", "tiny"]
+    assert repository.default_text().name == "tiny", "a model of tensors is none that could be meant"
+
+
+@pytest.mark.parametrize("last", ["certificate.json", "manifest.json", "model.onnx", "known_answers.npz"])
+def test_a_bundle_whose_files_come_one_by_one_is_served_when_all_are_there(root, made, last):
+    put(made["1"], root / "tiny" / "1")
+    repository = started(root)
+    target = root / "tiny" / "2"
+    target.mkdir()
+    files = sorted(made["2"].iterdir(), key=lambda file: file.name == last)
+    with capture_logs() as logs:
+        for file in files:
+            data = file.read_bytes()
+            for part in (data[: len(data) // 2], data):
+                assert repository.get("tiny").version == "1"
+                (target / file.name).write_bytes(part)
+                repository.poll()
+                assert answer(repository.get("tiny"))
+    assert repository.get("tiny").version == "2"
+    said = [line["reason"] for line in refusals(logs)]
+    assert len(said) == len(set(said)), "one reason is told once"
+
+
+def test_a_refusal_that_is_remembered_keeps_nothing_of_what_was_opened(root, bundles):
+    bundles.make(root)
+    half_open = []
+
+    def open_model(path):
+        model = QUICKLY(path)
+        if path.name == "2":
+            half_open.append(weakref.ref(model))
+            raise BundleError("no")
+        return model
+
+    repository = started(root, open_model)
+    bundles.make(root, version="2")
+    repository.poll()
+    gc.collect()
+    assert [reference() for reference in half_open] == [None]
+    assert states(repository)["tiny", "2"] == UNAVAILABLE
+
+
+def test_a_manifest_that_cannot_be_read_stands_before_no_good_bundle(root, made):
+    (root / "tiny" / "1").mkdir(parents=True)
+    (root / "tiny" / "1" / "manifest.json").write_bytes(b"{")
+    put(made["1"], root / "zzz" / "1")
+    assert started(root).get("tiny", "1").bundle.path == root / "zzz" / "1"
+
+
+def test_what_was_opened_is_told_with_its_row_counts(root, bundles):
+    bundles.make(root)
+    with capture_logs() as logs:
+        started(root)
+    (line,) = [line for line in logs if line["event"] == "model opened"]
+    assert (line["model"], line["version"], line["known_answers"]) == ("tiny", "1", "bitwise")
+    assert line["row_counts"] == {"4": [1], "8": [1], "16": [1]}
+
+
+def test_a_model_that_nothing_certifies_is_opened_with_a_warning(root, bundles):
+    (bundles.make(root) / "certificate.json").unlink()
+    with capture_logs() as logs:
+        started(root, partial(QUICKLY, allow_uncertified=True))
+    assert [line["log_level"] for line in logs] == ["warning", "info"]

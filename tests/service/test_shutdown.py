@@ -1,0 +1,340 @@
+"""How a real server process ends, with an application of a few lines: nothing that was accepted goes unanswered."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+PROGRAM = (str(Path(__file__).with_name("tiny_server.py")),)
+WAIT_S = 30
+IN_FLIGHT = 256
+GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.fixture
+def gate(tmp_path, monkeypatch) -> Path:
+    """A file; what is asked below /gate is answered once it is there."""
+    monkeypatch.setenv("TINY_GATE", str(tmp_path / "open"))
+    return tmp_path / "open"
+
+
+@pytest.fixture
+def run(processes, gate):
+    @contextmanager
+    def running(**settings: object) -> Iterator[object]:
+        with processes.running(Path("tiny"), program=PROGRAM, **{"workers": 1, "drain_s": 0, **settings}) as server:
+            yield server
+
+    return running
+
+
+def connected(server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
+
+
+def begun(server, path: str = "/gate", *, length_bytes: int = 5) -> socket.socket:
+    """A connection whose request the application has begun to read: it has asked for the body."""
+    connection = connected(server)
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: {length_bytes}\r\n\r\n"
+    connection.sendall(head.encode())
+    assert connection.recv(1024).startswith(b"HTTP/1.1 100 ")
+    return connection
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    """Everything until the server ends the connection; raises when it does so with a reset."""
+    return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+def answered(connection: socket.socket) -> bytes:
+    """One answer of `GET /`, whole."""
+    answer = b""
+    while b"pid " not in answer:
+        answer += (received := connection.recv(65_536))
+        assert received, f"the connection ended within {answer!r}"
+    return answer
+
+
+def is_close(answer: bytes) -> bool:
+    return b"\r\nconnection: close\r\n" in answer.lower()
+
+
+def wait_until_refused(server) -> None:
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        try:
+            connected(server).close()
+        except OSError:
+            return
+    raise AssertionError("the server goes on accepting connections")
+
+
+def ended(server) -> list[str]:
+    """The events that a server logged from its start until it ended, with exit code 0."""
+    _, logged = server.process.communicate(timeout=WAIT_S)
+    assert server.process.returncode == 0, logged
+    assert "Traceback" not in logged
+    return [json.loads(line)["event"] for line in logged.splitlines()]
+
+
+def test_256_requests_in_flight_at_sigterm_are_256_answers(run, gate):
+    with run() as server:
+        connections = [begun(server) for _ in range(IN_FLIGHT)]
+        for connection in connections[::2]:
+            connection.sendall(b"whole")
+        server.terminate()
+        wait_until_refused(server)
+        for connection in connections[1::2]:
+            connection.sendall(b"whole")
+        gate.touch()
+        answers = [rest_of(connection) for connection in connections]
+        assert ended(server) == ["draining", "stopped"]
+    assert sum(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"whole") for answer in answers) == IN_FLIGHT
+    assert all(is_close(answer) for answer in answers)
+
+
+def test_while_it_drains_it_is_not_ready_and_answers_everything_on_old_and_new_connections(run):
+    with run(drain_s=WAIT_S) as server, httpx.Client(base_url=server.url, timeout=WAIT_S) as client:
+        assert client.get("/readyz").status_code == 200
+        old = connected(server)
+        old.sendall(GET)
+        assert not is_close(answered(old))
+        server.terminate()
+        assert "draining" in server.process.stderr.readline()
+        old.sendall(GET)
+        assert is_close(rest_of(old))
+        answer = client.get("/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"error": "the server is stopping"})
+        assert answer.headers["connection"] == "close"
+        assert client.get("/livez").status_code == 200
+        assert client.post("/", content=b"new").text == "new"
+        server.terminate()  # a second signal does not wait for the drain to end
+        assert ended(server) == ["stopped"]
+
+
+def test_it_stops_listening_once_the_drain_is_over(run):
+    with run(drain_s=0.5) as server:
+        started = time.monotonic()
+        server.terminate()
+        assert "draining" in server.process.stderr.readline()
+        connection = connected(server)
+        connection.sendall(GET)
+        assert is_close(rest_of(connection))
+        wait_until_refused(server)
+        assert ended(server) == ["stopped"]
+        assert time.monotonic() - started >= 0.5
+
+
+def test_an_interrupt_does_not_wait_for_the_drain(run):
+    with run(drain_s=WAIT_S) as server:
+        server.process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        assert ended(server) == ["draining", "stopped"]
+        assert time.monotonic() - started < WAIT_S / 2
+
+
+def test_what_the_kernel_accepted_and_the_server_has_not_yet_taken_is_answered(run):
+    with run() as server:
+        os.kill(server.process.pid, signal.SIGSTOP)
+        connections = [connected(server) for _ in range(100)]
+        for connection in connections[:50]:
+            connection.sendall(GET)
+        server.terminate()
+        os.kill(server.process.pid, signal.SIGCONT)
+        wait_until_refused(server)
+        for connection in connections[50:]:  # a client that has just connected has a request on its way
+            connection.sendall(GET)
+        answers = [rest_of(connection) for connection in connections]
+        assert ended(server) == ["draining", "stopped"]
+    assert sum(answer.startswith(b"HTTP/1.1 200 ") for answer in answers) == 100
+
+
+def test_a_request_that_arrives_on_an_old_connection_with_the_signal_is_answered(run):
+    with run() as server:
+        connections = [connected(server) for _ in range(50)]
+        for connection in connections:
+            connection.sendall(GET)
+            answered(connection)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        server.terminate()
+        for connection in connections:
+            connection.sendall(GET)
+        os.kill(server.process.pid, signal.SIGCONT)
+        answers = [rest_of(connection) for connection in connections]
+        assert ended(server) == ["draining", "stopped"]
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
+
+
+def test_clients_that_ask_on_and_on_meet_whole_answers_and_clean_ends_only(run):
+    def ask_on_and_on(server) -> str:
+        count = 0
+        while True:
+            try:
+                connection = connected(server)
+            except ConnectionRefusedError:
+                return f"{count > 0}"
+            with connection:
+                while True:
+                    connection.sendall(GET)
+                    answer = connection.recv(65_536)
+                    count += answer.startswith(b"HTTP/1.1 200 ")
+                    if not answer or is_close(answer):
+                        break
+
+    with run(drain_s=0.5) as server, ThreadPoolExecutor(16) as pool:
+        asking = [pool.submit(ask_on_and_on, server) for _ in range(16)]
+        begun(server, "/").close()
+        server.terminate()
+        assert {each.result(WAIT_S) for each in asking} == {"True"}
+        assert ended(server) == ["draining", "stopped"]
+
+
+def test_idle_connections_do_not_hold_the_end_up_and_end_without_a_reset(run):
+    with run() as server:
+        connections = [connected(server) for _ in range(50)]
+        for connection in connections:
+            connection.sendall(GET)
+            answered(connection)
+        server.terminate()
+        started = time.monotonic()
+        for connection in connections:
+            assert rest_of(connection) == b""
+            connection.sendall(GET)  # as of a client that has not yet noticed
+        for connection in connections:
+            assert rest_of(connection) == b""
+        ended(server)
+        assert time.monotonic() - started < 10
+
+
+def test_half_a_head_holds_the_end_up_no_longer_than_heads_may_take(run):
+    with run(header_timeout_s=1, grace_s=WAIT_S) as server:
+        connection = connected(server)
+        connection.sendall(GET[:10])
+        server.terminate()
+        started = time.monotonic()
+        assert rest_of(connection).startswith(b"HTTP/1.1 408 ")
+        ended(server)
+        assert time.monotonic() - started < WAIT_S / 2
+
+
+def test_half_a_head_that_is_finished_in_time_is_answered(run):
+    with run() as server:
+        connection = connected(server)
+        connection.sendall(GET[:10])
+        server.terminate()
+        wait_until_refused(server)
+        connection.sendall(GET[10:])
+        assert rest_of(connection).startswith(b"HTTP/1.1 200 ")
+        ended(server)
+
+
+def test_what_is_not_answered_within_the_grace_is_given_up_with_503_and_the_exit_code_is_0(run):
+    with run(grace_s=1) as server:
+        connections = [begun(server, "/kept") for _ in range(3)]
+        for connection in connections:
+            connection.sendall(b"whole")
+        server.terminate()
+        for connection in connections:
+            answer = rest_of(connection)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"].startswith("the server stopped before")
+        assert ended(server) == ["draining", "given up", "stopped"]
+
+
+def test_signals_after_the_second_give_up_what_is_in_flight(run):
+    with run(grace_s=WAIT_S, drain_s=WAIT_S) as server:
+        connection = begun(server, "/kept")
+        connection.sendall(b"whole")
+        started = time.monotonic()
+        server.terminate()
+        assert "draining" in server.process.stderr.readline()
+        server.terminate()
+        wait_until_refused(server)
+        server.terminate()
+        assert rest_of(connection).startswith(b"HTTP/1.1 503 ")
+        assert ended(server) == ["given up", "stopped"]
+        assert time.monotonic() - started < WAIT_S
+
+
+def test_an_application_that_does_not_close_is_left(run, monkeypatch):
+    monkeypatch.setenv("TINY_CLOSING", "never")
+    with run(grace_s=1) as server:
+        server.terminate()
+        assert ended(server)[-1] == "the application does not close: left without it"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> Path:
+    """A folder with a self-signed certificate, its key, and the key once more behind the password 'word'."""
+    folder = tmp_path_factory.mktemp("tls")
+    asked = "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key -out cert -subj /CN=localhost"
+    for command in (
+        f"{asked} -addext subjectAltName=IP:127.0.0.1",
+        "rsa -aes256 -passout pass:word -in key -out locked",
+    ):
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_over_tls_requests_are_answered_and_the_end_is_in_good_order(run, certificate, gate):
+    trusted = ssl.create_default_context(cafile=certificate / "cert")
+    keys = {"ssl_certfile": certificate / "cert", "ssl_keyfile": certificate / "locked", "ssl_keyfile_password": "word"}
+    with run(**keys, header_timeout_s=2) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        with httpx.Client(base_url=server.url, verify=trusted, timeout=WAIT_S) as client, ThreadPoolExecutor(1) as pool:
+            assert client.post("/", content=b"hello").text == "hello"
+            assert httpx.get(f"{server.url}/", verify=trusted, headers={"x": "y" * 20_000}).status_code == 431
+            silent = connected(server)  # never shakes hands
+            later = pool.submit(client.post, "/gate", content=b"late")
+            with trusted.wrap_socket(connected(server), server_hostname="127.0.0.1") as idle:
+                idle.sendall(GET)
+                answered(idle)
+                server.terminate()
+                assert idle.recv(1024) == b""
+            gate.touch()
+            answer = later.result(WAIT_S)
+            assert (answer.text, answer.headers["connection"]) == ("late", "close")
+        silent.close()
+        assert ended(server) == ["draining", "stopped"]
+
+
+def test_with_authorities_only_clients_with_a_certificate_are_heard(run, certificate):
+    cert, key = certificate / "cert", certificate / "key"
+    with run(ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=cert) as server:
+        trusted = ssl.create_default_context(cafile=cert)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(server.url, verify=trusted)
+        trusted.load_cert_chain(cert, key)
+        assert httpx.get(server.url, verify=trusted).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"ssl_certfile": "nowhere"}, "setting ssl_certfile: there is no file nowhere"),
+        ({"ssl_keyfile": "{}/key"}, "setting ssl_keyfile is of no use without ssl_certfile"),
+        ({"ssl_certfile": "{}/cert"}, "are no certificate with its private key"),
+        ({"ssl_certfile": "{}/key", "ssl_keyfile": "{}/key"}, "are no certificate with its private key"),
+        ({"ssl_certfile": "{}/cert", "ssl_keyfile": "{}/locked"}, "ssl_keyfile_password is not its password"),
+        ({"ssl_certfile": "{}/cert", "ssl_keyfile": "{}/key", "ssl_ca_certs": "{}/key"}, "holds no certificates"),
+    ],
+)
+def test_bad_tls_files_are_a_refusal_to_start_in_one_sentence(processes, certificate, settings, told):
+    given = {name: value.format(certificate) for name, value in settings.items()}
+    done = processes.ended(Path("tiny"), program=PROGRAM, workers=1, **given)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,59 @@
+"""Mutated bodies against the whole application, models and engine behind it: no answer but the intended ones."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import resource
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from evalmode.service.app import create_app
+from tests.service.protocol.mutations import CASES, case
+from tests.service.served import Answer, Served, serving
+
+MAX_GROWTH_KIB = 64 * 1024
+
+
+def highest_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+async def statuses(served: Served, cases: int, chance: random.Random) -> Counter[int]:
+    found: Counter[int] = Counter()
+    transport = httpx.ASGITransport(create_app(served.state))
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        for _ in range(cases):
+            answer = await ask(client, chance)
+            found[answer.status_code] += 1
+            assert answer.status_code in (200, 400, 413), answer.text
+            assert answer.status_code == 200 or answer.json().keys() == {"error"}
+    return found
+
+
+async def ask(client: httpx.AsyncClient, chance: random.Random) -> Answer:
+    body = case(chance)
+    headers = {"accept-encoding": chance.choice(["gzip", "deflate", "identity"])}
+    if body.json_length is not None:
+        headers["inference-header-content-length"] = body.json_length
+    if body.encoding is not None:
+        headers["content-encoding"] = body.encoding
+    model = "tensors" if b'"x"' in body.head else "tiny"
+    return await client.post(f"/v2/models/{model}/infer", content=body.sent, headers=headers)
+
+
+def test_no_body_makes_it_fail_or_grow(tmp_path: Path, bundles: Any):
+    bundles.make(tmp_path)
+    bundles.tensors(tmp_path)
+    chance = random.Random(5)
+    with serving(tmp_path, max_body_bytes=65_536, access_log=0) as served:
+        asyncio.run(statuses(served, CASES // 5, chance))
+        before_kib = highest_kib()
+        found = asyncio.run(statuses(served, CASES * 4 // 5, chance))
+        assert highest_kib() - before_kib < MAX_GROWTH_KIB
+    assert found[200] > CASES // 30
+    assert found[400] > CASES // 5
+    assert found[413] > 0
