@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -75,9 +76,9 @@ def create_app(state: State) -> FastAPI:
 
 def _routes(state: State) -> APIRouter:
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
-    not_ready = {503: {"model": ErrorResponse}}
-    router.add_api_route("/livez", _livez, name="livez", response_model=StateResponse, responses={**not_ready})
-    router.add_api_route("/readyz", _readyz, name="readyz", response_model=StateResponse, responses={**not_ready})
+    not_so: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
+    router.add_api_route("/livez", _livez, name="livez", response_model=StateResponse, responses=not_so)
+    router.add_api_route("/readyz", _readyz, name="readyz", response_model=StateResponse, responses=not_so)
     if state.settings.metrics:
         router.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
     return router
@@ -100,7 +101,10 @@ async def _readyz(request: Request) -> Response:
 async def _metrics(request: Request) -> Response:
     """The server's figures, for Prometheus."""
     state: State = request.app.state.service
-    body, content_type = state.metrics.render(request.headers.get("accept", ""), load=state.engine.load)
+    # In a thread: with several workers it reads the files of all of them.
+    body, content_type = await asyncio.to_thread(
+        state.metrics.render, request.headers.get("accept", ""), load=state.engine.load
+    )
     return Response(body, headers={"content-type": content_type})
 
 

@@ -98,7 +98,7 @@ def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> N
                 "X-Request-ID",
                 "X-Request-Timeout-Ms",
             ),
-            expose_headers=("Inference-Header-Content-Length", "Retry-After", "X-Request-ID"),
+            expose_headers=("Inference-Header-Content-Length", "Retry-After", "X-Evalmode-Digest", "X-Request-ID"),
         )
     edge: ASGIApp = Edge(
         inner, figures=parts.metrics, log_share=settings.access_log, tls=settings.ssl_certfile is not None

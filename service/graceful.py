@@ -32,7 +32,7 @@ _BACKLOG = 2048
 _TLS_CLOSING_S = 1.0
 # The longest wait for what was given up to notice it, and after that for the application to close its parts.
 _GIVING_UP_S = 1.0
-_CLOSING_S = 5.0
+_CLOSING_S = 8.0
 
 
 class Step(IntEnum):
@@ -109,7 +109,11 @@ class GracefulServer(uvicorn.Server):
             raise SystemExit(3)
         await self.on_tick(0)  # the headers that every answer has
         self._listener = sockets[0]
-        await self._listen()
+        try:
+            await self._listen()
+        except OSError:
+            await self.lifespan.shutdown()
+            raise
         self.started = True
         self._health.serve()
         self._serving()
@@ -141,7 +145,12 @@ class GracefulServer(uvicorn.Server):
             await self._unless_leaving(asyncio.wait(tasks), until_s)
         if self.server_state.connections or self.server_state.tasks:
             await self._give_up()
-        await self.lifespan.shutdown()
+        if self.exit_code:  # what makes this process useless may keep the application from closing, too
+            os._exit(self.exit_code)
+        try:
+            await asyncio.wait_for(self.lifespan.shutdown(), _CLOSING_S)
+        except TimeoutError:
+            self._exit()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
@@ -46,6 +46,22 @@ _SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _WATCH_S = 1.0
 
 _log = structlog.get_logger("evalmode.service")
+
+
+class OpenModel(Protocol):
+    """A model that is loaded."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def version(self) -> str:
+        """Its version."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of its bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +180,11 @@ class Metrics:
         counter.inc()
         durations.observe(duration_s)
         if reason is not None:
-            self._rejections.labels(reason).inc()
+            self.rejected(reason)
+
+    def rejected(self, reason: str) -> None:
+        """A request got no answer, for one of REASONS; also one that was refused before it was whole."""
+        self._rejections.labels(reason).inc()
 
     # What the engine tells.
 
@@ -217,10 +237,10 @@ class Metrics:
 
     # What the repository tells.
 
-    def show_models(self, models: Iterable[ShownModel]) -> None:
+    def show_models(self, models: Iterable[OpenModel]) -> None:
         """These and no others are loaded now. In a single process the series of a name that is gone end with it."""
         with self._lock:
-            now = frozenset(models)
+            now = frozenset(ShownModel(name=one.name, version=one.version, digest=one.digest) for one in models)
             for model in self._shown - now:
                 self._hide(model)
             names = {model.name for model in now}

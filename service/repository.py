@@ -7,16 +7,17 @@ model goes on with it after it was let go of. No name that a request brings ever
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
 from evalmode.bundle.errors import BundleError
 from evalmode.service.errors import BadRequest, Forbidden, InvalidField, NotReady, StartFailed, UnknownModel
 from evalmode.service.model import Model
-from evalmode.service.shelf import Entry, Presence, Shelf
+from evalmode.service.shelf import Entry, Outcome, Presence, Shelf
 
 __all__ = ["Entry", "Presence", "Repository"]
 
@@ -32,6 +33,16 @@ class _Snapshot:
 
     models: Mapping[str, tuple[Model, ...]] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
+
+
+class ModelFigures(Protocol):
+    """Who counts models: `Metrics`, or a test's. Quick, and never raises."""
+
+    def show_models(self, models: Iterable[Model], /) -> None:
+        """These and no others are open now."""
+
+    def model_swapped(self, model: str, outcome: Outcome, /) -> None:
+        """A version of the model came, went, or was refused."""
 
 
 class Repository:
@@ -50,13 +61,15 @@ class Repository:
         versions: int = 1,
         control: bool = True,
         default_model: str | None = None,
+        figures: ModelFigures | None = None,
     ) -> None:
         self._root = root
         self._control = control
         self._default_model = default_model
+        self._figures = figures
         self._snapshot = _Snapshot()
         self._lock = threading.Lock()  # held while the shelf is used, which may open bundles; readers never take it
-        self._shelf = Shelf(root, open_model=open_model, versions=versions, changed=self._publish)
+        self._shelf = Shelf(root, open_model=open_model, versions=versions, listener=self)
         self._ended = threading.Event()
         self._poller: threading.Thread | None = None
 
@@ -167,8 +180,16 @@ class Repository:
             if not self._shelf.withdraw(name):
                 raise _unknown(self._snapshot, name)
 
-    def _publish(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
+    def changed(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
+        """For the shelf: this is what readers see from now on."""
         self._snapshot = _Snapshot(models=models, entries=entries)
+        if self._figures is not None:
+            self._figures.show_models(self.models())
+
+    def swapped(self, model: str, outcome: Outcome) -> None:
+        """For the shelf: count it."""
+        if self._figures is not None:
+            self._figures.model_swapped(model, outcome)
 
     def _poll_until_ended(self, poll_s: float) -> None:
         while not self._ended.wait(poll_s):

@@ -38,15 +38,14 @@ class Room:
         """The first, if there is room for him and nobody has his turn; it is his now, until he leaves."""
         if self._is_taking():
             return None
-        for future, (rows, nbytes) in list(self._waiting.items()):
-            if future.get_loop().is_closed():
-                del self._waiting[future]
-            elif self._fits(rows, nbytes):
-                del self._waiting[future]
+        while self._waiting:
+            future, (rows, nbytes) = next(iter(self._waiting.items()))
+            if not (gone := future.get_loop().is_closed()) and not self._fits(rows, nbytes):
+                break  # nobody is served before him, or a large request would never be
+            del self._waiting[future]
+            if not gone:
                 self._turn = future
                 return future
-            else:
-                break  # nobody is served before him, or a large request would never be
         return None
 
     def all(self) -> list[asyncio.Future[None]]:

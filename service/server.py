@@ -1,6 +1,6 @@
 """A process that serves: binds the port, opens the models, runs the server, ends with 0 on a signal.
 
-Knows no route. What it serves is a `Service`: `open_service` makes the one of the settings, tests make their own.
+Knows no route. What it serves is a `Service`, by default the one that the settings ask for.
 """
 
 from __future__ import annotations

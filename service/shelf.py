@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import structlog
 
@@ -27,6 +27,7 @@ _log = structlog.get_logger("evalmode.service")
 _KEPT = "its folder is gone; it was the last of its model and goes on"
 
 Identity: TypeAlias = tuple[str, str]  # name, version
+Outcome: TypeAlias = Literal["loaded", "unloaded", "refused"]
 
 
 class Presence(StrEnum):
@@ -77,8 +78,18 @@ class _Found:
     behind: Path | None = None
 
 
+class Listener(Protocol):
+    """Who is told of a shelf; quick, and never raises."""
+
+    def changed(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
+        """Something did: these are the open models by name, newest version first, and what is said of all."""
+
+    def swapped(self, model: str, outcome: Outcome) -> None:
+        """A version of a model came, went, or was refused."""
+
+
 class Shelf:
-    """Call one method at a time. `changed` is told, whenever anything is, the open models by name and all entries."""
+    """Call one method at a time."""
 
     def __init__(
         self,
@@ -86,12 +97,12 @@ class Shelf:
         *,
         open_model: Callable[[Path], Model],
         versions: int,
-        changed: Callable[[Mapping[str, tuple[Model, ...]], tuple[Entry, ...]], None],
+        listener: Listener,
     ) -> None:
         self._root = root
         self._open_model = open_model
         self._versions = versions
-        self._changed = changed
+        self._listener = listener
         self._known: dict[Path, Folder] = {}
         self._found: list[_Found] = []
         self._open: dict[str, tuple[_Open, ...]] = {}  # newest version first
@@ -132,7 +143,7 @@ class Shelf:
         self._withdrawn.add(name)
         self._orphans.discard(name)
         for one in self._open.pop(name, ()):
-            _log.info("model let go", model=name, version=one.model.version)
+            self._say_let_go(one.model)
         self._publish()
         return True
 
@@ -181,7 +192,7 @@ class Shelf:
         self._orphans.discard(name)
         self._open[name] = tuple(chosen)
         for version in before.keys() - {one.model.version for one in chosen}:
-            _log.info("model let go", model=name, version=version)
+            self._say_let_go(before[version].model)
         self._publish()
 
     def _keep_last(self, name: str) -> None:
@@ -209,17 +220,23 @@ class Shelf:
             _let_go(error)
             tried.append(Refusal(folder=folder.path, signature=folder.signature, error=error))
             self._refused[folder.path] = tried[-1]
+            self._listener.swapped(found.identity[0], "refused")
             return None
         finally:
             self._opening = None
         self._refused.pop(folder.path, None)
         _say_opened(model, seconds=time.monotonic() - began)
+        self._listener.swapped(model.name, "loaded")
         return _Open(model=model, path=folder.path, signature=folder.signature)
+
+    def _say_let_go(self, model: Model) -> None:
+        _log.info("model let go", model=model.name, version=model.version)
+        self._listener.swapped(model.name, "unloaded")
 
     def _publish(self) -> None:
         models = {name: tuple(one.model for one in self._open[name]) for name in sorted(self._open)}
         newest_first = sorted(self._entries(), key=lambda entry: version_order(entry.version), reverse=True)
-        self._changed(models, tuple(sorted(newest_first, key=lambda entry: entry.name)))
+        self._listener.changed(models, tuple(sorted(newest_first, key=lambda entry: entry.name)))
 
     def _entries(self) -> Iterator[Entry]:
         there = {found.identity for found in self._found}

@@ -70,6 +70,7 @@ def open_state(settings: Settings) -> State:
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,
+        figures=metrics,
     )
     repository.start()
     engine = Engine(

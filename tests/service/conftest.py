@@ -265,6 +265,7 @@ def _started(process: subprocess.Popen[str]) -> dict[str, object]:
 class Bundles:
     """What a test that wants a bundle of its own calls: importlib mode has no importing from a conftest."""
 
+    spec = SPEC
     make = staticmethod(make_bundle)
     model = staticmethod(tiny_model)
     tensors = staticmethod(tensor_bundle)

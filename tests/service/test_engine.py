@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -352,6 +355,29 @@ def test_of_requests_that_shared_a_batch_only_the_guilty_one_fails():
     assert notes.dropped == [("failed", "8", 1)]
 
 
+def test_of_a_batch_that_failed_no_row_is_run_again_that_is_late_or_whose_request_has_failed_already():
+    now = [0.0]
+    ran = Recorded()
+
+    def run(rows: Sequence[Number]) -> list[int]:
+        now[0] += 100.0
+        return list(ran(rows))
+
+    bucket = bucket_of(run, costs={1: 9.0, 4: 1.0})
+
+    async def ask(engine, release) -> list:
+        tasks = await asked(engine, jobs_of(bucket, [13, 1]), timeout_s=900)
+        tasks += await asked(engine, jobs_of(bucket, [2]), timeout_s=150)  # past when its turn to run again comes
+        tasks += await asked(engine, jobs_of(bucket, [3]), timeout_s=900)
+        release()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with one_thread_held(clock=lambda: now[0]) as (engine, release):
+        guilty, late, answered = asyncio.run(ask(engine, release))
+    assert (type(guilty), type(late), answered) == (RunFailed, DeadlineExceeded, [30])
+    assert ran.batches == [[13, 1, 2, 3], [13], [3]]
+
+
 def test_rows_of_one_request_that_failed_together_are_not_run_again():
     run = Recorded()
     with engine_of() as engine, pytest.raises(RunFailed):
@@ -430,6 +456,24 @@ def test_an_observer_that_raises_holds_nobody_up(caplog):
 
 
 # What it says of itself, and its end.
+
+
+def test_a_request_that_was_answered_or_failed_is_kept_nowhere():
+    row, poison = Number(1), Number(13)
+    gone = [weakref.ref(row), weakref.ref(poison)]
+    with engine_of(parallel=1) as engine:
+        bucket = bucket_of(Recorded())
+        gc.collect()
+        gc.disable()  # nothing may be left to it
+        try:
+            assert engine.answer([(bucket, row)]) == [10]
+            with contextlib.suppress(RunFailed):
+                engine.answer([(bucket, poison)])
+            del row, poison
+            assert engine.answer(jobs_of(bucket, [2])) == [20]  # by then the thread has left the others behind
+            assert [ref() for ref in gone] == [None, None]
+        finally:
+            gc.enable()
 
 
 def test_it_says_what_waits_and_what_runs():

@@ -8,6 +8,7 @@ import pytest
 
 from evalmode.service.engine import Limits
 from evalmode.service.errors import NotReady
+from evalmode.service.room import Room
 from tests.service.engine_fakes import WAIT_S, bucket_of, engine_of, jobs_of, one_thread_held
 
 FOUR = Limits(queue_rows=4)
@@ -186,3 +187,22 @@ def test_closing_tells_all_who_wait():
 
     with one_thread_held(limits=FOUR) as (engine, release):
         asyncio.run(ask(engine, release))
+
+
+def test_while_one_has_his_turn_nobody_else_gets_one_and_nobody_comes_in_between():
+    async def ask() -> None:
+        first, second, third = (asyncio.get_running_loop().create_future() for _ in range(3))
+        fitting = [False]
+        room = Room(lambda rows, nbytes: fitting[0])
+        assert room.join(first, rows=1, nbytes=8)
+        fitting[0] = True
+        assert room.next() is first
+        assert room.next() is None
+        assert room.join(second, rows=1, nbytes=8)  # there is room, but the first has not taken his
+        assert room.next() is None
+        room.leave(first)
+        assert room.next() is second
+        room.leave(second)
+        assert not room.join(third, rows=1, nbytes=8)
+
+    asyncio.run(ask())

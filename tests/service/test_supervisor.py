@@ -284,7 +284,8 @@ def test_a_worker_that_is_stuck_leaves_new_connections_to_others_until_it_is_wel
         ended(server)
 
 
-def test_a_worker_that_is_stuck_for_good_ends_and_is_replaced(run):
+def test_a_worker_that_is_stuck_for_good_ends_and_is_replaced_although_it_cannot_close(run, monkeypatch):
+    monkeypatch.setenv("TINY_CLOSING", "never")
     with run(stuck_grace_s=1) as server:
         with httpx.Client(base_url=server.url, timeout=WAIT_S) as client:
             stuck = int(client.get("/").text.removeprefix("pid "))
