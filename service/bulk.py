@@ -31,7 +31,7 @@ _GROUP_ROWS = 32
 _GROUP_BYTES = 256 << 10
 
 _TICK_S = 0.5
-_INLINE_BYTES = 2_000  # as for other requests: more text than this would hold the event loop up
+_INLINE_BYTES = 2_000  # as for the encoding of texts: reading more than this would hold the event loop up
 
 
 class TextModel(Protocol):
@@ -41,7 +41,7 @@ class TextModel(Protocol):
     def digest(self) -> str:
         """The digest of its bundle."""
 
-    def text_rows(self, texts: Sequence[str], *, truncate: bool) -> tuple[list[Any], list[bool]]:
+    async def text_rows_async(self, texts: Sequence[str], *, truncate: bool) -> tuple[list[Any], list[bool]]:
         """The jobs of `texts`, and which of them were cut."""
 
     def predictions(self, answers: Sequence[Any], truncated: Sequence[bool], *, top_k: int) -> Sequence[Predicted]:
@@ -129,10 +129,7 @@ class Streams:
 
     async def predict(self, model: TextModel, asked: Asked, texts: Sequence[str]) -> Sequence[Predicted]:
         """The predictions of `texts`, however long the engine has no room for them."""
-        if sum(map(len, texts)) <= _INLINE_BYTES:
-            jobs, truncated = model.text_rows(texts, truncate=asked.truncate)
-        else:
-            jobs, truncated = await asyncio.to_thread(model.text_rows, texts, truncate=asked.truncate)
+        jobs, truncated = await model.text_rows_async(texts, truncate=asked.truncate)
         nbytes = sum(row.nbytes for _, row in jobs)
         while True:
             await self._engine.wait_for_room(len(jobs), nbytes=nbytes)

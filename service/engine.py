@@ -148,16 +148,17 @@ class Engine(Generic[Row, Answer]):
     def _run(self, batch: Batch[Row, Answer]) -> None:
         started = self._clock()
         outcomes = self._outcomes(batch)
-        if isinstance(outcomes, RequestError):
-            if batch.shared:
-                self._run_alone(batch)
-            else:
-                self._queue.deliver(batch, [outcomes] * len(batch.entries))
-            return
         run_s = self._clock() - started
-        self._tell_ran(batch, started=started, run_s=run_s)
-        self._sample(batch, outcomes)
-        self._queue.deliver(batch, outcomes, run_s=run_s)
+        if not isinstance(outcomes, RequestError):
+            self._tell_ran(batch, started=started, run_s=run_s)
+            self._sample(batch, outcomes)
+            self._queue.deliver(batch, outcomes, run_s=run_s)
+        elif not batch.shared:
+            self._queue.deliver(batch, [outcomes] * len(batch.entries))
+            del outcomes  # the traceback of its cause holds this frame
+        else:
+            del outcomes
+            self._run_alone(batch)
 
     def _outcomes(self, batch: Batch[Row, Answer]) -> Sequence[Answer | Exception] | RequestError:
         try:

@@ -252,6 +252,8 @@ def _config(app: Callable[..., Any], settings: Settings, *, refused: Callable[[i
         server_header=False,
         ws="none",
         workers=1,
+        # Or a request would begin with what an earlier one on its connection had bound: with its id.
+        reset_contextvars=True,
         timeout_keep_alive=settings.keep_alive_s,
         ssl_context_factory=(lambda config, default: context) if context else None,
     )

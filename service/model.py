@@ -7,6 +7,7 @@ are batched, and one for all other shapes, in which each runs alone. Of any othe
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,6 +162,12 @@ class Model:
                     field=field,
                 )
         return [self._text_job(frontend, IdRow(ids=row.ids)) for row in encoded], [row.truncated for row in encoded]
+
+    async def text_rows_async(self, texts: Sequence[str], *, truncate: bool = True) -> tuple[list[Job], list[bool]]:
+        """The same, without holding an event loop up: many characters are encoded in a thread."""
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            return self.text_rows(texts, truncate=truncate)
+        return await asyncio.to_thread(self.text_rows, texts, truncate=truncate)
 
     def tensor_jobs(self, inputs: Tensors) -> list[Job]:
         """The rows of one request's raw tensors; of a model that takes requests whole, the one job that this is.

@@ -5,7 +5,6 @@ What a server answers with is the same model in the same engine, so a text gets 
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.store import find_bundle
 from evalmode.service.calibration import Calibration
 from evalmode.service.engine import Engine, Limits
-from evalmode.service.model import INLINE_CHARACTERS, Model, ModelRow, Prediction, content_of
+from evalmode.service.model import Model, ModelRow, Prediction, content_of
 from evalmode.service.quota import cpu_quota
 
 # One caller who waits for all that he asks: there is nobody whom a bound would protect from him.
@@ -74,10 +73,7 @@ class Predictor:
 
     async def predict_async(self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True) -> list[Prediction]:
         """The same, without blocking the event loop."""
-        if sum(map(len, texts)) <= INLINE_CHARACTERS:
-            jobs, truncated = self.model.text_rows(texts, truncate=truncate)
-        else:
-            jobs, truncated = await asyncio.to_thread(self.model.text_rows, texts, truncate=truncate)
+        jobs, truncated = await self.model.text_rows_async(texts, truncate=truncate)
         return self.model.predictions(await self._engine.answer_async(jobs), truncated, top_k=top_k)
 
     def close(self) -> None:

@@ -123,8 +123,8 @@ class ModelResponse(_Response):
     parallel: int = Field(description="batches that run at once, in each worker")
     workers: int = Field(description="server processes")
     row_counts: dict[str, list[int]] = Field(
-        description="for each bucket of rows, the batch sizes measured here to give a row the bits it has alone, as far "
-        "as they are worth their time"
+        description="for each bucket of rows, the batch sizes that were measured here to give a row the bits it has "
+        "alone, as far as they are worth their time"
     )
 
     @classmethod

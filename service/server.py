@@ -121,7 +121,12 @@ def _open_service(settings: Settings) -> Service:
     from evalmode.service.state import open_state
 
     state = open_state(settings)
-    return Service(app=create_app(state), health=state.health, told=_told(state.repository.models()))
+    return Service(
+        app=create_app(state),
+        health=state.health,
+        told=_told(state.repository.models()),
+        refused=lambda status: state.metrics.rejected("request_timeout" if status == 408 else "invalid"),
+    )
 
 
 def _told(models: tuple[Model, ...]) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +21,6 @@ from evalmode.service.text import Prediction
 from evalmode.service.waiter import timeout_of, unless_hung_up
 
 JSON = "application/json"
-
-# Encoding takes some 30 microseconds a text and a microsecond a character; above this it would hold the event loop up.
-_INLINE_CHARACTERS = 2_000
 
 
 _LINES = {
@@ -102,10 +98,7 @@ def _stream(request: Request, state: State) -> Response:
 async def _answered(
     state: State, model: Model, texts: Sequence[str], *, top_k: int, truncate: bool, timeout_s: float
 ) -> list[Prediction]:
-    if sum(map(len, texts)) <= _INLINE_CHARACTERS:
-        jobs, truncated = model.text_rows(texts, truncate=truncate)
-    else:
-        jobs, truncated = await asyncio.to_thread(model.text_rows, texts, truncate=truncate)
+    jobs, truncated = await model.text_rows_async(texts, truncate=truncate)
     answers = await state.answer(jobs, timeout_s=timeout_s)
     return model.predictions(answers, truncated, top_k=top_k)
 

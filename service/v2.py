@@ -7,17 +7,14 @@ is 400 and names the field; a body too large is 413.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from evalmode.bundle.known_answers import Tensors
 from evalmode.service import v2_models
-from evalmode.service.errors import QueueFull, RequestError
 from evalmode.service.model import Model
 from evalmode.service.offered import Asked, answered, only_input, prepare
 from evalmode.service.protocol.compression import accepted, compress
@@ -35,7 +32,6 @@ BINARY = "application/octet-stream"
 # Reading and writing tensors takes some 10 ms a MiB of JSON; more than this would hold the event loop up.
 _INLINE_BYTES = 2_048
 
-_UNPROCESSABLE = frozenset({415, 422})  # what the protocol calls a bad request, as any other
 _STATUSES = (400, 401, 404, 408, 413, 500, 503, 504)
 
 
@@ -60,15 +56,6 @@ def routes(settings: Settings) -> APIRouter:
             openapi_extra={"requestBody": {"required": True, **body}},
         )
     return router
-
-
-def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
-    """An error as this protocol says it."""
-    found = dict(headers or {})
-    if isinstance(error, QueueFull):
-        found.setdefault("retry-after", str(error.retry_after_s))
-    status = 400 if error.status in _UNPROCESSABLE else error.status
-    return Response(json.dumps({"error": str(error)}), status_code=status, media_type=JSON, headers=found)
 
 
 async def _infer(request: Request, model: str, version: str | None = None) -> Response:

@@ -23,7 +23,7 @@ def timeout_of(headers: Mapping[str, str], *, longest_s: float) -> float:
     asked = headers.get(TIMEOUT_HEADER)
     if asked is None:
         return longest_s
-    if not (asked.isascii() and asked.isdecimal() and 0 < int(asked[:12])):
+    if not (asked.isascii() and asked.isdecimal() and int(asked[:12]) > 0):
         raise BadRequest(f"header {TIMEOUT_HEADER} must be a whole number of milliseconds above 0, got {asked[:40]!r}")
     return min(int(asked[:12]) / 1000, longest_s)
 

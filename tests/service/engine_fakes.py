@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,3 +127,10 @@ def in_thread(call: Callable[[], Any]) -> threading.Thread:
 
 def jobs_of(bucket: Bucket[Number, Any], values: Sequence[int]) -> list[tuple[Bucket[Number, Any], Number]]:
     return [(bucket, Number(value)) for value in values]
+
+
+async def asked(engine, *requests, timeout_s=None) -> list[asyncio.Task]:
+    """The requests, each in a task of its own, all of them waiting in the queue in this order."""
+    tasks = [asyncio.create_task(engine.answer_async(jobs, timeout_s=timeout_s)) for jobs in requests]
+    await asyncio.sleep(0)
+    return tasks

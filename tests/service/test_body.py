@@ -136,7 +136,10 @@ def test_a_wrong_field_is_named_with_its_value(body, field, sentence):
 def test_half_an_emoji_in_the_name_of_a_field_is_refused_in_words_that_can_be_sent():
     with pytest.raises(InvalidField) as refusal:
         parse(b'{"inputs": ["a"], "\\ud83d": 1}')
-    assert str(refusal.value) == '"\\ud83d" is not a field of this request, which has inputs, top_k, model, version, truncate'
+    assert (
+        str(refusal.value)
+        == '"\\ud83d" is not a field of this request, which has inputs, top_k, model, version, truncate'
+    )
 
 
 def test_half_an_emoji_is_a_text_like_any_other():

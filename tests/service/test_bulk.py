@@ -26,7 +26,7 @@ class Model:
 
     digest: str = "d" * 64
 
-    def text_rows(self, texts: Sequence[str], *, truncate: bool) -> tuple[list[Any], list[bool]]:
+    async def text_rows_async(self, texts: Sequence[str], *, truncate: bool) -> tuple[list[Any], list[bool]]:
         for place, text in enumerate(texts):
             if not truncate and text == "bad":
                 raise InvalidField(f"inputs.{place} is longer than the model reads", field=f"inputs.{place}")

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evalmode.service import v2
 from evalmode.service.engine import Load
-from evalmode.service.errors import BodyTooLarge, DeadlineExceeded, InvalidField, QueueFull, RequestError, RunFailed
+from evalmode.service.errors import BodyTooLarge, DeadlineExceeded, QueueFull, RequestError, RunFailed
 from tests.service.served import Served, outputs_of, refusal, serving, text_input
 
 TEXTS = ["Ez egy rövid mondat.", "", "\ud83d", "x" * 900]
@@ -226,9 +225,3 @@ def test_the_shortest_of_setting_header_and_parameter_is_the_deadline(served: Se
         refusal(other.infer({**body, "parameters": parameters}, headers=headers), 504)
     assert [round(given_s) for given_s in engine.given_s] == [30, 20, 10]
     assert "x-request-timeout-ms" in refusal(served.infer(body, headers={"x-request-timeout-ms": "-1"}))
-
-
-def test_an_error_has_one_key_and_one_status_for_all_that_is_wrong_with_a_request():
-    answer = v2.error_response(InvalidField("text is wrong", field="text"), {"x": "y"})
-    assert (answer.status_code, answer.body, answer.headers["x"]) == (400, b'{"error": "text is wrong"}', "y")
-    assert v2.error_response(QueueFull("full", retry_after_s=7)).headers["retry-after"] == "7"
