@@ -16,11 +16,15 @@ from evalmode.service.ticket import Ticket
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch(Generic[Row, Answer]):
-    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count they run with."""
+    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count they run with.
+
+    `pressed` is whether rows had to be left behind when it was made.
+    """
 
     bucket: Bucket[Row, Answer]
     entries: Sequence[tuple[Ticket[Row, Answer], int, Row]]
     places: int
+    pressed: bool = False
 
     @property
     def rows(self) -> list[Row]:

@@ -119,7 +119,7 @@ class Queue(Generic[Row, Answer]):
         failed: list[tuple[Ticket[Row, Answer], Reason]] = []
         with self._lock:
             self._running.pop(threading.get_ident(), None)
-            if run_s is not None:
+            if run_s is not None and batch.pressed:
                 self._drain.record(rows=len(batch.entries), run_s=run_s)
             for (ticket, place, _), outcome in zip(batch.entries, outcomes, strict=True):
                 if ticket.done:
@@ -166,8 +166,7 @@ class Queue(Generic[Row, Answer]):
     def retry_after_s(self) -> int:
         """Seconds, 1 to 60, until what waits should have run."""
         with self._lock:
-            assumed = max((bucket.row_cost_s for bucket in self._waiting), default=0.0)
-            return self._drain.retry_after_s(self._waiting.rows, assumed_row_s=assumed)
+            return self._drain.retry_after_s(self._waiting.rows, assumed_row_s=self._assumed_row_s())
 
     def close(self) -> None:
         """Admit nothing more; threads end when nothing waits."""
@@ -207,10 +206,15 @@ class Queue(Generic[Row, Answer]):
             )
 
     def _fits(self, rows: int, nbytes: int) -> bool:
+        wait_s = self._drain.wait_s(self._waiting.rows, assumed_row_s=self._assumed_row_s())
         return (
             self._waiting.rows + rows <= self._limits.queue_rows
             and self._waiting.nbytes + nbytes <= self._limits.queue_bytes
+            and wait_s <= self._limits.queue_s
         )
+
+    def _assumed_row_s(self) -> float:
+        return max((bucket.row_cost_s for bucket in self._waiting), default=0.0)
 
     def _fail(self, ticket: Ticket[Row, Answer], failure: RequestError | None) -> None:
         for part in ticket.parts:
@@ -243,7 +247,7 @@ class Queue(Generic[Row, Answer]):
             if entries:
                 if len(entries) < min(places, wanted):  # the others were late
                     places = bucket.cheapest_holding(len(entries))
-                return Batch(bucket=bucket, entries=entries, places=places)
+                return Batch(bucket=bucket, entries=entries, places=places, pressed=self._waiting.rows > 0)
         return None
 
     def _fill(

@@ -80,6 +80,7 @@ class Settings(BaseSettings):
     # What happens under load.
     queue_rows: int = Field(default=4096, ge=1, description="the most rows that wait")
     queue_bytes: int = Field(default=67_108_864, ge=1, description="the most bytes of rows that wait")
+    queue_s: float = Field(default=1.0, gt=0, description="the longest wait that a request may expect and be let in")
     timeout_s: float = Field(default=30.0, gt=0, description="when an answer is given up; a request may ask for less")
     max_run_s: float = Field(default=30.0, gt=0, description="a batch that runs longer makes the server not ready")
     stuck_grace_s: float = Field(default=30.0, ge=0, description="after so much more it is not live either")

@@ -75,7 +75,12 @@ def open_state(settings: Settings) -> State:
     repository.start()
     engine = Engine(
         parallel=parallel_of(settings),
-        limits=Limits(queue_rows=settings.queue_rows, queue_bytes=settings.queue_bytes, max_run_s=settings.max_run_s),
+        limits=Limits(
+            queue_rows=settings.queue_rows,
+            queue_bytes=settings.queue_bytes,
+            queue_s=settings.queue_s,
+            max_run_s=settings.max_run_s,
+        ),
         content=content_of,
         digest=ModelRow.digest,
         observers=(metrics, statistics, *([tracing] if tracing else [])),

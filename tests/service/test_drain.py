@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from evalmode.service.drain import Drain
 
 
@@ -13,11 +15,20 @@ def test_then_by_what_was_measured_over_all_threads():
     drain = Drain(parallel=2)
     drain.record(rows=4, run_s=1.0)
     assert drain.retry_after_s(80, assumed_row_s=99.0) == 10
+    assert drain.wait_s(2, assumed_row_s=99.0) == 0.25
+
+
+def test_a_batch_counts_by_its_rows():
+    drain = Drain(parallel=1)
+    drain.record(rows=1, run_s=1.0)
+    drain.record(rows=31, run_s=1.0)
+    assert drain.wait_s(1, assumed_row_s=0.0) == pytest.approx(1.9 / 31.9)
 
 
 def test_it_follows_a_machine_that_gets_slower_but_not_a_single_batch():
     drain = Drain(parallel=1)
-    drain.record(rows=1, run_s=0.1)
+    for _ in range(50):
+        drain.record(rows=1, run_s=0.1)
     drain.record(rows=1, run_s=1.0)
     assert drain.retry_after_s(10, assumed_row_s=0.0) == 2
     for _ in range(50):

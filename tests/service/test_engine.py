@@ -168,6 +168,22 @@ def test_a_request_that_does_not_fit_whole_is_refused_whole_with_a_time_to_come_
     assert notes.dropped == [("queue_full", "8", 2)]
 
 
+def test_who_would_have_to_wait_too_long_is_refused_and_who_comes_first_is_not():
+    bucket = bucket_of(costs={1: 1.0})
+    with one_thread_held(limits=Limits(queue_s=2.5)) as (engine, release):
+
+        async def ask() -> list[object]:
+            tasks = await asked(engine, *[jobs_of(bucket, values) for values in ([1], [2, 3], [4], [5])])
+            release()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+        one, two, refused, after = asyncio.run(ask())
+        assert (one, two) == ([10], [20, 30]), "0 and then 1 s of rows were before them"
+        assert isinstance(refused, QueueFull), "3 s of rows were before it"
+        assert isinstance(after, QueueFull)
+        assert engine.answer(jobs_of(bucket, range(20, 40))) == [row * 10 for row in range(20, 40)]
+
+
 def test_the_queue_is_bounded_in_bytes_too():
     bucket = bucket_of()
 
