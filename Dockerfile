@@ -38,7 +38,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     ORT_DISABLE_TELEMETRY=1 \
     EVALMODE_HOST=0.0.0.0 \
     EVALMODE_PORT=8000 \
-    EVALMODE_BUNDLE=/bundles
+    EVALMODE_BUNDLE=/bundles \
+    EVALMODE_MODEL_CONTROL=false
 COPY --from=bundle / /bundles
 # A number, so that Kubernetes' runAsNonRoot can see that it is not root.
 USER 65532:65532

@@ -1,265 +1,269 @@
 """Mistaken and malicious requests against a real server, over its socket: `python bench/fuzz.py BUNDLE`.
 
-Bodies of the Open Inference Protocol that were good once, our own JSON and streams of lines, with something wrong in the
-tensors, the JSON, the raw bytes, the compression or the HTTP around them; known good requests between them. Exit code 1
-for a status that nobody intended, a connection lost without an answer, an answer that is no JSON or has other bits than
-before, memory that grows, or a server that is gone. Talks HTTP only; what failed is kept, byte by byte.
+The requests of `mutants.py` on many connections that are kept alive, and known good ones between them. Exit code 1 for
+a status that nobody intended, a connection lost without an answer, an answer that is not what it says to be or has
+other bits than before, memory that grows, or a server that is gone. Talks HTTP only; what failed is kept, byte by byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import gzip
+import contextlib
 import json
-import math
 import random
 import sys
 import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
-import numpy as np
+from mutants import Model, Request, bombs, known_good, request_of
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from serving import Server, served
 
 CONNECTIONS = 32
+KNOWN_SHARE = 0.04
 LATE_S = 2  # how long the server waits for what never comes
 ANSWER_S = 60
 MAX_GROWTH_MB = 40
-KNOWN_SHARE = 0.04
-INTENDED = {200, 400, 404, 405, 408, 413, 415, 422, 431, 503, 504}
-BOMB_BYTES = 64 << 20
-
-KINDS = {"FP": "f", "INT": "i", "UINT": "u"}
-DTYPES = {f"{name}{bits}": f"<{kind}{bits // 8}" for name, kind in KINDS.items() for bits in (8, 16, 32, 64)}
-DTYPES = {name: dtype for name, dtype in DTYPES.items() if name != "FP8"} | {"BOOL": "?"}
-ODD = [
-    None, True, False, 0, -1, 1, 0.5, 1e308, 2**31, 2**63, -(2**63) - 1, 10**400, "", "x", "\ud83d", "\0", "BYTES", "FP16",
-    [], [[]], [[[]]] * 9, {}, {"a": 1}, [0], [-1], [2**62] * 32, "9" * 999, float("nan"), float("-inf"), "../../etc",
-]  # fmt: skip
-SHAPES = [[], [0], [-1], [1], [3], [2**31, 2**31], [2**63], [10**9, 10**9, 10**9], [1] * 999, [1.0], ["1"], [True], [[1]]]
-SIZES = [0, -1, 1, 3, 4, 2**31, 2**32, 2**63, 2**64 + 8, 1.5, "8", None, True, [8]]
-LENGTHS = ["0", "-1", "", "x", "1.0", "0x10", "+5", "9" * 30, "٣", " 7 "]
-TEXTS = ["", "Ez egy rövid mondat.", "Dit is een zin.", "これは文です。", "👍" * 9, "ﷺ\0\u2028", "x" * 5_000]
-SPLICES = [b"\xff" * 4, b"\xff\xff\xff\x7f", b"[" * 2_000, b'{"a":' * 2_000, b"\0", b"{}", b",", b'"', b"\n", b"NaN", b"1" * 5_000]
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    "gzip": gzip.compress,
-    "deflate": zlib.compress,
-    "x-gzip": lambda plain: gzip.compress(plain[: len(plain) // 2]) + gzip.compress(plain[len(plain) // 2 :]),
-    "Deflate": lambda plain: zlib.compress(plain, wbits=-15),
-}
-
-
-def bombs() -> list[tuple[str, bytes]]:
-    """Bodies of some 64 KB that unfold to 64 MB, and one that unfolds to another."""
-    zeros, spaces, nested = bytes(BOMB_BYTES), b" " * BOMB_BYTES, b"[" * BOMB_BYTES
-    packed = [("gzip", gzip.compress(zeros)), ("deflate", zlib.compress(spaces)), ("gzip", gzip.compress(nested))]
-    return [*packed, ("deflate", zlib.compress(zeros, wbits=-15)), ("gzip", gzip.compress(packed[0][1]))]
-
-
-@dataclass(kw_only=True)
-class Request:
-    """What is sent; `framing` is how its end is told, and `known` whose answer must be the one from before."""
-
-    path: str
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-    method: str = "POST"
-    framing: str = "length"
-    known: str | None = None
-
-    @property
-    def late(self) -> bool:
-        """Whether the server has to wait for more."""
-        return self.framing in ("longer", "unended")
-
-    def sent(self, chance: random.Random) -> bytes:
-        """The bytes on the wire."""
-        length, body, headers = len(self.body), self.body, {"host": "x", **self.headers}
-        if self.framing in ("chunked", "unended", "both", "chunks spoilt"):
-            cuts = sorted(chance.randrange(length + 1) for _ in range(chance.randint(0, 5)))
-            parts = [body[start:end] for start, end in zip([0, *cuts], [*cuts, length], strict=True)]
-            body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts if part)
-            body += b"" if self.framing == "unended" else b"0\r\n\r\n"
-            headers["transfer-encoding"] = "chunked"
-        if self.framing == "chunks spoilt":
-            body = chance.choice([b"-1\r\n", b"x\r\n", b"f" * 17 + b"\r\n", b"5;a=b\r\nabc", b"\r\n", b"3\r\nabcdef\r\n"]) + body
-        if self.framing not in ("chunked", "unended", "chunks spoilt", "none"):
-            wrong = {"longer": length + chance.randint(1, 99), "shorter": chance.randrange(length + 1)}
-            headers["content-length"] = str(wrong.get(self.framing, length))
-        if self.framing == "no length":
-            headers["content-length"] = chance.choice(LENGTHS[1:])
-        head = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-        return "\r\n".join(head).encode() + body
+KEPT = 20  # failures
+INTENDED = frozenset({200, 400, 404, 405, 408, 413, 415, 422, 431, 503, 504})
+FLAGS = ("--access-log", "0", "--no-model-control", "--header-timeout-s", str(LATE_S), "--body-timeout-s", str(LATE_S))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model that is served, and what goes into it."""
+class Answer:
+    """One answer, whole; `body` is as it came."""
 
-    name: str
-    inputs: list[dict[str, Any]]
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def complaint(self) -> str | None:
+        """What is wrong with its form, if something is."""
+        try:
+            encoding = self.headers.get("content-encoding")
+            plain = (
+                self.body if encoding is None else zlib.decompress(self.body, wbits=31 if encoding == "gzip" else 15)
+            )
+            media = self.headers["content-type"]
+            if media == "application/x-ndjson" and self.status == 200:
+                found = [json.loads(line) for line in plain.splitlines()]
+            elif media == "application/octet-stream":
+                found = json.loads(plain[: int(self.headers["inference-header-content-length"])])
+            else:
+                found = json.loads(plain)
+        except (KeyError, ValueError, zlib.error) as error:
+            return f"an answer of status {self.status} that cannot be read: {error!r}"
+        if self.status != 200 and not (isinstance(found, dict) and isinstance(found.get("error"), str)):
+            return f"an answer of status {self.status} without an error"
+        return None
+
+
+class Connection:
+    """A connection that is kept alive as long as both sides like."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.opened = 0
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def ask(self, raw: bytes) -> Answer:
+        """The first answer to these bytes. Raises OSError or EOFError where none comes."""
+        if self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+            self.opened += 1
+        assert self._reader is not None
+        self._writer.write(raw)  # and the answer may come before all of it is sent
+        async with asyncio.timeout(ANSWER_S):
+            answer = await self._answer(self._reader)
+        if answer.headers.get("connection") == "close":
+            await self.close()
+        return answer
+
+    async def leave(self, raw: bytes) -> None:
+        """Send these bytes, and be gone."""
+        await self.close()
+        _, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writer.write(raw)
+        await self.close()
+
+    async def close(self) -> None:
+        """End it; the next question is asked on a new one."""
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(OSError):  # the other side was quicker
+                await self._writer.wait_closed()
+        self._writer = None
+
+    async def _answer(self, reader: asyncio.StreamReader) -> Answer:
+        status = 100
+        while status == 100:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            status = int(head[0].split()[1])
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
+        if headers.get("transfer-encoding") != "chunked":
+            return Answer(status=status, headers=headers, body=await reader.readexactly(int(headers["content-length"])))
+        body = bytearray()
+        while size := int(await reader.readline(), 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+        await reader.readline()
+        return Answer(status=status, headers=headers, body=bytes(body))
+
+
+@dataclass(kw_only=True)
+class Fuzz:
+    """One run: what is asked, and what was counted."""
+
+    server: Server
+    seed: int
+    bodies: int
+    models: list[Model]
+    known: list[Request]
+    bits: dict[str, bytes] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    took_s: list[tuple[float, str]] = field(default_factory=list)
+    failures: list[tuple[str, bytes]] = field(default_factory=list)
+    memory_mb: list[float] = field(default_factory=list)
+    asked: int = 0
 
     @property
-    def reads_texts(self) -> bool:
-        return any(tensor["name"] == "text" for tensor in self.inputs)
+    def port(self) -> int:
+        return int(self.server.url.rpartition(":")[2])
 
-    def good(self, chance: random.Random) -> tuple[dict[str, Any], bytes]:
-        """A good request of the protocol, and the raw tensors behind it."""
-        texts = self.reads_texts and chance.random() < 0.5
-        rows, free = chance.choice((1, 1, 2, 3, 8, 300)), chance.randint(1, 8)
-        tensors, raw = [], b""
-        for spec in self.inputs:
-            if self.reads_texts and (spec["name"] == "text") != texts:
-                continue
-            sizes = [rows if place == 0 else free for place in range(len(spec["shape"]))]
-            shape = [size if given == -1 else given for given, size in zip(spec["shape"], sizes, strict=True)]
-            tensor, packed = tensor_of(spec, shape, chance)
-            tensors.append(tensor)
-            raw += packed
-        found = {"id": "7", "inputs": tensors, "parameters": {"binary_data_output": chance.random() < 0.3}}
-        return found, raw
+    async def run(self) -> None:
+        """Ask everything, known good requests before, between and after the others."""
+        explosive = bombs()
+        await self._ask_all_known()
+        with Progress(transient=True) as progress:
+            bar = progress.add_task("bodies", total=self.bodies)
+            shares = [
+                self.bodies // CONNECTIONS + (number < self.bodies % CONNECTIONS) for number in range(CONNECTIONS)
+            ]
+            async with asyncio.TaskGroup() as group:
+                for number, share in enumerate(shares):
+                    chance = random.Random(f"{self.seed}-{number}")
+                    group.create_task(self._client(share, chance, explosive, progress, bar))
+        await self._ask_all_known()
+        self.memory_mb.append(self.server.resident_mb())
 
+    async def _ask_all_known(self) -> None:
+        connection = Connection(self.port)
+        for request in self.known:
+            await self._ask(connection, request, random.Random(0))
+        await connection.close()
 
-def tensor_of(spec: dict[str, Any], shape: list[int], chance: random.Random) -> tuple[dict[str, Any], bytes]:
-    """A tensor with its elements in JSON, or raw behind it."""
-    count, datatype = math.prod(shape), spec["datatype"]
-    tensor: dict[str, Any] = {"name": spec["name"], "datatype": datatype, "shape": shape}
-    if datatype == "BYTES":
-        values: list[Any] = [chance.choice(TEXTS) for _ in range(count)]
-        raw = b"".join(len(text.encode()).to_bytes(4, "little") + text.encode() for text in values)
-    else:
-        array = np.array([chance.randint(0, 1) for _ in range(count)]).astype(DTYPES[datatype])
-        values, raw = array.tolist(), array.tobytes()
-    if chance.random() < 0.5:
-        tensor["parameters"] = {"binary_data_size": len(raw)}
-        return tensor, raw
-    tensor["data"] = values
-    return tensor, b""
+    async def _client(
+        self, bodies: int, chance: random.Random, explosive: list[tuple[str, bytes]], progress: Progress, bar: TaskID
+    ) -> None:
+        connection = Connection(self.port)
+        for _ in range(bodies):
+            if chance.random() < KNOWN_SHARE:
+                await self._ask(connection, chance.choice(self.known), chance)
+            await self._ask(connection, request_of(self.models, chance, explosive), chance)
+            self.asked += 1
+            progress.update(bar, completed=self.asked)
+            if self.asked * 5 % self.bodies < 5:
+                self.memory_mb.append(self.server.resident_mb())
+        await connection.close()
+        self.counts["connections"] += connection.opened
 
+    async def _ask(self, connection: Connection, request: Request, chance: random.Random) -> None:
+        raw = request.sent(chance)
+        if request.framing == "hang up":
+            self.counts["hung up by us"] += 1
+            await connection.leave(raw[: chance.randrange(len(raw))])
+            return
+        started = time.perf_counter()
+        try:
+            answer = await connection.ask(raw)
+        except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError, ValueError, KeyError) as error:
+            self._fail(f"no answer: {error!r}", raw)
+            await connection.close()
+            return
+        took_s = time.perf_counter() - started
+        self.counts[f"status {answer.status}"] += 1
+        if answer.status != 408 and not request.late:
+            self.took_s.append((took_s, f"{answer.status} {request.path}, {request.framing}"))
+        if request.framing not in ("length", "chunked"):
+            await connection.close()  # what else it says is an answer to the rest of the body
+        self._judge(request, answer, raw)
 
-def mutated(found: Any, chance: random.Random) -> Any:
-    """The JSON value with something in it replaced, removed, doubled or added."""
-    if chance.random() < 0.2 or not isinstance(found, dict | list) or not found:
-        return chance.choice(ODD)
-    found = dict(found) if isinstance(found, dict) else list(found)
-    key = chance.choice(list(found) if isinstance(found, dict) else range(len(found)))
-    how = chance.random()
-    if how < 0.15:
-        del found[key]
-    elif how < 0.25:
-        if isinstance(found, list):
-            found.append(found[key])
-        else:
-            found[chance.choice(["data", "shape", "parameters", "outputs", "shared_memory_region", "id"])] = found[key]
-    else:
-        known = {"shape": SHAPES, "binary_data_size": SIZES, "datatype": [*DTYPES, "BYTES", "FP8", "bytes", ""]}
-        found[key] = chance.choice(known[key]) if key in known and how < 0.8 else mutated(found[key], chance)
-    return found
+    def _judge(self, request: Request, answer: Answer, raw: bytes) -> None:
+        if answer.status not in INTENDED:
+            self._fail(f"status {answer.status}: {answer.body[:200]!r}", raw)
+        elif complaint := answer.complaint():
+            self._fail(complaint, raw)
+        elif request.known is not None:
+            self.counts["known good answers"] += answer.status == 200
+            if answer.status not in (200, 503):
+                self._fail(f"status {answer.status} to a known good request", raw)
+            elif answer.status == 200 and self.bits.setdefault(request.known, answer.body) != answer.body:
+                self._fail("other bits for a known good request", raw)
 
-
-def scrambled(raw: bytes, chance: random.Random) -> bytes:
-    """The bytes with some of them changed, cut off or added."""
-    spoilt = bytearray(raw)
-    for _ in range(chance.randint(1, 4)):
-        place, how = chance.randrange(len(spoilt) + 1), chance.random()
-        if how < 0.4 and place < len(spoilt):
-            spoilt[place] = chance.randrange(256)
-        elif how < 0.6:
-            del spoilt[place:]
-        else:
-            spoilt[place:place] = chance.choice([*SPLICES, chance.randbytes(8)])
-    return bytes(spoilt)
-
-
-def packed(request: Request, chance: random.Random, explosive: list[tuple[str, bytes]]) -> None:
-    """Compress the body: soundly, brokenly, under another name, or as a bomb."""
-    how, encoding = chance.random(), chance.choice(list(PACKERS))
-    request.headers["content-encoding"] = encoding
-    if how < 0.05:
-        request.headers["content-encoding"], request.body = chance.choice(explosive)
-        return
-    if how < 0.9:
-        request.body = PACKERS[encoding](request.body)
-    if how > 0.5:
-        request.body = scrambled(request.body, chance)
-    if 0.45 < how < 0.55:
-        request.headers["content-encoding"] = chance.choice(["br", "gzip, gzip", "identity", "gzip", "deflate", "zstd", ""])
+    def _fail(self, reason: str, raw: bytes) -> None:
+        self.counts["failures"] += 1
+        if len(self.failures) < KEPT:
+            self.failures.append((reason, raw))
 
 
-def v2_request(model: Model, chance: random.Random, explosive: list[tuple[str, bytes]]) -> Request:
-    """A request of the Open Inference Protocol, usually a bad one."""
-    found: Any
-    found, raw = model.good(chance)
-    for _ in range(chance.choice((0, 1, 1, 2, 3))):
-        found = mutated(found, chance)
-    head = json.dumps(found).encode()
-    length = str(len(head)) if raw or chance.random() < 0.5 else None
-    if chance.random() < 0.15:
-        head = scrambled(head, chance)
-    if chance.random() < 0.25:
-        raw = scrambled(raw, chance)
-    if chance.random() < 0.1:
-        length = chance.choice([*LENGTHS, str(len(head) + len(raw) + 1), str(len(head) // 2), None])
-    request = Request(path=f"/v2/models/{model.name}/infer", body=head + raw)
-    if length is not None:
-        request.headers["inference-header-content-length"] = length
-    if chance.random() < 0.03:
-        wrong = [f"/v2/models/{model.name}/versions/9/infer", "/v2/models/%2e%2e%2fx/infer", f"/v2/models/{model.name}/infer/"]
-        request.path = chance.choice([*wrong, "/v2/models//infer", "/v2/repository/index", "/v2/models/\u200b/infer"])
-    if chance.random() < 0.25:
-        packed(request, chance, explosive)
-    return request
+def models_of(server: Server) -> list[Model]:
+    """What is served, as it says itself."""
+    with httpx.Client(base_url=server.url) as client:
+        index = client.post("/v2/repository/index", json={"ready": True}).json()
+        found = [client.get(f"/v2/models/{entry['name']}").json() for entry in index]
+    return [Model(name=model["name"], inputs=model["inputs"]) for model in found]
 
 
-def v1_request(model: Model, chance: random.Random) -> Request:
-    """A request for predictions, or a stream of lines."""
-    texts = [chance.choice(TEXTS) for _ in range(chance.choice((0, 1, 2, 9, 300)))]
-    if chance.random() < 0.4:
-        lines = [chance.choice([text, {"text": text, "id": 1}, mutated({"text": text, "id": {}}, chance)]) for text in texts]
-        body = b"\n".join(json.dumps(line).encode() for line in lines)
-        query = chance.choice(["", "", "&top_k=2", "&top_k=0", "&top_k=x", "&x=1", "&truncate=false", "&version=9", "&top_k=1" * 2])
-        request = Request(path=f"/v1/predict?model={model.name}{query}", body=body)
-        request.headers["content-type"] = "application/x-ndjson"
-    else:
-        found: Any = {"inputs": texts, "model": model.name, "top_k": 2, "truncate": True}
-        for _ in range(chance.choice((0, 1, 1, 2))):
-            found = mutated(found, chance)
-        request = Request(path="/v1/predict", body=json.dumps(found).encode())
-        request.headers["content-type"] = chance.choice(["application/json"] * 8 + ["text/plain", "", "a/b;", "\u00e9"])
-    if chance.random() < 0.2:
-        request.body = scrambled(request.body, chance)
-    return request
+def show(fuzz: Fuzz) -> bool:
+    """Print the figures; whether all is well."""
+    took_s = sorted(fuzz.took_s)
+    growth_mb = fuzz.memory_mb[-1] - fuzz.memory_mb[1]
+    if growth_mb > MAX_GROWTH_MB:
+        fuzz.failures.append((f"memory grew by {growth_mb:.0f} MB, {MAX_GROWTH_MB} MB are allowed", b""))
+    if fuzz.server.process.poll() is not None:
+        fuzz.failures.append((f"the server ended with {fuzz.server.process.returncode}", b""))
+    table = Table("", "count", title=f"{fuzz.asked:,} bodies of seed {fuzz.seed}", title_justify="left")
+    for name, count in sorted(fuzz.counts.items()):
+        table.add_row(name, f"{count:,}")
+    table.add_row("median answer", f"{1000 * took_s[len(took_s) // 2][0]:.1f} ms")
+    table.add_row("99% of answers", f"{1000 * took_s[len(took_s) * 99 // 100][0]:.1f} ms")
+    table.add_row("slowest answer", f"{1000 * took_s[-1][0]:.0f} ms: {took_s[-1][1]}")
+    table.add_row("memory at first, at each fifth, at last", " ".join(f"{mb:.0f}" for mb in fuzz.memory_mb) + " MB")
+    table.add_row("memory, growth after the first fifth", f"{growth_mb:.1f} MB")
+    table.add_row("memory at its highest", f"{fuzz.server.resident_mb('VmHWM'):.0f} MB")
+    console = Console()
+    console.print(table)
+    if fuzz.failures:
+        folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        for number, (reason, raw) in enumerate(fuzz.failures):
+            (folder / str(number)).write_bytes(raw)
+            console.print(f"{folder / str(number)}: {reason}", markup=False)
+    return not fuzz.failures
 
 
-def surrounded(request: Request, chance: random.Random) -> None:
-    """Something about the HTTP around the body is unusual, or wrong."""
-    framings = ["chunked"] * 20 + ["shorter", "longer", "unended", "none", "no length", "both", "chunks spoilt", "hang up"]
-    if chance.random() < 0.3:
-        request.framing = chance.choice(framings)
-    odd = {
-        "accept-encoding": ["gzip", "deflate", "gzip;q=0, deflate;q=x", "*", ","],
-        "x-request-timeout-ms": ["1", "0", "-1", "x", "9" * 40, "1e3"],
-        "x-request-id": ["a", "\u00e9", "x" * 300, "{}"],
-        "expect": ["100-continue", "200-ok"],
-        "upgrade": ["h2c"],
-        "x-long": ["x" * 20_000],
-        "host": [""],
-        "accept": ["text/html", "application/octet-stream"],
-    }
-    for name, values in odd.items():
-        if chance.random() < 0.03:
-            request.headers[name] = chance.choice(values)
-    if chance.random() < 0.01:
-        request.method = chance.choice(["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW", "post"])
-    if chance.random() < 0.003:
-        request.body = request.body.ljust(3 << 20)
+def main() -> int:
+    """Run, and show what was counted."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("bundle", type=Path)
+    options.add_argument("--bodies", type=int, default=50_000)
+    options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    asked = options.parse_args()
+    with served(asked.bundle, *FLAGS) as server:
+        models = models_of(server)
+        known = [request for model in models for request in known_good(model)]
+        fuzz = Fuzz(server=server, seed=asked.seed, bodies=asked.bodies, models=models, known=known)
+        fuzz.memory_mb.append(server.resident_mb())
+        asyncio.run(fuzz.run())
+        return 0 if show(fuzz) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,10 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import evalmode
-from evalmode.service import docs, edge, v1, v2
-from evalmode.service.bulk import Streams
 from evalmode.service.errors import BodyTooLarge, NotReady, QueueFull, RequestError, RequestTimeout, RunFailed
-from evalmode.service.health import Stage
+from evalmode.service.http import docs, edge, v1, v2
+from evalmode.service.http.bulk import Streams
+from evalmode.service.process.health import Stage
 from evalmode.service.schemas import ErrorResponse, StateResponse
 from evalmode.service.state import State
 

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Generic
 
-from evalmode.service.batch import Batch, as_request_error, run_filled
-from evalmode.service.bucket import Answer, Bucket, Row, SizedRow
+from evalmode.service.batching.batch import Batch, as_request_error, run_filled
+from evalmode.service.batching.bucket import Answer, Bucket, Row, SizedRow
+from evalmode.service.batching.limits import Limits, Load
+from evalmode.service.batching.observer import Observer, Reason, tell
+from evalmode.service.batching.proof import Proofs, Sample, Violation
+from evalmode.service.batching.queue import Queue
 from evalmode.service.errors import RequestError
-from evalmode.service.limits import Limits, Load
-from evalmode.service.observer import Observer, Reason, tell
-from evalmode.service.proof import Proofs, Sample, Violation
-from evalmode.service.queue import Queue
 
 __all__ = ["Answer", "Bucket", "Engine", "Limits", "Load", "Observer", "Reason", "Row", "SizedRow", "Violation"]
 

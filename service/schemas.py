@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, JsonValue
 from evalmode.bundle.certificate import Certificate, Platform
 from evalmode.bundle.known_answers import Replay
 from evalmode.bundle.manifest import Manifest
-from evalmode.service.model import Model
-from evalmode.service.text import Prediction
+from evalmode.service.models.model import Model
+from evalmode.service.models.text import Prediction
 
 _REQUEST: JsonValue = {"inputs": ["Ez egy rövid mondat.", "Dit is een zin."], "top_k": 3, "truncate": True}
 _MODEL: JsonValue = {"name": "languages", "version": "1", "digest": "0f3c" * 16}

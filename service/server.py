@@ -18,15 +18,15 @@ import structlog
 
 from evalmode.bundle.certificate import Verdict
 from evalmode.bundle.errors import EvalmodeError
-from evalmode.service.graceful import GracefulServer
-from evalmode.service.health import Health
-from evalmode.service.listener import bound, cannot_listen, tls_context, url_of
-from evalmode.service.logs import configure_logs
+from evalmode.service.process.graceful import GracefulServer
+from evalmode.service.process.health import Health
+from evalmode.service.process.listener import bound, cannot_listen, tls_context, url_of
+from evalmode.service.process.signals import Signals
 from evalmode.service.settings import Settings, load_settings
-from evalmode.service.signals import Signals
+from evalmode.service.telemetry.logs import configure_logs
 
 if TYPE_CHECKING:
-    from evalmode.service.model import Model
+    from evalmode.service.models.model import Model
 
 _log = structlog.get_logger("evalmode.service")
 
@@ -48,7 +48,7 @@ def serve(
     settings: Settings,
     *,
     open_service: Callable[[Settings], Service] | None = None,
-    worker: Sequence[str] = (sys.executable, "-m", "evalmode.service.worker"),
+    worker: Sequence[str] = (sys.executable, "-m", "evalmode.service.process.worker"),
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
 
@@ -60,7 +60,7 @@ def serve(
     with Signals() as signals, bound(settings) as listener:
         if settings.workers > 1:
             # Only now, for a process that serves by itself needs none of it.
-            from evalmode.service.supervisor import Supervisor
+            from evalmode.service.process.supervisor import Supervisor
 
             supervisor = Supervisor(settings, listener, command=worker)
             supervisor.run(signals, serving=lambda told: _log_start(settings, listener, told))

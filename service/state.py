@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from evalmode.bundle.known_answers import Tensors
-from evalmode.service.calibration import Calibration
 from evalmode.service.engine import Engine, Limits
-from evalmode.service.health import Health
-from evalmode.service.metrics import Metrics
-from evalmode.service.model import Job, Model
-from evalmode.service.quota import cpu_quota
-from evalmode.service.repository import Repository
+from evalmode.service.models.calibration import Calibration
+from evalmode.service.models.model import Job, Model
+from evalmode.service.models.repository import Repository
+from evalmode.service.models.tensors import ModelRow, content_of
+from evalmode.service.process.health import Health
+from evalmode.service.process.quota import cpu_quota
 from evalmode.service.settings import Settings
-from evalmode.service.statistics import Statistics
-from evalmode.service.tensors import ModelRow, content_of
-from evalmode.service.tracing import Tracing, open_tracing
+from evalmode.service.telemetry.metrics import Metrics
+from evalmode.service.telemetry.statistics import Statistics
+from evalmode.service.telemetry.tracing import Tracing, open_tracing
 
 
 @dataclass(frozen=True, kw_only=True)

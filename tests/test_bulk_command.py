@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from evalmode.commands import bulk
-from evalmode.service.bulk import WINDOW_BYTES, WINDOW_ROWS
+from evalmode.service.http.bulk import WINDOW_BYTES, WINDOW_ROWS
 
 EVALMODE = str(Path(sys.executable).with_name("evalmode"))
 DIGEST = "a" * 64

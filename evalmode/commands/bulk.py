@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from evalmode.bundle.errors import EvalmodeError
-from evalmode.service.lines import Splitter, read_line, spell
+from evalmode.service.http.lines import Splitter, read_line, spell
 from evalmode.terminal import open_console
 
 # No more in a request than a server's window holds (service/bulk.py): we read its answers when all is sent.

@@ -19,7 +19,7 @@ from evalmode.terminal import FOUND, complain, open_console
 if TYPE_CHECKING:
     from evalmode.commands.answers import AnswersFile, Stdout
     from evalmode.commands.bulk import Answerer, Source
-    from evalmode.service.lines import Predicted
+    from evalmode.service.http.lines import Predicted
     from evalmode.service.predictor import Predictor
 
 EPILOG = (
@@ -208,7 +208,7 @@ class _Here:
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
         """As a server answers them."""
-        from evalmode.service.lines import answer_lines
+        from evalmode.service.http.lines import answer_lines
 
         answers = await answer_lines(lines, first=first, predict=self._predict, inline_bytes=0)
         return answers, self.predictor.model.digest

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from evalmode.bundle.errors import EvalmodeError
-from evalmode.service.lines import Splitter
+from evalmode.service.http.lines import Splitter
 
 _NDJSON = "application/x-ndjson"
 _DIGEST_HEADER = "x-evalmode-digest"

@@ -7,9 +7,9 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from evalmode.service.calibration import Calibration
-from evalmode.service.model import Model, content_of
-from evalmode.service.repository import Presence, Repository
+from evalmode.service.models.calibration import Calibration
+from evalmode.service.models.model import Model, content_of
+from evalmode.service.models.repository import Presence, Repository
 
 WAIT_S = 30.0
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from evalmode.bundle.errors import BundleError
-from evalmode.service.calibration import Calibration
 from evalmode.service.errors import InvalidField, NotReady, RunFailed
+from evalmode.service.models.calibration import Calibration
 from evalmode.service.predictor import Predictor
 
 LONG = "a much longer text than the sixteen positions of the tiny model"

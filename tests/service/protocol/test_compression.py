@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterable
 
 import pytest
 
-from evalmode.service.body import read_body
 from evalmode.service.errors import BadRequest, BodyTooLarge
+from evalmode.service.http.body import read_body
 from evalmode.service.protocol.compression import Encoding, accepted, compress, decompressed, encoding_of
 
 TEXT = b"Ez egy rovid mondat. " * 10_000

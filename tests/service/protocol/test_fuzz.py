@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from evalmode.bundle.manifest import TensorSpec
-from evalmode.service.body import read_body
 from evalmode.service.errors import RequestError
+from evalmode.service.http.body import read_body
 from evalmode.service.protocol.compression import decompressed, encoding_of
 from evalmode.service.protocol.request import InferRequest, parse_infer
 from evalmode.service.protocol.response import OutputTensor, encode_response

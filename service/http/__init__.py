@@ -1,0 +1,1 @@
+"""Routes, and what stands around them. Knows no ONNX and no batching."""

@@ -1,0 +1,171 @@
+"""What a model takes and gives over the Open Inference Protocol, and how a request for it becomes rows and back.
+
+A text model takes `text`, or its graph's own tensors, and gives beside its graph's outputs what /v1 gives: the
+`probabilities`, the best `label`, and whether the text was `truncated`. Any other model takes and gives its graph's own
+tensors. Knows no HTTP and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evalmode.bundle.known_answers import Tensors
+from evalmode.bundle.manifest import TensorSpec
+from evalmode.service.errors import BadRequest, InvalidField
+from evalmode.service.models.model import WHOLE, Job, Model
+from evalmode.service.models.text import LOGITS, best, softmax
+from evalmode.service.protocol.classification import classify
+from evalmode.service.protocol.datatypes import BYTES, Array, shown
+from evalmode.service.protocol.request import AskedOutput, InferRequest, InputTensor
+from evalmode.service.protocol.response import OutputTensor
+
+TEXT = TensorSpec(name="text", datatype=BYTES, shape=(-1,))
+
+_PROBABILITIES, _LABEL, _TRUNCATED = "probabilities", "label", "truncated"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asked:
+    """A request that its model can answer: the rows to run, and where they were texts, which of them were cut."""
+
+    model: Model
+    jobs: Sequence[Job]
+    outputs: Sequence[AskedOutput]
+    truncated: Sequence[bool] | None
+
+
+def inputs_of(model: Model) -> tuple[TensorSpec, ...]:
+    """What the model takes; a text model takes either the first of them or the others."""
+    return (TEXT, *model.inputs) if model.is_text else model.inputs
+
+
+def outputs_of(model: Model) -> tuple[TensorSpec, ...]:
+    """What the model gives."""
+    return (*model.outputs, *_derived(model))
+
+
+def only_input(model: Model) -> TensorSpec | None:
+    """The input that a raw body fills: the text, or the graph's only one; None where there are several."""
+    if model.is_text:
+        return TEXT
+    return model.inputs[0] if len(model.inputs) == 1 else None
+
+
+def is_batched(model: Model) -> bool:
+    """Whether the rows of a request may be answered apart from one another."""
+    return WHOLE not in model.row_counts
+
+
+def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
+    """The rows of a request. Raises BadRequest, naming the field, where this model cannot answer it."""
+    if is_batched(model):
+        _require_rows(request.inputs, max_rows)
+    text = next((tensor for tensor in request.inputs if model.is_text and tensor.name == TEXT.name), None)
+    outputs = _asked(model, request, of_text=text is not None)
+    if text is None:
+        jobs = model.tensor_jobs({tensor.name: tensor.data for tensor in request.inputs})
+        return Asked(model=model, jobs=jobs, outputs=outputs, truncated=None)
+    if len(request.inputs) > 1:
+        other = next(tensor for tensor in request.inputs if tensor is not text)
+        raise BadRequest(
+            f"inputs must be the text alone, or tensors without it, got also {shown(other.name)}", field="inputs"
+        )
+    texts = _texts(text)
+    try:
+        jobs, truncated = model.text_rows(texts, truncate=request.truncate)
+    except InvalidField as error:  # its field counts the texts of /v1: here they are the elements of a tensor
+        place = (error.field or "").removeprefix("inputs")
+        field = f"{text.field}.data{place}"
+        raise BadRequest(str(error).replace(error.field or field, field, 1), field=field) from error
+    return Asked(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
+
+
+def answered(asked: Asked, answers: Sequence[Tensors]) -> list[OutputTensor]:
+    """The outputs that were asked for, from the answers of the rows in their order."""
+    own = {spec.name for spec in asked.model.outputs}
+    wanted = {output.name for output in asked.outputs}
+    found = asked.model.join(answers, outputs=sorted(wanted & own)) | _derivatives(asked, answers, wanted - own)
+    return [_written(output, found[output.name], asked.model) for output in asked.outputs]
+
+
+def _derived(model: Model) -> tuple[TensorSpec, ...]:
+    """What a text model gives beside its graph's outputs; a graph's own output of such a name is that output."""
+    if not model.is_text:
+        return ()
+    own = {spec.name: spec for spec in model.outputs}
+    every = (
+        TensorSpec(name=_PROBABILITIES, datatype="FP64", shape=own[LOGITS].shape),
+        TensorSpec(name=_LABEL, datatype=BYTES, shape=(-1,)),
+        TensorSpec(name=_TRUNCATED, datatype="BOOL", shape=(-1,)),
+    )
+    return tuple(spec for spec in every if spec.name not in own)
+
+
+def _asked(model: Model, request: InferRequest, *, of_text: bool) -> tuple[AskedOutput, ...]:
+    """The outputs that the request names, or all that apply. Raises BadRequest for a name that the model has not."""
+    own = {spec.name for spec in model.outputs}
+    offered = [spec.name for spec in outputs_of(model) if of_text or spec.name != _TRUNCATED or _TRUNCATED in own]
+    for output in request.outputs:
+        if output.name not in offered:
+            raise BadRequest(
+                f"{output.field}.name must be one of {', '.join(offered)}, got {shown(output.name)}",
+                field=f"{output.field}.name",
+            )
+    return request.outputs or tuple(
+        AskedOutput(name=name, binary=request.binary_output, classes=None, field="outputs") for name in offered
+    )
+
+
+def _require_rows(inputs: Sequence[InputTensor], max_rows: int) -> None:
+    for tensor in inputs:
+        if tensor.shape and tensor.shape[0] > max_rows:
+            raise BadRequest(
+                f"{tensor.field}.shape.0 must be at most {max_rows}, the rows of a request, got {tensor.shape[0]}",
+                field=f"{tensor.field}.shape.0",
+            )
+
+
+def _texts(tensor: InputTensor) -> list[str]:
+    """The texts of an input of shape [N] or [N, 1]."""
+    if tensor.datatype != BYTES:
+        raise BadRequest(
+            f"{tensor.field}.datatype must be {BYTES} for {TEXT.name}, got {tensor.datatype}",
+            field=f"{tensor.field}.datatype",
+        )
+    if tensor.shape[1:] not in ((), (1,)) or not tensor.shape:
+        raise BadRequest(
+            f"{tensor.field}.shape must be [N] or [N, 1], a text a row, got {list(tensor.shape)}",
+            field=f"{tensor.field}.shape",
+        )
+    return [_decoded(element, f"{tensor.field}.data.{place}") for place, element in enumerate(tensor.data.ravel())]
+
+
+def _decoded(element: str | bytes, field: str) -> str:
+    if isinstance(element, str):
+        return element
+    try:
+        return element.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{field} is not UTF-8", field=field) from error
+
+
+def _derivatives(asked: Asked, answers: Sequence[Tensors], wanted: set[str]) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    if wanted & {_PROBABILITIES, _LABEL}:
+        # Each row from its own answer, as /v1 does it: no row's bits may hang on how many stand beside it.
+        rows = [softmax(answer[LOGITS][0].tolist()) for answer in answers]
+        found[_PROBABILITIES] = np.array(rows, dtype=np.float64)
+        labels = asked.model.labels or ()
+        found[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
+    if asked.truncated is not None:
+        found[_TRUNCATED] = np.array(asked.truncated, dtype=np.bool_)
+    return found
+
+
+def _written(output: AskedOutput, data: Array, model: Model) -> OutputTensor:
+    if output.classes is not None:
+        data = classify(data, output.classes, labels=model.labels, name=output.name)
+    return OutputTensor(name=output.name, data=data, binary=output.binary)

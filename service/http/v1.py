@@ -1,0 +1,129 @@
+"""The routes of our own protocol: predictions of texts, and what is being served. Knows no ONNX and no batching."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+
+from evalmode.service.errors import InvalidField
+from evalmode.service.http.body import parse_predict, read_body, require_json
+from evalmode.service.http.bulk import MEDIA_TYPE as NDJSON
+from evalmode.service.http.bulk import Streams, parse_query
+from evalmode.service.http.waiter import timeout_of, unless_hung_up
+from evalmode.service.models.model import Model
+from evalmode.service.models.text import Prediction
+from evalmode.service.schemas import ErrorResponse, ModelResponse, PredictResponse, request_schema
+from evalmode.service.settings import Settings
+from evalmode.service.state import State
+
+JSON = "application/json"
+
+
+_LINES = {
+    "schema": {
+        "type": "string",
+        "description": "A text a line, as a JSON string or as an object with `text` and, to know it again, `id`. The "
+        "query may hold top_k, truncate, model and version. The answer has a line for each, in their order.",
+        "examples": ['"Ez egy r\u00f6vid mondat."\n{"text": "Dit is een zin.", "id": 7}\n'],
+    }
+}
+
+
+def routes(settings: Settings) -> APIRouter:
+    """`/v1/predict` and `/v1/model`."""
+    body = {"schema": request_schema(max_rows=settings.max_rows, max_top_k=settings.max_top_k)}
+    statuses = (400, 401, 404, 408, 413, 415, 422, 500, 503, 504)
+    refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in statuses}
+    router = APIRouter(generate_unique_id_function=lambda route: route.name)
+    router.add_api_route(
+        "/v1/predict",
+        _predict,
+        methods=["POST"],
+        name="predict",
+        response_model=PredictResponse,
+        responses=refusals,
+        # The body is read by hand: within the limit, and with our own sentences for what is wrong with it.
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: body, NDJSON: _LINES}}},
+    )
+    router.add_api_route("/v1/model", _model, name="model", response_model=ModelResponse, responses=refusals)
+    return router
+
+
+async def _predict(request: Request) -> Response:
+    """Classify texts. The same text gets the same bits, whatever else is asked in this request or beside it.
+
+    With `content-type: application/x-ndjson` the body is a text a line, of any number, and so is the answer.
+    """
+    state: State = request.app.state.service
+    content_type = request.headers.get("content-type")
+    if (content_type or "").partition(";")[0].strip().lower() == NDJSON:
+        streams: Streams = request.app.state.streams
+        wanted = parse_query(request.query_params.multi_items(), max_top_k=state.settings.max_top_k)
+        return streams.response(_model_for(state, name=wanted.model, version=wanted.version), wanted)
+    require_json(content_type)
+    timeout_s = timeout_of(request.headers, longest_s=state.settings.timeout_s)
+    started = time.monotonic()
+    body = await read_body(
+        request.stream(),
+        declared_bytes=request.headers.get("content-length"),
+        max_body_bytes=state.settings.max_body_bytes,
+        silence_s=state.settings.body_timeout_s,
+    )
+    asked = parse_predict(body, max_rows=state.settings.max_rows, max_top_k=state.settings.max_top_k)
+    model = _model_for(state, name=asked.model, version=asked.version)
+    predictions = await unless_hung_up(
+        request,
+        _answered(
+            state,
+            model,
+            asked.inputs,
+            top_k=asked.top_k,
+            truncate=asked.truncate,
+            timeout_s=timeout_s - (time.monotonic() - started),
+        ),
+    )
+    return _answer(PredictResponse.of(model, predictions))
+
+
+def _stream(request: Request, state: State) -> Response:
+    asked = parse_query(request.query_params.multi_items(), max_top_k=state.settings.max_top_k)
+    streams: Streams = request.app.state.streams
+    return streams.response(_model_for(state, name=asked.model, version=asked.version), asked)
+
+
+async def _answered(
+    state: State, model: Model, texts: Sequence[str], *, top_k: int, truncate: bool, timeout_s: float
+) -> list[Prediction]:
+    jobs, truncated = await model.text_rows_async(texts, truncate=truncate)
+    answers = await state.answer(jobs, timeout_s=timeout_s)
+    return model.predictions(answers, truncated, top_k=top_k)
+
+
+async def _model(request: Request, model: str | None = None, version: str | None = None) -> Response:
+    """What is being served: manifest, certificate, and how its known answers came out on this machine."""
+    state: State = request.app.state.service
+    found = state.repository.get(model, version) if model is not None else _default(state)
+    return _answer(ModelResponse.of(found, parallel=state.engine.load.parallel, workers=state.settings.workers))
+
+
+def _model_for(state: State, *, name: str | None, version: str | None) -> Model:
+    model = state.repository.default_text() if name is None else state.repository.get(name, version)
+    if not model.is_text:
+        raise InvalidField(
+            f"model {model.name} takes tensors and no texts: ask POST /v2/models/{model.name}/infer", field="model"
+        )
+    return model
+
+
+def _default(state: State) -> Model:
+    models = state.repository.models()
+    return models[0] if len(models) == 1 else state.repository.default_text()
+
+
+def _answer(model: BaseModel) -> Response:
+    # Serialised once, here; numbers are written with as many digits as it takes to read the same bits back.
+    return Response(model.model_dump_json(), media_type=JSON)

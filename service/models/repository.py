@@ -1,0 +1,218 @@
+"""The models below one folder: which there are, which are open, and how one takes another's place. Knows no HTTP.
+
+What is open is published as one snapshot that is never changed, only replaced: readers take no lock, and who holds a
+model goes on with it after it was let go of. No name that a request brings ever becomes a path.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from evalmode.bundle.errors import BundleError
+from evalmode.service.errors import BadRequest, Forbidden, InvalidField, NotReady, StartFailed, UnknownModel
+from evalmode.service.models.model import Model
+from evalmode.service.models.shelf import Entry, Outcome, Presence, Shelf
+
+__all__ = ["Entry", "Presence", "Repository"]
+
+_log = structlog.get_logger("evalmode.service")
+
+_SHOWN_CHARACTERS = 64
+_END_S = 5.0  # how long `close` waits for a bundle that is being opened this very moment
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Snapshot:
+    """What readers see: by name the open models, newest version first, and what is to be said of every version."""
+
+    models: Mapping[str, tuple[Model, ...]] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
+
+
+class ModelFigures(Protocol):
+    """Who counts models: `Metrics`, or a test's. Quick, and never raises."""
+
+    def show_models(self, models: Iterable[Model], /) -> None:
+        """These and no others are open now."""
+
+    def model_swapped(self, model: str, outcome: Outcome, /) -> None:
+        """A version of the model came, went, or was refused."""
+
+
+class Repository:
+    """The models below `root`: a bundle, a folder of versions, or a folder of such folders.
+
+    The newest `versions` of each model are open. `open_model` opens a bundle's folder; what it raises is that bundle's
+    fault and no other's. `control` is whether `load` and `unload` are allowed. `default_model` names who answers texts
+    where no model is named.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        open_model: Callable[[Path], Model],
+        versions: int = 1,
+        control: bool = True,
+        default_model: str | None = None,
+        figures: ModelFigures | None = None,
+    ) -> None:
+        self._root = root
+        self._control = control
+        self._default_model = default_model
+        self._figures = figures
+        self._snapshot = _Snapshot()
+        self._lock = threading.Lock()  # held while the shelf is used, which may open bundles; readers never take it
+        self._shelf = Shelf(root, open_model=open_model, versions=versions, listener=self)
+        self._ended = threading.Event()
+        self._poller: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Open what there is; of a bad version an older good one takes the place.
+
+        Raises what the first bundle was refused with when none can be opened, and StartFailed when the default model is
+        not among those that can.
+        """
+        with self._lock:
+            refused = self._shelf.settle()
+            if not self._snapshot.models:
+                if refused:
+                    raise refused[0].error
+                raise BundleError(f"no bundle at {self._root}: make one with `evalmode train` and `evalmode export`")
+            for refusal in refused:
+                refusal.log()
+        if self._default_model is not None and self._default_model not in self._snapshot.models:
+            raise StartFailed(
+                f"setting default_model is {self._default_model!r} and no such model could be opened: there is "
+                f"{', '.join(self._snapshot.models)}"
+            )
+
+    def poll(self) -> None:
+        """Look at the folder once, and open and let go of what has changed."""
+        with self._lock:
+            for refusal in self._shelf.settle():
+                refusal.log()
+
+    def start_polling(self, poll_s: float) -> None:
+        """Poll every `poll_s` seconds in a thread of its own until `close`; 0: never."""
+        if poll_s > 0 and self._poller is None:
+            self._poller = threading.Thread(target=self._poll_until_ended, args=(poll_s,), name="poll", daemon=True)
+            self._poller.start()
+
+    def close(self) -> None:
+        """Poll no more. What is open stays open for those who hold it."""
+        self._ended.set()
+        if self._poller is not None:
+            self._poller.join(_END_S)
+
+    def get(self, name: str | None = None, version: str | None = None) -> Model:
+        """The open model of this name and version, by default its newest; of no name the one that reads texts.
+
+        Raises UnknownModel for what there is not, and NotReady for what there is and is not open.
+        """
+        if name is None:
+            default = self.default_text()
+            return default if version is None else self.get(default.name, version)
+        snapshot = self._snapshot
+        for model in snapshot.models.get(name, ()):
+            if version is None or model.version == version:
+                return model
+        raise _not_open(snapshot, name, version)
+
+    def versions_of(self, name: str) -> tuple[Model, ...]:
+        """The open versions of a model, newest first. Raises UnknownModel and NotReady, as `get` does."""
+        snapshot = self._snapshot
+        if models := snapshot.models.get(name):
+            return models
+        raise _not_open(snapshot, name, None)
+
+    def default_text(self) -> Model:
+        """The model that answers texts where none is named. Raises InvalidField where one must be named."""
+        if self._default_model is not None:
+            return self.get(self._default_model)
+        newest = [models[0] for models in self._snapshot.models.values()]
+        texts = [model for model in newest if model.is_text]
+        if len(texts) == 1:
+            return texts[0]
+        if not newest:
+            raise NotReady("no model is open")
+        offered = ", ".join(model.name for model in texts or newest)
+        if not texts:
+            raise InvalidField(f"model is missing, and none here reads texts: /v2 serves {offered}", field="model")
+        raise InvalidField(f"model is missing, and several read texts: name one of {offered}", field="model")
+
+    def models(self) -> tuple[Model, ...]:
+        """Every open model, by name, its newest version first."""
+        return tuple(model for models in self._snapshot.models.values() for model in models)
+
+    def index(self) -> tuple[Entry, ...]:
+        """Every version that is there or open, by name, the newest first."""
+        return self._snapshot.entries
+
+    def load(self, name: str) -> None:
+        """Open a model anew from what its folders hold now, also after `unload`.
+
+        Raises Forbidden where that is not allowed, UnknownModel for a name that no bundle has, and BadRequest, with the
+        reason, when its newest version cannot be opened: what was open goes on.
+        """
+        self._require_control()
+        with self._lock:
+            if not self._shelf.restore(name):
+                if name in self._snapshot.models:
+                    raise BadRequest(f"model {name} cannot be loaded: its folder is gone; what was open goes on")
+                raise _unknown(self._snapshot, name)
+            refused = self._shelf.settle(anew=name)
+            for refusal in refused:
+                refusal.log()
+            if reason := self._shelf.reason_against(name):
+                raise BadRequest(f"model {name} cannot be loaded: {reason}")
+
+    def unload(self, name: str) -> None:
+        """Let go of a model until it is loaded again. Raises Forbidden and UnknownModel, as `load` does."""
+        self._require_control()
+        with self._lock:
+            if not self._shelf.withdraw(name):
+                raise _unknown(self._snapshot, name)
+
+    def changed(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
+        """For the shelf: this is what readers see from now on."""
+        self._snapshot = _Snapshot(models=models, entries=entries)
+        if self._figures is not None:
+            self._figures.show_models(self.models())
+
+    def swapped(self, model: str, outcome: Outcome) -> None:
+        """For the shelf: count it."""
+        if self._figures is not None:
+            self._figures.model_swapped(model, outcome)
+
+    def _poll_until_ended(self, poll_s: float) -> None:
+        while not self._ended.wait(poll_s):
+            try:
+                self.poll()
+            except Exception:  # what cannot be read now may be there the next time
+                _log.exception("the bundles could not be looked at", folder=str(self._root))
+
+    def _require_control(self) -> None:
+        if not self._control:
+            raise Forbidden("this server was told to let nobody load and unload models: setting model_control is false")
+
+
+def _not_open(snapshot: _Snapshot, name: str, version: str | None) -> NotReady | UnknownModel:
+    for entry in snapshot.entries:
+        if entry.name == name and version in (None, entry.version):
+            return NotReady(f"version {entry.version} of model {name} is not open: {entry.reason or 'it is loading'}")
+    if name in snapshot.models and version is not None:
+        offered = ", ".join(model.version for model in snapshot.models[name])
+        return UnknownModel(f"model {name} has no version {version[:_SHOWN_CHARACTERS]!r} here: there is {offered}")
+    return _unknown(snapshot, name)
+
+
+def _unknown(snapshot: _Snapshot, name: str) -> UnknownModel:
+    offered = ", ".join(snapshot.models) or "none"
+    return UnknownModel(f"there is no model {name[:_SHOWN_CHARACTERS]!r} here: there is {offered}")

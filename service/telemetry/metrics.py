@@ -1,0 +1,350 @@
+"""What Prometheus reads at /metrics: requests, batches, the queue, models, determinism. Knows no route and no ONNX.
+
+One process keeps its figures in memory. Several, started with PROMETHEUS_MULTIPROC_DIR in their environment, keep them
+in files of that folder, and whichever is asked answers for all.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from evalmode.service.batching.bucket import Bucket, SizedRow
+    from evalmode.service.batching.observer import Reason
+    from evalmode.service.batching.proof import Violation
+    from evalmode.service.engine import Load
+
+REASONS = (
+    "cancelled",
+    "conflict",
+    "deadline",
+    "failed",
+    "forbidden",
+    "invalid",
+    "not_ready",
+    "queue_full",
+    "request_timeout",
+    "too_large",
+    "unauthorized",
+)
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ROWS = tuple(2**power for power in range(11))
+_TOKENS = tuple(8 * 4**power for power in range(8))
+_SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_WATCH_S = 1.0
+
+_log = structlog.get_logger("evalmode.service")
+
+
+class OpenModel(Protocol):
+    """A model that is loaded."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def version(self) -> str:
+        """Its version."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of its bundle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownModel:
+    """A loaded model, as `evalmode_model_info` names it."""
+
+    name: str
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BucketFigures:
+    """The series of one bucket, looked up once."""
+
+    waited: Histogram
+    rows: Histogram
+    tokens: Histogram
+    padding: Histogram
+    run: Histogram
+
+
+class Metrics:
+    """The figures of one server process, and with several processes those of all.
+
+    An observer of the engine: its methods may be called from any thread, and are quick.
+    """
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a date of birth for each series doubles what is scraped
+        self._together = bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+        self._registry = CollectorRegistry()
+        own = None if self._together else self._registry
+        if self._together:
+            self._registry.register(_AllProcesses())
+        else:
+            ProcessCollector(registry=self._registry)
+        self._lock = threading.Lock()
+        self._shown: frozenset[ShownModel] = frozenset()
+        self._gone: set[str] = set()
+        self._buckets: dict[tuple[str, str], _BucketFigures] = {}
+        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._watching: threading.Thread | None = None
+        self._watched = threading.Event()
+        self._open_requests(own)
+        self._open_batches(own)
+        self._open_models(own)
+
+    def _open_requests(self, registry: CollectorRegistry | None) -> None:
+        self._requests = Counter(
+            "evalmode_requests", "Requests that were answered.", ("route", "method", "status"), registry=registry
+        )
+        self._durations = Histogram(
+            "evalmode_request_duration_seconds",
+            "From the first byte of a request's headers to the last of its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._in_flight = _gauge("evalmode_in_flight_requests", "Requests being answered now.", registry, "livesum")
+        self._rejections = Counter(
+            "evalmode_rejections", "Requests that got no answer, by why.", ("reason",), registry=registry
+        )
+        for reason in REASONS:
+            self._rejections.labels(reason)  # a rate can only be taken of a series that was there before
+        self._queue_rows = _gauge("evalmode_queue_rows", "Rows that wait for a batch.", registry, "livesum")
+        self._queue_bytes = _gauge("evalmode_queue_bytes", "Bytes of the rows that wait.", registry, "livesum")
+        self._running = _gauge("evalmode_running_batches", "Batches that run now.", registry, "livesum")
+
+    def _open_batches(self, registry: CollectorRegistry | None) -> None:
+        def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"evalmode_{name}", what, ("model", "bucket"), buckets=buckets, registry=registry)
+
+        self._waits = histogram("queue_wait_seconds", "How long a row waited for its batch.", _SECONDS)
+        self._rows = histogram("batch_rows", "Rows of a batch, without copies that filled it up.", _ROWS)
+        self._tokens = histogram("batch_tokens", "Tokens of a batch, without padding.", _TOKENS)
+        self._padding = histogram("batch_padding_ratio", "Share of a batch's positions that held nothing.", _SHARES)
+        self._runs = histogram("run_duration_seconds", "How long the model ran on a batch.", _SECONDS)
+        self._dropped = Counter(
+            "evalmode_dropped_rows", "Rows that were not answered, by why.", ("model", "reason"), registry=registry
+        )
+
+    def _open_models(self, registry: CollectorRegistry | None) -> None:
+        self._checks = Counter(
+            "evalmode_determinism_checks", "Answers that were computed again, alone.", ("model",), registry=registry
+        )
+        self._violations = Counter(
+            "evalmode_determinism_violations", "Those that came out with other bits.", ("model",), registry=registry
+        )
+        self._info = _gauge(
+            "evalmode_model_info",
+            "1 for each model that is loaded.",
+            registry,
+            "livemax",
+            ("model", "version", "digest"),
+        )
+        self._loaded = _gauge("evalmode_models_loaded", "How many models are loaded.", registry, "livemax")
+        self._swaps = Counter(
+            "evalmode_model_swaps", "Versions that took over, or did not.", ("model", "outcome"), registry=registry
+        )
+
+    # What the edge tells.
+
+    def request_began(self) -> None:
+        """A request's headers are there."""
+        self._in_flight.inc()
+
+    def request_ended(self, *, route: str, method: str, status: int, duration_s: float, reason: str | None) -> None:
+        """It was answered. `route` is the template of its path, and `reason` one of REASONS where it was rejected."""
+        self._in_flight.dec()
+        found = self._answered.get((route, method, status))
+        if found is None:
+            found = self._requests.labels(route, method, status), self._durations.labels(route)
+            self._answered[route, method, status] = found
+        counter, durations = found
+        counter.inc()
+        durations.observe(duration_s)
+        if reason is not None:
+            self.rejected(reason)
+
+    def rejected(self, reason: str) -> None:
+        """A request got no answer, for one of REASONS; also one that was refused before it was whole."""
+        self._rejections.labels(reason).inc()
+
+    # What the engine tells.
+
+    def batch_ran(
+        self,
+        bucket: Bucket[Any, Any],
+        rows: Sequence[SizedRow],
+        *,
+        places: int,
+        waited_s: Sequence[float],
+        run_s: float,
+    ) -> None:
+        """A batch ran with `places` rows, of which `rows` were asked for."""
+        figures = self._of(bucket)
+        if figures is None:
+            return
+        for waited in waited_s:
+            figures.waited.observe(waited)
+        tokens = sum(row.tokens for row in rows)
+        figures.rows.observe(len(rows))
+        figures.tokens.observe(tokens)
+        figures.padding.observe(max(0.0, 1 - tokens / (places * bucket.positions)))
+        figures.run.observe(run_s)
+
+    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
+        """Rows will get no answer."""
+        with self._lock:
+            if bucket.model not in self._gone:
+                self._dropped.labels(bucket.model, reason).inc(rows)
+
+    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
+        """An answer was computed again, alone; a violation says that its bits were others."""
+        with self._lock:
+            if bucket.model not in self._gone:
+                self._checks.labels(bucket.model).inc()
+                self._violations.labels(bucket.model).inc(violation is not None)
+        if violation is not None:
+            _log.error(
+                "determinism violation",
+                model=bucket.model,
+                version=bucket.version,
+                bucket=bucket.label,
+                row_digest=violation.row_digest,
+                batch_digests=list(violation.batch_digests),
+                place=violation.place,
+                places=violation.places,
+                expected=violation.expected_sha256,
+                actual=violation.actual_sha256,
+            )
+
+    # What the repository tells.
+
+    def show_models(self, models: Iterable[OpenModel]) -> None:
+        """These and no others are loaded now. In a single process the series of a name that is gone end with it."""
+        with self._lock:
+            now = frozenset(ShownModel(name=one.name, version=one.version, digest=one.digest) for one in models)
+            for model in self._shown - now:
+                self._hide(model)
+            names = {model.name for model in now}
+            self._gone = (self._gone | {model.name for model in self._shown}) - names
+            for model in now:
+                self._info.labels(model.name, model.version, model.digest).set(1)
+            for name in names:
+                self._checks.labels(name)
+                self._violations.labels(name)
+            self._loaded.set(len(now))
+            if not self._together:
+                self._forget({model.name for model in self._shown} - names)
+            self._shown = now
+
+    def model_swapped(self, model: str, outcome: Literal["loaded", "unloaded", "refused"]) -> None:
+        """A version of the model took over, went, or was refused."""
+        self._swaps.labels(model, outcome).inc()
+
+    # What Prometheus asks.
+
+    def render(self, accept: str, *, load: Load | None = None) -> tuple[bytes, str]:
+        """The figures and their content type, in the form that the `Accept` header asks for.
+
+        `load` is what the engine says of its queue now. With several processes this reads files: not for an event loop.
+        """
+        if load is not None:
+            self._show_load(load)
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def watch(self, load: Callable[[], Load]) -> None:
+        """Where there are several processes: write this one's queue down every second, for the one that is asked."""
+        if not self._together:
+            return
+
+        def look() -> None:
+            while not self._watched.wait(_WATCH_S):
+                self._show_load(load())
+
+        self._show_load(load())
+        self._watching = threading.Thread(target=look, name="metrics", daemon=True)
+        self._watching.start()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._watched.set()
+        if self._watching is not None:
+            self._watching.join()
+
+    def _show_load(self, load: Load) -> None:
+        self._queue_rows.set(load.waiting_rows)
+        self._queue_bytes.set(load.waiting_bytes)
+        self._running.set(load.running_batches)
+
+    def _of(self, bucket: Bucket[Any, Any]) -> _BucketFigures | None:
+        names = bucket.model, bucket.label
+        found = self._buckets.get(names)
+        if found is not None:
+            return found
+        with self._lock:
+            if bucket.model in self._gone:
+                return None  # its last batch, after the name went: a series would come back for good
+            found = _BucketFigures(
+                waited=self._waits.labels(*names),
+                rows=self._rows.labels(*names),
+                tokens=self._tokens.labels(*names),
+                padding=self._padding.labels(*names),
+                run=self._runs.labels(*names),
+            )
+            self._buckets[names] = found
+            return found
+
+    def _hide(self, model: ShownModel) -> None:
+        labels = model.name, model.version, model.digest
+        if self._together:
+            self._info.labels(*labels).set(0)  # files of several processes cannot forget; 0 is left out when read
+        else:
+            self._info.remove(*labels)
+
+    def _forget(self, names: Collection[str]) -> None:
+        for name in names:
+            for key in [key for key in self._buckets if key[0] == name]:
+                del self._buckets[key]
+            for family in (self._waits, self._rows, self._tokens, self._padding, self._runs):
+                family.remove_by_labels({"model": name})
+            for counter in (self._dropped, self._checks, self._violations):
+                counter.remove_by_labels({"model": name})
+
+
+class _AllProcesses(Collector):
+    """The figures of every process that shares the folder."""
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]
+            if metric.name == "evalmode_model_info":
+                metric.samples = [sample for sample in metric.samples if sample.value]
+            yield metric
+
+
+def _gauge(
+    name: str,
+    what: str,
+    registry: CollectorRegistry | None,
+    mode: Literal["livesum", "livemax"],
+    labels: Sequence[str] = (),
+) -> Gauge:
+    return Gauge(name, what, labels, registry=registry, multiprocess_mode=mode)

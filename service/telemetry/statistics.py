@@ -1,0 +1,139 @@
+"""What was asked of each model version and how it went, in the form of the protocol's statistics extension.
+
+Knows no route and no model. It observes the engine (batches, waits) and is told how each request ended; it may be told
+so from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evalmode.service.batching.bucket import Bucket, SizedRow
+    from evalmode.service.batching.observer import Reason
+    from evalmode.service.batching.proof import Violation
+
+# Versions come and go; the figures of those that nobody asked for longest go first.
+_MOST_VERSIONS = 1_000
+
+_NANOSECONDS = 1_000_000_000
+
+
+@dataclass(kw_only=True)
+class _Duration:
+    """How often something happened, and how long it took in all."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, took_s: float, *, count: int = 1) -> None:
+        self.count += count
+        self.ns += round(took_s * _NANOSECONDS)
+
+    def shown(self) -> dict[str, int]:
+        return {"count": self.count, "ns": self.ns}
+
+
+@dataclass(kw_only=True)
+class _Figures:
+    """The figures of one model version."""
+
+    last_ms: int = 0
+    rows: int = 0
+    batches: int = 0
+    success: _Duration = field(default_factory=_Duration)
+    fail: _Duration = field(default_factory=_Duration)
+    queue: _Duration = field(default_factory=_Duration)
+    compute_input: _Duration = field(default_factory=_Duration)
+    compute_infer: _Duration = field(default_factory=_Duration)
+    compute_output: _Duration = field(default_factory=_Duration)
+    by_rows: dict[int, _Duration] = field(default_factory=dict)
+
+    def shown(self, name: str, version: str) -> dict[str, Any]:
+        none = _Duration().shown()
+        return {
+            "name": name,
+            "version": version,
+            "last_inference": self.last_ms,
+            "inference_count": self.rows,
+            "execution_count": self.batches,
+            "inference_stats": {
+                "success": self.success.shown(),
+                "fail": self.fail.shown(),
+                "queue": self.queue.shown(),
+                "compute_input": self.compute_input.shown(),
+                "compute_infer": self.compute_infer.shown(),
+                "compute_output": self.compute_output.shown(),
+                "cache_hit": none,
+                "cache_miss": none,
+            },
+            "batch_stats": [
+                {"batch_size": rows, "compute_input": none, "compute_infer": took.shown(), "compute_output": none}
+                for rows, took in sorted(self.by_rows.items())
+            ],
+        }
+
+
+class Statistics:
+    """The figures of every model version since this process began; an observer of the engine."""
+
+    def __init__(self, *, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._figures: OrderedDict[tuple[str, str], _Figures] = OrderedDict()
+
+    def request_succeeded(self, name: str, version: str, *, took_s: float, read_s: float, write_s: float) -> None:
+        """A request was answered in `took_s`, of which reading its tensors took `read_s`, writing them `write_s`."""
+        with self._lock:
+            figures = self._of(name, version)
+            figures.success.add(took_s)
+            figures.compute_input.add(read_s)
+            figures.compute_output.add(write_s)
+
+    def request_failed(self, name: str, version: str, *, took_s: float) -> None:
+        """A request to this version was refused or failed, `took_s` after it came."""
+        with self._lock:
+            self._of(name, version).fail.add(took_s)
+
+    def of(self, name: str, version: str) -> dict[str, Any]:
+        """The figures of a model version, all 0 where nobody asked it yet."""
+        with self._lock:
+            return (self._figures.get((name, version)) or _Figures()).shown(name, version)
+
+    def batch_ran(
+        self,
+        bucket: Bucket[Any, Any],
+        rows: Sequence[SizedRow],
+        *,
+        places: int,
+        waited_s: Sequence[float],
+        run_s: float,
+    ) -> None:
+        """The engine ran a batch."""
+        with self._lock:
+            figures = self._of(bucket.model, bucket.version)
+            figures.last_ms = int(self._now() * 1000)
+            figures.rows += len(rows)
+            figures.batches += 1
+            figures.queue.add(sum(waited_s), count=len(rows))
+            figures.compute_infer.add(run_s, count=len(rows))
+            figures.by_rows.setdefault(len(rows), _Duration()).add(run_s)
+
+    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
+        """Nothing to count: the request that they belonged to ends as a failed one."""
+
+    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
+        """Nothing to count: no caller waited for it."""
+
+    def _of(self, name: str, version: str) -> _Figures:
+        key = (name, version)
+        found = self._figures.setdefault(key, _Figures())
+        self._figures.move_to_end(key)
+        if len(self._figures) > _MOST_VERSIONS:
+            self._figures.popitem(last=False)
+        return found

@@ -1,0 +1,214 @@
+"""OpenTelemetry traces: a span a request, and in it one for its wait and one for the model's run. Knows no route.
+
+Nothing of OpenTelemetry is imported, and it need not be installed, where no endpoint is set.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import evalmode
+from evalmode.service.errors import StartFailed
+from evalmode.service.settings import Settings
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+    from evalmode.service.batching.bucket import Bucket, SizedRow
+    from evalmode.service.batching.observer import Reason
+    from evalmode.service.batching.proof import Violation
+
+_TRACES_PATH = "/v1/traces"
+_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_SERVICE_NAMES = ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES")
+
+_log = structlog.get_logger("evalmode.service")
+
+
+def open_tracing(settings: Settings) -> Tracing | None:
+    """The traces that the settings, or OpenTelemetry's own variables, ask for; None where neither names an endpoint.
+
+    Raises StartFailed when the packages for it are not installed.
+    """
+    if settings.otlp_endpoint is None and not any(map(os.environ.get, _VARIABLES)):
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: F401 - wanted by `around`
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise StartFailed(
+            f"setting otlp_endpoint asks for traces, and {error.name} is not installed: pip install 'evalmode[tracing]'"
+        ) from error
+    named = any(map(os.environ.get, _SERVICE_NAMES))
+    attributes = {"service.version": evalmode.__version__} | ({} if named else {"service.name": "evalmode"})
+    provider = TracerProvider(resource=Resource.create(attributes))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=_traces_url(settings.otlp_endpoint))))
+    return Tracing(provider)
+
+
+def _traces_url(endpoint: str | None) -> str | None:
+    """Where traces go, by the rule of OpenTelemetry's own variable: an endpoint is a base."""
+    if endpoint is None or endpoint.rstrip("/").endswith(_TRACES_PATH):
+        return endpoint
+    return endpoint.rstrip("/") + _TRACES_PATH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the rows of one request met: their bucket, how many they were, and how many ran with them."""
+
+    model: str
+    version: str
+    bucket: str
+    rows: int
+    batch_rows: int
+    places: int
+
+    def attributes(self) -> dict[str, str | int]:
+        """As a span has them."""
+        return {
+            "evalmode.model": self.model,
+            "evalmode.version": self.version,
+            "evalmode.bucket": self.bucket,
+            "evalmode.rows": self.rows,
+            "evalmode.batch.rows": self.batch_rows,
+            "evalmode.batch.places": self.places,
+        }
+
+
+class Tracing:
+    """Makes spans and sends them. Also an observer of the engine, for the rows that `following` was told of."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry import trace
+
+        self._trace = trace
+        self._provider = provider
+        self._tracer = provider.get_tracer("evalmode", evalmode.__version__)
+        self._parents: dict[int, Context] = {}
+
+    def around(self, app: ASGIApp, *, quiet: Collection[str] = ()) -> ASGIApp:
+        """`app` with a server span around each request, but for those of `quiet` paths."""
+        from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+        from opentelemetry.metrics import NoOpMeterProvider
+
+        async def restored(scope: Scope, receive: Receive, send: Send) -> None:
+            span = self._trace.get_current_span()
+            original: Scope = scope["evalmode.scope"]
+
+            async def named(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    _name_after_route(span, original)
+                await send(message)
+
+            original["state"]["trace_id"] = format(span.get_span_context().trace_id, "032x")
+            await app(original, receive, named)
+
+        spanned = OpenTelemetryMiddleware(
+            restored,
+            default_span_details=lambda scope: (scope["method"], {}),
+            tracer_provider=self._provider,
+            meter_provider=NoOpMeterProvider(),
+            exclude_spans=["receive", "send"],
+        )
+
+        async def traced(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["path"] in quiet:
+                await app(scope, receive, send)
+                return
+            scope.setdefault("state", {})
+            # Without its query: what stands there is the caller's and does not go to another machine.
+            shown: MutableMapping[str, Any] = {**scope, "query_string": b"", "evalmode.scope": scope}
+            await spanned(shown, receive, send)
+
+        return traced
+
+    @contextmanager
+    def following(self, rows: Iterable[object]) -> Iterator[None]:
+        """While these very rows are answered: when a batch with some of them ran, add spans to the current request."""
+        from opentelemetry.context import get_current
+
+        if not self._trace.get_current_span().is_recording():
+            yield
+            return
+        parent = get_current()
+        ids = [id(row) for row in rows]
+        self._parents.update(dict.fromkeys(ids, parent))
+        try:
+            yield
+        finally:
+            for row_id in ids:
+                self._parents.pop(row_id, None)
+
+    def ran(self, batch: Batch, *, waited_s: float, run_s: float, parent: Context | None = None) -> None:
+        """A batch has just ended: a span for the wait and one for the run, in `parent` or else the current span."""
+        ended_ns = time.time_ns()
+        began_ns = ended_ns - round(run_s * 1e9)
+        came_ns = began_ns - round(waited_s * 1e9)
+        attributes = batch.attributes()
+        for name, start_ns, end_ns in (("queue wait", came_ns, began_ns), ("model run", began_ns, ended_ns)):
+            self._tracer.start_span(name, parent, attributes=attributes, start_time=start_ns).end(end_ns)
+
+    def batch_ran(
+        self,
+        bucket: Bucket[Any, Any],
+        rows: Sequence[SizedRow],
+        *,
+        places: int,
+        waited_s: Sequence[float],
+        run_s: float,
+    ) -> None:
+        """A batch ran; whoever follows some of its rows hears of it once."""
+        waits: dict[int, list[float]] = {}
+        parents: dict[int, Context] = {}
+        for row, waited in zip(rows, waited_s, strict=True):
+            if (parent := self._parents.get(id(row))) is not None:
+                parents[id(parent)] = parent
+                waits.setdefault(id(parent), []).append(waited)
+        for key, waited_of_parent in waits.items():
+            batch = Batch(
+                model=bucket.model,
+                version=bucket.version,
+                bucket=bucket.label,
+                rows=len(waited_of_parent),
+                batch_rows=len(rows),
+                places=places,
+            )
+            self.ran(batch, waited_s=max(waited_of_parent), run_s=run_s, parent=parents[key])
+
+    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
+        """Nothing to add: the request's own span has its status."""
+
+    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
+        """Nothing to add: no request is concerned."""
+
+    def close(self, *, timeout_s: float = 5.0) -> bool:
+        """Send what is left; False when that did not end in time, as with an endpoint that is not there."""
+        # The exporter's own patience is not bounded by a time we could give it, and the end of a server must be.
+        closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
+        closing.start()
+        closing.join(timeout_s)
+        if closing.is_alive():
+            _log.warning("traces were not sent in time and are lost", timeout_s=timeout_s)
+        return not closing.is_alive()
+
+
+def _name_after_route(span: Span, scope: Scope) -> None:
+    route = getattr(scope.get("route"), "path", None)
+    if route is not None and span.is_recording():
+        span.update_name(f"{scope['method']} {route}")
+        span.set_attribute("http.route", route)

@@ -1,0 +1,226 @@
+"""The online proof: it finds what differs, says how to run it again, and is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from evalmode.service.batching.proof import Proofs
+from evalmode.service.engine import Limits
+from tests.service.engine_fakes import WAIT_S, Notes, Number, Recorded, bucket_of, engine_of, in_thread, jobs_of
+
+
+def digest(value: int) -> str:
+    return hashlib.sha256(str(value).encode()).hexdigest()
+
+
+def sha256(answer: object) -> str:
+    return hashlib.sha256(repr(answer).encode()).hexdigest()
+
+
+def proofs_of(fraction: float = 1.0, **settings) -> Proofs[Number, object]:
+    return Proofs(
+        fraction=fraction,
+        content=lambda answer: repr(answer).encode(),
+        digest=lambda row: digest(row.value),
+        **settings,
+    )
+
+
+def otherwise_in_company(rows: Sequence[Number]) -> list[float]:
+    """The fault that the proof is for: the second row of a batch comes out otherwise than alone."""
+    return [
+        row.value * 10 + (0.5 if place == 1 and row.value != rows[0].value else 0) for place, row in enumerate(rows)
+    ]
+
+
+def test_a_row_that_is_answered_otherwise_in_company_is_caught_with_all_that_reproduces_it():
+    notes = Notes()
+    bucket = bucket_of(otherwise_in_company, costs={4: 1.0})
+    with engine_of(proof_fraction=1.0, observers=[notes]) as engine:
+        assert engine.answer(jobs_of(bucket, [5, 6, 7])) == [50, 60.5, 70]
+        until(lambda: len(notes.proofs) == 3, notes)
+    (violation,) = [found for found in notes.proofs if found is not None]
+    assert violation.bucket is bucket
+    assert violation.row_digest == digest(6)
+    assert violation.batch_digests == (digest(5), digest(6), digest(7))
+    assert (violation.place, violation.places) == (1, 4)
+    assert violation.expected_sha256 == sha256(60)
+    assert violation.actual_sha256 == sha256(60.5)
+
+
+def until(holds, notes: Notes) -> None:
+    while not holds():
+        assert notes.proved_once.wait(WAIT_S)
+        notes.proved_once.clear()
+
+
+def test_an_honest_run_is_proved_without_violation():
+    notes = Notes()
+    with engine_of(proof_fraction=1.0, observers=[notes]) as engine:
+        engine.answer(jobs_of(bucket_of(), [5, 6, 7]))
+        until(lambda: len(notes.proofs) == 3, notes)
+    assert notes.proofs == [None, None, None]
+
+
+def test_the_row_is_run_again_alone_at_the_smallest_row_count_that_may_run():
+    notes = Notes()
+    run = Recorded()
+    with engine_of(proof_fraction=1.0, observers=[notes]) as engine:
+        engine.answer(jobs_of(bucket_of(run, costs={2: 1.0, 4: 1.0}), [5, 6, 7, 8]))
+        until(lambda: len(notes.proofs) == 4, notes)
+    assert run.batches == [[5, 6, 7, 8], [5, 5], [6, 6], [7, 7], [8, 8]]
+
+
+def test_rows_that_wait_go_before_every_proof():
+    order: list[str] = []
+    begun, release = threading.Event(), threading.Event()
+
+    def first(rows: Sequence[Number]) -> list[int]:
+        if not begun.is_set():
+            begun.set()
+            assert release.wait(WAIT_S)
+            order.append("held")
+        else:
+            order.append("proof")
+        return [0] * len(rows)
+
+    def second(rows: Sequence[Number]) -> list[int]:
+        order.append("real")
+        return [0] * len(rows)
+
+    notes = Notes()
+    slow, quick = bucket_of(first, label="slow"), bucket_of(second, label="quick", costs={1: 1.0})
+    with engine_of(proof_fraction=1.0, observers=[notes]) as engine:
+        waiting = [in_thread(lambda: engine.answer([(slow, Number(1))]))]
+        assert begun.wait(WAIT_S)
+
+        async def five_more() -> None:
+            tasks = [asyncio.create_task(engine.answer_async([(quick, Number(n))])) for n in range(5)]
+            await asyncio.sleep(0)  # all five wait in the queue now
+            release.set()
+            await asyncio.gather(*tasks)
+
+        asyncio.run(five_more())
+        until(lambda: len(notes.proofs) == 6, notes)
+        for thread in waiting:
+            thread.join(WAIT_S)
+    assert order[:6] == ["held"] + ["real"] * 5
+    assert order[6] == "proof"
+
+
+def test_one_thread_proves_at_a_time_so_that_the_others_stay_free():
+    proofs, begun, release = [], threading.Event(), threading.Event()
+
+    def run(rows: Sequence[Number]) -> list[int]:
+        if len(rows) == 1:  # the batches below have two
+            proofs.append(rows[0].value)
+            begun.set()
+            assert release.wait(WAIT_S)
+        return [0] * len(rows)
+
+    bucket, pairs = bucket_of(run, costs={1: 9.0, 2: 1.0}), bucket_of(label="pairs", costs={2: 1.0})
+    with engine_of(parallel=2, proof_fraction=1.0) as engine:
+        engine.answer(jobs_of(bucket, [1, 2, 3, 4]))
+        assert begun.wait(WAIT_S)
+        assert engine.load.running_batches == 0
+        for _ in range(20):  # the other thread answers, and finds four samples each time it has nothing else to do
+            assert engine.answer(jobs_of(pairs, [4, 5])) == [40, 50]
+        assert len(proofs) == 1
+        release.set()
+
+
+def test_a_proof_that_hangs_counts_as_a_stuck_run():
+    now = [0.0]
+    begun, release = threading.Event(), threading.Event()
+
+    def run(rows: Sequence[Number]) -> list[int]:
+        if begun.is_set() or not ran:
+            ran.append(1)
+            return [0] * len(rows)
+        begun.set()
+        assert release.wait(WAIT_S)
+        return [0] * len(rows)
+
+    ran: list[int] = []
+    with engine_of(proof_fraction=1.0, clock=lambda: now[0], limits=Limits(max_run_s=30.0)) as engine:
+        engine.answer(jobs_of(bucket_of(run), [1]))
+        assert begun.wait(WAIT_S)
+        now[0] = 42.0
+        assert engine.stuck_s() == 12.0
+        release.set()
+
+
+def test_a_row_that_cannot_be_run_again_proves_nothing_and_the_engine_goes_on():
+    def run(rows: Sequence[Number]) -> list[int]:
+        calls.append(len(rows))
+        if len(calls) == 2:
+            failed.set()
+            raise ArithmeticError("the model is gone")
+        return [0] * len(rows)
+
+    calls: list[int] = []
+    failed = threading.Event()
+    notes = Notes()
+    with engine_of(proof_fraction=1.0, observers=[notes]) as engine:
+        engine.answer(jobs_of(bucket_of(run), [1]))
+        assert failed.wait(WAIT_S)
+        engine.answer(jobs_of(bucket_of(run), [2]))
+        until(lambda: len(notes.proofs) == 1, notes)
+    assert notes.proofs == [None]
+
+
+def test_content_that_cannot_be_taken_costs_no_answer():
+    def refuse(answer: object) -> bytes:
+        raise TypeError("no bytes")
+
+    with engine_of(proof_fraction=1.0, content=refuse) as engine:
+        assert engine.answer(jobs_of(bucket_of(), [1, 2])) == [10, 20]
+
+
+def test_the_answer_is_compared_as_it_was_given_not_as_the_caller_left_it():
+    def run(rows: Sequence[Number]) -> list[list[int]]:
+        return [[row.value] for row in rows]
+
+    proofs = proofs_of()
+    bucket = bucket_of(run)
+    answers = run([Number(1)])
+    proofs.sample(bucket, [Number(1)], answers, places=1)
+    answers[0].append(2)
+    sample = proofs.take()
+    assert sample is not None
+    assert proofs.prove(sample) is None
+
+
+def test_samples_are_bounded_in_number_and_in_bytes():
+    proofs = proofs_of()
+    bucket = bucket_of()
+    for _ in range(10):
+        proofs.sample(bucket, [Number(1)] * 32, [10] * 32, places=32)
+    assert len(proofs) == 64
+    proofs.clear()
+    for _ in range(10):
+        proofs.sample(bucket, [Number(1, nbytes=20 << 20)], [10], places=1)
+    assert len(proofs) == 3
+    proofs.clear()
+    proofs.sample(bucket, [Number(1, nbytes=100 << 20)] * 2, [10] * 2, places=2)
+    assert len(proofs) == 1  # a batch beyond the bound is proved too, one at a time
+
+
+def test_a_sample_is_taken_as_often_as_the_fraction_says_and_never_of_a_failed_row():
+    draws = iter([0.0, 0.001, 0.0009, 0.5])
+    proofs = proofs_of(0.001, chance=lambda: next(draws))
+    proofs.sample(bucket_of(), [Number(n) for n in range(4)], [ValueError(), 10, 20, 30], places=4)
+    sample = proofs.take()
+    assert sample is not None
+    assert sample.place == 2
+    assert proofs.take() is None
+
+
+def test_a_fraction_that_is_none_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"proof_fraction is 1\.5"):
+        proofs_of(1.5)

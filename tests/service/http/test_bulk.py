@@ -1,0 +1,328 @@
+"""Streams of lines against an engine and a connection of the tests; a real server answers them in test_streams.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+from evalmode.service.errors import InvalidField, NotReady, QueueFull, RequestTimeout, RunFailed
+from evalmode.service.http.bulk import WINDOW_ROWS, Asked, Streams, parse_query
+
+WAIT_S = 30
+THREE = Asked()
+
+
+@dataclass
+class Model:
+    """Says of a text that it is its own label; fails on "bad" as it is read, on "nan" as it runs."""
+
+    digest: str = "d" * 64
+
+    async def text_rows_async(self, texts: Sequence[str], *, truncate: bool) -> tuple[list[Any], list[bool]]:
+        for place, text in enumerate(texts):
+            if not truncate and text == "bad":
+                raise InvalidField(f"inputs.{place} is longer than the model reads", field=f"inputs.{place}")
+        return [(None, SimpleNamespace(text=text, nbytes=8)) for text in texts], [False] * len(texts)
+
+    def predictions(self, answers: Sequence[Any], truncated: Sequence[bool], *, top_k: int) -> list[Any]:
+        return [
+            SimpleNamespace(top=[SimpleNamespace(label=text, score=0.5)] * top_k, truncated=cut)
+            for text, cut in zip(answers, truncated, strict=True)
+        ]
+
+
+@dataclass
+class Engine:
+    """Answers at once, or when `gate` opens; counts the most rows that it was ever asked at once."""
+
+    gate: asyncio.Event | None = None
+    full: int = 0
+    stopped_after: int = 1 << 30
+    now: int = 0
+    most: int = 0
+    answered: int = 0
+    cancelled: int = 0
+    waited_for: list[int] = field(default_factory=list)
+
+    async def wait_for_room(self, rows: int, *, nbytes: int = 0) -> None:
+        self.waited_for.append(rows)
+
+    async def answer_async(self, jobs: Sequence[Any], *, timeout_s: float | None = None) -> list[Any]:
+        if self.full:
+            self.full -= 1
+            raise QueueFull("full", retry_after_s=1)
+        if self.answered >= self.stopped_after:
+            raise NotReady("the server is stopping and takes no more requests")
+        self.now += len(jobs)
+        self.most = max(self.most, self.now)
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += len(jobs)
+            raise
+        finally:
+            self.now -= len(jobs)
+        if any(row.text == "nan" for _, row in jobs):
+            raise RunFailed("the model answered with numbers that are not finite")
+        self.answered += len(jobs)
+        return [row.text for _, row in jobs]
+
+
+class Connection:
+    """Both ends of a request: `chunks` come from the client; `reads` holds answers back until it is set."""
+
+    def __init__(self, chunks: Iterator[bytes], *, then: str = "end", reads: bool = True) -> None:
+        self._chunks = chunks
+        self._then = then
+        self._ended = False
+        self.hung_up = asyncio.Event()
+        self.reads = asyncio.Event()
+        if reads:
+            self.reads.set()
+        self.status: int | None = None
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+        self.finished = False
+        self.received = 0
+
+    async def receive(self) -> Message:
+        if not self._ended:
+            await asyncio.sleep(0)
+            if (chunk := next(self._chunks, None)) is not None:
+                self.received += 1
+                return {"type": "http.request", "body": chunk, "more_body": True}
+            self._ended = True
+            if self._then == "end":
+                return {"type": "http.request", "body": b"", "more_body": False}
+        await self.hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        await self.reads.wait()
+        if message["type"] == "http.response.start":
+            self.status, self.headers = message["status"], dict(message["headers"])
+        else:
+            self.body += message["body"]
+            self.finished = not message["more_body"]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.body.splitlines()]
+
+
+def streams(engine: Engine, **changes: Any) -> Streams:
+    given = {"parallel": 2, "max_line_bytes": 1000, "silence_s": WAIT_S, "queue_rows": 4096, **changes}
+    return Streams(engine, **given)
+
+
+async def answered(connection: Connection, engine: Engine, asked: Asked = THREE, **changes: Any) -> None:
+    response = streams(engine, **changes).response(Model(), asked)
+    async with asyncio.timeout(WAIT_S):
+        await response({"type": "http"}, connection.receive, connection.send)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Let everything run that can, until this holds."""
+    async with asyncio.timeout(WAIT_S):
+        while not holds():
+            await asyncio.sleep(0)
+
+
+def test_every_line_is_answered_in_order_with_its_id_or_with_what_is_wrong() -> None:
+    body = b'"a"\n\n{"text": "b", "id": 7}\r\n   \n{\n{"id": "x", "text": 3}\n"nan"\n' + b"y" * 1001 + b'\n"last"'
+    connection = Connection(iter([body[:9], body[9:20], body[20:]]))
+    asyncio.run(answered(connection, Engine(), Asked(top_k=2)))
+    top = [{"label": "a", "score": 0.5}] * 2
+    assert connection.status == 200
+    assert connection.headers[b"x-evalmode-digest"] == b"d" * 64
+    assert connection.headers[b"content-type"] == b"application/x-ndjson"
+    assert connection.lines[0] == {"index": 0, "label": "a", "score": 0.5, "truncated": False, "top": top}
+    assert [line["index"] for line in connection.lines] == list(range(7))
+    assert [line.get("label") for line in connection.lines] == ["a", "b", None, None, None, None, "last"]
+    assert [line.get("id") for line in connection.lines] == [None, 7, None, "x", None, None, None]
+    assert ["error" in line for line in connection.lines] == [False, False, True, True, True, True, False]
+    assert connection.finished
+
+
+def test_a_text_that_is_refused_or_fails_does_not_take_the_others_of_its_group_along() -> None:
+    texts = ["a", "bad", "b", "nan", "c"] * 20
+    connection = Connection(iter([json.dumps(text).encode() + b"\n" for text in texts]))
+    asyncio.run(answered(connection, Engine(), Asked(truncate=False)))
+    assert [line.get("label", line.get("error", "")[:9]) for line in connection.lines] == [
+        {"bad": "text is l", "nan": "the model"}.get(text, text) for text in texts
+    ]
+
+
+def test_an_empty_body_is_an_empty_answer() -> None:
+    connection = Connection(iter([]))
+    asyncio.run(answered(connection, Engine()))
+    assert (connection.status, connection.body, connection.finished) == (200, b"", True)
+
+
+def test_a_full_engine_is_waited_for_and_no_line_is_lost() -> None:
+    engine = Engine(full=5)
+    connection = Connection(iter([b'"a"\n' * 100]))
+    asyncio.run(answered(connection, engine))
+    assert [line["index"] for line in connection.lines] == list(range(100))
+    assert len(engine.waited_for) > 5
+
+
+def test_groups_are_never_larger_than_the_queue() -> None:
+    engine = Engine()
+    asyncio.run(answered(Connection(iter([b'"a"\n' * 100])), engine, queue_rows=3))
+    assert max(engine.waited_for) == 3
+
+
+def test_a_client_that_does_not_read_holds_no_more_than_a_window_of_its_rows_here() -> None:
+    async def test() -> None:
+        engine = Engine()
+        connection = Connection((b'"a"\n' * 10 for _ in range(1000)), reads=False)
+        answering = asyncio.create_task(answered(connection, engine))
+        await asyncio.sleep(0)
+        connection.reads.set()
+        await until(lambda: connection.status is not None)
+        connection.reads.clear()
+        already = len(connection.lines)
+        await until(lambda: engine.answered - already >= WINDOW_ROWS - 20)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert engine.answered - already <= WINDOW_ROWS + 20  # what the client has just taken, or is taking
+        assert connection.received < 40
+        connection.reads.set()
+        await answering
+        assert [line["index"] for line in connection.lines] == list(range(10_000))
+
+    asyncio.run(test())
+
+
+def test_all_streams_together_ask_few_rows_of_the_engine_at_once() -> None:
+    async def test() -> None:
+        engine = Engine(gate=asyncio.Event())
+        shared = streams(engine)
+        connections = [Connection(iter([b'"a"\n' * 500])) for _ in range(10)]
+        tasks = [
+            asyncio.create_task(shared.response(Model(), Asked())({"type": "http"}, each.receive, each.send))  # type: ignore[arg-type]
+            for each in connections
+        ]
+        await until(lambda: engine.now >= 96)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert engine.most == 96  # 32 for each batch that runs at once, and 32 more
+        engine.gate.set()  # type: ignore[union-attr]
+        await asyncio.gather(*tasks)
+        assert [len(each.lines) for each in connections] == [500] * 10
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("then", ["end", "more"])
+def test_the_rows_of_a_client_that_hangs_up_leave_the_engine_at_once(then: str) -> None:
+    async def test() -> None:
+        engine = Engine(gate=asyncio.Event())
+        connection = Connection(iter([b'"a"\n' * 64]), then=then)
+        answering = asyncio.create_task(answered(connection, engine))
+        await until(lambda: engine.now == 64)
+        connection.hung_up.set()
+        await answering
+        assert (engine.now, engine.cancelled, engine.answered) == (0, 64, 0)
+        assert not connection.finished
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(test())
+
+
+def test_a_client_that_hangs_up_before_its_first_byte_is_none_of_ours() -> None:
+    async def test() -> None:
+        connection = Connection(iter([]), then="more")
+        connection.hung_up.set()
+        with pytest.raises(ClientDisconnect):
+            await answered(connection, Engine())
+        assert connection.status is None
+
+    asyncio.run(test())
+
+
+def test_a_body_that_never_begins_is_an_error_and_one_that_pauses_too_long_a_last_line() -> None:
+    silent = Connection(iter([]), then="more")
+    with pytest.raises(RequestTimeout):
+        asyncio.run(answered(silent, Engine(), silence_s=0.01))
+    assert silent.status is None
+    pausing = Connection(iter([b'"a"\n"b"\n"c']), then="more")
+    asyncio.run(answered(pausing, Engine(), silence_s=0.01))
+    assert [line.get("label") for line in pausing.lines] == ["a", "b", None]
+    assert pausing.lines[-1] == {"error": "no more of the body came for 0.01 s"}
+    assert pausing.finished
+
+
+def test_a_client_that_does_not_read_for_too_long_is_left() -> None:
+    async def test() -> None:
+        connection = Connection(iter([b'"a"\n']), then="more")
+        sent = connection.send
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                connection.reads.clear()
+            await sent(message)
+
+        response = streams(Engine(), silence_s=0.01).response(Model(), Asked())
+        async with asyncio.timeout(WAIT_S):
+            await response({"type": "http"}, connection.receive, send)
+        assert not connection.finished
+
+    asyncio.run(test())
+
+
+def test_when_the_server_stops_what_was_read_is_answered_and_a_last_line_says_why_no_more_is() -> None:
+    async def test() -> None:
+        draining = False
+        connection = Connection(iter([b'"a"\n"b"\n']), then="more")
+        answering = asyncio.create_task(answered(connection, Engine(), draining=lambda: draining))
+        await until(lambda: len(connection.lines) == 2)
+        draining = True
+        await answering
+        assert connection.lines[2:] == [{"error": "the server is stopping: what follows was not read"}]
+        assert connection.finished
+
+    asyncio.run(test())
+
+
+def test_an_engine_that_closes_ends_the_stream_with_a_last_line() -> None:
+    connection = Connection(iter([b'"a"\n' * 100]))
+    asyncio.run(answered(connection, Engine(stopped_after=64)))
+    *answers, last = connection.lines
+    assert [line["index"] for line in answers] == list(range(len(answers)))
+    assert set(last) == {"error"}
+    assert "stopping" in last["error"]
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ([("top_k", "0")], "top_k"),
+        ([("top_k", "101")], "top_k"),
+        ([("top_k", "x")], "top_k"),
+        ([("top_k", "1"), ("top_k", "2")], "top_k"),
+        ([("truncate", "maybe")], "truncate"),
+        ([("topk", "1")], "topk"),
+        ([("version", "1")], "version"),
+    ],
+)
+def test_a_wrong_query_names_the_parameter(query: list[tuple[str, str]], field: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        parse_query(query, max_top_k=100)
+    assert refused.value.field == field
+
+
+def test_a_query_asks_what_it_says() -> None:
+    query = [("top_k", "5"), ("truncate", "false"), ("model", "m"), ("version", "2")]
+    assert parse_query(query, max_top_k=5) == Asked(top_k=5, truncate=False, model="m", version="2")
+    assert parse_query([], max_top_k=5) == Asked()

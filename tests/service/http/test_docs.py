@@ -1,0 +1,109 @@
+"""The documentation page: whole without a way out, and nothing in it that its own policy forbids."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from html.parser import HTMLParser
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from evalmode.service.http import docs
+
+
+class Page(HTMLParser):
+    """What a browser would load for a page, and what it would run out of it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.attributes: list[str] = []
+        self.inline: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._inside = tag
+        self.attributes += [name for name, _ in attrs]
+        self.addresses += [value for name, value in attrs if name in ("src", "href") and value]
+
+    def handle_data(self, data: str) -> None:
+        if self._inside in ("script", "style") and data.strip():
+            self.inline.append(data)
+
+
+@pytest.fixture(scope="module")
+def app() -> FastAPI:
+    made = FastAPI(docs_url=None, redoc_url=None)
+    docs.mount(made)
+    return made
+
+
+def get(app: Any, path: str) -> httpx.Response:
+    async def go() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.get(path)
+
+    return asyncio.run(go())
+
+
+def test_everything_the_page_names_is_here_and_of_the_right_kind(app):
+    answer = get(app, "/docs")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    found = {}
+    for address in Page(answer.text).addresses:
+        assert not urlsplit(address).netloc
+        asset = get(app, urljoin("/docs", address))
+        assert asset.status_code == 200
+        found[address] = asset.headers["content-type"].partition(";")[0], len(asset.content) > 100
+    assert found == {
+        "docs/static/favicon.png": ("image/png", True),
+        "docs/static/swagger-ui.css": ("text/css", True),
+        "docs/static/swagger-ui-bundle.js": ("text/javascript", True),
+        "docs/static/init.js": ("text/javascript", True),
+    }
+
+
+def test_the_page_has_no_script_and_no_style_of_its_own():
+    page = Page(docs._PAGE)
+    assert page.inline == []
+    assert not [name for name in page.attributes if name == "style" or name.startswith("on")]
+
+
+def test_the_style_sheet_loads_nothing_but_what_it_holds(app):
+    style = get(app, "/docs/static/swagger-ui.css").text
+    addresses = re.findall(r"url\(\s*['\"]?([^'\")]{0,40})", style)
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert "@import" not in style
+
+
+def test_the_policy_lets_the_page_reach_this_server_and_nothing_else(app):
+    policy = get(app, "/docs").headers["content-security-policy"]
+    directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    assert directives["default-src"] == "'none'"
+    assert directives["script-src"] == directives["connect-src"] == "'self'"
+    assert directives["frame-ancestors"] == "'none'"
+    assert "http" not in policy
+    assert "unsafe-eval" not in policy
+
+
+def test_the_script_asks_for_the_schema_that_is_there_and_for_no_validator(app):
+    script = get(app, "/docs/static/init.js").text
+    assert "validatorUrl: null" in script
+    schema = re.search(r'url: "([^"]+)"', script)
+    assert schema is not None
+    answer = get(app, urljoin("/docs", schema.group(1)))
+    assert answer.json()["openapi"].startswith("3.")
+    assert "/docs" not in answer.json()["paths"]
+
+
+@pytest.mark.parametrize(
+    "path", ["redoc.standalone.js", "", "..%2f__init__.py", "../core.py", "%2e%2e/core.py", "swagger-ui.css/x", "%00"]
+)
+def test_no_other_file_is_served(app, path):
+    assert get(app, f"/docs/static/{path}").status_code == 404

@@ -1,0 +1,292 @@
+"""A model of text, opened from real bundles; what the engine would run is run here by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.bundle.errors import BundleCorrupt, BundleError, ProviderUnavailable
+from evalmode.bundle.frontend import BpeSpec, NgramSpec
+from evalmode.service.errors import BadRequest, InvalidField, RunFailed
+from evalmode.service.models.calibration import ROW_COUNTS, Calibration
+from evalmode.service.models.model import Model, content_of
+from evalmode.service.models.text import IDS, MASK
+from tests.service.by_hand import alone, floats, together
+
+LONG = "a much longer text than the sixteen positions of the tiny model"
+
+VOCABULARY = 512
+
+GRAMS = 6
+
+BPE = BpeSpec(vocabulary=100, lengths=(4, 8))
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    return Model.open(bundle)
+
+
+def test_a_model_says_who_it_is_and_what_was_proven(model, bundle):
+    assert (model.name, model.version, model.is_text) == ("tiny", "1", True)
+    assert model.bundle.path == bundle
+    assert not model.bundle.contents, "the session has the model: its bytes are not kept twice"
+    assert model.replayed.verdict == "bitwise"
+    assert model.replayed.answers == 5
+    assert model.labels == ("hu", "nl", "fi", "et", "de")
+    assert [(bucket.label, bucket.positions) for bucket in model.buckets] == [("4", 4), ("8", 8), ("16", 16)]
+    assert set(model.row_counts) == {"4", "8", "16"}
+    for bucket in model.buckets:
+        assert 1 in bucket.costs
+        assert set(bucket.costs) <= set(model.row_counts[bucket.label]) <= set(ROW_COUNTS)
+
+
+def test_a_text_has_one_bucket_whatever_stands_beside_it(model, texts):
+    together, _ = model.text_rows(texts)
+    for text, (bucket, row) in zip(texts, together, strict=True):
+        ((own, same),), _ = model.text_rows([text])
+        assert own is bucket
+        assert same.digest() == row.digest()
+        assert row.tokens <= bucket.positions
+        assert row.inputs["input_ids"].shape == (1, bucket.positions, GRAMS)
+        assert row.nbytes == 8 * bucket.positions * GRAMS
+
+
+def test_a_text_has_the_same_bits_alone_and_in_every_proven_batch(model, texts):
+    jobs, _ = model.text_rows(texts)
+    for bucket in model.buckets:
+        own = [job for job in jobs if job[0] is bucket]
+        for size in model.row_counts[bucket.label]:
+            for found, job in zip(together(own[:size], places=size), own[:size], strict=True):
+                assert content_of(found) == content_of(alone(job))
+
+
+def test_an_answer_that_is_kept_keeps_no_other_alive(model):
+    jobs, _ = model.text_rows(["a", "b"])
+    for found in together(jobs, places=2):
+        assert found["logits"].shape == (1, 5)
+        assert found["logits"].base is None
+        assert found["logits"].flags.c_contiguous
+
+
+def test_a_long_text_is_cut_and_says_so_or_is_refused_by_its_place(model):
+    assert model.text_rows(["short", LONG])[1] == [False, True]
+    with pytest.raises(InvalidField, match="16 positions") as refusal:
+        model.text_rows(["short", LONG], truncate=False)
+    assert refusal.value.field == "inputs.1"
+
+
+def test_predictions_are_the_best_labels_first(model):
+    jobs, truncated = model.text_rows(["Ez egy rövid mondat.", LONG])
+    one, other = model.predictions([alone(job) for job in jobs], truncated, top_k=2)
+    assert (len(one.top), one.truncated, other.truncated) == (2, False, True)
+    assert one.top[0].score >= one.top[1].score
+    assert (one.label, one.score) == (one.top[0].label, one.top[0].score)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_raw_ids_have_the_very_bits_of_their_text_whatever_the_padding(model, data):
+    texts = data.draw(st.lists(st.text(max_size=60), min_size=1, max_size=4))
+    jobs, _ = model.text_rows(texts)
+    width = data.draw(st.integers(min_value=max(row.tokens for _, row in jobs), max_value=16))
+    ids = np.zeros((len(texts), width, GRAMS), np.int64)
+    for place, (_, row) in enumerate(jobs):
+        ids[place, : row.tokens] = row.inputs["input_ids"][0, : row.tokens]
+    raw = model.tensor_jobs({"input_ids": ids})
+    for (bucket, row), (expected, text_row) in zip(raw, jobs, strict=True):
+        assert bucket is expected
+        assert (row.digest(), row.tokens) == (text_row.digest(), text_row.tokens)
+    joined = model.join([alone(job) for job in raw])
+    assert joined["logits"].shape == (len(texts), 5)
+    assert joined["logits"].tobytes() == b"".join(alone(job)["logits"].tobytes() for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({}, r"input 'input_ids' is missing"),
+        ({"ids": np.ones((1, 2, GRAMS), np.int64)}, r"no input 'ids': its inputs are input_ids"),
+        ({"input_ids": np.ones((1, 2, GRAMS), np.int32)}, r"'input_ids' must be INT64, got INT32"),
+        ({"input_ids": np.ones((1, 2, GRAMS), np.float32)}, r"'input_ids' must be INT64, got FP32"),
+        ({"input_ids": np.full((1, 2, GRAMS), "x", object)}, r"'input_ids' must be INT64, got BYTES"),
+        ({"input_ids": np.ones((1, 2), np.int64)}, r"must have the shape \[-1, -1, 6\] \(-1: any\), got \[1, 2\]"),
+        (
+            {"input_ids": np.ones((1, 2, 5), np.int64)},
+            r"must have the shape \[-1, -1, 6\] \(-1: any\), got \[1, 2, 5\]",
+        ),
+        ({"input_ids": np.ones((0, 2, GRAMS), np.int64)}, r"'input_ids' has no rows"),
+        ({"input_ids": np.ones((1, 0, GRAMS), np.int64)}, r"row 0 of input_ids is empty"),
+        ({"input_ids": np.ones((1, 17, GRAMS), np.int64)}, r"has 17 positions and the model reads at most 16"),
+        ({"input_ids": np.full((2, 3, GRAMS), 512)}, r"input_ids\[0, 0, 0\] must be at least 0 and below 512, got 512"),
+        ({"input_ids": np.full((2, 3, GRAMS), -1)}, r"input_ids\[0, 0, 0\] must be at least 0 and below 512, got -1"),
+    ],
+)
+def test_raw_ids_that_the_model_does_not_take_are_refused_by_name(model, inputs, said):
+    with pytest.raises(BadRequest, match=said):
+        model.tensor_jobs(inputs)
+
+
+def test_a_row_where_nothing_counts_is_refused_by_its_place(model):
+    ids = np.ones((3, 4, GRAMS), np.int64)
+    ids[1] = 0
+    with pytest.raises(BadRequest, match=r"row 1 of input_ids is empty.*NaN") as refusal:
+        model.tensor_jobs({"input_ids": ids})
+    assert refusal.value.field == "input_ids"
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["with a mask", "without one"])
+def tokens(request, tmp_path_factory, bundles):
+    """A model of tokens whose graph takes the ids, with or without the mask."""
+    random = np.random.default_rng(5)
+    weights = {
+        "table": random.standard_normal((100, 16)).astype(np.float32),
+        "head": random.standard_normal((16, 3)).astype(np.float32),
+        "one": np.array([1], np.int64),
+    }
+    ids, mask = (helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "t"]) for name in (IDS, MASK))
+    node = helper.make_node
+    real = [] if request.param else [node("Sign", [IDS], [MASK])]
+    nodes = [
+        *real,
+        node("Cast", [MASK], ["real"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["real", "one"], ["weights"]),
+        node("Gather", ["table", IDS], ["embedded"]),
+        node("MatMul", ["weights", "embedded"], ["pooled"]),
+        node("MatMul", ["pooled", "head"], ["headed"]),
+        node("Squeeze", ["headed", "one"], ["logits"]),
+    ]
+    inputs = [ids, mask] if request.param else [ids]
+    model = bundles.onnx(nodes, inputs=inputs, outputs=[floats("logits", ["b", 3])], weights=weights)
+    tokenizer = Tokenizer(models.WordLevel({"?": 2, **{letter: 3 + at for at, letter in enumerate("abcdefgh")}}, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Model.open(bundles.tokens(tmp_path_factory.mktemp("tokens"), model, tokenizer.to_str(), spec=BPE))
+
+
+def test_tokens_as_raw_tensors_have_the_very_bits_of_their_text(tokens):
+    texts = ["a b c", "d", "", "e f g h a b", "z z"]
+    jobs, _ = tokens.text_rows(texts)
+    ids, mask = np.zeros((2, 5, 8), np.int64)
+    for place, (_, row) in enumerate(jobs):
+        ids[place, : row.tokens] = row.inputs[IDS][0, : row.tokens]
+        mask[place, : row.tokens] = 1
+    masked_too = MASK in {spec.name for spec in tokens.inputs}
+    for asked in [{IDS: ids}, {IDS: ids, MASK: mask}][: 1 + masked_too]:
+        raw = tokens.tensor_jobs(asked)
+        assert [bucket for bucket, _ in raw] == [bucket for bucket, _ in jobs]
+        assert [content_of(alone(job)) for job in raw] == [content_of(alone(job)) for job in jobs]
+    assert [bucket.label for bucket, _ in jobs] == ["4", "4", "4", "8", "4"]
+
+
+def test_a_mask_is_refused_where_the_graph_takes_none(tokens):
+    both = {IDS: np.ones((1, 2), np.int64), MASK: np.ones((1, 2), np.int64)}
+    if MASK in {spec.name for spec in tokens.inputs}:
+        assert tokens.tensor_jobs(both)
+    else:
+        with pytest.raises(BadRequest, match="no input 'attention_mask'"):
+            tokens.tensor_jobs(both)
+
+
+@pytest.mark.parametrize("bias", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_the_failure_of_their_row(tmp_path, bundles, bias):
+    spoilt = Model.open(bundles.make(tmp_path, model=bundles.model(bias=bias)))
+    jobs, _ = spoilt.text_rows(["a", "b"])
+    for found in together(jobs, places=2):
+        assert isinstance(found, RunFailed)
+        assert "not finite" in str(found)
+
+
+def test_outputs_of_different_shapes_are_not_joined_and_may_be_left_out(model):
+    answers = [{"logits": np.ones((1, 5)), "states": np.ones((1, length, 2))} for length in (4, 8)]
+    assert model.join(answers, outputs=["logits"])["logits"].shape == (2, 5)
+    with pytest.raises(BadRequest, match="output 'states' different shapes"):
+        model.join(answers, outputs=["logits", "states"])
+
+
+def test_many_threads_on_one_model_get_the_bits_of_one(model, texts):
+    jobs, _ = model.text_rows(texts)
+    expected = [content_of(alone(job)) for job in jobs]
+    gate = threading.Barrier(8)
+
+    def ask(_):
+        gate.wait()
+        return [content_of(alone(job)) for job in jobs]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(found == expected for found in pool.map(ask, range(8)))
+
+
+def test_a_model_whose_bits_depend_on_the_batch_size_is_not_batched(tmp_path, bundles):
+    unstable = Model.open(bundles.make(tmp_path, model=bundles.model(batchable=False)))
+    assert (1,) in unstable.row_counts.values(), "this model was to be unstable"
+
+
+def test_without_a_budget_every_row_runs_alone(bundle):
+    opened = Model.open(bundle, calibration=Calibration(budget_s=0))
+    assert {bucket.label: set(bucket.costs) for bucket in opened.buckets} == {"4": {1}, "8": {1}, "16": {1}}
+
+
+def test_a_model_with_another_number_of_answers_than_labels_is_refused(tmp_path, bundles):
+    with pytest.raises(BundleError, match=r"\(batch, 5 labels\)"):
+        Model.open(bundles.make(tmp_path, model=bundles.model(labels=4)))
+
+
+def test_labels_that_the_manifest_does_not_name_are_numbers(tmp_path, bundles):
+    assert Model.open(bundles.make(tmp_path, labels=None)).labels == ("0", "1", "2", "3", "4")
+
+
+def test_a_provider_that_is_not_there_is_refused(bundle):
+    with pytest.raises(ProviderUnavailable, match="cpu"):
+        Model.open(bundle, provider="nonsense")
+
+
+def test_a_changed_bundle_is_refused(tmp_path, bundles):
+    bundle = bundles.make(tmp_path)
+    (bundle / "model.onnx").write_bytes(b"other")
+    with pytest.raises(BundleCorrupt, match=r"model\.onnx"):
+        Model.open(bundle)
+
+
+def test_a_known_answer_that_does_not_come_out_is_a_refusal_to_open(tmp_path, bundles):
+    def one_bit_off(answer):
+        logits = np.nextafter(answer.outputs["logits"], np.float32(np.inf))
+        return dataclasses.replace(answer, outputs={"logits": logits})
+
+    with pytest.raises(BundleError, match="known answer 0 does not come out"):
+        Model.open(bundles.make(tmp_path, change=one_bit_off))
+
+
+def test_an_uncertified_bundle_is_opened_only_when_that_is_allowed(tmp_path, bundles):
+    bundle = bundles.make(tmp_path)
+    (bundle / "certificate.json").unlink()
+    with pytest.raises(BundleError, match="not certified"):
+        Model.open(bundle)
+    opened = Model.open(bundle, allow_uncertified=True)
+    assert opened.replayed is None
+    assert opened.bundle.certificate is None
+    assert opened.text_rows(["a"])
+
+
+def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path, bundles):
+    def elsewhere(certificate):
+        platform = certificate.platform.model_copy(update={"cpu_features": ("another",)})
+        return certificate.model_copy(update={"platform": platform})
+
+    opened = Model.open(bundles.make(tmp_path, certify=elsewhere))
+    assert opened.replayed.verdict == "within tolerance"
+    assert opened.bundle.certificate.verdict is Verdict.PASS
+
+
+def test_the_ladder_of_this_file_is_the_tiny_models(model):
+    assert isinstance(model.frontend.spec, NgramSpec)
+    assert (model.frontend.spec.vocabulary, model.frontend.spec.ids_per_position) == (VOCABULARY, GRAMS)

@@ -1,0 +1,278 @@
+"""What is open of real bundles below a folder, for readers and for who loads and unloads."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+import pytest
+from structlog.testing import capture_logs
+
+from evalmode.bundle.errors import BundleError
+from evalmode.service.errors import BadRequest, Forbidden, InvalidField, NotReady, StartFailed, UnknownModel
+from evalmode.service.models.repository import Repository
+from tests.service.bundle_folders import (
+    LOADING,
+    QUICKLY,
+    READY,
+    WAIT_S,
+    Opener,
+    answer,
+    put,
+    spoil,
+    started,
+    states,
+)
+
+
+@pytest.fixture
+def opener():
+    return Opener()
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, bundles):
+    """Bundles to copy from: two contents of tiny/1, and tiny/2."""
+    folder = tmp_path_factory.mktemp("made")
+    return {
+        "1": bundles.make(folder / "a"),
+        "1 anew": bundles.make(folder / "b", labels=("a", "b", "c", "d", "e")),
+        "2": bundles.make(folder / "c", version="2"),
+    }
+
+
+def test_no_bundle_at_all_is_a_refusal_to_start(root):
+    with pytest.raises(BundleError, match=r"no bundle at .*: make one with"):
+        started(root)
+    with pytest.raises(BundleError, match="no bundle at"):
+        started(root / "nothing")
+
+
+def test_fifty_swaps_in_a_row_fail_no_reader_and_leave_one_model(root, made):
+    bundle = root / "tiny" / "1"
+    put(made["1"], bundle)
+    repository = started(root)
+    expected = answer(repository.get("tiny"))
+    over, gone = threading.Event(), []
+
+    def ask():
+        asked = 0
+        while not over.is_set():
+            assert answer(repository.get("tiny")) == expected
+            assert answer(repository.default_text()) == expected
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(ask) for _ in range(2)]
+        try:
+            for swap in range(50):
+                gone.append(weakref.ref(repository.get("tiny")))
+                put(made["1 anew" if swap % 2 == 0 else "1"], bundle)
+                repository.poll()
+                assert gone[-1]() is not repository.get("tiny")
+        finally:
+            over.set()
+        assert all(reader.result(WAIT_S) for reader in readers)
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 50
+    assert len(repository.models()) == 1
+
+
+def test_readers_go_on_while_a_model_is_being_opened(root, bundles):
+    bundles.make(root)
+    opening, go_on = threading.Event(), threading.Event()
+
+    def open_model(path):
+        if path.name == "2":
+            opening.set()
+            assert go_on.wait(WAIT_S)
+        return QUICKLY(path)
+
+    repository = started(root, open_model)
+    bundles.make(root, version="2")
+    with ThreadPoolExecutor(1) as pool:
+        polled = pool.submit(repository.poll)
+        try:
+            assert opening.wait(WAIT_S)
+            assert repository.get("tiny").version == "1"
+            assert states(repository) == {("tiny", "2"): LOADING, ("tiny", "1"): READY}
+            with pytest.raises(NotReady, match="version 2 of model tiny is not open: it is loading"):
+                repository.get("tiny", "2")
+        finally:
+            go_on.set()
+        polled.result(WAIT_S)
+    assert repository.get("tiny").version == "2"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nothing", "../tiny", "tiny/1", "/etc/passwd", "..", "\0", "tiny\n", "x" * 10_000]
+)
+def test_a_name_that_no_manifest_bears_is_unknown_whatever_it_looks_like(root, bundles, name):
+    bundles.make(root)
+    repository = started(root)
+    for ask in (repository.get, repository.versions_of, repository.load, repository.unload):
+        with pytest.raises(UnknownModel, match="there is no model") as refusal:
+            ask(name)
+        assert len(str(refusal.value)) < 500
+    for version in (name, "1 "):
+        with pytest.raises(UnknownModel, match="model tiny has no version"):
+            repository.get("tiny", version)
+
+
+def test_a_model_that_was_unloaded_stays_so_until_it_is_loaded(root, bundles, opener):
+    bundle = bundles.make(root)
+    repository = started(root, opener)
+    repository.unload("tiny")
+    repository.unload("tiny")
+    os.utime(bundle / "model.onnx", ns=(1, 1))
+    bundles.make(root, version="2")
+    repository.poll()
+    assert repository.models() == ()
+    assert {entry.reason for entry in repository.index()} == {"it was unloaded"}
+    for ask in (repository.get, repository.versions_of):
+        with pytest.raises(NotReady, match="it was unloaded"):
+            ask("tiny")
+    with pytest.raises(NotReady, match="no model is open"):
+        repository.default_text()
+    assert sum(opener.asked.values()) == 1
+    repository.load("tiny")
+    assert repository.get("tiny").version == "2"
+
+
+def test_loading_opens_anew_what_is_open(root, bundles):
+    bundles.make(root)
+    repository = started(root)
+    model = repository.get("tiny")
+    repository.load("tiny")
+    assert repository.get("tiny") is not model
+
+
+def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, bundles, opener):
+    bundle = bundles.make(root)
+    repository = started(root, opener)
+    model = repository.get("tiny")
+    mend = spoil(bundle)
+    for _ in range(2):
+        with pytest.raises(BadRequest, match=r"model tiny cannot be loaded: tiny/1/model.onnx is not the certified"):
+            repository.load("tiny")
+    assert opener.asked[bundle] == 3
+    assert repository.get("tiny") is model
+    mend()
+    repository.load("tiny")
+    assert repository.get("tiny") is not model
+
+
+def test_loading_what_has_no_folder_any_more_is_refused_and_what_was_open_goes_on(root, bundles):
+    bundle = bundles.make(root)
+    repository = started(root)
+    shutil.rmtree(bundle)
+    with pytest.raises(BadRequest, match="model tiny cannot be loaded: its folder is gone"):
+        repository.load("tiny")
+    assert repository.get("tiny")
+
+
+def test_a_version_may_be_asked_of_the_model_that_is_not_named(root, bundles):
+    bundles.make(root)
+    bundles.make(root, version="2")
+    repository = started(root, versions=2)
+    assert repository.get(version="1").version == "1"
+
+
+def test_loading_finds_what_has_come_since_the_last_look(root, bundles):
+    bundles.make(root)
+    repository = started(root)
+    bundles.tensors(root)
+    repository.load("tensors")
+    assert repository.get("tensors").name == "tensors"
+
+
+def test_where_nobody_may_load_and_unload_nobody_does(root, bundles):
+    bundles.make(root)
+    repository = started(root, control=False)
+    for ask in (repository.load, repository.unload):
+        for name in ("tiny", "nothing"):
+            with pytest.raises(Forbidden, match="model_control"):
+                ask(name)
+    assert repository.get("tiny")
+
+
+def test_of_several_models_of_text_one_must_be_named_or_be_the_default(root, bundles):
+    bundles.make(root)
+    bundles.make(root, name="other")
+    with pytest.raises(InvalidField, match="several read texts: name one of other, tiny") as refusal:
+        started(root).default_text()
+    assert refusal.value.field == "model"
+    assert started(root, default_model="other").default_text().name == "other"
+
+
+def test_where_no_model_reads_texts_that_is_said(root, bundles):
+    bundles.tensors(root)
+    with pytest.raises(InvalidField, match="none here reads texts: /v2 serves tensors") as refusal:
+        started(root).default_text()
+    assert refusal.value.field == "model"
+
+
+def test_a_default_model_that_is_not_there_is_a_refusal_to_start(root, bundles):
+    bundles.make(root)
+    with pytest.raises(StartFailed, match="default_model is 'other' and no such model could be opened: there is tiny"):
+        started(root, default_model="other")
+
+
+def test_polling_finds_a_new_version_by_itself_and_ends_when_told(root, bundles):
+    bundles.make(root)
+    opened = threading.Event()
+
+    def open_model(path):
+        model = QUICKLY(path)
+        if path.name == "2":
+            opened.set()
+        return model
+
+    repository = started(root, open_model)
+    repository.start_polling(0.01)
+    bundles.make(root, version="2")
+    assert opened.wait(WAIT_S)
+    repository.close()
+    assert repository.get("tiny").version == "2"
+    assert not [thread for thread in threading.enumerate() if thread.name == "poll"]
+
+
+def test_an_error_does_not_end_the_polling(root, bundles):
+    bundles.make(root)
+    looks, again = count(), threading.Event()
+
+    class Restless(Repository):
+        def poll(self):
+            if next(looks) == 2:
+                again.set()
+            raise OSError("the disk is not there just now")
+
+    repository = Restless(root, open_model=QUICKLY)
+    repository.start()
+    with capture_logs() as logs:
+        repository.start_polling(0.001)
+        assert again.wait(WAIT_S)
+        repository.close()
+    assert {line["event"] for line in logs} == {"the bundles could not be looked at"}
+    assert repository.get("tiny")
+
+
+def test_without_a_pace_nothing_polls(root, bundles):
+    bundles.make(root)
+    repository = started(root)
+    repository.start_polling(0)
+    assert not [thread for thread in threading.enumerate() if thread.name == "poll"]
+    repository.close()

@@ -1,0 +1,193 @@
+"""A model of tensors, opened from real bundles; what the engine would run is run here by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from evalmode.bundle.errors import BundleError
+from evalmode.service.errors import BadRequest, RunFailed
+from evalmode.service.models.model import Model, ModelRow
+from tests.service.by_hand import alone, asked, floats
+
+
+@pytest.fixture(scope="module")
+def tensors(tmp_path_factory, bundles):
+    return Model.open(bundles.tensors(tmp_path_factory.mktemp("tensors")))
+
+
+def test_a_model_of_text_that_reads_no_raw_text_refuses_none_of_the_others(tensors):
+    with pytest.raises(BadRequest, match="takes tensors and no texts"):
+        tensors.text_rows(["a"])
+
+
+def test_rows_that_were_proven_independent_are_batched_by_their_shape(tensors):
+    assert not tensors.is_text
+    assert [bucket.label for bucket in tensors.buckets] == ["4", "other"]
+    assert 1 in tensors.row_counts["4"]
+    assert len(tensors.row_counts["4"]) > 1
+    assert tensors.row_counts["other"] == (1,)
+    jobs = tensors.tensor_jobs(asked(3, 4))
+    assert {bucket.label for bucket, _ in jobs} == {"4"}
+    assert [row.inputs["x"].shape for _, row in jobs] == [(1, 4)] * 3
+    assert all(row.inputs["x"].base is None for _, row in jobs), "a row does not hold on to its whole request"
+
+
+def test_rows_of_a_shape_that_was_not_measured_run_alone(tensors):
+    jobs = tensors.tensor_jobs(asked(3, 9))
+    assert {bucket.label for bucket, _ in jobs} == {"other"}
+    assert all(set(bucket.costs) == {1} for bucket, _ in jobs)
+
+
+@pytest.mark.parametrize("columns", [4, 9])
+def test_a_row_of_tensors_has_the_same_bits_alone_and_in_a_request_of_many(tensors, columns):
+    inputs = asked(5, columns)
+    found = tensors.join([alone(job) for job in tensors.tensor_jobs(inputs)])["y"]
+    for place in range(5):
+        (job,) = tensors.tensor_jobs({"x": inputs["x"][place : place + 1]})
+        assert alone(job)["y"].tobytes() == found[place].tobytes()
+    expected = inputs["x"] @ np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)[:columns]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_request_of_a_model_that_was_not_proven_is_run_whole(tmp_path, bundles):
+    whole = Model.open(bundles.tensors(tmp_path, independent=False))
+    assert [bucket.label for bucket in whole.buckets] == ["whole"]
+    ((bucket, row),) = whole.tensor_jobs(asked(3, 4))
+    assert set(bucket.costs) == {1}
+    assert row.inputs["x"].shape == (3, 4)
+    (found,) = bucket.run([row])
+    assert whole.join([found])["y"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("shape", [[4], [], [3, 4], [-1, 3, 1]])
+def test_a_tensor_without_a_first_axis_that_varies_makes_a_request_whole(tmp_path, bundles, shape):
+    named = ["n" if size == -1 else size for size in shape]
+    node = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
+    model = bundles.onnx([node], inputs=[floats("x", named)], outputs=[floats("y", [])])
+    known = np.ones([2 if size == -1 else size for size in shape], np.float32)
+    whole = Model.open(bundles.tensors(tmp_path, model=model, known=[{"x": known}]))
+    ((bucket, row),) = whole.tensor_jobs({"x": known})
+    assert bucket.label == "whole"
+    assert whole.join(bucket.run([row]))["y"].shape == ()
+
+
+def test_a_first_axis_that_is_no_row_makes_a_request_whole(tmp_path, bundles):
+    node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)
+    model = bundles.onnx([node], inputs=[floats("x", ["n", 2])], outputs=[floats("y", ["m", 2])])
+    whole = Model.open(bundles.tensors(tmp_path, model=model, known=[{"x": np.ones((1, 2), np.float32)}]))
+    assert [bucket.label for bucket in whole.buckets] == ["whole"]
+
+
+def test_a_model_without_known_answers_runs_each_row_alone(tmp_path, bundles):
+    bare = Model.open(bundles.tensors(tmp_path, known=[]))
+    assert bare.replayed.verdict == "no answers"
+    assert [(bucket.label, set(bucket.costs)) for bucket in bare.buckets] == [("other", {1})]
+    assert bare.join([alone(job) for job in bare.tensor_jobs(asked(3, 4))])["y"].shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (asked(2, 4, 1), r"input 'x' must have the shape \[-1, -1\] \(-1: any\), got \[2, 4, 1\]"),
+        ({"x": np.float32(3).reshape(())}, r"got \[\]"),
+        ({"x": np.ones((2, 4), np.float64)}, r"input 'x' must be FP32, got FP64"),
+        ({"x": np.ones((2, 4), bool)}, r"input 'x' must be FP32, got BOOL"),
+        ({"x": np.zeros((0, 4), np.float32)}, r"input 'x' has no rows"),
+        ({**asked(2, 4), "z": np.ones(1)}, r"no input 'z'"),
+        ({}, r"input 'x' is missing"),
+    ],
+)
+def test_tensors_that_the_model_does_not_take_are_refused_by_name(tensors, inputs, said):
+    with pytest.raises(BadRequest, match=said):
+        tensors.tensor_jobs(inputs)
+
+
+def test_inputs_whose_rows_do_not_agree_are_refused(tmp_path, bundles):
+    node = helper.make_node("Add", ["a", "b"], ["y"])
+    both = [floats("a", ["n", "k"]), floats("b", ["n", "k"])]
+    model = bundles.onnx([node], inputs=both, outputs=[floats("y", ["n", "k"])])
+    known = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}
+    opened = Model.open(bundles.tensors(tmp_path, model=model, known=[known]))
+    assert [bucket.label for bucket in opened.buckets] == ["3,3", "other"]
+    with pytest.raises(BadRequest, match="input 'b' has 3 rows and 'a' has 2"):
+        opened.tensor_jobs({"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)})
+
+
+def test_inputs_that_the_runtime_refuses_are_a_bad_request_with_its_reason_and_no_path(tensors):
+    (job,) = tensors.tensor_jobs(asked(1, 65))
+    with pytest.raises(BadRequest, match="the model cannot compute with these inputs: ") as refusal:
+        alone(job)
+    assert "\n" not in str(refusal.value)
+    assert "/" not in str(refusal.value)
+    assert ".h:" not in str(refusal.value)
+
+
+def test_an_index_out_of_range_is_a_bad_request(tmp_path, bundles):
+    model = bundles.onnx(
+        [helper.make_node("Gather", ["table", "i"], ["y"])],
+        inputs=[helper.make_tensor_value_info("i", TensorProto.INT64, ["n"])],
+        outputs=[floats("y", ["n", 2])],
+        weights={"table": np.ones((4, 2), np.float32)},
+    )
+    opened = Model.open(bundles.tensors(tmp_path, model=model, known=[{"i": np.array([1, 2])}]))
+    (job,) = opened.tensor_jobs({"i": np.array([9])})
+    with pytest.raises(BadRequest, match="idx=9 must be within the inclusive range"):
+        alone(job)
+
+
+def test_nan_that_came_in_is_a_bad_request_and_nan_that_was_made_is_a_failure(tmp_path, bundles):
+    model = bundles.onnx(
+        [helper.make_node("Log", ["x"], ["y"])], inputs=[floats("x", ["n"])], outputs=[floats("y", ["n"])]
+    )
+    opened = Model.open(bundles.tensors(tmp_path, model=model, known=[{"x": np.ones(2, np.float32)}]))
+    jobs = opened.tensor_jobs({"x": np.array([1, np.nan, -1, 0], np.float32)})
+    fine, came, made, infinite = opened.buckets[0].run([row for _, row in jobs])
+    assert fine["y"].tolist() == [0.0]
+    assert isinstance(came, BadRequest)
+    assert "input 'x' holds numbers that are not finite" in str(came)
+    assert isinstance(made, RunFailed)
+    assert infinite["y"].tolist() == [-math.inf], "an infinity may be an answer"
+
+
+def identity_of_strings(bundles):
+    both = [helper.make_tensor_value_info(name, TensorProto.STRING, ["n", "k"]) for name in ("s", "t")]
+    return bundles.onnx([helper.make_node("Identity", ["s"], ["t"])], inputs=both[:1], outputs=both[1:])
+
+
+@pytest.mark.parametrize("elements", [["é", "b\0c"], ["é".encode(), b"b\0c"]])
+def test_strings_are_tensors_too(tmp_path, bundles, elements):
+    opened = Model.open(bundles.tensors(tmp_path, model=identity_of_strings(bundles), known=[]))
+    (job,) = opened.tensor_jobs({"s": np.array([elements], object)})
+    assert alone(job)["t"].tolist() == [["é", "b\0c"]]
+    assert job[1].nbytes > 4
+
+
+@pytest.mark.parametrize("element", [b"\xff", "\ud83d"])
+def test_strings_that_are_no_text_are_refused(tmp_path, bundles, element):
+    opened = Model.open(bundles.tensors(tmp_path, model=identity_of_strings(bundles), known=[]))
+    with pytest.raises(BadRequest, match="element 1 of input 's' is not UTF-8"):
+        opened.tensor_jobs({"s": np.array([["a", element]], object)})
+
+
+def test_rows_whose_strings_differ_have_other_digests():
+    one, other = (ModelRow(inputs={"s": np.array([[text, "c"]], object)}) for text in ("a", "b"))
+    assert one.digest() != other.digest()
+    assert one.digest() == ModelRow(inputs={"s": np.array([["".join("a"), "c"]], object)}).digest()
+
+
+def test_a_tensor_that_no_request_can_carry_is_a_refusal_to_open(tmp_path, bundles):
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.BFLOAT16)
+    out = helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n"])
+    model = bundles.onnx([node], inputs=[floats("x", ["n"])], outputs=[out])
+    with pytest.raises(BundleError, match="'y' is tensor\\(bfloat16\\), which no request can carry"):
+        Model.open(bundles.tensors(tmp_path, model=model, known=[]))
+
+
+def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path, bundles):
+    bundle = bundles.tensors(tmp_path)
+    (bundle / "certificate.json").unlink()
+    assert [bucket.label for bucket in Model.open(bundle, allow_uncertified=True).buckets] == ["whole"]

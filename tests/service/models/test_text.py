@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evalmode.bundle.frontend import BpeSpec
+from evalmode.service.errors import BadRequest, RunFailed
+from evalmode.service.models.text import best, id_rows, softmax
+
+FINITE = st.floats(min_value=-1e4, max_value=1e4, width=32)
+
+BPE = BpeSpec(vocabulary=100, lengths=(4, 8))
+
+
+def masked(ids, mask=None):
+    inputs = {"input_ids": np.array(ids, np.int64)}
+    return list(id_rows(inputs if mask is None else {**inputs, "attention_mask": np.array(mask, np.int64)}, BPE))
+
+
+def test_a_row_of_tokens_is_as_long_as_its_mask_and_padded_with_nothing():
+    one, other = masked([[1, 5, 6, 99], [1, 2, 3, 4]], [[1, 1, 0, 0], [1, 1, 1, 1]])
+    assert one.ids.tolist() == [1, 5]
+    padded = one.padded(4)
+    assert padded["input_ids"].tolist() == [[1, 5, 0, 0]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 0, 0]]
+    assert other.padded(8)["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+
+
+def test_a_mask_with_holes_is_kept_as_it_is():
+    (row,) = masked([[7, 8, 9, 0]], [[0, 1, 1, 0]])
+    assert row.padded(4)["attention_mask"].tolist() == [[0, 1, 1, 0]]
+    assert row.padded(4)["input_ids"].tolist() == [[7, 8, 9, 0]]
+
+
+def test_without_a_mask_the_ids_that_are_not_padding_count():
+    (row,) = masked([[1, 5, 0, 6, 0, 0]])
+    assert row.padded(4)["attention_mask"].tolist() == [[1, 1, 0, 1]]
+    assert row.padded(4)["input_ids"].tolist() == [[1, 5, 0, 6]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "said"),
+    [
+        ([[1, 2]], [[0, 0]], r"row 0 of attention_mask is empty"),
+        ([[1, 2]], [[1, 2]], r"attention_mask\[0, 1\] must be at least 0 and below 2, got 2"),
+        ([[1, 2]], [[1, -1]], r"attention_mask\[0, 1\] must be at least 0 and below 2, got -1"),
+        ([[1, 2]], [[1, 1, 1]], r"attention_mask must have the shape \[1, 2\] of input_ids, got \[1, 3\]"),
+        ([[1, 100]], [[1, 1]], r"input_ids\[0, 1\] must be at least 0 and below 100, got 100"),
+        ([[0, 0]], None, r"row 0 of input_ids is empty"),
+        ([[[1], [2]]], None, r"input_ids must have the shape \[-1, -1\], got \[1, 2, 1\]"),
+    ],
+)
+def test_tokens_and_masks_that_make_no_row_are_refused(ids, mask, said):
+    with pytest.raises(BadRequest, match=said):
+        masked(ids, mask)
+
+
+@given(st.lists(FINITE, min_size=1, max_size=70))
+def test_probabilities_sum_to_one_and_keep_the_order_of_the_logits(logits):
+    scores = softmax(logits)
+    assert math.isclose(math.fsum(scores), 1, rel_tol=1e-14)
+    order = sorted(range(len(logits)), key=logits.__getitem__)
+    assert [scores[index] for index in order] == sorted(scores)
+
+
+@given(st.lists(FINITE, min_size=2, max_size=20), st.integers(min_value=1, max_value=19))
+def test_a_probability_does_not_depend_on_the_order_of_the_labels(logits, turn):
+    turned = logits[turn:] + logits[:turn]
+    scores = softmax(logits)
+    assert softmax(turned) == scores[turn:] + scores[:turn]
+
+
+@pytest.mark.parametrize(
+    "logits", [[math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [1.0, math.inf], [-math.inf, -math.inf]]
+)
+def test_logits_without_probabilities_are_refused(logits):
+    with pytest.raises(RunFailed):
+        softmax(logits)
+
+
+def test_an_impossible_label_has_no_probability():
+    assert softmax([0.0, -math.inf]) == [1.0, 0.0]
+
+
+def test_equal_scores_are_ranked_in_the_order_of_the_labels():
+    assert best([0.2, 0.3, 0.2, 0.3], 4) == [1, 3, 0, 2]
+    assert best([0.25] * 4, 2) == [0, 1]

@@ -1,0 +1,104 @@
+"""A program: the server's process around an application of a few lines, for tests of everything but the models.
+
+`GET /` answers "pid N". A body that is posted anywhere is read and echoed. What is below `/gate` answers only once the
+file TINY_GATE is there, `/large` with 64 MB, `/early` before it reads, `/stuck?AforB` makes the process say for B
+seconds that a batch is stuck, since A, and `/kept` never answers, whatever it is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from evalmode.bundle.errors import EvalmodeError
+from evalmode.service.errors import StartFailed
+from evalmode.service.process.health import Health
+from evalmode.service.process.worker import work
+from evalmode.service.server import Service, serve
+from evalmode.service.settings import Settings, load_settings
+
+GATE = Path(os.environ.get("TINY_GATE", "/nonexistent"))
+MODE = Path(os.environ.get("TINY_MODE", "/nonexistent"))
+
+
+class Tiny:
+    """The application."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.stuck_s = 0.0
+        self.health = Health(stuck_s=lambda: self.stuck_s, grace_s=settings.stuck_grace_s)
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            while True:
+                event = (await receive())["type"]
+                if event == "lifespan.shutdown" and os.environ.get("TINY_CLOSING") == "never":
+                    await asyncio.sleep(3600)
+                await send({"type": f"{event}.complete"})
+                if event == "lifespan.shutdown":
+                    return
+        status, body = await self.answer(scope, receive)
+        start = {"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]}
+        await send(start)
+        await send({"type": "http.response.body", "body": body})
+
+    async def answer(self, scope, receive) -> tuple[int, bytes]:
+        path = scope["path"]
+        if path == "/early":
+            return 403, b"no"
+        body = b""
+        while path != "/large":
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return 499, b""
+            body += message["body"]
+            if not message["more_body"]:
+                break
+        if path == "/readyz":
+            reason = self.health.ready()
+            return (503 if reason else 200), json.dumps({"error": reason}).encode()
+        if path == "/livez":
+            return (503 if self.health.live() else 200), b""
+        if path == "/stuck":
+            self.stuck_s, for_s = map(float, scope["query_string"].split(b"for"))
+            asyncio.get_running_loop().call_later(for_s, setattr, self, "stuck_s", 0.0)
+        while path.startswith("/gate") and not GATE.exists():
+            await asyncio.sleep(0.01)
+        if path == "/kept":
+            await asyncio.sleep(3600)
+        if path == "/settings":
+            return 200, json.dumps(self.told).encode()
+        return 200, (body or b"pid %d" % os.getpid()) if path != "/large" else bytes(64_000_000)
+
+
+def open_tiny(settings: Settings) -> Service:
+    """As TINY_MODE, a file, says when it is opened: "refuse", "die", or anything else for serving."""
+    mode = MODE.read_text() if MODE.exists() else ""
+    if mode == "refuse":
+        raise StartFailed("the tiny server was told to refuse")
+    if mode == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "slow":
+        time.sleep(30)
+    app = Tiny(settings)
+    app.told = {
+        "key": settings.api_keys.get_secret_value() if settings.api_keys else None,
+        "folder": os.environ.get("PROMETHEUS_MULTIPROC_DIR"),
+        "drain_s": settings.drain_s,
+    }
+    return Service(app=app, health=app.health, told={"bundle": "tiny"})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        sys.exit(work(int(sys.argv[1]), int(sys.argv[2]), open_service=open_tiny))
+    try:
+        serve(load_settings(), open_service=open_tiny, worker=(sys.executable, __file__))
+    except EvalmodeError as error:
+        print(f"evalmode: {error}", file=sys.stderr)
+        sys.exit(2)

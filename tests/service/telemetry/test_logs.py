@@ -1,0 +1,167 @@
+"""What a server process writes to stderr, by a real uvicorn."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+SERVER = """
+import logging
+import socket
+import sys
+
+import structlog
+import uvicorn
+from fastapi import FastAPI, Request
+from types import SimpleNamespace
+
+from evalmode.service.http.edge import surround
+from evalmode.service.telemetry.logs import configure_logs
+from evalmode.service.telemetry.metrics import Metrics
+from evalmode.service.settings import Settings
+
+configure_logs(sys.argv[1])
+log = structlog.get_logger("evalmode.service")
+app = FastAPI()
+
+@app.post("/crash")
+async def crash(request: Request):
+    text = (await request.json())["text"]
+    raise ZeroDivisionError("a crash of the tests")
+
+@app.post("/logs")
+async def logs(request: Request):
+    text = (await request.json())["text"]
+    log.info("ours", count=len(text))
+    logging.getLogger("a.library").warning("theirs: %s", "a thing")
+
+surround(app, SimpleNamespace(settings=Settings(), metrics=Metrics()))
+whole = app.middleware_stack
+
+async def unfinished(scope, receive, send):
+    if scope["type"] == "http" and scope["path"] == "/unfinished":
+        return
+    await whole(scope, receive, send)
+
+from evalmode.service.http.edge import Edge
+outer = Edge(unfinished, figures=Metrics())
+async def application(scope, receive, send):
+    await (outer if scope.get("path") == "/unfinished" else whole)({**scope, "app": app}, receive, send)
+
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+log.info("serving", port=listener.getsockname()[1])
+config = uvicorn.Config(application, log_config=None, access_log=False, reset_contextvars=True)
+uvicorn.Server(config).run(sockets=[listener])
+"""
+TEXT = "a text that nobody but its owner should read"
+
+
+class Written:
+    """The lines that a process has written so far."""
+
+    def __init__(self, stream) -> None:
+        self.lines: list[str] = []
+        self._more = threading.Condition()
+        self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream) -> None:
+        try:
+            for line in stream:
+                with self._more:
+                    self.lines.append(line)
+                    self._more.notify_all()
+        except OSError:  # a terminal ends so
+            pass
+
+    def line(self, words: str) -> str:
+        """The first line with these words, as soon as there is one."""
+        with self._more:
+            assert self._more.wait_for(lambda: any(words in line for line in self.lines), timeout=30), self.lines
+            return next(line for line in self.lines if words in line)
+
+    def json(self, event: str) -> dict:
+        return json.loads(self.line(f'"event": "{event}'))
+
+
+@contextmanager
+def running(form: str, *, terminal: bool = False) -> Iterator[tuple[httpx.Client, Written]]:
+    master, slave = pty.openpty() if terminal else os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", SERVER, form], stderr=slave, stdin=subprocess.DEVNULL)
+    os.close(slave)
+    with os.fdopen(master, encoding="utf-8", errors="replace") as stream:
+        written = Written(stream)
+        try:
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", written.line("serving"))  # a terminal's line has colours
+            port = re.search(r"port\W+(\d+)", plain)[1]
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"x-request-id": "mine"}) as client:
+                yield client, written
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[httpx.Client, Written]]:
+    with running("json") as found:
+        yield found
+
+
+def test_every_line_of_a_request_has_its_id_whoever_wrote_it(server):
+    client, written = server
+    client.post("/logs", json={"text": TEXT})
+    for event, logger in (("ours", "evalmode.service"), ("theirs", "a.library"), ("request", "evalmode.access")):
+        line = written.json(event)
+        assert (line["request_id"], line["logger"]) == ("mine", logger)
+        assert line["level"]
+        assert line["timestamp"].endswith("Z")
+
+
+def test_a_crash_is_one_line_with_its_traceback_and_the_id(server):
+    client, written = server
+    assert client.post("/crash", json={"text": TEXT}).status_code == 500
+    line = written.json("request crashed")
+    assert line["request_id"] == "mine"
+    assert "ZeroDivisionError: a crash of the tests" in line["exception"]
+    assert sum("ZeroDivisionError" in line for line in written.lines) == 1
+
+
+def test_what_uvicorn_itself_has_to_say_of_a_request_has_its_id(server):
+    client, written = server
+    assert client.get("/unfinished").status_code == 500
+    assert written.json("ASGI callable returned")["request_id"] == "mine"
+
+
+def test_a_line_out_of_any_request_has_no_id(server):
+    _, written = server
+    assert "request_id" not in written.json("serving")
+
+
+def test_no_line_holds_what_was_asked(server):
+    client, written = server
+    client.post(
+        "/logs?q=query-secret", json={"text": TEXT}, headers={"x-request-id": "the-last", "x-api-key": "k" * 20}
+    )
+    written.line("the-last")
+    everything = "".join(written.lines)
+    assert not [secret for secret in (TEXT, "query-secret", "k" * 20) if secret in everything]
+
+
+def test_on_a_terminal_a_traceback_shows_no_values():
+    with running("auto", terminal=True) as (client, written):
+        client.post("/crash", json={"text": TEXT})
+        written.line("ZeroDivisionError: a crash of the tests")
+        client.post("/logs", json={"text": TEXT}, headers={"x-request-id": "the-last"})
+        written.line("the-last")
+        assert TEXT not in re.sub(r"\x1b\[[0-9;]*m", "", "".join(written.lines))

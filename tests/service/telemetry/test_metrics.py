@@ -1,0 +1,271 @@
+"""The figures, as Prometheus would read them, of one process and of several."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import structlog
+from prometheus_client import parser
+from prometheus_client.multiprocess import mark_process_dead
+from prometheus_client.openmetrics import parser as openmetrics_parser
+
+from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.proof import Violation
+from evalmode.service.engine import Load
+from evalmode.service.telemetry.metrics import REASONS, Metrics, ShownModel
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; q=0.9, */*;q=0.1"
+
+
+def bucket_of(model: str = "languages", *, label: str = "32") -> Bucket:
+    return Bucket(model=model, version="1", label=label, positions=32, run=list, costs={1: 1.0, 4: 2.0})
+
+
+def rows_of(*tokens: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(tokens=count, nbytes=8 * count) for count in tokens]
+
+
+def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") -> ShownModel:
+    return ShownModel(name=name, version=version, digest=digest)
+
+
+def values(metrics: Metrics, *, load: Load | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    text = metrics.render("", load=load)[0].decode()
+    families = parser.text_string_to_metric_families(text)
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return values(metrics).get((f"evalmode_{name}", frozenset(labels.items())))
+
+
+def series(metrics: Metrics, *, model: str) -> list[str]:
+    return [name for name, labels in values(metrics) if ("model", model) in labels]
+
+
+def violation() -> Violation:
+    return Violation(
+        bucket=bucket_of(),
+        row_digest="r2",
+        batch_digests=("r1", "r2", "r3"),
+        place=1,
+        places=4,
+        expected_sha256="e",
+        actual_sha256="a",
+    )
+
+
+def test_a_request_is_counted_by_route_method_and_status_and_timed_by_route():
+    metrics = Metrics()
+    for _ in range(3):
+        metrics.request_began()
+    assert value(metrics, "in_flight_requests") == 3
+    for status, reason in ((200, None), (200, None), (503, "queue_full")):
+        metrics.request_ended(route="/v1/predict", method="POST", status=status, duration_s=0.004, reason=reason)
+    assert value(metrics, "in_flight_requests") == 0
+    assert value(metrics, "requests_total", route="/v1/predict", method="POST", status="200") == 2
+    assert value(metrics, "requests_total", route="/v1/predict", method="POST", status="503") == 1
+    assert value(metrics, "request_duration_seconds_bucket", route="/v1/predict", le="0.0025") == 0
+    assert value(metrics, "request_duration_seconds_bucket", route="/v1/predict", le="0.005") == 3
+    assert value(metrics, "request_duration_seconds_sum", route="/v1/predict") == pytest.approx(0.012)
+    assert value(metrics, "rejections_total", reason="queue_full") == 1
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_reason_is_there_before_anything_was_rejected(reason):
+    assert value(Metrics(), "rejections_total", reason=reason) == 0
+
+
+def test_a_batch_gives_its_rows_tokens_padding_waits_and_run_by_model_and_bucket():
+    metrics = Metrics()
+    metrics.batch_ran(bucket_of(), rows_of(32, 16, 16), places=4, waited_s=(0.002, 0.02, 0.0), run_s=0.04)
+    labels = {"model": "languages", "bucket": "32"}
+    assert value(metrics, "batch_rows_sum", **labels) == 3
+    assert value(metrics, "batch_rows_count", **labels) == 1
+    assert value(metrics, "batch_tokens_sum", **labels) == 64
+    assert value(metrics, "batch_padding_ratio_sum", **labels) == 0.5
+    assert value(metrics, "queue_wait_seconds_count", **labels) == 3
+    assert value(metrics, "queue_wait_seconds_bucket", le="0.0025", **labels) == 2
+    assert value(metrics, "run_duration_seconds_sum", **labels) == 0.04
+
+
+def test_dropped_rows_are_counted_by_why():
+    metrics = Metrics()
+    metrics.rows_dropped("deadline", bucket_of(), 3)
+    metrics.rows_dropped("deadline", bucket_of(), 2)
+    assert value(metrics, "dropped_rows_total", model="languages", reason="deadline") == 5
+
+
+def test_the_queue_is_what_the_engine_says_when_it_is_asked():
+    load = Load(waiting_rows=7, waiting_bytes=99, running_batches=2, parallel=2)
+    found = values(Metrics(), load=load)
+    nothing: frozenset[tuple[str, str]] = frozenset()
+    assert found["evalmode_queue_rows", nothing] == 7
+    assert found["evalmode_queue_bytes", nothing] == 99
+    assert found["evalmode_running_batches", nothing] == 2
+
+
+def test_a_violation_is_counted_and_logged_with_what_is_needed_to_reproduce_it():
+    metrics = Metrics()
+    metrics.show_models([shown()])
+    assert value(metrics, "determinism_violations_total", model="languages") == 0
+    with structlog.testing.capture_logs() as logged:
+        metrics.proved(bucket_of(), None)
+        metrics.proved(bucket_of(), violation())
+    assert value(metrics, "determinism_checks_total", model="languages") == 2
+    assert value(metrics, "determinism_violations_total", model="languages") == 1
+    assert logged == [
+        {
+            "event": "determinism violation",
+            "log_level": "error",
+            "model": "languages",
+            "version": "1",
+            "bucket": "32",
+            "row_digest": "r2",
+            "batch_digests": ["r1", "r2", "r3"],
+            "place": 1,
+            "places": 4,
+            "expected": "e",
+            "actual": "a",
+        }
+    ]
+
+
+def test_a_new_version_takes_the_place_of_the_old_and_the_names_figures_go_on():
+    metrics = Metrics()
+    metrics.show_models([shown()])
+    metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    metrics.show_models([shown(version="2", digest="d2")])
+    metrics.model_swapped("languages", "loaded")
+    metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    assert value(metrics, "model_info", model="languages", version="1", digest="d1") is None
+    assert value(metrics, "model_info", model="languages", version="2", digest="d2") == 1
+    assert value(metrics, "batch_rows_count", model="languages", bucket="32") == 2
+    assert value(metrics, "models_loaded") == 1
+    assert value(metrics, "model_swaps_total", model="languages", outcome="loaded") == 1
+
+
+def test_the_series_of_a_model_that_is_gone_end_with_it_and_its_last_batch_brings_none_back():
+    metrics = Metrics()
+    metrics.show_models([shown(), shown("other")])
+    for model in ("languages", "other"):
+        metrics.batch_ran(bucket_of(model), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+        metrics.proved(bucket_of(model), None)
+        metrics.rows_dropped("cancelled", bucket_of(model), 1)
+    metrics.show_models([shown("other")])
+    metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    metrics.batch_ran(bucket_of(label="64"), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    metrics.proved(bucket_of(), None)
+    metrics.rows_dropped("cancelled", bucket_of(), 1)
+    assert series(metrics, model="languages") == []
+    assert value(metrics, "batch_rows_count", model="other", bucket="32") == 1
+
+
+def test_a_model_that_comes_back_is_counted_again():
+    metrics = Metrics()
+    for models in ([shown()], [], [shown()]):
+        metrics.show_models(models)
+    metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    assert value(metrics, "batch_rows_count", model="languages", bucket="32") == 1
+
+
+def test_models_that_come_and_go_while_batches_run_leave_no_series_behind():
+    metrics = Metrics()
+    over = threading.Event()
+
+    def run_batches() -> None:
+        while not over.is_set():
+            metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+            metrics.proved(bucket_of(), None)
+
+    threads = [threading.Thread(target=run_batches) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for turn in range(101):
+        metrics.show_models([] if turn % 2 == 0 and turn else [shown()])
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert series(metrics, model="languages") == []
+
+
+def test_openmetrics_is_given_to_who_accepts_it_and_is_well_formed():
+    metrics = Metrics()
+    metrics.show_models([shown()])
+    metrics.request_began()
+    metrics.request_ended(route="/v1/predict", method="POST", status=200, duration_s=0.1, reason=None)
+    body, content_type = metrics.render(OPENMETRICS)
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    assert body.endswith(b"# EOF\n")
+    names = {family.name for family in openmetrics_parser.text_string_to_metric_families(body.decode())}
+    assert {"evalmode_requests", "evalmode_request_duration_seconds", "evalmode_model_info"} <= names
+    assert metrics.render("text/html")[1].startswith("text/plain; version=0.0.4")
+
+
+def test_a_process_alone_shows_its_memory_and_no_series_has_a_date_of_birth():
+    text = Metrics().render("")[0].decode()
+    assert "process_resident_memory_bytes" in text
+    assert "_created" not in text
+
+
+WORKER = """
+import sys
+from types import SimpleNamespace
+from evalmode.service.batching.bucket import Bucket
+from evalmode.service.engine import Load
+from evalmode.service.telemetry.metrics import Metrics, ShownModel
+
+metrics = Metrics()
+old, new = (ShownModel(name="languages", version=version, digest="d" + version) for version in "12")
+metrics.show_models([old])
+metrics.show_models([new])
+bucket = Bucket(model="languages", version="2", label="32", positions=32, run=list, costs={1: 1.0})
+metrics.batch_ran(bucket, [SimpleNamespace(tokens=8, nbytes=64)], places=1, waited_s=[0.001], run_s=0.1)
+metrics.request_began()
+metrics.watch(lambda: Load(waiting_rows=5, waiting_bytes=10, running_batches=1, parallel=1))
+print("told", flush=True)
+sys.stdin.readline()
+print(metrics.render("")[0].decode(), flush=True)
+sys.stdin.readline()
+metrics.close()
+"""
+
+
+def worker(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_have_nothing_waiting(tmp_path):
+    processes = [worker(tmp_path) for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "told\n"
+    processes[0].kill()
+    processes[0].wait()
+    mark_process_dead(processes[0].pid, tmp_path)  # as the supervisor does
+    text, _ = processes[1].communicate("\n\n", timeout=30)
+    assert processes[1].returncode == 0
+    lines = text.splitlines()
+    assert 'evalmode_batch_rows_count{bucket="32",model="languages"} 2.0' in lines  # counts of the dead stay
+    assert "evalmode_queue_rows 5.0" in lines
+    assert "evalmode_in_flight_requests 1.0" in lines
+    assert "evalmode_models_loaded 1.0" in lines
+    assert [line for line in lines if line.startswith("evalmode_model_info{")] == [
+        'evalmode_model_info{digest="d2",model="languages",version="2"} 1.0'
+    ]
+    assert 'evalmode_rejections_total{reason="queue_full"} 0.0' in lines
