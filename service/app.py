@@ -45,15 +45,7 @@ def create_app(state: State) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = state
-    app.state.streams = Streams(
-        state.engine,
-        parallel=state.engine.load.parallel,
-        max_line_bytes=state.settings.max_body_bytes,
-        silence_s=state.settings.body_timeout_s,
-        queue_rows=state.settings.queue_rows,
-        draining=lambda: state.health.stage is Stage.DRAINING,
-        drain_s=state.settings.drain_s,
-    )
+    app.state.repository_turn = asyncio.Lock()
     app.state.streams = Streams(
         state.engine,
         parallel=state.engine.load.parallel,

@@ -1,4 +1,4 @@
-"""How fast the queue drains, measured on the batches that left rows waiting. Knows no queue and no clock."""
+"""How fast the queue drains, measured on its batches. Knows no queue and no clock."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ _LONGEST_S = 60
 class Drain:
     """Seconds that a row takes under load, over the newest batches, and how long so many rows will take.
 
-    Only batches that left rows waiting count: one row alone on an idle machine may cost as much as thirty together, and
-    says nothing of how fast a burst would drain.
+    Batches that left rows waiting count. Of the others only those do in which a row took less than is believed: one row
+    alone on an idle machine may cost as much as thirty together, so it says at most how slowly a burst would drain. But
+    that it does say: where the belief itself keeps rows out, as after a batch that was held up, none is left waiting.
     """
 
     def __init__(self, *, parallel: int) -> None:
@@ -21,8 +22,10 @@ class Drain:
         self._rows = 0.0
         self._run_s = 0.0
 
-    def record(self, *, rows: int, run_s: float) -> None:
-        """A batch of `rows` rows, that left others waiting, ran for `run_s`."""
+    def record(self, *, rows: int, run_s: float, pressed: bool = True) -> None:
+        """A batch of `rows` rows ran for `run_s`; `pressed` is whether it left others waiting."""
+        if not pressed and run_s * self._rows >= self._run_s * rows:
+            return
         self._rows = self._rows * _KEPT + rows
         self._run_s = self._run_s * _KEPT + run_s
 

@@ -62,7 +62,7 @@ class Queue(Generic[Row, Answer]):
             items.setdefault(bucket, []).append((place, row, row.nbytes))
         if timeout_s is not None and not timeout_s > 0:
             self._tell_dropped("deadline", [(bucket, len(of_bucket)) for bucket, of_bucket in items.items()])
-            raise DeadlineExceeded(f"the request allows {timeout_s:g} s for its answer: allow more than 0")
+            raise _late()
         now = self._clock()
         deadline = math.inf if timeout_s is None else now + timeout_s
         ticket: Ticket[Row, Answer] = Ticket(len(jobs), arrived=now, deadline=deadline, caller=caller)
@@ -119,8 +119,8 @@ class Queue(Generic[Row, Answer]):
         failed: list[tuple[Ticket[Row, Answer], Reason]] = []
         with self._lock:
             self._running.pop(threading.get_ident(), None)
-            if run_s is not None and batch.pressed:
-                self._drain.record(rows=len(batch.entries), run_s=run_s)
+            if run_s is not None:
+                self._drain.record(rows=len(batch.entries), run_s=run_s, pressed=batch.pressed)
             for (ticket, place, _), outcome in zip(batch.entries, outcomes, strict=True):
                 if ticket.done:
                     continue

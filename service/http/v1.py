@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,7 +15,7 @@ from evalmode.service.http.bulk import Streams, parse_query
 from evalmode.service.http.waiter import timeout_of, unless_hung_up
 from evalmode.service.models.model import Model
 from evalmode.service.models.text import Prediction
-from evalmode.service.schemas import ErrorResponse, ModelResponse, PredictResponse, request_schema
+from evalmode.service.schemas import ErrorResponse, ModelResponse, PredictRequest, PredictResponse, request_schema
 from evalmode.service.settings import Settings
 from evalmode.service.state import State
 
@@ -36,8 +35,7 @@ _LINES = {
 def routes(settings: Settings) -> APIRouter:
     """`/v1/predict` and `/v1/model`."""
     body = {"schema": request_schema(max_rows=settings.max_rows, max_top_k=settings.max_top_k)}
-    statuses = (400, 401, 404, 408, 413, 415, 422, 500, 503, 504)
-    refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in statuses}
+    answers: dict[int | str, dict[str, Any]] = {200: {"content": {NDJSON: {"schema": {"type": "string"}}}}}
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
     router.add_api_route(
         "/v1/predict",
@@ -45,12 +43,17 @@ def routes(settings: Settings) -> APIRouter:
         methods=["POST"],
         name="predict",
         response_model=PredictResponse,
-        responses=refusals,
+        responses=answers | _refusals(400, 401, 404, 408, 413, 415, 422, 500, 503, 504),
         # The body is read by hand: within the limit, and with our own sentences for what is wrong with it.
         openapi_extra={"requestBody": {"required": True, "content": {JSON: body, NDJSON: _LINES}}},
     )
-    router.add_api_route("/v1/model", _model, name="model", response_model=ModelResponse, responses=refusals)
+    told = _refusals(401, 404, 422, 500, 503)
+    router.add_api_route("/v1/model", _model, name="model", response_model=ModelResponse, responses=told)
     return router
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorResponse} for status in statuses}
 
 
 async def _predict(request: Request) -> Response:
@@ -75,37 +78,21 @@ async def _predict(request: Request) -> Response:
     )
     asked = parse_predict(body, max_rows=state.settings.max_rows, max_top_k=state.settings.max_top_k)
     model = _model_for(state, name=asked.model, version=asked.version)
-    predictions = await unless_hung_up(
-        request,
-        _answered(
-            state,
-            model,
-            asked.inputs,
-            top_k=asked.top_k,
-            truncate=asked.truncate,
-            timeout_s=timeout_s - (time.monotonic() - started),
-        ),
-    )
+    predictions = await unless_hung_up(request, _answered(state, model, asked, deadline=started + timeout_s))
     return _answer(PredictResponse.of(model, predictions))
 
 
-def _stream(request: Request, state: State) -> Response:
-    asked = parse_query(request.query_params.multi_items(), max_top_k=state.settings.max_top_k)
-    streams: Streams = request.app.state.streams
-    return streams.response(_model_for(state, name=asked.model, version=asked.version), asked)
-
-
-async def _answered(
-    state: State, model: Model, texts: Sequence[str], *, top_k: int, truncate: bool, timeout_s: float
-) -> list[Prediction]:
-    jobs, truncated = await model.text_rows_async(texts, truncate=truncate)
-    answers = await state.answer(jobs, timeout_s=timeout_s)
-    return model.predictions(answers, truncated, top_k=top_k)
+async def _answered(state: State, model: Model, asked: PredictRequest, *, deadline: float) -> list[Prediction]:
+    jobs, truncated = await model.text_rows_async(asked.inputs, truncate=asked.truncate)
+    answers = await state.answer(jobs, timeout_s=deadline - time.monotonic())  # reading and encoding took their time
+    return model.predictions(answers, truncated, top_k=asked.top_k)
 
 
 async def _model(request: Request, model: str | None = None, version: str | None = None) -> Response:
     """What is being served: manifest, certificate, and how its known answers came out on this machine."""
     state: State = request.app.state.service
+    if version is not None and model is None:
+        raise InvalidField("version is of a model: name that one too", field="version")
     found = state.repository.get(model, version) if model is not None else _default(state)
     return _answer(ModelResponse.of(found, parallel=state.engine.load.parallel, workers=state.settings.workers))
 
@@ -121,7 +108,7 @@ def _model_for(state: State, *, name: str | None, version: str | None) -> Model:
 
 def _default(state: State) -> Model:
     models = state.repository.models()
-    return models[0] if len(models) == 1 else state.repository.default_text()
+    return models[0] if len({model.name for model in models}) == 1 else state.repository.default_text()
 
 
 def _answer(model: BaseModel) -> Response:

@@ -101,7 +101,7 @@ class _Inference:
         now = time.monotonic()
         self._read_s = now - before
         deadline = min(self._deadline, self._started + (request.timeout_s or math.inf))
-        answers = await self._state.engine.answer_async(asked.jobs, timeout_s=deadline - now)
+        answers = await self._state.answer(asked.jobs, timeout_s=deadline - now)
         before = time.monotonic()
         if sum(tensor.nbytes for answer in answers for tensor in answer.values()) <= _INLINE_BYTES:
             encoded = self._write(request, asked, answers)

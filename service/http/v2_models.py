@@ -151,18 +151,13 @@ async def _stats(request: Request, model: str, version: str | None = None) -> Re
     state = _state(request)
     repository = state.repository
     models = repository.versions_of(model) if version is None else (repository.get(model, version),)
-    return _answer(
-        ModelStatistics(model_stats=tuple(state.statistics.of(found.name, found.version) for found in models))
-    )
+    return _figures(state, models)
 
 
 async def _all_stats(request: Request) -> Response:
     """The same of all models."""
     state = _state(request)
-    models = state.repository.models()
-    return _answer(
-        ModelStatistics(model_stats=tuple(state.statistics.of(found.name, found.version) for found in models))
-    )
+    return _figures(state, state.repository.models())
 
 
 async def _index(request: Request) -> Response:
@@ -170,10 +165,9 @@ async def _index(request: Request) -> Response:
     state = _state(request)
     body = await read_request(request, state.settings)
     only_ready = flag(parse_object(body) if body.strip() else {}, "ready", default=False, field="the body")
-    entries = await asyncio.to_thread(state.repository.index)
     found = [
         IndexEntry(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason).model_dump()
-        for entry in entries
+        for entry in state.repository.index()
         if not only_ready or entry.state == _READY
     ]
     return Response(json.dumps(found), media_type=JSON)
@@ -182,14 +176,16 @@ async def _index(request: Request) -> Response:
 async def _load(request: Request, model: str) -> Response:
     """Load a model's newest versions from the repository, or look again at what stands there."""
     repository = await _controlled(request, model)
-    await asyncio.to_thread(repository.load, model)
+    async with _turn(request):
+        await asyncio.to_thread(repository.load, model)
     return Response(b"{}", media_type=JSON)
 
 
 async def _unload(request: Request, model: str) -> Response:
     """Let go of a model: its requests are answered, further ones find nothing, until it is loaded again."""
     repository = await _controlled(request, model)
-    await asyncio.to_thread(repository.unload, model)
+    async with _turn(request):
+        await asyncio.to_thread(repository.unload, model)
     return Response(b"{}", media_type=JSON)
 
 
@@ -220,6 +216,12 @@ async def _controlled(request: Request, model: str) -> Repository:
 def _figures(state: State, models: Sequence[Model]) -> Response:
     found = tuple(state.statistics.of(model.name, model.version) for model in models)
     return _answer(ModelStatistics(model_stats=found))
+
+
+def _turn(request: Request) -> asyncio.Lock:
+    """One change of the repository at a time: others would wait in threads, and requests need these to be read in."""
+    turn: asyncio.Lock = request.app.state.repository_turn
+    return turn
 
 
 def _state(request: Request) -> State:

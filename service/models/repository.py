@@ -76,11 +76,14 @@ class Repository:
     def start(self) -> None:
         """Open what there is; of a bad version an older good one takes the place.
 
-        Raises what the first bundle was refused with when none can be opened, and StartFailed when the default model is
-        not among those that can.
+        Raises what the first bundle was refused with when none can be opened, and StartFailed when the folder cannot be
+        read, or the default model is not among those that can be opened.
         """
         with self._lock:
-            refused = self._shelf.settle()
+            try:
+                refused = self._shelf.settle()
+            except OSError as error:  # what goes wrong in a single bundle is that bundle's refusal
+                raise StartFailed(f"the bundles at {self._root} cannot be looked at: {error.strerror}") from error
             if not self._snapshot.models:
                 if refused:
                     raise refused[0].error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,6 +47,57 @@ class Failing:
 
     def close(self, *, timeout_s: float) -> bool:
         return self.engine.close(timeout_s=timeout_s)
+
+
+class Unhurried:
+    """A repository of a model that takes its time to read texts."""
+
+    def __init__(self, repository) -> None:
+        self.repository = repository
+        self.model = repository.default_text()
+        self.close = repository.close
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)
+
+    def default_text(self) -> Unhurried:
+        return self
+
+    async def text_rows_async(self, texts, *, truncate):
+        await asyncio.sleep(0.05)
+        return self.model.text_rows(texts, truncate=truncate)
+
+
+class Held:
+    """A repository that loads when it is told to."""
+
+    def __init__(self, repository) -> None:
+        self.repository = repository
+        self.go_on = threading.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.repository, name)
+
+    def load(self, name: str) -> None:
+        assert self.go_on.wait(30)
+
+
+class Followed:
+    """Tracing that counts the rows it was to follow."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def around(self, app, *, quiet):
+        return app
+
+    @contextmanager
+    def following(self, rows) -> Iterator[None]:
+        self.rows.append(len(list(rows)))
+        yield
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def asked(app, *requests: Callable[[httpx.AsyncClient], object]) -> list[httpx.Response]:
@@ -155,3 +207,59 @@ def test_a_request_may_give_less_time_than_the_server_and_no_nonsense(bundle, pa
         (answer,) = asked(create_app(state), lambda client: client.post(path, headers={"x-request-timeout-ms": "-3"}))
     assert answer.status_code == 400
     assert "x-request-timeout-ms must be a whole number of milliseconds above 0, got '-3'" in answer.json()["error"]
+
+
+def test_the_time_that_reading_a_text_takes_is_time_of_the_request(bundle):
+    with state_of(bundle) as state:
+        app = create_app(replace(state, repository=Unhurried(state.repository)))
+        hurried, patient = asked(
+            app,
+            *(
+                lambda client, ms=ms: client.post(
+                    "/v1/predict", json={"inputs": ["a"]}, headers={"x-request-timeout-ms": ms}
+                )
+                for ms in ("10", "20000")
+            ),
+        )
+    assert (hurried.status_code, patient.status_code) == (504, 200)
+
+
+def test_rows_of_both_protocols_are_followed_by_the_traces_of_their_request(bundle):
+    tracing = Followed()
+    with state_of(bundle) as state:
+        answers = asked(create_app(replace(state, tracing=tracing)), predict("a", "b"), infer("a", "b", "c"))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert tracing.rows == [2, 3]
+
+
+def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
+    with state_of(bundle) as state:
+        held = Held(state.repository)
+        app = create_app(replace(state, repository=held))
+
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=None) as client:
+                path = "/v2/repository/models/tiny/load"
+                loads = [asyncio.create_task(client.post(path)) for _ in range(40)]  # more than there are threads
+                await asyncio.sleep(0.05)
+                try:
+                    async with asyncio.timeout(20):
+                        return await predict(*["A long text. " * 100] * 20)(client)
+                finally:
+                    held.go_on.set()
+                    await asyncio.gather(*loads)
+
+        assert asyncio.run(ask()).status_code == 200
+
+
+def test_the_model_that_is_described_is_the_one_that_was_asked_for(tmp_path, bundles):
+    for version in ("1", "2"):
+        bundles.tensors(tmp_path, version=version)
+    with state_of(tmp_path, versions=2) as state:
+        paths = ("/v1/model", "/v1/model?model=tensors&version=1", "/v1/model?version=1")
+        newest, first, nameless = asked(
+            create_app(state), *(lambda client, path=path: client.get(path) for path in paths)
+        )
+    assert (newest.json()["version"], first.json()["version"]) == ("2", "1")
+    assert (nameless.status_code, nameless.json()["field"]) == (422, "version")

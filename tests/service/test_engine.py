@@ -15,15 +15,18 @@ from evalmode.service.engine import Limits
 from evalmode.service.errors import BodyTooLarge, NotReady, QueueFull, RunFailed
 from tests.service.engine_fakes import (
     WAIT_S,
+    Held,
     Notes,
     Number,
     Recorded,
     asked,
     bucket_of,
     engine_of,
+    in_thread,
     jobs_of,
     one_thread_held,
     start_engine,
+    tenfold,
 )
 
 
@@ -182,6 +185,31 @@ def test_who_would_have_to_wait_too_long_is_refused_and_who_comes_first_is_not()
         assert isinstance(refused, QueueFull), "3 s of rows were before it"
         assert isinstance(after, QueueFull)
         assert engine.answer(jobs_of(bucket, range(20, 40))) == [row * 10 for row in range(20, 40)]
+
+
+def test_rows_are_let_in_again_once_batches_are_quick_again():
+    now, took_s = [0.0], [10.0]
+
+    def run(rows):
+        now[0] += took_s[0]
+        return tenfold(rows)
+
+    bucket, held = bucket_of(run, costs={1: 0.01}), Held()
+
+    async def ask() -> list[object]:
+        tasks = await asked(engine, *[jobs_of(bucket, [value]) for value in range(5)])
+        held.release.set()
+        return await asyncio.gather(*tasks)
+
+    with engine_of(limits=Limits(queue_s=1.0), clock=lambda: now[0]) as engine:
+        engine.answer(jobs_of(bucket, [1, 2]))  # the first is held up while the second waits
+        took_s[0] = 0.01
+        for value in range(100):  # none of which leaves another waiting
+            engine.answer(jobs_of(bucket, [value]))
+        first = in_thread(lambda: engine.answer(jobs_of(bucket_of(held, label="held"), [0])))
+        assert held.begun.wait(WAIT_S)
+        assert asyncio.run(ask()) == [[value * 10] for value in range(5)]
+        first.join(WAIT_S)
 
 
 def test_the_queue_is_bounded_in_bytes_too():

@@ -116,6 +116,32 @@ def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_
         assert time.monotonic() - began < 10
 
 
+def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path, bundles, processes) -> None:
+    bundles.make(tmp_path, version="1")
+    with processes.running(tmp_path, poll_s=0.02) as found, socket.create_connection(("127.0.0.1", found.port)) as sock:
+        sock.settimeout(WAIT_S)
+        sock.sendall(b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n")
+        sock.sendall(b'transfer-encoding: chunked\r\n\r\n4\r\n"a"\n\r\n')
+        received = b""
+        while b"}]}\n" not in received:
+            received += sock.recv(4096)
+        assert f"x-evalmode-digest: {found.started['digest']}".encode() in received
+        bundles.make(tmp_path, version="2", labels=("v", "w", "x", "y", "z"))
+        end = time.monotonic() + WAIT_S
+        while (newer := httpx.get(f"{found.url}/v1/model", timeout=WAIT_S).json())["version"] != "2":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        sock.sendall(b'8\r\n"a"\n"a"\n\r\n0\r\n\r\n')
+        while not received.endswith(b"0\r\n\r\n"):
+            received += sock.recv(4096)
+        answers = [json.loads(line) for line in received.splitlines() if line.startswith(b'{"index"')]
+        assert [answer.pop("index") for answer in answers] == [0, 1, 2]
+        assert answers[0] == answers[1] == answers[2]
+        after = stream(found.url, b'"a"\n')
+        assert after.headers["x-evalmode-digest"] == newer["digest"] != found.started["digest"]
+        assert json.loads(after.text)["label"] in "vwxyz"
+
+
 def predicted(*arguments: object, folder: Path) -> subprocess.CompletedProcess[bytes]:
     command = [Path(sys.executable).with_name("evalmode"), "predict", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, capture_output=True, check=False, timeout=WAIT_S)

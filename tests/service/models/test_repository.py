@@ -60,6 +60,13 @@ def test_no_bundle_at_all_is_a_refusal_to_start(root):
         started(root / "nothing")
 
 
+def test_a_folder_that_cannot_be_looked_at_is_a_refusal_to_start_in_one_sentence(root, processes):
+    unreadable = root / ("x" * 300)  # a name too long is refused to root, too, whom no permission stops
+    with pytest.raises(StartFailed, match="cannot be looked at: File name too long"):
+        started(unreadable)
+    assert "cannot be looked at" in processes.refused(unreadable)
+
+
 def test_fifty_swaps_in_a_row_fail_no_reader_and_leave_one_model(root, made):
     bundle = root / "tiny" / "1"
     put(made["1"], bundle)
