@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger("evalmode.service")
 
+_REFUSALS = {408: "request_timeout", 503: "not_ready"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
@@ -125,7 +127,7 @@ def _open_service(settings: Settings) -> Service:
         app=create_app(state),
         health=state.health,
         told=_told(state.repository.models()),
-        refused=lambda status: state.metrics.rejected("request_timeout" if status == 408 else "invalid"),
+        refused=lambda status: state.metrics.rejected(_REFUSALS.get(status, "invalid")),
     )
 
 

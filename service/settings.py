@@ -39,7 +39,7 @@ GROUPS = {
 class Settings(BaseSettings):
     """The settings of one server. Build it with `load_settings`, which says in one sentence what is wrong."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
 
     # What is served.
     bundle: Path = Field(default=Path("bundles"), description="a bundle, or a folder of bundles")
@@ -92,7 +92,9 @@ class Settings(BaseSettings):
     )
     access_log: float = Field(default=1.0, ge=0, le=1, description="share of requests that are logged; failures always")
     metrics: bool = Field(default=True, description="show Prometheus metrics at /metrics")
-    otlp_endpoint: str | None = Field(default=None, description="where OpenTelemetry traces are sent; none: nowhere")
+    otlp_endpoint: str | None = Field(
+        default=None, pattern=r"^https?://[^/]", description="where OpenTelemetry traces are sent; none: nowhere"
+    )
 
     @field_validator("cors_origins", mode="before")
     @classmethod
@@ -161,6 +163,8 @@ def _sentence(error: ErrorDetails, origins: Mapping[str, Origin], file: Path | N
     complaint = error["msg"].replace("Input should", "must").replace("String should", "must")
     if error["type"] == "path_type":
         complaint = "must be a path"
+    if error["type"] == "string_pattern_mismatch":
+        complaint = "must be an address that begins with http:// or https://"
     value = "a value that is not shown" if field in SECRETS else repr(error["input"])
     if origins[field] == "file":
         return f"{file}: {field} {complaint}, got {value}"

@@ -82,7 +82,7 @@ def open_state(settings: Settings) -> State:
             max_run_s=settings.max_run_s,
         ),
         content=content_of,
-        digest=ModelRow.digest,
+        digest=ModelRow.described,
         observers=(metrics, statistics, *([tracing] if tracing else [])),
         proof_fraction=settings.proof_fraction,
     )

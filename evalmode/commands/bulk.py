@@ -154,6 +154,7 @@ class Transfer:
                 task = asyncio.create_task(self._answer(chunk, turns))
                 started.add(task)
                 task.add_done_callback(started.discard)
+                task.add_done_callback(_look_at)
                 await asked.put((chunk, task))
         await asked.put(None)
 
@@ -176,6 +177,12 @@ class Transfer:
                     raise EvalmodeError(f"{error}; {self.taker.way_on}") from error
                 self.taker.write(answers, digest=digest)
                 shown(chunk.read_bytes, (self.taker.lines - had) / max(1e-9, time.monotonic() - began))
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Where several chunks fail the first is told; asyncio would print a traceback of each that nobody looked at."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _straight(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:

@@ -49,6 +49,11 @@ class Server:
     retries: int
     sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep)
 
+    @property
+    def name(self) -> str:
+        """Its address as a sentence shows it: a user and a password in it are nobody's affair."""
+        return str(self.client.base_url.copy_with(userinfo=b"")).rstrip("/")
+
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
         """The answers of `lines`, numbered from `first`, and the digest of the model that gave them."""
         answers: list[bytes] = []
@@ -62,9 +67,7 @@ class Server:
             except _Again as failure:
                 tries = 1 if len(answers) > had else tries + 1
                 if tries > self.retries:
-                    raise EvalmodeError(
-                        f"{self.client.base_url} did not answer in {tries} tries: {failure}"
-                    ) from failure
+                    raise EvalmodeError(f"{self.name} did not answer in {tries} tries: {failure}") from failure
                 await self.sleep(waiting_s(tries, failure.wait_s))
 
     async def _ask(self, lines: Sequence[bytes], first: int, answers: list[bytes], digests: list[str]) -> None:
@@ -83,7 +86,7 @@ class Server:
                 await _take(response, first, len(lines), answers)
         except httpx.TransportError as error:  # refused, cut, timed out
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                why = f"{self.client.base_url} shows no certificate of an authority that is known here"
+                why = f"{self.name} shows no certificate of an authority that is known here"
                 raise EvalmodeError(f"{why} (--ca FILE names one): {error}") from error
             raise _Again(str(error) or type(error).__name__) from error
         if len(answers) - before < len(lines):
@@ -92,13 +95,13 @@ class Server:
     async def _check(self, response: httpx.Response) -> None:
         if response.status_code == 200:
             if response.headers.get("content-type", "").partition(";")[0] != _NDJSON:
-                raise EvalmodeError(f"{self.client.base_url} does not answer as an evalmode server does")
+                raise EvalmodeError(f"{self.name} does not answer as an evalmode server does")
             return
         said = _sentence((await response.aread())[:4096])
         why = f"{response.status_code} {response.reason_phrase}{f', {said}' if said else ''}"
         if response.status_code in _TRY_AGAIN:
             raise _Again(why, wait_s=retry_after_s(response.headers.get("retry-after")))
-        raise EvalmodeError(f"{self.client.base_url} refused: {why}")
+        raise EvalmodeError(f"{self.name} refused: {why}")
 
 
 def open_client(url: str, *, api_key: str | None, ca: Path | None, connections: int) -> httpx.AsyncClient:
@@ -107,6 +110,8 @@ def open_client(url: str, *, api_key: str | None, ca: Path | None, connections: 
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL as error:
         raise EvalmodeError(f"--url {url} is no address: {error}") from error
+    if parsed.port is not None and parsed.port > 65_535:
+        raise EvalmodeError(f"--url {url} is no address: a port is at most 65535")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise EvalmodeError(f"--url must begin with http:// or https://, got {url}")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):

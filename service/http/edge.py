@@ -15,7 +15,9 @@ from urllib.parse import quote
 
 import structlog
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
@@ -86,7 +88,7 @@ def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> N
     if keys := ApiKeys.of(settings):
         inner = RequireKey(inner, keys)
     if settings.cors_origins:
-        inner = CORSMiddleware(
+        inner = _CrossOrigin(
             inner,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST"),
@@ -105,6 +107,19 @@ def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> N
     )
     # `app.add_middleware` would stand inside of what answers 500, and its answers would have neither id nor headers.
     app.middleware_stack = tracing.around(edge, quiet=QUIET_PATHS) if tracing else edge
+
+
+class _CrossOrigin(CORSMiddleware):
+    """CORS whose refusals have the form of all errors."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """What a browser asks before it asks."""
+        found = super().preflight_response(request_headers)
+        if found.status_code == 200:
+            return found
+        headers = {name: value for name, value in found.headers.items() if not name.startswith("content-")}
+        body = {"error": f"this page may not ask here: {bytes(found.body).decode()}"}
+        return JSONResponse(body, found.status_code, headers)
 
 
 class Edge:

@@ -37,6 +37,11 @@ class ModelRow:
         """The sha256 of its inputs."""
         return hashlib.sha256(content_of(self.inputs)).hexdigest()
 
+    def described(self) -> str:
+        """The digest and the shapes: what it takes to find the row again, and to know how it was run."""
+        shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in sorted(self.inputs.items()))
+        return f"{self.digest()} {shapes}"
+
 
 def content_of(tensors: Tensors) -> bytes:
     """Names, element types, shapes and every byte: two answers are the same when these are."""

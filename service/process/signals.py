@@ -12,9 +12,14 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """SIGTERM and SIGINT of this process, as a context: they end it, or go to whoever was named last."""
+    """SIGTERM and SIGINT of this process, as a context: they end it, or go to whoever was named last.
+
+    Once one came the process is on its way out: when the context is left, further ones are not heard, or an impatient
+    second one would turn the exit code of an end in good order into that of a kill.
+    """
 
     def __init__(self) -> None:
+        self._came = False
         self._to: Callable[[int], object] | None = None
 
     def to(self, receiver: Callable[[int], object]) -> None:
@@ -27,9 +32,10 @@ class Signals:
 
     def __exit__(self, *raised: object) -> None:
         for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._came else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
         if self._to is None:
             raise Stopped(0)
         self._to(number)

@@ -93,8 +93,8 @@ def work(listener_fd: int, channel_fd: int, *, open_service: Callable[[Settings]
     with Signals() as signals, socket.socket(fileno=listener_fd) as listener:
         supervised = Supervised(socket.socket(fileno=channel_fd))
         configure_logs(supervised.settings.log_format)
-        supervised.listen()
         try:
+            supervised.listen()  # within: where the supervisor has ended already, this ends us
             return serve_one(
                 supervised.settings,
                 listener,

@@ -1,16 +1,24 @@
 """What the server writes to stderr: a line an event, JSON for machines, coloured for people. Knows no event itself.
 
 Whoever logs passes names, counts and digests. What a caller asked is never logged: a traceback shows code and no
-values, and an event holds no text of a request.
+values, and an event holds no text of a request. No request and no end waits for long on whoever reads the lines: where
+nobody does, lines are lost, and the next one says how many.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
-from typing import Literal
+from typing import Literal, TextIO
 
 import structlog
+
+# How long a line waits for a reader, before it is given up with all that follow until there is room again.
+_PATIENCE_MS = 250
+# As UTF-8 no more than 4,096 bytes: so much a pipe with any room takes without waiting.
+_PIECE_CHARACTERS = 1_024
 
 
 def configure_logs(form: Literal["auto", "json", "console"]) -> None:
@@ -18,6 +26,8 @@ def configure_logs(form: Literal["auto", "json", "console"]) -> None:
 
     What is logged while a request is answered carries its `request_id`, whoever logs it.
     """
+    if sys.stderr is None:  # closed by whoever started us
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for good; it takes the place that a socket would get
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -27,7 +37,7 @@ def configure_logs(form: Literal["auto", "json", "console"]) -> None:
     ]
     if not console:
         shared.append(structlog.processors.format_exc_info)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LineHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(processor=_renderer(console=console), foreign_pre_chain=shared)
     )
@@ -48,3 +58,38 @@ def _renderer(*, console: bool) -> structlog.types.Processor:
         colors=sys.stderr.isatty(),
         exception_formatter=structlog.dev.plain_traceback,  # the default one prints local variables: callers' texts
     )
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes lines to a stream with a descriptor; loses those for which its reader leaves no room."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._lost = 0
+        self._cut = ""
+        self._room = select.poll()
+        self._room.register(stream.fileno(), select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or count it as lost."""
+        try:
+            if self._lost and self._room.poll(0):
+                said = f"{self._lost} lines before this one were lost: nobody read them"
+                missed = logging.LogRecord("evalmode.service", logging.WARNING, "", 0, said, None, None)
+                self._lost = 0
+                self._write(self._cut + self.format(missed))
+            if self._lost or not self._write(self.format(record)):
+                self._lost += 1
+        except Exception:
+            self.handleError(record)
+
+    def _write(self, line: str) -> bool:
+        line += self.terminator
+        for start in range(0, len(line), _PIECE_CHARACTERS):
+            if not self._room.poll(_PATIENCE_MS):
+                self._cut = self.terminator if start else self._cut
+                return False
+            self.stream.write(line[start : start + _PIECE_CHARACTERS])
+            self.stream.flush()
+        self._cut = ""
+        return True

@@ -191,3 +191,8 @@ def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path, bundles):
     bundle = bundles.tensors(tmp_path)
     (bundle / "certificate.json").unlink()
     assert [bucket.label for bucket in Model.open(bundle, allow_uncertified=True).buckets] == ["whole"]
+
+
+def test_a_row_is_described_by_its_digest_and_its_shapes(tensors):
+    ((_, row),) = tensors.tensor_jobs(asked(1, 4))
+    assert row.described() == f"{row.digest()} x[1, 4]"
