@@ -19,7 +19,6 @@ from evalmode.service.batching.batch import Batch, as_request_error, run_filled
 from evalmode.service.batching.bucket import Answer, Bucket, Row, SizedRow
 from evalmode.service.batching.limits import Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, tell
-from evalmode.service.batching.priority import stand_back
 from evalmode.service.batching.proof import Proofs, Sample, Violation
 from evalmode.service.batching.queue import Queue
 from evalmode.service.errors import RequestError
@@ -135,7 +134,6 @@ class Engine(Generic[Row, Answer]):
         return not any(thread.is_alive() for thread in self._threads)
 
     def _serve(self) -> None:
-        stand_back()
         while self._step():
             pass
 
