@@ -17,7 +17,6 @@ import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
@@ -112,14 +111,18 @@ def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> N
 class _CrossOrigin(CORSMiddleware):
     """CORS whose refusals have the form of all errors."""
 
-    def preflight_response(self, request_headers: Headers) -> Response:
-        """What a browser asks before it asks."""
-        found = super().preflight_response(request_headers)
-        if found.status_code == 200:
-            return found
-        headers = {name: value for name, value in found.headers.items() if not name.startswith("content-")}
-        body = {"error": f"this page may not ask here: {bytes(found.body).decode()}"}
-        return JSONResponse(body, found.status_code, headers)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer what a browser asks before it asks, or let the request through."""
+        headers = Headers(scope=scope) if scope["type"] == "http" and scope["method"] == "OPTIONS" else {}
+        if "origin" in headers and "access-control-request-method" in headers:
+            found = self.preflight_response(request_headers=Headers(scope=scope))
+            if found.status_code != 200:
+                found.body = error_body(scope["path"], f"this page may not ask here: {bytes(found.body).decode()}")
+                found.headers["content-type"] = "application/json"
+                found.headers["content-length"] = str(len(found.body))
+            await found(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 class Edge:

@@ -71,7 +71,7 @@ class Supervisor:
         `serving` is called once, when all workers are ready first, with what one of them tells of its models. Raises
         StartFailed with the sentence of a worker that refuses to start before that.
         """
-        with _metrics_folder(self._settings) as self._folder:
+        with metrics_folder(self._settings) as self._folder:
             asyncio.run(self._run(signals, serving))
 
     async def _run(self, signals: Signals, serving: Callable[[Mapping[str, object]], None]) -> None:
@@ -206,12 +206,21 @@ def settings_as_json(settings: Settings) -> str:
 
 
 @contextlib.contextmanager
-def _metrics_folder(settings: Settings) -> Iterator[str | None]:
-    """Where the workers' figures meet: a folder in memory where there is one; None where nobody asks for figures."""
+def metrics_folder(settings: Settings, *, memory: str = "/dev/shm") -> Iterator[str | None]:
+    """Where the workers' figures meet: a folder in memory where there is one; None where nobody asks for figures.
+
+    Raises StartFailed where nothing can be written.
+    """
     if not settings.metrics:
         yield None
         return
-    memory = "/dev/shm"
     place = memory if os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="evalmode-metrics-", dir=place, ignore_cleanup_errors=True) as folder:
+    try:
+        kept = tempfile.TemporaryDirectory(prefix="evalmode-metrics-", dir=place, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise StartFailed(
+            f"the figures of several workers need a folder: make {memory} or TMPDIR writable, or set metrics to false "
+            f"(--no-metrics): {error.strerror or error}"
+        ) from error
+    with kept as folder:
         yield folder

@@ -146,3 +146,15 @@ def test_the_groups_are_those_that_the_settings_stand_in():
     source = Path(module.__file__).read_text()
     found = re.findall(r"^    # (.*)\.\n    (\w+): ", source, flags=re.MULTILINE)
     assert [(first, name) for name, first in found] == list(GROUPS.items())
+
+
+@pytest.mark.parametrize("field", ["drain_s", "timeout_s", "header_timeout_s", "poll_s"])
+def test_no_time_is_endless(field):
+    with pytest.raises(StartFailed, match=f"{field} .* must be a finite number, got inf"):
+        load_settings(**{field: float("inf")})
+
+
+@pytest.mark.parametrize("endpoint", ["", "collector:4318", "http://", "/v1/traces"])
+def test_where_traces_are_sent_is_an_address(endpoint):
+    with pytest.raises(StartFailed, match=r"otlp_endpoint .* must be an address that begins with http:// or https://"):
+        load_settings(otlp_endpoint=endpoint)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 import structlog
 from fastapi import FastAPI, Request
 
@@ -117,3 +118,12 @@ def test_what_is_no_request_goes_through():
 
     asyncio.run(Edge(app, figures=Metrics())({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == [{"type": "lifespan"}]
+
+
+@pytest.mark.parametrize(("path", "keys"), [("/v2/models/m/infer", {"error"}), ("/v1/predict", {"error", "field"})])
+def test_a_page_of_another_origin_is_refused_in_the_form_of_all_errors(path, keys):
+    around = Surrounded(cors_origins=(PAGE,))
+    answer = around.ask(path, method="OPTIONS", origin="https://other.example", access_control_request_method="POST")
+    assert (answer.status_code, answer.headers["content-type"]) == (400, "application/json")
+    assert answer.json().keys() == keys
+    assert "access-control-allow-origin" not in answer.headers

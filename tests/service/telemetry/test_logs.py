@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+
+from evalmode.service.telemetry.logs import LineHandler
 
 SERVER = """
 import logging
@@ -165,3 +168,34 @@ def test_on_a_terminal_a_traceback_shows_no_values():
         client.post("/logs", json={"text": TEXT}, headers={"x-request-id": "the-last"})
         written.line("the-last")
         assert TEXT not in re.sub(r"\x1b\[[0-9;]*m", "", "".join(written.lines))
+
+
+def test_lines_that_nobody_reads_are_lost_and_the_next_one_says_how_many():
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        handler = LineHandler(stream)
+        os.set_blocking(reader, False)
+
+        def say(words: str) -> None:
+            handler.emit(logging.LogRecord("a.library", logging.INFO, "", 0, words, None, None))
+
+        say("whole")
+        say("x" * 200_000)  # more than the pipe holds, so it is cut
+        for _ in range(2):
+            say("lost")
+        read = os.read(reader, 1 << 20).decode()
+        assert read.startswith("whole\nxxx")
+        assert not read.endswith("\n")
+        say("heard again")
+        lines = os.read(reader, 1 << 20).decode()
+        assert lines == "\n3 lines before this one were lost: nobody read them\nheard again\n"
+    os.close(reader)
+
+
+def test_a_process_whose_stderr_is_closed_goes_on():
+    program = (
+        "import structlog; from evalmode.service.telemetry.logs import configure_logs; configure_logs('auto'); "
+        "structlog.get_logger('evalmode.service').info('event'); print('went on')"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "went on\n"

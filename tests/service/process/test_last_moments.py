@@ -1,0 +1,97 @@
+"""What may still happen to a real server process while it ends, or before it has begun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from evalmode.service.errors import StartFailed
+from evalmode.service.process.signals import Signals
+from evalmode.service.process.supervisor import metrics_folder, settings_as_json
+from evalmode.service.settings import Settings
+
+PROGRAM = (str(Path(__file__).with_name("tiny_server.py")),)
+WAIT_S = 30
+
+
+@pytest.fixture
+def run(processes):
+    @contextmanager
+    def running(**settings: object) -> Iterator[object]:
+        with processes.running(Path("tiny"), program=PROGRAM, drain_s=0, **settings) as server:
+            yield server
+
+    return running
+
+
+ENDING = """
+import os, signal
+from evalmode.service.errors import StartFailed
+from evalmode.service.process.signals import Signals
+
+with Signals() as signals:
+    signals.to(lambda number: None)
+    os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_signal_after_the_end_does_not_change_the_exit_code():
+    assert subprocess.run([sys.executable, "-c", ENDING], timeout=WAIT_S, check=False).returncode == 0
+
+
+def test_without_a_signal_whoever_called_has_his_handlers_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_log_that_nobody_reads_does_not_hold_up_the_end(run):
+    with run() as server:
+        log = os.open(f"/proc/{server.process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(log, b"#" * 4096)
+        os.close(log)
+        server.terminate()
+        assert server.process.wait(WAIT_S) == 0
+
+
+def test_a_worker_whose_supervisor_is_gone_before_it_began_removes_their_folder(tmp_path):
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    ours, theirs = socket.socketpair()
+    with socket.socket() as listener, theirs:
+        listener.bind(("127.0.0.1", 0))
+        ours.sendall(settings_as_json(Settings()).encode() + b"\n")
+        ours.close()
+        descriptors = (listener.fileno(), theirs.fileno())
+        worker = subprocess.run(
+            [sys.executable, *PROGRAM, *map(str, descriptors)],
+            pass_fds=descriptors,
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)},
+            timeout=WAIT_S,
+            check=False,
+        )
+    assert worker.returncode == 0
+    assert not folder.exists()
+
+
+def test_several_workers_without_a_place_for_their_figures_are_refused_with_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with (
+        pytest.raises(StartFailed, match="TMPDIR writable, or set metrics to false"),
+        metrics_folder(Settings(), memory=str(tmp_path / "absent")),
+    ):
+        pass
