@@ -69,8 +69,9 @@ def create_app(state: State) -> FastAPI:
 def _routes(state: State) -> APIRouter:
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
     not_so: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
-    router.add_api_route("/livez", _livez, name="livez", response_model=StateResponse, responses=not_so)
-    router.add_api_route("/readyz", _readyz, name="readyz", response_model=StateResponse, responses=not_so)
+    for name, answer in (("livez", _livez), ("readyz", _readyz)):
+        router.add_api_route(f"/{name}", answer, name=name, response_model=StateResponse, responses=not_so)
+        router.add_api_route(f"/{name}", answer, methods=["HEAD"], include_in_schema=False)  # some balancers ask so
     if state.settings.metrics:
         router.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
     return router

@@ -22,7 +22,7 @@ from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.health import Health
 from evalmode.service.process.listener import bound, cannot_listen, tls_context, url_of
 from evalmode.service.process.signals import Signals
-from evalmode.service.settings import Settings, load_settings
+from evalmode.service.settings import Settings, load_settings, strange_variables
 from evalmode.service.telemetry.logs import configure_logs
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def serve(
     several, each is a process of the command `worker`. Raises EvalmodeError, one sentence, when it cannot start.
     """
     configure_logs(settings.log_format)
+    for variable, sentence in strange_variables().items():
+        _log.warning("a variable of the environment is ignored", variable=variable, reason=sentence)
     tls_context(settings)  # what is wrong with it is said before a model is loaded
     with Signals() as signals, bound(settings) as listener:
         if settings.workers > 1:

@@ -140,6 +140,13 @@ def trace_settings(*, config: Path | None = None, **given: Any) -> tuple[Setting
         raise StartFailed(_sentence(error.errors()[0], origins, file)) from error
 
 
+def strange_variables() -> dict[str, str]:
+    """The variables that look like settings and are none, each with a sentence: a misspelt one must not go unseen."""
+    known = {f"{_PREFIX}{name}".upper() for name in Settings.model_fields} | {CONFIG_VARIABLE, f"{_PREFIX}TRACEBACK"}
+    strange = sorted(name for name in os.environ if name.upper().startswith(_PREFIX) and name.upper() not in known)
+    return {name: _unknown(name[len(_PREFIX) :].lower()) for name in strange}
+
+
 def _read_file(file: Path) -> Mapping[str, Any]:
     try:
         written = tomllib.loads(file.read_text(encoding="utf-8-sig"))

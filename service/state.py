@@ -22,6 +22,7 @@ from evalmode.service.settings import Settings
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.statistics import Statistics
 from evalmode.service.telemetry.tracing import Tracing, open_tracing
+from evalmode.service.telemetry.violations import ViolationLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def open_state(settings: Settings) -> State:
         ),
         content=content_of,
         digest=ModelRow.described,
-        observers=(metrics, statistics, *([tracing] if tracing else [])),
+        observers=(metrics, statistics, ViolationLog(), *([tracing] if tracing else [])),
         proof_fraction=settings.proof_fraction,
     )
     metrics.watch(lambda: engine.load)

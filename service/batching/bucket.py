@@ -36,6 +36,7 @@ class Bucket(Generic[Row, Answer]):
     Attributes:
         model: the model's name, for people and metrics.
         version: the model's version.
+        digest: of the model's bundle, for people.
         label: the padded length of its rows, or "other" where rows have no length.
         positions: positions of one padded row; 1 where rows have no length.
         run: answers rows, in their order; an exception in the place of an answer fails that row's request alone.
@@ -48,6 +49,7 @@ class Bucket(Generic[Row, Answer]):
     positions: int
     run: Callable[[Sequence[Row]], Sequence[Answer | Exception]]
     costs: Mapping[int, float]
+    digest: str = ""
 
     def __post_init__(self) -> None:
         if not self.costs or any(

@@ -20,7 +20,7 @@ from evalmode.bundle.certificate import Platform, Verdict
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.frontend import FrontEnd
 from evalmode.bundle.known_answers import KnownAnswer, Replay, Run, Tensors, replay
-from evalmode.bundle.manifest import Manifest, TensorSpec
+from evalmode.bundle.manifest import TensorSpec
 from evalmode.bundle.session import Session, open_session
 from evalmode.bundle.store import Bundle, open_bundle
 from evalmode.service.batching.bucket import Bucket
@@ -101,7 +101,7 @@ class Model:
         session = open_session(bundle.model, provider=provider, threads=threads)
         replayed = _replay(bundle, answers, session=session, frontend=frontend)
         measured = _measure(bundle, session, answers, frontend=frontend, calibration=calibration)
-        buckets = _buckets(manifest, session.run, measured, is_text=frontend is not None)
+        buckets = _buckets(bundle, session.run, measured, is_text=frontend is not None)
         return cls(
             bundle=replace(bundle, contents={}),  # the session has the model now: a second copy would double the memory
             platform=session.platform,
@@ -257,14 +257,13 @@ def _rows_by_shape(bundle: Bundle, asked: Sequence[Tensors], run: Run) -> dict[s
     return found
 
 
-def _buckets(
-    manifest: Manifest, run: Run, measured: Mapping[str, Measured], *, is_text: bool
-) -> dict[str, ModelBucket]:
+def _buckets(bundle: Bundle, run: Run, measured: Mapping[str, Measured], *, is_text: bool) -> dict[str, ModelBucket]:
     answer = answering(run, is_text=is_text, whole=WHOLE in measured)
     return {
         label: Bucket(
-            model=manifest.name,
-            version=manifest.version,
+            model=bundle.manifest.name,
+            version=bundle.manifest.version,
+            digest=bundle.digest,
             label=label,
             positions=int(label) if is_text else 1,
             run=answer,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
@@ -44,8 +43,6 @@ _ROWS = tuple(2**power for power in range(11))
 _TOKENS = tuple(8 * 4**power for power in range(8))
 _SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _WATCH_S = 1.0
-
-_log = structlog.get_logger("evalmode.service")
 
 
 class OpenModel(Protocol):
@@ -221,19 +218,6 @@ class Metrics:
             if bucket.model not in self._gone:
                 self._checks.labels(bucket.model).inc()
                 self._violations.labels(bucket.model).inc(violation is not None)
-        if violation is not None:
-            _log.error(
-                "determinism violation",
-                model=bucket.model,
-                version=bucket.version,
-                bucket=bucket.label,
-                row_digest=violation.row_digest,
-                batch_digests=list(violation.batch_digests),
-                place=violation.place,
-                places=violation.places,
-                expected=violation.expected_sha256,
-                actual=violation.actual_sha256,
-            )
 
     # What the repository tells.
 

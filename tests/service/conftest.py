@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ SPEC = NgramSpec(lengths=(4, 8, 16), orders=3, characters=2, vocabulary=512)
 LABELS = ("hu", "nl", "fi", "et", "de")
 TEXTS = ("", "Ez egy rövid mondat.", "Dit is een zin.", "A", "Tämä on lyhyt lause, joka ei ole aivan lyhyt.")
 READY_S = 30.0
+END_S = 5.0
 SERVER = ("-m", "evalmode.service.server")
 
 
@@ -206,7 +207,15 @@ class Service:
 
 def environment(bundle: Path, **settings: object) -> dict[str, str]:
     """The environment of a server process."""
-    given = {"bundle": bundle, "port": 0, "log_format": "json", "access_log": 0, "parallel": 2, **settings}
+    given = {
+        "bundle": bundle,
+        "port": 0,
+        "log_format": "json",
+        "access_log": 0,
+        "drain_s": 0,
+        "parallel": 2,
+        **settings,
+    }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}
     return kept | {f"EVALMODE_{name.upper()}": str(value) for name, value in given.items()}
 
@@ -226,6 +235,10 @@ def running(bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: obje
         url = str(started["url"])
         yield Service(url=url, port=int(url.rpartition(":")[2]), started=started, process=process)
     finally:
+        if "workers" in settings:
+            process.terminate()  # a supervisor that is killed leaves it to its workers to tidy up
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=END_S)
         process.kill()
         process.communicate()
 

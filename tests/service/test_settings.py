@@ -158,3 +158,11 @@ def test_no_time_is_endless(field):
 def test_where_traces_are_sent_is_an_address(endpoint):
     with pytest.raises(StartFailed, match=r"otlp_endpoint .* must be an address that begins with http:// or https://"):
         load_settings(otlp_endpoint=endpoint)
+
+
+def test_a_variable_that_is_no_setting_is_named_with_the_one_that_may_be_meant(monkeypatch):
+    for name in ("EVALMODE_API_KEY", "EVALMODE_PORT", "EVALMODE_CONFIG"):
+        monkeypatch.setenv(name, "x")
+    assert module.strange_variables() == {
+        "EVALMODE_API_KEY": "there is no setting api_key; did you mean api_keys?",
+    }
