@@ -14,7 +14,7 @@ def test_a_violation_is_written_down_with_all_that_it_takes_to_do_it_again():
         digest="d",
         label="8",
         positions=8,
-        run=lambda rows: [row for row in rows],
+        run=list,
         costs={1: 1.0},
     )
     violation = Violation(
