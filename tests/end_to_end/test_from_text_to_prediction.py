@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -51,15 +50,15 @@ def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def server(work: Path) -> Iterator[str]:
     """The address of a real server of that bundle."""
     command = [EVALMODE, "serve", "--port", "0"]
-    settings = {**os.environ, "EVALMODE_LOG_FORMAT": "json"}
+    settings = {**os.environ, "EVALMODE_LOG_FORMAT": "json", "EVALMODE_ACCESS_LOG": "0"}
     with subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, env=settings) as process:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        address = re.search(r"http://[\w.:]+", line)
-        assert address, line
-        yield address[0]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        try:
+            assert process.stderr is not None
+            yield next(json.loads(line)["url"] for line in process.stderr if '"serving"' in line)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 def test_the_model_learned_what_it_was_taught(work: Path) -> None:
