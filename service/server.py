@@ -5,6 +5,7 @@ Knows no route. What it serves is a `Service`, by default the one that the setti
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -124,6 +125,10 @@ def _open_service(settings: Settings) -> Service:
     from evalmode.service.app import create_app
     from evalmode.service.state import open_state
 
+    # What was imported stays: without this the collector walks over all of it again and again, tens of milliseconds in
+    # which nobody is answered. Before the models, for those are let go.
+    gc.collect()
+    gc.freeze()
     state = open_state(settings)
     return Service(
         app=create_app(state),
