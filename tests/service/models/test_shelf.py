@@ -17,7 +17,6 @@ from tests.service.bundle_folders import (
     QUICKLY,
     READY,
     UNAVAILABLE,
-    Opener,
     answer,
     put,
     refusals,
@@ -25,29 +24,6 @@ from tests.service.bundle_folders import (
     started,
     states,
 )
-
-
-@pytest.fixture
-def opener():
-    return Opener()
-
-
-@pytest.fixture
-def root(tmp_path):
-    folder = tmp_path / "bundles"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, bundles):
-    """Bundles to copy from: two contents of tiny/1, and tiny/2."""
-    folder = tmp_path_factory.mktemp("made")
-    return {
-        "1": bundles.make(folder / "a"),
-        "1 anew": bundles.make(folder / "b", labels=("a", "b", "c", "d", "e")),
-        "2": bundles.make(folder / "c", version="2"),
-    }
 
 
 @pytest.mark.parametrize("above", [0, 1, 2])

@@ -24,13 +24,6 @@ GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.fixture
-def gate(tmp_path, monkeypatch) -> Path:
-    """A file; what is asked below /gate is answered once it is there."""
-    monkeypatch.setenv("TINY_GATE", str(tmp_path / "open"))
-    return tmp_path / "open"
-
-
-@pytest.fixture
 def run(processes, gate):
     @contextmanager
     def running(**settings: object) -> Iterator[object]:

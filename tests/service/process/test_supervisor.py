@@ -27,13 +27,6 @@ GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.fixture
-def gate(tmp_path, monkeypatch) -> Path:
-    """A file; what is asked below /gate is answered once it is there."""
-    monkeypatch.setenv("TINY_GATE", str(tmp_path / "open"))
-    return tmp_path / "open"
-
-
-@pytest.fixture
 def mode(tmp_path, monkeypatch) -> Path:
     """A file that says what a worker does when it starts."""
     monkeypatch.setenv("TINY_MODE", str(tmp_path / "mode"))
