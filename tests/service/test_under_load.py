@@ -185,12 +185,12 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(moody, process
 
 def test_more_rows_wait_no_longer_than_the_queue_may_take(moody, processes):
     """The queue is bounded in seconds too, by the rate at which it has drained."""
-    with processes.running(moody, parallel=1, queue_s=0.01) as service, ThreadPoolExecutor(60) as pool:
-        texts = [f"{SLUGGISH} {number}" if number % 2 else f"{SLUGGISH} a longer one {number}" for number in range(60)]
+    with processes.running(moody, parallel=1, queue_s=0.01) as service, ThreadPoolExecutor(24) as pool:
+        texts = [f"{SLUGGISH} {number}" if number % 2 else f"{SLUGGISH} a longer one {number}" for number in range(24)]
         first = [answer.status_code for answer in pool.map(lambda text: predict(service, text), texts)]
         later = [answer.status_code for answer in pool.map(lambda text: predict(service, text), texts)]
         assert set(first) | set(later) == {200, 503}
-        assert later.count(503) > 30, "by then it is known how slow they are"
+        assert later.count(503) > 8, "by then it is known how slow they are"
         assert predict(service, *["a"] * 256).status_code == 200, "nothing waits, so there is nothing to expect"
 
 
