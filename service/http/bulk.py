@@ -81,8 +81,6 @@ def parse_query(items: Iterable[tuple[str, str]], *, max_top_k: int) -> Asked:
         raise InvalidField(f"top_k must be a number from 1 to {max_top_k}, got {top_k[:60]!r}", field="top_k")
     if truncate not in ("true", "false"):
         raise InvalidField(f"truncate must be true or false, got {truncate[:60]!r}", field="truncate")
-    if "version" in query and "model" not in query:
-        raise InvalidField("version is of a model: name that one too", field="version")
     return Asked(top_k=int(top_k), truncate=truncate == "true", model=query.get("model"), version=query.get("version"))
 
 

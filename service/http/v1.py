@@ -91,19 +91,24 @@ async def _answered(state: State, model: Model, asked: PredictRequest, *, deadli
 async def _model(request: Request, model: str | None = None, version: str | None = None) -> Response:
     """What is being served: manifest, certificate, and how its known answers came out on this machine."""
     state: State = request.app.state.service
-    if version is not None and model is None:
-        raise InvalidField("version is of a model: name that one too", field="version")
+    _require_model(model, version)
     found = state.repository.get(model, version) if model is not None else _default(state)
     return _answer(ModelResponse.of(found, parallel=state.engine.load.parallel, workers=state.settings.workers))
 
 
 def _model_for(state: State, *, name: str | None, version: str | None) -> Model:
+    _require_model(name, version)
     model = state.repository.default_text() if name is None else state.repository.get(name, version)
     if not model.is_text:
         raise InvalidField(
             f"model {model.name} takes tensors and no texts: ask POST /v2/models/{model.name}/infer", field="model"
         )
     return model
+
+
+def _require_model(name: str | None, version: str | None) -> None:
+    if version is not None and name is None:
+        raise InvalidField("version is of a model: name that one too", field="version")
 
 
 def _default(state: State) -> Model:

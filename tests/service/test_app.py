@@ -263,3 +263,21 @@ def test_the_model_that_is_described_is_the_one_that_was_asked_for(tmp_path, bun
         )
     assert (newest.json()["version"], first.json()["version"]) == ("2", "1")
     assert (nameless.status_code, nameless.json()["field"]) == (422, "version")
+
+
+def test_a_version_is_of_a_model_that_must_be_named_too(bundle):
+    lines = {"content": b'"a"\n', "headers": {"content-type": "application/x-ndjson"}}
+    with state_of(bundle) as state:
+        answers = asked(
+            create_app(state),
+            lambda client: client.post("/v1/predict", json={"inputs": ["a"], "version": "1"}),
+            lambda client: client.post("/v1/predict?version=1", **lines),
+            lambda client: client.get("/v1/model?version=1"),
+        )
+        (named,) = asked(
+            create_app(state),
+            lambda client: client.post("/v1/predict", json={"inputs": ["a"], "model": "tiny", "version": "1"}),
+        )
+    for answer in answers:
+        assert (answer.status_code, answer.json()["field"]) == (422, "version")
+    assert named.status_code == 200

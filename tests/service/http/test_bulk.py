@@ -313,7 +313,6 @@ def test_an_engine_that_closes_ends_the_stream_with_a_last_line() -> None:
         ([("top_k", "1"), ("top_k", "2")], "top_k"),
         ([("truncate", "maybe")], "truncate"),
         ([("topk", "1")], "topk"),
-        ([("version", "1")], "version"),
     ],
 )
 def test_a_wrong_query_names_the_parameter(query: list[tuple[str, str]], field: str) -> None:
