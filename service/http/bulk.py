@@ -237,8 +237,13 @@ class _BulkResponse(Response):
         await self._window.enter(rows=len(raw), nbytes=nbytes)
         task = asyncio.create_task(self._streams.answer(raw, first, self._predict))
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._forget)
         self._groups.put_nowait(_Group(answers=task, rows=len(raw), nbytes=nbytes))
+
+    def _forget(self, task: asyncio.Task[bytes]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # the first failure is the stream's last line; of the others nobody asks
 
     async def _predict(self, texts: Sequence[str]) -> Sequence[Predicted]:
         return await self._streams.predict(self._model, self._asked, texts)
