@@ -19,7 +19,9 @@ from starlette.requests import ClientDisconnect
 import evalmode
 from evalmode.service.errors import BodyTooLarge, NotReady, QueueFull, RequestError, RequestTimeout, RunFailed
 from evalmode.service.http import docs, edge, v1, v2
+from evalmode.service.http.body import JSON
 from evalmode.service.http.bulk import Streams
+from evalmode.service.http.security import is_v2
 from evalmode.service.process.health import Stage
 from evalmode.service.schemas import ErrorResponse, StateResponse
 from evalmode.service.state import State
@@ -102,7 +104,7 @@ async def _metrics(request: Request) -> Response:
 
 
 def _json(model: StateResponse) -> Response:
-    return Response(model.model_dump_json(), media_type=v1.JSON)
+    return Response(model.model_dump_json(), media_type=JSON)
 
 
 def _error(
@@ -115,12 +117,12 @@ def _error(
 ) -> Response:
     if status == 500:  # what its caller may ask us about
         sentence = f"{sentence}; request {request.scope.get('state', {}).get('request_id', 'unknown')}"
-    if f"{request.url.path}/".startswith("/v2/"):
+    if is_v2(request.url.path):
         # The Open Inference Protocol has one key for errors, and one status for whatever is wrong with a request.
         body = json.dumps({"error": sentence})
-        return Response(body, status_code=400 if status == 422 else status, media_type=v1.JSON, headers=headers)
+        return Response(body, status_code=400 if status == 422 else status, media_type=JSON, headers=headers)
     body = ErrorResponse(error=sentence, field=field).model_dump_json()
-    return Response(body, status_code=status, media_type=v1.JSON, headers=headers)
+    return Response(body, status_code=status, media_type=JSON, headers=headers)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -20,7 +20,10 @@ _log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Told from engine threads and the event loop, with no lock held; must be quick and never raise."""
+    """Told from engine threads and the event loop, with no lock held; must be quick and never raise.
+
+    Who inherits from it says only what he has something to say of: a method that is left out says nothing.
+    """
 
     def batch_ran(
         self,
@@ -32,12 +35,15 @@ class Observer(Protocol):
         run_s: float,
     ) -> None:
         """A batch of `rows` was answered in `run_s`, filled with copies up to `places`; each row had waited so long."""
+        return
 
     def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
         """A request will not be answered: told once for each of its buckets, with all the rows it had there."""
+        return
 
     def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
         """A row was run again alone; `violation` when its answer was another one."""
+        return
 
 
 def tell(say: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:

@@ -16,10 +16,12 @@ from pydantic_core import ErrorDetails
 from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, RequestTimeout, UnsupportedMedia
 from evalmode.service.schemas import PredictRequest
 
+JSON = "application/json"
+
 _SHOWN_CHARACTERS = 60
 
 # The form is what curl -d and urllib declare when nobody told them what they send.
-_TAKEN_FOR_JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded"})
+_TAKEN_FOR_JSON = frozenset({"", JSON, "application/x-www-form-urlencoded"})
 
 
 async def read_body(

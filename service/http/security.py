@@ -152,10 +152,15 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return None
 
 
+def is_v2(path: str) -> bool:
+    """Whether a path belongs to the Open Inference Protocol, which has an error form of its own."""
+    return f"{path}/".startswith("/v2/")
+
+
 def error_body(path: str, sentence: str) -> bytes:
     """An error answer in the form of the protocol that `path` belongs to."""
     error: dict[str, str | None] = {"error": sentence}
-    if not f"{path}/".startswith("/v2/"):
+    if not is_v2(path):
         error["field"] = None
     return json.dumps(error).encode()
 

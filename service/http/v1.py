@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from evalmode.service.errors import InvalidField
-from evalmode.service.http.body import parse_predict, read_body, require_json
+from evalmode.service.http.body import JSON, parse_predict, read_body, require_json
 from evalmode.service.http.bulk import MEDIA_TYPE as NDJSON
 from evalmode.service.http.bulk import Streams, parse_query
 from evalmode.service.http.waiter import timeout_of, unless_hung_up
@@ -18,9 +18,6 @@ from evalmode.service.models.text import Prediction
 from evalmode.service.schemas import ErrorResponse, ModelResponse, PredictRequest, PredictResponse, request_schema
 from evalmode.service.settings import Settings
 from evalmode.service.state import State
-
-JSON = "application/json"
-
 
 _LINES = {
     "schema": {

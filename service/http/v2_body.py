@@ -10,8 +10,6 @@ from evalmode.service.http.body import read_body
 from evalmode.service.protocol.compression import decompressed, encoding_of
 from evalmode.service.settings import Settings
 
-JSON = "application/json"
-
 
 async def read_request(request: Request, settings: Settings) -> bytes:
     """The whole body, decompressed; the limit holds before and after.

@@ -16,8 +16,9 @@ from pydantic import BaseModel
 import evalmode
 from evalmode.bundle.manifest import is_name
 from evalmode.service.errors import BadRequest, Conflict, Forbidden, NotReady, UnknownModel
+from evalmode.service.http.body import JSON
 from evalmode.service.http.offered import inputs_of, is_batched, outputs_of
-from evalmode.service.http.v2_body import JSON, read_request
+from evalmode.service.http.v2_body import read_request
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.protocol.datatypes import shown

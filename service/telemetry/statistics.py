@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from evalmode.service.batching.observer import Observer
+
 if TYPE_CHECKING:
     from evalmode.service.batching.bucket import Bucket, SizedRow
-    from evalmode.service.batching.observer import Reason
-    from evalmode.service.batching.proof import Violation
 
 # Versions come and go; the figures of those that nobody asked for longest go first.
 _MOST_VERSIONS = 1_000
@@ -79,7 +79,7 @@ class _Figures:
         }
 
 
-class Statistics:
+class Statistics(Observer):
     """The figures of every model version since this process began; an observer of the engine."""
 
     def __init__(self, *, now: Callable[[], float] = time.time) -> None:
@@ -123,12 +123,6 @@ class Statistics:
             figures.queue.add(sum(waited_s), count=len(rows))
             figures.compute_infer.add(run_s, count=len(rows))
             figures.by_rows.setdefault(len(rows), _Duration()).add(run_s)
-
-    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
-        """Nothing to count: the request that they belonged to ends as a failed one."""
-
-    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
-        """Nothing to count: no caller waited for it."""
 
     def _of(self, name: str, version: str) -> _Figures:
         key = (name, version)

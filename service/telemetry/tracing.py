@@ -17,6 +17,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import evalmode
+from evalmode.service.batching.observer import Observer
 from evalmode.service.errors import StartFailed
 from evalmode.service.settings import Settings
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from evalmode.service.batching.bucket import Bucket, SizedRow
-    from evalmode.service.batching.observer import Reason
-    from evalmode.service.batching.proof import Violation
 
 _TRACES_PATH = "/v1/traces"
 _VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -90,7 +89,7 @@ class Batch:
         }
 
 
-class Tracing:
+class Tracing(Observer):
     """Makes spans and sends them. Also an observer of the engine, for the rows that `following` was told of."""
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -189,12 +188,6 @@ class Tracing:
                 places=places,
             )
             self.ran(batch, waited_s=max(waited_of_parent), run_s=run_s, parent=parents[key])
-
-    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
-        """Nothing to add: the request's own span has its status."""
-
-    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
-        """Nothing to add: no request is concerned."""
 
     def close(self, *, timeout_s: float = 5.0) -> bool:
         """Send what is left; False when that did not end in time, as with an endpoint that is not there."""

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from evalmode.service.batching.observer import Observer
+
 if TYPE_CHECKING:
-    from evalmode.service.batching.bucket import Bucket, SizedRow
-    from evalmode.service.batching.observer import Reason
+    from evalmode.service.batching.bucket import Bucket
     from evalmode.service.batching.proof import Violation
 
 _log = structlog.get_logger("evalmode.service")
 
 
-class ViolationLog:
+class ViolationLog(Observer):
     """An observer of the engine that has something to say of violations alone."""
-
-    def batch_ran(
-        self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
-        *,
-        places: int,
-        waited_s: Sequence[float],
-        run_s: float,
-    ) -> None:
-        """Nothing to say."""
-
-    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
-        """Nothing to say: the request's own line says it."""
 
     def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
         """A row had other bits in a batch than alone: which model, which rows, in which order, in how many places."""
