@@ -29,7 +29,7 @@ lint: $(VENV)/dev
 	$(BIN)/lint-imports
 
 bench: $(BUNDLE)/manifest.json $(VENV)/dev  ## start-up, memory and latency of the server, as figures
-	$(BIN)/python bench/server.py $(BUNDLE)
+	$(BIN)/python bench/speed.py $(BUNDLE)
 
 image: $(BUNDLE)/manifest.json  ## a container image that serves the default bundle
 	$(ENGINE) build --build-context bundle=bundles/$(DATA) -t $(IMAGE) .

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from launched import served
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from serving import served
 
 from evalmode.bundle.store import find_bundle
 from evalmode.service.predictor import Predictor

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from mutants import Model, Request, bombs, known_good, request_of
+from fuzz_requests import Model, Request, bombs, known_good, request_of
+from launched import Server, served
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
-from serving import Server, served
 
 CONNECTIONS = 32
 KNOWN_SHARE = 0.04

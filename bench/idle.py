@@ -9,9 +9,9 @@ import time
 from urllib.parse import urlsplit
 
 import aiohttp
+from launched import Server, served
 from rich.console import Console
 from rich.table import Table
-from serving import Server, served
 
 IDLE = 1000
 CLIENTS = 8

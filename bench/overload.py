@@ -21,10 +21,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import aiohttp
+from launched import Server, served
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from serving import Server, served
 
 CLIENTS = 16
 OVERLOAD = 5

@@ -5,7 +5,6 @@ EvalmodeError                 every error that is the user's to mend: one senten
 │   ├── BundleCorrupt         a file is missing, changed or unreadable; the sentence names it
 │   ├── BundleNotCertified    its certificate is absent, fails, or certifies other content
 │   └── KnownAnswersDiffer    it does not answer here as it was certified to
-├── DataError                 a data set that cannot be used as asked
 ├── ModelRunFailed            the runtime failed on these inputs
 │   └── InputsRefused         because of the inputs: an index out of range, shapes that do not go together
 └── ProviderUnavailable       an execution provider that was asked for is not there; says which are
@@ -13,9 +12,7 @@ EvalmodeError                 every error that is the user's to mend: one senten
 
 from __future__ import annotations
 
-
-class EvalmodeError(Exception):
-    """Something the user can mend; its message is one clear sentence that names the way out."""
+from evalmode.errors import EvalmodeError
 
 
 class BundleError(EvalmodeError):
@@ -32,10 +29,6 @@ class BundleNotCertified(BundleError):  # noqa: N818
 
 class KnownAnswersDiffer(BundleError):  # noqa: N818
     """A known answer does not come out here; the message names the first that does not, and by how much."""
-
-
-class DataError(EvalmodeError):
-    """A data set that cannot be used as asked; the message names the file, column or row."""
 
 
 class ModelRunFailed(EvalmodeError):  # noqa: N818

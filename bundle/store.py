@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from evalmode.atomic_files import write_folder
 from evalmode.bundle.certificate import Certificate, Verdict
 from evalmode.bundle.errors import BundleCorrupt, BundleError, BundleNotCertified
-from evalmode.bundle.files import write_folder
 from evalmode.bundle.frontend import TOKENIZER_FILE, FrontEnd, open_frontend
 from evalmode.bundle.known_answers import KnownAnswer, unpack
 from evalmode.bundle.manifest import CERTIFICATE_FILE, KNOWN_ANSWERS_FILE, MANIFEST_FILE, MODEL_FILE, Frozen, Manifest

@@ -11,12 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from evalmode import __version__
-from evalmode.bundle.errors import EvalmodeError
 from evalmode.commands import audit as audit_command
 from evalmode.commands import export as export_command
 from evalmode.commands import predict as predict_command
 from evalmode.commands import serve as serve_command
 from evalmode.commands import verify as verify_command
+from evalmode.errors import EvalmodeError
 from evalmode.terminal import UNUSABLE, complain, open_console
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.audit.audit import audit
 from evalmode.export.certify import certify
-from evalmode.export.module_candidate import bound, candidate_of
-from evalmode.export.outputs import own_forward
-from evalmode.export.state import untouched
+from evalmode.export.inputs.samples import bound, candidate_of
+from evalmode.export.module.outputs import own_forward
+from evalmode.export.module.untouched import untouched
 
 __all__ = ["assert_export_is_clean", "assert_no_expectation_gap"]
 

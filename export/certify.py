@@ -10,8 +10,12 @@ from torch import nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict, overall
 from evalmode.bundle.errors import ModelRunFailed
-from evalmode.export.candidate import Candidate
-from evalmode.export.checks import (
+from evalmode.export.convert import Converted, convert
+from evalmode.export.fingerprint import fingerprint
+from evalmode.export.inputs.candidate import Candidate
+from evalmode.export.module.forward import seeded
+from evalmode.export.module.parts import disturbed
+from evalmode.export.rules import (
     baked_noise,
     batch_invariance,
     census,
@@ -23,12 +27,8 @@ from evalmode.export.checks import (
     parity,
     repeatability,
 )
-from evalmode.export.convert import Converted, convert
-from evalmode.export.fingerprint import fingerprint
-from evalmode.export.modules import disturbed
-from evalmode.export.structure import STRUCTURE
-from evalmode.export.subject import Subject, as_tensors
-from evalmode.export.witness import seeded
+from evalmode.export.rules.structure import STRUCTURE
+from evalmode.export.rules.subject import Subject, as_tensors
 
 Progress = Callable[[str], None]
 

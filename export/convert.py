@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from evalmode.bundle.certificate import Verdict
-from evalmode.bundle.errors import EvalmodeError
-from evalmode.export.checks import escaped_module
-from evalmode.export.outputs import answering_tensors
-from evalmode.export.witness import plain_forward
+from evalmode.errors import EvalmodeError
+from evalmode.export.module.forward import plain_forward
+from evalmode.export.module.outputs import answering_tensors
+from evalmode.export.rules import escaped_module
 
 # The first opset with GELU as one operator; the runtimes of the last two years read it.
 OPSET = 20
@@ -140,12 +140,6 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     more = next((line for line in lines[1:] if line.startswith("- ")), "") if lines and lines[0].endswith(":") else ""
     return f"{lines[0] if lines else type(error).__name__} {more}".strip()
-
-
-def serialise(model: onnx.ModelProto) -> bytes:
-    """The model's bytes: the same for the same model."""
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
 
 
 def scope(node_name: str) -> str:

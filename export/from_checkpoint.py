@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.frontend import collate
 from evalmode.bundle.row_counts import rows_by_length
-from evalmode.export.candidate import BATCH, Candidate
+from evalmode.errors import EvalmodeError
 from evalmode.export.certify import Progress
+from evalmode.export.inputs.candidate import BATCH, Candidate
+from evalmode.export.inputs.text_probes import held_out, probes
 from evalmode.export.release import Description, Released, release, require_writable
-from evalmode.export.subject import as_tensors
-from evalmode.export.text_probes import held_out, probes
+from evalmode.export.rules.subject import as_tensors
 from evalmode.model.checkpoint import Checkpoint
 
 _AXES = {0: BATCH, 1: "length"}

@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from evalmode.export.candidate import Candidate
 from evalmode.export.certify import Progress
-from evalmode.export.module_candidate import candidate_of
+from evalmode.export.inputs.candidate import Candidate
+from evalmode.export.inputs.references import load_module, load_samples
+from evalmode.export.inputs.samples import candidate_of
 from evalmode.export.release import Description, Released, release, require_writable
-from evalmode.export.twin import exported_elsewhere
-from evalmode.export.user_code import load_module, load_samples
+from evalmode.export.second_export import exported_elsewhere
 
 _KNOWN_ANSWERS = 8
 

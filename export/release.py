@@ -16,16 +16,16 @@ import torch
 from pydantic import JsonValue
 
 from evalmode.bundle.certificate import Certificate, Record, Verdict
-from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, NgramSpec
 from evalmode.bundle.known_answers import KnownAnswer, Tensors, pack
 from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest, is_name
 from evalmode.bundle.session import Session
 from evalmode.bundle.store import digest_of, hashes_of, write_bundle
-from evalmode.export.candidate import Candidate
+from evalmode.errors import EvalmodeError
 from evalmode.export.certify import Progress, certify
 from evalmode.export.convert import OPSET
-from evalmode.export.subject import Subject
+from evalmode.export.inputs.candidate import Candidate
+from evalmode.export.rules.subject import Subject
 
 
 class ExportRefused(EvalmodeError):  # noqa: N818 - read as a sentence: "raise ExportRefused"

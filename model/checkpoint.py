@@ -25,9 +25,9 @@ import numpy.typing as npt
 import safetensors.torch
 from pydantic import TypeAdapter
 
-from evalmode.bundle.errors import EvalmodeError
-from evalmode.bundle.files import write_file
+from evalmode.atomic_files import write_file
 from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, FrontEnd, FrontEndSpec, Ids, NgramSpec, open_frontend
+from evalmode.errors import EvalmodeError
 from evalmode.model.config import TransformerConfig
 from evalmode.model.transformer import Transformer
 

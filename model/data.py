@@ -17,9 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evalmode.bundle.errors import DataError
 from evalmode.model import languages
-from evalmode.model.languages import Texts
+from evalmode.model.texts import DataError, Texts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,11 +20,10 @@ import unicodedata
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from evalmode.bundle.errors import DataError
-from evalmode.bundle.files import write_file
+from evalmode.atomic_files import write_file
+from evalmode.model.texts import DataError, Texts
 
 REQUIREMENTS = Path(__file__).with_name("languages-requirements.txt")
 
@@ -54,17 +53,6 @@ NOISE = re.compile(
 NOT_A_LETTER = re.compile(r"[\W\d_]+")  # drops combining marks too: a key needs no vowel signs, and \w is fast
 LATIN_LETTER = re.compile(r"[a-z\u00df-\u02af\u1e00-\u1eff]")  # of casefolded letters
 OTHER_LETTER = re.compile(r"[^a-z\u00df-\u02af\u1e00-\u1eff]")
-
-
-@dataclass(frozen=True)
-class Texts:
-    """N texts and the language code of each: both of length N."""
-
-    texts: tuple[str, ...]
-    labels: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        assert len(self.texts) == len(self.labels), f"{len(self.texts)} texts, {len(self.labels)} labels"
 
 
 def load(cache: Path, *, requirements: Path = REQUIREMENTS) -> dict[str, Texts]:

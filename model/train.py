@@ -26,22 +26,22 @@ from rich.console import Console
 from torch import Tensor
 
 import evalmode
-from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.frontend import BpeSpec, NgramSpec, open_frontend
+from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
 from evalmode.model.batches import UNLABELLED, Batches, Rows, encode
 from evalmode.model.checkpoint import Checkpoint, HeldOut
 from evalmode.model.config import TrainConfig, TransformerConfig
 from evalmode.model.data import DataSet, open_data
-from evalmode.model.evaluation import fit_temperature, fold_temperature, predict, quality
-from evalmode.model.frontends import choose_frontend
-from evalmode.model.languages import Texts
+from evalmode.model.early_stopping import Diverged, Validation
+from evalmode.model.informed_table import informed_table
 from evalmode.model.learner import Learner, step_seed
-from evalmode.model.prior import informed_table
+from evalmode.model.metrics import fit_temperature, fold_temperature, predict, quality
 from evalmode.model.progress import ShowProgress
-from evalmode.model.run_state import FOLDER, STATE_FILE, KeepState, WholeFiles, open_run, require_same
+from evalmode.model.resume import FOLDER, STATE_FILE, KeepState, WholeFiles, open_run, require_same
+from evalmode.model.texts import Texts
+from evalmode.model.tokenizer_training import choose_frontend
 from evalmode.model.transformer import Transformer
-from evalmode.model.validation import Diverged, Validation
 
 ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 2, 20
 JUDGED_TRAIN_ROWS = 10_000  # the training accuracy is of so many rows: it is shown for the gap to test, no more

@@ -17,14 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import evalmode
+from evalmode.service.components import State
 from evalmode.service.errors import BodyTooLarge, NotReady, QueueFull, RequestError, RequestTimeout, RunFailed
+from evalmode.service.health import Stage
 from evalmode.service.http import docs, edge, v1, v2
 from evalmode.service.http.body import JSON
 from evalmode.service.http.bulk import Streams
 from evalmode.service.http.security import is_v2
-from evalmode.service.process.health import Stage
-from evalmode.service.schemas import ErrorResponse, StateResponse
-from evalmode.service.state import State
+from evalmode.service.http.v1_schemas import ErrorResponse, StateResponse
 
 _log = structlog.get_logger("evalmode.service")
 

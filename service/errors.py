@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 
 
 class StartFailed(EvalmodeError):  # noqa: N818 - read as a sentence, like the bundle's

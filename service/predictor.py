@@ -14,10 +14,10 @@ from types import TracebackType
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.store import find_bundle
-from evalmode.service.engine import Engine, Limits
+from evalmode.service.batching.cpu_quota import cpu_quota
+from evalmode.service.batching.engine import Engine, Limits
 from evalmode.service.models.calibration import Calibration
 from evalmode.service.models.model import Model, ModelRow, Prediction, content_of
-from evalmode.service.process.quota import cpu_quota
 
 # One caller who waits for all that he asks: there is nobody whom a bound would protect from him.
 _UNBOUNDED = Limits(queue_rows=sys.maxsize, queue_bytes=sys.maxsize, max_run_s=math.inf)

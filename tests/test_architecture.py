@@ -48,7 +48,7 @@ def test_every_file_of_the_rooms_says_what_it_is_for() -> None:
 
 
 def test_the_service_loads_neither_torch_nor_onnx() -> None:
-    loaded = loaded_after("import evalmode.service.server")
+    loaded = loaded_after("import evalmode.service.process.server")
     assert not loaded & {"torch", "onnx", "lightning", "datasets"}
 
 

@@ -274,7 +274,7 @@ def test_a_mistake_of_ours_is_one_sentence_too_and_shows_where_when_asked(
     def fails(paths: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr("evalmode.export.targets.find_targets", fails)
+    monkeypatch.setattr("evalmode.export.verify.targets.find_targets", fails)
     assert called("verify", "any.onnx", patch=monkeypatch) == terminal.UNUSABLE
     said = "evalmode: a mistake of ours, ZeroDivisionError: two lines (EVALMODE_TRACEBACK=1 shows where)\n"
     assert capsys.readouterr().err == said

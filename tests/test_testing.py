@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evalmode.export.axes import UnusableInputs
+from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.testing import assert_export_is_clean, assert_no_expectation_gap
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evalmode.bundle.errors import EvalmodeError
 from evalmode.commands import reporting
+from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def audit(
     allow_unproven: reporting.AllowUnproven = False,
 ) -> None:
     """Hold every dropout's training against its eval: exit 0 without a gap, 1 when a site has one, 2 for bad input."""
+    from evalmode.export.inputs.references import load_module
     from evalmode.export.report.report import FailOn, Report
-    from evalmode.export.user_code import load_module
-    from evalmode.export.verify import Verified
+    from evalmode.export.verify.verify import Verified
     from evalmode.tables import sites_table
 
     if not 0 < alpha < 1:
@@ -67,8 +67,8 @@ def _draws(samples: str) -> int | None:
 
 def _audit(module: Any, inputs: str, **options: Any) -> Audit:
     from evalmode.export.audit.audit import audit as audit_module
-    from evalmode.export.module_candidate import bound
-    from evalmode.export.user_code import load_samples
+    from evalmode.export.inputs.references import load_samples
+    from evalmode.export.inputs.samples import bound
 
     samples, _ = bound(module, load_samples(inputs))
     with open_console(stderr=True).status("audit") as status:

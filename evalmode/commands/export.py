@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 from evalmode.terminal import FOUND, open_console
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def export(
 def _release(
     source: str, inputs: str | None, dynamic_axes: list[str], *, progress: Progress, **target: Any
 ) -> Released:
-    from evalmode.export.user_code import is_reference
+    from evalmode.export.inputs.references import is_reference
 
     if is_reference(source):
         if inputs is None:
@@ -89,7 +89,7 @@ def _release(
 
 
 def _name_of(source: str) -> str:
-    from evalmode.export.user_code import is_reference
+    from evalmode.export.inputs.references import is_reference
 
     module = source.partition(":")[0].rpartition(".")[2]
     stem = module if is_reference(source) else Path(source).resolve().name

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 from evalmode.terminal import FOUND, complain, open_console
 
 if TYPE_CHECKING:
-    from evalmode.commands.answers import AnswersFile, Stdout
-    from evalmode.commands.bulk import Answerer, Source
-    from evalmode.service.http.lines import Predicted
+    from evalmode.client.answers_file import AnswersFile, Stdout
+    from evalmode.client.transfer import Answerer, Source
+    from evalmode.service.ndjson import Predicted
     from evalmode.service.predictor import Predictor
 
 EPILOG = (
@@ -125,7 +125,7 @@ def predict(
     elif texts:
         raise EvalmodeError(f"give texts as arguments or as --input {source}, not both")
     else:
-        from evalmode.commands.bulk import Source
+        from evalmode.client.transfer import Source
 
         _predict_file(Source(path=source, chunk_lines=chunk_lines), output, ask)
 
@@ -136,7 +136,7 @@ def _predict_texts(texts: Sequence[str], ask: _Ask, *, as_json: bool) -> None:
     with Predictor.open(ask.bundle or _BUNDLES, provider=ask.provider) as predictor:
         predictions = predictor.predict(texts, top_k=ask.top_k, truncate=ask.truncate)
         if as_json:
-            from evalmode.service.schemas import PredictResponse
+            from evalmode.service.http.v1_schemas import PredictResponse
 
             print(PredictResponse.of(predictor.model, predictions).model_dump_json())
             return
@@ -164,7 +164,7 @@ def _predict_file(source: Source, output: Path | None, ask: _Ask) -> None:
 
 
 def _opened(source: Source, output: Path | None, ask: _Ask) -> AnswersFile | Stdout:
-    from evalmode.commands.answers import AnswersFile, Stdout, identity_of
+    from evalmode.client.answers_file import AnswersFile, Stdout, identity_of
 
     source.check()  # before anything is written
     if output is None or output == Path("-"):
@@ -174,7 +174,7 @@ def _opened(source: Source, output: Path | None, ask: _Ask) -> AnswersFile | Std
 
 
 async def _transfer(source: Source, taker: AnswersFile | Stdout, ask: _Ask) -> None:
-    from evalmode.commands.bulk import Transfer
+    from evalmode.client.transfer import Transfer
 
     async with _answerer(ask) as answerer:
         await Transfer(source=source, answerer=answerer, taker=taker, concurrency=ask.concurrency).run()
@@ -183,7 +183,7 @@ async def _transfer(source: Source, taker: AnswersFile | Stdout, ask: _Ask) -> N
 @asynccontextmanager
 async def _answerer(ask: _Ask) -> AsyncIterator[Answerer]:
     if ask.url is not None:
-        from evalmode.commands.remote import Server, open_client
+        from evalmode.client.remote import Server, open_client
 
         name, _, version = (ask.model or "").partition("/")
         named = {key: value for key, value in (("model", name), ("version", version)) if value}
@@ -208,7 +208,7 @@ class _Here:
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
         """As a server answers them."""
-        from evalmode.service.http.lines import answer_lines
+        from evalmode.service.ndjson import answer_lines
 
         answers = await answer_lines(lines, first=first, predict=self._predict, inline_bytes=0)
         return answers, self.predictor.model.digest

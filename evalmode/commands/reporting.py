@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 from evalmode.terminal import FOUND, UNUSABLE, complain, encoded, open_console, write
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _tell(report: Report, form: str, output: Path | None) -> None:
     if output is None:
         write(spelled)
         return
-    from evalmode.bundle.files import write_file
+    from evalmode.atomic_files import write_file
 
     try:
         write_file(output, encoded(spelled))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console, write
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _serve(config: Path | None, *, print_settings: bool, **given: Any) -> None:
     if print_settings:
         _print(settings, origins)
         return
-    from evalmode.service.server import serve as serve_settings
+    from evalmode.service.process.server import serve as serve_settings
 
     serve_settings(settings)
 

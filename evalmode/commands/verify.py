@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evalmode.bundle.errors import EvalmodeError
 from evalmode.commands import reporting
+from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console
 
 if TYPE_CHECKING:
-    from evalmode.export.targets import Target
-    from evalmode.export.verify import Asked, Examined
+    from evalmode.export.verify.targets import Target
+    from evalmode.export.verify.verify import Asked, Examined
 
 EPILOG = (
     "Examples:  evalmode verify bundles models/*.onnx   |   "
@@ -55,9 +55,9 @@ def verify(
 ) -> None:
     """Check ONNX files and bundles: exit 0 when all pass, 1 when a rule finds something, 2 when one is unreadable."""
     from evalmode.export.report.report import FailOn, Report
-    from evalmode.export.rules import names_of
-    from evalmode.export.targets import find_targets
-    from evalmode.export.verify import Asked
+    from evalmode.export.rules.registry import names_of
+    from evalmode.export.verify.targets import find_targets
+    from evalmode.export.verify.verify import Asked
 
     if module is not None and inputs is None:
         raise EvalmodeError("--module needs --inputs: without inputs nothing can be compared")
@@ -74,7 +74,7 @@ def verify(
 def _examine(targets: Sequence[Target], asked: Asked) -> tuple[Examined, ...]:
     from rich.progress import track
 
-    from evalmode.export.workers import examine_all
+    from evalmode.export.verify.in_parallel import examine_all
 
     found = examine_all(targets, asked)
     terminal = open_console(stderr=True)
@@ -87,7 +87,7 @@ def _samples(inputs: str) -> Sequence[Any]:
     """What --inputs means: arrays of a file, samples of the user's code, or none, which asks for made ones."""
     if inputs == MADE:
         return ()
-    from evalmode.export.user_code import is_reference, load_samples
+    from evalmode.export.inputs.references import is_reference, load_samples
 
     if is_reference(inputs):
         return load_samples(inputs)
@@ -101,6 +101,6 @@ def _samples(inputs: str) -> Sequence[Any]:
 
 
 def _module(reference: str) -> Any:
-    from evalmode.export.user_code import load_module
+    from evalmode.export.inputs.references import load_module
 
     return load_module(reference).eval()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from evalmode.export.audit import statistics as st
-from evalmode.export.audit.measured import MOST_DRAWS, Measured, Outcome
+from evalmode.export.audit.site import MOST_DRAWS, Measured, Outcome
 
 _BLOCKS = 32
 _PILOT = 32

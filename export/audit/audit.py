@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.audit import batchnorm
-from evalmode.export.audit.capture import Candidate, Found, find
+from evalmode.export.audit.find_sites import Candidate, Found, find
 from evalmode.export.audit.judge import judge
 from evalmode.export.audit.site import Kind, Site
-from evalmode.export.modules import named_everything, private_copy
-from evalmode.export.rules import EXPECTATION_GAP
-from evalmode.export.state import untouched
-from evalmode.export.witness import seed_everything
+from evalmode.export.module.forward import seed_everything
+from evalmode.export.module.parts import named_everything, private_copy
+from evalmode.export.module.untouched import untouched
+from evalmode.export.rules.registry import EXPECTATION_GAP
 
 RULE = EXPECTATION_GAP
 

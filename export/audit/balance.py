@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from evalmode.export.audit.effect import Unclear
-from evalmode.export.audit.held import rounding
+from evalmode.export.audit.isolated_site import rounding
+from evalmode.export.audit.site import Unclear
 
 _STEPS = 30
 _MOST_TOGETHER = 4  # effects whose candidates are tried in every combination

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evalmode.export.audit.capture import Call
-from evalmode.export.audit.held import Held
+from evalmode.export.audit.find_sites import Call
+from evalmode.export.audit.isolated_site import Held
 
 _DRAWS = 16
 _SHIFT = 0.02  # smaller ones are not worth a warning

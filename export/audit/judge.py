@@ -7,17 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.audit import words
-from evalmode.export.audit.capture import Candidate, carry_values
-from evalmode.export.audit.classify import kind_of, scales
-from evalmode.export.audit.effect import Effect, Observer, Unclear
-from evalmode.export.audit.held import Held
+from evalmode.export.audit import verdicts
+from evalmode.export.audit.by_output import Outputs
+from evalmode.export.audit.by_tape import Taped, gathered, probe, read
+from evalmode.export.audit.find_sites import Candidate, carry_values
+from evalmode.export.audit.isolated_site import Held
 from evalmode.export.audit.masks import kept_value
 from evalmode.export.audit.measure import measure
-from evalmode.export.audit.measured import Measured, Outcome
-from evalmode.export.audit.outputs import Outputs
-from evalmode.export.audit.site import SEVERITIES, Kind, Site
-from evalmode.export.audit.taped import Taped, gathered, probe, read
+from evalmode.export.audit.site import SEVERITIES, Effect, Kind, Measured, Observer, Outcome, Site, Unclear
+from evalmode.export.audit.verdicts import kind_of, scales
 
 
 def judge(
@@ -120,8 +118,8 @@ def _site(
         gap_interval=m.gap_interval,
         draws=m.draws,
         calls=candidate.calls,
-        sentence=words.sentence(kind, gap=m.gap, keep=m.keep, p=candidate.p, why=why, draws=m.draws),
-        fix="" if harmless else fix or words.fix(kind, p=candidate.p, keep=m.keep),
+        sentence=verdicts.sentence(kind, gap=m.gap, keep=m.keep, p=candidate.p, why=why, draws=m.draws),
+        fix="" if harmless else fix or verdicts.fix(kind, p=candidate.p, keep=m.keep),
         severity=None if harmless else SEVERITIES.get(kind),
     )
 
@@ -144,8 +142,8 @@ def _own_scale(held: Held, effects: tuple[Effect, ...]) -> float | None:
 def _unmoved(held: Held, candidate: Candidate) -> Site:
     """A site whose training could not be seen to differ from eval: never on only where a mask would have been seen."""
     if emptiness := held.call.emptiness():
-        why = f"its input is {emptiness}, so nothing can be measured: {words.REACH}"
-        return _site(candidate, Kind.INCONCLUSIVE, why=why, fix=words.REACH)
+        why = f"its input is {emptiness}, so nothing can be measured: {verdicts.REACH}"
+        return _site(candidate, Kind.INCONCLUSIVE, why=why, fix=verdicts.REACH)
     if candidate.training:
         why = "it draws random numbers, and its output in training is eval's in every forward"
         return _site(candidate, Kind.INCONCLUSIVE, why=why)

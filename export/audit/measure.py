@@ -17,8 +17,7 @@ from torch import Tensor
 from evalmode.export.audit import masks
 from evalmode.export.audit import statistics as st
 from evalmode.export.audit.agreement import agreement
-from evalmode.export.audit.effect import Effect, Observer
-from evalmode.export.audit.measured import MOST_DRAWS, Measured, Outcome
+from evalmode.export.audit.site import MOST_DRAWS, Effect, Measured, Observer, Outcome
 
 _PILOT = 8  # draws at least, in the pilot and in the test
 _MOST_PILOT = 512

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 
 
 class ModelUnreadable(EvalmodeError):  # noqa: N818 - read as a sentence: "raise ModelUnreadable"

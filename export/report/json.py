@@ -8,7 +8,7 @@ from typing import Any
 from evalmode import __version__
 from evalmode.bundle.certificate import Record
 from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, places, verdict_of
-from evalmode.export.verify import Examined, Unreadable
+from evalmode.export.verify.verify import Examined, Unreadable
 
 SCHEMA = 1
 

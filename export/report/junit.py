@@ -9,7 +9,7 @@ from xml.etree import ElementTree as Xml
 
 from evalmode.bundle.certificate import Record, Verdict
 from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, findings_of, plain, told
-from evalmode.export.verify import Examined, Unreadable
+from evalmode.export.verify.verify import Examined, Unreadable
 
 _COUNTED = ("failure", "error", "skipped")
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
-from evalmode.export.verify import Examined, Unreadable, Verified
+from evalmode.export.verify.verify import Examined, Unreadable, Verified
 
 UNREADABLE = "unreadable"
 EXCLUDED = "excluded"

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from evalmode import __version__
 from evalmode.bundle.certificate import Finding, Severity
 from evalmode.export.report.report import EXCLUDED, Report, places, plain, relative, told
-from evalmode.export.rules import Rule, every_rule
+from evalmode.export.rules.registry import Rule, every_rule
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {Severity.ERROR: "error", Severity.UNPROVEN: "warning", Severity.WARNING: "note"}

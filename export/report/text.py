@@ -8,7 +8,7 @@ from rich.text import Text
 
 from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.report.report import UNREADABLE, Report, findings_of, plain, told, verdict_of
-from evalmode.export.verify import Examined, Unreadable, Verified
+from evalmode.export.verify.verify import Examined, Unreadable, Verified
 
 MANY = 20  # files from which on a file that passes is one line
 

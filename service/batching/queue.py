@@ -20,8 +20,8 @@ from evalmode.service.batching.drain import Drain
 from evalmode.service.batching.limits import Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, tell
 from evalmode.service.batching.proof import Proofs, Sample
-from evalmode.service.batching.room import Room
 from evalmode.service.batching.ticket import Caller, Ticket, wake
+from evalmode.service.batching.waiters import Room
 from evalmode.service.batching.waiting import Part, Waiting
 from evalmode.service.errors import BodyTooLarge, DeadlineExceeded, NotReady, QueueFull, RequestError
 

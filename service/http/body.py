@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, RequestTimeout, UnsupportedMedia
-from evalmode.service.schemas import PredictRequest
+from evalmode.service.http.v1_schemas import PredictRequest
 
 JSON = "application/json"
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from evalmode.service.errors import InvalidField, NotReady, QueueFull, RequestTimeout
-from evalmode.service.http.lines import Predict, Predicted, Splitter, answer_lines, spell
+from evalmode.service.ndjson import Predict, Predicted, Splitter, answer_lines, spell
 
 MEDIA_TYPE = "application/x-ndjson"
 DIGEST_HEADER = "x-evalmode-digest"

@@ -8,16 +8,22 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from evalmode.service.components import State
 from evalmode.service.errors import InvalidField
 from evalmode.service.http.body import JSON, parse_predict, read_body, require_json
 from evalmode.service.http.bulk import MEDIA_TYPE as NDJSON
 from evalmode.service.http.bulk import Streams, parse_query
-from evalmode.service.http.waiter import timeout_of, unless_hung_up
+from evalmode.service.http.deadline import timeout_of, unless_hung_up
+from evalmode.service.http.v1_schemas import (
+    ErrorResponse,
+    ModelResponse,
+    PredictRequest,
+    PredictResponse,
+    request_schema,
+)
 from evalmode.service.models.model import Model
 from evalmode.service.models.text import Prediction
-from evalmode.service.schemas import ErrorResponse, ModelResponse, PredictRequest, PredictResponse, request_schema
 from evalmode.service.settings import Settings
-from evalmode.service.state import State
 
 _LINES = {
     "schema": {

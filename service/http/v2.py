@@ -14,11 +14,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from evalmode.bundle.known_answers import Tensors
+from evalmode.service.components import State
 from evalmode.service.http import v2_models
 from evalmode.service.http.body import JSON
-from evalmode.service.http.offered import Asked, answered, only_input, prepare
+from evalmode.service.http.deadline import timeout_of, unless_hung_up
 from evalmode.service.http.v2_body import read_request
-from evalmode.service.http.waiter import timeout_of, unless_hung_up
+from evalmode.service.http.v2_inference import Asked, answered, only_input, prepare
 from evalmode.service.models.model import Model
 from evalmode.service.protocol.compression import accepted, compress
 from evalmode.service.protocol.metadata import ErrorBody
@@ -26,7 +27,6 @@ from evalmode.service.protocol.request import JSON_LENGTH_HEADER, InferRequest, 
 from evalmode.service.protocol.response import Encoded, encode_response
 from evalmode.service.protocol.schemas import INFER_REQUEST, INFER_RESPONSE
 from evalmode.service.settings import Settings
-from evalmode.service.state import State
 
 BINARY = "application/octet-stream"
 

@@ -15,10 +15,11 @@ from pydantic import BaseModel
 
 import evalmode
 from evalmode.bundle.manifest import is_name
+from evalmode.service.components import State
 from evalmode.service.errors import BadRequest, Conflict, Forbidden, NotReady, UnknownModel
 from evalmode.service.http.body import JSON
-from evalmode.service.http.offered import inputs_of, is_batched, outputs_of
 from evalmode.service.http.v2_body import read_request
+from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.protocol.datatypes import shown
@@ -36,7 +37,6 @@ from evalmode.service.protocol.metadata import (
 )
 from evalmode.service.protocol.schemas import INDEX_REQUEST, PARAMETERS_REQUEST
 from evalmode.service.settings import Settings
-from evalmode.service.state import State
 
 _READY = "READY"
 _OF_A_MODEL = (400, 401, 404, 500, 503)

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evalmode.atomic_files import write_file
 from evalmode.bundle.certificate import Platform
 from evalmode.bundle.errors import BundleError
-from evalmode.bundle.files import write_file
 from evalmode.bundle.frontend import FrontEnd
 from evalmode.bundle.known_answers import KnownAnswer, Run, Tensors
 from evalmode.bundle.row_counts import bits, rows_by_length, timed_row_counts

@@ -17,7 +17,7 @@ import structlog
 from evalmode.bundle.errors import BundleError
 from evalmode.service.errors import BadRequest, Forbidden, InvalidField, NotReady, StartFailed, UnknownModel
 from evalmode.service.models.model import Model
-from evalmode.service.models.shelf import Entry, Outcome, Presence, Shelf
+from evalmode.service.models.open_models import Entry, Outcome, Presence, Shelf
 
 __all__ = ["Entry", "Presence", "Repository"]
 

@@ -16,7 +16,7 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from evalmode.service.process.ending import IDLE_LINGER_S, UNREAD_LINGER_S, Connections, EndingProtocol, Outlet
+from evalmode.service.process.lingering_close import IDLE_LINGER_S, UNREAD_LINGER_S, Connections, EndingProtocol, Outlet
 from evalmode.service.settings import Settings
 
 # Who connected so recently has a request on its way.

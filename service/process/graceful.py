@@ -19,9 +19,9 @@ from typing import Any
 import structlog
 import uvicorn
 
+from evalmode.service.health import Health
 from evalmode.service.process.connection import connection_within
-from evalmode.service.process.ending import Connections
-from evalmode.service.process.health import Health
+from evalmode.service.process.lingering_close import Connections
 from evalmode.service.process.listener import accepted, tls_context
 from evalmode.service.settings import Settings
 

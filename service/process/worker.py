@@ -22,10 +22,10 @@ from typing import Any
 
 import structlog
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 from evalmode.service.process.graceful import GracefulServer
+from evalmode.service.process.server import Service, serve_one
 from evalmode.service.process.signals import Signals
-from evalmode.service.server import Service, serve_one
 from evalmode.service.settings import Settings
 from evalmode.service.telemetry.logs import configure_logs
 

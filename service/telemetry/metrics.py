@@ -20,9 +20,9 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from evalmode.service.batching.bucket import Bucket, SizedRow
+    from evalmode.service.batching.engine import Load
     from evalmode.service.batching.observer import Reason
     from evalmode.service.batching.proof import Violation
-    from evalmode.service.engine import Load
 
 REASONS = (
     "cancelled",

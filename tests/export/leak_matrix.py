@@ -14,11 +14,11 @@ from itertools import chain
 import onnx
 
 from evalmode.bundle.certificate import Verdict
-from evalmode.export.axes import UnusableInputs
 from evalmode.export.certify import certify
 from evalmode.export.convert import NotConvertible
-from evalmode.export.module_candidate import candidate_of
-from evalmode.export.twin import exported_elsewhere
+from evalmode.export.inputs.errors import UnusableInputs
+from evalmode.export.inputs.samples import candidate_of
+from evalmode.export.second_export import exported_elsewhere
 from tests.export.leaks import draws, dropouts, hidden, layers, networks
 from tests.export.leaks.case import DOES_NOT_RUN, NO_EXPORT, STATES, Case, Rules
 

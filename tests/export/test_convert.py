@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.bundle.session import open_session
-from evalmode.export.convert import NotConvertible, NotInEvalMode, convert, scope, serialise
+from evalmode.export.convert import NotConvertible, NotInEvalMode, convert, scope
+from evalmode.export.rules.subject import serialise
 
 X = {"x": torch.ones(3, 4)}
 AXES = {"x": {0: "batch"}}

@@ -15,9 +15,9 @@ import onnx.backend.test
 from onnx.backend.test.loader import load_model_tests
 
 from evalmode.bundle.certificate import Record, Verdict
-from evalmode.export.checks import opaque_op, stochastic_op, training_mode
 from evalmode.export.graph import Graph, graph_of, open_graph
-from evalmode.export.mask_like import mask_like, non_finite_weights
+from evalmode.export.graph.suspicious_weights import mask_like, non_finite_weights
+from evalmode.export.rules import opaque_op, stochastic_op, training_mode
 
 DRAW = {f"test_bernoulli{kind}{form}" for kind in ("", "_double", "_seed") for form in ("", "_expanded")}
 TRAIN = {

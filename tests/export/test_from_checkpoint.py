@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Verdict
-from evalmode.bundle.errors import EvalmodeError
 from evalmode.bundle.store import open_bundle
+from evalmode.errors import EvalmodeError
 from evalmode.export.from_checkpoint import release_checkpoint
 from evalmode.export.release import ExportRefused, Released
 from evalmode.model.checkpoint import Checkpoint

@@ -15,7 +15,7 @@ from evalmode.bundle.session import open_session
 from evalmode.bundle.store import open_bundle
 from evalmode.export.from_module import release_module
 from evalmode.export.release import ExportRefused, Released
-from evalmode.export.verify import verify
+from evalmode.export.verify.verify import verify
 
 NET = """
 import random

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.outputs import flatten
-from evalmode.export.rules import every_rule
+from evalmode.export.module.outputs import flatten
+from evalmode.export.rules.registry import every_rule
 from tests.export.leak_matrix import CASES, measure, table
 from tests.export.leaks.case import DOES_NOT_RUN, NO_EXPORT, STATES, Case, seed
 

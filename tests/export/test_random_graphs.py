@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from evalmode.bundle.certificate import Verdict, overall
-from evalmode.export.checks import opaque_op, stochastic_op, training_mode
 from evalmode.export.graph import graph_of
+from evalmode.export.rules import opaque_op, stochastic_op, training_mode
 
 from .random_graphs import Writer
 

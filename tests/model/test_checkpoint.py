@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 from evalmode.model.checkpoint import Checkpoint, CheckpointError, load, save
 from evalmode.model.dropout import ClassicDropout
 from evalmode.model.train import fit

@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from evalmode.bundle.errors import DataError
 from evalmode.model.data import open_data, read_file
+from evalmode.model.texts import DataError
 
 ROWS = [(f"this is text number {n}, {'good' if n % 2 else 'bad'}", "good" if n % 2 else "bad") for n in range(200)]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from evalmode.bundle.errors import DataError
 from evalmode.model import languages
+from evalmode.model.texts import DataError
 
 HEADER = {"": "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=n != 1;\n"}
 

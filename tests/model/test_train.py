@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
 from evalmode.model.learner import Learner
-from evalmode.model.run_state import FOLDER, STATE_FILE, RunMismatch, WholeFiles
+from evalmode.model.resume import FOLDER, STATE_FILE, RunMismatch, WholeFiles
 from evalmode.model.train import Result, fit
 from tests.model.conftest import small_run, write_rows
 

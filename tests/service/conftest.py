@@ -28,7 +28,7 @@ LABELS = ("hu", "nl", "fi", "et", "de")
 TEXTS = ("", "Ez egy rövid mondat.", "Dit is een zin.", "A", "Tämä on lyhyt lause, joka ei ole aivan lyhyt.")
 READY_S = 30.0
 END_S = 5.0
-SERVER = ("-m", "evalmode.service.server")
+SERVER = ("-m", "evalmode.service.process.server")
 
 
 def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(LABELS)) -> bytes:

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 
 from evalmode.service.app import create_app
+from evalmode.service.components import State, open_state
 from evalmode.service.settings import Settings, load_settings
-from evalmode.service.state import State, open_state
 
 Answer = httpx.Response
 

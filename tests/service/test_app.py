@@ -15,11 +15,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from evalmode.service.app import create_app
+from evalmode.service.components import State, open_state
 from evalmode.service.errors import QueueFull, RunFailed
+from evalmode.service.http.v1_schemas import PredictRequest, PredictResponse
 from evalmode.service.predictor import Predictor
-from evalmode.service.schemas import PredictRequest, PredictResponse
 from evalmode.service.settings import Settings
-from evalmode.service.state import State, open_state
 
 
 @contextmanager

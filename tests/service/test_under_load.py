@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.moody import ENDLESS, POISON, SLOW, SLUGGISH, moody_model
+from tests.service.moody_model import ENDLESS, POISON, SLOW, SLUGGISH, moody_model
 
 WAIT_S = 60
 CHAOS = Path(__file__).parents[2] / "bench" / "chaos.py"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evalmode.bundle.certificate import Severity
 from evalmode.export.audit.audit import RULE, Audit, audit
 from evalmode.export.audit.site import Kind
-from evalmode.export.axes import UnusableInputs
+from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.model.transformer import Transformer
 from tests.conftest import small_config
 from tests.export.audit import zoo

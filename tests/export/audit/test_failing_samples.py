@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Severity
 from evalmode.export.audit.audit import audit
-from evalmode.export.axes import UnusableInputs
+from evalmode.export.inputs.errors import UnusableInputs
 
 X = {"x": torch.randn(32, 8, 16, generator=torch.Generator().manual_seed(0))}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.service.engine_fakes import bucket_of
+from tests.service.batching.engine_fakes import bucket_of
 
 
 def test_a_batch_is_as_large_as_a_row_costs_least():

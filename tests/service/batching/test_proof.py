@@ -9,9 +9,18 @@ from collections.abc import Sequence
 
 import pytest
 
+from evalmode.service.batching.engine import Limits
 from evalmode.service.batching.proof import Proofs
-from evalmode.service.engine import Limits
-from tests.service.engine_fakes import WAIT_S, Notes, Number, Recorded, bucket_of, engine_of, in_thread, jobs_of
+from tests.service.batching.engine_fakes import (
+    WAIT_S,
+    Notes,
+    Number,
+    Recorded,
+    bucket_of,
+    engine_of,
+    in_thread,
+    jobs_of,
+)
 
 
 def digest(value: int) -> str:

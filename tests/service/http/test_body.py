@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, RequestTimeout, UnsupportedMedia
 from evalmode.service.http.body import parse_predict, read_body, require_json
-from evalmode.service.schemas import ErrorResponse
+from evalmode.service.http.v1_schemas import ErrorResponse
 
 
 def parse(body: bytes | object):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evalmode.service.engine import Load
+from evalmode.service.batching.engine import Load
 from evalmode.service.errors import BodyTooLarge, DeadlineExceeded, QueueFull, RequestError, RunFailed
 from tests.service.served import Served, outputs_of, refusal, serving, text_input
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from evalmode.service.process.health import Health
+from evalmode.service.health import Health
 from tests.service.served import Served, outputs_of, refusal, serving, text_input
 
 

@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from evalmode.bundle.errors import EvalmodeError
+from evalmode.errors import EvalmodeError
 from evalmode.service.errors import StartFailed
-from evalmode.service.process.health import Health
+from evalmode.service.health import Health
+from evalmode.service.process.server import Service, serve
 from evalmode.service.process.worker import work
-from evalmode.service.server import Service, serve
 from evalmode.service.settings import Settings, load_settings
 
 GATE = Path(os.environ.get("TINY_GATE", "/nonexistent"))

@@ -15,8 +15,8 @@ from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.engine import Load
 from evalmode.service.batching.proof import Violation
-from evalmode.service.engine import Load
 from evalmode.service.telemetry.metrics import REASONS, Metrics, ShownModel
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; q=0.9, */*;q=0.1"
@@ -205,7 +205,7 @@ WORKER = """
 import sys
 from types import SimpleNamespace
 from evalmode.service.batching.bucket import Bucket
-from evalmode.service.engine import Load
+from evalmode.service.batching.engine import Load
 from evalmode.service.telemetry.metrics import Metrics, ShownModel
 
 metrics = Metrics()

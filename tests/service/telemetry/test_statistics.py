@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from evalmode.service.telemetry.statistics import Statistics
-from tests.service.engine_fakes import bucket_of
+from tests.service.batching.engine_fakes import bucket_of
 
 
 def test_a_batch_counts_its_rows_their_wait_and_its_time_by_its_size():

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import structlog
 
+from evalmode.service.batching.engine import Bucket
 from evalmode.service.batching.proof import Violation
-from evalmode.service.engine import Bucket
 from evalmode.service.telemetry.violations import ViolationLog
 
 

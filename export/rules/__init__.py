@@ -1,0 +1,1 @@
+"""The rules: the registry lists them, a subject is what they judge, and each rule is a file."""

@@ -1,0 +1,37 @@
+"""Rule escaped-module: every module is in eval mode, those hidden in Python containers included."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from evalmode.bundle.certificate import Finding, Record, Severity
+from evalmode.export.module.parts import named_everything
+
+RULE = "escaped-module"
+
+
+def check(module: nn.Module) -> Record:
+    """Fail for every module whose `training` flag is still set.
+
+    `root.eval()` does not reach a module kept in a plain list or dict, nor one whose `train()` is overridden.
+    """
+    every = named_everything(module)
+    escaped = [
+        Finding(
+            severity=Severity.ERROR,
+            node=path or "(root)",
+            op=type(part).__name__,
+            why="it is still in training mode",
+            fix="call .eval() on the root; a module in a list needs nn.ModuleList, an overridden train() must obey",
+        )
+        for path, part in every.items()
+        if part.training
+    ]
+    return Record.of(
+        RULE,
+        escaped,
+        fine="every module is in eval mode",
+        otherwise="modules are still in training mode",
+        measured=f"{len(escaped)} of {len(every)} modules",
+        limit="0",
+    )

@@ -1,0 +1,1 @@
+"""Files and bundles against the rules, one or many at a time."""

@@ -1,0 +1,146 @@
+"""What a file shows when it runs: the rules that need no module, on inputs that are given or made of its signature.
+
+Knows no rule's reasons and no formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Record
+from evalmode.bundle.session import Session, open_session
+from evalmode.errors import EvalmodeError
+from evalmode.export.certify import could_not_run, run_rule
+from evalmode.export.graph import Graph
+from evalmode.export.inputs.candidate import BATCH, Axes, Sample
+from evalmode.export.inputs.errors import UnusableInputs
+from evalmode.export.inputs.probes import probes, single_rows
+from evalmode.export.module.forward import plain_forward
+from evalmode.export.module.outputs import flatten
+from evalmode.export.rules import batch_invariance, dynamic_axes, non_finite, parity, repeatability
+from evalmode.export.rules.subject import Subject
+
+RULES: tuple[ModuleType, ...] = (non_finite, repeatability, batch_invariance)
+OF_A_MODULE: tuple[ModuleType, ...] = (dynamic_axes, parity)
+
+_BATCH_ROWS, _SIZE = 3, 4  # of the axes that vary, where nobody says how large
+
+
+def behaviour(
+    path: Path, graph: Graph, samples: Sequence[Mapping[str, Any]] = (), *, module: nn.Module | None = None
+) -> tuple[Record, ...]:
+    """Whether the file `path` answers with numbers, repeats itself and keeps rows apart: a record for each of RULES.
+
+    `samples` map input names to arrays; without them numbers are made that fit the types and shapes of the inputs. With
+    a module in eval mode, whose inputs have the same names, also whether the file answers as it does. What cannot be
+    run leaves every rule unproven.
+    """
+    rules = RULES if module is None else (*RULES, *OF_A_MODULE)
+    try:
+        subject = _subject(path, graph, samples, module)
+        return tuple(run_rule(rule, subject) for rule in rules)
+    except EvalmodeError as error:
+        fix = "give inputs that the graph reads with --inputs"
+        return tuple(could_not_run(rule, error, fix=fix) for rule in rules)
+
+
+def _subject(path: Path, graph: Graph, samples: Sequence[Mapping[str, Any]], module: nn.Module | None) -> Subject:
+    inputs = list(_inputs(graph.proto))
+    axes = _axes(inputs)
+    given = [_given(sample, inputs) for sample in samples] if samples else [_made(inputs)]
+    session = open_session(path)
+
+    def run(sample: Sample) -> dict[str, Tensor]:
+        return _run(session, sample)
+
+    for sample in given:
+        run(sample)  # what is refused here is told in the runtime's words
+    if module is not None:
+        _require_same_answers(module, given[0], [output.name for output in session.outputs])
+    return Subject(
+        module=module,
+        model=graph.proto,
+        path=path,
+        opened=graph,
+        probes=probes(run, given, axes),
+        rows=single_rows(run, given, axes),
+        dynamic_axes=axes,
+    )
+
+
+def _require_same_answers(module: nn.Module, sample: Sample, outputs: Sequence[str]) -> None:
+    kind = type(module).__name__
+    try:
+        with plain_forward():
+            answers = flatten(module(**sample))
+    except Exception as error:  # the user's own code
+        raise UnusableInputs(f"{kind} cannot be called with {', '.join(sample)}: {error}") from error
+    if len(answers) != len(outputs):
+        raise UnusableInputs(f"{kind} answers with {len(answers)} tensors, the graph with {', '.join(outputs)}")
+
+
+def _run(session: Session, sample: Sample) -> dict[str, Tensor]:
+    answers = session.run({name: tensor.numpy() for name, tensor in sample.items()})
+    numbers = {name: answer for name, answer in answers.items() if isinstance(answer, np.ndarray)}
+    return {name: torch.from_numpy(answer) for name, answer in numbers.items() if answer.dtype.kind in "fiub"}
+
+
+def _inputs(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
+    """What a caller gives: the inputs that no initializer stands in for."""
+    defaults = {tensor.name for tensor in model.graph.initializer}
+    return (value for value in model.graph.input if value.name not in defaults)
+
+
+def _axes(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
+    """The axes that have no size in the graph; the first one is the batch where all inputs have it."""
+    named: dict[str, dict[int, str]] = {}
+    for value in inputs:
+        sizes = value.type.tensor_type.shape.dim
+        named[value.name] = {
+            place: size.dim_param or f"{value.name}_{place}"
+            for place, size in enumerate(sizes)
+            if not size.HasField("dim_value")
+        }
+    first = {places.get(0, "") for places in named.values()}
+    rows = first if len(first) == 1 or all(name.endswith("_0") for name in first) else set()
+    rows.discard("")
+    return {
+        name: {place: BATCH if place == 0 and axis in rows else axis for place, axis in places.items()}
+        for name, places in named.items()
+    }
+
+
+def _given(sample: Mapping[str, Any], inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, Tensor]:
+    names = [value.name for value in inputs]
+    if not isinstance(sample, Mapping):  # a tuple, or one array
+        sample = dict(zip(names, sample if isinstance(sample, tuple) else (sample,), strict=False))
+    if set(sample) != set(names):
+        raise UnusableInputs(f"the inputs are {', '.join(names)}, given are {', '.join(map(str, sample))}")
+    return {name: torch.as_tensor(sample[name]) for name in names}
+
+
+def _made(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, Tensor]:
+    generator = np.random.default_rng(0)
+    made = {}
+    for value in inputs:
+        kind = value.type.tensor_type
+        if not value.type.HasField("tensor_type") or kind.elem_type == onnx.TensorProto.STRING:
+            raise UnusableInputs(f"input {value.name} is no tensor of numbers: nothing can be made up for it")
+        shape = [
+            size.dim_value if size.HasField("dim_value") else (_SIZE if place else _BATCH_ROWS)
+            for place, size in enumerate(kind.shape.dim)
+        ]
+        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        floats = np.issubdtype(dtype, np.floating)
+        numbers = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
+        made[value.name] = torch.from_numpy(np.asarray(numbers).astype(dtype))
+    return made

@@ -1,0 +1,105 @@
+"""What one server process holds while it serves: models, engine, figures, health. Knows no route.
+
+Data flows one way: a request's rows go from a model of the repository to the engine, whose observers keep the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+from evalmode.bundle.known_answers import Tensors
+from evalmode.service.batching.cpu_quota import cpu_quota
+from evalmode.service.batching.engine import Engine, Limits
+from evalmode.service.health import Health
+from evalmode.service.models.calibration import Calibration
+from evalmode.service.models.model import Job, Model
+from evalmode.service.models.repository import Repository
+from evalmode.service.models.tensors import ModelRow, content_of
+from evalmode.service.settings import Settings
+from evalmode.service.telemetry.metrics import Metrics
+from evalmode.service.telemetry.statistics import Statistics
+from evalmode.service.telemetry.tracing import Tracing, open_tracing
+from evalmode.service.telemetry.violations import ViolationLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """The parts of a server process; `close` it when it has served."""
+
+    settings: Settings
+    repository: Repository
+    engine: Engine[ModelRow, Tensors]
+    metrics: Metrics
+    statistics: Statistics
+    health: Health
+    tracing: Tracing | None
+
+    async def answer(self, jobs: Sequence[Job], *, timeout_s: float | None = None) -> list[Tensors]:
+        """What the engine answers, followed by the traces of the request it is asked in."""
+        with self.tracing.following([row for _, row in jobs]) if self.tracing else nullcontext():
+            return await self.engine.answer_async(jobs, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Answer what was accepted, within the grace of the settings, and let everything go."""
+        self.repository.close()
+        self.engine.close(timeout_s=self.settings.grace_s)
+        self.metrics.close()
+        if self.tracing is not None:
+            self.tracing.close()
+
+
+def open_state(settings: Settings) -> State:
+    """Open everything that these settings ask for: bundles checked, known answers replayed, row counts measured.
+
+    Raises BundleError for a bundle that must not be served, ProviderUnavailable for a provider that is not there, and
+    StartFailed for what else is wrong with the settings.
+    """
+    tracing = open_tracing(settings)
+    metrics, statistics = Metrics(), Statistics()
+    repository = Repository(
+        settings.bundle,
+        open_model=partial(
+            Model.open,
+            provider=settings.provider,
+            threads=settings.threads,
+            allow_uncertified=settings.allow_uncertified,
+            calibration=Calibration(budget_s=settings.calibration_s, cache=settings.cache),
+        ),
+        versions=settings.versions,
+        control=settings.model_control,
+        default_model=settings.default_model,
+        figures=metrics,
+    )
+    repository.start()
+    engine = Engine(
+        parallel=parallel_of(settings),
+        limits=Limits(
+            queue_rows=settings.queue_rows,
+            queue_bytes=settings.queue_bytes,
+            queue_s=settings.queue_s,
+            max_run_s=settings.max_run_s,
+        ),
+        content=content_of,
+        digest=ModelRow.described,
+        observers=(metrics, statistics, ViolationLog(), *([tracing] if tracing else [])),
+        proof_fraction=settings.proof_fraction,
+    )
+    metrics.watch(lambda: engine.load)
+    repository.start_polling(settings.poll_s)
+    return State(
+        settings=settings,
+        repository=repository,
+        engine=engine,
+        metrics=metrics,
+        statistics=statistics,
+        health=Health(stuck_s=engine.stuck_s, grace_s=settings.stuck_grace_s),
+        tracing=tracing,
+    )
+
+
+def parallel_of(settings: Settings) -> int:
+    """Batches at once in one process: as asked, else this process's share of the CPU quota."""
+    return settings.parallel or max(1, cpu_quota() // (settings.workers * settings.threads))

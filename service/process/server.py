@@ -1,0 +1,180 @@
+"""A process that serves: binds the port, opens the models, runs the server, ends with 0 on a signal.
+
+Knows no route. What it serves is a `Service`, by default the one that the settings ask for.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.errors import EvalmodeError
+from evalmode.service.health import Health
+from evalmode.service.process.graceful import GracefulServer
+from evalmode.service.process.listener import bound, cannot_listen, tls_context, url_of
+from evalmode.service.process.signals import Signals
+from evalmode.service.settings import Settings, load_settings, strange_variables
+from evalmode.service.telemetry.logs import configure_logs
+
+if TYPE_CHECKING:
+    from evalmode.service.models.model import Model
+
+_log = structlog.get_logger("evalmode.service")
+
+_REFUSALS = {408: "request_timeout", 503: "not_ready"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What a process serves: an ASGI application, its health, and what its first log line tells of it.
+
+    `refused` is told the status of every request that is refused before the application sees it.
+    """
+
+    app: Callable[..., Any]
+    health: Health
+    told: Mapping[str, object] = field(default_factory=dict)
+    refused: Callable[[int], None] = lambda status: None
+
+
+def serve(
+    settings: Settings,
+    *,
+    open_service: Callable[[Settings], Service] | None = None,
+    worker: Sequence[str] = (sys.executable, "-m", "evalmode.service.process.worker"),
+) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
+
+    Call it from the main thread. `open_service` opens what is served in this process; where the settings ask for
+    several, each is a process of the command `worker`. Raises EvalmodeError, one sentence, when it cannot start.
+    """
+    configure_logs(settings.log_format)
+    for variable, sentence in strange_variables().items():
+        _log.warning("a variable of the environment is ignored", variable=variable, reason=sentence)
+    tls_context(settings)  # what is wrong with it is said before a model is loaded
+    with Signals() as signals, bound(settings) as listener:
+        if settings.workers > 1:
+            # Only now, for a process that serves by itself needs none of it.
+            from evalmode.service.process.supervisor import Supervisor
+
+            supervisor = Supervisor(settings, listener, command=worker)
+            supervisor.run(signals, serving=lambda told: _log_start(settings, listener, told))
+        else:
+            serve_one(
+                settings,
+                listener,
+                signals=signals,
+                serving=lambda service: _log_start(settings, listener, service.told),
+                open_service=open_service,
+            )
+        _log.info("stopped")
+
+
+def serve_one(
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    signals: Signals,
+    serving: Callable[[Service], None],
+    watch: Callable[[Service, GracefulServer], None] = lambda service, server: None,
+    open_service: Callable[[Settings], Service] | None = None,
+) -> int:
+    """Serve in this process, on a bound socket, until a signal; the exit code.
+
+    `serving` is called when requests can come, `watch` every second from then on.
+    """
+    service = (open_service or _open_service)(settings)
+    server = GracefulServer(
+        service.app,
+        settings,
+        health=service.health,
+        serving=lambda: serving(service),
+        watch=lambda running: watch(service, running),
+        refused=service.refused,
+    )
+    signals.to(server.signalled)
+    try:
+        server.run([listener])
+    except OSError as error:  # two processes may bind a port at once; the second to listen is refused here
+        raise cannot_listen(settings, error) from error
+    return server.exit_code
+
+
+def main() -> int:
+    """`python -m evalmode.service.process.server`: serve as the environment says; the exit code."""
+    try:
+        serve(load_settings())
+    except EvalmodeError as error:
+        print(f"evalmode: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _open_service(settings: Settings) -> Service:
+    # Here, for a process that only looks after others does without models and routes.
+    from evalmode.service.app import create_app
+    from evalmode.service.components import open_state
+
+    # What was imported stays: without this the collector walks over all of it again and again, tens of milliseconds in
+    # which nobody is answered. Before the models, for those are let go.
+    gc.collect()
+    gc.freeze()
+    state = open_state(settings)
+    return Service(
+        app=create_app(state),
+        health=state.health,
+        told=_told(state.repository.models()),
+        refused=lambda status: state.metrics.rejected(_REFUSALS.get(status, "invalid")),
+    )
+
+
+def _told(models: tuple[Model, ...]) -> dict[str, object]:
+    """What the first line tells of the models: plain values, for it may be another process that writes it."""
+    if not models:
+        return {}
+    first, *others = models
+    told: dict[str, object] = {
+        "bundle": str(first.bundle.path),
+        "digest": first.digest,
+        "provider": first.platform.provider,
+        "known_answers": str(first.replayed.verdict) if first.replayed else "not replayed",
+        "uncertified": [f"{model.name}/{model.version}" for model in models if not _is_certified(model)],
+    }
+    if others:
+        told["others"] = [f"{model.name}/{model.version}" for model in others]
+    return told
+
+
+def _is_certified(model: Model) -> bool:
+    certificate = model.bundle.certificate
+    return certificate is not None and certificate.verdict is Verdict.PASS
+
+
+def _log_start(settings: Settings, listener: socket.socket, told: Mapping[str, object]) -> None:
+    fields = dict(told)
+    for model in fields.pop("uncertified", []):  # type: ignore[attr-defined]
+        _log.warning(f"model {model} is not certified: nothing proves that it answers as the trained model does")
+    _log.info("serving", url=url_of(settings, listener), **fields, start_s=_process_age_s())
+
+
+def _process_age_s() -> float | None:
+    """Seconds since this process began, imports included; None where the system does not say."""
+    try:
+        started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK"), 3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""`evalmode predict --input`: against a server of the tests that misbehaves as it is told, and in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evalmode.client import transfer as bulk
+from evalmode.service.http.bulk import WINDOW_BYTES, WINDOW_ROWS
+
+EVALMODE = str(Path(sys.executable).with_name("evalmode"))
+DIGEST = "a" * 64
+WAIT_S = 60
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers each line with itself as its label, unless its server's `misbehave` does something else first."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        lines = body.decode().splitlines()
+        with self.server.lock:
+            number = self.server.asked
+            self.server.asked += 1
+            self.server.requests.append((self.path, dict(self.headers), lines))
+        if self.server.misbehave(self, number, lines):
+            return
+        self.answer(lines)
+
+    def answer(self, lines: list[str], *, digest: str = DIGEST, only: int | None = None) -> None:
+        """The whole answer, or only so many lines of it before the connection is cut."""
+        spelled = [_answer(index, line) for index, line in enumerate(lines)]
+        self.send_response(200)
+        self.send_header("content-type", "application/x-ndjson")
+        self.send_header("x-evalmode-digest", digest)
+        self.send_header("content-length", str(sum(map(len, spelled))))
+        self.end_headers()
+        self.wfile.write(b"".join(spelled if only is None else [*spelled[:only], spelled[only][:7]]))
+        if only is not None:
+            self.close_connection = True
+
+    def refuse(self, status: int, sentence: str, **headers: str) -> bool:
+        body = json.dumps({"error": sentence}).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        return True
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that was killed
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.asked = 0
+        self.requests: list[tuple[str, dict[str, str], list[str]]] = []
+        self.misbehave: Callable[[Handler, int, list[str]], Any] = lambda handler, number, lines: False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+def _answer(index: int, line: str) -> bytes:
+    try:
+        asked = json.loads(line)
+    except ValueError:
+        return json.dumps({"index": index, "error": "not valid JSON"}, separators=(",", ":")).encode() + b"\n"
+    text = asked if isinstance(asked, str) else asked["text"]
+    said = {"index": index, "label": text, "score": 0.5, "truncated": False, "top": [{"label": text, "score": 0.5}]}
+    return json.dumps(said, separators=(",", ":")).encode() + b"\n"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as found:
+        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+def predict(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """`evalmode predict ARGUMENTS` as it ended."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}
+    return subprocess.run(
+        [EVALMODE, "predict", *map(str, arguments)],
+        cwd=cwd,
+        check=False,
+        timeout=WAIT_S,
+        env=environment | options.pop("env", {}),
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )
+
+
+def texts_in(folder: Path, count: int = 1000) -> list[str]:
+    texts = [f"text {number}" for number in range(count)]
+    (folder / "texts.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
+    return texts
+
+
+def labels_of(answers: Path) -> list[str]:
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(len(lines)))
+    return [line["label"] for line in lines]
+
+
+def to(server: Server, *more: object) -> tuple[object, ...]:
+    return ("--url", server.url, "--input", "texts.jsonl", "--output", "answers.jsonl", *more)
+
+
+def test_a_request_holds_no_more_than_a_servers_window() -> None:
+    assert (bulk.CHUNK_LINES, bulk.CHUNK_BYTES) == (WINDOW_ROWS, WINDOW_BYTES)
+
+
+def test_every_line_is_answered_in_order_over_several_connections(server: Server, tmp_path: Path) -> None:
+    texts = texts_in(tmp_path, 5000)
+    # The first requests are answered last.
+    server.misbehave = lambda handler, number, lines: time.sleep(0.2 if number < 2 else 0)
+    done = predict(*to(server, "--chunk-lines", 100, "--model", "m/2", "--top-k", 2, "--api-key", "k"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert labels_of(tmp_path / "answers.jsonl") == texts
+    assert max(len(lines) for _, _, lines in server.requests) == 100
+    path, headers, _ = server.requests[0]
+    assert path == "/v1/predict?top_k=2&truncate=true&model=m&version=2"
+    assert headers["authorization"] == "Bearer k"
+    assert b"5,000" in done.stderr
+
+
+def test_what_may_go_away_is_asked_again_and_the_wait_that_a_server_asks_for_is_kept(
+    server: Server, tmp_path: Path
+) -> None:
+    texts = texts_in(tmp_path, 100)
+    times: list[float] = []
+
+    def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
+        times.append(time.monotonic())
+        refusals = {0: (503, {"retry_after": "1"}), 1: (429, {"retry_after": formatdate(usegmt=True)}), 2: (502, {})}
+        if number not in refusals:
+            return False
+        status, headers = refusals[number]
+        return handler.refuse(status, "too much waits already", **headers)
+
+    server.misbehave = misbehave
+    done = predict(*to(server), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert labels_of(tmp_path / "answers.jsonl") == texts
+    assert len(times) == 4
+    assert times[1] - times[0] >= 1
+
+
+def test_a_stream_that_is_cut_is_asked_for_the_rest_alone(server: Server, tmp_path: Path) -> None:
+    texts = texts_in(tmp_path, 100)
+
+    def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
+        if number < 3:
+            handler.answer(lines, only=30)
+        return number < 3
+
+    server.misbehave = misbehave
+    done = predict(*to(server, "--retries", 1), cwd=tmp_path)  # what brings something is no failure
+    assert done.returncode == 0, done.stderr
+    assert labels_of(tmp_path / "answers.jsonl") == texts
+    assert [len(lines) for _, _, lines in server.requests] == [100, 70, 40, 10]
+
+
+def test_a_server_that_stops_says_so_in_a_last_line_and_is_asked_again(server: Server, tmp_path: Path) -> None:
+    texts = texts_in(tmp_path, 10)
+
+    def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
+        if number:
+            return False
+        body = b"".join(_answer(index, line) for index, line in enumerate(lines[:4])) + b'{"error":"stopping"}\n'
+        handler.send_response(200)
+        for name, value in (("content-type", "application/x-ndjson"), ("x-evalmode-digest", DIGEST)):
+            handler.send_header(name, value)
+        handler.send_header("content-length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    server.misbehave = misbehave
+    assert predict(*to(server), cwd=tmp_path).returncode == 0
+    assert labels_of(tmp_path / "answers.jsonl") == texts
+
+
+def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(server: Server, tmp_path: Path) -> None:
+    texts = texts_in(tmp_path, 1000)
+    server.misbehave = lambda handler, number, lines: number >= 3 and handler.refuse(503, "too much", retry_after="0")
+    given_up = predict(*to(server, "--chunk-lines", 100, "--concurrency", 1, "--retries", 2), cwd=tmp_path)
+    assert given_up.returncode == 2
+    said = given_up.stderr.decode()
+    assert "did not answer in 3 tries: 503 Service Unavailable, too much" in said
+    assert "300 lines are in answers.jsonl, and the same command goes on from there" in said
+    assert said.count("\n") == 1
+    server.misbehave = lambda handler, number, lines: False
+    asked = server.asked
+    with (tmp_path / "answers.jsonl").open("ab") as cut:
+        cut.write(b'{"index":300,"lab')  # as a kill leaves it
+    assert predict(*to(server, "--chunk-lines", 100), cwd=tmp_path).returncode == 0
+    assert labels_of(tmp_path / "answers.jsonl") == texts
+    assert server.asked == asked + 7
+    assert predict(*to(server), cwd=tmp_path).returncode == 0
+    assert server.asked == asked + 7  # nothing was left to ask
+
+
+def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(server: Server, tmp_path: Path) -> None:
+    texts = texts_in(tmp_path, 3000)
+    reached = threading.Event()
+    server.misbehave = lambda handler, number, lines: number > 10 and (reached.set(), handler.refuse(503, "wait"))[1]
+    command = [EVALMODE, "predict", *map(str, to(server, "--chunk-lines", 50, "--retries", 100))]
+    for ended, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        reached.clear()
+        running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+        assert reached.wait(WAIT_S)
+        running.send_signal(ended)
+        _, said = running.communicate(timeout=WAIT_S)
+        assert running.returncode == code, said
+    assert b"interrupted; " in said
+    assert b"the same command goes on from there" in said
+    server.misbehave = lambda handler, number, lines: False
+    assert predict(*to(server), cwd=tmp_path).returncode == 0
+    assert labels_of(tmp_path / "answers.jsonl") == texts
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, "401 Unauthorized, no key"), (404, "404 Not Found"), (500, "500 Internal")]
+)
+def test_what_will_not_go_away_is_not_asked_again(server: Server, tmp_path: Path, status: int, said: str) -> None:
+    texts_in(tmp_path, 10)
+    server.misbehave = lambda handler, number, lines: handler.refuse(status, "no key")
+    done = predict(*to(server), cwd=tmp_path)
+    assert (done.returncode, server.asked) == (2, 1)
+    assert said in done.stderr.decode()
+
+
+def test_another_model_than_the_one_that_began_is_refused(server: Server, tmp_path: Path) -> None:
+    texts_in(tmp_path, 1000)
+
+    def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
+        if number >= 5:
+            handler.answer(lines, digest="b" * 64)
+        return number >= 5
+
+    server.misbehave = misbehave
+    done = predict(*to(server, "--chunk-lines", 100, "--concurrency", 1), cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"has the digest {'b' * 16}, and the 500 lines in answers.jsonl are of {'a' * 16}" in done.stderr.decode()
+    assert len(labels_of(tmp_path / "answers.jsonl")) == 500
+
+
+def test_another_input_or_question_than_the_one_that_began_is_refused(server: Server, tmp_path: Path) -> None:
+    texts_in(tmp_path, 10)
+    assert predict(*to(server), cwd=tmp_path).returncode == 0
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    other = predict(*to(server, "--top-k", 9), cwd=tmp_path)
+    assert b"was begun with another top_k" in other.stderr
+    texts_in(tmp_path, 11)
+    changed = predict(*to(server), cwd=tmp_path)
+    assert b"was begun with another input" in changed.stderr
+    (tmp_path / "answers.jsonl.evalmode.json").unlink()
+    unknown = predict(*to(server), cwd=tmp_path)
+    assert b"choose another --output" in unknown.stderr
+    assert [done.returncode for done in (other, changed, unknown)] == [2, 2, 2]
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_lines_with_errors_make_the_exit_code_1_also_when_they_were_there_before(
+    server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.jsonl").write_bytes(b'"a"\n{\n\n' + b"x" * (17 << 20) + b'\n"b"\n')
+    for _ in range(2):
+        done = predict(*to(server), cwd=tmp_path)
+        assert done.returncode == 1, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        assert [line["index"] for line in lines] == [0, 1, 2, 3]
+        assert ["error" in line for line in lines] == [False, True, True, False]
+    assert server.asked <= 2
+
+
+def test_a_text_file_has_a_text_a_line_and_a_pipe_json_lines(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_bytes('\ufeffDit is "een" zin.\r\n\nÅ\u2028b'.encode() + b"\xff")
+    done = predict("--url", server.url, "--input", "texts.txt", cwd=tmp_path)
+    assert [json.loads(line)["label"] for line in done.stdout.split(b"\n")[:-1]] == [
+        'Dit is "een" zin.',
+        "",
+        "Å\u2028b\ufffd",
+    ]
+    piped = predict("--url", server.url, "--input", "-", cwd=tmp_path, input=b'"a"\n{"text": "b"}')
+    assert [json.loads(line)["label"] for line in piped.stdout.splitlines()] == ["a", "b"]
+    assert piped.returncode == 0
+
+
+def test_answers_leave_a_pipe_before_the_next_text_comes(server: Server, tmp_path: Path) -> None:
+    command = [EVALMODE, "predict", "--url", server.url, "--input", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        for text in ("a", "b"):
+            running.stdin.write(f'"{text}"\n'.encode())
+            running.stdin.flush()
+            assert json.loads(running.stdout.readline())["label"] == text
+        running.send_signal(signal.SIGINT)  # while it waits for more
+        assert running.wait(WAIT_S) == 130
+
+
+def test_a_closed_pipe_and_a_full_disk_are_one_sentence(server: Server, tmp_path: Path) -> None:
+    texts_in(tmp_path, 1000)
+    asked = ("--url", server.url, "--input", "texts.jsonl")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = predict(*asked, cwd=tmp_path, stdout=closed)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"evalmode: stdout cannot be written: Broken pipe; ")
+    assert done.stderr.count(b"\n") == 1
+    with open("/dev/full", "wb") as full:
+        done = predict(*asked, cwd=tmp_path, stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"evalmode: stdout cannot be written: No space left on device; ")

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evalmode.export.audit.noise_tape import Reading, Tape
+from evalmode.export.audit.tensor_roles import Roles
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def taped(
+    forward: Callable[[Tensor], Tensor],
+    constants: Mapping[int, float] | None = None,
+    *,
+    noise: frozenset[int] = frozenset(),
+) -> tuple[Reading, Tensor]:
+    x = X.clone()
+    tape = Tape(Roles([WEIGHT], [x], noise), constants)
+    with torch.no_grad(), tape:
+        output = forward(x)
+    return tape.reading, output
+
+
+def indexed(x: Tensor) -> Tensor:
+    x[torch.rand_like(x) < 0.2] = 0.0
+    return x
+
+
+# name: forward, and what it gives when its noise is replaced by c
+MASKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], Tensor]]] = {
+    "F.dropout": (lambda x: F.dropout(x, 0.2), lambda c: X * c),
+    "in place": (lambda x: F.dropout(x, 0.2, inplace=True), lambda c: X * c),
+    "a boolean mask": (lambda x: x * (torch.rand_like(x) < 0.8), lambda c: X * c),
+    "the mask first": (lambda x: (torch.rand_like(x) < 0.8).float() * x, lambda c: X * c),
+    "into the mask": (lambda x: torch.rand(x.shape).floor_().add_(1.0).mul_(x), lambda c: X * c),
+    "where": (lambda x: torch.where(torch.rand_like(x) < 0.8, x, 0.0), lambda c: X * c),
+    "where, the other way": (lambda x: torch.where(torch.rand_like(x) < 0.2, 0.0, x), lambda c: X * c),
+    "masked_fill": (lambda x: x.masked_fill(torch.rand_like(x) < 0.2, 0), lambda c: X * c),
+    "masked_fill_": (lambda x: x.masked_fill_(torch.rand_like(x) < 0.2, 0), lambda c: X * c),
+    "an index": (indexed, lambda c: X * c),
+    "a sum": (lambda x: x + torch.randn_like(x), lambda c: X + c),
+    "a weighted sum": (lambda x: torch.add(x, torch.randn_like(x), alpha=0.5), lambda c: X + 0.5 * c),
+    "a difference": (lambda x: x - torch.randn_like(x), lambda c: X - c),
+    "weights": (lambda x: x @ F.dropout(WEIGHT, 0.2), lambda c: X @ (WEIGHT * c)),
+    "a product of matrices": (lambda x: x @ torch.rand(8, 8), lambda c: X @ torch.full((8, 8), c)),
+    "a quotient": (lambda x: torch.rand_like(x) / x, lambda c: c / X),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_noise_is_found_where_it_meets_the_data_and_can_be_a_constant_there(name: str) -> None:
+    forward, expected = MASKS[name]
+    reading, _ = taped(forward)
+    (application,) = reading.applications
+    assert reading.obstacles == []
+    assert application.noise.dtype == torch.float64
+    assert len(application.draws) == 1
+    for constant in (1.0, 0.3):
+        torch.testing.assert_close(taped(forward, {0: constant})[1], expected(constant))
+
+
+def test_the_noise_read_is_what_keeps_also_where_a_mask_says_what_is_dropped() -> None:
+    for name in ("where, the other way", "masked_fill", "an index"):
+        reading, output = taped(MASKS[name][0])
+        assert torch.equal(reading.applications[0].noise, (output != 0).double()), name
+
+
+OBSTACLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "data as a probability": lambda x: torch.bernoulli(x.sigmoid()),
+    "data as a threshold": lambda x: (torch.rand_like(x) < x).float(),
+    "a constant that is not 0": lambda x: x.masked_fill(torch.rand_like(x) < 0.2, -1e4),
+    "ids": lambda x: torch.where(torch.rand(6, 8) < 0.2, torch.zeros(6, 8, dtype=torch.long), x.long()),
+    "a divisor": lambda x: x / (1 + torch.rand_like(x)),
+    "a power": lambda x: x.abs() ** torch.rand_like(x),
+    "positions": lambda x: x[torch.randperm(6)],
+    "two branches": lambda x: torch.where(torch.rand_like(x) < 0.5, x, x.flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_is_not_linear_in_the_noise_is_an_obstacle_with_a_sentence(name: str) -> None:
+    reading, _ = taped(OBSTACLES[name])
+    assert reading.obstacles
+    assert all(len(obstacle.split()) > 4 for obstacle in reading.obstacles)
+
+
+def test_without_draws_there_is_nothing_to_read() -> None:
+    reading, output = taped(lambda x: (x @ WEIGHT).relu() * torch.ones_like(x))
+    assert (reading.applications, reading.obstacles) == ([], [])
+    assert torch.equal(output, (X @ WEIGHT).relu())
+
+
+def test_the_numbers_around_a_mask_are_remembered() -> None:
+    reading, _ = taped(lambda x: x.div(0.8) * (torch.rand_like(x) < 0.8) * 3 / torch.tensor(2.0))
+    (application,) = reading.applications
+    assert (application.before, application.after) == (pytest.approx(1.25), pytest.approx(1.5))
+
+
+def test_a_tensor_from_outside_torch_is_noise_when_it_is_said_to_differ() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x * torch.tensor([1.0] * 7 + [0.0])
+
+    assert taped(forward)[0].applications == []
+    assert len(taped(forward)[0].foreign) == 1
+    (application,) = taped(forward, noise=frozenset({0}))[0].applications
+    assert application.noise.tolist() == [1.0] * 7 + [0.0]
+
+
+def test_a_mask_written_into_a_blank_tensor_is_noise() -> None:
+    def forward(x: Tensor) -> Tensor:
+        mask = torch.ones(8)
+        mask[torch.randperm(8)[:2]] = 0.0
+        return x * mask.expand(6, 8)
+
+    (application,) = taped(forward)[0].applications
+    assert int((application.noise == 0).sum()) == 12
+
+
+def test_noise_that_shares_a_draw_says_so() -> None:
+    reading, _ = taped(lambda x: F.alpha_dropout(x, 0.2, training=True))
+    first, second = reading.applications
+    assert first.draws == second.draws
+    assert (first.additive, second.additive) == (False, True)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from evalmode.export.audit import verdicts
+from evalmode.export.audit.site import SEVERITIES, Kind
+from evalmode.export.audit.verdicts import mistake
+
+
+@pytest.mark.parametrize(
+    ("s", "e", "keep", "p", "kind"),
+    [
+        (1.0, 1.0, 0.7, 0.3, Kind.UNSCALED),
+        (2.0, 2.0, 0.7, 0.3, Kind.UNSCALED),
+        (1 / 0.3, 1.0, 0.7, 0.3, Kind.WRONG_RATE),
+        (1.0, 0.3, 0.7, 0.3, Kind.WRONG_RATE),
+        (1 / 0.7, 0.7, 0.7, 0.3, Kind.SCALED_TWICE),
+        (1 / 0.49, 1.0, 0.7, 0.3, Kind.SCALED_TWICE),
+        (1.0, 0.49, 0.7, None, Kind.SCALED_TWICE),
+        (0.7, 1.0, 0.7, 0.3, Kind.WRONG_SCALE),
+        (1 / 0.8, 1.0, 0.2, 0.2, Kind.WRONG_RATE),
+    ],
+)
+def test_a_mistake_has_its_name(s: float, e: float, keep: float, p: float | None, kind: Kind) -> None:
+    assert mistake(s, e, keep, (keep - 0.01, keep + 0.01), p) is kind
+
+
+@pytest.mark.parametrize(
+    ("gap", "told"),
+    [
+        (0.5, "2.0 times larger"),
+        (0.7, "1.43 times larger"),
+        (4.0, "4.0 times smaller"),
+        (0.9996, "1.0004 times larger"),
+    ],
+)
+def test_a_gap_is_told_as_what_happens_to_the_activations(gap: float, told: str) -> None:
+    assert verdicts.gap_sentence(gap) == f"activations reach the next layer {told} in eval than in training"
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_kind_has_a_sentence_and_every_finding_something_to_do(kind: Kind) -> None:
+    said = verdicts.sentence(kind, gap=0.7, keep=0.7, p=0.3, draws=16)
+    assert said
+    assert "None" not in said
+    assert bool(verdicts.fix(kind, p=0.3, keep=0.7)) == (kind in SEVERITIES)

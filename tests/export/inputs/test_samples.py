@@ -1,0 +1,229 @@
+"""Whatever a module is called with becomes names, axes and inputs to judge it on; the module itself is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evalmode.export.inputs.errors import UnusableInputs
+from evalmode.export.inputs.samples import candidate_of
+from evalmode.export.module.parts import private_copy
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.norm = nn.BatchNorm1d(4)
+        self.calls = 0
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.calls += 1
+        return self.linear(self.norm(x)) * scale
+
+
+@pytest.mark.parametrize("sample", [X, (X,), {"x": X}, {"x": X.numpy()}], ids=["tensor", "tuple", "mapping", "numpy"])
+def test_a_sample_may_be_given_in_every_usual_way(sample: object) -> None:
+    candidate = candidate_of(Net().eval(), [sample])
+    assert list(candidate.example) == ["x"]
+    assert candidate.dynamic_axes == {"x": {0: "batch"}}
+    assert candidate.outputs == ("output_0",)
+
+
+def test_the_module_is_not_run_and_not_changed_but_its_copies_are() -> None:
+    module = Net()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    candidate_of(module, [X])
+    assert module.calls == 0
+    assert module.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_private_copy_shares_the_parameters_and_not_the_buffers() -> None:
+    module = Net()
+    other = private_copy(module)
+    assert other.linear.weight is module.linear.weight
+    assert other.norm.running_mean is not module.norm.running_mean
+
+
+def test_what_cannot_be_copied_is_used_as_it_is() -> None:
+    module = Net()
+    module.lock = threading.Lock()
+    assert private_copy(module) is module
+
+
+def test_a_copy_that_would_run_parts_of_the_original_is_none() -> None:
+    module = Net()
+    module.forward = lambda x: module.linear(x)
+    assert private_copy(module) is module
+
+
+def test_what_cannot_be_copied_is_as_it_was_after_it_ran() -> None:
+    module = Net().train()
+    module.lock = threading.Lock()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = torch.get_rng_state()
+    candidate_of(module, [X])
+    assert module.calls == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_constant_is_bound_and_no_input() -> None:
+    module = Net().eval()
+    candidate = candidate_of(module, [{"x": X, "scale": 2.0}])
+    assert list(candidate.example) == ["x"]
+    assert candidate.constants == {"scale": 2.0}
+    torch.testing.assert_close(module(x=X), module.linear(module.norm(X)) * 2.0)
+
+
+def test_probes_are_the_samples_and_what_the_module_can_read_besides() -> None:
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] > 5:
+                raise ValueError("too many")
+            return torch.log(x - 1.5)
+
+    sample = torch.rand(3, 4) + 2.0
+    candidate = candidate_of(Picky().eval(), [sample])
+    np.testing.assert_array_equal(candidate.probes[0]["x"], sample.numpy())
+    sizes = {probe["x"].shape[0] for probe in candidate.probes}
+    assert sizes == {1, 2, 3, 5}, "65 rows it does not read"
+    for probe in candidate.probes:
+        assert np.isfinite(np.log(probe["x"] - 1.5)).all(), "what it answers with no number was not given by the user"
+
+
+def test_rows_are_single_by_the_length_that_they_have_and_differ() -> None:
+    class Pool(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(1)
+
+    candidate = candidate_of(Pool().eval(), [torch.randn(3, 9, 4), torch.randn(2, 16, 4)])
+    assert {length: len(rows) for length, rows in candidate.rows.items()} == {9: 8, 16: 8}
+    assert {row["x"].shape for row in candidate.rows[9]} == {(1, 9, 4)}
+    assert len({row["x"].tobytes() for row in candidate.rows[9]}) == 8
+
+
+@pytest.mark.parametrize("answer", [lambda x: x.sum(), lambda x: x[:1], lambda x: x.T], ids=["scalar", "one", "other"])
+def test_an_answer_without_a_row_for_each_row_shares_no_batch(answer: Any) -> None:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return answer(x)
+
+    assert candidate_of(Calls().eval(), [X]).rows == {}
+
+
+def test_the_example_that_is_traced_has_more_than_one_row() -> None:
+    assert candidate_of(Net().eval(), [X[:1]]).example["x"].shape == (2, 4)
+
+
+def test_outputs_have_the_names_that_the_module_gives_them_and_strangers_are_told() -> None:
+    class Rich(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"logits": x, "hidden": (x, x + 1), "cache": object(), "loss": None}
+
+    candidate = candidate_of(Rich().eval(), [X])
+    assert candidate.outputs == ("logits", "hidden_0", "hidden_1")
+    assert candidate.left_out == ("cache (object)",)
+
+
+class Pair(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+
+class Anything(nn.Module):
+    def forward(self, *args: Tensor) -> Tensor:
+        return args[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "samples", "said"),
+    [
+        (Net(), [(X, 1.0, X)], "cannot be called with the sample: too many positional"),
+        (Net(), [{"y": X}], r"fails on the sample \(y \[3, 4\]\): TypeError"),
+        (Pair(), [(X, X)], r"fails on the sample \(a \[3, 4\], b \[3, 4\]\): RuntimeError"),
+        (Anything(), [X], r"forward takes \*args: its inputs have no names"),
+        (Net(), [{"x": X, "scale": object()}], "input 'scale' must be a tensor or a plain constant, got object"),
+        (Net(), [{"x": X, "scale": 1.0}, {"x": X, "scale": 2.0}], "the samples differ in it"),
+        (Net(), [{"scale": 1.0}], "holds no tensor"),
+        (Net(), [], "there is no sample"),
+        (Net(), [X[:0]], "input 'x' is empty in a sample"),
+        (Net(), [X.to_sparse()], "input 'x' is sparse"),
+        (Net(), [X.bfloat16()], "input 'x' is torch.bfloat16, which no array holds"),
+        (nn.DataParallel(Net()), [X], r"takes \*args: .*; export its \.module, which it only wraps"),
+        (Net(), [X, {"x": X.double()}], "input 'x' has another type or other axes in another sample"),
+        (Pair(), [{"a": X, "b": X.T}, {"a": X}], "the samples have other inputs: a, b and a"),
+    ],
+)
+def test_what_the_module_cannot_be_called_with_is_one_sentence(
+    module: nn.Module, samples: list[object], said: str
+) -> None:
+    with pytest.raises(UnusableInputs, match=said):
+        candidate_of(module.eval(), samples)
+
+
+def test_an_answer_without_a_tensor_is_one_sentence() -> None:
+    class Talks(nn.Module):
+        def forward(self, x: Tensor) -> str:
+            return "hello"
+
+    with pytest.raises(UnusableInputs, match="Talks answers with no tensor but with str"):
+        candidate_of(Talks().eval(), [X])
+
+
+def test_a_scripted_or_traced_module_is_refused_in_one_sentence() -> None:
+    traced = torch.jit.trace(nn.Linear(4, 2), X)
+    with pytest.raises(UnusableInputs, match="give the Python module that it was made of"):
+        candidate_of(traced.eval(), [X])
+
+
+def test_a_first_axis_that_takes_no_other_number_of_rows_is_no_batch() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(3, 2, 2)
+
+    candidate = candidate_of(Fixed().eval(), [X])
+    assert candidate.dynamic_axes == {"x": {}}
+    assert candidate.rows == {}
+
+
+def test_a_constant_of_an_argument_without_default_is_not_asked_for_again() -> None:
+    class Needs(nn.Module):
+        def forward(self, x: Tensor, mode: str, times: int) -> Tensor:
+            return x * times if mode == "fast" else x
+
+    module = Needs().eval()
+    candidate_of(module, [{"x": X, "mode": "fast", "times": 3}])
+    assert list(inspect.signature(module.forward).parameters) == ["x"]
+    assert torch.equal(module(X), X * 3)
+
+
+def test_a_dataclass_answers_with_its_fields() -> None:
+    @dataclasses.dataclass
+    class Answer:
+        logits: Tensor
+        hidden: tuple[Tensor, ...]
+
+    class Wraps(nn.Module):
+        def forward(self, x: Tensor) -> Answer:
+            return Answer(x + 1, (x, x * 2))
+
+    assert candidate_of(Wraps().eval(), [X]).outputs == ("logits", "hidden_0", "hidden_1")
+
+
+def test_an_output_that_is_called_as_an_input_gets_a_name_of_its_own() -> None:
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"x": x + 1, "y": x}
+
+    assert candidate_of(Same().eval(), [X]).outputs == ("x_out", "y")

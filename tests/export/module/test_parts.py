@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import functools
+import random
+import types
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evalmode.export.module.parts import named_everything, named_generators
+
+BESIDE = random.Random(0)
+
+
+class Holds(nn.Module):
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Plain:
+    def __init__(self, inside: object) -> None:
+        self.inside = inside
+
+    def call(self) -> None: ...
+
+
+class LoadedWhenAsked(types.ModuleType):
+    """What large libraries put in place of themselves."""
+
+
+def closing_over(value: object) -> object:
+    return lambda: value
+
+
+def empty_closure() -> object:
+    def call() -> object:
+        return later
+
+    if call is None:
+        later = None
+    return call
+
+
+class Hiding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Linear(1, 1)
+        self.listed = [nn.Dropout(0.1), (nn.Dropout(0.2),)]
+        self.keyed = {"head": nn.Dropout(0.3)}
+        self.itself = self.seen
+
+
+def test_modules_in_plain_containers_are_found_and_named_as_one_writes_them() -> None:
+    assert set(named_everything(Hiding())) == {"", "seen", "listed[0]", "listed[1][0]", "keyed['head']"}
+
+
+def test_a_module_that_two_names_share_is_found_once() -> None:
+    assert "itself" not in named_everything(Hiding())
+
+
+def test_the_hidden_are_found_at_depth() -> None:
+    assert "0.listed[0]" in named_everything(nn.Sequential(Hiding()))
+
+
+def test_a_container_that_holds_itself_ends() -> None:
+    module = Hiding()
+    module.listed.append(module.listed)  # type: ignore[arg-type]
+    assert "listed[0]" in named_everything(module)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "path"),
+    [
+        (lambda part: {part}, "held[0]"),
+        (lambda part: frozenset({part}), "held[0]"),
+        (lambda part: deque([part]), "held[0]"),
+        (lambda part: functools.partial(part), "held.func"),
+        (lambda part: functools.partial(print, part), "held.args[0]"),
+        (lambda part: functools.partial(print, end=part), "held.keywords['end']"),
+        (closing_over, "held.<value>"),
+        (lambda part: part.extra_repr, "held.__self__"),
+        (Plain, "held.inside"),
+        (lambda part: Plain([part]).call, "held.__self__.inside[0]"),
+    ],
+    ids=["set", "frozenset", "deque", "partial", "its args", "its keywords", "closure", "method", "object", "depth"],
+)
+def test_a_module_is_found_wherever_an_attribute_leads_to_it(wrapped: Callable[[object], object], path: str) -> None:
+    part = nn.Dropout(0.1)
+    found = named_everything(Holds(wrapped(part)))
+    assert found[path] is part
+    assert set(found) == {"", path}
+
+
+def test_an_underscore_hides_nothing() -> None:
+    module = Holds(None)
+    module._drops = [nn.Dropout(0.1)]
+    assert set(named_everything(module)) == {"", "_drops[0]"}
+
+
+def test_a_child_has_its_own_name_and_not_that_of_torchs_registry() -> None:
+    module = nn.Sequential(nn.Linear(1, 1))
+    module[0].register_buffer("table", torch.ones(1))
+    module.register_forward_hook(nn.Dropout(0.1))  # type: ignore[arg-type]
+    assert set(named_everything(module)) == {"", "0"}
+
+
+def test_a_closure_whose_variable_is_not_bound_yet_is_passed_over() -> None:
+    assert set(named_everything(Holds(empty_closure()))) == {""}
+
+
+def test_the_objects_of_libraries_are_not_looked_into() -> None:
+    library = LoadedWhenAsked("library")
+    library.drop = nn.Dropout(0.1)
+    assert set(named_everything(Holds([torch.ones(1), np.ones(1), nn.Dropout, torch, library]))) == {""}
+
+
+def test_generators_are_found_by_the_same_paths_and_as_globals_beside_a_forward() -> None:
+    held = {"a": random.Random(0), "b": (np.random.default_rng(0),), "c": Plain(np.random.RandomState(0))}
+    found = named_generators(nn.Sequential(Holds(held)))
+    assert set(found) == {"0.held['a']", "0.held['b'][0]", "0.held['c'].inside", "global BESIDE"}
+    assert found["global BESIDE"] is BESIDE
+    assert found["0.held['a']"] is held["a"]
+
+
+def test_a_network_without_a_generator_has_none() -> None:
+    assert named_generators(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1))) == {}

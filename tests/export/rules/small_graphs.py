@@ -1,0 +1,57 @@
+"""Graphs of a node or two, and modules of one function: what the rules of a subject are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Record
+from evalmode.export.rules.subject import Subject
+
+ROWS = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+
+
+class Calls(nn.Module):
+    """A module that answers as a function says."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(x)
+
+
+def graph(
+    *nodes: onnx.NodeProto, rows: int | str = "batch", kind: int = TensorProto.FLOAT, **constants: np.ndarray
+) -> onnx.ModelProto:
+    """x of four columns -> y."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 4])
+    y = helper.make_tensor_value_info("y", kind, None)
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    opsets = [helper.make_opsetid("", 20)]
+    return helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers), opset_imports=opsets, ir_version=9)
+
+
+def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx.NodeProto:
+    """A node of one output, y unless it is said."""
+    return helper.make_node(op, list(inputs), [output], name=f"/{op}_{output}", **attributes)
+
+
+DOUBLED = graph(node("Add", "x", "x"))
+
+
+def subject(model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **more: object) -> Subject:
+    """The graph, and the module that it is held against; eight rows, and one alone."""
+    rows = {4: [{"x": row[np.newaxis]} for row in ROWS]}
+    given = {"probes": [{"x": ROWS}, {"x": ROWS[:1]}], "dynamic_axes": {"x": {0: "batch"}}, **more}
+    return Subject(module=Calls(answer).eval(), model=model, rows=rows, **given)  # type: ignore[arg-type]
+
+
+def said(record: Record) -> str:
+    """All findings in one string."""
+    return "; ".join(map(str, record.findings))

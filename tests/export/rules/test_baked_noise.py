@@ -1,0 +1,131 @@
+"""Noise that was drawn once, at export: the graph is quiet and repeats itself, and is wrong."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Record, Verdict
+from evalmode.errors import EvalmodeError
+from evalmode.export.certify import subject_of
+from evalmode.export.graph import graph_of
+from evalmode.export.inputs.samples import candidate_of
+from evalmode.export.rules import baked_noise, repeatability, stochastic_op, training_mode
+from evalmode.export.rules.subject import Subject
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Calls(nn.Module):
+    """A linear layer, and whatever a function does with it; it can hold a thing of any kind."""
+
+    def __init__(self, answer: Callable[[Any, Tensor], Tensor], held: object = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.full((4,), 0.5))
+        self.answer = answer
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(self, self.linear(x))
+
+
+def subject(answer: Callable[[Any, Tensor], Tensor], held: object = None) -> Subject:
+    return subject_of(candidate_of(Calls(answer, held).eval(), [X]))
+
+
+def cached(module: Any, x: Tensor) -> Tensor:
+    if module.held is None:
+        module.held = torch.bernoulli(module.table)
+    return x * module.held
+
+
+def said(record: Record) -> str:
+    return "; ".join(map(str, record.findings))
+
+
+CONSTANTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], object]] = {
+    "a numpy mask": (lambda m, x: x * torch.from_numpy((np.random.rand(4) < 0.5).astype(np.float32)), None),
+    "a python factor": (lambda m, x: x * random.random(), None),
+    "a private numpy generator": (
+        lambda m, x: x * torch.from_numpy(m.held.random(4, dtype=np.float32)),
+        np.random.default_rng(0),
+    ),
+    "a private python generator": (lambda m, x: x * m.held.random(), random.Random(0)),
+    "torch.bernoulli of a buffer": (lambda m, x: x * torch.bernoulli(m.table), None),
+    "dropout of a table": (lambda m, x: x + F.dropout(m.table, 0.5, training=True), None),
+    "torch.distributions": (
+        lambda m, x: x * torch.distributions.Bernoulli(m.table, validate_args=False).sample(),
+        None,
+    ),
+    "a mask that the first forward keeps": (cached, None),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_noise_that_became_a_constant_is_found_although_the_graph_is_quiet(name: str) -> None:
+    made = subject(*CONSTANTS[name])
+    record = baked_noise.check(made)
+    assert record.verdict is Verdict.FAIL, name
+    assert all(found.fix for found in record.findings)
+
+
+@pytest.mark.parametrize("name", ["a numpy mask", "a private python generator", "torch.bernoulli of a buffer"])
+def test_no_other_rule_of_the_graph_would_see_it(name: str) -> None:
+    made = subject(*CONSTANTS[name])
+    graph = graph_of(made.model)
+    records = [stochastic_op.check(graph), training_mode.check(graph), repeatability.check(made)]
+    assert [record.verdict for record in records] == [Verdict.PASS] * 3
+
+
+def test_the_weight_is_named_with_the_node_that_reads_it() -> None:
+    module = Calls(cached).eval()
+    candidate = candidate_of(module, [X])
+    module(X)  # as any rule does that watches it
+    record = baked_noise.check(subject_of(candidate))
+    assert "(weight): its values differ in another export, under other seeds; it is read by /Mul_" in said(record)
+
+
+def test_a_dropout_that_the_optimiser_folded_is_named_by_the_graph_before_it() -> None:
+    record = baked_noise.check(subject(*CONSTANTS["dropout of a table"]))
+    assert "it draws in the graph before optimisation" in said(record)
+
+
+def test_a_quiet_module_has_equal_exports() -> None:
+    record = baked_noise.check(subject(lambda m, x: F.dropout(x, 0.5, m.training) * m.table))
+    assert record.verdict is Verdict.PASS
+    assert record.findings == ()
+    assert record.measured.endswith("in 2 exports")
+
+
+def test_what_is_random_but_fixed_in_a_buffer_is_a_weight_like_any_other() -> None:
+    module = Calls(lambda m, x: x * m.mask)
+    module.register_buffer("mask", torch.bernoulli(torch.full((4, 4), 0.5)).sum(0))
+    assert baked_noise.check(subject_of(candidate_of(module.eval(), [X]))).verdict is Verdict.PASS
+
+
+def test_a_second_export_that_cannot_be_made_is_unproven_and_not_passed_over() -> None:
+    def fails() -> Any:
+        raise EvalmodeError("the factory returned another network")
+
+    made = subject(lambda m, x: x)
+    other = Subject(module=made.module, model=made.model, probes=made.probes, rows=made.rows, twins=[fails])
+    record = baked_noise.check(other)
+    assert record.verdict is Verdict.UNPROVEN
+    assert "the factory returned another network" in said(record)
+
+
+def test_the_global_generators_are_where_they_were() -> None:
+    module = Calls(lambda m, x: x).eval()
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    baked_noise.check(subject_of(candidate_of(module, [X])))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]

@@ -1,0 +1,191 @@
+"""A module is random in eval whether its generator is watched, private, or none at all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Record, Verdict
+from evalmode.export.rules import eager_randomness
+
+PROBES = [{"x": torch.ones(count, length)} for length in (1, 5) for count in (1, 2, 64)]
+PRIVATE = np.random.default_rng(0)
+
+
+class Calls(nn.Module):
+    """A module that answers as a function of its input, and of whatever it is given to hold, says."""
+
+    def __init__(self, answer: Callable[[Calls, Tensor], object], **held: object) -> None:
+        super().__init__()
+        self.answer = answer
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> object:
+        return self.answer(self, x)
+
+
+class BesideAGlobal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * PRIVATE.random()
+
+
+def judged(answer: Callable[[Calls, Tensor], object], **held: object) -> Record:
+    """What the rule says of a module below the root, whose name is `inner`."""
+    root = nn.Module()
+    root.inner = Calls(answer, **held)
+    root.forward = lambda x: root.inner(x)
+    return eager_randomness.check(root.eval(), PROBES)
+
+
+def turning(calls: Iterable[object], *, at: int) -> Callable[[Calls, Tensor], Tensor]:
+    """An answer that is another one at one single call, with no generator to be seen moving."""
+    count = iter(calls)
+    return lambda module, x: x * 2 if next(count) == at else x
+
+
+def places(record: Record) -> tuple[str, ...]:
+    return tuple(map(str, record.findings))
+
+
+def test_a_clean_module_passes() -> None:
+    record = judged(lambda module, x: F.dropout(x, 0.5, module.training))
+    assert record.verdict is Verdict.PASS
+    assert record.measured == "0 places in 6 forwards, 5 repeats"
+    assert places(record) == ()
+
+
+def test_a_forward_whose_answer_is_not_a_number_repeats_itself_all_the_same() -> None:
+    assert judged(lambda module, x: x * float("nan")).verdict is Verdict.PASS
+
+
+def test_the_operating_systems_randomness_moves_no_generator_and_is_found_by_repeating() -> None:
+    record = judged(lambda module, x: x * random.SystemRandom().random())
+    assert record.verdict is Verdict.FAIL
+    assert places(record) == ("output_0 differs between forwards of one input",)
+
+
+@pytest.mark.parametrize("repeat", range(2, 6))
+def test_an_answer_that_is_another_one_at_a_single_repeat_is_found(repeat: int) -> None:
+    watched = len(PROBES)
+    record = judged(turning(range(1, 99), at=watched + repeat))
+    assert places(record) == ("output_0 differs between forwards of one input",)
+
+
+def test_the_zero_that_changes_its_sign_is_another_answer() -> None:
+    signs = iter([1.0] * len(PROBES) + [1.0, -1.0, 1.0, 1.0, 1.0])
+    assert judged(lambda module, x: x * 0.0 * next(signs)).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("reached", [lambda x: x.shape[0] == 64, lambda x: len(x) == 1, lambda x: x.shape[1] > 4])
+def test_a_draw_behind_a_shape_that_only_some_probes_have_is_named_with_its_line(
+    reached: Callable[[Tensor], bool],
+) -> None:
+    record = judged(lambda module, x: F.dropout(x, 0.25) if reached(x) else x)
+    assert record.verdict is Verdict.FAIL
+    (where,) = places(record)
+    assert where.startswith("inner (Calls, p=0.25): dropout")
+    assert "at test_eager_randomness.py:" in where
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [random.Random(0), np.random.default_rng(0), np.random.RandomState(0)],
+    ids=lambda generator: type(generator).__name__,
+)
+@pytest.mark.parametrize("place", ["", "[1]"], ids=["attribute", "list"])
+def test_a_private_generator_is_named_wherever_the_module_keeps_it(generator: random.Random, place: str) -> None:
+    def gated(module: Calls, x: Tensor) -> Tensor:
+        kept = module.held[1] if place else module.held
+        return x if kept.uniform(0, 1) < 2 else -x  # a gate that is always open: no repeat differs
+
+    record = judged(gated, held=[None, generator] if place else generator)
+    assert record.verdict is Verdict.FAIL
+    assert len(places(record)) == 1
+    assert places(record)[0].startswith(f"inner (Calls): the generator inner.held{place} at ")
+
+
+def test_a_generator_that_is_a_global_beside_forward_is_named() -> None:
+    record = eager_randomness.check(BesideAGlobal().eval(), PROBES)
+    assert record.verdict is Verdict.FAIL
+    assert "(root) (BesideAGlobal): the generator global PRIVATE" in places(record)[0]
+
+
+def test_a_generator_that_rests_is_no_finding() -> None:
+    assert judged(lambda module, x: x, held=random.Random(0)).verdict is Verdict.PASS
+
+
+def test_a_branch_that_may_not_be_taken_is_unproven_in_one_sentence_that_names_it() -> None:
+    record = judged(
+        lambda module, x: torch.cond(x.sum() > 1e9, lambda x: F.dropout(x, 0.25), lambda x: x.clone(), (x,))
+    )
+    assert record.verdict is Verdict.UNPROVEN
+    (where,) = places(record)
+    assert where.startswith("a forward cannot be watched: inner (Calls): cond")
+    assert "object at 0x" not in where
+    assert "\n" not in where
+
+
+def test_a_forward_that_raises_not_implemented_is_a_failure_and_not_merely_unwatched() -> None:
+    def unfinished(module: Calls, x: Tensor) -> Tensor:
+        raise NotImplementedError("later")
+
+    assert judged(unfinished).verdict is Verdict.FAIL
+
+
+def test_a_forward_that_fails_on_a_probe_is_a_finding_in_words() -> None:
+    def one_row_alone(module: Calls, x: Tensor) -> Tensor:
+        if len(x) > 2:
+            raise RuntimeError("one row at a time, please")
+        return x
+
+    record = judged(one_row_alone)
+    assert record.verdict is Verdict.FAIL
+    assert places(record) == (
+        "the forward fails on x [64, 1]: RuntimeError: one row at a time, please",
+        "the forward fails on x [64, 5]: RuntimeError: one row at a time, please",
+    )
+
+
+def test_an_answer_without_a_tensor_cannot_be_compared_and_fails() -> None:
+    record = judged(lambda module, x: float(x.sum()))
+    assert places(record) == ("the forward returns no tensor that could be compared",)
+
+
+@pytest.mark.parametrize("counts", [range(1, 99), range(99, 1, -1)], ids=["more each time", "fewer each time"])
+def test_a_number_of_answers_that_changes_fails(counts: Iterable[int]) -> None:
+    count = iter(counts)
+    record = judged(lambda module, x: (x,) * next(count))
+    assert places(record) == ("forwards of one input return different numbers of tensors",)
+
+
+def test_an_answer_whose_shape_changes_fails_though_its_bits_are_the_same() -> None:
+    columns = iter([1, 5] * 99)
+    assert judged(lambda module, x: x.reshape(-1, next(columns)) if x.numel() % 5 == 0 else x).verdict is Verdict.FAIL
+
+
+@torch.library.custom_op("evalmode_tests::quiet_noise", mutates_args=())
+def quiet_noise(x: Tensor) -> Tensor:
+    """It draws, and carries no mark that says so."""
+    return x + torch.rand_like(x)
+
+
+def test_a_draw_inside_an_operator_that_is_not_marked_is_seen_from_torchs_generator() -> None:
+    record = judged(lambda module, x: quiet_noise(x))
+    assert record.verdict is Verdict.FAIL
+    assert "inner (Calls): " in places(record)[0]
+
+
+def test_a_branch_that_was_refused_leaves_the_compiler_ready_for_the_next() -> None:
+    def branches(module: Calls, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 1e9, lambda x: F.dropout(x, 0.25), lambda x: x.clone(), (x,))
+
+    for _ in range(2):
+        (where,) = places(judged(branches))
+        assert where.startswith("a forward cannot be watched: inner (Calls): cond")

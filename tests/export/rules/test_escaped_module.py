@@ -1,0 +1,68 @@
+"""`root.eval()` says nothing of a module that it does not reach, or that does not listen."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+
+import pytest
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.export.rules import escaped_module
+
+
+class Holds(nn.Module):
+    def __init__(self, name: str, held: object) -> None:
+        super().__init__()
+        self.seen = nn.Dropout(0.1)
+        setattr(self, name, held)
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.drop = nn.Dropout(0.5)
+
+
+class DeafToEval(nn.Dropout):
+    def train(self, mode: bool = True) -> DeafToEval:
+        return super().train(True)
+
+
+def closing_over(drop: nn.Module) -> object:
+    def call(x: Tensor) -> Tensor:
+        return drop(x)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "where"),
+    [
+        ("_hidden", [nn.Dropout(0.5)], "_hidden[0] (Dropout)"),
+        ("queue", deque([nn.Dropout(0.5)]), "queue[0] (Dropout)"),
+        ("call", functools.partial(nn.Dropout(0.5)), "call.func (Dropout)"),
+        ("call", functools.partial(print, nn.Dropout(0.5)), "call.args[0] (Dropout)"),
+        ("call", functools.partial(print, end=nn.Dropout(0.5)), "call.keywords['end'] (Dropout)"),
+        ("call", closing_over(nn.Dropout(0.5)), "call.<drop> (Dropout)"),
+        ("plain", Plain(), "plain.drop (Dropout)"),
+        ("child", DeafToEval(0.5), "child (DeafToEval)"),
+    ],
+)
+def test_a_module_that_eval_leaves_in_training_is_named(name: str, held: object, where: str) -> None:
+    root = nn.Sequential(Holds(name, held)).eval()
+    record = escaped_module.check(root)
+    assert record.verdict is Verdict.FAIL
+    assert [f"{one.node} ({one.op})" for one in record.findings] == [f"0.{where}"]
+    assert record.measured == "1 of 4 modules"
+
+
+def test_the_root_itself_is_named() -> None:
+    (found,) = escaped_module.check(nn.Dropout(0.5)).findings
+    assert str(found) == "(root) (Dropout): it is still in training mode"
+
+
+def test_hidden_modules_that_were_put_into_eval_by_hand_pass() -> None:
+    record = escaped_module.check(Holds("_hidden", [nn.Dropout(0.5).eval()]).eval())
+    assert record.verdict is Verdict.PASS
+    assert record.measured == "0 of 3 modules"

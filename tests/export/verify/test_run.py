@@ -1,0 +1,101 @@
+"""What a bare file shows when it runs: on inputs that are given, or made of its signature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from evalmode.bundle.certificate import Record, Verdict
+from evalmode.export.graph import open_graph
+from evalmode.export.verify.run import RULES, behaviour
+
+ROWS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+
+
+def saved(
+    folder: Path, *nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, shape: object = ("n", 4), **constants: object
+) -> Path:
+    x = helper.make_tensor_value_info("x", kind, list(shape))  # type: ignore[call-overload]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    path = folder / "any.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
+def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(op, list(inputs), [output], **attributes)
+
+
+def judged(path: Path, *samples: dict[str, object]) -> dict[str, Record]:
+    return {record.rule: record for record in behaviour(path, open_graph(path), samples)}
+
+
+def test_a_quiet_file_passes_on_inputs_that_nobody_gave(tmp_path: Path) -> None:
+    records = judged(saved(tmp_path, node("Relu", "x")))
+    assert list(records) == [rule.RULE for rule in RULES]
+    assert {record.verdict for record in records.values()} == {Verdict.PASS}
+
+
+def test_noise_is_seen_by_repeating(tmp_path: Path) -> None:
+    noisy = saved(tmp_path, node("RandomUniformLike", "x", output="n"), node("Add", "x", "n"))
+    assert judged(noisy)["repeatability"].verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_dynamic_quantisation_is_seen_in_the_neighbours(given: bool, tmp_path: Path) -> None:
+    quantised = saved(
+        tmp_path,
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+        node("DequantizeLinear", "q", "scale", "zero"),
+    )
+    record = judged(quantised, *([{"x": ROWS}] if given else []))["batch-invariance"]
+    assert record.verdict is Verdict.FAIL
+    assert "another row in the batch changes this row's answer by " in str(record.findings[0])
+
+
+def test_a_file_without_a_batch_axis_has_no_rows_to_keep_apart(tmp_path: Path) -> None:
+    records = judged(saved(tmp_path, node("Relu", "x"), shape=(2, 4)))
+    assert records["batch-invariance"].verdict is Verdict.NOT_APPLICABLE
+    assert records["repeatability"].verdict is Verdict.PASS
+
+
+def test_what_answers_with_no_number_fails(tmp_path: Path) -> None:
+    assert judged(saved(tmp_path, node("Log", "x")), {"x": -np.abs(ROWS)})["non-finite"].verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize(
+    ("samples", "why"),
+    [
+        ([{"y": ROWS}], "the inputs are x, given are y"),
+        ([{"x": ROWS[:, :2]}], "ONNX Runtime cannot run the model on these inputs"),
+        ([{"x": ROWS.astype(np.float64)}], "ONNX Runtime cannot run the model on these inputs"),
+    ],
+)
+def test_inputs_that_the_file_does_not_read_leave_its_rules_unproven(
+    samples: list[dict[str, object]], why: str, tmp_path: Path
+) -> None:
+    records = judged(saved(tmp_path, node("Relu", "x")), *samples)
+    assert {record.verdict for record in records.values()} == {Verdict.UNPROVEN}
+    assert all(why in str(record.findings[0]) for record in records.values())
+
+
+def test_nothing_is_made_up_for_texts(tmp_path: Path) -> None:
+    texts = saved(tmp_path, node("StringNormalizer", "x"), kind=TensorProto.STRING, shape=("n",))
+    assert {record.verdict for record in judged(texts).values()} == {Verdict.UNPROVEN}
+
+
+def test_a_file_that_the_runtime_cannot_open_leaves_its_rules_unproven(tmp_path: Path) -> None:
+    strange = saved(tmp_path, helper.make_node("NoSuchOperator", ["x"], ["y"], domain="nobody"))
+    assert {record.verdict for record in judged(strange).values()} == {Verdict.UNPROVEN}
+
+
+def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
+    path = saved(tmp_path, node("Add", "x", "w"), w=np.ones((1, 4), np.float32))
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    assert {record.verdict for record in judged(path).values()} == {Verdict.PASS}

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evalmode.service.ndjson import Splitter, answer_lines, read_line
+
+
+@given(st.binary(), st.lists(st.integers(0, 40)), st.integers(1, 12))
+def test_lines_are_the_same_however_the_bytes_are_cut_into_chunks(body: bytes, cuts: list[int], limit: int) -> None:
+    places = sorted(min(cut, len(body)) for cut in cuts)
+    splitter = Splitter(max_line_bytes=limit)
+    found: list[bytes | None] = []
+    for begin, end in zip([0, *places], [*places, len(body)], strict=True):
+        found += splitter.feed(body[begin:end])
+    found += splitter.end()
+    lines = body.split(b"\n")
+    lines = lines if lines[-1] else lines[:-1]
+    assert found == [None if len(line) > limit else line.removesuffix(b"\r") for line in lines]
+
+
+def test_a_splitter_keeps_nothing_of_a_line_that_is_too_long() -> None:
+    splitter = Splitter(max_line_bytes=1000)
+    for _ in range(100):
+        assert list(splitter.feed(b"x" * 1000)) == []
+        assert sum(map(len, splitter._begun)) <= 1000
+    assert list(splitter.feed(b"\nabc\n")) == [None, b"abc"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "echoed"),
+    [
+        (b'"a"', "a", {}),
+        (b'  {"text": "b"}  ', "b", {}),
+        (b'{"text": "", "id": null, "label": [1]}', "", {"id": None}),
+        (b'{"id": "\\ud83d", "text": "\\ud83d"}', "\ud83d", {"id": "\ud83d"}),
+        (b'{"id": 1.5, "text": "c"}', "c", {"id": 1.5}),
+    ],
+)
+def test_a_line_is_a_string_or_an_object_with_a_text(raw: bytes, text: str, echoed: dict[str, object]) -> None:
+    line = read_line(raw)
+    assert (line.text, line.problem, line.echoed) == (text, None, echoed)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (None, "longer"),
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"NaN", "NaN is no JSON number"),
+        (b"[" * 100_000, "nested"),
+        (b"17", "must be a string or an object with the key text, got 17"),
+        (b"{}", "text is missing"),
+        (b'{"text": 3}', "text must be a string, got 3"),
+        (b'{"text": "a", "id": [1]}', "id must be a string"),
+        (b'{"text": "a", "id": 1e999}', "id must be a string"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said_in_one_sentence(raw: bytes | None, said: str) -> None:
+    problem = read_line(raw).problem
+    assert problem is not None
+    assert said in problem
+    assert len(problem) < 200
+
+
+def test_answers_of_lines_are_numbered_from_where_they_begin() -> None:
+    async def predict(texts: Sequence[str]) -> list[Any]:
+        return [SimpleNamespace(top=[SimpleNamespace(label=text, score=0.5)], truncated=False) for text in texts]
+
+    found = asyncio.run(answer_lines([b'"a"', b"{"], first=40, predict=predict, inline_bytes=0))
+    assert [json.loads(line)["index"] for line in found] == [40, 41]
