@@ -1,7 +1,8 @@
-"""How often the expectation-gap audit is wrong on random sites whose true gap is known, under a fresh seed.
+"""How often the expectation-gap audit is wrong on random sites whose true gap is known, under a
+fresh seed.
 
-python bench/audit.py                       # 1,000 sites, ten to a network, a seed that nobody chose
-python bench/audit.py --sites 200 --seed 7  # to see one again
+python bench/audit.py                       # 1,000 sites, ten to a network, a seed that nobody
+chose python bench/audit.py --sites 200 --seed 7  # to see one again
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ EACH = 10
 
 
 def main() -> None:
-    """Measure and print: per mistake, how many sites, how many called wrong, missed or left open."""
+    """Measure and print: per mistake, how many sites, how many called wrong, missed or left
+    open.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
@@ -40,12 +43,14 @@ def main() -> None:
     rng, start = random.Random(given.seed), time.perf_counter()
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     networks = -(-given.sites // EACH)
-    alarmed = sum(_network(rng, counts, given.alpha) for _ in track(range(networks), transient=True))
+    alarmed = sum(
+        _network(rng, counts, given.alpha) for _ in track(range(networks), transient=True)
+    )
     console = Console()
     console.print(_table(counts))
     console.print(
-        f"seed {given.seed}: {alarmed} of {networks} networks with a false alarm (alpha {given.alpha}), "
-        f"{time.perf_counter() - start:.0f} s"
+        f"seed {given.seed}: {alarmed} of {networks} networks with a false alarm (alpha"
+        f" {given.alpha}), {time.perf_counter() - start:.0f} s"
     )
 
 
@@ -53,8 +58,13 @@ def _network(rng: random.Random, counts: dict[str, collections.Counter[str]], al
     torch.manual_seed(rng.randrange(2**31))
     sites = [draw_site(rng) for _ in range(EACH)]
     network = Network([module for module, _ in sites])
-    found = audit(network, [{"x": torch.randn(SHAPE)}], alpha=alpha, seed=rng.randrange(2**31)).sites
-    outcomes = [_outcome(truth, site.severity, site.kind) for (_, truth), site in zip(sites, found, strict=True)]
+    found = audit(
+        network, [{"x": torch.randn(SHAPE)}], alpha=alpha, seed=rng.randrange(2**31)
+    ).sites
+    outcomes = [
+        _outcome(truth, site.severity, site.kind)
+        for (_, truth), site in zip(sites, found, strict=True)
+    ]
     for (_, truth), site, outcome in zip(sites, found, outcomes, strict=True):
         counts[truth.mistake].update(["sites", *outcome])
         if {"false alarm", "missed", "inconclusive"} & set(outcome):

@@ -1,8 +1,10 @@
-"""Every answer under chaos against the answer computed alone, bit for bit: `python bench/chaos.py BUNDLE`.
+"""Every answer under chaos against the answer computed alone, bit for bit: `python bench/chaos.py
+BUNDLE`.
 
-A server of several workers is asked random mixtures of texts, in random numbers, by a random number of clients, while
-its model is swapped for the same one and its workers are killed. Exit code 1 for a single wrong or missing answer.
-Talks HTTP only, but for the answers alone: those come from the predictor of `evalmode predict`.
+A server of several workers is asked random mixtures of texts, in random numbers, by a random number
+of clients, while its model is swapped for the same one and its workers are killed. Exit code 1 for
+a single wrong or missing answer. Talks HTTP only, but for the answers alone: those come from the
+predictor of `evalmode predict`.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Chaos:
     clients: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CLIENTS))
 
     async def ask(self, client: httpx.AsyncClient, places: list[int]) -> None:
-        """One request, until it is answered; a worker that was killed, or a full queue, makes it come again."""
+        """One request, until it is answered; a worker that was killed, or a full queue, makes it
+        come again.
+        """
         body = json.dumps({"inputs": [self.texts[place] for place in places]})
         async with self.clients:
             while True:
@@ -87,7 +91,11 @@ class Chaos:
 def some_texts(chance: random.Random) -> list[str]:
     """Texts of every length, empty and far too long ones among them."""
     lengths = [chance.choice((1, 3, 8, 20, 60)) for _ in range(TEXTS - 2)]
-    return ["", "x" * 5_000, *(" ".join(chance.choices(WORDS, k=chance.randint(1, length))) for length in lengths)]
+    return [
+        "",
+        "x" * 5_000,
+        *(" ".join(chance.choices(WORDS, k=chance.randint(1, length))) for length in lengths),
+    ]
 
 
 def answered_alone(bundle: Path, texts: list[str]) -> list[str]:
@@ -114,7 +122,8 @@ async def disturbances(chaos: Chaos, model: Path, pid: int) -> None:
         os.utime(model)  # the same bytes, newly written: every worker opens them again
         chaos.counts["hot swaps"] += 1
         if turn % 3 == 2:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            listing = Path(f"/proc/{pid}/task/{pid}/children")
+            children = listing.read_text().split()  # noqa: ASYNC240 - /proc answers at once
             if len(children) > 1:
                 os.kill(int(chaos.chance.choice(children)), signal.SIGKILL)
                 chaos.counts["workers killed"] += 1
@@ -131,7 +140,10 @@ async def storm(chaos: Chaos, *, answers: int, model: Path, pid: int) -> None:
                 at_once = chaos.chance.randint(1, CLIENTS)
                 rows = [chaos.chance.choice((1, 1, 1, 2, 5, 17, 64)) for _ in range(at_once)]
                 await asyncio.gather(
-                    *(chaos.ask(client, chaos.chance.choices(range(len(chaos.texts)), k=count)) for count in rows)
+                    *(
+                        chaos.ask(client, chaos.chance.choices(range(len(chaos.texts)), k=count))
+                        for count in rows
+                    )
                 )
                 progress.update(bar, completed=chaos.counts["answers"])
         disturbing.cancel()
@@ -152,9 +164,18 @@ def main() -> int:
         bundle = Path(root) / "model" / "1"
         shutil.copytree(find_bundle(asked.bundle), bundle)
         alone = answered_alone(bundle, texts)
-        with served(root, "--workers", str(asked.workers), "--poll-s", "0.2", "--access-log", "0") as server:
+        with served(
+            root, "--workers", str(asked.workers), "--poll-s", "0.2", "--access-log", "0"
+        ) as server:
             chaos = Chaos(url=server.url, texts=texts, alone=alone, chance=chance)
-            asyncio.run(storm(chaos, answers=asked.answers, model=bundle / "model.onnx", pid=server.process.pid))
+            asyncio.run(
+                storm(
+                    chaos,
+                    answers=asked.answers,
+                    model=bundle / "model.onnx",
+                    pid=server.process.pid,
+                )
+            )
             failures = chaos.counts["wrong answers"] + sum(
                 count for name, count in chaos.counts.items() if name.startswith("status")
             )

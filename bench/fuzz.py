@@ -1,8 +1,10 @@
-"""Mistaken and malicious requests against a real server, over its socket: `python bench/fuzz.py BUNDLE`.
+"""Mistaken and malicious requests against a real server, over its socket: `python bench/fuzz.py
+BUNDLE`.
 
-The requests of `mutants.py` on many connections that are kept alive, and known good ones between them. Exit code 1 for
-a status that nobody intended, a connection lost without an answer, an answer that is not what it says to be or has
-other bits than before, memory that grows, or a server that is gone. Talks HTTP only; what failed is kept, byte by byte.
+The requests of `mutants.py` on many connections that are kept alive, and known good ones between
+them. Exit code 1 for a status that nobody intended, a connection lost without an answer, an answer
+that is not what it says to be or has other bits than before, memory that grows, or a server that is
+gone. Talks HTTP only; what failed is kept, byte by byte.
 """
 
 from __future__ import annotations
@@ -34,7 +36,15 @@ ANSWER_S = 60
 MAX_GROWTH_MB = 40
 KEPT = 20  # failures
 INTENDED = frozenset({200, 400, 404, 405, 408, 413, 415, 422, 431, 503, 504})
-FLAGS = ("--access-log", "0", "--no-model-control", "--header-timeout-s", str(LATE_S), "--body-timeout-s", str(LATE_S))
+FLAGS = (
+    "--access-log",
+    "0",
+    "--no-model-control",
+    "--header-timeout-s",
+    str(LATE_S),
+    "--body-timeout-s",
+    str(LATE_S),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +60,9 @@ class Answer:
         try:
             encoding = self.headers.get("content-encoding")
             plain = (
-                self.body if encoding is None else zlib.decompress(self.body, wbits=31 if encoding == "gzip" else 15)
+                self.body
+                if encoding is None
+                else zlib.decompress(self.body, wbits=31 if encoding == "gzip" else 15)
             )
             media = self.headers["content-type"]
             if media == "application/x-ndjson" and self.status == 200:
@@ -61,7 +73,9 @@ class Answer:
                 found = json.loads(plain)
         except (KeyError, ValueError, zlib.error) as error:
             return f"an answer of status {self.status} that cannot be read: {error!r}"
-        if self.status != 200 and not (isinstance(found, dict) and isinstance(found.get("error"), str)):
+        if self.status != 200 and not (
+            isinstance(found, dict) and isinstance(found.get("error"), str)
+        ):
             return f"an answer of status {self.status} without an error"
         return None
 
@@ -108,9 +122,15 @@ class Connection:
         while status == 100:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             status = int(head[0].split()[1])
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
+        headers = {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])
+        }
         if headers.get("transfer-encoding") != "chunked":
-            return Answer(status=status, headers=headers, body=await reader.readexactly(int(headers["content-length"])))
+            return Answer(
+                status=status,
+                headers=headers,
+                body=await reader.readexactly(int(headers["content-length"])),
+            )
         body = bytearray()
         while size := int(await reader.readline(), 16):
             body += (await reader.readexactly(size + 2))[:-2]
@@ -145,7 +165,8 @@ class Fuzz:
         with Progress(transient=True) as progress:
             bar = progress.add_task("bodies", total=self.bodies)
             shares = [
-                self.bodies // CONNECTIONS + (number < self.bodies % CONNECTIONS) for number in range(CONNECTIONS)
+                self.bodies // CONNECTIONS + (number < self.bodies % CONNECTIONS)
+                for number in range(CONNECTIONS)
             ]
             async with asyncio.TaskGroup() as group:
                 for number, share in enumerate(shares):
@@ -161,7 +182,12 @@ class Fuzz:
         await connection.close()
 
     async def _client(
-        self, bodies: int, chance: random.Random, explosive: list[tuple[str, bytes]], progress: Progress, bar: TaskID
+        self,
+        bodies: int,
+        chance: random.Random,
+        explosive: list[tuple[str, bytes]],
+        progress: Progress,
+        bar: TaskID,
     ) -> None:
         connection = Connection(self.port)
         for _ in range(bodies):
@@ -184,7 +210,14 @@ class Fuzz:
         started = time.perf_counter()
         try:
             answer = await connection.ask(raw)
-        except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError, ValueError, KeyError) as error:
+        except (
+            OSError,
+            EOFError,
+            TimeoutError,
+            asyncio.LimitOverrunError,
+            ValueError,
+            KeyError,
+        ) as error:
             self._fail(f"no answer: {error!r}", raw)
             await connection.close()
             return
@@ -205,7 +238,10 @@ class Fuzz:
             self.counts["known good answers"] += answer.status == 200
             if answer.status not in (200, 503):
                 self._fail(f"status {answer.status} to a known good request", raw)
-            elif answer.status == 200 and self.bits.setdefault(request.known, answer.body) != answer.body:
+            elif (
+                answer.status == 200
+                and self.bits.setdefault(request.known, answer.body) != answer.body
+            ):
                 self._fail("other bits for a known good request", raw)
 
     def _fail(self, reason: str, raw: bytes) -> None:
@@ -227,16 +263,23 @@ def show(fuzz: Fuzz) -> bool:
     took_s = sorted(fuzz.took_s)
     growth_mb = fuzz.memory_mb[-1] - fuzz.memory_mb[1]
     if growth_mb > MAX_GROWTH_MB:
-        fuzz.failures.append((f"memory grew by {growth_mb:.0f} MB, {MAX_GROWTH_MB} MB are allowed", b""))
+        fuzz.failures.append(
+            (f"memory grew by {growth_mb:.0f} MB, {MAX_GROWTH_MB} MB are allowed", b"")
+        )
     if fuzz.server.process.poll() is not None:
         fuzz.failures.append((f"the server ended with {fuzz.server.process.returncode}", b""))
-    table = Table("", "count", title=f"{fuzz.asked:,} bodies of seed {fuzz.seed}", title_justify="left")
+    table = Table(
+        "", "count", title=f"{fuzz.asked:,} bodies of seed {fuzz.seed}", title_justify="left"
+    )
     for name, count in sorted(fuzz.counts.items()):
         table.add_row(name, f"{count:,}")
     table.add_row("median answer", f"{1000 * took_s[len(took_s) // 2][0]:.1f} ms")
     table.add_row("99% of answers", f"{1000 * took_s[len(took_s) * 99 // 100][0]:.1f} ms")
     table.add_row("slowest answer", f"{1000 * took_s[-1][0]:.0f} ms: {took_s[-1][1]}")
-    table.add_row("memory at first, at each fifth, at last", " ".join(f"{mb:.0f}" for mb in fuzz.memory_mb) + " MB")
+    table.add_row(
+        "memory at first, at each fifth, at last",
+        " ".join(f"{mb:.0f}" for mb in fuzz.memory_mb) + " MB",
+    )
     table.add_row("memory, growth after the first fifth", f"{growth_mb:.1f} MB")
     table.add_row("memory at its highest", f"{fuzz.server.resident_mb('VmHWM'):.0f} MB")
     console = Console()

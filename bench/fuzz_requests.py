@@ -1,7 +1,9 @@
-"""Requests that were good once, and what mistaken and malicious clients make of them: what `bench/fuzz.py` sends.
+"""Requests that were good once, and what mistaken and malicious clients make of them: what
+`bench/fuzz.py` sends.
 
-Bodies of the Open Inference Protocol, our own JSON and streams of lines, with something wrong in the tensors, the JSON,
-the raw bytes, the compression or the HTTP around them. Knows no socket; the same chance makes the same requests.
+Bodies of the Open Inference Protocol, our own JSON and streams of lines, with something wrong in
+the tensors, the JSON, the raw bytes, the compression or the HTTP around them. Knows no socket; the
+same chance makes the same requests.
 """
 
 from __future__ import annotations
@@ -20,30 +22,43 @@ import numpy as np
 BOMB_BYTES = 64 << 20
 
 DTYPES = {
-    f"{name}{bits}": f"<{kind}{bits // 8}" for name, kind in (("INT", "i"), ("UINT", "u")) for bits in (8, 16, 32, 64)
+    f"{name}{bits}": f"<{kind}{bits // 8}"
+    for name, kind in (("INT", "i"), ("UINT", "u"))
+    for bits in (8, 16, 32, 64)
 }
 DTYPES |= {"BOOL": "?", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
-TEXTS = ["", "Ez egy rövid mondat.", "Dit is een zin.", "これは文です。", "👍" * 9, "ﷺ\0\u2028", "x" * 5_000]
+TEXTS = [
+    "",
+    "Ez egy rövid mondat.",
+    "Dit is een zin.",
+    "これは文です。",
+    "👍" * 9,
+    "ﷺ\0\u2028",
+    "x" * 5_000,
+]
 
 # What is put into the place of something good.
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 0.5, 1e308, 2**31, 2**63, -(2**63) - 1, 10**400, "", "x", "\ud83d", "\0", "FP16",
-    [], [[]], [[[]]] * 9, {}, {"a": 1}, [0], [-1], [2**62] * 32, "9" * 999, float("nan"), float("-inf"), "../../etc",
+    None, True, False, 0, -1, 1, 0.5, 1e308, 2**31, 2**63, -(2**63) - 1, 10**400, "", "x", "\ud83d",
+    "\0", "FP16", [], [[]], [[[]]] * 9, {}, {"a": 1}, [0], [-1], [2**62] * 32, "9" * 999,
+    float("nan"), float("-inf"), "../../etc",
 ]  # fmt: skip
 ODD_AT: dict[str, list[Any]] = {
     "shape": [
-        [], [0], [-1], [1], [3], [2**31, 2**31], [2**63], [10**9, 10**9, 10**9], [1] * 999, [1.0], ["1"], [True], [[1]],
+        [], [0], [-1], [1], [3], [2**31, 2**31], [2**63], [10**9, 10**9, 10**9], [1] * 999, [1.0],
+        ["1"], [True], [[1]],
     ],
     "binary_data_size": [0, -1, 1, 3, 4, 2**31, 2**32, 2**63, 2**64 + 8, 1.5, "8", None, True, [8]],
     "datatype": [*DTYPES, "BYTES", "FP8", "bytes", ""],
 }  # fmt: skip
 LENGTHS = ["0", "-1", "", "x", "1.0", "0x10", "+5", "9" * 30, "٣", " 7 "]
 QUERIES = [
-    "", "", "&top_k=2", "&top_k=0", "&top_k=x", "&x=1", "&truncate=false", "&version=9", "&top_k=1&top_k=1",
+    "", "", "&top_k=2", "&top_k=0", "&top_k=x", "&x=1", "&truncate=false", "&version=9",
+    "&top_k=1&top_k=1",
 ]  # fmt: skip
 SPLICES = [
-    b"\xff" * 4, b"\xff\xff\xff\x7f", b"[" * 2_000, b'{"a":' * 2_000, b"\0", b"{}", b",", b'"', b"\n", b"NaN",
-    b"1" * 5_000,
+    b"\xff" * 4, b"\xff\xff\xff\x7f", b"[" * 2_000, b'{"a":' * 2_000, b"\0", b"{}", b",", b'"',
+    b"\n", b"NaN", b"1" * 5_000,
 ]  # fmt: skip
 CHUNKS = [b"-1\r\n", b"x\r\n", b"f" * 17 + b"\r\n", b"5;a=b\r\nabc", b"\r\n", b"3\r\nabcdef\r\n"]
 FRAMINGS = ["chunked"] * 20 + [
@@ -63,7 +78,9 @@ ENCODINGS = ["br", "gzip, gzip", "identity", "gzip", "deflate", "zstd", ""]
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "deflate": zlib.compress,
-    "x-gzip": lambda plain: gzip.compress(plain[: len(plain) // 2]) + gzip.compress(plain[len(plain) // 2 :]),
+    "x-gzip": lambda plain: (
+        gzip.compress(plain[: len(plain) // 2]) + gzip.compress(plain[len(plain) // 2 :])
+    ),
     "Deflate": lambda plain: zlib.compress(plain, wbits=-15),
 }
 
@@ -71,13 +88,23 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 def bombs() -> list[tuple[str, bytes]]:
     """Bodies of some 64 KB that unfold to 64 MB, and one that unfolds to another."""
     zeros, spaces, nested = bytes(BOMB_BYTES), b" " * BOMB_BYTES, b"[" * BOMB_BYTES
-    packed = [("gzip", gzip.compress(zeros)), ("deflate", zlib.compress(spaces)), ("gzip", gzip.compress(nested))]
-    return [*packed, ("deflate", zlib.compress(zeros, wbits=-15)), ("gzip", gzip.compress(packed[0][1]))]
+    packed = [
+        ("gzip", gzip.compress(zeros)),
+        ("deflate", zlib.compress(spaces)),
+        ("gzip", gzip.compress(nested)),
+    ]
+    return [
+        *packed,
+        ("deflate", zlib.compress(zeros, wbits=-15)),
+        ("gzip", gzip.compress(packed[0][1])),
+    ]
 
 
 @dataclass(kw_only=True)
 class Request:
-    """What is sent; `framing` is how its end is told, and `known` whose answer must be the one from before."""
+    """What is sent; `framing` is how its end is told, and `known` whose answer must be the one from
+    before.
+    """
 
     path: str
     body: bytes = b""
@@ -96,18 +123,28 @@ class Request:
         length, body, headers = len(self.body), self.body, {"host": "x", **self.headers}
         if self.framing in ("chunked", "unended", "both", "chunks spoilt"):
             cuts = sorted(chance.randrange(length + 1) for _ in range(chance.randint(0, 5)))
-            parts = [body[start:end] for start, end in zip([0, *cuts], [*cuts, length], strict=True)]
+            parts = [
+                body[start:end] for start, end in zip([0, *cuts], [*cuts, length], strict=True)
+            ]
             body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts if part)
             body += b"" if self.framing == "unended" else b"0\r\n\r\n"
             headers["transfer-encoding"] = "chunked"
         if self.framing == "chunks spoilt":
             body = chance.choice(CHUNKS) + body
         if self.framing not in ("chunked", "unended", "chunks spoilt", "none"):
-            wrong = {"longer": length + chance.randint(1, 99), "shorter": chance.randrange(length + 1)}
+            wrong = {
+                "longer": length + chance.randint(1, 99),
+                "shorter": chance.randrange(length + 1),
+            }
             headers["content-length"] = str(wrong.get(self.framing, length))
         if self.framing == "no length":
             headers["content-length"] = chance.choice(LENGTHS[1:])
-        head = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        head = [
+            f"{self.method} {self.path} HTTP/1.1",
+            *(f"{name}: {value}" for name, value in headers.items()),
+            "",
+            "",
+        ]
         return "\r\n".join(head).encode() + body
 
 
@@ -131,15 +168,24 @@ class Model:
             if self.reads_texts and (spec["name"] == "text") != texts:
                 continue
             sizes = [rows if place == 0 else free for place in range(len(spec["shape"]))]
-            shape = [size if given == -1 else given for given, size in zip(spec["shape"], sizes, strict=True)]
+            shape = [
+                size if given == -1 else given
+                for given, size in zip(spec["shape"], sizes, strict=True)
+            ]
             tensor, packed = tensor_of(spec, shape, chance)
             tensors.append(tensor)
             raw += packed
-        found = {"id": "7", "inputs": tensors, "parameters": {"binary_data_output": chance.random() < 0.3}}
+        found = {
+            "id": "7",
+            "inputs": tensors,
+            "parameters": {"binary_data_output": chance.random() < 0.3},
+        }
         return found, raw
 
 
-def tensor_of(spec: dict[str, Any], shape: list[int], chance: random.Random) -> tuple[dict[str, Any], bytes]:
+def tensor_of(
+    spec: dict[str, Any], shape: list[int], chance: random.Random
+) -> tuple[dict[str, Any], bytes]:
     """A tensor with its elements in JSON, or raw behind it."""
     count, datatype = math.prod(shape), spec["datatype"]
     tensor: dict[str, Any] = {"name": spec["name"], "datatype": datatype, "shape": shape}
@@ -169,7 +215,11 @@ def mutated(found: Any, chance: random.Random) -> Any:
         if isinstance(found, list):
             found.append(found[key])
         else:
-            found[chance.choice(["data", "shape", "parameters", "outputs", "shared_memory_region", "id"])] = found[key]
+            found[
+                chance.choice(
+                    ["data", "shape", "parameters", "outputs", "shared_memory_region", "id"]
+                )
+            ] = found[key]
     else:
         apt = ODD_AT.get(key, []) if isinstance(key, str) and how < 0.8 else []
         found[key] = chance.choice(apt) if apt else mutated(found[key], chance)
@@ -223,7 +273,11 @@ def v2_request(model: Model, chance: random.Random, explosive: list[tuple[str, b
     if length is not None:
         request.headers["inference-header-content-length"] = length
     if chance.random() < 0.03:
-        own = [f"/v2/models/{model.name}/versions/9/infer", f"/v2/models/{model.name}/infer/", "/v2/repository/index"]
+        own = [
+            f"/v2/models/{model.name}/versions/9/infer",
+            f"/v2/models/{model.name}/infer/",
+            "/v2/repository/index",
+        ]
         request.path = chance.choice(
             [*own, "/v2/models//infer", "/v2/models/\u200b/infer", "/v2/models/%2e%2e%2fx/infer"]
         )
@@ -237,7 +291,10 @@ def v1_request(model: Model, chance: random.Random) -> Request:
     texts = [chance.choice(TEXTS) for _ in range(chance.choice((0, 1, 2, 9, 300)))]
     if chance.random() < 0.4:
         lines = [
-            chance.choice([text, {"text": text, "id": 1}, mutated({"text": text, "id": {}}, chance)]) for text in texts
+            chance.choice(
+                [text, {"text": text, "id": 1}, mutated({"text": text, "id": {}}, chance)]
+            )
+            for text in texts
         ]
         body = b"\n".join(json.dumps(line).encode() for line in lines)
         request = Request(path=f"/v1/predict?model={model.name}{chance.choice(QUERIES)}", body=body)
@@ -247,7 +304,9 @@ def v1_request(model: Model, chance: random.Random) -> Request:
         for _ in range(chance.choice((0, 1, 1, 2))):
             found = mutated(found, chance)
         request = Request(path="/v1/predict", body=json.dumps(found).encode())
-        request.headers["content-type"] = chance.choice(["application/json"] * 8 + ["text/plain", "", "a/b;", "\u00e9"])
+        request.headers["content-type"] = chance.choice(
+            ["application/json"] * 8 + ["text/plain", "", "a/b;", "\u00e9"]
+        )
     if chance.random() < 0.2:
         request.body = scrambled(request.body, chance)
     return request
@@ -275,16 +334,26 @@ def known_good(model: Model) -> list[Request]:
         head = json.dumps(body).encode()
         headers = {"inference-header-content-length": str(len(head))}
         path = f"/v2/models/{model.name}/infer"
-        found.append(Request(path=path, body=head + raw, headers=headers, known=f"{model.name}, {number}"))
+        found.append(
+            Request(path=path, body=head + raw, headers=headers, known=f"{model.name}, {number}")
+        )
     if model.reads_texts:
         body = {"inputs": TEXTS, "model": model.name}
-        found.append(Request(path="/v1/predict", body=json.dumps(body).encode(), known=f"{model.name}, texts"))
+        found.append(
+            Request(
+                path="/v1/predict", body=json.dumps(body).encode(), known=f"{model.name}, texts"
+            )
+        )
     return found
 
 
-def request_of(models: list[Model], chance: random.Random, explosive: list[tuple[str, bytes]]) -> Request:
+def request_of(
+    models: list[Model], chance: random.Random, explosive: list[tuple[str, bytes]]
+) -> Request:
     """A request, usually a bad one."""
     model = chance.choice(models)
-    request = v1_request(model, chance) if chance.random() < 0.2 else v2_request(model, chance, explosive)
+    request = (
+        v1_request(model, chance) if chance.random() < 0.2 else v2_request(model, chance, explosive)
+    )
     surrounded(request, chance)
     return request

@@ -1,4 +1,6 @@
-"""What a thousand connections that say nothing cost the others: `python bench/idle.py BUNDLE`. Talks HTTP only."""
+"""What a thousand connections that say nothing cost the others: `python bench/idle.py BUNDLE`.
+Talks HTTP only.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,15 @@ def main(bundle: str) -> None:
     """Measure and print."""
     with served(bundle, "--access-log", "0", "--header-timeout-s", "600") as server:
         found = asyncio.run(measure(server))
-    table = Table("", "p50", "p99", "p99 to alone", title=f"idle connections at a server of {bundle}")
+    table = Table(
+        "", "p50", "p99", "p99 to alone", title=f"idle connections at a server of {bundle}"
+    )
     first = statistics.quantiles(found["alone"], n=100)[98]
     for name, every in found.items():
         p99 = statistics.quantiles(every, n=100)[98]
-        table.add_row(name, f"{statistics.median(every):.1f} ms", f"{p99:.1f} ms", f"{p99 / first:.2f}")
+        table.add_row(
+            name, f"{statistics.median(every):.1f} ms", f"{p99:.1f} ms", f"{p99 / first:.2f}"
+        )
     Console().print(table)
 
 

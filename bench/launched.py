@@ -1,4 +1,6 @@
-"""A real server process for the figures of this folder: started by its command, ready when it says so."""
+"""A real server process for the figures of this folder: started by its command, ready when it says
+so.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ import httpx
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A running server: its address, its process, and the seconds from its start until it was ready."""
+    """A running server: its address, its process, and the seconds from its start until it was
+    ready.
+    """
 
     url: str
     process: subprocess.Popen[str]
@@ -26,7 +30,9 @@ class Server:
 
     def resident_mb(self, field: str = "VmRSS") -> float:
         """VmRSS or VmHWM of the process, in megabytes."""
-        found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        found = re.search(
+            rf"{field}:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text()
+        )
         assert found
         return int(found[1]) / 1024
 
@@ -35,10 +41,19 @@ class Server:
 def served(bundle: str | Path, *flags: str) -> Iterator[Server]:
     """A server on a free port, until the end of the block."""
     started = time.perf_counter()
-    command = [Path(sys.executable).with_name("evalmode"), "serve", str(bundle), "--port", "0", *flags]
+    command = [
+        Path(sys.executable).with_name("evalmode"),
+        "serve",
+        str(bundle),
+        "--port",
+        "0",
+        *flags,
+    ]
     with (
         tempfile.NamedTemporaryFile("w+") as log,
-        subprocess.Popen(command, stderr=log, text=True, env={**os.environ, "EVALMODE_LOG_FORMAT": "json"}) as process,
+        subprocess.Popen(
+            command, stderr=log, text=True, env={**os.environ, "EVALMODE_LOG_FORMAT": "json"}
+        ) as process,
     ):
         try:
             while not (found := re.search(r'"url": "([^"]+)"', Path(log.name).read_text())):

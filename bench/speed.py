@@ -1,8 +1,10 @@
-"""Figures of a real server of a bundle: start, memory, latency, and what batching brings. Talks HTTP only.
+"""Figures of a real server of a bundle: start, memory, latency, and what batching brings. Talks
+HTTP only.
 
     python bench/speed.py bundles/languages/1
 
-Machines are noisy: quote the ratios, which are of one run, and repeat the absolute figures before relying on them.
+Machines are noisy: quote the ratios, which are of one run, and repeat the absolute figures before
+relying on them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ TEXTS = (
 
 
 async def latencies_ms(url: str, *, clients: int, texts: int = 1) -> tuple[list[float], float]:
-    """Milliseconds of each of REQUESTS requests of so many texts, from so many clients at once, and texts a second."""
+    """Milliseconds of each of REQUESTS requests of so many texts, from so many clients at once, and
+    texts a second.
+    """
     every: list[float] = []
 
     async def client(session: aiohttp.ClientSession, first: int) -> None:
@@ -67,7 +71,9 @@ def main(bundle: str) -> None:
         asyncio.run(latencies_ms(server.url, clients=CLIENTS))  # warm
         found = {
             name: asyncio.run(latencies_ms(server.url, clients=clients, texts=texts))
-            for name, (clients, texts) in track(asked.items(), description="requests", transient=True)
+            for name, (clients, texts) in track(
+                asked.items(), description="requests", transient=True
+            )
         }
         peak_mb = server.resident_mb("VmHWM")
     table = Table("figure", "value", title=f"server of {bundle}", title_justify="left")

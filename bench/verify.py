@@ -1,6 +1,8 @@
-"""How long the verifier takes: the onnx wheel's corpus, and files of 100 and 1,900 MB; and what memory it holds.
+"""How long the verifier takes: the onnx wheel's corpus, and files of 100 and 1,900 MB; and what
+memory it holds.
 
-Each figure is a fresh process of the real command. `python bench/verify.py [--large]`; the machine is noisy.
+Each figure is a fresh process of the real command. `python bench/verify.py [--large]`; the machine
+is noisy.
 """
 
 from __future__ import annotations
@@ -34,22 +36,29 @@ def write_large(path: Path, megabytes: int) -> None:
     """A chain of products whose weights have this size together."""
     side, count = 5000, max(1, megabytes // 100)
     weights = [
-        numpy_helper.from_array(np.random.default_rng(index).random((side, side), dtype=np.float32), f"w{index}")
+        numpy_helper.from_array(
+            np.random.default_rng(index).random((side, side), dtype=np.float32), f"w{index}"
+        )
         for index in range(count)
     ]
     names = ["x", *(f"h{index}" for index in range(count))]
-    nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]], name=f"/{i}") for i in range(count)]
+    nodes = [
+        helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]], name=f"/{i}")
+        for i in range(count)
+    ]
     ends = [helper.make_tensor_value_info(name, 1, ["n", side]) for name in (names[0], names[-1])]
-    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], weights), ir_version=9)
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:], weights), ir_version=9
+    )
     path.write_bytes(model.SerializeToString())
 
 
-# A process that is forked from a large one counts its parent's memory as its own: a small one stands between.
+# A process that is forked from a large one counts its parent's memory as its own: a small one
+# stands between.
 _MEASURED = (
-    "import resource, subprocess, sys, time\n"
-    "started = time.perf_counter()\n"
-    "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode\n"
-    "print(time.perf_counter() - started, code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    "import resource, subprocess, sys, time\nstarted = time.perf_counter()\ncode ="
+    " subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode\nprint(time.perf_counter()"
+    " - started, code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
 )
 
 
@@ -64,7 +73,9 @@ def verified(path: Path) -> tuple[float, int, float]:
 def main() -> None:
     """Measure and print one line a case."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--large", action="store_true", help="also write and verify a file of 1,900 MB")
+    parser.add_argument(
+        "--large", action="store_true", help="also write and verify a file of 1,900 MB"
+    )
     asked = parser.parse_args()
     table = Table("case", "seconds", "exit code", "resident at most, MB")
     with tempfile.TemporaryDirectory() as name:

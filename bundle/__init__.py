@@ -1,1 +1,3 @@
-"""The bundle room: the artifact that export writes and the service opens. Knows neither torch nor HTTP."""
+"""The bundle room: the artifact that export writes and the service opens. Knows neither torch nor
+HTTP.
+"""

@@ -1,4 +1,6 @@
-"""The record of the checks that a bundle passed: rule, verdict, measured, limit, findings. Knows no rule itself."""
+"""The record of the checks that a bundle passed: rule, verdict, measured, limit, findings. Knows no
+rule itself.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from pydantic import Field
 
 from evalmode.bundle.manifest import Frozen, Sha256
 
-# Largest |difference| over the reference's standard deviation that fp32 may show. torch against float64 shows 6.5e-7,
-# ONNX Runtime against torch 1.6e-6; the smallest leak worth the name (p = .001 at four sites) shows 8.2e-3.
+# Largest |difference| over the reference's standard deviation that fp32 may show. torch against
+# float64 shows 6.5e-7, ONNX Runtime against torch 1.6e-6; the smallest leak worth the name (p =
+# .001 at four sites) shows 8.2e-3.
 TOLERANCE = 1e-5
 
 
@@ -28,7 +31,9 @@ class Verdict(StrEnum):
 
 
 class Severity(StrEnum):
-    """How much a finding weighs: an error fails its rule, the unproven keeps it from passing, a warning does not."""
+    """How much a finding weighs: an error fails its rule, the unproven keeps it from passing, a
+    warning does not.
+    """
 
     ERROR = "error"
     UNPROVEN = "unproven"
@@ -38,8 +43,8 @@ class Severity(StrEnum):
 class Finding(Frozen):
     """One place where a rule does not hold: why, and what to do about it.
 
-    `node` is the path of a node (through subgraphs and functions), of a module or of a tensor; `op` is its operator or
-    class. Both are empty for what concerns the whole.
+    `node` is the path of a node (through subgraphs and functions), of a module or of a tensor; `op`
+    is its operator or class. Both are empty for what concerns the whole.
     """
 
     severity: Severity
@@ -79,7 +84,9 @@ class Record(Frozen):
         limit: str = "",
         sites: tuple[str, ...] = (),
     ) -> Record:
-        """The record whose verdict its findings decide; it says `fine` when it passes, else `otherwise`."""
+        """The record whose verdict its findings decide; it says `fine` when it passes, else
+        `otherwise`.
+        """
         found = tuple(findings)
         verdict = Verdict.PASS
         if any(finding.severity is Severity.UNPROVEN for finding in found):
@@ -87,7 +94,15 @@ class Record(Frozen):
         if any(finding.severity is Severity.ERROR for finding in found):
             verdict = Verdict.FAIL
         why = fine if verdict is Verdict.PASS else otherwise
-        return cls(rule=rule, verdict=verdict, why=why, measured=measured, limit=limit, findings=found, sites=sites)
+        return cls(
+            rule=rule,
+            verdict=verdict,
+            why=why,
+            measured=measured,
+            limit=limit,
+            findings=found,
+            sites=sites,
+        )
 
     @classmethod
     def not_applicable(cls, rule: str, why: str) -> Record:
@@ -105,7 +120,9 @@ def overall(records: Iterable[Record]) -> Verdict:
 
 
 class Platform(Frozen):
-    """What bits depend on beside the bundle: the runtime and its version, provider, threads and CPU."""
+    """What bits depend on beside the bundle: the runtime and its version, provider, threads and
+    CPU.
+    """
 
     runtime: str
     provider: str
@@ -117,8 +134,9 @@ class Platform(Frozen):
 class Certificate(Frozen):
     """The checks of the bundle with this digest, made on this platform.
 
-    `row_counts` holds, for each padded length, the batch sizes at which a row has the bits it has alone.
-    `seal` is the sha256 of the canonical spelling with an empty seal: it detects a changed byte, and is no signature.
+    `row_counts` holds, for each padded length, the batch sizes at which a row has the bits it has
+    alone. `seal` is the sha256 of the canonical spelling with an empty seal: it detects a changed
+    byte, and is no signature.
     """
 
     schema_version: Literal[1] = 1
@@ -147,20 +165,28 @@ class Certificate(Frozen):
         return hashlib.sha256(self.model_copy(update={"seal": ""}).canonical()).hexdigest()
 
 
-def relative_difference(actual: npt.NDArray[np.generic], reference: npt.NDArray[np.generic]) -> float:
-    """max|actual - reference| / std(reference), in float64; inf when a shape, or the place of a NaN or inf, differs."""
+def relative_difference(
+    actual: npt.NDArray[np.generic], reference: npt.NDArray[np.generic]
+) -> float:
+    """max|actual - reference| / std(reference), in float64; inf when a shape, or the place of a NaN
+    or inf, differs.
+    """
     if actual.shape != reference.shape:
         return float("inf")
     if actual.size == 0:
         return 0.0
     a, r = actual.astype(np.float64), reference.astype(np.float64)
     finite = np.isfinite(r)
-    if not np.array_equal(a[~finite], r[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
+    if (
+        not np.array_equal(a[~finite], r[~finite], equal_nan=True)
+        or not np.isfinite(a[finite]).all()
+    ):
         return float("inf")
     if not finite.any():
         return 0.0
     largest = float(np.abs(a[finite] - r[finite]).max())
     spread = float(r[finite].std())
-    if spread == 0.0:  # a constant output has no scale of its own: the difference is judged as it is
+    # a constant output has no scale of its own: the difference is judged as it is
+    if spread == 0.0:
         return largest
     return largest / spread

@@ -6,7 +6,7 @@ EvalmodeError                 every error that is the user's to mend: one senten
 │   ├── BundleNotCertified    its certificate is absent, fails, or certifies other content
 │   └── KnownAnswersDiffer    it does not answer here as it was certified to
 ├── ModelRunFailed            the runtime failed on these inputs
-│   └── InputsRefused         because of the inputs: an index out of range, shapes that do not go together
+│   └── InputsRefused         because of the inputs: an index out of range, shapes that clash
 └── ProviderUnavailable       an execution provider that was asked for is not there; says which are
 """
 
@@ -28,7 +28,9 @@ class BundleNotCertified(BundleError):  # noqa: N818
 
 
 class KnownAnswersDiffer(BundleError):  # noqa: N818
-    """A known answer does not come out here; the message names the first that does not, and by how much."""
+    """A known answer does not come out here; the message names the first that does not, and by how
+    much.
+    """
 
 
 class ModelRunFailed(EvalmodeError):  # noqa: N818
@@ -36,8 +38,12 @@ class ModelRunFailed(EvalmodeError):  # noqa: N818
 
 
 class InputsRefused(ModelRunFailed):
-    """The inputs of a run are not what the model can compute with; other inputs would have been answered."""
+    """The inputs of a run are not what the model can compute with; other inputs would have been
+    answered.
+    """
 
 
 class ProviderUnavailable(EvalmodeError):  # noqa: N818
-    """An execution provider that was asked for is not available here; the message lists those that are."""
+    """An execution provider that was asked for is not available here; the message lists those that
+    are.
+    """

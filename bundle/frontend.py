@@ -1,8 +1,9 @@
-"""Text -> int64 ids: the one implementation that training, export and service share. Knows neither torch nor HTTP.
+"""Text -> int64 ids: the one implementation that training, export and service share. Knows neither
+torch nor HTTP.
 
-Two kinds. `ngrams` hashes the character n-grams that end at each character into rows of one table: no vocabulary file,
-short sequences. `bpe` is a Hugging Face `tokenizers` file. Kind and parameters stand in the manifest, so what a model
-was trained on is what it is served.
+Two kinds. `ngrams` hashes the character n-grams that end at each character into rows of one table:
+no vocabulary file, short sequences. `bpe` is a Hugging Face `tokenizers` file. Kind and parameters
+stand in the manifest, so what a model was trained on is what it is served.
 
 Shapes: B rows, T positions, G ids a position.
 """
@@ -25,13 +26,16 @@ from evalmode.bundle.errors import BundleCorrupt
 Ids: TypeAlias = npt.NDArray[np.int64]
 TOKENIZER_FILE = "tokenizer.json"
 
-# Composition takes a time quadratic in a run of combining marks (measured: 54 s for 240,000 of them, holding Python's
-# lock), so no more than this many code points for each symbol that the model can read are composed.
+# Composition takes a time quadratic in a run of combining marks (measured: 54 s for 240,000 of
+# them, holding Python's lock), so no more than this many code points for each symbol that the model
+# can read are composed.
 _UNITS_A_SYMBOL = 8
 
 
 class _Spec(BaseModel):
-    """What both kinds declare. `lengths` is the ladder: a row is padded to the first length that holds it."""
+    """What both kinds declare. `lengths` is the ladder: a row is padded to the first length that
+    holds it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,12 +43,18 @@ class _Spec(BaseModel):
 
     @model_validator(mode="after")
     def _ladder_rises(self) -> _Spec:
-        if not self.lengths or self.lengths[0] < 1 or list(self.lengths) != sorted(set(self.lengths)):
+        if (
+            not self.lengths
+            or self.lengths[0] < 1
+            or list(self.lengths) != sorted(set(self.lengths))
+        ):
             raise ValueError(f"lengths must be positive and rising, got lengths={self.lengths}")
         return self
 
     def padded_length(self, length: int) -> int:
-        """The padded length of a row of `length` positions: a function of that row alone, never of its neighbours."""
+        """The padded length of a row of `length` positions: a function of that row alone, never of
+        its neighbours.
+        """
         return next(rung for rung in self.lengths if rung >= length)
 
 
@@ -56,7 +66,8 @@ class NgramSpec(_Spec):
     orders: int = Field(default=4, ge=1, le=8)
     characters: int = Field(default=4, ge=1, le=16)
     vocabulary: int = Field(default=32_768, ge=2)
-    # Lower-casing and composition follow Python's Unicode tables; another version may read rare characters otherwise.
+    # Lower-casing and composition follow Python's Unicode tables; another version may read rare
+    # characters otherwise.
     unicode: str = unicodedata.unidata_version
 
     @property
@@ -84,7 +95,9 @@ FrontEndSpec: TypeAlias = Annotated[NgramSpec | BpeSpec, Field(discriminator="ki
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One encoded text: ids (T,) or (T, G), without padding, and whether the text was longer than the model reads."""
+    """One encoded text: ids (T,) or (T, G), without padding, and whether the text was longer than
+    the model reads.
+    """
 
     ids: Ids
     truncated: bool
@@ -102,10 +115,11 @@ class FrontEnd(Protocol):
 
 
 class NgramFrontEnd:
-    """Lower-cases, writes every digit as 0, folds blanks, and hashes the n-grams that end at each character.
+    """Lower-cases, writes every digit as 0, folds blanks, and hashes the n-grams that end at each
+    character.
 
-    Every text is opened by a boundary symbol: the first n-grams then say that they are first, and the empty text has
-    one position instead of none.
+    Every text is opened by a boundary symbol: the first n-grams then say that they are first, and
+    the empty text has one position instead of none.
     """
 
     def __init__(self, spec: NgramSpec) -> None:
@@ -113,19 +127,29 @@ class NgramFrontEnd:
         self._symbols = spec.lengths[-1] * spec.characters - 1  # what is left beside the boundary
 
     def encode(self, text: str) -> Row:
-        """Ids (T, G) of a text; G holds `characters` groups of `orders` ids, 0 where the text has ended."""
+        """Ids (T, G) of a text; G holds `characters` groups of `orders` ids, 0 where the text has
+        ended.
+        """
         symbols, read = _normalise(text, limit=_UNITS_A_SYMBOL * self._symbols)
-        points = np.frombuffer(symbols[: self._symbols].encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-        points = np.concatenate([np.zeros(self.spec.orders, np.uint64), points])  # zeros: the boundary, and before it
-        grams = self._hash(points)[self.spec.orders - 1 :]  # (characters of the text and one boundary, orders)
-        ids = np.zeros((-(-len(grams) // self.spec.characters), self.spec.ids_per_position), np.int64)
+        points = np.frombuffer(
+            symbols[: self._symbols].encode("utf-32-le"), dtype=np.uint32
+        ).astype(np.uint64)
+        # zeros: the boundary, and before it
+        points = np.concatenate([np.zeros(self.spec.orders, np.uint64), points])
+        # (characters of the text and one boundary, orders)
+        grams = self._hash(points)[self.spec.orders - 1 :]
+        ids = np.zeros(
+            (-(-len(grams) // self.spec.characters), self.spec.ids_per_position), np.int64
+        )
         ids.reshape(-1, self.spec.orders)[: len(grams)] = grams
         return Row(ids=ids, truncated=not read or len(symbols) > self._symbols)
 
     def _hash(self, points: npt.NDArray[np.uint64]) -> Ids:
-        """The ids, 1..vocabulary-1, of the n-grams of 1..orders characters that end at each point, (points, orders)."""
-        # A polynomial over the points, each order one step on from the one before, then the finaliser of splitmix64
-        # (Steele et al. 2014); uint64 wraps by design.
+        """The ids, 1..vocabulary-1, of the n-grams of 1..orders characters that end at each point,
+        (points, orders).
+        """
+        # A polynomial over the points, each order one step on from the one before, then the
+        # finaliser of splitmix64 (Steele et al. 2014); uint64 wraps by design.
         mixed = np.empty((self.spec.orders, len(points)), np.uint64)
         step = np.full(len(points), 1, np.uint64)
         for back in range(self.spec.orders):
@@ -139,24 +163,32 @@ class NgramFrontEnd:
 
 
 class BpeFrontEnd:
-    """A Hugging Face tokenizer, opened by its `start` token; knows nothing of how it was trained."""
+    """A Hugging Face tokenizer, opened by its `start` token; knows nothing of how it was
+    trained.
+    """
 
     def __init__(self, spec: BpeSpec, tokenizer: str) -> None:
         self.spec = spec
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer)
         except Exception as error:  # the Rust side raises Exception itself
-            raise BundleCorrupt(f"{TOKENIZER_FILE} is not a tokenizer that can be read: {error}") from error
+            raise BundleCorrupt(
+                f"{TOKENIZER_FILE} is not a tokenizer that can be read: {error}"
+            ) from error
 
     def encode(self, text: str) -> Row:
         """Ids (T,) of a text, `start` first."""
         found = self._tokenizer.encode(_readable(text), add_special_tokens=False).ids
         room = self.spec.lengths[-1] - 1
-        return Row(ids=np.array([self.spec.start, *found[:room]], np.int64), truncated=len(found) > room)
+        return Row(
+            ids=np.array([self.spec.start, *found[:room]], np.int64), truncated=len(found) > room
+        )
 
 
 def open_frontend(spec: NgramSpec | BpeSpec, tokenizer: str | None) -> FrontEnd:
-    """The front end a manifest declares; `tokenizer` is the text of its tokenizer file where it has one."""
+    """The front end a manifest declares; `tokenizer` is the text of its tokenizer file where it has
+    one.
+    """
     if isinstance(spec, NgramSpec):
         return NgramFrontEnd(spec)
     assert tokenizer is not None, "a bpe front end comes with its tokenizer file"
@@ -164,9 +196,11 @@ def open_frontend(spec: NgramSpec | BpeSpec, tokenizer: str | None) -> FrontEnd:
 
 
 def collate(rows: Sequence[Ids], *, length: int) -> dict[str, Ids]:
-    """The model's inputs for rows padded to `length`: input_ids (B, T) or (B, T, G), and for (B, T) attention_mask.
+    """The model's inputs for rows padded to `length`: input_ids (B, T) or (B, T, G), and for (B, T)
+    attention_mask.
 
-    Padding is id 0. Rows with several ids a position need no mask: a real position always holds an id above 0.
+    Padding is id 0. Rows with several ids a position need no mask: a real position always holds an
+    id above 0.
     """
     input_ids = np.zeros((len(rows), length, *rows[0].shape[1:]), np.int64)
     for padded, row in zip(input_ids, rows, strict=True):
@@ -185,7 +219,9 @@ def _readable(text: str) -> str:
 
 
 def _normalise(text: str, *, limit: int) -> tuple[str, bool]:
-    """The text's symbols, made from its first `limit` code points after blanks are folded, and whether that was all."""
+    """The text's symbols, made from its first `limit` code points after blanks are folded, and
+    whether that was all.
+    """
     folded = " ".join(_readable(text).split())
     composed = unicodedata.normalize("NFC", folded[:limit]).lower()
     return re.sub(r"\d", "0", " ".join(composed.split())), len(folded) <= limit

@@ -1,4 +1,5 @@
-"""Inputs with their expected outputs, kept in the bundle and replayed wherever it is opened to serve.
+"""Inputs with their expected outputs, kept in the bundle and replayed wherever it is opened to
+serve.
 
 Knows neither ONNX Runtime nor HTTP: it is given `run`.
 """
@@ -24,7 +25,9 @@ Run = Callable[[Tensors], Tensors]
 
 @dataclass(frozen=True, kw_only=True)
 class KnownAnswer:
-    """One input of one row, as tensors with a leading dimension of 1, its output, and the text it came from."""
+    """One input of one row, as tensors with a leading dimension of 1, its output, and the text it
+    came from.
+    """
 
     inputs: Tensors
     outputs: Tensors
@@ -32,7 +35,9 @@ class KnownAnswer:
 
 
 class Replay(Frozen):
-    """How the known answers came out here: bit for bit on the certifying platform, within the tolerance elsewhere."""
+    """How the known answers came out here: bit for bit on the certifying platform, within the
+    tolerance elsewhere.
+    """
 
     verdict: str
     answers: int
@@ -45,11 +50,19 @@ def pack(answers: tuple[KnownAnswer, ...]) -> bytes:
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for index, answer in enumerate(answers):
         if answer.text is not None:
-            arrays[f"{index}/text"] = np.frombuffer(answer.text.encode("utf-8", "surrogatepass"), np.uint8)
-        arrays |= {f"{index}/input/{name}": np.asarray(tensor) for name, tensor in answer.inputs.items()}
-        arrays |= {f"{index}/output/{name}": np.asarray(tensor) for name, tensor in answer.outputs.items()}
+            arrays[f"{index}/text"] = np.frombuffer(
+                answer.text.encode("utf-8", "surrogatepass"), np.uint8
+            )
+        arrays |= {
+            f"{index}/input/{name}": np.asarray(tensor) for name, tensor in answer.inputs.items()
+        }
+        arrays |= {
+            f"{index}/output/{name}": np.asarray(tensor) for name, tensor in answer.outputs.items()
+        }
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:  # not np.savez: what it writes differs between Python's releases
+    with zipfile.ZipFile(
+        file, "w"
+    ) as archive:  # not np.savez: what it writes differs between Python's releases
         for name, array in arrays.items():
             entry = io.BytesIO()
             np.lib.format.write_array(entry, array, allow_pickle=False)
@@ -64,16 +77,23 @@ def unpack(file: bytes) -> tuple[KnownAnswer, ...]:
         with np.load(io.BytesIO(file), allow_pickle=False) as arrays:
             for key in arrays.files:
                 index, kind, *name = key.split("/", 2)
-                found.setdefault(int(index), {}).setdefault(kind, {})[name[0] if name else ""] = arrays[key]
+                found.setdefault(int(index), {}).setdefault(kind, {})[name[0] if name else ""] = (
+                    arrays[key]
+                )
         return tuple(
             KnownAnswer(
                 inputs=parts["input"],
                 outputs=parts["output"],
-                text=parts["text"][""].tobytes().decode("utf-8", "surrogatepass") if "text" in parts else None,
+                text=(
+                    parts["text"][""].tobytes().decode("utf-8", "surrogatepass")
+                    if "text" in parts
+                    else None
+                ),
             )
             for _, parts in sorted(found.items())
         )
-    except Exception as error:  # zipfile and numpy raise a dozen kinds, without a common base, for bytes not theirs
+    # zipfile and numpy raise a dozen kinds, without a common base, for bytes not theirs
+    except Exception as error:
         raise BundleCorrupt(f"{KNOWN_ANSWERS_FILE} cannot be read: {error}") from error
 
 
@@ -87,9 +107,10 @@ def replay(
 ) -> Replay:
     """Run every known answer again and hold it against what the bundle says.
 
-    On the certifying platform the bits must agree; on another the difference must stay within the certified tolerance
-    and no label may flip. Where there is a front end, each text must still give the very ids it was certified with.
-    Raises KnownAnswersDiffer, naming the first answer that does not come out.
+    On the certifying platform the bits must agree; on another the difference must stay within the
+    certified tolerance and no label may flip. Where there is a front end, each text must still give
+    the very ids it was certified with. Raises KnownAnswersDiffer, naming the first answer that does
+    not come out.
     """
     bitwise = platform == certificate.platform
     largest = 0.0
@@ -98,7 +119,9 @@ def replay(
             _same_ids(index, answer, frontend)
         actual = run(answer.inputs)
         if unknown := sorted(answer.outputs.keys() - actual.keys()):
-            raise KnownAnswersDiffer(f"known answer {index} names an output that the model has not: {unknown[0]!r}")
+            raise KnownAnswersDiffer(
+                f"known answer {index} names an output that the model has not: {unknown[0]!r}"
+            )
         for name, expected in answer.outputs.items():
             difference = relative_difference(actual[name], expected)
             largest = max(largest, difference)
@@ -107,8 +130,9 @@ def replay(
             if (bitwise and not same) or difference > certificate.tolerance or flipped:
                 allowed = "not one bit" if bitwise else f"at most {certificate.tolerance:g}"
                 raise KnownAnswersDiffer(
-                    f"known answer {index} does not come out: output {name!r} differs by {difference:.3e} standard "
-                    f"deviations where {allowed} is allowed; export the model again on this platform"
+                    f"known answer {index} does not come out: output {name!r} differs by"
+                    f" {difference:.3e} standard deviations where {allowed} is allowed; export the"
+                    " model again on this platform"
                 )
     held = "bitwise" if bitwise else "within tolerance"
     return Replay(
@@ -122,8 +146,13 @@ def replay(
 def _same_ids(index: int, answer: KnownAnswer, frontend: FrontEnd) -> None:
     assert answer.text is not None
     ids, certified = frontend.encode(answer.text).ids, answer.inputs["input_ids"][0]
-    if len(ids) > len(certified) or not np.array_equal(ids, certified[: len(ids)]) or certified[len(ids) :].any():
+    if (
+        len(ids) > len(certified)
+        or not np.array_equal(ids, certified[: len(ids)])
+        or certified[len(ids) :].any()
+    ):
         raise KnownAnswersDiffer(
-            f"known answer {index} is encoded to other ids than when it was certified: the front end's library or "
-            f"Unicode tables differ here (certified for {frontend.spec.model_dump_json()})"
+            f"known answer {index} is encoded to other ids than when it was certified: the front"
+            " end's library or Unicode tables differ here (certified for"
+            f" {frontend.spec.model_dump_json()})"
         )

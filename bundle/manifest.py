@@ -1,8 +1,9 @@
-"""What a bundle declares: tensors, labels, front end, files and their sha256, provenance. Knows no files itself.
+"""What a bundle declares: tensors, labels, front end, files and their sha256, provenance. Knows no
+files itself.
 
-The manifest is the bundle's root: it lists the sha256 of every other file (but the certificate), so the sha256 of
-`manifest.json` is the digest of the whole. No clock, path or timing stands in it: the same training run gives the same
-digest.
+The manifest is the bundle's root: it lists the sha256 of every other file (but the certificate), so
+the sha256 of `manifest.json` is the digest of the whole. No clock, path or timing stands in it: the
+same training run gives the same digest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    model_validator,
+)
 
 from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, FrontEndSpec
 
@@ -34,7 +43,9 @@ def is_name(text: str) -> bool:
 
 def _inside(path: str) -> str:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", path) or ".." in PurePosixPath(path).parts:
-        raise ValueError(f"a bundle's file must be a plain relative path inside the bundle, got {path!r}")
+        raise ValueError(
+            f"a bundle's file must be a plain relative path inside the bundle, got {path!r}"
+        )
     return path
 
 
@@ -42,17 +53,23 @@ FilePath = Annotated[str, AfterValidator(_inside)]
 
 
 class Frozen(BaseModel):
-    """A record that is read from and written to a bundle: immutable, and no key that it does not know."""
+    """A record that is read from and written to a bundle: immutable, and no key that it does not
+    know.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def canonical(self) -> bytes:
-        """The one spelling of this record as JSON: what is written, hashed and compared byte for byte."""
+        """The one spelling of this record as JSON: what is written, hashed and compared byte for
+        byte.
+        """
         return self.model_dump_json(indent=2).encode() + b"\n"
 
 
 class TensorSpec(Frozen):
-    """A tensor of the graph: its name, Open Inference Protocol datatype, and shape with -1 where it varies."""
+    """A tensor of the graph: its name, Open Inference Protocol datatype, and shape with -1 where it
+    varies.
+    """
 
     name: str
     datatype: str
@@ -60,7 +77,9 @@ class TensorSpec(Frozen):
 
 
 class Manifest(Frozen):
-    """Everything a service must know to answer from a bundle, and everything a reader may ask about its origin."""
+    """Everything a service must know to answer from a bundle, and everything a reader may ask about
+    its origin.
+    """
 
     schema_version: Literal[1] = 1
     name: Name

@@ -1,4 +1,5 @@
-"""The one way to open ONNX Runtime: provider, threads, determinism. Export certifies under it, service serves under it.
+"""The one way to open ONNX Runtime: provider, threads, determinism. Export certifies under it,
+service serves under it.
 
 Knows neither texts nor HTTP.
 """
@@ -19,14 +20,20 @@ from evalmode.bundle.certificate import Platform
 from evalmode.bundle.errors import BundleCorrupt, InputsRefused, ModelRunFailed, ProviderUnavailable
 from evalmode.bundle.manifest import MODEL_FILE, TensorSpec
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
-# The CPU features by which ONNX Runtime's kernel library chooses its code, and with it the order of additions.
+# The CPU features by which ONNX Runtime's kernel library chooses its code, and with it the order of
+# additions.
 # fmt: off
 _KERNEL_FEATURES = frozenset({
-    "sse4_1", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
-    "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
+    "sse4_1", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq",
+    "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimd",
+    "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
 })
 # fmt: on
 
@@ -47,11 +54,22 @@ _DATATYPES = {
     "tensor(string)": "BYTES",
 }
 
-_NO_FAULT_OF_INPUTS = ("memory", "bad_alloc", "cuda", "cudnn", "cublas", "tensorrt", "rocm", "not implemented")
+_NO_FAULT_OF_INPUTS = (
+    "memory",
+    "bad_alloc",
+    "cuda",
+    "cudnn",
+    "cublas",
+    "tensorrt",
+    "rocm",
+    "not implemented",
+)
 
 
 class Session:
-    """An open model. `run` takes and returns tensors by name and may be called from several threads at once."""
+    """An open model. `run` takes and returns tensors by name and may be called from several threads
+    at once.
+    """
 
     def __init__(self, model: bytes | Path, *, provider: str, threads: int, optimise: bool) -> None:
         ort = _runtime()
@@ -61,7 +79,9 @@ class Session:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.use_deterministic_compute = True
-        options.log_severity_level = 3  # errors reach us as exceptions; its own lines on stderr help nobody
+        options.log_severity_level = (
+            3  # errors reach us as exceptions; its own lines on stderr help nobody
+        )
         # Spinning threads burn a container's CPU quota while nothing is asked.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimise:
@@ -70,11 +90,15 @@ class Session:
         try:
             self._session = ort.InferenceSession(source, options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise BundleCorrupt(f"{MODEL_FILE} cannot be opened by ONNX Runtime: {error}") from error
+            raise BundleCorrupt(
+                f"{MODEL_FILE} cannot be opened by ONNX Runtime: {error}"
+            ) from error
         # Where a provider fails to start, ONNX Runtime prints a line and runs on the CPU instead.
         active = self._session.get_providers()[0]
         if active != self.provider:
-            raise ProviderUnavailable(f"{self.provider} was asked for and did not start; ONNX Runtime offers {active}")
+            raise ProviderUnavailable(
+                f"{self.provider} was asked for and did not start; ONNX Runtime offers {active}"
+            )
         self.inputs = tuple(_tensor(found) for found in self._session.get_inputs())
         self.outputs = tuple(_tensor(found) for found in self._session.get_outputs())
         self._answers = [output.name for output in self.outputs]
@@ -86,41 +110,51 @@ class Session:
             cpu_features=_cpu_features(),
         )
 
-    def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+    def run(
+        self, inputs: Mapping[str, npt.NDArray[np.generic]]
+    ) -> dict[str, npt.NDArray[np.generic]]:
         """Every output by name, for inputs by name.
 
-        Raises ModelRunFailed with the runtime's reason, and InputsRefused where the inputs are to blame.
+        Raises ModelRunFailed with the runtime's reason, and InputsRefused where the inputs are to
+        blame.
         """
         try:
-            return dict(zip(self._answers, self._session.run(self._answers, dict(inputs)), strict=True))
+            return dict(
+                zip(self._answers, self._session.run(self._answers, dict(inputs)), strict=True)
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             kind = InputsRefused if _blames_inputs(error) else ModelRunFailed
             raise kind(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
 
 
-def open_session(model: bytes | Path, *, provider: str = "cpu", threads: int = 1, optimise: bool = True) -> Session:
+def open_session(
+    model: bytes | Path, *, provider: str = "cpu", threads: int = 1, optimise: bool = True
+) -> Session:
     """Open a model, given as bytes or as a path, on one execution provider and never on another.
 
-    `provider` is a short name (cpu, cuda, tensorrt) or ONNX Runtime's own. Raises ProviderUnavailable, saying which
-    there are, and BundleCorrupt when the model cannot be opened.
+    `provider` is a short name (cpu, cuda, tensorrt) or ONNX Runtime's own. Raises
+    ProviderUnavailable, saying which there are, and BundleCorrupt when the model cannot be opened.
     """
     return Session(model, provider=provider, threads=threads, optimise=optimise)
 
 
 def _runtime() -> ModuleType:
     """The onnxruntime module; its CPU and GPU builds are two distributions of the same files."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it otherwise writes a device id under the home directory
+    # it otherwise writes a device id under the home directory
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     installed = [name for name in _DISTRIBUTIONS if _is_installed(name)]
     if len(installed) > 1:
         raise ProviderUnavailable(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files: "
-            "`pip uninstall onnxruntime onnxruntime-gpu`, then install evalmode[cpu] or evalmode[gpu]"
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files:"
+            " `pip uninstall onnxruntime onnxruntime-gpu`, then install evalmode[cpu] or"
+            " evalmode[gpu]"
         )
     try:
         import onnxruntime
     except ImportError as error:
         raise ProviderUnavailable(
-            "ONNX Runtime is not installed: `pip install 'evalmode[cpu]'`, or 'evalmode[gpu]' on a machine with a GPU"
+            "ONNX Runtime is not installed: `pip install 'evalmode[cpu]'`, or 'evalmode[gpu]' on a"
+            " machine with a GPU"
         ) from error
     module: ModuleType = onnxruntime
     return module
@@ -140,7 +174,9 @@ def _resolve(provider: str, ort: ModuleType) -> str:
     if name not in available:
         short = {full: key for key, full in _PROVIDERS.items()}
         offered = ", ".join(short.get(found, found) for found in available)
-        raise ProviderUnavailable(f"provider {provider!r} is not available here; this ONNX Runtime offers: {offered}")
+        raise ProviderUnavailable(
+            f"provider {provider!r} is not available here; this ONNX Runtime offers: {offered}"
+        )
     if name == _PROVIDERS["cuda"] and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds the CUDA and cuDNN libraries that pip installed beside it
     return name
@@ -149,8 +185,9 @@ def _resolve(provider: str, ort: ModuleType) -> str:
 def _blames_inputs(error: Exception) -> bool:
     """Whether a run failed because of what it was given.
 
-    An index out of range is an InvalidArgument, but shapes that do not go together are a mere Fail of the node that
-    meets them, like the memory or the device that gives out there; only the words tell these apart.
+    An index out of range is an InvalidArgument, but shapes that do not go together are a mere Fail
+    of the node that meets them, like the memory or the device that gives out there; only the words
+    tell these apart.
     """
     if type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError):
         return True
@@ -170,6 +207,9 @@ def _cpu_features() -> tuple[str, ...]:
     except OSError:
         return (machine.processor() or "unknown",)
     words = {
-        word for line in text.splitlines() if line.lower().startswith(("flags", "features")) for word in line.split()
+        word
+        for line in text.splitlines()
+        if line.lower().startswith(("flags", "features"))
+        for word in line.split()
     }
     return tuple(sorted(words & _KERNEL_FEATURES))

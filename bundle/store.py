@@ -1,7 +1,8 @@
 """Bundles on disk: written whole or not at all, opened only when every byte is the certified one.
 
-A bundle is the folder `ROOT/NAME/VERSION/`. Its digest is the sha256 of `manifest.json`, which lists the sha256 of
-every other file; `certificate.json` names that digest and seals itself. `sha256sum manifest.json` shows the digest.
+A bundle is the folder `ROOT/NAME/VERSION/`. Its digest is the sha256 of `manifest.json`, which
+lists the sha256 of every other file; `certificate.json` names that digest and seals itself.
+`sha256sum manifest.json` shows the digest.
 
 Knows neither ONNX nor HTTP.
 """
@@ -22,14 +23,23 @@ from evalmode.bundle.certificate import Certificate, Verdict
 from evalmode.bundle.errors import BundleCorrupt, BundleError, BundleNotCertified
 from evalmode.bundle.frontend import TOKENIZER_FILE, FrontEnd, open_frontend
 from evalmode.bundle.known_answers import KnownAnswer, unpack
-from evalmode.bundle.manifest import CERTIFICATE_FILE, KNOWN_ANSWERS_FILE, MANIFEST_FILE, MODEL_FILE, Frozen, Manifest
+from evalmode.bundle.manifest import (
+    CERTIFICATE_FILE,
+    KNOWN_ANSWERS_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    Frozen,
+    Manifest,
+)
 
 Parsed = TypeVar("Parsed", bound=Frozen)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """An opened bundle. Its contents are the bytes that were checked, not whatever the folder holds later."""
+    """An opened bundle. Its contents are the bytes that were checked, not whatever the folder holds
+    later.
+    """
 
     path: Path
     digest: str
@@ -43,11 +53,15 @@ class Bundle:
         return self.contents[MODEL_FILE]
 
     def frontend(self) -> FrontEnd | None:
-        """The front end that turns texts into the model's ids, or None for a model that takes tensors alone."""
+        """The front end that turns texts into the model's ids, or None for a model that takes
+        tensors alone.
+        """
         if self.manifest.frontend is None:
             return None
         tokenizer = self.contents.get(TOKENIZER_FILE)
-        return open_frontend(self.manifest.frontend, None if tokenizer is None else tokenizer.decode())
+        return open_frontend(
+            self.manifest.frontend, None if tokenizer is None else tokenizer.decode()
+        )
 
     def known_answers(self) -> tuple[KnownAnswer, ...]:
         """The inputs with their expected outputs; none for a bundle that carries none."""
@@ -65,22 +79,29 @@ def hashes_of(contents: Mapping[str, bytes]) -> dict[str, str]:
     return {path: hashlib.sha256(contents[path]).hexdigest() for path in sorted(contents)}
 
 
-def write_bundle(root: Path, *, manifest: Manifest, certificate: Certificate, contents: Mapping[str, bytes]) -> Path:
+def write_bundle(
+    root: Path, *, manifest: Manifest, certificate: Certificate, contents: Mapping[str, bytes]
+) -> Path:
     """Write `root/NAME/VERSION` whole or not at all, and return it.
 
-    Raises BundleNotCertified for a certificate that did not pass, and BundleError when another bundle stands there; the
-    same one standing there is the outcome that was asked for.
+    Raises BundleNotCertified for a certificate that did not pass, and BundleError when another
+    bundle stands there; the same one standing there is the outcome that was asked for.
     """
     assert manifest.files == hashes_of(contents), "a manifest lists its contents"
     assert certificate.digest == digest_of(manifest), "a certificate names the bundle it certifies"
     if certificate.verdict is not Verdict.PASS:
         raise BundleNotCertified(
-            f"{manifest.name}/{manifest.version} is not written: its certificate says {certificate.verdict}"
+            f"{manifest.name}/{manifest.version} is not written: its certificate says"
+            f" {certificate.verdict}"
         )
     target = root / manifest.name / manifest.version
     if target.exists():
         return _already(target, certificate.digest)
-    every = {**contents, MANIFEST_FILE: manifest.canonical(), CERTIFICATE_FILE: certificate.sealed().canonical()}
+    every = {
+        **contents,
+        MANIFEST_FILE: manifest.canonical(),
+        CERTIFICATE_FILE: certificate.sealed().canonical(),
+    }
     try:
         write_folder(target, every)
     except OSError as error:
@@ -91,35 +112,49 @@ def write_bundle(root: Path, *, manifest: Manifest, certificate: Certificate, co
 def open_bundle(path: Path, *, allow_uncertified: bool = False) -> Bundle:
     """Open the bundle folder `path` and check every byte of it.
 
-    Raises BundleCorrupt, naming the file, when one is missing, changed, not listed or not readable, and
-    BundleNotCertified when the certificate is absent or did not pass (`allow_uncertified` lets these two by; a changed
-    byte is never let by).
+    Raises BundleCorrupt, naming the file, when one is missing, changed, not listed or not readable,
+    and BundleNotCertified when the certificate is absent or did not pass (`allow_uncertified` lets
+    these two by; a changed byte is never let by).
     """
     if not path.is_dir():
-        raise BundleError(f"{path} is not a bundle: a bundle is a folder NAME/VERSION that `evalmode export` writes")
+        raise BundleError(
+            f"{path} is not a bundle: a bundle is a folder NAME/VERSION that `evalmode export`"
+            " writes"
+        )
     certificate = _certificate(path, allow_uncertified=allow_uncertified)
     raw = _read(path, MANIFEST_FILE)
     digest = hashlib.sha256(raw).hexdigest()
     if certificate is not None and certificate.digest != digest:
-        raise BundleCorrupt(f"{path / MANIFEST_FILE} is not the certified one: it was changed after the export")
+        raise BundleCorrupt(
+            f"{path / MANIFEST_FILE} is not the certified one: it was changed after the export"
+        )
     manifest = _parse(Manifest, raw, path / MANIFEST_FILE)
     contents = {name: _checked(path, name, sha256) for name, sha256 in manifest.files.items()}
     _no_strangers(path, {*contents, MANIFEST_FILE, CERTIFICATE_FILE})
-    return Bundle(path=path, digest=digest, manifest=manifest, certificate=certificate, contents=contents)
+    return Bundle(
+        path=path, digest=digest, manifest=manifest, certificate=certificate, contents=contents
+    )
 
 
 def find_bundle(path: Path) -> Path:
-    """The bundle folder that `path` means: itself, or the newest version below a folder of versions or of one name.
+    """The bundle folder that `path` means: itself, or the newest version below a folder of versions
+    or of one name.
 
-    Versions are ordered as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before 2.0. Raises BundleError when
-    there is none, or several names.
+    Versions are ordered as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before 2.0.
+    Raises BundleError when there is none, or several names.
     """
     if (path / MANIFEST_FILE).is_file():
         return path
-    found = sorted(folder.parent for pattern in ("*", "*/*") for folder in path.glob(f"{pattern}/{MANIFEST_FILE}"))
+    found = sorted(
+        folder.parent
+        for pattern in ("*", "*/*")
+        for folder in path.glob(f"{pattern}/{MANIFEST_FILE}")
+    )
     found = [folder for folder in found if not folder.name.startswith(".")]
     if not found:
-        raise BundleError(f"no bundle at {path}: make one with `evalmode train` and `evalmode export`")
+        raise BundleError(
+            f"no bundle at {path}: make one with `evalmode train` and `evalmode export`"
+        )
     names = sorted({folder.parent for folder in found})
     if len(names) > 1:
         raise BundleError(f"{path} holds several bundles, name one: {', '.join(map(str, names))}")
@@ -127,10 +162,14 @@ def find_bundle(path: Path) -> Path:
 
 
 def version_order(version: str) -> list[tuple[int, int, str]]:
-    """A key that sorts versions as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before 2.0."""
+    """A key that sorts versions as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before
+    2.0.
+    """
     # A word is below the end, and the end below a number: 2.0-rc1, 2.0, 2.0.1.
     parts = re.findall(r"[0-9]+|[a-z]+", version.lower())
-    return [(2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts] + [(1, 0, version)]
+    return [(2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts] + [
+        (1, 0, version)
+    ]
 
 
 def _already(target: Path, digest: str) -> Path:
@@ -140,7 +179,9 @@ def _already(target: Path, digest: str) -> Path:
         standing = ""
     if standing == digest:
         return target
-    raise BundleError(f"{target} holds another bundle: choose another --version or --name, or remove that folder")
+    raise BundleError(
+        f"{target} holds another bundle: choose another --version or --name, or remove that folder"
+    )
 
 
 def _certificate(path: Path, *, allow_uncertified: bool) -> Certificate | None:
@@ -148,13 +189,17 @@ def _certificate(path: Path, *, allow_uncertified: bool) -> Certificate | None:
     if not file.is_file():
         if allow_uncertified:
             return None
-        raise BundleNotCertified(f"{file} is missing: this bundle is not certified; `evalmode export` certifies one")
+        raise BundleNotCertified(
+            f"{file} is missing: this bundle is not certified; `evalmode export` certifies one"
+        )
     raw = _read(path, CERTIFICATE_FILE)
     certificate = _parse(Certificate, raw, file)
     if not certificate.seal_holds or certificate.canonical() != raw:
         raise BundleCorrupt(f"{file} was changed after the export: its seal does not hold")
     if certificate.verdict is not Verdict.PASS and not allow_uncertified:
-        raise BundleNotCertified(f"{file} says {certificate.verdict}: this bundle must not be served")
+        raise BundleNotCertified(
+            f"{file} says {certificate.verdict}: this bundle must not be served"
+        )
     return certificate
 
 
@@ -179,11 +224,19 @@ def _checked(path: Path, name: str, sha256: str) -> bytes:
         raise BundleCorrupt(f"{path / name} leads out of the bundle")
     data = _read(path, name)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise BundleCorrupt(f"{path / name} is not the certified file: its sha256 differs from the manifest's")
+        raise BundleCorrupt(
+            f"{path / name} is not the certified file: its sha256 differs from the manifest's"
+        )
     return data
 
 
 def _no_strangers(path: Path, known: set[str]) -> None:
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    present = {
+        str(file.relative_to(path))
+        for file in path.rglob("*")
+        if file.is_symlink() or not file.is_dir()
+    }
     if strangers := sorted(present - known):
-        raise BundleCorrupt(f"{path / strangers[0]} is not listed in {MANIFEST_FILE}: nothing vouches for it")
+        raise BundleCorrupt(
+            f"{path / strangers[0]} is not listed in {MANIFEST_FILE}: nothing vouches for it"
+        )

@@ -1,4 +1,5 @@
-"""Writing so that a kill, or a power cut, at any instant leaves what was there before or all of what is new.
+"""Writing so that a kill, or a power cut, at any instant leaves what was there before or all of
+what is new.
 
 Knows nothing of what is written.
 """
@@ -33,7 +34,9 @@ def settle(path: Path) -> None:
 
 
 def write_folder(target: Path, contents: Mapping[str, bytes]) -> None:
-    """Write a folder of files whole; `target` must not exist. Raises OSError, and leaves nothing behind."""
+    """Write a folder of files whole; `target` must not exist. Raises OSError, and leaves nothing
+    behind.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -1,4 +1,6 @@
-"""The command `evalmode`: one subcommand a job. What a subcommand needs is imported when it is called, not before."""
+"""The command `evalmode`: one subcommand a job. What a subcommand needs is imported when it is
+called, not before.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from evalmode.terminal import UNUSABLE, complain, open_console
 
 
 class _Commands(TyperGroup):
-    """The subcommands; the one with a flag for every setting of a server gets them when it is called."""
+    """The subcommands; the one with a flag for every setting of a server gets them when it is
+    called.
+    """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -51,49 +55,89 @@ BUNDLES = Path("bundles")
 
 
 @app.command(
-    epilog="Examples:  evalmode train   |   evalmode train --data reviews.csv --label-column stars --out runs/reviews"
+    epilog=(
+        "Examples:  evalmode train   |   evalmode train --data reviews.csv --label-column stars"
+        " --out runs/reviews"
+    )
 )
 def train(
-    data: Annotated[str, typer.Option(help="`languages`, or a CSV, TSV, JSONL or Parquet file.")] = "languages",
+    data: Annotated[
+        str, typer.Option(help="`languages`, or a CSV, TSV, JSONL or Parquet file.")
+    ] = "languages",
     text_column: Annotated[
         str | None, typer.Option(help="The file's column of texts. \\[default: a usual name]")
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Its column of labels. \\[default: a usual name]")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Its column of labels. \\[default: a usual name]")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write. \\[default: runs/NAME]")] = None,
     frontend: Annotated[str, typer.Option(help="auto, ngrams or bpe.")] = "auto",
     vocabulary: Annotated[int | None, typer.Option(help="Rows of the embedding table.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Times to read the data. \\[default: by its size]")] = None,
-    patience: Annotated[int, typer.Option(help="Epochs without a better validation loss before it stops.")] = 3,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop by the clock; bits then depend on it.")] = None,
-    dropout: Annotated[float, typer.Option(help="Drop probability wherever none is given below.")] = 0.1,
+    epochs: Annotated[
+        int | None, typer.Option(help="Times to read the data. \\[default: by its size]")
+    ] = None,
+    patience: Annotated[
+        int, typer.Option(help="Epochs without a better validation loss before it stops.")
+    ] = 3,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop by the clock; bits then depend on it.")
+    ] = None,
+    dropout: Annotated[
+        float, typer.Option(help="Drop probability wherever none is given below.")
+    ] = 0.1,
     embedding_dropout: Annotated[float | None, typer.Option(help="After the embedding.")] = None,
-    attention_dropout: Annotated[float | None, typer.Option(help="On the attention weights.")] = None,
+    attention_dropout: Annotated[
+        float | None, typer.Option(help="On the attention weights.")
+    ] = None,
     residual_dropout: Annotated[float | None, typer.Option(help="On each residual branch.")] = None,
-    feed_forward_dropout: Annotated[float | None, typer.Option(help="In the feed-forward, after its GELU.")] = None,
-    ngram_dropout: Annotated[float, typer.Option(help="On single n-grams (front end ngrams).")] = 0.3,
-    dropout_kind: Annotated[str, typer.Option(help="inverted, or classic (scales at test time).")] = "inverted",
-    crop: Annotated[float, typer.Option(help="Share of rows of which an epoch reads a random piece.")] = 0.0,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's, on the weights of linear layers alone.")] = 0.05,
+    feed_forward_dropout: Annotated[
+        float | None, typer.Option(help="In the feed-forward, after its GELU.")
+    ] = None,
+    ngram_dropout: Annotated[
+        float, typer.Option(help="On single n-grams (front end ngrams).")
+    ] = 0.3,
+    dropout_kind: Annotated[
+        str, typer.Option(help="inverted, or classic (scales at test time).")
+    ] = "inverted",
+    crop: Annotated[
+        float, typer.Option(help="Share of rows of which an epoch reads a random piece.")
+    ] = 0.0,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's, on the weights of linear layers alone.")
+    ] = 0.05,
     width: Annotated[int, typer.Option(help="Size of a position's vector.")] = 96,
     layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 3,
     heads: Annotated[int, typer.Option(help="Attention heads; a divisor of the width.")] = 4,
-    feed_forward: Annotated[int | None, typer.Option(help="Its inner size. \\[default: twice the width]")] = None,
-    causal: Annotated[bool, typer.Option(help="Let a position see itself and the past only.")] = False,
+    feed_forward: Annotated[
+        int | None, typer.Option(help="Its inner size. \\[default: twice the width]")
+    ] = None,
+    causal: Annotated[
+        bool, typer.Option(help="Let a position see itself and the past only.")
+    ] = False,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     batch_rows: Annotated[int, typer.Option(help="Rows a batch, in each process.")] = 128,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same weights on the same machine.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads; other numbers may give other bits.")] = 1,
+    seed: Annotated[
+        int, typer.Option(help="The same seed gives the same weights on the same machine.")
+    ] = 0,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; other numbers may give other bits.")
+    ] = 1,
     devices: Annotated[int, typer.Option(help="Devices (processes) on each node.")] = 1,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     strategy: Annotated[str, typer.Option(help="Lightning's name: auto, ddp, ...")] = "auto",
-    resume: Annotated[bool, typer.Option(help="Go on where a killed run of the same settings stood.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where a killed run of the same settings stood.")
+    ] = False,
     cache: Annotated[
         Path | None,
-        typer.Option(envvar="EVALMODE_CACHE", help="Keeps the default data. \\[default: ~/.cache/evalmode]"),
+        typer.Option(
+            envvar="EVALMODE_CACHE", help="Keeps the default data. \\[default: ~/.cache/evalmode]"
+        ),
     ] = None,
 ) -> None:
     """Train a transformer with dropout, and write a checkpoint that `evalmode export` takes."""
-    options = dict(locals())  # first of all: the parameters are the fields of TrainConfig, but for these three
+    # first of all: the parameters are the fields of TrainConfig, but for these three
+    options = dict(locals())
     for other in ("out", "resume", "cache"):
         del options[other]
     from evalmode.model.config import TrainConfig
@@ -103,7 +147,8 @@ def train(
     except ValueError as error:
         raise EvalmodeError(str(error)) from error
 
-    from evalmode.model.train import fit  # after the configuration: nonsense need not wait for torch
+    # after the configuration: nonsense need not wait for torch
+    from evalmode.model.train import fit
     from evalmode.tables import metrics_table, pairs_table
 
     console = open_console()
@@ -135,8 +180,12 @@ app.command(epilog=predict_command.EPILOG)(predict_command.predict)
 
 
 @app.command(epilog="Example:  evalmode show bundles/languages/1")
-def show(bundle: Annotated[Path, typer.Argument(help="A bundle or a folder of bundles.")] = BUNDLES) -> None:
-    """Show a bundle's manifest, certificate, dropout census and metrics; also of one that must not be served."""
+def show(
+    bundle: Annotated[Path, typer.Argument(help="A bundle or a folder of bundles.")] = BUNDLES,
+) -> None:
+    """Show a bundle's manifest, certificate, dropout census and metrics; also of one that must not
+    be served.
+    """
     from evalmode.bundle.store import find_bundle, open_bundle
     from evalmode.tables import bundle_tables
 
@@ -144,8 +193,11 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle or a folder of bu
 
 
 def main() -> None:
-    """Run the command line: the user's mistakes are one sentence on stderr and exit code 2, never a traceback."""
-    # Threads that wait spinning starve their neighbours; read when torch is loaded, which no command has done yet.
+    """Run the command line: the user's mistakes are one sentence on stderr and exit code 2, never a
+    traceback.
+    """
+    # Threads that wait spinning starve their neighbours; read when torch is loaded, which no
+    # command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
@@ -161,7 +213,9 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> None:
-    """A package that is missing, or a mistake of ours: a traceback and exit code 1 would read as a finding in CI."""
+    """A package that is missing, or a mistake of ours: a traceback and exit code 1 would read as a
+    finding in CI.
+    """
     missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     if extra := _EXTRAS.get(missing.partition(".")[0]):
         complain(f"this needs {missing}: pip install 'evalmode[{extra}]'")
@@ -169,7 +223,10 @@ def _explain(error: Exception) -> None:
         raise error
     else:
         reason = " ".join(str(error).split())
-        complain(f"a mistake of ours, {type(error).__name__}: {reason} (EVALMODE_TRACEBACK=1 shows where)")
+        complain(
+            f"a mistake of ours, {type(error).__name__}: {reason} (EVALMODE_TRACEBACK=1 shows"
+            " where)"
+        )
 
 
 def _version(asked: bool) -> None:
@@ -181,7 +238,10 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass

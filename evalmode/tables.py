@@ -1,4 +1,5 @@
-"""What the command line shows a person: tables of certificates, metrics and predictions. Knows Rich and the bundle.
+"""What the command line shows a person: tables of certificates, metrics and predictions. Knows Rich
+and the bundle.
 
 What comes from files and users is a `Text`: a path such as `x[/a]` is no markup.
 """
@@ -28,7 +29,9 @@ _COLOURS = {
 
 
 def records_table(records: Iterable[Record], *, title: str) -> Table:
-    """One line a rule; below it stand the reason why it did not pass, the places, and once each what to do."""
+    """One line a rule; below it stand the reason why it did not pass, the places, and once each
+    what to do.
+    """
     table = Table(title=Text(title), title_justify="left")
     table.add_column("rule", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -51,13 +54,17 @@ def _found(record: Record) -> Iterator[Text]:
 
 
 def sites_table(sites: Iterable[Site]) -> Table:
-    """One line a site of an audit: what it is, what was measured, and by how much training and eval differ."""
+    """One line a site of an audit: what it is, what was measured, and by how much training and eval
+    differ.
+    """
     table = Table(title="expectation gap", title_justify="left")
     for column in ("site", "kind", "p", "keep rate", "train scale", "eval scale", "gap"):
         table.add_column(column, overflow="fold")
     for site in sites:
         name = f"{site.path or '(root)'}{f', draw {site.draw}' if site.draw else ''} ({site.type})"
-        colour = {None: "green", Severity.ERROR: "bold red", Severity.UNPROVEN: "yellow"}.get(site.severity, "cyan")
+        colour = {None: "green", Severity.ERROR: "bold red", Severity.UNPROVEN: "yellow"}.get(
+            site.severity, "cyan"
+        )
         table.add_row(
             Text(name),
             Text(site.kind, style=colour),
@@ -75,14 +82,22 @@ def _number(value: float | None) -> str:
 
 
 def _measured(value: float | None, interval: tuple[float, float] | None) -> str:
-    return _number(value) if interval is None else f"{_number(value)} [{interval[0]:.4g}, {interval[1]:.4g}]"
+    return (
+        _number(value)
+        if interval is None
+        else f"{_number(value)} [{interval[0]:.4g}, {interval[1]:.4g}]"
+    )
 
 
 def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> Table:
-    """One line a part of the data, one column a measure; what is not such a table is a line of its own."""
+    """One line a part of the data, one column a measure; what is not such a table is a line of its
+    own.
+    """
     parts = {name: value for name, value in metrics.items() if isinstance(value, Mapping)}
     columns = list(dict.fromkeys(column for part in parts.values() for column in part))
-    table = Table("data", *(Column(Text(column)) for column in columns), title=title, title_justify="left")
+    table = Table(
+        "data", *(Column(Text(column)) for column in columns), title=title, title_justify="left"
+    )
     for name, part in parts.items():
         table.add_row(Text(name), *(Text(_shown(part.get(column, ""))) for column in columns))
     for name, value in metrics.items():
@@ -92,7 +107,9 @@ def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> T
 
 
 def bundle_tables(bundle: Bundle) -> Group:
-    """All that a reader may ask of a bundle: what it is, how it was checked, where its dropout was, how good it is."""
+    """All that a reader may ask of a bundle: what it is, how it was checked, where its dropout was,
+    how good it is.
+    """
     tables: list[Table] = [_manifest_table(bundle)]
     if bundle.certificate is not None:
         records = bundle.certificate.records
@@ -103,7 +120,9 @@ def bundle_tables(bundle: Bundle) -> Group:
     return Group(*tables)
 
 
-def predictions_table(texts: Sequence[str], answers: Sequence[Sequence[tuple[str, float]]]) -> Table:
+def predictions_table(
+    texts: Sequence[str], answers: Sequence[Sequence[tuple[str, float]]]
+) -> Table:
     """One line a text, with its best labels and their scores."""
     table = Table("text", "label", "score", "next", title_justify="left")
     for text, top in zip(texts, answers, strict=True):
@@ -131,12 +150,20 @@ def _manifest_table(bundle: Bundle) -> Table:
             "version": manifest.version,
             "digest": bundle.digest,
             "opset": manifest.opset,
-            "inputs": ", ".join(f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.inputs),
-            "outputs": ", ".join(f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.outputs),
-            "front end": "none" if manifest.frontend is None else _flat(manifest.frontend.model_dump()),
+            "inputs": ", ".join(
+                f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.inputs
+            ),
+            "outputs": ", ".join(
+                f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.outputs
+            ),
+            "front end": "none"
+            if manifest.frontend is None
+            else _flat(manifest.frontend.model_dump()),
             "labels": f"{len(labels)}: {', '.join(labels)}",
             **{name: _flat(value) for name, value in manifest.provenance.items()},
-            "certified on": "nothing" if certificate is None else _flat(certificate.platform.model_dump()),
+            "certified on": "nothing"
+            if certificate is None
+            else _flat(certificate.platform.model_dump()),
             **{f"sha256 of {name}": sha256 for name, sha256 in manifest.files.items()},
         },
         title="manifest",

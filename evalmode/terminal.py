@@ -1,4 +1,6 @@
-"""How the command line speaks: exit codes, sentences on stderr, consoles, and text that goes out byte for byte."""
+"""How the command line speaks: exit codes, sentences on stderr, consoles, and text that goes out
+byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ def complain(sentence: object) -> None:
 
 
 def open_console(*, stderr: bool = False) -> Any:
-    """A Rich console. Rich is imported here and not above: a command that prints nothing need not wait for it."""
+    """A Rich console. Rich is imported here and not above: a command that prints nothing need not
+    wait for it.
+    """
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    if hasattr(stream, "reconfigure"):  # a terminal of another encoding gets escapes, and not a traceback
+    # a terminal of another encoding gets escapes, and not a traceback
+    if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     return Console(stderr=stderr)
 
@@ -32,5 +37,7 @@ def write(text: str) -> None:
 
 
 def encoded(text: str) -> bytes:
-    """The text in UTF-8; half a surrogate pair, as of a path that is no UTF-8, becomes the escape that JSON reads."""
+    """The text in UTF-8; half a surrogate pair, as of a path that is no UTF-8, becomes the escape
+    that JSON reads.
+    """
     return text.encode("utf-8", "backslashreplace")

@@ -1,4 +1,6 @@
-"""Helpers for the tests of your own project: each raises an AssertionError that says what was found and where."""
+"""Helpers for the tests of your own project: each raises an AssertionError that says what was found
+and where.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,24 @@ __all__ = ["assert_export_is_clean", "assert_no_expectation_gap"]
 
 
 def assert_export_is_clean(
-    module: nn.Module, inputs: object, *, dynamic_axes: Sequence[str] = (), allow_unproven: bool = False
+    module: nn.Module,
+    inputs: object,
+    *,
+    dynamic_axes: Sequence[str] = (),
+    allow_unproven: bool = False,
 ) -> None:
-    """Export `module` as `evalmode export` does, in memory, and fail unless every rule that applies passes.
+    """Export `module` as `evalmode export` does, in memory, and fail unless every rule that applies
+    passes.
 
-    `inputs` is a sample (a mapping of input names, a tuple, a tensor) or a list of several, whose sizes show which axes
-    vary; `dynamic_axes` says so otherwise ("ids=batch,length"). Never calls `.eval()`: a module in training is a
-    finding. Raises EvalmodeError for what cannot be exported at all.
+    `inputs` is a sample (a mapping of input names, a tuple, a tensor) or a list of several, whose
+    sizes show which axes vary; `dynamic_axes` says so otherwise ("ids=batch,length"). Never calls
+    `.eval()`: a module in training is a finding. Raises EvalmodeError for what cannot be exported
+    at all.
     """
     with own_forward(module), untouched(module):
-        certified = certify(candidate_of(module, _as_list(inputs), dynamic_axes=dynamic_axes), progress=_silent)
+        certified = certify(
+            candidate_of(module, _as_list(inputs), dynamic_axes=dynamic_axes), progress=_silent
+        )
     bad = (Verdict.FAIL,) if allow_unproven else (Verdict.FAIL, Verdict.UNPROVEN)
     _raise_for([record for record in certified.records if record.verdict in bad])
 
@@ -34,10 +44,11 @@ def assert_export_is_clean(
 def assert_no_expectation_gap(
     module: nn.Module, inputs: object, *, draws: int | None = None, alpha: float = 0.01
 ) -> None:
-    """Audit every site that is random in training, and fail unless eval mode keeps what is expected in training.
+    """Audit every site that is random in training, and fail unless eval mode keeps what is expected
+    in training.
 
-    `draws` a site are chosen by the size of the smallest gap that matters, unless given; `alpha` bounds the probability
-    of a false alarm over all sites together. The module is left as it was.
+    `draws` a site are chosen by the size of the smallest gap that matters, unless given; `alpha`
+    bounds the probability of a false alarm over all sites together. The module is left as it was.
     """
     with own_forward(module), untouched(module):
         samples, _ = bound(module, _as_list(inputs))
@@ -51,7 +62,9 @@ def _raise_for(records: Iterable[Record]) -> None:
         lines.append(f"{record.rule}: {record.verdict}: {record.why}")
         for finding in record.findings:
             if finding.severity is not Severity.WARNING:
-                lines += [f"  {finding}", f"    -> {finding.fix}"] if finding.fix else [f"  {finding}"]
+                lines += (
+                    [f"  {finding}", f"    -> {finding.fix}"] if finding.fix else [f"  {finding}"]
+                )
     if lines:
         raise AssertionError("\n".join(lines))
 

@@ -1,4 +1,5 @@
-"""A module of your own, as `evalmode export` and `evalmode audit` take it: what builds it, and sample inputs.
+"""A module of your own, as `evalmode export` and `evalmode audit` take it: what builds it, and
+sample inputs.
 
 evalmode export examples.classifier:build --inputs examples.classifier:inputs --name classifier
 evalmode audit examples.classifier:build --inputs examples.classifier:inputs
@@ -11,12 +12,16 @@ from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """Token ids (B, T) and a mask (B, T) -> logits (B, 3), by the mean of what an encoder layer says."""
+    """Token ids (B, T) and a mask (B, T) -> logits (B, 3), by the mean of what an encoder layer
+    says.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(100, 16)
-        self.encoder = nn.TransformerEncoderLayer(16, nhead=2, dim_feedforward=32, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(
+            16, nhead=2, dim_feedforward=32, dropout=0.1, batch_first=True
+        )
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(16, 3)
 
@@ -24,7 +29,8 @@ class Classifier(nn.Module):
         """The logits of every row."""
         weights = mask / mask.sum(1, keepdim=True)
         hidden = self.encoder(self.embedding(ids), src_key_padding_mask=mask == 0)
-        pooled = (weights[:, None] @ hidden)[:, 0]  # a product, not a sum: its kernel gives one row its own bits
+        # a product, not a sum: its kernel gives one row its own bits
+        pooled = (weights[:, None] @ hidden)[:, 0]
         logits: Tensor = self.head(self.dropout(pooled))
         return logits
 

@@ -1,4 +1,6 @@
-"""Runs the checks on a candidate and gathers their records. Knows the order of the rules and none of their reasons."""
+"""Runs the checks on a candidate and gathers their records. Knows the order of the rules and none
+of their reasons.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ _OF_A_SUBJECT: tuple[ModuleType, ...] = (
     batch_invariance,
 )
 
-# The second export in this process runs under another seed than the first; those in other processes have their own.
+# The second export in this process runs under another seed than the first; those in other processes
+# have their own.
 _SEED, _OTHER_SEED = 0, 1
 
 
@@ -79,7 +82,9 @@ def _check_module(candidate: Candidate, progress: Progress) -> tuple[Record, ...
     progress(escaped_module.RULE)
     escaped = escaped_module.check(candidate.module)
     progress(eager_randomness.RULE)
-    return escaped, eager_randomness.check(candidate.module, [as_tensors(probe) for probe in candidate.probes])
+    return escaped, eager_randomness.check(
+        candidate.module, [as_tensors(probe) for probe in candidate.probes]
+    )
 
 
 def subject_of(candidate: Candidate) -> Subject:
@@ -87,14 +92,22 @@ def subject_of(candidate: Candidate) -> Subject:
 
     def export(module: nn.Module, seed: int) -> Converted:
         with seeded(seed):
-            return convert(module, candidate.example, dynamic_axes=candidate.dynamic_axes, outputs=candidate.outputs)
+            return convert(
+                module,
+                candidate.example,
+                dynamic_axes=candidate.dynamic_axes,
+                outputs=candidate.outputs,
+            )
 
     converted = export(candidate.exported, _SEED)
     return Subject(
         module=candidate.module,
         model=converted.model,
         unoptimised=converted.unoptimised,
-        twins=[lambda: fingerprint(export(disturbed(candidate.fresh), _OTHER_SEED).model), *candidate.twins],
+        twins=[
+            lambda: fingerprint(export(disturbed(candidate.fresh), _OTHER_SEED).model),
+            *candidate.twins,
+        ],
         probes=candidate.probes,
         rows=candidate.rows,
         dynamic_axes=candidate.dynamic_axes,
@@ -116,12 +129,18 @@ def _check_graph(subject: Subject, progress: Progress) -> tuple[Record, ...]:
 
 
 def run_rule(rule: ModuleType, subject: Subject) -> Record:
-    """The record of a rule that runs the graph: one that the runtime refuses to run is not proven."""
+    """The record of a rule that runs the graph: one that the runtime refuses to run is not
+    proven.
+    """
     try:
         record: Record = rule.check(subject)
         return record
     except ModelRunFailed as error:
-        return could_not_run(rule, error, fix="see rule dynamic-axes: it names the input that the graph does not read")
+        return could_not_run(
+            rule,
+            error,
+            fix="see rule dynamic-axes: it names the input that the graph does not read",
+        )
 
 
 def could_not_run(rule: ModuleType, error: Exception, *, fix: str) -> Record:

@@ -1,6 +1,7 @@
 """Any `nn.Module` in eval mode -> an ONNX model whose bytes depend on the module alone.
 
-Every node is named after the module it came from (`blocks.0.attention/MatMul_17`). Knows no checkpoint and no bundle.
+Every node is named after the module it came from (`blocks.0.attention/MatMul_17`). Knows no
+checkpoint and no bundle.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class NotConvertible(EvalmodeError):  # noqa: N818
 class Converted:
     """The model as it goes into a bundle, and the graph before optimisation.
 
-    The optimiser computes what depends on constants alone, once: also a Dropout or a Bernoulli, whose noise it then
-    leaves behind as a constant. The evidence is in the graph that it was given. `bounds` holds, by the axis' name, the
-    largest size for which the trace holds: beyond it the module's own code takes another way.
+    The optimiser computes what depends on constants alone, once: also a Dropout or a Bernoulli,
+    whose noise it then leaves behind as a constant. The evidence is in the graph that it was given.
+    `bounds` holds, by the axis' name, the largest size for which the trace holds: beyond it the
+    module's own code takes another way.
     """
 
     model: onnx.ModelProto
@@ -68,21 +70,29 @@ def convert(
 ) -> Converted:
     """The ONNX model of `module`, which is called with `inputs` by name.
 
-    `dynamic_axes` names, for each input, the axes that may vary: {"input_ids": {0: "batch", 1: "length"}}. `outputs`
-    names the output tensors in order. Never calls `.eval()`: raises NotInEvalMode, naming the sites, for a module that
-    has not left training, and NotConvertible when the exporter gives up.
+    `dynamic_axes` names, for each input, the axes that may vary: {"input_ids": {0: "batch", 1:
+    "length"}}. `outputs` names the output tensors in order. Never calls `.eval()`: raises
+    NotInEvalMode, naming the sites, for a module that has not left training, and NotConvertible
+    when the exporter gives up.
     """
     record = escaped_module.check(module)
     if record.verdict is not Verdict.PASS:
-        raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(map(str, record.findings))}")
+        raise NotInEvalMode(
+            "still in training mode, call .eval() and look at:"
+            f" {'; '.join(map(str, record.findings))}"
+        )
     if unknown := dynamic_axes.keys() - inputs.keys():
         raise ValueError(f"dynamic_axes names {sorted(unknown)}, the inputs are {list(inputs)}")
     converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
     model = converted.model
     if (found := [output.name for output in model.graph.output]) != list(outputs):
-        raise NotConvertible(f"{type(module).__name__} has the outputs {found}, named were {list(outputs)}")
+        raise NotConvertible(
+            f"{type(module).__name__} has the outputs {found}, named were {list(outputs)}"
+        )
     if (version := next(item.version for item in model.opset_import if item.domain == "")) != opset:
-        raise NotConvertible(f"{type(module).__name__} was exported at opset {version}: opset {opset} cannot be had")
+        raise NotConvertible(
+            f"{type(module).__name__} was exported at opset {version}: opset {opset} cannot be had"
+        )
     for one in (model, converted.unoptimised):
         _name_nodes(one)
         _strip(one)
@@ -116,29 +126,45 @@ def _export(
         program.optimize()
         model = program.model_proto
         onnx.checker.check_model(model)
-        return Converted(model=model, unoptimised=unoptimised, bounds=_bounds(program, dynamic_axes))
+        return Converted(
+            model=model, unoptimised=unoptimised, bounds=_bounds(program, dynamic_axes)
+        )
     except (torch.onnx.errors.OnnxExporterError, onnx.checker.ValidationError) as error:
         reason = _reason(error.__cause__ or error)
         raise NotConvertible(f"{type(module).__name__} cannot be exported: {reason}") from error
 
 
-def _bounds(program: torch.onnx.ONNXProgram, dynamic_axes: Mapping[str, Mapping[int, str]]) -> dict[str, int]:
+def _bounds(
+    program: torch.onnx.ONNXProgram, dynamic_axes: Mapping[str, Mapping[int, str]]
+) -> dict[str, int]:
     exported = program.exported_program
     assert exported is not None, "the dynamo exporter keeps what it traced"
     found: dict[str, int] = {}
     for node in exported.graph.nodes:
-        for place, axis in dynamic_axes.get(node.name, {}).items() if node.op == "placeholder" else ():
+        for place, axis in (
+            dynamic_axes.get(node.name, {}).items() if node.op == "placeholder" else ()
+        ):
             size = node.meta["val"].shape[place]
-            known = exported.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            known = (
+                exported.range_constraints.get(size.node.expr)
+                if isinstance(size, torch.SymInt)
+                else None
+            )
             if known is not None and known.upper.is_Integer and known.upper < _UNBOUNDED:
                 found[axis] = int(known.upper)
     return found
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of torch's reason; where it only announces a list, with the list's first item."""
+    """The first sentence of torch's reason; where it only announces a list, with the list's first
+    item.
+    """
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    more = next((line for line in lines[1:] if line.startswith("- ")), "") if lines and lines[0].endswith(":") else ""
+    more = (
+        next((line for line in lines[1:] if line.startswith("- ")), "")
+        if lines and lines[0].endswith(":")
+        else ""
+    )
     return f"{lines[0] if lines else type(error).__name__} {more}".strip()
 
 
@@ -155,7 +181,9 @@ def _name_nodes(model: onnx.ModelProto) -> None:
 
 
 def _strip(message: Message) -> None:
-    """Remove what the exporter notes about itself: stack traces and paths of this machine, and texts that vary."""
+    """Remove what the exporter notes about itself: stack traces and paths of this machine, and
+    texts that vary.
+    """
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
@@ -165,7 +193,9 @@ def _strip(message: Message) -> None:
 
 
 def _forget_unrolled_loops() -> None:
-    """After one export torch keeps, for its recurrent operators, a kernel that fixes the length at the next."""
+    """After one export torch keeps, for its recurrent operators, a kernel that fixes the length at
+    the next.
+    """
     for name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
         operator = getattr(torch.ops.aten, name)
         for overload in operator.overloads():
@@ -174,7 +204,9 @@ def _forget_unrolled_loops() -> None:
 
 @contextmanager
 def _one_table_of_operators() -> Iterator[None]:
-    """torch makes its table of operators anew for every export, which takes longer than a small export itself."""
+    """torch makes its table of operators anew for every export, which takes longer than a small
+    export itself.
+    """
     made_anew = vars(ONNXRegistry)["from_torchlib"]
     ONNXRegistry.from_torchlib = staticmethod(_operators)  # type: ignore[method-assign]
     try:
@@ -185,7 +217,9 @@ def _one_table_of_operators() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not installed; its errors are exceptions."""
+    """Without the exporter's remarks on packages that are not installed; its errors are
+    exceptions.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

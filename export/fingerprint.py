@@ -1,7 +1,9 @@
-"""What two exports of one module are compared by: a hash of every weight and of every node. Knows no rule.
+"""What two exports of one module are compared by: a hash of every weight and of every node. Knows
+no rule.
 
-Exporters name weights and nodes in the order of the trace, so equal modules give equal fingerprints; noise that was
-baked into a constant, or a branch that a random number chose, does not.
+Exporters name weights and nodes in the order of the trace, so equal modules give equal
+fingerprints; noise that was baked into a constant, or a branch that a random number chose, does
+not.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Fingerprint(BaseModel):
-    """By name, the sha256 of every weight of the main graph; and every node in order, with its name."""
+    """By name, the sha256 of every weight of the main graph; and every node in order, with its
+    name.
+    """
 
     model_config = ConfigDict(frozen=True)
 

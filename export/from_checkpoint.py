@@ -1,4 +1,5 @@
-"""The bundle of a trained checkpoint: what is judged, on which texts, and what the bundle says about itself.
+"""The bundle of a trained checkpoint: what is judged, on which texts, and what the bundle says
+about itself.
 
 Knows no rule.
 """
@@ -20,11 +21,13 @@ from evalmode.model.checkpoint import Checkpoint
 _AXES = {0: BATCH, 1: "length"}
 
 
-def release_checkpoint(checkpoint: Checkpoint, *, root: Path, name: str, version: str, progress: Progress) -> Released:
+def release_checkpoint(
+    checkpoint: Checkpoint, *, root: Path, name: str, version: str, progress: Progress
+) -> Released:
     """Export, certify and write a checkpoint's module in eval mode as `root/name/version`.
 
-    Raises EvalmodeError at once for a name, a version or a root that no bundle can be written to, and ExportRefused,
-    having written nothing, unless all rules pass.
+    Raises EvalmodeError at once for a name, a version or a root that no bundle can be written to,
+    and ExportRefused, having written nothing, unless all rules pass.
     """
     require_writable(root, name=name, version=version)
     candidate, description = _candidate(checkpoint), _description(checkpoint)
@@ -34,9 +37,14 @@ def release_checkpoint(checkpoint: Checkpoint, *, root: Path, name: str, version
 def _candidate(checkpoint: Checkpoint) -> Candidate:
     rows, spec = list(checkpoint.held_out.rows), checkpoint.frontend
     if not rows:
-        raise EvalmodeError("the checkpoint holds no held-out rows, and without rows nothing can be compared")
+        raise EvalmodeError(
+            "the checkpoint holds no held-out rows, and without rows nothing can be compared"
+        )
     # Several rows of several positions: an exporter may take a size of 1 for a constant.
-    example = collate([row[: spec.lengths[0]] for row in rows[:3]], length=min(spec.lengths[0] + 1, spec.lengths[-1]))
+    example = collate(
+        [row[: spec.lengths[0]] for row in rows[:3]],
+        length=min(spec.lengths[0] + 1, spec.lengths[-1]),
+    )
     return Candidate(
         module=checkpoint.module.eval(),
         exported=checkpoint.folded().eval(),
@@ -55,7 +63,10 @@ def _description(checkpoint: Checkpoint) -> Description:
     frontend = checkpoint.open_frontend()
     encoded = [(text, frontend.encode(text).ids) for text in checkpoint.sample_texts]
     return Description(
-        samples=[(collate([ids], length=frontend.spec.padded_length(len(ids))), text) for text, ids in encoded],
+        samples=[
+            (collate([ids], length=frontend.spec.padded_length(len(ids))), text)
+            for text, ids in encoded
+        ],
         labels=checkpoint.labels,
         frontend=checkpoint.frontend,
         tokenizer=checkpoint.tokenizer,

@@ -1,4 +1,5 @@
-"""The bundle of anyone's module: by reference, with sample inputs, and held against an export in another process.
+"""The bundle of anyone's module: by reference, with sample inputs, and held against an export in
+another process.
 
 Knows no rule.
 """
@@ -29,10 +30,12 @@ def release_module(
     version: str,
     progress: Progress,
 ) -> Released:
-    """Export, certify and write the module of `package.module:factory` in eval mode as `root/name/version`.
+    """Export, certify and write the module of `package.module:factory` in eval mode as
+    `root/name/version`.
 
-    Raises EvalmodeError at once for a name, a version or a root that no bundle can be written to and for code of the
-    user's that fails, and ExportRefused, having written nothing, unless all rules pass.
+    Raises EvalmodeError at once for a name, a version or a root that no bundle can be written to
+    and for code of the user's that fails, and ExportRefused, having written nothing, unless all
+    rules pass.
     """
     require_writable(root, name=name, version=version)
     module, samples = load_module(factory).eval(), load_samples(inputs)

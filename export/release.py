@@ -34,7 +34,9 @@ class ExportRefused(EvalmodeError):  # noqa: N818 - read as a sentence: "raise E
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = tuple(records)
         bad = [record for record in records if record.verdict in (Verdict.FAIL, Verdict.UNPROVEN)]
-        said = "; ".join(f"{record.rule}: {record.why}: {', '.join(map(str, record.findings))}" for record in bad)
+        said = "; ".join(
+            f"{record.rule}: {record.why}: {', '.join(map(str, record.findings))}" for record in bad
+        )
         super().__init__(f"no bundle was written: {said}")
 
 
@@ -42,7 +44,8 @@ class ExportRefused(EvalmodeError):  # noqa: N818 - read as a sentence: "raise E
 class Description:
     """What a bundle says beside its model.
 
-    `samples` are the inputs of its known answers, each of one row where there are rows, with the text it came from.
+    `samples` are the inputs of its known answers, each of one row where there are rows, with the
+    text it came from.
     """
 
     samples: Sequence[tuple[Tensors, str | None]]
@@ -62,16 +65,26 @@ class Released:
 
 
 def release(
-    candidate: Candidate, description: Description, *, root: Path, name: str, version: str, progress: Progress
+    candidate: Candidate,
+    description: Description,
+    *,
+    root: Path,
+    name: str,
+    version: str,
+    progress: Progress,
 ) -> Released:
-    """Export, certify and write `root/name/version`; raise ExportRefused, and write nothing, unless all rules pass."""
+    """Export, certify and write `root/name/version`; raise ExportRefused, and write nothing, unless
+    all rules pass.
+    """
     certified = certify(candidate, progress=progress)
     if not certified.passed or certified.subject is None:
         raise ExportRefused(certified.records)
     progress("write")
     subject = certified.subject
     contents = _contents(description, subject)
-    manifest = _manifest(description, subject.served, name=name, version=version, files=hashes_of(contents))
+    manifest = _manifest(
+        description, subject.served, name=name, version=version, files=hashes_of(contents)
+    )
     certificate = Certificate(
         digest=digest_of(manifest),
         platform=subject.served.platform,
@@ -83,7 +96,9 @@ def release(
 
 
 def require_writable(root: Path, *, name: str, version: str) -> None:
-    """What would only be told by the last step of a long export is told by the first: raises EvalmodeError at once."""
+    """What would only be told by the last step of a long export is told by the first: raises
+    EvalmodeError at once.
+    """
     for flag, given in (("--name", name), ("--version", version)):
         if not is_name(given):
             allowed = "at most 64 letters, digits, '.', '_' and '-', the first a letter or a digit"

@@ -1,8 +1,9 @@
-"""A second export of the user's module in a process of its own, where other seeds hold from the first import on.
+"""A second export of the user's module in a process of its own, where other seeds hold from the
+first import on.
 
-What is random and neither a parameter nor a buffer (a mask made at import, a table filled by a constructor) is then
-another one, and shows in the fingerprint. Run as
-`python -m evalmode.export.second_export FACTORY FOLDER`.
+What is random and neither a parameter nor a buffer (a mask made at import, a table filled by a
+constructor) is then another one, and shows in the fingerprint. Run as `python -m
+evalmode.export.second_export FACTORY FOLDER`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ _SEED = 2
 
 
 class TwinFailed(EvalmodeError):  # noqa: N818 - read as a sentence: "raise TwinFailed"
-    """The module could not be made and exported a second time; the message is the other process's."""
+    """The module could not be made and exported a second time; the message is the other
+    process's.
+    """
 
 
 @contextmanager
 def exported_elsewhere(candidate: Candidate, factory: str) -> Iterator[Twin]:
     """Start the other process at once; the twin waits for it, and leaving ends it.
 
-    The weights are handed over: a factory that starts from random ones gives the same network nevertheless.
+    The weights are handed over: a factory that starts from random ones gives the same network
+    nevertheless.
     """
     with TemporaryDirectory(prefix="evalmode-") as name:
         folder = Path(name)
@@ -46,7 +50,12 @@ def exported_elsewhere(candidate: Candidate, factory: str) -> Iterator[Twin]:
         command = [sys.executable, "-m", "evalmode.export.second_export", factory, str(folder)]
         environment = {**os.environ, "PYTHONHASHSEED": str(_SEED)}
         with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True, errors="replace"
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+            errors="replace",
         ) as process:
             try:
                 yield lambda: _fingerprint_of(process, folder)
@@ -68,18 +77,24 @@ def _fingerprint_of(process: subprocess.Popen[str], folder: Path) -> Fingerprint
     _, said = process.communicate()
     if process.returncode:
         lines = said.strip().splitlines()
-        raise TwinFailed(lines[-1] if lines else f"the other process ended with {process.returncode}")
+        raise TwinFailed(
+            lines[-1] if lines else f"the other process ended with {process.returncode}"
+        )
     return Fingerprint.model_validate_json((folder / _ANSWER).read_bytes())
 
 
 def main(factory: str, folder: Path) -> None:
-    """Export what the factory returns, with the weights and on the example that lie in the folder."""
+    """Export what the factory returns, with the weights and on the example that lie in the
+    folder.
+    """
     seed_everything(_SEED)
     task = torch.load(folder / _TASK, weights_only=True)
     module = load_module(factory).eval()
     module.load_state_dict(task["state"])
     bind(module, task["constants"])
-    converted = convert(module, task["example"], dynamic_axes=task["dynamic_axes"], outputs=task["outputs"])
+    converted = convert(
+        module, task["example"], dynamic_axes=task["dynamic_axes"], outputs=task["outputs"]
+    )
     (folder / _ANSWER).write_text(fingerprint(converted.model).model_dump_json())
 
 

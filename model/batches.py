@@ -1,9 +1,12 @@
-"""Encoded rows, and the order in which they are read: batches that are a pure function of (seed, epoch).
+"""Encoded rows, and the order in which they are read: batches that are a pure function of (seed,
+epoch).
 
-Nothing here remembers a random state. Which rows share a batch, and where each is cropped, follow from the seed, the
-epoch and the row's number alone: a run that was killed reads on as though it never had been.
+Nothing here remembers a random state. Which rows share a batch, and where each is cropped, follow
+from the seed, the epoch and the row's number alone: a run that was killed reads on as though it
+never had been.
 
-Shapes: N rows, B rows a batch, T positions, G ids a position. Knows nothing of texts, labels' names or the network.
+Shapes: N rows, B rows a batch, T positions, G ids a position. Knows nothing of texts, labels' names
+or the network.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from torch import Tensor
 
 from evalmode.bundle.frontend import BpeSpec, FrontEnd, Ids, NgramSpec, collate
 
-Batch = dict[str, Tensor]  # input_ids, attention_mask where the front end needs one, and labels (B,) int64
+# input_ids, attention_mask where the front end needs one, and labels (B,) int64
+Batch = dict[str, Tensor]
 UNLABELLED = -1
 
 
@@ -26,7 +30,8 @@ UNLABELLED = -1
 class Rows:
     """N encoded texts, end to end in one array.
 
-    flat (sum of T,) or (sum of T, G) int32, offsets (N + 1,) int64, labels (N,) int64: -1 where a text has no label.
+    flat (sum of T,) or (sum of T, G) int32, offsets (N + 1,) int64, labels (N,) int64: -1 where a
+    text has no label.
     """
 
     flat: npt.NDArray[np.int32]
@@ -52,8 +57,12 @@ class Rows:
 
 
 def encode(texts: Iterable[str], labels: Sequence[int], *, frontend: FrontEnd) -> Rows:
-    """The rows of texts. int32 in memory: training holds all of them at once, and no id needs more."""
-    return _joined([frontend.encode(text).ids.astype(np.int32) for text in texts], np.asarray(labels, np.int64))
+    """The rows of texts. int32 in memory: training holds all of them at once, and no id needs
+    more.
+    """
+    return _joined(
+        [frontend.encode(text).ids.astype(np.int32) for text in texts], np.asarray(labels, np.int64)
+    )
 
 
 def _joined(rows: Sequence[npt.NDArray[np.int32]], labels: npt.NDArray[np.int64]) -> Rows:
@@ -61,14 +70,19 @@ def _joined(rows: Sequence[npt.NDArray[np.int32]], labels: npt.NDArray[np.int64]
     return Rows(flat=np.concatenate(rows), offsets=offsets, labels=labels)
 
 
-def plan(lengths: npt.NDArray[np.int64], *, batch_rows: int, draw: np.random.Generator) -> list[npt.NDArray[np.int64]]:
-    """Row numbers, batch by batch: every row once, neighbours in length together, batches in a drawn order.
+def plan(
+    lengths: npt.NDArray[np.int64], *, batch_rows: int, draw: np.random.Generator
+) -> list[npt.NDArray[np.int64]]:
+    """Row numbers, batch by batch: every row once, neighbours in length together, batches in a
+    drawn order.
 
     Each batch but one is full: where the rows of one length run out, those of the next fill it.
     """
     shuffled = draw.permutation(len(lengths))
     shuffled = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    batches = [shuffled[start : start + batch_rows] for start in range(0, len(shuffled), batch_rows)]
+    batches = [
+        shuffled[start : start + batch_rows] for start in range(0, len(shuffled), batch_rows)
+    ]
     return [batches[index] for index in draw.permutation(len(batches))]
 
 
@@ -79,10 +93,11 @@ def padded(rows: Sequence[Ids], labels: npt.NDArray[np.int64], *, length: int) -
 
 
 class Batches:
-    """An endless shelf of training epochs, read one epoch an `iter`; knows how many batches were taken from it.
+    """An endless shelf of training epochs, read one epoch an `iter`; knows how many batches were
+    taken from it.
 
-    With several processes each takes every `world`-th batch of the same order, from its `rank` on, and all take equally
-    many: what is left over waits for the next epoch's order.
+    With several processes each takes every `world`-th batch of the same order, from its `rank` on,
+    and all take equally many: what is left over waits for the next epoch's order.
     """
 
     def __init__(
@@ -96,7 +111,13 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.rows, self.spec, self.batch_rows, self.seed, self.crop = rows, spec, batch_rows, seed, crop
+        self.rows, self.spec, self.batch_rows, self.seed, self.crop = (
+            rows,
+            spec,
+            batch_rows,
+            seed,
+            crop,
+        )
         self.rank, self.world, self.taken = rank, world, 0
 
     def __len__(self) -> int:
@@ -106,15 +127,24 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch that the next batch belongs to."""
         epoch, done = divmod(self.taken, len(self))
-        order = plan(self.rows.lengths, batch_rows=self.batch_rows, draw=np.random.default_rng((self.seed, epoch)))
+        order = plan(
+            self.rows.lengths,
+            batch_rows=self.batch_rows,
+            draw=np.random.default_rng((self.seed, epoch)),
+        )
         for numbers in order[self.rank :: self.world][done : len(self)]:
             self.taken += 1
-            rows = [self._cropped(self.rows[number], epoch=epoch, number=number) for number in numbers]
-            # To the longest of the batch, not to the ladder's next rung as in service: a quarter less to compute.
+            rows = [
+                self._cropped(self.rows[number], epoch=epoch, number=number) for number in numbers
+            ]
+            # To the longest of the batch, not to the ladder's next rung as in service: a quarter
+            # less to compute.
             yield padded(rows, self.rows.labels[numbers], length=max(len(row) for row in rows))
 
     def state_dict(self) -> dict[str, int]:
-        """Where it stands: batches this process has taken since the first epoch; the same in every process."""
+        """Where it stands: batches this process has taken since the first epoch; the same in every
+        process.
+        """
         return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -129,12 +159,16 @@ class Batches:
 
 
 def crop(ids: Ids, *, spec: NgramSpec | BpeSpec, draw: np.random.Generator) -> Ids:
-    """A contiguous piece, at least half as long, of a row: of its characters, or of its BPE tokens after the first."""
+    """A contiguous piece, at least half as long, of a row: of its characters, or of its BPE tokens
+    after the first.
+    """
     if isinstance(spec, BpeSpec):
         return np.concatenate([ids[:1], _piece(ids[1:], draw)])
     characters = ids.reshape(-1, spec.orders)
     characters = _piece(characters[characters[:, 0] != 0], draw)
-    return np.pad(characters, ((0, -len(characters) % spec.characters), (0, 0))).reshape(-1, ids.shape[1])
+    return np.pad(characters, ((0, -len(characters) % spec.characters), (0, 0))).reshape(
+        -1, ids.shape[1]
+    )
 
 
 def _piece(ids: Ids, draw: np.random.Generator) -> Ids:

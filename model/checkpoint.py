@@ -1,12 +1,12 @@
-"""A finished training as a folder: what it learned, what it reads, how well, and from what. Data alone, never code.
+"""A finished training as a folder: what it learned, what it reads, how well, and from what. Data
+alone, never code.
 
-    model.safetensors    the weights
-    checkpoint.json      the network's shape, front end, labels, metrics, provenance, and the sha256 of the other files
-    tokenizer.json       where the front end is BPE
-    held_out.npz         the encoded test rows: flat ids, offsets, labels
+model.safetensors    the weights checkpoint.json      the network's shape, front end, labels,
+metrics, provenance, and the sha256 of the other files tokenizer.json       where the front end is
+BPE held_out.npz         the encoded test rows: flat ids, offsets, labels
 
-The same run on the same machine writes the same bytes: there is no clock and no path in them. This is all that the
-export knows of the model room.
+The same run on the same machine writes the same bytes: there is no clock and no path in them. This
+is all that the export knows of the model room.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ import safetensors.torch
 from pydantic import TypeAdapter
 
 from evalmode.atomic_files import write_file
-from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, FrontEnd, FrontEndSpec, Ids, NgramSpec, open_frontend
+from evalmode.bundle.frontend import (
+    TOKENIZER_FILE,
+    BpeSpec,
+    FrontEnd,
+    FrontEndSpec,
+    Ids,
+    NgramSpec,
+    open_frontend,
+)
 from evalmode.errors import EvalmodeError
 from evalmode.model.config import TransformerConfig
 from evalmode.model.transformer import Transformer
@@ -43,7 +51,9 @@ class CheckpointError(EvalmodeError):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Encoded test rows, each (T,) or (T, G) int64 without padding, and the label index of each, (N,) int64."""
+    """Encoded test rows, each (T,) or (T, G) int64 without padding, and the label index of each,
+    (N,) int64.
+    """
 
     rows: list[Ids]
     labels: npt.NDArray[np.int64]
@@ -69,7 +79,9 @@ class Checkpoint:
     provenance: Mapping[str, Any]
 
     def folded(self) -> Transformer:
-        """The network with classic dropout's eval factors folded into its weights; the module itself when inverted."""
+        """The network with classic dropout's eval factors folded into its weights; the module
+        itself when inverted.
+        """
         if self.module.config.dropout_kind != "classic":
             return self.module
         module = copy.deepcopy(self.module)
@@ -84,11 +96,18 @@ class Checkpoint:
 def save(checkpoint: Checkpoint, folder: Path) -> None:
     """Write `checkpoint` into `folder`, over the one that may stand there.
 
-    The record is written last and names every other file's hash, so a folder is either a whole checkpoint or none.
+    The record is written last and names every other file's hash, so a folder is either a whole
+    checkpoint or none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.module.state_dict().items()}
-    files = {WEIGHTS_FILE: safetensors.torch.save(weights), HELD_OUT_FILE: _pack(checkpoint.held_out)}
+    weights = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in checkpoint.module.state_dict().items()
+    }
+    files = {
+        WEIGHTS_FILE: safetensors.torch.save(weights),
+        HELD_OUT_FILE: _pack(checkpoint.held_out),
+    }
     if checkpoint.tokenizer is not None:
         files[TOKENIZER_FILE] = checkpoint.tokenizer.encode()
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -111,14 +130,18 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Open the checkpoint in `folder`. Raises CheckpointError, naming the file that is missing, changed or alien."""
+    """Open the checkpoint in `folder`. Raises CheckpointError, naming the file that is missing,
+    changed or alien.
+    """
     record = _record(folder)
     contents = {name: _checked(folder / name, sha256) for name, sha256 in record["files"].items()}
     try:
         module = Transformer(TransformerConfig(**record["network"]))
         module.load_state_dict(safetensors.torch.load(contents[WEIGHTS_FILE]))
         frontend = _spec.validate_python(record["frontend"])
-        _require_agreement(module.config, frontend, labels=record["labels"], metrics=record["metrics"])
+        _require_agreement(
+            module.config, frontend, labels=record["labels"], metrics=record["metrics"]
+        )
         return Checkpoint(
             module=module.eval(),
             frontend=frontend,
@@ -130,7 +153,9 @@ def load(folder: Path) -> Checkpoint:
             provenance=record["provenance"],
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / RECORD_FILE} does not describe the files beside it: {error}") from error
+        raise CheckpointError(
+            f"{folder / RECORD_FILE} does not describe the files beside it: {error}"
+        ) from error
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -139,28 +164,45 @@ def _record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): a checkpoint is a folder that `evalmode train` has finished"
+            f"{path} cannot be read ({error.strerror}): a checkpoint is a folder that `evalmode"
+            " train` has finished"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON, or only a part of it: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
-        raise CheckpointError(f"{path} has format {found!r}, and this evalmode reads format {FORMAT}: train again")
-    if not isinstance(record.get("files"), dict) or not {WEIGHTS_FILE, HELD_OUT_FILE} <= record["files"].keys():
-        raise CheckpointError(f"{path} does not list {WEIGHTS_FILE} and {HELD_OUT_FILE}: train again")
+        raise CheckpointError(
+            f"{path} has format {found!r}, and this evalmode reads format {FORMAT}: train again"
+        )
+    if (
+        not isinstance(record.get("files"), dict)
+        or not {WEIGHTS_FILE, HELD_OUT_FILE} <= record["files"].keys()
+    ):
+        raise CheckpointError(
+            f"{path} does not list {WEIGHTS_FILE} and {HELD_OUT_FILE}: train again"
+        )
     return record
 
 
 def _require_agreement(
-    network: TransformerConfig, frontend: NgramSpec | BpeSpec, *, labels: Sequence[str], metrics: object
+    network: TransformerConfig,
+    frontend: NgramSpec | BpeSpec,
+    *,
+    labels: Sequence[str],
+    metrics: object,
 ) -> None:
     """Raise ValueError where the record's parts, each sound alone, do not make one classifier."""
     if len(labels) != network.labels:
         raise ValueError(f"{len(labels)} labels, and the network tells {network.labels} apart")
     if frontend.vocabulary > network.vocabulary:
-        raise ValueError(f"ids up to {frontend.vocabulary}, and the network's table has {network.vocabulary} rows")
+        raise ValueError(
+            f"ids up to {frontend.vocabulary}, and the network's table has {network.vocabulary}"
+            " rows"
+        )
     if frontend.lengths[-1] > network.positions:
-        raise ValueError(f"rows of {frontend.lengths[-1]} positions, and the network reads {network.positions}")
+        raise ValueError(
+            f"rows of {frontend.lengths[-1]} positions, and the network reads {network.positions}"
+        )
     if not isinstance(metrics, dict):
         raise ValueError("metrics that are not a table")
 
@@ -169,9 +211,14 @@ def _checked(path: Path, sha256: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}), and checkpoint.json lists it") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}), and checkpoint.json lists it"
+        ) from error
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(f"{path} was changed or cut short after the training: its sha256 is not the recorded one")
+        raise CheckpointError(
+            f"{path} was changed or cut short after the training: its sha256 is not the"
+            " recorded one"
+        )
     return data
 
 

@@ -48,20 +48,41 @@ class TransformerConfig:
     feed_forward_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for key in ("vocabulary", "positions", "ids_per_position", "width", "layers", "heads", "feed_forward"):
+        for key in (
+            "vocabulary",
+            "positions",
+            "ids_per_position",
+            "width",
+            "layers",
+            "heads",
+            "feed_forward",
+        ):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        _require(self.labels >= 2, "labels", self.labels, "at least 2: a classifier chooses between labels")
-        _require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of width={self.width}")
-        _require(self.dropout_kind in ("inverted", "classic"), "dropout_kind", self.dropout_kind, "inverted or classic")
+        _require(
+            self.labels >= 2,
+            "labels",
+            self.labels,
+            "at least 2: a classifier chooses between labels",
+        )
+        _require(
+            self.width % self.heads == 0, "heads", self.heads, f"a divisor of width={self.width}"
+        )
+        _require(
+            self.dropout_kind in ("inverted", "classic"),
+            "dropout_kind",
+            self.dropout_kind,
+            "inverted or classic",
+        )
         _require_rates(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run: what it reads, what it builds, how it learns. Most fields are a flag of `evalmode train`.
+    """One training run: what it reads, what it builds, how it learns. Most fields are a flag of
+    `evalmode train`.
 
     data                `languages`, or a CSV, TSV, JSONL or Parquet file
-    text_column         None: the first of the usual names that the file has; the same for label_column
+    text_column         None: the first of the usual names that the file has; so is label_column
     frontend            auto: ngrams for languages, bpe for a file
     vocabulary          rows of the embedding table; None: 65,536 for ngrams, 8,192 for bpe
     feed_forward        None: twice the width
@@ -74,8 +95,8 @@ class TrainConfig:
     max_minutes         stop by the clock; then the result is the clock's too, not the seed's alone
     batch_rows          rows a batch, in each process
     save_steps          steps between two states from which a killed run resumes
-    threads             CPU threads. With 1 the bits do not depend on how many cores there are; a small network is no
-                        faster with 2, and much slower with them beside busy neighbours
+    threads             CPU threads. With 1 the bits do not depend on how many cores there are; a
+                        small network is no faster with 2, and much slower beside busy neighbours
     Raises ValueError, naming the key and the value, when built with nonsense.
     """
 
@@ -126,19 +147,42 @@ class TrainConfig:
             _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         for key in ("learning_rate", "clip_norm"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
-        _require(self.vocabulary is None or self.vocabulary >= 2, "vocabulary", self.vocabulary, "at least 2")
-        _require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", self.max_minutes, "more than 0")
+        _require(
+            self.vocabulary is None or self.vocabulary >= 2,
+            "vocabulary",
+            self.vocabulary,
+            "at least 2",
+        )
+        _require(
+            self.max_minutes is None or self.max_minutes > 0,
+            "max_minutes",
+            self.max_minutes,
+            "more than 0",
+        )
         _require(0.0 <= self.crop <= 1.0, "crop", self.crop, "a share in [0, 1]")
-        _require(self.frontend in ("auto", "ngrams", "bpe"), "frontend", self.frontend, "auto, ngrams or bpe")
+        _require(
+            self.frontend in ("auto", "ngrams", "bpe"),
+            "frontend",
+            self.frontend,
+            "auto, ngrams or bpe",
+        )
         _require_rates(self)
-        # Built once to be refused now, not after the data was read: the rest are the network's own rules.
+        # Built once to be refused now, not after the data was read: the rest are the network's own
+        # rules.
         self.network(vocabulary=self.vocabulary or 2, labels=2, positions=1, ids_per_position=1)
 
-    def network(self, *, vocabulary: int, labels: int, positions: int, ids_per_position: int) -> TransformerConfig:
+    def network(
+        self, *, vocabulary: int, labels: int, positions: int, ids_per_position: int
+    ) -> TransformerConfig:
         """The network this run trains, once its data has said how many ids and labels there are."""
         rates = {
             key: self.dropout if getattr(self, key) is None else getattr(self, key)
-            for key in ("embedding_dropout", "attention_dropout", "residual_dropout", "feed_forward_dropout")
+            for key in (
+                "embedding_dropout",
+                "attention_dropout",
+                "residual_dropout",
+                "feed_forward_dropout",
+            )
         }
         return TransformerConfig(
             vocabulary=vocabulary,
@@ -156,7 +200,9 @@ class TrainConfig:
         )
 
     def record(self) -> dict[str, Any]:
-        """What must agree for one run to continue another, and what a checkpoint keeps: no path, and no clock."""
+        """What must agree for one run to continue another, and what a checkpoint keeps: no path,
+        and no clock.
+        """
         kept = asdict(self)
         del kept["max_minutes"]
         return kept | {"data": PurePath(self.data).name}

@@ -1,4 +1,6 @@
-"""The end of each epoch: its validation loss, the best weights so far, whether it is time to stop. Knows no files."""
+"""The end of each epoch: its validation loss, the best weights so far, whether it is time to stop.
+Knows no files.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ class Diverged(EvalmodeError):  # noqa: N818 - read as a sentence: "raise Diverg
 
 
 class Validation(lightning.Callback):
-    """Validates, remembers the weights of the lowest loss, and stops after `patience` epochs without a lower one.
+    """Validates, remembers the weights of the lowest loss, and stops after `patience` epochs
+    without a lower one.
 
-    The loss is that at the best temperature, which is what the finished network will have: without it, epochs that are
-    right more often but too sure of themselves would lose to earlier ones.
-    Every process validates all rows: they are few, and so all processes stop at the same epoch with no word exchanged.
+    The loss is that at the best temperature, which is what the finished network will have: without
+    it, epochs that are right more often but too sure of themselves would lose to earlier ones.
+    Every process validates all rows: they are few, and so all processes stop at the same epoch with
+    no word exchanged.
     """
 
     def __init__(self, rows: Rows, *, spec: NgramSpec | BpeSpec, patience: int) -> None:
@@ -31,23 +35,34 @@ class Validation(lightning.Callback):
         self.best_loss, self.waited, self.epochs = float("inf"), 0, 0
         self.best_weights: dict[str, Tensor] = {}
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """A run that had run out of patience when it was killed must not go on."""
         trainer.should_stop = trainer.should_stop or self.waited >= self.patience
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Validate. Also after an epoch that the clock cut short: its weights may be the best there are."""
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Validate. Also after an epoch that the clock cut short: its weights may be the best there
+        are.
+        """
         logits = predict(_network(pl_module), self.rows, spec=self.spec)
         loss = log_loss(logits / fit_temperature(logits, self.rows.labels), self.rows.labels)
         accuracy = quality(logits, self.rows.labels)["accuracy"]
         pl_module.log_dict({"validation_loss": loss, "validation_accuracy": accuracy})
         self.epochs += 1
         if not math.isfinite(loss):
-            raise Diverged(f"the validation loss is not finite after epoch {self.epochs}: lower --learning-rate")
+            raise Diverged(
+                f"the validation loss is not finite after epoch {self.epochs}: lower"
+                " --learning-rate"
+            )
         if loss < self.best_loss:
             self.best_loss, self.waited = loss, 0
             weights = _network(pl_module).state_dict()
-            self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+            self.best_weights = {
+                name: tensor.detach().cpu().clone() for name, tensor in weights.items()
+            }
         else:
             self.waited += 1
             trainer.should_stop = trainer.should_stop or self.waited >= self.patience

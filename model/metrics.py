@@ -1,6 +1,8 @@
-"""How well a network answers: logits of many rows, accuracy, macro-F1, and the temperature that makes scores honest.
+"""How well a network answers: logits of many rows, accuracy, macro-F1, and the temperature that
+makes scores honest.
 
-Everything is in eval mode and in a fixed order, so the same weights give the same figures. Knows nothing of training.
+Everything is in eval mode and in a fixed order, so the same weights give the same figures. Knows
+nothing of training.
 """
 
 from __future__ import annotations
@@ -16,11 +18,16 @@ from evalmode.bundle.frontend import BpeSpec, NgramSpec
 from evalmode.model.batches import Rows, padded
 
 EVAL_ROWS = 256
-SHARPEST, SOFTEST = 0.25, 4.0  # what a temperature may be: on a few rows, all of them right, the best would be 0
+# what a temperature may be: on a few rows, all of them right, the best would be 0
+SHARPEST, SOFTEST = (0.25, 4.0)
 
 
-def predict(network: nn.Module, rows: Rows, *, spec: NgramSpec | BpeSpec) -> npt.NDArray[np.float64]:
-    """Logits (N, C) float64 of the rows, in their order; the network is left as it was, in training or not."""
+def predict(
+    network: nn.Module, rows: Rows, *, spec: NgramSpec | BpeSpec
+) -> npt.NDArray[np.float64]:
+    """Logits (N, C) float64 of the rows, in their order; the network is left as it was, in training
+    or not.
+    """
     device = next(network.parameters()).device
     order = np.argsort(rows.lengths, kind="stable")
     found: list[Tensor] = []
@@ -31,9 +38,13 @@ def predict(network: nn.Module, rows: Rows, *, spec: NgramSpec | BpeSpec) -> npt
             for start in range(0, len(order), EVAL_ROWS):
                 numbers = order[start : start + EVAL_ROWS]
                 length = spec.padded_length(int(rows.lengths[numbers[-1]]))
-                batch = padded([rows[number] for number in numbers], rows.labels[numbers], length=length)
+                batch = padded(
+                    [rows[number] for number in numbers], rows.labels[numbers], length=length
+                )
                 del batch["labels"]
-                found.append(network(**{name: tensor.to(device) for name, tensor in batch.items()}).cpu())
+                found.append(
+                    network(**{name: tensor.to(device) for name, tensor in batch.items()}).cpu()
+                )
     finally:
         network.train(was_training)
     logits = torch.cat(found).double().numpy()
@@ -58,7 +69,8 @@ def quality(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> d
 
 
 def fit_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
-    """The t in [SHARPEST, SOFTEST] that minimises the log loss of logits / t (Guo et al. 2017, section 4.2).
+    """The t in [SHARPEST, SOFTEST] that minimises the log loss of logits / t (Guo et al. 2017,
+    section 4.2).
 
     The loss is convex in 1 / t, so golden-section search finds it, with the same bits every time.
     """

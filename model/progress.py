@@ -1,4 +1,6 @@
-"""What a person sees while a run trains: a bar with loss and accuracy, or a line an epoch where nobody watches."""
+"""What a person sees while a run trains: a bar with loss and accuracy, or a line an epoch where
+nobody watches.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +8,31 @@ from typing import Any
 
 import lightning
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 MEMORY = 0.98  # what is shown is a running mean over about 50 steps: a single batch says little
 
 
 class ShowProgress(lightning.Callback):
-    """Draws the bar on `console` when it is a terminal, and writes a line at the end of each epoch in any case."""
+    """Draws the bar on `console` when it is a terminal, and writes a line at the end of each epoch
+    in any case.
+    """
 
     def __init__(self, console: Console, *, epochs: int) -> None:
         self.console, self.epochs = console, epochs
         self.means: dict[str, float] = {}
         self.bar: Progress | None = None
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Open the bar, at the step where the run stands."""
         if not (trainer.is_global_zero and self.console.is_terminal):
             return
@@ -29,15 +42,23 @@ class ShowProgress(lightning.Callback):
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
         )
-        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+        self.bar = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console
+        )
         total = int(trainer.num_training_batches) * self.epochs
         self.bar.add_task("training", total=total, completed=trainer.global_step, figures="")
         self.bar.start()
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, *_: Any
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        *_: Any,
     ) -> None:
-        """Move it by a step. The figures are read every 10th: on a GPU reading them waits for the step."""
+        """Move it by a step. The figures are read every 10th: on a GPU reading them waits for the
+        step.
+        """
         if not trainer.is_global_zero or trainer.global_step % 10:
             return
         for name in ("loss", "accuracy"):
@@ -46,16 +67,29 @@ class ShowProgress(lightning.Callback):
         if self.bar is not None:
             figures = f"loss {self.means['loss']:.3f}  accuracy {self.means['accuracy']:.3f}"
             task = self.bar.task_ids[0]
-            self.bar.update(task, completed=trainer.global_step, figures=figures, description=self._epoch(trainer))
+            self.bar.update(
+                task,
+                completed=trainer.global_step,
+                figures=figures,
+                description=self._epoch(trainer),
+            )
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Say what the epoch has come to; comes after the callback that validates."""
         if trainer.is_global_zero:
-            figures = self.means | {name: float(value) for name, value in trainer.callback_metrics.items()}
-            shown = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
+            figures = self.means | {
+                name: float(value) for name, value in trainer.callback_metrics.items()
+            }
+            shown = "  ".join(
+                f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()
+            )
             self.console.print(f"{self._epoch(trainer)}  {shown}", highlight=False, soft_wrap=True)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Close the bar, at the step where the run ended."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=trainer.global_step)

@@ -1,7 +1,8 @@
-"""What a run leaves on disk while it trains, so that kill -9 at any instant costs it a few steps and not one bit.
+"""What a run leaves on disk while it trains, so that kill -9 at any instant costs it a few steps
+and not one bit.
 
-The state is one file, replaced whole: temp + fsync + rename. Beside it stands the run's configuration, and another run
-does not continue from it. Knows nothing of what the state means.
+The state is one file, replaced whole: temp + fsync + rename. Beside it stands the run's
+configuration, and another run does not continue from it. Knows nothing of what the state means.
 """
 
 from __future__ import annotations
@@ -22,18 +23,26 @@ FOLDER, STATE_FILE, RUN_FILE = "training", "state.ckpt", "run.json"
 
 
 class RunMismatch(EvalmodeError):  # noqa: N818 - read as a sentence
-    """A run was asked to continue another one that was configured otherwise; the message names what differs."""
+    """A run was asked to continue another one that was configured otherwise; the message names what
+    differs.
+    """
 
 
 class WholeFiles(CheckpointIO):
-    """Lightning's way to the disk, replaced: its own neither flushes nor replaces in one instant."""
+    """Lightning's way to the disk, replaced: its own neither flushes nor replaces in one
+    instant.
+    """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         """Write the state whole."""
         torch.save(checkpoint, draft_of(Path(path)))
         settle(Path(path))
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read it back: tensors and plain values, no code."""
         return torch.load(path, map_location=map_location, weights_only=True)
 
@@ -43,17 +52,23 @@ class WholeFiles(CheckpointIO):
 
 
 class KeepState(lightning.Callback):
-    """Saves every `steps` steps and at the end of each epoch; must come after the callbacks whose state it keeps."""
+    """Saves every `steps` steps and at the end of each epoch; must come after the callbacks whose
+    state it keeps.
+    """
 
     def __init__(self, path: Path, *, steps: int) -> None:
         self.path, self.steps = path, steps
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Save in the middle of an epoch; its last step is left to the epoch's end, which comes with a validation."""
+        """Save in the middle of an epoch; its last step is left to the epoch's end, which comes
+        with a validation.
+        """
         if trainer.global_step % self.steps == 0 and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Save what the epoch has come to."""
         trainer.save_checkpoint(self.path)
 
@@ -61,13 +76,14 @@ class KeepState(lightning.Callback):
 def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> Path | None:
     """Make `folder` this run's own, and return the state it continues from, if there is one.
 
-    Raises RunMismatch when the state there is another run's, and EvalmodeError when it would be lost: it is there, and
-    `resume` is not asked for.
+    Raises RunMismatch when the state there is another run's, and EvalmodeError when it would be
+    lost: it is there, and `resume` is not asked for.
     """
     state, run = folder / STATE_FILE, folder / RUN_FILE
     if state.exists() and not resume:
         raise EvalmodeError(
-            f"{folder.parent} holds an unfinished training: go on with --resume, or choose another --out"
+            f"{folder.parent} holds an unfinished training: go on with --resume, or choose another"
+            " --out"
         )
     if state.exists():
         require_same(json.loads(run.read_text()), record, where=run)
@@ -76,12 +92,16 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> Path | No
     try:
         write_file(run, json.dumps(record, indent=1, sort_keys=True).encode())
     except OSError as error:
-        raise EvalmodeError(f"no training can be written to {folder.parent}: {error.strerror}") from error
+        raise EvalmodeError(
+            f"no training can be written to {folder.parent}: {error.strerror}"
+        ) from error
     return None
 
 
 def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path) -> None:
-    """Raise RunMismatch, naming what differs, unless a run described by `record` may continue or stand for `stored`."""
+    """Raise RunMismatch, naming what differs, unless a run described by `record` may continue or
+    stand for `stored`.
+    """
     differing = [
         f"{key} was {stored.get(key)!r} and is now {record.get(key)!r}"
         for key in sorted(stored.keys() | record.keys())
@@ -89,5 +109,6 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path)
     ]
     if differing:
         raise RunMismatch(
-            f"{where} describes another training: {'; '.join(differing)}: use the same options, or another --out"
+            f"{where} describes another training: {'; '.join(differing)}: use the same options, or"
+            " another --out"
         )

@@ -19,4 +19,6 @@ class Texts:
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.texts) == len(self.labels), f"{len(self.texts)} texts, {len(self.labels)} labels"
+        assert len(self.texts) == len(self.labels), (
+            f"{len(self.texts)} texts, {len(self.labels)} labels"
+        )

@@ -1,6 +1,7 @@
 """Which front end a run trains with, and the training of a byte-level BPE tokenizer on its texts.
 
-The result is a spec and, for BPE, the text of a `tokenizer.json`: what bundle/frontend.py opens. Knows no torch.
+The result is a spec and, for BPE, the text of a `tokenizer.json`: what bundle/frontend.py opens.
+Knows no torch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from evalmode.model.config import TrainConfig
 from evalmode.model.data import LANGUAGES, DataSet
 
 PADDING, START = "[PAD]", "[START]"
-# n-grams are hashed and collide: with 65,536 rows the languages' test came to .959, with 32,768 to .953 (one seed).
+# n-grams are hashed and collide: with 65,536 rows the languages' test came to .959, with 32,768 to
+# .953 (one seed).
 NGRAM_VOCABULARY, BPE_VOCABULARY = 65_536, 8_192
 
 
 def choose_frontend(config: TrainConfig, data: DataSet) -> tuple[NgramSpec | BpeSpec, str | None]:
-    """The spec that `config` asks for, and the tokenizer trained on the training texts where it needs one."""
+    """The spec that `config` asks for, and the tokenizer trained on the training texts where it
+    needs one.
+    """
     kind = config.frontend
     if kind == "auto":
         kind = "ngrams" if config.data == LANGUAGES else "bpe"
@@ -30,10 +34,11 @@ def choose_frontend(config: TrainConfig, data: DataSet) -> tuple[NgramSpec | Bpe
 
 
 def train_bpe(texts: Iterable[str], *, vocabulary: int) -> tuple[BpeSpec, str]:
-    """A byte-level BPE of at most `vocabulary` tokens (Sennrich et al. 2016; bytes as in GPT-2), and its spec.
+    """A byte-level BPE of at most `vocabulary` tokens (Sennrich et al. 2016; bytes as in GPT-2),
+    and its spec.
 
-    The same texts give the same tokenizer, byte for byte. Every text can be written in it: its first tokens are the 256
-    bytes, after id 0, padding, and id 1, the start of a row.
+    The same texts give the same tokenizer, byte for byte. Every text can be written in it: its
+    first tokens are the 256 bytes, after id 0, padding, and id 1, the start of a row.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -47,8 +52,11 @@ def train_bpe(texts: Iterable[str], *, vocabulary: int) -> tuple[BpeSpec, str]:
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     described = json.loads(tokenizer.to_str())
-    # A special token is found in a user's text too: a text that says "[PAD]" would become padding. The ids stay taken.
+    # A special token is found in a user's text too: a text that says "[PAD]" would become padding.
+    # The ids stay taken.
     described["added_tokens"] = []
     tokens = described["model"]["vocab"]
     assert (tokens[PADDING], tokens[START]) == (0, 1), "the first two ids are the special ones"
-    return BpeSpec(vocabulary=len(tokens), start=1), json.dumps(described, ensure_ascii=False, indent=1)
+    return BpeSpec(vocabulary=len(tokens), start=1), json.dumps(
+        described, ensure_ascii=False, indent=1
+    )

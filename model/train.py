@@ -1,7 +1,8 @@
-"""From a configuration to a finished checkpoint: data, network, Lightning's loop, temperature, figures.
+"""From a configuration to a finished checkpoint: data, network, Lightning's loop, temperature,
+figures.
 
-The same configuration gives the same bytes on the same machine, also when the run was killed and resumed. Knows nothing
-of the command line.
+The same configuration gives the same bytes on the same machine, also when the run was killed and
+resumed. Knows nothing of the command line.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from evalmode.model.tokenizer_training import choose_frontend
 from evalmode.model.transformer import Transformer
 
 ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 2, 20
-JUDGED_TRAIN_ROWS = 10_000  # the training accuracy is of so many rows: it is shown for the gap to test, no more
+JUDGED_TRAIN_ROWS = (
+    10_000  # the training accuracy is of so many rows: it is shown for the gap to test, no more
+)
 TABLE_SCALE = 0.1
 ODD_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
 SAMPLED_LABELS = 24
@@ -88,16 +91,22 @@ def fit(
     cache: Path,
     console: Console | None = None,
 ) -> Result | None:
-    """Train as `config` says and leave the checkpoint in the folder `out`; None in every process but the first.
+    """Train as `config` says and leave the checkpoint in the folder `out`; None in every process
+    but the first.
 
-    `resume` goes on where a killed run stopped, starts one where there is none, and takes a finished one as it is.
-    `cache` holds the default data set, `console` shows the progress. Raises DataError, RunMismatch or EvalmodeError
-    with one sentence on what to mend; KeyboardInterrupt when the user stops it, and the run can be resumed then.
+    `resume` goes on where a killed run stopped, starts one where there is none, and takes a
+    finished one as it is. `cache` holds the default data set, `console` shows the progress. Raises
+    DataError, RunMismatch or EvalmodeError with one sentence on what to mend; KeyboardInterrupt
+    when the user stops it, and the run can be resumed then.
     """
     started = time.monotonic()
     torch.set_num_threads(config.threads)
     run = _prepare(config, cache=cache)
-    if resume and (out / checkpoint.RECORD_FILE).exists() and not (out / FOLDER / STATE_FILE).exists():
+    if (
+        resume
+        and (out / checkpoint.RECORD_FILE).exists()
+        and not (out / FOLDER / STATE_FILE).exists()
+    ):
         finished = checkpoint.load(out)
         require_same(_record_of(finished), run.record, where=out / checkpoint.RECORD_FILE)
     else:
@@ -118,7 +127,9 @@ def fit(
 
 
 def _prepare(config: TrainConfig, *, cache: Path) -> _Run:
-    data = open_data(config.data, text_column=config.text_column, label_column=config.label_column, cache=cache)
+    data = open_data(
+        config.data, text_column=config.text_column, label_column=config.label_column, cache=cache
+    )
     spec, tokenizer = choose_frontend(config, data)
     frontend = open_frontend(spec, tokenizer)
     index = {label: number for number, label in enumerate(data.labels)}
@@ -126,17 +137,28 @@ def _prepare(config: TrainConfig, *, cache: Path) -> _Run:
         name: encode(part.texts, [index[label] for label in part.labels], frontend=frontend)
         for name, part in (("validation", data.validation), ("test", data.test))
     }
-    labels = [*(index[label] for label in data.train.labels), *(UNLABELLED for _ in data.unlabelled)]
+    labels = [
+        *(index[label] for label in data.train.labels),
+        *(UNLABELLED for _ in data.unlabelled),
+    ]
     train = encode((*data.train.texts, *data.unlabelled), labels, frontend=frontend)
     return _Run(config=config, data=data, spec=spec, tokenizer=tokenizer, train=train, **parts)
 
 
 def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validation | None:
-    """What validation kept; None in every process but the first. Leaves the state it could resume from in `out`."""
+    """What validation kept; None in every process but the first. Leaves the state it could resume
+    from in `out`.
+    """
     config, state = run.config, out / FOLDER / STATE_FILE
-    epochs = config.epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(ROWS_TO_SHOW / len(run.train))))
+    epochs = config.epochs or min(
+        MOST_EPOCHS, max(FEWEST_EPOCHS, round(ROWS_TO_SHOW / len(run.train)))
+    )
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
-    callbacks = [validation, ShowProgress(console, epochs=epochs), KeepState(state, steps=config.save_steps)]
+    callbacks = [
+        validation,
+        ShowProgress(console, epochs=epochs),
+        KeepState(state, steps=config.save_steps),
+    ]
     with _quiet():
         trainer = _trainer(config, epochs=epochs, callbacks=callbacks)
         batches = Batches(
@@ -150,7 +172,9 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
         )
         if trainer.is_global_zero:
             open_run(out / FOLDER, record=run.record, resume=resume)
-        learner = Learner(_network(run), config=config, batches=batches, steps=epochs * len(batches))
+        learner = Learner(
+            _network(run), config=config, batches=batches, steps=epochs * len(batches)
+        )
         try:
             trainer.fit(learner, ckpt_path=state if state.exists() else None)
         except SystemExit as stopped:  # how Lightning passes a Ctrl-C on
@@ -161,7 +185,9 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
     return validation if trainer.is_global_zero else None
 
 
-def _trainer(config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def _trainer(
+    config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]
+) -> lightning.Trainer:
     try:
         return lightning.Trainer(
             accelerator="auto",
@@ -214,10 +240,14 @@ def _shape(run: _Run) -> TransformerConfig:
 
 
 def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpoint:
-    """The network with these weights, its temperature fitted and folded in, judged on the three parts."""
+    """The network with these weights, its temperature fitted and folded in, judged on the three
+    parts.
+    """
     network = Transformer(_shape(run)).eval()
     network.load_state_dict(weights)
-    temperature = fit_temperature(predict(network, run.validation, spec=run.spec), run.validation.labels)
+    temperature = fit_temperature(
+        predict(network, run.validation, spec=run.spec), run.validation.labels
+    )
     fold_temperature(network.head, temperature)
     parts = {"train": _sample(run.train), "validation": run.validation, "test": run.test}
     metrics = {
@@ -229,14 +259,20 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
         frontend=run.spec,
         tokenizer=run.tokenizer,
         labels=run.data.labels,
-        held_out=HeldOut(rows=[run.test[number] for number in range(len(run.test))], labels=run.test.labels),
+        held_out=HeldOut(
+            rows=[run.test[number] for number in range(len(run.test))], labels=run.test.labels
+        ),
         sample_texts=(*ODD_TEXTS, *_one_a_label(run.data.test)),
         metrics=metrics,
         provenance={
             "evalmode": evalmode.__version__,
             "torch": torch.__version__,
             "seed": run.config.seed,
-            "data": {"name": run.data.name, "sha256": run.data.sha256, "rows": len(run.data.train.texts)},
+            "data": {
+                "name": run.data.name,
+                "sha256": run.data.sha256,
+                "rows": len(run.data.train.texts),
+            },
             "training": run.config.record(),
             "epochs": epochs,
             "temperature": temperature,
@@ -263,7 +299,9 @@ def _one_a_label(texts: Texts) -> tuple[str, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning without its tips, its device report and its advice, which speak to its own users and not to ours."""
+    """Lightning without its tips, its device report and its advice, which speak to its own users
+    and not to ours.
+    """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -1,8 +1,9 @@
 """The network, all of it: a pre-norm transformer that classifies a sequence of ids.
 
-Dropout stands in four places (Vaswani et al. 2017, section 5.4, and GPT-2): after the embedding, on the attention
-weights after mask and softmax, on each residual branch, and in the feed-forward after its activation. A fifth,
-`ngram_dropout`, drops single ids of a position where a position is a sum of several. Every rate may be 0.
+Dropout stands in four places (Vaswani et al. 2017, section 5.4, and GPT-2): after the embedding, on
+the attention weights after mask and softmax, on each residual branch, and in the feed-forward after
+its activation. A fifth, `ngram_dropout`, drops single ids of a position where a position is a sum
+of several. Every rate may be 0.
 
 Shapes: B rows, T positions, G ids a position, D width, H heads, K = D / H, C labels.
 
@@ -23,7 +24,9 @@ from evalmode.model.dropout import ClassicDropout, Dropout, fold
 
 
 class Embedding(nn.Module):
-    """Ids to vectors: the mean of a position's G rows, plus a learned vector for where the position stands."""
+    """Ids to vectors: the mean of a position's G rows, plus a learned vector for where the position
+    stands.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -39,16 +42,19 @@ class Embedding(nn.Module):
         if self.training:
             x = _WeightedRows.apply(ids, weights, self.table.weight)  # type: ignore[no-untyped-call]  # (B, T, D)
         else:
-            # A matrix product, not a sum over G: its order of addition does not depend on how many rows there are.
+            # A matrix product, not a sum over G: its order of addition does not depend on how many
+            # rows there are.
             x = (weights @ self.table(ids)).squeeze(2)  # (B, T, D)
         return self.dropout(x + self.positions.weight[:t])
 
 
 class _WeightedRows(torch.autograd.Function):
-    """Training's way to `weights @ table[ids]`: (B, T, G), (B, T, 1, G), (V, D) -> (B, T, D), to rounding.
+    """Training's way to `weights @ table[ids]`: (B, T, G), (B, T, 1, G), (V, D) -> (B, T, D), to
+    rounding.
 
-    It never holds the (B, T, G, D) rows, and scatters their gradient into the table in one pass: 2.0 ms instead of 5.9
-    for 128 rows of 8 positions and 16 ids on one CPU thread. Gives no gradient to the weights, which are no parameters.
+    It never holds the (B, T, G, D) rows, and scatters their gradient into the table in one pass:
+    2.0 ms instead of 5.9 for 128 rows of 8 positions and 16 ids on one CPU thread. Gives no
+    gradient to the weights, which are no parameters.
     """
 
     @staticmethod
@@ -56,14 +62,18 @@ class _WeightedRows(torch.autograd.Function):
         b, t, g = ids.shape
         ctx.save_for_backward(ids, weights)
         ctx.rows = len(table)
-        bags = F.embedding_bag(ids.view(-1, g), table, per_sample_weights=weights.view(-1, g), mode="sum")
+        bags = F.embedding_bag(
+            ids.view(-1, g), table, per_sample_weights=weights.view(-1, g), mode="sum"
+        )
         return bags.view(b, t, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
         ids, weights = ctx.saved_tensors
         scattered = grad.new_zeros(ctx.rows, grad.shape[-1])
-        scattered.index_add_(0, ids.flatten(), (weights.transpose(2, 3) * grad.unsqueeze(2)).flatten(0, 2))
+        scattered.index_add_(
+            0, ids.flatten(), (weights.transpose(2, 3) * grad.unsqueeze(2)).flatten(0, 2)
+        )
         scattered[0] = 0.0  # padding never learns
         return None, None, scattered
 
@@ -86,7 +96,8 @@ class Attention(nn.Module):
             self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         )  # (B, H, T, K)
         scores = (q * self.scale) @ k.transpose(-2, -1)  # (B, H, T, T)
-        # The lowest finite number, not -inf: a row that sees nothing then averages instead of dividing 0 by 0.
+        # The lowest finite number, not -inf: a row that sees nothing then averages instead of
+        # dividing 0 by 0.
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         mixed = self.dropout(scores.softmax(dim=-1)) @ v  # (B, H, T, K)
         return self.out(mixed.transpose(1, 2).reshape(b, t, d))
@@ -107,7 +118,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the stream through its own dropout."""
+    """One layer: attention and feed-forward, each behind a norm and added to the stream through its
+    own dropout.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -125,7 +138,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The classifier: embedding, blocks, a mean over the positions that are not padding, a linear head."""
+    """The classifier: embedding, blocks, a mean over the positions that are not padding, a linear
+    head.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -137,41 +152,53 @@ class Transformer(nn.Module):
         self.apply(self._initialise)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, C) of `input_ids`, int64 (B, T) or (B, T, G); T may be anything from 1 to `config.positions`.
+        """Logits (B, C) of `input_ids`, int64 (B, T) or (B, T, G); T may be anything from 1 to
+        `config.positions`.
 
-        `attention_mask` int64 (B, T) is 1 where a position is real; without it a position is real when any of its ids
-        is not 0. Padding changes a row by rounding alone, and an all-padding row still gives finite logits.
+        `attention_mask` int64 (B, T) is 1 where a position is real; without it a position is real
+        when any of its ids is not 0. Padding changes a row by rounding alone, and an all-padding
+        row still gives finite logits.
         """
         ids = input_ids if input_ids.dim() == 3 else input_ids.unsqueeze(-1)  # (B, T, G)
         real = (ids != 0).any(-1) if attention_mask is None else attention_mask != 0  # (B, T) bool
         x = self.hidden(ids, real)  # (B, T, D)
         weights = real.to(x.dtype)
         weights = (weights / weights.sum(-1, keepdim=True).clamp(min=1.0)).unsqueeze(1)  # (B, 1, T)
-        # A matrix product, and the head on the 3-D result: ONNX Runtime's sum and its 2-D product choose another
-        # kernel when there is one row alone, and that row would then answer with other bits than among neighbours.
+        # A matrix product, and the head on the 3-D result: ONNX Runtime's sum and its 2-D product
+        # choose another kernel when there is one row alone, and that row would then answer with
+        # other bits than among neighbours.
         return self.head(weights @ x).squeeze(1)  # (B, C)
 
     def hidden(self, ids: Tensor, real: Tensor) -> Tensor:
-        """What the last norm gives for each position: ids (B, T, G), real (B, T) bool -> (B, T, D)."""
+        """What the last norm gives for each position: ids (B, T, G), real (B, T) bool -> (B, T,
+        D).
+        """
         visible = real[:, None, None, :]  # (B, 1, 1, T)
         if self.config.causal:
             t = ids.shape[1]
-            visible = visible & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()  # (B, 1, T, T)
+            # (B, 1, T, T)
+            visible = visible & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()
         x = self.embedding(ids)
         for block in self.blocks:
             x = block(x, visible)
         return self.norm(x)
 
     def fold_classic_dropout(self) -> None:
-        """Fold the eval factor of every ClassicDropout into the weights beside it, in place; nothing to do otherwise.
+        """Fold the eval factor of every ClassicDropout into the weights beside it, in place;
+        nothing to do otherwise.
 
-        Afterwards the network answers as before (to rounding), multiplies by no keep probability, and cannot train.
+        Afterwards the network answers as before (to rounding), multiplies by no keep probability,
+        and cannot train.
         """
         if self.config.dropout_kind != "classic":
             return
-        # The position vectors are not summed into n-grams but into the stream: they take the embedding's factor alone.
+        # The position vectors are not summed into n-grams but into the stream: they take the
+        # embedding's factor alone.
         fold(_classic(self.embedding.ngram_dropout), preceding=[self.embedding.table])
-        fold(_classic(self.embedding.dropout), preceding=[self.embedding.table, self.embedding.positions])
+        fold(
+            _classic(self.embedding.dropout),
+            preceding=[self.embedding.table, self.embedding.positions],
+        )
         for block in self.blocks:
             assert isinstance(block, Block)
             fold(_classic(block.attention.dropout), following=[block.attention.out])
@@ -181,7 +208,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, module: nn.Module) -> None:
-        """GPT-2's scheme: N(0, 0.02), biases 0, and the layers that write to the stream smaller by its depth."""
+        """GPT-2's scheme: N(0, 0.02), biases 0, and the layers that write to the stream smaller by
+        its depth.
+        """
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.normal_(0.0, 0.02)
         if isinstance(module, nn.Linear):

@@ -1,1 +1,3 @@
-"""The service room: predictions over HTTP from a certified bundle. Knows ONNX Runtime and FastAPI; never torch."""
+"""The service room: predictions over HTTP from a certified bundle. Knows ONNX Runtime and FastAPI;
+never torch.
+"""

@@ -1,4 +1,5 @@
-"""The HTTP application: its routes, what stands around them, and one shape for every error. Knows no ONNX, no batching.
+"""The HTTP application: its routes, what stands around them, and one shape for every error. Knows
+no ONNX, no batching.
 
 `create_app(state)` builds it; importing this file does nothing.
 """
@@ -18,7 +19,14 @@ from starlette.requests import ClientDisconnect
 
 import evalmode
 from evalmode.service.components import State
-from evalmode.service.errors import BodyTooLarge, NotReady, QueueFull, RequestError, RequestTimeout, RunFailed
+from evalmode.service.errors import (
+    BodyTooLarge,
+    NotReady,
+    QueueFull,
+    RequestError,
+    RequestTimeout,
+    RunFailed,
+)
 from evalmode.service.health import Stage
 from evalmode.service.http import docs, edge, v1, v2
 from evalmode.service.http.body import JSON
@@ -30,7 +38,9 @@ _log = structlog.get_logger("evalmode.service")
 
 
 def create_app(state: State) -> FastAPI:
-    """The application of these parts. When it stops it answers what was accepted, and closes them."""
+    """The application of these parts. When it stops it answers what was accepted, and closes
+    them.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -41,7 +51,8 @@ def create_app(state: State) -> FastAPI:
         title="evalmode",
         summary="Predictions of a model that was proven to be in eval mode.",
         version=evalmode.__version__,
-        docs_url=None,  # FastAPI's pages load their scripts from a CDN: nothing for a server without a way out
+        # FastAPI's pages load their scripts from a CDN: nothing for a server without a way out
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect answers no POST, and is no error in our form
         lifespan=lifespan,
@@ -72,8 +83,11 @@ def _routes(state: State) -> APIRouter:
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
     not_so: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
     for name, answer in (("livez", _livez), ("readyz", _readyz)):
-        router.add_api_route(f"/{name}", answer, name=name, response_model=StateResponse, responses=not_so)
-        router.add_api_route(f"/{name}", answer, methods=["HEAD"], include_in_schema=False)  # some balancers ask so
+        router.add_api_route(
+            f"/{name}", answer, name=name, response_model=StateResponse, responses=not_so
+        )
+        # some balancers ask so
+        router.add_api_route(f"/{name}", answer, methods=["HEAD"], include_in_schema=False)
     if state.settings.metrics:
         router.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
     return router
@@ -87,7 +101,9 @@ async def _livez(request: Request) -> Response:
 
 
 async def _readyz(request: Request) -> Response:
-    """Whether predictions can be asked: known answers came out, no batch is stuck, and the end is not near."""
+    """Whether predictions can be asked: known answers came out, no batch is stuck, and the end is
+    not near.
+    """
     if reason := request.app.state.service.health.ready():
         raise NotReady(reason)
     return _json(StateResponse(live=True, ready=True))
@@ -116,11 +132,16 @@ def _error(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     if status == 500:  # what its caller may ask us about
-        sentence = f"{sentence}; request {request.scope.get('state', {}).get('request_id', 'unknown')}"
+        sentence = (
+            f"{sentence}; request {request.scope.get('state', {}).get('request_id', 'unknown')}"
+        )
     if is_v2(request.url.path):
-        # The Open Inference Protocol has one key for errors, and one status for whatever is wrong with a request.
+        # The Open Inference Protocol has one key for errors, and one status for whatever is wrong
+        # with a request.
         body = json.dumps({"error": sentence})
-        return Response(body, status_code=400 if status == 422 else status, media_type=JSON, headers=headers)
+        return Response(
+            body, status_code=400 if status == 422 else status, media_type=JSON, headers=headers
+        )
     body = ErrorResponse(error=sentence, field=field).model_dump_json()
     return Response(body, status_code=status, media_type=JSON, headers=headers)
 
@@ -152,8 +173,14 @@ async def _hung_up(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after this answer, and the server's log shows it; the caller must not see its inside.
+    # Starlette raises it again after this answer, and the server's log shows it; the caller must
+    # not see its inside.
     return _error(request, 500, "the server failed on this request; its log says why")
 
 
-_HANDLERS = {RequestError: _refuse, HTTPException: _refuse_route, ClientDisconnect: _hung_up, Exception: _fail}
+_HANDLERS = {
+    RequestError: _refuse,
+    HTTPException: _refuse_route,
+    ClientDisconnect: _hung_up,
+    Exception: _fail,
+}

@@ -1,6 +1,7 @@
 """What one server process holds while it serves: models, engine, figures, health. Knows no route.
 
-Data flows one way: a request's rows go from a model of the repository to the engine, whose observers keep the figures.
+Data flows one way: a request's rows go from a model of the repository to the engine, whose
+observers keep the figures.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ class State:
 
 
 def open_state(settings: Settings) -> State:
-    """Open everything that these settings ask for: bundles checked, known answers replayed, row counts measured.
+    """Open everything that these settings ask for: bundles checked, known answers replayed, row
+    counts measured.
 
-    Raises BundleError for a bundle that must not be served, ProviderUnavailable for a provider that is not there, and
-    StartFailed for what else is wrong with the settings.
+    Raises BundleError for a bundle that must not be served, ProviderUnavailable for a provider that
+    is not there, and StartFailed for what else is wrong with the settings.
     """
     tracing = open_tracing(settings)
     metrics, statistics = Metrics(), Statistics()

@@ -32,7 +32,9 @@ class StartFailed(EvalmodeError):  # noqa: N818 - read as a sentence, like the b
 
 
 class RequestError(EvalmodeError):
-    """A request that is not answered with 200. `field` is the request's field at fault, if it is one."""
+    """A request that is not answered with 200. `field` is the request's field at fault, if it is
+    one.
+    """
 
     status: ClassVar[int]
 
@@ -90,7 +92,9 @@ class BodyTooLarge(RequestError):  # noqa: N818
 
 
 class InvalidField(RequestError):  # noqa: N818
-    """A field is missing, unknown, or holds a value that cannot be answered; the message names both."""
+    """A field is missing, unknown, or holds a value that cannot be answered; the message names
+    both.
+    """
 
     status = 422
 
@@ -108,7 +112,9 @@ class NotReady(RequestError):  # noqa: N818
 
 
 class QueueFull(RequestError):  # noqa: N818
-    """Too much waits already; `retry_after_s` is when there should be room, by the measured drain rate."""
+    """Too much waits already; `retry_after_s` is when there should be room, by the measured drain
+    rate.
+    """
 
     status = 503
 

@@ -1,6 +1,8 @@
-"""Whether a server process should be asked, and whether it should go on. Knows no HTTP and no engine.
+"""Whether a server process should be asked, and whether it should go on. Knows no HTTP and no
+engine.
 
-It is told when serving begins and when the end begins; whether a batch is stuck it asks whoever runs them.
+It is told when serving begins and when the end begins; whether a batch is stuck it asks whoever
+runs them.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ class Stage(Enum):
 class Health:
     """Readiness and liveness of one process. Safe to ask and to tell from any thread.
 
-    `stuck_s` gives the seconds by which the longest batch exceeds what a batch may take, 0.0 when none does; beyond
-    `grace_s` of them nothing is expected of this process any more. A batch that ends after all makes it well again.
+    `stuck_s` gives the seconds by which the longest batch exceeds what a batch may take, 0.0 when
+    none does; beyond `grace_s` of them nothing is expected of this process any more. A batch that
+    ends after all makes it well again.
     """
 
     def __init__(self, *, stuck_s: Callable[[], float], grace_s: float) -> None:
@@ -53,7 +56,9 @@ class Health:
         return f"a batch runs {stuck_s:.1f} s longer than it may" if stuck_s > 0 else None
 
     def live(self) -> str | None:
-        """None while the process should go on, else the reason why it should be restarted, in one sentence."""
+        """None while the process should go on, else the reason why it should be restarted, in one
+        sentence.
+        """
         stuck_s = self._stuck_s()
         if stuck_s <= self._grace_s:
             return None

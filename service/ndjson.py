@@ -1,4 +1,5 @@
-"""A text a line in, an answer a line out: what `application/x-ndjson` bodies and `evalmode predict --input` share.
+"""A text a line in, an answer a line out: what `application/x-ndjson` bodies and `evalmode predict
+--input` share.
 
 Knows no HTTP and no model: it is given `predict`, which answers texts.
 """
@@ -46,7 +47,9 @@ Predict = Callable[[Sequence[str]], Awaitable[Sequence[Predicted]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line that was read: its text, or the problem with it. `echoed` is what its answer says again: its id."""
+    """A line that was read: its text, or the problem with it. `echoed` is what its answer says
+    again: its id.
+    """
 
     text: str = ""
     problem: str | None = None
@@ -54,7 +57,9 @@ class Line:
 
 
 class Splitter:
-    """Cuts chunks of bytes into lines, and never holds more than one chunk and one line within the limit."""
+    """Cuts chunks of bytes into lines, and never holds more than one chunk and one line within the
+    limit.
+    """
 
     def __init__(self, *, max_line_bytes: int) -> None:
         self._max_line_bytes = max_line_bytes
@@ -63,7 +68,9 @@ class Splitter:
         self._too_long = False
 
     def feed(self, chunk: bytes) -> Iterator[bytes | None]:
-        """The lines that this chunk completes, without their ends; None for one that is too long."""
+        """The lines that this chunk completes, without their ends; None for one that is too
+        long.
+        """
         *ended, rest = chunk.split(b"\n")
         for piece in ended:
             self._add(piece)
@@ -90,7 +97,9 @@ class Splitter:
 
 
 def read_line(raw: bytes | None) -> Line:
-    """What a line asks: a JSON string, or an object with `text` and perhaps `id`; its other keys are not looked at."""
+    """What a line asks: a JSON string, or an object with `text` and perhaps `id`; its other keys
+    are not looked at.
+    """
     if raw is None:
         return Line(problem="the line is longer than is read here")
     try:
@@ -102,7 +111,9 @@ def read_line(raw: bytes | None) -> Line:
     if isinstance(found, str):
         return Line(text=found)
     if not isinstance(found, dict):
-        return Line(problem=f"the line must be a string or an object with the key text, got {_shown(found)}")
+        return Line(
+            problem=f"the line must be a string or an object with the key text, got {_shown(found)}"
+        )
     return _read_object(found)
 
 
@@ -111,7 +122,9 @@ def _read_object(found: Mapping[str, Any]) -> Line:
     if "id" in found:
         name = found["id"]
         if isinstance(name, dict | list) or (isinstance(name, float) and not math.isfinite(name)):
-            return Line(problem=f"id must be a string, a number, true, false or null, got {_shown(name)}")
+            return Line(
+                problem=f"id must be a string, a number, true, false or null, got {_shown(name)}"
+            )
         echoed["id"] = name
     if "text" not in found:
         return Line(problem="text is missing", echoed=echoed)
@@ -120,10 +133,14 @@ def _read_object(found: Mapping[str, Any]) -> Line:
     return Line(text=found["text"], echoed=echoed)
 
 
-async def answer_lines(raw: Sequence[bytes | None], *, first: int, predict: Predict, inline_bytes: int) -> list[bytes]:
-    """An answer a line, each with its line end, numbered from `first`; what is wrong with a line is its answer.
+async def answer_lines(
+    raw: Sequence[bytes | None], *, first: int, predict: Predict, inline_bytes: int
+) -> list[bytes]:
+    """An answer a line, each with its line end, numbered from `first`; what is wrong with a line is
+    its answer.
 
-    More than `inline_bytes` are read in a thread. Raises NotReady where nothing will be answered any more.
+    More than `inline_bytes` are read in a thread. Raises NotReady where nothing will be answered
+    any more.
     """
     if sum(map(len, filter(None, raw))) <= inline_bytes:
         lines = [read_line(one) for one in raw]
@@ -138,7 +155,9 @@ async def answer_lines(raw: Sequence[bytes | None], *, first: int, predict: Pred
 
 
 async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predicted | str]:
-    """The predictions of `texts`; in the place of one that cannot be answered the sentence that says why."""
+    """The predictions of `texts`; in the place of one that cannot be answered the sentence that
+    says why.
+    """
     if not texts:
         return []
     try:
@@ -164,9 +183,16 @@ def _spelled(index: int, line: Line, outcome: Predicted | str) -> bytes:
 
 
 def spell(said: Mapping[str, object]) -> bytes:
-    """One line of JSON with its end; numbers have as many digits as it takes to read the same bits back."""
+    """One line of JSON with its end; numbers have as many digits as it takes to read the same bits
+    back.
+    """
     # Half a surrogate pair, which an id may hold, becomes the escape that JSON reads.
-    return json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+    return (
+        json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode(
+            "utf-8", "backslashreplace"
+        )
+        + b"\n"
+    )
 
 
 def _refuse_constant(name: str) -> Any:

@@ -1,6 +1,8 @@
-"""Texts -> predictions with a bundle, in this process: a model and an engine of its own. Knows no HTTP.
+"""Texts -> predictions with a bundle, in this process: a model and an engine of its own. Knows no
+HTTP.
 
-What a server answers with is the same model in the same engine, so a text gets the same bits here and there.
+What a server answers with is the same model in the same engine, so a text gets the same bits here
+and there.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _UNBOUNDED = Limits(queue_rows=sys.maxsize, queue_bytes=sys.maxsize, max_run_s=m
 
 
 class Predictor:
-    """An open model of text that answers; use `Predictor.open`, and `close` it or enter it as a context."""
+    """An open model of text that answers; use `Predictor.open`, and `close` it or enter it as a
+    context.
+    """
 
     def __init__(self, model: Model, *, parallel: int) -> None:
         self.model = model
@@ -46,8 +50,9 @@ class Predictor:
     ) -> Predictor:
         """Open the bundle that `bundle_path` means, ready to answer.
 
-        `parallel` batches run at once, each on `threads` threads; by default as many as the CPU quota holds. Raises
-        BundleError for a bundle that must not be used and ProviderUnavailable for a provider that is not there.
+        `parallel` batches run at once, each on `threads` threads; by default as many as the CPU
+        quota holds. Raises BundleError for a bundle that must not be used and ProviderUnavailable
+        for a provider that is not there.
         """
         model = Model.open(
             find_bundle(bundle_path),
@@ -58,20 +63,26 @@ class Predictor:
         )
         if not model.is_text:
             raise BundleError(
-                f"{model.bundle.path} has no front end: it takes tensors and no texts; `evalmode serve` serves it at "
-                f"/v2/models/{model.name}/infer"
+                f"{model.bundle.path} has no front end: it takes tensors and no texts; `evalmode"
+                f" serve` serves it at /v2/models/{model.name}/infer"
             )
         return cls(model, parallel=parallel or max(1, cpu_quota() // threads))
 
-    def predict(self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True) -> list[Prediction]:
-        """The predictions of `texts`, in their order, each with its `top_k` best labels (all, if there are fewer).
+    def predict(
+        self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True
+    ) -> list[Prediction]:
+        """The predictions of `texts`, in their order, each with its `top_k` best labels (all, if
+        there are fewer).
 
-        A text longer than the model reads is cut, or with `truncate=False` refused with InvalidField.
+        A text longer than the model reads is cut, or with `truncate=False` refused with
+        InvalidField.
         """
         jobs, truncated = self.model.text_rows(texts, truncate=truncate)
         return self.model.predictions(self._engine.answer(jobs), truncated, top_k=top_k)
 
-    async def predict_async(self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True) -> list[Prediction]:
+    async def predict_async(
+        self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True
+    ) -> list[Prediction]:
         """The same, without blocking the event loop."""
         jobs, truncated = await self.model.text_rows_async(texts, truncate=truncate)
         return self.model.predictions(await self._engine.answer_async(jobs), truncated, top_k=top_k)
@@ -83,5 +94,10 @@ class Predictor:
     def __enter__(self) -> Predictor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.close()

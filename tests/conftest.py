@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Several test processes share the cores: threads that wait for one another only take time. Read when torch is loaded.
+# Several test processes share the cores: threads that wait for one another only take time. Read
+# when torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -46,7 +47,9 @@ def small_config(**changes: object) -> TransformerConfig:
 
 
 def make_checkpoint(module: torch.nn.Module, *, labels: int = 5) -> Checkpoint:
-    """A checkpoint, as `model.checkpoint.load` returns it, around any module that reads n-gram ids."""
+    """A checkpoint, as `model.checkpoint.load` returns it, around any module that reads n-gram
+    ids.
+    """
     spec = NgramSpec(vocabulary=512, lengths=(4, 16))
     frontend = NgramFrontEnd(spec)
     rows = [frontend.encode(text).ids for text in TEXTS * 4]
@@ -67,7 +70,8 @@ def checkpoint() -> Checkpoint:
     torch.manual_seed(0)
     module = Transformer(small_config())
     for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # an untrained head answers nearly the same to everything
+        # an untrained head answers nearly the same to everything
+        torch.nn.init.normal_(parameter, std=0.3)
     return make_checkpoint(module)
 
 
@@ -78,4 +82,6 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     root: Path = tmp_path_factory.mktemp("bundles")
-    return release_checkpoint(make_checkpoint(module), root=root, name="small", version="1", progress=lambda step: None)
+    return release_checkpoint(
+        make_checkpoint(module), root=root, name="small", version="1", progress=lambda step: None
+    )

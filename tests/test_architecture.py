@@ -1,4 +1,6 @@
-"""The house's rules, as tests: which way imports go, what rooms may be called, how long a file may be."""
+"""The house's rules, as tests: which way imports go, what rooms may be called, how long a file may
+be.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,29 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("bundle", "model", "export", "service")
-SOURCES = sorted(file for room in (*ROOMS, "evalmode", "tests", "bench") for file in (ROOT / room).glob("**/*.py"))
+SOURCES = sorted(
+    file
+    for room in (*ROOMS, "evalmode", "tests", "bench")
+    for file in (ROOT / room).glob("**/*.py")
+)
 NOWHERE = {"utils", "util", "common", "helpers", "core", "misc"}
 
 
 def loaded_after(statement: str) -> set[str]:
     program = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return set(found.stdout.splitlines()[-1].split())
 
 
 def test_imports_go_the_way_the_contracts_say() -> None:
     lint = subprocess.run(
-        [Path(sys.executable).with_name("lint-imports")], capture_output=True, text=True, cwd=ROOT, check=False
+        [Path(sys.executable).with_name("lint-imports")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert lint.returncode == 0, lint.stdout
 
@@ -54,4 +66,12 @@ def test_the_service_loads_neither_torch_nor_onnx() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     loaded = loaded_after("import evalmode.cli")
-    assert not loaded & {"torch", "onnx", "onnxruntime", "numpy", "fastapi", "pydantic", "lightning"}
+    assert not loaded & {
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "numpy",
+        "fastapi",
+        "pydantic",
+        "lightning",
+    }

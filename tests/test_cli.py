@@ -24,7 +24,11 @@ COMMANDS = ("train", "export", "verify", "serve", "predict", "show")
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [Path(sys.executable).with_name("evalmode"), *arguments], capture_output=True, text=True, check=False, cwd=cwd
+        [Path(sys.executable).with_name("evalmode"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
     )
 
 
@@ -56,7 +60,11 @@ def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_de
 
 @pytest.mark.parametrize(
     ("command", "default"),
-    [("serve", "[default: 8000]"), ("train", "[default: runs/NAME]"), ("verify", "[default: stdout]")],
+    [
+        ("serve", "[default: 8000]"),
+        ("train", "[default: runs/NAME]"),
+        ("verify", "[default: stdout]"),
+    ],
 )
 def test_help_shows_the_defaults_that_are_written_in_words(command: str, default: str) -> None:
     shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
@@ -76,7 +84,9 @@ def test_predict_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_verify_tells_pass_from_findings_from_unreadable(released: Released, tmp_path: Path) -> None:
+def test_verify_tells_pass_from_findings_from_unreadable(
+    released: Released, tmp_path: Path
+) -> None:
     torn = tmp_path / "torn.onnx"
     torn.write_bytes((released.path / "model.onnx").read_bytes()[:1000])
     assert run("verify", str(released.path / "model.onnx"), str(released.path)).returncode == 0
@@ -124,7 +134,9 @@ def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
 
     checkpoint.module.blocks[1].feed_forward.dropout = AlwaysOn()
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
-    shown = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["export", "any", "--out", str(tmp_path)])
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(
+        cli.app, ["export", "any", "--out", str(tmp_path)]
+    )
     assert shown.exit_code == 1
     assert "blocks.1.feed_forward.dropout (AlwaysOn, p=0.25): dropout" in shown.output
     assert list(tmp_path.iterdir()) == []
@@ -163,10 +175,20 @@ def test_export_prints_the_certificate_and_the_digest(
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("plain", "plain"), ("my data", "my-data"), ("runs/.hidden/", "hidden"), ("été 2026", "t-2026"), (".", "here")],
+    [
+        ("plain", "plain"),
+        ("my data", "my-data"),
+        ("runs/.hidden/", "hidden"),
+        ("été 2026", "t-2026"),
+        (".", "here"),
+    ],
 )
 def test_a_bundle_is_called_by_the_name_of_the_checkpoints_folder_in_letters_that_a_name_may_have(
-    exported: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str
+    exported: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    name: str,
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -180,7 +202,10 @@ def test_a_bundle_is_called_by_the_name_of_the_checkpoints_folder_in_letters_tha
     [
         (
             ("--name", "a/b"),
-            "--name must be at most 64 letters, digits, '.', '_' and '-', the first a letter or a digit, ",
+            (
+                "--name must be at most 64 letters, digits, '.', '_' and '-', the first a letter or"
+                " a digit, "
+            ),
         ),
         (("--out", "file"), "no bundle can be written to file: "),
         (("--out", "/proc/bundles"), "no bundle can be written to /proc/bundles: "),
@@ -209,14 +234,21 @@ def test_without_torch_export_says_what_to_install(tmp_path: Path) -> None:
         "import sys; sys.modules['torch'] = None; sys.argv = ['evalmode', 'export', 'any']\n"
         "from evalmode.cli import main; main()"
     )
-    refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    refused = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert refused.returncode == terminal.UNUSABLE
     assert refused.stderr == "evalmode: this needs torch: pip install 'evalmode[train]'\n"
 
 
 @pytest.mark.parametrize(
     ("missing", "extra"),
-    [("onnx.helper", "export"), ("datasets", "train"), ("lightning.pytorch", "train"), ("safetensors", "train")],
+    [
+        ("onnx.helper", "export"),
+        ("datasets", "train"),
+        ("lightning.pytorch", "train"),
+        ("safetensors", "train"),
+    ],
 )
 def test_what_an_extra_would_bring_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str, extra: str
@@ -226,7 +258,10 @@ def test_what_an_extra_would_bring_is_named_with_the_extra(
 
     monkeypatch.setattr(cli, "app", fails)
     assert called(patch=monkeypatch) == terminal.UNUSABLE
-    assert capsys.readouterr().err == f"evalmode: this needs {missing}: pip install 'evalmode[{extra}]'\n"
+    assert (
+        capsys.readouterr().err
+        == f"evalmode: this needs {missing}: pip install 'evalmode[{extra}]'\n"
+    )
 
 
 def test_a_module_that_no_extra_would_bring_is_a_mistake_of_ours(
@@ -239,7 +274,10 @@ def test_a_module_that_no_extra_would_bring_is_a_mistake_of_ours(
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == terminal.UNUSABLE
-    assert "a mistake of ours, ModuleNotFoundError: No module named 'nowhere'" in capsys.readouterr().err
+    assert (
+        "a mistake of ours, ModuleNotFoundError: No module named 'nowhere'"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("folder", ["x[/a]", "[red]", "[bold]x"])
@@ -252,7 +290,9 @@ def test_a_path_that_looks_like_markup_is_printed_as_it_is(
     file = Path(folder, "m.onnx")
     file.parent.mkdir(parents=True)
     graph = helper.make_graph([draw], "g", values[:1], values[1:])
-    file.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
+    file.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
+    )
     assert called("verify", str(file), patch=monkeypatch) == terminal.FOUND
     shown = capsys.readouterr().out
     assert shown.startswith(f"fail        {file}\n")
@@ -276,7 +316,10 @@ def test_a_mistake_of_ours_is_one_sentence_too_and_shows_where_when_asked(
 
     monkeypatch.setattr("evalmode.export.verify.targets.find_targets", fails)
     assert called("verify", "any.onnx", patch=monkeypatch) == terminal.UNUSABLE
-    said = "evalmode: a mistake of ours, ZeroDivisionError: two lines (EVALMODE_TRACEBACK=1 shows where)\n"
+    said = (
+        "evalmode: a mistake of ours, ZeroDivisionError: two lines (EVALMODE_TRACEBACK=1 shows"
+        " where)\n"
+    )
     assert capsys.readouterr().err == said
     monkeypatch.setenv("EVALMODE_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
@@ -288,6 +331,8 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
     command = [Path(sys.executable).parent / "evalmode", "verify", "m.onnx", "--format", "json"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
     assert done.returncode == terminal.UNUSABLE
     assert done.stderr.startswith("evalmode: No space left on device")

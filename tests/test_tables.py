@@ -35,19 +35,27 @@ def test_what_looks_like_markup_is_text_in_every_table() -> None:
         assert shown(pairs_table({text: text}, title="any")).count(text) == 2, text
 
 
-def test_a_rule_that_passed_takes_one_line_and_one_that_did_not_gives_its_reason_and_its_places() -> None:
+def test_a_rule_that_passed_takes_one_line_and_another_gives_its_reason_and_places() -> None:
     passed = shown(records_table([record()], title=""))
     assert "the reason" not in passed
     assert "all is well" not in passed
-    for severity, verdict in ((Severity.ERROR, Verdict.FAIL), (Severity.UNPROVEN, Verdict.UNPROVEN)):
+    for severity, verdict in (
+        (Severity.ERROR, Verdict.FAIL),
+        (Severity.UNPROVEN, Verdict.UNPROVEN),
+    ):
         places = [finding(node, severity=severity) for node in ("one", "two")]
         found = shown(records_table([record(*places)], title=""))
-        assert all(part in found for part in (verdict, "the reason", "one (Op-1): it is so", "two (Op-1): it is so"))
+        assert all(
+            part in found
+            for part in (verdict, "the reason", "one (Op-1): it is so", "two (Op-1): it is so")
+        )
 
 
 def test_what_to_do_stands_once_below_all_the_places_that_it_mends() -> None:
     fixes = ("mend it", "mend it", "change it", "mend it")
-    lines = shown(records_table([record(*[finding(f"node {fix}", fix) for fix in fixes])], title="")).splitlines()
+    lines = shown(
+        records_table([record(*[finding(f"node {fix}", fix) for fix in fixes])], title="")
+    ).splitlines()
     said = [line.split("│")[3].strip() for line in lines if line.count("│") == 5]
     assert said[-2:] == ["mend it", "change it"]
     assert sum(line == "mend it" for line in said) == 1

@@ -1,4 +1,6 @@
-"""The helpers for users' own tests: silent when all is well, and an AssertionError that a reader can act on."""
+"""The helpers for users' own tests: silent when all is well, and an AssertionError that a reader
+can act on.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def test_a_lost_scale_is_told_in_the_users_terms() -> None:
     module = Net()
     module.body[1] = Unscaled(0.5)
     with pytest.raises(
-        AssertionError, match=r"body\.1 \(Unscaled\): unscaled: .* times larger in eval than in training"
+        AssertionError,
+        match=r"body\.1 \(Unscaled\): unscaled: .* times larger in eval than in training",
     ):
         assert_no_expectation_gap(module, [X, X[:2]])
 
@@ -95,6 +98,8 @@ def test_the_generators_and_the_module_are_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("call", [assert_export_is_clean, assert_no_expectation_gap])
-def test_no_sample_at_all_is_said_in_one_sentence(call: Callable[[nn.Module, object], None]) -> None:
+def test_no_sample_at_all_is_said_in_one_sentence(
+    call: Callable[[nn.Module, object], None],
+) -> None:
     with pytest.raises(UnusableInputs, match="there is no sample"):
         call(Net().eval(), [])

@@ -1,7 +1,8 @@
-"""The answers that `evalmode predict --output` writes, so that a run that ended early can go on. Knows no model.
+"""The answers that `evalmode predict --output` writes, so that a run that ended early can go on.
+Knows no model.
 
-Beside it stands a small file that says what it holds: which model answered, how it was asked, and of which input. Only
-whole lines count: what a killed run wrote of its last line is cut off.
+Beside it stands a small file that says what it holds: which model answered, how it was asked, and
+of which input. Only whole lines count: what a killed run wrote of its last line is cut off.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def is_error(line: bytes) -> bool:
 
 
 def identity_of(file: Path) -> dict[str, object]:
-    """What tells this input from another: its size, and the sha256 of its first and last mebibyte."""
+    """What tells this input from another: its size, and the sha256 of its first and last
+    mebibyte.
+    """
     with file.open("rb") as opened:
         hashed = hashlib.sha256(opened.read(_BLOCK_BYTES))
         size = opened.seek(0, os.SEEK_END)
@@ -40,9 +43,11 @@ def identity_of(file: Path) -> dict[str, object]:
 
 
 class AnswersFile:
-    """An open file of answers: `lines` are in it, `errors` of them say that a text could not be answered.
+    """An open file of answers: `lines` are in it, `errors` of them say that a text could not be
+    answered.
 
-    `asked` is what the answers depend on beside the model: a file that was begun for something else is refused.
+    `asked` is what the answers depend on beside the model: a file that was begun for something else
+    is refused.
     """
 
     def __init__(self, path: Path, *, asked: Mapping[str, object]) -> None:
@@ -65,17 +70,23 @@ class AnswersFile:
         """
         if digest is not None and self.digest not in (None, digest):
             raise EvalmodeError(
-                f"the model that answers now has the digest {digest[:16]}, and the {self.lines} lines in {self.path} "
-                f"are of {str(self.digest)[:16]}: serve that one again, or begin another --output"
+                f"the model that answers now has the digest {digest[:16]}, and the {self.lines}"
+                f" lines in {self.path} are of {str(self.digest)[:16]}: serve that one again, or"
+                " begin another --output"
             )
         try:
             if self.lines == 0 or self.digest is None:
                 self.digest = digest
-                write_file(self._beside, (json.dumps({"digest": digest, **self._asked}, indent=2) + "\n").encode())
+                write_file(
+                    self._beside,
+                    (json.dumps({"digest": digest, **self._asked}, indent=2) + "\n").encode(),
+                )
             self._file.write(b"".join(lines))
             self._file.flush()
         except OSError as error:
-            raise EvalmodeError(f"{self.path} cannot be written: {error.strerror}; {self.way_on}") from error
+            raise EvalmodeError(
+                f"{self.path} cannot be written: {error.strerror}; {self.way_on}"
+            ) from error
         self.lines += len(lines)
         self.errors += sum(map(is_error, lines))
 
@@ -92,7 +103,12 @@ class AnswersFile:
     def __enter__(self) -> AnswersFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _opened(self) -> IO[bytes]:
@@ -109,24 +125,33 @@ class AnswersFile:
         return file
 
     def _find_place(self) -> None:
-        """Check that what stands in the file is ours to go on with, and cut off a line that was begun."""
+        """Check that what stands in the file is ours to go on with, and cut off a line that was
+        begun.
+        """
         if os.fstat(self._file.fileno()).st_size == 0:
             return
         if self._asked.get("input") is None:
             raise EvalmodeError(
-                f"{self.path} exists, and an input that is no file cannot be read again: choose another --output"
+                f"{self.path} exists, and an input that is no file cannot be read again: choose"
+                " another --output"
             )
         try:
             said = json.loads(self._beside.read_bytes())
             digest, asked = said.pop("digest"), said
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise EvalmodeError(
-                f"{self.path} exists, and no {self._beside.name} beside it says what it holds: choose another --output"
+                f"{self.path} exists, and no {self._beside.name} beside it says what it holds:"
+                " choose another --output"
             ) from error
         if asked != self._asked:
-            changed = [name for name in {**asked, **self._asked} if asked.get(name) != self._asked.get(name)]
+            changed = [
+                name
+                for name in {**asked, **self._asked}
+                if asked.get(name) != self._asked.get(name)
+            ]
             raise EvalmodeError(
-                f"{self.path} was begun with another {' and '.join(changed)}: ask the same, or choose another --output"
+                f"{self.path} was begun with another {' and '.join(changed)}: ask the same, or"
+                " choose another --output"
             )
         self.digest = digest
         whole_bytes = 0
@@ -149,19 +174,29 @@ class Stdout:
     def write(self, lines: list[bytes], *, digest: str | None) -> None:
         """Write these answers of the model with this digest; None: no model was asked."""
         if digest is not None and self.digest not in (None, digest):
-            raise EvalmodeError(f"the model changed while it answered, to the digest {digest[:16]}; {self.way_on}")
+            raise EvalmodeError(
+                f"the model changed while it answered, to the digest {digest[:16]}; {self.way_on}"
+            )
         self.digest = digest or self.digest
         view = memoryview(b"".join(lines))
         try:
-            while view:  # no buffer that would be flushed once more at exit, into a pipe that has no reader
+            # no buffer that would be flushed once more at exit, into a pipe that has no reader
+            while view:
                 view = view[os.write(sys.stdout.fileno(), view) :]
         except OSError as error:
-            raise EvalmodeError(f"stdout cannot be written: {error.strerror}; {self.way_on}") from error
+            raise EvalmodeError(
+                f"stdout cannot be written: {error.strerror}; {self.way_on}"
+            ) from error
         self.lines += len(lines)
         self.errors += sum(map(is_error, lines))
 
     def __enter__(self) -> Stdout:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         pass

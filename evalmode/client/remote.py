@@ -1,6 +1,8 @@
-"""Lines answered by a server: `POST /v1/predict` as ndjson, asked again where asking again may help. Knows no file.
+"""Lines answered by a server: `POST /v1/predict` as ndjson, asked again where asking again may
+help. Knows no file.
 
-A chunk that was answered in part is asked for the rest alone: answers do not depend on what is asked beside them.
+A chunk that was answered in part is asked for the rest alone: answers do not depend on what is
+asked beside them.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Server:
         return str(self.client.base_url.copy_with(userinfo=b"")).rstrip("/")
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
-        """The answers of `lines`, numbered from `first`, and the digest of the model that gave them."""
+        """The answers of `lines`, numbered from `first`, and the digest of the model that gave
+        them.
+        """
         answers: list[bytes] = []
         digests: list[str] = []
         tries = 0
@@ -67,10 +71,14 @@ class Server:
             except _Again as failure:
                 tries = 1 if len(answers) > had else tries + 1
                 if tries > self.retries:
-                    raise EvalmodeError(f"{self.name} did not answer in {tries} tries: {failure}") from failure
+                    raise EvalmodeError(
+                        f"{self.name} did not answer in {tries} tries: {failure}"
+                    ) from failure
                 await self.sleep(waiting_s(tries, failure.wait_s))
 
-    async def _ask(self, lines: Sequence[bytes], first: int, answers: list[bytes], digests: list[str]) -> None:
+    async def _ask(
+        self, lines: Sequence[bytes], first: int, answers: list[bytes], digests: list[str]
+    ) -> None:
         """One try: what is answered stands in `answers` even when the rest is not."""
         try:
             async with self.client.stream(
@@ -104,8 +112,12 @@ class Server:
         raise EvalmodeError(f"{self.name} refused: {why}")
 
 
-def open_client(url: str, *, api_key: str | None, ca: Path | None, connections: int) -> httpx.AsyncClient:
-    """A client of the server at `url`. Raises EvalmodeError for an address or a file of authorities that is none."""
+def open_client(
+    url: str, *, api_key: str | None, ca: Path | None, connections: int
+) -> httpx.AsyncClient:
+    """A client of the server at `url`. Raises EvalmodeError for an address or a file of authorities
+    that is none.
+    """
     try:
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL as error:
@@ -121,7 +133,9 @@ def open_client(url: str, *, api_key: str | None, ca: Path | None, connections: 
         try:
             verify = ssl.create_default_context(cafile=ca)
         except OSError as error:
-            raise EvalmodeError(f"--ca {ca} cannot be read as certificates: {error.strerror or error}") from error
+            raise EvalmodeError(
+                f"--ca {ca} cannot be read as certificates: {error.strerror or error}"
+            ) from error
     return httpx.AsyncClient(
         base_url=parsed,
         headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},
@@ -132,7 +146,9 @@ def open_client(url: str, *, api_key: str | None, ca: Path | None, connections: 
 
 
 def waiting_s(tries: int, asked_s: float | None) -> float:
-    """Seconds before the next try: what the server asked for, else twice as long each time; never all at once."""
+    """Seconds before the next try: what the server asked for, else twice as long each time; never
+    all at once.
+    """
     if asked_s is not None:
         return asked_s + random.uniform(0, 0.5)
     longest_s: float = _FIRST_WAIT_S * 2.0 ** min(tries - 1, 10)
@@ -140,7 +156,9 @@ def waiting_s(tries: int, asked_s: float | None) -> float:
 
 
 def retry_after_s(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or as a date, within reason; None where it says none."""
+    """Seconds that a Retry-After header asks for, as a number or as a date, within reason; None
+    where it says none.
+    """
     if header is None:
         return None
     try:
@@ -154,7 +172,9 @@ def retry_after_s(header: str | None) -> float | None:
 
 
 async def _take(response: httpx.Response, first: int, count: int, answers: list[bytes]) -> None:
-    """Add the answers as they come, up to `count`, numbered from `first`; a line that is none ends them."""
+    """Add the answers as they come, up to `count`, numbered from `first`; a line that is none ends
+    them.
+    """
     splitter = Splitter(max_line_bytes=_MAX_ANSWER_BYTES)
     taken = 0
     async for chunk in response.aiter_bytes():
@@ -169,9 +189,13 @@ async def _take(response: httpx.Response, first: int, count: int, answers: list[
 def _digest_of(response: httpx.Response, digests: Sequence[str]) -> str:
     digest = response.headers.get(_DIGEST_HEADER)
     if digest is None:
-        raise EvalmodeError("the server does not say which model answers: it is not an evalmode server")
+        raise EvalmodeError(
+            "the server does not say which model answers: it is not an evalmode server"
+        )
     if digests and digest != digests[0]:
-        raise EvalmodeError(f"the server changed its model in the middle, from {digests[0][:16]} to {digest[:16]}")
+        raise EvalmodeError(
+            f"the server changed its model in the middle, from {digests[0][:16]} to {digest[:16]}"
+        )
     return str(digest)
 
 

@@ -1,4 +1,5 @@
-"""A file of texts into a file of answers, chunk by chunk and in order, with constant memory. Knows no server, no model.
+"""A file of texts into a file of answers, chunk by chunk and in order, with constant memory. Knows
+no server, no model.
 
 It is given something that answers lines, and something that takes answers.
 """
@@ -21,7 +22,8 @@ from evalmode.errors import EvalmodeError
 from evalmode.service.ndjson import Splitter, read_line, spell
 from evalmode.terminal import open_console
 
-# No more in a request than a server's window holds (service/bulk.py): we read its answers when all is sent.
+# No more in a request than a server's window holds (service/bulk.py): we read its answers when all
+# is sent.
 CHUNK_LINES, CHUNK_BYTES = 256, 1 << 20
 
 STDIN = Path("-")
@@ -34,7 +36,9 @@ class Answerer(Protocol):
     """Answers lines, from any number of tasks at once."""
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
-        """The answers of `lines`, numbered from `first`, and the digest of the model that gave them."""
+        """The answers of `lines`, numbered from `first`, and the digest of the model that gave
+        them.
+        """
 
 
 class Taker(Protocol):
@@ -53,7 +57,9 @@ class Taker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lines that are asked together; a line too long to be asked is a chunk of its own, without `lines`."""
+    """Lines that are asked together; a line too long to be asked is a chunk of its own, without
+    `lines`.
+    """
 
     lines: Sequence[bytes]
     first: int
@@ -67,7 +73,9 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where texts are read from: JSONL, or with the suffix .txt a text a line; `-` is JSONL from stdin."""
+    """Where texts are read from: JSONL, or with the suffix .txt a text a line; `-` is JSONL from
+    stdin.
+    """
 
     path: Path
     chunk_lines: int = CHUNK_LINES
@@ -80,7 +88,8 @@ class Source:
     def check(self) -> None:
         """Raise EvalmodeError where it cannot be read."""
         try:
-            if self.repeatable or self.path.is_dir():  # whoever opens a named pipe and goes away has broken it
+            # whoever opens a named pipe and goes away has broken it
+            if self.repeatable or self.path.is_dir():
                 self.open().close()
         except OSError as error:
             raise EvalmodeError(f"--input {self.path} cannot be read: {error.strerror}") from error
@@ -88,13 +97,21 @@ class Source:
     def open(self) -> IO[bytes]:
         """The open input. Raises EvalmodeError where it cannot be read."""
         try:
-            # Unbuffered: a thread that waits for stdin must hold no lock that the end of the process needs.
-            return open(0 if self.path == STDIN else self.path, "rb", buffering=0, closefd=self.path != STDIN)
+            # Unbuffered: a thread that waits for stdin must hold no lock that the end of the
+            # process needs.
+            return open(
+                0 if self.path == STDIN else self.path,
+                "rb",
+                buffering=0,
+                closefd=self.path != STDIN,
+            )
         except OSError as error:
             raise EvalmodeError(f"--input {self.path} cannot be read: {error.strerror}") from error
 
     def chunks(self, file: IO[bytes], *, skip: int) -> Iterator[Chunk]:
-        """The lines after the first `skip`, in chunks; what has come is not kept waiting for more."""
+        """The lines after the first `skip`, in chunks; what has come is not kept waiting for
+        more.
+        """
         first = read_bytes = 0
         for lines, read_bytes in self._blocks(file):
             while first < skip and lines:
@@ -102,7 +119,11 @@ class Source:
                 del lines[:passed]
                 first += passed
             for group in _grouped(lines, self.chunk_lines):
-                yield Chunk(lines=[line for line in group if line is not None], first=first, read_bytes=read_bytes)
+                yield Chunk(
+                    lines=[line for line in group if line is not None],
+                    first=first,
+                    read_bytes=read_bytes,
+                )
                 first += len(group)
 
     def _blocks(self, file: IO[bytes]) -> Iterator[tuple[list[bytes | None], int]]:
@@ -110,7 +131,11 @@ class Source:
         while not ended:
             block = file.read(_READ_BYTES)
             ended = not block
-            raw = splitter.end() if ended else splitter.feed(block.removeprefix(_BOM) if read_bytes == 0 else block)
+            raw = (
+                splitter.end()
+                if ended
+                else splitter.feed(block.removeprefix(_BOM) if read_bytes == 0 else block)
+            )
             read_bytes += len(block)
             if self.path.suffix == ".txt":
                 yield [None if line is None else _as_json(line) for line in raw], read_bytes
@@ -129,7 +154,8 @@ class Transfer:
 
     async def run(self) -> None:
         """Answer what is not answered yet. Raises EvalmodeError, which says how to go on."""
-        # A task for each chunk, in order: what is asked at once, and as much again that waits to be written.
+        # A task for each chunk, in order: what is asked at once, and as much again that waits to be
+        # written.
         asked: asyncio.Queue[tuple[Chunk, asyncio.Task[tuple[list[bytes], str | None]]] | None]
         asked = asyncio.Queue(self.concurrency)
         started: set[asyncio.Task[Any]] = set()
@@ -149,7 +175,9 @@ class Transfer:
         turns = asyncio.Semaphore(self.concurrency)
         with self.source.open() as file:
             chunks = self.source.chunks(file, skip=self.taker.lines)
-            async for chunk in _straight(chunks) if self.source.repeatable else _from_thread(chunks):
+            async for chunk in (
+                _straight(chunks) if self.source.repeatable else _from_thread(chunks)
+            ):
                 await turns.acquire()
                 task = asyncio.create_task(self._answer(chunk, turns))
                 started.add(task)
@@ -158,7 +186,9 @@ class Transfer:
                 await asked.put((chunk, task))
         await asked.put(None)
 
-    async def _answer(self, chunk: Chunk, turns: asyncio.Semaphore) -> tuple[list[bytes], str | None]:
+    async def _answer(
+        self, chunk: Chunk, turns: asyncio.Semaphore
+    ) -> tuple[list[bytes], str | None]:
         try:
             if chunk.lines:
                 return await self.answerer.answer(chunk.lines, first=chunk.first)
@@ -176,11 +206,15 @@ class Transfer:
                 except EvalmodeError as error:
                     raise EvalmodeError(f"{error}; {self.taker.way_on}") from error
                 self.taker.write(answers, digest=digest)
-                shown(chunk.read_bytes, (self.taker.lines - had) / max(1e-9, time.monotonic() - began))
+                shown(
+                    chunk.read_bytes, (self.taker.lines - had) / max(1e-9, time.monotonic() - began)
+                )
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:
-    """Where several chunks fail the first is told; asyncio would print a traceback of each that nobody looked at."""
+    """Where several chunks fail the first is told; asyncio would print a traceback of each that
+    nobody looked at.
+    """
     if not task.cancelled():
         task.exception()
 
@@ -191,7 +225,9 @@ async def _straight(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
 
 
 async def _from_thread(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
-    """The chunks of an input that may not have any yet: it is waited for in a thread that nobody waits for."""
+    """The chunks of an input that may not have any yet: it is waited for in a thread that nobody
+    waits for.
+    """
     loop = asyncio.get_running_loop()
     read: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue(1)
 
@@ -217,7 +253,12 @@ def _grouped(lines: Sequence[bytes | None], most_lines: int) -> Iterator[list[by
     nbytes = 0
     for line in lines:
         size = 0 if line is None else len(line) + 1
-        if group and (line is None or group[-1] is None or len(group) == most_lines or nbytes + size > CHUNK_BYTES):
+        if group and (
+            line is None
+            or group[-1] is None
+            or len(group) == most_lines
+            or nbytes + size > CHUNK_BYTES
+        ):
             yield group
             group, nbytes = [], 0
         group.append(line)
@@ -232,14 +273,33 @@ def _as_json(line: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _progress(source: Source) -> Iterator[Any]:
-    """What is told, after each chunk, the bytes read and the rows a second; a bar where stderr is a terminal."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    """What is told, after each chunk, the bytes read and the rows a second; a bar where stderr is a
+    terminal.
+    """
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = open_console(stderr=True)
-    columns = (TextColumn("predict"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]} rows/s"))
+    columns = (
+        TextColumn("predict"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[speed]} rows/s"),
+    )
     total = os.path.getsize(source.path) if source.repeatable else None
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task("predict", total=total, speed="-")
-        yield lambda read_bytes, speed: bar.update(task, completed=read_bytes, speed=f"{speed:,.0f}")
+        yield lambda read_bytes, speed: bar.update(
+            task, completed=read_bytes, speed=f"{speed:,.0f}"
+        )

@@ -21,25 +21,39 @@ _MOST = 1_000_000
 
 
 def audit(
-    factory: Annotated[str, typer.Argument(help="package.module:factory of your module.", show_default=False)],
+    factory: Annotated[
+        str, typer.Argument(help="package.module:factory of your module.", show_default=False)
+    ],
     inputs: Annotated[
         str,
         typer.Option(
-            help="package.module:sample_inputs: a mapping of input names, a tuple or a tensor, or a list of several.",
+            help=(
+                "package.module:sample_inputs: a mapping of input names, a tuple or a tensor, or a"
+                " list of several."
+            ),
             show_default=False,
         ),
     ],
     samples: Annotated[
-        str, typer.Option(help="Training forwards for each site, or auto: as many as find the gaps that matter.")
+        str,
+        typer.Option(
+            help="Training forwards for each site, or auto: as many as find the gaps that matter."
+        ),
     ] = AUTO,
-    alpha: Annotated[float, typer.Option(help="Bounds the probability of any false alarm at all.")] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="The same seed gives the same audit.")] = 0,
+    alpha: Annotated[
+        float, typer.Option(help="Bounds the probability of any false alarm at all.")
+    ] = 0.01,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31, help="The same seed gives the same audit.")
+    ] = 0,
     form: reporting.Format = "text",
     output: reporting.Output = None,
     fail_on: reporting.FailOn = "unproven",
     allow_unproven: reporting.AllowUnproven = False,
 ) -> None:
-    """Hold every dropout's training against its eval: exit 0 without a gap, 1 when a site has one, 2 for bad input."""
+    """Hold every dropout's training against its eval: exit 0 without a gap, 1 when a site has one,
+    2 for bad input.
+    """
     from evalmode.export.inputs.references import load_module
     from evalmode.export.report.report import FailOn, Report
     from evalmode.export.verify.verify import Verified
@@ -61,7 +75,9 @@ def _draws(samples: str) -> int | None:
     if samples == AUTO:
         return None
     if not samples.isdecimal() or not 2 <= int(samples) <= _MOST:
-        raise EvalmodeError(f"--samples must be auto or a number from 2 to {_MOST:,}, got {samples!r}")
+        raise EvalmodeError(
+            f"--samples must be auto or a number from 2 to {_MOST:,}, got {samples!r}"
+        )
     return int(samples)
 
 
@@ -72,7 +88,9 @@ def _audit(module: Any, inputs: str, **options: Any) -> Audit:
 
     samples, _ = bound(module, load_samples(inputs))
     with open_console(stderr=True).status("audit") as status:
-        return audit_module(module, samples, progress=lambda site: status.update(f"audit: {site}"), **options)
+        return audit_module(
+            module, samples, progress=lambda site: status.update(f"audit: {site}"), **options
+        )
 
 
 def _source_of(module: Any) -> Path:

@@ -1,4 +1,6 @@
-"""`evalmode export`: a checkpoint's folder or the user's own module, and the certificate as a table. Knows no rule."""
+"""`evalmode export`: a checkpoint's folder or the user's own module, and the certificate as a
+table. Knows no rule.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,27 @@ if TYPE_CHECKING:
     from evalmode.export.release import Released
 
 EPILOG = (
-    "Examples:  evalmode export runs/languages   |   evalmode export runs/mine --out /srv/bundles --version 2   |   "
-    "evalmode export package.module:factory --inputs package.module:sample_inputs"
+    "Examples:  evalmode export runs/languages   |   evalmode export runs/mine --out /srv/bundles"
+    " --version 2   |   evalmode export package.module:factory --inputs"
+    " package.module:sample_inputs"
 )
 
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="The folder that `evalmode train` wrote, or package.module:factory of your module.")
+        str,
+        typer.Argument(
+            help="The folder that `evalmode train` wrote, or package.module:factory of your module."
+        ),
     ],
     inputs: Annotated[
         str | None,
         typer.Option(
-            help="package.module:sample_inputs of your module: a mapping of input names, a tuple or a tensor, or a "
-            "list of several, whose sizes show which axes vary.",
+            help=(
+                "package.module:sample_inputs of your module: a mapping of input names, a tuple or"
+                " a tensor, or a "
+                "list of several, whose sizes show which axes vary."
+            ),
             show_default=False,
         ),
     ] = None,
@@ -43,11 +52,15 @@ def export(
     out: Annotated[Path, typer.Option(help="The bundle root.")] = Path("bundles"),
     name: Annotated[
         str | None,
-        typer.Option(help="The bundle's name. \\[default: the checkpoint folder's or the factory's module's]"),
+        typer.Option(
+            help="The bundle's name. \\[default: the checkpoint folder's or the factory's module's]"
+        ),
     ] = None,
     version: Annotated[str, typer.Option(help="The bundle's version.")] = "1",
 ) -> None:
-    """Export in eval mode, certify, and write a bundle; a certificate that does not pass writes nothing (exit 1)."""
+    """Export in eval mode, certify, and write a bundle; a certificate that does not pass writes
+    nothing (exit 1).
+    """
     from evalmode.export.release import ExportRefused
     from evalmode.tables import records_table
 
@@ -60,12 +73,20 @@ def export(
                 status.update(f"export: {step}")
 
             released = _release(
-                source, inputs, dynamic_axes or [], root=out, name=named, version=version, progress=progress
+                source,
+                inputs,
+                dynamic_axes or [],
+                root=out,
+                name=named,
+                version=version,
+                progress=progress,
             )
     except ExportRefused as refused:
         console.print(records_table(refused.records, title="refused: no bundle was written"))
         raise typer.Exit(FOUND) from refused
-    console.print(records_table(released.certificate.records, title=f"certificate of {released.path}"))
+    console.print(
+        records_table(released.certificate.records, title=f"certificate of {released.path}")
+    )
     console.print(f"digest {released.certificate.digest}", soft_wrap=True)
 
 
@@ -76,12 +97,19 @@ def _release(
 
     if is_reference(source):
         if inputs is None:
-            raise EvalmodeError(f"{source} needs --inputs package.module:sample_inputs, which it is called with")
+            raise EvalmodeError(
+                f"{source} needs --inputs package.module:sample_inputs, which it is called with"
+            )
         from evalmode.export.from_module import release_module
 
-        return release_module(source, inputs, dynamic_axes=dynamic_axes, progress=progress, **target)
+        return release_module(
+            source, inputs, dynamic_axes=dynamic_axes, progress=progress, **target
+        )
     if inputs is not None or dynamic_axes:
-        raise EvalmodeError("--inputs and --dynamic-axes are for a package.module:factory; a checkpoint brings its own")
+        raise EvalmodeError(
+            "--inputs and --dynamic-axes are for a package.module:factory; a checkpoint brings"
+            " its own"
+        )
     from evalmode.export.from_checkpoint import release_checkpoint
     from evalmode.model.checkpoint import load
 

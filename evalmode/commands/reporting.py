@@ -1,4 +1,6 @@
-"""How a command's report leaves it: the formats, the file or the terminal, and the exit code. Knows no rule."""
+"""How a command's report leaves it: the formats, the file or the terminal, and the exit code. Knows
+no rule.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,24 @@ if TYPE_CHECKING:
 
 # The flags that every command with a report has.
 Format = Annotated[
-    Literal["text", "json", "sarif", "junit", "github"], typer.Option("--format", help="How the report is written.")
+    Literal["text", "json", "sarif", "junit", "github"],
+    typer.Option("--format", help="How the report is written."),
 ]
-Output = Annotated[Path | None, typer.Option(help="Write the report into this file. \\[default: stdout]")]
-FailOn = Annotated[Literal["unproven", "warning"], typer.Option(help="The least that makes the exit code 1.")]
-AllowUnproven = Annotated[bool, typer.Option("--allow-unproven", help="Exit 0 for what is not proven.")]
+Output = Annotated[
+    Path | None, typer.Option(help="Write the report into this file. \\[default: stdout]")
+]
+FailOn = Annotated[
+    Literal["unproven", "warning"], typer.Option(help="The least that makes the exit code 1.")
+]
+AllowUnproven = Annotated[
+    bool, typer.Option("--allow-unproven", help="Exit 0 for what is not proven.")
+]
 
 
 def finish(report: Report, form: str, output: Path | None) -> None:
-    """Tell what was found and end the command: by returning when all is well, else by typer.Exit with 1 or 2."""
+    """Tell what was found and end the command: by returning when all is well, else by typer.Exit
+    with 1 or 2.
+    """
     from evalmode.export.report.report import plain
 
     for one in report.unreadable:
@@ -57,5 +68,8 @@ def _tell(report: Report, form: str, output: Path | None) -> None:
     except OSError as error:
         raise EvalmodeError(f"no report can be written to {output}: {error.strerror}") from error
     open_console().print(
-        f"{report.summary}; the report is in {plain(str(output))}", soft_wrap=True, markup=False, highlight=False
+        f"{report.summary}; the report is in {plain(str(output))}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
     )

@@ -1,4 +1,6 @@
-"""`evalmode serve`: a flag for every setting, made of the settings themselves. Knows no server before it starts one."""
+"""`evalmode serve`: a flag for every setting, made of the settings themselves. Knows no server
+before it starts one.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,34 @@ if TYPE_CHECKING:
     from evalmode.service.settings import Origin, Settings
 
 EPILOG = (
-    "Examples:  evalmode serve   |   evalmode serve bundles/languages/1 --port 9000 --provider cuda   |   "
-    "evalmode serve --print-settings > evalmode.toml"
+    "Examples:  evalmode serve   |   evalmode serve bundles/languages/1 --port 9000 --provider cuda"
+    "   |   evalmode serve --print-settings > evalmode.toml"
 )
 _HIDDEN = "(not shown)"
 
 
 def serve() -> None:
-    """Serve bundles over HTTP. Every option is also a variable, EVALMODE_PORT=9000, and a line of a TOML file."""
+    """Serve bundles over HTTP. Every option is also a variable, EVALMODE_PORT=9000, and a line of a
+    TOML file.
+    """
 
 
 def serve_command() -> Any:
-    """The command with its flags. Made when it is called: the settings take a tenth of a second to import."""
+    """The command with its flags. Made when it is called: the settings take a tenth of a second to
+    import.
+    """
     alone = typer.Typer(
-        add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+        add_completion=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
 
     def called(
-        where: Path | None, config: Path | None, print_settings: bool, bundle: Path | None, **given: Any
+        where: Path | None,
+        config: Path | None,
+        print_settings: bool,
+        bundle: Path | None,
+        **given: Any,
     ) -> None:
         if where is not None and bundle is not None:
             raise EvalmodeError(f"the bundle is given twice: {where} and --bundle {bundle}")
@@ -45,8 +57,9 @@ def serve_command() -> Any:
         _serve(config, print_settings=print_settings, bundle=where or bundle, **flags)
 
     called.__doc__ = serve.__doc__
-    called.__signature__ = inspect.Signature(list(_parameters()))  # type: ignore[attr-defined]
-    called.__annotations__ = {name: flag.annotation for name, flag in called.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    signature = inspect.Signature(list(_parameters()))
+    called.__signature__ = signature  # type: ignore[attr-defined]
+    called.__annotations__ = {name: flag.annotation for name, flag in signature.parameters.items()}
     alone.command(epilog=EPILOG)(called)
     return typer.main.get_command(alone)
 
@@ -67,10 +80,16 @@ def _parameters() -> Iterator[inspect.Parameter]:
     from evalmode.service.settings import CONFIG_VARIABLE, GROUPS, SECRETS, Settings
 
     where = typer.Argument(
-        help="A bundle or a folder of bundles; the same as --bundle.", metavar="BUNDLE", show_default=False
+        help="A bundle or a folder of bundles; the same as --bundle.",
+        metavar="BUNDLE",
+        show_default=False,
     )
-    config = typer.Option(help=f"A TOML file of settings. \\[env: {CONFIG_VARIABLE}]", show_default=False)
-    shown = typer.Option("--print-settings", help="Print every setting and where it came from, and serve nothing.")
+    config = typer.Option(
+        help=f"A TOML file of settings. \\[env: {CONFIG_VARIABLE}]", show_default=False
+    )
+    shown = typer.Option(
+        "--print-settings", help="Print every setting and where it came from, and serve nothing."
+    )
     yield _parameter("where", Annotated[Path | None, where], None)
     yield _parameter("config", Annotated[Path | None, config], None)
     yield _parameter("print_settings", Annotated[bool, shown], False)
@@ -82,7 +101,9 @@ def _parameters() -> Iterator[inspect.Parameter]:
 
 
 def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
 def _option(name: str, field: FieldInfo, group: str | None) -> Any:
@@ -118,14 +139,21 @@ def _print(settings: Settings, origins: Mapping[str, Origin]) -> None:
     for name, origin in origins.items():
         value = getattr(settings, name)
         shown = _HIDDEN if name in SECRETS and value is not None else _spelled(value)
-        table.add_row(name, Text(shown, overflow="fold"), Text(origin, style="dim" if origin == "default" else "bold"))
+        table.add_row(
+            name,
+            Text(shown, overflow="fold"),
+            Text(origin, style="dim" if origin == "default" else "bold"),
+        )
     open_console().print(table)
 
 
 def _toml(settings: Settings, origins: Mapping[str, Origin]) -> Iterator[str]:
     from evalmode.service.settings import GROUPS, SECRETS, Settings
 
-    yield "# Settings of `evalmode serve --config FILE`. Flags and EVALMODE_* go before what stands here.\n"
+    yield (
+        "# Settings of `evalmode serve --config FILE`. Flags and EVALMODE_* go before what stands"
+        " here.\n"
+    )
     for name, field in Settings.model_fields.items():
         if name in GROUPS:
             yield f"\n# {GROUPS[name]}.\n"
@@ -134,7 +162,8 @@ def _toml(settings: Settings, origins: Mapping[str, Origin]) -> Iterator[str]:
             line = f'# {name} = "..."'
         else:
             line = f"# {name} =" if value is None else f"{name} = {_spelled(value)}"
-        yield f"{line}  # {field.description}{'' if origins[name] == 'default' else f' (from: {origins[name]})'}\n"
+        origin = "" if origins[name] == "default" else f" (from: {origins[name]})"
+        yield f"{line}  # {field.description}{origin}\n"
 
 
 def _spelled(value: object) -> str:

@@ -1,4 +1,6 @@
-"""`evalmode verify`: which files, by which rules, on which inputs; and a bar while it takes long. Knows no rule."""
+"""`evalmode verify`: which files, by which rules, on which inputs; and a bar while it takes long.
+Knows no rule.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
     from evalmode.export.verify.verify import Asked, Examined
 
 EPILOG = (
-    "Examples:  evalmode verify bundles models/*.onnx   |   "
-    "evalmode verify models --format sarif --output evalmode.sarif   |   evalmode verify int8.onnx --inputs rows.npz"
+    "Examples:  evalmode verify bundles models/*.onnx   |   evalmode verify models --format sarif"
+    " --output evalmode.sarif   |   evalmode verify int8.onnx --inputs rows.npz"
 )
 MADE = "made"
 
@@ -28,20 +30,28 @@ _BAR_FROM = 20  # targets
 def verify(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="ONNX files, bundles, and folders that are searched for both.", show_default=False),
+        typer.Argument(
+            help="ONNX files, bundles, and folders that are searched for both.", show_default=False
+        ),
     ],
     inputs: Annotated[
         str | None,
         typer.Option(
-            help="Run bare files too, on the arrays of a .npz file, on what package.module:sample_inputs returns, or "
-            "on `made` ones.",
+            help=(
+                "Run bare files too, on the arrays of a .npz file, on what"
+                " package.module:sample_inputs returns, or "
+                "on `made` ones."
+            ),
             show_default=False,
         ),
     ] = None,
     module: Annotated[
         str | None,
         typer.Option(
-            help="package.module:factory of the module, in eval mode, that the files should answer like.",
+            help=(
+                "package.module:factory of the module, in eval mode, that the files should answer"
+                " like."
+            ),
             show_default=False,
         ),
     ] = None,
@@ -50,10 +60,13 @@ def verify(
     fail_on: reporting.FailOn = "unproven",
     allow_unproven: reporting.AllowUnproven = False,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Leave this rule out; may be given again.", show_default=False)
+        list[str] | None,
+        typer.Option(help="Leave this rule out; may be given again.", show_default=False),
     ] = None,
 ) -> None:
-    """Check ONNX files and bundles: exit 0 when all pass, 1 when a rule finds something, 2 when one is unreadable."""
+    """Check ONNX files and bundles: exit 0 when all pass, 1 when a rule finds something, 2 when one
+    is unreadable.
+    """
     from evalmode.export.report.report import FailOn, Report
     from evalmode.export.rules.registry import names_of
     from evalmode.export.verify.targets import find_targets
@@ -84,7 +97,9 @@ def _examine(targets: Sequence[Target], asked: Asked) -> tuple[Examined, ...]:
 
 
 def _samples(inputs: str) -> Sequence[Any]:
-    """What --inputs means: arrays of a file, samples of the user's code, or none, which asks for made ones."""
+    """What --inputs means: arrays of a file, samples of the user's code, or none, which asks for
+    made ones.
+    """
     if inputs == MADE:
         return ()
     from evalmode.export.inputs.references import is_reference, load_samples

@@ -1,9 +1,10 @@
-"""Whether a whole output's mean is eval's: for noise of no known form, and so never a proof of a gap.
+"""Whether a whole output's mean is eval's: for noise of no known form, and so never a proof of a
+gap.
 
-With u the difference from eval of a training output, over eval's norm, two independent ones have a product u . v whose
-mean is |b|^2, b being the bias over that norm, whatever the noise; no element is left out. The mean product of all
-pairs of a block of draws is one value, and Student's interval of the blocks decides whether |b| is below the margin.
-Knows no module.
+With u the difference from eval of a training output, over eval's norm, two independent ones have a
+product u . v whose mean is |b|^2, b being the bias over that norm, whatever the noise; no element
+is left out. The mean product of all pairs of a block of draws is one value, and Student's interval
+of the blocks decides whether |b| is below the margin. Knows no module.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ _PILOT = 32
 def agreement(
     drawn: Callable[[int], Iterator[Tensor]], direction: Tensor, *, alpha: float, draws: int | None
 ) -> Measured:
-    """`drawn(n)` gives n differences from eval over its norm, shape (elements,); `direction` is eval over its norm.
+    """`drawn(n)` gives n differences from eval over its norm, shape (elements,); `direction` is
+    eval over its norm.
 
-    The gap told is the slope of training's output on eval's, 1 where they agree; the verdict rests on all of it.
+    The gap told is the slope of training's output on eval's, 1 where they agree; the verdict rests
+    on all of it.
     """
     near, size = _plan(drawn, alpha)
     blocks = _BLOCKS if draws is None else max(min(_BLOCKS, draws // 2), 2)
@@ -47,8 +50,9 @@ def agreement(
 def _plan(drawn: Callable[[int], Iterator[Tensor]], alpha: float) -> tuple[float, int]:
     """The margin of |b|, and how many draws a block needs.
 
-    The margin is that of a mask whose noise has the same power. All pairs of m draws have 2 / m^2 times the variance of
-    one pair, so that the blocks need the square root of what single pairs would.
+    The margin is that of a mask whose noise has the same power. All pairs of m draws have 2 / m^2
+    times the variance of one pair, so that the blocks need the square root of what single pairs
+    would.
     """
     draws = list(drawn(_PILOT))
     power = sum(float(u @ u) for u in draws) / len(draws)

@@ -1,8 +1,10 @@
-"""The expectation-gap audit of any module: every site that drops or adds noise, and whether training's mean is eval's.
+"""The expectation-gap audit of any module: every site that drops or adds noise, and whether
+training's mean is eval's.
 
-A site is the innermost module that draws random numbers in a training forward, or that is a dropout by name. Its
-captured input is held fixed and it is compared with itself, training against eval, so that nothing non-linear after it
-counts. Does not know sites that no sample reaches (it names those that are dropouts), nor the second call of a module.
+A site is the innermost module that draws random numbers in a training forward, or that is a dropout
+by name. Its captured input is held fixed and it is compared with itself, training against eval, so
+that nothing non-linear after it counts. Does not know sites that no sample reaches (it names those
+that are dropouts), nor the second call of a module.
 """
 
 from __future__ import annotations
@@ -47,11 +49,12 @@ def audit(
 ) -> Audit:
     """Audit a module on samples: its forward's tensors by argument name, of any shapes and dtypes.
 
-    `alpha` bounds the chance that any site at all is called wrong by accident. `draws` fixes the training forwards of
-    each site's test; None takes as many as find gaps of a quarter of the drop rate (of .02 at least) 99 times in 100,
-    20,000 at most. `progress` hears each site's path first. The same seed gives the same audit; the module, its state
-    and every generator are left as they were. Raises ValueError for no samples, or an alpha or draws out of range, and
-    UnusableInputs where no sample runs in either mode.
+    `alpha` bounds the chance that any site at all is called wrong by accident. `draws` fixes the
+    training forwards of each site's test; None takes as many as find gaps of a quarter of the drop
+    rate (of .02 at least) 99 times in 100, 20,000 at most. `progress` hears each site's path first.
+    The same seed gives the same audit; the module, its state and every generator are left as they
+    were. Raises ValueError for no samples, or an alpha or draws out of range, and UnusableInputs
+    where no sample runs in either mode.
     """
     if not samples:
         raise ValueError("the audit needs at least one sample")
@@ -64,8 +67,12 @@ def audit(
         sites: list[Site] = []
         warnings: list[Finding] = []
         if found.ran:
-            sites, warnings = _audit(module, samples, found, draws=draws, alpha=alpha, seed=seed, progress=progress)
-    return Audit(tuple(sites), _record(sites, [*_failed(found), *_empty(samples, found), *warnings], alpha))
+            sites, warnings = _audit(
+                module, samples, found, draws=draws, alpha=alpha, seed=seed, progress=progress
+            )
+    return Audit(
+        tuple(sites), _record(sites, [*_failed(found), *_empty(samples, found), *warnings], alpha)
+    )
 
 
 def _audit(
@@ -97,7 +104,9 @@ def _audit(
 
 
 def _held_by_parent(candidate: Candidate, every: Sequence[Candidate]) -> bool:
-    """Whether the module around a dropout draws with the same rate: it passes the rate on to a function."""
+    """Whether the module around a dropout draws with the same rate: it passes the rate on to a
+    function.
+    """
     parent, _, name = candidate.path.rpartition(".")
     around = [other for other in every if other.training and other.path == parent and name]
     return any(draw.p == candidate.p for other in around for draw in other.training)
@@ -118,21 +127,33 @@ def _failed(found: Found) -> Iterator[Finding]:
     severity = Severity.WARNING if found.ran else Severity.UNPROVEN
     for failure in dict.fromkeys(found.failures):
         why = f"the module does not run {failure}"
-        yield Finding(severity=severity, why=why, fix="give samples that a forward accepts in either mode")
+        yield Finding(
+            severity=severity, why=why, fix="give samples that a forward accepts in either mode"
+        )
 
 
 def _empty(samples: Sequence[Mapping[str, Tensor]], found: Found) -> Iterator[Finding]:
-    """Unproven where no sample holds a row: torch draws nothing for none, so that no site is found."""
-    sizes = [tensor.numel() for index in found.ran for tensor in samples[index].values() if tensor.ndim]
+    """Unproven where no sample holds a row: torch draws nothing for none, so that no site is
+    found.
+    """
+    sizes = [
+        tensor.numel() for index in found.ran for tensor in samples[index].values() if tensor.ndim
+    ]
     if sizes and not any(sizes):
         why = "every sample is empty, so nothing can be measured"
-        yield Finding(severity=Severity.UNPROVEN, why=why, fix="give samples that hold at least one row")
+        yield Finding(
+            severity=Severity.UNPROVEN, why=why, fix="give samples that hold at least one row"
+        )
 
 
 def _record(sites: Sequence[Site], others: Sequence[Finding], alpha: float) -> Record:
     findings = [
         Finding(
-            severity=site.severity, node=_name(site), op=site.type, why=f"{site.kind}: {site.sentence}", fix=site.fix
+            severity=site.severity,
+            node=_name(site),
+            op=site.type,
+            why=f"{site.kind}: {site.sentence}",
+            fix=site.fix,
         )
         for site in sites
         if site.severity is not None
@@ -143,7 +164,9 @@ def _record(sites: Sequence[Site], others: Sequence[Finding], alpha: float) -> R
         RULE,
         [*findings, *others],
         fine="every site passes on in training, on average, what it passes on in eval",
-        otherwise="training and eval differ on average" if wrong else "not every site could be judged",
+        otherwise=(
+            "training and eval differ on average" if wrong else "not every site could be judged"
+        ),
         measured=f"{len(sites)} sites, {wrong} with a gap, {unsure} inconclusive",
         limit=f"0 with a gap, false alarms at most {alpha:g} in all",
         sites=tuple(f"{_name(site)} ({site.type}): {site.kind}" for site in sites),

@@ -1,4 +1,6 @@
-"""The constants for which a site's training forward equals its eval forward. Knows a function of constants, no tape."""
+"""The constants for which a site's training forward equals its eval forward. Knows a function of
+constants, no tape.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,29 @@ Constants = Mapping[int, float]
 class Balance:
     """Compares forwards under constants with the eval forward."""
 
-    def __init__(self, forward: Callable[[Constants], list[Tensor]], expected: list[Tensor]) -> None:
-        """`forward` maps constants by application to the floating tensors of the output, shaped like `expected`."""
+    def __init__(
+        self, forward: Callable[[Constants], list[Tensor]], expected: list[Tensor]
+    ) -> None:
+        """`forward` maps constants by application to the floating tensors of the output, shaped
+        like `expected`.
+        """
         self._forward = forward
         self._expected = [tensor.to(torch.float64) for tensor in expected]
         # Sums over a few thousand terms lose some hundred rounding steps.
         self._tolerance = min(512 * rounding(expected), 0.02)
 
     def find(
-        self, parts: Sequence[Sequence[int]], additive: Sequence[bool], values: Sequence[float], p: float | None
+        self,
+        parts: Sequence[Sequence[int]],
+        additive: Sequence[bool],
+        values: Sequence[float],
+        p: float | None,
     ) -> list[float] | Unclear:
         """A constant for each part; Unclear when none makes the forwards equal, or any would.
 
-        Tried first: 1 (0 for what is added), as after inverted dropout; then what the declared rate would need; then,
-        for one part after the other and for all as one, the constant that a secant search finds.
+        Tried first: 1 (0 for what is added), as after inverted dropout; then what the declared rate
+        would need; then, for one part after the other and for all as one, the constant that a
+        secant search finds.
         """
         if not self._expected:
             return Unclear(("its output holds no floating point tensor",))
@@ -52,10 +63,15 @@ class Balance:
                 return found
         return Unclear(("training and eval differ by more than the factor of the dropped values",))
 
-    def _guesses(self, usual: list[float], values: Sequence[float], p: float | None) -> list[list[float]]:
+    def _guesses(
+        self, usual: list[float], values: Sequence[float], p: float | None
+    ) -> list[list[float]]:
         if p is None or len(usual) > _MOST_TOGETHER:
             return [usual]
-        choices = [(c, *([] if c == 0 else [v * (1 - p), v * p])) for c, v in zip(usual, values, strict=True)]
+        choices = [
+            (c, *([] if c == 0 else [v * (1 - p), v * p]))
+            for c, v in zip(usual, values, strict=True)
+        ]
         return [list(guess) for guess in itertools.product(*choices)]
 
     def _outputs(self, parts: Sequence[Sequence[int]], constants: Sequence[float]) -> list[Tensor]:
@@ -66,11 +82,17 @@ class Balance:
         return self._distance(self._outputs(parts, constants), self._expected)
 
     def _distance(self, outputs: list[Tensor], others: list[Tensor]) -> float:
-        """The largest difference over the largest expected value, tensor by tensor; inf for shapes that differ."""
+        """The largest difference over the largest expected value, tensor by tensor; inf for shapes
+        that differ.
+        """
         if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in others]:
             return float("inf")
         return max(
-            (self._relative(a, b, e) for a, b, e in zip(outputs, others, self._expected, strict=True)), default=0
+            (
+                self._relative(a, b, e)
+                for a, b, e in zip(outputs, others, self._expected, strict=True)
+            ),
+            default=0,
         )
 
     def _relative(self, a: Tensor, b: Tensor, expected: Tensor) -> float:
@@ -83,15 +105,22 @@ class Balance:
         return away / largest if largest and away == away else float("inf")
 
     def _matters(self, parts: Sequence[Sequence[int]], constants: list[float]) -> bool:
-        """Whether another constant would be seen: a normalisation right after the dropout takes any scale out."""
+        """Whether another constant would be seen: a normalisation right after the dropout takes any
+        scale out.
+        """
         outputs = self._outputs(parts, constants)
         return all(
-            self._distance(self._outputs(parts, _moved(constants, part)), outputs) > 2 * self._tolerance
+            self._distance(self._outputs(parts, _moved(constants, part)), outputs)
+            > 2 * self._tolerance
             for part in range(len(parts))
         )
 
-    def _search(self, parts: Sequence[Sequence[int]], usual: list[float], free: list[int]) -> list[float] | None:
-        """The constant of the free parts, the others as usual, by secants on the projected difference."""
+    def _search(
+        self, parts: Sequence[Sequence[int]], usual: list[float], free: list[int]
+    ) -> list[float] | None:
+        """The constant of the free parts, the others as usual, by secants on the projected
+        difference.
+        """
 
         def outputs(c: float) -> list[Tensor]:
             return self._outputs(parts, [c if part in free else u for part, u in enumerate(usual)])
@@ -107,7 +136,11 @@ class Balance:
             if abs(b - a) <= 1e-9 * max(abs(b), 1.0):
                 break
         found = [b if part in free else u for part, u in enumerate(usual)]
-        return found if self._off(parts, found) <= self._tolerance and self._matters(parts, found) else None
+        return (
+            found
+            if self._off(parts, found) <= self._tolerance and self._matters(parts, found)
+            else None
+        )
 
     def _along(self, outputs: list[Tensor], direction: list[Tensor]) -> float:
         if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in self._expected]:

@@ -1,8 +1,9 @@
-"""Dropout before a batch normalisation: in training it raises the variance that the layer learns, in eval it does not.
+"""Dropout before a batch normalisation: in training it raises the variance that the layer learns,
+in eval it does not.
 
-Li, Chen, Hu and Yang, "Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift"
-(arXiv:1801.05134). The means may agree perfectly: this is a warning of its own. Does not know layers that normalise by
-batch without being one of torch's.
+Li, Chen, Hu and Yang, "Understanding the Disharmony between Dropout and Batch Normalization by
+Variance Shift" (arXiv:1801.05134). The means may agree perfectly: this is a warning of its own.
+Does not know layers that normalise by batch without being one of torch's.
 """
 
 from __future__ import annotations
@@ -35,20 +36,27 @@ class Shift:
     def sentence(self) -> str:
         """What it does to the network."""
         return (
-            f"it feeds the batch normalisation {self.path}, whose input has {self.ratio:.2f} times the variance in "
-            "training that it has in eval: the statistics learnt are not those of eval"
+            f"it feeds the batch normalisation {self.path}, whose input has {self.ratio:.2f} times"
+            " the variance in training that it has in eval: the statistics learnt are not those of"
+            " eval"
         )
 
 
 def batch_norms(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The layers that normalise by statistics learnt in training, by path."""
-    return {path: part for path, part in modules.items() if isinstance(part, _BatchNorm) and part.track_running_stats}
+    return {
+        path: part
+        for path, part in modules.items()
+        if isinstance(part, _BatchNorm) and part.track_running_stats
+    }
 
 
 def shift(
     root: nn.Module, site: nn.Module, norms: Mapping[str, nn.Module], sample: Mapping[str, Tensor]
 ) -> Shift | None:
-    """The first batch normalisation that the site's noise reaches, if it shifts the variance there."""
+    """The first batch normalisation that the site's noise reaches, if it shifts the variance
+    there.
+    """
     held = Held(root, site, Call.of((), sample))
     with held.ready():
         still = _inputs(root, norms, held.call)
@@ -56,7 +64,9 @@ def shift(
         noisy = [_inputs(root, norms, held.call) for _ in range(_DRAWS)]
     for path, quiet in still.items():
         inputs = [found[path] for found in noisy if path in found]
-        if all(x.shape == quiet.shape for x in inputs) and any(not torch.equal(x, quiet) for x in inputs):
+        if all(x.shape == quiet.shape for x in inputs) and any(
+            not torch.equal(x, quiet) for x in inputs
+        ):
             return _shift(path, quiet, inputs)
     return None
 

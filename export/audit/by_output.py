@@ -1,9 +1,10 @@
-"""Measuring at the output: for noise that no tape can follow, such as a mask drawn by Python or by another path.
+"""Measuring at the output: for noise that no tape can follow, such as a mask drawn by Python or by
+another path.
 
-Training's output is held against eval's. Four patterns are read exactly: every element 0 or v times eval's (a mask);
-one of two whole outputs (a path taken or not); AlphaDropout's affine pair; one factor for each forward. Anything
-else is compared by the mean of the whole output, which may prove agreement but, after a non-linear step, no gap. Does
-not see inside.
+Training's output is held against eval's. Four patterns are read exactly: every element 0 or v times
+eval's (a mask); one of two whole outputs (a path taken or not); AlphaDropout's affine pair; one
+factor for each forward. Anything else is compared by the mean of the whole output, which may prove
+agreement but, after a non-linear step, no gap. Does not see inside.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ class Outputs:
     """An observer of the site's outputs, one effect for each tensor that moves."""
 
     def __init__(
-        self, held: Held, readers: list[Callable[[list[Tensor]], Tensor]], effects: tuple[Effect, ...]
+        self,
+        held: Held,
+        readers: list[Callable[[list[Tensor]], Tensor]],
+        effects: tuple[Effect, ...],
     ) -> None:
         """`readers` turn a training output into the noise of their effect."""
         self.effects = effects
@@ -40,7 +44,10 @@ class Outputs:
         if not _same(expected, again):
             return Unclear(("a module inside it is random in eval",))
         size = sum(tensor.numel() for tensor in expected)
-        probes = [held.run(training=True) for _ in range(max(min(_PROBES, _MOST_ELEMENTS // max(size, 1)), 16))]
+        probes = [
+            held.run(training=True)
+            for _ in range(max(min(_PROBES, _MOST_ELEMENTS // max(size, 1)), 16))
+        ]
         if any([t.shape for t in probe] != [t.shape for t in expected] for probe in probes):
             return Unclear(("training returns other shapes than eval",))
         gate = _gate(probes, expected)
@@ -64,26 +71,41 @@ class Outputs:
         return [reader(output) for reader in self._readers]
 
 
-def _gate(probes: list[list[Tensor]], expected: list[Tensor]) -> tuple[Callable[[list[Tensor]], Tensor], Effect] | None:
-    """A path that is taken or not: two outputs in all, with eval on the line between (or beyond) them."""
+def _gate(
+    probes: list[list[Tensor]], expected: list[Tensor]
+) -> tuple[Callable[[list[Tensor]], Tensor], Effect] | None:
+    """A path that is taken or not: two outputs in all, with eval on the line between (or beyond)
+    them.
+    """
     flat, e = [_flat(probe) for probe in probes], _flat(expected)
     other = next((f for f in flat if not torch.equal(f, flat[0])), None)
-    if other is None or e.numel() < 2 or not all(torch.equal(f, flat[0]) or torch.equal(f, other) for f in flat):
+    if (
+        other is None
+        or e.numel() < 2
+        or not all(torch.equal(f, flat[0]) or torch.equal(f, other) for f in flat)
+    ):
         return None
     skipped, taken = sorted((flat[0], other), key=lambda f: float(f.norm()))
     step = taken - skipped
     balance = float((e - skipped) @ step / (step @ step))
-    if float((skipped + balance * step - e).abs().max()) > 512 * rounding(expected) * float(e.abs().max()):
+    if float((skipped + balance * step - e).abs().max()) > 512 * rounding(expected) * float(
+        e.abs().max()
+    ):
         return None
 
     def reader(output: list[Tensor]) -> Tensor:
         return torch.tensor([float(torch.equal(_flat(output), taken))], dtype=torch.float64)
 
-    # The path scaled by 1 in eval is scaled by 1/balance where it is taken in training; what is scaled is not seen.
-    return reader, Effect(balance=balance, scale=1 / balance if balance else 1.0, rounding=rounding(expected))
+    # The path scaled by 1 in eval is scaled by 1/balance where it is taken in training; what is
+    # scaled is not seen.
+    return reader, Effect(
+        balance=balance, scale=1 / balance if balance else 1.0, rounding=rounding(expected)
+    )
 
 
-def _tensor_pattern(index: int, probes: list[Tensor], e: Tensor) -> tuple[Callable[[list[Tensor]], Tensor], Effect]:
+def _tensor_pattern(
+    index: int, probes: list[Tensor], e: Tensor
+) -> tuple[Callable[[list[Tensor]], Tensor], Effect]:
     step = rounding([e])
     e = e.to(torch.float64)
     stack = torch.stack([probe.to(torch.float64) for probe in probes])
@@ -103,14 +125,18 @@ def _tensor_pattern(index: int, probes: list[Tensor], e: Tensor) -> tuple[Callab
     def difference(output: list[Tensor]) -> Tensor:
         return (output[index].to(torch.float64) - e).reshape(-1) / norm
 
-    return difference, Effect(balance=0.0, rounding=step, direction=e.reshape(-1) / norm, why=_UNLIKE)
+    return difference, Effect(
+        balance=0.0, rounding=step, direction=e.reshape(-1) / norm, why=_UNLIKE
+    )
 
 
 _UNLIKE = "training's output is no multiple of eval's, and what it was made of cannot be seen"
 
 
 def _one_factor(ratios: Tensor, step: float) -> bool:
-    """Whether each draw multiplies everything by one number, which is noise that enters linearly."""
+    """Whether each draw multiplies everything by one number, which is noise that enters
+    linearly.
+    """
     flat = ratios.flatten(1)
     flat = flat[:, ~flat.isnan().any(0)]
     if flat.shape[1] < 2:
@@ -119,10 +145,12 @@ def _one_factor(ratios: Tensor, step: float) -> bool:
 
 
 def _alpha(stack: Tensor, e: Tensor, step: float) -> tuple[float, Effect] | None:
-    """AlphaDropout's pair: what is dropped becomes d, what is kept a x + b, and N(0, 1) keeps its mean and variance.
+    """AlphaDropout's pair: what is dropped becomes d, what is kept a x + b, and N(0, 1) keeps its
+    mean and variance.
 
-    From a, b and d alone: the mean is kept at the keep rate k = d / (d - b), and the variance if then
-    k (a^2 + b^2) + (1 - k) d^2 = 1 (Klambauer et al. 2017, section "New dropout technique"). k is measured.
+    From a, b and d alone: the mean is kept at the keep rate k = d / (d - b), and the variance if
+    then k (a^2 + b^2) + (1 - k) d^2 = 1 (Klambauer et al. 2017, section "New dropout technique"). k
+    is measured.
     """
     dropped, count = stack.flatten().mode()[0], 0
     at = (stack - dropped).abs() <= 4 * step * dropped.abs()
@@ -138,7 +166,9 @@ def _alpha(stack: Tensor, e: Tensor, step: float) -> tuple[float, Effect] | None
     k = d / (d - b)
     varies = abs(k * (a * a + b * b) + (1 - k) * d * d - 1) > max(1e-3, 4 * step)
     why = "what it returns has another variance than N(0, 1)" if varies else ""
-    return d, Effect(balance=k, rounding=4 * step, law=Kind.ALPHA, why=why, scale=a / k if k else 1.0)
+    return d, Effect(
+        balance=k, rounding=4 * step, law=Kind.ALPHA, why=why, scale=a / k if k else 1.0
+    )
 
 
 def _where_dropped(output: Tensor, d: float) -> Tensor:

@@ -1,8 +1,10 @@
-"""Measuring where the noise meets the data: sound for a dropout anywhere inside a module, whatever follows it.
+"""Measuring where the noise meets the data: sound for a dropout anywhere inside a module, whatever
+follows it.
 
-If every element of a site's noise is replaced by one constant c and the training forward then equals the eval forward,
-the noise's mean should be c: the downstream non-linearity is the same on both sides. c is exact, the mean is measured.
-Does not know noise that reaches the data in no linear way, or twice.
+If every element of a site's noise is replaced by one constant c and the training forward then
+equals the eval forward, the noise's mean should be c: the downstream non-linearity is the same on
+both sides. c is exact, the mean is measured. Does not know noise that reaches the data in no linear
+way, or twice.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Taped:
     ) -> None:
         """`parts`: the applications, by index, that each effect is made of.
 
-        `repeats` says that one mask is used more than once: if twice on one path, its mean is not what it does there.
+        `repeats` says that one mask is used more than once: if twice on one path, its mean is not
+        what it does there.
         """
         self.effects = effects
         self.repeats = repeats
@@ -55,9 +58,13 @@ class Taped:
             return Unclear()
         if isinstance(parts, Unclear):
             return parts
-        balance = Balance(lambda constants: read(held, foreign, constants)[1], held.run(training=False))
+        balance = Balance(
+            lambda constants: read(held, foreign, constants)[1], held.run(training=False)
+        )
         first = [readings[0].applications[part[0]] for part in parts]
-        found_balances = balance.find(parts, [a.additive for a in first], _values(readings, parts), p)
+        found_balances = balance.find(
+            parts, [a.additive for a in first], _values(readings, parts), p
+        )
         if isinstance(found_balances, Unclear):
             return found_balances
         step = rounding([*held.run(training=False), *held.call.tensors()])
@@ -71,13 +78,19 @@ class Taped:
 
 
 def gathered(reading: Reading, part: Sequence[int]) -> Tensor:
-    """The noise of applications that are one effect: the tensor itself, or several of one shape stacked."""
+    """The noise of applications that are one effect: the tensor itself, or several of one shape
+    stacked.
+    """
     noises = [reading.applications[index].noise for index in part]
     return noises[0] if len(noises) == 1 else torch.stack(noises)
 
 
 def read(
-    held: Held, foreign: frozenset[int], constants: Mapping[int, float] | None = None, *, training: bool = True
+    held: Held,
+    foreign: frozenset[int],
+    constants: Mapping[int, float] | None = None,
+    *,
+    training: bool = True,
 ) -> tuple[Reading, list[Tensor]]:
     """One forward of the site: what its tape shows, and the floating tensors of its output."""
     call = held.prepared()
@@ -88,29 +101,43 @@ def read(
 
 
 def probe(held: Held, *, training: bool = True) -> tuple[frozenset[int], list[Reading]] | Unclear:
-    """Which tensors from outside torch are random, and a few readings; Unclear when no two forwards are alike."""
+    """Which tensors from outside torch are random, and a few readings; Unclear when no two forwards
+    are alike.
+    """
     try:
         readings = [read(held, frozenset(), training=training)[0] for _ in range(_PROBES)]
         before = [reading.foreign for reading in readings]
         if len({tuple(tuple(t.shape) for t in found) for found in before}) != 1:
             return Unclear(("its forward takes another path from call to call",))
         columns = zip(*before, strict=True)
-        foreign = frozenset(i for i, column in enumerate(columns) if any(_differs(column[0], t) for t in column[1:]))
+        foreign = frozenset(
+            i for i, column in enumerate(columns) if any(_differs(column[0], t) for t in column[1:])
+        )
         if foreign:
             readings = [read(held, foreign, training=training)[0] for _ in range(_PROBES)]
-        while len(readings) < _MOST_PROBES and not all(map(_seen, *(r.applications for r in readings))):
+        while len(readings) < _MOST_PROBES and not all(
+            map(_seen, *(r.applications for r in readings))
+        ):
             readings.append(read(held, foreign, training=training)[0])
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return Unclear((f"its forward cannot be watched: {error}",))
     if readings[0].obstacles:
         return Unclear(tuple(readings[0].obstacles))
-    if len({tuple(tuple(a.noise.shape) for a in reading.applications) for reading in readings}) != 1:
+    if (
+        len({tuple(tuple(a.noise.shape) for a in reading.applications) for reading in readings})
+        != 1
+    ):
         return Unclear(("its forward takes another path from call to call",))
     return foreign, readings
 
 
 def _repeats(reading: Reading) -> bool:
-    used = [draw for application in reading.applications for draw in application.draws if application.noise.any()]
+    used = [
+        draw
+        for application in reading.applications
+        for draw in application.draws
+        if application.noise.any()
+    ]
     return len(set(used)) < len(used)
 
 
@@ -123,9 +150,11 @@ def _differs(a: Tensor, b: Tensor) -> bool:
 
 
 def _parts(readings: list[Reading]) -> list[list[int]] | Unclear:
-    """The applications that are one effect each; those whose noise is always 0 (a zero state's mask) are none.
+    """The applications that are one effect each; those whose noise is always 0 (a zero state's
+    mask) are none.
 
-    Unclear when two noises share a draw, as AlphaDropout's factor and offset do: their means do not multiply.
+    Unclear when two noises share a draw, as AlphaDropout's factor and offset do: their means do not
+    multiply.
     """
     count = range(len(readings[0].applications))
     alive = [i for i in count if _seen(*(reading.applications[i] for reading in readings))]
@@ -138,7 +167,9 @@ def _parts(readings: list[Reading]) -> list[list[int]] | Unclear:
         else:  # a mask that is used again is stacked on itself, and measured as one
             twin.append(index)
     for a, b in itertools.combinations(alive, 2):
-        if readings[0].applications[a].draws & readings[0].applications[b].draws and not _equal(readings, a, b):
+        if readings[0].applications[a].draws & readings[0].applications[b].draws and not _equal(
+            readings, a, b
+        ):
             return Unclear(("the same random numbers reach the data in two ways",))
     return parts
 
@@ -172,8 +203,15 @@ def _values(readings: list[Reading], parts: list[list[int]]) -> list[float]:
 
 
 def _effect(application: Application, balance: float, step: float) -> Effect:
-    """With the scale that makes eval's factor 1 where the module scales before or after the mask."""
+    """With the scale that makes eval's factor 1 where the module scales before or after the
+    mask.
+    """
     before, after = application.before, application.after
     scales = (1.0, after, before, before * after)
     scale = next((s for s in scales if abs(balance * s - 1) <= 1e-3), 1.0)
-    return Effect(balance=balance, additive=application.additive, scale=scale, rounding=max(step, application.step))
+    return Effect(
+        balance=balance,
+        additive=application.additive,
+        scale=scale,
+        rounding=max(step, application.step),
+    )

@@ -1,7 +1,8 @@
-"""Finding the sites: which modules draw in training, which in eval, which are a dropout by name, and what reaches them.
+"""Finding the sites: which modules draw in training, which in eval, which are a dropout by name,
+and what reaches them.
 
-A site's input is that of its first call in a training forward, or of the first that carries values where that one
-does not. Does not know what a site does with its draws.
+A site's input is that of its first call in a training forward, or of the first that carries values
+where that one does not. Does not know what a site does with its draws.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ Sample = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call, in copies of their own; their tensors may be of any shape and dtype."""
+    """The arguments of one call, in copies of their own; their tensors may be of any shape and
+    dtype.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Copies: an in-place dropout writes to its argument. What was one tensor stays one (self-attention asks)."""
+        """Copies: an in-place dropout writes to its argument. What was one tensor stays one
+        (self-attention asks).
+        """
         copies: dict[int, Tensor] = {}
 
         def copied(value: Any) -> Any:
@@ -50,10 +55,16 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         """Its tensors, in order."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return [
+            leaf
+            for leaf in pytree.tree_leaves((self.args, self.kwargs))
+            if isinstance(leaf, Tensor)
+        ]
 
     def emptiness(self) -> str:
-        """What its floating tensors are where they show no mask; "" where they carry values, or there are none."""
+        """What its floating tensors are where they show no mask; "" where they carry values, or
+        there are none.
+        """
         tensors = self.tensors()
         if tensors and not any(tensor.numel() for tensor in tensors):
             return "empty"
@@ -71,11 +82,17 @@ def _emptiness(floats: Sequence[Tensor]) -> str:
         return "empty"
     if not any(bool(tensor.isfinite().any()) for tensor in floats):
         return "finite nowhere"
-    return "zero everywhere" if all(bool(tensor.isfinite().all()) for tensor in floats) else "zero where it is finite"
+    return (
+        "zero everywhere"
+        if all(bool(tensor.isfinite().all()) for tensor in floats)
+        else "zero where it is finite"
+    )
 
 
 def _copied_object(value: Any) -> Any:
-    """An object of the user's, in a copy: a cache of keys and values grows with every call that is given it."""
+    """An object of the user's, in a copy: a cache of keys and values grows with every call that is
+    given it.
+    """
     if value is None or isinstance(value, bool | int | float | str | nn.Module):
         return value
     try:
@@ -86,7 +103,8 @@ def _copied_object(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What may be a site: a module's path, its draws in the two modes, its call (None: no sample reaches it).
+    """What may be a site: a module's path, its draws in the two modes, its call (None: no sample
+    reaches it).
 
     `trains` is its training flag after the root's `train()`, which a module may refuse.
     """
@@ -105,7 +123,8 @@ class Candidate:
 class Found:
     """The candidates in the order of the modules, and what went wrong on the way.
 
-    `ran` are the samples, by index, on which the training forward ran; none when no eval forward did.
+    `ran` are the samples, by index, on which the training forward ran; none when no eval forward
+    did.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
@@ -122,22 +141,35 @@ def find(module: nn.Module, samples: Sequence[Sample], *, seed: int) -> Found:
     training = private_copy(module, parameters=True).train()
     flags = {path: part.training for path, part in named_everything(training).items()}
     drawn, found.ran, failures = _draws(training, samples, seed=seed)
-    always, answered, others = _draws(private_copy(module, parameters=True).eval(), samples, seed=seed)
+    always, answered, others = _draws(
+        private_copy(module, parameters=True).eval(), samples, seed=seed
+    )
     found.failures = [f"in training mode on a sample: {_said(failure)}" for failure in failures]
     found.failures += [f"in eval mode on a sample: {_said(failure)}" for failure in others]
-    if not found.ran and not answered and not any(isinstance(failure, Unwatched) for failure in others):
+    if (
+        not found.ran
+        and not answered
+        and not any(isinstance(failure, Unwatched) for failure in others)
+    ):
         reason = _said(others[0]).strip().partition("\n")[0]
-        raise UnusableInputs(f"{type(module).__name__} fails on every sample, in eval mode too: {reason}")
+        raise UnusableInputs(
+            f"{type(module).__name__} fails on every sample, in eval mode too: {reason}"
+        )
     if not answered:
         found.ran = []
     modules = named_everything(module)
     paths = [
         path
         for path, part in modules.items()
-        if path in drawn or path in always or (should_drop(part) and declared_rate(part) is not None)
+        if path in drawn
+        or path in always
+        or (should_drop(part) and declared_rate(part) is not None)
     ]
     first, counts = _calls(
-        private_copy(module, parameters=True).train(), [samples[index] for index in found.ran], paths, seed=seed
+        private_copy(module, parameters=True).train(),
+        [samples[index] for index in found.ran],
+        paths,
+        seed=seed,
     )
     found.candidates = [
         Candidate(
@@ -168,7 +200,9 @@ def _rate(part: nn.Module, drawn: Sequence[Draw]) -> float | None:
 def _draws(
     module: nn.Module, samples: Sequence[Sample], *, seed: int
 ) -> tuple[dict[str, dict[Draw, None]], list[int], list[Exception]]:
-    """The draws by the path of the innermost module that has one, the samples that ran, and what the others raised."""
+    """The draws by the path of the innermost module that has one, the samples that ran, and what
+    the others raised.
+    """
     drawn: dict[str, dict[Draw, None]] = {}
     ran: list[int] = []
     failures: list[Exception] = []
@@ -176,12 +210,14 @@ def _draws(
         seed_everything(seed + index)
         try:
             seen = draws(module, Call.of((), sample).kwargs)
-        except Exception as error:  # the user's own code, in a mode that may be new to it; or what cannot be watched
+        # the user's own code, in a mode that may be new to it; or what cannot be watched
+        except Exception as error:
             failures.append(error)
             continue
         ran.append(index)
         for draw in seen:
-            # "blocks.0 > unregistered": a module made while running belongs to the one that made it.
+            # "blocks.0 > unregistered": a module made while running belongs to the one that made
+            # it.
             path = draw.path.partition(" > ")[0]
             drawn.setdefault("" if path == "(root)" else path, {})[draw] = None
     return drawn, ran, failures

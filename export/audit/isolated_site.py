@@ -1,7 +1,8 @@
-"""One site, held still: its captured input and its own state are the same at every run, and nothing else is random.
+"""One site, held still: its captured input and its own state are the same at every run, and nothing
+else is random.
 
-Every other module is in eval mode, so that a difference between two runs is the site's own. Does not know a module
-that is random in eval around or inside the site.
+Every other module is in eval mode, so that a difference between two runs is the site's own. Does
+not know a module that is random in eval around or inside the site.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from evalmode.export.module.untouched import saved
 
 
 class Held:
-    """A site of a network, with the call to repeat. The network's flags are the site's to set while it is judged."""
+    """A site of a network, with the call to repeat. The network's flags are the site's to set while
+    it is judged.
+    """
 
-    def __init__(self, root: nn.Module, site: nn.Module, call: Call, *, trains: bool = True) -> None:
+    def __init__(
+        self, root: nn.Module, site: nn.Module, call: Call, *, trains: bool = True
+    ) -> None:
         """`trains` is False for a site that refuses training mode."""
         self.site, self.call, self._trains = site, call, trains
         inside = list(named_everything(site).values())
@@ -33,7 +38,9 @@ class Held:
         self._with_children = False
 
     def with_children(self) -> None:
-        """From now on training is the flag of everything inside too: some ask their child for it."""
+        """From now on training is the flag of everything inside too: some ask their child for
+        it.
+        """
         self._with_children = True
 
     @contextmanager
@@ -47,7 +54,11 @@ class Held:
             for part in self._everything:
                 part.training = False
             # Fused attention and cuDNN's recurrent layers hide their dropout from a dispatch mode.
-            with plain_forward(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            with (
+                plain_forward(),
+                sdpa_kernel(SDPBackend.MATH),
+                torch.backends.cudnn.flags(enabled=False),
+            ):
                 yield
         finally:
             for part, flag in zip(self._everything, flags, strict=True):
@@ -81,13 +92,20 @@ class Held:
 
 
 def tensors(output: object) -> list[Tensor]:
-    """The tensors of a module's output, in the order of torch's pytrees; of other objects, those that they hold."""
+    """The tensors of a module's output, in the order of torch's pytrees; of other objects, those
+    that they hold.
+    """
     leaves = pytree.tree_leaves(output)
-    held = [vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    held = [
+        vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+    ]
     return [leaf for leaf in pytree.tree_leaves(held) if isinstance(leaf, Tensor)]
 
 
 def rounding(of: list[Tensor]) -> float:
-    """The largest relative rounding step of these tensors' dtypes; float32's where there is none."""
+    """The largest relative rounding step of these tensors' dtypes; float32's where there is
+    none.
+    """
     steps = [torch.finfo(tensor.dtype).eps for tensor in of if tensor.is_floating_point()]
     return max(steps, default=torch.finfo(torch.float32).eps)

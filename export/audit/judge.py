@@ -14,17 +14,32 @@ from evalmode.export.audit.find_sites import Candidate, carry_values
 from evalmode.export.audit.isolated_site import Held
 from evalmode.export.audit.masks import kept_value
 from evalmode.export.audit.measure import measure
-from evalmode.export.audit.site import SEVERITIES, Effect, Kind, Measured, Observer, Outcome, Site, Unclear
+from evalmode.export.audit.site import (
+    SEVERITIES,
+    Effect,
+    Kind,
+    Measured,
+    Observer,
+    Outcome,
+    Site,
+    Unclear,
+)
 from evalmode.export.audit.verdicts import kind_of, scales
 
 
 def judge(
-    root: nn.Module, module: nn.Module, candidate: Candidate, *, alpha: float, draws: int | None, given: bool
+    root: nn.Module,
+    module: nn.Module,
+    candidate: Candidate,
+    *,
+    alpha: float,
+    draws: int | None,
+    given: bool,
 ) -> list[Site]:
     """The sites of one candidate, at level `alpha` together.
 
-    `root` and `module` are working copies; `given` says that a parent which draws holds the same rate, so that the
-    dropout itself need not be called.
+    `root` and `module` are working copies; `given` says that a parent which draws holds the same
+    rate, so that the dropout itself need not be called.
     """
     if candidate.p == 0 and not candidate.training and not candidate.eval:
         return [_site(candidate, Kind.OFF)]
@@ -35,7 +50,11 @@ def judge(
     held = Held(root, module, candidate.call, trains=candidate.trains)
     try:
         with held.ready():
-            return [_always_on(held, candidate)] if candidate.eval else _judge(held, candidate, alpha, draws)
+            return (
+                [_always_on(held, candidate)]
+                if candidate.eval
+                else _judge(held, candidate, alpha, draws)
+            )
     except Exception as error:  # the user's own code, run without the network around it
         why = f"it does not run alone: {type(error).__name__}: {error}"
         return [_site(candidate, Kind.ALWAYS_ON if candidate.eval else Kind.INCONCLUSIVE, why=why)]
@@ -44,7 +63,8 @@ def judge(
 def _judge(held: Held, candidate: Candidate, alpha: float, draws: int | None) -> list[Site]:
     taped = Taped.of(held, candidate.p)
     if isinstance(taped, Unclear) and not taped.why and candidate.training:
-        held.with_children()  # it drew in the network, and does not alone: a child's flag may decide
+        # it drew in the network, and does not alone: a child's flag may decide
+        held.with_children()
         taped = Taped.of(held, candidate.p)
     if isinstance(taped, Taped):
         whole = Outputs.of(held) if taped.repeats else Unclear()
@@ -54,7 +74,9 @@ def _judge(held: Held, candidate: Candidate, alpha: float, draws: int | None) ->
     outputs = Outputs.of(held)
     if isinstance(outputs, Unclear):
         return [_site(candidate, Kind.INCONCLUSIVE, why="; ".join((*taped.why, *outputs.why)))]
-    if not outputs.effects or (held.call.emptiness() and not carry_values(held.run(training=False))):
+    if not outputs.effects or (
+        held.call.emptiness() and not carry_values(held.run(training=False))
+    ):
         return [_unmoved(held, candidate)]
     still = _still(held, candidate)
     return [still] if still else _measured(outputs, candidate, alpha, draws, None, taped.why)
@@ -78,18 +100,28 @@ def _measured(
 
 
 def _site_of(
-    candidate: Candidate, name: str, effect: Effect, measured: Measured, own: float | None, whys: Sequence[str]
+    candidate: Candidate,
+    name: str,
+    effect: Effect,
+    measured: Measured,
+    own: float | None,
+    whys: Sequence[str],
 ) -> Site:
     if own is not None and effect.balance:
         effect = Effect(
-            balance=effect.balance, additive=effect.additive, scale=own / effect.balance, rounding=effect.rounding
+            balance=effect.balance,
+            additive=effect.additive,
+            scale=own / effect.balance,
+            rounding=effect.rounding,
         )
     kind = kind_of(effect, measured, candidate.p)
     train_scale, eval_scale = scales(effect, measured)
     why = effect.why
     if kind is Kind.INCONCLUSIVE and effect.direction is not None:
         why = "; ".join(dict.fromkeys((*whys, effect.why)))
-    return _site(candidate, kind, draw=name, measured=measured, scales=(train_scale, eval_scale), why=why)
+    return _site(
+        candidate, kind, draw=name, measured=measured, scales=(train_scale, eval_scale), why=why
+    )
 
 
 def _site(
@@ -118,17 +150,26 @@ def _site(
         gap_interval=m.gap_interval,
         draws=m.draws,
         calls=candidate.calls,
-        sentence=verdicts.sentence(kind, gap=m.gap, keep=m.keep, p=candidate.p, why=why, draws=m.draws),
+        sentence=verdicts.sentence(
+            kind, gap=m.gap, keep=m.keep, p=candidate.p, why=why, draws=m.draws
+        ),
         fix="" if harmless else fix or verdicts.fix(kind, p=candidate.p, keep=m.keep),
         severity=None if harmless else SEVERITIES.get(kind),
     )
 
 
 def _own_scale(held: Held, effects: tuple[Effect, ...]) -> float | None:
-    """What eval multiplies the input by, where the site is one dropout whose output is a multiple of its one input."""
+    """What eval multiplies the input by, where the site is one dropout whose output is a multiple
+    of its one input.
+    """
     outputs = held.run(training=False)
     inputs = [tensor for tensor in held.call.tensors() if tensor.is_floating_point()]
-    if len(effects) != 1 or len(outputs) != 1 or len(inputs) != 1 or outputs[0].shape != inputs[0].shape:
+    if (
+        len(effects) != 1
+        or len(outputs) != 1
+        or len(inputs) != 1
+        or outputs[0].shape != inputs[0].shape
+    ):
         return None
     x, y = (tensor.to(torch.float64) for tensor in (inputs[0], outputs[0]))
     if not bool(x.any()):
@@ -140,7 +181,9 @@ def _own_scale(held: Held, effects: tuple[Effect, ...]) -> float | None:
 
 
 def _unmoved(held: Held, candidate: Candidate) -> Site:
-    """A site whose training could not be seen to differ from eval: never on only where a mask would have been seen."""
+    """A site whose training could not be seen to differ from eval: never on only where a mask would
+    have been seen.
+    """
     if emptiness := held.call.emptiness():
         why = f"its input is {emptiness}, so nothing can be measured: {verdicts.REACH}"
         return _site(candidate, Kind.INCONCLUSIVE, why=why, fix=verdicts.REACH)
@@ -153,7 +196,11 @@ def _unmoved(held: Held, candidate: Candidate) -> Site:
 def _still(held: Held, candidate: Candidate) -> Site | None:
     """The verdict of a site whose training output is always the same, and not eval's."""
     first, e = held.run(training=True), held.run(training=False)
-    if any(not torch.equal(a, b) for _ in range(16) for a, b in zip(held.run(training=True), first, strict=True)):
+    if any(
+        not torch.equal(a, b)
+        for _ in range(16)
+        for a, b in zip(held.run(training=True), first, strict=True)
+    ):
         return None
     if not any(bool(tensor.any()) for tensor in first):
         nothing = Measured(outcome=Outcome.NOTHING_KEPT, draws=17, keep=0.0, gap=0.0)
@@ -162,13 +209,26 @@ def _still(held: Held, candidate: Candidate) -> Site | None:
     dropped = any(bool(((a == 0) & (b != 0)).any()) for a, b in zip(first, e, strict=True))
     if value is not None and dropped:
         return _site(candidate, Kind.FROZEN, measured=Measured(outcome=Outcome.FROZEN, draws=17))
-    gap = Measured(outcome=Outcome.GAP, draws=17, gap=value, gap_interval=None if value is None else (value, value))
+    gap = Measured(
+        outcome=Outcome.GAP,
+        draws=17,
+        gap=value,
+        gap_interval=None if value is None else (value, value),
+    )
     why = "" if value is not None else "training differs from eval although it draws nothing"
-    return _site(candidate, Kind.WRONG_SCALE if value is not None else Kind.INCONCLUSIVE, measured=gap, why=why)
+    return _site(
+        candidate,
+        Kind.WRONG_SCALE if value is not None else Kind.INCONCLUSIVE,
+        measured=gap,
+        why=why,
+    )
 
 
 def _ratios(first: list[Tensor], e: list[Tensor]) -> Tensor:
-    pairs = [(a.to(torch.float64).reshape(-1), b.to(torch.float64).reshape(-1)) for a, b in zip(first, e, strict=True)]
+    pairs = [
+        (a.to(torch.float64).reshape(-1), b.to(torch.float64).reshape(-1))
+        for a, b in zip(first, e, strict=True)
+    ]
     return torch.cat([(a / b).masked_fill(b == 0, float("nan")) for a, b in pairs])
 
 
@@ -178,7 +238,9 @@ def _always_on(held: Held, candidate: Candidate) -> Site:
         found = probe(held, training=training)
         if isinstance(found, Unclear) or len(found[1][0].applications) != 1:
             continue
-        noise = torch.stack([gathered(read(held, found[0], training=training)[0], [0]) for _ in range(32)])
+        noise = torch.stack(
+            [gathered(read(held, found[0], training=training)[0], [0]) for _ in range(32)]
+        )
         value = kept_value(noise, rounding=1e-2)
         if value is not None:
             keep = float((noise != 0).to(torch.float64).mean())

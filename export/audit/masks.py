@@ -1,4 +1,5 @@
-"""Reading masks: the value that is kept, which elements share their fate, and whether the rest is independent.
+"""Reading masks: the value that is kept, which elements share their fate, and whether the rest is
+independent.
 
 Knows tensors, no modules.
 """
@@ -20,12 +21,18 @@ class Shape:
 
     value: float
     varies: tuple[bool, ...]
-    dropped: bool = False  # whether anything was ever dropped beside something kept, or in another draw
+    dropped: bool = (
+        False  # whether anything was ever dropped beside something kept, or in another draw
+    )
 
     @property
     def shared(self) -> tuple[int, ...]:
         """The axes that share one fate; without a drop there is no evidence of sharing, so none."""
-        return tuple(axis for axis, varies in enumerate(self.varies) if not varies) if self.dropped else ()
+        return (
+            tuple(axis for axis, varies in enumerate(self.varies) if not varies)
+            if self.dropped
+            else ()
+        )
 
     def joined(self, other: Shape) -> Shape:
         """What both have shown together."""
@@ -34,7 +41,8 @@ class Shape:
 
 
 def kept_value(noise: Tensor, *, rounding: float) -> float | None:
-    """The one value v > 0 of noise that is 0 or v everywhere, up to rounding; None for other noise, or nothing kept.
+    """The one value v > 0 of noise that is 0 or v everywhere, up to rounding; None for other noise,
+    or nothing kept.
 
     `noise` may hold NaN, which says nothing.
     """
@@ -75,20 +83,27 @@ def _any(flags: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def neighbours_agree(seen: Sequence[Tensor], kept: Sequence[Tensor]) -> bool:
-    """Whether neighbours along an axis share their fate more often, or less, than independent ones would."""
+    """Whether neighbours along an axis share their fate more often, or less, than independent ones
+    would.
+    """
     every_seen, every_kept = torch.stack(list(seen)), torch.stack(list(kept)).to(torch.float64)
     rate = float(every_kept[every_seen].mean())
     if rate in (0.0, 1.0):
         return False
     away = (every_kept - rate) * every_seen
-    return any(_correlated(away, every_seen, axis, rate) for axis in range(1, away.dim()) if away.shape[axis] > 1)
+    return any(
+        _correlated(away, every_seen, axis, rate)
+        for axis in range(1, away.dim())
+        if away.shape[axis] > 1
+    )
 
 
 def _correlated(away: Tensor, seen: Tensor, axis: int, rate: float) -> bool:
     length = away.shape[axis] - 1
     products = away.narrow(axis, 0, length) * away.narrow(axis, 1, length)
     pairs = int((seen.narrow(axis, 0, length) & seen.narrow(axis, 1, length)).sum())
-    # Independent: mean 0, variance (rate (1 - rate))^2. Too few pairs that fell together prove nothing either way.
+    # Independent: mean 0, variance (rate (1 - rate))^2. Too few pairs that fell together prove
+    # nothing either way.
     if pairs * min(rate, 1 - rate) ** 2 < 10:
         return False
     return bool(abs(float(products.sum())) > _DISTINCT * rate * (1 - rate) * pairs**0.5)

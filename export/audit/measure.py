@@ -1,8 +1,9 @@
 """Measuring one effect: how many draws it takes, the draws, and what they say about its mean.
 
-A mask is judged by an exact binomial test of the groups that it keeps. Where neighbours or whole draws hang together
-(DropBlock), and for noise that is no mask, the draws' means are judged instead, by Student's interval against a margin.
-The draws that find the structure are not those that are tested. Knows an observer, no module.
+A mask is judged by an exact binomial test of the groups that it keeps. Where neighbours or whole
+draws hang together (DropBlock), and for noise that is no mask, the draws' means are judged instead,
+by Student's interval against a margin. The draws that find the structure are not those that are
+tested. Knows an observer, no module.
 """
 
 from __future__ import annotations
@@ -39,17 +40,28 @@ class _Pilot:
         """Whether every draw was the same although it dropped one element and kept another."""
         first = self.noises[0]
         mixed = bool((first == 0).any()) and bool((first.nan_to_num(0.0) != 0).any())
-        return mixed and all(torch.equal(first.nan_to_num(-1.0), other.nan_to_num(-1.0)) for other in self.noises[1:])
+        return mixed and all(
+            torch.equal(first.nan_to_num(-1.0), other.nan_to_num(-1.0)) for other in self.noises[1:]
+        )
 
 
 def measure(observer: Observer, *, alpha: float, draws: int | None) -> list[Measured]:
-    """Every effect's figures, at level alpha each. `draws` fixes the number of test forwards; None sizes it."""
-    return [_measure(observer, index, effect, alpha, draws) for index, effect in enumerate(observer.effects)]
+    """Every effect's figures, at level alpha each. `draws` fixes the number of test forwards; None
+    sizes it.
+    """
+    return [
+        _measure(observer, index, effect, alpha, draws)
+        for index, effect in enumerate(observer.effects)
+    ]
 
 
-def _measure(observer: Observer, index: int, effect: Effect, alpha: float, draws: int | None) -> Measured:
+def _measure(
+    observer: Observer, index: int, effect: Effect, alpha: float, draws: int | None
+) -> Measured:
     if effect.direction is not None:
-        return agreement(partial(_drawn, observer, index), effect.direction, alpha=alpha, draws=draws)
+        return agreement(
+            partial(_drawn, observer, index), effect.direction, alpha=alpha, draws=draws
+        )
     pilot = _pilot(observer, index, effect)
     if pilot.frozen:
         return Measured(outcome=Outcome.FROZEN, draws=len(pilot.noises), value=pilot.value)
@@ -68,7 +80,9 @@ def _pilot(observer: Observer, index: int, effect: Effect) -> _Pilot:
     noises: list[Tensor] = []
     for noise in _drawn(observer, index, _MOST_PILOT):
         noises.append(noise)
-        if len(noises) >= _PILOT and (_informative(noises) or sum(n.numel() for n in noises) > _MOST_ELEMENTS):
+        if len(noises) >= _PILOT and (
+            _informative(noises) or sum(n.numel() for n in noises) > _MOST_ELEMENTS
+        ):
             break
     seen = torch.cat([noise.reshape(-1) for noise in noises])
     value = None if effect.additive else masks.kept_value(seen, rounding=effect.rounding)
@@ -83,12 +97,17 @@ def _pilot(observer: Observer, index: int, effect: Effect) -> _Pilot:
 
 def _informative(noises: list[Tensor]) -> bool:
     zeros = sum(int((noise == 0).sum()) for noise in noises)
-    return zeros >= _ENOUGH and sum(int((noise.nan_to_num(0.0) != 0).sum()) for noise in noises) >= _ENOUGH
+    return (
+        zeros >= _ENOUGH
+        and sum(int((noise.nan_to_num(0.0) != 0).sum()) for noise in noises) >= _ENOUGH
+    )
 
 
 def _hang_together(noises: list[Tensor], shape: masks.Shape) -> bool:
     pairs = [masks.groups(noise, shape) for noise in noises]
-    if st.overdispersed([int(kept.sum()) for _, kept in pairs], [int(seen.sum()) for seen, _ in pairs]):
+    if st.overdispersed(
+        [int(kept.sum()) for _, kept in pairs], [int(seen.sum()) for seen, _ in pairs]
+    ):
         return True
     return masks.neighbours_agree([seen for seen, _ in pairs], [kept for _, kept in pairs])
 
@@ -101,13 +120,17 @@ def _drawn(observer: Observer, index: int, count: int) -> Iterator[Tensor]:
 def _test_mask(
     observer: Observer, index: int, effect: Effect, pilot: _Pilot, alpha: float, draws: int | None
 ) -> Measured | None:
-    """The exact test; None when the draws showed another structure than the pilot, which is then corrected."""
+    """The exact test; None when the draws showed another structure than the pilot, which is then
+    corrected.
+    """
     value, shape = pilot.value, pilot.shape
     assert value is not None
     assert shape is not None
     counts = [masks.groups(noise, shape) for noise in pilot.noises]
     each = max(sum(int(seen.sum()) for seen, _ in counts) / len(counts), 1e-9)
-    rate = sum(int(kept.sum()) for _, kept in counts) / max(sum(int(seen.sum()) for seen, _ in counts), 1)
+    rate = sum(int(kept.sum()) for _, kept in counts) / max(
+        sum(int(seen.sum()) for seen, _ in counts), 1
+    )
     needed = st.masks_needed(rate, effect.balance / value, alpha=alpha)
     count = draws or min(max(-(-needed // max(int(each), 1)), _PILOT), MOST_DRAWS)
     kept, groups, now = [], [], shape
@@ -125,7 +148,9 @@ def _test_mask(
     if st.overdispersed(kept, groups):
         pilot.clustered = True
         return None
-    return _mask_figures(effect, value, sum(kept), sum(groups), alpha, count, enough=sum(groups) >= needed)
+    return _mask_figures(
+        effect, value, sum(kept), sum(groups), alpha, count, enough=sum(groups) >= needed
+    )
 
 
 def _mask_figures(
@@ -164,7 +189,8 @@ def _test_mean(
         near = 0.05 * spread  # a bias below a twentieth of the noise
     else:
         relative = (spread / effect.balance) ** 2 if effect.balance else 0.0
-        near = abs(effect.balance) * st.margin(relative / (1 + relative))  # for a mask this is 1 - keep
+        # for a mask this is 1 - keep
+        near = abs(effect.balance) * st.margin(relative / (1 + relative))
     variance = float(torch.tensor(means, dtype=torch.float64).var())
     needed = st.draws_needed(variance, near, alpha=alpha) if near else 0
     count = draws or min(max(needed, 4 * _PILOT), MOST_DRAWS)
@@ -172,7 +198,9 @@ def _test_mean(
     return _mean_figures(effect, pilot, sample, near, alpha)
 
 
-def _mean_figures(effect: Effect, pilot: _Pilot, sample: list[float], near: float, alpha: float) -> Measured:
+def _mean_figures(
+    effect: Effect, pilot: _Pilot, sample: list[float], near: float, alpha: float
+) -> Measured:
     low, high = st.mean_interval(sample, alpha=alpha)
     mean, balance = sum(sample) / len(sample), effect.balance
     slack = abs(balance) * effect.rounding + st.NEGLIGIBLE * near

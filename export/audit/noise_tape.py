@@ -1,9 +1,11 @@
-"""Watching where random numbers meet the data inside a forward, and putting a constant in their place.
+"""Watching where random numbers meet the data inside a forward, and putting a constant in their
+place.
 
-At the dispatcher every dropout, torch's own (also inside attention and recurrent layers) and a hand-written one, is a
-mask that was made of draws and constants, and one operator that brings it to the data. The tape finds that operator,
-reads the mask, and can run the forward again with every element of the mask set to one number. Does not know
-randomness that steers Python itself, nor draws whose probabilities depend on the data; it names them as obstacles.
+At the dispatcher every dropout, torch's own (also inside attention and recurrent layers) and a
+hand-written one, is a mask that was made of draws and constants, and one operator that brings it to
+the data. The tape finds that operator, reads the mask, and can run the forward again with every
+element of the mask set to one number. Does not know randomness that steers Python itself, nor draws
+whose probabilities depend on the data; it names them as obstacles.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from evalmode.export.audit.tensor_roles import Role, Roles, is_draw, is_factory,
 
 @dataclass
 class Application:
-    """One operator that brings noise to data: the noise, by which its result is linear, and the draws behind it.
+    """One operator that brings noise to data: the noise, by which its result is linear, and the
+    draws behind it.
 
-    `additive`: the noise is added, not multiplied. `step` is the relative rounding of the noise's dtype. `before` and
-    `after` are the numbers by which Python multiplies the data just before, and the result just after.
+    `additive`: the noise is added, not multiplied. `step` is the relative rounding of the noise's
+    dtype. `before` and `after` are the numbers by which Python multiplies the data just before, and
+    the result just after.
     """
 
     noise: Tensor
@@ -38,7 +42,9 @@ class Application:
 
 @dataclass
 class Reading:
-    """What one forward showed: the applications in order, what could not be reduced to one, and foreign tensors."""
+    """What one forward showed: the applications in order, what could not be reduced to one, and
+    foreign tensors.
+    """
 
     applications: list[Application] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
@@ -47,7 +53,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Meeting:
-    """How an operator combines noise and data: what it is linear in, and what it gives for a constant there."""
+    """How an operator combines noise and data: what it is linear in, and what it gives for a
+    constant there.
+    """
 
     noise: Tensor
     additive: bool
@@ -55,19 +63,29 @@ class _Meeting:
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
-    """A dispatch mode for one forward. `constants` replace the noise of those applications, by index."""
+    """A dispatch mode for one forward. `constants` replace the noise of those applications, by
+    index.
+    """
 
     def __init__(self, roles: Roles, constants: Mapping[int, float] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reading = Reading(foreign=roles.foreign)
         self._roles = roles
         self._constants = constants or {}
-        self._scales: dict[int, float] = {}  # by what number Python has multiplied a tensor, by identity
-        self._made_by: dict[int, int] = {}  # the application that a tensor is the (scaled) result of
+        self._scales: dict[
+            int, float
+        ] = {}  # by what number Python has multiplied a tensor, by identity
+        self._made_by: dict[
+            int, int
+        ] = {}  # the application that a tensor is the (scaled) result of
         self._kept: list[Any] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         operands = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
@@ -87,13 +105,25 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not
         self._follow_scale(func, args, result)
         return result
 
-    def _drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]) -> Any:
+    def _drawn(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]
+    ) -> Any:
         # bernoulli(x, p) and in-place draws read no more of their first operand than its shape.
-        blank = 1 if func.overloadpacket.__name__.endswith("_") or func is torch.ops.aten.bernoulli.p else 0
-        read = [] if is_factory(func) or func.overloadpacket.__name__.startswith("rand") else operands[blank:]
+        blank = (
+            1
+            if func.overloadpacket.__name__.endswith("_") or func is torch.ops.aten.bernoulli.p
+            else 0
+        )
+        read = (
+            []
+            if is_factory(func) or func.overloadpacket.__name__.startswith("rand")
+            else operands[blank:]
+        )
         result = func(*args, **kwargs)
         if any(self._roles.of(operand) is Role.DATA for operand in read):
-            self._obstacle(f"{func.overloadpacket.__name__} draws with probabilities that depend on the data")
+            self._obstacle(
+                f"{func.overloadpacket.__name__} draws with probabilities that depend on the data"
+            )
             return self._made(result, Role.DATA)
         return self._made(result, Role.NOISE, self._roles.draw())
 
@@ -105,11 +135,18 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not
         result: Tensor = self._met(torch.ops.aten.mul.Tensor, (x, noise), {}, [x, noise])
         return result, mask
 
-    def _met(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]) -> Any:
+    def _met(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]
+    ) -> Any:
         meeting = _meeting(func, args, kwargs, self._roles)
         if meeting is None:
-            self._obstacle(f"{func.overloadpacket.__name__} combines random numbers with the data in no linear way")
-            return self._made(func(*args, **kwargs), Role.DATA, written=args[0] if writes(func) else None)
+            self._obstacle(
+                f"{func.overloadpacket.__name__} combines random numbers with the data in no"
+                " linear way"
+            )
+            return self._made(
+                func(*args, **kwargs), Role.DATA, written=args[0] if writes(func) else None
+            )
         index = len(self.reading.applications)
         data = next(operand for operand in operands if self._roles.of(operand) is not Role.NOISE)
         application = Application(
@@ -120,7 +157,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not
             before=self._scales.get(id(data), 1.0),
         )
         self.reading.applications.append(application)
-        result = meeting.at(self._constants[index]) if index in self._constants else func(*args, **kwargs)
+        result = (
+            meeting.at(self._constants[index])
+            if index in self._constants
+            else func(*args, **kwargs)
+        )
         self._made(result, Role.DATA, written=args[0] if writes(func) else None)
         self._made_by[id(result)] = index
         return result
@@ -130,7 +171,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not
             self.reading.obstacles.append(sentence)
 
     def _made(
-        self, result: Any, role: Role, draws: frozenset[int] = frozenset(), *, written: Tensor | None = None
+        self,
+        result: Any,
+        role: Role,
+        draws: frozenset[int] = frozenset(),
+        *,
+        written: Tensor | None = None,
     ) -> Any:
         self._kept.append(result)
         for tensor in (*tensors_in(result), *([] if written is None else [written])):
@@ -160,17 +206,25 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not
 
 _ATEN = torch.ops.aten
 _SCALINGS = {
-    overload for packet in (_ATEN.mul, _ATEN.mul_, _ATEN.div, _ATEN.div_) for overload in (packet.Tensor, packet.Scalar)
+    overload
+    for packet in (_ATEN.mul, _ATEN.mul_, _ATEN.div, _ATEN.div_)
+    for overload in (packet.Tensor, packet.Scalar)
 }
 _PRODUCTS = ("mul", "bmm", "mm", "mv", "matmul", "dot")
 _SUMS = ("add", "sub")
 
 
-def _meeting(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles) -> _Meeting | None:
-    """How an operator brings its noise to its data; None where its result is not linear in one noise operand."""
+def _meeting(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles
+) -> _Meeting | None:
+    """How an operator brings its noise to its data; None where its result is not linear in one
+    noise operand.
+    """
     name = func.overloadpacket.__name__.rstrip("_")
     if name in _SUMS and len(args) == 2:
-        return _arithmetic(partial(func, **kwargs), args, roles, additive=True, writing=writes(func))
+        return _arithmetic(
+            partial(func, **kwargs), args, roles, additive=True, writing=writes(func)
+        )
     if kwargs:
         return None
     if name in _PRODUCTS:
@@ -191,7 +245,11 @@ def _meeting(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Ro
 def _arithmetic(
     func: Any, args: tuple[Any, ...], roles: Roles, *, additive: bool = False, writing: bool = False
 ) -> _Meeting | None:
-    at = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and roles.of(arg) is Role.NOISE]
+    at = [
+        index
+        for index, arg in enumerate(args)
+        if isinstance(arg, Tensor) and roles.of(arg) is Role.NOISE
+    ]
     data = [arg for index, arg in enumerate(args) if index not in at]
     if len(at) != 1 or not all(isinstance(arg, Tensor) and arg.is_floating_point() for arg in data):
         return None
@@ -215,15 +273,25 @@ def _where(condition: Tensor, kept: Tensor, other: Tensor, roles: Roles) -> _Mee
     if not data.is_floating_point() or not (swapped or _is_zero(other)):
         return None
     mask = ~condition if swapped else condition
-    return _Meeting(mask, False, lambda value: data * torch.full_like(mask, value, dtype=data.dtype))
+    return _Meeting(
+        mask, False, lambda value: data * torch.full_like(mask, value, dtype=data.dtype)
+    )
 
 
 def _fill(func: Any, data: Tensor, dropped: Tensor, roles: Roles) -> _Meeting | None:
     if dropped.dtype != torch.bool or roles.of(data) is Role.NOISE or not data.is_floating_point():
         return None
     # index_put_'s mask may span the leading axes only.
-    mask = dropped.reshape(dropped.shape + (1,) * (data.dim() - dropped.dim())) if "index" in str(func) else dropped
-    return _Meeting((~mask).to(torch.float64), False, lambda value: data.mul_(value) if writes(func) else data * value)
+    mask = (
+        dropped.reshape(dropped.shape + (1,) * (data.dim() - dropped.dim()))
+        if "index" in str(func)
+        else dropped
+    )
+    return _Meeting(
+        (~mask).to(torch.float64),
+        False,
+        lambda value: data.mul_(value) if writes(func) else data * value,
+    )
 
 
 def _is_zero(value: Any) -> bool:

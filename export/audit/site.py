@@ -18,14 +18,18 @@ MOST_DRAWS = 20_000  # forwards of one site in one test
 
 
 class Kind(StrEnum):
-    """What a site turned out to be. Below k is the keep rate, s the train scale of what is kept, e the eval scale."""
+    """What a site turned out to be. Below k is the keep rate, s the train scale of what is kept, e
+    the eval scale.
+    """
 
     INVERTED = "inverted"  # s = 1/k, e = 1
     CLASSIC = "classic"  # s = 1, e = k
     ALPHA = "alpha"  # keeps the mean and the variance of N(0, 1), as AlphaDropout does
     MULTIPLICATIVE = "multiplicative noise"  # factors that are no mask, Gaussian dropout for one
     ADDITIVE = "additive noise"
-    UNBIASED = "unbiased noise"  # of no form that is known; the mean of what the site returns is eval's
+    UNBIASED = (
+        "unbiased noise"  # of no form that is known; the mean of what the site returns is eval's
+    )
     OFF = "off"  # p = 0
     UNSCALED = "unscaled"  # s = e: nothing makes up for what is dropped
     WRONG_RATE = "wrong rate"  # scaled, or drawn, as another rate would need
@@ -39,8 +43,9 @@ class Kind(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
 
-# A gap, or randomness where none may be, is an error. What never drops has no gap: the exported model is right, the
-# training was not what its author meant, and only he can tell. So is a dropout that no sample reaches.
+# A gap, or randomness where none may be, is an error. What never drops has no gap: the exported
+# model is right, the training was not what its author meant, and only he can tell. So is a dropout
+# that no sample reaches.
 SEVERITIES = {
     Kind.UNSCALED: Severity.ERROR,
     Kind.WRONG_RATE: Severity.ERROR,
@@ -59,12 +64,13 @@ SEVERITIES = {
 class Site:
     """One place that drops or adds noise.
 
-    `path` is the module's ("" is the root), `type` its class, `draw` names one of several places inside it ("" where
-    there is one). `p` is the declared drop probability. `train_scale` is the factor of what is kept in training,
-    `eval_scale` the factor of everything in eval, `gap` = E[train] / eval, 1 when nothing is wrong; the intervals hold
-    at the audit's level, all sites together. None stands for what a site of this kind has not, or could not be
-    measured. `draws` counts the training forwards that measured it, `calls` how often all samples' forwards called it.
-    `severity` is None for a site with nothing to report.
+    `path` is the module's ("" is the root), `type` its class, `draw` names one of several places
+    inside it ("" where there is one). `p` is the declared drop probability. `train_scale` is the
+    factor of what is kept in training, `eval_scale` the factor of everything in eval, `gap` =
+    E[train] / eval, 1 when nothing is wrong; the intervals hold at the audit's level, all sites
+    together. None stands for what a site of this kind has not, or could not be measured. `draws`
+    counts the training forwards that measured it, `calls` how often all samples' forwards called
+    it. `severity` is None for a site with nothing to report.
     """
 
     path: str
@@ -89,11 +95,12 @@ class Site:
 class Effect:
     """One noise of a site. There is no gap when the noise's mean is `balance`.
 
-    `scale` is the factor, in training and eval alike, between noise and what a user sees: a mask's kept value v is
-    the train scale v * scale, and the eval scale is balance * scale (1 where they are not seen). `rounding` is the
-    relative error of values and balance. `law` names a kind that has a law of its own. `direction`, eval's output over
-    its norm, marks noise of no known form: what is drawn is then the output's difference from eval's over that norm,
-    whose mean should vanish, and a mean that does not proves no gap. `why` says what was seen beside the figures.
+    `scale` is the factor, in training and eval alike, between noise and what a user sees: a mask's
+    kept value v is the train scale v * scale, and the eval scale is balance * scale (1 where they
+    are not seen). `rounding` is the relative error of values and balance. `law` names a kind that
+    has a law of its own. `direction`, eval's output over its norm, marks noise of no known form:
+    what is drawn is then the output's difference from eval's over that norm, whose mean should
+    vanish, and a mean that does not proves no gap. `why` says what was seen beside the figures.
     """
 
     balance: float
@@ -106,12 +113,16 @@ class Effect:
 
 
 class Observer(Protocol):
-    """Repeats a site in training and hands out the noise of each effect, NaN where it cannot be seen."""
+    """Repeats a site in training and hands out the noise of each effect, NaN where it cannot be
+    seen.
+    """
 
     effects: tuple[Effect, ...]
 
     def draw(self) -> list[Tensor]:
-        """The noise of one more forward, float64, one tensor an effect; its axes are those that a mask may share."""
+        """The noise of one more forward, float64, one tensor an effect; its axes are those that a
+        mask may share.
+        """
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,12 @@ class Role(IntEnum):
 class Roles:
     """The role of every tensor met in one forward, and for noise the draws that it is made of."""
 
-    def __init__(self, weights: Iterable[Tensor], data: Iterable[Tensor], foreign_noise: frozenset[int]) -> None:
-        """`foreign_noise`: which tensors from outside torch, counted as they turn up, differ from run to run."""
+    def __init__(
+        self, weights: Iterable[Tensor], data: Iterable[Tensor], foreign_noise: frozenset[int]
+    ) -> None:
+        """`foreign_noise`: which tensors from outside torch, counted as they turn up, differ from
+        run to run.
+        """
         self._roles: dict[int, Role] = {}
         self._draws: dict[int, frozenset[int]] = {}
         self._kept: list[Tensor] = []  # a storage's address is its own only while it lives
@@ -39,17 +43,23 @@ class Roles:
             self.set(tensor, Role.DATA)
 
     def of(self, tensor: Tensor) -> Role:
-        """Its role; a tensor never met before comes from outside torch (NumPy, a literal, an attribute)."""
+        """Its role; a tensor never met before comes from outside torch (NumPy, a literal, an
+        attribute).
+        """
         key = _key(tensor)
         if key not in self._roles:
             is_noise = len(self.foreign) in self._foreign_noise
             self.foreign.append(tensor.detach().clone())
             steady = Role.WEIGHT if tensor.numel() > 1 else Role.CONSTANT
-            self.set(tensor, Role.NOISE if is_noise else steady, self.draw() if is_noise else frozenset())
+            self.set(
+                tensor, Role.NOISE if is_noise else steady, self.draw() if is_noise else frozenset()
+            )
         return self._roles[key]
 
     def set(self, tensor: Tensor, role: Role, draws: frozenset[int] = frozenset()) -> None:
-        """Give a tensor, and all that shares its storage, a role; noise also the draws that it is made of."""
+        """Give a tensor, and all that shares its storage, a role; noise also the draws that it is
+        made of.
+        """
         key = _key(tensor)
         self._kept.append(tensor)
         self._roles[key] = role
@@ -63,10 +73,16 @@ class Roles:
 
     def draws_of(self, operands: Iterable[Tensor]) -> frozenset[int]:
         """The draws that noise among these is made of."""
-        return frozenset().union(*(self._draws[_key(t)] for t in operands if self.of(t) is Role.NOISE))
+        return frozenset().union(
+            *(self._draws[_key(t)] for t in operands if self.of(t) is Role.NOISE)
+        )
 
-    def pass_on(self, operands: Sequence[Tensor], roles: Sequence[Role], results: Iterable[Tensor]) -> None:
-        """Give the results of these operands, of these roles, the largest role: noise stays noise among constants."""
+    def pass_on(
+        self, operands: Sequence[Tensor], roles: Sequence[Role], results: Iterable[Tensor]
+    ) -> None:
+        """Give the results of these operands, of these roles, the largest role: noise stays noise
+        among constants.
+        """
         if Role.NOISE in roles:
             draws = self.draws_of(operands)
             for result in results:
@@ -107,7 +123,9 @@ def writes(func: torch._ops.OpOverload) -> bool:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """The tensors among an operator's arguments or results: alone, or in tuples, lists and dicts of them."""
+    """The tensors among an operator's arguments or results: alone, or in tuples, lists and dicts of
+    them.
+    """
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):

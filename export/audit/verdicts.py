@@ -1,4 +1,6 @@
-"""From figures to a verdict: the kind of a site, the sentence that a user reads, and what to write instead."""
+"""From figures to a verdict: the kind of a site, the sentence that a user reads, and what to write
+instead.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ _NEAR = 1e-3
 
 
 def scales(effect: Effect, measured: Measured) -> tuple[float | None, float | None]:
-    """The train scale of what is kept and the eval scale, as a user sees them; None for what is not a mask."""
+    """The train scale of what is kept and the eval scale, as a user sees them; None for what is not
+    a mask.
+    """
     if effect.additive or effect.law is not None or measured.value is None:
         return None, None
     return measured.value * effect.scale, effect.balance * effect.scale
@@ -38,11 +42,14 @@ def kind_of(effect: Effect, measured: Measured, p: float | None) -> Kind:
     return mistake(s, e, measured.keep, measured.keep_interval or (measured.keep, measured.keep), p)
 
 
-def mistake(s: float, e: float, keep: float, interval: tuple[float, float], p: float | None) -> Kind:
-    """The name of a gap, by the ratio s / e that training and eval have, which at keep rate k should be 1 / k.
+def mistake(
+    s: float, e: float, keep: float, interval: tuple[float, float], p: float | None
+) -> Kind:
+    """The name of a gap, by the ratio s / e that training and eval have, which at keep rate k
+    should be 1 / k.
 
-    Nothing scaled: s / e = 1. Twice: 1 / k^2. Any other ratio above 1 belongs to another rate. k is the declared rate's
-    where the measured interval holds it, else the measured.
+    Nothing scaled: s / e = 1. Twice: 1 / k^2. Any other ratio above 1 belongs to another rate. k is
+    the declared rate's where the measured interval holds it, else the measured.
     """
     ratio = s / e if e else float("inf")
     if _near(ratio, 1):
@@ -68,14 +75,25 @@ def gap_sentence(gap: float) -> str:
     if gap <= 0:
         return "training passes on nothing of its input's size, eval does"
     if gap < 1:
-        return f"activations reach the next layer {_number(1 / gap)} times larger in eval than in training"
+        return (
+            f"activations reach the next layer {_number(1 / gap)} times larger in eval than in"
+            " training"
+        )
     return f"activations reach the next layer {_number(gap)} times smaller in eval than in training"
 
 
 def sentence(
-    kind: Kind, *, gap: float | None, keep: float | None, p: float | None, why: str = "", draws: int = 0
+    kind: Kind,
+    *,
+    gap: float | None,
+    keep: float | None,
+    p: float | None,
+    why: str = "",
+    draws: int = 0,
 ) -> str:
-    """One sentence for a site; `why` is what stands in the way, or what was seen beside the figures."""
+    """One sentence for a site; `why` is what stands in the way, or what was seen beside the
+    figures.
+    """
     grows = "" if gap is None else gap_sentence(gap)
     rate = "" if keep is None else f"keeps {keep:.3g} of its input"
     texts = {
@@ -93,7 +111,9 @@ def sentence(
         Kind.ALWAYS_ON: "it is random in eval too: the same input gets different answers",
         Kind.NEVER_ON: why or "training changes nothing although its rate is not 0",
         Kind.DROPS_ALL: f"training saw no value kept in {draws} forwards, eval keeps them all",
-        Kind.FROZEN: "every forward drops the same elements: they are never trained, and eval uses them",
+        Kind.FROZEN: (
+            "every forward drops the same elements: they are never trained, and eval uses them"
+        ),
         Kind.NOT_CALLED: "no sample's training forward calls it: nothing could be measured",
         Kind.INCONCLUSIVE: why or f"{draws} draws cannot tell whether there is a gap",
     }
@@ -105,7 +125,9 @@ def _as_if(gap: float | None, keep: float | None) -> str:
 
 
 def _note(kind: Kind, keep: float | None, p: float | None) -> str:
-    """A declared rate that is not the measured one, and is its complement or is easily taken for it."""
+    """A declared rate that is not the measured one, and is its complement or is easily taken for
+    it.
+    """
     if p is None or keep is None or kind in (Kind.ALWAYS_ON, Kind.FROZEN):
         return ""
     if abs(keep - p) < 0.1 * min(p, 1 - p) and abs(keep - (1 - p)) > 0.2 * min(p, 1 - p):
@@ -119,15 +141,28 @@ def fix(kind: Kind, *, p: float | None, keep: float | None) -> str:
     """What to do about a site, in one sentence."""
     drop = p if p is not None else (0.0 if keep is None else 1 - keep)
     texts = {
-        Kind.UNSCALED: f"divide what is kept in training by 1 - p{_value(1 - drop)}, or multiply by it in eval",
-        Kind.WRONG_RATE: f"draw the mask and scale by the same rate, 1 - p{_value(1 - drop)}: {_CONVENTION}",
-        Kind.SCALED_TWICE: "scale either in training, by 1 / (1 - p), or in eval, by 1 - p, not twice",
-        Kind.WRONG_SCALE: "choose the training scale so that its mean over many masks is what eval returns",
-        Kind.ALWAYS_ON: "make it ask self.training (F.dropout: training=self.training; attention: dropout_p=0 in eval)"
-        ", and register it, not in a plain list, so that eval() reaches it",
+        Kind.UNSCALED: (
+            f"divide what is kept in training by 1 - p{_value(1 - drop)}, or multiply by it in eval"
+        ),
+        Kind.WRONG_RATE: (
+            f"draw the mask and scale by the same rate, 1 - p{_value(1 - drop)}: {_CONVENTION}"
+        ),
+        Kind.SCALED_TWICE: (
+            "scale either in training, by 1 / (1 - p), or in eval, by 1 - p, not twice"
+        ),
+        Kind.WRONG_SCALE: (
+            "choose the training scale so that its mean over many masks is what eval returns"
+        ),
+        Kind.ALWAYS_ON: (
+            "make it ask self.training (F.dropout: training=self.training; attention: dropout_p=0"
+            " in eval), and register it, not in a plain list, so that eval() reaches it"
+        ),
         Kind.NEVER_ON: "find out why it is not in training mode, or set p = 0 if that is meant",
         Kind.DROPS_ALL: f"lower p below 1: {_CONVENTION}",
-        Kind.FROZEN: "draw a new mask in every forward: do not seed, or keep, a generator or a mask inside it",
+        Kind.FROZEN: (
+            "draw a new mask in every forward: do not seed, or keep, a generator or a mask"
+            " inside it"
+        ),
         Kind.NOT_CALLED: "give a sample that reaches it, or remove it",
         Kind.INCONCLUSIVE: "raise the number of draws, or put the dropout into a module of its own",
     }

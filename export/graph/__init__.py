@@ -1,4 +1,6 @@
-"""What a rule is given: an ONNX model, every node of it, and its weights, which stay in their file. Knows no rule."""
+"""What a rule is given: an ONNX model, every node of it, and its weights, which stay in their file.
+Knows no rule.
+"""
 
 from evalmode.export.graph.errors import ModelUnreadable
 from evalmode.export.graph.graph import Graph, graph_of, open_graph, read_graph

@@ -1,4 +1,6 @@
-"""Which functions of a model call which: that none calls itself, and how many nodes all calls make. Knows no rule."""
+"""Which functions of a model call which: that none calls itself, and how many nodes all calls make.
+Knows no rule.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,21 @@ def function_id(node: onnx.NodeProto | onnx.FunctionProto) -> Identity:
     return domain_of(node.domain), name, node.overload
 
 
-def order_of_calls(model: onnx.ModelProto, functions: Mapping[Identity, onnx.FunctionProto]) -> Sequence[Identity]:
+def order_of_calls(
+    model: onnx.ModelProto, functions: Mapping[Identity, onnx.FunctionProto]
+) -> Sequence[Identity]:
     """The functions, each before those that it calls.
 
-    Raises Broken where one calls itself, at once or through others, and where all calls together come to more nodes
-    than anyone would write.
+    Raises Broken where one calls itself, at once or through others, and where all calls together
+    come to more nodes than anyone would write.
     """
     inside = {
-        identity: list(_every(function.node, function.attribute_proto)) for identity, function in functions.items()
+        identity: list(_every(function.node, function.attribute_proto))
+        for identity, function in functions.items()
     }
     calls = {
-        identity: [one for one in map(function_id, nodes) if one in functions] for identity, nodes in inside.items()
+        identity: [one for one in map(function_id, nodes) if one in functions]
+        for identity, nodes in inside.items()
     }
     try:
         order = list(TopologicalSorter(calls).static_order())
@@ -43,14 +49,20 @@ def order_of_calls(model: onnx.ModelProto, functions: Mapping[Identity, onnx.Fun
     for identity in order:
         sizes[identity] = len(inside[identity]) + sum(sizes[one] for one in calls[identity])
     called = [one for one in map(function_id, _every(model.graph.node, ())) if one in functions]
-    uncalled = functions.keys() - set(called) - {one for callees in calls.values() for one in callees}
+    uncalled = (
+        functions.keys() - set(called) - {one for callees in calls.values() for one in callees}
+    )
     if sum(sizes[one] for one in (*called, *uncalled)) > _MOST:
         raise Broken(f"its functions call one another until there are more than {_MOST:,} nodes")
     return order[::-1]
 
 
-def _every(nodes: Iterable[onnx.NodeProto], attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.NodeProto]:
-    """The nodes and those of the bodies in them, as they are written; and those in the attributes."""
+def _every(
+    nodes: Iterable[onnx.NodeProto], attributes: Iterable[onnx.AttributeProto]
+) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of the bodies in them, as they are written; and those in the
+    attributes.
+    """
     pending = [*nodes, *_in_bodies(attributes)]
     while pending:
         node = pending.pop()

@@ -6,7 +6,9 @@ from evalmode.errors import EvalmodeError
 
 
 class ModelUnreadable(EvalmodeError):  # noqa: N818 - read as a sentence: "raise ModelUnreadable"
-    """A file that is no ONNX model, or a broken one; the message names the file, and the node or tensor."""
+    """A file that is no ONNX model, or a broken one; the message names the file, and the node or
+    tensor.
+    """
 
 
 class Broken(Exception):  # noqa: N818

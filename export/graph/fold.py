@@ -1,8 +1,9 @@
 """Constant propagation: the value of a name where the graph alone decides it.
 
-What is made of fixed initializers and Constant nodes by deterministic operators on small tensors is computed, with
-onnx's own reference implementation; through function calls, and through an If whose condition is decided. Anything else
-is undecided, and so is whatever costs more than a little: a verifier must never be made to run a model.
+What is made of fixed initializers and Constant nodes by deterministic operators on small tensors is
+computed, with onnx's own reference implementation; through function calls, and through an If whose
+condition is decided. Anything else is undecided, and so is whatever costs more than a little: a
+verifier must never be made to run a model.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _ELEMENTS = 1024  # of any tensor on the way; the largest product of two of them
 _STEPS = 1000  # values that one answer may take
 
 _ELEMENTWISE = """
-    Not And Or Xor Equal Greater GreaterOrEqual Less LessOrEqual Where Add Sub Mul Neg Abs Sign Min Max Ceil Floor Round
-    Identity Cast CastLike IsNaN
+    Not And Or Xor Equal Greater GreaterOrEqual Less LessOrEqual Where Add Sub Mul Neg Abs Sign Min
+    Max Ceil Floor Round Identity Cast CastLike IsNaN
 """
 _RESHAPING = """
-    Gather Unsqueeze Squeeze Reshape Flatten Transpose Concat Slice Shape Size ReduceMax ReduceMin ReduceSum ReduceProd
-    ConstantOfShape Expand
+    Gather Unsqueeze Squeeze Reshape Flatten Transpose Concat Slice Shape Size ReduceMax ReduceMin
+    ReduceSum ReduceProd ConstantOfShape Expand
 """
 _FOLDED = frozenset(f"{_ELEMENTWISE} {_RESHAPING} Constant".split())
 
@@ -58,11 +59,15 @@ def decide(value: Value) -> Array | None:
 
 
 def decider(value: Value) -> str:
-    """Who decides a value that the graph alone does not, for the end of a sentence that begins with "it is"."""
+    """Who decides a value that the graph alone does not, for the end of a sentence that begins with
+    "it is".
+    """
     if isinstance(value, Made):
         made = f"computed by {value.scope.path_of(value.index)} ({value.node.op_type})"
         source = _source(value)
-        return f"{made} from {_said(source)}" if source is not None else f"{made} when the model runs"
+        return (
+            f"{made} from {_said(source)}" if source is not None else f"{made} when the model runs"
+        )
     return _said(value) if isinstance(value, Open) else "a constant that cannot be read"
 
 
@@ -108,7 +113,11 @@ def _needs(value: Value) -> Sequence[Value] | None:
     assert isinstance(value, Made), "everything else is known from the start"
     scope, node = value.scope, value.node
     if (inner := scope.calls.get(value.index)) is not None:
-        return [inner.read(inner.outputs[position])] if (position := _position(value)) < len(inner.outputs) else None
+        return (
+            [inner.read(inner.outputs[position])]
+            if (position := _position(value)) < len(inner.outputs)
+            else None
+        )
     if domain_of(node.domain) != "":
         return None
     inputs = [scope.argument(node, index) for index in range(len(node.input))]
@@ -145,7 +154,9 @@ def _computed(value: Value, needs: Sequence[Value]) -> Array | None:
         return _known(needs[-1])
     if node.op_type == "Constant":
         return _constant(value)
-    arrays = [_operand(one) for one in (scope.argument(node, index) for index in range(len(node.input)))]
+    arrays = [
+        _operand(one) for one in (scope.argument(node, index) for index in range(len(node.input)))
+    ]
     if node.op_type in ("Shape", "Size") and isinstance(scope.argument(node, 0), Fixed):
         return _shape(value)
     if not _is_cheap(node.op_type, [array for array in arrays if array is not None]):
@@ -167,10 +178,17 @@ def _fixed(weight: Weight | onnx.SparseTensorProto) -> Array | None:
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> Array | None:
-    if math.prod(sparse.dims) > _ELEMENTS or len(sparse.values.dims) != 1 or min(sparse.dims, default=0) < 0:
+    if (
+        math.prod(sparse.dims) > _ELEMENTS
+        or len(sparse.values.dims) != 1
+        or min(sparse.dims, default=0) < 0
+    ):
         return None
     try:
-        values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        values, indices = (
+            numpy_helper.to_array(sparse.values),
+            numpy_helper.to_array(sparse.indices),
+        )
         dense = np.zeros(tuple(sparse.dims), values.dtype)
         places = np.unravel_index(indices, dense.shape) if indices.ndim == 1 else tuple(indices.T)
         dense[places] = values
@@ -225,7 +243,8 @@ def _is_cheap(op: str, arrays: Sequence[Array]) -> bool:
             return _is_small(arrays[0])
         if op == "Expand":
             return (
-                _is_small(arrays[1]) and math.prod(np.broadcast_shapes(arrays[0].shape, tuple(arrays[1]))) <= _ELEMENTS
+                _is_small(arrays[1])
+                and math.prod(np.broadcast_shapes(arrays[0].shape, tuple(arrays[1]))) <= _ELEMENTS
             )
     except (ValueError, TypeError, IndexError):
         return False
@@ -234,12 +253,20 @@ def _is_cheap(op: str, arrays: Sequence[Array]) -> bool:
 
 def _is_small(shape: Array) -> bool:
     sizes: list[int] = shape.reshape(-1).astype(np.int64).tolist()
-    return len(sizes) <= 16 and all(0 <= size <= _ELEMENTS for size in sizes) and math.prod(sizes) <= _ELEMENTS
+    return (
+        len(sizes) <= 16
+        and all(0 <= size <= _ELEMENTS for size in sizes)
+        and math.prod(sizes) <= _ELEMENTS
+    )
 
 
 def _is_plain(array: Array) -> bool:
-    """Booleans, integers and finite floats that NumPy itself has: on the rest, runtimes may disagree."""
-    return array.dtype.isbuiltin == 1 and array.dtype.kind in "biuf" and bool(np.isfinite(array).all())
+    """Booleans, integers and finite floats that NumPy itself has: on the rest, runtimes may
+    disagree.
+    """
+    return (
+        array.dtype.isbuiltin == 1 and array.dtype.kind in "biuf" and bool(np.isfinite(array).all())
+    )
 
 
 def _run(value: Made, arrays: Sequence[Array | None]) -> Array | None:
@@ -254,16 +281,30 @@ def _run(value: Made, arrays: Sequence[Array | None]) -> Array | None:
     if any(item.name == "broadcast" for item in node.attribute):  # operators of before opset 7
         return None
     feeds = {f"x{index}": array for index, array in enumerate(arrays) if array is not None}
-    node.input.extend(f"x{index}" if array is not None else "" for index, array in enumerate(arrays))
+    node.input.extend(
+        f"x{index}" if array is not None else "" for index, array in enumerate(arrays)
+    )
     node.output.append("y")
     try:
         with np.errstate(all="ignore"):
-            (found,) = ReferenceEvaluator(_model(node, feeds, value.scope.opsets.get("", 0))).run(None, feeds)
-    except Exception:  # a node from anywhere may be malformed in any way, and then it decides nothing
+            (found,) = ReferenceEvaluator(_model(node, feeds, value.scope.opsets.get("", 0))).run(
+                None, feeds
+            )
+    except (
+        Exception
+    ):  # a node from anywhere may be malformed in any way, and then it decides nothing
         return None
-    if not isinstance(found, np.ndarray | np.generic) or found.size > _ELEMENTS or not _is_plain(np.asarray(found)):
+    if (
+        not isinstance(found, np.ndarray | np.generic)
+        or found.size > _ELEMENTS
+        or not _is_plain(np.asarray(found))
+    ):
         return None
-    return np.asarray(found) if _is_the_same_everywhere(node.op_type, feeds.values(), np.asarray(found)) else None
+    return (
+        np.asarray(found)
+        if _is_the_same_everywhere(node.op_type, feeds.values(), np.asarray(found))
+        else None
+    )
 
 
 def _model(node: onnx.NodeProto, feeds: Iterable[str], opset: int) -> onnx.ModelProto:

@@ -1,4 +1,6 @@
-"""The graph that a rule is given, and how it is opened: a file, bytes or a model in memory. Knows no rule."""
+"""The graph that a rule is given, and how it is opened: a file, bytes or a model in memory. Knows
+no rule.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,9 @@ _LAST_OPSET = 10_000  # far above any that exists; a larger number is damage
 class Graph:
     """A model, every node of it, and its weights; `name` is what a message calls it.
 
-    `nodes` holds those of subgraphs, and those of local functions once for each call. The `proto` of a graph that was
-    opened from a file or from bytes lacks the values of large weights; `weights` has them all, and reads none before it
-    is asked to.
+    `nodes` holds those of subgraphs, and those of local functions once for each call. The `proto`
+    of a graph that was opened from a file or from bytes lacks the values of large weights;
+    `weights` has them all, and reads none before it is asked to.
     """
 
     proto: onnx.ModelProto
@@ -42,15 +44,17 @@ def graph_of(model: onnx.ModelProto, *, name: str = "model") -> Graph:
 
 
 def read_graph(data: bytes, *, name: str) -> Graph:
-    """The graph of a serialised model. Raises ModelUnreadable, naming the file, for bytes that hold none."""
+    """The graph of a serialised model. Raises ModelUnreadable, naming the file, for bytes that hold
+    none.
+    """
     return _read(memoryview(data), memoryview(data), None, name)
 
 
 def open_graph(path: Path) -> Graph:
     """The graph in the file `path`, whose large weights, and the files beside it, are not read.
 
-    Raises ModelUnreadable, naming the file and the node or tensor, for a file that holds no model or a broken one, and
-    where a file that it names is missing, too short, or out of its own folder.
+    Raises ModelUnreadable, naming the file and the node or tensor, for a file that holds no model
+    or a broken one, and where a file that it names is missing, too short, or out of its own folder.
     """
     try:
         found = path.stat()
@@ -68,7 +72,9 @@ def open_graph(path: Path) -> Graph:
 
 def _read(data: memoryview, where: Path | memoryview, folder: Path | None, name: str) -> Graph:
     if data[: len(LFS_POINTER)] == LFS_POINTER:
-        raise ModelUnreadable(f"{name} is a Git LFS pointer and not the model: fetch it with `git lfs pull`")
+        raise ModelUnreadable(
+            f"{name} is a Git LFS pointer and not the model: fetch it with `git lfs pull`"
+        )
     try:
         skimmed = skim(data)
         model = onnx.load_model_from_string(skimmed.model)
@@ -82,9 +88,14 @@ def _graph(model: onnx.ModelProto, source: Source, skimmed: Skimmed | None, name
         raise ModelUnreadable(f"{name} is not an ONNX model: it has no graph")
     if not model.opset_import:
         raise ModelUnreadable(f"{name} is not an ONNX model: it names no opset")
-    for item in [*model.opset_import, *(item for function in model.functions for item in function.opset_import)]:
+    for item in [
+        *model.opset_import,
+        *(item for function in model.functions for item in function.opset_import),
+    ]:
         if not 0 < item.version <= _LAST_OPSET:
-            raise ModelUnreadable(f"{name} is not an ONNX model: opset {item.version} of domain {item.domain!r}")
+            raise ModelUnreadable(
+                f"{name} is not an ONNX model: opset {item.version} of domain {item.domain!r}"
+            )
     try:
         walker = Walker(model, source, skimmed)
         walker.walk(model)

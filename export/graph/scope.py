@@ -1,4 +1,5 @@
-"""Names and what they stand for: in a graph, in a body inside of a node, in a function as one call enters it.
+"""Names and what they stand for: in a graph, in a body inside of a node, in a function as one call
+enters it.
 
 Knows ONNX's rules of scope, and refuses what breaks them. Knows no operator.
 """
@@ -63,11 +64,13 @@ Value = Absent | Fixed | Open | Made
 
 @dataclass(eq=False)
 class Scope:
-    """The names of one graph or function body; `parent` is the graph around a body, and None for a function.
+    """The names of one graph or function body; `parent` is the graph around a body, and None for a
+    function.
 
-    `attributes` are those that a function was called with: an attribute, or None where nobody knows; None where there
-    is no call. `path` ends with a slash unless it is empty. `calls`, `bodies` and `tensors` are what its nodes hold, by
-    their index (and the attribute's name); `decided` is what `fold` found out about the outputs of its nodes.
+    `attributes` are those that a function was called with: an attribute, or None where nobody
+    knows; None where there is no call. `path` ends with a slash unless it is empty. `calls`,
+    `bodies` and `tensors` are what its nodes hold, by their index (and the attribute's name);
+    `decided` is what `fold` found out about the outputs of its nodes.
     """
 
     path: str
@@ -88,11 +91,15 @@ class Scope:
         if name in self._values:
             raise Broken(f"the name {name!r} has two meanings in {self.where}")
         if name in self._captured:
-            raise Broken(f"the name {name!r} is read in {self.where} before it gets a second meaning there")
+            raise Broken(
+                f"the name {name!r} is read in {self.where} before it gets a second meaning there"
+            )
         self._values[name] = value
 
     def read(self, name: str) -> Value:
-        """What `name` stands for, here or in a graph around. Raises KeyError where nothing has made it yet."""
+        """What `name` stands for, here or in a graph around. Raises KeyError where nothing has made
+        it yet.
+        """
         scope: Scope | None = self
         while scope is not None:
             if (value := scope._values.get(name)) is not None:
@@ -108,13 +115,19 @@ class Scope:
         return self.read(node.input[index])
 
     def attribute(self, node: onnx.NodeProto, name: str) -> onnx.AttributeProto | Absent | None:
-        """The attribute, as the function's caller gave it where it refers to one; None where nobody knows."""
-        found: onnx.AttributeProto | None = next((item for item in node.attribute if item.name == name), None)
+        """The attribute, as the function's caller gave it where it refers to one; None where nobody
+        knows.
+        """
+        found: onnx.AttributeProto | None = next(
+            (item for item in node.attribute if item.name == name), None
+        )
         if found is None:
             return Absent()
         if not found.ref_attr_name:
             return found
-        return None if self.attributes is None else self.attributes.get(found.ref_attr_name, Absent())
+        return (
+            None if self.attributes is None else self.attributes.get(found.ref_attr_name, Absent())
+        )
 
     def path_of(self, index: int) -> str:
         """The path to node `index`: its name, or its operator and number where it has none."""

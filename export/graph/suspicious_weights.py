@@ -1,9 +1,11 @@
-"""What the values of weights tell on their own: a dropout mask that was drawn at export, a NaN that was trained in.
+"""What the values of weights tell on their own: a dropout mask that was drawn at export, a NaN that
+was trained in.
 
-A dropout mask holds 0 and c = 1/(1-p) and nothing else, keeps a share of 1/c of its elements, and has no order. All
-three must hold, so that a pruned weight (many values), a causal mask (order), a one-hot table or an identity (order, or
-another share) and a mask of 0 and 1 (as good as any pruning mask) raise no alarm. Noise that was multiplied into a
-weight has no such form; exports under two seeds find it. Knows no node.
+A dropout mask holds 0 and c = 1/(1-p) and nothing else, keeps a share of 1/c of its elements, and
+has no order. All three must hold, so that a pruned weight (many values), a causal mask (order), a
+one-hot table or an identity (order, or another share) and a mask of 0 and 1 (as good as any pruning
+mask) raise no alarm. Noise that was multiplied into a weight has no such form; exports under two
+seeds find it. Knows no node.
 """
 
 from __future__ import annotations
@@ -25,10 +27,17 @@ _EXAMINED = 1 << 24  # elements whose places are kept while a large mask is read
 _COMPARED = 1 << 16  # elements that are compared with one another for order
 _SIGMAS = 5.0  # for the share that is kept: one mask in two million is missed
 _SIGMAS_OF_ORDER = 6.5  # for each of 32,768 distances
-_SIGMAS_OF_LINES = 8.0  # for what the rows, or the columns, have too different; chi-squared has a long tail
+_SIGMAS_OF_LINES = (
+    8.0  # for what the rows, or the columns, have too different; chi-squared has a long tail
+)
 _FEWEST_LINES = 16
 _ROUNDING = {"float16": 1e-3, "bfloat16": 8e-3}
-_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
+_EXPONENT = {
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float32": 0x7F800000,
+    "float64": 0x7FF0000000000000,
+}
 
 _Bits = npt.NDArray[np.bool_]
 
@@ -36,7 +45,8 @@ _Bits = npt.NDArray[np.bool_]
 def mask_like(graph: Graph) -> tuple[Finding, ...]:
     """A warning for every weight that looks like a dropout mask, with the p that it implies.
 
-    Ordinary weights are told by their first elements. Raises ModelUnreadable where the values cannot be read.
+    Ordinary weights are told by their first elements. Raises ModelUnreadable where the values
+    cannot be read.
     """
     with _readable(graph):
         found = [(weight, _implied_rate(weight)) for weight in _floats(graph)]
@@ -46,8 +56,9 @@ def mask_like(graph: Graph) -> tuple[Finding, ...]:
 def non_finite_weights(graph: Graph) -> tuple[Finding, ...]:
     """An error for every weight that holds a NaN.
 
-    Infinities are none of its concern, masks are made of them; nor is a NaN alone, which is a value to compare with or
-    to fill in. Reads all weights, a piece at a time. Raises ModelUnreadable where the values cannot be read.
+    Infinities are none of its concern, masks are made of them; nor is a NaN alone, which is a value
+    to compare with or to fill in. Reads all weights, a piece at a time. Raises ModelUnreadable
+    where the values cannot be read.
     """
     with _readable(graph):
         counts = [(weight, _nans(weight)) for weight in _floats(graph) if weight.size > 1]
@@ -64,10 +75,13 @@ def _readable(graph: Graph) -> Iterator[None]:
 
 def _mask(weight: Weight, rate: float) -> Finding:
     why = (
-        f"it holds 0 and {1 / (1 - rate):.4g} in no order, and {1 - rate:.3g} of it is not 0: "
-        f"it looks like the mask of a dropout with p = {rate:.3g}, drawn when the model was exported"
+        f"it holds 0 and {1 / (1 - rate):.4g} in no order, and {1 - rate:.3g} of it is not 0: it"
+        f" looks like the mask of a dropout with p = {rate:.3g}, drawn when the model was exported"
     )
-    fix = "export in eval mode, and draw nothing from NumPy or Python in forward; if it is meant to be so, all is well"
+    fix = (
+        "export in eval mode, and draw nothing from NumPy or Python in forward; if it is meant to"
+        " be so, all is well"
+    )
     return Finding(severity=Severity.WARNING, node=weight.path, op="weight", why=why, fix=fix)
 
 
@@ -96,7 +110,9 @@ def _implied_rate(weight: Weight) -> float | None:
     if bits.size < _FEWEST or min(dropped, bits.size - dropped) < _FEWEST_OF_EACH:
         return None
     share = 1 / kept
-    tolerance = _SIGMAS * (share * (1 - share) / bits.size) ** 0.5 + _ROUNDING.get(weight.dtype.name, 1e-6)
+    tolerance = _SIGMAS * (share * (1 - share) / bits.size) ** 0.5 + _ROUNDING.get(
+        weight.dtype.name, 1e-6
+    )
     if abs(1 - dropped / bits.size - share) > tolerance or _is_orderly(bits):
         return None
     return 1 - share
@@ -112,7 +128,9 @@ def _value_kept(piece: npt.NDArray[np.generic]) -> float | None:
 
 
 def _places(weight: Weight, kept: float) -> _Bits | None:
-    """Where the weight is not 0, in its shape (a very large one's first rows); None where it holds a third value."""
+    """Where the weight is not 0, in its shape (a very large one's first rows); None where it holds
+    a third value.
+    """
     pieces, held = [], 0
     for piece in weight.chunks():
         bits = piece != 0
@@ -125,11 +143,15 @@ def _places(weight: Weight, kept: float) -> _Bits | None:
     row = weight.size // max(weight.dims[0], 1)
     if flat.size == weight.size:
         return flat.reshape(weight.dims)
-    return flat[: flat.size // row * row].reshape(-1, *weight.dims[1:]) if row <= flat.size else flat
+    return (
+        flat[: flat.size // row * row].reshape(-1, *weight.dims[1:]) if row <= flat.size else flat
+    )
 
 
 def _without_repetition(bits: _Bits) -> _Bits:
-    """One of each: a mask of channels, once it is spread over an image, says no more than it did."""
+    """One of each: a mask of channels, once it is spread over an image, says no more than it
+    did.
+    """
     for axis in range(bits.ndim):
         first = bits.take([0], axis)
         if (bits == first).all():
@@ -148,7 +170,9 @@ def _is_orderly(bits: _Bits) -> bool:
 
 
 def _differ(lines: _Bits) -> bool:
-    """Whether the lines hold too unequal shares of what is rare, as a triangle does, or too equal ones, as one-hots."""
+    """Whether the lines hold too unequal shares of what is rare, as a triangle does, or too equal
+    ones, as one-hots.
+    """
     if len(lines) < _FEWEST_LINES:
         return False
     rate, size = float(lines.mean()), lines.shape[1]
@@ -159,7 +183,8 @@ def _differ(lines: _Bits) -> bool:
 
 
 def _meets_itself(rare: _Bits, near: set[int]) -> bool:
-    """Whether what is rare meets itself at some distance more often, or less often, than chance would have it.
+    """Whether what is rare meets itself at some distance more often, or less often, than chance
+    would have it.
 
     At the distances of neighbours in a line, a column and a diagonal, less is enough to tell.
     """

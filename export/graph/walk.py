@@ -1,8 +1,10 @@
-"""Walking a model: every node of the main graph, of bodies at any depth, and of local functions at each of their calls.
+"""Walking a model: every node of the main graph, of bodies at any depth, and of local functions at
+each of their calls.
 
-Knows no rule. A node's path names where it stands: `loop_1/body/drop` is the node `drop` in the attribute `body` of the
-node `loop_1`, and `call_2/my:block/drop` is `drop` in the function `my:block` as `call_2` enters it. A function that
-nothing calls is walked too, with inputs and attributes that nobody knows. `training_info` is not: no inference runs it.
+Knows no rule. A node's path names where it stands: `loop_1/body/drop` is the node `drop` in the
+attribute `body` of the node `loop_1`, and `call_2/my:block/drop` is `drop` in the function
+`my:block` as `call_2` enters it. A function that nothing calls is walked too, with inputs and
+attributes that nobody knows. `training_info` is not: no inference runs it.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ _OVERRIDABLE_SINCE = 4  # IR version
 
 @dataclass(frozen=True, kw_only=True)
 class NodeAt:
-    """A node, the path to it, the opset that its domain has there, and the scope that its names are read in.
+    """A node, the path to it, the opset that its domain has there, and the scope that its names are
+    read in.
 
-    `is_dead` says that it stands in a function that nothing calls, or in one as such a function calls it.
+    `is_dead` says that it stands in a function that nothing calls, or in one as such a function
+    calls it.
     """
 
     node: onnx.NodeProto
@@ -54,11 +58,15 @@ class NodeAt:
 
     @property
     def op(self) -> str:
-        """The operator as a message names it: its type, after its domain where that is not ONNX's own."""
+        """The operator as a message names it: its type, after its domain where that is not ONNX's
+        own.
+        """
         return f"{self.domain}::{self.node.op_type}" if self.domain else self.node.op_type
 
     def attribute(self, name: str) -> onnx.AttributeProto | Absent | None:
-        """The attribute, as the function's caller gave it; Absent where it is not there, None where nobody knows."""
+        """The attribute, as the function's caller gave it; Absent where it is not there, None where
+        nobody knows.
+        """
         return self.scope.attribute(self.node, name)
 
     def flag(self, name: str) -> bool | None:
@@ -81,12 +89,16 @@ class NodeAt:
         return decide(self.scope.argument(self.node, index))
 
     def decider(self, index: int) -> str:
-        """Who decides input `index` where the graph alone does not: the end of a sentence that begins with "it is"."""
+        """Who decides input `index` where the graph alone does not: the end of a sentence that
+        begins with "it is".
+        """
         return decider(self.scope.argument(self.node, index))
 
 
 class Walker:
-    """One walk over a model; `nodes` and `weights` hold what it has met. Raises Broken for a model that is broken."""
+    """One walk over a model; `nodes` and `weights` hold what it has met. Raises Broken for a model
+    that is broken.
+    """
 
     def __init__(self, model: onnx.ModelProto, source: Source, skimmed: Skimmed | None) -> None:
         self.nodes: list[NodeAt] = []
@@ -94,18 +106,24 @@ class Walker:
         self._source, self._skimmed = source, skimmed
         self._outermost_first: Sequence[Identity] = ()
         self._opsets = opsets_of(model.opset_import)
-        # Before IR version 4 every initializer had to be an input, and ONNX Runtime takes no value for such an input.
+        # Before IR version 4 every initializer had to be an input, and ONNX Runtime takes no value
+        # for such an input.
         self._overridable = not 0 < model.ir_version < _OVERRIDABLE_SINCE
         _text("the opset imports", [item.domain for item in model.opset_import])
         for item in model.functions:
             imported = [one.domain for one in item.opset_import]
-            _text("a function", [item.name, item.domain, item.overload, *item.input, *item.output, *imported])
+            _text(
+                "a function",
+                [item.name, item.domain, item.overload, *item.input, *item.output, *imported],
+            )
         self._functions = {function_id(item): item for item in model.functions}
         if len(self._functions) < len(model.functions):
             raise Broken("it defines a function twice")
         self._seen: set[Identity] = set()
         self._dead = False  # whether the main graph, and so all that it calls, has been walked
-        self._again = self._depth = 0  # calls, in progress, of what was walked before; all that is in progress
+        self._again = self._depth = (
+            0  # calls, in progress, of what was walked before; all that is in progress
+        )
 
     def walk(self, model: onnx.ModelProto) -> None:
         """The main graph and what it calls, then the functions that nothing called."""
@@ -120,13 +138,23 @@ class Walker:
                 self._function(function, "", unknown, None)
 
     def _graph(
-        self, graph: onnx.GraphProto, path: str, opsets: Mapping[str, int], parent: Scope | None, origin: Origin
+        self,
+        graph: onnx.GraphProto,
+        path: str,
+        opsets: Mapping[str, int],
+        parent: Scope | None,
+        origin: Origin,
     ) -> Scope:
         attributes = None if parent is None else parent.attributes
         outputs = [item.name for item in graph.output]
         scope = Scope(path, graph.node, outputs, opsets, parent, attributes)
-        _text("the main graph" if parent is None else path, [item.name for item in (*graph.input, *graph.output)])
-        given = {tensor.name for tensor in graph.initializer} | {item.values.name for item in graph.sparse_initializer}
+        _text(
+            "the main graph" if parent is None else path,
+            [item.name for item in (*graph.input, *graph.output)],
+        )
+        given = {tensor.name for tensor in graph.initializer} | {
+            item.values.name for item in graph.sparse_initializer
+        }
         for item in graph.input:
             if item.name not in given:
                 scope.define(item.name, Open(item.name, origin))
@@ -135,7 +163,9 @@ class Walker:
             scope.define(tensor.name, self._initializer(tensor, scope, tensor.name in inputs))
         for sparse in graph.sparse_initializer:
             overridable = sparse.values.name in inputs
-            fixed: Value = Open(sparse.values.name, Origin.OVERRIDABLE) if overridable else Fixed(sparse)
+            fixed: Value = (
+                Open(sparse.values.name, Origin.OVERRIDABLE) if overridable else Fixed(sparse)
+            )
             scope.define(sparse.values.name, fixed)
         self._nodes(scope)
         return scope
@@ -148,7 +178,10 @@ class Walker:
         return Fixed(weight)
 
     def _weight(self, tensor: onnx.TensorProto, scope: Scope, name: str) -> Weight:
-        _text(scope.where, [name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))])
+        _text(
+            scope.where,
+            [name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))],
+        )
         span = self._skimmed.span(tensor) if self._skimmed else None
         return self._source.weight(tensor, span, name=name, path=scope.path + name)
 
@@ -159,7 +192,10 @@ class Walker:
     def _nodes(self, scope: Scope) -> None:
         self._depth += 1
         if self._depth > _DEEPEST:
-            raise Broken(f"bodies and functions stand more than {_DEEPEST} deep inside one another at {scope.where}")
+            raise Broken(
+                f"bodies and functions stand more than {_DEEPEST} deep inside one another at"
+                f" {scope.where}"
+            )
         for index, node in enumerate(scope.nodes):
             self._node(scope, index, node, scope.path_of(index))
         for name in scope.outputs:
@@ -169,7 +205,18 @@ class Walker:
     def _node(self, scope: Scope, index: int, node: onnx.NodeProto, path: str) -> None:
         names = [item.name for item in node.attribute]
         references = [item.ref_attr_name for item in node.attribute]
-        _text(path, [node.op_type, node.domain, node.overload, *node.input, *node.output, *names, *references])
+        _text(
+            path,
+            [
+                node.op_type,
+                node.domain,
+                node.overload,
+                *node.input,
+                *node.output,
+                *names,
+                *references,
+            ],
+        )
         if not node.op_type:
             raise Broken(f"the node {path!r} has no operator")
         if len(set(names)) < len(names):
@@ -180,7 +227,9 @@ class Walker:
         opset = scope.opsets.get(domain_of(node.domain), 0)
         function = self._functions.get(function_id(node))
         is_call = function is not None
-        at = NodeAt(node=node, path=path, opset=opset, scope=scope, is_call=is_call, is_dead=self._dead)
+        at = NodeAt(
+            node=node, path=path, opset=opset, scope=scope, is_call=is_call, is_dead=self._dead
+        )
         self.nodes.append(at)
         self._bodies(scope, index, node, path)
         if function is not None:
@@ -192,10 +241,15 @@ class Walker:
         for item in node.attribute:
             self._attribute(scope, index, item, path)
             if item.HasField("t"):
-                is_constant = node.op_type == "Constant" and domain_of(node.domain) == "" and len(node.output) == 1
+                is_constant = (
+                    node.op_type == "Constant"
+                    and domain_of(node.domain) == ""
+                    and len(node.output) == 1
+                )
                 name = node.output[0] if is_constant else f"{path[len(scope.path) :]}/{item.name}"
                 scope.tensors[index, item.name] = weight = self._weight(item.t, scope, name)
-                if is_constant:  # the parameters of other operators (a forest's thresholds) are not weights
+                # the parameters of other operators (a forest's thresholds) are not weights
+                if is_constant:
                     self._list(weight)
 
     def _attribute(self, scope: Scope, index: int, item: onnx.AttributeProto, path: str) -> None:
@@ -203,9 +257,14 @@ class Walker:
             body = self._graph(graph, f"{path}/{item.name}/", scope.opsets, scope, Origin.BODY)
             scope.bodies[index, item.name] = body
 
-    def _call(self, scope: Scope, node: onnx.NodeProto, function: onnx.FunctionProto, path: str) -> Scope:
+    def _call(
+        self, scope: Scope, node: onnx.NodeProto, function: onnx.FunctionProto, path: str
+    ) -> Scope:
         if len(node.input) > len(function.input):
-            raise Broken(f"the node {path!r} has {len(node.input)} inputs, its function takes {len(function.input)}")
+            raise Broken(
+                f"the node {path!r} has {len(node.input)} inputs, its function takes"
+                f" {len(function.input)}"
+            )
         bound = {name: scope.argument(node, index) for index, name in enumerate(function.input)}
         given = {item.name: scope.attribute(node, item.name) for item in node.attribute}
         defaults = {item.name: item for item in function.attribute_proto}
@@ -247,5 +306,9 @@ def _require(scope: Scope, name: str, what: str) -> None:
         scope.read(name)
     except KeyError:
         made = any(name in node.output for node in scope.nodes)
-        problem = "is made only later: the nodes are not sorted, or form a cycle" if made else "is made by nothing"
+        problem = (
+            "is made only later: the nodes are not sorted, or form a cycle"
+            if made
+            else "is made by nothing"
+        )
         raise Broken(f"{what} {problem}") from None

@@ -1,7 +1,8 @@
-"""A serialised model without its weights: the protobuf wire format is skimmed, and what is large stays where it is.
+"""A serialised model without its weights: the protobuf wire format is skimmed, and what is large
+stays where it is.
 
-Only the tensors' payloads are left out; a tag in each says where its payload lies. Knows the wire format and which
-messages nest (from onnx's own descriptors), and nothing of what they mean.
+Only the tensors' payloads are left out; a tag in each says where its payload lies. Knows the wire
+format and which messages nest (from onnx's own descriptors), and nothing of what they mean.
 https://protobuf.dev/programming-guides/encoding/
 """
 
@@ -17,16 +18,23 @@ from google.protobuf.descriptor import Descriptor
 from evalmode.export.graph.errors import Broken
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_PAYLOADS = frozenset({"raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"})
+_PAYLOADS = frozenset(
+    {"raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"}
+)
 _SMALL = 1024  # bytes; a message of this size is not worth looking into
-_MANY = 10_000  # fields; a list of scalars (a forest's thresholds), which protobuf itself reads faster
+_MANY = (
+    10_000  # fields; a list of scalars (a forest's thresholds), which protobuf itself reads faster
+)
 _DEEPEST = 100  # protobuf's own limit
-_LARGEST = 256 << 20  # bytes of nodes, names and shapes; the largest models known to us have a tenth of it
+# bytes of nodes, names and shapes; the largest models known to us have a tenth of it
+_LARGEST = 256 << 20
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor's payload lies in the serialised model, and the field of TensorProto that it is."""
+    """Where a tensor's payload lies in the serialised model, and the field of TensorProto that it
+    is.
+    """
 
     field: str
     offset: int
@@ -35,7 +43,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Skimmed:
-    """A serialised model whose large payloads were left out, and the key under which they are named."""
+    """A serialised model whose large payloads were left out, and the key under which they are
+    named.
+    """
 
     model: bytes
     key: str
@@ -52,12 +62,16 @@ class Skimmed:
 
 
 def skim(data: memoryview) -> Skimmed:
-    """The model in `data` without its large payloads; raises Broken where the wire format is violated."""
+    """The model in `data` without its large payloads; raises Broken where the wire format is
+    violated.
+    """
     # A file cannot guess the key, so it cannot claim that a payload lies where it does not.
     key = secrets.token_hex(16)
     pieces = _Skimmer(data, key).message(0, len(data), onnx.ModelProto.DESCRIPTOR, 0)
     if (size := sum(map(len, pieces))) > _LARGEST:
-        raise Broken(f"it has {size >> 20} MiB beside its weights, at most {_LARGEST >> 20} are read")
+        raise Broken(
+            f"it has {size >> 20} MiB beside its weights, at most {_LARGEST >> 20} are read"
+        )
     return Skimmed(b"".join(pieces), key)
 
 
@@ -67,8 +81,12 @@ class _Skimmer:
     key: str
     _nested: dict[str, dict[int, Descriptor]] = field(default_factory=dict)
 
-    def message(self, start: int, end: int, kind: Descriptor, depth: int) -> list[bytes | memoryview]:
-        """The message in [start, end), in pieces; what nothing was left out of is copied once, by whoever joins."""
+    def message(
+        self, start: int, end: int, kind: Descriptor, depth: int
+    ) -> list[bytes | memoryview]:
+        """The message in [start, end), in pieces; what nothing was left out of is copied once, by
+        whoever joins.
+        """
         if depth > _DEEPEST:
             raise Broken(f"it nests more than {_DEEPEST} messages deep")
         if kind is onnx.TensorProto.DESCRIPTOR:
@@ -91,24 +109,33 @@ class _Skimmer:
             known = onnx.TensorProto.DESCRIPTOR.fields_by_number.get(number)
             if known is None or known.name not in _PAYLOADS:
                 continue
-            if wire != _BYTES or payload is not None or count > _MANY:  # in several pieces, which protobuf may join
+            # in several pieces, which protobuf may join
+            if wire != _BYTES or payload is not None or count > _MANY:
                 return [self.data[start:end]]
             payload = tag, at, stop, known.name
         if payload is None:
             return [self.data[start:end]]
         tag, at, stop, name = payload
-        entry = onnx.StringStringEntryProto(key=self.key, value=f"{name}:{at}:{stop - at}").SerializeToString()
+        entry = onnx.StringStringEntryProto(
+            key=self.key, value=f"{name}:{at}:{stop - at}"
+        ).SerializeToString()
         number = onnx.TensorProto.DESCRIPTOR.fields_by_name["external_data"].number
         return [self.data[start:tag], _field(number, len(entry)), entry, self.data[stop:end]]
 
     def _messages_in(self, kind: Descriptor) -> dict[int, Descriptor]:
         if kind.full_name not in self._nested:
-            inner = {item.number: item.message_type for item in kind.fields if item.message_type is not None}
+            inner = {
+                item.number: item.message_type
+                for item in kind.fields
+                if item.message_type is not None
+            }
             self._nested[kind.full_name] = inner
         return self._nested[kind.full_name]
 
     def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Number, wire type, and where the tag, the value and what follows begin, of each field in [start, end)."""
+        """Number, wire type, and where the tag, the value and what follows begin, of each field in
+        [start, end).
+        """
         stop = start
         while stop < end:
             tag = stop
@@ -124,7 +151,11 @@ class _Skimmer:
             else:
                 raise Broken(f"byte {tag} is no protobuf field")
             if word < 8 or stop > end:
-                raise Broken(f"it breaks off in byte {tag}" if word >= 8 else f"byte {tag} is no protobuf field")
+                raise Broken(
+                    f"it breaks off in byte {tag}"
+                    if word >= 8
+                    else f"byte {tag} is no protobuf field"
+                )
             yield word >> 3, wire, tag, at, stop
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
@@ -136,7 +167,9 @@ class _Skimmer:
             if byte < 128:
                 return value, at
             shift += 7
-        raise Broken(f"it breaks off in byte {at}" if at >= end else f"byte {at} is no protobuf field")
+        raise Broken(
+            f"it breaks off in byte {at}" if at >= end else f"byte {at} is no protobuf field"
+        )
 
 
 def _field(number: int, length: int) -> bytes:

@@ -1,4 +1,5 @@
-"""Which axes of a module's inputs vary, from what the user says or from the samples; and inputs of other sizes.
+"""Which axes of a module's inputs vary, from what the user says or from the samples; and inputs of
+other sizes.
 
 Knows no module and no rule.
 """
@@ -20,7 +21,8 @@ _LENGTH = "length"
 
 
 def parse_axes(given: Sequence[str], sample: Sample) -> Axes:
-    """The axes that `NAME=batch,length,_` names for each input; `_` stands for an axis that does not vary.
+    """The axes that `NAME=batch,length,_` names for each input; `_` stands for an axis that does
+    not vary.
 
     Raises UnusableInputs for an input that there is not, or for another number of axes than it has.
     """
@@ -29,26 +31,36 @@ def parse_axes(given: Sequence[str], sample: Sample) -> Axes:
         name, equals, names = text.partition("=")
         words = [word.strip() for word in names.split(",")]
         if not equals or not all(re.fullmatch(r"[A-Za-z_]\w*", word) for word in words):
-            raise UnusableInputs(f"--dynamic-axes must read NAME=batch,length with `_` for a fixed axis, got {text!r}")
+            raise UnusableInputs(
+                "--dynamic-axes must read NAME=batch,length with `_` for a fixed axis, got"
+                f" {text!r}"
+            )
         if name not in sample:
-            raise UnusableInputs(f"--dynamic-axes names the input {name!r}, the inputs are {', '.join(sample)}")
+            raise UnusableInputs(
+                f"--dynamic-axes names the input {name!r}, the inputs are {', '.join(sample)}"
+            )
         if len(words) != sample[name].ndim:
-            raise UnusableInputs(f"--dynamic-axes gives {name} {len(words)} axes, its sample has {sample[name].ndim}")
+            raise UnusableInputs(
+                f"--dynamic-axes gives {name} {len(words)} axes, its sample has {sample[name].ndim}"
+            )
         axes[name] = {place: word for place, word in enumerate(words) if word != "_"}
     return axes
 
 
 def infer_axes(samples: Sequence[Sample]) -> Axes:
-    """The axes whose size differs between samples, and the first one when all inputs agree on its size.
+    """The axes whose size differs between samples, and the first one when all inputs agree on its
+    size.
 
-    Axes that have equal sizes in every sample share a name: the first that is not the batch is `length`.
+    Axes that have equal sizes in every sample share a name: the first that is not the batch is
+    `length`.
     """
     sizes = {
         (name, place): tuple(sample[name].shape[place] for sample in samples)
         for name, tensor in samples[0].items()
         for place in range(tensor.ndim)
     }
-    first = {found for (_, place), found in sizes.items() if place == 0}  # a number without axes has none to compare
+    # a number without axes has none to compare
+    first = {found for (_, place), found in sizes.items() if place == 0}
     has_batch = len(first) == 1
     names = {next(iter(first)): BATCH} if has_batch else {}
     axes: dict[str, dict[int, str]] = {name: {} for name in samples[0]}
@@ -62,13 +74,17 @@ def infer_axes(samples: Sequence[Sample]) -> Axes:
 
 
 def sizes_of(sample: Sample, axes: Axes) -> dict[str, int]:
-    """The size of every named axis in a sample. Raises UnusableInputs when two axes of one name differ."""
+    """The size of every named axis in a sample. Raises UnusableInputs when two axes of one name
+    differ.
+    """
     sizes: dict[str, int] = {}
     for name, places in axes.items():
         for place, axis in places.items():
             size = sample[name].shape[place]
             if sizes.setdefault(axis, size) != size:
-                raise UnusableInputs(f"axis {axis!r} is {sizes[axis]} in one input and {size} in {name}")
+                raise UnusableInputs(
+                    f"axis {axis!r} is {sizes[axis]} in one input and {size} in {name}"
+                )
     return sizes
 
 
@@ -90,7 +106,9 @@ def resized(sample: Sample, axes: Axes, sizes: Mapping[str, int]) -> dict[str, T
 
 
 def ends(sample: Sample, axes: Axes) -> Iterator[dict[str, Tensor]]:
-    """The sample with each axis at its ends and beyond: 1, 2, half, twice; for the batch 1, 2, 5 and 65 rows."""
+    """The sample with each axis at its ends and beyond: 1, 2, half, twice; for the batch 1, 2, 5
+    and 65 rows.
+    """
     whole = sizes_of(sample, axes)
     yield resized(sample, axes, {})
     if BATCH in whole:
@@ -106,24 +124,35 @@ def ends(sample: Sample, axes: Axes) -> Iterator[dict[str, Tensor]]:
 
 
 def resampled(sample: Sample, seed: int) -> dict[str, Tensor]:
-    """Other values: each tensor's elements drawn anew from its own, so that ids, masks and ranges stay what they were.
+    """Other values: each tensor's elements drawn anew from its own, so that ids, masks and ranges
+    stay what they were.
 
-    Float rows are made smaller by a factor each, so that numbers and magnitudes appear which the sample does not hold.
-    A mask stays as it is: a position that may look at nothing is no input that a network is made for.
+    Float rows are made smaller by a factor each, so that numbers and magnitudes appear which the
+    sample does not hold. A mask stays as it is: a position that may look at nothing is no input
+    that a network is made for.
     """
     generator = torch.Generator().manual_seed(seed)
-    return {name: tensor if _is_mask(tensor) else _resampled(tensor, generator) for name, tensor in sample.items()}
+    return {
+        name: tensor if _is_mask(tensor) else _resampled(tensor, generator)
+        for name, tensor in sample.items()
+    }
 
 
 def keeps_masks(sample: Sample, made: Sample) -> bool:
     """Whether no row of a mask lost its last one when sizes changed."""
-    masks = [name for name, tensor in sample.items() if _is_mask(tensor) and bool(tensor.any(-1).all())]
+    masks = [
+        name for name, tensor in sample.items() if _is_mask(tensor) and bool(tensor.any(-1).all())
+    ]
     return all(bool(made[name].any(-1).all()) for name in masks)
 
 
 def _is_mask(tensor: Tensor) -> bool:
     """Whether a tensor of whole numbers or booleans holds zeros and ones alone."""
-    return tensor.ndim > 0 and not tensor.is_floating_point() and bool(((tensor == 0) | (tensor == 1)).all())
+    return (
+        tensor.ndim > 0
+        and not tensor.is_floating_point()
+        and bool(((tensor == 0) | (tensor == 1)).all())
+    )
 
 
 def _resampled(tensor: Tensor, generator: torch.Generator) -> Tensor:

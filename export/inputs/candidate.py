@@ -1,4 +1,5 @@
-"""What is to be exported: a module in eval mode, the axes that vary, and the inputs on which it will be judged.
+"""What is to be exported: a module in eval mode, the axes that vary, and the inputs on which it
+will be judged.
 
 Knows no rule, no ONNX and no files.
 """
@@ -22,7 +23,8 @@ Sample: TypeAlias = Mapping[str, Tensor]
 Axes: TypeAlias = Mapping[str, Mapping[int, str]]
 
 
-# Makes another export of the same weights under other seeds. Raises EvalmodeError where it cannot be made.
+# Makes another export of the same weights under other seeds. Raises EvalmodeError where it cannot
+# be made.
 Twin: TypeAlias = Callable[[], Fingerprint]
 
 
@@ -38,11 +40,12 @@ class HeldOut:
 class Candidate:
     """A module and all that its export needs.
 
-    `example` is what the exporter traces; `probes` are batches that reach both ends of every axis; `rows` are single
-    rows (leading dimension 1) by padded length, none where rows share no run. `exported` computes the function of
-    `module` where the two differ (classic dropout folded into weights); `fresh` is a copy of it that has never run.
-    `labelled` says that the largest number of the first output is a label. `left_out` names what the module answers
-    beside tensors, `constants` what it is called with beside tensors. `twins` make other exports of it.
+    `example` is what the exporter traces; `probes` are batches that reach both ends of every axis;
+    `rows` are single rows (leading dimension 1) by padded length, none where rows share no run.
+    `exported` computes the function of `module` where the two differ (classic dropout folded into
+    weights); `fresh` is a copy of it that has never run. `labelled` says that the largest number of
+    the first output is a label. `left_out` names what the module answers beside tensors,
+    `constants` what it is called with beside tensors. `twins` make other exports of it.
     """
 
     module: nn.Module

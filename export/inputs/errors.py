@@ -6,4 +6,6 @@ from evalmode.errors import EvalmodeError
 
 
 class UnusableInputs(EvalmodeError):  # noqa: N818 - read as a sentence: "raise UnusableInputs"
-    """Sample inputs, or axes of them, that no module can be exported with; the message names the input."""
+    """Sample inputs, or axes of them, that no module can be exported with; the message names the
+    input.
+    """

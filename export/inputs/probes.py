@@ -1,4 +1,5 @@
-"""The inputs on which anything is judged that came with a few samples: other sizes, other values, single rows.
+"""The inputs on which anything is judged that came with a few samples: other sizes, other values,
+single rows.
 
 Knows no module, no rule and no ONNX: it is given `run`.
 """
@@ -24,7 +25,9 @@ _RESAMPLED = 4
 
 
 def inferred_axes(run: Run, samples: Sequence[Sample]) -> Axes:
-    """The axes that the samples show to vary; no batch where another number of rows is refused: it was a guess."""
+    """The axes that the samples show to vary; no batch where another number of rows is refused: it
+    was a guess.
+    """
     axes = infer_axes(samples)
     rows = sizes_of(samples[0], axes).get(BATCH)
     if rows is None or len({sizes_of(sample, axes)[BATCH] for sample in samples}) > 1:
@@ -32,20 +35,27 @@ def inferred_axes(run: Run, samples: Sequence[Sample]) -> Axes:
     try:
         run(resized(samples[0], axes, {BATCH: rows + 1}))
     except Exception:  # the user's own code
-        return {name: {at: axis for at, axis in places.items() if axis != BATCH} for name, places in axes.items()}
+        return {
+            name: {at: axis for at, axis in places.items() if axis != BATCH}
+            for name, places in axes.items()
+        }
     return axes
 
 
 def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
     """The samples, then what is made of them: both ends of every axis, and other values.
 
-    Of what is made, those that `run` reads and answers with numbers: the others may be outside of its domain.
+    Of what is made, those that `run` reads and answers with numbers: the others may be outside of
+    its domain.
     """
     made: list[Sample] = []
     for sample in samples:
         made += [probe for probe in list(ends(sample, axes))[1:] if keeps_masks(sample, probe)]
     rows = {BATCH: 5} if BATCH in sizes_of(samples[0], axes) else {}
-    made += [resized(resampled(samples[0], seed), axes, rows if seed % 2 else {}) for seed in range(_RESAMPLED)]
+    made += [
+        resized(resampled(samples[0], seed), axes, rows if seed % 2 else {})
+        for seed in range(_RESAMPLED)
+    ]
     return [_arrays(probe) for probe in (*samples, *_that_run(run, made))]
 
 
@@ -74,7 +84,9 @@ def single_rows(run: Run, samples: Sequence[Sample], axes: Axes) -> dict[int, li
 def _keeps_rows(run: Run, batch: Sample, rows: int) -> bool:
     try:
         answers = run(batch).values()
-    except Exception:  # the user's own code: what it takes another number of rows for is no batch axis
+    except (
+        Exception
+    ):  # the user's own code: what it takes another number of rows for is no batch axis
         return False
     return all(answer.ndim and answer.shape[0] == rows for answer in answers)
 

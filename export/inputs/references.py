@@ -1,7 +1,7 @@
 """The user's own code, by reference: `package.module:factory` and `package.module:sample_inputs`.
 
-His packages win: his folder stands first on the path, and nothing of ours is imported by a bare name such as `model`.
-Knows no rule and no ONNX.
+His packages win: his folder stands first on the path, and nothing of ours is imported by a bare
+name such as `model`. Knows no rule and no ONNX.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from evalmode.errors import EvalmodeError
 
-# Where the line that raised is not the user's own: this package, the standard library, installed packages.
+# Where the line that raised is not the user's own: this package, the standard library, installed
+# packages.
 _NOT_THE_USERS = (
     str(Path(__file__).parent.parent),  # the export room
     "<frozen",
@@ -29,7 +30,9 @@ _NOT_THE_USERS = (
 
 
 class UserCodeFailed(EvalmodeError):  # noqa: N818 - read as a sentence: "raise UserCodeFailed"
-    """The user's own code cannot be imported or called; the message names the reference, the error and its line."""
+    """The user's own code cannot be imported or called; the message names the reference, the error
+    and its line.
+    """
 
 
 def is_reference(text: str) -> bool:
@@ -57,7 +60,9 @@ def load_module(reference: str) -> nn.Module:
     found = load_reference(reference)
     if not isinstance(found, nn.Module):
         if not callable(found):
-            raise UserCodeFailed(f"{reference} must be a function that returns an nn.Module, it is {_kind(found)}")
+            raise UserCodeFailed(
+                f"{reference} must be a function that returns an nn.Module, it is {_kind(found)}"
+            )
         with _told(f"{reference}() failed"):
             found = found()
     if not isinstance(found, nn.Module):
@@ -66,7 +71,9 @@ def load_module(reference: str) -> nn.Module:
 
 
 def load_samples(reference: str) -> list[Any]:
-    """The samples that `reference` names or returns: one (a mapping, a tuple, a tensor), or a list of several."""
+    """The samples that `reference` names or returns: one (a mapping, a tuple, a tensor), or a list
+    of several.
+    """
     found = load_reference(reference)
     if callable(found) and not isinstance(found, Tensor | Mapping):
         with _told(f"{reference}() failed"):

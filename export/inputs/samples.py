@@ -1,4 +1,5 @@
-"""Anyone's module and a few sample inputs -> a candidate for export: names, axes, probes and single rows.
+"""Anyone's module and a few sample inputs -> a candidate for export: names, axes, probes and single
+rows.
 
 Knows no rule, no ONNX and no files.
 """
@@ -25,7 +26,8 @@ from evalmode.export.module.untouched import untouched
 
 # A runtime is given NumPy arrays.
 _WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-_TRACED_ROWS = (2, 4)  # an exporter may take a size of 1 for a constant; more than a few rows only cost time
+# an exporter may take a size of 1 for a constant; more than a few rows only cost time
+_TRACED_ROWS = (2, 4)
 
 
 def candidate_of(
@@ -34,13 +36,14 @@ def candidate_of(
     *,
     dynamic_axes: Sequence[str] = (),
 ) -> Candidate:
-    """The candidate that `module` is with these sample inputs; neither its mode nor its state is touched.
+    """The candidate that `module` is with these sample inputs; neither its mode nor its state is
+    touched.
 
     Only its forward is bound to the constants among them, if there are any.
 
-    A sample is a mapping of input names, a tuple or a tensor; what is no tensor in it is a constant. The axes that vary
-    are those of `dynamic_axes` ("ids=batch,length"), or else those that the samples show. Raises UnusableInputs for
-    samples that the module cannot be called with.
+    A sample is a mapping of input names, a tuple or a tensor; what is no tensor in it is a
+    constant. The axes that vary are those of `dynamic_axes` ("ids=batch,length"), or else those
+    that the samples show. Raises UnusableInputs for samples that the module cannot be called with.
     """
     tensors, constants = bound(module, samples)
     with untouched(module):  # it may be the module itself that runs here, where it cannot be copied
@@ -73,16 +76,22 @@ def _candidate(
 
 
 def bound(module: nn.Module, samples: Sequence[object]) -> tuple[list[Sample], dict[str, Any]]:
-    """The samples' tensors by the names of the forward's inputs, and its constants, which the module is bound to.
+    """The samples' tensors by the names of the forward's inputs, and its constants, which the
+    module is bound to.
 
-    Raises UnusableInputs for samples that are no inputs of this module, or that differ in more than sizes and values.
+    Raises UnusableInputs for samples that are no inputs of this module, or that differ in more than
+    sizes and values.
     """
     if isinstance(module, torch.jit.ScriptModule):
-        raise UnusableInputs("a scripted or traced module hides its mode: give the Python module that it was made of")
+        raise UnusableInputs(
+            "a scripted or traced module hides its mode: give the Python module that it was made of"
+        )
     if not samples:
         raise UnusableInputs("there is no sample to call the module with")
     named = [_named(module, sample) for sample in samples]
-    tensors: list[Sample] = [{name: value for name, value in one.items() if isinstance(value, Tensor)} for one in named]
+    tensors: list[Sample] = [
+        {name: value for name, value in one.items() if isinstance(value, Tensor)} for one in named
+    ]
     constants = _constants(named)
     _require_alike(tensors)
     bind(module, constants)
@@ -98,26 +107,39 @@ def _named(module: nn.Module, sample: object) -> dict[str, Any]:
         try:
             bound = inspect.signature(module.forward).bind(*args)
         except (TypeError, ValueError) as error:
-            raise UnusableInputs(f"{type(module).__name__} cannot be called with the sample: {error}") from error
+            raise UnusableInputs(
+                f"{type(module).__name__} cannot be called with the sample: {error}"
+            ) from error
         given = dict(bound.arguments)
         kinds = inspect.signature(module.forward).parameters
         if any(kinds[name].kind is inspect.Parameter.VAR_POSITIONAL for name in given):
             inside = next((name for name in ("_orig_mod", "module") if hasattr(module, name)), None)
             hint = f"; export its .{inside}, which it only wraps" if inside else ""
             raise UnusableInputs(
-                f"{type(module).__name__}.forward takes *args: its inputs have no names to export by{hint}"
+                f"{type(module).__name__}.forward takes *args: its inputs have no names to export"
+                f" by{hint}"
             )
-    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in given.items()}
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in given.items()
+    }
 
 
 def _constants(named: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first, *others = [{name: value for name, value in one.items() if not isinstance(value, Tensor)} for one in named]
+    first, *others = [
+        {name: value for name, value in one.items() if not isinstance(value, Tensor)}
+        for one in named
+    ]
     for other in others:
         if other != first:
-            raise UnusableInputs(f"what is no tensor is a constant of the graph, the samples differ in it: {other}")
+            raise UnusableInputs(
+                f"what is no tensor is a constant of the graph, the samples differ in it: {other}"
+            )
     for name, value in first.items():
         if not isinstance(value, bool | int | float | str | None):
-            raise UnusableInputs(f"input {name!r} must be a tensor or a plain constant, got {type(value).__name__}")
+            raise UnusableInputs(
+                f"input {name!r} must be a tensor or a plain constant, got {type(value).__name__}"
+            )
     return first
 
 
@@ -126,9 +148,12 @@ def bind(module: nn.Module, constants: Mapping[str, Any]) -> None:
     if constants:
         given = functools.partial(module.forward, **constants)
         signature = inspect.signature(given)
-        inputs = [parameter for name, parameter in signature.parameters.items() if name not in constants]
+        inputs = [
+            parameter for name, parameter in signature.parameters.items() if name not in constants
+        ]
         forward: Any = functools.wraps(module.forward)(given)
-        forward.__signature__ = signature.replace(parameters=inputs)  # else the constant is asked for again
+        # else the constant is asked for again
+        forward.__signature__ = signature.replace(parameters=inputs)
         module.forward = forward
 
 
@@ -138,17 +163,27 @@ def _require_alike(samples: Sequence[Sample]) -> None:
         raise UnusableInputs("a sample holds no tensor")
     for name, tensor in first.items():
         if tensor.dtype in _WITHOUT_ARRAYS:
-            raise UnusableInputs(f"input {name!r} is {tensor.dtype}, which no array holds: cast it in the module")
+            raise UnusableInputs(
+                f"input {name!r} is {tensor.dtype}, which no array holds: cast it in the module"
+            )
         if tensor.layout is not torch.strided:
             raise UnusableInputs(f"input {name!r} is sparse: a graph reads dense tensors")
-    if empty := [name for sample in samples for name, tensor in sample.items() if not tensor.numel()]:
-        raise UnusableInputs(f"input {empty[0]!r} is empty in a sample: nothing can be seen from it")
+    if empty := [
+        name for sample in samples for name, tensor in sample.items() if not tensor.numel()
+    ]:
+        raise UnusableInputs(
+            f"input {empty[0]!r} is empty in a sample: nothing can be seen from it"
+        )
     for sample in samples[1:]:
         if sample.keys() != first.keys():
-            raise UnusableInputs(f"the samples have other inputs: {', '.join(first)} and {', '.join(sample)}")
+            raise UnusableInputs(
+                f"the samples have other inputs: {', '.join(first)} and {', '.join(sample)}"
+            )
         for name, tensor in sample.items():
             if (tensor.dtype, tensor.ndim) != (first[name].dtype, first[name].ndim):
-                raise UnusableInputs(f"input {name!r} has another type or other axes in another sample")
+                raise UnusableInputs(
+                    f"input {name!r} has another type or other axes in another sample"
+                )
 
 
 def _answer(module: nn.Module, sample: Sample) -> object:
@@ -158,10 +193,13 @@ def _answer(module: nn.Module, sample: Sample) -> object:
     except Exception as error:  # the user's own code
         reason = str(error).strip().partition("\n")[0]
         raise UnusableInputs(
-            f"{type(module).__name__} fails on the sample ({shapes_of(sample)}): {type(error).__name__}: {reason}"
+            f"{type(module).__name__} fails on the sample ({shapes_of(sample)}):"
+            f" {type(error).__name__}: {reason}"
         ) from error
     if not flatten(answer):
-        raise UnusableInputs(f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}")
+        raise UnusableInputs(
+            f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}"
+        )
     return answer
 
 

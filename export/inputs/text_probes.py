@@ -1,4 +1,5 @@
-"""The inputs on which a text classifier is held against its graph: both ends of every axis, padding, held-out rows.
+"""The inputs on which a text classifier is held against its graph: both ends of every axis,
+padding, held-out rows.
 
 Knows no rule.
 """
@@ -15,11 +16,14 @@ from evalmode.bundle.known_answers import Tensors
 from evalmode.export.inputs.candidate import HeldOut
 
 _HELD_OUT_BATCH = 64
-_BATCHES = (1, 2, 64)  # both ends of the certified batch sizes, and the smallest at which rows have a neighbour
+# both ends of the certified batch sizes, and the smallest at which rows have a neighbour
+_BATCHES = (1, 2, 64)
 
 
 def probes(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> tuple[Tensors, ...]:
-    """Batches of 1, 2 and 64 rows at length 1, at every rung of the ladder and at a length in the middle."""
+    """Batches of 1, 2 and 64 rows at length 1, at every rung of the ladder and at a length in the
+    middle.
+    """
     middle = (spec.lengths[-1] + spec.lengths[0]) // 2 + 1
     lengths = sorted({1, min(middle, spec.lengths[-1]), *spec.lengths})
     order = np.random.default_rng(0).permutation(len(rows))
@@ -35,9 +39,13 @@ def held_out(rows: Sequence[Ids], labels: Ids, spec: NgramSpec | BpeSpec) -> Hel
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         by_length[spec.padded_length(len(row))].append(index)
-    batches = [(length, chosen) for length, every in sorted(by_length.items()) for chosen in _chunks(every)]
+    batches = [
+        (length, chosen) for length, every in sorted(by_length.items()) for chosen in _chunks(every)
+    ]
     return HeldOut(
-        batches=[collate([rows[index] for index in chosen], length=length) for length, chosen in batches],
+        batches=[
+            collate([rows[index] for index in chosen], length=length) for length, chosen in batches
+        ],
         labels=[labels[chosen] for _, chosen in batches],
     )
 

@@ -1,1 +1,3 @@
-"""What a torch module is: its parts, its dropouts, what it draws, what it answers, and how to leave it untouched."""
+"""What a torch module is: its parts, its dropouts, what it draws, what it answers, and how to leave
+it untouched.
+"""

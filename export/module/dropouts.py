@@ -9,13 +9,17 @@ _DROPOUTS = ("dropout", "droppath", "dropblock", "stochasticdepth")
 
 
 def is_dropout(part: nn.Module) -> bool:
-    """Whether a module is nothing but a dropout, to go by the names of its class and of those that it inherits."""
+    """Whether a module is nothing but a dropout, to go by the names of its class and of those that
+    it inherits.
+    """
     classes = "\n".join(base.__name__.lower() for base in type(part).__mro__)
     return any(name in classes for name in _DROPOUTS) and not any(part.parameters())
 
 
 def should_drop(part: nn.Module) -> bool:
-    """Whether a module declares that it drops: one that is a dropout, or one of torch's that has one inside."""
+    """Whether a module declares that it drops: one that is a dropout, or one of torch's that has
+    one inside.
+    """
     return is_dropout(part) or isinstance(part, nn.RNNBase | nn.MultiheadAttention)
 
 

@@ -1,4 +1,6 @@
-"""How a module is run: without gradients and fused kernels, and with every generator under a seed."""
+"""How a module is run: without gradients and fused kernels, and with every generator under a
+seed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import torch
 
 @contextmanager
 def plain_forward() -> Iterator[None]:
-    """No gradients, and no fused fast path: that of nn.MultiheadAttention ignores a child's training flag."""
+    """No gradients, and no fused fast path: that of nn.MultiheadAttention ignores a child's
+    training flag.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -31,7 +35,9 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's, NumPy's and Python's global generators under a seed, and back where they were afterwards."""
+    """torch's, NumPy's and Python's global generators under a seed, and back where they were
+    afterwards.
+    """
     host, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         seed_everything(seed)

@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 
 def flatten(output: object) -> dict[str, Tensor]:
-    """The tensors of a module's output in order: a tensor, or what torch's pytrees know: tuples, lists, dicts.
+    """The tensors of a module's output in order: a tensor, or what torch's pytrees know: tuples,
+    lists, dicts.
 
-    A dictionary's keys name its tensors (`logits`, `hidden_states_0`); what has no key is `output_0`, `output_1`, ...
+    A dictionary's keys name its tensors (`logits`, `hidden_states_0`); what has no key is
+    `output_0`, `output_1`, ...
     """
     leaves = [(path, leaf) for path, leaf in _leaves(output) if isinstance(leaf, Tensor)]
     found: dict[str, Tensor] = {}
@@ -27,14 +29,22 @@ def flatten(output: object) -> dict[str, Tensor]:
 
 
 def left_out(output: object) -> tuple[str, ...]:
-    """What an output holds beside tensors, which no graph can answer with: `past_key_values (DynamicCache)`."""
-    strangers = [(path, leaf) for path, leaf in _leaves(output) if leaf is not None and not isinstance(leaf, Tensor)]
+    """What an output holds beside tensors, which no graph can answer with: `past_key_values
+    (DynamicCache)`.
+    """
+    strangers = [
+        (path, leaf)
+        for path, leaf in _leaves(output)
+        if leaf is not None and not isinstance(leaf, Tensor)
+    ]
     return tuple(f"{_name(path) or 'output'} ({type(leaf).__name__})" for path, leaf in strangers)
 
 
 @contextmanager
 def own_forward(module: nn.Module) -> Iterator[None]:
-    """The module's forward afterwards as it was, whatever took its place on the object meanwhile."""
+    """The module's forward afterwards as it was, whatever took its place on the object
+    meanwhile.
+    """
     own = vars(module).get("forward")
     try:
         yield
@@ -48,7 +58,8 @@ def own_forward(module: nn.Module) -> Iterator[None]:
 def answering_tensors(module: nn.Module) -> Iterator[None]:
     """Let `module` answer with its tensors alone, for an exporter that knows no other types.
 
-    The forward is exchanged on the object, not wrapped into another module: no path of the network changes.
+    The forward is exchanged on the object, not wrapped into another module: no path of the network
+    changes.
     """
     forward = module.forward
 
@@ -77,13 +88,17 @@ def _opened(output: object) -> Any:
     def opened(leaf: Any) -> Any:
         if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
             return leaf
-        return _opened({field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)})
+        return _opened(
+            {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+        )
 
     return pytree.tree_map(opened, output)
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    keys = [str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path]
+    keys = [
+        str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path
+    ]
     if not keys or keys[0].isdigit():
         return ""
     return re.sub(r"\W+", "_", "_".join(keys)).strip("_")

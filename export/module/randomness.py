@@ -1,9 +1,11 @@
-"""A witness of randomness: runs a module and reports every place that drew a random number, and with which rate.
+"""A witness of randomness: runs a module and reports every place that drew a random number, and
+with which rate.
 
-Torch marks the operators that may draw (`nondeterministic_seeded`); whether one did is seen from the generator's state
-before and after. NumPy's and Python's generators, the global ones and those that hang on the module, are watched at
-every module's entry and exit. Nothing here sees the operating system's randomness, a clock or a counter: repeating the
-forward may, which the rule eager-randomness does.
+Torch marks the operators that may draw (`nondeterministic_seeded`); whether one did is seen from
+the generator's state before and after. NumPy's and Python's generators, the global ones and those
+that hang on the module, are watched at every module's entry and exit. Nothing here sees the
+operating system's randomness, a clock or a counter: repeating the forward may, which the rule
+eager-randomness does.
 
 Knows neither ONNX nor files.
 """
@@ -32,19 +34,24 @@ from evalmode.export.module.dropouts import declared_rate
 from evalmode.export.module.forward import plain_forward
 from evalmode.export.module.parts import Generator, named_everything, named_generators
 
-# An operator that is not marked as one that may draw (anyone can register one) is seen by this alone.
+# An operator that is not marked as one that may draw (anyone can register one) is seen by this
+# alone.
 _TORCHS = "torch's generator, by an operator that does not say that it draws"
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 class Unwatched(Exception):  # noqa: N818 - read as a sentence: "raise Unwatched"
-    """A forward that runs what cannot be watched (`torch.cond`: the branch not taken); the message names the place."""
+    """A forward that runs what cannot be watched (`torch.cond`: the branch not taken); the message
+    names the place.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """One place that drew: the innermost module's path and class, the operator, the rate if one was given, the line."""
+    """One place that drew: the innermost module's path and class, the operator, the rate if one was
+    given, the line.
+    """
 
     path: str
     kind: str
@@ -58,13 +65,16 @@ class Draw:
 
 
 def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
-    """Every place that draws a random number in one forward of `module`, in order, each once. Raises Unwatched."""
+    """Every place that draws a random number in one forward of `module`, in order, each once.
+    Raises Unwatched.
+    """
     witness = _Witness(module)
     try:
         with plain_forward(), witness.watching():
             module(**inputs)
     except Unwatched:
-        torch._dynamo.reset()  # else the compiler, which was left half-way, fails for every later forward
+        # else the compiler, which was left half-way, fails for every later forward
+        torch._dynamo.reset()
         raise
     return tuple(dict.fromkeys(witness.seen))
 
@@ -89,7 +99,9 @@ class _Witness:
             self._look_at_host()
 
     def saw(self, operator: str) -> None:
-        """Keep where `operator`, which drew, was called; what it did to torch's generators is then explained."""
+        """Keep where `operator`, which drew, was called; what it did to torch's generators is then
+        explained.
+        """
         self.seen.append(self.here(operator))
         self._host[_TORCHS] = _torchs_states()
 
@@ -128,21 +140,32 @@ class _Witness:
             "random's global generator": random.getstate(),
             "numpy.random's global generator": _plain(np.random.get_state(legacy=False)),
         }
-        return states | {f"the generator {path}": _state_of(found) for path, found in self._generators.items()}
+        return states | {
+            f"the generator {path}": _state_of(found) for path, found in self._generators.items()
+        }
 
 
 class _Calls(TorchFunctionMode):
-    """Notes the Python-level function, and the rate it was called with, around the operators that it dispatches."""
+    """Notes the Python-level function, and the rate it was called with, around the operators that
+    it dispatches.
+    """
 
     def __init__(self, witness: _Witness) -> None:
         super().__init__()
         self._witness = witness
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         outer = self._witness.call
-        self._witness.call = (getattr(func, "__name__", str(func)), _given_rate(func, args, kwargs or {}))
+        self._witness.call = (
+            getattr(func, "__name__", str(func)),
+            _given_rate(func, args, kwargs or {}),
+        )
         try:
             return func(*args, **(kwargs or {}))
         finally:
@@ -158,14 +181,21 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch do
         self._witness = witness
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             raise Unwatched(str(self._witness.here(str(func))))
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        generator = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)), None)
+        generator = next(
+            (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)),
+            None,
+        )
         state = _device_states if generator is None else lambda: [generator.get_state()]
         before = state()
         result = func(*args, **kwargs)
@@ -199,20 +229,29 @@ def _plain(state: object) -> object:
     return state.tobytes() if isinstance(state, np.ndarray) else state
 
 
-def _given_rate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """The drop probability among a call's arguments; None where it has none or its signature cannot be read."""
+def _given_rate(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float | None:
+    """The drop probability among a call's arguments; None where it has none or its signature cannot
+    be read.
+    """
     try:
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-    except (ValueError, TypeError):  # built-in functions have no signature: keywords are all there is
+    except (
+        ValueError,
+        TypeError,
+    ):  # built-in functions have no signature: keywords are all there is
         given = kwargs
     rate = given.get("p", given.get("dropout_p"))
     return float(rate) if isinstance(rate, int | float) else None
 
 
 def _line() -> str:
-    """The innermost line of the user's own code: the first frame that is neither torch's nor the witness's."""
+    """The innermost line of the user's own code: the first frame that is neither torch's nor the
+    witness's.
+    """
     frame = sys._getframe(1)
     while frame.f_back and frame.f_code.co_filename.startswith((_TORCH, __file__)):
         frame = frame.f_back

@@ -1,7 +1,7 @@
 """Leaving no trace: copies to work on, and everything that a forward may move put back afterwards.
 
-Does not know what a forward does outside the process, nor Python objects that are neither numbers nor tensors and that
-a module which cannot be copied changes in place.
+Does not know what a forward does outside the process, nor Python objects that are neither numbers
+nor tensors and that a module which cannot be copied changes in place.
 """
 
 from __future__ import annotations
@@ -20,21 +20,33 @@ from evalmode.export.module.parts import named_everything, named_generators
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Put back, also after an error: every generator, and every module's flags, numbers and tensors."""
+    """Put back, also after an error: every generator, and every module's flags, numbers and
+    tensors.
+    """
     with ExitStack() as stack:
-        for restore in (*_generators(module), *(saved(part) for part in named_everything(module).values())):
+        for restore in (
+            *_generators(module),
+            *(saved(part) for part in named_everything(module).values()),
+        ):
             stack.callback(restore)
         yield
 
 
 def saved(module: nn.Module) -> Callable[[], None]:
-    """What puts one module's own attributes and buffers back as they are now; children are their own business.
+    """What puts one module's own attributes and buffers back as they are now; children are their
+    own business.
 
     Parameters are left alone: no forward writes to them, and copies of all would double the memory.
     """
-    plain = {name: value for name, value in vars(module).items() if value is None or isinstance(value, _PLAIN)}
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, _PLAIN)
+    }
     buffers = dict(module._buffers)
-    tensors = [tensor for tensor in (*buffers.values(), *plain.values()) if isinstance(tensor, Tensor)]
+    tensors = [
+        tensor for tensor in (*buffers.values(), *plain.values()) if isinstance(tensor, Tensor)
+    ]
     contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def restore() -> None:
@@ -68,7 +80,9 @@ def _restorer(generator: Any) -> Callable[[], Any]:
     if isinstance(generator, random.SystemRandom):
         return lambda: None  # it has no state
     # torch's and NumPy's legacy generators spell it with an underscore, Python's does not.
-    get, put = ("get_state", "set_state") if hasattr(generator, "get_state") else ("getstate", "setstate")
+    get, put = (
+        ("get_state", "set_state") if hasattr(generator, "get_state") else ("getstate", "setstate")
+    )
     held = getattr(generator, get)()
     return lambda: getattr(generator, put)(held)
 
@@ -76,4 +90,6 @@ def _restorer(generator: Any) -> Callable[[], Any]:
 def _torch_generators(module: nn.Module) -> Iterator[torch.Generator]:
     for part in named_everything(module).values():
         beside = getattr(type(part).forward, "__globals__", {})
-        yield from (v for v in (*vars(part).values(), *beside.values()) if isinstance(v, torch.Generator))
+        yield from (
+            v for v in (*vars(part).values(), *beside.values()) if isinstance(v, torch.Generator)
+        )

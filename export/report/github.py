@@ -1,4 +1,5 @@
-"""The report as workflow commands: GitHub shows each finding beside its file, in a run's summary and in a pull request.
+"""The report as workflow commands: GitHub shows each finding beside its file, in a run's summary
+and in a pull request.
 
 GitHub shows ten annotations of a kind for each step; the log holds the rest.
 """

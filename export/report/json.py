@@ -31,7 +31,10 @@ def _file(one: Examined) -> dict[str, Any]:
     return {
         "path": str(one.path),
         "verdict": str(verdict_of(one)),
-        "findings": [{"rule": record.rule, **finding.model_dump(mode="json")} for record, finding in places(one)],
+        "findings": [
+            {"rule": record.rule, **finding.model_dump(mode="json")}
+            for record, finding in places(one)
+        ],
         "rules": [*map(_rule, one.records), *map(_excluded, one.excluded)],
         "certified": [_rule(record) for record in one.certified],
     }
@@ -43,4 +46,10 @@ def _rule(record: Record) -> dict[str, str]:
 
 
 def _excluded(rule: str) -> dict[str, str]:
-    return {"rule": rule, "verdict": EXCLUDED, "why": "nobody asked for it", "measured": "", "limit": ""}
+    return {
+        "rule": rule,
+        "verdict": EXCLUDED,
+        "why": "nobody asked for it",
+        "measured": "",
+        "limit": "",
+    }

@@ -1,6 +1,7 @@
 """The report as JUnit XML, which every CI system shows: a suite a file, a case a rule.
 
-What is unproven is a failure, since it makes the command fail; where it is allowed, it is a skipped case that says why.
+What is unproven is a failure, since it makes the command fail; where it is allowed, it is a skipped
+case that says why.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def render(report: Report) -> str:
         root.append(_suite(report, one))
     _count(root)
     Xml.indent(root)
-    # Of the characters that XML forbids, none is left by `plain`; text outside of UTF-8 is spelled out by it, too.
+    # Of the characters that XML forbids, none is left by `plain`; text outside of UTF-8 is spelled
+    # out by it, too.
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{Xml.tostring(root, encoding="unicode")}\n'
 
 

@@ -1,4 +1,5 @@
-"""What every format tells: the files, their verdicts and findings, the scope of the rules, and what counts as bad.
+"""What every format tells: the files, their verdicts and findings, the scope of the rules, and what
+counts as bad.
 
 Knows no format.
 """
@@ -47,7 +48,9 @@ class Report:
     def summary(self) -> str:
         """The counts as one line."""
         files = f"{len(self.examined)} file{'' if len(self.examined) == 1 else 's'}"
-        return f"{files}: {', '.join(f'{count} {verdict}' for verdict, count in self.counts.items())}"
+        return (
+            f"{files}: {', '.join(f'{count} {verdict}' for verdict, count in self.counts.items())}"
+        )
 
     @property
     def unreadable(self) -> tuple[Unreadable, ...]:
@@ -71,19 +74,28 @@ class Report:
         return severity is Severity.ERROR or self.fail_on is FailOn.WARNING
 
     def _tolerates(self, one: Verified) -> bool:
-        # The verdict says more than the findings: a file to which no rule applied is unproven without any.
+        # The verdict says more than the findings: a file to which no rule applied is unproven
+        # without any.
         if one.verdict is not Verdict.PASS and self.is_bad(_SEVERITIES[one.verdict]):
             return False
-        return not any(self.is_bad(finding.severity) for record in one.every for finding in findings_of(record))
+        return not any(
+            self.is_bad(finding.severity) for record in one.every for finding in findings_of(record)
+        )
 
     @property
     def scope(self) -> dict[str, list[str]]:
-        """What the verdicts rest on: the rules that were checked in any file, and how; those that were not, and why."""
+        """What the verdicts rest on: the rules that were checked in any file, and how; those that
+        were not, and why.
+        """
         now = [record for one in self.verified for record in one.records]
         lacking = [record for record in now if record.verdict is Verdict.NOT_APPLICABLE]
         groups = {
-            "checked now": [record.rule for record in now if record.verdict is not Verdict.NOT_APPLICABLE],
-            "checked at export, by the certificate": [record.rule for one in self.verified for record in one.certified],
+            "checked now": [
+                record.rule for record in now if record.verdict is not Verdict.NOT_APPLICABLE
+            ],
+            "checked at export, by the certificate": [
+                record.rule for one in self.verified for record in one.certified
+            ],
             EXCLUDED: [rule for one in self.verified for rule in one.excluded],
         }
         for record in lacking:
@@ -97,10 +109,16 @@ def verdict_of(one: Examined) -> str:
 
 
 def findings_of(record: Record) -> tuple[Finding, ...]:
-    """The record's findings; one that did not hold and names no place is a finding about the whole."""
+    """The record's findings; one that did not hold and names no place is a finding about the
+    whole.
+    """
     if record.findings or record.verdict not in _SEVERITIES:
         return record.findings
-    against = f" ({record.measured}; the limit is {record.limit})" if record.measured and record.limit else ""
+    against = (
+        f" ({record.measured}; the limit is {record.limit})"
+        if record.measured and record.limit
+        else ""
+    )
     return (Finding(severity=_SEVERITIES[record.verdict], why=record.why + against),)
 
 
@@ -111,15 +129,20 @@ def told(finding: Finding) -> str:
 
 
 def plain(text: str) -> str:
-    """The text with what cannot be seen spelled out: names come from files, and may try to steer a terminal."""
+    """The text with what cannot be seen spelled out: names come from files, and may try to steer a
+    terminal.
+    """
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
 
 
 def relative(path: Path) -> Path:
     """The path from the working directory where it lies below it, else the absolute one."""
-    absolute = Path(os.path.abspath(path))  # and not resolve(): a symbolic link stays what its repository calls it
+    # and not resolve(): a symbolic link stays what its repository calls it
+    absolute = Path(os.path.abspath(path))
     return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
 
 

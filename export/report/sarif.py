@@ -1,8 +1,8 @@
 """The report as SARIF 2.1.0, as GitHub code scanning takes it.
 
-GitHub tells alerts apart by `primaryLocationLineHash`, which it would otherwise make of a binary file's first line. It
-shows what lies in the repository only, so paths are relative to the working directory; and of a run with more than
-5,000 results the gravest 5,000.
+GitHub tells alerts apart by `primaryLocationLineHash`, which it would otherwise make of a binary
+file's first line. It shows what lies in the repository only, so paths are relative to the working
+directory; and of a run with more than 5,000 results the gravest 5,000.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _LEVELS = {Severity.ERROR: "error", Severity.UNPROVEN: "warning", Severity.WARNI
 
 
 def render(report: Report) -> str:
-    """One log with one run. A file that could not be examined is a notification, since no rule looked at it."""
+    """One log with one run. A file that could not be examined is a notification, since no rule
+    looked at it.
+    """
     unreadable = [
         {
             "level": "error",
@@ -47,19 +49,29 @@ def render(report: Report) -> str:
             {
                 "executionSuccessful": not unreadable,
                 "toolExecutionNotifications": unreadable,
-                "ruleConfigurationOverrides": [_switched_off(rule) for rule in report.scope.get(EXCLUDED, ())],
+                "ruleConfigurationOverrides": [
+                    _switched_off(rule) for rule in report.scope.get(EXCLUDED, ())
+                ],
                 "properties": {"scope": report.scope},
             }
         ],
         "columnKind": "unicodeCodePoints",
         "results": _results(report),
     }
-    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, ensure_ascii=False, indent=2) + "\n"
+    return (
+        json.dumps(
+            {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, ensure_ascii=False, indent=2
+        )
+        + "\n"
+    )
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
     statement = f"{rule.statement[:1].upper()}{rule.statement[1:]}."
-    help_text = f"The rule holds when this is so: {rule.statement}. It needs {rule.needs}. Each result says what to do."
+    help_text = (
+        f"The rule holds when this is so: {rule.statement}. It needs {rule.needs}. Each result says"
+        " what to do."
+    )
     return {
         "id": rule.name,
         "shortDescription": {"text": statement},
@@ -85,7 +97,9 @@ def _results(report: Report) -> list[dict[str, Any]]:
             if record.rule in index:  # a certificate may come from a version with other rules
                 result["ruleIndex"] = index[record.rule]
             # Alike findings are told apart by a number, as GitHub's own fingerprints do it.
-            result["partialFingerprints"] = {"primaryLocationLineHash": f"{fingerprint}:{seen[fingerprint]}"}
+            result["partialFingerprints"] = {
+                "primaryLocationLineHash": f"{fingerprint}:{seen[fingerprint]}"
+            }
             results.append(result)
     return results
 
@@ -95,7 +109,12 @@ def _result(rule: str, file: Path, finding: Finding) -> dict[str, Any]:
     if finding.node:
         location["logicalLocations"] = [{"fullyQualifiedName": plain(finding.node)}]
     message = {"text": told(finding)}
-    return {"ruleId": rule, "level": _LEVELS[finding.severity], "message": message, "locations": [location]}
+    return {
+        "ruleId": rule,
+        "level": _LEVELS[finding.severity],
+        "message": message,
+        "locations": [location],
+    }
 
 
 def _physical(path: Path) -> dict[str, Any]:

@@ -29,7 +29,9 @@ def render(report: Report) -> str:
 
 
 def lines(report: Report, *, reasons: bool) -> Iterator[Text]:
-    """The report line by line; `reasons` says why a file is unreadable, where nobody said so before."""
+    """The report line by line; `reasons` says why a file is unreadable, where nobody said so
+    before.
+    """
     for one in report.examined:
         yield _word(verdict_of(one), 10) + Text(f"  {plain(str(one.path))}", style="bold")
         yield from _below(one, brief=len(report.examined) >= MANY, reasons=reasons)
@@ -47,9 +49,13 @@ def _below(one: Examined, *, brief: bool, reasons: bool) -> Iterator[Text]:
         yield _word("  unproven", 10, of=Verdict.UNPROVEN) + Text("  no rule was checked")
     for record in one.every:
         if record.verdict is Verdict.PASS and not brief:
-            yield _word("  pass", 10, of=Verdict.PASS) + Text(f"  {record.rule}  {_passed(record, one)}")
+            yield _word("  pass", 10, of=Verdict.PASS) + Text(
+                f"  {record.rule}  {_passed(record, one)}"
+            )
         for finding in findings_of(record):
-            yield _word(f"  {finding.severity}", 10, of=finding.severity) + Text(f"  {record.rule}  {told(finding)}")
+            yield _word(f"  {finding.severity}", 10, of=finding.severity) + Text(
+                f"  {record.rule}  {told(finding)}"
+            )
 
 
 def _passed(record: Record, one: Verified) -> str:

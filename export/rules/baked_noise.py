@@ -1,4 +1,6 @@
-"""Rule baked-noise: no random number that was drawn at export lives on as a constant of the graph."""
+"""Rule baked-noise: no random number that was drawn at export lives on as a constant of the
+graph.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "baked-noise"
 
-_FIX = "draw nothing in eval mode; what must stay random but fixed belongs into a buffer of the module"
+_FIX = (
+    "draw nothing in eval mode; what must stay random but fixed belongs into a buffer of the module"
+)
 
 
 def check(subject: Subject) -> Record:
-    """Fail for noise that the optimiser left as a constant, and for constants that differ under other seeds.
+    """Fail for noise that the optimiser left as a constant, and for constants that differ under
+    other seeds.
 
-    The graph is read as it was before constants were folded, and compared with exports of the same weights under other
-    seeds of torch, NumPy and Python. A weight that looks like a mask is a warning.
+    The graph is read as it was before constants were folded, and compared with exports of the same
+    weights under other seeds of torch, NumPy and Python. A weight that looks like a mask is a
+    warning.
     """
     findings = dict.fromkeys([*_folded(subject), *_differing(subject), *mask_like(subject.graph)])
     return Record.of(
@@ -31,7 +37,9 @@ def check(subject: Subject) -> Record:
         findings,
         fine="exports under other seeds have the same constants",
         otherwise="random numbers of the export are constants of the graph",
-        measured=f"{len(subject.model.graph.initializer)} weights in {1 + len(subject.twins)} exports",
+        measured=(
+            f"{len(subject.model.graph.initializer)} weights in {1 + len(subject.twins)} exports"
+        ),
         limit="0 differ",
     )
 
@@ -44,7 +52,10 @@ def _folded(subject: Subject) -> Iterator[Finding]:
     for record in (stochastic_op.check(before), training_mode.check(before)):
         for finding in record.findings:
             if finding.severity is Severity.ERROR:
-                why = "it draws in the graph before optimisation: its noise may have been folded into a constant"
+                why = (
+                    "it draws in the graph before optimisation: its noise may have been folded into"
+                    " a constant"
+                )
                 yield finding.model_copy(update={"why": why, "fix": _FIX})
 
 
@@ -55,7 +66,11 @@ def _differing(subject: Subject) -> Iterator[Finding]:
             twin = make()
         except EvalmodeError as error:
             why = f"a second export could not be compared: {error}"
-            yield Finding(severity=Severity.UNPROVEN, why=why, fix="make the factory return the same network each time")
+            yield Finding(
+                severity=Severity.UNPROVEN,
+                why=why,
+                fix="make the factory return the same network each time",
+            )
             continue
         yield from _weights(own, twin, subject.model)
         yield from _nodes(own, twin)
@@ -64,17 +79,26 @@ def _differing(subject: Subject) -> Iterator[Finding]:
 def _weights(own: Fingerprint, twin: Fingerprint, model: onnx.ModelProto) -> Iterator[Finding]:
     for name in own.weights.keys() | twin.weights.keys():
         if own.weights.get(name) != twin.weights.get(name):
-            readers = ", ".join(node.name for node in model.graph.node if name in node.input) or "nothing"
+            readers = (
+                ", ".join(node.name for node in model.graph.node if name in node.input) or "nothing"
+            )
             why = f"its values differ in another export, under other seeds; it is read by {readers}"
             yield _baked(name, "weight", why)
 
 
 def _nodes(own: Fingerprint, twin: Fingerprint) -> Iterable[Finding]:
     if len(own.nodes) != len(twin.nodes):
-        why = f"the graph has {len(own.nodes)} nodes, and {len(twin.nodes)} when exported under other seeds"
+        why = (
+            f"the graph has {len(own.nodes)} nodes, and {len(twin.nodes)} when exported under other"
+            " seeds"
+        )
         return [_baked("", "", why)]
     pairs = zip(own.nodes, twin.nodes, strict=True)
-    return [_baked(name, "", "this node differs under other seeds") for (name, one), (_, two) in pairs if one != two]
+    return [
+        _baked(name, "", "this node differs under other seeds")
+        for (name, one), (_, two) in pairs
+        if one != two
+    ]
 
 
 def _baked(node: str, op: str, why: str) -> Finding:

@@ -15,8 +15,8 @@ from evalmode.export.rules.subject import COUNTS, Subject
 RULE = "batch-invariance"
 
 _FIX = (
-    "quantise statically, not dynamically; give BatchNorm running statistics; reduce over no batch axis; "
-    "where the first axis is no batch, say so with --dynamic-axes NAME=length,batch,_"
+    "quantise statically, not dynamically; give BatchNorm running statistics; reduce over no batch"
+    " axis; where the first axis is no batch, say so with --dynamic-axes NAME=length,batch,_"
 )
 _PLACES = 8  # the batch size at which companions are exchanged
 
@@ -28,7 +28,9 @@ def check(subject: Subject) -> Record:
     kernels and no fault: the service batches by that list. It is reported.
     """
     if not subject.rows:
-        return Record.not_applicable(RULE, "not every input and output has a batch axis: no rows share a run")
+        return Record.not_applicable(
+            RULE, "not every input and output has a batch axis: no rows share a run"
+        )
     moved = {length: _moved_by_companions(subject, rows) for length, rows in subject.rows.items()}
     worst = max(moved.values(), default=0.0)
     findings = [
@@ -66,14 +68,20 @@ def _moved_by_companions(subject: Subject, rows: Sequence[Tensors]) -> float:
         for place, index in enumerate(places):
             for name, expected in among_itself[index].items():
                 if answer[name][place].tobytes() != expected[place].tobytes():
-                    change = np.abs(answer[name][place].astype(np.float64) - expected[place].astype(np.float64)).max()
+                    change = np.abs(
+                        answer[name][place].astype(np.float64) - expected[place].astype(np.float64)
+                    ).max()
                     # -0.0 for 0.0, or a NaN, is a change too
-                    largest = max(largest, float(np.nan_to_num(change, nan=np.inf)), np.finfo(np.float64).tiny)
+                    largest = max(
+                        largest, float(np.nan_to_num(change, nan=np.inf)), np.finfo(np.float64).tiny
+                    )
     return largest
 
 
 def _compositions(rows: int) -> Iterator[list[int]]:
-    """Which rows share a batch: every pair, half of the places each, and all together, each in every place."""
+    """Which rows share a batch: every pair, half of the places each, and all together, each in
+    every place.
+    """
     for one, other in combinations(range(rows), 2):
         yield [one] * (_PLACES // 2) + [other] * (_PLACES // 2)
     for first in range(rows):

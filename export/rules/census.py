@@ -1,4 +1,6 @@
-"""Rule census: every place where the module drops in training is named with its rate and is absent from the graph."""
+"""Rule census: every place where the module drops in training is named with its rate and is absent
+from the graph.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,27 @@ RULE = "census"
 
 
 def check(subject: Subject) -> Record:
-    """Unproven for a dropout module that left nodes in the graph: what they do is for a person to judge.
+    """Unproven for a dropout module that left nodes in the graph: what they do is for a person to
+    judge.
 
-    The sites are the modules that are a dropout, and whatever else draws in a forward of a copy in training mode. That
-    the graph itself holds nothing random is the rules stochastic-op's and training-mode's to show.
+    The sites are the modules that are a dropout, and whatever else draws in a forward of a copy in
+    training mode. That the graph itself holds nothing random is the rules stochastic-op's and
+    training-mode's to show.
     """
     assert subject.module is not None, "a rule that trains the module is given one"
     try:
         drawn = _training_draws(subject.module, subject.probes)
-    except Exception as error:  # the user's own code, in a mode that is not the one it is exported in
+    except (
+        Exception
+    ) as error:  # the user's own code, in a mode that is not the one it is exported in
         why = f"the module does not run in training mode: {type(error).__name__}: {error}"
         return Record(rule=RULE, verdict=Verdict.UNPROVEN, why=why)
     left = Counter(scope(node.name) for node in subject.model.graph.node)
-    modules = {path: part for path, part in named_everything(subject.module).items() if path and is_dropout(part)}
+    modules = {
+        path: part
+        for path, part in named_everything(subject.module).items()
+        if path and is_dropout(part)
+    }
     sites = [_module_site(path, part, left[path]) for path, part in modules.items()]
     sites += [f"{draw}: absent" for draw in drawn if draw.path not in modules]
     present = [
@@ -41,7 +51,10 @@ def check(subject: Subject) -> Record:
             node=path,
             op=type(part).__name__,
             why=f"this dropout left {left[path]} nodes in the graph",
-            fix="fold its scale into the next layer's weights, or use inverted dropout, which leaves nothing",
+            fix=(
+                "fold its scale into the next layer's weights, or use inverted dropout, which"
+                " leaves nothing"
+            ),
         )
         for path, part in modules.items()
         if left[path]

@@ -16,7 +16,9 @@ _FIX = "compute with x.shape, not with sizes that were numbers when the module w
 
 
 def check(subject: Subject) -> Record:
-    """Fail for an axis that the exporter fixed, and for a size that the module reads and the graph does not."""
+    """Fail for an axis that the exporter fixed, and for a size that the module reads and the graph
+    does not.
+    """
     declared = sum(len(places) for places in subject.dynamic_axes.values())
     if not declared:
         return Record.not_applicable(RULE, "no axis was declared to vary")
@@ -50,21 +52,29 @@ def _refused(subject: Subject) -> Iterator[Finding]:
         for name, reference in subject.reference(probe).items():
             if reference.shape != answers[name].shape:
                 shape, right = list(answers[name].shape), list(reference.shape)
-                yield _error(name, f"its shape is {shape} for {shapes_of(probe)}, the module's is {right}")
+                yield _error(
+                    name, f"its shape is {shape} for {shapes_of(probe)}, the module's is {right}"
+                )
 
 
 def _beyond(subject: Subject) -> Iterator[Finding]:
-    """A bound of the graph that is none of the module's: for larger inputs the module may do what was never traced."""
+    """A bound of the graph that is none of the module's: for larger inputs the module may do what
+    was never traced.
+    """
     sample = as_tensors(subject.probes[0])
     for axis, bound in subject.bounds.items():
         larger = {
-            name: tensor.numpy() for name, tensor in resized(sample, subject.dynamic_axes, {axis: bound + 1}).items()
+            name: tensor.numpy()
+            for name, tensor in resized(sample, subject.dynamic_axes, {axis: bound + 1}).items()
         }
         try:
             subject.reference(larger)
         except Exception:  # the user's own code: it ends where the graph does
             continue
-        why = f"the graph is the module's for {axis} up to {bound}, and the module also reads {bound + 1}"
+        why = (
+            f"the graph is the module's for {axis} up to {bound}, and the module also reads"
+            f" {bound + 1}"
+        )
         yield Finding(severity=Severity.ERROR, why=why, fix=_FIX_BOUND)
 
 

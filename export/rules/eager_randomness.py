@@ -1,4 +1,6 @@
-"""Rule eager-randomness: a forward of the eval module draws nothing and repeats itself bit for bit."""
+"""Rule eager-randomness: a forward of the eval module draws nothing and repeats itself bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,21 @@ RULE = "eager-randomness"
 # What leaves no generator's state behind may agree by chance once or twice, seldom five times.
 _REPEATS = 5
 
-_FIX = "pass training=self.training, or p=0.0 outside of training, so that nothing is drawn in eval mode"
-_FIX_UNWATCHED = "export a module without data-dependent branches: the branch that was not taken is not seen"
+_FIX = (
+    "pass training=self.training, or p=0.0 outside of training, so that nothing is drawn in eval"
+    " mode"
+)
+_FIX_UNWATCHED = (
+    "export a module without data-dependent branches: the branch that was not taken is not seen"
+)
 
 
 def check(module: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> Record:
-    """Fail for every place that draws in eval on one of the probes, and when two forwards of the last differ by a bit.
+    """Fail for every place that draws in eval on one of the probes, and when two forwards of the
+    last differ by a bit.
 
-    Unproven where a forward cannot be watched (`torch.cond`: the branch that was not taken is not seen).
+    Unproven where a forward cannot be watched (`torch.cond`: the branch that was not taken is not
+    seen).
     """
     found: dict[Finding, None] = {}  # in order, each once
     for probe in probes:
@@ -46,8 +55,16 @@ def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
     try:
         return [_drawn(draw) for draw in draws(module, probe)]
     except Unwatched as error:
-        return [Finding(severity=Severity.UNPROVEN, why=f"a forward cannot be watched: {error}", fix=_FIX_UNWATCHED)]
-    except Exception as error:  # the user's own code: whatever it raises on an input it should read is a finding
+        return [
+            Finding(
+                severity=Severity.UNPROVEN,
+                why=f"a forward cannot be watched: {error}",
+                fix=_FIX_UNWATCHED,
+            )
+        ]
+    except (
+        Exception
+    ) as error:  # the user's own code: whatever it raises on an input it should read is a finding
         why = f"the forward fails on {shapes_of(probe)}: {type(error).__name__}: {error}"
         return [_error(why, "give inputs that it reads")]
 
@@ -75,7 +92,10 @@ def _differing(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
     if any(other.keys() != first.keys() for other in others):
         return [_error("forwards of one input return different numbers of tensors")]
     return [
-        _error(f"{name} differs between forwards of one input", "look for the system's randomness, a clock, a counter")
+        _error(
+            f"{name} differs between forwards of one input",
+            "look for the system's randomness, a clock, a counter",
+        )
         for name, tensor in first.items()
         if any(not _same_bits(tensor, other[name]) for other in others)
     ]
@@ -86,4 +106,5 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)  # equal bits, where == would tell NaN from NaN
+    # equal bits, where == would tell NaN from NaN
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

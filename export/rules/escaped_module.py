@@ -13,7 +13,8 @@ RULE = "escaped-module"
 def check(module: nn.Module) -> Record:
     """Fail for every module whose `training` flag is still set.
 
-    `root.eval()` does not reach a module kept in a plain list or dict, nor one whose `train()` is overridden.
+    `root.eval()` does not reach a module kept in a plain list or dict, nor one whose `train()` is
+    overridden.
     """
     every = named_everything(module)
     escaped = [
@@ -22,7 +23,10 @@ def check(module: nn.Module) -> Record:
             node=path or "(root)",
             op=type(part).__name__,
             why="it is still in training mode",
-            fix="call .eval() on the root; a module in a list needs nn.ModuleList, an overridden train() must obey",
+            fix=(
+                "call .eval() on the root; a module in a list needs nn.ModuleList, an overridden"
+                " train() must obey"
+            ),
         )
         for path, part in every.items()
         if part.training

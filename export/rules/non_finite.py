@@ -1,4 +1,6 @@
-"""Rule non-finite: no weight is a NaN, and no answer holds a NaN, nor an infinity where the module has none."""
+"""Rule non-finite: no weight is a NaN, and no answer holds a NaN, nor an infinity where the module
+has none.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,16 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "non-finite"
 
-_FIX = "look for a division by zero, a logarithm of zero, a row that is masked out entirely, or an overflow in fp16"
+_FIX = (
+    "look for a division by zero, a logarithm of zero, a row that is masked out entirely, or an"
+    " overflow in fp16"
+)
 
 
 def check(subject: Subject) -> Record:
-    """Fail for a NaN anywhere, and for an infinity that the graph answers with and the module does not."""
+    """Fail for a NaN anywhere, and for an infinity that the graph answers with and the module does
+    not.
+    """
     findings = [*non_finite_weights(subject.graph), *_answers(subject)]
     return Record.of(
         RULE,
@@ -35,7 +42,12 @@ def _answers(subject: Subject) -> Iterator[Finding]:
             why = _problem(answer, right.get(name))
             if why and (name, why) not in said:
                 said.add((name, why))
-                yield Finding(severity=Severity.ERROR, node=name, why=f"{why}, first on probe {index}", fix=_FIX)
+                yield Finding(
+                    severity=Severity.ERROR,
+                    node=name,
+                    why=f"{why}, first on probe {index}",
+                    fix=_FIX,
+                )
 
 
 def _problem(answer: np.ndarray, reference: np.ndarray | None) -> str | None:
@@ -43,7 +55,13 @@ def _problem(answer: np.ndarray, reference: np.ndarray | None) -> str | None:
         return None
     if np.isnan(answer).any():
         both = reference is not None and np.isnan(reference).any()
-        return "the answer holds a NaN, the module's own does too" if both else "the answer holds a NaN"
-    if np.isinf(answer).any() and (reference is None or not np.array_equal(np.isinf(answer), np.isinf(reference))):
+        return (
+            "the answer holds a NaN, the module's own does too"
+            if both
+            else "the answer holds a NaN"
+        )
+    if np.isinf(answer).any() and (
+        reference is None or not np.array_equal(np.isinf(answer), np.isinf(reference))
+    ):
         return "the answer holds an infinity"
     return None

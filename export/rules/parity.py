@@ -1,4 +1,6 @@
-"""Rule parity: the graph answers as the eval module does, to rounding, over both ends of every dynamic axis."""
+"""Rule parity: the graph answers as the eval module does, to rounding, over both ends of every
+dynamic axis.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from evalmode.export.rules.subject import Arrays, Subject
 
 RULE = "parity"
 
-_FIX = "compare the answers layer by layer: the exporter computes another function, or the module is not in eval mode"
+_FIX = (
+    "compare the answers layer by layer: the exporter computes another function, or the module is"
+    " not in eval mode"
+)
 
 _Array = npt.NDArray[np.generic]
 _Pairs = Sequence[tuple[Arrays, Arrays]]
@@ -24,8 +29,8 @@ _Pairs = Sequence[tuple[Arrays, Arrays]]
 class Limits:
     """How far a graph of some precision may be from its module.
 
-    `difference`: max|d| over the reference's standard deviation. `agreement`: share of equal labels. `divergence`: mean
-    Kullback-Leibler divergence of the softmax, in nats.
+    `difference`: max|d| over the reference's standard deviation. `agreement`: share of equal
+    labels. `divergence`: mean Kullback-Leibler divergence of the softmax, in nats.
     """
 
     precision: str
@@ -34,8 +39,9 @@ class Limits:
     divergence: float
 
 
-# What leaves fp32 rounds: 1.5e-3 was measured for fp16 and 5.3e-2 for int8 in a clean 4-layer encoder, where a leak of
-# p = .001 shows 8.2e-3. So these limits bound the damage and cannot show that dropout is absent: other rules do.
+# What leaves fp32 rounds: 1.5e-3 was measured for fp16 and 5.3e-2 for int8 in a clean 4-layer
+# encoder, where a leak of p = .001 shows 8.2e-3. So these limits bound the damage and cannot show
+# that dropout is absent: other rules do.
 FP32 = Limits(precision="fp32", difference=TOLERANCE, agreement=1.0, divergence=1e-9)
 FP16 = Limits(precision="fp16", difference=2e-2, agreement=0.995, divergence=1e-4)
 INT8 = Limits(precision="int8", difference=0.5, agreement=0.97, divergence=1e-2)
@@ -53,7 +59,9 @@ _INTEGER_OPS = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Compared:
-    """One output over all probes: max|d| in deviations, equal labels of all, KL divergence, rows sure not to flip."""
+    """One output over all probes: max|d| in deviations, equal labels of all, KL divergence, rows
+    sure not to flip.
+    """
 
     difference: float
     equal: int
@@ -63,10 +71,12 @@ class _Compared:
 
 
 def check(subject: Subject) -> Record:
-    """Fail when an output is further from the module's than the graph's precision explains, or a label flips in fp32.
+    """Fail when an output is further from the module's than the graph's precision explains, or a
+    label flips in fp32.
 
-    The deviation is that of the output over all probes: one row's own may be as small as one likes. A shape or a type
-    that differs is a failure and never a large number. A label is sure where 2 max|d| is below the reference's margin.
+    The deviation is that of the output over all probes: one row's own may be as small as one likes.
+    A shape or a type that differs is a failure and never a large number. A label is sure where 2
+    max|d| is below the reference's margin.
     """
     limits = limits_of(subject.model)
     pairs = subject.answers
@@ -75,7 +85,9 @@ def check(subject: Subject) -> Record:
         compared = {name: _compare(pairs, name) for name in pairs[0][0]} if not findings else {}
     first = next(iter(compared), "")
     for name, one in compared.items():
-        findings |= dict.fromkeys(_beyond(name, one, limits, labelled=subject.labelled and name == first))
+        findings |= dict.fromkeys(
+            _beyond(name, one, limits, labelled=subject.labelled and name == first)
+        )
     return Record.of(
         RULE,
         findings,
@@ -98,10 +110,14 @@ def _mismatches(pairs: _Pairs) -> Iterator[Finding]:
     for reference, answer in pairs:
         for name, right in reference.items():
             if right.shape != answer[name].shape:
-                yield _error(name, f"shape {list(answer[name].shape)}, the module's is {list(right.shape)}")
+                yield _error(
+                    name, f"shape {list(answer[name].shape)}, the module's is {list(right.shape)}"
+                )
             elif right.dtype != answer[name].dtype:
                 yield _error(name, f"type {answer[name].dtype}, the module's is {right.dtype}")
-            elif not np.issubdtype(right.dtype, np.inexact) and not np.array_equal(right, answer[name]):
+            elif not np.issubdtype(right.dtype, np.inexact) and not np.array_equal(
+                right, answer[name]
+            ):
                 yield _error(name, "whole numbers differ from the module's")
 
 
@@ -129,14 +145,22 @@ def _compare(pairs: _Pairs, name: str) -> _Compared:
 
 def _beyond(name: str, one: _Compared, limits: Limits, *, labelled: bool) -> Iterator[Finding]:
     if not one.difference <= limits.difference:
-        yield _error(name, f"it differs by {one.difference:.2e} standard deviations, {limits.difference:g} are allowed")
+        yield _error(
+            name,
+            f"it differs by {one.difference:.2e} standard deviations, {limits.difference:g} are"
+            " allowed",
+        )
     if not labelled:
         return
     flipped = one.labels - one.equal
     if flipped > (1 - limits.agreement) * one.labels:
         yield _error(name, f"{flipped} of {one.labels} labels flip")
     if not one.divergence <= limits.divergence:
-        yield _error(name, f"the probabilities diverge by {one.divergence:.2e} nats, {limits.divergence:g} are allowed")
+        yield _error(
+            name,
+            f"the probabilities diverge by {one.divergence:.2e} nats, {limits.divergence:g} are"
+            " allowed",
+        )
 
 
 def _rows(array: _Array) -> npt.NDArray[np.float64]:
@@ -152,7 +176,9 @@ def _margin(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return margin
 
 
-def _divergence(right: npt.NDArray[np.float64], found: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _divergence(
+    right: npt.NDArray[np.float64], found: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     """KL(softmax(right) || softmax(found)) of each row."""
     log_p, log_q = _log_softmax(right), _log_softmax(found)
     divergence: npt.NDArray[np.float64] = np.nansum(np.exp(log_p) * (log_p - log_q), axis=-1)
@@ -168,12 +194,19 @@ def _log_softmax(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _measured(compared: dict[str, _Compared]) -> str:
     worst = max((one.difference for one in compared.values()), default=float("inf"))
     flipped = sum(one.labels - one.equal for one in compared.values())
-    labels, sure = sum(one.labels for one in compared.values()), sum(one.sure for one in compared.values())
+    labels, sure = (
+        sum(one.labels for one in compared.values()),
+        sum(one.sure for one in compared.values()),
+    )
     return f"{worst:.2e} standard deviations, {flipped} of {labels} labels flipped, {sure} cannot"
 
 
 def _limit(limits: Limits) -> str:
-    flips = "0 flipped" if limits.agreement == 1 else f"{1 - limits.agreement:.1%} flipped, KL {limits.divergence:g}"
+    flips = (
+        "0 flipped"
+        if limits.agreement == 1
+        else f"{1 - limits.agreement:.1%} flipped, KL {limits.divergence:g}"
+    )
     return f"{limits.precision}: {limits.difference:g}, {flips}"
 
 

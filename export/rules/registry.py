@@ -1,7 +1,7 @@
 """The registry of rules: what each is called, what it states, and what it needs to be checked.
 
-Imports no rule: a statement is read from the first line of its module's docstring, so that a list of the rules costs no
-torch. `python -m evalmode.export.rules.registry` prints the README's table.
+Imports no rule: a statement is read from the first line of its module's docstring, so that a list
+of the rules costs no torch. `python -m evalmode.export.rules.registry` prints the README's table.
 """
 
 from __future__ import annotations
@@ -45,15 +45,23 @@ _NEEDS = {
     "held_out": Needs.MODULE,
     "batch_invariance": Needs.RUN,
 }
-# The two rules without a file in checks/: verify runs one on what a bundle brings along, the other is a command.
+# The two rules without a file in checks/: verify runs one on what a bundle brings along, the other
+# is a command.
 EXPECTATION_GAP = "expectation-gap"
 _OTHERS = (
     (
         EXPECTATION_GAP,
-        "every place that drops or adds noise passes on in training, on average, what it does in eval",
+        (
+            "every place that drops or adds noise passes on in training, on average, what it does"
+            " in eval"
+        ),
         Needs.AUDIT,
     ),
-    (KNOWN_ANSWERS, "the answers that were written down when the bundle was certified come out again", Needs.BUNDLE),
+    (
+        KNOWN_ANSWERS,
+        "the answers that were written down when the bundle was certified come out again",
+        Needs.BUNDLE,
+    ),
 )
 
 
@@ -74,17 +82,25 @@ class UnknownRule(EvalmodeError):  # noqa: N818 - read as a sentence: "raise Unk
 def every_rule() -> tuple[Rule, ...]:
     """Every rule that there is, in the order in which reports list them."""
     of_files = (
-        Rule(name=file.replace("_", "-"), statement=_statement(file), needs=needs) for file, needs in _NEEDS.items()
+        Rule(name=file.replace("_", "-"), statement=_statement(file), needs=needs)
+        for file, needs in _NEEDS.items()
     )
-    return (*of_files, *(Rule(name=name, statement=statement, needs=needs) for name, statement, needs in _OTHERS))
+    return (
+        *of_files,
+        *(Rule(name=name, statement=statement, needs=needs) for name, statement, needs in _OTHERS),
+    )
 
 
 def names_of(asked: Iterable[str]) -> frozenset[str]:
-    """The same names, each of which a rule has. Raises UnknownRule, which lists the rules, for one that none has."""
+    """The same names, each of which a rule has. Raises UnknownRule, which lists the rules, for one
+    that none has.
+    """
     known = [rule.name for rule in every_rule()]
     names = frozenset(asked)
     if strange := sorted(names.difference(known)):
-        raise UnknownRule(f"there is no rule {', '.join(strange)}; the rules are {', '.join(known)}")
+        raise UnknownRule(
+            f"there is no rule {', '.join(strange)}; the rules are {', '.join(known)}"
+        )
     return names
 
 
@@ -106,4 +122,4 @@ def _statement(file: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(table(), end="")  # noqa: T201 - what it is run for

@@ -1,4 +1,6 @@
-"""Rule repeatability: in one session the same input gives the same bits, with graph optimisation off and as served."""
+"""Rule repeatability: in one session the same input gives the same bits, with graph optimisation
+off and as served.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "repeatability"
 
-# Every session starts its generators alike, so two fresh sessions agree even on noise: the runs share one.
+# Every session starts its generators alike, so two fresh sessions agree even on noise: the runs
+# share one.
 _RUNS = 5
 
 
@@ -22,8 +25,14 @@ def check(subject: Subject) -> Record:
         Finding(
             severity=Severity.ERROR,
             node=name,
-            why=f"{kind}: the bits of output {name} differ between runs on one input, on {len(indices)} probes",
-            fix="find what draws: the rules stochastic-op and training-mode name it where it is an operator",
+            why=(
+                f"{kind}: the bits of output {name} differ between runs on one input, on"
+                f" {len(indices)} probes"
+            ),
+            fix=(
+                "find what draws: the rules stochastic-op and training-mode name it where it is an"
+                " operator"
+            ),
         )
         for kind, found in differing.items()
         for name, indices in found.items()
@@ -33,7 +42,9 @@ def check(subject: Subject) -> Record:
         findings,
         fine="the same input gives the same bits",
         otherwise="the same input gives different answers",
-        measured=f"{len(findings)} outputs differ, {2 * len(subject.probes)} probes, {_RUNS} runs each",
+        measured=(
+            f"{len(findings)} outputs differ, {2 * len(subject.probes)} probes, {_RUNS} runs each"
+        ),
         limit="0",
     )
 

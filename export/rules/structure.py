@@ -1,4 +1,6 @@
-"""The rules that a graph alone decides, in their order. Loads no torch: a file is verified without it."""
+"""The rules that a graph alone decides, in their order. Loads no torch: a file is verified without
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is certified: the eval module, its ONNX model, and the inputs on which they are held against one another.
+"""What is certified: the eval module, its ONNX model, and the inputs on which they are held against
+one another.
 
 Knows no rule.
 """
@@ -34,11 +35,12 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 class Subject:
     """A module in eval mode and the model made of it.
 
-    `probes` are batches that reach both ends of every dynamic axis; `rows` are single rows (leading dimension 1) by
-    padded length. `module` is None for a file that came without one. `bounds` holds the sizes of axes up to which the
-    graph was traced. `labelled` says that the largest number of the first output is a label. `unoptimised` is the graph
-    before constants were folded, `twins` make exports of the same weights under other seeds. A model that lies in a
-    file, `path`, comes with the graph that was `opened` from it.
+    `probes` are batches that reach both ends of every dynamic axis; `rows` are single rows (leading
+    dimension 1) by padded length. `module` is None for a file that came without one. `bounds` holds
+    the sizes of axes up to which the graph was traced. `labelled` says that the largest number of
+    the first output is a label. `unoptimised` is the graph before constants were folded, `twins`
+    make exports of the same weights under other seeds. A model that lies in a file, `path`, comes
+    with the graph that was `opened` from it.
     """
 
     module: nn.Module | None
@@ -68,8 +70,13 @@ class Subject:
 
     @cached_property
     def row_counts(self) -> dict[int, tuple[int, ...]]:
-        """By padded length, the batch sizes of 1..64 at which a row has the bits it has alone, as served."""
-        return {length: stable_row_counts(self.served.run, rows, COUNTS) for length, rows in self.rows.items()}
+        """By padded length, the batch sizes of 1..64 at which a row has the bits it has alone, as
+        served.
+        """
+        return {
+            length: stable_row_counts(self.served.run, rows, COUNTS)
+            for length, rows in self.rows.items()
+        }
 
     @cached_property
     def served(self) -> Session:
@@ -78,14 +85,21 @@ class Subject:
 
     @cached_property
     def plain(self) -> Session:
-        """A session without graph optimisation, which would delete a training-mode Dropout and its evidence."""
+        """A session without graph optimisation, which would delete a training-mode Dropout and its
+        evidence.
+        """
         source = self.path or self.data
         return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
 
     @cached_property
     def answers(self) -> list[tuple[Arrays, Arrays]]:
-        """For each probe what the module answers (nothing without one) and what the graph does, as served."""
-        return [({} if self.module is None else self.reference(probe), self.served.run(probe)) for probe in self.probes]
+        """For each probe what the module answers (nothing without one) and what the graph does, as
+        served.
+        """
+        return [
+            ({} if self.module is None else self.reference(probe), self.served.run(probe))
+            for probe in self.probes
+        ]
 
     def reference(self, inputs: Tensors) -> Arrays:
         """What the module itself answers, by the names of the model's outputs."""
@@ -93,7 +107,9 @@ class Subject:
         with plain_forward():
             answers = flatten(self.module(**as_tensors(inputs)))
         names = [output.name for output in self.model.graph.output]
-        return {name: _as_array(tensor) for name, tensor in zip(names, answers.values(), strict=True)}
+        return {
+            name: _as_array(tensor) for name, tensor in zip(names, answers.values(), strict=True)
+        }
 
 
 def serialise(model: onnx.ModelProto) -> bytes:

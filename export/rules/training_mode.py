@@ -1,4 +1,6 @@
-"""Rule training-mode: no operator with a training mode (Dropout, BatchNormalization and their kin) runs in it."""
+"""Rule training-mode: no operator with a training mode (Dropout, BatchNormalization and their kin)
+runs in it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,14 @@ from evalmode.export.graph import Graph, NodeAt
 
 RULE = "training-mode"
 
-_OFF = "export the module in eval mode: call .eval() on all of it, and pass training=self.training to functions"
-_DECIDE = "make the mode a constant of the graph: export in eval mode, and take the input out of the model's inputs"
+_OFF = (
+    "export the module in eval mode: call .eval() on all of it, and pass training=self.training to"
+    " functions"
+)
+_DECIDE = (
+    "make the mode a constant of the graph: export in eval mode, and take the input out of the"
+    " model's inputs"
+)
 
 
 @dataclass(frozen=True)
@@ -25,15 +33,25 @@ class _Mode:
 
 
 def check(graph: Graph) -> Record:
-    """Fail where a node trains; unproven where the caller, or a value computed in the graph, decides about it."""
-    judged = [(at, judge(at)) for at in graph.nodes if (judge := _JUDGES.get((at.domain, at.node.op_type)))]
+    """Fail where a node trains; unproven where the caller, or a value computed in the graph,
+    decides about it.
+    """
+    judged = [
+        (at, judge(at))
+        for at in graph.nodes
+        if (judge := _JUDGES.get((at.domain, at.node.op_type)))
+    ]
     found = list(_findings(judged))
     on = sum(finding.severity is Severity.ERROR for finding in found)
     return Record.of(
         RULE,
         found,
         fine="every operator that has a training mode has it off",
-        otherwise="operators run in training mode" if on else "the mode of an operator is not decided by the graph",
+        otherwise=(
+            "operators run in training mode"
+            if on
+            else "the mode of an operator is not decided by the graph"
+        ),
         measured=f"{on} on, {len(found) - on} undecided, of {len(judged)}",
         limit="0",
     )
@@ -43,7 +61,13 @@ def _findings(judged: list[tuple[NodeAt, _Mode | None]]) -> Iterator[Finding]:
     for at, mode in judged:
         if mode is not None:
             fix = _OFF if mode.severity is Severity.ERROR else _DECIDE
-            yield Finding(severity=mode.severity, node=at.path, op=f"{at.op}-{at.opset}", why=mode.why, fix=fix)
+            yield Finding(
+                severity=mode.severity,
+                node=at.path,
+                op=f"{at.op}-{at.opset}",
+                why=mode.why,
+                fix=fix,
+            )
 
 
 def _on(why: str) -> _Mode:
@@ -51,10 +75,16 @@ def _on(why: str) -> _Mode:
 
 
 def _dropout(at: NodeAt) -> _Mode | None:
-    """ONNX Dropout: 1 and 6 by `is_test`, whose default is to train; 7 and 10 never train; 12 and later by input 2."""
+    """ONNX Dropout: 1 and 6 by `is_test`, whose default is to train; 7 and 10 never train; 12 and
+    later by input 2.
+    """
     if at.opset < 7:
         ratio = at.attribute("ratio")
-        if isinstance(ratio, onnx.AttributeProto) and ratio.type == onnx.AttributeProto.FLOAT and ratio.f == 0:
+        if (
+            isinstance(ratio, onnx.AttributeProto)
+            and ratio.type == onnx.AttributeProto.FLOAT
+            and ratio.f == 0
+        ):
             return None
         return _by_is_test(at)
     if at.opset < 12:
@@ -63,25 +93,39 @@ def _dropout(at: NodeAt) -> _Mode | None:
 
 
 def _by_input(at: NodeAt, index: int) -> _Mode | None:
-    """A mode that is an input: absent means off, and a ratio (input 1 before it) of 0 drops nothing."""
+    """A mode that is an input: absent means off, and a ratio (input 1 before it) of 0 drops
+    nothing.
+    """
     if not at.has_input(index):
         return None
     mode, ratio = at.constant(index), at.constant(index - 1)
     if (mode is not None and not mode.any()) or (ratio is not None and not ratio.any()):
         return None
     if mode is None:
-        return _Mode(Severity.UNPROVEN, f"nothing in the graph decides its mode: it is {at.decider(index)}")
-    rate = f" at a rate of {float(ratio.reshape(-1)[0]):g}" if ratio is not None and ratio.size == 1 else ""
+        return _Mode(
+            Severity.UNPROVEN, f"nothing in the graph decides its mode: it is {at.decider(index)}"
+        )
+    rate = (
+        f" at a rate of {float(ratio.reshape(-1)[0]):g}"
+        if ratio is not None and ratio.size == 1
+        else ""
+    )
     return _on(f"its training mode is on: it drops{rate}")
 
 
 def _batch_normalization(at: NodeAt) -> _Mode | None:
-    """ONNX BatchNormalization: 1 and 6 by `is_test`; 7 and 9 by asking for statistics; later by an attribute."""
+    """ONNX BatchNormalization: 1 and 6 by `is_test`; 7 and 9 by asking for statistics; later by an
+    attribute.
+    """
     if at.opset < 7:
         return _by_is_test(at)
     if at.opset < 14:
         asked = any(at.has_output(index) for index in range(1, 5))
-        return _on("it is asked for the batch's statistics, which puts it into training mode") if asked else None
+        return (
+            _on("it is asked for the batch's statistics, which puts it into training mode")
+            if asked
+            else None
+        )
     return _by_training_mode(at)
 
 
@@ -100,7 +144,10 @@ def _by_training_mode(at: NodeAt) -> _Mode | None:
 
 
 def _undecided(name: str) -> _Mode:
-    return _Mode(Severity.UNPROVEN, f"its attribute {name} is not known here: the caller of its function gives it")
+    return _Mode(
+        Severity.UNPROVEN,
+        f"its attribute {name} is not known here: the caller of its function gives it",
+    )
 
 
 def _always(at: NodeAt) -> _Mode:
@@ -109,16 +156,18 @@ def _always(at: NodeAt) -> _Mode:
 
 # What only builds of ONNX Runtime for training have, and what only a training graph is made of.
 _TRAINING_BUILDS = """
-    AdamOptimizer AdamWOptimizer BatchNormalizationGrad BatchNormInternal BiasSoftmaxDropout BitmaskDropoutGrad
-    DropoutGrad GRUGrad GRUTraining InPlaceAccumulator InPlaceAccumulatorV2 LambOptimizer LSTMGrad LSTMTraining
-    SGDOptimizer SGDOptimizerV2 SoftmaxDropoutGrad TrainableDropout ZeroGradient
+    AdamOptimizer AdamWOptimizer BatchNormalizationGrad BatchNormInternal BiasSoftmaxDropout
+    BitmaskDropoutGrad DropoutGrad GRUGrad GRUTraining InPlaceAccumulator InPlaceAccumulatorV2
+    LambOptimizer LSTMGrad LSTMTraining SGDOptimizer SGDOptimizerV2 SoftmaxDropoutGrad
+    TrainableDropout ZeroGradient
 """
 _OPTIMIZERS = ("Gradient", "Adam", "Adagrad", "Momentum")
 
 _JUDGES: Mapping[tuple[str, str], Callable[[NodeAt], _Mode | None]] = {
     ("", "Dropout"): _dropout,
     ("", "BatchNormalization"): _batch_normalization,
-    # The form in which ONNX Runtime saves a model that it has laid out anew; it has the attributes of opset 15.
+    # The form in which ONNX Runtime saves a model that it has laid out anew; it has the attributes
+    # of opset 15.
     ("com.ms.internal.nhwc", "BatchNormalization"): _by_training_mode,
     ("com.microsoft", "BitmaskDropout"): lambda at: _by_input(at, 2),
     ("com.microsoft", "BiasDropout"): lambda at: _by_input(at, 4),

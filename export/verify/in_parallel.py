@@ -1,8 +1,10 @@
-"""Verify many targets over the cores of this machine: answers in order, models in memory within a budget.
+"""Verify many targets over the cores of this machine: answers in order, models in memory within a
+budget.
 
-Threads, not processes: on two cores 2,024 small files took 1.1 s in one thread or two and 1.0 s in two processes; six
-of 200 MB took 0.5 s in one thread, 0.3 s in two, 0.6 s in two processes. A process starts in half a second; reading,
-parsing and running a graph let go of the interpreter's lock. Knows no rule and no format.
+Threads, not processes: on two cores 2,024 small files took 1.1 s in one thread or two and 1.0 s in
+two processes; six of 200 MB took 0.5 s in one thread, 0.3 s in two, 0.6 s in two processes. A
+process starts in half a second; reading, parsing and running a graph let go of the interpreter's
+lock. Knows no rule and no format.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from contextlib import contextmanager
 from evalmode.export.verify.targets import Target
 from evalmode.export.verify.verify import NOTHING_MORE, Asked, Examined, examine
 
-# The bytes of ONNX files that may be open at once; parsed, a model takes about twice its file. One that is larger than
-# the budget is examined while no other is.
+# The bytes of ONNX files that may be open at once; parsed, a model takes about twice its file. One
+# that is larger than the budget is examined while no other is.
 _BUDGET = 2 << 30
 
 
@@ -26,7 +28,8 @@ def examine_all(
 ) -> Iterator[Examined]:
     """The answer for each target, in the order of the targets, as they come.
 
-    By default on every core there is; one after the other where files are run, for a runtime has threads of its own.
+    By default on every core there is; one after the other where files are run, for a runtime has
+    threads of its own.
     """
     budget = _Budget(_BUDGET)
 
@@ -43,7 +46,9 @@ def _cores() -> int:
 
 
 class _Budget:
-    """Lets callers in while what they spend together stays within a limit, and anyone who comes alone."""
+    """Lets callers in while what they spend together stays within a limit, and anyone who comes
+    alone.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit, self._spent = limit, 0

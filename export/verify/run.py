@@ -1,4 +1,5 @@
-"""What a file shows when it runs: the rules that need no module, on inputs that are given or made of its signature.
+"""What a file shows when it runs: the rules that need no module, on inputs that are given or made
+of its signature.
 
 Knows no rule's reasons and no formats.
 """
@@ -36,13 +37,18 @@ _BATCH_ROWS, _SIZE = 3, 4  # of the axes that vary, where nobody says how large
 
 
 def behaviour(
-    path: Path, graph: Graph, samples: Sequence[Mapping[str, Any]] = (), *, module: nn.Module | None = None
+    path: Path,
+    graph: Graph,
+    samples: Sequence[Mapping[str, Any]] = (),
+    *,
+    module: nn.Module | None = None,
 ) -> tuple[Record, ...]:
-    """Whether the file `path` answers with numbers, repeats itself and keeps rows apart: a record for each of RULES.
+    """Whether the file `path` answers with numbers, repeats itself and keeps rows apart: a record
+    for each of RULES.
 
-    `samples` map input names to arrays; without them numbers are made that fit the types and shapes of the inputs. With
-    a module in eval mode, whose inputs have the same names, also whether the file answers as it does. What cannot be
-    run leaves every rule unproven.
+    `samples` map input names to arrays; without them numbers are made that fit the types and shapes
+    of the inputs. With a module in eval mode, whose inputs have the same names, also whether the
+    file answers as it does. What cannot be run leaves every rule unproven.
     """
     rules = RULES if module is None else (*RULES, *OF_A_MODULE)
     try:
@@ -53,7 +59,9 @@ def behaviour(
         return tuple(could_not_run(rule, error, fix=fix) for rule in rules)
 
 
-def _subject(path: Path, graph: Graph, samples: Sequence[Mapping[str, Any]], module: nn.Module | None) -> Subject:
+def _subject(
+    path: Path, graph: Graph, samples: Sequence[Mapping[str, Any]], module: nn.Module | None
+) -> Subject:
     inputs = list(_inputs(graph.proto))
     axes = _axes(inputs)
     given = [_given(sample, inputs) for sample in samples] if samples else [_made(inputs)]
@@ -83,15 +91,23 @@ def _require_same_answers(module: nn.Module, sample: Sample, outputs: Sequence[s
         with plain_forward():
             answers = flatten(module(**sample))
     except Exception as error:  # the user's own code
-        raise UnusableInputs(f"{kind} cannot be called with {', '.join(sample)}: {error}") from error
+        raise UnusableInputs(
+            f"{kind} cannot be called with {', '.join(sample)}: {error}"
+        ) from error
     if len(answers) != len(outputs):
-        raise UnusableInputs(f"{kind} answers with {len(answers)} tensors, the graph with {', '.join(outputs)}")
+        raise UnusableInputs(
+            f"{kind} answers with {len(answers)} tensors, the graph with {', '.join(outputs)}"
+        )
 
 
 def _run(session: Session, sample: Sample) -> dict[str, Tensor]:
     answers = session.run({name: tensor.numpy() for name, tensor in sample.items()})
     numbers = {name: answer for name, answer in answers.items() if isinstance(answer, np.ndarray)}
-    return {name: torch.from_numpy(answer) for name, answer in numbers.items() if answer.dtype.kind in "fiub"}
+    return {
+        name: torch.from_numpy(answer)
+        for name, answer in numbers.items()
+        if answer.dtype.kind in "fiub"
+    }
 
 
 def _inputs(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
@@ -101,7 +117,9 @@ def _inputs(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
 
 
 def _axes(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
-    """The axes that have no size in the graph; the first one is the batch where all inputs have it."""
+    """The axes that have no size in the graph; the first one is the batch where all inputs have
+    it.
+    """
     named: dict[str, dict[int, str]] = {}
     for value in inputs:
         sizes = value.type.tensor_type.shape.dim
@@ -114,7 +132,9 @@ def _axes(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
     rows = first if len(first) == 1 or all(name.endswith("_0") for name in first) else set()
     rows.discard("")
     return {
-        name: {place: BATCH if place == 0 and axis in rows else axis for place, axis in places.items()}
+        name: {
+            place: BATCH if place == 0 and axis in rows else axis for place, axis in places.items()
+        }
         for name, places in named.items()
     }
 
@@ -124,7 +144,9 @@ def _given(sample: Mapping[str, Any], inputs: Sequence[onnx.ValueInfoProto]) -> 
     if not isinstance(sample, Mapping):  # a tuple, or one array
         sample = dict(zip(names, sample if isinstance(sample, tuple) else (sample,), strict=False))
     if set(sample) != set(names):
-        raise UnusableInputs(f"the inputs are {', '.join(names)}, given are {', '.join(map(str, sample))}")
+        raise UnusableInputs(
+            f"the inputs are {', '.join(names)}, given are {', '.join(map(str, sample))}"
+        )
     return {name: torch.as_tensor(sample[name]) for name in names}
 
 
@@ -134,7 +156,9 @@ def _made(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, Tensor]:
     for value in inputs:
         kind = value.type.tensor_type
         if not value.type.HasField("tensor_type") or kind.elem_type == onnx.TensorProto.STRING:
-            raise UnusableInputs(f"input {value.name} is no tensor of numbers: nothing can be made up for it")
+            raise UnusableInputs(
+                f"input {value.name} is no tensor of numbers: nothing can be made up for it"
+            )
         shape = [
             size.dim_value if size.HasField("dim_value") else (_SIZE if place else _BATCH_ROWS)
             for place, size in enumerate(kind.shape.dim)

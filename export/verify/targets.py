@@ -17,7 +17,9 @@ SUFFIX = ".onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A file or a bundle's folder to verify; `problem` is the sentence that says why it cannot be."""
+    """A file or a bundle's folder to verify; `problem` is the sentence that says why it cannot
+    be.
+    """
 
     path: Path
     problem: str = ""
@@ -35,9 +37,9 @@ class Target:
 def find_targets(paths: Iterable[Path]) -> tuple[Target, ...]:
     """Every file and bundle that is meant, each once, in the order of their paths.
 
-    A folder with a manifest is a bundle; another one is searched, at any depth, for bundles and .onnx files. Hidden
-    files and folders are not looked at unless they are named. What is not there, and a folder that holds nothing, is a
-    target with a problem.
+    A folder with a manifest is a bundle; another one is searched, at any depth, for bundles and
+    .onnx files. Hidden files and folders are not looked at unless they are named. What is not
+    there, and a folder that holds nothing, is a target with a problem.
     """
     found: dict[str, Target] = {}
     for path in paths:
@@ -59,11 +61,16 @@ def _search(folder: Path) -> Iterator[Target]:
     for here, folders, files in os.walk(folder, onerror=unread.append):
         visible = [name for name in folders if not name.startswith(".")]
         bundles = [name for name in visible if Path(here, name, MANIFEST_FILE).is_file()]
-        folders[:] = [name for name in visible if name not in bundles]  # os.walk goes where this list says
-        models = [name for name in files if name.lower().endswith(SUFFIX) and not name.startswith(".")]
+        # os.walk goes where this list says
+        folders[:] = [name for name in visible if name not in bundles]
+        models = [
+            name for name in files if name.lower().endswith(SUFFIX) and not name.startswith(".")
+        ]
         yield from (_target(Path(here, name)) for name in (*bundles, *models))
     for error in unread:
-        yield Target(path=Path(error.filename), problem=f"{error.filename} cannot be read: {error.strerror}")
+        yield Target(
+            path=Path(error.filename), problem=f"{error.filename} cannot be read: {error.strerror}"
+        )
 
 
 def _target(path: Path) -> Target:

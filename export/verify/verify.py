@@ -1,7 +1,8 @@
-"""Verify a bundle or a bare .onnx file: what the graph alone can show, and for a bundle that it is whole and repeats.
+"""Verify a bundle or a bare .onnx file: what the graph alone can show, and for a bundle that it is
+whole and repeats.
 
-The rules that need the trained module ran at export; a bundle's certificate carries their records. Knows neither
-formats nor exit codes.
+The rules that need the trained module ran at export; a bundle's certificate carries their records.
+Knows neither formats nor exit codes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from evalmode.export.verify.targets import Target
 
 _STRUCTURE: Mapping[str, Callable[[Graph], Record]] = {rule.RULE: rule.check for rule in STRUCTURE}
 
-# What a graph alone shows of a rule that needs more: a warning, or what would be wrong whatever else was at hand.
+# What a graph alone shows of a rule that needs more: a warning, or what would be wrong whatever
+# else was at hand.
 _GLIMPSES: Mapping[str, Callable[[Graph], tuple[Finding, ...]]] = {
     "baked-noise": mask_like,
     "non-finite": non_finite_weights,
@@ -42,10 +44,11 @@ _LACKING = {
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was found in one file or bundle: by the rules that ran now, and by those that ran when it was exported.
+    """What was found in one file or bundle: by the rules that ran now, and by those that ran when
+    it was exported.
 
-    `file` is the ONNX file itself, of a bundle too. `records` also holds a record for each rule that does not apply.
-    `excluded` names the rules that nobody asked for.
+    `file` is the ONNX file itself, of a bundle too. `records` also holds a record for each rule
+    that does not apply. `excluded` names the rules that nobody asked for.
     """
 
     path: Path
@@ -61,7 +64,9 @@ class Verified:
 
     @property
     def verdict(self) -> Verdict:
-        """Fail when any rule failed, now or then, else unproven when any is, or when no rule passed, else pass."""
+        """Fail when any rule failed, now or then, else unproven when any is, or when no rule
+        passed, else pass.
+        """
         return overall(self.every)
 
 
@@ -80,8 +85,8 @@ Examined = Verified | Unreadable
 class Asked:
     """What is asked beside the structure: rules to leave out, and inputs to run bare files on.
 
-    `samples` map input names to arrays; none at all (an empty sequence) asks for inputs that are made of each file's
-    signature. `module` is what the files are to be compared with.
+    `samples` map input names to arrays; none at all (an empty sequence) asks for inputs that are
+    made of each file's signature. `module` is what the files are to be compared with.
     """
 
     excluded: Collection[str] = ()
@@ -103,17 +108,24 @@ def examine(target: Target, asked: Asked = NOTHING_MORE) -> Examined:
 
 
 def verify(path: Path, asked: Asked = NOTHING_MORE) -> Verified:
-    """Check a bare .onnx file, or a bundle (its folder, or a folder that holds one), by all but the excluded rules.
+    """Check a bare .onnx file, or a bundle (its folder, or a folder that holds one), by all but the
+    excluded rules.
 
     Raises ModelUnreadable or BundleError for what cannot be read at all.
     """
     try:
-        return _bundle(find_bundle(path), asked.excluded) if path.is_dir() else _bare_file(path, asked)
+        return (
+            _bundle(find_bundle(path), asked.excluded) if path.is_dir() else _bare_file(path, asked)
+        )
     except (EvalmodeError, ImportError):
         raise
-    except Exception as error:  # a file from anywhere may be malformed in ways that no one has listed
+    except (
+        Exception
+    ) as error:  # a file from anywhere may be malformed in ways that no one has listed
         said = " ".join(str(error).split()) or "it gives no reason"
-        raise ModelUnreadable(f"{path} cannot be examined: {type(error).__name__}: {said}") from error
+        raise ModelUnreadable(
+            f"{path} cannot be examined: {type(error).__name__}: {said}"
+        ) from error
 
 
 def _bare_file(path: Path, asked: Asked) -> Verified:
@@ -127,30 +139,42 @@ def _bare_file(path: Path, asked: Asked) -> Verified:
             records.append(_STRUCTURE[rule.name](graph))
         else:
             records.append(ran.get(rule.name) or _not_applicable(rule, graph))
-    return Verified(path=path, file=path, records=tuple(records), excluded=_in_order(asked.excluded))
+    return Verified(
+        path=path, file=path, records=tuple(records), excluded=_in_order(asked.excluded)
+    )
 
 
 def _behaviour(path: Path, graph: Graph, asked: Asked) -> dict[str, Record]:
     if asked.samples is None:
         return {}
-    from evalmode.export.verify.run import behaviour  # loads torch, which structure alone does without
+    # loads torch, which structure alone does without
+    from evalmode.export.verify.run import behaviour
 
-    return {record.rule: record for record in behaviour(path, graph, asked.samples, module=asked.module)}
+    return {
+        record.rule: record for record in behaviour(path, graph, asked.samples, module=asked.module)
+    }
 
 
 def _not_applicable(rule: Rule, graph: Graph) -> Record:
     found = _GLIMPSES[rule.name](graph) if rule.name in _GLIMPSES else ()
-    record = Record.of(rule.name, found, fine=_LACKING[rule.needs], otherwise="the graph alone shows it")
+    record = Record.of(
+        rule.name, found, fine=_LACKING[rule.needs], otherwise="the graph alone shows it"
+    )
     if record.verdict is not Verdict.PASS:
         return record
-    return record.model_copy(update={"verdict": Verdict.NOT_APPLICABLE})  # nothing wrong in a glimpse is no pass
+    # nothing wrong in a glimpse is no pass
+    return record.model_copy(update={"verdict": Verdict.NOT_APPLICABLE})
 
 
 def _bundle(path: Path, excluded: Collection[str]) -> Verified:
     bundle = open_bundle(path)
     assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
     graph = read_graph(bundle.model, name=str(path))
-    certified = tuple(record for record in bundle.certificate.records if record.rule not in {*_STRUCTURE, *excluded})
+    certified = tuple(
+        record
+        for record in bundle.certificate.records
+        if record.rule not in {*_STRUCTURE, *excluded}
+    )
     then = {record.rule for record in certified}
     now = []
     for rule in every_rule():
@@ -162,10 +186,16 @@ def _bundle(path: Path, excluded: Collection[str]) -> Verified:
             now.append(_known_answers(bundle))
         else:
             audited = rule.needs is Needs.AUDIT
-            why = _LACKING[rule.needs] if audited else "the bundle's certificate has no record of it"
+            why = (
+                _LACKING[rule.needs] if audited else "the bundle's certificate has no record of it"
+            )
             now.append(Record.not_applicable(rule.name, why))
     return Verified(
-        path=path, file=path / MODEL_FILE, records=tuple(now), certified=certified, excluded=_in_order(excluded)
+        path=path,
+        file=path / MODEL_FILE,
+        records=tuple(now),
+        certified=certified,
+        excluded=_in_order(excluded),
     )
 
 

@@ -1,1 +1,3 @@
-"""Rows of one bucket share a batch: the engine's queue, its batches and its proof. Knows no HTTP and no ONNX."""
+"""Rows of one bucket share a batch: the engine's queue, its batches and its proof. Knows no HTTP
+and no ONNX.
+"""

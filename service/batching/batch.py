@@ -16,7 +16,8 @@ from evalmode.service.errors import RequestError, RunFailed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch(Generic[Row, Answer]):
-    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count they run with.
+    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count they
+    run with.
 
     `pressed` is whether rows had to be left behind when it was made.
     """
@@ -39,19 +40,30 @@ class Batch(Generic[Row, Answer]):
 
     def alone(self) -> list[Batch[Row, Answer]]:
         """A batch for each of its rows."""
-        return [Batch(bucket=self.bucket, entries=[entry], places=self.bucket.smallest) for entry in self.entries]
+        return [
+            Batch(bucket=self.bucket, entries=[entry], places=self.bucket.smallest)
+            for entry in self.entries
+        ]
 
 
-def run_filled(bucket: Bucket[Row, Answer], rows: Sequence[Row], *, places: int) -> Sequence[Answer | Exception]:
-    """The outcomes of `rows`, run with copies of the last one up to `places`. Raises whatever `run` raises."""
+def run_filled(
+    bucket: Bucket[Row, Answer], rows: Sequence[Row], *, places: int
+) -> Sequence[Answer | Exception]:
+    """The outcomes of `rows`, run with copies of the last one up to `places`. Raises whatever `run`
+    raises.
+    """
     answers = bucket.run([*rows, *[rows[-1]] * (places - len(rows))])
     if len(answers) != places:
-        raise RunFailed(f"the model answered {len(answers)} of {places} rows of a batch: its outputs lose rows")
+        raise RunFailed(
+            f"the model answered {len(answers)} of {places} rows of a batch: its outputs lose rows"
+        )
     return answers[: len(rows)]
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """What the caller hears of an error: itself, if it was made for him, else RunFailed with it as the cause."""
+    """What the caller hears of an error: itself, if it was made for him, else RunFailed with it as
+    the cause.
+    """
     if isinstance(error, RequestError):
         return error
     failure = RunFailed("the model failed on the rows of this request")

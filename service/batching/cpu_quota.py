@@ -1,6 +1,8 @@
-"""How many CPUs this process may use: the least of affinity and cgroup quota. Knows nothing of models or settings.
+"""How many CPUs this process may use: the least of affinity and cgroup quota. Knows nothing of
+models or settings.
 
-A container with a quota of two CPUs sees all the host's cores; a thread for each would be throttled to a crawl.
+A container with a quota of two CPUs sees all the host's cores; a thread for each would be throttled
+to a crawl.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def _version_2(root: Path) -> Iterator[float]:
 
 def _version_1(root: Path) -> Iterator[float]:
     for folder in _folders(root, controller="cpu", mount=Path("sys/fs/cgroup/cpu")):
-        quota_us, period_us = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        quota_us, period_us = (
+            _read(folder / "cpu.cfs_quota_us"),
+            _read(folder / "cpu.cfs_period_us"),
+        )
         if quota_us.isdecimal() and period_us.isdecimal():  # "-1": no limit
             yield int(quota_us) / int(period_us)
 
@@ -40,8 +45,8 @@ def _version_1(root: Path) -> Iterator[float]:
 def _folders(root: Path, *, controller: str, mount: Path) -> Iterator[Path]:
     """The cgroup folders that bind this process, the mount's own last.
 
-    Inside a container the path that /proc shows may be the host's and not exist under the mount; the mount's own folder
-    is the container's then.
+    Inside a container the path that /proc shows may be the host's and not exist under the mount;
+    the mount's own folder is the container's then.
     """
     inside = ""
     for line in _read(root / "proc/self/cgroup").splitlines():

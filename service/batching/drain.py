@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 
-# What is left of the weight of a batch when the next one comes: some twenty batches forget what was before.
+# What is left of the weight of a batch when the next one comes: some twenty batches forget what was
+# before.
 _KEPT = 0.9
 _LONGEST_S = 60
 
 
 class Drain:
-    """Seconds that a row takes under load, over the newest batches, and how long so many rows will take.
+    """Seconds that a row takes under load, over the newest batches, and how long so many rows will
+    take.
 
-    Batches that left rows waiting count. Of the others only those do in which a row took less than is believed: one row
-    alone on an idle machine may cost as much as thirty together, so it says at most how slowly a burst would drain. But
-    that it does say: where the belief itself keeps rows out, as after a batch that was held up, none is left waiting.
+    Batches that left rows waiting count. Of the others only those do in which a row took less than
+    is believed: one row alone on an idle machine may cost as much as thirty together, so it says at
+    most how slowly a burst would drain. But that it does say: where the belief itself keeps rows
+    out, as after a batch that was held up, none is left waiting.
     """
 
     def __init__(self, *, parallel: int) -> None:

@@ -1,8 +1,9 @@
 """Runs rows in batches on a few threads. Knows nothing of HTTP, tokens or ONNX.
 
-It is given jobs: a row with the bucket it belongs to, which says how it is run and at which row counts. Rows of
-different buckets never meet in a batch, and a batch never has another row count. A batch starts at once when a thread
-is free; else rows gather in the queue, and go when one is: the most urgent first, and with it those of its bucket.
+It is given jobs: a row with the bucket it belongs to, which says how it is run and at which row
+counts. Rows of different buckets never meet in a batch, and a batch never has another row count. A
+batch starts at once when a thread is free; else rows gather in the queue, and go when one is: the
+most urgent first, and with it those of its bucket.
 """
 
 from __future__ import annotations
@@ -23,15 +24,28 @@ from evalmode.service.batching.proof import Proofs, Sample, Violation
 from evalmode.service.batching.queue import Queue
 from evalmode.service.errors import RequestError
 
-__all__ = ["Answer", "Bucket", "Engine", "Limits", "Load", "Observer", "Reason", "Row", "SizedRow", "Violation"]
+__all__ = [
+    "Answer",
+    "Bucket",
+    "Engine",
+    "Limits",
+    "Load",
+    "Observer",
+    "Reason",
+    "Row",
+    "SizedRow",
+    "Violation",
+]
 
 _log = logging.getLogger(__name__)
 
 
 class Engine(Generic[Row, Answer]):
-    """Answers requests of one or many rows, blocking or awaited, from any number of threads and event loops at once.
+    """Answers requests of one or many rows, blocking or awaited, from any number of threads and
+    event loops at once.
 
-    A request is answered whole or fails whole, and a row that makes its batch fail fails its own request alone.
+    A request is answered whole or fails whole, and a row that makes its batch fail fails its own
+    request alone.
     """
 
     def __init__(
@@ -45,18 +59,27 @@ class Engine(Generic[Row, Answer]):
         proof_fraction: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start `parallel` threads; `content` gives the bytes of an answer and `digest` names a row, for the proof."""
+        """Start `parallel` threads; `content` gives the bytes of an answer and `digest` names a
+        row, for the proof.
+        """
         if parallel < 1:
             raise ValueError(f"parallel is {parallel}: at least 1 batch must be able to run")
         self._observers = tuple(observers)
         self._clock = clock
-        self._proofs: Proofs[Row, Answer] = Proofs(fraction=proof_fraction, content=content, digest=digest)
+        self._proofs: Proofs[Row, Answer] = Proofs(
+            fraction=proof_fraction, content=content, digest=digest
+        )
         self._queue: Queue[Row, Answer] = Queue(
-            parallel=parallel, limits=limits, proofs=self._proofs, observers=self._observers, clock=clock
+            parallel=parallel,
+            limits=limits,
+            proofs=self._proofs,
+            observers=self._observers,
+            clock=clock,
         )
         # Daemons: a run that never comes back must not keep the process from ending.
         self._threads = [
-            threading.Thread(target=self._serve, name=f"engine-{number}", daemon=True) for number in range(parallel)
+            threading.Thread(target=self._serve, name=f"engine-{number}", daemon=True)
+            for number in range(parallel)
         ]
         for thread in self._threads:
             thread.start()
@@ -66,8 +89,9 @@ class Engine(Generic[Row, Answer]):
     ) -> list[Answer]:
         """The answers of `jobs`, in their order.
 
-        Raises QueueFull; BodyTooLarge for more than the queue could ever hold; NotReady after `close`;
-        DeadlineExceeded when `timeout_s` has passed; and when a row fails RunFailed, or what `run` has for the caller.
+        Raises QueueFull; BodyTooLarge for more than the queue could ever hold; NotReady after
+        `close`; DeadlineExceeded when `timeout_s` has passed; and when a row fails RunFailed, or
+        what `run` has for the caller.
         """
         if not jobs:
             return []
@@ -84,7 +108,9 @@ class Engine(Generic[Row, Answer]):
     async def answer_async(
         self, jobs: Sequence[tuple[Bucket[Row, Answer], Row]], *, timeout_s: float | None = None
     ) -> list[Answer]:
-        """The same, without blocking the event loop; when the task is cancelled its rows leave the queue at once."""
+        """The same, without blocking the event loop; when the task is cancelled its rows leave the
+        queue at once.
+        """
         if not jobs:
             return []
         loop = asyncio.get_running_loop()
@@ -104,10 +130,12 @@ class Engine(Generic[Row, Answer]):
         return ticket.result()
 
     async def wait_for_room(self, rows: int, *, nbytes: int = 0) -> None:
-        """Return when that many rows, of `nbytes` together, would be admitted; first come first served.
+        """Return when that many rows, of `nbytes` together, would be admitted; first come first
+        served.
 
-        Nothing is reserved: a request that comes in between may still take the room. Raises NotReady once the engine is
-        closed, and BodyTooLarge for more than the queue could ever hold.
+        Nothing is reserved: a request that comes in between may still take the room. Raises
+        NotReady once the engine is closed, and BodyTooLarge for more than the queue could ever
+        hold.
         """
         await self._queue.wait_for_room(rows=rows, nbytes=nbytes)
 
@@ -125,7 +153,9 @@ class Engine(Generic[Row, Answer]):
         return self._queue.retry_after_s()
 
     def close(self, *, timeout_s: float | None = None) -> bool:
-        """Take nothing more and finish what was accepted; False when not all of it ended in time."""
+        """Take nothing more and finish what was accepted; False when not all of it ended in
+        time.
+        """
         end = None if timeout_s is None else time.monotonic() + timeout_s
         self._queue.close()
         for thread in self._threads:
@@ -138,7 +168,8 @@ class Engine(Generic[Row, Answer]):
             pass
 
     def _step(self) -> bool:
-        work = self._queue.next()  # held no longer than this call: a thread that waits keeps no row alive
+        # held no longer than this call: a thread that waits keeps no row alive
+        work = self._queue.next()
         if isinstance(work, Batch):
             self._run(work)
         elif isinstance(work, Sample):
@@ -163,11 +194,15 @@ class Engine(Generic[Row, Answer]):
     def _outcomes(self, batch: Batch[Row, Answer]) -> Sequence[Answer | Exception] | RequestError:
         try:
             return run_filled(batch.bucket, batch.rows, places=batch.places)
-        except BaseException as error:  # also what is no Exception: the thread must live, and the callers hear of it
+        except (
+            BaseException
+        ) as error:  # also what is no Exception: the thread must live, and the callers hear of it
             return as_request_error(error)
 
     def _run_alone(self, batch: Batch[Row, Answer]) -> None:
-        """Run again, each row for itself, what failed together, so that only the guilty request fails."""
+        """Run again, each row for itself, what failed together, so that only the guilty request
+        fails.
+        """
         for single in batch.alone():
             if self._queue.begin(single.entries[0][0]):
                 self._run(single)
@@ -176,7 +211,14 @@ class Engine(Generic[Row, Answer]):
         if self._observers:
             waited_s = [started - ticket.arrived for ticket, _, _ in batch.entries]
             for observer in self._observers:
-                tell(observer.batch_ran, batch.bucket, batch.rows, places=batch.places, waited_s=waited_s, run_s=run_s)
+                tell(
+                    observer.batch_ran,
+                    batch.bucket,
+                    batch.rows,
+                    places=batch.places,
+                    waited_s=waited_s,
+                    run_s=run_s,
+                )
 
     def _sample(self, batch: Batch[Row, Answer], outcomes: Sequence[Answer | Exception]) -> None:
         try:
@@ -189,7 +231,9 @@ class Engine(Generic[Row, Answer]):
             violation = self._proofs.prove(sample)
         except BaseException:
             _log.exception(
-                "a row of bucket %s/%s could not be run again for its proof", sample.bucket.model, sample.bucket.label
+                "a row of bucket %s/%s could not be run again for its proof",
+                sample.bucket.model,
+                sample.bucket.label,
             )
             return
         for observer in self._observers:

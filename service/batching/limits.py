@@ -13,7 +13,8 @@ class Limits:
     Attributes:
         queue_rows: rows that may wait.
         queue_bytes: bytes that the waiting rows may hold.
-        queue_s: seconds that a row may have to wait, as far as can be told; who comes when nothing waits is let in.
+        queue_s: seconds that a row may have to wait, as far as can be told; who comes when nothing
+            waits is let in.
         max_run_s: a run beyond this counts as stuck.
         patience_s: no batch goes before a row all of whose own rows came so much later than it.
     """

@@ -1,4 +1,5 @@
-"""Who is told what the engine does, and how he is told without ever being able to hold it up by an error.
+"""Who is told what the engine does, and how he is told without ever being able to hold it up by an
+error.
 
 Knows no queue and no threads; metrics and logs implement `Observer`.
 """
@@ -20,9 +21,11 @@ _log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Told from engine threads and the event loop, with no lock held; must be quick and never raise.
+    """Told from engine threads and the event loop, with no lock held; must be quick and never
+    raise.
 
-    Who inherits from it says only what he has something to say of: a method that is left out says nothing.
+    Who inherits from it says only what he has something to say of: a method that is left out says
+    nothing.
     """
 
     def batch_ran(
@@ -34,11 +37,15 @@ class Observer(Protocol):
         waited_s: Sequence[float],
         run_s: float,
     ) -> None:
-        """A batch of `rows` was answered in `run_s`, filled with copies up to `places`; each row had waited so long."""
+        """A batch of `rows` was answered in `run_s`, filled with copies up to `places`; each row
+        had waited so long.
+        """
         return
 
     def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
-        """A request will not be answered: told once for each of its buckets, with all the rows it had there."""
+        """A request will not be answered: told once for each of its buckets, with all the rows it
+        had there.
+        """
         return
 
     def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:

@@ -1,7 +1,7 @@
 """The online proof: a sample of the answered rows, run again alone and compared bit for bit.
 
-It keeps a bounded number of samples and drops what comes while it is full. Knows no threads' order and no queue: the
-engine says when there is time. Knows nothing of HTTP, tokens or ONNX.
+It keeps a bounded number of samples and drops what comes while it is full. Knows no threads' order
+and no queue: the engine says when there is time. Knows nothing of HTTP, tokens or ONNX.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _SAMPLES_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """A row that was answered otherwise in its batch than alone, with what is needed to run that batch again.
+    """A row that was answered otherwise in its batch than alone, with what is needed to run that
+    batch again.
 
     Attributes:
         bucket: where it ran.
@@ -45,7 +46,9 @@ class Violation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample(Generic[Row, Answer]):
-    """An answered row with the batch it was in. `content` was taken before the caller had the answer in his hands."""
+    """An answered row with the batch it was in. `content` was taken before the caller had the
+    answer in his hands.
+    """
 
     bucket: Bucket[Row, Answer]
     rows: Sequence[Row]
@@ -67,7 +70,9 @@ class Proofs(Generic[Row, Answer]):
         chance: Callable[[], float] | None = None,
     ) -> None:
         if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"proof_fraction is {fraction}: it must be from 0 (never) to 1 (every answer)")
+            raise ValueError(
+                f"proof_fraction is {fraction}: it must be from 0 (never) to 1 (every answer)"
+            )
         self._fraction = fraction
         self._content = content
         self._digest = digest
@@ -80,9 +85,16 @@ class Proofs(Generic[Row, Answer]):
         return len(self._samples)
 
     def sample(
-        self, bucket: Bucket[Row, Answer], rows: Sequence[Row], outcomes: Sequence[Answer | Exception], *, places: int
+        self,
+        bucket: Bucket[Row, Answer],
+        rows: Sequence[Row],
+        outcomes: Sequence[Answer | Exception],
+        *,
+        places: int,
     ) -> None:
-        """Keep each answered row of a batch with the probability `fraction`, while there is room."""
+        """Keep each answered row of a batch with the probability `fraction`, while there is
+        room.
+        """
         if not self._fraction:
             return
         for place, outcome in enumerate(outcomes):
@@ -91,7 +103,16 @@ class Proofs(Generic[Row, Answer]):
                     return
                 content = self._content(outcome)
                 nbytes = len(content) + sum(row.nbytes for row in rows)
-                self._keep(Sample(bucket=bucket, rows=rows, place=place, places=places, content=content, nbytes=nbytes))
+                self._keep(
+                    Sample(
+                        bucket=bucket,
+                        rows=rows,
+                        place=place,
+                        places=places,
+                        content=content,
+                        nbytes=nbytes,
+                    )
+                )
 
     def take(self) -> Sample[Row, Answer] | None:
         """The oldest sample, which is kept no more; None when there is none."""
@@ -109,7 +130,8 @@ class Proofs(Generic[Row, Answer]):
             self._nbytes = 0
 
     def prove(self, sample: Sample[Row, Answer]) -> Violation | None:
-        """Run the row alone, at the smallest row count that may run: a violation when its answer is another one.
+        """Run the row alone, at the smallest row count that may run: a violation when its answer is
+        another one.
 
         Raises whatever `run` raises: a row that could not be run again proves nothing.
         """
@@ -133,6 +155,7 @@ class Proofs(Generic[Row, Answer]):
     def _keep(self, sample: Sample[Row, Answer]) -> None:
         with self._lock:
             fits = len(self._samples) < _SAMPLES and self._nbytes + sample.nbytes <= _SAMPLES_BYTES
-            if fits or not self._samples:  # one is always kept: rows may be large, and are to be proved all the same
+            # one is always kept: rows may be large, and are to be proved all the same
+            if fits or not self._samples:
                 self._samples.append(sample)
                 self._nbytes += sample.nbytes

@@ -1,8 +1,10 @@
-"""The bounded queue before the engine's threads, and all that they share with their callers, under one lock.
+"""The bounded queue before the engine's threads, and all that they share with their callers, under
+one lock.
 
-A request comes in whole or not at all; it leaves by being run, at its deadline, when its caller is gone, or when one of
-its rows has failed. Urgency is the deadline, or the arrival plus `patience_s` if that comes earlier: nothing that came
-`patience_s` later goes first. With the lock held nobody is called: no `run`, no observer, and nobody is woken.
+A request comes in whole or not at all; it leaves by being run, at its deadline, when its caller is
+gone, or when one of its rows has failed. Urgency is the deadline, or the arrival plus `patience_s`
+if that comes earlier: nothing that came `patience_s` later goes first. With the lock held nobody is
+called: no `run`, no observer, and nobody is woken.
 """
 
 from __future__ import annotations
@@ -23,11 +25,19 @@ from evalmode.service.batching.proof import Proofs, Sample
 from evalmode.service.batching.ticket import Caller, Ticket, wake
 from evalmode.service.batching.waiters import Room
 from evalmode.service.batching.waiting import Part, Waiting
-from evalmode.service.errors import BodyTooLarge, DeadlineExceeded, NotReady, QueueFull, RequestError
+from evalmode.service.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    NotReady,
+    QueueFull,
+    RequestError,
+)
 
 
 class Queue(Generic[Row, Answer]):
-    """What waits and what runs. Callers `admit` and `drop`; `parallel` threads ask for the `next` and `deliver` it."""
+    """What waits and what runs. Callers `admit` and `drop`; `parallel` threads ask for the `next`
+    and `deliver` it.
+    """
 
     def __init__(
         self,
@@ -54,24 +64,36 @@ class Queue(Generic[Row, Answer]):
         self._closed = False
 
     def admit(
-        self, jobs: Sequence[tuple[Bucket[Row, Answer], Row]], *, timeout_s: float | None, caller: Caller
+        self,
+        jobs: Sequence[tuple[Bucket[Row, Answer], Row]],
+        *,
+        timeout_s: float | None,
+        caller: Caller,
     ) -> Ticket[Row, Answer]:
         """Let a request wait; its caller will be woken once, when it is done."""
         items: dict[Bucket[Row, Answer], list[tuple[int, Row, int]]] = {}
         for place, (bucket, row) in enumerate(jobs):
             items.setdefault(bucket, []).append((place, row, row.nbytes))
         if timeout_s is not None and not timeout_s > 0:
-            self._tell_dropped("deadline", [(bucket, len(of_bucket)) for bucket, of_bucket in items.items()])
+            self._tell_dropped(
+                "deadline", [(bucket, len(of_bucket)) for bucket, of_bucket in items.items()]
+            )
             raise _late()
         now = self._clock()
         deadline = math.inf if timeout_s is None else now + timeout_s
-        ticket: Ticket[Row, Answer] = Ticket(len(jobs), arrived=now, deadline=deadline, caller=caller)
+        ticket: Ticket[Row, Answer] = Ticket(
+            len(jobs), arrived=now, deadline=deadline, caller=caller
+        )
         order = (min(deadline, now + self._limits.patience_s), next(self._sequence))
-        parts = tuple(Part(bucket, of_bucket, order=order, owner=ticket) for bucket, of_bucket in items.items())
+        parts = tuple(
+            Part(bucket, of_bucket, order=order, owner=ticket)
+            for bucket, of_bucket in items.items()
+        )
         if not self._enter(ticket, parts, rows=len(jobs)):
             self._tell_dropped("queue_full", [(part.bucket, part.size) for part in parts])
             raise QueueFull(
-                f"the queue has no room for {len(jobs)} more rows: come again later", retry_after_s=self.retry_after_s()
+                f"the queue has no room for {len(jobs)} more rows: come again later",
+                retry_after_s=self.retry_after_s(),
             )
         return ticket
 
@@ -79,9 +101,12 @@ class Queue(Generic[Row, Answer]):
         """Its deadline has come: it fails, even while its rows run; what they answer is dropped."""
         self.drop(ticket, "deadline", _late())
 
-    def drop(self, ticket: Ticket[Row, Answer], reason: Reason, failure: RequestError | None) -> None:
+    def drop(
+        self, ticket: Ticket[Row, Answer], reason: Reason, failure: RequestError | None
+    ) -> None:
         """Take a request out, unless it is done already."""
-        if ticket.done:  # the garbage collector may get here, through a coroutine whose loop is gone, under the lock
+        # the garbage collector may get here, through a coroutine whose loop is gone, under the lock
+        if ticket.done:
             return
         with self._lock:
             if ticket.done:
@@ -102,7 +127,9 @@ class Queue(Generic[Row, Answer]):
                 return work
 
     def begin(self, ticket: Ticket[Row, Answer]) -> bool:
-        """Whether a row of a batch that failed is still to be run again; if so, its run begins now."""
+        """Whether a row of a batch that failed is still to be run again; if so, its run begins
+        now.
+        """
         now = self._clock()
         if ticket.deadline <= now:
             self.expire(ticket)
@@ -112,7 +139,11 @@ class Queue(Generic[Row, Answer]):
             return not ticket.done
 
     def deliver(
-        self, batch: Batch[Row, Answer], outcomes: Sequence[Answer | Exception], *, run_s: float | None = None
+        self,
+        batch: Batch[Row, Answer],
+        outcomes: Sequence[Answer | Exception],
+        *,
+        run_s: float | None = None,
     ) -> None:
         """Hand out what a batch has answered, in `run_s` if it was not for an error."""
         answered: list[Ticket[Row, Answer]] = []
@@ -132,7 +163,9 @@ class Queue(Generic[Row, Answer]):
         self._end(answered=answered, dropped=failed)
 
     async def wait_for_room(self, *, rows: int, nbytes: int) -> None:
-        """Return when a request of so many rows and bytes would be admitted; nothing is reserved for it."""
+        """Return when a request of so many rows and bytes would be admitted; nothing is reserved
+        for it.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
@@ -143,7 +176,8 @@ class Queue(Generic[Row, Answer]):
             await future
         finally:  # without the lock: the garbage collector may get here, as in `drop`
             if not loop.is_closed():
-                loop.call_soon(self._leave_room, future)  # after this turn, in which he who was woken takes his room
+                # after this turn, in which he who was woken takes his room
+                loop.call_soon(self._leave_room, future)
         self._check(rows=rows, nbytes=nbytes)
 
     @property
@@ -166,7 +200,9 @@ class Queue(Generic[Row, Answer]):
     def retry_after_s(self) -> int:
         """Seconds, 1 to 60, until what waits should have run."""
         with self._lock:
-            return self._drain.retry_after_s(self._waiting.rows, assumed_row_s=self._assumed_row_s())
+            return self._drain.retry_after_s(
+                self._waiting.rows, assumed_row_s=self._assumed_row_s()
+            )
 
     def close(self) -> None:
         """Admit nothing more; threads end when nothing waits."""
@@ -201,8 +237,8 @@ class Queue(Generic[Row, Answer]):
             raise NotReady("the server is stopping and takes no more requests")
         if rows > self._limits.queue_rows or nbytes > self._limits.queue_bytes:
             raise BodyTooLarge(
-                f"the request has {rows} rows of {nbytes} bytes, and the queue of this server holds "
-                f"{self._limits.queue_rows} rows of {self._limits.queue_bytes} bytes: split it"
+                f"the request has {rows} rows of {nbytes} bytes, and the queue of this server holds"
+                f" {self._limits.queue_rows} rows of {self._limits.queue_bytes} bytes: split it"
             )
 
     def _fits(self, rows: int, nbytes: int) -> bool:
@@ -221,7 +257,9 @@ class Queue(Generic[Row, Answer]):
             self._waiting.remove(part)
         ticket.fail(failure)
 
-    def _await(self, late: list[Ticket[Row, Answer]]) -> Batch[Row, Answer] | Sample[Row, Answer] | None:
+    def _await(
+        self, late: list[Ticket[Row, Answer]]
+    ) -> Batch[Row, Answer] | Sample[Row, Answer] | None:
         me = threading.get_ident()
         self._running.pop(me, None)
         if self._proving == me:
@@ -240,14 +278,17 @@ class Queue(Generic[Row, Answer]):
     def _take(self, late: list[Ticket[Row, Answer]]) -> Batch[Row, Answer] | None:
         while (head := self._waiting.head()) is not None:
             bucket = head.bucket
-            free = self._parallel - len(self._running)  # this thread and all that wait or are about to ask
+            # this thread and all that wait or are about to ask
+            free = self._parallel - len(self._running)
             wanted = -(-self._waiting.rows_of(bucket) // free)
             places = bucket.places_for(wanted)
             entries = self._fill(bucket, min(places, wanted), late)
             if entries:
                 if len(entries) < min(places, wanted):  # the others were late
                     places = bucket.cheapest_holding(len(entries))
-                return Batch(bucket=bucket, entries=entries, places=places, pressed=self._waiting.rows > 0)
+                return Batch(
+                    bucket=bucket, entries=entries, places=places, pressed=self._waiting.rows > 0
+                )
         return None
 
     def _fill(
@@ -261,7 +302,10 @@ class Queue(Generic[Row, Answer]):
                 self._fail(ticket, _late())
                 late.append(ticket)
             else:
-                entries += [(ticket, place, row) for place, row in self._waiting.take(part, rows - len(entries))]
+                entries += [
+                    (ticket, place, row)
+                    for place, row in self._waiting.take(part, rows - len(entries))
+                ]
         return entries
 
     # From here it is not.
@@ -278,13 +322,16 @@ class Queue(Generic[Row, Answer]):
         if dropped:
             self._offer_room()
 
-    def _tell_dropped(self, reason: Reason, dropped: Sequence[tuple[Bucket[Row, Answer], int]]) -> None:
+    def _tell_dropped(
+        self, reason: Reason, dropped: Sequence[tuple[Bucket[Row, Answer], int]]
+    ) -> None:
         for observer in self._observers:
             for bucket, rows in dropped:
                 tell(observer.rows_dropped, reason, bucket, rows)
 
     def _offer_room(self) -> None:
-        if not len(self._room):  # without the lock: whoever joins after it sees for himself what room there is
+        # without the lock: whoever joins after it sees for himself what room there is
+        if not len(self._room):
             return
         with self._lock:
             first = self._room.next()
@@ -298,4 +345,6 @@ class Queue(Generic[Row, Answer]):
 
 
 def _late() -> DeadlineExceeded:
-    return DeadlineExceeded("the answer was not there at the deadline of the request: come again, or allow more time")
+    return DeadlineExceeded(
+        "the answer was not there at the deadline of the request: come again, or allow more time"
+    )

@@ -1,4 +1,5 @@
-"""One request inside the engine: its answers as they come, and its caller, who is woken once, when all is known.
+"""One request inside the engine: its answers as they come, and its caller, who is woken once, when
+all is known.
 
 Knows no queue; whoever changes a ticket holds the engine's lock. Waking is done without it.
 """
@@ -25,11 +26,22 @@ class Ticket(Generic[Row, Answer]):
         arrived: when, by the engine's clock.
         deadline: until when a row of it may be started; infinite for none.
         parts: its rows by bucket; empty once it is done.
-        done: whether its caller has been, or is about to be, woken; nothing that comes later changes it.
+        done: whether its caller has been, or is about to be, woken; nothing that comes later
+            changes it.
         dropped: the rows of each bucket, when it failed.
     """
 
-    __slots__ = ("_answers", "_left", "arrived", "caller", "deadline", "done", "dropped", "failure", "parts")
+    __slots__ = (
+        "_answers",
+        "_left",
+        "arrived",
+        "caller",
+        "deadline",
+        "done",
+        "dropped",
+        "failure",
+        "parts",
+    )
 
     def __init__(self, rows: int, *, arrived: float, deadline: float, caller: Caller) -> None:
         self.arrived = arrived
@@ -72,7 +84,9 @@ class Ticket(Generic[Row, Answer]):
 
 
 def wake(callers: Iterable[Caller]) -> None:
-    """Wake the callers of tickets that are done; those of one event loop together, which costs it one wake-up."""
+    """Wake the callers of tickets that are done; those of one event loop together, which costs it
+    one wake-up.
+    """
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for caller in callers:
         if isinstance(caller, threading.Event):
@@ -80,7 +94,8 @@ def wake(callers: Iterable[Caller]) -> None:
         else:
             by_loop.setdefault(caller.get_loop(), []).append(caller)
     for loop, futures in by_loop.items():
-        with suppress(RuntimeError):  # the loop is closed: nobody is left there who could hear of it
+        # the loop is closed: nobody is left there who could hear of it
+        with suppress(RuntimeError):
             loop.call_soon_threadsafe(_resolve, futures)
 
 

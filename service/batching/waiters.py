@@ -1,4 +1,6 @@
-"""Who waits for room in the queue, first come first served. Knows neither the queue nor its lock."""
+"""Who waits for room in the queue, first come first served. Knows neither the queue nor its
+lock.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from collections.abc import Callable
 class Room:
     """Those who wait, each with the rows and bytes he needs room for.
 
-    One has his turn at a time: nothing is reserved for him, so what he leaves for the next is known only when he has
-    had it. Who waits on an event loop that was closed is passed over.
+    One has his turn at a time: nothing is reserved for him, so what he leaves for the next is known
+    only when he has had it. Who waits on an event loop that was closed is passed over.
     """
 
     def __init__(self, fits: Callable[[int, int], bool]) -> None:
@@ -35,7 +37,9 @@ class Room:
             self._turn = None
 
     def next(self) -> asyncio.Future[None] | None:
-        """The first, if there is room for him and nobody has his turn; it is his now, until he leaves."""
+        """The first, if there is room for him and nobody has his turn; it is his now, until he
+        leaves.
+        """
         if self._is_taking():
             return None
         while self._waiting:

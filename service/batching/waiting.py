@@ -1,7 +1,9 @@
-"""The rows that wait, most urgent first: a pure data structure, without threads and without a clock.
+"""The rows that wait, most urgent first: a pure data structure, without threads and without a
+clock.
 
-Rows of one request in one bucket wait together, as a `Part`: they have one urgency, so that what is sorted and removed
-is a request's part and not each of its rows. What leaves, leaves at once and wholly; nothing is marked and kept.
+Rows of one request in one bucket wait together, as a `Part`: they have one urgency, so that what is
+sorted and removed is a request's part and not each of its rows. What leaves, leaves at once and
+wholly; nothing is marked and kept.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ class Part(Generic[Key, Item, Owner]):
 
     __slots__ = ("bucket", "items", "nbytes", "order", "owner", "size")
 
-    def __init__(self, bucket: Key, items: Iterable[tuple[int, Item, int]], *, order: tuple[float, int], owner: Owner):
+    def __init__(
+        self,
+        bucket: Key,
+        items: Iterable[tuple[int, Item, int]],
+        *,
+        order: tuple[float, int],
+        owner: Owner,
+    ):
         self.bucket = bucket
         self.items = deque(items)
         self.size = len(self.items)
@@ -61,7 +70,9 @@ class Waiting(Generic[Key, Item, Owner]):
         self._count(line, rows=len(part.items), nbytes=part.nbytes)
 
     def take(self, part: Part[Key, Item, Owner], count: int) -> list[tuple[int, Item]]:
-        """Let the first `count` rows of a part, or all if there are fewer, wait no more; each with its place."""
+        """Let the first `count` rows of a part, or all if there are fewer, wait no more; each with
+        its place.
+        """
         if count >= len(part.items):
             taken = [(place, item) for place, item, _ in part.items]
             self.remove(part)

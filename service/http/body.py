@@ -1,4 +1,5 @@
-"""From a request's bytes to its fields, or to the sentence that says what is wrong. Knows no model and no route.
+"""From a request's bytes to its fields, or to the sentence that says what is wrong. Knows no model
+and no route.
 
 It is given the chunks of the body, so that no more than the limit is ever held.
 """
@@ -13,7 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, RequestTimeout, UnsupportedMedia
+from evalmode.service.errors import (
+    BadRequest,
+    BodyTooLarge,
+    InvalidField,
+    RequestTimeout,
+    UnsupportedMedia,
+)
 from evalmode.service.http.v1_schemas import PredictRequest
 
 JSON = "application/json"
@@ -25,14 +32,25 @@ _TAKEN_FOR_JSON = frozenset({"", JSON, "application/x-www-form-urlencoded"})
 
 
 async def read_body(
-    chunks: AsyncIterator[bytes], *, declared_bytes: str | None, max_body_bytes: int, silence_s: float
+    chunks: AsyncIterator[bytes],
+    *,
+    declared_bytes: str | None,
+    max_body_bytes: int,
+    silence_s: float,
 ) -> bytes:
-    """The whole body. `declared_bytes` is the Content-Length header: too many are refused before a byte is read.
+    """The whole body. `declared_bytes` is the Content-Length header: too many are refused before a
+    byte is read.
 
     Raises BodyTooLarge, and RequestTimeout when nothing more of it came for `silence_s`.
     """
-    too_large = BodyTooLarge(f"the body is larger than the {max_body_bytes} bytes that this server reads")
-    if declared_bytes is not None and declared_bytes.isdecimal() and int(declared_bytes) > max_body_bytes:
+    too_large = BodyTooLarge(
+        f"the body is larger than the {max_body_bytes} bytes that this server reads"
+    )
+    if (
+        declared_bytes is not None
+        and declared_bytes.isdecimal()
+        and int(declared_bytes) > max_body_bytes
+    ):
         raise too_large
     body = bytearray()
     async for chunk in unless_silent(chunks, silence_s=silence_s):
@@ -43,7 +61,9 @@ async def read_body(
 
 
 async def unless_silent(chunks: AsyncIterator[bytes], *, silence_s: float) -> AsyncIterator[bytes]:
-    """The chunks of a body. Raises RequestTimeout when the next one takes longer than `silence_s`."""
+    """The chunks of a body. Raises RequestTimeout when the next one takes longer than
+    `silence_s`.
+    """
     while True:
         try:
             async with asyncio.timeout(silence_s):
@@ -51,21 +71,30 @@ async def unless_silent(chunks: AsyncIterator[bytes], *, silence_s: float) -> As
         except StopAsyncIteration:
             return
         except TimeoutError as error:
-            raise RequestTimeout(f"nothing more of the body came for {silence_s:g} seconds") from error
+            raise RequestTimeout(
+                f"nothing more of the body came for {silence_s:g} seconds"
+            ) from error
         yield chunk
 
 
 def require_json(content_type: str | None) -> None:
-    """Refuse a body that declares to be something else; one that declares nothing may well be JSON."""
+    """Refuse a body that declares to be something else; one that declares nothing may well be
+    JSON.
+    """
     media = (content_type or "").partition(";")[0].strip().lower()
-    if media not in _TAKEN_FOR_JSON and not (media.startswith("application/") and media.endswith("+json")):
-        raise UnsupportedMedia(f"the body must be JSON: send content-type application/json, got {media!r}")
+    if media not in _TAKEN_FOR_JSON and not (
+        media.startswith("application/") and media.endswith("+json")
+    ):
+        raise UnsupportedMedia(
+            f"the body must be JSON: send content-type application/json, got {media!r}"
+        )
 
 
 def parse_predict(body: bytes, *, max_rows: int, max_top_k: int) -> PredictRequest:
     """The request for predictions in `body`, within this server's limits."""
     try:
-        # Python's parser, not pydantic's: a lone surrogate escape (half an emoji) is valid JSON and a text to answer.
+        # Python's parser, not pydantic's: a lone surrogate escape (half an emoji) is valid JSON and
+        # a text to answer.
         found = json.loads(body.decode(), parse_constant=_refuse_constant)
     except RecursionError as error:
         raise BadRequest("the body is nested too deeply") from error
@@ -77,7 +106,8 @@ def parse_predict(body: bytes, *, max_rows: int, max_top_k: int) -> PredictReque
         raise _invalid(error.errors(include_url=False)[0]) from error
     if len(request.inputs) > max_rows:
         raise InvalidField(
-            f"inputs must hold at most {max_rows} texts a request, got {len(request.inputs)}", field="inputs"
+            f"inputs must hold at most {max_rows} texts a request, got {len(request.inputs)}",
+            field="inputs",
         )
     if request.top_k > max_top_k:
         raise InvalidField(f"top_k must be at most {max_top_k}, got {request.top_k}", field="top_k")
@@ -92,9 +122,13 @@ def _invalid(error: ErrorDetails) -> InvalidField:
     """pydantic's first complaint as one sentence that names the field and the value."""
     field = ".".join(map(str, error["loc"]))[:_SHOWN_CHARACTERS]
     kind, value = error["type"], _shown(error["input"])
-    if kind in ("extra_forbidden", "string_unicode"):  # the latter: a key that is half an emoji, and has no loc
+    # the latter: a key that is half an emoji, and has no loc
+    if kind in ("extra_forbidden", "string_unicode"):
         known = ", ".join(PredictRequest.model_fields)
-        return InvalidField(f"{field or value} is not a field of this request, which has {known}", field=field or None)
+        return InvalidField(
+            f"{field or value} is not a field of this request, which has {known}",
+            field=field or None,
+        )
     if not field:
         return InvalidField(f"the body must be a JSON object with the field inputs, got {value}")
     if kind == "missing":

@@ -1,7 +1,9 @@
-"""`application/x-ndjson` in and out: texts of any number through a window of constant size. Knows no ONNX and no route.
+"""`application/x-ndjson` in and out: texts of any number through a window of constant size. Knows
+no ONNX and no route.
 
-A stream reads on only while what it has read and not yet sent fits into its window, so a slow client slows itself. All
-streams of a process share a few turns at the engine: whoever asks one text never waits behind more than those.
+A stream reads on only while what it has read and not yet sent fits into its window, so a slow
+client slows itself. All streams of a process share a few turns at the engine: whoever asks one text
+never waits behind more than those.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from evalmode.service.ndjson import Predict, Predicted, Splitter, answer_lines, 
 MEDIA_TYPE = "application/x-ndjson"
 DIGEST_HEADER = "x-evalmode-digest"
 
-# What a stream has read and not yet sent. `evalmode predict --url` sends no more than this in a request: a client that
-# writes all before it reads, as most do, could otherwise wait for a server that waits for it.
+# What a stream has read and not yet sent. `evalmode predict --url` sends no more than this in a
+# request: a client that writes all before it reads, as most do, could otherwise wait for a server
+# that waits for it.
 WINDOW_ROWS = 256
 WINDOW_BYTES = 1 << 20
 
@@ -31,7 +34,9 @@ _GROUP_ROWS = 32
 _GROUP_BYTES = 256 << 10
 
 _TICK_S = 0.5
-_INLINE_BYTES = 2_000  # as for the encoding of texts: reading more than this would hold the event loop up
+_INLINE_BYTES = (
+    2_000  # as for the encoding of texts: reading more than this would hold the event loop up
+)
 
 
 class TextModel(Protocol):
@@ -41,17 +46,23 @@ class TextModel(Protocol):
     def digest(self) -> str:
         """The digest of its bundle."""
 
-    async def text_rows_async(self, texts: Sequence[str], *, truncate: bool) -> tuple[list[Any], list[bool]]:
+    async def text_rows_async(
+        self, texts: Sequence[str], *, truncate: bool
+    ) -> tuple[list[Any], list[bool]]:
         """The jobs of `texts`, and which of them were cut."""
 
-    def predictions(self, answers: Sequence[Any], truncated: Sequence[bool], *, top_k: int) -> Sequence[Predicted]:
+    def predictions(
+        self, answers: Sequence[Any], truncated: Sequence[bool], *, top_k: int
+    ) -> Sequence[Predicted]:
         """The predictions that the answers of these jobs mean."""
 
 
 class Answers(Protocol):
     """What a stream needs of the engine."""
 
-    async def answer_async(self, jobs: Sequence[Any], *, timeout_s: float | None = None) -> list[Any]:
+    async def answer_async(
+        self, jobs: Sequence[Any], *, timeout_s: float | None = None
+    ) -> list[Any]:
         """The answers of `jobs`; QueueFull where there is no room for them."""
 
     async def wait_for_room(self, rows: int, *, nbytes: int = 0) -> None:
@@ -69,26 +80,44 @@ class Asked:
 
 
 def parse_query(items: Iterable[tuple[str, str]], *, max_top_k: int) -> Asked:
-    """What these query parameters ask. Raises InvalidField for one that is unknown, given twice or wrong."""
+    """What these query parameters ask. Raises InvalidField for one that is unknown, given twice or
+    wrong.
+    """
     query: dict[str, str] = {}
     for name, value in items:
         if name not in Asked.__dataclass_fields__ or name in query:
-            complaint = "is given twice" if name in query else "is not one of top_k, truncate, model and version"
+            complaint = (
+                "is given twice"
+                if name in query
+                else "is not one of top_k, truncate, model and version"
+            )
             raise InvalidField(f"query parameter {name[:60]!r} {complaint}", field=name[:60])
         query[name] = value
     top_k, truncate = query.get("top_k", "3"), query.get("truncate", "true")
-    if not (top_k.isascii() and top_k.isdecimal() and len(top_k) < 10 and 1 <= int(top_k) <= max_top_k):
-        raise InvalidField(f"top_k must be a number from 1 to {max_top_k}, got {top_k[:60]!r}", field="top_k")
+    if not (
+        top_k.isascii() and top_k.isdecimal() and len(top_k) < 10 and 1 <= int(top_k) <= max_top_k
+    ):
+        raise InvalidField(
+            f"top_k must be a number from 1 to {max_top_k}, got {top_k[:60]!r}", field="top_k"
+        )
     if truncate not in ("true", "false"):
-        raise InvalidField(f"truncate must be true or false, got {truncate[:60]!r}", field="truncate")
-    return Asked(top_k=int(top_k), truncate=truncate == "true", model=query.get("model"), version=query.get("version"))
+        raise InvalidField(
+            f"truncate must be true or false, got {truncate[:60]!r}", field="truncate"
+        )
+    return Asked(
+        top_k=int(top_k),
+        truncate=truncate == "true",
+        model=query.get("model"),
+        version=query.get("version"),
+    )
 
 
 class Streams:
     """All streams of a process: their turns at the engine, and their end when the server stops.
 
-    `parallel` batches run at once; one group more than that keeps the engine busy while answers are written. A stream
-    that is still there `drain_s` after `draining` began to be true ends: it answers what it has read, and says so.
+    `parallel` batches run at once; one group more than that keeps the engine busy while answers are
+    written. A stream that is still there `drain_s` after `draining` began to be true ends: it
+    answers what it has read, and says so.
     """
 
     def __init__(
@@ -112,20 +141,26 @@ class Streams:
 
     async def stopping(self) -> None:
         """Return when a stream that began before should end."""
-        while not self._draining():
+        while not self._draining():  # noqa: ASYNC110 - the state of the process, which no event tells
             await asyncio.sleep(_TICK_S)
         await asyncio.sleep(self._drain_s)
 
     def response(self, model: TextModel, asked: Asked) -> Response:
-        """The response that reads the request's body and answers it line by line, all from this one model."""
+        """The response that reads the request's body and answers it line by line, all from this one
+        model.
+        """
         return _BulkResponse(self, model, asked)
 
     async def answer(self, raw: Sequence[bytes | None], first: int, predict: Predict) -> bytes:
         """The answers of these lines, when it is their turn."""
         async with self._turns:
-            return b"".join(await answer_lines(raw, first=first, predict=predict, inline_bytes=_INLINE_BYTES))
+            return b"".join(
+                await answer_lines(raw, first=first, predict=predict, inline_bytes=_INLINE_BYTES)
+            )
 
-    async def predict(self, model: TextModel, asked: Asked, texts: Sequence[str]) -> Sequence[Predicted]:
+    async def predict(
+        self, model: TextModel, asked: Asked, texts: Sequence[str]
+    ) -> Sequence[Predicted]:
         """The predictions of `texts`, however long the engine has no room for them."""
         jobs, truncated = await model.text_rows_async(texts, truncate=asked.truncate)
         nbytes = sum(row.nbytes for _, row in jobs)
@@ -158,7 +193,9 @@ class _Window:
 
     async def enter(self, *, rows: int, nbytes: int) -> None:
         """Wait until so much fits."""
-        while self._rows and (self._rows + rows > WINDOW_ROWS or self._nbytes + nbytes > WINDOW_BYTES):
+        while self._rows and (
+            self._rows + rows > WINDOW_ROWS or self._nbytes + nbytes > WINDOW_BYTES
+        ):
             self._left.clear()
             await self._left.wait()
         self._rows += rows
@@ -172,11 +209,15 @@ class _Window:
 
 
 class _BulkResponse(Response):
-    """Reads and writes at once, so it owns both ends of the connection; it ends at once when the client hangs up."""
+    """Reads and writes at once, so it owns both ends of the connection; it ends at once when the
+    client hangs up.
+    """
 
     def __init__(self, streams: Streams, model: TextModel, asked: Asked) -> None:
         # The last header asks proxies not to hold answers back.
-        super().__init__(media_type=MEDIA_TYPE, headers={DIGEST_HEADER: model.digest, "x-accel-buffering": "no"})
+        super().__init__(
+            media_type=MEDIA_TYPE, headers={DIGEST_HEADER: model.digest, "x-accel-buffering": "no"}
+        )
         del self.headers["content-length"]
         self._streams = streams
         self._model = model
@@ -186,9 +227,13 @@ class _BulkResponse(Response):
         self._running: set[asyncio.Task[bytes]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. What goes wrong before its first bytes came is raised, and has a status of its own."""
+        """Answer one request. What goes wrong before its first bytes came is raised, and has a
+        status of its own.
+        """
         first = await _next(receive, self._streams.silence_s)
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         reading = asyncio.create_task(self._read(first, receive))
         writing = asyncio.create_task(self._write(send))
         stopping = asyncio.create_task(self._streams.stopping())
@@ -203,7 +248,9 @@ class _BulkResponse(Response):
             else:
                 reading.result()
         except (ClientDisconnect, TimeoutError):
-            pass  # nobody reads any more; that this response has no end tells the server to close the connection
+            # nobody reads any more; that this response has no end tells the server to close the
+            # connection
+            pass
         finally:
             left = (reading, writing, stopping, *self._running)
             for task in left:
@@ -218,7 +265,9 @@ class _BulkResponse(Response):
         while True:
             lines = list(splitter.feed(message.get("body", b"")))
             ended = not message.get("more_body", False)
-            for group in _grouped([*lines, *splitter.end()] if ended else lines, self._streams.group_rows):
+            for group in _grouped(
+                [*lines, *splitter.end()] if ended else lines, self._streams.group_rows
+            ):
                 await self._start(group, first)
                 first += len(group)
             if ended:
@@ -243,7 +292,8 @@ class _BulkResponse(Response):
     def _forget(self, task: asyncio.Task[bytes]) -> None:
         self._running.discard(task)
         if not task.cancelled():
-            task.exception()  # the first failure is the stream's last line; of the others nobody asks
+            # the first failure is the stream's last line; of the others nobody asks
+            task.exception()
 
     async def _predict(self, texts: Sequence[str]) -> Sequence[Predicted]:
         return await self._streams.predict(self._model, self._asked, texts)
@@ -268,7 +318,9 @@ class _BulkResponse(Response):
 
 
 async def _next(receive: Receive, silence_s: float | None) -> Message:
-    """What comes next of the body. Raises ClientDisconnect, and RequestTimeout after `silence_s` without any."""
+    """What comes next of the body. Raises ClientDisconnect, and RequestTimeout after `silence_s`
+    without any.
+    """
     try:
         async with asyncio.timeout(silence_s):
             message = await receive()

@@ -1,4 +1,6 @@
-"""How long a request is waited for: until its deadline, and while its client is there. Knows no route and no model."""
+"""How long a request is waited for: until its deadline, and while its client is there. Knows no
+route and no model.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def timeout_of(headers: Mapping[str, str], *, longest_s: float) -> float:
     if asked is None:
         return longest_s
     if not (asked.isascii() and asked.isdecimal() and int(asked[:12]) > 0):
-        raise BadRequest(f"header {TIMEOUT_HEADER} must be a whole number of milliseconds above 0, got {asked[:40]!r}")
+        raise BadRequest(
+            f"header {TIMEOUT_HEADER} must be a whole number of milliseconds above 0, got"
+            f" {asked[:40]!r}"
+        )
     return min(int(asked[:12]) / 1000, longest_s)
 
 

@@ -1,6 +1,8 @@
-"""The documentation at /docs, whole without a way out: the page, its scripts and its styles come from this server.
+"""The documentation at /docs, whole without a way out: the page, its scripts and its styles come
+from this server.
 
-Knows no route but its own. Files are served by a fixed table, so no path of a request ever names one.
+Knows no route but its own. Files are served by a fixed table, so no path of a request ever names
+one.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ _ASSETS = {
 }
 # `unsafe-inline` is for styles alone: Swagger UI writes them into its elements.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _CACHED = {"cache-control": "max-age=3600"}
 # Every address is relative, so that the page works behind a proxy that adds a prefix.
@@ -57,10 +59,14 @@ _INIT = """SwaggerUIBundle({
 
 
 def mount(app: FastAPI) -> None:
-    """Add /docs to the application. Raises StartFailed when the package with Swagger UI's files is not installed."""
+    """Add /docs to the application. Raises StartFailed when the package with Swagger UI's files is
+    not installed.
+    """
     folder = _folder()
     app.add_api_route(PATH, _page, include_in_schema=False, response_class=HTMLResponse)
-    app.add_api_route(f"{PATH}/static/init.js", _init, include_in_schema=False, response_class=Response)
+    app.add_api_route(
+        f"{PATH}/static/init.js", _init, include_in_schema=False, response_class=Response
+    )
     for name, media_type in _ASSETS.items():
         app.add_api_route(
             f"{PATH}/static/{name}",
@@ -74,7 +80,10 @@ def mount(app: FastAPI) -> None:
 def _folder() -> Path:
     found = find_spec("fastapi_offline")  # found and not imported: only its files are wanted
     if found is None or not found.submodule_search_locations:
-        raise StartFailed("setting docs wants the package fastapi_offline: pip install fastapi_offline, or --no-docs")
+        raise StartFailed(
+            "setting docs wants the package fastapi_offline: pip install fastapi_offline, or"
+            " --no-docs"
+        )
     return Path(found.submodule_search_locations[0]) / "static"
 
 

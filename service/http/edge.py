@@ -1,4 +1,5 @@
-"""What stands around every request: its id, its log line, its figures, its headers. Knows no route and reads no body.
+"""What stands around every request: its id, its log line, its figures, its headers. Knows no route
+and reads no body.
 
 From outside in: traces, `Edge`, CORS, API keys, the application.
 """
@@ -61,7 +62,9 @@ class RequestFigures(Protocol):
     def request_began(self) -> None:
         """A request's headers are there."""
 
-    def request_ended(self, *, route: str, method: str, status: int, duration_s: float, reason: str | None) -> None:
+    def request_ended(
+        self, *, route: str, method: str, status: int, duration_s: float, reason: str | None
+    ) -> None:
         """It was answered."""
 
 
@@ -78,7 +81,8 @@ class Parts(Protocol):
 
 
 def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> None:
-    """Put the edge around all that `app` answers, its error pages too. Call it last: it freezes handlers.
+    """Put the edge around all that `app` answers, its error pages too. Call it last: it freezes
+    handlers.
 
     Raises StartFailed where API keys are wanted and cannot be had.
     """
@@ -99,12 +103,21 @@ def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> N
                 "X-Request-ID",
                 "X-Request-Timeout-Ms",
             ),
-            expose_headers=("Inference-Header-Content-Length", "Retry-After", "X-Evalmode-Digest", "X-Request-ID"),
+            expose_headers=(
+                "Inference-Header-Content-Length",
+                "Retry-After",
+                "X-Evalmode-Digest",
+                "X-Request-ID",
+            ),
         )
     edge: ASGIApp = Edge(
-        inner, figures=parts.metrics, log_share=settings.access_log, tls=settings.ssl_certfile is not None
+        inner,
+        figures=parts.metrics,
+        log_share=settings.access_log,
+        tls=settings.ssl_certfile is not None,
     )
-    # `app.add_middleware` would stand inside of what answers 500, and its answers would have neither id nor headers.
+    # `app.add_middleware` would stand inside of what answers 500, and its answers would have
+    # neither id nor headers.
     app.middleware_stack = tracing.around(edge, quiet=QUIET_PATHS) if tracing else edge
 
 
@@ -113,11 +126,15 @@ class _CrossOrigin(CORSMiddleware):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer what a browser asks before it asks, or let the request through."""
-        headers = Headers(scope=scope) if scope["type"] == "http" and scope["method"] == "OPTIONS" else {}
+        headers = (
+            Headers(scope=scope) if scope["type"] == "http" and scope["method"] == "OPTIONS" else {}
+        )
         if "origin" in headers and "access-control-request-method" in headers:
             found = self.preflight_response(request_headers=Headers(scope=scope))
             if found.status_code != 200:
-                found.body = error_body(scope["path"], f"this page may not ask here: {bytes(found.body).decode()}")
+                found.body = error_body(
+                    scope["path"], f"this page may not ask here: {bytes(found.body).decode()}"
+                )
                 found.headers["content-type"] = "application/json"
                 found.headers["content-length"] = str(len(found.body))
             await found(scope, receive, send)
@@ -126,7 +143,9 @@ class _CrossOrigin(CORSMiddleware):
 
 
 class Edge:
-    """Gives a request its id, and when it is answered counts it, logs it, and stands behind what failed in it."""
+    """Gives a request its id, and when it is answered counts it, logs it, and stands behind what
+    failed in it.
+    """
 
     def __init__(
         self,
@@ -157,7 +176,9 @@ class Edge:
         state["request_id"] = request_id
         traced = {"trace_id": state["trace_id"]} if "trace_id" in state else {}
         bound = structlog.contextvars.bind_contextvars(request_id=request_id, **traced)
-        exchange = _Exchange(receive, send, (*self._headers, (b"x-request-id", request_id.encode())))
+        exchange = _Exchange(
+            receive, send, (*self._headers, (b"x-request-id", request_id.encode()))
+        )
         self._figures.request_began()
         began = self._clock()
         try:
@@ -166,18 +187,21 @@ class Edge:
             await self._stand_behind(scope, exchange, error)
         finally:
             self._end(scope, exchange, self._clock() - began)
-            if exchange.finished:  # else the server has something to say of this request, and says it with its id
+            # else the server has something to say of this request, and says it with its id
+            if exchange.finished:
                 structlog.contextvars.reset_contextvars(**bound)
 
     async def _stand_behind(self, scope: Scope, exchange: _Exchange, error: Exception) -> None:
-        # Logged here and not raised further: the server would log it again, out of the request and without its id.
+        # Logged here and not raised further: the server would log it again, out of the request and
+        # without its id.
         self._log.error("request crashed", path=_path(scope), exc_info=error)
         if exchange.status is None:
             sentence = "the server failed on this request; its log says why; request "
             body = error_body(scope["path"], sentence + scope["state"]["request_id"])
             await exchange.answer(500, body)
         elif not exchange.finished:
-            exchange.status = 500  # the client was told otherwise, and that the connection breaks is how it will know
+            # the client was told otherwise, and that the connection breaks is how it will know
+            exchange.status = 500
 
     def _end(self, scope: Scope, exchange: _Exchange, duration_s: float) -> None:
         status = exchange.status or HUNG_UP
@@ -209,11 +233,24 @@ class Edge:
 
 
 class _Exchange:
-    """The messages of one request: counts their bytes, and adds headers to the answer where it has none of its own."""
+    """The messages of one request: counts their bytes, and adds headers to the answer where it has
+    none of its own.
+    """
 
-    __slots__ = ("_added", "_receive", "_send", "finished", "queue_full", "received_bytes", "sent_bytes", "status")
+    __slots__ = (
+        "_added",
+        "_receive",
+        "_send",
+        "finished",
+        "queue_full",
+        "received_bytes",
+        "sent_bytes",
+        "status",
+    )
 
-    def __init__(self, receive: Receive, send: Send, added: tuple[tuple[bytes, bytes], ...]) -> None:
+    def __init__(
+        self, receive: Receive, send: Send, added: tuple[tuple[bytes, bytes], ...]
+    ) -> None:
         self._receive = receive
         self._send = send
         self._added = added
@@ -246,7 +283,10 @@ class _Exchange:
 
     async def answer(self, status: int, body: bytes) -> None:
         """A whole answer of our own."""
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
@@ -257,11 +297,14 @@ def _request_id(scope: Scope) -> str:
 
 
 def _route(scope: Scope) -> str:
-    """The template of the request's path: there are few, while paths are as many as clients like."""
+    """The template of the request's path: there are few, while paths are as many as clients
+    like.
+    """
     if (path := getattr(scope.get("route"), "path", None)) is not None:
         return str(path)
     if "endpoint" in scope and not scope.get("path_params") and not scope.get("root_path"):
-        return str(scope["path"])  # a route of Starlette's own, and without parameters the path is its template
+        # a route of Starlette's own, and without parameters the path is its template
+        return str(scope["path"])
     return "unmatched"
 
 

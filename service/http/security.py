@@ -1,4 +1,6 @@
-"""API keys: who may ask this server. Knows no route but those that anybody may ask, and never logs a key."""
+"""API keys: who may ask this server. Knows no route but those that anybody may ask, and never logs
+a key.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ class ApiKeys:
     """The keys that are known, as digests; those of a file are looked at again every second."""
 
     def __init__(
-        self, given: Iterable[str] = (), *, file: Path | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        given: Iterable[str] = (),
+        *,
+        file: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises StartFailed when there is no key, one is too short, or the file cannot be read."""
         self._file = file
@@ -44,13 +50,17 @@ class ApiKeys:
         except (OSError, _Refused) as error:
             raise StartFailed(_why(error, file)) from error
         if not self._given and not self._of_file:
-            raise StartFailed("setting api_keys holds no key: give one, or leave it out to let everybody ask")
+            raise StartFailed(
+                "setting api_keys holds no key: give one, or leave it out to let everybody ask"
+            )
         self._trouble: str | None = None
         self._looked_s = clock()
 
     @classmethod
     def of(cls, settings: Settings) -> ApiKeys | None:
-        """The keys that these settings ask for, or None where everybody may ask. Raises StartFailed."""
+        """The keys that these settings ask for, or None where everybody may ask. Raises
+        StartFailed.
+        """
         if settings.api_keys is None and settings.api_keys_file is None:
             return None
         given = settings.api_keys.get_secret_value() if settings.api_keys is not None else ""
@@ -113,25 +123,37 @@ def _read(file: Path, *, known: bytes = b"") -> tuple[bytes, tuple[bytes, ...]]:
 def _digests(keys: Iterable[str], *, where: str) -> Iterable[bytes]:
     for key in keys:
         if len(key) < MIN_CHARACTERS:
-            raise _Refused(f"{where} holds a key of {len(key)} characters: a key has at least {MIN_CHARACTERS}")
+            raise _Refused(
+                f"{where} holds a key of {len(key)} characters: a key has at least {MIN_CHARACTERS}"
+            )
         yield hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
 def _why(error: Exception, file: Path | None) -> str:
     if isinstance(error, OSError):
-        return f"setting api_keys_file names {file}, which cannot be read: {error.strerror or error}"
-    return str(error) if str(error).startswith("setting") else f"setting api_keys_file names {file}: {error}"
+        return (
+            f"setting api_keys_file names {file}, which cannot be read: {error.strerror or error}"
+        )
+    return (
+        str(error)
+        if str(error).startswith("setting")
+        else f"setting api_keys_file names {file}: {error}"
+    )
 
 
 class RequireKey:
-    """Lets through who shows a key, in `Authorization: Bearer KEY` or `X-API-Key: KEY`; the others get 401, unread."""
+    """Lets through who shows a key, in `Authorization: Bearer KEY` or `X-API-Key: KEY`; the others
+    get 401, unread.
+    """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; what is no request, as the start and the end of the server, goes through."""
+        """Answer one request; what is no request, as the start and the end of the server, goes
+        through.
+        """
         if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
             await self._app(scope, receive, send)
             return
@@ -176,8 +198,12 @@ def _shown(scope: Scope) -> list[bytes]:
 
 
 async def _refuse(scope: Scope, send: Send, *, known: bool) -> None:
-    sentence = "the API key is not known to this server" if known else "this server wants an API key"
-    body = error_body(scope["path"], f"{sentence}: send it as Authorization: Bearer KEY or as X-API-Key: KEY")
+    sentence = (
+        "the API key is not known to this server" if known else "this server wants an API key"
+    )
+    body = error_body(
+        scope["path"], f"{sentence}: send it as Authorization: Bearer KEY or as X-API-Key: KEY"
+    )
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

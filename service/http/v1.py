@@ -1,4 +1,6 @@
-"""The routes of our own protocol: predictions of texts, and what is being served. Knows no ONNX and no batching."""
+"""The routes of our own protocol: predictions of texts, and what is being served. Knows no ONNX and
+no batching.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,11 @@ from evalmode.service.settings import Settings
 _LINES = {
     "schema": {
         "type": "string",
-        "description": "A text a line, as a JSON string or as an object with `text` and, to know it again, `id`. The "
-        "query may hold top_k, truncate, model and version. The answer has a line for each, in their order.",
+        "description": (
+            "A text a line, as a JSON string or as an object with `text` and, to know it again,"
+            " `id`. The query may hold top_k, truncate, model and version. The answer has a line"
+            " for each, in their order."
+        ),
         "examples": ['"Ez egy r\u00f6vid mondat."\n{"text": "Dit is een zin.", "id": 7}\n'],
     }
 }
@@ -38,7 +43,9 @@ _LINES = {
 def routes(settings: Settings) -> APIRouter:
     """`/v1/predict` and `/v1/model`."""
     body = {"schema": request_schema(max_rows=settings.max_rows, max_top_k=settings.max_top_k)}
-    answers: dict[int | str, dict[str, Any]] = {200: {"content": {NDJSON: {"schema": {"type": "string"}}}}}
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"content": {NDJSON: {"schema": {"type": "string"}}}}
+    }
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
     router.add_api_route(
         "/v1/predict",
@@ -47,11 +54,14 @@ def routes(settings: Settings) -> APIRouter:
         name="predict",
         response_model=PredictResponse,
         responses=answers | _refusals(400, 401, 404, 408, 413, 415, 422, 500, 503, 504),
-        # The body is read by hand: within the limit, and with our own sentences for what is wrong with it.
+        # The body is read by hand: within the limit, and with our own sentences for what is wrong
+        # with it.
         openapi_extra={"requestBody": {"required": True, "content": {JSON: body, NDJSON: _LINES}}},
     )
     told = _refusals(401, 404, 422, 500, 503)
-    router.add_api_route("/v1/model", _model, name="model", response_model=ModelResponse, responses=told)
+    router.add_api_route(
+        "/v1/model", _model, name="model", response_model=ModelResponse, responses=told
+    )
     return router
 
 
@@ -60,16 +70,20 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 async def _predict(request: Request) -> Response:
-    """Classify texts. The same text gets the same bits, whatever else is asked in this request or beside it.
+    """Classify texts. The same text gets the same bits, whatever else is asked in this request or
+    beside it.
 
-    With `content-type: application/x-ndjson` the body is a text a line, of any number, and so is the answer.
+    With `content-type: application/x-ndjson` the body is a text a line, of any number, and so is
+    the answer.
     """
     state: State = request.app.state.service
     content_type = request.headers.get("content-type")
     if (content_type or "").partition(";")[0].strip().lower() == NDJSON:
         streams: Streams = request.app.state.streams
         wanted = parse_query(request.query_params.multi_items(), max_top_k=state.settings.max_top_k)
-        return streams.response(_model_for(state, name=wanted.model, version=wanted.version), wanted)
+        return streams.response(
+            _model_for(state, name=wanted.model, version=wanted.version), wanted
+        )
     require_json(content_type)
     timeout_s = timeout_of(request.headers, longest_s=state.settings.timeout_s)
     started = time.monotonic()
@@ -79,24 +93,37 @@ async def _predict(request: Request) -> Response:
         max_body_bytes=state.settings.max_body_bytes,
         silence_s=state.settings.body_timeout_s,
     )
-    asked = parse_predict(body, max_rows=state.settings.max_rows, max_top_k=state.settings.max_top_k)
+    asked = parse_predict(
+        body, max_rows=state.settings.max_rows, max_top_k=state.settings.max_top_k
+    )
     model = _model_for(state, name=asked.model, version=asked.version)
-    predictions = await unless_hung_up(request, _answered(state, model, asked, deadline=started + timeout_s))
+    predictions = await unless_hung_up(
+        request, _answered(state, model, asked, deadline=started + timeout_s)
+    )
     return _answer(PredictResponse.of(model, predictions))
 
 
-async def _answered(state: State, model: Model, asked: PredictRequest, *, deadline: float) -> list[Prediction]:
+async def _answered(
+    state: State, model: Model, asked: PredictRequest, *, deadline: float
+) -> list[Prediction]:
     jobs, truncated = await model.text_rows_async(asked.inputs, truncate=asked.truncate)
-    answers = await state.answer(jobs, timeout_s=deadline - time.monotonic())  # reading and encoding took their time
+    # reading and encoding took their time
+    answers = await state.answer(jobs, timeout_s=deadline - time.monotonic())
     return model.predictions(answers, truncated, top_k=asked.top_k)
 
 
-async def _model(request: Request, model: str | None = None, version: str | None = None) -> Response:
-    """What is being served: manifest, certificate, and how its known answers came out on this machine."""
+async def _model(
+    request: Request, model: str | None = None, version: str | None = None
+) -> Response:
+    """What is being served: manifest, certificate, and how its known answers came out on this
+    machine.
+    """
     state: State = request.app.state.service
     _require_model(model, version)
     found = state.repository.get(model, version) if model is not None else _default(state)
-    return _answer(ModelResponse.of(found, parallel=state.engine.load.parallel, workers=state.settings.workers))
+    return _answer(
+        ModelResponse.of(found, parallel=state.engine.load.parallel, workers=state.settings.workers)
+    )
 
 
 def _model_for(state: State, *, name: str | None, version: str | None) -> Model:
@@ -104,7 +131,9 @@ def _model_for(state: State, *, name: str | None, version: str | None) -> Model:
     model = state.repository.default_text() if name is None else state.repository.get(name, version)
     if not model.is_text:
         raise InvalidField(
-            f"model {model.name} takes tensors and no texts: ask POST /v2/models/{model.name}/infer", field="model"
+            f"model {model.name} takes tensors and no texts: ask POST"
+            f" /v2/models/{model.name}/infer",
+            field="model",
         )
     return model
 
@@ -116,9 +145,12 @@ def _require_model(name: str | None, version: str | None) -> None:
 
 def _default(state: State) -> Model:
     models = state.repository.models()
-    return models[0] if len({model.name for model in models}) == 1 else state.repository.default_text()
+    return (
+        models[0] if len({model.name for model in models}) == 1 else state.repository.default_text()
+    )
 
 
 def _answer(model: BaseModel) -> Response:
-    # Serialised once, here; numbers are written with as many digits as it takes to read the same bits back.
+    # Serialised once, here; numbers are written with as many digits as it takes to read the same
+    # bits back.
     return Response(model.model_dump_json(), media_type=JSON)

@@ -1,4 +1,6 @@
-"""What requests and responses look like on the wire, as OpenAPI shows them. Knows no framework and no status."""
+"""What requests and responses look like on the wire, as OpenAPI shows them. Knows no framework and
+no status.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from evalmode.bundle.manifest import Manifest
 from evalmode.service.models.model import Model
 from evalmode.service.models.text import Prediction
 
-_REQUEST: JsonValue = {"inputs": ["Ez egy rövid mondat.", "Dit is een zin."], "top_k": 3, "truncate": True}
+_REQUEST: JsonValue = {
+    "inputs": ["Ez egy rövid mondat.", "Dit is een zin."],
+    "top_k": 3,
+    "truncate": True,
+}
 _MODEL: JsonValue = {"name": "languages", "version": "1", "digest": "0f3c" * 16}
 _TOP: JsonValue = [
     {"label": "hu", "score": 0.9921875},
@@ -29,17 +35,29 @@ class _Response(BaseModel):
 class PredictRequest(BaseModel):
     """Texts to classify."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra={"examples": [_REQUEST]})
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, json_schema_extra={"examples": [_REQUEST]}
+    )
 
-    # InstanceOf: a text that ends in half an emoji is valid JSON and the front end reads it; pydantic's str does not.
+    # InstanceOf: a text that ends in half an emoji is valid JSON and the front end reads it;
+    # pydantic's str does not.
     inputs: list[InstanceOf[str]] = Field(min_length=1, description="The texts; each may be empty.")
     top_k: int = Field(
-        default=3, ge=1, description="How many labels to give, best first; a model with fewer gives all of them."
+        default=3,
+        ge=1,
+        description="How many labels to give, best first; a model with fewer gives all of them.",
     )
-    model: str | None = Field(default=None, description="Which model answers; needed where there are several.")
-    version: str | None = Field(default=None, description="Which version of it; by default the newest.")
+    model: str | None = Field(
+        default=None, description="Which model answers; needed where there are several."
+    )
+    version: str | None = Field(
+        default=None, description="Which version of it; by default the newest."
+    )
     truncate: bool = Field(
-        default=True, description="Cut a text that is longer than the model reads, or refuse the request with 422."
+        default=True,
+        description=(
+            "Cut a text that is longer than the model reads, or refuse the request with 422."
+        ),
     )
 
 
@@ -68,7 +86,9 @@ class TextPrediction(_Response):
 
     label: str
     score: float
-    truncated: bool = Field(description="Whether the text was longer than the model reads, and was cut.")
+    truncated: bool = Field(
+        description="Whether the text was longer than the model reads, and was cut."
+    )
     top: list[ScoredLabel]
 
     @classmethod
@@ -90,7 +110,9 @@ class PredictResponse(_Response):
             "examples": [
                 {
                     "model": _MODEL,
-                    "predictions": [{"label": "hu", "score": 0.9921875, "truncated": False, "top": _TOP}],
+                    "predictions": [
+                        {"label": "hu", "score": 0.9921875, "truncated": False, "top": _TOP}
+                    ],
                 }
             ]
         }
@@ -115,16 +137,22 @@ class ModelResponse(_Response):
     version: str
     digest: str
     manifest: Manifest
-    certificate: Certificate | None = Field(description="null where an uncertified bundle was allowed")
-    known_answers: Replay | None = Field(description="how the bundle's known answers came out on this machine")
+    certificate: Certificate | None = Field(
+        description="null where an uncertified bundle was allowed"
+    )
+    known_answers: Replay | None = Field(
+        description="how the bundle's known answers came out on this machine"
+    )
     platform: Platform
     provider: str
     threads: int = Field(description="threads of one batch")
     parallel: int = Field(description="batches that run at once, in each worker")
     workers: int = Field(description="server processes")
     row_counts: dict[str, list[int]] = Field(
-        description="for each bucket of rows, the batch sizes that were measured here to give a row the bits it has "
-        "alone, as far as they are worth their time"
+        description=(
+            "for each bucket of rows, the batch sizes that were measured here to give a row the"
+            " bits it has alone, as far as they are worth their time"
+        )
     )
 
     @classmethod
@@ -155,7 +183,9 @@ class ErrorResponse(_Response):
     """Every answer other than 200."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"error": "inputs.3 must be a string, got 17", "field": "inputs.3"}]}
+        json_schema_extra={
+            "examples": [{"error": "inputs.3 must be a string, got 17", "field": "inputs.3"}]
+        }
     )
 
     error: str = Field(description="one sentence")

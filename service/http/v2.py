@@ -1,7 +1,8 @@
-"""The routes of the Open Inference Protocol v2 over REST: inference. Knows no ONNX, no batching and no tensors.
+"""The routes of the Open Inference Protocol v2 over REST: inference. Knows no ONNX, no batching and
+no tensors.
 
-What a client of it may rely on: every answer other than 200 is `{"error": sentence}`; whatever is wrong with a request
-is 400 and names the field; a body too large is 413.
+What a client of it may rely on: every answer other than 200 is `{"error": sentence}`; whatever is
+wrong with a request is 400 and names the field; a body too large is 413.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from evalmode.service.settings import Settings
 
 BINARY = "application/octet-stream"
 
-# Reading and writing tensors takes some 10 ms a MiB of JSON; more than this would hold the event loop up.
+# Reading and writing tensors takes some 10 ms a MiB of JSON; more than this would hold the event
+# loop up.
 _INLINE_BYTES = 2_048
 
 _STATUSES = (400, 401, 404, 408, 413, 500, 503, 504)
@@ -41,9 +43,17 @@ def routes(settings: Settings) -> APIRouter:
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
     # First: a fixed path there would otherwise be taken for a model's name.
     router.include_router(v2_models.routes(settings))
-    body = {"content": {JSON: {"schema": INFER_REQUEST}, BINARY: {"schema": {"type": "string", "format": "binary"}}}}
+    body = {
+        "content": {
+            JSON: {"schema": INFER_REQUEST},
+            BINARY: {"schema": {"type": "string", "format": "binary"}},
+        }
+    }
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in _STATUSES}
-    found = {"description": "The outputs.", "content": {JSON: {"schema": INFER_RESPONSE}, BINARY: {"schema": {}}}}
+    found = {
+        "description": "The outputs.",
+        "content": {JSON: {"schema": INFER_RESPONSE}, BINARY: {"schema": {}}},
+    }
     for name, path in (("v2_infer", ""), ("v2_infer_version", "/versions/{version}")):
         router.add_api_route(
             f"/v2/models/{{model}}{path}/infer",
@@ -53,14 +63,16 @@ def routes(settings: Settings) -> APIRouter:
             tags=["Open Inference Protocol"],
             response_class=Response,
             responses={200: found, **errors},
-            # The body is read by hand: JSON with raw tensors behind it is no media type of any framework.
+            # The body is read by hand: JSON with raw tensors behind it is no media type of any
+            # framework.
             openapi_extra={"requestBody": {"required": True, **body}},
         )
     return router
 
 
 async def _infer(request: Request, model: str, version: str | None = None) -> Response:
-    """Ask a model: texts as `text`, or its graph's own tensors. The same row gets the same bits, whatever is beside it.
+    """Ask a model: texts as `text`, or its graph's own tensors. The same row gets the same bits,
+    whatever is beside it.
 
     The body is JSON, or JSON with raw little-endian tensors behind it, whose beginning the header
     `Inference-Header-Content-Length` gives.
@@ -72,10 +84,14 @@ async def _infer(request: Request, model: str, version: str | None = None) -> Re
     found = state.repository.get(model, version)
     inference = _Inference(state, found, started=started, deadline=started + timeout_s)
     try:
-        encoded = await unless_hung_up(request, inference.answer(body, request.headers.get(JSON_LENGTH_HEADER)))
+        encoded = await unless_hung_up(
+            request, inference.answer(body, request.headers.get(JSON_LENGTH_HEADER))
+        )
         response = await _response(encoded, accept_encoding=request.headers.get("accept-encoding"))
     except Exception:
-        state.statistics.request_failed(found.name, found.version, took_s=time.monotonic() - started)
+        state.statistics.request_failed(
+            found.name, found.version, took_s=time.monotonic() - started
+        )
         raise
     inference.succeeded()
     return response
@@ -124,7 +140,10 @@ class _Inference:
     def _read(self, body: bytes, json_length: str | None) -> tuple[InferRequest, Asked]:
         settings = self._state.settings
         request = parse_infer(
-            body, json_length=json_length, max_top_k=settings.max_top_k, only_input=only_input(self._model)
+            body,
+            json_length=json_length,
+            max_top_k=settings.max_top_k,
+            only_input=only_input(self._model),
         )
         return request, prepare(self._model, request, max_rows=settings.max_rows)
 
@@ -149,4 +168,6 @@ async def _response(encoded: Encoded, *, accept_encoding: str | None) -> Respons
             body = compress(body, encoding)
         else:
             body = await asyncio.to_thread(compress, body, encoding)
-    return Response(body, media_type=JSON if encoded.json_length is None else BINARY, headers=headers)
+    return Response(
+        body, media_type=JSON if encoded.json_length is None else BINARY, headers=headers
+    )

@@ -1,4 +1,6 @@
-"""The body of a request of the Open Inference Protocol: read raw, whatever it declares to be. Knows no route."""
+"""The body of a request of the Open Inference Protocol: read raw, whatever it declares to be. Knows
+no route.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What a model takes and gives over the Open Inference Protocol, and how a request for it becomes rows and back.
+"""What a model takes and gives over the Open Inference Protocol, and how a request for it becomes
+rows and back.
 
-A text model takes `text`, or its graph's own tensors, and gives beside its graph's outputs what /v1 gives: the
-`probabilities`, the best `label`, and whether the text was `truncated`. Any other model takes and gives its graph's own
-tensors. Knows no HTTP and no engine.
+A text model takes `text`, or its graph's own tensors, and gives beside its graph's outputs what /v1
+gives: the `probabilities`, the best `label`, and whether the text was `truncated`. Any other model
+takes and gives its graph's own tensors. Knows no HTTP and no engine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _PROBABILITIES, _LABEL, _TRUNCATED = "probabilities", "label", "truncated"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Asked:
-    """A request that its model can answer: the rows to run, and where they were texts, which of them were cut."""
+    """A request that its model can answer: the rows to run, and where they were texts, which of
+    them were cut.
+    """
 
     model: Model
     jobs: Sequence[Job]
@@ -48,7 +51,9 @@ def outputs_of(model: Model) -> tuple[TensorSpec, ...]:
 
 
 def only_input(model: Model) -> TensorSpec | None:
-    """The input that a raw body fills: the text, or the graph's only one; None where there are several."""
+    """The input that a raw body fills: the text, or the graph's only one; None where there are
+    several.
+    """
     if model.is_text:
         return TEXT
     return model.inputs[0] if len(model.inputs) == 1 else None
@@ -60,10 +65,14 @@ def is_batched(model: Model) -> bool:
 
 
 def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
-    """The rows of a request. Raises BadRequest, naming the field, where this model cannot answer it."""
+    """The rows of a request. Raises BadRequest, naming the field, where this model cannot answer
+    it.
+    """
     if is_batched(model):
         _require_rows(request.inputs, max_rows)
-    text = next((tensor for tensor in request.inputs if model.is_text and tensor.name == TEXT.name), None)
+    text = next(
+        (tensor for tensor in request.inputs if model.is_text and tensor.name == TEXT.name), None
+    )
     outputs = _asked(model, request, of_text=text is not None)
     if text is None:
         jobs = model.tensor_jobs({tensor.name: tensor.data for tensor in request.inputs})
@@ -71,12 +80,15 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
     if len(request.inputs) > 1:
         other = next(tensor for tensor in request.inputs if tensor is not text)
         raise BadRequest(
-            f"inputs must be the text alone, or tensors without it, got also {shown(other.name)}", field="inputs"
+            f"inputs must be the text alone, or tensors without it, got also {shown(other.name)}",
+            field="inputs",
         )
     texts = _texts(text)
     try:
         jobs, truncated = model.text_rows(texts, truncate=request.truncate)
-    except InvalidField as error:  # its field counts the texts of /v1: here they are the elements of a tensor
+    except (
+        InvalidField
+    ) as error:  # its field counts the texts of /v1: here they are the elements of a tensor
         place = (error.field or "").removeprefix("inputs")
         field = f"{text.field}.data{place}"
         raise BadRequest(str(error).replace(error.field or field, field, 1), field=field) from error
@@ -87,12 +99,16 @@ def answered(asked: Asked, answers: Sequence[Tensors]) -> list[OutputTensor]:
     """The outputs that were asked for, from the answers of the rows in their order."""
     own = {spec.name for spec in asked.model.outputs}
     wanted = {output.name for output in asked.outputs}
-    found = asked.model.join(answers, outputs=sorted(wanted & own)) | _derivatives(asked, answers, wanted - own)
+    found = asked.model.join(answers, outputs=sorted(wanted & own)) | _derivatives(
+        asked, answers, wanted - own
+    )
     return [_written(output, found[output.name], asked.model) for output in asked.outputs]
 
 
 def _derived(model: Model) -> tuple[TensorSpec, ...]:
-    """What a text model gives beside its graph's outputs; a graph's own output of such a name is that output."""
+    """What a text model gives beside its graph's outputs; a graph's own output of such a name is
+    that output.
+    """
     if not model.is_text:
         return ()
     own = {spec.name: spec for spec in model.outputs}
@@ -105,17 +121,25 @@ def _derived(model: Model) -> tuple[TensorSpec, ...]:
 
 
 def _asked(model: Model, request: InferRequest, *, of_text: bool) -> tuple[AskedOutput, ...]:
-    """The outputs that the request names, or all that apply. Raises BadRequest for a name that the model has not."""
+    """The outputs that the request names, or all that apply. Raises BadRequest for a name that the
+    model has not.
+    """
     own = {spec.name for spec in model.outputs}
-    offered = [spec.name for spec in outputs_of(model) if of_text or spec.name != _TRUNCATED or _TRUNCATED in own]
+    offered = [
+        spec.name
+        for spec in outputs_of(model)
+        if of_text or spec.name != _TRUNCATED or _TRUNCATED in own
+    ]
     for output in request.outputs:
         if output.name not in offered:
             raise BadRequest(
-                f"{output.field}.name must be one of {', '.join(offered)}, got {shown(output.name)}",
+                f"{output.field}.name must be one of {', '.join(offered)}, got"
+                f" {shown(output.name)}",
                 field=f"{output.field}.name",
             )
     return request.outputs or tuple(
-        AskedOutput(name=name, binary=request.binary_output, classes=None, field="outputs") for name in offered
+        AskedOutput(name=name, binary=request.binary_output, classes=None, field="outputs")
+        for name in offered
     )
 
 
@@ -123,7 +147,8 @@ def _require_rows(inputs: Sequence[InputTensor], max_rows: int) -> None:
     for tensor in inputs:
         if tensor.shape and tensor.shape[0] > max_rows:
             raise BadRequest(
-                f"{tensor.field}.shape.0 must be at most {max_rows}, the rows of a request, got {tensor.shape[0]}",
+                f"{tensor.field}.shape.0 must be at most {max_rows}, the rows of a request, got"
+                f" {tensor.shape[0]}",
                 field=f"{tensor.field}.shape.0",
             )
 
@@ -140,7 +165,10 @@ def _texts(tensor: InputTensor) -> list[str]:
             f"{tensor.field}.shape must be [N] or [N, 1], a text a row, got {list(tensor.shape)}",
             field=f"{tensor.field}.shape",
         )
-    return [_decoded(element, f"{tensor.field}.data.{place}") for place, element in enumerate(tensor.data.ravel())]
+    return [
+        _decoded(element, f"{tensor.field}.data.{place}")
+        for place, element in enumerate(tensor.data.ravel())
+    ]
 
 
 def _decoded(element: str | bytes, field: str) -> str:
@@ -155,7 +183,8 @@ def _decoded(element: str | bytes, field: str) -> str:
 def _derivatives(asked: Asked, answers: Sequence[Tensors], wanted: set[str]) -> dict[str, Array]:
     found: dict[str, Array] = {}
     if wanted & {_PROBABILITIES, _LABEL}:
-        # Each row from its own answer, as /v1 does it: no row's bits may hang on how many stand beside it.
+        # Each row from its own answer, as /v1 does it: no row's bits may hang on how many stand
+        # beside it.
         rows = [softmax(answer[LOGITS][0].tolist()) for answer in answers]
         found[_PROBABILITIES] = np.array(rows, dtype=np.float64)
         labels = asked.model.labels or ()

@@ -1,4 +1,5 @@
-"""The routes of the Open Inference Protocol v2 that ask nothing of a model: health, metadata, statistics, repository.
+"""The routes of the Open Inference Protocol v2 that ask nothing of a model: health, metadata,
+statistics, repository.
 
 Knows no ONNX, no batching and no tensors.
 """
@@ -44,18 +45,44 @@ _OF_A_MODEL = (400, 401, 404, 500, 503)
 
 def routes(settings: Settings) -> APIRouter:
     """Health, metadata, configuration, statistics, and the model repository."""
-    router = APIRouter(generate_unique_id_function=lambda route: route.name, tags=["Open Inference Protocol"])
-    for name, path in (("v2", "/v2"), ("v2_slash", "/v2/")):  # both: a redirect is no answer to these clients
-        router.add_api_route(path, _server, name=name, response_model=ServerMetadata, include_in_schema=path == "/v2")
+    router = APIRouter(
+        generate_unique_id_function=lambda route: route.name, tags=["Open Inference Protocol"]
+    )
+    # both: a redirect is no answer to these clients
+    for name, path in (("v2", "/v2"), ("v2_slash", "/v2/")):
+        router.add_api_route(
+            path, _server, name=name, response_model=ServerMetadata, include_in_schema=path == "/v2"
+        )
     _add(router, "v2_live", "/v2/health/live", _live, ServerState, statuses=(503,))
     _add(router, "v2_ready", "/v2/health/ready", _ready, ServerState, statuses=(503,))
     _add(router, "v2_all_stats", "/v2/models/stats", _all_stats, ModelStatistics)
     for suffix, path in (("", ""), ("_version", "/versions/{version}")):
         model = f"/v2/models/{{model}}{path}"
         _add(router, f"v2_model{suffix}", model, _metadata, ModelMetadata, statuses=_OF_A_MODEL)
-        _add(router, f"v2_model_ready{suffix}", f"{model}/ready", _model_ready, ModelState, statuses=_OF_A_MODEL)
-        _add(router, f"v2_config{suffix}", f"{model}/config", _config, ModelConfig, statuses=_OF_A_MODEL)
-        _add(router, f"v2_stats{suffix}", f"{model}/stats", _stats, ModelStatistics, statuses=_OF_A_MODEL)
+        _add(
+            router,
+            f"v2_model_ready{suffix}",
+            f"{model}/ready",
+            _model_ready,
+            ModelState,
+            statuses=_OF_A_MODEL,
+        )
+        _add(
+            router,
+            f"v2_config{suffix}",
+            f"{model}/config",
+            _config,
+            ModelConfig,
+            statuses=_OF_A_MODEL,
+        )
+        _add(
+            router,
+            f"v2_stats{suffix}",
+            f"{model}/stats",
+            _stats,
+            ModelStatistics,
+            statuses=_OF_A_MODEL,
+        )
     _add_repository(router)
     return router
 
@@ -63,7 +90,15 @@ def routes(settings: Settings) -> APIRouter:
 def _add_repository(router: APIRouter) -> None:
     changes = (400, 401, 403, 404, 408, 409, 413, 500, 503)
     index = (400, 401, 408, 413)
-    _add(router, "v2_index", "/v2/repository/index", _index, list[IndexEntry], statuses=index, takes=INDEX_REQUEST)
+    _add(
+        router,
+        "v2_index",
+        "/v2/repository/index",
+        _index,
+        list[IndexEntry],
+        statuses=index,
+        takes=INDEX_REQUEST,
+    )
     for name, handler in (("load", _load), ("unload", _unload)):
         path = f"/v2/repository/models/{{model}}/{name}"
         _add(router, f"v2_{name}", path, handler, None, statuses=changes, takes=PARAMETERS_REQUEST)
@@ -79,7 +114,11 @@ def _add(
     statuses: tuple[int, ...] = (401,),
     takes: dict[str, Any] | None = None,
 ) -> None:
-    body = None if takes is None else {"requestBody": {"required": False, "content": {JSON: {"schema": takes}}}}
+    body = (
+        None
+        if takes is None
+        else {"requestBody": {"required": False, "content": {JSON: {"schema": takes}}}}
+    )
     router.add_api_route(
         path,
         handler,
@@ -116,7 +155,9 @@ async def _metadata(request: Request, model: str, version: str | None = None) ->
     found = repository.get(model, version)
     versions = tuple(other.version for other in repository.versions_of(model))
     return _answer(
-        ModelMetadata(name=found.name, versions=versions, inputs=inputs_of(found), outputs=outputs_of(found))
+        ModelMetadata(
+            name=found.name, versions=versions, inputs=inputs_of(found), outputs=outputs_of(found)
+        )
     )
 
 
@@ -148,7 +189,9 @@ async def _config(request: Request, model: str, version: str | None = None) -> R
 
 
 async def _stats(request: Request, model: str, version: str | None = None) -> Response:
-    """What was asked of a model, and how long it took; of every version that is served, where none is named."""
+    """What was asked of a model, and how long it took; of every version that is served, where none
+    is named.
+    """
     state = _state(request)
     repository = state.repository
     models = repository.versions_of(model) if version is None else (repository.get(model, version),)
@@ -162,12 +205,18 @@ async def _all_stats(request: Request) -> Response:
 
 
 async def _index(request: Request) -> Response:
-    """The model versions of the repository and their states; with `"ready": true` only those that can be asked."""
+    """The model versions of the repository and their states; with `"ready": true` only those that
+    can be asked.
+    """
     state = _state(request)
     body = await read_request(request, state.settings)
-    only_ready = flag(parse_object(body) if body.strip() else {}, "ready", default=False, field="the body")
+    only_ready = flag(
+        parse_object(body) if body.strip() else {}, "ready", default=False, field="the body"
+    )
     found = [
-        IndexEntry(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason).model_dump()
+        IndexEntry(
+            name=entry.name, version=entry.version, state=entry.state, reason=entry.reason
+        ).model_dump()
         for entry in state.repository.index()
         if not only_ready or entry.state == _READY
     ]
@@ -183,7 +232,9 @@ async def _load(request: Request, model: str) -> Response:
 
 
 async def _unload(request: Request, model: str) -> Response:
-    """Let go of a model: its requests are answered, further ones find nothing, until it is loaded again."""
+    """Let go of a model: its requests are answered, further ones find nothing, until it is loaded
+    again.
+    """
     repository = await _controlled(request, model)
     async with _turn(request):
         await asyncio.to_thread(repository.unload, model)
@@ -191,15 +242,17 @@ async def _unload(request: Request, model: str) -> Response:
 
 
 async def _controlled(request: Request, model: str) -> Repository:
-    """The repository, where this request may change it. Raises RequestError, saying what to do instead."""
+    """The repository, where this request may change it. Raises RequestError, saying what to do
+    instead.
+    """
     state = _state(request)
     settings = state.settings
     if not settings.model_control:
         raise Forbidden("models are not loaded or unloaded here: the setting model_control is off")
     if settings.workers > 1:
         raise Conflict(
-            f"one of {settings.workers} workers cannot load or unload for the others: every worker polls the folder of "
-            "bundles, put a new version there, or take one away"
+            f"one of {settings.workers} workers cannot load or unload for the others: every worker"
+            " polls the folder of bundles, put a new version there, or take one away"
         )
     if not is_name(model):  # nothing else is ever looked for in the file system
         raise UnknownModel(f"no model can be called {shown(model)}")
@@ -207,7 +260,8 @@ async def _controlled(request: Request, model: str) -> Repository:
     for key in parameters:
         if key != "unload_dependents":
             raise BadRequest(
-                f"parameters.{shown(key)}: a model is served as its bundle says it, which no request can override",
+                f"parameters.{shown(key)}: a model is served as its bundle says it, which no"
+                " request can override",
                 field="parameters",
             )
     flag(parameters, "unload_dependents", default=False, field="parameters")
@@ -220,7 +274,9 @@ def _figures(state: State, models: Sequence[Model]) -> Response:
 
 
 def _turn(request: Request) -> asyncio.Lock:
-    """One change of the repository at a time: others would wait in threads, and requests need these to be read in."""
+    """One change of the repository at a time: others would wait in threads, and requests need these
+    to be read in.
+    """
     turn: asyncio.Lock = request.app.state.repository_turn
     return turn
 

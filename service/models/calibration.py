@@ -1,8 +1,10 @@
-"""Which batch sizes may run, and what each costs, measured when a model is loaded. Knows no runtime: it is given `run`.
+"""Which batch sizes may run, and what each costs, measured when a model is loaded. Knows no
+runtime: it is given `run`.
 
-That a batch size keeps a row's bits is measured at every load, on this machine. What it costs is measured too, and kept
-in a folder, because a single short measurement beside other work is a poor one: the least that was ever seen decides,
-and the choice of batch sizes stays the same from start to start.
+That a batch size keeps a row's bits is measured at every load, on this machine. What it costs is
+measured too, and kept in a folder, because a single short measurement beside other work is a poor
+one: the least that was ever seen decides, and the choice of batch sizes stays the same from start
+to start.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Measured:
 
     Attributes:
         stable: the row counts at which a row has the bits it has alone.
-        costs: seconds of a batch, for those of them at which a row costs less than at every smaller one.
+        costs: seconds of a batch, for those of them at which a row costs less than at every
+            smaller one.
     """
 
     stable: tuple[int, ...]
@@ -46,7 +49,9 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How long measuring a model may take, and where timings are kept (None: `~/.cache/evalmode`)."""
+    """How long measuring a model may take, and where timings are kept (None:
+    `~/.cache/evalmode`).
+    """
 
     budget_s: float = 1.0
     cache: Path | None = None
@@ -56,12 +61,18 @@ class Calibration:
             raise ValueError(f"budget_s must be at least 0, got {self.budget_s}")
 
     def measure(
-        self, run: Run, rows: Mapping[str, Sequence[Tensors]], *, path: Path, digest: str, platform: Platform
+        self,
+        run: Run,
+        rows: Mapping[str, Sequence[Tensors]],
+        *,
+        path: Path,
+        digest: str,
+        platform: Platform,
     ) -> dict[str, Measured]:
         """For each bucket, by its label, the row counts of ROW_COUNTS that may run.
 
-        A row alone is always measured; what the budget does not reach is not proven and never runs. Raises BundleError
-        when a row alone does not repeat its own bits.
+        A row alone is always measured; what the budget does not reach is not proven and never runs.
+        Raises BundleError when a row alone does not repeat its own bits.
         """
         until = time.monotonic() + self.budget_s
         timings: dict[str, dict[int, float]] = {}
@@ -71,7 +82,10 @@ class Calibration:
             if 1 not in timings[label]:
                 raise _restless(path, f"one row of {label}")
         best = _Kept.of(self.cache, digest=digest, platform=platform).merged(timings)
-        return {label: Measured(stable=tuple(found), costs=worthwhile(best[label])) for label, found in timings.items()}
+        return {
+            label: Measured(stable=tuple(found), costs=worthwhile(best[label]))
+            for label, found in timings.items()
+        }
 
 
 def alone_s(run: Run, requests: Sequence[Tensors], *, path: Path) -> float | None:
@@ -91,7 +105,9 @@ def alone_s(run: Run, requests: Sequence[Tensors], *, path: Path) -> float | Non
 
 
 def worthwhile(timings: Mapping[int, float]) -> dict[int, float]:
-    """Those row counts at which a row costs less than at every smaller one: as large as efficient, and no larger."""
+    """Those row counts at which a row costs less than at every smaller one: as large as efficient,
+    and no larger.
+    """
     kept: dict[int, float] = {}
     for count in sorted(timings):
         if all(timings[count] / count < seconds / smaller for smaller, seconds in kept.items()):
@@ -99,8 +115,12 @@ def worthwhile(timings: Mapping[int, float]) -> dict[int, float]:
     return kept
 
 
-def text_rows_to_measure(answers: Sequence[KnownAnswer], *, frontend: FrontEnd) -> dict[str, list[Tensors]]:
-    """A few rows for every padded length, by its label, made of the ids of the known answers' texts."""
+def text_rows_to_measure(
+    answers: Sequence[KnownAnswer], *, frontend: FrontEnd
+) -> dict[str, list[Tensors]]:
+    """A few rows for every padded length, by its label, made of the ids of the known answers'
+    texts.
+    """
     texts = [answer.text for answer in answers if answer.text is not None] or list(_FALLBACK)
     made = rows_by_length([frontend.encode(text).ids for text in texts], frontend.spec, each=_ROWS)
     return {str(length): rows for length, rows in made.items()}
@@ -108,7 +128,9 @@ def text_rows_to_measure(answers: Sequence[KnownAnswer], *, frontend: FrontEnd) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
-    """The least seconds that were ever seen of this bundle on this platform; when they are lost, nothing is."""
+    """The least seconds that were ever seen of this bundle on this platform; when they are lost,
+    nothing is.
+    """
 
     file: Path | None
 
@@ -126,10 +148,15 @@ class _Kept:
         """`timings`, each lowered to the least that is known; what they lower is written back."""
         known = self._read()
         best = {
-            label: {count: min(seconds, known.get(label, {}).get(count, math.inf)) for count, seconds in found.items()}
+            label: {
+                count: min(seconds, known.get(label, {}).get(count, math.inf))
+                for count, seconds in found.items()
+            }
             for label, found in timings.items()
         }
-        every = {label: {**known.get(label, {}), **best.get(label, {})} for label in (*known, *best)}
+        every = {
+            label: {**known.get(label, {}), **best.get(label, {})} for label in (*known, *best)
+        }
         if every != known:
             self._write(every)
         return best
@@ -140,7 +167,11 @@ class _Kept:
         try:
             found = json.loads(self.file.read_bytes())
             return {
-                str(label): {int(count): float(seconds) for count, seconds in costs.items() if 0 < seconds < math.inf}
+                str(label): {
+                    int(count): float(seconds)
+                    for count, seconds in costs.items()
+                    if 0 < seconds < math.inf
+                }
                 for label, costs in found.items()
             }
         except FileNotFoundError:
@@ -154,12 +185,13 @@ class _Kept:
             return
         try:
             write_file(self.file, json.dumps(timings).encode())
-        except OSError as error:  # a read-only file system, or another process that writes the same this very instant
+        # a read-only file system, or another process that writes the same this very instant
+        except OSError as error:
             _log.debug("timings cannot be kept in %s: %s", self.file, error)
 
 
 def _restless(path: Path, what: str) -> BundleError:
     return BundleError(
-        f"{path} gives {what} other bits each time it runs: this model or this execution provider is not "
-        "deterministic, and nothing it answers could be relied on"
+        f"{path} gives {what} other bits each time it runs: this model or this execution provider"
+        " is not deterministic, and nothing it answers could be relied on"
     )

@@ -1,4 +1,5 @@
-"""Which bundles lie below a folder, and whether one has changed since it was looked at. Opens none and trusts no name.
+"""Which bundles lie below a folder, and whether one has changed since it was looked at. Opens none
+and trusts no name.
 
 A folder says nothing by its name: who a bundle is stands in its manifest.
 """
@@ -15,7 +16,8 @@ from pydantic import ValidationError
 
 from evalmode.bundle.manifest import MANIFEST_FILE, Manifest
 
-# Path below the folder, size, time of change in ns, and inode, of every file: another one whenever a file is written.
+# Path below the folder, size, time of change in ns, and inode, of every file: another one whenever
+# a file is written.
 Signature: TypeAlias = tuple[tuple[str, int, int, int], ...]
 
 _PATTERNS = ("*", "*/*")
@@ -23,7 +25,9 @@ _PATTERNS = ("*", "*/*")
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A bundle's folder as it was found: who its manifest says it is (None: it cannot be read), and its signature."""
+    """A bundle's folder as it was found: who its manifest says it is (None: it cannot be read), and
+    its signature.
+    """
 
     path: Path
     identity: tuple[str, str] | None
@@ -31,7 +35,8 @@ class Folder:
 
 
 def look(root: Path, *, known: Mapping[Path, Folder]) -> list[Folder]:
-    """The bundles' folders, by path: `root` itself, or those one or two levels below it that are not hidden.
+    """The bundles' folders, by path: `root` itself, or those one or two levels below it that are
+    not hidden.
 
     What has not changed since it was `known` is not read again.
     """
@@ -48,8 +53,14 @@ def look(root: Path, *, known: Mapping[Path, Folder]) -> list[Folder]:
 def _paths(root: Path) -> list[Path]:
     if (root / MANIFEST_FILE).is_file():
         return [root]
-    paths = {file.parent for pattern in _PATTERNS for file in root.glob(f"{pattern}/{MANIFEST_FILE}")}
-    return sorted(path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    paths = {
+        file.parent for pattern in _PATTERNS for file in root.glob(f"{pattern}/{MANIFEST_FILE}")
+    }
+    return sorted(
+        path
+        for path in paths
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
 
 
 def _identity(path: Path) -> tuple[str, str] | None:

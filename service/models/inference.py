@@ -1,4 +1,6 @@
-"""What a bucket runs its rows with: stacked, run, taken apart, each answer looked at. Knows no queue and no HTTP."""
+"""What a bucket runs its rows with: stacked, run, taken apart, each answer looked at. Knows no
+queue and no HTTP.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,14 @@ from evalmode.service.models.text import LOGITS
 _REASON_CHARACTERS = 200
 
 
-def answering(run: Run, *, is_text: bool, whole: bool) -> Callable[[Sequence[ModelRow]], list[Tensors | Exception]]:
-    """What a bucket runs rows with: stacked, run, and taken apart into the answer of each row or what is wrong with it.
+def answering(
+    run: Run, *, is_text: bool, whole: bool
+) -> Callable[[Sequence[ModelRow]], list[Tensors | Exception]]:
+    """What a bucket runs rows with: stacked, run, and taken apart into the answer of each row or
+    what is wrong with it.
 
-    Raises BadRequest for inputs that the model cannot compute with, and RunFailed for any other failure.
+    Raises BadRequest for inputs that the model cannot compute with, and RunFailed for any other
+    failure.
     """
 
     def answer(rows: Sequence[ModelRow]) -> list[Tensors | Exception]:
@@ -28,7 +34,9 @@ def answering(run: Run, *, is_text: bool, whole: bool) -> Callable[[Sequence[Mod
         except InputsRefused as error:
             if is_text:  # ids are checked before they come here: it is not they that are at fault
                 raise RunFailed("the model failed on the rows of this request") from error
-            raise BadRequest(f"the model cannot compute with these inputs: {_reason(error)}") from error
+            raise BadRequest(
+                f"the model cannot compute with these inputs: {_reason(error)}"
+            ) from error
         except ModelRunFailed as error:
             raise RunFailed("the model failed on the rows of this request") from error
         answers = [outputs] if whole else _taken_apart(outputs, len(rows))
@@ -47,31 +55,46 @@ def _stacked(rows: Sequence[ModelRow]) -> Tensors:
 
 
 def _taken_apart(outputs: Tensors, rows: int) -> list[Tensors]:
-    """The answer of each row, with a leading dimension of 1: copies, so that one that is kept keeps no other."""
+    """The answer of each row, with a leading dimension of 1: copies, so that one that is kept keeps
+    no other.
+    """
     for name, tensor in outputs.items():
         if tensor.shape[:1] != (rows,):
-            raise RunFailed(f"the model answered {rows} rows with {name!r} of shape {[*tensor.shape]}")
+            raise RunFailed(
+                f"the model answered {rows} rows with {name!r} of shape {[*tensor.shape]}"
+            )
     if rows == 1:
         return [outputs]
-    return [{name: tensor[row : row + 1].copy() for name, tensor in outputs.items()} for row in range(rows)]
+    return [
+        {name: tensor[row : row + 1].copy() for name, tensor in outputs.items()}
+        for row in range(rows)
+    ]
 
 
 def _is_spoilt(answer: Tensors, *, is_text: bool) -> bool:
     """Whether an answer holds NaN, or logits from which no probabilities can be made."""
     if is_text and not np.isfinite(answer[LOGITS]).all():
         return True
-    return any(tensor.dtype.kind == "f" and bool(np.isnan(tensor).any()) for tensor in answer.values())
+    return any(
+        tensor.dtype.kind == "f" and bool(np.isnan(tensor).any()) for tensor in answer.values()
+    )
 
 
 def _not_finite(row: ModelRow) -> RequestError:
     name = non_finite_input(row.inputs)
     if name is not None:
-        return BadRequest(f"input {name!r} holds numbers that are not finite, and so would the answer", field=name)
+        return BadRequest(
+            f"input {name!r} holds numbers that are not finite, and so would the answer", field=name
+        )
     return RunFailed("the model answered a row of this request with numbers that are not finite")
 
 
 def _reason(error: ModelRunFailed) -> str:
     """The runtime's reason on one line, without the places in its own source that it names."""
-    said = str(error.__cause__ or error).rpartition("Status Message: ")[2].rpartition(" was false. ")[2]
+    said = (
+        str(error.__cause__ or error)
+        .rpartition("Status Message: ")[2]
+        .rpartition(" was false. ")[2]
+    )
     words = [word for word in said.split() if not re.search(r"/|::|\.(h|cc|cpp|cu|cuh):\d+$", word)]
     return " ".join(words)[:_REASON_CHARACTERS] or "it says no more"

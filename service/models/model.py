@@ -1,8 +1,10 @@
-"""An opened bundle of any kind, ready to run: its buckets, and the rows that go into them. Knows no queue and no HTTP.
+"""An opened bundle of any kind, ready to run: its buckets, and the rows that go into them. Knows no
+queue and no HTTP.
 
-Three kinds. A model of text has a bucket for each padded length; a row's bucket is chosen by the row's own length. A
-model of tensors whose rows were proven independent has one for each shape that its known answers show, in which rows
-are batched, and one for all other shapes, in which each runs alone. Of any other model a request runs whole, as it is.
+Three kinds. A model of text has a bucket for each padded length; a row's bucket is chosen by the
+row's own length. A model of tensors whose rows were proven independent has one for each shape that
+its known answers show, in which rows are batched, and one for all other shapes, in which each runs
+alone. Of any other model a request runs whole, as it is.
 """
 
 from __future__ import annotations
@@ -38,14 +40,31 @@ from evalmode.service.models.tensors import (
     split,
     unknown_datatype,
 )
-from evalmode.service.models.text import LOGITS, MASK, IdRow, Prediction, id_rows, labels_of, predicted
+from evalmode.service.models.text import (
+    LOGITS,
+    MASK,
+    IdRow,
+    Prediction,
+    id_rows,
+    labels_of,
+    predicted,
+)
 
-__all__ = ["INLINE_CHARACTERS", "Job", "Model", "ModelBucket", "ModelRow", "Prediction", "content_of"]
+__all__ = [
+    "INLINE_CHARACTERS",
+    "Job",
+    "Model",
+    "ModelBucket",
+    "ModelRow",
+    "Prediction",
+    "content_of",
+]
 
 ModelBucket: TypeAlias = Bucket[ModelRow, Tensors]
 Job: TypeAlias = tuple[ModelBucket, ModelRow]
 
-# Encoding takes some 30 microseconds a text and a microsecond a character; above this it would hold an event loop up.
+# Encoding takes some 30 microseconds a text and a microsecond a character; above this it would hold
+# an event loop up.
 INLINE_CHARACTERS = 2_000
 
 OTHER = "other"
@@ -57,7 +76,8 @@ _UNMEASURED_S = 0.01  # what a run is taken to cost where the bundle holds no in
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """An open model; use `Model.open`. It is let go of when nobody refers to it or to a bucket of it.
+    """An open model; use `Model.open`. It is let go of when nobody refers to it or to a bucket of
+    it.
 
     Attributes:
         bundle: what it was opened from, without the contents.
@@ -66,7 +86,8 @@ class Model:
         frontend: what turns texts into ids; None for a model of tensors.
         labels: the label of each logit, where there are any.
         buckets: all of them; which one a row belongs to is the model's own business.
-        row_counts: by a bucket's label, the row counts that were proven here; its costs hold those worth their time.
+        row_counts: by a bucket's label, the row counts that were proven here; its costs hold
+            those worth their time.
     """
 
     bundle: Bundle
@@ -88,22 +109,27 @@ class Model:
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
     ) -> Model:
-        """Open the bundle folder `path`, replay its known answers, and measure which batch sizes keep a row's bits.
+        """Open the bundle folder `path`, replay its known answers, and measure which batch sizes
+        keep a row's bits.
 
-        Raises BundleError for a bundle that must not be served, and ProviderUnavailable for a provider that is not
-        there.
+        Raises BundleError for a bundle that must not be served, and ProviderUnavailable for a
+        provider that is not there.
         """
         bundle = open_bundle(path, allow_uncertified=allow_uncertified)
         frontend, answers, manifest = bundle.frontend(), bundle.known_answers(), bundle.manifest
         labels = manifest.labels if frontend is None else labels_of(manifest, path=path)
         if odd := unknown_datatype([*manifest.inputs, *manifest.outputs]):
-            raise BundleError(f"{path} cannot be served: {odd.name!r} is {odd.datatype}, which no request can carry")
+            raise BundleError(
+                f"{path} cannot be served: {odd.name!r} is {odd.datatype}, which no request can"
+                " carry"
+            )
         session = open_session(bundle.model, provider=provider, threads=threads)
         replayed = _replay(bundle, answers, session=session, frontend=frontend)
         measured = _measure(bundle, session, answers, frontend=frontend, calibration=calibration)
         buckets = _buckets(bundle, session.run, measured, is_text=frontend is not None)
         return cls(
-            bundle=replace(bundle, contents={}),  # the session has the model now: a second copy would double the memory
+            # the session has the model now: a second copy would double the memory
+            bundle=replace(bundle, contents={}),
             platform=session.platform,
             replayed=replayed,
             frontend=frontend,
@@ -143,10 +169,13 @@ class Model:
         """Whether it reads texts."""
         return self.frontend is not None
 
-    def text_rows(self, texts: Sequence[str], *, truncate: bool = True) -> tuple[list[Job], list[bool]]:
+    def text_rows(
+        self, texts: Sequence[str], *, truncate: bool = True
+    ) -> tuple[list[Job], list[bool]]:
         """A row for each text, and whether the text was longer than the model reads and was cut.
 
-        With `truncate=False` a longer one is refused with InvalidField. Raises BadRequest for a model of tensors.
+        With `truncate=False` a longer one is refused with InvalidField. Raises BadRequest for a
+        model of tensors.
         """
         frontend = self.frontend
         if frontend is None:
@@ -157,27 +186,34 @@ class Model:
                 field = f"inputs.{place}"
                 longest = frontend.spec.lengths[-1]
                 raise InvalidField(
-                    f"{field} is longer than the {longest} positions that the model reads: shorten it, or let it be "
-                    'cut with "truncate": true',
+                    f"{field} is longer than the {longest} positions that the model reads: shorten"
+                    ' it, or let it be cut with "truncate": true',
                     field=field,
                 )
-        return [self._text_job(frontend, IdRow(ids=row.ids)) for row in encoded], [row.truncated for row in encoded]
+        return [self._text_job(frontend, IdRow(ids=row.ids)) for row in encoded], [
+            row.truncated for row in encoded
+        ]
 
-    async def text_rows_async(self, texts: Sequence[str], *, truncate: bool = True) -> tuple[list[Job], list[bool]]:
+    async def text_rows_async(
+        self, texts: Sequence[str], *, truncate: bool = True
+    ) -> tuple[list[Job], list[bool]]:
         """The same, without holding an event loop up: many characters are encoded in a thread."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self.text_rows(texts, truncate=truncate)
         return await asyncio.to_thread(self.text_rows, texts, truncate=truncate)
 
     def tensor_jobs(self, inputs: Tensors) -> list[Job]:
-        """The rows of one request's raw tensors; of a model that takes requests whole, the one job that this is.
+        """The rows of one request's raw tensors; of a model that takes requests whole, the one job
+        that this is.
 
         Raises BadRequest, naming the tensor and what is wrong with it.
         """
         if self.frontend is not None:
             fitting = checked(inputs, self.inputs, optional=frozenset({MASK}))
             row_count(fitting)
-            return [self._text_job(self.frontend, row) for row in id_rows(fitting, self.frontend.spec)]
+            return [
+                self._text_job(self.frontend, row) for row in id_rows(fitting, self.frontend.spec)
+            ]
         fitting = checked(inputs, self.inputs)
         if whole := self._by_label.get(WHOLE):
             return [(whole, ModelRow(inputs=fitting))]
@@ -188,14 +224,21 @@ class Model:
     def join(
         self, answers: Sequence[Tensors], *, outputs: Sequence[str] | None = None
     ) -> dict[str, npt.NDArray[np.generic]]:
-        """The answers of `tensor_jobs`, or of `text_rows`, as one tensor for each of `outputs` (None: all).
+        """The answers of `tensor_jobs`, or of `text_rows`, as one tensor for each of `outputs`
+        (None: all).
 
         Raises BadRequest where rows of different lengths have answers of different shapes.
         """
-        return joined(answers, [output.name for output in self.outputs] if outputs is None else outputs)
+        return joined(
+            answers, [output.name for output in self.outputs] if outputs is None else outputs
+        )
 
-    def predictions(self, answers: Sequence[Tensors], truncated: Sequence[bool], *, top_k: int) -> list[Prediction]:
-        """What the answers of `text_rows` say, each with its `top_k` best labels (all, if there are fewer)."""
+    def predictions(
+        self, answers: Sequence[Tensors], truncated: Sequence[bool], *, top_k: int
+    ) -> list[Prediction]:
+        """What the answers of `text_rows` say, each with its `top_k` best labels (all, if there are
+        fewer).
+        """
         assert self.labels is not None, "a model of text has labels"
         return [
             predicted(answer[LOGITS][0].tolist(), self.labels, truncated=cut, top_k=top_k)
@@ -213,8 +256,16 @@ def _replay(
     bundle: Bundle, answers: tuple[KnownAnswer, ...], *, session: Session, frontend: FrontEnd | None
 ) -> Replay | None:
     if bundle.certificate is None:
-        return None  # nothing says on which platform, and within which tolerance, they must come out
-    return replay(answers, session.run, certificate=bundle.certificate, platform=session.platform, frontend=frontend)
+        return (
+            None  # nothing says on which platform, and within which tolerance, they must come out
+        )
+    return replay(
+        answers,
+        session.run,
+        certificate=bundle.certificate,
+        platform=session.platform,
+        frontend=frontend,
+    )
 
 
 def _measure(
@@ -228,22 +279,32 @@ def _measure(
     """What may run in each bucket, by its label."""
 
     def measure(rows: Mapping[str, Sequence[Tensors]]) -> dict[str, Measured]:
-        return calibration.measure(session.run, rows, path=bundle.path, digest=bundle.digest, platform=session.platform)
+        return calibration.measure(
+            session.run, rows, path=bundle.path, digest=bundle.digest, platform=session.platform
+        )
 
     if frontend is not None:
         names = {spec.name for spec in bundle.manifest.inputs}
         made = text_rows_to_measure(answers, frontend=frontend)
         return measure({label: [_only(row, names) for row in rows] for label, rows in made.items()})
     asked = [answer.inputs for answer in answers]
-    alone = Measured(stable=(1,), costs={1: alone_s(session.run, asked, path=bundle.path) or _UNMEASURED_S})
+    alone = Measured(
+        stable=(1,), costs={1: alone_s(session.run, asked, path=bundle.path) or _UNMEASURED_S}
+    )
     rows = _rows_by_shape(bundle, asked, session.run)
     return {WHOLE: alone} if rows is None else {**measure(rows), OTHER: alone}
 
 
-def _rows_by_shape(bundle: Bundle, asked: Sequence[Tensors], run: Run) -> dict[str, list[Tensors]] | None:
-    """Single rows of the known answers by the label of their shape; None where a request must not be taken apart."""
+def _rows_by_shape(
+    bundle: Bundle, asked: Sequence[Tensors], run: Run
+) -> dict[str, list[Tensors]] | None:
+    """Single rows of the known answers by the label of their shape; None where a request must not
+    be taken apart.
+    """
     records = bundle.certificate.records if bundle.certificate else ()
-    proven = any(record.rule == _INVARIANCE and record.verdict is Verdict.PASS for record in records)
+    proven = any(
+        record.rule == _INVARIANCE and record.verdict is Verdict.PASS for record in records
+    )
     tensors = (*bundle.manifest.inputs, *bundle.manifest.outputs)
     if not proven or any(spec.shape[:1] != (-1,) for spec in tensors):
         return None
@@ -257,7 +318,9 @@ def _rows_by_shape(bundle: Bundle, asked: Sequence[Tensors], run: Run) -> dict[s
     return found
 
 
-def _buckets(bundle: Bundle, run: Run, measured: Mapping[str, Measured], *, is_text: bool) -> dict[str, ModelBucket]:
+def _buckets(
+    bundle: Bundle, run: Run, measured: Mapping[str, Measured], *, is_text: bool
+) -> dict[str, ModelBucket]:
     answer = answering(run, is_text=is_text, whole=WHOLE in measured)
     return {
         label: Bucket(

@@ -1,7 +1,8 @@
-"""What a repository holds open, and why not the rest: one pass over the folders at a time. Knows no threads, no HTTP.
+"""What a repository holds open, and why not the rest: one pass over the folders at a time. Knows no
+threads, no HTTP.
 
-A bundle that cannot be opened is remembered with its signature and tried again only when it has changed; whatever it
-was to replace goes on.
+A bundle that cannot be opened is remembered with its signature and tried again only when it has
+changed; whatever it was to replace goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Outcome: TypeAlias = Literal["loaded", "unloaded", "refused"]
 
 
 class Presence(StrEnum):
-    """Whether a version of a model can be asked, in the words of the Open Inference Protocol's index."""
+    """Whether a version of a model can be asked, in the words of the Open Inference Protocol's
+    index.
+    """
 
     READY = "READY"
     LOADING = "LOADING"
@@ -60,7 +63,9 @@ class Refusal:
     def log(self) -> None:
         """Say so; with a traceback where it is no fault of the bundle that we know of."""
         unexpected = None if isinstance(self.error, EvalmodeError) else self.error
-        _log.error("bundle refused", bundle=str(self.folder), reason=str(self.error), exc_info=unexpected)
+        _log.error(
+            "bundle refused", bundle=str(self.folder), reason=str(self.error), exc_info=unexpected
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,9 @@ class _Open:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """A folder with the identity that it goes by, and the folder of the same identity that is before it, if any."""
+    """A folder with the identity that it goes by, and the folder of the same identity that is
+    before it, if any.
+    """
 
     identity: Identity
     folder: Folder
@@ -83,7 +90,9 @@ class Listener(Protocol):
     """Who is told of a shelf; quick, and never raises."""
 
     def changed(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
-        """Something did: these are the open models by name, newest version first, and what is said of all."""
+        """Something did: these are the open models by name, newest version first, and what is said
+        of all.
+        """
 
     def swapped(self, model: str, outcome: Outcome) -> None:
         """A version of a model came, went, or was refused."""
@@ -113,9 +122,11 @@ class Shelf:
         self._opening: Identity | None = None
 
     def settle(self, *, anew: str | None = None) -> list[Refusal]:
-        """Make what is open be what the folders hold, the model called `anew` in any case; what was refused now.
+        """Make what is open be what the folders hold, the model called `anew` in any case; what was
+        refused now.
 
-        A bundle that is refused again for the same reason, as one that is still being copied, is not told again.
+        A bundle that is refused again for the same reason, as one that is still being copied, is
+        not told again.
         """
         self._look()
         earlier = {path: str(refusal.error) for path, refusal in self._refused.items()}
@@ -127,7 +138,9 @@ class Shelf:
         return [refusal for refusal in tried if earlier.get(refusal.folder) != str(refusal.error)]
 
     def restore(self, name: str) -> bool:
-        """Take back `withdraw`, and forget what was refused of this model; False when there is no such bundle."""
+        """Take back `withdraw`, and forget what was refused of this model; False when there is no
+        such bundle.
+        """
         self._look()
         own = self._of(name)
         for found in own:
@@ -157,18 +170,27 @@ class Shelf:
     def _look(self) -> None:
         folders = look(self._root, known=self._known)
         self._known = {folder.path: folder for folder in folders}
-        self._refused = {path: refusal for path, refusal in self._refused.items() if path in self._known}
+        self._refused = {
+            path: refusal for path, refusal in self._refused.items() if path in self._known
+        }
         self._found = list(self._identified(folders))
 
     def _identified(self, folders: Sequence[Folder]) -> Iterator[_Found]:
-        opened = {one.path: (name, one.model.version) for name, every in self._open.items() for one in every}
+        opened = {
+            one.path: (name, one.model.version)
+            for name, every in self._open.items()
+            for one in every
+        }
         first: dict[Identity, Path] = {}
         for folder in sorted(folders, key=lambda folder: folder.identity is None):
-            # A manifest that is being written cannot be read; it goes by what was there, else by what it may become.
+            # A manifest that is being written cannot be read; it goes by what was there, else by
+            # what it may become.
             may_be = (folder.path.parent.name, folder.path.name)
             identity = folder.identity or opened.get(folder.path) or may_be
             path = first.setdefault(identity, folder.path)
-            yield _Found(identity=identity, folder=folder, behind=None if path == folder.path else path)
+            yield _Found(
+                identity=identity, folder=folder, behind=None if path == folder.path else path
+            )
 
     def _of(self, name: str) -> list[_Found]:
         """The folders of one model, newest version first, each version once."""
@@ -182,7 +204,10 @@ class Shelf:
             if len(chosen) == self._versions:
                 break
             one = before.get(found.identity[1])
-            same = one is not None and (one.path, one.signature) == (found.folder.path, found.folder.signature)
+            same = one is not None and (one.path, one.signature) == (
+                found.folder.path,
+                found.folder.signature,
+            )
             if anew or not same:
                 one = self._opened(found, tried) or one
             if one is not None:
@@ -197,13 +222,17 @@ class Shelf:
         self._publish()
 
     def _keep_last(self, name: str) -> None:
-        """Nothing of this model is left to open: what was open of it goes on, the newest version alone."""
+        """Nothing of this model is left to open: what was open of it goes on, the newest version
+        alone.
+        """
         if name not in self._open or name in self._orphans:
             return
         self._orphans.add(name)
         self._open[name] = self._open[name][:1]
         version = self._open[name][0].model.version
-        _log.warning("the folders of a model are gone: its last version goes on", model=name, version=version)
+        _log.warning(
+            "the folders of a model are gone: its last version goes on", model=name, version=version
+        )
 
     def _opened(self, found: _Found, tried: list[Refusal]) -> _Open | None:
         folder = found.folder
@@ -217,7 +246,9 @@ class Shelf:
             model = self._open_model(folder.path)
             if (model.name, model.version) != folder.identity:
                 raise BundleError(f"{folder.path} was changed while it was opened")
-        except Exception as error:  # whatever it is, it is the matter of this bundle and of no other
+        except (
+            Exception
+        ) as error:  # whatever it is, it is the matter of this bundle and of no other
             _let_go(error)
             tried.append(Refusal(folder=folder.path, signature=folder.signature, error=error))
             self._refused[folder.path] = tried[-1]
@@ -236,7 +267,9 @@ class Shelf:
 
     def _publish(self) -> None:
         models = {name: tuple(one.model for one in self._open[name]) for name in sorted(self._open)}
-        newest_first = sorted(self._entries(), key=lambda entry: version_order(entry.version), reverse=True)
+        newest_first = sorted(
+            self._entries(), key=lambda entry: version_order(entry.version), reverse=True
+        )
         self._listener.changed(models, tuple(sorted(newest_first, key=lambda entry: entry.name)))
 
     def _entries(self) -> Iterator[Entry]:
@@ -246,23 +279,37 @@ class Shelf:
             yield Entry(name=name, version=version, state=Presence.READY, reason=_KEPT)
         for found in self._found:
             state, reason = self._said_of(found, opened)
-            yield Entry(name=found.identity[0], version=found.identity[1], state=state, reason=reason)
+            yield Entry(
+                name=found.identity[0], version=found.identity[1], state=state, reason=reason
+            )
 
     def _said_of(self, found: _Found, opened: set[Identity]) -> tuple[Presence, str]:
         refusal = self._refused.get(found.folder.path)
         reason = "" if refusal is None else self._plain(refusal.error)
         if found.behind is not None:
-            return Presence.UNAVAILABLE, f"{self._relative(found.behind)} is the same version of the same model"
+            return (
+                Presence.UNAVAILABLE,
+                f"{self._relative(found.behind)} is the same version of the same model",
+            )
         if found.identity in opened:
-            return Presence.READY, reason and f"the one that was open goes on, for what its folder holds now: {reason}"
+            return (
+                Presence.READY,
+                reason
+                and f"the one that was open goes on, for what its folder holds now: {reason}",
+            )
         if found.identity == self._opening:
             return Presence.LOADING, ""
         if found.identity[0] in self._withdrawn:
             return Presence.UNAVAILABLE, "it was unloaded"
-        return Presence.UNAVAILABLE, reason or f"only the newest {self._versions} of its model are open"
+        return (
+            Presence.UNAVAILABLE,
+            reason or f"only the newest {self._versions} of its model are open",
+        )
 
     def _plain(self, error: Exception) -> str:
-        """The reason as a client may read it: without the server's own paths, and without what we did not foresee."""
+        """The reason as a client may read it: without the server's own paths, and without what we
+        did not foresee.
+        """
         if not isinstance(error, EvalmodeError):
             return "it failed to open; the log says how"
         return str(error).replace(f"{self._root}/", "").replace(str(self._root), self._root.name)
@@ -272,7 +319,9 @@ class Shelf:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Free what was local where an error came from: one that is remembered would hold on to a model."""
+    """Free what was local where an error came from: one that is remembered would hold on to a
+    model.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -282,7 +331,9 @@ def _say_opened(model: Model, *, seconds: float) -> None:
     certificate = model.bundle.certificate
     if certificate is None or certificate.verdict is not Verdict.PASS:
         _log.warning(
-            "this bundle is not certified: nothing proves that it answers as the trained model does", model=model.name
+            "this bundle is not certified: nothing proves that it answers as the trained model"
+            " does",
+            model=model.name,
         )
     _log.info(
         "model opened",

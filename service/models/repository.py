@@ -1,7 +1,9 @@
-"""The models below one folder: which there are, which are open, and how one takes another's place. Knows no HTTP.
+"""The models below one folder: which there are, which are open, and how one takes another's place.
+Knows no HTTP.
 
-What is open is published as one snapshot that is never changed, only replaced: readers take no lock, and who holds a
-model goes on with it after it was let go of. No name that a request brings ever becomes a path.
+What is open is published as one snapshot that is never changed, only replaced: readers take no
+lock, and who holds a model goes on with it after it was let go of. No name that a request brings
+ever becomes a path.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from typing import Protocol
 import structlog
 
 from evalmode.bundle.errors import BundleError
-from evalmode.service.errors import BadRequest, Forbidden, InvalidField, NotReady, StartFailed, UnknownModel
+from evalmode.service.errors import (
+    BadRequest,
+    Forbidden,
+    InvalidField,
+    NotReady,
+    StartFailed,
+    UnknownModel,
+)
 from evalmode.service.models.model import Model
 from evalmode.service.models.open_models import Entry, Outcome, Presence, Shelf
 
@@ -29,7 +38,9 @@ _END_S = 5.0  # how long `close` waits for a bundle that is being opened this ve
 
 @dataclass(frozen=True, kw_only=True)
 class _Snapshot:
-    """What readers see: by name the open models, newest version first, and what is to be said of every version."""
+    """What readers see: by name the open models, newest version first, and what is to be said of
+    every version.
+    """
 
     models: Mapping[str, tuple[Model, ...]] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
@@ -48,9 +59,9 @@ class ModelFigures(Protocol):
 class Repository:
     """The models below `root`: a bundle, a folder of versions, or a folder of such folders.
 
-    The newest `versions` of each model are open. `open_model` opens a bundle's folder; what it raises is that bundle's
-    fault and no other's. `control` is whether `load` and `unload` are allowed. `default_model` names who answers texts
-    where no model is named.
+    The newest `versions` of each model are open. `open_model` opens a bundle's folder; what it
+    raises is that bundle's fault and no other's. `control` is whether `load` and `unload` are
+    allowed. `default_model` names who answers texts where no model is named.
     """
 
     def __init__(
@@ -68,7 +79,8 @@ class Repository:
         self._default_model = default_model
         self._figures = figures
         self._snapshot = _Snapshot()
-        self._lock = threading.Lock()  # held while the shelf is used, which may open bundles; readers never take it
+        # held while the shelf is used, which may open bundles; readers never take it
+        self._lock = threading.Lock()
         self._shelf = Shelf(root, open_model=open_model, versions=versions, listener=self)
         self._ended = threading.Event()
         self._poller: threading.Thread | None = None
@@ -76,24 +88,29 @@ class Repository:
     def start(self) -> None:
         """Open what there is; of a bad version an older good one takes the place.
 
-        Raises what the first bundle was refused with when none can be opened, and StartFailed when the folder cannot be
-        read, or the default model is not among those that can be opened.
+        Raises what the first bundle was refused with when none can be opened, and StartFailed when
+        the folder cannot be read, or the default model is not among those that can be opened.
         """
         with self._lock:
             try:
                 refused = self._shelf.settle()
             except OSError as error:  # what goes wrong in a single bundle is that bundle's refusal
-                raise StartFailed(f"the bundles at {self._root} cannot be looked at: {error.strerror}") from error
+                raise StartFailed(
+                    f"the bundles at {self._root} cannot be looked at: {error.strerror}"
+                ) from error
             if not self._snapshot.models:
                 if refused:
                     raise refused[0].error
-                raise BundleError(f"no bundle at {self._root}: make one with `evalmode train` and `evalmode export`")
+                raise BundleError(
+                    f"no bundle at {self._root}: make one with `evalmode train` and `evalmode"
+                    " export`"
+                )
             for refusal in refused:
                 refusal.log()
         if self._default_model is not None and self._default_model not in self._snapshot.models:
             raise StartFailed(
-                f"setting default_model is {self._default_model!r} and no such model could be opened: there is "
-                f"{', '.join(self._snapshot.models)}"
+                f"setting default_model is {self._default_model!r} and no such model could be"
+                f" opened: there is {', '.join(self._snapshot.models)}"
             )
 
     def poll(self) -> None:
@@ -105,7 +122,9 @@ class Repository:
     def start_polling(self, poll_s: float) -> None:
         """Poll every `poll_s` seconds in a thread of its own until `close`; 0: never."""
         if poll_s > 0 and self._poller is None:
-            self._poller = threading.Thread(target=self._poll_until_ended, args=(poll_s,), name="poll", daemon=True)
+            self._poller = threading.Thread(
+                target=self._poll_until_ended, args=(poll_s,), name="poll", daemon=True
+            )
             self._poller.start()
 
     def close(self) -> None:
@@ -115,7 +134,8 @@ class Repository:
             self._poller.join(_END_S)
 
     def get(self, name: str | None = None, version: str | None = None) -> Model:
-        """The open model of this name and version, by default its newest; of no name the one that reads texts.
+        """The open model of this name and version, by default its newest; of no name the one that
+        reads texts.
 
         Raises UnknownModel for what there is not, and NotReady for what there is and is not open.
         """
@@ -129,14 +149,18 @@ class Repository:
         raise _not_open(snapshot, name, version)
 
     def versions_of(self, name: str) -> tuple[Model, ...]:
-        """The open versions of a model, newest first. Raises UnknownModel and NotReady, as `get` does."""
+        """The open versions of a model, newest first. Raises UnknownModel and NotReady, as `get`
+        does.
+        """
         snapshot = self._snapshot
         if models := snapshot.models.get(name):
             return models
         raise _not_open(snapshot, name, None)
 
     def default_text(self) -> Model:
-        """The model that answers texts where none is named. Raises InvalidField where one must be named."""
+        """The model that answers texts where none is named. Raises InvalidField where one must be
+        named.
+        """
         if self._default_model is not None:
             return self.get(self._default_model)
         newest = [models[0] for models in self._snapshot.models.values()]
@@ -147,8 +171,12 @@ class Repository:
             raise NotReady("no model is open")
         offered = ", ".join(model.name for model in texts or newest)
         if not texts:
-            raise InvalidField(f"model is missing, and none here reads texts: /v2 serves {offered}", field="model")
-        raise InvalidField(f"model is missing, and several read texts: name one of {offered}", field="model")
+            raise InvalidField(
+                f"model is missing, and none here reads texts: /v2 serves {offered}", field="model"
+            )
+        raise InvalidField(
+            f"model is missing, and several read texts: name one of {offered}", field="model"
+        )
 
     def models(self) -> tuple[Model, ...]:
         """Every open model, by name, its newest version first."""
@@ -161,14 +189,17 @@ class Repository:
     def load(self, name: str) -> None:
         """Open a model anew from what its folders hold now, also after `unload`.
 
-        Raises Forbidden where that is not allowed, UnknownModel for a name that no bundle has, and BadRequest, with the
-        reason, when its newest version cannot be opened: what was open goes on.
+        Raises Forbidden where that is not allowed, UnknownModel for a name that no bundle has, and
+        BadRequest, with the reason, when its newest version cannot be opened: what was open goes
+        on.
         """
         self._require_control()
         with self._lock:
             if not self._shelf.restore(name):
                 if name in self._snapshot.models:
-                    raise BadRequest(f"model {name} cannot be loaded: its folder is gone; what was open goes on")
+                    raise BadRequest(
+                        f"model {name} cannot be loaded: its folder is gone; what was open goes on"
+                    )
                 raise _unknown(self._snapshot, name)
             refused = self._shelf.settle(anew=name)
             for refusal in refused:
@@ -177,7 +208,9 @@ class Repository:
                 raise BadRequest(f"model {name} cannot be loaded: {reason}")
 
     def unload(self, name: str) -> None:
-        """Let go of a model until it is loaded again. Raises Forbidden and UnknownModel, as `load` does."""
+        """Let go of a model until it is loaded again. Raises Forbidden and UnknownModel, as `load`
+        does.
+        """
         self._require_control()
         with self._lock:
             if not self._shelf.withdraw(name):
@@ -203,16 +236,24 @@ class Repository:
 
     def _require_control(self) -> None:
         if not self._control:
-            raise Forbidden("this server was told to let nobody load and unload models: setting model_control is false")
+            raise Forbidden(
+                "this server was told to let nobody load and unload models: setting model_control"
+                " is false"
+            )
 
 
 def _not_open(snapshot: _Snapshot, name: str, version: str | None) -> NotReady | UnknownModel:
     for entry in snapshot.entries:
         if entry.name == name and version in (None, entry.version):
-            return NotReady(f"version {entry.version} of model {name} is not open: {entry.reason or 'it is loading'}")
+            return NotReady(
+                f"version {entry.version} of model {name} is not open:"
+                f" {entry.reason or 'it is loading'}"
+            )
     if name in snapshot.models and version is not None:
         offered = ", ".join(model.version for model in snapshot.models[name])
-        return UnknownModel(f"model {name} has no version {version[:_SHOWN_CHARACTERS]!r} here: there is {offered}")
+        return UnknownModel(
+            f"model {name} has no version {version[:_SHOWN_CHARACTERS]!r} here: there is {offered}"
+        )
     return _unknown(snapshot, name)
 
 

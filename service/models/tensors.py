@@ -1,4 +1,6 @@
-"""Raw tensors of one request: checked against what the model declares, split into rows. Knows no texts and no HTTP."""
+"""Raw tensors of one request: checked against what the model declares, split into rows. Knows no
+texts and no HTTP.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from evalmode.bundle.row_counts import bits
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.datatypes import BYTES, DATATYPES, datatype_of
 
-# What tells rows apart that may not share a batch: the name of each input, and its shape without the rows.
+# What tells rows apart that may not share a batch: the name of each input, and its shape without
+# the rows.
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
 
 _AN_OBJECT_BYTES = 64  # what Python's string and the pointer to it take beside the characters
@@ -23,7 +26,9 @@ _AN_OBJECT_BYTES = 64  # what Python's string and the pointer to it take beside 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelRow:
-    """One row as the engine sees it: inputs with a leading dimension of 1 (or a whole request), and its real length."""
+    """One row as the engine sees it: inputs with a leading dimension of 1 (or a whole request), and
+    its real length.
+    """
 
     inputs: Tensors
     tokens: int = 1
@@ -38,8 +43,12 @@ class ModelRow:
         return hashlib.sha256(content_of(self.inputs)).hexdigest()
 
     def described(self) -> str:
-        """The digest and the shapes: what it takes to find the row again, and to know how it was run."""
-        shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in sorted(self.inputs.items()))
+        """The digest and the shapes: what it takes to find the row again, and to know how it was
+        run.
+        """
+        shapes = " ".join(
+            f"{name}{list(tensor.shape)}" for name, tensor in sorted(self.inputs.items())
+        )
         return f"{self.digest()} {shapes}"
 
 
@@ -55,14 +64,20 @@ def content_of(tensors: Tensors) -> bytes:
 def checked(
     inputs: Tensors, specs: Sequence[TensorSpec], *, optional: frozenset[str] = frozenset()
 ) -> dict[str, npt.NDArray[np.generic]]:
-    """`inputs` as the runtime takes them. Raises BadRequest, naming the tensor, for what the model does not take."""
+    """`inputs` as the runtime takes them. Raises BadRequest, naming the tensor, for what the model
+    does not take.
+    """
     known = {spec.name: spec for spec in specs}
     for name in inputs:
         if name not in known:
-            raise BadRequest(f"the model has no input {name!r}: its inputs are {', '.join(known)}", field=name)
+            raise BadRequest(
+                f"the model has no input {name!r}: its inputs are {', '.join(known)}", field=name
+            )
     for name in known:
         if name not in inputs and name not in optional:
-            raise BadRequest(f"input {name!r} is missing: the model's inputs are {', '.join(known)}", field=name)
+            raise BadRequest(
+                f"input {name!r} is missing: the model's inputs are {', '.join(known)}", field=name
+            )
     return {name: _fitting(tensor, known[name]) for name, tensor in inputs.items()}
 
 
@@ -72,7 +87,10 @@ def row_count(inputs: Tensors) -> int:
     first, rows = next(iter(sizes.items()))
     for name, size in sizes.items():
         if size != rows:
-            raise BadRequest(f"input {name!r} has {size} rows and {first!r} has {rows}: make them agree", field=name)
+            raise BadRequest(
+                f"input {name!r} has {size} rows and {first!r} has {rows}: make them agree",
+                field=name,
+            )
     if rows == 0:
         raise BadRequest(f"input {first!r} has no rows: send at least one", field=first)
     return rows
@@ -83,7 +101,10 @@ def split(inputs: Tensors) -> list[dict[str, npt.NDArray[np.generic]]]:
     rows = row_count(inputs)
     if rows == 1:
         return [dict(inputs)]
-    return [{name: tensor[row : row + 1].copy() for name, tensor in inputs.items()} for row in range(rows)]
+    return [
+        {name: tensor[row : row + 1].copy() for name, tensor in inputs.items()}
+        for row in range(rows)
+    ]
 
 
 def signature_of(row: Tensors) -> Signature:
@@ -97,14 +118,21 @@ def label_of(signature: Signature) -> str:
 
 
 def unknown_datatype(specs: Sequence[TensorSpec]) -> TensorSpec | None:
-    """The first tensor of a kind that cannot be sent, as a sequence or a bfloat16 cannot; None where all can be."""
+    """The first tensor of a kind that cannot be sent, as a sequence or a bfloat16 cannot; None
+    where all can be.
+    """
     return next((spec for spec in specs if spec.datatype not in DATATYPES), None)
 
 
 def non_finite_input(inputs: Tensors) -> str | None:
     """The first input that holds NaN or infinity; None where all are finite."""
     return next(
-        (name for name, tensor in inputs.items() if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()), None
+        (
+            name
+            for name, tensor in inputs.items()
+            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()
+        ),
+        None,
     )
 
 
@@ -113,7 +141,8 @@ def _fitting(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[n
         wanted not in (-1, size) for size, wanted in zip(tensor.shape, spec.shape, strict=True)
     ):
         raise BadRequest(
-            f"input {spec.name!r} must have the shape {[*spec.shape]} (-1: any), got {[*tensor.shape]}",
+            f"input {spec.name!r} must have the shape {[*spec.shape]} (-1: any), got"
+            f" {[*tensor.shape]}",
             field=spec.name,
         )
     if (got := _name_of(tensor)) != spec.datatype:
@@ -126,10 +155,16 @@ def _fitting(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[n
 def _strings(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
     found = np.empty(tensor.size, dtype=object)
     for place, element in enumerate(tensor.flat):
-        try:  # both ways: half an emoji is a str that no encoder accepts, and not every byte begins a character
-            found[place] = (element if isinstance(element, bytes) else str(element).encode()).decode()
+        # both ways: half an emoji is a str that no encoder accepts, and not every byte begins a
+        # character
+        try:
+            found[place] = (
+                element if isinstance(element, bytes) else str(element).encode()
+            ).decode()
         except UnicodeError as error:
-            raise BadRequest(f"element {place} of input {spec.name!r} is not UTF-8", field=spec.name) from error
+            raise BadRequest(
+                f"element {place} of input {spec.name!r} is not UTF-8", field=spec.name
+            ) from error
     return found.reshape(tensor.shape)
 
 
@@ -144,14 +179,17 @@ def _nbytes(tensor: npt.NDArray[np.generic]) -> int:
 
 
 def joined(answers: Sequence[Tensors], names: Sequence[str]) -> dict[str, npt.NDArray[np.generic]]:
-    """The answers of a request's rows as one tensor an output. Raises BadRequest where rows differ in shape."""
+    """The answers of a request's rows as one tensor an output. Raises BadRequest where rows differ
+    in shape.
+    """
     found = {}
     for name in names:
         rows = [answer[name] for answer in answers]
         if len({row.shape[1:] for row in rows}) > 1:
             raise BadRequest(
-                f"the rows of this request give output {name!r} different shapes, {[*rows[0].shape[1:]]} and others: "
-                "send rows of different lengths one by one, or leave this output out",
+                f"the rows of this request give output {name!r} different shapes,"
+                f" {[*rows[0].shape[1:]]} and others: send rows of different lengths one by one, or"
+                " leave this output out",
                 field=name,
             )
         found[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)

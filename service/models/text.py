@@ -1,4 +1,5 @@
-"""The two sides of a text classifier: rows of ids that go in, labels with probabilities that come out.
+"""The two sides of a text classifier: rows of ids that go in, labels with probabilities that come
+out.
 
 Knows no HTTP, no queue and no runtime.
 
@@ -36,7 +37,9 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the model says of one text: the best labels, best first, and whether it read all of the text."""
+    """What the model says of one text: the best labels, best first, and whether it read all of the
+    text.
+    """
 
     top: tuple[Scored, ...]
     truncated: bool
@@ -68,19 +71,25 @@ class IdRow:
 
 
 def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
-    """The rows of raw ids (B, T) or (B, T, G), each cut to its own length: padded again they are as a text's row is.
+    """The rows of raw ids (B, T) or (B, T, G), each cut to its own length: padded again they are as
+    a text's row is.
 
-    A row is as long as its last position that counts: by attention_mask (B, T), without one by ids other than 0.
-    Raises BadRequest, naming the first that is wrong, for ids that the model has no row for, a mask of other numbers
-    than 0 and 1, more positions than it reads, and a row where nothing counts.
+    A row is as long as its last position that counts: by attention_mask (B, T), without one by ids
+    other than 0. Raises BadRequest, naming the first that is wrong, for ids that the model has no
+    row for, a mask of other numbers than 0 and 1, more positions than it reads, and a row where
+    nothing counts.
     """
     ids = inputs[IDS].astype(np.int64)
     grams = (spec.ids_per_position,) if isinstance(spec, NgramSpec) else ()
     if ids.shape[2:] != grams:
-        raise BadRequest(f"{IDS} must have the shape {[-1, -1, *grams]}, got {[*ids.shape]}", field=IDS)
+        raise BadRequest(
+            f"{IDS} must have the shape {[-1, -1, *grams]}, got {[*ids.shape]}", field=IDS
+        )
     if ids.shape[1] > spec.lengths[-1]:
         raise BadRequest(
-            f"{IDS} has {ids.shape[1]} positions and the model reads at most {spec.lengths[-1]}: shorten it", field=IDS
+            f"{IDS} has {ids.shape[1]} positions and the model reads at most {spec.lengths[-1]}:"
+            " shorten it",
+            field=IDS,
         )
     _require_range(IDS, ids, below=spec.vocabulary)
     counts = _counting(ids, inputs.get(MASK))  # (B, T)
@@ -88,8 +97,13 @@ def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
     for row, length in enumerate(lengths):
         if length == 0:
             name = MASK if MASK in inputs else IDS
-            raise BadRequest(f"row {row} of {name} is empty: nothing in it counts, its answer would be NaN", field=name)
-        yield IdRow(ids=ids[row, :length].copy(), mask=None if grams else counts[row, :length].copy())
+            raise BadRequest(
+                f"row {row} of {name} is empty: nothing in it counts, its answer would be NaN",
+                field=name,
+            )
+        yield IdRow(
+            ids=ids[row, :length].copy(), mask=None if grams else counts[row, :length].copy()
+        )
 
 
 def _counting(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
@@ -98,30 +112,40 @@ def _counting(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
         real = (ids != 0).reshape(*ids.shape[:2], *ids.shape[2:] or (1,))  # (B, T, G)
         return np.asarray(real.any(-1), np.int64)
     if mask.shape != ids.shape[:2]:
-        raise BadRequest(f"{MASK} must have the shape {[*ids.shape[:2]]} of {IDS}, got {[*mask.shape]}", field=MASK)
+        raise BadRequest(
+            f"{MASK} must have the shape {[*ids.shape[:2]]} of {IDS}, got {[*mask.shape]}",
+            field=MASK,
+        )
     counts = mask.astype(np.int64)
     _require_range(MASK, counts, below=2)
     return counts
 
 
 def labels_of(manifest: Manifest, *, path: object) -> tuple[str, ...]:
-    """The label of each logit; where the manifest names none, its number. Raises BundleError for no classifier."""
+    """The label of each logit; where the manifest names none, its number. Raises BundleError for no
+    classifier.
+    """
     shape = next((output.shape for output in manifest.outputs if output.name == LOGITS), ())
     labels = manifest.labels
     if len(shape) != 2 or shape[1] < 1 or (labels is not None and len(labels) != shape[1]):
         wanted = "labels" if labels is None else f"{len(labels)} labels"
         raise BundleError(
-            f"{path} cannot be served as a text classifier: it wants an output {LOGITS!r} of shape "
-            f"(batch, {wanted}), the model has {[(output.name, output.shape) for output in manifest.outputs]}"
+            f"{path} cannot be served as a text classifier: it wants an output {LOGITS!r} of shape"
+            f" (batch, {wanted}), the model has"
+            f" {[(output.name, output.shape) for output in manifest.outputs]}"
         )
     return labels or tuple(map(str, range(shape[1])))
 
 
-def predicted(logits: Sequence[float], labels: Sequence[str], *, truncated: bool, top_k: int) -> Prediction:
+def predicted(
+    logits: Sequence[float], labels: Sequence[str], *, truncated: bool, top_k: int
+) -> Prediction:
     """The prediction of one row's logits (C,)."""
     scores = softmax(logits)
     return Prediction(
-        top=tuple(Scored(label=labels[index], score=scores[index]) for index in best(scores, top_k)),
+        top=tuple(
+            Scored(label=labels[index], score=scores[index]) for index in best(scores, top_k)
+        ),
         truncated=truncated,
     )
 
@@ -129,20 +153,24 @@ def predicted(logits: Sequence[float], labels: Sequence[str], *, truncated: bool
 def softmax(logits: Sequence[float]) -> list[float]:
     """The probabilities of one row's logits, in float64.
 
-    In plain Python on purpose: a vectorised exp or sum may take another path, and with it other last bits, for another
-    number of rows or another alignment; `math.exp` sees one number and `math.fsum` rounds once, whatever stands beside.
-    Raises RunFailed for logits without probabilities (NaN or infinite).
+    In plain Python on purpose: a vectorised exp or sum may take another path, and with it other
+    last bits, for another number of rows or another alignment; `math.exp` sees one number and
+    `math.fsum` rounds once, whatever stands beside. Raises RunFailed for logits without
+    probabilities (NaN or infinite).
     """
     largest = max(logits)
     powers = [math.exp(logit - largest) for logit in logits]
     total = math.fsum(powers)
-    if not math.isfinite(total):  # one NaN or +inf anywhere makes it so, and so do logits that are all -inf
+    # one NaN or +inf anywhere makes it so, and so do logits that are all -inf
+    if not math.isfinite(total):
         raise RunFailed("the model answered a row of this request with numbers that are not finite")
     return [power / total for power in powers]
 
 
 def best(scores: Sequence[float], count: int) -> list[int]:
-    """The indices of the `count` highest scores, highest first; of equal ones the lower index first."""
+    """The indices of the `count` highest scores, highest first; of equal ones the lower index
+    first.
+    """
     return heapq.nsmallest(count, range(len(scores)), key=lambda index: (-scores[index], index))
 
 
@@ -150,4 +178,7 @@ def _require_range(name: str, values: npt.NDArray[np.int64], *, below: int) -> N
     wrong = np.argwhere((values < 0) | (values >= below))
     if len(wrong):
         place = tuple(map(int, wrong[0]))
-        raise BadRequest(f"{name}{[*place]} must be at least 0 and below {below}, got {int(values[place])}", field=name)
+        raise BadRequest(
+            f"{name}{[*place]} must be at least 0 and below {below}, got {int(values[place])}",
+            field=name,
+        )

@@ -1,1 +1,3 @@
-"""Processes that serve: their sockets and connections, their signals, their health, and who looks after them."""
+"""Processes that serve: their sockets and connections, their signals, their health, and who looks
+after them.
+"""

@@ -1,7 +1,9 @@
-"""One HTTP/1.1 connection, within limits: what is slow, too long or no HTTP is refused. Knows no route and no server.
+"""One HTTP/1.1 connection, within limits: what is slow, too long or no HTTP is refused. Knows no
+route and no server.
 
-A client that is slow with a request's head is not waited for; a head that is too long, and what is not HTTP, is refused
-in the form that every error here has, in its turn. Slow bodies are the application's affair: it reads them.
+A client that is slow with a request's head is not waited for; a head that is too long, and what is
+not HTTP, is refused in the form that every error here has, in its turn. Slow bodies are the
+application's affair: it reads them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from evalmode.service.process.lingering_close import IDLE_LINGER_S, UNREAD_LINGER_S, Connections, EndingProtocol, Outlet
+from evalmode.service.process.lingering_close import (
+    IDLE_LINGER_S,
+    UNREAD_LINGER_S,
+    Connections,
+    EndingProtocol,
+    Outlet,
+)
 from evalmode.service.settings import Settings
 
 # Who connected so recently has a request on its way.
@@ -26,9 +34,11 @@ _UPGRADES = (b"upgrade", b"http2-settings")
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """How long a head may be, and how long a client may take for it, and for reading what was written.
+    """How long a head may be, and how long a client may take for it, and for reading what was
+    written.
 
-    `refused` is told the status of every answer that is given here and never reaches the application.
+    `refused` is told the status of every answer that is given here and never reaches the
+    application.
     """
 
     header_bytes: int
@@ -37,7 +47,9 @@ class ConnectionLimits:
     refused: Callable[[int], None]
 
 
-def connection_within(settings: Settings, *, refused: Callable[[int], None] = lambda status: None) -> type[Connection]:
+def connection_within(
+    settings: Settings, *, refused: Callable[[int], None] = lambda status: None
+) -> type[Connection]:
     """The protocol class for `uvicorn.Config(http=...)` with the limits of these settings."""
 
     class ConnectionWithin(Connection):
@@ -98,15 +110,21 @@ class Connection(EndingProtocol):
             return
         except httptools.HttpParserError as error:
             cause = error.__context__
-            self._refuse(cause if isinstance(cause, _Refused) else _Refused(400, f"this is not HTTP/1.1: {error}"))
+            self._refuse(
+                cause
+                if isinstance(cause, _Refused)
+                else _Refused(400, f"this is not HTTP/1.1: {error}")
+            )
             return
         began = self._heads - heads
-        if self._in_head and (began == 0 or (began == 1 and between)):  # else it began somewhere within this data
+        # else it began somewhere within this data
+        if self._in_head and (began == 0 or (began == 1 and between)):
             self._head_bytes += len(data)
             if self._head_bytes > self.limits.header_bytes:
                 self._refuse(self._too_long())
                 return
-        if self._in_head or (between and began == 0):  # the latter: empty lines, which may stand before a request
+        # the latter: empty lines, which may stand before a request
+        if self._in_head or (between and began == 0):
             self._wait_for_head()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -146,7 +164,8 @@ class Connection(EndingProtocol):
             return
         super().on_message_complete()
         self._in_body = False
-        if self.cycle.response_complete and not self._deaf:  # it was answered before its body was there
+        # it was answered before its body was there
+        if self.cycle.response_complete and not self._deaf:
             self._wait_no_more()
             self._wait_for_next()
 
@@ -171,7 +190,9 @@ class Connection(EndingProtocol):
     # What the server calls.
 
     def wind_up(self) -> None:
-        """End as soon as everything that was asked is answered; nobody is waited for longer than the limits say."""
+        """End as soon as everything that was asked is answered; nobody is waited for longer than
+        the limits say.
+        """
         if self._deaf or self.transport.is_closing():
             return
         if self._answering():
@@ -209,7 +230,9 @@ class Connection(EndingProtocol):
             )
 
     def _head_is_late(self) -> None:
-        self._refuse(_Refused(408, f"no whole request head came within {self.limits.header_timeout_s:g} s"))
+        self._refuse(
+            _Refused(408, f"no whole request head came within {self.limits.header_timeout_s:g} s")
+        )
 
     def _fresh_no_more(self) -> None:
         self._wait_no_more()
@@ -231,7 +254,11 @@ class Connection(EndingProtocol):
             raise _Refused(400, f"a request has one Host header, this one has {hosts}")
 
     def _too_long(self) -> _Refused:
-        return _Refused(431, f"request line and headers are longer than the {self.limits.header_bytes} bytes allowed")
+        return _Refused(
+            431,
+            f"request line and headers are longer than the {self.limits.header_bytes} bytes"
+            " allowed",
+        )
 
     def _refuse(self, refused: _Refused) -> None:
         self._wait_no_more()
@@ -263,16 +290,21 @@ class Connection(EndingProtocol):
         self.limits.refused(refused.status)
         body = json.dumps({"error": str(refused)}).encode()
         head = [STATUS_LINE[refused.status]]
-        head += [name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers]
-        head += [b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)]
+        head += [
+            name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
+        ]
+        head += [
+            b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+            % len(body)
+        ]
         self.transport.write(b"".join([*head, body]))
         self._linger(UNREAD_LINGER_S)
 
     def _go_on_without_upgrade(self, rest: bytes) -> None:
         """Parse the head again without its wish for another protocol.
 
-        The parser takes all that follows for that protocol; but a server may ignore the wish, and some HTTP/2 clients
-        state it with every first request.
+        The parser takes all that follows for that protocol; but a server may ignore the wish, and
+        some HTTP/2 clients state it with every first request.
         """
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         head = [method, b" ", self.url, b" HTTP/", version, b"\r\n"]

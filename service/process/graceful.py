@@ -1,4 +1,5 @@
-"""uvicorn's server with an end in good order: not ready first, then closed, and everything accepted is answered.
+"""uvicorn's server with an end in good order: not ready first, then closed, and everything accepted
+is answered.
 
 Knows no model and no route. Signals are handed to it by whoever owns the process.
 """
@@ -30,7 +31,8 @@ _log = structlog.get_logger("evalmode.service")
 _TICK_S = 1.0
 _BACKLOG = 2048
 _TLS_CLOSING_S = 1.0
-# The longest wait for what was given up to notice it, and after that for the application to close its parts.
+# The longest wait for what was given up to notice it, and after that for the application to close
+# its parts.
 _GIVING_UP_S = 1.0
 _CLOSING_S = 8.0
 
@@ -47,7 +49,8 @@ class Step(IntEnum):
 class GracefulServer(uvicorn.Server):
     """Serves an application on one bound socket until it is told to stop.
 
-    `serving` is called when it listens. `watch` is called every second; it may set `welcome` and call `leave`.
+    `serving` is called when it listens. `watch` is called every second; it may set `welcome` and
+    call `leave`.
     """
 
     server_state: Connections
@@ -65,7 +68,8 @@ class GracefulServer(uvicorn.Server):
         super().__init__(_config(app, settings, refused=refused))
         self.server_state = Connections()
         self.exit_code = 0
-        self.welcome = True  # whether connections are taken; where not, another process that listens there takes them
+        # whether connections are taken; where not, another process that listens there takes them
+        self.welcome = True
         self._settings = settings
         self._health = health
         self._serving = serving
@@ -77,7 +81,9 @@ class GracefulServer(uvicorn.Server):
         self._watchdog.daemon = True
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve on one bound socket until the end. Raises OSError when another process listens there already."""
+        """Serve on one bound socket until the end. Raises OSError when another process listens
+        there already.
+        """
         try:
             super().run(sockets)
         finally:
@@ -134,7 +140,9 @@ class GracefulServer(uvicorn.Server):
             await self.on_tick(0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take what the kernel has accepted, answer all that was asked, and close the application."""
+        """Take what the kernel has accepted, answer all that was asked, and close the
+        application.
+        """
         self._watchdog.start()
         until_s = self._now_s() + self._settings.grace_s
         self._reach(Step.STOPPING)
@@ -145,7 +153,8 @@ class GracefulServer(uvicorn.Server):
             await self._unless_leaving(asyncio.wait(tasks), until_s)
         if self.server_state.connections or self.server_state.tasks:
             await self._give_up()
-        if self.exit_code:  # what makes this process useless may keep the application from closing, too
+        # what makes this process useless may keep the application from closing, too
+        if self.exit_code:
             os._exit(self.exit_code)
         try:
             await asyncio.wait_for(self.lifespan.shutdown(), _CLOSING_S)
@@ -177,15 +186,22 @@ class GracefulServer(uvicorn.Server):
     async def _unless_leaving(self, end: Coroutine[Any, Any, object], until_s: float) -> None:
         """Wait for this end until then, but no longer than until the last step."""
         ending = asyncio.ensure_future(end)
-        while self._step < Step.LEAVING and not ending.done() and (left_s := until_s - self._now_s()) > 0:
+        while (
+            self._step < Step.LEAVING
+            and not ending.done()
+            and (left_s := until_s - self._now_s()) > 0
+        ):
             further = asyncio.ensure_future(self._further.wait())
-            await asyncio.wait((ending, further), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (ending, further), timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+            )
             further.cancel()
             self._further.clear()
         ending.cancel()
 
     async def _listen(self) -> None:
-        # A copy, for the loop closes what it is given, and the connections that wait then are still to be taken.
+        # A copy, for the loop closes what it is given, and the connections that wait then are still
+        # to be taken.
         self._server = await asyncio.get_running_loop().create_server(
             self._connection, sock=self._listener.dup(), backlog=_BACKLOG, **self._tls()
         )
@@ -214,7 +230,8 @@ class GracefulServer(uvicorn.Server):
     async def _give_up(self) -> None:
         tasks = set(self.server_state.tasks)
         _log.error("given up", requests=len(tasks), connections=len(self.server_state.connections))
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that line stands for a traceback of each
+        # that line stands for a traceback of each
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.server_state.give_up()
         for task in tasks:
             task.cancel()
@@ -224,7 +241,9 @@ class GracefulServer(uvicorn.Server):
 
     def _connection(self) -> asyncio.Protocol:
         kind: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
-        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return kind(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     def _tls(self) -> dict[str, Any]:
         if self.config.ssl is None:
@@ -240,7 +259,9 @@ class GracefulServer(uvicorn.Server):
         os._exit(self.exit_code)
 
 
-def _config(app: Callable[..., Any], settings: Settings, *, refused: Callable[[int], None]) -> uvicorn.Config:
+def _config(
+    app: Callable[..., Any], settings: Settings, *, refused: Callable[[int], None]
+) -> uvicorn.Config:
     context = tls_context(settings)
     return uvicorn.Config(
         app,
@@ -252,7 +273,8 @@ def _config(app: Callable[..., Any], settings: Settings, *, refused: Callable[[i
         server_header=False,
         ws="none",
         workers=1,
-        # Or a request would begin with what an earlier one on its connection had bound: with its id.
+        # Or a request would begin with what an earlier one on its connection had bound: with its
+        # id.
         reset_contextvars=True,
         timeout_keep_alive=settings.keep_alive_s,
         ssl_context_factory=(lambda config, default: context) if context else None,

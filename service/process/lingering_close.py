@@ -1,8 +1,10 @@
-"""How an HTTP/1.1 connection ends: so that its client reads all that was written, and in a bounded time.
+"""How an HTTP/1.1 connection ends: so that its client reads all that was written, and in a bounded
+time.
 
-uvicorn closes its sockets at once; whatever the client is sending then makes the kernel send a reset, which may reach
-the client before it has read our answer. Here the last byte is followed by the end of our side, and what still comes is
-read and dropped for a moment. Knows no limit on requests and no server.
+uvicorn closes its sockets at once; whatever the client is sending then makes the kernel send a
+reset, which may reach the client before it has read our answer. Here the last byte is followed by
+the end of our side, and what still comes is read and dropped for a moment. Knows no limit on
+requests and no server.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ UNREAD_LINGER_S = 2.0
 
 
 class Connections(ServerState):
-    """What all connections of a server share: themselves, whether the end has begun, and an event for when all left."""
+    """What all connections of a server share: themselves, whether the end has begun, and an event
+    for when all left.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,9 +68,11 @@ class Connections(ServerState):
 
 
 class Outlet:
-    """What a request's cycle writes to: the transport, but that it keeps the head until the body begins.
+    """What a request's cycle writes to: the transport, but that it keeps the head until the body
+    begins.
 
-    Together they are one system call, and one packet that wakes the client once. The end is the connection's affair.
+    Together they are one system call, and one packet that wakes the client once. The end is the
+    connection's affair.
     """
 
     def __init__(self, connection: EndingProtocol) -> None:
@@ -103,7 +109,9 @@ class Outlet:
 
 
 class EndingProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with ends in good order. A class of it says how long a client may leave something unread."""
+    """uvicorn's protocol with ends in good order. A class of it says how long a client may leave
+    something unread.
+    """
 
     read_timeout_s: ClassVar[float]
     server_state: Connections
@@ -116,7 +124,9 @@ class EndingProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._timer: asyncio.TimerHandle | None = None  # of the one thing that is waited for: a head, a body, the end
+        self._timer: asyncio.TimerHandle | None = (
+            None  # of the one thing that is waited for: a head, a body, the end
+        )
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_body = False
         self._deaf = False  # what comes is read and dropped
@@ -143,7 +153,9 @@ class EndingProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def retire(self) -> None:
-        """Let the newest answer, where it is not yet begun, say that the connection ends with it."""
+        """Let the newest answer, where it is not yet begun, say that the connection ends with
+        it.
+        """
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
@@ -177,7 +189,9 @@ class EndingProtocol(HttpToolsProtocol):
     def _unread(self) -> int:
         """Bytes that the kernel has received and we have not."""
         try:
-            answer = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4))
+            answer = fcntl.ioctl(
+                self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4)
+            )
         except OSError:
             return 0
         return int.from_bytes(answer, sys.byteorder)

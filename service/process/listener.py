@@ -11,7 +11,8 @@ from evalmode.service.settings import Settings
 
 
 def bound(settings: Settings) -> socket.socket:
-    """A socket that holds the port and does not listen yet: who connects before the model is ready is refused.
+    """A socket that holds the port and does not listen yet: who connects before the model is ready
+    is refused.
 
     Raises StartFailed when the address cannot be had.
     """
@@ -29,7 +30,9 @@ def bound(settings: Settings) -> socket.socket:
 
 def cannot_listen(settings: Settings, error: OSError) -> StartFailed:
     """The sentence for an address that cannot be had."""
-    return StartFailed(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
+    return StartFailed(
+        f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
+    )
 
 
 def url_of(settings: Settings, listener: socket.socket) -> str:
@@ -58,7 +61,9 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     if settings.ssl_certfile is None:
         for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
             if getattr(settings, name) is not None:
-                raise StartFailed(f"setting {name} is of no use without ssl_certfile, the server's certificate")
+                raise StartFailed(
+                    f"setting {name} is of no use without ssl_certfile, the server's certificate"
+                )
         return None
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         path = getattr(settings, name)
@@ -71,14 +76,16 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
         context.load_cert_chain(
             settings.ssl_certfile,
             settings.ssl_keyfile,
-            # Without one OpenSSL would ask at the terminal, and a service would wait there for ever.
+            # Without one OpenSSL would ask at the terminal, and a service would wait there for
+            # ever.
             password=secret.get_secret_value() if secret else lambda: "",
         )
     except (OSError, ValueError) as error:
         key = settings.ssl_keyfile or settings.ssl_certfile
         raise StartFailed(
-            f"settings ssl_certfile and ssl_keyfile: {settings.ssl_certfile} and {key} are no certificate with its "
-            f"private key, or ssl_keyfile_password is not its password: {error}"
+            f"settings ssl_certfile and ssl_keyfile: {settings.ssl_certfile} and {key} are no"
+            " certificate with its private key, or ssl_keyfile_password is not its password:"
+            f" {error}"
         ) from error
     if settings.ssl_ca_certs is not None:
         _demand_certificates(context, settings)
@@ -90,4 +97,6 @@ def _demand_certificates(context: ssl.SSLContext, settings: Settings) -> None:
     try:
         context.load_verify_locations(settings.ssl_ca_certs)
     except OSError as error:
-        raise StartFailed(f"setting ssl_ca_certs: {settings.ssl_ca_certs} holds no certificates: {error}") from error
+        raise StartFailed(
+            f"setting ssl_ca_certs: {settings.ssl_ca_certs} holds no certificates: {error}"
+        ) from error

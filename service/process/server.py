@@ -1,4 +1,5 @@
-"""A process that serves: binds the port, opens the models, runs the server, ends with 0 on a signal.
+"""A process that serves: binds the port, opens the models, runs the server, ends with 0 on a
+signal.
 
 Knows no route. What it serves is a `Service`, by default the one that the settings ask for.
 """
@@ -36,7 +37,8 @@ _REFUSALS = {408: "request_timeout", 503: "not_ready"}
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What a process serves: an ASGI application, its health, and what its first log line tells of it.
+    """What a process serves: an ASGI application, its health, and what its first log line tells of
+    it.
 
     `refused` is told the status of every request that is refused before the application sees it.
     """
@@ -55,8 +57,9 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
 
-    Call it from the main thread. `open_service` opens what is served in this process; where the settings ask for
-    several, each is a process of the command `worker`. Raises EvalmodeError, one sentence, when it cannot start.
+    Call it from the main thread. `open_service` opens what is served in this process; where the
+    settings ask for several, each is a process of the command `worker`. Raises EvalmodeError, one
+    sentence, when it cannot start.
     """
     configure_logs(settings.log_format)
     for variable, sentence in strange_variables().items():
@@ -105,7 +108,9 @@ def serve_one(
     signals.to(server.signalled)
     try:
         server.run([listener])
-    except OSError as error:  # two processes may bind a port at once; the second to listen is refused here
+    except (
+        OSError
+    ) as error:  # two processes may bind a port at once; the second to listen is refused here
         raise cannot_listen(settings, error) from error
     return server.exit_code
 
@@ -115,7 +120,7 @@ def main() -> int:
     try:
         serve(load_settings())
     except EvalmodeError as error:
-        print(f"evalmode: {error}", file=sys.stderr)
+        print(f"evalmode: {error}", file=sys.stderr)  # noqa: T201 - as the command line does
         return 2
     return 0
 
@@ -125,8 +130,8 @@ def _open_service(settings: Settings) -> Service:
     from evalmode.service.app import create_app
     from evalmode.service.components import open_state
 
-    # What was imported stays: without this the collector walks over all of it again and again, tens of milliseconds in
-    # which nobody is answered. Before the models, for those are let go.
+    # What was imported stays: without this the collector walks over all of it again and again, tens
+    # of milliseconds in which nobody is answered. Before the models, for those are let go.
     gc.collect()
     gc.freeze()
     state = open_state(settings)
@@ -139,7 +144,9 @@ def _open_service(settings: Settings) -> Service:
 
 
 def _told(models: tuple[Model, ...]) -> dict[str, object]:
-    """What the first line tells of the models: plain values, for it may be another process that writes it."""
+    """What the first line tells of the models: plain values, for it may be another process that
+    writes it.
+    """
     if not models:
         return {}
     first, *others = models
@@ -148,7 +155,9 @@ def _told(models: tuple[Model, ...]) -> dict[str, object]:
         "digest": first.digest,
         "provider": first.platform.provider,
         "known_answers": str(first.replayed.verdict) if first.replayed else "not replayed",
-        "uncertified": [f"{model.name}/{model.version}" for model in models if not _is_certified(model)],
+        "uncertified": [
+            f"{model.name}/{model.version}" for model in models if not _is_certified(model)
+        ],
     }
     if others:
         told["others"] = [f"{model.name}/{model.version}" for model in others]
@@ -163,7 +172,10 @@ def _is_certified(model: Model) -> bool:
 def _log_start(settings: Settings, listener: socket.socket, told: Mapping[str, object]) -> None:
     fields = dict(told)
     for model in fields.pop("uncertified", []):  # type: ignore[attr-defined]
-        _log.warning(f"model {model} is not certified: nothing proves that it answers as the trained model does")
+        _log.warning(
+            f"model {model} is not certified: nothing proves that it answers as the trained model"
+            " does"
+        )
     _log.info("serving", url=url_of(settings, listener), **fields, start_s=_process_age_s())
 
 
@@ -173,7 +185,9 @@ def _process_age_s() -> float | None:
         started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
         return None
-    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK"), 3)
+    return round(
+        time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK"), 3
+    )
 
 
 if __name__ == "__main__":

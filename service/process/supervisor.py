@@ -1,7 +1,9 @@
-"""Several server processes on one port: starts them, replaces those that end, and ends them. Serves nothing itself.
+"""Several server processes on one port: starts them, replaces those that end, and ends them. Serves
+nothing itself.
 
-A worker that ends is replaced at once, one that ends again and again before it was ready ever later. The socket is
-bound and kept here, so what waits to be accepted when a worker ends is taken by the others.
+A worker that ends is replaced at once, one that ends again and again before it was ready ever
+later. The socket is bound and kept here, so what waits to be accepted when a worker ends is taken
+by the others.
 """
 
 from __future__ import annotations
@@ -47,8 +49,11 @@ class _Worker:
     refused: str | None = None
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it is there to take one; while it starts, the one that ends it without a word."""
-        # Not by `send_signal`, which looks first whether the process has ended, and takes the exit code from asyncio.
+        """Send it a signal, if it is there to take one; while it starts, the one that ends it
+        without a word.
+        """
+        # Not by `send_signal`, which looks first whether the process has ended, and takes the exit
+        # code from asyncio.
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number if self.was_ready else signal.SIGTERM)
@@ -57,7 +62,9 @@ class _Worker:
 class Supervisor:
     """Keeps `settings.workers` processes of `command` serving on a bound socket."""
 
-    def __init__(self, settings: Settings, listener: socket.socket, *, command: Sequence[str]) -> None:
+    def __init__(
+        self, settings: Settings, listener: socket.socket, *, command: Sequence[str]
+    ) -> None:
         self._settings = settings
         self._listener = listener
         self._command = command
@@ -68,8 +75,9 @@ class Supervisor:
     def run(self, signals: Signals, *, serving: Callable[[Mapping[str, object]], None]) -> None:
         """Serve until a signal, and until every worker has ended.
 
-        `serving` is called once, when all workers are ready first, with what one of them tells of its models. Raises
-        StartFailed with the sentence of a worker that refuses to start before that.
+        `serving` is called once, when all workers are ready first, with what one of them tells of
+        its models. Raises StartFailed with the sentence of a worker that refuses to start before
+        that.
         """
         with metrics_folder(self._settings) as self._folder:
             asyncio.run(self._run(signals, serving))
@@ -105,7 +113,11 @@ class Supervisor:
                 failures = 0 if worker.was_ready else failures + 1
             if failures and self._signal is None:
                 backoff_s = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2**failures)
-                _log.error("waiting before the next start of a worker", failures=failures, backoff_s=backoff_s)
+                _log.error(
+                    "waiting before the next start of a worker",
+                    failures=failures,
+                    backoff_s=backoff_s,
+                )
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), backoff_s)
 
@@ -144,7 +156,9 @@ class Supervisor:
             return
         if worker.refused is not None and not self._served:
             raise StartFailed(worker.refused)
-        _log.error("a worker ended", worker=worker.process.pid, exit_code=code, reason=worker.refused)
+        _log.error(
+            "a worker ended", worker=worker.process.pid, exit_code=code, reason=worker.refused
+        )
 
     def _hear(self, worker: _Worker, said: Mapping[str, Any]) -> None:
         if "refused" in said:
@@ -175,7 +189,8 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         if self._signal is None:
-            # Else whoever connects after the last worker has stopped listening would wait here for nobody.
+            # Else whoever connects after the last worker has stopped listening would wait here for
+            # nobody.
             self._listener.close()
             limit_s = self._settings.drain_s + self._settings.grace_s + _ENDING_S
             asyncio.get_running_loop().call_later(limit_s, self._kill)
@@ -207,7 +222,8 @@ def settings_as_json(settings: Settings) -> str:
 
 @contextlib.contextmanager
 def metrics_folder(settings: Settings, *, memory: str = "/dev/shm") -> Iterator[str | None]:
-    """Where the workers' figures meet: a folder in memory where there is one; None where nobody asks for figures.
+    """Where the workers' figures meet: a folder in memory where there is one; None where nobody
+    asks for figures.
 
     Raises StartFailed where nothing can be written.
     """
@@ -216,11 +232,13 @@ def metrics_folder(settings: Settings, *, memory: str = "/dev/shm") -> Iterator[
         return
     place = memory if os.access(memory, os.W_OK) else None
     try:
-        kept = tempfile.TemporaryDirectory(prefix="evalmode-metrics-", dir=place, ignore_cleanup_errors=True)
+        kept = tempfile.TemporaryDirectory(
+            prefix="evalmode-metrics-", dir=place, ignore_cleanup_errors=True
+        )
     except OSError as error:
         raise StartFailed(
-            f"the figures of several workers need a folder: make {memory} or TMPDIR writable, or set metrics to false "
-            f"(--no-metrics): {error.strerror or error}"
+            f"the figures of several workers need a folder: make {memory} or TMPDIR writable, or"
+            f" set metrics to false (--no-metrics): {error.strerror or error}"
         ) from error
     with kept as folder:
         yield folder

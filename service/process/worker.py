@@ -1,9 +1,11 @@
-"""One of several server processes, as a supervisor starts them: told its settings, it tells how it is. Knows no route.
+"""One of several server processes, as a supervisor starts them: told its settings, it tells how it
+is. Knows no route.
 
-Both use one socket, a line of JSON each time. To the worker: first its settings, then {"others": N} whenever the number
-of other workers that take requests changes. From it: {"refused": SENTENCE} when it cannot start, {"ready": true,
-"told": {...}} when it serves, {"ready": bool, "why": SENTENCE} when that changes. When the socket ends the supervisor
-has ended: then the worker drains and ends by itself.
+Both use one socket, a line of JSON each time. To the worker: first its settings, then {"others": N}
+whenever the number of other workers that take requests changes. From it: {"refused": SENTENCE} when
+it cannot start, {"ready": true, "told": {...}} when it serves, {"ready": bool, "why": SENTENCE}
+when that changes. When the socket ends the supervisor has ended: then the worker drains and ends by
+itself.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from evalmode.service.telemetry.logs import configure_logs
 
 _log = structlog.get_logger("evalmode.service")
 
-# What the exit code of a worker says, beside 0 and the system's: it refused to start, or a batch is stuck for good.
+# What the exit code of a worker says, beside 0 and the system's: it refused to start, or a batch is
+# stuck for good.
 REFUSED = 2
 STUCK = 70
 _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -49,7 +52,9 @@ class Supervised:
         self.settings = Settings(**json.loads(self._lines.readline()))
 
     def listen(self) -> None:
-        """From now on take what the supervisor says, in a thread of its own; without a supervisor, end."""
+        """From now on take what the supervisor says, in a thread of its own; without a supervisor,
+        end.
+        """
         threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
 
     def serving(self, service: Service) -> None:
@@ -61,7 +66,9 @@ class Supervised:
         self._tell(refused=str(error))
 
     def watch(self, service: Service, server: GracefulServer) -> None:
-        """Tell when readiness changes; leave new connections to others when not ready; end when nothing helps."""
+        """Tell when readiness changes; leave new connections to others when not ready; end when
+        nothing helps.
+        """
         if reason := service.health.live():
             _log.error("leaving", reason=reason)
             server.leave(STUCK)
@@ -88,7 +95,9 @@ class Supervised:
             self._channel.sendall(json.dumps(what).encode() + b"\n")
 
 
-def work(listener_fd: int, channel_fd: int, *, open_service: Callable[[Settings], Service] | None = None) -> int:
+def work(
+    listener_fd: int, channel_fd: int, *, open_service: Callable[[Settings], Service] | None = None
+) -> int:
     """Serve on an inherited socket until told to stop; the exit code."""
     with Signals() as signals, socket.socket(fileno=listener_fd) as listener:
         supervised = Supervised(socket.socket(fileno=channel_fd))

@@ -1,1 +1,3 @@
-"""The Open Inference Protocol v2 over REST, as bytes and tensors. Knows no framework, no model and no engine."""
+"""The Open Inference Protocol v2 over REST, as bytes and tensors. Knows no framework, no model and
+no engine.
+"""

@@ -1,4 +1,5 @@
-"""Tensors from and to raw bytes: little-endian elements, and BYTES elements behind their lengths. Knows no JSON.
+"""Tensors from and to raw bytes: little-endian elements, and BYTES elements behind their lengths.
+Knows no JSON.
 
 Sizes in a request are claims: each is held against what is there before anything is made of it.
 """
@@ -19,21 +20,25 @@ _LENGTH = struct.Struct("<I")
 def array_from_bytes(raw: memoryview, datatype: str, count: int, *, field: str) -> Array:
     """A flat array of `count` elements that `raw` holds, nothing less and nothing more.
 
-    It is a copy of its own: what stands in a body is not aligned, and the body should not live as long as its tensors.
+    It is a copy of its own: what stands in a body is not aligned, and the body should not live as
+    long as its tensors.
     """
     if datatype == BYTES:
         return np.array(_split(raw, count, field=field), dtype=object)
     dtype = DTYPES[datatype]
     if len(raw) != count * dtype.itemsize:
         raise BadRequest(
-            f"{field} must be {count * dtype.itemsize} bytes for {count} elements of {datatype}, got {len(raw)}",
+            f"{field} must be {count * dtype.itemsize} bytes for {count} elements of {datatype},"
+            f" got {len(raw)}",
             field=field,
         )
     if dtype.kind != "b":
         return np.frombuffer(raw, dtype).copy()
     truths = np.frombuffer(raw, np.uint8)
     if truths.max(initial=0) > 1:
-        raise BadRequest(f"{field} must hold the bytes 0 and 1 for BOOL, got {truths.max()}", field=field)
+        raise BadRequest(
+            f"{field} must hold the bytes 0 and 1 for BOOL, got {truths.max()}", field=field
+        )
     return truths.astype(np.bool_)
 
 
@@ -60,5 +65,7 @@ def _split(raw: memoryview, count: int, *, field: str) -> Sequence[bytes]:
         elements.append(bytes(raw[start:place]))
     if len(elements) < count or place < len(raw):
         more = "fewer" if len(elements) < count else "more"
-        raise BadRequest(f"{field} holds {more} elements than the {count} that the shape says", field=field)
+        raise BadRequest(
+            f"{field} holds {more} elements than the {count} that the shape says", field=field
+        )
     return elements

@@ -1,8 +1,9 @@
-"""The protocol's datatypes, and their tensors from and to lists of JSON values. Knows no bytes and no shapes.
+"""The protocol's datatypes, and their tensors from and to lists of JSON values. Knows no bytes and
+no shapes.
 
-Strict where Python is not: a bool is no number, 1.0 is no integer, and a number that its datatype cannot hold is
-refused instead of wrapped or rounded to infinity. Floats are written with as many digits as it takes to read the same
-bits back.
+Strict where Python is not: a bool is no number, 1.0 is no integer, and a number that its datatype
+cannot hold is refused instead of wrapped or rounded to infinity. Floats are written with as many
+digits as it takes to read the same bits back.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def datatype_of(array: Array) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of a request as a sentence shows it: cut where it gets long, and never walked into."""
+    """A value of a request as a sentence shows it: cut where it gets long, and never walked
+    into.
+    """
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
     text = json.dumps(value[: _SHOWN_CHARACTERS + 1] if isinstance(value, str) else value)
@@ -55,29 +58,53 @@ def shown(value: object) -> str:
 
 
 def array_from_values(values: Sequence[object], datatype: str, *, field: str) -> Array:
-    """A flat array of JSON values; BYTES become objects of `str`. Raises BadRequest naming the first that is wrong."""
+    """A flat array of JSON values; BYTES become objects of `str`. Raises BadRequest naming the
+    first that is wrong.
+    """
     kinds = set(map(type, values))
     if datatype == BYTES:
-        _require(kinds <= {str}, values, lambda value: isinstance(value, str), what="a string", field=field)
+        _require(
+            kinds <= {str},
+            values,
+            lambda value: isinstance(value, str),
+            what="a string",
+            field=field,
+        )
         return np.array(values, dtype=object)
     dtype = DTYPES[datatype]
     if dtype.kind == "b":
-        _require(kinds <= {bool}, values, lambda value: isinstance(value, bool), what="true or false", field=field)
+        _require(
+            kinds <= {bool},
+            values,
+            lambda value: isinstance(value, bool),
+            what="true or false",
+            field=field,
+        )
         return np.array(values, dtype=dtype)
     if dtype.kind == "f":
-        return _floats(values, dtype, sound=kinds <= {int, float}, what=f"a number within {datatype}", field=field)
-    return _integers(values, dtype, sound=kinds <= {int}, what=f"an integer within {datatype}", field=field)
+        return _floats(
+            values,
+            dtype,
+            sound=kinds <= {int, float},
+            what=f"a number within {datatype}",
+            field=field,
+        )
+    return _integers(
+        values, dtype, sound=kinds <= {int}, what=f"an integer within {datatype}", field=field
+    )
 
 
 def values_of(array: Array, *, field: str) -> list[Any]:
-    """The elements, row-major, as JSON values. Raises BadRequest for what JSON cannot write, naming the way out."""
+    """The elements, row-major, as JSON values. Raises BadRequest for what JSON cannot write, naming
+    the way out.
+    """
     flat = array.ravel()
     if array.dtype.hasobject:
         return [_text(element, field=field) for element in flat]
     if array.dtype.kind == "f" and not np.isfinite(flat).all():
         raise BadRequest(
-            f"{field} holds numbers that are not finite, which JSON cannot write: ask for it with the parameter "
-            '"binary_data": true',
+            f"{field} holds numbers that are not finite, which JSON cannot write: ask for it with"
+            ' the parameter "binary_data": true',
             field=field,
         )
     return list(flat.tolist())
@@ -90,11 +117,15 @@ def _text(element: str | bytes, *, field: str) -> str:
         return element.decode()
     except UnicodeDecodeError as error:
         raise BadRequest(
-            f'{field} holds bytes that are not UTF-8: ask for it with the parameter "binary_data": true', field=field
+            f'{field} holds bytes that are not UTF-8: ask for it with the parameter "binary_data":'
+            " true",
+            field=field,
         ) from error
 
 
-def _integers(values: Sequence[object], dtype: np.dtype[Any], *, sound: bool, what: str, field: str) -> Array:
+def _integers(
+    values: Sequence[object], dtype: np.dtype[Any], *, sound: bool, what: str, field: str
+) -> Array:
     bounds = np.iinfo(dtype)
     lowest, highest = int(bounds.min), int(bounds.max)
 
@@ -106,7 +137,9 @@ def _integers(values: Sequence[object], dtype: np.dtype[Any], *, sound: bool, wh
     return np.array(values, dtype=dtype)
 
 
-def _floats(values: Sequence[object], dtype: np.dtype[Any], *, sound: bool, what: str, field: str) -> Array:
+def _floats(
+    values: Sequence[object], dtype: np.dtype[Any], *, sound: bool, what: str, field: str
+) -> Array:
     def fits(value: object) -> bool:
         return type(value) in (int, float) and _all_finite([value], dtype) is not None
 
@@ -126,8 +159,12 @@ def _all_finite(values: Sequence[object], dtype: np.dtype[Any]) -> Array | None:
     return found if bool(np.isfinite(found).all()) else None
 
 
-def _require(sound: bool, values: Sequence[object], fits: Callable[[object], bool], *, what: str, field: str) -> None:
+def _require(
+    sound: bool, values: Sequence[object], fits: Callable[[object], bool], *, what: str, field: str
+) -> None:
     if sound:
         return
     place = next(place for place, value in enumerate(values) if not fits(value))
-    raise BadRequest(f"{field}.{place} must be {what}, got {shown(values[place])}", field=f"{field}.{place}")
+    raise BadRequest(
+        f"{field}.{place} must be {what}, got {shown(values[place])}", field=f"{field}.{place}"
+    )

@@ -1,6 +1,7 @@
 """The fields of a parsed body: an entry's name, its parameters, a flag. Knows no tensor.
 
-`null` stands for a field that is not given, as many clients write it; anything else of a wrong type is BadRequest.
+`null` stands for a field that is not given, as many clients write it; anything else of a wrong type
+is BadRequest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from evalmode.service.protocol.datatypes import shown
 def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`."""
     try:
-        # Python's parser: a lone surrogate escape (half an emoji) is valid JSON and a text to answer.
+        # Python's parser: a lone surrogate escape (half an emoji) is valid JSON and a text to
+        # answer.
         found = json.loads(raw.decode(), parse_constant=_refuse_constant)
     except RecursionError as error:
         raise BadRequest("the body is nested too deeply") from error
@@ -45,7 +47,9 @@ def name_of(entry: object, names: set[str], *, field: str) -> str:
         raise BadRequest(f"{field} must be an object, got {shown(entry)}", field=field)
     name = entry.get("name")
     if not isinstance(name, str):
-        raise BadRequest(f"{field}.name must be a string, got {said(entry, 'name')}", field=f"{field}.name")
+        raise BadRequest(
+            f"{field}.name must be a string, got {said(entry, 'name')}", field=f"{field}.name"
+        )
     if name in names:
         raise BadRequest(f"{field}.name names {shown(name)} a second time", field=f"{field}.name")
     names.add(name)
@@ -58,7 +62,9 @@ def parameters_of(entry: dict[str, Any], *, field: str) -> dict[str, Any]:
     if parameters is not None and not isinstance(parameters, dict):
         raise BadRequest(f"{field} must be an object, got {shown(parameters)}", field=field)
     if parameters and "shared_memory_region" in parameters:
-        raise BadRequest(f"{field}.shared_memory_region: this server offers no shared memory", field=field)
+        raise BadRequest(
+            f"{field}.shared_memory_region: this server offers no shared memory", field=field
+        )
     return parameters or {}
 
 
@@ -66,16 +72,21 @@ def flag(parameters: dict[str, Any], key: str, *, default: bool, field: str) -> 
     """The parameter `key`, true or false."""
     found = parameters.get(key)
     if found is not None and not isinstance(found, bool):
-        raise BadRequest(f"{field}.{key} must be true or false, got {shown(found)}", field=f"{field}.{key}")
+        raise BadRequest(
+            f"{field}.{key} must be true or false, got {shown(found)}", field=f"{field}.{key}"
+        )
     return default if found is None else found
 
 
-def integer(parameters: dict[str, Any], key: str, *, lowest: int, highest: int, field: str) -> int | None:
+def integer(
+    parameters: dict[str, Any], key: str, *, lowest: int, highest: int, field: str
+) -> int | None:
     """The parameter `key`, an integer from `lowest` to `highest`; None where it is not given."""
     found = parameters.get(key)
     if found is not None and (type(found) is not int or not lowest <= found <= highest):
         raise BadRequest(
-            f"{field}.{key} must be an integer from {lowest} to {highest}, got {shown(found)}", field=f"{field}.{key}"
+            f"{field}.{key} must be an integer from {lowest} to {highest}, got {shown(found)}",
+            field=f"{field}.{key}",
         )
     return found
 

@@ -1,4 +1,6 @@
-"""What the protocol says of a server and of a model, as pydantic records. Knows no model: it is given its tensors."""
+"""What the protocol says of a server and of a model, as pydantic records. Knows no model: it is
+given its tensors.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class ModelState(_Record):
 
 
 class ModelMetadata(_Record):
-    """A model's tensors; a shape holds -1 where it varies. A text model takes either `text` or its graph's inputs."""
+    """A model's tensors; a shape holds -1 where it varies. A text model takes either `text` or its
+    graph's inputs.
+    """
 
     name: str
     versions: tuple[str, ...] = Field(description="the versions that are served, newest first")
@@ -67,7 +71,9 @@ class IndexEntry(_Record):
 
 
 class ModelStatistics(_Record):
-    """Figures of model versions since the server began, as Triton's statistics extension writes them."""
+    """Figures of model versions since the server began, as Triton's statistics extension writes
+    them.
+    """
 
     model_stats: tuple[dict[str, JsonValue], ...]
 
@@ -79,7 +85,9 @@ class ErrorBody(_Record):
 
 
 class ConfiguredTensor(_Record):
-    """A tensor as Triton's model configuration writes it: `dims` are a row's, without the number of rows."""
+    """A tensor as Triton's model configuration writes it: `dims` are a row's, without the number of
+    rows.
+    """
 
     name: str
     data_type: str
@@ -108,7 +116,9 @@ class ModelConfig(_Record):
     max_batch_size: int
     input: tuple[ConfiguredInput, ...]
     output: tuple[ConfiguredTensor, ...]
-    dynamic_batching: dict[str, int] | None = Field(default=None, description="absent where rows are never batched")
+    dynamic_batching: dict[str, int] | None = Field(
+        default=None, description="absent where rows are never batched"
+    )
     parameters: dict[str, dict[Literal["string_value"], str]]
 
 
@@ -123,9 +133,11 @@ def model_config(
     versions: int,
     max_rows: int,
 ) -> ModelConfig:
-    """The configuration of a model; `alternatives` where its inputs are several ways to ask it the same.
+    """The configuration of a model; `alternatives` where its inputs are several ways to ask it the
+    same.
 
-    A model that is not `batched` has a `max_batch_size` of 0 and, by Triton's rule, the rows among its dims.
+    A model that is not `batched` has a `max_batch_size` of 0 and, by Triton's rule, the rows among
+    its dims.
     """
 
     def dims(spec: TensorSpec) -> tuple[int, ...]:
@@ -136,11 +148,17 @@ def model_config(
         version_policy=VersionPolicy(latest={"num_versions": versions}),
         max_batch_size=max_rows if batched else 0,
         input=tuple(
-            ConfiguredInput(name=spec.name, data_type=_data_type(spec.datatype), dims=dims(spec), optional=alternatives)
+            ConfiguredInput(
+                name=spec.name,
+                data_type=_data_type(spec.datatype),
+                dims=dims(spec),
+                optional=alternatives,
+            )
             for spec in inputs
         ),
         output=tuple(
-            ConfiguredTensor(name=spec.name, data_type=_data_type(spec.datatype), dims=dims(spec)) for spec in outputs
+            ConfiguredTensor(name=spec.name, data_type=_data_type(spec.datatype), dims=dims(spec))
+            for spec in outputs
         ),
         dynamic_batching={} if batched else None,
         parameters={"digest": {"string_value": digest}},

@@ -1,4 +1,6 @@
-"""An inference response: named tensors as JSON, or as JSON with raw tensors behind it. Knows no model and no status."""
+"""An inference response: named tensors as JSON, or as JSON with raw tensors behind it. Knows no
+model and no status.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from evalmode.service.protocol.datatypes import Array, datatype_of, values_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OutputTensor:
-    """One output and how it is written; the elements of `data` are `str` or `bytes` where they are BYTES."""
+    """One output and how it is written; the elements of `data` are `str` or `bytes` where they are
+    BYTES.
+    """
 
     name: str
     data: Array
@@ -22,16 +26,24 @@ class OutputTensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoded:
-    """A body; `json_length` is the header that says where its raw tensors begin, None where it is JSON alone."""
+    """A body; `json_length` is the header that says where its raw tensors begin, None where it is
+    JSON alone.
+    """
 
     body: bytes
     json_length: int | None
 
 
 def encode_response(
-    outputs: Sequence[OutputTensor], *, model_name: str, model_version: str, digest: str, request_id: str | None = None
+    outputs: Sequence[OutputTensor],
+    *,
+    model_name: str,
+    model_version: str,
+    digest: str,
+    request_id: str | None = None,
 ) -> Encoded:
-    """The response with these outputs in their order; `digest` names every byte of the model that answered.
+    """The response with these outputs in their order; `digest` names every byte of the model that
+    answered.
 
     Raises BadRequest, naming the output, where JSON was asked for and cannot write it.
     """

@@ -1,4 +1,6 @@
-"""The protocol's bodies as JSON schemas, for the documentation: the server reads them by hand, and says more."""
+"""The protocol's bodies as JSON schemas, for the documentation: the server reads them by hand, and
+says more.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,15 @@ from typing import Any
 
 from evalmode.service.protocol.datatypes import DATATYPES
 
-_PARAMETERS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": ["boolean", "integer", "string"]}}
+_PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": {"type": ["boolean", "integer", "string"]},
+}
 _SHAPE: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 1}}
-_DATA: dict[str, Any] = {"type": "array", "description": "The elements, row-major: flat, or nested as the shape says."}
+_DATA: dict[str, Any] = {
+    "type": "array",
+    "description": "The elements, row-major: flat, or nested as the shape says.",
+}
 _TENSOR: dict[str, Any] = {
     "name": {"type": "string"},
     "datatype": {"type": "string", "enum": list(DATATYPES)},
@@ -25,15 +33,29 @@ INFER_REQUEST: dict[str, Any] = {
         "parameters": {
             "type": "object",
             "properties": {
-                "truncate": {"type": "boolean", "description": "Cut a text that is too long, or refuse it with 400."},
-                "binary_data_output": {"type": "boolean", "description": "Write outputs as raw tensors."},
-                "timeout": {"type": "integer", "minimum": 0, "description": "Microseconds; 0 means none."},
+                "truncate": {
+                    "type": "boolean",
+                    "description": "Cut a text that is too long, or refuse it with 400.",
+                },
+                "binary_data_output": {
+                    "type": "boolean",
+                    "description": "Write outputs as raw tensors.",
+                },
+                "timeout": {
+                    "type": "integer",
+                    "minimum": 0,
+                    "description": "Microseconds; 0 means none.",
+                },
             },
         },
         "inputs": {
             "type": "array",
             "minItems": 1,
-            "items": {"type": "object", "required": ["name", "datatype", "shape"], "properties": _TENSOR},
+            "items": {
+                "type": "object",
+                "required": ["name", "datatype", "shape"],
+                "properties": _TENSOR,
+            },
         },
         "outputs": {
             "type": "array",
@@ -58,7 +80,12 @@ INFER_REQUEST: dict[str, Any] = {
         {
             "id": "1",
             "inputs": [
-                {"name": "text", "datatype": "BYTES", "shape": [2], "data": ["Ez egy rövid mondat.", "Dit is een zin."]}
+                {
+                    "name": "text",
+                    "datatype": "BYTES",
+                    "shape": [2],
+                    "data": ["Ez egy rövid mondat.", "Dit is een zin."],
+                }
             ],
         }
     ],
@@ -74,7 +101,11 @@ INFER_RESPONSE: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"digest": {"type": "string"}}},
         "outputs": {
             "type": "array",
-            "items": {"type": "object", "required": ["name", "datatype", "shape"], "properties": _TENSOR},
+            "items": {
+                "type": "object",
+                "required": ["name", "datatype", "shape"],
+                "properties": _TENSOR,
+            },
         },
     },
 }

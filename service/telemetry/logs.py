@@ -1,8 +1,9 @@
-"""What the server writes to stderr: a line an event, JSON for machines, coloured for people. Knows no event itself.
+"""What the server writes to stderr: a line an event, JSON for machines, coloured for people. Knows
+no event itself.
 
-Whoever logs passes names, counts and digests. What a caller asked is never logged: a traceback shows code and no
-values, and an event holds no text of a request. No request and no end waits for long on whoever reads the lines: where
-nobody does, lines are lost, and the next one says how many.
+Whoever logs passes names, counts and digests. What a caller asked is never logged: a traceback
+shows code and no values, and an event holds no text of a request. No request and no end waits for
+long on whoever reads the lines: where nobody does, lines are lost, and the next one says how many.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import Literal, TextIO
 
 import structlog
 
-# How long a line waits for a reader, before it is given up with all that follow until there is room again.
+# How long a line waits for a reader, before it is given up with all that follow until there is room
+# again.
 _PATIENCE_MS = 250
 # As UTF-8 no more than 4,096 bytes: so much a pipe with any room takes without waiting.
 _PIECE_CHARACTERS = 1_024
 
 
 def configure_logs(form: Literal["auto", "json", "console"]) -> None:
-    """Send structlog's events, and the warnings of every library that uses `logging`, to stderr in one form.
+    """Send structlog's events, and the warnings of every library that uses `logging`, to stderr in
+    one form.
 
     What is logged while a request is answered carries its `request_id`, whoever logs it.
     """
@@ -39,7 +42,9 @@ def configure_logs(form: Literal["auto", "json", "console"]) -> None:
         shared.append(structlog.processors.format_exc_info)
     handler = LineHandler(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(processor=_renderer(console=console), foreign_pre_chain=shared)
+        structlog.stdlib.ProcessorFormatter(
+            processor=_renderer(console=console), foreign_pre_chain=shared
+        )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("evalmode").setLevel(logging.INFO)
@@ -56,12 +61,15 @@ def _renderer(*, console: bool) -> structlog.types.Processor:
         return structlog.processors.JSONRenderer(ensure_ascii=False)
     return structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(),
-        exception_formatter=structlog.dev.plain_traceback,  # the default one prints local variables: callers' texts
+        # the default one prints local variables: callers' texts
+        exception_formatter=structlog.dev.plain_traceback,
     )
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
-    """Writes lines to a stream with a descriptor; loses those for which its reader leaves no room."""
+    """Writes lines to a stream with a descriptor; loses those for which its reader leaves no
+    room.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -75,7 +83,9 @@ class LineHandler(logging.StreamHandler[TextIO]):
         try:
             if self._lost and self._room.poll(0):
                 said = f"{self._lost} lines before this one were lost: nobody read them"
-                missed = logging.LogRecord("evalmode.service", logging.WARNING, "", 0, said, None, None)
+                missed = logging.LogRecord(
+                    "evalmode.service", logging.WARNING, "", 0, said, None, None
+                )
                 self._lost = 0
                 self._write(self._cut + self.format(missed))
             if self._lost or not self._write(self.format(record)):

@@ -1,7 +1,8 @@
-"""What Prometheus reads at /metrics: requests, batches, the queue, models, determinism. Knows no route and no ONNX.
+"""What Prometheus reads at /metrics: requests, batches, the queue, models, determinism. Knows no
+route and no ONNX.
 
-One process keeps its figures in memory. Several, started with PROMETHEUS_MULTIPROC_DIR in their environment, keep them
-in files of that folder, and whichever is asked answers for all.
+One process keeps its figures in memory. Several, started with PROMETHEUS_MULTIPROC_DIR in their
+environment, keep them in files of that folder, and whichever is asked answers for all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -109,7 +117,10 @@ class Metrics:
 
     def _open_requests(self, registry: CollectorRegistry | None) -> None:
         self._requests = Counter(
-            "evalmode_requests", "Requests that were answered.", ("route", "method", "status"), registry=registry
+            "evalmode_requests",
+            "Requests that were answered.",
+            ("route", "method", "status"),
+            registry=registry,
         )
         self._durations = Histogram(
             "evalmode_request_duration_seconds",
@@ -118,35 +129,66 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self._in_flight = _gauge("evalmode_in_flight_requests", "Requests being answered now.", registry, "livesum")
+        self._in_flight = _gauge(
+            "evalmode_in_flight_requests", "Requests being answered now.", registry, "livesum"
+        )
         self._rejections = Counter(
-            "evalmode_rejections", "Requests that got no answer, by why.", ("reason",), registry=registry
+            "evalmode_rejections",
+            "Requests that got no answer, by why.",
+            ("reason",),
+            registry=registry,
         )
         for reason in REASONS:
-            self._rejections.labels(reason)  # a rate can only be taken of a series that was there before
-        self._queue_rows = _gauge("evalmode_queue_rows", "Rows that wait for a batch.", registry, "livesum")
-        self._queue_bytes = _gauge("evalmode_queue_bytes", "Bytes of the rows that wait.", registry, "livesum")
-        self._running = _gauge("evalmode_running_batches", "Batches that run now.", registry, "livesum")
+            # a rate can only be taken of a series that was there before
+            self._rejections.labels(reason)
+        self._queue_rows = _gauge(
+            "evalmode_queue_rows", "Rows that wait for a batch.", registry, "livesum"
+        )
+        self._queue_bytes = _gauge(
+            "evalmode_queue_bytes", "Bytes of the rows that wait.", registry, "livesum"
+        )
+        self._running = _gauge(
+            "evalmode_running_batches", "Batches that run now.", registry, "livesum"
+        )
 
     def _open_batches(self, registry: CollectorRegistry | None) -> None:
         def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"evalmode_{name}", what, ("model", "bucket"), buckets=buckets, registry=registry)
+            return Histogram(
+                f"evalmode_{name}", what, ("model", "bucket"), buckets=buckets, registry=registry
+            )
 
-        self._waits = histogram("queue_wait_seconds", "How long a row waited for its batch.", _SECONDS)
-        self._rows = histogram("batch_rows", "Rows of a batch, without copies that filled it up.", _ROWS)
+        self._waits = histogram(
+            "queue_wait_seconds", "How long a row waited for its batch.", _SECONDS
+        )
+        self._rows = histogram(
+            "batch_rows", "Rows of a batch, without copies that filled it up.", _ROWS
+        )
         self._tokens = histogram("batch_tokens", "Tokens of a batch, without padding.", _TOKENS)
-        self._padding = histogram("batch_padding_ratio", "Share of a batch's positions that held nothing.", _SHARES)
-        self._runs = histogram("run_duration_seconds", "How long the model ran on a batch.", _SECONDS)
+        self._padding = histogram(
+            "batch_padding_ratio", "Share of a batch's positions that held nothing.", _SHARES
+        )
+        self._runs = histogram(
+            "run_duration_seconds", "How long the model ran on a batch.", _SECONDS
+        )
         self._dropped = Counter(
-            "evalmode_dropped_rows", "Rows that were not answered, by why.", ("model", "reason"), registry=registry
+            "evalmode_dropped_rows",
+            "Rows that were not answered, by why.",
+            ("model", "reason"),
+            registry=registry,
         )
 
     def _open_models(self, registry: CollectorRegistry | None) -> None:
         self._checks = Counter(
-            "evalmode_determinism_checks", "Answers that were computed again, alone.", ("model",), registry=registry
+            "evalmode_determinism_checks",
+            "Answers that were computed again, alone.",
+            ("model",),
+            registry=registry,
         )
         self._violations = Counter(
-            "evalmode_determinism_violations", "Those that came out with other bits.", ("model",), registry=registry
+            "evalmode_determinism_violations",
+            "Those that came out with other bits.",
+            ("model",),
+            registry=registry,
         )
         self._info = _gauge(
             "evalmode_model_info",
@@ -155,9 +197,14 @@ class Metrics:
             "livemax",
             ("model", "version", "digest"),
         )
-        self._loaded = _gauge("evalmode_models_loaded", "How many models are loaded.", registry, "livemax")
+        self._loaded = _gauge(
+            "evalmode_models_loaded", "How many models are loaded.", registry, "livemax"
+        )
         self._swaps = Counter(
-            "evalmode_model_swaps", "Versions that took over, or did not.", ("model", "outcome"), registry=registry
+            "evalmode_model_swaps",
+            "Versions that took over, or did not.",
+            ("model", "outcome"),
+            registry=registry,
         )
 
     # What the edge tells.
@@ -166,8 +213,12 @@ class Metrics:
         """A request's headers are there."""
         self._in_flight.inc()
 
-    def request_ended(self, *, route: str, method: str, status: int, duration_s: float, reason: str | None) -> None:
-        """It was answered. `route` is the template of its path, and `reason` one of REASONS where it was rejected."""
+    def request_ended(
+        self, *, route: str, method: str, status: int, duration_s: float, reason: str | None
+    ) -> None:
+        """It was answered. `route` is the template of its path, and `reason` one of REASONS where
+        it was rejected.
+        """
         self._in_flight.dec()
         found = self._answered.get((route, method, status))
         if found is None:
@@ -180,7 +231,9 @@ class Metrics:
             self.rejected(reason)
 
     def rejected(self, reason: str) -> None:
-        """A request got no answer, for one of REASONS; also one that was refused before it was whole."""
+        """A request got no answer, for one of REASONS; also one that was refused before it was
+        whole.
+        """
         self._rejections.labels(reason).inc()
 
     # What the engine tells.
@@ -222,9 +275,13 @@ class Metrics:
     # What the repository tells.
 
     def show_models(self, models: Iterable[OpenModel]) -> None:
-        """These and no others are loaded now. In a single process the series of a name that is gone end with it."""
+        """These and no others are loaded now. In a single process the series of a name that is gone
+        end with it.
+        """
         with self._lock:
-            now = frozenset(ShownModel(name=one.name, version=one.version, digest=one.digest) for one in models)
+            now = frozenset(
+                ShownModel(name=one.name, version=one.version, digest=one.digest) for one in models
+            )
             for model in self._shown - now:
                 self._hide(model)
             names = {model.name for model in now}
@@ -248,7 +305,8 @@ class Metrics:
     def render(self, accept: str, *, load: Load | None = None) -> tuple[bytes, str]:
         """The figures and their content type, in the form that the `Accept` header asks for.
 
-        `load` is what the engine says of its queue now. With several processes this reads files: not for an event loop.
+        `load` is what the engine says of its queue now. With several processes this reads files:
+        not for an event loop.
         """
         if load is not None:
             self._show_load(load)
@@ -256,7 +314,9 @@ class Metrics:
         return encode(self._registry), content_type
 
     def watch(self, load: Callable[[], Load]) -> None:
-        """Where there are several processes: write this one's queue down every second, for the one that is asked."""
+        """Where there are several processes: write this one's queue down every second, for the one
+        that is asked.
+        """
         if not self._together:
             return
 
@@ -286,7 +346,9 @@ class Metrics:
             return found
         with self._lock:
             if bucket.model in self._gone:
-                return None  # its last batch, after the name went: a series would come back for good
+                return (
+                    None  # its last batch, after the name went: a series would come back for good
+                )
             found = _BucketFigures(
                 waited=self._waits.labels(*names),
                 rows=self._rows.labels(*names),
@@ -300,7 +362,8 @@ class Metrics:
     def _hide(self, model: ShownModel) -> None:
         labels = model.name, model.version, model.digest
         if self._together:
-            self._info.labels(*labels).set(0)  # files of several processes cannot forget; 0 is left out when read
+            # files of several processes cannot forget; 0 is left out when read
+            self._info.labels(*labels).set(0)
         else:
             self._info.remove(*labels)
 

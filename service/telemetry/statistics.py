@@ -1,7 +1,8 @@
-"""What was asked of each model version and how it went, in the form of the protocol's statistics extension.
+"""What was asked of each model version and how it went, in the form of the protocol's statistics
+extension.
 
-Knows no route and no model. It observes the engine (batches, waits) and is told how each request ended; it may be told
-so from any thread.
+Knows no route and no model. It observes the engine (batches, waits) and is told how each request
+ended; it may be told so from any thread.
 """
 
 from __future__ import annotations
@@ -73,7 +74,12 @@ class _Figures:
                 "cache_miss": none,
             },
             "batch_stats": [
-                {"batch_size": rows, "compute_input": none, "compute_infer": took.shown(), "compute_output": none}
+                {
+                    "batch_size": rows,
+                    "compute_input": none,
+                    "compute_infer": took.shown(),
+                    "compute_output": none,
+                }
                 for rows, took in sorted(self.by_rows.items())
             ],
         }
@@ -87,8 +93,12 @@ class Statistics(Observer):
         self._lock = threading.Lock()
         self._figures: OrderedDict[tuple[str, str], _Figures] = OrderedDict()
 
-    def request_succeeded(self, name: str, version: str, *, took_s: float, read_s: float, write_s: float) -> None:
-        """A request was answered in `took_s`, of which reading its tensors took `read_s`, writing them `write_s`."""
+    def request_succeeded(
+        self, name: str, version: str, *, took_s: float, read_s: float, write_s: float
+    ) -> None:
+        """A request was answered in `took_s`, of which reading its tensors took `read_s`, writing
+        them `write_s`.
+        """
         with self._lock:
             figures = self._of(name, version)
             figures.success.add(took_s)

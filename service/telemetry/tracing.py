@@ -1,4 +1,5 @@
-"""OpenTelemetry traces: a span a request, and in it one for its wait and one for the model's run. Knows no route.
+"""OpenTelemetry traces: a span a request, and in it one for its wait and one for the model's run.
+Knows no route.
 
 Nothing of OpenTelemetry is imported, and it need not be installed, where no endpoint is set.
 """
@@ -36,7 +37,8 @@ _log = structlog.get_logger("evalmode.service")
 
 
 def open_tracing(settings: Settings) -> Tracing | None:
-    """The traces that the settings, or OpenTelemetry's own variables, ask for; None where neither names an endpoint.
+    """The traces that the settings, or OpenTelemetry's own variables, ask for; None where neither
+    names an endpoint.
 
     Raises StartFailed when the packages for it are not installed.
     """
@@ -44,18 +46,25 @@ def open_tracing(settings: Settings) -> Tracing | None:
         return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: F401 - wanted by `around`
+
+        # `around` imports it again: here it shows that it is installed.
+        from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: F401
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise StartFailed(
-            f"setting otlp_endpoint asks for traces, and {error.name} is not installed: pip install 'evalmode[tracing]'"
+            f"setting otlp_endpoint asks for traces, and {error.name} is not installed: pip install"
+            " 'evalmode[tracing]'"
         ) from error
     named = any(map(os.environ.get, _SERVICE_NAMES))
-    attributes = {"service.version": evalmode.__version__} | ({} if named else {"service.name": "evalmode"})
+    attributes = {"service.version": evalmode.__version__} | (
+        {} if named else {"service.name": "evalmode"}
+    )
     provider = TracerProvider(resource=Resource.create(attributes))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=_traces_url(settings.otlp_endpoint))))
+    provider.add_span_processor(
+        BatchSpanProcessor(OTLPSpanExporter(endpoint=_traces_url(settings.otlp_endpoint)))
+    )
     return Tracing(provider)
 
 
@@ -68,7 +77,9 @@ def _traces_url(endpoint: str | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the rows of one request met: their bucket, how many they were, and how many ran with them."""
+    """What the rows of one request met: their bucket, how many they were, and how many ran with
+    them.
+    """
 
     model: str
     version: str
@@ -90,7 +101,9 @@ class Batch:
 
 
 class Tracing(Observer):
-    """Makes spans and sends them. Also an observer of the engine, for the rows that `following` was told of."""
+    """Makes spans and sends them. Also an observer of the engine, for the rows that `following` was
+    told of.
+    """
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry import trace
@@ -130,15 +143,22 @@ class Tracing(Observer):
                 await app(scope, receive, send)
                 return
             scope.setdefault("state", {})
-            # Without its query: what stands there is the caller's and does not go to another machine.
-            shown: MutableMapping[str, Any] = {**scope, "query_string": b"", "evalmode.scope": scope}
+            # Without its query: what stands there is the caller's and does not go to another
+            # machine.
+            shown: MutableMapping[str, Any] = {
+                **scope,
+                "query_string": b"",
+                "evalmode.scope": scope,
+            }
             await spanned(shown, receive, send)
 
         return traced
 
     @contextmanager
     def following(self, rows: Iterable[object]) -> Iterator[None]:
-        """While these very rows are answered: when a batch with some of them ran, add spans to the current request."""
+        """While these very rows are answered: when a batch with some of them ran, add spans to the
+        current request.
+        """
         from opentelemetry.context import get_current
 
         if not self._trace.get_current_span().is_recording():
@@ -153,14 +173,23 @@ class Tracing(Observer):
             for row_id in ids:
                 self._parents.pop(row_id, None)
 
-    def ran(self, batch: Batch, *, waited_s: float, run_s: float, parent: Context | None = None) -> None:
-        """A batch has just ended: a span for the wait and one for the run, in `parent` or else the current span."""
+    def ran(
+        self, batch: Batch, *, waited_s: float, run_s: float, parent: Context | None = None
+    ) -> None:
+        """A batch has just ended: a span for the wait and one for the run, in `parent` or else the
+        current span.
+        """
         ended_ns = time.time_ns()
         began_ns = ended_ns - round(run_s * 1e9)
         came_ns = began_ns - round(waited_s * 1e9)
         attributes = batch.attributes()
-        for name, start_ns, end_ns in (("queue wait", came_ns, began_ns), ("model run", began_ns, ended_ns)):
-            self._tracer.start_span(name, parent, attributes=attributes, start_time=start_ns).end(end_ns)
+        for name, start_ns, end_ns in (
+            ("queue wait", came_ns, began_ns),
+            ("model run", began_ns, ended_ns),
+        ):
+            self._tracer.start_span(name, parent, attributes=attributes, start_time=start_ns).end(
+                end_ns
+            )
 
     def batch_ran(
         self,
@@ -190,8 +219,11 @@ class Tracing(Observer):
             self.ran(batch, waited_s=max(waited_of_parent), run_s=run_s, parent=parents[key])
 
     def close(self, *, timeout_s: float = 5.0) -> bool:
-        """Send what is left; False when that did not end in time, as with an endpoint that is not there."""
-        # The exporter's own patience is not bounded by a time we could give it, and the end of a server must be.
+        """Send what is left; False when that did not end in time, as with an endpoint that is not
+        there.
+        """
+        # The exporter's own patience is not bounded by a time we could give it, and the end of a
+        # server must be.
         closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         closing.start()
         closing.join(timeout_s)

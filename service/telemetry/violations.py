@@ -1,4 +1,6 @@
-"""What is written down when an answer came out with other bits: enough to do it again. Knows no queue and no ONNX."""
+"""What is written down when an answer came out with other bits: enough to do it again. Knows no
+queue and no ONNX.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class ViolationLog(Observer):
     """An observer of the engine that has something to say of violations alone."""
 
     def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
-        """A row had other bits in a batch than alone: which model, which rows, in which order, in how many places."""
+        """A row had other bits in a batch than alone: which model, which rows, in which order, in
+        how many places.
+        """
         if violation is None:
             return
         _log.error(

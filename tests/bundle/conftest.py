@@ -16,7 +16,11 @@ from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest, T
 from evalmode.bundle.store import digest_of, hashes_of, write_bundle
 
 PLATFORM = Platform(
-    runtime="onnxruntime 1.0", provider="CPUExecutionProvider", threads=1, architecture="x86_64", cpu_features=("avx2",)
+    runtime="onnxruntime 1.0",
+    provider="CPUExecutionProvider",
+    threads=1,
+    architecture="x86_64",
+    cpu_features=("avx2",),
 )
 ANSWER = KnownAnswer(
     text="Ez egy rövid mondat.",
@@ -34,7 +38,9 @@ class Parts:
     contents: dict[str, bytes]
 
     def write(self, root: Path) -> Path:
-        return write_bundle(root, manifest=self.manifest, certificate=self.certificate, contents=self.contents)
+        return write_bundle(
+            root, manifest=self.manifest, certificate=self.certificate, contents=self.contents
+        )
 
 
 def make_parts(
@@ -43,7 +49,11 @@ def make_parts(
     model: bytes = b"any bytes " * 40,
     verdicts: tuple[Verdict, ...] = (Verdict.PASS, Verdict.NOT_APPLICABLE),
 ) -> Parts:
-    contents = {MODEL_FILE: model, KNOWN_ANSWERS_FILE: pack((ANSWER,)), "notes/origin.txt": b"made by hand\n"}
+    contents = {
+        MODEL_FILE: model,
+        KNOWN_ANSWERS_FILE: pack((ANSWER,)),
+        "notes/origin.txt": b"made by hand\n",
+    }
     manifest = Manifest(
         name="any",
         version=version,
@@ -55,8 +65,13 @@ def make_parts(
         metrics={"accuracy": 0.5},
         files=hashes_of(contents),
     )
-    records = tuple(Record(rule=f"rule-{place}", verdict=found, why="why") for place, found in enumerate(verdicts))
-    certificate = Certificate(digest=digest_of(manifest), platform=PLATFORM, records=records, row_counts={4: (1, 2)})
+    records = tuple(
+        Record(rule=f"rule-{place}", verdict=found, why="why")
+        for place, found in enumerate(verdicts)
+    )
+    certificate = Certificate(
+        digest=digest_of(manifest), platform=PLATFORM, records=records, row_counts={4: (1, 2)}
+    )
     return Parts(manifest=manifest, certificate=certificate, contents=contents)
 
 

@@ -10,7 +10,12 @@ from hypothesis.extra import numpy as st_numpy
 
 from evalmode.bundle.certificate import Certificate, Record, Verdict, relative_difference
 
-PASS, FAIL, UNPROVEN, NOT_APPLICABLE = Verdict.PASS, Verdict.FAIL, Verdict.UNPROVEN, Verdict.NOT_APPLICABLE
+PASS, FAIL, UNPROVEN, NOT_APPLICABLE = (
+    Verdict.PASS,
+    Verdict.FAIL,
+    Verdict.UNPROVEN,
+    Verdict.NOT_APPLICABLE,
+)
 
 
 @pytest.fixture
@@ -30,7 +35,9 @@ def certificate(parts) -> Certificate:
         ((FAIL, PASS), FAIL),
     ],
 )
-def test_a_certificate_is_as_good_as_its_worst_record_and_nothing_proves_nothing(certificate, found, verdict):
+def test_a_certificate_is_as_good_as_its_worst_record_and_nothing_proves_nothing(
+    certificate, found, verdict
+):
     records = tuple(Record(rule="rule", verdict=each, why="why") for each in found)
     assert certificate.model_copy(update={"records": records}).verdict is verdict
 
@@ -42,14 +49,17 @@ def test_a_seal_holds_for_what_was_sealed(certificate):
 
 
 @pytest.mark.parametrize(
-    "change", [{"digest": "0" * 64}, {"records": ()}, {"tolerance": 1.0}, {"row_counts": {}}, {"seal": ""}]
+    "change",
+    [{"digest": "0" * 64}, {"records": ()}, {"tolerance": 1.0}, {"row_counts": {}}, {"seal": ""}],
 )
 def test_a_seal_does_not_hold_for_anything_else(certificate, change):
     assert not certificate.model_copy(update=change).seal_holds
 
 
 def test_numbers_in_a_certificate_survive_being_written(certificate):
-    exact = certificate.model_copy(update={"tolerance": 0.1 + 0.2, "row_counts": {4: (1,), 16: (1, 2)}}).sealed()
+    exact = certificate.model_copy(
+        update={"tolerance": 0.1 + 0.2, "row_counts": {4: (1,), 16: (1, 2)}}
+    ).sealed()
     read = Certificate.model_validate_json(exact.canonical())
     assert read.seal_holds
     assert (read.tolerance, read.row_counts) == (0.1 + 0.2, {4: (1,), 16: (1, 2)})
@@ -75,7 +85,9 @@ def array(*values: float) -> np.ndarray:
         (array(math.nan), array(math.nan), 0),
     ],
 )
-def test_a_difference_is_measured_in_standard_deviations_of_the_reference(actual, reference, expected):
+def test_a_difference_is_measured_in_standard_deviations_of_the_reference(
+    actual, reference, expected
+):
     assert relative_difference(actual, reference) == pytest.approx(expected)
 
 

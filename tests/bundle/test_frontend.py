@@ -28,7 +28,9 @@ WRAP = 2**64
 
 
 def by_hand(symbols: str, spec: NgramSpec) -> list[list[int]]:
-    """The ids of folded symbols, one character and one n-gram after the other, as the docstrings say it."""
+    """The ids of folded symbols, one character and one n-gram after the other, as the docstrings
+    say it.
+    """
     points = [0] * spec.orders + [ord(symbol) for symbol in symbols]
     per_character = []
     for end in range(spec.orders - 1, len(points)):
@@ -43,7 +45,9 @@ def by_hand(symbols: str, spec: NgramSpec) -> list[list[int]]:
         per_character.append(grams)
     while len(per_character) % spec.characters:
         per_character.append([0] * spec.orders)
-    joined = zip(*(per_character[first :: spec.characters] for first in range(spec.characters)), strict=True)
+    joined = zip(
+        *(per_character[first :: spec.characters] for first in range(spec.characters)), strict=True
+    )
     return [[gram for grams in group for gram in grams] for group in joined]
 
 
@@ -52,7 +56,11 @@ def test_the_ids_are_the_hashes_that_the_docstring_describes(symbols):
     assert NgramFrontEnd(SMALL).encode(symbols).ids.tolist() == by_hand(symbols, SMALL)
 
 
-PINNED = [[737, 67, 888, 595, 320, 919], [399, 129, 125, 857, 497, 827], [453, 415, 536, 172, 440, 306]]
+PINNED = [
+    [737, 67, 888, 595, 320, 919],
+    [399, 129, 125, 857, 497, 827],
+    [453, 415, 536, 172, 440, 306],
+]
 
 
 def test_the_ids_are_those_that_every_trained_model_was_trained_on():
@@ -71,7 +79,9 @@ def test_whatever_the_text_it_has_a_row_that_fits_the_ladder_and_the_table(text)
     assert spec.padded_length(len(row.ids)) in spec.lengths
     assert row.ids.min() >= 0
     assert row.ids.max() < spec.vocabulary
-    assert (row.ids[:, : spec.orders] > 0).all(), "a real position holds an id above 0, which is what masks by"
+    assert (row.ids[:, : spec.orders] > 0).all(), (
+        "a real position holds an id above 0, which is what masks by"
+    )
 
 
 @given(TEXTS)
@@ -107,18 +117,31 @@ def test_an_empty_text_has_one_position():
         ("cut \ud83d", "cut \ufffd"),
         ("\ud83d\udc4d", "👍"),
     ],
-    ids=["case", "digits", "digits of other scripts", "blanks", "no-break space", "composition", "half", "both halves"],
+    ids=[
+        "case",
+        "digits",
+        "digits of other scripts",
+        "blanks",
+        "no-break space",
+        "composition",
+        "half",
+        "both halves",
+    ],
 )
 def test_what_means_the_same_has_the_same_ids(one, other):
     assert np.array_equal(DEFAULT.encode(one).ids, DEFAULT.encode(other).ids)
 
 
-@pytest.mark.parametrize(("one", "other"), [("ab", "ba"), ("a", "aa"), ("was", "wäs"), ("a b", "ab"), ("a1", "a")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("ab", "ba"), ("a", "aa"), ("was", "wäs"), ("a b", "ab"), ("a1", "a")]
+)
 def test_what_reads_otherwise_has_other_ids(one, other):
     assert not np.array_equal(DEFAULT.encode(one).ids, DEFAULT.encode(other).ids)
 
 
-@pytest.mark.parametrize(("characters", "truncated"), [(126, False), (127, False), (128, True), (5_000, True)])
+@pytest.mark.parametrize(
+    ("characters", "truncated"), [(126, False), (127, False), (128, True), (5_000, True)]
+)
 def test_a_text_is_cut_at_what_the_model_reads_and_says_so(characters, truncated):
     row = DEFAULT.encode("x" * characters)
     assert row.truncated is truncated
@@ -141,7 +164,8 @@ def test_the_blanks_around_and_between_words_do_not_count_as_length():
 
 def test_a_heap_of_combining_marks_takes_no_longer_than_its_length():
     began = time.process_time()
-    row = DEFAULT.encode("a" + "\u0301\u0316" * 250_000)  # composed as a whole it would take a minute
+    # composed as a whole it would take a minute
+    row = DEFAULT.encode("a" + "\u0301\u0316" * 250_000)
     assert row.truncated
     assert time.process_time() - began < 2
 

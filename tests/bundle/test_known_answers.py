@@ -18,7 +18,11 @@ FRONTEND = NgramFrontEnd(NgramSpec(lengths=(4, 8), orders=2, characters=2, vocab
 def run(inputs):
     """A model: three logits out of the sum of the ids."""
     total = inputs["input_ids"].sum(tuple(range(1, inputs["input_ids"].ndim)))
-    return {"logits": np.stack([np.sin(total), np.cos(total), np.sin(total * 2)], axis=1).astype(np.float32)}
+    return {
+        "logits": np.stack([np.sin(total), np.cos(total), np.sin(total * 2)], axis=1).astype(
+            np.float32
+        )
+    }
 
 
 def made(*texts: str) -> tuple[KnownAnswer, ...]:
@@ -38,7 +42,9 @@ def replayed(parts, platform):
     """Replays answers; by default on the certifying platform."""
 
     def replayed(answers, run=run, *, frontend=FRONTEND, here=platform):
-        return replay(answers, run, certificate=parts().certificate, platform=here, frontend=frontend)
+        return replay(
+            answers, run, certificate=parts().certificate, platform=here, frontend=frontend
+        )
 
     return replayed
 
@@ -59,13 +65,19 @@ def off_by(relative: float):
     return changed
 
 
-@given(st.lists(st.none() | st.text(st.characters(exclude_categories=())), max_size=4), st.integers(0, 2**32))
+@given(
+    st.lists(st.none() | st.text(st.characters(exclude_categories=())), max_size=4),
+    st.integers(0, 2**32),
+)
 def test_answers_are_read_as_they_were_written(texts, seed):
     random = np.random.default_rng(seed)
     answers = tuple(
         KnownAnswer(
             text=text,
-            inputs={"input_ids": random.integers(0, 9, (1, 3)), "nested/name": random.integers(0, 2, (1, 3)) > 0},
+            inputs={
+                "input_ids": random.integers(0, 9, (1, 3)),
+                "nested/name": random.integers(0, 2, (1, 3)) > 0,
+            },
             outputs={"logits": random.standard_normal((1, 5)).astype(np.float32)},
         )
         for text in texts
@@ -96,7 +108,11 @@ def test_bytes_that_are_no_answers_are_refused_with_the_name_of_the_file(raw):
         unpack(raw)
 
 
-@given(at=st.integers(0, len(pack(ANSWERS)) - 1), bits=st.integers(1, 255), end=st.none() | st.integers(1, 900))
+@given(
+    at=st.integers(0, len(pack(ANSWERS)) - 1),
+    bits=st.integers(1, 255),
+    end=st.none() | st.integers(1, 900),
+)
 def test_a_damaged_file_is_refused_or_read_and_never_a_crash(at, bits, end):
     raw = bytearray(pack(ANSWERS))
     raw[at] ^= bits
@@ -119,7 +135,9 @@ def test_on_the_certifying_platform_the_bits_agree(replayed):
 
 
 def test_an_output_that_the_model_has_not_is_refused_by_name(replayed):
-    with pytest.raises(KnownAnswersDiffer, match="known answer 0 names an output that the model has not: 'logits'"):
+    with pytest.raises(
+        KnownAnswersDiffer, match="known answer 0 names an output that the model has not: 'logits'"
+    ):
         replayed(ANSWERS, lambda inputs: {"scores": run(inputs)["logits"]})
 
 
@@ -135,7 +153,9 @@ def test_on_the_certifying_platform_not_one_bit_may_differ(replayed):
         replayed(ANSWERS, one_bit_off)
 
 
-def test_on_another_platform_a_difference_within_the_tolerance_is_let_by_and_said(replayed, elsewhere):
+def test_on_another_platform_a_difference_within_the_tolerance_is_let_by_and_said(
+    replayed, elsewhere
+):
     found = replayed(ANSWERS, off_by(5e-6), here=elsewhere)
     assert found.verdict == "within tolerance"
     assert 1e-6 < found.largest_difference <= found.tolerance == 1e-5
@@ -154,10 +174,16 @@ def test_on_another_platform_no_label_may_flip_however_small_the_difference(repl
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_refused_on_every_platform(replayed, platform, elsewhere, wrong):
+def test_numbers_that_are_not_finite_are_refused_on_every_platform(
+    replayed, platform, elsewhere, wrong
+):
     for here in (platform, elsewhere):
         with pytest.raises(KnownAnswersDiffer):
-            replayed(ANSWERS, lambda inputs: {"logits": run(inputs)["logits"] * np.float32(wrong)}, here=here)
+            replayed(
+                ANSWERS,
+                lambda inputs: {"logits": run(inputs)["logits"] * np.float32(wrong)},
+                here=here,
+            )
 
 
 def test_a_text_that_is_encoded_otherwise_is_refused_though_the_model_answers_alike(replayed):

@@ -18,7 +18,9 @@ FIELDS = {
 
 
 def test_it_has_one_spelling_that_reads_back_as_itself():
-    manifest = Manifest(**FIELDS, metrics={"accuracy": 0.1}, provenance={"seed": 0, "note": "rövid"})
+    manifest = Manifest(
+        **FIELDS, metrics={"accuracy": 0.1}, provenance={"seed": 0, "note": "rövid"}
+    )
     read = Manifest.model_validate_json(manifest.canonical())
     assert read == manifest
     assert read.canonical() == manifest.canonical()

@@ -9,7 +9,13 @@ import pytest
 
 from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.frontend import BpeSpec, NgramSpec
-from evalmode.bundle.row_counts import bits, rows_by_length, stable_row_counts, stack, timed_row_counts
+from evalmode.bundle.row_counts import (
+    bits,
+    rows_by_length,
+    stable_row_counts,
+    stack,
+    timed_row_counts,
+)
 
 ROWS = [{"x": np.array([[0.1, 0.2, 0.3 + place]], np.float32)} for place in range(3)]
 COUNTS = (1, 2, 4, 8)
@@ -29,7 +35,9 @@ def test_a_run_that_depends_on_the_row_count_is_found(unstable):
         found = exact(inputs)["y"]
         return {"y": np.nextafter(found, np.float32(9)) if len(found) in unstable else found}
 
-    assert stable_row_counts(run, ROWS, COUNTS) == tuple(each for each in COUNTS if each not in unstable)
+    assert stable_row_counts(run, ROWS, COUNTS) == tuple(
+        each for each in COUNTS if each not in unstable
+    )
 
 
 @pytest.mark.parametrize("place", [0, 1, 3, 7])
@@ -61,7 +69,9 @@ def test_a_run_that_does_not_repeat_itself_is_stable_nowhere():
 
 def test_the_sign_of_a_zero_is_a_bit_too():
     def run(inputs):
-        return {"y": np.zeros((len(inputs["x"]), 1), np.float32) * (1 if len(inputs["x"]) == 1 else -1)}
+        return {
+            "y": np.zeros((len(inputs["x"]), 1), np.float32) * (1 if len(inputs["x"]) == 1 else -1)
+        }
 
     assert stable_row_counts(run, ROWS, COUNTS) == (1,)
 

@@ -40,7 +40,9 @@ def test_a_model_is_opened_from_bytes_and_from_a_path_alike(model, tmp_path):
     assert np.allclose(from_bytes, inputs["x"] @ WEIGHTS, atol=1e-5)
 
 
-@pytest.mark.parametrize("inputs", [{}, {"z": np.ones((2, 64), np.float32)}, {"x": np.ones((2, 63), np.float32)}])
+@pytest.mark.parametrize(
+    "inputs", [{}, {"z": np.ones((2, 64), np.float32)}, {"x": np.ones((2, 63), np.float32)}]
+)
 def test_inputs_that_the_model_does_not_take_are_refused_in_a_sentence(model, inputs):
     with pytest.raises(InputsRefused, match="ONNX Runtime cannot run the model on these inputs: "):
         open_session(model).run(inputs)
@@ -51,11 +53,16 @@ def made(op, *, inputs, weights):
     graph = helper.make_graph(
         [helper.make_node(op, [*inputs, *weights], ["y"])],
         "one node",
-        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [
+            helper.make_tensor_value_info(name, kind, shape)
+            for name, (kind, shape) in inputs.items()
+        ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    ).SerializeToString()
 
 
 FLOATS = (TensorProto.FLOAT, ["n", "k"])
@@ -84,7 +91,11 @@ def test_shapes_that_do_not_go_together_are_the_fault_of_the_inputs(model, input
 
 
 def test_memory_that_gives_out_is_no_fault_of_the_inputs():
-    model = made("Expand", inputs={"x": (TensorProto.FLOAT, [1])}, weights={"s": np.array([10**6, 10**7, 10**3])})
+    model = made(
+        "Expand",
+        inputs={"x": (TensorProto.FLOAT, [1])},
+        weights={"s": np.array([10**6, 10**7, 10**3])},
+    )
     with pytest.raises(ModelRunFailed, match="memory") as failure:
         open_session(model).run({"x": np.ones(1, np.float32)})
     assert not isinstance(failure.value, InputsRefused)
@@ -92,8 +103,12 @@ def test_memory_that_gives_out_is_no_fault_of_the_inputs():
 
 def test_a_session_tells_its_tensors_with_minus_one_where_they_vary(model):
     session = open_session(model)
-    assert [(spec.name, spec.datatype, spec.shape) for spec in session.inputs] == [("x", "FP32", (-1, 64))]
-    assert [(spec.name, spec.datatype, spec.shape) for spec in session.outputs] == [("y", "FP32", (-1, 32))]
+    assert [(spec.name, spec.datatype, spec.shape) for spec in session.inputs] == [
+        ("x", "FP32", (-1, 64))
+    ]
+    assert [(spec.name, spec.datatype, spec.shape) for spec in session.outputs] == [
+        ("y", "FP32", (-1, 32))
+    ]
 
 
 def test_a_session_tells_the_platform_that_its_bits_depend_on(model):
@@ -134,7 +149,9 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 def test_many_threads_on_one_session_get_the_bits_of_one(model, threads, optimise):
     session = open_session(model, threads=threads, optimise=optimise)
     random = np.random.default_rng(9)
-    asked = [{"x": random.standard_normal((rows, 64)).astype(np.float32)} for rows in (1, 2, 7, 16) * 20]
+    asked = [
+        {"x": random.standard_normal((rows, 64)).astype(np.float32)} for rows in (1, 2, 7, 16) * 20
+    ]
     expected = [session.run(inputs)["y"].tobytes() for inputs in asked]
     with ThreadPoolExecutor(8) as pool:
         assert [found["y"].tobytes() for found in pool.map(session.run, asked)] == expected
@@ -162,7 +179,9 @@ except ProviderUnavailable as error:
 def sentence(*, path: Path, before: str = "") -> str:
     """What a new process with these distributions says; it has not touched ONNX Runtime then."""
     program = f"import sys; sys.path.insert(0, {str(path)!r})\n" + PROGRAM.format(before=before)
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     said, loaded = json.loads(ended.stdout)
     assert not loaded
     return said
@@ -178,7 +197,8 @@ def test_both_distributions_of_onnx_runtime_are_refused_with_the_way_out(tmp_pat
 
 def test_no_onnx_runtime_is_refused_with_the_way_out(tmp_path):
     said = sentence(
-        path=tmp_path, before="sys.modules['onnxruntime'] = None  # what the import system takes for absent"
+        path=tmp_path,
+        before="sys.modules['onnxruntime'] = None  # what the import system takes for absent",
     )
     assert "ONNX Runtime is not installed" in said
     assert "evalmode[cpu]" in said
@@ -187,10 +207,12 @@ def test_no_onnx_runtime_is_refused_with_the_way_out(tmp_path):
 
 def test_opening_a_session_tells_onnx_runtime_to_write_no_telemetry(model, tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from evalmode.bundle.session import open_session;"
-        "open_session(Path(sys.argv[1])); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+        "import os, sys; from pathlib import Path; from evalmode.bundle.session import"
+        " open_session;open_session(Path(sys.argv[1])); print(os.environ['ORT_DISABLE_TELEMETRY'])"
     )
     file = tmp_path / "model.onnx"
     file.write_bytes(model)
-    ended = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True
+    )
     assert ended.stdout.strip() == "1"

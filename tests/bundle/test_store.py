@@ -31,7 +31,9 @@ def test_the_digest_is_the_sha256_of_the_manifest_file(written, parts):
     assert open_bundle(written).digest == digest == digest_of(parts().manifest)
 
 
-def test_the_same_contents_have_the_same_digest_wherever_and_whenever_they_are_written(written, parts, tmp_path):
+def test_the_same_contents_have_the_same_digest_wherever_and_whenever_they_are_written(
+    written, parts, tmp_path
+):
     again = parts().write(tmp_path / "elsewhere")
     assert open_bundle(again).digest == open_bundle(written).digest
     for name in FILES:
@@ -42,8 +44,13 @@ def test_the_same_contents_have_the_same_digest_wherever_and_whenever_they_are_w
 def test_a_flipped_bit_anywhere_in_any_file_is_refused_with_the_name_of_the_file(written, name):
     file = written / name
     whole = file.read_bytes()
-    # Every byte of a small file; of a large one the ends, and every seventh byte between, each with another bit.
-    steps = chain(range(min(64, len(whole))), range(0, len(whole), 7), range(max(0, len(whole) - 64), len(whole)))
+    # Every byte of a small file; of a large one the ends, and every seventh byte between, each with
+    # another bit.
+    steps = chain(
+        range(min(64, len(whole))),
+        range(0, len(whole), 7),
+        range(max(0, len(whole) - 64), len(whole)),
+    )
     for at in sorted(set(steps)):
         changed = bytearray(whole)
         changed[at] ^= 1 << at % 8
@@ -85,7 +92,9 @@ def test_a_folder_that_leads_out_of_the_bundle_is_refused(written, tmp_path):
         open_bundle(written)
 
 
-def test_a_file_that_leads_out_of_the_bundle_is_refused_even_with_the_right_bytes(written, tmp_path):
+def test_a_file_that_leads_out_of_the_bundle_is_refused_even_with_the_right_bytes(
+    written, tmp_path
+):
     outside = tmp_path / "outside.onnx"
     shutil.move(written / "model.onnx", outside)
     (written / "model.onnx").symlink_to(outside)
@@ -140,7 +149,9 @@ def test_an_uncertified_bundle_is_opened_only_when_that_is_allowed(written):
 
 
 @pytest.mark.parametrize("verdict", [Verdict.FAIL, Verdict.UNPROVEN])
-def test_a_certificate_that_did_not_pass_is_opened_only_when_that_is_allowed(written, parts, verdict):
+def test_a_certificate_that_did_not_pass_is_opened_only_when_that_is_allowed(
+    written, parts, verdict
+):
     certificate = parts(verdicts=(Verdict.PASS, verdict)).certificate.sealed()
     (written / "certificate.json").write_bytes(certificate.canonical())
     with pytest.raises(BundleNotCertified, match=rf"certificate\.json says {verdict}"):
@@ -167,7 +178,9 @@ def test_a_bundle_can_be_read_by_another_user_than_its_writer(written):
 
 @pytest.mark.parametrize("failing_at", range(5))
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_half_way_leaves_nothing(tmp_path, parts, monkeypatch, failing_at, failure):
+def test_a_write_that_fails_half_way_leaves_nothing(
+    tmp_path, parts, monkeypatch, failing_at, failure
+):
     synced = []
 
     def full(descriptor: int) -> None:
@@ -191,7 +204,9 @@ def test_a_bundle_is_never_seen_half_written(tmp_path, parts, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", look)
     parts().write(tmp_path)
-    assert seen == [False] * 6 + [True], "five files and their folder are on disk before the name is, then the name is"
+    assert seen == [False] * 6 + [True], (
+        "five files and their folder are on disk before the name is, then the name is"
+    )
 
 
 def test_where_nothing_can_be_written_the_sentence_names_the_bundle(tmp_path, parts):
@@ -222,10 +237,17 @@ def test_a_damaged_bundle_is_not_taken_for_the_same_one(written, parts):
 def test_our_own_mistakes_are_no_errors_of_the_user(tmp_path, parts):
     made = parts()
     with pytest.raises(AssertionError):
-        write_bundle(tmp_path, manifest=made.manifest, certificate=made.certificate, contents={"model.onnx": b"other"})
+        write_bundle(
+            tmp_path,
+            manifest=made.manifest,
+            certificate=made.certificate,
+            contents={"model.onnx": b"other"},
+        )
     other = parts(model=b"other")
     with pytest.raises(AssertionError):
-        write_bundle(tmp_path, manifest=made.manifest, certificate=other.certificate, contents=made.contents)
+        write_bundle(
+            tmp_path, manifest=made.manifest, certificate=other.certificate, contents=made.contents
+        )
 
 
 def test_hashes_are_listed_in_the_order_of_their_paths():

@@ -12,7 +12,12 @@ from evalmode.errors import EvalmodeError
 
 
 def test_waits_grow_and_keep_what_a_server_asks_for() -> None:
-    assert [retry_after_s(header) for header in ("7", "99999", "soon", None)] == [7, 120, None, None]
+    assert [retry_after_s(header) for header in ("7", "99999", "soon", None)] == [
+        7,
+        120,
+        None,
+        None,
+    ]
     assert retry_after_s(formatdate(0, usegmt=True)) == 0
     for tries in range(1, 2000):
         assert 7 <= waiting_s(tries, 7) <= 7.5
@@ -26,7 +31,11 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         open_client(url, api_key=None, ca=None, connections=1)
 
 
-@pytest.mark.parametrize(("api_key", "ca"), [("kéy", None), ("a\nb", None), (None, Path("absent.pem"))])
-def test_a_key_or_an_authority_that_cannot_be_used_is_refused(api_key: str | None, ca: Path | None) -> None:
+@pytest.mark.parametrize(
+    ("api_key", "ca"), [("kéy", None), ("a\nb", None), (None, Path("absent.pem"))]
+)
+def test_a_key_or_an_authority_that_cannot_be_used_is_refused(
+    api_key: str | None, ca: Path | None
+) -> None:
     with pytest.raises(EvalmodeError):
         open_client("http://localhost", api_key=api_key, ca=ca, connections=1)

@@ -31,13 +31,17 @@ class Refusing:
         raise EvalmodeError(f"refused {first}")
 
 
-def test_when_several_chunks_fail_the_first_is_told_and_no_traceback_of_the_others(tmp_path: Path) -> None:
+def test_when_several_chunks_fail_the_first_is_told_and_no_traceback_of_the_others(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "texts.jsonl").write_text('"a"\n' * 4)
     source = Source(path=tmp_path / "texts.jsonl", chunk_lines=1)
     complaints: list[dict[str, Any]] = []
 
     async def transfer() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: complaints.append(context)
+        )
         with pytest.raises(EvalmodeError, match="refused 0"):
             await Transfer(source=source, answerer=Refusing(4), taker=Stdout(), concurrency=4).run()
         gc.collect()
@@ -49,7 +53,9 @@ def test_when_several_chunks_fail_the_first_is_told_and_no_traceback_of_the_othe
 
 def test_a_password_in_the_address_is_not_shown() -> None:
     async def ask() -> None:
-        async with open_client("http://user:geheim@127.0.0.1:9/at", api_key=None, ca=None, connections=1) as client:
+        async with open_client(
+            "http://user:geheim@127.0.0.1:9/at", api_key=None, ca=None, connections=1
+        ) as client:
             await Server(client=client, query={}, retries=0).answer([b'"a"'], first=0)
 
     with pytest.raises(EvalmodeError, match=r"^http://127.0.0.1:9/at did not answer"):

@@ -1,4 +1,6 @@
-"""`evalmode predict --input`: against a server of the tests that misbehaves as it is told, and in this process."""
+"""`evalmode predict --input`: against a server of the tests that misbehaves as it is told, and in
+this process.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ WAIT_S = 60
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each line with itself as its label, unless its server's `misbehave` does something else first."""
+    """Answers each line with itself as its label, unless its server's `misbehave` does something
+    else first.
+    """
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -50,7 +54,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("x-evalmode-digest", digest)
         self.send_header("content-length", str(sum(map(len, spelled))))
         self.end_headers()
-        self.wfile.write(b"".join(spelled if only is None else [*spelled[:only], spelled[only][:7]]))
+        self.wfile.write(
+            b"".join(spelled if only is None else [*spelled[:only], spelled[only][:7]])
+        )
         if only is not None:
             self.close_connection = True
 
@@ -79,7 +85,9 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.asked = 0
         self.requests: list[tuple[str, dict[str, str], list[str]]] = []
-        self.misbehave: Callable[[Handler, int, list[str]], Any] = lambda handler, number, lines: False
+        self.misbehave: Callable[[Handler, int, list[str]], Any] = lambda handler, number, lines: (
+            False
+        )
 
     @property
     def url(self) -> str:
@@ -90,9 +98,18 @@ def _answer(index: int, line: str) -> bytes:
     try:
         asked = json.loads(line)
     except ValueError:
-        return json.dumps({"index": index, "error": "not valid JSON"}, separators=(",", ":")).encode() + b"\n"
+        return (
+            json.dumps({"index": index, "error": "not valid JSON"}, separators=(",", ":")).encode()
+            + b"\n"
+        )
     text = asked if isinstance(asked, str) else asked["text"]
-    said = {"index": index, "label": text, "score": 0.5, "truncated": False, "top": [{"label": text, "score": 0.5}]}
+    said = {
+        "index": index,
+        "label": text,
+        "score": 0.5,
+        "truncated": False,
+        "top": [{"label": text, "score": 0.5}],
+    }
     return json.dumps(said, separators=(",", ":")).encode() + b"\n"
 
 
@@ -108,7 +125,9 @@ def server() -> Iterator[Server]:
 
 def predict(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """`evalmode predict ARGUMENTS` as it ended."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")
+    }
     return subprocess.run(
         [EVALMODE, "predict", *map(str, arguments)],
         cwd=cwd,
@@ -139,11 +158,16 @@ def test_a_request_holds_no_more_than_a_servers_window() -> None:
     assert (bulk.CHUNK_LINES, bulk.CHUNK_BYTES) == (WINDOW_ROWS, WINDOW_BYTES)
 
 
-def test_every_line_is_answered_in_order_over_several_connections(server: Server, tmp_path: Path) -> None:
+def test_every_line_is_answered_in_order_over_several_connections(
+    server: Server, tmp_path: Path
+) -> None:
     texts = texts_in(tmp_path, 5000)
     # The first requests are answered last.
     server.misbehave = lambda handler, number, lines: time.sleep(0.2 if number < 2 else 0)
-    done = predict(*to(server, "--chunk-lines", 100, "--model", "m/2", "--top-k", 2, "--api-key", "k"), cwd=tmp_path)
+    done = predict(
+        *to(server, "--chunk-lines", 100, "--model", "m/2", "--top-k", 2, "--api-key", "k"),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert labels_of(tmp_path / "answers.jsonl") == texts
     assert max(len(lines) for _, _, lines in server.requests) == 100
@@ -161,7 +185,11 @@ def test_what_may_go_away_is_asked_again_and_the_wait_that_a_server_asks_for_is_
 
     def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
         times.append(time.monotonic())
-        refusals = {0: (503, {"retry_after": "1"}), 1: (429, {"retry_after": formatdate(usegmt=True)}), 2: (502, {})}
+        refusals = {
+            0: (503, {"retry_after": "1"}),
+            1: (429, {"retry_after": formatdate(usegmt=True)}),
+            2: (502, {}),
+        }
         if number not in refusals:
             return False
         status, headers = refusals[number]
@@ -190,15 +218,23 @@ def test_a_stream_that_is_cut_is_asked_for_the_rest_alone(server: Server, tmp_pa
     assert [len(lines) for _, _, lines in server.requests] == [100, 70, 40, 10]
 
 
-def test_a_server_that_stops_says_so_in_a_last_line_and_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_stops_says_so_in_a_last_line_and_is_asked_again(
+    server: Server, tmp_path: Path
+) -> None:
     texts = texts_in(tmp_path, 10)
 
     def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
         if number:
             return False
-        body = b"".join(_answer(index, line) for index, line in enumerate(lines[:4])) + b'{"error":"stopping"}\n'
+        body = (
+            b"".join(_answer(index, line) for index, line in enumerate(lines[:4]))
+            + b'{"error":"stopping"}\n'
+        )
         handler.send_response(200)
-        for name, value in (("content-type", "application/x-ndjson"), ("x-evalmode-digest", DIGEST)):
+        for name, value in (
+            ("content-type", "application/x-ndjson"),
+            ("x-evalmode-digest", DIGEST),
+        ):
             handler.send_header(name, value)
         handler.send_header("content-length", str(len(body)))
         handler.end_headers()
@@ -210,10 +246,16 @@ def test_a_server_that_stops_says_so_in_a_last_line_and_is_asked_again(server: S
     assert labels_of(tmp_path / "answers.jsonl") == texts
 
 
-def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(server: Server, tmp_path: Path) -> None:
+def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(
+    server: Server, tmp_path: Path
+) -> None:
     texts = texts_in(tmp_path, 1000)
-    server.misbehave = lambda handler, number, lines: number >= 3 and handler.refuse(503, "too much", retry_after="0")
-    given_up = predict(*to(server, "--chunk-lines", 100, "--concurrency", 1, "--retries", 2), cwd=tmp_path)
+    server.misbehave = lambda handler, number, lines: (
+        number >= 3 and handler.refuse(503, "too much", retry_after="0")
+    )
+    given_up = predict(
+        *to(server, "--chunk-lines", 100, "--concurrency", 1, "--retries", 2), cwd=tmp_path
+    )
     assert given_up.returncode == 2
     said = given_up.stderr.decode()
     assert "did not answer in 3 tries: 503 Service Unavailable, too much" in said
@@ -230,10 +272,14 @@ def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(server: 
     assert server.asked == asked + 7  # nothing was left to ask
 
 
-def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(server: Server, tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(
+    server: Server, tmp_path: Path
+) -> None:
     texts = texts_in(tmp_path, 3000)
     reached = threading.Event()
-    server.misbehave = lambda handler, number, lines: number > 10 and (reached.set(), handler.refuse(503, "wait"))[1]
+    server.misbehave = lambda handler, number, lines: (
+        number > 10 and (reached.set(), handler.refuse(503, "wait"))[1]
+    )
     command = [EVALMODE, "predict", *map(str, to(server, "--chunk-lines", 50, "--retries", 100))]
     for ended, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         reached.clear()
@@ -250,9 +296,12 @@ def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(server: Server, tm
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(401, "401 Unauthorized, no key"), (404, "404 Not Found"), (500, "500 Internal")]
+    ("status", "said"),
+    [(401, "401 Unauthorized, no key"), (404, "404 Not Found"), (500, "500 Internal")],
 )
-def test_what_will_not_go_away_is_not_asked_again(server: Server, tmp_path: Path, status: int, said: str) -> None:
+def test_what_will_not_go_away_is_not_asked_again(
+    server: Server, tmp_path: Path, status: int, said: str
+) -> None:
     texts_in(tmp_path, 10)
     server.misbehave = lambda handler, number, lines: handler.refuse(status, "no key")
     done = predict(*to(server), cwd=tmp_path)
@@ -271,11 +320,16 @@ def test_another_model_than_the_one_that_began_is_refused(server: Server, tmp_pa
     server.misbehave = misbehave
     done = predict(*to(server, "--chunk-lines", 100, "--concurrency", 1), cwd=tmp_path)
     assert done.returncode == 2
-    assert f"has the digest {'b' * 16}, and the 500 lines in answers.jsonl are of {'a' * 16}" in done.stderr.decode()
+    assert (
+        f"has the digest {'b' * 16}, and the 500 lines in answers.jsonl are of {'a' * 16}"
+        in done.stderr.decode()
+    )
     assert len(labels_of(tmp_path / "answers.jsonl")) == 500
 
 
-def test_another_input_or_question_than_the_one_that_began_is_refused(server: Server, tmp_path: Path) -> None:
+def test_another_input_or_question_than_the_one_that_began_is_refused(
+    server: Server, tmp_path: Path
+) -> None:
     texts_in(tmp_path, 10)
     assert predict(*to(server), cwd=tmp_path).returncode == 0
     before = (tmp_path / "answers.jsonl").read_bytes()
@@ -304,7 +358,9 @@ def test_lines_with_errors_make_the_exit_code_1_also_when_they_were_there_before
     assert server.asked <= 2
 
 
-def test_a_text_file_has_a_text_a_line_and_a_pipe_json_lines(server: Server, tmp_path: Path) -> None:
+def test_a_text_file_has_a_text_a_line_and_a_pipe_json_lines(
+    server: Server, tmp_path: Path
+) -> None:
     (tmp_path / "texts.txt").write_bytes('\ufeffDit is "een" zin.\r\n\nÅ\u2028b'.encode() + b"\xff")
     done = predict("--url", server.url, "--input", "texts.txt", cwd=tmp_path)
     assert [json.loads(line)["label"] for line in done.stdout.split(b"\n")[:-1]] == [
@@ -319,7 +375,9 @@ def test_a_text_file_has_a_text_a_line_and_a_pipe_json_lines(server: Server, tmp
 
 def test_answers_leave_a_pipe_before_the_next_text_comes(server: Server, tmp_path: Path) -> None:
     command = [EVALMODE, "predict", "--url", server.url, "--input", "-"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as running:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
+    ) as running:
         assert running.stdin is not None
         assert running.stdout is not None
         for text in ("a", "b"):

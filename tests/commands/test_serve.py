@@ -1,4 +1,6 @@
-"""The flags of `evalmode serve` and `evalmode predict`, and what is printed of them; the rest is tested elsewhere."""
+"""The flags of `evalmode serve` and `evalmode predict`, and what is printed of them; the rest is
+tested elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from evalmode.service.settings import GROUPS, SECRETS, Settings, load_settings
 EVALMODE = Path(sys.executable).with_name("evalmode")
 
 
-def run(*arguments: str, cwd: Path, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [EVALMODE, *arguments],
         capture_output=True,
@@ -41,13 +45,29 @@ def test_every_setting_but_the_secrets_is_a_flag_of_serve_in_the_group_of_its_na
             assert f"--no-{name.replace('_', '-')} " in shown
     places = [shown.index(f"─ {group} ─") for group in GROUPS.values()]
     assert places == sorted(places)
-    assert shown.index("─ Where it listens ─") < shown.index("--port ") < shown.index("─ What is accepted ─")
+    assert (
+        shown.index("─ Where it listens ─")
+        < shown.index("--port ")
+        < shown.index("─ What is accepted ─")
+    )
 
 
-def test_printed_settings_say_where_they_came_from_and_make_a_file_that_sets_the_same(tmp_path: Path) -> None:
+def test_printed_settings_say_where_they_came_from_and_make_a_file_that_sets_the_same(
+    tmp_path: Path,
+) -> None:
     environment = {"EVALMODE_API_KEYS": "topsecret", "EVALMODE_CORS_ORIGINS": "https://a,https://b"}
     (tmp_path / "base.toml").write_text("threads = 2\n")
-    flags = ("--port", "90", "--no-docs", "--config", "base.toml", "--bundle", 'a "b"\\c', "--drain-s", "0.5")
+    flags = (
+        "--port",
+        "90",
+        "--no-docs",
+        "--config",
+        "base.toml",
+        "--bundle",
+        'a "b"\\c',
+        "--drain-s",
+        "0.5",
+    )
     printed = run("serve", "--print-settings", *flags, cwd=tmp_path, environment=environment)
     assert printed.returncode == 0, printed.stderr
     assert "topsecret" not in printed.stdout
@@ -64,7 +84,12 @@ def test_printed_settings_say_where_they_came_from_and_make_a_file_that_sets_the
 
 def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
     reader, writer = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "120", "EVALMODE_API_KEYS": "topsecret", "EVALMODE_PORT": "90"}
+    environment = {
+        **os.environ,
+        "COLUMNS": "120",
+        "EVALMODE_API_KEYS": "topsecret",
+        "EVALMODE_PORT": "90",
+    }
     command = [EVALMODE, "serve", "--print-settings", "--threads", "3"]
     with subprocess.Popen(command, stdout=writer, cwd=tmp_path, env=environment) as printing:
         os.close(writer)
@@ -74,7 +99,10 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
                 shown += part
     os.close(reader)
     assert printing.returncode == 0
-    rows = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).replace("│", " ").splitlines()]
+    rows = [
+        line.split()
+        for line in re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).replace("│", " ").splitlines()
+    ]
     assert ["port", "90", "environment"] in rows
     assert ["threads", "3", "flag"] in rows
     assert ["workers", "1", "default"] in rows
@@ -85,19 +113,33 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("serve", "--port", "70000"), "setting port (--port, EVALMODE_PORT) must be less than or equal to 65535"),
+        (
+            ("serve", "--port", "70000"),
+            "setting port (--port, EVALMODE_PORT) must be less than or equal to 65535",
+        ),
         (("serve", "a", "--bundle", "b"), "the bundle is given twice: a and --bundle b"),
-        (("serve", "--config", "absent.toml"), "the settings file absent.toml cannot be read: No such file"),
+        (
+            ("serve", "--config", "absent.toml"),
+            "the settings file absent.toml cannot be read: No such file",
+        ),
         (("predict", "--url", "http://localhost"), "--url needs --input FILE"),
         (("predict", "--output", "a"), "--output needs --input FILE"),
         (("predict", "a", "--input", "b"), "give texts as arguments or as --input b, not both"),
-        (("predict", "--input", "absent.jsonl"), "--input absent.jsonl cannot be read: No such file or directory"),
+        (
+            ("predict", "--input", "absent.jsonl"),
+            "--input absent.jsonl cannot be read: No such file or directory",
+        ),
         (("predict", "--input", "."), "--input . cannot be read: Is a directory"),
         (("predict", "--input", "-", "--model", "m"), "--model is of the server that --url names"),
-        (("predict", "--input", "-", "--url", "localhost"), "--url must begin with http:// or https://, got localhost"),
+        (
+            ("predict", "--input", "-", "--url", "localhost"),
+            "--url must begin with http:// or https://, got localhost",
+        ),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_used_is_one_sentence(
+    tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
     refused = run(*arguments, cwd=tmp_path)
     assert refused.returncode == terminal.UNUSABLE
     assert refused.stderr.startswith(f"evalmode: {said}")

@@ -1,4 +1,6 @@
-"""Someone's project, with packages that are called as ours are, goes the whole way by the real command."""
+"""Someone's project, with packages that are called as ours are, goes the whole way by the real
+command.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,17 @@ def inputs():
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose packages `model`, `export`, `service` and `bundle` are the user's."""
     folder = tmp_path_factory.mktemp("theirs")
-    files = {"model/net.py": NET, "service/scale.py": "SCALE = 2.0\n", "export/__init__.py": "NAME = 'theirs'\n"}
+    files = {
+        "model/net.py": NET,
+        "service/scale.py": "SCALE = 2.0\n",
+        "export/__init__.py": "NAME = 'theirs'\n",
+    }
     for name in ("model/__init__.py", "service/__init__.py", "bundle/__init__.py"):
-        files[name] = "" if name != "bundle/__init__.py" else "raise RuntimeError('theirs, and not asked for')\n"
+        files[name] = (
+            ""
+            if name != "bundle/__init__.py"
+            else "raise RuntimeError('theirs, and not asked for')\n"
+        )
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -62,18 +72,29 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def called(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([EVALMODE, *arguments], cwd=project, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        [EVALMODE, *arguments],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
 def exported(project: Path) -> Path:
-    made = called(project, "export", "model.net:build", "--inputs", "model.net:inputs", "--name", "theirs")
+    made = called(
+        project, "export", "model.net:build", "--inputs", "model.net:inputs", "--name", "theirs"
+    )
     assert made.returncode == 0, made.stderr
     assert "digest " in made.stdout
     return project / "bundles/theirs/1"
 
 
-def test_the_users_packages_win_and_his_module_becomes_a_bundle_that_verifies(exported: Path, project: Path) -> None:
+def test_the_users_packages_win_and_his_module_becomes_a_bundle_that_verifies(
+    exported: Path, project: Path
+) -> None:
     found = called(project, "verify", "bundles", "--format", "json")
     assert found.returncode == 0, found.stdout
     (file,) = json.loads(found.stdout)["files"]
@@ -87,20 +108,26 @@ def test_the_users_packages_win_and_his_module_becomes_a_bundle_that_verifies(ex
 
 
 def test_what_leaks_is_refused_with_its_line_and_leaves_nothing(project: Path) -> None:
-    refused = called(project, "export", "model.net:leaks", "--inputs", "model.net:inputs", "--out", "leaky")
+    refused = called(
+        project, "export", "model.net:leaks", "--inputs", "model.net:inputs", "--out", "leaky"
+    )
     assert refused.returncode == 1
     assert "eager-randomness" in refused.stdout
     assert "net.py:13" in refused.stdout.replace("\n", "")
     assert [*project.glob("leaky/*")] == []
 
 
-def test_a_bundle_without_a_front_end_is_served_no_texts_and_says_so(exported: Path, project: Path) -> None:
+def test_a_bundle_without_a_front_end_is_served_no_texts_and_says_so(
+    exported: Path, project: Path
+) -> None:
     refused = called(project, "predict", "a text", "--bundle", str(exported))
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("factory", "code", "kind"), [("build", 0, "inverted"), ("unscaled", 1, "unscaled")])
+@pytest.mark.parametrize(
+    ("factory", "code", "kind"), [("build", 0, "inverted"), ("unscaled", 1, "unscaled")]
+)
 def test_the_audit_tells_the_scale_that_is_kept_from_the_one_that_is_lost(
     project: Path, factory: str, code: int, kind: str
 ) -> None:
@@ -113,7 +140,9 @@ def test_the_audit_tells_the_scale_that_is_kept_from_the_one_that_is_lost(
 
 def test_the_audits_report_points_to_the_users_file(project: Path) -> None:
     arguments = ("audit", "model.net:unscaled", "--inputs", "model.net:inputs", "--samples", "200")
-    assert called(project, *arguments, "--format", "sarif", "--output", "audit.sarif").returncode == 1
+    assert (
+        called(project, *arguments, "--format", "sarif", "--output", "audit.sarif").returncode == 1
+    )
     (run,) = json.loads((project / "audit.sarif").read_text())["runs"]
     (result,) = run["results"]
     assert result["ruleId"] == "expectation-gap"
@@ -123,13 +152,31 @@ def test_the_audits_report_points_to_the_users_file(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("export", "model.net:build"), "model.net:build needs --inputs package.module:sample_inputs"),
-        (("export", "runs", "--inputs", "model.net:inputs"), "--inputs and --dynamic-axes are for a package.module:"),
-        (("export", "model.net:absent", "--inputs", "model.net:inputs"), "model.net:absent cannot be imported"),
-        (("audit", "model.net:build", "--inputs", "model.net:inputs", "--samples", "few"), "--samples must be auto or"),
-        (("audit", "model.net:build", "--inputs", "model.net:inputs", "--alpha", "2"), "--alpha must lie between"),
+        (
+            ("export", "model.net:build"),
+            "model.net:build needs --inputs package.module:sample_inputs",
+        ),
+        (
+            ("export", "runs", "--inputs", "model.net:inputs"),
+            "--inputs and --dynamic-axes are for a package.module:",
+        ),
+        (
+            ("export", "model.net:absent", "--inputs", "model.net:inputs"),
+            "model.net:absent cannot be imported",
+        ),
+        (
+            ("audit", "model.net:build", "--inputs", "model.net:inputs", "--samples", "few"),
+            "--samples must be auto or",
+        ),
+        (
+            ("audit", "model.net:build", "--inputs", "model.net:inputs", "--alpha", "2"),
+            "--alpha must lie between",
+        ),
         (("verify", "bundles", "--module", "model.net:build"), "--module needs --inputs"),
-        (("verify", "bundles", "--inputs", "absent.npz"), "absent.npz cannot be read as a .npz file"),
+        (
+            ("verify", "bundles", "--inputs", "absent.npz"),
+            "absent.npz cannot be read as a .npz file",
+        ),
         (("verify", "bundles", "--exclude", "no-rule"), "there is no rule no-rule; the rules are"),
     ],
 )
@@ -142,9 +189,13 @@ def test_what_cannot_be_used_is_one_sentence_and_exit_code_2(
     assert refused.stderr.count("\n") == 1
 
 
-def test_a_bare_file_is_run_on_given_inputs_and_compared_with_its_module(project: Path, exported: Path) -> None:
+def test_a_bare_file_is_run_on_given_inputs_and_compared_with_its_module(
+    project: Path, exported: Path
+) -> None:
     file = str(exported / "model.onnx")
-    np.savez(project / "rows.npz", x=np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32))
+    np.savez(
+        project / "rows.npz", x=np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    )
     for inputs, module, ran in (
         ("rows.npz", None, {"repeatability", "non-finite", "batch-invariance"}),
         ("made", None, {"repeatability", "non-finite", "batch-invariance"}),
@@ -155,5 +206,8 @@ def test_a_bare_file_is_run_on_given_inputs_and_compared_with_its_module(project
         (report,) = json.loads(found.stdout)["files"]
         verdicts = {rule["rule"]: rule["verdict"] for rule in report["rules"]}
         assert ran <= {rule for rule, verdict in verdicts.items() if verdict in ("pass", "fail")}
-        # A factory that does not load the trained weights makes another module, and parity must say so.
-        assert (found.returncode, verdicts["parity"]) == ((0, "not applicable") if module is None else (1, "fail"))
+        # A factory that does not load the trained weights makes another module, and parity must say
+        # so.
+        assert (found.returncode, verdicts["parity"]) == (
+            (0, "not applicable") if module is None else (1, "fail")
+        )

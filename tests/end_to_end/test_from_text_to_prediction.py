@@ -1,4 +1,6 @@
-"""The whole way through the installed command: a file of texts, a training, a bundle, a server, the same bits."""
+"""The whole way through the installed command: a file of texts, a training, a bundle, a server, the
+same bits.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,15 @@ WORDS = {
 def sentences(count: int, *, seed: int) -> list[tuple[str, str]]:
     draw = random.Random(seed)
     labels = [draw.choice(list(WORDS)) for _ in range(count)]
-    return [(" ".join(draw.choices(WORDS[label], k=draw.randint(2, 30))), label) for label in labels]
+    return [
+        (" ".join(draw.choices(WORDS[label], k=draw.randint(2, 30))), label) for label in labels
+    ]
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    done = subprocess.run([EVALMODE, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [EVALMODE, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -40,7 +46,20 @@ def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     lines = [json.dumps({"text": text, "label": label}) for text, label in sentences(600, seed=1)]
     (folder / "words.jsonl").write_text("\n".join(lines))
-    small = ("--width", "16", "--layers", "1", "--heads", "2", "--vocabulary", "400", "--epochs", "3", "--threads", "1")
+    small = (
+        "--width",
+        "16",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--vocabulary",
+        "400",
+        "--epochs",
+        "3",
+        "--threads",
+        "1",
+    )
     run("train", "--data", "words.jsonl", "--frontend", request.param, *small, cwd=folder)
     run("export", "runs/words", cwd=folder)
     return folder
@@ -51,7 +70,9 @@ def server(work: Path) -> Iterator[str]:
     """The address of a real server of that bundle."""
     command = [EVALMODE, "serve", "--port", "0"]
     settings = {**os.environ, "EVALMODE_LOG_FORMAT": "json", "EVALMODE_ACCESS_LOG": "0"}
-    with subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, env=settings) as process:
+    with subprocess.Popen(
+        command, cwd=work, stderr=subprocess.PIPE, text=True, env=settings
+    ) as process:
         try:
             assert process.stderr is not None
             yield next(json.loads(line)["url"] for line in process.stderr if '"serving"' in line)
@@ -62,16 +83,23 @@ def server(work: Path) -> Iterator[str]:
 
 
 def test_the_model_learned_what_it_was_taught(work: Path) -> None:
-    answers = json.loads(run("predict", "--json", "cat dog cow", "red blue", "one two six", cwd=work))["predictions"]
+    answers = json.loads(
+        run("predict", "--json", "cat dog cow", "red blue", "one two six", cwd=work)
+    )["predictions"]
     assert [answer["label"] for answer in answers] == ["animal", "colour", "number"]
 
 
-def test_predict_and_the_server_give_the_same_bits_alone_and_in_one_request(work: Path, server: str) -> None:
+def test_predict_and_the_server_give_the_same_bits_alone_and_in_one_request(
+    work: Path, server: str
+) -> None:
     texts = ["", "?!", *(text for text, _ in sentences(198, seed=2))]
     local = json.loads(run("predict", "--json", *texts, cwd=work))["predictions"]
     with httpx.Client(base_url=server) as client:
         together = client.post("/v1/predict", json={"inputs": texts}).json()["predictions"]
-        alone = [client.post("/v1/predict", json={"inputs": [text]}).json()["predictions"][0] for text in texts]
+        alone = [
+            client.post("/v1/predict", json={"inputs": [text]}).json()["predictions"][0]
+            for text in texts
+        ]
     assert len(local) == 200
     assert together == local  # floats read back from JSON: equal means equal bits
     assert alone == local
@@ -80,6 +108,8 @@ def test_predict_and_the_server_give_the_same_bits_alone_and_in_one_request(work
 def test_the_server_names_the_digest_that_the_manifest_file_has(work: Path, server: str) -> None:
     model = httpx.get(f"{server}/v1/model").json()
     manifest = next(work.glob("bundles/*/*/manifest.json"))
-    sha256 = subprocess.run(["sha256sum", manifest], capture_output=True, text=True, check=True).stdout.split()[0]
+    sha256 = subprocess.run(
+        ["sha256sum", manifest], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
     assert model["digest"] == sha256
     assert model["known_answers"]["verdict"] == "bitwise"

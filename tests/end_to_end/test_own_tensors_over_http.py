@@ -1,4 +1,6 @@
-"""A module of one's own, exported and served by the real commands: its own tensors through /v2, bit for bit."""
+"""A module of one's own, exported and served by the real commands: its own tensors through /v2, bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,39 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     (folder / "examples").mkdir()
     shutil.copy(EXAMPLE, folder / "examples")
-    command = ["export", "examples.classifier:build", "--inputs", "examples.classifier:inputs", "--name", "classifier"]
+    command = [
+        "export",
+        "examples.classifier:build",
+        "--inputs",
+        "examples.classifier:inputs",
+        "--name",
+        "classifier",
+    ]
     subprocess.run([EVALMODE, *command], cwd=folder, check=True, capture_output=True, timeout=300)
     return folder / DIRECTORY
 
 
 @pytest.fixture(scope="module")
 def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    command = [EVALMODE, "serve", exported.parents[1], "--port", "0", "--log-format", "json", "--access-log", "0"]
-    cache = ["--cache", tmp_path_factory.mktemp("cache"), "--parallel", "2", "--proof-fraction", "1"]
+    command = [
+        EVALMODE,
+        "serve",
+        exported.parents[1],
+        "--port",
+        "0",
+        "--log-format",
+        "json",
+        "--access-log",
+        "0",
+    ]
+    cache = [
+        "--cache",
+        tmp_path_factory.mktemp("cache"),
+        "--parallel",
+        "2",
+        "--proof-fraction",
+        "1",
+    ]
     process = subprocess.Popen([*command, *cache], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -54,10 +80,15 @@ def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def known(exported: Path) -> list[tuple[Row, bytes]]:
-    """Rows with the bits of their answers: the bundle's known ones, and others of lengths that it does not know."""
+    """Rows with the bits of their answers: the bundle's known ones, and others of lengths that it
+    does not know.
+    """
     bundle = open_bundle(exported)
     session = open_session(bundle.model)
-    found = [(dict(answer.inputs), answer.outputs["output_0"].tobytes()) for answer in bundle.known_answers()]
+    found = [
+        (dict(answer.inputs), answer.outputs["output_0"].tobytes())
+        for answer in bundle.known_answers()
+    ]
     assert len(found) > 1
     for row, expected in found:
         assert session.run(row)["output_0"].tobytes() == expected
@@ -72,7 +103,12 @@ def known(exported: Path) -> list[tuple[Row, bytes]]:
 
 def as_json(row: Row) -> dict[str, Any]:
     inputs = [
-        {"name": name, "shape": [*tensor.shape], "datatype": DATATYPES[name], "data": tensor.tolist()}
+        {
+            "name": name,
+            "shape": [*tensor.shape],
+            "datatype": DATATYPES[name],
+            "data": tensor.tolist(),
+        }
         for name, tensor in row.items()
     ]
     return {"json": {"inputs": inputs}}
@@ -114,15 +150,23 @@ def test_every_row_has_the_bits_that_onnx_runtime_gives_it_alone(server, known, 
 
 
 @pytest.mark.parametrize("how", [as_json, as_bytes])
-def test_it_has_them_too_beside_others_in_its_request_and_among_requests(server, known, how) -> None:
-    alike = [(row, expected) for row, expected in known if row["ids"].shape == known[0][0]["ids"].shape]
+def test_it_has_them_too_beside_others_in_its_request_and_among_requests(
+    server, known, how
+) -> None:
+    alike = [
+        (row, expected) for row, expected in known if row["ids"].shape == known[0][0]["ids"].shape
+    ]
     together = {name: np.concatenate([row[name] for row, _ in alike] * 5) for name in DATATYPES}
     assert asked(server, together, how) == b"".join(expected for _, expected in alike) * 5
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda place: asked(server, known[place % len(known)][0], how), range(400)))
+        answers = list(
+            pool.map(lambda place: asked(server, known[place % len(known)][0], how), range(400))
+        )
     assert answers == [known[place % len(known)][1] for place in range(400)]
     figures = server.get("/metrics").text.splitlines()
-    assert [line for line in figures if "violations_total{" in line and not line.endswith(" 0.0")] == []
+    assert [
+        line for line in figures if "violations_total{" in line and not line.endswith(" 0.0")
+    ] == []
 
 
 def test_what_the_model_does_not_take_is_a_sentence_that_names_it(server, known) -> None:

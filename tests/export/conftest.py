@@ -1,4 +1,6 @@
-"""A folder with a file of every verdict and a bundle, and `evalmode verify` as a process of its own in it."""
+"""A folder with a file of every verdict and a bundle, and `evalmode verify` as a process of its own
+in it.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,23 @@ from evalmode.export.release import Released
 HOSTILE = "a/[/red]::error::,%\n\x1b[2J drop"
 LEAK, DRAW, TORN = "models/deep/leak.onnx", "models/été [/red], 50%2C.onnx", "models/torn.onnx"
 CLEAN, UNDECIDED, BUNDLE = "models/clean.onnx", "models/undecided.onnx", "bundles/small/1"
-EVERY = {BUNDLE: "pass", CLEAN: "pass", LEAK: "fail", TORN: "unreadable", UNDECIDED: "unproven", DRAW: "fail"}
+EVERY = {
+    BUNDLE: "pass",
+    CLEAN: "pass",
+    LEAK: "fail",
+    TORN: "unreadable",
+    UNDECIDED: "unproven",
+    DRAW: "fail",
+}
 
 
 def model(*nodes: onnx.NodeProto, inputs: tuple[onnx.ValueInfoProto, ...] = ()) -> bytes:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
     on = numpy_helper.from_array(np.asarray(True), "on")
     graph = helper.make_graph(nodes, "g", [values[0], *inputs], values[1:], [on])
-    return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
+    return bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
+    )
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +65,9 @@ def tree(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(tree: Path, *arguments: str, **changed: str) -> subprocess.CompletedProcess[bytes]:
     program = [Path(sys.executable).with_name("evalmode"), "verify", *arguments]
-    return subprocess.run(program, capture_output=True, check=False, cwd=tree, env={**os.environ, **changed})
+    return subprocess.run(
+        program, capture_output=True, check=False, cwd=tree, env={**os.environ, **changed}
+    )
 
 
 def as_json(tree: Path, *arguments: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Two networks of Hugging Face's, small and random, as anyone would hand them in: no flag set, nothing wrapped."""
+"""Two networks of Hugging Face's, small and random, as anyone would hand them in: no flag set,
+nothing wrapped.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def bert() -> nn.Module:
 
 def gpt2() -> nn.Module:
     """A decoder, which answers with a cache beside its logits."""
-    config = GPT2Config(**_SIZES, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        **_SIZES, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -38,4 +42,7 @@ def inputs() -> list[dict[str, Tensor]]:
 def _batch(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     mask = torch.ones(rows, length, dtype=torch.long)
     mask[0, length // 2 :] = 0
-    return {"input_ids": torch.randint(100, (rows, length), generator=generator), "attention_mask": mask}
+    return {
+        "input_ids": torch.randint(100, (rows, length), generator=generator),
+        "attention_mask": mask,
+    }

@@ -1,4 +1,5 @@
-"""The leak matrix, measured: which rule refuses which PyTorch module, in eval, in train, with one child in train.
+"""The leak matrix, measured: which rule refuses which PyTorch module, in eval, in train, with one
+child in train.
 
 `python -m tests.export.leak_matrix > docs/leak-matrix.md` writes the table anew.
 """
@@ -61,7 +62,9 @@ def measure(name: str, state: str) -> Measured | None:
     refused = tuple(record.rule for record in found.records if record.verdict not in good)
     assert found.passed == (not refused), name
     assert found.subject is not None or refused, name
-    return Measured(refused=refused, model=found.subject.model if found.subject and found.passed else None)
+    return Measured(
+        refused=refused, model=found.subject.model if found.subject and found.passed else None
+    )
 
 
 def table() -> str:
@@ -73,11 +76,12 @@ def _lines() -> Iterator[str]:
     yield "# The leak matrix"
     yield ""
     yield (
-        f"{len(CASES)} PyTorch modules, each exported in three states: after `.eval()`, after `.train()`, and after "
-        "`.eval()` with one child put back into training.\nA cell says `certified`, which the tests confirm by another "
-        "way (the graph in ONNX Runtime without optimisation, several times, against the module under other seeds), or "
-        "names the first rule that refuses.\nThere is no third case: no randomness of training reaches a bundle in "
-        "silence."
+        f"{len(CASES)} PyTorch modules, each exported in three states: after `.eval()`, after"
+        " `.train()`, and after `.eval()` with one child put back into training.\nA cell says"
+        " `certified`, which the tests confirm by another way (the graph in ONNX Runtime without"
+        " optimisation, several times, against the module under other seeds), or names the first"
+        " rule that refuses.\nThere is no third case: no randomness of training reaches a bundle"
+        " in silence."
     )
     yield ""
     yield (
@@ -85,7 +89,13 @@ def _lines() -> Iterator[str]:
         "`tests/export/test_leak_matrix.py` fails unless this is what it measures."
     )
     for title, cases in FAMILIES.items():
-        yield from ("", f"## {title}", "", "| module | in eval | in train | one child in train |", "|---|---|---|---|")
+        yield from (
+            "",
+            f"## {title}",
+            "",
+            "| module | in eval | in train | one child in train |",
+            "|---|---|---|---|",
+        )
         for case in cases:
             yield f"| {case.name} | {' | '.join(_cell(case, state) for state in STATES)} |"
 

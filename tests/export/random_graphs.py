@@ -1,6 +1,8 @@
-"""Random ONNX graphs with and without hidden randomness, and the truth about each, which no verifier was asked for.
+"""Random ONNX graphs with and without hidden randomness, and the truth about each, which no
+verifier was asked for.
 
-The truth is kept while a graph is built: what a node does to it is a function of what its function is called with.
+The truth is kept while a graph is built: what a node does to it is a function of what its function
+is called with.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ DEEPEST = 4
 
 @dataclass
 class Place:
-    """A graph or function body that is being written: its nodes, and the modes that can be read in it."""
+    """A graph or function body that is being written: its nodes, and the modes that can be read in
+    it.
+    """
 
     depth: int
     opset: int
@@ -81,7 +85,9 @@ class Writer:
         self.overridable: list[onnx.TensorProto] = []
         self.steps(main)
         uncalled = [item for item in self.functions if item.name not in self.called]
-        nobody_knows = [constantly(together(item.truths, {"m": None, "flag": None})) for item in uncalled]
+        nobody_knows = [
+            constantly(together(item.truths, {"m": None, "flag": None})) for item in uncalled
+        ]
         graph = helper.make_graph(
             main.nodes,
             "main",
@@ -90,7 +96,8 @@ class Writer:
             [*main.initializers, *self.overridable],
         )
         opsets = [
-            helper.make_opsetid(domain, version) for domain, version in (("", 20), ("my", 1), ("com.microsoft", 1))
+            helper.make_opsetid(domain, version)
+            for domain, version in (("", 20), ("my", 1), ("com.microsoft", 1))
         ]
         model = helper.make_model(graph, opset_imports=opsets, functions=self.protos, ir_version=10)
         truth = together([*main.truths, *nobody_knows], {})
@@ -110,12 +117,18 @@ class Writer:
         ]
         defaults = [helper.make_attribute("flag", 0)]
         self.protos.append(
-            helper.make_function("my", name, ["x", "m"], [body.flow], body.nodes, imports, attribute_protos=defaults)
+            helper.make_function(
+                "my", name, ["x", "m"], [body.flow], body.nodes, imports, attribute_protos=defaults
+            )
         )
         self.functions.append(Function(name, tuple(body.truths), self.needs_a_mode))
 
     def steps(self, place: Place) -> None:
-        kinds = [self.plain] * 5 + [self.dropout] * 4 + [self.batch_normalization, self.lookalike, self.call, self.call]
+        kinds = (
+            [self.plain] * 5
+            + [self.dropout] * 4
+            + [self.batch_normalization, self.lookalike, self.call, self.call]
+        )
         if place.depth < DEEPEST:
             kinds += [self.branch, self.loop, self.scan] * 2
         if self.chance.random() < 0.15:
@@ -124,14 +137,18 @@ class Writer:
             self.chance.choice(kinds)(place)
         self.plain(place)
 
-    def node(self, place: Place, op: str, inputs: list[str], outputs: int = 1, **attributes: object) -> list[str]:
+    def node(
+        self, place: Place, op: str, inputs: list[str], outputs: int = 1, **attributes: object
+    ) -> list[str]:
         names = [self.name("v") for _ in range(outputs)]
         named = self.chance.choice(["", self.name("node")])
         place.nodes.append(helper.make_node(op, inputs, names, name=named, **attributes))
         return names
 
     def plain(self, place: Place) -> None:
-        (place.flow,) = self.node(place, self.chance.choice(["Relu", "Identity", "Tanh"]), [place.flow])
+        (place.flow,) = self.node(
+            place, self.chance.choice(["Relu", "Identity", "Tanh"]), [place.flow]
+        )
 
     def random(self, place: Place) -> None:
         op, domain = self.chance.choice(
@@ -156,7 +173,11 @@ class Writer:
         op = self.chance.choice(["Dropout", "RandomUniformLike", "Bernoulli"])
         if op not in {item.name for item in self.protos}:
             identity = helper.make_node("Identity", ["x"], ["y"])
-            self.protos.append(helper.make_function("my", op, ["x"], ["y"], [identity], [helper.make_opsetid("", 20)]))
+            self.protos.append(
+                helper.make_function(
+                    "my", op, ["x"], ["y"], [identity], [helper.make_opsetid("", 20)]
+                )
+            )
         (place.flow,) = self.node(place, op, [place.flow], domain="my")
 
     def dropout(self, place: Place) -> None:
@@ -181,7 +202,9 @@ class Writer:
         place.flow = node.output[0]
         kind = self.chance.choice(["on", "off", "absent", *["caller's"] * 4 * bool(place.flags)])
         if kind == "caller's":
-            node.attribute.add(name="training_mode", ref_attr_name="flag", type=onnx.AttributeProto.INT)
+            node.attribute.add(
+                name="training_mode", ref_attr_name="flag", type=onnx.AttributeProto.INT
+            )
             place.truths.append(lambda call: call["flag"])
         elif kind != "absent":
             node.attribute.append(helper.make_attribute("training_mode", int(kind == "on")))
@@ -221,13 +244,19 @@ class Writer:
         return name
 
     def changed(self, place: Place, name: str, truth: Truth) -> tuple[str, Truth]:
-        kind = self.chance.choice(["Not", "Identity", "Cast", "Equal", "And", "Where", "If", "Unsqueeze"])
+        kind = self.chance.choice(
+            ["Not", "Identity", "Cast", "Equal", "And", "Where", "If", "Unsqueeze"]
+        )
         if kind == "Not":
-            return self.node(place, "Not", [name])[0], lambda call: None if truth(call) is None else not truth(call)
+            return self.node(place, "Not", [name])[
+                0
+            ], lambda call: None if truth(call) is None else not truth(call)
         if kind == "Identity":
             return self.node(place, "Identity", [name])[0], truth
         if kind == "Cast":
-            (number,) = self.node(place, "Cast", [name], to=self.chance.choice([TensorProto.INT64, TensorProto.FLOAT]))
+            (number,) = self.node(
+                place, "Cast", [name], to=self.chance.choice([TensorProto.INT64, TensorProto.FLOAT])
+            )
             return self.node(place, "Cast", [number], to=TensorProto.BOOL)[0], truth
         if kind == "Unsqueeze":
             (wide,) = self.node(place, "Unsqueeze", [name, self.constant(place, np.int64([0]))])
@@ -238,14 +267,18 @@ class Writer:
         if kind == "If":
             return self.chosen(place, name), truth
         if kind == "Where":
-            return self.node(place, "Where", [name, true, self.constant(place, np.bool_(False))])[0], truth
+            return self.node(place, "Where", [name, true, self.constant(place, np.bool_(False))])[
+                0
+            ], truth
         return self.node(place, kind, [name, true])[0], truth
 
     def chosen(self, place: Place, condition: str) -> str:
         """What a branch of constants answers: the condition itself."""
         branches = {}
         for key, value in (("then_branch", True), ("else_branch", False)):
-            node = helper.make_node("Constant", [], [self.name("v")], value=numpy_helper.from_array(np.asarray(value)))
+            node = helper.make_node(
+                "Constant", [], [self.name("v")], value=numpy_helper.from_array(np.asarray(value))
+            )
             output = helper.make_tensor_value_info(node.output[0], TensorProto.BOOL, [])
             branches[key] = helper.make_graph([node], key, [], [output])
         return self.node(place, "If", [condition], **branches)[0]
@@ -262,18 +295,30 @@ class Writer:
         (place.flow,) = self.node(place, function.name, [place.flow, mode], domain="my")
         passes_on = place.flags and self.chance.random() < 0.5
         if passes_on:
-            place.nodes[-1].attribute.add(name="flag", ref_attr_name="flag", type=onnx.AttributeProto.INT)
+            place.nodes[-1].attribute.add(
+                name="flag", ref_attr_name="flag", type=onnx.AttributeProto.INT
+            )
         elif flag != "absent":
             place.nodes[-1].attribute.append(helper.make_attribute("flag", int(given)))
         self.called.add(function.name)
 
         def of_call(call: Call) -> Mode:
-            return together(function.truths, {"m": truth(call), "flag": call["flag"] if passes_on else given})
+            return together(
+                function.truths, {"m": truth(call), "flag": call["flag"] if passes_on else given}
+            )
 
         place.truths.append(of_call)
 
-    def body(self, place: Place, *extra: onnx.ValueInfoProto, unknown: str = "") -> tuple[Place, str]:
-        inner = Place(place.depth + 1, place.opset, [*place.modes], [*place.flags], in_function=place.in_function)
+    def body(
+        self, place: Place, *extra: onnx.ValueInfoProto, unknown: str = ""
+    ) -> tuple[Place, str]:
+        inner = Place(
+            place.depth + 1,
+            place.opset,
+            [*place.modes],
+            [*place.flags],
+            in_function=place.in_function,
+        )
         inner.flow = place.flow
         if unknown:
             inner.modes.append((unknown, constantly(None)))
@@ -281,7 +326,9 @@ class Writer:
         place.truths += inner.truths
         return inner, inner.flow
 
-    def graph(self, inner: Place, inputs: list[onnx.ValueInfoProto], outputs: list[tuple[str, int]]) -> onnx.GraphProto:
+    def graph(
+        self, inner: Place, inputs: list[onnx.ValueInfoProto], outputs: list[tuple[str, int]]
+    ) -> onnx.GraphProto:
         infos = [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs]
         return helper.make_graph(inner.nodes, "body", inputs, infos, inner.initializers)
 
@@ -306,6 +353,10 @@ class Writer:
     def scan(self, place: Place) -> None:
         state, item = self.name("s"), self.name("x")
         inner, flow = self.body(place)
-        inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (state, item)]
+        inputs = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (state, item)
+        ]
         graph = self.graph(inner, inputs, [(state, TensorProto.FLOAT), (flow, TensorProto.FLOAT)])
-        _, place.flow = self.node(place, "Scan", [place.flow, place.flow], 2, num_scan_inputs=1, body=graph)
+        _, place.flow = self.node(
+            place, "Scan", [place.flow, place.flow], 2, num_scan_inputs=1, body=graph
+        )

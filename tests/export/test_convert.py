@@ -49,7 +49,9 @@ def test_nodes_are_named_after_the_modules_they_came_from() -> None:
 def test_axes_and_outputs_have_the_names_that_were_given() -> None:
     model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model
     assert [output.name for output in model.graph.output] == ["y"]
-    assert [size.dim_param or size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim] == [
+    assert [
+        size.dim_param or size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim
+    ] == [
         "batch",
         4,
     ]
@@ -70,14 +72,20 @@ def test_another_process_writes_the_same_bytes() -> None:
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent)]
     other = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert other.stdout.split()[-1] == digest_of_a_conversion()
 
 
 def digest_of_a_conversion() -> str:
     torch.manual_seed(0)
-    return hashlib.sha256(serialise(convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model)).hexdigest()
+    return hashlib.sha256(
+        serialise(convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model)
+    ).hexdigest()
 
 
 def test_what_cannot_be_exported_is_one_sentence() -> None:
@@ -91,7 +99,7 @@ class Answers(nn.Module):
         return x, twice, twice
 
 
-def test_an_input_that_is_an_answer_and_an_answer_that_is_given_twice_are_outputs_of_their_own() -> None:
+def test_an_input_that_is_an_answer_and_an_answer_given_twice_are_outputs_of_their_own() -> None:
     model = convert(Answers().eval(), X, dynamic_axes=AXES, outputs=["a", "b", "c"]).model
     answer = open_session(serialise(model)).run({"x": np.full((2, 4), 3, np.float32)})
     assert [float(answer[name][0, 0]) for name in "abc"] == [3, 6, 6]
@@ -108,9 +116,14 @@ def test_a_recurrent_layer_keeps_its_dynamic_length_at_the_second_export() -> No
 
     for _ in range(2):
         model = convert(
-            Recurrent().eval(), {"x": torch.ones(3, 5, 4)}, dynamic_axes={"x": {0: "batch", 1: "length"}}, outputs=["y"]
+            Recurrent().eval(),
+            {"x": torch.ones(3, 5, 4)},
+            dynamic_axes={"x": {0: "batch", 1: "length"}},
+            outputs=["y"],
         ).model
-        assert open_session(serialise(model)).run({"x": np.ones((2, 9, 4), np.float32)})["y"].shape == (2, 9, 3)
+        assert open_session(serialise(model)).run({"x": np.ones((2, 9, 4), np.float32)})[
+            "y"
+        ].shape == (2, 9, 3)
 
 
 def test_a_size_up_to_which_a_branch_was_traced_is_the_bound_of_its_axis() -> None:

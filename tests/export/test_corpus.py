@@ -1,6 +1,8 @@
-"""The static rules on the models that the onnx wheel brings along: all that draw or train are flagged, and no other.
+"""The static rules on the models that the onnx wheel brings along: all that draw or train are
+flagged, and no other.
 
-`python -m tests.export.test_corpus` says how long that takes, without the time it takes to build the models.
+`python -m tests.export.test_corpus` says how long that takes, without the time it takes to build
+the models.
 """
 
 from __future__ import annotations
@@ -19,23 +21,42 @@ from evalmode.export.graph import Graph, graph_of, open_graph
 from evalmode.export.graph.suspicious_weights import mask_like, non_finite_weights
 from evalmode.export.rules import opaque_op, stochastic_op, training_mode
 
-DRAW = {f"test_bernoulli{kind}{form}" for kind in ("", "_double", "_seed") for form in ("", "_expanded")}
+DRAW = {
+    f"test_bernoulli{kind}{form}" for kind in ("", "_double", "_seed") for form in ("", "_expanded")
+}
 TRAIN = {
     *("test_batchnorm_epsilon_training_mode", "test_batchnorm_example_training_mode"),
     *("test_adagrad", "test_adagrad_multiple", "test_adam", "test_adam_multiple"),
     *("test_momentum", "test_momentum_multiple", "test_nesterov_momentum"),
     *("test_gradient_of_add", "test_gradient_of_add_and_mul"),
 }
-# Their mode is an input of the model, and their rate too: also where the example's rate is 0, the caller may give
-# another.
+# Their mode is an input of the model, and their rate too: also where the example's rate is 0, the
+# caller may give another.
 THE_CALLER_DECIDES = {
-    f"test_training_dropout{kind}{mask}" for kind in ("", "_default", "_zero_ratio") for mask in ("", "_mask")
+    f"test_training_dropout{kind}{mask}"
+    for kind in ("", "_default", "_zero_ratio")
+    for mask in ("", "_mask")
 }
 # A few that a careless rule would flag.
 MUST_PASS = {
-    *("test_dropout_default", "test_dropout_default_mask", "test_dropout_default_ratio", "test_dropout_default_old"),
-    *("test_dropout_random_old", "test_batchnorm_example", "test_affine_grid_2d", "test_if", "test_loop11"),
-    *("test_scan9_sum", "test_sequence_map_identity_1_sequence", "test_range_float_type_positive_delta_expanded"),
+    *(
+        "test_dropout_default",
+        "test_dropout_default_mask",
+        "test_dropout_default_ratio",
+        "test_dropout_default_old",
+    ),
+    *(
+        "test_dropout_random_old",
+        "test_batchnorm_example",
+        "test_affine_grid_2d",
+        "test_if",
+        "test_loop11",
+    ),
+    *(
+        "test_scan9_sum",
+        "test_sequence_map_identity_1_sequence",
+        "test_range_float_type_positive_delta_expanded",
+    ),
 }
 
 
@@ -52,11 +73,17 @@ def graphs() -> Iterator[Graph]:
         yield graph_of(case.model, name=case.name)
     for path in sorted(Path(onnx.backend.test.__file__).parent.rglob("*.onnx")):
         graph = open_graph(path)
-        yield Graph(proto=graph.proto, name=path.parent.name, nodes=graph.nodes, weights=graph.weights)
+        yield Graph(
+            proto=graph.proto, name=path.parent.name, nodes=graph.nodes, weights=graph.weights
+        )
 
 
 def verdicts(check: object) -> dict[Verdict, set[str]]:
-    found: dict[Verdict, set[str]] = {Verdict.PASS: set(), Verdict.FAIL: set(), Verdict.UNPROVEN: set()}
+    found: dict[Verdict, set[str]] = {
+        Verdict.PASS: set(),
+        Verdict.FAIL: set(),
+        Verdict.UNPROVEN: set(),
+    }
     for graph in corpus():
         record: Record = check(graph)  # type: ignore[operator]
         found[record.verdict].add(graph.name)
@@ -97,5 +124,6 @@ if __name__ == "__main__":
         for rule in (stochastic_op, training_mode, opaque_op):
             rule.check(one)
     print(
-        f"{len(read)} models: {built - started:.2f} s to build and open, {time.perf_counter() - built:.2f} s to judge"
+        f"{len(read)} models: {built - started:.2f} s to build and open,"
+        f" {time.perf_counter() - built:.2f} s to judge"
     )

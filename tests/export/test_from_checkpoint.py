@@ -1,4 +1,6 @@
-"""`evalmode export`, on real modules: the clean becomes a bundle, what leaks is refused by name and leaves nothing."""
+"""`evalmode export`, on real modules: the clean becomes a bundle, what leaks is refused by name and
+leaves nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from evalmode.model.dropout import Dropout
 from evalmode.model.transformer import Transformer
 from tests.conftest import make_checkpoint, small_config
 
-SITES = [name for name, part in Transformer(small_config()).named_modules() if isinstance(part, Dropout)]
+SITES = [
+    name for name, part in Transformer(small_config()).named_modules() if isinstance(part, Dropout)
+]
 
 
 class AlwaysTraining(nn.Dropout):
@@ -45,14 +49,18 @@ class HidesInAList(nn.Module):
 
 
 class LeaksInAttention(nn.Module):
-    """The most frequent bug of this kind: the rate is passed, and SDPA cannot see whether the module trains."""
+    """The most frequent bug of this kind: the rate is passed, and SDPA cannot see whether the
+    module trains.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(x, x, x, dropout_p=0.25)
 
 
 def exported(checkpoint: Checkpoint, root: Path) -> Released:
-    return release_checkpoint(checkpoint, root=root, name="leak", version="1", progress=lambda step: None)
+    return release_checkpoint(
+        checkpoint, root=root, name="leak", version="1", progress=lambda step: None
+    )
 
 
 def refused(checkpoint: Checkpoint, root: Path) -> ExportRefused:
@@ -73,7 +81,9 @@ def test_there_are_sites_in_every_place_the_network_drops() -> None:
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_one_site_left_in_training_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path, site: str) -> None:
+def test_one_site_left_in_training_is_refused_by_name(
+    checkpoint: Checkpoint, tmp_path: Path, site: str
+) -> None:
     error = refused(replaced(checkpoint, site, AlwaysTraining(0.25)), tmp_path)
     assert f"{site} (AlwaysTraining)" in str(error)
     assert {"escaped-module", "eager-randomness"} == {
@@ -81,7 +91,9 @@ def test_one_site_left_in_training_is_refused_by_name(checkpoint: Checkpoint, tm
     }
 
 
-@pytest.mark.parametrize("part", [ForgetsTraining(), LeaksInAttention()], ids=lambda part: type(part).__name__)
+@pytest.mark.parametrize(
+    "part", [ForgetsTraining(), LeaksInAttention()], ids=lambda part: type(part).__name__
+)
 @pytest.mark.parametrize("site", ["embedding.dropout", "blocks.1.feed_forward.dropout"])
 def test_a_functional_dropout_without_its_flag_is_refused_by_name(
     checkpoint: Checkpoint, tmp_path: Path, site: str, part: nn.Module
@@ -98,14 +110,23 @@ def test_a_dropout_in_a_list_is_refused_by_name(checkpoint: Checkpoint, tmp_path
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({"name": "a/b"}, "--name must be .*'a/b'"), ({"name": ""}, "--name"), ({"version": "../1"}, "--version must be")],
+    [
+        ({"name": "a/b"}, "--name must be .*'a/b'"),
+        ({"name": ""}, "--name"),
+        ({"version": "../1"}, "--version must be"),
+    ],
 )
 def test_a_name_that_no_bundle_can_have_is_refused_before_any_work(
     checkpoint: Checkpoint, tmp_path: Path, given: dict[str, str], said: str
 ) -> None:
     steps: list[str] = []
     with pytest.raises(EvalmodeError, match=said):
-        release_checkpoint(checkpoint, root=tmp_path, progress=steps.append, **{"name": "any", "version": "1", **given})
+        release_checkpoint(
+            checkpoint,
+            root=tmp_path,
+            progress=steps.append,
+            **{"name": "any", "version": "1", **given},
+        )
     assert steps == []
 
 
@@ -116,11 +137,15 @@ def test_a_root_that_cannot_be_written_to_is_refused_before_any_work(
     (tmp_path / "file").write_text("no folder")
     steps: list[str] = []
     with pytest.raises(EvalmodeError, match=f"no bundle can be written to .*{place}: "):
-        release_checkpoint(checkpoint, root=tmp_path / place, name="any", version="1", progress=steps.append)
+        release_checkpoint(
+            checkpoint, root=tmp_path / place, name="any", version="1", progress=steps.append
+        )
     assert steps == []
 
 
-def test_a_checkpoint_without_held_out_rows_is_refused_in_one_sentence(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_checkpoint_without_held_out_rows_is_refused_in_one_sentence(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     empty = dataclasses.replace(checkpoint.held_out, rows=[], labels=checkpoint.held_out.labels[:0])
     with pytest.raises(EvalmodeError, match="holds no held-out rows"):
         exported(dataclasses.replace(checkpoint, held_out=empty), tmp_path)
@@ -141,7 +166,9 @@ def test_a_graph_of_another_network_is_refused(checkpoint: Checkpoint, tmp_path:
                 other.head.weight.mul_(1.001)
             return other
 
-    fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    fields = {
+        field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)
+    }
     assert "parity" in str(refused(Exchanged(**fields), tmp_path))
 
 
@@ -165,7 +192,9 @@ def test_a_clean_module_becomes_a_bundle_that_opens(released: Released) -> None:
 def test_the_census_names_every_site_with_its_rate_and_shows_it_absent(released: Released) -> None:
     (census,) = [record for record in released.certificate.records if record.rule == "census"]
     rates = {"embedding.ngram_dropout": 0.3}
-    assert set(census.sites) == {f"{site} (Dropout, p={rates.get(site, 0.1)}): absent" for site in SITES}
+    assert set(census.sites) == {
+        f"{site} (Dropout, p={rates.get(site, 0.1)}): absent" for site in SITES
+    }
 
 
 def test_classic_dropout_is_folded_and_leaves_no_node(tmp_path: Path) -> None:
@@ -174,7 +203,9 @@ def test_classic_dropout_is_folded_and_leaves_no_node(tmp_path: Path) -> None:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     (census,) = [
-        record for record in exported(make_checkpoint(module), tmp_path).certificate.records if record.rule == "census"
+        record
+        for record in exported(make_checkpoint(module), tmp_path).certificate.records
+        if record.rule == "census"
     ]
     assert census.verdict is Verdict.PASS
     assert len(census.sites) == len(SITES)
@@ -183,12 +214,18 @@ def test_classic_dropout_is_folded_and_leaves_no_node(tmp_path: Path) -> None:
 def test_a_causal_network_without_any_rate_is_exported_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     off = dict.fromkeys(("embedding", "attention", "residual", "feed_forward", "ngram"), 0.0)
-    module = Transformer(small_config(causal=True, **{f"{name}_dropout": rate for name, rate in off.items()}))
+    module = Transformer(
+        small_config(causal=True, **{f"{name}_dropout": rate for name, rate in off.items()})
+    )
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     assert exported(make_checkpoint(module), tmp_path).certificate.verdict is Verdict.PASS
 
 
-def test_the_same_checkpoint_gives_the_same_digest(checkpoint: Checkpoint, released: Released, tmp_path: Path) -> None:
-    again = release_checkpoint(checkpoint, root=tmp_path, name="small", version="1", progress=lambda step: None)
+def test_the_same_checkpoint_gives_the_same_digest(
+    checkpoint: Checkpoint, released: Released, tmp_path: Path
+) -> None:
+    again = release_checkpoint(
+        checkpoint, root=tmp_path, name="small", version="1", progress=lambda step: None
+    )
     assert again.certificate.digest == released.certificate.digest

@@ -1,4 +1,6 @@
-"""Anyone's module becomes a bundle as ours does: judged by every rule, and against an export in another process."""
+"""Anyone's module becomes a bundle as ours does: judged by every rule, and against an export in
+another process.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def buffer(): return Net("buffer")
 def at_import(): return Net("import")
 def attribute(): return Net("attribute")
 def other_each_time():
-    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(random.SystemRandom().randrange(1, 10**3))])
+    count = random.SystemRandom().randrange(1, 10**3)
+    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(count)])
 
 def inputs(): return {"x": torch.randn(3, 4), "y": torch.zeros(3, 1)}
 def one(): return torch.randn(3, 4)
@@ -67,7 +70,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def released(factory: str, inputs: str, root: Path) -> Released:
-    return release_module(factory, inputs, root=root, name="theirs", version="1", progress=lambda step: None)
+    return release_module(
+        factory, inputs, root=root, name="theirs", version="1", progress=lambda step: None
+    )
 
 
 def refused(factory: str, inputs: str, root: Path) -> ExportRefused:
@@ -78,7 +83,9 @@ def refused(factory: str, inputs: str, root: Path) -> ExportRefused:
 
 
 def baked(error: ExportRefused) -> Record:
-    (record,) = [record for record in error.records if record.verdict is not Verdict.PASS and record.findings]
+    (record,) = [
+        record for record in error.records if record.verdict is not Verdict.PASS and record.findings
+    ]
     assert record.rule == "baked-noise"
     return record
 
@@ -88,18 +95,28 @@ def test_several_inputs_and_outputs_become_a_bundle_that_opens_verifies_and_answ
 ) -> None:
     made = released(f"{project}:clean", f"{project}:inputs", tmp_path / "bundles")
     bundle = open_bundle(made.path)
-    assert [(item.name, item.shape) for item in bundle.manifest.inputs] == [("x", (-1, 4)), ("y", (-1, 1))]
+    assert [(item.name, item.shape) for item in bundle.manifest.inputs] == [
+        ("x", (-1, 4)),
+        ("y", (-1, 1)),
+    ]
     assert [item.name for item in bundle.manifest.outputs] == ["sum", "pair_0", "pair_1"]
     assert bundle.manifest.frontend is None
     assert bundle.manifest.provenance["module"] == f"{project}:clean"
     assert len(bundle.known_answers()) == 8
     assert verify(made.path).verdict is Verdict.PASS
-    answer = open_session(bundle.model).run({"x": np.ones((5, 4), np.float32), "y": np.zeros((5, 1), np.float32)})
+    answer = open_session(bundle.model).run(
+        {"x": np.ones((5, 4), np.float32), "y": np.zeros((5, 1), np.float32)}
+    )
     assert answer["sum"].shape == (5, 4)
 
 
-def test_what_is_random_and_in_a_buffer_is_handed_over_and_passes(project: str, tmp_path: Path) -> None:
-    assert released(f"{project}:buffer", f"{project}:inputs", tmp_path / "bundles").certificate.verdict is Verdict.PASS
+def test_what_is_random_and_in_a_buffer_is_handed_over_and_passes(
+    project: str, tmp_path: Path
+) -> None:
+    assert (
+        released(f"{project}:buffer", f"{project}:inputs", tmp_path / "bundles").certificate.verdict
+        is Verdict.PASS
+    )
 
 
 @pytest.mark.parametrize("factory", ["at_import", "attribute"])
@@ -111,14 +128,18 @@ def test_what_is_random_and_neither_parameter_nor_buffer_is_refused_by_name(
     assert "its values differ in another export, under other seeds" in str(record.findings[0])
 
 
-def test_a_factory_that_returns_another_network_each_time_is_unproven(project: str, tmp_path: Path) -> None:
+def test_a_factory_that_returns_another_network_each_time_is_unproven(
+    project: str, tmp_path: Path
+) -> None:
     record = baked(refused(f"{project}:other_each_time", f"{project}:one", tmp_path / "bundles"))
     assert record.verdict is Verdict.UNPROVEN
     assert "a second export could not be compared: " in str(record.findings[0])
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_hugging_faces_networks_are_exported_without_a_special_word(name: str, tmp_path: Path) -> None:
+def test_hugging_faces_networks_are_exported_without_a_special_word(
+    name: str, tmp_path: Path
+) -> None:
     here = "tests.export.hugging_face"
     made = released(f"{here}:{name}", f"{here}:inputs", tmp_path / "bundles")
     assert made.certificate.verdict is Verdict.PASS
@@ -135,5 +156,7 @@ def test_no_process_is_left_behind_by_a_refusal(project: str, tmp_path: Path) ->
         source.replace("self.drop(self.linear(x))", "self.linear(x) * torch.rand(1)")
     )
     refused(f"{project}:clean", f"{project}:inputs", tmp_path / "bundles")
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    running = subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True, check=True
+    ).stdout
     assert f"{project}:clean" not in running

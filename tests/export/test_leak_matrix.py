@@ -1,4 +1,6 @@
-"""No randomness of training reaches a bundle in silence: every module is certified because it is clean, or refused."""
+"""No randomness of training reaches a bundle in silence: every module is certified because it is
+clean, or refused.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ from tests.export.leaks.case import DOES_NOT_RUN, NO_EXPORT, STATES, Case, seed
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "leak-matrix.md"
 
-ANSWERED = [(name, state) for name, state in product(CASES, STATES) if CASES[name].expected(state) is not None]
+ANSWERED = [
+    (name, state)
+    for name, state in product(CASES, STATES)
+    if CASES[name].expected(state) is not None
+]
 CLEAN = [(name, state) for name, state in ANSWERED if CASES[name].expected(state) == ()]
 REFUSED_IN_EVAL = [name for name, case in CASES.items() if case.in_eval]
 
@@ -29,7 +35,9 @@ def ids(pairs: list[tuple[str, str]]) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "state"), ANSWERED, ids=ids(ANSWERED))
-def test_a_module_is_certified_or_refused_by_the_rules_that_reason_says(name: str, state: str) -> None:
+def test_a_module_is_certified_or_refused_by_the_rules_that_reason_says(
+    name: str, state: str
+) -> None:
     found = measure(name, state)
     assert found is not None
     assert found.refused == CASES[name].expected(state)
@@ -46,15 +54,20 @@ def test_what_is_certified_really_is_clean(name: str, state: str) -> None:
             eager = answers(CASES[name].module(state), sample, number)
             assert len(graph) == len(eager)
             for one, other in zip(graph, eager, strict=True):
-                np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1.0, float(np.abs(other).max())))
+                np.testing.assert_allclose(
+                    one, other, rtol=0, atol=1e-5 * max(1.0, float(np.abs(other).max()))
+                )
 
 
 @pytest.mark.parametrize("name", REFUSED_IN_EVAL)
-def test_what_is_refused_in_eval_varies_there_unless_its_declaration_says_why_not(name: str) -> None:
+def test_what_is_refused_in_eval_varies_there_unless_its_declaration_says_why_not(
+    name: str,
+) -> None:
     case = CASES[name]
     inputs = samples(case)[0]
     one = case.module("in eval")
-    modules = [one] * 8 + [case.module("in eval") for _ in range(8)]  # what the first forward decides, too
+    # what the first forward decides, too
+    modules = [one] * 8 + [case.module("in eval") for _ in range(8)]
     found = [answers(module, inputs, number) for number, module in enumerate(modules)]
     seen = {b"".join(array.tobytes() for array in arrays) for arrays in found}
     assert (len(seen) == 1) == bool(case.though_quiet)
@@ -72,7 +85,9 @@ def test_there_are_well_over_a_hundred_modules_and_most_have_a_child() -> None:
 
 
 def test_the_table_in_the_documents_is_what_was_measured() -> None:
-    assert DOCUMENT.read_text() == table(), "write it anew with `python -m tests.export.leak_matrix`"
+    assert DOCUMENT.read_text() == table(), (
+        "write it anew with `python -m tests.export.leak_matrix`"
+    )
 
 
 def samples(case: Case) -> list[dict[str, Tensor]]:
@@ -96,7 +111,9 @@ def run_often(model: onnx.ModelProto, inputs: dict[str, Tensor]) -> list[np.ndar
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     given = dict(zip((value.name for value in session.get_inputs()), inputs.values(), strict=True))
     feeds = {name: value.numpy() for name, value in given.items()}
     first, *others = [session.run(None, feeds) for _ in range(5)]

@@ -1,6 +1,7 @@
 """The static rules on random graphs: they are never wrong, at any depth.
 
-The same 2,000 graphs each time; `EVALMODE_FRESH=1 pytest tests/export/test_random_graphs.py` draws others.
+The same 2,000 graphs each time; `EVALMODE_FRESH=1 pytest tests/export/test_random_graphs.py` draws
+others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Small made-up data to train on, and the smallest run that has everything: dropout, crops, epochs, saved states."""
+"""Small made-up data to train on, and the smallest run that has everything: dropout, crops, epochs,
+saved states.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def write_rows(path: Path, *, rows: int = 240) -> Path:
     lines = ["text,label"]
     for number in range(rows):
         label = draw.choice(sorted(WORDS))
-        lines.append(f"{' '.join(draw.choices(WORDS[label], k=draw.randint(1, 9)))} {number},{label}")
+        lines.append(
+            f"{' '.join(draw.choices(WORDS[label], k=draw.randint(1, 9)))} {number},{label}"
+        )
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -1,4 +1,6 @@
-"""The order of the rows: all of them, each once, the same for the same (seed, epoch), wherever a run goes on."""
+"""The order of the rows: all of them, each once, the same for the same (seed, epoch), wherever a
+run goes on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ TEXTS = [f"{'word ' * (n % 7)}{n}" for n in range(103)]
 
 
 def batches(**options) -> Batches:
-    rows = encode(TEXTS, range(len(TEXTS)), frontend=FRONTEND)  # a row's label is its number, to know it again
+    # a row's label is its number, to know it again
+    rows = encode(TEXTS, range(len(TEXTS)), frontend=FRONTEND)
     return Batches(rows, **({"spec": SPEC, "batch_rows": 8, "seed": 3} | options))
 
 

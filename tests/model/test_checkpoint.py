@@ -1,4 +1,6 @@
-"""A finished training on disk: it comes back as it was, and what is not whole is refused by the name of its file."""
+"""A finished training on disk: it comes back as it was, and what is not whole is refused by the
+name of its file.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def test_a_folded_copy_answers_as_the_module_and_the_module_stays_as_it_was(fold
     folded, row = found.folded(), inputs(found, found.held_out.rows[0])
     torch.testing.assert_close(folded(row), found.module(row), rtol=1e-4, atol=1e-5)
     assert all(module.folded for module in folded.modules() if isinstance(module, ClassicDropout))
-    assert not any(module.folded for module in found.module.modules() if isinstance(module, ClassicDropout))
+    assert not any(
+        module.folded for module in found.module.modules() if isinstance(module, ClassicDropout)
+    )
 
 
 def test_its_provenance_names_the_data_by_hash_and_knows_no_path(folder, data):
@@ -77,7 +81,9 @@ def test_its_provenance_names_the_data_by_hash_and_knows_no_path(folder, data):
     assert str(folder) not in record
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "held_out.npz", "tokenizer.json", "checkpoint.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "held_out.npz", "tokenizer.json", "checkpoint.json"]
+)
 @pytest.mark.parametrize("harm", ["missing", "truncated", "flipped"])
 def test_a_file_that_is_not_whole_is_refused_by_name(copy, name, harm):
     path = copy / name
@@ -96,7 +102,9 @@ def test_a_file_that_is_not_whole_is_refused_by_name(copy, name, harm):
 def test_another_format_is_refused_with_the_way_out(copy):
     record = json.loads((copy / "checkpoint.json").read_text())
     (copy / "checkpoint.json").write_text(json.dumps(record | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, and this evalmode reads format 1: train again"):
+    with pytest.raises(
+        CheckpointError, match="format 99, and this evalmode reads format 1: train again"
+    ):
         load(copy)
 
 
@@ -104,10 +112,14 @@ def test_a_record_that_does_not_fit_its_weights_is_refused(copy):
     record = json.loads((copy / "checkpoint.json").read_text())
     record["network"]["width"] = 32
     (copy / "checkpoint.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=r"checkpoint\.json does not describe the files beside it"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint\.json does not describe the files beside it"
+    ):
         load(copy)
 
 
 def test_a_folder_that_never_was_one_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="a checkpoint is a folder that `evalmode train` has finished"):
+    with pytest.raises(
+        CheckpointError, match="a checkpoint is a folder that `evalmode train` has finished"
+    ):
         load(tmp_path / "nowhere")

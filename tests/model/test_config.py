@@ -41,12 +41,19 @@ def test_a_place_without_a_rate_of_its_own_takes_the_one_for_all():
     config = TrainConfig(dropout=0.2, attention_dropout=0.0)
     network = config.network(vocabulary=10, labels=2, positions=4, ids_per_position=16)
     assert network.attention_dropout == 0.0
-    assert network.embedding_dropout == network.residual_dropout == network.feed_forward_dropout == 0.2
+    assert (
+        network.embedding_dropout == network.residual_dropout == network.feed_forward_dropout == 0.2
+    )
     assert network.ngram_dropout == config.ngram_dropout
 
 
 def test_a_network_of_single_ids_drops_none_of_them():
-    assert TrainConfig().network(vocabulary=10, labels=2, positions=4, ids_per_position=1).ngram_dropout == 0.0
+    assert (
+        TrainConfig()
+        .network(vocabulary=10, labels=2, positions=4, ids_per_position=1)
+        .ngram_dropout
+        == 0.0
+    )
 
 
 def test_a_record_holds_neither_a_path_nor_the_clock():
@@ -55,7 +62,9 @@ def test_a_record_holds_neither_a_path_nor_the_clock():
     assert "max_minutes" not in record
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), TransformerConfig(vocabulary=2, labels=2, positions=1)])
+@pytest.mark.parametrize(
+    "config", [TrainConfig(), TransformerConfig(vocabulary=2, labels=2, positions=1)]
+)
 def test_a_configuration_is_frozen(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.width = 8

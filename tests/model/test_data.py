@@ -1,4 +1,6 @@
-"""Files as users have them: every ending, every guess, every refusal; and a split that loses and leaks nothing."""
+"""Files as users have them: every ending, every guess, every refusal; and a split that loses and
+leaks nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ import pytest
 from evalmode.model.data import open_data, read_file
 from evalmode.model.texts import DataError
 
-ROWS = [(f"this is text number {n}, {'good' if n % 2 else 'bad'}", "good" if n % 2 else "bad") for n in range(200)]
+ROWS = [
+    (f"this is text number {n}, {'good' if n % 2 else 'bad'}", "good" if n % 2 else "bad")
+    for n in range(200)
+]
 
 
 def csv_of(folder: Path, rows=ROWS, *, header="text,label", name="rows.csv", separator=",") -> Path:
@@ -24,7 +29,9 @@ def csv_of(folder: Path, rows=ROWS, *, header="text,label", name="rows.csv", sep
 
 def all_pairs(data) -> list[tuple[str, str]]:
     return sorted(
-        pair for part in (data.train, data.validation, data.test) for pair in zip(part.texts, part.labels, strict=True)
+        pair
+        for part in (data.train, data.validation, data.test)
+        for pair in zip(part.texts, part.labels, strict=True)
     )
 
 
@@ -36,7 +43,9 @@ def test_every_ending_gives_the_same_rows(tmp_path, ending):
         path = csv_of(tmp_path, name="rows.tsv", separator="\t")
     elif ending == "jsonl":
         path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS))
+        path.write_text(
+            "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS)
+        )
     else:
         path = tmp_path / "rows.parquet"
         texts, labels = zip(*ROWS, strict=True)
@@ -54,7 +63,12 @@ def test_a_csv_is_nothing_but_text(tmp_path):
 
 def test_numbers_and_truths_are_labels_too(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "label": n % 2 == 1}) + "\n" for n, (text, _) in enumerate(ROWS)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": text, "label": n % 2 == 1}) + "\n"
+            for n, (text, _) in enumerate(ROWS)
+        )
+    )
     assert read_file(path).labels == ("False", "True")
 
 
@@ -106,9 +120,17 @@ def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        (ROWS, {"text_column": "words"}, r"no column 'words': --text-column can be one of 'text', 'label'"),
+        (
+            ROWS,
+            {"text_column": "words"},
+            r"no column 'words': --text-column can be one of 'text', 'label'",
+        ),
         ([*ROWS, ("", "good")], {}, r"column 'text' is empty in 1 row\(s\), the first is row 201"),
-        ([*ROWS, ("fine", " ")], {}, r"column 'label' is empty in 1 row\(s\), the first is row 201"),
+        (
+            [*ROWS, ("fine", " ")],
+            {},
+            r"column 'label' is empty in 1 row\(s\), the first is row 201",
+        ),
         ([(text, "one") for text, _ in ROWS], {}, r"column 'label' holds 1 label\(s\) \['one'\]"),
         (ROWS[:12], {}, r"has 12 usable rows"),
     ],

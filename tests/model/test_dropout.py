@@ -1,4 +1,6 @@
-"""Both dropouts against their law: bit for bit where bits are promised, by exact statistical bounds elsewhere."""
+"""Both dropouts against their law: bit for bit where bits are promised, by exact statistical bounds
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ RATES = [0.1, 0.5, 0.9]
 
 
 def tail(successes: int, *, trials: int, probability: float) -> float:
-    """P(a binomial count lies at least as far from its mean as `successes`), summed exactly in log space."""
+    """P(a binomial count lies at least as far from its mean as `successes`), summed exactly in log
+    space.
+    """
     mean = trials * probability
     away = abs(successes - mean)
 
     def weight(count: int) -> float:
         ways = math.lgamma(trials + 1) - math.lgamma(count + 1) - math.lgamma(trials - count + 1)
-        return math.exp(ways + count * math.log(probability) + (trials - count) * math.log1p(-probability))
+        return math.exp(
+            ways + count * math.log(probability) + (trials - count) * math.log1p(-probability)
+        )
 
     return sum(weight(count) for count in range(trials + 1) if abs(count - mean) >= away - 1e-9)
 
@@ -33,7 +39,8 @@ def test_the_number_of_survivors_is_binomial_and_so_the_expectation_is_kept(kind
     torch.manual_seed(0)
     trials = 20_000
     kept = int((kind(p)(torch.ones(trials)) != 0).sum())
-    assert tail(kept, trials=trials, probability=1 - p) > 1e-3  # fixed seed: it holds for good or is broken
+    # fixed seed: it holds for good or is broken
+    assert tail(kept, trials=trials, probability=1 - p) > 1e-3
 
 
 @pytest.mark.parametrize("p", RATES)
@@ -159,7 +166,9 @@ def test_a_folded_dropout_refuses_to_train_and_to_fold_twice():
         fold(dropout, following=[linear])
 
 
-@pytest.mark.parametrize("sides", [{}, {"following": [nn.Linear(2, 2)], "preceding": [nn.Linear(2, 2)]}])
+@pytest.mark.parametrize(
+    "sides", [{}, {"following": [nn.Linear(2, 2)], "preceding": [nn.Linear(2, 2)]}]
+)
 def test_folding_needs_exactly_one_side(sides):
     with pytest.raises(ValueError, match="one side"):
         partial(fold, ClassicDropout(0.5), **sides)()

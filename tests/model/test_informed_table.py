@@ -26,14 +26,22 @@ def test_the_evidence_is_the_centred_logarithm_of_the_smoothed_counts():
 
 
 def test_a_label_with_longer_texts_does_not_speak_louder():
-    rows = Rows(flat=np.array([1, 1, 1, 1, 1, 1, 1, 1], np.int32), offsets=np.array([0, 6, 8]), labels=np.array([0, 1]))
+    rows = Rows(
+        flat=np.array([1, 1, 1, 1, 1, 1, 1, 1], np.int32),
+        offsets=np.array([0, 6, 8]),
+        labels=np.array([0, 1]),
+    )
     assert label_evidence(rows, vocabulary=2, labels=2)[1] == pytest.approx([0.0, 0.0])
 
 
 @pytest.mark.parametrize("width", [2, 8])
 def test_the_table_turns_the_evidence_and_loses_none_of_it(width):
     evidence = label_evidence(ROWS, vocabulary=5, labels=2)
-    table = informed_table(ROWS, vocabulary=5, labels=2, width=width, scale=0.5, seed=0).double().numpy()
+    table = (
+        informed_table(ROWS, vocabulary=5, labels=2, width=width, scale=0.5, seed=0)
+        .double()
+        .numpy()
+    )
     factor = 0.5 / evidence[1:3].std()
     assert table @ table.T == pytest.approx(factor**2 * evidence @ evidence.T, abs=1e-6)
 
@@ -48,7 +56,8 @@ def test_more_labels_than_width_are_projected():
 
 def test_the_seed_turns_it_and_the_same_seed_turns_it_alike():
     one, same, other = (
-        informed_table(ROWS, vocabulary=5, labels=2, width=4, scale=0.1, seed=seed) for seed in (0, 0, 1)
+        informed_table(ROWS, vocabulary=5, labels=2, width=4, scale=0.1, seed=seed)
+        for seed in (0, 0, 1)
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

@@ -17,7 +17,9 @@ HEADER = {"": "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2
 
 
 def compiled(messages: dict[str, str]) -> bytes:
-    """Return a gettext catalog as bytes: a head of seven words, two tables of (length, offset), then the strings."""
+    """Return a gettext catalog as bytes: a head of seven words, two tables of (length, offset),
+    then the strings.
+    """
     entries = sorted((key.encode(), value.encode()) for key, value in (HEADER | messages).items())
     count, start = len(entries), 28 + 16 * len(entries)
     tables, strings = b"", b""
@@ -29,7 +31,9 @@ def compiled(messages: dict[str, str]) -> bytes:
 
 
 def cache_with(tmp_path: Path, *wheels: dict[str, dict[str, str]]) -> dict[str, Path]:
-    """Lay wheels, each {folder: messages}, and the requirements that pin them; return load's arguments."""
+    """Lay wheels, each {folder: messages}, and the requirements that pin them; return load's
+    arguments.
+    """
     folder = tmp_path / "languages" / "wheels"
     folder.mkdir(parents=True)
     pins = []
@@ -39,9 +43,17 @@ def cache_with(tmp_path: Path, *wheels: dict[str, dict[str, str]]) -> dict[str, 
             for name, messages in catalogs.items():
                 archive.writestr(f"some/locale/{name}/LC_MESSAGES/django.mo", compiled(messages))
             about = f"Some_App{number}-1.0.dist-info"  # without it pip takes no wheel
-            archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: Some_App{number}\nVersion: 1.0\n")
-        pins.append(f"some-app{number}==1.0 --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
+            archive.writestr(
+                f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            archive.writestr(
+                f"{about}/METADATA",
+                f"Metadata-Version: 2.1\nName: Some_App{number}\nVersion: 1.0\n",
+            )
+        pins.append(
+            f"some-app{number}==1.0"
+            f" --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
+        )
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("".join(pins))
     return {"cache": tmp_path, "requirements": requirements}
@@ -106,7 +118,10 @@ def test_a_language_that_is_not_one_of_the_sixty_is_left_out() -> None:
 
 
 def test_english_is_the_source_message_itself() -> None:
-    assert rows(("de", "Eine neue Seite", "A new page")) == {("en", "A new page"), ("de", "Eine neue Seite")}
+    assert rows(("de", "Eine neue Seite", "A new page")) == {
+        ("en", "A new page"),
+        ("de", "Eine neue Seite"),
+    }
 
 
 def test_a_translation_equal_to_its_source_is_dropped() -> None:
@@ -114,12 +129,16 @@ def test_a_translation_equal_to_its_source_is_dropped() -> None:
 
 
 def test_a_text_that_stands_in_two_languages_is_dropped_from_both() -> None:
-    found = rows(("da", "Ny adgangskode", "New password"), ("nb", "ny adgangskode!", "New password"))
+    found = rows(
+        ("da", "Ny adgangskode", "New password"), ("nb", "ny adgangskode!", "New password")
+    )
     assert found == {("en", "New password")}
 
 
 def test_a_text_of_fewer_than_six_letters_is_dropped() -> None:
-    assert rows(("de", "Seite", "12345 page"), ("de", "Seiten", "12345 pages")) == {("de", "Seiten")}
+    assert rows(("de", "Seite", "12345 page"), ("de", "Seiten", "12345 pages")) == {
+        ("de", "Seiten")
+    }
 
 
 def test_serbian_counts_in_cyrillic_only() -> None:
@@ -132,7 +151,10 @@ def test_a_text_never_translated_is_dropped_where_the_language_has_another_scrip
 
 
 def test_contexts_and_plurals_are_read_as_their_messages(tmp_path: Path) -> None:
-    plural = {"verb\x04Open it now": "Jetzt öffnen", "%d old page\0%d old pages": "%d alte Seite\0%d alte Seiten"}
+    plural = {
+        "verb\x04Open it now": "Jetzt öffnen",
+        "%d old page\0%d old pages": "%d alte Seite\0%d alte Seiten",
+    }
     found = rows_of(languages.load(**cache_with(tmp_path, {"de": plural})))
     german = {("de", "Jetzt öffnen"), ("de", "alte Seite"), ("de", "alte Seiten")}
     assert found == german | {("en", "Open it now"), ("en", "old page")}
@@ -141,7 +163,11 @@ def test_contexts_and_plurals_are_read_as_their_messages(tmp_path: Path) -> None
 def test_a_sentence_and_all_its_translations_go_to_one_part() -> None:
     words = [in_words(number) for number in range(400)]
     translate = {"de": "Deutsch", "fr": "Français", "ru": "Русский"}
-    triples = [(code, f"{name} {word}", f"Source {word}") for word in words for code, name in translate.items()]
+    triples = [
+        (code, f"{name} {word}", f"Source {word}")
+        for word in words
+        for code, name in translate.items()
+    ]
     home: dict[str, set[str]] = {}
     for name, part in languages.split(triples).items():
         for text in part.texts:
@@ -155,7 +181,10 @@ def test_a_sentence_and_all_its_translations_go_to_one_part() -> None:
 def test_a_message_in_other_capitals_or_with_other_placeholders_is_the_same_message() -> None:
     triples = []
     for word in map(in_words, range(200)):
-        triples += [("de", f"Erste {word}", f"Save {word}"), ("fr", f"Deuxième {word}", f"%(n)s SAVE {word}!")]
+        triples += [
+            ("de", f"Erste {word}", f"Save {word}"),
+            ("fr", f"Deuxième {word}", f"%(n)s SAVE {word}!"),
+        ]
     for part in languages.split(triples).values():
         found = {
             label: {text.split()[-1] for text in part.texts if text.startswith(word)}
@@ -173,9 +202,15 @@ def test_no_text_of_train_is_tested_in_other_capitals() -> None:
     triples = []
     for number in range(300):
         word = in_words(number)
-        triples += [("de", f"Seite {word}", f"Page {word}"), ("de", f"SEITE: {word}", f"Leaf {word}")]
+        triples += [
+            ("de", f"Seite {word}", f"Page {word}"),
+            ("de", f"SEITE: {word}", f"Leaf {word}"),
+        ]
     parts = languages.split(triples)
-    seen = {name: {text.casefold().replace(":", "") for text in part.texts} for name, part in parts.items()}
+    seen = {
+        name: {text.casefold().replace(":", "") for text in part.texts}
+        for name, part in parts.items()
+    }
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
     assert not seen["test"] & seen["validation"]
@@ -183,32 +218,47 @@ def test_no_text_of_train_is_tested_in_other_capitals() -> None:
 
 
 def test_no_language_has_more_rows_than_its_cap() -> None:
-    triples = [("de", f"Wort {in_words(number)}", f"Word {in_words(number)}") for number in range(3800)]
+    triples = [
+        ("de", f"Wort {in_words(number)}", f"Word {in_words(number)}") for number in range(3800)
+    ]
     parts = languages.split(triples)
     for name, part in parts.items():
         assert Counter(part.labels) == {"de": languages.CAPS[name], "en": languages.CAPS[name]}
 
 
 def test_rows_do_not_depend_on_the_order_of_wheels_or_messages() -> None:
-    triples = [("de", f"Wort {in_words(number)}", f"Word {in_words(number)}") for number in range(3800)]
+    triples = [
+        ("de", f"Wort {in_words(number)}", f"Word {in_words(number)}") for number in range(3800)
+    ]
     assert languages.split(triples) == languages.split(reversed(triples))
 
 
 def test_rows_do_not_depend_on_the_hash_seed_or_the_locale(tmp_path: Path) -> None:
     messages = {f"Word {in_words(number)}": f"Größe {in_words(number)}" for number in range(60)}
-    arguments = cache_with(tmp_path, {"de": messages, "fr_CA": {key: f"Été {key}" for key in messages}})
+    arguments = cache_with(
+        tmp_path, {"de": messages, "fr_CA": {key: f"Été {key}" for key in messages}}
+    )
     program = (
-        "import sys, pathlib; sys.path[:] = eval(sys.argv[3]); from evalmode.model import languages;"
-        "cache, requirements = map(pathlib.Path, sys.argv[1:3]);"
-        "print(ascii(languages.load(cache, requirements=requirements)))"
+        "import sys, pathlib; sys.path[:] = eval(sys.argv[3]); from evalmode.model import"
+        " languages;cache, requirements = map(pathlib.Path,"
+        " sys.argv[1:3]);print(ascii(languages.load(cache, requirements=requirements)))"
     )
     outputs = set()
     for seed in ("1", "2"):
         for file in (tmp_path / "languages").glob("rows-*"):
             file.unlink()
-        command = [sys.executable, "-c", program, str(tmp_path), str(arguments["requirements"]), repr(sys.path)]
+        command = [
+            sys.executable,
+            "-c",
+            program,
+            str(tmp_path),
+            str(arguments["requirements"]),
+            repr(sys.path),
+        ]
         environment = {"PYTHONHASHSEED": seed, "LC_ALL": "C"}
-        outputs.add(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+        outputs.add(
+            subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        )
     assert len(outputs) == 1
 
 
@@ -237,18 +287,24 @@ def test_no_half_written_rows_are_left_behind(tmp_path: Path) -> None:
 def test_wheels_that_lie_there_are_returned_in_the_order_of_their_pins(tmp_path: Path) -> None:
     arguments = cache_with(tmp_path, {}, {"de": {}})
     wheels = languages.fetch_wheels(**arguments)
-    assert [wheel.name for wheel in wheels] == [f"Some_App{number}-1.0-py3-none-any.whl" for number in (0, 1)]
+    assert [wheel.name for wheel in wheels] == [
+        f"Some_App{number}-1.0-py3-none-any.whl" for number in (0, 1)
+    ]
 
 
 def test_a_wheel_with_a_wrong_hash_is_refused_by_name(tmp_path: Path) -> None:
     arguments = cache_with(tmp_path, {"de": {"A new page": "Eine neue Seite"}})
     (wheel,) = (tmp_path / "languages" / "wheels").iterdir()
     wheel.write_bytes(wheel.read_bytes() + b"\0")
-    with pytest.raises(DataError, match=r"Some_App0-1\.0-py3-none-any\.whl is not the wheel .* delete it"):
+    with pytest.raises(
+        DataError, match=r"Some_App0-1\.0-py3-none-any\.whl is not the wheel .* delete it"
+    ):
         languages.load(**arguments)
 
 
-def test_a_failing_pip_is_one_sentence_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_pip_is_one_sentence_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = cache_with(tmp_path, {"de": {}})
     (wheel,) = (tmp_path / "languages" / "wheels").iterdir()
     wheel.unlink()
@@ -262,7 +318,9 @@ def test_a_failing_pip_is_one_sentence_with_a_way_out(tmp_path: Path, monkeypatc
     assert not list(wheel.parent.iterdir())
 
 
-def test_pip_fetches_what_is_missing_from_wherever_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_fetches_what_is_missing_from_wherever_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = cache_with(tmp_path, {"de": {"A new page": "Eine neue Seite"}})
     (wheel,) = (tmp_path / "languages" / "wheels").iterdir()
     (tmp_path / "shop").mkdir()

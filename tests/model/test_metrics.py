@@ -16,8 +16,11 @@ LABELS = np.array([0, 1, 1, 1])
 
 
 def test_accuracy_and_macro_f1_are_what_a_hand_computes():
-    # Label 0: precision 1/2, recall 1, F1 2/3. Label 1: precision 1, recall 2/3, F1 4/5. Label 2 does not occur.
-    assert quality(LOGITS, LABELS) == pytest.approx({"accuracy": 0.75, "macro_f1": (2 / 3 + 4 / 5) / 2})
+    # Label 0: precision 1/2, recall 1, F1 2/3. Label 1: precision 1, recall 2/3, F1 4/5. Label 2
+    # does not occur.
+    assert quality(LOGITS, LABELS) == pytest.approx(
+        {"accuracy": 0.75, "macro_f1": (2 / 3 + 4 / 5) / 2}
+    )
 
 
 def test_the_log_loss_is_the_mean_of_minus_log_p():
@@ -56,7 +59,11 @@ def test_predictions_come_in_the_order_of_the_rows_and_leave_the_network_as_it_w
 
     lengths = np.array([5, 1, 9, 3, 3, 7] * 60)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    rows = Rows(flat=np.ones(offsets[-1], np.int32), offsets=offsets, labels=np.zeros(len(lengths), np.int64))
+    rows = Rows(
+        flat=np.ones(offsets[-1], np.int32),
+        offsets=offsets,
+        labels=np.zeros(len(lengths), np.int64),
+    )
     network = Length().train()
     assert np.array_equal(predict(network, rows, spec=BpeSpec(vocabulary=2))[:, 0], lengths)
     assert network.training

@@ -13,7 +13,12 @@ from evalmode.model.data import DataSet
 from evalmode.model.texts import Texts
 from evalmode.model.tokenizer_training import choose_frontend, train_bpe
 
-TEXTS = ("a small text", "another small text", "a text that is not so small", "smaller and smaller") * 5
+TEXTS = (
+    "a small text",
+    "another small text",
+    "a text that is not so small",
+    "smaller and smaller",
+) * 5
 
 
 def data_set() -> DataSet:
@@ -30,8 +35,12 @@ def data_set() -> DataSet:
         ("rows.csv", "ngrams", NgramSpec),
     ],
 )
-def test_languages_are_read_by_n_grams_and_files_by_bpe_unless_asked_otherwise(data, asked, expected):
-    spec, tokenizer = choose_frontend(TrainConfig(data=data, frontend=asked, vocabulary=300), data_set())
+def test_languages_are_read_by_n_grams_and_files_by_bpe_unless_asked_otherwise(
+    data, asked, expected
+):
+    spec, tokenizer = choose_frontend(
+        TrainConfig(data=data, frontend=asked, vocabulary=300), data_set()
+    )
     assert isinstance(spec, expected)
     assert spec.vocabulary <= 300
     assert (tokenizer is None) == (expected is NgramSpec)
@@ -60,5 +69,7 @@ def test_the_same_texts_give_the_same_tokenizer_in_another_process_too():
         "import sys; from evalmode.model.tokenizer_training import train_bpe; "
         "sys.stdout.write(train_bpe({}, vocabulary=290)[1])"
     )
-    ran = subprocess.run([sys.executable, "-c", program.format(TEXTS)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", program.format(TEXTS)], capture_output=True, text=True, check=True
+    )
     assert ran.stdout == train_bpe(TEXTS, vocabulary=290)[1]

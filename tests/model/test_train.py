@@ -1,4 +1,6 @@
-"""A run from its configuration to its checkpoint: the same bytes for the same seed, also when it was killed."""
+"""A run from its configuration to its checkpoint: the same bytes for the same seed, also when it
+was killed.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_it_learns_and_says_what_it_came_to(uninterrupted):
     assert uninterrupted.parameters == sum(weight.numel() for weight in network.parameters())
 
 
-def test_after_a_kill_9_a_resumed_run_ends_with_the_same_bytes(data, tmp_path, monkeypatch, uninterrupted):
+def test_after_a_kill_9_a_resumed_run_ends_with_the_same_bytes(
+    data, tmp_path, monkeypatch, uninterrupted
+):
     out = tmp_path / "run"
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(data), str(out)],
@@ -116,7 +120,9 @@ def test_after_a_kill_9_a_resumed_run_ends_with_the_same_bytes(data, tmp_path, m
         (2 * STEPS_AN_EPOCH - 1, 2 * STEPS_AN_EPOCH - 1),
     ],
 )
-def test_it_does_not_matter_at_which_step_it_was_killed(data, tmp_path, monkeypatch, uninterrupted, step, saved):
+def test_it_does_not_matter_at_which_step_it_was_killed(
+    data, tmp_path, monkeypatch, uninterrupted, step, saved
+):
     with monkeypatch.context() as patch:
         watch_steps(patch, die_at=step)
         with pytest.raises(Killed):
@@ -127,7 +133,9 @@ def test_it_does_not_matter_at_which_step_it_was_killed(data, tmp_path, monkeypa
     assert contents(tmp_path) == contents(uninterrupted.checkpoint)
 
 
-def test_a_kill_while_the_state_is_written_leaves_the_state_before(data, tmp_path, monkeypatch, uninterrupted):
+def test_a_kill_while_the_state_is_written_leaves_the_state_before(
+    data, tmp_path, monkeypatch, uninterrupted
+):
     written = []
 
     def cut_short(value, path):
@@ -150,7 +158,9 @@ def test_a_kill_while_the_state_is_written_leaves_the_state_before(data, tmp_pat
     assert contents(tmp_path) == contents(uninterrupted.checkpoint)
 
 
-def test_a_kill_between_training_and_checkpoint_costs_nothing(data, tmp_path, monkeypatch, uninterrupted):
+def test_a_kill_between_training_and_checkpoint_costs_nothing(
+    data, tmp_path, monkeypatch, uninterrupted
+):
     def deadly(*_args, **_options):
         raise Killed
 
@@ -162,8 +172,16 @@ def test_a_kill_between_training_and_checkpoint_costs_nothing(data, tmp_path, mo
     assert contents(tmp_path) == contents(uninterrupted.checkpoint)
 
 
-def test_a_run_that_ran_out_of_patience_stays_stopped_when_it_is_resumed(data, tmp_path, monkeypatch):
-    stubborn = {"learning_rate": 1e-30, "informed_table": False, "epochs": 9, "patience": 1, "dropout_kind": "classic"}
+def test_a_run_that_ran_out_of_patience_stays_stopped_when_it_is_resumed(
+    data, tmp_path, monkeypatch
+):
+    stubborn = {
+        "learning_rate": 1e-30,
+        "informed_table": False,
+        "epochs": 9,
+        "patience": 1,
+        "dropout_kind": "classic",
+    }
     expected = train(data, tmp_path / "whole", **stubborn)
     assert expected.epochs < 9
     with monkeypatch.context() as patch:
@@ -200,7 +218,9 @@ def test_the_clock_stops_it_with_what_it_has(data, tmp_path):
     assert checkpoint.load(tmp_path).module is not None
 
 
-@pytest.mark.parametrize("options", [{"frontend": "bpe"}, {"dropout_kind": "classic", "causal": True}])
+@pytest.mark.parametrize(
+    "options", [{"frontend": "bpe"}, {"dropout_kind": "classic", "causal": True}]
+)
 def test_every_front_end_and_kind_of_dropout_trains(data, tmp_path, options):
     result = train(data, tmp_path, **options)
     assert result.metrics["test"]["accuracy"] > 0.8
@@ -232,8 +252,21 @@ def test_what_it_shows_is_its_own_and_it_leaves_nothing_behind(data, tmp_path, m
 
 def test_two_processes_train_together_through_the_command_line(data, tmp_path):
     out = tmp_path / "out"
-    options = "--devices 2 --strategy ddp --frontend ngrams --width 16 --layers 1 --heads 2 --batch-rows 8 --epochs 2"
-    command = [sys.executable, "-m", "evalmode.cli", "train", "--data", str(data), "--out", str(out), *options.split()]
+    options = (
+        "--devices 2 --strategy ddp --frontend ngrams --width 16 --layers 1 --heads 2 --batch-rows"
+        " 8 --epochs 2"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "evalmode.cli",
+        "train",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        *options.split(),
+    ]
     ran = subprocess.run(
         command,
         capture_output=True,
@@ -251,7 +284,10 @@ def test_two_processes_train_together_through_the_command_line(data, tmp_path):
 
 
 def test_a_training_that_diverges_says_so_and_leaves_nothing_to_resume(data, tmp_path):
-    with pytest.raises(EvalmodeError, match=r"the validation loss is not finite after epoch 1: lower --learning-rate"):
+    with pytest.raises(
+        EvalmodeError,
+        match=r"the validation loss is not finite after epoch 1: lower --learning-rate",
+    ):
         train(data, tmp_path / "out", learning_rate=1e30)
     assert not (tmp_path / "out" / FOLDER).exists()
 

@@ -1,4 +1,6 @@
-"""The network's promises: what may see what, what padding may change, and that no rate and no text breaks it."""
+"""The network's promises: what may see what, what padding may change, and that no rate and no text
+breaks it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,29 @@ from evalmode.model.config import TransformerConfig
 from evalmode.model.dropout import ClassicDropout, Dropout
 from evalmode.model.transformer import Transformer
 
-SITES = ("ngram_dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "feed_forward_dropout")
+SITES = (
+    "ngram_dropout",
+    "embedding_dropout",
+    "attention_dropout",
+    "residual_dropout",
+    "feed_forward_dropout",
+)
 
 
 def small(**changes) -> Transformer:
-    shape = {"vocabulary": 50, "labels": 5, "positions": 12, "width": 16, "layers": 2, "heads": 2, "feed_forward": 32}
+    shape = {
+        "vocabulary": 50,
+        "labels": 5,
+        "positions": 12,
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+        "feed_forward": 32,
+    }
     torch.manual_seed(0)
     network = Transformer(TransformerConfig(**(shape | changes)))
-    with torch.no_grad():  # an untrained head and stream are so small that a wrong path would hide in the rounding
+    # an untrained head and stream are so small that a wrong path would hide in the rounding
+    with torch.no_grad():
         for weight in network.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)
         network.embedding.table.weight[0].zero_()
@@ -81,8 +98,12 @@ def test_with_every_rate_zero_training_answers_as_eval_does(kind):
 @pytest.mark.parametrize("site", SITES)
 def test_each_place_drops_at_its_own_rate(site):
     network = small(ids_per_position=4, **(dict.fromkeys(SITES, 0.0) | {site: 0.5}))
-    dropping = [module for module in network.modules() if isinstance(module, Dropout) and module.p > 0]
-    assert len(dropping) == {"ngram_dropout": 1, "embedding_dropout": 1, "residual_dropout": 4}.get(site, 2)
+    dropping = [
+        module for module in network.modules() if isinstance(module, Dropout) and module.p > 0
+    ]
+    assert len(dropping) == {"ngram_dropout": 1, "embedding_dropout": 1, "residual_dropout": 4}.get(
+        site, 2
+    )
     ids = ids_of(3, 6, 4)
     assert not torch.equal(network.train()(ids), network(ids))
 
@@ -97,7 +118,9 @@ def test_attention_dropout_acts_on_the_weights_after_the_softmax():
 
 
 def test_the_whole_network_folded_answers_as_the_unfolded_one():
-    network = small(ids_per_position=4, dropout_kind="classic", ngram_dropout=0.4, residual_dropout=0.3).eval()
+    network = small(
+        ids_per_position=4, dropout_kind="classic", ngram_dropout=0.4, residual_dropout=0.3
+    ).eval()
     ids = ids_of(4, 9, 4)
     expected = network(ids)
     network.fold_classic_dropout()

@@ -1,4 +1,6 @@
-"""Bundles that are opened as a server opens them, but not calibrated, and what is done to their folders."""
+"""Bundles that are opened as a server opens them, but not calibrated, and what is done to their
+folders.
+"""
 
 from __future__ import annotations
 

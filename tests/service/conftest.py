@@ -1,4 +1,6 @@
-"""A tiny certified bundle made by hand, and a real server process on a port of its own: no test here needs torch."""
+"""A tiny certified bundle made by hand, and a real server process on a port of its own: no test
+here needs torch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from evalmode.bundle.store import digest_of, hashes_of, write_bundle
 
 SPEC = NgramSpec(lengths=(4, 8, 16), orders=3, characters=2, vocabulary=512)
 LABELS = ("hu", "nl", "fi", "et", "de")
-TEXTS = ("", "Ez egy rövid mondat.", "Dit is een zin.", "A", "Tämä on lyhyt lause, joka ei ole aivan lyhyt.")
+TEXTS = (
+    "",
+    "Ez egy rövid mondat.",
+    "Dit is een zin.",
+    "A",
+    "Tämä on lyhyt lause, joka ei ole aivan lyhyt.",
+)
 READY_S = 30.0
 END_S = 5.0
 SERVER = ("-m", "evalmode.service.process.server")
@@ -34,8 +42,9 @@ SERVER = ("-m", "evalmode.service.process.server")
 def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(LABELS)) -> bytes:
     """Sum over n-grams, over positions, then a head: logits (B, C) for ids (B, T, G).
 
-    `batchable` sums the positions by a matrix product, which gives a row the same bits at every batch size; without it
-    a reduction does, whose one-row kernel adds in another order. A `bias` that is NaN or infinite spoils every answer.
+    `batchable` sums the positions by a matrix product, which gives a row the same bits at every
+    batch size; without it a reduction does, whose one-row kernel adds in another order. A `bias`
+    that is NaN or infinite spoils every answer.
     """
     random = np.random.default_rng(7)
     table = random.standard_normal((SPEC.vocabulary, 48)).astype(np.float32)
@@ -55,7 +64,8 @@ def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(L
         node("Unsqueeze", ["mask", "positions"], ["weights"]),  # (B, 1, T)
         node("MatMul", ["weights", "embedded"], ["pooled"]),  # (B, 1, D)
     ]
-    by_reduction = [node("ReduceSum", ["embedded", "positions"], ["pooled"], keepdims=1)]  # (B, 1, D)
+    # (B, 1, D)
+    by_reduction = [node("ReduceSum", ["embedded", "positions"], ["pooled"], keepdims=1)]
     nodes = [
         node("Gather", ["table", "input_ids"], ["gathered"]),  # (B, T, G, D)
         node("ReduceSum", ["gathered", "grams"], ["embedded"], keepdims=0),  # (B, T, D)
@@ -88,7 +98,15 @@ def make_bundle(
     session = open_session(model)
     answers = tuple(change(answer) for answer in _known_answers(session))
     return _written(
-        root, model, session, answers, certify, name=name, version=version, labels=labels, frontend=frontend
+        root,
+        model,
+        session,
+        answers,
+        certify,
+        name=name,
+        version=version,
+        labels=labels,
+        frontend=frontend,
     )
 
 
@@ -101,13 +119,16 @@ def tensor_bundle(
     name: str = "tensors",
     version: str = "1",
 ) -> Path:
-    """Write a bundle without a front end below `root`; its known answers are the model's for `known`.
+    """Write a bundle without a front end below `root`; its known answers are the model's for
+    `known`.
 
     `independent` is whether its certificate says that rows do not depend on one another.
     """
     model = model or product_model()
     session = open_session(model)
-    known = [{"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}] if known is None else known
+    known = (
+        [{"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}] if known is None else known
+    )
     answers = tuple(KnownAnswer(inputs=inputs, outputs=session.run(inputs)) for inputs in known)
     invariance = Record(rule="batch-invariance", verdict=Verdict.PASS, why="a bundle of the tests")
 
@@ -119,12 +140,24 @@ def tensor_bundle(
 
 
 def token_bundle(root: Path, model: bytes, tokenizer: str, *, spec: BpeSpec) -> Path:
-    """Write a bundle of text below `root` whose front end is a tokenizer; it has no known answers."""
-    return _written(root, model, open_session(model), (), lambda found: found, frontend=spec, tokenizer=tokenizer)
+    """Write a bundle of text below `root` whose front end is a tokenizer; it has no known
+    answers.
+    """
+    return _written(
+        root,
+        model,
+        open_session(model),
+        (),
+        lambda found: found,
+        frontend=spec,
+        tokenizer=tokenizer,
+    )
 
 
 def product_model() -> bytes:
-    """y = x @ w: (B, 2) for x (B, T) of 1 to 64 columns; w is as many rows long as x has columns."""
+    """y = x @ w: (B, 2) for x (B, T) of 1 to 64 columns; w is as many rows long as x has
+    columns.
+    """
     weights = np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)
     node = helper.make_node
     return onnx_model(
@@ -180,8 +213,12 @@ def _written(
         files=hashes_of(contents),
     )
     passed = Record(rule="by-hand", verdict=Verdict.PASS, why="a bundle of the tests")
-    certificate = Certificate(digest=digest_of(manifest), platform=session.platform, records=(passed,))
-    return write_bundle(root, manifest=manifest, certificate=certify(certificate), contents=contents)
+    certificate = Certificate(
+        digest=digest_of(manifest), platform=session.platform, records=(passed,)
+    )
+    return write_bundle(
+        root, manifest=manifest, certificate=certify(certificate), contents=contents
+    )
 
 
 def _known_answers(session: Session) -> Iterator[KnownAnswer]:
@@ -221,7 +258,9 @@ def environment(bundle: Path, **settings: object) -> dict[str, str]:
 
 
 @contextmanager
-def running(bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object) -> Iterator[Service]:
+def running(
+    bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object
+) -> Iterator[Service]:
     """A server process that has said that it serves."""
     process = subprocess.Popen(
         [sys.executable, *program],
@@ -243,7 +282,9 @@ def running(bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: obje
         process.communicate()
 
 
-def ended(bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object) -> subprocess.CompletedProcess[str]:
+def ended(
+    bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object
+) -> subprocess.CompletedProcess[str]:
     """A server process that ended by itself."""
     return subprocess.run(
         [sys.executable, *program],
@@ -256,7 +297,9 @@ def ended(bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object
 
 
 def refused(bundle: Path, **settings: object) -> str:
-    """The sentence with which a server refuses to start; it is one, without a traceback, and the exit code is 2."""
+    """The sentence with which a server refuses to start; it is one, without a traceback, and the
+    exit code is 2.
+    """
     process = ended(bundle, **settings)
     assert process.returncode == 2, process.stderr
     assert process.stdout == ""
@@ -276,7 +319,9 @@ def _started(process: subprocess.Popen[str]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Bundles:
-    """What a test that wants a bundle of its own calls: importlib mode has no importing from a conftest."""
+    """What a test that wants a bundle of its own calls: importlib mode has no importing from a
+    conftest.
+    """
 
     spec = SPEC
     make = staticmethod(make_bundle)
@@ -297,7 +342,9 @@ class Processes:
 
 @pytest.fixture(scope="session", autouse=True)
 def _a_home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Timings are kept in the home folder: the tests leave none in the user's, and use none that they find there."""
+    """Timings are kept in the home folder: the tests leave none in the user's, and use none that
+    they find there.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         yield
@@ -317,7 +364,22 @@ def processes() -> Processes:
 def texts() -> list[str]:
     """200 texts of every length the tiny model reads, empty, longer, and in several scripts."""
     random = np.random.default_rng(11)
-    words = ["Ez", "egy", "rövid", "mondat", "Dit", "is", "een", "これは", "Это", "7", "👍", "ﷺ", "long-winded", "2026"]
+    words = [
+        "Ez",
+        "egy",
+        "rövid",
+        "mondat",
+        "Dit",
+        "is",
+        "een",
+        "これは",
+        "Это",
+        "7",
+        "👍",
+        "ﷺ",
+        "long-winded",
+        "2026",
+    ]
     found = ["", " ", "a", "\ud83d", "x" * 500]
     while len(found) < 200:
         found.append(" ".join(random.choice(words, random.integers(1, 10))))

@@ -1,4 +1,5 @@
-"""A tiny model with moods: some texts take it a while, one never ends, and one is answered with NaN.
+"""A tiny model with moods: some texts take it a while, one never ends, and one is answered with
+NaN.
 
 Its other answers have the bits that the model it is made of gives.
 """
@@ -37,7 +38,10 @@ def moody_model(calm: bytes, spec: NgramSpec) -> bytes:
         "ids": np.array([1, 2], np.int64),
     }
     body = helper.make_graph(
-        [node("Identity", ["cond_in"], ["cond_out"]), node("MatMul", ["x_in", "square"], ["x_out"])],
+        [
+            node("Identity", ["cond_in"], ["cond_out"]),
+            node("MatMul", ["x_in", "square"], ["x_out"]),
+        ],
         "turn",
         [
             helper.make_tensor_value_info("turn_in", TensorProto.INT64, []),
@@ -49,7 +53,9 @@ def moody_model(calm: bytes, spec: NgramSpec) -> bytes:
             helper.make_tensor_value_info("x_out", TensorProto.FLOAT, [8, _WIDTH]),
         ],
     )
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    model.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in constants.items()
+    )
     model.graph.node.extend(
         [
             node("Gather", ["turns", "input_ids"], ["turns_of_ids"]),
@@ -68,5 +74,7 @@ def moody_model(calm: bytes, spec: NgramSpec) -> bytes:
 
 
 def _own_id(text: str, spec: NgramSpec) -> int:
-    """The id of a text of one character: of its n-gram of one, the character behind the boundary."""
+    """The id of a text of one character: of its n-gram of one, the character behind the
+    boundary.
+    """
     return int(NgramFrontEnd(spec).encode(text).ids.reshape(-1, spec.orders)[1][0])

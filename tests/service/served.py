@@ -1,4 +1,6 @@
-"""The application over a real model and a real engine, without a socket: what the tests of its routes ask."""
+"""The application over a real model and a real engine, without a socket: what the tests of its
+routes ask.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Served:
     def infer(self, body: Any, *, model: str = "tiny", **given: Any) -> Answer:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"accept-encoding": "identity", **given.pop("headers", {})}
-        return self.ask("POST", f"/v2/models/{model}/infer", content=content, headers=headers, **given)
+        return self.ask(
+            "POST", f"/v2/models/{model}/infer", content=content, headers=headers, **given
+        )
 
     def asked(self, ask: Callable[[httpx.AsyncClient], Awaitable[Answer]]) -> Answer:
         async def all_of_it() -> Answer:
@@ -60,7 +64,13 @@ def serving(root: Path, **settings: Any) -> Iterator[Served]:
 
 
 def text_input(texts: Sequence[str], **changed: Any) -> dict[str, Any]:
-    return {"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": list(texts), **changed}
+    return {
+        "name": "text",
+        "datatype": "BYTES",
+        "shape": [len(texts)],
+        "data": list(texts),
+        **changed,
+    }
 
 
 def outputs_of(answer: Answer) -> dict[str, dict[str, Any]]:

@@ -112,7 +112,9 @@ def asked(app, *requests: Callable[[httpx.AsyncClient], object]) -> list[httpx.R
 
 
 def predict(*texts: str) -> Callable[[httpx.AsyncClient], object]:
-    return lambda client: client.post("/v1/predict", json={"inputs": texts}, headers={"x-request-id": "mine"})
+    return lambda client: client.post(
+        "/v1/predict", json={"inputs": texts}, headers={"x-request-id": "mine"}
+    )
 
 
 def infer(*texts: str) -> Callable[[httpx.AsyncClient], object]:
@@ -128,7 +130,9 @@ def test_a_failing_model_answers_500_without_its_inside_and_the_next_request_is_
     with state_of(bundle) as state, capture_logs() as logged:
         app = create_app(replace(state, engine=Failing(state.engine, failure)))
         bad, v2, good = asked(app, predict("bad"), infer("bad"), predict("good", "good"))
-    assert ("request failed", failure) in [(event["event"], event.get("exc_info")) for event in logged]
+    assert ("request failed", failure) in [
+        (event["event"], event.get("exc_info")) for event in logged
+    ]
     sentence = "the model failed on the rows of this request; request mine"
     assert (bad.status_code, bad.json()) == (500, {"error": sentence, "field": None})
     assert (v2.status_code, v2.json()) == (500, {"error": sentence})
@@ -145,14 +149,19 @@ def test_a_bug_answers_500_in_the_same_shape_and_shows_nothing_of_it(bundle):
     assert (bad.status_code, bad.json()) == (500, {"error": sentence, "field": None})
     assert (v2.status_code, v2.json()) == (500, {"error": sentence})
     assert "secret" not in bad.text + v2.text
-    assert [event["exc_info"] for event in logged if event["event"] == "request crashed"] == [failure, failure]
+    assert [event["exc_info"] for event in logged if event["event"] == "request crashed"] == [
+        failure,
+        failure,
+    ]
     assert bad.headers["x-request-id"] == "mine"
     assert good.status_code == 200
 
 
 def test_a_full_queue_says_when_to_come_again_in_both_protocols(bundle):
     with state_of(bundle) as state:
-        app = create_app(replace(state, engine=Failing(state.engine, QueueFull("full", retry_after_s=7))))
+        app = create_app(
+            replace(state, engine=Failing(state.engine, QueueFull("full", retry_after_s=7)))
+        )
         for answer in asked(app, predict("bad"), infer("bad")):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
 
@@ -177,7 +186,10 @@ def test_before_it_serves_and_when_it_drains_it_is_live_and_not_ready(bundle):
             predict("a"),
         )
     assert (live.status_code, answered.status_code) == (200, 200)
-    assert (ready.status_code, ready.json()) == (503, {"error": "the server is stopping", "field": None})
+    assert (ready.status_code, ready.json()) == (
+        503,
+        {"error": "the server is stopping", "field": None},
+    )
     assert (v2.status_code, v2.json()) == (503, {"error": "the server is stopping"})
 
 
@@ -204,9 +216,15 @@ def test_its_description_shows_examples_limits_and_every_error(bundle):
 @pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/tiny/infer"])
 def test_a_request_may_give_less_time_than_the_server_and_no_nonsense(bundle, path):
     with state_of(bundle) as state:
-        (answer,) = asked(create_app(state), lambda client: client.post(path, headers={"x-request-timeout-ms": "-3"}))
+        (answer,) = asked(
+            create_app(state),
+            lambda client: client.post(path, headers={"x-request-timeout-ms": "-3"}),
+        )
     assert answer.status_code == 400
-    assert "x-request-timeout-ms must be a whole number of milliseconds above 0, got '-3'" in answer.json()["error"]
+    assert (
+        "x-request-timeout-ms must be a whole number of milliseconds above 0, got '-3'"
+        in answer.json()["error"]
+    )
 
 
 def test_the_time_that_reading_a_text_takes_is_time_of_the_request(bundle):
@@ -227,7 +245,9 @@ def test_the_time_that_reading_a_text_takes_is_time_of_the_request(bundle):
 def test_rows_of_both_protocols_are_followed_by_the_traces_of_their_request(bundle):
     tracing = Followed()
     with state_of(bundle) as state:
-        answers = asked(create_app(replace(state, tracing=tracing)), predict("a", "b"), infer("a", "b", "c"))
+        answers = asked(
+            create_app(replace(state, tracing=tracing)), predict("a", "b"), infer("a", "b", "c")
+        )
     assert [answer.status_code for answer in answers] == [200, 200]
     assert tracing.rows == [2, 3]
 
@@ -239,9 +259,12 @@ def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
 
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=None) as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://service", timeout=None
+            ) as client:
                 path = "/v2/repository/models/tiny/load"
-                loads = [asyncio.create_task(client.post(path)) for _ in range(40)]  # more than there are threads
+                # more than there are threads
+                loads = [asyncio.create_task(client.post(path)) for _ in range(40)]
                 await asyncio.sleep(0.05)
                 try:
                     async with asyncio.timeout(20):
@@ -276,7 +299,9 @@ def test_a_version_is_of_a_model_that_must_be_named_too(bundle):
         )
         (named,) = asked(
             create_app(state),
-            lambda client: client.post("/v1/predict", json={"inputs": ["a"], "model": "tiny", "version": "1"}),
+            lambda client: client.post(
+                "/v1/predict", json={"inputs": ["a"], "model": "tiny", "version": "1"}
+            ),
         )
     for answer in answers:
         assert (answer.status_code, answer.json()["field"]) == (422, "version")

@@ -1,4 +1,6 @@
-"""tritonclient and the kserve client, real and unmodified, in an environment of their own, against a server process."""
+"""tritonclient and the kserve client, real and unmodified, in an environment of their own, against
+a server process.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,15 @@ ANSWER_S = 120
 def run(program: str, *arguments: object) -> Any:
     """What a client program prints, as JSON."""
     assert PYTHON.exists(), f"{PYTHON} is missing: `make test` sets it up"
-    given = [argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments]
+    given = [
+        argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments
+    ]
     process = subprocess.run(
-        [str(PYTHON), str(CLIENTS / program), *given], capture_output=True, text=True, timeout=ANSWER_S, check=False
+        [str(PYTHON), str(CLIENTS / program), *given],
+        capture_output=True,
+        text=True,
+        timeout=ANSWER_S,
+        check=False,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
@@ -37,7 +45,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, bundles: Any, processes: An
     root = tmp_path_factory.mktemp("served")
     bundles.make(root)
     bundles.tensors(root)
-    with processes.running(root, max_body_bytes=131_072, max_rows=256, access_log=0, poll_s=0) as found:
+    with processes.running(
+        root, max_body_bytes=131_072, max_rows=256, access_log=0, poll_s=0
+    ) as found:
         yield found
 
 
@@ -46,12 +56,22 @@ def expected(bundle: Path) -> dict[str, list[Any]]:
     """What `evalmode predict` says of the texts: the same bundle, opened in this process."""
     with Predictor.open(bundle) as predictor:
         predictions = predictor.predict(TEXTS, top_k=5)
-    scores = np.array([[{one.label: one.score for one in found.top}[label] for label in ("hu", "nl", "fi", "et", "de")]
-                       for found in predictions])  # fmt: skip
+    by_label = [{scored.label: scored.score for scored in each.top} for each in predictions]
+    scores = np.array(
+        [[row[label] for label in ("hu", "nl", "fi", "et", "de")] for row in by_label]
+    )
     return {
         "probabilities": ["float64", [4, 5], base64.b64encode(scores.tobytes()).decode()],
-        "label": ["object", [4], base64.b64encode("|".join(found.label for found in predictions).encode()).decode()],
-        "truncated": ["bool", [4], base64.b64encode(bytes(found.truncated for found in predictions)).decode()],
+        "label": [
+            "object",
+            [4],
+            base64.b64encode("|".join(found.label for found in predictions).encode()).decode(),
+        ],
+        "truncated": [
+            "bool",
+            [4],
+            base64.b64encode(bytes(found.truncated for found in predictions)).decode(),
+        ],
     }
 
 
@@ -71,7 +91,9 @@ def test_triton_reads_all_that_a_server_says_of_itself(served: Any):
     assert found["of_a_model"]["model_stats"][0]["version"] == "1"
 
 
-def test_triton_gets_the_bits_of_predict_in_every_way_that_it_asks(served: Any, expected: dict[str, list[Any]]):
+def test_triton_gets_the_bits_of_predict_in_every_way_that_it_asks(
+    served: Any, expected: dict[str, list[Any]]
+):
     found = triton(served, "every_way", {"texts": TEXTS})
     assert len(found) == 16
     logits = found["default"]["logits"]
@@ -79,7 +101,9 @@ def test_triton_gets_the_bits_of_predict_in_every_way_that_it_asks(served: Any, 
         assert tensors == {"logits": logits, **expected}, way
 
 
-def test_triton_gets_the_best_classes_with_their_labels(served: Any, expected: dict[str, list[Any]]):
+def test_triton_gets_the_best_classes_with_their_labels(
+    served: Any, expected: dict[str, list[Any]]
+):
     found = triton(served, "classes", {"texts": TEXTS})
     assert found["True"] == found["False"]
     labels = base64.b64decode(expected["label"][2]).decode().split("|")

@@ -1,4 +1,6 @@
-"""A real server against what nobody should send it: requests made from its own documentation, and mutated bodies."""
+"""A real server against what nobody should send it: requests made from its own documentation, and
+mutated bodies.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def root(tmp_path_factory, bundles) -> Path:
 
 
 def test_every_answer_is_as_the_documentation_says(root, processes, tmp_path):
-    """Requests that the documentation allows, and such that it does not; alone, and one after another."""
+    """Requests that the documentation allows, and such that it does not; alone, and one after
+    another.
+    """
     with processes.running(root) as service:
         before = answer_of(service)
         run = schemathesis(service.url, documentation_of(service), tmp_path)
@@ -67,14 +71,25 @@ def test_every_answer_is_as_the_documentation_says(root, processes, tmp_path):
     assert int(re.findall(r"(\d+) generated", run.stdout)[0]) > 500
 
 
-def schemathesis(url: str, openapi: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+def schemathesis(
+    url: str, openapi: dict[str, Any], folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Its run over these operations, in a folder of its own: it leaves a cache behind."""
     (folder / "openapi.json").write_text(json.dumps(openapi))
     (folder / "config.toml").write_text(CONFIG)
     (folder / "lines.py").write_text(LINES)
     program = Path(sys.executable).with_name("schemathesis")
     return subprocess.run(
-        [program, "--config-file", "config.toml", "run", "openapi.json", "--url", url, "--no-color"],
+        [
+            program,
+            "--config-file",
+            "config.toml",
+            "run",
+            "openapi.json",
+            "--url",
+            url,
+            "--no-color",
+        ],
         cwd=folder,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "lines", "PYTHONPATH": str(folder)},
         capture_output=True,
@@ -85,9 +100,13 @@ def schemathesis(url: str, openapi: dict[str, Any], folder: Path) -> subprocess.
 
 
 def documentation_of(service) -> dict[str, Any]:
-    """What a server says of itself, with the names of its models in it: of others it would know nothing but 404."""
+    """What a server says of itself, with the names of its models in it: of others it would know
+    nothing but 404.
+    """
     openapi = httpx.get(f"{service.url}/openapi.json").raise_for_status().json()
-    for operation in (operation for path in openapi["paths"].values() for operation in path.values()):
+    for operation in (
+        operation for path in openapi["paths"].values() for operation in path.values()
+    ):
         for parameter in operation.get("parameters", ()):
             if parameter["in"] == "path":
                 parameter["schema"] = {"type": "string", "enum": SERVED[parameter["name"]]}
@@ -99,7 +118,9 @@ def answer_of(service) -> bytes:
 
 
 def test_2_000_mutated_bodies_are_answered_as_intended_and_leave_no_trace(root):
-    """It fails itself for a 5xx, a lost connection, an answer of other bits than before, and memory that grows."""
+    """It fails itself for a 5xx, a lost connection, an answer of other bits than before, and memory
+    that grows.
+    """
     command = [sys.executable, str(FUZZ), str(root), "--bodies", "2000", "--seed", "4"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -47,7 +47,9 @@ def test_a_stuck_batch_takes_readiness_at_once_and_liveness_only_after_the_grace
     stuck.s = 5.0
     assert stuck.health.live() is None
     stuck.s = 5.1
-    assert stuck.health.live() == "a batch runs 5.1 s longer than it may: this process needs a restart"
+    assert (
+        stuck.health.live() == "a batch runs 5.1 s longer than it may: this process needs a restart"
+    )
 
 
 def test_a_stuck_batch_that_ends_after_all_makes_the_process_ready_and_live_again():

@@ -14,7 +14,9 @@ from evalmode.service.ndjson import Splitter, answer_lines, read_line
 
 
 @given(st.binary(), st.lists(st.integers(0, 40)), st.integers(1, 12))
-def test_lines_are_the_same_however_the_bytes_are_cut_into_chunks(body: bytes, cuts: list[int], limit: int) -> None:
+def test_lines_are_the_same_however_the_bytes_are_cut_into_chunks(
+    body: bytes, cuts: list[int], limit: int
+) -> None:
     places = sorted(min(cut, len(body)) for cut in cuts)
     splitter = Splitter(max_line_bytes=limit)
     found: list[bytes | None] = []
@@ -44,7 +46,9 @@ def test_a_splitter_keeps_nothing_of_a_line_that_is_too_long() -> None:
         (b'{"id": 1.5, "text": "c"}', "c", {"id": 1.5}),
     ],
 )
-def test_a_line_is_a_string_or_an_object_with_a_text(raw: bytes, text: str, echoed: dict[str, object]) -> None:
+def test_a_line_is_a_string_or_an_object_with_a_text(
+    raw: bytes, text: str, echoed: dict[str, object]
+) -> None:
     line = read_line(raw)
     assert (line.text, line.problem, line.echoed) == (text, None, echoed)
 
@@ -73,7 +77,10 @@ def test_what_is_wrong_with_a_line_is_said_in_one_sentence(raw: bytes | None, sa
 
 def test_answers_of_lines_are_numbered_from_where_they_begin() -> None:
     async def predict(texts: Sequence[str]) -> list[Any]:
-        return [SimpleNamespace(top=[SimpleNamespace(label=text, score=0.5)], truncated=False) for text in texts]
+        return [
+            SimpleNamespace(top=[SimpleNamespace(label=text, score=0.5)], truncated=False)
+            for text in texts
+        ]
 
     found = asyncio.run(answer_lines([b'"a"', b"{"], first=40, predict=predict, inline_bytes=0))
     assert [json.loads(line)["index"] for line in found] == [40, 41]

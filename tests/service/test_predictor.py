@@ -28,7 +28,9 @@ def test_a_row_gives_the_same_bits_whatever_its_neighbours(predictor, texts):
     assert asyncio.run(predictor.predict_async(texts)) == alone
 
 
-def test_a_model_whose_bits_depend_on_the_batch_size_gives_the_same_bits_too(tmp_path, texts, bundles):
+def test_a_model_whose_bits_depend_on_the_batch_size_gives_the_same_bits_too(
+    tmp_path, texts, bundles
+):
     bundle = bundles.make(tmp_path, model=bundles.model(batchable=False))
     with Predictor.open(bundle, parallel=2) as predictor:
         alone = [predictor.predict([text])[0] for text in texts]
@@ -39,7 +41,9 @@ def test_many_threads_asking_at_once_get_the_bits_of_one(predictor, texts):
     alone = [predictor.predict([text])[0] for text in texts]
     slices = [slice(first, first + size) for first in range(0, 160, 7) for size in (1, 5, 40)]
     with ThreadPoolExecutor(8) as pool:
-        for part, found in zip(slices, pool.map(lambda part: predictor.predict(texts[part]), slices), strict=True):
+        for part, found in zip(
+            slices, pool.map(lambda part: predictor.predict(texts[part]), slices), strict=True
+        ):
             assert found == alone[part]
 
 
@@ -78,7 +82,10 @@ def test_as_many_labels_as_asked_are_given_or_all_there_are(predictor, top_k, gi
     scores = [scored.score for scored in prediction.top]
     assert len(scores) == given
     assert scores == sorted(scores, reverse=True)
-    assert (prediction.label, prediction.score) == (prediction.top[0].label, prediction.top[0].score)
+    assert (prediction.label, prediction.score) == (
+        prediction.top[0].label,
+        prediction.top[0].score,
+    )
 
 
 def test_numbers_that_are_not_finite_fail_the_request(tmp_path, bundles):
@@ -103,7 +110,9 @@ def test_opening_it_loads_no_web_framework_and_no_torch(bundle):
         "Predictor.open(Path(sys.argv[1])).predict(['a']);"
         "print(*{'torch', 'onnx', 'fastapi', 'starlette', 'uvicorn'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", program, str(bundle)], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(bundle)], capture_output=True, text=True, check=True
+    )
     assert found.stdout.split() == []
 
 

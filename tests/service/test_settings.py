@@ -22,7 +22,11 @@ def test_a_flag_goes_before_the_environment_and_the_environment_before_the_defau
     monkeypatch.setenv("EVALMODE_PORT", "9000")
     monkeypatch.setenv("EVALMODE_BUNDLE", "/srv/bundle")
     settings = load_settings(port=9001, host=None)
-    assert (settings.port, settings.bundle, settings.host) == (9001, Path("/srv/bundle"), "127.0.0.1")
+    assert (settings.port, settings.bundle, settings.host) == (
+        9001,
+        Path("/srv/bundle"),
+        "127.0.0.1",
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,9 @@ def test_a_flag_goes_before_the_environment_and_the_environment_before_the_defau
         ("host", ""),
     ],
 )
-def test_a_wrong_value_is_one_sentence_that_names_the_setting_and_the_value(monkeypatch, field, value):
+def test_a_wrong_value_is_one_sentence_that_names_the_setting_and_the_value(
+    monkeypatch, field, value
+):
     monkeypatch.setenv(f"EVALMODE_{field.upper()}", value)
     with pytest.raises(StartFailed) as failure:
         load_settings()
@@ -76,7 +82,9 @@ def config(tmp_path: Path):
 
 
 def test_the_environment_goes_before_the_file_and_the_file_before_the_default(monkeypatch, config):
-    file = config('port = 9000\nhost = "::1"\nthreads = 2\ncors_origins = ["https://a", "https://b"]\n')
+    file = config(
+        'port = 9000\nhost = "::1"\nthreads = 2\ncors_origins = ["https://a", "https://b"]\n'
+    )
     monkeypatch.setenv("EVALMODE_HOST", "0.0.0.0")
     settings, origins = trace_settings(config=file, port=9001, workers=None)
     assert (settings.port, settings.host, settings.threads) == (9001, "0.0.0.0", 2)
@@ -100,7 +108,10 @@ def test_the_environment_may_name_the_file_and_a_flag_another(monkeypatch, confi
         ("prot = 1", "there is no setting prot; did you mean port?"),
         ("max-rows = 1", "there is no setting max-rows; did you mean max_rows?"),
         ("[tls]\nport = 1", "there is no setting tls; "),
-        ("port = 'many'", "port must be a valid integer, unable to parse string as an integer, got 'many'"),
+        (
+            "port = 'many'",
+            "port must be a valid integer, unable to parse string as an integer, got 'many'",
+        ),
         ("port = 70000", "port must be less than or equal to 65535, got 70000"),
         ("bundle = 3", "bundle must be a path, got 3"),
         ("cors_origins = [1]", "cors_origins must be a valid string, got 1"),
@@ -108,7 +119,9 @@ def test_the_environment_may_name_the_file_and_a_flag_another(monkeypatch, confi
         ("port: 1", "is not valid TOML: "),
     ],
 )
-def test_what_is_wrong_in_the_file_is_one_sentence_with_the_file_the_key_and_the_value(config, content, said):
+def test_what_is_wrong_in_the_file_is_one_sentence_with_the_file_the_key_and_the_value(
+    config, content, said
+):
     file = config(content)
     with pytest.raises(StartFailed, match=re.escape(said)) as failure:
         load_settings(config=file)
@@ -156,7 +169,10 @@ def test_no_time_is_endless(field):
 
 @pytest.mark.parametrize("endpoint", ["", "collector:4318", "http://", "/v1/traces"])
 def test_where_traces_are_sent_is_an_address(endpoint):
-    with pytest.raises(StartFailed, match=r"otlp_endpoint .* must be an address that begins with http:// or https://"):
+    with pytest.raises(
+        StartFailed,
+        match=r"otlp_endpoint .* must be an address that begins with http:// or https://",
+    ):
         load_settings(otlp_endpoint=endpoint)
 
 

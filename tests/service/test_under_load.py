@@ -1,4 +1,6 @@
-"""A real server under what production does to it, each failure by itself. Figures of latency are bench/'s matter."""
+"""A real server under what production does to it, each failure by itself. Figures of latency are
+bench/'s matter.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def predict(service, *texts: str, **given: object) -> httpx.Response:
 
 
 def until(holds: Callable[[], object], *, what: str) -> None:
-    """Wait for another process to come to something; there is nothing in this one to be woken by."""
+    """Wait for another process to come to something; there is nothing in this one to be woken
+    by.
+    """
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
         if holds():
@@ -46,12 +50,19 @@ def until(holds: Callable[[], object], *, what: str) -> None:
 def figure(service, name: str) -> float:
     """A figure without labels, or the sum over all labels."""
     lines = httpx.get(f"{service.url}/metrics", timeout=WAIT_S).text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.partition("{")[0].partition(" ")[0] == name
+    )
 
 
 def request_of(*texts: str) -> bytes:
     body = json.dumps({"inputs": texts}).encode()
-    return b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+    return b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (
+        len(body),
+        body,
+    )
 
 
 def answer_on(connection: socket.socket) -> tuple[int, dict]:
@@ -63,7 +74,9 @@ def answer_on(connection: socket.socket) -> tuple[int, dict]:
 
 
 def test_20_000_answers_under_chaos_have_the_bits_they_have_alone(bundle):
-    """Random mixtures from up to 256 clients at once, while the model is swapped and workers are killed."""
+    """Random mixtures from up to 256 clients at once, while the model is swapped and workers are
+    killed.
+    """
     command = [sys.executable, str(CHAOS), str(bundle), "--answers", "20000", "--seed", "4"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -73,10 +86,16 @@ def test_20_000_answers_under_chaos_have_the_bits_they_have_alone(bundle):
 
 def test_256_requests_in_flight_at_sigterm_are_all_answered(moody, processes):
     with processes.running(moody, queue_s=WAIT_S, drain_s=0.2) as service:
-        connections = [socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) for _ in range(256)]
+        connections = [
+            socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
+            for _ in range(256)
+        ]
         for number, connection in enumerate(connections):
             connection.sendall(request_of(f"{SLUGGISH} {number}"))
-        until(lambda: figure(service, "evalmode_in_flight_requests") >= 200, what="so many requests in flight")
+        until(
+            lambda: figure(service, "evalmode_in_flight_requests") >= 200,
+            what="so many requests in flight",
+        )
         service.terminate()
         statuses = [answer_on(connection)[0] for connection in connections]
         assert statuses == [200] * 256
@@ -103,10 +122,15 @@ def test_50_hot_swaps_under_load_lose_and_garble_nothing(tmp_path, bundles, proc
         try:
             for version in range(2, 52):
                 bundles.make(tmp_path, version=str(version))
-                until(lambda v=str(version): version_of(service) == v, what=f"the swap to version {version}")
+                until(
+                    lambda v=str(version): version_of(service) == v,
+                    what=f"the swap to version {version}",
+                )
         finally:
             ended.set()
-        assert len(set.union(*(client.result() for client in clients))) > 5, "the clients saw the swaps"
+        assert len(set.union(*(client.result() for client in clients))) > 5, (
+            "the clients saw the swaps"
+        )
         assert figure(service, "evalmode_determinism_violations_total") == 0
 
 
@@ -133,16 +157,22 @@ def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(tmp_path, bundles,
 def test_a_killed_worker_takes_only_its_own_requests_with_it_and_comes_back(moody, processes):
     with processes.running(moody, workers=2, parallel=1, queue_s=WAIT_S) as service:
         until(lambda: len(children(service)) == 2, what="two workers")
-        connections = [socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) for _ in range(40)]
+        connections = [
+            socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) for _ in range(40)
+        ]
         for number, connection in enumerate(connections):
             connection.sendall(request_of(f"{SLUGGISH} {number}"))
-        until(lambda: figure(service, "evalmode_in_flight_requests") >= 20, what="requests in flight")
+        until(
+            lambda: figure(service, "evalmode_in_flight_requests") >= 20, what="requests in flight"
+        )
         killed = children(service)[0]
         os.kill(killed, 9)
         outcomes = [outcome(connection) for connection in connections]
         assert set(outcomes) <= {200, None}
         assert outcomes.count(200) >= 1, "the other worker has answered its own"
-        until(lambda: len(set(children(service)) - {killed}) == 2, what="another worker in its place")
+        until(
+            lambda: len(set(children(service)) - {killed}) == 2, what="another worker in its place"
+        )
         assert predict(service, "a").status_code == 200
 
 
@@ -161,7 +191,10 @@ def outcome(connection: socket.socket) -> int | None:
 
 def test_1_000_idle_connections_keep_nobody_from_an_answer(bundle, processes):
     with processes.running(bundle) as service:
-        idle = [socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) for _ in range(1000)]
+        idle = [
+            socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
+            for _ in range(1000)
+        ]
         for connection in idle[::2]:
             connection.sendall(b"POST /v1/predict HTTP/1.1\r\nhost: x\r\n")
         for _ in range(50):
@@ -171,7 +204,10 @@ def test_1_000_idle_connections_keep_nobody_from_an_answer(bundle, processes):
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(moody, processes):
-    with processes.running(moody, parallel=1, queue_rows=4, max_rows=4) as service, ThreadPoolExecutor(40) as pool:
+    with (
+        processes.running(moody, parallel=1, queue_rows=4, max_rows=4) as service,
+        ThreadPoolExecutor(40) as pool,
+    ):
         answers = list(pool.map(lambda number: predict(service, f"{SLOW} {number}"), range(40)))
         refused = [answer for answer in answers if answer.status_code == 503]
         assert refused
@@ -185,13 +221,25 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(moody, process
 
 def test_more_rows_wait_no_longer_than_the_queue_may_take(moody, processes):
     """The queue is bounded in seconds too, by the rate at which it has drained."""
-    with processes.running(moody, parallel=1, queue_s=0.01) as service, ThreadPoolExecutor(24) as pool:
-        texts = [f"{SLUGGISH} {number}" if number % 2 else f"{SLUGGISH} a longer one {number}" for number in range(24)]
-        first = [answer.status_code for answer in pool.map(lambda text: predict(service, text), texts)]
-        later = [answer.status_code for answer in pool.map(lambda text: predict(service, text), texts)]
+    with (
+        processes.running(moody, parallel=1, queue_s=0.01) as service,
+        ThreadPoolExecutor(24) as pool,
+    ):
+        texts = [
+            f"{SLUGGISH} {number}" if number % 2 else f"{SLUGGISH} a longer one {number}"
+            for number in range(24)
+        ]
+        first = [
+            answer.status_code for answer in pool.map(lambda text: predict(service, text), texts)
+        ]
+        later = [
+            answer.status_code for answer in pool.map(lambda text: predict(service, text), texts)
+        ]
         assert set(first) | set(later) == {200, 503}
         assert later.count(503) > 8, "by then it is known how slow they are"
-        assert predict(service, *["a"] * 256).status_code == 200, "nothing waits, so there is nothing to expect"
+        assert predict(service, *["a"] * 256).status_code == 200, (
+            "nothing waits, so there is nothing to expect"
+        )
 
 
 def test_a_request_past_its_deadline_gets_504_and_never_runs(moody, processes):
@@ -209,10 +257,15 @@ def test_a_request_past_its_deadline_gets_504_and_never_runs(moody, processes):
 
 
 def test_the_rows_of_a_client_that_hung_up_leave_the_queue(moody, processes):
-    with processes.running(moody, parallel=1, timeout_s=2 * WAIT_S, max_run_s=2 * WAIT_S) as service:
+    with processes.running(
+        moody, parallel=1, timeout_s=2 * WAIT_S, max_run_s=2 * WAIT_S
+    ) as service:
         stuck = socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
         stuck.sendall(request_of(ENDLESS))
-        until(lambda: figure(service, "evalmode_running_batches") == 1, what="a batch that does not end")
+        until(
+            lambda: figure(service, "evalmode_running_batches") == 1,
+            what="a batch that does not end",
+        )
         waiting = socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
         waiting.sendall(request_of("a", "b", "c"))
         until(lambda: figure(service, "evalmode_queue_rows") == 3, what="three rows that wait")
@@ -221,9 +274,13 @@ def test_the_rows_of_a_client_that_hung_up_leave_the_queue(moody, processes):
         stuck.close()
 
 
-def test_an_answer_that_is_no_number_fails_its_own_caller_with_an_id_and_nobody_beside_it(moody, processes):
+def test_an_answer_that_is_no_number_fails_its_own_caller_with_an_id_and_nobody_beside_it(
+    moody, processes
+):
     with processes.running(moody, parallel=1) as service, ThreadPoolExecutor(30) as pool:
-        texts = [f"{POISON} {number}" if number % 5 == 0 else f"{SLOW} {number}" for number in range(30)]
+        texts = [
+            f"{POISON} {number}" if number % 5 == 0 else f"{SLOW} {number}" for number in range(30)
+        ]
         answers = list(pool.map(lambda text: predict(service, text), texts))
         for text, answer in zip(texts, answers, strict=True):
             if POISON in text:
@@ -238,7 +295,9 @@ def test_an_answer_that_is_no_number_fails_its_own_caller_with_an_id_and_nobody_
 
 
 def test_a_stuck_batch_turns_readiness_off_at_once_and_liveness_after_its_grace(moody, processes):
-    with processes.running(moody, parallel=2, max_run_s=0.2, stuck_grace_s=0.5, timeout_s=1) as service:
+    with processes.running(
+        moody, parallel=2, max_run_s=0.2, stuck_grace_s=0.5, timeout_s=1
+    ) as service:
         assert predict(service, ENDLESS).status_code == 504
         until(lambda: status(service, "/readyz") == 503, what="not ready")
         assert predict(service, "a").status_code == 200, "the other thread goes on"
@@ -248,9 +307,14 @@ def test_a_stuck_batch_turns_readiness_off_at_once_and_liveness_after_its_grace(
 
 
 def test_a_stuck_worker_is_replaced_where_somebody_looks_after_it(moody, processes):
-    with processes.running(moody, workers=2, parallel=1, max_run_s=0.2, stuck_grace_s=0.2, timeout_s=1) as service:
+    with processes.running(
+        moody, workers=2, parallel=1, max_run_s=0.2, stuck_grace_s=0.2, timeout_s=1
+    ) as service:
         before = set(children(service))
-        assert predict(service, ENDLESS).status_code in (503, 504), "given up by the worker, or at its deadline"
+        assert predict(service, ENDLESS).status_code in (
+            503,
+            504,
+        ), "given up by the worker, or at its deadline"
         until(lambda: len(before & set(children(service))) == 1, what="the end of the stuck worker")
         until(lambda: len(children(service)) == 2, what="another worker in its place")
         assert predict(service, "a").status_code == 200
@@ -264,7 +328,10 @@ def test_every_answer_is_proven_again_when_that_is_asked_for(bundle, processes, 
     with processes.running(bundle, proof_fraction=1) as service:
         for text in texts[:30]:
             assert predict(service, text.replace("\ud83d", "")).status_code == 200
-        until(lambda: figure(service, "evalmode_determinism_checks_total") >= 20, what="proofs in idle time")
+        until(
+            lambda: figure(service, "evalmode_determinism_checks_total") >= 20,
+            what="proofs in idle time",
+        )
         assert figure(service, "evalmode_determinism_violations_total") == 0
 
 
@@ -277,7 +344,9 @@ def keyed(bundle, processes) -> Iterator[object]:
 @pytest.mark.parametrize("key", ["0123456789abcdef", "fedcba9876543210"])
 def test_with_api_keys_each_of_them_opens_and_nothing_else_does(keyed, key):
     assert predict(keyed, "a").status_code == 401
-    assert predict(keyed, "a", headers={"authorization": "Bearer 0123456789abcdeg"}).status_code == 401
+    assert (
+        predict(keyed, "a", headers={"authorization": "Bearer 0123456789abcdeg"}).status_code == 401
+    )
     assert predict(keyed, "a", headers={"authorization": f"Bearer {key}"}).status_code == 200
     assert predict(keyed, "a", headers={"x-api-key": key}).status_code == 200
     assert status(keyed, "/readyz") == status(keyed, "/v2/health/ready") == 200

@@ -1,4 +1,6 @@
-"""Random sites whose true gap is known: rate, granularity, implementation, surroundings and mistake are drawn."""
+"""Random sites whose true gap is known: rate, granularity, implementation, surroundings and mistake
+are drawn.
+"""
 
 from __future__ import annotations
 
@@ -64,9 +66,13 @@ PLACES = ("alone", "alone", "before tanh", "in a residual", "on weights", "on at
 
 
 class RandomSite(nn.Module):
-    """A dropout with keep rate k, train scale s and eval scale e, at one of several places in a module."""
+    """A dropout with keep rate k, train scale s and eval scale e, at one of several places in a
+    module.
+    """
 
-    def __init__(self, *, k: float, s: float, e: float, declared: float, mask: str, grain: str, place: str) -> None:
+    def __init__(
+        self, *, k: float, s: float, e: float, declared: float, mask: str, grain: str, place: str
+    ) -> None:
         super().__init__()
         self.k, self.s, self.e, self.p = k, s, e, declared
         self.mask, self.grain, self.place = MASKS[mask], GRAINS[grain], place
@@ -105,7 +111,10 @@ def draw_site(rng: random.Random) -> tuple[nn.Module, Truth]:
     elif mistake == "twice":
         scale = 1 / (1 - p) ** 2
     elif mistake == "mask rate":  # a gap of 1 to 3 margins, where a rate can make it
-        k = min(max(k * (1 + rng.choice((-1, 1)) * rng.uniform(1, 3) * max(p, 0.02) / 4), 0.02), 1 - 1e-3)
+        k = min(
+            max(k * (1 + rng.choice((-1, 1)) * rng.uniform(1, 3) * max(p, 0.02) / 4), 0.02),
+            1 - 1e-3,
+        )
     elif mistake == "scale":
         scale *= 1 + rng.choice((-1, 1)) * rng.uniform(1, 3) * max(p, 0.02) / 4
     s, e = (scale, 1.0) if style == "inverted" else (1.0, 1 / scale)
@@ -113,7 +122,9 @@ def draw_site(rng: random.Random) -> tuple[nn.Module, Truth]:
     place = rng.choice(PLACES)
     if place in ("on weights", "on attention"):
         grain = "element"
-    module = RandomSite(k=k, s=s, e=e, declared=p, mask=rng.choice(list(MASKS)), grain=grain, place=place)
+    module = RandomSite(
+        k=k, s=s, e=e, declared=p, mask=rng.choice(list(MASKS)), grain=grain, place=place
+    )
     return module, Truth(mistake, style, place, grain, 1 - k, k * s / e)
 
 

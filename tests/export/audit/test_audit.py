@@ -66,9 +66,17 @@ def state_of(module: nn.Module) -> list[object]:
     tensors = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     grads = [parameter.grad for parameter in module.parameters()]
     numpys = np.random.get_state(legacy=False)["state"]["key"].tobytes()
-    generators = [torch.get_rng_state().tolist(), random.getstate(), numpys, SHARED.bit_generator.state]
+    generators = [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        numpys,
+        SHARED.bit_generator.state,
+    ]
     if isinstance(module, Mixed):
-        own = [module.own.generator.bit_generator.state, module.torchs.generator.get_state().tolist()]
+        own = [
+            module.own.generator.bit_generator.state,
+            module.torchs.generator.get_state().tolist(),
+        ]
         generators += [*own, module.counted.p, module.hidden[0].training]
     return [flags, {name: tensor.tolist() for name, tensor in tensors.items()}, grads, generators]
 
@@ -79,7 +87,9 @@ def verdicts(found: Audit) -> dict[str, Kind]:
 
 @pytest.mark.parametrize("factory", [Mixed, Uncopyable, Shares])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_module_and_every_generator_are_left_as_they_were(factory: Callable[[], nn.Module], training: bool) -> None:
+def test_the_module_and_every_generator_are_left_as_they_were(
+    factory: Callable[[], nn.Module], training: bool
+) -> None:
     module = factory().train(training)
     module(**X)
     before = state_of(module)
@@ -120,7 +130,12 @@ def test_progress_hears_of_every_site_in_order() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"alpha": 0.0}, "alpha"), ({"alpha": 1.0}, "alpha"), ({"draws": 1}, "draws"), ({"samples": []}, "sample")],
+    [
+        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": 1.0}, "alpha"),
+        ({"draws": 1}, "draws"),
+        ({"samples": []}, "sample"),
+    ],
 )
 def test_what_cannot_be_audited_is_refused_by_name(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -183,7 +198,9 @@ def test_every_sample_is_called_and_the_calls_are_counted() -> None:
 def test_torchs_own_encoder_layer_passes_with_all_of_its_sites() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
     found = audit(layer, [{"src": X["x"]}])
-    assert verdicts(found) == dict.fromkeys(("self_attn", "dropout", "dropout1", "dropout2"), Kind.INVERTED)
+    assert verdicts(found) == dict.fromkeys(
+        ("self_attn", "dropout", "dropout1", "dropout2"), Kind.INVERTED
+    )
 
 
 def test_our_own_transformer_passes() -> None:

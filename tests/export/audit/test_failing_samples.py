@@ -20,10 +20,16 @@ def test_a_forward_that_fails_in_training_mode_is_unproven_and_says_so() -> None
     assert "does not run in training mode" in found.record.findings[0].why
 
 
-@pytest.mark.parametrize("sample", [{"inputs": X["x"]}, {"input": X["x"][:, :, :3]}], ids=["wrong name", "wrong shape"])
-def test_samples_that_the_module_cannot_take_in_either_mode_are_unusable(sample: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(
+    "sample", [{"inputs": X["x"]}, {"input": X["x"][:, :, :3]}], ids=["wrong name", "wrong shape"]
+)
+def test_samples_that_the_module_cannot_take_in_either_mode_are_unusable(
+    sample: dict[str, Tensor],
+) -> None:
     module = nn.Sequential(nn.Dropout(0.2), nn.Linear(16, 16))
-    with pytest.raises(UnusableInputs, match="Sequential fails on every sample, in eval mode too: ") as caught:
+    with pytest.raises(
+        UnusableInputs, match="Sequential fails on every sample, in eval mode too: "
+    ) as caught:
         audit(module, [sample, sample])
     assert "\n" not in str(caught.value)
     assert audit(module, [sample, {"input": X["x"]}]).record.verdict == "pass"

@@ -55,12 +55,18 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Kind]] = {
     "nn.GRU": (lambda: nn.GRU(16, 8, 2, dropout=0.2), Kind.INVERTED),
     "nn.RNN": (lambda: nn.RNN(16, 8, 2, dropout=0.2), Kind.INVERTED),
     "nn.MultiheadAttention with weights": (lambda: zoo.SelfAttention(weights=True), Kind.INVERTED),
-    "nn.MultiheadAttention without weights": (lambda: zoo.SelfAttention(weights=False), Kind.INVERTED),
+    "nn.MultiheadAttention without weights": (
+        lambda: zoo.SelfAttention(weights=False),
+        Kind.INVERTED,
+    ),
     "scaled_dot_product_attention": (lambda: zoo.Attention(), Kind.INVERTED),
     "F.dropout before a non-linear layer": (lambda: zoo.FeedForward(), Kind.INVERTED),
     "F.dropout before a square": (lambda: zoo.DoubleDrop(), Kind.INVERTED),
     "hand-written, scaled in training": (lambda: zoo.Masked(), Kind.INVERTED),
-    "hand-written, scaled in eval": (lambda: zoo.Masked(train_scale=1.0, eval_scale=0.7), Kind.CLASSIC),
+    "hand-written, scaled in eval": (
+        lambda: zoo.Masked(train_scale=1.0, eval_scale=0.7),
+        Kind.CLASSIC,
+    ),
     "divided by p, which is one half": (lambda: zoo.Masked(0.5, train_scale=2.0), Kind.INVERTED),
     "torch.bernoulli": (lambda: zoo.Bernoulli(), Kind.INVERTED),
     "torch.distributions": (lambda: zoo.Distribution(), Kind.INVERTED),
@@ -103,30 +109,70 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Kind]] = {
 WRONG: dict[str, tuple[Callable[[], nn.Module], Kind, float | None]] = {
     "nothing scaled": (lambda: zoo.Masked(train_scale=1.0), Kind.UNSCALED, 0.7),
     "divided by p": (lambda: zoo.Masked(train_scale=1 / 0.3), Kind.WRONG_RATE, 0.7 / 0.3),
-    "times p in eval": (lambda: zoo.Masked(train_scale=1.0, eval_scale=0.3), Kind.WRONG_RATE, 0.7 / 0.3),
-    "scaled in training and in eval": (lambda: zoo.Masked(eval_scale=0.7), Kind.SCALED_TWICE, 1 / 0.7),
-    "scaled twice in training": (lambda: zoo.Masked(train_scale=1 / 0.49), Kind.SCALED_TWICE, 1 / 0.7),
-    "kept at p, scaled for dropping at p": (lambda: zoo.Masked(0.2, drops=0.8), Kind.WRONG_RATE, 0.25),
+    "times p in eval": (
+        lambda: zoo.Masked(train_scale=1.0, eval_scale=0.3),
+        Kind.WRONG_RATE,
+        0.7 / 0.3,
+    ),
+    "scaled in training and in eval": (
+        lambda: zoo.Masked(eval_scale=0.7),
+        Kind.SCALED_TWICE,
+        1 / 0.7,
+    ),
+    "scaled twice in training": (
+        lambda: zoo.Masked(train_scale=1 / 0.49),
+        Kind.SCALED_TWICE,
+        1 / 0.7,
+    ),
+    "kept at p, scaled for dropping at p": (
+        lambda: zoo.Masked(0.2, drops=0.8),
+        Kind.WRONG_RATE,
+        0.25,
+    ),
     "rate changed, scale not": (lambda: zoo.changed(0.4), Kind.WRONG_RATE, 0.6 / 0.9),
     "off by a quarter": (lambda: zoo.Masked(train_scale=1.25 / 0.7), Kind.WRONG_RATE, 1.25),
     "scaled down": (lambda: zoo.Masked(train_scale=0.7), Kind.WRONG_SCALE, 0.49),
-    "one mask a sample, nothing scaled": (lambda: zoo.Masked(train_scale=1.0, like=samples), Kind.UNSCALED, 0.7),
+    "one mask a sample, nothing scaled": (
+        lambda: zoo.Masked(train_scale=1.0, like=samples),
+        Kind.UNSCALED,
+        0.7,
+    ),
     "a numpy mask, nothing scaled": (lambda: zoo.NumpyMask(train_scale=1.0), Kind.UNSCALED, 0.7),
     "torch.where, nothing scaled": (lambda: zoo.Where(train_scale=1.0), Kind.UNSCALED, 0.7),
     "boolean index, nothing scaled": (lambda: zoo.Indexed(train_scale=1.0), Kind.UNSCALED, 0.7),
     "a python gate, nothing scaled": (lambda: zoo.PythonGate(scale=1.0), Kind.UNSCALED, 0.7),
-    "before a non-linear layer, scaled once more": (lambda: zoo.FeedForward(scale=1.5), Kind.WRONG_RATE, 1.5),
-    "rows of an embedding, nothing scaled": (lambda: zoo.EmbeddingDropout(scaled=False), Kind.UNSCALED, 0.8),
+    "before a non-linear layer, scaled once more": (
+        lambda: zoo.FeedForward(scale=1.5),
+        Kind.WRONG_RATE,
+        1.5,
+    ),
+    "rows of an embedding, nothing scaled": (
+        lambda: zoo.EmbeddingDropout(scaled=False),
+        Kind.UNSCALED,
+        0.8,
+    ),
     "in a recurrence, nothing scaled": (lambda: zoo.LockedCell(scaled=False), Kind.UNSCALED, 0.8),
     "blocks dropped, nothing scaled": (lambda: zoo.DropBlock(scaled=False), Kind.UNSCALED, 0.78),
     "one mask twice, scaled twice": (lambda: zoo.SameMaskTwice(scales=2), Kind.SCALED_TWICE, 1.25),
-    "columns without replacement, nothing scaled": (lambda: zoo.Scattered(scaled=False), Kind.UNSCALED, 0.75),
-    "a mask from a python list, nothing scaled": (lambda: zoo.PythonList(scaled=False), Kind.UNSCALED, 0.8),
+    "columns without replacement, nothing scaled": (
+        lambda: zoo.Scattered(scaled=False),
+        Kind.UNSCALED,
+        0.75,
+    ),
+    "a mask from a python list, nothing scaled": (
+        lambda: zoo.PythonList(scaled=False),
+        Kind.UNSCALED,
+        0.8,
+    ),
     "seeded in the forward": (lambda: zoo.Reseeded(), Kind.FROZEN, None),
     "Gaussian dropout around 1.2": (lambda: zoo.Gaussian(mean=1.2), Kind.WRONG_SCALE, 1.2),
     "additive noise with a bias": (lambda: zoo.Additive(0.2), Kind.WRONG_SCALE, None),
     "alpha dropout with a bias": (lambda: zoo.WrongAlpha(0.1), Kind.WRONG_SCALE, None),
-    "rate on a schedule, scale not": (lambda: zoo.Scheduled(scale=1 / 0.9), Kind.WRONG_RATE, 0.7 / 0.9),
+    "rate on a schedule, scale not": (
+        lambda: zoo.Scheduled(scale=1 / 0.9),
+        Kind.WRONG_RATE,
+        0.7 / 0.9,
+    ),
     "nn.Dropout with p = 1": (lambda: nn.Dropout(1.0), Kind.DROPS_ALL, 0.0),
     "always on": (lambda: zoo.Always(), Kind.ALWAYS_ON, None),
     "attention that is always on": (lambda: zoo.AttentionAlways(), Kind.ALWAYS_ON, None),
@@ -176,7 +222,9 @@ def audited(factory: Callable[[], nn.Module]) -> Audit:
 
 
 def worst(found: Audit) -> Site:
-    """The site with the worst to say: an error, else what is unproven, else a warning, else the last."""
+    """The site with the worst to say: an error, else what is unproven, else a warning, else the
+    last.
+    """
     order = [Severity.ERROR, Severity.UNPROVEN, Severity.WARNING, None]
     return min(reversed(found.sites), key=lambda site: order.index(site.severity))
 

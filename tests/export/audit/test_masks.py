@@ -10,7 +10,9 @@ from evalmode.export.audit import masks
 NAN = math.nan
 
 
-def draws(shape: tuple[int, ...], *, keep: float = 0.7, count: int = 16, value: float = 1.25) -> list[torch.Tensor]:
+def draws(
+    shape: tuple[int, ...], *, keep: float = 0.7, count: int = 16, value: float = 1.25
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [(torch.rand(shape, generator=generator).double() < keep) * value for _ in range(count)]
 
@@ -26,21 +28,36 @@ def test_the_kept_value_is_found_beside_zeros_and_what_is_not_seen() -> None:
     assert masks.kept_value(torch.tensor([0.0, 1.25, NAN, 1.25]), rounding=1e-7) == 1.25
 
 
-@pytest.mark.parametrize("noise", [[0.0, 0.0], [1.0, 1.5, 0.0], [NAN], [-1.0, -1.0, 0.0], [1.0, -1.0]])
+@pytest.mark.parametrize(
+    "noise", [[0.0, 0.0], [1.0, 1.5, 0.0], [NAN], [-1.0, -1.0, 0.0], [1.0, -1.0]]
+)
 def test_noise_of_several_values_or_none_has_no_kept_value(noise: list[float]) -> None:
     assert masks.kept_value(torch.tensor(noise), rounding=1e-7) is None
 
 
 def test_rounding_is_no_second_value() -> None:
     assert masks.kept_value(torch.tensor([1.25, 1.25 * (1 + 2e-7)]), rounding=1e-7) is not None
-    assert masks.kept_value(torch.tensor([1.25, 1.25 * (1 + 2e-6)], dtype=torch.float64), rounding=1e-7) is None
+    assert (
+        masks.kept_value(
+            torch.tensor([1.25, 1.25 * (1 + 2e-6)], dtype=torch.float64), rounding=1e-7
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize(
     ("drawn", "shared"),
-    [((4, 6, 8), ()), ((4, 6, 1), (2,)), ((4, 1, 1), (1, 2)), ((1, 6, 8), (0,)), ((1, 1, 1), (0, 1, 2))],
+    [
+        ((4, 6, 8), ()),
+        ((4, 6, 1), (2,)),
+        ((4, 1, 1), (1, 2)),
+        ((1, 6, 8), (0,)),
+        ((1, 1, 1), (0, 1, 2)),
+    ],
 )
-def test_the_axes_that_share_a_fate_are_found(drawn: tuple[int, ...], shared: tuple[int, ...]) -> None:
+def test_the_axes_that_share_a_fate_are_found(
+    drawn: tuple[int, ...], shared: tuple[int, ...]
+) -> None:
     noises = [noise.expand(4, 6, 8) for noise in draws(drawn)]
     shape = shape_of(noises)
     assert shape.shared == shared

@@ -40,12 +40,18 @@ MASKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], Tensor]]] =
     "the mask first": (lambda x: (torch.rand_like(x) < 0.8).float() * x, lambda c: X * c),
     "into the mask": (lambda x: torch.rand(x.shape).floor_().add_(1.0).mul_(x), lambda c: X * c),
     "where": (lambda x: torch.where(torch.rand_like(x) < 0.8, x, 0.0), lambda c: X * c),
-    "where, the other way": (lambda x: torch.where(torch.rand_like(x) < 0.2, 0.0, x), lambda c: X * c),
+    "where, the other way": (
+        lambda x: torch.where(torch.rand_like(x) < 0.2, 0.0, x),
+        lambda c: X * c,
+    ),
     "masked_fill": (lambda x: x.masked_fill(torch.rand_like(x) < 0.2, 0), lambda c: X * c),
     "masked_fill_": (lambda x: x.masked_fill_(torch.rand_like(x) < 0.2, 0), lambda c: X * c),
     "an index": (indexed, lambda c: X * c),
     "a sum": (lambda x: x + torch.randn_like(x), lambda c: X + c),
-    "a weighted sum": (lambda x: torch.add(x, torch.randn_like(x), alpha=0.5), lambda c: X + 0.5 * c),
+    "a weighted sum": (
+        lambda x: torch.add(x, torch.randn_like(x), alpha=0.5),
+        lambda c: X + 0.5 * c,
+    ),
     "a difference": (lambda x: x - torch.randn_like(x), lambda c: X - c),
     "weights": (lambda x: x @ F.dropout(WEIGHT, 0.2), lambda c: X @ (WEIGHT * c)),
     "a product of matrices": (lambda x: x @ torch.rand(8, 8), lambda c: X @ torch.full((8, 8), c)),
@@ -75,7 +81,9 @@ OBSTACLES: dict[str, Callable[[Tensor], Tensor]] = {
     "data as a probability": lambda x: torch.bernoulli(x.sigmoid()),
     "data as a threshold": lambda x: (torch.rand_like(x) < x).float(),
     "a constant that is not 0": lambda x: x.masked_fill(torch.rand_like(x) < 0.2, -1e4),
-    "ids": lambda x: torch.where(torch.rand(6, 8) < 0.2, torch.zeros(6, 8, dtype=torch.long), x.long()),
+    "ids": lambda x: torch.where(
+        torch.rand(6, 8) < 0.2, torch.zeros(6, 8, dtype=torch.long), x.long()
+    ),
     "a divisor": lambda x: x / (1 + torch.rand_like(x)),
     "a power": lambda x: x.abs() ** torch.rand_like(x),
     "positions": lambda x: x[torch.randperm(6)],

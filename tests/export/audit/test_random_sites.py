@@ -1,4 +1,6 @@
-"""The audit's figures: how often it calls a right site wrong, and how often it misses a wrong one."""
+"""The audit's figures: how often it calls a right site wrong, and how often it misses a wrong
+one.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +22,34 @@ def outcomes(seed: int) -> list[list[tuple[Truth, Severity | None]]]:
     for index in range(NETWORKS):
         torch.manual_seed(seed + index)
         sites = [draw_site(rng) for _ in range(EACH)]
-        judged = audit(Network([module for module, _ in sites]), [{"x": torch.randn(SHAPE)}], alpha=ALPHA, seed=index)
-        found.append([(truth, site.severity) for (_, truth), site in zip(sites, judged.sites, strict=True)])
+        judged = audit(
+            Network([module for module, _ in sites]),
+            [{"x": torch.randn(SHAPE)}],
+            alpha=ALPHA,
+            seed=index,
+        )
+        found.append(
+            [(truth, site.severity) for (_, truth), site in zip(sites, judged.sites, strict=True)]
+        )
     return found
 
 
 def test_of_a_thousand_random_sites_no_more_are_called_wrong_or_missed_than_was_promised() -> None:
-    # Seed 2026 was written down before the first run; bench/audit.py repeats this under seeds that nobody chose.
+    # Seed 2026 was written down before the first run; bench/audit.py repeats this under seeds that
+    # nobody chose.
     networks = outcomes(2026)
     assert sum(map(len, networks)) == 1000
-    alarmed = sum(any(truth.is_right and s is Severity.ERROR for truth, s in sites) for sites in networks)
+    alarmed = sum(
+        any(truth.is_right and s is Severity.ERROR for truth, s in sites) for sites in networks
+    )
     gaps = [severity for sites in networks for truth, severity in sites if truth.must_be_found]
     missed = sum(severity is not Severity.ERROR for severity in gaps)
     assert len(gaps) > 300
-    # Exceeded once in a thousand if the family-wise rate of false alarms is alpha, and if one gap in 100 is missed.
+    # Exceeded once in a thousand if the family-wise rate of false alarms is alpha, and if one gap
+    # in 100 is missed.
     assert alarmed <= stats.binom.ppf(0.999, NETWORKS, ALPHA)
     assert missed <= stats.binom.ppf(0.999, len(gaps), 0.01)
-    undecided = sum(truth.is_right and s is Severity.UNPROVEN for sites in networks for truth, s in sites)
+    undecided = sum(
+        truth.is_right and s is Severity.UNPROVEN for sites in networks for truth, s in sites
+    )
     assert undecided == 0

@@ -11,7 +11,8 @@ def test_the_sample_size_is_that_of_the_formula(keep: float) -> None:
     alpha, d = 0.01 / 3, max(1 - keep, 0.02)
     z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(0.99)
     formula = z**2 * keep * (1 - keep) / (d * keep / 4) ** 2
-    # Never fewer than the formula's, and more by no more than the least favourable neighbour asks for.
+    # Never fewer than the formula's, and more by no more than the least favourable neighbour asks
+    # for.
     assert formula <= st.masks_needed(keep, keep, alpha=alpha) <= 2.6 * formula
 
 
@@ -24,14 +25,17 @@ def test_so_many_groups_find_a_gap_of_one_margin_99_times_in_100(keep: float, si
         assert st.exact_p(990, 1000, (balance, balance)) == 0.0
         return
     groups = st.masks_needed(keep, balance, alpha=alpha)
-    nearest = int(stats.binom.ppf(0.01 if keep > balance else 0.99, groups, keep))  # 99 counts in 100 lie farther out
+    # 99 counts in 100 lie farther out
+    nearest = int(stats.binom.ppf(0.01 if keep > balance else 0.99, groups, keep))
     assert st.exact_p(nearest, groups, (balance, balance)) < alpha
 
 
 @pytest.mark.parametrize(("kept", "groups"), [(0, 20), (20, 20), (7, 20), (9_000, 10_000)])
 def test_the_interval_is_clopper_and_pearsons(kept: int, groups: int) -> None:
     expected = stats.binomtest(kept, groups).proportion_ci(0.99, method="exact")
-    assert st.exact_interval(kept, groups, alpha=0.01) == pytest.approx((expected.low, expected.high))
+    assert st.exact_interval(kept, groups, alpha=0.01) == pytest.approx(
+        (expected.low, expected.high)
+    )
 
 
 def test_the_exact_test_alarms_no_more_often_than_it_says() -> None:

@@ -19,7 +19,10 @@ NOTHING = {
     "NaN": (torch.full_like(X, torch.nan), "finite nowhere"),
     "infinity": (INF, "finite nowhere"),
     "both infinities": (torch.where(X > 0, INF, -INF), "finite nowhere"),
-    "zeros and NaN": (torch.zeros_like(X).index_fill(0, torch.tensor([3]), torch.nan), "zero where it is finite"),
+    "zeros and NaN": (
+        torch.zeros_like(X).index_fill(0, torch.tensor([3]), torch.nan),
+        "zero where it is finite",
+    ),
     "no rows": (X[:0], "empty"),
 }
 
@@ -61,7 +64,10 @@ def test_an_input_that_carries_nothing_is_inconclusive_and_says_what_it_is(
     found = audit(Root(factory(0.5)), [{"x": x}])
     site = found.sites[0]
     assert (site.kind, site.severity) == (Kind.INCONCLUSIVE, Severity.UNPROVEN)
-    assert site.sentence == f"its input is {said}, so nothing can be measured: give samples that reach it"
+    assert (
+        site.sentence
+        == f"its input is {said}, so nothing can be measured: give samples that reach it"
+    )
     assert site.fix == "give samples that reach it"
     assert found.record.verdict == "unproven"
 
@@ -80,7 +86,10 @@ def test_a_draw_that_changes_nothing_of_an_input_with_values_is_unproven() -> No
 
     site = site_of(DeadInside(), X)
     assert site.kind is Kind.INCONCLUSIVE
-    assert site.sentence == "it draws random numbers, and its output in training is eval's in every forward"
+    assert (
+        site.sentence
+        == "it draws random numbers, and its output in training is eval's in every forward"
+    )
 
 
 def test_of_samples_of_which_some_carry_nothing_one_that_does_is_measured() -> None:

@@ -21,7 +21,9 @@ from evalmode.export.audit.verdicts import mistake
         (1 / 0.8, 1.0, 0.2, 0.2, Kind.WRONG_RATE),
     ],
 )
-def test_a_mistake_has_its_name(s: float, e: float, keep: float, p: float | None, kind: Kind) -> None:
+def test_a_mistake_has_its_name(
+    s: float, e: float, keep: float, p: float | None, kind: Kind
+) -> None:
     assert mistake(s, e, keep, (keep - 0.01, keep + 0.01), p) is kind
 
 
@@ -35,7 +37,10 @@ def test_a_mistake_has_its_name(s: float, e: float, keep: float, p: float | None
     ],
 )
 def test_a_gap_is_told_as_what_happens_to_the_activations(gap: float, told: str) -> None:
-    assert verdicts.gap_sentence(gap) == f"activations reach the next layer {told} in eval than in training"
+    assert (
+        verdicts.gap_sentence(gap)
+        == f"activations reach the next layer {told} in eval than in training"
+    )
 
 
 @pytest.mark.parametrize("kind", Kind)

@@ -1,4 +1,6 @@
-"""Constant propagation: a mode is decided by what the graph alone holds, through any deterministic operators."""
+"""Constant propagation: a mode is decided by what the graph alone holds, through any deterministic
+operators.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def drop_after(
     named = VALUES if values is None else values
     tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in named.items()]
     graph = helper.make_graph([*nodes, DROP], "main", [X, *inputs], [Y], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version
+    )
     return next(one for one in graph_of(model).nodes if one.path == "drop")
 
 
@@ -82,7 +86,9 @@ def value_after(*nodes: onnx.NodeProto, opset: int = 20) -> object:
     ],
     ids=lambda item: item.op_type if isinstance(item, onnx.NodeProto) else "",
 )
-def test_a_deterministic_operator_on_constants_is_computed(made: onnx.NodeProto, value: object) -> None:
+def test_a_deterministic_operator_on_constants_is_computed(
+    made: onnx.NodeProto, value: object
+) -> None:
     assert value_after(made) == value
 
 
@@ -98,7 +104,9 @@ def test_a_deterministic_operator_on_constants_is_computed(made: onnx.NodeProto,
     ],
     ids=lambda item: next(iter(item)) if isinstance(item, dict) else "",
 )
-def test_every_way_to_write_a_constant_node_is_read(attribute: dict[str, object], value: object) -> None:
+def test_every_way_to_write_a_constant_node_is_read(
+    attribute: dict[str, object], value: object
+) -> None:
     assert value_after(node("Constant", **attribute)) == value
 
 
@@ -106,7 +114,9 @@ def test_every_way_to_write_a_constant_node_is_read(attribute: dict[str, object]
 def test_a_sparse_constant_is_read(indices: list[object]) -> None:
     values = numpy_helper.from_array(np.asarray([7.0], np.float32), "values")
     places = numpy_helper.from_array(np.asarray(indices, np.int64), "indices")
-    assert value_after(node("Constant", sparse_value=helper.make_sparse_tensor(values, places, [3]))) == [0, 7, 0]
+    assert value_after(
+        node("Constant", sparse_value=helper.make_sparse_tensor(values, places, [3]))
+    ) == [0, 7, 0]
 
 
 def test_a_sparse_initializer_is_read_and_one_that_is_an_input_too_is_not() -> None:
@@ -153,7 +163,18 @@ def test_a_value_that_is_read_twice_at_every_step_is_computed_once() -> None:
         node("Cast", "yes"),
         node("Cast", "yes", to=999),
     ],
-    ids=["caller", "half a caller", "draw", "dropout", "run time", "unknown", "foreign", "nan", "huge", *"abc"],
+    ids=[
+        "caller",
+        "half a caller",
+        "draw",
+        "dropout",
+        "run time",
+        "unknown",
+        "foreign",
+        "nan",
+        "huge",
+        *"abc",
+    ],
 )
 def test_anything_else_decides_nothing(made: onnx.NodeProto) -> None:
     assert value_after(made) is None
@@ -174,7 +195,8 @@ def test_anything_else_decides_nothing(made: onnx.NodeProto) -> None:
 def test_what_would_grow_large_is_not_computed(made: list[onnx.NodeProto]) -> None:
     values = VALUES | {"row": np.zeros(1000, np.int64), "column": np.zeros((1000, 1))}
     drop = drop_after(*made, values=values)
-    value_after(node("ConstantOfShape", "some"))  # what is imported on the way is not what this is about
+    # what is imported on the way is not what this is about
+    value_after(node("ConstantOfShape", "some"))
     tracemalloc.start()
     try:
         assert drop.constant(2) is None
@@ -201,14 +223,18 @@ def test_an_operator_of_before_opset_7_that_broadcasts_in_its_own_way_decides_no
 def branches(condition: str) -> onnx.NodeProto:
     graphs = {}
     for name, value in (("then_branch", True), ("else_branch", False)):
-        inner = node("Constant", output=f"in_{name}", value=numpy_helper.from_array(np.asarray(value)))
+        inner = node(
+            "Constant", output=f"in_{name}", value=numpy_helper.from_array(np.asarray(value))
+        )
         output = helper.make_tensor_value_info(f"in_{name}", TensorProto.BOOL, [])
         graphs[name] = helper.make_graph([inner], name, [], [output])
     return node("If", condition, **graphs)
 
 
 @pytest.mark.parametrize(("condition", "value"), [("yes", True), ("no", False), ("mode", None)])
-def test_a_branch_is_followed_where_its_condition_is_decided(condition: str, value: bool | None) -> None:
+def test_a_branch_is_followed_where_its_condition_is_decided(
+    condition: str, value: bool | None
+) -> None:
     assert value_after(branches(condition)) is value
 
 
@@ -217,7 +243,9 @@ def test_a_constant_of_a_function_that_its_caller_gives_is_read() -> None:
     constant.attribute.add(name="value_int", ref_attr_name="mode", type=onnx.AttributeProto.INT)
     cast = helper.make_node("Cast", ["n"], ["m"], to=TensorProto.BOOL)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("my", 1)]
-    function = helper.make_function("my", "f", ["x"], ["y"], [constant, cast, DROP], opsets, ["mode"])
+    function = helper.make_function(
+        "my", "f", ["x"], ["y"], [constant, cast, DROP], opsets, ["mode"]
+    )
     found = []
     for mode in (0, 1):
         called = helper.make_node("f", ["x"], ["y"], domain="my", name="call", mode=mode)
@@ -230,7 +258,9 @@ def test_a_constant_of_a_function_that_its_caller_gives_is_read() -> None:
 M = helper.make_tensor_value_info("m", TensorProto.BOOL, [])
 
 
-@pytest.mark.parametrize(("ir_version", "decided"), [(0, False), (3, True), (4, False), (10, False)])
+@pytest.mark.parametrize(
+    ("ir_version", "decided"), [(0, False), (3, True), (4, False), (10, False)]
+)
 def test_an_initializer_that_is_an_input_too_decides_only_where_the_format_wants_it_so(
     ir_version: int, decided: bool
 ) -> None:
@@ -242,7 +272,11 @@ def test_an_initializer_that_is_an_input_too_decides_only_where_the_format_wants
     ("nodes", "inputs", "said"),
     [
         ((), (M,), "the initializer 'm', which is an input too: the caller may override it"),
-        ((node("Not", "mode"),), (MODE,), "computed by Not_0 (Not) from the model's input 'mode': the caller decides"),
+        (
+            (node("Not", "mode"),),
+            (MODE,),
+            "computed by Not_0 (Not) from the model's input 'mode': the caller decides",
+        ),
         (
             (node("RandomUniform", output="n", shape=[1]), node("Cast", "n", to=TensorProto.BOOL)),
             (),

@@ -1,4 +1,6 @@
-"""Walking a model: what stands in a body or a function is seen, with the values and the opset that it has there."""
+"""Walking a model: what stands in a body or a function is seen, with the values and the opset that
+it has there.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,29 @@ def body(*nodes: onnx.NodeProto, inputs: tuple[onnx.ValueInfoProto, ...] = ()) -
 
 
 def function(
-    *nodes: onnx.NodeProto, name: str = "f", opset: int = 20, attributes: tuple[str, ...] = (), **defaults: object
+    *nodes: onnx.NodeProto,
+    name: str = "f",
+    opset: int = 20,
+    attributes: tuple[str, ...] = (),
+    **defaults: object,
 ) -> onnx.FunctionProto:
     protos = [helper.make_attribute(key, value) for key, value in defaults.items()]
     imports = [helper.make_opsetid("", opset), helper.make_opsetid("my", 1)]
     return helper.make_function("my", name, ["x", "m"], ["y"], nodes, imports, attributes, protos)
 
 
-def call(*inputs: str, name: str = "call", function: str = "f", **attributes: object) -> onnx.NodeProto:
+def call(
+    *inputs: str, name: str = "call", function: str = "f", **attributes: object
+) -> onnx.NodeProto:
     return helper.make_node(function, inputs, ["y"], name=name, domain="my", **attributes)
 
 
-def branch(name: str, then: onnx.GraphProto, otherwise: onnx.GraphProto, output: str = "y") -> onnx.NodeProto:
-    return helper.make_node("If", ["c"], [output], name=name, then_branch=then, else_branch=otherwise)
+def branch(
+    name: str, then: onnx.GraphProto, otherwise: onnx.GraphProto, output: str = "y"
+) -> onnx.NodeProto:
+    return helper.make_node(
+        "If", ["c"], [output], name=name, then_branch=then, else_branch=otherwise
+    )
 
 
 def at(model: onnx.ModelProto | Graph, path: str) -> NodeAt:
@@ -60,7 +72,9 @@ def flag_node() -> onnx.NodeProto:
 
 
 def test_an_attribute_that_holds_several_graphs_is_walked_too() -> None:
-    many = helper.make_node("Many", ["x"], ["y"], name="many", domain="my", bodies=[body(DROP), body(DROP)])
+    many = helper.make_node(
+        "Many", ["x"], ["y"], name="many", domain="my", bodies=[body(DROP), body(DROP)]
+    )
     paths = [one.path for one in graph_of(model_of(many, initializers=(ON,))).nodes]
     assert paths == ["many", "many/bodies/drop", "many/bodies/drop"]
 
@@ -85,7 +99,10 @@ def test_a_constant_node_before_a_body_is_visible_in_it() -> None:
 
 
 def test_an_input_of_a_body_hides_the_outer_constant_of_its_name() -> None:
-    loops = [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("m", 9, [])]
+    loops = [
+        helper.make_tensor_value_info("i", TensorProto.INT64, []),
+        helper.make_tensor_value_info("m", 9, []),
+    ]
     inner = helper.make_graph([DROP], "body", loops, [loops[1], Y])
     loop = helper.make_node("Loop", ["", "c"], ["y"], name="loop", body=inner)
     drop = at(model_of(loop, initializers=(OFF,)), "loop/body/drop")
@@ -94,14 +111,19 @@ def test_an_input_of_a_body_hides_the_outer_constant_of_its_name() -> None:
 
 
 def test_two_branches_may_use_one_name_for_two_values() -> None:
-    then, otherwise = (body(helper.make_node("Constant", [], ["m"], value=value), DROP) for value in (ON, OFF))
+    then, otherwise = (
+        body(helper.make_node("Constant", [], ["m"], value=value), DROP) for value in (ON, OFF)
+    )
     graph = graph_of(model_of(branch("if", then, otherwise)))
     modes = [at(graph, f"if/{name}/drop").constant(2) for name in ("then_branch", "else_branch")]
     assert [mode is not None and bool(mode) for mode in modes] == [True, False]
 
 
 def test_a_function_is_entered_where_it_is_called_with_what_that_call_gives() -> None:
-    on, off = (numpy_helper.from_array(np.asarray(value), name) for name, value in (("on", True), ("off", False)))
+    on, off = (
+        numpy_helper.from_array(np.asarray(value), name)
+        for name, value in (("on", True), ("off", False))
+    )
     first = helper.make_node("f", ["x", "on"], ["h"], name="first", domain="my")
     second = helper.make_node("f", ["h", "off"], ["y"], name="second", domain="my")
     graph = graph_of(model_of(first, second, initializers=(on, off), functions=(function(DROP),)))
@@ -112,26 +134,34 @@ def test_a_function_is_entered_where_it_is_called_with_what_that_call_gives() ->
 def test_a_value_is_followed_through_functions_that_call_functions() -> None:
     negated = helper.make_node("Not", ["m"], ["n"])
     outer = function(negated, call("x", "n", name="inner"), name="g")
-    model = model_of(call("x", "m", function="g"), initializers=(OFF,), functions=(function(DROP), outer))
+    model = model_of(
+        call("x", "m", function="g"), initializers=(OFF,), functions=(function(DROP), outer)
+    )
     mode = at(model, "call/my:g/inner/my:f/drop").constant(2)
     assert mode is not None
     assert mode.all()
 
 
 def test_what_a_function_answers_is_followed_out_of_it() -> None:
-    mode = helper.make_function("my", "mode", [], ["m"], [helper.make_node("Constant", [], ["m"], value=ON)], OPSETS)
+    mode = helper.make_function(
+        "my", "mode", [], ["m"], [helper.make_node("Constant", [], ["m"], value=ON)], OPSETS
+    )
     made = helper.make_node("mode", [], ["m"], domain="my")
     assert at(model_of(made, DROP, functions=(mode,)), "drop").constant(2) == np.True_
 
 
 def test_an_input_that_the_caller_leaves_out_is_absent_in_the_function() -> None:
     for inputs in (("x",), ("x", "")):
-        assert not at(model_of(call(*inputs), functions=(function(DROP),)), "call/my:f/drop").has_input(2)
+        assert not at(
+            model_of(call(*inputs), functions=(function(DROP),)), "call/my:f/drop"
+        ).has_input(2)
 
 
 def test_a_function_does_not_see_the_names_of_the_graph_that_calls_it() -> None:
     inner = helper.make_function("my", "f", ["x"], ["y"], [DROP], OPSETS)
-    with pytest.raises(ModelUnreadable, match="the input 'm' of the node 'call/my:f/drop' is made by nothing"):
+    with pytest.raises(
+        ModelUnreadable, match="the input 'm' of the node 'call/my:f/drop' is made by nothing"
+    ):
         graph_of(model_of(call("x"), initializers=(ON,), functions=(inner,)))
 
 
@@ -140,8 +170,12 @@ def test_a_function_has_the_opset_that_it_imports_itself() -> None:
     assert at(model, "call/my:f/drop").opset == 6
 
 
-@pytest.mark.parametrize(("given", "flag"), [({"flag": 1}, True), ({"flag": 0}, False), ({}, False)])
-def test_an_attribute_of_a_call_reaches_the_node_that_refers_to_it(given: dict[str, int], flag: bool) -> None:
+@pytest.mark.parametrize(
+    ("given", "flag"), [({"flag": 1}, True), ({"flag": 0}, False), ({}, False)]
+)
+def test_an_attribute_of_a_call_reaches_the_node_that_refers_to_it(
+    given: dict[str, int], flag: bool
+) -> None:
     model = model_of(call("x", **given), functions=(function(flag_node(), attributes=("flag",)),))
     assert at(model, "call/my:f/norm").flag("training_mode") is flag
 
@@ -161,13 +195,17 @@ def test_an_attribute_is_passed_on_from_call_to_call() -> None:
 
 def test_an_attribute_of_a_call_reaches_a_body_in_the_function() -> None:
     condition = helper.make_node("Constant", [], ["c"], value=ON)
-    inner = function(condition, branch("if", body(flag_node()), body(flag_node())), attributes=("flag",))
+    inner = function(
+        condition, branch("if", body(flag_node()), body(flag_node())), attributes=("flag",)
+    )
     model = model_of(call("x", flag=1), functions=(inner,))
     assert at(model, "call/my:f/if/then_branch/norm").flag("training_mode") is True
 
 
 def test_a_graph_that_is_a_functions_default_is_walked() -> None:
-    bodies = helper.make_graph([helper.make_node("Relu", ["x"], ["y"], name="inside")], "body", [], [Y])
+    bodies = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"], name="inside")], "body", [], [Y]
+    )
     with_default = function(helper.make_node("Relu", ["x"], ["y"]), then=bodies)
     assert "call/my:f/then/inside" in [
         one.path for one in graph_of(model_of(call("x"), functions=(with_default,))).nodes
@@ -176,7 +214,11 @@ def test_a_graph_that_is_a_functions_default_is_walked() -> None:
 
 def test_a_function_that_nothing_calls_is_walked_and_nothing_is_known_of_its_inputs() -> None:
     relu = helper.make_node("Relu", ["x"], ["y"])
-    graph = graph_of(model_of(relu, functions=(function(DROP), function(flag_node(), name="g", attributes=("flag",)))))
+    graph = graph_of(
+        model_of(
+            relu, functions=(function(DROP), function(flag_node(), name="g", attributes=("flag",)))
+        )
+    )
     assert at(graph, "my:f/drop").constant(2) is None
     assert at(graph, "my:f/drop").decider(2) == "'m', an input of a function that nothing calls"
     assert at(graph, "my:g/norm").flag("training_mode") is None
@@ -191,7 +233,9 @@ def test_a_function_that_only_a_dead_function_calls_is_entered_from_there() -> N
 
 def test_only_what_a_dead_function_holds_or_calls_is_dead() -> None:
     functions = (function(DROP), function(call("x"), name="dead"))
-    found = {one.path: one.is_dead for one in graph_of(model_of(call("x"), functions=functions)).nodes}
+    found = {
+        one.path: one.is_dead for one in graph_of(model_of(call("x"), functions=functions)).nodes
+    }
     assert found == {
         "call": False,
         "call/my:f/drop": False,
@@ -211,7 +255,11 @@ def test_a_reference_outside_of_a_function_is_not_known() -> None:
 
 def test_the_long_name_of_onnxs_own_domain_is_the_short_one() -> None:
     model = model_of(helper.make_node("Dropout", ["x"], ["y"], name="drop", domain="ai.onnx"))
-    assert (at(model, "drop").domain, at(model, "drop").opset, at(model, "drop").op) == ("", 20, "Dropout")
+    assert (at(model, "drop").domain, at(model, "drop").opset, at(model, "drop").op) == (
+        "",
+        20,
+        "Dropout",
+    )
 
 
 def test_the_weights_of_every_graph_and_function_are_listed_once() -> None:
@@ -219,7 +267,10 @@ def test_the_weights_of_every_graph_and_function_are_listed_once() -> None:
     in_function = function(inner, helper.make_node("Relu", ["x"], ["y"]))
     calls = [helper.make_node("f", ["x"], ["h"], domain="my"), call("h")]
     then = helper.make_graph(
-        [helper.make_node("Identity", ["v"], ["z"])], "then", [], [helper.make_tensor_value_info("z", 1, [3])]
+        [helper.make_node("Identity", ["v"], ["z"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("z", 1, [3])],
     )
     then.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "v"))
     chosen = branch("if", then, then, "z")

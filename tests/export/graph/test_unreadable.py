@@ -1,4 +1,6 @@
-"""What holds no model, or a broken one, is one sentence that names the file and the place; never more than that."""
+"""What holds no model, or a broken one, is one sentence that names the file and the place; never
+more than that.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def tensor(name: str = "w", **fields: object) -> onnx.TensorProto:
 
 
 def refused(model: onnx.ModelProto | bytes, name: str = "some.onnx") -> str:
-    """The sentence after the file's name; the same whether the model is read or was made in memory."""
+    """The sentence after the file's name; the same whether the model is read or was made in
+    memory.
+    """
     data = model if isinstance(model, bytes) else model.SerializeToString()
     with pytest.raises(ModelUnreadable) as caught:
         read_graph(data, name=name)
@@ -62,45 +66,81 @@ WHOLE = model_of(
     node("Add", "h w", "y", name="add"),
     initializers=(numpy_helper.from_array(np.ones(2, np.float32), "w"),),
 )
-EVERYWHERE = model_of(node("f", "x", "y"), functions=(function("f", node("Relu", "x", "y", name="n")),))
+EVERYWHERE = model_of(
+    node("f", "x", "y"), functions=(function("f", node("Relu", "x", "y", name="n")),)
+)
 W = numpy_helper.from_array(np.ones(2, np.float32), "w")
 
 
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (model_of(node("Relu", "z", "y", name="n")), "the input 'z' of the node 'n' is made by nothing"),
+        (
+            model_of(node("Relu", "z", "y", name="n")),
+            "the input 'z' of the node 'n' is made by nothing",
+        ),
         (model_of(node("Relu", "x", "z")), "the output 'y' of the main graph is made by nothing"),
         (
             model_of(node("Relu", "h", "y", name="n"), node("Relu", "x", "h")),
-            "the input 'h' of the node 'n' is made only later: the nodes are not sorted, or form a cycle",
+            (
+                "the input 'h' of the node 'n' is made only later: the nodes are not sorted, or"
+                " form a cycle"
+            ),
         ),
         (
-            model_of(node("Add", "x b", "a", name="n"), node("Relu", "a", "b"), node("Relu", "a", "y")),
-            "the input 'b' of the node 'n' is made only later: the nodes are not sorted, or form a cycle",
+            model_of(
+                node("Add", "x b", "a", name="n"), node("Relu", "a", "b"), node("Relu", "a", "y")
+            ),
+            (
+                "the input 'b' of the node 'n' is made only later: the nodes are not sorted, or"
+                " form a cycle"
+            ),
         ),
         (
             model_of(node("Add", "x y", "y", name="n")),
-            "the input 'y' of the node 'n' is made only later: the nodes are not sorted, or form a cycle",
+            (
+                "the input 'y' of the node 'n' is made only later: the nodes are not sorted, or"
+                " form a cycle"
+            ),
         ),
-        (model_of(node("Relu", "x", "y"), node("Tanh", "x", "y")), "the name 'y' has two meanings in the main graph"),
-        (model_of(node("Relu", "x", "x"), node("Relu", "x", "y")), "the name 'x' has two meanings in the main graph"),
-        (model_of(node("Relu", "x", "w"), node("Relu", "w", "y"), initializers=(W,)), "the name 'w' has two meanings"),
-        (model_of(node("Relu", "x", "y"), initializers=(W, W)), "the name 'w' has two meanings in the main graph"),
-        (model_of(node("Relu", "x", "y"), inputs=(X, X)), "the name 'x' has two meanings in the main graph"),
+        (
+            model_of(node("Relu", "x", "y"), node("Tanh", "x", "y")),
+            "the name 'y' has two meanings in the main graph",
+        ),
+        (
+            model_of(node("Relu", "x", "x"), node("Relu", "x", "y")),
+            "the name 'x' has two meanings in the main graph",
+        ),
+        (
+            model_of(node("Relu", "x", "w"), node("Relu", "w", "y"), initializers=(W,)),
+            "the name 'w' has two meanings",
+        ),
+        (
+            model_of(node("Relu", "x", "y"), initializers=(W, W)),
+            "the name 'w' has two meanings in the main graph",
+        ),
+        (
+            model_of(node("Relu", "x", "y"), inputs=(X, X)),
+            "the name 'x' has two meanings in the main graph",
+        ),
         (model_of(node("Split", "x", "y y")), "the name 'y' has two meanings in the main graph"),
         (model_of(onnx.NodeProto(name="n", output=["y"])), "the node 'n' has no operator"),
     ],
     ids=lambda item: item[:40] if isinstance(item, str) else "",
 )
-def test_a_graph_whose_names_do_not_add_up_is_refused_with_the_place(model: onnx.ModelProto, said: str) -> None:
+def test_a_graph_whose_names_do_not_add_up_is_refused_with_the_place(
+    model: onnx.ModelProto, said: str
+) -> None:
     assert refused(model).startswith(f" is not a valid ONNX model: {said}")
 
 
 def test_an_attribute_that_stands_twice_is_refused() -> None:
     twice = node("Dropout", "x", "y", name="n", is_test=1)
     twice.attribute.append(helper.make_attribute("is_test", 0))
-    assert refused(model_of(twice)) == " is not a valid ONNX model: the node 'n' has an attribute twice"
+    assert (
+        refused(model_of(twice))
+        == " is not a valid ONNX model: the node 'n' has an attribute twice"
+    )
 
 
 def test_a_name_that_is_no_text_is_refused() -> None:
@@ -111,7 +151,9 @@ def test_a_name_that_is_no_text_is_refused() -> None:
 
 
 def test_a_name_that_a_body_reads_from_outside_and_then_defines_is_refused() -> None:
-    inner = helper.make_graph([node("Not", "m", "n"), node("Not", "n", "m"), node("Relu", "x", "z")], "b", [], [Y])
+    inner = helper.make_graph(
+        [node("Not", "m", "n"), node("Not", "n", "m"), node("Relu", "x", "z")], "b", [], [Y]
+    )
     inner.output[0].name = "z"
     mode = numpy_helper.from_array(np.asarray(True), "m")
     choice = node("If", "m", "y", name="if", then_branch=inner, else_branch=inner)
@@ -123,51 +165,101 @@ def test_a_name_that_a_body_reads_from_outside_and_then_defines_is_refused() -> 
     ("functions", "said"),
     [
         ((function("f", node("f", "x", "y")),), "the function my:f calls itself"),
-        ((function("f", node("g", "x", "y")), function("g", node("f", "x", "y"))), "the function my:f calls itself"),
+        (
+            (function("f", node("g", "x", "y")), function("g", node("f", "x", "y"))),
+            "the function my:f calls itself",
+        ),
         ((function("f", node("Relu", "x", "y")),) * 2, "it defines a function twice"),
-        ((function("f", node("Relu", "x", "y"), inputs="x x"),), "the function my:f names an input twice"),
+        (
+            (function("f", node("Relu", "x", "y"), inputs="x x"),),
+            "the function my:f names an input twice",
+        ),
         ((function("f", node("Relu", "x", "z")),), "the output 'y' of f_0/my:f is made by nothing"),
-        ((function("f", node("Relu", "x", "y"), inputs=""),), "the node 'f_0' has 1 inputs, its function takes 0"),
+        (
+            (function("f", node("Relu", "x", "y"), inputs=""),),
+            "the node 'f_0' has 1 inputs, its function takes 0",
+        ),
     ],
     ids=lambda item: item if isinstance(item, str) else "",
 )
-def test_a_function_that_cannot_be_entered_is_refused(functions: tuple[onnx.FunctionProto, ...], said: str) -> None:
-    assert refused(model_of(node("f", "x", "y"), functions=functions)) == f" is not a valid ONNX model: {said}"
+def test_a_function_that_cannot_be_entered_is_refused(
+    functions: tuple[onnx.FunctionProto, ...], said: str
+) -> None:
+    assert (
+        refused(model_of(node("f", "x", "y"), functions=functions))
+        == f" is not a valid ONNX model: {said}"
+    )
 
 
 def test_a_function_that_calls_itself_in_a_branch_is_refused() -> None:
-    again = helper.make_graph([node("f", "x", "z")], "b", [], [helper.make_tensor_value_info("z", 1, [2])])
+    again = helper.make_graph(
+        [node("f", "x", "z")], "b", [], [helper.make_tensor_value_info("z", 1, [2])]
+    )
     inner = function("f", node("If", "x", "y", then_branch=again, else_branch=again))
-    assert refused(model_of(node("f", "x", "y"), functions=(inner,))).endswith("the function my:f calls itself")
+    assert refused(model_of(node("f", "x", "y"), functions=(inner,))).endswith(
+        "the function my:f calls itself"
+    )
 
 
 def test_functions_that_call_one_another_into_the_billions_are_refused_at_once() -> None:
-    doubled = [function(f"f{n}", node(f"f{n + 1}", "x", "h"), node(f"f{n + 1}", "h", "y")) for n in range(40)]
+    doubled = [
+        function(f"f{n}", node(f"f{n + 1}", "x", "h"), node(f"f{n + 1}", "h", "y"))
+        for n in range(40)
+    ]
     started = time.perf_counter()
-    said = refused(model_of(node("f0", "x", "y"), functions=(*doubled, function("f40", node("Relu", "x", "y")))))
+    said = refused(
+        model_of(
+            node("f0", "x", "y"), functions=(*doubled, function("f40", node("Relu", "x", "y")))
+        )
+    )
     assert said.endswith("its functions call one another until there are more than 100,000 nodes")
     assert time.perf_counter() - started < 5
 
 
 def test_a_thousand_functions_inside_one_another_are_refused() -> None:
     chain = [function(f"f{n}", node(f"f{n + 1}", "x", "y")) for n in range(1000)]
-    said = refused(model_of(node("f0", "x", "y"), functions=(*chain, function("f1000", node("Relu", "x", "y")))))
+    said = refused(
+        model_of(
+            node("f0", "x", "y"), functions=(*chain, function("f1000", node("Relu", "x", "y")))
+        )
+    )
     assert "more than 100 deep" in said
 
 
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        (tensor(data_type=1, dims=[4], raw_data=b"abc"), "the tensor 'w' has 3 bytes, its shape [4] wants 16"),
-        (tensor(data_type=1, dims=[2**40, 2**40]), f"the tensor 'w' has 0 bytes, its shape [{2**40}, {2**40}] wants"),
+        (
+            tensor(data_type=1, dims=[4], raw_data=b"abc"),
+            "the tensor 'w' has 3 bytes, its shape [4] wants 16",
+        ),
+        (
+            tensor(data_type=1, dims=[2**40, 2**40]),
+            f"the tensor 'w' has 0 bytes, its shape [{2**40}, {2**40}] wants",
+        ),
         (tensor(data_type=1, dims=[-1], raw_data=b"abcd"), "the tensor 'w' has shape [-1]"),
-        (tensor(data_type=999, dims=[1], raw_data=b"a"), "the tensor 'w' has element type 999, which is none"),
+        (
+            tensor(data_type=999, dims=[1], raw_data=b"a"),
+            "the tensor 'w' has element type 999, which is none",
+        ),
         (tensor(dims=[1], raw_data=b"a"), "the tensor 'w' has element type 0, which is none"),
-        (tensor(data_type=1, dims=[9], raw_data=bytes(5000)), "the tensor 'w' has 5000 bytes, its shape [9] wants 36"),
+        (
+            tensor(data_type=1, dims=[9], raw_data=bytes(5000)),
+            "the tensor 'w' has 5000 bytes, its shape [9] wants 36",
+        ),
     ],
-    ids=["too short", "huge", "negative", "unknown type", "no type", "too long, and left in the file"],
+    ids=[
+        "too short",
+        "huge",
+        "negative",
+        "unknown type",
+        "no type",
+        "too long, and left in the file",
+    ],
 )
-def test_a_tensor_whose_values_cannot_be_its_own_is_refused(weight: onnx.TensorProto, said: str) -> None:
+def test_a_tensor_whose_values_cannot_be_its_own_is_refused(
+    weight: onnx.TensorProto, said: str
+) -> None:
     model = model_of(node("Relu", "x", "y"), initializers=(weight,))
     assert refused(model).startswith(f" is not a valid ONNX model: {said}")
 
@@ -229,7 +321,9 @@ def test_a_model_with_any_bytes_changed_is_read_or_refused() -> None:
 
 
 def outcome(data: bytes) -> str:
-    """Either "read", or the sentence of the refusal; anything else than these two is for the test to fail on."""
+    """Either "read", or the sentence of the refusal; anything else than these two is for the test
+    to fail on.
+    """
     try:
         read_graph(data, name="some.onnx")
     except ModelUnreadable as error:
@@ -296,7 +390,10 @@ def beside(folder: Path, **entries: str) -> Path:
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ({"location": "absent.bin"}, "the tensor 'w' is in the file 'absent.bin', which is not there"),
+        (
+            {"location": "absent.bin"},
+            "the tensor 'w' is in the file 'absent.bin', which is not there",
+        ),
         ({"location": "../weights.bin"}, "which is not a path below the model's folder"),
         ({"location": "/etc/hostname"}, "which is not a path below the model's folder"),
         ({"location": ""}, "which is not a path below the model's folder"),
@@ -314,7 +411,9 @@ def beside(folder: Path, **entries: str) -> Path:
     ],
     ids=lambda item: "=".join(next(iter(item.items())))[:20] if isinstance(item, dict) else "",
 )
-def test_values_in_a_file_that_cannot_hold_them_are_refused(entries: dict[str, str], said: str, tmp_path: Path) -> None:
+def test_values_in_a_file_that_cannot_hold_them_are_refused(
+    entries: dict[str, str], said: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for place in (folder, tmp_path):
@@ -324,13 +423,17 @@ def test_values_in_a_file_that_cannot_hold_them_are_refused(entries: dict[str, s
     (folder / "around").symlink_to(folder / "around")
     with pytest.raises(ModelUnreadable) as caught:
         open_graph(beside(folder, **entries))
-    assert str(caught.value).startswith(f"{folder / 'some.onnx'} is not a valid ONNX model: the tensor 'w' ")
+    assert str(caught.value).startswith(
+        f"{folder / 'some.onnx'} is not a valid ONNX model: the tensor 'w' "
+    )
     assert said in str(caught.value)
 
 
 def test_a_git_lfs_pointer_in_place_of_the_weights_is_told_as_one(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(POINTER)
-    with pytest.raises(ModelUnreadable, match=r"weights\.bin, which is a Git LFS pointer .*`git lfs pull`"):
+    with pytest.raises(
+        ModelUnreadable, match=r"weights\.bin, which is a Git LFS pointer .*`git lfs pull`"
+    ):
         open_graph(beside(tmp_path, length="", offset="4096"))
 
 

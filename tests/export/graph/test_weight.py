@@ -1,4 +1,6 @@
-"""Weights: found and read wherever they lie, and only when asked; masks and NaN among them are told by their values."""
+"""Weights: found and read wherever they lie, and only when asked; masks and NaN among them are told
+by their values.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from evalmode.export.graph.suspicious_weights import mask_like, non_finite_weigh
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
-TYPES = [number for name, number in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING")]
+TYPES = [
+    number for name, number in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING")
+]
 
 
 def model_of(*weights: onnx.TensorProto) -> onnx.ModelProto:
@@ -38,7 +42,11 @@ def every_way(tensor: onnx.TensorProto, folder: Path) -> list[Weight]:
     if tensor.HasField("raw_data"):
         outside = TensorProto(name="w", data_type=tensor.data_type, dims=tensor.dims)
         outside.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", "w.bin"), ("offset", "3"), ("length", str(len(tensor.raw_data)))):
+        for key, value in (
+            ("location", "w.bin"),
+            ("offset", "3"),
+            ("length", str(len(tensor.raw_data))),
+        ):
             outside.external_data.add(key=key, value=value)
         (folder / "w.bin").write_bytes(b"abc" + tensor.raw_data)
         (folder / "outside.onnx").write_bytes(model_of(outside).SerializeToString())
@@ -48,12 +56,19 @@ def every_way(tensor: onnx.TensorProto, folder: Path) -> list[Weight]:
 
 @pytest.mark.parametrize("size", [6, 3000])
 @pytest.mark.parametrize("data_type", TYPES, ids=TensorProto.DataType.Name)
-def test_a_weight_of_any_type_is_the_same_wherever_it_lies(data_type: int, size: int, tmp_path: Path) -> None:
+def test_a_weight_of_any_type_is_the_same_wherever_it_lies(
+    data_type: int, size: int, tmp_path: Path
+) -> None:
     dtype = helper.tensor_dtype_to_np_dtype(data_type)
     values = (np.arange(size) % 2).astype(dtype).reshape(2, -1)
     tensor = numpy_helper.from_array(values, "w")
     for weight in every_way(tensor, tmp_path):
-        assert (weight.name, weight.path, weight.dims, weight.size) == ("w", "w", (2, size // 2), size)
+        assert (weight.name, weight.path, weight.dims, weight.size) == (
+            "w",
+            "w",
+            (2, size // 2),
+            size,
+        )
         assert (weight.dtype, weight.nbytes) == (dtype, len(tensor.raw_data))
         assert weight.array().shape == values.shape
         assert weight.array().tobytes() == values.tobytes()
@@ -75,7 +90,9 @@ def test_a_weight_of_any_type_is_the_same_wherever_it_lies(data_type: int, size:
     ],
     ids=TensorProto.DataType.Name,
 )
-def test_a_weight_in_a_typed_field_is_the_same_wherever_it_lies(data_type: int, size: int, tmp_path: Path) -> None:
+def test_a_weight_in_a_typed_field_is_the_same_wherever_it_lies(
+    data_type: int, size: int, tmp_path: Path
+) -> None:
     values = (np.arange(size) % 300).astype(helper.tensor_dtype_to_np_dtype(data_type))
     tensor = helper.make_tensor("w", data_type, [size], values)
     for weight in every_way(tensor, tmp_path):
@@ -102,10 +119,14 @@ def test_a_large_weight_is_mapped_and_stays_out_of_the_model(tmp_path: Path) -> 
 def test_a_model_of_three_gigabytes_is_opened_without_reading_them(tmp_path: Path) -> None:
     size = 3 << 30
     tensor = (
-        TensorProto(name="w", data_type=TensorProto.UINT8, dims=[size]).SerializeToString() + b"\x4a" + varint(size)
+        TensorProto(name="w", data_type=TensorProto.UINT8, dims=[size]).SerializeToString()
+        + b"\x4a"
+        + varint(size)
     )
     graph = model_of().graph.SerializeToString() + b"\x2a" + varint(len(tensor) + size) + tensor
-    head = onnx.ModelProto(ir_version=10, opset_import=[helper.make_opsetid("", 20)]).SerializeToString()
+    head = onnx.ModelProto(
+        ir_version=10, opset_import=[helper.make_opsetid("", 20)]
+    ).SerializeToString()
     path = tmp_path / "some.onnx"
     with path.open("wb") as file:
         file.write(head + b"\x3a" + varint(len(graph) + size) + graph)
@@ -126,20 +147,26 @@ def test_a_constant_node_keeps_its_large_value_in_the_file_too(tmp_path: Path) -
     model.graph.node.insert(0, constant)
     graph = read_graph(model.SerializeToString(), name="some.onnx")
     assert graph.proto.ByteSize() < 500
-    assert [(weight.name, weight.array().sum()) for weight in graph.weights] == [("c", values.sum())]
+    assert [(weight.name, weight.array().sum()) for weight in graph.weights] == [
+        ("c", values.sum())
+    ]
 
 
 def test_a_weight_that_claims_to_have_been_left_in_the_file_is_not_believed() -> None:
     tensor = TensorProto(name="w", data_type=1, dims=[1], raw_data=np.float32(1).tobytes())
     tensor.external_data.add(key="0" * 32, value="raw_data:0:4")
-    assert read_graph(model_of(tensor).SerializeToString(), name="some.onnx").weights[0].array().tolist() == [1]
+    assert read_graph(model_of(tensor).SerializeToString(), name="some.onnx").weights[
+        0
+    ].array().tolist() == [1]
 
 
 def test_a_payload_in_two_pieces_is_put_together() -> None:
     first = TensorProto(name="w", data_type=1, dims=[2000], float_data=[1.0] * 1000)
     tensor = first.SerializeToString() + TensorProto(float_data=[2.0] * 1000).SerializeToString()
     graph = model_of().graph.SerializeToString() + b"\x2a" + varint(len(tensor)) + tensor
-    rest = onnx.ModelProto(ir_version=10, opset_import=[helper.make_opsetid("", 20)]).SerializeToString()
+    rest = onnx.ModelProto(
+        ir_version=10, opset_import=[helper.make_opsetid("", 20)]
+    ).SerializeToString()
     (weight,) = read_graph(rest + b"\x3a" + varint(len(graph)) + graph, name="some.onnx").weights
     assert weight.array().tolist() == [1.0] * 1000 + [2.0] * 1000
 
@@ -150,11 +177,14 @@ def varint(value: int) -> bytes:
 
 def test_a_file_that_went_away_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "some.onnx"
-    path.write_bytes(model_of(numpy_helper.from_array(np.ones(9000, np.float32), "w")).SerializeToString())
+    path.write_bytes(
+        model_of(numpy_helper.from_array(np.ones(9000, np.float32), "w")).SerializeToString()
+    )
     graph = open_graph(path)
     path.unlink()
     with pytest.raises(
-        ModelUnreadable, match=r"some\.onnx cannot be read: the tensor 'w' cannot be read: .*No such file"
+        ModelUnreadable,
+        match=r"some\.onnx cannot be read: the tensor 'w' cannot be read: .*No such file",
     ):
         mask_like(graph)
 
@@ -166,7 +196,9 @@ def draw(shape: tuple[int, ...], p: float, seed: int = 0) -> npt.NDArray[np.floa
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(400,), (16, 64), (4, 8, 9, 10)])
-def test_a_dropout_mask_is_a_warning_that_names_the_weight_and_its_rate(p: float, shape: tuple[int, ...]) -> None:
+def test_a_dropout_mask_is_a_warning_that_names_the_weight_and_its_rate(
+    p: float, shape: tuple[int, ...]
+) -> None:
     for dtype in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16):
         (finding,) = mask_like(with_values(draw(shape, p).astype(dtype)))
         assert finding.severity is Severity.WARNING
@@ -187,7 +219,10 @@ def test_a_mask_that_is_a_constant_node_or_stands_in_a_body_is_found() -> None:
     mask = numpy_helper.from_array(draw((20, 20), 0.3), "mask")
     constant = helper.make_node("Constant", [], ["c"], value=mask)
     body = helper.make_graph(
-        [helper.make_node("Identity", ["mask"], ["z"])], "body", [], [helper.make_empty_tensor_value_info("z")]
+        [helper.make_node("Identity", ["mask"], ["z"])],
+        "body",
+        [],
+        [helper.make_empty_tensor_value_info("z")],
     )
     body.initializer.append(mask)
     model = model_of(numpy_helper.from_array(np.asarray(True), "c0"))
@@ -235,7 +270,9 @@ def test_what_is_not_a_float_is_no_mask() -> None:
 
 
 def test_ordinary_weights_are_told_by_their_first_elements(tmp_path: Path) -> None:
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[10**10], data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name="w", data_type=TensorProto.FLOAT, dims=[10**10], data_location=TensorProto.EXTERNAL
+    )
     tensor.external_data.add(key="location", value="w.bin")
     with (tmp_path / "w.bin").open("wb") as file:
         file.write(R.standard_normal(1000).astype(np.float32).tobytes())

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evalmode.export.inputs.axes import ends, infer_axes, keeps_masks, parse_axes, resampled, resized, sizes_of
+from evalmode.export.inputs.axes import (
+    ends,
+    infer_axes,
+    keeps_masks,
+    parse_axes,
+    resampled,
+    resized,
+    sizes_of,
+)
 from evalmode.export.inputs.candidate import Sample
 from evalmode.export.inputs.errors import UnusableInputs
 
@@ -19,11 +27,17 @@ def tensors(**shapes: tuple[int, ...]) -> Sample:
 
 
 def test_one_sample_shows_the_batch_alone() -> None:
-    assert infer_axes([tensors(ids=(3, 9), mask=(3, 9))]) == {"ids": {0: "batch"}, "mask": {0: "batch"}}
+    assert infer_axes([tensors(ids=(3, 9), mask=(3, 9))]) == {
+        "ids": {0: "batch"},
+        "mask": {0: "batch"},
+    }
 
 
 def test_axes_that_differ_between_samples_vary_and_share_a_name_where_they_go_together() -> None:
-    samples = [tensors(ids=(3, 9), mask=(3, 9), image=(3, 8, 9)), tensors(ids=(2, 16), mask=(2, 16), image=(2, 8, 7))]
+    samples = [
+        tensors(ids=(3, 9), mask=(3, 9), image=(3, 8, 9)),
+        tensors(ids=(2, 16), mask=(2, 16), image=(2, 8, 7)),
+    ]
     assert infer_axes(samples) == {
         "ids": {0: "batch", 1: "length"},
         "mask": {0: "batch", 1: "length"},
@@ -45,7 +59,9 @@ def test_an_axis_that_grows_with_the_batch_is_named_after_it() -> None:
 
 
 def test_what_the_user_says_is_what_varies() -> None:
-    assert parse_axes(["x=batch,_,length"], tensors(x=(1, 2, 3), y=(4,))) == {"x": {0: "batch", 2: "length"}}
+    assert parse_axes(["x=batch,_,length"], tensors(x=(1, 2, 3), y=(4,))) == {
+        "x": {0: "batch", 2: "length"}
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,12 +112,19 @@ def test_a_constant_sample_gets_values_that_differ(tensor: torch.Tensor) -> None
     assert other.shape == tensor.shape
     assert not torch.equal(other, tensor)
     if tensor.ndim:
-        assert len({tuple(row.tolist()) for row in other}) == 3, "rows that differ show who depends on whom"
+        assert len({tuple(row.tolist()) for row in other}) == 3, (
+            "rows that differ show who depends on whom"
+        )
 
 
 def test_a_mask_keeps_its_rows() -> None:
-    sample = {"ids": torch.arange(12).reshape(2, 6), "mask": torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])}
+    sample = {
+        "ids": torch.arange(12).reshape(2, 6),
+        "mask": torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]]),
+    }
     assert torch.equal(resampled(sample, 0)["mask"], sample["mask"])
     axes = {"ids": {1: "length"}, "mask": {1: "length"}}
     assert keeps_masks(sample, resized(sample, axes, {"length": 4}))
-    assert not keeps_masks(sample, resized(sample, axes, {"length": 3})), "the second row would look at nothing"
+    assert not keeps_masks(sample, resized(sample, axes, {"length": 3})), (
+        "the second row would look at nothing"
+    )

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from evalmode.export.inputs.references import UserCodeFailed, is_reference, load_module, load_reference, load_samples
+from evalmode.export.inputs.references import (
+    UserCodeFailed,
+    is_reference,
+    load_module,
+    load_reference,
+    load_samples,
+)
 
 SOURCE = """
 import torch
@@ -64,9 +70,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("attribute", "shape"), [("build", (3, 2)), ("READY", (2, 2)), ("Holder.built", (4, 4))], ids=str
+    ("attribute", "shape"),
+    [("build", (3, 2)), ("READY", (2, 2)), ("Holder.built", (4, 4))],
+    ids=str,
 )
-def test_a_module_is_what_a_factory_returns_or_what_is_there(project: str, attribute: str, shape: object) -> None:
+def test_a_module_is_what_a_factory_returns_or_what_is_there(
+    project: str, attribute: str, shape: object
+) -> None:
     found = load_module(f"{project}.net:{attribute}")
     assert isinstance(found, nn.Linear)
     assert tuple(found.weight.shape) == shape
@@ -85,8 +95,14 @@ def test_samples_are_one_or_several(project: str) -> None:
         ("net", r"'.*\.net' must read package.module:attribute"),
         ("net:", "must read package.module:attribute"),
         ("net:absent", "net:absent cannot be imported: AttributeError: .*'absent'"),
-        ("absent:build", r"absent:build cannot be imported: ModuleNotFoundError: No module named '.*absent'"),
-        ("broken:build", r"ModuleNotFoundError: No module named 'no_such_package_anywhere' \(at broken.py:2\)"),
+        (
+            "absent:build",
+            r"absent:build cannot be imported: ModuleNotFoundError: No module named '.*absent'",
+        ),
+        (
+            "broken:build",
+            r"ModuleNotFoundError: No module named 'no_such_package_anywhere' \(at broken.py:2\)",
+        ),
         ("syntax:build", "SyntaxError"),
         ("net:NUMBER", "must be a function that returns an nn.Module, it is builtins.int"),
         ("net:build_wrong", r"build_wrong\(\) must return an nn.Module, it returned builtins.dict"),
@@ -94,7 +110,9 @@ def test_samples_are_one_or_several(project: str) -> None:
         ("net:leaves", r"leaves\(\) failed: SystemExit: 3 \(at net.py:22\)"),
     ],
 )
-def test_what_fails_is_one_sentence_with_the_users_line(project: str, reference: str, said: str) -> None:
+def test_what_fails_is_one_sentence_with_the_users_line(
+    project: str, reference: str, said: str
+) -> None:
     with pytest.raises(UserCodeFailed, match=said) as caught:
         load_module(f"{project}.{reference}")
     assert "\n" not in str(caught.value)
@@ -118,7 +136,9 @@ def test_the_users_folder_stands_first(project: str) -> None:
     assert sys.path[0] == str(Path.cwd())
 
 
-def test_what_a_factory_prints_is_not_in_the_report(project: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_factory_prints_is_not_in_the_report(
+    project: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     load_module(f"{project}.net:chatty")
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "hello from the factory\n")

@@ -1,4 +1,6 @@
-"""Whatever a module is called with becomes names, axes and inputs to judge it on; the module itself is left alone."""
+"""Whatever a module is called with becomes names, axes and inputs to judge it on; the module itself
+is left alone.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Net(nn.Module):
         return self.linear(self.norm(x)) * scale
 
 
-@pytest.mark.parametrize("sample", [X, (X,), {"x": X}, {"x": X.numpy()}], ids=["tensor", "tuple", "mapping", "numpy"])
+@pytest.mark.parametrize(
+    "sample", [X, (X,), {"x": X}, {"x": X.numpy()}], ids=["tensor", "tuple", "mapping", "numpy"]
+)
 def test_a_sample_may_be_given_in_every_usual_way(sample: object) -> None:
     candidate = candidate_of(Net().eval(), [sample])
     assert list(candidate.example) == ["x"]
@@ -99,7 +103,9 @@ def test_probes_are_the_samples_and_what_the_module_can_read_besides() -> None:
     sizes = {probe["x"].shape[0] for probe in candidate.probes}
     assert sizes == {1, 2, 3, 5}, "65 rows it does not read"
     for probe in candidate.probes:
-        assert np.isfinite(np.log(probe["x"] - 1.5)).all(), "what it answers with no number was not given by the user"
+        assert np.isfinite(np.log(probe["x"] - 1.5)).all(), (
+            "what it answers with no number was not given by the user"
+        )
 
 
 def test_rows_are_single_by_the_length_that_they_have_and_differ() -> None:
@@ -113,7 +119,9 @@ def test_rows_are_single_by_the_length_that_they_have_and_differ() -> None:
     assert len({row["x"].tobytes() for row in candidate.rows[9]}) == 8
 
 
-@pytest.mark.parametrize("answer", [lambda x: x.sum(), lambda x: x[:1], lambda x: x.T], ids=["scalar", "one", "other"])
+@pytest.mark.parametrize(
+    "answer", [lambda x: x.sum(), lambda x: x[:1], lambda x: x.T], ids=["scalar", "one", "other"]
+)
 def test_an_answer_without_a_row_for_each_row_shares_no_batch(answer: Any) -> None:
     class Calls(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -153,15 +161,27 @@ class Anything(nn.Module):
         (Net(), [{"y": X}], r"fails on the sample \(y \[3, 4\]\): TypeError"),
         (Pair(), [(X, X)], r"fails on the sample \(a \[3, 4\], b \[3, 4\]\): RuntimeError"),
         (Anything(), [X], r"forward takes \*args: its inputs have no names"),
-        (Net(), [{"x": X, "scale": object()}], "input 'scale' must be a tensor or a plain constant, got object"),
+        (
+            Net(),
+            [{"x": X, "scale": object()}],
+            "input 'scale' must be a tensor or a plain constant, got object",
+        ),
         (Net(), [{"x": X, "scale": 1.0}, {"x": X, "scale": 2.0}], "the samples differ in it"),
         (Net(), [{"scale": 1.0}], "holds no tensor"),
         (Net(), [], "there is no sample"),
         (Net(), [X[:0]], "input 'x' is empty in a sample"),
         (Net(), [X.to_sparse()], "input 'x' is sparse"),
         (Net(), [X.bfloat16()], "input 'x' is torch.bfloat16, which no array holds"),
-        (nn.DataParallel(Net()), [X], r"takes \*args: .*; export its \.module, which it only wraps"),
-        (Net(), [X, {"x": X.double()}], "input 'x' has another type or other axes in another sample"),
+        (
+            nn.DataParallel(Net()),
+            [X],
+            r"takes \*args: .*; export its \.module, which it only wraps",
+        ),
+        (
+            Net(),
+            [X, {"x": X.double()}],
+            "input 'x' has another type or other axes in another sample",
+        ),
         (Pair(), [{"a": X, "b": X.T}, {"a": X}], "the samples have other inputs: a, b and a"),
     ],
 )

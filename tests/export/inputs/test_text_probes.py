@@ -37,7 +37,9 @@ def test_probes_have_every_batch_size_at_length_one_at_every_rung_and_between() 
 
 
 def test_a_larger_batch_holds_every_row_and_padding_beside_full_rows() -> None:
-    (batch,) = [ids_of(batch) for batch in probes(ROWS, LADDER) if ids_of(batch).shape[:2] == (64, 32)]
+    (batch,) = [
+        ids_of(batch) for batch in probes(ROWS, LADDER) if ids_of(batch).shape[:2] == (64, 32)
+    ]
     assert {real_length(row) for row in batch} == {1, 3, 4, 5, 8, 9, 20, 32}
     assert {int(row[0, 0]) for row in batch} == {int(row[0, 0]) for row in ROWS}
 

@@ -1,4 +1,5 @@
-"""How a row of the leak matrix is declared: a module, what it reads, and the rules that must refuse it in each state.
+"""How a row of the leak matrix is declared: a module, what it reads, and the rules that must refuse
+it in each state.
 
 Written down before anything is measured; knows neither the rules nor the exporter.
 """
@@ -39,11 +40,12 @@ Sample: TypeAlias = Tensor | dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One module in three states: `in_eval`, `in_train`, and `one_child`, which is eval but for what `child` names.
+    """One module in three states: `in_eval`, `in_train`, and `one_child`, which is eval but for
+    what `child` names.
 
-    `child` is None for a module that has none; where `one_child` is not given it is as in train. `though_quiet` says
-    why a module is refused in eval whose answers do not vary. `reference` is the factory to export by in another
-    process too.
+    `child` is None for a module that has none; where `one_child` is not given it is as in train.
+    `though_quiet` says why a module is refused in eval whose answers do not vary. `reference` is
+    the factory to export by in another process too.
     """
 
     name: str
@@ -57,7 +59,9 @@ class Case:
     reference: str = ""
 
     def expected(self, state: str) -> Rules | None:
-        """The rules that must refuse the module in a state; None for a state that it cannot be in."""
+        """The rules that must refuse the module in a state; None for a state that it cannot be
+        in.
+        """
         if state == "one child in train":
             if self.child is None:
                 return None
@@ -70,7 +74,11 @@ class Case:
         module = self.make()
         module.train(state == "in train")
         if state == "one child in train" and self.child is not None:
-            part = module.get_submodule(self.child) if isinstance(self.child, str) else self.child(module)
+            part = (
+                module.get_submodule(self.child)
+                if isinstance(self.child, str)
+                else self.child(module)
+            )
             part.train()
         return module
 
@@ -107,5 +115,7 @@ def between(part: nn.Module, width: int = 4) -> nn.Module:
 
 
 def does(answer: Answer, width: int = 4, **held: Any) -> Callable[[], nn.Module]:
-    """A factory of such a function between two linear layers; what it holds is made anew for each network."""
+    """A factory of such a function between two linear layers; what it holds is made anew for each
+    network.
+    """
     return lambda: between(Does(answer, **copy.deepcopy(held)), width)

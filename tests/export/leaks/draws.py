@@ -1,4 +1,6 @@
-"""Randomness that people write themselves: masks and noise from every generator, and what only looks random."""
+"""Randomness that people write themselves: masks and noise from every generator, and what only
+looks random.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,18 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from tests.export.leaks import helper
-from tests.export.leaks.case import BAKED, CLEAN, DRAWS, DROPS, ESCAPED, Answer, Case, Does, between, does
+from tests.export.leaks.case import (
+    BAKED,
+    CLEAN,
+    DRAWS,
+    DROPS,
+    ESCAPED,
+    Answer,
+    Case,
+    Does,
+    between,
+    does,
+)
 
 HALF = torch.full((4,), 0.5)
 
@@ -131,10 +144,15 @@ def factory(make: Callable[[], nn.Module]) -> str:
 
 CASES = (
     always("`torch.rand_like(x) < p`", lambda m, x: x * (torch.rand_like(x) < 0.5) / 0.5),
-    gated("`torch.rand_like(x) < p`, in training alone", lambda m, x: x * (torch.rand_like(x) < 0.5) / 0.5),
+    gated(
+        "`torch.rand_like(x) < p`, in training alone",
+        lambda m, x: x * (torch.rand_like(x) < 0.5) / 0.5,
+    ),
     always("`uniform_()`", uniform_in_place),
     always("`bernoulli_()`", lambda m, x: x * torch.empty_like(x).bernoulli_(0.5)),
-    always("`torch.bernoulli` of a buffer", lambda m, x: x * torch.bernoulli(m.chances), chances=HALF),
+    always(
+        "`torch.bernoulli` of a buffer", lambda m, x: x * torch.bernoulli(m.chances), chances=HALF
+    ),
     always("`normal_()`", lambda m, x: x + torch.empty_like(x).normal_()),
     always("`torch.randn_like(x)`", lambda m, x: x + torch.randn_like(x)),
     gated("`torch.randn_like(x)`, in training alone", lambda m, x: x + torch.randn_like(x)),
@@ -147,9 +165,14 @@ CASES = (
     always("`F.gumbel_softmax`", lambda m, x: F.gumbel_softmax(x)),
     always("`F.gumbel_softmax(hard=True)`", lambda m, x: F.gumbel_softmax(x, hard=True)),
     always(
-        "`distributions.Bernoulli`", lambda m, x: x * torch.distributions.Bernoulli(m.chances).sample(), chances=HALF
+        "`distributions.Bernoulli`",
+        lambda m, x: x * torch.distributions.Bernoulli(m.chances).sample(),
+        chances=HALF,
     ),
-    always("`distributions.Normal(...).rsample()`", lambda m, x: torch.distributions.Normal(x, 1.0).rsample()),
+    always(
+        "`distributions.Normal(...).rsample()`",
+        lambda m, x: torch.distributions.Normal(x, 1.0).rsample(),
+    ),
     always("a `torch.Generator` of its own", own_generator),
     Case(
         name="`torch.manual_seed(7)` before each draw",
@@ -157,29 +180,54 @@ CASES = (
         in_eval=DRAWS,
         though_quiet="the module repeats itself, but its graph would draw",
     ),
-    always("`torch.vmap` of a dropout", lambda m, x: torch.vmap(F.dropout, randomness="different")(x)),
+    always(
+        "`torch.vmap` of a dropout", lambda m, x: torch.vmap(F.dropout, randomness="different")(x)
+    ),
     always("a draw in a `torch.autograd.Function`", lambda m, x: Noise.apply(x)),
     always("a dropout in a scripted function", lambda m, x: scripted(x)),
     always("a draw in a custom operator", lambda m, x: custom_noise(x)),
     Case(name="a dropout in a forward hook", make=hooked, in_eval=DRAWS),
-    Case(name="noise in an overridden `__call__`", make=lambda: between(NoisyCall(4, 4)), in_eval=DRAWS),
-    Case(name="noise in a second answer", make=lambda: between(TwoAnswers(4, 4))[:2], in_eval=DRAWS),
+    Case(
+        name="noise in an overridden `__call__`",
+        make=lambda: between(NoisyCall(4, 4)),
+        in_eval=DRAWS,
+    ),
+    Case(
+        name="noise in a second answer", make=lambda: between(TwoAnswers(4, 4))[:2], in_eval=DRAWS
+    ),
     Case(name="a dropout as a parametrization", make=parametrized),
     always("a dropout under `torch.utils.checkpoint`", checkpointed),
-    always("a dropout by `torch.func.functional_call`", lambda m, x: functional_call(nn.Dropout(), {}, (x,))),
+    always(
+        "a dropout by `torch.func.functional_call`",
+        lambda m, x: functional_call(nn.Dropout(), {}, (x,)),
+    ),
     always("NumPy's global generator", lambda m, x: x * keep(np.random.rand(4) < 0.5)),
-    gated("NumPy's global generator, in training alone", lambda m, x: x * keep(np.random.rand(4) < 0.5)),
-    always("a NumPy generator of its own", lambda m, x: x * keep(m.held.random(4)), held=np.random.default_rng(0)),
-    always("a new NumPy generator each time", lambda m, x: x * keep(np.random.default_rng().random(4))),
+    gated(
+        "NumPy's global generator, in training alone",
+        lambda m, x: x * keep(np.random.rand(4) < 0.5),
+    ),
+    always(
+        "a NumPy generator of its own",
+        lambda m, x: x * keep(m.held.random(4)),
+        held=np.random.default_rng(0),
+    ),
+    always(
+        "a new NumPy generator each time", lambda m, x: x * keep(np.random.default_rng().random(4))
+    ),
     Case(
         name="a new NumPy generator each time, seeded",
         make=does(lambda m, x: x * keep(np.random.default_rng(0).random(4))),
         in_train=ESCAPED,
     ),
     always("a gate of Python's `random`", lambda m, x: x if random.random() < 0.5 else -x),
-    gated("a gate of Python's `random`, in training alone", lambda m, x: x if random.random() < 0.5 else -x),
+    gated(
+        "a gate of Python's `random`, in training alone",
+        lambda m, x: x if random.random() < 0.5 else -x,
+    ),
     always("a `random.Random` of its own", lambda m, x: x * m.held.random(), held=random.Random(0)),
-    always("a generator that another module's function draws from", lambda m, x: x * helper.factor()),
+    always(
+        "a generator that another module's function draws from", lambda m, x: x * helper.factor()
+    ),
     always("`random.SystemRandom`", lambda m, x: x * random.SystemRandom().random()),
     always("`os.urandom`", lambda m, x: x * keep(list(os.urandom(4)))),
     always("`secrets`", lambda m, x: x + secrets.randbelow(10**6)),
@@ -211,7 +259,8 @@ CASES = (
     Case(
         name="a dropout while it is exported",
         make=does(lambda m, x: F.dropout(x, training=torch.compiler.is_exporting())),
-        in_eval=("training-mode", *BAKED, "repeatability"),  # as served, the runtime deletes the Dropout: parity holds
+        # as served, the runtime deletes the Dropout: parity holds
+        in_eval=("training-mode", *BAKED, "repeatability"),
         in_train=ESCAPED,
         though_quiet="the module draws nothing, its graph does",
     ),

@@ -1,4 +1,6 @@
-"""Every dropout of torch's and of ours, as a module, as a function and as people write it themselves."""
+"""Every dropout of torch's and of ours, as a module, as a function and as people write it
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -124,9 +126,20 @@ def locked(m: nn.Module, x: Tensor) -> Tensor:
 
 CASES = (
     Case(name="`nn.Dropout`", make=in_a_network(nn.Dropout)),
-    Case(name="`nn.Dropout`, in place", make=in_a_network(functools.partial(nn.Dropout, inplace=True))),
-    Case(name="`nn.Dropout` with p = 0", make=in_a_network(functools.partial(nn.Dropout, 0.0)), in_train=ESCAPED),
-    Case(name="`nn.Dropout` with p = 1", make=in_a_network(functools.partial(nn.Dropout, 1.0)), in_train=ESCAPED),
+    Case(
+        name="`nn.Dropout`, in place",
+        make=in_a_network(functools.partial(nn.Dropout, inplace=True)),
+    ),
+    Case(
+        name="`nn.Dropout` with p = 0",
+        make=in_a_network(functools.partial(nn.Dropout, 0.0)),
+        in_train=ESCAPED,
+    ),
+    Case(
+        name="`nn.Dropout` with p = 1",
+        make=in_a_network(functools.partial(nn.Dropout, 1.0)),
+        in_train=ESCAPED,
+    ),
     Case(name="`nn.Dropout1d`", make=in_a_network(nn.Dropout1d), sample=STEPS),
     Case(name="`nn.Dropout2d`", make=first(nn.Dropout2d), sample=IMAGES),
     Case(name="`nn.Dropout3d`", make=first(nn.Dropout3d), sample=VOLUMES),
@@ -147,7 +160,10 @@ CASES = (
         though_quiet="it refuses to train, so where it would drop cannot be told: unproven",
     ),
     Case(name="`F.dropout(x)`", make=does(lambda m, x: F.dropout(x)), in_eval=DRAWS),
-    Case(name="`F.dropout(x, .5, self.training)`", make=does(lambda m, x: F.dropout(x, 0.5, m.training))),
+    Case(
+        name="`F.dropout(x, .5, self.training)`",
+        make=does(lambda m, x: F.dropout(x, 0.5, m.training)),
+    ),
     Case(
         name="`F.dropout(x, .5 if self.training else 0.)`",
         make=does(lambda m, x: F.dropout(x, 0.5 if m.training else 0.0)),
@@ -164,18 +180,30 @@ CASES = (
         make=does(lambda m, x: x + F.dropout(m.table), table=torch.ones(4)),
         in_eval=DRAWS,
     ),
-    Case(name="`F.dropout1d(x)`", make=does(lambda m, x: F.dropout1d(x)), sample=STEPS, in_eval=DRAWS),
+    Case(
+        name="`F.dropout1d(x)`", make=does(lambda m, x: F.dropout1d(x)), sample=STEPS, in_eval=DRAWS
+    ),
     Case(name="`F.alpha_dropout(x)`", make=does(lambda m, x: F.alpha_dropout(x)), in_train=ESCAPED),
     Case(
         name="`F.alpha_dropout(x, training=True)`",
         make=does(lambda m, x: F.alpha_dropout(x, training=True)),
         in_eval=DRAWS,
     ),
-    Case(name="`F.feature_alpha_dropout(x)`", make=does(lambda m, x: F.feature_alpha_dropout(x)), in_train=ESCAPED),
+    Case(
+        name="`F.feature_alpha_dropout(x)`",
+        make=does(lambda m, x: F.feature_alpha_dropout(x)),
+        in_train=ESCAPED,
+    ),
     Case(name="DropPath", make=in_a_network(lambda: DropPath(0.3))),
-    Case(name="DropPath that ignores `training`", make=in_a_network(lambda: DropPath(0.3, always=True)), in_eval=DRAWS),
+    Case(
+        name="DropPath that ignores `training`",
+        make=in_a_network(lambda: DropPath(0.3, always=True)),
+        in_eval=DRAWS,
+    ),
     Case(name="DropBlock", make=first(DropBlock), sample=IMAGES),
-    Case(name="LayerDrop", make=in_a_network(lambda: LayerDrop([nn.Linear(4, 4) for _ in range(8)]))),
+    Case(
+        name="LayerDrop", make=in_a_network(lambda: LayerDrop([nn.Linear(4, 4) for _ in range(8)]))
+    ),
     Case(name="Shake-shake", make=does(shake_shake)),
     Case(name="embedding dropout", make=Embedded, sample=IDS, child="table", one_child=ESCAPED),
     Case(name="locked dropout", make=does(locked), sample=STEPS),

@@ -1,4 +1,6 @@
-"""Another module of the user's, with a generator of its own that no attribute of a network leads to."""
+"""Another module of the user's, with a generator of its own that no attribute of a network leads
+to.
+"""
 
 from __future__ import annotations
 

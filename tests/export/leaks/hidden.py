@@ -1,4 +1,6 @@
-"""Dropouts where `.eval()` does not reach them, modes that lie, and branches that a tracer does not see."""
+"""Dropouts where `.eval()` does not reach them, modes that lie, and branches that a tracer does not
+see.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,11 @@ def holds(path: Any, **held: object) -> Any:
 
 
 CASES = (
-    Case(name="a dropout in a list", make=holds(lambda m: m.held[0], held=[nn.Dropout()]), in_eval=DROPS),
+    Case(
+        name="a dropout in a list",
+        make=holds(lambda m: m.held[0], held=[nn.Dropout()]),
+        in_eval=DROPS,
+    ),
     Case(
         name="a dropout in a list, put into eval by hand",
         make=put_into_eval,
@@ -114,19 +120,31 @@ CASES = (
         child=lambda network: network[1].held[0],
         one_child=DROPS,
     ),
-    Case(name="a dropout in a dict", make=holds(lambda m: m.held["a"], held={"a": nn.Dropout()}), in_eval=DROPS),
+    Case(
+        name="a dropout in a dict",
+        make=holds(lambda m: m.held["a"], held={"a": nn.Dropout()}),
+        in_eval=DROPS,
+    ),
     Case(name="a dropout in a closure", make=in_a_closure, in_eval=DROPS),
     Case(
         name="a dropout in a `functools.partial`",
         make=holds(lambda m: m.held, held=functools.partial(nn.Dropout())),
         in_eval=DROPS,
     ),
-    Case(name="a dropout in a plain object", make=holds(lambda m: m.held.drop, held=Plain()), in_eval=DROPS),
     Case(
-        name="a dropout in an object with `__slots__`", make=holds(lambda m: m.held.drop, held=Slots()), in_eval=DRAWS
+        name="a dropout in a plain object",
+        make=holds(lambda m: m.held.drop, held=Plain()),
+        in_eval=DROPS,
+    ),
+    Case(
+        name="a dropout in an object with `__slots__`",
+        make=holds(lambda m: m.held.drop, held=Slots()),
+        in_eval=DRAWS,
     ),
     Case(name="a dropout on the class", make=lambda: between(OnTheClass()), in_eval=DRAWS),
-    Case(name="a dropout that is a global", make=does(lambda m, x: GLOBAL_DROPOUT(x)), in_eval=DRAWS),
+    Case(
+        name="a dropout that is a global", make=does(lambda m, x: GLOBAL_DROPOUT(x)), in_eval=DRAWS
+    ),
     Case(
         name="a `BatchNorm1d` that is a global",
         make=does(lambda m, x: GLOBAL_NORM(x)),
@@ -134,7 +152,11 @@ CASES = (
         in_train=ESCAPED,
         though_quiet="torch's exporter finds that its statistics move and are nobody's buffers",
     ),
-    Case(name="Monte Carlo dropout: `train()` is overridden", make=lambda: between(MonteCarlo(0.5)), in_eval=DROPS),
+    Case(
+        name="Monte Carlo dropout: `train()` is overridden",
+        make=lambda: between(MonteCarlo(0.5)),
+        in_eval=DROPS,
+    ),
     Case(
         name="a frozen part: `train()` is overridden",
         make=lambda: between(Frozen(nn.Linear(4, 4), nn.Dropout(0.5))),
@@ -147,10 +169,18 @@ CASES = (
         make=lambda: between(OwnSwitch()),
         one_child=DRAWS,
     ),
-    Case(name="a dropout in a nested `nn.Sequential`", make=lambda: nn.Sequential(between(nn.Dropout())), child="0.1"),
+    Case(
+        name="a dropout in a nested `nn.Sequential`",
+        make=lambda: nn.Sequential(between(nn.Dropout())),
+        child="0.1",
+    ),
     Case(name="one dropout in two places", make=shared),
     Case(name="`F.dropout(x, .5, self.linear.training)`", make=Parent, child="linear"),
-    Case(name="an `nn.Identity` with Dropout in its name", make=lambda: between(DropoutInName()), in_train=ESCAPED),
+    Case(
+        name="an `nn.Identity` with Dropout in its name",
+        make=lambda: between(DropoutInName()),
+        in_train=ESCAPED,
+    ),
     Case(
         name="`torch.cond` with a dropout in one branch",
         make=does(branches),

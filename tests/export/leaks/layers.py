@@ -73,13 +73,21 @@ def encoder() -> nn.Module:
 def transformer() -> nn.Module:
     return Seq2Seq(
         nn.Transformer(
-            4, 2, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=8, dropout=0.3, batch_first=True
+            4,
+            2,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+            dim_feedforward=8,
+            dropout=0.3,
+            batch_first=True,
         )
     )
 
 
 def attends(dropout: Callable[[nn.Module], float]) -> Answer:
-    return lambda m, x: F.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3, dropout_p=dropout(m)).squeeze(1)
+    return lambda m, x: F.scaled_dot_product_attention(
+        *[x.unsqueeze(1)] * 3, dropout_p=dropout(m)
+    ).squeeze(1)
 
 
 def images(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -128,7 +136,9 @@ class Causal(nn.Module):
 
 
 def fake_quantised(*, observing: bool) -> nn.Module:
-    network = between(FakeQuantize(observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255))
+    network = between(
+        FakeQuantize(observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
+    )
     network(2 * ROWS)
     if not observing:
         network.apply(disable_observer)
@@ -138,8 +148,17 @@ def fake_quantised(*, observing: bool) -> nn.Module:
 MODES = {"in_train": ESCAPED}
 
 CASES = (
-    Case(name="`nn.RReLU`", make=rows(nn.RReLU), in_eval=NO_EXPORT, though_quiet="torch's exporter does not know it"),
-    Case(name="`F.rrelu(x, training=True)`", make=does(lambda m, x: F.rrelu(x, training=True)), in_eval=DRAWS),
+    Case(
+        name="`nn.RReLU`",
+        make=rows(nn.RReLU),
+        in_eval=NO_EXPORT,
+        though_quiet="torch's exporter does not know it",
+    ),
+    Case(
+        name="`F.rrelu(x, training=True)`",
+        make=does(lambda m, x: F.rrelu(x, training=True)),
+        in_eval=DRAWS,
+    ),
     Case(
         name="`nn.FractionalMaxPool2d`",
         make=images(functools.partial(nn.FractionalMaxPool2d, 2, output_size=4)),
@@ -147,7 +166,10 @@ CASES = (
         in_eval=DRAWS,
     ),
     Case(
-        name="`nn.MultiheadAttention`", make=lambda: between(Attention(weights=True)), sample=STEPS, child="1.attention"
+        name="`nn.MultiheadAttention`",
+        make=lambda: between(Attention(weights=True)),
+        sample=STEPS,
+        child="1.attention",
     ),
     Case(
         name="`nn.MultiheadAttention` without weights",
@@ -168,7 +190,12 @@ CASES = (
         sample=STEPS,
         child="layer.multihead_attn",
     ),
-    Case(name="`nn.Transformer`", make=transformer, sample=STEPS, child="layer.decoder.layers.0.dropout3"),
+    Case(
+        name="`nn.Transformer`",
+        make=transformer,
+        sample=STEPS,
+        child="layer.decoder.layers.0.dropout3",
+    ),
     Case(
         name="`nn.LSTM(num_layers=2, dropout=.3)`",
         make=lambda: First(nn.LSTM(4, 4, num_layers=2, dropout=0.3, batch_first=True)),
@@ -199,8 +226,18 @@ CASES = (
         sample=STEPS,
     ),
     Case(name="`nn.BatchNorm1d`", make=rows(lambda: trained(nn.BatchNorm1d(4))), **MODES),
-    Case(name="`nn.BatchNorm2d`", make=images(lambda: trained(nn.BatchNorm2d(4))), sample=IMAGES, **MODES),
-    Case(name="`nn.SyncBatchNorm`", make=images(lambda: trained(nn.SyncBatchNorm(4))), sample=IMAGES, **MODES),
+    Case(
+        name="`nn.BatchNorm2d`",
+        make=images(lambda: trained(nn.BatchNorm2d(4))),
+        sample=IMAGES,
+        **MODES,
+    ),
+    Case(
+        name="`nn.SyncBatchNorm`",
+        make=images(lambda: trained(nn.SyncBatchNorm(4))),
+        sample=IMAGES,
+        **MODES,
+    ),
     Case(
         name="`nn.BatchNorm2d(track_running_stats=False)`",
         make=images(lambda: nn.BatchNorm2d(4, track_running_stats=False)),
@@ -211,12 +248,22 @@ CASES = (
     ),
     Case(
         name="`F.batch_norm(training=True)`",
-        make=does(lambda m, x: F.batch_norm(x, m.mean, m.var, training=True), mean=torch.ones(4), var=torch.ones(4)),
-        in_eval=("baked-noise", "parity"),  # its forwards move the statistics, which the optimiser folds into weights
+        make=does(
+            lambda m, x: F.batch_norm(x, m.mean, m.var, training=True),
+            mean=torch.ones(4),
+            var=torch.ones(4),
+        ),
+        # its forwards move the statistics, which the optimiser folds into weights
+        in_eval=("baked-noise", "parity"),
         though_quiet="it normalises by the batch, the exporter by what was learnt",
         **MODES,
     ),
-    Case(name="`nn.InstanceNorm2d`", make=images(lambda: nn.InstanceNorm2d(4)), sample=IMAGES, **MODES),
+    Case(
+        name="`nn.InstanceNorm2d`",
+        make=images(lambda: nn.InstanceNorm2d(4)),
+        sample=IMAGES,
+        **MODES,
+    ),
     Case(
         name="`nn.InstanceNorm2d(track_running_stats=True)`",
         make=images(lambda: trained(nn.InstanceNorm2d(4, track_running_stats=True))),
@@ -238,7 +285,9 @@ CASES = (
         in_train=DROPS,
     ),
     Case(
-        name="`parametrizations.weight_norm`", make=rows(lambda: parametrizations.weight_norm(nn.Linear(4, 4))), **MODES
+        name="`parametrizations.weight_norm`",
+        make=rows(lambda: parametrizations.weight_norm(nn.Linear(4, 4))),
+        **MODES,
     ),
     Case(name="`nn.utils.weight_norm`", make=rows(old_weight_norm), **MODES),
     Case(

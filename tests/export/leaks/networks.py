@@ -11,7 +11,10 @@ from tests.conftest import small_config
 from tests.export.hugging_face import bert, gpt2
 from tests.export.leaks.case import DRAWS, ESCAPED, IDS, IMAGES, Case, between, does
 
-MASKED = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])}
+MASKED = {
+    "input_ids": IDS,
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]),
+}
 
 
 class Experts(nn.Module):
@@ -35,7 +38,10 @@ class NoisyLinear(nn.Module):
 
     def __init__(self, *, always: bool) -> None:
         super().__init__()
-        self.mean, self.size = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.full((4, 4), 0.1))
+        self.mean, self.size = (
+            nn.Parameter(torch.randn(4, 4)),
+            nn.Parameter(torch.full((4, 4), 0.1)),
+        )
         self.always = always
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +69,9 @@ def mirrored(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def hashed(m: nn.Module, x: Tensor) -> Tensor:
-    """Reformer's: the buckets of a locality-sensitive hash by a rotation that is drawn each time."""
+    """Reformer's: the buckets of a locality-sensitive hash by a rotation that is drawn each
+    time.
+    """
     rotation = torch.randn(4, 2)
     return x + torch.cat([x @ rotation, -x @ rotation], -1).argmax(-1, keepdim=True)
 
@@ -75,12 +83,22 @@ def farthest(m: nn.Module, x: Tensor) -> Tensor:
 
 def convolutional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.2), nn.Flatten(), nn.Linear(64, 3)
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout2d(0.2),
+        nn.Flatten(),
+        nn.Linear(64, 3),
     )
 
 
 CASES = (
-    Case(name="Hugging Face BERT", make=bert, sample=MASKED, child="bert.encoder.layer.0.attention.self"),
+    Case(
+        name="Hugging Face BERT",
+        make=bert,
+        sample=MASKED,
+        child="bert.encoder.layer.0.attention.self",
+    ),
     Case(name="Hugging Face GPT-2", make=gpt2, sample=MASKED, child="transformer.h.0.attn"),
     Case(
         name="evalmode's transformer",
@@ -88,13 +106,34 @@ CASES = (
         sample=torch.randint(1, 512, (3, 4, 16), generator=torch.Generator().manual_seed(0)),
         child="blocks.1.feed_forward",
     ),
-    Case(name="a convolutional network", make=convolutional, sample=IMAGES, child="1", one_child=ESCAPED),
-    Case(name="a mixture of experts with jitter in training", make=lambda: between(Experts(always=False))),
-    Case(name="a mixture of experts with jitter", make=lambda: between(Experts(always=True)), in_eval=DRAWS),
+    Case(
+        name="a convolutional network",
+        make=convolutional,
+        sample=IMAGES,
+        child="1",
+        one_child=ESCAPED,
+    ),
+    Case(
+        name="a mixture of experts with jitter in training",
+        make=lambda: between(Experts(always=False)),
+    ),
+    Case(
+        name="a mixture of experts with jitter",
+        make=lambda: between(Experts(always=True)),
+        in_eval=DRAWS,
+    ),
     Case(name="NoisyNet in training", make=lambda: between(NoisyLinear(always=False))),
-    Case(name="NoisyNet that ignores `training`", make=lambda: between(NoisyLinear(always=True)), in_eval=DRAWS),
+    Case(
+        name="NoisyNet that ignores `training`",
+        make=lambda: between(NoisyLinear(always=True)),
+        in_eval=DRAWS,
+    ),
     Case(name="a variational autoencoder's mean", make=lambda: between(Autoencoder(always=False))),
-    Case(name="a variational autoencoder that samples", make=lambda: between(Autoencoder(always=True)), in_eval=DRAWS),
+    Case(
+        name="a variational autoencoder that samples",
+        make=lambda: between(Autoencoder(always=True)),
+        in_eval=DRAWS,
+    ),
     Case(name="test-time augmentation by chance", make=does(mirrored), in_eval=DRAWS),
     Case(name="locality-sensitive hashing", make=does(hashed), in_eval=DRAWS),
     Case(name="farthest-point sampling", make=does(farthest), in_eval=DRAWS),

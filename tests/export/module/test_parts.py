@@ -59,7 +59,13 @@ class Hiding(nn.Module):
 
 
 def test_modules_in_plain_containers_are_found_and_named_as_one_writes_them() -> None:
-    assert set(named_everything(Hiding())) == {"", "seen", "listed[0]", "listed[1][0]", "keyed['head']"}
+    assert set(named_everything(Hiding())) == {
+        "",
+        "seen",
+        "listed[0]",
+        "listed[1][0]",
+        "keyed['head']",
+    }
 
 
 def test_a_module_that_two_names_share_is_found_once() -> None:
@@ -90,9 +96,22 @@ def test_a_container_that_holds_itself_ends() -> None:
         (Plain, "held.inside"),
         (lambda part: Plain([part]).call, "held.__self__.inside[0]"),
     ],
-    ids=["set", "frozenset", "deque", "partial", "its args", "its keywords", "closure", "method", "object", "depth"],
+    ids=[
+        "set",
+        "frozenset",
+        "deque",
+        "partial",
+        "its args",
+        "its keywords",
+        "closure",
+        "method",
+        "object",
+        "depth",
+    ],
 )
-def test_a_module_is_found_wherever_an_attribute_leads_to_it(wrapped: Callable[[object], object], path: str) -> None:
+def test_a_module_is_found_wherever_an_attribute_leads_to_it(
+    wrapped: Callable[[object], object], path: str
+) -> None:
     part = nn.Dropout(0.1)
     found = named_everything(Holds(wrapped(part)))
     assert found[path] is part
@@ -119,11 +138,17 @@ def test_a_closure_whose_variable_is_not_bound_yet_is_passed_over() -> None:
 def test_the_objects_of_libraries_are_not_looked_into() -> None:
     library = LoadedWhenAsked("library")
     library.drop = nn.Dropout(0.1)
-    assert set(named_everything(Holds([torch.ones(1), np.ones(1), nn.Dropout, torch, library]))) == {""}
+    assert set(
+        named_everything(Holds([torch.ones(1), np.ones(1), nn.Dropout, torch, library]))
+    ) == {""}
 
 
 def test_generators_are_found_by_the_same_paths_and_as_globals_beside_a_forward() -> None:
-    held = {"a": random.Random(0), "b": (np.random.default_rng(0),), "c": Plain(np.random.RandomState(0))}
+    held = {
+        "a": random.Random(0),
+        "b": (np.random.default_rng(0),),
+        "c": Plain(np.random.RandomState(0)),
+    }
     found = named_generators(nn.Sequential(Holds(held)))
     assert set(found) == {"0.held['a']", "0.held['b'][0]", "0.held['c'].inside", "global BESIDE"}
     assert found["global BESIDE"] is BESIDE

@@ -150,7 +150,9 @@ def test_a_module_that_no_attribute_leads_to_is_named_by_the_one_that_called_it(
 
 
 def encoder() -> nn.Module:
-    """Of torch's own, one whose fused path asks for the flag of the whole and never for that of a dropout in it."""
+    """Of torch's own, one whose fused path asks for the flag of the whole and never for that of a
+    dropout in it.
+    """
     module = nn.TransformerEncoderLayer(8, 2, 16, 0.125, batch_first=True).eval()
     module.dropout1.train()
     return module
@@ -190,7 +192,9 @@ class HasBranches(nn.Module):
 
 
 def test_a_branch_that_may_not_be_taken_cannot_be_watched() -> None:
-    with pytest.raises(Unwatched, match=r"^inner \(HasBranches\): cond .* at test_randomness.py:\d+$"):
+    with pytest.raises(
+        Unwatched, match=r"^inner \(HasBranches\): cond .* at test_randomness.py:\d+$"
+    ):
         draws(Around(HasBranches()), X)
 
 

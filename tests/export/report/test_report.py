@@ -1,4 +1,6 @@
-"""What a report says, before it is spelled in any format: counts, scope, what is bad, and names that mean harm."""
+"""What a report says, before it is spelled in any format: counts, scope, what is bad, and names
+that mean harm.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,17 @@ TORN = Unreadable(path=Path("torn.onnx"), why="torn.onnx is torn")
 
 
 def finding(severity: Severity, **said: str) -> Finding:
-    return Finding(severity=severity, **{"node": "a/b", "op": "Op-1", "why": "it is so", "fix": "mend it", **said})
+    return Finding(
+        severity=severity,
+        **{"node": "a/b", "op": "Op-1", "why": "it is so", "fix": "mend it", **said},
+    )
 
 
 def file(*severities: Severity, name: str = "any.onnx") -> Verified:
     """A file with one rule, which found these."""
-    record = Record.of("any-rule", map(finding, severities), fine="all is well", otherwise="all is not")
+    record = Record.of(
+        "any-rule", map(finding, severities), fine="all is well", otherwise="all is not"
+    )
     return Verified(path=Path(name), file=Path(name), records=(record,))
 
 
@@ -55,29 +62,44 @@ def test_a_report_holds_unless_it_has_what_its_reader_calls_bad(
 
 
 def test_a_certified_warning_is_a_warning_too() -> None:
-    then = Verified(path=Path("b"), file=Path("b/model.onnx"), records=(), certified=file(Severity.WARNING).records)
+    then = Verified(
+        path=Path("b"),
+        file=Path("b/model.onnx"),
+        records=(),
+        certified=file(Severity.WARNING).records,
+    )
     assert report(then).holds
     assert not report(then, fail_on=FailOn.WARNING).holds
 
 
 def test_a_file_that_no_rule_looked_at_is_bad_unless_what_is_unproven_is_allowed() -> None:
-    nothing = Verified(path=Path("x"), file=Path("x"), records=(Record.not_applicable("any-rule", "it has no say"),))
+    nothing = Verified(
+        path=Path("x"),
+        file=Path("x"),
+        records=(Record.not_applicable("any-rule", "it has no say"),),
+    )
     assert not report(nothing).holds
     assert report(nothing, allow_unproven=True).holds
     assert "unproven    x\n  unproven  no rule was checked\n" in said(nothing)
 
 
 def test_files_are_counted_by_verdict() -> None:
-    found = report(file(), file(Severity.WARNING), file(Severity.UNPROVEN), file(Severity.ERROR), TORN)
+    found = report(
+        file(), file(Severity.WARNING), file(Severity.UNPROVEN), file(Severity.ERROR), TORN
+    )
     assert found.summary == "5 files: 2 pass, 1 fail, 1 unproven, 1 unreadable"
     assert report(file()).summary == "1 file: 1 pass, 0 fail, 0 unproven, 0 unreadable"
 
 
 def test_a_record_that_names_no_place_is_a_finding_about_the_whole() -> None:
-    failed = Record(rule="held-out", verdict=Verdict.FAIL, why="less accurate", measured="3 of 4", limit="4")
+    failed = Record(
+        rule="held-out", verdict=Verdict.FAIL, why="less accurate", measured="3 of 4", limit="4"
+    )
     (found,) = findings_of(failed)
     assert (found.severity, found.why) == (Severity.ERROR, "less accurate (3 of 4; the limit is 4)")
-    (open_ended,) = findings_of(Record(rule="census", verdict=Verdict.UNPROVEN, why="it does not run"))
+    (open_ended,) = findings_of(
+        Record(rule="census", verdict=Verdict.UNPROVEN, why="it does not run")
+    )
     assert (open_ended.severity, open_ended.why) == (Severity.UNPROVEN, "it does not run")
     assert findings_of(Record(rule="census", verdict=Verdict.PASS, why="fine")) == ()
     assert findings_of(Record.not_applicable("census", "no module")) == ()
@@ -87,7 +109,9 @@ def test_the_scope_names_each_rule_once_by_how_it_was_checked_or_why_it_was_not(
     checked = Record(rule="a", verdict=Verdict.PASS, why="fine")
     lacking = [Record.not_applicable(rule, "it needs more") for rule in ("b", "c")]
     bare = Verified(path=Path("m"), file=Path("m"), records=(checked, *lacking), excluded=("d",))
-    bundle = Verified(path=Path("n"), file=Path("n/model.onnx"), records=(checked,), certified=(checked, checked))
+    bundle = Verified(
+        path=Path("n"), file=Path("n/model.onnx"), records=(checked,), certified=(checked, checked)
+    )
     assert report(bare, bare, bundle, TORN).scope == {
         "checked now": ["a"],
         "checked at export, by the certificate": ["a"],
@@ -97,18 +121,22 @@ def test_the_scope_names_each_rule_once_by_how_it_was_checked_or_why_it_was_not(
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_a_file_that_passes_is_one_line_among_many_and_lists_its_rules_among_few(many: bool) -> None:
+def test_a_file_that_passes_is_one_line_among_many_and_lists_its_rules_among_few(
+    many: bool,
+) -> None:
     shown = said(*[file(name=f"{place}.onnx") for place in range(20 if many else 19)])
     assert ("  pass      any-rule  all is well\n" in shown) is not many
     assert shown.count("pass        ") == (20 if many else 19)
 
 
-def test_a_finding_is_one_line_with_severity_rule_place_reason_and_what_to_do_however_many_files() -> None:
+def test_a_finding_is_one_line_with_severity_rule_place_reason_and_what_to_do() -> None:
     files = [file(severity, name=f"{severity}.onnx") for severity in Severity]
     for more in (0, 20):
         shown = said(*files, *[file()] * more)
         for severity in Severity:
-            assert f"  {severity:<8}  any-rule  a/b (Op-1): it is so. What to do: mend it.\n" in shown
+            assert (
+                f"  {severity:<8}  any-rule  a/b (Op-1): it is so. What to do: mend it.\n" in shown
+            )
 
 
 def test_in_a_file_of_its_own_the_text_says_why_a_file_is_unreadable() -> None:

@@ -1,4 +1,6 @@
-"""Every exit code of `evalmode verify`, what it says to people, and where a report goes; in a process of its own."""
+"""Every exit code of `evalmode verify`, what it says to people, and where a report goes; in a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,18 @@ import onnx.backend.test.loader
 import pytest
 
 from evalmode.export.report.report import plain
-from tests.export.conftest import BUNDLE, CLEAN, DRAW, EVERY, HOSTILE, LEAK, TORN, UNDECIDED, as_json, run
+from tests.export.conftest import (
+    BUNDLE,
+    CLEAN,
+    DRAW,
+    EVERY,
+    HOSTILE,
+    LEAK,
+    TORN,
+    UNDECIDED,
+    as_json,
+    run,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +51,9 @@ from tests.export.conftest import BUNDLE, CLEAN, DRAW, EVERY, HOSTILE, LEAK, TOR
         ([], 2),
     ],
 )
-def test_the_exit_code_says_pass_finding_or_unusable(tree: Path, arguments: list[str], code: int) -> None:
+def test_the_exit_code_says_pass_finding_or_unusable(
+    tree: Path, arguments: list[str], code: int
+) -> None:
     ran = run(tree, *arguments)
     assert ran.returncode == code, ran.stdout
     assert b"Traceback" not in ran.stderr
@@ -46,7 +61,9 @@ def test_the_exit_code_says_pass_finding_or_unusable(tree: Path, arguments: list
 
 def test_what_is_unusable_is_one_sentence_on_stderr(tree: Path) -> None:
     assert run(tree, "empty").stderr == b"evalmode: empty holds no .onnx file and no bundle\n"
-    assert run(tree, CLEAN, "--exclude", "x").stderr.startswith(b"evalmode: there is no rule x; the rules are escaped-")
+    assert run(tree, CLEAN, "--exclude", "x").stderr.startswith(
+        b"evalmode: there is no rule x; the rules are escaped-"
+    )
     torn = run(tree, "models", "absent.onnx").stderr.decode().splitlines()
     assert [line.partition(" is ")[0].partition(" cannot ")[0] for line in torn] == [
         "evalmode: absent.onnx",
@@ -57,7 +74,9 @@ def test_what_is_unusable_is_one_sentence_on_stderr(tree: Path) -> None:
 def test_the_text_reports_every_file_in_order_and_counts(tree: Path) -> None:
     ran = run(tree, ".")
     lines = ran.stdout.decode().splitlines()
-    headers = [line for line in lines if line and line[0] != " " and line.split()[0] in {*EVERY.values()}]
+    headers = [
+        line for line in lines if line and line[0] != " " and line.split()[0] in {*EVERY.values()}
+    ]
     assert headers == [f"{verdict:<10}  {path}" for path, verdict in EVERY.items()]
     assert lines[-1] == "6 files: 2 pass, 2 fail, 1 unproven, 1 unreadable"
     assert "\x1b" not in ran.stdout.decode()
@@ -75,7 +94,9 @@ def test_the_text_survives_a_terminal_of_another_encoding(tree: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "json", "sarif", "junit", "github"])
-def test_a_report_goes_whole_into_the_file_that_is_asked_for(tree: Path, tmp_path: Path, form: str) -> None:
+def test_a_report_goes_whole_into_the_file_that_is_asked_for(
+    tree: Path, tmp_path: Path, form: str
+) -> None:
     file = tmp_path / "new" / "été.report"
     ran = run(tree, ".", "--format", form, "--output", str(file))
     assert ran.returncode == 2
@@ -100,13 +121,17 @@ def test_a_report_that_cannot_be_written_is_one_sentence(tree: Path, output: str
 
 
 @pytest.mark.parametrize(("files", "bar"), [(20, True), (19, False)])
-def test_a_terminal_shows_a_bar_from_twenty_files_up(tree: Path, tmp_path: Path, files: int, bar: bool) -> None:
+def test_a_terminal_shows_a_bar_from_twenty_files_up(
+    tree: Path, tmp_path: Path, files: int, bar: bool
+) -> None:
     for place in range(files):
         shutil.copy(tree / CLEAN, tmp_path / f"{place}.onnx")
     ours, theirs = pty.openpty()
     program = [Path(sys.executable).with_name("evalmode"), "verify", "."]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    ran = subprocess.run(program, stdout=subprocess.PIPE, stderr=theirs, check=False, cwd=tmp_path, env=environment)
+    ran = subprocess.run(
+        program, stdout=subprocess.PIPE, stderr=theirs, check=False, cwd=tmp_path, env=environment
+    )
     os.close(theirs)
     shown = b""
     try:

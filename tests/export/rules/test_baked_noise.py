@@ -52,7 +52,10 @@ def said(record: Record) -> str:
 
 
 CONSTANTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], object]] = {
-    "a numpy mask": (lambda m, x: x * torch.from_numpy((np.random.rand(4) < 0.5).astype(np.float32)), None),
+    "a numpy mask": (
+        lambda m, x: x * torch.from_numpy((np.random.rand(4) < 0.5).astype(np.float32)),
+        None,
+    ),
     "a python factor": (lambda m, x: x * random.random(), None),
     "a private numpy generator": (
         lambda m, x: x * torch.from_numpy(m.held.random(4, dtype=np.float32)),
@@ -77,7 +80,9 @@ def test_noise_that_became_a_constant_is_found_although_the_graph_is_quiet(name:
     assert all(found.fix for found in record.findings)
 
 
-@pytest.mark.parametrize("name", ["a numpy mask", "a private python generator", "torch.bernoulli of a buffer"])
+@pytest.mark.parametrize(
+    "name", ["a numpy mask", "a private python generator", "torch.bernoulli of a buffer"]
+)
 def test_no_other_rule_of_the_graph_would_see_it(name: str) -> None:
     made = subject(*CONSTANTS[name])
     graph = graph_of(made.model)
@@ -90,7 +95,10 @@ def test_the_weight_is_named_with_the_node_that_reads_it() -> None:
     candidate = candidate_of(module, [X])
     module(X)  # as any rule does that watches it
     record = baked_noise.check(subject_of(candidate))
-    assert "(weight): its values differ in another export, under other seeds; it is read by /Mul_" in said(record)
+    assert (
+        "(weight): its values differ in another export, under other seeds; it is read by /Mul_"
+        in said(record)
+    )
 
 
 def test_a_dropout_that_the_optimiser_folded_is_named_by_the_graph_before_it() -> None:
@@ -116,7 +124,9 @@ def test_a_second_export_that_cannot_be_made_is_unproven_and_not_passed_over() -
         raise EvalmodeError("the factory returned another network")
 
     made = subject(lambda m, x: x)
-    other = Subject(module=made.module, model=made.model, probes=made.probes, rows=made.rows, twins=[fails])
+    other = Subject(
+        module=made.module, model=made.model, probes=made.probes, rows=made.rows, twins=[fails]
+    )
     record = baked_noise.check(other)
     assert record.verdict is Verdict.UNPROVEN
     assert "the factory returned another network" in said(record)

@@ -19,7 +19,9 @@ PRIVATE = np.random.default_rng(0)
 
 
 class Calls(nn.Module):
-    """A module that answers as a function of its input, and of whatever it is given to hold, says."""
+    """A module that answers as a function of its input, and of whatever it is given to hold,
+    says.
+    """
 
     def __init__(self, answer: Callable[[Calls, Tensor], object], **held: object) -> None:
         super().__init__()
@@ -83,7 +85,9 @@ def test_the_zero_that_changes_its_sign_is_another_answer() -> None:
     assert judged(lambda module, x: x * 0.0 * next(signs)).verdict is Verdict.FAIL
 
 
-@pytest.mark.parametrize("reached", [lambda x: x.shape[0] == 64, lambda x: len(x) == 1, lambda x: x.shape[1] > 4])
+@pytest.mark.parametrize(
+    "reached", [lambda x: x.shape[0] == 64, lambda x: len(x) == 1, lambda x: x.shape[1] > 4]
+)
 def test_a_draw_behind_a_shape_that_only_some_probes_have_is_named_with_its_line(
     reached: Callable[[Tensor], bool],
 ) -> None:
@@ -100,7 +104,9 @@ def test_a_draw_behind_a_shape_that_only_some_probes_have_is_named_with_its_line
     ids=lambda generator: type(generator).__name__,
 )
 @pytest.mark.parametrize("place", ["", "[1]"], ids=["attribute", "list"])
-def test_a_private_generator_is_named_wherever_the_module_keeps_it(generator: random.Random, place: str) -> None:
+def test_a_private_generator_is_named_wherever_the_module_keeps_it(
+    generator: random.Random, place: str
+) -> None:
     def gated(module: Calls, x: Tensor) -> Tensor:
         kept = module.held[1] if place else module.held
         return x if kept.uniform(0, 1) < 2 else -x  # a gate that is always open: no repeat differs
@@ -123,7 +129,9 @@ def test_a_generator_that_rests_is_no_finding() -> None:
 
 def test_a_branch_that_may_not_be_taken_is_unproven_in_one_sentence_that_names_it() -> None:
     record = judged(
-        lambda module, x: torch.cond(x.sum() > 1e9, lambda x: F.dropout(x, 0.25), lambda x: x.clone(), (x,))
+        lambda module, x: torch.cond(
+            x.sum() > 1e9, lambda x: F.dropout(x, 0.25), lambda x: x.clone(), (x,)
+        )
     )
     assert record.verdict is Verdict.UNPROVEN
     (where,) = places(record)
@@ -158,7 +166,9 @@ def test_an_answer_without_a_tensor_cannot_be_compared_and_fails() -> None:
     assert places(record) == ("the forward returns no tensor that could be compared",)
 
 
-@pytest.mark.parametrize("counts", [range(1, 99), range(99, 1, -1)], ids=["more each time", "fewer each time"])
+@pytest.mark.parametrize(
+    "counts", [range(1, 99), range(99, 1, -1)], ids=["more each time", "fewer each time"]
+)
 def test_a_number_of_answers_that_changes_fails(counts: Iterable[int]) -> None:
     count = iter(counts)
     record = judged(lambda module, x: (x,) * next(count))
@@ -167,7 +177,10 @@ def test_a_number_of_answers_that_changes_fails(counts: Iterable[int]) -> None:
 
 def test_an_answer_whose_shape_changes_fails_though_its_bits_are_the_same() -> None:
     columns = iter([1, 5] * 99)
-    assert judged(lambda module, x: x.reshape(-1, next(columns)) if x.numel() % 5 == 0 else x).verdict is Verdict.FAIL
+    assert (
+        judged(lambda module, x: x.reshape(-1, next(columns)) if x.numel() % 5 == 0 else x).verdict
+        is Verdict.FAIL
+    )
 
 
 @torch.library.custom_op("evalmode_tests::quiet_noise", mutates_args=())

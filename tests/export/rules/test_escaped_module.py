@@ -49,7 +49,9 @@ def closing_over(drop: nn.Module) -> object:
         ("child", DeafToEval(0.5), "child (DeafToEval)"),
     ],
 )
-def test_a_module_that_eval_leaves_in_training_is_named(name: str, held: object, where: str) -> None:
+def test_a_module_that_eval_leaves_in_training_is_named(
+    name: str, held: object, where: str
+) -> None:
     root = nn.Sequential(Holds(name, held)).eval()
     record = escaped_module.check(root)
     assert record.verdict is Verdict.FAIL

@@ -17,18 +17,30 @@ COMPILED = {("com.microsoft", "EPContext"), ("com.microsoft", "Snpe")}
 # What TensorRT and ROCm builds register beside ONNX's operators, for their own use.
 PLUGINS = {
     ("", f"{name}_TRT")
-    for name in ("DisentangledAttention", "EfficientNMS", "MultilevelCropAndResize", "PyramidROIAlign")
+    for name in (
+        "DisentangledAttention",
+        "EfficientNMS",
+        "MultilevelCropAndResize",
+        "PyramidROIAlign",
+    )
 }
 
 
 def checked(
-    op: str, domain: str = "", *, opset: int = 20, functions: tuple[onnx.FunctionProto, ...] = (), imported: bool = True
+    op: str,
+    domain: str = "",
+    *,
+    opset: int = 20,
+    functions: tuple[onnx.FunctionProto, ...] = (),
+    imported: bool = True,
 ) -> Record:
     node = helper.make_node(op, ["x"], ["y"], name="n", domain=domain)
     graph = helper.make_graph([node], "main", [X], [Y])
     opsets = [helper.make_opsetid("", opset)] if imported else []
     opsets += [helper.make_opsetid(name, 1) for name in DOMAINS]
-    return opaque_op.check(graph_of(helper.make_model(graph, opset_imports=opsets, functions=functions)))
+    return opaque_op.check(
+        graph_of(helper.make_model(graph, opset_imports=opsets, functions=functions))
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,9 +73,22 @@ def test_an_operator_that_nobody_knows_is_unproven_and_is_named(domain: str, op:
 @pytest.mark.parametrize(
     ("domain", "op"),
     [
-        *(("", "Relu"), ("ai.onnx", "Relu"), ("", "RandomUniformLike"), ("", "Dropout"), ("", "LayerNormalization")),
-        *(("", "SimplifiedLayerNormalization"), ("ai.onnx.ml", "Scaler"), ("ai.onnx.preview.training", "Adam")),
-        *(("com.microsoft", op) for op in ("FusedMatMul", "Sampling", "BiasDropout", "QAttention", "DropoutGrad")),
+        *(
+            ("", "Relu"),
+            ("ai.onnx", "Relu"),
+            ("", "RandomUniformLike"),
+            ("", "Dropout"),
+            ("", "LayerNormalization"),
+        ),
+        *(
+            ("", "SimplifiedLayerNormalization"),
+            ("ai.onnx.ml", "Scaler"),
+            ("ai.onnx.preview.training", "Adam"),
+        ),
+        *(
+            ("com.microsoft", op)
+            for op in ("FusedMatMul", "Sampling", "BiasDropout", "QAttention", "DropoutGrad")
+        ),
     ],
 )
 def test_an_operator_that_is_known_or_judged_elsewhere_passes(domain: str, op: str) -> None:
@@ -85,10 +110,16 @@ def test_a_function_of_the_model_is_not_opaque_and_what_it_is_made_of_may_be() -
     [
         ("Gelu", 19, "opset 19 has no such operator"),
         ("Upsample", 10, "opset 10 has done away with it"),
-        ("Relu", 9999, f"opset 9999 of ai.onnx is newer than onnx {onnx.__version__}, which knows "),
+        (
+            "Relu",
+            9999,
+            f"opset 9999 of ai.onnx is newer than onnx {onnx.__version__}, which knows ",
+        ),
     ],
 )
-def test_an_operator_that_the_opset_does_not_have_is_unproven(op: str, opset: int, why: str) -> None:
+def test_an_operator_that_the_opset_does_not_have_is_unproven(
+    op: str, opset: int, why: str
+) -> None:
     (finding,) = checked(op, opset=opset).findings
     assert why in finding.why
 
@@ -107,18 +138,26 @@ def test_an_operator_whose_schema_does_not_say_is_unproven_unless_it_was_read() 
     }
     assert silent, "onnx has such schemas"
     for domain, op, opset in silent:
-        assert not [finding for finding in checked(op, domain, opset=opset).findings if "onnx itself" in finding.why]
+        assert not [
+            finding
+            for finding in checked(op, domain, opset=opset).findings
+            if "onnx itself" in finding.why
+        ]
 
 
 def test_every_operator_of_onnx_is_known_at_its_opset_unless_it_is_done_away_with() -> None:
     for schema in onnx.defs.get_all_schemas_with_history():
-        verdict = checked(schema.name, schema.domain, opset=schema.since_version if schema.domain == "" else 20).verdict
+        verdict = checked(
+            schema.name, schema.domain, opset=schema.since_version if schema.domain == "" else 20
+        ).verdict
         if schema.domain in ("", "ai.onnx.preview.training"):
             assert verdict is (Verdict.UNPROVEN if schema.deprecated else Verdict.PASS), schema.name
 
 
 def test_every_operator_of_the_runtime_was_read() -> None:
-    """Read what a new runtime adds, for anything that draws or trains, before you add it to a list."""
+    """Read what a new runtime adds, for anything that draws or trains, before you add it to a
+    list.
+    """
     here = {(schema.domain, schema.name) for schema in runtime.get_all_operator_schema()}
     onnxs = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas_with_history()}
     read = opaque_op._KNOWN | set(stochastic_op._drawing_operators())

@@ -39,7 +39,9 @@ def test_every_file_in_checks_is_registered_and_every_registered_rule_has_its_fi
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_rule_is_named_after_its_file_and_states_itself_in_the_first_line_of_its_docstring(file: str) -> None:
+def test_a_rule_is_named_after_its_file_and_states_itself_in_the_first_line_of_its_docstring(
+    file: str,
+) -> None:
     module = import_module(f"{CHECKS}.{file}")
     rule: Rule = BY_NAME[module.RULE]
     assert rule.name == file.replace("_", "-")
@@ -48,18 +50,24 @@ def test_a_rule_is_named_after_its_file_and_states_itself_in_the_first_line_of_i
 
 
 def test_what_needs_a_graph_alone_is_what_verify_runs_on_a_bare_file() -> None:
-    assert {rule.name for rule in every_rule() if rule.needs is Needs.GRAPH} == {rule.RULE for rule in STRUCTURE}
+    assert {rule.name for rule in every_rule() if rule.needs is Needs.GRAPH} == {
+        rule.RULE for rule in STRUCTURE
+    }
 
 
 def test_a_certificate_holds_the_rules_of_the_registry_in_its_order(released: Released) -> None:
     records: tuple[Record, ...] = released.certificate.records
-    assert [record.rule for record in records] == [name for name in BY_NAME if name not in WITHOUT_A_FILE]
+    assert [record.rule for record in records] == [
+        name for name in BY_NAME if name not in WITHOUT_A_FILE
+    ]
 
 
 def test_the_table_in_the_readme_is_that_of_the_registry() -> None:
     readme = (ROOT / "README.md").read_text()
     between = readme.partition("<!-- rules -->\n")[2].partition("<!-- /rules -->")[0]
-    assert between == table(), "put the output of `python -m evalmode.export.rules.registry` between the two comments"
+    assert between == table(), (
+        "put the output of `python -m evalmode.export.rules.registry` between the two comments"
+    )
 
 
 def test_the_table_is_printed_by_the_module_and_needs_no_torch() -> None:
@@ -67,7 +75,9 @@ def test_the_table_is_printed_by_the_module_and_needs_no_torch() -> None:
         "import runpy, sys; sys.modules['torch'] = None\n"
         "runpy.run_module('evalmode.export.rules.registry', run_name='__main__')"
     )
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert shown.stdout == table()
 
 

@@ -1,4 +1,6 @@
-"""The rules that run the graph, each on a graph and a module that differ in just what the rule is for."""
+"""The rules that run the graph, each on a graph and a module that differ in just what the rule is
+for.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_parity_fails_for_another_function_and_says_where(
 
 
 @pytest.mark.parametrize(("deviations", "verdict"), [(5e-5, Verdict.FAIL), (5e-6, Verdict.PASS)])
-def test_parity_is_judged_at_a_hundred_thousandth_of_a_standard_deviation(deviations: float, verdict: Verdict) -> None:
+def test_parity_is_judged_at_a_hundred_thousandth_of_a_standard_deviation(
+    deviations: float, verdict: Verdict
+) -> None:
     shift = deviations * float((2 * ROWS).std())
     record = parity.check(subject(DOUBLED, lambda x: ((x + x).double() + shift).float()))
     assert record.verdict is verdict
@@ -60,18 +64,25 @@ def test_parity_fails_for_a_difference_that_flips_one_label_within_the_tolerance
     near = np.array([[1.0, 1.0 + 1e-6]], np.float32)
     swap = graph(node("Gather", "x", "order", axis=1), order=np.array([1, 0, 2, 3]))
     probe = {"x": np.hstack([near, -np.ones((1, 2), np.float32)])}
-    made = Subject(module=Calls(lambda x: x).eval(), model=swap, probes=[probe], rows={}, labelled=True)
+    made = Subject(
+        module=Calls(lambda x: x).eval(), model=swap, probes=[probe], rows={}, labelled=True
+    )
     record = parity.check(made)
     assert record.verdict is Verdict.FAIL
     assert "1 of 1 labels flip" in said(record)
-    assert parity.check(dataclasses.replace(made, labelled=False)).verdict is Verdict.PASS, "numbers, not labels"
+    assert parity.check(dataclasses.replace(made, labelled=False)).verdict is Verdict.PASS, (
+        "numbers, not labels"
+    )
 
 
 def test_repeatability_fails_for_noise_with_optimisation_off_and_as_served() -> None:
     noisy = graph(node("RandomUniformLike", "x", output="n"), node("Add", "x", "n"))
     record = repeatability.check(subject(noisy))
     assert record.verdict is Verdict.FAIL
-    assert {found.why.split(":")[0] for found in record.findings} == {"optimisation off", "as served"}
+    assert {found.why.split(":")[0] for found in record.findings} == {
+        "optimisation off",
+        "as served",
+    }
 
 
 def test_repeatability_sees_the_dropout_that_the_optimiser_would_delete() -> None:
@@ -93,7 +104,9 @@ def test_repeatability_passes_for_a_quiet_graph() -> None:
 
 def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_words() -> None:
     centred = graph(
-        node("ReduceMean", "x", "axis", output="mean", keepdims=1), node("Sub", "x", "mean"), axis=np.array([0])
+        node("ReduceMean", "x", "axis", output="mean", keepdims=1),
+        node("Sub", "x", "mean"),
+        axis=np.array([0]),
     )
     made = subject(centred)
     record = batch_invariance.check(made)
@@ -103,7 +116,9 @@ def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_wor
 
 
 def test_a_row_that_is_moved_only_among_many_fails_too() -> None:
-    """Where a batch has less than eight rows, the slice of its last row is empty, and so is the sum."""
+    """Where a batch has less than eight rows, the slice of its last row is empty, and so is the
+    sum.
+    """
     crowded = graph(
         node("Slice", "x", "from", "to", "axis", output="eighth"),
         node("ReduceSum", "eighth", "axis", output="sum", keepdims=1),
@@ -121,9 +136,13 @@ def test_rows_that_keep_to_themselves_pass_at_every_batch_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "verdict"), [(lambda x: x + x, Verdict.PASS), (lambda x: -x, Verdict.FAIL)], ids=["same", "other"]
+    ("answer", "verdict"),
+    [(lambda x: x + x, Verdict.PASS), (lambda x: -x, Verdict.FAIL)],
+    ids=["same", "other"],
 )
-def test_held_out_rows_are_counted_on_both_sides(answer: Callable[[Tensor], Tensor], verdict: Verdict) -> None:
+def test_held_out_rows_are_counted_on_both_sides(
+    answer: Callable[[Tensor], Tensor], verdict: Verdict
+) -> None:
     rows = HeldOut(batches=[{"x": ROWS}], labels=[ROWS.argmax(-1)])
     record = held_out.check(subject(DOUBLED, answer, held_out=rows))
     assert record.verdict is verdict
@@ -155,7 +174,9 @@ def test_the_census_names_modules_and_functions_that_drop() -> None:
 
 def test_a_site_that_left_a_node_is_unproven() -> None:
     left = graph(helper.make_node("Mul", ["x", "x"], ["y"], name="drop/Mul_0"))
-    record = census.check(Subject(module=TwoSites().eval(), model=left, probes=[{"x": ROWS}], rows={}))
+    record = census.check(
+        Subject(module=TwoSites().eval(), model=left, probes=[{"x": ROWS}], rows={})
+    )
     assert record.verdict is Verdict.UNPROVEN
     assert said(record) == "drop (Dropout): this dropout left 1 nodes in the graph"
 

@@ -28,8 +28,19 @@ def places(record: Record) -> list[str]:
 @pytest.mark.parametrize(
     ("op", "opset"),
     [
-        *(("RandomUniformLike", 1), ("RandomNormalLike", 1), ("RandomUniform", 1), ("RandomNormal", 1)),
-        *(("Multinomial", 7), ("Bernoulli", 15), ("RandomUniformLike", 22), ("Bernoulli", 22), ("Multinomial", 22)),
+        *(
+            ("RandomUniformLike", 1),
+            ("RandomNormalLike", 1),
+            ("RandomUniform", 1),
+            ("RandomNormal", 1),
+        ),
+        *(
+            ("Multinomial", 7),
+            ("Bernoulli", 15),
+            ("RandomUniformLike", 22),
+            ("Bernoulli", 22),
+            ("Multinomial", 22),
+        ),
     ],
 )
 def test_an_operator_that_draws_fails_and_is_named(op: str, opset: int) -> None:
@@ -46,22 +57,36 @@ def test_a_draw_is_one_whatever_the_opset_says(opset: int) -> None:
 
 
 def test_a_seed_makes_no_draw_harmless() -> None:
-    assert checked(helper.make_node("RandomUniformLike", ["x"], ["y"], seed=1.0)).verdict is Verdict.FAIL
+    assert (
+        checked(helper.make_node("RandomUniformLike", ["x"], ["y"], seed=1.0)).verdict
+        is Verdict.FAIL
+    )
 
 
 def test_onnxs_domain_may_be_spelled_out() -> None:
-    assert checked(helper.make_node("Bernoulli", ["x"], ["y"], domain="ai.onnx")).verdict is Verdict.FAIL
+    assert (
+        checked(helper.make_node("Bernoulli", ["x"], ["y"], domain="ai.onnx")).verdict
+        is Verdict.FAIL
+    )
 
 
 @pytest.mark.parametrize("op", ["Sampling", "RandomNormal", "RandomUniform"])
-def test_an_operator_that_draws_in_microsofts_domain_fails_though_onnx_has_no_schema_of_it(op: str) -> None:
+def test_an_operator_that_draws_in_microsofts_domain_fails_though_onnx_has_no_schema_of_it(
+    op: str,
+) -> None:
     record = checked(helper.make_node(op, ["x"], ["y"], name="the_node", domain="com.microsoft"))
     assert places(record) == [f"the_node (com.microsoft::{op})"]
 
 
 @pytest.mark.parametrize(
     ("op", "domain"),
-    [("Relu", ""), ("AffineGrid", ""), ("Dropout", ""), ("FusedMatMul", "com.microsoft"), ("RandomUniformLike", "my")],
+    [
+        ("Relu", ""),
+        ("AffineGrid", ""),
+        ("Dropout", ""),
+        ("FusedMatMul", "com.microsoft"),
+        ("RandomUniformLike", "my"),
+    ],
 )
 def test_what_draws_nothing_by_itself_passes(op: str, domain: str) -> None:
     record = checked(helper.make_node(op, ["x"], ["y"], domain=domain))
@@ -71,7 +96,9 @@ def test_what_draws_nothing_by_itself_passes(op: str, domain: str) -> None:
 
 def test_it_is_found_in_a_subgraph_of_a_subgraph() -> None:
     inner = helper.make_graph([DRAW], "inner", [], [Y])
-    branch = helper.make_node("If", ["c"], ["y"], name="inside", then_branch=inner, else_branch=inner)
+    branch = helper.make_node(
+        "If", ["c"], ["y"], name="inside", then_branch=inner, else_branch=inner
+    )
     outer = helper.make_graph([branch], "outer", [], [Y])
     top = helper.make_node("If", ["c"], ["y"], name="outside", then_branch=outer, else_branch=outer)
     found = places(checked(top))
@@ -82,7 +109,9 @@ def test_it_is_found_in_a_subgraph_of_a_subgraph() -> None:
 @pytest.mark.parametrize("op", ["Loop", "Scan", "SequenceMap"])
 def test_it_is_found_in_every_operator_that_has_a_body(op: str) -> None:
     body = helper.make_graph([DRAW], "body", [], [Y])
-    assert places(checked(helper.make_node(op, ["x"], ["y"], name="n", body=body))) == [f"n/body/draw ({DRAW.op_type})"]
+    assert places(checked(helper.make_node(op, ["x"], ["y"], name="n", body=body))) == [
+        f"n/body/draw ({DRAW.op_type})"
+    ]
 
 
 def noisy(name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
@@ -90,7 +119,9 @@ def noisy(name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
 
 
 def test_it_is_found_in_a_local_function_at_each_of_its_calls() -> None:
-    calls = [helper.make_node("noisy", [a], [b], domain="my", name=f"to_{b}") for a, b in ("xh", "hy")]
+    calls = [
+        helper.make_node("noisy", [a], [b], domain="my", name=f"to_{b}") for a, b in ("xh", "hy")
+    ]
     found = places(checked(*calls, functions=[noisy("noisy", DRAW)]))
     assert found == [f"to_{name}/my:noisy/draw (RandomUniformLike)" for name in "hy"]
 
@@ -98,7 +129,9 @@ def test_it_is_found_in_a_local_function_at_each_of_its_calls() -> None:
 def test_it_is_found_in_a_function_that_another_function_calls_in_a_branch() -> None:
     call = helper.make_node("noisy", ["x"], ["y"], domain="my", name="inner")
     branch = helper.make_graph([call], "branch", [], [Y])
-    mode = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(numpy_helper.to_array(HALF) > 0))
+    mode = helper.make_node(
+        "Constant", [], ["c"], value=numpy_helper.from_array(numpy_helper.to_array(HALF) > 0)
+    )
     choice = helper.make_node("If", ["c"], ["y"], name="if", then_branch=branch, else_branch=branch)
     functions = [noisy("noisy", DRAW), noisy("outer", mode, choice)]
     top = helper.make_node("outer", ["x"], ["y"], domain="my", name="top")
@@ -139,7 +172,13 @@ def chain(*steps: tuple[str, str]) -> list[onnx.NodeProto]:
 @pytest.mark.parametrize(
     "steps",
     [
-        [("RandomUniformLike", ""), ("GreaterOrEqual", "half"), ("Cast", ""), ("Mul", "x"), ("Div", "half")],
+        [
+            ("RandomUniformLike", ""),
+            ("GreaterOrEqual", "half"),
+            ("Cast", ""),
+            ("Mul", "x"),
+            ("Div", "half"),
+        ],
         [("RandomUniformLike", ""), ("Less", "half"), ("Cast", ""), ("Div", "half"), ("Mul", "x")],
         [("RandomUniformLike", ""), ("Add", "half"), ("Floor", ""), ("Mul", "x")],
         [("RandomUniformLike", ""), ("Greater", "half"), ("Not", ""), ("Where", "x half")],

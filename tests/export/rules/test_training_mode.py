@@ -26,9 +26,15 @@ def model_of(
     before: tuple[onnx.NodeProto, ...] = (),
     functions: tuple[onnx.FunctionProto, ...] = (),
 ) -> onnx.ModelProto:
-    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()]
+    initializers = [
+        numpy_helper.from_array(np.asarray(value), name)
+        for name, value in (constants or {}).items()
+    ]
     graph = helper.make_graph([*before, node], "main", [X, *inputs], [Y], initializers)
-    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in DOMAINS)]
+    opsets = [
+        helper.make_opsetid("", opset),
+        *(helper.make_opsetid(domain, 1) for domain in DOMAINS),
+    ]
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
 
 
@@ -47,7 +53,9 @@ def dropout(*more: str, **attributes: object) -> onnx.NodeProto:
 
 def batch_normalization(outputs: int = 1, domain: str = "", **attributes: object) -> onnx.NodeProto:
     names = ["y", "mean", "variance", "saved_mean", "saved_variance"][:outputs]
-    return helper.make_node("BatchNormalization", ["x"] * 5, names, name="norm", domain=domain, **attributes)
+    return helper.make_node(
+        "BatchNormalization", ["x"] * 5, names, name="norm", domain=domain, **attributes
+    )
 
 
 @pytest.mark.parametrize("opset", [1, 6])
@@ -72,8 +80,13 @@ def test_a_modern_dropout_is_judged_by_its_mode_input(opset: int) -> None:
     assert judged(dropout("r", "m"), opset=opset, constants=R | OFF) is Verdict.PASS
     assert judged(dropout("r", "m"), opset=opset, constants=R | ON) is Verdict.FAIL
     assert judged(dropout("", "m"), opset=opset, constants=ON) is Verdict.FAIL
-    assert judged(dropout("r", "m"), opset=opset, constants={"r": np.float32(0)} | ON) is Verdict.PASS
-    assert judged(dropout("r", "m"), opset=opset, constants={"r": np.float32(np.nan)} | ON) is Verdict.FAIL
+    assert (
+        judged(dropout("r", "m"), opset=opset, constants={"r": np.float32(0)} | ON) is Verdict.PASS
+    )
+    assert (
+        judged(dropout("r", "m"), opset=opset, constants={"r": np.float32(np.nan)} | ON)
+        is Verdict.FAIL
+    )
 
 
 def test_a_mode_that_is_on_fails_whoever_decides_the_rate() -> None:
@@ -96,7 +109,11 @@ def test_a_mode_that_the_caller_decides_is_unproven_and_the_finding_says_so() ->
         node = dropout("", "mode")
         assert judged(node, opset=20, inputs=(MODE,), constants=constants) is Verdict.UNPROVEN
     found = finding(dropout("", "mode"), opset=20, inputs=(MODE,))
-    assert found.why == "nothing in the graph decides its mode: it is the model's input 'mode': the caller decides"
+    assert (
+        found.why
+        == "nothing in the graph decides its mode: it is the model's input 'mode': the caller"
+        " decides"
+    )
     assert "constant" in found.fix
 
 
@@ -108,11 +125,15 @@ def test_a_mode_that_is_computed_from_constants_is_known(value: bool, verdict: V
 
 def test_a_mode_that_is_computed_from_what_the_caller_gives_is_unproven() -> None:
     computed = helper.make_node("Not", ["mode"], ["m"])
-    assert judged(dropout("", "m"), opset=20, before=(computed,), inputs=(MODE,)) is Verdict.UNPROVEN
+    assert (
+        judged(dropout("", "m"), opset=20, before=(computed,), inputs=(MODE,)) is Verdict.UNPROVEN
+    )
 
 
 def function(node: onnx.NodeProto, opset: int, *attributes: str) -> onnx.FunctionProto:
-    return helper.make_function("my", "f", ["x", "m"], ["y"], [node], [helper.make_opsetid("", opset)], attributes)
+    return helper.make_function(
+        "my", "f", ["x", "m"], ["y"], [node], [helper.make_opsetid("", opset)], attributes
+    )
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(True, Verdict.FAIL), (False, Verdict.PASS)])
@@ -143,10 +164,15 @@ def test_a_flag_that_a_call_hands_to_its_function_is_known_and_else_unproven(
     functions = (function(node, opset, "flag"),)
     for flag in (0, 1):
         call = helper.make_node("f", ["x"], ["y"], domain="my", name="call", flag=flag)
-        assert judged(call, opset=20, functions=functions) is (Verdict.FAIL if flag == trains else Verdict.PASS)
+        assert judged(call, opset=20, functions=functions) is (
+            Verdict.FAIL if flag == trains else Verdict.PASS
+        )
     dead = finding(helper.make_node("Relu", ["x"], ["y"]), opset=20, functions=functions)
     assert str(dead).startswith(f"my:f/node ({op}-{opset}): its attribute {name} is not known here")
-    assert judged(helper.make_node("Relu", ["x"], ["y"]), opset=20, functions=functions) is Verdict.UNPROVEN
+    assert (
+        judged(helper.make_node("Relu", ["x"], ["y"]), opset=20, functions=functions)
+        is Verdict.UNPROVEN
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,13 +201,20 @@ def test_batch_normalization_is_judged_by_its_opset(
 
 def test_batch_normalization_in_another_layout_is_judged_by_its_flag() -> None:
     for flag, verdict in ((0, Verdict.PASS), (1, Verdict.FAIL)):
-        assert judged(batch_normalization(1, "com.ms.internal.nhwc", training_mode=flag), opset=20) is verdict
+        assert (
+            judged(batch_normalization(1, "com.ms.internal.nhwc", training_mode=flag), opset=20)
+            is verdict
+        )
 
 
-@pytest.mark.parametrize(("op", "index"), [("BitmaskDropout", 2), ("BiasDropout", 4), ("BitmaskBiasDropout", 4)])
+@pytest.mark.parametrize(
+    ("op", "index"), [("BitmaskDropout", 2), ("BiasDropout", 4), ("BitmaskBiasDropout", 4)]
+)
 def test_the_contributed_dropouts_are_judged_by_their_mode_input(op: str, index: int) -> None:
     def at(*last: str) -> onnx.NodeProto:
-        return helper.make_node(op, ["x", *[""] * (index - len(last)), *last], ["y"], domain="com.microsoft")
+        return helper.make_node(
+            op, ["x", *[""] * (index - len(last)), *last], ["y"], domain="com.microsoft"
+        )
 
     assert judged(at("m"), opset=20, constants=ON) is Verdict.FAIL
     assert judged(at("m"), opset=20, constants=OFF) is Verdict.PASS
@@ -195,9 +228,17 @@ def test_the_contributed_dropouts_are_judged_by_their_mode_input(op: str, index:
     [
         *(
             ("com.microsoft", op)
-            for op in ("DropoutGrad", "BitmaskDropoutGrad", "BiasSoftmaxDropout", "TrainableDropout")
+            for op in (
+                "DropoutGrad",
+                "BitmaskDropoutGrad",
+                "BiasSoftmaxDropout",
+                "TrainableDropout",
+            )
         ),
-        *(("com.microsoft", op) for op in ("BatchNormInternal", "LSTMTraining", "GRUTraining", "AdamWOptimizer")),
+        *(
+            ("com.microsoft", op)
+            for op in ("BatchNormInternal", "LSTMTraining", "GRUTraining", "AdamWOptimizer")
+        ),
         *(("ai.onnx.preview.training", op) for op in ("Gradient", "Adam", "Adagrad", "Momentum")),
     ],
 )
@@ -205,7 +246,9 @@ def test_an_operator_of_training_alone_fails(domain: str, op: str) -> None:
     assert judged(helper.make_node(op, ["x"], ["y"], domain=domain), opset=20) is Verdict.FAIL
 
 
-@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN", "InstanceNormalization", "LayerNormalization"])
+@pytest.mark.parametrize(
+    "op", ["LSTM", "GRU", "RNN", "InstanceNormalization", "LayerNormalization"]
+)
 def test_an_operator_without_a_mode_is_none_of_its_concern(op: str) -> None:
     record = training_mode.check(graph_of(model_of(helper.make_node(op, ["x"], ["y"]), opset=20)))
     assert (record.verdict, record.measured) == (Verdict.PASS, "0 on, 0 undecided, of 0")
@@ -213,5 +256,8 @@ def test_an_operator_without_a_mode_is_none_of_its_concern(op: str) -> None:
 
 def test_an_operator_of_the_same_name_in_another_domain_is_another_operator() -> None:
     assert (
-        judged(helper.make_node("Dropout", ["x", "", "m"], ["y"], domain="my"), opset=20, constants=ON) is Verdict.PASS
+        judged(
+            helper.make_node("Dropout", ["x", "", "m"], ["y"], domain="my"), opset=20, constants=ON
+        )
+        is Verdict.PASS
     )

@@ -14,7 +14,9 @@ from evalmode.export.verify.verify import Unreadable, Verified
 
 
 def model(op: str, *, nodes: int) -> bytes:
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("v0", f"v{nodes}")]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("v0", f"v{nodes}")
+    ]
     chain = [helper.make_node(op, [f"v{place}"], [f"v{place + 1}"]) for place in range(nodes)]
     made = helper.make_model(helper.make_graph(chain, "g", values[:1], values[1:]))
     return bytes(made.SerializeToString())

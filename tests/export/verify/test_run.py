@@ -17,14 +17,22 @@ ROWS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
 
 def saved(
-    folder: Path, *nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, shape: object = ("n", 4), **constants: object
+    folder: Path,
+    *nodes: onnx.NodeProto,
+    kind: int = TensorProto.FLOAT,
+    shape: object = ("n", 4),
+    **constants: object,
 ) -> Path:
     x = helper.make_tensor_value_info("x", kind, list(shape))  # type: ignore[call-overload]
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    weights = [
+        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
+    ]
     graph = helper.make_graph(nodes, "g", [x], [y], weights)
     path = folder / "any.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path
+    )
     return path
 
 
@@ -66,7 +74,10 @@ def test_a_file_without_a_batch_axis_has_no_rows_to_keep_apart(tmp_path: Path) -
 
 
 def test_what_answers_with_no_number_fails(tmp_path: Path) -> None:
-    assert judged(saved(tmp_path, node("Log", "x")), {"x": -np.abs(ROWS)})["non-finite"].verdict is Verdict.FAIL
+    assert (
+        judged(saved(tmp_path, node("Log", "x")), {"x": -np.abs(ROWS)})["non-finite"].verdict
+        is Verdict.FAIL
+    )
 
 
 @pytest.mark.parametrize(

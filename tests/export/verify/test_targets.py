@@ -37,7 +37,9 @@ def found(*paths: str) -> list[str]:
     return [target.path.as_posix() for target in find_targets(map(Path, paths))]
 
 
-def test_a_folder_is_searched_for_models_and_bundles_in_the_order_of_their_paths(folder: Path) -> None:
+def test_a_folder_is_searched_for_models_and_bundles_in_the_order_of_their_paths(
+    folder: Path,
+) -> None:
     assert found(".") == ["a/deep/er/m.onnx", "a/z.ONNX", "b.onnx", "bundles/x/1"]
 
 
@@ -51,11 +53,18 @@ def test_the_order_is_that_of_the_paths_and_not_of_the_arguments(folder: Path) -
 
 
 def test_what_is_named_twice_is_examined_once(folder: Path) -> None:
-    assert found("a", "a/z.ONNX", "./a/../a/z.ONNX", str(folder / "a/z.ONNX")) == ["a/deep/er/m.onnx", "a/z.ONNX"]
+    assert found("a", "a/z.ONNX", "./a/../a/z.ONNX", str(folder / "a/z.ONNX")) == [
+        "a/deep/er/m.onnx",
+        "a/z.ONNX",
+    ]
 
 
 def test_what_is_named_is_examined_whatever_it_is_called(folder: Path) -> None:
-    assert found(".hidden", "a/._m.onnx", "a/weights.bin") == [".hidden/m.onnx", "a/._m.onnx", "a/weights.bin"]
+    assert found(".hidden", "a/._m.onnx", "a/weights.bin") == [
+        ".hidden/m.onnx",
+        "a/._m.onnx",
+        "a/weights.bin",
+    ]
 
 
 def test_a_folder_that_holds_nothing_says_so(folder: Path) -> None:
@@ -63,7 +72,9 @@ def test_a_folder_that_holds_nothing_says_so(folder: Path) -> None:
     assert target == Target(path=Path("empty"), problem="empty holds no .onnx file and no bundle")
 
 
-def test_a_link_that_leads_back_ends_the_search_and_a_link_to_nowhere_is_a_target(folder: Path) -> None:
+def test_a_link_that_leads_back_ends_the_search_and_a_link_to_nowhere_is_a_target(
+    folder: Path,
+) -> None:
     (folder / "a/again").symlink_to(folder)
     (folder / "a/gone.onnx").symlink_to(folder / "nowhere")
     assert found("a") == ["a/deep/er/m.onnx", "a/gone.onnx", "a/z.ONNX"]
@@ -79,7 +90,9 @@ def test_a_pipe_is_not_read_and_a_path_that_is_not_there_is_unreadable(folder: P
 
 
 def test_the_size_of_a_target_is_that_of_its_model(folder: Path) -> None:
-    sizes = {target.path.as_posix(): target.bytes for target in find_targets([Path(), Path("absent")])}
+    sizes = {
+        target.path.as_posix(): target.bytes for target in find_targets([Path(), Path("absent")])
+    }
     assert sizes["b.onnx"] == len("b.onnx")
     assert sizes["bundles/x/1"] == len("bundles/x/1/model.onnx")
     assert sizes["absent"] == 0

@@ -1,4 +1,6 @@
-"""`evalmode verify` judges files from anywhere: it answers with records or with one sentence, and never breaks."""
+"""`evalmode verify` judges files from anywhere: it answers with records or with one sentence, and
+never breaks.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def model_of(
     opset: int = 20,
 ) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "main", [X], [Y], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset), *OWN], functions=functions)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset), *OWN], functions=functions
+    )
 
 
 def verified(model: onnx.ModelProto | bytes, folder: Path) -> Verified:
@@ -48,7 +52,9 @@ def verdicts(found: Verified) -> dict[str, Verdict]:
 
 
 def rewritten(released: Released, root: Path, **changed: bytes) -> Path:
-    """The bundle with some files exchanged, every hash and its certificate made anew: whole, and unchecked."""
+    """The bundle with some files exchanged, every hash and its certificate made anew: whole, and
+    unchecked.
+    """
     bundle = open_bundle(released.path)
     files = {"model": MODEL_FILE, "known_answers": KNOWN_ANSWERS_FILE}
     contents = {**bundle.contents, **{files[name]: data for name, data in changed.items()}}
@@ -57,13 +63,18 @@ def rewritten(released: Released, root: Path, **changed: bytes) -> Path:
     return write_bundle(root, manifest=manifest, certificate=certificate, contents=contents)
 
 
-def test_a_bundle_is_verified_by_its_certificate_and_by_what_is_seen_anew(released: Released) -> None:
+def test_a_bundle_is_verified_by_its_certificate_and_by_what_is_seen_anew(
+    released: Released,
+) -> None:
     found = verify(released.path)
     assert found.verdict is Verdict.PASS
     assert found.file == released.path / MODEL_FILE
     rules = [record.rule for record in (*found.certified, *found.records)]
     assert len(rules) == len(set(rules)), "a rule that ran again stands once"
-    assert set(rules) == {record.rule for record in released.certificate.records} | {EXPECTATION_GAP, KNOWN_ANSWERS}
+    assert set(rules) == {record.rule for record in released.certificate.records} | {
+        EXPECTATION_GAP,
+        KNOWN_ANSWERS,
+    }
     assert found.records[-1].why == "the known answers come out bitwise"
     assert found.records[-1].measured == "8 answers, 0.00e+00 standard deviations"
 
@@ -72,57 +83,93 @@ def test_a_folder_above_a_bundle_means_the_bundle(released: Released) -> None:
     assert verify(released.path.parent.parent).path == released.path
 
 
-def test_a_known_answer_that_does_not_come_out_is_a_failed_record(released: Released, tmp_path: Path) -> None:
+def test_a_known_answer_that_does_not_come_out_is_a_failed_record(
+    released: Released, tmp_path: Path
+) -> None:
     answers = open_bundle(released.path).known_answers()
     wrong = {name: tensor + np.float32(1) for name, tensor in answers[2].outputs.items()}
-    changed = (*answers[:2], KnownAnswer(inputs=answers[2].inputs, outputs=wrong, text=answers[2].text), *answers[3:])
+    changed = (
+        *answers[:2],
+        KnownAnswer(inputs=answers[2].inputs, outputs=wrong, text=answers[2].text),
+        *answers[3:],
+    )
     found = verify(rewritten(released, tmp_path, known_answers=pack(changed)))
     assert found.verdict is Verdict.FAIL
-    assert {rule for rule, verdict in verdicts(found).items() if verdict is Verdict.FAIL} == {KNOWN_ANSWERS}
+    assert {rule for rule, verdict in verdicts(found).items() if verdict is Verdict.FAIL} == {
+        KNOWN_ANSWERS
+    }
     assert verdicts(found)[KNOWN_ANSWERS] is Verdict.FAIL
-    assert found.records[-1].why.startswith("known answer 2 does not come out: output 'logits' differs by")
+    assert found.records[-1].why.startswith(
+        "known answer 2 does not come out: output 'logits' differs by"
+    )
 
 
-def test_a_graph_that_draws_fails_whatever_its_certificate_says(released: Released, tmp_path: Path) -> None:
+def test_a_graph_that_draws_fails_whatever_its_certificate_says(
+    released: Released, tmp_path: Path
+) -> None:
     model = onnx.load_model_from_string(open_bundle(released.path).model)
-    model.graph.node.append(helper.make_node("RandomUniform", [], ["noise"], name="draw", shape=[1]))
+    model.graph.node.append(
+        helper.make_node("RandomUniform", [], ["noise"], name="draw", shape=[1])
+    )
     found = verify(rewritten(released, tmp_path, model=model.SerializeToString()))
     assert verdicts(found)["stochastic-op"] is Verdict.FAIL
     assert found.verdict is Verdict.FAIL
 
 
-def test_a_bare_file_is_judged_by_its_structure_alone_and_says_which_rules_do_not_apply(tmp_path: Path) -> None:
+def test_a_bare_file_is_judged_by_its_structure_alone_and_says_which_rules_do_not_apply(
+    tmp_path: Path,
+) -> None:
     found = verified(model_of(helper.make_node("Relu", ["x"], ["y"])), tmp_path)
     assert verdicts(found) == dict.fromkeys((rule.RULE for rule in STRUCTURE), Verdict.PASS)
     assert found.verdict is Verdict.PASS
     assert [record.rule for record in found.records] == [rule.name for rule in every_rule()]
-    reasons = {record.rule: record.why for record in found.records if record.verdict is Verdict.NOT_APPLICABLE}
+    reasons = {
+        record.rule: record.why
+        for record in found.records
+        if record.verdict is Verdict.NOT_APPLICABLE
+    }
     assert reasons["parity"] == "it needs the module itself, which `evalmode export` has"
-    assert reasons["repeatability"] == "it needs inputs to run the graph on: give them with --inputs"
+    assert (
+        reasons["repeatability"] == "it needs inputs to run the graph on: give them with --inputs"
+    )
     assert reasons[KNOWN_ANSWERS] == "it needs a bundle's known answers"
 
 
-def test_a_weight_that_is_wrong_whatever_else_is_at_hand_is_found_in_a_bare_file(tmp_path: Path) -> None:
+def test_a_weight_that_is_wrong_whatever_else_is_at_hand_is_found_in_a_bare_file(
+    tmp_path: Path,
+) -> None:
     nan = numpy_helper.from_array(np.asarray([1, np.nan], np.float32), "w")
-    found = verified(model_of(helper.make_node("Add", ["x", "w"], ["y"]), constants=(nan,)), tmp_path)
+    found = verified(
+        model_of(helper.make_node("Add", ["x", "w"], ["y"]), constants=(nan,)), tmp_path
+    )
     assert found.verdict is Verdict.FAIL
     (record,) = [record for record in found.records if record.rule == "non-finite"]
     assert (record.verdict, record.why) == (Verdict.FAIL, "the graph alone shows it")
     assert [finding.node for finding in record.findings] == ["w"]
 
 
-def test_a_weight_that_looks_like_a_mask_is_a_warning_and_its_rule_still_needs_the_module(tmp_path: Path) -> None:
+def test_a_weight_that_looks_like_a_mask_is_a_warning_and_its_rule_still_needs_the_module(
+    tmp_path: Path,
+) -> None:
     kept = np.random.default_rng(0).random(5000) < 0.8
     mask = numpy_helper.from_array(kept.astype(np.float32) / np.float32(0.8), "mask")
-    found = verified(model_of(helper.make_node("Mul", ["x", "mask"], ["y"]), constants=(mask,)), tmp_path)
+    found = verified(
+        model_of(helper.make_node("Mul", ["x", "mask"], ["y"]), constants=(mask,)), tmp_path
+    )
     assert found.verdict is Verdict.PASS
     (record,) = [record for record in found.records if record.rule == "baked-noise"]
     assert record.verdict is Verdict.NOT_APPLICABLE
-    assert [(finding.severity, finding.node) for finding in record.findings] == [(Severity.WARNING, "mask")]
+    assert [(finding.severity, finding.node) for finding in record.findings] == [
+        (Severity.WARNING, "mask")
+    ]
 
 
-def test_an_excluded_rule_judges_nothing_now_or_then_and_is_named(released: Released, tmp_path: Path) -> None:
-    (tmp_path / "draw.onnx").write_bytes(model_of(helper.make_node("Bernoulli", ["x"], ["y"])).SerializeToString())
+def test_an_excluded_rule_judges_nothing_now_or_then_and_is_named(
+    released: Released, tmp_path: Path
+) -> None:
+    (tmp_path / "draw.onnx").write_bytes(
+        model_of(helper.make_node("Bernoulli", ["x"], ["y"])).SerializeToString()
+    )
     drawn = verify(tmp_path / "draw.onnx", Asked(excluded=["stochastic-op"]))
     assert drawn.verdict is Verdict.PASS
     assert "stochastic-op" not in verdicts(drawn)
@@ -133,7 +180,9 @@ def test_an_excluded_rule_judges_nothing_now_or_then_and_is_named(released: Rele
 
 
 def test_a_file_to_which_no_rule_was_applied_is_not_proven(tmp_path: Path) -> None:
-    (tmp_path / "any.onnx").write_bytes(model_of(helper.make_node("Relu", ["x"], ["y"])).SerializeToString())
+    (tmp_path / "any.onnx").write_bytes(
+        model_of(helper.make_node("Relu", ["x"], ["y"])).SerializeToString()
+    )
     found = verify(tmp_path / "any.onnx", Asked(excluded=[rule.name for rule in every_rule()]))
     assert found.records == ()
     assert found.verdict is Verdict.UNPROVEN
@@ -144,7 +193,9 @@ def dropout(**attributes: object) -> onnx.NodeProto:
 
 
 def outside() -> onnx.TensorProto:
-    tensor = TensorProto(name="m", data_type=TensorProto.BOOL, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name="m", data_type=TensorProto.BOOL, dims=[1], data_location=TensorProto.EXTERNAL
+    )
     tensor.external_data.add(key="location", value="weights.bin")
     return tensor
 
@@ -153,7 +204,10 @@ def outside() -> onnx.TensorProto:
     ("mode", "said"),
     [
         (outside(), "'weights.bin', which is not there"),
-        (TensorProto(name="m", data_type=TensorProto.FLOAT, dims=[4], raw_data=b"abc"), "has 3 bytes"),
+        (
+            TensorProto(name="m", data_type=TensorProto.FLOAT, dims=[4], raw_data=b"abc"),
+            "has 3 bytes",
+        ),
         (TensorProto(name="m"), "has element type 0"),
     ],
     ids=["in a file that is absent", "malformed", "without a type"],
@@ -161,7 +215,9 @@ def outside() -> onnx.TensorProto:
 def test_a_mode_that_cannot_be_read_is_one_sentence_that_names_the_tensor(
     mode: onnx.TensorProto, said: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelUnreadable, match=rf"any\.onnx is not a valid ONNX model: the tensor 'm'.*{said}"):
+    with pytest.raises(
+        ModelUnreadable, match=rf"any\.onnx is not a valid ONNX model: the tensor 'm'.*{said}"
+    ):
         verified(model_of(dropout(), constants=(mode,)), tmp_path)
 
 
@@ -205,7 +261,9 @@ def test_a_flag_that_a_functions_caller_decides_is_judged_at_each_call(
     ],
     ids=["empty", "text", "zeros", "wild opset", "no graph"],
 )
-def test_what_holds_no_model_is_one_sentence_that_names_the_file(data: bytes, tmp_path: Path) -> None:
+def test_what_holds_no_model_is_one_sentence_that_names_the_file(
+    data: bytes, tmp_path: Path
+) -> None:
     with pytest.raises(ModelUnreadable, match=r"any\.onnx is not an ONNX model: "):
         verified(data, tmp_path)
 
@@ -216,9 +274,13 @@ def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_file_with_any_one_byte_changed_is_verified_or_unreadable(tmp_path: Path) -> None:
-    constant = helper.make_node("Constant", [], ["m"], value=numpy_helper.from_array(np.asarray(True)))
+    constant = helper.make_node(
+        "Constant", [], ["m"], value=numpy_helper.from_array(np.asarray(True))
+    )
     half = numpy_helper.from_array(np.float32(0.5), "r")
-    whole = model_of(constant, helper.make_node("Dropout", ["x", "r", "m"], ["y"], name="d"), constants=(half,))
+    whole = model_of(
+        constant, helper.make_node("Dropout", ["x", "r", "m"], ["y"], name="d"), constants=(half,)
+    )
     data, draw = whole.SerializeToString(), random.Random(0)
     readable = 0
     for _ in range(600):

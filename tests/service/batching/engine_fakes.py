@@ -1,4 +1,6 @@
-"""Rows that are numbers, runs that can be held and wedged, and an observer that writes down what it is told."""
+"""Rows that are numbers, runs that can be held and wedged, and an observer that writes down what it
+is told.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Recorded:
 
 
 class Held(Recorded):
-    """The first run is held until `release`; `begun` says that it is under way. The others run through."""
+    """The first run is held until `release`; `begun` says that it is under way. The others run
+    through.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +111,9 @@ def engine_of(*, parallel: int = 1, **settings: Any) -> Iterator[Engine[Number, 
 
 @contextmanager
 def one_thread_held(**settings: Any) -> Iterator[tuple[Engine[Number, Any], Callable[[], None]]]:
-    """An engine of one thread, which is busy until the given function is called: what is asked meanwhile waits."""
+    """An engine of one thread, which is busy until the given function is called: what is asked
+    meanwhile waits.
+    """
     held = Held()
     with engine_of(limits=settings.pop("limits", Limits()), **settings) as engine:
         asked = in_thread(lambda: engine.answer([(bucket_of(held, label="held"), Number(0))]))
@@ -125,12 +131,16 @@ def in_thread(call: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def jobs_of(bucket: Bucket[Number, Any], values: Sequence[int]) -> list[tuple[Bucket[Number, Any], Number]]:
+def jobs_of(
+    bucket: Bucket[Number, Any], values: Sequence[int]
+) -> list[tuple[Bucket[Number, Any], Number]]:
     return [(bucket, Number(value)) for value in values]
 
 
 async def asked(engine, *requests, timeout_s=None) -> list[asyncio.Task]:
     """The requests, each in a task of its own, all of them waiting in the queue in this order."""
-    tasks = [asyncio.create_task(engine.answer_async(jobs, timeout_s=timeout_s)) for jobs in requests]
+    tasks = [
+        asyncio.create_task(engine.answer_async(jobs, timeout_s=timeout_s)) for jobs in requests
+    ]
     await asyncio.sleep(0)
     return tasks

@@ -28,7 +28,10 @@ def test_where_it_costs_the_same_a_batch_has_few_copies_and_many_rows():
 def test_no_allowed_row_count_is_cheaper_for_a_row(costs, rows):
     bucket = bucket_of(costs=costs)
     chosen = bucket.places_for(rows)
-    assert all(costs[chosen] / min(chosen, rows) <= cost / min(count, rows) for count, cost in costs.items())
+    assert all(
+        costs[chosen] / min(chosen, rows) <= cost / min(count, rows)
+        for count, cost in costs.items()
+    )
     if rows <= max(costs):
         assert bucket.cheapest_holding(rows) >= rows
 

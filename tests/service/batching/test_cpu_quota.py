@@ -7,7 +7,9 @@ import pytest
 
 from evalmode.service.batching.cpu_quota import cpu_quota
 
-EVERY_CPU = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+EVERY_CPU = (
+    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
 
 
 @pytest.fixture
@@ -31,7 +33,13 @@ def test_without_a_quota_it_is_the_affinity(tmp_path):
 @pytest.mark.usefixtures("many_cpus")
 @pytest.mark.parametrize(
     ("limit", "cpus"),
-    [("200000 100000\n", 2), ("150000 100000\n", 1), ("50000 100000\n", 1), ("max 100000\n", 16), ("", 16)],
+    [
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 1),
+        ("50000 100000\n", 1),
+        ("max 100000\n", 16),
+        ("", 16),
+    ],
 )
 def test_a_version_2_quota_counts_whole_cpus_and_at_least_one(tmp_path, limit, cpus):
     root = tree(tmp_path, {"sys/fs/cgroup/cpu.max": limit, "proc/self/cgroup": "0::/\n"})

@@ -1,4 +1,6 @@
-"""The engine's rules one by one, with rows that are numbers: the answer of a row is ten times itself."""
+"""The engine's rules one by one, with rows that are numbers: the answer of a row is ten times
+itself.
+"""
 
 from __future__ import annotations
 
@@ -80,14 +82,23 @@ def test_idle_threads_share_what_waits():
 def test_where_no_smaller_row_count_may_run_a_batch_is_filled_with_copies_of_its_last_row():
     run, notes = Recorded(), Notes()
     with engine_of(observers=[notes]) as engine:
-        assert engine.answer(jobs_of(bucket_of(run, costs={4: 1.0}), [1, 2, 3, 4, 5])) == [10, 20, 30, 40, 50]
+        assert engine.answer(jobs_of(bucket_of(run, costs={4: 1.0}), [1, 2, 3, 4, 5])) == [
+            10,
+            20,
+            30,
+            40,
+            50,
+        ]
     assert run.batches == [[1, 2, 3, 4], [5, 5, 5, 5]]
     assert notes.ran == [("8", [1, 2, 3, 4], 4), ("8", [5], 4)]
 
 
 def test_the_earliest_deadline_goes_first_and_takes_rows_of_its_bucket_with_it():
     run = Recorded()
-    short, long = bucket_of(run, label="8", costs={2: 1.0}), bucket_of(run, label="32", costs={1: 1.0})
+    short, long = (
+        bucket_of(run, label="8", costs={2: 1.0}),
+        bucket_of(run, label="32", costs={1: 1.0}),
+    )
 
     async def ask(engine, release) -> None:
         tasks = await asked(engine, jobs_of(short, [1]), timeout_s=90)
@@ -104,7 +115,10 @@ def test_the_earliest_deadline_goes_first_and_takes_rows_of_its_bucket_with_it()
 def test_nothing_that_came_patience_later_goes_first_however_early_its_deadline():
     now = [0.0]
     run = Recorded()
-    patient, pressing = bucket_of(run, label="patient"), bucket_of(run, label="pressing", costs={1: 1.0})
+    patient, pressing = (
+        bucket_of(run, label="patient"),
+        bucket_of(run, label="pressing", costs={1: 1.0}),
+    )
 
     async def ask(engine, release) -> None:
         tasks = await asked(engine, jobs_of(patient, [1, 2]))  # no deadline at all
@@ -115,13 +129,18 @@ def test_nothing_that_came_patience_later_goes_first_however_early_its_deadline(
         release()
         await asyncio.gather(*tasks)
 
-    with one_thread_held(clock=lambda: now[0], limits=Limits(patience_s=1000.0)) as (engine, release):
+    with one_thread_held(clock=lambda: now[0], limits=Limits(patience_s=1000.0)) as (
+        engine,
+        release,
+    ):
         asyncio.run(ask(engine, release))
     assert run.batches == [[3], [1, 2], [4]]
 
 
 def test_no_bucket_starves_under_a_stream_of_pressing_rows_in_another():
-    """Batches of 0.1 s and a patience of 1 s: at most eleven go before it, with the one that runs when it comes."""
+    """Batches of 0.1 s and a patience of 1 s: at most eleven go before it, with the one that runs
+    when it comes.
+    """
     now, ran = [0.0], Recorded()
     patient = bucket_of(ran)
 
@@ -135,7 +154,8 @@ def test_no_bucket_starves_under_a_stream_of_pressing_rows_in_another():
         def run_pressing(rows: Sequence[Number]) -> list[int]:
             now[0] += 0.1
             if [1] not in ran.batches and len(ran.batches) < 50:
-                asyncio.run_coroutine_threadsafe(one_more(), loop).result(WAIT_S)  # waits before this one has ended
+                # waits before this one has ended
+                asyncio.run_coroutine_threadsafe(one_more(), loop).result(WAIT_S)
             return list(ran(rows))
 
         pressing = bucket_of(run_pressing, label="pressing", costs={1: 1.0})
@@ -160,7 +180,8 @@ def test_a_request_that_does_not_fit_whole_is_refused_whole_with_a_time_to_come_
         first = await asked(engine, jobs_of(bucket, [1, 2, 3]))
         with pytest.raises(QueueFull, match="no room for 2 more rows") as refusal:
             await engine.answer_async(jobs_of(bucket, [4, 5]))
-        assert refusal.value.retry_after_s == 15  # three rows at the five seconds that the bucket's costs say
+        # three rows at the five seconds that the bucket's costs say
+        assert refusal.value.retry_after_s == 15
         assert engine.load.waiting_rows == 3
         first += await asked(engine, jobs_of(bucket, [4]))
         release()
@@ -176,7 +197,9 @@ def test_who_would_have_to_wait_too_long_is_refused_and_who_comes_first_is_not()
     with one_thread_held(limits=Limits(queue_s=2.5)) as (engine, release):
 
         async def ask() -> list[object]:
-            tasks = await asked(engine, *[jobs_of(bucket, values) for values in ([1], [2, 3], [4], [5])])
+            tasks = await asked(
+                engine, *[jobs_of(bucket, values) for values in ([1], [2, 3], [4], [5])]
+            )
             release()
             return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -229,7 +252,9 @@ def test_the_queue_is_bounded_in_bytes_too():
 
 def test_a_request_larger_than_the_whole_queue_is_told_to_split():
     with engine_of(limits=Limits(queue_rows=4, queue_bytes=100)) as engine:
-        with pytest.raises(BodyTooLarge, match=r"5 rows of 40 bytes.*4 rows of 100 bytes: split it"):
+        with pytest.raises(
+            BodyTooLarge, match=r"5 rows of 40 bytes.*4 rows of 100 bytes: split it"
+        ):
             engine.answer(jobs_of(bucket_of(), [1, 2, 3, 4, 5]))
         with pytest.raises(BodyTooLarge, match="split it"):
             engine.answer([(bucket_of(), Number(1, nbytes=101))])
@@ -263,7 +288,8 @@ def test_a_request_that_was_answered_or_failed_is_kept_nowhere():
             with contextlib.suppress(RunFailed):
                 engine.answer([(bucket, poison)])
             del row, poison
-            assert engine.answer(jobs_of(bucket, [2])) == [20]  # by then the thread has left the others behind
+            # by then the thread has left the others behind
+            assert engine.answer(jobs_of(bucket, [2])) == [20]
             assert [ref() for ref in gone] == [None, None]
         finally:
             gc.enable()
@@ -273,7 +299,12 @@ def test_it_says_what_waits_and_what_runs():
     async def ask(engine, release) -> None:
         tasks = await asked(engine, jobs_of(bucket_of(), [1, 2, 3]))
         load = engine.load
-        assert (load.waiting_rows, load.waiting_bytes, load.running_batches, load.parallel) == (3, 24, 1, 1)
+        assert (load.waiting_rows, load.waiting_bytes, load.running_batches, load.parallel) == (
+            3,
+            24,
+            1,
+            1,
+        )
         release()
         await asyncio.gather(*tasks)
         load = engine.load

@@ -45,7 +45,9 @@ def test_as_much_time_as_it_takes_is_fine(timeout_s):
     with engine_of() as engine:
         assert engine.answer(jobs_of(bucket_of(), [1]), timeout_s=timeout_s) == [10]
         if timeout_s != 1e30:  # an event loop's clock goes to some centuries
-            assert asyncio.run(engine.answer_async(jobs_of(bucket_of(), [1]), timeout_s=timeout_s)) == [10]
+            assert asyncio.run(
+                engine.answer_async(jobs_of(bucket_of(), [1]), timeout_s=timeout_s)
+            ) == [10]
 
 
 @pytest.mark.parametrize("ask", [blocking, awaited])
@@ -81,7 +83,8 @@ def test_a_row_past_its_deadline_is_not_started_even_when_no_timer_came_to_say_s
     bucket = bucket_of(run, costs={1: 3.0, 4: 4.0})
 
     async def ask(engine, release) -> list:
-        tasks = await asked(engine, jobs_of(bucket, [1, 2]), timeout_s=500)  # by a clock that no timer knows
+        # by a clock that no timer knows
+        tasks = await asked(engine, jobs_of(bucket, [1, 2]), timeout_s=500)
         tasks += await asked(engine, jobs_of(bucket, [3]), timeout_s=900)
         now[0] = 500.0
         release()
@@ -100,7 +103,9 @@ def test_a_cancelled_caller_takes_his_rows_out_at_once():
     short, long = bucket_of(run), bucket_of(run, label="32")
 
     async def ask(engine, release) -> None:
-        leaving, staying = await asked(engine, jobs_of(short, [1, 2]) + jobs_of(long, [3]), jobs_of(short, [4]))
+        leaving, staying = await asked(
+            engine, jobs_of(short, [1, 2]) + jobs_of(long, [3]), jobs_of(short, [4])
+        )
         assert engine.load.waiting_rows == 4
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -36,7 +36,9 @@ def test_of_requests_that_shared_a_batch_only_the_guilty_one_fails():
     bucket = bucket_of(run, costs={2: 9.0, 4: 1.0})
 
     async def ask(engine, release) -> list:
-        tasks = await asked(engine, jobs_of(bucket, [1]), jobs_of(bucket, [13]), jobs_of(bucket, [2, 3]))
+        tasks = await asked(
+            engine, jobs_of(bucket, [1]), jobs_of(bucket, [13]), jobs_of(bucket, [2, 3])
+        )
         release()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -49,7 +51,7 @@ def test_of_requests_that_shared_a_batch_only_the_guilty_one_fails():
     assert notes.dropped == [("failed", "8", 1)]
 
 
-def test_of_a_batch_that_failed_no_row_is_run_again_that_is_late_or_whose_request_has_failed_already():
+def test_of_a_batch_that_failed_no_row_is_run_again_that_is_late_or_whose_request_failed():
     now = [0.0]
     ran = Recorded()
 
@@ -61,7 +63,8 @@ def test_of_a_batch_that_failed_no_row_is_run_again_that_is_late_or_whose_reques
 
     async def ask(engine, release) -> list:
         tasks = await asked(engine, jobs_of(bucket, [13, 1]), timeout_s=900)
-        tasks += await asked(engine, jobs_of(bucket, [2]), timeout_s=150)  # past when its turn to run again comes
+        # past when its turn to run again comes
+        tasks += await asked(engine, jobs_of(bucket, [2]), timeout_s=150)
         tasks += await asked(engine, jobs_of(bucket, [3]), timeout_s=900)
         release()
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -91,12 +94,16 @@ def test_on_its_first_failure_the_other_rows_of_a_request_leave_the_queue():
 
 def test_an_exception_in_the_place_of_an_answer_fails_that_row_s_request_alone():
     def run(rows: Sequence[Number]) -> list[int | Exception]:
-        return [InvalidField("no", field="inputs.0") if row.value == 13 else row.value for row in rows]
+        return [
+            InvalidField("no", field="inputs.0") if row.value == 13 else row.value for row in rows
+        ]
 
     bucket = bucket_of(run, costs={4: 1.0})
 
     async def ask(engine, release) -> list:
-        tasks = await asked(engine, jobs_of(bucket, [1]), jobs_of(bucket, [13]), jobs_of(bucket, [2]))
+        tasks = await asked(
+            engine, jobs_of(bucket, [1]), jobs_of(bucket, [13]), jobs_of(bucket, [2])
+        )
         release()
         return await asyncio.gather(*tasks, return_exceptions=True)
 

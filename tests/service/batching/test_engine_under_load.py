@@ -1,4 +1,6 @@
-"""The engine under many callers at once: every answer is right, every batch allowed, nothing lost and nothing kept."""
+"""The engine under many callers at once: every answer is right, every batch allowed, nothing lost
+and nothing kept.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from hypothesis import strategies as st
 
 from evalmode.service.batching.engine import Bucket, Limits
 from evalmode.service.errors import DeadlineExceeded, NotReady, QueueFull, RunFailed
-from tests.service.batching.engine_fakes import WAIT_S, Held, Notes, Number, bucket_of, engine_of, in_thread, jobs_of
+from tests.service.batching.engine_fakes import (
+    WAIT_S,
+    Held,
+    Notes,
+    Number,
+    bucket_of,
+    engine_of,
+    in_thread,
+    jobs_of,
+)
 
 LABELS = ("short", "long", "other")
 POISON = 13
@@ -24,7 +35,9 @@ SPOILT = 17  # an exception in its place, not of its batch
 
 
 class Checked:
-    """A run that finds its rows to be of its own bucket and of an allowed number, and gives way in between."""
+    """A run that finds its rows to be of its own bucket and of an allowed number, and gives way in
+    between.
+    """
 
     def __init__(self, number: int, counts: Sequence[int]) -> None:
         self.faults: list[str] = []
@@ -34,22 +47,29 @@ class Checked:
     def __call__(self, rows: Sequence[Number]) -> list[int | Exception]:
         if len(rows) not in self._counts:
             self.faults.append(f"a batch of {len(rows)}, allowed is {self._counts}")
-        if any(row.nbytes != self._number for row in rows):  # rows carry their bucket's number as their bytes
+        # rows carry their bucket's number as their bytes
+        if any(row.nbytes != self._number for row in rows):
             self.faults.append("a row of another bucket")
         if any(row.value == POISON for row in rows):
             raise ArithmeticError("poison")
-        return [ValueError("spoilt") if row.value == SPOILT else row.value * 10 + self._number for row in rows]
+        return [
+            ValueError("spoilt") if row.value == SPOILT else row.value * 10 + self._number
+            for row in rows
+        ]
 
 
 COUNTS = st.sets(st.sampled_from([1, 2, 3, 4, 8, 16]), min_size=1).map(sorted)
 ROW = st.tuples(st.integers(0, 2), st.integers(0, 20) | st.sampled_from([POISON, SPOILT]))
 REQUEST = st.tuples(
-    st.lists(ROW, min_size=1, max_size=12), st.sampled_from(["stay", "stay", "stay", "cancel", "deadline"])
+    st.lists(ROW, min_size=1, max_size=12),
+    st.sampled_from(["stay", "stay", "stay", "cancel", "deadline"]),
 )
 
 
 async def outcome(engine, jobs, fate: str) -> object:
-    task = asyncio.create_task(engine.answer_async(jobs, timeout_s=1e-4 if fate == "deadline" else WAIT_S))
+    task = asyncio.create_task(
+        engine.answer_async(jobs, timeout_s=1e-4 if fate == "deadline" else WAIT_S)
+    )
     if fate == "cancel":
         await asyncio.sleep(0)
         task.cancel()
@@ -58,8 +78,12 @@ async def outcome(engine, jobs, fate: str) -> object:
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.lists(REQUEST, min_size=1, max_size=25), st.tuples(COUNTS, COUNTS, COUNTS), st.integers(1, 3))
-def test_any_mix_of_requests_is_answered_right_or_fails_for_a_reason_of_its_own(requests, counts, parallel):
+@given(
+    st.lists(REQUEST, min_size=1, max_size=25), st.tuples(COUNTS, COUNTS, COUNTS), st.integers(1, 3)
+)
+def test_any_mix_of_requests_is_answered_right_or_fails_for_a_reason_of_its_own(
+    requests, counts, parallel
+):
     runs = [Checked(number, allowed) for number, allowed in enumerate(counts)]
     buckets = [
         bucket_of(run, label=label, costs={count: 1.0 + count / 8 for count in allowed})
@@ -69,7 +93,11 @@ def test_any_mix_of_requests_is_answered_right_or_fails_for_a_reason_of_its_own(
 
     async def ask(engine) -> list[object]:
         asked = [
-            outcome(engine, [(buckets[number], Number(value, nbytes=number)) for number, value in rows], fate)
+            outcome(
+                engine,
+                [(buckets[number], Number(value, nbytes=number)) for number, value in rows],
+                fate,
+            )
             for rows, fate in requests
         ]
         return await asyncio.gather(*asked)
@@ -86,19 +114,28 @@ def test_any_mix_of_requests_is_answered_right_or_fails_for_a_reason_of_its_own(
             assert answers == [value * 10 + number for number, value in rows]
             assert not guilty
         else:
-            allowed = {"stay": (), "cancel": (asyncio.CancelledError,), "deadline": (DeadlineExceeded,)}[fate]
+            allowed = {
+                "stay": (),
+                "cancel": (asyncio.CancelledError,),
+                "deadline": (DeadlineExceeded,),
+            }[fate]
             assert isinstance(answers, (*allowed, RunFailed))
             assert guilty or not isinstance(answers, RunFailed)
-    lost = Counter(type(answers) for (rows, _), answers in zip(requests, found, strict=True) for _ in rows)
+    lost = Counter(
+        type(answers) for (rows, _), answers in zip(requests, found, strict=True) for _ in rows
+    )
     told = sum(rows for _, _, rows in notes.dropped)
     at_least = lost[DeadlineExceeded] + lost[RunFailed]
-    assert at_least <= told <= at_least + lost[asyncio.CancelledError]  # some are cancelled when their answer is there
+    # some are cancelled when their answer is there
+    assert at_least <= told <= at_least + lost[asyncio.CancelledError]
 
 
 def mixed_buckets() -> list[Bucket]:
     costs = {1: 1.0, 2: 1.1, 4: 1.3, 8: 2.0}
     return [
-        bucket_of(lambda rows, add=add: [row.value * 10 + add for row in rows], label=label, costs=costs)
+        bucket_of(
+            lambda rows, add=add: [row.value * 10 + add for row in rows], label=label, costs=costs
+        )
         for add, label in enumerate(LABELS)
     ]
 
@@ -108,8 +145,12 @@ def test_callers_that_block_and_callers_that_await_each_get_their_own_answers():
     wrong: list[object] = []
 
     def request(chance: random.Random) -> tuple[list, list[int]]:
-        picks = [(chance.randrange(3), chance.randrange(10_000)) for _ in range(chance.randint(1, 20))]
-        return [(buckets[b], Number(value)) for b, value in picks], [value * 10 + b for b, value in picks]
+        picks = [
+            (chance.randrange(3), chance.randrange(10_000)) for _ in range(chance.randint(1, 20))
+        ]
+        return [(buckets[b], Number(value)) for b, value in picks], [
+            value * 10 + b for b, value in picks
+        ]
 
     def block(engine, seed: int) -> None:
         chance = random.Random(seed)
@@ -147,7 +188,10 @@ def test_closing_under_load_answers_all_that_was_accepted_and_nothing_else():
     def ask(engine, seed: int) -> None:
         for value in range(1_000_000):
             try:
-                assert engine.answer(jobs_of(buckets[0], [value, seed]), timeout_s=WAIT_S) == [value * 10, seed * 10]
+                assert engine.answer(jobs_of(buckets[0], [value, seed]), timeout_s=WAIT_S) == [
+                    value * 10,
+                    seed * 10,
+                ]
             except NotReady:
                 ended["refused"] += 1
                 return
@@ -161,7 +205,8 @@ def test_closing_under_load_answers_all_that_was_accepted_and_nothing_else():
         assert engine.close(timeout_s=WAIT_S)
         for thread in threads:
             thread.join(WAIT_S)
-    assert ended["refused"] == 8  # all others got theirs: no other error, and no caller left waiting
+    # all others got theirs: no other error, and no caller left waiting
+    assert ended["refused"] == 8
 
 
 def test_a_wedged_run_and_100_000_cancelled_requests_leave_nothing_behind():
@@ -171,7 +216,8 @@ def test_a_wedged_run_and_100_000_cancelled_requests_leave_nothing_behind():
     async def cancelled(engine, count: int) -> None:
         for _ in range(count // 100):
             tasks = [
-                asyncio.create_task(engine.answer_async(jobs_of(bucket, [1]), timeout_s=WAIT_S)) for _ in range(100)
+                asyncio.create_task(engine.answer_async(jobs_of(bucket, [1]), timeout_s=WAIT_S))
+                for _ in range(100)
             ]
             await asyncio.sleep(0)
             assert engine.load.waiting_rows == 100
@@ -191,19 +237,25 @@ def test_a_wedged_run_and_100_000_cancelled_requests_leave_nothing_behind():
     with engine_of() as engine:
         asked = in_thread(lambda: engine.answer(jobs_of(bucket_of(held), [0])))
         assert held.begun.wait(WAIT_S)
-        assert asyncio.run(blocks_kept(engine)) < 5_000  # of Python's memory blocks: one a request would be 95,000
+        # of Python's memory blocks: one a request would be 95,000
+        assert asyncio.run(blocks_kept(engine)) < 5_000
         held.release.set()
         asked.join(WAIT_S)
 
 
 def test_cancelling_and_answering_at_the_same_moment_loses_no_wake_up():
-    """Single-row requests from one event loop, half of them cancelled while threads take and answer them."""
+    """Single-row requests from one event loop, half of them cancelled while threads take and answer
+    them.
+    """
     bucket = mixed_buckets()[0]
 
     async def ask(engine) -> None:
         chance = random.Random(4)
         for _ in range(200):
-            tasks = [asyncio.create_task(engine.answer_async(jobs_of(bucket, [value]))) for value in range(20)]
+            tasks = [
+                asyncio.create_task(engine.answer_async(jobs_of(bucket, [value])))
+                for value in range(20)
+            ]
             for _ in range(chance.randrange(4)):
                 await asyncio.sleep(0)
             leaving = set(chance.sample(range(20), 10))
@@ -212,7 +264,9 @@ def test_cancelling_and_answering_at_the_same_moment_loses_no_wake_up():
             async with asyncio.timeout(WAIT_S):
                 found = await asyncio.gather(*tasks, return_exceptions=True)
             for value, answers in enumerate(found):
-                assert answers == [value * 10] or (value in leaving and isinstance(answers, asyncio.CancelledError))
+                assert answers == [value * 10] or (
+                    value in leaving and isinstance(answers, asyncio.CancelledError)
+                )
 
     with engine_of(parallel=2) as engine:
         asyncio.run(ask(engine))
@@ -257,7 +311,9 @@ def test_one_request_wakes_its_event_loop_once_however_many_rows_it_has(rows, mo
             return call(*args, **kwargs)
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
-        assert len(await engine.answer_async(jobs_of(bucket_of(costs={1: 1.0}), range(rows)))) == rows
+        assert (
+            len(await engine.answer_async(jobs_of(bucket_of(costs={1: 1.0}), range(rows)))) == rows
+        )
 
     with engine_of(parallel=2) as engine:
         asyncio.run(ask(engine))

@@ -43,7 +43,8 @@ def proofs_of(fraction: float = 1.0, **settings) -> Proofs[Number, object]:
 def otherwise_in_company(rows: Sequence[Number]) -> list[float]:
     """The fault that the proof is for: the second row of a batch comes out otherwise than alone."""
     return [
-        row.value * 10 + (0.5 if place == 1 and row.value != rows[0].value else 0) for place, row in enumerate(rows)
+        row.value * 10 + (0.5 if place == 1 and row.value != rows[0].value else 0)
+        for place, row in enumerate(rows)
     ]
 
 
@@ -109,7 +110,9 @@ def test_rows_that_wait_go_before_every_proof():
         assert begun.wait(WAIT_S)
 
         async def five_more() -> None:
-            tasks = [asyncio.create_task(engine.answer_async([(quick, Number(n))])) for n in range(5)]
+            tasks = [
+                asyncio.create_task(engine.answer_async([(quick, Number(n))])) for n in range(5)
+            ]
             await asyncio.sleep(0)  # all five wait in the queue now
             release.set()
             await asyncio.gather(*tasks)
@@ -137,7 +140,8 @@ def test_one_thread_proves_at_a_time_so_that_the_others_stay_free():
         engine.answer(jobs_of(bucket, [1, 2, 3, 4]))
         assert begun.wait(WAIT_S)
         assert engine.load.running_batches == 0
-        for _ in range(20):  # the other thread answers, and finds four samples each time it has nothing else to do
+        # the other thread answers, and finds four samples each time it has nothing else to do
+        for _ in range(20):
             assert engine.answer(jobs_of(pairs, [4, 5])) == [40, 50]
         assert len(proofs) == 1
         release.set()
@@ -156,7 +160,9 @@ def test_a_proof_that_hangs_counts_as_a_stuck_run():
         return [0] * len(rows)
 
     ran: list[int] = []
-    with engine_of(proof_fraction=1.0, clock=lambda: now[0], limits=Limits(max_run_s=30.0)) as engine:
+    with engine_of(
+        proof_fraction=1.0, clock=lambda: now[0], limits=Limits(max_run_s=30.0)
+    ) as engine:
         engine.answer(jobs_of(bucket_of(run), [1]))
         assert begun.wait(WAIT_S)
         now[0] = 42.0

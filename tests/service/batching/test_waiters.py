@@ -1,4 +1,6 @@
-"""Waiting for room in the queue: first come first served, nobody forgotten, whoever leaves in between."""
+"""Waiting for room in the queue: first come first served, nobody forgotten, whoever leaves in
+between.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ import pytest
 from evalmode.service.batching.engine import Limits
 from evalmode.service.batching.waiters import Room
 from evalmode.service.errors import NotReady
-from tests.service.batching.engine_fakes import WAIT_S, bucket_of, engine_of, jobs_of, one_thread_held
+from tests.service.batching.engine_fakes import (
+    WAIT_S,
+    bucket_of,
+    engine_of,
+    jobs_of,
+    one_thread_held,
+)
 
 FOUR = Limits(queue_rows=4)
 
@@ -142,7 +150,9 @@ def test_one_who_was_woken_and_does_not_come_leaves_the_room_to_the_next():
 def test_room_is_offered_however_rows_leave(leave):
     async def ask(engine, release) -> None:
         timeout_s = 0.02 if leave == "deadline" else None
-        filling = asyncio.create_task(engine.answer_async(jobs_of(bucket_of(), [1, 2, 3, 4]), timeout_s=timeout_s))
+        filling = asyncio.create_task(
+            engine.answer_async(jobs_of(bucket_of(), [1, 2, 3, 4]), timeout_s=timeout_s)
+        )
         await turns()
         (waiter,) = await waiters(engine, 4)
         if leave == "run":

@@ -23,10 +23,14 @@ REMOVE = st.tuples(st.just("remove"), st.integers(0, 30))
 
 class Naive:
     def __init__(self) -> None:
-        self.rows: list[tuple[tuple[float, int], int, str, Part, int]] = []  # order, place, bucket, part, nbytes
+        self.rows: list[
+            tuple[tuple[float, int], int, str, Part, int]
+        ] = []  # order, place, bucket, part, nbytes
 
     def add(self, part: Part) -> None:
-        self.rows += [(part.order, place, part.bucket, part, nbytes) for place, _, nbytes in part.items]
+        self.rows += [
+            (part.order, place, part.bucket, part, nbytes) for place, _, nbytes in part.items
+        ]
         self.rows.sort(key=lambda row: row[:2])
 
     def head(self, bucket: str | None) -> Part | None:
@@ -68,7 +72,10 @@ def test_it_does_what_a_sorted_list_of_all_rows_does(steps):
         assert waiting.rows == len(naive.rows)
         assert waiting.nbytes == sum(row[4] for row in naive.rows)
         assert set(waiting) == {row[2] for row in naive.rows}
-        assert all(waiting.rows_of(bucket) == sum(row[2] == bucket for row in naive.rows) for bucket in BUCKETS)
+        assert all(
+            waiting.rows_of(bucket) == sum(row[2] == bucket for row in naive.rows)
+            for bucket in BUCKETS
+        )
 
 
 def test_what_was_removed_is_not_kept_anywhere():

@@ -1,4 +1,5 @@
-"""Run by the clients' own interpreter: kserve's InferenceRESTClient, unmodified. Prints JSON for the test to read.
+"""Run by the clients' own interpreter: kserve's InferenceRESTClient, unmodified. Prints JSON for
+the test to read.
 
 python kserve_rest.py http://HOST:PORT [ARGUMENTS AS JSON]
 """
@@ -20,7 +21,12 @@ from kserve.protocol.infer_type import RequestedOutput
 
 def text_input(texts: list[str], *, binary: bool) -> InferInput:
     array = np.array(texts, dtype=np.object_)
-    found = InferInput(name="text", shape=list(array.shape), datatype="BYTES", parameters={} if not binary else None)
+    found = InferInput(
+        name="text",
+        shape=list(array.shape),
+        datatype="BYTES",
+        parameters={} if not binary else None,
+    )
     found.set_data_from_numpy(array, binary_data=binary)
     if binary:
         found.parameters = {"binary_data_size": len(found._raw_data)}
@@ -42,7 +48,11 @@ async def asked(url: str, texts: list[str]) -> dict[str, Any]:
         for name, binary, outputs in (
             ("json", False, None),
             ("binary", True, None),
-            ("binary out", True, [RequestedOutput("logits", {"binary_data": True}), RequestedOutput("label", {})]),
+            (
+                "binary out",
+                True,
+                [RequestedOutput("logits", {"binary_data": True}), RequestedOutput("label", {})],
+            ),
         ):
             request = InferRequest(
                 model_name="tiny",
@@ -60,7 +70,9 @@ async def asked(url: str, texts: list[str]) -> dict[str, Any]:
         for name, model, datatype in (("unknown", "no", "BYTES"), ("wrong", "tiny", "FP32")):
             tensor = InferInput(name="text", shape=[1], datatype=datatype, data=[1.0])
             try:
-                await client.infer(url, InferRequest(model_name=model, infer_inputs=[tensor]), model_name=model)
+                await client.infer(
+                    url, InferRequest(model_name=model, infer_inputs=[tensor]), model_name=model
+                )
             except httpx.HTTPStatusError as error:
                 found[name] = [error.response.status_code, str(error)]
     return found

@@ -1,4 +1,5 @@
-"""Run by the clients' own interpreter: tritonclient.http, unmodified. Prints JSON for the test to read.
+"""Run by the clients' own interpreter: tritonclient.http, unmodified. Prints JSON for the test to
+read.
 
 python triton.py HOST:PORT PROGRAM [ARGUMENTS AS JSON]
 """
@@ -16,7 +17,9 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 
-def texts_of(given: dict[str, Any], *, binary: bool = True, column: bool = False) -> triton.InferInput:
+def texts_of(
+    given: dict[str, Any], *, binary: bool = True, column: bool = False
+) -> triton.InferInput:
     texts = np.array(given["texts"], dtype=np.object_)
     texts = texts.reshape(-1, 1) if column else texts
     found = triton.InferInput("text", list(texts.shape), "BYTES")
@@ -28,7 +31,9 @@ def shown(result: triton.InferResult, *names: str) -> dict[str, Any]:
     found = {}
     for name in names:
         array = result.as_numpy(name)
-        content = b"|".join(map(raw_of, array.ravel())) if array.dtype == object else array.tobytes()
+        content = (
+            b"|".join(map(raw_of, array.ravel())) if array.dtype == object else array.tobytes()
+        )
         found[name] = [str(array.dtype), list(array.shape), base64.b64encode(content).decode()]
     return found
 
@@ -42,7 +47,11 @@ def about(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
     return {
         "live": client.is_server_live(),
         "ready": client.is_server_ready(),
-        "model_ready": [client.is_model_ready("tiny"), client.is_model_ready("tiny", "1"), client.is_model_ready("no")],
+        "model_ready": [
+            client.is_model_ready("tiny"),
+            client.is_model_ready("tiny", "1"),
+            client.is_model_ready("no"),
+        ],
         "server": client.get_server_metadata(),
         "model": client.get_model_metadata("tiny"),
         "version": client.get_model_metadata("tiny", "1"),
@@ -60,16 +69,25 @@ def every_way(client: triton.InferenceServerClient, given: dict[str, Any]) -> An
     for name, options in {
         "json": {"inputs": [texts_of(given, binary=False)]},
         "column": {"inputs": [texts_of(given, column=True)]},
-        "json_out": {"outputs": [triton.InferRequestedOutput(name, binary_data=False) for name in names]},
-        "binary_out": {"outputs": [triton.InferRequestedOutput(name, binary_data=True) for name in names]},
+        "json_out": {
+            "outputs": [triton.InferRequestedOutput(name, binary_data=False) for name in names]
+        },
+        "binary_out": {
+            "outputs": [triton.InferRequestedOutput(name, binary_data=True) for name in names]
+        },
         "gzip": {"request_compression_algorithm": "gzip", "response_compression_algorithm": "gzip"},
-        "deflate": {"request_compression_algorithm": "deflate", "response_compression_algorithm": "deflate"},
+        "deflate": {
+            "request_compression_algorithm": "deflate",
+            "response_compression_algorithm": "deflate",
+        },
         "version": {"model_version": "1"},
     }.items():
         result = client.infer("tiny", options.pop("inputs", [texts_of(given)]), **options)
         found[name] = shown(result, *names)
     many = [client.async_infer("tiny", [texts_of(given)]) for _ in range(8)]
-    found.update({f"async {place}": shown(one.get_result(), *names) for place, one in enumerate(many)})
+    found.update(
+        {f"async {place}": shown(one.get_result(), *names) for place, one in enumerate(many)}
+    )
     return found
 
 
@@ -87,10 +105,14 @@ def tensors(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
     found = {}
     for binary in (True, False):
         x = np.array(given["x"], np.float32)
-        tensor = triton.InferInput("x", list(x.shape), "FP32").set_data_from_numpy(x, binary_data=binary)
+        tensor = triton.InferInput("x", list(x.shape), "FP32").set_data_from_numpy(
+            x, binary_data=binary
+        )
         found[f"y {binary}"] = shown(client.infer("tensors", [tensor]), "y")
         ids = np.array(given["ids"], np.int64)
-        tensor = triton.InferInput("input_ids", list(ids.shape), "INT64").set_data_from_numpy(ids, binary_data=binary)
+        tensor = triton.InferInput("input_ids", list(ids.shape), "INT64").set_data_from_numpy(
+            ids, binary_data=binary
+        )
         found[f"ids {binary}"] = shown(client.infer("tiny", [tensor]), "logits", "label")
     return found
 
@@ -117,7 +139,9 @@ def refused(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
         "load": lambda: client.load_model("no"),
         "override": lambda: client.load_model("tiny", config="{}"),
         "nothing there": lambda: client.get_log_settings(),
-        "late": lambda: client.infer("tiny", [texts_of(given)], headers={"X-Request-Timeout-Ms": "x"}),
+        "late": lambda: client.infer(
+            "tiny", [texts_of(given)], headers={"X-Request-Timeout-Ms": "x"}
+        ),
     }
     found = {}
     for name, call in calls.items():
@@ -136,7 +160,9 @@ def control(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
     return {"without": without, "after": client.is_model_ready("tensors")}
 
 
-PROGRAMS = {found.__name__: found for found in (about, every_way, classes, tensors, refused, control)}
+PROGRAMS = {
+    found.__name__: found for found in (about, every_way, classes, tensors, refused, control)
+}
 
 if __name__ == "__main__":
     place, program, *arguments = sys.argv[1:]

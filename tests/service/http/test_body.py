@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalmode.service.errors import BadRequest, BodyTooLarge, InvalidField, RequestTimeout, UnsupportedMedia
+from evalmode.service.errors import (
+    BadRequest,
+    BodyTooLarge,
+    InvalidField,
+    RequestTimeout,
+    UnsupportedMedia,
+)
 from evalmode.service.http.body import parse_predict, read_body, require_json
 from evalmode.service.http.v1_schemas import ErrorResponse
 
@@ -32,7 +38,9 @@ class Chunks:
 
 
 def read(chunks: Chunks, *, declared_bytes: str | None = None) -> bytes:
-    return asyncio.run(read_body(aiter(chunks), declared_bytes=declared_bytes, max_body_bytes=10, silence_s=5))
+    return asyncio.run(
+        read_body(aiter(chunks), declared_bytes=declared_bytes, max_body_bytes=10, silence_s=5)
+    )
 
 
 def test_a_body_of_the_limit_is_read_whole():
@@ -78,7 +86,8 @@ def test_json_and_what_clients_say_when_nobody_told_them_are_taken_for_json(medi
 
 
 @pytest.mark.parametrize(
-    "media", ["text/plain", "multipart/form-data", "application/x-ndjson", "application/jsonx", "json"]
+    "media",
+    ["text/plain", "multipart/form-data", "application/x-ndjson", "application/jsonx", "json"],
 )
 def test_a_body_that_declares_to_be_something_else_is_refused(media):
     with pytest.raises(UnsupportedMedia, match=media):
@@ -92,7 +101,15 @@ def test_a_request_has_defaults():
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b'{"inputs": [}', b'{"inputs": ["\xff"]}', b"[" * 100_000, b'{"inputs": NaN}', b"9" * 5_000],
+    [
+        b"",
+        b"{",
+        b'{"inputs": [}',
+        b'{"inputs": ["\xff"]}',
+        b"[" * 100_000,
+        b'{"inputs": NaN}',
+        b"9" * 5_000,
+    ],
     ids=["empty", "cut", "broken", "not utf-8", "deep", "nan", "a number of 5000 digits"],
 )
 def test_what_is_not_json_is_a_bad_request(body):
@@ -120,10 +137,17 @@ def test_what_is_not_json_is_a_bad_request(body):
         (
             {"inputs": ["a"], "topk": 3},
             "topk",
-            "topk is not a field of this request, which has inputs, top_k, model, version, truncate",
+            (
+                "topk is not a field of this request, which has inputs, top_k, model, version,"
+                " truncate"
+            ),
         ),
         (["a"], None, 'the body must be a JSON object with the field inputs, got ["a"]'),
-        ("a" * 100, None, f'the body must be a JSON object with the field inputs, got "{"a" * 59}...'),
+        (
+            "a" * 100,
+            None,
+            f'the body must be a JSON object with the field inputs, got "{"a" * 59}...',
+        ),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(body, field, sentence):
@@ -138,7 +162,8 @@ def test_half_an_emoji_in_the_name_of_a_field_is_refused_in_words_that_can_be_se
         parse(b'{"inputs": ["a"], "\\ud83d": 1}')
     assert (
         str(refusal.value)
-        == '"\\ud83d" is not a field of this request, which has inputs, top_k, model, version, truncate'
+        == '"\\ud83d" is not a field of this request, which has inputs, top_k, model, version,'
+        " truncate"
     )
 
 
@@ -149,7 +174,9 @@ def test_half_an_emoji_is_a_text_like_any_other():
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | ANY_TEXT,
-    lambda inner: st.lists(inner) | st.dictionaries(ANY_TEXT | st.sampled_from(["inputs", "top_k"]), inner),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(ANY_TEXT | st.sampled_from(["inputs", "top_k"]), inner)
+    ),
 )
 
 

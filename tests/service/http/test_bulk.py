@@ -1,4 +1,6 @@
-"""Streams of lines against an engine and a connection of the tests; a real server answers them in test_streams.py."""
+"""Streams of lines against an engine and a connection of the tests; a real server answers them in
+test_streams.py.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,27 @@ THREE = Asked()
 
 @dataclass
 class Model:
-    """Says of a text that it is its own label; fails on "bad" as it is read, on "nan" as it runs."""
+    """Says of a text that it is its own label; fails on "bad" as it is read, on "nan" as it
+    runs.
+    """
 
     digest: str = "d" * 64
 
-    async def text_rows_async(self, texts: Sequence[str], *, truncate: bool) -> tuple[list[Any], list[bool]]:
+    async def text_rows_async(
+        self, texts: Sequence[str], *, truncate: bool
+    ) -> tuple[list[Any], list[bool]]:
         for place, text in enumerate(texts):
             if not truncate and text == "bad":
-                raise InvalidField(f"inputs.{place} is longer than the model reads", field=f"inputs.{place}")
-        return [(None, SimpleNamespace(text=text, nbytes=8)) for text in texts], [False] * len(texts)
+                raise InvalidField(
+                    f"inputs.{place} is longer than the model reads", field=f"inputs.{place}"
+                )
+        return [(None, SimpleNamespace(text=text, nbytes=8)) for text in texts], [False] * len(
+            texts
+        )
 
-    def predictions(self, answers: Sequence[Any], truncated: Sequence[bool], *, top_k: int) -> list[Any]:
+    def predictions(
+        self, answers: Sequence[Any], truncated: Sequence[bool], *, top_k: int
+    ) -> list[Any]:
         return [
             SimpleNamespace(top=[SimpleNamespace(label=text, score=0.5)] * top_k, truncated=cut)
             for text, cut in zip(answers, truncated, strict=True)
@@ -41,7 +53,9 @@ class Model:
 
 @dataclass
 class Engine:
-    """Answers at once, or when `gate` opens; counts the most rows that it was ever asked at once."""
+    """Answers at once, or when `gate` opens; counts the most rows that it was ever asked at
+    once.
+    """
 
     gate: asyncio.Event | None = None
     full: int = 0
@@ -55,7 +69,9 @@ class Engine:
     async def wait_for_room(self, rows: int, *, nbytes: int = 0) -> None:
         self.waited_for.append(rows)
 
-    async def answer_async(self, jobs: Sequence[Any], *, timeout_s: float | None = None) -> list[Any]:
+    async def answer_async(
+        self, jobs: Sequence[Any], *, timeout_s: float | None = None
+    ) -> list[Any]:
         if self.full:
             self.full -= 1
             raise QueueFull("full", retry_after_s=1)
@@ -78,7 +94,9 @@ class Engine:
 
 
 class Connection:
-    """Both ends of a request: `chunks` come from the client; `reads` holds answers back until it is set."""
+    """Both ends of a request: `chunks` come from the client; `reads` holds answers back until it is
+    set.
+    """
 
     def __init__(self, chunks: Iterator[bytes], *, then: str = "end", reads: bool = True) -> None:
         self._chunks = chunks
@@ -120,11 +138,19 @@ class Connection:
 
 
 def streams(engine: Engine, **changes: Any) -> Streams:
-    given = {"parallel": 2, "max_line_bytes": 1000, "silence_s": WAIT_S, "queue_rows": 4096, **changes}
+    given = {
+        "parallel": 2,
+        "max_line_bytes": 1000,
+        "silence_s": WAIT_S,
+        "queue_rows": 4096,
+        **changes,
+    }
     return Streams(engine, **given)
 
 
-async def answered(connection: Connection, engine: Engine, asked: Asked = THREE, **changes: Any) -> None:
+async def answered(
+    connection: Connection, engine: Engine, asked: Asked = THREE, **changes: Any
+) -> None:
     response = streams(engine, **changes).response(Model(), asked)
     async with asyncio.timeout(WAIT_S):
         await response({"type": "http"}, connection.receive, connection.send)
@@ -138,18 +164,44 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 def test_every_line_is_answered_in_order_with_its_id_or_with_what_is_wrong() -> None:
-    body = b'"a"\n\n{"text": "b", "id": 7}\r\n   \n{\n{"id": "x", "text": 3}\n"nan"\n' + b"y" * 1001 + b'\n"last"'
+    body = (
+        b'"a"\n\n{"text": "b", "id": 7}\r\n   \n{\n{"id": "x", "text": 3}\n"nan"\n'
+        + b"y" * 1001
+        + b'\n"last"'
+    )
     connection = Connection(iter([body[:9], body[9:20], body[20:]]))
     asyncio.run(answered(connection, Engine(), Asked(top_k=2)))
     top = [{"label": "a", "score": 0.5}] * 2
     assert connection.status == 200
     assert connection.headers[b"x-evalmode-digest"] == b"d" * 64
     assert connection.headers[b"content-type"] == b"application/x-ndjson"
-    assert connection.lines[0] == {"index": 0, "label": "a", "score": 0.5, "truncated": False, "top": top}
+    assert connection.lines[0] == {
+        "index": 0,
+        "label": "a",
+        "score": 0.5,
+        "truncated": False,
+        "top": top,
+    }
     assert [line["index"] for line in connection.lines] == list(range(7))
-    assert [line.get("label") for line in connection.lines] == ["a", "b", None, None, None, None, "last"]
+    assert [line.get("label") for line in connection.lines] == [
+        "a",
+        "b",
+        None,
+        None,
+        None,
+        None,
+        "last",
+    ]
     assert [line.get("id") for line in connection.lines] == [None, 7, None, "x", None, None, None]
-    assert ["error" in line for line in connection.lines] == [False, False, True, True, True, True, False]
+    assert ["error" in line for line in connection.lines] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert connection.finished
 
 
@@ -195,7 +247,8 @@ def test_a_client_that_does_not_read_holds_no_more_than_a_window_of_its_rows_her
         await until(lambda: engine.answered - already >= WINDOW_ROWS - 20)
         for _ in range(1000):
             await asyncio.sleep(0)
-        assert engine.answered - already <= WINDOW_ROWS + 20  # what the client has just taken, or is taking
+        # what the client has just taken, or is taking
+        assert engine.answered - already <= WINDOW_ROWS + 20
         assert connection.received < 40
         connection.reads.set()
         await answering
@@ -210,7 +263,9 @@ def test_all_streams_together_ask_few_rows_of_the_engine_at_once() -> None:
         shared = streams(engine)
         connections = [Connection(iter([b'"a"\n' * 500])) for _ in range(10)]
         tasks = [
-            asyncio.create_task(shared.response(Model(), Asked())({"type": "http"}, each.receive, each.send))  # type: ignore[arg-type]
+            asyncio.create_task(
+                shared.response(Model(), Asked())({"type": "http"}, each.receive, each.send)
+            )  # type: ignore[arg-type]
             for each in connections
         ]
         await until(lambda: engine.now >= 96)
@@ -281,7 +336,9 @@ def test_a_client_that_does_not_read_for_too_long_is_left() -> None:
     asyncio.run(test())
 
 
-def test_when_the_server_stops_what_was_read_is_answered_and_a_last_line_says_why_no_more_is() -> None:
+def test_when_the_server_stops_what_was_read_is_answered_and_a_last_line_says_why_no_more_is() -> (
+    None
+):
     async def test() -> None:
         draining = False
         connection = Connection(iter([b'"a"\n"b"\n']), then="more")
@@ -289,7 +346,9 @@ def test_when_the_server_stops_what_was_read_is_answered_and_a_last_line_says_wh
         await until(lambda: len(connection.lines) == 2)
         draining = True
         await answering
-        assert connection.lines[2:] == [{"error": "the server is stopping: what follows was not read"}]
+        assert connection.lines[2:] == [
+            {"error": "the server is stopping: what follows was not read"}
+        ]
         assert connection.finished
 
     asyncio.run(test())

@@ -1,4 +1,6 @@
-"""The documentation page: whole without a way out, and nothing in it that its own policy forbids."""
+"""The documentation page: whole without a way out, and nothing in it that its own policy
+forbids.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def app() -> FastAPI:
 
 def get(app: Any, path: str) -> httpx.Response:
     async def go() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test"
+        ) as client:
             return await client.get(path)
 
     return asyncio.run(go())
@@ -103,7 +107,16 @@ def test_the_script_asks_for_the_schema_that_is_there_and_for_no_validator(app):
 
 
 @pytest.mark.parametrize(
-    "path", ["redoc.standalone.js", "", "..%2f__init__.py", "../core.py", "%2e%2e/core.py", "swagger-ui.css/x", "%00"]
+    "path",
+    [
+        "redoc.standalone.js",
+        "",
+        "..%2f__init__.py",
+        "../core.py",
+        "%2e%2e/core.py",
+        "swagger-ui.css/x",
+        "%00",
+    ],
 )
 def test_no_other_file_is_served(app, path):
     assert get(app, f"/docs/static/{path}").status_code == 404

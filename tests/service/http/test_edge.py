@@ -1,4 +1,6 @@
-"""What stands around a request: its id, its figures, its line in the log, its headers, and what failed in it."""
+"""What stands around a request: its id, its figures, its line in the log, its headers, and what
+failed in it.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def make_app() -> FastAPI:
 
     @app.post("/echo")
     async def echo(request: Request) -> Response:
-        return Response(await request.body(), headers={"content-security-policy": "default-src 'self'"})
+        return Response(
+            await request.body(), headers={"content-security-policy": "default-src 'self'"}
+        )
 
     @app.get("/livez")
     async def livez() -> str:
@@ -93,9 +97,13 @@ class World:
     figures: Figures
     log: Log
 
-    def ask(self, path: str, *, method: str = "GET", content: bytes | None = None, **headers: str) -> httpx.Response:
+    def ask(
+        self, path: str, *, method: str = "GET", content: bytes | None = None, **headers: str
+    ) -> httpx.Response:
         async def go() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test") as client:
+            async with httpx.AsyncClient(
+                transport=httpx.ASGITransport(self.app), base_url="http://test"
+            ) as client:
                 spelled = {name.replace("_", "-"): value for name, value in headers.items()}
                 return await client.request(method, path, headers=spelled, content=content)
 
@@ -142,7 +150,11 @@ def test_without_an_id_or_with_one_that_could_do_harm_one_is_made(shown):
 def test_every_answer_has_the_id_and_the_headers_of_security(method, path, status):
     answer = world().ask(path, method=method, x_request_id="mine")
     assert answer.status_code == status
-    shown = {name: answer.headers[name] for name in answer.headers if name not in ("content-length", "content-type")}
+    shown = {
+        name: answer.headers[name]
+        for name in answer.headers
+        if name not in ("content-length", "content-type")
+    }
     assert shown == {
         "x-request-id": "mine",
         "x-content-type-options": "nosniff",
@@ -293,7 +305,9 @@ def test_a_crash_is_answered_without_its_inside_and_logged_with_it():
     assert line["status"] == 500
 
 
-@pytest.mark.parametrize(("path", "fields"), [("/v1/predict", {"error", "field"}), ("/v2/models/m", {"error"})])
+@pytest.mark.parametrize(
+    ("path", "fields"), [("/v1/predict", {"error", "field"}), ("/v2/models/m", {"error"})]
+)
 def test_where_the_application_has_no_answer_for_its_crash_there_is_one(path, fields):
     async def crashes(scope, receive, send):
         raise ZeroDivisionError("inside")
@@ -318,7 +332,14 @@ def exchanged(app: Any, around: World, **shown: Any) -> list[dict[str, Any]]:
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"", "root_path": "", "app": app}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "headers": [],
+        "query_string": b"",
+        "root_path": "",
+        "app": app,
+    }
     asyncio.run(around.app(scope | (shown or {"path": "/breaks-off"}), receive, send))
     return sent
 
@@ -345,4 +366,8 @@ def test_an_answer_that_nobody_waited_for_is_counted_as_cancelled():
     with pytest.raises(asyncio.CancelledError):
         exchanged(None, stopped)
     for found in (around, stopped):
-        assert (found.counted["status"], found.counted["reason"], found.figures.in_flight) == (499, "cancelled", 0)
+        assert (found.counted["status"], found.counted["reason"], found.figures.in_flight) == (
+            499,
+            "cancelled",
+            0,
+        )

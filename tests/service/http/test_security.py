@@ -49,9 +49,13 @@ def settings_of(**given) -> Settings:
     return Settings(**given)
 
 
-def asked(app, path: str = "/v1/predict", *, method: str = "POST", content=None, **headers: str) -> httpx.Response:
+def asked(
+    app, path: str = "/v1/predict", *, method: str = "POST", content=None, **headers: str
+) -> httpx.Response:
     async def ask() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test"
+        ) as client:
             spelled = {name.replace("_", "-"): value for name, value in headers.items()}
             return await client.request(method, path, headers=spelled, content=content)
 
@@ -126,8 +130,9 @@ def test_probes_need_no_key(path):
 @pytest.mark.parametrize(
     "path",
     [
-        "/metrics", "/docs", "/openapi.json", "/v1/model", "/", "/livez/", "/livez/../metrics", "//livez",
-        "/v2/health/../models/m/infer", "/v2/health/%2e%2e/models", "/LIVEZ", "/livez%2f..%2fmetrics",
+        "/metrics", "/docs", "/openapi.json", "/v1/model", "/", "/livez/", "/livez/../metrics",
+        "//livez", "/v2/health/../models/m/infer", "/v2/health/%2e%2e/models", "/LIVEZ",
+        "/livez%2f..%2fmetrics",
     ],
 )  # fmt: skip
 def test_all_else_needs_one_however_its_path_is_spelled(path):
@@ -147,7 +152,12 @@ def test_a_refusal_reads_nothing_of_the_body_and_asks_for_none():
         async def send(message):
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": [(b"expect", b"100-continue")]}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/predict",
+            "headers": [(b"expect", b"100-continue")],
+        }
         await guarded()(scope, receive, send)
         return sent
 
@@ -174,7 +184,12 @@ def test_start_and_end_of_the_server_go_through_and_a_websocket_does_not():
 
 @pytest.mark.parametrize(
     ("keys", "says"),
-    [("short", "5 characters"), (f"{FIRST} fifteen-letters", "15 characters"), (" , ", "no key"), ("", "no key")],
+    [
+        ("short", "5 characters"),
+        (f"{FIRST} fifteen-letters", "15 characters"),
+        (" , ", "no key"),
+        ("", "no key"),
+    ],
 )
 def test_a_server_with_keys_that_cannot_hold_does_not_start_and_does_not_show_them(keys, says):
     with pytest.raises(StartFailed, match=says) as caught:
@@ -213,7 +228,9 @@ def test_a_file_of_keys_has_one_a_line_and_comments(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"# of ours\n{FIRST}\n\n  {SECOND}  \r\n#{THIRD}\n")
     keys, _ = keys_of(file, "given-key-of-the-tests")
-    known = [key for key in (FIRST, SECOND, THIRD, "given-key-of-the-tests") if keys.knows(key.encode())]
+    known = [
+        key for key in (FIRST, SECOND, THIRD, "given-key-of-the-tests") if keys.knows(key.encode())
+    ]
     assert known == [FIRST, SECOND, "given-key-of-the-tests"]
 
 
@@ -244,7 +261,9 @@ def test_a_change_that_no_time_stamp_shows_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["emptied", "gone", "too short", "a folder"])
-def test_a_file_that_is_spoiled_later_leaves_the_keys_as_they_were_and_is_logged_once(tmp_path, spoil):
+def test_a_file_that_is_spoiled_later_leaves_the_keys_as_they_were_and_is_logged_once(
+    tmp_path, spoil
+):
     file = tmp_path / "keys"
     file.write_text(FIRST)
     keys, clock = keys_of(file)
@@ -266,7 +285,12 @@ def test_a_file_that_is_mended_is_read_again(tmp_path):
     file = tmp_path / "keys"
     file.write_text(FIRST)
     keys, clock = keys_of(file)
-    for now_s, content, known in ((1.0, "", FIRST), (2.0, SECOND, SECOND), (3.0, SECOND, SECOND), (4.0, FIRST, FIRST)):
+    for now_s, content, known in (
+        (1.0, "", FIRST),
+        (2.0, SECOND, SECOND),
+        (3.0, SECOND, SECOND),
+        (4.0, FIRST, FIRST),
+    ):
         file.write_text(content)
         clock.now_s = now_s
         assert keys.knows(known.encode())

@@ -27,7 +27,10 @@ def stream(url: str, body: Any, query: str = "") -> httpx.Response:
 def test_a_stream_has_the_bits_that_each_text_has_alone_in_process(service, bundle, texts) -> None:
     chance = random.Random(5)
     asked = chance.choices(texts, k=1000)
-    lines = [json.dumps(text if place % 2 else {"text": text, "id": place}) for place, text in enumerate(asked)]
+    lines = [
+        json.dumps(text if place % 2 else {"text": text, "id": place})
+        for place, text in enumerate(asked)
+    ]
     answer = stream(service.url, "\n".join(lines).encode(), "?top_k=2")
     assert answer.status_code == 200
     assert answer.headers["x-evalmode-digest"] == service.started["digest"]
@@ -51,7 +54,9 @@ def test_what_does_not_depend_on_the_lines_has_a_status(service, query, status, 
     assert answer.json()["field"] == field
 
 
-def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_memory(service) -> None:
+def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_memory(
+    service,
+) -> None:
     def resident_kib() -> int:
         with open(f"/proc/{service.process.pid}/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
@@ -64,7 +69,8 @@ def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_mem
     # Writes and reads at once, as few clients do: the answers of so many lines fit into no buffer.
     with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
         head = (
-            f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: {NDJSON['content-type']}\r\nconnection: close\r\n"
+            "POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type:"
+            f" {NDJSON['content-type']}\r\nconnection: close\r\n"
         )
         connection.sendall(head.encode() + f"content-length: {len(line) * 10_000}\r\n\r\n".encode())
         tail = b""
@@ -86,7 +92,9 @@ def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_mem
 
 def test_answers_come_while_the_body_is_still_being_sent(service) -> None:
     with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
-        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n")
+        connection.sendall(
+            b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
+        )
         connection.sendall(b'transfer-encoding: chunked\r\n\r\n4\r\n"a"\n\r\n')
         for index in range(3):
             received = b""
@@ -98,10 +106,14 @@ def test_answers_come_while_the_body_is_still_being_sent(service) -> None:
         assert b'{"index":3,' in connection.recv(4096)
 
 
-def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_line(bundle, processes) -> None:
+def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_line(
+    bundle, processes
+) -> None:
     with processes.running(bundle, drain_s=0, workers=1) as found:
         with socket.create_connection(("127.0.0.1", found.port), timeout=WAIT_S) as connection:
-            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n")
+            connection.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
+            )
             connection.sendall(b'transfer-encoding: chunked\r\n\r\n4\r\n"a"\n\r\n')
             received = b""
             while b"}]}\n" not in received:
@@ -118,9 +130,14 @@ def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_
 
 def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path, bundles, processes) -> None:
     bundles.make(tmp_path, version="1")
-    with processes.running(tmp_path, poll_s=0.02) as found, socket.create_connection(("127.0.0.1", found.port)) as sock:
+    with (
+        processes.running(tmp_path, poll_s=0.02) as found,
+        socket.create_connection(("127.0.0.1", found.port)) as sock,
+    ):
         sock.settimeout(WAIT_S)
-        sock.sendall(b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n")
+        sock.sendall(
+            b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
+        )
         sock.sendall(b'transfer-encoding: chunked\r\n\r\n4\r\n"a"\n\r\n')
         received = b""
         while b"}]}\n" not in received:
@@ -128,13 +145,17 @@ def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path, bundles, 
         assert f"x-evalmode-digest: {found.started['digest']}".encode() in received
         bundles.make(tmp_path, version="2", labels=("v", "w", "x", "y", "z"))
         end = time.monotonic() + WAIT_S
-        while (newer := httpx.get(f"{found.url}/v1/model", timeout=WAIT_S).json())["version"] != "2":
+        while (newer := httpx.get(f"{found.url}/v1/model", timeout=WAIT_S).json())[
+            "version"
+        ] != "2":
             assert time.monotonic() < end
             time.sleep(0.01)
         sock.sendall(b'8\r\n"a"\n"a"\n\r\n0\r\n\r\n')
         while not received.endswith(b"0\r\n\r\n"):
             received += sock.recv(4096)
-        answers = [json.loads(line) for line in received.splitlines() if line.startswith(b'{"index"')]
+        answers = [
+            json.loads(line) for line in received.splitlines() if line.startswith(b'{"index"')
+        ]
         assert [answer.pop("index") for answer in answers] == [0, 1, 2]
         assert answers[0] == answers[1] == answers[2]
         after = stream(found.url, b'"a"\n')
@@ -150,7 +171,12 @@ def predicted(*arguments: object, folder: Path) -> subprocess.CompletedProcess[b
 def test_a_file_has_the_same_answers_byte_for_byte_from_a_server_and_in_process(
     service, bundle, texts, tmp_path
 ) -> None:
-    lines = [json.dumps(text) for text in texts] + ["", "{", '{"text": "a", "id": "\\udc00"}', '{"id": 1}']
+    lines = [json.dumps(text) for text in texts] + [
+        "",
+        "{",
+        '{"text": "a", "id": "\\udc00"}',
+        '{"id": 1}',
+    ]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     files = ("--input", "texts.jsonl", "--output")
     there = predicted("--url", service.url, *files, "there.jsonl", folder=tmp_path)

@@ -1,4 +1,6 @@
-"""The whole edge around an application, as `create_app` puts it there: figures, API keys and CORS with it."""
+"""The whole edge around an application, as `create_app` puts it there: figures, API keys and CORS
+with it.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,19 @@ class Surrounded:
         raise ZeroDivisionError
 
     async def ask_many(self, path: str, ids: list[str]) -> dict[str, Any]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test") as client:
-            await asyncio.gather(*(client.get(path, headers={"x-request-id": name}) for name in ids))
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app), base_url="http://test"
+        ) as client:
+            await asyncio.gather(
+                *(client.get(path, headers={"x-request-id": name}) for name in ids)
+            )
         return structlog.contextvars.get_contextvars()
 
     def ask(self, path: str, *, method: str = "GET", **headers: str) -> httpx.Response:
         async def go() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test") as client:
+            async with httpx.AsyncClient(
+                transport=httpx.ASGITransport(self.app), base_url="http://test"
+            ) as client:
                 spelled = {name.replace("_", "-"): value for name, value in headers.items()}
                 return await client.request(method, path, headers=spelled)
 
@@ -68,11 +76,18 @@ def test_the_id_is_bound_for_the_time_of_the_request_and_each_of_many_at_once_ha
 
 def test_the_whole_edge_stands_around_an_app_and_its_error_pages():
     around = Surrounded()
-    for path, status in (("/v2/models/a/infer", 200), ("/v2/models/b/infer", 200), ("/v2/models/m/crash", 500)):
+    for path, status in (
+        ("/v2/models/a/infer", 200),
+        ("/v2/models/b/infer", 200),
+        ("/v2/models/m/crash", 500),
+    ):
         answer = around.ask(path, x_request_id="mine")
         assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine")
     text = around.figures
-    assert 'evalmode_requests_total{method="GET",route="/v2/models/{name}/infer",status="200"} 2.0' in text
+    assert (
+        'evalmode_requests_total{method="GET",route="/v2/models/{name}/infer",status="200"} 2.0'
+        in text
+    )
     assert 'evalmode_rejections_total{reason="failed"} 1.0' in text
     assert "evalmode_in_flight_requests 0.0" in text
 
@@ -120,10 +135,14 @@ def test_what_is_no_request_goes_through():
     assert seen == [{"type": "lifespan"}]
 
 
-@pytest.mark.parametrize(("path", "keys"), [("/v2/models/m/infer", {"error"}), ("/v1/predict", {"error", "field"})])
+@pytest.mark.parametrize(
+    ("path", "keys"), [("/v2/models/m/infer", {"error"}), ("/v1/predict", {"error", "field"})]
+)
 def test_a_page_of_another_origin_is_refused_in_the_form_of_all_errors(path, keys):
     around = Surrounded(cors_origins=(PAGE,))
-    answer = around.ask(path, method="OPTIONS", origin="https://other.example", access_control_request_method="POST")
+    answer = around.ask(
+        path, method="OPTIONS", origin="https://other.example", access_control_request_method="POST"
+    )
     assert (answer.status_code, answer.headers["content-type"]) == (400, "application/json")
     assert answer.json().keys() == keys
     assert "access-control-allow-origin" not in answer.headers

@@ -1,4 +1,6 @@
-"""Inference over the Open Inference Protocol, with a real model and a real engine, without a socket."""
+"""Inference over the Open Inference Protocol, with a real model and a real engine, without a
+socket.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ import numpy as np
 import pytest
 
 from evalmode.service.batching.engine import Load
-from evalmode.service.errors import BodyTooLarge, DeadlineExceeded, QueueFull, RequestError, RunFailed
+from evalmode.service.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    QueueFull,
+    RequestError,
+    RunFailed,
+)
 from tests.service.served import Served, outputs_of, refusal, serving, text_input
 
 TEXTS = ["Ez egy rövid mondat.", "", "\ud83d", "x" * 900]
@@ -38,7 +46,10 @@ def test_texts_are_answered_with_what_v1_answers_and_the_graph_with_it(served: S
     assert (found["model_name"], found["model_version"], found["id"]) == ("tiny", "1", "7")
     assert found["parameters"] == {"digest": model.digest}
     assert list(outputs) == ["logits", "probabilities", "label", "truncated"]
-    assert outputs["logits"]["data"] == np.concatenate([row["logits"] for row in answers]).ravel().tolist()
+    assert (
+        outputs["logits"]["data"]
+        == np.concatenate([row["logits"] for row in answers]).ravel().tolist()
+    )
     assert outputs["probabilities"]["shape"] == [4, 5]
     assert outputs["label"]["data"] == [one.label for one in expected]
     assert outputs["truncated"]["data"] == [False, False, False, True]
@@ -50,9 +61,15 @@ def test_a_text_gets_the_bits_that_its_ids_get(served: Served):
     model = served.state.repository.get("tiny")
     jobs, _ = model.text_rows(TEXTS[:1])
     ids = jobs[0][1].inputs["input_ids"]
-    raw = {"name": "input_ids", "datatype": "INT64", "shape": list(ids.shape), "data": ids.ravel().tolist()}
+    raw = {
+        "name": "input_ids",
+        "datatype": "INT64",
+        "shape": list(ids.shape),
+        "data": ids.ravel().tolist(),
+    }
     by_text, by_ids = (
-        outputs_of(served.infer({"inputs": [tensor]})) for tensor in (text_input(TEXTS[:1], shape=[1, 1]), raw)
+        outputs_of(served.infer({"inputs": [tensor]}))
+        for tensor in (text_input(TEXTS[:1], shape=[1, 1]), raw)
     )
     assert list(by_ids) == ["logits", "probabilities", "label"]
     assert all(by_text[name] == output for name, output in by_ids.items())
@@ -74,7 +91,10 @@ def test_only_the_outputs_that_are_asked_for_are_given_in_that_order_each_as_ask
             "parameters": {"binary_data_output": True},
             "outputs": [
                 {"name": "label"},
-                {"name": "probabilities", "parameters": {"classification": 2, "binary_data": False}},
+                {
+                    "name": "probabilities",
+                    "parameters": {"classification": 2, "binary_data": False},
+                },
             ],
         }
     )
@@ -89,11 +109,15 @@ def test_only_the_outputs_that_are_asked_for_are_given_in_that_order_each_as_ask
 
 
 def test_binary_tensors_in_and_out_are_the_json_ones_bit_for_bit(served: Served):
-    elements = b"".join(len(raw).to_bytes(4, "little") + raw for raw in (text.encode() for text in TEXTS[:2]))
+    elements = b"".join(
+        len(raw).to_bytes(4, "little") + raw for raw in (text.encode() for text in TEXTS[:2])
+    )
     tensor = text_input(TEXTS[:2], parameters={"binary_data_size": len(elements)})
     del tensor["data"]
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    answer = served.infer(head + elements, headers={"inference-header-content-length": str(len(head))})
+    answer = served.infer(
+        head + elements, headers={"inference-header-content-length": str(len(head))}
+    )
     length = int(answer.headers["inference-header-content-length"])
     outputs = json.loads(answer.content[:length])["outputs"]
     place = length
@@ -112,11 +136,15 @@ def test_a_raw_body_is_the_text(served: Served):
 
 
 @pytest.mark.parametrize("name", ["gzip", "deflate"])
-def test_bodies_travel_compressed_both_ways_and_the_length_is_that_of_the_plain_json(served: Served, name: str):
+def test_bodies_travel_compressed_both_ways_and_the_length_is_that_of_the_plain_json(
+    served: Served, name: str
+):
     pack = {"gzip": gzip.compress, "deflate": zlib.compress}[name]
     body = {"inputs": [text_input(TEXTS)], "parameters": {"binary_data_output": True}}
     plain = served.infer(body)
-    answer = served.infer(pack(json.dumps(body).encode()), headers={"content-encoding": name, "accept-encoding": name})
+    answer = served.infer(
+        pack(json.dumps(body).encode()), headers={"content-encoding": name, "accept-encoding": name}
+    )
     assert answer.headers["content-encoding"] == name
     assert answer.content == plain.content  # httpx has decompressed it
     header = "inference-header-content-length"
@@ -126,8 +154,12 @@ def test_bodies_travel_compressed_both_ways_and_the_length_is_that_of_the_plain_
 
 def test_a_bomb_is_too_large_and_an_unknown_encoding_is_refused(served: Served):
     bomb = gzip.compress(b" " * 10**7)
-    assert "larger than the 65536 bytes" in refusal(served.infer(bomb, headers={"content-encoding": "gzip"}), 413)
-    assert "content-encoding must be gzip" in refusal(served.infer(b"{}", headers={"content-encoding": "br"}))
+    assert "larger than the 65536 bytes" in refusal(
+        served.infer(bomb, headers={"content-encoding": "gzip"}), 413
+    )
+    assert "content-encoding must be gzip" in refusal(
+        served.infer(b"{}", headers={"content-encoding": "br"})
+    )
 
 
 def test_a_long_text_is_cut_or_refused_as_the_request_says(served: Served):
@@ -140,12 +172,23 @@ def test_a_long_text_is_cut_or_refused_as_the_request_says(served: Served):
     [
         (b"{", "not valid JSON"),
         ({}, "inputs must hold at least 1 tensor"),
-        ({"inputs": [text_input(["a"] * 9)]}, "inputs.0.shape.0 must be at most 8, the rows of a request, got 9"),
+        (
+            {"inputs": [text_input(["a"] * 9)]},
+            "inputs.0.shape.0 must be at most 8, the rows of a request, got 9",
+        ),
         ({"inputs": [text_input(["a"], shape=[1, 1, 1])]}, "inputs.0.shape must be [N] or [N, 1]"),
         ({"inputs": [text_input(["a"], shape=[])]}, "inputs.0.shape must be [N] or [N, 1]"),
-        ({"inputs": [text_input([7], datatype="INT64")]}, "inputs.0.datatype must be BYTES for text, got INT64"),
         (
-            {"inputs": [text_input(["a"]), {"name": "x", "datatype": "BOOL", "shape": [1], "data": [True]}]},
+            {"inputs": [text_input([7], datatype="INT64")]},
+            "inputs.0.datatype must be BYTES for text, got INT64",
+        ),
+        (
+            {
+                "inputs": [
+                    text_input(["a"]),
+                    {"name": "x", "datatype": "BOOL", "shape": [1], "data": [True]},
+                ]
+            },
             'inputs must be the text alone, or tensors without it, got also "x"',
         ),
         ({"inputs": [{"name": "x", "datatype": "BOOL", "shape": [1], "data": [True]}]}, "'x'"),
@@ -155,13 +198,19 @@ def test_a_long_text_is_cut_or_refused_as_the_request_says(served: Served):
         ),
         (
             {
-                "inputs": [{"name": "input_ids", "datatype": "INT64", "shape": [1, 1, 6], "data": [1] * 6}],
+                "inputs": [
+                    {"name": "input_ids", "datatype": "INT64", "shape": [1, 1, 6], "data": [1] * 6}
+                ],
                 "outputs": [{"name": "truncated"}],
             },
             "outputs.0.name must be one of logits, probabilities, label, got",
         ),
         (
-            {"inputs": [{"name": "input_ids", "datatype": "INT64", "shape": [1, 1, 6], "data": [0] * 6}]},
+            {
+                "inputs": [
+                    {"name": "input_ids", "datatype": "INT64", "shape": [1, 1, 6], "data": [0] * 6}
+                ]
+            },
             "row 0 of input_ids is empty",
         ),
         (
@@ -173,15 +222,28 @@ def test_a_long_text_is_cut_or_refused_as_the_request_says(served: Served):
         ),
     ],
 )
-def test_what_a_model_does_not_take_or_give_is_400_and_names_the_field(served: Served, body: Any, sentence: str):
+def test_what_a_model_does_not_take_or_give_is_400_and_names_the_field(
+    served: Served, body: Any, sentence: str
+):
     assert sentence in refusal(served.infer(body))
 
 
 def test_text_that_is_not_utf_8_is_refused_by_its_place(served: Served):
     head = json.dumps(
-        {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 5}}]}
+        {
+            "inputs": [
+                {
+                    "name": "text",
+                    "datatype": "BYTES",
+                    "shape": [1],
+                    "parameters": {"binary_data_size": 5},
+                }
+            ]
+        }
     ).encode()
-    answer = served.infer(head + b"\1\0\0\0\xff", headers={"inference-header-content-length": str(len(head))})
+    answer = served.infer(
+        head + b"\1\0\0\0\xff", headers={"inference-header-content-length": str(len(head))}
+    )
     assert refusal(answer) == "inputs.0.data.0 is not UTF-8"
 
 
@@ -191,7 +253,9 @@ class FailingEngine:
 
     failure: Exception | None = None
     given_s: list[float] = field(default_factory=list)
-    load: Load = field(default_factory=lambda: Load(waiting_rows=0, waiting_bytes=0, running_batches=0, parallel=1))
+    load: Load = field(
+        default_factory=lambda: Load(waiting_rows=0, waiting_bytes=0, running_batches=0, parallel=1)
+    )
 
     async def answer_async(self, jobs: Any, *, timeout_s: float) -> Any:
         self.given_s.append(timeout_s)
@@ -207,8 +271,12 @@ class FailingEngine:
         (BodyTooLarge("split it"), 413),
     ],
 )
-def test_what_the_engine_refuses_keeps_its_status(served: Served, failure: RequestError, status: int):
-    answer = served.but(engine=FailingEngine(failure=failure)).infer({"inputs": [text_input(["a"])]})
+def test_what_the_engine_refuses_keeps_its_status(
+    served: Served, failure: RequestError, status: int
+):
+    answer = served.but(engine=FailingEngine(failure=failure)).infer(
+        {"inputs": [text_input(["a"])]}
+    )
     assert refusal(answer, status).startswith(str(failure))
     assert answer.headers.get("retry-after") == ("7" if status == 503 else None)
 
@@ -224,4 +292,6 @@ def test_the_shortest_of_setting_header_and_parameter_is_the_deadline(served: Se
     ):
         refusal(other.infer({**body, "parameters": parameters}, headers=headers), 504)
     assert [round(given_s) for given_s in engine.given_s] == [30, 20, 10]
-    assert "x-request-timeout-ms" in refusal(served.infer(body, headers={"x-request-timeout-ms": "-1"}))
+    assert "x-request-timeout-ms" in refusal(
+        served.infer(body, headers={"x-request-timeout-ms": "-1"})
+    )

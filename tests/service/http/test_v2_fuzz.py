@@ -1,4 +1,6 @@
-"""Mutated bodies against the whole application, models and engine behind it: no answer but the intended ones."""
+"""Mutated bodies against the whole application, models and engine behind it: no answer but the
+intended ones.
+"""
 
 from __future__ import annotations
 

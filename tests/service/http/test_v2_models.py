@@ -1,4 +1,6 @@
-"""What a server says of itself and of its models, and its repository, over the Open Inference Protocol."""
+"""What a server says of itself and of its models, and its repository, over the Open Inference
+Protocol.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, bundles: Any) -> Iterator[S
 def test_the_server_says_what_it_is_with_and_without_a_slash(served: Served, path: str):
     found = served.ask("GET", path).json()
     assert found["name"] == "evalmode"
-    assert {"binary_tensor_data", "classification", "model_repository", "statistics"} <= set(found["extensions"])
+    assert {"binary_tensor_data", "classification", "model_repository", "statistics"} <= set(
+        found["extensions"]
+    )
 
 
 @pytest.mark.parametrize("path", ["/v2/models/tiny", "/v2/models/tiny/versions/1"])
@@ -38,7 +42,9 @@ def test_a_model_says_what_it_takes_and_gives(served: Served, path: str):
         {"name": "text", "datatype": "BYTES", "shape": [-1]},
         {"name": "input_ids", "datatype": "INT64", "shape": [-1, -1, 6]},
     ]
-    assert [(output["name"], output["datatype"], output["shape"]) for output in found["outputs"]] == [
+    assert [
+        (output["name"], output["datatype"], output["shape"]) for output in found["outputs"]
+    ] == [
         ("logits", "FP32", [-1, 5]),
         ("probabilities", "FP64", [-1, 5]),
         ("label", "BYTES", [-1]),
@@ -46,8 +52,17 @@ def test_a_model_says_what_it_takes_and_gives(served: Served, path: str):
     ]
     assert served.ask("GET", f"{path}/ready").json() == {"name": "tiny", "ready": True}
     config = served.ask("GET", f"{path}/config").json()
-    assert (config["name"], config["platform"], config["max_batch_size"]) == ("tiny", "onnxruntime_onnx", 8)
-    assert config["input"][1] == {"name": "input_ids", "data_type": "TYPE_INT64", "dims": [-1, 6], "optional": True}
+    assert (config["name"], config["platform"], config["max_batch_size"]) == (
+        "tiny",
+        "onnxruntime_onnx",
+        8,
+    )
+    assert config["input"][1] == {
+        "name": "input_ids",
+        "data_type": "TYPE_INT64",
+        "dims": [-1, 6],
+        "optional": True,
+    }
     assert config["output"][2] == {"name": "label", "data_type": "TYPE_STRING", "dims": []}
 
 
@@ -69,7 +84,9 @@ def test_health_is_what_the_process_says_of_itself(served: Served):
 
 
 def test_the_repository_lists_loads_and_unloads(served: Served):
-    (entry,) = [one for one in served.ask("POST", "/v2/repository/index").json() if one["name"] == "tiny"]
+    (entry,) = [
+        one for one in served.ask("POST", "/v2/repository/index").json() if one["name"] == "tiny"
+    ]
     assert entry == {"name": "tiny", "version": "1", "state": "READY", "reason": ""}
     body = json.dumps({"parameters": {"unload_dependents": False}})
     assert served.ask("POST", "/v2/repository/models/tensors/unload", content=body).json() == {}
@@ -79,10 +96,14 @@ def test_the_repository_lists_loads_and_unloads(served: Served):
     assert served.ask("POST", "/v2/repository/models/tensors/load").json() == {}
     assert served.ask("GET", "/v2/models/tensors").status_code == 200
     assert "nope" in refusal(served.ask("POST", "/v2/repository/models/nope/load"), 404)
-    assert "no model can be called" in refusal(served.ask("POST", "/v2/repository/models/..%5C../load"), 404)
+    assert "no model can be called" in refusal(
+        served.ask("POST", "/v2/repository/models/..%5C../load"), 404
+    )
 
 
-@pytest.mark.parametrize("parameters", [{"config": "{}"}, {"file:1/model.onnx": base64.b64encode(b"x").decode()}])
+@pytest.mark.parametrize(
+    "parameters", [{"config": "{}"}, {"file:1/model.onnx": base64.b64encode(b"x").decode()}]
+)
 def test_a_request_cannot_override_what_a_bundle_says(served: Served, parameters: dict[str, str]):
     body = json.dumps({"parameters": parameters})
     answer = served.ask("POST", "/v2/repository/models/tiny/load", content=body)
@@ -99,7 +120,9 @@ def test_several_workers_and_a_server_told_so_change_no_model_by_request(served:
     assert "model_control is off" in refusal(off.ask("POST", path), 403)
 
 
-@pytest.mark.parametrize("body", [b"[]", b"{", b'{"parameters": 3}', b'{"parameters": {"unload_dependents": 1}}'])
+@pytest.mark.parametrize(
+    "body", [b"[]", b"{", b'{"parameters": 3}', b'{"parameters": {"unload_dependents": 1}}']
+)
 def test_a_repository_body_that_is_none_is_refused(served: Served, body: bytes):
     refusal(served.ask("POST", "/v2/repository/models/tiny/unload", content=body))
 
@@ -109,10 +132,21 @@ def test_statistics_count_requests_rows_and_batches(tmp_path: Path, bundles: Any
     with serving(tmp_path, parallel=1, proof_fraction=0.0) as alone:
         outputs_of(alone.infer({"inputs": [text_input(["a", "b", "c"])]}))
         refusal(alone.infer({"inputs": [text_input(["a"], datatype="FP16")]}))
-        for path in ("/v2/models/stats", "/v2/models/tiny/stats", "/v2/models/tiny/versions/1/stats"):
+        for path in (
+            "/v2/models/stats",
+            "/v2/models/tiny/stats",
+            "/v2/models/tiny/versions/1/stats",
+        ):
             (found,) = alone.ask("GET", path).json()["model_stats"]
             assert (found["name"], found["version"], found["inference_count"]) == ("tiny", "1", 3)
             stats = found["inference_stats"]
-            assert (stats["success"]["count"], stats["fail"]["count"], stats["queue"]["count"]) == (1, 1, 3)
+            assert (stats["success"]["count"], stats["fail"]["count"], stats["queue"]["count"]) == (
+                1,
+                1,
+                3,
+            )
             assert stats["success"]["ns"] > stats["compute_infer"]["ns"] / 3 > 0
-            assert sum(batch["compute_infer"]["count"] for batch in found["batch_stats"]) == found["execution_count"]
+            assert (
+                sum(batch["compute_infer"]["count"] for batch in found["batch_stats"])
+                == found["execution_count"]
+            )

@@ -13,7 +13,13 @@ from evalmode.bundle.certificate import Platform
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.frontend import NgramFrontEnd, NgramSpec
 from evalmode.bundle.known_answers import KnownAnswer
-from evalmode.service.models.calibration import ROW_COUNTS, Calibration, alone_s, text_rows_to_measure, worthwhile
+from evalmode.service.models.calibration import (
+    ROW_COUNTS,
+    Calibration,
+    alone_s,
+    text_rows_to_measure,
+    worthwhile,
+)
 
 FRONTEND = NgramFrontEnd(NgramSpec(lengths=(2, 4, 8), orders=2, characters=2, vocabulary=64))
 PLATFORM = Platform(runtime="any", provider="any", threads=1, architecture="any", cpu_features=())
@@ -31,7 +37,14 @@ def exact(inputs):
     return {"logits": inputs["input_ids"].sum((1, 2)).astype(np.float32)}
 
 
-def measure(run, *, cache: Path, budget_s: float = 10.0, digest: str = "0" * 64, platform: Platform = PLATFORM):
+def measure(
+    run,
+    *,
+    cache: Path,
+    budget_s: float = 10.0,
+    digest: str = "0" * 64,
+    platform: Platform = PLATFORM,
+):
     calibration = Calibration(budget_s=budget_s, cache=cache)
     return calibration.measure(run, rows(), path=Path("here"), digest=digest, platform=platform)
 
@@ -100,7 +113,9 @@ def test_a_slower_moment_changes_nothing_that_is_kept(tmp_path):
     found = measure(exact, cache=tmp_path)
     assert json.loads(file.read_bytes()) == least
     for label, measured in found.items():
-        assert dict(measured.costs) == worthwhile({int(size): seconds for size, seconds in least[label].items()})
+        assert dict(measured.costs) == worthwhile(
+            {int(size): seconds for size, seconds in least[label].items()}
+        )
 
 
 def test_that_a_size_is_stable_is_never_taken_from_what_was_kept(tmp_path):
@@ -141,7 +156,9 @@ def test_garbage_among_what_was_kept_is_overlooked_and_replaced(tmp_path, garbag
     measure(exact, cache=tmp_path)
     (file,) = kept(tmp_path)
     file.write_bytes(garbage)
-    assert all(min(measured.costs.values()) > 0 for measured in measure(exact, cache=tmp_path).values())
+    assert all(
+        min(measured.costs.values()) > 0 for measured in measure(exact, cache=tmp_path).values()
+    )
     assert set(json.loads(file.read_bytes())) == {"2", "4", "8"}
 
 
@@ -163,19 +180,28 @@ def test_a_budget_below_nothing_is_refused(budget_s):
         Calibration(budget_s=budget_s)
 
 
-@given(st.dictionaries(st.sampled_from(ROW_COUNTS), st.floats(min_value=1e-9, max_value=10), min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from(ROW_COUNTS), st.floats(min_value=1e-9, max_value=10), min_size=1
+    )
+)
 def test_sizes_are_as_large_as_efficient_and_no_larger(timings):
     kept_ones = worthwhile(timings)
     assert min(timings) in kept_ones
     for size, seconds in timings.items():
-        beaten = any(timings[smaller] / smaller <= seconds / size for smaller in timings if smaller < size)
+        beaten = any(
+            timings[smaller] / smaller <= seconds / size for smaller in timings if smaller < size
+        )
         assert (size in kept_ones) == (not beaten)
         assert kept_ones.get(size, seconds) == seconds
 
 
 def test_requests_that_are_run_as_they_are_are_timed_and_must_repeat_their_bits():
     noise = count()
-    asked = [{"input_ids": np.ones((1, 2, 2), np.int64)}, {"input_ids": np.ones((3, 4, 2), np.int64)}]
+    asked = [
+        {"input_ids": np.ones((1, 2, 2), np.int64)},
+        {"input_ids": np.ones((3, 4, 2), np.int64)},
+    ]
     assert alone_s(exact, asked, path=Path("here")) > 0
     assert alone_s(exact, [], path=Path("here")) is None
     with pytest.raises(BundleError, match="not deterministic"):

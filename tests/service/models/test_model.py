@@ -44,7 +44,11 @@ def test_a_model_says_who_it_is_and_what_was_proven(model, bundle):
     assert model.replayed.verdict == "bitwise"
     assert model.replayed.answers == 5
     assert model.labels == ("hu", "nl", "fi", "et", "de")
-    assert [(bucket.label, bucket.positions) for bucket in model.buckets] == [("4", 4), ("8", 8), ("16", 16)]
+    assert [(bucket.label, bucket.positions) for bucket in model.buckets] == [
+        ("4", 4),
+        ("8", 8),
+        ("16", 16),
+    ]
     assert set(model.row_counts) == {"4", "8", "16"}
     for bucket in model.buckets:
         assert 1 in bucket.costs
@@ -119,17 +123,32 @@ def test_raw_ids_have_the_very_bits_of_their_text_whatever_the_padding(model, da
         ({"ids": np.ones((1, 2, GRAMS), np.int64)}, r"no input 'ids': its inputs are input_ids"),
         ({"input_ids": np.ones((1, 2, GRAMS), np.int32)}, r"'input_ids' must be INT64, got INT32"),
         ({"input_ids": np.ones((1, 2, GRAMS), np.float32)}, r"'input_ids' must be INT64, got FP32"),
-        ({"input_ids": np.full((1, 2, GRAMS), "x", object)}, r"'input_ids' must be INT64, got BYTES"),
-        ({"input_ids": np.ones((1, 2), np.int64)}, r"must have the shape \[-1, -1, 6\] \(-1: any\), got \[1, 2\]"),
+        (
+            {"input_ids": np.full((1, 2, GRAMS), "x", object)},
+            r"'input_ids' must be INT64, got BYTES",
+        ),
+        (
+            {"input_ids": np.ones((1, 2), np.int64)},
+            r"must have the shape \[-1, -1, 6\] \(-1: any\), got \[1, 2\]",
+        ),
         (
             {"input_ids": np.ones((1, 2, 5), np.int64)},
             r"must have the shape \[-1, -1, 6\] \(-1: any\), got \[1, 2, 5\]",
         ),
         ({"input_ids": np.ones((0, 2, GRAMS), np.int64)}, r"'input_ids' has no rows"),
         ({"input_ids": np.ones((1, 0, GRAMS), np.int64)}, r"row 0 of input_ids is empty"),
-        ({"input_ids": np.ones((1, 17, GRAMS), np.int64)}, r"has 17 positions and the model reads at most 16"),
-        ({"input_ids": np.full((2, 3, GRAMS), 512)}, r"input_ids\[0, 0, 0\] must be at least 0 and below 512, got 512"),
-        ({"input_ids": np.full((2, 3, GRAMS), -1)}, r"input_ids\[0, 0, 0\] must be at least 0 and below 512, got -1"),
+        (
+            {"input_ids": np.ones((1, 17, GRAMS), np.int64)},
+            r"has 17 positions and the model reads at most 16",
+        ),
+        (
+            {"input_ids": np.full((2, 3, GRAMS), 512)},
+            r"input_ids\[0, 0, 0\] must be at least 0 and below 512, got 512",
+        ),
+        (
+            {"input_ids": np.full((2, 3, GRAMS), -1)},
+            r"input_ids\[0, 0, 0\] must be at least 0 and below 512, got -1",
+        ),
     ],
 )
 def test_raw_ids_that_the_model_does_not_take_are_refused_by_name(model, inputs, said):
@@ -154,7 +173,9 @@ def tokens(request, tmp_path_factory, bundles):
         "head": random.standard_normal((16, 3)).astype(np.float32),
         "one": np.array([1], np.int64),
     }
-    ids, mask = (helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "t"]) for name in (IDS, MASK))
+    ids, mask = (
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "t"]) for name in (IDS, MASK)
+    )
     node = helper.make_node
     real = [] if request.param else [node("Sign", [IDS], [MASK])]
     nodes = [
@@ -167,10 +188,16 @@ def tokens(request, tmp_path_factory, bundles):
         node("Squeeze", ["headed", "one"], ["logits"]),
     ]
     inputs = [ids, mask] if request.param else [ids]
-    model = bundles.onnx(nodes, inputs=inputs, outputs=[floats("logits", ["b", 3])], weights=weights)
-    tokenizer = Tokenizer(models.WordLevel({"?": 2, **{letter: 3 + at for at, letter in enumerate("abcdefgh")}}, "?"))
+    model = bundles.onnx(
+        nodes, inputs=inputs, outputs=[floats("logits", ["b", 3])], weights=weights
+    )
+    tokenizer = Tokenizer(
+        models.WordLevel({"?": 2, **{letter: 3 + at for at, letter in enumerate("abcdefgh")}}, "?")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return Model.open(bundles.tokens(tmp_path_factory.mktemp("tokens"), model, tokenizer.to_str(), spec=BPE))
+    return Model.open(
+        bundles.tokens(tmp_path_factory.mktemp("tokens"), model, tokenizer.to_str(), spec=BPE)
+    )
 
 
 def test_tokens_as_raw_tensors_have_the_very_bits_of_their_text(tokens):
@@ -233,7 +260,11 @@ def test_a_model_whose_bits_depend_on_the_batch_size_is_not_batched(tmp_path, bu
 
 def test_without_a_budget_every_row_runs_alone(bundle):
     opened = Model.open(bundle, calibration=Calibration(budget_s=0))
-    assert {bucket.label: set(bucket.costs) for bucket in opened.buckets} == {"4": {1}, "8": {1}, "16": {1}}
+    assert {bucket.label: set(bucket.costs) for bucket in opened.buckets} == {
+        "4": {1},
+        "8": {1},
+        "16": {1},
+    }
 
 
 def test_a_model_with_another_number_of_answers_than_labels_is_refused(tmp_path, bundles):
@@ -289,4 +320,7 @@ def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path, bundles
 
 def test_the_ladder_of_this_file_is_the_tiny_models(model):
     assert isinstance(model.frontend.spec, NgramSpec)
-    assert (model.frontend.spec.vocabulary, model.frontend.spec.ids_per_position) == (VOCABULARY, GRAMS)
+    assert (model.frontend.spec.vocabulary, model.frontend.spec.ids_per_position) == (
+        VOCABULARY,
+        GRAMS,
+    )

@@ -41,7 +41,11 @@ def test_the_newest_version_answers_as_people_count(root, bundles):
     repository = started(root)
     assert repository.get("tiny").version == "10"
     assert [entry.version for entry in repository.index()] == ["10", "9", "2"]
-    assert states(repository) == {("tiny", "10"): READY, ("tiny", "9"): UNAVAILABLE, ("tiny", "2"): UNAVAILABLE}
+    assert states(repository) == {
+        ("tiny", "10"): READY,
+        ("tiny", "9"): UNAVAILABLE,
+        ("tiny", "2"): UNAVAILABLE,
+    }
     with pytest.raises(NotReady, match="version 9 of model tiny is not open: only the newest 1"):
         repository.get("tiny", "9")
 
@@ -87,7 +91,10 @@ def test_an_older_good_version_takes_the_place_of_a_bad_one(root, bundles):
 
 def test_where_nothing_can_be_opened_its_own_error_is_raised_and_nothing_logged(root, bundles):
     spoil(bundles.make(root))
-    with capture_logs() as logs, pytest.raises(BundleCorrupt, match=r"model\.onnx is not the certified file"):
+    with (
+        capture_logs() as logs,
+        pytest.raises(BundleCorrupt, match=r"model\.onnx is not the certified file"),
+    ):
         started(root)
     assert logs == []
 
@@ -104,7 +111,9 @@ def test_a_bad_model_takes_none_of_the_others_down(root, bundles):
     spoil(bundles.make(root, name="spoilt"))
     repository = started(root)
     assert [model.name for model in repository.models()] == ["tiny"]
-    with pytest.raises(NotReady, match=r"version 1 of model spoilt is not open: spoilt/1/model.onnx"):
+    with pytest.raises(
+        NotReady, match=r"version 1 of model spoilt is not open: spoilt/1/model.onnx"
+    ):
         repository.get("spoilt")
 
 
@@ -118,7 +127,9 @@ def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(ro
         return QUICKLY(path)
 
     repository = started(root, open_model)
-    assert {entry.name: entry.reason for entry in repository.index()}["odd"] == "it failed to open; the log says how"
+    assert {entry.name: entry.reason for entry in repository.index()}[
+        "odd"
+    ] == "it failed to open; the log says how"
 
 
 def test_a_new_version_answers_at_once_and_the_old_one_is_let_go(root, bundles):
@@ -219,8 +230,13 @@ def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(
         repository.poll()
     assert repository.get("tiny") is model
     (entry,) = repository.index()
-    assert (entry.state, entry.reason) == (READY, "its folder is gone; it was the last of its model and goes on")
-    assert [line["event"] for line in logs] == ["the folders of a model are gone: its last version goes on"]
+    assert (entry.state, entry.reason) == (
+        READY,
+        "its folder is gone; it was the last of its model and goes on",
+    )
+    assert [line["event"] for line in logs] == [
+        "the folders of a model are gone: its last version goes on"
+    ]
     spoil(bundles.make(root, version="2"))
     repository.poll()
     assert repository.get("tiny") is model
@@ -229,16 +245,22 @@ def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(
     assert [model.version for model in repository.models()] == ["3"]
 
 
-def test_a_new_model_is_served_beside_the_others_and_one_that_is_gone_no_longer_once_another_is_there(root, bundles):
+def test_a_new_model_is_served_beside_the_others_and_a_missing_one_no_longer_once_another_is_there(
+    root, bundles
+):
     bundles.make(root)
     repository = started(root)
     bundles.tensors(root)
     repository.poll()
     assert [model.name for model in repository.models()] == ["tensors", "tiny"]
-    assert repository.default_text().name == "tiny", "a model of tensors is none that could be meant"
+    assert repository.default_text().name == "tiny", (
+        "a model of tensors is none that could be meant"
+    )
 
 
-@pytest.mark.parametrize("last", ["certificate.json", "manifest.json", "model.onnx", "known_answers.npz"])
+@pytest.mark.parametrize(
+    "last", ["certificate.json", "manifest.json", "model.onnx", "known_answers.npz"]
+)
 def test_a_bundle_whose_files_come_one_by_one_is_served_when_all_are_there(root, made, last):
     put(made["1"], root / "tiny" / "1")
     repository = started(root)

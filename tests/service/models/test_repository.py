@@ -14,7 +14,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from evalmode.bundle.errors import BundleError
-from evalmode.service.errors import BadRequest, Forbidden, InvalidField, NotReady, StartFailed, UnknownModel
+from evalmode.service.errors import (
+    BadRequest,
+    Forbidden,
+    InvalidField,
+    NotReady,
+    StartFailed,
+    UnknownModel,
+)
 from evalmode.service.models.repository import Repository
 from tests.service.bundle_folders import (
     LOADING,
@@ -37,7 +44,8 @@ def test_no_bundle_at_all_is_a_refusal_to_start(root):
 
 
 def test_a_folder_that_cannot_be_looked_at_is_a_refusal_to_start_in_one_sentence(root, processes):
-    unreadable = root / ("x" * 300)  # a name too long is refused to root, too, whom no permission stops
+    # a name too long is refused to root, too, whom no permission stops
+    unreadable = root / ("x" * 300)
     with pytest.raises(StartFailed, match="cannot be looked at: File name too long"):
         started(unreadable)
     assert "cannot be looked at" in processes.refused(unreadable)
@@ -92,7 +100,9 @@ def test_readers_go_on_while_a_model_is_being_opened(root, bundles):
             assert opening.wait(WAIT_S)
             assert repository.get("tiny").version == "1"
             assert states(repository) == {("tiny", "2"): LOADING, ("tiny", "1"): READY}
-            with pytest.raises(NotReady, match="version 2 of model tiny is not open: it is loading"):
+            with pytest.raises(
+                NotReady, match="version 2 of model tiny is not open: it is loading"
+            ):
                 repository.get("tiny", "2")
         finally:
             go_on.set()
@@ -149,7 +159,9 @@ def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, b
     model = repository.get("tiny")
     mend = spoil(bundle)
     for _ in range(2):
-        with pytest.raises(BadRequest, match=r"model tiny cannot be loaded: tiny/1/model.onnx is not the certified"):
+        with pytest.raises(
+            BadRequest, match=r"model tiny cannot be loaded: tiny/1/model.onnx is not the certified"
+        ):
             repository.load("tiny")
     assert opener.asked[bundle] == 3
     assert repository.get("tiny") is model
@@ -195,7 +207,9 @@ def test_where_nobody_may_load_and_unload_nobody_does(root, bundles):
 def test_of_several_models_of_text_one_must_be_named_or_be_the_default(root, bundles):
     bundles.make(root)
     bundles.make(root, name="other")
-    with pytest.raises(InvalidField, match="several read texts: name one of other, tiny") as refusal:
+    with pytest.raises(
+        InvalidField, match="several read texts: name one of other, tiny"
+    ) as refusal:
         started(root).default_text()
     assert refusal.value.field == "model"
     assert started(root, default_model="other").default_text().name == "other"
@@ -210,7 +224,10 @@ def test_where_no_model_reads_texts_that_is_said(root, bundles):
 
 def test_a_default_model_that_is_not_there_is_a_refusal_to_start(root, bundles):
     bundles.make(root)
-    with pytest.raises(StartFailed, match="default_model is 'other' and no such model could be opened: there is tiny"):
+    with pytest.raises(
+        StartFailed,
+        match="default_model is 'other' and no such model could be opened: there is tiny",
+    ):
         started(root, default_model="other")
 
 

@@ -33,7 +33,9 @@ def test_rows_that_were_proven_independent_are_batched_by_their_shape(tensors):
     jobs = tensors.tensor_jobs(asked(3, 4))
     assert {bucket.label for bucket, _ in jobs} == {"4"}
     assert [row.inputs["x"].shape for _, row in jobs] == [(1, 4)] * 3
-    assert all(row.inputs["x"].base is None for _, row in jobs), "a row does not hold on to its whole request"
+    assert all(row.inputs["x"].base is None for _, row in jobs), (
+        "a row does not hold on to its whole request"
+    )
 
 
 def test_rows_of_a_shape_that_was_not_measured_run_alone(tensors):
@@ -49,7 +51,9 @@ def test_a_row_of_tensors_has_the_same_bits_alone_and_in_a_request_of_many(tenso
     for place in range(5):
         (job,) = tensors.tensor_jobs({"x": inputs["x"][place : place + 1]})
         assert alone(job)["y"].tobytes() == found[place].tobytes()
-    expected = inputs["x"] @ np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)[:columns]
+    expected = (
+        inputs["x"] @ np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)[:columns]
+    )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -78,7 +82,9 @@ def test_a_tensor_without_a_first_axis_that_varies_makes_a_request_whole(tmp_pat
 def test_a_first_axis_that_is_no_row_makes_a_request_whole(tmp_path, bundles):
     node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)
     model = bundles.onnx([node], inputs=[floats("x", ["n", 2])], outputs=[floats("y", ["m", 2])])
-    whole = Model.open(bundles.tensors(tmp_path, model=model, known=[{"x": np.ones((1, 2), np.float32)}]))
+    whole = Model.open(
+        bundles.tensors(tmp_path, model=model, known=[{"x": np.ones((1, 2), np.float32)}])
+    )
     assert [bucket.label for bucket in whole.buckets] == ["whole"]
 
 
@@ -141,9 +147,13 @@ def test_an_index_out_of_range_is_a_bad_request(tmp_path, bundles):
 
 def test_nan_that_came_in_is_a_bad_request_and_nan_that_was_made_is_a_failure(tmp_path, bundles):
     model = bundles.onnx(
-        [helper.make_node("Log", ["x"], ["y"])], inputs=[floats("x", ["n"])], outputs=[floats("y", ["n"])]
+        [helper.make_node("Log", ["x"], ["y"])],
+        inputs=[floats("x", ["n"])],
+        outputs=[floats("y", ["n"])],
     )
-    opened = Model.open(bundles.tensors(tmp_path, model=model, known=[{"x": np.ones(2, np.float32)}]))
+    opened = Model.open(
+        bundles.tensors(tmp_path, model=model, known=[{"x": np.ones(2, np.float32)}])
+    )
     jobs = opened.tensor_jobs({"x": np.array([1, np.nan, -1, 0], np.float32)})
     fine, came, made, infinite = opened.buckets[0].run([row for _, row in jobs])
     assert fine["y"].tolist() == [0.0]
@@ -154,8 +164,12 @@ def test_nan_that_came_in_is_a_bad_request_and_nan_that_was_made_is_a_failure(tm
 
 
 def identity_of_strings(bundles):
-    both = [helper.make_tensor_value_info(name, TensorProto.STRING, ["n", "k"]) for name in ("s", "t")]
-    return bundles.onnx([helper.make_node("Identity", ["s"], ["t"])], inputs=both[:1], outputs=both[1:])
+    both = [
+        helper.make_tensor_value_info(name, TensorProto.STRING, ["n", "k"]) for name in ("s", "t")
+    ]
+    return bundles.onnx(
+        [helper.make_node("Identity", ["s"], ["t"])], inputs=both[:1], outputs=both[1:]
+    )
 
 
 @pytest.mark.parametrize("elements", [["é", "b\0c"], ["é".encode(), b"b\0c"]])
@@ -183,14 +197,18 @@ def test_a_tensor_that_no_request_can_carry_is_a_refusal_to_open(tmp_path, bundl
     node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.BFLOAT16)
     out = helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n"])
     model = bundles.onnx([node], inputs=[floats("x", ["n"])], outputs=[out])
-    with pytest.raises(BundleError, match="'y' is tensor\\(bfloat16\\), which no request can carry"):
+    with pytest.raises(
+        BundleError, match="'y' is tensor\\(bfloat16\\), which no request can carry"
+    ):
         Model.open(bundles.tensors(tmp_path, model=model, known=[]))
 
 
 def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path, bundles):
     bundle = bundles.tensors(tmp_path)
     (bundle / "certificate.json").unlink()
-    assert [bucket.label for bucket in Model.open(bundle, allow_uncertified=True).buckets] == ["whole"]
+    assert [bucket.label for bucket in Model.open(bundle, allow_uncertified=True).buckets] == [
+        "whole"
+    ]
 
 
 def test_a_row_is_described_by_its_digest_and_its_shapes(tensors):

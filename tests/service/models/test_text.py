@@ -18,7 +18,11 @@ BPE = BpeSpec(vocabulary=100, lengths=(4, 8))
 
 def masked(ids, mask=None):
     inputs = {"input_ids": np.array(ids, np.int64)}
-    return list(id_rows(inputs if mask is None else {**inputs, "attention_mask": np.array(mask, np.int64)}, BPE))
+    return list(
+        id_rows(
+            inputs if mask is None else {**inputs, "attention_mask": np.array(mask, np.int64)}, BPE
+        )
+    )
 
 
 def test_a_row_of_tokens_is_as_long_as_its_mask_and_padded_with_nothing():
@@ -48,7 +52,11 @@ def test_without_a_mask_the_ids_that_are_not_padding_count():
         ([[1, 2]], [[0, 0]], r"row 0 of attention_mask is empty"),
         ([[1, 2]], [[1, 2]], r"attention_mask\[0, 1\] must be at least 0 and below 2, got 2"),
         ([[1, 2]], [[1, -1]], r"attention_mask\[0, 1\] must be at least 0 and below 2, got -1"),
-        ([[1, 2]], [[1, 1, 1]], r"attention_mask must have the shape \[1, 2\] of input_ids, got \[1, 3\]"),
+        (
+            [[1, 2]],
+            [[1, 1, 1]],
+            r"attention_mask must have the shape \[1, 2\] of input_ids, got \[1, 3\]",
+        ),
         ([[1, 100]], [[1, 1]], r"input_ids\[0, 1\] must be at least 0 and below 100, got 100"),
         ([[0, 0]], None, r"row 0 of input_ids is empty"),
         ([[[1], [2]]], None, r"input_ids must have the shape \[-1, -1\], got \[1, 2, 1\]"),
@@ -75,7 +83,8 @@ def test_a_probability_does_not_depend_on_the_order_of_the_labels(logits, turn):
 
 
 @pytest.mark.parametrize(
-    "logits", [[math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [1.0, math.inf], [-math.inf, -math.inf]]
+    "logits",
+    [[math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [1.0, math.inf], [-math.inf, -math.inf]],
 )
 def test_logits_without_probabilities_are_refused(logits):
     with pytest.raises(RunFailed):

@@ -1,4 +1,6 @@
-"""Connections that are slow, too long, or no HTTP, against a real server process with an application of a few lines."""
+"""Connections that are slow, too long, or no HTTP, against a real server process with an
+application of a few lines.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,15 @@ def server(processes, gate):
         pytest.MonkeyPatch.context() as environment,
     ):
         environment.setenv("TINY_GATE", str(gate))
-        limits = {"header_timeout_s": HEAD_S, "body_timeout_s": READ_S, "max_header_bytes": 1000, "keep_alive_s": 1}
-        with processes.running(Path("tiny"), program=PROGRAM, workers=1, drain_s=0, **limits) as running:
+        limits = {
+            "header_timeout_s": HEAD_S,
+            "body_timeout_s": READ_S,
+            "max_header_bytes": 1000,
+            "keep_alive_s": 1,
+        }
+        with processes.running(
+            Path("tiny"), program=PROGRAM, workers=1, drain_s=0, **limits
+        ) as running:
             yield running
 
 
@@ -62,13 +71,17 @@ def one_answer(connection: socket.socket) -> tuple[bytes, bytes]:
         assert line, f"the connection ended within {head!r}"
         head += line
     length = int(
-        next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")).split(b":")[1]
+        next(
+            line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
+        ).split(b":")[1]
     )
     return head, stream.read(length)
 
 
 def refusal(answer: bytes) -> tuple[int, str]:
-    """Status and sentence of a refusal that ends its connection; it has the form that every error has."""
+    """Status and sentence of a refusal that ends its connection; it has the form that every error
+    has.
+    """
     head, _, body = answer.partition(b"\r\n\r\n")
     lines = head.lower().split(b"\r\n")
     assert b"content-type: application/json" in lines
@@ -136,7 +149,9 @@ def test_a_connection_that_lies_idle_is_closed_without_a_word(connect):
     [
         b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n" % (b"a" * 1000),
         b"GET / HTTP/1.1\r\nhost: x\r\na: %s\r\n\r\n" % (b"a" * 1000),
-        b"GET / HTTP/1.1\r\nhost: x\r\n" + b"".join(b"a%d: b\r\n" % number for number in range(200)) + b"\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\n"
+        + b"".join(b"a%d: b\r\n" % number for number in range(200))
+        + b"\r\n",
         b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"a" * 1000,
         b"GET /" + b"a" * 100_000,
     ],
@@ -151,7 +166,10 @@ def test_a_head_that_is_too_long_is_431_whether_it_ends_or_not(connect, head):
 
 def test_the_length_of_one_head_does_not_count_for_the_next(connect):
     connection = connect()
-    request = b"POST / HTTP/1.1\r\nhost: x\r\na: %s\r\ncontent-length: 5000\r\n\r\n%s" % (b"a" * 800, b"b" * 5000)
+    request = b"POST / HTTP/1.1\r\nhost: x\r\na: %s\r\ncontent-length: 5000\r\n\r\n%s" % (
+        b"a" * 800,
+        b"b" * 5000,
+    )
     connection.sendall(request * 3)
     stream = connection.makefile("rb")
     for _ in range(3):
@@ -177,8 +195,14 @@ def test_the_length_of_one_head_does_not_count_for_the_next(connect):
         b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
         b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999999999999999\r\n\r\n",
-        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n0\r\n\r\n",
+        (
+            b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding:"
+            b" chunked\r\n\r\n0\r\n\r\n"
+        ),
+        (
+            b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ncontent-length:"
+            b" 3\r\n\r\n0\r\n\r\n"
+        ),
         b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
         b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
         b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding : chunked\r\n\r\n0\r\n\r\n",
@@ -198,7 +222,8 @@ def test_what_is_not_http_or_says_two_things_of_its_length_is_400(connect, reque
 def test_a_refusal_comes_after_the_answers_before_it(connect, gate):
     connection = connect()
     connection.sendall(GET.replace(b"/ ", b"/gate ") + b"nonsense\r\n\r\n")
-    refused = connect()  # the nonsense has been read by the time that this later connection is answered
+    # the nonsense has been read by the time that this later connection is answered
+    refused = connect()
     refused.sendall(b"nonsense\r\n\r\n")
     rest_of(refused)
     gate.touch()
@@ -208,7 +233,9 @@ def test_a_refusal_comes_after_the_answers_before_it(connect, gate):
     assert refusal(b"HTTP/1.1 400" + second)[0] == 400
 
 
-def test_a_bad_chunk_of_a_request_that_waits_for_its_turn_leaves_the_one_before_it_alone(connect, gate):
+def test_a_bad_chunk_of_a_request_that_waits_for_its_turn_leaves_the_one_before_it_alone(
+    connect, gate
+):
     connection = connect()
     bad = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"
     connection.sendall(GET.replace(b"/ ", b"/gate ") + bad)
@@ -239,8 +266,8 @@ def test_a_wish_for_another_protocol_is_ignored_and_the_body_is_read(connect, pi
 def test_a_wish_for_another_protocol_hides_no_second_length(connect):
     connection = connect()
     connection.sendall(
-        b"POST / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 3\r\n"
-        b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+        b"POST / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length:"
+        b" 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
     )
     assert refusal(rest_of(connection))[0] == 400
 

@@ -47,7 +47,9 @@ os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_after_the_end_does_not_change_the_exit_code():
-    assert subprocess.run([sys.executable, "-c", ENDING], timeout=WAIT_S, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", ENDING], timeout=WAIT_S, check=False).returncode == 0
+    )
 
 
 def test_without_a_signal_whoever_called_has_his_handlers_back():
@@ -88,7 +90,9 @@ def test_a_worker_whose_supervisor_is_gone_before_it_began_removes_their_folder(
     assert not folder.exists()
 
 
-def test_several_workers_without_a_place_for_their_figures_are_refused_with_the_way_out(monkeypatch, tmp_path):
+def test_several_workers_without_a_place_for_their_figures_are_refused_with_the_way_out(
+    monkeypatch, tmp_path
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with (
         pytest.raises(StartFailed, match="TMPDIR writable, or set metrics to false"),

@@ -28,20 +28,29 @@ def client(service) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def expected(bundle, texts) -> list[dict[str, object]]:
-    """What `Predictor` answers in this process, each text asked alone, as the server would write it."""
+    """What `Predictor` answers in this process, each text asked alone, as the server would write
+    it.
+    """
     with Predictor.open(bundle, parallel=1) as predictor:
         return [as_json(predictor.predict([text])[0]) for text in texts]
 
 
 def as_json(prediction) -> dict[str, object]:
     top = [{"label": scored.label, "score": scored.score} for scored in prediction.top]
-    return {"label": top[0]["label"], "score": top[0]["score"], "truncated": prediction.truncated, "top": top}
+    return {
+        "label": top[0]["label"],
+        "score": top[0]["score"],
+        "truncated": prediction.truncated,
+        "top": top,
+    }
 
 
 def predictions(client: httpx.Client, texts: list[str]) -> list[dict[str, object]]:
     # json.dumps escapes the lone surrogate that httpx's own encoder cannot send.
     content = json.dumps({"inputs": texts})
-    answer = client.post("/v1/predict", content=content, headers={"content-type": "application/json"})
+    answer = client.post(
+        "/v1/predict", content=content, headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 200, answer.text
     return answer.json()["predictions"]
 
@@ -58,7 +67,11 @@ def test_it_is_ready_and_tells_everything_of_its_model(service, client):
     assert client.get("/livez").json()["live"] is True
     assert client.get("/readyz").json() == {"live": True, "ready": True}
     model = client.get("/v1/model").json()
-    assert (model["name"], model["version"], model["digest"]) == ("tiny", "1", service.started["digest"])
+    assert (model["name"], model["version"], model["digest"]) == (
+        "tiny",
+        "1",
+        service.started["digest"],
+    )
     assert model["manifest"]["labels"] == ["hu", "nl", "fi", "et", "de"]
     assert model["certificate"]["digest"] == model["digest"]
     assert model["known_answers"]["verdict"] == "bitwise"
@@ -67,7 +80,9 @@ def test_it_is_ready_and_tells_everything_of_its_model(service, client):
     assert set(model["row_counts"]) == {"4", "8", "16"}
 
 
-def test_200_texts_alone_and_in_one_request_have_the_bits_they_have_in_process(client, texts, expected):
+def test_200_texts_alone_and_in_one_request_have_the_bits_they_have_in_process(
+    client, texts, expected
+):
     assert predictions(client, texts) == expected
     assert [predictions(client, [text])[0] for text in texts] == expected
 
@@ -76,7 +91,9 @@ def test_clients_asking_at_once_get_the_bits_of_one(client, texts, expected):
     chance = random.Random(3)
     parts = [chance.choices(range(len(texts)), k=chance.choice([1, 2, 7, 40])) for _ in range(200)]
     with ThreadPoolExecutor(16) as pool:
-        answers = pool.map(lambda part: predictions(client, [texts[place] for place in part]), parts)
+        answers = pool.map(
+            lambda part: predictions(client, [texts[place] for place in part]), parts
+        )
         for part, found in zip(parts, answers, strict=True):
             assert found == [expected[place] for place in part]
 
@@ -108,14 +125,22 @@ TOO_MUCH = b'{"inputs": ["' + b"a" * 70_000 + b'"]}'
         ("POST", "/v1/predict", b'{"inputs": ["a"], "top_k": 0}', 422, "top_k"),
         ("POST", "/v1/predict", b'{"inputs": ["a"], "topk": 1}', 422, "topk"),
         ("POST", "/v1/predict", json.dumps({"inputs": ["a"] * 257}).encode(), 422, "inputs"),
-        ("POST", "/v1/predict", json.dumps({"inputs": ["a", "a" * 99], "truncate": False}).encode(), 422, "inputs.1"),
+        (
+            "POST",
+            "/v1/predict",
+            json.dumps({"inputs": ["a", "a" * 99], "truncate": False}).encode(),
+            422,
+            "inputs.1",
+        ),
         ("POST", "/v1/predict", TOO_MUCH, 413, None),
         ("GET", "/v1/predict", b"", 405, None),
         ("POST", "/readyz", b"", 405, None),
         ("GET", "/nowhere", b"", 404, None),
     ],
 )
-def test_every_error_is_a_sentence_with_the_field_it_is_about(client, method, path, content, status, field):
+def test_every_error_is_a_sentence_with_the_field_it_is_about(
+    client, method, path, content, status, field
+):
     answer = client.request(method, path, content=content)
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
@@ -143,13 +168,17 @@ def test_a_body_that_is_too_large_is_refused_when_it_comes_in_chunks_without_a_l
 
 def test_a_declared_length_is_refused_before_the_body_is_sent(service):
     with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
-        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: 9999999999\r\n\r\n")
+        connection.sendall(
+            b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: 9999999999\r\n\r\n"
+        )
         answer = received(connection)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"larger than the 65536 bytes" in answer
 
 
-def test_a_request_in_flight_is_answered_after_sigterm_and_the_exit_code_is_0(bundle, processes, expected, texts):
+def test_a_request_in_flight_is_answered_after_sigterm_and_the_exit_code_is_0(
+    bundle, processes, expected, texts
+):
     body = json.dumps({"inputs": texts}).encode()
     with processes.running(bundle) as service:
         connections = [begun_request(service.port, len(body)) for _ in range(8)]
@@ -165,10 +194,17 @@ def test_a_request_in_flight_is_answered_after_sigterm_and_the_exit_code_is_0(bu
         assert "Traceback" not in service.process.stderr.read()
 
 
-def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_server(bundle, processes):
+def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_server(
+    bundle, processes
+):
     with processes.running(bundle, access_log=1) as service:
         begun_request(service.port, 100).close()
-        assert httpx.post(f"{service.url}/v1/predict", json={"inputs": ["a"]}, timeout=WAIT_S).status_code == 200
+        assert (
+            httpx.post(
+                f"{service.url}/v1/predict", json={"inputs": ["a"]}, timeout=WAIT_S
+            ).status_code
+            == 200
+        )
         service.terminate()
         _, logged = service.process.communicate(timeout=WAIT_S)
         assert service.process.returncode == 0
@@ -208,7 +244,9 @@ def test_a_changed_file_is_a_refusal_to_start_that_names_it(tmp_path, bundles, p
 
 
 def test_a_provider_that_is_not_there_is_a_refusal_to_start_that_says_which_are(bundle, processes):
-    assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), "these tests run on a CPU build"
+    assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), (
+        "these tests run on a CPU build"
+    )
     sentence = processes.refused(bundle, provider="cuda")
     assert "'cuda' is not available" in sentence
     assert "offers:" in sentence
@@ -222,7 +260,9 @@ def test_a_port_in_use_is_a_refusal_to_start(bundle, processes):
 
 
 def test_a_host_that_does_not_exist_is_a_refusal_to_start(bundle, processes):
-    assert "cannot listen on no.such.host.invalid" in processes.refused(bundle, host="no.such.host.invalid")
+    assert "cannot listen on no.such.host.invalid" in processes.refused(
+        bundle, host="no.such.host.invalid"
+    )
 
 
 def test_a_wrong_setting_is_a_refusal_to_start(bundle, processes):
@@ -262,15 +302,21 @@ def test_a_service_is_small_and_quick_to_start(bundle, processes):
             user_ticks, system_ticks = file.read().rpartition(")")[2].split()[11:13]
         with open(f"{process}/status") as file:
             resident_kib = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-    # Processor time, for this machine may be busy; on an idle one it is what passes from the start until it is ready.
+    # Processor time, for this machine may be busy; on an idle one it is what passes from the start
+    # until it is ready.
     assert (int(user_ticks) + int(system_ticks)) / os.sysconf("SC_CLK_TCK") < 1.5
     assert resident_kib < 250_000
 
 
 def begun_request(port: int, length_bytes: int) -> socket.socket:
-    """A connection whose request the application has begun to read: it has asked for the body to be sent."""
+    """A connection whose request the application has begun to read: it has asked for the body to be
+    sent.
+    """
     connection = socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)
-    head = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: {length_bytes}\r\n\r\n"
+    head = (
+        "POST /v1/predict HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length:"
+        f" {length_bytes}\r\n\r\n"
+    )
     connection.sendall(head.encode())
     assert connection.recv(1024).startswith(b"HTTP/1.1 100 ")
     return connection

@@ -1,4 +1,6 @@
-"""How a real server process ends, with an application of a few lines: nothing that was accepted goes unanswered."""
+"""How a real server process ends, with an application of a few lines: nothing that was accepted
+goes unanswered.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 def run(processes, gate):
     @contextmanager
     def running(**settings: object) -> Iterator[object]:
-        with processes.running(Path("tiny"), program=PROGRAM, **{"workers": 1, "drain_s": 0, **settings}) as server:
+        with processes.running(
+            Path("tiny"), program=PROGRAM, **{"workers": 1, "drain_s": 0, **settings}
+        ) as server:
             yield server
 
     return running
@@ -40,7 +44,10 @@ def connected(server) -> socket.socket:
 def begun(server, path: str = "/gate", *, length_bytes: int = 5) -> socket.socket:
     """A connection whose request the application has begun to read: it has asked for the body."""
     connection = connected(server)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: {length_bytes}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length:"
+        f" {length_bytes}\r\n\r\n"
+    )
     connection.sendall(head.encode())
     assert connection.recv(1024).startswith(b"HTTP/1.1 100 ")
     return connection
@@ -94,7 +101,10 @@ def test_256_requests_in_flight_at_sigterm_are_256_answers(run, gate):
         gate.touch()
         answers = [rest_of(connection) for connection in connections]
         assert ended(server) == ["draining", "stopped"]
-    assert sum(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"whole") for answer in answers) == IN_FLIGHT
+    assert (
+        sum(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"whole") for answer in answers)
+        == IN_FLIGHT
+    )
     assert all(is_close(answer) for answer in answers)
 
 
@@ -147,7 +157,8 @@ def test_what_the_kernel_accepted_and_the_server_has_not_yet_taken_is_answered(r
         server.terminate()
         os.kill(server.process.pid, signal.SIGCONT)
         wait_until_refused(server)
-        for connection in connections[50:]:  # a client that has just connected has a request on its way
+        # a client that has just connected has a request on its way
+        for connection in connections[50:]:
             connection.sendall(GET)
         answers = [rest_of(connection) for connection in connections]
         assert ended(server) == ["draining", "stopped"]
@@ -242,7 +253,9 @@ def test_what_is_not_answered_within_the_grace_is_given_up_with_503_and_the_exit
         for connection in connections:
             answer = rest_of(connection)
             assert answer.startswith(b"HTTP/1.1 503 ")
-            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"].startswith("the server stopped before")
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"].startswith(
+                "the server stopped before"
+            )
         assert ended(server) == ["draining", "given up", "stopped"]
 
 
@@ -270,7 +283,9 @@ def test_an_application_that_does_not_close_is_left(run, monkeypatch):
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> Path:
-    """A folder with a self-signed certificate, its key, and the key once more behind the password 'word'."""
+    """A folder with a self-signed certificate, its key, and the key once more behind the password
+    'word'.
+    """
     folder = tmp_path_factory.mktemp("tls")
     asked = "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key -out cert -subj /CN=localhost"
     for command in (
@@ -283,12 +298,22 @@ def certificate(tmp_path_factory) -> Path:
 
 def test_over_tls_requests_are_answered_and_the_end_is_in_good_order(run, certificate, gate):
     trusted = ssl.create_default_context(cafile=certificate / "cert")
-    keys = {"ssl_certfile": certificate / "cert", "ssl_keyfile": certificate / "locked", "ssl_keyfile_password": "word"}
+    keys = {
+        "ssl_certfile": certificate / "cert",
+        "ssl_keyfile": certificate / "locked",
+        "ssl_keyfile_password": "word",
+    }
     with run(**keys, header_timeout_s=2) as server:
         assert server.url.startswith("https://127.0.0.1:")
-        with httpx.Client(base_url=server.url, verify=trusted, timeout=WAIT_S) as client, ThreadPoolExecutor(1) as pool:
+        with (
+            httpx.Client(base_url=server.url, verify=trusted, timeout=WAIT_S) as client,
+            ThreadPoolExecutor(1) as pool,
+        ):
             assert client.post("/", content=b"hello").text == "hello"
-            assert httpx.get(f"{server.url}/", verify=trusted, headers={"x": "y" * 20_000}).status_code == 431
+            assert (
+                httpx.get(f"{server.url}/", verify=trusted, headers={"x": "y" * 20_000}).status_code
+                == 431
+            )
             silent = connected(server)  # never shakes hands
             later = pool.submit(client.post, "/gate", content=b"late")
             with trusted.wrap_socket(connected(server), server_hostname="127.0.0.1") as idle:
@@ -319,12 +344,23 @@ def test_with_authorities_only_clients_with_a_certificate_are_heard(run, certifi
         ({"ssl_certfile": "nowhere"}, "setting ssl_certfile: there is no file nowhere"),
         ({"ssl_keyfile": "{}/key"}, "setting ssl_keyfile is of no use without ssl_certfile"),
         ({"ssl_certfile": "{}/cert"}, "are no certificate with its private key"),
-        ({"ssl_certfile": "{}/key", "ssl_keyfile": "{}/key"}, "are no certificate with its private key"),
-        ({"ssl_certfile": "{}/cert", "ssl_keyfile": "{}/locked"}, "ssl_keyfile_password is not its password"),
-        ({"ssl_certfile": "{}/cert", "ssl_keyfile": "{}/key", "ssl_ca_certs": "{}/key"}, "holds no certificates"),
+        (
+            {"ssl_certfile": "{}/key", "ssl_keyfile": "{}/key"},
+            "are no certificate with its private key",
+        ),
+        (
+            {"ssl_certfile": "{}/cert", "ssl_keyfile": "{}/locked"},
+            "ssl_keyfile_password is not its password",
+        ),
+        (
+            {"ssl_certfile": "{}/cert", "ssl_keyfile": "{}/key", "ssl_ca_certs": "{}/key"},
+            "holds no certificates",
+        ),
     ],
 )
-def test_bad_tls_files_are_a_refusal_to_start_in_one_sentence(processes, certificate, settings, told):
+def test_bad_tls_files_are_a_refusal_to_start_in_one_sentence(
+    processes, certificate, settings, told
+):
     given = {name: value.format(certificate) for name, value in settings.items()}
     done = processes.ended(Path("tiny"), program=PROGRAM, workers=1, **given)
     assert done.returncode == 2

@@ -1,4 +1,6 @@
-"""Several real server processes behind one port, with an application of a few lines: what ends is replaced."""
+"""Several real server processes behind one port, with an application of a few lines: what ends is
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def mode(tmp_path, monkeypatch) -> Path:
 def run(processes, gate, mode):
     @contextmanager
     def running(**settings: object) -> Iterator[object]:
-        with processes.running(Path("tiny"), program=PROGRAM, **{"workers": 2, "drain_s": 0, **settings}) as server:
+        with processes.running(
+            Path("tiny"), program=PROGRAM, **{"workers": 2, "drain_s": 0, **settings}
+        ) as server:
             try:
                 yield server
             finally:
@@ -91,9 +95,13 @@ def logged(server, event: str) -> dict[str, object]:
 
 
 def begun(server) -> socket.socket:
-    """A connection whose request some worker's application has begun to read; it answers once the gate is open."""
+    """A connection whose request some worker's application has begun to read; it answers once the
+    gate is open.
+    """
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
-    connection.sendall(b"POST /gate HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n")
+    connection.sendall(
+        b"POST /gate HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n"
+    )
     assert connection.recv(1024).startswith(b"HTTP/1.1 100 ")
     connection.sendall(b"whole")
     return connection
@@ -120,8 +128,12 @@ def test_all_workers_serve_on_one_port_and_this_is_said_once(run):
         assert [line["event"] for line in ended(server)] == ["draining"] * 3 + ["stopped"]
 
 
-def test_settings_reach_the_workers_exactly_and_no_secret_is_on_a_command_line_or_in_an_environment(run, monkeypatch):
-    settings = Settings(api_keys="s3cret", drain_s=0.1 + 0.2, cors_origins=("https://a", "https://b"), bundle="ő")
+def test_settings_reach_the_workers_exactly_and_no_secret_is_on_a_command_line_or_in_an_environment(
+    run, monkeypatch
+):
+    settings = Settings(
+        api_keys="s3cret", drain_s=0.1 + 0.2, cors_origins=("https://a", "https://b"), bundle="ő"
+    )
     monkeypatch.setenv("EVALMODE_TIMEOUT_S", "7")
     assert Settings(**json.loads(settings_as_json(settings))) == settings
     with run(api_keys="s3cret", drain_s=0.1 + 0.2) as server:
@@ -168,7 +180,9 @@ def test_what_waits_to_be_accepted_while_all_workers_die_is_answered_by_their_re
         workers = workers_of(server)
         for worker in workers:
             os.kill(worker, signal.SIGSTOP)
-        connections = [socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) for _ in range(30)]
+        connections = [
+            socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) for _ in range(30)
+        ]
         for connection in connections:
             connection.sendall(GET.replace(b"host", b"connection: close\r\nhost"))
         for worker in workers:
@@ -188,9 +202,13 @@ def test_sigterm_answers_what_every_worker_has_in_flight(run, gate):
         ended(server)
 
 
-def test_an_interrupt_from_the_terminal_reaches_the_workers_once_and_ends_all_in_good_order(run, gate):
+def test_an_interrupt_from_the_terminal_reaches_the_workers_once_and_ends_all_in_good_order(
+    run, gate
+):
     with run(drain_s=WAIT_S) as server:
-        assert os.getpgid(server.process.pid) not in {os.getpgid(worker) for worker in workers_of(server)}
+        assert os.getpgid(server.process.pid) not in {
+            os.getpgid(worker) for worker in workers_of(server)
+        }
         connection = begun(server)
         server.process.send_signal(signal.SIGINT)
         assert logged(server, "draining")
@@ -206,7 +224,10 @@ def test_without_their_supervisor_the_workers_answer_what_they_have_and_end(run,
         connection = begun(server)
         server.process.kill()
         server.process.wait()
-        until(lambda: len([worker for worker in workers if is_running(worker)]) == 1, "the idle worker stays")
+        until(
+            lambda: len([worker for worker in workers if is_running(worker)]) == 1,
+            "the idle worker stays",
+        )
         gate.touch()
         assert rest_of(connection).endswith(b"whole")
         until(lambda: not any(map(is_running, workers)), "a worker stays behind")
@@ -216,8 +237,15 @@ def test_without_their_supervisor_the_workers_answer_what_they_have_and_end(run,
 @pytest.mark.parametrize("loading", [False, True])
 def test_a_signal_while_workers_are_loading_ends_them_all(processes, mode, loading):
     mode.write_text("slow" if loading else "")
-    environment = {**os.environ, "EVALMODE_WORKERS": "2", "EVALMODE_PORT": "0", "EVALMODE_LOG_FORMAT": "json"}
-    process = subprocess.Popen([sys.executable, *PROGRAM], env=environment, stderr=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ,
+        "EVALMODE_WORKERS": "2",
+        "EVALMODE_PORT": "0",
+        "EVALMODE_LOG_FORMAT": "json",
+    }
+    process = subprocess.Popen(
+        [sys.executable, *PROGRAM], env=environment, stderr=subprocess.PIPE, text=True
+    )
     holder = type("Holder", (), {"process": process})
     until(lambda: len(workers_of(holder)) == 2, "no workers")
     workers = workers_of(holder)
@@ -242,8 +270,12 @@ def test_a_port_in_use_is_the_refusal_of_all(processes):
     assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr
 
 
-@pytest.mark.parametrize(("said", "reason"), [("die", None), ("refuse", "the tiny server was told to refuse")])
-def test_replacements_that_fail_are_started_ever_later_and_the_others_go_on(run, mode, said, reason):
+@pytest.mark.parametrize(
+    ("said", "reason"), [("die", None), ("refuse", "the tiny server was told to refuse")]
+)
+def test_replacements_that_fail_are_started_ever_later_and_the_others_go_on(
+    run, mode, said, reason
+):
     with run() as server:
         mode.write_text(said)
         killed, left = workers_of(server)
@@ -262,29 +294,41 @@ def test_replacements_that_fail_are_started_ever_later_and_the_others_go_on(run,
 
 
 def test_a_worker_that_is_stuck_leaves_new_connections_to_others_until_it_is_well_again(run):
-    with run(stuck_grace_s=3600) as server, httpx.Client(base_url=server.url, timeout=WAIT_S) as client:
+    with (
+        run(stuck_grace_s=3600) as server,
+        httpx.Client(base_url=server.url, timeout=WAIT_S) as client,
+    ):
         stuck = int(client.get("/").text.removeprefix("pid "))
         other = workers_of(server) - {stuck}
         client.get("/stuck?5for6")
         assert client.get("/readyz").status_code == 503
         line = logged(server, "a worker is not ready")
         assert (line["worker"], line["reason"]) == (stuck, "a batch runs 5.0 s longer than it may")
-        until(lambda: {asked(server) for _ in range(10)} == other, "the stuck worker takes connections")
+        until(
+            lambda: {asked(server) for _ in range(10)} == other,
+            "the stuck worker takes connections",
+        )
         assert httpx.get(f"{server.url}/readyz", timeout=WAIT_S).status_code == 200
         assert logged(server, "a worker is ready again")["worker"] == stuck
-        until(lambda: asked(server) == stuck, "the worker takes no connections although it is well again")
+        until(
+            lambda: asked(server) == stuck,
+            "the worker takes no connections although it is well again",
+        )
         server.terminate()
         ended(server)
 
 
-def test_a_worker_that_is_stuck_for_good_ends_and_is_replaced_although_it_cannot_close(run, monkeypatch):
+def test_a_worker_that_is_stuck_for_good_ends_and_is_replaced_although_it_cannot_close(
+    run, monkeypatch
+):
     monkeypatch.setenv("TINY_CLOSING", "never")
     with run(stuck_grace_s=1) as server:
         with httpx.Client(base_url=server.url, timeout=WAIT_S) as client:
             stuck = int(client.get("/").text.removeprefix("pid "))
             client.get("/stuck?2for99")
         assert (
-            logged(server, "leaving")["reason"] == "a batch runs 2.0 s longer than it may: this process needs a restart"
+            logged(server, "leaving")["reason"]
+            == "a batch runs 2.0 s longer than it may: this process needs a restart"
         )
         line = logged(server, "a worker ended")
         assert (line["worker"], line["exit_code"]) == (stuck, 70)

@@ -1,8 +1,10 @@
-"""A program: the server's process around an application of a few lines, for tests of everything but the models.
+"""A program: the server's process around an application of a few lines, for tests of everything but
+the models.
 
-`GET /` answers "pid N". A body that is posted anywhere is read and echoed. What is below `/gate` answers only once the
-file TINY_GATE is there, `/large` with 64 MB, `/early` before it reads, `/stuck?AforB` makes the process say for B
-seconds that a batch is stuck, since A, and `/kept` never answers, whatever it is told.
+`GET /` answers "pid N". A body that is posted anywhere is read and echoed. What is below `/gate`
+answers only once the file TINY_GATE is there, `/large` with 64 MB, `/early` before it reads,
+`/stuck?AforB` makes the process say for B seconds that a batch is stuck, since A, and `/kept` never
+answers, whatever it is told.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ class Tiny:
                 if event == "lifespan.shutdown":
                     return
         status, body = await self.answer(scope, receive)
-        start = {"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]}
+        start = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-length", b"%d" % len(body))],
+        }
         await send(start)
         await send({"type": "http.response.body", "body": body})
 
@@ -77,7 +83,9 @@ class Tiny:
 
 
 def open_tiny(settings: Settings) -> Service:
-    """As TINY_MODE, a file, says when it is opened: "refuse", "die", or anything else for serving."""
+    """As TINY_MODE, a file, says when it is opened: "refuse", "die", or anything else for
+    serving.
+    """
     mode = MODE.read_text() if MODE.exists() else ""
     if mode == "refuse":
         raise StartFailed("the tiny server was told to refuse")

@@ -1,4 +1,6 @@
-"""Bodies of the Open Inference Protocol that were good once, and what mistaken clients make of them."""
+"""Bodies of the Open Inference Protocol that were good once, and what mistaken clients make of
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ from evalmode.service.protocol.datatypes import DATATYPES, DTYPES
 CASES = int(os.environ.get("EVALMODE_FUZZ", "5000"))
 
 _ODD = [
-    None, True, False, 0, -1, 1, 1.0, 1e400, 2**31, 2**63, -(2**63) - 1, 10**400, "", "x", "\ud83d", "INT64", "BYTES",
-    [], [[]], [[[]]] * 9, {}, {"a": 1}, [1, 2], [0], [-1], [2**62] * 32, "9" * 999,
+    None, True, False, 0, -1, 1, 1.0, 1e400, 2**31, 2**63, -(2**63) - 1, 10**400, "", "x", "\ud83d",
+    "INT64", "BYTES", [], [[]], [[[]]] * 9, {}, {"a": 1}, [1, 2], [0], [-1], [2**62] * 32,
+    "9" * 999,
 ]  # fmt: skip
 
 
@@ -41,11 +44,17 @@ class Body:
 
 
 def good(chance: random.Random) -> tuple[dict[str, Any], bytes]:
-    """A good request, with raw tensors behind it or none; many of them are good for the models of the tests too."""
+    """A good request, with raw tensors behind it or none; many of them are good for the models of
+    the tests too.
+    """
     inputs, raw = [], b""
     for name, datatype, shape in _tensors(chance):
         count = math.prod(shape)
-        array = np.array([b"ab"] * count, dtype=object) if datatype == "BYTES" else np.ones(count, DTYPES[datatype])
+        array = (
+            np.array([b"ab"] * count, dtype=object)
+            if datatype == "BYTES"
+            else np.ones(count, DTYPES[datatype])
+        )
         tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
         if chance.random() < 0.5:
             packed = bytes_of(array)
@@ -57,7 +66,9 @@ def good(chance: random.Random) -> tuple[dict[str, Any], bytes]:
     found = {"id": "1", "parameters": {"truncate": True}, "inputs": inputs}
     if chance.random() < 0.3:
         output = chance.choice(["logits", "probabilities", "label", "truncated", "y"])
-        found["outputs"] = [{"name": output, "parameters": {"classification": 2, "binary_data": True}}]
+        found["outputs"] = [
+            {"name": output, "parameters": {"classification": 2, "binary_data": True}}
+        ]
     return found, raw
 
 
@@ -69,7 +80,11 @@ def _tensors(chance: random.Random) -> list[tuple[str, str, list[int]]]:
     if how < 0.6:
         return [chance.choice([("input_ids", "INT64", [rows, 2, 6]), ("x", "FP32", [rows, 4])])]
     return [
-        (f"x{index}", chance.choice(DATATYPES), [chance.randint(1, 3) for _ in range(chance.randint(0, 3))])
+        (
+            f"x{index}",
+            chance.choice(DATATYPES),
+            [chance.randint(1, 3) for _ in range(chance.randint(0, 3))],
+        )
         for index in range(rows)
     ]
 
@@ -86,7 +101,11 @@ def mutate(found: Any, chance: random.Random) -> Any:
     elif how < 0.25 and isinstance(found, list):
         found.append(found[key])
     elif how < 0.35 and isinstance(found, dict):
-        found[chance.choice(["data", "shape", "parameters", "binary_data_size", "shared_memory_region"])] = found[key]
+        found[
+            chance.choice(
+                ["data", "shape", "parameters", "binary_data_size", "shared_memory_region"]
+            )
+        ] = found[key]
     else:
         found[key] = mutate(found[key], chance)
     return found
@@ -103,7 +122,9 @@ def scramble(raw: bytes, chance: random.Random) -> bytes:
         elif how < 0.7:
             del spoilt[place:]
         else:
-            spoilt[place:place] = chance.choice([b"\xff" * 4, b"[" * 2000, b"\0", b"{}", chance.randbytes(8)])
+            spoilt[place:place] = chance.choice(
+                [b"\xff" * 4, b"[" * 2000, b"\0", b"{}", chance.randbytes(8)]
+            )
     return bytes(spoilt)
 
 
@@ -118,7 +139,9 @@ def case(chance: random.Random) -> Body:
     if chance.random() < 0.3:
         raw = scramble(raw, chance)
     if chance.random() < 0.1:
-        length = chance.choice(["0", "-1", "", "x", "9" * 30, str(len(head) + len(raw) + 1), str(len(head) // 2), None])
+        length = chance.choice(
+            ["0", "-1", "", "x", "9" * 30, str(len(head) + len(raw) + 1), str(len(head) // 2), None]
+        )
     body = Body(head=head, raw=raw, json_length=length, encoding=None, compress=None)
     if chance.random() < 0.3:
         body.encoding = chance.choice(["gzip", "deflate"])

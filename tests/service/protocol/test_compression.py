@@ -10,7 +10,13 @@ import pytest
 
 from evalmode.service.errors import BadRequest, BodyTooLarge
 from evalmode.service.http.body import read_body
-from evalmode.service.protocol.compression import Encoding, accepted, compress, decompressed, encoding_of
+from evalmode.service.protocol.compression import (
+    Encoding,
+    accepted,
+    compress,
+    decompressed,
+    encoding_of,
+)
 
 TEXT = b"Ez egy rovid mondat. " * 10_000
 
@@ -26,7 +32,12 @@ def read(chunks: Iterable[bytes], encoding: Encoding, *, max_body_bytes: int = 1
             yield chunk
 
     return asyncio.run(
-        read_body(decompressed(sent(), encoding), declared_bytes=None, max_body_bytes=max_body_bytes, silence_s=30)
+        read_body(
+            decompressed(sent(), encoding),
+            declared_bytes=None,
+            max_body_bytes=max_body_bytes,
+            silence_s=30,
+        )
     )
 
 
@@ -36,7 +47,11 @@ def cut(body: bytes, size: int) -> list[bytes]:
 
 @pytest.mark.parametrize(
     ("packed", "encoding"),
-    [(gzip.compress(TEXT), "gzip"), (zlib.compress(TEXT), "deflate"), (raw_deflate(TEXT), "deflate")],
+    [
+        (gzip.compress(TEXT), "gzip"),
+        (zlib.compress(TEXT), "deflate"),
+        (raw_deflate(TEXT), "deflate"),
+    ],
 )
 def test_a_body_comes_out_whole_however_it_is_cut(packed: bytes, encoding: Encoding):
     for size in (1, 7, len(packed)):
@@ -89,13 +104,17 @@ def test_a_bomb_in_one_chunk_stops_at_the_limit_too():
         ([gzip.compress(b"a") * 2], "gzip", "goes on after the end"),
     ],
 )
-def test_what_is_not_its_encoding_is_refused(chunks: list[bytes], encoding: Encoding, sentence: str):
+def test_what_is_not_its_encoding_is_refused(
+    chunks: list[bytes], encoding: Encoding, sentence: str
+):
     with pytest.raises(BadRequest, match=sentence):
         read(chunks, encoding)
 
 
 def test_headers_name_an_encoding_or_are_refused():
-    assert [encoding_of(name) for name in (None, "", "identity", "GZIP", "x-gzip", " deflate ")] == [
+    assert [
+        encoding_of(name) for name in (None, "", "identity", "GZIP", "x-gzip", " deflate ")
+    ] == [
         None,
         None,
         None,
@@ -126,7 +145,9 @@ def test_headers_name_an_encoding_or_are_refused():
         ("gzip;q=nan", None),
     ],
 )
-def test_the_encoding_that_the_client_prefers_is_answered_in(header: str | None, encoding: str | None):
+def test_the_encoding_that_the_client_prefers_is_answered_in(
+    header: str | None, encoding: str | None
+):
     assert accepted(header) == encoding
 
 

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.binary import array_from_bytes, bytes_of
-from evalmode.service.protocol.datatypes import BYTES, DTYPES, array_from_values, datatype_of, shown, values_of
+from evalmode.service.protocol.datatypes import (
+    BYTES,
+    DTYPES,
+    array_from_values,
+    datatype_of,
+    shown,
+    values_of,
+)
 
 
 def refusal(values: list[object], datatype: str) -> str:
@@ -25,7 +32,9 @@ def test_every_datatype_goes_through_json_without_losing_a_bit(datatype: str):
     dtype = DTYPES[datatype]
     if dtype.kind == "f":
         limits = np.finfo(dtype)
-        array = np.array([0.0, -0.0, 0.1, limits.max, limits.min, limits.tiny, limits.smallest_subnormal], dtype)
+        array = np.array(
+            [0.0, -0.0, 0.1, limits.max, limits.min, limits.tiny, limits.smallest_subnormal], dtype
+        )
     elif dtype.kind == "b":
         array = np.array([True, False])
     else:
@@ -124,7 +133,9 @@ def test_bytes_that_are_no_text_say_to_ask_for_binary():
         (b"", BYTES, 10**30, "fewer elements"),
     ],
 )
-def test_bytes_that_do_not_fit_their_shape_are_refused(raw: bytes, datatype: str, count: int, sentence: str):
+def test_bytes_that_do_not_fit_their_shape_are_refused(
+    raw: bytes, datatype: str, count: int, sentence: str
+):
     with pytest.raises(BadRequest, match=r"^inputs\.0\.data") as found:
         array_from_bytes(memoryview(raw), datatype, count, field="inputs.0.data")
     assert sentence in str(found.value)

@@ -20,7 +20,8 @@ from tests.service.protocol.mutations import CASES, Body, case, good
 
 BATCHES = 5
 MAX_BODY_BYTES = 65_536
-MAX_MEMORY_BYTES = 16 << 20  # of Python's objects, for the worst body of 64 KiB: lists of empty lists
+# of Python's objects, for the worst body of 64 KiB: lists of empty lists
+MAX_MEMORY_BYTES = 16 << 20
 
 _SPECS = [
     None,
@@ -40,8 +41,12 @@ async def outcome(body: Body, chance: random.Random) -> InferRequest | RequestEr
     try:
         encoding = encoding_of(body.encoding)
         chunks = sent() if encoding is None else decompressed(sent(), encoding)
-        plain = await read_body(chunks, declared_bytes=None, max_body_bytes=MAX_BODY_BYTES, silence_s=30)
-        return parse_infer(plain, json_length=body.json_length, max_top_k=10, only_input=chance.choice(_SPECS))
+        plain = await read_body(
+            chunks, declared_bytes=None, max_body_bytes=MAX_BODY_BYTES, silence_s=30
+        )
+        return parse_infer(
+            plain, json_length=body.json_length, max_top_k=10, only_input=chance.choice(_SPECS)
+        )
     except RequestError as error:
         return error
 
@@ -78,7 +83,8 @@ def test_what_was_understood_can_be_written_again():
         head = json.dumps(found).encode()
         request = parse_infer(head + raw, json_length=str(len(head)), max_top_k=10)
         tensors = [
-            OutputTensor(name=tensor.name, data=tensor.data, binary=chance.random() < 0.5) for tensor in request.inputs
+            OutputTensor(name=tensor.name, data=tensor.data, binary=chance.random() < 0.5)
+            for tensor in request.inputs
         ]
         encoded = encode_response(tensors, model_name="m", model_version="1", digest="0")
         again = json.loads(encoded.body[: encoded.json_length])["outputs"]

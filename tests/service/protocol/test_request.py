@@ -28,7 +28,9 @@ def refusal(body: Any, raw: bytes = b"", **given: Any) -> str:
 
 
 def one(**changed: Any) -> dict[str, Any]:
-    return {"inputs": [{key: value for key, value in {**IDS, **changed}.items() if value is not ...}]}
+    return {
+        "inputs": [{key: value for key, value in {**IDS, **changed}.items() if value is not ...}]
+    }
 
 
 def test_a_tensor_is_read_flat_or_nested():
@@ -40,7 +42,9 @@ def test_a_tensor_is_read_flat_or_nested():
 
 
 def test_fields_that_are_not_given_have_their_defaults_and_unknown_ones_are_let_by():
-    found = parse({**one(), "model_name": "languages", "id": None, "outputs": None, "parameters": None})
+    found = parse(
+        {**one(), "model_name": "languages", "id": None, "outputs": None, "parameters": None}
+    )
     assert (found.id, found.outputs, found.binary_output, found.truncate, found.timeout_s) == (
         None,
         (),
@@ -55,11 +59,24 @@ def test_parameters_of_the_request_are_read():
         {
             **one(),
             "id": "7",
-            "parameters": {"binary_data_output": True, "truncate": False, "timeout": 1500, "priority": 1},
-            "outputs": [{"name": "a"}, {"name": "b", "parameters": {"binary_data": False, "classification": 3}}],
+            "parameters": {
+                "binary_data_output": True,
+                "truncate": False,
+                "timeout": 1500,
+                "priority": 1,
+            },
+            "outputs": [
+                {"name": "a"},
+                {"name": "b", "parameters": {"binary_data": False, "classification": 3}},
+            ],
         }
     )
-    assert (found.id, found.binary_output, found.truncate, found.timeout_s) == ("7", True, False, 0.0015)
+    assert (found.id, found.binary_output, found.truncate, found.timeout_s) == (
+        "7",
+        True,
+        False,
+        0.0015,
+    )
     assert [(output.name, output.binary, output.classes) for output in found.outputs] == [
         ("a", True, None),
         ("b", False, 3),
@@ -73,7 +90,12 @@ def test_raw_tensors_follow_the_json_in_their_order():
             "inputs": [
                 {**IDS, "data": None, "parameters": {"binary_data_size": 48}},
                 {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["é"]},
-                {"name": "scale", "datatype": "FP32", "shape": [1], "parameters": {"binary_data_size": 4}},
+                {
+                    "name": "scale",
+                    "datatype": "FP32",
+                    "shape": [1],
+                    "parameters": {"binary_data_size": 4},
+                },
             ]
         },
         ids.astype("<i8").tobytes() + scale.astype("<f4").tobytes(),
@@ -88,7 +110,12 @@ def test_a_raw_body_is_the_only_input():
     assert found.inputs[0].data.tolist() == ["Ez egy rövid mondat.".encode()]
     assert found.inputs[0].shape == (1,)
     assert found.binary_output
-    for shape, expected in (((-1, 2), (3, 2)), ((-1, -1), (1, 6)), ((2, 3), (2, 3)), ((1, -1, 2), (1, 3, 2))):
+    for shape, expected in (
+        ((-1, 2), (3, 2)),
+        ((-1, -1), (1, 6)),
+        ((2, 3), (2, 3)),
+        ((1, -1, 2), (1, 3, 2)),
+    ):
         spec = TensorSpec(name="x", datatype="FP32", shape=shape)
         raw = np.arange(6, dtype="<f4").tobytes()
         assert parse(b"", raw, json_length="0", only_input=spec).inputs[0].shape == expected
@@ -103,7 +130,9 @@ def test_a_raw_body_is_the_only_input():
         ((3, 2), b"\0" * 12, "must be 24 bytes"),
     ],
 )
-def test_a_raw_body_that_fills_no_shape_is_refused(shape: tuple[int, ...], raw: bytes, sentence: str):
+def test_a_raw_body_that_fills_no_shape_is_refused(
+    shape: tuple[int, ...], raw: bytes, sentence: str
+):
     spec = TensorSpec(name="x", datatype="FP32", shape=shape)
     assert sentence in refusal(b"", raw, json_length="0", only_input=spec)
 
@@ -119,7 +148,10 @@ def test_a_raw_body_for_a_model_of_several_inputs_is_refused():
         (b"{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"inputs": [{"name": "x", "shape": ' + b"[" * 900 + b"]" * 900 + b"}]}", "inputs.0.datatype must be one of"),
+        (
+            b'{"inputs": [{"name": "x", "shape": ' + b"[" * 900 + b"]" * 900 + b"}]}",
+            "inputs.0.datatype must be one of",
+        ),
         (b'{"inputs": NaN}', "NaN is no JSON number"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         ([], "the body must be a JSON object, got a list"),
@@ -131,8 +163,14 @@ def test_a_raw_body_for_a_model_of_several_inputs_is_refused():
         ({"inputs": [IDS, IDS]}, 'inputs.1.name names "ids" a second time'),
         ({**one(), "id": 7}, "id must be a string, got 7"),
         ({**one(), "parameters": 7}, "parameters must be an object, got 7"),
-        ({**one(), "parameters": {"truncate": 1}}, "parameters.truncate must be true or false, got 1"),
-        ({**one(), "parameters": {"binary_data_output": "x"}}, "parameters.binary_data_output must be true or false"),
+        (
+            {**one(), "parameters": {"truncate": 1}},
+            "parameters.truncate must be true or false, got 1",
+        ),
+        (
+            {**one(), "parameters": {"binary_data_output": "x"}},
+            "parameters.binary_data_output must be true or false",
+        ),
         ({**one(), "parameters": {"timeout": -1}}, "parameters.timeout must be an integer from 0"),
         ({**one(), "outputs": "x"}, "outputs must be a list of tensors"),
         ({**one(), "outputs": [{"name": "a"}, {"name": "a"}]}, "outputs.1.name names"),
@@ -164,12 +202,20 @@ def test_a_raw_body_for_a_model_of_several_inputs_is_refused():
         (one(data=[1, 2]), "inputs.0.data must hold the 6 elements of shape [2, 3], got 2"),
         (one(data=[[1, 2, 3], [4, 5]]), "at depth 1 not every list has 3 elements"),
         (one(data=[[1, 2], [3, 4], [5, 6]]), "at depth 0 not every list has 2 elements"),
-        (one(data=[[1, 2, 3], [4, 5, [6]]]), "inputs.0.data.5 must be an integer within INT64, got a list"),
+        (
+            one(data=[[1, 2, 3], [4, 5, [6]]]),
+            "inputs.0.data.5 must be an integer within INT64, got a list",
+        ),
         (one(data=[[1, 2, 3], 4]), "at depth 1 not every list"),
-        (one(data=[1, 2, 3, 4, 5, 6.0]), "inputs.0.data.5 must be an integer within INT64, got 6.0"),
+        (
+            one(data=[1, 2, 3, 4, 5, 6.0]),
+            "inputs.0.data.5 must be an integer within INT64, got 6.0",
+        ),
     ],
 )
-def test_what_is_wrong_with_a_request_is_one_sentence_that_names_the_field(body: Any, sentence: str):
+def test_what_is_wrong_with_a_request_is_one_sentence_that_names_the_field(
+    body: Any, sentence: str
+):
     assert sentence in refusal(body)
 
 
@@ -187,7 +233,12 @@ def test_what_is_wrong_with_a_request_is_one_sentence_that_names_the_field(body:
 )
 def test_a_size_that_is_not_there_is_refused(sizes: list[Any], sentence: str):
     inputs = [
-        {"name": str(place), "datatype": "INT64", "shape": [1], "parameters": {"binary_data_size": size}}
+        {
+            "name": str(place),
+            "datatype": "INT64",
+            "shape": [1],
+            "parameters": {"binary_data_size": size},
+        }
         for place, size in enumerate(sizes)
     ]
     assert sentence in refusal({"inputs": inputs}, b"\0" * 8)
@@ -203,7 +254,9 @@ def test_a_tensor_in_both_ways_at_once_is_refused():
 
 @pytest.mark.parametrize("header", ["-1", "x", "", "²", "1.0", "999", "9" * 5000])
 def test_a_json_length_that_is_none_is_refused(header: str):
-    assert "header inference-header-content-length must be the length of the JSON" in refusal(one(), json_length=header)
+    assert "header inference-header-content-length must be the length of the JSON" in refusal(
+        one(), json_length=header
+    )
 
 
 def test_a_nested_tensor_of_a_million_elements_costs_no_more_than_its_elements():

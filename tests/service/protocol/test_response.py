@@ -15,7 +15,9 @@ LABELS = ("hu", "nl:x", "fi")
 
 
 def test_json_outputs_are_row_major_lists_that_read_back_to_the_same_bits():
-    encoded = encode_response([OutputTensor(name="logits", data=LOGITS, binary=False)], **NAMED, request_id="\ud83d")
+    encoded = encode_response(
+        [OutputTensor(name="logits", data=LOGITS, binary=False)], **NAMED, request_id="\ud83d"
+    )
     found = json.loads(encoded.body)
     assert encoded.json_length is None
     assert (found["model_name"], found["model_version"], found["id"]) == ("m", "1", "\ud83d")
@@ -49,7 +51,10 @@ def test_binary_outputs_follow_the_json_in_their_order():
 
 def test_the_best_classes_are_given_best_first_and_of_equal_ones_the_first():
     found = classify(LOGITS, 2, labels=LABELS, name="logits")
-    assert found.tolist() == [["2.5:1:nl:x", "0.10000000149011612:0:hu"], ["3.0:0:hu", "3.0:1:nl:x"]]
+    assert found.tolist() == [
+        ["2.5:1:nl:x", "0.10000000149011612:0:hu"],
+        ["3.0:0:hu", "3.0:1:nl:x"],
+    ]
 
 
 def test_more_classes_than_there_are_gives_all_and_labels_of_another_number_are_none():
@@ -63,7 +68,9 @@ def test_nan_is_the_worst_class():
     assert found.tolist() == [["1.0:2", "-inf:1", "nan:0"]]
 
 
-@pytest.mark.parametrize("data", [np.array([[True]]), np.array([["a"]], dtype=object), np.zeros((1, 2, 3))])
+@pytest.mark.parametrize(
+    "data", [np.array([[True]]), np.array([["a"]], dtype=object), np.zeros((1, 2, 3))]
+)
 def test_an_output_without_classes_says_so(data: np.ndarray):
     with pytest.raises(BadRequest, match='output "x" has no classes'):
         classify(data, 1, labels=None, name="x")

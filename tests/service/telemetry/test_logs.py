@@ -59,7 +59,8 @@ async def unfinished(scope, receive, send):
 from evalmode.service.http.edge import Edge
 outer = Edge(unfinished, figures=Metrics())
 async def application(scope, receive, send):
-    await (outer if scope.get("path") == "/unfinished" else whole)({**scope, "app": app}, receive, send)
+    layer = outer if scope.get("path") == "/unfinished" else whole
+    await layer({**scope, "app": app}, receive, send)
 
 listener = socket.socket()
 listener.bind(("127.0.0.1", 0))
@@ -91,7 +92,9 @@ class Written:
     def line(self, words: str) -> str:
         """The first line with these words, as soon as there is one."""
         with self._more:
-            assert self._more.wait_for(lambda: any(words in line for line in self.lines), timeout=30), self.lines
+            assert self._more.wait_for(
+                lambda: any(words in line for line in self.lines), timeout=30
+            ), self.lines
             return next(line for line in self.lines if words in line)
 
     def json(self, event: str) -> dict:
@@ -101,14 +104,19 @@ class Written:
 @contextmanager
 def running(form: str, *, terminal: bool = False) -> Iterator[tuple[httpx.Client, Written]]:
     master, slave = pty.openpty() if terminal else os.pipe()
-    process = subprocess.Popen([sys.executable, "-c", SERVER, form], stderr=slave, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, form], stderr=slave, stdin=subprocess.DEVNULL
+    )
     os.close(slave)
     with os.fdopen(master, encoding="utf-8", errors="replace") as stream:
         written = Written(stream)
         try:
-            plain = re.sub(r"\x1b\[[0-9;]*m", "", written.line("serving"))  # a terminal's line has colours
+            # a terminal's line has colours
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", written.line("serving"))
             port = re.search(r"port\W+(\d+)", plain)[1]
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"x-request-id": "mine"}) as client:
+            with httpx.Client(
+                base_url=f"http://127.0.0.1:{port}", headers={"x-request-id": "mine"}
+            ) as client:
                 yield client, written
         finally:
             process.kill()
@@ -124,7 +132,11 @@ def server() -> Iterator[tuple[httpx.Client, Written]]:
 def test_every_line_of_a_request_has_its_id_whoever_wrote_it(server):
     client, written = server
     client.post("/logs", json={"text": TEXT})
-    for event, logger in (("ours", "evalmode.service"), ("theirs", "a.library"), ("request", "evalmode.access")):
+    for event, logger in (
+        ("ours", "evalmode.service"),
+        ("theirs", "a.library"),
+        ("request", "evalmode.access"),
+    ):
         line = written.json(event)
         assert (line["request_id"], line["logger"]) == ("mine", logger)
         assert line["level"]
@@ -154,7 +166,9 @@ def test_a_line_out_of_any_request_has_no_id(server):
 def test_no_line_holds_what_was_asked(server):
     client, written = server
     client.post(
-        "/logs?q=query-secret", json={"text": TEXT}, headers={"x-request-id": "the-last", "x-api-key": "k" * 20}
+        "/logs?q=query-secret",
+        json={"text": TEXT},
+        headers={"x-request-id": "the-last", "x-api-key": "k" * 20},
     )
     written.line("the-last")
     everything = "".join(written.lines)
@@ -194,8 +208,9 @@ def test_lines_that_nobody_reads_are_lost_and_the_next_one_says_how_many():
 
 def test_a_process_whose_stderr_is_closed_goes_on():
     program = (
-        "import structlog; from evalmode.service.telemetry.logs import configure_logs; configure_logs('auto'); "
-        "structlog.get_logger('evalmode.service').info('event'); print('went on')"
+        "import structlog; from evalmode.service.telemetry.logs import configure_logs;"
+        " configure_logs('auto'); structlog.get_logger('evalmode.service').info('event');"
+        " print('went on')"
     )
     command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, program]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "went on\n"

@@ -23,7 +23,9 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; q=0.9, */*;q=0.1"
 
 
 def bucket_of(model: str = "languages", *, label: str = "32") -> Bucket:
-    return Bucket(model=model, version="1", label=label, positions=32, run=list, costs={1: 1.0, 4: 2.0})
+    return Bucket(
+        model=model, version="1", label=label, positions=32, run=list, costs={1: 1.0, 4: 2.0}
+    )
 
 
 def rows_of(*tokens: int) -> list[SimpleNamespace]:
@@ -34,7 +36,9 @@ def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") ->
     return ShownModel(name=name, version=version, digest=digest)
 
 
-def values(metrics: Metrics, *, load: Load | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def values(
+    metrics: Metrics, *, load: Load | None = None
+) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     text = metrics.render("", load=load)[0].decode()
     families = parser.text_string_to_metric_families(text)
     return {
@@ -70,13 +74,17 @@ def test_a_request_is_counted_by_route_method_and_status_and_timed_by_route():
         metrics.request_began()
     assert value(metrics, "in_flight_requests") == 3
     for status, reason in ((200, None), (200, None), (503, "queue_full")):
-        metrics.request_ended(route="/v1/predict", method="POST", status=status, duration_s=0.004, reason=reason)
+        metrics.request_ended(
+            route="/v1/predict", method="POST", status=status, duration_s=0.004, reason=reason
+        )
     assert value(metrics, "in_flight_requests") == 0
     assert value(metrics, "requests_total", route="/v1/predict", method="POST", status="200") == 2
     assert value(metrics, "requests_total", route="/v1/predict", method="POST", status="503") == 1
     assert value(metrics, "request_duration_seconds_bucket", route="/v1/predict", le="0.0025") == 0
     assert value(metrics, "request_duration_seconds_bucket", route="/v1/predict", le="0.005") == 3
-    assert value(metrics, "request_duration_seconds_sum", route="/v1/predict") == pytest.approx(0.012)
+    assert value(metrics, "request_duration_seconds_sum", route="/v1/predict") == pytest.approx(
+        0.012
+    )
     assert value(metrics, "rejections_total", reason="queue_full") == 1
 
 
@@ -87,7 +95,9 @@ def test_a_reason_is_there_before_anything_was_rejected(reason):
 
 def test_a_batch_gives_its_rows_tokens_padding_waits_and_run_by_model_and_bucket():
     metrics = Metrics()
-    metrics.batch_ran(bucket_of(), rows_of(32, 16, 16), places=4, waited_s=(0.002, 0.02, 0.0), run_s=0.04)
+    metrics.batch_ran(
+        bucket_of(), rows_of(32, 16, 16), places=4, waited_s=(0.002, 0.02, 0.0), run_s=0.04
+    )
     labels = {"model": "languages", "bucket": "32"}
     assert value(metrics, "batch_rows_sum", **labels) == 3
     assert value(metrics, "batch_rows_count", **labels) == 1
@@ -186,12 +196,20 @@ def test_openmetrics_is_given_to_who_accepts_it_and_is_well_formed():
     metrics = Metrics()
     metrics.show_models([shown()])
     metrics.request_began()
-    metrics.request_ended(route="/v1/predict", method="POST", status=200, duration_s=0.1, reason=None)
+    metrics.request_ended(
+        route="/v1/predict", method="POST", status=200, duration_s=0.1, reason=None
+    )
     body, content_type = metrics.render(OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
     assert body.endswith(b"# EOF\n")
-    names = {family.name for family in openmetrics_parser.text_string_to_metric_families(body.decode())}
-    assert {"evalmode_requests", "evalmode_request_duration_seconds", "evalmode_model_info"} <= names
+    names = {
+        family.name for family in openmetrics_parser.text_string_to_metric_families(body.decode())
+    }
+    assert {
+        "evalmode_requests",
+        "evalmode_request_duration_seconds",
+        "evalmode_model_info",
+    } <= names
     assert metrics.render("text/html")[1].startswith("text/plain; version=0.0.4")
 
 
@@ -213,7 +231,8 @@ old, new = (ShownModel(name="languages", version=version, digest="d" + version) 
 metrics.show_models([old])
 metrics.show_models([new])
 bucket = Bucket(model="languages", version="2", label="32", positions=32, run=list, costs={1: 1.0})
-metrics.batch_ran(bucket, [SimpleNamespace(tokens=8, nbytes=64)], places=1, waited_s=[0.001], run_s=0.1)
+rows = [SimpleNamespace(tokens=8, nbytes=64)]
+metrics.batch_ran(bucket, rows, places=1, waited_s=[0.001], run_s=0.1)
 metrics.request_began()
 metrics.watch(lambda: Load(waiting_rows=5, waiting_bytes=10, running_batches=1, parallel=1))
 print("told", flush=True)
@@ -234,7 +253,9 @@ def worker(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_have_nothing_waiting(tmp_path):
+def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_have_nothing_waiting(
+    tmp_path,
+):
     processes = [worker(tmp_path) for _ in range(2)]
     for process in processes:
         assert process.stdout.readline() == "told\n"
@@ -244,7 +265,8 @@ def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_ha
     text, _ = processes[1].communicate("\n\n", timeout=30)
     assert processes[1].returncode == 0
     lines = text.splitlines()
-    assert 'evalmode_batch_rows_count{bucket="32",model="languages"} 2.0' in lines  # counts of the dead stay
+    # counts of the dead stay
+    assert 'evalmode_batch_rows_count{bucket="32",model="languages"} 2.0' in lines
     assert "evalmode_queue_rows 5.0" in lines
     assert "evalmode_in_flight_requests 1.0" in lines
     assert "evalmode_models_loaded 1.0" in lines

@@ -10,7 +10,11 @@ def test_a_batch_counts_its_rows_their_wait_and_its_time_by_its_size():
     for rows, run_s in ((2, 0.5), (2, 0.25), (1, 0.1)):
         statistics.batch_ran(bucket, [None] * rows, places=4, waited_s=[0.001] * rows, run_s=run_s)
     found = statistics.of(bucket.model, bucket.version)
-    assert (found["last_inference"], found["inference_count"], found["execution_count"]) == (12_500, 5, 3)
+    assert (found["last_inference"], found["inference_count"], found["execution_count"]) == (
+        12_500,
+        5,
+        3,
+    )
     assert found["inference_stats"]["queue"] == {"count": 5, "ns": 5_000_000}
     assert found["inference_stats"]["compute_infer"] == {"count": 5, "ns": 850_000_000}
     assert [(batch["batch_size"], batch["compute_infer"]) for batch in found["batch_stats"]] == [
@@ -26,7 +30,10 @@ def test_requests_count_as_they_ended():
     stats = statistics.of("m", "1")["inference_stats"]
     assert stats["success"] == {"count": 1, "ns": 500_000_000}
     assert stats["fail"] == {"count": 1, "ns": 250_000_000}
-    assert (stats["compute_input"]["ns"], stats["compute_output"]["ns"]) == (100_000_000, 200_000_000)
+    assert (stats["compute_input"]["ns"], stats["compute_output"]["ns"]) == (
+        100_000_000,
+        200_000_000,
+    )
     assert statistics.of("m", "2")["inference_stats"]["success"]["count"] == 0
 
 

@@ -63,7 +63,9 @@ class Collector:
             path, body = self._requests.get()
             assert path == "/v1/traces"
             for part in ExportTraceServiceRequest.FromString(body).resource_spans:
-                self.resource = {pair.key: pair.value.string_value for pair in part.resource.attributes}
+                self.resource = {
+                    pair.key: pair.value.string_value for pair in part.resource.attributes
+                }
                 found += [span for scope in part.scope_spans for span in scope.spans]
         return found
 
@@ -92,7 +94,9 @@ def opened(url: str | None = None) -> Tracing:
 
 
 def attributes(span: Span) -> dict[str, Any]:
-    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in span.attributes}
+    return {
+        pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in span.attributes
+    }
 
 
 class Log:
@@ -123,8 +127,12 @@ def traced_app(tracing: Tracing, handler: Any = None) -> FastAPI:
 
 def ask(app: Any, path: str, *, method: str = "POST", times: int = 1, **headers: str) -> None:
     async def go() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            await asyncio.gather(*(client.request(method, path, headers=headers) for _ in range(times)))
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test"
+        ) as client:
+            await asyncio.gather(
+                *(client.request(method, path, headers=headers) for _ in range(times))
+            )
 
     asyncio.run(go())
 
@@ -132,20 +140,29 @@ def ask(app: Any, path: str, *, method: str = "POST", times: int = 1, **headers:
 def test_without_an_endpoint_there_are_no_traces_and_nothing_that_makes_any_is_loaded():
     assert open_tracing(Settings()) is None
     program = (
-        "import sys; from evalmode.service.settings import Settings; from evalmode.service.http import edge; "
+        "import sys; from evalmode.service.settings import Settings; from evalmode.service.http"
+        " import edge; "
         "from evalmode.service.telemetry import tracing; "
         "assert tracing.open_tracing(Settings()) is None; "
         # FastAPI itself loads the bare API where that is installed.
         "print({name.split('.')[1] for name in sys.modules if name.startswith('opentelemetry.')})"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
-    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("OTEL_")
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert not [
-        package for package in ("sdk", "exporter", "instrumentation", "proto") if f"'{package}'" in found.stdout
+        package
+        for package in ("sdk", "exporter", "instrumentation", "proto")
+        if f"'{package}'" in found.stdout
     ]
 
 
-def test_where_the_packages_are_missing_the_server_does_not_start_and_says_how_to_get_them(monkeypatch):
+def test_where_the_packages_are_missing_the_server_does_not_start_and_says_how_to_get_them(
+    monkeypatch,
+):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(StartFailed, match=r"pip install 'evalmode\[tracing\]'"):
         open_tracing(Settings(otlp_endpoint="http://collector:4318"))
@@ -173,7 +190,9 @@ def test_opentelemetrys_own_variables_are_heard(collector, monkeypatch, variable
     assert collector.resource["service.name"] == "by-the-environment"
 
 
-def test_a_request_is_a_server_span_of_the_callers_trace_named_by_its_route_and_without_its_query(collector):
+def test_a_request_is_a_server_span_of_the_callers_trace_named_by_its_route_and_without_its_query(
+    collector,
+):
     tracing = opened(collector.url)
     ask(traced_app(tracing), "/v2/models/m/infer?secret=1", traceparent=f"00-{TRACE}-{PARENT}-01")
     assert tracing.close()
@@ -225,7 +244,11 @@ def test_the_wait_and_the_run_are_spans_in_the_request_one_after_the_other(colle
     ask(traced_app(tracing, ran), "/v2/models/m/infer")
     assert tracing.close()
     spans = {span.name: span for span in collector.spans()}
-    wait, run, server = spans["queue wait"], spans["model run"], spans["POST /v2/models/{name}/infer"]
+    wait, run, server = (
+        spans["queue wait"],
+        spans["model run"],
+        spans["POST /v2/models/{name}/infer"],
+    )
     assert wait.parent_span_id == run.parent_span_id == server.span_id
     assert wait.trace_id == run.trace_id == server.trace_id
     assert wait.end_time_unix_nano - wait.start_time_unix_nano == 250_000_000
@@ -243,7 +266,9 @@ def test_the_wait_and_the_run_are_spans_in_the_request_one_after_the_other(colle
 
 def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(collector):
     tracing = opened(collector.url)
-    bucket = Bucket(model="languages", version="1", label="32", positions=32, run=list, costs={1: 1.0})
+    bucket = Bucket(
+        model="languages", version="1", label="32", positions=32, run=list, costs={1: 1.0}
+    )
     gathered: list[Any] = []
     two_there = asyncio.Barrier(2)
 

@@ -1,4 +1,6 @@
-"""Modules that drop or add noise, right and wrong, in the ways that people write them; not a word of the audit."""
+"""Modules that drop or add noise, right and wrong, in the ways that people write them; not a word
+of the audit.
+"""
 
 from tests.export.audit.zoo.layers import (
     Attention,

@@ -74,7 +74,9 @@ class DropKey(nn.Module):
 
 
 class BeforeNorm(nn.Module):
-    """A mask that is not scaled, and a normalisation in the same module that takes any scale out."""
+    """A mask that is not scaled, and a normalisation in the same module that takes any scale
+    out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +131,9 @@ class Zoneout(nn.Module):
 
 
 class DoubleDrop(nn.Module):
-    """Squares what it drops: the mean of the square is not the square of the mean, and the site is the mask alone."""
+    """Squares what it drops: the mean of the square is not the square of the mean, and the site is
+    the mask alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 
 class Masked(nn.Module):
-    """y = train_scale * mask * x in training, eval_scale * x in eval; the mask has the shape that `like` gives."""
+    """y = train_scale * mask * x in training, eval_scale * x in eval; the mask has the shape that
+    `like` gives.
+    """
 
     def __init__(
         self,
@@ -53,7 +55,9 @@ class NumpyMask(Masked):
         self.generator = np.random.default_rng(0)
 
     def mask(self, like: Tensor) -> Tensor:
-        return torch.from_numpy((self.generator.random(tuple(like.shape)) >= self.drops).astype(np.float32))
+        return torch.from_numpy(
+            (self.generator.random(tuple(like.shape)) >= self.drops).astype(np.float32)
+        )
 
 
 class OwnTorchGenerator(Masked):
@@ -81,12 +85,20 @@ class PythonGate(nn.Module):
 
 class Where(Masked):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(torch.rand_like(x) < 1 - self.drops, x * self.train_scale, 0.0) if self.training else x
+        return (
+            torch.where(torch.rand_like(x) < 1 - self.drops, x * self.train_scale, 0.0)
+            if self.training
+            else x
+        )
 
 
 class MaskedFill(Masked):
     def forward(self, x: Tensor) -> Tensor:
-        return x.masked_fill(torch.rand_like(x) < self.drops, 0.0) * self.train_scale if self.training else x
+        return (
+            x.masked_fill(torch.rand_like(x) < self.drops, 0.0) * self.train_scale
+            if self.training
+            else x
+        )
 
 
 class Indexed(Masked):
@@ -138,7 +150,9 @@ class WordDropout(nn.Module):
 
 
 class DropBlock(nn.Module):
-    """Ghiasi et al. 2018, one-dimensional: blocks of 5, and what is left is scaled by the share that is left."""
+    """Ghiasi et al. 2018, one-dimensional: blocks of 5, and what is left is scaled by the share
+    that is left.
+    """
 
     def __init__(self, p: float = 0.05, *, scaled: bool = True) -> None:
         super().__init__()
@@ -167,7 +181,11 @@ class Scheduled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        y = x * (torch.rand_like(x) >= self.p) * (1 / (1 - self.p) if self.scale is None else self.scale)
+        y = (
+            x
+            * (torch.rand_like(x) >= self.p)
+            * (1 / (1 - self.p) if self.scale is None else self.scale)
+        )
         self.p = min(self.p + 0.001, 0.9)
         return y
 

@@ -1,4 +1,6 @@
-"""Noise that is no mask: Gaussian, uniform, rounding at random, the wrong affine pair of AlphaDropout."""
+"""Noise that is no mask: Gaussian, uniform, rounding at random, the wrong affine pair of
+AlphaDropout.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ class Several(nn.Module):
         self.p = 0.25
 
     def forward(self, a: Tensor, b: Tensor, *, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        return F.dropout(a, self.p, self.training) * scale, {"b": F.dropout(b, self.p, self.training)}
+        return F.dropout(a, self.p, self.training) * scale, {
+            "b": F.dropout(b, self.p, self.training)
+        }
 
 
 class CallsSeveral(nn.Module):
