@@ -12,6 +12,7 @@ from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.audit.audit import audit
 from evalmode.export.certify import certify
 from evalmode.export.inputs.samples import bound, candidate_of
+from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import own_forward
 from evalmode.export.module.untouched import untouched
 
@@ -33,7 +34,7 @@ def assert_export_is_clean(
     `.eval()`: a module in training is a finding. Raises EvalmodeError for what cannot be exported
     at all.
     """
-    with own_forward(module), untouched(module):
+    with own_forward(module), untouched(Network.of(module)):
         certified = certify(
             candidate_of(module, _as_list(inputs), dynamic_axes=dynamic_axes), progress=_silent
         )
@@ -50,7 +51,7 @@ def assert_no_expectation_gap(
     `draws` a site are chosen by the size of the smallest gap that matters, unless given; `alpha`
     bounds the probability of a false alarm over all sites together. The module is left as it was.
     """
-    with own_forward(module), untouched(module):
+    with own_forward(module), untouched(Network.of(module)):
         samples, _ = bound(module, _as_list(inputs))
         found = audit(module, samples, draws=draws, alpha=alpha, progress=_silent)
     _raise_for([found.record] if found.record.verdict in (Verdict.FAIL, Verdict.UNPROVEN) else [])

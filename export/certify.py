@@ -1,50 +1,20 @@
-"""Runs the checks on a candidate and gathers their records. Knows the order of the rules and none
-of their reasons.
-"""
+"""A candidate becomes a graph, and both are judged by every rule that applies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 from torch import nn
 
-from evalmode.bundle.certificate import Finding, Record, Severity, Verdict, overall
-from evalmode.bundle.errors import ModelRunFailed
+from evalmode.bundle.certificate import Record, Verdict, overall
 from evalmode.export.convert import Converted, convert
-from evalmode.export.fingerprint import fingerprint
+from evalmode.export.fingerprint import Fingerprint, fingerprint
+from evalmode.export.graph import graph_of
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.module.forward import seeded
-from evalmode.export.module.parts import disturbed
-from evalmode.export.rules import (
-    baked_noise,
-    batch_invariance,
-    census,
-    dynamic_axes,
-    eager_randomness,
-    escaped_module,
-    held_out,
-    non_finite,
-    parity,
-    repeatability,
-)
-from evalmode.export.rules.structure import STRUCTURE
-from evalmode.export.rules.subject import Subject, as_tensors
-
-Progress = Callable[[str], None]
-
-# The rules that hold the module and its graph against one another, in their order.
-_OF_A_SUBJECT: tuple[ModuleType, ...] = (
-    baked_noise,
-    census,
-    dynamic_axes,
-    non_finite,
-    parity,
-    repeatability,
-    held_out,
-    batch_invariance,
-)
+from evalmode.export.module.network import Network
+from evalmode.export.rules.registry import Progress, check_all
+from evalmode.export.rules.subject import Export, Subject
 
 # The second export in this process runs under another seed than the first; those in other processes
 # have their own.
@@ -53,7 +23,7 @@ _SEED, _OTHER_SEED = 0, 1
 
 @dataclass(frozen=True, kw_only=True)
 class Certified:
-    """What was found: the records, and, when the module's own rules passed, the subject."""
+    """The records, and the subject when the rules of the module alone passed."""
 
     records: tuple[Record, ...]
     subject: Subject | None = None
@@ -69,81 +39,38 @@ def certify(candidate: Candidate, *, progress: Progress) -> Certified:
 
     Never calls `.eval()`. Raises NotConvertible for a module that cannot be written as ONNX.
     """
-    records = _check_module(candidate, progress)
+    module = Subject(network=Network.of(candidate.module), evidence=candidate.evidence)
+    records = check_all(module, progress=progress)
     if overall(records) is not Verdict.PASS:
         return Certified(records=records)
     progress("convert")
     subject = subject_of(candidate)
-    return Certified(records=records + _check_graph(subject, progress), subject=subject)
-
-
-def _check_module(candidate: Candidate, progress: Progress) -> tuple[Record, ...]:
-    """The rules that need the module alone; one that fails makes an export pointless."""
-    progress(escaped_module.RULE)
-    escaped = escaped_module.check(candidate.module)
-    progress(eager_randomness.RULE)
-    return escaped, eager_randomness.check(
-        candidate.module, [as_tensors(probe) for probe in candidate.probes]
-    )
+    checked = [record.rule for record in records]
+    records += check_all(subject, skip=checked, progress=progress)
+    return Certified(records=records, subject=subject)
 
 
 def subject_of(candidate: Candidate) -> Subject:
     """The candidate's module and the graph that is made of it, ready for the rules."""
 
     def export(module: nn.Module, seed: int) -> Converted:
+        axes = candidate.evidence.dynamic_axes
         with seeded(seed):
-            return convert(
-                module,
-                candidate.example,
-                dynamic_axes=candidate.dynamic_axes,
-                outputs=candidate.outputs,
-            )
+            return convert(module, candidate.example, dynamic_axes=axes, outputs=candidate.outputs)
+
+    def twin() -> Fingerprint:
+        fresh = Network.of(candidate.fresh)
+        fresh.disturb()
+        return fingerprint(export(fresh.module, _OTHER_SEED).model)
 
     converted = export(candidate.exported, _SEED)
     return Subject(
-        module=candidate.module,
-        model=converted.model,
-        unoptimised=converted.unoptimised,
-        twins=[
-            lambda: fingerprint(export(disturbed(candidate.fresh), _OTHER_SEED).model),
-            *candidate.twins,
-        ],
-        probes=candidate.probes,
-        rows=candidate.rows,
-        dynamic_axes=candidate.dynamic_axes,
-        bounds=converted.bounds,
-        labelled=candidate.labelled,
-        held_out=candidate.held_out,
+        network=Network.of(candidate.module),
+        graph=graph_of(converted.model),
+        evidence=candidate.evidence,
+        export=Export(
+            unoptimised=converted.unoptimised,
+            bounds=converted.bounds,
+            twins=(twin, *candidate.twins),
+        ),
     )
-
-
-def _check_graph(subject: Subject, progress: Progress) -> tuple[Record, ...]:
-    records = []
-    for rule in STRUCTURE:
-        progress(rule.RULE)
-        records.append(rule.check(subject.graph))
-    for rule in _OF_A_SUBJECT:
-        progress(rule.RULE)
-        records.append(run_rule(rule, subject))
-    return tuple(records)
-
-
-def run_rule(rule: ModuleType, subject: Subject) -> Record:
-    """The record of a rule that runs the graph: one that the runtime refuses to run is not
-    proven.
-    """
-    try:
-        record: Record = rule.check(subject)
-        return record
-    except ModelRunFailed as error:
-        return could_not_run(
-            rule,
-            error,
-            fix="see rule dynamic-axes: it names the input that the graph does not read",
-        )
-
-
-def could_not_run(rule: ModuleType, error: Exception, *, fix: str) -> Record:
-    """The record of a rule that applies and could not run: nothing is proven by it."""
-    finding = Finding(severity=Severity.UNPROVEN, why=f"the rule could not run: {error}", fix=fix)
-    return Record.of(rule.RULE, [finding], fine="", otherwise="the rule applies and could not run")

@@ -7,32 +7,25 @@ checkpoint and no bundle.
 from __future__ import annotations
 
 import ast
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import onnx
 import torch
 from google.protobuf.message import Message
 from torch import Tensor, nn
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from evalmode.bundle.certificate import Verdict
 from evalmode.errors import EvalmodeError
 from evalmode.export.module.forward import plain_forward
+from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import answering_tensors
-from evalmode.export.rules import escaped_module
+from evalmode.export.torch_quirks import forget_unrolled_loops, one_operator_table, quiet_exporter
 
 # The first opset with GELU as one operator; the runtimes of the last two years read it.
 OPSET = 20
 
 # A bound that no input reaches is none; torch writes its infinity as a very large number in places.
 _UNBOUNDED = 1 << 20
-
-_operators = cache(ONNXRegistry.from_torchlib)
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -75,12 +68,9 @@ def convert(
     NotInEvalMode, naming the sites, for a module that has not left training, and NotConvertible
     when the exporter gives up.
     """
-    record = escaped_module.check(module)
-    if record.verdict is not Verdict.PASS:
-        raise NotInEvalMode(
-            "still in training mode, call .eval() and look at:"
-            f" {'; '.join(map(str, record.findings))}"
-        )
+    if escaped := Network.of(module).in_training:
+        sites = [f"{path or '(root)'} ({type(part).__name__})" for path, part in escaped.items()]
+        raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(sites)}")
     if unknown := dynamic_axes.keys() - inputs.keys():
         raise ValueError(f"dynamic_axes names {sorted(unknown)}, the inputs are {list(inputs)}")
     converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
@@ -108,8 +98,8 @@ def _export(
     opset: int,
 ) -> Converted:
     try:
-        _forget_unrolled_loops()
-        with _quiet(), _one_table_of_operators(), plain_forward(), answering_tensors(module):
+        forget_unrolled_loops()
+        with quiet_exporter(), one_operator_table(), plain_forward(), answering_tensors(module):
             program = torch.onnx.export(
                 module,
                 (),
@@ -190,44 +180,3 @@ def _strip(message: Message) -> None:
         elif field.message_type is not None:
             for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
                 _strip(part)
-
-
-def _forget_unrolled_loops() -> None:
-    """After one export torch keeps, for its recurrent operators, a kernel that fixes the length at
-    the next.
-    """
-    for name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
-        operator = getattr(torch.ops.aten, name)
-        for overload in operator.overloads():
-            getattr(operator, overload)._dispatch_cache.clear()
-
-
-@contextmanager
-def _one_table_of_operators() -> Iterator[None]:
-    """torch makes its table of operators anew for every export, which takes longer than a small
-    export itself.
-    """
-    made_anew = vars(ONNXRegistry)["from_torchlib"]
-    ONNXRegistry.from_torchlib = staticmethod(_operators)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ONNXRegistry.from_torchlib = made_anew  # type: ignore[method-assign]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not installed; its errors are
-    exceptions.
-    """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

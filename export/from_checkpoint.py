@@ -11,11 +11,13 @@ from pathlib import Path
 from evalmode.bundle.frontend import collate
 from evalmode.bundle.row_counts import rows_by_length
 from evalmode.errors import EvalmodeError
-from evalmode.export.certify import Progress
-from evalmode.export.inputs.candidate import BATCH, Candidate
+from evalmode.export.inputs.axes import BATCH
+from evalmode.export.inputs.candidate import Candidate
+from evalmode.export.inputs.evidence import Evidence
 from evalmode.export.inputs.text_probes import held_out, probes
+from evalmode.export.module.forward import as_tensors
 from evalmode.export.release import Description, Released, release, require_writable
-from evalmode.export.rules.subject import as_tensors
+from evalmode.export.rules.registry import Progress
 from evalmode.model.checkpoint import Checkpoint
 
 _AXES = {0: BATCH, 1: "length"}
@@ -50,12 +52,14 @@ def _candidate(checkpoint: Checkpoint) -> Candidate:
         exported=checkpoint.folded().eval(),
         fresh=checkpoint.folded().eval(),
         example=as_tensors(example),
-        dynamic_axes=dict.fromkeys(example, _AXES),
         outputs=("logits",),
-        probes=probes(rows, spec),
-        rows=rows_by_length(rows, spec),
-        labelled=True,
-        held_out=held_out(rows, checkpoint.held_out.labels, spec),
+        evidence=Evidence(
+            probes=probes(rows, spec),
+            rows=rows_by_length(rows, spec),
+            dynamic_axes=dict.fromkeys(example, _AXES),
+            labelled=True,
+            held_out=held_out(rows, checkpoint.held_out.labels, spec),
+        ),
     )
 
 

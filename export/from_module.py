@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from evalmode.export.certify import Progress
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.inputs.references import load_module, load_samples
 from evalmode.export.inputs.samples import candidate_of
 from evalmode.export.release import Description, Released, release, require_writable
+from evalmode.export.rules.registry import Progress
 from evalmode.export.second_export import exported_elsewhere
 
 _KNOWN_ANSWERS = 8
@@ -52,8 +52,8 @@ def release_module(
 
 
 def _description(candidate: Candidate, *, factory: str, inputs: str) -> Description:
-    rows = [row for single in candidate.rows.values() for row in single] or candidate.probes
+    rows = [row for single in candidate.evidence.rows.values() for row in single]
     return Description(
-        samples=[(row, None) for row in rows[:_KNOWN_ANSWERS]],
+        samples=[(row, None) for row in (rows or candidate.evidence.probes)[:_KNOWN_ANSWERS]],
         provenance={"module": factory, "inputs": inputs, "left out": list(candidate.left_out)},
     )

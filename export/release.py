@@ -22,9 +22,10 @@ from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest, i
 from evalmode.bundle.session import Session
 from evalmode.bundle.store import digest_of, hashes_of, write_bundle
 from evalmode.errors import EvalmodeError
-from evalmode.export.certify import Progress, certify
+from evalmode.export.certify import certify
 from evalmode.export.convert import OPSET
 from evalmode.export.inputs.candidate import Candidate
+from evalmode.export.rules.registry import Progress
 from evalmode.export.rules.subject import Subject
 
 

@@ -68,7 +68,9 @@ def _task(candidate: Candidate) -> dict[str, Any]:
         "state": candidate.module.state_dict(),
         "constants": dict(candidate.constants),
         "example": dict(candidate.example),
-        "dynamic_axes": {name: dict(axes) for name, axes in candidate.dynamic_axes.items()},
+        "dynamic_axes": {
+            name: dict(axes) for name, axes in candidate.evidence.dynamic_axes.items()
+        },
         "outputs": list(candidate.outputs),
     }
 

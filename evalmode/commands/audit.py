@@ -56,6 +56,8 @@ def audit(
     """
     from evalmode.export.inputs.references import load_module
     from evalmode.export.report.report import FailOn, Report
+    from evalmode.export.rules.registry import check_all
+    from evalmode.export.rules.subject import Subject
     from evalmode.export.verify.verify import Verified
     from evalmode.tables import sites_table
 
@@ -66,7 +68,8 @@ def audit(
     found = _audit(module, inputs, draws=draws, alpha=alpha, seed=seed)
     if form == "text" and output is None:
         open_console().print(sites_table(found.sites))
-    verified = Verified(path=Path(factory), file=_source_of(module), records=(found.record,))
+    records = check_all(Subject(audit=found))
+    verified = Verified(path=Path(factory), file=_source_of(module), records=records)
     report = Report(examined=(verified,), fail_on=FailOn(fail_on), allow_unproven=allow_unproven)
     reporting.finish(report, form, output)
 

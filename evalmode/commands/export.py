@@ -14,8 +14,8 @@ from evalmode.errors import EvalmodeError
 from evalmode.terminal import FOUND, open_console
 
 if TYPE_CHECKING:
-    from evalmode.export.certify import Progress
     from evalmode.export.release import Released
+    from evalmode.export.rules.registry import Progress
 
 EPILOG = (
     "Examples:  evalmode export runs/languages   |   evalmode export runs/mine --out /srv/bundles"

@@ -16,7 +16,7 @@ from evalmode.terminal import open_console
 
 if TYPE_CHECKING:
     from evalmode.export.verify.targets import Target
-    from evalmode.export.verify.verify import Asked, Examined
+    from evalmode.export.verify.verify import Examined, Options
 
 EPILOG = (
     "Examples:  evalmode verify bundles models/*.onnx   |   evalmode verify models --format sarif"
@@ -70,26 +70,26 @@ def verify(
     from evalmode.export.report.report import FailOn, Report
     from evalmode.export.rules.registry import names_of
     from evalmode.export.verify.targets import find_targets
-    from evalmode.export.verify.verify import Asked
+    from evalmode.export.verify.verify import Options
 
     if module is not None and inputs is None:
         raise EvalmodeError("--module needs --inputs: without inputs nothing can be compared")
-    asked = Asked(
+    options = Options(
         excluded=names_of(exclude or ()),
         samples=None if inputs is None else _samples(inputs),
         module=None if module is None else _module(module),
     )
-    examined = _examine(find_targets(paths), asked)
+    examined = _examine(find_targets(paths), options)
     report = Report(examined=examined, fail_on=FailOn(fail_on), allow_unproven=allow_unproven)
     reporting.finish(report, form, output)
 
 
-def _examine(targets: Sequence[Target], asked: Asked) -> tuple[Examined, ...]:
+def _examine(targets: Sequence[Target], options: Options) -> tuple[Examined, ...]:
     from rich.progress import track
 
     from evalmode.export.verify.in_parallel import examine_all
 
-    found = examine_all(targets, asked)
+    found = examine_all(targets, options)
     terminal = open_console(stderr=True)
     if len(targets) < _BAR_FROM or not terminal.is_terminal:
         return tuple(found)

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.audit import batchnorm
-from evalmode.export.audit.find_sites import Candidate, Found, find
+from evalmode.export.audit.find_sites import PossibleSite, Search, find
 from evalmode.export.audit.judge import judge
 from evalmode.export.audit.site import Kind, Site
 from evalmode.export.module.forward import seed_everything
-from evalmode.export.module.parts import named_everything, private_copy
+from evalmode.export.module.network import Network
 from evalmode.export.module.untouched import untouched
-from evalmode.export.rules.registry import EXPECTATION_GAP
 
-RULE = EXPECTATION_GAP
+RULE = "expectation-gap"
 
 # The tests of one site: its mean, its structure, and the structure again after a correction.
 _TESTS = 3
@@ -62,82 +61,62 @@ def audit(
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha!r}")
     if draws is not None and draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws!r}")
-    with untouched(module):
-        found = find(module, samples, seed=seed)
+    network = Network.of(module)
+    with untouched(network):
+        search = find(network, samples, seed=seed)
         sites: list[Site] = []
-        warnings: list[Finding] = []
-        if found.ran:
-            sites, warnings = _audit(
-                module, samples, found, draws=draws, alpha=alpha, seed=seed, progress=progress
-            )
-    return Audit(
-        tuple(sites), _record(sites, [*_failed(found), *_empty(samples, found), *warnings], alpha)
-    )
+        findings = [*_failed(search), *_empty(samples, search)]
+        norms = batchnorm.batch_norms(search.network.parts)
+        # Every site's tests together keep to alpha.
+        level = alpha / (_TESTS * max(len(search.sites), 1))
+        for index, possible in enumerate(search.sites if search.ran else ()):
+            progress(possible.path or "(root)")
+            seed_everything(seed * 1_000_003 + index + 1)
+            part = search.network.parts[possible.path]
+            given = _held_by_parent(possible, search.sites)
+            sites += judge(search.network, part, possible, alpha=level, draws=draws, given=given)
+            if norms and possible.training:
+                sample = samples[search.ran[0]]
+                shift = batchnorm.shift(search.network, part, norms, sample)
+                findings += [] if shift is None else [_warning(possible, shift)]
+    return Audit(tuple(sites), _record(sites, findings, alpha))
 
 
-def _audit(
-    module: nn.Module,
-    samples: Sequence[Mapping[str, Tensor]],
-    found: Found,
-    *,
-    draws: int | None,
-    alpha: float,
-    seed: int,
-    progress: Callable[[str], None],
-) -> tuple[list[Site], list[Finding]]:
-    copied = private_copy(module, parameters=True).eval()
-    modules = named_everything(copied)
-    norms = batchnorm.batch_norms(modules)
-    level = alpha / (_TESTS * max(len(found.candidates), 1))
-    sites: list[Site] = []
-    warnings: list[Finding] = []
-    for index, candidate in enumerate(found.candidates):
-        progress(candidate.path or "(root)")
-        seed_everything(seed * 1_000_003 + index + 1)
-        part = modules[candidate.path]
-        given = _held_by_parent(candidate, found.candidates)
-        sites += judge(copied, part, candidate, alpha=level, draws=draws, given=given)
-        if norms and candidate.training:
-            shift = batchnorm.shift(copied, part, norms, samples[found.ran[0]])
-            warnings += [] if shift is None else [_warning(candidate, shift)]
-    return sites, warnings
-
-
-def _held_by_parent(candidate: Candidate, every: Sequence[Candidate]) -> bool:
+def _held_by_parent(possible: PossibleSite, sites: Sequence[PossibleSite]) -> bool:
     """Whether the module around a dropout draws with the same rate: it passes the rate on to a
     function.
     """
-    parent, _, name = candidate.path.rpartition(".")
-    around = [other for other in every if other.training and other.path == parent and name]
-    return any(draw.p == candidate.p for other in around for draw in other.training)
+    parent, _, name = possible.path.rpartition(".")
+    around = [other for other in sites if other.training and other.path == parent and name]
+    return any(draw.p == possible.p for other in around for draw in other.training)
 
 
-def _warning(candidate: Candidate, shift: batchnorm.Shift) -> Finding:
+def _warning(possible: PossibleSite, shift: batchnorm.Shift) -> Finding:
     return Finding(
         severity=Severity.WARNING,
-        node=candidate.path or "(root)",
-        op=candidate.kind,
+        node=possible.path or "(root)",
+        op=possible.kind,
         why=shift.sentence,
         fix="put the dropout after the last batch normalisation, or leave it out",
     )
 
 
-def _failed(found: Found) -> Iterator[Finding]:
+def _failed(search: Search) -> Iterator[Finding]:
     """What no forward could show: unproven when none ran, a warning when some did."""
-    severity = Severity.WARNING if found.ran else Severity.UNPROVEN
-    for failure in dict.fromkeys(found.failures):
+    severity = Severity.WARNING if search.ran else Severity.UNPROVEN
+    for failure in dict.fromkeys(search.failures):
         why = f"the module does not run {failure}"
         yield Finding(
             severity=severity, why=why, fix="give samples that a forward accepts in either mode"
         )
 
 
-def _empty(samples: Sequence[Mapping[str, Tensor]], found: Found) -> Iterator[Finding]:
+def _empty(samples: Sequence[Mapping[str, Tensor]], search: Search) -> Iterator[Finding]:
     """Unproven where no sample holds a row: torch draws nothing for none, so that no site is
     found.
     """
     sizes = [
-        tensor.numel() for index in found.ran for tensor in samples[index].values() if tensor.ndim
+        tensor.numel() for index in search.ran for tensor in samples[index].values() if tensor.ndim
     ]
     if sizes and not any(sizes):
         why = "every sample is empty, so nothing can be measured"

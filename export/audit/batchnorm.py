@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evalmode.export.audit.find_sites import Call
-from evalmode.export.audit.isolated_site import Held
+from evalmode.export.audit.isolated_site import IsolatedSite
+from evalmode.export.module.network import Network
 
 _DRAWS = 16
 _SHIFT = 0.02  # smaller ones are not worth a warning
@@ -52,16 +53,19 @@ def batch_norms(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def shift(
-    root: nn.Module, site: nn.Module, norms: Mapping[str, nn.Module], sample: Mapping[str, Tensor]
+    network: Network,
+    site: nn.Module,
+    norms: Mapping[str, nn.Module],
+    sample: Mapping[str, Tensor],
 ) -> Shift | None:
     """The first batch normalisation that the site's noise reaches, if it shifts the variance
     there.
     """
-    held = Held(root, site, Call.of((), sample))
+    held = IsolatedSite(network, site, Call.of((), sample))
     with held.ready():
-        still = _inputs(root, norms, held.call)
+        still = _inputs(network.module, norms, held.call)
         site.training = True
-        noisy = [_inputs(root, norms, held.call) for _ in range(_DRAWS)]
+        noisy = [_inputs(network.module, norms, held.call) for _ in range(_DRAWS)]
     for path, quiet in still.items():
         inputs = [found[path] for found in noisy if path in found]
         if all(x.shape == quiet.shape for x in inputs) and any(

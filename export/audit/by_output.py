@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from evalmode.export.audit.isolated_site import Held, rounding
+from evalmode.export.audit.isolated_site import IsolatedSite, rounding
 from evalmode.export.audit.masks import kept_value
 from evalmode.export.audit.site import Effect, Kind, Unclear
 
@@ -22,12 +22,12 @@ _PROBES = 64
 _MOST_ELEMENTS = 16_000_000  # of all probes, where the outputs are large
 
 
-class Outputs:
+class OutputObserver:
     """An observer of the site's outputs, one effect for each tensor that moves."""
 
     def __init__(
         self,
-        held: Held,
+        held: IsolatedSite,
         readers: list[Callable[[list[Tensor]], Tensor]],
         effects: tuple[Effect, ...],
     ) -> None:
@@ -36,7 +36,7 @@ class Outputs:
         self._held, self._readers = held, readers
 
     @classmethod
-    def of(cls, held: Held) -> Outputs | Unclear:
+    def of(cls, held: IsolatedSite) -> OutputObserver | Unclear:
         """The observer of a site that moves; Unclear for outputs that do not compare."""
         expected, again = held.run(training=False), held.run(training=False)
         if not expected:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from evalmode.export.audit.balance import Balance
-from evalmode.export.audit.isolated_site import Held, rounding
-from evalmode.export.audit.noise_tape import Application, Reading, Tape
+from evalmode.export.audit.isolated_site import IsolatedSite, rounding
+from evalmode.export.audit.noise_tape import Application, NoiseTape, Reading
 from evalmode.export.audit.site import Effect, Unclear
 from evalmode.export.audit.tensor_roles import Roles
 
@@ -25,12 +25,12 @@ _PROBES = 4
 _MOST_PROBES = 64  # where a mask kept nothing so far
 
 
-class Taped:
-    """An observer of the noise itself. `Taped.of` says whether a site can be observed so."""
+class TapeObserver:
+    """An observer of the noise itself. `TapeObserver.of` says whether a site can be observed so."""
 
     def __init__(
         self,
-        held: Held,
+        held: IsolatedSite,
         foreign: frozenset[int],
         parts: list[list[int]],
         effects: tuple[Effect, ...],
@@ -47,7 +47,7 @@ class Taped:
         self._held, self._foreign, self._parts = held, foreign, parts
 
     @classmethod
-    def of(cls, held: Held, p: float | None) -> Taped | Unclear:
+    def of(cls, held: IsolatedSite, p: float | None) -> TapeObserver | Unclear:
         """The observer of a site in training, or what stands in the way."""
         found = probe(held)
         if isinstance(found, Unclear):
@@ -86,7 +86,7 @@ def gathered(reading: Reading, part: Sequence[int]) -> Tensor:
 
 
 def read(
-    held: Held,
+    held: IsolatedSite,
     foreign: frozenset[int],
     constants: Mapping[int, float] | None = None,
     *,
@@ -94,13 +94,15 @@ def read(
 ) -> tuple[Reading, list[Tensor]]:
     """One forward of the site: what its tape shows, and the floating tensors of its output."""
     call = held.prepared()
-    tape = Tape(Roles(held.weights(), call.tensors(), foreign), constants)
+    tape = NoiseTape(Roles(held.weights(), call.tensors(), foreign), constants)
     with tape:
         output = held.run_prepared(call, training=training)
     return tape.reading, output
 
 
-def probe(held: Held, *, training: bool = True) -> tuple[frozenset[int], list[Reading]] | Unclear:
+def probe(
+    held: IsolatedSite, *, training: bool = True
+) -> tuple[frozenset[int], list[Reading]] | Unclear:
     """Which tensors from outside torch are random, and a few readings; Unclear when no two forwards
     are alike.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.export.module.dropouts import declared_rate, should_drop
 from evalmode.export.module.forward import plain_forward, seed_everything
-from evalmode.export.module.parts import named_everything, private_copy
+from evalmode.export.module.network import Network
 from evalmode.export.module.randomness import Draw, Unwatched, draws
+from evalmode.export.module.untouched import untouched
 
 Sample = Mapping[str, Tensor]
 
@@ -102,7 +103,7 @@ def _copied_object(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class PossibleSite:
     """What may be a site: a module's path, its draws in the two modes, its call (None: no sample
     reaches it).
 
@@ -119,75 +120,77 @@ class Candidate:
     trains: bool
 
 
-@dataclass
-class Found:
-    """The candidates in the order of the modules, and what went wrong on the way.
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The possible sites in the order of the modules, and what went wrong on the way.
 
-    `ran` are the samples, by index, on which the training forward ran; none when no eval forward
-    did.
+    `network` is a copy in eval mode to judge the sites in. `ran` are the samples, by index, on
+    which the training forward ran; empty when no eval forward did.
     """
 
-    candidates: list[Candidate] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    ran: list[int] = field(default_factory=list)
+    network: Network
+    sites: tuple[PossibleSite, ...]
+    failures: tuple[str, ...]
+    ran: tuple[int, ...]
 
 
-def find(module: nn.Module, samples: Sequence[Sample], *, seed: int) -> Found:
-    """Every candidate of a module, which is left to the caller to put back (see `state.untouched`).
+def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
+    """Every possible site of a network, which the caller puts back (see `untouched`).
 
     Raises UnusableInputs where no sample runs in either mode.
     """
-    found = Found()
-    training = private_copy(module, parameters=True).train()
-    flags = {path: part.training for path, part in named_everything(training).items()}
-    drawn, found.ran, failures = _draws(training, samples, seed=seed)
-    always, answered, others = _draws(
-        private_copy(module, parameters=True).eval(), samples, seed=seed
-    )
-    found.failures = [f"in training mode on a sample: {_said(failure)}" for failure in failures]
-    found.failures += [f"in eval mode on a sample: {_said(failure)}" for failure in others]
-    if (
-        not found.ran
-        and not answered
-        and not any(isinstance(failure, Unwatched) for failure in others)
-    ):
-        reason = _said(others[0]).strip().partition("\n")[0]
-        raise UnusableInputs(
-            f"{type(module).__name__} fails on every sample, in eval mode too: {reason}"
-        )
+    # One copy for each mode. Where the network cannot be copied, both are the network itself: the
+    # mode is therefore set again before each use.
+    trained = network.copy(parameters=True)
+    trained.module.train()
+    flags = {path: part.training for path, part in trained.parts.items()}
+    with untouched(trained):
+        drawn, ran, failures = _draws(trained.module, samples, seed=seed)
+    still = network.copy(parameters=True)
+    still.module.eval()
+    with untouched(still):
+        always, answered, others = _draws(still.module, samples, seed=seed)
+    if not ran and not answered and not any(isinstance(error, Unwatched) for error in others):
+        reason = _described(others[0]).strip().partition("\n")[0]
+        kind = type(network.module).__name__
+        raise UnusableInputs(f"{kind} fails on every sample, in eval mode too: {reason}")
     if not answered:
-        found.ran = []
-    modules = named_everything(module)
+        ran = []
     paths = [
         path
-        for path, part in modules.items()
+        for path, part in network.parts.items()
         if path in drawn
         or path in always
         or (should_drop(part) and declared_rate(part) is not None)
     ]
-    first, counts = _calls(
-        private_copy(module, parameters=True).train(),
-        [samples[index] for index in found.ran],
-        paths,
-        seed=seed,
-    )
-    found.candidates = [
-        Candidate(
+    trained.module.train()
+    calls, counts = _calls(trained, [samples[index] for index in ran], paths, seed=seed)
+    still.module.eval()
+    sites = [
+        PossibleSite(
             path=path,
-            kind=type(modules[path]).__name__,
-            p=_rate(modules[path], (*drawn.get(path, ()), *always.get(path, ()))),
+            kind=type(network.parts[path]).__name__,
+            p=_rate(network.parts[path], (*drawn.get(path, ()), *always.get(path, ()))),
             training=tuple(drawn.get(path, ())),
             eval=tuple(always.get(path, ())),
-            call=first.get(path),
+            call=calls.get(path),
             calls=counts.get(path, 0),
             trains=flags.get(path, True),
         )
         for path in paths
     ]
-    return found
+    return Search(
+        network=still,
+        sites=tuple(sites),
+        failures=(
+            *(f"in training mode on a sample: {_described(error)}" for error in failures),
+            *(f"in eval mode on a sample: {_described(error)}" for error in others),
+        ),
+        ran=tuple(ran),
+    )
 
 
-def _said(failure: Exception) -> str:
+def _described(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}"
 
 
@@ -224,11 +227,10 @@ def _draws(
 
 
 def _calls(
-    module: nn.Module, samples: Sequence[Sample], paths: Sequence[str], *, seed: int
+    network: Network, samples: Sequence[Sample], paths: Sequence[str], *, seed: int
 ) -> tuple[dict[str, Call], dict[str, int]]:
     first: dict[str, Call] = {}
     counts: dict[str, int] = {}
-    modules = named_everything(module)
 
     def watch(stack: ExitStack, path: str) -> None:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -238,12 +240,12 @@ def _calls(
             elif first[path].emptiness() and not (call := Call.of(args, kwargs)).emptiness():
                 first[path] = call
 
-        stack.callback(modules[path].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.callback(network.parts[path].register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     with ExitStack() as stack, plain_forward(), torch.no_grad():
         for path in paths:
             watch(stack, path)
         for index, sample in enumerate(samples):
             seed_everything(seed + index)
-            module(**Call.of((), sample).kwargs)
+            network.module(**Call.of((), sample).kwargs)
     return first, counts

@@ -17,24 +17,24 @@ from torch.utils import _pytree as pytree
 
 from evalmode.export.audit.find_sites import Call
 from evalmode.export.module.forward import plain_forward
-from evalmode.export.module.parts import named_everything
+from evalmode.export.module.network import Network
 from evalmode.export.module.untouched import saved
 
 
-class Held:
+class IsolatedSite:
     """A site of a network, with the call to repeat. The network's flags are the site's to set while
     it is judged.
     """
 
     def __init__(
-        self, root: nn.Module, site: nn.Module, call: Call, *, trains: bool = True
+        self, network: Network, site: nn.Module, call: Call, *, trains: bool = True
     ) -> None:
         """`trains` is False for a site that refuses training mode."""
         self.site, self.call, self._trains = site, call, trains
-        inside = list(named_everything(site).values())
+        inside = list(Network.of(site).parts.values())
         self._restores = [saved(part) for part in inside]
         self._inside = inside
-        self._everything = list(named_everything(root).values())
+        self._everything = list(network.parts.values())
         self._with_children = False
 
     def with_children(self) -> None:

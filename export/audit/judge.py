@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.export.audit import verdicts
-from evalmode.export.audit.by_output import Outputs
-from evalmode.export.audit.by_tape import Taped, gathered, probe, read
-from evalmode.export.audit.find_sites import Candidate, carry_values
-from evalmode.export.audit.isolated_site import Held
+from evalmode.export.audit.by_output import OutputObserver
+from evalmode.export.audit.by_tape import TapeObserver, gathered, probe, read
+from evalmode.export.audit.find_sites import PossibleSite, carry_values
+from evalmode.export.audit.isolated_site import IsolatedSite
 from evalmode.export.audit.masks import kept_value
 from evalmode.export.audit.measure import measure
 from evalmode.export.audit.site import (
@@ -25,12 +25,13 @@ from evalmode.export.audit.site import (
     Unclear,
 )
 from evalmode.export.audit.verdicts import kind_of, scales
+from evalmode.export.module.network import Network
 
 
 def judge(
-    root: nn.Module,
+    network: Network,
     module: nn.Module,
-    candidate: Candidate,
+    candidate: PossibleSite,
     *,
     alpha: float,
     draws: int | None,
@@ -38,8 +39,8 @@ def judge(
 ) -> list[Site]:
     """The sites of one candidate, at level `alpha` together.
 
-    `root` and `module` are working copies; `given` says that a parent which draws holds the same
-    rate, so that the dropout itself need not be called.
+    `network` is a working copy and `module` a part of it; `given` says that a parent which draws
+    holds the same rate, so that the dropout itself need not be called.
     """
     if candidate.p == 0 and not candidate.training and not candidate.eval:
         return [_site(candidate, Kind.OFF)]
@@ -47,7 +48,7 @@ def judge(
         if given:
             return [_site(candidate, Kind.NOT_CALLED, harmless=True)]
         return [_site(candidate, Kind.ALWAYS_ON if candidate.eval else Kind.NOT_CALLED)]
-    held = Held(root, module, candidate.call, trains=candidate.trains)
+    held = IsolatedSite(network, module, candidate.call, trains=candidate.trains)
     try:
         with held.ready():
             return (
@@ -60,18 +61,20 @@ def judge(
         return [_site(candidate, Kind.ALWAYS_ON if candidate.eval else Kind.INCONCLUSIVE, why=why)]
 
 
-def _judge(held: Held, candidate: Candidate, alpha: float, draws: int | None) -> list[Site]:
-    taped = Taped.of(held, candidate.p)
+def _judge(
+    held: IsolatedSite, candidate: PossibleSite, alpha: float, draws: int | None
+) -> list[Site]:
+    taped = TapeObserver.of(held, candidate.p)
     if isinstance(taped, Unclear) and not taped.why and candidate.training:
         # it drew in the network, and does not alone: a child's flag may decide
         held.with_children()
-        taped = Taped.of(held, candidate.p)
-    if isinstance(taped, Taped):
-        whole = Outputs.of(held) if taped.repeats else Unclear()
-        if isinstance(whole, Outputs) and whole.exact:
+        taped = TapeObserver.of(held, candidate.p)
+    if isinstance(taped, TapeObserver):
+        whole = OutputObserver.of(held) if taped.repeats else Unclear()
+        if isinstance(whole, OutputObserver) and whole.exact:
             return _measured(whole, candidate, alpha, draws, None)
         return _measured(taped, candidate, alpha, draws, _own_scale(held, taped.effects))
-    outputs = Outputs.of(held)
+    outputs = OutputObserver.of(held)
     if isinstance(outputs, Unclear):
         return [_site(candidate, Kind.INCONCLUSIVE, why="; ".join((*taped.why, *outputs.why)))]
     if not outputs.effects or (
@@ -84,7 +87,7 @@ def _judge(held: Held, candidate: Candidate, alpha: float, draws: int | None) ->
 
 def _measured(
     observer: Observer,
-    candidate: Candidate,
+    candidate: PossibleSite,
     alpha: float,
     draws: int | None,
     own: float | None,
@@ -100,7 +103,7 @@ def _measured(
 
 
 def _site_of(
-    candidate: Candidate,
+    candidate: PossibleSite,
     name: str,
     effect: Effect,
     measured: Measured,
@@ -125,7 +128,7 @@ def _site_of(
 
 
 def _site(
-    candidate: Candidate,
+    candidate: PossibleSite,
     kind: Kind,
     *,
     draw: str = "",
@@ -158,7 +161,7 @@ def _site(
     )
 
 
-def _own_scale(held: Held, effects: tuple[Effect, ...]) -> float | None:
+def _own_scale(held: IsolatedSite, effects: tuple[Effect, ...]) -> float | None:
     """What eval multiplies the input by, where the site is one dropout whose output is a multiple
     of its one input.
     """
@@ -180,7 +183,7 @@ def _own_scale(held: Held, effects: tuple[Effect, ...]) -> float | None:
     return factor if factor > 0 and off <= 4 * step * float(y.abs().max()) else None
 
 
-def _unmoved(held: Held, candidate: Candidate) -> Site:
+def _unmoved(held: IsolatedSite, candidate: PossibleSite) -> Site:
     """A site whose training could not be seen to differ from eval: never on only where a mask would
     have been seen.
     """
@@ -193,7 +196,7 @@ def _unmoved(held: Held, candidate: Candidate) -> Site:
     return _site(candidate, Kind.NEVER_ON)
 
 
-def _still(held: Held, candidate: Candidate) -> Site | None:
+def _still(held: IsolatedSite, candidate: PossibleSite) -> Site | None:
     """The verdict of a site whose training output is always the same, and not eval's."""
     first, e = held.run(training=True), held.run(training=False)
     if any(
@@ -232,7 +235,7 @@ def _ratios(first: list[Tensor], e: list[Tensor]) -> Tensor:
     return torch.cat([(a / b).masked_fill(b == 0, float("nan")) for a, b in pairs])
 
 
-def _always_on(held: Held, candidate: Candidate) -> Site:
+def _always_on(held: IsolatedSite, candidate: PossibleSite) -> Site:
     """Random in eval: an error whatever its mean; the keep rate is told where it can be read."""
     for training in (False, True):
         found = probe(held, training=training)

@@ -62,7 +62,7 @@ class _Meeting:
     at: Callable[[float], Any]
 
 
-class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
+class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
     """A dispatch mode for one forward. `constants` replace the noise of those applications, by
     index.
     """

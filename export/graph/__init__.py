@@ -3,8 +3,17 @@ Knows no rule.
 """
 
 from evalmode.export.graph.errors import ModelUnreadable
-from evalmode.export.graph.graph import Graph, graph_of, open_graph, read_graph
+from evalmode.export.graph.graph import Graph, graph_of, open_graph, read_graph, serialise
 from evalmode.export.graph.walk import NodeAt
 from evalmode.export.graph.weight import Weight
 
-__all__ = ["Graph", "ModelUnreadable", "NodeAt", "Weight", "graph_of", "open_graph", "read_graph"]
+__all__ = [
+    "Graph",
+    "ModelUnreadable",
+    "NodeAt",
+    "Weight",
+    "graph_of",
+    "open_graph",
+    "read_graph",
+    "serialise",
+]

@@ -50,6 +50,12 @@ def read_graph(data: bytes, *, name: str) -> Graph:
     return _read(memoryview(data), memoryview(data), None, name)
 
 
+def serialise(model: onnx.ModelProto) -> bytes:
+    """The model's bytes: the same for the same model."""
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
 def open_graph(path: Path) -> Graph:
     """The graph in the file `path`, whose large weights, and the files beside it, are not read.
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from evalmode.export.inputs.candidate import BATCH, Axes, Sample
 from evalmode.export.inputs.errors import UnusableInputs
 
+BATCH = "batch"
 _LENGTH = "length"
+
+Sample: TypeAlias = Mapping[str, Tensor]
+# For each input, the axes that vary and their names: {"input_ids": {0: "batch", 1: "length"}}.
+Axes: TypeAlias = Mapping[str, Mapping[int, str]]
 
 
 def parse_axes(given: Sequence[str], sample: Sample) -> Axes:

@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.inputs.axes import ends, infer_axes, keeps_masks, resampled, resized, sizes_of
-from evalmode.export.inputs.candidate import BATCH, Axes, Sample
+from evalmode.export.inputs.axes import (
+    BATCH,
+    Axes,
+    Sample,
+    ends,
+    infer_axes,
+    keeps_masks,
+    resampled,
+    resized,
+    sizes_of,
+)
 
 # Answers by name; raises whatever it likes on inputs that it does not read.
 Run: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]

@@ -15,13 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.inputs.axes import parse_axes, resized, shapes_of, sizes_of
-from evalmode.export.inputs.candidate import BATCH, Axes, Candidate, Sample
+from evalmode.export.inputs.axes import (
+    BATCH,
+    Axes,
+    Sample,
+    parse_axes,
+    resized,
+    shapes_of,
+    sizes_of,
+)
+from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.inputs.errors import UnusableInputs
+from evalmode.export.inputs.evidence import Evidence
 from evalmode.export.inputs.probes import inferred_axes, probes, single_rows
 from evalmode.export.module.forward import plain_forward
+from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import flatten, left_out
-from evalmode.export.module.parts import private_copy
 from evalmode.export.module.untouched import untouched
 
 # A runtime is given NumPy arrays.
@@ -46,33 +55,32 @@ def candidate_of(
     that the samples show. Raises UnusableInputs for samples that the module cannot be called with.
     """
     tensors, constants = bound(module, samples)
-    with untouched(module):  # it may be the module itself that runs here, where it cannot be copied
-        return _candidate(module, tensors, constants, dynamic_axes)
+    network = Network.of(module)
+    # The copy that runs here may be the module itself, where it cannot be copied.
+    with untouched(network):
+        scout, fresh = network.copy().module, network.copy().module
+        answer = _answer(scout, tensors[0])
 
+        def run(sample: Sample) -> dict[str, Tensor]:
+            with plain_forward():
+                return flatten(scout(**sample))
 
-def _candidate(
-    module: nn.Module, tensors: list[Sample], constants: dict[str, Any], dynamic_axes: Sequence[str]
-) -> Candidate:
-    scout, fresh = private_copy(module), private_copy(module)
-    answer = _answer(scout, tensors[0])
-
-    def run(sample: Sample) -> dict[str, Tensor]:
-        with plain_forward():
-            return flatten(scout(**sample))
-
-    axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else inferred_axes(run, tensors)
-    return Candidate(
-        module=module,
-        exported=module,
-        fresh=fresh,
-        example=_example(tensors, axes),
-        dynamic_axes=axes,
-        outputs=tuple(f"{name}_out" if name in tensors[0] else name for name in flatten(answer)),
-        probes=probes(run, tensors, axes),
-        rows=single_rows(run, tensors, axes),
-        left_out=left_out(answer),
-        constants=constants,
-    )
+        axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else inferred_axes(run, tensors)
+        names = [f"{name}_out" if name in tensors[0] else name for name in flatten(answer)]
+        return Candidate(
+            module=module,
+            exported=module,
+            fresh=fresh,
+            example=_example(tensors, axes),
+            outputs=tuple(names),
+            evidence=Evidence(
+                probes=probes(run, tensors, axes),
+                rows=single_rows(run, tensors, axes),
+                dynamic_axes=axes,
+            ),
+            left_out=left_out(answer),
+            constants=constants,
+        )
 
 
 def bound(module: nn.Module, samples: Sequence[object]) -> tuple[list[Sample], dict[str, Any]]:

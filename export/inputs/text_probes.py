@@ -13,7 +13,7 @@ import numpy as np
 
 from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec, collate
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.inputs.candidate import HeldOut
+from evalmode.export.inputs.evidence import HeldOut
 
 _HELD_OUT_BATCH = 64
 # both ends of the certified batch sizes, and the smallest at which rows have a neighbour

@@ -1,6 +1,4 @@
-"""How a module is run: without gradients and fused kernels, and with every generator under a
-seed.
-"""
+"""Running a module: on arrays, without gradients and fused kernels, under a seed."""
 
 from __future__ import annotations
 
@@ -10,6 +8,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
+from evalmode.bundle.known_answers import Tensors
+from evalmode.export.module.outputs import flatten
 
 
 @contextmanager
@@ -46,3 +48,19 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(legacy)
             random.setstate(host)
+
+
+def answers_of(module: nn.Module, inputs: Tensors) -> Tensors:
+    """The tensors that a module answers with, by name and in order, as arrays of any shape."""
+    with plain_forward():
+        outputs = flatten(module(**as_tensors(inputs)))
+    return {
+        # NumPy has no bfloat16; every one of its numbers is a float32.
+        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in outputs.items()
+    }
+
+
+def as_tensors(inputs: Tensors) -> dict[str, Tensor]:
+    """NumPy inputs as torch tensors."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evalmode.export.module.dropouts import declared_rate
 from evalmode.export.module.forward import plain_forward
-from evalmode.export.module.parts import Generator, named_everything, named_generators
+from evalmode.export.module.network import Generator, Network
 
 # An operator that is not marked as one that may draw (anyone can register one) is seen by this
 # alone.
@@ -68,7 +68,7 @@ def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
     """Every place that draws a random number in one forward of `module`, in order, each once.
     Raises Unwatched.
     """
-    witness = _Witness(module)
+    witness = _Witness(Network.of(module))  # anew for each forward: one may make parts of its own
     try:
         with plain_forward(), witness.watching():
             module(**inputs)
@@ -80,12 +80,12 @@ def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
 
 
 class _Witness:
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, network: Network) -> None:
         self.seen: list[Draw] = []
         self.call: tuple[str, float | None] | None = None
-        self._paths = {id(part): path for path, part in named_everything(root).items()}
-        self._stack: list[nn.Module] = [root]
-        self._generators = named_generators(root)
+        self._paths = {id(part): path for path, part in network.parts.items()}
+        self._stack: list[nn.Module] = [network.module]
+        self._generators = network.generators
         self._host = self._host_states()
 
     @contextmanager

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.module.parts import named_everything, named_generators
+from evalmode.export.module.network import Network
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Put back, also after an error: every generator, and every module's flags, numbers and
-    tensors.
+def untouched(network: Network) -> Iterator[None]:
+    """Put back, also after an error: every generator, and every part's flags, numbers and tensors.
+
+    Example:
+        with untouched(Network.of(module)):
+            module(**sample)
     """
     with ExitStack() as stack:
-        for restore in (
-            *_generators(module),
-            *(saved(part) for part in named_everything(module).values()),
-        ):
+        for restore in (*_generators(network), *map(saved, network.parts.values())):
             stack.callback(restore)
         yield
 
@@ -63,13 +63,13 @@ def saved(module: nn.Module) -> Callable[[], None]:
 _PLAIN = (bool, int, float, str, Tensor)
 
 
-def _generators(module: nn.Module) -> Iterator[Callable[[], Any]]:
+def _generators(network: Network) -> Iterator[Callable[[], Any]]:
     cpu = torch.get_rng_state()
     yield lambda: torch.set_rng_state(cpu)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gpus = torch.cuda.get_rng_state_all()
         yield lambda: torch.cuda.set_rng_state_all(gpus)
-    everything = (random, np.random, *named_generators(module).values(), *_torch_generators(module))
+    everything = (random, np.random, *network.generators.values(), *_torch_generators(network))
     yield from (_restorer(generator) for generator in everything)
 
 
@@ -87,8 +87,8 @@ def _restorer(generator: Any) -> Callable[[], Any]:
     return lambda: getattr(generator, put)(held)
 
 
-def _torch_generators(module: nn.Module) -> Iterator[torch.Generator]:
-    for part in named_everything(module).values():
+def _torch_generators(network: Network) -> Iterator[torch.Generator]:
+    for part in network.parts.values():
         beside = getattr(type(part).forward, "__globals__", {})
         yield from (
             v for v in (*vars(part).values(), *beside.values()) if isinstance(v, torch.Generator)

@@ -33,7 +33,7 @@ def _suite(report: Report, one: Examined) -> Xml.Element:
     if isinstance(one, Unreadable):
         _add(_case(suite, path, "readable"), "error", kind=UNREADABLE, message=plain(one.why))
     else:
-        for record in one.every:
+        for record in one.all_records:
             _tell(report, record, _case(suite, path, record.rule))
         for rule in one.excluded:
             _add(_case(suite, path, rule), "skipped", message=EXCLUDED)

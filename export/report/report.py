@@ -79,7 +79,9 @@ class Report:
         if one.verdict is not Verdict.PASS and self.is_bad(_SEVERITIES[one.verdict]):
             return False
         return not any(
-            self.is_bad(finding.severity) for record in one.every for finding in findings_of(record)
+            self.is_bad(finding.severity)
+            for record in one.all_records
+            for finding in findings_of(record)
         )
 
     @property
@@ -148,4 +150,4 @@ def relative(path: Path) -> Path:
 
 def places(one: Verified) -> Iterator[tuple[Record, Finding]]:
     """Every finding of a file, with the record it belongs to."""
-    return ((record, finding) for record in one.every for finding in findings_of(record))
+    return ((record, finding) for record in one.all_records for finding in findings_of(record))

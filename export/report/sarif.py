@@ -18,7 +18,7 @@ from urllib.parse import quote
 from evalmode import __version__
 from evalmode.bundle.certificate import Finding, Severity
 from evalmode.export.report.report import EXCLUDED, Report, places, plain, relative, told
-from evalmode.export.rules.registry import Rule, every_rule
+from evalmode.export.rules.registry import RULES, Rule
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {Severity.ERROR: "error", Severity.UNPROVEN: "warning", Severity.WARNING: "note"}
@@ -42,7 +42,7 @@ def render(report: Report) -> str:
                 "name": "evalmode",
                 "version": __version__,
                 "semanticVersion": __version__,
-                "rules": [_rule(rule) for rule in every_rule()],
+                "rules": [_rule(rule) for rule in RULES],
             }
         },
         "invocations": [
@@ -86,7 +86,7 @@ def _switched_off(rule: str) -> dict[str, Any]:
 
 
 def _results(report: Report) -> list[dict[str, Any]]:
-    index = {rule.name: place for place, rule in enumerate(every_rule())}
+    index = {rule.name: place for place, rule in enumerate(RULES)}
     seen = Counter[str]()
     results = []
     for file in report.verified:

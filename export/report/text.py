@@ -45,9 +45,9 @@ def _below(one: Examined, *, brief: bool, reasons: bool) -> Iterator[Text]:
         if reasons:
             yield Text(f"  {plain(one.why)}")
         return
-    if not any(record.verdict is not Verdict.NOT_APPLICABLE for record in one.every):
+    if not any(record.verdict is not Verdict.NOT_APPLICABLE for record in one.all_records):
         yield _word("  unproven", 10, of=Verdict.UNPROVEN) + Text("  no rule was checked")
-    for record in one.every:
+    for record in one.all_records:
         if record.verdict is Verdict.PASS and not brief:
             yield _word("  pass", 10, of=Verdict.PASS) + Text(
                 f"  {record.rule}  {_passed(record, one)}"

@@ -11,7 +11,7 @@ import onnx
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.errors import EvalmodeError
 from evalmode.export.fingerprint import Fingerprint, fingerprint
-from evalmode.export.graph import graph_of
+from evalmode.export.graph import Graph, graph_of
 from evalmode.export.graph.suspicious_weights import mask_like
 from evalmode.export.rules import stochastic_op, training_mode
 from evalmode.export.rules.subject import Subject
@@ -31,37 +31,40 @@ def check(subject: Subject) -> Record:
     weights under other seeds of torch, NumPy and Python. A weight that looks like a mask is a
     warning.
     """
-    findings = dict.fromkeys([*_folded(subject), *_differing(subject), *mask_like(subject.graph)])
+    findings = dict.fromkeys([*_folded(subject), *_differing(subject), *glimpse(subject.graph)])
+    weights = subject.graph.proto.graph.initializer
     return Record.of(
         RULE,
         findings,
         fine="exports under other seeds have the same constants",
         otherwise="random numbers of the export are constants of the graph",
-        measured=(
-            f"{len(subject.model.graph.initializer)} weights in {1 + len(subject.twins)} exports"
-        ),
+        measured=f"{len(weights)} weights in {1 + len(subject.export.twins)} exports",
         limit="0 differ",
     )
 
 
+def glimpse(graph: Graph) -> tuple[Finding, ...]:
+    """A warning for every weight that looks like a mask, which the graph alone shows."""
+    return mask_like(graph)
+
+
 def _folded(subject: Subject) -> Iterator[Finding]:
     """What draws in the graph before optimisation and is gone after it."""
-    if subject.unoptimised is None:
+    if subject.export.unoptimised is None:
         return
-    before = graph_of(subject.unoptimised)
-    for record in (stochastic_op.check(before), training_mode.check(before)):
-        for finding in record.findings:
-            if finding.severity is Severity.ERROR:
-                why = (
-                    "it draws in the graph before optimisation: its noise may have been folded into"
-                    " a constant"
-                )
-                yield finding.model_copy(update={"why": why, "fix": _FIX})
+    before = graph_of(subject.export.unoptimised)
+    why = (
+        "it draws in the graph before optimisation: its noise may have been folded into a constant"
+    )
+    for finding in (*stochastic_op.findings_in(before), *training_mode.findings_in(before)):
+        if finding.severity is Severity.ERROR:
+            yield finding.model_copy(update={"why": why, "fix": _FIX})
 
 
 def _differing(subject: Subject) -> Iterator[Finding]:
-    own = fingerprint(subject.model)
-    for make in subject.twins:
+    model = subject.graph.proto
+    own = fingerprint(model)
+    for make in subject.export.twins:
         try:
             twin = make()
         except EvalmodeError as error:
@@ -72,7 +75,7 @@ def _differing(subject: Subject) -> Iterator[Finding]:
                 fix="make the factory return the same network each time",
             )
             continue
-        yield from _weights(own, twin, subject.model)
+        yield from _weights(own, twin, model)
         yield from _nodes(own, twin)
 
 

@@ -27,11 +27,14 @@ def check(subject: Subject) -> Record:
     Which batch sizes give the bits of one row alone (`row_counts`) is a property of the runtime's
     kernels and no fault: the service batches by that list. It is reported.
     """
-    if not subject.rows:
+    if not subject.evidence.rows:
         return Record.not_applicable(
             RULE, "not every input and output has a batch axis: no rows share a run"
         )
-    moved = {length: _moved_by_companions(subject, rows) for length, rows in subject.rows.items()}
+    moved = {
+        length: _moved_by_companions(subject, rows)
+        for length, rows in subject.evidence.rows.items()
+    }
     worst = max(moved.values(), default=0.0)
     findings = [
         Finding(

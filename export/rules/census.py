@@ -5,18 +5,16 @@ from the graph.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from torch import nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
-from evalmode.bundle.known_answers import Tensors
 from evalmode.export.convert import scope
 from evalmode.export.module.dropouts import declared_rate, is_dropout
-from evalmode.export.module.parts import named_everything, private_copy
-from evalmode.export.module.randomness import Draw, draws
+from evalmode.export.module.forward import as_tensors
+from evalmode.export.module.randomness import draws
 from evalmode.export.module.untouched import untouched
-from evalmode.export.rules.subject import Subject, as_tensors
+from evalmode.export.rules.subject import Subject
 
 RULE = "census"
 
@@ -29,20 +27,18 @@ def check(subject: Subject) -> Record:
     training mode. That the graph itself holds nothing random is the rules stochastic-op's and
     training-mode's to show.
     """
-    assert subject.module is not None, "a rule that trains the module is given one"
+    network = subject.network
+    # The largest probe: batch normalisation, for one, cannot train on a single row.
+    sizes = [sum(array.size for array in probe.values()) for probe in subject.evidence.probes]
+    largest = subject.evidence.probes[sizes.index(max(sizes))]
     try:
-        drawn = _training_draws(subject.module, subject.probes)
-    except (
-        Exception
-    ) as error:  # the user's own code, in a mode that is not the one it is exported in
+        with untouched(network):  # the module itself trains where it cannot be copied
+            drawn = draws(network.copy().module.train(), as_tensors(largest))
+    except Exception as error:  # the user's own code, in another mode than it is exported in
         why = f"the module does not run in training mode: {type(error).__name__}: {error}"
         return Record(rule=RULE, verdict=Verdict.UNPROVEN, why=why)
-    left = Counter(scope(node.name) for node in subject.model.graph.node)
-    modules = {
-        path: part
-        for path, part in named_everything(subject.module).items()
-        if path and is_dropout(part)
-    }
+    left = Counter(scope(node.name) for node in subject.graph.proto.graph.node)
+    modules = {path: part for path, part in network.parts.items() if path and is_dropout(part)}
     sites = [_module_site(path, part, left[path]) for path, part in modules.items()]
     sites += [f"{draw}: absent" for draw in drawn if draw.path not in modules]
     present = [
@@ -74,10 +70,3 @@ def _module_site(path: str, part: nn.Module, nodes: int) -> str:
     rate = declared_rate(part)
     named = f"{path} ({type(part).__name__}{'' if rate is None else f', p={rate:g}'})"
     return f"{named}: {f'{nodes} nodes left' if nodes else 'absent'}"
-
-
-def _training_draws(module: nn.Module, probes: Sequence[Tensors]) -> tuple[Draw, ...]:
-    # The largest probe: batch normalisation, for one, cannot train on a single row.
-    largest = max(probes, key=lambda probe: sum(array.size for array in probe.values()))
-    with untouched(module):  # it may be the module itself that trains, where it cannot be copied
-        return draws(private_copy(module).train(), as_tensors(largest))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.bundle.errors import ModelRunFailed
 from evalmode.export.inputs.axes import resized, shapes_of
-from evalmode.export.rules.subject import Subject, as_tensors
+from evalmode.export.module.forward import as_tensors
+from evalmode.export.rules.subject import Subject
 
 RULE = "dynamic-axes"
 
@@ -19,7 +20,7 @@ def check(subject: Subject) -> Record:
     """Fail for an axis that the exporter fixed, and for a size that the module reads and the graph
     does not.
     """
-    declared = sum(len(places) for places in subject.dynamic_axes.values())
+    declared = sum(len(places) for places in subject.evidence.dynamic_axes.values())
     if not declared:
         return Record.not_applicable(RULE, "no axis was declared to vary")
     return Record.of(
@@ -27,22 +28,22 @@ def check(subject: Subject) -> Record:
         [*_fixed(subject), *_refused(subject), *_beyond(subject)],
         fine="every declared axis varies",
         otherwise="an axis that was declared to vary is fixed in the graph",
-        measured=f"{declared} axes, {len(subject.probes)} shapes{_bounded(subject)}",
+        measured=f"{declared} axes, {len(subject.evidence.probes)} shapes{_bounded(subject)}",
         limit="0 fixed",
     )
 
 
 def _fixed(subject: Subject) -> Iterator[Finding]:
-    for value in subject.model.graph.input:
+    for value in subject.graph.proto.graph.input:
         sizes = value.type.tensor_type.shape.dim
-        for place, axis in subject.dynamic_axes.get(value.name, {}).items():
+        for place, axis in subject.evidence.dynamic_axes.get(value.name, {}).items():
             if place >= len(sizes) or sizes[place].HasField("dim_value"):
                 size = sizes[place].dim_value if place < len(sizes) else "absent"
                 yield _error(value.name, f"axis {place} ({axis}) is {size} in the graph")
 
 
 def _refused(subject: Subject) -> Iterator[Finding]:
-    for probe in subject.probes:
+    for probe in subject.evidence.probes:
         try:
             answers = subject.served.run(probe)
         except ModelRunFailed as error:
@@ -61,11 +62,13 @@ def _beyond(subject: Subject) -> Iterator[Finding]:
     """A bound of the graph that is none of the module's: for larger inputs the module may do what
     was never traced.
     """
-    sample = as_tensors(subject.probes[0])
-    for axis, bound in subject.bounds.items():
+    sample = as_tensors(subject.evidence.probes[0])
+    for axis, bound in subject.export.bounds.items():
         larger = {
             name: tensor.numpy()
-            for name, tensor in resized(sample, subject.dynamic_axes, {axis: bound + 1}).items()
+            for name, tensor in resized(
+                sample, subject.evidence.dynamic_axes, {axis: bound + 1}
+            ).items()
         }
         try:
             subject.reference(larger)
@@ -79,7 +82,7 @@ def _beyond(subject: Subject) -> Iterator[Finding]:
 
 
 def _bounded(subject: Subject) -> str:
-    return "".join(f", {axis} at most {bound}" for axis, bound in subject.bounds.items())
+    return "".join(f", {axis} at most {bound}" for axis, bound in subject.export.bounds.items())
 
 
 def _error(node: str, why: str) -> Finding:

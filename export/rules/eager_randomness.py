@@ -4,16 +4,17 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.inputs.axes import shapes_of
-from evalmode.export.module.forward import plain_forward
+from evalmode.export.module.forward import as_tensors, plain_forward
 from evalmode.export.module.outputs import flatten
 from evalmode.export.module.randomness import Draw, Unwatched, draws
+from evalmode.export.rules.subject import Subject
 
 RULE = "eager-randomness"
 
@@ -29,13 +30,15 @@ _FIX_UNWATCHED = (
 )
 
 
-def check(module: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> Record:
+def check(subject: Subject) -> Record:
     """Fail for every place that draws in eval on one of the probes, and when two forwards of the
     last differ by a bit.
 
     Unproven where a forward cannot be watched (`torch.cond`: the branch that was not taken is not
     seen).
     """
+    module = subject.network.module
+    probes = [as_tensors(probe) for probe in subject.evidence.probes]
     found: dict[Finding, None] = {}  # in order, each once
     for probe in probes:
         found |= dict.fromkeys(_places(module, probe))

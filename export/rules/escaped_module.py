@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from evalmode.bundle.certificate import Finding, Record, Severity
-from evalmode.export.module.parts import named_everything
+from evalmode.export.rules.subject import Subject
 
 RULE = "escaped-module"
 
 
-def check(module: nn.Module) -> Record:
+def check(subject: Subject) -> Record:
     """Fail for every module whose `training` flag is still set.
 
     `root.eval()` does not reach a module kept in a plain list or dict, nor one whose `train()` is
     overridden.
     """
-    every = named_everything(module)
+    network = subject.network
     escaped = [
         Finding(
             severity=Severity.ERROR,
@@ -28,14 +26,13 @@ def check(module: nn.Module) -> Record:
                 " train() must obey"
             ),
         )
-        for path, part in every.items()
-        if part.training
+        for path, part in network.in_training.items()
     ]
     return Record.of(
         RULE,
         escaped,
         fine="every module is in eval mode",
         otherwise="modules are still in training mode",
-        measured=f"{len(escaped)} of {len(every)} modules",
+        measured=f"{len(escaped)} of {len(network.parts)} modules",
         limit="0",
     )

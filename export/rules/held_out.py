@@ -16,10 +16,11 @@ def check(subject: Subject) -> Record:
     """Fail for a row that the graph labels otherwise than the module; not applicable without
     held-out rows.
     """
-    if subject.held_out is None:
+    held_out = subject.evidence.held_out
+    if held_out is None:
         return Record.not_applicable(RULE, "no held-out rows came with the module")
     right_module = right_graph = differing = rows = 0
-    for batch, labels in zip(subject.held_out.batches, subject.held_out.labels, strict=True):
+    for batch, labels in zip(held_out.batches, held_out.labels, strict=True):
         # the first output is what is classified by
         name, reference = next(iter(subject.reference(batch).items()))
         expected, actual = reference.argmax(-1), subject.served.run(batch)[name].argmax(-1)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from evalmode.bundle.certificate import Finding, Record, Severity
+from evalmode.export.graph import Graph
 from evalmode.export.graph.suspicious_weights import non_finite_weights
 from evalmode.export.rules.subject import Subject
 
@@ -24,15 +25,20 @@ def check(subject: Subject) -> Record:
     """Fail for a NaN anywhere, and for an infinity that the graph answers with and the module does
     not.
     """
-    findings = [*non_finite_weights(subject.graph), *_answers(subject)]
+    findings = [*glimpse(subject.graph), *_answers(subject)]
     return Record.of(
         RULE,
         findings,
         fine="every weight and every answer is a number",
         otherwise="weights or answers are not numbers",
-        measured=f"{len(findings)} places, {len(subject.probes)} probes",
+        measured=f"{len(findings)} places, {len(subject.evidence.probes)} probes",
         limit="0",
     )
+
+
+def glimpse(graph: Graph) -> tuple[Finding, ...]:
+    """An error for every weight that holds a NaN, which the graph alone shows."""
+    return non_finite_weights(graph)
 
 
 def _answers(subject: Subject) -> Iterator[Finding]:

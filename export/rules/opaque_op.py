@@ -10,6 +10,7 @@ import onnx.defs
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.graph import Graph, NodeAt
+from evalmode.export.rules.subject import Subject
 from evalmode.export.rules.training_mode import JUDGED
 
 RULE = "opaque-op"
@@ -81,10 +82,11 @@ _RUNTIMES_OWN = {
 _KNOWN = frozenset(_RUNTIMES_OWN | JUDGED)
 
 
-def check(graph: Graph) -> Record:
+def check(subject: Subject) -> Record:
     """Unproven for every node whose operator nobody here knows; a function of the model's own is
     what it is made of.
     """
+    graph = subject.graph
     findings = [*_too_new(graph), *_opaque(graph)]
     return Record.of(
         RULE,

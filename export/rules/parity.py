@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
+from scipy.special import log_softmax  # type: ignore[import-untyped, unused-ignore]
 
 from evalmode.bundle.certificate import TOLERANCE, Finding, Record, Severity, relative_difference
-from evalmode.export.rules.subject import Arrays, Subject
+from evalmode.bundle.known_answers import Tensors
+from evalmode.export.rules.subject import Subject
 
 RULE = "parity"
 
@@ -22,7 +24,7 @@ _FIX = (
 )
 
 _Array = npt.NDArray[np.generic]
-_Pairs = Sequence[tuple[Arrays, Arrays]]
+_Pairs = Sequence[tuple[Tensors, Tensors]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def check(subject: Subject) -> Record:
     A shape or a type that differs is a failure and never a large number. A label is sure where 2
     max|d| is below the reference's margin.
     """
-    limits = limits_of(subject.model)
+    limits = limits_of(subject.graph.proto)
     pairs = subject.answers
     findings = dict.fromkeys(_mismatches(pairs))
     with np.errstate(invalid="ignore"):  # answers that are not finite are compared too
@@ -86,7 +88,7 @@ def check(subject: Subject) -> Record:
     first = next(iter(compared), "")
     for name, one in compared.items():
         findings |= dict.fromkeys(
-            _beyond(name, one, limits, labelled=subject.labelled and name == first)
+            _beyond(name, one, limits, labelled=subject.evidence.labelled and name == first)
         )
     return Record.of(
         RULE,
@@ -180,15 +182,9 @@ def _divergence(
     right: npt.NDArray[np.float64], found: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """KL(softmax(right) || softmax(found)) of each row."""
-    log_p, log_q = _log_softmax(right), _log_softmax(found)
+    log_p, log_q = log_softmax(right, axis=-1), log_softmax(found, axis=-1)
     divergence: npt.NDArray[np.float64] = np.nansum(np.exp(log_p) * (log_p - log_q), axis=-1)
     return divergence
-
-
-def _log_softmax(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    shifted = rows - rows.max(-1, keepdims=True)
-    logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return logs
 
 
 def _measured(compared: dict[str, _Compared]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import onnx
@@ -10,6 +9,7 @@ import onnx.defs
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.graph import Graph, NodeAt
+from evalmode.export.rules.subject import Subject
 
 RULE = "stochastic-op"
 
@@ -35,12 +35,13 @@ _SCALES = frozenset({"Mul", "Div", "Where"})
 _NEAR = 32  # values to look at from a draw
 
 
-def check(graph: Graph) -> Record:
+def check(subject: Subject) -> Record:
     """Fail for every node that draws; its path through subgraphs and functions is named.
 
     A seed changes nothing: it decides the first draw of a session, and not the second.
     """
-    found = list(_findings(graph))
+    graph = subject.graph
+    found = findings_in(graph)
     return Record.of(
         RULE,
         found,
@@ -51,7 +52,9 @@ def check(graph: Graph) -> Record:
     )
 
 
-def _findings(graph: Graph) -> Iterator[Finding]:
+def findings_in(graph: Graph) -> list[Finding]:
+    """An error for every node of the graph that draws."""
+    findings = []
     drawing = [at for at in graph.nodes if (at.domain, at.node.op_type) in _drawing_operators()]
     readers = _readers(graph, {id(at.scope) for at in drawing})
     for at in drawing:
@@ -63,7 +66,8 @@ def _findings(graph: Graph) -> Iterator[Finding]:
             )
         if at.is_dead:
             why += "; it stands in a function that nothing calls"
-        yield Finding(severity=Severity.ERROR, node=at.path, op=at.op, why=why, fix=_FIX)
+        findings.append(Finding(severity=Severity.ERROR, node=at.path, op=at.op, why=why, fix=_FIX))
+    return findings
 
 
 @cache

@@ -1,7 +1,6 @@
-"""What is certified: the eval module, its ONNX model, and the inputs on which they are held against
-one another.
+"""What rules judge: a module, the graph made of it, the evidence, a bundle; each if it is there.
 
-Knows no rule.
+The module is loaded without torch, so that a file's structure is checked without it.
 """
 
 from __future__ import annotations
@@ -10,119 +9,150 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import onnx
-import torch
-from torch import Tensor, nn
 
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.row_counts import stable_row_counts
 from evalmode.bundle.session import Session, open_session
-from evalmode.export.graph import Graph, graph_of
-from evalmode.export.inputs.candidate import HeldOut, Twin
-from evalmode.export.module.forward import plain_forward
-from evalmode.export.module.outputs import flatten
+from evalmode.bundle.store import Bundle
+from evalmode.export.graph import Graph, serialise
+from evalmode.export.rules.registry import Needs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from evalmode.export.audit.audit import Audit
+    from evalmode.export.inputs.candidate import Twin
+    from evalmode.export.inputs.evidence import Evidence
+    from evalmode.export.module.network import Network
 
 # The batch sizes that are measured.
 COUNTS = tuple(range(1, 65))
 
-Arrays = dict[str, npt.NDArray[np.generic]]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A module in eval mode and the model made of it.
+class Export:
+    """What only the exporter knows of a graph.
 
-    `probes` are batches that reach both ends of every dynamic axis; `rows` are single rows (leading
-    dimension 1) by padded length. `module` is None for a file that came without one. `bounds` holds
-    the sizes of axes up to which the graph was traced. `labelled` says that the largest number of
-    the first output is a label. `unoptimised` is the graph before constants were folded, `twins`
-    make exports of the same weights under other seeds. A model that lies in a file, `path`, comes
-    with the graph that was `opened` from it.
+    `unoptimised` is the graph before constants were folded, `bounds` holds the sizes of axes up to
+    which the graph was traced, `twins` make exports of the same weights under other seeds.
     """
 
-    module: nn.Module | None
-    model: onnx.ModelProto
-    probes: Sequence[Tensors]
-    rows: Mapping[int, Sequence[Tensors]]
-    dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    bounds: Mapping[str, int] = field(default_factory=dict)
-    labelled: bool = False
-    held_out: HeldOut | None = None
     unoptimised: onnx.ModelProto | None = None
+    bounds: Mapping[str, int] = field(default_factory=dict)
     twins: Sequence[Twin] = ()
-    path: Path | None = None
-    opened: Graph | None = None
-    provider: str = "cpu"
-    threads: int = 1
+
+
+class Subject:
+    """The parts that a rule judges. Reading a part that is not there is a bug: see `has`.
+
+    `network` is the module that is exported. `module` is the one that the graph is compared with,
+    by default the network's. `file` is where the graph lies, if it came from a file. `served` and
+    `plain` are sessions of the graph on `provider` with `threads` threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: Network | None = None,
+        module: nn.Module | None = None,
+        graph: Graph | None = None,
+        evidence: Evidence | None = None,
+        export: Export | None = None,
+        bundle: Bundle | None = None,
+        audit: Audit | None = None,
+        file: Path | None = None,
+        provider: str = "cpu",
+        threads: int = 1,
+    ) -> None:
+        self._network, self._graph, self._evidence = network, graph, evidence
+        self._bundle, self._audit = bundle, audit
+        self.module = network.module if module is None and network is not None else module
+        self.export = export or Export()
+        self.file, self.provider, self.threads = file, provider, threads
+
+    def has(self, needs: Needs) -> bool:
+        """Whether the parts are there that a rule with these needs reads."""
+        runs = self._graph is not None and self._evidence is not None
+        return {
+            Needs.MODULE: self._network is not None and self._evidence is not None,
+            Needs.GRAPH: self._graph is not None,
+            Needs.EXPORT: runs and self._network is not None,
+            Needs.COMPARISON: runs and self.module is not None,
+            Needs.RUN: runs,
+            Needs.AUDIT: self._audit is not None,
+            Needs.BUNDLE: self._bundle is not None,
+        }[needs]
+
+    @property
+    def network(self) -> Network:
+        """The module that is exported, in eval mode."""
+        assert self._network is not None, "only a rule that needs the module reads it"
+        return self._network
+
+    @property
+    def graph(self) -> Graph:
+        """The model as a rule reads it."""
+        assert self._graph is not None, "only a rule that needs a graph reads it"
+        return self._graph
+
+    @property
+    def evidence(self) -> Evidence:
+        """The inputs on which everything is judged."""
+        assert self._evidence is not None, "only a rule that needs inputs reads them"
+        return self._evidence
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that the graph came from."""
+        assert self._bundle is not None, "only a rule that needs a bundle reads it"
+        return self._bundle
+
+    @property
+    def audit(self) -> Audit:
+        """The audit of the module in training."""
+        assert self._audit is not None, "only a rule that needs an audit reads it"
+        return self._audit
 
     @cached_property
     def data(self) -> bytes:
-        """The model's bytes, as they go into the bundle."""
-        return serialise(self.model)
-
-    @cached_property
-    def graph(self) -> Graph:
-        """The model as a rule reads it."""
-        return self.opened or graph_of(self.model)
+        """The model's bytes, as they go into the bundle: the same for the same model."""
+        return serialise(self.graph.proto)
 
     @cached_property
     def row_counts(self) -> dict[int, tuple[int, ...]]:
-        """By padded length, the batch sizes of 1..64 at which a row has the bits it has alone, as
-        served.
-        """
-        return {
-            length: stable_row_counts(self.served.run, rows, COUNTS)
-            for length, rows in self.rows.items()
-        }
+        """By padded length, the batch sizes of COUNTS at which a row has the bits it has alone."""
+        rows = self.evidence.rows
+        return {length: stable_row_counts(self.served.run, rows[length], COUNTS) for length in rows}
 
     @cached_property
     def served(self) -> Session:
         """A session opened as the service opens it."""
-        return open_session(self.path or self.data, provider=self.provider, threads=self.threads)
+        return open_session(self.file or self.data, provider=self.provider, threads=self.threads)
 
     @cached_property
     def plain(self) -> Session:
         """A session without graph optimisation, which would delete a training-mode Dropout and its
         evidence.
         """
-        source = self.path or self.data
+        source = self.file or self.data
         return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
 
     @cached_property
-    def answers(self) -> list[tuple[Arrays, Arrays]]:
-        """For each probe what the module answers (nothing without one) and what the graph does, as
-        served.
-        """
+    def answers(self) -> list[tuple[Tensors, Tensors]]:
+        """For each probe what the module answers (nothing without one) and what the graph does."""
         return [
             ({} if self.module is None else self.reference(probe), self.served.run(probe))
-            for probe in self.probes
+            for probe in self.evidence.probes
         ]
 
-    def reference(self, inputs: Tensors) -> Arrays:
-        """What the module itself answers, by the names of the model's outputs."""
-        assert self.module is not None, "a rule that compares with the module is given one"
-        with plain_forward():
-            answers = flatten(self.module(**as_tensors(inputs)))
-        names = [output.name for output in self.model.graph.output]
-        return {
-            name: _as_array(tensor) for name, tensor in zip(names, answers.values(), strict=True)
-        }
+    def reference(self, inputs: Tensors) -> Tensors:
+        """What the module itself answers, by the names of the graph's outputs."""
+        from evalmode.export.module.forward import answers_of  # loads torch
 
-
-def serialise(model: onnx.ModelProto) -> bytes:
-    """The model's bytes: the same for the same model."""
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
-
-
-def as_tensors(inputs: Tensors) -> dict[str, Tensor]:
-    """NumPy inputs as torch tensors."""
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
-
-
-def _as_array(tensor: Tensor) -> npt.NDArray[np.generic]:
-    # NumPy has no bfloat16; every one of its numbers is a float32.
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        assert self.module is not None, "only a rule that compares with the module asks it"
+        names = [output.name for output in self.graph.proto.graph.output]
+        answers = answers_of(self.module, inputs).values()
+        return dict(zip(names, answers, strict=True))

@@ -4,13 +4,14 @@ runs in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.graph import Graph, NodeAt
+from evalmode.export.rules.subject import Subject
 
 RULE = "training-mode"
 
@@ -32,16 +33,12 @@ class _Mode:
     why: str
 
 
-def check(graph: Graph) -> Record:
+def check(subject: Subject) -> Record:
     """Fail where a node trains; unproven where the caller, or a value computed in the graph,
     decides about it.
     """
-    judged = [
-        (at, judge(at))
-        for at in graph.nodes
-        if (judge := _JUDGES.get((at.domain, at.node.op_type)))
-    ]
-    found = list(_findings(judged))
+    found = findings_in(subject.graph)
+    judged = sum((at.domain, at.node.op_type) in _JUDGES for at in subject.graph.nodes)
     on = sum(finding.severity is Severity.ERROR for finding in found)
     return Record.of(
         RULE,
@@ -52,22 +49,24 @@ def check(graph: Graph) -> Record:
             if on
             else "the mode of an operator is not decided by the graph"
         ),
-        measured=f"{on} on, {len(found) - on} undecided, of {len(judged)}",
+        measured=f"{on} on, {len(found) - on} undecided, of {judged}",
         limit="0",
     )
 
 
-def _findings(judged: list[tuple[NodeAt, _Mode | None]]) -> Iterator[Finding]:
-    for at, mode in judged:
+def findings_in(graph: Graph) -> list[Finding]:
+    """An error for every node of the graph that trains, and what is unproven about the others."""
+    findings = []
+    for at in graph.nodes:
+        judge = _JUDGES.get((at.domain, at.node.op_type))
+        mode = None if judge is None else judge(at)
         if mode is not None:
             fix = _OFF if mode.severity is Severity.ERROR else _DECIDE
-            yield Finding(
-                severity=mode.severity,
-                node=at.path,
-                op=f"{at.op}-{at.opset}",
-                why=mode.why,
-                fix=fix,
+            op = f"{at.op}-{at.opset}"
+            findings.append(
+                Finding(severity=mode.severity, node=at.path, op=op, why=mode.why, fix=fix)
             )
+    return findings
 
 
 def _on(why: str) -> _Mode:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from evalmode.export.verify.targets import Target
-from evalmode.export.verify.verify import NOTHING_MORE, Asked, Examined, examine
+from evalmode.export.verify.verify import DEFAULTS, Examined, Options, examine
 
 # The bytes of ONNX files that may be open at once; parsed, a model takes about twice its file. One
 # that is larger than the budget is examined while no other is.
@@ -24,7 +24,7 @@ _BUDGET = 2 << 30
 
 
 def examine_all(
-    targets: Sequence[Target], asked: Asked = NOTHING_MORE, *, threads: int | None = None
+    targets: Sequence[Target], options: Options = DEFAULTS, *, threads: int | None = None
 ) -> Iterator[Examined]:
     """The answer for each target, in the order of the targets, as they come.
 
@@ -35,9 +35,9 @@ def examine_all(
 
     def work(target: Target) -> Examined:
         with budget.spent(target.bytes):
-            return examine(target, asked)
+            return examine(target, options)
 
-    with ThreadPoolExecutor(threads or (_cores() if asked.samples is None else 1)) as pool:
+    with ThreadPoolExecutor(threads or (_cores() if options.samples is None else 1)) as pool:
         yield from pool.map(work, targets)
 
 

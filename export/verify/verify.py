@@ -7,39 +7,21 @@ Knows neither formats nor exit codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalmode.bundle.certificate import Finding, Record, Verdict, overall
-from evalmode.bundle.errors import KnownAnswersDiffer
-from evalmode.bundle.known_answers import replay
+from evalmode.bundle.certificate import Record, Verdict, overall
 from evalmode.bundle.manifest import MODEL_FILE
-from evalmode.bundle.session import open_session
-from evalmode.bundle.store import Bundle, find_bundle, open_bundle
+from evalmode.bundle.store import find_bundle, open_bundle
 from evalmode.errors import EvalmodeError
-from evalmode.export.graph import Graph, ModelUnreadable, open_graph, read_graph
-from evalmode.export.graph.suspicious_weights import mask_like, non_finite_weights
-from evalmode.export.rules.registry import KNOWN_ANSWERS, Needs, Rule, every_rule
-from evalmode.export.rules.structure import STRUCTURE
+from evalmode.export.graph import ModelUnreadable, open_graph, read_graph
+from evalmode.export.rules.registry import RULES, Needs
+from evalmode.export.rules.subject import Subject
 from evalmode.export.verify.targets import Target
 
-_STRUCTURE: Mapping[str, Callable[[Graph], Record]] = {rule.RULE: rule.check for rule in STRUCTURE}
-
-# What a graph alone shows of a rule that needs more: a warning, or what would be wrong whatever
-# else was at hand.
-_GLIMPSES: Mapping[str, Callable[[Graph], tuple[Finding, ...]]] = {
-    "baked-noise": mask_like,
-    "non-finite": non_finite_weights,
-}
-# Why a rule does not apply to a bare file, by what it needs.
-_LACKING = {
-    Needs.MODULE: "it needs the module itself, which `evalmode export` has",
-    Needs.RUN: "it needs inputs to run the graph on: give them with --inputs",
-    Needs.BUNDLE: "it needs a bundle's known answers",
-    Needs.AUDIT: "it needs the module in training, which `evalmode audit` has",
-}
+_FIX_INPUTS = "give inputs that the graph reads with --inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +40,7 @@ class Verified:
     excluded: tuple[str, ...] = ()
 
     @property
-    def every(self) -> tuple[Record, ...]:
+    def all_records(self) -> tuple[Record, ...]:
         """The records of now and of then."""
         return (*self.records, *self.certified)
 
@@ -67,7 +49,7 @@ class Verified:
         """Fail when any rule failed, now or then, else unproven when any is, or when no rule
         passed, else pass.
         """
-        return overall(self.every)
+        return overall(self.all_records)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +64,7 @@ Examined = Verified | Unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Options:
     """What is asked beside the structure: rules to leave out, and inputs to run bare files on.
 
     `samples` map input names to arrays; none at all (an empty sequence) asks for inputs that are
@@ -94,132 +76,97 @@ class Asked:
     module: Any = None
 
 
-NOTHING_MORE = Asked()
+DEFAULTS = Options()
 
 
-def examine(target: Target, asked: Asked = NOTHING_MORE) -> Examined:
+def examine(target: Target, options: Options = DEFAULTS) -> Examined:
     """Verify a target; what cannot be read is an answer too, and no exception."""
     if target.problem:
         return Unreadable(path=target.path, why=target.problem)
     try:
-        return verify(target.path, asked)
+        return verify(target.path, options)
     except EvalmodeError as error:
         return Unreadable(path=target.path, why=str(error))
 
 
-def verify(path: Path, asked: Asked = NOTHING_MORE) -> Verified:
+def verify(path: Path, options: Options = DEFAULTS) -> Verified:
     """Check a bare .onnx file, or a bundle (its folder, or a folder that holds one), by all but the
     excluded rules.
 
     Raises ModelUnreadable or BundleError for what cannot be read at all.
     """
     try:
-        return (
-            _bundle(find_bundle(path), asked.excluded) if path.is_dir() else _bare_file(path, asked)
-        )
+        if path.is_dir():
+            return _verify_bundle(find_bundle(path), options.excluded)
+        return _verify_file(path, options)
     except (EvalmodeError, ImportError):
         raise
-    except (
-        Exception
-    ) as error:  # a file from anywhere may be malformed in ways that no one has listed
-        said = " ".join(str(error).split()) or "it gives no reason"
-        raise ModelUnreadable(
-            f"{path} cannot be examined: {type(error).__name__}: {said}"
-        ) from error
+    except Exception as error:  # a file may be malformed in ways that no one has listed
+        reason = " ".join(str(error).split()) or "it gives no reason"
+        kind = type(error).__name__
+        raise ModelUnreadable(f"{path} cannot be examined: {kind}: {reason}") from error
 
 
-def _bare_file(path: Path, asked: Asked) -> Verified:
+def _verify_file(path: Path, options: Options) -> Verified:
     graph = open_graph(path)
-    ran = _behaviour(path, graph, asked)
+    subject, failure = Subject(graph=graph, file=path), None
+    run: set[Needs] = set()  # what the rules need that run the file
+    if options.samples is not None:
+        run = {Needs.RUN} if options.module is None else {Needs.RUN, Needs.COMPARISON}
+        # Loads torch, which the structure alone does without.
+        from evalmode.export.verify.runnable import subject_of_file
+
+        try:
+            subject = subject_of_file(path, graph, options.samples, module=options.module)
+        except EvalmodeError as error:
+            failure = error
     records = []
-    for rule in every_rule():
-        if rule.name in asked.excluded:
+    for rule in RULES:
+        if rule.name in options.excluded:
             continue
-        if rule.name in _STRUCTURE:
-            records.append(_STRUCTURE[rule.name](graph))
+        if rule.needs not in run:
+            applies = subject.has(rule.needs)
+            records.append(rule.check(subject) if applies else rule.not_applicable(subject))
+        elif failure is not None:
+            records.append(rule.could_not_run(failure, fix=_FIX_INPUTS))
         else:
-            records.append(ran.get(rule.name) or _not_applicable(rule, graph))
-    return Verified(
-        path=path, file=path, records=tuple(records), excluded=_in_order(asked.excluded)
-    )
+            try:
+                records.append(rule.check(subject))
+            except EvalmodeError as error:
+                records.append(rule.could_not_run(error, fix=_FIX_INPUTS))
+    excluded = _in_order(options.excluded)
+    return Verified(path=path, file=path, records=tuple(records), excluded=excluded)
 
 
-def _behaviour(path: Path, graph: Graph, asked: Asked) -> dict[str, Record]:
-    if asked.samples is None:
-        return {}
-    # loads torch, which structure alone does without
-    from evalmode.export.verify.run import behaviour
-
-    return {
-        record.rule: record for record in behaviour(path, graph, asked.samples, module=asked.module)
-    }
-
-
-def _not_applicable(rule: Rule, graph: Graph) -> Record:
-    found = _GLIMPSES[rule.name](graph) if rule.name in _GLIMPSES else ()
-    record = Record.of(
-        rule.name, found, fine=_LACKING[rule.needs], otherwise="the graph alone shows it"
-    )
-    if record.verdict is not Verdict.PASS:
-        return record
-    # nothing wrong in a glimpse is no pass
-    return record.model_copy(update={"verdict": Verdict.NOT_APPLICABLE})
-
-
-def _bundle(path: Path, excluded: Collection[str]) -> Verified:
+def _verify_bundle(path: Path, excluded: Collection[str]) -> Verified:
     bundle = open_bundle(path)
     assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
-    graph = read_graph(bundle.model, name=str(path))
+    subject = Subject(graph=read_graph(bundle.model, name=str(path)), bundle=bundle)
+    rerun = {rule.name for rule in RULES if subject.has(rule.needs)}
     certified = tuple(
         record
         for record in bundle.certificate.records
-        if record.rule not in {*_STRUCTURE, *excluded}
+        if record.rule not in rerun and record.rule not in excluded
     )
-    then = {record.rule for record in certified}
-    now = []
-    for rule in every_rule():
-        if rule.name in excluded or rule.name in then:
+    records = []
+    for rule in RULES:
+        if rule.name in excluded or any(record.rule == rule.name for record in certified):
             continue
-        if rule.name in _STRUCTURE:
-            now.append(_STRUCTURE[rule.name](graph))
-        elif rule.name == KNOWN_ANSWERS:
-            now.append(_known_answers(bundle))
+        if rule.name in rerun:
+            records.append(rule.check(subject))
+        elif rule.needs is Needs.AUDIT:
+            records.append(rule.not_applicable(subject))
         else:
-            audited = rule.needs is Needs.AUDIT
-            why = (
-                _LACKING[rule.needs] if audited else "the bundle's certificate has no record of it"
-            )
-            now.append(Record.not_applicable(rule.name, why))
+            why = "the bundle's certificate has no record of it"
+            records.append(Record.not_applicable(rule.name, why))
     return Verified(
         path=path,
         file=path / MODEL_FILE,
-        records=tuple(now),
+        records=tuple(records),
         certified=certified,
         excluded=_in_order(excluded),
     )
 
 
 def _in_order(names: Collection[str]) -> tuple[str, ...]:
-    return tuple(rule.name for rule in every_rule() if rule.name in names)
-
-
-def _known_answers(bundle: Bundle) -> Record:
-    assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
-    session = open_session(bundle.model)
-    try:
-        found = replay(
-            bundle.known_answers(),
-            session.run,
-            certificate=bundle.certificate,
-            platform=session.platform,
-            frontend=bundle.frontend(),
-        )
-    except KnownAnswersDiffer as error:
-        return Record(rule=KNOWN_ANSWERS, verdict=Verdict.FAIL, why=str(error))
-    return Record(
-        rule=KNOWN_ANSWERS,
-        verdict=Verdict.PASS,
-        why=f"the known answers come out {found.verdict}",
-        measured=f"{found.answers} answers, {found.largest_difference:.2e} standard deviations",
-        limit=f"{found.tolerance:g}",
-    )
+    return tuple(rule.name for rule in RULES if rule.name in names)

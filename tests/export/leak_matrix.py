@@ -63,7 +63,7 @@ def measure(name: str, state: str) -> Measured | None:
     assert found.passed == (not refused), name
     assert found.subject is not None or refused, name
     return Measured(
-        refused=refused, model=found.subject.model if found.subject and found.passed else None
+        refused=refused, model=found.subject.graph.proto if found.subject and found.passed else None
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.session import open_session
 from evalmode.export.convert import NotConvertible, NotInEvalMode, convert, scope
-from evalmode.export.rules.subject import serialise
+from evalmode.export.graph import serialise
 
 X = {"x": torch.ones(3, 4)}
 AXES = {"x": {0: "batch"}}

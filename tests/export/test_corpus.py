@@ -20,6 +20,7 @@ from evalmode.bundle.certificate import Record, Verdict
 from evalmode.export.graph import Graph, graph_of, open_graph
 from evalmode.export.graph.suspicious_weights import mask_like, non_finite_weights
 from evalmode.export.rules import opaque_op, stochastic_op, training_mode
+from evalmode.export.rules.subject import Subject
 
 DRAW = {
     f"test_bernoulli{kind}{form}" for kind in ("", "_double", "_seed") for form in ("", "_expanded")
@@ -85,7 +86,7 @@ def verdicts(check: object) -> dict[Verdict, set[str]]:
         Verdict.UNPROVEN: set(),
     }
     for graph in corpus():
-        record: Record = check(graph)  # type: ignore[operator]
+        record: Record = check(Subject(graph=graph))  # type: ignore[operator]
         found[record.verdict].add(graph.name)
     return found
 
@@ -122,7 +123,7 @@ if __name__ == "__main__":
     built = time.perf_counter()
     for one in read:
         for rule in (stochastic_op, training_mode, opaque_op):
-            rule.check(one)
+            rule.check(Subject(graph=one))
     print(
         f"{len(read)} models: {built - started:.2f} s to build and open,"
         f" {time.perf_counter() - built:.2f} s to judge"

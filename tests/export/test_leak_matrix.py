@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.export.module.outputs import flatten
-from evalmode.export.rules.registry import every_rule
+from evalmode.export.rules.registry import RULES
 from tests.export.leak_matrix import CASES, measure, table
 from tests.export.leaks.case import DOES_NOT_RUN, NO_EXPORT, STATES, Case, seed
 
@@ -75,7 +75,7 @@ def test_what_is_refused_in_eval_varies_there_unless_its_declaration_says_why_no
 
 def test_every_refusal_is_a_rules_or_says_what_it_is() -> None:
     refusals = {rule for name, state in ANSWERED for rule in CASES[name].expected(state) or ()}
-    assert refusals <= {rule.name for rule in every_rule()} | {*DOES_NOT_RUN, *NO_EXPORT}
+    assert refusals <= {rule.name for rule in RULES} | {*DOES_NOT_RUN, *NO_EXPORT}
 
 
 def test_there_are_well_over_a_hundred_modules_and_most_have_a_child() -> None:

@@ -16,13 +16,16 @@ from hypothesis import strategies as st
 from evalmode.bundle.certificate import Verdict, overall
 from evalmode.export.graph import graph_of
 from evalmode.export.rules import opaque_op, stochastic_op, training_mode
+from evalmode.export.rules.subject import Subject
 
 from .random_graphs import Writer
 
 
 def verdict_of(model: onnx.ModelProto) -> Verdict:
     graph = graph_of(model)
-    return overall(rule.check(graph) for rule in (stochastic_op, training_mode, opaque_op))
+    return overall(
+        rule.check(Subject(graph=graph)) for rule in (stochastic_op, training_mode, opaque_op)
+    )
 
 
 @settings(

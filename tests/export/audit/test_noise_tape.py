@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evalmode.export.audit.noise_tape import Reading, Tape
+from evalmode.export.audit.noise_tape import NoiseTape, Reading
 from evalmode.export.audit.tensor_roles import Roles
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -21,7 +21,7 @@ def taped(
     noise: frozenset[int] = frozenset(),
 ) -> tuple[Reading, Tensor]:
     x = X.clone()
-    tape = Tape(Roles([WEIGHT], [x], noise), constants)
+    tape = NoiseTape(Roles([WEIGHT], [x], noise), constants)
     with torch.no_grad(), tape:
         output = forward(x)
     return tape.reading, output

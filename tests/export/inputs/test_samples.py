@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.export.inputs.samples import candidate_of
-from evalmode.export.module.parts import private_copy
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -39,7 +38,7 @@ class Net(nn.Module):
 def test_a_sample_may_be_given_in_every_usual_way(sample: object) -> None:
     candidate = candidate_of(Net().eval(), [sample])
     assert list(candidate.example) == ["x"]
-    assert candidate.dynamic_axes == {"x": {0: "batch"}}
+    assert candidate.evidence.dynamic_axes == {"x": {0: "batch"}}
     assert candidate.outputs == ("output_0",)
 
 
@@ -50,25 +49,6 @@ def test_the_module_is_not_run_and_not_changed_but_its_copies_are() -> None:
     assert module.calls == 0
     assert module.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
-
-
-def test_a_private_copy_shares_the_parameters_and_not_the_buffers() -> None:
-    module = Net()
-    other = private_copy(module)
-    assert other.linear.weight is module.linear.weight
-    assert other.norm.running_mean is not module.norm.running_mean
-
-
-def test_what_cannot_be_copied_is_used_as_it_is() -> None:
-    module = Net()
-    module.lock = threading.Lock()
-    assert private_copy(module) is module
-
-
-def test_a_copy_that_would_run_parts_of_the_original_is_none() -> None:
-    module = Net()
-    module.forward = lambda x: module.linear(x)
-    assert private_copy(module) is module
 
 
 def test_what_cannot_be_copied_is_as_it_was_after_it_ran() -> None:
@@ -99,10 +79,10 @@ def test_probes_are_the_samples_and_what_the_module_can_read_besides() -> None:
 
     sample = torch.rand(3, 4) + 2.0
     candidate = candidate_of(Picky().eval(), [sample])
-    np.testing.assert_array_equal(candidate.probes[0]["x"], sample.numpy())
-    sizes = {probe["x"].shape[0] for probe in candidate.probes}
+    np.testing.assert_array_equal(candidate.evidence.probes[0]["x"], sample.numpy())
+    sizes = {probe["x"].shape[0] for probe in candidate.evidence.probes}
     assert sizes == {1, 2, 3, 5}, "65 rows it does not read"
-    for probe in candidate.probes:
+    for probe in candidate.evidence.probes:
         assert np.isfinite(np.log(probe["x"] - 1.5)).all(), (
             "what it answers with no number was not given by the user"
         )
@@ -114,9 +94,9 @@ def test_rows_are_single_by_the_length_that_they_have_and_differ() -> None:
             return x.mean(1)
 
     candidate = candidate_of(Pool().eval(), [torch.randn(3, 9, 4), torch.randn(2, 16, 4)])
-    assert {length: len(rows) for length, rows in candidate.rows.items()} == {9: 8, 16: 8}
-    assert {row["x"].shape for row in candidate.rows[9]} == {(1, 9, 4)}
-    assert len({row["x"].tobytes() for row in candidate.rows[9]}) == 8
+    assert {length: len(rows) for length, rows in candidate.evidence.rows.items()} == {9: 8, 16: 8}
+    assert {row["x"].shape for row in candidate.evidence.rows[9]} == {(1, 9, 4)}
+    assert len({row["x"].tobytes() for row in candidate.evidence.rows[9]}) == 8
 
 
 @pytest.mark.parametrize(
@@ -127,7 +107,7 @@ def test_an_answer_without_a_row_for_each_row_shares_no_batch(answer: Any) -> No
         def forward(self, x: Tensor) -> Tensor:
             return answer(x)
 
-    assert candidate_of(Calls().eval(), [X]).rows == {}
+    assert candidate_of(Calls().eval(), [X]).evidence.rows == {}
 
 
 def test_the_example_that_is_traced_has_more_than_one_row() -> None:
@@ -213,8 +193,8 @@ def test_a_first_axis_that_takes_no_other_number_of_rows_is_no_batch() -> None:
             return x.view(3, 2, 2)
 
     candidate = candidate_of(Fixed().eval(), [X])
-    assert candidate.dynamic_axes == {"x": {}}
-    assert candidate.rows == {}
+    assert candidate.evidence.dynamic_axes == {"x": {}}
+    assert candidate.evidence.rows == {}
 
 
 def test_a_constant_of_an_argument_without_default_is_not_asked_for_again() -> None:

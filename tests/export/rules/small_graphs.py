@@ -4,7 +4,8 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Record
+from evalmode.bundle.known_answers import Tensors
+from evalmode.export.graph import graph_of
+from evalmode.export.inputs.evidence import Evidence
+from evalmode.export.module.network import Network
 from evalmode.export.rules.subject import Subject
 
 ROWS = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
@@ -56,9 +61,23 @@ def subject(
     model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **more: object
 ) -> Subject:
     """The graph, and the module that it is held against; eight rows, and one alone."""
-    rows = {4: [{"x": row[np.newaxis]} for row in ROWS]}
-    given = {"probes": [{"x": ROWS}, {"x": ROWS[:1]}], "dynamic_axes": {"x": {0: "batch"}}, **more}
-    return Subject(module=Calls(answer).eval(), model=model, rows=rows, **given)  # type: ignore[arg-type]
+    evidence = {
+        "probes": [{"x": ROWS}, {"x": ROWS[:1]}],
+        "rows": {4: [{"x": row[np.newaxis]} for row in ROWS]},
+        "dynamic_axes": {"x": {0: "batch"}},
+        **more,
+    }
+    return subject_of_graph(model, Calls(answer).eval(), **evidence)
+
+
+def subject_of_graph(model: onnx.ModelProto, module: nn.Module, **evidence: Any) -> Subject:
+    """The graph and the network that it was made of, with this evidence."""
+    return Subject(network=Network.of(module), graph=graph_of(model), evidence=Evidence(**evidence))
+
+
+def subject_of_module(module: nn.Module, probes: Sequence[Tensors] = ()) -> Subject:
+    """A module before it is exported."""
+    return Subject(network=Network.of(module), evidence=Evidence(probes=probes))
 
 
 def said(record: Record) -> str:

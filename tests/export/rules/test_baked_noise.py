@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from evalmode.bundle.certificate import Record, Verdict
 from evalmode.errors import EvalmodeError
 from evalmode.export.certify import subject_of
-from evalmode.export.graph import graph_of
 from evalmode.export.inputs.samples import candidate_of
 from evalmode.export.rules import baked_noise, repeatability, stochastic_op, training_mode
-from evalmode.export.rules.subject import Subject
+from evalmode.export.rules.subject import Export, Subject
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -85,8 +84,12 @@ def test_noise_that_became_a_constant_is_found_although_the_graph_is_quiet(name:
 )
 def test_no_other_rule_of_the_graph_would_see_it(name: str) -> None:
     made = subject(*CONSTANTS[name])
-    graph = graph_of(made.model)
-    records = [stochastic_op.check(graph), training_mode.check(graph), repeatability.check(made)]
+    alone = Subject(graph=made.graph)
+    records = [
+        stochastic_op.check(alone),
+        training_mode.check(alone),
+        repeatability.check(made),
+    ]
     assert [record.verdict for record in records] == [Verdict.PASS] * 3
 
 
@@ -125,7 +128,10 @@ def test_a_second_export_that_cannot_be_made_is_unproven_and_not_passed_over() -
 
     made = subject(lambda m, x: x)
     other = Subject(
-        module=made.module, model=made.model, probes=made.probes, rows=made.rows, twins=[fails]
+        network=made.network,
+        graph=made.graph,
+        evidence=made.evidence,
+        export=Export(twins=[fails]),
     )
     record = baked_noise.check(other)
     assert record.verdict is Verdict.UNPROVEN

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Record, Verdict
 from evalmode.export.rules import eager_randomness
+from tests.export.rules.small_graphs import subject_of_module
 
-PROBES = [{"x": torch.ones(count, length)} for length in (1, 5) for count in (1, 2, 64)]
+PROBES = [{"x": np.ones((count, length), np.float32)} for length in (1, 5) for count in (1, 2, 64)]
 PRIVATE = np.random.default_rng(0)
 
 
@@ -43,7 +44,7 @@ def judged(answer: Callable[[Calls, Tensor], object], **held: object) -> Record:
     root = nn.Module()
     root.inner = Calls(answer, **held)
     root.forward = lambda x: root.inner(x)
-    return eager_randomness.check(root.eval(), PROBES)
+    return eager_randomness.check(subject_of_module(root.eval(), PROBES))
 
 
 def turning(calls: Iterable[object], *, at: int) -> Callable[[Calls, Tensor], Tensor]:
@@ -118,7 +119,7 @@ def test_a_private_generator_is_named_wherever_the_module_keeps_it(
 
 
 def test_a_generator_that_is_a_global_beside_forward_is_named() -> None:
-    record = eager_randomness.check(BesideAGlobal().eval(), PROBES)
+    record = eager_randomness.check(subject_of_module(BesideAGlobal().eval(), PROBES))
     assert record.verdict is Verdict.FAIL
     assert "(root) (BesideAGlobal): the generator global PRIVATE" in places(record)[0]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Verdict
 from evalmode.export.rules import escaped_module
+from tests.export.rules.small_graphs import subject_of_module
 
 
 class Holds(nn.Module):
@@ -53,18 +54,20 @@ def test_a_module_that_eval_leaves_in_training_is_named(
     name: str, held: object, where: str
 ) -> None:
     root = nn.Sequential(Holds(name, held)).eval()
-    record = escaped_module.check(root)
+    record = escaped_module.check(subject_of_module(root))
     assert record.verdict is Verdict.FAIL
     assert [f"{one.node} ({one.op})" for one in record.findings] == [f"0.{where}"]
     assert record.measured == "1 of 4 modules"
 
 
 def test_the_root_itself_is_named() -> None:
-    (found,) = escaped_module.check(nn.Dropout(0.5)).findings
+    (found,) = escaped_module.check(subject_of_module(nn.Dropout(0.5))).findings
     assert str(found) == "(root) (Dropout): it is still in training mode"
 
 
 def test_hidden_modules_that_were_put_into_eval_by_hand_pass() -> None:
-    record = escaped_module.check(Holds("_hidden", [nn.Dropout(0.5).eval()]).eval())
+    record = escaped_module.check(
+        subject_of_module(Holds("_hidden", [nn.Dropout(0.5).eval()]).eval())
+    )
     assert record.verdict is Verdict.PASS
     assert record.measured == "0 of 3 modules"

@@ -9,6 +9,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.graph import graph_of
 from evalmode.export.rules import opaque_op, stochastic_op, training_mode
+from evalmode.export.rules.subject import Subject
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
@@ -38,9 +39,8 @@ def checked(
     graph = helper.make_graph([node], "main", [X], [Y])
     opsets = [helper.make_opsetid("", opset)] if imported else []
     opsets += [helper.make_opsetid(name, 1) for name in DOMAINS]
-    return opaque_op.check(
-        graph_of(helper.make_model(graph, opset_imports=opsets, functions=functions))
-    )
+    model = helper.make_model(graph, opset_imports=opsets, functions=functions)
+    return opaque_op.check(Subject(graph=graph_of(model)))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The registry of rules is the files in checks/, and the README's table is the registry."""
+"""The registry is the files of the rules, and the README's table is the registry."""
 
 from __future__ import annotations
 
@@ -11,55 +11,60 @@ import pytest
 
 from evalmode.bundle.certificate import Record
 from evalmode.export.release import Released
-from evalmode.export.rules.registry import (
-    CHECKS,
-    EXPECTATION_GAP,
-    KNOWN_ANSWERS,
-    Needs,
-    Rule,
-    UnknownRule,
-    every_rule,
-    names_of,
-    table,
-)
-from evalmode.export.rules.structure import STRUCTURE
+from evalmode.export.rules.registry import RULES, Needs, Rule, UnknownRule, names_of, table
+from evalmode.export.rules.subject import Subject
 
 ROOT = Path(__file__).parents[3]
+NO_RULES = {"__init__", "registry", "subject"}
 FILES = sorted(
-    file.stem
-    for file in (ROOT / "export" / "rules").glob("*.py")
-    if file.stem not in ("__init__", "registry", "subject", "structure")
+    file.stem for file in (ROOT / "export" / "rules").glob("*.py") if file.stem not in NO_RULES
 )
-WITHOUT_A_FILE = (EXPECTATION_GAP, KNOWN_ANSWERS)
-BY_NAME = {rule.name: rule for rule in every_rule()}
+BY_NAME = {rule.name: rule for rule in RULES}
 
 
-def test_every_file_in_checks_is_registered_and_every_registered_rule_has_its_file() -> None:
-    assert sorted(name.replace("-", "_") for name in BY_NAME if name not in WITHOUT_A_FILE) == FILES
+def test_every_file_is_registered_and_every_registered_rule_has_its_file() -> None:
+    assert sorted(name.replace("-", "_") for name in BY_NAME) == FILES
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_rule_is_named_after_its_file_and_states_itself_in_the_first_line_of_its_docstring(
     file: str,
 ) -> None:
-    module = import_module(f"{CHECKS}.{file}")
+    module = import_module(f"evalmode.export.rules.{file}")
     rule: Rule = BY_NAME[module.RULE]
     assert rule.name == file.replace("_", "-")
-    assert (module.__doc__ or "").splitlines()[0] == f"Rule {rule.name}: {rule.statement}."
+    assert rule.module == module.__name__
+    summary = " ".join((module.__doc__ or "").partition("\n\n")[0].split())
+    assert summary == f"Rule {rule.name}: {rule.statement}."
     assert callable(module.check)
+    assert hasattr(module, "glimpse") == rule.glimpses
 
 
-def test_what_needs_a_graph_alone_is_what_verify_runs_on_a_bare_file() -> None:
-    assert {rule.name for rule in every_rule() if rule.needs is Needs.GRAPH} == {
-        rule.RULE for rule in STRUCTURE
-    }
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_every_rule_has_a_test_file_of_its_name(rule: Rule) -> None:
+    assert (Path(__file__).parent / f"test_{rule.name.replace('-', '_')}.py").is_file()
 
 
-def test_a_certificate_holds_the_rules_of_the_registry_in_its_order(released: Released) -> None:
+def test_what_needs_a_graph_alone_needs_no_torch() -> None:
+    """A file is verified without it, glimpses of other rules included."""
+    rules = [rule.module for rule in RULES if rule.needs is Needs.GRAPH or rule.glimpses]
+    program = f"import sys; sys.modules['torch'] = None\nfor name in {rules}: __import__(name)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_subject_without_parts_is_not_applicable_to_any_rule(rule: Rule) -> None:
+    record = rule.not_applicable(Subject())
+    assert not Subject().has(rule.needs)
+    assert record == Record.not_applicable(rule.name, record.why)
+
+
+def test_a_certificate_holds_the_rules_of_an_export_in_the_order_of_the_registry(
+    released: Released,
+) -> None:
     records: tuple[Record, ...] = released.certificate.records
-    assert [record.rule for record in records] == [
-        name for name in BY_NAME if name not in WITHOUT_A_FILE
-    ]
+    at_export = [rule.name for rule in RULES if rule.needs not in (Needs.AUDIT, Needs.BUNDLE)]
+    assert [record.rule for record in records] == at_export
 
 
 def test_the_table_in_the_readme_is_that_of_the_registry() -> None:

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.graph import graph_of
 from evalmode.export.rules import stochastic_op
+from evalmode.export.rules.subject import Subject
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 C = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
@@ -18,7 +19,8 @@ HALF = helper.make_tensor("half", TensorProto.FLOAT, [], [0.5])
 def checked(*nodes: onnx.NodeProto, opset: int = 20, **extra: object) -> Record:
     graph = helper.make_graph(nodes, "main", [X, C], [Y], [HALF])
     opsets = [helper.make_opsetid("", opset)] if opset else [helper.make_opsetid("my", 1)]
-    return stochastic_op.check(graph_of(helper.make_model(graph, opset_imports=opsets, **extra)))
+    model = helper.make_model(graph, opset_imports=opsets, **extra)
+    return stochastic_op.check(Subject(graph=graph_of(model)))
 
 
 def places(record: Record) -> list[str]:

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from evalmode.bundle.certificate import Finding, Verdict
 from evalmode.export.graph import graph_of
 from evalmode.export.rules import training_mode
+from evalmode.export.rules.subject import Subject
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
@@ -39,11 +40,11 @@ def model_of(
 
 
 def judged(node: onnx.NodeProto, **given: object) -> Verdict:
-    return training_mode.check(graph_of(model_of(node, **given))).verdict  # type: ignore[arg-type]
+    return training_mode.check(Subject(graph=graph_of(model_of(node, **given)))).verdict  # type: ignore[arg-type]
 
 
 def finding(node: onnx.NodeProto, **given: object) -> Finding:
-    (found,) = training_mode.check(graph_of(model_of(node, **given))).findings  # type: ignore[arg-type]
+    (found,) = training_mode.check(Subject(graph=graph_of(model_of(node, **given)))).findings  # type: ignore[arg-type]
     return found
 
 
@@ -250,7 +251,9 @@ def test_an_operator_of_training_alone_fails(domain: str, op: str) -> None:
     "op", ["LSTM", "GRU", "RNN", "InstanceNormalization", "LayerNormalization"]
 )
 def test_an_operator_without_a_mode_is_none_of_its_concern(op: str) -> None:
-    record = training_mode.check(graph_of(model_of(helper.make_node(op, ["x"], ["y"]), opset=20)))
+    record = training_mode.check(
+        Subject(graph=graph_of(model_of(helper.make_node(op, ["x"], ["y"]), opset=20)))
+    )
     assert (record.verdict, record.measured) == (Verdict.PASS, "0 on, 0 undecided, of 0")
 
 

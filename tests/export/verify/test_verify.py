@@ -18,9 +18,8 @@ from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE
 from evalmode.bundle.store import digest_of, hashes_of, open_bundle, write_bundle
 from evalmode.export.graph import ModelUnreadable
 from evalmode.export.release import Released
-from evalmode.export.rules.registry import EXPECTATION_GAP, KNOWN_ANSWERS, every_rule
-from evalmode.export.rules.structure import STRUCTURE
-from evalmode.export.verify.verify import Asked, Verified, verify
+from evalmode.export.rules.registry import RULES, Needs
+from evalmode.export.verify.verify import Options, Verified, verify
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
@@ -47,7 +46,9 @@ def verified(model: onnx.ModelProto | bytes, folder: Path) -> Verified:
 
 def verdicts(found: Verified) -> dict[str, Verdict]:
     """By the name of the rule; those that do not apply are left out."""
-    applied = [record for record in found.every if record.verdict is not Verdict.NOT_APPLICABLE]
+    applied = [
+        record for record in found.all_records if record.verdict is not Verdict.NOT_APPLICABLE
+    ]
     return {record.rule: record.verdict for record in applied}
 
 
@@ -72,8 +73,8 @@ def test_a_bundle_is_verified_by_its_certificate_and_by_what_is_seen_anew(
     rules = [record.rule for record in (*found.certified, *found.records)]
     assert len(rules) == len(set(rules)), "a rule that ran again stands once"
     assert set(rules) == {record.rule for record in released.certificate.records} | {
-        EXPECTATION_GAP,
-        KNOWN_ANSWERS,
+        "expectation-gap",
+        "known-answers",
     }
     assert found.records[-1].why == "the known answers come out bitwise"
     assert found.records[-1].measured == "8 answers, 0.00e+00 standard deviations"
@@ -96,9 +97,9 @@ def test_a_known_answer_that_does_not_come_out_is_a_failed_record(
     found = verify(rewritten(released, tmp_path, known_answers=pack(changed)))
     assert found.verdict is Verdict.FAIL
     assert {rule for rule, verdict in verdicts(found).items() if verdict is Verdict.FAIL} == {
-        KNOWN_ANSWERS
+        "known-answers"
     }
-    assert verdicts(found)[KNOWN_ANSWERS] is Verdict.FAIL
+    assert verdicts(found)["known-answers"] is Verdict.FAIL
     assert found.records[-1].why.startswith(
         "known answer 2 does not come out: output 'logits' differs by"
     )
@@ -120,9 +121,11 @@ def test_a_bare_file_is_judged_by_its_structure_alone_and_says_which_rules_do_no
     tmp_path: Path,
 ) -> None:
     found = verified(model_of(helper.make_node("Relu", ["x"], ["y"])), tmp_path)
-    assert verdicts(found) == dict.fromkeys((rule.RULE for rule in STRUCTURE), Verdict.PASS)
+    assert verdicts(found) == dict.fromkeys(
+        (rule.name for rule in RULES if rule.needs is Needs.GRAPH), Verdict.PASS
+    )
     assert found.verdict is Verdict.PASS
-    assert [record.rule for record in found.records] == [rule.name for rule in every_rule()]
+    assert [record.rule for record in found.records] == [rule.name for rule in RULES]
     reasons = {
         record.rule: record.why
         for record in found.records
@@ -132,7 +135,7 @@ def test_a_bare_file_is_judged_by_its_structure_alone_and_says_which_rules_do_no
     assert (
         reasons["repeatability"] == "it needs inputs to run the graph on: give them with --inputs"
     )
-    assert reasons[KNOWN_ANSWERS] == "it needs a bundle's known answers"
+    assert reasons["known-answers"] == "it needs a bundle's known answers"
 
 
 def test_a_weight_that_is_wrong_whatever_else_is_at_hand_is_found_in_a_bare_file(
@@ -170,20 +173,20 @@ def test_an_excluded_rule_judges_nothing_now_or_then_and_is_named(
     (tmp_path / "draw.onnx").write_bytes(
         model_of(helper.make_node("Bernoulli", ["x"], ["y"])).SerializeToString()
     )
-    drawn = verify(tmp_path / "draw.onnx", Asked(excluded=["stochastic-op"]))
+    drawn = verify(tmp_path / "draw.onnx", Options(excluded=["stochastic-op"]))
     assert drawn.verdict is Verdict.PASS
     assert "stochastic-op" not in verdicts(drawn)
     assert drawn.excluded == ("stochastic-op",)
-    bundle = verify(released.path, Asked(excluded=[KNOWN_ANSWERS, "parity"]))
-    assert bundle.excluded == ("parity", KNOWN_ANSWERS)
-    assert not {"parity", KNOWN_ANSWERS} & {record.rule for record in bundle.every}
+    bundle = verify(released.path, Options(excluded=["known-answers", "parity"]))
+    assert bundle.excluded == ("parity", "known-answers")
+    assert not {"parity", "known-answers"} & {record.rule for record in bundle.all_records}
 
 
 def test_a_file_to_which_no_rule_was_applied_is_not_proven(tmp_path: Path) -> None:
     (tmp_path / "any.onnx").write_bytes(
         model_of(helper.make_node("Relu", ["x"], ["y"])).SerializeToString()
     )
-    found = verify(tmp_path / "any.onnx", Asked(excluded=[rule.name for rule in every_rule()]))
+    found = verify(tmp_path / "any.onnx", Options(excluded=[rule.name for rule in RULES]))
     assert found.records == ()
     assert found.verdict is Verdict.UNPROVEN
 

@@ -1,14 +1,9 @@
-"""What a file shows when it runs: the rules that need no module, on inputs that are given or made
-of its signature.
-
-Knows no rule's reasons and no formats.
-"""
+"""A bare file made ready to run: on inputs of the user, or on numbers made for its signature."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,51 +12,32 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
-from evalmode.bundle.certificate import Record
 from evalmode.bundle.session import Session, open_session
-from evalmode.errors import EvalmodeError
-from evalmode.export.certify import could_not_run, run_rule
 from evalmode.export.graph import Graph
-from evalmode.export.inputs.candidate import BATCH, Axes, Sample
+from evalmode.export.inputs.axes import BATCH, Axes, Sample
 from evalmode.export.inputs.errors import UnusableInputs
+from evalmode.export.inputs.evidence import Evidence
 from evalmode.export.inputs.probes import probes, single_rows
 from evalmode.export.module.forward import plain_forward
 from evalmode.export.module.outputs import flatten
-from evalmode.export.rules import batch_invariance, dynamic_axes, non_finite, parity, repeatability
 from evalmode.export.rules.subject import Subject
-
-RULES: tuple[ModuleType, ...] = (non_finite, repeatability, batch_invariance)
-OF_A_MODULE: tuple[ModuleType, ...] = (dynamic_axes, parity)
 
 _BATCH_ROWS, _SIZE = 3, 4  # of the axes that vary, where nobody says how large
 
 
-def behaviour(
+def subject_of_file(
     path: Path,
     graph: Graph,
     samples: Sequence[Mapping[str, Any]] = (),
     *,
     module: nn.Module | None = None,
-) -> tuple[Record, ...]:
-    """Whether the file `path` answers with numbers, repeats itself and keeps rows apart: a record
-    for each of RULES.
+) -> Subject:
+    """The graph of the file `path` with inputs, ready for the rules that run it.
 
     `samples` map input names to arrays; without them numbers are made that fit the types and shapes
-    of the inputs. With a module in eval mode, whose inputs have the same names, also whether the
-    file answers as it does. What cannot be run leaves every rule unproven.
+    of the inputs. `module`, in eval mode, has inputs of the same names and is what the file is
+    compared with. Raises EvalmodeError where the graph, or the module, cannot be run on them.
     """
-    rules = RULES if module is None else (*RULES, *OF_A_MODULE)
-    try:
-        subject = _subject(path, graph, samples, module)
-        return tuple(run_rule(rule, subject) for rule in rules)
-    except EvalmodeError as error:
-        fix = "give inputs that the graph reads with --inputs"
-        return tuple(could_not_run(rule, error, fix=fix) for rule in rules)
-
-
-def _subject(
-    path: Path, graph: Graph, samples: Sequence[Mapping[str, Any]], module: nn.Module | None
-) -> Subject:
     inputs = list(_inputs(graph.proto))
     axes = _axes(inputs)
     given = [_given(sample, inputs) for sample in samples] if samples else [_made(inputs)]
@@ -76,12 +52,13 @@ def _subject(
         _require_same_answers(module, given[0], [output.name for output in session.outputs])
     return Subject(
         module=module,
-        model=graph.proto,
-        path=path,
-        opened=graph,
-        probes=probes(run, given, axes),
-        rows=single_rows(run, given, axes),
-        dynamic_axes=axes,
+        graph=graph,
+        file=path,
+        evidence=Evidence(
+            probes=probes(run, given, axes),
+            rows=single_rows(run, given, axes),
+            dynamic_axes=axes,
+        ),
     )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 import types
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.module.parts import named_everything, named_generators
+from evalmode.export.module.network import Network
 
 BESIDE = random.Random(0)
 
@@ -49,6 +50,15 @@ def empty_closure() -> object:
     return call
 
 
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+
 class Hiding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +69,7 @@ class Hiding(nn.Module):
 
 
 def test_modules_in_plain_containers_are_found_and_named_as_one_writes_them() -> None:
-    assert set(named_everything(Hiding())) == {
+    assert set(Network.of(Hiding()).parts) == {
         "",
         "seen",
         "listed[0]",
@@ -69,17 +79,17 @@ def test_modules_in_plain_containers_are_found_and_named_as_one_writes_them() ->
 
 
 def test_a_module_that_two_names_share_is_found_once() -> None:
-    assert "itself" not in named_everything(Hiding())
+    assert "itself" not in Network.of(Hiding()).parts
 
 
 def test_the_hidden_are_found_at_depth() -> None:
-    assert "0.listed[0]" in named_everything(nn.Sequential(Hiding()))
+    assert "0.listed[0]" in Network.of(nn.Sequential(Hiding())).parts
 
 
 def test_a_container_that_holds_itself_ends() -> None:
     module = Hiding()
     module.listed.append(module.listed)  # type: ignore[arg-type]
-    assert "listed[0]" in named_everything(module)
+    assert "listed[0]" in Network.of(module).parts
 
 
 @pytest.mark.parametrize(
@@ -113,7 +123,7 @@ def test_a_module_is_found_wherever_an_attribute_leads_to_it(
     wrapped: Callable[[object], object], path: str
 ) -> None:
     part = nn.Dropout(0.1)
-    found = named_everything(Holds(wrapped(part)))
+    found = Network.of(Holds(wrapped(part))).parts
     assert found[path] is part
     assert set(found) == {"", path}
 
@@ -121,25 +131,25 @@ def test_a_module_is_found_wherever_an_attribute_leads_to_it(
 def test_an_underscore_hides_nothing() -> None:
     module = Holds(None)
     module._drops = [nn.Dropout(0.1)]
-    assert set(named_everything(module)) == {"", "_drops[0]"}
+    assert set(Network.of(module).parts) == {"", "_drops[0]"}
 
 
 def test_a_child_has_its_own_name_and_not_that_of_torchs_registry() -> None:
     module = nn.Sequential(nn.Linear(1, 1))
     module[0].register_buffer("table", torch.ones(1))
     module.register_forward_hook(nn.Dropout(0.1))  # type: ignore[arg-type]
-    assert set(named_everything(module)) == {"", "0"}
+    assert set(Network.of(module).parts) == {"", "0"}
 
 
 def test_a_closure_whose_variable_is_not_bound_yet_is_passed_over() -> None:
-    assert set(named_everything(Holds(empty_closure()))) == {""}
+    assert set(Network.of(Holds(empty_closure())).parts) == {""}
 
 
 def test_the_objects_of_libraries_are_not_looked_into() -> None:
     library = LoadedWhenAsked("library")
     library.drop = nn.Dropout(0.1)
     assert set(
-        named_everything(Holds([torch.ones(1), np.ones(1), nn.Dropout, torch, library]))
+        Network.of(Holds([torch.ones(1), np.ones(1), nn.Dropout, torch, library])).parts
     ) == {""}
 
 
@@ -149,11 +159,30 @@ def test_generators_are_found_by_the_same_paths_and_as_globals_beside_a_forward(
         "b": (np.random.default_rng(0),),
         "c": Plain(np.random.RandomState(0)),
     }
-    found = named_generators(nn.Sequential(Holds(held)))
+    found = Network.of(nn.Sequential(Holds(held))).generators
     assert set(found) == {"0.held['a']", "0.held['b'][0]", "0.held['c'].inside", "global BESIDE"}
     assert found["global BESIDE"] is BESIDE
     assert found["0.held['a']"] is held["a"]
 
 
 def test_a_network_without_a_generator_has_none() -> None:
-    assert named_generators(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1))) == {}
+    assert Network.of(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1))).generators == {}
+
+
+def test_a_private_copy_shares_the_parameters_and_not_the_buffers() -> None:
+    module = Net()
+    other = Network.of(module).copy().module
+    assert other.linear.weight is module.linear.weight
+    assert other.norm.running_mean is not module.norm.running_mean
+
+
+def test_what_cannot_be_copied_is_used_as_it_is() -> None:
+    module = Net()
+    module.lock = threading.Lock()
+    assert Network.of(module).copy().module is module
+
+
+def test_a_copy_that_would_run_parts_of_the_original_is_none() -> None:
+    module = Net()
+    module.forward = lambda x: module.linear(x)
+    assert Network.of(module).copy().module is module

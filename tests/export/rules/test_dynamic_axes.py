@@ -1,0 +1,90 @@
+"""The rule dynamic-axes: fixed axes, other shapes, and bounds of the trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.export.certify import subject_of
+from evalmode.export.inputs.samples import candidate_of
+from evalmode.export.rules import (
+    dynamic_axes,
+)
+from tests.export.rules.small_graphs import (
+    ROWS,
+    Calls,
+    graph,
+    node,
+    said,
+    subject,
+    subject_of_graph,
+)
+
+
+def test_an_axis_that_varies_passes() -> None:
+    assert (
+        dynamic_axes.check(subject(graph(node("Add", "x", "x")), lambda x: x + x)).verdict
+        is Verdict.PASS
+    )
+
+
+def test_an_axis_that_the_exporter_fixed_is_named_with_its_size() -> None:
+    record = dynamic_axes.check(
+        subject(graph(node("Add", "x", "x"), rows=8), lambda x: x + x, probes=[{"x": ROWS}])
+    )
+    assert record.verdict is Verdict.FAIL
+    assert said(record) == "x: axis 0 (batch) is 8 in the graph"
+
+
+def test_a_size_that_the_module_reads_and_the_graph_does_not_is_named() -> None:
+    eight = graph(node("Reshape", "x", "shape"), shape=np.array([8, 4]))
+    record = dynamic_axes.check(subject(eight, lambda x: x))
+    assert record.verdict is Verdict.FAIL
+    assert "the module reads x [1, 4], the graph does not: " in said(record)
+
+
+def test_a_shape_that_is_not_the_modules_is_named() -> None:
+    flat = graph(node("Reshape", "x", "shape"), shape=np.array([-1, 2]))
+    record = dynamic_axes.check(subject(flat, lambda x: x))
+    assert "y: its shape is [16, 2] for x [8, 4], the module's is [8, 4]" in said(record)
+
+
+class Branches(nn.Module):
+    """Twice its input, up to 100 rows; beyond them something else, or nothing at all."""
+
+    def __init__(self, *, ends: bool) -> None:
+        super().__init__()
+        self.ends = ends
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= 100:
+            return x * 2
+        if self.ends:
+            raise ValueError("at most 100 rows")
+        return x * 3
+
+
+def test_a_branch_for_sizes_beyond_every_probe_is_told_by_the_bound_of_the_trace() -> None:
+    record = dynamic_axes.check(
+        subject_of(candidate_of(Branches(ends=False).eval(), [torch.from_numpy(ROWS)]))
+    )
+    assert record.verdict is Verdict.FAIL
+    assert "the graph is the module's for batch up to 100, and the module also reads 101" in said(
+        record
+    )
+
+
+def test_a_module_that_ends_where_its_graph_does_passes_and_tells_the_bound() -> None:
+    record = dynamic_axes.check(
+        subject_of(candidate_of(Branches(ends=True).eval(), [torch.from_numpy(ROWS)]))
+    )
+    assert record.verdict is Verdict.PASS
+    assert record.measured.endswith("batch at most 100")
+
+
+def test_without_declared_axes_the_rule_does_not_apply() -> None:
+    model = graph(node("Add", "x", "x"))
+    made = subject_of_graph(model, Calls(lambda x: x + x), probes=[{"x": ROWS}])
+    assert dynamic_axes.check(made).verdict is Verdict.NOT_APPLICABLE

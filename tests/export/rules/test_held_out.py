@@ -1,0 +1,33 @@
+"""The rule held-out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.export.inputs.evidence import HeldOut
+from evalmode.export.rules import (
+    held_out,
+)
+from tests.export.rules.small_graphs import DOUBLED, ROWS, subject
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [(lambda x: x + x, Verdict.PASS), (lambda x: -x, Verdict.FAIL)],
+    ids=["same", "other"],
+)
+def test_held_out_rows_are_counted_on_both_sides(
+    answer: Callable[[Tensor], Tensor], verdict: Verdict
+) -> None:
+    rows = HeldOut(batches=[{"x": ROWS}], labels=[ROWS.argmax(-1)])
+    record = held_out.check(subject(DOUBLED, answer, held_out=rows))
+    assert record.verdict is verdict
+    assert record.measured.startswith("8 right of 8, ")
+
+
+def test_without_held_out_rows_the_rule_does_not_apply() -> None:
+    assert held_out.check(subject(DOUBLED)).verdict is Verdict.NOT_APPLICABLE

@@ -1,0 +1,113 @@
+"""The rule parity: on graphs that differ from their module, and on graphs of lower precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from evalmode.bundle.certificate import Verdict
+from evalmode.export.certify import subject_of
+from evalmode.export.inputs.samples import candidate_of
+from evalmode.export.module.network import Network
+from evalmode.export.rules import (
+    batch_invariance,
+    parity,
+)
+from evalmode.export.rules.subject import Subject
+from tests.export.rules.quantised import Classifier, classifier, quantised
+from tests.export.rules.small_graphs import (
+    DOUBLED,
+    ROWS,
+    Calls,
+    graph,
+    node,
+    said,
+    subject,
+    subject_of_graph,
+)
+
+
+def test_parity_passes_for_the_same_function() -> None:
+    assert parity.check(subject(DOUBLED)).verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    ("model", "answer", "why"),
+    [
+        (DOUBLED, lambda x: 2.0001 * x, ""),
+        (DOUBLED, lambda x: (x + x).double(), "type float32, the module's is float64"),
+        (DOUBLED, lambda x: torch.cat([x, x]), "shape [8, 4], the module's is [16, 4]"),
+        (DOUBLED, lambda x: x + float("inf"), "differs by inf standard deviations"),
+        (graph(node("Log", "x")), lambda x: x, "differs by inf standard deviations"),
+        (
+            graph(node("Cast", "x", to=TensorProto.INT64), kind=TensorProto.INT64),
+            lambda x: x.long() + 1,
+            "whole numbers",
+        ),
+    ],
+)
+def test_parity_fails_for_another_function_and_says_where(
+    model: onnx.ModelProto, answer: Callable[[Tensor], Tensor], why: str
+) -> None:
+    record = parity.check(subject(model, answer))
+    assert record.verdict is Verdict.FAIL
+    assert why in said(record)
+
+
+@pytest.mark.parametrize(("deviations", "verdict"), [(5e-5, Verdict.FAIL), (5e-6, Verdict.PASS)])
+def test_parity_is_judged_at_a_hundred_thousandth_of_a_standard_deviation(
+    deviations: float, verdict: Verdict
+) -> None:
+    shift = deviations * float((2 * ROWS).std())
+    record = parity.check(subject(DOUBLED, lambda x: ((x + x).double() + shift).float()))
+    assert record.verdict is verdict
+    assert record.limit == "fp32: 1e-05, 0 flipped"
+    assert "0 of 9 labels flipped" in record.measured
+
+
+def test_parity_fails_for_a_difference_that_flips_one_label_within_the_tolerance() -> None:
+    near = np.array([[1.0, 1.0 + 1e-6]], np.float32)
+    swap = graph(node("Gather", "x", "order", axis=1), order=np.array([1, 0, 2, 3]))
+    probe = {"x": np.hstack([near, -np.ones((1, 2), np.float32)])}
+    module = Calls(lambda x: x).eval()
+    record = parity.check(subject_of_graph(swap, module, probes=[probe], labelled=True))
+    assert record.verdict is Verdict.FAIL
+    assert "1 of 1 labels flip" in said(record)
+    numbers = subject_of_graph(swap, module, probes=[probe])
+    assert parity.check(numbers).verdict is Verdict.PASS, "numbers, not labels"
+
+
+def test_static_int8_does_not_and_is_held_to_the_limits_of_int8(tmp_path: Path) -> None:
+    made = classifier(quantised, tmp_path)
+    assert batch_invariance.check(made).verdict is Verdict.PASS
+    assert parity.limits_of(made.graph.proto) is parity.INT8
+    record = parity.check(made)
+    assert record.limit.startswith("int8: ")
+
+
+def test_half_precision_is_held_to_its_own_limits(tmp_path: Path) -> None:
+    made = subject_of(candidate_of(Classifier().half().eval(), [torch.randn(32, 16).half()]))
+    assert parity.limits_of(made.graph.proto) is parity.FP16
+    assert parity.check(made).verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("shift", [0.1, float("nan")])
+def test_half_precision_is_no_excuse_for_another_function(shift: float) -> None:
+    made = subject_of(candidate_of(Classifier().half().eval(), [torch.randn(32, 16).half()]))
+    other = Classifier().half().eval()
+    with torch.no_grad():
+        other.body[4].bias[0] += shift
+    moved = Subject(
+        network=Network.of(other),
+        graph=made.graph,
+        evidence=dataclasses.replace(made.evidence, labelled=True),
+    )
+    assert parity.check(moved).verdict is Verdict.FAIL
