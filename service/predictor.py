@@ -14,12 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 from evalmode.bundle.errors import BundleError
-from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.store import find_bundle
 from evalmode.service.batching.cpu_quota import cpu_quota
 from evalmode.service.batching.engine import Engine, Limits
 from evalmode.service.models.calibration import Calibration
-from evalmode.service.models.model import Model, ModelRow, Prediction, content_of
+from evalmode.service.models.model import Model, Prediction, content_of
 
 # One caller who waits for all that he asks: there is nobody whom a bound would protect from him.
 _UNBOUNDED = Limits(queue_rows=sys.maxsize, queue_bytes=sys.maxsize, max_run_s=math.inf)
@@ -33,9 +32,7 @@ class Predictor:
     def __init__(self, model: Model, *, parallel: int) -> None:
         self.model = model
         self.parallel = parallel
-        self._engine: Engine[ModelRow, Tensors] = Engine(
-            parallel=parallel, limits=_UNBOUNDED, content=content_of, digest=ModelRow.digest
-        )
+        self._engine = Engine(parallel=parallel, limits=_UNBOUNDED, content=content_of)
 
     @classmethod
     def open(

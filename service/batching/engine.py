@@ -14,10 +14,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic
 
 from evalmode.service.batching.batch import Batch, as_request_error, run_filled
-from evalmode.service.batching.bucket import Answer, Bucket, Row, SizedRow
+from evalmode.service.batching.bucket import Answer, Bucket, Job
 from evalmode.service.batching.limits import Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, tell
 from evalmode.service.batching.proof import Proofs, Sample, Violation
@@ -25,22 +24,19 @@ from evalmode.service.batching.queue import Queue
 from evalmode.service.errors import RequestError
 
 __all__ = [
-    "Answer",
     "Bucket",
     "Engine",
     "Limits",
     "Load",
     "Observer",
     "Reason",
-    "Row",
-    "SizedRow",
     "Violation",
 ]
 
 _log = logging.getLogger(__name__)
 
 
-class Engine(Generic[Row, Answer]):
+class Engine:
     """Answers requests of one or many rows, blocking or awaited, from any number of threads and
     event loops at once.
 
@@ -54,22 +50,17 @@ class Engine(Generic[Row, Answer]):
         parallel: int,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         content: Callable[[Answer], bytes],
-        digest: Callable[[Row], str],
         observers: Sequence[Observer] = (),
         proof_fraction: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start `parallel` threads; `content` gives the bytes of an answer and `digest` names a
-        row, for the proof.
-        """
+        """Start `parallel` threads; `content` gives the bytes of an answer, for the proof."""
         if parallel < 1:
             raise ValueError(f"parallel is {parallel}: at least 1 batch must be able to run")
         self._observers = tuple(observers)
         self._clock = clock
-        self._proofs: Proofs[Row, Answer] = Proofs(
-            fraction=proof_fraction, content=content, digest=digest
-        )
-        self._queue: Queue[Row, Answer] = Queue(
+        self._proofs = Proofs(fraction=proof_fraction, content=content)
+        self._queue = Queue(
             parallel=parallel,
             limits=limits,
             proofs=self._proofs,
@@ -84,9 +75,7 @@ class Engine(Generic[Row, Answer]):
         for thread in self._threads:
             thread.start()
 
-    def answer(
-        self, jobs: Sequence[tuple[Bucket[Row, Answer], Row]], *, timeout_s: float | None = None
-    ) -> list[Answer]:
+    def answer(self, jobs: Sequence[Job], *, timeout_s: float | None = None) -> list[Answer]:
         """The answers of `jobs`, in their order.
 
         Raises QueueFull; BodyTooLarge for more than the queue could ever hold; NotReady after
@@ -106,7 +95,7 @@ class Engine(Generic[Row, Answer]):
         return ticket.result()
 
     async def answer_async(
-        self, jobs: Sequence[tuple[Bucket[Row, Answer], Row]], *, timeout_s: float | None = None
+        self, jobs: Sequence[Job], *, timeout_s: float | None = None
     ) -> list[Answer]:
         """The same, without blocking the event loop; when the task is cancelled its rows leave the
         queue at once.
@@ -176,7 +165,7 @@ class Engine(Generic[Row, Answer]):
             self._prove(work)
         return work is not None
 
-    def _run(self, batch: Batch[Row, Answer]) -> None:
+    def _run(self, batch: Batch) -> None:
         started = self._clock()
         outcomes = self._outcomes(batch)
         run_s = self._clock() - started
@@ -191,7 +180,7 @@ class Engine(Generic[Row, Answer]):
             del outcomes
             self._run_alone(batch)
 
-    def _outcomes(self, batch: Batch[Row, Answer]) -> Sequence[Answer | Exception] | RequestError:
+    def _outcomes(self, batch: Batch) -> Sequence[Answer | Exception] | RequestError:
         try:
             return run_filled(batch.bucket, batch.rows, places=batch.places)
         except (
@@ -199,7 +188,7 @@ class Engine(Generic[Row, Answer]):
         ) as error:  # also what is no Exception: the thread must live, and the callers hear of it
             return as_request_error(error)
 
-    def _run_alone(self, batch: Batch[Row, Answer]) -> None:
+    def _run_alone(self, batch: Batch) -> None:
         """Run again, each row for itself, what failed together, so that only the guilty request
         fails.
         """
@@ -207,7 +196,7 @@ class Engine(Generic[Row, Answer]):
             if self._queue.begin(single.entries[0][0]):
                 self._run(single)
 
-    def _tell_ran(self, batch: Batch[Row, Answer], *, started: float, run_s: float) -> None:
+    def _tell_ran(self, batch: Batch, *, started: float, run_s: float) -> None:
         if self._observers:
             waited_s = [started - ticket.arrived for ticket, _, _ in batch.entries]
             for observer in self._observers:
@@ -220,13 +209,13 @@ class Engine(Generic[Row, Answer]):
                     run_s=run_s,
                 )
 
-    def _sample(self, batch: Batch[Row, Answer], outcomes: Sequence[Answer | Exception]) -> None:
+    def _sample(self, batch: Batch, outcomes: Sequence[Answer | Exception]) -> None:
         try:
             self._proofs.sample(batch.bucket, batch.rows, outcomes, places=batch.places)
         except Exception:  # the answers are there all the same
             _log.exception("an answer could not be kept for its proof")
 
-    def _prove(self, sample: Sample[Row, Answer]) -> None:
+    def _prove(self, sample: Sample) -> None:
         try:
             violation = self._proofs.prove(sample)
         except BaseException:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, ParamSpec, Protocol
+from typing import Literal, ParamSpec, Protocol
 
-from evalmode.service.batching.bucket import Bucket, SizedRow
+from evalmode.service.batching.bucket import Bucket, Row
 from evalmode.service.batching.proof import Violation
 
 Reason = Literal["queue_full", "deadline", "cancelled", "failed"]
@@ -30,8 +30,8 @@ class Observer(Protocol):
 
     def batch_ran(
         self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
+        bucket: Bucket,
+        rows: Sequence[Row],
         *,
         places: int,
         waited_s: Sequence[float],
@@ -42,13 +42,13 @@ class Observer(Protocol):
         """
         return
 
-    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
+    def rows_dropped(self, reason: Reason, bucket: Bucket, rows: int) -> None:
         """A request will not be answered: told once for each of its buckets, with all the rows it
         had there.
         """
         return
 
-    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
+    def proved(self, bucket: Bucket, violation: Violation | None) -> None:
         """A row was run again alone; `violation` when its answer was another one."""
         return
 

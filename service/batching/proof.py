@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
 
 from evalmode.service.batching.bucket import Answer, Bucket, Row
 
@@ -27,15 +26,15 @@ class Violation:
 
     Attributes:
         bucket: where it ran.
-        row_digest: of the row.
-        batch_digests: of the batch's rows in their order, without the copies that filled it.
+        row_digest: what identifies the row.
+        batch_digests: the same of the batch's rows, in order, without the copies that filled it.
         place: the row's place in the batch, from 0.
         places: the row count that the batch ran with, copies of its last row included.
         expected_sha256: of the answer's content, the row alone.
         actual_sha256: of the answer's content as it was given.
     """
 
-    bucket: Bucket[Any, Any]
+    bucket: Bucket
     row_digest: str
     batch_digests: tuple[str, ...]
     place: int
@@ -45,12 +44,12 @@ class Violation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample(Generic[Row, Answer]):
+class Sample:
     """An answered row with the batch it was in. `content` was taken before the caller had the
     answer in his hands.
     """
 
-    bucket: Bucket[Row, Answer]
+    bucket: Bucket
     rows: Sequence[Row]
     place: int
     places: int
@@ -58,7 +57,7 @@ class Sample(Generic[Row, Answer]):
     nbytes: int
 
 
-class Proofs(Generic[Row, Answer]):
+class Proofs:
     """Samples of answered rows, and how one is proved. May be used from several threads at once."""
 
     def __init__(
@@ -66,7 +65,6 @@ class Proofs(Generic[Row, Answer]):
         *,
         fraction: float,
         content: Callable[[Answer], bytes],
-        digest: Callable[[Row], str],
         chance: Callable[[], float] | None = None,
     ) -> None:
         if not 0.0 <= fraction <= 1.0:
@@ -75,9 +73,8 @@ class Proofs(Generic[Row, Answer]):
             )
         self._fraction = fraction
         self._content = content
-        self._digest = digest
         self._chance = chance or random.Random().random
-        self._samples: deque[Sample[Row, Answer]] = deque()
+        self._samples: deque[Sample] = deque()
         self._nbytes = 0
         self._lock = threading.Lock()
 
@@ -86,7 +83,7 @@ class Proofs(Generic[Row, Answer]):
 
     def sample(
         self,
-        bucket: Bucket[Row, Answer],
+        bucket: Bucket,
         rows: Sequence[Row],
         outcomes: Sequence[Answer | Exception],
         *,
@@ -114,7 +111,7 @@ class Proofs(Generic[Row, Answer]):
                     )
                 )
 
-    def take(self) -> Sample[Row, Answer] | None:
+    def take(self) -> Sample | None:
         """The oldest sample, which is kept no more; None when there is none."""
         with self._lock:
             if not self._samples:
@@ -129,7 +126,7 @@ class Proofs(Generic[Row, Answer]):
             self._samples.clear()
             self._nbytes = 0
 
-    def prove(self, sample: Sample[Row, Answer]) -> Violation | None:
+    def prove(self, sample: Sample) -> Violation | None:
         """Run the row alone, at the smallest row count that may run: a violation when its answer is
         another one.
 
@@ -144,15 +141,15 @@ class Proofs(Generic[Row, Answer]):
             return None
         return Violation(
             bucket=sample.bucket,
-            row_digest=self._digest(row),
-            batch_digests=tuple(self._digest(row) for row in sample.rows),
+            row_digest=row.described(),
+            batch_digests=tuple(row.described() for row in sample.rows),
             place=sample.place,
             places=sample.places,
             expected_sha256=hashlib.sha256(expected).hexdigest(),
             actual_sha256=hashlib.sha256(sample.content).hexdigest(),
         )
 
-    def _keep(self, sample: Sample[Row, Answer]) -> None:
+    def _keep(self, sample: Sample) -> None:
         with self._lock:
             fits = len(self._samples) < _SAMPLES and self._nbytes + sample.nbytes <= _SAMPLES_BYTES
             # one is always kept: rows may be large, and are to be proved all the same

@@ -14,17 +14,16 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Generic
 
 from evalmode.service.batching.batch import Batch, as_request_error
-from evalmode.service.batching.bucket import Answer, Bucket, Row
+from evalmode.service.batching.bucket import Answer, Bucket, Job, Row
 from evalmode.service.batching.drain import Drain
 from evalmode.service.batching.limits import Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, tell
 from evalmode.service.batching.proof import Proofs, Sample
-from evalmode.service.batching.ticket import Caller, Ticket, wake
+from evalmode.service.batching.ticket import Caller, Part, Ticket, wake
 from evalmode.service.batching.waiters import Room
-from evalmode.service.batching.waiting import Part, Waiting
+from evalmode.service.batching.waiting import Waiting
 from evalmode.service.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -34,7 +33,7 @@ from evalmode.service.errors import (
 )
 
 
-class Queue(Generic[Row, Answer]):
+class Queue:
     """What waits and what runs. Callers `admit` and `drop`; `parallel` threads ask for the `next`
     and `deliver` it.
     """
@@ -44,7 +43,7 @@ class Queue(Generic[Row, Answer]):
         *,
         parallel: int,
         limits: Limits,
-        proofs: Proofs[Row, Answer],
+        proofs: Proofs,
         observers: Sequence[Observer],
         clock: Callable[[], float],
     ) -> None:
@@ -55,7 +54,7 @@ class Queue(Generic[Row, Answer]):
         self._clock = clock
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._waiting: Waiting[Bucket[Row, Answer], Row, Ticket[Row, Answer]] = Waiting()
+        self._waiting = Waiting()
         self._sequence = count()
         self._running: dict[int, float] = {}  # thread -> when its run began
         self._proving: int | None = None  # the thread; one at a time, so that the others stay free
@@ -65,13 +64,13 @@ class Queue(Generic[Row, Answer]):
 
     def admit(
         self,
-        jobs: Sequence[tuple[Bucket[Row, Answer], Row]],
+        jobs: Sequence[Job],
         *,
         timeout_s: float | None,
         caller: Caller,
-    ) -> Ticket[Row, Answer]:
+    ) -> Ticket:
         """Let a request wait; its caller will be woken once, when it is done."""
-        items: dict[Bucket[Row, Answer], list[tuple[int, Row, int]]] = {}
+        items: dict[Bucket, list[tuple[int, Row, int]]] = {}
         for place, (bucket, row) in enumerate(jobs):
             items.setdefault(bucket, []).append((place, row, row.nbytes))
         if timeout_s is not None and not timeout_s > 0:
@@ -81,12 +80,10 @@ class Queue(Generic[Row, Answer]):
             raise _late()
         now = self._clock()
         deadline = math.inf if timeout_s is None else now + timeout_s
-        ticket: Ticket[Row, Answer] = Ticket(
-            len(jobs), arrived=now, deadline=deadline, caller=caller
-        )
+        ticket = Ticket(len(jobs), arrived=now, deadline=deadline, caller=caller)
         order = (min(deadline, now + self._limits.patience_s), next(self._sequence))
         parts = tuple(
-            Part(bucket, of_bucket, order=order, owner=ticket)
+            Part(bucket, of_bucket, order=order, ticket=ticket)
             for bucket, of_bucket in items.items()
         )
         if not self._enter(ticket, parts, rows=len(jobs)):
@@ -97,13 +94,11 @@ class Queue(Generic[Row, Answer]):
             )
         return ticket
 
-    def expire(self, ticket: Ticket[Row, Answer]) -> None:
+    def expire(self, ticket: Ticket) -> None:
         """Its deadline has come: it fails, even while its rows run; what they answer is dropped."""
         self.drop(ticket, "deadline", _late())
 
-    def drop(
-        self, ticket: Ticket[Row, Answer], reason: Reason, failure: RequestError | None
-    ) -> None:
+    def drop(self, ticket: Ticket, reason: Reason, failure: RequestError | None) -> None:
         """Take a request out, unless it is done already."""
         # the garbage collector may get here, through a coroutine whose loop is gone, under the lock
         if ticket.done:
@@ -114,10 +109,10 @@ class Queue(Generic[Row, Answer]):
             self._fail(ticket, failure)
         self._end(dropped=[(ticket, reason)])
 
-    def next(self) -> Batch[Row, Answer] | Sample[Row, Answer] | None:
+    def next(self) -> Batch | Sample | None:
         """What the thread that asks is to run, once there is something; None when it is to end."""
         while True:
-            late: list[Ticket[Row, Answer]] = []
+            late: list[Ticket] = []
             with self._lock:
                 work = self._await(late)
             self._end(dropped=[(ticket, "deadline") for ticket in late])
@@ -126,7 +121,7 @@ class Queue(Generic[Row, Answer]):
             if work is not None or not late:
                 return work
 
-    def begin(self, ticket: Ticket[Row, Answer]) -> bool:
+    def begin(self, ticket: Ticket) -> bool:
         """Whether a row of a batch that failed is still to be run again; if so, its run begins
         now.
         """
@@ -140,14 +135,14 @@ class Queue(Generic[Row, Answer]):
 
     def deliver(
         self,
-        batch: Batch[Row, Answer],
+        batch: Batch,
         outcomes: Sequence[Answer | Exception],
         *,
         run_s: float | None = None,
     ) -> None:
         """Hand out what a batch has answered, in `run_s` if it was not for an error."""
-        answered: list[Ticket[Row, Answer]] = []
-        failed: list[tuple[Ticket[Row, Answer], Reason]] = []
+        answered: list[Ticket] = []
+        failed: list[tuple[Ticket, Reason]] = []
         with self._lock:
             self._running.pop(threading.get_ident(), None)
             if run_s is not None:
@@ -214,8 +209,8 @@ class Queue(Generic[Row, Answer]):
 
     def _enter(
         self,
-        ticket: Ticket[Row, Answer],
-        parts: tuple[Part[Bucket[Row, Answer], Row, Ticket[Row, Answer]], ...],
+        ticket: Ticket,
+        parts: tuple[Part, ...],
         *,
         rows: int,
     ) -> bool:
@@ -252,20 +247,18 @@ class Queue(Generic[Row, Answer]):
     def _assumed_row_s(self) -> float:
         return max((bucket.row_cost_s for bucket in self._waiting), default=0.0)
 
-    def _fail(self, ticket: Ticket[Row, Answer], failure: RequestError | None) -> None:
+    def _fail(self, ticket: Ticket, failure: RequestError | None) -> None:
         for part in ticket.parts:
             self._waiting.remove(part)
         ticket.fail(failure)
 
-    def _await(
-        self, late: list[Ticket[Row, Answer]]
-    ) -> Batch[Row, Answer] | Sample[Row, Answer] | None:
+    def _await(self, late: list[Ticket]) -> Batch | Sample | None:
         me = threading.get_ident()
         self._running.pop(me, None)
         if self._proving == me:
             self._proving = None
         while True:
-            work: Batch[Row, Answer] | Sample[Row, Answer] | None = self._take(late)
+            work: Batch | Sample | None = self._take(late)
             if work is None and self._proving is None and not self._closed and not late:
                 work = self._proofs.take()
                 self._proving = me if work is not None else None
@@ -275,7 +268,7 @@ class Queue(Generic[Row, Answer]):
                 return work
             self._work.wait()
 
-    def _take(self, late: list[Ticket[Row, Answer]]) -> Batch[Row, Answer] | None:
+    def _take(self, late: list[Ticket]) -> Batch | None:
         while (head := self._waiting.head()) is not None:
             bucket = head.bucket
             # this thread and all that wait or are about to ask
@@ -291,13 +284,11 @@ class Queue(Generic[Row, Answer]):
                 )
         return None
 
-    def _fill(
-        self, bucket: Bucket[Row, Answer], rows: int, late: list[Ticket[Row, Answer]]
-    ) -> list[tuple[Ticket[Row, Answer], int, Row]]:
+    def _fill(self, bucket: Bucket, rows: int, late: list[Ticket]) -> list[tuple[Ticket, int, Row]]:
         now = self._clock()
-        entries: list[tuple[Ticket[Row, Answer], int, Row]] = []
+        entries: list[tuple[Ticket, int, Row]] = []
         while len(entries) < rows and (part := self._waiting.head(bucket)) is not None:
-            ticket = part.owner
+            ticket = part.ticket
             if ticket.deadline <= now:
                 self._fail(ticket, _late())
                 late.append(ticket)
@@ -313,8 +304,8 @@ class Queue(Generic[Row, Answer]):
     def _end(
         self,
         *,
-        answered: Sequence[Ticket[Row, Answer]] = (),
-        dropped: Sequence[tuple[Ticket[Row, Answer], Reason]] = (),
+        answered: Sequence[Ticket] = (),
+        dropped: Sequence[tuple[Ticket, Reason]] = (),
     ) -> None:
         for ticket, reason in dropped:
             self._tell_dropped(reason, ticket.dropped)
@@ -322,9 +313,7 @@ class Queue(Generic[Row, Answer]):
         if dropped:
             self._offer_room()
 
-    def _tell_dropped(
-        self, reason: Reason, dropped: Sequence[tuple[Bucket[Row, Answer], int]]
-    ) -> None:
+    def _tell_dropped(self, reason: Reason, dropped: Sequence[tuple[Bucket, int]]) -> None:
         for observer in self._observers:
             for bucket, rows in dropped:
                 tell(observer.rows_dropped, reason, bucket, rows)

@@ -11,8 +11,9 @@ import numpy as np
 
 from evalmode.bundle.errors import InputsRefused, ModelRunFailed
 from evalmode.bundle.known_answers import Run, Tensors
+from evalmode.service.batching.bucket import Row
 from evalmode.service.errors import BadRequest, RequestError, RunFailed
-from evalmode.service.models.tensors import ModelRow, non_finite_input
+from evalmode.service.models.tensors import non_finite_input
 from evalmode.service.models.text import LOGITS
 
 _REASON_CHARACTERS = 200
@@ -20,7 +21,7 @@ _REASON_CHARACTERS = 200
 
 def answering(
     run: Run, *, is_text: bool, whole: bool
-) -> Callable[[Sequence[ModelRow]], list[Tensors | Exception]]:
+) -> Callable[[Sequence[Row]], list[Tensors | Exception]]:
     """What a bucket runs rows with: stacked, run, and taken apart into the answer of each row or
     what is wrong with it.
 
@@ -28,7 +29,7 @@ def answering(
     failure.
     """
 
-    def answer(rows: Sequence[ModelRow]) -> list[Tensors | Exception]:
+    def answer(rows: Sequence[Row]) -> list[Tensors | Exception]:
         try:
             outputs = run(_stacked(rows))
         except InputsRefused as error:
@@ -48,7 +49,7 @@ def answering(
     return answer
 
 
-def _stacked(rows: Sequence[ModelRow]) -> Tensors:
+def _stacked(rows: Sequence[Row]) -> Tensors:
     if len(rows) == 1:
         return rows[0].inputs
     return {name: np.concatenate([row.inputs[name] for row in rows]) for name in rows[0].inputs}
@@ -80,7 +81,7 @@ def _is_spoilt(answer: Tensors, *, is_text: bool) -> bool:
     )
 
 
-def _not_finite(row: ModelRow) -> RequestError:
+def _not_finite(row: Row) -> RequestError:
     name = non_finite_input(row.inputs)
     if name is not None:
         return BadRequest(

@@ -13,7 +13,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from evalmode.bundle.known_answers import KnownAnswer, Replay, Run, Tensors, rep
 from evalmode.bundle.manifest import TensorSpec
 from evalmode.bundle.session import Session, open_session
 from evalmode.bundle.store import Bundle, open_bundle
-from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.bucket import Bucket, Job
 from evalmode.service.errors import BadRequest, InvalidField
 from evalmode.service.models.calibration import Calibration, Measured, alone_s, text_rows_to_measure
 from evalmode.service.models.inference import answering
@@ -52,16 +51,11 @@ from evalmode.service.models.text import (
 
 __all__ = [
     "INLINE_CHARACTERS",
-    "Job",
     "Model",
-    "ModelBucket",
     "ModelRow",
     "Prediction",
     "content_of",
 ]
-
-ModelBucket: TypeAlias = Bucket[ModelRow, Tensors]
-Job: TypeAlias = tuple[ModelBucket, ModelRow]
 
 # Encoding takes some 30 microseconds a text and a microsecond a character; above this it would hold
 # an event loop up.
@@ -95,9 +89,9 @@ class Model:
     replayed: Replay | None
     frontend: FrontEnd | None
     labels: tuple[str, ...] | None
-    buckets: tuple[ModelBucket, ...]
+    buckets: tuple[Bucket, ...]
     row_counts: Mapping[str, tuple[int, ...]]
-    _by_label: Mapping[str, ModelBucket]
+    _by_label: Mapping[str, Bucket]
 
     @classmethod
     def open(
@@ -320,7 +314,7 @@ def _rows_by_shape(
 
 def _buckets(
     bundle: Bundle, run: Run, measured: Mapping[str, Measured], *, is_text: bool
-) -> dict[str, ModelBucket]:
+) -> dict[str, Bucket]:
     answer = answering(run, is_text=is_text, whole=WHOLE in measured)
     return {
         label: Bucket(

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,7 +27,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from evalmode.service.batching.bucket import Bucket, SizedRow
+    from evalmode.service.batching.bucket import Bucket, Row
     from evalmode.service.batching.engine import Load
     from evalmode.service.batching.observer import Reason
     from evalmode.service.batching.proof import Violation
@@ -240,8 +240,8 @@ class Metrics:
 
     def batch_ran(
         self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
+        bucket: Bucket,
+        rows: Sequence[Row],
         *,
         places: int,
         waited_s: Sequence[float],
@@ -259,13 +259,13 @@ class Metrics:
         figures.padding.observe(max(0.0, 1 - tokens / (places * bucket.positions)))
         figures.run.observe(run_s)
 
-    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
+    def rows_dropped(self, reason: Reason, bucket: Bucket, rows: int) -> None:
         """Rows will get no answer."""
         with self._lock:
             if bucket.model not in self._gone:
                 self._dropped.labels(bucket.model, reason).inc(rows)
 
-    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
+    def proved(self, bucket: Bucket, violation: Violation | None) -> None:
         """An answer was computed again, alone; a violation says that its bits were others."""
         with self._lock:
             if bucket.model not in self._gone:
@@ -339,7 +339,7 @@ class Metrics:
         self._queue_bytes.set(load.waiting_bytes)
         self._running.set(load.running_batches)
 
-    def _of(self, bucket: Bucket[Any, Any]) -> _BucketFigures | None:
+    def _of(self, bucket: Bucket) -> _BucketFigures | None:
         names = bucket.model, bucket.label
         found = self._buckets.get(names)
         if found is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from evalmode.service.batching.observer import Observer
 
 if TYPE_CHECKING:
-    from evalmode.service.batching.bucket import Bucket, SizedRow
+    from evalmode.service.batching.bucket import Bucket, Row
 
 # Versions come and go; the figures of those that nobody asked for longest go first.
 _MOST_VERSIONS = 1_000
@@ -117,8 +117,8 @@ class Statistics(Observer):
 
     def batch_ran(
         self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
+        bucket: Bucket,
+        rows: Sequence[Row],
         *,
         places: int,
         waited_s: Sequence[float],

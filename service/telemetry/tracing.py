@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
-    from evalmode.service.batching.bucket import Bucket, SizedRow
+    from evalmode.service.batching.bucket import Bucket, Row
 
 _TRACES_PATH = "/v1/traces"
 _VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -193,8 +193,8 @@ class Tracing(Observer):
 
     def batch_ran(
         self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
+        bucket: Bucket,
+        rows: Sequence[Row],
         *,
         places: int,
         waited_s: Sequence[float],

@@ -24,6 +24,9 @@ class Number:
     nbytes: int = 8
     tokens: int = 1
 
+    def described(self) -> str:
+        return hashlib.sha256(str(self.value).encode()).hexdigest()
+
 
 def tenfold(rows: Sequence[Number]) -> list[int]:
     return [row.value * 10 for row in rows]
@@ -87,22 +90,21 @@ def bucket_of(
     *,
     label: str = "8",
     costs: Mapping[int, float] | None = None,
-) -> Bucket[Number, Any]:
+) -> Bucket:
     return Bucket(model="m", version="1", label=label, positions=8, run=run, costs=costs or COSTS)
 
 
-def start_engine(*, parallel: int = 1, **settings: Any) -> Engine[Number, Any]:
+def start_engine(*, parallel: int = 1, **settings: Any) -> Engine:
     content = settings.pop("content", lambda answer: repr(answer).encode())
     return Engine(
         parallel=parallel,
         content=content,
-        digest=lambda row: hashlib.sha256(str(row.value).encode()).hexdigest(),
         **settings,
     )
 
 
 @contextmanager
-def engine_of(*, parallel: int = 1, **settings: Any) -> Iterator[Engine[Number, Any]]:
+def engine_of(*, parallel: int = 1, **settings: Any) -> Iterator[Engine]:
     """An engine that must have ended by itself when the test has."""
     engine = start_engine(parallel=parallel, **settings)
     yield engine
@@ -110,7 +112,7 @@ def engine_of(*, parallel: int = 1, **settings: Any) -> Iterator[Engine[Number, 
 
 
 @contextmanager
-def one_thread_held(**settings: Any) -> Iterator[tuple[Engine[Number, Any], Callable[[], None]]]:
+def one_thread_held(**settings: Any) -> Iterator[tuple[Engine, Callable[[], None]]]:
     """An engine of one thread, which is busy until the given function is called: what is asked
     meanwhile waits.
     """
@@ -131,9 +133,7 @@ def in_thread(call: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def jobs_of(
-    bucket: Bucket[Number, Any], values: Sequence[int]
-) -> list[tuple[Bucket[Number, Any], Number]]:
+def jobs_of(bucket: Bucket, values: Sequence[int]) -> list[tuple[Bucket, Number]]:
     return [(bucket, Number(value)) for value in values]
 
 

@@ -31,11 +31,10 @@ def sha256(answer: object) -> str:
     return hashlib.sha256(repr(answer).encode()).hexdigest()
 
 
-def proofs_of(fraction: float = 1.0, **settings) -> Proofs[Number, object]:
+def proofs_of(fraction: float = 1.0, **settings) -> Proofs:
     return Proofs(
         fraction=fraction,
         content=lambda answer: repr(answer).encode(),
-        digest=lambda row: digest(row.value),
         **settings,
     )
 
