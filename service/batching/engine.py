@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from evalmode.service.batching.batch import Batch, as_request_error, run_filled
 from evalmode.service.batching.bucket import Answer, Bucket, Job
 from evalmode.service.batching.limits import Limits, Load
-from evalmode.service.batching.observer import Observer, Reason, tell
+from evalmode.service.batching.observer import Observer, RanBatch, Reason, notify
 from evalmode.service.batching.proof import Proofs, Sample, Violation
 from evalmode.service.batching.queue import Queue
 from evalmode.service.errors import RequestError
@@ -198,16 +198,15 @@ class Engine:
 
     def _tell_ran(self, batch: Batch, *, started: float, run_s: float) -> None:
         if self._observers:
-            waited_s = [started - ticket.arrived for ticket, _, _ in batch.entries]
+            ran = RanBatch(
+                bucket=batch.bucket,
+                rows=batch.rows,
+                places=batch.places,
+                waited_s=[started - ticket.arrived for ticket, _, _ in batch.entries],
+                run_s=run_s,
+            )
             for observer in self._observers:
-                tell(
-                    observer.batch_ran,
-                    batch.bucket,
-                    batch.rows,
-                    places=batch.places,
-                    waited_s=waited_s,
-                    run_s=run_s,
-                )
+                notify(observer.batch_ran, ran)
 
     def _sample(self, batch: Batch, outcomes: Sequence[Answer | Exception]) -> None:
         try:
@@ -226,4 +225,4 @@ class Engine:
             )
             return
         for observer in self._observers:
-            tell(observer.proved, sample.bucket, violation)
+            notify(observer.proved, sample.bucket, violation)

@@ -19,7 +19,7 @@ from evalmode.service.batching.batch import Batch, as_request_error
 from evalmode.service.batching.bucket import Answer, Bucket, Job, Row
 from evalmode.service.batching.drain import Drain
 from evalmode.service.batching.limits import Limits, Load
-from evalmode.service.batching.observer import Observer, Reason, tell
+from evalmode.service.batching.observer import Observer, Reason, notify
 from evalmode.service.batching.proof import Proofs, Sample
 from evalmode.service.batching.ticket import Caller, Part, Ticket, wake
 from evalmode.service.batching.waiters import Room
@@ -316,7 +316,7 @@ class Queue:
     def _tell_dropped(self, reason: Reason, dropped: Sequence[tuple[Bucket, int]]) -> None:
         for observer in self._observers:
             for bucket, rows in dropped:
-                tell(observer.rows_dropped, reason, bucket, rows)
+                notify(observer.rows_dropped, reason, bucket, rows)
 
     def _offer_room(self) -> None:
         # without the lock: whoever joins after it sees for himself what room there is

@@ -27,9 +27,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from evalmode.service.batching.bucket import Bucket, Row
+    from evalmode.service.batching.bucket import Bucket
     from evalmode.service.batching.engine import Load
-    from evalmode.service.batching.observer import Reason
+    from evalmode.service.batching.observer import RanBatch, Reason
     from evalmode.service.batching.proof import Violation
 
 REASONS = (
@@ -238,26 +238,19 @@ class Metrics:
 
     # What the engine tells.
 
-    def batch_ran(
-        self,
-        bucket: Bucket,
-        rows: Sequence[Row],
-        *,
-        places: int,
-        waited_s: Sequence[float],
-        run_s: float,
-    ) -> None:
-        """A batch ran with `places` rows, of which `rows` were asked for."""
-        figures = self._of(bucket)
+    def batch_ran(self, batch: RanBatch) -> None:
+        """A batch was answered."""
+        figures = self._of(batch.bucket)
         if figures is None:
             return
-        for waited in waited_s:
-            figures.waited.observe(waited)
-        tokens = sum(row.tokens for row in rows)
-        figures.rows.observe(len(rows))
+        for wait_s in batch.waited_s:
+            figures.waited.observe(wait_s)
+        tokens = sum(row.tokens for row in batch.rows)
+        positions = batch.places * batch.bucket.positions
+        figures.rows.observe(len(batch.rows))
         figures.tokens.observe(tokens)
-        figures.padding.observe(max(0.0, 1 - tokens / (places * bucket.positions)))
-        figures.run.observe(run_s)
+        figures.padding.observe(max(0.0, 1 - tokens / positions))
+        figures.run.observe(batch.run_s)
 
     def rows_dropped(self, reason: Reason, bucket: Bucket, rows: int) -> None:
         """Rows will get no answer."""

@@ -10,14 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evalmode.service.batching.observer import Observer
-
-if TYPE_CHECKING:
-    from evalmode.service.batching.bucket import Bucket, Row
+from evalmode.service.batching.observer import Observer, RanBatch
 
 # Versions come and go; the figures of those that nobody asked for longest go first.
 _MOST_VERSIONS = 1_000
@@ -115,24 +112,17 @@ class Statistics(Observer):
         with self._lock:
             return (self._figures.get((name, version)) or _Figures()).shown(name, version)
 
-    def batch_ran(
-        self,
-        bucket: Bucket,
-        rows: Sequence[Row],
-        *,
-        places: int,
-        waited_s: Sequence[float],
-        run_s: float,
-    ) -> None:
+    def batch_ran(self, batch: RanBatch) -> None:
         """The engine ran a batch."""
+        rows = len(batch.rows)
         with self._lock:
-            figures = self._of(bucket.model, bucket.version)
+            figures = self._of(batch.bucket.model, batch.bucket.version)
             figures.last_ms = int(self._now() * 1000)
-            figures.rows += len(rows)
+            figures.rows += rows
             figures.batches += 1
-            figures.queue.add(sum(waited_s), count=len(rows))
-            figures.compute_infer.add(run_s, count=len(rows))
-            figures.by_rows.setdefault(len(rows), _Duration()).add(run_s)
+            figures.queue.add(sum(batch.waited_s), count=rows)
+            figures.compute_infer.add(batch.run_s, count=rows)
+            figures.by_rows.setdefault(rows, _Duration()).add(batch.run_s)
 
     def _of(self, name: str, version: str) -> _Figures:
         key = (name, version)

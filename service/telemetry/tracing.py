@@ -9,16 +9,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import evalmode
-from evalmode.service.batching.observer import Observer
+from evalmode.service.batching.observer import Observer, RanBatch
 from evalmode.service.errors import StartFailed
 from evalmode.service.settings import Settings
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
-
-    from evalmode.service.batching.bucket import Bucket, Row
 
 _TRACES_PATH = "/v1/traces"
 _VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -73,31 +70,6 @@ def _traces_url(endpoint: str | None) -> str | None:
     if endpoint is None or endpoint.rstrip("/").endswith(_TRACES_PATH):
         return endpoint
     return endpoint.rstrip("/") + _TRACES_PATH
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What the rows of one request met: their bucket, how many they were, and how many ran with
-    them.
-    """
-
-    model: str
-    version: str
-    bucket: str
-    rows: int
-    batch_rows: int
-    places: int
-
-    def attributes(self) -> dict[str, str | int]:
-        """As a span has them."""
-        return {
-            "evalmode.model": self.model,
-            "evalmode.version": self.version,
-            "evalmode.bucket": self.bucket,
-            "evalmode.rows": self.rows,
-            "evalmode.batch.rows": self.batch_rows,
-            "evalmode.batch.places": self.places,
-        }
 
 
 class Tracing(Observer):
@@ -173,50 +145,36 @@ class Tracing(Observer):
             for row_id in ids:
                 self._parents.pop(row_id, None)
 
-    def ran(
-        self, batch: Batch, *, waited_s: float, run_s: float, parent: Context | None = None
-    ) -> None:
-        """A batch has just ended: a span for the wait and one for the run, in `parent` or else the
-        current span.
+    def batch_ran(self, batch: RanBatch) -> None:
+        """A batch has just ended. Each request that follows some of its rows gets a span for its
+        longest wait and one for the run.
         """
-        ended_ns = time.time_ns()
-        began_ns = ended_ns - round(run_s * 1e9)
-        came_ns = began_ns - round(waited_s * 1e9)
-        attributes = batch.attributes()
-        for name, start_ns, end_ns in (
-            ("queue wait", came_ns, began_ns),
-            ("model run", began_ns, ended_ns),
-        ):
-            self._tracer.start_span(name, parent, attributes=attributes, start_time=start_ns).end(
-                end_ns
-            )
-
-    def batch_ran(
-        self,
-        bucket: Bucket,
-        rows: Sequence[Row],
-        *,
-        places: int,
-        waited_s: Sequence[float],
-        run_s: float,
-    ) -> None:
-        """A batch ran; whoever follows some of its rows hears of it once."""
-        waits: dict[int, list[float]] = {}
         parents: dict[int, Context] = {}
-        for row, waited in zip(rows, waited_s, strict=True):
+        waits_s: dict[int, list[float]] = {}
+        for row, wait_s in zip(batch.rows, batch.waited_s, strict=True):
             if (parent := self._parents.get(id(row))) is not None:
                 parents[id(parent)] = parent
-                waits.setdefault(id(parent), []).append(waited)
-        for key, waited_of_parent in waits.items():
-            batch = Batch(
-                model=bucket.model,
-                version=bucket.version,
-                bucket=bucket.label,
-                rows=len(waited_of_parent),
-                batch_rows=len(rows),
-                places=places,
-            )
-            self.ran(batch, waited_s=max(waited_of_parent), run_s=run_s, parent=parents[key])
+                waits_s.setdefault(id(parent), []).append(wait_s)
+        ended_ns = time.time_ns()
+        began_ns = ended_ns - round(batch.run_s * 1e9)
+        for key, parent in parents.items():
+            attributes: dict[str, str | int] = {
+                "evalmode.model": batch.bucket.model,
+                "evalmode.version": batch.bucket.version,
+                "evalmode.bucket": batch.bucket.label,
+                "evalmode.rows": len(waits_s[key]),
+                "evalmode.batch.rows": len(batch.rows),
+                "evalmode.batch.places": batch.places,
+            }
+            arrived_ns = began_ns - round(max(waits_s[key]) * 1e9)
+            for name, start_ns, end_ns in (
+                ("queue wait", arrived_ns, began_ns),
+                ("model run", began_ns, ended_ns),
+            ):
+                span = self._tracer.start_span(
+                    name, parent, attributes=attributes, start_time=start_ns
+                )
+                span.end(end_ns)
 
     def close(self, *, timeout_s: float = 5.0) -> bool:
         """Send what is left; False when that did not end in time, as with an endpoint that is not

@@ -73,9 +73,9 @@ class Notes:
     proofs: list[Violation | None] = field(default_factory=list)
     proved_once: threading.Event = field(default_factory=threading.Event)
 
-    def batch_ran(self, bucket, rows, *, places, waited_s, run_s) -> None:
-        self.ran.append((bucket.label, [row.value for row in rows], places))
-        self.waited_s += waited_s
+    def batch_ran(self, batch) -> None:
+        self.ran.append((batch.bucket.label, [row.value for row in batch.rows], batch.places))
+        self.waited_s += batch.waited_s
 
     def rows_dropped(self, reason, bucket, rows) -> None:
         self.dropped.append((reason, bucket.label, rows))
