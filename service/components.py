@@ -14,7 +14,8 @@ from functools import partial
 from evalmode.bundle.known_answers import Tensors
 from evalmode.service.batching.bucket import Job
 from evalmode.service.batching.cpu_quota import cpu_quota
-from evalmode.service.batching.engine import Engine, Limits
+from evalmode.service.batching.engine import Engine
+from evalmode.service.batching.limits import Limits
 from evalmode.service.health import Health
 from evalmode.service.models.calibration import Calibration
 from evalmode.service.models.model import Model

@@ -16,9 +16,12 @@ from types import TracebackType
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.store import find_bundle
 from evalmode.service.batching.cpu_quota import cpu_quota
-from evalmode.service.batching.engine import Engine, Limits
+from evalmode.service.batching.engine import Engine
+from evalmode.service.batching.limits import Limits
 from evalmode.service.models.calibration import Calibration
-from evalmode.service.models.model import Model, Prediction, content_of
+from evalmode.service.models.model import Model
+from evalmode.service.models.tensors import content_of
+from evalmode.service.models.text import Prediction
 
 # One caller who waits for all that he asks: there is nobody whom a bound would protect from him.
 _UNBOUNDED = Limits(queue_rows=sys.maxsize, queue_bytes=sys.maxsize, max_run_s=math.inf)

@@ -1,7 +1,4 @@
-"""One batch: the rows that run together, filled up with copies to a row count that may run.
-
-Knows no queue and no threads.
-"""
+"""One batch: the rows that run together, filled up with copies to a row count that may run."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from evalmode.service.errors import RequestError, RunFailed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count they
-    run with.
+    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count that
+    they run with.
 
-    `pressed` is whether rows had to be left behind when it was made.
+    `pressed` is whether other rows were left waiting when the batch was made.
     """
 
     bucket: Bucket
@@ -37,7 +34,7 @@ class Batch:
         first = self.entries[0][0]
         return any(ticket is not first for ticket, _, _ in self.entries)
 
-    def alone(self) -> list[Batch]:
+    def single_rows(self) -> list[Batch]:
         """A batch for each of its rows."""
         return [
             Batch(bucket=self.bucket, entries=[entry], places=self.bucket.smallest)
@@ -58,7 +55,7 @@ def run_filled(bucket: Bucket, rows: Sequence[Row], *, places: int) -> Sequence[
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """What the caller hears of an error: itself, if it was made for him, else RunFailed with it as
+    """The error for the caller: `error` itself if it is a RequestError, else RunFailed with it as
     the cause.
     """
     if isinstance(error, RequestError):

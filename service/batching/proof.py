@@ -1,7 +1,6 @@
 """The online proof: a sample of the answered rows, run again alone and compared bit for bit.
 
-It keeps a bounded number of samples and drops what comes while it is full. Knows no threads' order
-and no queue: the engine says when there is time. Knows nothing of HTTP, tokens or ONNX.
+The number of samples is bounded; new ones are dropped while it is full.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ _SAMPLES_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """A row that was answered otherwise in its batch than alone, with what is needed to run that
-    batch again.
+    """A row whose answer in its batch differs from its answer alone, with what is needed to run
+    that batch again.
 
     Attributes:
         bucket: where it ran.
@@ -31,7 +30,7 @@ class Violation:
         place: the row's place in the batch, from 0.
         places: the row count that the batch ran with, copies of its last row included.
         expected_sha256: of the answer's content, the row alone.
-        actual_sha256: of the answer's content as it was given.
+        actual_sha256: of the answer's content as the caller got it.
     """
 
     bucket: Bucket
@@ -45,8 +44,8 @@ class Violation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """An answered row with the batch it was in. `content` was taken before the caller had the
-    answer in his hands.
+    """An answered row with the batch that it was in. `content` was taken before the caller got the
+    answer, and could change it.
     """
 
     bucket: Bucket
@@ -58,7 +57,7 @@ class Sample:
 
 
 class Proofs:
-    """Samples of answered rows, and how one is proved. May be used from several threads at once."""
+    """The samples, and how one is proved. May be used from several threads at once."""
 
     def __init__(
         self,
@@ -89,8 +88,8 @@ class Proofs:
         *,
         places: int,
     ) -> None:
-        """Keep each answered row of a batch with the probability `fraction`, while there is
-        room.
+        """Sample each answered row of a batch with the probability `fraction`, while there is
+        space.
         """
         if not self._fraction:
             return
@@ -100,7 +99,7 @@ class Proofs:
                     return
                 content = self._content(outcome)
                 nbytes = len(content) + sum(row.nbytes for row in rows)
-                self._keep(
+                self._add(
                     Sample(
                         bucket=bucket,
                         rows=rows,
@@ -112,7 +111,7 @@ class Proofs:
                 )
 
     def take(self) -> Sample | None:
-        """The oldest sample, which is kept no more; None when there is none."""
+        """Remove the oldest sample and return it; None when there is none."""
         with self._lock:
             if not self._samples:
                 return None
@@ -121,14 +120,14 @@ class Proofs:
             return sample
 
     def clear(self) -> None:
-        """Keep none."""
+        """Drop all samples."""
         with self._lock:
             self._samples.clear()
             self._nbytes = 0
 
     def prove(self, sample: Sample) -> Violation | None:
-        """Run the row alone, at the smallest row count that may run: a violation when its answer is
-        another one.
+        """Run the row alone, at the smallest row count that may run. A violation when its answer
+        differs.
 
         Raises whatever `run` raises: a row that could not be run again proves nothing.
         """
@@ -149,10 +148,10 @@ class Proofs:
             actual_sha256=hashlib.sha256(sample.content).hexdigest(),
         )
 
-    def _keep(self, sample: Sample) -> None:
+    def _add(self, sample: Sample) -> None:
         with self._lock:
             fits = len(self._samples) < _SAMPLES and self._nbytes + sample.nbytes <= _SAMPLES_BYTES
-            # one is always kept: rows may be large, and are to be proved all the same
+            # The first is always taken: rows beyond the byte limit must be proved too.
             if fits or not self._samples:
                 self._samples.append(sample)
                 self._nbytes += sample.nbytes

@@ -31,7 +31,6 @@ from evalmode.service.models.inference import answering
 from evalmode.service.models.tensors import (
     ModelRow,
     checked,
-    content_of,
     joined,
     label_of,
     row_count,
@@ -48,14 +47,6 @@ from evalmode.service.models.text import (
     labels_of,
     predicted,
 )
-
-__all__ = [
-    "INLINE_CHARACTERS",
-    "Model",
-    "ModelRow",
-    "Prediction",
-    "content_of",
-]
 
 # Encoding takes some 30 microseconds a text and a microsecond a character; above this it would hold
 # an event loop up.

@@ -26,9 +26,7 @@ from evalmode.service.errors import (
     UnknownModel,
 )
 from evalmode.service.models.model import Model
-from evalmode.service.models.open_models import Entry, Outcome, Presence, Shelf
-
-__all__ = ["Entry", "Presence", "Repository"]
+from evalmode.service.models.open_models import Entry, Outcome, Shelf
 
 _log = structlog.get_logger("evalmode.service")
 

@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from evalmode.service.batching.bucket import Bucket
-    from evalmode.service.batching.engine import Load
+    from evalmode.service.batching.limits import Load
     from evalmode.service.batching.observer import RanBatch, Reason
     from evalmode.service.batching.proof import Violation
 

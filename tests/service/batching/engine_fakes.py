@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from evalmode.service.batching.engine import Bucket, Engine, Limits, Violation
+from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.engine import Engine
+from evalmode.service.batching.limits import Limits
+from evalmode.service.batching.proof import Violation
 
 WAIT_S = 30.0
 COSTS = {1: 1.0, 2: 1.4, 4: 2.0}

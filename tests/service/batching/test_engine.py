@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from evalmode.service.batching.engine import Limits
+from evalmode.service.batching.limits import Limits
 from evalmode.service.errors import BodyTooLarge, NotReady, QueueFull, RunFailed
 from tests.service.batching.engine_fakes import (
     WAIT_S,

@@ -15,7 +15,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from evalmode.service.batching.bucket import Bucket
-from evalmode.service.batching.engine import Load
+from evalmode.service.batching.limits import Load
 from evalmode.service.batching.observer import RanBatch
 from evalmode.service.batching.proof import Violation
 from evalmode.service.telemetry.metrics import REASONS, Metrics, ShownModel
@@ -234,7 +234,7 @@ WORKER = """
 import sys
 from types import SimpleNamespace
 from evalmode.service.batching.bucket import Bucket
-from evalmode.service.batching.engine import Load
+from evalmode.service.batching.limits import Load
 from evalmode.service.batching.observer import RanBatch
 from evalmode.service.telemetry.metrics import Metrics, ShownModel
 
