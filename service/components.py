@@ -75,7 +75,8 @@ def open_state(settings: Settings) -> State:
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,
-        figures=metrics,
+        on_change=metrics.show_models,
+        on_swap=metrics.model_swapped,
     )
     repository.start()
     engine = Engine(

@@ -34,7 +34,6 @@ class Predictor:
 
     def __init__(self, model: Model, *, parallel: int) -> None:
         self.model = model
-        self.parallel = parallel
         self._engine = Engine(parallel=parallel, limits=_UNBOUNDED, content=content_of)
 
     @classmethod

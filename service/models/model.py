@@ -34,7 +34,7 @@ from evalmode.service.models.tensors import (
     joined,
     label_of,
     row_count,
-    signature_of,
+    row_shape_of,
     split,
     unknown_datatype,
 )
@@ -203,7 +203,7 @@ class Model:
         if whole := self._by_label.get(WHOLE):
             return [(whole, ModelRow(inputs=fitting))]
         rows = [ModelRow(inputs=row) for row in split(fitting)]
-        label = label_of(signature_of(rows[0].inputs))  # a tensor's rows have one shape
+        label = label_of(row_shape_of(rows[0].inputs))  # a tensor's rows have one shape
         return [(self._by_label.get(label, self._by_label[OTHER]), row) for row in rows]
 
     def join(
@@ -296,7 +296,7 @@ def _rows_by_shape(
     found: dict[str, list[Tensors]] = {}
     for inputs in asked:
         for row in split(inputs):
-            label = label_of(signature_of(row))
+            label = label_of(row_shape_of(row))
             if label not in found and any(answer.shape[:1] != (1,) for answer in run(row).values()):
                 return None  # a first axis of another kind, whatever it is called
             found.setdefault(label, []).append(row)

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
@@ -26,7 +25,7 @@ from evalmode.service.errors import (
     UnknownModel,
 )
 from evalmode.service.models.model import Model
-from evalmode.service.models.open_models import Entry, Outcome, Shelf
+from evalmode.service.models.open_models import Entry, OpenModels, Outcome
 
 _log = structlog.get_logger("evalmode.service")
 
@@ -44,22 +43,14 @@ class _Snapshot:
     entries: tuple[Entry, ...] = ()
 
 
-class ModelFigures(Protocol):
-    """Who counts models: `Metrics`, or a test's. Quick, and never raises."""
-
-    def show_models(self, models: Iterable[Model], /) -> None:
-        """These and no others are open now."""
-
-    def model_swapped(self, model: str, outcome: Outcome, /) -> None:
-        """A version of the model came, went, or was refused."""
-
-
 class Repository:
     """The models below `root`: a bundle, a folder of versions, or a folder of such folders.
 
-    The newest `versions` of each model are open. `open_model` opens a bundle's folder; what it
-    raises is that bundle's fault and no other's. `control` is whether `load` and `unload` are
-    allowed. `default_model` names who answers texts where no model is named.
+    The newest `versions` of each model are open. `open_model` opens a bundle's folder; its errors
+    concern only that bundle. `control` is whether `load` and `unload` are allowed. `default_model`
+    names the model that answers texts where a request names none. `on_change` gets the models that
+    are open now, `on_swap` the name of a model of which a version was loaded, unloaded or refused.
+    Both must be quick and never raise.
     """
 
     def __init__(
@@ -70,16 +61,23 @@ class Repository:
         versions: int = 1,
         control: bool = True,
         default_model: str | None = None,
-        figures: ModelFigures | None = None,
+        on_change: Callable[[Iterable[Model]], None] = lambda models: None,
+        on_swap: Callable[[str, Outcome], None] = lambda model, outcome: None,
     ) -> None:
         self._root = root
         self._control = control
         self._default_model = default_model
-        self._figures = figures
+        self._on_change = on_change
         self._snapshot = _Snapshot()
-        # held while the shelf is used, which may open bundles; readers never take it
+        # Held during every call to `_open_models`, which may open bundles; readers never take it.
         self._lock = threading.Lock()
-        self._shelf = Shelf(root, open_model=open_model, versions=versions, listener=self)
+        self._open_models = OpenModels(
+            root,
+            open_model=open_model,
+            versions=versions,
+            publish=self._publish,
+            on_swap=on_swap,
+        )
         self._ended = threading.Event()
         self._poller: threading.Thread | None = None
 
@@ -91,19 +89,19 @@ class Repository:
         """
         with self._lock:
             try:
-                refused = self._shelf.settle()
+                refusals = self._open_models.refresh()
             except OSError as error:  # what goes wrong in a single bundle is that bundle's refusal
                 raise StartFailed(
                     f"the bundles at {self._root} cannot be looked at: {error.strerror}"
                 ) from error
             if not self._snapshot.models:
-                if refused:
-                    raise refused[0].error
+                if refusals:
+                    raise refusals[0].error
                 raise BundleError(
                     f"no bundle at {self._root}: make one with `evalmode train` and `evalmode"
                     " export`"
                 )
-            for refusal in refused:
+            for refusal in refusals:
                 refusal.log()
         if self._default_model is not None and self._default_model not in self._snapshot.models:
             raise StartFailed(
@@ -114,7 +112,7 @@ class Repository:
     def poll(self) -> None:
         """Look at the folder once, and open and let go of what has changed."""
         with self._lock:
-            for refusal in self._shelf.settle():
+            for refusal in self._open_models.refresh():
                 refusal.log()
 
     def start_polling(self, poll_s: float) -> None:
@@ -193,16 +191,16 @@ class Repository:
         """
         self._require_control()
         with self._lock:
-            if not self._shelf.restore(name):
+            if not self._open_models.restore(name):
                 if name in self._snapshot.models:
                     raise BadRequest(
                         f"model {name} cannot be loaded: its folder is gone; what was open goes on"
                     )
                 raise _unknown(self._snapshot, name)
-            refused = self._shelf.settle(anew=name)
-            for refusal in refused:
+            refusals = self._open_models.refresh(reload=name)
+            for refusal in refusals:
                 refusal.log()
-            if reason := self._shelf.reason_against(name):
+            if reason := self._open_models.reason_against(name):
                 raise BadRequest(f"model {name} cannot be loaded: {reason}")
 
     def unload(self, name: str) -> None:
@@ -211,19 +209,12 @@ class Repository:
         """
         self._require_control()
         with self._lock:
-            if not self._shelf.withdraw(name):
+            if not self._open_models.withdraw(name):
                 raise _unknown(self._snapshot, name)
 
-    def changed(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
-        """For the shelf: this is what readers see from now on."""
+    def _publish(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
         self._snapshot = _Snapshot(models=models, entries=entries)
-        if self._figures is not None:
-            self._figures.show_models(self.models())
-
-    def swapped(self, model: str, outcome: Outcome) -> None:
-        """For the shelf: count it."""
-        if self._figures is not None:
-            self._figures.model_swapped(model, outcome)
+        self._on_change(self.models())
 
     def _poll_until_ended(self, poll_s: float) -> None:
         while not self._ended.wait(poll_s):

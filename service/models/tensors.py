@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,8 @@ from evalmode.bundle.row_counts import bits
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.datatypes import BYTES, DATATYPES, datatype_of
 
-# What tells rows apart that may not share a batch: the name of each input, and its shape without
-# the rows.
-Signature = tuple[tuple[str, tuple[int, ...]], ...]
+# The name of each input, and its shape without the rows. Rows share a batch only if it is the same.
+RowShape: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 
 _AN_OBJECT_BYTES = 64  # what Python's string and the pointer to it take beside the characters
 
@@ -107,14 +107,14 @@ def split(inputs: Tensors) -> list[dict[str, npt.NDArray[np.generic]]]:
     ]
 
 
-def signature_of(row: Tensors) -> Signature:
+def row_shape_of(row: Tensors) -> RowShape:
     """The shapes of a row, without its leading dimension."""
     return tuple((name, row[name].shape[1:]) for name in sorted(row))
 
 
-def label_of(signature: Signature) -> str:
-    """A signature as people read it: `3x224x224`, of several inputs `8,8x2`."""
-    return ",".join("x".join(map(str, shape)) or "1" for _, shape in signature)
+def label_of(row_shape: RowShape) -> str:
+    """A row shape as people read it: `3x224x224`, of several inputs `8,8x2`."""
+    return ",".join("x".join(map(str, shape)) or "1" for _, shape in row_shape)
 
 
 def unknown_datatype(specs: Sequence[TensorSpec]) -> TensorSpec | None:

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from prometheus_client import (
     CollectorRegistry,
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from evalmode.service.batching.limits import Load
     from evalmode.service.batching.observer import RanBatch, Reason
     from evalmode.service.batching.proof import Violation
+    from evalmode.service.models.model import Model
+    from evalmode.service.models.open_models import Outcome
 
 REASONS = (
     "cancelled",
@@ -52,30 +54,7 @@ _TOKENS = tuple(8 * 4**power for power in range(8))
 _SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _WATCH_S = 1.0
 
-
-class OpenModel(Protocol):
-    """A model that is loaded."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-
-    @property
-    def version(self) -> str:
-        """Its version."""
-
-    @property
-    def digest(self) -> str:
-        """The digest of its bundle."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownModel:
-    """A loaded model, as `evalmode_model_info` names it."""
-
-    name: str
-    version: str
-    digest: str
+_ModelLabels: TypeAlias = tuple[str, str, str]  # name, version, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +84,7 @@ class Metrics:
         else:
             ProcessCollector(registry=self._registry)
         self._lock = threading.Lock()
-        self._shown: frozenset[ShownModel] = frozenset()
+        self._shown: frozenset[_ModelLabels] = frozenset()
         self._gone: set[str] = set()
         self._buckets: dict[tuple[str, str], _BucketFigures] = {}
         self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
@@ -267,30 +246,29 @@ class Metrics:
 
     # What the repository tells.
 
-    def show_models(self, models: Iterable[OpenModel]) -> None:
-        """These and no others are loaded now. In a single process the series of a name that is gone
-        end with it.
+    def show_models(self, models: Iterable[Model]) -> None:
+        """These and no others are loaded now. In a single process the series of a model end when
+        its last version is unloaded.
         """
         with self._lock:
-            now = frozenset(
-                ShownModel(name=one.name, version=one.version, digest=one.digest) for one in models
-            )
-            for model in self._shown - now:
-                self._hide(model)
-            names = {model.name for model in now}
-            self._gone = (self._gone | {model.name for model in self._shown}) - names
-            for model in now:
-                self._info.labels(model.name, model.version, model.digest).set(1)
+            now = frozenset((model.name, model.version, model.digest) for model in models)
+            for labels in self._shown - now:
+                self._hide(labels)
+            names = {name for name, _, _ in now}
+            names_before = {name for name, _, _ in self._shown}
+            self._gone = (self._gone | names_before) - names
+            for labels in now:
+                self._info.labels(*labels).set(1)
             for name in names:
                 self._checks.labels(name)
                 self._violations.labels(name)
             self._loaded.set(len(now))
             if not self._together:
-                self._forget({model.name for model in self._shown} - names)
+                self._forget(names_before - names)
             self._shown = now
 
-    def model_swapped(self, model: str, outcome: Literal["loaded", "unloaded", "refused"]) -> None:
-        """A version of the model took over, went, or was refused."""
+    def model_swapped(self, model: str, outcome: Outcome) -> None:
+        """A version of the model was loaded, unloaded or refused."""
         self._swaps.labels(model, outcome).inc()
 
     # What Prometheus asks.
@@ -352,8 +330,7 @@ class Metrics:
             self._buckets[names] = found
             return found
 
-    def _hide(self, model: ShownModel) -> None:
-        labels = model.name, model.version, model.digest
+    def _hide(self, labels: _ModelLabels) -> None:
         if self._together:
             # files of several processes cannot forget; 0 is left out when read
             self._info.labels(*labels).set(0)

@@ -262,12 +262,6 @@ def test_a_request_larger_than_the_whole_queue_is_told_to_split():
             asyncio.run(engine.wait_for_room(5))
 
 
-@pytest.mark.parametrize("name", ["queue_rows", "queue_bytes", "max_run_s", "patience_s"])
-def test_a_limit_that_is_not_above_zero_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"{name} is 0"):
-        Limits(**{name: 0})
-
-
 def test_no_threads_are_refused_by_name():
     with pytest.raises(ValueError, match="parallel is 0"):
         start_engine(parallel=0)

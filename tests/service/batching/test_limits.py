@@ -1,10 +1,16 @@
-"""When a refused client should come again."""
+"""The limits of the engine, and the estimate of how fast its queue empties."""
 
 from __future__ import annotations
 
 import pytest
 
-from evalmode.service.batching.limits import DrainRate
+from evalmode.service.batching.limits import DrainRate, Limits
+
+
+@pytest.mark.parametrize("name", ["queue_rows", "queue_bytes", "max_run_s", "patience_s"])
+def test_a_limit_that_is_not_above_zero_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        Limits(**{name: 0})
 
 
 def test_before_the_first_batch_it_goes_by_the_assumed_cost():

@@ -18,7 +18,7 @@ from evalmode.service.batching.bucket import Bucket
 from evalmode.service.batching.limits import Load
 from evalmode.service.batching.observer import RanBatch
 from evalmode.service.batching.proof import Violation
-from evalmode.service.telemetry.metrics import REASONS, Metrics, ShownModel
+from evalmode.service.telemetry.metrics import REASONS, Metrics
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; q=0.9, */*;q=0.1"
 
@@ -37,8 +37,8 @@ def one_row(bucket: Bucket) -> RanBatch:
     return RanBatch(bucket=bucket, rows=rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
 
 
-def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") -> ShownModel:
-    return ShownModel(name=name, version=version, digest=digest)
+def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") -> SimpleNamespace:
+    return SimpleNamespace(name=name, version=version, digest=digest)
 
 
 def values(
@@ -236,10 +236,12 @@ from types import SimpleNamespace
 from evalmode.service.batching.bucket import Bucket
 from evalmode.service.batching.limits import Load
 from evalmode.service.batching.observer import RanBatch
-from evalmode.service.telemetry.metrics import Metrics, ShownModel
+from evalmode.service.telemetry.metrics import Metrics
 
 metrics = Metrics()
-old, new = (ShownModel(name="languages", version=version, digest="d" + version) for version in "12")
+old, new = (
+    SimpleNamespace(name="languages", version=version, digest="d" + version) for version in "12"
+)
 metrics.show_models([old])
 metrics.show_models([new])
 bucket = Bucket(model="languages", version="2", label="32", positions=32, run=list, costs={1: 1.0})
