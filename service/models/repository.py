@@ -1,9 +1,9 @@
-"""The models below one folder: which there are, which are open, and how one takes another's place.
-Knows no HTTP.
+"""The models below one folder, as the server uses them: found by name and version, polled, loaded
+and unloaded.
 
-What is open is published as one snapshot that is never changed, only replaced: readers take no
-lock, and who holds a model goes on with it after it was let go of. No name that a request brings
-ever becomes a path.
+The open models are published as one snapshot that is never changed, only replaced. So readers take
+no lock, and a request keeps its model after the model was unloaded. No name from a request ever
+becomes a path.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from evalmode.service.models.open_models import Entry, OpenModels, Outcome
 _log = structlog.get_logger("evalmode.service")
 
 _SHOWN_CHARACTERS = 64
-_END_S = 5.0  # how long `close` waits for a bundle that is being opened this very moment
+_END_S = 5.0  # how long `close` waits for a bundle that is being opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Snapshot:
-    """What readers see: by name the open models, newest version first, and what is to be said of
-    every version.
+    """What readers see: the open models by name, newest version first, and the entries of all
+    versions.
     """
 
     models: Mapping[str, tuple[Model, ...]] = field(default_factory=dict)
@@ -82,15 +82,15 @@ class Repository:
         self._poller: threading.Thread | None = None
 
     def start(self) -> None:
-        """Open what there is; of a bad version an older good one takes the place.
+        """Open the models; an older good version replaces a bad one.
 
-        Raises what the first bundle was refused with when none can be opened, and StartFailed when
-        the folder cannot be read, or the default model is not among those that can be opened.
+        Raises the error of the first bundle when none can be opened. Raises StartFailed when the
+        folder cannot be read, or the default model is not among those that were opened.
         """
         with self._lock:
             try:
                 refusals = self._open_models.refresh()
-            except OSError as error:  # what goes wrong in a single bundle is that bundle's refusal
+            except OSError as error:  # of the root itself; a bundle's error is its refusal
                 raise StartFailed(
                     f"the bundles at {self._root} cannot be looked at: {error.strerror}"
                 ) from error
@@ -110,7 +110,7 @@ class Repository:
             )
 
     def poll(self) -> None:
-        """Look at the folder once, and open and let go of what has changed."""
+        """Look at the folder once, and open and close what has changed."""
         with self._lock:
             for refusal in self._open_models.refresh():
                 refusal.log()
@@ -124,16 +124,16 @@ class Repository:
             self._poller.start()
 
     def close(self) -> None:
-        """Poll no more. What is open stays open for those who hold it."""
+        """Stop polling. Open models stay open for their holders."""
         self._ended.set()
         if self._poller is not None:
             self._poller.join(_END_S)
 
     def get(self, name: str | None = None, version: str | None = None) -> Model:
-        """The open model of this name and version, by default its newest; of no name the one that
-        reads texts.
+        """The open model of this name and version, by default the newest; without a name the model
+        that reads texts.
 
-        Raises UnknownModel for what there is not, and NotReady for what there is and is not open.
+        Raises UnknownModel for one that does not exist, and NotReady for one that is not open.
         """
         if name is None:
             default = self.default_text()
@@ -154,8 +154,8 @@ class Repository:
         raise _not_open(snapshot, name, None)
 
     def default_text(self) -> Model:
-        """The model that answers texts where none is named. Raises InvalidField where one must be
-        named.
+        """The model that answers texts when the request names none. Raises InvalidField when it
+        must name one.
         """
         if self._default_model is not None:
             return self.get(self._default_model)
@@ -179,15 +179,15 @@ class Repository:
         return tuple(model for models in self._snapshot.models.values() for model in models)
 
     def index(self) -> tuple[Entry, ...]:
-        """Every version that is there or open, by name, the newest first."""
+        """Every version in the folders or open, by name, the newest first."""
         return self._snapshot.entries
 
     def load(self, name: str) -> None:
-        """Open a model anew from what its folders hold now, also after `unload`.
+        """Open a model again from its folders, also after `unload`.
 
-        Raises Forbidden where that is not allowed, UnknownModel for a name that no bundle has, and
-        BadRequest, with the reason, when its newest version cannot be opened: what was open goes
-        on.
+        Raises Forbidden where that is not allowed, and UnknownModel for a name that no bundle has.
+        Raises BadRequest, with the reason, when its newest version cannot be opened: the version
+        that was open stays.
         """
         self._require_control()
         with self._lock:
@@ -204,7 +204,7 @@ class Repository:
                 raise BadRequest(f"model {name} cannot be loaded: {reason}")
 
     def unload(self, name: str) -> None:
-        """Let go of a model until it is loaded again. Raises Forbidden and UnknownModel, as `load`
+        """Release a model until it is loaded again. Raises Forbidden and UnknownModel, as `load`
         does.
         """
         self._require_control()
@@ -220,7 +220,7 @@ class Repository:
         while not self._ended.wait(poll_s):
             try:
                 self.poll()
-            except Exception:  # what cannot be read now may be there the next time
+            except Exception:  # the folder may be readable the next time
                 _log.exception("the bundles could not be looked at", folder=str(self._root))
 
     def _require_control(self) -> None:

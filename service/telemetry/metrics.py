@@ -1,8 +1,7 @@
-"""What Prometheus reads at /metrics: requests, batches, the queue, models, determinism. Knows no
-route and no ONNX.
+"""What Prometheus reads at /metrics: requests, batches, the queue, models, determinism.
 
-One process keeps its figures in memory. Several, started with PROMETHEUS_MULTIPROC_DIR in their
-environment, keep them in files of that folder, and whichever is asked answers for all.
+A single process keeps its figures in memory. Several, started with PROMETHEUS_MULTIPROC_DIR in
+their environment, keep them in files of that folder, and each can answer for all.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a date of birth for each series doubles what is scraped
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time for each series doubles what is scraped
         self._together = bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
         self._registry = CollectorRegistry()
         own = None if self._together else self._registry
@@ -118,7 +117,7 @@ class Metrics:
             registry=registry,
         )
         for reason in REASONS:
-            # a rate can only be taken of a series that was there before
+            # Prometheus computes a rate only from a series that existed before.
             self._rejections.labels(reason)
         self._queue_rows = _gauge(
             "evalmode_queue_rows", "Rows that wait for a batch.", registry, "livesum"
@@ -186,10 +185,10 @@ class Metrics:
             registry=registry,
         )
 
-    # What the edge tells.
+    # Called by the edge.
 
     def request_began(self) -> None:
-        """A request's headers are there."""
+        """The headers of a request have arrived."""
         self._in_flight.inc()
 
     def request_ended(
@@ -199,23 +198,23 @@ class Metrics:
         it was rejected.
         """
         self._in_flight.dec()
-        found = self._answered.get((route, method, status))
-        if found is None:
-            found = self._requests.labels(route, method, status), self._durations.labels(route)
-            self._answered[route, method, status] = found
-        counter, durations = found
+        series = self._answered.get((route, method, status))
+        if series is None:
+            series = self._requests.labels(route, method, status), self._durations.labels(route)
+            self._answered[route, method, status] = series
+        counter, durations = series
         counter.inc()
         durations.observe(duration_s)
         if reason is not None:
             self.rejected(reason)
 
     def rejected(self, reason: str) -> None:
-        """A request got no answer, for one of REASONS; also one that was refused before it was
-        whole.
+        """A request got no answer, for one of REASONS; also one that was refused before all of it
+        was read.
         """
         self._rejections.labels(reason).inc()
 
-    # What the engine tells.
+    # Called by the engine.
 
     def batch_ran(self, batch: RanBatch) -> None:
         """A batch was answered."""
@@ -232,19 +231,19 @@ class Metrics:
         figures.run.observe(batch.run_s)
 
     def rows_dropped(self, reason: Reason, bucket: Bucket, rows: int) -> None:
-        """Rows will get no answer."""
+        """Rows will not be answered."""
         with self._lock:
             if bucket.model not in self._gone:
                 self._dropped.labels(bucket.model, reason).inc(rows)
 
     def proved(self, bucket: Bucket, violation: Violation | None) -> None:
-        """An answer was computed again, alone; a violation says that its bits were others."""
+        """An answer was computed again, alone; `violation` is set when its bits differed."""
         with self._lock:
             if bucket.model not in self._gone:
                 self._checks.labels(bucket.model).inc()
                 self._violations.labels(bucket.model).inc(violation is not None)
 
-    # What the repository tells.
+    # Called by the repository.
 
     def show_models(self, models: Iterable[Model]) -> None:
         """These and no others are loaded now. In a single process the series of a model end when
@@ -271,13 +270,13 @@ class Metrics:
         """A version of the model was loaded, unloaded or refused."""
         self._swaps.labels(model, outcome).inc()
 
-    # What Prometheus asks.
+    # For Prometheus.
 
     def render(self, accept: str, *, load: Load | None = None) -> tuple[bytes, str]:
         """The figures and their content type, in the form that the `Accept` header asks for.
 
-        `load` is what the engine says of its queue now. With several processes this reads files:
-        not for an event loop.
+        `load` is the engine's load now. With several processes this reads files, so do not call it
+        on an event loop.
         """
         if load is not None:
             self._show_load(load)
@@ -285,22 +284,22 @@ class Metrics:
         return encode(self._registry), content_type
 
     def watch(self, load: Callable[[], Load]) -> None:
-        """Where there are several processes: write this one's queue down every second, for the one
-        that is asked.
+        """With several processes: write this one's load to its file every second, for the process
+        that renders the figures.
         """
         if not self._together:
             return
 
-        def look() -> None:
+        def show_regularly() -> None:
             while not self._watched.wait(_WATCH_S):
                 self._show_load(load())
 
         self._show_load(load())
-        self._watching = threading.Thread(target=look, name="metrics", daemon=True)
+        self._watching = threading.Thread(target=show_regularly, name="metrics", daemon=True)
         self._watching.start()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._watched.set()
         if self._watching is not None:
             self._watching.join()
@@ -312,27 +311,26 @@ class Metrics:
 
     def _of(self, bucket: Bucket) -> _BucketFigures | None:
         names = bucket.model, bucket.label
-        found = self._buckets.get(names)
-        if found is not None:
-            return found
+        figures = self._buckets.get(names)
+        if figures is not None:
+            return figures
         with self._lock:
             if bucket.model in self._gone:
-                return (
-                    None  # its last batch, after the name went: a series would come back for good
-                )
-            found = _BucketFigures(
+                # Its last batch ended after it was unloaded: a new series would stay forever.
+                return None
+            figures = _BucketFigures(
                 waited=self._waits.labels(*names),
                 rows=self._rows.labels(*names),
                 tokens=self._tokens.labels(*names),
                 padding=self._padding.labels(*names),
                 run=self._runs.labels(*names),
             )
-            self._buckets[names] = found
-            return found
+            self._buckets[names] = figures
+            return figures
 
     def _hide(self, labels: _ModelLabels) -> None:
         if self._together:
-            # files of several processes cannot forget; 0 is left out when read
+            # A series cannot be removed from the files of several processes; 0 is not shown.
             self._info.labels(*labels).set(0)
         else:
             self._info.remove(*labels)
