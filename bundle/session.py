@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evalmode.bundle.certificate import Platform
+from evalmode.bundle.datatypes import ELEMENT_TYPES
 from evalmode.bundle.errors import BundleCorrupt, InputsRefused, ModelRunFailed, ProviderUnavailable
 from evalmode.bundle.manifest import MODEL_FILE, TensorSpec
 
@@ -37,22 +38,7 @@ _KERNEL_FEATURES = frozenset({
 })
 # fmt: on
 
-# ONNX's names for element types -> the Open Inference Protocol's.
-_DATATYPES = {
-    "tensor(bool)": "BOOL",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
+_DATATYPES = {element.onnx: element.datatype for element in ELEMENT_TYPES}
 
 _NO_FAULT_OF_INPUTS = (
     "memory",

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from evalmode.bundle.known_answers import Tensors
+from evalmode.service.batching.bucket import Job
 from evalmode.service.batching.cpu_quota import cpu_quota
-from evalmode.service.batching.engine import Engine, Limits
+from evalmode.service.batching.engine import Engine
+from evalmode.service.batching.limits import Limits
 from evalmode.service.health import Health
 from evalmode.service.models.calibration import Calibration
-from evalmode.service.models.model import Job, Model
+from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
-from evalmode.service.models.tensors import ModelRow, content_of
+from evalmode.service.models.tensors import content_of
 from evalmode.service.settings import Settings
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.statistics import Statistics
@@ -32,7 +34,7 @@ class State:
 
     settings: Settings
     repository: Repository
-    engine: Engine[ModelRow, Tensors]
+    engine: Engine
     metrics: Metrics
     statistics: Statistics
     health: Health
@@ -73,7 +75,8 @@ def open_state(settings: Settings) -> State:
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,
-        figures=metrics,
+        on_change=metrics.show_models,
+        on_swap=metrics.model_swapped,
     )
     repository.start()
     engine = Engine(
@@ -85,7 +88,6 @@ def open_state(settings: Settings) -> State:
             max_run_s=settings.max_run_s,
         ),
         content=content_of,
-        digest=ModelRow.described,
         observers=(metrics, statistics, ViolationLog(), *([tracing] if tracing else [])),
         proof_fraction=settings.proof_fraction,
     )

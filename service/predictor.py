@@ -1,8 +1,6 @@
-"""Texts -> predictions with a bundle, in this process: a model and an engine of its own. Knows no
-HTTP.
+"""Predictions of texts with a bundle, in this process, with a model and an engine of its own.
 
-What a server answers with is the same model in the same engine, so a text gets the same bits here
-and there.
+A server uses the same model in the same engine, so a text gets the same bits here and there.
 """
 
 from __future__ import annotations
@@ -14,14 +12,16 @@ from pathlib import Path
 from types import TracebackType
 
 from evalmode.bundle.errors import BundleError
-from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.store import find_bundle
 from evalmode.service.batching.cpu_quota import cpu_quota
-from evalmode.service.batching.engine import Engine, Limits
+from evalmode.service.batching.engine import Engine
+from evalmode.service.batching.limits import Limits
 from evalmode.service.models.calibration import Calibration
-from evalmode.service.models.model import Model, ModelRow, Prediction, content_of
+from evalmode.service.models.model import Model
+from evalmode.service.models.tensors import content_of
+from evalmode.service.models.text import Prediction
 
-# One caller who waits for all that he asks: there is nobody whom a bound would protect from him.
+# The only caller waits for all of its answers, so limits would protect no other caller.
 _UNBOUNDED = Limits(queue_rows=sys.maxsize, queue_bytes=sys.maxsize, max_run_s=math.inf)
 
 
@@ -32,10 +32,7 @@ class Predictor:
 
     def __init__(self, model: Model, *, parallel: int) -> None:
         self.model = model
-        self.parallel = parallel
-        self._engine: Engine[ModelRow, Tensors] = Engine(
-            parallel=parallel, limits=_UNBOUNDED, content=content_of, digest=ModelRow.digest
-        )
+        self._engine = Engine(parallel=parallel, limits=_UNBOUNDED, content=content_of)
 
     @classmethod
     def open(
@@ -48,7 +45,7 @@ class Predictor:
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
     ) -> Predictor:
-        """Open the bundle that `bundle_path` means, ready to answer.
+        """Open the bundle at `bundle_path`, ready to answer.
 
         `parallel` batches run at once, each on `threads` threads; by default as many as the CPU
         quota holds. Raises BundleError for a bundle that must not be used and ProviderUnavailable
@@ -88,7 +85,7 @@ class Predictor:
         return self.model.predictions(await self._engine.answer_async(jobs), truncated, top_k=top_k)
 
     def close(self) -> None:
-        """Finish what was asked and answer nothing more."""
+        """Finish the open requests and accept no more."""
         self._engine.close()
 
     def __enter__(self) -> Predictor:

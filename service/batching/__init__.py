@@ -1,3 +1,3 @@
-"""Rows of one bucket share a batch: the engine's queue, its batches and its proof. Knows no HTTP
+"""The engine: its queue, its batches and its proof. Rows of one bucket share a batch. Knows no HTTP
 and no ONNX.
 """

@@ -1,13 +1,9 @@
-"""One batch: the rows that run together, filled up with copies to a row count that may run.
-
-Knows no queue and no threads.
-"""
+"""One batch: the rows that run together, filled up with copies to a row count that may run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
 
 from evalmode.service.batching.bucket import Answer, Bucket, Row
 from evalmode.service.batching.ticket import Ticket
@@ -15,15 +11,15 @@ from evalmode.service.errors import RequestError, RunFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch(Generic[Row, Answer]):
-    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count they
-    run with.
+class Batch:
+    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count that
+    they run with.
 
-    `pressed` is whether rows had to be left behind when it was made.
+    `pressed` is whether other rows were left waiting when the batch was made.
     """
 
-    bucket: Bucket[Row, Answer]
-    entries: Sequence[tuple[Ticket[Row, Answer], int, Row]]
+    bucket: Bucket
+    entries: Sequence[tuple[Ticket, int, Row]]
     places: int
     pressed: bool = False
 
@@ -38,7 +34,7 @@ class Batch(Generic[Row, Answer]):
         first = self.entries[0][0]
         return any(ticket is not first for ticket, _, _ in self.entries)
 
-    def alone(self) -> list[Batch[Row, Answer]]:
+    def single_rows(self) -> list[Batch]:
         """A batch for each of its rows."""
         return [
             Batch(bucket=self.bucket, entries=[entry], places=self.bucket.smallest)
@@ -46,9 +42,7 @@ class Batch(Generic[Row, Answer]):
         ]
 
 
-def run_filled(
-    bucket: Bucket[Row, Answer], rows: Sequence[Row], *, places: int
-) -> Sequence[Answer | Exception]:
+def run_filled(bucket: Bucket, rows: Sequence[Row], *, places: int) -> Sequence[Answer | Exception]:
     """The outcomes of `rows`, run with copies of the last one up to `places`. Raises whatever `run`
     raises.
     """
@@ -61,7 +55,7 @@ def run_filled(
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """What the caller hears of an error: itself, if it was made for him, else RunFailed with it as
+    """The error for the caller: `error` itself if it is a RequestError, else RunFailed with it as
     the cause.
     """
     if isinstance(error, RequestError):

@@ -1,7 +1,5 @@
 """What may share a batch: the bucket, the row as the engine sees it, and how many rows a batch of
 it should have.
-
-Knows no queue, no threads, and nothing of HTTP, tokens or ONNX.
 """
 
 from __future__ import annotations
@@ -9,11 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeAlias
+
+from evalmode.bundle.known_answers import Tensors
+
+Answer: TypeAlias = Tensors
 
 
-class SizedRow(Protocol):
-    """What every row offers."""
+class Row(Protocol):
+    """What the engine needs of a row. Only a bucket's `run` looks at `inputs`."""
+
+    @property
+    def inputs(self) -> Tensors:
+        """Its tensors, by name."""
 
     @property
     def nbytes(self) -> int:
@@ -23,13 +29,12 @@ class SizedRow(Protocol):
     def tokens(self) -> int:
         """Its positions that are not padding."""
 
-
-Row = TypeVar("Row", bound=SizedRow)
-Answer = TypeVar("Answer")
+    def described(self) -> str:
+        """What identifies the row in a log: equal rows have equal descriptions."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Bucket(Generic[Row, Answer]):
+class Bucket:
     """Rows that may share a batch, and what answers them.
 
     Two buckets are the same only when they are the same object: a model that is swapped brings
@@ -66,19 +71,19 @@ class Bucket(Generic[Row, Answer]):
 
     @property
     def smallest(self) -> int:
-        """The smallest row count that may run: what a row alone is run with."""
+        """The smallest row count that may run, used for a row alone."""
         return min(self.costs)
 
     @property
     def row_cost_s(self) -> float:
-        """Seconds that a row takes in the batch that is cheapest for its rows."""
+        """Seconds of a row in the batch size with the lowest cost per row."""
         return min(cost / count for count, cost in self.costs.items())
 
     def places_for(self, rows: int) -> int:
-        """The row count at which a row costs least while `rows` wait; more than `rows` where copies
-        must fill it.
+        """The row count with the lowest cost per row while `rows` wait. Where it exceeds `rows`,
+        copies fill the rest.
 
-        Of equal ones the one with fewer copies, then the larger: fewer batches for the same time.
+        Of equal costs the one with fewer copies, then the larger: fewer batches for the same time.
         """
         return min(
             self.costs,
@@ -91,3 +96,6 @@ class Bucket(Generic[Row, Answer]):
             (count for count in self.costs if count >= rows),
             key=lambda count: (self.costs[count], count),
         )
+
+
+Job: TypeAlias = tuple[Bucket, Row]

@@ -1,5 +1,4 @@
-"""How many CPUs this process may use: the least of affinity and cgroup quota. Knows nothing of
-models or settings.
+"""How many CPUs this process may use: the least of affinity and cgroup quota.
 
 A container with a quota of two CPUs sees all the host's cores; a thread for each would be throttled
 to a crawl.

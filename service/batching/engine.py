@@ -1,9 +1,9 @@
-"""Runs rows in batches on a few threads. Knows nothing of HTTP, tokens or ONNX.
+"""Runs rows in batches on a few threads.
 
-It is given jobs: a row with the bucket it belongs to, which says how it is run and at which row
-counts. Rows of different buckets never meet in a batch, and a batch never has another row count. A
-batch starts at once when a thread is free; else rows gather in the queue, and go when one is: the
-most urgent first, and with it those of its bucket.
+Each job is a row with its bucket, which says how the row is run and at which row counts. Rows of
+different buckets never share a batch, and a batch never has another row count. A batch starts at
+once when a thread is free. Otherwise rows gather in the queue until a thread is free: the most
+urgent row goes first, and with it others of its bucket.
 """
 
 from __future__ import annotations
@@ -14,38 +14,24 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic
 
 from evalmode.service.batching.batch import Batch, as_request_error, run_filled
-from evalmode.service.batching.bucket import Answer, Bucket, Row, SizedRow
+from evalmode.service.batching.bucket import Answer, Job
 from evalmode.service.batching.limits import Limits, Load
-from evalmode.service.batching.observer import Observer, Reason, tell
-from evalmode.service.batching.proof import Proofs, Sample, Violation
+from evalmode.service.batching.observer import Observer, RanBatch, notify
+from evalmode.service.batching.proof import Proofs, Sample
 from evalmode.service.batching.queue import Queue
 from evalmode.service.errors import RequestError
-
-__all__ = [
-    "Answer",
-    "Bucket",
-    "Engine",
-    "Limits",
-    "Load",
-    "Observer",
-    "Reason",
-    "Row",
-    "SizedRow",
-    "Violation",
-]
 
 _log = logging.getLogger(__name__)
 
 
-class Engine(Generic[Row, Answer]):
+class Engine:
     """Answers requests of one or many rows, blocking or awaited, from any number of threads and
     event loops at once.
 
-    A request is answered whole or fails whole, and a row that makes its batch fail fails its own
-    request alone.
+    A request is answered whole or fails whole. A row that makes its batch fail fails only its own
+    request.
     """
 
     def __init__(
@@ -54,29 +40,24 @@ class Engine(Generic[Row, Answer]):
         parallel: int,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         content: Callable[[Answer], bytes],
-        digest: Callable[[Row], str],
         observers: Sequence[Observer] = (),
         proof_fraction: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start `parallel` threads; `content` gives the bytes of an answer and `digest` names a
-        row, for the proof.
-        """
+        """Start `parallel` threads; `content` gives the bytes of an answer, for the proof."""
         if parallel < 1:
             raise ValueError(f"parallel is {parallel}: at least 1 batch must be able to run")
         self._observers = tuple(observers)
         self._clock = clock
-        self._proofs: Proofs[Row, Answer] = Proofs(
-            fraction=proof_fraction, content=content, digest=digest
-        )
-        self._queue: Queue[Row, Answer] = Queue(
+        self._proofs = Proofs(fraction=proof_fraction, content=content)
+        self._queue = Queue(
             parallel=parallel,
             limits=limits,
             proofs=self._proofs,
             observers=self._observers,
             clock=clock,
         )
-        # Daemons: a run that never comes back must not keep the process from ending.
+        # Daemons: a run that never returns must not keep the process from ending.
         self._threads = [
             threading.Thread(target=self._serve, name=f"engine-{number}", daemon=True)
             for number in range(parallel)
@@ -84,14 +65,12 @@ class Engine(Generic[Row, Answer]):
         for thread in self._threads:
             thread.start()
 
-    def answer(
-        self, jobs: Sequence[tuple[Bucket[Row, Answer], Row]], *, timeout_s: float | None = None
-    ) -> list[Answer]:
+    def answer(self, jobs: Sequence[Job], *, timeout_s: float | None = None) -> list[Answer]:
         """The answers of `jobs`, in their order.
 
         Raises QueueFull; BodyTooLarge for more than the queue could ever hold; NotReady after
         `close`; DeadlineExceeded when `timeout_s` has passed; and when a row fails RunFailed, or
-        what `run` has for the caller.
+        the RequestError of `run`.
         """
         if not jobs:
             return []
@@ -106,7 +85,7 @@ class Engine(Generic[Row, Answer]):
         return ticket.result()
 
     async def answer_async(
-        self, jobs: Sequence[tuple[Bucket[Row, Answer], Row]], *, timeout_s: float | None = None
+        self, jobs: Sequence[Job], *, timeout_s: float | None = None
     ) -> list[Answer]:
         """The same, without blocking the event loop; when the task is cancelled its rows leave the
         queue at once.
@@ -133,9 +112,8 @@ class Engine(Generic[Row, Answer]):
         """Return when that many rows, of `nbytes` together, would be admitted; first come first
         served.
 
-        Nothing is reserved: a request that comes in between may still take the room. Raises
-        NotReady once the engine is closed, and BodyTooLarge for more than the queue could ever
-        hold.
+        Nothing is reserved: another request may still take the space. Raises NotReady once the
+        engine is closed, and BodyTooLarge for more than the queue could ever hold.
         """
         await self._queue.wait_for_room(rows=rows, nbytes=nbytes)
 
@@ -149,11 +127,13 @@ class Engine(Generic[Row, Answer]):
         return self._queue.stuck_s()
 
     def retry_after_s(self) -> int:
-        """Seconds, 1 to 60, until what waits now should have run, by the measured drain rate."""
+        """Estimated seconds, 1 to 60, until the waiting rows have run, by the measured drain
+        rate.
+        """
         return self._queue.retry_after_s()
 
     def close(self, *, timeout_s: float | None = None) -> bool:
-        """Take nothing more and finish what was accepted; False when not all of it ended in
+        """Admit nothing more and finish the admitted requests; False when some did not end in
         time.
         """
         end = None if timeout_s is None else time.monotonic() + timeout_s
@@ -168,7 +148,7 @@ class Engine(Generic[Row, Answer]):
             pass
 
     def _step(self) -> bool:
-        # held no longer than this call: a thread that waits keeps no row alive
+        # A function of its own, so that a thread that waits keeps no row alive in a local variable.
         work = self._queue.next()
         if isinstance(work, Batch):
             self._run(work)
@@ -176,12 +156,12 @@ class Engine(Generic[Row, Answer]):
             self._prove(work)
         return work is not None
 
-    def _run(self, batch: Batch[Row, Answer]) -> None:
-        started = self._clock()
+    def _run(self, batch: Batch) -> None:
+        began = self._clock()
         outcomes = self._outcomes(batch)
-        run_s = self._clock() - started
+        run_s = self._clock() - began
         if not isinstance(outcomes, RequestError):
-            self._tell_ran(batch, started=started, run_s=run_s)
+            self._report_ran(batch, began=began, run_s=run_s)
             self._sample(batch, outcomes)
             self._queue.deliver(batch, outcomes, run_s=run_s)
         elif not batch.shared:
@@ -189,44 +169,41 @@ class Engine(Generic[Row, Answer]):
             del outcomes  # the traceback of its cause holds this frame
         else:
             del outcomes
-            self._run_alone(batch)
+            self._run_single_rows(batch)
 
-    def _outcomes(self, batch: Batch[Row, Answer]) -> Sequence[Answer | Exception] | RequestError:
+    def _outcomes(self, batch: Batch) -> Sequence[Answer | Exception] | RequestError:
         try:
             return run_filled(batch.bucket, batch.rows, places=batch.places)
-        except (
-            BaseException
-        ) as error:  # also what is no Exception: the thread must live, and the callers hear of it
+        except BaseException as error:
+            # SystemExit too: the thread must live, and its callers must get an error.
             return as_request_error(error)
 
-    def _run_alone(self, batch: Batch[Row, Answer]) -> None:
-        """Run again, each row for itself, what failed together, so that only the guilty request
-        fails.
-        """
-        for single in batch.alone():
+    def _run_single_rows(self, batch: Batch) -> None:
+        """Run each row of a failed batch again, alone, so that only the requests at fault fail."""
+        for single in batch.single_rows():
             if self._queue.begin(single.entries[0][0]):
                 self._run(single)
 
-    def _tell_ran(self, batch: Batch[Row, Answer], *, started: float, run_s: float) -> None:
-        if self._observers:
-            waited_s = [started - ticket.arrived for ticket, _, _ in batch.entries]
-            for observer in self._observers:
-                tell(
-                    observer.batch_ran,
-                    batch.bucket,
-                    batch.rows,
-                    places=batch.places,
-                    waited_s=waited_s,
-                    run_s=run_s,
-                )
+    def _report_ran(self, batch: Batch, *, began: float, run_s: float) -> None:
+        if not self._observers:
+            return
+        ran = RanBatch(
+            bucket=batch.bucket,
+            rows=batch.rows,
+            places=batch.places,
+            waited_s=[began - ticket.arrived for ticket, _, _ in batch.entries],
+            run_s=run_s,
+        )
+        for observer in self._observers:
+            notify(observer.batch_ran, ran)
 
-    def _sample(self, batch: Batch[Row, Answer], outcomes: Sequence[Answer | Exception]) -> None:
+    def _sample(self, batch: Batch, outcomes: Sequence[Answer | Exception]) -> None:
         try:
             self._proofs.sample(batch.bucket, batch.rows, outcomes, places=batch.places)
-        except Exception:  # the answers are there all the same
+        except Exception:  # the answers are valid all the same
             _log.exception("an answer could not be kept for its proof")
 
-    def _prove(self, sample: Sample[Row, Answer]) -> None:
+    def _prove(self, sample: Sample) -> None:
         try:
             violation = self._proofs.prove(sample)
         except BaseException:
@@ -237,4 +214,4 @@ class Engine(Generic[Row, Answer]):
             )
             return
         for observer in self._observers:
-            tell(observer.proved, sample.bucket, violation)
+            notify(observer.proved, sample.bucket, violation)

@@ -1,16 +1,15 @@
-"""Who is told what the engine does, and how he is told without ever being able to hold it up by an
-error.
-
-Knows no queue and no threads; metrics and logs implement `Observer`.
+"""What the engine reports to metrics, statistics, traces and logs. An observer's error never stops
+the engine.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, ParamSpec, Protocol
+from dataclasses import dataclass
+from typing import Literal, ParamSpec, Protocol
 
-from evalmode.service.batching.bucket import Bucket, SizedRow
+from evalmode.service.batching.bucket import Bucket, Row
 from evalmode.service.batching.proof import Violation
 
 Reason = Literal["queue_full", "deadline", "cancelled", "failed"]
@@ -20,42 +19,49 @@ P = ParamSpec("P")
 _log = logging.getLogger(__name__)
 
 
-class Observer(Protocol):
-    """Told from engine threads and the event loop, with no lock held; must be quick and never
-    raise.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanBatch:
+    """A batch that was answered.
 
-    Who inherits from it says only what he has something to say of: a method that is left out says
-    nothing.
+    Attributes:
+        bucket: where it ran.
+        rows: its rows, without the copies that filled it.
+        places: the row count that it ran with, copies included.
+        waited_s: seconds that each of `rows` waited for it.
+        run_s: seconds that the model ran.
     """
 
-    def batch_ran(
-        self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
-        *,
-        places: int,
-        waited_s: Sequence[float],
-        run_s: float,
-    ) -> None:
-        """A batch of `rows` was answered in `run_s`, filled with copies up to `places`; each row
-        had waited so long.
+    bucket: Bucket
+    rows: Sequence[Row]
+    places: int
+    waited_s: Sequence[float]
+    run_s: float
+
+
+class Observer(Protocol):
+    """Called from engine threads and from the event loop, with no lock held; must be quick.
+
+    A subclass overrides the methods that it needs; the others do nothing.
+    """
+
+    def batch_ran(self, batch: RanBatch) -> None:
+        """A batch was answered."""
+        return
+
+    def rows_dropped(self, reason: Reason, bucket: Bucket, rows: int) -> None:
+        """A request will not be answered. Called once for each of its buckets, with the number of
+        its rows there.
         """
         return
 
-    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
-        """A request will not be answered: told once for each of its buckets, with all the rows it
-        had there.
-        """
-        return
-
-    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
-        """A row was run again alone; `violation` when its answer was another one."""
+    def proved(self, bucket: Bucket, violation: Violation | None) -> None:
+        """A row was run again alone; `violation` is set when its answer differed."""
         return
 
 
-def tell(say: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+def notify(method: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
     """Call a method of an observer; its error is logged and goes no further."""
     try:
-        say(*args, **kwargs)
-    except Exception:  # an engine thread that died of it would leave its callers waiting
+        method(*args, **kwargs)
+    except Exception:  # it would end an engine thread, and that thread's callers would wait forever
         _log.exception("an observer of the engine failed")

@@ -1,7 +1,6 @@
 """The online proof: a sample of the answered rows, run again alone and compared bit for bit.
 
-It keeps a bounded number of samples and drops what comes while it is full. Knows no threads' order
-and no queue: the engine says when there is time. Knows nothing of HTTP, tokens or ONNX.
+The number of samples is bounded; new ones are dropped while it is full.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
 
 from evalmode.service.batching.bucket import Answer, Bucket, Row
 
@@ -22,20 +20,20 @@ _SAMPLES_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """A row that was answered otherwise in its batch than alone, with what is needed to run that
-    batch again.
+    """A row whose answer in its batch differs from its answer alone, with what is needed to run
+    that batch again.
 
     Attributes:
         bucket: where it ran.
-        row_digest: of the row.
-        batch_digests: of the batch's rows in their order, without the copies that filled it.
+        row_digest: what identifies the row.
+        batch_digests: the same of the batch's rows, in order, without the copies that filled it.
         place: the row's place in the batch, from 0.
         places: the row count that the batch ran with, copies of its last row included.
         expected_sha256: of the answer's content, the row alone.
-        actual_sha256: of the answer's content as it was given.
+        actual_sha256: of the answer's content as the caller got it.
     """
 
-    bucket: Bucket[Any, Any]
+    bucket: Bucket
     row_digest: str
     batch_digests: tuple[str, ...]
     place: int
@@ -45,12 +43,12 @@ class Violation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample(Generic[Row, Answer]):
-    """An answered row with the batch it was in. `content` was taken before the caller had the
-    answer in his hands.
+class Sample:
+    """An answered row with the batch that it was in. `content` was taken before the caller got the
+    answer, and could change it.
     """
 
-    bucket: Bucket[Row, Answer]
+    bucket: Bucket
     rows: Sequence[Row]
     place: int
     places: int
@@ -58,15 +56,14 @@ class Sample(Generic[Row, Answer]):
     nbytes: int
 
 
-class Proofs(Generic[Row, Answer]):
-    """Samples of answered rows, and how one is proved. May be used from several threads at once."""
+class Proofs:
+    """The samples, and how one is proved. May be used from several threads at once."""
 
     def __init__(
         self,
         *,
         fraction: float,
         content: Callable[[Answer], bytes],
-        digest: Callable[[Row], str],
         chance: Callable[[], float] | None = None,
     ) -> None:
         if not 0.0 <= fraction <= 1.0:
@@ -75,9 +72,8 @@ class Proofs(Generic[Row, Answer]):
             )
         self._fraction = fraction
         self._content = content
-        self._digest = digest
         self._chance = chance or random.Random().random
-        self._samples: deque[Sample[Row, Answer]] = deque()
+        self._samples: deque[Sample] = deque()
         self._nbytes = 0
         self._lock = threading.Lock()
 
@@ -86,14 +82,14 @@ class Proofs(Generic[Row, Answer]):
 
     def sample(
         self,
-        bucket: Bucket[Row, Answer],
+        bucket: Bucket,
         rows: Sequence[Row],
         outcomes: Sequence[Answer | Exception],
         *,
         places: int,
     ) -> None:
-        """Keep each answered row of a batch with the probability `fraction`, while there is
-        room.
+        """Sample each answered row of a batch with the probability `fraction`, while there is
+        space.
         """
         if not self._fraction:
             return
@@ -103,7 +99,7 @@ class Proofs(Generic[Row, Answer]):
                     return
                 content = self._content(outcome)
                 nbytes = len(content) + sum(row.nbytes for row in rows)
-                self._keep(
+                self._add(
                     Sample(
                         bucket=bucket,
                         rows=rows,
@@ -114,8 +110,8 @@ class Proofs(Generic[Row, Answer]):
                     )
                 )
 
-    def take(self) -> Sample[Row, Answer] | None:
-        """The oldest sample, which is kept no more; None when there is none."""
+    def take(self) -> Sample | None:
+        """Remove the oldest sample and return it; None when there is none."""
         with self._lock:
             if not self._samples:
                 return None
@@ -124,14 +120,14 @@ class Proofs(Generic[Row, Answer]):
             return sample
 
     def clear(self) -> None:
-        """Keep none."""
+        """Drop all samples."""
         with self._lock:
             self._samples.clear()
             self._nbytes = 0
 
-    def prove(self, sample: Sample[Row, Answer]) -> Violation | None:
-        """Run the row alone, at the smallest row count that may run: a violation when its answer is
-        another one.
+    def prove(self, sample: Sample) -> Violation | None:
+        """Run the row alone, at the smallest row count that may run. A violation when its answer
+        differs.
 
         Raises whatever `run` raises: a row that could not be run again proves nothing.
         """
@@ -144,18 +140,18 @@ class Proofs(Generic[Row, Answer]):
             return None
         return Violation(
             bucket=sample.bucket,
-            row_digest=self._digest(row),
-            batch_digests=tuple(self._digest(row) for row in sample.rows),
+            row_digest=row.described(),
+            batch_digests=tuple(row.described() for row in sample.rows),
             place=sample.place,
             places=sample.places,
             expected_sha256=hashlib.sha256(expected).hexdigest(),
             actual_sha256=hashlib.sha256(sample.content).hexdigest(),
         )
 
-    def _keep(self, sample: Sample[Row, Answer]) -> None:
+    def _add(self, sample: Sample) -> None:
         with self._lock:
             fits = len(self._samples) < _SAMPLES and self._nbytes + sample.nbytes <= _SAMPLES_BYTES
-            # one is always kept: rows may be large, and are to be proved all the same
+            # The first is always taken: rows beyond the byte limit must be proved too.
             if fits or not self._samples:
                 self._samples.append(sample)
                 self._nbytes += sample.nbytes

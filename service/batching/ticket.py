@@ -1,33 +1,57 @@
-"""One request inside the engine: its answers as they come, and its caller, who is woken once, when
-all is known.
+"""One request inside the engine: its rows by bucket, its answers as they come, and its caller,
+which is woken once, when the outcome is known.
 
-Knows no queue; whoever changes a ticket holds the engine's lock. Waking is done without it.
+A ticket is changed only while the queue's lock is held. Callers are woken without the lock.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Generic, cast
+from typing import TypeAlias, cast
 
 from evalmode.service.batching.bucket import Answer, Bucket, Row
-from evalmode.service.batching.waiting import Part
 from evalmode.service.errors import RequestError
 
-Caller = threading.Event | asyncio.Future[None]
+Caller: TypeAlias = threading.Event | asyncio.Future[None]
 
 
-class Ticket(Generic[Row, Answer]):
+class Part:
+    """The rows of one request in one bucket: (place in the request, row, bytes).
+
+    `order` is (urgency, sequence): the lowest goes first. No two parts of one bucket have the same.
+    `size` is the number of rows at the start; `rows` and `nbytes` shrink while batches take rows.
+    """
+
+    __slots__ = ("bucket", "nbytes", "order", "rows", "size", "ticket")
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        rows: Iterable[tuple[int, Row, int]],
+        *,
+        order: tuple[float, int],
+        ticket: Ticket,
+    ) -> None:
+        self.bucket = bucket
+        self.rows = deque(rows)
+        self.size = len(self.rows)
+        self.nbytes = sum(nbytes for _, _, nbytes in self.rows)
+        self.order = order
+        self.ticket = ticket
+
+
+class Ticket:
     """A request that was accepted: answered whole, or failed whole.
 
     Attributes:
         arrived: when, by the engine's clock.
         deadline: until when a row of it may be started; infinite for none.
         parts: its rows by bucket; empty once it is done.
-        done: whether its caller has been, or is about to be, woken; nothing that comes later
-            changes it.
+        done: whether its caller has been, or is about to be, woken; later changes are ignored.
         dropped: the rows of each bucket, when it failed.
     """
 
@@ -47,21 +71,21 @@ class Ticket(Generic[Row, Answer]):
         self.arrived = arrived
         self.deadline = deadline
         self.caller = caller
-        self.parts: tuple[Part[Bucket[Row, Answer], Row, Ticket[Row, Answer]], ...] = ()
+        self.parts: tuple[Part, ...] = ()
         self.done = False
-        self.dropped: tuple[tuple[Bucket[Row, Answer], int], ...] = ()
+        self.dropped: tuple[tuple[Bucket, int], ...] = ()
         self.failure: RequestError | None = None
         self._answers: list[Answer | None] = [None] * rows
         self._left = rows
 
     def answer(self, place: int, answer: Answer) -> bool:
-        """Take the answer of one row; whether it was the last."""
+        """Store the answer of one row; whether it was the last."""
         self._answers[place] = answer
         self._left -= 1
         if self._left:
             return False
         self.done = True
-        self.parts = ()  # they point here: a circle that only the garbage collector would find
+        self.parts = ()  # they point here: a circle that only the garbage collector would break
         return True
 
     def fail(self, failure: RequestError | None) -> None:
@@ -84,18 +108,17 @@ class Ticket(Generic[Row, Answer]):
 
 
 def wake(callers: Iterable[Caller]) -> None:
-    """Wake the callers of tickets that are done; those of one event loop together, which costs it
-    one wake-up.
+    """Wake the callers of tickets that are done. Those of one event loop are woken together, which
+    costs the loop one wake-up.
     """
-    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    futures_by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for caller in callers:
         if isinstance(caller, threading.Event):
             caller.set()
         else:
-            by_loop.setdefault(caller.get_loop(), []).append(caller)
-    for loop, futures in by_loop.items():
-        # the loop is closed: nobody is left there who could hear of it
-        with suppress(RuntimeError):
+            futures_by_loop.setdefault(caller.get_loop(), []).append(caller)
+    for loop, futures in futures_by_loop.items():
+        with suppress(RuntimeError):  # the loop is closed, and its futures wait for nothing
             loop.call_soon_threadsafe(_resolve, futures)
 
 

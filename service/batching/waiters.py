@@ -1,6 +1,4 @@
-"""Who waits for room in the queue, first come first served. Knows neither the queue nor its
-lock.
-"""
+"""Callers that wait until the queue has space for their rows, first come first served."""
 
 from __future__ import annotations
 
@@ -8,55 +6,57 @@ import asyncio
 from collections.abc import Callable
 
 
-class Room:
-    """Those who wait, each with the rows and bytes he needs room for.
+class Waiters:
+    """The futures of the waiting callers, each with the rows and bytes that it needs space for.
 
-    One has his turn at a time: nothing is reserved for him, so what he leaves for the next is known
-    only when he has had it. Who waits on an event loop that was closed is passed over.
+    One waiter has its turn at a time: nothing is reserved for it, so the space that is left for the
+    next is known only after the turn. Waiters on an event loop that was closed are skipped. Calls
+    must not overlap: the queue makes them with its lock held.
     """
 
     def __init__(self, fits: Callable[[int, int], bool]) -> None:
         self._fits = fits
-        self._waiting: dict[asyncio.Future[None], tuple[int, int]] = {}
+        self._needs: dict[asyncio.Future[None], tuple[int, int]] = {}
         self._turn: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._needs)
 
     def join(self, future: asyncio.Future[None], *, rows: int, nbytes: int) -> bool:
-        """Wait behind all who wait already; False when nobody does and there is room now."""
-        if not self._waiting and not self._is_taking() and self._fits(rows, nbytes):
+        """Wait behind all other waiters; False when there are none and there is space now."""
+        if not self._needs and not self._has_turn() and self._fits(rows, nbytes):
             return False
-        self._waiting[future] = (rows, nbytes)
+        self._needs[future] = (rows, nbytes)
         return True
 
     def leave(self, future: asyncio.Future[None]) -> None:
-        """Wait no more, or have had one's turn."""
-        self._waiting.pop(future, None)
+        """Stop waiting, or end the turn."""
+        self._needs.pop(future, None)
         if self._turn is future:
             self._turn = None
 
     def next(self) -> asyncio.Future[None] | None:
-        """The first, if there is room for him and nobody has his turn; it is his now, until he
-        leaves.
+        """Give the turn to the first waiter, until it leaves. None where it does not fit, or while
+        another has the turn.
         """
-        if self._is_taking():
+        if self._has_turn():
             return None
-        while self._waiting:
-            future, (rows, nbytes) = next(iter(self._waiting.items()))
-            if not (gone := future.get_loop().is_closed()) and not self._fits(rows, nbytes):
-                break  # nobody is served before him, or a large request would never be
-            del self._waiting[future]
-            if not gone:
+        while self._needs:
+            future, (rows, nbytes) = next(iter(self._needs.items()))
+            loop_is_closed = future.get_loop().is_closed()
+            if not loop_is_closed and not self._fits(rows, nbytes):
+                return None  # later ones must not pass it, or a large request would wait forever
+            del self._needs[future]
+            if not loop_is_closed:
                 self._turn = future
                 return future
         return None
 
-    def all(self) -> list[asyncio.Future[None]]:
-        """Everybody; nobody waits any more."""
-        everybody = list(self._waiting)
-        self._waiting.clear()
-        return everybody
+    def clear(self) -> list[asyncio.Future[None]]:
+        """All waiters; none waits any more."""
+        futures = list(self._needs)
+        self._needs.clear()
+        return futures
 
-    def _is_taking(self) -> bool:
+    def _has_turn(self) -> bool:
         return self._turn is not None and not self._turn.get_loop().is_closed()

@@ -15,8 +15,9 @@ import numpy as np
 
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.manifest import TensorSpec
+from evalmode.service.batching.bucket import Job
 from evalmode.service.errors import BadRequest, InvalidField
-from evalmode.service.models.model import WHOLE, Job, Model
+from evalmode.service.models.model import WHOLE, Model
 from evalmode.service.models.text import LOGITS, best, softmax
 from evalmode.service.protocol.classification import classify
 from evalmode.service.protocol.datatypes import BYTES, Array, shown

@@ -1,3 +1,3 @@
-"""Bundles, opened and ready to run: texts and tensors in, answers out; how they are swapped. Knows
-no HTTP.
+"""Bundles, opened and ready to run: texts and tensors in, answers out; how versions replace each
+other. Knows no HTTP.
 """

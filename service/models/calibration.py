@@ -1,10 +1,8 @@
-"""Which batch sizes may run, and what each costs, measured when a model is loaded. Knows no
-runtime: it is given `run`.
+"""Which batch sizes may run, and what each costs, measured when a model is loaded.
 
-That a batch size keeps a row's bits is measured at every load, on this machine. What it costs is
-measured too, and kept in a folder, because a single short measurement beside other work is a poor
-one: the least that was ever seen decides, and the choice of batch sizes stays the same from start
-to start.
+Whether a batch size keeps a row's bits is measured at every load, on this machine. Its cost is
+measured too, and cached in a folder, because one short measurement beside other work is imprecise.
+The smallest cost ever seen counts, so the choice of batch sizes stays the same from start to start.
 """
 
 from __future__ import annotations
@@ -34,13 +32,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What was found of one bucket.
+class MeasuredBucket:
+    """The measurements of one bucket.
 
     Attributes:
         stable: the row counts at which a row has the bits it has alone.
-        costs: seconds of a batch, for those of them at which a row costs less than at every
-            smaller one.
+        costs: seconds of a batch, for those of them with a lower cost per row than every smaller
+            one.
     """
 
     stable: tuple[int, ...]
@@ -49,7 +47,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How long measuring a model may take, and where timings are kept (None:
+    """How long measuring a model may take, and where timings are cached (None:
     `~/.cache/evalmode`).
     """
 
@@ -68,23 +66,24 @@ class Calibration:
         path: Path,
         digest: str,
         platform: Platform,
-    ) -> dict[str, Measured]:
+    ) -> dict[str, MeasuredBucket]:
         """For each bucket, by its label, the row counts of ROW_COUNTS that may run.
 
-        A row alone is always measured; what the budget does not reach is not proven and never runs.
+        A row alone is always measured. A row count that the budget does not reach is not proven and
+        never runs.
         Raises BundleError when a row alone does not repeat its own bits.
         """
-        until = time.monotonic() + self.budget_s
+        end = time.monotonic() + self.budget_s
         timings: dict[str, dict[int, float]] = {}
-        for place, (label, some) in enumerate(rows.items()):
-            budget_s = max(0.0, until - time.monotonic()) / (len(rows) - place)
-            timings[label] = timed_row_counts(run, some, ROW_COUNTS, budget_s=budget_s)
+        for index, (label, bucket_rows) in enumerate(rows.items()):
+            budget_s = max(0.0, end - time.monotonic()) / (len(rows) - index)
+            timings[label] = timed_row_counts(run, bucket_rows, ROW_COUNTS, budget_s=budget_s)
             if 1 not in timings[label]:
-                raise _restless(path, f"one row of {label}")
-        best = _Kept.of(self.cache, digest=digest, platform=platform).merged(timings)
+                raise _not_repeatable(path, f"one row of {label}")
+        best = _TimingsCache.of(self.cache, digest=digest, platform=platform).merge(timings)
         return {
-            label: Measured(stable=tuple(found), costs=worthwhile(best[label]))
-            for label, found in timings.items()
+            label: MeasuredBucket(stable=tuple(timings[label]), costs=worthwhile(best[label]))
+            for label in timings
         }
 
 
@@ -100,19 +99,17 @@ def alone_s(run: Run, requests: Sequence[Tensors], *, path: Path) -> float | Non
         second = run(inputs)
         slowest_s = max(slowest_s or 0.0, time.perf_counter() - began)
         if any(bits(first[name]) != bits(tensor) for name, tensor in second.items()):
-            raise _restless(path, "a request")
+            raise _not_repeatable(path, "a request")
     return slowest_s
 
 
 def worthwhile(timings: Mapping[int, float]) -> dict[int, float]:
-    """Those row counts at which a row costs less than at every smaller one: as large as efficient,
-    and no larger.
-    """
-    kept: dict[int, float] = {}
+    """The row counts with a lower cost per row than every smaller one."""
+    costs: dict[int, float] = {}
     for count in sorted(timings):
-        if all(timings[count] / count < seconds / smaller for smaller, seconds in kept.items()):
-            kept[count] = timings[count]
-    return kept
+        if all(timings[count] / count < seconds / smaller for smaller, seconds in costs.items()):
+            costs[count] = timings[count]
+    return costs
 
 
 def text_rows_to_measure(
@@ -122,20 +119,21 @@ def text_rows_to_measure(
     texts.
     """
     texts = [answer.text for answer in answers if answer.text is not None] or list(_FALLBACK)
-    made = rows_by_length([frontend.encode(text).ids for text in texts], frontend.spec, each=_ROWS)
-    return {str(length): rows for length, rows in made.items()}
+    ids = [frontend.encode(text).ids for text in texts]
+    rows = rows_by_length(ids, frontend.spec, each=_ROWS)
+    return {str(length): rows_of_length for length, rows_of_length in rows.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """The least seconds that were ever seen of this bundle on this platform; when they are lost,
-    nothing is.
+class _TimingsCache:
+    """The smallest seconds ever seen of this bundle on this platform. Losing the file does no
+    harm.
     """
 
     file: Path | None
 
     @classmethod
-    def of(cls, cache: Path | None, *, digest: str, platform: Platform) -> _Kept:
+    def of(cls, cache: Path | None, *, digest: str, platform: Platform) -> _TimingsCache:
         identity = json.dumps([digest, platform.model_dump(mode="json"), ROW_COUNTS])
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         try:
@@ -144,35 +142,35 @@ class _Kept:
             return cls(file=None)
         return cls(file=folder / "calibration" / f"{fingerprint}.json")
 
-    def merged(self, timings: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
-        """`timings`, each lowered to the least that is known; what they lower is written back."""
+    def merge(self, timings: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+        """`timings`, each lowered to the smallest known; new smallest ones are written back."""
         known = self._read()
-        best = {
-            label: {
-                count: min(seconds, known.get(label, {}).get(count, math.inf))
-                for count, seconds in found.items()
+        best: dict[str, dict[int, float]] = {}
+        for label, seconds_by_count in timings.items():
+            known_seconds = known.get(label, {})
+            best[label] = {
+                count: min(seconds, known_seconds.get(count, math.inf))
+                for count, seconds in seconds_by_count.items()
             }
-            for label, found in timings.items()
-        }
-        every = {
+        merged = {
             label: {**known.get(label, {}), **best.get(label, {})} for label in (*known, *best)
         }
-        if every != known:
-            self._write(every)
+        if merged != known:
+            self._write(merged)
         return best
 
     def _read(self) -> dict[str, dict[int, float]]:
         if self.file is None:
             return {}
         try:
-            found = json.loads(self.file.read_bytes())
+            timings = json.loads(self.file.read_bytes())
             return {
                 str(label): {
                     int(count): float(seconds)
                     for count, seconds in costs.items()
                     if 0 < seconds < math.inf
                 }
-                for label, costs in found.items()
+                for label, costs in timings.items()
             }
         except FileNotFoundError:
             return {}
@@ -185,12 +183,12 @@ class _Kept:
             return
         try:
             write_file(self.file, json.dumps(timings).encode())
-        # a read-only file system, or another process that writes the same this very instant
+        # a read-only file system, or another process that writes the same file at this moment
         except OSError as error:
             _log.debug("timings cannot be kept in %s: %s", self.file, error)
 
 
-def _restless(path: Path, what: str) -> BundleError:
+def _not_repeatable(path: Path, what: str) -> BundleError:
     return BundleError(
         f"{path} gives {what} other bits each time it runs: this model or this execution provider"
         " is not deterministic, and nothing it answers could be relied on"

@@ -1,7 +1,6 @@
-"""Which bundles lie below a folder, and whether one has changed since it was looked at. Opens none
-and trusts no name.
+"""Which bundles lie below a folder, and whether one has changed since the last look. Opens none.
 
-A folder says nothing by its name: who a bundle is stands in its manifest.
+The name of a folder means nothing: the identity of a bundle is in its manifest.
 """
 
 from __future__ import annotations
@@ -16,38 +15,37 @@ from pydantic import ValidationError
 
 from evalmode.bundle.manifest import MANIFEST_FILE, Manifest
 
-# Path below the folder, size, time of change in ns, and inode, of every file: another one whenever
-# a file is written.
-Signature: TypeAlias = tuple[tuple[str, int, int, int], ...]
+# Path below the folder, size, time of change in ns, and inode, of every file: it changes whenever a
+# file is written.
+FilesSignature: TypeAlias = tuple[tuple[str, int, int, int], ...]
 
 _PATTERNS = ("*", "*/*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A bundle's folder as it was found: who its manifest says it is (None: it cannot be read), and
-    its signature.
+    """A bundle's folder: the identity in its manifest (None: it cannot be read), and the signature
+    of its files.
     """
 
     path: Path
     identity: tuple[str, str] | None
-    signature: Signature
+    signature: FilesSignature
 
 
 def look(root: Path, *, known: Mapping[Path, Folder]) -> list[Folder]:
     """The bundles' folders, by path: `root` itself, or those one or two levels below it that are
     not hidden.
 
-    What has not changed since it was `known` is not read again.
+    A manifest is read again only when the signature differs from the `known` one.
     """
-    found = []
+    folders = []
     for path in _paths(root):
-        before, signature = known.get(path), _signature(path)
-        if before is not None and before.signature == signature:
-            found.append(before)
-        else:
-            found.append(Folder(path=path, identity=_identity(path), signature=signature))
-    return found
+        folder, signature = known.get(path), _signature(path)
+        if folder is None or folder.signature != signature:
+            folder = Folder(path=path, identity=_identity(path), signature=signature)
+        folders.append(folder)
+    return folders
 
 
 def _paths(root: Path) -> list[Path]:
@@ -71,7 +69,7 @@ def _identity(path: Path) -> tuple[str, str] | None:
     return manifest.name, manifest.version
 
 
-def _signature(path: Path) -> Signature:
+def _signature(path: Path) -> FilesSignature:
     return tuple(sorted(_files(path)))
 
 
@@ -80,8 +78,8 @@ def _files(path: Path) -> Iterator[tuple[str, int, int, int]]:
         for name in names:
             file = Path(folder, name)
             try:
-                found = file.stat()
-            except OSError:  # gone since it was listed, or a link that leads nowhere
+                status = file.stat()
+            except OSError:  # deleted since it was listed, or a broken link
                 yield str(file.relative_to(path)), -1, 0, 0
             else:
-                yield str(file.relative_to(path)), found.st_size, found.st_mtime_ns, found.st_ino
+                yield str(file.relative_to(path)), status.st_size, status.st_mtime_ns, status.st_ino

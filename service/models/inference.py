@@ -1,6 +1,4 @@
-"""What a bucket runs its rows with: stacked, run, taken apart, each answer looked at. Knows no
-queue and no HTTP.
-"""
+"""How a bucket runs its rows: stacked into one batch, run, split into answers, and checked."""
 
 from __future__ import annotations
 
@@ -11,52 +9,52 @@ import numpy as np
 
 from evalmode.bundle.errors import InputsRefused, ModelRunFailed
 from evalmode.bundle.known_answers import Run, Tensors
+from evalmode.service.batching.bucket import Row
 from evalmode.service.errors import BadRequest, RequestError, RunFailed
-from evalmode.service.models.tensors import ModelRow, non_finite_input
+from evalmode.service.models.tensors import non_finite_input
 from evalmode.service.models.text import LOGITS
 
 _REASON_CHARACTERS = 200
 
 
-def answering(
+def run_of_rows(
     run: Run, *, is_text: bool, whole: bool
-) -> Callable[[Sequence[ModelRow]], list[Tensors | Exception]]:
-    """What a bucket runs rows with: stacked, run, and taken apart into the answer of each row or
-    what is wrong with it.
+) -> Callable[[Sequence[Row]], list[Tensors | Exception]]:
+    """The `run` of a bucket: it gives each row's answer, or an error for that row alone.
 
-    Raises BadRequest for inputs that the model cannot compute with, and RunFailed for any other
-    failure.
+    With `whole` there is one row, a whole request, and its answer is not split. The function raises
+    BadRequest for inputs that the model cannot compute with, and RunFailed for any other failure.
     """
 
-    def answer(rows: Sequence[ModelRow]) -> list[Tensors | Exception]:
+    def run_rows(rows: Sequence[Row]) -> list[Tensors | Exception]:
         try:
-            outputs = run(_stacked(rows))
+            outputs = run(_stack(rows))
         except InputsRefused as error:
-            if is_text:  # ids are checked before they come here: it is not they that are at fault
+            if is_text:  # ids were checked earlier, so the inputs are not at fault
                 raise RunFailed("the model failed on the rows of this request") from error
             raise BadRequest(
                 f"the model cannot compute with these inputs: {_reason(error)}"
             ) from error
         except ModelRunFailed as error:
             raise RunFailed("the model failed on the rows of this request") from error
-        answers = [outputs] if whole else _taken_apart(outputs, len(rows))
+        answers = [outputs] if whole else _split(outputs, len(rows))
         return [
-            _not_finite(row) if _is_spoilt(found, is_text=is_text) else found
-            for row, found in zip(rows, answers, strict=True)
+            answer if _is_usable(answer, is_text=is_text) else _not_finite(row)
+            for row, answer in zip(rows, answers, strict=True)
         ]
 
-    return answer
+    return run_rows
 
 
-def _stacked(rows: Sequence[ModelRow]) -> Tensors:
+def _stack(rows: Sequence[Row]) -> Tensors:
     if len(rows) == 1:
         return rows[0].inputs
     return {name: np.concatenate([row.inputs[name] for row in rows]) for name in rows[0].inputs}
 
 
-def _taken_apart(outputs: Tensors, rows: int) -> list[Tensors]:
-    """The answer of each row, with a leading dimension of 1: copies, so that one that is kept keeps
-    no other.
+def _split(outputs: Tensors, rows: int) -> list[Tensors]:
+    """The answer of each row, with a leading dimension of 1: copies, so that an answer that is kept
+    does not keep the whole batch.
     """
     for name, tensor in outputs.items():
         if tensor.shape[:1] != (rows,):
@@ -71,16 +69,16 @@ def _taken_apart(outputs: Tensors, rows: int) -> list[Tensors]:
     ]
 
 
-def _is_spoilt(answer: Tensors, *, is_text: bool) -> bool:
-    """Whether an answer holds NaN, or logits from which no probabilities can be made."""
+def _is_usable(answer: Tensors, *, is_text: bool) -> bool:
+    """False for NaN anywhere, and for logits that give no probabilities."""
     if is_text and not np.isfinite(answer[LOGITS]).all():
-        return True
-    return any(
-        tensor.dtype.kind == "f" and bool(np.isnan(tensor).any()) for tensor in answer.values()
+        return False
+    return not any(
+        tensor.dtype.kind == "f" and np.isnan(tensor).any() for tensor in answer.values()
     )
 
 
-def _not_finite(row: ModelRow) -> RequestError:
+def _not_finite(row: Row) -> RequestError:
     name = non_finite_input(row.inputs)
     if name is not None:
         return BadRequest(
@@ -90,11 +88,9 @@ def _not_finite(row: ModelRow) -> RequestError:
 
 
 def _reason(error: ModelRunFailed) -> str:
-    """The runtime's reason on one line, without the places in its own source that it names."""
-    said = (
-        str(error.__cause__ or error)
-        .rpartition("Status Message: ")[2]
-        .rpartition(" was false. ")[2]
-    )
-    words = [word for word in said.split() if not re.search(r"/|::|\.(h|cc|cpp|cu|cuh):\d+$", word)]
+    """The runtime's reason on one line, without the paths of its own source files."""
+    message = str(error.__cause__ or error)
+    message = message.rpartition("Status Message: ")[2].rpartition(" was false. ")[2]
+    is_source = re.compile(r"/|::|\.(h|cc|cpp|cu|cuh):\d+$").search
+    words = [word for word in message.split() if not is_source(word)]
     return " ".join(words)[:_REASON_CHARACTERS] or "it says no more"

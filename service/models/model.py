@@ -1,10 +1,9 @@
-"""An opened bundle of any kind, ready to run: its buckets, and the rows that go into them. Knows no
-queue and no HTTP.
+"""An opened bundle of any kind, ready to run: its buckets, and the rows that go into them.
 
-Three kinds. A model of text has a bucket for each padded length; a row's bucket is chosen by the
-row's own length. A model of tensors whose rows were proven independent has one for each shape that
-its known answers show, in which rows are batched, and one for all other shapes, in which each runs
-alone. Of any other model a request runs whole, as it is.
+There are three kinds. A model of text has a bucket for each padded length; the length of a row
+alone decides its bucket. A model of tensors whose rows were proven independent has one bucket for
+each row shape of its known answers, in which rows are batched, and one for all other shapes, in
+which each row runs alone. Any other model runs each request whole.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +23,22 @@ from evalmode.bundle.known_answers import KnownAnswer, Replay, Run, Tensors, rep
 from evalmode.bundle.manifest import TensorSpec
 from evalmode.bundle.session import Session, open_session
 from evalmode.bundle.store import Bundle, open_bundle
-from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.bucket import Bucket, Job
 from evalmode.service.errors import BadRequest, InvalidField
-from evalmode.service.models.calibration import Calibration, Measured, alone_s, text_rows_to_measure
-from evalmode.service.models.inference import answering
+from evalmode.service.models.calibration import (
+    Calibration,
+    MeasuredBucket,
+    alone_s,
+    text_rows_to_measure,
+)
+from evalmode.service.models.inference import run_of_rows
 from evalmode.service.models.tensors import (
     ModelRow,
-    checked,
-    content_of,
-    joined,
+    check_inputs,
+    join_rows,
     label_of,
     row_count,
-    signature_of,
+    row_shape_of,
     split,
     unknown_datatype,
 )
@@ -47,21 +49,8 @@ from evalmode.service.models.text import (
     Prediction,
     id_rows,
     labels_of,
-    predicted,
+    predict,
 )
-
-__all__ = [
-    "INLINE_CHARACTERS",
-    "Job",
-    "Model",
-    "ModelBucket",
-    "ModelRow",
-    "Prediction",
-    "content_of",
-]
-
-ModelBucket: TypeAlias = Bucket[ModelRow, Tensors]
-Job: TypeAlias = tuple[ModelBucket, ModelRow]
 
 # Encoding takes some 30 microseconds a text and a microsecond a character; above this it would hold
 # an event loop up.
@@ -71,23 +60,23 @@ OTHER = "other"
 WHOLE = "whole"
 
 _INVARIANCE = "batch-invariance"  # the rule that proves rows independent of one another
-_UNMEASURED_S = 0.01  # what a run is taken to cost where the bundle holds no input to measure with
+_UNMEASURED_S = 0.01  # the assumed cost of a run, where the bundle has no input to measure with
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """An open model; use `Model.open`. It is let go of when nobody refers to it or to a bucket of
-    it.
+    """An open model; use `Model.open`. Its memory is freed when nothing refers to it or to one of
+    its buckets.
 
     Attributes:
         bundle: what it was opened from, without the contents.
-        platform: what its bits depend on beside the bundle.
-        replayed: how the known answers came out; None for a bundle without a certificate.
-        frontend: what turns texts into ids; None for a model of tensors.
+        platform: what its bits depend on besides the bundle.
+        replayed: how the known answers compared; None for a bundle without a certificate.
+        frontend: turns texts into ids; None for a model of tensors.
         labels: the label of each logit, where there are any.
-        buckets: all of them; which one a row belongs to is the model's own business.
-        row_counts: by a bucket's label, the row counts that were proven here; its costs hold
-            those worth their time.
+        buckets: all of them; the model chooses the bucket of a row.
+        row_counts: by a bucket's label, the row counts that were proven here; the costs of the
+            bucket hold those that are efficient.
     """
 
     bundle: Bundle
@@ -95,9 +84,9 @@ class Model:
     replayed: Replay | None
     frontend: FrontEnd | None
     labels: tuple[str, ...] | None
-    buckets: tuple[ModelBucket, ...]
+    buckets: tuple[Bucket, ...]
     row_counts: Mapping[str, tuple[int, ...]]
-    _by_label: Mapping[str, ModelBucket]
+    _by_label: Mapping[str, Bucket]
 
     @classmethod
     def open(
@@ -135,7 +124,7 @@ class Model:
             frontend=frontend,
             labels=labels,
             buckets=tuple(buckets.values()),
-            row_counts={label: found.stable for label, found in measured.items()},
+            row_counts={label: bucket.stable for label, bucket in measured.items()},
             _by_label=buckets,
         )
 
@@ -156,12 +145,12 @@ class Model:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that it takes."""
+        """Its input tensors."""
         return self.bundle.manifest.inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that it answers with."""
+        """Its output tensors."""
         return self.bundle.manifest.outputs
 
     @property
@@ -197,28 +186,27 @@ class Model:
     async def text_rows_async(
         self, texts: Sequence[str], *, truncate: bool = True
     ) -> tuple[list[Job], list[bool]]:
-        """The same, without holding an event loop up: many characters are encoded in a thread."""
+        """The same, without blocking an event loop: many characters are encoded in a thread."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self.text_rows(texts, truncate=truncate)
         return await asyncio.to_thread(self.text_rows, texts, truncate=truncate)
 
     def tensor_jobs(self, inputs: Tensors) -> list[Job]:
-        """The rows of one request's raw tensors; of a model that takes requests whole, the one job
-        that this is.
+        """The rows of one request's raw tensors; one job for a model that runs requests whole.
 
         Raises BadRequest, naming the tensor and what is wrong with it.
         """
         if self.frontend is not None:
-            fitting = checked(inputs, self.inputs, optional=frozenset({MASK}))
-            row_count(fitting)
+            tensors = check_inputs(inputs, self.inputs, optional=frozenset({MASK}))
+            row_count(tensors)
             return [
-                self._text_job(self.frontend, row) for row in id_rows(fitting, self.frontend.spec)
+                self._text_job(self.frontend, row) for row in id_rows(tensors, self.frontend.spec)
             ]
-        fitting = checked(inputs, self.inputs)
+        tensors = check_inputs(inputs, self.inputs)
         if whole := self._by_label.get(WHOLE):
-            return [(whole, ModelRow(inputs=fitting))]
-        rows = [ModelRow(inputs=row) for row in split(fitting)]
-        label = label_of(signature_of(rows[0].inputs))  # a tensor's rows have one shape
+            return [(whole, ModelRow(inputs=tensors))]
+        rows = [ModelRow(inputs=row) for row in split(tensors)]
+        label = label_of(row_shape_of(rows[0].inputs))  # a tensor's rows have one shape
         return [(self._by_label.get(label, self._by_label[OTHER]), row) for row in rows]
 
     def join(
@@ -229,36 +217,34 @@ class Model:
 
         Raises BadRequest where rows of different lengths have answers of different shapes.
         """
-        return joined(
+        return join_rows(
             answers, [output.name for output in self.outputs] if outputs is None else outputs
         )
 
     def predictions(
         self, answers: Sequence[Tensors], truncated: Sequence[bool], *, top_k: int
     ) -> list[Prediction]:
-        """What the answers of `text_rows` say, each with its `top_k` best labels (all, if there are
-        fewer).
+        """The predictions of the answers of `text_rows`, each with its `top_k` best labels (all, if
+        there are fewer).
         """
         assert self.labels is not None, "a model of text has labels"
         return [
-            predicted(answer[LOGITS][0].tolist(), self.labels, truncated=cut, top_k=top_k)
+            predict(answer[LOGITS][0].tolist(), self.labels, truncated=cut, top_k=top_k)
             for answer, cut in zip(answers, truncated, strict=True)
         ]
 
     def _text_job(self, frontend: FrontEnd, row: IdRow) -> Job:
         length = frontend.spec.padded_length(len(row.ids))
         padded = row.padded(length)
-        taken = {spec.name: padded[spec.name] for spec in self.inputs if spec.name in padded}
-        return self._by_label[str(length)], ModelRow(inputs=taken, tokens=len(row.ids))
+        inputs = {spec.name: padded[spec.name] for spec in self.inputs if spec.name in padded}
+        return self._by_label[str(length)], ModelRow(inputs=inputs, tokens=len(row.ids))
 
 
 def _replay(
     bundle: Bundle, answers: tuple[KnownAnswer, ...], *, session: Session, frontend: FrontEnd | None
 ) -> Replay | None:
     if bundle.certificate is None:
-        return (
-            None  # nothing says on which platform, and within which tolerance, they must come out
-        )
+        return None  # the platform and the tolerance to compare with are in the certificate
     return replay(
         answers,
         session.run,
@@ -275,31 +261,36 @@ def _measure(
     *,
     frontend: FrontEnd | None,
     calibration: Calibration,
-) -> dict[str, Measured]:
-    """What may run in each bucket, by its label."""
+) -> dict[str, MeasuredBucket]:
+    """The row counts that may run in each bucket, by its label."""
 
-    def measure(rows: Mapping[str, Sequence[Tensors]]) -> dict[str, Measured]:
+    def measure(rows: Mapping[str, Sequence[Tensors]]) -> dict[str, MeasuredBucket]:
         return calibration.measure(
             session.run, rows, path=bundle.path, digest=bundle.digest, platform=session.platform
         )
 
     if frontend is not None:
         names = {spec.name for spec in bundle.manifest.inputs}
-        made = text_rows_to_measure(answers, frontend=frontend)
-        return measure({label: [_only(row, names) for row in rows] for label, rows in made.items()})
-    asked = [answer.inputs for answer in answers]
-    alone = Measured(
-        stable=(1,), costs={1: alone_s(session.run, asked, path=bundle.path) or _UNMEASURED_S}
+        rows_by_length = text_rows_to_measure(answers, frontend=frontend)
+        return measure(
+            {
+                length: [{name: row[name] for name in row if name in names} for row in rows]
+                for length, rows in rows_by_length.items()
+            }
+        )
+    requests = [answer.inputs for answer in answers]
+    alone = MeasuredBucket(
+        stable=(1,), costs={1: alone_s(session.run, requests, path=bundle.path) or _UNMEASURED_S}
     )
-    rows = _rows_by_shape(bundle, asked, session.run)
+    rows = _rows_by_shape(bundle, requests, session.run)
     return {WHOLE: alone} if rows is None else {**measure(rows), OTHER: alone}
 
 
 def _rows_by_shape(
-    bundle: Bundle, asked: Sequence[Tensors], run: Run
+    bundle: Bundle, requests: Sequence[Tensors], run: Run
 ) -> dict[str, list[Tensors]] | None:
-    """Single rows of the known answers by the label of their shape; None where a request must not
-    be taken apart.
+    """Single rows of the known answers by the label of their shape; None where requests must not be
+    split.
     """
     records = bundle.certificate.records if bundle.certificate else ()
     proven = any(
@@ -308,20 +299,20 @@ def _rows_by_shape(
     tensors = (*bundle.manifest.inputs, *bundle.manifest.outputs)
     if not proven or any(spec.shape[:1] != (-1,) for spec in tensors):
         return None
-    found: dict[str, list[Tensors]] = {}
-    for inputs in asked:
+    rows: dict[str, list[Tensors]] = {}
+    for inputs in requests:
         for row in split(inputs):
-            label = label_of(signature_of(row))
-            if label not in found and any(answer.shape[:1] != (1,) for answer in run(row).values()):
-                return None  # a first axis of another kind, whatever it is called
-            found.setdefault(label, []).append(row)
-    return found
+            label = label_of(row_shape_of(row))
+            if label not in rows and any(answer.shape[:1] != (1,) for answer in run(row).values()):
+                return None  # the first axis of an output does not count rows
+            rows.setdefault(label, []).append(row)
+    return rows
 
 
 def _buckets(
-    bundle: Bundle, run: Run, measured: Mapping[str, Measured], *, is_text: bool
-) -> dict[str, ModelBucket]:
-    answer = answering(run, is_text=is_text, whole=WHOLE in measured)
+    bundle: Bundle, run: Run, measured: Mapping[str, MeasuredBucket], *, is_text: bool
+) -> dict[str, Bucket]:
+    run_rows = run_of_rows(run, is_text=is_text, whole=WHOLE in measured)
     return {
         label: Bucket(
             model=bundle.manifest.name,
@@ -329,12 +320,8 @@ def _buckets(
             digest=bundle.digest,
             label=label,
             positions=int(label) if is_text else 1,
-            run=answer,
-            costs=found.costs,
+            run=run_rows,
+            costs=bucket.costs,
         )
-        for label, found in measured.items()
+        for label, bucket in measured.items()
     }
-
-
-def _only(row: Tensors, names: set[str]) -> Tensors:
-    return {name: tensor for name, tensor in row.items() if name in names}

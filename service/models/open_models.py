@@ -1,8 +1,8 @@
-"""What a repository holds open, and why not the rest: one pass over the folders at a time. Knows no
-threads, no HTTP.
+"""Which versions of the models are open, and why the others are not: one pass over the folders at
+a time.
 
-A bundle that cannot be opened is remembered with its signature and tried again only when it has
-changed; whatever it was to replace goes on.
+A bundle that cannot be opened is remembered with its files' signature and tried again only when
+that has changed. The version that it would have replaced stays open.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import structlog
 
@@ -21,19 +21,19 @@ from evalmode.bundle.certificate import Verdict
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.store import version_order
 from evalmode.errors import EvalmodeError
-from evalmode.service.models.folders import Folder, Signature, look
+from evalmode.service.models.folders import FilesSignature, Folder, look
 from evalmode.service.models.model import Model
 
 _log = structlog.get_logger("evalmode.service")
 
-_KEPT = "its folder is gone; it was the last of its model and goes on"
+_FOLDER_GONE = "its folder is gone; it was the last of its model and goes on"
 
 Identity: TypeAlias = tuple[str, str]  # name, version
 Outcome: TypeAlias = Literal["loaded", "unloaded", "refused"]
 
 
 class Presence(StrEnum):
-    """Whether a version of a model can be asked, in the words of the Open Inference Protocol's
+    """Whether a version of a model can be used, in the words of the Open Inference Protocol's
     index.
     """
 
@@ -44,7 +44,7 @@ class Presence(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One version of a model: whether it can be asked and, where there is something to say, why."""
+    """One version of a model: whether it can be used and, if there is a reason to give, why."""
 
     name: str
     version: str
@@ -54,14 +54,14 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Why the bundle of a folder, with this signature, was not opened."""
+    """Why the bundle of a folder, with files of this signature, was not opened."""
 
     folder: Path
-    signature: Signature
+    signature: FilesSignature
     error: Exception
 
     def log(self) -> None:
-        """Say so; with a traceback where it is no fault of the bundle that we know of."""
+        """Log the refusal, with a traceback where the error is not a known fault of bundles."""
         unexpected = None if isinstance(self.error, EvalmodeError) else self.error
         _log.error(
             "bundle refused", bundle=str(self.folder), reason=str(self.error), exc_info=unexpected
@@ -69,37 +69,30 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Open:
+class _OpenVersion:
     model: Model
     path: Path
-    signature: Signature
+    signature: FilesSignature
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
-    """A folder with the identity that it goes by, and the folder of the same identity that is
-    before it, if any.
+class _Candidate:
+    """A folder with its identity. `duplicate_of` is the folder with the same version that takes
+    precedence, if any.
     """
 
     identity: Identity
     folder: Folder
-    behind: Path | None = None
+    duplicate_of: Path | None = None
 
 
-class Listener(Protocol):
-    """Who is told of a shelf; quick, and never raises."""
+class OpenModels:
+    """The open versions of every model below `root`, at most the newest `versions` of each.
 
-    def changed(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
-        """Something did: these are the open models by name, newest version first, and what is said
-        of all.
-        """
-
-    def swapped(self, model: str, outcome: Outcome) -> None:
-        """A version of a model came, went, or was refused."""
-
-
-class Shelf:
-    """Call one method at a time."""
+    `publish` gets the open models by name, newest version first, and the entries of all versions,
+    at every change. `on_swap` is called when a version of a model was loaded, unloaded or refused.
+    Calls must not overlap.
+    """
 
     def __init__(
         self,
@@ -107,123 +100,134 @@ class Shelf:
         *,
         open_model: Callable[[Path], Model],
         versions: int,
-        listener: Listener,
+        publish: Callable[[Mapping[str, tuple[Model, ...]], tuple[Entry, ...]], None],
+        on_swap: Callable[[str, Outcome], None],
     ) -> None:
         self._root = root
         self._open_model = open_model
-        self._versions = versions
-        self._listener = listener
-        self._known: dict[Path, Folder] = {}
-        self._found: list[_Found] = []
-        self._open: dict[str, tuple[_Open, ...]] = {}  # newest version first
-        self._refused: dict[Path, Refusal] = {}
+        self._max_versions = versions
+        self._publish_snapshot = publish
+        self._on_swap = on_swap
+        self._folders: dict[Path, Folder] = {}
+        self._candidates: list[_Candidate] = []
+        self._open: dict[str, tuple[_OpenVersion, ...]] = {}  # newest version first
+        self._refusals: dict[Path, Refusal] = {}
         self._withdrawn: set[str] = set()
         self._orphans: set[str] = set()
         self._opening: Identity | None = None
 
-    def settle(self, *, anew: str | None = None) -> list[Refusal]:
-        """Make what is open be what the folders hold, the model called `anew` in any case; what was
-        refused now.
+    def refresh(self, *, reload: str | None = None) -> list[Refusal]:
+        """Open and close models until they match the folders; the new refusals.
 
-        A bundle that is refused again for the same reason, as one that is still being copied, is
-        not told again.
+        The model `reload` is opened again even if its files have not changed. A bundle that is
+        refused again for the same reason, as while it is still being copied, is not a new refusal.
         """
-        self._look()
-        earlier = {path: str(refusal.error) for path, refusal in self._refused.items()}
-        tried: list[Refusal] = []
-        for name in sorted({found.identity[0] for found in self._found} | set(self._open)):
+        self._scan()
+        earlier = {path: str(refusal.error) for path, refusal in self._refusals.items()}
+        refusals: list[Refusal] = []
+        names = {candidate.identity[0] for candidate in self._candidates} | set(self._open)
+        for name in sorted(names):
             if name not in self._withdrawn:
-                self._settle_one(name, tried, anew=name == anew)
+                self._refresh_model(name, refusals, reload=name == reload)
         self._publish()
-        return [refusal for refusal in tried if earlier.get(refusal.folder) != str(refusal.error)]
+        return [
+            refusal for refusal in refusals if earlier.get(refusal.folder) != str(refusal.error)
+        ]
 
     def restore(self, name: str) -> bool:
-        """Take back `withdraw`, and forget what was refused of this model; False when there is no
-        such bundle.
+        """Undo `withdraw`, and forget the refusals of this model; False when there is no such
+        bundle.
         """
-        self._look()
-        own = self._of(name)
-        for found in own:
-            self._refused.pop(found.folder.path, None)
-        if own:
+        self._scan()
+        candidates = self._candidates_of(name)
+        for candidate in candidates:
+            self._refusals.pop(candidate.folder.path, None)
+        if candidates:
             self._withdrawn.discard(name)
-        return bool(own)
+        return bool(candidates)
 
     def withdraw(self, name: str) -> bool:
-        """Let go of a model until it is restored; False when there is none."""
-        self._look()
-        if name not in self._open and not self._of(name):
+        """Release a model until it is restored; False when there is no such model."""
+        self._scan()
+        if name not in self._open and not self._candidates_of(name):
             return False
         self._withdrawn.add(name)
         self._orphans.discard(name)
-        for one in self._open.pop(name, ()):
-            self._say_let_go(one.model)
+        for version in self._open.pop(name, ()):
+            self._report_unloaded(version.model)
         self._publish()
         return True
 
     def reason_against(self, name: str) -> str | None:
         """Why the newest version of a model was refused; None when it was not."""
-        own = self._of(name)
-        refusal = self._refused.get(own[0].folder.path) if own else None
-        return None if refusal is None else self._plain(refusal.error)
+        candidates = self._candidates_of(name)
+        refusal = self._refusals.get(candidates[0].folder.path) if candidates else None
+        return None if refusal is None else self._public_reason(refusal.error)
 
-    def _look(self) -> None:
-        folders = look(self._root, known=self._known)
-        self._known = {folder.path: folder for folder in folders}
-        self._refused = {
-            path: refusal for path, refusal in self._refused.items() if path in self._known
+    def _scan(self) -> None:
+        folders = look(self._root, known=self._folders)
+        self._folders = {folder.path: folder for folder in folders}
+        self._refusals = {
+            path: refusal for path, refusal in self._refusals.items() if path in self._folders
         }
-        self._found = list(self._identified(folders))
+        self._candidates = list(self._identified(folders))
 
-    def _identified(self, folders: Sequence[Folder]) -> Iterator[_Found]:
-        opened = {
-            one.path: (name, one.model.version)
-            for name, every in self._open.items()
-            for one in every
+    def _identified(self, folders: Sequence[Folder]) -> Iterator[_Candidate]:
+        open_identities = {
+            version.path: (name, version.model.version)
+            for name, versions in self._open.items()
+            for version in versions
         }
         first: dict[Identity, Path] = {}
         for folder in sorted(folders, key=lambda folder: folder.identity is None):
-            # A manifest that is being written cannot be read; it goes by what was there, else by
-            # what it may become.
-            may_be = (folder.path.parent.name, folder.path.name)
-            identity = folder.identity or opened.get(folder.path) or may_be
+            # A manifest that is being written cannot be read. Its folder keeps the identity that is
+            # open from it, else it gets the one that its path suggests.
+            by_path = (folder.path.parent.name, folder.path.name)
+            identity = folder.identity or open_identities.get(folder.path) or by_path
             path = first.setdefault(identity, folder.path)
-            yield _Found(
-                identity=identity, folder=folder, behind=None if path == folder.path else path
+            yield _Candidate(
+                identity=identity, folder=folder, duplicate_of=None if path == folder.path else path
             )
 
-    def _of(self, name: str) -> list[_Found]:
+    def _candidates_of(self, name: str) -> list[_Candidate]:
         """The folders of one model, newest version first, each version once."""
-        own = [found for found in self._found if found.identity[0] == name and found.behind is None]
-        return sorted(own, key=lambda found: version_order(found.identity[1]), reverse=True)
+        candidates = [
+            candidate
+            for candidate in self._candidates
+            if candidate.identity[0] == name and candidate.duplicate_of is None
+        ]
+        return sorted(
+            candidates, key=lambda candidate: version_order(candidate.identity[1]), reverse=True
+        )
 
-    def _settle_one(self, name: str, tried: list[Refusal], *, anew: bool) -> None:
-        before = {one.model.version: one for one in self._open.get(name, ())}
-        chosen: list[_Open] = []
-        for found in self._of(name):
-            if len(chosen) == self._versions:
+    def _refresh_model(self, name: str, refusals: list[Refusal], *, reload: bool) -> None:
+        before = {version.model.version: version for version in self._open.get(name, ())}
+        after: list[_OpenVersion] = []
+        for candidate in self._candidates_of(name):
+            if len(after) == self._max_versions:
                 break
-            one = before.get(found.identity[1])
-            same = one is not None and (one.path, one.signature) == (
-                found.folder.path,
-                found.folder.signature,
+            folder = candidate.folder
+            version = before.get(candidate.identity[1])
+            unchanged = version is not None and (version.path, version.signature) == (
+                folder.path,
+                folder.signature,
             )
-            if anew or not same:
-                one = self._opened(found, tried) or one
-            if one is not None:
-                chosen.append(one)
-        if not chosen:
+            if reload or not unchanged:
+                version = self._try_open(candidate, refusals) or version
+            if version is not None:
+                after.append(version)
+        if not after:
             self._keep_last(name)
             return
         self._orphans.discard(name)
-        self._open[name] = tuple(chosen)
-        for version in before.keys() - {one.model.version for one in chosen}:
-            self._say_let_go(before[version].model)
+        self._open[name] = tuple(after)
+        for number in before.keys() - {version.model.version for version in after}:
+            self._report_unloaded(before[number].model)
         self._publish()
 
     def _keep_last(self, name: str) -> None:
-        """Nothing of this model is left to open: what was open of it goes on, the newest version
-        alone.
+        """No folder of this model can be opened: the newest open version stays, without the
+        others.
         """
         if name not in self._open or name in self._orphans:
             return
@@ -234,100 +238,99 @@ class Shelf:
             "the folders of a model are gone: its last version goes on", model=name, version=version
         )
 
-    def _opened(self, found: _Found, tried: list[Refusal]) -> _Open | None:
-        folder = found.folder
-        refusal = self._refused.get(folder.path)
+    def _try_open(self, candidate: _Candidate, refusals: list[Refusal]) -> _OpenVersion | None:
+        folder = candidate.folder
+        refusal = self._refusals.get(folder.path)
         if refusal is not None and refusal.signature == folder.signature:
             return None
-        self._opening = found.identity
+        self._opening = candidate.identity
         self._publish()
         began = time.monotonic()
         try:
             model = self._open_model(folder.path)
             if (model.name, model.version) != folder.identity:
                 raise BundleError(f"{folder.path} was changed while it was opened")
-        except (
-            Exception
-        ) as error:  # whatever it is, it is the matter of this bundle and of no other
-            _let_go(error)
-            tried.append(Refusal(folder=folder.path, signature=folder.signature, error=error))
-            self._refused[folder.path] = tried[-1]
-            self._listener.swapped(found.identity[0], "refused")
+        except Exception as error:  # of any kind: it concerns this bundle and no other
+            _release_frames(error)
+            refusals.append(Refusal(folder=folder.path, signature=folder.signature, error=error))
+            self._refusals[folder.path] = refusals[-1]
+            self._on_swap(candidate.identity[0], "refused")
             return None
         finally:
             self._opening = None
-        self._refused.pop(folder.path, None)
-        _say_opened(model, seconds=time.monotonic() - began)
-        self._listener.swapped(model.name, "loaded")
-        return _Open(model=model, path=folder.path, signature=folder.signature)
+        self._refusals.pop(folder.path, None)
+        _report_opened(model, seconds=time.monotonic() - began)
+        self._on_swap(model.name, "loaded")
+        return _OpenVersion(model=model, path=folder.path, signature=folder.signature)
 
-    def _say_let_go(self, model: Model) -> None:
+    def _report_unloaded(self, model: Model) -> None:
         _log.info("model let go", model=model.name, version=model.version)
-        self._listener.swapped(model.name, "unloaded")
+        self._on_swap(model.name, "unloaded")
 
     def _publish(self) -> None:
-        models = {name: tuple(one.model for one in self._open[name]) for name in sorted(self._open)}
+        models = {
+            name: tuple(version.model for version in self._open[name])
+            for name in sorted(self._open)
+        }
         newest_first = sorted(
             self._entries(), key=lambda entry: version_order(entry.version), reverse=True
         )
-        self._listener.changed(models, tuple(sorted(newest_first, key=lambda entry: entry.name)))
+        self._publish_snapshot(models, tuple(sorted(newest_first, key=lambda entry: entry.name)))
 
     def _entries(self) -> Iterator[Entry]:
-        there = {found.identity for found in self._found}
-        opened = {(name, one.model.version) for name, every in self._open.items() for one in every}
-        for name, version in opened - there:
-            yield Entry(name=name, version=version, state=Presence.READY, reason=_KEPT)
-        for found in self._found:
-            state, reason = self._said_of(found, opened)
-            yield Entry(
-                name=found.identity[0], version=found.identity[1], state=state, reason=reason
-            )
+        candidate_identities = {candidate.identity for candidate in self._candidates}
+        open_identities = {
+            (name, version.model.version)
+            for name, versions in self._open.items()
+            for version in versions
+        }
+        for name, version in open_identities - candidate_identities:
+            yield Entry(name=name, version=version, state=Presence.READY, reason=_FOLDER_GONE)
+        for candidate in self._candidates:
+            name, version = candidate.identity
+            state, reason = self._presence_of(candidate, open_identities)
+            yield Entry(name=name, version=version, state=state, reason=reason)
 
-    def _said_of(self, found: _Found, opened: set[Identity]) -> tuple[Presence, str]:
-        refusal = self._refused.get(found.folder.path)
-        reason = "" if refusal is None else self._plain(refusal.error)
-        if found.behind is not None:
-            return (
-                Presence.UNAVAILABLE,
-                f"{self._relative(found.behind)} is the same version of the same model",
-            )
-        if found.identity in opened:
-            return (
-                Presence.READY,
-                reason
-                and f"the one that was open goes on, for what its folder holds now: {reason}",
-            )
-        if found.identity == self._opening:
+    def _presence_of(
+        self, candidate: _Candidate, open_identities: set[Identity]
+    ) -> tuple[Presence, str]:
+        refusal = self._refusals.get(candidate.folder.path)
+        reason = "" if refusal is None else self._public_reason(refusal.error)
+        if candidate.duplicate_of is not None:
+            path = candidate.duplicate_of.relative_to(self._root)
+            return Presence.UNAVAILABLE, f"{path} is the same version of the same model"
+        if candidate.identity in open_identities:
+            if reason:
+                reason = f"the one that was open goes on, for what its folder holds now: {reason}"
+            return Presence.READY, reason
+        if candidate.identity == self._opening:
             return Presence.LOADING, ""
-        if found.identity[0] in self._withdrawn:
+        if candidate.identity[0] in self._withdrawn:
             return Presence.UNAVAILABLE, "it was unloaded"
         return (
             Presence.UNAVAILABLE,
-            reason or f"only the newest {self._versions} of its model are open",
+            reason or f"only the newest {self._max_versions} of its model are open",
         )
 
-    def _plain(self, error: Exception) -> str:
-        """The reason as a client may read it: without the server's own paths, and without what we
-        did not foresee.
+    def _public_reason(self, error: Exception) -> str:
+        """The reason for clients: without the server's own paths, and without the text of
+        unexpected errors.
         """
         if not isinstance(error, EvalmodeError):
             return "it failed to open; the log says how"
         return str(error).replace(f"{self._root}/", "").replace(str(self._root), self._root.name)
 
-    def _relative(self, path: Path) -> str:
-        return str(path.relative_to(self._root))
 
-
-def _let_go(error: BaseException | None) -> None:
-    """Free what was local where an error came from: one that is remembered would hold on to a
-    model.
+def _release_frames(error: BaseException | None) -> None:
+    """Free the local variables of the frames that an error came through: an error that is
+    remembered would keep a model alive.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
-def _say_opened(model: Model, *, seconds: float) -> None:
+def _report_opened(model: Model, *, seconds: float) -> None:
     certificate = model.bundle.certificate
     if certificate is None or certificate.verdict is not Verdict.PASS:
         _log.warning(

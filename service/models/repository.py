@@ -1,9 +1,9 @@
-"""The models below one folder: which there are, which are open, and how one takes another's place.
-Knows no HTTP.
+"""The models below one folder, as the server uses them: found by name and version, polled, loaded
+and unloaded.
 
-What is open is published as one snapshot that is never changed, only replaced: readers take no
-lock, and who holds a model goes on with it after it was let go of. No name that a request brings
-ever becomes a path.
+The open models are published as one snapshot that is never changed, only replaced. So readers take
+no lock, and a request keeps its model after the model was unloaded. No name from a request ever
+becomes a path.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
@@ -26,42 +25,32 @@ from evalmode.service.errors import (
     UnknownModel,
 )
 from evalmode.service.models.model import Model
-from evalmode.service.models.open_models import Entry, Outcome, Presence, Shelf
-
-__all__ = ["Entry", "Presence", "Repository"]
+from evalmode.service.models.open_models import Entry, OpenModels, Outcome
 
 _log = structlog.get_logger("evalmode.service")
 
 _SHOWN_CHARACTERS = 64
-_END_S = 5.0  # how long `close` waits for a bundle that is being opened this very moment
+_END_S = 5.0  # how long `close` waits for a bundle that is being opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Snapshot:
-    """What readers see: by name the open models, newest version first, and what is to be said of
-    every version.
+    """What readers see: the open models by name, newest version first, and the entries of all
+    versions.
     """
 
     models: Mapping[str, tuple[Model, ...]] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
 
 
-class ModelFigures(Protocol):
-    """Who counts models: `Metrics`, or a test's. Quick, and never raises."""
-
-    def show_models(self, models: Iterable[Model], /) -> None:
-        """These and no others are open now."""
-
-    def model_swapped(self, model: str, outcome: Outcome, /) -> None:
-        """A version of the model came, went, or was refused."""
-
-
 class Repository:
     """The models below `root`: a bundle, a folder of versions, or a folder of such folders.
 
-    The newest `versions` of each model are open. `open_model` opens a bundle's folder; what it
-    raises is that bundle's fault and no other's. `control` is whether `load` and `unload` are
-    allowed. `default_model` names who answers texts where no model is named.
+    The newest `versions` of each model are open. `open_model` opens a bundle's folder; its errors
+    concern only that bundle. `control` is whether `load` and `unload` are allowed. `default_model`
+    names the model that answers texts where a request names none. `on_change` gets the models that
+    are open now, `on_swap` the name of a model of which a version was loaded, unloaded or refused.
+    Both must be quick and never raise.
     """
 
     def __init__(
@@ -72,40 +61,47 @@ class Repository:
         versions: int = 1,
         control: bool = True,
         default_model: str | None = None,
-        figures: ModelFigures | None = None,
+        on_change: Callable[[Iterable[Model]], None] = lambda models: None,
+        on_swap: Callable[[str, Outcome], None] = lambda model, outcome: None,
     ) -> None:
         self._root = root
         self._control = control
         self._default_model = default_model
-        self._figures = figures
+        self._on_change = on_change
         self._snapshot = _Snapshot()
-        # held while the shelf is used, which may open bundles; readers never take it
+        # Held during every call to `_open_models`, which may open bundles; readers never take it.
         self._lock = threading.Lock()
-        self._shelf = Shelf(root, open_model=open_model, versions=versions, listener=self)
+        self._open_models = OpenModels(
+            root,
+            open_model=open_model,
+            versions=versions,
+            publish=self._publish,
+            on_swap=on_swap,
+        )
         self._ended = threading.Event()
         self._poller: threading.Thread | None = None
 
     def start(self) -> None:
-        """Open what there is; of a bad version an older good one takes the place.
+        """Open the models; an older good version replaces a bad one.
 
-        Raises what the first bundle was refused with when none can be opened, and StartFailed when
-        the folder cannot be read, or the default model is not among those that can be opened.
+        Raises the error of the first bundle when none can be opened. Raises StartFailed when the
+        folder cannot be read, or the default model is not among those that were opened.
         """
         with self._lock:
             try:
-                refused = self._shelf.settle()
-            except OSError as error:  # what goes wrong in a single bundle is that bundle's refusal
+                refusals = self._open_models.refresh()
+            except OSError as error:  # of the root itself; a bundle's error is its refusal
                 raise StartFailed(
                     f"the bundles at {self._root} cannot be looked at: {error.strerror}"
                 ) from error
             if not self._snapshot.models:
-                if refused:
-                    raise refused[0].error
+                if refusals:
+                    raise refusals[0].error
                 raise BundleError(
                     f"no bundle at {self._root}: make one with `evalmode train` and `evalmode"
                     " export`"
                 )
-            for refusal in refused:
+            for refusal in refusals:
                 refusal.log()
         if self._default_model is not None and self._default_model not in self._snapshot.models:
             raise StartFailed(
@@ -114,9 +110,9 @@ class Repository:
             )
 
     def poll(self) -> None:
-        """Look at the folder once, and open and let go of what has changed."""
+        """Look at the folder once, and open and close what has changed."""
         with self._lock:
-            for refusal in self._shelf.settle():
+            for refusal in self._open_models.refresh():
                 refusal.log()
 
     def start_polling(self, poll_s: float) -> None:
@@ -128,16 +124,16 @@ class Repository:
             self._poller.start()
 
     def close(self) -> None:
-        """Poll no more. What is open stays open for those who hold it."""
+        """Stop polling. Open models stay open for their holders."""
         self._ended.set()
         if self._poller is not None:
             self._poller.join(_END_S)
 
     def get(self, name: str | None = None, version: str | None = None) -> Model:
-        """The open model of this name and version, by default its newest; of no name the one that
-        reads texts.
+        """The open model of this name and version, by default the newest; without a name the model
+        that reads texts.
 
-        Raises UnknownModel for what there is not, and NotReady for what there is and is not open.
+        Raises UnknownModel for one that does not exist, and NotReady for one that is not open.
         """
         if name is None:
             default = self.default_text()
@@ -158,8 +154,8 @@ class Repository:
         raise _not_open(snapshot, name, None)
 
     def default_text(self) -> Model:
-        """The model that answers texts where none is named. Raises InvalidField where one must be
-        named.
+        """The model that answers texts when the request names none. Raises InvalidField when it
+        must name one.
         """
         if self._default_model is not None:
             return self.get(self._default_model)
@@ -183,55 +179,48 @@ class Repository:
         return tuple(model for models in self._snapshot.models.values() for model in models)
 
     def index(self) -> tuple[Entry, ...]:
-        """Every version that is there or open, by name, the newest first."""
+        """Every version in the folders or open, by name, the newest first."""
         return self._snapshot.entries
 
     def load(self, name: str) -> None:
-        """Open a model anew from what its folders hold now, also after `unload`.
+        """Open a model again from its folders, also after `unload`.
 
-        Raises Forbidden where that is not allowed, UnknownModel for a name that no bundle has, and
-        BadRequest, with the reason, when its newest version cannot be opened: what was open goes
-        on.
+        Raises Forbidden where that is not allowed, and UnknownModel for a name that no bundle has.
+        Raises BadRequest, with the reason, when its newest version cannot be opened: the version
+        that was open stays.
         """
         self._require_control()
         with self._lock:
-            if not self._shelf.restore(name):
+            if not self._open_models.restore(name):
                 if name in self._snapshot.models:
                     raise BadRequest(
                         f"model {name} cannot be loaded: its folder is gone; what was open goes on"
                     )
                 raise _unknown(self._snapshot, name)
-            refused = self._shelf.settle(anew=name)
-            for refusal in refused:
+            refusals = self._open_models.refresh(reload=name)
+            for refusal in refusals:
                 refusal.log()
-            if reason := self._shelf.reason_against(name):
+            if reason := self._open_models.reason_against(name):
                 raise BadRequest(f"model {name} cannot be loaded: {reason}")
 
     def unload(self, name: str) -> None:
-        """Let go of a model until it is loaded again. Raises Forbidden and UnknownModel, as `load`
+        """Release a model until it is loaded again. Raises Forbidden and UnknownModel, as `load`
         does.
         """
         self._require_control()
         with self._lock:
-            if not self._shelf.withdraw(name):
+            if not self._open_models.withdraw(name):
                 raise _unknown(self._snapshot, name)
 
-    def changed(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
-        """For the shelf: this is what readers see from now on."""
+    def _publish(self, models: Mapping[str, tuple[Model, ...]], entries: tuple[Entry, ...]) -> None:
         self._snapshot = _Snapshot(models=models, entries=entries)
-        if self._figures is not None:
-            self._figures.show_models(self.models())
-
-    def swapped(self, model: str, outcome: Outcome) -> None:
-        """For the shelf: count it."""
-        if self._figures is not None:
-            self._figures.model_swapped(model, outcome)
+        self._on_change(self.models())
 
     def _poll_until_ended(self, poll_s: float) -> None:
         while not self._ended.wait(poll_s):
             try:
                 self.poll()
-            except Exception:  # what cannot be read now may be there the next time
+            except Exception:  # the folder may be readable the next time
                 _log.exception("the bundles could not be looked at", folder=str(self._root))
 
     def _require_control(self) -> None:

@@ -1,5 +1,5 @@
-"""Raw tensors of one request: checked against what the model declares, split into rows. Knows no
-texts and no HTTP.
+"""Raw tensors of one request: checked against what the model declares, split into rows, and the
+rows' answers joined again.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,10 @@ from evalmode.bundle.row_counts import bits
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.datatypes import BYTES, DATATYPES, datatype_of
 
-# What tells rows apart that may not share a batch: the name of each input, and its shape without
-# the rows.
-Signature = tuple[tuple[str, tuple[int, ...]], ...]
+# The name of each input, and its shape without the rows. Rows share a batch only if it is the same.
+RowShape: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 
-_AN_OBJECT_BYTES = 64  # what Python's string and the pointer to it take beside the characters
+_OBJECT_BYTES = 64  # of a Python string and the pointer to it, besides the characters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,9 +43,7 @@ class ModelRow:
         return hashlib.sha256(content_of(self.inputs)).hexdigest()
 
     def described(self) -> str:
-        """The digest and the shapes: what it takes to find the row again, and to know how it was
-        run.
-        """
+        """The digest and the shapes: enough to find the row again and to know how it was run."""
         shapes = " ".join(
             f"{name}{list(tensor.shape)}" for name, tensor in sorted(self.inputs.items())
         )
@@ -61,28 +59,27 @@ def content_of(tensors: Tensors) -> bytes:
     return b"".join(parts)
 
 
-def checked(
+def check_inputs(
     inputs: Tensors, specs: Sequence[TensorSpec], *, optional: frozenset[str] = frozenset()
 ) -> dict[str, npt.NDArray[np.generic]]:
-    """`inputs` as the runtime takes them. Raises BadRequest, naming the tensor, for what the model
-    does not take.
+    """`inputs` as the runtime needs them. Raises BadRequest, naming the tensor, where they do not
+    fit the model.
     """
-    known = {spec.name: spec for spec in specs}
+    specs_by_name = {spec.name: spec for spec in specs}
+    names = ", ".join(specs_by_name)
     for name in inputs:
-        if name not in known:
-            raise BadRequest(
-                f"the model has no input {name!r}: its inputs are {', '.join(known)}", field=name
-            )
-    for name in known:
+        if name not in specs_by_name:
+            raise BadRequest(f"the model has no input {name!r}: its inputs are {names}", field=name)
+    for name in specs_by_name:
         if name not in inputs and name not in optional:
             raise BadRequest(
-                f"input {name!r} is missing: the model's inputs are {', '.join(known)}", field=name
+                f"input {name!r} is missing: the model's inputs are {names}", field=name
             )
-    return {name: _fitting(tensor, known[name]) for name, tensor in inputs.items()}
+    return {name: _check_input(tensor, specs_by_name[name]) for name, tensor in inputs.items()}
 
 
 def row_count(inputs: Tensors) -> int:
-    """How many rows the inputs hold. Raises BadRequest when they do not agree, or hold none."""
+    """The number of rows. Raises BadRequest when the inputs do not agree on it, or it is 0."""
     sizes: dict[str, int] = {name: tensor.shape[0] for name, tensor in inputs.items()}
     first, rows = next(iter(sizes.items()))
     for name, size in sizes.items():
@@ -97,7 +94,7 @@ def row_count(inputs: Tensors) -> int:
 
 
 def split(inputs: Tensors) -> list[dict[str, npt.NDArray[np.generic]]]:
-    """Single rows with a leading dimension of 1, none of which holds on to the whole."""
+    """Single rows with a leading dimension of 1: copies, so that no row keeps the whole request."""
     rows = row_count(inputs)
     if rows == 1:
         return [dict(inputs)]
@@ -107,19 +104,19 @@ def split(inputs: Tensors) -> list[dict[str, npt.NDArray[np.generic]]]:
     ]
 
 
-def signature_of(row: Tensors) -> Signature:
+def row_shape_of(row: Tensors) -> RowShape:
     """The shapes of a row, without its leading dimension."""
     return tuple((name, row[name].shape[1:]) for name in sorted(row))
 
 
-def label_of(signature: Signature) -> str:
-    """A signature as people read it: `3x224x224`, of several inputs `8,8x2`."""
-    return ",".join("x".join(map(str, shape)) or "1" for _, shape in signature)
+def label_of(row_shape: RowShape) -> str:
+    """A row shape as people read it: `3x224x224`, of several inputs `8,8x2`."""
+    return ",".join("x".join(map(str, shape)) or "1" for _, shape in row_shape)
 
 
 def unknown_datatype(specs: Sequence[TensorSpec]) -> TensorSpec | None:
-    """The first tensor of a kind that cannot be sent, as a sequence or a bfloat16 cannot; None
-    where all can be.
+    """The first tensor of a type that requests cannot carry, like a sequence or bfloat16; None
+    without any.
     """
     return next((spec for spec in specs if spec.datatype not in DATATYPES), None)
 
@@ -136,53 +133,52 @@ def non_finite_input(inputs: Tensors) -> str | None:
     )
 
 
-def _fitting(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
+def _check_input(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
     if len(tensor.shape) != len(spec.shape) or any(
-        wanted not in (-1, size) for size, wanted in zip(tensor.shape, spec.shape, strict=True)
+        expected not in (-1, size) for size, expected in zip(tensor.shape, spec.shape, strict=True)
     ):
         raise BadRequest(
             f"input {spec.name!r} must have the shape {[*spec.shape]} (-1: any), got"
             f" {[*tensor.shape]}",
             field=spec.name,
         )
-    if (got := _name_of(tensor)) != spec.datatype:
-        raise BadRequest(f"input {spec.name!r} must be {spec.datatype}, got {got}", field=spec.name)
+    datatype = BYTES if tensor.dtype.kind in "OUS" else datatype_of(tensor)
+    if datatype != spec.datatype:
+        raise BadRequest(
+            f"input {spec.name!r} must be {spec.datatype}, got {datatype}", field=spec.name
+        )
     if spec.datatype == BYTES:
         return _strings(tensor, spec)
     return np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("=")).reshape(tensor.shape)
 
 
 def _strings(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
-    found = np.empty(tensor.size, dtype=object)
+    strings = np.empty(tensor.size, dtype=object)
     for place, element in enumerate(tensor.flat):
-        # both ways: half an emoji is a str that no encoder accepts, and not every byte begins a
-        # character
+        # Both ways: half an emoji is a str that cannot be encoded, and not all bytes are UTF-8.
         try:
-            found[place] = (
-                element if isinstance(element, bytes) else str(element).encode()
-            ).decode()
+            raw = element if isinstance(element, bytes) else str(element).encode()
+            strings[place] = raw.decode()
         except UnicodeError as error:
             raise BadRequest(
                 f"element {place} of input {spec.name!r} is not UTF-8", field=spec.name
             ) from error
-    return found.reshape(tensor.shape)
-
-
-def _name_of(tensor: npt.NDArray[np.generic]) -> str:
-    return BYTES if tensor.dtype.kind in "OUS" else datatype_of(tensor)
+    return strings.reshape(tensor.shape)
 
 
 def _nbytes(tensor: npt.NDArray[np.generic]) -> int:
     if tensor.dtype.hasobject:
-        return sum(len(str(element)) + _AN_OBJECT_BYTES for element in tensor.flat)
+        return sum(len(str(element)) + _OBJECT_BYTES for element in tensor.flat)
     return int(tensor.nbytes)
 
 
-def joined(answers: Sequence[Tensors], names: Sequence[str]) -> dict[str, npt.NDArray[np.generic]]:
+def join_rows(
+    answers: Sequence[Tensors], names: Sequence[str]
+) -> dict[str, npt.NDArray[np.generic]]:
     """The answers of a request's rows as one tensor an output. Raises BadRequest where rows differ
     in shape.
     """
-    found = {}
+    outputs = {}
     for name in names:
         rows = [answer[name] for answer in answers]
         if len({row.shape[1:] for row in rows}) > 1:
@@ -192,5 +188,5 @@ def joined(answers: Sequence[Tensors], names: Sequence[str]) -> dict[str, npt.ND
                 " leave this output out",
                 field=name,
             )
-        found[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
-    return found
+        outputs[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    return outputs

@@ -1,7 +1,4 @@
-"""The two sides of a text classifier: rows of ids that go in, labels with probabilities that come
-out.
-
-Knows no HTTP, no queue and no runtime.
+"""The input and the output of a text classifier: rows of ids, and labels with probabilities.
 
 Shapes: B rows, T positions, G ids a position, C labels.
 """
@@ -28,7 +25,7 @@ MASK = "attention_mask"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoredLabel:
     """A label with its probability."""
 
     label: str
@@ -37,11 +34,11 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the model says of one text: the best labels, best first, and whether it read all of the
-    text.
+    """The model's answer for one text: the best labels, best first, and whether the text was
+    cut.
     """
 
-    top: tuple[Scored, ...]
+    top: tuple[ScoredLabel, ...]
     truncated: bool
 
     @property
@@ -71,19 +68,19 @@ class IdRow:
 
 
 def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
-    """The rows of raw ids (B, T) or (B, T, G), each cut to its own length: padded again they are as
-    a text's row is.
+    """The rows of raw ids (B, T) or (B, T, G), each cut to its own length: padded again they equal
+    the row of a text.
 
-    A row is as long as its last position that counts: by attention_mask (B, T), without one by ids
-    other than 0. Raises BadRequest, naming the first that is wrong, for ids that the model has no
-    row for, a mask of other numbers than 0 and 1, more positions than it reads, and a row where
-    nothing counts.
+    A row ends at its last position that counts: by attention_mask (B, T), without one by ids other
+    than 0. Raises BadRequest, naming the first that is wrong, for ids outside the vocabulary, a
+    mask with numbers other than 0 and 1, more positions than the model reads, and a row in which no
+    position counts.
     """
     ids = inputs[IDS].astype(np.int64)
-    grams = (spec.ids_per_position,) if isinstance(spec, NgramSpec) else ()
-    if ids.shape[2:] != grams:
+    gram_shape = (spec.ids_per_position,) if isinstance(spec, NgramSpec) else ()
+    if ids.shape[2:] != gram_shape:
         raise BadRequest(
-            f"{IDS} must have the shape {[-1, -1, *grams]}, got {[*ids.shape]}", field=IDS
+            f"{IDS} must have the shape {[-1, -1, *gram_shape]}, got {[*ids.shape]}", field=IDS
         )
     if ids.shape[1] > spec.lengths[-1]:
         raise BadRequest(
@@ -92,7 +89,7 @@ def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
             field=IDS,
         )
     _require_range(IDS, ids, below=spec.vocabulary)
-    counts = _counting(ids, inputs.get(MASK))  # (B, T)
+    counts = _counted_positions(ids, inputs.get(MASK))  # (B, T)
     lengths = (counts * np.arange(1, ids.shape[1] + 1)).max(axis=1, initial=0)  # (B,)
     for row, length in enumerate(lengths):
         if length == 0:
@@ -102,11 +99,11 @@ def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
                 field=name,
             )
         yield IdRow(
-            ids=ids[row, :length].copy(), mask=None if grams else counts[row, :length].copy()
+            ids=ids[row, :length].copy(), mask=None if gram_shape else counts[row, :length].copy()
         )
 
 
-def _counting(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
+def _counted_positions(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
     """Which positions count, as 0 and 1, (B, T)."""
     if mask is None:
         real = (ids != 0).reshape(*ids.shape[:2], *ids.shape[2:] or (1,))  # (B, T, G)
@@ -122,29 +119,29 @@ def _counting(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
 
 
 def labels_of(manifest: Manifest, *, path: object) -> tuple[str, ...]:
-    """The label of each logit; where the manifest names none, its number. Raises BundleError for no
-    classifier.
+    """The label of each logit; its number where the manifest has no labels. Raises BundleError
+    where the model is not a classifier.
     """
     shape = next((output.shape for output in manifest.outputs if output.name == LOGITS), ())
     labels = manifest.labels
     if len(shape) != 2 or shape[1] < 1 or (labels is not None and len(labels) != shape[1]):
-        wanted = "labels" if labels is None else f"{len(labels)} labels"
+        classes = "labels" if labels is None else f"{len(labels)} labels"
         raise BundleError(
             f"{path} cannot be served as a text classifier: it wants an output {LOGITS!r} of shape"
-            f" (batch, {wanted}), the model has"
+            f" (batch, {classes}), the model has"
             f" {[(output.name, output.shape) for output in manifest.outputs]}"
         )
     return labels or tuple(map(str, range(shape[1])))
 
 
-def predicted(
+def predict(
     logits: Sequence[float], labels: Sequence[str], *, truncated: bool, top_k: int
 ) -> Prediction:
     """The prediction of one row's logits (C,)."""
     scores = softmax(logits)
     return Prediction(
         top=tuple(
-            Scored(label=labels[index], score=scores[index]) for index in best(scores, top_k)
+            ScoredLabel(label=labels[index], score=scores[index]) for index in best(scores, top_k)
         ),
         truncated=truncated,
     )
@@ -153,15 +150,14 @@ def predicted(
 def softmax(logits: Sequence[float]) -> list[float]:
     """The probabilities of one row's logits, in float64.
 
-    In plain Python on purpose: a vectorised exp or sum may take another path, and with it other
-    last bits, for another number of rows or another alignment; `math.exp` sees one number and
-    `math.fsum` rounds once, whatever stands beside. Raises RunFailed for logits without
-    probabilities (NaN or infinite).
+    In plain Python on purpose: a vectorised exp or sum may take another path for another number of
+    rows or another alignment, and give other last bits. `math.exp` sees one number and `math.fsum`
+    rounds once. Raises RunFailed for logits without probabilities (NaN or infinite).
     """
     largest = max(logits)
     powers = [math.exp(logit - largest) for logit in logits]
     total = math.fsum(powers)
-    # one NaN or +inf anywhere makes it so, and so do logits that are all -inf
+    # Not finite with one NaN or +inf anywhere, and for logits that are all -inf.
     if not math.isfinite(total):
         raise RunFailed("the model answered a row of this request with numbers that are not finite")
     return [power / total for power in powers]

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from evalmode.bundle.certificate import Verdict
 from evalmode.errors import EvalmodeError
 from evalmode.service.health import Health
 from evalmode.service.process.graceful import GracefulServer
@@ -155,28 +154,14 @@ def _told(models: tuple[Model, ...]) -> dict[str, object]:
         "digest": first.digest,
         "provider": first.platform.provider,
         "known_answers": str(first.replayed.verdict) if first.replayed else "not replayed",
-        "uncertified": [
-            f"{model.name}/{model.version}" for model in models if not _is_certified(model)
-        ],
     }
     if others:
         told["others"] = [f"{model.name}/{model.version}" for model in others]
     return told
 
 
-def _is_certified(model: Model) -> bool:
-    certificate = model.bundle.certificate
-    return certificate is not None and certificate.verdict is Verdict.PASS
-
-
 def _log_start(settings: Settings, listener: socket.socket, told: Mapping[str, object]) -> None:
-    fields = dict(told)
-    for model in fields.pop("uncertified", []):  # type: ignore[attr-defined]
-        _log.warning(
-            f"model {model} is not certified: nothing proves that it answers as the trained model"
-            " does"
-        )
-    _log.info("serving", url=url_of(settings, listener), **fields, start_s=_process_age_s())
+    _log.info("serving", url=url_of(settings, listener), **told, start_s=_process_age_s())
 
 
 def _process_age_s() -> float | None:

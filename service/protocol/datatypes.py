@@ -15,26 +15,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from evalmode.bundle.datatypes import ELEMENT_TYPES
 from evalmode.service.errors import BadRequest
 
 Array: TypeAlias = npt.NDArray[Any]
 
 BYTES = "BYTES"
 
-# What stands on the wire is little-endian, whatever the machine.
 DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("?"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
+    element.datatype: element.dtype for element in ELEMENT_TYPES if element.dtype is not None
 }
 DATATYPES = (*DTYPES, BYTES)
 

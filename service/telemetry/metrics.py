@@ -1,8 +1,7 @@
-"""What Prometheus reads at /metrics: requests, batches, the queue, models, determinism. Knows no
-route and no ONNX.
+"""What Prometheus reads at /metrics: requests, batches, the queue, models, determinism.
 
-One process keeps its figures in memory. Several, started with PROMETHEUS_MULTIPROC_DIR in their
-environment, keep them in files of that folder, and whichever is asked answers for all.
+A single process keeps its figures in memory. Several, started with PROMETHEUS_MULTIPROC_DIR in
+their environment, keep them in files of that folder, and each can answer for all.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,10 +26,12 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from evalmode.service.batching.bucket import Bucket, SizedRow
-    from evalmode.service.batching.engine import Load
-    from evalmode.service.batching.observer import Reason
+    from evalmode.service.batching.bucket import Bucket
+    from evalmode.service.batching.limits import Load
+    from evalmode.service.batching.observer import RanBatch, Reason
     from evalmode.service.batching.proof import Violation
+    from evalmode.service.models.model import Model
+    from evalmode.service.models.open_models import Outcome
 
 REASONS = (
     "cancelled",
@@ -52,30 +53,7 @@ _TOKENS = tuple(8 * 4**power for power in range(8))
 _SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _WATCH_S = 1.0
 
-
-class OpenModel(Protocol):
-    """A model that is loaded."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-
-    @property
-    def version(self) -> str:
-        """Its version."""
-
-    @property
-    def digest(self) -> str:
-        """The digest of its bundle."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownModel:
-    """A loaded model, as `evalmode_model_info` names it."""
-
-    name: str
-    version: str
-    digest: str
+_ModelLabels: TypeAlias = tuple[str, str, str]  # name, version, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +74,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a date of birth for each series doubles what is scraped
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time for each series doubles what is scraped
         self._together = bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
         self._registry = CollectorRegistry()
         own = None if self._together else self._registry
@@ -105,7 +83,7 @@ class Metrics:
         else:
             ProcessCollector(registry=self._registry)
         self._lock = threading.Lock()
-        self._shown: frozenset[ShownModel] = frozenset()
+        self._shown: frozenset[_ModelLabels] = frozenset()
         self._gone: set[str] = set()
         self._buckets: dict[tuple[str, str], _BucketFigures] = {}
         self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
@@ -139,7 +117,7 @@ class Metrics:
             registry=registry,
         )
         for reason in REASONS:
-            # a rate can only be taken of a series that was there before
+            # Prometheus computes a rate only from a series that existed before.
             self._rejections.labels(reason)
         self._queue_rows = _gauge(
             "evalmode_queue_rows", "Rows that wait for a batch.", registry, "livesum"
@@ -207,10 +185,10 @@ class Metrics:
             registry=registry,
         )
 
-    # What the edge tells.
+    # Called by the edge.
 
     def request_began(self) -> None:
-        """A request's headers are there."""
+        """The headers of a request have arrived."""
         self._in_flight.inc()
 
     def request_ended(
@@ -220,93 +198,85 @@ class Metrics:
         it was rejected.
         """
         self._in_flight.dec()
-        found = self._answered.get((route, method, status))
-        if found is None:
-            found = self._requests.labels(route, method, status), self._durations.labels(route)
-            self._answered[route, method, status] = found
-        counter, durations = found
+        series = self._answered.get((route, method, status))
+        if series is None:
+            series = self._requests.labels(route, method, status), self._durations.labels(route)
+            self._answered[route, method, status] = series
+        counter, durations = series
         counter.inc()
         durations.observe(duration_s)
         if reason is not None:
             self.rejected(reason)
 
     def rejected(self, reason: str) -> None:
-        """A request got no answer, for one of REASONS; also one that was refused before it was
-        whole.
+        """A request got no answer, for one of REASONS; also one that was refused before all of it
+        was read.
         """
         self._rejections.labels(reason).inc()
 
-    # What the engine tells.
+    # Called by the engine.
 
-    def batch_ran(
-        self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
-        *,
-        places: int,
-        waited_s: Sequence[float],
-        run_s: float,
-    ) -> None:
-        """A batch ran with `places` rows, of which `rows` were asked for."""
-        figures = self._of(bucket)
+    def batch_ran(self, batch: RanBatch) -> None:
+        """A batch was answered."""
+        figures = self._of(batch.bucket)
         if figures is None:
             return
-        for waited in waited_s:
-            figures.waited.observe(waited)
-        tokens = sum(row.tokens for row in rows)
-        figures.rows.observe(len(rows))
+        for wait_s in batch.waited_s:
+            figures.waited.observe(wait_s)
+        tokens = sum(row.tokens for row in batch.rows)
+        positions = batch.places * batch.bucket.positions
+        figures.rows.observe(len(batch.rows))
         figures.tokens.observe(tokens)
-        figures.padding.observe(max(0.0, 1 - tokens / (places * bucket.positions)))
-        figures.run.observe(run_s)
+        figures.padding.observe(max(0.0, 1 - tokens / positions))
+        figures.run.observe(batch.run_s)
 
-    def rows_dropped(self, reason: Reason, bucket: Bucket[Any, Any], rows: int) -> None:
-        """Rows will get no answer."""
+    def rows_dropped(self, reason: Reason, bucket: Bucket, rows: int) -> None:
+        """Rows will not be answered."""
         with self._lock:
             if bucket.model not in self._gone:
                 self._dropped.labels(bucket.model, reason).inc(rows)
 
-    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
-        """An answer was computed again, alone; a violation says that its bits were others."""
+    def proved(self, bucket: Bucket, violation: Violation | None) -> None:
+        """An answer was computed again, alone; `violation` is set when its bits differed."""
         with self._lock:
             if bucket.model not in self._gone:
                 self._checks.labels(bucket.model).inc()
                 self._violations.labels(bucket.model).inc(violation is not None)
 
-    # What the repository tells.
+    # Called by the repository.
 
-    def show_models(self, models: Iterable[OpenModel]) -> None:
-        """These and no others are loaded now. In a single process the series of a name that is gone
-        end with it.
+    def show_models(self, models: Iterable[Model]) -> None:
+        """These and no others are loaded now. In a single process the series of a model end when
+        its last version is unloaded.
         """
         with self._lock:
-            now = frozenset(
-                ShownModel(name=one.name, version=one.version, digest=one.digest) for one in models
-            )
-            for model in self._shown - now:
-                self._hide(model)
-            names = {model.name for model in now}
-            self._gone = (self._gone | {model.name for model in self._shown}) - names
-            for model in now:
-                self._info.labels(model.name, model.version, model.digest).set(1)
+            now = frozenset((model.name, model.version, model.digest) for model in models)
+            for labels in self._shown - now:
+                self._hide(labels)
+            names = {name for name, _, _ in now}
+            names_before = {name for name, _, _ in self._shown}
+            self._gone = (self._gone | names_before) - names
+            for labels in now:
+                self._info.labels(*labels).set(1)
             for name in names:
                 self._checks.labels(name)
                 self._violations.labels(name)
             self._loaded.set(len(now))
             if not self._together:
-                self._forget({model.name for model in self._shown} - names)
+                self._forget(names_before - names)
             self._shown = now
 
-    def model_swapped(self, model: str, outcome: Literal["loaded", "unloaded", "refused"]) -> None:
-        """A version of the model took over, went, or was refused."""
+    def model_swapped(self, model: str, outcome: Outcome) -> None:
+        """A version of the model was loaded, unloaded or refused."""
         self._swaps.labels(model, outcome).inc()
 
-    # What Prometheus asks.
+    # For Prometheus.
 
     def render(self, accept: str, *, load: Load | None = None) -> tuple[bytes, str]:
         """The figures and their content type, in the form that the `Accept` header asks for.
 
-        `load` is what the engine says of its queue now. With several processes this reads files:
-        not for an event loop.
+        `load` is the engine's load now. With several processes this reads files, so do not call it
+        on an event loop.
         """
         if load is not None:
             self._show_load(load)
@@ -314,22 +284,22 @@ class Metrics:
         return encode(self._registry), content_type
 
     def watch(self, load: Callable[[], Load]) -> None:
-        """Where there are several processes: write this one's queue down every second, for the one
-        that is asked.
+        """With several processes: write this one's load to its file every second, for the process
+        that renders the figures.
         """
         if not self._together:
             return
 
-        def look() -> None:
+        def show_regularly() -> None:
             while not self._watched.wait(_WATCH_S):
                 self._show_load(load())
 
         self._show_load(load())
-        self._watching = threading.Thread(target=look, name="metrics", daemon=True)
+        self._watching = threading.Thread(target=show_regularly, name="metrics", daemon=True)
         self._watching.start()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._watched.set()
         if self._watching is not None:
             self._watching.join()
@@ -339,30 +309,28 @@ class Metrics:
         self._queue_bytes.set(load.waiting_bytes)
         self._running.set(load.running_batches)
 
-    def _of(self, bucket: Bucket[Any, Any]) -> _BucketFigures | None:
+    def _of(self, bucket: Bucket) -> _BucketFigures | None:
         names = bucket.model, bucket.label
-        found = self._buckets.get(names)
-        if found is not None:
-            return found
+        figures = self._buckets.get(names)
+        if figures is not None:
+            return figures
         with self._lock:
             if bucket.model in self._gone:
-                return (
-                    None  # its last batch, after the name went: a series would come back for good
-                )
-            found = _BucketFigures(
+                # Its last batch ended after it was unloaded: a new series would stay forever.
+                return None
+            figures = _BucketFigures(
                 waited=self._waits.labels(*names),
                 rows=self._rows.labels(*names),
                 tokens=self._tokens.labels(*names),
                 padding=self._padding.labels(*names),
                 run=self._runs.labels(*names),
             )
-            self._buckets[names] = found
-            return found
+            self._buckets[names] = figures
+            return figures
 
-    def _hide(self, model: ShownModel) -> None:
-        labels = model.name, model.version, model.digest
+    def _hide(self, labels: _ModelLabels) -> None:
         if self._together:
-            # files of several processes cannot forget; 0 is left out when read
+            # A series cannot be removed from the files of several processes; 0 is not shown.
             self._info.labels(*labels).set(0)
         else:
             self._info.remove(*labels)

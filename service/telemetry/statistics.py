@@ -1,8 +1,7 @@
-"""What was asked of each model version and how it went, in the form of the protocol's statistics
+"""The requests of each model version and their durations, in the form of the protocol's statistics
 extension.
 
-Knows no route and no model. It observes the engine (batches, waits) and is told how each request
-ended; it may be told so from any thread.
+Batches and waits come from the engine, the end of each request from its route, on any thread.
 """
 
 from __future__ import annotations
@@ -10,17 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evalmode.service.batching.observer import Observer
+from evalmode.service.batching.observer import Observer, RanBatch
 
-if TYPE_CHECKING:
-    from evalmode.service.batching.bucket import Bucket, SizedRow
-
-# Versions come and go; the figures of those that nobody asked for longest go first.
-_MOST_VERSIONS = 1_000
+# Versions come and go: above this number the figures that were unused for longest are dropped.
+_MAX_VERSIONS = 1_000
 
 _NANOSECONDS = 1_000_000_000
 
@@ -32,11 +28,11 @@ class _Duration:
     count: int = 0
     ns: int = 0
 
-    def add(self, took_s: float, *, count: int = 1) -> None:
+    def add(self, duration_s: float, *, count: int = 1) -> None:
         self.count += count
-        self.ns += round(took_s * _NANOSECONDS)
+        self.ns += round(duration_s * _NANOSECONDS)
 
-    def shown(self) -> dict[str, int]:
+    def as_json(self) -> dict[str, int]:
         return {"count": self.count, "ns": self.ns}
 
 
@@ -55,8 +51,8 @@ class _Figures:
     compute_output: _Duration = field(default_factory=_Duration)
     by_rows: dict[int, _Duration] = field(default_factory=dict)
 
-    def shown(self, name: str, version: str) -> dict[str, Any]:
-        none = _Duration().shown()
+    def as_json(self, name: str, version: str) -> dict[str, Any]:
+        none = _Duration().as_json()
         return {
             "name": name,
             "version": version,
@@ -64,12 +60,12 @@ class _Figures:
             "inference_count": self.rows,
             "execution_count": self.batches,
             "inference_stats": {
-                "success": self.success.shown(),
-                "fail": self.fail.shown(),
-                "queue": self.queue.shown(),
-                "compute_input": self.compute_input.shown(),
-                "compute_infer": self.compute_infer.shown(),
-                "compute_output": self.compute_output.shown(),
+                "success": self.success.as_json(),
+                "fail": self.fail.as_json(),
+                "queue": self.queue.as_json(),
+                "compute_input": self.compute_input.as_json(),
+                "compute_infer": self.compute_infer.as_json(),
+                "compute_output": self.compute_output.as_json(),
                 "cache_hit": none,
                 "cache_miss": none,
             },
@@ -77,10 +73,10 @@ class _Figures:
                 {
                     "batch_size": rows,
                     "compute_input": none,
-                    "compute_infer": took.shown(),
+                    "compute_infer": duration.as_json(),
                     "compute_output": none,
                 }
-                for rows, took in sorted(self.by_rows.items())
+                for rows, duration in sorted(self.by_rows.items())
             ],
         }
 
@@ -111,33 +107,26 @@ class Statistics(Observer):
             self._of(name, version).fail.add(took_s)
 
     def of(self, name: str, version: str) -> dict[str, Any]:
-        """The figures of a model version, all 0 where nobody asked it yet."""
+        """The figures of a model version, all 0 before its first request."""
         with self._lock:
-            return (self._figures.get((name, version)) or _Figures()).shown(name, version)
+            return (self._figures.get((name, version)) or _Figures()).as_json(name, version)
 
-    def batch_ran(
-        self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
-        *,
-        places: int,
-        waited_s: Sequence[float],
-        run_s: float,
-    ) -> None:
+    def batch_ran(self, batch: RanBatch) -> None:
         """The engine ran a batch."""
+        rows = len(batch.rows)
         with self._lock:
-            figures = self._of(bucket.model, bucket.version)
+            figures = self._of(batch.bucket.model, batch.bucket.version)
             figures.last_ms = int(self._now() * 1000)
-            figures.rows += len(rows)
+            figures.rows += rows
             figures.batches += 1
-            figures.queue.add(sum(waited_s), count=len(rows))
-            figures.compute_infer.add(run_s, count=len(rows))
-            figures.by_rows.setdefault(len(rows), _Duration()).add(run_s)
+            figures.queue.add(sum(batch.waited_s), count=rows)
+            figures.compute_infer.add(batch.run_s, count=rows)
+            figures.by_rows.setdefault(rows, _Duration()).add(batch.run_s)
 
     def _of(self, name: str, version: str) -> _Figures:
         key = (name, version)
-        found = self._figures.setdefault(key, _Figures())
+        figures = self._figures.setdefault(key, _Figures())
         self._figures.move_to_end(key)
-        if len(self._figures) > _MOST_VERSIONS:
+        if len(self._figures) > _MAX_VERSIONS:
             self._figures.popitem(last=False)
-        return found
+        return figures

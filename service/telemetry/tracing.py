@@ -1,7 +1,6 @@
-"""OpenTelemetry traces: a span a request, and in it one for its wait and one for the model's run.
-Knows no route.
+"""OpenTelemetry traces: a span for each request, and in it one for its wait and one for the run.
 
-Nothing of OpenTelemetry is imported, and it need not be installed, where no endpoint is set.
+OpenTelemetry is imported, and must be installed, only where an endpoint is set.
 """
 
 from __future__ import annotations
@@ -9,16 +8,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import evalmode
-from evalmode.service.batching.observer import Observer
+from evalmode.service.batching.observer import Observer, RanBatch
 from evalmode.service.errors import StartFailed
 from evalmode.service.settings import Settings
 
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
-
-    from evalmode.service.batching.bucket import Bucket, SizedRow
 
 _TRACES_PATH = "/v1/traces"
 _VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -37,8 +33,8 @@ _log = structlog.get_logger("evalmode.service")
 
 
 def open_tracing(settings: Settings) -> Tracing | None:
-    """The traces that the settings, or OpenTelemetry's own variables, ask for; None where neither
-    names an endpoint.
+    """Tracing to the endpoint in the settings or in OpenTelemetry's own variables; None where
+    neither names one.
 
     Raises StartFailed when the packages for it are not installed.
     """
@@ -47,7 +43,7 @@ def open_tracing(settings: Settings) -> Tracing | None:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        # `around` imports it again: here it shows that it is installed.
+        # `around` imports it again; here a missing package is reported at start.
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: F401
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -57,10 +53,9 @@ def open_tracing(settings: Settings) -> Tracing | None:
             f"setting otlp_endpoint asks for traces, and {error.name} is not installed: pip install"
             " 'evalmode[tracing]'"
         ) from error
-    named = any(map(os.environ.get, _SERVICE_NAMES))
-    attributes = {"service.version": evalmode.__version__} | (
-        {} if named else {"service.name": "evalmode"}
-    )
+    attributes = {"service.version": evalmode.__version__}
+    if not any(map(os.environ.get, _SERVICE_NAMES)):
+        attributes["service.name"] = "evalmode"
     provider = TracerProvider(resource=Resource.create(attributes))
     provider.add_span_processor(
         BatchSpanProcessor(OTLPSpanExporter(endpoint=_traces_url(settings.otlp_endpoint)))
@@ -75,35 +70,8 @@ def _traces_url(endpoint: str | None) -> str | None:
     return endpoint.rstrip("/") + _TRACES_PATH
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What the rows of one request met: their bucket, how many they were, and how many ran with
-    them.
-    """
-
-    model: str
-    version: str
-    bucket: str
-    rows: int
-    batch_rows: int
-    places: int
-
-    def attributes(self) -> dict[str, str | int]:
-        """As a span has them."""
-        return {
-            "evalmode.model": self.model,
-            "evalmode.version": self.version,
-            "evalmode.bucket": self.bucket,
-            "evalmode.rows": self.rows,
-            "evalmode.batch.rows": self.batch_rows,
-            "evalmode.batch.places": self.places,
-        }
-
-
 class Tracing(Observer):
-    """Makes spans and sends them. Also an observer of the engine, for the rows that `following` was
-    told of.
-    """
+    """Makes spans and sends them. Also an observer of the engine, for the rows in `following`."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry import trace
@@ -114,50 +82,49 @@ class Tracing(Observer):
         self._parents: dict[int, Context] = {}
 
     def around(self, app: ASGIApp, *, quiet: Collection[str] = ()) -> ASGIApp:
-        """`app` with a server span around each request, but for those of `quiet` paths."""
+        """`app` with a server span around each request, except those to `quiet` paths."""
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
         from opentelemetry.metrics import NoOpMeterProvider
 
-        async def restored(scope: Scope, receive: Receive, send: Send) -> None:
+        async def app_in_span(scope: Scope, receive: Receive, send: Send) -> None:
             span = self._trace.get_current_span()
             original: Scope = scope["evalmode.scope"]
 
-            async def named(message: Message) -> None:
+            async def send_and_name(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     _name_after_route(span, original)
                 await send(message)
 
             original["state"]["trace_id"] = format(span.get_span_context().trace_id, "032x")
-            await app(original, receive, named)
+            await app(original, receive, send_and_name)
 
-        spanned = OpenTelemetryMiddleware(
-            restored,
+        middleware = OpenTelemetryMiddleware(
+            app_in_span,
             default_span_details=lambda scope: (scope["method"], {}),
             tracer_provider=self._provider,
             meter_provider=NoOpMeterProvider(),
             exclude_spans=["receive", "send"],
         )
 
-        async def traced(scope: Scope, receive: Receive, send: Send) -> None:
+        async def traced_app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or scope["path"] in quiet:
                 await app(scope, receive, send)
                 return
             scope.setdefault("state", {})
-            # Without its query: what stands there is the caller's and does not go to another
-            # machine.
-            shown: MutableMapping[str, Any] = {
+            # Without the query: it may hold private data, which must not go to another machine.
+            public_scope: MutableMapping[str, Any] = {
                 **scope,
                 "query_string": b"",
                 "evalmode.scope": scope,
             }
-            await spanned(shown, receive, send)
+            await middleware(public_scope, receive, send)
 
-        return traced
+        return traced_app
 
     @contextmanager
     def following(self, rows: Iterable[object]) -> Iterator[None]:
-        """While these very rows are answered: when a batch with some of them ran, add spans to the
-        current request.
+        """Add spans to the current request for every batch with some of these rows, which are
+        compared by identity.
         """
         from opentelemetry.context import get_current
 
@@ -173,57 +140,42 @@ class Tracing(Observer):
             for row_id in ids:
                 self._parents.pop(row_id, None)
 
-    def ran(
-        self, batch: Batch, *, waited_s: float, run_s: float, parent: Context | None = None
-    ) -> None:
-        """A batch has just ended: a span for the wait and one for the run, in `parent` or else the
-        current span.
+    def batch_ran(self, batch: RanBatch) -> None:
+        """A batch has just ended. Each request that follows some of its rows gets a span for its
+        longest wait and one for the run.
         """
-        ended_ns = time.time_ns()
-        began_ns = ended_ns - round(run_s * 1e9)
-        came_ns = began_ns - round(waited_s * 1e9)
-        attributes = batch.attributes()
-        for name, start_ns, end_ns in (
-            ("queue wait", came_ns, began_ns),
-            ("model run", began_ns, ended_ns),
-        ):
-            self._tracer.start_span(name, parent, attributes=attributes, start_time=start_ns).end(
-                end_ns
-            )
-
-    def batch_ran(
-        self,
-        bucket: Bucket[Any, Any],
-        rows: Sequence[SizedRow],
-        *,
-        places: int,
-        waited_s: Sequence[float],
-        run_s: float,
-    ) -> None:
-        """A batch ran; whoever follows some of its rows hears of it once."""
-        waits: dict[int, list[float]] = {}
         parents: dict[int, Context] = {}
-        for row, waited in zip(rows, waited_s, strict=True):
+        waits_s: dict[int, list[float]] = {}
+        for row, wait_s in zip(batch.rows, batch.waited_s, strict=True):
             if (parent := self._parents.get(id(row))) is not None:
                 parents[id(parent)] = parent
-                waits.setdefault(id(parent), []).append(waited)
-        for key, waited_of_parent in waits.items():
-            batch = Batch(
-                model=bucket.model,
-                version=bucket.version,
-                bucket=bucket.label,
-                rows=len(waited_of_parent),
-                batch_rows=len(rows),
-                places=places,
-            )
-            self.ran(batch, waited_s=max(waited_of_parent), run_s=run_s, parent=parents[key])
+                waits_s.setdefault(id(parent), []).append(wait_s)
+        ended_ns = time.time_ns()
+        began_ns = ended_ns - round(batch.run_s * 1e9)
+        for key, parent in parents.items():
+            attributes: dict[str, str | int] = {
+                "evalmode.model": batch.bucket.model,
+                "evalmode.version": batch.bucket.version,
+                "evalmode.bucket": batch.bucket.label,
+                "evalmode.rows": len(waits_s[key]),
+                "evalmode.batch.rows": len(batch.rows),
+                "evalmode.batch.places": batch.places,
+            }
+            arrived_ns = began_ns - round(max(waits_s[key]) * 1e9)
+            for name, start_ns, end_ns in (
+                ("queue wait", arrived_ns, began_ns),
+                ("model run", began_ns, ended_ns),
+            ):
+                span = self._tracer.start_span(
+                    name, parent, attributes=attributes, start_time=start_ns
+                )
+                span.end(end_ns)
 
     def close(self, *, timeout_s: float = 5.0) -> bool:
-        """Send what is left; False when that did not end in time, as with an endpoint that is not
-        there.
+        """Send the remaining spans; False when that did not end in time, as with a missing
+        endpoint.
         """
-        # The exporter's own patience is not bounded by a time we could give it, and the end of a
-        # server must be.
+        # The exporter has no time limit that we could set, and the end of a server needs one.
         closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         closing.start()
         closing.join(timeout_s)

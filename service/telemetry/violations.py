@@ -4,7 +4,7 @@ queue and no ONNX.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -20,7 +20,7 @@ _log = structlog.get_logger("evalmode.service")
 class ViolationLog(Observer):
     """An observer of the engine that has something to say of violations alone."""
 
-    def proved(self, bucket: Bucket[Any, Any], violation: Violation | None) -> None:
+    def proved(self, bucket: Bucket, violation: Violation | None) -> None:
         """A row had other bits in a batch than alone: which model, which rows, in which order, in
         how many places.
         """

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from evalmode.service.models.calibration import Calibration
-from evalmode.service.models.model import Model, content_of
-from evalmode.service.models.repository import Presence, Repository
+from evalmode.service.models.model import Model
+from evalmode.service.models.open_models import Presence
+from evalmode.service.models.repository import Repository
+from evalmode.service.models.tensors import content_of
 
 WAIT_S = 30.0
 

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from evalmode.service.batching.engine import Bucket, Engine, Limits, Violation
+from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.engine import Engine
+from evalmode.service.batching.limits import Limits
+from evalmode.service.batching.proof import Violation
 
 WAIT_S = 30.0
 COSTS = {1: 1.0, 2: 1.4, 4: 2.0}
@@ -23,6 +26,9 @@ class Number:
     value: int
     nbytes: int = 8
     tokens: int = 1
+
+    def described(self) -> str:
+        return hashlib.sha256(str(self.value).encode()).hexdigest()
 
 
 def tenfold(rows: Sequence[Number]) -> list[int]:
@@ -70,9 +76,9 @@ class Notes:
     proofs: list[Violation | None] = field(default_factory=list)
     proved_once: threading.Event = field(default_factory=threading.Event)
 
-    def batch_ran(self, bucket, rows, *, places, waited_s, run_s) -> None:
-        self.ran.append((bucket.label, [row.value for row in rows], places))
-        self.waited_s += waited_s
+    def batch_ran(self, batch) -> None:
+        self.ran.append((batch.bucket.label, [row.value for row in batch.rows], batch.places))
+        self.waited_s += batch.waited_s
 
     def rows_dropped(self, reason, bucket, rows) -> None:
         self.dropped.append((reason, bucket.label, rows))
@@ -87,22 +93,21 @@ def bucket_of(
     *,
     label: str = "8",
     costs: Mapping[int, float] | None = None,
-) -> Bucket[Number, Any]:
+) -> Bucket:
     return Bucket(model="m", version="1", label=label, positions=8, run=run, costs=costs or COSTS)
 
 
-def start_engine(*, parallel: int = 1, **settings: Any) -> Engine[Number, Any]:
+def start_engine(*, parallel: int = 1, **settings: Any) -> Engine:
     content = settings.pop("content", lambda answer: repr(answer).encode())
     return Engine(
         parallel=parallel,
         content=content,
-        digest=lambda row: hashlib.sha256(str(row.value).encode()).hexdigest(),
         **settings,
     )
 
 
 @contextmanager
-def engine_of(*, parallel: int = 1, **settings: Any) -> Iterator[Engine[Number, Any]]:
+def engine_of(*, parallel: int = 1, **settings: Any) -> Iterator[Engine]:
     """An engine that must have ended by itself when the test has."""
     engine = start_engine(parallel=parallel, **settings)
     yield engine
@@ -110,7 +115,7 @@ def engine_of(*, parallel: int = 1, **settings: Any) -> Iterator[Engine[Number, 
 
 
 @contextmanager
-def one_thread_held(**settings: Any) -> Iterator[tuple[Engine[Number, Any], Callable[[], None]]]:
+def one_thread_held(**settings: Any) -> Iterator[tuple[Engine, Callable[[], None]]]:
     """An engine of one thread, which is busy until the given function is called: what is asked
     meanwhile waits.
     """
@@ -131,9 +136,7 @@ def in_thread(call: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def jobs_of(
-    bucket: Bucket[Number, Any], values: Sequence[int]
-) -> list[tuple[Bucket[Number, Any], Number]]:
+def jobs_of(bucket: Bucket, values: Sequence[int]) -> list[tuple[Bucket, Number]]:
     return [(bucket, Number(value)) for value in values]
 
 

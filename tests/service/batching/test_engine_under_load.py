@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evalmode.service.batching.engine import Bucket, Limits
+from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.limits import Limits
 from evalmode.service.errors import DeadlineExceeded, NotReady, QueueFull, RunFailed
 from tests.service.batching.engine_fakes import (
     WAIT_S,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from evalmode.service.batching.engine import Limits
+from evalmode.service.batching.limits import Limits
 from evalmode.service.batching.proof import Proofs
 from tests.service.batching.engine_fakes import (
     WAIT_S,
@@ -31,11 +31,10 @@ def sha256(answer: object) -> str:
     return hashlib.sha256(repr(answer).encode()).hexdigest()
 
 
-def proofs_of(fraction: float = 1.0, **settings) -> Proofs[Number, object]:
+def proofs_of(fraction: float = 1.0, **settings) -> Proofs:
     return Proofs(
         fraction=fraction,
         content=lambda answer: repr(answer).encode(),
-        digest=lambda row: digest(row.value),
         **settings,
     )
 

@@ -8,7 +8,8 @@ import weakref
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalmode.service.batching.waiting import Part, Waiting
+from evalmode.service.batching.ticket import Part
+from evalmode.service.batching.waiting import Waiting
 
 BUCKETS = ("short", "long", "other")
 ADD = st.tuples(
@@ -29,7 +30,7 @@ class Naive:
 
     def add(self, part: Part) -> None:
         self.rows += [
-            (part.order, place, part.bucket, part, nbytes) for place, _, nbytes in part.items
+            (part.order, place, part.bucket, part, nbytes) for place, _, nbytes in part.rows
         ]
         self.rows.sort(key=lambda row: row[:2])
 
@@ -54,7 +55,7 @@ def test_it_does_what_a_sorted_list_of_all_rows_does(steps):
         if step[0] == "add":
             _, bucket, urgency, sizes = step
             items = [(place, f"{number}.{place}", size) for place, size in enumerate(sizes)]
-            part = Part(bucket, items, order=(urgency, number), owner=None)
+            part = Part(bucket, items, order=(urgency, number), ticket=None)
             parts.append(part)
             naive.add(part)
             waiting.add(part)
@@ -84,7 +85,7 @@ def test_what_was_removed_is_not_kept_anywhere():
 
     row = Row()
     gone = weakref.ref(row)
-    part = Part("short", [(0, row, 8)], order=(1.0, 1), owner=None)
+    part = Part("short", [(0, row, 8)], order=(1.0, 1), ticket=None)
     del row
     waiting: Waiting = Waiting()
     waiting.add(part)
@@ -103,7 +104,7 @@ def test_a_bucket_without_rows_is_forgotten():
     bucket = Bucket()
     gone = weakref.ref(bucket)
     waiting: Waiting = Waiting()
-    waiting.add(Part(bucket, [(0, "row", 8), (1, "row", 8)], order=(1.0, 1), owner=None))
+    waiting.add(Part(bucket, [(0, "row", 8), (1, "row", 8)], order=(1.0, 1), ticket=None))
     head = waiting.head()
     assert head is not None
     waiting.take(head, 1)

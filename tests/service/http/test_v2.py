@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evalmode.service.batching.engine import Load
+from evalmode.service.batching.limits import Load
 from evalmode.service.errors import (
     BodyTooLarge,
     DeadlineExceeded,

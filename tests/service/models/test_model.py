@@ -19,7 +19,8 @@ from evalmode.bundle.errors import BundleCorrupt, BundleError, ProviderUnavailab
 from evalmode.bundle.frontend import BpeSpec, NgramSpec
 from evalmode.service.errors import BadRequest, InvalidField, RunFailed
 from evalmode.service.models.calibration import ROW_COUNTS, Calibration
-from evalmode.service.models.model import Model, content_of
+from evalmode.service.models.model import Model
+from evalmode.service.models.tensors import content_of
 from evalmode.service.models.text import IDS, MASK
 from tests.service.by_hand import alone, floats, together
 

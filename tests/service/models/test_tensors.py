@@ -10,7 +10,8 @@ from onnx import TensorProto, helper
 
 from evalmode.bundle.errors import BundleError
 from evalmode.service.errors import BadRequest, RunFailed
-from evalmode.service.models.model import Model, ModelRow
+from evalmode.service.models.model import Model
+from evalmode.service.models.tensors import ModelRow
 from tests.service.by_hand import alone, asked, floats
 
 

@@ -15,9 +15,10 @@ from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from evalmode.service.batching.bucket import Bucket
-from evalmode.service.batching.engine import Load
+from evalmode.service.batching.limits import Load
+from evalmode.service.batching.observer import RanBatch
 from evalmode.service.batching.proof import Violation
-from evalmode.service.telemetry.metrics import REASONS, Metrics, ShownModel
+from evalmode.service.telemetry.metrics import REASONS, Metrics
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; q=0.9, */*;q=0.1"
 
@@ -32,8 +33,12 @@ def rows_of(*tokens: int) -> list[SimpleNamespace]:
     return [SimpleNamespace(tokens=count, nbytes=8 * count) for count in tokens]
 
 
-def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") -> ShownModel:
-    return ShownModel(name=name, version=version, digest=digest)
+def one_row(bucket: Bucket) -> RanBatch:
+    return RanBatch(bucket=bucket, rows=rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+
+
+def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") -> SimpleNamespace:
+    return SimpleNamespace(name=name, version=version, digest=digest)
 
 
 def values(
@@ -96,7 +101,13 @@ def test_a_reason_is_there_before_anything_was_rejected(reason):
 def test_a_batch_gives_its_rows_tokens_padding_waits_and_run_by_model_and_bucket():
     metrics = Metrics()
     metrics.batch_ran(
-        bucket_of(), rows_of(32, 16, 16), places=4, waited_s=(0.002, 0.02, 0.0), run_s=0.04
+        RanBatch(
+            bucket=bucket_of(),
+            rows=rows_of(32, 16, 16),
+            places=4,
+            waited_s=(0.002, 0.02, 0.0),
+            run_s=0.04,
+        )
     )
     labels = {"model": "languages", "bucket": "32"}
     assert value(metrics, "batch_rows_sum", **labels) == 3
@@ -137,10 +148,10 @@ def test_proofs_and_violations_are_counted():
 def test_a_new_version_takes_the_place_of_the_old_and_the_names_figures_go_on():
     metrics = Metrics()
     metrics.show_models([shown()])
-    metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    metrics.batch_ran(one_row(bucket_of()))
     metrics.show_models([shown(version="2", digest="d2")])
     metrics.model_swapped("languages", "loaded")
-    metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    metrics.batch_ran(one_row(bucket_of()))
     assert value(metrics, "model_info", model="languages", version="1", digest="d1") is None
     assert value(metrics, "model_info", model="languages", version="2", digest="d2") == 1
     assert value(metrics, "batch_rows_count", model="languages", bucket="32") == 2
@@ -152,12 +163,12 @@ def test_the_series_of_a_model_that_is_gone_end_with_it_and_its_last_batch_bring
     metrics = Metrics()
     metrics.show_models([shown(), shown("other")])
     for model in ("languages", "other"):
-        metrics.batch_ran(bucket_of(model), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+        metrics.batch_ran(one_row(bucket_of(model)))
         metrics.proved(bucket_of(model), None)
         metrics.rows_dropped("cancelled", bucket_of(model), 1)
     metrics.show_models([shown("other")])
-    metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
-    metrics.batch_ran(bucket_of(label="64"), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    metrics.batch_ran(one_row(bucket_of()))
+    metrics.batch_ran(one_row(bucket_of(label="64")))
     metrics.proved(bucket_of(), None)
     metrics.rows_dropped("cancelled", bucket_of(), 1)
     assert series(metrics, model="languages") == []
@@ -168,7 +179,7 @@ def test_a_model_that_comes_back_is_counted_again():
     metrics = Metrics()
     for models in ([shown()], [], [shown()]):
         metrics.show_models(models)
-    metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    metrics.batch_ran(one_row(bucket_of()))
     assert value(metrics, "batch_rows_count", model="languages", bucket="32") == 1
 
 
@@ -178,7 +189,7 @@ def test_models_that_come_and_go_while_batches_run_leave_no_series_behind():
 
     def run_batches() -> None:
         while not over.is_set():
-            metrics.batch_ran(bucket_of(), rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+            metrics.batch_ran(one_row(bucket_of()))
             metrics.proved(bucket_of(), None)
 
     threads = [threading.Thread(target=run_batches) for _ in range(3)]
@@ -223,16 +234,19 @@ WORKER = """
 import sys
 from types import SimpleNamespace
 from evalmode.service.batching.bucket import Bucket
-from evalmode.service.batching.engine import Load
-from evalmode.service.telemetry.metrics import Metrics, ShownModel
+from evalmode.service.batching.limits import Load
+from evalmode.service.batching.observer import RanBatch
+from evalmode.service.telemetry.metrics import Metrics
 
 metrics = Metrics()
-old, new = (ShownModel(name="languages", version=version, digest="d" + version) for version in "12")
+old, new = (
+    SimpleNamespace(name="languages", version=version, digest="d" + version) for version in "12"
+)
 metrics.show_models([old])
 metrics.show_models([new])
 bucket = Bucket(model="languages", version="2", label="32", positions=32, run=list, costs={1: 1.0})
 rows = [SimpleNamespace(tokens=8, nbytes=64)]
-metrics.batch_ran(bucket, rows, places=1, waited_s=[0.001], run_s=0.1)
+metrics.batch_ran(RanBatch(bucket=bucket, rows=rows, places=1, waited_s=[0.001], run_s=0.1))
 metrics.request_began()
 metrics.watch(lambda: Load(waiting_rows=5, waiting_bytes=10, running_batches=1, parallel=1))
 print("told", flush=True)
@@ -260,7 +274,7 @@ def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_ha
     for process in processes:
         assert process.stdout.readline() == "told\n"
     processes[0].kill()
-    processes[0].wait()
+    processes[0].communicate()
     mark_process_dead(processes[0].pid, tmp_path)  # as the supervisor does
     text, _ = processes[1].communicate("\n\n", timeout=30)
     assert processes[1].returncode == 0

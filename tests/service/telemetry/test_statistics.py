@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from evalmode.service.batching.observer import RanBatch
 from evalmode.service.telemetry.statistics import Statistics
 from tests.service.batching.engine_fakes import bucket_of
 
@@ -8,7 +9,10 @@ def test_a_batch_counts_its_rows_their_wait_and_its_time_by_its_size():
     statistics = Statistics(now=lambda: 12.5)
     bucket = bucket_of()
     for rows, run_s in ((2, 0.5), (2, 0.25), (1, 0.1)):
-        statistics.batch_ran(bucket, [None] * rows, places=4, waited_s=[0.001] * rows, run_s=run_s)
+        waited_s = [0.001] * rows
+        statistics.batch_ran(
+            RanBatch(bucket=bucket, rows=[None] * rows, places=4, waited_s=waited_s, run_s=run_s)
+        )
     found = statistics.of(bucket.model, bucket.version)
     assert (found["last_inference"], found["inference_count"], found["execution_count"]) == (
         12_500,

@@ -22,14 +22,19 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.observer import RanBatch
 from evalmode.service.errors import StartFailed
 from evalmode.service.http.edge import QUIET_PATHS, Edge, surround
 from evalmode.service.settings import Settings
 from evalmode.service.telemetry.metrics import Metrics
-from evalmode.service.telemetry.tracing import Batch, Tracing, open_tracing
+from evalmode.service.telemetry.tracing import Tracing, open_tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-BATCH = Batch(model="languages", version="1", bucket="32", rows=1, batch_rows=3, places=4)
+BUCKET = Bucket(model="languages", version="1", label="32", positions=32, run=list, costs={1: 1.0})
+
+
+def rows_of(count: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(tokens=1, nbytes=8) for _ in range(count)]
 
 
 class Collector:
@@ -239,7 +244,17 @@ def test_the_wait_and_the_run_are_spans_in_the_request_one_after_the_other(colle
     tracing = opened(collector.url)
 
     async def ran() -> None:
-        tracing.ran(BATCH, waited_s=0.25, run_s=0.5)
+        row, *others = rows_of(3)
+        with tracing.following([row]):
+            tracing.batch_ran(
+                RanBatch(
+                    bucket=BUCKET,
+                    rows=[row, *others],
+                    places=4,
+                    waited_s=(0.25, 0.75, 0.0),
+                    run_s=0.5,
+                )
+            )
 
     ask(traced_app(tracing, ran), "/v2/models/m/infer")
     assert tracing.close()
@@ -266,30 +281,31 @@ def test_the_wait_and_the_run_are_spans_in_the_request_one_after_the_other(colle
 
 def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(collector):
     tracing = opened(collector.url)
-    bucket = Bucket(
-        model="languages", version="1", label="32", positions=32, run=list, costs={1: 1.0}
-    )
     gathered: list[Any] = []
     two_there = asyncio.Barrier(2)
 
     async def answered() -> None:
-        rows = [SimpleNamespace(tokens=1, nbytes=8) for _ in range(2)]
+        rows = rows_of(2)
         with tracing.following(rows):
             gathered.extend(rows)
             if await two_there.wait() == 0:  # as the engine's thread would, out of any request
-                mixed = [gathered[0], gathered[2], gathered[1], gathered[3]]
-                run = threading.Thread(
-                    target=tracing.batch_ran,
-                    args=(bucket, mixed),
-                    kwargs={"places": 4, "waited_s": (0.5, 0.1, 0.2, 0.25), "run_s": 1.0},
+                batch = RanBatch(
+                    bucket=BUCKET,
+                    rows=[gathered[0], gathered[2], gathered[1], gathered[3]],
+                    places=4,
+                    waited_s=(0.5, 0.1, 0.2, 0.25),
+                    run_s=1.0,
                 )
+                run = threading.Thread(target=tracing.batch_ran, args=(batch,))
                 run.start()
                 run.join()
             await two_there.wait()
 
     ask(traced_app(tracing, answered), "/v2/models/m/infer", times=2)
     # A batch that nobody follows any longer, as when its request met its deadline:
-    tracing.batch_ran(bucket, gathered, places=4, waited_s=(0.0,) * 4, run_s=1.0)
+    tracing.batch_ran(
+        RanBatch(bucket=BUCKET, rows=gathered, places=4, waited_s=(0.0,) * 4, run_s=1.0)
+    )
     assert tracing.close()
     spans = collector.spans()
     servers = {span.span_id: span.trace_id for span in spans if span.kind == Span.SPAN_KIND_SERVER}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import structlog
 
-from evalmode.service.batching.engine import Bucket
+from evalmode.service.batching.bucket import Bucket
 from evalmode.service.batching.proof import Violation
 from evalmode.service.telemetry.violations import ViolationLog
 
