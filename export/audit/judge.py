@@ -19,7 +19,7 @@ from evalmode.export.audit.site import (
     Effect,
     Kind,
     Measured,
-    Observer,
+    NoiseObserver,
     Outcome,
     Site,
     Unclear,
@@ -86,7 +86,7 @@ def _judge(
 
 
 def _measured(
-    observer: Observer,
+    observer: NoiseObserver,
     candidate: PossibleSite,
     alpha: float,
     draws: int | None,

@@ -18,7 +18,7 @@ from torch import Tensor
 from evalmode.export.audit import masks
 from evalmode.export.audit import statistics as st
 from evalmode.export.audit.agreement import agreement
-from evalmode.export.audit.site import MOST_DRAWS, Effect, Measured, Observer, Outcome
+from evalmode.export.audit.site import MOST_DRAWS, Effect, Measured, NoiseObserver, Outcome
 
 _PILOT = 8  # draws at least, in the pilot and in the test
 _MOST_PILOT = 512
@@ -45,7 +45,7 @@ class _Pilot:
         )
 
 
-def measure(observer: Observer, *, alpha: float, draws: int | None) -> list[Measured]:
+def measure(observer: NoiseObserver, *, alpha: float, draws: int | None) -> list[Measured]:
     """Every effect's figures, at level alpha each. `draws` fixes the number of test forwards; None
     sizes it.
     """
@@ -56,7 +56,7 @@ def measure(observer: Observer, *, alpha: float, draws: int | None) -> list[Meas
 
 
 def _measure(
-    observer: Observer, index: int, effect: Effect, alpha: float, draws: int | None
+    observer: NoiseObserver, index: int, effect: Effect, alpha: float, draws: int | None
 ) -> Measured:
     if effect.direction is not None:
         return agreement(
@@ -76,7 +76,7 @@ def _measure(
     return _test_mean(observer, index, effect, pilot, alpha, draws)
 
 
-def _pilot(observer: Observer, index: int, effect: Effect) -> _Pilot:
+def _pilot(observer: NoiseObserver, index: int, effect: Effect) -> _Pilot:
     noises: list[Tensor] = []
     for noise in _drawn(observer, index, _MOST_PILOT):
         noises.append(noise)
@@ -112,13 +112,18 @@ def _hang_together(noises: list[Tensor], shape: masks.Shape) -> bool:
     return masks.neighbours_agree([seen for seen, _ in pairs], [kept for _, kept in pairs])
 
 
-def _drawn(observer: Observer, index: int, count: int) -> Iterator[Tensor]:
+def _drawn(observer: NoiseObserver, index: int, count: int) -> Iterator[Tensor]:
     for _ in range(count):
         yield observer.draw()[index].to(torch.float64)
 
 
 def _test_mask(
-    observer: Observer, index: int, effect: Effect, pilot: _Pilot, alpha: float, draws: int | None
+    observer: NoiseObserver,
+    index: int,
+    effect: Effect,
+    pilot: _Pilot,
+    alpha: float,
+    draws: int | None,
 ) -> Measured | None:
     """The exact test; None when the draws showed another structure than the pilot, which is then
     corrected.
@@ -179,7 +184,12 @@ def _mask_figures(
 
 
 def _test_mean(
-    observer: Observer, index: int, effect: Effect, pilot: _Pilot, alpha: float, draws: int | None
+    observer: NoiseObserver,
+    index: int,
+    effect: Effect,
+    pilot: _Pilot,
+    alpha: float,
+    draws: int | None,
 ) -> Measured:
     """Student's interval of the draws' means, against balance, within a margin."""
     every = torch.cat([noise.reshape(-1) for noise in pilot.noises])

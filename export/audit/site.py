@@ -112,7 +112,7 @@ class Effect:
     why: str = ""
 
 
-class Observer(Protocol):
+class NoiseObserver(Protocol):
     """Repeats a site in training and hands out the noise of each effect, NaN where it cannot be
     seen.
     """

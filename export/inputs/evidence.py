@@ -10,7 +10,7 @@ from evalmode.bundle.known_answers import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutBatches:
     """Batches of rows that the training never saw, and the index of the right label of each row."""
 
     batches: Sequence[Tensors]
@@ -31,4 +31,4 @@ class Evidence:
     rows: Mapping[int, Sequence[Tensors]] = field(default_factory=dict)
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     labelled: bool = False
-    held_out: HeldOut | None = None
+    held_out: HeldOutBatches | None = None

@@ -13,7 +13,7 @@ import numpy as np
 
 from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec, collate
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.inputs.evidence import HeldOut
+from evalmode.export.inputs.evidence import HeldOutBatches
 
 _HELD_OUT_BATCH = 64
 # both ends of the certified batch sizes, and the smallest at which rows have a neighbour
@@ -34,7 +34,7 @@ def probes(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> tuple[Tensors, ...
     )
 
 
-def held_out(rows: Sequence[Ids], labels: Ids, spec: NgramSpec | BpeSpec) -> HeldOut:
+def held_out(rows: Sequence[Ids], labels: Ids, spec: NgramSpec | BpeSpec) -> HeldOutBatches:
     """Every held-out row, padded to its own rung, in batches of equal length."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -42,7 +42,7 @@ def held_out(rows: Sequence[Ids], labels: Ids, spec: NgramSpec | BpeSpec) -> Hel
     batches = [
         (length, chosen) for length, every in sorted(by_length.items()) for chosen in _chunks(every)
     ]
-    return HeldOut(
+    return HeldOutBatches(
         batches=[
             collate([rows[index] for index in chosen], length=length) for length, chosen in batches
         ],

@@ -28,7 +28,7 @@ _Pairs = Sequence[tuple[Tensors, Tensors]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class PrecisionLimits:
     """How far a graph of some precision may be from its module.
 
     `difference`: max|d| over the reference's standard deviation. `agreement`: share of equal
@@ -44,9 +44,9 @@ class Limits:
 # What leaves fp32 rounds: 1.5e-3 was measured for fp16 and 5.3e-2 for int8 in a clean 4-layer
 # encoder, where a leak of p = .001 shows 8.2e-3. So these limits bound the damage and cannot show
 # that dropout is absent: other rules do.
-FP32 = Limits(precision="fp32", difference=TOLERANCE, agreement=1.0, divergence=1e-9)
-FP16 = Limits(precision="fp16", difference=2e-2, agreement=0.995, divergence=1e-4)
-INT8 = Limits(precision="int8", difference=0.5, agreement=0.97, divergence=1e-2)
+FP32 = PrecisionLimits(precision="fp32", difference=TOLERANCE, agreement=1.0, divergence=1e-9)
+FP16 = PrecisionLimits(precision="fp16", difference=2e-2, agreement=0.995, divergence=1e-4)
+INT8 = PrecisionLimits(precision="int8", difference=0.5, agreement=0.97, divergence=1e-2)
 
 _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _INTEGER_OPS = (
@@ -100,7 +100,7 @@ def check(subject: Subject) -> Record:
     )
 
 
-def limits_of(model: onnx.ModelProto) -> Limits:
+def limits_of(model: onnx.ModelProto) -> PrecisionLimits:
     """The limits for a model's precision, which its operators and the types of its weights tell."""
     if any(node.op_type in _INTEGER_OPS for node in model.graph.node):
         return INT8
@@ -145,7 +145,9 @@ def _compare(pairs: _Pairs, name: str) -> _Compared:
     )
 
 
-def _beyond(name: str, one: _Compared, limits: Limits, *, labelled: bool) -> Iterator[Finding]:
+def _beyond(
+    name: str, one: _Compared, limits: PrecisionLimits, *, labelled: bool
+) -> Iterator[Finding]:
     if not one.difference <= limits.difference:
         yield _error(
             name,
@@ -197,7 +199,7 @@ def _measured(compared: dict[str, _Compared]) -> str:
     return f"{worst:.2e} standard deviations, {flipped} of {labels} labels flipped, {sure} cannot"
 
 
-def _limit(limits: Limits) -> str:
+def _limit(limits: PrecisionLimits) -> str:
     flips = (
         "0 flipped"
         if limits.agreement == 1

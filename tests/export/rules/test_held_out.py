@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from evalmode.bundle.certificate import Verdict
-from evalmode.export.inputs.evidence import HeldOut
+from evalmode.export.inputs.evidence import HeldOutBatches
 from evalmode.export.rules import (
     held_out,
 )
@@ -23,7 +23,7 @@ from tests.export.rules.small_graphs import DOUBLED, ROWS, subject
 def test_held_out_rows_are_counted_on_both_sides(
     answer: Callable[[Tensor], Tensor], verdict: Verdict
 ) -> None:
-    rows = HeldOut(batches=[{"x": ROWS}], labels=[ROWS.argmax(-1)])
+    rows = HeldOutBatches(batches=[{"x": ROWS}], labels=[ROWS.argmax(-1)])
     record = held_out.check(subject(DOUBLED, answer, held_out=rows))
     assert record.verdict is verdict
     assert record.measured.startswith("8 right of 8, ")
