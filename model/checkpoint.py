@@ -1,12 +1,13 @@
-"""A finished training as a folder: what it learned, what it reads, how well, and from what. Data
-alone, never code.
+"""A finished training as a folder: weights, front end, labels, metrics, provenance. Data, no code.
 
-model.safetensors    the weights checkpoint.json      the network's shape, front end, labels,
-metrics, provenance, and the sha256 of the other files tokenizer.json       where the front end is
-BPE held_out.npz         the encoded test rows: flat ids, offsets, labels
+    model.safetensors    the weights
+    checkpoint.json      the network's shape, front end, labels, metrics, provenance, and the
+                         sha256 of the other files
+    tokenizer.json       where the front end is BPE
+    held_out.npz         the encoded test rows: flat ids, offsets, labels
 
-The same run on the same machine writes the same bytes: there is no clock and no path in them. This
-is all that the export knows of the model room.
+The same run on the same machine writes the same bytes: there is no clock and no path in them. The
+export room imports this module of the model room and no other.
 """
 
 from __future__ import annotations
