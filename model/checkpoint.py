@@ -36,6 +36,7 @@ from evalmode.bundle.frontend import (
     NgramSpec,
     open_frontend,
 )
+from evalmode.bundle.npz import npz_of
 from evalmode.errors import EvalmodeError
 from evalmode.model.config import TransformerConfig
 from evalmode.model.transformer import Transformer
@@ -224,15 +225,13 @@ def _checked(path: Path, sha256: str) -> bytes:
 
 
 def _pack(held_out: HeldOut) -> bytes:
-    file = io.BytesIO()
     lengths = [len(row) for row in held_out.rows]
-    np.savez_compressed(  # numpy stamps every entry with 1980: the bytes know no clock
-        file,
-        ids=np.concatenate(held_out.rows).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        labels=held_out.labels,
-    )
-    return file.getvalue()
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "ids": np.concatenate(held_out.rows).astype(np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "labels": held_out.labels,
+    }
+    return npz_of(arrays)
 
 
 def _unpack(data: bytes) -> HeldOut:
