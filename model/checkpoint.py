@@ -29,11 +29,9 @@ from pydantic import TypeAdapter
 from evalmode.atomic_files import write_file
 from evalmode.bundle.frontend import (
     TOKENIZER_FILE,
-    BpeSpec,
     FrontEnd,
     FrontEndSpec,
     Ids,
-    NgramSpec,
     open_frontend,
 )
 from evalmode.bundle.npz import npz_of
@@ -44,7 +42,7 @@ from evalmode.model.transformer import Transformer
 FORMAT = 1
 RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE = "checkpoint.json", "model.safetensors", "held_out.npz"
 
-_spec: TypeAdapter[NgramSpec | BpeSpec] = TypeAdapter(FrontEndSpec)
+_spec: TypeAdapter[FrontEndSpec] = TypeAdapter(FrontEndSpec)
 
 
 class CheckpointError(EvalmodeError):
@@ -72,7 +70,7 @@ class Checkpoint:
     """
 
     module: Transformer
-    frontend: NgramSpec | BpeSpec
+    frontend: FrontEndSpec
     tokenizer: str | None
     labels: tuple[str, ...]
     held_out: HeldOut
@@ -188,7 +186,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _require_agreement(
     network: TransformerConfig,
-    frontend: NgramSpec | BpeSpec,
+    frontend: FrontEndSpec,
     *,
     labels: Sequence[str],
     metrics: object,
