@@ -1,8 +1,9 @@
 """How often a running server is right on a file of labelled texts, and how sure it is. Talks HTTP
 only.
 
-python bench/accuracy.py http://localhost:8000 sentences.jsonl      # a line: {"text": "...",
-"label": "..."}
+    python bench/accuracy.py http://localhost:8000 sentences.jsonl
+
+Each line of the file is {"text": "...", "label": "..."}.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How often the expectation-gap audit is wrong on random sites whose true gap is known, under a
 fresh seed.
 
-python bench/audit.py                       # 1,000 sites, ten to a network, a seed that nobody
-chose python bench/audit.py --sites 200 --seed 7  # to see one again
+    python bench/audit.py                       # 1,000 sites, ten to a network, a random seed
+    python bench/audit.py --sites 200 --seed 7  # to repeat a run
 """
 
 from __future__ import annotations

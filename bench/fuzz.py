@@ -1,10 +1,10 @@
 """Mistaken and malicious requests against a real server, over its socket: `python bench/fuzz.py
 BUNDLE`.
 
-The requests of `mutants.py` on many connections that are kept alive, and known good ones between
-them. Exit code 1 for a status that nobody intended, a connection lost without an answer, an answer
-that is not what it says to be or has other bits than before, memory that grows, or a server that is
-gone. Talks HTTP only; what failed is kept, byte by byte.
+The requests of `fuzz_requests.py` on many connections that are kept alive, and known good ones
+between them. Exit code 1 for a status that nobody intended, a connection lost without an answer, an
+answer that is not what it says to be or has other bits than before, memory that grows, or a server
+that is gone. Talks HTTP only; what failed is kept, byte by byte.
 """
 
 from __future__ import annotations

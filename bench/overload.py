@@ -5,8 +5,8 @@ Finds the capacity with clients that wait for their answers, then offers request
 answered or not: at capacity, then at five times it. Take a model so slow that HTTP is not the
 bottleneck, for instance
 
-evalmode train --data languages --width 512 --layers 8 --heads 8 --epochs 1 --max-minutes 1 --out
-runs/slow evalmode export runs/slow
+    evalmode train --out runs/slow --width 512 --layers 8 --heads 8 --epochs 1 --max-minutes 1
+    evalmode export runs/slow
 
 Talks HTTP only.
 """

@@ -107,7 +107,7 @@ class FrontEnd(Protocol):
     """The seam: what turns texts into rows."""
 
     @property
-    def spec(self) -> NgramSpec | BpeSpec:
+    def spec(self) -> FrontEndSpec:
         """What the manifest declares of it."""
 
     def encode(self, text: str) -> Row:
@@ -185,7 +185,7 @@ class BpeFrontEnd:
         )
 
 
-def open_frontend(spec: NgramSpec | BpeSpec, tokenizer: str | None) -> FrontEnd:
+def open_frontend(spec: FrontEndSpec, tokenizer: str | None) -> FrontEnd:
     """The front end a manifest declares; `tokenizer` is the text of its tokenizer file where it has
     one.
     """

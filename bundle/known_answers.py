@@ -7,7 +7,6 @@ Knows neither ONNX Runtime nor HTTP: it is given `run`.
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from evalmode.bundle.certificate import Certificate, Platform, relative_differen
 from evalmode.bundle.errors import BundleCorrupt, KnownAnswersDiffer
 from evalmode.bundle.frontend import FrontEnd
 from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, Frozen
+from evalmode.bundle.npz import npz_of
 
 Tensors = Mapping[str, npt.NDArray[np.generic]]
 Run = Callable[[Tensors], Tensors]
@@ -59,15 +59,7 @@ def pack(answers: tuple[KnownAnswer, ...]) -> bytes:
         arrays |= {
             f"{index}/output/{name}": np.asarray(tensor) for name, tensor in answer.outputs.items()
         }
-    file = io.BytesIO()
-    with zipfile.ZipFile(
-        file, "w"
-    ) as archive:  # not np.savez: what it writes differs between Python's releases
-        for name, array in arrays.items():
-            entry = io.BytesIO()
-            np.lib.format.write_array(entry, array, allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue())
-    return file.getvalue()
+    return npz_of(arrays)
 
 
 def unpack(file: bytes) -> tuple[KnownAnswer, ...]:

@@ -28,7 +28,6 @@ MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
 CERTIFICATE_FILE = "certificate.json"
 KNOWN_ANSWERS_FILE = "known_answers.npz"
-SCHEMA_VERSION = 1
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A name and a version are a folder each: nothing that could climb out of the bundle root.

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evalmode.bundle.errors import ModelRunFailed
-from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec, collate
+from evalmode.bundle.frontend import FrontEndSpec, Ids, collate
 from evalmode.bundle.known_answers import Run, Tensors
 
 _MOST_TIMINGS = (
@@ -26,7 +26,7 @@ _MOST_TIMINGS = (
 
 
 def rows_by_length(
-    rows: Sequence[Ids], spec: NgramSpec | BpeSpec, *, each: int = 8
+    rows: Sequence[Ids], spec: FrontEndSpec, *, each: int = 8
 ) -> dict[int, list[Tensors]]:
     """`each` single rows, padded, for every rung of the ladder: half of them full, half of them
     mostly padding.

@@ -81,11 +81,11 @@ def hashes_of(contents: Mapping[str, bytes]) -> dict[str, str]:
 
 def write_bundle(
     root: Path, *, manifest: Manifest, certificate: Certificate, contents: Mapping[str, bytes]
-) -> Path:
-    """Write `root/NAME/VERSION` whole or not at all, and return it.
+) -> Bundle:
+    """Seal the certificate, write `root/NAME/VERSION` whole or not at all, and return the bundle.
 
     Raises BundleNotCertified for a certificate that did not pass, and BundleError when another
-    bundle stands there; the same one standing there is the outcome that was asked for.
+    bundle is there. The same bundle being there already is a success.
     """
     assert manifest.files == hashes_of(contents), "a manifest lists its contents"
     assert certificate.digest == digest_of(manifest), "a certificate names the bundle it certifies"
@@ -94,19 +94,27 @@ def write_bundle(
             f"{manifest.name}/{manifest.version} is not written: its certificate says"
             f" {certificate.verdict}"
         )
-    target = root / manifest.name / manifest.version
-    if target.exists():
-        return _already(target, certificate.digest)
-    every = {
+    sealed = certificate.sealed()
+    bundle = Bundle(
+        path=root / manifest.name / manifest.version,
+        digest=sealed.digest,
+        manifest=manifest,
+        certificate=sealed,
+        contents=contents,
+    )
+    if bundle.path.exists():
+        _require_same(bundle)
+        return bundle
+    files = {
         **contents,
         MANIFEST_FILE: manifest.canonical(),
-        CERTIFICATE_FILE: certificate.sealed().canonical(),
+        CERTIFICATE_FILE: sealed.canonical(),
     }
     try:
-        write_folder(target, every)
+        write_folder(bundle.path, files)
     except OSError as error:
-        raise BundleError(f"{target} cannot be written: {error}") from error
-    return target
+        raise BundleError(f"{bundle.path} cannot be written: {error}") from error
+    return bundle
 
 
 def open_bundle(path: Path, *, allow_uncertified: bool = False) -> Bundle:
@@ -172,16 +180,17 @@ def version_order(version: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def _already(target: Path, digest: str) -> Path:
+def _require_same(bundle: Bundle) -> None:
+    """Raise BundleError unless the folder at `bundle.path` holds this very bundle, undamaged."""
     try:
-        standing = open_bundle(target).digest
+        digest = open_bundle(bundle.path).digest
     except BundleError:
-        standing = ""
-    if standing == digest:
-        return target
-    raise BundleError(
-        f"{target} holds another bundle: choose another --version or --name, or remove that folder"
-    )
+        digest = ""
+    if digest != bundle.digest:
+        raise BundleError(
+            f"{bundle.path} holds another bundle: choose another --version or --name, or remove"
+            " that folder"
+        )
 
 
 def _certificate(path: Path, *, allow_uncertified: bool) -> Certificate | None:

@@ -1,7 +1,10 @@
 """evalmode: train with dropout, serve without it, prove it.
 
-The doors to the four rooms: `evalmode.bundle`, `evalmode.model`, `evalmode.export`,
-`evalmode.service`. Importing this package loads none of them.
+The four rooms are `evalmode.bundle`, `evalmode.model`, `evalmode.export` and `evalmode.service`.
+Importing this package loads none of them.
 """
 
 __version__ = "0.1.0"
+
+# Where the default data set and the timings of bundles are kept.
+CACHE = "~/.cache/evalmode"

@@ -91,9 +91,10 @@ def release(
         platform=subject.served.platform,
         records=certified.records,
         row_counts=subject.row_counts,
-    ).sealed()
-    path = write_bundle(root, manifest=manifest, certificate=certificate, contents=contents)
-    return Released(path=path, certificate=certificate)
+    )
+    bundle = write_bundle(root, manifest=manifest, certificate=certificate, contents=contents)
+    assert bundle.certificate is not None, "a bundle is written with its certificate"
+    return Released(path=bundle.path, certificate=bundle.certificate)
 
 
 def require_writable(root: Path, *, name: str, version: str) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from evalmode.bundle.frontend import BpeSpec, FrontEnd, Ids, NgramSpec, collate
+from evalmode.bundle.frontend import BpeSpec, FrontEnd, FrontEndSpec, Ids, collate
 
 # input_ids, attention_mask where the front end needs one, and labels (B,) int64
 Batch = dict[str, Tensor]
@@ -104,7 +104,7 @@ class Batches:
         self,
         rows: Rows,
         *,
-        spec: NgramSpec | BpeSpec,
+        spec: FrontEndSpec,
         batch_rows: int,
         seed: int,
         crop: float = 0.0,
@@ -158,7 +158,7 @@ class Batches:
         return crop(ids, spec=self.spec, draw=draw) if draw.random() < self.crop else ids
 
 
-def crop(ids: Ids, *, spec: NgramSpec | BpeSpec, draw: np.random.Generator) -> Ids:
+def crop(ids: Ids, *, spec: FrontEndSpec, draw: np.random.Generator) -> Ids:
     """A contiguous piece, at least half as long, of a row: of its characters, or of its BPE tokens
     after the first.
     """

@@ -1,12 +1,13 @@
-"""A finished training as a folder: what it learned, what it reads, how well, and from what. Data
-alone, never code.
+"""A finished training as a folder: weights, front end, labels, metrics, provenance. Data, no code.
 
-model.safetensors    the weights checkpoint.json      the network's shape, front end, labels,
-metrics, provenance, and the sha256 of the other files tokenizer.json       where the front end is
-BPE held_out.npz         the encoded test rows: flat ids, offsets, labels
+    model.safetensors    the weights
+    checkpoint.json      the network's shape, front end, labels, metrics, provenance, and the
+                         sha256 of the other files
+    tokenizer.json       where the front end is BPE
+    held_out.npz         the encoded test rows: flat ids, offsets, labels
 
-The same run on the same machine writes the same bytes: there is no clock and no path in them. This
-is all that the export knows of the model room.
+The same run on the same machine writes the same bytes: there is no clock and no path in them. The
+export room imports this module of the model room and no other.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ from pydantic import TypeAdapter
 from evalmode.atomic_files import write_file
 from evalmode.bundle.frontend import (
     TOKENIZER_FILE,
-    BpeSpec,
     FrontEnd,
     FrontEndSpec,
     Ids,
-    NgramSpec,
     open_frontend,
 )
+from evalmode.bundle.npz import npz_of
 from evalmode.errors import EvalmodeError
 from evalmode.model.config import TransformerConfig
 from evalmode.model.transformer import Transformer
@@ -42,7 +42,7 @@ from evalmode.model.transformer import Transformer
 FORMAT = 1
 RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE = "checkpoint.json", "model.safetensors", "held_out.npz"
 
-_spec: TypeAdapter[NgramSpec | BpeSpec] = TypeAdapter(FrontEndSpec)
+_spec: TypeAdapter[FrontEndSpec] = TypeAdapter(FrontEndSpec)
 
 
 class CheckpointError(EvalmodeError):
@@ -70,7 +70,7 @@ class Checkpoint:
     """
 
     module: Transformer
-    frontend: NgramSpec | BpeSpec
+    frontend: FrontEndSpec
     tokenizer: str | None
     labels: tuple[str, ...]
     held_out: HeldOut
@@ -186,7 +186,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _require_agreement(
     network: TransformerConfig,
-    frontend: NgramSpec | BpeSpec,
+    frontend: FrontEndSpec,
     *,
     labels: Sequence[str],
     metrics: object,
@@ -223,15 +223,13 @@ def _checked(path: Path, sha256: str) -> bytes:
 
 
 def _pack(held_out: HeldOut) -> bytes:
-    file = io.BytesIO()
     lengths = [len(row) for row in held_out.rows]
-    np.savez_compressed(  # numpy stamps every entry with 1980: the bytes know no clock
-        file,
-        ids=np.concatenate(held_out.rows).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        labels=held_out.labels,
-    )
-    return file.getvalue()
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "ids": np.concatenate(held_out.rows).astype(np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "labels": held_out.labels,
+    }
+    return npz_of(arrays)
 
 
 def _unpack(data: bytes) -> HeldOut:

@@ -89,7 +89,7 @@ class TrainConfig:
     dropout             drop probability of every place whose own rate is None
     ngram_dropout       drop probability of single ids of a position; ngrams alone have several
     crop                share of the training rows that an epoch reads a random piece of
-    informed_table      start the embedding table from label counts (see prior.py) instead of noise
+    informed_table      start the embedding table from label counts (informed_table.py), not noise
     epochs              None: as many as show it 225,000 rows, at least 2 and at most 20
     patience            epochs without a lower validation loss before it stops
     max_minutes         stop by the clock; then the result is the clock's too, not the seed's alone

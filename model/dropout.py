@@ -8,7 +8,7 @@ The law both obey, for every input x:  E[train(x)] = eval(x).
 
                       training                eval
     Dropout           mask * x / keep         x            Srivastava et al. 2014, section 10
-    ClassicDropout    mask * x                keep * x     Hinton et al. 2012
+    ClassicDropout    mask * x                keep * x     Hinton et al. 2012; Srivastava, section 4
 
 Knows nothing of the network around it.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 from torch import Tensor, nn
 
-from evalmode.bundle.frontend import BpeSpec, NgramSpec
+from evalmode.bundle.frontend import FrontEndSpec
 from evalmode.errors import EvalmodeError
 from evalmode.model.batches import Rows
 from evalmode.model.metrics import fit_temperature, log_loss, predict, quality
@@ -30,7 +30,7 @@ class Validation(lightning.Callback):
     no word exchanged.
     """
 
-    def __init__(self, rows: Rows, *, spec: NgramSpec | BpeSpec, patience: int) -> None:
+    def __init__(self, rows: Rows, *, spec: FrontEndSpec, patience: int) -> None:
         self.rows, self.spec, self.patience = rows, spec, patience
         self.best_loss, self.waited, self.epochs = float("inf"), 0, 0
         self.best_weights: dict[str, Tensor] = {}

@@ -20,8 +20,8 @@ def label_evidence(rows: Rows, *, vocabulary: int, labels: int) -> npt.NDArray[n
     """Centred log p(label | id), (vocabulary, labels): how much an id speaks for each label, on
     average 0.
 
-    p(c | i) = (n(i, c) + s / C) / (n(i) + s),   e(i, c) = log p(c | i) - mean over c' of log p(c' |
-    i)
+        p(c | i) = (n(i, c) + s / C) / (n(i) + s)
+        e(i, c) = log p(c | i) - mean over c' of log p(c' | i)
 
     with n(i, c) the times id i stands in rows of label c, divided by how many ids those rows have,
     so that a label with longer texts does not speak louder; s = SMOOTHING and C labels. An id never

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from evalmode.bundle.frontend import BpeSpec, NgramSpec
+from evalmode.bundle.frontend import FrontEndSpec
 from evalmode.model.batches import Rows, padded
 
 EVAL_ROWS = 256
@@ -22,9 +22,7 @@ EVAL_ROWS = 256
 SHARPEST, SOFTEST = (0.25, 4.0)
 
 
-def predict(
-    network: nn.Module, rows: Rows, *, spec: NgramSpec | BpeSpec
-) -> npt.NDArray[np.float64]:
+def predict(network: nn.Module, rows: Rows, *, spec: FrontEndSpec) -> npt.NDArray[np.float64]:
     """Logits (N, C) float64 of the rows, in their order; the network is left as it was, in training
     or not.
     """

@@ -73,8 +73,8 @@ class KeepState(lightning.Callback):
         trainer.save_checkpoint(self.path)
 
 
-def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> Path | None:
-    """Make `folder` this run's own, and return the state it continues from, if there is one.
+def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> None:
+    """Make `folder` this run's own; a state that the run continues from stays in it.
 
     Raises RunMismatch when the state there is another run's, and EvalmodeError when it would be
     lost: it is there, and `resume` is not asked for.
@@ -87,7 +87,7 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> Path | No
         )
     if state.exists():
         require_same(json.loads(run.read_text()), record, where=run)
-        return state
+        return
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write_file(run, json.dumps(record, indent=1, sort_keys=True).encode())
@@ -95,7 +95,6 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> Path | No
         raise EvalmodeError(
             f"no training can be written to {folder.parent}: {error.strerror}"
         ) from error
-    return None
 
 
 def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path) -> None:

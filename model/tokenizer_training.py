@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from evalmode.bundle.frontend import BpeSpec, NgramSpec
+from evalmode.bundle.frontend import BpeSpec, FrontEndSpec, NgramSpec
 from evalmode.model.config import TrainConfig
 from evalmode.model.data import LANGUAGES, DataSet
 
@@ -21,7 +21,7 @@ PADDING, START = "[PAD]", "[START]"
 NGRAM_VOCABULARY, BPE_VOCABULARY = 65_536, 8_192
 
 
-def choose_frontend(config: TrainConfig, data: DataSet) -> tuple[NgramSpec | BpeSpec, str | None]:
+def choose_frontend(config: TrainConfig, data: DataSet) -> tuple[FrontEndSpec, str | None]:
     """The spec that `config` asks for, and the tokenizer trained on the training texts where it
     needs one.
     """

@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor
 
 import evalmode
-from evalmode.bundle.frontend import BpeSpec, NgramSpec, open_frontend
+from evalmode.bundle.frontend import FrontEndSpec, open_frontend
 from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
 from evalmode.model.batches import UNLABELLED, Batches, Rows, encode
@@ -71,7 +71,7 @@ class _Run:
 
     config: TrainConfig
     data: DataSet
-    spec: NgramSpec | BpeSpec
+    spec: FrontEndSpec
     tokenizer: str | None
     train: Rows
     validation: Rows

@@ -1,6 +1,4 @@
-"""The house's rules, as tests: which way imports go, what rooms may be called, how long a file may
-be.
-"""
+"""The architecture, as tests: the direction of imports, names of files, what is loaded when."""
 
 from __future__ import annotations
 
@@ -48,10 +46,6 @@ def test_a_room_has_one_door(room: str) -> None:
 
 def test_no_room_is_a_junk_drawer() -> None:
     assert not [file for file in SOURCES if NOWHERE & {file.stem, file.parent.name}]
-
-
-def test_a_file_holds_one_noun() -> None:
-    assert not [str(file) for file in SOURCES if len(file.read_text().splitlines()) > 350]
 
 
 def test_every_file_of_the_rooms_says_what_it_is_for() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from evalmode import cli, terminal
+from evalmode.commands.train import train_command
 from evalmode.export.release import Released
 from evalmode.model.checkpoint import Checkpoint
 from evalmode.model.config import TrainConfig
@@ -50,7 +50,7 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
 
 
 def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_defaults() -> None:
-    flags = {name: flag.default for name, flag in inspect.signature(cli.train).parameters.items()}
+    flags = {flag.name: flag.default for flag in train_command().params}
     assert [flags.pop(name) for name in ("out", "resume", "cache")] == [None, False, None]
     fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     fine_tuning = fields.keys() - flags.keys()

@@ -1,1 +1,1 @@
-"""The subcommands that are too long for cli.py, one a file."""
+"""The subcommands of `evalmode`, one a file. What a subcommand needs is imported when it runs."""

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evalmode import CACHE
 from evalmode.atomic_files import write_file
 from evalmode.bundle.certificate import Platform
 from evalmode.bundle.errors import BundleError
@@ -137,7 +138,7 @@ class _TimingsCache:
         identity = json.dumps([digest, platform.model_dump(mode="json"), ROW_COUNTS])
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         try:
-            folder = cache or Path.home() / ".cache" / "evalmode"
+            folder = cache or Path(CACHE).expanduser()
         except RuntimeError:  # a user without a home
             return cls(file=None)
         return cls(file=folder / "calibration" / f"{fingerprint}.json")

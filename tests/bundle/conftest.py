@@ -40,7 +40,7 @@ class Parts:
     def write(self, root: Path) -> Path:
         return write_bundle(
             root, manifest=self.manifest, certificate=self.certificate, contents=self.contents
-        )
+        ).path
 
 
 def make_parts(

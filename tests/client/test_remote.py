@@ -1,4 +1,4 @@
-"""What asking a server comes to before and between requests; test_bulk_command.py asks one."""
+"""How the client of a server opens and waits; tests/commands/test_predict.py sends requests."""
 
 from __future__ import annotations
 

@@ -5,14 +5,18 @@ leaves nothing.
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from pathlib import Path
 
+import onnx
+import onnxscript
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Verdict
+from evalmode.bundle.frontend import NgramSpec
 from evalmode.bundle.store import open_bundle
 from evalmode.errors import EvalmodeError
 from evalmode.export.from_checkpoint import release_checkpoint
@@ -22,6 +26,9 @@ from evalmode.model.dropout import Dropout
 from evalmode.model.transformer import Transformer
 from tests.conftest import make_checkpoint, small_config
 
+# The bundle of tests/conftest.py's checkpoint as an earlier evalmode wrote it.
+RECORDED = Path(__file__).parents[1] / "bundle" / "written_by" / "schema_1" / "small" / "1"
+RECORDED_DIGEST = "7f75f1aa87a1f91830aaf8c2d8c086b6fbcc302107322b0ef4b05c2dc0214f8f"
 SITES = [
     name for name, part in Transformer(small_config()).named_modules() if isinstance(part, Dropout)
 ]
@@ -229,3 +236,25 @@ def test_the_same_checkpoint_gives_the_same_digest(
         checkpoint, root=tmp_path, name="small", version="1", progress=lambda step: None
     )
     assert again.certificate.digest == released.certificate.digest
+
+
+def test_the_digest_of_a_seeded_checkpoint_is_the_recorded_one(released: Released) -> None:
+    recorded = open_bundle(RECORDED)
+    assert recorded.certificate is not None
+    assert isinstance(recorded.manifest.frontend, NgramSpec)
+    # All that a digest depends on besides the checkpoint and our own code.
+    written_by = {
+        **recorded.manifest.provenance["export"],
+        "unicode": recorded.manifest.frontend.unicode,
+        "platform": recorded.certificate.platform,
+    }
+    here = {
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxscript": onnxscript.__version__,
+        "unicode": unicodedata.unidata_version,
+        "platform": released.certificate.platform,
+    }
+    if here != written_by:
+        pytest.skip(f"the digest is recorded for {written_by}, and this is {here}")
+    assert released.certificate.digest == RECORDED_DIGEST

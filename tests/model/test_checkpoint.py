@@ -4,6 +4,7 @@ name of its file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -97,6 +98,20 @@ def test_a_file_that_is_not_whole_is_refused_by_name(copy, name, harm):
     with pytest.raises(CheckpointError, match=name) as refused:
         load(copy)
     assert isinstance(refused.value, EvalmodeError)
+
+
+def test_held_out_rows_that_an_earlier_version_compressed_are_read(copy):
+    before, file = load(copy), copy / "held_out.npz"
+    with np.load(file) as arrays:
+        np.savez_compressed(file, **arrays)
+    record = json.loads((copy / "checkpoint.json").read_text())
+    record["files"]["held_out.npz"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (copy / "checkpoint.json").write_text(json.dumps(record))
+    after = load(copy)
+    assert after.held_out.labels.tobytes() == before.held_out.labels.tobytes()
+    assert [row.tolist() for row in after.held_out.rows] == [
+        row.tolist() for row in before.held_out.rows
+    ]
 
 
 def test_another_format_is_refused_with_the_way_out(copy):

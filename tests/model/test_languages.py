@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evalmode.model import languages
-from evalmode.model.texts import DataError
+from evalmode.model.texts import DataError, Texts
 
 HEADER = {"": "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=n != 1;\n"}
 
@@ -59,7 +59,7 @@ def cache_with(tmp_path: Path, *wheels: dict[str, dict[str, str]]) -> dict[str, 
     return {"cache": tmp_path, "requirements": requirements}
 
 
-def rows_of(parts: dict[str, languages.Texts]) -> set[tuple[str, str]]:
+def rows_of(parts: dict[str, Texts]) -> set[tuple[str, str]]:
     return {row for part in parts.values() for row in zip(part.labels, part.texts, strict=True)}
 
 

@@ -218,7 +218,7 @@ def _written(
     )
     return write_bundle(
         root, manifest=manifest, certificate=certify(certificate), contents=contents
-    )
+    ).path
 
 
 def _known_answers(session: Session) -> Iterator[KnownAnswer]:

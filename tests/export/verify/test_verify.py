@@ -61,7 +61,7 @@ def rewritten(released: Released, root: Path, **changed: bytes) -> Path:
     contents = {**bundle.contents, **{files[name]: data for name, data in changed.items()}}
     manifest = bundle.manifest.model_copy(update={"files": hashes_of(contents)})
     certificate = released.certificate.model_copy(update={"digest": digest_of(manifest)})
-    return write_bundle(root, manifest=manifest, certificate=certificate, contents=contents)
+    return write_bundle(root, manifest=manifest, certificate=certificate, contents=contents).path
 
 
 def test_a_bundle_is_verified_by_its_certificate_and_by_what_is_seen_anew(
