@@ -20,10 +20,10 @@ from evalmode.service.models.model import Job, Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.models.tensors import ModelRow, content_of
 from evalmode.service.settings import Settings
+from evalmode.service.telemetry.logs import ViolationLog
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.statistics import Statistics
 from evalmode.service.telemetry.tracing import Tracing, open_tracing
-from evalmode.service.telemetry.violations import ViolationLog
 
 
 @dataclass(frozen=True, kw_only=True)

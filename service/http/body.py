@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from starlette.requests import Request
 
 from evalmode.service.errors import (
     BadRequest,
@@ -22,6 +23,8 @@ from evalmode.service.errors import (
     UnsupportedMedia,
 )
 from evalmode.service.http.v1_schemas import PredictRequest
+from evalmode.service.protocol.compression import decompressed, encoding_of
+from evalmode.service.settings import Settings
 
 JSON = "application/json"
 
@@ -75,6 +78,24 @@ async def unless_silent(chunks: AsyncIterator[bytes], *, silence_s: float) -> As
                 f"nothing more of the body came for {silence_s:g} seconds"
             ) from error
         yield chunk
+
+
+async def read_request(request: Request, settings: Settings) -> bytes:
+    """The whole body of a request of the Open Inference Protocol, decompressed, whatever media type
+    it declares; the limit holds before and after.
+
+    Raises BadRequest, BodyTooLarge and RequestTimeout.
+    """
+    chunks: AsyncIterator[bytes] = request.stream()
+    encoding = encoding_of(request.headers.get("content-encoding"))
+    if encoding is not None:
+        chunks = decompressed(chunks, encoding)
+    return await read_body(
+        chunks,
+        declared_bytes=request.headers.get("content-length"),
+        max_body_bytes=settings.max_body_bytes,
+        silence_s=settings.body_timeout_s,
+    )
 
 
 def require_json(content_type: str | None) -> None:

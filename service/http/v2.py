@@ -17,9 +17,8 @@ from fastapi import APIRouter, Request, Response
 from evalmode.bundle.known_answers import Tensors
 from evalmode.service.components import State
 from evalmode.service.http import v2_models
-from evalmode.service.http.body import JSON
+from evalmode.service.http.body import JSON, read_request
 from evalmode.service.http.deadline import timeout_of, unless_hung_up
-from evalmode.service.http.v2_body import read_request
 from evalmode.service.http.v2_inference import Asked, answered, only_input, prepare
 from evalmode.service.models.model import Model
 from evalmode.service.protocol.compression import accepted, compress

@@ -18,10 +18,9 @@ from evalmode.bundle.manifest import TensorSpec
 from evalmode.service.errors import BadRequest, InvalidField
 from evalmode.service.models.model import WHOLE, Job, Model
 from evalmode.service.models.text import LOGITS, best, softmax
-from evalmode.service.protocol.classification import classify
 from evalmode.service.protocol.datatypes import BYTES, Array, shown
 from evalmode.service.protocol.request import AskedOutput, InferRequest, InputTensor
-from evalmode.service.protocol.response import OutputTensor
+from evalmode.service.protocol.response import OutputTensor, classify
 
 TEXT = TensorSpec(name="text", datatype=BYTES, shape=(-1,))
 

@@ -18,8 +18,7 @@ import evalmode
 from evalmode.bundle.manifest import is_name
 from evalmode.service.components import State
 from evalmode.service.errors import BadRequest, Conflict, Forbidden, NotReady, UnknownModel
-from evalmode.service.http.body import JSON
-from evalmode.service.http.v2_body import read_request
+from evalmode.service.http.body import JSON, read_request
 from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
