@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+from starlette.requests import Request
+
 from evalmode.bundle.known_answers import Tensors
 from evalmode.service.batching.cpu_quota import cpu_quota
 from evalmode.service.batching.engine import Engine, Limits
@@ -27,7 +29,7 @@ from evalmode.service.telemetry.tracing import Tracing, open_tracing
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class Components:
     """The parts of a server process; `close` it when it has served."""
 
     settings: Settings
@@ -52,7 +54,13 @@ class State:
             self.tracing.close()
 
 
-def open_state(settings: Settings) -> State:
+def components_of(request: Request) -> Components:
+    """The parts that `create_app` put behind the application of this request."""
+    components: Components = request.app.state.components
+    return components
+
+
+def open_components(settings: Settings) -> Components:
     """Open everything that these settings ask for: bundles checked, known answers replayed, row
     counts measured.
 
@@ -91,7 +99,7 @@ def open_state(settings: Settings) -> State:
     )
     metrics.watch(lambda: engine.load)
     repository.start_polling(settings.poll_s)
-    return State(
+    return Components(
         settings=settings,
         repository=repository,
         engine=engine,

@@ -28,7 +28,7 @@ _PROBABILITIES, _LABEL, _TRUNCATED = "probabilities", "label", "truncated"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Asked:
+class PreparedRequest:
     """A request that its model can answer: the rows to run, and where they were texts, which of
     them were cut.
     """
@@ -63,7 +63,7 @@ def is_batched(model: Model) -> bool:
     return WHOLE not in model.row_counts
 
 
-def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
+def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRequest:
     """The rows of a request. Raises BadRequest, naming the field, where this model cannot answer
     it.
     """
@@ -75,7 +75,7 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
     outputs = _asked(model, request, of_text=text is not None)
     if text is None:
         jobs = model.tensor_jobs({tensor.name: tensor.data for tensor in request.inputs})
-        return Asked(model=model, jobs=jobs, outputs=outputs, truncated=None)
+        return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=None)
     if len(request.inputs) > 1:
         other = next(tensor for tensor in request.inputs if tensor is not text)
         raise BadRequest(
@@ -91,17 +91,17 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
         place = (error.field or "").removeprefix("inputs")
         field = f"{text.field}.data{place}"
         raise BadRequest(str(error).replace(error.field or field, field, 1), field=field) from error
-    return Asked(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
+    return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
 
 
-def answered(asked: Asked, answers: Sequence[Tensors]) -> list[OutputTensor]:
+def answered(prepared: PreparedRequest, answers: Sequence[Tensors]) -> list[OutputTensor]:
     """The outputs that were asked for, from the answers of the rows in their order."""
-    own = {spec.name for spec in asked.model.outputs}
-    wanted = {output.name for output in asked.outputs}
-    found = asked.model.join(answers, outputs=sorted(wanted & own)) | _derivatives(
-        asked, answers, wanted - own
+    own = {spec.name for spec in prepared.model.outputs}
+    wanted = {output.name for output in prepared.outputs}
+    found = prepared.model.join(answers, outputs=sorted(wanted & own)) | _derivatives(
+        prepared, answers, wanted - own
     )
-    return [_written(output, found[output.name], asked.model) for output in asked.outputs]
+    return [_written(output, found[output.name], prepared.model) for output in prepared.outputs]
 
 
 def _derived(model: Model) -> tuple[TensorSpec, ...]:
@@ -179,17 +179,19 @@ def _decoded(element: str | bytes, field: str) -> str:
         raise BadRequest(f"{field} is not UTF-8", field=field) from error
 
 
-def _derivatives(asked: Asked, answers: Sequence[Tensors], wanted: set[str]) -> dict[str, Array]:
+def _derivatives(
+    prepared: PreparedRequest, answers: Sequence[Tensors], wanted: set[str]
+) -> dict[str, Array]:
     found: dict[str, Array] = {}
     if wanted & {_PROBABILITIES, _LABEL}:
         # Each row from its own answer, as /v1 does it: no row's bits may hang on how many stand
         # beside it.
         rows = [softmax(answer[LOGITS][0].tolist()) for answer in answers]
         found[_PROBABILITIES] = np.array(rows, dtype=np.float64)
-        labels = asked.model.labels or ()
+        labels = prepared.model.labels or ()
         found[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
-    if asked.truncated is not None:
-        found[_TRUNCATED] = np.array(asked.truncated, dtype=np.bool_)
+    if prepared.truncated is not None:
+        found[_TRUNCATED] = np.array(prepared.truncated, dtype=np.bool_)
     return found
 
 

@@ -26,7 +26,7 @@ def highest_kib() -> int:
 
 async def statuses(served: Served, cases: int, chance: random.Random) -> Counter[int]:
     found: Counter[int] = Counter()
-    transport = httpx.ASGITransport(create_app(served.state))
+    transport = httpx.ASGITransport(create_app(served.components))
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
         for _ in range(cases):
             answer = await ask(client, chance)
