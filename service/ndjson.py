@@ -11,11 +11,10 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-from evalmode.service.errors import NotReady, RequestError
-
-_SHOWN_CHARACTERS = 60
+from evalmode.service.errors import BadRequest, NotReady, RequestError, TextTooLong
+from evalmode.service.strict_json import parse_json, shown
 
 
 class ScoredLabel(Protocol):
@@ -103,34 +102,28 @@ def read_line(raw: bytes | None) -> Line:
     if raw is None:
         return Line(problem="the line is longer than is read here")
     try:
-        found = json.loads(raw.decode(), parse_constant=_refuse_constant)
-    except RecursionError:
-        return Line(problem="the line is nested too deeply")
-    except ValueError as error:
-        return Line(problem=f"the line is not valid JSON: {error}")
-    if isinstance(found, str):
-        return Line(text=found)
-    if not isinstance(found, dict):
+        value = parse_json(raw, subject="the line")
+    except BadRequest as error:
+        return Line(problem=str(error))
+    if isinstance(value, str):
+        return Line(text=value)
+    if not isinstance(value, dict):
         return Line(
-            problem=f"the line must be a string or an object with the key text, got {_shown(found)}"
+            problem=f"the line must be a string or an object with the key text, got {shown(value)}"
         )
-    return _read_object(found)
-
-
-def _read_object(found: Mapping[str, Any]) -> Line:
     echoed: dict[str, object] = {}
-    if "id" in found:
-        name = found["id"]
+    if "id" in value:
+        name = value["id"]
         if isinstance(name, dict | list) or (isinstance(name, float) and not math.isfinite(name)):
             return Line(
-                problem=f"id must be a string, a number, true, false or null, got {_shown(name)}"
+                problem=f"id must be a string, a number, true, false or null, got {shown(name)}"
             )
         echoed["id"] = name
-    if "text" not in found:
+    if "text" not in value:
         return Line(problem="text is missing", echoed=echoed)
-    if not isinstance(found["text"], str):
-        return Line(problem=f"text must be a string, got {_shown(found['text'])}", echoed=echoed)
-    return Line(text=found["text"], echoed=echoed)
+    if not isinstance(value["text"], str):
+        return Line(problem=f"text must be a string, got {shown(value['text'])}", echoed=echoed)
+    return Line(text=value["text"], echoed=echoed)
 
 
 async def answer_lines(
@@ -155,9 +148,7 @@ async def answer_lines(
 
 
 async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predicted | str]:
-    """The predictions of `texts`; in the place of one that cannot be answered the sentence that
-    says why.
-    """
+    """The predictions of `texts`; a text that cannot be answered has the sentence that says why."""
     if not texts:
         return []
     try:
@@ -166,8 +157,8 @@ async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predi
         raise
     except RequestError as error:
         if len(texts) == 1:
-            return [str(error).replace("inputs.0 ", "text ")]
-    # One of them is at fault, and the others are not to suffer: each is asked for itself.
+            return [f"text {error.problem}" if isinstance(error, TextTooLong) else str(error)]
+    # One of them is at fault: each is asked by itself, so that the others are answered.
     each = await asyncio.gather(*(_predictions([text], predict) for text in texts))
     return [outcome for (outcome,) in each]
 
@@ -193,12 +184,3 @@ def spell(said: Mapping[str, object]) -> bytes:
         )
         + b"\n"
     )
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."

@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from evalmode.service.errors import InvalidField, NotReady, QueueFull, RequestTimeout
 from evalmode.service.ndjson import Predict, Predicted, Splitter, answer_lines, spell
+from evalmode.service.strict_json import SHOWN_CHARACTERS
 
 MEDIA_TYPE = "application/x-ndjson"
 DIGEST_HEADER = "x-evalmode-digest"
@@ -91,18 +92,22 @@ def parse_query(items: Iterable[tuple[str, str]], *, max_top_k: int) -> BulkQuer
                 if name in parameters
                 else "is not one of top_k, truncate, model and version"
             )
-            raise InvalidField(f"query parameter {name[:60]!r} {complaint}", field=name[:60])
+            raise InvalidField(
+                f"query parameter {name[:SHOWN_CHARACTERS]!r} {complaint}",
+                field=name[:SHOWN_CHARACTERS],
+            )
         parameters[name] = value
     top_k, truncate = parameters.get("top_k", "3"), parameters.get("truncate", "true")
     if not (
         top_k.isascii() and top_k.isdecimal() and len(top_k) < 10 and 1 <= int(top_k) <= max_top_k
     ):
         raise InvalidField(
-            f"top_k must be a number from 1 to {max_top_k}, got {top_k[:60]!r}", field="top_k"
+            f"top_k must be a number from 1 to {max_top_k}, got {top_k[:SHOWN_CHARACTERS]!r}",
+            field="top_k",
         )
     if truncate not in ("true", "false"):
         raise InvalidField(
-            f"truncate must be true or false, got {truncate[:60]!r}", field="truncate"
+            f"truncate must be true or false, got {truncate[:SHOWN_CHARACTERS]!r}", field="truncate"
         )
     return BulkQuery(
         top_k=int(top_k),

@@ -15,12 +15,13 @@ import numpy as np
 
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.manifest import TensorSpec
-from evalmode.service.errors import BadRequest, InvalidField
+from evalmode.service.errors import BadRequest, TextTooLong
 from evalmode.service.models.model import WHOLE, Job, Model
 from evalmode.service.models.text import LOGITS, best, softmax
-from evalmode.service.protocol.datatypes import BYTES, Array, shown
+from evalmode.service.protocol.datatypes import BYTES, Array
 from evalmode.service.protocol.request import AskedOutput, InferRequest, InputTensor
 from evalmode.service.protocol.response import OutputTensor, classify
+from evalmode.service.strict_json import shown
 
 TEXT = TensorSpec(name="text", datatype=BYTES, shape=(-1,))
 
@@ -85,12 +86,9 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
     texts = _texts(text)
     try:
         jobs, truncated = model.text_rows(texts, truncate=request.truncate)
-    except (
-        InvalidField
-    ) as error:  # its field counts the texts of /v1: here they are the elements of a tensor
-        place = (error.field or "").removeprefix("inputs")
-        field = f"{text.field}.data{place}"
-        raise BadRequest(str(error).replace(error.field or field, field, 1), field=field) from error
+    except TextTooLong as error:
+        field = f"{text.field}.data.{error.place}"  # here the texts are the elements of a tensor
+        raise BadRequest(f"{field} {error.problem}", field=field) from error
     return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
 
 

@@ -23,7 +23,6 @@ from evalmode.service.http.body import JSON, read_request
 from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
-from evalmode.service.protocol.datatypes import shown
 from evalmode.service.protocol.fields import flag, parse_object, parse_parameters
 from evalmode.service.protocol.metadata import (
     ErrorBody,
@@ -38,6 +37,7 @@ from evalmode.service.protocol.metadata import (
 )
 from evalmode.service.protocol.schemas import INDEX_REQUEST, PARAMETERS_REQUEST
 from evalmode.service.settings import Settings
+from evalmode.service.strict_json import shown
 
 _READY = "READY"
 _OF_A_MODEL = (400, 401, 404, 500, 503)

@@ -14,7 +14,8 @@ import numpy as np
 
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.binary import bytes_of
-from evalmode.service.protocol.datatypes import Array, datatype_of, shown, values_of
+from evalmode.service.protocol.datatypes import Array, datatype_of, values_of
+from evalmode.service.strict_json import shown
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

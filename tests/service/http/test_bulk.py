@@ -15,7 +15,14 @@ import pytest
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from evalmode.service.errors import InvalidField, NotReady, QueueFull, RequestTimeout, RunFailed
+from evalmode.service.errors import (
+    InvalidField,
+    NotReady,
+    QueueFull,
+    RequestTimeout,
+    RunFailed,
+    TextTooLong,
+)
 from evalmode.service.http.bulk import WINDOW_ROWS, BulkQuery, Streams, parse_query
 
 WAIT_S = 30
@@ -35,9 +42,7 @@ class Model:
     ) -> tuple[list[Any], list[bool]]:
         for place, text in enumerate(texts):
             if not truncate and text == "bad":
-                raise InvalidField(
-                    f"inputs.{place} is longer than the model reads", field=f"inputs.{place}"
-                )
+                raise TextTooLong(place, longest=8)
         return [(None, SimpleNamespace(text=text, nbytes=8)) for text in texts], [False] * len(
             texts
         )
