@@ -1,7 +1,5 @@
 """A text a line in, an answer a line out: what `application/x-ndjson` bodies and `evalmode predict
---input` share.
-
-Knows no HTTP and no model: it is given `predict`, which answers texts.
+--input` share, the server and its client alike.
 """
 
 from __future__ import annotations
@@ -15,6 +13,15 @@ from typing import Protocol
 
 from evalmode.service.errors import BadRequest, NotReady, RequestError, TextTooLong
 from evalmode.service.strict_json import parse_json, shown
+
+MEDIA_TYPE = "application/x-ndjson"
+DIGEST_HEADER = "x-evalmode-digest"  # of the model that answers a stream
+
+# What a stream has read and not yet sent. `evalmode predict --url` sends no more than this in a
+# request: a client that writes all before it reads, as most do, could otherwise wait for a server
+# that waits for it.
+WINDOW_ROWS = 256
+WINDOW_BYTES = 1 << 20
 
 
 class ScoredLabel(Protocol):

@@ -21,6 +21,9 @@ from evalmode.service.errors import StartFailed
 
 _PREFIX = "EVALMODE_"
 CONFIG_VARIABLE = f"{_PREFIX}CONFIG"
+# The folder in which the processes of one server share their metrics; the name is that of
+# prometheus_client, which reads it itself.
+METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 # Where the value of a setting came from.
 Origin = Literal["flag", "environment", "file", "default"]

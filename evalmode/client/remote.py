@@ -20,10 +20,8 @@ from pathlib import Path
 import httpx
 
 from evalmode.errors import EvalmodeError
-from evalmode.service.ndjson import Splitter
+from evalmode.service.ndjson import DIGEST_HEADER, MEDIA_TYPE, Splitter
 
-_NDJSON = "application/x-ndjson"
-_DIGEST_HEADER = "x-evalmode-digest"
 _TRY_AGAIN = frozenset({408, 429, 502, 503, 504})
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
@@ -43,7 +41,7 @@ class _Again(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server:
+class RemoteServer:
     """A server that answers lines. `sleep` waits between tries, for so many seconds."""
 
     client: httpx.AsyncClient
@@ -86,7 +84,7 @@ class Server:
                 "/v1/predict",
                 params=self.query,
                 content=b"\n".join(lines) + b"\n",
-                headers={"content-type": _NDJSON},
+                headers={"content-type": MEDIA_TYPE},
             ) as response:
                 await self._check(response)
                 digests.append(_digest_of(response, digests))
@@ -102,7 +100,7 @@ class Server:
 
     async def _check(self, response: httpx.Response) -> None:
         if response.status_code == 200:
-            if response.headers.get("content-type", "").partition(";")[0] != _NDJSON:
+            if response.headers.get("content-type", "").partition(";")[0] != MEDIA_TYPE:
                 raise EvalmodeError(f"{self.name} does not answer as an evalmode server does")
             return
         said = _sentence((await response.aread())[:4096])
@@ -187,7 +185,7 @@ async def _take(response: httpx.Response, first: int, count: int, answers: list[
 
 
 def _digest_of(response: httpx.Response, digests: Sequence[str]) -> str:
-    digest = response.headers.get(_DIGEST_HEADER)
+    digest = response.headers.get(DIGEST_HEADER)
     if digest is None:
         raise EvalmodeError(
             "the server does not say which model answers: it is not an evalmode server"

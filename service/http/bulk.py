@@ -18,17 +18,18 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from evalmode.service.errors import InvalidField, NotReady, QueueFull, RequestTimeout
-from evalmode.service.ndjson import Predict, Predicted, Splitter, answer_lines, spell
+from evalmode.service.ndjson import (
+    DIGEST_HEADER,
+    MEDIA_TYPE,
+    WINDOW_BYTES,
+    WINDOW_ROWS,
+    Predict,
+    Predicted,
+    Splitter,
+    answer_lines,
+    spell,
+)
 from evalmode.service.strict_json import SHOWN_CHARACTERS
-
-MEDIA_TYPE = "application/x-ndjson"
-DIGEST_HEADER = "x-evalmode-digest"
-
-# What a stream has read and not yet sent. `evalmode predict --url` sends no more than this in a
-# request: a client that writes all before it reads, as most do, could otherwise wait for a server
-# that waits for it.
-WINDOW_ROWS = 256
-WINDOW_BYTES = 1 << 20
 
 # What takes a turn at the engine together.
 _GROUP_ROWS = 32

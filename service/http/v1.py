@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from evalmode.service.components import Components, components_of
 from evalmode.service.errors import InvalidField
 from evalmode.service.http.body import JSON, parse_predict, read_body, require_json
-from evalmode.service.http.bulk import MEDIA_TYPE as NDJSON
 from evalmode.service.http.bulk import Streams, parse_query
 from evalmode.service.http.deadline import timeout_of, unless_hung_up
 from evalmode.service.http.v1_schemas import (
@@ -25,6 +24,7 @@ from evalmode.service.http.v1_schemas import (
 )
 from evalmode.service.models.model import Model
 from evalmode.service.models.text import Prediction
+from evalmode.service.ndjson import MEDIA_TYPE as NDJSON
 from evalmode.service.settings import Settings
 
 _LINES = {

@@ -22,7 +22,7 @@ from evalmode.service.http import health
 from evalmode.service.http.body import JSON, read_request
 from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
-from evalmode.service.models.repository import Repository
+from evalmode.service.models.repository import CONTROL_OFF, Repository
 from evalmode.service.protocol.fields import flag, parse_object, parse_parameters
 from evalmode.service.protocol.metadata import (
     ErrorBody,
@@ -234,7 +234,7 @@ async def _controlled(request: Request, model: str) -> Repository:
     components = components_of(request)
     settings = components.settings
     if not settings.model_control:
-        raise Forbidden("models are not loaded or unloaded here: the setting model_control is off")
+        raise Forbidden(CONTROL_OFF)
     if settings.workers > 1:
         raise Conflict(
             f"one of {settings.workers} workers cannot load or unload for the others: every worker"

@@ -33,6 +33,7 @@ __all__ = ["Entry", "Presence", "Repository"]
 _log = structlog.get_logger("evalmode.service")
 
 _SHOWN_CHARACTERS = 64
+CONTROL_OFF = "models are not loaded or unloaded here: the setting model_control is off"
 _END_S = 5.0  # how long `close` waits for a bundle that is being opened this very moment
 
 
@@ -236,10 +237,7 @@ class Repository:
 
     def _require_control(self) -> None:
         if not self._control:
-            raise Forbidden(
-                "this server was told to let nobody load and unload models: setting model_control"
-                " is false"
-            )
+            raise Forbidden(CONTROL_OFF)
 
 
 def _not_open(snapshot: _Snapshot, name: str, version: str | None) -> NotReady | UnknownModel:

@@ -23,7 +23,8 @@ from evalmode.service.errors import (
     RunFailed,
     TextTooLong,
 )
-from evalmode.service.http.bulk import WINDOW_ROWS, BulkQuery, Streams, parse_query
+from evalmode.service.http.bulk import BulkQuery, Streams, parse_query
+from evalmode.service.ndjson import WINDOW_ROWS
 
 WAIT_S = 30
 THREE = BulkQuery()
