@@ -20,6 +20,7 @@ from evalmode.service.errors import QueueFull, RunFailed
 from evalmode.service.http.v1_schemas import PredictRequest, PredictResponse
 from evalmode.service.predictor import Predictor
 from evalmode.service.settings import Settings
+from tests.service.bundles import tensor_bundle
 
 
 @contextmanager
@@ -280,9 +281,9 @@ def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
         assert asyncio.run(ask()).status_code == 200
 
 
-def test_the_model_that_is_described_is_the_one_that_was_asked_for(tmp_path, bundles):
+def test_the_model_that_is_described_is_the_one_that_was_asked_for(tmp_path):
     for version in ("1", "2"):
-        bundles.tensors(tmp_path, version=version)
+        tensor_bundle(tmp_path, version=version)
     with components_of(tmp_path, versions=2) as components:
         paths = ("/v1/model", "/v1/model?model=tensors&version=1", "/v1/model?version=1")
         newest, first, nameless = asked(

@@ -22,16 +22,17 @@ from evalmode.service.errors import (
     RequestError,
     RunFailed,
 )
+from tests.service.bundles import make_bundle, tensor_bundle
 from tests.service.served import Served, outputs_of, refusal, serving, text_input
 
 TEXTS = ["Ez egy rövid mondat.", "", "\ud83d", "x" * 900]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, bundles: Any) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
-    bundles.make(root)
-    bundles.tensors(root)
+    make_bundle(root)
+    tensor_bundle(root)
     with serving(root, parallel=2, max_rows=8, max_body_bytes=65_536) as found:
         yield found
 
