@@ -17,7 +17,7 @@ import httpx
 import pytest
 import structlog
 
-from evalmode.service.batching.engine import Bucket
+from evalmode.service.batching.bucket import Bucket
 from evalmode.service.batching.proof import Violation
 from evalmode.service.telemetry.logs import LineHandler, ViolationLog
 
