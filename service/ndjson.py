@@ -143,13 +143,15 @@ async def answer_lines(
     any more.
     """
     if sum(map(len, filter(None, raw))) <= inline_bytes:
-        lines = [read_line(one) for one in raw]
+        lines = [read_line(line) for line in raw]
     else:
-        lines = await asyncio.to_thread(lambda: [read_line(one) for one in raw])
-    found = iter(await _predictions([line.text for line in lines if line.problem is None], predict))
+        lines = await asyncio.to_thread(lambda: [read_line(line) for line in raw])
+    outcomes = iter(
+        await _predictions([line.text for line in lines if line.problem is None], predict)
+    )
     answers = []
     for index, line in enumerate(lines, first):
-        outcome = line.problem if line.problem is not None else next(found)
+        outcome = line.problem if line.problem is not None else next(outcomes)
         answers.append(_spelled(index, line, outcome))
     return answers
 
@@ -171,22 +173,22 @@ async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predi
 
 
 def _spelled(index: int, line: Line, outcome: Predicted | str) -> bytes:
-    said: dict[str, object] = {"index": index, **line.echoed}
+    answer: dict[str, object] = {"index": index, **line.echoed}
     if isinstance(outcome, str):
-        said["error"] = outcome
+        answer["error"] = outcome
     else:
         top = [{"label": scored.label, "score": scored.score} for scored in outcome.top]
-        said |= {**top[0], "truncated": outcome.truncated, "top": top}
-    return spell(said)
+        answer |= {**top[0], "truncated": outcome.truncated, "top": top}
+    return spell(answer)
 
 
-def spell(said: Mapping[str, object]) -> bytes:
+def spell(answer: Mapping[str, object]) -> bytes:
     """One line of JSON with its end; numbers have as many digits as it takes to read the same bits
     back.
     """
     # Half a surrogate pair, which an id may hold, becomes the escape that JSON reads.
     return (
-        json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode(
+        json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode(
             "utf-8", "backslashreplace"
         )
         + b"\n"

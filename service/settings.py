@@ -194,18 +194,18 @@ SECRETS = frozenset(
 )
 
 
-def load_settings(*, config: Path | None = None, **given: Any) -> Settings:
-    """The settings: what is `given` (None counts as not given), else the environment, else the
-    file, else the defaults.
+def load_settings(*, config: Path | None = None, **flags: Any) -> Settings:
+    """The settings: `flags` (None counts as absent), else the environment, else the file, else the
+    defaults.
 
     The file is TOML with the settings' names: `config`, or what EVALMODE_CONFIG names. Raises
     StartFailed, naming the first field that is wrong and its value.
     """
-    return trace_settings(config=config, **given)[0]
+    return trace_settings(config=config, **flags)[0]
 
 
 def trace_settings(
-    *, config: Path | None = None, **given: Any
+    *, config: Path | None = None, **flags: Any
 ) -> tuple[Settings, dict[str, Origin]]:
     """The settings as `load_settings` finds them, and where the value of each came from."""
     file = config or (
@@ -215,7 +215,7 @@ def trace_settings(
         # Not TomlConfigSettingsSource, which passes over a file that is missing.
         "file": _read_file(file) if file is not None else {},
         "environment": EnvSettingsSource(Settings)(),
-        "flag": {name: value for name, value in given.items() if value is not None},
+        "flag": {name: value for name, value in flags.items() if value is not None},
     }
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = dict.fromkeys(Settings.model_fields, "default")

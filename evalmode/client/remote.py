@@ -62,12 +62,12 @@ class RemoteServer:
         digests: list[str] = []
         tries = 0
         while True:
-            had = len(answers)
+            answered = len(answers)
             try:
-                await self._ask(lines[had:], first + had, answers, digests)
+                await self._ask(lines[answered:], first + answered, answers, digests)
                 return answers, digests[0]
             except _Again as failure:
-                tries = 1 if len(answers) > had else tries + 1
+                tries = 1 if len(answers) > answered else tries + 1
                 if tries > self.retries:
                     raise EvalmodeError(
                         f"{self.name} did not answer in {tries} tries: {failure}"
@@ -103,8 +103,10 @@ class RemoteServer:
             if response.headers.get("content-type", "").partition(";")[0] != MEDIA_TYPE:
                 raise EvalmodeError(f"{self.name} does not answer as an evalmode server does")
             return
-        said = _sentence((await response.aread())[:4096])
-        why = f"{response.status_code} {response.reason_phrase}{f', {said}' if said else ''}"
+        sentence = _sentence((await response.aread())[:4096])
+        why = (
+            f"{response.status_code} {response.reason_phrase}{f', {sentence}' if sentence else ''}"
+        )
         if response.status_code in _TRY_AGAIN:
             raise _Again(why, wait_s=retry_after_s(response.headers.get("retry-after")))
         raise EvalmodeError(f"{self.name} refused: {why}")
@@ -177,10 +179,10 @@ async def _take(response: httpx.Response, first: int, count: int, answers: list[
     taken = 0
     async for chunk in response.aiter_bytes():
         for line in splitter.feed(chunk):
-            found = _INDEX.match(line or b"")
-            if line is None or found is None or int(found[1]) != taken or taken == count:
+            index = _INDEX.match(line or b"")
+            if line is None or index is None or int(index[1]) != taken or taken == count:
                 raise _Again(_sentence(line or b"") or "it answered something else than was asked")
-            answers.append(b'{"index":%d' % (first + taken) + line[found.end() :] + b"\n")
+            answers.append(b'{"index":%d' % (first + taken) + line[index.end() :] + b"\n")
             taken += 1
 
 

@@ -138,11 +138,11 @@ class Transfer:
         """Answer what is not answered yet. Raises EvalmodeError, which says how to go on."""
         # A task for each chunk, in order: what is asked at once, and as much again that waits to be
         # written.
-        asked: asyncio.Queue[tuple[Chunk, asyncio.Task[tuple[list[bytes], str | None]]] | None]
-        asked = asyncio.Queue(self.concurrency)
+        pending: asyncio.Queue[tuple[Chunk, asyncio.Task[tuple[list[bytes], str | None]]] | None]
+        pending = asyncio.Queue(self.concurrency)
         started: set[asyncio.Task[Any]] = set()
-        writing = asyncio.create_task(self._write(asked))
-        reading = asyncio.create_task(self._read(asked, started))
+        writing = asyncio.create_task(self._write(pending))
+        reading = asyncio.create_task(self._read(pending, started))
         try:
             done, _ = await asyncio.wait((writing, reading), return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
@@ -153,7 +153,7 @@ class Transfer:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
-    async def _read(self, asked: asyncio.Queue[Any], started: set[asyncio.Task[Any]]) -> None:
+    async def _read(self, pending: asyncio.Queue[Any], started: set[asyncio.Task[Any]]) -> None:
         turns = asyncio.Semaphore(self.concurrency)
         with self.source.open() as file:
             chunks = self.source.chunks(file, skip=self.writer.lines)
@@ -165,8 +165,8 @@ class Transfer:
                 started.add(task)
                 task.add_done_callback(started.discard)
                 task.add_done_callback(_look_at)
-                await asked.put((chunk, task))
-        await asked.put(None)
+                await pending.put((chunk, task))
+        await pending.put(None)
 
     async def _answer(
         self, chunk: Chunk, turns: asyncio.Semaphore
@@ -178,19 +178,19 @@ class Transfer:
         finally:
             turns.release()
 
-    async def _write(self, asked: asyncio.Queue[Any]) -> None:
-        with _progress(self.source) as shown:
-            began, had = time.monotonic(), self.writer.lines
-            while (following := await asked.get()) is not None:
+    async def _write(self, pending: asyncio.Queue[Any]) -> None:
+        with _progress(self.source) as report:
+            began, lines_before = time.monotonic(), self.writer.lines
+            while (following := await pending.get()) is not None:
                 chunk, task = following
                 try:
                     answers, digest = await task
                 except EvalmodeError as error:
                     raise EvalmodeError(f"{error}; {self.writer.way_on}") from error
                 self.writer.write(answers, digest=digest)
-                shown(
+                report(
                     chunk.read_bytes,
-                    (self.writer.lines - had) / max(1e-9, time.monotonic() - began),
+                    (self.writer.lines - lines_before) / max(1e-9, time.monotonic() - began),
                 )
 
 
@@ -225,10 +225,10 @@ async def _from_thread(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
             asyncio.run_coroutine_threadsafe(read.put(last), loop).result()
 
     threading.Thread(target=run, daemon=True, name="stdin").start()
-    while isinstance(found := await read.get(), Chunk):
-        yield found
-    if found is not None:
-        raise found
+    while isinstance(item := await read.get(), Chunk):
+        yield item
+    if item is not None:
+        raise item
 
 
 def _grouped(lines: Sequence[bytes | None], most_lines: int) -> Iterator[list[bytes | None]]:

@@ -58,9 +58,9 @@ def routes(settings: Settings) -> APIRouter:
         # with it.
         openapi_extra={"requestBody": {"required": True, "content": {JSON: body, NDJSON: _LINES}}},
     )
-    told = _refusals(401, 404, 422, 500, 503)
+    refusals = _refusals(401, 404, 422, 500, 503)
     router.add_api_route(
-        "/v1/model", _model, name="model", response_model=ModelResponse, responses=told
+        "/v1/model", _model, name="model", response_model=ModelResponse, responses=refusals
     )
     return router
 
@@ -80,11 +80,11 @@ async def _predict(request: Request) -> Response:
     content_type = request.headers.get("content-type")
     if (content_type or "").partition(";")[0].strip().lower() == NDJSON:
         streams: Streams = request.app.state.streams
-        wanted = parse_query(
+        query = parse_query(
             request.query_params.multi_items(), max_top_k=components.settings.max_top_k
         )
         return streams.response(
-            _model_for(components, name=wanted.model, version=wanted.version), wanted
+            _model_for(components, name=query.model, version=query.version), query
         )
     require_json(content_type)
     timeout_s = timeout_of(request.headers, longest_s=components.settings.timeout_s)
@@ -95,23 +95,25 @@ async def _predict(request: Request) -> Response:
         max_body_bytes=components.settings.max_body_bytes,
         silence_s=components.settings.body_timeout_s,
     )
-    asked = parse_predict(
+    predict_request = parse_predict(
         body, max_rows=components.settings.max_rows, max_top_k=components.settings.max_top_k
     )
-    model = _model_for(components, name=asked.model, version=asked.version)
+    model = _model_for(components, name=predict_request.model, version=predict_request.version)
     predictions = await unless_hung_up(
-        request, _answered(components, model, asked, deadline=started + timeout_s)
+        request, _answered(components, model, predict_request, deadline=started + timeout_s)
     )
     return _answer(PredictResponse.of(model, predictions))
 
 
 async def _answered(
-    components: Components, model: Model, asked: PredictRequest, *, deadline: float
+    components: Components, model: Model, predict_request: PredictRequest, *, deadline: float
 ) -> list[Prediction]:
-    jobs, truncated = await model.text_rows_async(asked.inputs, truncate=asked.truncate)
+    jobs, truncated = await model.text_rows_async(
+        predict_request.inputs, truncate=predict_request.truncate
+    )
     # reading and encoding took their time
     answers = await components.answer(jobs, timeout_s=deadline - time.monotonic())
-    return model.predictions(answers, truncated, top_k=asked.top_k)
+    return model.predictions(answers, truncated, top_k=predict_request.top_k)
 
 
 async def _model(
@@ -122,10 +124,14 @@ async def _model(
     """
     components = components_of(request)
     _require_model(model, version)
-    found = components.repository.get(model, version) if model is not None else _default(components)
+    served_model = (
+        components.repository.get(model, version) if model is not None else _default(components)
+    )
     return _answer(
         ModelResponse.of(
-            found, parallel=components.engine.load.parallel, workers=components.settings.workers
+            served_model,
+            parallel=components.engine.load.parallel,
+            workers=components.settings.workers,
         )
     )
 

@@ -49,7 +49,7 @@ def routes(settings: Settings) -> APIRouter:
         }
     }
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in _STATUSES}
-    found = {
+    outputs = {
         "description": "The outputs.",
         "content": {JSON: {"schema": INFER_RESPONSE}, BINARY: {"schema": {}}},
     }
@@ -61,7 +61,7 @@ def routes(settings: Settings) -> APIRouter:
             name=name,
             tags=["Open Inference Protocol"],
             response_class=Response,
-            responses={200: found, **errors},
+            responses={200: outputs, **errors},
             # The body is read by hand: JSON with raw tensors behind it is no media type of any
             # framework.
             openapi_extra={"requestBody": {"required": True, **body}},
@@ -80,8 +80,8 @@ async def _infer(request: Request, model: str, version: str | None = None) -> Re
     started = time.monotonic()
     timeout_s = timeout_of(request.headers, longest_s=components.settings.timeout_s)
     body = await read_request(request, components.settings)
-    found = components.repository.get(model, version)
-    inference = _Inference(components, found, started=started, deadline=started + timeout_s)
+    served_model = components.repository.get(model, version)
+    inference = _Inference(components, served_model, started=started, deadline=started + timeout_s)
     try:
         encoded = await unless_hung_up(
             request, inference.answer(body, request.headers.get(JSON_LENGTH_HEADER))
@@ -89,7 +89,7 @@ async def _infer(request: Request, model: str, version: str | None = None) -> Re
         response = await _response(encoded, accept_encoding=request.headers.get("accept-encoding"))
     except Exception:
         components.statistics.request_failed(
-            found.name, found.version, took_s=time.monotonic() - started
+            served_model.name, served_model.version, took_s=time.monotonic() - started
         )
         raise
     inference.succeeded()

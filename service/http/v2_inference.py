@@ -95,11 +95,11 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
 def answered(prepared: PreparedRequest, answers: Sequence[Tensors]) -> list[OutputTensor]:
     """The outputs that were asked for, from the answers of the rows in their order."""
     own = {spec.name for spec in prepared.model.outputs}
-    wanted = {output.name for output in prepared.outputs}
-    found = prepared.model.join(answers, outputs=sorted(wanted & own)) | _derivatives(
-        prepared, answers, wanted - own
+    names = {output.name for output in prepared.outputs}
+    tensors = prepared.model.join(answers, outputs=sorted(names & own)) | _derivatives(
+        prepared, answers, names - own
     )
-    return [_written(output, found[output.name], prepared.model) for output in prepared.outputs]
+    return [_written(output, tensors[output.name], prepared.model) for output in prepared.outputs]
 
 
 def _derived(model: Model) -> tuple[TensorSpec, ...]:
@@ -109,12 +109,12 @@ def _derived(model: Model) -> tuple[TensorSpec, ...]:
     if not model.is_text:
         return ()
     own = {spec.name: spec for spec in model.outputs}
-    every = (
+    derived = (
         TensorSpec(name=_PROBABILITIES, datatype="FP64", shape=own[LOGITS].shape),
         TensorSpec(name=_LABEL, datatype=BYTES, shape=(-1,)),
         TensorSpec(name=_TRUNCATED, datatype="BOOL", shape=(-1,)),
     )
-    return tuple(spec for spec in every if spec.name not in own)
+    return tuple(spec for spec in derived if spec.name not in own)
 
 
 def _asked(model: Model, request: InferRequest, *, of_text: bool) -> tuple[AskedOutput, ...]:
@@ -178,19 +178,19 @@ def _decoded(element: str | bytes, field: str) -> str:
 
 
 def _derivatives(
-    prepared: PreparedRequest, answers: Sequence[Tensors], wanted: set[str]
+    prepared: PreparedRequest, answers: Sequence[Tensors], names: set[str]
 ) -> dict[str, Array]:
-    found: dict[str, Array] = {}
-    if wanted & {_PROBABILITIES, _LABEL}:
+    tensors: dict[str, Array] = {}
+    if names & {_PROBABILITIES, _LABEL}:
         # Each row from its own answer, as /v1 does it: no row's bits may hang on how many stand
         # beside it.
         rows = [softmax(answer[LOGITS][0].tolist()) for answer in answers]
-        found[_PROBABILITIES] = np.array(rows, dtype=np.float64)
+        tensors[_PROBABILITIES] = np.array(rows, dtype=np.float64)
         labels = prepared.model.labels or ()
-        found[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
+        tensors[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
     if prepared.truncated is not None:
-        found[_TRUNCATED] = np.array(prepared.truncated, dtype=np.bool_)
-    return found
+        tensors[_TRUNCATED] = np.array(prepared.truncated, dtype=np.bool_)
+    return tensors
 
 
 def _written(output: AskedOutput, data: Array, model: Model) -> OutputTensor:

@@ -138,11 +138,14 @@ async def _server(request: Request) -> Response:
 async def _metadata(request: Request, model: str, version: str | None = None) -> Response:
     """A model's tensors, and the versions of it that are served."""
     repository = components_of(request).repository
-    found = repository.get(model, version)
+    served_model = repository.get(model, version)
     versions = tuple(other.version for other in repository.versions_of(model))
     return _answer(
         ModelMetadata(
-            name=found.name, versions=versions, inputs=inputs_of(found), outputs=outputs_of(found)
+            name=served_model.name,
+            versions=versions,
+            inputs=inputs_of(served_model),
+            outputs=outputs_of(served_model),
         )
     )
 
@@ -150,24 +153,24 @@ async def _metadata(request: Request, model: str, version: str | None = None) ->
 async def _model_ready(request: Request, model: str, version: str | None = None) -> Response:
     """Whether a model can be asked; also the server must be ready."""
     components = components_of(request)
-    found = components.repository.get(model, version)
+    served_model = components.repository.get(model, version)
     if reason := components.health.ready():
         raise NotReady(reason)
-    return _answer(ModelState(name=found.name))
+    return _answer(ModelState(name=served_model.name))
 
 
 async def _config(request: Request, model: str, version: str | None = None) -> Response:
     """A model's configuration as Triton's clients read it."""
     components = components_of(request)
-    found = components.repository.get(model, version)
+    served_model = components.repository.get(model, version)
     return _answer(
         model_config(
-            name=found.name,
-            digest=found.digest,
-            inputs=inputs_of(found),
-            outputs=outputs_of(found),
-            alternatives=found.is_text,
-            batched=is_batched(found),
+            name=served_model.name,
+            digest=served_model.digest,
+            inputs=inputs_of(served_model),
+            outputs=outputs_of(served_model),
+            alternatives=served_model.is_text,
+            batched=is_batched(served_model),
             versions=components.settings.versions,
             max_rows=components.settings.max_rows,
         )
@@ -199,14 +202,14 @@ async def _index(request: Request) -> Response:
     only_ready = flag(
         parse_object(body) if body.strip() else {}, "ready", default=False, field="the body"
     )
-    found = [
+    entries = [
         IndexEntry(
             name=entry.name, version=entry.version, state=entry.state, reason=entry.reason
         ).model_dump()
         for entry in components.repository.index()
         if not only_ready or entry.state == _READY
     ]
-    return Response(json.dumps(found), media_type=JSON)
+    return Response(json.dumps(entries), media_type=JSON)
 
 
 async def _load(request: Request, model: str) -> Response:
@@ -255,8 +258,8 @@ async def _controlled(request: Request, model: str) -> Repository:
 
 
 def _figures(components: Components, models: Sequence[Model]) -> Response:
-    found = tuple(components.statistics.of(model.name, model.version) for model in models)
-    return _answer(ModelStatistics(model_stats=found))
+    figures = tuple(components.statistics.of(model.name, model.version) for model in models)
+    return _answer(ModelStatistics(model_stats=figures))
 
 
 def _turn(request: Request) -> asyncio.Lock:
@@ -267,5 +270,5 @@ def _turn(request: Request) -> asyncio.Lock:
     return turn
 
 
-def _answer(found: BaseModel) -> Response:
-    return Response(found.model_dump_json(exclude_none=True), media_type=JSON)
+def _answer(record: BaseModel) -> Response:
+    return Response(record.model_dump_json(exclude_none=True), media_type=JSON)

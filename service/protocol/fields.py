@@ -25,9 +25,9 @@ def parse_parameters(raw: bytes) -> dict[str, Any]:
     return parameters_of(parse_object(raw), field="parameters") if raw.strip() else {}
 
 
-def listed(found: dict[str, Any], key: str) -> list[Any]:
+def listed(entry: dict[str, Any], key: str) -> list[Any]:
     """The list at `key`; empty where nothing is given."""
-    value = found.get(key)
+    value = entry.get(key)
     if value is not None and not isinstance(value, list):
         raise BadRequest(f"{key} must be a list of tensors, got {shown_flat(value)}", field=key)
     return value or []
@@ -40,7 +40,8 @@ def name_of(entry: object, names: set[str], *, field: str) -> str:
     name = entry.get("name")
     if not isinstance(name, str):
         raise BadRequest(
-            f"{field}.name must be a string, got {said(entry, 'name')}", field=f"{field}.name"
+            f"{field}.name must be a string, got {shown_field(entry, 'name')}",
+            field=f"{field}.name",
         )
     if name in names:
         raise BadRequest(
@@ -64,27 +65,27 @@ def parameters_of(entry: dict[str, Any], *, field: str) -> dict[str, Any]:
 
 def flag(parameters: dict[str, Any], key: str, *, default: bool, field: str) -> bool:
     """The parameter `key`, true or false."""
-    found = parameters.get(key)
-    if found is not None and not isinstance(found, bool):
+    value = parameters.get(key)
+    if value is not None and not isinstance(value, bool):
         raise BadRequest(
-            f"{field}.{key} must be true or false, got {shown_flat(found)}", field=f"{field}.{key}"
+            f"{field}.{key} must be true or false, got {shown_flat(value)}", field=f"{field}.{key}"
         )
-    return default if found is None else found
+    return default if value is None else value
 
 
 def integer(
     parameters: dict[str, Any], key: str, *, lowest: int, highest: int, field: str
 ) -> int | None:
     """The parameter `key`, an integer from `lowest` to `highest`; None where it is not given."""
-    found = parameters.get(key)
-    if found is not None and (type(found) is not int or not lowest <= found <= highest):
+    value = parameters.get(key)
+    if value is not None and (type(value) is not int or not lowest <= value <= highest):
         raise BadRequest(
-            f"{field}.{key} must be an integer from {lowest} to {highest}, got {shown_flat(found)}",
+            f"{field}.{key} must be an integer from {lowest} to {highest}, got {shown_flat(value)}",
             field=f"{field}.{key}",
         )
-    return found
+    return value
 
 
-def said(entry: dict[str, Any], key: str) -> str:
-    """What an entry says at `key`, for a sentence."""
+def shown_field(entry: dict[str, Any], key: str) -> str:
+    """The value of an entry at `key`, as a sentence shows it."""
     return shown_flat(entry[key]) if key in entry else "nothing"

@@ -32,7 +32,7 @@ from evalmode.service.protocol.fields import (
     name_of,
     parameters_of,
     parse_object,
-    said,
+    shown_field,
 )
 from evalmode.service.strict_json import shown_flat
 
@@ -204,7 +204,7 @@ def _input(entry: dict[str, Any], *, name: str, raw: memoryview | None, field: s
     if not isinstance(datatype, str) or datatype not in DATATYPES:
         offered = ", ".join(DATATYPES)
         raise BadRequest(
-            f"{field}.datatype must be one of {offered}, got {said(entry, 'datatype')}",
+            f"{field}.datatype must be one of {offered}, got {shown_field(entry, 'datatype')}",
             field=f"{field}.datatype",
         )
     shape = _shape(entry, field=f"{field}.shape")
@@ -232,7 +232,7 @@ def _shape(entry: dict[str, Any], *, field: str) -> tuple[int, ...]:
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
         raise BadRequest(
             f"{field} must be a list of at most {_MOST_DIMENSIONS} integers, got"
-            f" {said(entry, 'shape')}",
+            f" {shown_field(entry, 'shape')}",
             field=field,
         )
     for index, size in enumerate(shape):

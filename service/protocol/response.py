@@ -52,13 +52,13 @@ def encode_response(
 
     Raises BadRequest, naming the output, where JSON was asked for and cannot write it.
     """
-    found: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
+    response: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
     if request_id is not None:
-        found["id"] = request_id
-    found["parameters"] = {"digest": digest}
+        response["id"] = request_id
+    response["parameters"] = {"digest": digest}
     raw: list[bytes] = []
-    found["outputs"] = [_described(output, raw) for output in outputs]
-    body = json.dumps(found, allow_nan=False, separators=(",", ":")).encode()
+    response["outputs"] = [_described(output, raw) for output in outputs]
+    body = json.dumps(response, allow_nan=False, separators=(",", ":")).encode()
     if not any(output.binary for output in outputs):
         return Encoded(body=body, json_length=None)
     return Encoded(body=b"".join((body, *raw)), json_length=len(body))
@@ -66,15 +66,15 @@ def encode_response(
 
 def _described(output: OutputTensor, raw: list[bytes]) -> dict[str, Any]:
     """The output as it stands in the JSON; its bytes, where it is binary, are added to `raw`."""
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "name": output.name,
         "datatype": datatype_of(output.data),
         "shape": list(output.data.shape),
     }
     if not output.binary:
-        return found | {"data": values_of(output.data, field=f"output {output.name}")}
+        return description | {"data": values_of(output.data, field=f"output {output.name}")}
     raw.append(bytes_of(output.data))
-    return found | {"parameters": {"binary_data_size": len(raw[-1])}}
+    return description | {"parameters": {"binary_data_size": len(raw[-1])}}
 
 
 def classify(scores: Array, count: int, *, labels: Sequence[str] | None, name: str) -> Array:

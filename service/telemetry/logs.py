@@ -89,9 +89,9 @@ class LineHandler(logging.StreamHandler[TextIO]):
         """Write a line, or count it as lost."""
         try:
             if self._lost and self._room.poll(0):
-                said = f"{self._lost} lines before this one were lost: nobody read them"
+                sentence = f"{self._lost} lines before this one were lost: nobody read them"
                 missed = logging.LogRecord(
-                    "evalmode.service", logging.WARNING, "", 0, said, None, None
+                    "evalmode.service", logging.WARNING, "", 0, sentence, None, None
                 )
                 self._lost = 0
                 self._write(self._cut + self.format(missed))
