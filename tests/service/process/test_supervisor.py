@@ -109,7 +109,8 @@ def begun(server) -> socket.socket:
 
 
 def rest_of(connection: socket.socket) -> bytes:
-    return b"".join(iter(lambda: connection.recv(65_536), b""))
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def ended(server) -> list[dict[str, object]]:
@@ -171,8 +172,9 @@ def test_a_killed_worker_is_replaced_and_only_its_requests_fail(run, gate):
 
 def whole_or_nothing(connection: socket.socket) -> bytes:
     answer = b""
-    while not answer.endswith(b"whole") and (received := connection.recv(65_536)):
-        answer += received
+    with connection:
+        while not answer.endswith(b"whole") and (received := connection.recv(65_536)):
+            answer += received
     return answer
 
 

@@ -260,7 +260,7 @@ def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_ha
     for process in processes:
         assert process.stdout.readline() == "told\n"
     processes[0].kill()
-    processes[0].wait()
+    processes[0].communicate()
     mark_process_dead(processes[0].pid, tmp_path)  # as the supervisor does
     text, _ = processes[1].communicate("\n\n", timeout=30)
     assert processes[1].returncode == 0
