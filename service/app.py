@@ -1,7 +1,7 @@
 """The HTTP application: its routes, what stands around them, and one shape for every error. Knows
 no ONNX, no batching.
 
-`create_app(state)` builds it; importing this file does nothing.
+`create_app(components)` builds it; importing this file does nothing.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import evalmode
-from evalmode.service.components import State
+from evalmode.service.components import Components, components_of
 from evalmode.service.errors import (
     BodyTooLarge,
-    NotReady,
     QueueFull,
     RequestError,
     RequestTimeout,
     RunFailed,
 )
 from evalmode.service.health import Stage
-from evalmode.service.http import docs, edge, v1, v2
+from evalmode.service.http import docs, edge, health, v1, v2
 from evalmode.service.http.body import JSON
 from evalmode.service.http.bulk import Streams
 from evalmode.service.http.security import is_v2
-from evalmode.service.http.v1_schemas import ErrorResponse, StateResponse
+from evalmode.service.http.v1_schemas import ErrorResponse
+from evalmode.service.protocol.metadata import ServerState
 
 _log = structlog.get_logger("evalmode.service")
 
 
-def create_app(state: State) -> FastAPI:
+def create_app(components: Components) -> FastAPI:
     """The application of these parts. When it stops it answers what was accepted, and closes
     them.
     """
@@ -45,7 +45,7 @@ def create_app(state: State) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(state.close)
+        await asyncio.to_thread(components.close)
 
     app = FastAPI(
         title="evalmode",
@@ -57,70 +57,50 @@ def create_app(state: State) -> FastAPI:
         redirect_slashes=False,  # a redirect answers no POST, and is no error in our form
         lifespan=lifespan,
     )
-    app.state.service = state
+    app.state.components = components
     app.state.repository_turn = asyncio.Lock()
     app.state.streams = Streams(
-        state.engine,
-        parallel=state.engine.load.parallel,
-        max_line_bytes=state.settings.max_body_bytes,
-        silence_s=state.settings.body_timeout_s,
-        queue_rows=state.settings.queue_rows,
-        draining=lambda: state.health.stage is Stage.DRAINING,
-        drain_s=state.settings.drain_s,
+        components.engine,
+        parallel=components.engine.load.parallel,
+        max_line_bytes=components.settings.max_body_bytes,
+        silence_s=components.settings.body_timeout_s,
+        queue_rows=components.settings.queue_rows,
+        draining=lambda: components.health.stage is Stage.DRAINING,
+        drain_s=components.settings.drain_s,
     )
-    app.include_router(v1.routes(state.settings))
-    app.include_router(v2.routes(state.settings))
-    app.include_router(_routes(state))
-    if state.settings.docs:
+    app.include_router(v1.routes(components.settings))
+    app.include_router(v2.routes(components.settings))
+    app.include_router(_routes(components))
+    if components.settings.docs:
         docs.mount(app)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    edge.surround(app, state, tracing=state.tracing)
+    edge.surround(app, components, tracing=components.tracing)
     return app
 
 
-def _routes(state: State) -> APIRouter:
+def _routes(components: Components) -> APIRouter:
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
     not_so: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
-    for name, answer in (("livez", _livez), ("readyz", _readyz)):
+    for name, answer in (("livez", health.live), ("readyz", health.ready)):
         router.add_api_route(
-            f"/{name}", answer, name=name, response_model=StateResponse, responses=not_so
+            f"/{name}", answer, name=name, response_model=ServerState, responses=not_so
         )
         # some balancers ask so
         router.add_api_route(f"/{name}", answer, methods=["HEAD"], include_in_schema=False)
-    if state.settings.metrics:
+    if components.settings.metrics:
         router.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
     return router
 
 
-async def _livez(request: Request) -> Response:
-    """Whether this process should go on; 503 asks for a restart."""
-    if reason := request.app.state.service.health.live():
-        raise NotReady(reason)
-    return _json(StateResponse(live=True))
-
-
-async def _readyz(request: Request) -> Response:
-    """Whether predictions can be asked: known answers came out, no batch is stuck, and the end is
-    not near.
-    """
-    if reason := request.app.state.service.health.ready():
-        raise NotReady(reason)
-    return _json(StateResponse(live=True, ready=True))
-
-
 async def _metrics(request: Request) -> Response:
     """The server's figures, for Prometheus."""
-    state: State = request.app.state.service
+    components = components_of(request)
     # In a thread: with several workers it reads the files of all of them.
     body, content_type = await asyncio.to_thread(
-        state.metrics.render, request.headers.get("accept", ""), load=state.engine.load
+        components.metrics.render, request.headers.get("accept", ""), load=components.engine.load
     )
     return Response(body, headers={"content-type": content_type})
-
-
-def _json(model: StateResponse) -> Response:
-    return Response(model.model_dump_json(), media_type=JSON)
 
 
 def _error(

@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+from starlette.requests import Request
+
 from evalmode.bundle.known_answers import Tensors
 from evalmode.service.batching.bucket import Job
 from evalmode.service.batching.cpu_quota import cpu_quota
@@ -22,14 +24,14 @@ from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.models.tensors import content_of
 from evalmode.service.settings import Settings
+from evalmode.service.telemetry.logs import ViolationLog
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.statistics import Statistics
 from evalmode.service.telemetry.tracing import Tracing, open_tracing
-from evalmode.service.telemetry.violations import ViolationLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class Components:
     """The parts of a server process; `close` it when it has served."""
 
     settings: Settings
@@ -54,7 +56,13 @@ class State:
             self.tracing.close()
 
 
-def open_state(settings: Settings) -> State:
+def components_of(request: Request) -> Components:
+    """The parts that `create_app` put behind the application of this request."""
+    components: Components = request.app.state.components
+    return components
+
+
+def open_components(settings: Settings) -> Components:
     """Open everything that these settings ask for: bundles checked, known answers replayed, row
     counts measured.
 
@@ -93,7 +101,7 @@ def open_state(settings: Settings) -> State:
     )
     metrics.watch(lambda: engine.load)
     repository.start_polling(settings.poll_s)
-    return State(
+    return Components(
         settings=settings,
         repository=repository,
         engine=engine,

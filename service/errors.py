@@ -4,7 +4,6 @@ EvalmodeError
 ├── StartFailed            the server cannot start: a setting, the port, the model; exit code 2
 └── RequestError           what an answer other than 200 says
     ├── BadRequest         400  the body is not JSON, or a tensor is not what the model takes
-    ├── Unauthorized       401  no API key, or none that is known
     ├── Forbidden          403  something that this server was told not to do
     ├── UnknownModel       404  no model, or no version of it, has this name
     ├── RequestTimeout     408  the body did not come in time
@@ -12,12 +11,14 @@ EvalmodeError
     ├── BodyTooLarge       413  more than this server reads, or than its queue could ever hold
     ├── UnsupportedMedia   415  the body declares to be something else
     ├── InvalidField       422  one field is wrong; says which and how
+    │   └── TextTooLong    422  a text is longer than the model reads, and must not be cut
     ├── RunFailed          500  the model failed on these rows; others are not concerned
     ├── NotReady           503  the model is not loaded, or the server is stopping
     ├── QueueFull          503  too much waits already; says when to come again
     └── DeadlineExceeded   504  the answer was not there in the time that the request allowed
 
-Knows nothing of FastAPI: `app.py` turns these into answers.
+`app.py` turns these into answers. A request without a known API key never gets so far:
+`http/security.py` answers it with 401.
 """
 
 from __future__ import annotations
@@ -47,12 +48,6 @@ class BadRequest(RequestError):  # noqa: N818
     """The body is not JSON, or holds a tensor that is not what the model takes."""
 
     status = 400
-
-
-class Unauthorized(RequestError):  # noqa: N818
-    """The request shows no API key, or none that this server knows."""
-
-    status = 401
 
 
 class Forbidden(RequestError):  # noqa: N818
@@ -97,6 +92,22 @@ class InvalidField(RequestError):  # noqa: N818
     """
 
     status = 422
+
+
+class TextTooLong(InvalidField):
+    """The text at `place` is longer than the model reads, and the request forbids to cut it.
+
+    `problem` is the sentence without its subject, for requests that call the text something else
+    than `inputs.PLACE`.
+    """
+
+    def __init__(self, place: int, *, longest: int) -> None:
+        self.place = place
+        self.problem = (
+            f"is longer than the {longest} positions that the model reads: shorten it, or let it be"
+            ' cut with "truncate": true'
+        )
+        super().__init__(f"inputs.{place} {self.problem}", field=f"inputs.{place}")
 
 
 class RunFailed(RequestError):  # noqa: N818

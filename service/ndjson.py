@@ -1,7 +1,5 @@
 """A text a line in, an answer a line out: what `application/x-ndjson` bodies and `evalmode predict
---input` share.
-
-Knows no HTTP and no model: it is given `predict`, which answers texts.
+--input` share, the server and its client alike.
 """
 
 from __future__ import annotations
@@ -11,11 +9,19 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-from evalmode.service.errors import NotReady, RequestError
+from evalmode.service.errors import BadRequest, NotReady, RequestError, TextTooLong
+from evalmode.service.strict_json import parse_json, shown
 
-_SHOWN_CHARACTERS = 60
+MEDIA_TYPE = "application/x-ndjson"
+DIGEST_HEADER = "x-evalmode-digest"  # of the model that answers a stream
+
+# What a stream has read and not yet sent. `evalmode predict --url` sends no more than this in a
+# request: a client that writes all before it reads, as most do, could otherwise wait for a server
+# that waits for it.
+WINDOW_ROWS = 256
+WINDOW_BYTES = 1 << 20
 
 
 class ScoredLabel(Protocol):
@@ -103,34 +109,28 @@ def read_line(raw: bytes | None) -> Line:
     if raw is None:
         return Line(problem="the line is longer than is read here")
     try:
-        found = json.loads(raw.decode(), parse_constant=_refuse_constant)
-    except RecursionError:
-        return Line(problem="the line is nested too deeply")
-    except ValueError as error:
-        return Line(problem=f"the line is not valid JSON: {error}")
-    if isinstance(found, str):
-        return Line(text=found)
-    if not isinstance(found, dict):
+        value = parse_json(raw, subject="the line")
+    except BadRequest as error:
+        return Line(problem=str(error))
+    if isinstance(value, str):
+        return Line(text=value)
+    if not isinstance(value, dict):
         return Line(
-            problem=f"the line must be a string or an object with the key text, got {_shown(found)}"
+            problem=f"the line must be a string or an object with the key text, got {shown(value)}"
         )
-    return _read_object(found)
-
-
-def _read_object(found: Mapping[str, Any]) -> Line:
     echoed: dict[str, object] = {}
-    if "id" in found:
-        name = found["id"]
+    if "id" in value:
+        name = value["id"]
         if isinstance(name, dict | list) or (isinstance(name, float) and not math.isfinite(name)):
             return Line(
-                problem=f"id must be a string, a number, true, false or null, got {_shown(name)}"
+                problem=f"id must be a string, a number, true, false or null, got {shown(name)}"
             )
         echoed["id"] = name
-    if "text" not in found:
+    if "text" not in value:
         return Line(problem="text is missing", echoed=echoed)
-    if not isinstance(found["text"], str):
-        return Line(problem=f"text must be a string, got {_shown(found['text'])}", echoed=echoed)
-    return Line(text=found["text"], echoed=echoed)
+    if not isinstance(value["text"], str):
+        return Line(problem=f"text must be a string, got {shown(value['text'])}", echoed=echoed)
+    return Line(text=value["text"], echoed=echoed)
 
 
 async def answer_lines(
@@ -143,21 +143,21 @@ async def answer_lines(
     any more.
     """
     if sum(map(len, filter(None, raw))) <= inline_bytes:
-        lines = [read_line(one) for one in raw]
+        lines = [read_line(line) for line in raw]
     else:
-        lines = await asyncio.to_thread(lambda: [read_line(one) for one in raw])
-    found = iter(await _predictions([line.text for line in lines if line.problem is None], predict))
+        lines = await asyncio.to_thread(lambda: [read_line(line) for line in raw])
+    outcomes = iter(
+        await _predictions([line.text for line in lines if line.problem is None], predict)
+    )
     answers = []
     for index, line in enumerate(lines, first):
-        outcome = line.problem if line.problem is not None else next(found)
+        outcome = line.problem if line.problem is not None else next(outcomes)
         answers.append(_spelled(index, line, outcome))
     return answers
 
 
 async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predicted | str]:
-    """The predictions of `texts`; in the place of one that cannot be answered the sentence that
-    says why.
-    """
+    """The predictions of `texts`; a text that cannot be answered has the sentence that says why."""
     if not texts:
         return []
     try:
@@ -166,39 +166,30 @@ async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predi
         raise
     except RequestError as error:
         if len(texts) == 1:
-            return [str(error).replace("inputs.0 ", "text ")]
-    # One of them is at fault, and the others are not to suffer: each is asked for itself.
+            return [f"text {error.problem}" if isinstance(error, TextTooLong) else str(error)]
+    # One of them is at fault: each is asked by itself, so that the others are answered.
     each = await asyncio.gather(*(_predictions([text], predict) for text in texts))
     return [outcome for (outcome,) in each]
 
 
 def _spelled(index: int, line: Line, outcome: Predicted | str) -> bytes:
-    said: dict[str, object] = {"index": index, **line.echoed}
+    answer: dict[str, object] = {"index": index, **line.echoed}
     if isinstance(outcome, str):
-        said["error"] = outcome
+        answer["error"] = outcome
     else:
         top = [{"label": scored.label, "score": scored.score} for scored in outcome.top]
-        said |= {**top[0], "truncated": outcome.truncated, "top": top}
-    return spell(said)
+        answer |= {**top[0], "truncated": outcome.truncated, "top": top}
+    return spell(answer)
 
 
-def spell(said: Mapping[str, object]) -> bytes:
+def spell(answer: Mapping[str, object]) -> bytes:
     """One line of JSON with its end; numbers have as many digits as it takes to read the same bits
     back.
     """
     # Half a surrogate pair, which an id may hold, becomes the escape that JSON reads.
     return (
-        json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode(
+        json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode(
             "utf-8", "backslashreplace"
         )
         + b"\n"
     )
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."

@@ -15,12 +15,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from evalmode.service.errors import StartFailed
 
 _PREFIX = "EVALMODE_"
 CONFIG_VARIABLE = f"{_PREFIX}CONFIG"
+# The folder in which the processes of one server share their metrics; the name is that of
+# prometheus_client, which reads it itself.
+METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 # Where the value of a setting came from.
 Origin = Literal["flag", "environment", "file", "default"]
@@ -191,37 +194,36 @@ SECRETS = frozenset(
 )
 
 
-def load_settings(*, config: Path | None = None, **given: Any) -> Settings:
-    """The settings: what is `given` (None counts as not given), else the environment, else the
-    file, else the defaults.
+def load_settings(*, config: Path | None = None, **flags: Any) -> Settings:
+    """The settings: `flags` (None counts as absent), else the environment, else the file, else the
+    defaults.
 
     The file is TOML with the settings' names: `config`, or what EVALMODE_CONFIG names. Raises
     StartFailed, naming the first field that is wrong and its value.
     """
-    return trace_settings(config=config, **given)[0]
+    return trace_settings(config=config, **flags)[0]
 
 
 def trace_settings(
-    *, config: Path | None = None, **given: Any
+    *, config: Path | None = None, **flags: Any
 ) -> tuple[Settings, dict[str, Origin]]:
     """The settings as `load_settings` finds them, and where the value of each came from."""
-    flags = {name: value for name, value in given.items() if value is not None}
-    in_environment = {name.upper() for name in os.environ}
     file = config or (
         Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None
     )
-    written = _read_file(file) if file is not None else {}
-    origins: dict[str, Origin] = {}
-    for name in Settings.model_fields:
-        origins[name] = "file" if name in written else "default"
-        if f"{_PREFIX}{name}".upper() in in_environment:
-            origins[name] = "environment"
-        if name in flags:
-            origins[name] = "flag"
+    sources: dict[Origin, Mapping[str, Any]] = {
+        # Not TomlConfigSettingsSource, which passes over a file that is missing.
+        "file": _read_file(file) if file is not None else {},
+        "environment": EnvSettingsSource(Settings)(),
+        "flag": {name: value for name, value in flags.items() if value is not None},
+    }
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = dict.fromkeys(Settings.model_fields, "default")
+    for origin, source in sources.items():  # each overrides those before it
+        values |= source
+        origins |= dict.fromkeys(source, origin)
     try:
-        return Settings(
-            **{name: written[name] for name in written if origins[name] == "file"}, **flags
-        ), origins
+        return Settings(**values), origins
     except ValidationError as error:
         raise StartFailed(_sentence(error.errors()[0], origins, file)) from error
 

@@ -20,10 +20,8 @@ from pathlib import Path
 import httpx
 
 from evalmode.errors import EvalmodeError
-from evalmode.service.ndjson import Splitter
+from evalmode.service.ndjson import DIGEST_HEADER, MEDIA_TYPE, Splitter
 
-_NDJSON = "application/x-ndjson"
-_DIGEST_HEADER = "x-evalmode-digest"
 _TRY_AGAIN = frozenset({408, 429, 502, 503, 504})
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
@@ -43,7 +41,7 @@ class _Again(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server:
+class RemoteServer:
     """A server that answers lines. `sleep` waits between tries, for so many seconds."""
 
     client: httpx.AsyncClient
@@ -64,12 +62,12 @@ class Server:
         digests: list[str] = []
         tries = 0
         while True:
-            had = len(answers)
+            answered = len(answers)
             try:
-                await self._ask(lines[had:], first + had, answers, digests)
+                await self._ask(lines[answered:], first + answered, answers, digests)
                 return answers, digests[0]
             except _Again as failure:
-                tries = 1 if len(answers) > had else tries + 1
+                tries = 1 if len(answers) > answered else tries + 1
                 if tries > self.retries:
                     raise EvalmodeError(
                         f"{self.name} did not answer in {tries} tries: {failure}"
@@ -86,7 +84,7 @@ class Server:
                 "/v1/predict",
                 params=self.query,
                 content=b"\n".join(lines) + b"\n",
-                headers={"content-type": _NDJSON},
+                headers={"content-type": MEDIA_TYPE},
             ) as response:
                 await self._check(response)
                 digests.append(_digest_of(response, digests))
@@ -102,11 +100,13 @@ class Server:
 
     async def _check(self, response: httpx.Response) -> None:
         if response.status_code == 200:
-            if response.headers.get("content-type", "").partition(";")[0] != _NDJSON:
+            if response.headers.get("content-type", "").partition(";")[0] != MEDIA_TYPE:
                 raise EvalmodeError(f"{self.name} does not answer as an evalmode server does")
             return
-        said = _sentence((await response.aread())[:4096])
-        why = f"{response.status_code} {response.reason_phrase}{f', {said}' if said else ''}"
+        sentence = _sentence((await response.aread())[:4096])
+        why = (
+            f"{response.status_code} {response.reason_phrase}{f', {sentence}' if sentence else ''}"
+        )
         if response.status_code in _TRY_AGAIN:
             raise _Again(why, wait_s=retry_after_s(response.headers.get("retry-after")))
         raise EvalmodeError(f"{self.name} refused: {why}")
@@ -179,15 +179,15 @@ async def _take(response: httpx.Response, first: int, count: int, answers: list[
     taken = 0
     async for chunk in response.aiter_bytes():
         for line in splitter.feed(chunk):
-            found = _INDEX.match(line or b"")
-            if line is None or found is None or int(found[1]) != taken or taken == count:
+            index = _INDEX.match(line or b"")
+            if line is None or index is None or int(index[1]) != taken or taken == count:
                 raise _Again(_sentence(line or b"") or "it answered something else than was asked")
-            answers.append(b'{"index":%d' % (first + taken) + line[found.end() :] + b"\n")
+            answers.append(b'{"index":%d' % (first + taken) + line[index.end() :] + b"\n")
             taken += 1
 
 
 def _digest_of(response: httpx.Response, digests: Sequence[str]) -> str:
-    digest = response.headers.get(_DIGEST_HEADER)
+    digest = response.headers.get(DIGEST_HEADER)
     if digest is None:
         raise EvalmodeError(
             "the server does not say which model answers: it is not an evalmode server"

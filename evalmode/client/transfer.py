@@ -1,8 +1,4 @@
-"""A file of texts into a file of answers, chunk by chunk and in order, with constant memory. Knows
-no server, no model.
-
-It is given something that answers lines, and something that takes answers.
-"""
+"""A file of texts into a file of answers, chunk by chunk and in order, with constant memory."""
 
 from __future__ import annotations
 
@@ -18,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from evalmode.client.answers_file import AnswersFile, Stdout
 from evalmode.errors import EvalmodeError
-from evalmode.service.ndjson import Splitter, read_line, spell
+from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, read_line, spell
 from evalmode.terminal import open_console
 
-# No more in a request than a server's window holds (service/bulk.py): we read its answers when all
-# is sent.
-CHUNK_LINES, CHUNK_BYTES = 256, 1 << 20
+# A request fills no more than the server's window: its answers are read when all of it is sent.
+CHUNK_LINES, CHUNK_BYTES = WINDOW_ROWS, WINDOW_BYTES
 
 STDIN = Path("-")
 _MAX_LINE_BYTES = 16 << 20
@@ -33,26 +29,12 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Answerer(Protocol):
-    """Answers lines, from any number of tasks at once."""
+    """Answers lines, from any number of tasks at once: a remote server, or a model here."""
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
         """The answers of `lines`, numbered from `first`, and the digest of the model that gave
         them.
         """
-
-
-class Taker(Protocol):
-    """Takes answers, and counts them."""
-
-    lines: int
-    errors: int
-
-    @property
-    def way_on(self) -> str:
-        """How to go on after the lines that were taken, as the end of a sentence."""
-
-    def write(self, lines: list[bytes], *, digest: str | None) -> None:
-        """Take these answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,22 +127,22 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One job: every line of `source` answered into `taker`, `concurrency` chunks at once."""
+    """One job: every line of `source` answered into `writer`, `concurrency` chunks at once."""
 
     source: Source
     answerer: Answerer
-    taker: Taker
+    writer: AnswersFile | Stdout
     concurrency: int
 
     async def run(self) -> None:
         """Answer what is not answered yet. Raises EvalmodeError, which says how to go on."""
         # A task for each chunk, in order: what is asked at once, and as much again that waits to be
         # written.
-        asked: asyncio.Queue[tuple[Chunk, asyncio.Task[tuple[list[bytes], str | None]]] | None]
-        asked = asyncio.Queue(self.concurrency)
+        pending: asyncio.Queue[tuple[Chunk, asyncio.Task[tuple[list[bytes], str | None]]] | None]
+        pending = asyncio.Queue(self.concurrency)
         started: set[asyncio.Task[Any]] = set()
-        writing = asyncio.create_task(self._write(asked))
-        reading = asyncio.create_task(self._read(asked, started))
+        writing = asyncio.create_task(self._write(pending))
+        reading = asyncio.create_task(self._read(pending, started))
         try:
             done, _ = await asyncio.wait((writing, reading), return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
@@ -171,10 +153,10 @@ class Transfer:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
-    async def _read(self, asked: asyncio.Queue[Any], started: set[asyncio.Task[Any]]) -> None:
+    async def _read(self, pending: asyncio.Queue[Any], started: set[asyncio.Task[Any]]) -> None:
         turns = asyncio.Semaphore(self.concurrency)
         with self.source.open() as file:
-            chunks = self.source.chunks(file, skip=self.taker.lines)
+            chunks = self.source.chunks(file, skip=self.writer.lines)
             async for chunk in (
                 _straight(chunks) if self.source.repeatable else _from_thread(chunks)
             ):
@@ -183,8 +165,8 @@ class Transfer:
                 started.add(task)
                 task.add_done_callback(started.discard)
                 task.add_done_callback(_look_at)
-                await asked.put((chunk, task))
-        await asked.put(None)
+                await pending.put((chunk, task))
+        await pending.put(None)
 
     async def _answer(
         self, chunk: Chunk, turns: asyncio.Semaphore
@@ -196,18 +178,19 @@ class Transfer:
         finally:
             turns.release()
 
-    async def _write(self, asked: asyncio.Queue[Any]) -> None:
-        with _progress(self.source) as shown:
-            began, had = time.monotonic(), self.taker.lines
-            while (following := await asked.get()) is not None:
+    async def _write(self, pending: asyncio.Queue[Any]) -> None:
+        with _progress(self.source) as report:
+            began, lines_before = time.monotonic(), self.writer.lines
+            while (following := await pending.get()) is not None:
                 chunk, task = following
                 try:
                     answers, digest = await task
                 except EvalmodeError as error:
-                    raise EvalmodeError(f"{error}; {self.taker.way_on}") from error
-                self.taker.write(answers, digest=digest)
-                shown(
-                    chunk.read_bytes, (self.taker.lines - had) / max(1e-9, time.monotonic() - began)
+                    raise EvalmodeError(f"{error}; {self.writer.way_on}") from error
+                self.writer.write(answers, digest=digest)
+                report(
+                    chunk.read_bytes,
+                    (self.writer.lines - lines_before) / max(1e-9, time.monotonic() - began),
                 )
 
 
@@ -242,10 +225,10 @@ async def _from_thread(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
             asyncio.run_coroutine_threadsafe(read.put(last), loop).result()
 
     threading.Thread(target=run, daemon=True, name="stdin").start()
-    while isinstance(found := await read.get(), Chunk):
-        yield found
-    if found is not None:
-        raise found
+    while isinstance(item := await read.get(), Chunk):
+        yield item
+    if item is not None:
+        raise item
 
 
 def _grouped(lines: Sequence[bytes | None], most_lines: int) -> Iterator[list[bytes | None]]:

@@ -194,15 +194,15 @@ def _predict_file(source: Source, output: Path | None, ask: _Ask) -> None:
         raise EvalmodeError(
             "--bundle is answered in this process and --url by a server: give one of them"
         )
-    with _opened(source, output, ask) as taker:
-        began, had = time.monotonic(), taker.lines
+    with _opened(source, output, ask) as writer:
+        began, had = time.monotonic(), writer.lines
         try:
-            asyncio.run(_transfer(source, taker, ask))
+            asyncio.run(_transfer(source, writer, ask))
         except KeyboardInterrupt as interrupt:
-            complain(f"interrupted; {taker.way_on}")
+            complain(f"interrupted; {writer.way_on}")
             raise typer.Exit(_INTERRUPTED) from interrupt
-        _summarise(taker, answered=taker.lines - had, seconds=time.monotonic() - began)
-        if taker.errors:
+        _summarise(writer, answered=writer.lines - had, seconds=time.monotonic() - began)
+        if writer.errors:
             raise typer.Exit(FOUND)
 
 
@@ -218,19 +218,19 @@ def _opened(source: Source, output: Path | None, ask: _Ask) -> AnswersFile | Std
     )
 
 
-async def _transfer(source: Source, taker: AnswersFile | Stdout, ask: _Ask) -> None:
+async def _transfer(source: Source, writer: AnswersFile | Stdout, ask: _Ask) -> None:
     from evalmode.client.transfer import Transfer
 
     async with _answerer(ask) as answerer:
         await Transfer(
-            source=source, answerer=answerer, taker=taker, concurrency=ask.concurrency
+            source=source, answerer=answerer, writer=writer, concurrency=ask.concurrency
         ).run()
 
 
 @asynccontextmanager
 async def _answerer(ask: _Ask) -> AsyncIterator[Answerer]:
     if ask.url is not None:
-        from evalmode.client.remote import Server, open_client
+        from evalmode.client.remote import RemoteServer, open_client
 
         name, _, version = (ask.model or "").partition("/")
         named = {key: value for key, value in (("model", name), ("version", version)) if value}
@@ -238,7 +238,7 @@ async def _answerer(ask: _Ask) -> AsyncIterator[Answerer]:
         async with open_client(
             ask.url, api_key=ask.api_key, ca=ask.ca, connections=ask.concurrency
         ) as client:
-            yield Server(client=client, query=query, retries=ask.retries)
+            yield RemoteServer(client=client, query=query, retries=ask.retries)
         return
     from evalmode.service.predictor import Predictor
 
@@ -272,16 +272,16 @@ class _Here:
         )
 
 
-def _summarise(taker: AnswersFile | Stdout, *, answered: int, seconds: float) -> None:
+def _summarise(writer: AnswersFile | Stdout, *, answered: int, seconds: float) -> None:
     from evalmode.tables import pairs_table
 
     facts = {
-        "lines": f"{taker.lines:,}",
-        "of them with an error": f"{taker.errors:,}",
+        "lines": f"{writer.lines:,}",
+        "of them with an error": f"{writer.errors:,}",
         "answered now": (
             f"{answered:,} in {seconds:.1f} s, {answered / max(seconds, 1e-9):,.0f} a second"
         ),
-        "digest": taker.digest or "no line was answered",
+        "digest": writer.digest or "no line was answered",
     }
     open_console(stderr=True).print(pairs_table(facts, title="predict"))
 

@@ -1,31 +1,29 @@
-"""From a request's bytes to its fields, or to the sentence that says what is wrong. Knows no model
-and no route.
+"""From a request's bytes to its fields, or to the sentence that says what is wrong.
 
-It is given the chunks of the body, so that no more than the limit is ever held.
+A body is read in chunks, so that no more than the limit is ever held.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from starlette.requests import Request
 
 from evalmode.service.errors import (
-    BadRequest,
     BodyTooLarge,
     InvalidField,
     RequestTimeout,
     UnsupportedMedia,
 )
 from evalmode.service.http.v1_schemas import PredictRequest
+from evalmode.service.protocol.compression import decompressed, encoding_of
+from evalmode.service.settings import Settings
+from evalmode.service.strict_json import SHOWN_CHARACTERS, parse_json, shown
 
 JSON = "application/json"
-
-_SHOWN_CHARACTERS = 60
 
 # The form is what curl -d and urllib declare when nobody told them what they send.
 _TAKEN_FOR_JSON = frozenset({"", JSON, "application/x-www-form-urlencoded"})
@@ -77,6 +75,24 @@ async def unless_silent(chunks: AsyncIterator[bytes], *, silence_s: float) -> As
         yield chunk
 
 
+async def read_request(request: Request, settings: Settings) -> bytes:
+    """The whole body of a request of the Open Inference Protocol, decompressed, whatever media type
+    it declares; the limit holds before and after.
+
+    Raises BadRequest, BodyTooLarge and RequestTimeout.
+    """
+    chunks: AsyncIterator[bytes] = request.stream()
+    encoding = encoding_of(request.headers.get("content-encoding"))
+    if encoding is not None:
+        chunks = decompressed(chunks, encoding)
+    return await read_body(
+        chunks,
+        declared_bytes=request.headers.get("content-length"),
+        max_body_bytes=settings.max_body_bytes,
+        silence_s=settings.body_timeout_s,
+    )
+
+
 def require_json(content_type: str | None) -> None:
     """Refuse a body that declares to be something else; one that declares nothing may well be
     JSON.
@@ -93,15 +109,7 @@ def require_json(content_type: str | None) -> None:
 def parse_predict(body: bytes, *, max_rows: int, max_top_k: int) -> PredictRequest:
     """The request for predictions in `body`, within this server's limits."""
     try:
-        # Python's parser, not pydantic's: a lone surrogate escape (half an emoji) is valid JSON and
-        # a text to answer.
-        found = json.loads(body.decode(), parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise BadRequest("the body is nested too deeply") from error
-    except ValueError as error:
-        raise BadRequest(f"the body is not valid JSON: {error}") from error
-    try:
-        request = PredictRequest.model_validate(found)
+        request = PredictRequest.model_validate(parse_json(body, subject="the body"))
     except ValidationError as error:
         raise _invalid(error.errors(include_url=False)[0]) from error
     if len(request.inputs) > max_rows:
@@ -114,14 +122,10 @@ def parse_predict(body: bytes, *, max_rows: int, max_top_k: int) -> PredictReque
     return request
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def _invalid(error: ErrorDetails) -> InvalidField:
     """pydantic's first complaint as one sentence that names the field and the value."""
-    field = ".".join(map(str, error["loc"]))[:_SHOWN_CHARACTERS]
-    kind, value = error["type"], _shown(error["input"])
+    field = ".".join(map(str, error["loc"]))[:SHOWN_CHARACTERS]
+    kind, value = error["type"], shown(error["input"])
     # the latter: a key that is half an emoji, and has no loc
     if kind in ("extra_forbidden", "string_unicode"):
         known = ", ".join(PredictRequest.model_fields)
@@ -141,9 +145,3 @@ def _invalid(error: ErrorDetails) -> InvalidField:
         return InvalidField(f"{field} must hold at least 1 text", field=field)
     complaint = error["msg"].replace("Input should", "must")
     return InvalidField(f"{field} {complaint}, got {value}", field=field)
-
-
-def _shown(value: object) -> str:
-    """The value as JSON, cut where it gets long."""
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."

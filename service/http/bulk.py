@@ -18,16 +18,18 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from evalmode.service.errors import InvalidField, NotReady, QueueFull, RequestTimeout
-from evalmode.service.ndjson import Predict, Predicted, Splitter, answer_lines, spell
-
-MEDIA_TYPE = "application/x-ndjson"
-DIGEST_HEADER = "x-evalmode-digest"
-
-# What a stream has read and not yet sent. `evalmode predict --url` sends no more than this in a
-# request: a client that writes all before it reads, as most do, could otherwise wait for a server
-# that waits for it.
-WINDOW_ROWS = 256
-WINDOW_BYTES = 1 << 20
+from evalmode.service.ndjson import (
+    DIGEST_HEADER,
+    MEDIA_TYPE,
+    WINDOW_BYTES,
+    WINDOW_ROWS,
+    Predict,
+    Predicted,
+    Splitter,
+    answer_lines,
+    spell,
+)
+from evalmode.service.strict_json import SHOWN_CHARACTERS
 
 # What takes a turn at the engine together.
 _GROUP_ROWS = 32
@@ -70,8 +72,8 @@ class Answers(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the query of a stream asks."""
+class BulkQuery:
+    """The query of a stream."""
 
     top_k: int = 3
     truncate: bool = True
@@ -79,36 +81,40 @@ class Asked:
     version: str | None = None
 
 
-def parse_query(items: Iterable[tuple[str, str]], *, max_top_k: int) -> Asked:
-    """What these query parameters ask. Raises InvalidField for one that is unknown, given twice or
-    wrong.
+def parse_query(items: Iterable[tuple[str, str]], *, max_top_k: int) -> BulkQuery:
+    """The query that these parameters make. Raises InvalidField for one that is unknown, given
+    twice or wrong.
     """
-    query: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for name, value in items:
-        if name not in Asked.__dataclass_fields__ or name in query:
+        if name not in BulkQuery.__dataclass_fields__ or name in parameters:
             complaint = (
                 "is given twice"
-                if name in query
+                if name in parameters
                 else "is not one of top_k, truncate, model and version"
             )
-            raise InvalidField(f"query parameter {name[:60]!r} {complaint}", field=name[:60])
-        query[name] = value
-    top_k, truncate = query.get("top_k", "3"), query.get("truncate", "true")
+            raise InvalidField(
+                f"query parameter {name[:SHOWN_CHARACTERS]!r} {complaint}",
+                field=name[:SHOWN_CHARACTERS],
+            )
+        parameters[name] = value
+    top_k, truncate = parameters.get("top_k", "3"), parameters.get("truncate", "true")
     if not (
         top_k.isascii() and top_k.isdecimal() and len(top_k) < 10 and 1 <= int(top_k) <= max_top_k
     ):
         raise InvalidField(
-            f"top_k must be a number from 1 to {max_top_k}, got {top_k[:60]!r}", field="top_k"
+            f"top_k must be a number from 1 to {max_top_k}, got {top_k[:SHOWN_CHARACTERS]!r}",
+            field="top_k",
         )
     if truncate not in ("true", "false"):
         raise InvalidField(
-            f"truncate must be true or false, got {truncate[:60]!r}", field="truncate"
+            f"truncate must be true or false, got {truncate[:SHOWN_CHARACTERS]!r}", field="truncate"
         )
-    return Asked(
+    return BulkQuery(
         top_k=int(top_k),
         truncate=truncate == "true",
-        model=query.get("model"),
-        version=query.get("version"),
+        model=parameters.get("model"),
+        version=parameters.get("version"),
     )
 
 
@@ -145,11 +151,11 @@ class Streams:
             await asyncio.sleep(_TICK_S)
         await asyncio.sleep(self._drain_s)
 
-    def response(self, model: TextModel, asked: Asked) -> Response:
+    def response(self, model: TextModel, query: BulkQuery) -> Response:
         """The response that reads the request's body and answers it line by line, all from this one
         model.
         """
-        return _BulkResponse(self, model, asked)
+        return _BulkResponse(self, model, query)
 
     async def answer(self, raw: Sequence[bytes | None], first: int, predict: Predict) -> bytes:
         """The answers of these lines, when it is their turn."""
@@ -159,10 +165,10 @@ class Streams:
             )
 
     async def predict(
-        self, model: TextModel, asked: Asked, texts: Sequence[str]
+        self, model: TextModel, query: BulkQuery, texts: Sequence[str]
     ) -> Sequence[Predicted]:
         """The predictions of `texts`, however long the engine has no room for them."""
-        jobs, truncated = await model.text_rows_async(texts, truncate=asked.truncate)
+        jobs, truncated = await model.text_rows_async(texts, truncate=query.truncate)
         nbytes = sum(row.nbytes for _, row in jobs)
         while True:
             await self._engine.wait_for_room(len(jobs), nbytes=nbytes)
@@ -172,7 +178,7 @@ class Streams:
             except QueueFull:
                 await asyncio.sleep(0)  # someone was quicker
                 continue
-            return model.predictions(answers, truncated, top_k=asked.top_k)
+            return model.predictions(answers, truncated, top_k=query.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +219,7 @@ class _BulkResponse(Response):
     client hangs up.
     """
 
-    def __init__(self, streams: Streams, model: TextModel, asked: Asked) -> None:
+    def __init__(self, streams: Streams, model: TextModel, query: BulkQuery) -> None:
         # The last header asks proxies not to hold answers back.
         super().__init__(
             media_type=MEDIA_TYPE, headers={DIGEST_HEADER: model.digest, "x-accel-buffering": "no"}
@@ -221,7 +227,7 @@ class _BulkResponse(Response):
         del self.headers["content-length"]
         self._streams = streams
         self._model = model
-        self._asked = asked
+        self._query = query
         self._window = _Window()
         self._groups: asyncio.Queue[_Group | str | None] = asyncio.Queue()  # bounded by the window
         self._running: set[asyncio.Task[bytes]] = set()
@@ -296,7 +302,7 @@ class _BulkResponse(Response):
             task.exception()
 
     async def _predict(self, texts: Sequence[str]) -> Sequence[Predicted]:
-        return await self._streams.predict(self._model, self._asked, texts)
+        return await self._streams.predict(self._model, self._query, texts)
 
     async def _write(self, send: Send) -> None:
         last = b""

@@ -10,10 +10,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from evalmode.service.components import State
+from evalmode.service.components import Components, components_of
 from evalmode.service.errors import InvalidField
 from evalmode.service.http.body import JSON, parse_predict, read_body, require_json
-from evalmode.service.http.bulk import MEDIA_TYPE as NDJSON
 from evalmode.service.http.bulk import Streams, parse_query
 from evalmode.service.http.deadline import timeout_of, unless_hung_up
 from evalmode.service.http.v1_schemas import (
@@ -25,6 +24,7 @@ from evalmode.service.http.v1_schemas import (
 )
 from evalmode.service.models.model import Model
 from evalmode.service.models.text import Prediction
+from evalmode.service.ndjson import MEDIA_TYPE as NDJSON
 from evalmode.service.settings import Settings
 
 _LINES = {
@@ -58,9 +58,9 @@ def routes(settings: Settings) -> APIRouter:
         # with it.
         openapi_extra={"requestBody": {"required": True, "content": {JSON: body, NDJSON: _LINES}}},
     )
-    told = _refusals(401, 404, 422, 500, 503)
+    refusals = _refusals(401, 404, 422, 500, 503)
     router.add_api_route(
-        "/v1/model", _model, name="model", response_model=ModelResponse, responses=told
+        "/v1/model", _model, name="model", response_model=ModelResponse, responses=refusals
     )
     return router
 
@@ -76,40 +76,44 @@ async def _predict(request: Request) -> Response:
     With `content-type: application/x-ndjson` the body is a text a line, of any number, and so is
     the answer.
     """
-    state: State = request.app.state.service
+    components = components_of(request)
     content_type = request.headers.get("content-type")
     if (content_type or "").partition(";")[0].strip().lower() == NDJSON:
         streams: Streams = request.app.state.streams
-        wanted = parse_query(request.query_params.multi_items(), max_top_k=state.settings.max_top_k)
+        query = parse_query(
+            request.query_params.multi_items(), max_top_k=components.settings.max_top_k
+        )
         return streams.response(
-            _model_for(state, name=wanted.model, version=wanted.version), wanted
+            _model_for(components, name=query.model, version=query.version), query
         )
     require_json(content_type)
-    timeout_s = timeout_of(request.headers, longest_s=state.settings.timeout_s)
+    timeout_s = timeout_of(request.headers, longest_s=components.settings.timeout_s)
     started = time.monotonic()
     body = await read_body(
         request.stream(),
         declared_bytes=request.headers.get("content-length"),
-        max_body_bytes=state.settings.max_body_bytes,
-        silence_s=state.settings.body_timeout_s,
+        max_body_bytes=components.settings.max_body_bytes,
+        silence_s=components.settings.body_timeout_s,
     )
-    asked = parse_predict(
-        body, max_rows=state.settings.max_rows, max_top_k=state.settings.max_top_k
+    predict_request = parse_predict(
+        body, max_rows=components.settings.max_rows, max_top_k=components.settings.max_top_k
     )
-    model = _model_for(state, name=asked.model, version=asked.version)
+    model = _model_for(components, name=predict_request.model, version=predict_request.version)
     predictions = await unless_hung_up(
-        request, _answered(state, model, asked, deadline=started + timeout_s)
+        request, _answered(components, model, predict_request, deadline=started + timeout_s)
     )
     return _answer(PredictResponse.of(model, predictions))
 
 
 async def _answered(
-    state: State, model: Model, asked: PredictRequest, *, deadline: float
+    components: Components, model: Model, predict_request: PredictRequest, *, deadline: float
 ) -> list[Prediction]:
-    jobs, truncated = await model.text_rows_async(asked.inputs, truncate=asked.truncate)
+    jobs, truncated = await model.text_rows_async(
+        predict_request.inputs, truncate=predict_request.truncate
+    )
     # reading and encoding took their time
-    answers = await state.answer(jobs, timeout_s=deadline - time.monotonic())
-    return model.predictions(answers, truncated, top_k=asked.top_k)
+    answers = await components.answer(jobs, timeout_s=deadline - time.monotonic())
+    return model.predictions(answers, truncated, top_k=predict_request.top_k)
 
 
 async def _model(
@@ -118,17 +122,27 @@ async def _model(
     """What is being served: manifest, certificate, and how its known answers came out on this
     machine.
     """
-    state: State = request.app.state.service
+    components = components_of(request)
     _require_model(model, version)
-    found = state.repository.get(model, version) if model is not None else _default(state)
+    served_model = (
+        components.repository.get(model, version) if model is not None else _default(components)
+    )
     return _answer(
-        ModelResponse.of(found, parallel=state.engine.load.parallel, workers=state.settings.workers)
+        ModelResponse.of(
+            served_model,
+            parallel=components.engine.load.parallel,
+            workers=components.settings.workers,
+        )
     )
 
 
-def _model_for(state: State, *, name: str | None, version: str | None) -> Model:
+def _model_for(components: Components, *, name: str | None, version: str | None) -> Model:
     _require_model(name, version)
-    model = state.repository.default_text() if name is None else state.repository.get(name, version)
+    model = (
+        components.repository.default_text()
+        if name is None
+        else components.repository.get(name, version)
+    )
     if not model.is_text:
         raise InvalidField(
             f"model {model.name} takes tensors and no texts: ask POST"
@@ -143,10 +157,12 @@ def _require_model(name: str | None, version: str | None) -> None:
         raise InvalidField("version is of a model: name that one too", field="version")
 
 
-def _default(state: State) -> Model:
-    models = state.repository.models()
+def _default(components: Components) -> Model:
+    models = components.repository.models()
     return (
-        models[0] if len({model.name for model in models}) == 1 else state.repository.default_text()
+        models[0]
+        if len({model.name for model in models}) == 1
+        else components.repository.default_text()
     )
 
 

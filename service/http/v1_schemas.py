@@ -172,13 +172,6 @@ class ModelResponse(_Response):
         )
 
 
-class StateResponse(_Response):
-    """The answer of /livez and /readyz."""
-
-    live: bool
-    ready: bool | None = None
-
-
 class ErrorResponse(_Response):
     """Every answer other than 200."""
 

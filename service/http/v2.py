@@ -15,12 +15,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from evalmode.bundle.known_answers import Tensors
-from evalmode.service.components import State
+from evalmode.service.components import Components, components_of
 from evalmode.service.http import v2_models
-from evalmode.service.http.body import JSON
+from evalmode.service.http.body import JSON, read_request
 from evalmode.service.http.deadline import timeout_of, unless_hung_up
-from evalmode.service.http.v2_body import read_request
-from evalmode.service.http.v2_inference import Asked, answered, only_input, prepare
+from evalmode.service.http.v2_inference import PreparedRequest, answered, only_input, prepare
 from evalmode.service.models.model import Model
 from evalmode.service.protocol.compression import accepted, compress
 from evalmode.service.protocol.metadata import ErrorBody
@@ -50,7 +49,7 @@ def routes(settings: Settings) -> APIRouter:
         }
     }
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in _STATUSES}
-    found = {
+    outputs = {
         "description": "The outputs.",
         "content": {JSON: {"schema": INFER_RESPONSE}, BINARY: {"schema": {}}},
     }
@@ -62,7 +61,7 @@ def routes(settings: Settings) -> APIRouter:
             name=name,
             tags=["Open Inference Protocol"],
             response_class=Response,
-            responses={200: found, **errors},
+            responses={200: outputs, **errors},
             # The body is read by hand: JSON with raw tensors behind it is no media type of any
             # framework.
             openapi_extra={"requestBody": {"required": True, **body}},
@@ -77,20 +76,20 @@ async def _infer(request: Request, model: str, version: str | None = None) -> Re
     The body is JSON, or JSON with raw little-endian tensors behind it, whose beginning the header
     `Inference-Header-Content-Length` gives.
     """
-    state: State = request.app.state.service
+    components = components_of(request)
     started = time.monotonic()
-    timeout_s = timeout_of(request.headers, longest_s=state.settings.timeout_s)
-    body = await read_request(request, state.settings)
-    found = state.repository.get(model, version)
-    inference = _Inference(state, found, started=started, deadline=started + timeout_s)
+    timeout_s = timeout_of(request.headers, longest_s=components.settings.timeout_s)
+    body = await read_request(request, components.settings)
+    served_model = components.repository.get(model, version)
+    inference = _Inference(components, served_model, started=started, deadline=started + timeout_s)
     try:
         encoded = await unless_hung_up(
             request, inference.answer(body, request.headers.get(JSON_LENGTH_HEADER))
         )
         response = await _response(encoded, accept_encoding=request.headers.get("accept-encoding"))
     except Exception:
-        state.statistics.request_failed(
-            found.name, found.version, took_s=time.monotonic() - started
+        components.statistics.request_failed(
+            served_model.name, served_model.version, took_s=time.monotonic() - started
         )
         raise
     inference.succeeded()
@@ -100,8 +99,10 @@ async def _infer(request: Request, model: str, version: str | None = None) -> Re
 class _Inference:
     """One request on its way, and how long its parts took."""
 
-    def __init__(self, state: State, model: Model, *, started: float, deadline: float) -> None:
-        self._state = state
+    def __init__(
+        self, components: Components, model: Model, *, started: float, deadline: float
+    ) -> None:
+        self._components = components
         self._model = model
         self._started = started
         self._deadline = deadline
@@ -112,24 +113,24 @@ class _Inference:
         """The response's body. Raises RequestError."""
         before = time.monotonic()
         if len(body) <= _INLINE_BYTES:
-            request, asked = self._read(body, json_length)
+            request, prepared = self._read(body, json_length)
         else:
-            request, asked = await asyncio.to_thread(self._read, body, json_length)
+            request, prepared = await asyncio.to_thread(self._read, body, json_length)
         now = time.monotonic()
         self._read_s = now - before
         deadline = min(self._deadline, self._started + (request.timeout_s or math.inf))
-        answers = await self._state.answer(asked.jobs, timeout_s=deadline - now)
+        answers = await self._components.answer(prepared.jobs, timeout_s=deadline - now)
         before = time.monotonic()
         if sum(tensor.nbytes for answer in answers for tensor in answer.values()) <= _INLINE_BYTES:
-            encoded = self._write(request, asked, answers)
+            encoded = self._write(request, prepared, answers)
         else:
-            encoded = await asyncio.to_thread(self._write, request, asked, answers)
+            encoded = await asyncio.to_thread(self._write, request, prepared, answers)
         self._write_s = time.monotonic() - before
         return encoded
 
     def succeeded(self) -> None:
         """Tell the statistics."""
-        self._state.statistics.request_succeeded(
+        self._components.statistics.request_succeeded(
             self._model.name,
             self._model.version,
             took_s=time.monotonic() - self._started,
@@ -137,8 +138,8 @@ class _Inference:
             write_s=self._write_s,
         )
 
-    def _read(self, body: bytes, json_length: str | None) -> tuple[InferRequest, Asked]:
-        settings = self._state.settings
+    def _read(self, body: bytes, json_length: str | None) -> tuple[InferRequest, PreparedRequest]:
+        settings = self._components.settings
         request = parse_infer(
             body,
             json_length=json_length,
@@ -147,9 +148,11 @@ class _Inference:
         )
         return request, prepare(self._model, request, max_rows=settings.max_rows)
 
-    def _write(self, request: InferRequest, asked: Asked, answers: list[Tensors]) -> Encoded:
+    def _write(
+        self, request: InferRequest, prepared: PreparedRequest, answers: list[Tensors]
+    ) -> Encoded:
         return encode_response(
-            answered(asked, answers),
+            answered(prepared, answers),
             model_name=self._model.name,
             model_version=self._model.version,
             request_id=request.id,

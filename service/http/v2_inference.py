@@ -16,13 +16,13 @@ import numpy as np
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.manifest import TensorSpec
 from evalmode.service.batching.bucket import Job
-from evalmode.service.errors import BadRequest, InvalidField
+from evalmode.service.errors import BadRequest, TextTooLong
 from evalmode.service.models.model import WHOLE, Model
 from evalmode.service.models.text import LOGITS, best, softmax
-from evalmode.service.protocol.classification import classify
-from evalmode.service.protocol.datatypes import BYTES, Array, shown
+from evalmode.service.protocol.datatypes import BYTES, Array
 from evalmode.service.protocol.request import AskedOutput, InferRequest, InputTensor
-from evalmode.service.protocol.response import OutputTensor
+from evalmode.service.protocol.response import OutputTensor, classify
+from evalmode.service.strict_json import shown
 
 TEXT = TensorSpec(name="text", datatype=BYTES, shape=(-1,))
 
@@ -30,7 +30,7 @@ _PROBABILITIES, _LABEL, _TRUNCATED = "probabilities", "label", "truncated"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Asked:
+class PreparedRequest:
     """A request that its model can answer: the rows to run, and where they were texts, which of
     them were cut.
     """
@@ -65,7 +65,7 @@ def is_batched(model: Model) -> bool:
     return WHOLE not in model.row_counts
 
 
-def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
+def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRequest:
     """The rows of a request. Raises BadRequest, naming the field, where this model cannot answer
     it.
     """
@@ -77,7 +77,7 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
     outputs = _asked(model, request, of_text=text is not None)
     if text is None:
         jobs = model.tensor_jobs({tensor.name: tensor.data for tensor in request.inputs})
-        return Asked(model=model, jobs=jobs, outputs=outputs, truncated=None)
+        return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=None)
     if len(request.inputs) > 1:
         other = next(tensor for tensor in request.inputs if tensor is not text)
         raise BadRequest(
@@ -87,23 +87,20 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> Asked:
     texts = _texts(text)
     try:
         jobs, truncated = model.text_rows(texts, truncate=request.truncate)
-    except (
-        InvalidField
-    ) as error:  # its field counts the texts of /v1: here they are the elements of a tensor
-        place = (error.field or "").removeprefix("inputs")
-        field = f"{text.field}.data{place}"
-        raise BadRequest(str(error).replace(error.field or field, field, 1), field=field) from error
-    return Asked(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
+    except TextTooLong as error:
+        field = f"{text.field}.data.{error.place}"  # here the texts are the elements of a tensor
+        raise BadRequest(f"{field} {error.problem}", field=field) from error
+    return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
 
 
-def answered(asked: Asked, answers: Sequence[Tensors]) -> list[OutputTensor]:
+def answered(prepared: PreparedRequest, answers: Sequence[Tensors]) -> list[OutputTensor]:
     """The outputs that were asked for, from the answers of the rows in their order."""
-    own = {spec.name for spec in asked.model.outputs}
-    wanted = {output.name for output in asked.outputs}
-    found = asked.model.join(answers, outputs=sorted(wanted & own)) | _derivatives(
-        asked, answers, wanted - own
+    own = {spec.name for spec in prepared.model.outputs}
+    names = {output.name for output in prepared.outputs}
+    tensors = prepared.model.join(answers, outputs=sorted(names & own)) | _derivatives(
+        prepared, answers, names - own
     )
-    return [_written(output, found[output.name], asked.model) for output in asked.outputs]
+    return [_written(output, tensors[output.name], prepared.model) for output in prepared.outputs]
 
 
 def _derived(model: Model) -> tuple[TensorSpec, ...]:
@@ -113,12 +110,12 @@ def _derived(model: Model) -> tuple[TensorSpec, ...]:
     if not model.is_text:
         return ()
     own = {spec.name: spec for spec in model.outputs}
-    every = (
+    derived = (
         TensorSpec(name=_PROBABILITIES, datatype="FP64", shape=own[LOGITS].shape),
         TensorSpec(name=_LABEL, datatype=BYTES, shape=(-1,)),
         TensorSpec(name=_TRUNCATED, datatype="BOOL", shape=(-1,)),
     )
-    return tuple(spec for spec in every if spec.name not in own)
+    return tuple(spec for spec in derived if spec.name not in own)
 
 
 def _asked(model: Model, request: InferRequest, *, of_text: bool) -> tuple[AskedOutput, ...]:
@@ -181,18 +178,20 @@ def _decoded(element: str | bytes, field: str) -> str:
         raise BadRequest(f"{field} is not UTF-8", field=field) from error
 
 
-def _derivatives(asked: Asked, answers: Sequence[Tensors], wanted: set[str]) -> dict[str, Array]:
-    found: dict[str, Array] = {}
-    if wanted & {_PROBABILITIES, _LABEL}:
+def _derivatives(
+    prepared: PreparedRequest, answers: Sequence[Tensors], names: set[str]
+) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    if names & {_PROBABILITIES, _LABEL}:
         # Each row from its own answer, as /v1 does it: no row's bits may hang on how many stand
         # beside it.
         rows = [softmax(answer[LOGITS][0].tolist()) for answer in answers]
-        found[_PROBABILITIES] = np.array(rows, dtype=np.float64)
-        labels = asked.model.labels or ()
-        found[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
-    if asked.truncated is not None:
-        found[_TRUNCATED] = np.array(asked.truncated, dtype=np.bool_)
-    return found
+        tensors[_PROBABILITIES] = np.array(rows, dtype=np.float64)
+        labels = prepared.model.labels or ()
+        tensors[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
+    if prepared.truncated is not None:
+        tensors[_TRUNCATED] = np.array(prepared.truncated, dtype=np.bool_)
+    return tensors
 
 
 def _written(output: AskedOutput, data: Array, model: Model) -> OutputTensor:

@@ -16,14 +16,13 @@ from pydantic import BaseModel
 
 import evalmode
 from evalmode.bundle.manifest import is_name
-from evalmode.service.components import State
+from evalmode.service.components import Components, components_of
 from evalmode.service.errors import BadRequest, Conflict, Forbidden, NotReady, UnknownModel
-from evalmode.service.http.body import JSON
-from evalmode.service.http.v2_body import read_request
+from evalmode.service.http import health
+from evalmode.service.http.body import JSON, read_request
 from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
-from evalmode.service.models.repository import Repository
-from evalmode.service.protocol.datatypes import shown
+from evalmode.service.models.repository import CONTROL_OFF, Repository
 from evalmode.service.protocol.fields import flag, parse_object, parse_parameters
 from evalmode.service.protocol.metadata import (
     ErrorBody,
@@ -38,6 +37,7 @@ from evalmode.service.protocol.metadata import (
 )
 from evalmode.service.protocol.schemas import INDEX_REQUEST, PARAMETERS_REQUEST
 from evalmode.service.settings import Settings
+from evalmode.service.strict_json import shown
 
 _READY = "READY"
 _OF_A_MODEL = (400, 401, 404, 500, 503)
@@ -53,8 +53,8 @@ def routes(settings: Settings) -> APIRouter:
         router.add_api_route(
             path, _server, name=name, response_model=ServerMetadata, include_in_schema=path == "/v2"
         )
-    _add(router, "v2_live", "/v2/health/live", _live, ServerState, statuses=(503,))
-    _add(router, "v2_ready", "/v2/health/ready", _ready, ServerState, statuses=(503,))
+    _add(router, "v2_live", "/v2/health/live", health.live, ServerState, statuses=(503,))
+    _add(router, "v2_ready", "/v2/health/ready", health.ready, ServerState, statuses=(503,))
     _add(router, "v2_all_stats", "/v2/models/stats", _all_stats, ModelStatistics)
     for suffix, path in (("", ""), ("_version", "/versions/{version}")):
         model = f"/v2/models/{{model}}{path}"
@@ -135,55 +135,44 @@ async def _server(request: Request) -> Response:
     return _answer(ServerMetadata(version=evalmode.__version__))
 
 
-async def _live(request: Request) -> Response:
-    """Whether this process should go on."""
-    if reason := _state(request).health.live():
-        raise NotReady(reason)
-    return _answer(ServerState(live=True))
-
-
-async def _ready(request: Request) -> Response:
-    """Whether this server can be asked."""
-    if reason := _state(request).health.ready():
-        raise NotReady(reason)
-    return _answer(ServerState(live=True, ready=True))
-
-
 async def _metadata(request: Request, model: str, version: str | None = None) -> Response:
     """A model's tensors, and the versions of it that are served."""
-    repository = _state(request).repository
-    found = repository.get(model, version)
+    repository = components_of(request).repository
+    served_model = repository.get(model, version)
     versions = tuple(other.version for other in repository.versions_of(model))
     return _answer(
         ModelMetadata(
-            name=found.name, versions=versions, inputs=inputs_of(found), outputs=outputs_of(found)
+            name=served_model.name,
+            versions=versions,
+            inputs=inputs_of(served_model),
+            outputs=outputs_of(served_model),
         )
     )
 
 
 async def _model_ready(request: Request, model: str, version: str | None = None) -> Response:
     """Whether a model can be asked; also the server must be ready."""
-    state = _state(request)
-    found = state.repository.get(model, version)
-    if reason := state.health.ready():
+    components = components_of(request)
+    served_model = components.repository.get(model, version)
+    if reason := components.health.ready():
         raise NotReady(reason)
-    return _answer(ModelState(name=found.name))
+    return _answer(ModelState(name=served_model.name))
 
 
 async def _config(request: Request, model: str, version: str | None = None) -> Response:
     """A model's configuration as Triton's clients read it."""
-    state = _state(request)
-    found = state.repository.get(model, version)
+    components = components_of(request)
+    served_model = components.repository.get(model, version)
     return _answer(
         model_config(
-            name=found.name,
-            digest=found.digest,
-            inputs=inputs_of(found),
-            outputs=outputs_of(found),
-            alternatives=found.is_text,
-            batched=is_batched(found),
-            versions=state.settings.versions,
-            max_rows=state.settings.max_rows,
+            name=served_model.name,
+            digest=served_model.digest,
+            inputs=inputs_of(served_model),
+            outputs=outputs_of(served_model),
+            alternatives=served_model.is_text,
+            batched=is_batched(served_model),
+            versions=components.settings.versions,
+            max_rows=components.settings.max_rows,
         )
     )
 
@@ -192,35 +181,35 @@ async def _stats(request: Request, model: str, version: str | None = None) -> Re
     """What was asked of a model, and how long it took; of every version that is served, where none
     is named.
     """
-    state = _state(request)
-    repository = state.repository
+    components = components_of(request)
+    repository = components.repository
     models = repository.versions_of(model) if version is None else (repository.get(model, version),)
-    return _figures(state, models)
+    return _figures(components, models)
 
 
 async def _all_stats(request: Request) -> Response:
     """The same of all models."""
-    state = _state(request)
-    return _figures(state, state.repository.models())
+    components = components_of(request)
+    return _figures(components, components.repository.models())
 
 
 async def _index(request: Request) -> Response:
     """The model versions of the repository and their states; with `"ready": true` only those that
     can be asked.
     """
-    state = _state(request)
-    body = await read_request(request, state.settings)
+    components = components_of(request)
+    body = await read_request(request, components.settings)
     only_ready = flag(
         parse_object(body) if body.strip() else {}, "ready", default=False, field="the body"
     )
-    found = [
+    entries = [
         IndexEntry(
             name=entry.name, version=entry.version, state=entry.state, reason=entry.reason
         ).model_dump()
-        for entry in state.repository.index()
+        for entry in components.repository.index()
         if not only_ready or entry.state == _READY
     ]
-    return Response(json.dumps(found), media_type=JSON)
+    return Response(json.dumps(entries), media_type=JSON)
 
 
 async def _load(request: Request, model: str) -> Response:
@@ -245,10 +234,10 @@ async def _controlled(request: Request, model: str) -> Repository:
     """The repository, where this request may change it. Raises RequestError, saying what to do
     instead.
     """
-    state = _state(request)
-    settings = state.settings
+    components = components_of(request)
+    settings = components.settings
     if not settings.model_control:
-        raise Forbidden("models are not loaded or unloaded here: the setting model_control is off")
+        raise Forbidden(CONTROL_OFF)
     if settings.workers > 1:
         raise Conflict(
             f"one of {settings.workers} workers cannot load or unload for the others: every worker"
@@ -265,12 +254,12 @@ async def _controlled(request: Request, model: str) -> Repository:
                 field="parameters",
             )
     flag(parameters, "unload_dependents", default=False, field="parameters")
-    return state.repository
+    return components.repository
 
 
-def _figures(state: State, models: Sequence[Model]) -> Response:
-    found = tuple(state.statistics.of(model.name, model.version) for model in models)
-    return _answer(ModelStatistics(model_stats=found))
+def _figures(components: Components, models: Sequence[Model]) -> Response:
+    figures = tuple(components.statistics.of(model.name, model.version) for model in models)
+    return _answer(ModelStatistics(model_stats=figures))
 
 
 def _turn(request: Request) -> asyncio.Lock:
@@ -281,10 +270,5 @@ def _turn(request: Request) -> asyncio.Lock:
     return turn
 
 
-def _state(request: Request) -> State:
-    state: State = request.app.state.service
-    return state
-
-
-def _answer(found: BaseModel) -> Response:
-    return Response(found.model_dump_json(exclude_none=True), media_type=JSON)
+def _answer(record: BaseModel) -> Response:
+    return Response(record.model_dump_json(exclude_none=True), media_type=JSON)

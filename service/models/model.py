@@ -24,7 +24,7 @@ from evalmode.bundle.manifest import TensorSpec
 from evalmode.bundle.session import Session, open_session
 from evalmode.bundle.store import Bundle, open_bundle
 from evalmode.service.batching.bucket import Bucket, Job
-from evalmode.service.errors import BadRequest, InvalidField
+from evalmode.service.errors import BadRequest, TextTooLong
 from evalmode.service.models.calibration import (
     Calibration,
     MeasuredBucket,
@@ -163,7 +163,7 @@ class Model:
     ) -> tuple[list[Job], list[bool]]:
         """A row for each text, and whether the text was longer than the model reads and was cut.
 
-        With `truncate=False` a longer one is refused with InvalidField. Raises BadRequest for a
+        With `truncate=False` a longer one is refused with TextTooLong. Raises BadRequest for a
         model of tensors.
         """
         frontend = self.frontend
@@ -172,13 +172,7 @@ class Model:
         encoded = [frontend.encode(text) for text in texts]
         for place, row in enumerate(encoded):
             if row.truncated and not truncate:
-                field = f"inputs.{place}"
-                longest = frontend.spec.lengths[-1]
-                raise InvalidField(
-                    f"{field} is longer than the {longest} positions that the model reads: shorten"
-                    ' it, or let it be cut with "truncate": true',
-                    field=field,
-                )
+                raise TextTooLong(place, longest=frontend.spec.lengths[-1])
         return [self._text_job(frontend, IdRow(ids=row.ids)) for row in encoded], [
             row.truncated for row in encoded
         ]

@@ -30,6 +30,7 @@ from evalmode.service.models.open_models import Entry, OpenModels, Outcome
 _log = structlog.get_logger("evalmode.service")
 
 _SHOWN_CHARACTERS = 64
+CONTROL_OFF = "models are not loaded or unloaded here: the setting model_control is off"
 _END_S = 5.0  # how long `close` waits for a bundle that is being opened
 
 
@@ -225,10 +226,7 @@ class Repository:
 
     def _require_control(self) -> None:
         if not self._control:
-            raise Forbidden(
-                "this server was told to let nobody load and unload models: setting model_control"
-                " is false"
-            )
+            raise Forbidden(CONTROL_OFF)
 
 
 def _not_open(snapshot: _Snapshot, name: str, version: str | None) -> NotReady | UnknownModel:

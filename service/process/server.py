@@ -127,18 +127,18 @@ def main() -> int:
 def _open_service(settings: Settings) -> Service:
     # Here, for a process that only looks after others does without models and routes.
     from evalmode.service.app import create_app
-    from evalmode.service.components import open_state
+    from evalmode.service.components import open_components
 
     # What was imported stays: without this the collector walks over all of it again and again, tens
     # of milliseconds in which nobody is answered. Before the models, for those are let go.
     gc.collect()
     gc.freeze()
-    state = open_state(settings)
+    components = open_components(settings)
     return Service(
-        app=create_app(state),
-        health=state.health,
-        told=_told(state.repository.models()),
-        refused=lambda status: state.metrics.rejected(_REFUSALS.get(status, "invalid")),
+        app=create_app(components),
+        health=components.health,
+        told=_told(components.repository.models()),
+        refused=lambda status: components.metrics.rejected(_REFUSALS.get(status, "invalid")),
     )
 
 

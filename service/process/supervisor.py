@@ -25,7 +25,7 @@ from pydantic import SecretStr
 
 from evalmode.service.errors import StartFailed
 from evalmode.service.process.signals import Signals
-from evalmode.service.settings import Settings
+from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
 
 _log = structlog.get_logger("evalmode.service")
 
@@ -34,7 +34,6 @@ _FIRST_BACKOFF_S = 0.1
 # Beyond what a worker takes for its own end, which it bounds itself.
 _ENDING_S = 15.0
 _LONGEST_LINE_BYTES = 1 << 20
-_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -206,8 +205,11 @@ class Supervisor:
                 os.kill(worker.process.pid, signal.SIGKILL)
 
     def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name != _METRICS_VARIABLE}
-        return kept | ({_METRICS_VARIABLE: self._folder} if self._folder is not None else {})
+        environment = dict(os.environ)
+        environment.pop(METRICS_FOLDER_VARIABLE, None)
+        if self._folder is not None:
+            environment[METRICS_FOLDER_VARIABLE] = self._folder
+        return environment
 
 
 def settings_as_json(settings: Settings) -> str:

@@ -28,7 +28,7 @@ from evalmode.errors import EvalmodeError
 from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.server import Service, serve_one
 from evalmode.service.process.signals import Signals
-from evalmode.service.settings import Settings
+from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
 from evalmode.service.telemetry.logs import configure_logs
 
 _log = structlog.get_logger("evalmode.service")
@@ -37,7 +37,6 @@ _log = structlog.get_logger("evalmode.service")
 # stuck for good.
 REFUSED = 2
 STUCK = 70
-_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Supervised:
@@ -81,7 +80,7 @@ class Supervised:
 
     def tidy(self) -> None:
         """Remove what the supervisor would have removed, were it still there."""
-        if self._orphaned and (folder := os.environ.get(_METRICS_VARIABLE)):
+        if self._orphaned and (folder := os.environ.get(METRICS_FOLDER_VARIABLE)):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _listen(self) -> None:

@@ -8,7 +8,6 @@ digits as it takes to read the same bits back.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from evalmode.bundle.datatypes import ELEMENT_TYPES
 from evalmode.service.errors import BadRequest
+from evalmode.service.strict_json import shown_flat
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -28,22 +28,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 DATATYPES = (*DTYPES, BYTES)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SHOWN_CHARACTERS = 60
 
 
 def datatype_of(array: Array) -> str:
     """The protocol's name for the elements of an array; objects (`str` or `bytes`) are BYTES."""
     return BYTES if array.dtype.hasobject else _NAMES[array.dtype.newbyteorder("<")]
-
-
-def shown(value: object) -> str:
-    """A value of a request as a sentence shows it: cut where it gets long, and never walked
-    into.
-    """
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    text = json.dumps(value[: _SHOWN_CHARACTERS + 1] if isinstance(value, str) else value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 
 def array_from_values(values: Sequence[object], datatype: str, *, field: str) -> Array:
@@ -155,5 +144,5 @@ def _require(
         return
     place = next(place for place, value in enumerate(values) if not fits(value))
     raise BadRequest(
-        f"{field}.{place} must be {what}, got {shown(values[place])}", field=f"{field}.{place}"
+        f"{field}.{place} must be {what}, got {shown_flat(values[place])}", field=f"{field}.{place}"
     )

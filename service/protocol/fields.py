@@ -6,26 +6,18 @@ is BadRequest.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from evalmode.service.errors import BadRequest
-from evalmode.service.protocol.datatypes import shown
+from evalmode.service.strict_json import parse_json, shown_flat
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`."""
-    try:
-        # Python's parser: a lone surrogate escape (half an emoji) is valid JSON and a text to
-        # answer.
-        found = json.loads(raw.decode(), parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise BadRequest("the body is nested too deeply") from error
-    except ValueError as error:
-        raise BadRequest(f"the body is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadRequest(f"the body must be a JSON object, got {shown(found)}")
-    return found
+    fields = parse_json(raw, subject="the body")
+    if not isinstance(fields, dict):
+        raise BadRequest(f"the body must be a JSON object, got {shown_flat(fields)}")
+    return fields
 
 
 def parse_parameters(raw: bytes) -> dict[str, Any]:
@@ -33,25 +25,28 @@ def parse_parameters(raw: bytes) -> dict[str, Any]:
     return parameters_of(parse_object(raw), field="parameters") if raw.strip() else {}
 
 
-def listed(found: dict[str, Any], key: str) -> list[Any]:
+def listed(entry: dict[str, Any], key: str) -> list[Any]:
     """The list at `key`; empty where nothing is given."""
-    value = found.get(key)
+    value = entry.get(key)
     if value is not None and not isinstance(value, list):
-        raise BadRequest(f"{key} must be a list of tensors, got {shown(value)}", field=key)
+        raise BadRequest(f"{key} must be a list of tensors, got {shown_flat(value)}", field=key)
     return value or []
 
 
 def name_of(entry: object, names: set[str], *, field: str) -> str:
     """The name of a tensor, added to `names`, the ones that its list holds already."""
     if not isinstance(entry, dict):
-        raise BadRequest(f"{field} must be an object, got {shown(entry)}", field=field)
+        raise BadRequest(f"{field} must be an object, got {shown_flat(entry)}", field=field)
     name = entry.get("name")
     if not isinstance(name, str):
         raise BadRequest(
-            f"{field}.name must be a string, got {said(entry, 'name')}", field=f"{field}.name"
+            f"{field}.name must be a string, got {shown_field(entry, 'name')}",
+            field=f"{field}.name",
         )
     if name in names:
-        raise BadRequest(f"{field}.name names {shown(name)} a second time", field=f"{field}.name")
+        raise BadRequest(
+            f"{field}.name names {shown_flat(name)} a second time", field=f"{field}.name"
+        )
     names.add(name)
     return name
 
@@ -60,7 +55,7 @@ def parameters_of(entry: dict[str, Any], *, field: str) -> dict[str, Any]:
     """The parameters of a request or of one of its tensors."""
     parameters = entry.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
-        raise BadRequest(f"{field} must be an object, got {shown(parameters)}", field=field)
+        raise BadRequest(f"{field} must be an object, got {shown_flat(parameters)}", field=field)
     if parameters and "shared_memory_region" in parameters:
         raise BadRequest(
             f"{field}.shared_memory_region: this server offers no shared memory", field=field
@@ -70,31 +65,27 @@ def parameters_of(entry: dict[str, Any], *, field: str) -> dict[str, Any]:
 
 def flag(parameters: dict[str, Any], key: str, *, default: bool, field: str) -> bool:
     """The parameter `key`, true or false."""
-    found = parameters.get(key)
-    if found is not None and not isinstance(found, bool):
+    value = parameters.get(key)
+    if value is not None and not isinstance(value, bool):
         raise BadRequest(
-            f"{field}.{key} must be true or false, got {shown(found)}", field=f"{field}.{key}"
+            f"{field}.{key} must be true or false, got {shown_flat(value)}", field=f"{field}.{key}"
         )
-    return default if found is None else found
+    return default if value is None else value
 
 
 def integer(
     parameters: dict[str, Any], key: str, *, lowest: int, highest: int, field: str
 ) -> int | None:
     """The parameter `key`, an integer from `lowest` to `highest`; None where it is not given."""
-    found = parameters.get(key)
-    if found is not None and (type(found) is not int or not lowest <= found <= highest):
+    value = parameters.get(key)
+    if value is not None and (type(value) is not int or not lowest <= value <= highest):
         raise BadRequest(
-            f"{field}.{key} must be an integer from {lowest} to {highest}, got {shown(found)}",
+            f"{field}.{key} must be an integer from {lowest} to {highest}, got {shown_flat(value)}",
             field=f"{field}.{key}",
         )
-    return found
+    return value
 
 
-def said(entry: dict[str, Any], key: str) -> str:
-    """What an entry says at `key`, for a sentence."""
-    return shown(entry[key]) if key in entry else "nothing"
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+def shown_field(entry: dict[str, Any], key: str) -> str:
+    """The value of an entry at `key`, as a sentence shows it."""
+    return shown_flat(entry[key]) if key in entry else "nothing"

@@ -24,7 +24,6 @@ from evalmode.service.protocol.datatypes import (
     DTYPES,
     Array,
     array_from_values,
-    shown,
 )
 from evalmode.service.protocol.fields import (
     flag,
@@ -33,8 +32,9 @@ from evalmode.service.protocol.fields import (
     name_of,
     parameters_of,
     parse_object,
-    said,
+    shown_field,
 )
+from evalmode.service.strict_json import shown_flat
 
 JSON_LENGTH_HEADER = "inference-header-content-length"
 
@@ -102,7 +102,7 @@ def parse_infer(
     found = parse_object(body[:length])
     request_id = found.get("id")
     if request_id is not None and not isinstance(request_id, str):
-        raise BadRequest(f"id must be a string, got {shown(request_id)}", field="id")
+        raise BadRequest(f"id must be a string, got {shown_flat(request_id)}", field="id")
     parameters = parameters_of(found, field="parameters")
     timeout_us = integer(
         parameters, "timeout", lowest=0, highest=_LONGEST_TIMEOUT_US, field="parameters"
@@ -127,7 +127,7 @@ def _json_length(header: str | None, *, body_bytes: int) -> int:
     ):
         raise BadRequest(
             f"header {JSON_LENGTH_HEADER} must be the length of the JSON in the body of"
-            f" {body_bytes} bytes, got {shown(header)}",
+            f" {body_bytes} bytes, got {shown_flat(header)}",
             field=JSON_LENGTH_HEADER,
         )
     return int(header)
@@ -204,7 +204,7 @@ def _input(entry: dict[str, Any], *, name: str, raw: memoryview | None, field: s
     if not isinstance(datatype, str) or datatype not in DATATYPES:
         offered = ", ".join(DATATYPES)
         raise BadRequest(
-            f"{field}.datatype must be one of {offered}, got {said(entry, 'datatype')}",
+            f"{field}.datatype must be one of {offered}, got {shown_field(entry, 'datatype')}",
             field=f"{field}.datatype",
         )
     shape = _shape(entry, field=f"{field}.shape")
@@ -232,14 +232,14 @@ def _shape(entry: dict[str, Any], *, field: str) -> tuple[int, ...]:
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
         raise BadRequest(
             f"{field} must be a list of at most {_MOST_DIMENSIONS} integers, got"
-            f" {said(entry, 'shape')}",
+            f" {shown_field(entry, 'shape')}",
             field=field,
         )
     for index, size in enumerate(shape):
         if type(size) is not int or not 1 <= size <= _LONGEST_DIMENSION:
             raise BadRequest(
                 f"{field}.{index} must be an integer from 1 to {_LONGEST_DIMENSION}, got"
-                f" {shown(size)}",
+                f" {shown_flat(size)}",
                 field=f"{field}.{index}",
             )
     return tuple(shape)
@@ -248,7 +248,7 @@ def _shape(entry: dict[str, Any], *, field: str) -> tuple[int, ...]:
 def _flat(values: object, shape: tuple[int, ...], *, field: str) -> list[Any]:
     """The elements of `data`, row-major: given flat, or nested just as the shape says."""
     if not isinstance(values, list):
-        raise BadRequest(f"{field} must be a list, got {shown(values)}", field=field)
+        raise BadRequest(f"{field} must be a list, got {shown_flat(values)}", field=field)
     count = math.prod(shape)
     if len(shape) < 2 or not (values and isinstance(values[0], list)):
         if len(values) != count:

@@ -1,5 +1,4 @@
-"""What the server writes to stderr: a line an event, JSON for machines, coloured for people. Knows
-no event itself.
+"""What the server writes to stderr: a line an event, JSON for machines, coloured for people.
 
 Whoever logs passes names, counts and digests. What a caller asked is never logged: a traceback
 shows code and no values, and an event holds no text of a request. No request and no end waits for
@@ -12,9 +11,17 @@ import logging
 import os
 import select
 import sys
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import structlog
+
+from evalmode.service.batching.observer import Observer
+
+if TYPE_CHECKING:
+    from evalmode.service.batching.bucket import Bucket
+    from evalmode.service.batching.proof import Violation
+
+_log = structlog.get_logger("evalmode.service")
 
 # How long a line waits for a reader, before it is given up with all that follow until there is room
 # again.
@@ -82,9 +89,9 @@ class LineHandler(logging.StreamHandler[TextIO]):
         """Write a line, or count it as lost."""
         try:
             if self._lost and self._room.poll(0):
-                said = f"{self._lost} lines before this one were lost: nobody read them"
+                sentence = f"{self._lost} lines before this one were lost: nobody read them"
                 missed = logging.LogRecord(
-                    "evalmode.service", logging.WARNING, "", 0, said, None, None
+                    "evalmode.service", logging.WARNING, "", 0, sentence, None, None
                 )
                 self._lost = 0
                 self._write(self._cut + self.format(missed))
@@ -103,3 +110,27 @@ class LineHandler(logging.StreamHandler[TextIO]):
             self.stream.flush()
         self._cut = ""
         return True
+
+
+class ViolationLog(Observer):
+    """Logs each violation of determinism, with enough to run its batch again."""
+
+    def proved(self, bucket: Bucket, violation: Violation | None) -> None:
+        """A row had other bits in a batch than alone: which model, which rows, in which order, in
+        how many places.
+        """
+        if violation is None:
+            return
+        _log.error(
+            "determinism violation",
+            model=bucket.model,
+            version=bucket.version,
+            digest=bucket.digest,
+            bucket=bucket.label,
+            row=violation.row_digest,
+            batch=list(violation.batch_digests),
+            place=violation.place,
+            places=violation.places,
+            expected=violation.expected_sha256,
+            actual=violation.actual_sha256,
+        )

@@ -25,6 +25,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from evalmode.service.settings import METRICS_FOLDER_VARIABLE
+
 if TYPE_CHECKING:
     from evalmode.service.batching.bucket import Bucket
     from evalmode.service.batching.limits import Load
@@ -74,8 +76,9 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a creation time for each series doubles what is scraped
-        self._together = bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+        # A creation time for each series doubles what is scraped.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._together = bool(os.environ.get(METRICS_FOLDER_VARIABLE))
         self._registry = CollectorRegistry()
         own = None if self._together else self._registry
         if self._together:

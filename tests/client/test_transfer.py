@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from evalmode.client.answers_file import Stdout
-from evalmode.client.remote import Server, open_client
+from evalmode.client.remote import RemoteServer, open_client
 from evalmode.client.transfer import Source, Transfer
 from evalmode.errors import EvalmodeError
 
@@ -43,7 +43,9 @@ def test_when_several_chunks_fail_the_first_is_told_and_no_traceback_of_the_othe
             lambda loop, context: complaints.append(context)
         )
         with pytest.raises(EvalmodeError, match="refused 0"):
-            await Transfer(source=source, answerer=Refusing(4), taker=Stdout(), concurrency=4).run()
+            await Transfer(
+                source=source, answerer=Refusing(4), writer=Stdout(), concurrency=4
+            ).run()
         gc.collect()
 
     asyncio.run(transfer())
@@ -56,7 +58,7 @@ def test_a_password_in_the_address_is_not_shown() -> None:
         async with open_client(
             "http://user:geheim@127.0.0.1:9/at", api_key=None, ca=None, connections=1
         ) as client:
-            await Server(client=client, query={}, retries=0).answer([b'"a"'], first=0)
+            await RemoteServer(client=client, query={}, retries=0).answer([b'"a"'], first=0)
 
     with pytest.raises(EvalmodeError, match=r"^http://127.0.0.1:9/at did not answer"):
         asyncio.run(ask())

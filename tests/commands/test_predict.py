@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from evalmode.client import transfer as bulk
-from evalmode.service.http.bulk import WINDOW_BYTES, WINDOW_ROWS
+from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS
 
 EVALMODE = str(Path(sys.executable).with_name("evalmode"))
 DIGEST = "a" * 64

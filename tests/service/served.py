@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from evalmode.service.app import create_app
-from evalmode.service.components import State, open_state
+from evalmode.service.components import Components, open_components
 from evalmode.service.settings import Settings, load_settings
 
 Answer = httpx.Response
@@ -25,7 +25,7 @@ Answer = httpx.Response
 class Served:
     """A server's parts, and how to ask them."""
 
-    state: State
+    components: Components
 
     def ask(self, method: str, path: str, **given: Any) -> Answer:
         return self.asked(lambda client: client.request(method, path, **given))
@@ -39,7 +39,7 @@ class Served:
 
     def asked(self, ask: Callable[[httpx.AsyncClient], Awaitable[Answer]]) -> Answer:
         async def all_of_it() -> Answer:
-            transport = httpx.ASGITransport(create_app(self.state))
+            transport = httpx.ASGITransport(create_app(self.components))
             async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
                 return await ask(client)
 
@@ -48,19 +48,19 @@ class Served:
     def but(self, **changed: Any) -> Served:
         """The same parts but for these; a mapping changes single settings."""
         if isinstance(settings := changed.get("settings"), Mapping):
-            changed["settings"] = Settings(**{**self.state.settings.model_dump(), **settings})
-        return Served(state=replace(self.state, **changed))
+            changed["settings"] = Settings(**{**self.components.settings.model_dump(), **settings})
+        return Served(components=replace(self.components, **changed))
 
 
 @contextmanager
 def serving(root: Path, **settings: Any) -> Iterator[Served]:
     """The parts of a server of the bundles below `root`."""
-    state = open_state(load_settings(bundle=root, poll_s=0, **settings))
-    state.health.serve()
+    components = open_components(load_settings(bundle=root, poll_s=0, **settings))
+    components.health.serve()
     try:
-        yield Served(state=state)
+        yield Served(components=components)
     finally:
-        state.close()
+        components.close()
 
 
 def text_input(texts: Sequence[str], **changed: Any) -> dict[str, Any]:

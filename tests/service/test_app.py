@@ -15,21 +15,22 @@ import pytest
 from structlog.testing import capture_logs
 
 from evalmode.service.app import create_app
-from evalmode.service.components import State, open_state
+from evalmode.service.components import Components, open_components
 from evalmode.service.errors import QueueFull, RunFailed
 from evalmode.service.http.v1_schemas import PredictRequest, PredictResponse
 from evalmode.service.predictor import Predictor
 from evalmode.service.settings import Settings
+from tests.service.bundles import tensor_bundle
 
 
 @contextmanager
-def state_of(bundle: Path, **settings: object) -> Iterator[State]:
-    state = open_state(Settings(bundle=bundle, poll_s=0, **settings))  # type: ignore[arg-type]
-    state.health.serve()
+def components_of(bundle: Path, **settings: object) -> Iterator[Components]:
+    components = open_components(Settings(bundle=bundle, poll_s=0, **settings))  # type: ignore[arg-type]
+    components.health.serve()
     try:
-        yield state
+        yield components
     finally:
-        state.close()
+        components.close()
 
 
 class Failing:
@@ -127,8 +128,8 @@ def infer(*texts: str) -> Callable[[httpx.AsyncClient], object]:
 def test_a_failing_model_answers_500_without_its_inside_and_the_next_request_is_answered(bundle):
     failure = RunFailed("the model failed on the rows of this request")
     failure.__cause__ = MemoryError("secret")
-    with state_of(bundle) as state, capture_logs() as logged:
-        app = create_app(replace(state, engine=Failing(state.engine, failure)))
+    with components_of(bundle) as components, capture_logs() as logged:
+        app = create_app(replace(components, engine=Failing(components.engine, failure)))
         bad, v2, good = asked(app, predict("bad"), infer("bad"), predict("good", "good"))
     assert ("request failed", failure) in [
         (event["event"], event.get("exc_info")) for event in logged
@@ -142,8 +143,8 @@ def test_a_failing_model_answers_500_without_its_inside_and_the_next_request_is_
 
 def test_a_bug_answers_500_in_the_same_shape_and_shows_nothing_of_it(bundle):
     failure = ZeroDivisionError("secret")
-    with state_of(bundle) as state, capture_logs() as logged:
-        app = create_app(replace(state, engine=Failing(state.engine, failure)))
+    with components_of(bundle) as components, capture_logs() as logged:
+        app = create_app(replace(components, engine=Failing(components.engine, failure)))
         bad, v2, good = asked(app, predict("bad"), infer("bad"), predict("good", "good"))
     sentence = "the server failed on this request; its log says why; request mine"
     assert (bad.status_code, bad.json()) == (500, {"error": sentence, "field": None})
@@ -158,26 +159,28 @@ def test_a_bug_answers_500_in_the_same_shape_and_shows_nothing_of_it(bundle):
 
 
 def test_a_full_queue_says_when_to_come_again_in_both_protocols(bundle):
-    with state_of(bundle) as state:
+    with components_of(bundle) as components:
         app = create_app(
-            replace(state, engine=Failing(state.engine, QueueFull("full", retry_after_s=7)))
+            replace(
+                components, engine=Failing(components.engine, QueueFull("full", retry_after_s=7))
+            )
         )
         for answer in asked(app, predict("bad"), infer("bad")):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
 
 
 def test_its_answers_are_those_of_the_predictor(bundle):
-    with state_of(bundle) as state:
-        (answer,) = asked(create_app(state), predict("a"))
+    with components_of(bundle) as components:
+        (answer,) = asked(create_app(components), predict("a"))
     with Predictor.open(bundle) as predictor:
         assert answer.json()["model"]["digest"] == predictor.model.digest
         assert answer.json()["predictions"][0]["score"] == predictor.predict(["a"])[0].score
 
 
 def test_before_it_serves_and_when_it_drains_it_is_live_and_not_ready(bundle):
-    with state_of(bundle) as state:
-        app = create_app(state)
-        state.health.drain()
+    with components_of(bundle) as components:
+        app = create_app(components)
+        components.health.drain()
         live, ready, v2, answered = asked(
             app,
             lambda client: client.get("/livez"),
@@ -194,8 +197,8 @@ def test_before_it_serves_and_when_it_drains_it_is_live_and_not_ready(bundle):
 
 
 def test_its_description_shows_examples_limits_and_every_error(bundle):
-    with state_of(bundle, max_rows=7, max_top_k=9) as state:
-        (description,) = asked(create_app(state), lambda client: client.get("/openapi.json"))
+    with components_of(bundle, max_rows=7, max_top_k=9) as components:
+        (description,) = asked(create_app(components), lambda client: client.get("/openapi.json"))
     operation = description.json()["paths"]["/v1/predict"]["post"]
     request = operation["requestBody"]["content"]["application/json"]["schema"]
     assert request["properties"]["inputs"]["maxItems"] == 7
@@ -215,9 +218,9 @@ def test_its_description_shows_examples_limits_and_every_error(bundle):
 
 @pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/tiny/infer"])
 def test_a_request_may_give_less_time_than_the_server_and_no_nonsense(bundle, path):
-    with state_of(bundle) as state:
+    with components_of(bundle) as components:
         (answer,) = asked(
-            create_app(state),
+            create_app(components),
             lambda client: client.post(path, headers={"x-request-timeout-ms": "-3"}),
         )
     assert answer.status_code == 400
@@ -228,8 +231,8 @@ def test_a_request_may_give_less_time_than_the_server_and_no_nonsense(bundle, pa
 
 
 def test_the_time_that_reading_a_text_takes_is_time_of_the_request(bundle):
-    with state_of(bundle) as state:
-        app = create_app(replace(state, repository=Unhurried(state.repository)))
+    with components_of(bundle) as components:
+        app = create_app(replace(components, repository=Unhurried(components.repository)))
         hurried, patient = asked(
             app,
             *(
@@ -244,18 +247,20 @@ def test_the_time_that_reading_a_text_takes_is_time_of_the_request(bundle):
 
 def test_rows_of_both_protocols_are_followed_by_the_traces_of_their_request(bundle):
     tracing = Followed()
-    with state_of(bundle) as state:
+    with components_of(bundle) as components:
         answers = asked(
-            create_app(replace(state, tracing=tracing)), predict("a", "b"), infer("a", "b", "c")
+            create_app(replace(components, tracing=tracing)),
+            predict("a", "b"),
+            infer("a", "b", "c"),
         )
     assert [answer.status_code for answer in answers] == [200, 200]
     assert tracing.rows == [2, 3]
 
 
 def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
-    with state_of(bundle) as state:
-        held = Held(state.repository)
-        app = create_app(replace(state, repository=held))
+    with components_of(bundle) as components:
+        held = Held(components.repository)
+        app = create_app(replace(components, repository=held))
 
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(app)
@@ -276,13 +281,13 @@ def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
         assert asyncio.run(ask()).status_code == 200
 
 
-def test_the_model_that_is_described_is_the_one_that_was_asked_for(tmp_path, bundles):
+def test_the_model_that_is_described_is_the_one_that_was_asked_for(tmp_path):
     for version in ("1", "2"):
-        bundles.tensors(tmp_path, version=version)
-    with state_of(tmp_path, versions=2) as state:
+        tensor_bundle(tmp_path, version=version)
+    with components_of(tmp_path, versions=2) as components:
         paths = ("/v1/model", "/v1/model?model=tensors&version=1", "/v1/model?version=1")
         newest, first, nameless = asked(
-            create_app(state), *(lambda client, path=path: client.get(path) for path in paths)
+            create_app(components), *(lambda client, path=path: client.get(path) for path in paths)
         )
     assert (newest.json()["version"], first.json()["version"]) == ("2", "1")
     assert (nameless.status_code, nameless.json()["field"]) == (422, "version")
@@ -290,15 +295,15 @@ def test_the_model_that_is_described_is_the_one_that_was_asked_for(tmp_path, bun
 
 def test_a_version_is_of_a_model_that_must_be_named_too(bundle):
     lines = {"content": b'"a"\n', "headers": {"content-type": "application/x-ndjson"}}
-    with state_of(bundle) as state:
+    with components_of(bundle) as components:
         answers = asked(
-            create_app(state),
+            create_app(components),
             lambda client: client.post("/v1/predict", json={"inputs": ["a"], "version": "1"}),
             lambda client: client.post("/v1/predict?version=1", **lines),
             lambda client: client.get("/v1/model?version=1"),
         )
         (named,) = asked(
-            create_app(state),
+            create_app(components),
             lambda client: client.post(
                 "/v1/predict", json={"inputs": ["a"], "model": "tiny", "version": "1"}
             ),

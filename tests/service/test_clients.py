@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from evalmode.service.predictor import Predictor
+from tests.service import processes
+from tests.service.bundles import make_bundle, tensor_bundle
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
@@ -41,10 +43,10 @@ def run(program: str, *arguments: object) -> Any:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, bundles: Any, processes: Any) -> Iterator[Any]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     root = tmp_path_factory.mktemp("served")
-    bundles.make(root)
-    bundles.tensors(root)
+    make_bundle(root)
+    tensor_bundle(root)
     with processes.running(
         root, max_body_bytes=131_072, max_rows=256, access_log=0, poll_s=0
     ) as found:

@@ -15,6 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.service import processes
+from tests.service.bundles import make_bundle, tensor_bundle
+
 FUZZ = Path(__file__).parents[2] / "bench" / "fuzz.py"
 SERVED = {"model": ["tiny", "tensors"], "version": ["1"]}
 KNOWN_GOOD = {"inputs": ["Ez egy rövid mondat.", "", "Dit is een zin."], "model": "tiny"}
@@ -51,15 +54,15 @@ def lines(context, value):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, bundles) -> Path:
+def root(tmp_path_factory) -> Path:
     """A folder of a model of texts and one of tensors."""
     folder = tmp_path_factory.mktemp("root")
-    bundles.make(folder)
-    bundles.tensors(folder)
+    make_bundle(folder)
+    tensor_bundle(folder)
     return folder
 
 
-def test_every_answer_is_as_the_documentation_says(root, processes, tmp_path):
+def test_every_answer_is_as_the_documentation_says(root, tmp_path):
     """Requests that the documentation allows, and such that it does not; alone, and one after
     another.
     """

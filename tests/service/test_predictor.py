@@ -11,6 +11,7 @@ from evalmode.bundle.errors import BundleError
 from evalmode.service.errors import InvalidField, NotReady, RunFailed
 from evalmode.service.models.calibration import Calibration
 from evalmode.service.predictor import Predictor
+from tests.service.bundles import make_bundle, tensor_bundle, tiny_model
 
 LONG = "a much longer text than the sixteen positions of the tiny model"
 
@@ -29,9 +30,10 @@ def test_a_row_gives_the_same_bits_whatever_its_neighbours(predictor, texts):
 
 
 def test_a_model_whose_bits_depend_on_the_batch_size_gives_the_same_bits_too(
-    tmp_path, texts, bundles
+    tmp_path,
+    texts,
 ):
-    bundle = bundles.make(tmp_path, model=bundles.model(batchable=False))
+    bundle = make_bundle(tmp_path, model=tiny_model(batchable=False))
     with Predictor.open(bundle, parallel=2) as predictor:
         alone = [predictor.predict([text])[0] for text in texts]
         assert predictor.predict(texts) == alone
@@ -88,9 +90,9 @@ def test_as_many_labels_as_asked_are_given_or_all_there_are(predictor, top_k, gi
     )
 
 
-def test_numbers_that_are_not_finite_fail_the_request(tmp_path, bundles):
+def test_numbers_that_are_not_finite_fail_the_request(tmp_path):
     with (
-        Predictor.open(bundles.make(tmp_path, model=bundles.model(bias=float("nan")))) as predictor,
+        Predictor.open(make_bundle(tmp_path, model=tiny_model(bias=float("nan")))) as predictor,
         pytest.raises(RunFailed, match="not finite"),
     ):
         predictor.predict(["a"])
@@ -121,6 +123,6 @@ def test_a_folder_of_one_bundle_is_enough(bundle):
         assert predictor.model.bundle.path == bundle
 
 
-def test_a_bundle_without_a_front_end_is_refused(tmp_path, bundles):
+def test_a_bundle_without_a_front_end_is_refused(tmp_path):
     with pytest.raises(BundleError, match="no front end"):
-        Predictor.open(bundles.tensors(tmp_path))
+        Predictor.open(tensor_bundle(tmp_path))

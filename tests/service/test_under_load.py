@@ -18,6 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.service import processes
+from tests.service.bundles import SPEC, make_bundle, tiny_model
 from tests.service.moody_model import ENDLESS, POISON, SLOW, SLUGGISH, moody_model
 
 WAIT_S = 60
@@ -25,10 +27,10 @@ CHAOS = Path(__file__).parents[2] / "bench" / "chaos.py"
 
 
 @pytest.fixture(scope="module")
-def moody(tmp_path_factory, bundles) -> Path:
+def moody(tmp_path_factory) -> Path:
     """A bundle whose model is slow, endless or spoiled where it is asked to be."""
-    model = moody_model(bundles.model(), bundles.spec)
-    return bundles.make(tmp_path_factory.mktemp("moody"), model=model)
+    model = moody_model(tiny_model(), SPEC)
+    return make_bundle(tmp_path_factory.mktemp("moody"), model=model)
 
 
 def predict(service, *texts: str, **given: object) -> httpx.Response:
@@ -84,7 +86,7 @@ def test_20_000_answers_under_chaos_have_the_bits_they_have_alone(bundle):
     assert "workers killed" in run.stdout
 
 
-def test_256_requests_in_flight_at_sigterm_are_all_answered(moody, processes):
+def test_256_requests_in_flight_at_sigterm_are_all_answered(moody):
     with processes.running(moody, queue_s=WAIT_S, drain_s=0.2) as service:
         connections = [
             socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
@@ -102,8 +104,8 @@ def test_256_requests_in_flight_at_sigterm_are_all_answered(moody, processes):
         assert service.process.wait(WAIT_S) == 0
 
 
-def test_50_hot_swaps_under_load_lose_and_garble_nothing(tmp_path, bundles, processes, texts):
-    root = bundles.make(tmp_path, version="1").parents[1]
+def test_50_hot_swaps_under_load_lose_and_garble_nothing(tmp_path, texts):
+    root = make_bundle(tmp_path, version="1").parents[1]
     with processes.running(root, poll_s=0.02) as service, ThreadPoolExecutor(4) as pool:
         first = predict(service, *texts[5:45]).json()
         ended = threading.Event()
@@ -121,7 +123,7 @@ def test_50_hot_swaps_under_load_lose_and_garble_nothing(tmp_path, bundles, proc
         clients = [pool.submit(client, number) for number in range(4)]
         try:
             for version in range(2, 52):
-                bundles.make(tmp_path, version=str(version))
+                make_bundle(tmp_path, version=str(version))
                 until(
                     lambda v=str(version): version_of(service) == v,
                     what=f"the swap to version {version}",
@@ -138,10 +140,10 @@ def version_of(service) -> str:
     return str(httpx.get(f"{service.url}/v1/model", timeout=WAIT_S).json()["version"])
 
 
-def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(tmp_path, bundles, processes):
-    bundles.make(tmp_path, version="1")
+def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(tmp_path):
+    make_bundle(tmp_path, version="1")
     with processes.running(tmp_path, poll_s=0.02) as service:
-        spoiled = bundles.make(tmp_path / "elsewhere", version="2")
+        spoiled = make_bundle(tmp_path / "elsewhere", version="2")
         (spoiled / "model.onnx").write_bytes(b"not a model")
         spoiled.rename(tmp_path / "tiny" / "2")
 
@@ -154,7 +156,7 @@ def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(tmp_path, bundles,
         assert predict(service, "a").status_code == 200
 
 
-def test_a_killed_worker_takes_only_its_own_requests_with_it_and_comes_back(moody, processes):
+def test_a_killed_worker_takes_only_its_own_requests_with_it_and_comes_back(moody):
     with processes.running(moody, workers=2, parallel=1, queue_s=WAIT_S) as service:
         until(lambda: len(children(service)) == 2, what="two workers")
         connections = [
@@ -189,7 +191,7 @@ def outcome(connection: socket.socket) -> int | None:
         return None
 
 
-def test_1_000_idle_connections_keep_nobody_from_an_answer(bundle, processes):
+def test_1_000_idle_connections_keep_nobody_from_an_answer(bundle):
     with processes.running(bundle) as service:
         idle = [
             socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
@@ -203,7 +205,7 @@ def test_1_000_idle_connections_keep_nobody_from_an_answer(bundle, processes):
             connection.close()
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(moody, processes):
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(moody):
     with (
         processes.running(moody, parallel=1, queue_rows=4, max_rows=4) as service,
         ThreadPoolExecutor(40) as pool,
@@ -219,7 +221,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(moody, process
         assert figure(service, "evalmode_rejections_total") == len(refused)
 
 
-def test_more_rows_wait_no_longer_than_the_queue_may_take(moody, processes):
+def test_more_rows_wait_no_longer_than_the_queue_may_take(moody):
     """The queue is bounded in seconds too, by the rate at which it has drained."""
     with (
         processes.running(moody, parallel=1, queue_s=0.01) as service,
@@ -242,7 +244,7 @@ def test_more_rows_wait_no_longer_than_the_queue_may_take(moody, processes):
         )
 
 
-def test_a_request_past_its_deadline_gets_504_and_never_runs(moody, processes):
+def test_a_request_past_its_deadline_gets_504_and_never_runs(moody):
     with (
         processes.running(moody, parallel=1, proof_fraction=0, queue_s=WAIT_S) as service,
         ThreadPoolExecutor(8) as pool,
@@ -256,7 +258,7 @@ def test_a_request_past_its_deadline_gets_504_and_never_runs(moody, processes):
         assert figure(service, "evalmode_batch_rows_sum") == 8
 
 
-def test_the_rows_of_a_client_that_hung_up_leave_the_queue(moody, processes):
+def test_the_rows_of_a_client_that_hung_up_leave_the_queue(moody):
     with processes.running(
         moody, parallel=1, timeout_s=2 * WAIT_S, max_run_s=2 * WAIT_S
     ) as service:
@@ -274,9 +276,7 @@ def test_the_rows_of_a_client_that_hung_up_leave_the_queue(moody, processes):
         stuck.close()
 
 
-def test_an_answer_that_is_no_number_fails_its_own_caller_with_an_id_and_nobody_beside_it(
-    moody, processes
-):
+def test_an_answer_that_is_no_number_fails_its_own_caller_with_an_id_and_nobody_beside_it(moody):
     with processes.running(moody, parallel=1) as service, ThreadPoolExecutor(30) as pool:
         texts = [
             f"{POISON} {number}" if number % 5 == 0 else f"{SLOW} {number}" for number in range(30)
@@ -294,7 +294,7 @@ def test_an_answer_that_is_no_number_fails_its_own_caller_with_an_id_and_nobody_
         assert predict(service, "a").status_code == 200
 
 
-def test_a_stuck_batch_turns_readiness_off_at_once_and_liveness_after_its_grace(moody, processes):
+def test_a_stuck_batch_turns_readiness_off_at_once_and_liveness_after_its_grace(moody):
     with processes.running(
         moody, parallel=2, max_run_s=0.2, stuck_grace_s=0.5, timeout_s=1
     ) as service:
@@ -306,7 +306,7 @@ def test_a_stuck_batch_turns_readiness_off_at_once_and_liveness_after_its_grace(
         service.process.kill()
 
 
-def test_a_stuck_worker_is_replaced_where_somebody_looks_after_it(moody, processes):
+def test_a_stuck_worker_is_replaced_where_somebody_looks_after_it(moody):
     with processes.running(
         moody, workers=2, parallel=1, max_run_s=0.2, stuck_grace_s=0.2, timeout_s=1
     ) as service:
@@ -324,7 +324,7 @@ def status(service, path: str) -> int:
     return httpx.get(f"{service.url}{path}", timeout=WAIT_S).status_code
 
 
-def test_every_answer_is_proven_again_when_that_is_asked_for(bundle, processes, texts):
+def test_every_answer_is_proven_again_when_that_is_asked_for(bundle, texts):
     with processes.running(bundle, proof_fraction=1) as service:
         for text in texts[:30]:
             assert predict(service, text.replace("\ud83d", "")).status_code == 200
@@ -336,7 +336,7 @@ def test_every_answer_is_proven_again_when_that_is_asked_for(bundle, processes, 
 
 
 @pytest.fixture(scope="module")
-def keyed(bundle, processes) -> Iterator[object]:
+def keyed(bundle) -> Iterator[object]:
     with processes.running(bundle, api_keys="0123456789abcdef, fedcba9876543210") as service:
         yield service
 

@@ -15,11 +15,19 @@ import pytest
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from evalmode.service.errors import InvalidField, NotReady, QueueFull, RequestTimeout, RunFailed
-from evalmode.service.http.bulk import WINDOW_ROWS, Asked, Streams, parse_query
+from evalmode.service.errors import (
+    InvalidField,
+    NotReady,
+    QueueFull,
+    RequestTimeout,
+    RunFailed,
+    TextTooLong,
+)
+from evalmode.service.http.bulk import BulkQuery, Streams, parse_query
+from evalmode.service.ndjson import WINDOW_ROWS
 
 WAIT_S = 30
-THREE = Asked()
+THREE = BulkQuery()
 
 
 @dataclass
@@ -35,9 +43,7 @@ class Model:
     ) -> tuple[list[Any], list[bool]]:
         for place, text in enumerate(texts):
             if not truncate and text == "bad":
-                raise InvalidField(
-                    f"inputs.{place} is longer than the model reads", field=f"inputs.{place}"
-                )
+                raise TextTooLong(place, longest=8)
         return [(None, SimpleNamespace(text=text, nbytes=8)) for text in texts], [False] * len(
             texts
         )
@@ -149,9 +155,9 @@ def streams(engine: Engine, **changes: Any) -> Streams:
 
 
 async def answered(
-    connection: Connection, engine: Engine, asked: Asked = THREE, **changes: Any
+    connection: Connection, engine: Engine, query: BulkQuery = THREE, **changes: Any
 ) -> None:
-    response = streams(engine, **changes).response(Model(), asked)
+    response = streams(engine, **changes).response(Model(), query)
     async with asyncio.timeout(WAIT_S):
         await response({"type": "http"}, connection.receive, connection.send)
 
@@ -170,7 +176,7 @@ def test_every_line_is_answered_in_order_with_its_id_or_with_what_is_wrong() -> 
         + b'\n"last"'
     )
     connection = Connection(iter([body[:9], body[9:20], body[20:]]))
-    asyncio.run(answered(connection, Engine(), Asked(top_k=2)))
+    asyncio.run(answered(connection, Engine(), BulkQuery(top_k=2)))
     top = [{"label": "a", "score": 0.5}] * 2
     assert connection.status == 200
     assert connection.headers[b"x-evalmode-digest"] == b"d" * 64
@@ -208,7 +214,7 @@ def test_every_line_is_answered_in_order_with_its_id_or_with_what_is_wrong() -> 
 def test_a_text_that_is_refused_or_fails_does_not_take_the_others_of_its_group_along() -> None:
     texts = ["a", "bad", "b", "nan", "c"] * 20
     connection = Connection(iter([json.dumps(text).encode() + b"\n" for text in texts]))
-    asyncio.run(answered(connection, Engine(), Asked(truncate=False)))
+    asyncio.run(answered(connection, Engine(), BulkQuery(truncate=False)))
     assert [line.get("label", line.get("error", "")[:9]) for line in connection.lines] == [
         {"bad": "text is l", "nan": "the model"}.get(text, text) for text in texts
     ]
@@ -264,7 +270,7 @@ def test_all_streams_together_ask_few_rows_of_the_engine_at_once() -> None:
         connections = [Connection(iter([b'"a"\n' * 500])) for _ in range(10)]
         tasks = [
             asyncio.create_task(
-                shared.response(Model(), Asked())({"type": "http"}, each.receive, each.send)
+                shared.response(Model(), BulkQuery())({"type": "http"}, each.receive, each.send)
             )  # type: ignore[arg-type]
             for each in connections
         ]
@@ -328,7 +334,7 @@ def test_a_client_that_does_not_read_for_too_long_is_left() -> None:
                 connection.reads.clear()
             await sent(message)
 
-        response = streams(Engine(), silence_s=0.01).response(Model(), Asked())
+        response = streams(Engine(), silence_s=0.01).response(Model(), BulkQuery())
         async with asyncio.timeout(WAIT_S):
             await response({"type": "http"}, connection.receive, send)
         assert not connection.finished
@@ -382,5 +388,7 @@ def test_a_wrong_query_names_the_parameter(query: list[tuple[str, str]], field: 
 
 def test_a_query_asks_what_it_says() -> None:
     query = [("top_k", "5"), ("truncate", "false"), ("model", "m"), ("version", "2")]
-    assert parse_query(query, max_top_k=5) == Asked(top_k=5, truncate=False, model="m", version="2")
-    assert parse_query([], max_top_k=5) == Asked()
+    assert parse_query(query, max_top_k=5) == BulkQuery(
+        top_k=5, truncate=False, model="m", version="2"
+    )
+    assert parse_query([], max_top_k=5) == BulkQuery()

@@ -15,6 +15,8 @@ import httpx
 import pytest
 
 from evalmode.service.predictor import Predictor
+from tests.service import processes
+from tests.service.bundles import make_bundle
 
 WAIT_S = 30
 NDJSON = {"content-type": "application/x-ndjson"}
@@ -107,7 +109,7 @@ def test_answers_come_while_the_body_is_still_being_sent(service) -> None:
 
 
 def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_line(
-    bundle, processes
+    bundle,
 ) -> None:
     with processes.running(bundle, drain_s=0, workers=1) as found:
         with socket.create_connection(("127.0.0.1", found.port), timeout=WAIT_S) as connection:
@@ -128,8 +130,8 @@ def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_
         assert time.monotonic() - began < 10
 
 
-def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path, bundles, processes) -> None:
-    bundles.make(tmp_path, version="1")
+def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path) -> None:
+    make_bundle(tmp_path, version="1")
     with (
         processes.running(tmp_path, poll_s=0.02) as found,
         socket.create_connection(("127.0.0.1", found.port)) as sock,
@@ -143,7 +145,7 @@ def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path, bundles, 
         while b"}]}\n" not in received:
             received += sock.recv(4096)
         assert f"x-evalmode-digest: {found.started['digest']}".encode() in received
-        bundles.make(tmp_path, version="2", labels=("v", "w", "x", "y", "z"))
+        make_bundle(tmp_path, version="2", labels=("v", "w", "x", "y", "z"))
         end = time.monotonic() + WAIT_S
         while (newer := httpx.get(f"{found.url}/v1/model", timeout=WAIT_S).json())[
             "version"

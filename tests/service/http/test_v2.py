@@ -22,16 +22,17 @@ from evalmode.service.errors import (
     RequestError,
     RunFailed,
 )
+from tests.service.bundles import make_bundle, tensor_bundle
 from tests.service.served import Served, outputs_of, refusal, serving, text_input
 
 TEXTS = ["Ez egy rövid mondat.", "", "\ud83d", "x" * 900]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, bundles: Any) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
-    bundles.make(root)
-    bundles.tensors(root)
+    make_bundle(root)
+    tensor_bundle(root)
     with serving(root, parallel=2, max_rows=8, max_body_bytes=65_536) as found:
         yield found
 
@@ -39,9 +40,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, bundles: Any) -> Iterator[S
 def test_texts_are_answered_with_what_v1_answers_and_the_graph_with_it(served: Served):
     answer = served.infer({"id": "7", "model_name": "let by", "inputs": [text_input(TEXTS)]})
     found, outputs = answer.json(), outputs_of(answer)
-    model = served.state.repository.get("tiny")
+    model = served.components.repository.get("tiny")
     jobs, truncated = model.text_rows(TEXTS)
-    answers = served.state.engine.answer(jobs)
+    answers = served.components.engine.answer(jobs)
     expected = model.predictions(answers, truncated, top_k=5)
     assert (found["model_name"], found["model_version"], found["id"]) == ("tiny", "1", "7")
     assert found["parameters"] == {"digest": model.digest}
@@ -58,7 +59,7 @@ def test_texts_are_answered_with_what_v1_answers_and_the_graph_with_it(served: S
 
 
 def test_a_text_gets_the_bits_that_its_ids_get(served: Served):
-    model = served.state.repository.get("tiny")
+    model = served.components.repository.get("tiny")
     jobs, _ = model.text_rows(TEXTS[:1])
     ids = jobs[0][1].inputs["input_ids"]
     raw = {
@@ -79,8 +80,8 @@ def test_a_model_of_tensors_is_served_with_its_own(served: Served):
     x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 4], "data": x.tolist()}]}
     output = outputs_of(served.infer(body, model="tensors"))["y"]
-    job = served.state.repository.get("tensors").tensor_jobs({"x": x[1:]})
-    alone = served.state.engine.answer(job)[0]["y"]
+    job = served.components.repository.get("tensors").tensor_jobs({"x": x[1:]})
+    alone = served.components.engine.answer(job)[0]["y"]
     assert np.array(output["data"], np.float32).reshape(2, 2)[1:].tobytes() == alone.tobytes()
 
 
@@ -104,7 +105,7 @@ def test_only_the_outputs_that_are_asked_for_are_given_in_that_order_each_as_ask
     assert (classes["datatype"], classes["shape"]) == ("BYTES", [4, 2])
     value, index, name = classes["data"][0].split(":")
     assert answer.content[length:].startswith(len(name).to_bytes(4, "little") + name.encode())
-    assert served.state.repository.get("tiny").labels[int(index)] == name
+    assert served.components.repository.get("tiny").labels[int(index)] == name
     assert 0 < float(value) <= 1
 
 

@@ -9,11 +9,11 @@ import random
 import resource
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from evalmode.service.app import create_app
+from tests.service.bundles import make_bundle, tensor_bundle
 from tests.service.protocol.mutations import CASES, case
 from tests.service.served import Answer, Served, serving
 
@@ -26,7 +26,7 @@ def highest_kib() -> int:
 
 async def statuses(served: Served, cases: int, chance: random.Random) -> Counter[int]:
     found: Counter[int] = Counter()
-    transport = httpx.ASGITransport(create_app(served.state))
+    transport = httpx.ASGITransport(create_app(served.components))
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
         for _ in range(cases):
             answer = await ask(client, chance)
@@ -47,9 +47,9 @@ async def ask(client: httpx.AsyncClient, chance: random.Random) -> Answer:
     return await client.post(f"/v2/models/{model}/infer", content=body.sent, headers=headers)
 
 
-def test_no_body_makes_it_fail_or_grow(tmp_path: Path, bundles: Any):
-    bundles.make(tmp_path)
-    bundles.tensors(tmp_path)
+def test_no_body_makes_it_fail_or_grow(tmp_path: Path):
+    make_bundle(tmp_path)
+    tensor_bundle(tmp_path)
     chance = random.Random(5)
     with serving(tmp_path, max_body_bytes=65_536, access_log=0) as served:
         asyncio.run(statuses(served, CASES // 5, chance))

@@ -8,19 +8,19 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from evalmode.service.health import Health
+from tests.service.bundles import make_bundle, tensor_bundle
 from tests.service.served import Served, outputs_of, refusal, serving, text_input
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, bundles: Any) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
-    bundles.make(root)
-    bundles.tensors(root)
+    make_bundle(root)
+    tensor_bundle(root)
     with serving(root, parallel=2, max_rows=8, max_body_bytes=65_536) as found:
         yield found
 
@@ -127,8 +127,8 @@ def test_a_repository_body_that_is_none_is_refused(served: Served, body: bytes):
     refusal(served.ask("POST", "/v2/repository/models/tiny/unload", content=body))
 
 
-def test_statistics_count_requests_rows_and_batches(tmp_path: Path, bundles: Any):
-    bundles.make(tmp_path)
+def test_statistics_count_requests_rows_and_batches(tmp_path: Path):
+    make_bundle(tmp_path)
     with serving(tmp_path, parallel=1, proof_fraction=0.0) as alone:
         outputs_of(alone.infer({"inputs": [text_input(["a", "b", "c"])]}))
         refusal(alone.infer({"inputs": [text_input(["a"], datatype="FP16")]}))

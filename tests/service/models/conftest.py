@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.service.bundle_folders import Opener
+from tests.service.bundles import make_bundle
 
 
 @pytest.fixture
@@ -20,11 +21,11 @@ def root(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, bundles):
+def made(tmp_path_factory):
     """Bundles to copy from: two contents of tiny/1, and tiny/2."""
     folder = tmp_path_factory.mktemp("made")
     return {
-        "1": bundles.make(folder / "a"),
-        "1 anew": bundles.make(folder / "b", labels=("a", "b", "c", "d", "e")),
-        "2": bundles.make(folder / "c", version="2"),
+        "1": make_bundle(folder / "a"),
+        "1 anew": make_bundle(folder / "b", labels=("a", "b", "c", "d", "e")),
+        "2": make_bundle(folder / "c", version="2"),
     }

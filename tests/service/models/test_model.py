@@ -22,6 +22,7 @@ from evalmode.service.models.calibration import ROW_COUNTS, Calibration
 from evalmode.service.models.model import Model
 from evalmode.service.models.tensors import content_of
 from evalmode.service.models.text import IDS, MASK
+from tests.service.bundles import make_bundle, onnx_model, tiny_model, token_bundle
 from tests.service.by_hand import alone, floats, together
 
 LONG = "a much longer text than the sixteen positions of the tiny model"
@@ -166,7 +167,7 @@ def test_a_row_where_nothing_counts_is_refused_by_its_place(model):
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["with a mask", "without one"])
-def tokens(request, tmp_path_factory, bundles):
+def tokens(request, tmp_path_factory):
     """A model of tokens whose graph takes the ids, with or without the mask."""
     random = np.random.default_rng(5)
     weights = {
@@ -189,15 +190,13 @@ def tokens(request, tmp_path_factory, bundles):
         node("Squeeze", ["headed", "one"], ["logits"]),
     ]
     inputs = [ids, mask] if request.param else [ids]
-    model = bundles.onnx(
-        nodes, inputs=inputs, outputs=[floats("logits", ["b", 3])], weights=weights
-    )
+    model = onnx_model(nodes, inputs=inputs, outputs=[floats("logits", ["b", 3])], weights=weights)
     tokenizer = Tokenizer(
         models.WordLevel({"?": 2, **{letter: 3 + at for at, letter in enumerate("abcdefgh")}}, "?")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return Model.open(
-        bundles.tokens(tmp_path_factory.mktemp("tokens"), model, tokenizer.to_str(), spec=BPE)
+        token_bundle(tmp_path_factory.mktemp("tokens"), model, tokenizer.to_str(), spec=BPE)
     )
 
 
@@ -226,8 +225,8 @@ def test_a_mask_is_refused_where_the_graph_takes_none(tokens):
 
 
 @pytest.mark.parametrize("bias", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_the_failure_of_their_row(tmp_path, bundles, bias):
-    spoilt = Model.open(bundles.make(tmp_path, model=bundles.model(bias=bias)))
+def test_numbers_that_are_not_finite_are_the_failure_of_their_row(tmp_path, bias):
+    spoilt = Model.open(make_bundle(tmp_path, model=tiny_model(bias=bias)))
     jobs, _ = spoilt.text_rows(["a", "b"])
     for found in together(jobs, places=2):
         assert isinstance(found, RunFailed)
@@ -254,8 +253,8 @@ def test_many_threads_on_one_model_get_the_bits_of_one(model, texts):
         assert all(found == expected for found in pool.map(ask, range(8)))
 
 
-def test_a_model_whose_bits_depend_on_the_batch_size_is_not_batched(tmp_path, bundles):
-    unstable = Model.open(bundles.make(tmp_path, model=bundles.model(batchable=False)))
+def test_a_model_whose_bits_depend_on_the_batch_size_is_not_batched(tmp_path):
+    unstable = Model.open(make_bundle(tmp_path, model=tiny_model(batchable=False)))
     assert (1,) in unstable.row_counts.values(), "this model was to be unstable"
 
 
@@ -268,13 +267,13 @@ def test_without_a_budget_every_row_runs_alone(bundle):
     }
 
 
-def test_a_model_with_another_number_of_answers_than_labels_is_refused(tmp_path, bundles):
+def test_a_model_with_another_number_of_answers_than_labels_is_refused(tmp_path):
     with pytest.raises(BundleError, match=r"\(batch, 5 labels\)"):
-        Model.open(bundles.make(tmp_path, model=bundles.model(labels=4)))
+        Model.open(make_bundle(tmp_path, model=tiny_model(labels=4)))
 
 
-def test_labels_that_the_manifest_does_not_name_are_numbers(tmp_path, bundles):
-    assert Model.open(bundles.make(tmp_path, labels=None)).labels == ("0", "1", "2", "3", "4")
+def test_labels_that_the_manifest_does_not_name_are_numbers(tmp_path):
+    assert Model.open(make_bundle(tmp_path, labels=None)).labels == ("0", "1", "2", "3", "4")
 
 
 def test_a_provider_that_is_not_there_is_refused(bundle):
@@ -282,24 +281,24 @@ def test_a_provider_that_is_not_there_is_refused(bundle):
         Model.open(bundle, provider="nonsense")
 
 
-def test_a_changed_bundle_is_refused(tmp_path, bundles):
-    bundle = bundles.make(tmp_path)
+def test_a_changed_bundle_is_refused(tmp_path):
+    bundle = make_bundle(tmp_path)
     (bundle / "model.onnx").write_bytes(b"other")
     with pytest.raises(BundleCorrupt, match=r"model\.onnx"):
         Model.open(bundle)
 
 
-def test_a_known_answer_that_does_not_come_out_is_a_refusal_to_open(tmp_path, bundles):
+def test_a_known_answer_that_does_not_come_out_is_a_refusal_to_open(tmp_path):
     def one_bit_off(answer):
         logits = np.nextafter(answer.outputs["logits"], np.float32(np.inf))
         return dataclasses.replace(answer, outputs={"logits": logits})
 
     with pytest.raises(BundleError, match="known answer 0 does not come out"):
-        Model.open(bundles.make(tmp_path, change=one_bit_off))
+        Model.open(make_bundle(tmp_path, change=one_bit_off))
 
 
-def test_an_uncertified_bundle_is_opened_only_when_that_is_allowed(tmp_path, bundles):
-    bundle = bundles.make(tmp_path)
+def test_an_uncertified_bundle_is_opened_only_when_that_is_allowed(tmp_path):
+    bundle = make_bundle(tmp_path)
     (bundle / "certificate.json").unlink()
     with pytest.raises(BundleError, match="not certified"):
         Model.open(bundle)
@@ -309,12 +308,12 @@ def test_an_uncertified_bundle_is_opened_only_when_that_is_allowed(tmp_path, bun
     assert opened.text_rows(["a"])
 
 
-def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path, bundles):
+def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path):
     def elsewhere(certificate):
         platform = certificate.platform.model_copy(update={"cpu_features": ("another",)})
         return certificate.model_copy(update={"platform": platform})
 
-    opened = Model.open(bundles.make(tmp_path, certify=elsewhere))
+    opened = Model.open(make_bundle(tmp_path, certify=elsewhere))
     assert opened.replayed.verdict == "within tolerance"
     assert opened.bundle.certificate.verdict is Verdict.PASS
 

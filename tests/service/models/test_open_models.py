@@ -24,20 +24,21 @@ from tests.service.bundle_folders import (
     started,
     states,
 )
+from tests.service.bundles import make_bundle, tensor_bundle
 
 
 @pytest.mark.parametrize("above", [0, 1, 2])
-def test_the_folder_may_be_a_bundle_or_versions_of_one_or_names_of_such(root, bundles, above):
-    bundle = bundles.make(root)
+def test_the_folder_may_be_a_bundle_or_versions_of_one_or_names_of_such(root, above):
+    bundle = make_bundle(root)
     repository = started([bundle, *bundle.parents][above])
     assert repository.get("tiny").bundle.path == bundle
     assert repository.default_text() is repository.get("tiny", "1") is repository.get()
     assert states(repository) == {("tiny", "1"): READY}
 
 
-def test_the_newest_version_answers_as_people_count(root, bundles):
+def test_the_newest_version_answers_as_people_count(root):
     for version in ("9", "10", "2"):
-        bundles.make(root, version=version)
+        make_bundle(root, version=version)
     repository = started(root)
     assert repository.get("tiny").version == "10"
     assert [entry.version for entry in repository.index()] == ["10", "9", "2"]
@@ -50,9 +51,9 @@ def test_the_newest_version_answers_as_people_count(root, bundles):
         repository.get("tiny", "9")
 
 
-def test_several_versions_are_open_where_that_is_asked(root, bundles):
+def test_several_versions_are_open_where_that_is_asked(root):
     for version in ("9", "10", "2"):
-        bundles.make(root, version=version)
+        make_bundle(root, version=version)
     repository = started(root, versions=2)
     assert [model.version for model in repository.versions_of("tiny")] == ["10", "9"]
     assert repository.get("tiny", "9").version == "9"
@@ -76,9 +77,9 @@ def test_of_two_folders_of_one_version_the_first_is_open_and_the_other_reported(
     assert sorted(said) == [(READY, ""), (UNAVAILABLE, "a/x is the same version of the same model")]
 
 
-def test_an_older_good_version_takes_the_place_of_a_bad_one(root, bundles):
-    bundles.make(root, version="1")
-    spoil(bundles.make(root, version="2"))
+def test_an_older_good_version_takes_the_place_of_a_bad_one(root):
+    make_bundle(root, version="1")
+    spoil(make_bundle(root, version="2"))
     with capture_logs() as logs:
         repository = started(root)
     assert repository.get("tiny").version == "1"
@@ -89,8 +90,8 @@ def test_an_older_good_version_takes_the_place_of_a_bad_one(root, bundles):
     assert len(refusals(logs)) == 1
 
 
-def test_where_nothing_can_be_opened_its_own_error_is_raised_and_nothing_logged(root, bundles):
-    spoil(bundles.make(root))
+def test_where_nothing_can_be_opened_its_own_error_is_raised_and_nothing_logged(root):
+    spoil(make_bundle(root))
     with (
         capture_logs() as logs,
         pytest.raises(BundleCorrupt, match=r"model\.onnx is not the certified file"),
@@ -100,15 +101,15 @@ def test_where_nothing_can_be_opened_its_own_error_is_raised_and_nothing_logged(
 
 
 @pytest.mark.parametrize("manifest", [b"", b"{", b'{"name": 3}'])
-def test_a_manifest_that_cannot_be_read_is_told_by_who_opens_the_bundle(root, bundles, manifest):
-    (bundles.make(root) / "manifest.json").write_bytes(manifest)
+def test_a_manifest_that_cannot_be_read_is_told_by_who_opens_the_bundle(root, manifest):
+    (make_bundle(root) / "manifest.json").write_bytes(manifest)
     with pytest.raises(BundleCorrupt, match=r"manifest\.json is not the certified one"):
         started(root)
 
 
-def test_a_bad_model_takes_none_of_the_others_down(root, bundles):
-    bundles.make(root)
-    spoil(bundles.make(root, name="spoilt"))
+def test_a_bad_model_takes_none_of_the_others_down(root):
+    make_bundle(root)
+    spoil(make_bundle(root, name="spoilt"))
     repository = started(root)
     assert [model.name for model in repository.models()] == ["tiny"]
     with pytest.raises(
@@ -117,9 +118,9 @@ def test_a_bad_model_takes_none_of_the_others_down(root, bundles):
         repository.get("spoilt")
 
 
-def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(root, bundles):
-    bundles.make(root)
-    bundles.make(root, name="odd")
+def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(root):
+    make_bundle(root)
+    make_bundle(root, name="odd")
 
     def open_model(path):
         if "odd" in path.parts:
@@ -132,11 +133,11 @@ def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(ro
     ] == "it failed to open; the log says how"
 
 
-def test_a_new_version_answers_at_once_and_the_old_one_is_let_go(root, bundles):
-    bundles.make(root)
+def test_a_new_version_answers_at_once_and_the_old_one_is_let_go(root):
+    make_bundle(root)
     repository = started(root)
     old = repository.get("tiny")
-    bundles.make(root, version="2")
+    make_bundle(root, version="2")
     repository.poll()
     assert repository.get("tiny").version == "2"
     assert [model.version for model in repository.models()] == ["2"]
@@ -147,9 +148,9 @@ def test_a_new_version_answers_at_once_and_the_old_one_is_let_go(root, bundles):
     assert gone() is None
 
 
-def test_nothing_is_opened_again_while_nothing_changes(root, bundles, opener):
-    bundles.make(root)
-    bundles.make(root, version="2")
+def test_nothing_is_opened_again_while_nothing_changes(root, opener):
+    make_bundle(root)
+    make_bundle(root, version="2")
     repository = started(root, opener)
     model = repository.get("tiny")
     for _ in range(3):
@@ -169,16 +170,16 @@ def test_other_content_in_the_folder_of_a_version_takes_its_place(root, made):
     assert repository.get("tiny").labels == ("a", "b", "c", "d", "e")
 
 
-def test_the_same_bytes_written_anew_are_opened_anew(root, bundles, opener):
-    bundle = bundles.make(root)
+def test_the_same_bytes_written_anew_are_opened_anew(root, opener):
+    bundle = make_bundle(root)
     repository = started(root, opener)
     os.utime(bundle / "model.onnx", ns=(1, 1))
     repository.poll()
     assert opener.asked[bundle] == 2
 
 
-def test_a_bad_replacement_is_refused_once_and_what_was_open_goes_on(root, bundles, opener):
-    bundle = bundles.make(root)
+def test_a_bad_replacement_is_refused_once_and_what_was_open_goes_on(root, opener):
+    bundle = make_bundle(root)
     repository = started(root, opener)
     model = repository.get("tiny")
     mend = spoil(bundle)
@@ -197,9 +198,9 @@ def test_a_bad_replacement_is_refused_once_and_what_was_open_goes_on(root, bundl
     assert repository.index()[0].reason == ""
 
 
-def test_a_manifest_that_is_being_written_is_taken_for_no_other_model(root, bundles):
-    bundles.make(root, version="2")
-    bundle = bundles.make(root)
+def test_a_manifest_that_is_being_written_is_taken_for_no_other_model(root):
+    make_bundle(root, version="2")
+    bundle = make_bundle(root)
     repository = started(root, versions=2)
     good = (bundle / "manifest.json").read_bytes()
     (bundle / "manifest.json").write_bytes(good[:40])
@@ -210,9 +211,9 @@ def test_a_manifest_that_is_being_written_is_taken_for_no_other_model(root, bund
     assert states(repository) == {("tiny", "2"): READY, ("tiny", "1"): READY}
 
 
-def test_a_version_whose_folder_is_gone_is_let_go_and_an_older_one_answers(root, bundles):
-    bundles.make(root)
-    newest = bundles.make(root, version="2")
+def test_a_version_whose_folder_is_gone_is_let_go_and_an_older_one_answers(root):
+    make_bundle(root)
+    newest = make_bundle(root, version="2")
     repository = started(root)
     shutil.rmtree(newest)
     repository.poll()
@@ -220,8 +221,8 @@ def test_a_version_whose_folder_is_gone_is_let_go_and_an_older_one_answers(root,
     assert states(repository) == {("tiny", "1"): READY}
 
 
-def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(root, bundles):
-    bundle = bundles.make(root)
+def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(root):
+    bundle = make_bundle(root)
     repository = started(root)
     model = repository.get("tiny")
     shutil.rmtree(bundle)
@@ -237,20 +238,20 @@ def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(
     assert [line["event"] for line in logs] == [
         "the folders of a model are gone: its last version goes on"
     ]
-    spoil(bundles.make(root, version="2"))
+    spoil(make_bundle(root, version="2"))
     repository.poll()
     assert repository.get("tiny") is model
-    bundles.make(root, version="3")
+    make_bundle(root, version="3")
     repository.poll()
     assert [model.version for model in repository.models()] == ["3"]
 
 
 def test_a_new_model_is_served_beside_the_others_and_a_missing_one_no_longer_once_another_is_there(
-    root, bundles
+    root,
 ):
-    bundles.make(root)
+    make_bundle(root)
     repository = started(root)
-    bundles.tensors(root)
+    tensor_bundle(root)
     repository.poll()
     assert [model.name for model in repository.models()] == ["tensors", "tiny"]
     assert repository.default_text().name == "tiny", (
@@ -280,8 +281,8 @@ def test_a_bundle_whose_files_come_one_by_one_is_served_when_all_are_there(root,
     assert len(said) == len(set(said)), "one reason is told once"
 
 
-def test_a_refusal_that_is_remembered_keeps_nothing_of_what_was_opened(root, bundles):
-    bundles.make(root)
+def test_a_refusal_that_is_remembered_keeps_nothing_of_what_was_opened(root):
+    make_bundle(root)
     half_open = []
 
     def open_model(path):
@@ -292,7 +293,7 @@ def test_a_refusal_that_is_remembered_keeps_nothing_of_what_was_opened(root, bun
         return model
 
     repository = started(root, open_model)
-    bundles.make(root, version="2")
+    make_bundle(root, version="2")
     repository.poll()
     gc.collect()
     assert [reference() for reference in half_open] == [None]
@@ -306,8 +307,8 @@ def test_a_manifest_that_cannot_be_read_stands_before_no_good_bundle(root, made)
     assert started(root).get("tiny", "1").bundle.path == root / "zzz" / "1"
 
 
-def test_what_was_opened_is_told_with_its_row_counts(root, bundles):
-    bundles.make(root)
+def test_what_was_opened_is_told_with_its_row_counts(root):
+    make_bundle(root)
     with capture_logs() as logs:
         started(root)
     (line,) = [line for line in logs if line["event"] == "model opened"]
@@ -315,8 +316,8 @@ def test_what_was_opened_is_told_with_its_row_counts(root, bundles):
     assert line["row_counts"] == {"4": [1], "8": [1], "16": [1]}
 
 
-def test_a_model_that_nothing_certifies_is_opened_with_a_warning(root, bundles):
-    (bundles.make(root) / "certificate.json").unlink()
+def test_a_model_that_nothing_certifies_is_opened_with_a_warning(root):
+    (make_bundle(root) / "certificate.json").unlink()
     with capture_logs() as logs:
         started(root, partial(QUICKLY, allow_uncertified=True))
     assert [line["log_level"] for line in logs] == ["warning", "info"]

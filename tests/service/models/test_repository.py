@@ -23,6 +23,7 @@ from evalmode.service.errors import (
     UnknownModel,
 )
 from evalmode.service.models.repository import Repository
+from tests.service import processes
 from tests.service.bundle_folders import (
     LOADING,
     QUICKLY,
@@ -34,6 +35,7 @@ from tests.service.bundle_folders import (
     started,
     states,
 )
+from tests.service.bundles import make_bundle, tensor_bundle
 
 
 def test_no_bundle_at_all_is_a_refusal_to_start(root):
@@ -43,7 +45,7 @@ def test_no_bundle_at_all_is_a_refusal_to_start(root):
         started(root / "nothing")
 
 
-def test_a_folder_that_cannot_be_looked_at_is_a_refusal_to_start_in_one_sentence(root, processes):
+def test_a_folder_that_cannot_be_looked_at_is_a_refusal_to_start_in_one_sentence(root):
     # a name too long is refused to root, too, whom no permission stops
     unreadable = root / ("x" * 300)
     with pytest.raises(StartFailed, match="cannot be looked at: File name too long"):
@@ -82,8 +84,8 @@ def test_fifty_swaps_in_a_row_fail_no_reader_and_leave_one_model(root, made):
     assert len(repository.models()) == 1
 
 
-def test_readers_go_on_while_a_model_is_being_opened(root, bundles):
-    bundles.make(root)
+def test_readers_go_on_while_a_model_is_being_opened(root):
+    make_bundle(root)
     opening, go_on = threading.Event(), threading.Event()
 
     def open_model(path):
@@ -93,7 +95,7 @@ def test_readers_go_on_while_a_model_is_being_opened(root, bundles):
         return QUICKLY(path)
 
     repository = started(root, open_model)
-    bundles.make(root, version="2")
+    make_bundle(root, version="2")
     with ThreadPoolExecutor(1) as pool:
         polled = pool.submit(repository.poll)
         try:
@@ -113,8 +115,8 @@ def test_readers_go_on_while_a_model_is_being_opened(root, bundles):
 @pytest.mark.parametrize(
     "name", ["", "nothing", "../tiny", "tiny/1", "/etc/passwd", "..", "\0", "tiny\n", "x" * 10_000]
 )
-def test_a_name_that_no_manifest_bears_is_unknown_whatever_it_looks_like(root, bundles, name):
-    bundles.make(root)
+def test_a_name_that_no_manifest_bears_is_unknown_whatever_it_looks_like(root, name):
+    make_bundle(root)
     repository = started(root)
     for ask in (repository.get, repository.versions_of, repository.load, repository.unload):
         with pytest.raises(UnknownModel, match="there is no model") as refusal:
@@ -125,13 +127,13 @@ def test_a_name_that_no_manifest_bears_is_unknown_whatever_it_looks_like(root, b
             repository.get("tiny", version)
 
 
-def test_a_model_that_was_unloaded_stays_so_until_it_is_loaded(root, bundles, opener):
-    bundle = bundles.make(root)
+def test_a_model_that_was_unloaded_stays_so_until_it_is_loaded(root, opener):
+    bundle = make_bundle(root)
     repository = started(root, opener)
     repository.unload("tiny")
     repository.unload("tiny")
     os.utime(bundle / "model.onnx", ns=(1, 1))
-    bundles.make(root, version="2")
+    make_bundle(root, version="2")
     repository.poll()
     assert repository.models() == ()
     assert {entry.reason for entry in repository.index()} == {"it was unloaded"}
@@ -145,16 +147,16 @@ def test_a_model_that_was_unloaded_stays_so_until_it_is_loaded(root, bundles, op
     assert repository.get("tiny").version == "2"
 
 
-def test_loading_opens_anew_what_is_open(root, bundles):
-    bundles.make(root)
+def test_loading_opens_anew_what_is_open(root):
+    make_bundle(root)
     repository = started(root)
     model = repository.get("tiny")
     repository.load("tiny")
     assert repository.get("tiny") is not model
 
 
-def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, bundles, opener):
-    bundle = bundles.make(root)
+def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, opener):
+    bundle = make_bundle(root)
     repository = started(root, opener)
     model = repository.get("tiny")
     mend = spoil(bundle)
@@ -170,8 +172,8 @@ def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, b
     assert repository.get("tiny") is not model
 
 
-def test_loading_what_has_no_folder_any_more_is_refused_and_what_was_open_goes_on(root, bundles):
-    bundle = bundles.make(root)
+def test_loading_what_has_no_folder_any_more_is_refused_and_what_was_open_goes_on(root):
+    bundle = make_bundle(root)
     repository = started(root)
     shutil.rmtree(bundle)
     with pytest.raises(BadRequest, match="model tiny cannot be loaded: its folder is gone"):
@@ -179,23 +181,23 @@ def test_loading_what_has_no_folder_any_more_is_refused_and_what_was_open_goes_o
     assert repository.get("tiny")
 
 
-def test_a_version_may_be_asked_of_the_model_that_is_not_named(root, bundles):
-    bundles.make(root)
-    bundles.make(root, version="2")
+def test_a_version_may_be_asked_of_the_model_that_is_not_named(root):
+    make_bundle(root)
+    make_bundle(root, version="2")
     repository = started(root, versions=2)
     assert repository.get(version="1").version == "1"
 
 
-def test_loading_finds_what_has_come_since_the_last_look(root, bundles):
-    bundles.make(root)
+def test_loading_finds_what_has_come_since_the_last_look(root):
+    make_bundle(root)
     repository = started(root)
-    bundles.tensors(root)
+    tensor_bundle(root)
     repository.load("tensors")
     assert repository.get("tensors").name == "tensors"
 
 
-def test_where_nobody_may_load_and_unload_nobody_does(root, bundles):
-    bundles.make(root)
+def test_where_nobody_may_load_and_unload_nobody_does(root):
+    make_bundle(root)
     repository = started(root, control=False)
     for ask in (repository.load, repository.unload):
         for name in ("tiny", "nothing"):
@@ -204,9 +206,9 @@ def test_where_nobody_may_load_and_unload_nobody_does(root, bundles):
     assert repository.get("tiny")
 
 
-def test_of_several_models_of_text_one_must_be_named_or_be_the_default(root, bundles):
-    bundles.make(root)
-    bundles.make(root, name="other")
+def test_of_several_models_of_text_one_must_be_named_or_be_the_default(root):
+    make_bundle(root)
+    make_bundle(root, name="other")
     with pytest.raises(
         InvalidField, match="several read texts: name one of other, tiny"
     ) as refusal:
@@ -215,15 +217,15 @@ def test_of_several_models_of_text_one_must_be_named_or_be_the_default(root, bun
     assert started(root, default_model="other").default_text().name == "other"
 
 
-def test_where_no_model_reads_texts_that_is_said(root, bundles):
-    bundles.tensors(root)
+def test_where_no_model_reads_texts_that_is_said(root):
+    tensor_bundle(root)
     with pytest.raises(InvalidField, match="none here reads texts: /v2 serves tensors") as refusal:
         started(root).default_text()
     assert refusal.value.field == "model"
 
 
-def test_a_default_model_that_is_not_there_is_a_refusal_to_start(root, bundles):
-    bundles.make(root)
+def test_a_default_model_that_is_not_there_is_a_refusal_to_start(root):
+    make_bundle(root)
     with pytest.raises(
         StartFailed,
         match="default_model is 'other' and no such model could be opened: there is tiny",
@@ -231,8 +233,8 @@ def test_a_default_model_that_is_not_there_is_a_refusal_to_start(root, bundles):
         started(root, default_model="other")
 
 
-def test_polling_finds_a_new_version_by_itself_and_ends_when_told(root, bundles):
-    bundles.make(root)
+def test_polling_finds_a_new_version_by_itself_and_ends_when_told(root):
+    make_bundle(root)
     opened = threading.Event()
 
     def open_model(path):
@@ -243,15 +245,15 @@ def test_polling_finds_a_new_version_by_itself_and_ends_when_told(root, bundles)
 
     repository = started(root, open_model)
     repository.start_polling(0.01)
-    bundles.make(root, version="2")
+    make_bundle(root, version="2")
     assert opened.wait(WAIT_S)
     repository.close()
     assert repository.get("tiny").version == "2"
     assert not [thread for thread in threading.enumerate() if thread.name == "poll"]
 
 
-def test_an_error_does_not_end_the_polling(root, bundles):
-    bundles.make(root)
+def test_an_error_does_not_end_the_polling(root):
+    make_bundle(root)
     looks, again = count(), threading.Event()
 
     class Restless(Repository):
@@ -270,8 +272,8 @@ def test_an_error_does_not_end_the_polling(root, bundles):
     assert repository.get("tiny")
 
 
-def test_without_a_pace_nothing_polls(root, bundles):
-    bundles.make(root)
+def test_without_a_pace_nothing_polls(root):
+    make_bundle(root)
     repository = started(root)
     repository.start_polling(0)
     assert not [thread for thread in threading.enumerate() if thread.name == "poll"]

@@ -12,12 +12,13 @@ from evalmode.bundle.errors import BundleError
 from evalmode.service.errors import BadRequest, RunFailed
 from evalmode.service.models.model import Model
 from evalmode.service.models.tensors import ModelRow
+from tests.service.bundles import onnx_model, tensor_bundle
 from tests.service.by_hand import alone, asked, floats
 
 
 @pytest.fixture(scope="module")
-def tensors(tmp_path_factory, bundles):
-    return Model.open(bundles.tensors(tmp_path_factory.mktemp("tensors")))
+def tensors(tmp_path_factory):
+    return Model.open(tensor_bundle(tmp_path_factory.mktemp("tensors")))
 
 
 def test_a_model_of_text_that_reads_no_raw_text_refuses_none_of_the_others(tensors):
@@ -58,8 +59,8 @@ def test_a_row_of_tensors_has_the_same_bits_alone_and_in_a_request_of_many(tenso
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_request_of_a_model_that_was_not_proven_is_run_whole(tmp_path, bundles):
-    whole = Model.open(bundles.tensors(tmp_path, independent=False))
+def test_a_request_of_a_model_that_was_not_proven_is_run_whole(tmp_path):
+    whole = Model.open(tensor_bundle(tmp_path, independent=False))
     assert [bucket.label for bucket in whole.buckets] == ["whole"]
     ((bucket, row),) = whole.tensor_jobs(asked(3, 4))
     assert set(bucket.costs) == {1}
@@ -69,28 +70,28 @@ def test_a_request_of_a_model_that_was_not_proven_is_run_whole(tmp_path, bundles
 
 
 @pytest.mark.parametrize("shape", [[4], [], [3, 4], [-1, 3, 1]])
-def test_a_tensor_without_a_first_axis_that_varies_makes_a_request_whole(tmp_path, bundles, shape):
+def test_a_tensor_without_a_first_axis_that_varies_makes_a_request_whole(tmp_path, shape):
     named = ["n" if size == -1 else size for size in shape]
     node = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
-    model = bundles.onnx([node], inputs=[floats("x", named)], outputs=[floats("y", [])])
+    model = onnx_model([node], inputs=[floats("x", named)], outputs=[floats("y", [])])
     known = np.ones([2 if size == -1 else size for size in shape], np.float32)
-    whole = Model.open(bundles.tensors(tmp_path, model=model, known=[{"x": known}]))
+    whole = Model.open(tensor_bundle(tmp_path, model=model, known=[{"x": known}]))
     ((bucket, row),) = whole.tensor_jobs({"x": known})
     assert bucket.label == "whole"
     assert whole.join(bucket.run([row]))["y"].shape == ()
 
 
-def test_a_first_axis_that_is_no_row_makes_a_request_whole(tmp_path, bundles):
+def test_a_first_axis_that_is_no_row_makes_a_request_whole(tmp_path):
     node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)
-    model = bundles.onnx([node], inputs=[floats("x", ["n", 2])], outputs=[floats("y", ["m", 2])])
+    model = onnx_model([node], inputs=[floats("x", ["n", 2])], outputs=[floats("y", ["m", 2])])
     whole = Model.open(
-        bundles.tensors(tmp_path, model=model, known=[{"x": np.ones((1, 2), np.float32)}])
+        tensor_bundle(tmp_path, model=model, known=[{"x": np.ones((1, 2), np.float32)}])
     )
     assert [bucket.label for bucket in whole.buckets] == ["whole"]
 
 
-def test_a_model_without_known_answers_runs_each_row_alone(tmp_path, bundles):
-    bare = Model.open(bundles.tensors(tmp_path, known=[]))
+def test_a_model_without_known_answers_runs_each_row_alone(tmp_path):
+    bare = Model.open(tensor_bundle(tmp_path, known=[]))
     assert bare.replayed.verdict == "no answers"
     assert [(bucket.label, set(bucket.costs)) for bucket in bare.buckets] == [("other", {1})]
     assert bare.join([alone(job) for job in bare.tensor_jobs(asked(3, 4))])["y"].shape == (3, 2)
@@ -113,12 +114,12 @@ def test_tensors_that_the_model_does_not_take_are_refused_by_name(tensors, input
         tensors.tensor_jobs(inputs)
 
 
-def test_inputs_whose_rows_do_not_agree_are_refused(tmp_path, bundles):
+def test_inputs_whose_rows_do_not_agree_are_refused(tmp_path):
     node = helper.make_node("Add", ["a", "b"], ["y"])
     both = [floats("a", ["n", "k"]), floats("b", ["n", "k"])]
-    model = bundles.onnx([node], inputs=both, outputs=[floats("y", ["n", "k"])])
+    model = onnx_model([node], inputs=both, outputs=[floats("y", ["n", "k"])])
     known = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}
-    opened = Model.open(bundles.tensors(tmp_path, model=model, known=[known]))
+    opened = Model.open(tensor_bundle(tmp_path, model=model, known=[known]))
     assert [bucket.label for bucket in opened.buckets] == ["3,3", "other"]
     with pytest.raises(BadRequest, match="input 'b' has 3 rows and 'a' has 2"):
         opened.tensor_jobs({"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)})
@@ -133,28 +134,26 @@ def test_inputs_that_the_runtime_refuses_are_a_bad_request_with_its_reason_and_n
     assert ".h:" not in str(refusal.value)
 
 
-def test_an_index_out_of_range_is_a_bad_request(tmp_path, bundles):
-    model = bundles.onnx(
+def test_an_index_out_of_range_is_a_bad_request(tmp_path):
+    model = onnx_model(
         [helper.make_node("Gather", ["table", "i"], ["y"])],
         inputs=[helper.make_tensor_value_info("i", TensorProto.INT64, ["n"])],
         outputs=[floats("y", ["n", 2])],
         weights={"table": np.ones((4, 2), np.float32)},
     )
-    opened = Model.open(bundles.tensors(tmp_path, model=model, known=[{"i": np.array([1, 2])}]))
+    opened = Model.open(tensor_bundle(tmp_path, model=model, known=[{"i": np.array([1, 2])}]))
     (job,) = opened.tensor_jobs({"i": np.array([9])})
     with pytest.raises(BadRequest, match="idx=9 must be within the inclusive range"):
         alone(job)
 
 
-def test_nan_that_came_in_is_a_bad_request_and_nan_that_was_made_is_a_failure(tmp_path, bundles):
-    model = bundles.onnx(
+def test_nan_that_came_in_is_a_bad_request_and_nan_that_was_made_is_a_failure(tmp_path):
+    model = onnx_model(
         [helper.make_node("Log", ["x"], ["y"])],
         inputs=[floats("x", ["n"])],
         outputs=[floats("y", ["n"])],
     )
-    opened = Model.open(
-        bundles.tensors(tmp_path, model=model, known=[{"x": np.ones(2, np.float32)}])
-    )
+    opened = Model.open(tensor_bundle(tmp_path, model=model, known=[{"x": np.ones(2, np.float32)}]))
     jobs = opened.tensor_jobs({"x": np.array([1, np.nan, -1, 0], np.float32)})
     fine, came, made, infinite = opened.buckets[0].run([row for _, row in jobs])
     assert fine["y"].tolist() == [0.0]
@@ -164,26 +163,26 @@ def test_nan_that_came_in_is_a_bad_request_and_nan_that_was_made_is_a_failure(tm
     assert infinite["y"].tolist() == [-math.inf], "an infinity may be an answer"
 
 
-def identity_of_strings(bundles):
+def identity_of_strings():
     both = [
         helper.make_tensor_value_info(name, TensorProto.STRING, ["n", "k"]) for name in ("s", "t")
     ]
-    return bundles.onnx(
+    return onnx_model(
         [helper.make_node("Identity", ["s"], ["t"])], inputs=both[:1], outputs=both[1:]
     )
 
 
 @pytest.mark.parametrize("elements", [["é", "b\0c"], ["é".encode(), b"b\0c"]])
-def test_strings_are_tensors_too(tmp_path, bundles, elements):
-    opened = Model.open(bundles.tensors(tmp_path, model=identity_of_strings(bundles), known=[]))
+def test_strings_are_tensors_too(tmp_path, elements):
+    opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known=[]))
     (job,) = opened.tensor_jobs({"s": np.array([elements], object)})
     assert alone(job)["t"].tolist() == [["é", "b\0c"]]
     assert job[1].nbytes > 4
 
 
 @pytest.mark.parametrize("element", [b"\xff", "\ud83d"])
-def test_strings_that_are_no_text_are_refused(tmp_path, bundles, element):
-    opened = Model.open(bundles.tensors(tmp_path, model=identity_of_strings(bundles), known=[]))
+def test_strings_that_are_no_text_are_refused(tmp_path, element):
+    opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known=[]))
     with pytest.raises(BadRequest, match="element 1 of input 's' is not UTF-8"):
         opened.tensor_jobs({"s": np.array([["a", element]], object)})
 
@@ -194,18 +193,18 @@ def test_rows_whose_strings_differ_have_other_digests():
     assert one.digest() == ModelRow(inputs={"s": np.array([["".join("a"), "c"]], object)}).digest()
 
 
-def test_a_tensor_that_no_request_can_carry_is_a_refusal_to_open(tmp_path, bundles):
+def test_a_tensor_that_no_request_can_carry_is_a_refusal_to_open(tmp_path):
     node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.BFLOAT16)
     out = helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n"])
-    model = bundles.onnx([node], inputs=[floats("x", ["n"])], outputs=[out])
+    model = onnx_model([node], inputs=[floats("x", ["n"])], outputs=[out])
     with pytest.raises(
         BundleError, match="'y' is tensor\\(bfloat16\\), which no request can carry"
     ):
-        Model.open(bundles.tensors(tmp_path, model=model, known=[]))
+        Model.open(tensor_bundle(tmp_path, model=model, known=[]))
 
 
-def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path, bundles):
-    bundle = bundles.tensors(tmp_path)
+def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path):
+    bundle = tensor_bundle(tmp_path)
     (bundle / "certificate.json").unlink()
     assert [bucket.label for bucket in Model.open(bundle, allow_uncertified=True).buckets] == [
         "whole"

@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.service import processes
+
 PROGRAM = (str(Path(__file__).with_name("tiny_server.py")),)
 WAIT_S = 30
 HEAD_S = 0.6
@@ -27,7 +29,7 @@ def gate(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(processes, gate):
+def server(gate):
     with (
         pytest.MonkeyPatch.context() as environment,
     ):

@@ -18,13 +18,14 @@ from evalmode.service.errors import StartFailed
 from evalmode.service.process.signals import Signals
 from evalmode.service.process.supervisor import metrics_folder, settings_as_json
 from evalmode.service.settings import Settings
+from tests.service import processes
 
 PROGRAM = (str(Path(__file__).with_name("tiny_server.py")),)
 WAIT_S = 30
 
 
 @pytest.fixture
-def run(processes):
+def run():
     @contextmanager
     def running(**settings: object) -> Iterator[object]:
         with processes.running(Path("tiny"), program=PROGRAM, drain_s=0, **settings) as server:

@@ -16,6 +16,8 @@ import onnxruntime
 import pytest
 
 from evalmode.service.predictor import Predictor
+from tests.service import processes
+from tests.service.bundles import make_bundle
 
 WAIT_S = 30
 
@@ -177,7 +179,7 @@ def test_a_declared_length_is_refused_before_the_body_is_sent(service):
 
 
 def test_a_request_in_flight_is_answered_after_sigterm_and_the_exit_code_is_0(
-    bundle, processes, expected, texts
+    bundle, expected, texts
 ):
     body = json.dumps({"inputs": texts}).encode()
     with processes.running(bundle) as service:
@@ -194,9 +196,7 @@ def test_a_request_in_flight_is_answered_after_sigterm_and_the_exit_code_is_0(
         assert "Traceback" not in service.process.stderr.read()
 
 
-def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_server(
-    bundle, processes
-):
+def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_server(bundle):
     with processes.running(bundle, access_log=1) as service:
         begun_request(service.port, 100).close()
         assert (
@@ -213,7 +213,7 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_s
         assert [event["status"] for event in events[:2]] == [499, 200]
 
 
-def test_an_interrupt_from_the_keyboard_is_an_end_in_good_order_too(bundle, processes):
+def test_an_interrupt_from_the_keyboard_is_an_end_in_good_order_too(bundle):
     with processes.running(bundle) as service:
         service.process.send_signal(signal.SIGINT)
         assert service.process.wait(WAIT_S) == 0
@@ -224,26 +224,26 @@ def test_an_interrupt_from_the_keyboard_is_an_end_in_good_order_too(bundle, proc
 STOPPED_WHILE_LOADING = """
 import signal, sys
 from evalmode.service.process import server
-from evalmode.service import components as state
-state.open_state = lambda settings: signal.raise_signal(signal.SIGTERM)
+from evalmode.service import components
+components.open_components = lambda settings: signal.raise_signal(signal.SIGTERM)
 sys.exit(server.main())
 """
 
 
-def test_a_signal_while_the_model_is_loading_is_an_end_in_good_order(bundle, processes):
+def test_a_signal_while_the_model_is_loading_is_an_end_in_good_order(bundle):
     ended = processes.ended(bundle, program=("-c", STOPPED_WHILE_LOADING))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
-def test_a_changed_file_is_a_refusal_to_start_that_names_it(tmp_path, bundles, processes):
-    bundle = bundles.make(tmp_path)
+def test_a_changed_file_is_a_refusal_to_start_that_names_it(tmp_path):
+    bundle = make_bundle(tmp_path)
     model = bytearray((bundle / "model.onnx").read_bytes())
     model[len(model) // 2] ^= 1
     (bundle / "model.onnx").write_bytes(model)
     assert str(bundle / "model.onnx") in processes.refused(bundle)
 
 
-def test_a_provider_that_is_not_there_is_a_refusal_to_start_that_says_which_are(bundle, processes):
+def test_a_provider_that_is_not_there_is_a_refusal_to_start_that_says_which_are(bundle):
     assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), (
         "these tests run on a CPU build"
     )
@@ -253,23 +253,23 @@ def test_a_provider_that_is_not_there_is_a_refusal_to_start_that_says_which_are(
     assert "cpu" in sentence
 
 
-def test_a_port_in_use_is_a_refusal_to_start(bundle, processes):
+def test_a_port_in_use_is_a_refusal_to_start(bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1 port {port}" in processes.refused(bundle, port=port)
 
 
-def test_a_host_that_does_not_exist_is_a_refusal_to_start(bundle, processes):
+def test_a_host_that_does_not_exist_is_a_refusal_to_start(bundle):
     assert "cannot listen on no.such.host.invalid" in processes.refused(
         bundle, host="no.such.host.invalid"
     )
 
 
-def test_a_wrong_setting_is_a_refusal_to_start(bundle, processes):
+def test_a_wrong_setting_is_a_refusal_to_start(bundle):
     assert "EVALMODE_PORT" in processes.refused(bundle, port="abc")
 
 
-def test_no_bundle_is_a_refusal_to_start(tmp_path, processes):
+def test_no_bundle_is_a_refusal_to_start(tmp_path):
     assert "no bundle at" in processes.refused(tmp_path)
 
 
@@ -283,7 +283,7 @@ sys.exit(code)
 """
 
 
-def test_a_process_that_serves_has_never_loaded_torch_or_onnx(bundle, processes):
+def test_a_process_that_serves_has_never_loaded_torch_or_onnx(bundle):
     with processes.running(bundle, program=("-c", TELLING_MODULES)) as service:
         answer = httpx.post(f"{service.url}/v1/predict", json={"inputs": ["a"]}, timeout=WAIT_S)
         assert answer.status_code == 200
@@ -295,7 +295,7 @@ def test_a_process_that_serves_has_never_loaded_torch_or_onnx(bundle, processes)
     assert packages.isdisjoint({"torch", "onnx", "lightning", "datasets", "onnxscript", "pandas"})
 
 
-def test_a_service_is_small_and_quick_to_start(bundle, processes):
+def test_a_service_is_small_and_quick_to_start(bundle):
     with processes.running(bundle) as service:
         process = f"/proc/{service.process.pid}"
         with open(f"{process}/stat") as file:

@@ -19,6 +19,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.service import processes
+
 PROGRAM = (str(Path(__file__).with_name("tiny_server.py")),)
 WAIT_S = 30
 IN_FLIGHT = 256
@@ -26,7 +28,7 @@ GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.fixture
-def run(processes, gate):
+def run(gate):
     @contextmanager
     def running(**settings: object) -> Iterator[object]:
         with processes.running(
@@ -358,9 +360,7 @@ def test_with_authorities_only_clients_with_a_certificate_are_heard(run, certifi
         ),
     ],
 )
-def test_bad_tls_files_are_a_refusal_to_start_in_one_sentence(
-    processes, certificate, settings, told
-):
+def test_bad_tls_files_are_a_refusal_to_start_in_one_sentence(certificate, settings, told):
     given = {name: value.format(certificate) for name, value in settings.items()}
     done = processes.ended(Path("tiny"), program=PROGRAM, workers=1, **given)
     assert done.returncode == 2

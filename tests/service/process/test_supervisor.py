@@ -20,6 +20,7 @@ import pytest
 
 from evalmode.service.process.supervisor import settings_as_json
 from evalmode.service.settings import Settings
+from tests.service import processes
 
 PROGRAM = (str(Path(__file__).with_name("tiny_server.py")),)
 WAIT_S = 30
@@ -36,7 +37,7 @@ def mode(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(processes, gate, mode):
+def run(gate, mode):
     @contextmanager
     def running(**settings: object) -> Iterator[object]:
         with processes.running(
@@ -108,7 +109,8 @@ def begun(server) -> socket.socket:
 
 
 def rest_of(connection: socket.socket) -> bytes:
-    return b"".join(iter(lambda: connection.recv(65_536), b""))
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def ended(server) -> list[dict[str, object]]:
@@ -170,8 +172,9 @@ def test_a_killed_worker_is_replaced_and_only_its_requests_fail(run, gate):
 
 def whole_or_nothing(connection: socket.socket) -> bytes:
     answer = b""
-    while not answer.endswith(b"whole") and (received := connection.recv(65_536)):
-        answer += received
+    with connection:
+        while not answer.endswith(b"whole") and (received := connection.recv(65_536)):
+            answer += received
     return answer
 
 
@@ -235,7 +238,7 @@ def test_without_their_supervisor_the_workers_answer_what_they_have_and_end(run,
 
 
 @pytest.mark.parametrize("loading", [False, True])
-def test_a_signal_while_workers_are_loading_ends_them_all(processes, mode, loading):
+def test_a_signal_while_workers_are_loading_ends_them_all(mode, loading):
     mode.write_text("slow" if loading else "")
     environment = {
         **os.environ,
@@ -255,14 +258,14 @@ def test_a_signal_while_workers_are_loading_ends_them_all(processes, mode, loadi
     assert not any(map(is_running, workers))
 
 
-def test_a_worker_that_refuses_to_start_at_first_is_the_refusal_of_all(processes, mode):
+def test_a_worker_that_refuses_to_start_at_first_is_the_refusal_of_all(mode):
     mode.write_text("refuse")
     done = processes.ended(Path("tiny"), program=PROGRAM, workers=2)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "evalmode: the tiny server was told to refuse\n"
 
 
-def test_a_port_in_use_is_the_refusal_of_all(processes):
+def test_a_port_in_use_is_the_refusal_of_all():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = processes.ended(Path("tiny"), program=PROGRAM, workers=2, port=port)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from evalmode.service.errors import BadRequest
-from evalmode.service.protocol.classification import classify
-from evalmode.service.protocol.response import OutputTensor, encode_response
+from evalmode.service.protocol.response import OutputTensor, classify, encode_response
 
 LOGITS = np.array([[0.1, 2.5, -1.0], [3.0, 3.0, 0.0]], np.float32)
 NAMED = {"model_name": "m", "model_version": "1", "digest": "0" * 64}

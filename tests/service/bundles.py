@@ -1,0 +1,216 @@
+"""Tiny certified bundles made by hand: no test that serves one needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from evalmode.bundle.certificate import Certificate, Record, Verdict
+from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, NgramFrontEnd, NgramSpec, collate
+from evalmode.bundle.known_answers import KnownAnswer, pack
+from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest
+from evalmode.bundle.session import Session, open_session
+from evalmode.bundle.store import digest_of, hashes_of, write_bundle
+
+SPEC = NgramSpec(lengths=(4, 8, 16), orders=3, characters=2, vocabulary=512)
+LABELS = ("hu", "nl", "fi", "et", "de")
+TEXTS = (
+    "",
+    "Ez egy rövid mondat.",
+    "Dit is een zin.",
+    "A",
+    "Tämä on lyhyt lause, joka ei ole aivan lyhyt.",
+)
+
+
+def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(LABELS)) -> bytes:
+    """Sum over n-grams, over positions, then a head: logits (B, C) for ids (B, T, G).
+
+    `batchable` sums the positions by a matrix product, which gives a row the same bits at every
+    batch size; without it a reduction does, whose one-row kernel adds in another order. A `bias`
+    that is NaN or infinite spoils every answer.
+    """
+    random = np.random.default_rng(7)
+    table = random.standard_normal((SPEC.vocabulary, 48)).astype(np.float32)
+    table[0] = 0  # padding
+    tensors = {
+        "table": table,
+        "head": (random.standard_normal((48, labels)) / 4).astype(np.float32),
+        "bias": np.full(labels, bias, np.float32),
+        "positions": np.array([1], np.int64),
+        "grams": np.array([2], np.int64),
+    }
+    node = helper.make_node
+    by_product = [
+        node("ReduceMax", ["input_ids", "grams"], ["highest"], keepdims=0),  # (B, T)
+        node("Sign", ["highest"], ["real"]),
+        node("Cast", ["real"], ["mask"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["mask", "positions"], ["weights"]),  # (B, 1, T)
+        node("MatMul", ["weights", "embedded"], ["pooled"]),  # (B, 1, D)
+    ]
+    # (B, 1, D)
+    by_reduction = [node("ReduceSum", ["embedded", "positions"], ["pooled"], keepdims=1)]
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["gathered"]),  # (B, T, G, D)
+        node("ReduceSum", ["gathered", "grams"], ["embedded"], keepdims=0),  # (B, T, D)
+        *(by_product if batchable else by_reduction),
+        node("MatMul", ["pooled", "head"], ["headed"]),  # (B, 1, C)
+        node("Squeeze", ["headed", "positions"], ["flat"]),
+        node("Add", ["flat", "bias"], ["logits"]),  # (B, C)
+    ]
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length", 6])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", labels])
+    return onnx_model(nodes, inputs=[ids], outputs=[logits], weights=tensors)
+
+
+def make_bundle(
+    root: Path,
+    *,
+    model: bytes | None = None,
+    labels: tuple[str, ...] | None = LABELS,
+    frontend: NgramSpec | None = SPEC,
+    name: str = "tiny",
+    version: str = "1",
+    change: Callable[[KnownAnswer], KnownAnswer] = lambda answer: answer,
+    certify: Callable[[Certificate], Certificate] = lambda certificate: certificate,
+) -> Path:
+    """Write a bundle of text below `root` whose certificate is filled in by hand.
+
+    `change` spoils its known answers, and `certify` what its certificate says.
+    """
+    model = model or tiny_model()
+    session = open_session(model)
+    answers = tuple(change(answer) for answer in _known_answers(session))
+    return _written(
+        root,
+        model,
+        session,
+        answers,
+        certify,
+        name=name,
+        version=version,
+        labels=labels,
+        frontend=frontend,
+    )
+
+
+def tensor_bundle(
+    root: Path,
+    *,
+    model: bytes | None = None,
+    known: Sequence[Mapping[str, np.ndarray]] | None = None,
+    independent: bool = True,
+    name: str = "tensors",
+    version: str = "1",
+) -> Path:
+    """Write a bundle without a front end below `root`; its known answers are the model's for
+    `known`.
+
+    `independent` is whether its certificate says that rows do not depend on one another.
+    """
+    model = model or product_model()
+    session = open_session(model)
+    known = (
+        [{"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}] if known is None else known
+    )
+    answers = tuple(KnownAnswer(inputs=inputs, outputs=session.run(inputs)) for inputs in known)
+    invariance = Record(rule="batch-invariance", verdict=Verdict.PASS, why="a bundle of the tests")
+
+    def certify(certificate: Certificate) -> Certificate:
+        more = (invariance,) if independent else ()
+        return certificate.model_copy(update={"records": (*certificate.records, *more)})
+
+    return _written(root, model, session, answers, certify, name=name, version=version)
+
+
+def token_bundle(root: Path, model: bytes, tokenizer: str, *, spec: BpeSpec) -> Path:
+    """Write a bundle of text below `root` whose front end is a tokenizer; it has no known
+    answers.
+    """
+    return _written(
+        root,
+        model,
+        open_session(model),
+        (),
+        lambda found: found,
+        frontend=spec,
+        tokenizer=tokenizer,
+    )
+
+
+def product_model() -> bytes:
+    """y = x @ w: (B, 2) for x (B, T) of 1 to 64 columns; w is as many rows long as x has
+    columns.
+    """
+    weights = np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)
+    node = helper.make_node
+    return onnx_model(
+        [
+            node("Shape", ["x"], ["columns"], start=1, end=2),
+            node("Slice", ["w", "zero", "columns", "zero"], ["some"]),
+            node("MatMul", ["x", "some"], ["y"]),
+        ],
+        inputs=[helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "columns"])],
+        outputs=[helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
+        weights={"w": weights, "zero": np.array([0], np.int64)},
+    )
+
+
+def onnx_model(
+    nodes: Sequence[NodeProto],
+    *,
+    inputs: Sequence[ValueInfoProto],
+    outputs: Sequence[ValueInfoProto],
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> bytes:
+    """A model made by hand."""
+    constants = [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()]
+    graph = helper.make_graph(nodes, "by hand", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return model.SerializeToString()
+
+
+def _written(
+    root: Path,
+    model: bytes,
+    session: Session,
+    answers: tuple[KnownAnswer, ...],
+    certify: Callable[[Certificate], Certificate],
+    *,
+    name: str = "tokens",
+    version: str = "1",
+    labels: tuple[str, ...] | None = None,
+    frontend: NgramSpec | BpeSpec | None = None,
+    tokenizer: str | None = None,
+) -> Path:
+    contents = {MODEL_FILE: model, KNOWN_ANSWERS_FILE: pack(answers)}
+    if tokenizer is not None:
+        contents[TOKENIZER_FILE] = tokenizer.encode()
+    manifest = Manifest(
+        name=name,
+        version=version,
+        opset=18,
+        inputs=session.inputs,
+        outputs=session.outputs,
+        labels=labels,
+        frontend=frontend,
+        files=hashes_of(contents),
+    )
+    passed = Record(rule="by-hand", verdict=Verdict.PASS, why="a bundle of the tests")
+    certificate = Certificate(
+        digest=digest_of(manifest), platform=session.platform, records=(passed,)
+    )
+    return write_bundle(
+        root, manifest=manifest, certificate=certify(certificate), contents=contents
+    ).path
+
+
+def _known_answers(session: Session) -> Iterator[KnownAnswer]:
+    frontend = NgramFrontEnd(SPEC)
+    for text in TEXTS:
+        ids = frontend.encode(text).ids
+        inputs = collate([ids], length=SPEC.padded_length(len(ids)))
+        yield KnownAnswer(inputs=inputs, outputs=session.run(inputs), text=text)
