@@ -58,6 +58,11 @@ def test_the_service_loads_neither_torch_nor_onnx() -> None:
     assert not loaded & {"torch", "onnx", "lightning", "datasets"}
 
 
+def test_an_audit_loads_neither_onnx_nor_its_runtime() -> None:
+    loaded = loaded_after("import evalmode.export.audit.audit, evalmode.export.inputs.samples")
+    assert not loaded & {"onnx", "onnxscript", "onnxruntime"}
+
+
 def test_help_loads_nothing_heavy() -> None:
     loaded = loaded_after("import evalmode.cli")
     assert not loaded & {
