@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,12 @@ class RunningServer:
     port: int
     started: dict[str, object]
     process: subprocess.Popen[str]
+    sockets: ExitStack
+
+    def connect(self, *, timeout_s: float) -> socket.socket:
+        """A connection to it, which is closed at the latest when `running` ends."""
+        address = ("127.0.0.1", self.port)
+        return self.sockets.enter_context(socket.create_connection(address, timeout=timeout_s))
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -60,9 +67,14 @@ def running(
     try:
         started = _started(process)
         url = str(started["url"])
-        yield RunningServer(
-            url=url, port=int(url.rpartition(":")[2]), started=started, process=process
-        )
+        with ExitStack() as sockets:
+            yield RunningServer(
+                url=url,
+                port=int(url.rpartition(":")[2]),
+                started=started,
+                process=process,
+                sockets=sockets,
+            )
     finally:
         if "workers" in settings:
             process.terminate()  # a supervisor that is killed leaves it to its workers to tidy up

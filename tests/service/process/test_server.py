@@ -324,7 +324,8 @@ def begun_request(port: int, length_bytes: int) -> socket.socket:
 
 def received(connection: socket.socket) -> bytes:
     """Everything until the server closes the connection."""
-    return b"".join(iter(lambda: connection.recv(65_536), b""))
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def wait_until_refused(port: int) -> None:

@@ -40,7 +40,7 @@ def run(gate):
 
 
 def connected(server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
+    return server.connect(timeout_s=WAIT_S)
 
 
 def begun(server, path: str = "/gate", *, length_bytes: int = 5) -> socket.socket:
