@@ -1,8 +1,7 @@
-"""`application/x-ndjson` in and out: texts of any number through a window of constant size. Knows
-no ONNX and no route.
+"""`application/x-ndjson` in and out: texts of any number through a window of constant size.
 
 A stream reads on only while what it has read and not yet sent fits into its window, so a slow
-client slows itself. All streams of a process share a few turns at the engine: whoever asks one text
+client slows itself. All streams of a process share a few turns at the engine: a request of one text
 never waits behind more than those.
 """
 
@@ -36,9 +35,7 @@ _GROUP_ROWS = 32
 _GROUP_BYTES = 256 << 10
 
 _TICK_S = 0.5
-_INLINE_BYTES = (
-    2_000  # as for the encoding of texts: reading more than this would hold the event loop up
-)
+_INLINE_BYTES = 2_000  # as for the encoding of texts: more would hold the event loop up
 
 
 class TextModel(Protocol):
@@ -88,11 +85,9 @@ def parse_query(items: Iterable[tuple[str, str]], *, max_top_k: int) -> BulkQuer
     parameters: dict[str, str] = {}
     for name, value in items:
         if name not in BulkQuery.__dataclass_fields__ or name in parameters:
-            complaint = (
-                "is given twice"
-                if name in parameters
-                else "is not one of top_k, truncate, model and version"
-            )
+            complaint = "is not one of top_k, truncate, model and version"
+            if name in parameters:
+                complaint = "is given twice"
             raise InvalidField(
                 f"query parameter {name[:SHOWN_CHARACTERS]!r} {complaint}",
                 field=name[:SHOWN_CHARACTERS],
