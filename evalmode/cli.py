@@ -18,7 +18,7 @@ from evalmode.commands import show as show_command
 from evalmode.commands import train as train_command
 from evalmode.commands import verify as verify_command
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import UNUSABLE, complain
+from evalmode.terminal import UNUSABLE, complain, help_of
 
 # Commands whose flags are the fields of a configuration: made when they are called.
 _MADE_WHEN_CALLED = {"serve": serve_command.serve_command, "train": train_command.train_command}
@@ -53,13 +53,16 @@ _EXTRAS = {
     "evalmode": "train,export",
 }
 
-app.command(epilog=train_command.EPILOG)(train_command.train)
-app.command(epilog=export_command.EPILOG)(export_command.export)
-app.command(epilog=verify_command.EPILOG)(verify_command.verify)
-app.command(epilog=audit_command.EPILOG)(audit_command.audit)
-app.command(epilog=serve_command.EPILOG)(serve_command.serve)
-app.command(epilog=predict_command.EPILOG)(predict_command.predict)
-app.command(epilog=show_command.EPILOG)(show_command.show)
+for command, epilog in (
+    (train_command.train, train_command.EPILOG),
+    (export_command.export, export_command.EPILOG),
+    (verify_command.verify, verify_command.EPILOG),
+    (audit_command.audit, audit_command.EPILOG),
+    (serve_command.serve, serve_command.EPILOG),
+    (predict_command.predict, predict_command.EPILOG),
+    (show_command.show, show_command.EPILOG),
+):
+    app.command(help=help_of(command), epilog=epilog)(command)
 
 
 def main() -> None:

@@ -4,11 +4,19 @@ byte for byte.
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 # 0 done, 1 a check found something, 2 the input cannot be used (one sentence on stderr says why).
 FOUND, UNUSABLE = 1, 2
+
+
+def help_of(command: Callable[..., object]) -> str:
+    """A command's docstring with each paragraph in one line, for the terminal to wrap."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def complain(sentence: object) -> None:

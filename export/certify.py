@@ -13,7 +13,7 @@ from evalmode.export.graph import graph_of
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.module.forward import seeded
 from evalmode.export.module.network import Network
-from evalmode.export.rules.registry import Progress, check_all
+from evalmode.export.rules.registry import RULES, Needs, Progress, check_all
 from evalmode.export.rules.subject import Export, Subject
 
 # The second export in this process runs under another seed than the first; those in other processes
@@ -47,6 +47,8 @@ def certify(candidate: Candidate, *, progress: Progress) -> Certified:
     subject = subject_of(candidate)
     checked = [record.rule for record in records]
     records += check_all(subject, skip=checked, progress=progress)
+    expected = [rule.name for rule in RULES if rule.needs not in (Needs.AUDIT, Needs.BUNDLE)]
+    assert [record.rule for record in records] == expected, "every rule of an export has run"
     return Certified(records=records, subject=subject)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import open_console, write
+from evalmode.terminal import help_of, open_console, write
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -56,7 +56,7 @@ def serve_command() -> Any:
         flags = {name: value for name, value in given.items() if value != []}
         _serve(config, print_settings=print_settings, bundle=where or bundle, **flags)
 
-    called.__doc__ = serve.__doc__
+    called.__doc__ = help_of(serve)
     signature = inspect.Signature(list(_parameters()))
     called.__signature__ = signature  # type: ignore[attr-defined]
     called.__annotations__ = {name: flag.annotation for name, flag in signature.parameters.items()}

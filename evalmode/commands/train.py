@@ -14,7 +14,7 @@ import typer
 
 from evalmode import CACHE
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import open_console
+from evalmode.terminal import help_of, open_console
 
 EPILOG = (
     "Examples:  evalmode train   |   evalmode train --data reviews.csv --label-column stars"
@@ -87,7 +87,7 @@ def train_command() -> Any:
     def call(out: Path | None, resume: bool, cache: Path | None, **options: Any) -> None:
         _train(options, out=out, resume=resume, cache=cache)
 
-    call.__doc__ = train.__doc__
+    call.__doc__ = help_of(train)
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app = typer.Typer(

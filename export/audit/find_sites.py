@@ -22,7 +22,6 @@ from evalmode.export.module.dropouts import declared_rate, should_drop
 from evalmode.export.module.forward import plain_forward, seed_everything
 from evalmode.export.module.network import Network
 from evalmode.export.module.randomness import Draw, Unwatched, draws
-from evalmode.export.module.untouched import untouched
 
 Sample = Mapping[str, Tensor]
 
@@ -139,23 +138,23 @@ def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
 
     Raises UnusableInputs where no sample runs in either mode.
     """
-    # One copy for each mode. Where the network cannot be copied, both are the network itself: the
-    # mode is therefore set again before each use.
-    trained = network.copy(parameters=True)
-    trained.module.train()
-    flags = {path: part.training for path, part in trained.parts.items()}
-    with untouched(trained):
-        drawn, ran, failures = _draws(trained.module, samples, seed=seed)
-    still = network.copy(parameters=True)
-    still.module.eval()
-    with untouched(still):
-        always, answered, others = _draws(still.module, samples, seed=seed)
+    # A copy for each use, and no more than two at a time: a forward may exchange its module's parts
+    # or use up an iterator, and what is measured afterwards would be another network.
+    copied = network.copy(parameters=True)
+    copied.module.train()
+    flags = {path: part.training for path, part in copied.parts.items()}
+    drawn, ran, failures = _draws(copied.module, samples, seed=seed)
+    copied = network.copy(parameters=True)
+    copied.module.eval()
+    always, answered, others = _draws(copied.module, samples, seed=seed)
     if not ran and not answered and not any(isinstance(error, Unwatched) for error in others):
         reason = _described(others[0]).strip().partition("\n")[0]
         kind = type(network.module).__name__
         raise UnusableInputs(f"{kind} fails on every sample, in eval mode too: {reason}")
     if not answered:
         ran = []
+    # What cannot be copied ran itself, and may have made parts or exchanged them.
+    network = Network.of(network.module)
     paths = [
         path
         for path, part in network.parts.items()
@@ -163,9 +162,11 @@ def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
         or path in always
         or (should_drop(part) and declared_rate(part) is not None)
     ]
-    trained.module.train()
-    calls, counts = _calls(trained, [samples[index] for index in ran], paths, seed=seed)
-    still.module.eval()
+    copied = network.copy(parameters=True)
+    copied.module.train()
+    calls, counts = _calls(copied, [samples[index] for index in ran], paths, seed=seed)
+    judged = Network.of(network.module).copy(parameters=True)
+    judged.module.eval()
     sites = [
         PossibleSite(
             path=path,
@@ -180,7 +181,7 @@ def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
         for path in paths
     ]
     return Search(
-        network=still,
+        network=judged,
         sites=tuple(sites),
         failures=(
             *(f"in training mode on a sample: {_described(error)}" for error in failures),

@@ -69,12 +69,15 @@ class Rule:
     def check(self, subject: Subject) -> Record:
         """Judge a subject that has what the rule needs.
 
-        A graph that the runtime refuses to run is not proven by a rule that runs it.
+        A graph that the runtime refuses to run is not proven by a rule that runs it. Raises
+        ModelRunFailed for a bundle that refuses its own known answers: it is not readable at all.
         """
         assert subject.has(self.needs), f"{self.name} needs {self.needs}"
         try:
             record: Record = import_module(self.module).check(subject)
         except ModelRunFailed as error:
+            if self.needs is Needs.BUNDLE:
+                raise
             fix = "see rule dynamic-axes: it names the input that the graph does not read"
             return self.could_not_run(error, fix=fix)
         assert record.rule == self.name, f"{self.module} answers as {record.rule}"
