@@ -1,0 +1,289 @@
+"""What a bundle does on a GPU: `python bench/gpu.py BUNDLE [--provider cuda|cpu]` prints JSON.
+
+The script needs onnxruntime-gpu (or onnxruntime) and numpy, and nothing of this project: it can be
+copied beside a bundle onto a machine that has a GPU. It measures, once with the deterministic
+settings (TF32 off, CUBLAS_WORKSPACE_CONFIG=:16:8) and once with the provider's own:
+
+- how far the known answers are from those of the CPU, and from those in the bundle;
+- at which row counts of 1..64, and at which lengths, a row keeps the bits that it has alone;
+- which floating-point nodes ran on the CPU although another provider was asked for;
+- rows a second at 1, 8 and 64 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+Tensors = Mapping[str, np.ndarray]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+ROW_COUNTS = range(1, 65)
+TIMED_ROWS = (1, 8, 64)
+TIMED_S = 2.0
+PLACES = 3  # of a row in its batch that are compared: the first, the middle, the last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path, help="a bundle: the folder NAME/VERSION")
+    parser.add_argument("--provider", choices=PROVIDERS, default="cuda")
+    parser.add_argument("--settings", choices=("deterministic", "default"), help="only these")
+    arguments = parser.parse_args()
+    for name in ("manifest.json", "model.onnx", "known_answers.npz"):
+        if not (arguments.bundle / name).is_file():
+            parser.error(f"{arguments.bundle / name} is not there: BUNDLE is a folder NAME/VERSION")
+    # torch's wheels bring CUDA and cuDNN; this finds them without torch being imported.
+    if arguments.provider == "cuda" and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    if PROVIDERS[arguments.provider] not in ort.get_available_providers():
+        have = ", ".join(ort.get_available_providers())
+        parser.error(f"provider {arguments.provider} is not available here, these are: {have}")
+    if arguments.settings is not None:
+        report = measure(arguments.bundle, arguments.provider, arguments.settings)
+        print(json.dumps(report, indent=2))
+        return
+    # A process for each: cuBLAS reads its variable once.
+    reports = {
+        settings: measure_in_process(arguments.bundle, arguments.provider, settings)
+        for settings in ("deterministic", "default")
+    }
+    manifest = json.loads((arguments.bundle / "manifest.json").read_bytes())
+    whole = {
+        "bundle": f"{manifest['name']}/{manifest['version']}",
+        "provider": PROVIDERS[arguments.provider],
+        "onnxruntime": ort.__version__,
+        "device": device_name(),
+        **reports,
+    }
+    print(json.dumps(whole, indent=2))
+
+
+def measure_in_process(bundle: Path, provider: str, settings: str) -> Any:
+    """The report under these settings, or the last line that the process wrote when it failed."""
+    environment = {name: value for name, value in os.environ.items() if name != WORKSPACE}
+    if settings == "deterministic":
+        environment[WORKSPACE] = ":16:8"
+    command = [sys.executable, __file__, str(bundle)]
+    command += ["--provider", provider, "--settings", settings]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+        return {"error": lines[-1]}
+    return json.loads(process.stdout)
+
+
+def device_name() -> str | None:
+    """The GPU's name, where nvidia-smi tells one."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return process.stdout.strip() or None
+
+
+def measure(bundle: Path, provider: str, settings: str) -> dict[str, Any]:
+    """All figures of a bundle on one provider, in this process."""
+    session = open_session(bundle, provider, settings)
+    answers = known_answers(bundle)
+    rows = rows_by_length(bundle, answers)
+    return {
+        "tf32": settings != "deterministic",
+        WORKSPACE: os.environ.get(WORKSPACE),
+        "known_answers": compare(session, open_session(bundle, "cpu", settings), answers),
+        "row_counts": {
+            str(length): stable_row_counts(session, singles) for length, singles in rows.items()
+        },
+        "float_nodes_on_cpu": float_nodes_on_cpu(bundle, provider, settings, answers[0][0]),
+        "rows_per_second": {
+            str(length): {str(count): speed(session, singles, count) for count in TIMED_ROWS}
+            for length, singles in rows.items()
+        },
+    }
+
+
+def open_session(
+    bundle: Path, provider: str, settings: str, *, profile: str | None = None
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    chosen: list[Any] = [PROVIDERS["cpu"]]
+    if provider == "cuda":
+        deterministic = settings == "deterministic"
+        options.use_deterministic_compute = deterministic
+        cuda = {"use_tf32": "0" if deterministic else "1"}
+        chosen = [(PROVIDERS["cuda"], cuda), *chosen]
+    session = ort.InferenceSession(bundle / "model.onnx", options, providers=chosen)
+    # ONNX Runtime falls back to the CPU, with a line in its log, when CUDA cannot be opened.
+    if PROVIDERS[provider] not in session.get_providers():
+        raise SystemExit(f"{PROVIDERS[provider]} could not be opened: {session.get_providers()}")
+    return session
+
+
+def run(session: ort.InferenceSession, inputs: Tensors) -> dict[str, np.ndarray]:
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def known_answers(bundle: Path) -> list[tuple[Tensors, Tensors]]:
+    """The inputs and outputs in the bundle, in their order; `0/input/NAME`, `0/output/NAME`."""
+    answers: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}
+    with np.load(bundle / "known_answers.npz", allow_pickle=False) as arrays:
+        for key in arrays.files:
+            index, kind, *name = key.split("/", 2)
+            if kind in ("input", "output"):
+                parts = answers.setdefault(int(index), ({}, {}))
+                parts[kind == "output"][name[0]] = arrays[key]
+    if not answers:
+        raise SystemExit(f"{bundle} holds no known answers, and without inputs nothing can be run")
+    return [answers[index] for index in sorted(answers)]
+
+
+def compare(
+    session: ort.InferenceSession,
+    on_cpu: ort.InferenceSession,
+    answers: list[tuple[Tensors, Tensors]],
+) -> dict[str, Any]:
+    """How far this session's answers are from those of the CPU here, and from the recorded ones.
+
+    A difference is max|d| over the standard deviation of all reference values of an output.
+    """
+    mine = [run(session, inputs) for inputs, _ in answers]
+    references = {
+        "cpu_here": [run(on_cpu, inputs) for inputs, _ in answers],
+        "recorded": [outputs for _, outputs in answers],
+    }
+    report: dict[str, Any] = {"answers": len(answers)}
+    for name, reference in references.items():
+        equal = sum(
+            all(answer[key].tobytes() == expected[key].tobytes() for key in expected)
+            for answer, expected in zip(mine, reference, strict=True)
+        )
+        worst = 0.0
+        for key in reference[0]:
+            a = np.concatenate([answer[key].astype(np.float64).ravel() for answer in mine])
+            b = np.concatenate([answer[key].astype(np.float64).ravel() for answer in reference])
+            worst = max(worst, float(np.abs(a - b).max()) / (float(b.std()) or 1.0))
+        report[name] = {"bitwise_equal": equal, "largest_difference_in_deviations": worst}
+    return report
+
+
+def rows_by_length(
+    bundle: Path, answers: list[tuple[Tensors, Tensors]]
+) -> dict[int, list[dict[str, np.ndarray]]]:
+    """Single rows at every length that the bundle serves: the known answers', cut or repeated.
+
+    A length is the size of the first axis beside the batch that varies; 0 where none does.
+    """
+    manifest = json.loads((bundle / "manifest.json").read_bytes())
+    shapes = {item["name"]: item["shape"] for item in manifest["inputs"]}
+    axes = {
+        name: next((axis for axis, size in enumerate(shape) if axis and size == -1), None)
+        for name, shape in shapes.items()
+    }
+    own = {
+        next((array.shape[axis] for name, array in inputs.items() if (axis := axes[name])), 0)
+        for inputs, _ in answers
+    }
+    ladder = (manifest.get("frontend") or {}).get("lengths") or sorted(own)
+    rows: dict[int, list[dict[str, np.ndarray]]] = {}
+    for length in ladder:
+        for inputs, _ in answers:
+            row = {}
+            for name, array in inputs.items():
+                if (axis := axes[name]) is not None:
+                    index = np.arange(length) % array.shape[axis]
+                    array = np.take(array, index, axis)
+                row[name] = np.ascontiguousarray(array[:1])
+            rows.setdefault(length, []).append(row)
+    return rows
+
+
+def batches(
+    rows: list[dict[str, np.ndarray]], count: int
+) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+    """For each row, batches of `count` with it at several places, among the other rows."""
+    for index in range(len(rows)):
+        for place in sorted({0, count // 2, count - 1})[:PLACES]:
+            order = [rows[(index + step - place) % len(rows)] for step in range(count)]
+            yield (
+                index,
+                place,
+                {name: np.concatenate([row[name] for row in order]) for name in rows[0]},
+            )
+
+
+def stable_row_counts(
+    session: ort.InferenceSession, rows: list[dict[str, np.ndarray]]
+) -> dict[str, Any]:
+    """The row counts at which every row has the bits that it has alone, and those at which not."""
+    alone = [run(session, row) for row in rows]
+    stable, unstable = [], []
+    for count in ROW_COUNTS:
+        same = all(
+            answer[name][place].tobytes() == alone[index][name][0].tobytes()
+            for index, place, batch in batches(rows, count)
+            for answer in [run(session, batch)]
+            for name in answer
+        )
+        (stable if same else unstable).append(count)
+    return {"stable": stable, "unstable": unstable, "every_count": not unstable}
+
+
+def float_nodes_on_cpu(bundle: Path, provider: str, settings: str, inputs: Tensors) -> list[str]:
+    """The nodes with a floating-point output that another provider left to the CPU, by a profile.
+
+    Empty on the CPU provider, where nothing falls back.
+    """
+    if provider == "cpu":
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(bundle, provider, settings, profile=f"{folder}/profile")
+        run(session, inputs)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = {}
+    for event in events:
+        details = event.get("args", {})
+        floats = any(
+            kind in ("float", "double", "float16", "bfloat16")
+            for output in details.get("output_type_shape", ())
+            for kind in output
+        )
+        if floats and details.get("provider") == PROVIDERS["cpu"]:
+            nodes[f"{event['name'].removesuffix('_kernel_time')} ({details['op_name']})"] = None
+    return list(nodes)
+
+
+def speed(session: ort.InferenceSession, rows: list[dict[str, np.ndarray]], count: int) -> float:
+    """Rows a second, by the median time of a run."""
+    _, _, batch = next(batches(rows, count))
+    seconds: list[float] = []
+    end = time.perf_counter() + TIMED_S
+    while time.perf_counter() < end or len(seconds) < 5:
+        began = time.perf_counter()
+        run(session, batch)
+        seconds.append(time.perf_counter() - began)
+    return round(count / float(np.median(seconds)), 1)
+
+
+if __name__ == "__main__":
+    main()
