@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 ROW_COUNTS = range(1, 65)
 TIMED_ROWS = (1, 8, 64)
-TIMED_S = 2.0
-PLACES = 3  # of a row in its batch that are compared: the first, the middle, the last
+ROWS = 8  # of a length
+ROTATIONS = 4  # of the rows, at each row count
 
 
 def main() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, help="a bundle: the folder NAME/VERSION")
     parser.add_argument("--provider", choices=PROVIDERS, default="cuda")
     parser.add_argument("--settings", choices=("deterministic", "default"), help="only these")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each timing")
     arguments = parser.parse_args()
     for name in ("manifest.json", "model.onnx", "known_answers.npz"):
         if not (arguments.bundle / name).is_file():
@@ -54,12 +55,16 @@ def main() -> None:
         have = ", ".join(ort.get_available_providers())
         parser.error(f"provider {arguments.provider} is not available here, these are: {have}")
     if arguments.settings is not None:
-        report = measure(arguments.bundle, arguments.provider, arguments.settings)
+        report = measure(
+            arguments.bundle, arguments.provider, arguments.settings, timed_s=arguments.seconds
+        )
         print(json.dumps(report, indent=2))
         return
     # A process for each: cuBLAS reads its variable once.
     reports = {
-        settings: measure_in_process(arguments.bundle, arguments.provider, settings)
+        settings: measure_in_process(
+            arguments.bundle, arguments.provider, settings, timed_s=arguments.seconds
+        )
         for settings in ("deterministic", "default")
     }
     manifest = json.loads((arguments.bundle / "manifest.json").read_bytes())
@@ -73,13 +78,13 @@ def main() -> None:
     print(json.dumps(whole, indent=2))
 
 
-def measure_in_process(bundle: Path, provider: str, settings: str) -> Any:
+def measure_in_process(bundle: Path, provider: str, settings: str, *, timed_s: float) -> Any:
     """The report under these settings, or the last line that the process wrote when it failed."""
     environment = {name: value for name, value in os.environ.items() if name != WORKSPACE}
     if settings == "deterministic":
         environment[WORKSPACE] = ":16:8"
     command = [sys.executable, __file__, str(bundle)]
-    command += ["--provider", provider, "--settings", settings]
+    command += ["--provider", provider, "--settings", settings, "--seconds", str(timed_s)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
@@ -97,7 +102,7 @@ def device_name() -> str | None:
     return process.stdout.strip() or None
 
 
-def measure(bundle: Path, provider: str, settings: str) -> dict[str, Any]:
+def measure(bundle: Path, provider: str, settings: str, *, timed_s: float) -> dict[str, Any]:
     """All figures of a bundle on one provider, in this process."""
     session = open_session(bundle, provider, settings)
     answers = known_answers(bundle)
@@ -109,9 +114,15 @@ def measure(bundle: Path, provider: str, settings: str) -> dict[str, Any]:
         "row_counts": {
             str(length): stable_row_counts(session, singles) for length, singles in rows.items()
         },
-        "float_nodes_on_cpu": float_nodes_on_cpu(bundle, provider, settings, answers[0][0]),
+        "float_nodes_left_to_the_cpu": (
+            []  # where the CPU was chosen, nothing fell back
+            if provider == "cpu"
+            else float_nodes_on_cpu(bundle, provider, settings, answers[0][0])
+        ),
         "rows_per_second": {
-            str(length): {str(count): speed(session, singles, count) for count in TIMED_ROWS}
+            str(length): {
+                str(count): speed(session, singles, count, timed_s=timed_s) for count in TIMED_ROWS
+            }
             for length, singles in rows.items()
         },
     }
@@ -207,7 +218,7 @@ def rows_by_length(
     ladder = (manifest.get("frontend") or {}).get("lengths") or sorted(own)
     rows: dict[int, list[dict[str, np.ndarray]]] = {}
     for length in ladder:
-        for inputs, _ in answers:
+        for inputs, _ in answers[:ROWS]:
             row = {}
             for name, array in inputs.items():
                 if (axis := axes[name]) is not None:
@@ -218,44 +229,46 @@ def rows_by_length(
     return rows
 
 
-def batches(
-    rows: list[dict[str, np.ndarray]], count: int
-) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
-    """For each row, batches of `count` with it at several places, among the other rows."""
-    for index in range(len(rows)):
-        for place in sorted({0, count // 2, count - 1})[:PLACES]:
-            order = [rows[(index + step - place) % len(rows)] for step in range(count)]
-            yield (
-                index,
-                place,
-                {name: np.concatenate([row[name] for row in order]) for name in rows[0]},
-            )
-
-
 def stable_row_counts(
     session: ort.InferenceSession, rows: list[dict[str, np.ndarray]]
 ) -> dict[str, Any]:
-    """The row counts at which every row has the bits that it has alone, and those at which not."""
+    """The row counts at which every row, at every place tried, has the bits that it has alone."""
     alone = [run(session, row) for row in rows]
-    stable, unstable = [], []
+    unstable = []
     for count in ROW_COUNTS:
-        same = all(
-            answer[name][place].tobytes() == alone[index][name][0].tobytes()
-            for index, place, batch in batches(rows, count)
-            for answer in [run(session, batch)]
-            for name in answer
-        )
-        (stable if same else unstable).append(count)
-    return {"stable": stable, "unstable": unstable, "every_count": not unstable}
+        # Each rotation puts other rows beside one another, and each row at other places.
+        for shift in range(min(len(rows), ROTATIONS)):
+            order = [(shift + place) % len(rows) for place in range(count)]
+            answer = run(session, stacked(rows, order))
+            same = all(
+                answer[name][place].tobytes() == alone[index][name][0].tobytes()
+                for place, index in enumerate(order)
+                for name in answer
+            )
+            if not same:
+                unstable.append(count)
+                break
+    stable = [count for count in ROW_COUNTS if count not in unstable]
+    return {"stable": spans(stable), "unstable": spans(unstable)}
+
+
+def stacked(rows: list[dict[str, np.ndarray]], order: list[int]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([rows[index][name] for index in order]) for name in rows[0]}
+
+
+def spans(counts: list[int]) -> str:
+    """Counts as a person reads them: `1-5, 7, 9-64`."""
+    parts: list[list[int]] = []
+    for count in counts:
+        if parts and parts[-1][-1] == count - 1:
+            parts[-1] = [parts[-1][0], count]
+        else:
+            parts.append([count])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def float_nodes_on_cpu(bundle: Path, provider: str, settings: str, inputs: Tensors) -> list[str]:
-    """The nodes with a floating-point output that another provider left to the CPU, by a profile.
-
-    Empty on the CPU provider, where nothing falls back.
-    """
-    if provider == "cpu":
-        return []
+    """The nodes with a floating-point output that ran on the CPU, by a profile of one run."""
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(bundle, provider, settings, profile=f"{folder}/profile")
         run(session, inputs)
@@ -273,11 +286,17 @@ def float_nodes_on_cpu(bundle: Path, provider: str, settings: str, inputs: Tenso
     return list(nodes)
 
 
-def speed(session: ort.InferenceSession, rows: list[dict[str, np.ndarray]], count: int) -> float:
+def speed(
+    session: ort.InferenceSession,
+    rows: list[dict[str, np.ndarray]],
+    count: int,
+    *,
+    timed_s: float,
+) -> float:
     """Rows a second, by the median time of a run."""
-    _, _, batch = next(batches(rows, count))
+    batch = stacked(rows, [index % len(rows) for index in range(count)])
     seconds: list[float] = []
-    end = time.perf_counter() + TIMED_S
+    end = time.perf_counter() + timed_s
     while time.perf_counter() < end or len(seconds) < 5:
         began = time.perf_counter()
         run(session, batch)
