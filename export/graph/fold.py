@@ -1,37 +1,79 @@
 """Constant propagation: the value of a name where the graph alone decides it.
 
-What is made of fixed initializers and Constant nodes by deterministic operators on small tensors is
-computed, with onnx's own reference implementation; through function calls, and through an If whose
-condition is decided. Anything else is undecided, and so is whatever costs more than a little: a
-verifier must never be made to run a model.
+Plain values are read: initializers that nobody can change, Constant nodes, and what Identity, Not,
+And, Or, Xor and Where make of booleans; through function calls, and through an If whose condition
+is decided. Other operators on small integers and booleans are run by ONNX Runtime itself
+(`runtime`). Anything else is undecided: floating-point arithmetic, on which execution providers
+differ, and whatever costs more than a little, for a verifier must never be made to run a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from enum import Enum
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
+from evalmode.export.graph import runtime
 from evalmode.export.graph.errors import Broken
 from evalmode.export.graph.scope import Absent, Fixed, Made, Open, Origin, Value, domain_of
 from evalmode.export.graph.weight import Array, Weight
 
-_ELEMENTS = 1024  # of any tensor on the way; the largest product of two of them is still small
+_ELEMENTS = runtime.ELEMENTS
 _STEPS = 1000  # values that one answer may take
+_SHAPED = 1 << 20  # elements of an initializer whose shape is asked for
 
-_ELEMENTWISE = """
-    Not And Or Xor Equal Greater GreaterOrEqual Less LessOrEqual Where Add Sub Mul Neg Abs Sign Min
-    Max Ceil Floor Round Identity Cast CastLike IsNaN
-"""
-_RESHAPING = """
-    Gather Unsqueeze Squeeze Reshape Flatten Transpose Concat Slice Shape Size ReduceMax ReduceMin
-    ReduceSum ReduceProd ConstantOfShape Expand
-"""
-_FOLDED = frozenset(f"{_ELEMENTWISE} {_RESHAPING} Constant".split())
+# Boolean operators, whose result no implementation can see otherwise.
+_PLAIN = frozenset({"Identity", "Not", "And", "Or", "Xor", "Where"})
+_RUN = frozenset(  # names, as onnx spells them
+    [
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Add",
+        "Sub",
+        "Mul",
+        "Neg",
+        "Abs",
+        "Sign",
+        "Min",
+        "Max",
+        "Cast",
+        "CastLike",
+        "Gather",
+        "Unsqueeze",
+        "Squeeze",
+        "Reshape",
+        "Flatten",
+        "Transpose",
+        "Concat",
+        "Slice",
+        "Shape",
+        "Size",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceSum",
+        "ReduceProd",
+        "ConstantOfShape",
+        "Expand",
+    ]
+)
+# A function of such a domain may be named like an operator of the runtime, which then runs instead.
+_RUNTIMES_DOMAINS = ("ai.onnx", "com.microsoft", "com.ms.")
+
+
+class Unsettled(Enum):
+    """A value that ONNX Runtime can compute: it stands for the nodes that make it."""
+
+    UNSETTLED = "to be computed by the runtime"
+
+
+UNSETTLED = Unsettled.UNSETTLED
 
 
 def decide(value: Value) -> Array | None:
@@ -44,34 +86,34 @@ def decide(value: Value) -> Array | None:
             continue
         steps += 1
         if steps > _STEPS:  # and never again: many nodes may read the same long chain
-            for one in pending:
-                if not _is_known(one):
-                    _remember(one, None)
+            for unknown in pending:
+                if not _is_known(unknown):
+                    _remember(unknown, None)
             return None
         needs = _needs(top)
-        if needs is None or any(_is_known(one) and _known(one) is None for one in needs):
+        if needs is None or any(_is_known(need) and _known(need) is None for need in needs):
             _remember(top, None)
-        elif missing := [one for one in needs if not _is_known(one)]:
+        elif missing := [need for need in needs if not _is_known(need)]:
             pending += missing
         else:
-            _remember(top, _computed(top, needs))
-    return _known(value)
+            _remember(top, _made(top, needs))
+    return _settled(value)
 
 
 def decider(value: Value) -> str:
-    """Who decides a value that the graph alone does not, for the end of a sentence that begins with
-    "it is".
+    """What decides a value that the graph alone does not, for the end of a sentence that begins
+    with "it is".
     """
     if isinstance(value, Made):
         made = f"computed by {value.scope.path_of(value.index)} ({value.node.op_type})"
         source = _source(value)
-        return (
-            f"{made} from {_said(source)}" if source is not None else f"{made} when the model runs"
-        )
-    return _said(value) if isinstance(value, Open) else "a constant that cannot be read"
+        if source is not None:
+            return f"{made} from {_described(source)}"
+        return f"{made} when the model runs"
+    return _described(value) if isinstance(value, Open) else "a constant that cannot be read"
 
 
-def _said(value: Open) -> str:
+def _described(value: Open) -> str:
     if value.origin is Origin.OVERRIDABLE:
         return f"the initializer {value.name!r}, which is an input too: the caller may override it"
     if value.origin is Origin.CALLER:
@@ -80,7 +122,7 @@ def _said(value: Open) -> str:
 
 
 def _source(value: Made) -> Open | None:
-    """The first value on the way to `value` that only the caller knows."""
+    """The first value on the way to `value` that is known only when the model runs."""
     pending: list[Value] = [value]
     for _ in range(_STEPS):
         if not pending:
@@ -97,37 +139,57 @@ def _is_known(value: Value) -> bool:
     return value.name in value.scope.decided if isinstance(value, Made) else True
 
 
-def _known(value: Value) -> Array | None:
+def _known(value: Value) -> Array | Unsettled | None:
     if isinstance(value, Made):
         return value.scope.decided.get(value.name)
     return _fixed(value.weight) if isinstance(value, Fixed) else None
 
 
-def _remember(value: Value, found: Array | None) -> None:
+def _remember(value: Value, result: Array | Unsettled | None) -> None:
     assert isinstance(value, Made), "everything else is known from the start"
-    value.scope.decided[value.name] = found
+    value.scope.decided[value.name] = result
+
+
+def _settled(value: Value) -> Array | None:
+    """The known value, which the runtime computes if it is not settled yet."""
+    known = _known(value)
+    if known is not UNSETTLED:
+        return known
+    assert isinstance(value, Made), "everything else is settled"
+    result = None
+    if value.scope.budget.left:
+        value.scope.budget.left -= 1
+        result = _run(value)
+    _remember(value, result)
+    return result
 
 
 def _needs(value: Value) -> Sequence[Value] | None:
     """What has to be known before `value` is; None where it cannot be decided."""
     assert isinstance(value, Made), "everything else is known from the start"
     scope, node = value.scope, value.node
+    domain = domain_of(node.domain)
     if (inner := scope.calls.get(value.index)) is not None:
-        return (
-            [inner.read(inner.outputs[position])]
-            if (position := _position(value)) < len(inner.outputs)
-            else None
-        )
-    if domain_of(node.domain) != "":
+        # ONNX Runtime takes every node of type Constant for the standard one, and an operator of
+        # its own before a function of that name.
+        if not domain or domain.startswith(_RUNTIMES_DOMAINS) or node.op_type == "Constant":
+            return None
+        position = _position(value)
+        if node.overload or position >= len(inner.outputs):
+            return None
+        return [inner.read(inner.outputs[position])]
+    if domain != "" or scope.opsets.get("", 0) == 0:
         return None
     inputs = [scope.argument(node, index) for index in range(len(node.input))]
     if node.op_type == "If" and inputs:
         return _of_branch(value, inputs[0])
     if node.op_type in ("Shape", "Size") and isinstance(inputs[0] if inputs else None, Fixed):
         return []  # the shape is declared; the values, however many, are not needed
-    if node.op_type not in _FOLDED or len(node.output) != 1:
+    if node.op_type not in {*_PLAIN, *_RUN, "Constant"} or len(node.output) != 1:
         return None
-    return [one for one in inputs if not isinstance(one, Absent)]
+    if any(item.name == "broadcast" for item in node.attribute):  # operators of before opset 7
+        return None
+    return [operand for operand in inputs if not isinstance(operand, Absent)]
 
 
 def _position(value: Made) -> int:
@@ -136,9 +198,10 @@ def _position(value: Made) -> int:
 
 def _of_branch(value: Made, condition: Value) -> Sequence[Value] | None:
     """The condition first, then what the branch that is taken answers."""
-    if not _is_known(condition) or (taken := _known(condition)) is None:
+    if not _is_known(condition):
         return [condition]
-    if taken.size != 1:
+    taken = _settled(condition)
+    if taken is None or taken.size != 1 or taken.dtype != np.bool_:
         return None
     branch = value.scope.bodies.get((value.index, "then_branch" if taken.all() else "else_branch"))
     position = _position(value)
@@ -147,34 +210,76 @@ def _of_branch(value: Made, condition: Value) -> Sequence[Value] | None:
     return [condition, branch.read(branch.outputs[position])]
 
 
-def _computed(value: Value, needs: Sequence[Value]) -> Array | None:
+def _made(value: Value, needs: Sequence[Value]) -> Array | Unsettled | None:
+    """What a node makes of known operands: a plain value, or one for the runtime to compute."""
     assert isinstance(value, Made), "everything else is known from the start"
     scope, node = value.scope, value.node
     if value.index in scope.calls or node.op_type == "If":
         return _known(needs[-1])
     if node.op_type == "Constant":
         return _constant(value)
-    arrays = [
-        _operand(one) for one in (scope.argument(node, index) for index in range(len(node.input)))
-    ]
     if node.op_type in ("Shape", "Size") and isinstance(scope.argument(node, 0), Fixed):
-        return _shape(value)
-    if not _is_cheap(node.op_type, [array for array in arrays if array is not None]):
+        return UNSETTLED
+    operands = [_known(need) for need in needs]
+    arrays = [operand for operand in operands if isinstance(operand, np.ndarray | np.generic)]
+    if any(array.size > _ELEMENTS for array in arrays):
         return None
-    return _run(value, arrays)
+    if node.op_type == "Identity":
+        return operands[0] if len(operands) == 1 else None
+    if any(array.dtype.kind not in "biu" for array in arrays):
+        return None  # floating-point arithmetic, on which execution providers differ
+    if node.op_type in _RUN or len(arrays) < len(operands):
+        return UNSETTLED
+    return _of_booleans(node.op_type, arrays)
 
 
-def _operand(value: Value) -> Array | None:
-    return None if isinstance(value, Absent) else _known(value)
+def _of_booleans(op: str, arrays: Sequence[Array]) -> Array | Unsettled | None:
+    if any(array.dtype != np.bool_ for array in arrays):
+        return UNSETTLED if op == "Where" else None
+    try:
+        shape = np.broadcast_shapes(*(array.shape for array in arrays))
+        if math.prod(shape) > _ELEMENTS:
+            return None
+        match op, arrays:
+            case "Not", [a]:
+                return np.logical_not(a)
+            case "And", [a, b]:
+                return np.logical_and(a, b)
+            case "Or", [a, b]:
+                return np.logical_or(a, b)
+            case "Xor", [a, b]:
+                return np.logical_xor(a, b)
+            case "Where", [condition, a, b]:
+                return np.where(condition, a, b)
+        return None
+    except ValueError:  # shapes that do not go together
+        return None
 
 
 def _fixed(weight: Weight | onnx.SparseTensorProto) -> Array | None:
     try:
         if isinstance(weight, onnx.SparseTensorProto):
             return _dense(weight)
-        return weight.array() if weight.size <= _ELEMENTS else None
+        if weight.size > _ELEMENTS:
+            return None
+        array = weight.array()
     except Broken:  # what cannot be read decides nothing
         return None
+    # NumPy and the runtime read the same value from plain types alone.
+    if array.dtype.isbuiltin != 1 or array.dtype.kind not in "biuf":
+        return None
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        return None
+    if array.dtype == np.bool_ and not _holds_booleans(array, weight.tensor):
+        return None
+    return array
+
+
+def _holds_booleans(array: Array, tensor: onnx.TensorProto) -> bool:
+    """Whether every boolean is written as 0 or 1: readers differ on all other numbers."""
+    if not set(tensor.int32_data) <= {0, 1}:
+        return False
+    return bool((np.ascontiguousarray(array).view(np.uint8) <= 1).all())
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> Array | None:
@@ -194,128 +299,123 @@ def _dense(sparse: onnx.SparseTensorProto) -> Array | None:
         dense[places] = values
     except (ValueError, TypeError, KeyError, IndexError):
         return None
+    if dense.dtype.isbuiltin != 1 or dense.dtype.kind not in "biuf":
+        return None
+    if dense.dtype == np.bool_ and not _holds_booleans(values, sparse.values):
+        return None
     return dense
 
 
 def _constant(value: Made) -> Array | None:
     """The value of a Constant node, whose one attribute may be its function's caller's to give."""
     scope, node = value.scope, value.node
-    if len(node.attribute) != 1:
+    if len(node.attribute) != 1 or node.input:
         return None
     name = node.attribute[0].name
-    if (weight := scope.tensors.get((value.index, name))) is not None:
-        return _fixed(weight)
-    given = scope.attribute(node, name)
-    if given is None or isinstance(given, Absent):
+    attribute = scope.attribute(node, name)
+    if attribute is None or isinstance(attribute, Absent):
+        return None
+    # The caller's attribute has a name of its own; its type says which of the five it can be.
+    if attribute.type != _CONSTANT_TYPES.get(name):
         return None
     if name == "value":
-        return _fixed(Weight(name=name, path=name, tensor=given.t))
+        weight = scope.tensors.get((value.index, name))
+        return _fixed(weight or Weight(name=name, path=name, tensor=attribute.t))
     if name == "sparse_value":
-        return _dense(given.sparse_tensor)
+        return _dense(attribute.sparse_tensor)
     if name in ("value_int", "value_ints"):
-        return np.asarray(given.i if name == "value_int" else given.ints, np.int64)
-    if name in ("value_float", "value_floats"):
-        return np.asarray(given.f if name == "value_float" else given.floats, np.float32)
-    return None
+        return np.asarray(attribute.i if name == "value_int" else attribute.ints, np.int64)
+    return np.asarray(attribute.f if name == "value_float" else attribute.floats, np.float32)
 
 
-def _shape(value: Made) -> Array | None:
-    fixed = value.scope.argument(value.node, 0)
-    assert isinstance(fixed, Fixed), "asked of an initializer only"
-    dims = fixed.weight.dims
-    if value.node.op_type == "Size":
-        return np.asarray(math.prod(dims), np.int64)
-    ends = [value.scope.attribute(value.node, name) for name in ("start", "end")]
-    if any(end is None for end in ends):
-        return None
-    start, end = (None if isinstance(item, Absent) or item is None else item.i for item in ends)
-    return np.asarray(tuple(dims)[start:end], np.int64)
+_CONSTANT_TYPES = {
+    "value": onnx.AttributeProto.TENSOR,
+    "sparse_value": onnx.AttributeProto.SPARSE_TENSOR,
+    "value_int": onnx.AttributeProto.INT,
+    "value_ints": onnx.AttributeProto.INTS,
+    "value_float": onnx.AttributeProto.FLOAT,
+    "value_floats": onnx.AttributeProto.FLOATS,
+}
 
 
-def _is_cheap(op: str, arrays: Sequence[Array]) -> bool:
-    """Whether the result is small, judged before it is made."""
-    if any(array.size > _ELEMENTS or not _is_plain(array) for array in arrays):
-        return False
-    try:
-        if op in _ELEMENTWISE.split():
-            return math.prod(np.broadcast_shapes(*(array.shape for array in arrays))) <= _ELEMENTS
-        if op == "ConstantOfShape":
-            return _is_small(arrays[0])
-        if op == "Expand":
-            return (
-                _is_small(arrays[1])
-                and math.prod(np.broadcast_shapes(arrays[0].shape, tuple(arrays[1]))) <= _ELEMENTS
-            )
-    except (ValueError, TypeError, IndexError):
-        return False
-    return True
-
-
-def _is_small(shape: Array) -> bool:
-    sizes: list[int] = shape.reshape(-1).astype(np.int64).tolist()
-    return (
-        len(sizes) <= 16
-        and all(0 <= size <= _ELEMENTS for size in sizes)
-        and math.prod(sizes) <= _ELEMENTS
-    )
-
-
-def _is_plain(array: Array) -> bool:
-    """Booleans, integers and finite floats that NumPy itself has: on the rest, runtimes may
-    disagree.
-    """
-    return (
-        array.dtype.isbuiltin == 1 and array.dtype.kind in "biuf" and bool(np.isfinite(array).all())
-    )
-
-
-def _run(value: Made, arrays: Sequence[Array | None]) -> Array | None:
-    node = onnx.NodeProto(op_type=value.node.op_type)
-    for item in value.node.attribute:
-        given = value.scope.attribute(value.node, item.name)
-        if given is None:
+def _run(value: Made) -> Array | None:
+    """The value as ONNX Runtime computes it from the plain values that it is made of."""
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
+    names: dict[tuple[int, str], str] = {}
+    opsets = set()
+    pending: list[Value] = [value]
+    while pending:
+        top = pending[-1]
+        assert isinstance(top, Made), "only what nodes make is unsettled"
+        key = (id(top.scope), top.name)
+        if key in names:
+            pending.pop()
+            continue
+        operands = _operands(top)
+        if operands is None:
             return None
-        if not isinstance(given, Absent):
-            node.attribute.add().CopyFrom(given)
-            node.attribute[-1].name = item.name
-    if any(item.name == "broadcast" for item in node.attribute):  # operators of before opset 7
+        unsettled = [
+            operand
+            for operand in operands
+            if isinstance(operand, Made)
+            and _known(operand) is UNSETTLED
+            and (id(operand.scope), operand.name) not in names
+        ]
+        if unsettled:
+            pending += unsettled
+            continue
+        pending.pop()
+        if top.index in top.scope.calls or top.node.op_type == "If":  # passes its last operand on
+            last = operands[-1]
+            assert isinstance(last, Made), "what is passed on is unsettled"
+            names[key] = names[id(last.scope), last.name]
+            continue
+        opsets.add(top.scope.opsets.get("", 0))
+        node = onnx.NodeProto(op_type=top.node.op_type, output=[f"v{len(names)}"])
+        for item in top.node.attribute:
+            attribute = top.scope.attribute(top.node, item.name)
+            if attribute is None:
+                return None
+            if not isinstance(attribute, Absent):
+                node.attribute.add().CopyFrom(attribute)
+                node.attribute[-1].name = item.name
+        for operand in operands:
+            if isinstance(operand, Absent):
+                node.input.append("")
+            elif isinstance(operand, Made) and (id(operand.scope), operand.name) in names:
+                node.input.append(names[id(operand.scope), operand.name])
+            else:
+                array = _leaf(top, operand)
+                if array is None:
+                    return None
+                constants.append(numpy_helper.from_array(array, f"c{len(constants)}"))
+                node.input.append(constants[-1].name)
+        names[key] = node.output[0]
+        nodes.append(node)
+    if len(opsets) != 1:  # of functions that import another opset
         return None
-    feeds = {f"x{index}": array for index, array in enumerate(arrays) if array is not None}
-    node.input.extend(
-        f"x{index}" if array is not None else "" for index, array in enumerate(arrays)
-    )
-    node.output.append("y")
-    try:
-        with np.errstate(all="ignore"):
-            (found,) = ReferenceEvaluator(_model(node, feeds, value.scope.opsets.get("", 0))).run(
-                None, feeds
-            )
-    except (
-        Exception
-    ):  # a node from anywhere may be malformed in any way, and then it decides nothing
-        return None
-    if (
-        not isinstance(found, np.ndarray | np.generic)
-        or found.size > _ELEMENTS
-        or not _is_plain(np.asarray(found))
-    ):
-        return None
-    return (
-        np.asarray(found)
-        if _is_the_same_everywhere(node.op_type, feeds.values(), np.asarray(found))
-        else None
-    )
+    outputs = [onnx.ValueInfoProto(name=node.output[0]) for node in nodes]
+    outputs.sort(key=lambda output: output.name == names[id(value.scope), value.name])
+    graph = helper.make_graph(nodes, "constants", [], outputs, constants)
+    opset = helper.make_opsetid("", opsets.pop())
+    return runtime.computed(helper.make_model(graph, opset_imports=[opset], ir_version=8))
 
 
-def _model(node: onnx.NodeProto, feeds: Iterable[str], opset: int) -> onnx.ModelProto:
-    inputs = [onnx.ValueInfoProto(name=name) for name in feeds]
-    graph = helper.make_graph([node], "one", inputs, [onnx.ValueInfoProto(name="y")])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+def _operands(value: Made) -> Sequence[Value] | None:
+    """What a node reads, in order; what a call or an If passes on."""
+    if value.index in value.scope.calls or value.node.op_type == "If":
+        return _needs(value)
+    node = value.node
+    return [value.scope.argument(node, index) for index in range(len(node.input))]
 
 
-def _is_the_same_everywhere(op: str, inputs: Iterable[Array], found: Array) -> bool:
-    """A float that does not fit into an integer type becomes something else on every platform."""
-    first = next(iter(inputs), found)
-    if op not in ("Cast", "CastLike") or first.dtype.kind != "f" or found.dtype.kind not in "iu":
-        return True
-    return bool(np.array_equal(np.trunc(first).astype(np.float64), found.astype(np.float64)))
+def _leaf(value: Made, operand: Value) -> Array | None:
+    """A plain operand; of an initializer whose shape alone is asked for, one of that shape."""
+    if value.node.op_type in ("Shape", "Size") and isinstance(operand, Fixed):
+        dims = tuple(operand.weight.dims)
+        if math.prod(dims) > _SHAPED or min(dims, default=0) < 0:
+            return None
+        return np.zeros(dims, np.bool_)
+    known = _known(operand)
+    return known if isinstance(known, np.ndarray | np.generic) else None

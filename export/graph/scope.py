@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import onnx
 
 from evalmode.export.graph.errors import Broken
-from evalmode.export.graph.weight import Array, Weight
+from evalmode.export.graph.weight import Weight
 
 
 class Origin(Enum):
@@ -23,6 +24,8 @@ class Origin(Enum):
     OVERRIDABLE = "an initializer that is an input too"
     BODY = "an input of a body"
     FUNCTION = "an input of a function that nothing calls"
+    ELSEWHERE = "a name of the place where the function uses this graph"
+    SHADOWED = "a name that also stands for something around, on which runtimes differ"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,31 @@ class Made:
 
 Value = Absent | Fixed | Open | Made
 
+# The field of an attribute that holds its value, by its type.
+_FIELDS = {
+    onnx.AttributeProto.FLOAT: "f",
+    onnx.AttributeProto.INT: "i",
+    onnx.AttributeProto.STRING: "s",
+    onnx.AttributeProto.TENSOR: "t",
+    onnx.AttributeProto.GRAPH: "g",
+    onnx.AttributeProto.SPARSE_TENSOR: "sparse_tensor",
+    onnx.AttributeProto.TYPE_PROTO: "tp",
+    onnx.AttributeProto.FLOATS: "floats",
+    onnx.AttributeProto.INTS: "ints",
+    onnx.AttributeProto.STRINGS: "strings",
+    onnx.AttributeProto.TENSORS: "tensors",
+    onnx.AttributeProto.GRAPHS: "graphs",
+    onnx.AttributeProto.SPARSE_TENSORS: "sparse_tensors",
+    onnx.AttributeProto.TYPE_PROTOS: "type_protos",
+}
+
+
+@dataclass
+class Budget:
+    """How many values of a model the runtime may still be asked for: each takes a process."""
+
+    left: int = 16
+
 
 @dataclass(eq=False)
 class Scope:
@@ -70,7 +98,8 @@ class Scope:
     `attributes` are those that a function was called with: an attribute, or None where nobody
     knows; None where there is no call. `path` ends with a slash unless it is empty. `calls`,
     `bodies` and `tensors` are what its nodes hold, by their index (and the attribute's name);
-    `decided` is what `fold` found out about the outputs of its nodes.
+    `decided` is what `fold` found out about the outputs of its nodes. A `detached` body was given
+    to a function as an attribute: what it reads from around is bound where the function uses it.
     """
 
     path: str
@@ -82,7 +111,9 @@ class Scope:
     calls: dict[int, Scope] = field(default_factory=dict)
     bodies: dict[tuple[int, str], Scope] = field(default_factory=dict)
     tensors: dict[tuple[int, str], Weight] = field(default_factory=dict)
-    decided: dict[str, Array | None] = field(default_factory=dict)
+    decided: dict[str, Any] = field(default_factory=dict)
+    detached: bool = False
+    budget: Budget = field(default_factory=Budget)
     _values: dict[str, Value] = field(default_factory=dict)
     _captured: set[str] = field(default_factory=set)
 
@@ -94,7 +125,19 @@ class Scope:
             raise Broken(
                 f"the name {name!r} is read in {self.where} before it gets a second meaning there"
             )
+        around = None if self.detached else self.parent
+        if not isinstance(value, Open) and around is not None and around.knows(name):
+            value = Open(name, Origin.SHADOWED)
         self._values[name] = value
+
+    def knows(self, name: str) -> bool:
+        """Whether the name has a meaning here or in a graph around."""
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope._values:
+                return True
+            scope = None if scope.detached else scope.parent
+        return False
 
     def read(self, name: str) -> Value:
         """What `name` stands for, here or in a graph around. Raises KeyError where nothing has made
@@ -104,6 +147,8 @@ class Scope:
         while scope is not None:
             if (value := scope._values.get(name)) is not None:
                 return value
+            if scope.detached:
+                return Open(name, Origin.ELSEWHERE)
             scope._captured.add(name)
             scope = scope.parent
         raise KeyError(name)
@@ -115,19 +160,21 @@ class Scope:
         return self.read(node.input[index])
 
     def attribute(self, node: onnx.NodeProto, name: str) -> onnx.AttributeProto | Absent | None:
-        """The attribute, as the function's caller gave it where it refers to one; None where nobody
-        knows.
+        """The attribute, as the function's caller gave it where it refers to one; None where it is
+        not known, or is written so that readers differ.
         """
-        found: onnx.AttributeProto | None = next(
-            (item for item in node.attribute if item.name == name), None
-        )
-        if found is None:
-            return Absent()
-        if not found.ref_attr_name:
-            return found
-        return (
-            None if self.attributes is None else self.attributes.get(found.ref_attr_name, Absent())
-        )
+        for item in node.attribute:
+            if item.name != name:
+                continue
+            if not item.ref_attr_name:
+                return item if is_sound(item) else None
+            if value_fields(item) or self.attributes is None:
+                return None
+            attribute = self.attributes.get(item.ref_attr_name, Absent())
+            if isinstance(attribute, onnx.AttributeProto) and not is_sound(attribute):
+                return None
+            return attribute
+        return Absent()
 
     def path_of(self, index: int) -> str:
         """The path to node `index`: its name, or its operator and number where it has none."""
@@ -140,11 +187,26 @@ class Scope:
         return self.path.rstrip("/") or "the main graph"
 
 
+def value_fields(attribute: onnx.AttributeProto) -> set[str]:
+    """The fields of an attribute that hold a value."""
+    return {field.name for field, _ in attribute.ListFields()} & set(_FIELDS.values())
+
+
+def is_sound(attribute: onnx.AttributeProto) -> bool:
+    """Whether an attribute holds no value but the one that its type names."""
+    return value_fields(attribute) <= {_FIELDS.get(attribute.type, "")}
+
+
 def domain_of(name: str) -> str:
     """A domain's name, with ONNX's own spelled as the empty string."""
     return "" if name == "ai.onnx" else name
 
 
 def opsets_of(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
-    """The opset of each domain."""
-    return {domain_of(item.domain): item.version for item in imports}
+    """The opset of each domain; 0 for a domain that is imported twice, on which readers differ."""
+    opsets: dict[str, int] = {}
+    for item in imports:
+        domain = domain_of(item.domain)
+        same = opsets.setdefault(domain, item.version) == item.version
+        opsets[domain] = item.version if same else 0
+    return opsets

@@ -19,6 +19,7 @@ from evalmode.export.graph.errors import Broken
 from evalmode.export.graph.fold import decide, decider
 from evalmode.export.graph.scope import (
     Absent,
+    Budget,
     Fixed,
     Made,
     Open,
@@ -26,6 +27,7 @@ from evalmode.export.graph.scope import (
     Scope,
     Value,
     domain_of,
+    is_sound,
     opsets_of,
 )
 from evalmode.export.graph.weight import Array, Source, Weight
@@ -119,6 +121,7 @@ class Walker:
         self._functions = {function_id(item): item for item in model.functions}
         if len(self._functions) < len(model.functions):
             raise Broken("it defines a function twice")
+        self._budget = Budget()
         self._seen: set[Identity] = set()
         self._dead = False  # whether the main graph, and so all that it calls, has been walked
         self._again = self._depth = (
@@ -144,10 +147,13 @@ class Walker:
         opsets: Mapping[str, int],
         parent: Scope | None,
         origin: Origin,
+        *,
+        detached: bool = False,
     ) -> Scope:
         attributes = None if parent is None else parent.attributes
         outputs = [item.name for item in graph.output]
         scope = Scope(path, graph.node, outputs, opsets, parent, attributes)
+        scope.detached, scope.budget = detached, self._budget
         _text(
             "the main graph" if parent is None else path,
             [item.name for item in (*graph.input, *graph.output)],
@@ -239,7 +245,8 @@ class Walker:
 
     def _bodies(self, scope: Scope, index: int, node: onnx.NodeProto, path: str) -> None:
         for item in node.attribute:
-            self._attribute(scope, index, item, path)
+            is_call = function_id(node) in self._functions
+            self._attribute(scope, index, item, path, detached=is_call)
             if item.HasField("t"):
                 is_constant = (
                     node.op_type == "Constant"
@@ -252,10 +259,27 @@ class Walker:
                 if is_constant:
                     self._list(weight)
 
-    def _attribute(self, scope: Scope, index: int, item: onnx.AttributeProto, path: str) -> None:
-        for graph in [item.g] if item.HasField("g") else item.graphs:
-            body = self._graph(graph, f"{path}/{item.name}/", scope.opsets, scope, Origin.BODY)
-            scope.bodies[index, item.name] = body
+    def _attribute(
+        self,
+        scope: Scope,
+        index: int,
+        item: onnx.AttributeProto,
+        path: str,
+        *,
+        detached: bool,
+    ) -> None:
+        for graph in [item.g, *item.graphs] if item.HasField("g") else item.graphs:
+            body = self._graph(
+                graph,
+                f"{path}/{item.name}/",
+                scope.opsets,
+                scope,
+                Origin.BODY,
+                detached=detached,
+            )
+            # A reference means the caller's graph, whatever else the attribute holds.
+            if is_sound(item) and not item.ref_attr_name and not detached:
+                scope.bodies[index, item.name] = body
 
     def _call(
         self, scope: Scope, node: onnx.NodeProto, function: onnx.FunctionProto, path: str
@@ -284,12 +308,13 @@ class Walker:
         self._seen.add(identity)
         opsets = {**self._opsets, **opsets_of(function.opset_import)}
         scope = Scope(f"{path}{named}/", function.node, function.output, opsets, None, attributes)
+        scope.budget = self._budget
         if len(set(function.input)) < len(function.input):
             raise Broken(f"the function {named} names an input twice")
         for name, value in inputs.items():
             scope.define(name, value)
         for item in function.attribute_proto:  # a default may be a graph
-            self._attribute(scope, -1, item, scope.path.rstrip("/"))
+            self._attribute(scope, -1, item, scope.path.rstrip("/"), detached=True)
         self._nodes(scope)
         self._again -= again
         return scope

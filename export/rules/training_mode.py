@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from evalmode.bundle.certificate import Finding, Record, Severity
@@ -69,6 +70,12 @@ def findings_in(graph: Graph) -> list[Finding]:
     return findings
 
 
+_NO_OPSET = _Mode(
+    Severity.UNPROVEN,
+    "its opset is not known: the model imports its domain not at all, or twice",
+)
+
+
 def _on(why: str) -> _Mode:
     return _Mode(Severity.ERROR, why)
 
@@ -77,6 +84,8 @@ def _dropout(at: NodeAt) -> _Mode | None:
     """ONNX Dropout: 1 and 6 by `is_test`, whose default is to train; 7 and 10 never train; 12 and
     later by input 2.
     """
+    if at.opset == 0:
+        return _NO_OPSET
     if at.opset < 7:
         ratio = at.attribute("ratio")
         if (
@@ -98,7 +107,12 @@ def _by_input(at: NodeAt, index: int) -> _Mode | None:
     if not at.has_input(index):
         return None
     mode, ratio = at.constant(index), at.constant(index - 1)
-    if (mode is not None and not mode.any()) or (ratio is not None and not ratio.any()):
+    if ratio is not None and ratio.size == 1 and not ratio.any():
+        return None
+    if mode is not None and (mode.size != 1 or mode.dtype != np.bool_):
+        why = f"its mode is not one boolean but {mode.dtype} of shape {list(mode.shape)}"
+        return _Mode(Severity.UNPROVEN, why)
+    if mode is not None and not mode.any():
         return None
     if mode is None:
         return _Mode(
@@ -116,6 +130,8 @@ def _batch_normalization(at: NodeAt) -> _Mode | None:
     """ONNX BatchNormalization: 1 and 6 by `is_test`; 7 and 9 by asking for statistics; later by an
     attribute.
     """
+    if at.opset == 0:
+        return _NO_OPSET
     if at.opset < 7:
         return _by_is_test(at)
     if at.opset < 14:
@@ -145,7 +161,8 @@ def _by_training_mode(at: NodeAt) -> _Mode | None:
 def _undecided(name: str) -> _Mode:
     return _Mode(
         Severity.UNPROVEN,
-        f"its attribute {name} is not known here: the caller of its function gives it",
+        f"its attribute {name} is not known here: the caller of its function gives it, or it is"
+        " written so that readers differ",
     )
 
 
