@@ -228,9 +228,12 @@ def _made(value: Value, needs: Sequence[Value]) -> Array | Unsettled | None:
         return operands[0] if len(operands) == 1 else None
     if any(array.dtype.kind not in "biu" for array in arrays):
         return None  # floating-point arithmetic, on which execution providers differ
-    if node.op_type in _RUN or len(arrays) < len(operands):
+    if node.op_type in _RUN:
         return UNSETTLED
-    return _of_booleans(node.op_type, arrays)
+    # ONNX Runtime has no Where of booleans, so what it computes is settled first.
+    settled = [_settled(need) for need in needs]
+    arrays = [array for array in settled if array is not None]
+    return _of_booleans(node.op_type, arrays) if len(arrays) == len(needs) else None
 
 
 def _of_booleans(op: str, arrays: Sequence[Array]) -> Array | Unsettled | None:

@@ -3,24 +3,32 @@
 What decides a mode must be what the runtime computes, and not what another implementation does:
 runtimes saturate, reorder and round differently. The child runs the nodes with optimisation off and
 on. It answers only where both agree and nothing on the way is a floating-point number, on which
-execution providers differ. Run as `python -m evalmode.export.graph.runtime`, with a model on stdin.
+execution providers differ. A child that aborts, hangs or meets a limit leaves that value undecided,
+and the next value gets a new child.
 """
 
 from __future__ import annotations
 
+import atexit
 import io
-import resource
+import os
+import select
+import struct
 import subprocess
 import sys
+import threading
+import time
+from typing import IO
 
 import numpy as np
 import onnx
 
 from evalmode.export.graph.weight import Array
 
-TIME_S = 20.0
+TIME_S = 20.0  # of one answer; the first one waits for the runtime to be loaded, too
 MEMORY_BYTES = 4 << 30  # of address space, of which the runtime's libraries take a part
 ELEMENTS = 1024  # of any tensor on the way
+_LENGTH = struct.Struct("<q")  # before each message; -1 where nothing is decided
 
 
 def computed(model: onnx.ModelProto) -> Array | None:
@@ -28,31 +36,97 @@ def computed(model: onnx.ModelProto) -> Array | None:
 
     All values that the nodes make are outputs of the model, the wanted one last.
     """
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "evalmode.export.graph.runtime"],
-            input=model.SerializeToString(),
-            capture_output=True,
-            timeout=TIME_S,
-            check=False,
-        )
-    except (subprocess.TimeoutExpired, OSError):
-        return None
-    if child.returncode != 0:  # the runtime refused the nodes, aborted, or met a limit
-        return None
-    array: Array = np.load(io.BytesIO(child.stdout), allow_pickle=False)
-    return array
+    with _lock:
+        answer = _child.ask(model.SerializeToString())
+    return None if answer is None else np.load(io.BytesIO(answer), allow_pickle=False)
 
 
-def main() -> int:
-    """Answer with the bytes of an .npy file, or with exit code 1 where nothing is decided."""
+class _Child:
+    """One process that answers models, started when it is first asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, model: bytes) -> bytes | None:
+        end = time.monotonic() + TIME_S
+        try:
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "evalmode.export.graph.runtime"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+            assert self._process.stdin is not None
+            self._process.stdin.write(_LENGTH.pack(len(model)) + model)
+            self._process.stdin.flush()
+            (length,) = _LENGTH.unpack(self._read(_LENGTH.size, end))
+            return None if length < 0 else self._read(length, end)
+        except (OSError, EOFError):  # a TimeoutError is an OSError
+            self.close()
+            return None
+
+    def _read(self, count: int, end: float) -> bytes:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        descriptor, data = self._process.stdout.fileno(), b""
+        while len(data) < count:
+            if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError
+            piece = os.read(descriptor, count - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return data
+
+    def close(self) -> None:
+        """End the process; a later question starts another one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:  # what was not written yet
+                continue
+
+
+_child = _Child()
+_lock = threading.Lock()  # files are verified in several threads
+atexit.register(_child.close)
+
+
+def main(questions: IO[bytes], answers: IO[bytes]) -> None:
+    """The child: answer each model with the bytes of an .npy file, until the questions end."""
+    import resource
+
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import onnxruntime as ort  # in the child alone
+    import onnxruntime as ort
 
     ort.set_default_logger_severity(4)
-    model = sys.stdin.buffer.read()
-    answers = []
+    while header := questions.read(_LENGTH.size):
+        model = questions.read(*_LENGTH.unpack(header))
+        try:
+            array = _run(model)
+        except Exception:  # whatever the runtime raises for nodes that it refuses
+            array = None
+        if array is None:
+            answers.write(_LENGTH.pack(-1))
+        else:
+            file = io.BytesIO()
+            np.save(file, array)
+            answers.write(_LENGTH.pack(file.tell()) + file.getvalue())
+        answers.flush()
+
+
+def _run(model: bytes) -> Array | None:
+    import onnxruntime as ort
+
+    results = []
     for level in (
         ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
         ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -61,24 +135,18 @@ def main() -> int:
         options.graph_optimization_level = level
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        outputs = [output.name for output in session.get_outputs()]
-        # With optimisation, asking for every value would keep nodes from being fused or folded.
-        wanted = outputs if level is ort.GraphOptimizationLevel.ORT_DISABLE_ALL else outputs[-1:]
-        arrays = session.run(wanted, {})
+        arrays = session.run(None, {})
         for array in arrays:
             if not isinstance(array, np.ndarray) or array.dtype.kind not in "biu":
-                return 1
+                return None
             if array.size > ELEMENTS:
-                return 1
-        answers.append(arrays[-1])
-    plain, optimised = answers
-    if plain.dtype != optimised.dtype or plain.shape != optimised.shape:
-        return 1
-    if plain.tobytes() != optimised.tobytes():
-        return 1
-    np.save(sys.stdout.buffer, plain)
-    return 0
+                return None
+        results.append(arrays[-1])
+    plain, optimised = results
+    if (plain.dtype, plain.shape) != (optimised.dtype, optimised.shape):
+        return None
+    return plain if plain.tobytes() == optimised.tobytes() else None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.stdin.buffer, sys.stdout.buffer)

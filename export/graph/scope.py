@@ -85,9 +85,9 @@ _FIELDS = {
 
 @dataclass
 class Budget:
-    """How many values of a model the runtime may still be asked for: each takes a process."""
+    """How many values of a model the runtime may still be asked for."""
 
-    left: int = 16
+    left: int = 200
 
 
 @dataclass(eq=False)
