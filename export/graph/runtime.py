@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from typing import IO
 
 import numpy as np
 import onnx
@@ -52,7 +51,8 @@ class _Child:
         try:
             if self._process is None:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "evalmode.export.graph.runtime"],
+                    # -P: a file named onnx.py in the working directory is not imported.
+                    [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
@@ -99,9 +99,13 @@ _lock = threading.Lock()  # files are verified in several threads
 atexit.register(_child.close)
 
 
-def main(questions: IO[bytes], answers: IO[bytes]) -> None:
+def main() -> None:
     """The child: answer each model with the bytes of an .npy file, until the questions end."""
     import resource
+
+    questions = sys.stdin.buffer
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a library may print
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -146,7 +150,3 @@ def _run(model: bytes) -> Array | None:
     if (plain.dtype, plain.shape) != (optimised.dtype, optimised.shape):
         return None
     return plain if plain.tobytes() == optimised.tobytes() else None
-
-
-if __name__ == "__main__":
-    main(sys.stdin.buffer, sys.stdout.buffer)
