@@ -32,6 +32,12 @@ class _Commands(TyperGroup):
         make = _MADE_WHEN_CALLED.get(name or "")
         return name, make() if make else command, rest
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:  # click would print "Aborted." and exit with 1, as a finding does
+            raise EvalmodeError(f"a file ends too early: {error or 'it is empty'}") from error
+
 
 app = typer.Typer(
     cls=_Commands,

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from evalmode.errors import EvalmodeError
-from evalmode.export.module.forward import plain_forward
+from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import answering_tensors
 from evalmode.export.torch_quirks import forget_unrolled_loops, one_operator_table, quiet_exporter
@@ -103,7 +103,7 @@ def _export(
             program = torch.onnx.export(
                 module,
                 (),
-                kwargs=dict(inputs),
+                kwargs=copies_of(inputs),
                 dynamo=True,
                 dynamic_shapes={name: dict(dynamic_axes.get(name, {})) for name in inputs},
                 output_names=list(outputs),

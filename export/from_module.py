@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evalmode.export.inputs.candidate import Candidate
-from evalmode.export.inputs.references import load_module, load_samples
+from evalmode.export.inputs.references import load_in_eval_mode, load_samples
 from evalmode.export.inputs.samples import candidate_of
 from evalmode.export.release import Description, Released, release, require_writable
 from evalmode.export.rules.registry import Progress
@@ -38,7 +38,7 @@ def release_module(
     rules pass.
     """
     require_writable(root, name=name, version=version)
-    module, samples = load_module(factory).eval(), load_samples(inputs)
+    module, samples = load_in_eval_mode(factory), load_samples(inputs)
     candidate = candidate_of(module, samples, dynamic_axes=dynamic_axes)
     with exported_elsewhere(candidate, factory) as twin:
         return release(

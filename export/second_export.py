@@ -23,7 +23,7 @@ from evalmode.errors import EvalmodeError
 from evalmode.export.convert import convert
 from evalmode.export.fingerprint import Fingerprint, fingerprint
 from evalmode.export.inputs.candidate import Candidate, Twin
-from evalmode.export.inputs.references import load_module
+from evalmode.export.inputs.references import load_in_eval_mode
 from evalmode.export.inputs.samples import bind
 from evalmode.export.module.forward import seed_everything
 
@@ -91,7 +91,7 @@ def main(factory: str, folder: Path) -> None:
     """
     seed_everything(_SEED)
     task = torch.load(folder / _TASK, weights_only=True)
-    module = load_module(factory).eval()
+    module = load_in_eval_mode(factory)
     module.load_state_dict(task["state"])
     bind(module, task["constants"])
     converted = convert(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from zipfile import BadZipFile
 
 import typer
 
@@ -111,11 +112,11 @@ def _samples(inputs: str) -> Sequence[Any]:
     try:
         with np.load(inputs, allow_pickle=False) as arrays:
             return [dict(arrays)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise EvalmodeError(f"{inputs} cannot be read as a .npz file of arrays: {error}") from error
 
 
 def _module(reference: str) -> Any:
-    from evalmode.export.inputs.references import load_module
+    from evalmode.export.inputs.references import load_in_eval_mode
 
-    return load_module(reference).eval()
+    return load_in_eval_mode(reference)

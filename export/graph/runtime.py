@@ -33,10 +33,14 @@ _LENGTH = struct.Struct("<q")  # before each message; -1 where nothing is decide
 def computed(model: onnx.ModelProto) -> Array | None:
     """The last output of a model without inputs, or None where it is not decided.
 
-    All values that the nodes make are outputs of the model, the wanted one last.
+    All values that the nodes make are outputs of the model, the wanted one last. With optimisation
+    it runs with that output alone: nodes whose values are asked for would not be fused or folded.
     """
+    alone = onnx.ModelProto()
+    alone.CopyFrom(model)
+    del alone.graph.output[:-1]
     with _lock:
-        answer = _child.ask(model.SerializeToString())
+        answer = _child.ask(model.SerializeToString(), alone.SerializeToString())
     return None if answer is None else np.load(io.BytesIO(answer), allow_pickle=False)
 
 
@@ -46,7 +50,7 @@ class _Child:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, model: bytes) -> bytes | None:
+    def ask(self, *models: bytes) -> bytes | None:
         end = time.monotonic() + TIME_S
         try:
             if self._process is None:
@@ -58,7 +62,8 @@ class _Child:
                     stderr=subprocess.DEVNULL,
                 )
             assert self._process.stdin is not None
-            self._process.stdin.write(_LENGTH.pack(len(model)) + model)
+            for model in models:
+                self._process.stdin.write(_LENGTH.pack(len(model)) + model)
             self._process.stdin.flush()
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size, end))
             return None if length < 0 else self._read(length, end)
@@ -100,7 +105,9 @@ atexit.register(_child.close)
 
 
 def main() -> None:
-    """The child: answer each model with the bytes of an .npy file, until the questions end."""
+    """The child: answer each pair of models with the bytes of an .npy file, until there are no
+    more.
+    """
     import resource
 
     questions = sys.stdin.buffer
@@ -114,8 +121,9 @@ def main() -> None:
     ort.set_default_logger_severity(4)
     while header := questions.read(_LENGTH.size):
         model = questions.read(*_LENGTH.unpack(header))
+        alone = questions.read(*_LENGTH.unpack(questions.read(_LENGTH.size)))
         try:
-            array = _run(model)
+            array = _run(model, alone)
         except Exception:  # whatever the runtime raises for nodes that it refuses
             array = None
         if array is None:
@@ -127,18 +135,18 @@ def main() -> None:
         answers.flush()
 
 
-def _run(model: bytes) -> Array | None:
+def _run(model: bytes, alone: bytes) -> Array | None:
     import onnxruntime as ort
 
     results = []
-    for level in (
-        ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    for data, level in (
+        (model, ort.GraphOptimizationLevel.ORT_DISABLE_ALL),
+        (alone, ort.GraphOptimizationLevel.ORT_ENABLE_ALL),
     ):
         options = ort.SessionOptions()
         options.graph_optimization_level = level
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         arrays = session.run(None, {})
         for array in arrays:
             if not isinstance(array, np.ndarray) or array.dtype.kind not in "biu":

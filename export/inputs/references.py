@@ -70,6 +70,14 @@ def load_module(reference: str) -> nn.Module:
     return found
 
 
+def load_in_eval_mode(reference: str) -> nn.Module:
+    """The module of `load_module`, after `.eval()` was called on it."""
+    module = load_module(reference)
+    with _told(f"{reference}() cannot be put into eval mode"):
+        module.eval()  # and not what it returns: an overridden train() may return nothing
+    return module
+
+
 def load_samples(reference: str) -> list[Any]:
     """The samples that `reference` names or returns: one (a mapping, a tuple, a tensor), or a list
     of several.

@@ -28,7 +28,7 @@ from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.export.inputs.evidence import Evidence
 from evalmode.export.inputs.probes import inferred_axes, probes, single_rows
-from evalmode.export.module.forward import plain_forward
+from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import flatten, left_out
 from evalmode.export.module.untouched import untouched
@@ -63,7 +63,7 @@ def candidate_of(
 
         def run(sample: Sample) -> dict[str, Tensor]:
             with plain_forward():
-                return flatten(scout(**sample))
+                return flatten(scout(**copies_of(sample)))
 
         axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else inferred_axes(run, tensors)
         names = [f"{name}_out" if name in tensors[0] else name for name in flatten(answer)]
@@ -94,6 +94,12 @@ def bound(module: nn.Module, samples: Sequence[object]) -> tuple[list[Sample], d
         raise UnusableInputs(
             "a scripted or traced module hides its mode: give the Python module that it was made of"
         )
+    for path, part in Network.of(module).parts.items():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UnusableInputs(
+                f"{path} is a scripted or traced module, which hides its mode: give the Python"
+                " module that it was made of"
+            )
     if not samples:
         raise UnusableInputs("there is no sample to call the module with")
     named = [_named(module, sample) for sample in samples]
@@ -197,7 +203,7 @@ def _require_alike(samples: Sequence[Sample]) -> None:
 def _answer(module: nn.Module, sample: Sample) -> object:
     try:
         with plain_forward():
-            answer = module(**sample)
+            answer = module(**copies_of(sample))
     except Exception as error:  # the user's own code
         reason = str(error).strip().partition("\n")[0]
         raise UnusableInputs(

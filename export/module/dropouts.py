@@ -13,7 +13,9 @@ def is_dropout(part: nn.Module) -> bool:
     it inherits.
     """
     classes = "\n".join(base.__name__.lower() for base in type(part).__mro__)
-    return any(name in classes for name in _DROPOUTS) and not any(part.parameters())
+    # Whether there is a parameter, and not whether one is true.
+    has_parameters = next(part.parameters(), None) is not None
+    return any(name in classes for name in _DROPOUTS) and not has_parameters
 
 
 def should_drop(part: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -63,4 +63,10 @@ def answers_of(module: nn.Module, inputs: Tensors) -> Tensors:
 
 def as_tensors(inputs: Tensors) -> dict[str, Tensor]:
     """NumPy inputs as torch tensors."""
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+    # Copies, which a forward may write to.
+    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in inputs.items()}
+
+
+def copies_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs in copies of their own: a forward may write to them."""
+    return {name: tensor.detach().clone() for name, tensor in inputs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import random
 import types
 from collections import deque
@@ -46,7 +47,9 @@ class Network:
         for path, value in _reachable(module):
             if isinstance(value, nn.Module):
                 parts[path] = value
-                beside = getattr(type(value).forward, "__globals__", {})
+                # Read statically: the forward of a scripted module is a descriptor that raises.
+                forward = inspect.getattr_static(type(value), "forward", None)
+                beside = getattr(forward, "__globals__", {})
                 generators |= {
                     f"global {name}": item
                     for name, item in beside.items()

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evalmode.export.module.dropouts import declared_rate
-from evalmode.export.module.forward import plain_forward
+from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Generator, Network
 
 # An operator that is not marked as one that may draw (anyone can register one) is seen by this
@@ -71,7 +71,7 @@ def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
     witness = _Witness(Network.of(module))  # anew for each forward: one may make parts of its own
     try:
         with plain_forward(), witness.watching():
-            module(**inputs)
+            module(**copies_of(inputs))
     except Unwatched:
         # else the compiler, which was left half-way, fails for every later forward
         torch._dynamo.reset()

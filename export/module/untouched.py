@@ -6,6 +6,7 @@ nor tensors and that a module which cannot be copied changes in place.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -89,7 +90,8 @@ def _restorer(generator: Any) -> Callable[[], Any]:
 
 def _torch_generators(network: Network) -> Iterator[torch.Generator]:
     for part in network.parts.values():
-        beside = getattr(type(part).forward, "__globals__", {})
+        forward = inspect.getattr_static(type(part), "forward", None)
+        beside = getattr(forward, "__globals__", {})
         yield from (
             v for v in (*vars(part).values(), *beside.values()) if isinstance(v, torch.Generator)
         )

@@ -33,7 +33,9 @@ def check(subject: Subject) -> Record:
     largest = subject.evidence.probes[sizes.index(max(sizes))]
     try:
         with untouched(network):  # the module itself trains where it cannot be copied
-            drawn = draws(network.copy().module.train(), as_tensors(largest))
+            trained = network.copy().module
+            trained.train()
+            drawn = draws(trained, as_tensors(largest))
     except Exception as error:  # the user's own code, in another mode than it is exported in
         why = f"the module does not run in training mode: {type(error).__name__}: {error}"
         return Record(rule=RULE, verdict=Verdict.UNPROVEN, why=why)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.inputs.axes import shapes_of
-from evalmode.export.module.forward import as_tensors, plain_forward
+from evalmode.export.module.forward import as_tensors, copies_of, plain_forward
 from evalmode.export.module.outputs import flatten
 from evalmode.export.module.randomness import Draw, Unwatched, draws
 from evalmode.export.rules.subject import Subject
@@ -89,7 +89,9 @@ def _error(why: str, fix: str = "") -> Finding:
 
 def _differing(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
     with plain_forward():
-        first, *others = [flatten(module(**probe)) for _ in range(_REPEATS)]
+        # Copies: a forward may write to its input, or answer with one tensor each time.
+        runs = [copies_of(flatten(module(**copies_of(probe)))) for _ in range(_REPEATS)]
+    first, *others = runs
     if not first:
         return [_error("the forward returns no tensor that could be compared")]
     if any(other.keys() != first.keys() for other in others):
