@@ -28,6 +28,7 @@ OPSET = 20
 _UNBOUNDED = 1 << 20
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_NEUTRAL = "evalmode_output_"
 
 
 class NotInEvalMode(EvalmodeError):  # noqa: N818 - read as a sentence: "raise NotInEvalMode"
@@ -75,17 +76,19 @@ def convert(
         raise ValueError(f"dynamic_axes names {sorted(unknown)}, the inputs are {list(inputs)}")
     converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
     model = converted.model
-    if (found := [output.name for output in model.graph.output]) != list(outputs):
+    if len(model.graph.output) != len(outputs):
         raise NotConvertible(
-            f"{type(module).__name__} has the outputs {found}, named were {list(outputs)}"
+            f"{type(module).__name__} has {len(model.graph.output)} outputs, named were"
+            f" {list(outputs)}"
         )
     if (version := next(item.version for item in model.opset_import if item.domain == "")) != opset:
         raise NotConvertible(
             f"{type(module).__name__} was exported at opset {version}: opset {opset} cannot be had"
         )
-    for one in (model, converted.unoptimised):
-        _name_nodes(one)
-        _strip(one)
+    for written in (model, converted.unoptimised):
+        _name_outputs(written.graph, outputs)
+        _name_nodes(written)
+        _strip(written)
     return converted
 
 
@@ -106,7 +109,8 @@ def _export(
                 kwargs=copies_of(inputs),
                 dynamo=True,
                 dynamic_shapes={name: dict(dynamic_axes.get(name, {})) for name in inputs},
-                output_names=list(outputs),
+                # Neutral names: torch calls inner values `embedding`, `linear` or `exp` as well.
+                output_names=[f"{_NEUTRAL}{index}" for index in range(len(outputs))],
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
@@ -161,6 +165,33 @@ def _reason(error: BaseException) -> str:
 def scope(node_name: str) -> str:
     """The path of the module that a converted model's node came from."""
     return node_name.rpartition("/")[0]
+
+
+def _name_outputs(graph: onnx.GraphProto, outputs: Sequence[str]) -> None:
+    """Give the outputs their own names; an inner value that has such a name gets another one."""
+    inner = {name for node in graph.node for name in node.output}
+    inner |= {tensor.name for tensor in graph.initializer}
+    names: dict[str, str] = {}
+    for output, name in zip(graph.output, outputs, strict=True):
+        names[output.name] = name
+        if name in inner:
+            count = 1
+            while f"{name}_{count}" in {*inner, *outputs, *names.values()}:
+                count += 1
+            names[name] = f"{name}_{count}"
+    _rename(graph, names)
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Rename values in a graph and in the bodies of its nodes, which read them too."""
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                _rename(body, names)
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:

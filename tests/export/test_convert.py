@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,3 +134,28 @@ def test_a_size_up_to_which_a_branch_was_traced_is_the_bound_of_its_axis() -> No
 
     assert convert(Branches().eval(), X, dynamic_axes=AXES, outputs=["y"]).bounds == {"batch": 16}
     assert convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).bounds == {}
+
+
+class Named(nn.Module):
+    """An answer whose name torch also gives to a step on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.linear(self.table(ids)).exp())
+
+
+@pytest.mark.parametrize("name", ["embedding", "linear", "linear_1", "exp", "val_0", "logits"])
+def test_an_output_may_be_called_as_torch_calls_a_step(name: str) -> None:
+    torch.manual_seed(0)
+    module = Named().eval()
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    converted = convert(module, {"ids": ids}, dynamic_axes={"ids": {0: "batch"}}, outputs=[name])
+    for model in (converted.model, converted.unoptimised):
+        onnx.checker.check_model(model)
+        assert [output.name for output in model.graph.output] == [name]
+        answers = open_session(serialise(model)).run({"ids": ids.numpy()})
+        expected = module(ids).detach().numpy()
+        np.testing.assert_allclose(answers[name], expected, rtol=1e-5, atol=1e-6)
