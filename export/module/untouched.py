@@ -64,6 +64,21 @@ def saved(module: nn.Module) -> Callable[[], None]:
 _PLAIN = (bool, int, float, str, Tensor)
 
 
+def state_of(network: Network) -> dict[str, object]:
+    """The buffers, tensors and numbers of every part, in copies, by the paths that code reaches
+    them by.
+    """
+    state: dict[str, object] = {}
+    for path, part in network.parts.items():
+        prefix = f"{path}." if path else ""
+        for name, value in (*part._buffers.items(), *vars(part).items()):
+            if isinstance(value, Tensor):
+                state[f"{prefix}{name}"] = value.detach().clone()
+            elif isinstance(value, int | float) and name != "training":
+                state[f"{prefix}{name}"] = value
+    return state
+
+
 def _generators(network: Network) -> Iterator[Callable[[], Any]]:
     cpu = torch.get_rng_state()
     yield lambda: torch.set_rng_state(cpu)

@@ -4,7 +4,7 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.inputs.axes import shapes_of
 from evalmode.export.module.forward import as_tensors, copies_of, plain_forward
+from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import flatten
 from evalmode.export.module.randomness import Draw, Unwatched, draws
+from evalmode.export.module.untouched import state_of
 from evalmode.export.rules.subject import Subject
 
 RULE = "eager-randomness"
 
 # What leaves no generator's state behind may agree by chance once or twice, seldom five times.
 _REPEATS = 5
+_NAMED = 3  # of what moved
 
 _FIX = (
     "pass training=self.training, or p=0.0 outside of training, so that nothing is drawn in eval"
@@ -43,7 +46,7 @@ def check(subject: Subject) -> Record:
     for probe in probes:
         found |= dict.fromkeys(_places(module, probe))
     if not found:
-        found |= dict.fromkeys(_differing(module, probes[-1]))
+        found |= dict.fromkeys(_differing(subject.network, probes))
     return Record.of(
         RULE,
         found,
@@ -87,23 +90,55 @@ def _error(why: str, fix: str = "") -> Finding:
     return Finding(severity=Severity.ERROR, why=why, fix=fix)
 
 
-def _differing(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
-    with plain_forward():
+def _differing(network: Network, probes: Sequence[Mapping[str, Tensor]]) -> list[Finding]:
+    """An error for each answer that another forward of one input changes, and for what moved.
+
+    The last probe is answered several times in a row, and once more after the other probes: what
+    another input left behind in the module shows then.
+    """
+    module = network.module
+
+    def answer() -> dict[str, Tensor]:
         # Copies: a forward may write to its input, or answer with one tensor each time.
-        runs = [copies_of(flatten(module(**copies_of(probe)))) for _ in range(_REPEATS)]
-    first, *others = runs
-    if not first:
-        return [_error("the forward returns no tensor that could be compared")]
-    if any(other.keys() != first.keys() for other in others):
-        return [_error("forwards of one input return different numbers of tensors")]
+        return copies_of(flatten(module(**copies_of(probes[-1]))))
+
+    before = state_of(network)
+    with plain_forward():
+        first, *others = [answer() for _ in range(_REPEATS)]
+        if not first:
+            return [_error("the forward returns no tensor that could be compared")]
+        if any(other.keys() != first.keys() for other in others):
+            return [_error("forwards of one input return different numbers of tensors")]
+        after = state_of(network)
+        differing = _names_that_differ(first, others)
+        if not differing:
+            for probe in probes[:-1]:
+                module(**copies_of(probe))
+            after = state_of(network)
+            differing = _names_that_differ(first, [answer()])
+    if not differing:
+        return []
+    moved = [name for name in before if name in after and not _equal(before[name], after[name])]
+    if moved:
+        answers, state = ", ".join(differing), ", ".join(moved[:_NAMED])
+        why = f"{answers} depends on the forwards before: {state} moves from one to the next"
+        return [_error(why, "keep no state in eval mode, or make it an input and an output")]
+    fix = "look for the system's randomness, a clock, a counter"
+    return [_error(f"{name} differs between forwards of one input", fix) for name in differing]
+
+
+def _names_that_differ(first: Mapping[str, Tensor], others: list[dict[str, Tensor]]) -> list[str]:
     return [
-        _error(
-            f"{name} differs between forwards of one input",
-            "look for the system's randomness, a clock, a counter",
-        )
+        name
         for name, tensor in first.items()
-        if any(not _same_bits(tensor, other[name]) for other in others)
+        if any(name not in other or not _same_bits(tensor, other[name]) for other in others)
     ]
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and _same_bits(a, b)
+    return type(a) is type(b) and a == b
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -125,3 +125,50 @@ def test_a_module_that_cannot_be_put_into_eval_mode_is_one_sentence(
     with pytest.raises(UserCodeFailed, match="cannot be put into eval mode") as raised:
         load_in_eval_mode("users_graph:build")
     assert isinstance(raised.value, EvalmodeError)
+
+
+class RemembersTheLast(nn.Module):
+    """Answers with a frame of the call before; nothing is random."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate, self.calls = rate, 0
+        self.register_buffer("past", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = x + self.past
+        self.calls += 1
+        self.past.mul_(1 - self.rate).add_(self.rate * x[0])
+        return answer
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1], ids=["the last", "a moving mean"])
+def test_state_that_moves_is_named_and_not_called_randomness(rate: float) -> None:
+    module = nn.Sequential(RemembersTheLast(rate)).eval()
+    candidate = candidate_of(module, [X, torch.rand(3, 6)])
+    (record,) = [
+        record
+        for record in certify(candidate, progress=lambda step: None).records
+        if record.rule == "eager-randomness"
+    ]
+    assert record.verdict is Verdict.FAIL
+    (finding,) = record.findings
+    assert "0.past" in finding.why
+    assert "moves from one to the next" in finding.why
+    assert "make it an input and an output" in finding.fix
+
+
+class Counts(nn.Module):
+    """Counts its calls, which no answer depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 2
+
+
+def test_a_counter_that_no_answer_depends_on_is_nobodys_business() -> None:
+    assert verdict_of(Counts()) is Verdict.PASS
