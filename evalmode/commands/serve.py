@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evalmode.commands.generated import command_of
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import help_of, open_console, write
+from evalmode.terminal import open_console, write
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -37,11 +38,6 @@ def serve_command() -> Any:
     """The command with its flags. Made when it is called: the settings take a tenth of a second to
     import.
     """
-    alone = typer.Typer(
-        add_completion=False,
-        rich_markup_mode="rich",
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
 
     def called(
         where: Path | None,
@@ -56,12 +52,7 @@ def serve_command() -> Any:
         flags = {name: value for name, value in given.items() if value != []}
         _serve(config, print_settings=print_settings, bundle=where or bundle, **flags)
 
-    called.__doc__ = help_of(serve)
-    signature = inspect.Signature(list(_parameters()))
-    called.__signature__ = signature  # type: ignore[attr-defined]
-    called.__annotations__ = {name: flag.annotation for name, flag in signature.parameters.items()}
-    alone.command(epilog=EPILOG)(called)
-    return typer.main.get_command(alone)
+    return command_of(called, list(_parameters()), described_by=serve, epilog=EPILOG)
 
 
 def _serve(config: Path | None, *, print_settings: bool, **given: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 import typer
 
 from evalmode import CACHE
+from evalmode.commands.generated import command_of
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import help_of, open_console
+from evalmode.terminal import open_console
 
 EPILOG = (
     "Examples:  evalmode train   |   evalmode train --data reviews.csv --label-column stars"
@@ -87,16 +88,7 @@ def train_command() -> Any:
     def call(out: Path | None, resume: bool, cache: Path | None, **options: Any) -> None:
         _train(options, out=out, resume=resume, cache=cache)
 
-    call.__doc__ = help_of(train)
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app = typer.Typer(
-        add_completion=False,
-        rich_markup_mode="rich",
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.command(epilog=EPILOG)(call)
-    return typer.main.get_command(app)
+    return command_of(call, parameters, described_by=train, epilog=EPILOG)
 
 
 def _train(options: dict[str, Any], *, out: Path | None, resume: bool, cache: Path | None) -> None:

@@ -268,21 +268,20 @@ def _fixed(weight: Weight | onnx.SparseTensorProto) -> Array | None:
         array = weight.array()
     except Broken:  # what cannot be read decides nothing
         return None
-    # NumPy and the runtime read the same value from plain types alone.
+    return array if _reads_alike(array, weight.tensor) else None
+
+
+def _reads_alike(array: Array, tensor: onnx.TensorProto) -> bool:
+    """Whether NumPy and every runtime read these values from the tensor.
+
+    They do from plain types alone, and differ on booleans that are written as neither 0 nor 1.
+    """
     if array.dtype.isbuiltin != 1 or array.dtype.kind not in "biuf":
-        return None
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return None
-    if array.dtype == np.bool_ and not _holds_booleans(array, weight.tensor):
-        return None
-    return array
-
-
-def _holds_booleans(array: Array, tensor: onnx.TensorProto) -> bool:
-    """Whether every boolean is written as 0 or 1: readers differ on all other numbers."""
-    if not set(tensor.int32_data) <= {0, 1}:
         return False
-    return bool((np.ascontiguousarray(array).view(np.uint8) <= 1).all())
+    if array.dtype == np.bool_:
+        in_bytes = np.ascontiguousarray(array).view(np.uint8)
+        return set(tensor.int32_data) <= {0, 1} and bool((in_bytes <= 1).all())
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> Array | None:
@@ -302,11 +301,7 @@ def _dense(sparse: onnx.SparseTensorProto) -> Array | None:
         dense[places] = values
     except (ValueError, TypeError, KeyError, IndexError):
         return None
-    if dense.dtype.isbuiltin != 1 or dense.dtype.kind not in "biuf":
-        return None
-    if dense.dtype == np.bool_ and not _holds_booleans(values, sparse.values):
-        return None
-    return dense
+    return dense if _reads_alike(values, sparse.values) else None
 
 
 def _constant(value: Made) -> Array | None:

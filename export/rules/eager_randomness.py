@@ -109,12 +109,12 @@ def _differing(network: Network, probes: Sequence[Mapping[str, Tensor]]) -> list
             return [_error("the forward returns no tensor that could be compared")]
         if any(other.keys() != first.keys() for other in others):
             return [_error("forwards of one input return different numbers of tensors")]
-        after = state_of(network)
         differing = _names_that_differ(first, others)
         if not differing:
             for probe in probes[:-1]:
                 module(**copies_of(probe))
-            after = state_of(network)
+        after = state_of(network)
+        if not differing:
             differing = _names_that_differ(first, [answer()])
     if not differing:
         return []
