@@ -169,9 +169,8 @@ def _table(path: Path) -> Dataset:
     try:
         with tempfile.TemporaryDirectory(prefix="evalmode-data-") as folder:
             return read(str(path), cache_dir=folder, keep_in_memory=True)
-    except (
-        Exception
-    ) as error:  # datasets wraps the readers' errors in its own, and pandas raises what it likes
+    except Exception as error:
+        # datasets wraps the readers' errors in its own, and pandas raises what it likes.
         cause = str(error.__cause__ or error).strip().splitlines()
         raise DataError(
             f"{path} cannot be read as {path.suffix[1:]}: {cause[0] if cause else error!r}"

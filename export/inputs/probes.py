@@ -93,9 +93,8 @@ def single_rows(run: Run, samples: Sequence[Sample], axes: Axes) -> dict[int, li
 def _keeps_rows(run: Run, batch: Sample, rows: int) -> bool:
     try:
         answers = run(batch).values()
-    except (
-        Exception
-    ):  # the user's own code: what it takes another number of rows for is no batch axis
+    except Exception:
+        # The user's own code: what it takes another number of rows for is no batch axis.
         return False
     return all(answer.ndim and answer.shape[0] == rows for answer in answers)
 

@@ -239,10 +239,8 @@ def _given_rate(
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-    except (
-        ValueError,
-        TypeError,
-    ):  # built-in functions have no signature: keywords are all there is
+    except (ValueError, TypeError):
+        # Built-in functions have no signature: keywords are all there is.
         given = kwargs
     rate = given.get("p", given.get("dropout_p"))
     return float(rate) if isinstance(rate, int | float) else None

@@ -68,9 +68,8 @@ def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
                 fix=_FIX_UNWATCHED,
             )
         ]
-    except (
-        Exception
-    ) as error:  # the user's own code: whatever it raises on an input it should read is a finding
+    except Exception as error:
+        # The user's own code: whatever it raises on an input it should read is a finding.
         why = f"the forward fails on {shapes_of(probe)}: {type(error).__name__}: {error}"
         return [_error(why, "give inputs that it reads")]
 

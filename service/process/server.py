@@ -107,9 +107,8 @@ def serve_one(
     signals.to(server.signalled)
     try:
         server.run([listener])
-    except (
-        OSError
-    ) as error:  # two processes may bind a port at once; the second to listen is refused here
+    except OSError as error:
+        # Two processes may bind a port at once; the second to listen is refused here.
         raise cannot_listen(settings, error) from error
     return server.exit_code
 
