@@ -32,6 +32,7 @@ from evalmode.export.inputs.probes import evidence_of
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import flatten, left_out
+from evalmode.export.module.randomness import Draw, Unwatched, watch
 from evalmode.export.module.untouched import untouched
 
 # A runtime is given NumPy arrays.
@@ -59,22 +60,43 @@ def candidate_of(
     network = Network.of(module)
     # The copy that runs here may be the module itself, where it cannot be copied.
     with untouched(network):
-        scout, fresh = network.copy().module, network.copy().module
-        answer = _answer(scout, tensors[0])
+        scout, exported, fresh = (network.copy().module for _ in range(3))
+        seen: dict[Draw, None] = {}  # in order, each once
+
+        def forward(sample: Sample) -> object:
+            try:
+                answer, drawn = watch(scout, sample)
+            except Unwatched:  # the rule that watches says so
+                with plain_forward():
+                    return scout(**copies_of(sample))
+            seen.update(dict.fromkeys(drawn))
+            return answer
 
         def run(sample: Sample) -> dict[str, Tensor]:
-            with plain_forward():
-                return flatten(scout(**copies_of(sample)))
+            return flatten(forward(sample))
 
+        try:
+            answer = forward(tensors[0])
+        except Exception as error:  # the user's own code
+            reason = str(error).strip().partition("\n")[0]
+            raise UnusableInputs(
+                f"{type(module).__name__} fails on the sample ({shapes_of(tensors[0])}):"
+                f" {type(error).__name__}: {reason}"
+            ) from error
+        if not flatten(answer):
+            raise UnusableInputs(
+                f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}"
+            )
         axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else find_axes(run, tensors)
         names = [f"{name}_out" if name in tensors[0] else name for name in flatten(answer)]
         return Candidate(
             module=module,
-            exported=module,
+            exported=exported,
             fresh=fresh,
             example=_example(run, tensors, axes),
             outputs=tuple(names),
             evidence=evidence_of(run, tensors, axes),
+            draws=tuple(seen),
             left_out=left_out(answer),
             constants=constants,
         )
@@ -195,23 +217,6 @@ def _require_alike(samples: Sequence[Sample]) -> None:
                 raise UnusableInputs(
                     f"input {name!r} has another type or other axes in another sample"
                 )
-
-
-def _answer(module: nn.Module, sample: Sample) -> object:
-    try:
-        with plain_forward():
-            answer = module(**copies_of(sample))
-    except Exception as error:  # the user's own code
-        reason = str(error).strip().partition("\n")[0]
-        raise UnusableInputs(
-            f"{type(module).__name__} fails on the sample ({shapes_of(sample)}):"
-            f" {type(error).__name__}: {reason}"
-        ) from error
-    if not flatten(answer):
-        raise UnusableInputs(
-            f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}"
-        )
-    return answer
 
 
 def _example(run: Run, samples: Sequence[Sample], axes: Axes) -> Sample:

@@ -64,19 +64,26 @@ class Draw:
         return f"{self.path or '(root)'} ({self.kind}{rate}): {self.operator} at {self.line}"
 
 
-def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
-    """Every place that draws a random number in one forward of `module`, in order, each once.
-    Raises Unwatched.
+def watch(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[object, tuple[Draw, ...]]:
+    """What one forward of `module` answers, and every place that draws a random number in it, in
+    order, each once.
+
+    Raises Unwatched, and whatever the forward raises.
     """
     witness = _Witness(Network.of(module))  # anew for each forward: one may make parts of its own
     try:
         with plain_forward(), witness.watching():
-            module(**copies_of(inputs))
+            answer = module(**copies_of(inputs))
     except Unwatched:
         # else the compiler, which was left half-way, fails for every later forward
         torch._dynamo.reset()
         raise
-    return tuple(dict.fromkeys(witness.seen))
+    return answer, tuple(dict.fromkeys(witness.seen))
+
+
+def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
+    """Every place that draws a random number in one forward of `module`. Raises as `watch` does."""
+    return watch(module, inputs)[1]
 
 
 class _Witness:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from evalmode.export.inputs.candidate import Twin
     from evalmode.export.inputs.evidence import Evidence
     from evalmode.export.module.network import Network
+    from evalmode.export.module.randomness import Draw
 
 # The batch sizes that are measured.
 COUNTS = tuple(range(1, 65))
@@ -49,8 +50,9 @@ class Subject:
     """The parts that a rule judges. Reading a part that is not there is a bug: see `has`.
 
     `network` is the module that is exported. `module` is the one that the graph is compared with,
-    by default the network's. `file` is where the graph lies, if it came from a file. `served` and
-    `plain` are sessions of the graph on `provider` with `threads` threads.
+    by default the network's. `draws` are the places that drew while the evidence was made. `file`
+    is where the graph lies, if it came from a file. `served` and `plain` are sessions of the graph
+    on `provider` with `threads` threads.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Subject:
         module: nn.Module | None = None,
         graph: Graph | None = None,
         evidence: Evidence | None = None,
+        draws: Sequence[Draw] = (),
         export: Export | None = None,
         bundle: Bundle | None = None,
         audit: Audit | None = None,
@@ -70,7 +73,7 @@ class Subject:
         self._network, self._graph, self._evidence = network, graph, evidence
         self._bundle, self._audit = bundle, audit
         self.module = network.module if module is None and network is not None else module
-        self.export = export or Export()
+        self.export, self.draws = export or Export(), draws
         self.file, self.provider, self.threads = file, provider, threads
 
     def has(self, needs: Needs) -> bool:
@@ -148,11 +151,13 @@ class Subject:
             for probe in self.evidence.probes
         ]
 
-    def reference(self, inputs: Tensors) -> Tensors:
-        """What the module itself answers, by the names of the graph's outputs."""
+    def reference(self, inputs: Tensors, *, plain: bool = False) -> Tensors:
+        """What the module itself answers, by the names of the graph's outputs; `plain` is without
+        PyTorch's fast path.
+        """
         from evalmode.export.module.forward import answers_of  # loads torch
 
         assert self.module is not None, "only a rule that compares with the module asks it"
         names = [output.name for output in self.graph.proto.graph.output]
-        answers = answers_of(self.module, inputs).values()
+        answers = answers_of(self.module, inputs, plain=plain).values()
         return dict(zip(names, answers, strict=True))
