@@ -74,6 +74,8 @@ def subject_of(candidate: Candidate) -> Subject:
         export=Export(
             unoptimised=converted.unoptimised,
             bounds=converted.bounds,
-            twins=(twin, *candidate.twins),
+            conditions=converted.conditions,
+            # One in another process shows what one in this process does, and more.
+            twins=candidate.twins or (twin,),
         ),
     )

@@ -87,6 +87,12 @@ def candidate_of(
             raise UnusableInputs(
                 f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}"
             )
+        for name, tensor in flatten(answer).items():
+            if tensor.is_complex():
+                raise UnusableInputs(
+                    f"{type(module).__name__} answers {name} with complex numbers, which no graph"
+                    " answers with: answer with torch.view_as_real of it"
+                )
         axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else find_axes(run, tensors)
         names = [f"{name}_out" if name in tensors[0] else name for name in flatten(answer)]
         return Candidate(

@@ -13,7 +13,6 @@ Knows neither ONNX nor files.
 from __future__ import annotations
 
 import inspect
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -32,13 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evalmode.export.module.dropouts import declared_rate
 from evalmode.export.module.forward import copies_of, plain_forward
+from evalmode.export.module.lines import is_models
 from evalmode.export.module.network import Generator, Network
 
 # An operator that is not marked as one that may draw (anyone can register one) is seen by this
 # alone.
 _TORCHS = "torch's generator, by an operator that does not say that it draws"
-
-_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 class Unwatched(Exception):  # noqa: N818 - read as a sentence: "raise Unwatched"
@@ -254,10 +252,8 @@ def _given_rate(
 
 
 def _line() -> str:
-    """The innermost line of the user's own code: the first frame that is neither torch's nor the
-    witness's.
-    """
+    """The innermost line of the model's own code."""
     frame = sys._getframe(1)
-    while frame.f_back and frame.f_code.co_filename.startswith((_TORCH, __file__)):
+    while frame.f_back and not is_models(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
+from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.row_counts import stable_row_counts
 from evalmode.bundle.session import Session, open_session
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from evalmode.export.audit.audit import Audit
+    from evalmode.export.convert import Condition
     from evalmode.export.inputs.candidate import Twin
     from evalmode.export.inputs.evidence import Evidence
     from evalmode.export.module.network import Network
@@ -38,11 +40,13 @@ class Export:
     """What only the exporter knows of a graph.
 
     `unoptimised` is the graph before constants were folded, `bounds` holds the sizes of axes up to
-    which the graph was traced, `twins` make exports of the same weights under other seeds.
+    which the graph was traced, `conditions` what else of sizes it was traced for, `twins` make
+    exports of the same weights under other seeds.
     """
 
     unoptimised: onnx.ModelProto | None = None
     bounds: Mapping[str, int] = field(default_factory=dict)
+    conditions: Sequence[Condition] = ()
     twins: Sequence[Twin] = ()
 
 
@@ -144,11 +148,26 @@ class Subject:
         return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
 
     @cached_property
+    def probes(self) -> Sequence[Tensors]:
+        """The probes that the graph reads; the rule dynamic-axes names the others."""
+        readable: list[Tensors] = []
+        problem: ModelRunFailed | None = None
+        for probe in self.evidence.probes:
+            try:
+                self.served.run(probe)
+                readable.append(probe)
+            except ModelRunFailed as error:
+                problem = problem or error
+        if problem is not None and not readable:
+            raise problem
+        return readable
+
+    @cached_property
     def answers(self) -> list[tuple[Tensors, Tensors]]:
         """For each probe what the module answers (nothing without one) and what the graph does."""
         return [
             ({} if self.module is None else self.reference(probe), self.served.run(probe))
-            for probe in self.evidence.probes
+            for probe in self.probes
         ]
 
     def reference(self, inputs: Tensors, *, plain: bool = False) -> Tensors:
