@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.errors import EvalmodeError
+from evalmode.export.convert import scope
 from evalmode.export.fingerprint import fingerprint
 from evalmode.export.graph import Graph, graph_of
 from evalmode.export.graph.suspicious_weights import mask_like
@@ -51,13 +52,21 @@ def _folded(subject: Subject) -> Iterator[Finding]:
     """What draws in the graph before optimisation and is gone after it."""
     if subject.export.unoptimised is None:
         return
-    before = graph_of(subject.export.unoptimised)
+    before, after = graph_of(subject.export.unoptimised), subject.graph
+    # Names end in a number, which optimisation changes: a place is its module and operator.
+    left = {
+        _place(item) for rule in (stochastic_op, training_mode) for item in rule.findings_in(after)
+    }
     why = (
         "it draws in the graph before optimisation: its noise may have been folded into a constant"
     )
     for finding in (*stochastic_op.findings_in(before), *training_mode.findings_in(before)):
-        if finding.severity is Severity.ERROR:
+        if finding.severity is Severity.ERROR and _place(finding) not in left:
             yield finding.model_copy(update={"why": why, "fix": _FIX})
+
+
+def _place(finding: Finding) -> tuple[str, str]:
+    return scope(finding.node), finding.op
 
 
 def _differing(subject: Subject) -> Iterator[Finding]:

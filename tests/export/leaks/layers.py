@@ -151,8 +151,7 @@ CASES = (
     Case(
         name="`nn.RReLU`",
         make=rows(nn.RReLU),
-        in_eval=NO_EXPORT,
-        though_quiet="torch's exporter does not know it",
+        **MODES,
     ),
     Case(
         name="`F.rrelu(x, training=True)`",
@@ -242,7 +241,7 @@ CASES = (
         name="`nn.BatchNorm2d(track_running_stats=False)`",
         make=images(lambda: nn.BatchNorm2d(4, track_running_stats=False)),
         sample=IMAGES,
-        in_eval=NOT_THIS_ROW,
+        in_eval=("training-mode", "batch-invariance"),
         though_quiet="a row's answer depends on its neighbours",
         **MODES,
     ),
@@ -253,8 +252,7 @@ CASES = (
             mean=torch.ones(4),
             var=torch.ones(4),
         ),
-        # its forwards move the statistics, which the optimiser folds into weights
-        in_eval=("baked-noise", "parity"),
+        in_eval=("parity",),
         though_quiet="it normalises by the batch, the exporter by what was learnt",
         **MODES,
     ),
