@@ -22,7 +22,7 @@ _SIZES = {
 _SHARED_KEYS = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
 
 
-@entry("decoder", text(side="left"), sizes=TEXTS, fresh_sizes=FRESH_TEXTS, everyday=True)
+@entry("decoder", text(side="left"), sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS
@@ -149,8 +149,8 @@ def bloom() -> nn.Module:
     return transformers.BloomForCausalLM(config)
 
 
-@entry("decoder", text(), sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
-def mamba() -> nn.Module:
+@entry("decoder", text(), sizes=((3, 9), (2, 9)), fresh_sizes=((4, 9), (1, 9)))
+def mamba_of_one_length() -> nn.Module:
     config = transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, **_TOKENS
     )

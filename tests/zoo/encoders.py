@@ -20,7 +20,7 @@ _SIZES = {
 _LABELS = {"num_labels": 3}
 
 
-@entry("encoder", text(token_type_ids=2), sizes=TEXTS, fresh_sizes=FRESH_TEXTS, everyday=True)
+@entry("encoder", text(token_type_ids=2), sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
 def bert() -> nn.Module:
     config = transformers.BertConfig(**_SIZES, **_LABELS)
     return transformers.BertForSequenceClassification(config)
@@ -111,8 +111,8 @@ def squeezebert() -> nn.Module:
     return transformers.SqueezeBertModel(config)
 
 
-@entry("encoder", text(), sizes=((3, 16), (2, 24)), fresh_sizes=((4, 8), (1, 20), (5, 28)))
-def funnel() -> nn.Module:
+@entry("encoder", text(), sizes=((3, 16), (2, 16)), fresh_sizes=((4, 16), (1, 16)))
+def funnel_of_one_length() -> nn.Module:
     config = transformers.FunnelConfig(
         vocab_size=VOCABULARY, d_model=32, n_head=4, d_head=8, d_inner=48, block_sizes=[1, 1]
     )

@@ -123,7 +123,7 @@ def _series(generator: Generator, rows: int, length: int) -> Sample:
     return {"series": torch.randn(rows, length, 4, generator=generator)}
 
 
-@entry("convolutional", _series, sizes=TEXTS, fresh_sizes=FRESH_TEXTS, everyday=True)
+@entry("convolutional", _series, sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
 def temporal_convolutions() -> nn.Module:
     return TemporalConvolutions()
 
@@ -213,7 +213,7 @@ def _ids(generator: Generator, rows: int, length: int) -> Sample:
     return {"input_ids": token_ids(generator, seen, pad=0)}
 
 
-@entry("convolutional", _ids, sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
+@entry("convolutional", _ids, sizes=TEXTS, fresh_sizes=FRESH_TEXTS, everyday=True)
 def text_convolutions() -> nn.Module:
     return TextConvolutions()
 
@@ -236,7 +236,7 @@ class Tagger(nn.Module):
         return {"logits": logits, "labels": logits.argmax(-1)}
 
 
-@entry("recurrent", _ids, sizes=TEXTS, fresh_sizes=FRESH_TEXTS, everyday=True)
+@entry("recurrent", _ids, sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
 def lstm_tagger() -> nn.Module:
     return Tagger()
 
@@ -458,7 +458,7 @@ def _points(generator: Generator, rows: int, length: int) -> Sample:
     }
 
 
-@entry("sets and graphs", _points, sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
+@entry("sets and graphs", _points, sizes=TEXTS, fresh_sizes=FRESH_TEXTS, everyday=True)
 def deep_sets() -> nn.Module:
     return DeepSets()
 
@@ -490,7 +490,7 @@ def _graph(generator: Generator, rows: int, nodes: int) -> Sample:
     }
 
 
-@entry("sets and graphs", _graph, sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
+@entry("sets and graphs", _graph, sizes=TEXTS, fresh_sizes=FRESH_TEXTS, everyday=True)
 def graph_network() -> nn.Module:
     return GraphNetwork()
 
@@ -583,7 +583,7 @@ def _vectors(generator: Generator, rows: int) -> Sample:
     return {"x": torch.randn(rows, 12, generator=generator)}
 
 
-@entry("perceptron", _vectors, sizes=((3,), (5,)), fresh_sizes=((1,), (8,)))
+@entry("perceptron", _vectors, sizes=((3,), (5,)), fresh_sizes=((1,), (8,)), everyday=True)
 def variational_autoencoder() -> nn.Module:
     return Vae()
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Generator, Tensor, nn
 
 from tests.zoo.entry import Sample, Sizes, entry
-from tests.zoo.samples import PAIRS, VOCABULARY, text, text_pairs
+from tests.zoo.samples import PAIRS, TEXTS, VOCABULARY, text, text_pairs
 
 _ROWS: Sizes = ((3,), (5,))
 _IN_EVAL_MODE = "draws in eval mode"
@@ -221,9 +221,34 @@ class Clock(nn.Module):
         return self.layer(x) + time.perf_counter() % 1
 
 
-@entry("refused", _vectors, sizes=_ROWS, fresh_sizes=(), refused="a clock")
+@entry(
+    "refused",
+    _vectors,
+    sizes=_ROWS,
+    fresh_sizes=(),
+    refused="differs between forwards of one input",
+)
 def clock() -> nn.Module:
     return Clock()
+
+
+class Positions(nn.Module):
+    """Counts its positions in Python, so that a graph of it holds for one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.positions = nn.Embedding(64, 16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = torch.tensor(list(range(input_ids.shape[1])))
+        x = self.embedding(input_ids) + self.positions(positions)
+        return x * attention_mask.unsqueeze(-1)
+
+
+@entry("refused", text(), sizes=TEXTS, fresh_sizes=(), refused="input_ids")
+def positions_counted_in_python() -> nn.Module:
+    return Positions()
 
 
 class Spectrum(nn.Module):

@@ -14,14 +14,11 @@ import torch
 
 from evalmode.errors import EvalmodeError
 from evalmode.export.from_module import release_module
-from tests.zoo import decoders, encoder_decoders, encoders, networks, refusals, speech, vision
 from tests.zoo.confirm import confirm
+from tests.zoo.entries import ENTRIES, table
 from tests.zoo.entry import Entry
 
-_FAMILIES = (encoders, decoders, encoder_decoders, speech, vision, networks, refusals)
-ENTRIES = [
-    entry for family in _FAMILIES for entry in vars(family).values() if isinstance(entry, Entry)
-]
+_PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 _SEED = 7
 
 
@@ -85,3 +82,7 @@ def test_the_zoo_has_each_name_once_and_eight_entries_for_every_day() -> None:
     names = [entry.name for entry in ENTRIES]
     assert len(set(names)) == len(names)
     assert sum(entry.everyday for entry in ENTRIES) == 8
+
+
+def test_the_page_has_the_table_of_the_entries() -> None:
+    assert "\n".join(table()) in _PAGE.read_text()
