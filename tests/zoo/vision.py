@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 import transformers
-from torch import Generator, nn
+from torch import nn
 
-from tests.zoo.entry import Sample, Sizes, entry
+from tests.zoo.entry import Sizes, entry
 from tests.zoo.samples import (
     FRESH_ROWS,
+    FRESH_TEXTS,
     ROWS,
+    TEXTS,
     VOCABULARY,
     images,
     images_of_any_size,
-    seen_positions,
-    token_ids,
+    text,
 )
 
 _SIZES = {
@@ -106,8 +106,8 @@ def dinov2() -> nn.Module:
     return transformers.Dinov2ForImageClassification(config)
 
 
-@entry("vision", images_of_any_size(), sizes=_ANY, fresh_sizes=_FRESH_ANY)
-def mobilenet_v2() -> nn.Module:
+@entry("vision", images(64), sizes=ROWS, fresh_sizes=FRESH_ROWS)
+def mobilenet_v2_of_one_size() -> nn.Module:
     config = transformers.MobileNetV2Config(depth_multiplier=0.25, **_LABELS)
     return transformers.MobileNetV2ForImageClassification(config)
 
@@ -132,24 +132,23 @@ def poolformer() -> nn.Module:
     return transformers.PoolFormerForImageClassification(config)
 
 
-def _captioned(generator: Generator, rows: int, length: int) -> Sample:
-    seen = seen_positions(generator, rows, length, side="right")
-    return {
-        "input_ids": token_ids(generator, seen, pad=0),
-        "pixel_values": torch.randn(rows, 3, 32, 32, generator=generator),
-        "attention_mask": seen.to(torch.int64),
-    }
+_CLIP_TEXT = {
+    **_SIZES,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "projection_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
-@entry("vision", _captioned, sizes=((3, 9), (2, 14)), fresh_sizes=((4, 7), (5, 21)))
-def clip() -> nn.Module:
-    text = {
-        **_SIZES,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    config = transformers.CLIPConfig(text_config=text, vision_config=_PATCHES, projection_dim=16)
-    return transformers.CLIPModel(config)
+@entry("vision", text(), sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
+def clip_texts() -> nn.Module:
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**_CLIP_TEXT))
+
+
+@entry("vision", images(32), sizes=ROWS, fresh_sizes=FRESH_ROWS)
+def clip_images() -> nn.Module:
+    config = transformers.CLIPVisionConfig(**_PATCHES, projection_dim=16)
+    return transformers.CLIPVisionModelWithProjection(config)
