@@ -260,6 +260,27 @@ def positions_counted_in_python() -> nn.Module:
     return Positions()
 
 
+class Elevenths(nn.Module):
+    """Answers otherwise to a series whose length is a multiple of eleven."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, series: Tensor) -> Tensor:
+        answer = self.layer(series)
+        return answer.tanh() if series.shape[1] % 11 == 0 else answer
+
+
+def _series(generator: Generator, rows: int, length: int) -> Sample:
+    return {"series": torch.randn(rows, length, 4, generator=generator)}
+
+
+@entry("refused", _series, sizes=TEXTS, fresh_sizes=(), refused="no bundle was written")
+def branch_on_a_rare_length() -> nn.Module:
+    return Elevenths()
+
+
 class Spectrum(nn.Module):
     """Answers with eigenvalues, for which ONNX has no operator."""
 
