@@ -169,3 +169,14 @@ def qwen3_moe() -> nn.Module:
         **_SHARED_KEYS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     )
     return transformers.Qwen3MoeForCausalLM(config)
+
+
+@entry("experts", text(), sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
+def mixtral_with_batched_experts() -> nn.Module:
+    config = transformers.MixtralConfig(
+        **_SHARED_KEYS,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        experts_implementation="batched_mm",
+    )
+    return transformers.MixtralForCausalLM(config)

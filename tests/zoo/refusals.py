@@ -394,3 +394,38 @@ def clip() -> nn.Module:
         text_config=text_config, vision_config=vision_config, projection_dim=16
     )
     return transformers.CLIPModel(config)
+
+
+@entry("refused", text(pad=1), sizes=TEXTS, fresh_sizes=(), refused="modeling_longformer.py")
+def longformer() -> nn.Module:
+    """Counts its chunks with `torch.div`, whose answer is a tensor and no size."""
+    config = transformers.LongformerConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=66,
+        attention_window=4,
+        pad_token_id=1,
+    )
+    return transformers.LongformerModel(config)
+
+
+@entry("refused", text(), sizes=TEXTS, fresh_sizes=(), refused="modeling_rope_utils.py")
+def llama_with_rotations_that_grow() -> nn.Module:
+    """Makes its rotations anew when the largest position exceeds those made before."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.LlamaForCausalLM(config)
