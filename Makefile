@@ -12,7 +12,7 @@ BUNDLE := bundles/$(DATA)/1
 ENGINE ?= $(shell command -v docker || command -v podman)
 IMAGE ?= evalmode
 
-.PHONY: serve test check lint bench image clean
+.PHONY: serve test check zoo lint bench image clean
 
 serve: $(BUNDLE)/manifest.json  ## train, export and certify the default model once, then serve it on :8000
 	$(BIN)/evalmode serve $(BUNDLE)
@@ -21,6 +21,9 @@ test: $(VENV)/dev $(CLIENTS)/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: lint test  ## what a change must pass
+
+zoo: $(VENV)/dev  ## every architecture of docs/zoo.md, exported and confirmed, and a table of the verdicts
+	$(BIN)/python -m pytest tests/zoo -m '' -n 2
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
