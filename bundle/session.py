@@ -65,9 +65,8 @@ class Session:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.use_deterministic_compute = True
-        options.log_severity_level = (
-            3  # errors reach us as exceptions; its own lines on stderr help nobody
-        )
+        # Errors reach us as exceptions; the runtime's own lines on stderr help nobody.
+        options.log_severity_level = 4
         # Spinning threads burn a container's CPU quota while nothing is asked.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimise:

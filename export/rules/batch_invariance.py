@@ -51,10 +51,8 @@ def check(subject: Subject) -> Record:
         worst = max([worst, *changes.values()])
         for name, change in changes.items():
             if change:
-                why = (
-                    f"length {length}: another row in the batch changes this row's answer by"
-                    f" {change:.3g}"
-                )
+                at = f"length {length}: " if length else ""
+                why = f"{at}another row in the batch changes this row's answer by {change:.3g}"
                 findings.append(Finding(severity=Severity.ERROR, node=name, why=why, fix=_FIX))
         findings += [
             Finding(severity=Severity.UNPROVEN, node=name, why=_ROWLESS, fix=_FIX_ROWLESS)
@@ -80,7 +78,10 @@ def _as_alone(subject: Subject) -> str:
     row_counts = subject.row_counts
     if all(len(counts) == len(COUNTS) for counts in row_counts.values()):
         return f"the bits of one row alone at every batch size 1..{COUNTS[-1]}"
-    some = ", ".join(f"{len(counts)} at length {length}" for length, counts in row_counts.items())
+    some = ", ".join(
+        f"{len(counts)} at length {length}" if length else str(len(counts))
+        for length, counts in row_counts.items()
+    )
     return f"of the batch sizes 1..{COUNTS[-1]}, with the bits of one row alone: {some}"
 
 
