@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evalmode.bundle.certificate import Record, Verdict
 from evalmode.export.rules.registry import RULES, Needs
-from evalmode.export.verify.verify import Options, verify
+from evalmode.export.verify.options import Options
+from evalmode.export.verify.verify import verify
 
 ROWS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
