@@ -33,11 +33,12 @@ class Absent:
     """An optional input that is not given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fixed:
-    """An initializer that nobody can change."""
+    """An initializer that nobody can change; `budget` is what reading it is charged to."""
 
     weight: Weight | onnx.SparseTensorProto
+    budget: Budget
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,17 @@ _FIELDS = {
 
 @dataclass
 class Budget:
-    """How many values of a model the runtime may still be asked for."""
+    """What it may still cost to decide the values of a model, and the initializers that were read.
 
-    left: int = 200
+    `values` the runtime may be asked for, `bytes` may be held, and `steps` may be taken to find
+    what an undecided value comes from. `read` holds what `fold` read, by the identity of the
+    initializer: many nodes may read one, and each reading would map its file anew.
+    """
+
+    values: int = 200
+    bytes: int = 32 << 20
+    steps: int = 200_000
+    read: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -35,6 +35,8 @@ from evalmode.export.graph.wire import Skimmed
 
 _DEEPEST = 100  # bodies and functions inside one another; each takes a few of Python's own frames
 _OVERRIDABLE_SINCE = 4  # IR version
+# Of the paths to nodes and weights in bodies and functions, where a long name counts at each call.
+_PATH_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,14 @@ class Walker:
                 [item.name, item.domain, item.overload, *item.input, *item.output, *imported],
             )
         self._functions = {function_id(item): item for item in model.functions}
+        self._opsets_inside = {
+            identity: self._opsets | opsets_of(item.opset_import)
+            for identity, item in self._functions.items()
+        }
         if len(self._functions) < len(model.functions):
             raise Broken("it defines a function twice")
         self._budget = Budget()
+        self._path_characters = 0
         self._seen: set[Identity] = set()
         self._dead = False  # whether the main graph, and so all that it calls, has been walked
         self._again = self._depth = (
@@ -170,7 +177,9 @@ class Walker:
         for sparse in graph.sparse_initializer:
             overridable = sparse.values.name in inputs
             fixed: Value = (
-                Open(sparse.values.name, Origin.OVERRIDABLE) if overridable else Fixed(sparse)
+                Open(sparse.values.name, Origin.OVERRIDABLE)
+                if overridable
+                else Fixed(sparse, self._budget)
             )
             scope.define(sparse.values.name, fixed)
         self._nodes(scope)
@@ -181,15 +190,25 @@ class Walker:
         self._list(weight)
         if is_input and (self._overridable or scope.parent is not None):
             return Open(tensor.name, Origin.OVERRIDABLE)
-        return Fixed(weight)
+        return Fixed(weight, self._budget)
 
     def _weight(self, tensor: onnx.TensorProto, scope: Scope, name: str) -> Weight:
         _text(
             scope.where,
             [name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))],
         )
+        self._count(scope, scope.path + name)
         span = self._skimmed.span(tensor) if self._skimmed else None
         return self._source.weight(tensor, span, name=name, path=scope.path + name)
+
+    def _count(self, scope: Scope, path: str) -> None:
+        if scope.path:
+            self._path_characters += len(path)
+        if self._path_characters > _PATH_CHARACTERS:
+            raise Broken(
+                f"the paths to its nodes come to more than {_PATH_CHARACTERS:,} characters: its"
+                " bodies and functions need shorter names"
+            )
 
     def _list(self, weight: Weight) -> None:
         if not self._again:
@@ -203,7 +222,9 @@ class Walker:
                 f" {scope.where}"
             )
         for index, node in enumerate(scope.nodes):
-            self._node(scope, index, node, scope.path_of(index))
+            path = scope.path_of(index)
+            self._count(scope, path)
+            self._node(scope, index, node, path)
         for name in scope.outputs:
             _require(scope, name, f"the output {name!r} of {scope.where}")
         self._depth -= 1
@@ -306,7 +327,7 @@ class Walker:
         again = identity in self._seen
         self._again += again
         self._seen.add(identity)
-        opsets = {**self._opsets, **opsets_of(function.opset_import)}
+        opsets = self._opsets_inside[identity]
         scope = Scope(f"{path}{named}/", function.node, function.output, opsets, None, attributes)
         scope.budget = self._budget
         if len(set(function.input)) < len(function.input):
