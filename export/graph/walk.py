@@ -17,6 +17,7 @@ import onnx
 from evalmode.export.graph.calls import Identity, function_id, order_of_calls
 from evalmode.export.graph.errors import Broken
 from evalmode.export.graph.fold import decide, decider
+from evalmode.export.graph.order import is_sorted, sorted_order
 from evalmode.export.graph.scope import (
     Absent,
     Budget,
@@ -104,16 +105,22 @@ class Walker:
     that is broken.
     """
 
-    def __init__(self, model: onnx.ModelProto, source: Source, skimmed: Skimmed | None) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        imports: Sequence[onnx.OperatorSetIdProto],
+        source: Source,
+        skimmed: Skimmed | None,
+    ) -> None:
         self.nodes: list[NodeAt] = []
         self.weights: list[Weight] = []
         self._source, self._skimmed = source, skimmed
         self._outermost_first: Sequence[Identity] = ()
-        self._opsets = opsets_of(model.opset_import)
+        self._opsets = opsets_of(imports)
         # Before IR version 4 every initializer had to be an input, and ONNX Runtime takes no value
         # for such an input.
         self._overridable = not 0 < model.ir_version < _OVERRIDABLE_SINCE
-        _text("the opset imports", [item.domain for item in model.opset_import])
+        _text("the opset imports", [item.domain for item in imports])
         for item in model.functions:
             imported = [one.domain for one in item.opset_import]
             _text(
@@ -221,10 +228,15 @@ class Walker:
                 f"bodies and functions stand more than {_DEEPEST} deep inside one another at"
                 f" {scope.where}"
             )
-        for index, node in enumerate(scope.nodes):
+        order: Sequence[int] = range(len(scope.nodes))
+        is_main = not scope.path
+        if is_main and not is_sorted(scope.nodes, scope.names):
+            order = sorted_order(scope.nodes, scope.names)
+            scope.made_anywhere = frozenset(name for node in scope.nodes for name in node.output)
+        for index in order:
             path = scope.path_of(index)
             self._count(scope, path)
-            self._node(scope, index, node, path)
+            self._node(scope, index, scope.nodes[index], path)
         for name in scope.outputs:
             _require(scope, name, f"the output {name!r} of {scope.where}")
         self._depth -= 1
@@ -351,7 +363,11 @@ def _require(scope: Scope, name: str, what: str) -> None:
     try:
         scope.read(name)
     except KeyError:
-        made = any(name in node.output for node in scope.nodes)
+        around: Scope | None = scope
+        made = False
+        while around is not None and not made:
+            made = any(name in node.output for node in around.nodes)
+            around = around.parent
         problem = (
             "is made only later: the nodes are not sorted, or form a cycle"
             if made
