@@ -71,9 +71,9 @@ def open_graph(path: Path) -> Graph:
         if found.st_size == 0:
             raise ModelUnreadable(f"{path} is not an ONNX model: it is empty")
         with path.open("rb") as file:
+            # Closed when nothing refers to it: an exception's frames may hold parts of it.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with mapped, memoryview(mapped) as data:
-            return _read(data, path, path.parent, str(path))
+        return _read(memoryview(mapped), path, path.parent, str(path))
     except OSError as error:
         raise ModelUnreadable(f"{path} cannot be read: {error.strerror or error}") from error
 

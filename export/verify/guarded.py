@@ -23,7 +23,7 @@ from evalmode.bundle.manifest import Frozen
 from evalmode.bundle.store import open_bundle
 from evalmode.child_process import Child, ChildLost, OutOfMemory, OutOfTime, serve
 from evalmode.errors import EvalmodeError
-from evalmode.export.graph import open_graph
+from evalmode.export.graph import ModelUnreadable, open_graph
 from evalmode.export.rules.registry import RULES, Rule
 from evalmode.export.rules.subject import Subject
 from evalmode.export.verify.options import Options
@@ -72,12 +72,15 @@ def run_file(subject: Subject, rules: Sequence[Rule], options: Options) -> dict[
     """The records of the rules that run the subject's file, by the name of the rule.
 
     Where the child ends, the rules that have not answered say how; what the graph alone shows of
-    them is in their records all the same.
+    them is in their records all the same. Raises ModelUnreadable where weights cannot be read.
     """
     assert subject.file is not None, "only a file is run here"
     run = _Run(path=subject.file, is_bundle=False, rules=tuple(rule.name for rule in rules))
     with _lock:
         answers, lost = _runner.answers(run, options)
+    for answer in answers:
+        if answer.refusal:
+            raise ModelUnreadable(answer.refusal)
     return _records(subject, rules, answers, lost)
 
 
@@ -135,10 +138,8 @@ class _Runner:
                 f"the process that loads {' and '.join(names) or 'the samples'} {error}"
             ) from error
         sys.stderr.write(self.child.said())  # what the user's own code had to say
-        for answer in map(_Answer.model_validate_json, messages):
-            if answer.missing:
-                raise ModuleNotFoundError(f"no module {answer.missing!r}", name=answer.missing)
-            raise EvalmodeError(answer.refusal)
+        for message in messages:
+            raise EvalmodeError(_parsed(message).refusal)
         self._loaded = options
 
     def answers(self, run: _Run, options: Options) -> tuple[list[_Answer], ChildLost | None]:
@@ -152,7 +153,7 @@ class _Runner:
                 for message in self.child.ask(
                     pickle.dumps(run), time_s=time_s, memory_bytes=memory_bytes
                 ):
-                    answers.append(_Answer.model_validate_json(message))  # noqa: PERF401
+                    answers.append(_parsed(message))  # noqa: PERF401
             except ChildLost as lost:
                 self._has_run = False
                 # An earlier file may have left the damage or the memory of which this child ended.
@@ -162,6 +163,14 @@ class _Runner:
             if self.child.memory_bytes > memory_bytes // 2:  # the next file has all of the limit
                 self.child.close()
             return answers, None
+
+
+def _parsed(message: bytes) -> _Answer:
+    """The message. Raises ModuleNotFoundError where the child lacks a package."""
+    answer = _Answer.model_validate_json(message)
+    if answer.missing:
+        raise ModuleNotFoundError(f"no module {answer.missing!r}", name=answer.missing)
+    return answer
 
 
 _runner = _Runner()
@@ -226,16 +235,30 @@ def _run_file(
 
     rules = [rule for rule in RULES if rule.name in run.rules]
     graph = open_graph(run.path)
-    subject = Subject(graph=graph, file=run.path)
+    subject = bare = Subject(graph=graph, file=run.path)
+    problem: EvalmodeError | None = None
     try:
         subject = subject_of_file(run.path, graph, samples, module=module)
-    except EvalmodeError as error:
-        for rule in rules:
-            yield rule.could_not_run(error, fix=_FIX_INPUTS, subject=subject)
-        return
+    except ImportError:
+        raise
+    except Exception as error:
+        problem = _sentence(error)
     for rule in rules:
+        if problem is not None:
+            yield rule.could_not_run(problem, fix=_FIX_INPUTS, subject=bare)
+            continue
         try:
             record = rule.check(subject)
-        except EvalmodeError as error:
-            record = rule.could_not_run(error, fix=_FIX_INPUTS, subject=subject)
+        except ImportError:
+            raise
+        except Exception as error:
+            record = rule.could_not_run(_sentence(error), fix=_FIX_INPUTS, subject=bare)
         yield record
+
+
+def _sentence(error: Exception) -> EvalmodeError:
+    """The error as one sentence; files, and modules, break in ways that no list has."""
+    if isinstance(error, EvalmodeError):
+        return error
+    reason = " ".join(str(error).split()) or "it gives no reason"
+    return EvalmodeError(f"{type(error).__name__}: {reason}")
