@@ -152,7 +152,7 @@ def _made(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, Tensor]:
             size.dim_value if _is_fixed(size) else (_SIZE if place else _BATCH_ROWS)
             for place, size in enumerate(kind.shape.dim)
         ]
-        if math.prod(shape) > _MOST_MADE:
+        if max([*shape, math.prod(shape)]) > _MOST_MADE:
             raise UnusableInputs(
                 f"input {value.name} has shape {shape}, which is too large to be made up: at most"
                 f" {_MOST_MADE:,} elements are"
