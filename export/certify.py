@@ -39,7 +39,8 @@ def certify(candidate: Candidate, *, progress: Progress) -> Certified:
 
     Never calls `.eval()`. Raises NotConvertible for a module that cannot be written as ONNX.
     """
-    module = Subject(network=Network.of(candidate.module), evidence=candidate.evidence)
+    network = Network.of(candidate.module)
+    module = Subject(network=network, evidence=candidate.evidence, draws=candidate.draws)
     records = check_all(module, progress=progress)
     if overall(records) is not Verdict.PASS:
         return Certified(records=records)
@@ -73,6 +74,8 @@ def subject_of(candidate: Candidate) -> Subject:
         export=Export(
             unoptimised=converted.unoptimised,
             bounds=converted.bounds,
-            twins=(twin, *candidate.twins),
+            conditions=converted.conditions,
+            # One in another process shows what one in this process does, and more.
+            twins=candidate.twins or (twin,),
         ),
     )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
+import sympy
 import torch
 from google.protobuf.message import Message
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from evalmode.errors import EvalmodeError
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import answering_tensors
+from evalmode.export.refusal import refusal
+from evalmode.export.rewrites import Rewrites, traceable_modules
 from evalmode.export.torch_quirks import forget_unrolled_loops, one_operator_table, quiet_exporter
 
 # The first opset with GELU as one operator; the runtimes of the last two years read it.
@@ -40,18 +44,44 @@ class NotConvertible(EvalmodeError):  # noqa: N818
 
 
 @dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What holds of the sizes that a trace was made for, where the module's own code asked.
+
+    `expression` is sympy's, over the symbols that `axes` names.
+    """
+
+    expression: Any
+    axes: Mapping[Any, str]
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether it holds for sizes by the names of their axes."""
+        numbers = {symbol: sympy.Integer(sizes[axis]) for symbol, axis in self.axes.items()}
+        return bool(self.expression.xreplace(numbers))
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The whole numbers that stand in it."""
+        return frozenset(int(number) for number in self.expression.atoms(sympy.Integer))
+
+    def __str__(self) -> str:
+        names = {symbol: sympy.Symbol(axis) for symbol, axis in self.axes.items()}
+        return str(self.expression.xreplace(names))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Converted:
     """The model as it goes into a bundle, and the graph before optimisation.
 
     The optimiser computes what depends on constants alone, once: also a Dropout or a Bernoulli,
     whose noise it then leaves behind as a constant. The evidence is in the graph that it was given.
     `bounds` holds, by the axis' name, the largest size for which the trace holds: beyond it the
-    module's own code takes another way.
+    module's own code takes another way. `conditions` are what else the trace was made for.
     """
 
     model: onnx.ModelProto
     unoptimised: onnx.ModelProto
     bounds: Mapping[str, int]
+    conditions: tuple[Condition, ...] = ()
 
 
 def convert(
@@ -102,7 +132,13 @@ def _export(
 ) -> Converted:
     try:
         forget_unrolled_loops()
-        with quiet_exporter(), one_operator_table(), plain_forward(), answering_tensors(module):
+        with (
+            quiet_exporter(),
+            one_operator_table(),
+            plain_forward(),
+            traceable_modules(),
+            answering_tensors(module, tuple(inputs), tracing=Rewrites()),
+        ):
             program = torch.onnx.export(
                 module,
                 (),
@@ -115,51 +151,62 @@ def _export(
                 optimize=False,
                 verbose=False,
             )
-        assert program is not None, "the dynamo exporter returns a program"
-        unoptimised = program.model_proto
-        program.optimize()
-        model = program.model_proto
+            assert program is not None, "the dynamo exporter returns a program"
+            _name_values_apart(program.model.graph)
+            unoptimised = program.model_proto
+            program.optimize()
+            model = program.model_proto
         onnx.checker.check_model(model)
-        return Converted(
-            model=model, unoptimised=unoptimised, bounds=_bounds(program, dynamic_axes)
-        )
     except (torch.onnx.errors.OnnxExporterError, onnx.checker.ValidationError) as error:
-        reason = _reason(error.__cause__ or error)
-        raise NotConvertible(f"{type(module).__name__} cannot be exported: {reason}") from error
+        why = refusal(error, inputs, dynamic_axes)
+        raise NotConvertible(f"{type(module).__name__} cannot be exported: {why}") from error
+    bounds, conditions = _traced_sizes(program, dynamic_axes)
+    return Converted(model=model, unoptimised=unoptimised, bounds=bounds, conditions=conditions)
 
 
-def _bounds(
+def _name_values_apart(graph: Any) -> None:
+    """Give the values that nodes make names that no weight and no input has."""
+    names = {*graph.initializers, *(value.name for value in graph.inputs)}
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            count = 1
+            name = value.name
+            while value.name in names:
+                value.name = f"{name}_{count}"
+                count += 1
+
+
+def _traced_sizes(
     program: torch.onnx.ONNXProgram, dynamic_axes: Mapping[str, Mapping[int, str]]
-) -> dict[str, int]:
+) -> tuple[dict[str, int], tuple[Condition, ...]]:
+    """The largest size of each axis for which the trace holds, and what else it was made for."""
     exported = program.exported_program
     assert exported is not None, "the dynamo exporter keeps what it traced"
-    found: dict[str, int] = {}
+    axes: dict[Any, str] = {}
+    bounds: dict[str, int] = {}
+    expressions: dict[Any, None] = {}
     for node in exported.graph.nodes:
-        for place, axis in (
-            dynamic_axes.get(node.name, {}).items() if node.op == "placeholder" else ()
-        ):
+        if node.op != "placeholder":
+            continue
+        for place, axis in dynamic_axes.get(node.name, {}).items():
             size = node.meta["val"].shape[place]
-            known = (
-                exported.range_constraints.get(size.node.expr)
-                if isinstance(size, torch.SymInt)
-                else None
-            )
+            if not isinstance(size, torch.SymInt):
+                continue
+            symbol, environment = size.node.expr, size.node.shape_env
+            if symbol.is_Symbol:
+                axes.setdefault(symbol, axis)
+            known = exported.range_constraints.get(symbol)
             if known is not None and known.upper.is_Integer and known.upper < _UNBOUNDED:
-                found[axis] = int(known.upper)
-    return found
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of torch's reason; where it only announces a list, with the list's first
-    item.
-    """
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    more = (
-        next((line for line in lines[1:] if line.startswith("- ")), "")
-        if lines and lines[0].endswith(":")
-        else ""
-    )
-    return f"{lines[0] if lines else type(error).__name__} {more}".strip()
+                bounds[axis] = int(known.upper)
+            expressions |= dict.fromkeys(guard.expr for guard in environment.guards)
+            for assertions in environment.deferred_runtime_asserts.values():
+                expressions |= dict.fromkeys(assertion.expr for assertion in assertions)
+    conditions = [
+        Condition(expression=expression, axes={symbol: axes[symbol] for symbol in symbols})
+        for expression in expressions
+        if (symbols := expression.free_symbols) and symbols <= axes.keys()
+    ]
+    return bounds, tuple(conditions)
 
 
 def scope(node_name: str) -> str:
@@ -198,7 +245,9 @@ def _name_nodes(model: onnx.ModelProto) -> None:
     for index, node in enumerate(model.graph.node):
         found = next((item.value for item in node.metadata_props if item.key == _SCOPES), "[]")
         scopes = ast.literal_eval(found)  # from the root to the operator itself
-        node.name = f"{scopes[-2] if len(scopes) > 1 else ''}/{node.op_type}_{index}"
+        path = scopes[-2] if len(scopes) > 1 else ""
+        # The strict exporter names a module by the way it took through the exchanged forward.
+        node.name = f"{path.rpartition('.__self__.')[2]}/{node.op_type}_{index}"
 
 
 def _strip(message: Message) -> None:

@@ -1,5 +1,5 @@
 """A second export of the user's module in a process of its own, where other seeds hold from the
-first import on.
+first import on, those that the user's code gives included.
 
 What is random and neither a parameter nor a buffer (a mask made at import, a table filled by a
 constructor) is then another one, and shows in the fingerprint. Run as `python -m
@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evalmode.errors import EvalmodeError
 from evalmode.export.convert import convert
@@ -25,7 +26,10 @@ from evalmode.export.fingerprint import Fingerprint, fingerprint
 from evalmode.export.inputs.candidate import Candidate, Twin
 from evalmode.export.inputs.references import load_in_eval_mode
 from evalmode.export.inputs.samples import bind
-from evalmode.export.module.forward import seed_everything
+from evalmode.export.module.forward import copies_of, plain_forward, seed_everything
+from evalmode.export.module.network import Network
+from evalmode.export.module.other_seeds import other_seeds
+from evalmode.export.module.untouched import untouched
 
 _TASK, _ANSWER = "task.pt", "fingerprint.json"
 _SEED = 2
@@ -41,8 +45,8 @@ class TwinFailed(EvalmodeError):  # noqa: N818 - read as a sentence: "raise Twin
 def exported_elsewhere(candidate: Candidate, factory: str) -> Iterator[Twin]:
     """Start the other process at once; the twin waits for it, and leaving ends it.
 
-    The weights are handed over: a factory that starts from random ones gives the same network
-    nevertheless.
+    Parameters and buffers are handed over: a factory that starts from random ones gives the same
+    network nevertheless.
     """
     with TemporaryDirectory(prefix="evalmode-") as name:
         folder = Path(name)
@@ -65,7 +69,9 @@ def exported_elsewhere(candidate: Candidate, factory: str) -> Iterator[Twin]:
 
 def _task(candidate: Candidate) -> dict[str, Any]:
     return {
-        "state": candidate.module.state_dict(),
+        "weights": {
+            path: tensor.detach() for path, tensor in _weights(Network.of(candidate.module)).items()
+        },
         "constants": dict(candidate.constants),
         "example": dict(candidate.example),
         "dynamic_axes": {
@@ -75,10 +81,22 @@ def _task(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+def _weights(network: Network) -> dict[str, Tensor]:
+    """Every parameter and buffer by its path: those of hidden modules, and those that no state_dict
+    holds, too.
+    """
+    weights: dict[str, Tensor] = {}
+    for path, part in network.parts.items():
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                weights[f"{path}.{name}"] = tensor
+    return weights
+
+
 def _fingerprint_of(process: subprocess.Popen[str], folder: Path) -> Fingerprint:
-    _, said = process.communicate()
+    _, errors = process.communicate()
     if process.returncode:
-        lines = said.strip().splitlines()
+        lines = errors.strip().splitlines()
         raise TwinFailed(
             lines[-1] if lines else f"the other process ended with {process.returncode}"
         )
@@ -86,17 +104,36 @@ def _fingerprint_of(process: subprocess.Popen[str], folder: Path) -> Fingerprint
 
 
 def main(factory: str, folder: Path) -> None:
-    """Export what the factory returns, with the weights and on the example that lie in the
-    folder.
+    """Export what the factory returns under other seeds, with the weights and on the example that
+    lie in the folder.
     """
-    seed_everything(_SEED)
     task = torch.load(folder / _TASK, weights_only=True)
-    module = load_in_eval_mode(factory)
-    module.load_state_dict(task["state"])
-    bind(module, task["constants"])
-    converted = convert(
-        module, task["example"], dynamic_axes=task["dynamic_axes"], outputs=task["outputs"]
-    )
+    seed_everything(_SEED)
+    with other_seeds():
+        module = load_in_eval_mode(factory)
+        weights = _weights(Network.of(module))
+        if weights.keys() != task["weights"].keys():
+            strange = sorted(weights.keys() ^ task["weights"].keys())
+            raise TwinFailed(f"the factory's second network has other weights: {strange[0]}")
+        with torch.no_grad():
+            for path, tensor in task["weights"].items():
+                if tensor.shape != weights[path].shape:
+                    raise TwinFailed(
+                        f"{path} is {list(weights[path].shape)} in the factory's second network and"
+                        f" {list(tensor.shape)} in its first"
+                    )
+                weights[path].copy_(tensor)
+        bind(module, task["constants"])
+        # What is made beside the module in the first forward is there, as it is in the first
+        # process; on the copy that is traced it is made in the trace, as it is there.
+        network = Network.of(module)
+        with untouched(network):
+            traced = network.copy().module
+            with plain_forward():
+                module(**copies_of(task["example"]))
+            converted = convert(
+                traced, task["example"], dynamic_axes=task["dynamic_axes"], outputs=task["outputs"]
+            )
     (folder / _ANSWER).write_text(fingerprint(converted.model).model_dump_json())
 
 

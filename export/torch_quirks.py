@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -39,15 +41,23 @@ def one_operator_table() -> Iterator[None]:
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not installed; its errors are
-    exceptions.
+    """Without the exporter's remarks: packages that are not installed, traces that failed and are
+    tried again. Its errors are exceptions.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    names = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
+    known = [name for name in logging.root.manager.loggerDict if name.startswith(names)]
+    loggers = [logging.getLogger(name) for name in {*names, *known}]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL + 1)
     try:
-        with warnings.catch_warnings():
+        # On a failure torch prints the whole trace as well.
+        silence = io.StringIO()
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(silence),
+            contextlib.redirect_stderr(silence),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -10,6 +10,7 @@ from torch import nn
 
 from evalmode.export.inputs.axes import Sample
 from evalmode.export.inputs.evidence import Evidence
+from evalmode.export.module.randomness import Draw
 
 if TYPE_CHECKING:  # an audit has samples too, and need not load onnx
     from evalmode.export.fingerprint import Fingerprint
@@ -22,10 +23,12 @@ Twin: TypeAlias = "Callable[[], Fingerprint]"
 class Candidate:
     """A module and all that its export needs.
 
-    `example` is what the exporter traces. `exported` computes the function of `module` where the
-    two differ (classic dropout folded into weights); `fresh` is a copy of it that has never run.
-    `outputs` names the output tensors, `left_out` what the module answers beside tensors,
-    `constants` what it is called with beside tensors. `twins` make other exports of it.
+    `example` is what the exporter traces. `exported` is a copy that has never run, and computes the
+    function of `module` where the two differ (classic dropout folded into weights); `fresh` is
+    another one. `outputs` names the output tensors, `left_out` what the module answers beside
+    tensors, `constants` what it is called with beside tensors. `draws` are the places that drew
+    while the evidence was made: what a first forward draws and keeps, later ones do not draw.
+    `twins` make other exports of it.
     """
 
     module: nn.Module
@@ -34,6 +37,7 @@ class Candidate:
     example: Sample
     outputs: tuple[str, ...]
     evidence: Evidence
+    draws: tuple[Draw, ...] = ()
     left_out: tuple[str, ...] = ()
     constants: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
     twins: tuple[Twin, ...] = ()

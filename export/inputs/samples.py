@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from evalmode.export.inputs.axes import (
     BATCH,
     Axes,
+    Run,
     Sample,
+    find_axes,
     parse_axes,
     resized,
     shapes_of,
@@ -26,16 +28,16 @@ from evalmode.export.inputs.axes import (
 )
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.inputs.errors import UnusableInputs
-from evalmode.export.inputs.evidence import Evidence
-from evalmode.export.inputs.probes import inferred_axes, probes, single_rows
+from evalmode.export.inputs.probes import evidence_of
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import flatten, left_out
+from evalmode.export.module.randomness import Draw, Unwatched, watch
 from evalmode.export.module.untouched import untouched
 
 # A runtime is given NumPy arrays.
 _WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-# an exporter may take a size of 1 for a constant; more than a few rows only cost time
+# More than a few rows only cost time.
 _TRACED_ROWS = (2, 4)
 
 
@@ -58,26 +60,49 @@ def candidate_of(
     network = Network.of(module)
     # The copy that runs here may be the module itself, where it cannot be copied.
     with untouched(network):
-        scout, fresh = network.copy().module, network.copy().module
-        answer = _answer(scout, tensors[0])
+        scout, exported, fresh = (network.copy().module for _ in range(3))
+        seen: dict[Draw, None] = {}  # in order, each once
+
+        def forward(sample: Sample) -> object:
+            try:
+                answer, drawn = watch(scout, sample)
+            except Unwatched:  # the rule that watches says so
+                with plain_forward():
+                    return scout(**copies_of(sample))
+            seen.update(dict.fromkeys(drawn))
+            return answer
 
         def run(sample: Sample) -> dict[str, Tensor]:
-            with plain_forward():
-                return flatten(scout(**copies_of(sample)))
+            return flatten(forward(sample))
 
-        axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else inferred_axes(run, tensors)
+        try:
+            answer = forward(tensors[0])
+        except Exception as error:  # the user's own code
+            reason = str(error).strip().partition("\n")[0]
+            raise UnusableInputs(
+                f"{type(module).__name__} fails on the sample ({shapes_of(tensors[0])}):"
+                f" {type(error).__name__}: {reason}"
+            ) from error
+        if not flatten(answer):
+            raise UnusableInputs(
+                f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}"
+            )
+        for name, tensor in flatten(answer).items():
+            if tensor.is_complex():
+                raise UnusableInputs(
+                    f"{type(module).__name__} answers {name} with complex numbers, which no graph"
+                    " answers with: answer with torch.view_as_real of it"
+                )
+        axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else find_axes(run, tensors)
         names = [f"{name}_out" if name in tensors[0] else name for name in flatten(answer)]
         return Candidate(
             module=module,
-            exported=module,
+            exported=exported,
             fresh=fresh,
-            example=_example(tensors, axes),
+            example=_example(run, tensors, axes),
             outputs=tuple(names),
-            evidence=Evidence(
-                probes=probes(run, tensors, axes),
-                rows=single_rows(run, tensors, axes),
-                dynamic_axes=axes,
-            ),
+            evidence=evidence_of(run, tensors, axes),
+            draws=tuple(seen),
             left_out=left_out(answer),
             constants=constants,
         )
@@ -200,27 +225,24 @@ def _require_alike(samples: Sequence[Sample]) -> None:
                 )
 
 
-def _answer(module: nn.Module, sample: Sample) -> object:
-    try:
-        with plain_forward():
-            answer = module(**copies_of(sample))
-    except Exception as error:  # the user's own code
-        reason = str(error).strip().partition("\n")[0]
-        raise UnusableInputs(
-            f"{type(module).__name__} fails on the sample ({shapes_of(sample)}):"
-            f" {type(error).__name__}: {reason}"
-        ) from error
-    if not flatten(answer):
-        raise UnusableInputs(
-            f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}"
-        )
-    return answer
+def _example(run: Run, samples: Sequence[Sample], axes: Axes) -> Sample:
+    """What the exporter traces: the largest sample with few rows, and no two axes of one size.
 
-
-def _example(samples: Sequence[Sample], axes: Axes) -> Sample:
+    An exporter may take axes of one size for one axis, and a size of 1 for a constant.
+    """
     largest = max(samples, key=lambda sample: sum(tensor.numel() for tensor in sample.values()))
-    rows = sizes_of(largest, axes).get(BATCH)
-    if rows is None:
-        return largest
-    fewest, most = _TRACED_ROWS
-    return resized(largest, axes, {BATCH: min(max(rows, fewest), most)})
+    sizes = sizes_of(largest, axes)
+    wanted: dict[str, int] = {}
+    for axis in sorted(sizes, key=lambda axis: axis == BATCH):
+        fewest, most = _TRACED_ROWS if axis == BATCH else (2, sizes[axis])
+        size = min(max(sizes[axis], fewest), max(most, fewest))
+        while size in wanted.values():
+            size += 1 if axis == BATCH else -1
+        wanted[axis] = size if size > 1 else sizes[axis]
+    example = resized(largest, axes, wanted)
+    try:
+        run(example)
+    except Exception:  # the user's own code: these sizes are not read
+        rows = {BATCH: wanted[BATCH]} if BATCH in wanted else {}
+        return resized(largest, axes, rows)
+    return example

@@ -1,8 +1,9 @@
-"""Running a module: on arrays, without gradients and fused kernels, under a seed."""
+"""Running a module: to be watched, as it is used, on arrays, under a seed."""
 
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -28,6 +29,17 @@ def plain_forward() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextmanager
+def as_used() -> Iterator[None]:
+    """Inference as a service runs a module: PyTorch's inference mode, and its fast path as it is
+    set.
+    """
+    with torch.inference_mode(), warnings.catch_warnings():
+        # The fast path's own remark on what it is made of.
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
+        yield
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch's generators, NumPy's and Python's global ones."""
     torch.manual_seed(seed)
@@ -50,9 +62,11 @@ def seeded(seed: int) -> Iterator[None]:
             random.setstate(host)
 
 
-def answers_of(module: nn.Module, inputs: Tensors) -> Tensors:
-    """The tensors that a module answers with, by name and in order, as arrays of any shape."""
-    with plain_forward():
+def answers_of(module: nn.Module, inputs: Tensors, *, plain: bool = False) -> Tensors:
+    """The tensors that a module answers with, by name and in order, as arrays: as it is used, or
+    `plain`, without the fast path.
+    """
+    with plain_forward() if plain else as_used():
         outputs = flatten(module(**as_tensors(inputs)))
     return {
         # NumPy has no bfloat16; every one of its numbers is a float32.

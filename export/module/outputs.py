@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import inspect
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,24 +55,33 @@ def own_forward(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def answering_tensors(module: nn.Module) -> Iterator[None]:
-    """Let `module` answer with its tensors alone, for an exporter that knows no other types.
+def answering_tensors(
+    module: nn.Module, inputs: Sequence[str], *, tracing: AbstractContextManager[object]
+) -> Iterator[None]:
+    """Let `module` be called with `inputs` alone and answer with its tensors alone, for an exporter
+    that knows no other types; each call runs under `tracing`.
 
     The forward is exchanged on the object, not wrapped into another module: no path of the network
-    changes.
+    changes. Its signature names the inputs, also those that the forward takes as `**kwargs`.
     """
     forward = module.forward
 
-    @functools.wraps(forward)
     def tensors(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        known = {id(given) for given in (*args, *kwargs.values())}
+        named = dict(zip(inputs, args, strict=False)) | kwargs
+        known = {id(tensor) for tensor in named.values()}
         answers = []
-        for answer in flatten(forward(*args, **kwargs)).values():
+        with tracing:
+            output = forward(**named)
+        for answer in flatten(output).values():
             # What is an input, or was an answer already, would be no output of its own in a graph.
             answers.append(answer.clone() if id(answer) in known else answer)
             known.add(id(answer))
         return tuple(answers)
 
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in inputs
+    ]
+    tensors.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with own_forward(module):
         module.forward = tensors
         yield

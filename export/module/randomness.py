@@ -13,7 +13,6 @@ Knows neither ONNX nor files.
 from __future__ import annotations
 
 import inspect
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -32,13 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evalmode.export.module.dropouts import declared_rate
 from evalmode.export.module.forward import copies_of, plain_forward
+from evalmode.export.module.lines import is_models
 from evalmode.export.module.network import Generator, Network
 
 # An operator that is not marked as one that may draw (anyone can register one) is seen by this
 # alone.
 _TORCHS = "torch's generator, by an operator that does not say that it draws"
-
-_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 class Unwatched(Exception):  # noqa: N818 - read as a sentence: "raise Unwatched"
@@ -64,19 +62,26 @@ class Draw:
         return f"{self.path or '(root)'} ({self.kind}{rate}): {self.operator} at {self.line}"
 
 
-def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
-    """Every place that draws a random number in one forward of `module`, in order, each once.
-    Raises Unwatched.
+def watch(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[object, tuple[Draw, ...]]:
+    """What one forward of `module` answers, and every place that draws a random number in it, in
+    order, each once.
+
+    Raises Unwatched, and whatever the forward raises.
     """
     witness = _Witness(Network.of(module))  # anew for each forward: one may make parts of its own
     try:
         with plain_forward(), witness.watching():
-            module(**copies_of(inputs))
+            answer = module(**copies_of(inputs))
     except Unwatched:
         # else the compiler, which was left half-way, fails for every later forward
         torch._dynamo.reset()
         raise
-    return tuple(dict.fromkeys(witness.seen))
+    return answer, tuple(dict.fromkeys(witness.seen))
+
+
+def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
+    """Every place that draws a random number in one forward of `module`. Raises as `watch` does."""
+    return watch(module, inputs)[1]
 
 
 class _Witness:
@@ -247,10 +252,8 @@ def _given_rate(
 
 
 def _line() -> str:
-    """The innermost line of the user's own code: the first frame that is neither torch's nor the
-    witness's.
-    """
+    """The innermost line of the model's own code."""
     frame = sys._getframe(1)
-    while frame.f_back and frame.f_code.co_filename.startswith((_TORCH, __file__)):
+    while frame.f_back and not is_models(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

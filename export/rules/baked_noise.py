@@ -4,13 +4,11 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
-import onnx
+from collections.abc import Iterator
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.errors import EvalmodeError
-from evalmode.export.fingerprint import Fingerprint, fingerprint
+from evalmode.export.fingerprint import fingerprint
 from evalmode.export.graph import Graph, graph_of
 from evalmode.export.graph.suspicious_weights import mask_like
 from evalmode.export.rules import stochastic_op, training_mode
@@ -19,7 +17,8 @@ from evalmode.export.rules.subject import Subject
 RULE = "baked-noise"
 
 _FIX = (
-    "draw nothing in eval mode; what must stay random but fixed belongs into a buffer of the module"
+    "draw nothing in eval mode; what was drawn once and must stay belongs into a buffer of the"
+    " module, not into a list, a cache or a class"
 )
 
 
@@ -62,46 +61,37 @@ def _folded(subject: Subject) -> Iterator[Finding]:
 
 
 def _differing(subject: Subject) -> Iterator[Finding]:
-    model = subject.graph.proto
-    own = fingerprint(model)
+    own = fingerprint(subject.graph.proto)
     for make in subject.export.twins:
         try:
             twin = make()
         except EvalmodeError as error:
             why = f"a second export could not be compared: {error}"
-            yield Finding(
-                severity=Severity.UNPROVEN,
-                why=why,
-                fix="make the factory return the same network each time",
+            fix = "let the factory build the same network each time, under other seeds too"
+            yield Finding(severity=Severity.UNPROVEN, why=why, fix=fix)
+            continue
+        if len(own.nodes) != len(twin.nodes):
+            yield _baked(
+                "",
+                "",
+                f"the graph has {len(own.nodes)} nodes, and {len(twin.nodes)} when exported under"
+                " other seeds",
             )
             continue
-        yield from _weights(own, twin, model)
-        yield from _nodes(own, twin)
-
-
-def _weights(own: Fingerprint, twin: Fingerprint, model: onnx.ModelProto) -> Iterator[Finding]:
-    for name in own.weights.keys() | twin.weights.keys():
-        if own.weights.get(name) != twin.weights.get(name):
-            readers = (
-                ", ".join(node.name for node in model.graph.node if name in node.input) or "nothing"
-            )
+        moved = [
+            name
+            for (name, digest), (_, other) in zip(own.weights, twin.weights, strict=False)
+            if digest != other
+        ]
+        moved += [name for name, _ in own.weights[len(twin.weights) :]]
+        for name in moved:
+            nodes = subject.graph.proto.graph.node
+            readers = ", ".join(node.name for node in nodes if name in node.input) or "nothing"
             why = f"its values differ in another export, under other seeds; it is read by {readers}"
             yield _baked(name, "weight", why)
-
-
-def _nodes(own: Fingerprint, twin: Fingerprint) -> Iterable[Finding]:
-    if len(own.nodes) != len(twin.nodes):
-        why = (
-            f"the graph has {len(own.nodes)} nodes, and {len(twin.nodes)} when exported under other"
-            " seeds"
-        )
-        return [_baked("", "", why)]
-    pairs = zip(own.nodes, twin.nodes, strict=True)
-    return [
-        _baked(name, "", "this node differs under other seeds")
-        for (name, one), (_, two) in pairs
-        if one != two
-    ]
+        for (name, digest), (_, other) in zip(own.nodes, twin.nodes, strict=True):
+            if digest != other:
+                yield _baked(name, "", "this node differs under other seeds")
 
 
 def _baked(node: str, op: str, why: str) -> Finding:

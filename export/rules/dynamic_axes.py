@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice, product
 
-from evalmode.bundle.certificate import Finding, Record, Severity
+from evalmode.bundle.certificate import Finding, Record, Severity, relative_difference
 from evalmode.bundle.errors import ModelRunFailed
-from evalmode.export.inputs.axes import resized, shapes_of
+from evalmode.export.inputs.axes import resized, shapes_of, sizes_of
 from evalmode.export.module.forward import as_tensors
+from evalmode.export.rules.parity import limits_of
 from evalmode.export.rules.subject import Subject
 
 RULE = "dynamic-axes"
 
-_FIX_BOUND = "let no branch depend on a size, or let the module raise for sizes beyond the branch"
+_FIX_BOUND = (
+    "let no branch depend on a size (make a table for the longest input in the constructor), or let"
+    " the module raise for sizes beyond the branch"
+)
+_TRIED = 3  # sizes for which a condition of the trace does not hold
+_SIZES = range(1, 65)
+_CHOICES = 4096
+_LARGEST = 1 << 24  # elements of an input that is made for the purpose
 _FIX = "compute with x.shape, not with sizes that were numbers when the module was traced"
 
 
@@ -25,7 +34,7 @@ def check(subject: Subject) -> Record:
         return Record.not_applicable(RULE, "no axis was declared to vary")
     return Record.of(
         RULE,
-        [*_fixed(subject), *_refused(subject), *_beyond(subject)],
+        [*_fixed(subject), *_refused(subject), *_beyond(subject), *_other_ways(subject)],
         fine="every declared axis varies",
         otherwise="an axis that was declared to vary is fixed in the graph",
         measured=f"{declared} axes, {len(subject.evidence.probes)} shapes{_bounded(subject)}",
@@ -79,6 +88,53 @@ def _beyond(subject: Subject) -> Iterator[Finding]:
             f" {bound + 1}"
         )
         yield Finding(severity=Severity.ERROR, why=why, fix=_FIX_BOUND)
+
+
+def _other_ways(subject: Subject) -> Iterator[Finding]:
+    """Sizes for which the module's own code takes another way than the one that was traced.
+
+    A trace is made for some condition of its sizes (`length != 11`), which no probe may break. So
+    inputs are made that break it, and there the graph must answer as the module does.
+    """
+    axes = subject.evidence.dynamic_axes
+    sample = as_tensors(subject.evidence.probes[0])
+    limit = limits_of(subject.graph.proto).difference
+    for condition in subject.export.conditions:
+        sizes = sizes_of(sample, axes)
+        names = sorted(set(condition.axes.values()))
+        # As many sizes of each axis as make some thousands of choices, those that it names first.
+        named = {number + more for number in condition.numbers for more in (0, 1, -1)}
+        most = int(_CHOICES ** (1 / len(names)))
+        candidates = [size for size in dict.fromkeys([*sorted(named), *_SIZES]) if size > 0]
+        choices = product(sorted(candidates[:most]), repeat=len(names))
+        broken = (
+            dict(zip(names, choice, strict=True))
+            for choice in choices
+            if not condition.holds(sizes | dict(zip(names, choice, strict=True)))
+        )
+        for others in islice(broken, _TRIED):
+            made = {name: tensor.numpy() for name, tensor in resized(sample, axes, others).items()}
+            if max(array.size for array in made.values()) > _LARGEST:
+                continue
+            try:
+                expected = subject.reference(made)
+            except Exception:  # the user's own code, which does not read these sizes
+                continue
+            where = ", ".join(f"{name} = {size}" for name, size in others.items())
+            try:
+                answers = subject.served.run(made)
+            except ModelRunFailed:
+                answers = {}
+            if any(
+                name not in answers or relative_difference(answers[name], right) > limit
+                for name, right in expected.items()
+            ):
+                why = (
+                    f"the graph is the module's where {condition}, and the module takes another way"
+                    f" at {where}"
+                )
+                yield Finding(severity=Severity.ERROR, why=why, fix=_FIX_BOUND)
+                break
 
 
 def _bounded(subject: Subject) -> str:

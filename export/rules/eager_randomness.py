@@ -14,7 +14,7 @@ from evalmode.export.inputs.axes import shapes_of
 from evalmode.export.module.forward import as_tensors, copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import flatten
-from evalmode.export.module.randomness import Draw, Unwatched, draws
+from evalmode.export.module.randomness import Draw, Unwatched, watch
 from evalmode.export.module.untouched import state_of
 from evalmode.export.rules.subject import Subject
 
@@ -42,7 +42,8 @@ def check(subject: Subject) -> Record:
     """
     module = subject.network.module
     probes = [as_tensors(probe) for probe in subject.evidence.probes]
-    found: dict[Finding, None] = {}  # in order, each once
+    # In order, each once. Forwards ran before this rule, and may have kept what they drew.
+    found = dict.fromkeys(map(_drawn, subject.draws))
     for probe in probes:
         found |= dict.fromkeys(_places(module, probe))
     if not found:
@@ -59,7 +60,8 @@ def check(subject: Subject) -> Record:
 
 def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
     try:
-        return [_drawn(draw) for draw in draws(module, probe)]
+        _, drawn = watch(module, probe)
+        return [_drawn(draw) for draw in drawn]
     except Unwatched as error:
         return [
             Finding(

@@ -31,7 +31,7 @@ def check(subject: Subject) -> Record:
         findings,
         fine="every weight and every answer is a number",
         otherwise="weights or answers are not numbers",
-        measured=f"{len(findings)} places, {len(subject.evidence.probes)} probes",
+        measured=f"{len(findings)} places, {len(subject.probes)} probes",
         limit="0",
     )
 

@@ -43,8 +43,7 @@ def check(subject: Subject) -> Record:
         fine="the same input gives the same bits",
         otherwise="the same input gives different answers",
         measured=(
-            f"{len(findings)} outputs differ, {2 * len(subject.evidence.probes)} probes,"
-            f" {_RUNS} runs each"
+            f"{len(findings)} outputs differ, {2 * len(subject.probes)} probes, {_RUNS} runs each"
         ),
         limit="0",
     )
@@ -53,7 +52,7 @@ def check(subject: Subject) -> Record:
 def _unstable(subject: Subject, session: Session) -> dict[str, list[int]]:
     """By output, the probes on which one of the runs differs from the first."""
     found: dict[str, list[int]] = {}
-    for index, probe in enumerate(subject.evidence.probes):
+    for index, probe in enumerate(subject.probes):
         first, *others = [session.run(probe) for _ in range(_RUNS)]
         for name, array in first.items():
             if any(other[name].tobytes() != array.tobytes() for other in others):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
+from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.row_counts import stable_row_counts
 from evalmode.bundle.session import Session, open_session
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from evalmode.export.audit.audit import Audit
+    from evalmode.export.convert import Condition
     from evalmode.export.inputs.candidate import Twin
     from evalmode.export.inputs.evidence import Evidence
     from evalmode.export.module.network import Network
+    from evalmode.export.module.randomness import Draw
 
 # The batch sizes that are measured.
 COUNTS = tuple(range(1, 65))
@@ -37,11 +40,13 @@ class Export:
     """What only the exporter knows of a graph.
 
     `unoptimised` is the graph before constants were folded, `bounds` holds the sizes of axes up to
-    which the graph was traced, `twins` make exports of the same weights under other seeds.
+    which the graph was traced, `conditions` what else of sizes it was traced for, `twins` make
+    exports of the same weights under other seeds.
     """
 
     unoptimised: onnx.ModelProto | None = None
     bounds: Mapping[str, int] = field(default_factory=dict)
+    conditions: Sequence[Condition] = ()
     twins: Sequence[Twin] = ()
 
 
@@ -49,8 +54,9 @@ class Subject:
     """The parts that a rule judges. Reading a part that is not there is a bug: see `has`.
 
     `network` is the module that is exported. `module` is the one that the graph is compared with,
-    by default the network's. `file` is where the graph lies, if it came from a file. `served` and
-    `plain` are sessions of the graph on `provider` with `threads` threads.
+    by default the network's. `draws` are the places that drew while the evidence was made. `file`
+    is where the graph lies, if it came from a file. `served` and `plain` are sessions of the graph
+    on `provider` with `threads` threads.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Subject:
         module: nn.Module | None = None,
         graph: Graph | None = None,
         evidence: Evidence | None = None,
+        draws: Sequence[Draw] = (),
         export: Export | None = None,
         bundle: Bundle | None = None,
         audit: Audit | None = None,
@@ -70,7 +77,7 @@ class Subject:
         self._network, self._graph, self._evidence = network, graph, evidence
         self._bundle, self._audit = bundle, audit
         self.module = network.module if module is None and network is not None else module
-        self.export = export or Export()
+        self.export, self.draws = export or Export(), draws
         self.file, self.provider, self.threads = file, provider, threads
 
     def has(self, needs: Needs) -> bool:
@@ -141,18 +148,35 @@ class Subject:
         return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
 
     @cached_property
+    def probes(self) -> Sequence[Tensors]:
+        """The probes that the graph reads; the rule dynamic-axes names the others."""
+        readable: list[Tensors] = []
+        problem: ModelRunFailed | None = None
+        for probe in self.evidence.probes:
+            try:
+                self.served.run(probe)
+                readable.append(probe)
+            except ModelRunFailed as error:
+                problem = problem or error
+        if problem is not None and not readable:
+            raise problem
+        return readable
+
+    @cached_property
     def answers(self) -> list[tuple[Tensors, Tensors]]:
         """For each probe what the module answers (nothing without one) and what the graph does."""
         return [
             ({} if self.module is None else self.reference(probe), self.served.run(probe))
-            for probe in self.evidence.probes
+            for probe in self.probes
         ]
 
-    def reference(self, inputs: Tensors) -> Tensors:
-        """What the module itself answers, by the names of the graph's outputs."""
+    def reference(self, inputs: Tensors, *, plain: bool = False) -> Tensors:
+        """What the module itself answers, by the names of the graph's outputs; `plain` is without
+        PyTorch's fast path.
+        """
         from evalmode.export.module.forward import answers_of  # loads torch
 
         assert self.module is not None, "only a rule that compares with the module asks it"
         names = [output.name for output in self.graph.proto.graph.output]
-        answers = answers_of(self.module, inputs).values()
+        answers = answers_of(self.module, inputs, plain=plain).values()
         return dict(zip(names, answers, strict=True))

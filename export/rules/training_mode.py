@@ -12,6 +12,7 @@ import onnx
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.graph import Graph, NodeAt
+from evalmode.export.graph.batch_statistics import BatchAxes, computed_over_batch
 from evalmode.export.graph.scope import value_fields
 from evalmode.export.rules.subject import Subject
 
@@ -21,6 +22,7 @@ _OFF = (
     "export the module in eval mode: call .eval() on all of it, and pass training=self.training to"
     " functions"
 )
+_STATISTICS = "give the normalisation running statistics, and let it use them in eval mode"
 _DECIDE = (
     "make the mode a constant of the graph: export in eval mode, and take the input out of the"
     " model's inputs"
@@ -38,6 +40,9 @@ class _Mode:
 def check(subject: Subject) -> Record:
     """Fail where a node trains; unproven where the caller, or a value computed in the graph,
     decides about it.
+
+    A normalisation whose mean and variance are computed over the batch trains as well, whatever its
+    mode says.
     """
     found = findings_in(subject.graph)
     judged = sum((at.domain, at.node.op_type) in _JUDGES for at in subject.graph.nodes)
@@ -59,6 +64,7 @@ def check(subject: Subject) -> Record:
 def findings_in(graph: Graph) -> list[Finding]:
     """An error for every node of the graph that trains, and what is unproven about the others."""
     findings = []
+    axes = BatchAxes(graph.proto.graph.input)
     for at in graph.nodes:
         judge = _JUDGES.get((at.domain, at.node.op_type))
         mode = None if judge is None else judge(at)
@@ -67,6 +73,13 @@ def findings_in(graph: Graph) -> list[Finding]:
             op = f"{at.op}-{at.opset}"
             findings.append(
                 Finding(severity=mode.severity, node=at.path, op=op, why=mode.why, fix=fix)
+            )
+        elif axes.are_normalised(at):
+            why = (
+                "it completes a normalisation by the mean and variance of the batch, as in training"
+            )
+            findings.append(
+                Finding(severity=Severity.ERROR, node=at.path, op=at.op, why=why, fix=_STATISTICS)
             )
     return findings
 
@@ -136,13 +149,27 @@ def _batch_normalization(at: NodeAt) -> _Mode | None:
     if at.opset < 7:
         return _by_is_test(at)
     if at.opset < 14:
-        asked = any(at.has_output(index) for index in range(1, 5))
-        return (
-            _on("it is asked for the batch's statistics, which puts it into training mode")
-            if asked
-            else None
+        if any(at.has_output(index) for index in range(1, 5)):
+            return _on("it is asked for the batch's statistics, which puts it into training mode")
+        return _by_statistics(at)
+    return _by_training_mode(at) or _by_statistics(at)
+
+
+def _by_statistics(at: NodeAt) -> _Mode | None:
+    """In inference mode too it trains where its mean and variance are those of the batch."""
+    computed = [computed_over_batch(at, index) for index in (3, 4)]
+    if True in computed:
+        return _on(
+            "its mean and variance are computed in the graph over the rows of the batch: it"
+            " normalises by them, as in training"
         )
-    return _by_training_mode(at)
+    if None in computed:
+        return _Mode(
+            Severity.UNPROVEN,
+            "its mean and variance are computed from the model's inputs: it cannot be told whether"
+            " other rows have a part in them",
+        )
+    return None
 
 
 def _by_is_test(at: NodeAt) -> _Mode | None:

@@ -17,11 +17,13 @@ from evalmode.bundle.session import Session, open_session
 from evalmode.export.graph import Graph
 from evalmode.export.inputs.axes import BATCH, Axes, Sample
 from evalmode.export.inputs.errors import UnusableInputs
-from evalmode.export.inputs.evidence import Evidence
-from evalmode.export.inputs.probes import probes, single_rows
+from evalmode.export.inputs.probes import evidence_of
 from evalmode.export.module.forward import plain_forward
 from evalmode.export.module.outputs import flatten
 from evalmode.export.rules.subject import Subject
+
+# What exporters call the axis of rows.
+_BATCH_NAMES = ("batch", "batch_size", "batchsize", "bs", "n")
 
 _BATCH_ROWS, _SIZE = 3, 4  # of the axes that vary, where nobody says how large
 _MOST_MADE = 1 << 28  # elements of an input
@@ -42,7 +44,7 @@ def subject_of_file(
     """
     inputs = list(_inputs(graph.proto))
     axes = _axes(inputs)
-    given = [_given(sample, inputs) for sample in samples] if samples else [_made(inputs)]
+    given = [_given(sample, inputs) for sample in samples] if samples else [_made(inputs, axes)]
     session = open_session(path)
 
     def run(sample: Sample) -> dict[str, Tensor]:
@@ -56,11 +58,7 @@ def subject_of_file(
         module=module,
         graph=graph,
         file=path,
-        evidence=Evidence(
-            probes=probes(run, given, axes),
-            rows=single_rows(run, given, axes),
-            dynamic_axes=axes,
-        ),
+        evidence=evidence_of(run, given, axes),
     )
 
 
@@ -96,8 +94,10 @@ def _inputs(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
 
 
 def _axes(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
-    """The axes that have no size in the graph; the first one is the batch where all inputs have
-    it.
+    """The axes that have no size in the graph, by the names that they have there.
+
+    The batch is an axis that is called so. Where none is, it is the first axis of all inputs whose
+    first axis varies.
     """
     named: dict[str, dict[int, str]] = {}
     for value in inputs:
@@ -107,13 +107,14 @@ def _axes(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
             for place, size in enumerate(sizes)
             if not _is_fixed(size)
         }
-    first = {places.get(0, "") for places in named.values()}
-    rows = first if len(first) == 1 or all(name.endswith("_0") for name in first) else set()
-    rows.discard("")
+    labels = [axis for places in named.values() for axis in places.values()]
+    rows = {axis for axis in labels if axis.lower() in _BATCH_NAMES}
+    if not rows:
+        rows = {places[0] for places in named.values() if 0 in places}
+        if len(rows) > 1 and not all(axis.endswith("_0") for axis in rows):
+            rows = set()
     return {
-        name: {
-            place: BATCH if place == 0 and axis in rows else axis for place, axis in places.items()
-        }
+        name: {place: BATCH if axis in rows else axis for place, axis in places.items()}
         for name, places in named.items()
     }
 
@@ -134,7 +135,7 @@ def _is_fixed(size: onnx.TensorShapeProto.Dimension) -> bool:
     return size.HasField("dim_value") and size.dim_value >= 0
 
 
-def _made(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, Tensor]:
+def _made(inputs: Sequence[onnx.ValueInfoProto], axes: Axes) -> dict[str, Tensor]:
     generator = np.random.default_rng(0)
     made = {}
     for value in inputs:
@@ -149,7 +150,7 @@ def _made(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, Tensor]:
                 " for it"
             )
         shape = [
-            size.dim_value if _is_fixed(size) else (_SIZE if place else _BATCH_ROWS)
+            {None: size.dim_value, BATCH: _BATCH_ROWS}.get(axes[value.name].get(place), _SIZE)
             for place, size in enumerate(kind.shape.dim)
         ]
         if max([*shape, math.prod(shape)]) > _MOST_MADE:

@@ -19,7 +19,8 @@ from evalmode.export.from_module import release_module
 from evalmode.export.release import ExportRefused, Released
 from evalmode.export.verify.verify import verify
 
-NET = """
+NET = '''
+import functools
 import random
 import numpy as np
 import torch
@@ -46,6 +47,85 @@ class Net(nn.Module):
             out = out * self.kept
         return {"sum": out, "pair": (out.mean(-1), out > 0)}
 
+class Hidden(nn.Module):
+    """Parameters that no state_dict holds, and a buffer that none saves."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(4, 4).eval()]
+        self.register_buffer("kept", torch.rand(4), persistent=False)
+
+    def forward(self, x): return self.layers[0](x) * self.kept
+
+class Table(nn.Module):
+    """A table of positions that the first call makes, and keeps in one place or another."""
+
+    shared = None
+
+    def __init__(self, place):
+        super().__init__()
+        self.place, self.table, self.linear = place, None, nn.Linear(4, 4)
+
+    def forward(self, x):
+        if self.place == "class":
+            if Table.shared is None:
+                Table.shared = angles(16)
+            table = Table.shared
+        elif self.place == "cache":
+            table = cached(16)
+        elif self.place == "grows":
+            if self.table is None or len(self.table) < x.shape[1]:
+                self.table = angles(x.shape[1])
+            table = self.table
+        else:
+            if self.table is None:
+                self.table = angles(16)
+            table = self.table
+        return self.linear(x + table[: x.shape[1]])
+
+def angles(count): return (torch.arange(count)[:, None] / 10.0 ** torch.arange(4)).sin()
+cached = functools.lru_cache(angles)
+
+class Drawn(nn.Module):
+    """A mask that was drawn in one way or another when the network was made."""
+
+    shared = None
+
+    def __init__(self, draw, place):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        mask = torch.as_tensor(draw()) > 0.3
+        if place == "class":
+            Drawn.shared = mask
+        self.masks = {"list": [mask], "closure": lambda: mask}.get(place, mask)
+
+    def forward(self, x):
+        masks = Drawn.shared if Drawn.shared is not None else self.masks
+        if callable(masks) and not torch.is_tensor(masks):
+            masks = masks()
+        return self.linear(x * (masks[0] if isinstance(masks, list) else masks))
+
+def seeded(draw, place):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    return Drawn(draw, place)
+
+def torch_in_list(): return seeded(lambda: torch.rand(4), "list")
+def numpy_in_closure(): return seeded(lambda: np.random.rand(4), "closure")
+def generator_on_class():
+    generator = torch.Generator().manual_seed(1)
+    return seeded(lambda: torch.rand(4, generator=generator), "class")
+def numpy_generator(): return seeded(lambda: np.random.default_rng(3).random(4), "")
+def python_generator(): return seeded(lambda: [random.Random(3).random() for _ in range(4)], "")
+def hidden():
+    torch.manual_seed(0)
+    return Hidden()
+def table_kept(): return Table("")
+def table_of_class(): return Table("class")
+def table_in_cache(): return Table("cache")
+def table_that_grows(): return Table("grows")
+def sequences(): return [torch.randn(3, 5, 4), torch.randn(2, 7, 4)]
+
 def clean(): return Net("")
 def buffer(): return Net("buffer")
 def at_import(): return Net("import")
@@ -56,7 +136,7 @@ def other_each_time():
 
 def inputs(): return {"x": torch.randn(3, 4), "y": torch.zeros(3, 1)}
 def one(): return torch.randn(3, 4)
-"""
+'''
 
 
 @pytest.fixture
@@ -160,3 +240,35 @@ def test_no_process_is_left_behind_by_a_refusal(project: str, tmp_path: Path) ->
         ["ps", "-eo", "args"], capture_output=True, text=True, check=True
     ).stdout
     assert f"{project}:clean" not in running
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "torch_in_list",
+        "numpy_in_closure",
+        "generator_on_class",
+        "numpy_generator",
+        "python_generator",
+    ],
+)
+def test_a_drawn_constant_is_found_though_the_factory_seeds_itself(
+    project: str, tmp_path: Path, factory: str
+) -> None:
+    error = refused(f"{project}:{factory}", f"{project}:one", tmp_path / "out")
+    record = next(record for record in error.records if record.rule == "baked-noise")
+    assert record.verdict is Verdict.FAIL
+    assert "its values differ in another export, under other seeds" in str(record.findings[0])
+
+
+def test_parameters_and_buffers_are_weights_wherever_they_are(project: str, tmp_path: Path) -> None:
+    released(f"{project}:hidden", f"{project}:one", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "factory", ["table_kept", "table_of_class", "table_in_cache", "table_that_grows"]
+)
+def test_a_table_that_the_first_call_makes_is_no_noise(
+    project: str, tmp_path: Path, factory: str
+) -> None:
+    released(f"{project}:{factory}", f"{project}:sequences", tmp_path / "out")

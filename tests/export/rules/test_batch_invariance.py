@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from onnxruntime.quantization import (
     quantize_dynamic,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from evalmode.bundle.certificate import Verdict
+from evalmode.bundle.certificate import Record, Verdict
 from evalmode.export.certify import subject_of
 from evalmode.export.inputs.samples import candidate_of
 from evalmode.export.rules import (
     batch_invariance,
 )
 from tests.export.rules.quantised import classifier
-from tests.export.rules.small_graphs import DOUBLED, ROWS, graph, node, said, subject
+from tests.export.rules.small_graphs import DOUBLED, ROWS, Calls, graph, node, said, subject
 
 
 def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_words() -> None:
@@ -67,3 +69,108 @@ def test_a_batch_norm_without_statistics_lets_a_row_change_with_its_neighbours()
     record = batch_invariance.check(made)
     assert record.verdict is Verdict.FAIL
     assert "another row in the batch changes this row's answer by " in said(record)
+
+
+class Normalised(nn.Module):
+    """BatchNorm of the batch's own statistics, and an answer beside it."""
+
+    def __init__(self, beside: Callable[[nn.Module, Tensor], object]) -> None:
+        super().__init__()
+        self.linear, self.beside = nn.Linear(4, 4), beside
+        self.norm = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> object:
+        y = self.norm(self.linear(x))
+        return self.beside(self, y if scale is None else y * scale)
+
+
+def record_of(module: nn.Module, *samples: object, dynamic_axes: Sequence[str] = ()) -> Record:
+    candidate = candidate_of(module.eval(), samples, dynamic_axes=dynamic_axes)
+    return batch_invariance.check(subject_of(candidate))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param(lambda m, y: {"y": y, "penalty": m.linear.weight.square().sum()}, id="number"),
+        pytest.param(lambda m, y: {"y": y, "loss": y.square().mean()}, id="loss"),
+        pytest.param(lambda m, y: {"loss": y.square().mean(), "y": y}, id="loss first"),
+        pytest.param(lambda m, y: {"y": y, "weight": m.linear.weight + 0.0}, id="weight"),
+        pytest.param(lambda m, y: y.unsqueeze(0), id="an axis in front"),
+        pytest.param(lambda m, y: y.T, id="rows are the second axis"),
+        pytest.param(lambda m, y: y.reshape(-1), id="rows in one line"),
+        pytest.param(lambda m, y: y.T.reshape(-1), id="rows in one line, one by one"),
+    ],
+)
+def test_whatever_else_a_module_answers_with_its_batch_statistics_are_found(
+    beside: Callable[[nn.Module, Tensor], object],
+) -> None:
+    record = record_of(Normalised(beside), torch.randn(4, 4), torch.randn(7, 4))
+    assert record.verdict is Verdict.FAIL
+    assert "another row in the batch changes this row's answer by" in said(record)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(2.0), torch.tensor([1.5]), torch.rand(1, 4)])
+def test_an_input_that_all_rows_share_hides_no_batch_statistics(scale: Tensor) -> None:
+    samples = [{"x": torch.randn(rows, 4), "scale": scale} for rows in (4, 7)]
+    module = Normalised(lambda _, y: y)
+    assert record_of(module, *samples).verdict is Verdict.FAIL
+    assert record_of(module, samples[0]).verdict is Verdict.FAIL
+
+
+class RowsSecond(nn.Module):
+    """x of (length, rows, width), each row normalised with or without the others."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(1, 2, 0)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "verdict"),
+    [
+        (nn.BatchNorm1d(4, track_running_stats=False), Verdict.FAIL),
+        (nn.BatchNorm1d(4), Verdict.PASS),
+        (nn.InstanceNorm1d(4), Verdict.PASS),
+    ],
+)
+def test_rows_on_the_second_axis_are_judged(norm: nn.Module, verdict: Verdict) -> None:
+    samples = [torch.randn(5, 3, 4), torch.randn(7, 2, 4)]
+    record = record_of(RowsSecond(norm), *samples, dynamic_axes=["x=length,batch,_"])
+    assert record.verdict is verdict, said(record)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param(lambda x, y: {"y": y, "norm": torch.ones(()) * 3}, id="a constant"),
+        pytest.param(lambda x, y: {"y": y, "tokens": y.reshape(-1, 2)}, id="tokens of all rows"),
+        pytest.param(lambda x, y: {"y": y, "columns": y.T}, id="rows on the last axis"),
+        pytest.param(lambda x, y: {"y": y, "line": y.T.reshape(-1)}, id="columns in one line"),
+    ],
+)
+def test_answers_that_hold_their_rows_anywhere_keep_to_them(
+    beside: Callable[[Tensor, Tensor], object],
+) -> None:
+    module = Calls(lambda x: beside(x, x.tanh()))  # type: ignore[arg-type, return-value]
+    record = record_of(module, torch.randn(4, 4), torch.randn(7, 4))
+    assert record.verdict is Verdict.PASS, said(record)
+
+
+def test_an_answer_that_mixes_rows_and_has_no_axis_of_them_is_unproven_and_named() -> None:
+    module = Calls(lambda x: {"y": x.tanh(), "loss": x.square().mean()})  # type: ignore[arg-type, return-value]
+    record = record_of(module, torch.randn(4, 4), torch.randn(7, 4))
+    assert record.verdict is Verdict.UNPROVEN
+    (finding,) = record.findings
+    assert finding.node == "loss"
+    assert "has no axis of rows and changes with them" in finding.why
+
+
+def test_an_input_without_rows_has_nothing_to_share_a_batch() -> None:
+    record = record_of(
+        RowsSecond(nn.InstanceNorm1d(4)), torch.randn(5, 1, 4), dynamic_axes=["x=length,_,_"]
+    )
+    assert record.verdict is Verdict.NOT_APPLICABLE

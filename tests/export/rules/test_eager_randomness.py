@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Record, Verdict
+from evalmode.export.certify import certify
+from evalmode.export.inputs.samples import candidate_of
 from evalmode.export.rules import eager_randomness
 from tests.export.rules.small_graphs import subject_of_module
 
@@ -203,3 +207,69 @@ def test_a_branch_that_was_refused_leaves_the_compiler_ready_for_the_next() -> N
     for _ in range(2):
         (where,) = places(judged(branches))
         assert where.startswith("a forward cannot be watched: inner (Calls): cond")
+
+
+MASKS: dict[object, Tensor] = {}
+
+
+def drawn() -> Tensor:
+    return (torch.rand(4) > 0.3).float() / 0.7
+
+
+@functools.lru_cache
+def cached(_key: int) -> Tensor:
+    return torch.from_numpy((np.random.rand(4) > 0.3).astype(np.float32))
+
+
+class InADictionary(nn.Module):
+    """A mask that the first forward draws and keeps beside the module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * MASKS.setdefault(self.key(x), drawn())
+
+    def key(self, x: Tensor) -> object:
+        return type(self)
+
+
+class ByRows(InADictionary):
+    """One for each number of rows."""
+
+    def key(self, x: Tensor) -> object:
+        return type(self), x.shape[0]
+
+
+class InACache(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * cached(4)
+
+
+class OnTheClass(nn.Module):
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if OnTheClass.mask is None:
+            OnTheClass.mask = drawn()
+        return x * OnTheClass.mask
+
+
+class WithALock(nn.Module):
+    """It cannot be copied, so what runs first is the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock, self.mask = threading.Lock(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = drawn()
+        return x * self.mask
+
+
+@pytest.mark.parametrize("kind", [InADictionary, ByRows, InACache, OnTheClass, WithALock])
+def test_what_the_first_forward_draws_and_keeps_is_seen(kind: type[nn.Module]) -> None:
+    module = kind().eval()
+    candidate = candidate_of(module, [torch.randn(3, 4), torch.randn(5, 4)])
+    record = certify(candidate, progress=lambda rule: None).records[-1]
+    assert record.rule == "eager-randomness"
+    assert record.verdict is Verdict.FAIL
+    assert "draws in eval mode" in record.findings[0].why

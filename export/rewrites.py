@@ -1,0 +1,133 @@
+"""What torch's exporter cannot write, computed in another way while it traces; each seen in torch
+2.13.
+
+Every rewrite computes the same numbers from the same inputs, up to the order of additions: the rule
+parity compares the graph with the module as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class Rewrites(TorchFunctionMode):
+    """Takes the place of calls that the exporter refuses while a forward is traced."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        rewrite = _REWRITES.get(getattr(func, "__name__", ""))
+        if rewrite is not None and isinstance(args[0] if args else None, Tensor):
+            return rewrite(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def traceable_modules() -> Iterator[None]:
+    """Let torch's own modules, and `Module.to`, be traced where they do not compute anything.
+
+    nn.TransformerEncoder compares its mask with a causal one, which only chooses a faster kernel.
+    `self.layer.to(dtype)` in a forward changes nothing where the layer has that type already.
+    """
+    detect, apply = nn.modules.transformer._detect_is_causal_mask, nn.Module._apply
+
+    def hinted(mask: Tensor | None, is_causal: bool | None = None, size: Any = None) -> bool:
+        return bool(is_causal)
+
+    def applied(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        tensors = [*self.parameters(recurse), *self.buffers(recurse)]
+        if all(fn(tensor) is tensor for tensor in tensors):
+            return self
+        module: nn.Module = apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        return module
+
+    nn.modules.transformer._detect_is_causal_mask = hinted
+    nn.Module._apply = applied  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.modules.transformer._detect_is_causal_mask = detect
+        nn.Module._apply = apply  # type: ignore[method-assign]
+
+
+def _floats_first(func: Callable[..., Any], tensor: Tensor, other: Any, **kwargs: Any) -> Any:
+    """1.0 - mask and mask // 2.0 of whole numbers: in floats, as torch computes them anyway."""
+    if isinstance(other, float) and not tensor.is_floating_point() and not tensor.is_complex():
+        tensor = tensor.to(torch.get_default_dtype())
+    return func(tensor, other, **kwargs)
+
+
+def _cast_first(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A softmax of whole numbers in another type: cast, and then computed."""
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, torch.dtype):
+        tensor = tensor.to(dtype)
+    return func(tensor, *args, **kwargs)
+
+
+def _four_axes(
+    func: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Attention over (..., length, width) with other than two axes before them."""
+    if query.ndim == 4:
+        return func(query, key, value, attn_mask, *args, **kwargs)
+    leading = query.shape[:-2]
+    if attn_mask is not None and attn_mask.ndim > 2:
+        attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-2:])
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.reshape(1, -1, *tensor.shape[-2:])
+
+    if attn_mask is not None and attn_mask.ndim > 2:
+        attn_mask = flat(attn_mask)
+    answer = func(flat(query), flat(key), flat(value), attn_mask, *args, **kwargs)
+    return answer.reshape(*leading, *answer.shape[-2:])
+
+
+def _expert_by_expert(
+    func: Callable[..., Any], rows: Tensor, weight: Tensor, offs: Tensor, **kwargs: Any
+) -> Tensor:
+    """Rows (S, D), sorted by expert, times their expert's weight (E, D, F): (S, F).
+
+    `offs` (E,) holds where each expert's rows end; rows behind the last are 0. Every row meets
+    every expert, and one answer of it stays.
+    """
+    expert = (torch.arange(rows.shape[0], device=rows.device)[:, None] >= offs[None, :]).sum(-1)
+    answer = torch.zeros_like(rows @ weight[0])
+    for index in range(weight.shape[0]):
+        answer = torch.where((expert == index)[:, None], rows @ weight[index], answer)
+    return answer
+
+
+_REWRITES: dict[str, Callable[..., Any]] = {
+    "__rsub__": _floats_first,
+    "rsub": _floats_first,
+    "__floordiv__": _floats_first,
+    "floor_divide": _floats_first,
+    "softmax": _cast_first,
+    "log_softmax": _cast_first,
+    F.scaled_dot_product_attention.__name__: _four_axes,
+    "grouped_mm": _expert_by_expert,
+    "_grouped_mm": _expert_by_expert,
+    # Hugging Face's own operator, for experts in float32.
+    "grouped_mm_fallback": _expert_by_expert,
+    "grouped_mm_fallback.default": _expert_by_expert,
+}

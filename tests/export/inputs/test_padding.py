@@ -1,0 +1,164 @@
+"""Positions are padding when a module takes no account of them, not when a mask names them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.known_answers import Tensors
+from evalmode.export.certify import subject_of
+from evalmode.export.inputs.padding import padding_at
+from evalmode.export.inputs.samples import candidate_of
+from evalmode.export.rules import parity
+
+IDS = np.array([[5, 7, 9, 0, 0], [4, 6, 8, 2, 3]])
+MASK = (IDS != 0).astype(np.int64)
+AT_PADDING = IDS == 0
+
+
+def minded(inputs: Tensors) -> Tensors:
+    """The running sum of what the mask keeps, and at padding what stands there."""
+    values, mask = inputs["x"].astype(np.float32), inputs["mask"]
+    return {"y": (values * mask).cumsum(1) + values * (1 - mask)}
+
+
+def unminded(inputs: Tensors) -> Tensors:
+    """A mask that is read, and keeps nothing out."""
+    return {"y": inputs["x"].astype(np.float32)[:, ::-1].cumsum(1) + inputs["mask"]}
+
+
+def test_what_a_mask_keeps_out_is_padding() -> None:
+    padding = padding_at(minded, {"x": IDS + 3, "mask": MASK}, AT_PADDING, 1e-5)
+    assert padding is not None
+    assert padding.mask == "mask"
+    assert np.array_equal(padding.positions, AT_PADDING)
+    turned = padding_at(
+        lambda inputs: minded({**inputs, "mask": 1 - inputs["mask"]}),
+        {"x": IDS + 3, "mask": 1 - MASK},
+        AT_PADDING,
+        1e-5,
+    )
+    assert turned is not None, "a mask may also mark what is left out"
+
+
+def test_some_of_the_padding_is_padding() -> None:
+    some = AT_PADDING.copy()
+    some[0, 3] = False
+    padding = padding_at(minded, {"x": IDS + 3, "mask": MASK}, some, 1e-5)
+    assert padding is not None
+    assert np.array_equal(padding.positions, AT_PADDING)
+
+
+def test_what_a_mask_names_and_the_module_reads_is_none() -> None:
+    inputs = {"x": IDS + 3, "mask": MASK}
+    assert padding_at(unminded, inputs, AT_PADDING, 1e-5) is None
+    assert padding_at(minded, inputs, ~AT_PADDING, 1e-5) is None, "it is what counts"
+    both = AT_PADDING.copy()
+    both[0, 0] = True
+    assert padding_at(minded, inputs, both, 1e-5) is None, "one of them counts"
+
+
+def by_id(inputs: Tensors) -> Tensors:
+    ids = inputs["ids"]
+    return minded({"x": ids, "mask": (ids != 0).astype(np.int64)})
+
+
+def test_an_id_of_padding_is_tried_by_leaving_it_away() -> None:
+    assert padding_at(by_id, {"ids": IDS}, AT_PADDING, 1e-5) is not None
+    left = np.ascontiguousarray(IDS[:, ::-1])
+    assert padding_at(by_id, {"ids": left}, left == 0, 1e-5) is not None
+
+    def counted(inputs: Tensors) -> Tensors:
+        return {"y": by_id(inputs)["y"] + inputs["ids"].shape[1]}
+
+    assert padding_at(counted, {"ids": IDS}, AT_PADDING, 1e-5) is None
+
+
+class Encoder(nn.Module):
+    """nn.TransformerEncoder with a padding mask: its fast path answers 0 at padding."""
+
+    def __init__(self, pooled: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.pooled = nn.Embedding(50, 16), pooled
+        layer = nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden: Tensor = self.encoder(self.table(ids), src_key_padding_mask=mask == 0)
+        if self.pooled == "all":
+            return hidden.mean(1)
+        if self.pooled == "first":
+            return hidden[:, 0]
+        return hidden
+
+
+class SeesNothing(nn.Module):
+    """Causal attention over rows that are padded on the left: padding may look at nothing."""
+
+    def __init__(self, *, heads_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.heads_first = nn.Embedding(50, 8), heads_first
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.table(ids)[:, None]
+        length = ids.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
+        y = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+        return y if self.heads_first else y[:, 0]
+
+
+def batches(*, left: bool) -> list[dict[str, Tensor]]:
+    samples = []
+    for rows, length in ((3, 8), (2, 11)):
+        mask = torch.ones(rows, length, dtype=torch.long)
+        mask[0, :3] = 0
+        ids = torch.randint(5, 50, (rows, length))
+        samples.append({"ids": ids, "mask": mask if left else mask.flip(1)})
+    return samples
+
+
+def record_of(module: nn.Module, samples: list[dict[str, Tensor]]) -> Record:
+    return parity.check(subject_of(candidate_of(module.eval(), samples)))
+
+
+@pytest.mark.parametrize(
+    ("module", "left"),
+    [
+        (Encoder("none"), False),
+        (SeesNothing(heads_first=False), True),
+        (SeesNothing(heads_first=True), True),
+    ],
+)
+def test_a_difference_at_padding_alone_is_a_warning_that_names_it(
+    module: nn.Module, left: bool
+) -> None:
+    record = record_of(module, batches(left=left))
+    assert record.verdict is Verdict.PASS
+    (warning,) = record.findings
+    assert "positions, all of which mask marks as padding" in warning.why
+    assert "under torch.inference_mode() with PyTorch's fast path" in record.why
+
+
+def test_padding_that_no_answer_shows_is_no_matter() -> None:
+    record = record_of(Encoder("first"), batches(left=False))
+    assert record.verdict is Verdict.PASS
+    assert not record.findings
+
+
+def test_an_answer_that_counts_what_the_fast_path_answers_at_padding_is_refused() -> None:
+    record = record_of(Encoder("all"), batches(left=False))
+    assert record.verdict is Verdict.FAIL
+    assert "without PyTorch's fast path" in record.findings[0].fix
+
+
+def test_the_module_is_compared_as_its_user_has_set_the_fast_path() -> None:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert record_of(Encoder("all"), batches(left=False)).verdict is Verdict.PASS
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

@@ -1,0 +1,74 @@
+"""Code that seeds its generators draws other numbers under other seeds, and the same ones after."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from evalmode.export.module.forward import seeded
+from evalmode.export.module.other_seeds import other_seeds
+
+
+def torch_global() -> float:
+    torch.manual_seed(0)
+    return float(torch.rand(1))
+
+
+def torch_generator() -> float:
+    return float(torch.rand(1, generator=torch.Generator(device="cpu").manual_seed(3)))
+
+
+def torch_generator_as_it_begins() -> float:
+    return float(torch.rand(1, generator=torch.Generator()))
+
+
+def numpy_global() -> float:
+    np.random.seed(0)
+    return float(np.random.rand())
+
+
+def python_global() -> float:
+    random.seed("a")
+    return random.random()
+
+
+def python_generator() -> float:
+    generator = random.Random(1)
+    generator.seed(b"2")
+    return generator.random()
+
+
+DRAWS: list[Callable[[], float]] = [
+    torch_global,
+    torch_generator,
+    torch_generator_as_it_begins,
+    numpy_global,
+    python_global,
+    python_generator,
+    lambda: float(np.random.default_rng(5).random()),
+    lambda: float(np.random.default_rng([1, 2]).random()),
+    lambda: float(np.random.RandomState(2**32 - 1).rand()),
+    lambda: float(np.random.Generator(np.random.PCG64(5)).random()),
+    lambda: float(np.random.Generator(np.random.Philox(np.random.SeedSequence(4))).random()),
+    lambda: random.Random(4).random(),
+]
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_seed_that_code_gives_is_another_one_meanwhile(draw: Callable[[], float]) -> None:
+    with seeded(0):
+        first = draw()
+        with other_seeds():
+            assert draw() != first
+            assert draw() == draw(), "it is still a seed"
+        assert draw() == first
+
+
+def test_generators_of_before_are_generators_still() -> None:
+    with other_seeds():
+        assert isinstance(torch.default_generator, torch.Generator)
+        assert isinstance(torch.Generator(), torch.Generator)
