@@ -54,10 +54,10 @@ def refusal(
             f"a size that varies is used as a plain number{at}: {_first(text)}; compute with it, or"
             " declare its axis fixed (--dynamic-axes, with _ in its place)"
         )
-    if "ValueRangeError" in names:
+    if " not in VR[" in text:
         return (
-            f"a table or a buffer of a fixed size is read at a size that varies{at} ({_first(text)}):"
-            " make it for the longest input in the constructor"
+            f"a table or a buffer of a fixed size is read at a size that varies ({_first(text)}):"
+            f" make it for the longest input in the constructor{at}"
         )
     if re.fullmatch(r"aten\.[\w.]+", _first(text)):
         return f"torch's exporter cannot trace {_first(text)}{at}: compute it from other operators"

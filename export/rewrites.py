@@ -77,6 +77,20 @@ def _cast_first(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: 
     return func(tensor, *args, **kwargs)
 
 
+def _mean_slope(
+    func: Callable[..., Any],
+    tensor: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Any:
+    """RReLU, which draws its slopes in training and has their mean in eval mode."""
+    if training:
+        return func(tensor, lower, upper, training, inplace)
+    return F.leaky_relu(tensor, (lower + upper) / 2)
+
+
 def _four_axes(
     func: Callable[..., Any],
     query: Tensor,
@@ -124,6 +138,7 @@ _REWRITES: dict[str, Callable[..., Any]] = {
     "floor_divide": _floats_first,
     "softmax": _cast_first,
     "log_softmax": _cast_first,
+    "rrelu": _mean_slope,
     F.scaled_dot_product_attention.__name__: _four_axes,
     "grouped_mm": _expert_by_expert,
     "_grouped_mm": _expert_by_expert,

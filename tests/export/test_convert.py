@@ -159,3 +159,28 @@ def test_an_output_may_be_called_as_torch_calls_a_step(name: str) -> None:
         answers = open_session(serialise(model)).run({"ids": ids.numpy()})
         expected = module(ids).detach().numpy()
         np.testing.assert_allclose(answers[name], expected, rtol=1e-5, atol=1e-6)
+
+
+class Buffered(nn.Module):
+    """Buffers with the names that torch gives to steps on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        for name in ("val_0", "val_1", "exp", "mul", "add"):
+            self.register_buffer(name, torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (self.linear(x * self.val_0) + self.add).exp()
+        return h.mean(1, keepdim=True) * self.mul + self.val_1 * self.exp
+
+
+def test_a_buffer_may_be_called_as_torch_calls_a_step() -> None:
+    module = Buffered().eval()
+    converted = convert(module, X, dynamic_axes=AXES, outputs=["y"])
+    for model in (converted.model, converted.unoptimised):
+        onnx.checker.check_model(model)
+        inputs = {name: tensor.numpy() for name, tensor in X.items()}
+        answer = open_session(serialise(model)).run(inputs)["y"]
+        expected = module(**X).detach().numpy()
+        np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6)

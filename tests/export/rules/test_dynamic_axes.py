@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -88,3 +91,28 @@ def test_without_declared_axes_the_rule_does_not_apply() -> None:
     model = graph(node("Add", "x", "x"))
     made = subject_of_graph(model, Calls(lambda x: x + x), probes=[{"x": ROWS}])
     assert dynamic_axes.check(made).verdict is Verdict.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize(
+    ("answer", "where"),
+    [
+        (lambda y: y * 2 if y.shape[1] == 11 else y, "at length = 11"),
+        (lambda y: y * 2 if y.shape[1] % 11 == 0 else y, "at length = 11"),
+        (lambda y: y * 2 if y.shape[0] == 7 else y, "at batch = 7"),
+        (lambda y: y * 2 if y.shape[1] == 300 else y, "at length = 300"),
+        (lambda y: y * 2 if y.shape[0] == y.shape[1] else y, "at batch = 1, length = 1"),
+        (lambda y: y * 2 if y.shape[0] * y.shape[1] > 400 else y, "at batch = "),
+    ],
+)
+def test_a_way_that_no_probe_takes_is_found(answer: Callable[[Tensor], Tensor], where: str) -> None:
+    candidate = candidate_of(Calls(answer).eval(), [torch.randn(3, 9, 4), torch.randn(2, 14, 4)])
+    record = dynamic_axes.check(subject_of(candidate))
+    assert record.verdict is Verdict.FAIL
+    assert "the module takes another way" in said(record)
+    assert where in said(record)
+
+
+def test_a_way_that_answers_alike_is_no_other_way() -> None:
+    module = Calls(lambda x: x.clone() if x.shape[1] == 11 else x + 0).eval()
+    candidate = candidate_of(module, [torch.randn(3, 9, 4), torch.randn(2, 14, 4)])
+    assert dynamic_axes.check(subject_of(candidate)).verdict is Verdict.PASS
