@@ -170,7 +170,14 @@ class Walker:
         scope.detached, scope.budget = detached, self._budget
         _text(
             "the main graph" if parent is None else path,
-            [item.name for item in (*graph.input, *graph.output)],
+            [
+                text
+                for item in (*graph.input, *graph.output)
+                for text in (
+                    item.name,
+                    *(size.dim_param for size in item.type.tensor_type.shape.dim),
+                )
+            ],
         )
         given = {tensor.name for tensor in graph.initializer} | {
             item.values.name for item in graph.sparse_initializer

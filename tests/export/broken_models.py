@@ -65,6 +65,25 @@ def models() -> tuple[onnx.ModelProto, ...]:
     outside.graph.initializer[0].data_location = TensorProto.EXTERNAL
     outside.graph.initializer[0].external_data.add(key="location", value="weights.bin")
     text = helper.make_node("Constant", [], ["t"], value_string="some")
+    statistics = (
+        _node("ReduceMean", "x", "m", axes=[0], keepdims=0),
+        _node("Sub", "x m", "d"),
+        _node("Mul", "d d", "q"),
+        _node("ReduceMean", "q", "v", axes=[0], keepdims=0),
+    )
+    turned = (
+        _node("Transpose", "x", "t", perm=[1, 0]),
+        _node("ReduceMean", "t", "m", axes=[1], keepdims=1),
+        _node("Sub", "t m", "d"),
+        _node("Mul", "d d", "q"),
+        _node("ReduceMean", "q", "v", axes=[1], keepdims=1),
+        _node("Sqrt", "v", "s"),
+        _node("Div", "d s", "z"),
+        _node("Transpose", "z", perm=[1, 0]),
+    )
+    by_rows = _model(*turned)
+    by_rows.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    one = np.ones(4, np.float32)
     return (
         _model(_node("Relu", "x")),
         _model(drop, r=half, m=on),
@@ -119,6 +138,8 @@ def models() -> tuple[onnx.ModelProto, ...]:
         _model(text, _node("Relu", "x")),
         _model(_node("MatMul", "x w"), w=np.ones((4, 4), np.float16)),
         _model(_node("Add", "x w"), w=np.ones(4, np.float64)),
+        _model(*statistics, _node("BatchNormalization", "x s b m v"), s=one, b=one),
+        by_rows,
         sparse,
         outside,
     )
