@@ -16,8 +16,9 @@ from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console
 
 if TYPE_CHECKING:
+    from evalmode.export.verify.options import Options
     from evalmode.export.verify.targets import Target
-    from evalmode.export.verify.verify import Examined, Options
+    from evalmode.export.verify.verify import Examined
 
 EPILOG = (
     "Examples:  evalmode verify bundles models/*.onnx   |   evalmode verify models --format sarif"
@@ -56,6 +57,13 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    time_limit: Annotated[
+        float,
+        typer.Option(help="Seconds that one file may run; one that takes longer is unproven."),
+    ] = 60,
+    memory_limit: Annotated[
+        int, typer.Option(help="MiB of memory that one file may take to run.")
+    ] = 8192,
     form: reporting.Format = "text",
     output: reporting.Output = None,
     fail_on: reporting.FailOn = "unproven",
@@ -70,16 +78,20 @@ def verify(
     """
     from evalmode.export.report.report import FailOn, Report
     from evalmode.export.rules.registry import names_of
+    from evalmode.export.verify.guarded import load
+    from evalmode.export.verify.options import Limits, Options
     from evalmode.export.verify.targets import find_targets
-    from evalmode.export.verify.verify import Options
 
     if module is not None and inputs is None:
         raise EvalmodeError("--module needs --inputs: without inputs nothing can be compared")
     options = Options(
         excluded=names_of(exclude or ()),
         samples=None if inputs is None else _samples(inputs),
-        module=None if module is None else _module(module),
+        module=module,
+        limits=Limits(time_s=time_limit, memory_mib=memory_limit),
     )
+    if inputs is not None:
+        load(options)  # a mistake in the user's own code is no verdict on any file
     examined = _examine(find_targets(paths), options)
     report = Report(examined=examined, fail_on=FailOn(fail_on), allow_unproven=allow_unproven)
     reporting.finish(report, form, output)
@@ -97,16 +109,14 @@ def _examine(targets: Sequence[Target], options: Options) -> tuple[Examined, ...
     return tuple(track(found, "verify", total=len(targets), console=terminal, transient=True))
 
 
-def _samples(inputs: str) -> Sequence[Any]:
-    """What --inputs means: arrays of a file, samples of the user's code, or none, which asks for
-    made ones.
+def _samples(inputs: str) -> Sequence[Any] | str:
+    """What --inputs means: arrays of a file, the reference of the user's code, or none, which asks
+    for made ones.
     """
     if inputs == MADE:
         return ()
-    from evalmode.export.inputs.references import is_reference, load_samples
-
-    if is_reference(inputs):
-        return load_samples(inputs)
+    if ":" in inputs and not Path(inputs).exists():
+        return inputs
     import numpy as np
 
     try:
@@ -114,9 +124,3 @@ def _samples(inputs: str) -> Sequence[Any]:
             return [dict(arrays)]
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise EvalmodeError(f"{inputs} cannot be read as a .npz file of arrays: {error}") from error
-
-
-def _module(reference: str) -> Any:
-    from evalmode.export.inputs.references import load_in_eval_mode
-
-    return load_in_eval_mode(reference)

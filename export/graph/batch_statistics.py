@@ -132,7 +132,8 @@ class BatchAxes:
         """The axis of rows of what a node makes of its inputs."""
         node, scope = made.node, made.scope
         if made.index in scope.calls:
-            return self._look(_sources(made)[-1])
+            sources = _sources(made)
+            return self._look(sources[-1]) if sources else None
         if domain_of(node.domain) or not node.input:
             return None
         first = self._look(scope.argument(node, 0))
@@ -159,7 +160,7 @@ class BatchAxes:
             return first if isinstance(turned, Absent) or not getattr(turned, "i", 1) else None
         if op == "Transpose":
             order = scope.attribute(node, "perm")
-            if isinstance(order, onnx.AttributeProto):
+            if isinstance(order, onnx.AttributeProto) and first.place in order.ints:
                 return _Axis(list(order.ints).index(first.place), first.rank)
         return None
 
@@ -230,7 +231,7 @@ def _reduces(made: Made, axis: _Axis | None) -> bool:
         return isinstance(noop, Absent) or not getattr(noop, "i", 0)
     if axis is None:
         return 0 in given or any(number < 0 for number in given)
-    return axis.place in [number % axis.rank for number in given]
+    return axis.place in [number % max(axis.rank, 1) for number in given]
 
 
 def _has_one_row(value: Value) -> bool:

@@ -16,6 +16,7 @@ Identity = tuple[str, str, str]
 """Domain, name and overload."""
 
 _MOST = 100_000  # nodes; forty functions of two nodes each can come to a billion
+_MOST_NAMES = 2_000_000  # inputs, outputs, attributes and weights, which each call binds anew
 
 
 def function_id(node: onnx.NodeProto | onnx.FunctionProto) -> Identity:
@@ -45,15 +46,25 @@ def order_of_calls(
     except CycleError as error:
         domain, name, _ = error.args[1][0]
         raise Broken(f"the function {domain}:{name} calls itself") from None
-    sizes: dict[Identity, int] = {}
-    for identity in order:
-        sizes[identity] = len(inside[identity]) + sum(sizes[one] for one in calls[identity])
+    names = {
+        identity: _names(function.node, function.attribute_proto)
+        + len(function.input)
+        + len(function.output)
+        for identity, function in functions.items()
+    }
     called = [one for one in map(function_id, _every(model.graph.node, ())) if one in functions]
     uncalled = (
         functions.keys() - set(called) - {one for callees in calls.values() for one in callees}
     )
-    if sum(sizes[one] for one in (*called, *uncalled)) > _MOST:
-        raise Broken(f"its functions call one another until there are more than {_MOST:,} nodes")
+    nodes_in = {identity: len(nodes) for identity, nodes in inside.items()}
+    for own, most, what in ((nodes_in, _MOST, "nodes"), (names, _MOST_NAMES, "names")):
+        sizes: dict[Identity, int] = {}
+        for identity in order:
+            sizes[identity] = own[identity] + sum(sizes[one] for one in calls[identity])
+        if sum(sizes[one] for one in (*called, *uncalled)) > most:
+            raise Broken(
+                f"its functions call one another until there are more than {most:,} {what}"
+            )
     return order[::-1]
 
 
@@ -68,6 +79,23 @@ def _every(
         node = pending.pop()
         yield node
         pending += _in_bodies(node.attribute)
+
+
+def _names(nodes: Iterable[onnx.NodeProto], attributes: Sequence[onnx.AttributeProto]) -> int:
+    """How many inputs, outputs, attributes and weights the nodes have, and the bodies in them."""
+    count = len(attributes) + sum(_bound(attributes))
+    for node in _every(nodes, attributes):
+        count += len(node.input) + len(node.output) + len(node.attribute)
+        count += sum(_bound(node.attribute))
+    return count
+
+
+def _bound(attributes: Iterable[onnx.AttributeProto]) -> Iterator[int]:
+    """How many names each graph in the attributes binds beside those of its nodes."""
+    for item in attributes:
+        for graph in (item.g, *item.graphs) if item.HasField("g") else item.graphs:
+            weights = len(graph.initializer) + len(graph.sparse_initializer)
+            yield len(graph.input) + len(graph.output) + weights
 
 
 def _in_bodies(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.NodeProto]:

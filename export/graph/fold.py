@@ -10,6 +10,7 @@ differ, and whatever costs more than a little, for a verifier must never be made
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from enum import Enum
 
@@ -19,12 +20,22 @@ from onnx import helper, numpy_helper
 
 from evalmode.export.graph import runtime
 from evalmode.export.graph.errors import Broken
-from evalmode.export.graph.scope import Absent, Fixed, Made, Open, Origin, Value, domain_of
+from evalmode.export.graph.scope import (
+    Absent,
+    Budget,
+    Fixed,
+    Made,
+    Open,
+    Origin,
+    Value,
+    domain_of,
+)
 from evalmode.export.graph.weight import Array, Weight
 
 _ELEMENTS = runtime.ELEMENTS
 _STEPS = 1000  # values that one answer may take
-_SHAPED = 1 << 20  # elements of an initializer whose shape is asked for
+_INPUTS = 1000  # of one node
+_QUESTION_BYTES = 4 << 20  # of what the runtime is asked at once
 
 # Boolean operators, whose result no implementation can see otherwise.
 _PLAIN = frozenset({"Identity", "Not", "And", "Or", "Xor", "Where"})
@@ -123,15 +134,18 @@ def _described(value: Open) -> str:
 
 def _source(value: Made) -> Open | None:
     """The first value on the way to `value` that is known only when the model runs."""
-    pending: list[Value] = [value]
-    for _ in range(_STEPS):
-        if not pending:
-            return None
-        top = pending.pop(0)
+    budget = value.scope.budget
+    pending: deque[Value] = deque([value])
+    seen: set[tuple[int, str]] = set()
+    while pending and len(seen) < _STEPS and budget.steps > 0:
+        top = pending.popleft()
         if isinstance(top, Open):
             return top
-        if isinstance(top, Made):
-            pending += [top.scope.argument(top.node, index) for index in range(len(top.node.input))]
+        if isinstance(top, Made) and (id(top.scope), top.name) not in seen:
+            seen.add((id(top.scope), top.name))
+            inputs = min(len(top.node.input), _INPUTS)
+            budget.steps -= inputs + 1
+            pending += [top.scope.argument(top.node, index) for index in range(inputs)]
     return None
 
 
@@ -142,12 +156,31 @@ def _is_known(value: Value) -> bool:
 def _known(value: Value) -> Array | Unsettled | None:
     if isinstance(value, Made):
         return value.scope.decided.get(value.name)
-    return _fixed(value.weight) if isinstance(value, Fixed) else None
+    return _read(value) if isinstance(value, Fixed) else None
+
+
+def _read(value: Fixed) -> Array | None:
+    """The values of an initializer, which is read once."""
+    budget, key = value.budget, id(value.weight)
+    if key not in budget.read:
+        budget.read[key] = _charged(_fixed(value.weight), budget)
+    result: Array | None = budget.read[key]
+    return result
 
 
 def _remember(value: Value, result: Array | Unsettled | None) -> None:
     assert isinstance(value, Made), "everything else is known from the start"
+    if isinstance(result, np.ndarray | np.generic):
+        result = _charged(result, value.scope.budget)
     value.scope.decided[value.name] = result
+
+
+def _charged(array: Array | None, budget: Budget) -> Array | None:
+    """The array, or None where the model has no memory left to hold it."""
+    if array is None or array.nbytes > budget.bytes:
+        return None
+    budget.bytes -= array.nbytes
+    return array
 
 
 def _settled(value: Value) -> Array | None:
@@ -157,8 +190,8 @@ def _settled(value: Value) -> Array | None:
         return known
     assert isinstance(value, Made), "everything else is settled"
     result = None
-    if value.scope.budget.left:
-        value.scope.budget.left -= 1
+    if value.scope.budget.values:
+        value.scope.budget.values -= 1
         result = _run(value)
     _remember(value, result)
     return result
@@ -178,7 +211,7 @@ def _needs(value: Value) -> Sequence[Value] | None:
         if node.overload or position >= len(inner.outputs):
             return None
         return [inner.read(inner.outputs[position])]
-    if domain != "" or scope.opsets.get("", 0) == 0:
+    if domain != "" or scope.opsets.get("", 0) == 0 or len(node.input) > _INPUTS:
         return None
     inputs = [scope.argument(node, index) for index in range(len(node.input))]
     if node.op_type == "If" and inputs:
@@ -268,7 +301,10 @@ def _fixed(weight: Weight | onnx.SparseTensorProto) -> Array | None:
         array = weight.array()
     except Broken:  # what cannot be read decides nothing
         return None
-    return array if _reads_alike(array, weight.tensor) else None
+    if not _reads_alike(array, weight.tensor):
+        return None
+    # A copy, in the machine's byte order: a mapped file would stay open with it.
+    return np.array(array, np.dtype(array.dtype.name))
 
 
 def _reads_alike(array: Array, tensor: onnx.TensorProto) -> bool:
@@ -276,7 +312,9 @@ def _reads_alike(array: Array, tensor: onnx.TensorProto) -> bool:
 
     They do from plain types alone, and differ on booleans that are written as neither 0 nor 1.
     """
-    if array.dtype.isbuiltin != 1 or array.dtype.kind not in "biuf":
+    # 2 is a type of ml_dtypes; 0 is one of NumPy's own with its byte order spelled out, as of what
+    # is mapped from a file.
+    if array.dtype.isbuiltin == 2 or array.dtype.kind not in "biuf":
         return False
     if array.dtype == np.bool_:
         in_bytes = np.ascontiguousarray(array).view(np.uint8)
@@ -321,6 +359,8 @@ def _constant(value: Made) -> Array | None:
         return _fixed(weight or Weight(name=name, path=name, tensor=attribute.t))
     if name == "sparse_value":
         return _dense(attribute.sparse_tensor)
+    if max(len(attribute.ints), len(attribute.floats)) > _ELEMENTS:
+        return None
     if name in ("value_int", "value_ints"):
         return np.asarray(attribute.i if name == "value_int" else attribute.ints, np.int64)
     return np.asarray(attribute.f if name == "value_float" else attribute.floats, np.float32)
@@ -341,6 +381,8 @@ def _run(value: Made) -> Array | None:
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
     names: dict[tuple[int, str], str] = {}
+    leaves: dict[tuple[int, bool], str] = {}  # of initializers, and of the shapes of some
+    size = 0  # bytes
     opsets = set()
     pending: list[Value] = [value]
     while pending:
@@ -384,13 +426,21 @@ def _run(value: Made) -> Array | None:
             elif isinstance(operand, Made) and (id(operand.scope), operand.name) in names:
                 node.input.append(names[id(operand.scope), operand.name])
             else:
-                array = _leaf(top, operand)
-                if array is None:
-                    return None
-                constants.append(numpy_helper.from_array(array, f"c{len(constants)}"))
-                node.input.append(constants[-1].name)
+                initializer = id(operand.weight) if isinstance(operand, Fixed) else id(operand)
+                leaf = initializer, top.node.op_type in ("Shape", "Size")
+                if leaf not in leaves:
+                    array = _leaf(top, operand, _QUESTION_BYTES - size)
+                    if array is None:
+                        return None
+                    size += array.nbytes
+                    leaves[leaf] = f"c{len(constants)}"
+                    constants.append(numpy_helper.from_array(array, leaves[leaf]))
+                node.input.append(leaves[leaf])
+        size += node.ByteSize()
         names[key] = node.output[0]
         nodes.append(node)
+        if size > _QUESTION_BYTES or len(nodes) > _STEPS:
+            return None
     if len(opsets) != 1:  # of functions that import another opset
         return None
     outputs = [onnx.ValueInfoProto(name=node.output[0]) for node in nodes]
@@ -408,12 +458,14 @@ def _operands(value: Made) -> Sequence[Value] | None:
     return [value.scope.argument(node, index) for index in range(len(node.input))]
 
 
-def _leaf(value: Made, operand: Value) -> Array | None:
+def _leaf(value: Made, operand: Value, most_bytes: int) -> Array | None:
     """A plain operand; of an initializer whose shape alone is asked for, one of that shape."""
     if value.node.op_type in ("Shape", "Size") and isinstance(operand, Fixed):
         dims = tuple(operand.weight.dims)
-        if math.prod(dims) > _SHAPED or min(dims, default=0) < 0:
+        if min(dims, default=0) < 0 or math.prod(dims) > most_bytes:
             return None
         return np.zeros(dims, np.bool_)
     known = _known(operand)
-    return known if isinstance(known, np.ndarray | np.generic) else None
+    if not isinstance(known, np.ndarray | np.generic) or known.nbytes > most_bytes:
+        return None
+    return known

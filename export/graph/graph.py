@@ -13,11 +13,13 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from evalmode.export.graph.errors import Broken, ModelUnreadable
+from evalmode.export.graph.scope import domain_of
 from evalmode.export.graph.walk import NodeAt, Walker
 from evalmode.export.graph.weight import LFS_POINTER, Source, Weight
 from evalmode.export.graph.wire import Skimmed, skim
 
-_LAST_OPSET = 10_000  # far above any that exists; a larger number is damage
+_LAST_OPSET = 2**31 - 1  # a runtime holds no larger number
+_IMPORTS_SINCE = 3  # IR version; a model of before has opset 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,9 @@ def open_graph(path: Path) -> Graph:
         if found.st_size == 0:
             raise ModelUnreadable(f"{path} is not an ONNX model: it is empty")
         with path.open("rb") as file:
+            # Closed when nothing refers to it: an exception's frames may hold parts of it.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with mapped, memoryview(mapped) as data:
-            return _read(data, path, path.parent, str(path))
+        return _read(memoryview(mapped), path, path.parent, str(path))
     except OSError as error:
         raise ModelUnreadable(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -92,18 +94,23 @@ def _read(data: memoryview, where: Path | memoryview, folder: Path | None, name:
 def _graph(model: onnx.ModelProto, source: Source, skimmed: Skimmed | None, name: str) -> Graph:
     if not model.HasField("graph"):
         raise ModelUnreadable(f"{name} is not an ONNX model: it has no graph")
-    if not model.opset_import:
+    imports = list(model.opset_import)
+    if not imports and 0 < model.ir_version < _IMPORTS_SINCE:
+        imports = [onnx.OperatorSetIdProto(version=1)]
+    if not imports:
         raise ModelUnreadable(f"{name} is not an ONNX model: it names no opset")
-    for item in [
-        *model.opset_import,
-        *(item for function in model.functions for item in function.opset_import),
-    ]:
-        if not 0 < item.version <= _LAST_OPSET:
-            raise ModelUnreadable(
-                f"{name} is not an ONNX model: opset {item.version} of domain {item.domain!r}"
-            )
+    for group in (imports, *(function.opset_import for function in model.functions)):
+        for item in group:
+            if not -_LAST_OPSET <= item.version <= _LAST_OPSET:
+                raise ModelUnreadable(
+                    f"{name} is not an ONNX model: opset {item.version} of domain {item.domain!r}"
+                )
+        # Beside another opset of the domain, 0 is one on which readers differ; see `opsets_of`.
+        own = [item.version for item in group if domain_of(item.domain) == ""]
+        if own and max(own) <= 0:
+            raise ModelUnreadable(f"{name} is not an ONNX model: opset {max(own)} of domain ''")
     try:
-        walker = Walker(model, source, skimmed)
+        walker = Walker(model, imports, source, skimmed)
         walker.walk(model)
     except Broken as error:
         raise ModelUnreadable(f"{name} is not a valid ONNX model: {error}") from error

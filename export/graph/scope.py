@@ -6,7 +6,7 @@ Knows ONNX's rules of scope, and refuses what breaks them. Knows no operator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -33,11 +33,12 @@ class Absent:
     """An optional input that is not given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fixed:
-    """An initializer that nobody can change."""
+    """An initializer that nobody can change; `budget` is what reading it is charged to."""
 
     weight: Weight | onnx.SparseTensorProto
+    budget: Budget
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,17 @@ _FIELDS = {
 
 @dataclass
 class Budget:
-    """How many values of a model the runtime may still be asked for."""
+    """What it may still cost to decide the values of a model, and the initializers that were read.
 
-    left: int = 200
+    `values` the runtime may be asked for, `bytes` may be held, and `steps` may be taken to find
+    what an undecided value comes from. `read` holds what `fold` read, by the identity of the
+    initializer: many nodes may read one, and each reading would map its file anew.
+    """
+
+    values: int = 200
+    bytes: int = 32 << 20
+    steps: int = 200_000
+    read: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -100,6 +109,7 @@ class Scope:
     `bodies` and `tensors` are what its nodes hold, by their index (and the attribute's name);
     `decided` is what `fold` found out about the outputs of its nodes. A `detached` body was given
     to a function as an attribute: what it reads from around is bound where the function uses it.
+    `made_anywhere` has what all nodes make, where these are not sorted.
     """
 
     path: str
@@ -113,6 +123,7 @@ class Scope:
     tensors: dict[tuple[int, str], Weight] = field(default_factory=dict)
     decided: dict[str, Any] = field(default_factory=dict)
     detached: bool = False
+    made_anywhere: frozenset[str] = frozenset()
     budget: Budget = field(default_factory=Budget)
     _values: dict[str, Value] = field(default_factory=dict)
     _captured: set[str] = field(default_factory=set)
@@ -130,11 +141,16 @@ class Scope:
             value = Open(name, Origin.SHADOWED)
         self._values[name] = value
 
+    @property
+    def names(self) -> Set[str]:
+        """The names that have a meaning here so far."""
+        return self._values.keys()
+
     def knows(self, name: str) -> bool:
         """Whether the name has a meaning here or in a graph around."""
         scope: Scope | None = self
         while scope is not None:
-            if name in scope._values:
+            if name in scope._values or name in scope.made_anywhere:
                 return True
             scope = None if scope.detached else scope.parent
         return False

@@ -17,6 +17,7 @@ import onnx
 from evalmode.export.graph.calls import Identity, function_id, order_of_calls
 from evalmode.export.graph.errors import Broken
 from evalmode.export.graph.fold import decide, decider
+from evalmode.export.graph.order import is_sorted, sorted_order
 from evalmode.export.graph.scope import (
     Absent,
     Budget,
@@ -35,6 +36,8 @@ from evalmode.export.graph.wire import Skimmed
 
 _DEEPEST = 100  # bodies and functions inside one another; each takes a few of Python's own frames
 _OVERRIDABLE_SINCE = 4  # IR version
+# Of the paths to nodes and weights in bodies and functions, where a long name counts at each call.
+_PATH_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +105,22 @@ class Walker:
     that is broken.
     """
 
-    def __init__(self, model: onnx.ModelProto, source: Source, skimmed: Skimmed | None) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        imports: Sequence[onnx.OperatorSetIdProto],
+        source: Source,
+        skimmed: Skimmed | None,
+    ) -> None:
         self.nodes: list[NodeAt] = []
         self.weights: list[Weight] = []
         self._source, self._skimmed = source, skimmed
         self._outermost_first: Sequence[Identity] = ()
-        self._opsets = opsets_of(model.opset_import)
+        self._opsets = opsets_of(imports)
         # Before IR version 4 every initializer had to be an input, and ONNX Runtime takes no value
         # for such an input.
         self._overridable = not 0 < model.ir_version < _OVERRIDABLE_SINCE
-        _text("the opset imports", [item.domain for item in model.opset_import])
+        _text("the opset imports", [item.domain for item in imports])
         for item in model.functions:
             imported = [one.domain for one in item.opset_import]
             _text(
@@ -119,9 +128,14 @@ class Walker:
                 [item.name, item.domain, item.overload, *item.input, *item.output, *imported],
             )
         self._functions = {function_id(item): item for item in model.functions}
+        self._opsets_inside = {
+            identity: self._opsets | opsets_of(item.opset_import)
+            for identity, item in self._functions.items()
+        }
         if len(self._functions) < len(model.functions):
             raise Broken("it defines a function twice")
         self._budget = Budget()
+        self._path_characters = 0
         self._seen: set[Identity] = set()
         self._dead = False  # whether the main graph, and so all that it calls, has been walked
         self._again = self._depth = (
@@ -156,7 +170,14 @@ class Walker:
         scope.detached, scope.budget = detached, self._budget
         _text(
             "the main graph" if parent is None else path,
-            [item.name for item in (*graph.input, *graph.output)],
+            [
+                text
+                for item in (*graph.input, *graph.output)
+                for text in (
+                    item.name,
+                    *(size.dim_param for size in item.type.tensor_type.shape.dim),
+                )
+            ],
         )
         given = {tensor.name for tensor in graph.initializer} | {
             item.values.name for item in graph.sparse_initializer
@@ -170,7 +191,9 @@ class Walker:
         for sparse in graph.sparse_initializer:
             overridable = sparse.values.name in inputs
             fixed: Value = (
-                Open(sparse.values.name, Origin.OVERRIDABLE) if overridable else Fixed(sparse)
+                Open(sparse.values.name, Origin.OVERRIDABLE)
+                if overridable
+                else Fixed(sparse, self._budget)
             )
             scope.define(sparse.values.name, fixed)
         self._nodes(scope)
@@ -181,15 +204,25 @@ class Walker:
         self._list(weight)
         if is_input and (self._overridable or scope.parent is not None):
             return Open(tensor.name, Origin.OVERRIDABLE)
-        return Fixed(weight)
+        return Fixed(weight, self._budget)
 
     def _weight(self, tensor: onnx.TensorProto, scope: Scope, name: str) -> Weight:
         _text(
             scope.where,
             [name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))],
         )
+        self._count(scope, scope.path + name)
         span = self._skimmed.span(tensor) if self._skimmed else None
         return self._source.weight(tensor, span, name=name, path=scope.path + name)
+
+    def _count(self, scope: Scope, path: str) -> None:
+        if scope.path:
+            self._path_characters += len(path)
+        if self._path_characters > _PATH_CHARACTERS:
+            raise Broken(
+                f"the paths to its nodes come to more than {_PATH_CHARACTERS:,} characters: its"
+                " bodies and functions need shorter names"
+            )
 
     def _list(self, weight: Weight) -> None:
         if not self._again:
@@ -202,8 +235,15 @@ class Walker:
                 f"bodies and functions stand more than {_DEEPEST} deep inside one another at"
                 f" {scope.where}"
             )
-        for index, node in enumerate(scope.nodes):
-            self._node(scope, index, node, scope.path_of(index))
+        order: Sequence[int] = range(len(scope.nodes))
+        is_main = not scope.path
+        if is_main and not is_sorted(scope.nodes, scope.names):
+            order = sorted_order(scope.nodes, scope.names)
+            scope.made_anywhere = frozenset(name for node in scope.nodes for name in node.output)
+        for index in order:
+            path = scope.path_of(index)
+            self._count(scope, path)
+            self._node(scope, index, scope.nodes[index], path)
         for name in scope.outputs:
             _require(scope, name, f"the output {name!r} of {scope.where}")
         self._depth -= 1
@@ -306,7 +346,7 @@ class Walker:
         again = identity in self._seen
         self._again += again
         self._seen.add(identity)
-        opsets = {**self._opsets, **opsets_of(function.opset_import)}
+        opsets = self._opsets_inside[identity]
         scope = Scope(f"{path}{named}/", function.node, function.output, opsets, None, attributes)
         scope.budget = self._budget
         if len(set(function.input)) < len(function.input):
@@ -330,7 +370,11 @@ def _require(scope: Scope, name: str, what: str) -> None:
     try:
         scope.read(name)
     except KeyError:
-        made = any(name in node.output for node in scope.nodes)
+        around: Scope | None = scope
+        made = False
+        while around is not None and not made:
+            made = any(name in node.output for node in around.nodes)
+            around = around.parent
         problem = (
             "is made only later: the nodes are not sorted, or form a cycle"
             if made

@@ -83,12 +83,19 @@ class Rule:
         assert record.rule == self.name, f"{self.module} answers as {record.rule}"
         return record
 
-    def could_not_run(self, error: Exception, *, fix: str) -> Record:
-        """The record of a rule that applies and could not run: nothing is proven by it."""
+    def could_not_run(
+        self, error: Exception, *, fix: str, subject: Subject | None = None
+    ) -> Record:
+        """The record of a rule that applies and could not run: nothing is proven by it.
+
+        What the graph of `subject` shows on its own is told all the same.
+        """
         why = f"the rule could not run: {error}"
-        finding = Finding(severity=Severity.UNPROVEN, why=why, fix=fix)
+        findings = [Finding(severity=Severity.UNPROVEN, why=why, fix=fix)]
+        if self.glimpses and subject is not None and subject.has(Needs.GRAPH):
+            findings += import_module(self.module).glimpse(subject.graph)
         otherwise = "the rule applies and could not run"
-        return Record.of(self.name, [finding], fine="", otherwise=otherwise)
+        return Record.of(self.name, findings, fine="", otherwise=otherwise)
 
     def not_applicable(self, subject: Subject) -> Record:
         """The record for a subject that lacks what the rule needs.

@@ -13,6 +13,7 @@ import onnx
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.graph import Graph, NodeAt
 from evalmode.export.graph.batch_statistics import BatchAxes, computed_over_batch
+from evalmode.export.graph.scope import value_fields
 from evalmode.export.rules.subject import Subject
 
 RULE = "training-mode"
@@ -174,23 +175,27 @@ def _by_statistics(at: NodeAt) -> _Mode | None:
 def _by_is_test(at: NodeAt) -> _Mode | None:
     flag = at.flag("is_test")
     if flag is None:
-        return _undecided("is_test")
+        return _undecided(at, "is_test")
     return None if flag else _on("is_test is not set, and unless it is this operator trains")
 
 
 def _by_training_mode(at: NodeAt) -> _Mode | None:
     flag = at.flag("training_mode")
     if flag is None:
-        return _undecided("training_mode")
+        return _undecided(at, "training_mode")
     return _on("training_mode is 1: it normalises by the statistics of the batch") if flag else None
 
 
-def _undecided(name: str) -> _Mode:
-    return _Mode(
-        Severity.UNPROVEN,
-        f"its attribute {name} is not known here: the caller of its function gives it, or it is"
-        " written so that readers differ",
-    )
+def _undecided(at: NodeAt, name: str) -> _Mode:
+    attribute = next(item for item in at.node.attribute if item.name == name)
+    reference, calls = attribute.ref_attr_name, at.scope.attributes
+    if not reference or value_fields(attribute):
+        why = "it is written in a way on which readers differ, and not as one integer"
+    elif calls is None or calls.get(reference, attribute) is None:
+        why = f"it is what a call gives as {reference!r}, and there is no such call"
+    else:
+        why = f"the call of its function gives {reference!r}, and not as one integer"
+    return _Mode(Severity.UNPROVEN, f"its attribute {name} is not known here: {why}")
 
 
 def _always(at: NodeAt) -> _Mode:

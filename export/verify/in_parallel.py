@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from evalmode.export.verify import guarded
+from evalmode.export.verify.options import DEFAULTS, Options
 from evalmode.export.verify.targets import Target
-from evalmode.export.verify.verify import DEFAULTS, Examined, Options, examine
+from evalmode.export.verify.verify import Examined, examine
 
 # The bytes of ONNX files that may be open at once; parsed, a model takes about twice its file. One
 # that is larger than the budget is examined while no other is.
@@ -29,16 +31,25 @@ def examine_all(
     """The answer for each target, in the order of the targets, as they come.
 
     By default on every core there is; one after the other where files are run, for a runtime has
-    threads of its own.
+    threads of its own. Leaving early ends what runs.
     """
+    threads = threads or (_cores() if options.samples is None else 1)
+    if threads == 1:
+        yield from (examine(target, options) for target in targets)
+        return
     budget = _Budget(_BUDGET)
 
     def work(target: Target) -> Examined:
         with budget.spent(target.bytes):
             return examine(target, options)
 
-    with ThreadPoolExecutor(threads or (_cores() if options.samples is None else 1)) as pool:
-        yield from pool.map(work, targets)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            yield from pool.map(work, targets)
+        except BaseException:  # KeyboardInterrupt, and the end of the caller, too
+            pool.shutdown(wait=False, cancel_futures=True)
+            guarded.interrupt()
+            raise
 
 
 def _cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from evalmode.export.rules.subject import Subject
 _BATCH_NAMES = ("batch", "batch_size", "batchsize", "bs", "n")
 
 _BATCH_ROWS, _SIZE = 3, 4  # of the axes that vary, where nobody says how large
+_MOST_MADE = 1 << 28  # elements of an input
 
 
 def subject_of_file(
@@ -103,7 +105,7 @@ def _axes(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
         named[value.name] = {
             place: size.dim_param or f"{value.name}_{place}"
             for place, size in enumerate(sizes)
-            if not size.HasField("dim_value")
+            if not _is_fixed(size)
         }
     labels = [axis for places in named.values() for axis in places.values()]
     rows = {axis for axis in labels if axis.lower() in _BATCH_NAMES}
@@ -128,20 +130,34 @@ def _given(sample: Mapping[str, Any], inputs: Sequence[onnx.ValueInfoProto]) -> 
     return {name: torch.as_tensor(sample[name]) for name in names}
 
 
+def _is_fixed(size: onnx.TensorShapeProto.Dimension) -> bool:
+    """Whether an axis has one size; a negative one stands for any, as in ONNX Runtime."""
+    return size.HasField("dim_value") and size.dim_value >= 0
+
+
 def _made(inputs: Sequence[onnx.ValueInfoProto], axes: Axes) -> dict[str, Tensor]:
     generator = np.random.default_rng(0)
     made = {}
     for value in inputs:
         kind = value.type.tensor_type
-        if not value.type.HasField("tensor_type") or kind.elem_type == onnx.TensorProto.STRING:
+        try:
+            dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        except KeyError:
+            dtype = np.dtype(object)
+        if not value.type.HasField("tensor_type") or dtype.kind not in "biuf":
             raise UnusableInputs(
-                f"input {value.name} is no tensor of numbers: nothing can be made up for it"
+                f"input {value.name} is no tensor of numbers that NumPy has: nothing can be made up"
+                " for it"
             )
         shape = [
             {None: size.dim_value, BATCH: _BATCH_ROWS}.get(axes[value.name].get(place), _SIZE)
             for place, size in enumerate(kind.shape.dim)
         ]
-        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        if max([*shape, math.prod(shape)]) > _MOST_MADE:
+            raise UnusableInputs(
+                f"input {value.name} has shape {shape}, which is too large to be made up: at most"
+                f" {_MOST_MADE:,} elements are"
+            )
         floats = np.issubdtype(dtype, np.floating)
         numbers = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
         made[value.name] = torch.from_numpy(np.asarray(numbers).astype(dtype))

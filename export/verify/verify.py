@@ -7,21 +7,20 @@ Knows neither formats nor exit codes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evalmode.bundle.certificate import Record, Verdict, overall
 from evalmode.bundle.manifest import MODEL_FILE
 from evalmode.bundle.store import find_bundle, open_bundle
 from evalmode.errors import EvalmodeError
 from evalmode.export.graph import ModelUnreadable, open_graph, read_graph
-from evalmode.export.rules.registry import RULES, Needs
+from evalmode.export.rules.registry import RULES, Needs, Rule
 from evalmode.export.rules.subject import Subject
+from evalmode.export.verify import guarded
+from evalmode.export.verify.options import DEFAULTS, Options
 from evalmode.export.verify.targets import Target
-
-_FIX_INPUTS = "give inputs that the graph reads with --inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +62,6 @@ class Unreadable:
 Examined = Verified | Unreadable
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What is asked beside the structure: rules to leave out, and inputs to run bare files on.
-
-    `samples` map input names to arrays; none at all (an empty sequence) asks for inputs that are
-    made of each file's signature. `module` is what the files are to be compared with.
-    """
-
-    excluded: Collection[str] = ()
-    samples: Sequence[Mapping[str, Any]] | None = None
-    module: Any = None
-
-
-DEFAULTS = Options()
-
-
 def examine(target: Target, options: Options = DEFAULTS) -> Examined:
     """Verify a target; what cannot be read is an answer too, and no exception."""
     if target.problem:
@@ -97,7 +80,7 @@ def verify(path: Path, options: Options = DEFAULTS) -> Verified:
     """
     try:
         if path.is_dir():
-            return _verify_bundle(find_bundle(path), options.excluded)
+            return _verify_bundle(find_bundle(path), options)
         return _verify_file(path, options)
     except (EvalmodeError, ImportError):
         raise
@@ -108,63 +91,56 @@ def verify(path: Path, options: Options = DEFAULTS) -> Verified:
 
 
 def _verify_file(path: Path, options: Options) -> Verified:
-    graph = open_graph(path)
-    subject, failure = Subject(graph=graph, file=path), None
+    subject = Subject(graph=open_graph(path), file=path)
     run: set[Needs] = set()  # what the rules need that run the file
     if options.samples is not None:
         run = {Needs.RUN} if options.module is None else {Needs.RUN, Needs.COMPARISON}
-        # Loads torch, which the structure alone does without.
-        from evalmode.export.verify.runnable import subject_of_file
-
-        try:
-            subject = subject_of_file(path, graph, options.samples, module=options.module)
-        except EvalmodeError as error:
-            failure = error
-    records = []
-    for rule in RULES:
-        if rule.name in options.excluded:
-            continue
-        if rule.needs not in run:
-            applies = subject.has(rule.needs)
-            records.append(rule.check(subject) if applies else rule.not_applicable(subject))
-        elif failure is not None:
-            records.append(rule.could_not_run(failure, fix=_FIX_INPUTS))
-        else:
-            try:
-                records.append(rule.check(subject))
-            except EvalmodeError as error:
-                records.append(rule.could_not_run(error, fix=_FIX_INPUTS))
-    excluded = _in_order(options.excluded)
-    return Verified(path=path, file=path, records=tuple(records), excluded=excluded)
+    rules = [rule for rule in RULES if rule.name not in options.excluded]
+    # The structure first: it must be told of a file that cannot be run, too.
+    records = {rule.name: _seen(rule, subject) for rule in rules if rule.needs not in run}
+    if running := [rule for rule in rules if rule.needs in run]:
+        records |= guarded.run_file(subject, running, options)
+    return Verified(
+        path=path,
+        file=path,
+        records=tuple(records[rule.name] for rule in rules),
+        excluded=_in_order(options.excluded),
+    )
 
 
-def _verify_bundle(path: Path, excluded: Collection[str]) -> Verified:
+def _seen(rule: Rule, subject: Subject) -> Record:
+    return rule.check(subject) if subject.has(rule.needs) else rule.not_applicable(subject)
+
+
+def _verify_bundle(path: Path, options: Options) -> Verified:
     bundle = open_bundle(path)
     assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
     subject = Subject(graph=read_graph(bundle.model, name=str(path)), bundle=bundle)
-    rerun = {rule.name for rule in RULES if subject.has(rule.needs)}
+    rules = [rule for rule in RULES if rule.name not in options.excluded]
+    rerun = {rule.name for rule in rules if subject.has(rule.needs)}
     certified = tuple(
         record
         for record in bundle.certificate.records
-        if record.rule not in rerun and record.rule not in excluded
+        if record.rule not in rerun and record.rule not in options.excluded
     )
-    records = []
-    for rule in RULES:
-        if rule.name in excluded or any(record.rule == rule.name for record in certified):
-            continue
-        if rule.name in rerun:
-            records.append(rule.check(subject))
-        elif rule.needs is Needs.AUDIT:
-            records.append(rule.not_applicable(subject))
-        else:
+    known = {record.rule for record in certified}
+    records: dict[str, Record] = {}
+    for rule in rules:
+        if rule.name in rerun and rule.needs is Needs.GRAPH:
+            records[rule.name] = rule.check(subject)
+        elif rule.needs is Needs.AUDIT and rule.name not in known:
+            records[rule.name] = rule.not_applicable(subject)
+        elif rule.name not in rerun | known:
             why = "the bundle's certificate has no record of it"
-            records.append(Record.not_applicable(rule.name, why))
+            records[rule.name] = Record.not_applicable(rule.name, why)
+    if running := [rule for rule in rules if rule.needs is Needs.BUNDLE]:
+        records |= guarded.run_bundle(subject, running, options)
     return Verified(
         path=path,
         file=path / MODEL_FILE,
-        records=tuple(records),
+        records=tuple(records[rule.name] for rule in rules if rule.name in records),
         certified=certified,
-        excluded=_in_order(excluded),
+        excluded=_in_order(options.excluded),
     )
 
 

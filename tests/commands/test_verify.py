@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
+
+from tests.export.verify.unrunnable import aborts, hangs
 
 EVALMODE = Path(sys.executable).with_name("evalmode")
 
@@ -52,3 +57,42 @@ def test_code_that_reads_past_the_end_of_a_file_is_no_finding(model: Path) -> No
 def test_arrays_that_the_file_holds_are_read(model: Path) -> None:
     np.savez(model.parent / "rows.npz", x=np.ones(2, np.float32))
     assert verify(model, "rows.npz").returncode == 0
+
+
+def test_a_file_that_ends_the_runtime_is_one_verdict_in_a_whole_report(model: Path) -> None:
+    aborts(model.with_name("aborts.onnx"))
+    hangs(model.with_name("hangs.onnx"))
+    flags = ["--inputs", "made", "--time-limit", "2", "--format", "json", "--output", "out.json"]
+    process = subprocess.run(
+        [EVALMODE, "verify", ".", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=model.parent,
+    )
+    assert process.returncode == 1, process.stderr
+    report = json.loads((model.parent / "out.json").read_text())
+    verdicts = {entry["path"]: entry["verdict"] for entry in report["files"]}
+    assert verdicts == {"aborts.onnx": "fail", "hangs.onnx": "unproven", "model.onnx": "pass"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--time-limit", "0"), ("--time-limit", "nan"), ("--memory-limit", "-1")]
+)
+def test_a_limit_that_is_none_is_refused(flag: str, value: str, model: Path) -> None:
+    process = subprocess.run(
+        [EVALMODE, "verify", model, flag, value], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 2
+    name = flag.strip("-").replace("-", "_")
+    assert f"{name} must be" in process.stderr
+
+
+def test_an_interrupt_ends_a_run_that_hangs_at_once(model: Path) -> None:
+    command = [EVALMODE, "verify", hangs(model.with_name("hangs.onnx")), "--inputs", "made"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        time.sleep(6)  # until the file runs
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        assert process.wait(20) != 0
+        assert time.monotonic() - started < 10

@@ -81,13 +81,6 @@ W = numpy_helper.from_array(np.ones(2, np.float32), "w")
         ),
         (model_of(node("Relu", "x", "z")), "the output 'y' of the main graph is made by nothing"),
         (
-            model_of(node("Relu", "h", "y", name="n"), node("Relu", "x", "h")),
-            (
-                "the input 'h' of the node 'n' is made only later: the nodes are not sorted, or"
-                " form a cycle"
-            ),
-        ),
-        (
             model_of(
                 node("Add", "x b", "a", name="n"), node("Relu", "a", "b"), node("Relu", "a", "y")
             ),
@@ -283,6 +276,34 @@ def test_what_names_no_opset_is_refused_for_that() -> None:
     model = model_of(node("Relu", "x", "y"))
     del model.opset_import[:]
     assert refused(model) == " is not an ONNX model: it names no opset"
+
+
+def test_an_opset_that_is_newer_than_any_known_one_is_no_damage() -> None:
+    model = model_of(node("Relu", "x", "y"))
+    model.opset_import[0].version = 314159
+    assert outcome(model.SerializeToString()) == "read"
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, 3])
+def test_a_model_of_before_the_opsets_has_the_first_one(version: int) -> None:
+    model = model_of(node("Relu", "x", "y"))
+    del model.opset_import[:]
+    model.ir_version = version
+    if version in (1, 2):
+        assert [at.opset for at in graph_of(model).nodes] == [1]
+        assert not model.opset_import, "the caller's model is as it was"
+    else:
+        assert refused(model) == " is not an ONNX model: it names no opset"
+
+
+@pytest.mark.parametrize(("opsets"), [(0, 7), (7, 0), (-1, 7)])
+def test_an_opset_of_0_beside_another_one_leaves_it_open_which_holds(
+    opsets: tuple[int, int],
+) -> None:
+    model = model_of(node("Dropout", "x", "y"))
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid("", opset) for opset in opsets)
+    assert [at.opset for at in graph_of(model).nodes] == [0]
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"

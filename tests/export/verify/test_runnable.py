@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evalmode.bundle.certificate import Record, Verdict
 from evalmode.export.rules.registry import RULES, Needs
-from evalmode.export.verify.verify import Options, verify
+from evalmode.export.verify.options import Options
+from evalmode.export.verify.verify import verify
 
 ROWS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
@@ -111,4 +112,26 @@ def test_a_file_that_the_runtime_cannot_open_leaves_its_rules_unproven(tmp_path:
 def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
     path = saved(tmp_path, node("Add", "x", "w"), w=np.ones((1, 4), np.float32))
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    assert {record.verdict for record in judged(path).values()} == {Verdict.PASS}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "said"),
+    [
+        (TensorProto.BFLOAT16, (2,), "input x is no tensor of numbers that NumPy has"),
+        (999, (2,), "input x is no tensor of numbers that NumPy has"),
+        (TensorProto.FLOAT, (1 << 40,), "which is too large to be made up"),
+    ],
+    ids=["bfloat16", "an unknown type", "huge"],
+)
+def test_what_no_input_can_be_made_up_for_is_said(
+    kind: int, shape: tuple[int, ...], said: str, tmp_path: Path
+) -> None:
+    records = judged(saved(tmp_path, node("Identity", "x"), kind=kind, shape=shape))
+    assert {record.verdict for record in records.values()} == {Verdict.UNPROVEN}
+    assert all(said in record.findings[0].why for record in records.values())
+
+
+def test_a_negative_size_stands_for_any(tmp_path: Path) -> None:
+    path = saved(tmp_path, node("Relu", "x"), shape=(-1, 4))
     assert {record.verdict for record in judged(path).values()} == {Verdict.PASS}

@@ -19,7 +19,8 @@ from evalmode.bundle.store import digest_of, hashes_of, open_bundle, write_bundl
 from evalmode.export.graph import ModelUnreadable
 from evalmode.export.release import Released
 from evalmode.export.rules.registry import RULES, Needs
-from evalmode.export.verify.verify import Options, Verified, verify
+from evalmode.export.verify.options import Options
+from evalmode.export.verify.verify import Verified, verify
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
