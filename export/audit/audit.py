@@ -18,7 +18,9 @@ from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.audit import batchnorm
 from evalmode.export.audit.find_sites import PossibleSite, Search, find
 from evalmode.export.audit.judge import judge
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.own_code import Difference, differences
+from evalmode.export.audit.site import SEVERITIES, Kind, Site
+from evalmode.export.audit.verdicts import gap_sentence
 from evalmode.export.module.forward import seed_everything
 from evalmode.export.module.network import Network
 from evalmode.export.module.untouched import untouched
@@ -68,18 +70,76 @@ def audit(
         findings = [*_failed(search), *_empty(samples, search)]
         norms = batchnorm.batch_norms(search.network.parts)
         # Every site's tests together keep to alpha.
-        level = alpha / (_TESTS * max(len(search.sites), 1))
+        level = alpha / (_TESTS * max(sum(len(site.calls) for site in search.sites), 1))
         for index, possible in enumerate(search.sites if search.ran else ()):
             progress(possible.path or "(root)")
             seed_everything(seed * 1_000_003 + index + 1)
             part = search.network.parts[possible.path]
             given = _held_by_parent(possible, search.sites)
-            sites += judge(search.network, part, possible, alpha=level, draws=draws, given=given)
+            sites += judge(
+                search.network, possible, search.sites, alpha=level, draws=draws, given=given
+            )
             if norms and possible.training:
                 sample = samples[search.ran[0]]
                 shift = batchnorm.shift(search.network, part, norms, sample)
                 findings += [] if shift is None else [_warning(possible, shift)]
+            findings += _left_out(possible)
+        if any(site.calls for site in search.sites):
+            around = differences(
+                network.copy(parameters=True),
+                {site.path for site in search.sites},
+                search.trains,
+                [samples[index] for index in search.ran],
+                seed=seed,
+            )
+            sites += [_around(item, item.gap) for item in around if item.gap is not None]
+            findings += [_not_judged(item) for item in around if item.gap is None]
     return Audit(tuple(sites), _record(sites, findings, alpha))
+
+
+def _left_out(possible: PossibleSite) -> Iterator[Finding]:
+    """Unproven where calls of a site were not looked at that are unlike all that were."""
+    if possible.left_out:
+        yield Finding(
+            severity=Severity.UNPROVEN,
+            node=possible.path or "(root)",
+            op=possible.kind,
+            why=(
+                f"{possible.left_out} of its {possible.count} calls were not looked at, whose"
+                f" arguments are unlike those of the {len(possible.calls)} that were"
+            ),
+            fix="audit it in a module that calls it less often",
+        )
+
+
+def _around(difference: Difference, gap: float) -> Site:
+    """A site of its own for a module whose own code scales in one mode alone."""
+    return Site(
+        path=difference.path,
+        type=difference.type,
+        kind=Kind.WRONG_SCALE,
+        gap=gap,
+        sentence=(
+            f"its own code scales {difference.of} in one mode alone, beside every dropout:"
+            f" {gap_sentence(gap)}"
+        ),
+        fix="remove the factor, or use it in training and in eval alike",
+        severity=SEVERITIES[Kind.WRONG_SCALE],
+    )
+
+
+def _not_judged(difference: Difference) -> Finding:
+    """Unproven where a module's own code could not be compared; a warning where all that it calls
+    gets the same in both modes, and only the form of the network's answer differs.
+    """
+    final = "; what it calls gets the same in both modes, so that only its answer differs"
+    return Finding(
+        severity=Severity.WARNING if difference.final else Severity.UNPROVEN,
+        node=difference.path or "(root)",
+        op=difference.type,
+        why=f"noise aside, {difference.why}{final if difference.final else ''}",
+        fix="do in training what eval does, or compare the two where that matters",
+    )
 
 
 def _held_by_parent(possible: PossibleSite, sites: Sequence[PossibleSite]) -> bool:
@@ -129,7 +189,7 @@ def _record(sites: Sequence[Site], others: Sequence[Finding], alpha: float) -> R
     findings = [
         Finding(
             severity=site.severity,
-            node=_name(site),
+            node=site.name,
             op=site.type,
             why=f"{site.kind}: {site.sentence}",
             fix=site.fix,
@@ -148,9 +208,5 @@ def _record(sites: Sequence[Site], others: Sequence[Finding], alpha: float) -> R
         ),
         measured=f"{len(sites)} sites, {wrong} with a gap, {unsure} inconclusive",
         limit=f"0 with a gap, false alarms at most {alpha:g} in all",
-        sites=tuple(f"{_name(site)} ({site.type}): {site.kind}" for site in sites),
+        sites=tuple(f"{site.name} ({site.type}): {site.kind}" for site in sites),
     )
-
-
-def _name(site: Site) -> str:
-    return (site.path or "(root)") + (f", draw {site.draw}" if site.draw else "")
