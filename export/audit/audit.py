@@ -98,18 +98,25 @@ def audit(
 
 
 def _left_out(possible: PossibleSite) -> Iterator[Finding]:
-    """Unproven where calls of a site were not looked at that are unlike all that were."""
-    if possible.left_out:
-        yield Finding(
-            severity=Severity.UNPROVEN,
-            node=possible.path or "(root)",
-            op=possible.kind,
-            why=(
-                f"{possible.left_out} of its {possible.count} calls were not looked at, whose"
-                f" arguments are unlike those of the {len(possible.calls)} that were"
-            ),
-            fix="audit it in a module that calls it less often",
-        )
+    """Unproven where calls were not looked at whose arguments are unlike those of all that were; a
+    warning where only numbers that the module holds have moved on.
+    """
+    reasons = (
+        (Severity.UNPROVEN, possible.left_out, "whose arguments are unlike those of the"),
+        (Severity.WARNING, possible.drifted, "before which it held other numbers than before the"),
+    )
+    for severity, count, unlike in reasons:
+        if count:
+            yield Finding(
+                severity=severity,
+                node=possible.path or "(root)",
+                op=possible.kind,
+                why=(
+                    f"{count} of its {possible.count} calls were not looked at, {unlike}"
+                    f" {len(possible.calls)} that were"
+                ),
+                fix="audit it in a module that calls it less often",
+            )
 
 
 def _around(difference: Difference, gap: float) -> Site:

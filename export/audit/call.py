@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +76,17 @@ class Call:
         return Call(args, kwargs, self.state)
 
 
-def kind_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State) -> Hashable:
+class CallKind(NamedTuple):
     """What calls that run the same code have in common: all but the sizes and values of tensors."""
-    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-    return str(structure), tuple(map(_described, leaves)), tuple(sorted(state.items()))
+
+    arguments: Hashable
+    state: Hashable
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State) -> CallKind:
+        """The kind of a call, from its arguments and the numbers that the module holds."""
+        leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+        return cls((str(structure), tuple(map(_described, leaves))), tuple(sorted(state.items())))
 
 
 def _described(leaf: Any) -> Hashable:

@@ -7,7 +7,7 @@ with its draws.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from evalmode.export.audit.call import Call, kind_of_call, state_before
+from evalmode.export.audit.call import Call, CallKind, state_before
 from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.export.module.dropouts import declared_rate, should_drop
 from evalmode.export.module.forward import plain_forward, seed_everything
@@ -35,8 +35,8 @@ class PossibleSite:
     sample reaches it).
 
     `count` is the number of its calls in all samples' forwards. `left_out` counts those whose
-    arguments or state are unlike every call in `calls`, and `repeated` those that repeat the
-    arguments of one. `trains` is its training flag after the root's `train()`, which a module may
+    arguments are unlike those of all `calls`, and `drifted` those before which the module held
+    other numbers. `trains` is its training flag after the root's `train()`, which a module may
     refuse.
     """
 
@@ -46,9 +46,9 @@ class PossibleSite:
     training: tuple[Draw, ...]
     eval: tuple[Draw, ...]
     calls: tuple[Call, ...]
-    kinds: tuple[Hashable, ...]
+    kinds: tuple[CallKind, ...]
     count: int
-    repeated: int
+    drifted: int
     left_out: int
     trains: bool
 
@@ -118,7 +118,7 @@ def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
             calls=tuple(captured[path].calls),
             kinds=tuple(captured[path].kinds),
             count=captured[path].count,
-            repeated=captured[path].repeated,
+            drifted=captured[path].drifted,
             left_out=captured[path].left_out,
             trains=flags.get(path, True),
         )
@@ -216,14 +216,14 @@ class _Captured:
     """The calls of one path: at most MOST_CALLS, of as many kinds as there are."""
 
     calls: list[Call] = field(default_factory=list)
-    kinds: list[Hashable] = field(default_factory=list)
+    kinds: list[CallKind] = field(default_factory=list)
     count: int = 0
-    repeated: int = 0
+    drifted: int = 0
     left_out: int = 0
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Mapping[Any, Any]) -> None:
         self.count += 1
-        kind = kind_of_call(args, kwargs, state)
+        kind = CallKind.of(args, kwargs, state)
         blank = next(
             (
                 index
@@ -241,13 +241,14 @@ class _Captured:
             self.calls.append(Call.of(args, kwargs, state))
             self.kinds.append(kind)
         elif kind in self.kinds:
-            self.repeated += 1
+            pass
         elif repeats:
             self.calls[repeats[-1]] = Call.of(args, kwargs, state)
             self.kinds[repeats[-1]] = kind
-            self.repeated += 1
         else:
-            self.left_out += 1
+            known = {other.arguments for other in self.kinds}
+            self.left_out += kind.arguments not in known
+            self.drifted += kind.arguments in known
 
 
 def _captured(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from evalmode.export.audit.augmentation import augments
 from evalmode.export.audit.balance import UNSEEN
 from evalmode.export.audit.by_output import OutputObserver
 from evalmode.export.audit.by_tape import PathChanged, TapeObserver, Twin, gathered, probe, read
-from evalmode.export.audit.call import ZERO, carry_values
+from evalmode.export.audit.call import ZERO, CallKind, carry_values
 from evalmode.export.audit.find_sites import PossibleSite
 from evalmode.export.audit.isolated_site import IsolatedSite, noise_for_zero_weights
 from evalmode.export.audit.masks import kept_value
@@ -59,7 +59,7 @@ def judge(
         return [_site(candidate, Kind.ALWAYS_ON if candidate.eval else Kind.NOT_CALLED)]
     drawing = [network.parts[site.path] for site in sites if site.training or site.eval]
     judged: list[list[Site]] = []
-    twins: dict[Hashable, Twin] = {}
+    twins: dict[CallKind, Twin] = {}
     for index, (call, kind) in enumerate(zip(candidate.calls, candidate.kinds, strict=True)):
         held = IsolatedSite(
             network, network.parts[candidate.path], call, trains=candidate.trains, sites=drawing

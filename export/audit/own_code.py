@@ -11,7 +11,7 @@ and dropouts, which are judged elsewhere.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evalmode.export.audit.balance import Balance, Constants
-from evalmode.export.audit.call import Call, give_state, kind_of_call, state_before
+from evalmode.export.audit.call import Call, CallKind, give_state, state_before
 from evalmode.export.audit.isolated_site import noise_for_zero_weights, tensors
 from evalmode.export.audit.own_calls import OwnCall, own_calls
 from evalmode.export.audit.site import Unclear
@@ -69,13 +69,13 @@ class _Recorded:
 @dataclass
 class _Record:
     calls: list[_Recorded] = field(default_factory=list)
-    kinds: list[Hashable] = field(default_factory=list)
+    kinds: list[CallKind] = field(default_factory=list)
     unlike: int = 0
 
-    def wants(self, kind: Hashable) -> bool:
+    def wants(self, kind: CallKind) -> bool:
         if len(self.calls) < MOST_CALLS:
             return self.kinds.count(kind) < _SAME
-        self.unlike += kind not in self.kinds
+        self.unlike += kind.arguments not in {other.arguments for other in self.kinds}
         return False
 
 
@@ -140,11 +140,11 @@ def _recorded(
 
     def watch(stack: ExitStack, path: str, part: nn.Module) -> None:
         inside = Network.of(part).parts
-        open_calls: list[tuple[Hashable, Call] | None] = []
+        open_calls: list[tuple[CallKind, Call] | None] = []
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             state = state_before(inside)
-            kind = kind_of_call(args, kwargs, state)
+            kind = CallKind.of(args, kwargs, state)
             wanted = records[path].wants(kind)
             open_calls.append((kind, Call.of(args, kwargs, state)) if wanted else None)
 

@@ -181,3 +181,26 @@ def test_calls_of_more_kinds_than_are_judged_are_named_and_unproven() -> None:
     (finding,) = found.record.findings
     assert (finding.severity, finding.node) == (Severity.UNPROVEN, "drop")
     assert "3 of its 31 calls were not looked at" in finding.why
+
+
+def test_a_counter_that_runs_on_is_a_warning_and_no_more() -> None:
+    class Counts(ByCounter):
+        def forward(self, x: Tensor, right: bool = True) -> Tensor:
+            self.count += 1
+            return mask(x) / 0.7 if self.training else x
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = Counts()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(MOST_CALLS + 2):
+                x = self.drop(x)
+            return x
+
+    found = audited(Loop())
+    assert [(s.kind, s.judged) for s in found.sites] == [(Kind.INVERTED, MOST_CALLS)]
+    (finding,) = found.record.findings
+    assert (finding.severity, finding.node) == (Severity.WARNING, "drop")
+    assert "2 of its 10 calls were not looked at" in finding.why
