@@ -89,7 +89,7 @@ def audit(
                 network.copy(parameters=True),
                 {site.path for site in search.sites},
                 search.trains,
-                [samples[index] for index in search.ran],
+                [samples[index] for index in search.ran if index in search.ran_in_eval],
                 seed=seed,
             )
             sites += [_around(item, item.gap) for item in around if item.gap is not None]
@@ -136,15 +136,14 @@ def _around(difference: Difference, gap: float) -> Site:
 
 
 def _not_judged(difference: Difference) -> Finding:
-    """Unproven where a module's own code could not be compared; a warning where all that it calls
-    gets the same in both modes, and only the form of the network's answer differs.
+    """Unproven where a module's own code could not be compared; a warning where the difference is
+    none of the noise's.
     """
-    final = "; what it calls gets the same in both modes, so that only its answer differs"
     return Finding(
-        severity=Severity.WARNING if difference.final else Severity.UNPROVEN,
+        severity=Severity.WARNING if difference.apart else Severity.UNPROVEN,
         node=difference.path or "(root)",
         op=difference.type,
-        why=f"noise aside, {difference.why}{final if difference.final else ''}",
+        why=f"noise aside, {difference.why}",
         fix="do in training what eval does, or compare the two where that matters",
     )
 

@@ -34,6 +34,7 @@ class PossibleSite:
     """What may be a site: a module's path, its draws in the two modes, the calls to judge (none: no
     sample reaches it).
 
+    `kinds` and `numbers` belong to `calls`, and a number counts a call among all of the site's.
     `count` is the number of its calls in all samples' forwards. `left_out` counts those whose
     arguments are unlike those of all `calls`, and `drifted` those before which the module held
     other numbers. `trains` is its training flag after the root's `train()`, which a module may
@@ -47,6 +48,7 @@ class PossibleSite:
     eval: tuple[Draw, ...]
     calls: tuple[Call, ...]
     kinds: tuple[CallKind, ...]
+    numbers: tuple[int, ...]
     count: int
     drifted: int
     left_out: int
@@ -59,7 +61,7 @@ class Search:
 
     `network` is a copy in eval mode to judge the sites in, and `trains` the training flags of its
     parts after the root's `train()`. `ran` are the samples, by index, on which the training forward
-    ran; empty when no eval forward did.
+    ran, and none when no eval forward did; `ran_in_eval` are those on which the eval forward ran.
     """
 
     network: Network
@@ -67,6 +69,7 @@ class Search:
     sites: tuple[PossibleSite, ...]
     failures: tuple[str, ...]
     ran: tuple[int, ...]
+    ran_in_eval: tuple[int, ...]
 
 
 def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
@@ -117,6 +120,7 @@ def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
             eval=tuple(always.get(path, ())),
             calls=tuple(captured[path].calls),
             kinds=tuple(captured[path].kinds),
+            numbers=tuple(captured[path].numbers),
             count=captured[path].count,
             drifted=captured[path].drifted,
             left_out=captured[path].left_out,
@@ -136,6 +140,7 @@ def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
             *(f"in eval mode on a sample: {_described(error)}" for error in others),
         ),
         ran=tuple(ran),
+        ran_in_eval=tuple(in_eval.ran),
     )
 
 
@@ -217,6 +222,7 @@ class _Captured:
 
     calls: list[Call] = field(default_factory=list)
     kinds: list[CallKind] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     count: int = 0
     drifted: int = 0
     left_out: int = 0
@@ -240,11 +246,13 @@ class _Captured:
         if len(self.calls) < MOST_CALLS:
             self.calls.append(Call.of(args, kwargs, state))
             self.kinds.append(kind)
+            self.numbers.append(self.count)
         elif kind in self.kinds:
             pass
         elif repeats:
             self.calls[repeats[-1]] = Call.of(args, kwargs, state)
             self.kinds[repeats[-1]] = kind
+            self.numbers[repeats[-1]] = self.count
         else:
             known = {other.arguments for other in self.kinds}
             self.left_out += kind.arguments not in known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -60,7 +61,8 @@ def judge(
     drawing = [network.parts[site.path] for site in sites if site.training or site.eval]
     judged: list[list[Site]] = []
     twins: dict[CallKind, Twin] = {}
-    for index, (call, kind) in enumerate(zip(candidate.calls, candidate.kinds, strict=True)):
+    calls = zip(candidate.calls, candidate.kinds, candidate.numbers, strict=True)
+    for call, kind, number in calls:
         held = IsolatedSite(
             network, network.parts[candidate.path], call, trains=candidate.trains, sites=drawing
         )
@@ -68,17 +70,17 @@ def judge(
             try:
                 if kind in twins and twins[kind].fits(held):
                     continue
-                found, twin = _call(held, candidate, alpha, draws)
+                sites_of_call, twin = _call(held, candidate, alpha, draws)
             except Exception as error:  # the user's own code, run without the network around it
                 why = f"it does not run alone: {type(error).__name__}: {error}"
                 wrong = Kind.ALWAYS_ON if candidate.eval else Kind.INCONCLUSIVE
-                found, twin = [_site(candidate, wrong, why=why)], None
+                sites_of_call, twin = [_site(candidate, wrong, why=why)], None
         if twin is not None:
             twins.setdefault(kind, twin)
         verdicts_so_far = [[(site.draw, site.kind) for site in other] for other in judged]
-        if [(site.draw, site.kind) for site in found] not in verdicts_so_far:
-            judged.append([replace(site, call=index + 1 if index else 0) for site in found])
-    return [site for found in judged for site in found]
+        if [(site.draw, site.kind) for site in sites_of_call] not in verdicts_so_far:
+            judged.append([replace(site, call=number if judged else 0) for site in sites_of_call])
+    return list(itertools.chain(*judged))
 
 
 def _call(
@@ -89,16 +91,16 @@ def _call(
         return [_always_on(held, candidate)], None
     if held.call.emptiness() == ZERO:
         held.call = held.call.with_noise()
-        found, twin = _judge(held, candidate, alpha, draws)
-        return [_on_noise(site, "its input is zero everywhere") for site in found], twin
-    found, twin = _judge(held, candidate, alpha, draws)
-    if all(site.kind is Kind.INCONCLUSIVE for site in found) and held.has_zero_weights:
+        sites_of_call, twin = _judge(held, candidate, alpha, draws)
+        return [_on_noise(site, "its input is zero everywhere") for site in sites_of_call], twin
+    sites_of_call, twin = _judge(held, candidate, alpha, draws)
+    if all(site.kind is Kind.INCONCLUSIVE for site in sites_of_call) and held.has_zero_weights:
         with noise_for_zero_weights(held.site):
             again, twin = _judge(held, candidate, alpha, draws)
         if not any(site.kind is Kind.INCONCLUSIVE for site in again):
             why = "its weights that are all zero let nothing through"
             return [_on_noise(site, why) for site in again], None
-    return found, twin
+    return sites_of_call, twin
 
 
 def _on_noise(site: Site, why: str) -> Site:
@@ -127,9 +129,9 @@ def _judge(
     steers = held.has_parts and bool(candidate.training) and _steers(held, candidate)
     layers = skipped(held) if steers else []
     if layers:
-        found = _skipping(held, layers, candidate, alpha, draws)
-        if found:
-            return found, None
+        sites = _skipping(held, layers, candidate, alpha, draws)
+        if sites:
+            return sites, None
     taped = _taped(held, candidate)
     if isinstance(taped, Unclear) and not taped.why and candidate.training:
         # it drew in the network, and does not alone: a child's flag may decide

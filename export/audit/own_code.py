@@ -45,15 +45,15 @@ class Difference:
     """A module whose own code does another thing in training than in eval.
 
     `gap` is E[train] / eval of what `of` names, None where no factor explains the difference.
-    `final`: all that it calls gets the same in both modes, and its answer is the network's, so that
-    nothing comes after it. `why` says what stood in the way of a comparison.
+    `apart`: it is no matter of noise, since nothing comes after it, or since it is that of
+    statistics. `why` says what differs, or what stood in the way of a comparison.
     """
 
     path: str
     type: str
     gap: float | None = None
     of: str = ""
-    final: bool = False
+    apart: bool = False
     why: str = ""
 
 
@@ -113,16 +113,16 @@ def differences(
             part = around[path]
             inside = Network.of(part).parts
             restores = [saved(item) for item in inside.values()]
-            found = None
+            difference = None
             for recorded in record.calls:
                 give_state(inside, recorded.call.state)
-                found = found or _difference(runner, path, part, recorded)
+                difference = difference or _difference(runner, path, part, recorded)
                 for restore in restores:
                     restore()
-            if found is None and record.unlike:
+            if difference is None and record.unlike:
                 why = f"{record.unlike} of its calls were not looked at, which are unlike the first"
-                found = Difference(path=path, type=type(part).__name__, why=why)
-            findings += [] if found is None else [found]
+                difference = Difference(path=path, type=type(part).__name__, why=why)
+            findings += [] if difference is None else [difference]
     return findings
 
 
@@ -264,7 +264,7 @@ def _difference(
         return None
     if [tensor.shape for tensor in output] != [tensor.shape for tensor in expected]:
         why = "it answers with other tensors in training than in eval"
-        return Difference(path=path, type=kind, final=recorded.final, why=why)
+        return Difference(path=path, type=kind, apart=recorded.final, why=why)
     calls = runner.calls
     balance = Balance(lambda constants: runner.run(part, recorded.call, constants), expected)
     if balance.equals(output):
@@ -273,10 +273,10 @@ def _difference(
     # A site first: a factor on it may as well be put on what leads to it.
     indices = sorted(range(len(calls)), key=lambda index: names[index] not in runner.sites)
     for index in (*indices[:_MOST_PARTS], _INPUT):
-        found = balance.find([[index]], [False], [1.0], None)
-        if not isinstance(found, Unclear) and found[0] != 0:
+        factors = balance.find([[index]], [False], [1.0], None)
+        if not isinstance(factors, Unclear) and factors[0] != 0:
             of = "what it is given" if index == _INPUT else f"what {names[index]} answers"
-            return Difference(path=path, type=kind, gap=1 / found[0], of=of)
+            return Difference(path=path, type=kind, gap=1 / factors[0], of=of)
     in_training = runner.reached(part, recorded.call, training=True)
     in_eval = runner.reached(part, recorded.call, training=False)
     unlike = [
@@ -296,8 +296,33 @@ def _difference(
     if not unlike and runner.only_scales(part, recorded.call):
         why = "its own code multiplies in one mode alone"
         return Difference(path=path, type=kind, why=why)
+    if statistics := _moved_buffers(part, recorded.call, runner):
+        why = (
+            f"its training uses statistics of the batch, and keeps them in {', '.join(statistics)}"
+        )
+        return Difference(path=path, type=kind, apart=True, why=why)
     why = "its own code answers otherwise in training than in eval, and by no factor"
-    return Difference(path=path, type=kind, final=recorded.final and not unlike, why=why)
+    if recorded.final and not unlike:
+        why += (
+            "; what it calls gets the same in both modes, so that only the network's answer differs"
+        )
+        return Difference(path=path, type=kind, apart=True, why=why)
+    return Difference(path=path, type=kind, why=why)
+
+
+def _moved_buffers(part: nn.Module, call: Call, runner: _Runner) -> list[str]:
+    """The names of its own floating buffers, of several elements, that a training call moves."""
+    before = {
+        name: buffer.clone()
+        for name, buffer in part.named_buffers(recurse=False)
+        if buffer.is_floating_point() and buffer.numel() > 1
+    }
+    runner.run(part, call, {})
+    return [
+        name
+        for name, buffer in part.named_buffers(recurse=False)
+        if name in before and not torch.equal(buffer, before[name])
+    ]
 
 
 def _alike(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -253,3 +253,39 @@ def test_products_alone_that_no_factor_explains_are_unproven_on_the_answer_too()
 
 def test_what_is_around_is_left_alone_where_nothing_drops() -> None:
     assert audited(Scale()).record.verdict is Verdict.PASS
+
+
+class OwnNorm(nn.Module):
+    """A normalisation by the batch that nobody inherited from torch."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.drop, self.factor = nn.Dropout(0.2), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(x)
+        if self.training:
+            mean = x.mean(0)
+            self.mean.lerp_(mean.detach(), 0.1)
+            return x - mean
+        return x - self.mean
+
+
+def test_statistics_of_a_module_of_the_users_are_a_warning() -> None:
+    found = audited(nn.Sequential(OwnNorm(), nn.Linear(8, 2)))
+    (finding,) = found.record.findings
+    assert (finding.severity, finding.node) == (Severity.WARNING, "0.0")
+    assert "keeps them in mean" in finding.why
+
+
+def test_a_sample_that_runs_in_training_alone_is_left_out_of_the_comparison() -> None:
+    class Picky(Parent):
+        def forward(self, x: Tensor) -> object:
+            if not self.training and len(x) == 3:
+                raise ValueError("three rows")
+            return super().forward(x)
+
+    module = nn.Sequential(Picky(FACTORS["in eval"]))
+    found = audit(module, [{"input": X[:3]}, {"input": X}])
+    assert [site.path for site in wrong(found)] == ["0"]
