@@ -2,9 +2,9 @@
 training's mean is eval's.
 
 A site is the innermost module that draws random numbers in a training forward, or that is a dropout
-by name. Its captured input is held fixed and it is compared with itself, training against eval, so
-that nothing non-linear after it counts. Does not know sites that no sample reaches (it names those
-that are dropouts), nor the second call of a module.
+by name. Its captured calls are held fixed and it is compared with itself, training against eval, so
+that nothing non-linear after it counts. The code around the sites is compared without noise. Does
+not know sites that no sample reaches; it names those that are dropouts.
 """
 
 from __future__ import annotations
