@@ -10,7 +10,7 @@ not know sites that no sample reaches; it names those that are dropouts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -92,8 +92,13 @@ def audit(
                 [samples[index] for index in search.ran if index in search.ran_in_eval],
                 seed=seed,
             )
-            sites += [_around(item, item.gap) for item in around if item.gap is not None]
-            findings += [_not_judged(item) for item in around if item.gap is None]
+            for difference in around:
+                if difference.gap is None:
+                    findings.append(_not_judged(difference))
+                elif (place := _made_up_for(sites, search.sites, difference)) is not None:
+                    sites[place] = _in_two_modules(sites[place], difference)
+                else:
+                    sites.append(_around(difference, difference.gap))
     return Audit(tuple(sites), _record(sites, findings, alpha))
 
 
@@ -117,6 +122,37 @@ def _left_out(possible: PossibleSite) -> Iterator[Finding]:
                 ),
                 fix="audit it in a module that calls it less often",
             )
+
+
+def _made_up_for(
+    sites: Sequence[Site], candidates: Sequence[PossibleSite], difference: Difference
+) -> int | None:
+    """The index of the site whose gap the factor of a module around it undoes: a mask in one module
+    and its scale in another.
+
+    Only where the site has one verdict, and each of its calls is one of that module's.
+    """
+    same = [index for index, site in enumerate(sites) if site.path == difference.site]
+    counts = [candidate.count for candidate in candidates if candidate.path == difference.site]
+    if len(same) != 1 or counts != [difference.calls] or not difference.gap:
+        return None
+    interval = sites[same[0]].gap_interval
+    wrong = sites[same[0]].severity is Severity.ERROR
+    undone = interval is not None and interval[0] <= 1 / difference.gap <= interval[1]
+    return same[0] if wrong and undone else None
+
+
+def _in_two_modules(site: Site, difference: Difference) -> Site:
+    assert difference.gap is not None
+    return replace(
+        site,
+        kind=Kind.MULTIPLICATIVE,
+        gap=None if site.gap is None else site.gap * difference.gap,
+        gap_interval=None,
+        sentence=f"{difference.path or '(root)'} makes up for what it leaves out: the means agree",
+        fix="",
+        severity=None,
+    )
 
 
 def _around(difference: Difference, gap: float) -> Site:

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evalmode.export.audit import statistics as st
 from evalmode.export.audit.balance import Balance, Constants
 from evalmode.export.audit.call import Call, CallKind, give_state, state_before
 from evalmode.export.audit.isolated_site import noise_for_zero_weights, tensors
@@ -45,14 +46,17 @@ class Difference:
     """A module whose own code does another thing in training than in eval.
 
     `gap` is E[train] / eval of what `of` names, None where no factor explains the difference.
-    `apart`: it is no matter of noise, since nothing comes after it, or since it is that of
-    statistics. `why` says what differs, or what stood in the way of a comparison.
+    `site` is the path of the part where the factor is on the only call of one. `calls` counts the
+    module's calls. `apart`: it is no matter of noise, since nothing comes after it, or since it is
+    that of statistics. `why` says what differs, or what stood in the way of a comparison.
     """
 
     path: str
     type: str
     gap: float | None = None
     of: str = ""
+    site: str | None = None
+    calls: int = 0
     apart: bool = False
     why: str = ""
 
@@ -71,8 +75,10 @@ class _Record:
     calls: list[_Recorded] = field(default_factory=list)
     kinds: list[CallKind] = field(default_factory=list)
     unlike: int = 0
+    count: int = 0
 
     def wants(self, kind: CallKind) -> bool:
+        self.count += 1
         if len(self.calls) < MOST_CALLS:
             return self.kinds.count(kind) < _SAME
         self.unlike += kind.arguments not in {other.arguments for other in self.kinds}
@@ -122,7 +128,7 @@ def differences(
             if difference is None and record.unlike:
                 why = f"{record.unlike} of its calls were not looked at, which are unlike the first"
                 difference = Difference(path=path, type=type(part).__name__, why=why)
-            findings += [] if difference is None else [difference]
+            findings += [] if difference is None else [replace(difference, calls=record.count)]
     return findings
 
 
@@ -274,9 +280,21 @@ def _difference(
     indices = sorted(range(len(calls)), key=lambda index: names[index] not in runner.sites)
     for index in (*indices[:_MOST_PARTS], _INPUT):
         factors = balance.find([[index]], [False], [1.0], None)
-        if not isinstance(factors, Unclear) and factors[0] != 0:
-            of = "what it is given" if index == _INPUT else f"what {names[index]} answers"
-            return Difference(path=path, type=kind, gap=1 / factors[0], of=of)
+        if isinstance(factors, Unclear) or factors[0] == 0:
+            continue
+        gap = 1 / factors[0]
+        if abs(gap - 1) <= st.NEGLIGIBLE * st.margin(0):
+            return None  # two ways to compute the same, whose rounding differs
+        if index == _INPUT:
+            return Difference(path=path, type=kind, gap=gap, of="what it is given")
+        alone = [call.module for call in calls].count(calls[index].module) == 1
+        return Difference(
+            path=path,
+            type=kind,
+            gap=gap,
+            of=f"what {names[index]} answers",
+            site=names[index] if alone else None,
+        )
     in_training = runner.reached(part, recorded.call, training=True)
     in_eval = runner.reached(part, recorded.call, training=False)
     unlike = [

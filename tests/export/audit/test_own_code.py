@@ -289,3 +289,46 @@ def test_a_sample_that_runs_in_training_alone_is_left_out_of_the_comparison() ->
     module = nn.Sequential(Picky(FACTORS["in eval"]))
     found = audit(module, [{"input": X[:3]}, {"input": X}])
     assert [site.path for site in wrong(found)] == ["0"]
+
+
+class Mask(nn.Module):
+    """A mask alone: its caller has to scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand_like(x) < 0.8) if self.training else x
+
+
+class Masks(nn.Module):
+    def __init__(self, factor: float, *, training: bool, calls: int = 1) -> None:
+        super().__init__()
+        self.mask, self.head = Mask(), nn.Linear(8, 8)
+        self.factor, self.mode, self.calls = factor, training, calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mask(x) * (self.factor if self.training == self.mode else 1)
+        for _ in range(self.calls - 1):
+            x = self.mask(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("factor", "training"), [(1.25, True), (0.8, False)])
+def test_a_mask_whose_scale_is_in_its_parent_passes(factor: float, training: bool) -> None:
+    found = audited(Masks(factor, training=training))
+    (site,) = found.sites
+    assert (site.kind, site.severity) == (Kind.MULTIPLICATIVE, None)
+    assert site.sentence.startswith("0 makes up for what it leaves out")
+    assert found.record.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Masks(1.25, training=False),
+        Masks(1.1, training=True),
+        Masks(1.25, training=True, calls=2),
+        Masks(1.0, training=True),
+    ],
+    ids=["the wrong mode", "too little", "one of two calls", "nothing"],
+)
+def test_a_mask_that_its_parent_does_not_make_up_for_fails(module: nn.Module) -> None:
+    assert audited(module).record.verdict is Verdict.FAIL
