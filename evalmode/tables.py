@@ -61,7 +61,7 @@ def sites_table(sites: Iterable[Site]) -> Table:
     for column in ("site", "kind", "p", "keep rate", "train scale", "eval scale", "gap"):
         table.add_column(column, overflow="fold")
     for site in sites:
-        name = f"{site.path or '(root)'}{f', draw {site.draw}' if site.draw else ''} ({site.type})"
+        name = f"{site.name} ({site.type})"
         colour = {None: "green", Severity.ERROR: "bold red", Severity.UNPROVEN: "yellow"}.get(
             site.severity, "cyan"
         )

@@ -14,6 +14,7 @@ from evalmode.export.audit.isolated_site import rounding
 from evalmode.export.audit.site import Unclear
 
 _STEPS = 30
+_NUDGE = 1e-3  # of a constant, for the slope of outputs in it
 _MOST_TOGETHER = 4  # effects whose candidates are tried in every combination
 
 Constants = Mapping[int, float]
@@ -32,6 +33,15 @@ class Balance:
         self._expected = [tensor.to(torch.float64) for tensor in expected]
         # Sums over a few thousand terms lose some hundred rounding steps.
         self._tolerance = min(512 * rounding(expected), 0.02)
+
+    def holds(self, constants: Constants) -> bool:
+        """Whether the forward under these constants equals the eval forward."""
+        return self.equals(self._forward(constants))
+
+    def equals(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether these outputs equal those of the eval forward, to the rounding of long sums."""
+        doubles = [tensor.to(torch.float64) for tensor in outputs]
+        return self._distance(doubles, self._expected) <= self._tolerance
 
     def find(
         self,
@@ -56,12 +66,37 @@ class Balance:
             if off <= self._tolerance / 8:
                 break
         if off <= self._tolerance:
-            return best if self._matters(parts, best) else _UNSEEN
+            return best if self._matters(parts, best) else Unclear((UNSEEN,))
         for free in [*([part] for part in range(len(parts))), list(range(len(parts)))]:
             found = self._search(parts, usual, free)
             if found is not None:
                 return found
         return Unclear(("training and eval differ by more than the factor of the dropped values",))
+
+    def find_together(self, indices: Sequence[int]) -> list[float] | None:
+        """A constant for each application, by Gauss and Newton's steps from 1; None where they lead
+        to no equal forwards.
+        """
+        parts = [[index] for index in indices]
+        constants = [1.0] * len(parts)
+        for _ in range(_STEPS // 3 if parts else 0):
+            outputs = self._outputs(parts, constants)
+            if [t.shape for t in outputs] != [t.shape for t in self._expected]:
+                return None
+            columns = []
+            for part in range(len(parts)):
+                moved = [c + _NUDGE * (index == part) for index, c in enumerate(constants)]
+                columns.append((_joined(self._outputs(parts, moved)) - _joined(outputs)) / _NUDGE)
+            away = _joined(self._expected) - _joined(outputs)
+            steps = torch.linalg.lstsq(
+                torch.stack(columns, 1), away[:, None], driver="gelsd"
+            ).solution[:, 0]
+            if not bool(steps.isfinite().all()):
+                return None
+            constants = [c + float(step) for c, step in zip(constants, steps, strict=True)]
+            if self._off(parts, constants) <= self._tolerance:
+                return constants
+        return None
 
     def _guesses(
         self, usual: list[float], values: Sequence[float], p: float | None
@@ -152,7 +187,12 @@ class Balance:
         return float(sum(terms)) if terms else 0.0
 
 
-_UNSEEN = Unclear(("what follows inside the module takes any scale out again",))
+UNSEEN = "what follows inside the module takes any scale out again"
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return flat.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _moved(constants: list[float], part: int) -> list[float]:

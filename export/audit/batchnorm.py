@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evalmode.export.audit.find_sites import Call
+from evalmode.export.audit.call import Call
 from evalmode.export.audit.isolated_site import IsolatedSite
 from evalmode.export.module.network import Network
 

@@ -85,7 +85,8 @@ def _gate(
         or not all(torch.equal(f, flat[0]) or torch.equal(f, other) for f in flat)
     ):
         return None
-    skipped, taken = sorted((flat[0], other), key=lambda f: float(f.norm()))
+    # Of the two, what eval returns was taken; else the larger.
+    skipped, taken = sorted((flat[0], other), key=lambda f: (torch.allclose(f, e), float(f.norm())))
     step = taken - skipped
     balance = float((e - skipped) @ step / (step @ step))
     if float((skipped + balance * step - e).abs().max()) > 512 * rounding(expected) * float(

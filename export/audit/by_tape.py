@@ -11,18 +11,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from evalmode.export.audit import statistics as st
+from evalmode.export.audit.augmentation import masks_spans
 from evalmode.export.audit.balance import Balance
 from evalmode.export.audit.isolated_site import IsolatedSite, rounding
 from evalmode.export.audit.noise_tape import Application, NoiseTape, Reading
-from evalmode.export.audit.site import Effect, Unclear
+from evalmode.export.audit.site import Effect, Interval, Kind, Site, Unclear
 from evalmode.export.audit.tensor_roles import Roles
 
 _PROBES = 4
+_UNLIKE = 1e-4  # how unlikely a call's mask must be to be judged anew
 _MOST_PROBES = 64  # where a mask kept nothing so far
+
+
+class PathChanged(Exception):  # noqa: N818 - read as a sentence: "raise PathChanged"
+    """A forward that brings its noise to the data at other places than the first ones did."""
 
 
 class TapeObserver:
@@ -35,20 +43,27 @@ class TapeObserver:
         parts: list[list[int]],
         effects: tuple[Effect, ...],
         *,
+        count: int,
         repeats: bool = False,
     ) -> None:
-        """`parts`: the applications, by index, that each effect is made of.
+        """`parts`: the applications, of `count`, by index, that each effect is made of.
 
         `repeats` says that one mask is used more than once: if twice on one path, its mean is not
         what it does there.
         """
         self.effects = effects
         self.repeats = repeats
+        self._count = count
         self._held, self._foreign, self._parts = held, foreign, parts
 
     @classmethod
-    def of(cls, held: IsolatedSite, p: float | None) -> TapeObserver | Unclear:
-        """The observer of a site in training, or what stands in the way."""
+    def of(
+        cls, held: IsolatedSite, p: float | None, *, augmented: bool = False
+    ) -> TapeObserver | Unclear:
+        """The observer of a site in training, or what stands in the way.
+
+        `augmented` says that a mask of whole steps or features is meant to be one.
+        """
         found = probe(held)
         if isinstance(found, Unclear):
             return found
@@ -68,13 +83,86 @@ class TapeObserver:
         if isinstance(found_balances, Unclear):
             return found_balances
         step = rounding([*held.run(training=False), *held.call.tensors()])
-        effects = tuple(_effect(a, c, step) for a, c in zip(first, found_balances, strict=True))
-        return cls(held, foreign, parts, effects, repeats=_repeats(readings[0]))
+        effects = tuple(
+            _effect(a, c, step, augmented=augmented)
+            for a, c in zip(first, found_balances, strict=True)
+        )
+        count = len(readings[0].applications)
+        return cls(held, foreign, parts, effects, count=count, repeats=_repeats(readings[0]))
+
+    def twin(self, sites: Sequence[Site]) -> Twin | None:
+        """What tells calls that are like this one, which has been judged as `sites`."""
+        if any(effect.law is not None for effect in self.effects):
+            return None
+        reading = read(self._held, self._foreign)[0]
+        keeps = [site.keep_interval for site in sites]
+        constants = {
+            index: effect.balance
+            for part, effect in zip(self._parts, self.effects, strict=True)
+            for index in part
+        }
+        return Twin(self._foreign, reading, self._parts, constants, keeps)
+
+    def balanced(self, *, watched: bool = False) -> list[Tensor]:
+        """The output of one more training forward in which every noise is its balance."""
+        constants = {
+            index: effect.balance
+            for part, effect in zip(self._parts, self.effects, strict=True)
+            for index in part
+        }
+        return read(self._held, self._foreign, constants, watched=watched)[1]
 
     def draw(self) -> list[Tensor]:
         """The noise of one more forward."""
         reading, _ = read(self._held, self._foreign)
+        if len(reading.applications) != self._count:
+            raise PathChanged(_OTHER_PATH)
         return [gathered(reading, part) for part in self._parts]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What a judged call showed, so that others of the same kind need three forwards and no test.
+
+    Does not see a rate that depends on the sizes or values of tensors and that one mask of the call
+    cannot tell from the first call's.
+    """
+
+    foreign: frozenset[int]
+    reading: Reading
+    parts: list[list[int]]
+    constants: Mapping[int, float]
+    keeps: list[Interval | None]
+
+    def fits(self, held: IsolatedSite) -> bool:
+        """Whether a call brings the same noises to the data, keeps as much, and gives eval's output
+        where they are the same constants.
+        """
+        try:
+            reading, _ = read(held, self.foreign)
+            if len(reading.applications) != len(self.reading.applications) or reading.obstacles:
+                return False
+            if not all(map(_alike, reading.applications, self.reading.applications)):
+                return False
+            output = read(held, self.foreign, self.constants)[1]
+        except (RuntimeError, NotImplementedError, TypeError):
+            return False
+        for part, keep in zip(self.parts, self.keeps, strict=True):
+            noise = gathered(reading, part)
+            kept, count = int((noise != 0).sum()), noise.numel()
+            if keep is not None and st.exact_p(kept, max(count, 1), keep) < _UNLIKE:
+                return False
+        return Balance(lambda _: output, held.run(training=False)).equals(output)
+
+
+def _alike(a: Application, b: Application) -> bool:
+    scales = (a.before, a.after) == (b.before, b.after)
+    return (
+        a.additive == b.additive
+        and a.noise.dim() == b.noise.dim()
+        and scales
+        and abs(_value(a) - _value(b)) <= 4 * max(a.step, b.step) * abs(_value(b))
+    )
 
 
 def gathered(reading: Reading, part: Sequence[int]) -> Tensor:
@@ -91,12 +179,13 @@ def read(
     constants: Mapping[int, float] | None = None,
     *,
     training: bool = True,
+    watched: bool = False,
 ) -> tuple[Reading, list[Tensor]]:
     """One forward of the site: what its tape shows, and the floating tensors of its output."""
     call = held.prepared()
     tape = NoiseTape(Roles(held.weights(), call.tensors(), foreign), constants)
     with tape:
-        output = held.run_prepared(call, training=training)
+        output = held.run_prepared(call, training=training, watched=watched)
     return tape.reading, output
 
 
@@ -110,7 +199,7 @@ def probe(
         readings = [read(held, frozenset(), training=training)[0] for _ in range(_PROBES)]
         before = [reading.foreign for reading in readings]
         if len({tuple(tuple(t.shape) for t in found) for found in before}) != 1:
-            return Unclear(("its forward takes another path from call to call",))
+            return Unclear((_OTHER_PATH,))
         columns = zip(*before, strict=True)
         foreign = frozenset(
             i for i, column in enumerate(columns) if any(_differs(column[0], t) for t in column[1:])
@@ -129,8 +218,11 @@ def probe(
         len({tuple(tuple(a.noise.shape) for a in reading.applications) for reading in readings})
         != 1
     ):
-        return Unclear(("its forward takes another path from call to call",))
+        return Unclear((_OTHER_PATH,))
     return foreign, readings
+
+
+_OTHER_PATH = "its forward takes another path from call to call"
 
 
 def _repeats(reading: Reading) -> bool:
@@ -181,6 +273,7 @@ def _same(readings: list[Reading], a: int, b: int) -> bool:
     pairs = [(reading.applications[a], reading.applications[b]) for reading in readings]
     return all(
         x.additive == y.additive
+        and x.replaces == y.replaces
         and x.noise.shape == y.noise.shape
         and (x.before, x.after) == (y.before, y.after)
         and _value(x) == _value(y)
@@ -204,10 +297,14 @@ def _values(readings: list[Reading], parts: list[list[int]]) -> list[float]:
     return [max(_value(reading.applications[part[0]]) for reading in readings) for part in parts]
 
 
-def _effect(application: Application, balance: float, step: float) -> Effect:
+def _effect(application: Application, balance: float, step: float, *, augmented: bool) -> Effect:
     """With the scale that makes eval's factor 1 where the module scales before or after the
     mask.
     """
+    if application.replaces or (augmented and masks_spans(application)):
+        kept = abs(balance - 1) <= 1e-3  # else eval does more than leaving all as it is
+        why = "" if kept else "it replaces values in training, and eval scales what it leaves"
+        return Effect(balance=balance, rounding=step, law=Kind.AUGMENTED, why=why)
     before, after = application.before, application.after
     scales = (1.0, after, before, before * after)
     scale = next((s for s in scales if abs(balance * s - 1) <= 1e-3), 1.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from evalmode.export.audit import masks
 from evalmode.export.audit import statistics as st
 from evalmode.export.audit.agreement import agreement
-from evalmode.export.audit.site import MOST_DRAWS, Effect, Measured, NoiseObserver, Outcome
+from evalmode.export.audit.site import MOST_DRAWS, Effect, Kind, Measured, NoiseObserver, Outcome
 
 _PILOT = 8  # draws at least, in the pilot and in the test
 _MOST_PILOT = 512
@@ -62,6 +62,8 @@ def _measure(
         return agreement(
             partial(_drawn, observer, index), effect.direction, alpha=alpha, draws=draws
         )
+    if effect.law is Kind.AUGMENTED:
+        return _augmented(observer, index)
     pilot = _pilot(observer, index, effect)
     if pilot.frozen:
         return Measured(outcome=Outcome.FROZEN, draws=len(pilot.noises), value=pilot.value)
@@ -93,6 +95,12 @@ def _pilot(observer: NoiseObserver, index: int, effect: Effect) -> _Pilot:
     for noise in noises[1:]:
         shape = shape.joined(masks.shape_of(noise, value))
     return _Pilot(noises, value, shape, _hang_together(noises, shape))
+
+
+def _augmented(observer: NoiseObserver, index: int) -> Measured:
+    """How much is left as it is; there is no scale to test."""
+    shares = [float((noise != 0).double().mean()) for noise in _drawn(observer, index, 4 * _PILOT)]
+    return Measured(outcome=Outcome.NONE, draws=len(shares), keep=sum(shares) / len(shares))
 
 
 def _informative(noises: list[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evalmode.export.audit.tensor_roles import Role, Roles, is_draw, is_factory, tensors_in, writes
@@ -27,7 +27,8 @@ class Application:
     """One operator that brings noise to data: the noise, by which its result is linear, and the
     draws behind it.
 
-    `additive`: the noise is added, not multiplied. `step` is the relative rounding of the noise's
+    `additive`: the noise is added, not multiplied. `replaces`: what is dropped becomes a learned
+    vector, or another number than 0. `step` is the relative rounding of the noise's
     dtype. `before` and `after` are the numbers by which Python multiplies the data just before, and
     the result just after.
     """
@@ -38,17 +39,23 @@ class Application:
     step: float
     before: float = 1.0
     after: float = 1.0
+    replaces: bool = False
 
 
 @dataclass
 class Reading:
     """What one forward showed: the applications in order, what could not be reduced to one, and
     foreign tensors.
+
+    `draws` counts torch's draws, and `steers` says that one became a number of Python's, which may
+    choose the path.
     """
 
     applications: list[Application] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
     foreign: list[Tensor] = field(default_factory=list)
+    draws: int = 0
+    steers: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class _Meeting:
     noise: Tensor
     additive: bool
     at: Callable[[float], Any]
+    replaces: bool = False
 
 
 class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
@@ -99,6 +107,8 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
         copies = func is torch.ops.aten.copy_.default  # what was there before does not matter
         if not copies and Role.NOISE in roles and (Role.WEIGHT in roles or Role.DATA in roles):
             return self._met(func, args, kwargs, operands)
+        if func is torch.ops.aten._local_scalar_dense.default and Role.NOISE in roles:
+            self.reading.steers = True
         result = func(*args, **kwargs)
         made = [*tensors_in(result), *(operands[:1] if writes(func) else ())]
         self._roles.pass_on(operands[copies:], roles[copies:], made)
@@ -119,6 +129,7 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
             if is_factory(func) or func.overloadpacket.__name__.startswith("rand")
             else operands[blank:]
         )
+        self.reading.draws += 1
         result = func(*args, **kwargs)
         if any(self._roles.of(operand) is Role.DATA for operand in read):
             self._obstacle(
@@ -129,6 +140,7 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
 
     def _unfused(self, x: Tensor, p: float, _train: bool | None) -> tuple[Tensor, Tensor]:
         """`native_dropout`, as CUDA and nested tensors have it, in the two steps that it fuses."""
+        self.reading.draws += 1
         mask = torch.rand_like(x, dtype=torch.float32) >= p
         noise = mask.to(x.dtype).div_(1 - p if p < 1 else 1.0)
         self._made((mask, noise), Role.NOISE, self._roles.draw())
@@ -155,6 +167,7 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
             draws=self._roles.draws_of(operands),
             step=torch.finfo(meeting.noise.dtype).eps if meeting.noise.is_floating_point() else 0.0,
             before=self._scales.get(id(data), 1.0),
+            replaces=meeting.replaces,
         )
         self.reading.applications.append(application)
         result = (
@@ -237,8 +250,11 @@ def _meeting(
         return _where(*args, roles)
     if name == "masked_fill" and _is_zero(args[2]):
         return _fill(func, args[0], args[1], roles)
-    if name == "index_put" and len(args[1]) == 1 and args[1][0] is not None and _is_zero(args[2]):
-        return _fill(func, args[0], args[1][0], roles)
+    if name == "index_put" and len(args[1]) == 1 and args[1][0] is not None:
+        if _is_zero(args[2]):
+            return _fill(func, args[0], args[1][0], roles)
+        if _is_learned(args[2], roles) and len(args) == 3:
+            return _exchange(func, args[0], args[1][0], roles)
     return None
 
 
@@ -268,9 +284,15 @@ def _arithmetic(
 def _where(condition: Tensor, kept: Tensor, other: Tensor, roles: Roles) -> _Meeting | None:
     if roles.of(condition) is not Role.NOISE or Role.NOISE in (roles.of(kept), roles.of(other)):
         return None
-    swapped = _is_zero(kept)
+    learned = _is_learned(kept, roles), _is_learned(other, roles)
+    data = other if learned[0] else kept
+    if any(learned) and roles.of(data) is Role.DATA:
+        shape = torch.where(condition, kept, other).shape
+        mask = (~condition if learned[0] else condition).to(torch.float64)
+        return _Meeting(mask, False, lambda value: (data * value).expand(shape), replaces=True)
+    swapped = _is_blank(kept, roles)
     data = other if swapped else kept
-    if not data.is_floating_point() or not (swapped or _is_zero(other)):
+    if not data.is_floating_point() or not (swapped or _is_blank(other, roles)):
         return None
     mask = ~condition if swapped else condition
     return _Meeting(
@@ -292,6 +314,45 @@ def _fill(func: Any, data: Tensor, dropped: Tensor, roles: Roles) -> _Meeting | 
         False,
         lambda value: data.mul_(value) if writes(func) else data * value,
     )
+
+
+def _exchange(func: Any, data: Tensor, dropped: Tensor, roles: Roles) -> _Meeting | None:
+    """Positions of the data that become a learned vector, as masked speech features do.
+
+    A constant leaves the vector out: 1 is data of which nothing was exchanged.
+    """
+    if (
+        dropped.dtype != torch.bool
+        or roles.of(data) is not Role.DATA
+        or not data.is_floating_point()
+    ):
+        return None
+    mask = (~dropped).to(torch.float64)
+    mask = mask.reshape(mask.shape + (1,) * (data.dim() - mask.dim()))
+
+    return _Meeting(
+        mask,
+        False,
+        lambda value: data.mul_(value) if writes(func) else data * value,
+        replaces=True,
+    )
+
+
+def _is_learned(value: Any, roles: Roles) -> bool:
+    """Whether a value is made of weights alone. Zeros are where they are a parameter."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and roles.of(value) is Role.WEIGHT
+        and (isinstance(value, nn.Parameter) or bool(value.any()))
+    )
+
+
+def _is_blank(value: Tensor, roles: Roles) -> bool:
+    """Whether a tensor is nothing but zeros, and not because the data happens to be."""
+    if value.numel() == 1:
+        return _is_zero(value)
+    return roles.of(value) is not Role.DATA and not bool(value.any())
 
 
 def _is_zero(value: Any) -> bool:

@@ -30,6 +30,8 @@ class Kind(StrEnum):
     UNBIASED = (
         "unbiased noise"  # of no form that is known; the mean of what the site returns is eval's
     )
+    AUGMENTED = "data augmentation"  # values are masked or replaced in training, by design
+    LAYERS_SKIPPED = "layers skipped"  # whole layers are, and nothing is scaled: LayerDrop
     OFF = "off"  # p = 0
     UNSCALED = "unscaled"  # s = e: nothing makes up for what is dropped
     WRONG_RATE = "wrong rate"  # scaled, or drawn, as another rate would need
@@ -45,7 +47,7 @@ class Kind(StrEnum):
 
 # A gap, or randomness where none may be, is an error. What never drops has no gap: the exported
 # model is right, the training was not what its author meant, and only he can tell. So is a dropout
-# that no sample reaches.
+# that no sample reaches. LayerDrop and augmentation differ on average because they are meant to.
 SEVERITIES = {
     Kind.UNSCALED: Severity.ERROR,
     Kind.WRONG_RATE: Severity.ERROR,
@@ -54,6 +56,8 @@ SEVERITIES = {
     Kind.ALWAYS_ON: Severity.ERROR,
     Kind.DROPS_ALL: Severity.ERROR,
     Kind.FROZEN: Severity.ERROR,
+    Kind.AUGMENTED: Severity.WARNING,
+    Kind.LAYERS_SKIPPED: Severity.WARNING,
     Kind.NEVER_ON: Severity.WARNING,
     Kind.NOT_CALLED: Severity.WARNING,
     Kind.INCONCLUSIVE: Severity.UNPROVEN,
@@ -65,18 +69,20 @@ class Site:
     """One place that drops or adds noise.
 
     `path` is the module's ("" is the root), `type` its class, `draw` names one of several places
-    inside it ("" where there is one). `p` is the declared drop probability. `train_scale` is the
+    inside it ("" where there is one), and `call` is the number of a call whose verdict is unlike
+    that of the first (0 for the first). `p` is the declared drop probability. `train_scale` is the
     factor of what is kept in training, `eval_scale` the factor of everything in eval, `gap` =
     E[train] / eval, 1 when nothing is wrong; the intervals hold at the audit's level, all sites
     together. None stands for what a site of this kind has not, or could not be measured. `draws`
     counts the training forwards that measured it, `calls` how often all samples' forwards called
-    it. `severity` is None for a site with nothing to report.
+    it, of which `judged` were looked at. `severity` is None for a site with nothing to report.
     """
 
     path: str
     type: str
     kind: Kind
     draw: str = ""
+    call: int = 0
     p: float | None = None
     keep_rate: float | None = None
     keep_interval: Interval | None = None
@@ -86,9 +92,17 @@ class Site:
     gap_interval: Interval | None = None
     draws: int = 0
     calls: int = 0
+    judged: int = 0
     sentence: str = ""
     fix: str = ""
     severity: Severity | None = None
+
+    @property
+    def name(self) -> str:
+        """Its path, with the draw and the call where there are several."""
+        draw = f", draw {self.draw}" if self.draw else ""
+        call = f", call {self.call}" if self.call else ""
+        return f"{self.path or '(root)'}{draw}{call}"
 
 
 @dataclass(frozen=True, kw_only=True)

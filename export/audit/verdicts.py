@@ -66,6 +66,7 @@ def _near(a: float, b: float) -> bool:
     return abs(a - b) <= _NEAR * abs(b)
 
 
+_WITHOUT_NOTE = (Kind.ALWAYS_ON, Kind.FROZEN, Kind.AUGMENTED, Kind.LAYERS_SKIPPED)
 _CONVENTION = "papers often call the keep probability p, PyTorch's p is the drop probability"
 REACH = "give samples that reach it"
 
@@ -103,6 +104,14 @@ def sentence(
         Kind.MULTIPLICATIVE: "training multiplies by noise whose mean is eval's factor",
         Kind.ADDITIVE: "training adds noise whose mean is what eval adds",
         Kind.UNBIASED: "what it returns in training is, on average, what it returns in eval",
+        Kind.AUGMENTED: (
+            f"in training it masks or replaces {_share(keep)} of its values, in eval none: this is"
+            " meant as augmentation, and no scale makes up for it"
+        ),
+        Kind.LAYERS_SKIPPED: (
+            f"in training it skips layers with p = {_skipped(p, keep)} and scales nothing for it,"
+            " as LayerDrop does: on average a layer adds less in training than in eval"
+        ),
         Kind.OFF: "p = 0: it never drops",
         Kind.UNSCALED: f"it {rate} and nothing makes up for the rest: {grows}",
         Kind.WRONG_RATE: f"it {rate} but is scaled {_as_if(gap, keep)}: {grows}",
@@ -120,6 +129,14 @@ def sentence(
     return texts[kind] + _note(kind, keep, p)
 
 
+def _share(keep: float | None) -> str:
+    return "a part" if keep is None else f"{100 * (1 - keep):.2g} %"
+
+
+def _skipped(p: float | None, keep: float | None) -> str:
+    return f"{p:g}" if p is not None else "?" if keep is None else f"{1 - keep:.2g} (measured)"
+
+
 def _as_if(gap: float | None, keep: float | None) -> str:
     return f"as if it kept {keep / gap:.3g}" if gap and keep else "for another rate"
 
@@ -128,7 +145,7 @@ def _note(kind: Kind, keep: float | None, p: float | None) -> str:
     """A declared rate that is not the measured one, and is its complement or is easily taken for
     it.
     """
-    if p is None or keep is None or kind in (Kind.ALWAYS_ON, Kind.FROZEN):
+    if p is None or keep is None or kind in _WITHOUT_NOTE:
         return ""
     if abs(keep - p) < 0.1 * min(p, 1 - p) and abs(keep - (1 - p)) > 0.2 * min(p, 1 - p):
         return f" (p = {p:g} is what it keeps, not what it drops: {_CONVENTION})"
@@ -156,6 +173,13 @@ def fix(kind: Kind, *, p: float | None, keep: float | None) -> str:
         Kind.ALWAYS_ON: (
             "make it ask self.training (F.dropout: training=self.training; attention: dropout_p=0"
             " in eval), and register it, not in a plain list, so that eval() reaches it"
+        ),
+        Kind.AUGMENTED: (
+            "nothing, if augmentation is meant; a dropout divides what it keeps by 1 - p"
+        ),
+        Kind.LAYERS_SKIPPED: (
+            "nothing, if LayerDrop is meant (arXiv:1909.11556); else divide what a layer adds by"
+            " 1 - p in training"
         ),
         Kind.NEVER_ON: "find out why it is not in training mode, or set p = 0 if that is meant",
         Kind.DROPS_ALL: f"lower p below 1: {_CONVENTION}",

@@ -57,6 +57,11 @@ class Draw:
     p: float | None
     line: str
 
+    @property
+    def by_host(self) -> bool:
+        """Whether Python's or NumPy's generator drew, or an operator that does not say so."""
+        return "generator" in self.operator
+
     def __str__(self) -> str:
         rate = "" if self.p is None else f", p={self.p:g}"
         return f"{self.path or '(root)'} ({self.kind}{rate}): {self.operator} at {self.line}"

@@ -1,4 +1,4 @@
-"""Two networks of Hugging Face's, small and random, as anyone would hand them in: no flag set,
+"""Networks of Hugging Face's, small and random, as anyone would hand them in: no flag set,
 nothing wrapped.
 """
 
@@ -6,7 +6,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 _SIZES = {"vocab_size": 100}
 
@@ -46,3 +55,46 @@ def _batch(rows: int, length: int, generator: torch.Generator) -> dict[str, Tens
         "input_ids": torch.randint(100, (rows, length), generator=generator),
         "attention_mask": mask,
     }
+
+
+def bart() -> nn.Module:
+    """An encoder and a decoder that skip layers in training."""
+    config = BartConfig(
+        **_SIZES,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+        encoder_layerdrop=0.1,
+        decoder_layerdrop=0.4,
+    )
+    return BartModel(config)
+
+
+def wav2vec2() -> nn.Module:
+    """Speech, with SpecAugment and LayerDrop as its configuration has them by default."""
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8, 8),
+        conv_stride=(8, 5),
+        conv_kernel=(8, 5),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        mask_time_length=4,
+        mask_feature_prob=0.2,
+        mask_feature_length=4,
+    )
+    return Wav2Vec2Model(config)
+
+
+def waves() -> list[dict[str, Tensor]]:
+    """Two batches of sound."""
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_values": torch.randn(rows, 1600, generator=generator)} for rows in (3, 2)]

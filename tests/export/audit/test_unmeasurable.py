@@ -1,4 +1,6 @@
-"""An input on which no mask can be seen proves nothing: the audit says so, and what is missing."""
+"""An input on which no mask can be seen proves nothing: the audit says so, and what is missing. In
+the place of zeros it measures on random values, and says that too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,6 @@ from tests.export.audit import zoo
 X = torch.randn(32, 8, 16, generator=torch.Generator().manual_seed(0))
 INF = torch.full_like(X, torch.inf)
 NOTHING = {
-    "zeros": (torch.zeros_like(X), "zero everywhere"),
     "NaN": (torch.full_like(X, torch.nan), "finite nowhere"),
     "infinity": (INF, "finite nowhere"),
     "both infinities": (torch.where(X > 0, INF, -INF), "finite nowhere"),
@@ -72,10 +73,76 @@ def test_an_input_that_carries_nothing_is_inconclusive_and_says_what_it_is(
     assert found.record.verdict == "unproven"
 
 
-def test_an_unscaled_dropout_behind_a_dead_relu_is_unproven() -> None:
+ZEROS = torch.zeros_like(X)
+
+
+@pytest.mark.parametrize(
+    ("factory", "kind"),
+    [
+        (Unscaled, Kind.UNSCALED),
+        (nn.Dropout, Kind.INVERTED),
+        (zoo.Shut, Kind.NEVER_ON),
+        (nn.AlphaDropout, Kind.ALPHA),
+    ],
+)
+def test_an_input_of_zeros_gives_way_to_random_values(
+    factory: type[nn.Dropout | nn.AlphaDropout], kind: Kind
+) -> None:
+    site = site_of(factory(0.5), ZEROS)
+    assert site.kind is kind
+    assert site.sentence.endswith(
+        "(measured with random values, since its input is zero everywhere)"
+    )
+
+
+def test_an_unscaled_dropout_behind_a_dead_relu_fails() -> None:
     found = audit(Root(Dead(), Unscaled(0.5)), [{"x": X}])
-    assert found.record.verdict == "unproven"
-    assert "its input is zero everywhere" in found.record.findings[0].why
+    assert found.record.verdict == "fail"
+
+
+class DropPath(nn.Module):
+    """A branch dropped for a whole row."""
+
+    def __init__(self, keep: float, scale: float) -> None:
+        super().__init__()
+        self.keep, self.scale = keep, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * (torch.rand(len(x), *[1] * (x.dim() - 1)) < self.keep) * self.scale
+
+
+class Block(nn.Module):
+    """A residual block whose last normalisation starts at zero: its branch gives nothing."""
+
+    def __init__(self, scale: float, *, inside: bool) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+        nn.init.zeros_(self.norm.weight)
+        self.path = DropPath(0.8, scale)
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.norm(self.linear(x))
+        if not self.inside:
+            return x + self.path(branch)
+        if not self.training:
+            return x + branch
+        return x + branch * (torch.rand(len(x), 1, 1) < 0.8) * self.path.scale
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["a module", "in the block"])
+@pytest.mark.parametrize(("scale", "kind"), [(1.25, Kind.INVERTED), (1.0, Kind.UNSCALED)])
+def test_a_branch_that_is_zero_at_the_start_is_judged(
+    scale: float, kind: Kind, inside: bool
+) -> None:
+    block = Block(scale, inside=inside)
+    found = audit(Root(block), [{"x": X}])
+    (site,) = found.sites
+    assert site.kind is kind
+    assert "measured with random values" in site.sentence
+    assert not block.norm.weight.any()
 
 
 def test_a_draw_that_changes_nothing_of_an_input_with_values_is_unproven() -> None:
@@ -93,10 +160,10 @@ def test_a_draw_that_changes_nothing_of_an_input_with_values_is_unproven() -> No
 
 
 def test_of_samples_of_which_some_carry_nothing_one_that_does_is_measured() -> None:
-    zeros = torch.zeros_like(X)
-    assert site_of(Unscaled(0.5), zeros, X).kind is Kind.UNSCALED
-    assert site_of(nn.Dropout(0.5), X[:0], zeros, X).kind is Kind.INVERTED
-    assert site_of(Unscaled(0.5), zeros, X[:0]).kind is Kind.INCONCLUSIVE
+    nans = torch.full_like(X, torch.nan)
+    assert site_of(Unscaled(0.5), nans, X).kind is Kind.UNSCALED
+    assert site_of(nn.Dropout(0.5), X[:0], nans, X).kind is Kind.INVERTED
+    assert site_of(Unscaled(0.5), nans, X[:0]).kind is Kind.INCONCLUSIVE
 
 
 def test_samples_without_a_row_are_unproven_though_no_site_shows() -> None:

@@ -1,0 +1,206 @@
+"""Every call of a site is judged, with its own arguments and the state that the site had then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evalmode.bundle.certificate import Severity, Verdict
+from evalmode.export.audit.audit import Audit, audit
+from evalmode.export.audit.find_sites import MOST_CALLS
+from evalmode.export.audit.site import Kind
+
+X = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+
+
+def mask(x: Tensor, keep: float = 0.7) -> Tensor:
+    return x * (torch.rand_like(x) < keep)
+
+
+class ByArgument(nn.Module):
+    def forward(self, x: Tensor, right: bool = True) -> Tensor:
+        if not self.training:
+            return x
+        return mask(x) / 0.7 if right else mask(x)
+
+
+class ByCounter(nn.Module):
+    """Forgets to scale in every second call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x: Tensor, right: bool = True) -> Tensor:
+        self.count += 1
+        if not self.training:
+            return x
+        return mask(x) / 0.7 if self.count % 2 else mask(x)
+
+
+class ByBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor, right: bool = True) -> Tensor:
+        self.count += 1
+        if not self.training:
+            return x
+        return mask(x) / 0.7 if int(self.count) % 2 else mask(x)
+
+
+class BySize(nn.Module):
+    def forward(self, x: Tensor, right: bool = True) -> Tensor:
+        if not self.training:
+            return x
+        return mask(x) / 0.7 if x.shape[1] == 8 else mask(x)
+
+
+class ByValues(nn.Module):
+    """Drops at another rate than it scales for, where values are never negative."""
+
+    def forward(self, x: Tensor, right: bool = True) -> Tensor:
+        if not self.training:
+            return x
+        return mask(x, 0.7 if bool((x < 0).any()) else 0.3) / 0.7
+
+
+class Calls(nn.Module):
+    """Two calls of one dropout: the second gets other arguments, sizes and values."""
+
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.drop, self.middle = drop, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(x, True)
+        return self.drop(self.middle(x).relu(), False)
+
+
+def audited(module: nn.Module, *inputs: Tensor) -> Audit:
+    torch.manual_seed(0)
+    return audit(module, [{"x": x} for x in inputs or (X,)])
+
+
+@pytest.mark.parametrize("site", [ByArgument, ByCounter, ByBuffer, BySize])
+def test_a_second_call_that_is_not_scaled_is_a_gap_of_that_call(
+    site: Callable[[], nn.Module],
+) -> None:
+    found = audited(Calls(site()))
+    assert [(s.path, s.call, s.kind) for s in found.sites] == [
+        ("drop", 0, Kind.INVERTED),
+        ("drop", 2, Kind.UNSCALED),
+    ]
+    (finding,) = found.record.findings
+    assert (finding.severity, finding.node) == (Severity.ERROR, "drop, call 2")
+    assert found.record.sites[1] == f"drop, call 2 ({site.__name__}): unscaled"
+
+
+def test_a_second_call_that_keeps_less_is_a_gap_of_that_call() -> None:
+    found = audited(Calls(ByValues()))
+    assert [(s.call, s.severity) for s in found.sites] == [(0, None), (2, Severity.ERROR)]
+    assert found.sites[1].gap == pytest.approx(3 / 7, rel=0.1)
+
+
+def test_a_first_call_that_is_wrong_and_a_second_that_is_right_are_told_apart() -> None:
+    class Other(Calls):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.middle(self.drop(x, False)), True)
+
+    assert [(s.call, s.kind) for s in audited(Other(ByArgument())).sites] == [
+        (0, Kind.UNSCALED),
+        (2, Kind.INVERTED),
+    ]
+
+
+def test_a_call_that_only_the_second_sample_makes_is_judged() -> None:
+    assert [s.kind for s in audited(Long(), X[:4]).sites] == [Kind.INVERTED]
+    assert [s.kind for s in audited(Long(), X[:4], X).sites] == [Kind.INVERTED, Kind.UNSCALED]
+
+
+class Long(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = ByArgument()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x, len(x) < 8)
+
+
+def test_calls_that_are_alike_are_one_site() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(12):
+                x = self.layer(x)
+            return x
+
+    (site,) = audited(Shared(), X, X[:4]).sites
+    assert (site.kind, site.calls, site.judged) == (Kind.INVERTED, 24, MOST_CALLS)
+
+
+class Many(nn.Module):
+    """Calls one dropout with as many arguments as it is told, the last of which is wrong."""
+
+    def __init__(self, kinds: int) -> None:
+        super().__init__()
+        self.kinds, self.drop = kinds, Numbered(kinds - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in (*[0] * 20, *range(self.kinds)):
+            x = self.drop(x, number)
+        return x
+
+
+class Numbered(nn.Module):
+    def __init__(self, wrong: int) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        if not self.training:
+            return x
+        return mask(x, 0.99) / (1 if number == self.wrong else 0.99)
+
+
+def test_a_late_call_of_another_kind_is_judged_before_those_that_repeat_one() -> None:
+    found = audited(Many(MOST_CALLS))
+    assert [s.kind for s in found.sites] == [Kind.INVERTED, Kind.UNSCALED]
+    assert found.record.verdict is Verdict.FAIL
+
+
+def test_calls_of_more_kinds_than_are_judged_are_named_and_unproven() -> None:
+    found = audited(Many(MOST_CALLS + 3))
+    (finding,) = found.record.findings
+    assert (finding.severity, finding.node) == (Severity.UNPROVEN, "drop")
+    assert "3 of its 31 calls were not looked at" in finding.why
+
+
+def test_a_counter_that_runs_on_is_a_warning_and_no_more() -> None:
+    class Counts(ByCounter):
+        def forward(self, x: Tensor, right: bool = True) -> Tensor:
+            self.count += 1
+            return mask(x) / 0.7 if self.training else x
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = Counts()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(MOST_CALLS + 2):
+                x = self.drop(x)
+            return x
+
+    found = audited(Loop())
+    assert [(s.kind, s.judged) for s in found.sites] == [(Kind.INVERTED, MOST_CALLS)]
+    (finding,) = found.record.findings
+    assert (finding.severity, finding.node) == (Severity.WARNING, "drop")
+    assert "2 of its 10 calls were not looked at" in finding.why
