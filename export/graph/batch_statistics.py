@@ -30,6 +30,10 @@ _SAME_AXES = """
     InstanceNormalization LayerNormalization LeakyRelu Log MaxPool Mish Neg PRelu Reciprocal Relu
     RMSNormalization Selu Sigmoid Softmax Softplus Sqrt Tanh
 """
+_ELEMENTWISE = """
+    Abs Cast CastLike Clip Dropout Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Log
+    Mish Neg PRelu Reciprocal Relu Selu Sigmoid Softplus Sqrt Tanh
+"""
 _BROADCAST = frozenset(["Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where"])
 
 
@@ -48,7 +52,8 @@ def computed_over_batch(at: NodeAt, index: int) -> bool | None:
     for the purpose, is an instance normalisation written as a batch normalisation.
     """
     value = at.scope.argument(at.node, index)
-    if not isinstance(value, Made):
+    # A value that is its own mean has one axis, that of channels, and no rows.
+    if not isinstance(value, Made) or value is at.scope.argument(at.node, 0):
         return False
     ancestors = list(_ancestors(value))
     depends = len(ancestors) >= _MOST or any(
@@ -57,7 +62,17 @@ def computed_over_batch(at: NodeAt, index: int) -> bool | None:
     if not depends or _has_one_row(at.scope.argument(at.node, 0)):
         return False
     made = [item for item in ancestors if isinstance(item, Made)]
-    return True if any(_reduces(item, None) for item in made) else None
+    if any(_reduces(item, None) for item in made):
+        return True
+    return False if len(ancestors) < _MOST and all(map(_keeps_places, made)) else None
+
+
+def _keeps_places(made: Made) -> bool:
+    """Whether every number that a node makes comes from those in its own place."""
+    if made.index in made.scope.calls:  # what the function makes is looked at itself
+        return True
+    op = made.node.op_type
+    return not domain_of(made.node.domain) and (op in _ELEMENTWISE.split() or op in _BROADCAST)
 
 
 class BatchAxes:
