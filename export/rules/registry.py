@@ -132,8 +132,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="training-mode",
         needs=Needs.GRAPH,
-        statement="no operator with a training mode (Dropout, BatchNormalization and their kin) "
-        "runs in it",
+        statement="no operator trains (Dropout, BatchNormalization and their kin), and none "
+        "normalises by the statistics of the batch",
     ),
     Rule(
         name="opaque-op",

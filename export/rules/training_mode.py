@@ -1,5 +1,5 @@
-"""Rule training-mode: no operator with a training mode (Dropout, BatchNormalization and their kin)
-runs in it.
+"""Rule training-mode: no operator trains (Dropout, BatchNormalization and their kin), and none
+normalises by the statistics of the batch.
 """
 
 from __future__ import annotations

@@ -84,6 +84,16 @@ def _lines() -> Iterator[str]:
         " in silence."
     )
     yield ""
+    by_command = [case.name for case in CASES.values() if case.reference]
+    yield (
+        "A module is measured as `assert_export_is_clean` does, which is given the module itself."
+        f" {len(by_command)} are measured as `evalmode export` does, which builds it a second time"
+        " in another process, under other seeds, those of its factory included: what a constructor"
+        f" drew is found by the command alone ({'; '.join(by_command)}). What a forward draws and"
+        " keeps is found by both, the first forward included. [Where each way of checking"
+        " ends](checks.md)."
+    )
+    yield ""
     yield (
         "`python -m tests.export.leak_matrix > docs/leak-matrix.md` measures it anew, and "
         "`tests/export/test_leak_matrix.py` fails unless this is what it measures."
