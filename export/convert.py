@@ -209,11 +209,6 @@ def _traced_sizes(
     return bounds, tuple(conditions)
 
 
-def scope(node_name: str) -> str:
-    """The path of the module that a converted model's node came from."""
-    return node_name.rpartition("/")[0]
-
-
 def _name_outputs(graph: onnx.GraphProto, outputs: Sequence[str]) -> None:
     """Give the outputs their own names; an inner value that has such a name gets another one."""
     inner = {name for node in graph.node for name in node.output}

@@ -3,7 +3,14 @@ Knows no rule.
 """
 
 from evalmode.export.graph.errors import ModelUnreadable
-from evalmode.export.graph.graph import Graph, graph_of, open_graph, read_graph, serialise
+from evalmode.export.graph.graph import (
+    Graph,
+    graph_of,
+    module_of,
+    open_graph,
+    read_graph,
+    serialise,
+)
 from evalmode.export.graph.walk import NodeAt
 from evalmode.export.graph.weight import Weight
 
@@ -13,6 +20,7 @@ __all__ = [
     "NodeAt",
     "Weight",
     "graph_of",
+    "module_of",
     "open_graph",
     "read_graph",
     "serialise",

@@ -78,6 +78,11 @@ def open_graph(path: Path) -> Graph:
         raise ModelUnreadable(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def module_of(node_name: str) -> str:
+    """The path of the module that a converted model's node came from."""
+    return node_name.rpartition("/")[0]
+
+
 def _read(data: memoryview, where: Path | memoryview, folder: Path | None, name: str) -> Graph:
     if data[: len(LFS_POINTER)] == LFS_POINTER:
         raise ModelUnreadable(

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.errors import EvalmodeError
-from evalmode.export.convert import scope
 from evalmode.export.fingerprint import fingerprint
-from evalmode.export.graph import Graph, graph_of
+from evalmode.export.graph import Graph, graph_of, module_of
 from evalmode.export.graph.suspicious_weights import mask_like
 from evalmode.export.rules import stochastic_op, training_mode
 from evalmode.export.rules.subject import Subject
@@ -66,7 +65,7 @@ def _folded(subject: Subject) -> Iterator[Finding]:
 
 
 def _place(finding: Finding) -> tuple[str, str]:
-    return scope(finding.node), finding.op
+    return module_of(finding.node), finding.op
 
 
 def _differing(subject: Subject) -> Iterator[Finding]:

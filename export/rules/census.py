@@ -9,7 +9,7 @@ from collections import Counter
 from torch import nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
-from evalmode.export.convert import scope
+from evalmode.export.graph import module_of
 from evalmode.export.module.dropouts import declared_rate, is_dropout
 from evalmode.export.module.forward import as_tensors
 from evalmode.export.module.randomness import draws
@@ -39,7 +39,7 @@ def check(subject: Subject) -> Record:
     except Exception as error:  # the user's own code, in another mode than it is exported in
         why = f"the module does not run in training mode: {type(error).__name__}: {error}"
         return Record(rule=RULE, verdict=Verdict.UNPROVEN, why=why)
-    left = Counter(scope(node.name) for node in subject.graph.proto.graph.node)
+    left = Counter(module_of(node.name) for node in subject.graph.proto.graph.node)
     modules = {path: part for path, part in network.parts.items() if path and is_dropout(part)}
     sites = [_module_site(path, part, left[path]) for path, part in modules.items()]
     sites += [f"{draw}: absent" for draw in drawn if draw.path not in modules]

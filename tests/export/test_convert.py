@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.bundle.session import open_session
-from evalmode.export.convert import NotConvertible, NotInEvalMode, convert, scope
-from evalmode.export.graph import serialise
+from evalmode.export.convert import NotConvertible, NotInEvalMode, convert
+from evalmode.export.graph import module_of, serialise
 
 X = {"x": torch.ones(3, 4)}
 AXES = {"x": {0: "batch"}}
@@ -44,7 +44,7 @@ def test_a_module_in_training_is_refused_with_its_sites_and_not_put_into_eval() 
 
 def test_nodes_are_named_after_the_modules_they_came_from() -> None:
     model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model
-    assert {scope(node.name) for node in model.graph.node} == {"body.0", "body.2"}
+    assert {module_of(node.name) for node in model.graph.node} == {"body.0", "body.2"}
 
 
 def test_axes_and_outputs_have_the_names_that_were_given() -> None:
