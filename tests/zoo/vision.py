@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
-from torch import nn
+from torch import Generator, nn
 
-from tests.zoo.entry import Sizes, entry
+from tests.zoo.entry import Sample, Sizes, entry
 from tests.zoo.samples import (
     FRESH_ROWS,
     FRESH_TEXTS,
@@ -14,7 +15,9 @@ from tests.zoo.samples import (
     VOCABULARY,
     images,
     images_of_any_size,
+    seen_positions,
     text,
+    token_ids,
 )
 
 _SIZES = {
@@ -152,3 +155,21 @@ def clip_texts() -> nn.Module:
 def clip_images() -> nn.Module:
     config = transformers.CLIPVisionConfig(**_PATCHES, projection_dim=16)
     return transformers.CLIPVisionModelWithProjection(config)
+
+
+def _captioned(generator: Generator, rows: int, length: int) -> Sample:
+    seen = seen_positions(generator, rows, length, side="right")
+    return {
+        "input_ids": token_ids(generator, seen, pad=0),
+        "pixel_values": torch.randn(rows, 3, 32, 32, generator=generator),
+        "attention_mask": seen.to(torch.int64),
+    }
+
+
+@entry("vision", _captioned, sizes=TEXTS, fresh_sizes=FRESH_TEXTS)
+def clip() -> nn.Module:
+    """Compares each text with each image: rows of both, which do not vary together."""
+    config = transformers.CLIPConfig(
+        text_config=_CLIP_TEXT, vision_config=_PATCHES, projection_dim=16
+    )
+    return transformers.CLIPModel(config)
