@@ -172,3 +172,83 @@ class Counts(nn.Module):
 
 def test_a_counter_that_no_answer_depends_on_is_nobodys_business() -> None:
     assert verdict_of(Counts()) is Verdict.PASS
+
+
+class Picks(nn.Module):
+    """The places of the highest scores: runtimes choose differently among equal ones."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.score = how, nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.score(x).squeeze(-1)
+        if self.how == "topk":
+            return scores.topk(2, -1).indices
+        return scores.argsort(-1) if self.how == "argsort" else scores.argmax(-1)
+
+
+class PicksWords(Picks):
+    """The same by the ids of words."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.table = nn.Embedding(200, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(self.table(ids))
+
+
+@pytest.mark.parametrize("how", ["topk", "argmax", "argsort"])
+def test_inputs_that_are_made_hold_no_ties(how: str) -> None:
+    assert verdict_of(Picks(how), torch.randn(2, 5, 6), torch.randn(3, 7, 6)) is Verdict.PASS
+    generator = torch.Generator().manual_seed(0)
+    words = [torch.randperm(200, generator=generator)[: 3 * n].reshape(3, n) for n in (6, 9)]
+    assert verdict_of(PicksWords(how), *words) is Verdict.PASS
+
+
+class Positions(nn.Module):
+    """Words and their places, of square samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head((self.words(ids) + self.places(torch.arange(ids.shape[1]))).mean(1))
+
+
+def test_square_samples_have_rows_and_positions() -> None:
+    samples = [torch.randint(20, (size, size)) for size in (4, 6)]
+    candidate = candidate_of(Positions().eval(), samples)
+    assert candidate.evidence.dynamic_axes == {"ids": {0: "batch", 1: "length"}}
+    rows, length = candidate.example["ids"].shape
+    assert rows != length, "an exporter may take axes of one size for one axis"
+    assert verdict_of(Positions(), *samples) is Verdict.PASS
+
+
+class Images(nn.Module):
+    """A convolution and a mean over what is left, of square images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.conv(image).relu().mean((2, 3)))
+
+
+def test_square_images_are_certified_for_images_of_any_sides() -> None:
+    samples = [torch.randn(2, 3, 8, 8), torch.randn(3, 3, 12, 12)]
+    candidate = candidate_of(Images().eval(), samples)
+    assert candidate.evidence.dynamic_axes == {"image": {0: "batch", 2: "length", 3: "length1"}}
+    assert verdict_of(Images(), *samples) is Verdict.PASS
+
+
+def test_the_fourier_transform_of_the_runtime_is_given_its_own_rounding() -> None:
+    class Mixes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.fft2(x).real
+
+    assert verdict_of(Mixes(), torch.randn(2, 14, 8), torch.randn(3, 9, 8)) is Verdict.PASS
