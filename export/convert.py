@@ -21,6 +21,7 @@ from evalmode.errors import EvalmodeError
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import answering_tensors
+from evalmode.export.module.untouched import state_of
 from evalmode.export.refusal import refusal
 from evalmode.export.rewrites import Rewrites, traceable_modules
 from evalmode.export.torch_quirks import forget_unrolled_loops, one_operator_table, quiet_exporter
@@ -104,7 +105,19 @@ def convert(
         raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(sites)}")
     if unknown := dynamic_axes.keys() - inputs.keys():
         raise ValueError(f"dynamic_axes names {sorted(unknown)}, the inputs are {list(inputs)}")
-    converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
+    untraced = Network.of(module).copy()
+    try:
+        converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
+    except NotConvertible:
+        # A first call that registers a buffer cannot be traced, and a second one can.
+        before = state_of(untraced)
+        with plain_forward():
+            untraced.module(**copies_of(inputs))
+        if state_of(Network.of(untraced.module)).keys() == before.keys():
+            raise
+        converted = _export(
+            untraced.module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset
+        )
     model = converted.model
     if len(model.graph.output) != len(outputs):
         raise NotConvertible(

@@ -73,6 +73,10 @@ class Table(nn.Module):
             table = Table.shared
         elif self.place == "cache":
             table = cached(16)
+        elif self.place == "buffer":
+            if not hasattr(self, "angles"):
+                self.register_buffer("angles", angles(16), persistent=False)
+            table = self.angles
         elif self.place == "grows":
             if self.table is None or len(self.table) < x.shape[1]:
                 self.table = angles(x.shape[1])
@@ -123,6 +127,7 @@ def hidden():
 def table_kept(): return Table("")
 def table_of_class(): return Table("class")
 def table_in_cache(): return Table("cache")
+def table_in_buffer(): return Table("buffer")
 def table_that_grows(): return Table("grows")
 def sequences(): return [torch.randn(3, 5, 4), torch.randn(2, 7, 4)]
 
@@ -266,7 +271,8 @@ def test_parameters_and_buffers_are_weights_wherever_they_are(project: str, tmp_
 
 
 @pytest.mark.parametrize(
-    "factory", ["table_kept", "table_of_class", "table_in_cache", "table_that_grows"]
+    "factory",
+    ["table_kept", "table_of_class", "table_in_cache", "table_in_buffer", "table_that_grows"],
 )
 def test_a_table_that_the_first_call_makes_is_no_noise(
     project: str, tmp_path: Path, factory: str
