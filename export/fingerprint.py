@@ -1,10 +1,10 @@
-"""What two exports of one module are compared by: a hash of every weight and of every node. Knows
-no rule.
+"""What two exports of one module are compared by: what is computed, as a set. Knows no rule.
 
-Names are left out: an exporter calls one constant after the attribute that holds it or after the
-operator that made it. A weight is known by its place in the order of first use, so equal networks
-give equal fingerprints; noise that was baked into a constant, or a branch that a random number
-chose, does not.
+Neither names nor the order of independent steps count: an exporter calls one constant after the
+attribute that holds it or after the operator that made it, and a module that walks over a set takes
+another order in each process. Each value is known by a hash of the operator that makes it and of
+the values that it is made from, down to the weights. Equal networks give equal fingerprints; noise
+that was baked into a constant, or a branch that a random number chose, does not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Fingerprint(BaseModel):
-    """Every weight of the main graph in the order of first use, and every node in order: its name
-    and a sha256.
+    """Every weight and every node of the main graph in order: its name, and a sha256 of what it
+    holds or computes.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -29,50 +29,45 @@ class Fingerprint(BaseModel):
 
 def fingerprint(model: onnx.ModelProto) -> Fingerprint:
     """The fingerprint of a model whose weights are in it."""
-    graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    used = dict.fromkeys(
-        name for node in graph.node for name in _names_read(node) if name in weights
-    )
-    order = [*used, *(name for name in weights if name not in used)]
-    places = {name: f"weight {index}" for index, name in enumerate(order)}
-    nodes: list[tuple[str, str]] = []
-    for index, node in enumerate(graph.node):
-        places |= {name: f"value {index} {place}" for place, name in enumerate(node.output)}
-        nameless = onnx.NodeProto()
-        nameless.CopyFrom(node)
+    values = {item.name: f"input {item.name}" for item in model.graph.input}
+    weights: list[tuple[str, str]] = []
+    for tensor in model.graph.initializer:
+        nameless = onnx.TensorProto()
+        nameless.CopyFrom(tensor)
         nameless.ClearField("name")
-        _rename(nameless, places)
-        nodes.append((node.name, _sha256(nameless)))
-    hashes: list[tuple[str, str]] = []
-    for name in order:
-        tensor = onnx.TensorProto()
-        tensor.CopyFrom(weights[name])
-        tensor.ClearField("name")
-        hashes.append((name, _sha256(tensor)))
-    return Fingerprint(weights=tuple(hashes), nodes=tuple(nodes))
+        values[tensor.name] = _sha256(nameless.SerializeToString(deterministic=True))
+        weights.append((tensor.name, values[tensor.name]))
+    nodes = [(node.name, _computed(node, values)) for node in model.graph.node]
+    outputs = " ".join(values[item.name] for item in model.graph.output)
+    return Fingerprint(weights=tuple(weights), nodes=(*nodes, ("the answers", _sha256(outputs))))
 
 
-def _names_read(node: onnx.NodeProto) -> list[str]:
-    names = list(node.input)
-    for attribute in node.attribute:
-        for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            for inner in body.node:
-                names += _names_read(inner)
-            names += [output.name for output in body.output]
-    return names
+def _computed(node: onnx.NodeProto, values: dict[str, str]) -> str:
+    """The hash of what a node computes, which its outputs are entered into `values` with."""
+    parts = [node.domain, node.op_type, node.overload, str(len(node.output))]
+    parts += [values.get(name, "absent") for name in node.input]
+    for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
+        bodies = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+        parts.append(attribute.name)
+        parts += [_body(body, values) for body in bodies]
+        if not bodies:
+            parts.append(_sha256(attribute.SerializeToString(deterministic=True)))
+    digest = _sha256("\n".join(parts))
+    values.update({name: f"{digest} {place}" for place, name in enumerate(node.output) if name})
+    return digest
 
 
-def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
-    node.input[:] = [names.get(name, name) for name in node.input]
-    node.output[:] = [names.get(name, name) for name in node.output]
-    for attribute in node.attribute:
-        for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            for inner in body.node:
-                _rename(inner, names)
-            for output in body.output:
-                output.name = names.get(output.name, output.name)
+def _body(graph: onnx.GraphProto, around: Mapping[str, str]) -> str:
+    values = dict(around)
+    values.update({item.name: f"body input {place}" for place, item in enumerate(graph.input)})
+    for tensor in graph.initializer:
+        nameless = onnx.TensorProto()
+        nameless.CopyFrom(tensor)
+        nameless.ClearField("name")
+        values[tensor.name] = _sha256(nameless.SerializeToString(deterministic=True))
+    nodes = sorted(_computed(node, values) for node in graph.node)
+    return _sha256("\n".join([*nodes, *(values[item.name] for item in graph.output)]))
 
 
-def _sha256(message: onnx.TensorProto | onnx.NodeProto) -> str:
-    return hashlib.sha256(message.SerializeToString(deterministic=True)).hexdigest()
+def _sha256(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()

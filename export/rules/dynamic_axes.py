@@ -7,7 +7,7 @@ from itertools import islice, product
 
 from evalmode.bundle.certificate import Finding, Record, Severity, relative_difference
 from evalmode.bundle.errors import ModelRunFailed
-from evalmode.export.inputs.axes import resized, shapes_of, sizes_of
+from evalmode.export.inputs.axes import keeps_masks, resized, shapes_of, sizes_of
 from evalmode.export.module.forward import as_tensors
 from evalmode.export.rules.parity import limits_of
 from evalmode.export.rules.subject import Subject
@@ -113,8 +113,10 @@ def _other_ways(subject: Subject) -> Iterator[Finding]:
             if not condition.holds(sizes | dict(zip(names, choice, strict=True)))
         )
         for others in islice(broken, _TRIED):
-            made = {name: tensor.numpy() for name, tensor in resized(sample, axes, others).items()}
-            if max(array.size for array in made.values()) > _LARGEST:
+            changed = resized(sample, axes, others)
+            made = {name: tensor.numpy() for name, tensor in changed.items()}
+            too_large = max(array.size for array in made.values()) > _LARGEST
+            if too_large or not keeps_masks(sample, changed):
                 continue
             try:
                 expected = subject.reference(made)
