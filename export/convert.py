@@ -7,6 +7,7 @@ checkpoint and no bundle.
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from evalmode.errors import EvalmodeError
+from evalmode.export.graph import names_read
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import answering_tensors
@@ -129,6 +131,8 @@ def convert(
             f"{type(module).__name__} was exported at opset {version}: opset {opset} cannot be had"
         )
     for written in (model, converted.unoptimised):
+        _order_loops(written.graph)
+        _name_values(written.graph)
         _name_outputs(written.graph, outputs)
         _name_nodes(written)
         _strip(written)
@@ -220,6 +224,64 @@ def _traced_sizes(
         if (symbols := expression.free_symbols) and symbols <= axes.keys()
     ]
     return bounds, tuple(conditions)
+
+
+def _order_loops(graph: onnx.GraphProto) -> None:
+    """Put what a loop carries into the order in which its body reads it first.
+
+    onnxscript takes it from a set, whose order is another one in each process.
+    """
+    for node in graph.node:
+        bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        for body in bodies:
+            _order_loops(body)
+        if node.op_type != "Loop" or node.domain or len(bodies) != 1:
+            continue
+        body, carried = bodies[0], len(node.input) - 2
+        reads = list(dict.fromkeys(names_read(body)))
+        names = [item.name for item in body.input[2:]]
+        order = sorted(
+            range(carried),
+            key=lambda place: (
+                reads.index(names[place]) if names[place] in reads else len(reads),
+                place,
+            ),
+        )
+        inputs, outputs = list(node.input[2:]), list(node.output)
+        node.input[2:] = [inputs[place] for place in order]
+        node.output[:carried] = [outputs[place] for place in order]
+        for values, first in ((body.input, 2), (body.output, 1)):
+            before = [copy.deepcopy(item) for item in values]
+            for index, place in enumerate(order):
+                values[first + index].CopyFrom(before[first + place])
+
+
+def _name_values(graph: onnx.GraphProto) -> None:
+    """Name the values of a graph with loops or branches in the order in which they are made:
+    onnxscript numbers them in the order of a set.
+    """
+    names: dict[str, str] = {}
+    kept = {item.name for item in (*graph.input, *graph.output, *graph.initializer)}
+    has_bodies = False
+    for index, node in enumerate(graph.node):
+        made = list(node.output)
+        pending = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        has_bodies = has_bodies or bool(pending)
+        while pending:
+            body = pending.pop()
+            made += [item.name for item in (*body.input, *body.initializer)]
+            for step in body.node:
+                made += step.output
+                pending += [item.g for item in step.attribute if item.HasField("g")]
+        for number, name in enumerate(made):
+            if name and name not in kept:
+                names.setdefault(name, f"{node.op_type}_{index}_{number}")
+    if not has_bodies:
+        return
+    _rename(graph, names)
+    described = sorted(graph.value_info, key=lambda item: item.name)
+    del graph.value_info[:]
+    graph.value_info.extend(described)
 
 
 def _name_outputs(graph: onnx.GraphProto, outputs: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import mmap
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,16 @@ def open_graph(path: Path) -> Graph:
         return _read(memoryview(mapped), path, path.parent, str(path))
     except OSError as error:
         raise ModelUnreadable(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def names_read(graph: onnx.GraphProto) -> Iterator[str]:
+    """The names that a graph's nodes and outputs read, those of bodies included, in order."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from names_read(body)
+    yield from (item.name for item in graph.output)
 
 
 def module_of(node_name: str) -> str:
