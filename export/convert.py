@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from evalmode.errors import EvalmodeError
-from evalmode.export.graph import names_read
+from evalmode.export.graph import bodies_of, names_read
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import answering_tensors
@@ -102,12 +102,13 @@ def convert(
     NotInEvalMode, naming the sites, for a module that has not left training, and NotConvertible
     when the exporter gives up.
     """
-    if escaped := Network.of(module).in_training:
+    network = Network.of(module)
+    if escaped := network.in_training:
         sites = [f"{path or '(root)'} ({type(part).__name__})" for path, part in escaped.items()]
         raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(sites)}")
     if unknown := dynamic_axes.keys() - inputs.keys():
         raise ValueError(f"dynamic_axes names {sorted(unknown)}, the inputs are {list(inputs)}")
-    untraced = Network.of(module).copy()
+    untraced = network.copy()
     try:
         converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
     except NotConvertible:
@@ -232,7 +233,7 @@ def _order_loops(graph: onnx.GraphProto) -> None:
     onnxscript takes it from a set, whose order is another one in each process.
     """
     for node in graph.node:
-        bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        bodies = list(bodies_of(node))
         for body in bodies:
             _order_loops(body)
         if node.op_type != "Loop" or node.domain or len(bodies) != 1:
@@ -265,14 +266,14 @@ def _name_values(graph: onnx.GraphProto) -> None:
     has_bodies = False
     for index, node in enumerate(graph.node):
         made = list(node.output)
-        pending = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        pending = list(bodies_of(node))
         has_bodies = has_bodies or bool(pending)
         while pending:
             body = pending.pop()
             made += [item.name for item in (*body.input, *body.initializer)]
             for step in body.node:
                 made += step.output
-                pending += [item.g for item in step.attribute if item.HasField("g")]
+                pending += bodies_of(step)
         for number, name in enumerate(made):
             if name and name not in kept:
                 names.setdefault(name, f"{node.op_type}_{index}_{number}")
@@ -306,9 +307,8 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                _rename(body, names)
+        for body in bodies_of(node):
+            _rename(body, names)
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:

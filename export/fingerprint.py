@@ -32,10 +32,7 @@ def fingerprint(model: onnx.ModelProto) -> Fingerprint:
     values = {item.name: f"input {item.name}" for item in model.graph.input}
     weights: list[tuple[str, str]] = []
     for tensor in model.graph.initializer:
-        nameless = onnx.TensorProto()
-        nameless.CopyFrom(tensor)
-        nameless.ClearField("name")
-        values[tensor.name] = _sha256(nameless.SerializeToString(deterministic=True))
+        values[tensor.name] = _held(tensor)
         weights.append((tensor.name, values[tensor.name]))
     nodes = [(node.name, _computed(node, values)) for node in model.graph.node]
     outputs = " ".join(values[item.name] for item in model.graph.output)
@@ -60,13 +57,17 @@ def _computed(node: onnx.NodeProto, values: dict[str, str]) -> str:
 def _body(graph: onnx.GraphProto, around: Mapping[str, str]) -> str:
     values = dict(around)
     values.update({item.name: f"body input {place}" for place, item in enumerate(graph.input)})
-    for tensor in graph.initializer:
-        nameless = onnx.TensorProto()
-        nameless.CopyFrom(tensor)
-        nameless.ClearField("name")
-        values[tensor.name] = _sha256(nameless.SerializeToString(deterministic=True))
+    values.update({tensor.name: _held(tensor) for tensor in graph.initializer})
     nodes = sorted(_computed(node, values) for node in graph.node)
     return _sha256("\n".join([*nodes, *(values[item.name] for item in graph.output)]))
+
+
+def _held(tensor: onnx.TensorProto) -> str:
+    """The hash of what a weight holds, without its name."""
+    nameless = onnx.TensorProto()
+    nameless.CopyFrom(tensor)
+    nameless.ClearField("name")
+    return _sha256(nameless.SerializeToString(deterministic=True))
 
 
 def _sha256(data: str | bytes) -> str:

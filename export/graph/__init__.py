@@ -5,6 +5,7 @@ Knows no rule.
 from evalmode.export.graph.errors import ModelUnreadable
 from evalmode.export.graph.graph import (
     Graph,
+    bodies_of,
     graph_of,
     module_of,
     names_read,
@@ -20,6 +21,7 @@ __all__ = [
     "ModelUnreadable",
     "NodeAt",
     "Weight",
+    "bodies_of",
     "graph_of",
     "module_of",
     "names_read",

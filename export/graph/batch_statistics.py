@@ -23,17 +23,17 @@ _MOST = 1000  # values that are looked at behind one node
 _MEANS = frozenset(
     ["ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceLogSumExp", "ReduceMax"]
 )
-# Of these the answer has the axes of the first input.
-_SAME_AXES = """
-    Abs AveragePool BatchNormalization Cast CastLike Clip Conv ConvTranspose Dropout Elu Erf Exp
-    Gelu GlobalAveragePool GlobalMaxPool GroupNormalization HardSigmoid HardSwish Identity
-    InstanceNormalization LayerNormalization LeakyRelu Log MaxPool Mish Neg PRelu Reciprocal Relu
-    RMSNormalization Selu Sigmoid Softmax Softplus Sqrt Tanh
-"""
-_ELEMENTWISE = """
+_NAMES = """
     Abs Cast CastLike Clip Dropout Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Log
     Mish Neg PRelu Reciprocal Relu Selu Sigmoid Softplus Sqrt Tanh
 """
+_ELEMENTWISE = frozenset(_NAMES.split())
+_NAMES_OF_LAYERS = """
+    AveragePool BatchNormalization Conv ConvTranspose GlobalAveragePool GlobalMaxPool
+    GroupNormalization InstanceNormalization LayerNormalization MaxPool RMSNormalization Softmax
+"""
+# Of these the answer has the axes of the first input.
+_SAME_AXES = _ELEMENTWISE | frozenset(_NAMES_OF_LAYERS.split())
 _BROADCAST = frozenset(["Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where"])
 
 
@@ -72,7 +72,7 @@ def _keeps_places(made: Made) -> bool:
     if made.index in made.scope.calls:  # what the function makes is looked at itself
         return True
     op = made.node.op_type
-    return not domain_of(made.node.domain) and (op in _ELEMENTWISE.split() or op in _BROADCAST)
+    return not domain_of(made.node.domain) and (op in _ELEMENTWISE or op in _BROADCAST)
 
 
 class BatchAxes:
@@ -166,7 +166,7 @@ class BatchAxes:
             return _Axis(max(ranks) - behind.pop(), max(ranks)) if len(behind) == 1 else None
         if first is None:
             return None
-        if op in _SAME_AXES.split():
+        if op in _SAME_AXES:
             return first
         if op == "MatMul":
             return first if first.place < first.rank - 1 else None

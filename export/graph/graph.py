@@ -79,13 +79,18 @@ def open_graph(path: Path) -> Graph:
         raise ModelUnreadable(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs that a node holds as attributes: branches, and what a loop repeats."""
+    for attribute in node.attribute:
+        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
 def names_read(graph: onnx.GraphProto) -> Iterator[str]:
     """The names that a graph's nodes and outputs read, those of bodies included, in order."""
     for node in graph.node:
         yield from node.input
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from names_read(body)
+        for body in bodies_of(node):
+            yield from names_read(body)
     yield from (item.name for item in graph.output)
 
 

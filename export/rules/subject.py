@@ -148,26 +148,30 @@ class Subject:
         return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
 
     @cached_property
-    def probes(self) -> Sequence[Tensors]:
-        """The probes that the graph reads; the rule dynamic-axes names the others."""
-        readable: list[Tensors] = []
+    def _runs(self) -> list[tuple[Tensors, Tensors]]:
+        """The probes that the graph reads, each with what it answers."""
+        runs: list[tuple[Tensors, Tensors]] = []
         problem: ModelRunFailed | None = None
         for probe in self.evidence.probes:
             try:
-                self.served.run(probe)
-                readable.append(probe)
+                runs.append((probe, self.served.run(probe)))
             except ModelRunFailed as error:
                 problem = problem or error
-        if problem is not None and not readable:
+        if problem is not None and not runs:
             raise problem
-        return readable
+        return runs
+
+    @property
+    def probes(self) -> Sequence[Tensors]:
+        """The probes that the graph reads; the rule dynamic-axes names the others."""
+        return [probe for probe, _ in self._runs]
 
     @cached_property
     def answers(self) -> list[tuple[Tensors, Tensors]]:
         """For each probe what the module answers (nothing without one) and what the graph does."""
         return [
-            ({} if self.module is None else self.reference(probe), self.served.run(probe))
-            for probe in self.probes
+            ({} if self.module is None else self.reference(probe), answer)
+            for probe, answer in self._runs
         ]
 
     def reference(self, inputs: Tensors, *, plain: bool = False) -> Tensors:
