@@ -10,14 +10,45 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write one file whole, over the one that may stand there."""
+    """Write one file whole, over the one that may stand there.
+
+    Raises OSError, and leaves what was there, when it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft_of(path).write_bytes(data)
-    settle(path)
+    try:
+        draft_of(path).write_bytes(data)
+        settle(path)
+    except OSError:
+        with suppress(OSError):
+            draft_of(path).unlink(missing_ok=True)
+        raise
+
+
+def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files over those in `folder`; the last of them says that the others are whole.
+
+    All are written before the first is put in place: without room the old ones stay. The last one
+    is away while the others change. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in contents]
+    try:
+        for path, data in zip(paths, contents.values(), strict=True):
+            draft_of(path).write_bytes(data)
+            _flush(draft_of(path))
+    except OSError:
+        for path in paths:
+            with suppress(OSError):
+                draft_of(path).unlink(missing_ok=True)
+        raise
+    paths[-1].unlink(missing_ok=True)
+    for path in paths:
+        settle(path)
 
 
 def draft_of(path: Path) -> Path:

@@ -52,7 +52,7 @@ app = typer.Typer(
 _EXTRAS = {
     "torch": "train",
     "lightning": "train",
-    "datasets": "train",
+    "pyarrow": "train",
     "safetensors": "train",
     "onnx": "export",
     "scipy": "export",

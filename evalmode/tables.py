@@ -6,6 +6,7 @@ What comes from files and users is a `Text`: a path such as `x[/a]` is no markup
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ from evalmode.bundle.store import Bundle
 
 if TYPE_CHECKING:
     from evalmode.export.audit.site import Site
+    from evalmode.model.data import DataSet
+
+NAMED = 10  # classes that are named; of more, only the number is said
 
 _COLOURS = {
     Verdict.PASS: "green",
@@ -91,9 +95,13 @@ def _measured(value: float | None, interval: tuple[float, float] | None) -> str:
 
 def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> Table:
     """One line a part of the data, one column a measure; what is not such a table is a line of its
-    own.
+    own. Classes without rows, which count 0 in the macro-F1, are named beside it.
     """
-    parts = {name: value for name, value in metrics.items() if isinstance(value, Mapping)}
+    parts = {
+        name: _with_untested_classes(value)
+        for name, value in metrics.items()
+        if isinstance(value, Mapping)
+    }
     columns = list(dict.fromkeys(column for part in parts.values() for column in part))
     table = Table(
         "data", *(Column(Text(column)) for column in columns), title=title, title_justify="left"
@@ -104,6 +112,61 @@ def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> T
         if name not in parts:
             table.add_row(Text(name), Text(_shown(value)))
     return table
+
+
+def _with_untested_classes(part: Mapping[str, object]) -> Mapping[str, object]:
+    """The measures with `classes` and `not_tested` written behind the macro-F1."""
+    names, classes, macro_f1 = (part.get(key) for key in ("not_tested", "classes", "macro_f1"))
+    if not isinstance(names, list | tuple) or not isinstance(macro_f1, float):
+        return part
+    measures = {key: value for key, value in part.items() if key not in ("not_tested", "classes")}
+    untested = f"{len(names)} of {classes} classes not tested: {_first(names)}"
+    return measures | {"macro_f1": f"{macro_f1:.4f} ({untested})"}
+
+
+def data_tables(data: DataSet) -> Group:
+    """What was read, what of it is not used and why, the classes, and what to be warned of."""
+    reading = data.reading
+    assert reading is not None, "a data set that was read says so"
+    pairs: dict[str, object] = {"source": reading.source}
+    if reading.text_column is not None:
+        pairs |= {"text column": reading.text_column, "label column": reading.label_column}
+    pairs["rows read"] = f"{reading.rows:,}"
+    pairs |= {f"left out: {reason}": f"{rows:,}" for reason, rows in reading.left_out.items()}
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    counts = {name: Counter(part.labels) for name, part in parts.items()}
+    totals = Counter[str]()
+    for count in counts.values():
+        totals += count
+    pairs["rows used"] = f"{totals.total():,}"
+    if data.unlabelled:
+        pairs["texts without a label"] = f"{len(data.unlabelled):,}"
+
+    classes = Table("class", "rows", *parts, title="classes", title_justify="left")
+    ranked = sorted(totals, key=lambda label: (-totals[label], label))
+    for label in ranked[:NAMED]:
+        shares = (f"{counts[name][label]:,}" for name in parts)
+        classes.add_row(Text(label), f"{totals[label]:,}", *shares)
+    if rest := ranked[NAMED:]:
+        shares = (f"{sum(counts[name][label] for label in rest):,}" for name in parts)
+        total = sum(totals[label] for label in rest)
+        classes.add_row(f"... {len(rest):,} more", f"{total:,}", *shares)
+
+    warnings = list(reading.notes)
+    for name in ("validation", "test"):
+        absent = [label for label in ranked if not counts[name][label]]
+        if absent:
+            warnings.append(
+                f"{len(absent):,} of {len(ranked):,} classes have too few rows for the {name} part"
+                f" and are missing in it: {_first(absent)}"
+            )
+    tables = (pairs_table(pairs, title="data"), classes)
+    return Group(*tables, *(Text(f"warning: {text}", style="yellow") for text in warnings))
+
+
+def _first(names: Sequence[object]) -> str:
+    more = f", ... {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(map(str, names[:NAMED])) + more
 
 
 def bundle_tables(bundle: Bundle) -> Group:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import safetensors.torch
 from pydantic import TypeAdapter
 
-from evalmode.atomic_files import write_file
+from evalmode.atomic_files import replace_files
 from evalmode.bundle.frontend import (
     TOKENIZER_FILE,
     FrontEnd,
@@ -37,6 +37,7 @@ from evalmode.bundle.frontend import (
 from evalmode.bundle.npz import npz_of
 from evalmode.errors import EvalmodeError
 from evalmode.model.config import TransformerConfig
+from evalmode.model.metrics import Measures
 from evalmode.model.transformer import Transformer
 
 FORMAT = 1
@@ -64,7 +65,8 @@ class Checkpoint:
     """An opened checkpoint.
 
     module          the trained network, in eval mode
-    metrics         train, validation and test -> accuracy, macro_f1, rows
+    metrics         train, validation and test -> accuracy, macro_f1, rows, and where classes have
+                    no rows `classes` and `not_tested`
     provenance      versions, seed, data set and training configuration
     sample_texts    held-out and odd texts, the empty one among them, to know answers for
     """
@@ -75,7 +77,7 @@ class Checkpoint:
     labels: tuple[str, ...]
     held_out: HeldOut
     sample_texts: tuple[str, ...]
-    metrics: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, Measures]
     provenance: Mapping[str, Any]
 
     def folded(self) -> Transformer:
@@ -97,9 +99,8 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     """Write `checkpoint` into `folder`, over the one that may stand there.
 
     The record is written last and names every other file's hash, so a folder is either a whole
-    checkpoint or none.
+    checkpoint or none. Raises CheckpointError, and leaves the folder as it was, without room.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in checkpoint.module.state_dict().items()
@@ -121,12 +122,16 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
         "sample_texts": checkpoint.sample_texts,
         "files": hashes,
     }
-    (folder / RECORD_FILE).unlink(missing_ok=True)
-    for name in (TOKENIZER_FILE, *files):
-        (folder / name).unlink(missing_ok=True)
-    for name, data in files.items():
-        write_file(folder / name, data)
-    write_file(folder / RECORD_FILE, json.dumps(record, ensure_ascii=True, indent=1).encode())
+    files[RECORD_FILE] = json.dumps(record, ensure_ascii=True, indent=1).encode()
+    try:
+        replace_files(folder, files)
+        if TOKENIZER_FILE not in files:  # an earlier checkpoint's
+            (folder / TOKENIZER_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be written to {error.filename or folder} ({error.strerror}):"
+            " make room or make it writable, and go on with --resume"
+        ) from error
 
 
 def load(folder: Path) -> Checkpoint:

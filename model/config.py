@@ -83,6 +83,7 @@ class TrainConfig:
 
     data                `languages`, or a CSV, TSV, JSONL or Parquet file
     text_column         None: the first of the usual names that the file has; so is label_column
+    separator           what separates the columns of a CSV or TSV file; None: what its ending says
     frontend            auto: ngrams for languages, bpe for a file
     vocabulary          rows of the embedding table; None: 65,536 for ngrams, 8,192 for bpe
     feed_forward        None: twice the width
@@ -103,6 +104,7 @@ class TrainConfig:
     data: str = "languages"
     text_column: str | None = None
     label_column: str | None = None
+    separator: str | None = None
     frontend: Literal["auto", "ngrams", "bpe"] = "auto"
     vocabulary: int | None = None
 
@@ -159,6 +161,13 @@ class TrainConfig:
             self.max_minutes,
             "more than 0",
         )
+        _require(
+            self.separator in (None, "tab", "\\t")
+            or (len(self.separator or "") == 1 and self.separator not in ('"', "\r", "\n", "\0")),
+            "separator",
+            self.separator,
+            "one character, and no quotation mark or line break, or tab",
+        )
         _require(0.0 <= self.crop <= 1.0, "crop", self.crop, "a share in [0, 1]")
         _require(
             self.frontend in ("auto", "ngrams", "bpe"),
@@ -201,8 +210,8 @@ class TrainConfig:
 
     def record(self) -> dict[str, Any]:
         """What must agree for one run to continue another, and what a checkpoint keeps: no path,
-        and no clock.
+        and no clock. The separator shows in what was read, whose sha256 is compared as well.
         """
-        kept = asdict(self)
-        del kept["max_minutes"]
-        return kept | {"data": PurePath(self.data).name}
+        options = asdict(self)
+        del options["max_minutes"], options["separator"]
+        return options | {"data": PurePath(self.data).name}

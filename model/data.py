@@ -1,28 +1,25 @@
 """Labelled texts, from the default data set or a user's file, cleaned and split.
 
-A file is read through `datasets`; a row goes to test, validation or train by a hash of its text, so
-the split needs no seed, and a row keeps its place when others are added. Knows nothing of ids,
-tensors or training.
+A row goes to test, validation or train by a hash of its text, so the split needs no seed, and a row
+keeps its place when others are added. Texts that the model reads alike count as one. Knows nothing
+of tensors or training.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from evalmode.model import languages
+from evalmode.model.reading.source import Columns
+from evalmode.model.reading.table import open_table
 from evalmode.model.texts import DataError, Texts
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 LANGUAGES = "languages"
 LETTERLESS_ROWS = (
@@ -52,15 +49,55 @@ LABEL_COLUMNS = (
     "sentiment",
     "topic",
 )
-ENDINGS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 FEWEST_ROWS = 30
+
+# Why rows are left out, in the order in which they are shown.
+EMPTY_TEXT, EMPTY_LABEL = "empty text", "empty label"
+DUPLICATE, CONTRADICTORY = "duplicate", "contradictory"
+
+# Composition takes a time quadratic in a run of combining marks: 54 s for 240,000 of them, and
+# 20 ms for these. Longer texts that differ in their composition only are found by their ids.
+_COMPOSED_POINTS = 4_096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What was read of a source, and what was not used. For the user; no part of the data.
+
+    rows        rows read; used and left out together
+    left_out    reason -> rows
+    notes       what the user should know of how the file was read
+    """
+
+    source: str
+    rows: int
+    text_column: str | None = None
+    label_column: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def leaving_out(self, counts: Mapping[str, int]) -> Reading:
+        """The same with more rows left out."""
+        total = {
+            reason: self.left_out.get(reason, 0) + counts.get(reason, 0)
+            for reason in (EMPTY_TEXT, EMPTY_LABEL, DUPLICATE, CONTRADICTORY)
+        }
+        return replace(self, left_out={reason: rows for reason, rows in total.items() if rows})
+
+    def __str__(self) -> str:
+        """Such as "40 of 161 rows are used (120 contradictory, 1 empty text left out)"."""
+        used = self.rows - sum(self.left_out.values())
+        reasons = ", ".join(f"{rows:,} {reason}" for reason, rows in self.left_out.items())
+        counts = f"{used:,} of {self.rows:,} rows are used"
+        return f"{counts} ({reasons} left out)" if reasons else counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
     """Labelled texts in three parts, and texts that have no label but are trained on all the same.
 
-    `labels` is sorted; a label's place in it is its index. The parts share no text.
+    `labels` is sorted; a label's place in it is its index. The parts share no text. `reading` is
+    None where the texts were not read from anywhere.
     """
 
     name: str
@@ -69,6 +106,7 @@ class DataSet:
     validation: Texts
     test: Texts
     unlabelled: tuple[str, ...] = ()
+    reading: Reading | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -84,19 +122,40 @@ class DataSet:
         return digest.hexdigest()
 
 
+def composed(text: str) -> bytes:
+    """What texts have in common that any front end reads alike: their composed form (NFC)."""
+    form = unicodedata.normalize("NFC", text[:_COMPOSED_POINTS]) + text[_COMPOSED_POINTS:]
+    return form.encode("utf-8", "surrogatepass")
+
+
 def open_data(
-    source: str, *, text_column: str | None, label_column: str | None, cache: Path
+    source: str,
+    *,
+    text_column: str | None,
+    label_column: str | None,
+    cache: Path,
+    separator: str | None = None,
+    identity: Callable[[str], bytes] = composed,
 ) -> DataSet:
     """`languages`, kept in `cache`, or the file of that name. Raises DataError with one sentence on
     what to mend.
     """
     if source != LANGUAGES:
-        return read_file(Path(source), text_column=text_column, label_column=label_column)
-    for flag, column in (("text_column", text_column), ("label_column", label_column)):
-        if column is not None:
+        return read_file(
+            Path(source),
+            text_column=text_column,
+            label_column=label_column,
+            separator=separator,
+            identity=identity,
+        )
+    for flag, value in (
+        ("text_column", text_column),
+        ("label_column", label_column),
+        ("separator", separator),
+    ):
+        if value is not None:
             raise DataError(
-                f"{flag}={column!r} names a column of a file, and the data is {LANGUAGES!r}: leave"
-                " it away"
+                f"{flag}={value!r} is about a file, and the data is {LANGUAGES!r}: leave it away"
             )
     parts = languages.load(cache)
     return DataSet(
@@ -106,164 +165,203 @@ def open_data(
         validation=parts["validation"],
         test=parts["test"],
         unlabelled=languages.letterless(LETTERLESS_ROWS, seed=0),
+        reading=Reading(source=LANGUAGES, rows=sum(len(part.texts) for part in parts.values())),
     )
 
 
 def read_file(
-    path: Path, *, text_column: str | None = None, label_column: str | None = None
+    path: Path,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    separator: str | None = None,
+    identity: Callable[[str], bytes] = composed,
 ) -> DataSet:
     """The texts of a CSV, TSV, JSONL or Parquet file, each text once, split 80/10/10.
+
+    Rows without a text or a label are left out. Texts with one `identity` are one text: the first
+    is used, and none where their labels differ. The identity decides the part as well, so texts
+    that are alike never stand in two parts. See `tell_apart` for what only a tokenizer shows.
 
     Raises DataError, naming the file and the column, row or value, when it cannot be read or
     trained on.
     """
-    rows = _table(path)
-    text = _column(path, rows, text_column, usual=TEXT_COLUMNS, flag="--text-column")
-    label = _column(
-        path, rows, label_column, usual=LABEL_COLUMNS, flag="--label-column", taken=text
-    )
-    texts, labels = (_filled(path, rows[name], name) for name in (text, label))
-    pairs = _unambiguous(zip(texts, labels, strict=True))
-    known = tuple(sorted({value for _, value in pairs}))
-    if len(known) < 2:
-        raise DataError(
-            f"{path}: column {label!r} holds {len(known)} label(s) {list(known)}, and a classifier"
-            " needs at least 2: name another column with --label-column"
+    with open_table(path, separator=separator) as table:
+        text = _column(
+            path,
+            table.names,
+            text_column,
+            usual=TEXT_COLUMNS,
+            flag="--text-column",
+            taken=label_column,
         )
-    parts = _split(pairs)
-    if len(pairs) < FEWEST_ROWS or not all(part.texts for part in parts.values()):
-        raise DataError(
-            f"{path} has {len(pairs)} usable rows (each text once, those with two labels left out),"
-            f" too few to train on and to test with: give at least {FEWEST_ROWS}, better some"
-            " hundred"
+        label = _column(
+            path, table.names, label_column, usual=LABEL_COLUMNS, flag="--label-column", taken=text
         )
-    return DataSet(
-        name=path.name,
-        labels=known,
-        train=parts["train"],
-        validation=parts["validation"],
-        test=parts["test"],
-    )
+        columns = table.read(text=text, label=label)
+    texts, labels, empty = _filled(path, columns, label)
+    keys = [hashlib.sha256(identity(value)).digest() for value in texts]
+    numbers, repeated = _distinct(keys, labels)
+    reading = Reading(
+        source=str(path),
+        rows=len(columns.texts),
+        text_column=text,
+        label_column=label,
+        notes=columns.notes,
+    ).leaving_out(empty | repeated)
+    parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
+    for number in numbers:
+        tenth = int.from_bytes(keys[number][:4], "big") % 10
+        part = "test" if tenth == 0 else "validation" if tenth == 1 else "train"
+        parts[part].append((texts[number], labels[number]))
+    return _data_set(path.name, parts, reading)
 
 
-def _table(path: Path) -> Dataset:
-    kind = ENDINGS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(
-            f"{path} has an ending that is not read: give {LANGUAGES!r} or a file in"
-            f" {', '.join(ENDINGS)}"
-        )
-    if not path.is_file():
-        raise DataError(
-            f"{path} is not there: give {LANGUAGES!r} or the path of a file in {', '.join(ENDINGS)}"
-        )
-    import datasets  # seconds to import, and the default data set does not need it
+def tell_apart(data: DataSet, keys: Mapping[str, Sequence[Hashable]]) -> DataSet:
+    """`data` without the rows that the model reads as it reads others; `data` itself without such.
 
-    read = {
-        "csv": _read_csv,
-        "json": datasets.Dataset.from_json,
-        "parquet": datasets.Dataset.from_parquet,
-    }[kind]
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory(prefix="evalmode-data-") as folder:
-            return read(str(path), cache_dir=folder, keep_in_memory=True)
-    except Exception as error:
-        # datasets wraps the readers' errors in its own, and pandas raises what it likes.
-        cause = str(error.__cause__ or error).strip().splitlines()
-        raise DataError(
-            f"{path} cannot be read as {path.suffix[1:]}: {cause[0] if cause else error!r}"
-        ) from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _read_csv(path: str, **options: Any) -> Dataset:
-    """A CSV or TSV file with every column a string: its "NA" and "null" are words, and its "007" is
-    a label.
+    keys: part -> what the model reads of each text. Before a tokenizer is trained on the training
+    rows, only equal forms of a text are known to be alike. Afterwards two texts may turn out to
+    have the same ids, as when they differ only after what the model reads. Then the first of them
+    in the order train, validation, test stays, and none where their labels differ.
     """
-    import datasets
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    places = [(name, number) for name, part in parts.items() for number in range(len(part.texts))]
+    labels = [label for part in parts.values() for label in part.labels]
+    numbers, repeated = _distinct([key for name in parts for key in keys[name]], labels)
+    if len(numbers) == len(places):
+        return data
+    rows: dict[str, list[tuple[str, str]]] = {name: [] for name in parts}
+    for name, number in (places[number] for number in numbers):
+        rows[name].append((parts[name].texts[number], parts[name].labels[number]))
+    assert data.reading is not None, "a data set that was read says so"
+    reading = data.reading.leaving_out(repeated)
+    return replace(_data_set(data.name, rows, reading), unlabelled=data.unlabelled)
 
-    separator = "\t" if path.lower().endswith(".tsv") else ","
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file, delimiter=separator), [])
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    return datasets.Dataset.from_csv(
-        path, features=features, sep=separator, na_filter=False, encoding="utf-8-sig", **options
+
+def _data_set(
+    name: str, parts: Mapping[str, Sequence[tuple[str, str]]], reading: Reading
+) -> DataSet:
+    """The rows as a data set; a label too rare to reach train goes there with all of its rows.
+
+    Raises DataError where nothing can be trained or tested with the rows.
+    """
+    learned = {label for _, label in parts["train"]}
+    rows = {part: [pair for pair in pairs if pair[1] in learned] for part, pairs in parts.items()}
+    for part in ("validation", "test"):
+        rows["train"] += [pair for pair in parts[part] if pair[1] not in learned]
+    counts = Counter(label for pairs in rows.values() for _, label in pairs)
+    source, column, total = reading.source, reading.label_column, sum(counts.values())
+    if not total:
+        raise DataError(
+            f"{source}: no row is left to train on: {reading}: a row needs a text, a label, and no"
+            " other label for the same text"
+        )
+    if len(counts) < 2:
+        raise DataError(
+            f"{source}: column {column!r} holds one class, {next(iter(counts))!r}, and a classifier"
+            f" needs at least 2 ({reading}): name another column with --label-column"
+        )
+    if max(counts.values()) == 1:
+        raise DataError(
+            f"{source}: column {column!r} holds {total:,} classes in {total:,} rows, each of a"
+            " class of its own: name another column with --label-column"
+        )
+    if total < FEWEST_ROWS:
+        raise DataError(
+            f"{source} has {total} usable rows, too few to train on and to test with ({reading}):"
+            f" give at least {FEWEST_ROWS}, better some hundred"
+        )
+    if not rows["validation"] or not rows["test"]:
+        largest, most = counts.most_common(1)[0]
+        raise DataError(
+            f"{source}: {total:,} usable rows of {len(counts):,} classes leave none to test with,"
+            f" as the largest class, {largest!r}, has {most:,}: give more rows a class, or name"
+            " another column with --label-column"
+        )
+    train, validation, test = (
+        Texts(tuple(text for text, _ in pairs), tuple(label for _, label in pairs))
+        for pairs in (rows["train"], rows["validation"], rows["test"])
+    )
+    return DataSet(
+        name=name,
+        labels=tuple(sorted(counts)),
+        train=train,
+        validation=validation,
+        test=test,
+        reading=reading,
     )
 
 
 def _column(
     path: Path,
-    rows: Dataset,
-    asked: str | None,
+    names: Sequence[str],
+    chosen: str | None,
     *,
     usual: Sequence[str],
     flag: str,
-    taken: str = "",
+    taken: str | None,
 ) -> str:
-    """The column that was asked for, or the first usual one that is there, whatever its
-    capitals.
-    """
-    there = ", ".join(map(repr, rows.column_names))
-    if asked is not None:
-        if asked not in rows.column_names:
-            raise DataError(f"{path} has no column {asked!r}: {flag} can be one of {there}")
-        return asked
-    folded = {name.lower(): name for name in rows.column_names if name != taken}
-    found = next((folded[name] for name in usual if name in folded), None)
-    if found is None:
-        raise DataError(
-            f"{path} has none of the usual columns ({', '.join(usual)}): name one with {flag}:"
-            f" {there}"
-        )
-    return found
-
-
-def _filled(path: Path, values: Iterable[Any], column: str) -> list[str]:
-    """The values as strings without blanks around them; refuses an empty one, naming its row."""
-    texts = ["" if value is None else str(value).strip() for value in values]
-    empty = [number for number, text in enumerate(texts, start=1) if not text]
-    if empty:
-        raise DataError(
-            f"{path}: column {column!r} is empty in {len(empty)} row(s), the first is row"
-            f" {empty[0]}: fill or drop them"
-        )
-    return texts
-
-
-def _unambiguous(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Each text once, in the order of the file; a text with two labels teaches nothing and is left
-    out.
-    """
-    labels: dict[str, set[str]] = defaultdict(set)
-    for text, label in pairs:
-        labels[text].add(label)
-    return [(text, found.pop()) for text, found in labels.items() if len(found) == 1]
-
-
-def _split(pairs: Sequence[tuple[str, str]]) -> dict[str, Texts]:
-    """A tenth to test and a tenth to validation by the hash of the text; a label too rare to reach
-    train goes there.
-    """
-    parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
-    for text, label in pairs:
-        tenth = (
-            int.from_bytes(
-                hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4], "big"
+    """The column that the flag names, or the first usual one, whatever its capitals."""
+    known = ", ".join(map(repr, names))
+    if chosen is None:
+        folded: dict[str, str] = {}
+        for name in names:
+            if name != taken:
+                folded.setdefault(name.strip().lower(), name)
+        chosen = next((folded[name] for name in usual if name in folded), None)
+        if chosen is None:
+            raise DataError(
+                f"{path} has none of the usual columns ({', '.join(usual)}): name one with {flag}:"
+                f" {known}"
             )
-            % 10
+    if chosen not in names:
+        raise DataError(f"{path} has no column {chosen!r}: {flag} can be one of {known}")
+    if names.count(chosen) > 1:
+        raise DataError(
+            f"{path} has {names.count(chosen)} columns {chosen!r}: give each a name of its own"
         )
-        parts["test" if tenth == 0 else "validation" if tenth == 1 else "train"].append(
-            (text, label)
-        )
-    learned = {label for _, label in parts["train"]}
-    for name in ("validation", "test"):
-        parts["train"] += [pair for pair in parts[name] if pair[1] not in learned]
-        parts[name] = [pair for pair in parts[name] if pair[1] in learned]
-    return {
-        name: Texts(tuple(text for text, _ in rows), tuple(label for _, label in rows))
-        for name, rows in parts.items()
-    }
+    return chosen
+
+
+def _filled(
+    path: Path, columns: Columns, label_column: str
+) -> tuple[list[str], list[str], dict[str, int]]:
+    """The texts and labels of the rows that have both, without blanks around them; and the others.
+
+    Half of a surrogate pair, which JSON can hold, is no character: in a text it is read as the
+    front end reads it, and a label with one is refused, as nothing could write it.
+    """
+    texts, labels = [], []
+    empty = {EMPTY_TEXT: 0, EMPTY_LABEL: 0}
+    for text, label, number in zip(columns.texts, columns.labels, columns.numbers, strict=True):
+        text, label = (text or "").strip(), (label or "").strip()
+        if not text or not label:
+            empty[EMPTY_LABEL if text else EMPTY_TEXT] += 1
+            continue
+        try:
+            label.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}, {columns.unit} {number}: column {label_column!r} holds half of a"
+                f" surrogate pair ({label!r}), which is no character: mend the label"
+            ) from error
+        texts.append(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+        labels.append(label)
+    return texts, labels, empty
+
+
+def _distinct(keys: Sequence[Hashable], labels: Sequence[str]) -> tuple[list[int], dict[str, int]]:
+    """The numbers of the first row of each key that has one label, and how many rows are left out.
+
+    A text with two labels teaches nothing, and its rows are contradictory.
+    """
+    first: dict[Hashable, int] = {}
+    labels_of: dict[Hashable, set[str]] = defaultdict(set)
+    for number, (key, label) in enumerate(zip(keys, labels, strict=True)):
+        first.setdefault(key, number)
+        labels_of[key].add(label)
+    numbers = [number for key, number in first.items() if len(labels_of[key]) == 1]
+    contradictory = sum(len(labels_of[key]) > 1 for key in keys)
+    duplicates = len(keys) - len(numbers) - contradictory
+    return numbers, {DUPLICATE: duplicates, CONTRADICTORY: contradictory}

@@ -8,14 +8,20 @@ nothing of training.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from evalmode.bundle.frontend import FrontEndSpec
 from evalmode.model.batches import Rows, padded
+
+# accuracy, macro_f1 and rows; where classes have no rows also `classes` and `not_tested`
+Measures: TypeAlias = Mapping[str, JsonValue]
 
 EVAL_ROWS = 256
 # what a temperature may be: on a few rows, all of them right, the best would be 0
@@ -57,13 +63,23 @@ def log_loss(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> 
 
 
 def quality(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Accuracy, and macro-F1: the mean over the labels that occur of 2 tp / (2 tp + fp + fn)."""
+    """Accuracy, and macro-F1: the mean over all classes of 2 tp / (2 tp + fp + fn).
+
+    A class without a row among `labels` counts 0: nothing was seen of how well it is told, and a
+    mean over the others would hide that. `not_tested` names such classes.
+    """
     guesses, count = logits.argmax(1), logits.shape[1]
     hits = np.bincount(labels[guesses == labels], minlength=count)
     guessed, present = np.bincount(guesses, minlength=count), np.bincount(labels, minlength=count)
-    occurs = present > 0
-    f1 = 2 * hits[occurs] / (guessed + present)[occurs]
+    f1 = 2 * hits / np.maximum(guessed + present, 1)
     return {"accuracy": float((guesses == labels).mean()), "macro_f1": float(f1.mean())}
+
+
+def not_tested(labels: npt.NDArray[np.int64], names: Sequence[str]) -> Measures:
+    """How many classes there are and which of them have no row among `labels`; {} for none."""
+    present = np.bincount(labels, minlength=len(names))
+    absent: list[JsonValue] = [name for name, rows in zip(names, present, strict=True) if not rows]
+    return {"classes": len(names), "not_tested": absent} if absent else {}
 
 
 def fit_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:

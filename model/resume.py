@@ -1,13 +1,17 @@
 """What a run leaves on disk while it trains, so that kill -9 at any instant costs it a few steps
 and not one bit.
 
-The state is one file, replaced whole: temp + fsync + rename. Beside it stands the run's
+The state is one file, replaced whole: temp + fsync + rename. It begins with the sha256 of the rest,
+since torch reads a file with changed bytes without a word. Beside it stands the run's
 configuration, and another run does not continue from it. Knows nothing of what the state means.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,16 +20,26 @@ import lightning
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from evalmode.atomic_files import draft_of, settle, write_file
+from evalmode.atomic_files import write_file
 from evalmode.errors import EvalmodeError
+from evalmode.model.checkpoint import RECORD_FILE
 
 FOLDER, STATE_FILE, RUN_FILE = "training", "state.ckpt", "run.json"
+BEGIN_ANEW = "begin anew with --overwrite, or choose another --out"
 
 
 class RunMismatch(EvalmodeError):  # noqa: N818 - read as a sentence
     """A run was asked to continue another one that was configured otherwise; the message names what
     differs.
     """
+
+
+class StateUnusable(EvalmodeError):  # noqa: N818 - read as a sentence
+    """What a killed training left is broken; the message names the file."""
+
+
+class StateNotWritten(EvalmodeError):  # noqa: N818 - read as a sentence
+    """The state cannot be saved, for example without room; the one before it is still there."""
 
 
 class WholeFiles(CheckpointIO):
@@ -36,15 +50,24 @@ class WholeFiles(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write the state whole."""
-        torch.save(checkpoint, draft_of(Path(path)))
-        settle(Path(path))
+        """Write the state whole, or raise StateNotWritten."""
+        # In memory first: torch's own writer turns a full disk into an error without a cause.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        body = buffer.getbuffer()
+        try:
+            write_file(Path(path), b"".join((hashlib.sha256(body).digest(), body)))
+        except OSError as error:
+            raise StateNotWritten(
+                f"{path} cannot be written ({error.strerror}): make room or make it writable, and"
+                " go on with --resume"
+            ) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read it back: tensors and plain values, no code."""
-        return torch.load(path, map_location=map_location, weights_only=True)
+        """Read it back: tensors and plain values, no code. Raises StateUnusable."""
+        return _state(Path(path), map_location=map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove it."""
@@ -73,27 +96,58 @@ class KeepState(lightning.Callback):
         trainer.save_checkpoint(self.path)
 
 
+def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise EvalmodeError unless a run may write to `out`. Costs no work, and changes nothing.
+
+    Neither a finished nor an unfinished training is lost unless `overwrite` says so. A state to
+    resume from must be whole.
+    """
+    if resume and overwrite:
+        raise EvalmodeError(
+            "--resume goes on with a training, and --overwrite begins anew: give one of them"
+        )
+    state, record = out / FOLDER / STATE_FILE, out / RECORD_FILE
+    for folder in (out / FOLDER, out, *out.parents):
+        if os.path.lexists(folder):
+            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                reason = "may not be written to" if folder.is_dir() else "is not a folder"
+                raise EvalmodeError(
+                    f"no training can be written to {out}: {folder} {reason}: choose another --out"
+                )
+            if folder != out / FOLDER:
+                break
+    if os.path.lexists(state) and resume:
+        _state(state)
+        _record(out / FOLDER / RUN_FILE)
+    elif os.path.lexists(state) and not overwrite:
+        raise EvalmodeError(
+            f"{out} holds an unfinished training: go on with --resume, begin anew with --overwrite,"
+            " or choose another --out"
+        )
+    elif os.path.lexists(record) and not (resume or overwrite):
+        raise EvalmodeError(
+            f"{out} holds a finished training: take it as it is with --resume, write over it with"
+            " --overwrite, or choose another --out"
+        )
+
+
 def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> None:
     """Make `folder` this run's own; a state that the run continues from stays in it.
 
-    Raises RunMismatch when the state there is another run's, and EvalmodeError when it would be
-    lost: it is there, and `resume` is not asked for.
+    Raises RunMismatch when the state there is another run's, and EvalmodeError when nothing can be
+    written. Without `resume` a state is lost: `check_folder` comes first.
     """
     state, run = folder / STATE_FILE, folder / RUN_FILE
-    if state.exists() and not resume:
-        raise EvalmodeError(
-            f"{folder.parent} holds an unfinished training: go on with --resume, or choose another"
-            " --out"
-        )
-    if state.exists():
-        require_same(json.loads(run.read_text()), record, where=run)
+    if resume and state.exists():
+        require_same(_record(run), record, where=run)
         return
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write_file(run, json.dumps(record, indent=1, sort_keys=True).encode())
     except OSError as error:
         raise EvalmodeError(
-            f"no training can be written to {folder.parent}: {error.strerror}"
+            f"no training can be written to {folder.parent}: {error.strerror}: make room, or"
+            " choose another --out"
         ) from error
 
 
@@ -111,3 +165,36 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path)
             f"{where} describes another training: {'; '.join(differing)}: use the same options, or"
             " another --out"
         )
+
+
+def _state(path: Path, *, map_location: Any = None) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StateUnusable(f"{path} cannot be read ({error.strerror}): {BEGIN_ANEW}") from error
+    size = hashlib.sha256().digest_size
+    if hashlib.sha256(memoryview(data)[size:]).digest() != data[:size]:
+        raise StateUnusable(
+            f"{path} was cut short or changed ({len(data):,} bytes, which are not what the training"
+            f" wrote): {BEGIN_ANEW}"
+        )
+    try:
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(data[size:]), map_location=map_location, weights_only=True
+        )
+    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and others
+        raise StateUnusable(f"{path} is not a state that torch reads: {BEGIN_ANEW}") from error
+    return state
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """The configuration of the run whose state stands beside it."""
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StateUnusable(f"{path} cannot be read ({error.strerror}): {BEGIN_ANEW}") from error
+    except ValueError as error:
+        raise StateUnusable(f"{path} is not whole JSON ({error}): {BEGIN_ANEW}") from error
+    if not isinstance(record, dict):
+        raise StateUnusable(f"{path} does not describe a training: {BEGIN_ANEW}")
+    return record

@@ -11,8 +11,8 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,25 +23,49 @@ import lightning
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor
 
 import evalmode
-from evalmode.bundle.frontend import FrontEndSpec, open_frontend
+from evalmode.bundle.frontend import (
+    FrontEnd,
+    FrontEndSpec,
+    NgramFrontEnd,
+    NgramSpec,
+    open_frontend,
+)
 from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
 from evalmode.model.batches import UNLABELLED, Batches, Rows, encode
-from evalmode.model.checkpoint import Checkpoint, HeldOut
+from evalmode.model.checkpoint import Checkpoint, CheckpointError, HeldOut
 from evalmode.model.config import TrainConfig, TransformerConfig
-from evalmode.model.data import DataSet, open_data
+from evalmode.model.data import LANGUAGES, DataSet, composed, open_data, tell_apart
 from evalmode.model.early_stopping import Diverged, Validation
 from evalmode.model.informed_table import informed_table
 from evalmode.model.learner import Learner, step_seed
-from evalmode.model.metrics import fit_temperature, fold_temperature, predict, quality
+from evalmode.model.metrics import (
+    Measures,
+    fit_temperature,
+    fold_temperature,
+    not_tested,
+    predict,
+    quality,
+)
 from evalmode.model.progress import ShowProgress
-from evalmode.model.resume import FOLDER, STATE_FILE, KeepState, WholeFiles, open_run, require_same
+from evalmode.model.resume import (
+    BEGIN_ANEW,
+    FOLDER,
+    STATE_FILE,
+    KeepState,
+    StateNotWritten,
+    WholeFiles,
+    check_folder,
+    open_run,
+    require_same,
+)
 from evalmode.model.texts import Texts
-from evalmode.model.tokenizer_training import choose_frontend
+from evalmode.model.tokenizer_training import NGRAM_VOCABULARY, choose_frontend
 from evalmode.model.transformer import Transformer
 
 ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 2, 20
@@ -58,7 +82,7 @@ class Result:
     """What a training came to. `seconds` are of this call alone; `metrics` as in Checkpoint."""
 
     checkpoint: Path
-    metrics: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, Measures]
     weights_sha256: str
     parameters: int
     epochs: int
@@ -88,26 +112,38 @@ def fit(
     *,
     out: Path,
     resume: bool = False,
+    overwrite: bool = False,
     cache: Path,
     console: Console | None = None,
+    show_data: Callable[[DataSet], None] | None = None,
 ) -> Result | None:
     """Train as `config` says and leave the checkpoint in the folder `out`; None in every process
     but the first.
 
     `resume` goes on where a killed run stopped, starts one where there is none, and takes a
-    finished one as it is. `cache` holds the default data set, `console` shows the progress. Raises
-    DataError, RunMismatch or EvalmodeError with one sentence on what to mend; KeyboardInterrupt
-    when the user stops it, and the run can be resumed then.
+    finished one as it is. `overwrite` begins anew in place of what `out` holds. `cache` holds the
+    default data set, `console` shows the progress, and `show_data` is called with the data before
+    the training, in the first process. Raises DataError, RunMismatch or EvalmodeError with one
+    sentence on what to mend; KeyboardInterrupt when the user stops it, and the run can be resumed
+    then.
     """
     started = time.monotonic()
     torch.set_num_threads(config.threads)
+    is_first = getattr(rank_zero_only, "rank", 0) == 0
+    if is_first:
+        check_folder(out, resume=resume, overwrite=overwrite)
     run = _prepare(config, cache=cache)
+    if is_first and show_data is not None:
+        show_data(run.data)
     if (
         resume
         and (out / checkpoint.RECORD_FILE).exists()
         and not (out / FOLDER / STATE_FILE).exists()
     ):
-        finished = checkpoint.load(out)
+        try:
+            finished = checkpoint.load(out)
+        except CheckpointError as error:
+            raise EvalmodeError(f"{error}: {BEGIN_ANEW}") from error
         require_same(_record_of(finished), run.record, where=out / checkpoint.RECORD_FILE)
     else:
         validation = _train(run, out=out, resume=resume, console=console or Console(quiet=True))
@@ -128,10 +164,44 @@ def fit(
 
 def _prepare(config: TrainConfig, *, cache: Path) -> _Run:
     data = open_data(
-        config.data, text_column=config.text_column, label_column=config.label_column, cache=cache
+        config.data,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        separator=config.separator,
+        cache=cache,
+        identity=_identity(config),
     )
     spec, tokenizer = choose_frontend(config, data)
     frontend = open_frontend(spec, tokenizer)
+    parts = _encoded(data, frontend)
+    if config.data != LANGUAGES:  # whose rows are what they are, for the sake of its sha256
+        keys = {
+            name: [parts[name][number].tobytes() for number in range(len(part.texts))]
+            for name, part in (
+                ("train", data.train),
+                ("validation", data.validation),
+                ("test", data.test),
+            )
+        }
+        apart = tell_apart(data, keys)
+        if apart is not data:
+            data, parts = apart, _encoded(apart, frontend)
+    return _Run(config=config, data=data, spec=spec, tokenizer=tokenizer, **parts)
+
+
+def _identity(config: TrainConfig) -> Callable[[str], bytes]:
+    """What texts have in common that the front end reads alike, as far as data alone can say.
+
+    n-grams need no training, so theirs are the ids themselves.
+    """
+    if config.frontend != "ngrams":
+        return composed
+    frontend = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
+    return lambda text: frontend.encode(text).ids.tobytes()
+
+
+def _encoded(data: DataSet, frontend: FrontEnd) -> dict[str, Rows]:
+    """The three parts; the texts without a label come last in `train`."""
     index = {label: number for number, label in enumerate(data.labels)}
     parts = {
         name: encode(part.texts, [index[label] for label in part.labels], frontend=frontend)
@@ -142,7 +212,7 @@ def _prepare(config: TrainConfig, *, cache: Path) -> _Run:
         *(UNLABELLED for _ in data.unlabelled),
     ]
     train = encode((*data.train.texts, *data.unlabelled), labels, frontend=frontend)
-    return _Run(config=config, data=data, spec=spec, tokenizer=tokenizer, train=train, **parts)
+    return parts | {"train": train}
 
 
 def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validation | None:
@@ -176,9 +246,15 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
             _network(run), config=config, batches=batches, steps=epochs * len(batches)
         )
         try:
-            trainer.fit(learner, ckpt_path=state if state.exists() else None)
+            trainer.fit(learner, ckpt_path=state if resume and state.exists() else None)
         except SystemExit as stopped:  # how Lightning passes a Ctrl-C on
             raise KeyboardInterrupt from stopped
+        except StateNotWritten:
+            if not state.exists():  # nothing can be resumed from what is there
+                rmtree(out / FOLDER, ignore_errors=True)
+                with suppress(OSError):  # it holds other files
+                    out.rmdir()
+            raise
         except Diverged:
             rmtree(out / FOLDER, ignore_errors=True)  # nobody should resume it
             raise
@@ -250,8 +326,12 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
     )
     fold_temperature(network.head, temperature)
     parts = {"train": _sample(run.train), "validation": run.validation, "test": run.test}
-    metrics = {
-        name: quality(predict(network, rows, spec=run.spec), rows.labels) | {"rows": len(rows)}
+    metrics: dict[str, Measures] = {
+        name: {
+            **quality(predict(network, rows, spec=run.spec), rows.labels),
+            "rows": len(rows),
+            **not_tested(rows.labels, run.data.labels),
+        }
         for name, rows in parts.items()
     }
     return Checkpoint(

@@ -55,7 +55,7 @@ def test_every_file_of_the_rooms_says_what_it_is_for() -> None:
 
 def test_the_service_loads_neither_torch_nor_onnx() -> None:
     loaded = loaded_after("import evalmode.service.process.server")
-    assert not loaded & {"torch", "onnx", "lightning", "datasets"}
+    assert not loaded & {"torch", "onnx", "lightning", "pyarrow"}
 
 
 def test_an_audit_loads_neither_onnx_nor_its_runtime() -> None:

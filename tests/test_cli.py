@@ -51,7 +51,12 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
 
 def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_defaults() -> None:
     flags = {flag.name: flag.default for flag in train_command().params}
-    assert [flags.pop(name) for name in ("out", "resume", "cache")] == [None, False, None]
+    assert [flags.pop(name) for name in ("out", "resume", "overwrite", "cache")] == [
+        None,
+        False,
+        False,
+        None,
+    ]
     fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     fine_tuning = fields.keys() - flags.keys()
     assert flags == {name: default for name, default in fields.items() if name not in fine_tuning}
@@ -245,7 +250,7 @@ def test_without_torch_export_says_what_to_install(tmp_path: Path) -> None:
     ("missing", "extra"),
     [
         ("onnx.helper", "export"),
-        ("datasets", "train"),
+        ("pyarrow", "train"),
         ("lightning.pytorch", "train"),
         ("safetensors", "train"),
     ],

@@ -25,6 +25,7 @@ _HELP = {
     "data": "`languages`, or a CSV, TSV, JSONL or Parquet file.",
     "text_column": "The file's column of texts. \\[default: a usual name]",
     "label_column": "Its column of labels. \\[default: a usual name]",
+    "separator": "What separates columns of a CSV or TSV file, such as ';' or tab.",
     "out": "Where to write. \\[default: runs/NAME]",
     "frontend": "auto, ngrams or bpe.",
     "vocabulary": "Rows of the embedding table.",
@@ -53,6 +54,7 @@ _HELP = {
     "nodes": "Nodes.",
     "strategy": "Lightning's name: auto, ddp, ...",
     "resume": "Go on where a killed run of the same settings stood.",
+    "overwrite": "Begin anew in place of the training in --out.",
     "cache": f"Keeps the default data. \\[default: {CACHE}]",
 }
 
@@ -68,9 +70,14 @@ def train_command() -> Any:
     """
     from evalmode.model.config import TrainConfig
 
-    types = get_type_hints(TrainConfig) | {"out": Path | None, "resume": bool, "cache": Path | None}
+    types = get_type_hints(TrainConfig) | {
+        "out": Path | None,
+        "resume": bool,
+        "overwrite": bool,
+        "cache": Path | None,
+    }
     defaults = {field.name: field.default for field in fields(TrainConfig)}
-    defaults |= {"out": None, "resume": False, "cache": None}
+    defaults |= {"out": None, "resume": False, "overwrite": False, "cache": None}
     parameters = []
     for name, help_text in _HELP.items():
         # A Literal stays a str: TrainConfig refuses another value with a sentence of its own.
@@ -85,13 +92,22 @@ def train_command() -> Any:
             )
         )
 
-    def call(out: Path | None, resume: bool, cache: Path | None, **options: Any) -> None:
-        _train(options, out=out, resume=resume, cache=cache)
+    def call(
+        out: Path | None, resume: bool, overwrite: bool, cache: Path | None, **options: Any
+    ) -> None:
+        _train(options, out=out, resume=resume, overwrite=overwrite, cache=cache)
 
     return command_of(call, parameters, described_by=train, epilog=EPILOG)
 
 
-def _train(options: dict[str, Any], *, out: Path | None, resume: bool, cache: Path | None) -> None:
+def _train(
+    options: dict[str, Any],
+    *,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    cache: Path | None,
+) -> None:
     from evalmode.model.config import TrainConfig
 
     try:
@@ -101,15 +117,17 @@ def _train(options: dict[str, Any], *, out: Path | None, resume: bool, cache: Pa
 
     # Imported after the configuration: a value that is refused need not wait for torch.
     from evalmode.model.train import fit
-    from evalmode.tables import metrics_table, pairs_table
+    from evalmode.tables import data_tables, metrics_table, pairs_table
 
     console = open_console()
     result = fit(
         config,
         out=out or Path("runs") / Path(config.data).stem,
         resume=resume,
+        overwrite=overwrite,
         cache=cache or Path(CACHE).expanduser(),
         console=console,
+        show_data=lambda data: console.print(data_tables(data)),
     )
     if result is None:  # one of several processes: the first prints the result
         return

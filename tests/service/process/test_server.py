@@ -292,7 +292,7 @@ def test_a_process_that_serves_has_never_loaded_torch_or_onnx(bundle):
         assert service.process.returncode == 0
     packages = {name.partition(".")[0] for name in json.loads(printed)}
     assert "onnxruntime" in packages
-    assert packages.isdisjoint({"torch", "onnx", "lightning", "datasets", "onnxscript", "pandas"})
+    assert packages.isdisjoint({"torch", "onnx", "lightning", "pyarrow", "onnxscript", "pandas"})
 
 
 def test_a_service_is_small_and_quick_to_start(bundle):

@@ -1,0 +1,188 @@
+"""CSV and TSV: every value is the text that stands there, and a row that does not fit is refused.
+
+Python's own reader is used in its strict mode: unlike Arrow's it refuses text after a closing
+quotation mark, and it says in which line a row begins.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evalmode.model.reading.source import Columns
+from evalmode.model.texts import DataError
+
+TAB_NAMES = ("\t", "\\t", "tab")
+LIKELY_SEPARATORS = (",", "\t", ";", "|")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The fields of one row, and the first and the last line that it stands in."""
+
+    fields: list[str]
+    first: int
+    last: int
+
+    @property
+    def place(self) -> str:
+        return f"line {self.first}" if self.first == self.last else self.span
+
+    @property
+    def span(self) -> str:
+        return f"lines {self.first} to {self.last}"
+
+
+class Delimited:
+    """A file of rows whose fields a separator divides; the first row names the columns.
+
+    CSV follows RFC 4180: a field in quotation marks may hold separators, line breaks and doubled
+    quotation marks. In TSV a quotation mark is a character like any other. Empty lines are no rows.
+    """
+
+    def __init__(self, path: Path, text: str, *, separator: str | None) -> None:
+        self.path = path
+        self.quoting = path.suffix.lower() == ".csv"
+        if separator is not None:
+            self.separator = "\t" if separator in TAB_NAMES else separator
+        else:
+            self.separator = "," if self.quoting else "\t"
+        self._rows = self._parsed(text)
+        header = next(self._rows, None)
+        if header is None:
+            raise DataError(f"{path} is empty: its first line must name the columns")
+        if header.last > header.first:
+            raise DataError(
+                f"{path}: the header goes over {header.span}: is there a stray quotation mark in"
+                f" line {header.first}? The name of a column must be in one line"
+            )
+        self.names = tuple(name.strip() for name in header.fields)
+        if len(self.names) == 1:
+            self._refuse_one_column(self.names[0])
+
+    def read(self, *, text: str, label: str) -> Columns:
+        """The two columns; raises DataError, naming the line, where a row does not fit the header.
+
+        A field that has swallowed rows, because a quotation mark in a text opened it, is refused.
+        """
+        text_at, label_at = self.names.index(text), self.names.index(label)
+        texts, labels, numbers = [], [], []
+        broken_rows: list[_Row] = []  # rows with a line break in one of their fields
+        quoted_texts = 0
+        for row in self._rows:
+            if len(row.fields) != len(self.names):
+                raise DataError(
+                    f"{self.path}, {row.place}: {len(row.fields)} fields, and the header names"
+                    f" {len(self.names)} columns: put quotation marks around a value that holds the"
+                    f" separator, or mend the {'line' if row.first == row.last else 'lines'}"
+                )
+            value = row.fields[text_at]
+            texts.append(value)
+            labels.append(row.fields[label_at])
+            numbers.append(row.first)
+            if row.last > row.first:
+                broken_rows.append(row)
+            quoted_texts += len(value) > 1 and value[0] == value[-1] == '"'
+        if not texts:
+            raise DataError(f"{self.path} holds a header and no rows")
+        self._refuse_swallowed_rows(broken_rows, labels, label_at=label_at)
+        notes: tuple[str, ...] = ()
+        if quoted_texts and not self.quoting:
+            notes = (
+                f"{quoted_texts:,} texts stand in quotation marks, which a TSV file keeps: if they"
+                " only enclose the texts, call the file .csv and give --separator tab",
+            )
+        return Columns(texts=texts, labels=labels, unit="line", numbers=numbers, notes=notes)
+
+    def _parsed(self, text: str) -> Iterator[_Row]:
+        reader = csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=self.separator,
+            quoting=csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE,
+            strict=True,
+        )
+        # The limit is the module's, and 131,072 characters is less than a long document has.
+        limit = csv.field_size_limit()
+        while True:
+            first = reader.line_num + 1
+            csv.field_size_limit(max(limit, len(text)))
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                raise DataError(
+                    f"{self.path}, line {first}: a quotation mark opens a field, and up to line"
+                    f" {reader.line_num} none closes it in front of a separator: double the"
+                    " quotation marks inside of fields, or call the file .tsv and give --separator"
+                    f" {_spelled(self.separator)} if its quotation marks are plain characters"
+                ) from error
+            finally:
+                csv.field_size_limit(limit)
+            if fields is None:
+                return
+            if len(fields) > 1 or "".join(fields).strip():
+                yield _Row(fields, first, reader.line_num)
+
+    def _refuse_one_column(self, name: str) -> None:
+        for separator in LIKELY_SEPARATORS:
+            if separator in name:
+                raise DataError(
+                    f"{self.path}: the header holds one column, {name!r}, when"
+                    f" {_spelled(self.separator)} separates columns: give --separator"
+                    f" {_spelled(separator)}"
+                )
+        raise DataError(
+            f"{self.path}: the header holds one column, {name!r}, and a column of texts and one of"
+            " labels are needed: name the columns in the first line, or give --separator"
+        )
+
+    def _refuse_swallowed_rows(
+        self, rows: Sequence[_Row], labels: Sequence[str], *, label_at: int
+    ) -> None:
+        """Raise DataError where the lines in a quoted field are rows of their own.
+
+        A text that begins with a quotation mark opens a field, and one that ends with a quotation
+        mark may close it many rows later. Then the lines between have the fields of a row, and a
+        label that other rows have. In a text of several lines that is the exception. So a field is
+        refused when at least half of its lines are like that.
+        """
+        known = {label for label in labels if label and not _broken(label)}
+        for row in rows:
+            if _broken(row.fields[label_at]):
+                raise DataError(
+                    f"{self.path}, {row.span}: a label that goes over several lines: is there a"
+                    f" stray quotation mark in line {row.first}?"
+                )
+            for column, field in enumerate(row.fields):
+                lines = re.split(r"\r\n|\r|\n", field)
+                like_rows, judged = 0, 0
+                for number, line in enumerate(lines):
+                    # The first line is what is left of a row, and the last one begins a row.
+                    start = column if number == 0 else 0
+                    stop = column + 1 if number == len(lines) - 1 else len(self.names)
+                    if len(lines) > 1 and line.strip() and start <= label_at < stop:
+                        values = line.split(self.separator)
+                        judged += 1
+                        like_rows += (
+                            len(values) == stop - start and values[label_at - start] in known
+                        )
+                if like_rows and 2 * like_rows >= judged:
+                    raise DataError(
+                        f"{self.path}, {row.span}: one field in quotation marks holds {like_rows}"
+                        " lines that look like rows: double the quotation marks inside of fields,"
+                        " call the file .tsv and give --separator"
+                        f" {_spelled(self.separator)} if they are plain characters, or write the"
+                        " file as JSONL if the field is right"
+                    )
+
+
+def _broken(value: str) -> bool:
+    return "\n" in value or "\r" in value
+
+
+def _spelled(separator: str) -> str:
+    """A separator as a shell takes it."""
+    return "tab" if separator == "\t" else f"'{separator}'"

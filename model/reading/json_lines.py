@@ -1,0 +1,97 @@
+"""JSON lines: one object a line, whose values are the texts that stand there, of no type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from evalmode.model.reading.source import Columns
+from evalmode.model.texts import DataError
+
+
+class _Members(list[tuple[str, Any]]):
+    """The members of a JSON object, in order and with those that stand there twice."""
+
+
+class JsonLines:
+    """A file of one JSON object a line. `names` are those of all objects, in their order.
+
+    A number is the text that stands there, so 1.0 is "1.0" and 12345678901234567890 has all of its
+    digits. true is "true". null, NaN and a member that is not there are no value.
+    """
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        decoder = json.JSONDecoder(
+            object_pairs_hook=_Members, parse_int=str, parse_float=str, parse_constant=_constant
+        )
+        self._rows: list[dict[str, Any]] = []
+        self._lines: list[int] = []
+        names: dict[str, None] = {}
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                value = decoder.decode(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}, character {error.colno} is not JSON ({error.msg}):"
+                    " each line must hold one whole object"
+                ) from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number} cannot be read: {error}") from error
+            if not isinstance(value, _Members):
+                raise DataError(
+                    f"{path}, line {number} is {_kind(value)} and not an object: write each row as"
+                    ' {"text": "...", "label": "..."}'
+                )
+            row = dict(value)
+            if len(row) < len(value):
+                keys = [key for key, _ in value]
+                twice = next(key for key in row if keys.count(key) > 1)
+                raise DataError(
+                    f"{path}, line {number}: the key {twice!r} stands {keys.count(twice)} times in"
+                    " one object: keep one of them"
+                )
+            names.update(dict.fromkeys(row))
+            self._rows.append(row)
+            self._lines.append(number)
+        if not self._rows:
+            raise DataError(f"{path} is empty: each line must hold one object")
+        self.names = tuple(names)
+
+    def read(self, *, text: str, label: str) -> Columns:
+        """The two columns; raises DataError, naming the line, where a value is a list or object."""
+        return Columns(
+            texts=self._column(text),
+            labels=self._column(label),
+            unit="line",
+            numbers=self._lines,
+        )
+
+    def _column(self, name: str) -> list[str | None]:
+        values: list[str | None] = []
+        for row, number in zip(self._rows, self._lines, strict=True):
+            value = row.get(name)
+            if isinstance(value, bool):
+                value = "true" if value else "false"
+            if value is not None and not isinstance(value, str):
+                raise DataError(
+                    f"{self.path}, line {number}: column {name!r} holds {_kind(value)}, and a"
+                    " string, a number, true, false or null is needed: name another column, or"
+                    " write one value"
+                )
+            values.append(value)
+        return values
+
+
+def _constant(name: str) -> None:
+    if name != "NaN":
+        raise ValueError(f"{name} is not a number that JSON has")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, _Members):
+        return "an object"
+    return "a list" if isinstance(value, list) else "a single value"

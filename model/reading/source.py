@@ -1,0 +1,105 @@
+"""What every format shares: opening exactly the named file, its text, and the two columns read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from evalmode.model.texts import DataError
+
+_SIGNATURES = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"PK\x03\x04": "zip (so are Excel's files)",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The texts and labels of a file, row by row; None where a row holds no value.
+
+    unit        what `numbers` counts in this format: "line" or "row"
+    numbers     where each row stands in the file, from 1
+    notes       what the user should know of how the file was read
+    """
+
+    texts: Sequence[str | None]
+    labels: Sequence[str | None]
+    unit: str
+    numbers: Sequence[int]
+    notes: tuple[str, ...] = ()
+
+
+class Table(Protocol):
+    """A file that is open, with the names of its columns."""
+
+    names: tuple[str, ...]
+
+    def read(self, *, text: str, label: str) -> Columns:
+        """The columns named `text` and `label`. Raises DataError with the place of what is wrong.
+
+        Other columns may hold anything.
+        """
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open the file of exactly this name. Raises DataError for folders, pipes and devices."""
+    try:
+        # A pipe without a writer would block an ordinary open.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: give the path of a data file") from error
+    except OSError as error:
+        reason = "a socket or a device" if error.errno == errno.ENXIO else error.strerror
+        raise DataError(
+            f"{path} cannot be opened ({reason}): give a regular file that you may read"
+        ) from error
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise DataError(f"{path} is {kind} and not a file: give the path of one regular file")
+    return os.fdopen(handle, "rb")
+
+
+def text_of(path: Path, file: BinaryIO) -> str:
+    """The whole text of a UTF-8 file, with or without a byte order mark.
+
+    Raises DataError, naming the line and the byte, where the file is something else.
+    """
+    try:
+        data = file.read()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    position, reason = data.find(b"\0"), "a NUL byte, as binary files and UTF-16 have"
+    if position < 0:
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            # utf-8-sig counts from after the mark.
+            position = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+            reason = f"0x{data[position]:02x}, which is not UTF-8"
+    line = data.count(b"\n", 0, position) + 1
+    # A signature counts only in a file that is no text: a column may be called PAR1.
+    kind = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
+    if kind is not None:
+        raise DataError(
+            f"{path} holds {kind} data and not UTF-8 text (line {line}, byte {position + 1} is"
+            f" 0x{data[position]:02x}): unpack or convert it first, or give it the ending of its"
+            " format"
+        )
+    raise DataError(
+        f"{path}, line {line}: byte {position + 1} of the file is {reason}: convert the file to"
+        " UTF-8 text first, for example with iconv"
+    )
