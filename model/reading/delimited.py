@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,8 @@ class _Row:
 
     @property
     def place(self) -> str:
-        return f"line {self.first}" if self.first == self.last else self.span
-
-    @property
-    def span(self) -> str:
+        if self.first == self.last:
+            return f"line {self.first}"
         return f"lines {self.first} to {self.last}"
 
 
@@ -57,7 +56,7 @@ class Delimited:
             raise DataError(f"{path} is empty: its first line must name the columns")
         if header.last > header.first:
             raise DataError(
-                f"{path}: the header goes over {header.span}: is there a stray quotation mark in"
+                f"{path}: the header goes over {header.place}: is there a stray quotation mark in"
                 f" line {header.first}? The name of a column must be in one line"
             )
         self.names = tuple(name.strip() for name in header.fields)
@@ -146,32 +145,37 @@ class Delimited:
 
         A text that begins with a quotation mark opens a field, and one that ends with a quotation
         mark may close it many rows later. Then the lines between have the fields of a row, and a
-        label that other rows have. In a text of several lines that is the exception. So a field is
-        refused when at least half of its lines are like that.
+        label that other rows or lines have as well. In a text of several lines that is the
+        exception. So a field is refused when at least half of its lines are like that.
         """
-        known = {label for label in labels if label and not _broken(label)}
+        known = set(labels)
         for row in rows:
             if _broken(row.fields[label_at]):
                 raise DataError(
-                    f"{self.path}, {row.span}: a label that goes over several lines: is there a"
+                    f"{self.path}, {row.place}: a label that goes over several lines: is there a"
                     f" stray quotation mark in line {row.first}?"
                 )
             for column, field in enumerate(row.fields):
+                if not _broken(field):
+                    continue
+                line_labels: list[str | None] = []
                 lines = re.split(r"\r\n|\r|\n", field)
-                like_rows, judged = 0, 0
                 for number, line in enumerate(lines):
                     # The first line is what is left of a row, and the last one begins a row.
                     start = column if number == 0 else 0
                     stop = column + 1 if number == len(lines) - 1 else len(self.names)
-                    if len(lines) > 1 and line.strip() and start <= label_at < stop:
+                    if line.strip() and start <= label_at < stop:
                         values = line.split(self.separator)
-                        judged += 1
-                        like_rows += (
-                            len(values) == stop - start and values[label_at - start] in known
-                        )
-                if like_rows and 2 * like_rows >= judged:
+                        fits = len(values) == stop - start
+                        line_labels.append((values[label_at - start] or None) if fits else None)
+                counts = Counter(line_labels)
+                like_rows = sum(
+                    label is not None and (label in known or counts[label] > 1)
+                    for label in line_labels
+                )
+                if like_rows and 2 * like_rows >= len(line_labels):
                     raise DataError(
-                        f"{self.path}, {row.span}: one field in quotation marks holds {like_rows}"
+                        f"{self.path}, {row.place}: one field in quotation marks holds {like_rows}"
                         " lines that look like rows: double the quotation marks inside of fields,"
                         " call the file .tsv and give --separator"
                         f" {_spelled(self.separator)} if they are plain characters, or write the"

@@ -1,0 +1,98 @@
+"""Exactly the named file is opened, and what is no file of rows is one sentence."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from evalmode.model.reading.table import open_table
+from evalmode.model.texts import DataError
+
+ROWS = "text,label\na,x\n"
+
+
+def refused(path: Path, **options: str) -> str:
+    with pytest.raises(DataError) as error, open_table(path, **options):
+        pass
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["d[1].csv", "x?.csv", "*.csv", "$HOME.csv", "~.csv", "a::b.csv", "{a,b}.csv", "-.csv"]
+)
+def test_a_name_is_a_name_and_never_a_pattern(tmp_path, name, monkeypatch):
+    for other in ("d1.csv", "xy.csv", "a.csv", "b.csv"):
+        (tmp_path / other).write_text("wrong,file\na,x\n")
+    folder = tmp_path / "in [a] folder"
+    folder.mkdir()
+    for path in (tmp_path / name, folder / name):
+        path.write_text(ROWS)
+        with open_table(path) as table:
+            assert table.names == ("text", "label")
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    assert "is a folder and not a file" in refused(tmp_path / "folder.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert "is a pipe or a device and not a file" in refused(tmp_path / "pipe.csv")
+    (tmp_path / "device.csv").symlink_to("/dev/zero")
+    assert "is a pipe or a device and not a file" in refused(tmp_path / "device.csv")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket.csv"))
+        assert "cannot be opened (a socket or a device)" in refused(tmp_path / "socket.csv")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    assert "cannot be opened" in refused(tmp_path / "loop.csv")
+    assert "does not exist" in refused(tmp_path / "absent.csv")
+    assert "cannot be opened" in refused(tmp_path / ("x" * 300 + ".csv"))
+
+
+@pytest.mark.parametrize("name", ["d.xlsx", "d.json", "d", "d.csv.gz"])
+def test_an_unknown_ending_names_those_that_are_read(tmp_path, name):
+    message = refused(tmp_path / name)
+    assert ".csv, .tsv, .jsonl, .ndjson, .parquet" in message
+    assert ("unpack it" in message) == name.endswith(".gz")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (gzip.compress(ROWS.encode()), "gzip data"),
+        (bz2.compress(ROWS.encode() * 99), "bzip2 data"),
+        (lzma.compress(ROWS.encode()), "xz data"),
+        (b"PK\x03\x04" + bytes(99), "zip (so are Excel's files) data"),
+        (ROWS.encode("utf-16"), "UTF-16 data"),
+        (ROWS.encode("utf-16-le"), "line 1: byte 2 of the file is a NUL byte"),
+        (
+            b"text,label\nfine,x\nbad \xe9,y\n",
+            "line 3: byte 23 of the file is 0xe9, which is not UTF-8",
+        ),
+        (b"\xef\xbb\xbftext,label\n\xff,y\n", "line 2: byte 15 of the file is 0xff"),
+        (b"text,label\na\0b,y\n", "line 2: byte 13 of the file is a NUL byte"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_what_is_not_utf_8_is_refused_with_line_and_byte(tmp_path, data, reason, ending):
+    path = tmp_path / f"d.{ending}"
+    path.write_bytes(data)
+    assert reason in refused(path)
+
+
+def test_a_column_may_be_called_as_a_binary_format_begins(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("PAR1,label\na,x\n")
+    with open_table(path) as table:
+        assert table.names == ("PAR1", "label")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_separator_is_for_csv_and_tsv_alone(tmp_path, ending):
+    assert "leave --separator away" in refused(tmp_path / f"d.{ending}", separator=";")
