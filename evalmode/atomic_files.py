@@ -33,19 +33,20 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files over those in `folder`; the last of them says that the others are whole.
 
     All are written before the first is put in place: without room the old ones stay. The last one
-    is away while the others change. Raises OSError.
+    is away while the others change. Raises OSError, whose `filename` is the file that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in contents]
-    try:
-        for path, data in zip(paths, contents.values(), strict=True):
+    for path, data in zip(paths, contents.values(), strict=True):
+        try:
             draft_of(path).write_bytes(data)
             _flush(draft_of(path))
-    except OSError:
-        for path in paths:
-            with suppress(OSError):
-                draft_of(path).unlink(missing_ok=True)
-        raise
+        except OSError as error:
+            error.filename = str(path)  # a write itself names none
+            for draft in map(draft_of, paths):
+                with suppress(OSError):
+                    draft.unlink(missing_ok=True)
+            raise
     paths[-1].unlink(missing_ok=True)
     for path in paths:
         settle(path)

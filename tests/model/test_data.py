@@ -1,17 +1,20 @@
-"""Files as users have them: every ending, every guess, every refusal; and a split that loses and
-leaks nothing.
+"""Files as users have them: every ending, every column, every refusal; rows that are left out are
+counted, and a split loses and leaks nothing.
 """
 
 from __future__ import annotations
 
 import json
+import time
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from evalmode.model.data import open_data, read_file
+from evalmode.model.data import DataSet, composed, open_data, read_file, tell_apart
 from evalmode.model.texts import DataError
 
 ROWS = [
@@ -35,12 +38,18 @@ def all_pairs(data) -> list[tuple[str, str]]:
     )
 
 
+def keys_of(data: DataSet, key: Callable[[str], str]) -> dict[str, list[str]]:
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    return {name: [key(text) for text in part.texts] for name, part in parts.items()}
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_every_ending_gives_the_same_rows(tmp_path, ending):
     if ending == "csv":
         path = csv_of(tmp_path)
     elif ending == "tsv":
-        path = csv_of(tmp_path, name="rows.tsv", separator="\t")
+        path = tmp_path / "rows.tsv"
+        path.write_text("".join(f"{text}\t{label}\n" for text, label in [("text", "label"), *ROWS]))
     elif ending == "jsonl":
         path = tmp_path / "rows.jsonl"
         path.write_text(
@@ -69,7 +78,7 @@ def test_numbers_and_truths_are_labels_too(tmp_path):
             for n, (text, _) in enumerate(ROWS)
         )
     )
-    assert read_file(path).labels == ("False", "True")
+    assert read_file(path).labels == ("false", "true")
 
 
 @pytest.mark.parametrize("header", ["Sentence,Lang", "review,category", "sentiment,content"])
@@ -125,14 +134,25 @@ def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):
             {"text_column": "words"},
             r"no column 'words': --text-column can be one of 'text', 'label'",
         ),
-        ([*ROWS, ("", "good")], {}, r"column 'text' is empty in 1 row\(s\), the first is row 201"),
+        ([("", label) for _, label in ROWS], {}, r"no row is left .*200 empty text left out"),
+        ([(text, " ") for text, _ in ROWS], {}, r"no row is left .*200 empty label left out"),
         (
-            [*ROWS, ("fine", " ")],
+            [*ROWS, *((text, "other") for text, _ in ROWS)],
             {},
-            r"column 'label' is empty in 1 row\(s\), the first is row 201",
+            r"no row is left to train on: 0 of 400 rows are used \(400 contradictory left out\)",
         ),
-        ([(text, "one") for text, _ in ROWS], {}, r"column 'label' holds 1 label\(s\) \['one'\]"),
-        (ROWS[:12], {}, r"has 12 usable rows"),
+        ([(text, "one") for text, _ in ROWS], {}, r"column 'label' holds one class, 'one'"),
+        (
+            [(text, f"class {n}") for n, (text, _) in enumerate(ROWS)],
+            {},
+            r"column 'label' holds 200 classes in 200 rows, each of a class of its own",
+        ),
+        (
+            [(text, f"class {max(1, n)}") for n, (text, _) in enumerate(ROWS[:41])],
+            {},
+            r"41 usable rows of 40 classes leave none to test with, as the largest .* has 2",
+        ),
+        ([*ROWS[:12], *ROWS[:3]], {}, r"has 12 usable rows, .*12 of 15 rows .*3 duplicate left"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path, rows, options, said):
@@ -143,15 +163,114 @@ def test_what_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path, rows, op
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("missing", ["", "   ", "\u00a0"])
+def test_rows_without_a_text_or_a_label_are_left_out_and_counted(tmp_path, missing):
+    rows = [*ROWS, (missing, "good"), (missing, missing), ("a text", missing)]
+    data = read_file(csv_of(tmp_path, rows))
+    assert all_pairs(data) == sorted(ROWS)
+    assert data.reading.rows == 203
+    assert data.reading.left_out == {"empty text": 2, "empty label": 1}
+    assert str(data.reading) == ("200 of 203 rows are used (2 empty text, 1 empty label left out)")
+
+
+def test_null_and_nan_are_no_value_where_a_format_has_them(tmp_path):
+    lines = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
+    lines += ['{"text": null, "label": "x"}', '{"text": "b", "label": NaN}', '{"text": "c"}']
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    data = read_file(path)
+    assert data.labels == ("bad", "good")
+    assert data.reading.left_out == {"empty text": 1, "empty label": 2}
+
+
+def test_half_of_a_surrogate_pair_is_read_as_the_front_end_reads_it_and_is_no_label(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": f"\ud800 {text}", "label": label}) for text, label in ROWS]
+    path.write_text("\n".join(lines))
+    assert all_pairs(read_file(path)) == sorted((f"\ufffd {text}", label) for text, label in ROWS)
+    path.write_text("\n".join([*lines, '{"text": "a", "label": "\\udc00"}']))
+    with pytest.raises(DataError, match="line 201: column 'label' holds half of a surrogate pair"):
+        read_file(path)
+
+
+def test_texts_that_are_composed_otherwise_are_one_text(tmp_path):
+    rows = [(f"déjà vu number {n}", ("bad", "good")[n % 2]) for n in range(200)]
+    twins = [(unicodedata.normalize("NFD", text), label) for text, label in rows]
+    data = read_file(csv_of(tmp_path, [*rows, *twins]))
+    assert all_pairs(data) == sorted(rows)
+    assert data.reading.left_out == {"duplicate": 200}
+    turned = read_file(csv_of(tmp_path, [*twins[::-1], *rows[::-1]]))
+    assert [
+        set(map(composed, part.texts)) for part in (data.train, data.validation, data.test)
+    ] == [set(map(composed, part.texts)) for part in (turned.train, turned.validation, turned.test)]
+    wrong = [(unicodedata.normalize("NFD", rows[7][0]), "bad")]
+    data = read_file(csv_of(tmp_path, [*rows, *wrong]))
+    assert all_pairs(data) == sorted(row for row in rows if row != rows[7])
+    assert data.reading.left_out == {"contradictory": 2}
+
+
+def test_what_a_front_end_reads_alike_is_one_text_in_one_part(tmp_path):
+    rows = [(f"{word} {n}", label) for word, label in ROWS for n in ("one", "ONE", "One")]
+    data = read_file(csv_of(tmp_path, rows), identity=lambda text: text.lower().encode())
+    assert len(all_pairs(data)) == 200
+    assert data.reading.left_out == {"duplicate": 400}
+
+
+def test_rows_that_only_a_tokenizer_shows_to_be_alike_stand_in_one_part(tmp_path):
+    data = read_file(csv_of(tmp_path))
+    assert tell_apart(data, keys_of(data, lambda text: text)) is data
+    held_out, trained = data.test.texts[0], data.train.texts[0]
+    same_label = next(
+        text
+        for text, label in zip(data.train.texts, data.train.labels, strict=True)
+        if label == data.test.labels[0]
+    )
+    other_label = next(
+        text
+        for text, label in zip(data.train.texts, data.train.labels, strict=True)
+        if label != data.test.labels[0]
+    )
+    twins = tell_apart(data, keys_of(data, lambda text: same_label if text == held_out else text))
+    assert set(all_pairs(data)) - set(all_pairs(twins)) == {(held_out, data.test.labels[0])}
+    assert twins.reading.left_out == {"duplicate": 1}
+    rivals = tell_apart(data, keys_of(data, lambda text: other_label if text == held_out else text))
+    lost = {text for text, _ in set(all_pairs(data)) - set(all_pairs(rivals))}
+    assert lost == {held_out, other_label}
+    assert rivals.reading.left_out == {"contradictory": 2}
+    with pytest.raises(DataError, match=r"no row is left to train on.*200 contradictory"):
+        tell_apart(data, keys_of(data, lambda text: trained))
+
+
+def test_a_long_run_of_combining_marks_takes_no_time_worth_a_word(tmp_path):
+    started = time.monotonic()
+    rows = [("a" + "\u0316\u0301" * 200_000, "good"), *ROWS]
+    assert len(all_pairs(read_file(csv_of(tmp_path, rows)))) == 201
+    assert time.monotonic() - started < 20  # composing all of it takes minutes
+
+
+def test_a_separator_is_for_a_file_and_can_be_given(tmp_path):
+    path = csv_of(tmp_path, separator=";")
+    assert all_pairs(read_file(path, separator=";")) == sorted(ROWS)
+    with pytest.raises(DataError, match="separator=';' is about a file"):
+        open_data("languages", text_column=None, label_column=None, separator=";", cache=tmp_path)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,label\n" + "".join(f"{a},{b},{b}\n" for a, b in ROWS))
+    with pytest.raises(DataError, match="has 2 columns 'label': give each a name of its own"):
+        read_file(path)
+
+
 def test_a_file_without_a_usual_column_is_told_those_it_has(tmp_path):
     with pytest.raises(DataError, match=r"name one with --label-column: 'text', 'stars'"):
         read_file(csv_of(tmp_path, header="text,stars"))
 
 
 def test_an_unknown_ending_and_a_missing_file_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"rows\.xlsx has an ending that is not read.*\.csv"):
+    with pytest.raises(DataError, match=r"rows\.xlsx has the ending '\.xlsx', .*\.csv"):
         read_file(tmp_path / "rows.xlsx")
-    with pytest.raises(DataError, match=r"absent\.csv is not there"):
+    with pytest.raises(DataError, match=r"absent\.csv does not exist"):
         read_file(tmp_path / "absent.csv")
 
 
@@ -165,5 +284,5 @@ def test_a_broken_file_is_refused_by_name(tmp_path, name, content):
 
 
 def test_a_column_of_the_default_data_set_makes_no_sense(tmp_path):
-    with pytest.raises(DataError, match="text_column='x' names a column of a file"):
+    with pytest.raises(DataError, match="text_column='x' is about a file"):
         open_data("languages", text_column="x", label_column=None, cache=tmp_path)

@@ -9,18 +9,35 @@ from torch import nn
 
 from evalmode.bundle.frontend import BpeSpec
 from evalmode.model.batches import Rows
-from evalmode.model.metrics import fit_temperature, fold_temperature, log_loss, predict, quality
+from evalmode.model.metrics import (
+    fit_temperature,
+    fold_temperature,
+    log_loss,
+    not_tested,
+    predict,
+    quality,
+)
 
 LOGITS = np.log(np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.1, 0.7, 0.2]]))
 LABELS = np.array([0, 1, 1, 1])
 
 
 def test_accuracy_and_macro_f1_are_what_a_hand_computes():
-    # Label 0: precision 1/2, recall 1, F1 2/3. Label 1: precision 1, recall 2/3, F1 4/5. Label 2
-    # does not occur.
-    assert quality(LOGITS, LABELS) == pytest.approx(
+    # Label 0: precision 1/2, recall 1, F1 2/3. Label 1: precision 1, recall 2/3, F1 4/5.
+    assert quality(LOGITS[:, :2], LABELS) == pytest.approx(
         {"accuracy": 0.75, "macro_f1": (2 / 3 + 4 / 5) / 2}
     )
+
+
+def test_a_class_that_was_not_tested_counts_nothing_and_is_named():
+    # Label 2 has no row: a mean over the other two would hide that.
+    assert quality(LOGITS, LABELS) == pytest.approx(
+        {"accuracy": 0.75, "macro_f1": (2 / 3 + 4 / 5) / 3}
+    )
+    assert not_tested(LABELS, ["a", "b", "c"]) == {"classes": 3, "not_tested": ["c"]}
+    assert not_tested(LABELS, ["a", "b"]) == {}
+    perfect = np.log(np.array([[0.9, 0.1], [0.8, 0.2]]))
+    assert quality(perfect, np.array([0, 0])) == {"accuracy": 1.0, "macro_f1": 0.5}
 
 
 def test_the_log_loss_is_the_mean_of_minus_log_p():

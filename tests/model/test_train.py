@@ -45,8 +45,11 @@ class Killed(BaseException):
     """What no handler of ours or of Lightning's swallows."""
 
 
-def train(data: Path, out: Path, *, resume: bool = False, **changes: object) -> Result:
-    result = fit(small_run(data, **changes), out=out, resume=resume, cache=out)
+def train(
+    data: Path, out: Path, *, resume: bool = False, overwrite: bool = False, **changes: object
+) -> Result:
+    config = small_run(data, **changes)
+    result = fit(config, out=out, resume=resume, overwrite=overwrite, cache=out)
     assert result is not None
     return result
 

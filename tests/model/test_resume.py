@@ -1,0 +1,229 @@
+"""What a killed training left may be broken, and a disk may be full: each is one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from evalmode.errors import EvalmodeError
+from evalmode.model import checkpoint
+from evalmode.model.resume import (
+    FOLDER,
+    RUN_FILE,
+    STATE_FILE,
+    RunMismatch,
+    StateNotWritten,
+    StateUnusable,
+    WholeFiles,
+    check_folder,
+)
+from tests.model.test_train import Killed, contents, train, watch_steps
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes, as on a disk without room."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture(scope="module")
+def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that ended after its first states, as though it was killed."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        watch_steps(patch, die_at=12)
+        with pytest.raises(Killed):
+            train(data, out)
+    return out
+
+
+@pytest.fixture
+def out(killed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(killed, tmp_path / "run")
+
+
+def cut(size: int) -> Callable[[Path], None]:
+    def harm(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:size])
+
+    return harm
+
+
+def flip(place: float) -> Callable[[Path], None]:
+    def harm(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[int(place * (len(data) - 1))] ^= 1
+        path.write_bytes(data)
+
+    return harm
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        cut(0),
+        cut(7),
+        cut(32),
+        cut(5_000),
+        cut(-1_000),
+        cut(-1),
+        flip(0),
+        flip(0.001),
+        flip(0.5),  # in a tensor: torch reads it without a word
+        flip(1),
+        lambda path: path.write_bytes(bytes(20_000)),
+        lambda path: torch.save({"weights": torch.ones(9)}, path),
+        become_a_folder,
+    ],
+)
+def test_a_broken_state_is_refused_before_any_work(data, out, harm):
+    harm(out / FOLDER / STATE_FILE)
+    # The data is not there either: nothing has looked for it yet.
+    with pytest.raises(StateUnusable) as refused:
+        train(data.with_name("absent.csv"), out, resume=True)
+    assert str(out / FOLDER / STATE_FILE) in str(refused.value)
+    assert "begin anew with --overwrite, or choose another --out" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert train(data, out, overwrite=True).epochs == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", None])
+def test_a_broken_description_of_the_run_is_refused(data, out, content):
+    run = out / FOLDER / RUN_FILE
+    if content is None:
+        run.unlink()
+    else:
+        run.write_text(content)
+    with pytest.raises(StateUnusable, match=rf"{RUN_FILE} .*begin anew with --overwrite"):
+        train(data, out, resume=True)
+
+
+def test_the_state_that_was_kept_is_read_back_whole(out, tmp_path):
+    state = WholeFiles().load_checkpoint(out / FOLDER / STATE_FILE)
+    WholeFiles().save_checkpoint(state, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (out / FOLDER / STATE_FILE).read_bytes()
+
+
+def test_a_state_that_finds_no_room_leaves_the_one_before(data, out):
+    before = contents(out / FOLDER)
+    with room_for(20_000), pytest.raises(StateNotWritten) as refused:
+        train(data, out, resume=True)
+    assert str(out / FOLDER / STATE_FILE) in str(refused.value)
+    assert "File too large" in str(refused.value)
+    assert "make room or make it writable, and go on with --resume" in str(refused.value)
+    assert contents(out / FOLDER) == before
+    assert train(data, out, resume=True).epochs == 2
+
+
+def test_a_first_state_that_finds_no_room_leaves_nothing(data, tmp_path):
+    with room_for(20_000), pytest.raises(StateNotWritten):
+        train(data, tmp_path / "runs" / "new")
+    assert not (tmp_path / "runs" / "new").exists()
+
+
+def test_a_checkpoint_that_finds_no_room_can_be_had_later(data, out, monkeypatch):
+    save = checkpoint.save
+
+    def without_room(finished, folder):
+        with room_for(20_000):
+            save(finished, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", without_room)
+        with pytest.raises(EvalmodeError, match=r"model\.safetensors.* go on with --resume"):
+            train(data, out, resume=True)
+    assert {path.name for path in out.iterdir()} == {FOLDER}
+    monkeypatch.setattr("evalmode.model.learner.Learner.training_step", None)  # nothing to train
+    assert train(data, out, resume=True).epochs == 2
+
+
+def test_a_finished_training_is_lost_only_when_that_is_asked_for(data, tmp_path):
+    first = train(data, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(EvalmodeError, match="holds a finished training: take it as it is with"):
+        train(data.with_name("absent.csv"), tmp_path / "run", seed=1)
+    with pytest.raises(RunMismatch, match="seed was 0 and is now 1"):
+        train(data, tmp_path / "run", seed=1, resume=True)
+    assert contents(tmp_path / "run") == before
+    assert train(data, tmp_path / "run", resume=True).weights_sha256 == first.weights_sha256
+    again = train(data, tmp_path / "run", seed=1, overwrite=True)
+    assert again.weights_sha256 != first.weights_sha256
+
+
+def test_a_finished_training_stays_until_the_new_one_is_finished(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        watch_steps(patch, die_at=7)
+        with pytest.raises(Killed):
+            train(data, tmp_path / "run", seed=1, overwrite=True)
+    assert (tmp_path / "run" / FOLDER / STATE_FILE).exists()
+    for name, value in before.items():
+        assert (tmp_path / "run" / name).read_bytes() == value
+    resumed = train(data, tmp_path / "run", seed=1, resume=True)
+    assert contents(tmp_path / "run") == contents(train(data, tmp_path / "new", seed=1).checkpoint)
+    assert resumed.epochs == 2
+
+
+def test_an_unfinished_training_is_begun_anew_when_that_is_asked_for(data, out):
+    with pytest.raises(EvalmodeError, match="holds an unfinished training: go on with --resume"):
+        train(data, out, seed=1)
+    assert train(data, out, seed=1, overwrite=True).epochs == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "model.safetensors", "held_out.npz"])
+def test_a_broken_checkpoint_is_not_taken_for_a_finished_training(data, tmp_path, name):
+    train(data, tmp_path)
+    cut(-10)(tmp_path / name)
+    with pytest.raises(EvalmodeError, match=rf"{name}.*begin anew with --overwrite"):
+        train(data, tmp_path, resume=True)
+    train(data, tmp_path, overwrite=True)
+
+
+def test_going_on_and_beginning_anew_exclude_each_other(tmp_path):
+    with pytest.raises(EvalmodeError, match="give one of them"):
+        check_folder(tmp_path, resume=True, overwrite=True)
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to("nowhere")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "broken" / "run"):
+        with pytest.raises(EvalmodeError, match="is not a folder: choose another --out"):
+            check_folder(out, resume=False, overwrite=False)
+    check_folder(tmp_path / "a" / "b", resume=False, overwrite=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "broken"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(EvalmodeError, match="may not be written to"):
+            check_folder(tmp_path / "run", resume=False, overwrite=False)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_the_record_of_a_run_holds_no_path(out):
+    record = json.loads((out / FOLDER / RUN_FILE).read_text())
+    assert record["data"] == "rows.csv"
+    assert not {"separator", "max_minutes"} & record.keys()

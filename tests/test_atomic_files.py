@@ -1,0 +1,46 @@
+"""Without room, what was there stays as it was, and no half of a file stays beside it."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from evalmode.atomic_files import replace_files, write_file
+
+
+@pytest.fixture
+def _no_room() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("_no_room")
+def test_a_file_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+    write_file(tmp_path / "a", b"old")
+    with pytest.raises(OSError, match="File too large"):
+        write_file(tmp_path / "a", bytes(5_000))
+    assert contents(tmp_path) == {"a": b"old"}
+
+
+@pytest.mark.usefixtures("_no_room")
+def test_files_that_find_no_room_leave_all_of_those_before(tmp_path: Path) -> None:
+    replace_files(tmp_path, {"a": b"1", "b": b"2", "record": b"of both"})
+    with pytest.raises(OSError, match="File too large") as refused:
+        replace_files(tmp_path, {"a": b"3", "b": bytes(5_000), "record": b"another"})
+    assert refused.value.filename == str(tmp_path / "b")
+    assert contents(tmp_path) == {"a": b"1", "b": b"2", "record": b"of both"}
+
+
+def test_files_are_replaced_together(tmp_path: Path) -> None:
+    replace_files(tmp_path / "new", {"a": b"1", "record": b"of it"})
+    replace_files(tmp_path / "new", {"a": b"2", "record": b"of that"})
+    assert contents(tmp_path / "new") == {"a": b"2", "record": b"of that"}
