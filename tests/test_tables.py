@@ -5,7 +5,15 @@ from __future__ import annotations
 from rich.console import Console, RenderableType
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
-from evalmode.tables import metrics_table, pairs_table, predictions_table, records_table
+from evalmode.model.data import DataSet, Reading
+from evalmode.model.texts import Texts
+from evalmode.tables import (
+    data_tables,
+    metrics_table,
+    pairs_table,
+    predictions_table,
+    records_table,
+)
 
 MARKUP = ("x[/a]", "[red]", "[link=x]", "[")
 
@@ -23,6 +31,60 @@ def record(*findings: Finding) -> Record:
 
 def finding(node: str, fix: str = "", severity: Severity = Severity.ERROR) -> Finding:
     return Finding(severity=severity, node=node, op="Op-1", why="it is so", fix=fix)
+
+
+def data_set(counts: dict[str, int], *, tested: set[str]) -> DataSet:
+    rows = [(f"{label} {n}", label) for label, count in counts.items() for n in range(count)]
+    train = Texts(*zip(*rows, strict=True))
+    held_out = Texts(tuple(tested), tuple(tested))
+    return DataSet(
+        name="d",
+        labels=tuple(sorted(counts)),
+        train=train,
+        validation=held_out,
+        test=held_out,
+        reading=Reading(
+            source="d.csv",
+            rows=5_000,
+            text_column="text",
+            label_column="[label]",
+            left_out={"duplicate": 1_234},
+            notes=("it was so",),
+        ),
+    )
+
+
+def test_of_many_classes_the_ten_largest_are_named() -> None:
+    counts = {f"class {n}": 100 - n for n in range(13)}
+    text = shown(data_tables(data_set(counts, tested=set(counts))))
+    assert "class 9" in text
+    assert "class 10" not in text
+    (rest,) = (line for line in text.splitlines() if "... 3 more" in line)
+    assert rest.replace("│", "").split() == ["...", "3", "more", "273", "267", "3", "3"]
+    assert "[label]" in text
+    assert "left out: duplicate │ 1,234" in text
+    assert "warning: it was so" in text
+    assert "too few rows" not in text
+
+
+def test_classes_that_no_part_can_test_are_warned_of() -> None:
+    counts = {"[a]": 9, "b": 2, **{f"c{n:02}": 1 for n in range(12)}}
+    text = shown(data_tables(data_set(counts, tested={"[a]"})))
+    warning = "13 of 14 classes have too few rows for the test part and are missing in it: b, c00, "
+    assert warning in " ".join(text.split())
+    assert "c08, ... 3 more" in text
+
+
+def test_classes_that_were_not_tested_stand_beside_the_macro_f1() -> None:
+    part = {"accuracy": 1.0, "macro_f1": 0.5, "classes": 2, "not_tested": ["[rare]"]}
+    text = shown(metrics_table({"test": part, "train": {"accuracy": 1.0, "macro_f1": 1.0}}))
+    assert "0.5000 (1 of 2 classes not tested: [rare])" in text
+    assert "not_tested" not in text
+    assert "classes │" not in text
+    odd = {
+        "test": {"not_tested": "x", "classes": None, "macro_f1": "y"}
+    }  # a bundle may say anything
+    assert "not_tested" in shown(metrics_table(odd))
 
 
 def test_what_looks_like_markup_is_text_in_every_table() -> None:

@@ -151,8 +151,9 @@ def test_a_checkpoint_that_finds_no_room_can_be_had_later(data, out, monkeypatch
         with pytest.raises(EvalmodeError, match=r"model\.safetensors.* go on with --resume"):
             train(data, out, resume=True)
     assert {path.name for path in out.iterdir()} == {FOLDER}
-    monkeypatch.setattr("evalmode.model.learner.Learner.training_step", None)  # nothing to train
+    steps = watch_steps(monkeypatch)
     assert train(data, out, resume=True).epochs == 2
+    assert steps == []
 
 
 def test_a_finished_training_is_lost_only_when_that_is_asked_for(data, tmp_path):

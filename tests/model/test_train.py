@@ -4,6 +4,7 @@ was killed.
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -230,6 +231,35 @@ def test_every_front_end_and_kind_of_dropout_trains(data, tmp_path, options):
     assert result.metrics["test"]["accuracy"] > 0.8
     again = checkpoint.load(tmp_path)
     assert (again.tokenizer is None) == (options.get("frontend") != "bpe")
+
+
+@pytest.mark.parametrize("frontend", ["ngrams", "bpe"])
+def test_texts_that_the_model_reads_alike_never_stand_in_two_parts(data, tmp_path, frontend):
+    # bpe reads the first 127 tokens: these differ after them. n-grams read all digits alike.
+    rows = list(csv.reader(data.read_text().splitlines()))[1:]
+    longer = [(f"{text} {'and so on ' * 200}", label) for text, label in rows]
+    twins = [(f"{text} {number}", label) for text, label in longer for number in (1, 2, 3)]
+    wrong = [(f"{text} 4", "animal" if label == "plant" else "plant") for text, label in longer[:9]]
+    path = tmp_path / "twins.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *twins, *wrong])
+    shown = []
+    fit(
+        small_run(path, frontend=frontend),
+        out=tmp_path / "out",
+        cache=tmp_path,
+        show_data=shown.append,
+    )
+    (used,) = shown
+    finished = checkpoint.load(tmp_path / "out")
+    ids = [
+        {finished.open_frontend().encode(text).ids.tobytes() for text in part.texts}
+        for part in (used.train, used.validation, used.test)
+    ]
+    assert all(ids)
+    assert len(ids[0] | ids[1] | ids[2]) == sum(map(len, ids)) == len(rows) - 9
+    assert used.reading.left_out == {"duplicate": 2 * (len(rows) - 9), "contradictory": 4 * 9}
+    assert finished.provenance["data"]["sha256"] == used.sha256
 
 
 def test_what_it_shows_is_its_own_and_it_leaves_nothing_behind(data, tmp_path, monkeypatch, capfd):
