@@ -39,6 +39,8 @@ _POINTS_A_BYTE = 2
 # What is read of a long text first: for each token that the model reads (English has four to five
 # code points a token), and at least. WordPiece looks at 100 letters before it gives a word up.
 _POINTS_A_TOKEN, _LEAST_POINTS = 8, 1_024
+# Where a single word is longer than this, its tokens are taken as settled before its end is seen.
+_WORD_POINTS = 65_536
 # `Tokenizer.encode` holds Python's lock, for half a millisecond a thousand code points at most;
 # `encode_batch` does not, but starts a thread for each core.
 _LOCKED_POINTS = 10_000
@@ -231,10 +233,10 @@ class BpeFrontEnd:
         last = encoding.token_to_word(len(encoding.ids) - 1)
         if word is not None and last is not None and word + 2 <= last:
             return True
-        if self._bound is not None:
+        if self._bound is not None and points < _WORD_POINTS:
             return False
-        # A file that takes the whole text for one word, or that no bound is known for: what follows
-        # would have to change tokens across as many characters again.
+        # A word of that length, or a file that no bound is known for (it may take the whole text
+        # for one word): what follows would have to change tokens across as many characters again.
         span = encoding.token_to_chars(self._room)
         return span is not None and bool(0 < span[1] <= points // 2)
 
