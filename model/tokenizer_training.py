@@ -20,6 +20,8 @@ PADDING, START = "[PAD]", "[START]"
 # where its tokens have more than 64 code points each. A merge costs a pass over each word that it
 # is found in, so one word of 120,000 letters took 20 s.
 LEARNED_POINTS = 8_192
+# Tokens of thousands of bytes would let a text of megabytes fit: it would have to be read whole.
+LONGEST_TOKEN = 1_024
 # n-grams are hashed and collide: with 65,536 rows the languages' test came to .959, with 32,768 to
 # .953 (one seed).
 NGRAM_VOCABULARY, BPE_VOCABULARY = 65_536, 8_192
@@ -43,7 +45,7 @@ def train_bpe(texts: Iterable[str], *, vocabulary: int) -> tuple[BpeSpec, str]:
 
     The same texts give the same tokenizer, byte for byte. Every text can be written in it: its
     first tokens are the 256 bytes, after id 0, padding, and id 1, the start of a row. Of a text it
-    learns the first LEARNED_POINTS code points.
+    learns the first LEARNED_POINTS code points, and no token of more than LONGEST_TOKEN bytes.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -54,6 +56,7 @@ def train_bpe(texts: Iterable[str], *, vocabulary: int) -> tuple[BpeSpec, str]:
         special_tokens=[PADDING, START],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
+        max_token_length=LONGEST_TOKEN,
     )
     tokenizer.train_from_iterator((text[:LEARNED_POINTS] for text in texts), trainer=trainer)
     described = json.loads(tokenizer.to_str())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -13,7 +14,12 @@ from evalmode.bundle.frontend import BpeFrontEnd, BpeSpec, NgramSpec
 from evalmode.model.config import TrainConfig
 from evalmode.model.data import DataSet
 from evalmode.model.texts import Texts
-from evalmode.model.tokenizer_training import LEARNED_POINTS, choose_frontend, train_bpe
+from evalmode.model.tokenizer_training import (
+    LEARNED_POINTS,
+    LONGEST_TOKEN,
+    choose_frontend,
+    train_bpe,
+)
 
 TEXTS = (
     "a small text",
@@ -100,3 +106,12 @@ def test_a_text_that_fits_is_learned_whole():
     assert len(words) < LEARNED_POINTS
     learned, cut = (train_bpe((text,) * 3, vocabulary=2_000) for text in (words, words[:-1]))
     assert learned != cut
+
+
+def test_a_word_is_one_token_up_to_a_bound_and_no_text_of_a_megabyte_fits():
+    word = "".join(random.Random(0).choices("abcdefghij", k=600))
+    tokens = json.loads(train_bpe((*TEXTS, word, word), vocabulary=8_192)[1])["model"]["vocab"]
+    assert word in tokens
+    spec, tokenizer = train_bpe((*TEXTS, "x" * 120_000), vocabulary=8_192)
+    assert max(map(len, json.loads(tokenizer)["model"]["vocab"])) <= LONGEST_TOKEN
+    assert BpeFrontEnd(spec, tokenizer).encode("x" * 1_000_000).truncated
