@@ -10,16 +10,18 @@ Shapes: B rows, T positions, G ids a position.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from evalmode.bundle.errors import BundleCorrupt
 
@@ -30,6 +32,18 @@ TOKENIZER_FILE = "tokenizer.json"
 # them, holding Python's lock), so no more than this many code points for each symbol that the model
 # can read are composed.
 _UNITS_A_SYMBOL = 8
+
+# Composition makes at most three code points into one of two bytes (U+0390), so a text has at most
+# 1.5 code points for each byte of its composed form.
+_POINTS_A_BYTE = 2
+# What is read of a long text first: for each token that the model reads (English has four to five
+# code points a token), and at least. WordPiece looks at 100 letters before it gives a word up.
+_POINTS_A_TOKEN, _LEAST_POINTS = 8, 1_024
+# Where a single word is longer than this, its tokens are taken as settled before its end is seen.
+_WORD_POINTS = 65_536
+# `Tokenizer.encode` holds Python's lock, for half a millisecond a thousand code points at most;
+# `encode_batch` does not, but starts a thread for each core.
+_LOCKED_POINTS = 10_000
 
 
 class _Spec(BaseModel):
@@ -165,6 +179,11 @@ class NgramFrontEnd:
 class BpeFrontEnd:
     """A Hugging Face tokenizer, opened by its `start` token; knows nothing of how it was
     trained.
+
+    A long text is cut before it is tokenized, so that a text of megabytes costs no more than the
+    longest that the model reads. Texts that fit always have the ids of the whole text. So have
+    texts that do not fit, unless one word of theirs (a run of letters, of signs or of blanks) is
+    longer than all that was read: its last tokens may then be others.
     """
 
     def __init__(self, spec: BpeSpec, tokenizer: str) -> None:
@@ -175,14 +194,51 @@ class BpeFrontEnd:
             raise BundleCorrupt(
                 f"{TOKENIZER_FILE} is not a tokenizer that can be read: {error}"
             ) from error
+        self._room = spec.lengths[-1] - 1  # tokens beside `start`
+        description = json.loads(self._tokenizer.to_str())
+        longest = _longest_token(description)
+        # More code points than this cannot fit; None: nothing is known.
+        self._bound = None if longest is None else _POINTS_A_BYTE * self._room * longest + 1
+        self._can_cut = not _has_pattern_that_removes(description)
 
     def encode(self, text: str) -> Row:
         """Ids (T,) of a text, `start` first."""
-        found = self._tokenizer.encode(_readable(text), add_special_tokens=False).ids
-        room = self.spec.lengths[-1] - 1
+        most = len(text) if self._bound is None else min(len(text), self._bound)
+        first = max(_LEAST_POINTS, _POINTS_A_TOKEN * self.spec.lengths[-1])
+        points = min(most, first) if self._can_cut else most
+        while True:
+            part = _readable(text[:points])
+            if len(part) <= _LOCKED_POINTS:
+                encoding = self._tokenizer.encode(part, add_special_tokens=False)
+            else:
+                encoding = self._tokenizer.encode_batch([part], add_special_tokens=False)[0]
+            if points == most or self._is_settled(encoding, points=len(part)):
+                break
+            points = min(most, 4 * points)
+        ids = encoding.ids
         return Row(
-            ids=np.array([self.spec.start, *found[:room]], np.int64), truncated=len(found) > room
+            ids=np.array([self.spec.start, *ids[: self._room]], np.int64),
+            truncated=len(ids) > self._room,
         )
+
+    def _is_settled(self, encoding: Encoding, *, points: int) -> bool:
+        """Whether the tokens of a text's first code points are more than the model reads, and
+        those that it reads are the same whatever follows.
+        """
+        if len(encoding.ids) <= self._room:
+            return False
+        # What follows may change the last word, and the one before it: a mark that is composed with
+        # a letter leaves the word of the marks.
+        word = encoding.token_to_word(self._room)
+        last = encoding.token_to_word(len(encoding.ids) - 1)
+        if word is not None and last is not None and word + 2 <= last:
+            return True
+        if self._bound is not None and points < _WORD_POINTS:
+            return False
+        # A word of that length, or a file that no bound is known for (it may take the whole text
+        # for one word): what follows would have to change tokens across as many characters again.
+        span = encoding.token_to_chars(self._room)
+        return span is not None and bool(0 < span[1] <= points // 2)
 
 
 def open_frontend(spec: FrontEndSpec, tokenizer: str | None) -> FrontEnd:
@@ -218,10 +274,53 @@ def _readable(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def _longest_token(description: dict[str, Any]) -> int | None:
+    """The bytes of the longest token of a tokenizer file that writes every byte of a text into
+    some token; None for any other file.
+
+    A text of such a file has at most as many bytes as its tokens have together. Unknown tokens,
+    added tokens and pieces that are removed could stand for any number of bytes.
+    """
+    model, splitter = description["model"], description["pre_tokenizer"]
+    normalizer = description["normalizer"]
+    vocabulary = model.get("vocab")
+    is_lossless = (
+        model["type"] == "BPE"
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and (normalizer is None or normalizer["type"] == "NFC")
+        and splitter is not None
+        and splitter["type"] == "ByteLevel"
+        and not description["added_tokens"]
+        and not description["truncation"]
+        and not description["padding"]
+        and all(letter in vocabulary for letter in ByteLevel.alphabet())
+    )
+    return max(map(len, vocabulary)) if is_lossless else None
+
+
+def _has_pattern_that_removes(part: Any) -> bool:
+    """Whether a part of a tokenizer file removes or rewrites what a regular expression finds: the
+    end of a text may then decide what becomes of its beginning.
+    """
+    if isinstance(part, list):
+        return any(map(_has_pattern_that_removes, part))
+    if not isinstance(part, dict):
+        return False
+    has_pattern = isinstance(part.get("pattern"), dict) and "Regex" in part["pattern"]
+    removes = part.get("type") == "Replace" or part.get("behavior") == "Removed"
+    return (has_pattern and removes) or any(
+        _has_pattern_that_removes(value) for key, value in part.items() if key != "model"
+    )
+
+
 def _normalise(text: str, *, limit: int) -> tuple[str, bool]:
     """The text's symbols, made from its first `limit` code points after blanks are folded, and
     whether that was all.
     """
-    folded = " ".join(_readable(text).split())
-    composed = unicodedata.normalize("NFC", folded[:limit]).lower()
-    return re.sub(r"\d", "0", " ".join(composed.split())), len(folded) <= limit
+    # `limit` words have more than `limit` code points with the blanks between them, and two halves
+    # of an emoji are one code point: nothing behind these can be read.
+    folded = " ".join(text.split(None, limit))
+    readable = _readable(folded[: 2 * limit + 2])
+    composed = unicodedata.normalize("NFC", readable[:limit]).lower()
+    return re.sub(r"\d", "0", " ".join(composed.split())), len(readable) <= limit

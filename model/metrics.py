@@ -24,8 +24,8 @@ from evalmode.model.batches import Rows, padded
 Measures: TypeAlias = Mapping[str, JsonValue]
 
 EVAL_ROWS = 256
-# what a temperature may be: on a few rows, all of them right, the best would be 0
-SHARPEST, SOFTEST = (0.25, 4.0)
+# Where a temperature is looked for: first between the first two, then up to the last.
+SHARPEST, SOFT, SOFTEST = 0.25, 4.0, 1_000.0
 
 
 def predict(network: nn.Module, rows: Rows, *, spec: FrontEndSpec) -> npt.NDArray[np.float64]:
@@ -83,13 +83,45 @@ def not_tested(labels: npt.NDArray[np.int64], names: Sequence[str]) -> Measures:
 
 
 def fit_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
-    """The t in [SHARPEST, SOFTEST] that minimises the log loss of logits / t (Guo et al. 2017,
-    section 4.2).
+    """The t that minimises the log loss of logits / t (Guo et al. 2017, section 4.2), or a higher
+    one where these rows do not support so much confidence.
 
-    The loss is convex in 1 / t, so golden-section search finds it, with the same bits every time.
+    N rows that are all right support a score of (N + 1) / (N + 2) and no more (Laplace's rule of
+    succession), so no row's highest score may be above that. The loss alone is no bound: on a few
+    rows, all of them right, its best temperature is 0.
+    """
+    temperature = _least_loss(logits, labels, sharpest=SHARPEST, softest=SOFT)
+    if temperature > 0.999 * SOFT:
+        temperature = _least_loss(logits, labels, sharpest=SOFT, softest=SOFTEST)
+    behind = logits.max(axis=1, keepdims=True) - logits
+    behind[np.arange(len(labels)), logits.argmax(axis=1)] = np.inf  # (N, C), but for the best label
+    supported = math.log(len(labels) + 1)  # the log odds of (N + 1) / (N + 2)
+    # "Not above", not "at most": the loss of logits that are not finite says so by itself.
+    if not _highest_log_odds(behind / temperature) > supported:
+        return temperature
+    # The odds of every row fall as its logits shrink: bisection, with the same bits every time.
+    low, high = 0.0, 1 / temperature
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        if _highest_log_odds(behind * middle) > supported:
+            high = middle
+        else:
+            low = middle
+    return 1 / low
+
+
+def _least_loss(
+    logits: npt.NDArray[np.float64],
+    labels: npt.NDArray[np.int64],
+    *,
+    sharpest: float,
+    softest: float,
+) -> float:
+    """The t in [sharpest, softest] of the lowest log loss. The loss is convex in 1 / t, so
+    golden-section search finds it, with the same bits every time.
     """
     golden = (math.sqrt(5) - 1) / 2
-    low, high = 1 / SOFTEST, 1 / SHARPEST
+    low, high = 1 / softest, 1 / sharpest
     while high - low > 1e-6:
         left, right = high - golden * (high - low), low + golden * (high - low)
         if log_loss(logits * left, labels) <= log_loss(logits * right, labels):
@@ -97,6 +129,14 @@ def fit_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int6
         else:
             low = left
     return 2 / (low + high)
+
+
+def _highest_log_odds(behind: npt.NDArray[np.float64]) -> float:
+    """The highest log(p / (1 - p)) of the rows' best labels, whose logits the others are `behind`,
+    (N, C).
+    """
+    least = behind.min(axis=1, keepdims=True)
+    return float((least[:, 0] - np.log(np.exp(least - behind).sum(axis=1))).max())
 
 
 @torch.no_grad()

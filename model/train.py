@@ -67,6 +67,7 @@ from evalmode.model.resume import (
 from evalmode.model.texts import Texts
 from evalmode.model.tokenizer_training import NGRAM_VOCABULARY, choose_frontend
 from evalmode.model.transformer import Transformer
+from evalmode.model.unlabelled import with_unlabelled
 
 ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 2, 20
 JUDGED_TRAIN_ROWS = (
@@ -74,7 +75,7 @@ JUDGED_TRAIN_ROWS = (
 )
 TABLE_SCALE = 0.1
 ODD_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
-SAMPLED_LABELS = 24
+SAMPLED_LABELS, SAMPLED_POINTS = 24, 8_192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +172,7 @@ def _prepare(config: TrainConfig, *, cache: Path) -> _Run:
         cache=cache,
         identity=_identity(config),
     )
+    data = with_unlabelled(data)
     spec, tokenizer = choose_frontend(config, data)
     frontend = open_frontend(spec, tokenizer)
     parts = _encoded(data, frontend)
@@ -372,9 +374,11 @@ def _sample(rows: Rows) -> Rows:
 
 
 def _one_a_label(texts: Texts) -> tuple[str, ...]:
-    """The first text of each label, of at most SAMPLED_LABELS labels."""
+    """The first text of each label, of at most SAMPLED_LABELS labels, and no more of it than a
+    model may read.
+    """
     first = dict(zip(reversed(texts.labels), reversed(texts.texts), strict=True))
-    return tuple(first[label] for label in sorted(first)[:SAMPLED_LABELS])
+    return tuple(first[label][:SAMPLED_POINTS] for label in sorted(first)[:SAMPLED_LABELS])
 
 
 @contextmanager

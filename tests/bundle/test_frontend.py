@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from evalmode.bundle.errors import BundleCorrupt
 from evalmode.bundle.frontend import (
@@ -267,3 +276,215 @@ def test_a_tokenizer_cuts_at_what_the_model_reads_and_says_so(tokenizer):
 def test_a_file_that_is_no_tokenizer_is_refused_with_its_name(broken):
     with pytest.raises(BundleCorrupt, match=r"tokenizer\.json"):
         open_frontend(BPE, broken)
+
+
+SENTENCES = [
+    "Ez egy rövid mondat, meg 12 alma.",
+    "Dit is een zin!  With  blanks, \n\nand e\u0323\u0301 marks: 각 👩‍👩‍👧",
+    "xxxxxxxxxxxxxxxxxxxxxxxx ------------------------------ https://example.org/a/b?c=d",
+]
+
+
+def described(
+    model: models.Model,
+    trainer: trainers.Trainer,
+    *,
+    normalizer: normalizers.Normalizer | None = None,
+    splitter: pre_tokenizers.PreTokenizer | None = None,
+    added: tuple[AddedToken, ...] = (),
+    sentences: list[str] = SENTENCES,
+) -> str:
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if splitter is not None:
+        tokenizer.pre_tokenizer = splitter
+    tokenizer.train_from_iterator(sentences * 3, trainer)
+    tokenizer.add_tokens([*added])
+    return tokenizer.to_str()
+
+
+def byte_pairs(vocabulary: int = 400, **parts: object) -> str:
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[] if parts.get("added") else ["<pad>", "<start>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer = json.loads(described(models.BPE(), trainer, **parts))
+    if not parts.get("added"):
+        tokenizer["added_tokens"] = []
+    return json.dumps(tokenizer)
+
+
+LONG_WORD = "".join(chr(97 + (number * number // 7) % 26) for number in range(3_000))
+LOSSLESS = {
+    "as trained here": byte_pairs(
+        normalizer=normalizers.NFC(), splitter=pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
+    "a word of 3,000 letters is one token": byte_pairs(
+        4_000,
+        normalizer=normalizers.NFC(),
+        splitter=pre_tokenizers.ByteLevel(add_prefix_space=False),
+        sentences=[*SENTENCES, LONG_WORD],
+    ),
+    "the whole text is one word": byte_pairs(
+        splitter=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ),
+}
+SPECIAL = ["[UNK]", "<pad>", "<start>"]
+OTHERS = {
+    "runs of blanks are one blank": byte_pairs(
+        normalizer=normalizers.Sequence(
+            [normalizers.Replace(Regex(" {2,}"), " "), normalizers.NFC()]
+        ),
+        splitter=pre_tokenizers.ByteLevel(),
+    ),
+    "tags are removed": byte_pairs(
+        normalizer=normalizers.Replace(Regex("<[^>]*>"), ""), splitter=pre_tokenizers.ByteLevel()
+    ),
+    "quotations are removed": byte_pairs(
+        splitter=pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex('"[^"]*"'), "removed"), pre_tokenizers.ByteLevel()]
+        )
+    ),
+    "letters lose case, marks and blanks around them": byte_pairs(
+        normalizer=normalizers.Sequence(
+            [
+                normalizers.NFKD(),
+                normalizers.StripAccents(),
+                normalizers.Lowercase(),
+                normalizers.Strip(),
+            ]
+        ),
+        splitter=pre_tokenizers.ByteLevel(),
+    ),
+    "an added token takes the blanks around it": byte_pairs(
+        splitter=pre_tokenizers.ByteLevel(add_prefix_space=False),
+        added=(AddedToken("<cut>", lstrip=True, rstrip=True),),
+    ),
+    "WordPiece as in BERT": described(
+        models.WordPiece(unk_token="[UNK]"),
+        trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False),
+        normalizer=normalizers.BertNormalizer(),
+        splitter=pre_tokenizers.BertPreTokenizer(),
+    ),
+    "whole words, blanks removed": described(
+        models.WordLevel(unk_token="[UNK]"),
+        trainers.WordLevelTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False),
+        splitter=pre_tokenizers.WhitespaceSplit(),
+    ),
+    "unigrams as in SentencePiece": described(
+        models.Unigram(),
+        trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=SPECIAL, unk_token="[UNK]", show_progress=False
+        ),
+        normalizer=normalizers.NFKC(),
+        splitter=pre_tokenizers.Metaspace(),
+    ),
+    "no words at all, as in Llama 2": described(
+        models.BPE(unk_token="[UNK]", fuse_unk=True),
+        trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False),
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    ),
+}
+PIECES = st.sampled_from(
+    [
+        *("a", "x", "xy", "zin ", "mondat, ", "is", "12", "7 ", "A", "ß", "İ", "-", "!?", "日本"),
+        *(" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", " \n"),
+        *(
+            "\u0301",
+            "\u0323",
+            "\u0301\u0323",
+            "e\u0301",
+            "e\u0323\u0301",
+            "\u0958",
+            "\u1112\u1161\u11ab",
+        ),
+        *(
+            "👩‍👩‍👧",
+            "👍",
+            "\ud83d",
+            "\ude00",
+            "\x00",
+            "\ufeff",
+            "<b>",
+            "<",
+            '"',
+            "<cut>",
+            "'s",
+            LONG_WORD,
+        ),
+    ]
+)
+LONG_TEXTS = st.lists(
+    st.tuples(PIECES, st.integers(1, 3) | st.integers(1, 700) | st.integers(1, 6_000)), max_size=6
+).map(lambda parts: "".join(piece * count for piece, count in parts)[:30_000])
+SHORT_LADDER = BpeSpec(vocabulary=5_000, lengths=(4, 16))
+
+
+def uncut(tokenizer: str, text: str) -> list[int]:
+    readable = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return Tokenizer.from_str(tokenizer).encode(readable, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", [*LOSSLESS, *OTHERS])
+@settings(max_examples=60, deadline=None)
+@given(text=LONG_TEXTS)
+def test_a_text_that_fits_has_the_ids_of_the_whole_text_and_all_others_say_that_they_are_cut(
+    name, text
+):
+    tokenizer = (LOSSLESS | OTHERS)[name]
+    whole = uncut(tokenizer, text)
+    row = BpeFrontEnd(SHORT_LADDER, tokenizer).encode(text)
+    assert row.truncated == (len(whole) > 15)
+    if not row.truncated:
+        assert row.ids.tolist() == [SHORT_LADDER.start, *whole]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    words=st.lists(
+        st.text(st.characters(exclude_categories=()), min_size=1, max_size=40), min_size=1
+    ),
+    count=st.integers(1, 200),
+)
+def test_a_text_of_words_that_does_not_fit_has_the_first_ids_of_the_whole_text(words, count):
+    text = " ".join(words * count)
+    for tokenizer in LOSSLESS.values():
+        whole = uncut(tokenizer, text)
+        assert BpeFrontEnd(SHORT_LADDER, tokenizer).encode(text).ids.tolist() == [1, *whole[:15]]
+
+
+def test_a_text_can_have_one_and_a_half_code_points_for_each_byte_of_its_composed_form():
+    # what the bound on the length of a text that fits stands on
+    ratios = {
+        len(unicodedata.normalize("NFD", letter)) / len(letter.encode())
+        for letter in map(chr, [*range(0xD800), *range(0xE000, 0x110000)])
+        if unicodedata.normalize("NFC", letter) == letter
+    }
+    assert max(ratios) == 1.5
+
+
+LONG = {
+    "words": "some words and more ",
+    "one word": "x",
+    "combining marks": "\u0301\u0316",
+    "blanks": " ",
+    "line ends": "\n",
+    "emoji": "👩‍👩‍👧",
+    "halves of emoji": "\ud83d",
+}
+
+
+@pytest.mark.parametrize("piece", LONG.values(), ids=LONG.keys())
+@pytest.mark.parametrize("kind", ["ngrams", "bpe"])
+def test_ten_million_code_points_are_read_in_a_hundredth_of_the_time_they_would_take(kind, piece):
+    frontend = DEFAULT
+    if kind == "bpe":
+        frontend = BpeFrontEnd(BpeSpec(vocabulary=400), LOSSLESS["as trained here"])
+    text = "a" + piece * (10_000_000 // len(piece))
+    began = time.process_time()
+    row = frontend.encode(text)
+    assert time.process_time() - began < 0.5  # uncut: 3 to 10 s
+    assert row.truncated or not text[1:].strip()

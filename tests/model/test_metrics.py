@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from evalmode.bundle.frontend import BpeSpec
@@ -53,8 +55,56 @@ def test_the_temperature_undoes_what_made_the_scores_too_sure():
     assert fit_temperature(honest * 2.5, labels) == pytest.approx(2.5, abs=0.1)
 
 
-def test_on_a_few_rows_that_are_all_right_the_temperature_keeps_within_reason():
-    assert fit_temperature(LOGITS[[0, 2]], LABELS[[0, 2]]) == pytest.approx(0.25, abs=1e-3)
+def highest_score(logits):
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return (powers / powers.sum(1, keepdims=True)).max()
+
+
+def test_rows_that_are_all_right_support_what_the_rule_of_succession_says():
+    logits, labels = LOGITS[[0, 2, 3]] * 40, LABELS[[0, 2, 3]]
+    assert highest_score(logits) > 0.999_999
+    temperature = fit_temperature(logits, labels)
+    assert highest_score(logits / temperature) == pytest.approx(4 / 5, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 60),
+    classes=st.integers(2, 9),
+    wrong=st.floats(0, 1),
+    size=st.floats(0.01, 500),
+)
+def test_no_row_gets_a_higher_score_than_the_rows_support(seed, rows, classes, wrong, size):
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(size=(rows, classes)) * size
+    labels = np.where(draw.random(rows) < wrong, draw.integers(0, classes, rows), logits.argmax(1))
+    temperature = fit_temperature(logits, labels)
+    assert np.isfinite(temperature)
+    assert highest_score(logits / temperature) <= (rows + 1) / (rows + 2) + 1e-9
+
+
+def test_a_bound_that_no_row_reaches_changes_no_bit_of_the_best_temperature():
+    draw = np.random.default_rng(1)
+    logits = draw.normal(size=(4000, 5)) * 2
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.array([draw.choice(5, p=row) for row in p])
+    best = fit_temperature(logits, labels)
+    assert highest_score(logits / best) < 4001 / 4002
+    losses = [log_loss(logits / (best + step), labels) for step in (-0.01, 0.0, 0.01)]
+    assert min(losses) == losses[1]
+
+
+def test_scores_that_say_nothing_become_even():
+    draw = np.random.default_rng(2)
+    logits, labels = draw.normal(size=(2000, 3)) * 50, draw.integers(0, 3, 2000)
+    assert highest_score(logits / fit_temperature(logits, labels)) < 0.6
+
+
+def test_logits_that_are_not_finite_have_a_loss_that_is_not():
+    logits = LOGITS.copy()
+    logits[1, 1] = np.nan
+    assert np.isnan(log_loss(logits / fit_temperature(logits, LABELS), LABELS))
 
 
 def test_a_folded_temperature_divides_the_logits():

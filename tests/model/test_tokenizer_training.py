@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -11,7 +14,12 @@ from evalmode.bundle.frontend import BpeFrontEnd, BpeSpec, NgramSpec
 from evalmode.model.config import TrainConfig
 from evalmode.model.data import DataSet
 from evalmode.model.texts import Texts
-from evalmode.model.tokenizer_training import choose_frontend, train_bpe
+from evalmode.model.tokenizer_training import (
+    LEARNED_POINTS,
+    LONGEST_TOKEN,
+    choose_frontend,
+    train_bpe,
+)
 
 TEXTS = (
     "a small text",
@@ -73,3 +81,37 @@ def test_the_same_texts_give_the_same_tokenizer_in_another_process_too():
         [sys.executable, "-c", program.format(TEXTS)], capture_output=True, text=True, check=True
     )
     assert ran.stdout == train_bpe(TEXTS, vocabulary=290)[1]
+
+
+LONG = {
+    "words": "some words and more " * 50_000,
+    "one word": "x" * 1_000_000,
+    "combining marks": "a" + "\u0301\u0316" * 200_000,
+    "other letters": "".join(map(chr, random.Random(0).choices(range(0x100, 0x3000), k=100_000))),
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG.keys())
+def test_one_long_text_costs_no_more_than_its_beginning(text):
+    began = time.process_time()
+    tokenizers = [
+        train_bpe((*TEXTS, whole), vocabulary=8_192) for whole in (text, text[:LEARNED_POINTS])
+    ]
+    assert time.process_time() - began < 8  # 144 s for 20 MB of words, uncut
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_a_text_that_fits_is_learned_whole():
+    words = " ".join(f"word{number}" for number in range(900))
+    assert len(words) < LEARNED_POINTS
+    learned, cut = (train_bpe((text,) * 3, vocabulary=2_000) for text in (words, words[:-1]))
+    assert learned != cut
+
+
+def test_a_word_is_one_token_up_to_a_bound_and_no_text_of_a_megabyte_fits():
+    word = "".join(random.Random(0).choices("abcdefghij", k=600))
+    tokens = json.loads(train_bpe((*TEXTS, word, word), vocabulary=8_192)[1])["model"]["vocab"]
+    assert word in tokens
+    spec, tokenizer = train_bpe((*TEXTS, "x" * 120_000), vocabulary=8_192)
+    assert max(map(len, json.loads(tokenizer)["model"]["vocab"])) <= LONGEST_TOKEN
+    assert BpeFrontEnd(spec, tokenizer).encode("x" * 1_000_000).truncated
