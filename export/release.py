@@ -19,6 +19,7 @@ from evalmode.bundle.certificate import Certificate, Record, Verdict
 from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, NgramSpec
 from evalmode.bundle.known_answers import KnownAnswer, Tensors, pack
 from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest, is_name
+from evalmode.bundle.operators import check_operators
 from evalmode.bundle.session import Session
 from evalmode.bundle.store import digest_of, hashes_of, write_bundle
 from evalmode.errors import EvalmodeError
@@ -75,13 +76,15 @@ def release(
     progress: Progress,
 ) -> Released:
     """Export, certify and write `root/name/version`; raise ExportRefused, and write nothing, unless
-    all rules pass.
+    all rules pass. Raises BundleNotCertified for a graph that the service would not open.
     """
     certified = certify(candidate, progress=progress)
     if not certified.passed or certified.subject is None:
         raise ExportRefused(certified.records)
     progress("write")
     subject = certified.subject
+    # What no service would open is not written. The rules follow a mode through more operators.
+    check_operators(subject.data)
     contents = _contents(description, subject)
     manifest = _manifest(
         description, subject.served, name=name, version=version, files=hashes_of(contents)
