@@ -6,6 +6,7 @@ The models are made with onnx, and ONNX Runtime shows that what is refused would
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -446,6 +447,17 @@ def test_onnx_runtimes_own_format_is_refused(tmp_path: Path) -> None:
     data = (tmp_path / "model.ort").read_bytes()
     assert draws(data)
     assert "ONNX Runtime's own format" in refusal(data)
+
+
+def test_weights_are_skipped_and_not_copied() -> None:
+    weights = [numpy_helper.from_array(np.zeros(1 << 20, np.float32), f"w{i}") for i in range(16)]
+    held = node("Constant", [], ["held"], value=weights[0])
+    data = model_of(quiet(), held, weights=tuple(weights)).SerializeToString()
+    tracemalloc.start()
+    check_operators(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20 < len(data)
 
 
 def test_graphs_that_stand_deeper_than_protobuf_reads_are_refused() -> None:
