@@ -84,6 +84,12 @@ class Bound(Frozen):
     maximum: int | None = None
     part: tuple[PartOfAxis, ...] = Field(default=(), exclude_if=lambda part: not part)
 
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Bound:
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ValueError(f"no value is {self}")
+        return self
+
     def __str__(self) -> str:
         limits = [f"at least {self.minimum}"] if self.minimum is not None else []
         limits += [f"at most {self.maximum}"] if self.maximum is not None else []
@@ -99,6 +105,18 @@ class TensorSpec(Frozen):
     datatype: str
     shape: tuple[int, ...]
     bounds: tuple[Bound, ...] = Field(default=(), exclude_if=lambda bounds: not bounds)
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> TensorSpec:
+        if self.bounds and not self.datatype.startswith(("INT", "UINT")):
+            raise ValueError(f"bounds are for integers, and {self.name} is {self.datatype}")
+        for bound in self.bounds:
+            for part in bound.part:
+                if part.axis >= len(self.shape):
+                    raise ValueError(
+                        f"bounds name axis {part.axis} of {self.name}, which has {len(self.shape)}"
+                    )
+        return self
 
 
 class Manifest(Frozen):
