@@ -214,7 +214,9 @@ def _manifest_table(bundle: Bundle) -> Table:
             "digest": bundle.digest,
             "opset": manifest.opset,
             "inputs": ", ".join(
-                f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.inputs
+                f"{item.name} {item.datatype} {list(item.shape)}"
+                + "".join(f" {bound}" for bound in item.bounds)
+                for item in manifest.inputs
             ),
             "outputs": ", ".join(
                 f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.outputs

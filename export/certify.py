@@ -75,6 +75,7 @@ def subject_of(candidate: Candidate) -> Subject:
             unoptimised=converted.unoptimised,
             bounds=converted.bounds,
             conditions=converted.conditions,
+            index_bounds=converted.index_bounds,
             # One in another process shows what one in this process does, and more.
             twins=candidate.twins or (twin,),
         ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -18,8 +18,10 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor, nn
 
+from evalmode.bundle.manifest import Bound
 from evalmode.errors import EvalmodeError
 from evalmode.export.graph import bodies_of, names_read
+from evalmode.export.index_bounds import index_bounds
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import answering_tensors
@@ -79,12 +81,14 @@ class Converted:
     whose noise it then leaves behind as a constant. The evidence is in the graph that it was given.
     `bounds` holds, by the axis' name, the largest size for which the trace holds: beyond it the
     module's own code takes another way. `conditions` are what else the trace was made for.
+    `index_bounds` holds, by the input's name, which values are indices of what it indexes.
     """
 
     model: onnx.ModelProto
     unoptimised: onnx.ModelProto
     bounds: Mapping[str, int]
     conditions: tuple[Condition, ...] = ()
+    index_bounds: Mapping[str, tuple[Bound, ...]] = field(default_factory=dict)
 
 
 def convert(
@@ -179,7 +183,14 @@ def _export(
         why = refusal(error, inputs, dynamic_axes)
         raise NotConvertible(f"{type(module).__name__} cannot be exported: {why}") from error
     bounds, conditions = _traced_sizes(program, dynamic_axes)
-    return Converted(model=model, unoptimised=unoptimised, bounds=bounds, conditions=conditions)
+    assert program.exported_program is not None, "the dynamo exporter keeps what it traced"
+    return Converted(
+        model=model,
+        unoptimised=unoptimised,
+        bounds=bounds,
+        conditions=conditions,
+        index_bounds=index_bounds(program.exported_program),
+    )
 
 
 def _name_values_apart(graph: Any) -> None:
@@ -324,9 +335,9 @@ def _strip(message: Message) -> None:
     """Remove what the exporter notes about itself: stack traces and paths of this machine, and
     texts that vary.
     """
-    for field, value in message.ListFields():
-        if field.name in ("metadata_props", "doc_string"):
-            message.ClearField(field.name)
-        elif field.message_type is not None:
+    for item, value in message.ListFields():
+        if item.name in ("metadata_props", "doc_string"):
+            message.ClearField(item.name)
+        elif item.message_type is not None:
             for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
                 _strip(part)

@@ -18,8 +18,14 @@ from pydantic import JsonValue
 from evalmode.bundle.certificate import Certificate, Record, Verdict
 from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, NgramSpec
 from evalmode.bundle.known_answers import KnownAnswer, Tensors, pack
-from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, MODEL_FILE, Manifest, is_name
-from evalmode.bundle.session import Session
+from evalmode.bundle.manifest import (
+    KNOWN_ANSWERS_FILE,
+    MODEL_FILE,
+    Manifest,
+    is_name,
+    lowest_schema_version,
+)
+from evalmode.bundle.operators import check_operators
 from evalmode.bundle.store import digest_of, hashes_of, write_bundle
 from evalmode.errors import EvalmodeError
 from evalmode.export.certify import certify
@@ -75,16 +81,18 @@ def release(
     progress: Progress,
 ) -> Released:
     """Export, certify and write `root/name/version`; raise ExportRefused, and write nothing, unless
-    all rules pass.
+    all rules pass. Raises BundleNotCertified for a graph that the service would not open.
     """
     certified = certify(candidate, progress=progress)
     if not certified.passed or certified.subject is None:
         raise ExportRefused(certified.records)
     progress("write")
     subject = certified.subject
+    # What no service would open is not written. The rules follow a mode through more operators.
+    check_operators(subject.data)
     contents = _contents(description, subject)
     manifest = _manifest(
-        description, subject.served, name=name, version=version, files=hashes_of(contents)
+        description, subject, name=name, version=version, files=hashes_of(contents)
     )
     certificate = Certificate(
         digest=digest_of(manifest),
@@ -124,18 +132,25 @@ def _contents(description: Description, subject: Subject) -> dict[str, bytes]:
 
 
 def _manifest(
-    description: Description, session: Session, *, name: str, version: str, files: dict[str, str]
+    description: Description, subject: Subject, *, name: str, version: str, files: dict[str, str]
 ) -> Manifest:
+    session = subject.served
+    # A front end knows its own vocabulary, and the service holds its ids to that.
+    bounds = subject.export.index_bounds if description.frontend is None else {}
+    inputs = tuple(
+        item.model_copy(update={"bounds": bounds.get(item.name, ())}) for item in session.inputs
+    )
     exported: JsonValue = {
         "torch": torch.__version__,
         "onnx": onnx.__version__,
         "onnxscript": onnxscript.__version__,
     }
     return Manifest(
+        schema_version=lowest_schema_version(inputs),
         name=name,
         version=version,
         opset=OPSET,
-        inputs=session.inputs,
+        inputs=inputs,
         outputs=session.outputs,
         labels=description.labels,
         frontend=description.frontend,

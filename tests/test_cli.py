@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from evalmode import cli, terminal
@@ -18,6 +20,7 @@ from evalmode.commands.train import train_command
 from evalmode.export.release import Released
 from evalmode.model.checkpoint import Checkpoint
 from evalmode.model.config import TrainConfig
+from tests.service.bundles import make_bundle, tiny_model
 
 COMMANDS = ("train", "export", "verify", "serve", "predict", "show")
 
@@ -102,10 +105,6 @@ def test_verify_tells_pass_from_findings_from_unreadable(
 
 
 def test_verify_finds_a_dropout_that_trains(released: Released, tmp_path: Path) -> None:
-    import numpy as np
-    import onnx
-    from onnx import helper, numpy_helper
-
     model = onnx.load(released.path / "model.onnx")
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(True), "on"))
     last = model.graph.node[-1]
@@ -115,6 +114,24 @@ def test_verify_finds_a_dropout_that_trains(released: Released, tmp_path: Path) 
     found = run("verify", str(tmp_path / "leak.onnx"))
     assert found.returncode == 1
     assert "leak (Dropout-20)" in found.stdout
+
+
+def test_a_bundle_with_a_forged_certificate_is_neither_served_nor_predicted_with(
+    tmp_path: Path,
+) -> None:
+    """Every hash and the seal are right for a model whose Dropout trains."""
+    model = onnx.load_from_string(tiny_model())
+    model.graph.node[-1].output[0] = "sum"
+    weights = {"rate": np.array(0.5, np.float32), "mode": np.array(True)}
+    for name, value in weights.items():
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    drop = helper.make_node("Dropout", ["sum", *weights], ["logits"], name="drop")
+    model.graph.node.append(drop)
+    bundle = str(make_bundle(tmp_path, model=model.SerializeToString()))
+    for arguments in (["serve", bundle, "--port", "0"], ["predict", "--bundle", bundle, "a text"]):
+        refused = run(*arguments)
+        assert refused.returncode == 2
+        assert "model.onnx must not be served: the node 'drop' is Dropout" in refused.stderr
 
 
 def test_show_prints_manifest_certificate_census_and_metrics(released: Released) -> None:

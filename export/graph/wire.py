@@ -1,23 +1,22 @@
 """A serialised model without its weights: the protobuf wire format is skimmed, and what is large
 stays where it is.
 
-Only the tensors' payloads are left out; a tag in each says where its payload lies. Knows the wire
-format and which messages nest (from onnx's own descriptors), and nothing of what they mean.
+Only the tensors' payloads are left out; a tag in each says where its payload lies. Knows which
+messages nest (from onnx's own descriptors), and nothing of what they mean.
 https://protobuf.dev/programming-guides/encoding/
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import onnx
 from google.protobuf.descriptor import Descriptor
 
+from evalmode.bundle.wire import BYTES, Malformed, fields
 from evalmode.export.graph.errors import Broken
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _PAYLOADS = frozenset(
     {"raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"}
 )
@@ -67,7 +66,10 @@ def skim(data: memoryview) -> Skimmed:
     """
     # A file cannot guess the key, so it cannot claim that a payload lies where it does not.
     key = secrets.token_hex(16)
-    pieces = _Skimmer(data, key).message(0, len(data), onnx.ModelProto.DESCRIPTOR, 0)
+    try:
+        pieces = _Skimmer(data, key).message(0, len(data), onnx.ModelProto.DESCRIPTOR, 0)
+    except Malformed as error:
+        raise Broken(str(error)) from error
     if (size := sum(map(len, pieces))) > _LARGEST:
         raise Broken(
             f"it has {size >> 20} MiB beside its weights, at most {_LARGEST >> 20} are read"
@@ -93,10 +95,10 @@ class _Skimmer:
             return self._tensor(start, end)
         pieces: list[bytes | memoryview] = []
         kept, nested = start, self._messages_in(kind)
-        for count, (number, wire, tag, at, stop) in enumerate(self._fields(start, end)):
+        for count, (number, wire, tag, at, stop) in enumerate(fields(self.data, start, end)):
             if count == _MANY and kind is onnx.AttributeProto.DESCRIPTOR:
                 return [self.data[start:end]]
-            if wire == _BYTES and stop - at > _SMALL and number in nested:
+            if wire == BYTES and stop - at > _SMALL and number in nested:
                 inner = self.message(at, stop, nested[number], depth + 1)
                 pieces += [self.data[kept:tag], _field(number, sum(map(len, inner))), *inner]
                 kept = stop
@@ -105,12 +107,12 @@ class _Skimmer:
     def _tensor(self, start: int, end: int) -> list[bytes | memoryview]:
         """The tensor without its payload, if it has one and it is in one piece."""
         payload: tuple[int, int, int, str] | None = None
-        for count, (number, wire, tag, at, stop) in enumerate(self._fields(start, end)):
+        for count, (number, wire, tag, at, stop) in enumerate(fields(self.data, start, end)):
             known = onnx.TensorProto.DESCRIPTOR.fields_by_number.get(number)
             if known is None or known.name not in _PAYLOADS:
                 continue
             # in several pieces, which protobuf may join
-            if wire != _BYTES or payload is not None or count > _MANY:
+            if wire != BYTES or payload is not None or count > _MANY:
                 return [self.data[start:end]]
             payload = tag, at, stop, known.name
         if payload is None:
@@ -132,49 +134,10 @@ class _Skimmer:
             self._nested[kind.full_name] = inner
         return self._nested[kind.full_name]
 
-    def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Number, wire type, and where the tag, the value and what follows begin, of each field in
-        [start, end).
-        """
-        stop = start
-        while stop < end:
-            tag = stop
-            word, at = self._varint(tag, end)
-            wire, stop = word & 7, at
-            if wire == _BYTES:
-                size, at = self._varint(at, end)
-                stop = at + size
-            elif wire == _VARINT:
-                _, stop = self._varint(at, end)
-            elif wire in (_FIXED32, _FIXED64):
-                stop = at + (4 if wire == _FIXED32 else 8)
-            else:
-                raise Broken(f"byte {tag} is no protobuf field")
-            if word < 8 or stop > end:
-                raise Broken(
-                    f"it breaks off in byte {tag}"
-                    if word >= 8
-                    else f"byte {tag} is no protobuf field"
-                )
-            yield word >> 3, wire, tag, at, stop
-
-    def _varint(self, at: int, end: int) -> tuple[int, int]:
-        value = shift = 0
-        while at < end and shift < 70:
-            byte = self.data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value, at
-            shift += 7
-        raise Broken(
-            f"it breaks off in byte {at}" if at >= end else f"byte {at} is no protobuf field"
-        )
-
 
 def _field(number: int, length: int) -> bytes:
     """The head of a length-delimited field."""
-    return _varint(number << 3 | _BYTES) + _varint(length)
+    return _varint(number << 3 | BYTES) + _varint(length)
 
 
 def _varint(value: int) -> bytes:

@@ -10,6 +10,7 @@ import onnx.defs
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.graph import Graph, NodeAt
+from evalmode.export.rules.stochastic_op import drawing_operators
 from evalmode.export.rules.subject import Subject
 from evalmode.export.rules.training_mode import JUDGED
 
@@ -96,6 +97,26 @@ def check(subject: Subject) -> Record:
         measured=f"{len(findings)} of {len(graph.nodes)} nodes",
         limit="0",
     )
+
+
+def quiet_operators() -> frozenset[tuple[str, str]]:
+    """Domain and name of every operator that neither draws nor trains, in no opset that onnx
+    knows.
+    """
+    unknown = onnx.defs.OpSchema.NodeDeterminism.Unknown
+    schemas = onnx.defs.get_all_schemas_with_history()
+    unclear = {
+        (schema.domain, schema.name)
+        for schema in schemas
+        if schema.node_determinism == unknown  # type: ignore[attr-defined]
+    }
+    operators = {(schema.domain, schema.name) for schema in schemas} | _RUNTIMES_OWN
+    return frozenset(operators - (unclear - _KNOWN_QUIET) - drawing_operators() - JUDGED)
+
+
+def newest_opsets() -> dict[str, int]:
+    """The domains that onnx has schemas of, and the newest opset that it knows of each."""
+    return dict(_standard_domains())
 
 
 def _opaque(graph: Graph) -> Iterator[Finding]:

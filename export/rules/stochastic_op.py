@@ -55,7 +55,7 @@ def check(subject: Subject) -> Record:
 def findings_in(graph: Graph) -> list[Finding]:
     """An error for every node of the graph that draws."""
     findings = []
-    drawing = [at for at in graph.nodes if (at.domain, at.node.op_type) in _drawing_operators()]
+    drawing = [at for at in graph.nodes if (at.domain, at.node.op_type) in drawing_operators()]
     readers = _readers(graph, {id(at.scope) for at in drawing})
     for at in drawing:
         why = "it draws random numbers"
@@ -71,7 +71,7 @@ def findings_in(graph: Graph) -> list[Finding]:
 
 
 @cache
-def _drawing_operators() -> frozenset[tuple[str, str]]:
+def drawing_operators() -> frozenset[tuple[str, str]]:
     """Domain and name, whatever the opset: where a draw was written for another opset, it is a draw
     all the same.
     """

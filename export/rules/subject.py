@@ -15,6 +15,7 @@ import onnx
 
 from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.known_answers import Tensors
+from evalmode.bundle.manifest import Bound
 from evalmode.bundle.row_counts import stable_row_counts
 from evalmode.bundle.session import Session, open_session
 from evalmode.bundle.store import Bundle
@@ -40,13 +41,15 @@ class Export:
     """What only the exporter knows of a graph.
 
     `unoptimised` is the graph before constants were folded, `bounds` holds the sizes of axes up to
-    which the graph was traced, `conditions` what else of sizes it was traced for, `twins` make
-    exports of the same weights under other seeds.
+    which the graph was traced, `conditions` what else of sizes it was traced for, `index_bounds`
+    which values of an input are indices, `twins` make exports of the same weights under other
+    seeds.
     """
 
     unoptimised: onnx.ModelProto | None = None
     bounds: Mapping[str, int] = field(default_factory=dict)
     conditions: Sequence[Condition] = ()
+    index_bounds: Mapping[str, tuple[Bound, ...]] = field(default_factory=dict)
     twins: Sequence[Twin] = ()
 
 

@@ -224,3 +224,4 @@ _JUDGES: Mapping[tuple[str, str], Callable[[NodeAt], _Mode | None]] = {
     **{("ai.onnx.preview.training", op): _always for op in _OPTIMIZERS},
 }
 JUDGED = frozenset(_JUDGES)
+TRAINS = frozenset(operator for operator, judge in _JUDGES.items() if judge is _always)

@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from evalmode.bundle.certificate import Platform, Verdict
-from evalmode.bundle.errors import BundleError
+from evalmode.bundle.errors import BundleError, BundleNotCertified
 from evalmode.bundle.frontend import FrontEnd
 from evalmode.bundle.known_answers import KnownAnswer, Replay, Run, Tensors, replay
 from evalmode.bundle.manifest import TensorSpec
+from evalmode.bundle.operators import check_operators
 from evalmode.bundle.session import Session, open_session
 from evalmode.bundle.store import Bundle, open_bundle
 from evalmode.service.batching.bucket import Bucket, Job
@@ -72,6 +73,7 @@ class Model:
         bundle: what it was opened from, without the contents.
         platform: what its bits depend on besides the bundle.
         replayed: how the known answers compared; None for a bundle without a certificate.
+        doubt: why the graph itself does not look certified, where that was allowed; else None.
         frontend: turns texts into ids; None for a model of tensors.
         labels: the label of each logit, where there are any.
         buckets: all of them; the model chooses the bucket of a row.
@@ -82,6 +84,7 @@ class Model:
     bundle: Bundle
     platform: Platform
     replayed: Replay | None
+    doubt: str | None
     frontend: FrontEnd | None
     labels: tuple[str, ...] | None
     buckets: tuple[Bucket, ...]
@@ -101,8 +104,9 @@ class Model:
         """Open the bundle folder `path`, replay its known answers, and measure which batch sizes
         keep a row's bits.
 
-        Raises BundleError for a bundle that must not be served, and ProviderUnavailable for a
-        provider that is not there.
+        The certificate alone is not believed: the operators of the graph are read as well. Raises
+        BundleError for a bundle that must not be served, and ProviderUnavailable for a provider
+        that is not there.
         """
         bundle = open_bundle(path, allow_uncertified=allow_uncertified)
         frontend, answers, manifest = bundle.frontend(), bundle.known_answers(), bundle.manifest
@@ -112,6 +116,13 @@ class Model:
                 f"{path} cannot be served: {odd.name!r} is {odd.datatype}, which no request can"
                 " carry"
             )
+        doubt = None
+        try:
+            check_operators(bundle.model)
+        except BundleNotCertified as error:
+            if not allow_uncertified:
+                raise
+            doubt = str(error)
         session = open_session(bundle.model, provider=provider, threads=threads)
         replayed = _replay(bundle, answers, session=session, frontend=frontend)
         measured = _measure(bundle, session, answers, frontend=frontend, calibration=calibration)
@@ -121,6 +132,7 @@ class Model:
             bundle=replace(bundle, contents={}),
             platform=session.platform,
             replayed=replayed,
+            doubt=doubt,
             frontend=frontend,
             labels=labels,
             buckets=tuple(buckets.values()),

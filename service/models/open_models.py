@@ -338,6 +338,12 @@ def _report_opened(model: Model, *, seconds: float) -> None:
             " does",
             model=model.name,
         )
+    if model.doubt is not None:
+        _log.warning(
+            "this bundle is served although its graph can draw or train",
+            model=model.name,
+            reason=model.doubt,
+        )
     _log.info(
         "model opened",
         model=model.name,

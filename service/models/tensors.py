@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evalmode.bundle.known_answers import Tensors
-from evalmode.bundle.manifest import TensorSpec
+from evalmode.bundle.manifest import Bound, TensorSpec
 from evalmode.bundle.row_counts import bits
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.datatypes import BYTES, DATATYPES, datatype_of
@@ -149,7 +149,33 @@ def _check_input(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArr
         )
     if spec.datatype == BYTES:
         return _strings(tensor, spec)
+    for bound in spec.bounds:
+        _require_bound(tensor, bound, spec.name)
     return np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("=")).reshape(tensor.shape)
+
+
+def _require_bound(tensor: npt.NDArray[np.generic], bound: Bound, name: str) -> None:
+    """Raise BadRequest for an index that the module would refuse too. The runtime counts a negative
+    one from the other end.
+    """
+    places: list[slice] = [slice(None)] * tensor.ndim
+    for part in bound.part:
+        places[part.axis] = slice(part.start, part.stop)
+    bounded = tensor[tuple(places)]
+    if bounded.size == 0:
+        return
+    least, largest = int(bounded.min()), int(bounded.max())
+    low, high = bound.minimum, bound.maximum
+    if low is not None and least < low:
+        value = least
+    elif high is not None and largest > high:
+        value = largest
+    else:
+        return
+    first = np.argwhere(bounded == value)[0]
+    starts = [place.indices(size)[0] for place, size in zip(places, tensor.shape, strict=True)]
+    place = [int(index) + start for index, start in zip(first, starts, strict=True)]
+    raise BadRequest(f"{name}{place} must be {bound}, got {value}", field=name)
 
 
 def _strings(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:

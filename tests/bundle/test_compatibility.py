@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from evalmode import cli
 from evalmode.bundle.certificate import Certificate
 from evalmode.bundle.known_answers import replay
-from evalmode.bundle.manifest import Frozen, Manifest
+from evalmode.bundle.manifest import Frozen, Manifest, lowest_schema_version
 from evalmode.bundle.session import open_session
 from evalmode.bundle.store import open_bundle
 
@@ -26,6 +26,7 @@ WRITTEN = Path(__file__).with_name("written_by")
 DIGESTS = {
     "schema_1/classifier/1": "f22d53f519657afe780339241ab4a02fe71231019fc0a6898661be3313e7c715",
     "schema_1/small/1": "7f75f1aa87a1f91830aaf8c2d8c086b6fbcc302107322b0ef4b05c2dc0214f8f",
+    "schema_2/columns/1": "7975bac22f9051fec1a668c220ff754a825d3267583472a4c6e6881d0545298a",
 }
 
 
@@ -112,3 +113,10 @@ def test_every_recorded_schema_version_has_a_bundle_here(record: str) -> None:
     assert versions == set(json.loads((WRITTEN / "schemas.json").read_text())[record]), (
         f"each schema_version of a {record} is recorded in schemas.json and has a bundle"
     )
+
+
+def test_a_manifest_without_bounds_is_written_as_the_version_that_earlier_releases_read() -> None:
+    for folder in DIGESTS:
+        manifest = open_bundle(WRITTEN / folder).manifest
+        assert manifest.schema_version == lowest_schema_version(manifest.inputs)
+        assert manifest.canonical() == (WRITTEN / folder / "manifest.json").read_bytes()

@@ -4,7 +4,13 @@ import pytest
 from pydantic import ValidationError
 
 from evalmode.bundle.frontend import BpeSpec
-from evalmode.bundle.manifest import Manifest, TensorSpec
+from evalmode.bundle.manifest import (
+    Bound,
+    Manifest,
+    PartOfAxis,
+    TensorSpec,
+    lowest_schema_version,
+)
 
 SHA = "0f" * 32
 FIELDS = {
@@ -46,7 +52,7 @@ def test_a_model_of_tensors_needs_neither_front_end_nor_labels():
         ("version", ""),
         ("inputs", ()),
         ("outputs", ()),
-        ("schema_version", 2),
+        ("schema_version", 3),
         ("schema_version", 0),
         ("unknown", 1),
         ("files", {"model.onnx": "0F" * 32}),
@@ -61,6 +67,44 @@ def test_a_model_of_tensors_needs_neither_front_end_nor_labels():
 def test_what_makes_no_sense_is_refused_naming_the_field(field, value):
     with pytest.raises(ValidationError, match=field):
         Manifest(**{**FIELDS, field: value})
+
+
+IDS = TensorSpec(
+    name="ids",
+    datatype="INT32",
+    shape=(-1, 2),
+    bounds=(
+        Bound(minimum=0, maximum=9),
+        Bound(minimum=3, part=(PartOfAxis(axis=1, start=0, stop=1),)),
+    ),
+)
+
+
+def test_bounds_need_the_second_version_of_the_schema():
+    manifest = Manifest(**{**FIELDS, "inputs": (IDS,)})
+    assert Manifest.model_validate_json(manifest.canonical()) == manifest
+    assert lowest_schema_version(manifest.inputs) == 2
+    assert lowest_schema_version(manifest.outputs) == 1
+    with pytest.raises(ValidationError, match="schema_version 1 knows no bounds"):
+        Manifest(**{**FIELDS, "inputs": (IDS,), "schema_version": 1})
+
+
+def test_a_manifest_without_bounds_does_not_mention_them():
+    manifest = Manifest(**FIELDS, schema_version=1)
+    assert b"bounds" not in manifest.canonical()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"datatype": "FP32"}, "bounds are for integers, and ids is FP32"),
+        ({"shape": (-1,)}, "bounds name axis 1 of ids, which has 1"),
+        ({"bounds": ({"minimum": 3, "maximum": 2},)}, "no value is at least 3 and at most 2"),
+    ],
+)
+def test_bounds_that_make_no_sense_are_refused(change, reason):
+    with pytest.raises(ValidationError, match=reason):
+        TensorSpec.model_validate({**IDS.model_dump(), **change})
 
 
 def test_a_front_end_with_a_tokenizer_lists_its_file():

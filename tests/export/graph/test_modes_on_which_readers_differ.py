@@ -1,4 +1,5 @@
-"""Modes that runtimes, the standard and we could read differently: none of them may pass.
+"""Modes that runtimes, the standard and we could read differently: none of them may pass, nor be
+opened to serve.
 
 Each graph is one Dropout whose mode is written in an unusual way.
 """
@@ -13,6 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.errors import BundleNotCertified
+from evalmode.bundle.operators import check_operators
 from evalmode.export.graph import graph_of
 from evalmode.export.rules import training_mode
 from evalmode.export.rules.subject import Subject
@@ -45,7 +48,11 @@ def judged(
         opset_imports=[helper.make_opsetid(*item) for item in opsets],
         ir_version=10,
     )
-    return training_mode.check(Subject(graph=graph_of(model)))
+    record = training_mode.check(Subject(graph=graph_of(model)))
+    if record.verdict is not Verdict.PASS:
+        with pytest.raises(BundleNotCertified):
+            check_operators(model.SerializeToString())
+    return record
 
 
 def function(

@@ -6,6 +6,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from evalmode.bundle.certificate import Finding, Verdict
+from evalmode.bundle.errors import BundleNotCertified
+from evalmode.bundle.operators import check_operators
 from evalmode.export.graph import graph_of
 from evalmode.export.rules import training_mode
 from evalmode.export.rules.subject import Subject
@@ -40,7 +42,12 @@ def model_of(
 
 
 def judged(node: onnx.NodeProto, **given: object) -> Verdict:
-    return training_mode.check(Subject(graph=graph_of(model_of(node, **given)))).verdict  # type: ignore[arg-type]
+    model = model_of(node, **given)  # type: ignore[arg-type]
+    verdict = training_mode.check(Subject(graph=graph_of(model))).verdict
+    if verdict is not Verdict.PASS:  # then it is not opened to serve either
+        with pytest.raises(BundleNotCertified):
+            check_operators(model.SerializeToString())
+    return verdict
 
 
 def finding(node: onnx.NodeProto, **given: object) -> Finding:

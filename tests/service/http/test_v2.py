@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -296,3 +297,66 @@ def test_the_shortest_of_setting_header_and_parameter_is_the_deadline(served: Se
     assert "x-request-timeout-ms" in refusal(
         served.infer(body, headers={"x-request-timeout-ms": "-1"})
     )
+
+
+@pytest.fixture(scope="module")
+def bounded() -> Iterator[Served]:
+    """A recorded bundle: words below 30, and two columns below 5 and 7."""
+    root = Path(__file__).parents[2] / "bundle" / "written_by" / "schema_2"
+    with serving(root) as found:
+        yield found
+
+
+def columns_request(words: list[list[int]], columns: list[list[int]]) -> Any:
+    return {
+        "inputs": [
+            {"name": name, "datatype": "INT64", "shape": list(np.shape(ids)), "data": ids}
+            for name, ids in (("words", words), ("columns", columns))
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "columns", "reason"),
+    [
+        ([[1, -1]], [[0, 0]], "words[0, 1] must be at least 0 and at most 29, got -1"),
+        ([[1, 30]], [[0, 0]], "words[0, 1] must be at least 0 and at most 29, got 30"),
+        ([[-30, 1]], [[0, 0]], "words[0, 0] must be at least 0 and at most 29, got -30"),
+        ([[-(2**63), 1]], [[0, 0]], f"got {-(2**63)}"),
+        ([[1, 2], [3, 4]], [[4, 6], [5, 6]], "columns[1, 0] must be at least 0 and at most 4"),
+        ([[1, 2], [3, 4]], [[4, 6], [0, -1]], "columns[1, 1] must be at least 0 and at most 6"),
+    ],
+)
+def test_an_id_that_the_module_refuses_is_refused_with_its_place(
+    bounded: Served, words: list[list[int]], columns: list[list[int]], reason: str
+) -> None:
+    answer = bounded.infer(columns_request(words, columns), model="columns")
+    assert answer.status_code == 400
+    assert reason in answer.json()["error"]
+
+
+def test_ids_at_both_ends_of_their_bounds_are_answered(bounded: Served) -> None:
+    answer = bounded.infer(columns_request([[0, 29]], [[4, 6]]), model="columns")
+    assert answer.status_code == 200, answer.text
+
+
+def test_binary_ids_are_held_to_their_bounds_too(bounded: Served) -> None:
+    request = columns_request([[1]], [[0, 0]])
+    raw = {"words": np.array([[-1]], np.int64), "columns": np.array([[0, 0]], np.int64)}
+    for tensor in request["inputs"]:
+        del tensor["data"]
+        tensor["parameters"] = {"binary_data_size": raw[tensor["name"]].nbytes}
+    head = json.dumps(request).encode()
+    answer = bounded.infer(
+        head + b"".join(tensor.tobytes() for tensor in raw.values()),
+        model="columns",
+        headers={"inference-header-content-length": str(len(head))},
+    )
+    assert (answer.status_code, "got -1" in answer.text) == (400, True)
+
+
+def test_metadata_tells_the_bounds(bounded: Served) -> None:
+    words, columns = bounded.ask("GET", "/v2/models/columns").json()["inputs"]
+    assert words["bounds"] == [{"minimum": 0, "maximum": 29}]
+    first = {"axis": 1, "start": 0, "stop": 1}
+    assert columns["bounds"][0] == {"minimum": 0, "maximum": 4, "part": [first]}

@@ -15,14 +15,19 @@ from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from evalmode.bundle.certificate import Verdict
-from evalmode.bundle.errors import BundleCorrupt, BundleError, ProviderUnavailable
+from evalmode.bundle.errors import (
+    BundleCorrupt,
+    BundleError,
+    BundleNotCertified,
+    ProviderUnavailable,
+)
 from evalmode.bundle.frontend import BpeSpec, NgramSpec
 from evalmode.service.errors import BadRequest, InvalidField, RunFailed
 from evalmode.service.models.calibration import ROW_COUNTS, Calibration
 from evalmode.service.models.model import Model
 from evalmode.service.models.tensors import content_of
 from evalmode.service.models.text import IDS, MASK
-from tests.service.bundles import make_bundle, onnx_model, tiny_model, token_bundle
+from tests.service.bundles import make_bundle, onnx_model, tensor_bundle, tiny_model, token_bundle
 from tests.service.by_hand import alone, floats, together
 
 LONG = "a much longer text than the sixteen positions of the tiny model"
@@ -306,6 +311,26 @@ def test_an_uncertified_bundle_is_opened_only_when_that_is_allowed(tmp_path):
     assert opened.replayed is None
     assert opened.bundle.certificate is None
     assert opened.text_rows(["a"])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_forged_certificate_is_not_believed(tmp_path, mode):
+    """The certificate, its seal and the known answers are right for the model that drops."""
+    bundle = tensor_bundle(tmp_path, model=dropping_model(mode=mode), known=[])
+    if not mode:
+        assert Model.open(bundle).doubt is None
+        return
+    with pytest.raises(BundleNotCertified, match="the node 'drop' is Dropout, which has a train"):
+        Model.open(bundle)
+    opened = Model.open(bundle, allow_uncertified=True)
+    assert "'drop' is Dropout" in opened.doubt
+
+
+def dropping_model(*, mode):
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 64]) for name in "xy")
+    drop = helper.make_node("Dropout", ["x", "rate", "mode"], ["y"], name="drop")
+    weights = {"rate": np.array(0.5, np.float32), "mode": np.array(mode)}
+    return onnx_model([drop], inputs=[x], outputs=[y], weights=weights)
 
 
 def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path):

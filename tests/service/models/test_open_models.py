@@ -9,6 +9,7 @@ import weakref
 from functools import partial
 
 import pytest
+from onnx import TensorProto, helper
 from structlog.testing import capture_logs
 
 from evalmode.bundle.errors import BundleCorrupt, BundleError
@@ -24,7 +25,7 @@ from tests.service.bundle_folders import (
     started,
     states,
 )
-from tests.service.bundles import make_bundle, tensor_bundle
+from tests.service.bundles import make_bundle, onnx_model, tensor_bundle
 
 
 @pytest.mark.parametrize("above", [0, 1, 2])
@@ -321,3 +322,13 @@ def test_a_model_that_nothing_certifies_is_opened_with_a_warning(root):
     with capture_logs() as logs:
         started(root, partial(QUICKLY, allow_uncertified=True))
     assert [line["log_level"] for line in logs] == ["warning", "info"]
+
+
+def test_a_model_that_draws_is_opened_with_a_warning_that_names_the_node(root):
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch"]) for name in "xy")
+    draw = helper.make_node("RandomUniformLike", ["x"], ["y"], name="draw")
+    tensor_bundle(root, model=onnx_model([draw], inputs=[x], outputs=[y]), known=[])
+    with capture_logs() as logs:
+        started(root, partial(QUICKLY, allow_uncertified=True))
+    assert [line["log_level"] for line in logs] == ["warning", "info"]
+    assert "the node 'draw' is RandomUniformLike" in logs[0]["reason"]

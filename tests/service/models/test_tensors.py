@@ -9,9 +9,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from evalmode.bundle.errors import BundleError
+from evalmode.bundle.manifest import Bound, PartOfAxis, TensorSpec
 from evalmode.service.errors import BadRequest, RunFailed
 from evalmode.service.models.model import Model
-from evalmode.service.models.tensors import ModelRow
+from evalmode.service.models.tensors import ModelRow, check_inputs
 from tests.service.bundles import onnx_model, tensor_bundle
 from tests.service.by_hand import alone, asked, floats
 
@@ -214,3 +215,30 @@ def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path):
 def test_a_row_is_described_by_its_digest_and_its_shapes(tensors):
     ((_, row),) = tensors.tensor_jobs(asked(1, 4))
     assert row.described() == f"{row.digest()} x[1, 4]"
+
+
+@pytest.mark.parametrize("dtype", ["INT8", "UINT8", "INT32", "INT64", "UINT64"])
+def test_bounds_hold_for_integers_of_every_type(dtype):
+    numpy_dtype = np.dtype(dtype.lower())
+    bounds = (Bound(minimum=1, maximum=100),)
+    spec = TensorSpec(name="ids", datatype=dtype, shape=(-1, -1), bounds=bounds)
+    ends = np.array([[1, 100]], numpy_dtype)
+    assert check_inputs({"ids": ends}, [spec])["ids"].tolist() == [[1, 100]]
+    for extreme in (np.iinfo(numpy_dtype).min, np.iinfo(numpy_dtype).max):
+        ids = np.array([[1, 1], [1, extreme]], numpy_dtype)
+        with pytest.raises(BadRequest, match=rf"ids\[1, 1\] must be .* got {extreme}$"):
+            check_inputs({"ids": ids}, [spec])
+
+
+def test_the_first_place_out_of_a_part_is_named_as_the_input_counts_it():
+    part = (PartOfAxis(axis=1, start=-2),)
+    spec = TensorSpec(
+        name="ids", datatype="INT64", shape=(-1, -1), bounds=(Bound(minimum=0, part=part),)
+    )
+    ids = np.array([[-1, -1, 5, 5], [-1, -1, 5, -7]])
+    with pytest.raises(BadRequest, match=r"^ids\[1, 3\] must be at least 0, got -7$"):
+        check_inputs({"ids": ids}, [spec])
+    ids[1, 3] = 0
+    check_inputs({"ids": ids}, [spec])
+    nothing = np.zeros((0, 4), np.int64)
+    assert check_inputs({"ids": nothing}, [spec])["ids"].shape == (0, 4)
