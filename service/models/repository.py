@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from evalmode.bundle.errors import BundleError
+from evalmode.bundle.store import no_bundle_at
 from evalmode.service.errors import (
     BadRequest,
     Forbidden,
@@ -98,10 +99,7 @@ class Repository:
             if not self._snapshot.models:
                 if refusals:
                     raise refusals[0].error
-                raise BundleError(
-                    f"no bundle at {self._root}: make one with `evalmode train` and `evalmode"
-                    " export`"
-                )
+                raise BundleError(no_bundle_at(self._root))
             for refusal in refusals:
                 refusal.log()
         if self._default_model is not None and self._default_model not in self._snapshot.models:
