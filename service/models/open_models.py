@@ -343,7 +343,7 @@ def _report_opened(model: Model, *, seconds: float) -> None:
         model=model.name,
         version=model.version,
         digest=model.digest,
-        known_answers=model.replayed.verdict if model.replayed else "not replayed",
+        known_answers=str(model.replayed or "not replayed"),
         row_counts={bucket.label: sorted(bucket.costs) for bucket in model.buckets},
         seconds=round(seconds, 3),
     )
