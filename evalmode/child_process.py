@@ -25,6 +25,7 @@ from typing import IO
 _LENGTH = struct.Struct("<q")  # before each message
 _END = -1  # in place of a length: the answer has no more messages
 _LOOK_S = 0.05  # between two looks at the child's memory
+_LAST_S = 5.0  # how long a process that was killed is waited for
 _PIECE = 1 << 16  # bytes that are read or written at once
 _SAID = 4096  # bytes of stderr that are looked at
 _LONGEST = 300  # characters of what a message repeats of it
@@ -120,7 +121,9 @@ class Child:
         if process is None or stderr is None:
             return
         process.kill()
-        process.wait()
+        # A process that waits for a file system that does not answer ends only when that does.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_LAST_S)
         os.close(self._lifeline)
         assert process.stdin is not None
         assert process.stdout is not None

@@ -7,6 +7,7 @@ that has changed. The version that it would have replaced stays open.
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from evalmode.service.models.model import Model
 
 _log = structlog.get_logger("evalmode.service")
 
+_PATIENCE_S = 5.0  # after which the log says that a bundle is still being opened
 _FOLDER_GONE = "its folder is gone; it was the last of its model and goes on"
 
 Identity: TypeAlias = tuple[str, str]  # name, version
@@ -91,7 +93,8 @@ class OpenModels:
 
     `publish` gets the open models by name, newest version first, and the entries of all versions,
     at every change. `on_swap` is called when a version of a model was loaded, unloaded or refused.
-    Calls must not overlap.
+    `after_opening` is called when a look at the folders has opened what it could. Calls must not
+    overlap.
     """
 
     def __init__(
@@ -102,9 +105,11 @@ class OpenModels:
         versions: int,
         publish: Callable[[Mapping[str, tuple[Model, ...]], tuple[Entry, ...]], None],
         on_swap: Callable[[str, Outcome], None],
+        after_opening: Callable[[], None],
     ) -> None:
         self._root = root
         self._open_model = open_model
+        self._after_opening = after_opening
         self._max_versions = versions
         self._publish_snapshot = publish
         self._on_swap = on_swap
@@ -127,9 +132,12 @@ class OpenModels:
         earlier = {path: str(refusal.error) for path, refusal in self._refusals.items()}
         refusals: list[Refusal] = []
         names = {candidate.identity[0] for candidate in self._candidates} | set(self._open)
-        for name in sorted(names):
-            if name not in self._withdrawn:
-                self._refresh_model(name, refusals, reload=name == reload)
+        try:
+            for name in sorted(names):
+                if name not in self._withdrawn:
+                    self._refresh_model(name, refusals, reload=name == reload)
+        finally:
+            self._after_opening()
         self._report_passed_over()
         self._publish()
         return [
@@ -281,6 +289,9 @@ class OpenModels:
         self._opening = folder.path
         self._publish()
         began = time.monotonic()
+        patience = threading.Timer(_PATIENCE_S, _report_slow, args=(candidate,))
+        patience.daemon = True
+        patience.start()
         try:
             model = self._open_model(folder.path)
             if (model.name, model.version) != folder.identity:
@@ -292,6 +303,7 @@ class OpenModels:
             self._on_swap(candidate.identity[0], "refused")
             return None
         finally:
+            patience.cancel()
             self._opening = None
         self._refusals.pop(folder.path, None)
         _report_opened(model, folder.path, seconds=time.monotonic() - began)
@@ -366,6 +378,17 @@ def _release_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def _report_slow(candidate: _Candidate) -> None:
+    name, version = candidate.identity
+    _log.warning(
+        "opening a bundle takes long: until it has ended no other bundle is opened",
+        model=name,
+        version=version,
+        bundle=str(candidate.folder.path),
+        seconds=_PATIENCE_S,
+    )
 
 
 def _report_opened(model: Model, path: Path, *, seconds: float) -> None:

@@ -26,7 +26,9 @@ from tests.service.bundles import elsewhere, make_bundle, tensor_bundle
 
 @contextmanager
 def components_of(bundle: Path, **settings: object) -> Iterator[Components]:
-    components = open_components(Settings(bundle=bundle, poll_s=0, **settings))  # type: ignore[arg-type]
+    # Bundles made by the tests are opened without a trial, which takes half a second each.
+    quick = {"load_timeout_s": 0, **settings}
+    components = open_components(Settings(bundle=bundle, poll_s=0, **quick))  # type: ignore[arg-type]
     components.health.serve()
     try:
         yield components
