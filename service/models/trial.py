@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from evalmode.bundle import errors
 from evalmode.bundle.errors import BundleError
-from evalmode.child_process import Child, ChildLost, OutOfTime, serve
+from evalmode.child_process import Cancelled, Child, ChildLost, OutOfTime, serve
 from evalmode.errors import EvalmodeError
 from evalmode.service.models.calibration import Calibration, MeasuredBucket
 from evalmode.service.models.model import Model
@@ -57,7 +57,7 @@ class TrialOpener:
         }
         self._calibration = calibration
         self._child = Child(f"{__name__}:run_trials")
-        self._cancelled = False
+        self._cancelled = threading.Event()
 
     def open(self, path: Path) -> Model:
         """The open model. Raises what `Model.open` raises, and BundleError where the child does not
@@ -74,9 +74,8 @@ class TrialOpener:
         self._child.close()
 
     def cancel(self) -> None:
-        """End the trial that is running, from another thread."""
-        self._cancelled = True
-        self._child.kill()
+        """End the trial that is running, from another thread; there will be no other one."""
+        self._cancelled.set()
 
     def _try(self, path: Path) -> tuple[str, dict[str, MeasuredBucket]]:
         """The digest of the bundle, and what the child has measured."""
@@ -89,18 +88,23 @@ class TrialOpener:
         }
         step = "starting a process for it"
         answer: Mapping[str, Any] = {}
+        messages = self._child.ask(
+            json.dumps(question).encode(),
+            time_s=self._timeout_s,
+            cancelled=self._cancelled.is_set,
+        )
         try:
-            for message in self._child.ask(json.dumps(question).encode(), time_s=self._timeout_s):
+            for message in messages:
                 answer = json.loads(message)
                 step = answer.get("step", step)
+        except Cancelled as error:
+            raise BundleError(f"{path} is not opened: the server is stopping") from error
         except OutOfTime as error:
             raise BundleError(
                 f"{path} is refused: {step} was not finished after {self._timeout_s:g} s; if the"
                 " model needs longer, raise the setting load_timeout_s"
             ) from error
         except ChildLost as error:
-            if self._cancelled:
-                raise BundleError(f"{path} is not opened: the server is stopping") from error
             raise BundleError(
                 f"{path} is refused: the process that opened it on trial {error} (while {step})"
             ) from error

@@ -109,7 +109,7 @@ def make_bundle(
     model = model or tiny_model()
     session = open_session(model)
     answers = tuple(change(answer) for answer in _known_answers(session))
-    return _written(
+    return written(
         root,
         model,
         session,
@@ -148,14 +148,14 @@ def tensor_bundle(
         more = (invariance,) if independent else ()
         return certificate.model_copy(update={"records": (*certificate.records, *more)})
 
-    return _written(root, model, session, answers, certify, name=name, version=version)
+    return written(root, model, session, answers, certify, name=name, version=version)
 
 
 def token_bundle(root: Path, model: bytes, tokenizer: str, *, spec: BpeSpec) -> Path:
     """Write a bundle of text below `root` whose front end is a tokenizer; it has no known
     answers.
     """
-    return _written(
+    return written(
         root,
         model,
         open_session(model),
@@ -198,7 +198,7 @@ def onnx_model(
     return model.SerializeToString()
 
 
-def _written(
+def written(
     root: Path,
     model: bytes,
     session: Session,
@@ -211,6 +211,7 @@ def _written(
     frontend: NgramSpec | BpeSpec | None = None,
     tokenizer: str | None = None,
 ) -> Path:
+    """Write a bundle below `root` whose tensors and platform are those of `session`."""
     contents = {MODEL_FILE: model, KNOWN_ANSWERS_FILE: pack(answers)}
     if tokenizer is not None:
         contents[TOKENIZER_FILE] = tokenizer.encode()
