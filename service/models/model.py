@@ -97,19 +97,23 @@ class Model:
         threads: int = 1,
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
+        digest: str | None = None,
         measured: Mapping[str, MeasuredBucket] | None = None,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> Model:
         """Open the bundle folder `path`, replay its known answers, and measure which batch sizes
         keep a row's bits.
 
-        `measured` is what another process has measured on this machine, and is not measured again.
+        With `digest`, a bundle with another one is refused before ONNX Runtime sees it. `measured`
+        is what another process has measured on this machine, and is not measured again.
         `on_step` is told each step before it begins.
         Raises BundleError for a bundle that must not be served, and ProviderUnavailable for a
         provider that is not there.
         """
         on_step("reading its files")
         bundle = open_bundle(path, allow_uncertified=allow_uncertified)
+        if digest is not None and bundle.digest != digest:
+            raise BundleError(f"{path} was changed while it was opened")
         frontend, answers, manifest = bundle.frontend(), bundle.known_answers(), bundle.manifest
         labels = manifest.labels if frontend is None else labels_of(manifest, path=path)
         if odd := unknown_datatype([*manifest.inputs, *manifest.outputs]):

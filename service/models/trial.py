@@ -64,10 +64,13 @@ class TrialOpener:
         finish.
         """
         digest, measured = self._try(path)
-        model = Model.open(path, **self._options, calibration=self._calibration, measured=measured)
-        if model.digest != digest:
-            raise BundleError(f"{path} was changed while it was opened")
-        return model
+        return Model.open(
+            path,
+            **self._options,
+            calibration=self._calibration,
+            digest=digest,
+            measured=measured,
+        )
 
     def rest(self) -> None:
         """End the child; the next bundle starts another one."""

@@ -207,9 +207,9 @@ class Swapping(TrialOpener):
         return result
 
 
-def test_a_bundle_that_changes_after_its_trial_is_refused(tmp_path):
-    path = make_bundle(tmp_path / "a")
-    trial = Swapping(make_bundle(tmp_path / "b", labels=("a", "b", "c", "d", "e")))
+def test_what_takes_the_place_of_a_bundle_after_its_trial_is_never_opened(tmp_path):
+    path = harmless(tmp_path / "a")
+    trial = Swapping(hanging_when_opened(tmp_path / "b"))
     with pytest.raises(BundleError, match="was changed while it was opened"):
         trial.open(path)
     trial.rest()
