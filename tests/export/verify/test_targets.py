@@ -108,4 +108,4 @@ def test_a_bundle_whose_manifest_is_a_pipe_is_a_broken_bundle_and_its_model_no_b
     (target,) = find_targets([Path("bundles")])
     result = examine(target)
     assert isinstance(result, Unreadable)
-    assert "manifest.json is a FIFO and not a regular file" in result.reason
+    assert "manifest.json is a FIFO and not a regular file" in result.why
