@@ -106,6 +106,4 @@ def test_a_bundle_whose_manifest_is_a_pipe_is_a_broken_bundle_and_its_model_no_b
     for above in ("bundles/x/1", "bundles"):
         assert found(above) == ["bundles/x/1"]
     (target,) = find_targets([Path("bundles")])
-    result = examine(target)
-    assert isinstance(result, Unreadable)
-    assert "manifest.json is a FIFO and not a regular file" in result.why
+    assert isinstance(examine(target), Unreadable)
