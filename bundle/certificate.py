@@ -119,6 +119,17 @@ def overall(records: Iterable[Record]) -> Verdict:
     return Verdict.PASS if Verdict.PASS in found else Verdict.UNPROVEN
 
 
+class PlatformDifference(Frozen):
+    """One thing in which the platform here is not the certifying one, as people name it."""
+
+    what: str
+    there: str
+    here: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.there} there, {self.here} here"
+
+
 class Platform(Frozen):
     """What bits depend on beside the bundle: the runtime and its version, provider, threads and
     CPU.
@@ -129,6 +140,34 @@ class Platform(Frozen):
     threads: int
     architecture: str
     cpu_features: tuple[str, ...]
+
+    def differences(self, here: Platform) -> tuple[PlatformDifference, ...]:
+        """In what `here` is another platform than this, the certifying one; of the CPU's features
+        only those that the other lacks.
+        """
+        pairs = {
+            "ONNX Runtime": (_version(self.runtime), _version(here.runtime)),
+            "provider": (self.provider, here.provider),
+            "threads": (str(self.threads), str(here.threads)),
+            "architecture": (self.architecture, here.architecture),
+            "CPU features": (
+                _beyond(self.cpu_features, here.cpu_features),
+                _beyond(here.cpu_features, self.cpu_features),
+            ),
+        }
+        return tuple(
+            PlatformDifference(what=what, there=there, here=other)
+            for what, (there, other) in pairs.items()
+            if there != other
+        )
+
+
+def _version(runtime: str) -> str:
+    return runtime.removeprefix("onnxruntime ")
+
+
+def _beyond(features: tuple[str, ...], others: tuple[str, ...]) -> str:
+    return ", ".join(sorted(set(features) - set(others))) or "none more"
 
 
 class Certificate(Frozen):

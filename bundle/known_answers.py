@@ -12,8 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from evalmode.bundle.certificate import Certificate, Platform, relative_difference
+from evalmode.bundle.certificate import (
+    Certificate,
+    Platform,
+    PlatformDifference,
+    relative_difference,
+)
 from evalmode.bundle.errors import BundleCorrupt, KnownAnswersDiffer
 from evalmode.bundle.frontend import FrontEnd
 from evalmode.bundle.manifest import KNOWN_ANSWERS_FILE, Frozen
@@ -43,6 +49,14 @@ class Replay(Frozen):
     answers: int
     largest_difference: float
     tolerance: float
+    differences: tuple[PlatformDifference, ...] = Field(
+        default=(), description="in what this platform is not the certifying one"
+    )
+
+    def __str__(self) -> str:
+        if not self.differences:
+            return self.verdict
+        return f"{self.verdict} ({'; '.join(map(str, self.differences))})"
 
 
 def pack(answers: tuple[KnownAnswer, ...]) -> bytes:
@@ -97,14 +111,16 @@ def replay(
     platform: Platform,
     frontend: FrontEnd | None,
 ) -> Replay:
-    """Run every known answer again and hold it against what the bundle says.
+    """Run every known answer twice, and compare it with itself and with what the bundle says.
 
-    On the certifying platform the bits must agree; on another the difference must stay within the
-    certified tolerance and no label may flip. Where there is a front end, each text must still give
-    the very ids it was certified with. Raises KnownAnswersDiffer, naming the first answer that does
-    not come out.
+    Both runs must give the same bits: a model that still drops does not. On the certifying platform
+    these must be the certified bits. On another one the difference must stay within the certified
+    tolerance and no label may flip. Where there is a front end, each text must still give the very
+    ids it was certified with. Raises KnownAnswersDiffer, naming the first answer that does not come
+    out.
     """
-    bitwise = platform == certificate.platform
+    differences = certificate.platform.differences(platform)
+    bitwise = not differences
     largest = 0.0
     for index, answer in enumerate(answers):
         if frontend is not None and answer.text is not None:
@@ -114,6 +130,7 @@ def replay(
             raise KnownAnswersDiffer(
                 f"known answer {index} names an output that the model has not: {unknown[0]!r}"
             )
+        _require_same_bits(index, actual, run(answer.inputs))
         for name, expected in answer.outputs.items():
             difference = relative_difference(actual[name], expected)
             largest = max(largest, difference)
@@ -126,13 +143,36 @@ def replay(
                     f" {difference:.3e} standard deviations where {allowed} is allowed; export the"
                     " model again on this platform"
                 )
-    held = "bitwise" if bitwise else "within tolerance"
+    verdict = "bitwise" if bitwise else "within tolerance"
     return Replay(
-        verdict=held if answers else "no answers",  # nothing was replayed, so nothing held
+        verdict=verdict if answers else "no answers",  # nothing was replayed, so nothing held
         answers=len(answers),
         largest_difference=largest,
         tolerance=certificate.tolerance,
+        differences=differences,
     )
+
+
+def bits(tensor: npt.NDArray[np.generic]) -> bytes:
+    """The bytes by which two tensors of one shape are compared.
+
+    Strings are objects, whose own bytes are mere addresses; each is told from the next by its
+    length.
+    """
+    if tensor.dtype.hasobject:
+        spelled = [str(element).encode("utf-8", "surrogatepass") for element in tensor.flat]
+        return b"".join(len(element).to_bytes(8, "little") + element for element in spelled)
+    return tensor.tobytes()
+
+
+def _require_same_bits(index: int, first: Tensors, second: Tensors) -> None:
+    for name, tensor in first.items():
+        if tensor.shape != second[name].shape or bits(tensor) != bits(second[name]):
+            raise KnownAnswersDiffer(
+                f"known answer {index} is not the same twice: output {name!r} has other bits in a"
+                " second run of the same session, as where a dropout is still on; export the model"
+                " again"
+            )
 
 
 def _same_ids(index: int, answer: KnownAnswer, frontend: FrontEnd) -> None:

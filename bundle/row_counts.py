@@ -18,7 +18,7 @@ import numpy as np
 
 from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.frontend import FrontEndSpec, Ids, collate
-from evalmode.bundle.known_answers import Run, Tensors
+from evalmode.bundle.known_answers import Run, Tensors, bits
 
 _MOST_TIMINGS = (
     5  # of each count: the best of five is what the machine can do when nothing else runs
@@ -97,18 +97,6 @@ def timed_row_counts(
                 best_s[count], _timed(run, stack(rows, count=count, first=again))[1]
             )
     return best_s
-
-
-def bits(tensor: np.ndarray) -> bytes:
-    """The bytes by which two tensors of one shape are held against one another.
-
-    Strings are objects, whose own bytes are mere addresses; each is told from the next by its
-    length.
-    """
-    if tensor.dtype.hasobject:
-        spelled = [str(element).encode("utf-8", "surrogatepass") for element in tensor.flat]
-        return b"".join(len(element).to_bytes(8, "little") + element for element in spelled)
-    return tensor.tobytes()
 
 
 def _best_stable_s(

@@ -9,8 +9,11 @@ Knows neither ONNX nor HTTP.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,14 @@ from evalmode.bundle.manifest import (
 )
 
 Parsed = TypeVar("Parsed", bound=Frozen)
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +141,7 @@ def open_bundle(path: Path, *, allow_uncertified: bool = False) -> Bundle:
             " writes"
         )
     certificate = _certificate(path, allow_uncertified=allow_uncertified)
-    raw = _read(path, MANIFEST_FILE)
+    raw = read_file(path / MANIFEST_FILE)
     digest = hashlib.sha256(raw).hexdigest()
     if certificate is not None and certificate.digest != digest:
         raise BundleCorrupt(
@@ -151,22 +162,67 @@ def find_bundle(path: Path) -> Path:
     Versions are ordered as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before 2.0.
     Raises BundleError when there is none, or several names.
     """
-    if (path / MANIFEST_FILE).is_file():
+    if is_bundle(path):
         return path
-    found = sorted(
-        folder.parent
+    folders = sorted(
+        manifest.parent
         for pattern in ("*", "*/*")
-        for folder in path.glob(f"{pattern}/{MANIFEST_FILE}")
+        for manifest in path.glob(f"{pattern}/{MANIFEST_FILE}")
     )
-    found = [folder for folder in found if not folder.name.startswith(".")]
-    if not found:
-        raise BundleError(
-            f"no bundle at {path}: make one with `evalmode train` and `evalmode export`"
-        )
-    names = sorted({folder.parent for folder in found})
+    folders = [folder for folder in folders if not folder.name.startswith(".")]
+    if not folders:
+        raise BundleError(no_bundle_at(path))
+    names = sorted({folder.parent for folder in folders})
     if len(names) > 1:
         raise BundleError(f"{path} holds several bundles, name one: {', '.join(map(str, names))}")
-    return max(found, key=lambda folder: version_order(folder.name))
+    return max(folders, key=lambda folder: version_order(folder.name))
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether the folder `path` is meant as a bundle: it has an entry `manifest.json`, of any kind.
+
+    A manifest that is a FIFO or a broken link makes a broken bundle, and not a folder of others.
+    Raises OSError for a folder that cannot be looked at.
+    """
+    try:
+        (path / MANIFEST_FILE).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+    return True
+
+
+def no_bundle_at(path: Path) -> str:
+    """The sentence for a path without a bundle."""
+    if path.exists() and not path.is_dir():
+        return (
+            f"{path} is a file and no bundle: name the folder NAME/VERSION that `evalmode export`"
+            " wrote, or one above it"
+        )
+    return f"no bundle at {path}: make one with `evalmode train` and `evalmode export`"
+
+
+def read_file(file: Path) -> bytes:
+    """The bytes of a regular file; links are followed.
+
+    A FIFO, a device, a socket or a folder is refused at once, without waiting for its other end.
+    Raises BundleCorrupt, naming the file.
+    """
+    try:
+        # The kind is known before the file is opened, since opening a device may have effects. It
+        # is looked at again afterwards, since another file may have taken its place.
+        _require_regular(file, file.stat())
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(descriptor, "rb") as opened:
+            _require_regular(file, os.fstat(descriptor))
+            return opened.read()
+    except OSError as error:
+        raise BundleCorrupt(f"{file} cannot be read: {error.strerror}") from error
+    except MemoryError as error:
+        raise BundleCorrupt(f"{file} cannot be read: it does not fit into memory") from error
 
 
 def version_order(version: str) -> list[tuple[int, int, str]]:
@@ -195,13 +251,13 @@ def _require_same(bundle: Bundle) -> None:
 
 def _certificate(path: Path, *, allow_uncertified: bool) -> Certificate | None:
     file = path / CERTIFICATE_FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         if allow_uncertified:
             return None
         raise BundleNotCertified(
             f"{file} is missing: this bundle is not certified; `evalmode export` certifies one"
         )
-    raw = _read(path, CERTIFICATE_FILE)
+    raw = read_file(file)
     certificate = _parse(Certificate, raw, file)
     if not certificate.seal_holds or certificate.canonical() != raw:
         raise BundleCorrupt(f"{file} was changed after the export: its seal does not hold")
@@ -221,20 +277,26 @@ def _parse(model: type[Parsed], raw: bytes, file: Path) -> Parsed:
         raise BundleCorrupt(f"{file} cannot be read: {field}: {first['msg']}") from error
 
 
-def _read(path: Path, name: str) -> bytes:
-    try:
-        return (path / name).read_bytes()
-    except OSError as error:
-        raise BundleCorrupt(f"{path / name} cannot be read: {error.strerror}") from error
+def _require_regular(file: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise BundleCorrupt(
+            f"{file} is {kind} and not a regular file: put the file itself, or a link to it, there"
+        )
 
 
 def _checked(path: Path, name: str, sha256: str) -> bytes:
-    if not (path / name).resolve().is_relative_to(path.resolve()):
-        raise BundleCorrupt(f"{path / name} leads out of the bundle")
-    data = _read(path, name)
+    file = path / name
+    try:
+        inside = file.resolve().is_relative_to(path.resolve())
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise BundleCorrupt(f"{file} cannot be read: its link has no end") from error
+    if not inside:
+        raise BundleCorrupt(f"{file} leads out of the bundle")
+    data = read_file(file)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise BundleCorrupt(
-            f"{path / name} is not the certified file: its sha256 differs from the manifest's"
+            f"{file} is not the certified file: its sha256 differs from the manifest's"
         )
     return data
 

@@ -25,6 +25,7 @@ from typing import IO
 _LENGTH = struct.Struct("<q")  # before each message
 _END = -1  # in place of a length: the answer has no more messages
 _LOOK_S = 0.05  # between two looks at the child's memory
+_LAST_S = 5.0  # how long a process that was killed is waited for
 _PIECE = 1 << 16  # bytes that are read or written at once
 _SAID = 4096  # bytes of stderr that are looked at
 _LONGEST = 300  # characters of what a message repeats of it
@@ -40,6 +41,10 @@ class OutOfTime(ChildLost):
 
 class OutOfMemory(ChildLost):
     """The limit of memory was met."""
+
+
+class Cancelled(ChildLost):
+    """The answer is not wanted any more."""
 
 
 class Child:
@@ -78,14 +83,20 @@ class Child:
         return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
 
     def ask(
-        self, question: bytes, *, time_s: float | None = None, memory_bytes: int | None = None
+        self,
+        question: bytes,
+        *,
+        time_s: float | None = None,
+        memory_bytes: int | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[bytes]:
         """The messages of the answer, as they come; without limits where none are given.
 
-        Raises ChildLost where the child ends before its answer does.
+        `cancelled` is called every 50 ms, and ends the child where it is true. Raises ChildLost
+        where the child ends before its answer does.
         """
         end = None if time_s is None else time.monotonic() + time_s
-        limits = _Limits(end=end, time_s=time_s, memory_bytes=memory_bytes)
+        limits = _Limits(end=end, time_s=time_s, memory_bytes=memory_bytes, cancelled=cancelled)
         finished = False
         try:
             self._start()
@@ -120,7 +131,9 @@ class Child:
         if process is None or stderr is None:
             return
         process.kill()
-        process.wait()
+        # A process that waits for a file system that does not answer ends only when that does.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_LAST_S)
         os.close(self._lifeline)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -175,7 +188,9 @@ class Child:
         return bytes(data)
 
     def _wait(self, descriptor: int, event: int, limits: _Limits) -> None:
-        """Return as soon as the pipe is ready. Raises OutOfTime or OutOfMemory at a limit."""
+        """Return as soon as the pipe is ready. Raises OutOfTime or OutOfMemory at a limit, and
+        Cancelled.
+        """
         ready = select.poll()
         ready.register(descriptor, event)
         limits.check(self.memory_bytes)
@@ -200,10 +215,20 @@ class Child:
 
 
 class _Limits:
-    def __init__(self, *, end: float | None, time_s: float | None, memory_bytes: int | None):
+    def __init__(
+        self,
+        *,
+        end: float | None,
+        time_s: float | None,
+        memory_bytes: int | None,
+        cancelled: Callable[[], bool],
+    ) -> None:
         self._end, self._time_s, self._memory_bytes = end, time_s, memory_bytes
+        self._cancelled = cancelled
 
     def check(self, memory_bytes: int) -> None:
+        if self._cancelled():
+            raise Cancelled("was cancelled")
         if self._end is not None and time.monotonic() > self._end:
             raise OutOfTime(f"took longer than {self._time_s:g} s")
         if self._memory_bytes is not None and memory_bytes > self._memory_bytes:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 
@@ -23,6 +24,7 @@ from evalmode.service.models.calibration import Calibration
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.models.tensors import content_of
+from evalmode.service.models.trial import TrialOpener
 from evalmode.service.settings import Settings
 from evalmode.service.telemetry.logs import ViolationLog
 from evalmode.service.telemetry.metrics import Metrics
@@ -71,15 +73,18 @@ def open_components(settings: Settings) -> Components:
     """
     tracing = open_tracing(settings)
     metrics, statistics = Metrics(), Statistics()
+    opening: dict[str, Any] = {
+        "provider": settings.provider,
+        "threads": settings.threads,
+        "allow_uncertified": settings.allow_uncertified,
+        "calibration": Calibration(budget_s=settings.calibration_s, cache=settings.cache),
+    }
+    trial = TrialOpener(timeout_s=settings.load_timeout_s, **opening)
     repository = Repository(
         settings.bundle,
-        open_model=partial(
-            Model.open,
-            provider=settings.provider,
-            threads=settings.threads,
-            allow_uncertified=settings.allow_uncertified,
-            calibration=Calibration(budget_s=settings.calibration_s, cache=settings.cache),
-        ),
+        open_model=trial.open if settings.load_timeout_s > 0 else partial(Model.open, **opening),
+        after_opening=trial.rest,
+        cancel_opening=trial.cancel,
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,

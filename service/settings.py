@@ -81,6 +81,11 @@ class Settings(BaseSettings):
     calibration_s: float = Field(
         default=1.0, ge=0, description="the longest that measuring a model may take"
     )
+    load_timeout_s: float = Field(
+        default=120.0,
+        ge=0,
+        description="the longest that opening a bundle may take; 0: any time, without a trial",
+    )
     cache: Path | None = Field(
         default=None, description="where measurements are kept; none: ~/.cache/evalmode"
     )

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from evalmode.child_process import Child, ChildLost, OutOfMemory, OutOfTime
+from evalmode.child_process import Cancelled, Child, ChildLost, OutOfMemory, OutOfTime
 
 ANSWERS = """
 import ctypes, os, sys, time
@@ -100,6 +101,18 @@ def test_a_child_that_takes_too_long_is_ended(question: bytes, child: Child) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child's memory")
+def test_an_answer_that_is_not_wanted_any_more_ends_the_child(child: Child) -> None:
+    cancelled = threading.Event()
+    messages = child.ask(b"spin", cancelled=cancelled.is_set)
+    assert next(messages) == b"spin"
+    process = process_of(child)
+    cancelled.set()
+    with pytest.raises(Cancelled):
+        next(messages)
+    assert process.returncode is not None
+    assert [*child.ask(b"say again")] == [b"say", b"again"]
+
+
 def test_a_child_that_takes_too_much_memory_is_ended(child: Child) -> None:
     assert list(child.ask(b"memory 1", memory_bytes=300 << 20)) == [b"memory", b"1"]
     with pytest.raises(OutOfMemory, match=r"^took more than 300 MiB of memory$"):

@@ -8,8 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from evalmode.bundle.certificate import Finding, Record, Severity
-from evalmode.bundle.known_answers import Run, Tensors
-from evalmode.bundle.row_counts import bits
+from evalmode.bundle.known_answers import Run, Tensors, bits
 from evalmode.export.inputs.evidence import Companions
 from evalmode.export.rules.subject import COUNTS, Subject
 

@@ -32,7 +32,7 @@ def check(subject: Subject) -> Record:
     return Record(
         rule=RULE,
         verdict=Verdict.PASS,
-        why=f"the known answers come out {replayed.verdict}",
+        why=f"the known answers come out {replayed}",
         measured=f"{replayed.answers} answers, {difference}",
         limit=f"{replayed.tolerance:g}",
     )

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from evalmode.bundle.manifest import MANIFEST_FILE, MODEL_FILE
+from evalmode.bundle.manifest import MODEL_FILE
+from evalmode.bundle.store import is_bundle
 
 SUFFIX = ".onnx"
 
@@ -49,7 +50,7 @@ def find_targets(paths: Iterable[Path]) -> tuple[Target, ...]:
 
 
 def _meant_by(path: Path) -> Iterator[Target]:
-    if not path.is_dir() or (path / MANIFEST_FILE).is_file():
+    if not path.is_dir() or is_bundle(path):
         yield _target(path)
         return
     inside = [*_search(path)]
@@ -60,7 +61,7 @@ def _search(folder: Path) -> Iterator[Target]:
     unread: list[OSError] = []
     for here, folders, files in os.walk(folder, onerror=unread.append):
         visible = [name for name in folders if not name.startswith(".")]
-        bundles = [name for name in visible if Path(here, name, MANIFEST_FILE).is_file()]
+        bundles = [name for name in visible if is_bundle(Path(here, name))]
         # os.walk goes where this list says
         folders[:] = [name for name in visible if name not in bundles]
         models = [

@@ -167,6 +167,7 @@ async def _config(request: Request, model: str, version: str | None = None) -> R
         model_config(
             name=served_model.name,
             digest=served_model.digest,
+            known_answers=str(served_model.replayed or "not replayed"),
             inputs=inputs_of(served_model),
             outputs=outputs_of(served_model),
             alternatives=served_model.is_text,

@@ -21,8 +21,8 @@ from evalmode.atomic_files import write_file
 from evalmode.bundle.certificate import Platform
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.frontend import FrontEnd
-from evalmode.bundle.known_answers import KnownAnswer, Run, Tensors
-from evalmode.bundle.row_counts import bits, rows_by_length, timed_row_counts
+from evalmode.bundle.known_answers import KnownAnswer, Run, Tensors, bits
+from evalmode.bundle.row_counts import rows_by_length, timed_row_counts
 
 ROW_COUNTS = (1, 2, 4, 8, 16, 32)
 

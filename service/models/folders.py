@@ -13,7 +13,9 @@ from typing import TypeAlias
 
 from pydantic import ValidationError
 
+from evalmode.bundle.errors import BundleError
 from evalmode.bundle.manifest import MANIFEST_FILE, Manifest
+from evalmode.bundle.store import is_bundle, read_file
 
 # Path below the folder, size, time of change in ns, and inode, of every file: it changes whenever a
 # file is written.
@@ -49,7 +51,7 @@ def look(root: Path, *, known: Mapping[Path, Folder]) -> list[Folder]:
 
 
 def _paths(root: Path) -> list[Path]:
-    if (root / MANIFEST_FILE).is_file():
+    if is_bundle(root):
         return [root]
     paths = {
         file.parent for pattern in _PATTERNS for file in root.glob(f"{pattern}/{MANIFEST_FILE}")
@@ -63,8 +65,8 @@ def _paths(root: Path) -> list[Path]:
 
 def _identity(path: Path) -> tuple[str, str] | None:
     try:
-        manifest = Manifest.model_validate_json((path / MANIFEST_FILE).read_bytes())
-    except (OSError, ValidationError):
+        manifest = Manifest.model_validate_json(read_file(path / MANIFEST_FILE))
+    except (BundleError, ValidationError):
         return None
     return manifest.name, manifest.version
 

@@ -9,7 +9,7 @@ which each row runs alone. Any other model runs each request whole.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,8 +77,8 @@ class Model:
         frontend: turns texts into ids; None for a model of tensors.
         labels: the label of each logit, where there are any.
         buckets: all of them; the model chooses the bucket of a row.
-        row_counts: by a bucket's label, the row counts that were proven here; the costs of the
-            bucket hold those that are efficient.
+        measured: by a bucket's label, the row counts that were proven on this machine, and what
+            they cost.
     """
 
     bundle: Bundle
@@ -88,7 +88,7 @@ class Model:
     frontend: FrontEnd | None
     labels: tuple[str, ...] | None
     buckets: tuple[Bucket, ...]
-    row_counts: Mapping[str, tuple[int, ...]]
+    measured: Mapping[str, MeasuredBucket]
     _by_label: Mapping[str, Bucket]
 
     @classmethod
@@ -100,15 +100,24 @@ class Model:
         threads: int = 1,
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
+        digest: str | None = None,
+        measured: Mapping[str, MeasuredBucket] | None = None,
+        on_step: Callable[[str], None] = lambda step: None,
     ) -> Model:
         """Open the bundle folder `path`, replay its known answers, and measure which batch sizes
         keep a row's bits.
 
-        The certificate alone is not believed: the operators of the graph are read as well. Raises
-        BundleError for a bundle that must not be served, and ProviderUnavailable for a provider
-        that is not there.
+        The certificate alone is not believed: the operators of the graph are read as well.
+        With `digest`, a bundle with another one is refused before ONNX Runtime sees it. `measured`
+        is what another process has measured on this machine, and is not measured again.
+        `on_step` is told each step before it begins.
+        Raises BundleError for a bundle that must not be served, and ProviderUnavailable for a
+        provider that is not there.
         """
+        on_step("reading its files")
         bundle = open_bundle(path, allow_uncertified=allow_uncertified)
+        if digest is not None and bundle.digest != digest:
+            raise BundleError(f"{path} was changed while it was opened")
         frontend, answers, manifest = bundle.frontend(), bundle.known_answers(), bundle.manifest
         labels = manifest.labels if frontend is None else labels_of(manifest, path=path)
         if odd := unknown_datatype([*manifest.inputs, *manifest.outputs]):
@@ -123,9 +132,15 @@ class Model:
             if not allow_uncertified:
                 raise
             doubt = str(error)
+        on_step("making a session of its graph")
         session = open_session(bundle.model, provider=provider, threads=threads)
+        on_step("running its known answers")
         replayed = _replay(bundle, answers, session=session, frontend=frontend)
-        measured = _measure(bundle, session, answers, frontend=frontend, calibration=calibration)
+        if measured is None:
+            on_step("measuring its batch sizes")
+            measured = _measure(
+                bundle, session, answers, frontend=frontend, calibration=calibration
+            )
         buckets = _buckets(bundle, session.run, measured, is_text=frontend is not None)
         return cls(
             # the session has the model now: a second copy would double the memory
@@ -136,7 +151,7 @@ class Model:
             frontend=frontend,
             labels=labels,
             buckets=tuple(buckets.values()),
-            row_counts={label: bucket.stable for label, bucket in measured.items()},
+            measured=measured,
             _by_label=buckets,
         )
 
@@ -154,6 +169,13 @@ class Model:
     def digest(self) -> str:
         """The bundle's digest: it names every byte of the model."""
         return self.bundle.digest
+
+    @property
+    def row_counts(self) -> dict[str, tuple[int, ...]]:
+        """By a bucket's label, the row counts that were proven; the costs of the bucket hold those
+        that are efficient.
+        """
+        return {label: bucket.stable for label, bucket in self.measured.items()}
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -7,11 +7,13 @@ that has changed. The version that it would have replaced stays open.
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -26,6 +28,7 @@ from evalmode.service.models.model import Model
 
 _log = structlog.get_logger("evalmode.service")
 
+_PATIENCE_S = 5.0  # after which the log says that a bundle is still being opened
 _FOLDER_GONE = "its folder is gone; it was the last of its model and goes on"
 
 Identity: TypeAlias = tuple[str, str]  # name, version
@@ -77,13 +80,12 @@ class _OpenVersion:
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """A folder with its identity. `duplicate_of` is the folder with the same version that takes
-    precedence, if any.
+    """A folder with its identity. Several folders may have one identity: the first that can be
+    opened is served.
     """
 
     identity: Identity
     folder: Folder
-    duplicate_of: Path | None = None
 
 
 class OpenModels:
@@ -91,7 +93,8 @@ class OpenModels:
 
     `publish` gets the open models by name, newest version first, and the entries of all versions,
     at every change. `on_swap` is called when a version of a model was loaded, unloaded or refused.
-    Calls must not overlap.
+    `after_opening` is called when a look at the folders has opened what it could. Calls must not
+    overlap.
     """
 
     def __init__(
@@ -102,9 +105,11 @@ class OpenModels:
         versions: int,
         publish: Callable[[Mapping[str, tuple[Model, ...]], tuple[Entry, ...]], None],
         on_swap: Callable[[str, Outcome], None],
+        after_opening: Callable[[], None],
     ) -> None:
         self._root = root
         self._open_model = open_model
+        self._after_opening = after_opening
         self._max_versions = versions
         self._publish_snapshot = publish
         self._on_swap = on_swap
@@ -114,7 +119,8 @@ class OpenModels:
         self._refusals: dict[Path, Refusal] = {}
         self._withdrawn: set[str] = set()
         self._orphans: set[str] = set()
-        self._opening: Identity | None = None
+        self._passed_over: dict[Path, Path] = {}  # a folder, and the one that is served instead
+        self._opening: Path | None = None
 
     def refresh(self, *, reload: str | None = None) -> list[Refusal]:
         """Open and close models until they match the folders; the new refusals.
@@ -126,9 +132,13 @@ class OpenModels:
         earlier = {path: str(refusal.error) for path, refusal in self._refusals.items()}
         refusals: list[Refusal] = []
         names = {candidate.identity[0] for candidate in self._candidates} | set(self._open)
-        for name in sorted(names):
-            if name not in self._withdrawn:
-                self._refresh_model(name, refusals, reload=name == reload)
+        try:
+            for name in sorted(names):
+                if name not in self._withdrawn:
+                    self._refresh_model(name, refusals, reload=name == reload)
+        finally:
+            self._after_opening()
+        self._report_passed_over()
         self._publish()
         return [
             refusal for refusal in refusals if earlier.get(refusal.folder) != str(refusal.error)
@@ -159,10 +169,16 @@ class OpenModels:
         return True
 
     def reason_against(self, name: str) -> str | None:
-        """Why the newest version of a model was refused; None when it was not."""
+        """Why no folder of the newest version of a model can be opened; None when one can."""
         candidates = self._candidates_of(name)
-        refusal = self._refusals.get(candidates[0].folder.path) if candidates else None
-        return None if refusal is None else self._public_reason(refusal.error)
+        refusals = [
+            self._refusals.get(candidate.folder.path)
+            for candidate in candidates
+            if candidate.identity == candidates[0].identity
+        ]
+        if not refusals or refusals[0] is None or None in refusals:
+            return None
+        return self._public_reason(refusals[0].error)
 
     def _scan(self) -> None:
         folders = look(self._root, known=self._folders)
@@ -178,43 +194,42 @@ class OpenModels:
             for name, versions in self._open.items()
             for version in versions
         }
-        first: dict[Identity, Path] = {}
         for folder in sorted(folders, key=lambda folder: folder.identity is None):
             # A manifest that is being written cannot be read. Its folder keeps the identity that is
             # open from it, else it gets the one that its path suggests.
             by_path = (folder.path.parent.name, folder.path.name)
             identity = folder.identity or open_identities.get(folder.path) or by_path
-            path = first.setdefault(identity, folder.path)
-            yield _Candidate(
-                identity=identity, folder=folder, duplicate_of=None if path == folder.path else path
-            )
+            yield _Candidate(identity=identity, folder=folder)
 
     def _candidates_of(self, name: str) -> list[_Candidate]:
-        """The folders of one model, newest version first, each version once."""
-        candidates = [
-            candidate
-            for candidate in self._candidates
-            if candidate.identity[0] == name and candidate.duplicate_of is None
-        ]
+        """The folders of one model, newest version first; those of one version by precedence."""
         return sorted(
-            candidates, key=lambda candidate: version_order(candidate.identity[1]), reverse=True
+            (candidate for candidate in self._candidates if candidate.identity[0] == name),
+            key=lambda candidate: version_order(candidate.identity[1]),
+            reverse=True,  # which keeps the order of equals
         )
 
     def _refresh_model(self, name: str, refusals: list[Refusal], *, reload: bool) -> None:
         before = {version.model.version: version for version in self._open.get(name, ())}
         after: list[_OpenVersion] = []
-        for candidate in self._candidates_of(name):
+        by_version = groupby(self._candidates_of(name), key=lambda candidate: candidate.identity[1])
+        for number, candidates in by_version:
             if len(after) == self._max_versions:
                 break
-            folder = candidate.folder
-            version = before.get(candidate.identity[1])
-            unchanged = version is not None and (version.path, version.signature) == (
-                folder.path,
-                folder.signature,
-            )
-            if reload or not unchanged:
-                version = self._try_open(candidate, refusals) or version
-            if version is not None:
+            opened = before.get(number)
+            version = None
+            for candidate in candidates:
+                folder = candidate.folder
+                unchanged = opened is not None and (opened.path, opened.signature) == (
+                    folder.path,
+                    folder.signature,
+                )
+                keep = unchanged and not reload
+                version = opened if keep else self._try_open(candidate, refusals)
+                if version is not None:
+                    break
+            # Where none of its folders can be opened, what was open goes on.
+            if (version := version or opened) is not None:
                 after.append(version)
         if not after:
             self._keep_last(name)
@@ -224,6 +239,34 @@ class OpenModels:
         for number in before.keys() - {version.model.version for version in after}:
             self._report_unloaded(before[number].model)
         self._publish()
+
+    def _report_passed_over(self) -> None:
+        """Log each folder that is not served because another one holds the same version, once."""
+        passed_over = {
+            candidate.folder.path: path
+            for candidate in self._candidates
+            if (path := self._served_instead_of(candidate)) is not None
+            and candidate.folder.path not in self._refusals
+        }
+        for folder, path in passed_over.items():
+            if self._passed_over.get(folder) != path:
+                _log.warning(
+                    "a bundle is not served: another folder holds the same version of the same"
+                    " model",
+                    bundle=str(folder),
+                    served=str(path),
+                )
+        self._passed_over = passed_over
+
+    def _served_instead_of(self, candidate: _Candidate) -> Path | None:
+        """The other folder from which the version of this one is open, if it is still there."""
+        name, number = candidate.identity
+        for version in self._open.get(name, ()):
+            if version.model.version == number and version.path != candidate.folder.path:
+                folder = self._folders.get(version.path)
+                same = folder is not None and folder.identity in (None, candidate.identity)
+                return version.path if same else None
+        return None
 
     def _keep_last(self, name: str) -> None:
         """No folder of this model can be opened: the newest open version stays, without the
@@ -243,9 +286,12 @@ class OpenModels:
         refusal = self._refusals.get(folder.path)
         if refusal is not None and refusal.signature == folder.signature:
             return None
-        self._opening = candidate.identity
+        self._opening = folder.path
         self._publish()
         began = time.monotonic()
+        patience = threading.Timer(_PATIENCE_S, _report_slow, args=(candidate,))
+        patience.daemon = True
+        patience.start()
         try:
             model = self._open_model(folder.path)
             if (model.name, model.version) != folder.identity:
@@ -257,9 +303,10 @@ class OpenModels:
             self._on_swap(candidate.identity[0], "refused")
             return None
         finally:
+            patience.cancel()
             self._opening = None
         self._refusals.pop(folder.path, None)
-        _report_opened(model, seconds=time.monotonic() - began)
+        _report_opened(model, folder.path, seconds=time.monotonic() - began)
         self._on_swap(model.name, "loaded")
         return _OpenVersion(model=model, path=folder.path, signature=folder.signature)
 
@@ -296,14 +343,17 @@ class OpenModels:
     ) -> tuple[Presence, str]:
         refusal = self._refusals.get(candidate.folder.path)
         reason = "" if refusal is None else self._public_reason(refusal.error)
-        if candidate.duplicate_of is not None:
-            path = candidate.duplicate_of.relative_to(self._root)
-            return Presence.UNAVAILABLE, f"{path} is the same version of the same model"
+        if (served := self._served_instead_of(candidate)) is not None:
+            path = served.relative_to(self._root)
+            return (
+                Presence.UNAVAILABLE,
+                reason or f"{path} is the same version of the same model",
+            )
         if candidate.identity in open_identities:
             if reason:
                 reason = f"the one that was open goes on, for what its folder holds now: {reason}"
             return Presence.READY, reason
-        if candidate.identity == self._opening:
+        if candidate.folder.path == self._opening:
             return Presence.LOADING, ""
         if candidate.identity[0] in self._withdrawn:
             return Presence.UNAVAILABLE, "it was unloaded"
@@ -330,7 +380,18 @@ def _release_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _report_opened(model: Model, *, seconds: float) -> None:
+def _report_slow(candidate: _Candidate) -> None:
+    name, version = candidate.identity
+    _log.warning(
+        "opening a bundle takes long: until it has ended no other bundle is opened",
+        model=name,
+        version=version,
+        bundle=str(candidate.folder.path),
+        seconds=_PATIENCE_S,
+    )
+
+
+def _report_opened(model: Model, path: Path, *, seconds: float) -> None:
     certificate = model.bundle.certificate
     if certificate is None or certificate.verdict is not Verdict.PASS:
         _log.warning(
@@ -349,7 +410,8 @@ def _report_opened(model: Model, *, seconds: float) -> None:
         model=model.name,
         version=model.version,
         digest=model.digest,
-        known_answers=model.replayed.verdict if model.replayed else "not replayed",
+        bundle=str(path),
+        known_answers=str(model.replayed or "not replayed"),
         row_counts={bucket.label: sorted(bucket.costs) for bucket in model.buckets},
         seconds=round(seconds, 3),
     )

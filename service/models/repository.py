@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from evalmode.bundle.errors import BundleError
+from evalmode.bundle.store import no_bundle_at
 from evalmode.service.errors import (
     BadRequest,
     Forbidden,
@@ -51,7 +52,8 @@ class Repository:
     concern only that bundle. `control` is whether `load` and `unload` are allowed. `default_model`
     names the model that answers texts where a request names none. `on_change` gets the models that
     are open now, `on_swap` the name of a model of which a version was loaded, unloaded or refused.
-    Both must be quick and never raise.
+    Both must be quick and never raise. `after_opening` is called after each look at the folders,
+    and `cancel_opening` by `close`, while a bundle may be open only in part.
     """
 
     def __init__(
@@ -64,8 +66,11 @@ class Repository:
         default_model: str | None = None,
         on_change: Callable[[Iterable[Model]], None] = lambda models: None,
         on_swap: Callable[[str, Outcome], None] = lambda model, outcome: None,
+        after_opening: Callable[[], None] = lambda: None,
+        cancel_opening: Callable[[], None] = lambda: None,
     ) -> None:
         self._root = root
+        self._cancel_opening = cancel_opening
         self._control = control
         self._default_model = default_model
         self._on_change = on_change
@@ -78,6 +83,7 @@ class Repository:
             versions=versions,
             publish=self._publish,
             on_swap=on_swap,
+            after_opening=after_opening,
         )
         self._ended = threading.Event()
         self._poller: threading.Thread | None = None
@@ -98,10 +104,7 @@ class Repository:
             if not self._snapshot.models:
                 if refusals:
                     raise refusals[0].error
-                raise BundleError(
-                    f"no bundle at {self._root}: make one with `evalmode train` and `evalmode"
-                    " export`"
-                )
+                raise BundleError(no_bundle_at(self._root))
             for refusal in refusals:
                 refusal.log()
         if self._default_model is not None and self._default_model not in self._snapshot.models:
@@ -114,7 +117,8 @@ class Repository:
         """Look at the folder once, and open and close what has changed."""
         with self._lock:
             for refusal in self._open_models.refresh():
-                refusal.log()
+                if not self._ended.is_set():  # an opening that `close` has cancelled is no news
+                    refusal.log()
 
     def start_polling(self, poll_s: float) -> None:
         """Poll every `poll_s` seconds in a thread of its own until `close`; 0: never."""
@@ -127,6 +131,7 @@ class Repository:
     def close(self) -> None:
         """Stop polling. Open models stay open for their holders."""
         self._ended.set()
+        self._cancel_opening()
         if self._poller is not None:
             self._poller.join(_END_S)
 

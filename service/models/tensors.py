@@ -12,9 +12,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from evalmode.bundle.known_answers import Tensors
+from evalmode.bundle.known_answers import Tensors, bits
 from evalmode.bundle.manifest import Bound, TensorSpec
-from evalmode.bundle.row_counts import bits
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.datatypes import BYTES, DATATYPES, datatype_of
 

@@ -152,7 +152,7 @@ def _told(models: tuple[Model, ...]) -> dict[str, object]:
         "bundle": str(first.bundle.path),
         "digest": first.digest,
         "provider": first.platform.provider,
-        "known_answers": str(first.replayed.verdict) if first.replayed else "not replayed",
+        "known_answers": str(first.replayed or "not replayed"),
     }
     if others:
         told["others"] = [f"{model.name}/{model.version}" for model in others]

@@ -126,6 +126,7 @@ def model_config(
     *,
     name: str,
     digest: str,
+    known_answers: str,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     alternatives: bool,
@@ -161,7 +162,10 @@ def model_config(
             for spec in outputs
         ),
         dynamic_batching={} if batched else None,
-        parameters={"digest": {"string_value": digest}},
+        parameters={
+            "digest": {"string_value": digest},
+            "known_answers": {"string_value": known_answers},
+        },
     )
 
 

@@ -108,3 +108,41 @@ def test_the_scale_of_the_numbers_does_not_matter(reference, scale):
     if reference.std() > 0:
         scale = np.float32(scale)
         assert relative_difference(actual * scale, reference * scale) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"runtime": "onnxruntime 1.31.1"}, "ONNX Runtime 1.0 there, 1.31.1 here"),
+        (
+            {"provider": "CUDAExecutionProvider"},
+            "provider CPUExecutionProvider there, CUDAExecutionProvider here",
+        ),
+        ({"threads": 4}, "threads 1 there, 4 here"),
+        ({"architecture": "aarch64"}, "architecture x86_64 there, aarch64 here"),
+        ({"cpu_features": ("avx512f", "avx2")}, "CPU features none more there, avx512f here"),
+        ({"cpu_features": ()}, "CPU features avx2 there, none more here"),
+    ],
+)
+def test_every_difference_of_two_platforms_is_named(certificate, changed, sentence):
+    there = certificate.platform
+    here = there.model_copy(update=changed)
+    assert [str(difference) for difference in there.differences(here)] == [sentence]
+    assert there.differences(there) == here.differences(here) == ()
+
+
+def test_several_differences_are_named_in_the_order_of_the_platforms_fields(certificate):
+    there = certificate.platform
+    here = there.model_copy(update={"threads": 2, "runtime": "onnxruntime 2.0"})
+    assert [difference.what for difference in there.differences(here)] == [
+        "ONNX Runtime",
+        "threads",
+    ]
+
+
+def test_platforms_that_differ_in_any_field_have_differences(certificate):
+    there = certificate.platform
+    others = {int: 7, str: "another", tuple: ("another",)}
+    for name in type(there).model_fields:
+        other = others[type(getattr(there, name))]
+        assert there.differences(there.model_copy(update={name: other})), name

@@ -159,6 +159,50 @@ def test_on_another_platform_a_difference_within_the_tolerance_is_let_by_and_sai
     found = replayed(ANSWERS, off_by(5e-6), here=elsewhere)
     assert found.verdict == "within tolerance"
     assert 1e-6 < found.largest_difference <= found.tolerance == 1e-5
+    assert str(found) == "within tolerance (CPU features avx2 there, neon here)"
+
+
+def test_on_the_certifying_platform_there_are_no_differences_to_name(replayed):
+    assert replayed(ANSWERS).differences == ()
+    assert str(replayed(ANSWERS)) == "bitwise"
+
+
+@pytest.mark.parametrize("here", [0, 1], ids=["there", "elsewhere"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_answer_with_other_bits_in_its_second_run_is_refused_by_its_number(
+    replayed, platform, elsewhere, here, place
+):
+    text, runs = ANSWERS[place].text, []
+
+    def run_with_a_dropout(inputs):
+        logits = run(inputs)["logits"]
+        if np.array_equal(inputs["input_ids"], ANSWERS[place].inputs["input_ids"]):
+            runs.append(text)
+            logits[0, 0] = (
+                np.nextafter(logits[0, 0], np.float32(9)) if len(runs) == 2 else logits[0, 0]
+            )
+        return {"logits": logits}
+
+    with pytest.raises(
+        KnownAnswersDiffer,
+        match=f"known answer {place} is not the same twice: output 'logits' has other bits",
+    ):
+        replayed(ANSWERS, run_with_a_dropout, here=(platform, elsewhere)[here])
+
+
+def test_an_answer_that_varies_is_refused_whatever_tolerance_its_certificate_claims(
+    parts, elsewhere
+):
+    draws = np.random.default_rng(5)
+    generous = parts().certificate.model_copy(update={"tolerance": 1e9})
+    with pytest.raises(KnownAnswersDiffer, match="known answer 0 is not the same twice"):
+        replay(
+            ANSWERS,
+            lambda inputs: {"logits": run(inputs)["logits"] * draws.uniform(0.9, 1.0)},
+            certificate=generous,
+            platform=elsewhere,
+            frontend=FRONTEND,
+        )
 
 
 def test_on_another_platform_a_larger_difference_is_refused(replayed, elsewhere):

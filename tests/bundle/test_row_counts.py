@@ -9,8 +9,8 @@ import pytest
 
 from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.frontend import BpeSpec, NgramSpec
+from evalmode.bundle.known_answers import bits
 from evalmode.bundle.row_counts import (
-    bits,
     rows_by_length,
     stable_row_counts,
     stack,

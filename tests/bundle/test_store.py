@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
+import socket
 import stat
+import subprocess
+import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 
@@ -296,3 +301,115 @@ def test_where_no_bundle_is_the_sentence_says_how_to_make_one(tmp_path):
         find_bundle(tmp_path)
     with pytest.raises(BundleError, match="evalmode export"):
         find_bundle(tmp_path / "nowhere")
+
+
+def as_fifo(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def as_socket(file: Path) -> None:
+    # A socket's address may have no more than 107 characters: it is bound from its own folder.
+    with contextlib.chdir(file.parent), socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(file.name)
+
+
+def as_folder(file: Path) -> None:
+    file.mkdir()
+
+
+def as_device(file: Path) -> None:
+    file.symlink_to("/dev/zero")
+
+
+def as_link_to_a_fifo(file: Path) -> None:
+    os.mkfifo(file.with_name("pipe"))
+    file.symlink_to("pipe")
+
+
+KINDS = {
+    as_fifo: "is a FIFO and not a regular file",
+    as_socket: "is a socket and not a regular file",
+    as_folder: "is a folder and not a regular file",
+    as_link_to_a_fifo: "is a FIFO and not a regular file",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("allow_uncertified", [False, True])
+def test_what_is_no_regular_file_is_refused_at_once_with_its_name(
+    written, name, make, allow_uncertified
+):
+    (written / name).unlink()
+    make(written / name)
+    with pytest.raises(BundleCorrupt, match=rf"{name} {KINDS[make]}"):
+        open_bundle(written, allow_uncertified=allow_uncertified)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "certificate.json"])
+def test_a_link_to_a_device_is_refused_without_reading_it(written, name):
+    (written / name).unlink()
+    as_device(written / name)
+    with pytest.raises(BundleCorrupt, match=f"{name} is a device and not a regular file"):
+        open_bundle(written)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_to_itself_is_refused_with_its_name(written, name):
+    (written / name).unlink()
+    (written / name).symlink_to(Path(name).name)
+    with pytest.raises(BundleCorrupt, match=f"{name} cannot be read"):
+        open_bundle(written, allow_uncertified=True)
+
+
+def test_a_file_that_no_memory_can_hold_is_refused_with_its_name(written):
+    os.truncate(written / "model.onnx", 1 << 42)
+    program = """
+import resource, sys
+from pathlib import Path
+from evalmode.bundle.errors import BundleCorrupt
+from evalmode.bundle.store import open_bundle
+resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))
+try:
+    open_bundle(Path(sys.argv[1]))
+except BundleCorrupt as error:
+    print(error)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(written)], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.endswith("model.onnx cannot be read: it does not fit into memory\n")
+
+
+def test_a_link_inside_the_bundle_is_followed(written):
+    (written / "model.onnx").rename(written / "notes" / "model.onnx")
+    (written / "model.onnx").symlink_to("notes/model.onnx")
+    with pytest.raises(BundleCorrupt, match=r"notes/model\.onnx is not listed"):
+        open_bundle(written)
+    (written / "notes" / "origin.txt").unlink()
+    shutil.move(written / "notes" / "model.onnx", written / "notes" / "origin.txt")
+    (written / "model.onnx").unlink()
+    (written / "model.onnx").symlink_to("notes/origin.txt")
+    with pytest.raises(BundleCorrupt, match=r"origin\.txt is not the certified file"):
+        open_bundle(written)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_bundle_whose_manifest_is_no_regular_file_is_found_and_refused(written, make):
+    (written / "manifest.json").unlink()
+    make(written / "manifest.json")
+    for above in (written, written.parent, written.parent.parent):
+        assert find_bundle(above) == written
+    with pytest.raises(BundleCorrupt, match=r"manifest\.json is a"):
+        open_bundle(written)
+
+
+def test_a_file_where_a_folder_is_meant_is_said_to_be_one(written):
+    with pytest.raises(BundleError, match=r"model\.onnx is a file and no bundle: name the folder"):
+        find_bundle(written / "model.onnx")
+
+
+def test_the_bytes_that_were_checked_are_those_that_are_used(written, parts):
+    bundle = open_bundle(written)
+    (written / "model.onnx").write_bytes(b"other bytes")
+    assert bundle.model == parts().contents["model.onnx"]

@@ -60,5 +60,10 @@ def answer(model, text="Dit is een zin."):
     return content_of(bucket.run([row])[0])
 
 
+def passed_over(logs):
+    """Which folders the log says are not served, each with the one that is."""
+    return [(line["bundle"], line["served"]) for line in logs if "same version" in line["event"]]
+
+
 def refusals(logs):
     return [line for line in logs if line["event"] == "bundle refused"]

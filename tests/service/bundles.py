@@ -26,12 +26,26 @@ TEXTS = (
 )
 
 
-def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(LABELS)) -> bytes:
+def elsewhere(certificate: Certificate) -> Certificate:
+    """The certificate as another ONNX Runtime on another CPU would have it."""
+    platform = certificate.platform.model_copy(
+        update={"runtime": "onnxruntime 1.0", "cpu_features": ("neon",)}
+    )
+    return certificate.model_copy(update={"platform": platform})
+
+
+def tiny_model(
+    *,
+    batchable: bool = True,
+    bias: float = 0.0,
+    labels: int = len(LABELS),
+    dropout: float | None = None,
+) -> bytes:
     """Sum over n-grams, over positions, then a head: logits (B, C) for ids (B, T, G).
 
     `batchable` sums the positions by a matrix product, which gives a row the same bits at every
     batch size; without it a reduction does, whose one-row kernel adds in another order. A `bias`
-    that is NaN or infinite spoils every answer.
+    that is NaN or infinite spoils every answer. A `dropout` is one that runs, on the pooled values.
     """
     random = np.random.default_rng(7)
     table = random.standard_normal((SPEC.vocabulary, 48)).astype(np.float32)
@@ -53,11 +67,22 @@ def tiny_model(*, batchable: bool = True, bias: float = 0.0, labels: int = len(L
     ]
     # (B, 1, D)
     by_reduction = [node("ReduceSum", ["embedded", "positions"], ["pooled"], keepdims=1)]
+    # ONNX Runtime 1.31 takes a Dropout away whose mode is constant, True included.
+    dropped = [
+        node("ReduceMax", ["input_ids"], ["largest"], keepdims=0),
+        node("GreaterOrEqual", ["largest", "zero"], ["on"]),
+        node("Dropout", ["pooled", "ratio", "on"], ["dropped"]),
+    ]
+    if dropout is None:
+        dropped = []
+    else:
+        tensors |= {"ratio": np.array(dropout, np.float32), "zero": np.array(0, np.int64)}
     nodes = [
         node("Gather", ["table", "input_ids"], ["gathered"]),  # (B, T, G, D)
         node("ReduceSum", ["gathered", "grams"], ["embedded"], keepdims=0),  # (B, T, D)
         *(by_product if batchable else by_reduction),
-        node("MatMul", ["pooled", "head"], ["headed"]),  # (B, 1, C)
+        *dropped,
+        node("MatMul", ["dropped" if dropped else "pooled", "head"], ["headed"]),  # (B, 1, C)
         node("Squeeze", ["headed", "positions"], ["flat"]),
         node("Add", ["flat", "bias"], ["logits"]),  # (B, C)
     ]
@@ -84,7 +109,7 @@ def make_bundle(
     model = model or tiny_model()
     session = open_session(model)
     answers = tuple(change(answer) for answer in _known_answers(session))
-    return _written(
+    return written(
         root,
         model,
         session,
@@ -123,14 +148,14 @@ def tensor_bundle(
         more = (invariance,) if independent else ()
         return certificate.model_copy(update={"records": (*certificate.records, *more)})
 
-    return _written(root, model, session, answers, certify, name=name, version=version)
+    return written(root, model, session, answers, certify, name=name, version=version)
 
 
 def token_bundle(root: Path, model: bytes, tokenizer: str, *, spec: BpeSpec) -> Path:
     """Write a bundle of text below `root` whose front end is a tokenizer; it has no known
     answers.
     """
-    return _written(
+    return written(
         root,
         model,
         open_session(model),
@@ -173,7 +198,7 @@ def onnx_model(
     return model.SerializeToString()
 
 
-def _written(
+def written(
     root: Path,
     model: bytes,
     session: Session,
@@ -186,6 +211,7 @@ def _written(
     frontend: NgramSpec | BpeSpec | None = None,
     tokenizer: str | None = None,
 ) -> Path:
+    """Write a bundle below `root` whose tensors and platform are those of `session`."""
     contents = {MODEL_FILE: model, KNOWN_ANSWERS_FILE: pack(answers)}
     if tokenizer is not None:
         contents[TOKENIZER_FILE] = tokenizer.encode()

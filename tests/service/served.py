@@ -55,7 +55,9 @@ class Served:
 @contextmanager
 def serving(root: Path, **settings: Any) -> Iterator[Served]:
     """The parts of a server of the bundles below `root`."""
-    components = open_components(load_settings(bundle=root, poll_s=0, **settings))
+    # Bundles made by the tests are opened without a trial, which takes half a second each.
+    quick = {"load_timeout_s": 0, **settings}
+    components = open_components(load_settings(bundle=root, poll_s=0, **quick))
     components.health.serve()
     try:
         yield Served(components=components)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import onnxruntime
 import pytest
 from structlog.testing import capture_logs
 
@@ -20,12 +21,14 @@ from evalmode.service.errors import QueueFull, RunFailed
 from evalmode.service.http.v1_schemas import PredictRequest, PredictResponse
 from evalmode.service.predictor import Predictor
 from evalmode.service.settings import Settings
-from tests.service.bundles import tensor_bundle
+from tests.service.bundles import elsewhere, make_bundle, tensor_bundle
 
 
 @contextmanager
 def components_of(bundle: Path, **settings: object) -> Iterator[Components]:
-    components = open_components(Settings(bundle=bundle, poll_s=0, **settings))  # type: ignore[arg-type]
+    # Bundles made by the tests are opened without a trial, which takes half a second each.
+    quick = {"load_timeout_s": 0, **settings}
+    components = open_components(Settings(bundle=bundle, poll_s=0, **quick))  # type: ignore[arg-type]
     components.health.serve()
     try:
         yield components
@@ -311,3 +314,22 @@ def test_a_version_is_of_a_model_that_must_be_named_too(bundle):
     for answer in answers:
         assert (answer.status_code, answer.json()["field"]) == (422, "version")
     assert named.status_code == 200
+
+
+def test_why_known_answers_agree_only_within_tolerance_is_told_in_both_protocols(tmp_path):
+    make_bundle(tmp_path, certify=elsewhere)
+    with components_of(tmp_path) as components:
+        ours, theirs = asked(
+            create_app(components),
+            lambda client: client.get("/v1/model"),
+            lambda client: client.get("/v2/models/tiny/config"),
+        )
+    replayed = ours.json()["known_answers"]
+    assert replayed["verdict"] == "within tolerance"
+    runtime, features = replayed["differences"]
+    assert runtime == {"what": "ONNX Runtime", "there": "1.0", "here": onnxruntime.__version__}
+    assert (features["what"], features["there"]) == ("CPU features", "neon")
+    reason = theirs.json()["parameters"]["known_answers"]["string_value"]
+    assert reason.startswith(
+        f"within tolerance (ONNX Runtime 1.0 there, {onnxruntime.__version__} here; CPU features"
+    )

@@ -96,3 +96,14 @@ def test_the_size_of_a_target_is_that_of_its_model(folder: Path) -> None:
     assert sizes["b.onnx"] == len("b.onnx")
     assert sizes["bundles/x/1"] == len("bundles/x/1/model.onnx")
     assert sizes["absent"] == 0
+
+
+def test_a_bundle_whose_manifest_is_a_pipe_is_a_broken_bundle_and_its_model_no_bare_file(
+    folder: Path,
+) -> None:
+    (folder / "bundles/x/1/manifest.json").unlink()
+    os.mkfifo(folder / "bundles/x/1/manifest.json")
+    for above in ("bundles/x/1", "bundles"):
+        assert found(above) == ["bundles/x/1"]
+    (target,) = find_targets([Path("bundles")])
+    assert isinstance(examine(target), Unreadable)

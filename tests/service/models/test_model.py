@@ -19,6 +19,7 @@ from evalmode.bundle.errors import (
     BundleCorrupt,
     BundleError,
     BundleNotCertified,
+    KnownAnswersDiffer,
     ProviderUnavailable,
 )
 from evalmode.bundle.frontend import BpeSpec, NgramSpec
@@ -27,7 +28,14 @@ from evalmode.service.models.calibration import ROW_COUNTS, Calibration
 from evalmode.service.models.model import Model
 from evalmode.service.models.tensors import content_of
 from evalmode.service.models.text import IDS, MASK
-from tests.service.bundles import make_bundle, onnx_model, tensor_bundle, tiny_model, token_bundle
+from tests.service.bundles import (
+    elsewhere,
+    make_bundle,
+    onnx_model,
+    tensor_bundle,
+    tiny_model,
+    token_bundle,
+)
 from tests.service.by_hand import alone, floats, together
 
 LONG = "a much longer text than the sixteen positions of the tiny model"
@@ -334,13 +342,25 @@ def dropping_model(*, mode):
 
 
 def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path):
-    def elsewhere(certificate):
-        platform = certificate.platform.model_copy(update={"cpu_features": ("another",)})
-        return certificate.model_copy(update={"platform": platform})
-
     opened = Model.open(make_bundle(tmp_path, certify=elsewhere))
     assert opened.replayed.verdict == "within tolerance"
+    assert [difference.what for difference in opened.replayed.differences] == [
+        "ONNX Runtime",
+        "CPU features",
+    ]
     assert opened.bundle.certificate.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("certified", ["here", "elsewhere with a tolerance of 1e9"])
+def test_a_dropout_that_still_runs_is_refused_whatever_its_certificate_says(tmp_path, certified):
+    def certify(certificate):
+        if certified == "here":
+            return certificate
+        return elsewhere(certificate).model_copy(update={"tolerance": 1e9})
+
+    bundle = make_bundle(tmp_path, model=tiny_model(dropout=0.5), certify=certify)
+    with pytest.raises(KnownAnswersDiffer, match="known answer 0 is not the same twice"):
+        Model.open(bundle)
 
 
 def test_the_ladder_of_this_file_is_the_tiny_models(model):

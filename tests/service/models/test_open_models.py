@@ -19,6 +19,7 @@ from tests.service.bundle_folders import (
     READY,
     UNAVAILABLE,
     answer,
+    passed_over,
     put,
     refusals,
     spoil,
@@ -68,14 +69,104 @@ def test_folders_may_be_called_anything_that_is_not_hidden(root, made):
     assert states(started(root)) == {("tiny", "1"): READY}
 
 
-def test_of_two_folders_of_one_version_the_first_is_open_and_the_other_reported(root, made, opener):
-    put(made["1"], root / "a" / "x")
-    put(made["1 anew"], root / "b" / "x")
-    repository = started(root, opener)
+def test_of_two_folders_of_one_version_the_first_is_open_and_the_log_says_so_once(
+    root, made, opener
+):
+    first, second = root / "a" / "x", root / "b" / "x"
+    put(made["1"], first)
+    put(made["1 anew"], second)
+    with capture_logs() as logs:
+        repository = started(root, opener)
+        repository.poll()
+        repository.load("tiny")
+    assert repository.get("tiny").bundle.path == first
+    assert dict(opener.asked) == {first: 2}, "once at the start, and once to load it again"
+    entries = [(entry.state, entry.reason) for entry in repository.index()]
+    assert sorted(entries) == [
+        (READY, ""),
+        (UNAVAILABLE, "a/x is the same version of the same model"),
+    ]
+    assert passed_over(logs) == [(str(second), str(first))]
+
+
+def test_where_the_first_of_two_folders_of_one_version_is_broken_the_second_is_opened(root, made):
+    first, second = root / "a" / "x", root / "b" / "x"
+    put(made["1"], first)
+    put(made["1 anew"], second)
+    spoil(first)
+    with capture_logs() as logs:
+        repository = started(root)
+        repository.poll()
+        repository.load("tiny")
+    assert repository.get("tiny").bundle.path == second
+    assert [line["bundle"] for line in refusals(logs)] == [str(first), str(first)]
+    assert passed_over(logs) == [], "the refusal has said why the first is not served"
+    reasons = {entry.state: entry.reason for entry in repository.index()}
+    assert reasons[READY] == ""
+    assert "a/x/model.onnx is not the certified file" in reasons[UNAVAILABLE]
+
+
+def test_of_two_folders_of_one_version_that_is_served_which_a_restart_would_serve(root, made):
+    first, second = root / "a" / "x", root / "b" / "x"
+    put(made["1"], first)
+    put(made["1 anew"], second)
+    repository = started(root)
+    mend = spoil(first)
+    repository.poll()
+    assert repository.get("tiny").bundle.path == second
+    mend()
+    with capture_logs() as logs:
+        repository.poll()
+        repository.poll()
+    assert repository.get("tiny").bundle.path == first
+    assert passed_over(logs) == [(str(second), str(first))]
+    shutil.rmtree(first)
+    repository.poll()
+    assert repository.get("tiny").bundle.path == second
+    spoil(second)
+    model = repository.get("tiny")
+    repository.poll()
+    assert repository.get("tiny") is model, "where no folder can be opened, what was open goes on"
+
+
+def test_a_folder_that_comes_later_and_before_another_takes_its_place(root, made):
+    put(made["1"], root / "b" / "x")
+    repository = started(root)
+    put(made["1 anew"], root / "a" / "x")
+    with capture_logs() as logs:
+        repository.poll()
     assert repository.get("tiny").bundle.path == root / "a" / "x"
-    assert dict(opener.asked) == {root / "a" / "x": 1}
-    said = [(entry.state, entry.reason) for entry in repository.index()]
-    assert sorted(said) == [(READY, ""), (UNAVAILABLE, "a/x is the same version of the same model")]
+    assert passed_over(logs) == [(str(root / "b" / "x"), str(root / "a" / "x"))]
+
+
+def test_a_broken_folder_that_comes_later_and_before_another_changes_nothing(root, made):
+    put(made["1"], root / "b" / "x")
+    repository = started(root)
+    model = repository.get("tiny")
+    put(made["1 anew"], root / "a" / "x")
+    spoil(root / "a" / "x")
+    repository.poll()
+    assert repository.get("tiny") is model
+    repository.load("tiny")
+    assert repository.get("tiny").bundle.path == root / "b" / "x"
+
+
+def test_several_folders_of_a_version_count_as_one_of_the_versions_that_are_open(root, made):
+    for place, contents in enumerate(("1", "1", "2", "2")):
+        put(made[contents], root / str(place) / "x")
+    for place in (0, 2):
+        spoil(root / str(place) / "x")
+    repository = started(root, versions=2)
+    paths = {model.version: model.bundle.path for model in repository.versions_of("tiny")}
+    assert paths == {"2": root / "3" / "x", "1": root / "1" / "x"}
+
+
+def test_where_no_folder_of_a_version_can_be_opened_the_first_ones_reason_is_given(root, made):
+    for place in ("a", "b"):
+        put(made["1"], root / place / "x")
+        spoil(root / place / "x")
+    with pytest.raises(BundleCorrupt, match=r"a/x/model\.onnx is not the certified file"):
+        started(root)
 
 
 def test_an_older_good_version_takes_the_place_of_a_bad_one(root):

@@ -45,6 +45,13 @@ def test_no_bundle_at_all_is_a_refusal_to_start(root):
         started(root / "nothing")
 
 
+def test_a_file_instead_of_a_folder_is_a_refusal_to_start_in_one_sentence(root):
+    file = make_bundle(root) / "model.onnx"
+    assert f"{file} is a file and no bundle: name the folder NAME/VERSION" in processes.refused(
+        file
+    )
+
+
 def test_a_folder_that_cannot_be_looked_at_is_a_refusal_to_start_in_one_sentence(root):
     # a name too long is refused to root, too, whom no permission stops
     unreadable = root / ("x" * 300)

@@ -1,0 +1,303 @@
+"""Real bundles that are opened on trial in a real child process, and servers of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from evalmode.bundle.errors import (
+    BundleCorrupt,
+    BundleError,
+    BundleNotCertified,
+    KnownAnswersDiffer,
+    ProviderUnavailable,
+)
+from evalmode.service.models.calibration import Calibration
+from evalmode.service.models.model import Model
+from evalmode.service.models.repository import Repository
+from evalmode.service.models.trial import TrialError, TrialOpener
+from tests.service import processes
+from tests.service.bundle_folders import UNAVAILABLE, WAIT_S, answer, put, refusals, spoil, states
+from tests.service.bundles import make_bundle, tensor_bundle
+from tests.service.harmful_bundles import (
+    aborting,
+    hanging_when_opened,
+    hanging_when_run,
+    harmless,
+)
+
+
+@pytest.fixture
+def opener():
+    trial = TrialOpener(timeout_s=WAIT_S)
+    yield trial
+    trial.rest()
+
+
+@pytest.fixture
+def hasty():
+    trial = TrialOpener(timeout_s=3)
+    yield trial
+    trial.rest()
+
+
+def children(parent: int | None = None) -> set[int]:
+    """The processes that a process, by default this one, has started and that are still there."""
+    pids = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since it was listed
+            if int(status.read_text().rpartition(")")[2].split()[1]) == (parent or os.getpid()):
+                pids.add(int(status.parent.name))
+    return pids
+
+
+def test_a_good_bundle_is_open_with_what_the_child_has_measured(bundle, opener):
+    model, direct = opener.open(bundle), Model.open(bundle)
+    assert answer(model) == answer(direct)
+    assert model.replayed == direct.replayed
+    assert model.row_counts.keys() == direct.row_counts.keys() == {"4", "8", "16"}
+    assert [bucket.label for bucket in model.buckets] == ["4", "8", "16"]
+    for bucket in model.buckets:
+        assert dict(bucket.costs) == model.measured[bucket.label].costs
+        assert 1 in bucket.costs
+
+
+def test_a_bundle_of_tensors_has_the_buckets_that_it_has_without_a_trial(tmp_path, opener):
+    path = tensor_bundle(tmp_path)
+    model, direct = opener.open(path), Model.open(path)
+    assert [bucket.label for bucket in model.buckets] == [bucket.label for bucket in direct.buckets]
+    assert model.platform == direct.platform
+
+
+def test_the_budget_and_the_cache_of_the_measurements_reach_the_child(bundle, tmp_path):
+    calibration = Calibration(budget_s=0, cache=tmp_path / "cache")
+    trial = TrialOpener(timeout_s=WAIT_S, calibration=calibration)
+    assert trial.open(bundle).row_counts == {"4": (1,), "8": (1,), "16": (1,)}
+    assert [*(tmp_path / "cache").rglob("*.json")]
+    trial.rest()
+
+
+def test_one_child_opens_several_bundles_and_none_is_left_when_it_may_rest(bundle, opener):
+    before = children()
+    opener.open(bundle)
+    first = children() - before
+    opener.open(bundle)
+    assert children() - before == first
+    assert len(first) == 1
+    opener.rest()
+    assert children() == before
+
+
+def other_answer(known):
+    return dataclasses.replace(known, outputs={"logits": known.outputs["logits"] + np.float32(1)})
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda root: spoilt(make_bundle(root)), BundleCorrupt),
+        (lambda root: make_bundle(root, change=other_answer), KnownAnswersDiffer),
+        (lambda root: uncertified(make_bundle(root)), BundleNotCertified),
+        (lambda root: root, BundleError),
+    ],
+)
+def test_a_refusal_of_the_child_is_the_one_of_opening_it_here(tmp_path, opener, make, kind):
+    path = make(tmp_path)
+    with pytest.raises(BundleError) as direct:
+        Model.open(path)
+    with pytest.raises(BundleError) as tried:
+        opener.open(path)
+    assert type(tried.value) is type(direct.value)
+    assert isinstance(tried.value, kind)
+    assert str(tried.value) == str(direct.value)
+
+
+def spoilt(path: Path) -> Path:
+    spoil(path)
+    return path
+
+
+def uncertified(path: Path) -> Path:
+    (path / "certificate.json").unlink()
+    return path
+
+
+def test_an_uncertified_bundle_is_open_where_that_is_allowed(tmp_path):
+    trial = TrialOpener(timeout_s=WAIT_S, allow_uncertified=True)
+    assert trial.open(uncertified(make_bundle(tmp_path))).replayed is None
+    trial.rest()
+
+
+def test_a_provider_that_is_not_there_is_refused_in_the_same_words(bundle):
+    trial = TrialOpener(timeout_s=WAIT_S, provider="none-such")
+    with pytest.raises(ProviderUnavailable, match="'none-such' is not available here"):
+        trial.open(bundle)
+    trial.rest()
+
+
+def test_an_error_that_is_no_fault_of_a_bundle_comes_with_the_childs_traceback(bundle):
+    trial = TrialOpener(timeout_s=WAIT_S, threads="many")  # type: ignore[arg-type]
+    with pytest.raises(TrialError, match=r"Traceback[\s\S]*TypeError"):
+        trial.open(bundle)
+    trial.rest()
+
+
+@pytest.mark.parametrize(
+    ("make", "step"),
+    [
+        (hanging_when_run, "running its known answers"),
+        (hanging_when_opened, "making a session of its graph"),
+    ],
+)
+def test_a_model_that_hangs_is_refused_with_the_step_and_the_next_bundle_opens(
+    tmp_path, hasty, make, step
+):
+    before = children()
+    with pytest.raises(
+        BundleError, match=f"{step} was not finished after 3 s; .* raise the setting load_timeout_s"
+    ):
+        hasty.open(make(tmp_path))
+    assert children() == before, "the process that hung is gone"
+    assert hasty.open(harmless(tmp_path / "good")).name == "tensors"
+
+
+def test_a_model_that_aborts_its_process_is_refused_and_the_next_bundle_opens(tmp_path, opener):
+    with pytest.raises(
+        BundleError,
+        match=r"opened it on trial was ended by SIG[A-Z]+.*\(while running its known answers\)",
+    ):
+        opener.open(aborting(tmp_path))
+    assert opener.open(harmless(tmp_path / "good")).name == "tensors"
+
+
+def test_a_trial_can_be_cancelled_from_another_thread(tmp_path, opener):
+    path = hanging_when_run(tmp_path)
+    before = children()
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(opener.open, path)
+        while not children() - before:
+            assert not opened.done()
+        opener.cancel()
+        with pytest.raises(BundleError, match="is not opened: the server is stopping"):
+            opened.result(WAIT_S)
+
+
+class Swapping(TrialOpener):
+    """Another bundle takes the place of the one that was tried, before it is opened here."""
+
+    def __init__(self, other: Path) -> None:
+        super().__init__(timeout_s=WAIT_S)
+        self._other = other
+
+    def _try(self, path):
+        result = super()._try(path)
+        put(self._other, path)
+        return result
+
+
+def test_what_takes_the_place_of_a_bundle_after_its_trial_is_never_opened(tmp_path):
+    path = harmless(tmp_path / "a")
+    trial = Swapping(hanging_when_opened(tmp_path / "b"))
+    with pytest.raises(BundleError, match="was changed while it was opened"):
+        trial.open(path)
+    trial.rest()
+
+
+def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(root):
+    harmless(root)
+    trial = TrialOpener(timeout_s=7)
+    repository = Repository(
+        root, open_model=trial.open, after_opening=trial.rest, cancel_opening=trial.cancel
+    )
+    before = children()
+    repository.start()
+    hanging_when_run(root, version="2")
+    with capture_logs() as logs:
+        repository.poll()
+        assert repository.get("tensors").version == "1"
+        repository.poll()
+    slow, refusal = logs
+    assert slow["event"].startswith("opening a bundle takes long")
+    assert (slow["model"], slow["version"]) == ("tensors", "2")
+    assert refusals(logs) == [refusal], "it is not tried again while nothing changes"
+    assert "was not finished after 7 s" in refusal["reason"]
+    assert states(repository)["tensors", "2"] == UNAVAILABLE
+    harmless(root, version="3")
+    repository.poll()
+    assert repository.get("tensors").version == "3"
+    assert children() == before
+    repository.close()
+
+
+def test_closing_a_repository_ends_an_opening_at_once_and_without_a_word(root):
+    harmless(root)
+    trial = TrialOpener(timeout_s=600)
+    repository = Repository(
+        root, open_model=trial.open, after_opening=trial.rest, cancel_opening=trial.cancel
+    )
+    repository.start()
+    hanging_when_run(root, version="2")
+    before = children()
+    with capture_logs() as logs:
+        repository.start_polling(0.01)
+        while not children() - before:
+            pass
+        repository.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "poll"]
+    assert children() == before
+    assert refusals(logs) == []
+
+
+def test_a_server_of_a_stuck_bundle_refuses_to_start_with_one_sentence(tmp_path):
+    hanging_when_opened(tmp_path)
+    assert "raise the setting load_timeout_s" in processes.refused(tmp_path, load_timeout_s=3)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "certificate.json"])
+def test_a_server_of_a_bundle_with_a_pipe_among_its_files_refuses_to_start_at_once(tmp_path, name):
+    file = make_bundle(tmp_path) / name
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{name} is a FIFO and not a regular file" in processes.refused(tmp_path)
+
+
+def test_a_server_starts_with_its_other_models_where_one_is_stuck(tmp_path):
+    make_bundle(tmp_path)
+    hanging_when_run(tmp_path, name="stuck")
+    with processes.running(tmp_path, load_timeout_s=3) as server:
+        assert server.started["bundle"] == str(tmp_path / "tiny" / "1")
+
+
+def test_a_start_that_is_stuck_is_ended_by_a_signal_and_leaves_no_process(tmp_path):
+    hanging_when_run(tmp_path)
+    server = subprocess.Popen(
+        [sys.executable, *processes.SERVER],
+        env=processes.environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with server:
+        line = json.loads(server.stderr.readline())
+        assert line["event"].startswith("opening a bundle takes long")
+        (child,) = children(server.pid)
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=WAIT_S)
+    assert server.returncode == 0
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_without_a_limit_bundles_are_opened_in_the_servers_own_process(bundle):
+    with processes.running(bundle, load_timeout_s=0, poll_s=0) as server:
+        assert server.started["known_answers"] == "bitwise"
