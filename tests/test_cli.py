@@ -19,7 +19,7 @@ from evalmode.export.release import Released
 from evalmode.model.checkpoint import Checkpoint
 from evalmode.model.config import TrainConfig
 
-COMMANDS = ("train", "export", "verify", "serve", "predict", "show")
+COMMANDS = ("train", "export", "verify", "serve", "healthcheck", "predict", "show")
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
