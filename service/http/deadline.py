@@ -43,6 +43,8 @@ async def unless_hung_up(request: Request, answer: Coroutine[Any, Any, Answer]) 
     try:
         await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
+            answering.cancel()
+            await asyncio.wait((answering,))  # so that the log line says how long it waited
             raise ClientDisconnect
         return answering.result()
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,8 @@ import httpx
 import pytest
 
 from evalmode.service.telemetry.timings import Timings, fields_of, is_streamed, timings_of
+from tests.service.bundles import SPEC, make_bundle, tiny_model
+from tests.service.moody_model import ENDLESS, moody_model
 from tests.service.processes import RunningServer, running
 
 STEPS = ("read_ms", "encode_ms", "queue_ms", "run_ms", "write_ms")
@@ -123,6 +127,43 @@ def test_a_slow_request_is_logged_though_the_log_is_a_sample_and_a_stream_is_not
         line = logged(server)
         assert (line["route"], line["level"]) == ("/v1/predict", "info")
         assert line["rows"] == 2  # of the second request: the stream has no line
+
+
+def test_of_requests_that_waited_in_vain_the_line_says_how_long(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    slow = make_bundle(tmp_path_factory.mktemp("moody"), model=moody_model(tiny_model(), SPEC))
+    endless = json.dumps({"inputs": [ENDLESS]}).encode()
+    with running(slow, access_log=1, parallel=1, slow_request_s=3600) as server:
+        address = ("127.0.0.1", server.port)
+        with socket.create_connection(address) as running_for_ever:
+            running_for_ever.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
+                b"content-length: %d\r\n\r\n%s" % (len(endless), endless)
+            )
+            wait_for_run(server)
+            late = post(server, *V1, content_type="application/json", x_request_timeout_ms="1000")
+            assert late.status_code == 504
+            line = logged(server)
+            assert (line["status"], line["run_ms"]) == (504, 0)
+            assert line["queue_ms"] > 100
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(
+                    f"{server.url}/v1/predict",
+                    content=V1[1],
+                    headers={"content-type": "application/json"},
+                    timeout=1,
+                )
+            line = logged(server)
+            assert (line["status"], line["run_ms"]) == (499, 0)
+            assert line["queue_ms"] > 100
+
+
+def wait_for_run(server: RunningServer) -> None:
+    """Return when a batch runs."""
+    deadline_s = time.monotonic() + WAIT_S
+    while "evalmode_running_batches 1.0" not in httpx.get(f"{server.url}/metrics").text:
+        assert time.monotonic() < deadline_s
 
 
 def test_timings_begin_at_their_first_use_and_are_empty_without_a_model() -> None:
