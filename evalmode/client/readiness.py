@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,22 +35,15 @@ class _Unhealthy(Exception):  # noqa: N818 - read as a sentence
     """The server is not ready; one sentence says why."""
 
 
+@dataclass(kw_only=True)
 class _Target:
-    """What is asked: a port of one of several hosts, with or without TLS."""
+    """What is asked: a port of the first of these hosts that takes a connection."""
 
-    def __init__(
-        self,
-        *hosts: str,
-        port: int,
-        tls: bool,
-        path: str = _READY_PATH,
-        certificate: tuple[str, str] | None = None,
-    ) -> None:
-        self.hosts = hosts
-        self.port = port
-        self.tls = tls
-        self.path = path
-        self.certificate = certificate
+    hosts: tuple[str, ...]
+    port: int
+    tls: bool
+    path: str = _READY_PATH
+    certificate: tuple[str, str] | None = None
 
     @property
     def authority(self) -> str:
@@ -99,7 +93,7 @@ def _target_of(url: str) -> _Target:
         raise _Unhealthy(f"--url must begin with http:// or https://, got {url}")
     tls = parts.scheme == "https"
     path = parts.path if parts.path.strip("/") else _READY_PATH
-    return _Target(parts.hostname, port=port or (443 if tls else 80), tls=tls, path=path)
+    return _Target(hosts=(parts.hostname,), port=port or (443 if tls else 80), tls=tls, path=path)
 
 
 def _find_target() -> _Target:
@@ -124,7 +118,7 @@ def _find_target() -> _Target:
 
 def _target_at(server: Announcement) -> _Target:
     return _Target(
-        *_EVERY_ADDRESS.get(server.host, (server.host,)),
+        hosts=_EVERY_ADDRESS.get(server.host, (server.host,)),
         port=server.port,
         tls=server.tls,
         certificate=server.certificate,
@@ -152,13 +146,13 @@ def _configured(environment: dict[str, str]) -> _Target | None:
     if not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 65_536):
         return None
     hosts = _EVERY_ADDRESS.get(host, (host,))
-    return _Target(*hosts, port=int(port), tls="ssl_certfile" in settings)
+    return _Target(hosts=hosts, port=int(port), tls="ssl_certfile" in settings)
 
 
 def _ask(target: _Target) -> str:
     """What the server answers when it is ready. Raises _Unhealthy."""
     answer = b""
-    failure: OSError | None = None
+    failure: OSError | UnicodeError | None = None
     try:
         with _connected(target) as connection:
             request = (
@@ -168,7 +162,7 @@ def _ask(target: _Target) -> str:
             connection.sendall(request.encode())
             while len(answer) < _MAX_ANSWER_BYTES and (part := connection.recv(_MAX_ANSWER_BYTES)):
                 answer += part
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: a host whose name no network can have
         failure = error
     refused = failure is None or isinstance(failure, ConnectionResetError | BrokenPipeError)
     # Only an error of TLS has a reason: an alert, or an end where a handshake should be.
@@ -177,7 +171,7 @@ def _ask(target: _Target) -> str:
         # The server took part in a handshake, and refused the certificate that it was shown.
         return "is alive; only a client with a certificate of its authorities can ask for more"
     if failure is not None:
-        reason = tls_reason or failure.strerror or failure
+        reason = tls_reason or getattr(failure, "strerror", None) or failure
         raise _Unhealthy(f"{target} cannot be asked: {reason}") from failure
     if not answer:
         raise _Unhealthy(f"{target} closes the connection without an answer")
@@ -202,7 +196,8 @@ def _connected(target: _Target) -> socket.socket:
         target.hosts = (host,)
         if not target.tls:
             return connection
-        return _tls_context(target).wrap_socket(connection, server_hostname=host)
+        name = None if ":" in host else host  # an address with a scope is no name
+        return _tls_context(target).wrap_socket(connection, server_hostname=name)
     assert failure is not None, "there is a host"
     raise failure
 

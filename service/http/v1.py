@@ -95,8 +95,8 @@ async def _predict(request: Request) -> Response:
         max_body_bytes=components.settings.max_body_bytes,
         silence_s=components.settings.body_timeout_s,
     )
-    read = time.monotonic()
-    timings.read_s = read - started
+    body_end = time.monotonic()
+    timings.read_s = body_end - started
     predict_request = parse_predict(
         body, max_rows=components.settings.max_rows, max_top_k=components.settings.max_top_k
     )
@@ -108,7 +108,7 @@ async def _predict(request: Request) -> Response:
         jobs, truncated = await model.text_rows_async(
             predict_request.inputs, truncate=predict_request.truncate
         )
-        now = timings.encoded(jobs, since=read)
+        now = timings.encoded(jobs, since=body_end)
         # Reading and encoding took a part of the request's time.
         answers = await components.answer(
             jobs, timings=timings, timeout_s=started + timeout_s - now

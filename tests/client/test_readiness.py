@@ -273,6 +273,8 @@ def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
     [
         ("localhost:8000", "--url must begin with http:// or https://, got localhost:8000"),
         ("http://", "--url must begin with http:// or https://, got http://"),
+        ("http://a..b", "http://a..b:80/readyz cannot be asked: "),
+        ("https://127.0.0.1:1", "https://127.0.0.1:1/readyz cannot be asked: Connection refused"),
         ("http://a:port", "--url http://a:port is not a URL: Port could not be cast to integer"),
     ],
 )
