@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,7 @@ _TOKENS = tuple(8 * 4**power for power in range(8))
 _SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _WATCH_S = 1.0
 _LAG_EVERY_S = 0.25  # every block of the event loop that is as long is seen; idle, it costs nothing
+_LAG_WINDOW_S = 30.0  # longer than the usual interval of scrapes
 _LIVE_FILE = re.compile(r"gauge_live\w*_(\d+)\.db")  # of a process that runs, by its id
 
 _ModelLabels: TypeAlias = tuple[str, str, str]  # name, version, digest
@@ -143,6 +145,13 @@ class Metrics:
             "How much later than due the event loop takes up what it has to do.",
             buckets=_SECONDS,
             registry=registry,
+        )
+        # Of several processes each has its own, for in a sum the one that is blocked does not show.
+        self._longest_loop_lag = _gauge(
+            "evalmode_event_loop_lag_max_seconds",
+            f"The longest lag of the event loop in the last {_LAG_WINDOW_S:g} seconds.",
+            registry,
+            "liveall",
         )
 
     def _open_batches(self, registry: CollectorRegistry | None) -> None:
@@ -316,11 +325,15 @@ class Metrics:
 
     async def measure_loop_lag(self) -> None:
         """Measure how late the running event loop is, a few times a second, until cancelled."""
+        recent_s: deque[float] = deque(maxlen=round(_LAG_WINDOW_S / _LAG_EVERY_S))
         while True:
             # Not by the loop's own clock: uvloop reads it once a turn, and in milliseconds.
             due_s = time.perf_counter() + _LAG_EVERY_S
             await asyncio.sleep(_LAG_EVERY_S)
-            self._loop_lag.observe(max(0.0, time.perf_counter() - due_s))
+            lag_s = max(0.0, time.perf_counter() - due_s)
+            self._loop_lag.observe(lag_s)
+            recent_s.append(lag_s)
+            self._longest_loop_lag.set(max(recent_s))
 
     def close(self) -> None:
         """Stop watching."""
@@ -400,7 +413,7 @@ def _gauge(
     name: str,
     what: str,
     registry: CollectorRegistry | None,
-    mode: Literal["livesum", "livemax"],
+    mode: Literal["livesum", "livemax", "liveall"],
     labels: Sequence[str] = (),
 ) -> Gauge:
     return Gauge(name, what, labels, registry=registry, multiprocess_mode=mode)

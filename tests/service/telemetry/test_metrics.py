@@ -277,6 +277,8 @@ def test_a_server_shows_what_each_of_its_processes_takes(bundle, workers):
         pid = families[RESIDENT].samples[0].labels.get("pid") or server.process.pid
         assert served_bytes == pytest.approx(resident_bytes_of(pid), rel=0.2)
         assert "evalmode_event_loop_lag_seconds" in families
+        longest = families["evalmode_event_loop_lag_max_seconds"].samples
+        assert {sample.labels.get("pid") for sample in longest} == set(pids)
 
 
 def test_a_worker_that_died_shows_no_figures_and_its_replacement_does(bundle):
@@ -311,6 +313,7 @@ def test_how_late_the_event_loop_is_shows_how_long_it_was_blocked():
     assert value(metrics, "event_loop_lag_seconds_count") >= 1
     assert value(metrics, "event_loop_lag_seconds_bucket", le="0.5") == 0
     assert 0.7 <= value(metrics, "event_loop_lag_seconds_sum") < 20
+    assert 0.7 <= value(metrics, "event_loop_lag_max_seconds") < 20
 
 
 def resident_bytes_of(pid: object) -> int:
