@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from evalmode import __version__
 from evalmode.commands import audit as audit_command
 from evalmode.commands import export as export_command
+from evalmode.commands import healthcheck as healthcheck_command
 from evalmode.commands import predict as predict_command
 from evalmode.commands import serve as serve_command
 from evalmode.commands import show as show_command
@@ -65,6 +66,7 @@ for command, epilog in (
     (verify_command.verify, verify_command.EPILOG),
     (audit_command.audit, audit_command.EPILOG),
     (serve_command.serve, serve_command.EPILOG),
+    (healthcheck_command.healthcheck, healthcheck_command.EPILOG),
     (predict_command.predict, predict_command.EPILOG),
     (show_command.show, show_command.EPILOG),
 ):

@@ -44,7 +44,9 @@ def create_app(components: Components) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        measuring = asyncio.create_task(components.metrics.measure_loop_lag())
         yield
+        measuring.cancel()
         await asyncio.to_thread(components.close)
 
     app = FastAPI(

@@ -29,6 +29,7 @@ from evalmode.service.settings import Settings
 from evalmode.service.telemetry.logs import ViolationLog
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.statistics import Statistics
+from evalmode.service.telemetry.timings import Timings
 from evalmode.service.telemetry.tracing import Tracing, open_tracing
 
 
@@ -44,10 +45,12 @@ class Components:
     health: Health
     tracing: Tracing | None
 
-    async def answer(self, jobs: Sequence[Job], *, timeout_s: float | None = None) -> list[Tensors]:
+    async def answer(
+        self, jobs: Sequence[Job], *, timings: Timings, timeout_s: float | None = None
+    ) -> list[Tensors]:
         """What the engine answers, followed by the traces of the request it is asked in."""
         with self.tracing.following([row for _, row in jobs]) if self.tracing else nullcontext():
-            return await self.engine.answer_async(jobs, timeout_s=timeout_s)
+            return await self.engine.answer_async(jobs, timeout_s=timeout_s, timed=timings.waited)
 
     def close(self) -> None:
         """Answer what was accepted, within the grace of the settings, and let everything go."""

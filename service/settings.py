@@ -168,6 +168,9 @@ class Settings(BaseSettings):
     access_log: float = Field(
         default=1.0, ge=0, le=1, description="share of requests that are logged; failures always"
     )
+    slow_request_s: float = Field(
+        default=1.0, gt=0, description="a request that takes longer is always logged, a stream not"
+    )
     metrics: bool = Field(default=True, description="show Prometheus metrics at /metrics")
     otlp_endpoint: str | None = Field(
         default=None,

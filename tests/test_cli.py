@@ -22,7 +22,7 @@ from evalmode.model.checkpoint import Checkpoint
 from evalmode.model.config import TrainConfig
 from tests.service.bundles import make_bundle, tiny_model
 
-COMMANDS = ("train", "export", "verify", "serve", "predict", "show")
+COMMANDS = ("train", "export", "verify", "serve", "healthcheck", "predict", "show")
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

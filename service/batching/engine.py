@@ -85,10 +85,17 @@ class Engine:
         return ticket.result()
 
     async def answer_async(
-        self, jobs: Sequence[Job], *, timeout_s: float | None = None
+        self,
+        jobs: Sequence[Job],
+        *,
+        timeout_s: float | None = None,
+        timed: Callable[[float, float], None] | None = None,
     ) -> list[Answer]:
         """The same, without blocking the event loop; when the task is cancelled its rows leave the
         queue at once.
+
+        `timed` is called when an admitted request is done, answered or not: with the seconds until
+        its last batch began, and those from there to its end.
         """
         if not jobs:
             return []
@@ -106,6 +113,8 @@ class Engine:
         finally:
             if timer is not None:
                 timer.cancel()
+            if timed is not None:
+                timed(*ticket.times_s())
         return ticket.result()
 
     async def wait_for_room(self, rows: int, *, nbytes: int = 0) -> None:

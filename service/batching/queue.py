@@ -145,13 +145,14 @@ class Queue:
             self._running.pop(threading.get_ident(), None)
             if run_s is not None:
                 self._drain_rate.record(rows=len(batch.entries), run_s=run_s, pressed=batch.pressed)
+            now = self._clock()
             for (ticket, place, _), outcome in zip(batch.entries, outcomes, strict=True):
                 if ticket.done:
                     continue
                 if isinstance(outcome, Exception):
                     self._fail_locked(ticket, as_request_error(outcome))
                     failed.append((ticket, "failed"))
-                elif ticket.answer(place, outcome):
+                elif ticket.answer(place, outcome, now=now):
                     answered.append(ticket)
         self._finish(answered=answered, dropped=failed)
 
@@ -230,7 +231,7 @@ class Queue:
     def _fail_locked(self, ticket: Ticket, failure: RequestError | None) -> None:
         for part in ticket.parts:
             self._waiting.remove(part)
-        ticket.fail(failure)
+        ticket.fail(failure, now=self._clock())
 
     def _await_work_locked(self, late: list[Ticket]) -> Batch | Sample | None:
         """Wait for a batch or, while there is none, a sample. Tickets past their deadline are added
@@ -279,6 +280,7 @@ class Queue:
                 self._fail_locked(ticket, _deadline_exceeded())
                 late.append(ticket)
             else:
+                ticket.began = now
                 rows = self._waiting.take(part, row_count - len(entries))
                 entries += [(ticket, place, row) for place, row in rows]
         return entries

@@ -49,6 +49,8 @@ class Ticket:
 
     Attributes:
         arrived: when, by the engine's clock.
+        began: when its last batch so far began; None while all its rows wait.
+        ended: when it was done; None until then.
         deadline: until when a row of it may be started; infinite for none.
         parts: its rows by bucket; empty once it is done.
         done: whether its caller has been, or is about to be, woken; later changes are ignored.
@@ -59,16 +61,20 @@ class Ticket:
         "_answers",
         "_left",
         "arrived",
+        "began",
         "caller",
         "deadline",
         "done",
         "dropped",
+        "ended",
         "failure",
         "parts",
     )
 
     def __init__(self, rows: int, *, arrived: float, deadline: float, caller: Caller) -> None:
         self.arrived = arrived
+        self.began: float | None = None
+        self.ended: float | None = None
         self.deadline = deadline
         self.caller = caller
         self.parts: tuple[Part, ...] = ()
@@ -78,22 +84,32 @@ class Ticket:
         self._answers: list[Answer | None] = [None] * rows
         self._left = rows
 
-    def answer(self, place: int, answer: Answer) -> bool:
+    def answer(self, place: int, answer: Answer, *, now: float) -> bool:
         """Store the answer of one row; whether it was the last."""
         self._answers[place] = answer
         self._left -= 1
         if self._left:
             return False
         self.done = True
+        self.ended = now
         self.parts = ()  # they point here: a circle that only the garbage collector would break
         return True
 
-    def fail(self, failure: RequestError | None) -> None:
+    def fail(self, failure: RequestError | None, *, now: float) -> None:
         """End it without answers; None when nobody waits for the reason."""
         self.done = True
+        self.ended = now
         self.failure = failure
         self.dropped = tuple((part.bucket, part.size) for part in self.parts)
         self.parts = ()
+
+    def times_s(self) -> tuple[float, float]:
+        """Seconds until its last batch began, and from there to its end: together, how long it was
+        in the engine.
+        """
+        assert self.ended is not None, "it is done"
+        began = self.ended if self.began is None else self.began
+        return began - self.arrived, self.ended - began
 
     def result(self) -> list[Answer]:
         """The answers in the order of the rows; raises what it failed with."""

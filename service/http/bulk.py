@@ -8,6 +8,7 @@ never waits behind more than those.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from evalmode.service.ndjson import (
     spell,
 )
 from evalmode.service.strict_json import SHOWN_CHARACTERS
+from evalmode.service.telemetry.timings import Timings, timings_of
 
 # What takes a turn at the engine together.
 _GROUP_ROWS = 32
@@ -60,7 +62,11 @@ class Answers(Protocol):
     """What a stream needs of the engine."""
 
     async def answer_async(
-        self, jobs: Sequence[Any], *, timeout_s: float | None = None
+        self,
+        jobs: Sequence[Any],
+        *,
+        timeout_s: float | None = None,
+        timed: Callable[[float, float], None] | None = None,
     ) -> list[Any]:
         """The answers of `jobs`; QueueFull where there is no room for them."""
 
@@ -160,20 +166,29 @@ class Streams:
             )
 
     async def predict(
-        self, model: TextModel, query: BulkQuery, texts: Sequence[str]
+        self, model: TextModel, query: BulkQuery, texts: Sequence[str], *, timings: Timings
     ) -> Sequence[Predicted]:
         """The predictions of `texts`, however long the engine has no room for them."""
+        before = time.monotonic()
         jobs, truncated = await model.text_rows_async(texts, truncate=query.truncate)
+        before = timings.encoded(jobs, since=before)
         nbytes = sum(row.nbytes for _, row in jobs)
         while True:
             await self._engine.wait_for_room(len(jobs), nbytes=nbytes)
             try:
                 # No deadline: a stream is slowed down where others are refused.
-                answers = await self._engine.answer_async(jobs, timeout_s=None)
+                timings.waited(time.monotonic() - before)
+                answers = await self._engine.answer_async(
+                    jobs, timeout_s=None, timed=timings.waited
+                )
             except QueueFull:
-                await asyncio.sleep(0)  # someone was quicker
+                before = time.monotonic()
+                await asyncio.sleep(0)  # another request took the room
                 continue
-            return model.predictions(answers, truncated, top_k=query.top_k)
+            before = time.monotonic()
+            predictions = model.predictions(answers, truncated, top_k=query.top_k)
+            timings.written(since=before)
+            return predictions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +246,7 @@ class _BulkResponse(Response):
         """Answer one request. What goes wrong before its first bytes came is raised, and has a
         status of its own.
         """
+        self._timings = timings_of(scope)
         first = await _next(receive, self._streams.silence_s)
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
@@ -297,7 +313,7 @@ class _BulkResponse(Response):
             task.exception()
 
     async def _predict(self, texts: Sequence[str]) -> Sequence[Predicted]:
-        return await self._streams.predict(self._model, self._query, texts)
+        return await self._streams.predict(self._model, self._query, texts, timings=self._timings)
 
     async def _write(self, send: Send) -> None:
         last = b""

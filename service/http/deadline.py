@@ -43,6 +43,9 @@ async def unless_hung_up(request: Request, answer: Coroutine[Any, Any, Answer]) 
     try:
         await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
+            answering.cancel()
+            # Until it has ended, so that the log line says how long the request waited.
+            await asyncio.gather(answering, return_exceptions=True)
             raise ClientDisconnect
         return answering.result()
     finally:

@@ -6,6 +6,7 @@ From outside in: traces, `Edge`, CORS, API keys, the application.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import time
@@ -23,6 +24,7 @@ from structlog.typing import FilteringBoundLogger
 
 from evalmode.service.http.security import ApiKeys, RequireKey, error_body, header
 from evalmode.service.settings import Settings
+from evalmode.service.telemetry.timings import fields_of, is_streamed
 from evalmode.service.telemetry.tracing import Tracing
 
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"})
@@ -114,6 +116,7 @@ def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> N
         inner,
         figures=parts.metrics,
         log_share=settings.access_log,
+        slow_s=settings.slow_request_s,
         tls=settings.ssl_certfile is not None,
     )
     # `app.add_middleware` would stand inside of what answers 500, and its answers would have
@@ -153,6 +156,7 @@ class Edge:
         *,
         figures: RequestFigures,
         log_share: float = 1.0,
+        slow_s: float = math.inf,
         tls: bool = False,
         log: FilteringBoundLogger | None = None,
         chance: Callable[[], float] = random.random,
@@ -161,6 +165,7 @@ class Edge:
         self._app = app
         self._figures = figures
         self._log_share = log_share
+        self._slow_s = slow_s
         self._headers = _HEADERS + (_TLS_HEADERS if tls else ())
         self._log = log or structlog.get_logger("evalmode.access")
         self._chance = chance
@@ -216,7 +221,8 @@ class Edge:
             duration_s=duration_s,
             reason=None if quiet else _reason(status, exchange),
         )
-        if status < 500 and (quiet or self._chance() >= self._log_share):
+        slow = duration_s >= self._slow_s and not is_streamed(scope)
+        if status < 500 and not slow and (quiet or self._chance() >= self._log_share):
             return
         client = scope.get("client")
         (self._log.info if status < 500 else self._log.warning)(
@@ -229,6 +235,7 @@ class Edge:
             received_bytes=exchange.received_bytes,
             sent_bytes=exchange.sent_bytes,
             client=client[0] if client else None,
+            **fields_of(scope),
         )
 
 

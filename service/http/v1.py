@@ -18,14 +18,13 @@ from evalmode.service.http.deadline import timeout_of, unless_hung_up
 from evalmode.service.http.v1_schemas import (
     ErrorResponse,
     ModelResponse,
-    PredictRequest,
     PredictResponse,
     request_schema,
 )
 from evalmode.service.models.model import Model
-from evalmode.service.models.text import Prediction
 from evalmode.service.ndjson import MEDIA_TYPE as NDJSON
 from evalmode.service.settings import Settings
+from evalmode.service.telemetry.timings import Timings, timings_of
 
 _LINES = {
     "schema": {
@@ -76,15 +75,16 @@ async def _predict(request: Request) -> Response:
     With `content-type: application/x-ndjson` the body is a text a line, of any number, and so is
     the answer.
     """
-    components = components_of(request)
+    components, timings = components_of(request), timings_of(request.scope)
     content_type = request.headers.get("content-type")
     if (content_type or "").partition(";")[0].strip().lower() == NDJSON:
+        timings.streamed = True
         streams: Streams = request.app.state.streams
         query = parse_query(
             request.query_params.multi_items(), max_top_k=components.settings.max_top_k
         )
         return streams.response(
-            _model_for(components, name=query.model, version=query.version), query
+            _model_for(components, name=query.model, version=query.version, timings=timings), query
         )
     require_json(content_type)
     timeout_s = timeout_of(request.headers, longest_s=components.settings.timeout_s)
@@ -95,25 +95,31 @@ async def _predict(request: Request) -> Response:
         max_body_bytes=components.settings.max_body_bytes,
         silence_s=components.settings.body_timeout_s,
     )
+    body_end = time.monotonic()
+    timings.read_s = body_end - started
     predict_request = parse_predict(
         body, max_rows=components.settings.max_rows, max_top_k=components.settings.max_top_k
     )
-    model = _model_for(components, name=predict_request.model, version=predict_request.version)
-    predictions = await unless_hung_up(
-        request, _answered(components, model, predict_request, deadline=started + timeout_s)
+    model = _model_for(
+        components, name=predict_request.model, version=predict_request.version, timings=timings
     )
-    return _answer(PredictResponse.of(model, predictions))
 
+    async def answered() -> Response:
+        jobs, truncated = await model.text_rows_async(
+            predict_request.inputs, truncate=predict_request.truncate
+        )
+        now = timings.encoded(jobs, since=body_end)
+        # Reading and encoding took a part of the request's time.
+        answers = await components.answer(
+            jobs, timings=timings, timeout_s=started + timeout_s - now
+        )
+        before = time.monotonic()
+        predictions = model.predictions(answers, truncated, top_k=predict_request.top_k)
+        response = _answer(PredictResponse.of(model, predictions))
+        timings.written(since=before)
+        return response
 
-async def _answered(
-    components: Components, model: Model, predict_request: PredictRequest, *, deadline: float
-) -> list[Prediction]:
-    jobs, truncated = await model.text_rows_async(
-        predict_request.inputs, truncate=predict_request.truncate
-    )
-    # reading and encoding took their time
-    answers = await components.answer(jobs, timeout_s=deadline - time.monotonic())
-    return model.predictions(answers, truncated, top_k=predict_request.top_k)
+    return await unless_hung_up(request, answered())
 
 
 async def _model(
@@ -136,13 +142,16 @@ async def _model(
     )
 
 
-def _model_for(components: Components, *, name: str | None, version: str | None) -> Model:
+def _model_for(
+    components: Components, *, name: str | None, version: str | None, timings: Timings
+) -> Model:
     _require_model(name, version)
     model = (
         components.repository.default_text()
         if name is None
         else components.repository.get(name, version)
     )
+    timings.model, timings.version = model.name, model.version
     if not model.is_text:
         raise InvalidField(
             f"model {model.name} takes tensors and no texts: ask POST"

@@ -27,6 +27,7 @@ from evalmode.service.protocol.request import JSON_LENGTH_HEADER, InferRequest, 
 from evalmode.service.protocol.response import Encoded, encode_response
 from evalmode.service.protocol.schemas import INFER_REQUEST, INFER_RESPONSE
 from evalmode.service.settings import Settings
+from evalmode.service.telemetry.timings import Timings, timings_of
 
 BINARY = "application/octet-stream"
 
@@ -81,7 +82,12 @@ async def _infer(request: Request, model: str, version: str | None = None) -> Re
     timeout_s = timeout_of(request.headers, longest_s=components.settings.timeout_s)
     body = await read_request(request, components.settings)
     served_model = components.repository.get(model, version)
-    inference = _Inference(components, served_model, started=started, deadline=started + timeout_s)
+    timings = timings_of(request.scope)
+    timings.model, timings.version = served_model.name, served_model.version
+    timings.read_s = time.monotonic() - started
+    inference = _Inference(
+        components, served_model, timings, started=started, deadline=started + timeout_s
+    )
     try:
         encoded = await unless_hung_up(
             request, inference.answer(body, request.headers.get(JSON_LENGTH_HEADER))
@@ -100,14 +106,19 @@ class _Inference:
     """One request on its way, and how long its parts took."""
 
     def __init__(
-        self, components: Components, model: Model, *, started: float, deadline: float
+        self,
+        components: Components,
+        model: Model,
+        timings: Timings,
+        *,
+        started: float,
+        deadline: float,
     ) -> None:
         self._components = components
         self._model = model
+        self._timings = timings
         self._started = started
         self._deadline = deadline
-        self._read_s = 0.0
-        self._write_s = 0.0
 
     async def answer(self, body: bytes, json_length: str | None) -> Encoded:
         """The response's body. Raises RequestError."""
@@ -116,16 +127,17 @@ class _Inference:
             request, prepared = self._read(body, json_length)
         else:
             request, prepared = await asyncio.to_thread(self._read, body, json_length)
-        now = time.monotonic()
-        self._read_s = now - before
+        now = self._timings.encoded(prepared.jobs, since=before)
         deadline = min(self._deadline, self._started + (request.timeout_s or math.inf))
-        answers = await self._components.answer(prepared.jobs, timeout_s=deadline - now)
+        answers = await self._components.answer(
+            prepared.jobs, timings=self._timings, timeout_s=deadline - now
+        )
         before = time.monotonic()
         if sum(tensor.nbytes for answer in answers for tensor in answer.values()) <= _INLINE_BYTES:
             encoded = self._write(request, prepared, answers)
         else:
             encoded = await asyncio.to_thread(self._write, request, prepared, answers)
-        self._write_s = time.monotonic() - before
+        self._timings.written(since=before)
         return encoded
 
     def succeeded(self) -> None:
@@ -134,8 +146,8 @@ class _Inference:
             self._model.name,
             self._model.version,
             took_s=time.monotonic() - self._started,
-            read_s=self._read_s,
-            write_s=self._write_s,
+            read_s=self._timings.encode_s or 0.0,
+            write_s=self._timings.write_s or 0.0,
         )
 
     def _read(self, body: bytes, json_length: str | None) -> tuple[InferRequest, PreparedRequest]:

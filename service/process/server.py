@@ -20,6 +20,7 @@ import structlog
 
 from evalmode.errors import EvalmodeError
 from evalmode.service.health import Health
+from evalmode.service.process.announcement import announced
 from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.listener import bound, cannot_listen, tls_context, url_of
 from evalmode.service.process.signals import Signals
@@ -64,7 +65,7 @@ def serve(
     for variable, sentence in strange_variables().items():
         _log.warning("a variable of the environment is ignored", variable=variable, reason=sentence)
     tls_context(settings)  # what is wrong with it is said before a model is loaded
-    with Signals() as signals, bound(settings) as listener:
+    with Signals() as signals, bound(settings) as listener, announced(settings, listener):
         if settings.workers > 1:
             # Only now, for a process that serves by itself needs none of it.
             from evalmode.service.process.supervisor import Supervisor

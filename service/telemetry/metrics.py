@@ -6,10 +6,16 @@ their environment, keep them in files of that folder, and each can answer for al
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from prometheus_client import (
@@ -54,6 +60,9 @@ _ROWS = tuple(2**power for power in range(11))
 _TOKENS = tuple(8 * 4**power for power in range(8))
 _SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _WATCH_S = 1.0
+_LAG_EVERY_S = 0.25  # every block of the event loop that is as long is seen; idle, it costs nothing
+_LAG_WINDOW_S = 30.0  # longer than the usual interval of scrapes
+_LIVE_FILE = re.compile(r"gauge_live\w*_(\d+)\.db")  # of a process that runs, by its id
 
 _ModelLabels: TypeAlias = tuple[str, str, str]  # name, version, digest
 
@@ -130,6 +139,19 @@ class Metrics:
         )
         self._running = _gauge(
             "evalmode_running_batches", "Batches that run now.", registry, "livesum"
+        )
+        self._loop_lag = Histogram(
+            "evalmode_event_loop_lag_seconds",
+            "How much later than due the event loop takes up what it has to do.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        # Of several processes each has its own, for in a sum the one that is blocked does not show.
+        self._longest_loop_lag = _gauge(
+            "evalmode_event_loop_lag_max_seconds",
+            f"The longest lag of the event loop in the last {_LAG_WINDOW_S:g} seconds.",
+            registry,
+            "liveall",
         )
 
     def _open_batches(self, registry: CollectorRegistry | None) -> None:
@@ -301,6 +323,18 @@ class Metrics:
         self._watching = threading.Thread(target=show_regularly, name="metrics", daemon=True)
         self._watching.start()
 
+    async def measure_loop_lag(self) -> None:
+        """Measure how late the running event loop is, a few times a second, until cancelled."""
+        recent_s: deque[float] = deque(maxlen=round(_LAG_WINDOW_S / _LAG_EVERY_S))
+        while True:
+            # Not by the loop's own clock: uvloop reads it once a turn, and in milliseconds.
+            due_s = time.perf_counter() + _LAG_EVERY_S
+            await asyncio.sleep(_LAG_EVERY_S)
+            lag_s = max(0.0, time.perf_counter() - due_s)
+            self._loop_lag.observe(lag_s)
+            recent_s.append(lag_s)
+            self._longest_loop_lag.set(max(recent_s))
+
     def close(self) -> None:
         """Stop watching."""
         self._watched.set()
@@ -349,20 +383,37 @@ class Metrics:
 
 
 class _AllProcesses(Collector):
-    """The figures of every process that shares the folder."""
+    """The figures of every process that shares the folder, and what /proc says of each that
+    runs.
+    """
 
     def collect(self) -> Iterable[Metric]:
         for metric in MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]
             if metric.name == "evalmode_model_info":
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
+        yield from _process_figures(Path(os.environ[METRICS_FOLDER_VARIABLE]))
+
+
+def _process_figures(folder: Path) -> Iterable[Metric]:
+    """Memory, CPU time, open files and more of the processes that keep figures in this folder."""
+    live_files = (_LIVE_FILE.fullmatch(file.name) for file in folder.iterdir())
+    families: dict[str, Metric] = {}
+    for pid in sorted({match[1] for match in live_files if match}, key=int):
+        for family in ProcessCollector(pid=partial(str, pid), registry=None).collect():
+            merged = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            for sample in family.samples:
+                merged.add_sample(sample.name, {"pid": pid}, sample.value)
+    return families.values()
 
 
 def _gauge(
     name: str,
     what: str,
     registry: CollectorRegistry | None,
-    mode: Literal["livesum", "livemax"],
+    mode: Literal["livesum", "livemax", "liveall"],
     labels: Sequence[str] = (),
 ) -> Gauge:
     return Gauge(name, what, labels, registry=registry, multiprocess_mode=mode)

@@ -19,6 +19,7 @@ import evalmode
 from evalmode.service.batching.observer import Observer, RanBatch
 from evalmode.service.errors import StartFailed
 from evalmode.service.settings import Settings
+from evalmode.service.telemetry.timings import fields_of
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -93,10 +94,15 @@ class Tracing(Observer):
             async def send_and_name(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     _name_after_route(span, original)
+                elif not message.get("more_body"):
+                    _add_timings(span, original)  # now, for OpenTelemetry ends the span with this
                 await send(message)
 
             original["state"]["trace_id"] = format(span.get_span_context().trace_id, "032x")
-            await app(original, receive, send_and_name)
+            try:
+                await app(original, receive, send_and_name)
+            finally:
+                _add_timings(span, original)  # of a request that was never answered whole
 
         middleware = OpenTelemetryMiddleware(
             app_in_span,
@@ -182,6 +188,12 @@ class Tracing(Observer):
         if closing.is_alive():
             _log.warning("traces were not sent in time and are lost", timeout_s=timeout_s)
         return not closing.is_alive()
+
+
+def _add_timings(span: Span, scope: Scope) -> None:
+    if span.is_recording():
+        for name, value in fields_of(scope).items():
+            span.set_attribute(f"evalmode.{name}", value)
 
 
 def _name_after_route(span: Span, scope: Scope) -> None:

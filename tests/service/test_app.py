@@ -44,9 +44,9 @@ class Failing:
         self.failure = failure
         self.load = engine.load
 
-    async def answer_async(self, jobs, *, timeout_s):
+    async def answer_async(self, jobs, *, timeout_s, timed):
         if len(jobs) == 2:
-            return await self.engine.answer_async(jobs, timeout_s=timeout_s)
+            return await self.engine.answer_async(jobs, timeout_s=timeout_s, timed=timed)
         raise self.failure
 
     def close(self, *, timeout_s: float) -> bool:

@@ -27,6 +27,7 @@ from evalmode.service.http.bulk import BulkQuery, Streams, parse_query
 from evalmode.service.ndjson import WINDOW_ROWS
 
 WAIT_S = 30
+BUCKET = SimpleNamespace(label="8", positions=8)
 THREE = BulkQuery()
 
 
@@ -44,9 +45,8 @@ class Model:
         for place, text in enumerate(texts):
             if not truncate and text == "bad":
                 raise TextTooLong(place, longest=8)
-        return [(None, SimpleNamespace(text=text, nbytes=8)) for text in texts], [False] * len(
-            texts
-        )
+        jobs = [(BUCKET, SimpleNamespace(text=text, nbytes=8)) for text in texts]
+        return jobs, [False] * len(texts)
 
     def predictions(
         self, answers: Sequence[Any], truncated: Sequence[bool], *, top_k: int
@@ -76,7 +76,11 @@ class Engine:
         self.waited_for.append(rows)
 
     async def answer_async(
-        self, jobs: Sequence[Any], *, timeout_s: float | None = None
+        self,
+        jobs: Sequence[Any],
+        *,
+        timeout_s: float | None = None,
+        timed: Callable[[float, float], None],
     ) -> list[Any]:
         if self.full:
             self.full -= 1

@@ -259,7 +259,7 @@ class FailingEngine:
         default_factory=lambda: Load(waiting_rows=0, waiting_bytes=0, running_batches=0, parallel=1)
     )
 
-    async def answer_async(self, jobs: Any, *, timeout_s: float) -> Any:
+    async def answer_async(self, jobs: Any, *, timeout_s: float, timed: object) -> Any:
         self.given_s.append(timeout_s)
         raise self.failure or DeadlineExceeded("too late")
 

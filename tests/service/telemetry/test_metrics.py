@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import re
+import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from prometheus_client import parser
 from prometheus_client.multiprocess import mark_process_dead
@@ -19,7 +26,16 @@ from evalmode.service.batching.limits import Load
 from evalmode.service.batching.observer import RanBatch
 from evalmode.service.batching.proof import Violation
 from evalmode.service.telemetry.metrics import REASONS, Metrics
+from tests.service.processes import running
 
+RESIDENT = "process_resident_memory_bytes"
+PROCESS_FAMILIES = (
+    RESIDENT,
+    "process_cpu_seconds",
+    "process_open_fds",
+    "process_max_fds",
+    "process_start_time_seconds",
+)
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; q=0.9, */*;q=0.1"
 
 
@@ -224,10 +240,85 @@ def test_openmetrics_is_given_to_who_accepts_it_and_is_well_formed():
     assert metrics.render("text/html")[1].startswith("text/plain; version=0.0.4")
 
 
-def test_a_process_alone_shows_its_memory_and_no_series_has_a_date_of_birth():
-    text = Metrics().render("")[0].decode()
-    assert "process_resident_memory_bytes" in text
-    assert "_created" not in text
+def process_series(name: str, pid: int | None = None) -> tuple[str, frozenset[tuple[str, str]]]:
+    return name, frozenset([("pid", str(pid))] if pid else [])
+
+
+def test_a_process_alone_shows_what_it_takes_and_no_series_has_a_date_of_birth():
+    metrics = Metrics()
+    began_s = time.process_time()
+    found = values(metrics)
+    resident_bytes = resident_bytes_of(os.getpid())
+    assert found[process_series(RESIDENT)] == pytest.approx(resident_bytes, rel=0.2)
+    assert found[process_series("process_cpu_seconds_total")] >= began_s - 0.02
+    assert found[process_series("process_start_time_seconds")] < time.time()
+    assert found[process_series("process_max_fds")] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files_before = found[process_series("process_open_fds")]
+    with Path(os.devnull).open():
+        assert values(metrics)[process_series("process_open_fds")] == files_before + 1
+    assert "_created" not in metrics.render("")[0].decode()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_shows_what_each_of_its_processes_takes(bundle, workers):
+    with running(bundle, workers=workers) as server:
+        text = httpx.get(f"{server.url}/metrics", timeout=30).text
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        pids = children.read_text().split() if workers > 1 else [None]
+        assert len(pids) == workers
+        families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+        for name in PROCESS_FAMILIES:
+            samples = families[name].samples
+            assert {sample.labels.get("pid") for sample in samples} == set(pids), name
+            assert all(sample.value > 0 for sample in samples), name
+            assert len(samples) == workers
+        assert families["process_cpu_seconds"].type == "counter"
+        served_bytes = families[RESIDENT].samples[0].value
+        pid = families[RESIDENT].samples[0].labels.get("pid") or server.process.pid
+        assert served_bytes == pytest.approx(resident_bytes_of(pid), rel=0.2)
+        assert "evalmode_event_loop_lag_seconds" in families
+        longest = families["evalmode_event_loop_lag_max_seconds"].samples
+        assert {sample.labels.get("pid") for sample in longest} == set(pids)
+
+
+def test_a_worker_that_died_shows_no_figures_and_its_replacement_does(bundle):
+    with running(bundle, workers=2) as server:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        before = set(children.read_text().split())
+        killed = before.pop()
+        os.kill(int(killed), signal.SIGKILL)
+        deadline_s = time.monotonic() + 30
+        shown_pids: set[str] = set()
+        while len(shown_pids - {killed}) < 2 or killed in shown_pids:
+            assert time.monotonic() < deadline_s, shown_pids
+            with contextlib.suppress(httpx.TransportError):
+                text = httpx.get(f"{server.url}/metrics", timeout=30).text
+                shown_pids = set(re.findall(RESIDENT + r'\{pid="(\d+)"\}', text))
+            time.sleep(0.05)
+        assert before < shown_pids
+
+
+def test_how_late_the_event_loop_is_shows_how_long_it_was_blocked():
+    metrics = Metrics()
+
+    async def blocked() -> None:
+        measuring = asyncio.create_task(metrics.measure_loop_lag())
+        await asyncio.sleep(0)  # the first measurement begins
+        time.sleep(1.0)  # noqa: ASYNC251 - this is what is measured
+        while not value(metrics, "event_loop_lag_seconds_count"):
+            await asyncio.sleep(0.01)
+        measuring.cancel()
+
+    asyncio.run(asyncio.wait_for(blocked(), 30))
+    assert value(metrics, "event_loop_lag_seconds_count") >= 1
+    assert value(metrics, "event_loop_lag_seconds_bucket", le="0.5") == 0
+    assert 0.7 <= value(metrics, "event_loop_lag_seconds_sum") < 20
+    assert 0.7 <= value(metrics, "event_loop_lag_max_seconds") < 20
+
+
+def resident_bytes_of(pid: object) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 WORKER = """

@@ -28,8 +28,10 @@ from evalmode.service.http.edge import QUIET_PATHS, Edge, surround
 from evalmode.service.settings import Settings
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.tracing import Tracing, open_tracing
+from tests.service.served import serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TIMES = ("read", "encode", "queue", "run", "write")
 BUCKET = Bucket(model="languages", version="1", label="32", positions=32, run=list, costs={1: 1.0})
 
 
@@ -339,3 +341,24 @@ def test_a_collector_that_is_not_there_holds_up_neither_a_request_nor_the_end():
     ask(traced_app(tracing), "/v2/models/m/infer")
     tracing.close(timeout_s=2.0)
     assert time.monotonic() - began < 10
+
+
+def test_the_span_of_a_prediction_says_what_its_log_line_says(collector, bundle):
+    with serving(bundle, otlp_endpoint=collector.url) as served:
+        content = b'{"inputs": ["a", "Dit is een zin van een paar woorden."]}'
+        headers = {"content-type": "application/json"}
+        answer = served.ask("POST", "/v1/predict", content=content, headers=headers)
+        assert answer.status_code == 200
+    spans = collector.spans()
+    (server,) = (span for span in spans if span.kind == Span.SPAN_KIND_SERVER)
+    said = {name: value for name, value in attributes(server).items() if "evalmode." in name}
+    times = {name: said.pop(f"evalmode.{name}_ms") for name in TIMES}
+    assert said == {
+        "evalmode.model": "tiny",
+        "evalmode.version": "1",
+        "evalmode.rows": 2,
+        "evalmode.bucket": "16",
+    }
+    assert times["run"] > 0
+    assert sum(times.values()) * 1e6 <= server.end_time_unix_nano - server.start_time_unix_nano
+    assert {span.name for span in spans} >= {"queue wait", "model run"}
