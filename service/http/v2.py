@@ -34,7 +34,7 @@ BINARY = "application/octet-stream"
 # loop up.
 _INLINE_BYTES = 2_048
 
-_STATUSES = (400, 401, 404, 408, 413, 500, 503, 504)
+_STATUSES = (400, 401, 404, 408, 413, 415, 500, 503, 504)
 
 
 def routes(settings: Settings) -> APIRouter:
