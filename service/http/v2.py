@@ -2,7 +2,8 @@
 no tensors.
 
 What a client of it may rely on: every answer other than 200 is `{"error": sentence}`; whatever is
-wrong with a request is 400 and names the field; a body too large is 413.
+wrong with a request is 400 and names the field; a body too large is 413, and one
+in an encoding that is not read here 415.
 """
 
 from __future__ import annotations
