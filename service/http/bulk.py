@@ -313,10 +313,10 @@ class _BulkResponse(Response):
             # connection.
             pass
         finally:
-            tasks = (reading, writing, stopping, *self._running)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            unfinished = (reading, writing, stopping, *self._running)
+            for unfinished_task in unfinished:
+                unfinished_task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
     async def _read(self, piece: bytes | None, pieces: AsyncIterator[bytes]) -> None:
         """Start group after group until the body ends."""

@@ -35,6 +35,12 @@ from evalmode.service.strict_json import parse_json, shown, shown_flat, shown_ke
         (b'["a\nb"]', "the line is not valid JSON: a control character in a string is not escaped"),
         (b'["\\x"]', "the line is not valid JSON: a backslash begins no escape"),
         (b'["\\u12"]', "the line is not valid JSON: an escape \\u has no four hexadecimal digits"),
+        (
+            b'{"a": %s, "b": x}' % (b"9" * 5000),
+            "the line is not valid JSON: a value is missing or misspelt",
+        ),
+        (b"[%s, NaN]" % (b"9" * 5000), "the line is not valid JSON: NaN is not a JSON number"),
+        (b"[%s, %s" % (b"9" * 5000, b"[" * 100_000), "the line is nested too deeply"),
         (b"\xef\xbb\xbf\xef\xbb\xbf1", "the line is not valid JSON: it cannot be read"),
     ],
 )
@@ -130,3 +136,7 @@ def test_a_key_is_shown_as_it_is_where_it_is_a_word():
         '"\\ud83d"',
     ]
     assert shown_key("x" * 61) == '"' + "x" * 59 + "..."
+
+
+def test_a_long_number_behind_a_key_that_stands_twice_is_no_value():
+    assert parse_json(b'{"a": %s, "a": 1}' % (b"9" * 5000), subject="the body") == {"a": 1}
