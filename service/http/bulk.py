@@ -39,6 +39,7 @@ _GROUP_ROWS = 32
 _GROUP_BYTES = 256 << 10
 
 _TICK_S = 0.5
+_SMALL_BYTES = 64 << 10
 _INLINE_BYTES = 2_000  # as for the encoding of texts: more would hold the event loop up
 
 
@@ -199,14 +200,16 @@ class _Inbox:
         self._arrived = asyncio.Event()
         self._wanted = asyncio.Event()
         self._hung_up = False
+        self.complete = False  # whether the end of the body is here
 
     async def fill(self) -> None:
         """Fetch chunk after chunk, and return when the client hangs up."""
         while (message := await self._receive())["type"] != "http.disconnect":
-            self._chunks.append((message.get("body", b""), message.get("more_body", False)))
+            self.complete = not message.get("more_body", False)
+            self._chunks.append((message.get("body", b""), not self.complete))
             self._arrived.set()
             self._wanted.clear()
-            if self._chunks[-1][1]:  # else only a hang-up can follow
+            if not self.complete:  # else only a hang-up can follow
                 await self._wanted.wait()
         self._hung_up = True
         self._arrived.set()
@@ -270,13 +273,17 @@ class _BulkResponse(Response):
             # event loop.
             async with aclosing(inbox.chunks()) as chunks:
                 if self._encoding is None:
-                    first = await anext(chunks, None)
-                    await self._exchange(first, chunks, inbox, receiving, send)
+                    await self._exchange(await anext(chunks, b""), chunks, inbox, receiving, send)
                     return
                 async with aclosing(decompressed(chunks, self._encoding)) as pieces:
-                    first = await anext(pieces, None)
-                    while first == b"":  # compressed data begins with a header that holds nothing
-                        first = await anext(pieces, None)
+                    # Compressed data begins with a header that holds nothing. A small body that is
+                    # here is read to its end: broken compression is then an error with a status.
+                    first = b""
+                    while not first or (inbox.complete and len(first) < _SMALL_BYTES):
+                        piece = await anext(pieces, None)
+                        if piece is None:
+                            break
+                        first += piece
                     await self._exchange(first, pieces, inbox, receiving, send)
         finally:
             receiving.cancel()
@@ -284,7 +291,7 @@ class _BulkResponse(Response):
 
     async def _exchange(
         self,
-        first: bytes | None,
+        first: bytes,
         pieces: AsyncIterator[bytes],
         inbox: _Inbox,
         receiving: asyncio.Task[None],

@@ -23,6 +23,7 @@ from evalmode.service.models.text import LOGITS, best, softmax
 from evalmode.service.protocol.datatypes import BYTES, Array
 from evalmode.service.protocol.request import AskedOutput, InferRequest, InputTensor
 from evalmode.service.protocol.response import OutputTensor, classify
+from evalmode.service.settings import setting_named
 from evalmode.service.strict_json import shown
 
 TEXT = TensorSpec(name="text", datatype=BYTES, shape=(-1,))
@@ -171,7 +172,7 @@ def _require_rows(inputs: Sequence[InputTensor], max_rows: int) -> None:
         if tensor.shape and tensor.shape[0] > max_rows:
             raise BadRequest(
                 f"{tensor.field}.shape.0 must be at most {max_rows}, the rows of a request, got"
-                f" {tensor.shape[0]}",
+                f" {tensor.shape[0]}: split them, or raise {setting_named('max_rows')}",
                 field=f"{tensor.field}.shape.0",
             )
 

@@ -48,7 +48,7 @@ def cut(body: bytes, size: int) -> list[bytes]:
 @pytest.mark.parametrize(
     ("packed", "encoding"),
     [
-        (gzip.compress(TEXT), "gzip"),
+        (gzip.compress(TEXT, mtime=0), "gzip"),  # with a clock in it, its test has other names
         (zlib.compress(TEXT), "deflate"),
         (raw_deflate(TEXT), "deflate"),
     ],
