@@ -25,16 +25,29 @@ from evalmode.service.errors import (
     RequestError,
     RequestTimeout,
     RunFailed,
+    UnsupportedMedia,
 )
 from evalmode.service.health import Stage
 from evalmode.service.http import docs, edge, health, v1, v2
 from evalmode.service.http.body import JSON
 from evalmode.service.http.bulk import Streams
-from evalmode.service.http.security import is_v2
+from evalmode.service.http.security import is_v2, wants_key
 from evalmode.service.http.v1_schemas import ErrorResponse
 from evalmode.service.protocol.metadata import ServerState
+from evalmode.service.strict_json import SHOWN_CHARACTERS
 
 _log = structlog.get_logger("evalmode.service")
+
+
+class _Application(FastAPI):
+    """FastAPI with API keys, where the settings have some, in its OpenAPI schema."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The schema of all routes."""
+        schema = super().openapi()
+        if wants_key(self.state.components.settings):
+            docs.describe_keys(schema)
+        return schema
 
 
 def create_app(components: Components) -> FastAPI:
@@ -49,7 +62,7 @@ def create_app(components: Components) -> FastAPI:
         measuring.cancel()
         await asyncio.to_thread(components.close)
 
-    app = FastAPI(
+    app = _Application(
         title="evalmode",
         summary="Predictions of a model that was proven to be in eval mode.",
         version=evalmode.__version__,
@@ -88,8 +101,6 @@ def _routes(components: Components) -> APIRouter:
         router.add_api_route(
             f"/{name}", answer, name=name, response_model=ServerState, responses=not_so
         )
-        # some balancers ask so
-        router.add_api_route(f"/{name}", answer, methods=["HEAD"], include_in_schema=False)
     if components.settings.metrics:
         router.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
     return router
@@ -117,7 +128,7 @@ def _error(
         sentence = (
             f"{sentence}; request {request.scope.get('state', {}).get('request_id', 'unknown')}"
         )
-    if is_v2(request.url.path):
+    if is_v2(request.scope["path"]):
         # The Open Inference Protocol has one key for errors, and one status for whatever is wrong
         # with a request.
         body = json.dumps({"error": sentence})
@@ -131,11 +142,13 @@ def _error(
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     if isinstance(error, RunFailed):
-        _log.error("request failed", path=request.url.path, error=str(error), exc_info=error)
+        _log.error("request failed", path=request.scope["path"], error=str(error), exc_info=error)
     headers = {}
     if isinstance(error, BodyTooLarge | RequestTimeout):
         # What is left of the body is not read, so the connection cannot carry another request.
         headers["connection"] = "close"
+    if isinstance(error, UnsupportedMedia) and error.field == "content-encoding":
+        headers["accept-encoding"] = "gzip, deflate"
     if isinstance(error, QueueFull):
         headers["retry-after"] = str(error.retry_after_s)
     return _error(request, error.status, str(error), field=error.field, headers=headers)
@@ -143,11 +156,20 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    sentence = {
-        404: f"there is nothing at {request.url.path}",
-        405: f"{request.url.path} does not answer {request.method}",
-    }.get(error.status_code, str(error.detail))
-    return _error(request, error.status_code, sentence, headers=error.headers)
+    path, headers = request.scope["path"], dict(error.headers or {})
+    if len(path) > SHOWN_CHARACTERS:
+        path = f"{path[:SHOWN_CHARACTERS]}..."
+    sentence = str(error.detail)
+    if error.status_code == 404:
+        sentence = f"there is nothing at {path}"
+    elif error.status_code == 405:
+        methods = {method.strip() for method in headers.get("Allow", "").split(",")} - {""}
+        if "GET" in methods:  # `AnswerHead` answers it there
+            methods.add("HEAD")
+        headers["Allow"] = ", ".join(sorted(methods))
+        sentence = f"{path} does not answer {request.method[:SHOWN_CHARACTERS]}: it answers"
+        sentence += f" {' and '.join(sorted(methods))}"
+    return _error(request, error.status_code, sentence, headers=headers)
 
 
 async def _hung_up(request: Request, error: Exception) -> Response:

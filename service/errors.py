@@ -9,7 +9,7 @@ EvalmodeError
     ├── RequestTimeout     408  the body did not come in time
     ├── Conflict           409  something that this server cannot do as it is set up
     ├── BodyTooLarge       413  more than this server reads, or than its queue could ever hold
-    ├── UnsupportedMedia   415  the body declares to be something else
+    ├── UnsupportedMedia   415  the body declares a type or an encoding that is not read here
     ├── InvalidField       422  one field is wrong; says which and how
     │   └── TextTooLong    422  a text is longer than the model reads, and must not be cut
     ├── RunFailed          500  the model failed on these rows; others are not concerned
@@ -75,7 +75,7 @@ class Conflict(RequestError):  # noqa: N818
 
 
 class UnsupportedMedia(RequestError):  # noqa: N818
-    """The body declares a content type that is not JSON."""
+    """The body declares a content type or a content encoding that is not read here."""
 
     status = 415
 

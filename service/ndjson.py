@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from evalmode.service.errors import BadRequest, NotReady, RequestError, TextTooLong
-from evalmode.service.strict_json import parse_json, shown
+from evalmode.service.strict_json import parse_json, shown, shown_key
 
 MEDIA_TYPE = "application/x-ndjson"
 DIGEST_HEADER = "x-evalmode-digest"  # of the model that answers a stream
@@ -53,8 +53,8 @@ Predict = Callable[[Sequence[str]], Awaitable[Sequence[Predicted]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line that was read: its text, or the problem with it. `echoed` is what its answer says
-    again: its id.
+    """A line that was read: its text, or the problem with it. Its answer repeats `echoed`, the
+    id.
     """
 
     text: str = ""
@@ -102,12 +102,11 @@ class Splitter:
         return line
 
 
-def read_line(raw: bytes | None) -> Line:
-    """What a line asks: a JSON string, or an object with `text` and perhaps `id`; its other keys
-    are not looked at.
+def read_line(raw: bytes) -> Line:
+    """What a line asks: a JSON string, or an object with `text` and perhaps `id`.
+
+    Any other key is a problem: `top_k` in a line would otherwise be ignored without a word.
     """
-    if raw is None:
-        return Line(problem="the line is longer than is read here")
     try:
         value = parse_json(raw, subject="the line")
     except BadRequest as error:
@@ -126,6 +125,15 @@ def read_line(raw: bytes | None) -> Line:
                 problem=f"id must be a string, a number, true, false or null, got {shown(name)}"
             )
         echoed["id"] = name
+    for key in value:
+        if key not in ("text", "id"):
+            return Line(
+                problem=(
+                    f"{shown_key(key)} is not a field of a line, which has text and id: top_k,"
+                    " truncate, model and version are for all lines, in the query"
+                ),
+                echoed=echoed,
+            )
     if "text" not in value:
         return Line(problem="text is missing", echoed=echoed)
     if not isinstance(value["text"], str):
@@ -133,19 +141,33 @@ def read_line(raw: bytes | None) -> Line:
     return Line(text=value["text"], echoed=echoed)
 
 
+def line_too_long(max_line_bytes: int) -> str:
+    """The problem with a line that is longer than the limit."""
+    return f"the line is longer than the {max_line_bytes} bytes that are read here: shorten it"
+
+
 async def answer_lines(
-    raw: Sequence[bytes | None], *, first: int, predict: Predict, inline_bytes: int
+    raw: Sequence[bytes | None],
+    *,
+    first: int,
+    predict: Predict,
+    inline_bytes: int,
+    too_long: str = "the line is too long",
 ) -> list[bytes]:
-    """An answer a line, each with its line end, numbered from `first`; what is wrong with a line is
-    its answer.
+    """An answer a line, each with its line end, numbered from `first`. The answer of a line with a
+    problem is that problem; `too_long` is the one of a line that is None.
 
     More than `inline_bytes` are read in a thread. Raises NotReady where nothing will be answered
     any more.
     """
+
+    def read() -> list[Line]:
+        return [Line(problem=too_long) if line is None else read_line(line) for line in raw]
+
     if sum(map(len, filter(None, raw))) <= inline_bytes:
-        lines = [read_line(line) for line in raw]
+        lines = read()
     else:
-        lines = await asyncio.to_thread(lambda: [read_line(line) for line in raw])
+        lines = await asyncio.to_thread(read)
     outcomes = iter(
         await _predictions([line.text for line in lines if line.problem is None], predict)
     )

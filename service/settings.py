@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -63,6 +64,12 @@ class Settings(BaseSettings):
     )
     model_control: bool = Field(
         default=True, description="let POST /v2/repository load and unload models"
+    )
+    control_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "host names, besides local ones, under which models are loaded and unloaded; * is all"
+        ),
     )
     allow_uncertified: bool = Field(
         default=False, description="serve a bundle without a certificate that passes"
@@ -178,7 +185,7 @@ class Settings(BaseSettings):
         description="where OpenTelemetry traces are sent; none: nowhere",
     )
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("control_hosts", "cors_origins", mode="before")
     @classmethod
     def _by_commas(cls, value: object) -> object:
         return (
@@ -186,6 +193,14 @@ class Settings(BaseSettings):
             if isinstance(value, str)
             else value
         )
+
+    @field_validator("control_hosts")
+    @classmethod
+    def _without_scheme_and_port(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if re.search(r"[\s/@:]", host):
+                raise ValueError("must be host names without a scheme and without a port")
+        return hosts
 
     @model_validator(mode="after")
     def _a_request_fits_into_the_queue(self) -> Settings:
@@ -275,6 +290,7 @@ def _sentence(error: ErrorDetails, origins: Mapping[str, Origin], file: Path | N
     if error["type"] == "extra_forbidden":
         return _unknown(field)
     complaint = error["msg"].replace("Input should", "must").replace("String should", "must")
+    complaint = complaint.removeprefix("Value error, ")
     if error["type"] == "path_type":
         complaint = "must be a path"
     if error["type"] == "string_pattern_mismatch":
@@ -282,8 +298,13 @@ def _sentence(error: ErrorDetails, origins: Mapping[str, Origin], file: Path | N
     value = "a value that is not shown" if field in SECRETS else repr(error["input"])
     if origins[field] == "file":
         return f"{file}: {field} {complaint}, got {value}"
+    return f"{setting_named(field)} {complaint}, got {value}"
+
+
+def setting_named(field: str) -> str:
+    """The setting with its flag and its variable, as a sentence names it."""
     flag = "" if field in SECRETS else f"--{field.replace('_', '-')}, "
-    return f"setting {field} ({flag}{_PREFIX}{field.upper()}) {complaint}, got {value}"
+    return f"setting {field} ({flag}{_PREFIX}{field.upper()})"
 
 
 def _unknown(name: str) -> str:

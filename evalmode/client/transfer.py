@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 
 from evalmode.client.answers_file import AnswersFile, Stdout
 from evalmode.errors import EvalmodeError
-from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, read_line, spell
+from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, line_too_long, spell
 from evalmode.terminal import open_console
 
 # A request fills no more than the server's window: its answers are read when all of it is sent.
@@ -174,7 +174,8 @@ class Transfer:
         try:
             if chunk.lines:
                 return await self.answerer.answer(chunk.lines, first=chunk.first)
-            return [spell({"index": chunk.first, "error": read_line(None).problem})], None
+            problem = line_too_long(_MAX_LINE_BYTES)
+            return [spell({"index": chunk.first, "error": problem})], None
         finally:
             turns.release()
 

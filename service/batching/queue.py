@@ -212,7 +212,8 @@ class Queue:
         if rows > self._limits.queue_rows or nbytes > self._limits.queue_bytes:
             raise BodyTooLarge(
                 f"the request has {rows} rows of {nbytes} bytes, and the queue of this server holds"
-                f" {self._limits.queue_rows} rows of {self._limits.queue_bytes} bytes: split it"
+                f" {self._limits.queue_rows} rows of {self._limits.queue_bytes} bytes: split it, or"
+                " raise the settings queue_rows and queue_bytes"
             )
 
     def _fits_locked(self, rows: int, nbytes: int) -> bool:

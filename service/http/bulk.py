@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from evalmode.service.errors import InvalidField, NotReady, QueueFull, RequestTimeout
+from evalmode.service.errors import BadRequest, NotReady, QueueFull, RequestTimeout
 from evalmode.service.ndjson import (
     DIGEST_HEADER,
     MEDIA_TYPE,
@@ -27,9 +29,11 @@ from evalmode.service.ndjson import (
     Predicted,
     Splitter,
     answer_lines,
+    line_too_long,
     spell,
 )
-from evalmode.service.strict_json import SHOWN_CHARACTERS
+from evalmode.service.protocol.compression import Encoding, decompressed
+from evalmode.service.settings import setting_named
 from evalmode.service.telemetry.timings import Timings, timings_of
 
 # What takes a turn at the engine together.
@@ -37,6 +41,7 @@ _GROUP_ROWS = 32
 _GROUP_BYTES = 256 << 10
 
 _TICK_S = 0.5
+_SMALL_BYTES = 64 << 10
 _INLINE_BYTES = 2_000  # as for the encoding of texts: more would hold the event loop up
 
 
@@ -76,47 +81,10 @@ class Answers(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BulkQuery:
-    """The query of a stream."""
+    """What holds for all lines of a stream."""
 
     top_k: int = 3
     truncate: bool = True
-    model: str | None = None
-    version: str | None = None
-
-
-def parse_query(items: Iterable[tuple[str, str]], *, max_top_k: int) -> BulkQuery:
-    """The query that these parameters make. Raises InvalidField for one that is unknown, given
-    twice or wrong.
-    """
-    parameters: dict[str, str] = {}
-    for name, value in items:
-        if name not in BulkQuery.__dataclass_fields__ or name in parameters:
-            complaint = "is not one of top_k, truncate, model and version"
-            if name in parameters:
-                complaint = "is given twice"
-            raise InvalidField(
-                f"query parameter {name[:SHOWN_CHARACTERS]!r} {complaint}",
-                field=name[:SHOWN_CHARACTERS],
-            )
-        parameters[name] = value
-    top_k, truncate = parameters.get("top_k", "3"), parameters.get("truncate", "true")
-    if not (
-        top_k.isascii() and top_k.isdecimal() and len(top_k) < 10 and 1 <= int(top_k) <= max_top_k
-    ):
-        raise InvalidField(
-            f"top_k must be a number from 1 to {max_top_k}, got {top_k[:SHOWN_CHARACTERS]!r}",
-            field="top_k",
-        )
-    if truncate not in ("true", "false"):
-        raise InvalidField(
-            f"truncate must be true or false, got {truncate[:SHOWN_CHARACTERS]!r}", field="truncate"
-        )
-    return BulkQuery(
-        top_k=int(top_k),
-        truncate=truncate == "true",
-        model=parameters.get("model"),
-        version=parameters.get("version"),
-    )
 
 
 class Streams:
@@ -141,6 +109,9 @@ class Streams:
         self.max_line_bytes = max_line_bytes
         self.silence_s = silence_s
         self.group_rows = min(_GROUP_ROWS, queue_rows)
+        self._too_long = (
+            f"{line_too_long(max_line_bytes)}, or raise {setting_named('max_body_bytes')}"
+        )
         self._engine = engine
         self._draining = draining
         self._drain_s = drain_s
@@ -152,18 +123,25 @@ class Streams:
             await asyncio.sleep(_TICK_S)
         await asyncio.sleep(self._drain_s)
 
-    def response(self, model: TextModel, query: BulkQuery) -> Response:
+    def response(
+        self, model: TextModel, query: BulkQuery, *, encoding: Encoding | None = None
+    ) -> Response:
         """The response that reads the request's body and answers it line by line, all from this one
-        model.
+        model. `encoding` is the one that the body travels in.
         """
-        return _BulkResponse(self, model, query)
+        return _BulkResponse(self, model, query, encoding)
 
     async def answer(self, raw: Sequence[bytes | None], first: int, predict: Predict) -> bytes:
         """The answers of these lines, when it is their turn."""
         async with self._turns:
-            return b"".join(
-                await answer_lines(raw, first=first, predict=predict, inline_bytes=_INLINE_BYTES)
+            answers = await answer_lines(
+                raw,
+                first=first,
+                predict=predict,
+                inline_bytes=_INLINE_BYTES,
+                too_long=self._too_long,
             )
+            return b"".join(answers)
 
     async def predict(
         self, model: TextModel, query: BulkQuery, texts: Sequence[str], *, timings: Timings
@@ -224,12 +202,68 @@ class _Window:
         self._left.set()
 
 
+class _Inbox:
+    """The chunks of a body, fetched one ahead: a pending receive is how a hang-up shows.
+
+    A compressed chunk may hold a million lines, and their client may be gone after the first.
+    """
+
+    def __init__(self, receive: Receive, *, silence_s: float) -> None:
+        self._receive = receive
+        self._silence_s = silence_s
+        self._chunks: deque[tuple[bytes, bool]] = deque()
+        self._arrived = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._hung_up = False
+        self.complete = False  # whether the end of the body is here
+
+    async def fill(self) -> None:
+        """Fetch chunk after chunk, and return when the client hangs up."""
+        while (message := await self._receive())["type"] != "http.disconnect":
+            self.complete = not message.get("more_body", False)
+            self._chunks.append((message.get("body", b""), not self.complete))
+            self._arrived.set()
+            self._wanted.clear()
+            if not self.complete:  # else only a hang-up can follow
+                await self._wanted.wait()
+        self._hung_up = True
+        self._arrived.set()
+
+    def look(self) -> None:
+        """Fetch one chunk more than is wanted, to see whether the client is still there."""
+        self._wanted.set()
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The chunks up to the end of the body. Raises ClientDisconnect, and RequestTimeout after
+        `silence_s` without a chunk.
+        """
+        more_body = True
+        while more_body:
+            try:
+                async with asyncio.timeout(self._silence_s):
+                    while not self._chunks and not self._hung_up:
+                        self._arrived.clear()
+                        await self._arrived.wait()
+            except TimeoutError as error:
+                raise RequestTimeout(
+                    f"no more of the body came for {self._silence_s:g} s"
+                ) from error
+            if self._hung_up:
+                raise ClientDisconnect
+            chunk, more_body = self._chunks.popleft()
+            if not self._chunks:
+                self._wanted.set()
+            yield chunk
+
+
 class _BulkResponse(Response):
     """Reads and writes at once, so it owns both ends of the connection; it ends at once when the
     client hangs up.
     """
 
-    def __init__(self, streams: Streams, model: TextModel, query: BulkQuery) -> None:
+    def __init__(
+        self, streams: Streams, model: TextModel, query: BulkQuery, encoding: Encoding | None
+    ) -> None:
         # The last header asks proxies not to hold answers back.
         super().__init__(
             media_type=MEDIA_TYPE, headers={DIGEST_HEADER: model.digest, "x-accel-buffering": "no"}
@@ -238,6 +272,7 @@ class _BulkResponse(Response):
         self._streams = streams
         self._model = model
         self._query = query
+        self._encoding = encoding
         self._window = _Window()
         self._groups: asyncio.Queue[_Group | str | None] = asyncio.Queue()  # bounded by the window
         self._running: set[asyncio.Task[bytes]] = set()
@@ -247,56 +282,83 @@ class _BulkResponse(Response):
         status of its own.
         """
         self._timings = timings_of(scope)
-        first = await _next(receive, self._streams.silence_s)
+        inbox = _Inbox(receive, silence_s=self._streams.silence_s)
+        receiving = asyncio.create_task(inbox.fill())
+        try:
+            # Generators are closed here: one that is left to the garbage collector may outlive the
+            # event loop.
+            async with aclosing(inbox.chunks()) as chunks:
+                if self._encoding is None:
+                    await self._exchange(await anext(chunks, b""), chunks, inbox, receiving, send)
+                    return
+                async with aclosing(decompressed(chunks, self._encoding)) as pieces:
+                    # Compressed data begins with a header that holds nothing. A small body that is
+                    # here is read to its end: broken compression is then an error with a status.
+                    first = b""
+                    while not first or (inbox.complete and len(first) < _SMALL_BYTES):
+                        piece = await anext(pieces, None)
+                        if piece is None:
+                            break
+                        first += piece
+                    await self._exchange(first, pieces, inbox, receiving, send)
+        finally:
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
+
+    async def _exchange(
+        self,
+        first: bytes,
+        pieces: AsyncIterator[bytes],
+        inbox: _Inbox,
+        receiving: asyncio.Task[None],
+        send: Send,
+    ) -> None:
+        """Read and write until all is answered, the client hangs up, or the server stops."""
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
-        reading = asyncio.create_task(self._read(first, receive))
-        writing = asyncio.create_task(self._write(send))
+        reading = asyncio.create_task(self._read(first, pieces))
+        writing = asyncio.create_task(self._write(send, inbox))
         stopping = asyncio.create_task(self._streams.stopping())
+        waiting: set[asyncio.Task[None]] = {receiving, reading, writing, stopping}
         try:
-            await asyncio.wait((reading, writing, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if stopping.done() and not (reading.done() or writing.done()):
-                reading.cancel()
-                self._groups.put_nowait("the server is stopping: what follows was not read")
-                await writing
-            elif writing.done():
-                writing.result()
-            else:
-                reading.result()
+            while not (writing.done() or receiving.done()):
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                waiting -= done
+                if stopping in done and not reading.done():
+                    reading.cancel()
+                    waiting.discard(reading)
+                    self._groups.put_nowait("the server is stopping: what follows was not read")
         except (ClientDisconnect, TimeoutError):
-            # nobody reads any more; that this response has no end tells the server to close the
-            # connection
+            # Nobody reads any more. A response without an end tells the server to close the
+            # connection.
             pass
         finally:
-            left = (reading, writing, stopping, *self._running)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            unfinished = (reading, writing, stopping, *self._running)
+            for unfinished_task in unfinished:
+                unfinished_task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
-    async def _read(self, message: Message, receive: Receive) -> None:
-        """Start group after group; when the body has ended, wait until the client hangs up."""
+    async def _read(self, piece: bytes | None, pieces: AsyncIterator[bytes]) -> None:
+        """Start group after group until the body ends."""
         splitter = Splitter(max_line_bytes=self._streams.max_line_bytes)
         first = 0
         end: str | None = None
-        while True:
-            lines = list(splitter.feed(message.get("body", b"")))
-            ended = not message.get("more_body", False)
-            for group in _grouped(
-                [*lines, *splitter.end()] if ended else lines, self._streams.group_rows
-            ):
+        ended = False
+        while not ended:
+            ended = piece is None
+            lines = splitter.end() if piece is None else splitter.feed(piece)
+            for group in _grouped(lines, self._streams.group_rows):
                 await self._start(group, first)
                 first += len(group)
-            if ended:
-                break
-            try:
-                message = await _next(receive, self._streams.silence_s)
-            except RequestTimeout as error:
-                end = str(error)
-                break
+            if not ended:
+                try:
+                    piece = await anext(pieces, None)
+                except (RequestTimeout, BadRequest) as error:  # silence, or broken compression
+                    end, ended = str(error), True
         self._groups.put_nowait(end)
-        while True:
-            await _next(receive, None)
 
     async def _start(self, raw: Sequence[bytes | None], first: int) -> None:
         nbytes = sum(map(len, filter(None, raw)))
@@ -315,8 +377,9 @@ class _BulkResponse(Response):
     async def _predict(self, texts: Sequence[str]) -> Sequence[Predicted]:
         return await self._streams.predict(self._model, self._query, texts, timings=self._timings)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, inbox: _Inbox) -> None:
         last = b""
+        groups = 0
         while isinstance(group := await self._groups.get(), _Group):
             try:
                 body = await group.answers
@@ -325,6 +388,11 @@ class _BulkResponse(Response):
                 break
             await self._send(send, body, more=True)
             self._window.leave(group)
+            groups += 1
+            # A server sees a hang-up when it writes, and tells the next receive. Each look may hold
+            # one more chunk, so they double: 20 of them in a million groups.
+            if groups.bit_count() == 1:
+                inbox.look()
         if isinstance(group, str):
             last = spell({"error": group})
         await self._send(send, last, more=False)
@@ -332,20 +400,6 @@ class _BulkResponse(Response):
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
         async with asyncio.timeout(self._streams.silence_s):
             await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-async def _next(receive: Receive, silence_s: float | None) -> Message:
-    """What comes next of the body. Raises ClientDisconnect, and RequestTimeout after `silence_s`
-    without any.
-    """
-    try:
-        async with asyncio.timeout(silence_s):
-            message = await receive()
-    except TimeoutError as error:
-        raise RequestTimeout(f"no more of the body came for {silence_s:g} s") from error
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    return message
 
 
 def _grouped(lines: Iterable[bytes | None], most_rows: int) -> Iterator[list[bytes | None]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from evalmode.service.errors import BadRequest
+from evalmode.service.strict_json import shown, whole_number
 
 Answer = TypeVar("Answer")
 
@@ -22,15 +23,17 @@ def timeout_of(headers: Mapping[str, str], *, longest_s: float) -> float:
 
     Raises BadRequest for a header that is not a whole number of milliseconds above 0.
     """
-    asked = headers.get(TIMEOUT_HEADER)
-    if asked is None:
+    text = headers.get(TIMEOUT_HEADER)
+    if text is None:
         return longest_s
-    if not (asked.isascii() and asked.isdecimal() and int(asked[:12]) > 0):
+    timeout_ms = whole_number(text)
+    if not timeout_ms:
         raise BadRequest(
             f"header {TIMEOUT_HEADER} must be a whole number of milliseconds above 0, got"
-            f" {asked[:40]!r}"
+            f" {shown(text)}",
+            field=TIMEOUT_HEADER,
         )
-    return min(int(asked[:12]) / 1000, longest_s)
+    return min(timeout_ms / 1000, longest_s)
 
 
 async def unless_hung_up(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse, HTMLResponse
 
 from evalmode.service.errors import StartFailed
+from evalmode.service.http.security import OPEN_PATHS
 
 PATH = "/docs"
 
@@ -75,6 +77,18 @@ def mount(app: FastAPI) -> None:
             response_class=FileResponse,
             name=name,
         )
+
+
+def describe_keys(schema: dict[str, Any]) -> None:
+    """Add to an OpenAPI schema how an API key is sent: the page then has a button to enter one."""
+    schema.setdefault("components", {})["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    schema["security"] = [{"bearer": []}, {"header": []}]  # one of them is enough
+    for path in OPEN_PATHS & schema["paths"].keys():
+        for operation in schema["paths"][path].values():
+            operation["security"] = []
 
 
 def _folder() -> Path:

@@ -1,7 +1,7 @@
 """What stands around every request: its id, its log line, its figures, its headers. Knows no route
 and reads no body.
 
-From outside in: traces, `Edge`, CORS, API keys, the application.
+From outside in: traces, `Edge`, CORS, API keys, HEAD, the application.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
+from evalmode.service.http.head import AnswerHead
 from evalmode.service.http.security import ApiKeys, RequireKey, error_body, header
 from evalmode.service.settings import Settings
 from evalmode.service.telemetry.timings import fields_of, is_streamed
@@ -89,14 +90,14 @@ def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> N
     Raises StartFailed where API keys are wanted and cannot be had.
     """
     settings = parts.settings
-    inner: ASGIApp = app.build_middleware_stack()
+    inner: ASGIApp = AnswerHead(app.build_middleware_stack())
     if keys := ApiKeys.of(settings):
         inner = RequireKey(inner, keys)
     if settings.cors_origins:
         inner = _CrossOrigin(
             inner,
             allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "HEAD", "POST"),
             allow_headers=(
                 "Authorization",
                 "Content-Type",

@@ -29,5 +29,5 @@ async def ready(request: Request) -> Response:
 
 def _answer(request: Request, state: ServerState) -> Response:
     # The answers of /v2 leave out what is null; those of our own routes hold it.
-    body = state.model_dump_json(exclude_none=is_v2(request.url.path))
+    body = state.model_dump_json(exclude_none=is_v2(request.scope["path"]))
     return Response(body, media_type=JSON)

@@ -1,9 +1,9 @@
-"""API keys: who may ask this server. Knows no route but those that anybody may ask, and never logs
-a key.
-"""
+"""API keys, and the requests that need none. Knows no other route, and never logs a key."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import json
@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import structlog
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evalmode.service.errors import StartFailed
+from evalmode.service.http.own_pages import is_of_another_site
 from evalmode.service.settings import Settings
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -25,6 +27,11 @@ _LONGEST_FILE_BYTES = 1 << 20
 _REREAD_S = 1.0
 
 _log = structlog.get_logger("evalmode.service")
+
+
+def wants_key(settings: Settings) -> bool:
+    """Whether requests need an API key."""
+    return settings.api_keys is not None or settings.api_keys_file is not None
 
 
 class _Refused(ValueError):  # noqa: N818 - read as a sentence
@@ -61,7 +68,7 @@ class ApiKeys:
         """The keys that these settings ask for, or None where everybody may ask. Raises
         StartFailed.
         """
-        if settings.api_keys is None and settings.api_keys_file is None:
+        if not wants_key(settings):
             return None
         given = settings.api_keys.get_secret_value() if settings.api_keys is not None else ""
         return cls(filter(None, re.split(r"[\s,]+", given)), file=settings.api_keys_file)
@@ -142,8 +149,10 @@ def _why(error: Exception, file: Path | None) -> str:
 
 
 class RequireKey:
-    """Lets through who shows a key, in `Authorization: Bearer KEY` or `X-API-Key: KEY`; the others
-    get 401, unread.
+    """Lets requests with a known key through and answers the others with 401, unread.
+
+    A key is sent as `Authorization: Bearer KEY`, as `X-API-Key: KEY`, or as the password of
+    `Authorization: Basic`. The last is for browsers, which ask for it when they open `/docs`.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
@@ -189,12 +198,26 @@ def error_body(path: str, sentence: str) -> bytes:
 
 def _shown(scope: Scope) -> list[bytes]:
     shown = []
-    scheme, _, bearer = (header(scope, b"authorization") or b"").partition(b" ")
-    if scheme.lower() == b"bearer" and bearer.strip():
-        shown.append(bearer.strip())
+    scheme, _, credentials = (header(scope, b"authorization") or b"").partition(b" ")
+    credentials = credentials.strip()
+    if scheme.lower() == b"bearer" and credentials:
+        shown.append(credentials)
+    # A browser adds Basic credentials by itself, also to requests of other sites' pages: these are
+    # not its user's.
+    if scheme.lower() == b"basic" and not is_of_another_site(Headers(scope=scope)):
+        shown += _of_basic(credentials)
     if key := (header(scope, b"x-api-key") or b"").strip():
         shown.append(key)
     return shown
+
+
+def _of_basic(credentials: bytes) -> list[bytes]:
+    """The password, or the name where there is no password, as `curl -u KEY:` sends it."""
+    try:
+        name, _, password = base64.b64decode(credentials, validate=True).partition(b":")
+    except binascii.Error:
+        return []
+    return [password or name] if password or name else []
 
 
 async def _refuse(scope: Scope, send: Send, *, known: bool) -> None:
@@ -209,5 +232,9 @@ async def _refuse(scope: Scope, send: Send, *, known: bool) -> None:
         (b"content-length", str(len(body)).encode()),
         (b"www-authenticate", b"Bearer"),
     ]
+    if scope["method"] in ("GET", "HEAD"):
+        # A browser asks its user for it, and the page of the documentation opens. On a POST it
+        # would open its dialog over a page that has a button for the key.
+        headers.append((b"www-authenticate", b'Basic realm="API key as password"'))
     await send({"type": "http.response.start", "status": 401, "headers": headers})
     await send({"type": "http.response.body", "body": body})

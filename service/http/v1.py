@@ -12,17 +12,27 @@ from pydantic import BaseModel
 
 from evalmode.service.components import Components, components_of
 from evalmode.service.errors import InvalidField
-from evalmode.service.http.body import JSON, parse_predict, read_body, require_json
-from evalmode.service.http.bulk import Streams, parse_query
+from evalmode.service.http.body import (
+    JSON,
+    media_of,
+    parse_predict,
+    read_request,
+    require_json,
+)
+from evalmode.service.http.bulk import BulkQuery, Streams
 from evalmode.service.http.deadline import timeout_of, unless_hung_up
+from evalmode.service.http.query import parse_predict_query, single_parameters
 from evalmode.service.http.v1_schemas import (
+    DEFAULT_TOP_K,
     ErrorResponse,
     ModelResponse,
     PredictResponse,
+    query_schema,
     request_schema,
 )
 from evalmode.service.models.model import Model
 from evalmode.service.ndjson import MEDIA_TYPE as NDJSON
+from evalmode.service.protocol.compression import encoding_of
 from evalmode.service.settings import Settings
 from evalmode.service.telemetry.timings import Timings, timings_of
 
@@ -31,8 +41,8 @@ _LINES = {
         "type": "string",
         "description": (
             "A text a line, as a JSON string or as an object with `text` and, to know it again,"
-            " `id`. The query may hold top_k, truncate, model and version. The answer has a line"
-            " for each, in their order."
+            " `id`. top_k, truncate, model and version are for all lines, in the query. The answer"
+            " has a line for each, in their order."
         ),
         "examples": ['"Ez egy r\u00f6vid mondat."\n{"text": "Dit is een zin.", "id": 7}\n'],
     }
@@ -55,7 +65,10 @@ def routes(settings: Settings) -> APIRouter:
         responses=answers | _refusals(400, 401, 404, 408, 413, 415, 422, 500, 503, 504),
         # The body is read by hand: within the limit, and with our own sentences for what is wrong
         # with it.
-        openapi_extra={"requestBody": {"required": True, "content": {JSON: body, NDJSON: _LINES}}},
+        openapi_extra={
+            "parameters": query_schema(body["schema"]),
+            "requestBody": {"required": True, "content": {JSON: body, NDJSON: _LINES}},
+        },
     )
     refusals = _refusals(401, 404, 422, 500, 503)
     router.add_api_route(
@@ -73,32 +86,31 @@ async def _predict(request: Request) -> Response:
     beside it.
 
     With `content-type: application/x-ndjson` the body is a text a line, of any number, and so is
-    the answer.
+    the answer. Either body may travel with `content-encoding: gzip` or `deflate`.
     """
     components, timings = components_of(request), timings_of(request.scope)
+    settings = components.settings
+    query = parse_predict_query(request.query_params.multi_items(), max_top_k=settings.max_top_k)
     content_type = request.headers.get("content-type")
-    if (content_type or "").partition(";")[0].strip().lower() == NDJSON:
+    if media_of(content_type) == NDJSON:
         timings.streamed = True
         streams: Streams = request.app.state.streams
-        query = parse_query(
-            request.query_params.multi_items(), max_top_k=components.settings.max_top_k
+        stream_query = BulkQuery(
+            top_k=query.top_k or DEFAULT_TOP_K, truncate=query.truncate is not False
         )
         return streams.response(
-            _model_for(components, name=query.model, version=query.version, timings=timings), query
+            _model_for(components, name=query.model, version=query.version, timings=timings),
+            stream_query,
+            encoding=encoding_of(request.headers.getlist("content-encoding")),
         )
     require_json(content_type)
-    timeout_s = timeout_of(request.headers, longest_s=components.settings.timeout_s)
+    timeout_s = timeout_of(request.headers, longest_s=settings.timeout_s)
     started = time.monotonic()
-    body = await read_body(
-        request.stream(),
-        declared_bytes=request.headers.get("content-length"),
-        max_body_bytes=components.settings.max_body_bytes,
-        silence_s=components.settings.body_timeout_s,
-    )
+    body = await read_request(request, settings)
     body_end = time.monotonic()
     timings.read_s = body_end - started
     predict_request = parse_predict(
-        body, max_rows=components.settings.max_rows, max_top_k=components.settings.max_top_k
+        body, max_rows=settings.max_rows, max_top_k=settings.max_top_k, query=query
     )
     model = _model_for(
         components, name=predict_request.model, version=predict_request.version, timings=timings
@@ -129,6 +141,7 @@ async def _model(
     machine.
     """
     components = components_of(request)
+    single_parameters(request.query_params.multi_items(), known=("model", "version"))
     _require_model(model, version)
     served_model = (
         components.repository.get(model, version) if model is not None else _default(components)
@@ -163,7 +176,7 @@ def _model_for(
 
 def _require_model(name: str | None, version: str | None) -> None:
     if version is not None and name is None:
-        raise InvalidField("version is of a model: name that one too", field="version")
+        raise InvalidField("version needs a model: give model too", field="version")
 
 
 def _default(components: Components) -> Model:

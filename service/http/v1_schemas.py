@@ -15,6 +15,8 @@ from evalmode.bundle.manifest import Manifest
 from evalmode.service.models.model import Model
 from evalmode.service.models.text import Prediction
 
+DEFAULT_TOP_K = 3
+
 _REQUEST: JsonValue = {
     "inputs": ["Ez egy rövid mondat.", "Dit is een zin."],
     "top_k": 3,
@@ -43,7 +45,7 @@ class PredictRequest(BaseModel):
     # pydantic's str does not.
     inputs: list[InstanceOf[str]] = Field(min_length=1, description="The texts; each may be empty.")
     top_k: int = Field(
-        default=3,
+        default=DEFAULT_TOP_K,
         ge=1,
         description="How many labels to give, best first; a model with fewer gives all of them.",
     )
@@ -191,3 +193,20 @@ def request_schema(*, max_rows: int, max_top_k: int) -> dict[str, JsonValue]:
     schema["properties"]["inputs"]["maxItems"] = max_rows
     schema["properties"]["top_k"]["maximum"] = max_top_k
     return schema
+
+
+def query_schema(body: dict[str, JsonValue]) -> list[JsonValue]:
+    """The query's parameters: the fields of the body's schema that hold one value each."""
+    properties: Any = body["properties"]
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": f"{schema['description']} In the query or in a JSON body, not in both.",
+            "schema": {key: schema[key] for key in ("minimum", "maximum") if key in schema}
+            | {"type": schema.get("type", "string")},
+        }
+        for name, schema in properties.items()
+        if name != "inputs"
+    ]

@@ -2,7 +2,8 @@
 no tensors.
 
 What a client of it may rely on: every answer other than 200 is `{"error": sentence}`; whatever is
-wrong with a request is 400 and names the field; a body too large is 413.
+wrong with a request is 400 and names the field; a body too large is 413, and one
+in an encoding that is not read here 415.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BINARY = "application/octet-stream"
 # loop up.
 _INLINE_BYTES = 2_048
 
-_STATUSES = (400, 401, 404, 408, 413, 500, 503, 504)
+_STATUSES = (400, 401, 404, 408, 413, 415, 500, 503, 504)
 
 
 def routes(settings: Settings) -> APIRouter:

@@ -16,12 +16,14 @@ import numpy as np
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.manifest import TensorSpec
 from evalmode.service.batching.bucket import Job
-from evalmode.service.errors import BadRequest, TextTooLong
+from evalmode.service.errors import BadRequest, RunFailed, TextTooLong
 from evalmode.service.models.model import WHOLE, Model
+from evalmode.service.models.tensors import non_finite_input
 from evalmode.service.models.text import LOGITS, best, softmax
 from evalmode.service.protocol.datatypes import BYTES, Array
 from evalmode.service.protocol.request import AskedOutput, InferRequest, InputTensor
 from evalmode.service.protocol.response import OutputTensor, classify
+from evalmode.service.settings import setting_named
 from evalmode.service.strict_json import shown
 
 TEXT = TensorSpec(name="text", datatype=BYTES, shape=(-1,))
@@ -94,13 +96,37 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
 
 
 def answered(prepared: PreparedRequest, answers: Sequence[Tensors]) -> list[OutputTensor]:
-    """The outputs that were asked for, from the answers of the rows in their order."""
+    """The outputs that the request names, from the answers of the rows in their order.
+
+    NaN in one of them is an error, in JSON and in binary; in any other output it does not matter.
+    Raises RunFailed, or BadRequest where the request's own numbers are not finite.
+    """
     own = {spec.name for spec in prepared.model.outputs}
     names = {output.name for output in prepared.outputs}
-    tensors = prepared.model.join(answers, outputs=sorted(names & own)) | _derivatives(
-        prepared, answers, names - own
-    )
+    tensors = prepared.model.join(answers, outputs=sorted(names & own))
+    for output in prepared.outputs:
+        if output.name in tensors and tensors[output.name].dtype.kind == "f":
+            _require(prepared, ~np.isnan(tensors[output.name]), f"output {output.name!r}", "NaN")
+    tensors |= _derivatives(prepared, answers, names - own)
     return [_written(output, tensors[output.name], prepared.model) for output in prepared.outputs]
+
+
+def _require(prepared: PreparedRequest, usable: Array, output: str, what: str) -> None:
+    """Raise for the first row of an output whose numbers are not all `usable`."""
+    if usable.all():
+        return
+    batched = is_batched(prepared.model)
+    row = int(np.argwhere(~usable)[0][0]) if batched else 0
+    place = f" in row {row}" if batched else ""
+    name = non_finite_input(prepared.jobs[row][1].inputs)
+    if name is not None:
+        raise BadRequest(
+            f"input {name!r} holds numbers that are not finite{place}, and so does {output}",
+            field=name,
+        )
+    raise RunFailed(
+        f"the model's {output} holds {what}{place}: leave it out of outputs to get the others"
+    )
 
 
 def _derived(model: Model) -> tuple[TensorSpec, ...]:
@@ -146,7 +172,7 @@ def _require_rows(inputs: Sequence[InputTensor], max_rows: int) -> None:
         if tensor.shape and tensor.shape[0] > max_rows:
             raise BadRequest(
                 f"{tensor.field}.shape.0 must be at most {max_rows}, the rows of a request, got"
-                f" {tensor.shape[0]}",
+                f" {tensor.shape[0]}: split them, or raise {setting_named('max_rows')}",
                 field=f"{tensor.field}.shape.0",
             )
 
@@ -182,9 +208,12 @@ def _derivatives(
     prepared: PreparedRequest, answers: Sequence[Tensors], names: set[str]
 ) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
-    if names & {_PROBABILITIES, _LABEL}:
-        # Each row from its own answer, as /v1 does it: no row's bits may hang on how many stand
-        # beside it.
+    if from_logits := sorted(names & {_PROBABILITIES, _LABEL}):
+        logits = np.concatenate([answer[LOGITS] for answer in answers])  # (N, C)
+        output = f"output {LOGITS!r}, the source of {' and '.join(map(repr, from_logits))},"
+        _require(prepared, np.isfinite(logits), output, "numbers that are not finite")
+        # Each row from its own answer, as /v1 does it: the number of rows beside it must not change
+        # a bit.
         rows = [softmax(answer[LOGITS][0].tolist()) for answer in answers]
         tensors[_PROBABILITIES] = np.array(rows, dtype=np.float64)
         labels = prepared.model.labels or ()

@@ -20,6 +20,7 @@ from evalmode.service.components import Components, components_of
 from evalmode.service.errors import BadRequest, Conflict, Forbidden, NotReady, UnknownModel
 from evalmode.service.http import health
 from evalmode.service.http.body import JSON, read_request
+from evalmode.service.http.own_pages import require_own_request
 from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import CONTROL_OFF, Repository
@@ -88,8 +89,8 @@ def routes(settings: Settings) -> APIRouter:
 
 
 def _add_repository(router: APIRouter) -> None:
-    changes = (400, 401, 403, 404, 408, 409, 413, 500, 503)
-    index = (400, 401, 408, 413)
+    changes = (400, 401, 403, 404, 408, 409, 413, 415, 500, 503)
+    index = (400, 401, 408, 413, 415)
     _add(
         router,
         "v2_index",
@@ -239,6 +240,7 @@ async def _controlled(request: Request, model: str) -> Repository:
     settings = components.settings
     if not settings.model_control:
         raise Forbidden(CONTROL_OFF)
+    require_own_request(request, settings)
     if settings.workers > 1:
         raise Conflict(
             f"one of {settings.workers} workers cannot load or unload for the others: every worker"

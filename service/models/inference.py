@@ -1,4 +1,4 @@
-"""How a bucket runs its rows: stacked into one batch, run, split into answers, and checked."""
+"""How a bucket runs its rows: stacked into one batch, run, and split into answers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import numpy as np
 from evalmode.bundle.errors import InputsRefused, ModelRunFailed
 from evalmode.bundle.known_answers import Run, Tensors
 from evalmode.service.batching.bucket import Row
-from evalmode.service.errors import BadRequest, RequestError, RunFailed
-from evalmode.service.models.tensors import non_finite_input
-from evalmode.service.models.text import LOGITS
+from evalmode.service.errors import BadRequest, RunFailed
 
 _REASON_CHARACTERS = 200
 
 
 def run_of_rows(
     run: Run, *, is_text: bool, whole: bool
-) -> Callable[[Sequence[Row]], list[Tensors | Exception]]:
-    """The `run` of a bucket: it gives each row's answer, or an error for that row alone.
+) -> Callable[[Sequence[Row]], Sequence[Tensors]]:
+    """The `run` of a bucket: it gives each row's answer.
 
     With `whole` there is one row, a whole request, and its answer is not split. The function raises
     BadRequest for inputs that the model cannot compute with, and RunFailed for any other failure.
+    NaN is an answer here: it concerns only the requests that want the output that holds it.
     """
 
-    def run_rows(rows: Sequence[Row]) -> list[Tensors | Exception]:
+    def run_rows(rows: Sequence[Row]) -> Sequence[Tensors]:
         try:
             outputs = run(_stack(rows))
         except InputsRefused as error:
@@ -37,11 +36,7 @@ def run_of_rows(
             ) from error
         except ModelRunFailed as error:
             raise RunFailed("the model failed on the rows of this request") from error
-        answers = [outputs] if whole else _split(outputs, len(rows))
-        return [
-            answer if _is_usable(answer, is_text=is_text) else _not_finite(row)
-            for row, answer in zip(rows, answers, strict=True)
-        ]
+        return [outputs] if whole else _split(outputs, len(rows))
 
     return run_rows
 
@@ -67,24 +62,6 @@ def _split(outputs: Tensors, rows: int) -> list[Tensors]:
         {name: tensor[row : row + 1].copy() for name, tensor in outputs.items()}
         for row in range(rows)
     ]
-
-
-def _is_usable(answer: Tensors, *, is_text: bool) -> bool:
-    """False for NaN anywhere, and for logits that give no probabilities."""
-    if is_text and not np.isfinite(answer[LOGITS]).all():
-        return False
-    return not any(
-        tensor.dtype.kind == "f" and np.isnan(tensor).any() for tensor in answer.values()
-    )
-
-
-def _not_finite(row: Row) -> RequestError:
-    name = non_finite_input(row.inputs)
-    if name is not None:
-        return BadRequest(
-            f"input {name!r} holds numbers that are not finite, and so would the answer", field=name
-        )
-    return RunFailed("the model answered a row of this request with numbers that are not finite")
 
 
 def _reason(error: ModelRunFailed) -> str:

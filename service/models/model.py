@@ -254,6 +254,8 @@ class Model:
     ) -> list[Prediction]:
         """The predictions of the answers of `text_rows`, each with its `top_k` best labels (all, if
         there are fewer).
+
+        Raises RunFailed where the logits of a text are not finite.
         """
         assert self.labels is not None, "a model of text has labels"
         return [

@@ -137,7 +137,11 @@ def labels_of(manifest: Manifest, *, path: object) -> tuple[str, ...]:
 def predict(
     logits: Sequence[float], labels: Sequence[str], *, truncated: bool, top_k: int
 ) -> Prediction:
-    """The prediction of one row's logits (C,)."""
+    """The prediction of one row's logits (C,). Raises RunFailed for logits that are not finite."""
+    if not all(map(math.isfinite, logits)):
+        raise RunFailed(
+            f"the model's output {LOGITS!r} holds numbers that are not finite for this text"
+        )
     scores = softmax(logits)
     return Prediction(
         top=tuple(

@@ -1,17 +1,18 @@
 """Bodies that travel compressed: gzip, and deflate in its two spellings. Knows no tensors.
 
-A request is decompressed piece by piece, so that whoever reads it can stop at his limit: what a
-bomb would have grown to is never made. The same response gives the same bytes at all times.
+A request is decompressed piece by piece, so that its reader can stop at a limit: a small body that
+would grow to gigabytes never does. The same response gives the same bytes at all times.
 """
 
 from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Literal
 
-from evalmode.service.errors import BadRequest
+from evalmode.service.errors import BadRequest, UnsupportedMedia
+from evalmode.service.strict_json import shown
 
 Encoding = Literal["gzip", "deflate"]
 
@@ -20,23 +21,32 @@ _LEVEL = 6
 _GZIP = zlib.MAX_WBITS | 16
 _RAW_DEFLATE = -zlib.MAX_WBITS
 _WINDOW_BITS: dict[Encoding, int] = {"gzip": _GZIP, "deflate": zlib.MAX_WBITS}
+_ENCODINGS: dict[str, Encoding] = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
 
 
-def encoding_of(content_encoding: str | None) -> Encoding | None:
-    """The encoding that a request's header declares. Raises BadRequest for one that is not read
-    here.
+def encoding_of(content_encodings: Sequence[str]) -> Encoding | None:
+    """The encoding that the Content-Encoding headers of a request declare; None for a plain body.
+
+    Raises UnsupportedMedia for an encoding that is not read here, and for several: each would
+    multiply what a small body can grow to.
     """
-    name = (content_encoding or "identity").strip().lower()
-    if name in ("identity", ""):
-        return None
-    if name in ("gzip", "x-gzip"):
-        return "gzip"
-    if name == "deflate":
-        return "deflate"
-    raise BadRequest(
-        f"header content-encoding must be gzip, deflate or identity, got {name[:40]!r}",
-        field="content-encoding",
-    )
+    names = [
+        name
+        for name in (part.strip().lower() for part in ",".join(content_encodings).split(","))
+        if name not in ("", "identity")
+    ]
+    for name in names:
+        if name not in _ENCODINGS:
+            raise UnsupportedMedia(
+                f"header content-encoding must be gzip, deflate or identity, got {shown(name)}",
+                field="content-encoding",
+            )
+    if len(names) > 1:
+        raise UnsupportedMedia(
+            f"header content-encoding must name one encoding, got {shown(', '.join(names))}",
+            field="content-encoding",
+        )
+    return _ENCODINGS[names[0]] if names else None
 
 
 def accepted(accept_encoding: str | None) -> Encoding | None:
@@ -58,9 +68,12 @@ def compress(body: bytes, encoding: Encoding) -> bytes:
     return compressor.compress(body) + compressor.flush()
 
 
-async def decompressed(chunks: AsyncIterator[bytes], encoding: Encoding) -> AsyncIterator[bytes]:
-    """The chunks of a body without their encoding, in pieces of at most 64 KiB. Raises BadRequest
-    for what is none.
+async def decompressed(
+    chunks: AsyncIterator[bytes], encoding: Encoding
+) -> AsyncGenerator[bytes, None]:
+    """The chunks of a body without their encoding, in pieces of at most 64 KiB.
+
+    Raises BadRequest for data that is not in this encoding, ends too early or goes on too long.
     """
     decompressor, held = None, b""
     async for chunk in chunks:

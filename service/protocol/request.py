@@ -34,7 +34,7 @@ from evalmode.service.protocol.fields import (
     parse_object,
     shown_field,
 )
-from evalmode.service.strict_json import shown_flat
+from evalmode.service.strict_json import shown_flat, whole_number
 
 JSON_LENGTH_HEADER = "inference-header-content-length"
 
@@ -122,15 +122,14 @@ def parse_infer(
 def _json_length(header: str | None, *, body_bytes: int) -> int:
     if header is None:
         return max(body_bytes, 1)  # an empty body is bad JSON, and no raw tensor
-    if not (
-        header.isascii() and header.isdecimal() and len(header) < 20 and int(header) <= body_bytes
-    ):
+    length = whole_number(header)
+    if length is None or length > body_bytes:
         raise BadRequest(
             f"header {JSON_LENGTH_HEADER} must be the length of the JSON in the body of"
             f" {body_bytes} bytes, got {shown_flat(header)}",
             field=JSON_LENGTH_HEADER,
         )
-    return int(header)
+    return length
 
 
 def _raw_request(raw: memoryview, spec: TensorSpec | None) -> InferRequest:

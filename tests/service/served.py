@@ -40,7 +40,9 @@ class Served:
     def asked(self, ask: Callable[[httpx.AsyncClient], Awaitable[Answer]]) -> Answer:
         async def all_of_it() -> Answer:
             transport = httpx.ASGITransport(create_app(self.components))
-            async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as client:
                 return await ask(client)
 
         return asyncio.run(all_of_it())

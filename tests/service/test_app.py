@@ -228,7 +228,7 @@ def test_a_request_may_give_less_time_than_the_server_and_no_nonsense(bundle, pa
         )
     assert answer.status_code == 400
     assert (
-        "x-request-timeout-ms must be a whole number of milliseconds above 0, got '-3'"
+        'x-request-timeout-ms must be a whole number of milliseconds above 0, got "-3"'
         in answer.json()["error"]
     )
 

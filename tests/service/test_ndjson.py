@@ -41,7 +41,8 @@ def test_a_splitter_keeps_nothing_of_a_line_that_is_too_long() -> None:
     [
         (b'"a"', "a", {}),
         (b'  {"text": "b"}  ', "b", {}),
-        (b'{"text": "", "id": null, "label": [1]}', "", {"id": None}),
+        (b'{"text": "", "id": null}', "", {"id": None}),
+        (b'\xef\xbb\xbf"behind a byte order mark"', "behind a byte order mark", {}),
         (b'{"id": "\\ud83d", "text": "\\ud83d"}', "\ud83d", {"id": "\ud83d"}),
         (b'{"id": 1.5, "text": "c"}', "c", {"id": 1.5}),
     ],
@@ -54,24 +55,26 @@ def test_a_line_is_a_string_or_an_object_with_a_text(
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "sentence"),
     [
-        (None, "longer"),
         (b"{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
-        (b"NaN", "NaN is no JSON number"),
+        (b"NaN", "NaN is not a JSON number"),
         (b"[" * 100_000, "nested"),
         (b"17", "must be a string or an object with the key text, got 17"),
         (b"{}", "text is missing"),
         (b'{"text": 3}', "text must be a string, got 3"),
+        (b'{"text": "a", "top_k": 1}', "top_k is not a field of a line, which has text and id"),
+        (b'{"text": "a", "": 1}', '"" is not a field of a line'),
+        (b'{"text": "a", "id": %s}' % (b"9" * 5000), "id is a number of 5000 digits"),
         (b'{"text": "a", "id": [1]}', "id must be a string"),
         (b'{"text": "a", "id": 1e999}', "id must be a string"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_said_in_one_sentence(raw: bytes | None, said: str) -> None:
+def test_the_problem_with_a_line_is_one_sentence(raw: bytes, sentence: str) -> None:
     problem = read_line(raw).problem
     assert problem is not None
-    assert said in problem
+    assert sentence in problem
     assert len(problem) < 200
 
 

@@ -1,25 +1,54 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from evalmode.service.errors import BadRequest
-from evalmode.service.strict_json import parse_json, shown, shown_flat
+from evalmode.service.strict_json import parse_json, shown, shown_flat, shown_key, whole_number
 
 
 @pytest.mark.parametrize(
     ("raw", "sentence"),
     [
         (b"[" * 100_000, "the line is nested too deeply"),
-        (b"NaN", "the line is not valid JSON: NaN is no JSON number"),
-        (b"-Infinity", "the line is not valid JSON: -Infinity is no JSON number"),
-        (b"\xff", "the line is not valid JSON: 'utf-8' codec"),
-        (b"{", "the line is not valid JSON: Expecting"),
+        (b"NaN", "the line is not valid JSON: NaN is not a JSON number"),
+        (b"-Infinity", "the line is not valid JSON: -Infinity is not a JSON number"),
+        (
+            b'"a\xff"',
+            "the line is not valid JSON: it is not UTF-8, the byte 0xff at position 2 begins no"
+            " character",
+        ),
+        (b"", "the line is empty: it must be JSON"),
+        (b" \n\t", "the line is empty: it must be JSON"),
+        (b"{", "the line is not valid JSON: it ends too early, at character 2"),
+        (b'{"a": ', "the line is not valid JSON: it ends too early"),
+        (b'{"a": x}', "the line is not valid JSON: a value is missing or misspelt, at character 7"),
+        (
+            b'{"a": 1\n x}',
+            "the line is not valid JSON: a comma is missing, or the end of a list or",
+        ),
+        (b"{a: 1}", "the line is not valid JSON: a key in double quotes is missing"),
+        (b'{"a" 1}', "the line is not valid JSON: a colon is missing behind a key"),
+        (b"1 2", "the line is not valid JSON: something follows behind the value"),
+        (b'["abc]', "the line is not valid JSON: a string has no end"),
+        (b'["a\nb"]', "the line is not valid JSON: a control character in a string is not escaped"),
+        (b'["\\x"]', "the line is not valid JSON: a backslash begins no escape"),
+        (b'["\\u12"]', "the line is not valid JSON: an escape \\u has no four hexadecimal digits"),
+        (
+            b'{"a": %s, "b": x}' % (b"9" * 5000),
+            "the line is not valid JSON: a value is missing or misspelt",
+        ),
+        (b"[%s, NaN]" % (b"9" * 5000), "the line is not valid JSON: NaN is not a JSON number"),
+        (b"[%s, %s" % (b"9" * 5000, b"[" * 100_000), "the line is nested too deeply"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf1", "the line is not valid JSON: it cannot be read"),
     ],
 )
 def test_what_is_not_json_is_refused_in_one_sentence_that_names_the_subject(raw, sentence):
     with pytest.raises(BadRequest) as refusal:
         parse_json(raw, subject="the line")
     assert str(refusal.value).startswith(sentence)
+    assert not re.search("codec|Expecting|delimiter|utf-8-sig", str(refusal.value))
 
 
 def test_half_an_emoji_is_json():
@@ -48,3 +77,66 @@ def test_a_long_value_is_cut_and_a_deep_one_is_not_walked_into():
     assert len(shown_flat(10**4000)) < 70
     while deep:  # or its end would be as deep
         deep = deep.pop()  # type: ignore[assignment]
+
+
+def test_a_value_that_is_too_deep_to_be_shown_is_called_so():
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(deep) == "a deeply nested value"
+    while deep:
+        deep = deep.pop()  # type: ignore[assignment]
+
+
+def test_a_byte_order_mark_is_passed_over_once():
+    assert parse_json(b"\xef\xbb\xbf[1]", subject="the body") == [1]
+
+
+def test_the_longest_number_is_read_and_a_longer_one_is_named_by_its_place():
+    assert parse_json(b"[%s]" % (b"9" * 4300), subject="the body") == [int("9" * 4300)]
+    with pytest.raises(BadRequest) as refusal:
+        parse_json(b'{"a": [1, {"b c": %s}]}' % (b"9" * 4301), subject="the body")
+    assert refusal.value.field == 'a.1."b c"'
+    assert "number of 4301 digits" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0),
+        ("7", 7),
+        ("0000000000005000", 5000),
+        ("0" * 10_000 + "7", 7),
+        ("9" * 10_000, 10**18),
+        ("", None),
+        ("-1", None),
+        ("+1", None),
+        ("1.0", None),
+        ("1_0", None),
+        (" 1", None),
+        ("\u0663", None),
+        ("\u00b2", None),
+    ],
+)
+def test_a_whole_number_is_written_in_digits_alone(text, number):
+    assert whole_number(text) == number
+
+
+def test_a_key_is_shown_as_it_is_where_it_is_a_word():
+    assert [shown_key(key) for key in ("top_k", "inputs.0", "x-y", "mérték")] == [
+        "top_k",
+        "inputs.0",
+        "x-y",
+        "mérték",
+    ]
+    assert [shown_key(key) for key in ("", "a b", "7", "\ud83d")] == [
+        '""',
+        '"a b"',
+        '"7"',
+        '"\\ud83d"',
+    ]
+    assert shown_key("x" * 61) == '"' + "x" * 59 + "..."
+
+
+def test_a_long_number_behind_a_key_that_stands_twice_is_no_value():
+    assert parse_json(b'{"a": %s, "a": 1}' % (b"9" * 5000), subject="the body") == {"a": 1}

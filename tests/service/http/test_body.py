@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 
 import pytest
@@ -16,6 +17,7 @@ from evalmode.service.errors import (
     UnsupportedMedia,
 )
 from evalmode.service.http.body import parse_predict, read_body, require_json
+from evalmode.service.http.query import PredictQuery
 from evalmode.service.http.v1_schemas import ErrorResponse
 
 
@@ -49,7 +51,9 @@ def test_a_body_of_the_limit_is_read_whole():
 
 def test_a_body_that_declares_too_much_is_refused_before_a_byte_is_read():
     chunks = Chunks(b"12345", b"678901")
-    with pytest.raises(BodyTooLarge, match="10 bytes"):
+    with pytest.raises(
+        BodyTooLarge, match=r"10 bytes.*\(--max-body-bytes, EVALMODE_MAX_BODY_BYTES"
+    ):
         read(chunks, declared_bytes="11")
     assert chunks.taken_bytes == 0
 
@@ -117,23 +121,68 @@ def test_what_is_not_json_is_a_bad_request(body):
         parse(body)
     assert refusal.value.field is None
     assert "\n" not in str(refusal.value)
+    assert not re.search("codec|Expecting|delimiter|sys[.]|Exceeds", str(refusal.value))
 
 
 @pytest.mark.parametrize(
     ("body", "field", "sentence"),
     [
         ({}, "inputs", "inputs is missing"),
-        ({"inputs": "a"}, "inputs", 'inputs must be a list of texts, got "a"'),
-        ({"inputs": None}, "inputs", "inputs must be a list of texts, got null"),
-        ({"inputs": []}, "inputs", "inputs must hold at least 1 text"),
-        ({"inputs": ["a"] * 5}, "inputs", "inputs must hold at most 4 texts a request, got 5"),
+        ({"inputs": "a"}, "inputs", 'inputs must be a list of at least 1 text, got "a"'),
+        ({"inputs": None}, "inputs", "inputs must be a list of at least 1 text, got null"),
+        ({"inputs": []}, "inputs", "inputs must be a list of at least 1 text, got []"),
+        (
+            {"inputs": ["a"] * 5},
+            "inputs",
+            (
+                "inputs must hold at most 4 texts a request, got 5: split them, or raise setting"
+                " max_rows (--max-rows, EVALMODE_MAX_ROWS)"
+            ),
+        ),
         ({"inputs": ["a", 17]}, "inputs.1", "inputs.1 must be a string, got 17"),
         ({"inputs": ["a", None]}, "inputs.1", "inputs.1 must be a string, got null"),
-        ({"inputs": ["a"], "top_k": 0}, "top_k", "top_k must be greater than or equal to 1, got 0"),
-        ({"inputs": ["a"], "top_k": 11}, "top_k", "top_k must be at most 10, got 11"),
-        ({"inputs": ["a"], "top_k": "3"}, "top_k", 'top_k must be a valid integer, got "3"'),
-        ({"inputs": ["a"], "top_k": True}, "top_k", "top_k must be a valid integer, got true"),
-        ({"inputs": ["a"], "truncate": 1}, "truncate", "truncate must be a valid boolean, got 1"),
+        ({"inputs": ["a"], "top_k": 0}, "top_k", "top_k must be an integer from 1 to 10, got 0"),
+        ({"inputs": ["a"], "top_k": 11}, "top_k", "top_k must be an integer from 1 to 10, got 11"),
+        (
+            {"inputs": ["a"], "top_k": 10**4000},
+            "top_k",
+            f"top_k must be an integer from 1 to 10, got 1{'0' * 59}...",
+        ),
+        (
+            {"inputs": ["a"], "top_k": -(10**4000)},
+            "top_k",
+            f"top_k must be an integer from 1 to 10, got -1{'0' * 58}...",
+        ),
+        (
+            {"inputs": ["a"], "top_k": "3"},
+            "top_k",
+            'top_k must be an integer from 1 to 10, got "3"',
+        ),
+        (
+            {"inputs": ["a"], "top_k": 3.0},
+            "top_k",
+            "top_k must be an integer from 1 to 10, got 3.0",
+        ),
+        (
+            {"inputs": ["a"], "top_k": True},
+            "top_k",
+            "top_k must be an integer from 1 to 10, got true",
+        ),
+        ({"inputs": ["a"], "truncate": 1}, "truncate", "truncate must be true or false, got 1"),
+        ({"inputs": ["a"], "model": 1}, "model", "model must be a string or null, got 1"),
+        (
+            {"inputs": ["a"], "": 7},
+            '""',
+            '"" is not a field of this request, which has inputs, top_k, model, version, truncate',
+        ),
+        (
+            {"inputs": ["a"], "x" * 5000: 7},
+            f'"{"x" * 59}...',
+            (
+                f'"{"x" * 59}... is not a field of this request, which has inputs, top_k, model,'
+                " version, truncate"
+            ),
+        ),
         (
             {"inputs": ["a"], "topk": 3},
             "topk",
@@ -164,6 +213,60 @@ def test_half_an_emoji_in_the_name_of_a_field_is_refused_in_words_that_can_be_se
         str(refusal.value)
         == '"\\ud83d" is not a field of this request, which has inputs, top_k, model, version,'
         " truncate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "sentence"),
+    [
+        (
+            b'{"inputs":["a"],"top_k":%s}' % (b"9" * 5000),
+            "top_k",
+            "top_k is a number of 5000 digits: a number may have at most 4300",
+        ),
+        (
+            b'{"inputs":["a",{"":[1,-%s]}]}' % (b"9" * 4301),
+            'inputs.1."".1',
+            'inputs.1."".1 is a number of 4301 digits: a number may have at most 4300',
+        ),
+        (
+            b"9" * 5000,
+            None,
+            "the body is a number of 5000 digits: a number may have at most 4300",
+        ),
+    ],
+)
+def test_a_number_of_too_many_digits_is_named_and_not_said_again(body, field, sentence):
+    with pytest.raises(BadRequest) as refusal:
+        parse(body)
+    assert refusal.value.field == field
+    assert str(refusal.value) == sentence
+
+
+def test_a_byte_order_mark_before_the_body_is_passed_over():
+    assert parse(b'\xef\xbb\xbf{"inputs": ["a"]}').inputs == ["a"]
+
+
+def parse_with(body: dict[str, object], **query):
+    raw = json.dumps(body).encode()
+    return parse_predict(raw, max_rows=4, max_top_k=10, query=PredictQuery(**query))
+
+
+def test_a_field_may_stand_in_the_query_instead_of_the_body():
+    request = parse_with({"inputs": ["a"], "version": "2"}, top_k=1, truncate=False, model="m")
+    assert (request.top_k, request.truncate, request.model, request.version) == (1, False, "m", "2")
+    assert parse_with({"inputs": ["a"], "model": None}, model="m").model == "m"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_k", 3), ("truncate", False), ("model", "m"), ("version", "1")]
+)
+def test_a_field_in_the_query_and_in_the_body_is_refused(name, value):
+    with pytest.raises(InvalidField) as refusal:
+        parse_with({"inputs": ["a"], name: value}, **{name: value})
+    assert refusal.value.field == name
+    assert (
+        str(refusal.value) == f"{name} stands in the query and in the body: give it in one of them"
     )
 
 

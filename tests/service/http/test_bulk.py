@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -16,15 +18,16 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from evalmode.service.errors import (
-    InvalidField,
+    BadRequest,
     NotReady,
     QueueFull,
     RequestTimeout,
     RunFailed,
     TextTooLong,
 )
-from evalmode.service.http.bulk import BulkQuery, Streams, parse_query
+from evalmode.service.http.bulk import BulkQuery, Streams
 from evalmode.service.ndjson import WINDOW_ROWS
+from evalmode.service.protocol.compression import Encoding, compress
 
 WAIT_S = 30
 BUCKET = SimpleNamespace(label="8", positions=8)
@@ -159,9 +162,14 @@ def streams(engine: Engine, **changes: Any) -> Streams:
 
 
 async def answered(
-    connection: Connection, engine: Engine, query: BulkQuery = THREE, **changes: Any
+    connection: Connection,
+    engine: Engine,
+    query: BulkQuery = THREE,
+    *,
+    encoding: Encoding | None = None,
+    **changes: Any,
 ) -> None:
-    response = streams(engine, **changes).response(Model(), query)
+    response = streams(engine, **changes).response(Model(), query, encoding=encoding)
     async with asyncio.timeout(WAIT_S):
         await response({"type": "http"}, connection.receive, connection.send)
 
@@ -373,26 +381,94 @@ def test_an_engine_that_closes_ends_the_stream_with_a_last_line() -> None:
     assert "stopping" in last["error"]
 
 
+def pieces_of(body: bytes, size: int) -> Iterator[bytes]:
+    return (body[place : place + size] for place in range(0, len(body), size))
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_compressed_lines_are_answered_however_the_body_is_cut(
+    encoding: Encoding, size: int
+) -> None:
+    body = compress(b"".join(b'"%d"\n' % number for number in range(500)), encoding)
+    connection = Connection(pieces_of(body, size))
+    asyncio.run(answered(connection, Engine(), encoding=encoding))
+    assert [line["label"] for line in connection.lines] == [str(number) for number in range(500)]
+    assert connection.finished
+
+
+def test_compressed_lines_are_answered_before_the_body_ends() -> None:
+    async def test() -> None:
+        compressor = zlib.compressobj(wbits=31)
+        first = compressor.compress(b'"a"\n') + compressor.flush(zlib.Z_SYNC_FLUSH)
+        connection = Connection(iter([first]), then="more")
+        answering = asyncio.create_task(answered(connection, Engine(), encoding="gzip"))
+        await until(lambda: len(connection.lines) == 1)
+        connection.hung_up.set()
+        await answering
+
+    asyncio.run(test())
+
+
+def test_a_small_body_of_a_million_lines_holds_no_more_than_a_window_of_them() -> None:
+    async def test() -> None:
+        engine = Engine()
+        body = compress(b'"a"\n' * 1_000_000, "gzip")
+        assert len(body) < 10_000
+        connection = Connection(iter([body]))
+        tracemalloc.start()
+        answering = asyncio.create_task(answered(connection, engine, encoding="gzip"))
+        await until(lambda: connection.status is not None)
+        connection.reads.clear()
+        await until(lambda: engine.answered - len(connection.lines) >= WINDOW_ROWS - 32)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert engine.answered - len(connection.lines) <= WINDOW_ROWS + 32
+        assert peak_bytes < 8 << 20
+        connection.hung_up.set()
+        connection.reads.set()
+        await answering
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize(
-    ("query", "field"),
+    ("cut", "sentence"),
     [
-        ([("top_k", "0")], "top_k"),
-        ([("top_k", "101")], "top_k"),
-        ([("top_k", "x")], "top_k"),
-        ([("top_k", "1"), ("top_k", "2")], "top_k"),
-        ([("truncate", "maybe")], "truncate"),
-        ([("topk", "1")], "topk"),
+        (lambda body: body[:-4], "the body ends within its gzip data"),
+        (lambda body: body + b"more", "the body goes on after the end of its gzip data"),
+        (lambda body: body[:-8] + b"\0" * 8, "the body is not gzip data"),
     ],
 )
-def test_a_wrong_query_names_the_parameter(query: list[tuple[str, str]], field: str) -> None:
-    with pytest.raises(InvalidField) as refused:
-        parse_query(query, max_top_k=100)
-    assert refused.value.field == field
+def test_broken_compression_ends_a_stream_with_a_last_line(
+    cut: Callable[[bytes], bytes], sentence: str
+) -> None:
+    body = cut(compress(b'"a"\n"b"\n', "gzip"))
+    connection = Connection(iter([body[:-9], body[-9:]]))
+    asyncio.run(answered(connection, Engine(), encoding="gzip"))
+    *answers, last = connection.lines
+    assert [line["label"] for line in answers] == ["a", "b"][: len(answers)]
+    assert set(last) == {"error"}
+    assert last["error"].startswith(sentence)
+    assert connection.finished
 
 
-def test_a_query_asks_what_it_says() -> None:
-    query = [("top_k", "5"), ("truncate", "false"), ("model", "m"), ("version", "2")]
-    assert parse_query(query, max_top_k=5) == BulkQuery(
-        top_k=5, truncate=False, model="m", version="2"
-    )
-    assert parse_query([], max_top_k=5) == BulkQuery()
+@pytest.mark.parametrize("body", [b'"a"\n', b""])
+def test_a_stream_that_is_not_compressed_as_it_declares_has_no_answer_but_an_error(
+    body: bytes,
+) -> None:
+    connection = Connection(iter([body]))
+    with pytest.raises(BadRequest, match="gzip data"):
+        asyncio.run(answered(connection, Engine(), encoding="gzip"))
+    assert connection.status is None
+
+
+def test_a_line_over_the_limit_names_the_limit_and_its_setting() -> None:
+    connection = Connection(iter([b'"' + b"x" * 2000 + b'"\n"a"\n']))
+    asyncio.run(answered(connection, Engine()))
+    problem, answer = connection.lines
+    assert "longer than the 1000 bytes" in problem["error"]
+    assert "--max-body-bytes, EVALMODE_MAX_BODY_BYTES" in problem["error"]
+    assert answer["label"] == "a"

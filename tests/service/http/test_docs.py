@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -15,6 +17,8 @@ import pytest
 from fastapi import FastAPI
 
 from evalmode.service.http import docs
+from tests.service import processes
+from tests.service.processes import RunningServer
 
 
 class Page(HTMLParser):
@@ -120,3 +124,84 @@ def test_the_script_asks_for_the_schema_that_is_there_and_for_no_validator(app):
 )
 def test_no_other_file_is_served(app, path):
     assert get(app, f"/docs/static/{path}").status_code == 404
+
+
+KEY = "key-of-the-documentation"
+
+
+@pytest.fixture(scope="module")
+def guarded(bundle: Path) -> Iterator[RunningServer]:
+    """A server that wants a key."""
+    with processes.running(bundle, api_keys=KEY) as server:
+        yield server
+
+
+def test_a_browser_asks_for_the_key_and_then_shows_the_whole_page(guarded: RunningServer):
+    """What a browser does: it meets a Basic challenge, asks, and sends the key with each request
+    below the same root.
+    """
+    with httpx.Client(base_url=guarded.url) as client:
+        challenge = client.get("/docs")
+        assert challenge.status_code == 401
+        assert 'Basic realm="' in challenge.headers["www-authenticate"]
+        client.auth = ("", KEY)
+        page = client.get("/docs")
+        assert page.status_code == 200
+        addresses = [urljoin("/docs", address) for address in Page(page.text).addresses]
+        for path in [*addresses, "/openapi.json", "/v1/model", "/metrics"]:
+            assert client.get(path).status_code == 200, path
+
+
+@pytest.mark.parametrize("auth", [("", "another-key-of-the-tests"), ("user", ""), ("", "")])
+def test_a_wrong_key_is_asked_for_again(guarded: RunningServer, auth: tuple[str, str]):
+    answer = httpx.get(f"{guarded.url}/docs", auth=auth)
+    assert answer.status_code == 401
+    assert "Basic" in answer.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize("credentials", ["x", "=", "a2V5", "%" * 100, "\xff"])
+def test_credentials_that_are_not_base64_are_no_key(guarded: RunningServer, credentials: str):
+    headers = {"authorization": b"Basic " + credentials.encode("latin-1")}
+    assert httpx.get(f"{guarded.url}/docs", headers=headers).status_code == 401
+
+
+def test_the_schema_says_how_a_key_is_sent_so_that_the_page_has_a_button_for_it(
+    guarded: RunningServer,
+):
+    schema = httpx.get(f"{guarded.url}/openapi.json", auth=("", KEY)).json()
+    schemes = schema["components"]["securitySchemes"]
+    assert schema["security"] == [{"bearer": []}, {"header": []}]
+    assert (schemes["bearer"]["type"], schemes["bearer"]["scheme"]) == ("http", "bearer")
+    assert (schemes["header"]["type"], schemes["header"]["in"]) == ("apiKey", "header")
+    assert schema["paths"]["/livez"]["get"]["security"] == []
+    assert "security" not in schema["paths"]["/v1/predict"]["post"]
+    # What the page then sends, from its own origin, with the browser's Basic credentials replaced.
+    for headers in ({"authorization": f"Bearer {KEY}"}, {schemes["header"]["name"]: KEY}):
+        answer = httpx.post(
+            f"{guarded.url}/v1/predict",
+            json={"inputs": ["a"]},
+            headers={"origin": guarded.url, **headers},
+        )
+        assert answer.status_code == 200
+
+
+def test_a_key_that_a_browser_adds_by_itself_does_not_serve_the_pages_of_other_sites(
+    guarded: RunningServer,
+):
+    def ask(**headers: str) -> httpx.Response:
+        return httpx.post(
+            f"{guarded.url}/v1/predict", json={"inputs": ["a"]}, auth=("", KEY), headers=headers
+        )
+
+    assert ask(origin=guarded.url).status_code == 200
+    assert ask().status_code == 200
+    refusal = ask(origin="http://evil.example")
+    assert refusal.status_code == 401
+    assert refusal.headers["www-authenticate"] == "Bearer"
+    assert ask(origin="null").status_code == 401
+
+
+def test_without_keys_the_schema_asks_for_none(service: RunningServer):
+    schema = httpx.get(f"{service.url}/openapi.json").json()
+    assert "security" not in schema
+    assert "securitySchemes" not in schema["components"]

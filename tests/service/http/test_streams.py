@@ -7,7 +7,10 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,7 @@ def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_mem
         with open(f"/proc/{service.process.pid}/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
 
-    line = json.dumps({"text": "Ez egy rövid mondat.", "other": "x" * 2000}).encode() + b"\n"
+    line = json.dumps({"text": "Ez egy rövid mondat. " * 100}).encode() + b"\n"
     assert stream(service.url, line * 100).status_code == 200
     before = resident_kib()
     sent = 0
@@ -106,6 +109,48 @@ def test_answers_come_while_the_body_is_still_being_sent(service) -> None:
             connection.sendall(b'4\r\n"a"\n\r\n')
         connection.sendall(b"0\r\n\r\n")
         assert b'{"index":3,' in connection.recv(4096)
+
+
+def rows_run(service) -> float:
+    figures = httpx.get(f"{service.url}/metrics", timeout=WAIT_S).text.splitlines()
+    name = "evalmode_batch_rows_sum"
+    return sum(float(line.rpartition(" ")[2]) for line in figures if line.startswith(name))
+
+
+def send_until_closed(connection: socket.socket, body: bytes) -> None:
+    with suppress(OSError):
+        connection.sendall(body)
+
+
+@pytest.mark.parametrize("repeats", [1, 512])
+def test_the_lines_of_a_small_compressed_body_end_with_their_client(bundle, repeats) -> None:
+    """The second body is larger than what a stream fetches ahead, so that only a write shows that
+    the client is gone.
+    """
+    compressor = zlib.compressobj(9, wbits=-15)
+    block = compressor.compress(b'"a"\n' * 1_000_000) + compressor.flush(zlib.Z_FULL_FLUSH)
+    assert len(block) < 5_000
+    body = block * repeats  # a full flush lets a block stand anywhere
+    with processes.running(bundle) as service:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
+            connection.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
+                b"content-encoding: deflate\r\ncontent-length: %d\r\n\r\n" % len(body)
+            )
+            sending = threading.Thread(target=send_until_closed, args=(connection, body))
+            sending.start()
+            received = b""
+            while b'{"index":1000,' not in received:
+                received = received[-100:] + connection.recv(4096)
+            connection.shutdown(socket.SHUT_RDWR)
+            sending.join()
+        end = time.monotonic() + WAIT_S
+        before, now = -1.0, rows_run(service)
+        while before != now:
+            assert time.monotonic() < end
+            time.sleep(0.5)
+            before, now = now, rows_run(service)
+        assert 1000 < now < 250_000
 
 
 def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_line(

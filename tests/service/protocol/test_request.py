@@ -144,7 +144,7 @@ def test_a_raw_body_for_a_model_of_several_inputs_is_refused():
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        (b"", "not valid JSON"),
+        (b"", "the body is empty: it must be JSON"),
         (b"{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
@@ -152,8 +152,8 @@ def test_a_raw_body_for_a_model_of_several_inputs_is_refused():
             b'{"inputs": [{"name": "x", "shape": ' + b"[" * 900 + b"]" * 900 + b"}]}",
             "inputs.0.datatype must be one of",
         ),
-        (b'{"inputs": NaN}', "NaN is no JSON number"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"inputs": NaN}', "NaN is not a JSON number"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a is a number of 5000 digits"),
         ([], "the body must be a JSON object, got a list"),
         ({}, "inputs must hold at least 1 tensor"),
         ({"inputs": []}, "inputs must hold at least 1 tensor"),

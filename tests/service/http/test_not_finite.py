@@ -1,0 +1,169 @@
+"""NaN in one output: an error for the requests that want that output, and for no others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from evalmode.service.app import create_app
+from tests.service.bundles import make_bundle, onnx_model, tensor_bundle, tiny_model
+from tests.service.by_hand import floats
+from tests.service.served import Served, outputs_of, refusal, serving, text_input
+
+
+def log_beside_its_argument() -> bytes:
+    """same = x, log = log(x): NaN below 0."""
+    return onnx_model(
+        [helper.make_node("Identity", ["x"], ["same"]), helper.make_node("Log", ["x"], ["log"])],
+        inputs=[floats("x", ["n", 2])],
+        outputs=[floats("same", ["n", 2]), floats("log", ["n", 2])],
+    )
+
+
+def spoiled_text_model() -> bytes:
+    """A text model whose logits are NaN, and which also gives the number of its positions."""
+    model = onnx.load_from_string(tiny_model(bias=float("nan")))
+    model.graph.node.append(helper.make_node("ReduceSum", ["mask", "positions"], ["count"]))
+    model.graph.output.append(
+        helper.make_tensor_value_info("count", TensorProto.FLOAT, ["batch", 1])
+    )
+    return model.SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("served")
+    known = [{"x": np.ones((3, 2), np.float32)}]
+    model = log_beside_its_argument()
+    tensor_bundle(root, model=model, known=known, name="rows")
+    tensor_bundle(root, model=model, known=known, name="whole", independent=False)
+    make_bundle(root, model=spoiled_text_model(), name="spoiled")
+    with serving(root, parallel=1, proof_fraction=0.0) as parts:
+        yield parts
+
+
+def request_of(rows: list[list[float]], *outputs: str, **parameters: Any) -> dict[str, Any]:
+    raw = {"name": "x", "datatype": "FP32", "shape": [len(rows), 2], "data": rows}
+    wanted = [{"name": name, "parameters": parameters} for name in outputs]
+    return {"inputs": [raw], **({"outputs": wanted} if outputs else {})}
+
+
+FINE, SPOILED = [1.0, 1.0], [1.0, -1.0]
+
+
+@pytest.mark.parametrize("model", ["rows", "whole"])
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_request_for_another_output_is_answered(served: Served, model: str, binary: bool):
+    body = request_of([FINE, SPOILED], "same", binary_data=binary)
+    answer = served.infer(body, model=model)
+    assert answer.status_code == 200
+    values = np.array([FINE, SPOILED], np.float32)
+    if binary:
+        assert answer.content.endswith(values.tobytes())
+    else:
+        assert outputs_of(answer)["same"]["data"] == values.ravel().tolist()
+
+
+@pytest.mark.parametrize("outputs", [("log",), ("same", "log"), ()])
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_request_for_the_output_fails_and_the_sentence_names_it(
+    served: Served, outputs: tuple[str, ...], binary: bool
+):
+    body = request_of([FINE, SPOILED], *outputs, binary_data=binary)
+    sentence = refusal(served.infer(body, model="rows"), 500)
+    assert sentence.startswith(
+        "the model's output 'log' holds NaN in row 1: leave it out of outputs to get the others"
+    )
+    sentence = refusal(served.infer(body, model="whole"), 500)
+    assert sentence.startswith("the model's output 'log' holds NaN: leave it out of outputs")
+
+
+def test_classes_of_an_output_with_nan_are_no_way_around(served: Served):
+    body = request_of([SPOILED], "log", classification=1)
+    assert "output 'log' holds NaN in row 0" in refusal(served.infer(body, model="rows"), 500)
+
+
+def test_an_infinity_is_an_answer_in_binary_and_an_error_that_says_so_in_json(served: Served):
+    body = request_of([[1.0, 0.0]], "log", binary_data=True)
+    answer = served.infer(body, model="rows")
+    assert answer.status_code == 200
+    assert answer.content.endswith(np.array([0, -np.inf], np.float32).tobytes())
+    body = request_of([[1.0, 0.0]], "log")
+    assert '"binary_data": true' in refusal(served.infer(body, model="rows"), 400)
+
+
+def test_numbers_of_the_request_that_are_not_finite_are_its_own_mistake(served: Served):
+    tensor = {
+        "name": "x",
+        "datatype": "FP32",
+        "shape": [2, 2],
+        "parameters": {"binary_data_size": 16},
+    }
+    head = httpx.Request("POST", "http://x", json={"inputs": [tensor]}).content
+    raw = np.array([FINE, [np.nan, 1]], np.float32).tobytes()
+    headers = {"inference-header-content-length": str(len(head))}
+    sentence = refusal(served.infer(head + raw, model="rows", headers=headers), 400)
+    assert (
+        sentence
+        == "input 'x' holds numbers that are not finite in row 1, and so does output 'same'"
+    )
+
+
+def test_requests_that_share_a_batch_fail_or_are_answered_each_for_itself(served: Served):
+    bodies = [
+        request_of([SPOILED if number % 3 == 0 else FINE], "log" if number % 2 else "same")
+        for number in range(48)
+    ]
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_app(served.components))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await asyncio.gather(
+                *(client.post("/v2/models/rows/infer", json=body) for body in bodies)
+            )
+
+    answers = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [
+        500 if number % 3 == 0 and number % 2 else 200 for number in range(48)
+    ]
+    alone = served.infer(bodies[1], model="rows").json()
+    assert {answer.text for answer in answers[1::6]} == {answers[1].text}
+    assert answers[1].json() == alone
+
+
+@pytest.mark.parametrize("outputs", [["count"], ["truncated"], ["count", "truncated"]])
+def test_a_text_model_gives_the_outputs_that_do_not_come_from_its_logits(
+    served: Served, outputs: list[str]
+):
+    body = {"inputs": [text_input(["abc"])], "outputs": [{"name": name} for name in outputs]}
+    assert list(outputs_of(served.infer(body, model="spoiled"))) == outputs
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("logits", "the model's output 'logits' holds NaN in row 0"),
+        ("label", "output 'logits', the source of 'label', holds numbers that are not finite"),
+        ("probabilities", "output 'logits', the source of 'probabilities', holds numbers"),
+    ],
+)
+def test_what_comes_from_logits_that_are_not_finite_fails(
+    served: Served, output: str, sentence: str
+):
+    body = {"inputs": [text_input(["abc"])], "outputs": [{"name": output}]}
+    assert sentence in refusal(served.infer(body, model="spoiled"), 500)
+
+
+def test_a_prediction_needs_finite_logits(served: Served):
+    answer = served.ask("POST", "/v1/predict", json={"inputs": ["a"], "model": "spoiled"})
+    assert answer.status_code == 500
+    assert (
+        "output 'logits' holds numbers that are not finite for this text" in answer.json()["error"]
+    )
