@@ -63,7 +63,7 @@ class GracefulServer(uvicorn.Server):
         health: Health,
         serving: Callable[[], None] = lambda: None,
         watch: Callable[[GracefulServer], None] = lambda server: None,
-        refused: Callable[[int], None] = lambda status: None,
+        refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         super().__init__(_config(app, settings, refused=refused))
         self.server_state = Connections()
@@ -260,7 +260,7 @@ class GracefulServer(uvicorn.Server):
 
 
 def _config(
-    app: Callable[..., Any], settings: Settings, *, refused: Callable[[int], None]
+    app: Callable[..., Any], settings: Settings, *, refused: Callable[[str], None]
 ) -> uvicorn.Config:
     context = tls_context(settings)
     return uvicorn.Config(

@@ -31,21 +31,19 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger("evalmode.service")
 
-_REFUSALS = {408: "request_timeout", 503: "not_ready"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
     """What a process serves: an ASGI application, its health, and what its first log line tells of
     it.
 
-    `refused` is told the status of every request that is refused before the application sees it.
+    `refused` is called with the reason for every refusal that the application does not see.
     """
 
     app: Callable[..., Any]
     health: Health
     told: Mapping[str, object] = field(default_factory=dict)
-    refused: Callable[[int], None] = lambda status: None
+    refused: Callable[[str], None] = lambda reason: None
 
 
 def serve(
@@ -137,7 +135,7 @@ def _open_service(settings: Settings) -> Service:
         app=create_app(components),
         health=components.health,
         told=_told(components.repository.models()),
-        refused=lambda status: components.metrics.rejected(_REFUSALS.get(status, "invalid")),
+        refused=components.metrics.rejected,
     )
 
 

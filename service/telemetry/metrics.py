@@ -46,6 +46,7 @@ REASONS = (
     "queue_full",
     "request_timeout",
     "too_large",
+    "too_many_connections",
     "unauthorized",
 )
 
