@@ -1,5 +1,5 @@
-"""One HTTP/1.1 connection, within limits: a client that is slow, takes no answers, sends too much or
-sends no HTTP is refused. Knows no server.
+"""One HTTP/1.1 connection, within limits: a client that is slow, takes no answers, sends too much
+or sends no HTTP is refused. Knows no server.
 
 Requests are parsed one at a time. What follows a request waits as bytes, and nothing more is read,
 until its answer is complete and the client has taken enough of what was written. So a connection
@@ -174,7 +174,7 @@ class Connection(EndingProtocol):
         self._position = 0
         self._parse()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """Keep a connection whose client closed its sending side for the answers that it waits for.
 
         TLS has no half-closed connections in asyncio: there the client has hung up.

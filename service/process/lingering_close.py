@@ -33,7 +33,8 @@ class Connections(ServerState):
     def __init__(self) -> None:
         super().__init__()
         self.arriving: set[Any] = set()  # taken from the kernel, and not yet made
-        self.surplus: dict[Any, None] = {}  # above the limit, oldest first
+        # Those above the limit with the tasks that began them, oldest first.
+        self.surplus: dict[Any, asyncio.Task[None]] = {}
         self.draining = False
         self.stopping = False
         self.none_left = asyncio.Event()

@@ -379,26 +379,24 @@ def tls_settings(certificate: Path | None) -> dict[str, Path]:
 def test_300_000_requests_whose_answers_are_never_read_take_no_memory_and_end_with_their_connection(
     protected,
 ):
-    with processes.running(
-        Path("tiny"),
-        program=PROGRAM,
-        workers=1,
-        body_timeout_s=READ_S,
-        **tls_settings(protected),
-    ) as server:
-        with secured(server, protected) as other:
+    def flood(greedy: socket.socket, other: socket.socket) -> None:
+        for _ in range(300):
+            greedy.sendall(GET * 1000)
             other.sendall(GET)
-            one_answer(other)
-            before_mb = memory_mb(server, "VmRSS")
-            with (
-                secured(server, protected) as greedy,
-                pytest.raises(OSError, match=r"reset|Broken pipe|EOF|violation"),
-            ):
-                for _ in range(300):
-                    greedy.sendall(GET * 1000)
-                    other.sendall(GET)
-                    assert one_answer(other)[1].startswith(b"pid ")
-            assert memory_mb(server, "VmHWM") - before_mb < 20
+            assert one_answer(other)[1].startswith(b"pid ")
+
+    limits = {"body_timeout_s": READ_S, **tls_settings(protected)}
+    with (
+        processes.running(Path("tiny"), program=PROGRAM, workers=1, **limits) as server,
+        secured(server, protected) as other,
+        secured(server, protected) as greedy,
+    ):
+        other.sendall(GET)
+        one_answer(other)
+        before_mb = memory_mb(server, "VmRSS")
+        with pytest.raises(OSError, match=r"reset|Broken pipe|EOF|violation"):
+            flood(greedy, other)
+        assert memory_mb(server, "VmHWM") - before_mb < 20
 
 
 def test_10_000_requests_at_once_are_answered_in_order_although_the_client_reads_slowly(protected):
