@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from evalmode.errors import EvalmodeError
+from evalmode.service.errors import WorkersFailed
 from evalmode.service.health import Health
 from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.listener import bound, cannot_listen, tls_context, url_of
-from evalmode.service.process.signals import Signals
+from evalmode.service.process.signals import Signals, interruptible
 from evalmode.service.settings import Settings, load_settings, strange_variables
 from evalmode.service.telemetry.logs import configure_logs
 
@@ -56,19 +57,23 @@ def serve(
 
     Call it from the main thread. `open_service` opens what is served in this process; where the
     settings ask for several, each is a process of the command `worker`. Raises EvalmodeError, one
-    sentence, when it cannot start.
+    sentence, when it cannot start, and SystemExit(1) when its workers end again and again.
     """
     configure_logs(settings.log_format)
     for variable, sentence in strange_variables().items():
         _log.warning("a variable of the environment is ignored", variable=variable, reason=sentence)
     tls_context(settings)  # what is wrong with it is said before a model is loaded
-    with Signals() as signals, bound(settings) as listener:
+    with Signals() as signals, interruptible(lambda: bound(settings)) as listener:
         if settings.workers > 1:
             # Only now, for a process that serves by itself needs none of it.
             from evalmode.service.process.supervisor import Supervisor
 
             supervisor = Supervisor(settings, listener, command=worker)
-            supervisor.run(signals, serving=lambda told: _log_start(settings, listener, told))
+            try:
+                supervisor.run(signals, serving=lambda told: _log_start(settings, listener, told))
+            except WorkersFailed as error:
+                print(f"evalmode: {error}", file=sys.stderr)  # noqa: T201 - as the command line does
+                sys.exit(1)
         else:
             serve_one(
                 settings,
@@ -93,7 +98,8 @@ def serve_one(
 
     `serving` is called when requests can come, `watch` every second from then on.
     """
-    service = (open_service or _open_service)(settings)
+    opening = open_service or _open_service
+    service = interruptible(lambda: opening(settings))
     server = GracefulServer(
         service.app,
         settings,
