@@ -240,7 +240,7 @@ class GracefulServer(uvicorn.Server):
         self.server_state.abort()
 
     def _connection(self) -> Connection:
-        kind: Callable[..., Connection] = self.config.http_protocol_class
+        kind: Any = self.config.http_protocol_class  # the class that `connection_within` made
         return kind(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
