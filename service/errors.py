@@ -2,6 +2,7 @@
 
 EvalmodeError
 ├── StartFailed            the server cannot start: a setting, the port, the model; exit code 2
+├── WorkersFailed          server processes end as soon as they are started; exit code 1
 └── RequestError           what an answer other than 200 says
     ├── BadRequest         400  the body is not JSON, or a tensor is not what the model takes
     ├── Forbidden          403  something that this server was told not to do
@@ -30,6 +31,10 @@ from evalmode.errors import EvalmodeError
 
 class StartFailed(EvalmodeError):  # noqa: N818 - read as a sentence, like the bundle's
     """The server cannot start; the message names the setting or the cause."""
+
+
+class WorkersFailed(EvalmodeError):  # noqa: N818
+    """Server processes end again and again before they are ready; the message names the cause."""
 
 
 class RequestError(EvalmodeError):

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 
+# Where health is asked: answered even where nothing else is.
+PROBE_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+
 
 class Stage(Enum):
     """What a server process is doing."""

@@ -122,6 +122,11 @@ class Settings(BaseSettings):
     max_top_k: int = Field(
         default=100, ge=1, description="the most labels that are given for a text"
     )
+    max_connections: int | None = Field(
+        default=None,
+        ge=1,
+        description="connections at once in a process; none: by the limit of open files",
+    )
     max_header_bytes: int = Field(
         default=16_384, ge=256, description="the longest request line with its headers"
     )

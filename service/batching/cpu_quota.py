@@ -25,30 +25,31 @@ def _affinity() -> float:
 
 def _version_2(root: Path) -> Iterator[float]:
     """The quota of this cgroup and of every one above it, in CPUs: each of them binds."""
-    for folder in _folders(root, controller="", mount=Path("sys/fs/cgroup")):
-        limit, _, period_us = _read(folder / "cpu.max").partition(" ")
+    for folder in cgroup_folders(root, controller="", mount=Path("sys/fs/cgroup")):
+        limit, _, period_us = read_or_empty(folder / "cpu.max").partition(" ")
         if limit.isdecimal() and period_us.strip().isdecimal():
             yield int(limit) / int(period_us)
 
 
 def _version_1(root: Path) -> Iterator[float]:
-    for folder in _folders(root, controller="cpu", mount=Path("sys/fs/cgroup/cpu")):
+    for folder in cgroup_folders(root, controller="cpu", mount=Path("sys/fs/cgroup/cpu")):
         quota_us, period_us = (
-            _read(folder / "cpu.cfs_quota_us"),
-            _read(folder / "cpu.cfs_period_us"),
+            read_or_empty(folder / "cpu.cfs_quota_us"),
+            read_or_empty(folder / "cpu.cfs_period_us"),
         )
         if quota_us.isdecimal() and period_us.isdecimal():  # "-1": no limit
             yield int(quota_us) / int(period_us)
 
 
-def _folders(root: Path, *, controller: str, mount: Path) -> Iterator[Path]:
-    """The cgroup folders that bind this process, the mount's own last.
+def cgroup_folders(root: Path, *, controller: str, mount: Path) -> Iterator[Path]:
+    """The cgroup folders of a controller that bind this process, the mount's own last. In version 2
+    the controller is "".
 
     Inside a container the path that /proc shows may be the host's and not exist under the mount;
     the mount's own folder is the container's then.
     """
     inside = ""
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_or_empty(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
             inside = path.strip("/")
@@ -59,7 +60,8 @@ def _folders(root: Path, *, controller: str, mount: Path) -> Iterator[Path]:
     yield root / mount
 
 
-def _read(file: Path) -> str:
+def read_or_empty(file: Path) -> str:
+    """The text of a file, "" where it cannot be read."""
     try:
         return file.read_text().strip()
     except OSError:

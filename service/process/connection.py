@@ -1,24 +1,30 @@
-"""One HTTP/1.1 connection, within limits: what is slow, too long or no HTTP is refused. Knows no
-route and no server.
+"""One HTTP/1.1 connection, within limits: a client that is slow, takes no answers, sends too much
+or sends no HTTP is refused. Knows no server.
 
-A client that is slow with a request's head is not waited for; a head that is too long, and what is
-not HTTP, is refused in the form that every error here has, in its turn. Slow bodies are the
-application's affair: it reads them.
+Requests are parsed one at a time. What follows a request waits as bytes, and nothing more is read,
+until its answer is complete and the client has taken enough of what was written. So a connection
+holds one request and one piece of what the kernel received, however many requests a client sends.
+
+Slow bodies are the application's affair: it reads them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import httptools
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from evalmode.service.health import PROBE_PATHS
 from evalmode.service.process.lingering_close import (
+    EVERY_ANSWER_BEGINS,
     IDLE_LINGER_S,
     UNREAD_LINGER_S,
     Connections,
@@ -27,9 +33,20 @@ from evalmode.service.process.lingering_close import (
 )
 from evalmode.service.settings import Settings
 
-# Who connected so recently has a request on its way.
+# A client that connected so recently has a request on its way.
 _FRESH_S = 1.0
+# A connection above the limit is for probes, which send their request at once.
+_SURPLUS_HEAD_S = 1.0
+_RETRY_AFTER_S = 1
 _UPGRADES = (b"upgrade", b"http2-settings")
+_END_OF_HEAD = b"\r\n\r\n"
+_TLS_HANDSHAKE = b"\x16\x03"
+_SHOWN_CHARACTERS = 100
+# After the client has closed its side, the first and the longest wait between two looks at whether
+# it has closed the other side as well.
+_FIRST_LOOK_S = 0.01
+_LONGEST_LOOK_S = 1.0
+_TCP_CLOSE = 7  # the first byte of TCP_INFO after a reset, see linux/tcp.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +54,18 @@ class ConnectionLimits:
     """How long a head may be, and how long a client may take for it, and for reading what was
     written.
 
-    `refused` is told the status of every answer that is given here and never reaches the
-    application.
+    `refused` is called with the reason (one of the metrics' REASONS) of every answer that is given
+    here and never reaches the application.
     """
 
     header_bytes: int
     header_timeout_s: float
     body_timeout_s: float
-    refused: Callable[[int], None]
+    refused: Callable[[str], None]
 
 
 def connection_within(
-    settings: Settings, *, refused: Callable[[int], None] = lambda status: None
+    settings: Settings, *, refused: Callable[[str], None] = lambda reason: None
 ) -> type[Connection]:
     """The protocol class for `uvicorn.Config(http=...)` with the limits of these settings."""
 
@@ -65,15 +82,48 @@ def connection_within(
 
 
 class _Refused(Exception):  # noqa: N818 - an answer on its way out of the parser's callbacks
-    def __init__(self, status: int, sentence: str) -> None:
+    def __init__(
+        self, status: int, sentence: str, *, reason: str = "invalid", retry_after_s: int = 0
+    ) -> None:
         super().__init__(sentence)
         self.status = status
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class _Flow(FlowControl):
+    """uvicorn's flow control, with a hold: while it lasts a cycle that asks for more of its body
+    does not make the transport read.
+    """
+
+    is_held = False
+
+    def hold(self) -> None:
+        """Read nothing until `release`."""
+        self.is_held = True
+        self.pause_reading()
+
+    def release(self) -> None:
+        """Read again."""
+        if self.is_held:
+            self.is_held = False
+            self.resume_reading()
+
+    def resume_reading(self) -> None:
+        """Read again, unless there is a hold."""
+        if not self.is_held:
+            super().resume_reading()
 
 
 class Connection(EndingProtocol):
-    """uvicorn's protocol within `limits`; `connection_within` makes a class that has some."""
+    """uvicorn's protocol within `limits`; `connection_within` makes a class that has some.
+
+    With `probes_only`, as above the limit of connections, one probe of health is answered, and
+    everything else gets 503.
+    """
 
     limits: ClassVar[ConnectionLimits]
+    flow: _Flow
 
     def __init__(
         self,
@@ -83,49 +133,71 @@ class Connection(EndingProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.probes_only = False
         self._in_head = False
         self._heads = 0
         self._head_bytes = 0
+        self._body_bytes: int | None = 0  # left of the body; None: it comes in chunks
         self._upgrading = False
-        self._owed: _Refused | None = None  # to be said after the answers that come before it
+        self._received = b""
+        self._position = 0  # of the first byte in `_received` that the parser has not seen
+        self._tail = b""  # what of an empty line the parser has seen, at most
+        self._half_closed = False
+        self._look_timer: asyncio.TimerHandle | None = None
 
     # What the transport calls.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a head."""
         super().connection_made(transport)
+        self.flow = _Flow(transport)
         self._made_s = self.loop.time()
-        self._wait(self.limits.header_timeout_s, self._head_is_late)
+        self._wait(
+            _SURPLUS_HEAD_S if self.probes_only else self.limits.header_timeout_s,
+            self._head_is_late,
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Drop what was received."""
+        super().connection_lost(exc)
+        self._received = b""
+        if self._look_timer is not None:
+            self._look_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and refuse what is no HTTP or too long."""
-        if self._deaf or self._owed is not None:
+        """Parse as far as the next request to answer."""
+        if self._deaf:
             return
         self._unset_keepalive_if_required()
-        heads, between = self._heads, not (self._in_head or self._in_body)
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade(data[upgrade.args[0] :])
-            return
-        except httptools.HttpParserError as error:
-            cause = error.__context__
-            self._refuse(
-                cause
-                if isinstance(cause, _Refused)
-                else _Refused(400, f"this is not HTTP/1.1: {error}")
-            )
-            return
-        began = self._heads - heads
-        # else it began somewhere within this data
-        if self._in_head and (began == 0 or (began == 1 and between)):
-            self._head_bytes += len(data)
-            if self._head_bytes > self.limits.header_bytes:
-                self._refuse(self._too_long())
-                return
-        # the latter: empty lines, which may stand before a request
-        if self._in_head or (between and began == 0):
-            self._wait_for_head()
+        # Nothing is left of it but where the transport was already reading when it was held.
+        self._received = self._received[self._position :] + data if self._received else data
+        self._position = 0
+        self._parse()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep a connection whose client closed its sending side for the answers that it waits for.
+
+        TLS has no half-closed connections in asyncio: there the client has hung up.
+        """
+        if self._deaf or self.transport.get_extra_info("sslcontext") is not None:
+            return False
+        self._half_closed = True
+        if not self._must_wait():
+            self._close()
+            return False
+        if self._answering() and not self.cycle.response_started:
+            # A client that is gone looks the same, until something is sent to it. Every answer
+            # begins with these bytes, so they can be sent before the rest is known.
+            self.transport.write(EVERY_ANSWER_BEGINS)
+            self.has_begun_answer = True
+        self._look_for_reset(_FIRST_LOOK_S)
+        return True
+
+    def resume_writing(self) -> None:
+        """Go on with the requests that waited for the client to read."""
+        super().resume_writing()
+        if not (self._deaf or self._in_head or self._in_body or self.transport.is_closing()):
+            self._go_on()
 
     def timeout_keep_alive_handler(self) -> None:
         """End a connection that lies idle, unless a request has arrived at this very moment."""
@@ -139,6 +211,7 @@ class Connection(EndingProtocol):
     def on_message_begin(self) -> None:
         """Note that a head begins."""
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self._in_head = True
         self._heads += 1
         self._head_bytes = 0
@@ -148,14 +221,17 @@ class Connection(EndingProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._upgrading = True
             return
+        self._check_address()
         self._check_head()
+        if self.probes_only and self.url.partition(b"?")[0].decode() not in PROBE_PATHS:
+            raise self._too_many()
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self._wait_no_more()
         outlet = Outlet(self)
         self.cycle.transport = outlet  # type: ignore[assignment]  # it has what a cycle calls
         self.cycle.on_response = outlet.complete
-        if self.server_state.draining:
+        if self.probes_only or (self.server_state.draining and not self._more_heads()):
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
@@ -171,32 +247,35 @@ class Connection(EndingProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or with what is to be done before the connection ends."""
-        if self._deaf:
-            self.server_state.total_requests += 1
+        self.server_state.total_requests += 1
+        if self._deaf or self.transport.is_closing():
             return
-        more = bool(self.pipeline)
-        super().on_response_complete()
-        if more or self.transport.is_closing():
-            return
-        if self._owed is not None:
-            self._say(self._owed)
-        elif self._in_body:
-            self._unset_keepalive_if_required()
+        self._unset_keepalive_if_required()
+        if self._in_body:
+            self.flow.resume_reading()
             self._wait(self.limits.body_timeout_s, self.end)
-        elif self._in_head or self.server_state.stopping:
-            self._unset_keepalive_if_required()
-            self._wait_for_next()
+        else:
+            self._go_on()
 
     # What the server calls.
 
+    def retire(self) -> None:
+        """Let the last of the answers that the client waits for, where it is not yet begun, say
+        that the connection ends with it.
+        """
+        if not self._more_heads():
+            super().retire()
+
     def wind_up(self) -> None:
-        """End as soon as everything that was asked is answered; nobody is waited for longer than
+        """End as soon as everything that was asked is answered; no client is waited for longer than
         the limits say.
         """
         if self._deaf or self.transport.is_closing():
             return
         if self._answering():
             self.retire()
+        elif self.flow.is_held:
+            return  # the client has to read first, and `_watch_reader` bounds its time
         elif self._in_head or self._in_body or self._unread():
             self._wait_for_head()
         elif self._heads == 0 and (left_s := self._made_s + _FRESH_S - self.loop.time()) > 0:
@@ -206,12 +285,144 @@ class Connection(EndingProtocol):
 
     def give_up(self) -> None:
         """End now, with 503 where an answer is owed and not begun."""
-        self.pipeline.clear()
         if self._answering() and not self.cycle.response_started and not self._deaf:
             self._disown()
-            self._say(_Refused(503, "the server stopped before this request was answered"))
+            self._say(
+                _Refused(
+                    503, "the server stopped before this request was answered", reason="not_ready"
+                )
+            )
         else:
             self._close()
+
+    def make_room(self) -> None:
+        """End at once: another connection needs the file descriptor."""
+        if not self._deaf and not self._answering():
+            self._say(self._too_many())
+        self._close()
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether its client has sent nothing yet."""
+        return self._heads == 0 and not self._unread()
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether all is written, and only the client's end is waited for."""
+        return self._deaf
+
+    # Requests, one at a time.
+
+    def _parse(self) -> None:
+        """Give the parser what was received, up to the end of the request to answer next; hold what
+        is left.
+        """
+        received_bytes = len(self._received)
+        while self._position < received_bytes and not self._deaf and not self._must_wait():
+            start, end = self._position, self._end_of_piece()
+            self._position = end
+            self._feed(
+                self._received
+                if end - start == received_bytes
+                else memoryview(self._received)[start:end]
+            )
+        if self._deaf:
+            return
+        if self._position < received_bytes:
+            self.flow.hold()
+            return
+        self._received = b""
+        self._position = 0
+        if not self._half_closed:
+            self.flow.release()
+        # a head that is not whole, or empty lines, which may stand before a request
+        if not self._in_body and not self._answering():
+            self._wait_for_head()
+
+    def _must_wait(self) -> bool:
+        """Whether the next request waits: for an answer, or for the client to read."""
+        return not self._in_body and (self._answering() or self.flow.write_paused)
+
+    def _end_of_piece(self) -> int:
+        """Up to where the parser may be given what was received, without giving it two requests.
+
+        A head ends with an empty line, and so does the last chunk of a body; the parser accepts no
+        other end. An empty line within a chunk only makes the pieces smaller.
+        """
+        received, start = self._received, self._position
+        if self._in_body and self._body_bytes is not None:
+            return min(len(received), start + self._body_bytes)
+        if self._tail:
+            place = (self._tail + received[start : start + 3]).find(_END_OF_HEAD)
+            end = start + place + len(_END_OF_HEAD) - len(self._tail)
+        else:
+            place = -1
+        if place < 0:
+            place = received.find(_END_OF_HEAD, start)
+            end = place + len(_END_OF_HEAD)
+        if place < 0:
+            self._tail = (self._tail + received[max(start, len(received) - 3) :])[-3:]
+            return len(received)
+        self._tail = b""
+        return end
+
+    def _feed(self, piece: bytes | memoryview) -> None:
+        if self._in_body and self._body_bytes is not None:
+            self._body_bytes -= len(piece)
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade:
+            self._go_on_without_upgrade()
+            return
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            if isinstance(cause, _Refused):
+                self._refuse(cause)
+            elif self._heads <= 1 and bytes(piece[:2]) == _TLS_HANDSHAKE:
+                self._refuse(
+                    _Refused(400, "this is TLS, and the server speaks plain HTTP here: use http://")
+                )
+            else:
+                self._refuse(_Refused(400, f"this is not HTTP/1.1: {error}"))
+            return
+        if self._in_head:
+            self._head_bytes += len(piece)
+            if self._head_bytes > self.limits.header_bytes:
+                self._refuse(self._too_long())
+
+    def _go_on(self) -> None:
+        """Take up the next request, once the one before is answered and the client reads."""
+        if self._position < len(self._received):
+            if self._must_wait():
+                return
+            self._parse()
+            if self._deaf or self._in_body or self._must_wait():
+                if self._half_closed and self._in_body:  # which will never be whole
+                    self._close()
+                return
+        if self._half_closed:
+            self._close()
+        elif not self._must_wait():
+            self.flow.resume_reading()
+            self._wait_for_next()
+
+    def _more_heads(self) -> bool:
+        return self._received.find(_END_OF_HEAD, self._position) >= 0
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _look_for_reset(self, wait_s: float) -> None:
+        """Hang up after a reset by the client: nothing is read any more that would tell of it."""
+        if self.transport.is_closing() or not hasattr(socket, "TCP_INFO"):
+            return
+        client = self.transport.get_extra_info("socket")
+        if client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+            self.transport.abort()
+            return
+        self._look_timer = self.loop.call_later(
+            wait_s, self._look_for_reset, min(2 * wait_s, _LONGEST_LOOK_S)
+        )
 
     # What is waited for.
 
@@ -230,24 +441,63 @@ class Connection(EndingProtocol):
             )
 
     def _head_is_late(self) -> None:
+        if self.probes_only:
+            self._refuse(self._too_many())
+            return
         self._refuse(
-            _Refused(408, f"no whole request head came within {self.limits.header_timeout_s:g} s")
+            _Refused(
+                408,
+                f"no whole request head came within {self.limits.header_timeout_s:g} s",
+                reason="request_timeout",
+            )
         )
 
     def _fresh_no_more(self) -> None:
         self._wait_no_more()
         self.wind_up()
 
-    def _answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
     # What is refused here.
+
+    def _check_address(self) -> None:
+        """Refuse an address that uvicorn cannot take apart; most begin with a slash and are right.
+
+        The parser itself refuses characters that no address may have.
+        """
+        if self.parser.get_method() == b"CONNECT":
+            raise _Refused(
+                400, "CONNECT asks for a tunnel, and this server is no proxy: ask for a path"
+            )
+        if self.url.startswith(b"/"):
+            return
+        try:
+            parts = httptools.parse_url(self.url)
+        except httptools.HttpParserInvalidURLError as error:
+            shown = self.url[:_SHOWN_CHARACTERS].decode("ascii", "backslashreplace")
+            authority = self.url.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
+            host, colon, port = authority.rpartition(b":")
+            if not (host if colon else authority):
+                problem = "names no host"
+            elif colon and not (port.isdigit() and int(port[:9]) <= 65_535):
+                problem = "has a port that is not a number from 0 to 65535"
+            else:
+                problem = "is not a URL"
+            raise _Refused(
+                400, f"the address {shown} {problem}: send a path that begins with /"
+            ) from error
+        if parts.path is None:
+            self.url = b"/" + (b"?" + parts.query if parts.query else b"")
 
     def _check_head(self) -> None:
         length_bytes, hosts = len(self.url), 0
+        self._body_bytes = 0
         for name, value in self.headers:
             length_bytes += len(name) + len(value) + 4
-            hosts += name == b"host"
+            if name == b"host":
+                hosts += 1
+            elif name == b"content-length":
+                self._body_bytes = int(value)
+            elif name == b"transfer-encoding":
+                self._body_bytes = None
         if length_bytes > self.limits.header_bytes:
             raise self._too_long()
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
@@ -260,18 +510,21 @@ class Connection(EndingProtocol):
             " allowed",
         )
 
+    def _too_many(self) -> _Refused:
+        return _Refused(
+            503,
+            "the server has as many connections as it takes: retry in"
+            f" {_RETRY_AFTER_S} s, or let it take more (setting max_connections)",
+            reason="too_many_connections",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
     def _refuse(self, refused: _Refused) -> None:
         self._wait_no_more()
         if not self._in_body:
-            if self._answering():
-                self._owed = refused
-            else:
-                self._say(refused)
+            self._say(refused)
         elif self.cycle.response_complete:
             self._linger(UNREAD_LINGER_S)
-        elif self.pipeline:  # the request at fault is the newest, and others are answered before it
-            self.pipeline.popleft()
-            self._owed = refused
         else:
             self._disown()
             if self.cycle.response_started:
@@ -280,27 +533,37 @@ class Connection(EndingProtocol):
                 self._say(refused)
 
     def _disown(self) -> None:
-        """The application is told that its client is gone: what it still says is dropped."""
+        """Tell the application that its client is gone: what it still says is dropped."""
         self.cycle.disconnected = True
         self.cycle.message_event.set()
 
     def _say(self, refused: _Refused) -> None:
         if self.transport.is_closing():
             return
-        self.limits.refused(refused.status)
+        self.limits.refused(refused.reason)
         body = json.dumps({"error": str(refused)}).encode()
         head = [STATUS_LINE[refused.status]]
         head += [
             name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
         ]
+        if refused.retry_after_s:
+            head += [b"retry-after: %d\r\n" % refused.retry_after_s]
         head += [
             b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
             % len(body)
         ]
-        self.transport.write(b"".join([*head, body]))
+        self.transport.write(self.without_beginning(b"".join([*head, body])))
         self._linger(UNREAD_LINGER_S)
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
+    def _linger(self, linger_s: float) -> None:
+        self._received = b""
+        if self._half_closed:  # nothing more will come
+            self._close()
+            return
+        self.flow.release()
+        super()._linger(linger_s)
+
+    def _go_on_without_upgrade(self) -> None:
         """Parse the head again without its wish for another protocol.
 
         The parser takes all that follows for that protocol; but a server may ignore the wish, and
@@ -317,4 +580,4 @@ class Connection(EndingProtocol):
         self._upgrading = self._in_head = False
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"".join([*head, b"\r\n", rest]))
+        self._feed(b"".join([*head, b"\r\n"]))

@@ -20,10 +20,12 @@ from typing import Any
 import structlog
 import uvicorn
 
+from evalmode.errors import EvalmodeError
 from evalmode.service.health import Health
-from evalmode.service.process.connection import connection_within
+from evalmode.service.process.acceptor import Acceptor, most_connections
+from evalmode.service.process.connection import Connection, connection_within
 from evalmode.service.process.lingering_close import Connections
-from evalmode.service.process.listener import accepted, tls_context
+from evalmode.service.process.listener import tls_context
 from evalmode.service.settings import Settings
 
 _log = structlog.get_logger("evalmode.service")
@@ -63,7 +65,7 @@ class GracefulServer(uvicorn.Server):
         health: Health,
         serving: Callable[[], None] = lambda: None,
         watch: Callable[[GracefulServer], None] = lambda server: None,
-        refused: Callable[[int], None] = lambda status: None,
+        refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         super().__init__(_config(app, settings, refused=refused))
         self.server_state = Connections()
@@ -74,6 +76,7 @@ class GracefulServer(uvicorn.Server):
         self._health = health
         self._serving = serving
         self._watch = watch
+        self._refused = refused
         self._step = Step.SERVING
         self._further = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -116,10 +119,20 @@ class GracefulServer(uvicorn.Server):
         await self.on_tick(0)  # the headers that every answer has
         self._listener = sockets[0]
         try:
-            await self._listen()
-        except OSError:
+            most = most_connections(self._settings)
+            self._listener.listen(_BACKLOG)
+        except (OSError, EvalmodeError):
             await self.lifespan.shutdown()
             raise
+        self._acceptor = Acceptor(
+            self._listener,
+            make=self._connection,
+            state=self.server_state,
+            most=most,
+            tls=self._tls(),
+            refused=self._refused,
+        )
+        self._acceptor.start()
         self.started = True
         self._health.serve()
         self._serving()
@@ -130,7 +143,7 @@ class GracefulServer(uvicorn.Server):
             await self._unless_further(_TICK_S)
             await self.on_tick(0)
             self._watch(self)
-            await self._heed()
+            self._heed()
         self._health.drain()
         self.server_state.drain()
         _log.info("draining", connections=len(self.server_state.connections))
@@ -199,33 +212,20 @@ class GracefulServer(uvicorn.Server):
             self._further.clear()
         ending.cancel()
 
-    async def _listen(self) -> None:
-        # A copy, for the loop closes what it is given, and the connections that wait then are still
-        # to be taken.
-        self._server = await asyncio.get_running_loop().create_server(
-            self._connection, sock=self._listener.dup(), backlog=_BACKLOG, **self._tls()
-        )
-
-    async def _heed(self) -> None:
-        if self.welcome == self._server.is_serving():
+    def _heed(self) -> None:
+        if self.welcome == self._acceptor.is_accepting:
             return
         self.server_state.draining = not self.welcome
         if self.welcome:
-            await self._listen()
+            self._acceptor.start()
         else:
-            self._server.close()
+            self._acceptor.stop()
 
     async def _stop_listening(self) -> None:
-        self._server.close()
-        loop = asyncio.get_running_loop()
-        arriving = [
-            loop.connect_accepted_socket(self._connection, connection, **self._tls())
-            for connection in accepted(self._listener)
-        ]
-        self._listener.close()
-        for arrived in await asyncio.gather(*arriving, return_exceptions=True):
-            if isinstance(arrived, Exception):
-                _log.debug("a connection broke off before it began", error=str(arrived))
+        self._acceptor.stop()
+        self._acceptor.take_what_is_left()
+        self._listener.close()  # at once: what the kernel accepts from now on would be reset
+        await self._acceptor.all_begun()
 
     async def _give_up(self) -> None:
         tasks = set(self.server_state.tasks)
@@ -239,8 +239,8 @@ class GracefulServer(uvicorn.Server):
             await asyncio.wait_for(self.server_state.none_left.wait(), _GIVING_UP_S)
         self.server_state.abort()
 
-    def _connection(self) -> asyncio.Protocol:
-        kind: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+    def _connection(self) -> Connection:
+        kind: Any = self.config.http_protocol_class  # the class that `connection_within` made
         return kind(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
@@ -260,7 +260,7 @@ class GracefulServer(uvicorn.Server):
 
 
 def _config(
-    app: Callable[..., Any], settings: Settings, *, refused: Callable[[int], None]
+    app: Callable[..., Any], settings: Settings, *, refused: Callable[[str], None]
 ) -> uvicorn.Config:
     context = tls_context(settings)
     return uvicorn.Config(

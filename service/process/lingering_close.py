@@ -22,6 +22,7 @@ from uvicorn.server import ServerState
 
 IDLE_LINGER_S = 0.5
 UNREAD_LINGER_S = 2.0
+EVERY_ANSWER_BEGINS = b"HTTP/1.1 "
 
 
 class Connections(ServerState):
@@ -31,6 +32,9 @@ class Connections(ServerState):
 
     def __init__(self) -> None:
         super().__init__()
+        self.arriving: set[Any] = set()  # taken from the kernel, and not yet made
+        # Those above the limit with the tasks that began them, oldest first.
+        self.surplus: dict[Any, asyncio.Task[None]] = {}
         self.draining = False
         self.stopping = False
         self.none_left = asyncio.Event()
@@ -84,10 +88,12 @@ class Outlet:
 
     def write(self, data: bytes) -> None:
         """Write, or keep the head."""
+        is_interim = data.startswith(b"HTTP/1.1 100 ")
+        data = self._connection.without_beginning(data)
         if self._head is not None:
             head, self._head = self._head, None
             self._transport.writelines((head, data))
-        elif self._is_begun or data.startswith(b"HTTP/1.1 100 "):
+        elif self._is_begun or is_interim:
             self._transport.write(data)
         else:
             self._head, self._is_begun = data, True
@@ -130,27 +136,38 @@ class EndingProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_body = False
         self._deaf = False  # what comes is read and dropped
+        self.has_begun_answer = False  # the first bytes of the next answer are sent already
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count among the connections of the server."""
+        super().connection_made(transport)
+        self.server_state.arriving.discard(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything that would keep this object."""
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._wait_no_more()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
+        self._stop_watching()
+        self.server_state.surplus.pop(self, None)
         self.server_state.check()
 
     def pause_writing(self) -> None:
         """Wait only so long for a client that does not read."""
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.read_timeout_s, self.transport.abort)
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         """Go on writing to a client that reads again."""
         super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
+        self._stop_watching()
+
+    def without_beginning(self, data: bytes) -> bytes:
+        """The start of an answer, without the bytes that were sent ahead of it."""
+        if self.has_begun_answer:
+            self.has_begun_answer = False
+            return data[len(EVERY_ANSWER_BEGINS) :]
+        return data
 
     def retire(self) -> None:
         """Let the newest answer, where it is not yet begun, say that the connection ends with
@@ -182,9 +199,26 @@ class EndingProtocol(HttpToolsProtocol):
     def _close(self) -> None:
         self._deaf = True
         self._unset_keepalive_if_required()
+        self._wait_no_more()
         self.transport.close()
         if self.transport.get_write_buffer_size():
-            self._wait(self.read_timeout_s, self.transport.abort)
+            self._watch_reader()
+
+    def _watch_reader(self, unread_bytes: int | None = None) -> None:
+        """Abort when the client has taken nothing of `unread_bytes` since the last look."""
+        self._stop_watching()
+        left_bytes = self.transport.get_write_buffer_size()
+        if unread_bytes is not None and left_bytes >= unread_bytes:
+            self.transport.abort()
+            return
+        self._write_timer = self.loop.call_later(
+            self.read_timeout_s, self._watch_reader, left_bytes
+        )
+
+    def _stop_watching(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _unread(self) -> int:
         """Bytes that the kernel has received and we have not."""

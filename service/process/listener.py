@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Iterator
 
 from evalmode.service.errors import StartFailed
 from evalmode.service.settings import Settings
@@ -40,17 +39,6 @@ def url_of(settings: Settings, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     scheme = "https" if settings.ssl_certfile else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def accepted(listener: socket.socket) -> Iterator[socket.socket]:
-    """The connections that the kernel has made and nobody has taken yet; does not wait for more."""
-    listener.setblocking(False)
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except OSError:  # none is left, or none can be taken: too many files are open
-            return
-        yield connection
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from evalmode.errors import EvalmodeError
+from evalmode.service.errors import WorkersFailed
 from evalmode.service.health import Health
 from evalmode.service.process.announcement import announced
 from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.listener import bound, cannot_listen, tls_context, url_of
-from evalmode.service.process.signals import Signals
+from evalmode.service.process.signals import Signals, interruptible
 from evalmode.service.settings import Settings, load_settings, strange_variables
 from evalmode.service.telemetry.logs import configure_logs
 
@@ -32,21 +33,19 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger("evalmode.service")
 
-_REFUSALS = {408: "request_timeout", 503: "not_ready"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
     """What a process serves: an ASGI application, its health, and what its first log line tells of
     it.
 
-    `refused` is told the status of every request that is refused before the application sees it.
+    `refused` is called with the reason for every refusal that the application does not see.
     """
 
     app: Callable[..., Any]
     health: Health
     told: Mapping[str, object] = field(default_factory=dict)
-    refused: Callable[[int], None] = lambda status: None
+    refused: Callable[[str], None] = lambda reason: None
 
 
 def serve(
@@ -59,19 +58,27 @@ def serve(
 
     Call it from the main thread. `open_service` opens what is served in this process; where the
     settings ask for several, each is a process of the command `worker`. Raises EvalmodeError, one
-    sentence, when it cannot start.
+    sentence, when it cannot start, and SystemExit(1) when its workers end again and again.
     """
     configure_logs(settings.log_format)
     for variable, sentence in strange_variables().items():
         _log.warning("a variable of the environment is ignored", variable=variable, reason=sentence)
     tls_context(settings)  # what is wrong with it is said before a model is loaded
-    with Signals() as signals, bound(settings) as listener, announced(settings, listener):
+    with (
+        Signals() as signals,
+        interruptible(lambda: bound(settings)) as listener,
+        announced(settings, listener),
+    ):
         if settings.workers > 1:
             # Only now, for a process that serves by itself needs none of it.
             from evalmode.service.process.supervisor import Supervisor
 
             supervisor = Supervisor(settings, listener, command=worker)
-            supervisor.run(signals, serving=lambda told: _log_start(settings, listener, told))
+            try:
+                supervisor.run(signals, serving=lambda told: _log_start(settings, listener, told))
+            except WorkersFailed as error:
+                print(f"evalmode: {error}", file=sys.stderr)  # noqa: T201 - as the command line does
+                sys.exit(1)
         else:
             serve_one(
                 settings,
@@ -96,7 +103,8 @@ def serve_one(
 
     `serving` is called when requests can come, `watch` every second from then on.
     """
-    service = (open_service or _open_service)(settings)
+    opening = open_service or _open_service
+    service = interruptible(lambda: opening(settings))
     server = GracefulServer(
         service.app,
         settings,
@@ -138,7 +146,7 @@ def _open_service(settings: Settings) -> Service:
         app=create_app(components),
         health=components.health,
         told=_told(components.repository.models()),
-        refused=lambda status: components.metrics.rejected(_REFUSALS.get(status, "invalid")),
+        refused=components.metrics.rejected,
     )
 
 

@@ -1,10 +1,18 @@
-"""SIGTERM and SIGINT of a process that serves: who is told of them. Knows not what they lead to."""
+"""SIGTERM and SIGINT of a process that serves: what they call, and how they end what takes long."""
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class Stopped(SystemExit):
@@ -14,12 +22,11 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """SIGTERM and SIGINT of this process, as a context: they end it, or go to whoever was named
-    last.
+    """SIGTERM and SIGINT of this process, as a context: they end it, or call what was named last.
 
-    Once one came the process is on its way out: when the context is left, further ones are not
-    heard, or an impatient second one would turn the exit code of an end in good order into that of
-    a kill.
+    After the first signal the process is on its way out: when the context is left, further ones are
+    ignored, or an impatient second one would turn the exit code of an end in good order into that
+    of a kill.
     """
 
     def __init__(self) -> None:
@@ -48,3 +55,33 @@ class Signals:
         if self._to is None:
             raise Stopped(0)
         self._to(number)
+
+
+def interruptible(function: Callable[[], Result]) -> Result:
+    """Call a function that may take for ever in a thread, and wait for its result.
+
+    Python runs signal handlers in the main thread, between two of its instructions. A main thread
+    within a call of the runtime (a model with an endless loop), of the name service or of a file
+    system would run none. A wait for a thread is interrupted by signals.
+    """
+    outcome: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, name="start", daemon=True).start()
+    try:
+        return outcome.result()
+    except Stopped:
+        # The thread still runs, and the runtime's destructors would take its memory away.
+        atexit.register(_leave)
+        raise
+
+
+def _leave() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)

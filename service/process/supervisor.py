@@ -2,8 +2,8 @@
 nothing itself.
 
 A worker that ends is replaced at once, one that ends again and again before it was ready ever
-later. The socket is bound and kept here, so what waits to be accepted when a worker ends is taken
-by the others.
+later. After five times in a row, where no other worker serves, the supervisor gives up. The socket
+is bound and kept here, so what waits to be accepted when a worker ends is taken by the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import structlog
 from prometheus_client.multiprocess import mark_process_dead
 from pydantic import SecretStr
 
-from evalmode.service.errors import StartFailed
+from evalmode.service.errors import StartFailed, WorkersFailed
+from evalmode.service.process.cause_of_death import cause_of_death, oom_kills
 from evalmode.service.process.signals import Signals
 from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
 
@@ -33,6 +34,9 @@ _LONGEST_BACKOFF_S = 5.0
 _FIRST_BACKOFF_S = 0.1
 # Beyond what a worker takes for its own end, which it bounds itself.
 _ENDING_S = 15.0
+# A worker that starts has nothing to answer.
+_STARTING_ENDING_S = 5.0
+_MOST_QUICK_DEATHS = 5
 _LONGEST_LINE_BYTES = 1 << 20
 
 
@@ -43,6 +47,7 @@ class _Worker:
     process: asyncio.subprocess.Process
     writer: asyncio.StreamWriter
     lines: asyncio.StreamReader
+    oom_kills: int  # of the cgroup when it was started
     ready: bool = False
     was_ready: bool = False
     refused: str | None = None
@@ -76,7 +81,7 @@ class Supervisor:
 
         `serving` is called once, when all workers are ready first, with what one of them tells of
         its models. Raises StartFailed with the sentence of a worker that refuses to start before
-        that.
+        that, and WorkersFailed when workers end again and again before they are ready.
         """
         with metrics_folder(self._settings) as self._folder:
             asyncio.run(self._run(signals, serving))
@@ -86,41 +91,52 @@ class Supervisor:
         self._serving = serving
         self._stopping = asyncio.Event()
         signals.to(lambda number: loop.call_soon_threadsafe(self._signalled, number))
-        refused: StartFailed | None = None
+        failure: StartFailed | WorkersFailed | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._settings.workers):
                     group.create_task(self._keep())
-        except* StartFailed as several:
-            refused = next(error for error in several.exceptions if isinstance(error, StartFailed))
-        if refused is not None:
+        except* (StartFailed, WorkersFailed) as group_error:
+            first = group_error.exceptions[0]
+            assert isinstance(first, StartFailed | WorkersFailed)
+            failure = first
+        if failure is not None:
             self._signalled(signal.SIGINT)
             await asyncio.gather(*(worker.process.wait() for worker in self._workers))
-            raise refused
+            raise failure
 
     async def _keep(self) -> None:
         """Keep one worker serving."""
-        failures = 0
+        quick_deaths = 0
         while self._signal is None:
             try:
                 worker = await self._start()
             except OSError as error:
+                cause = f"it cannot be started: {error.strerror or error}"
                 _log.error("a worker cannot be started", error=str(error))
-                failures += 1
+                quick_deaths += 1
             else:
-                await self._attend(worker)
-                failures = 0 if worker.was_ready else failures + 1
-            if failures and self._signal is None:
-                backoff_s = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2**failures)
-                _log.error(
-                    "waiting before the next start of a worker",
-                    failures=failures,
-                    backoff_s=backoff_s,
+                cause = await self._attend(worker)
+                quick_deaths = 0 if worker.was_ready else quick_deaths + 1
+            if not quick_deaths or self._signal is not None:
+                continue
+            others_serve = self._served and any(other.was_ready for other in self._workers)
+            if quick_deaths >= _MOST_QUICK_DEATHS and not others_serve:
+                raise WorkersFailed(
+                    f"a worker ended {quick_deaths} times in a row before it was ready, the last"
+                    f" time because of this: {cause}"
                 )
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), backoff_s)
+            backoff_s = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2**quick_deaths)
+            _log.error(
+                "waiting before the next start of a worker",
+                failures=quick_deaths,
+                backoff_s=backoff_s,
+            )
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff_s)
 
     async def _start(self) -> _Worker:
+        oom_kills_before = oom_kills()
         ours, theirs = socket.socketpair()
         with theirs:
             descriptors = (self._listener.fileno(), theirs.fileno())
@@ -133,15 +149,15 @@ class Supervisor:
                 process_group=0,  # the terminal's interrupt comes to us, and from us to them: once
             )
         lines, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE_BYTES)
-        worker = _Worker(process=process, lines=lines, writer=writer)
+        worker = _Worker(process=process, lines=lines, writer=writer, oom_kills=oom_kills_before)
         self._workers.add(worker)
         writer.write(settings_as_json(self._settings).encode() + b"\n")
         if self._signal is not None:
             worker.signal(self._signal)
         return worker
 
-    async def _attend(self, worker: _Worker) -> None:
-        """Hear what a worker tells, until it has ended."""
+    async def _attend(self, worker: _Worker) -> str:
+        """Hear what a worker tells, until it has ended; why it probably did."""
         with contextlib.suppress(ConnectionError):
             while line := await worker.lines.readline():
                 self._hear(worker, json.loads(line))
@@ -151,13 +167,15 @@ class Supervisor:
         if self._folder is not None:
             mark_process_dead(worker.process.pid, self._folder)  # type: ignore[no-untyped-call]
         self._tell()
+        cause = worker.refused or cause_of_death(
+            code, workers=self._settings.workers, oom_kills=oom_kills() - worker.oom_kills
+        )
         if self._signal is not None:
-            return
+            return cause
         if worker.refused is not None and not self._served:
             raise StartFailed(worker.refused)
-        _log.error(
-            "a worker ended", worker=worker.process.pid, exit_code=code, reason=worker.refused
-        )
+        _log.error("a worker ended", worker=worker.process.pid, exit_code=code, reason=cause)
+        return cause
 
     def _hear(self, worker: _Worker, said: Mapping[str, Any]) -> None:
         if "refused" in said:
@@ -192,14 +210,18 @@ class Supervisor:
             # nobody.
             self._listener.close()
             limit_s = self._settings.drain_s + self._settings.grace_s + _ENDING_S
-            asyncio.get_running_loop().call_later(limit_s, self._kill)
+            loop = asyncio.get_running_loop()
+            loop.call_later(limit_s, self._kill)
+            loop.call_later(_STARTING_ENDING_S, self._kill, True)
         self._signal = number
         self._stopping.set()
         for worker in self._workers:
             worker.signal(number)
 
-    def _kill(self) -> None:
+    def _kill(self, only_starting: bool = False) -> None:
         for worker in self._workers:
+            if only_starting and worker.was_ready:
+                continue
             _log.error("a worker does not end: killed", worker=worker.process.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.process.pid, signal.SIGKILL)

@@ -28,15 +28,11 @@ from evalmode.errors import EvalmodeError
 from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.server import Service, serve_one
 from evalmode.service.process.signals import Signals
+from evalmode.service.process.worker_codes import REFUSED, STUCK
 from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
 from evalmode.service.telemetry.logs import configure_logs
 
 _log = structlog.get_logger("evalmode.service")
-
-# What the exit code of a worker says, beside 0 and the system's: it refused to start, or a batch is
-# stuck for good.
-REFUSED = 2
-STUCK = 70
 
 
 class Supervised:

@@ -52,6 +52,7 @@ REASONS = (
     "queue_full",
     "request_timeout",
     "too_large",
+    "too_many_connections",
     "unauthorized",
 )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +31,7 @@ def gate(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(gate):
-    with (
-        pytest.MonkeyPatch.context() as environment,
-    ):
+    with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TINY_GATE", str(gate))
         limits = {
             "header_timeout_s": HEAD_S,
@@ -346,3 +345,217 @@ def test_head_and_body_of_an_answer_come_in_one_packet(connect):
     for _ in range(20):
         connection.sendall(GET)
         assert b"\r\n\r\npid " in connection.recv(65_536)
+
+
+# Many requests, and clients that do not take the answers.
+
+
+def memory_mb(server, field: str) -> float:
+    """VmRSS, or its peak VmHWM, of a server of one process."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+
+def secured(server, certificate: Path | None) -> socket.socket:
+    connection = server.connect(timeout_s=WAIT_S)
+    if certificate is None:
+        return connection
+    context = ssl.create_default_context(cafile=certificate / "cert")
+    return context.wrap_socket(connection, server_hostname="127.0.0.1")
+
+
+@pytest.fixture(params=["plain", "tls"])
+def protected(request) -> Path | None:
+    """The folder of a certificate, or None for a server without TLS."""
+    return request.getfixturevalue("certificate") if request.param == "tls" else None
+
+
+def tls_settings(certificate: Path | None) -> dict[str, Path]:
+    if certificate is None:
+        return {}
+    return {"ssl_certfile": certificate / "cert", "ssl_keyfile": certificate / "key"}
+
+
+def test_300_000_requests_whose_answers_are_never_read_take_no_memory_and_end_with_their_connection(
+    protected,
+):
+    def flood(greedy: socket.socket, other: socket.socket) -> None:
+        for _ in range(300):
+            greedy.sendall(GET * 1000)
+            other.sendall(GET)
+            assert one_answer(other)[1].startswith(b"pid ")
+
+    limits = {"body_timeout_s": READ_S, **tls_settings(protected)}
+    with (
+        processes.running(Path("tiny"), program=PROGRAM, workers=1, **limits) as server,
+        secured(server, protected) as other,
+        secured(server, protected) as greedy,
+    ):
+        other.sendall(GET)
+        one_answer(other)
+        before_mb = memory_mb(server, "VmRSS")
+        with pytest.raises(OSError, match=r"reset|Broken pipe|EOF|violation"):
+            flood(greedy, other)
+        assert memory_mb(server, "VmHWM") - before_mb < 20
+
+
+def test_10_000_requests_at_once_are_answered_in_order_although_the_client_reads_slowly(protected):
+    bodies = [b"%06d" % number * 200 for number in range(10_000)]
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1200\r\n\r\n"
+    with (
+        processes.running(
+            Path("tiny"), program=PROGRAM, workers=1, **tls_settings(protected)
+        ) as server,
+        secured(server, protected) as connection,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        before_mb = memory_mb(server, "VmRSS")
+        sent = pool.submit(connection.sendall, b"".join(head + body for body in bodies))
+        # nothing is read until the sending has come to a stop
+        with pytest.raises(TimeoutError):
+            sent.result(0.5)
+        stream = connection.makefile("rb", buffering=4096)
+        for body in bodies:
+            assert stream.readline().startswith(b"HTTP/1.1 200 ")
+            while stream.readline() != b"\r\n":
+                pass
+            assert stream.read(1200) == body
+        sent.result(WAIT_S)
+        assert memory_mb(server, "VmHWM") - before_mb < 20
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 1000])
+def test_requests_of_every_kind_in_pieces_of_any_size_are_answered_one_by_one(connect, piece_bytes):
+    kinds = [
+        GET,
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 8\r\n\r\n\r\n\r\n\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        b"4\r\n\r\n\r\n\r\n2\r\nab\r\n0\r\n\r\n",
+        b"\r\n\r\n" + GET,
+        b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        b"1\r\nc\r\n0\r\nx: y\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+        b"content-length: 1\r\n\r\nd",
+    ]
+    echoes = [b"pid ", b"\r\n" * 4, b"\r\n\r\nab", b"pid ", b"c", b"d"]
+    connection = connect()
+    requests = b"".join(kinds * 3)
+    for start in range(0, len(requests), piece_bytes):
+        connection.sendall(requests[start : start + piece_bytes])
+    stream = connection.makefile("rb")
+    for echo in echoes * 3:
+        assert stream.readline().startswith(b"HTTP/1.1 200 ")
+        headers = dict(line.lower().split(b": ", 1) for line in iter(stream.readline, b"\r\n"))
+        assert stream.read(int(headers[b"content-length"])).startswith(echo)
+
+
+def test_a_client_that_reads_a_large_answer_slowly_gets_it_whole(connect):
+    """It takes longer than a client may read nothing, and reads a little all the time."""
+    connection = connect()
+    connection.sendall(GET.replace(b"/ ", b"/large "))
+    received_bytes, started = 0, time.monotonic()
+    while time.monotonic() < started + 3 * READ_S:
+        received_bytes += len(connection.recv(65_536))
+        time.sleep(0.01)  # the slowness itself
+    while received_bytes < 64_000_000:
+        piece = connection.recv(1 << 20)
+        assert piece, "the connection ended"
+        received_bytes += len(piece)
+
+
+# Clients that close their sending side.
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [GET, b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nwhole", GET * 500],
+)
+def test_requests_followed_by_a_half_close_are_answered(connect, request_):
+    connection = connect()
+    connection.sendall(request_)
+    connection.shutdown(socket.SHUT_WR)
+    answers = rest_of(connection)
+    assert answers.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answers.count(b"HTTP/1.1 ") == answers.count(b"pid ") + answers.count(b"whole")
+    assert answers.count(b"HTTP/1.1 200 ") == max(1, request_.count(GET))
+
+
+def test_an_answer_that_takes_long_comes_after_a_half_close(connect, gate):
+    connection = connect()
+    connection.sendall(b"POST /gate HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nwhole")
+    connection.shutdown(socket.SHUT_WR)
+    # what is sent ahead is the beginning of the answer
+    assert connection.recv(100) == b"HTTP/1.1 "
+    gate.touch()
+    answer = rest_of(connection)
+    gate.unlink()
+    assert answer.startswith(b"200 OK\r\n")
+    assert answer.endswith(b"whole")
+
+
+def test_a_client_that_is_gone_is_noticed_although_a_half_close_looks_the_same(connect, server):
+    def connections() -> int:
+        return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+    before = connections()
+    connection = connect()
+    connection.sendall(GET.replace(b"/ ", b"/kept "))
+    until = time.monotonic() + WAIT_S
+    while connections() == before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert connections() == before + 1
+    connection.close()
+    while connections() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert connections() == before
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"POST / HTTP/1.1\r\nhost: x\r\n\r\n"[:-2]])
+def test_a_half_close_before_the_request_is_whole_ends_the_connection(connect, sent):
+    connection = connect()
+    connection.sendall(sent)
+    connection.shutdown(socket.SHUT_WR)
+    assert rest_of(connection) == b""
+
+
+# Sentences for clients.
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        (b"http:///livez", "the address http:///livez names no host"),
+        (b"http://:80/", "the address http://:80/ names no host"),
+        (b"http://x:65536/", "the address http://x:65536/ has a port that is not a number from 0"),
+        (b"http://x:99999999999/", "has a port that is not a number from 0 to 65535"),
+        (b"http://x:abc/", "has a port that is not a number from 0 to 65535"),
+        (b"http://[::1/", "the address http://[::1/ "),
+    ],
+)
+def test_an_address_that_cannot_be_taken_apart_is_told_why(connect, address, problem):
+    connection = connect()
+    connection.sendall(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % address)
+    status, sentence = refusal(rest_of(connection))
+    assert status == 400
+    assert problem in sentence
+    assert sentence.endswith(": send a path that begins with /")
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n", "this server is no proxy"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "this is TLS, and the server speaks"),
+    ],
+)
+def test_what_is_for_another_kind_of_server_is_told_so(connect, request_, sentence):
+    connection = connect()
+    connection.sendall(request_)
+    assert sentence in refusal(rest_of(connection))[1]
+
+
+@pytest.mark.parametrize("address", [b"http://x", b"http://x?y", b"http://x:65535/", b"http://x/"])
+def test_a_whole_address_is_answered_as_its_path(connect, address):
+    connection = connect()
+    connection.sendall(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % address)
+    assert one_answer(connection)[1].startswith(b"pid ")

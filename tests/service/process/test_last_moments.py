@@ -8,17 +8,22 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from evalmode.bundle.frontend import NgramFrontEnd, collate
 from evalmode.service.errors import StartFailed
 from evalmode.service.process.signals import Signals
 from evalmode.service.process.supervisor import metrics_folder, settings_as_json
 from evalmode.service.settings import Settings
 from tests.service import processes
+from tests.service.bundles import SPEC, make_bundle, tiny_model
+from tests.service.moody_model import ENDLESS, moody_model
 
 PROGRAM = (str(Path(__file__).with_name("tiny_server.py")),)
 WAIT_S = 30
@@ -53,7 +58,50 @@ def test_a_signal_after_the_end_does_not_change_the_exit_code():
     )
 
 
-def test_without_a_signal_whoever_called_has_his_handlers_back():
+def processor_s(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(
+    ("workers", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)]
+)
+def test_a_signal_ends_a_start_whose_model_never_answers(tmp_path, workers, number):
+    endless = collate([NgramFrontEnd(SPEC).encode(ENDLESS).ids], length=4)
+    bundle = make_bundle(
+        tmp_path,
+        model=moody_model(tiny_model(), SPEC),
+        change=lambda answer: replace(answer, inputs=endless, text=ENDLESS),
+    )
+    process = subprocess.Popen(
+        [sys.executable, *processes.SERVER],
+        env=processes.environment(bundle, workers=workers),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.monotonic() + WAIT_S
+    try:
+        # more than any start takes: by now the model runs
+        while True:
+            loading = [int(child) for child in children.read_text().split()] or [process.pid]
+            if len(loading) == workers and all(processor_s(pid) > 2 for pid in loading):
+                break
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, lines = process.communicate(timeout=10)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, lines
+    assert "Traceback" not in lines
+    assert not any(Path(f"/proc/{pid}").exists() for pid in loading)
+
+
+def test_without_a_signal_the_earlier_handlers_are_back():
     before = signal.getsignal(signal.SIGTERM)
     with Signals():
         assert signal.getsignal(signal.SIGTERM) != before

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -281,21 +280,6 @@ def test_an_application_that_does_not_close_is_left(run, monkeypatch):
     with run(grace_s=1) as server:
         server.terminate()
         assert ended(server)[-1] == "the application does not close: left without it"
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory) -> Path:
-    """A folder with a self-signed certificate, its key, and the key once more behind the password
-    'word'.
-    """
-    folder = tmp_path_factory.mktemp("tls")
-    asked = "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key -out cert -subj /CN=localhost"
-    for command in (
-        f"{asked} -addext subjectAltName=IP:127.0.0.1",
-        "rsa -aes256 -passout pass:word -in key -out locked",
-    ):
-        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
-    return folder
 
 
 def test_over_tls_requests_are_answered_and_the_end_is_in_good_order(run, certificate, gate):

@@ -274,7 +274,8 @@ def test_a_port_in_use_is_the_refusal_of_all():
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"), [("die", None), ("refuse", "the tiny server was told to refuse")]
+    ("said", "reason"),
+    [("die", "SIGKILL: memory ran out"), ("refuse", "the tiny server was told to refuse")],
 )
 def test_replacements_that_fail_are_started_ever_later_and_the_others_go_on(
     run, mode, said, reason
@@ -286,7 +287,7 @@ def test_replacements_that_fail_are_started_ever_later_and_the_others_go_on(
         assert logged(server, "a worker ended")["worker"] == killed
         waits = []
         for _ in range(3):
-            assert logged(server, "a worker ended")["reason"] == reason
+            assert logged(server, "a worker ended")["reason"].startswith(reason)
             waits.append(logged(server, "waiting before the next start of a worker")["backoff_s"])
         assert waits == [0.2, 0.4, 0.8]
         assert asked(server) == left
@@ -294,6 +295,43 @@ def test_replacements_that_fail_are_started_ever_later_and_the_others_go_on(
         assert logged(server, "a worker serves")
         server.terminate()
         ended(server)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("die", "SIGKILL: memory ran out"),
+        (f"die {signal.SIGSEGV:d}", "SIGSEGV: native code (ONNX Runtime, or a library of its"),
+        ("exit 1", "an error that nothing caught; its traceback is above"),
+    ],
+)
+def test_five_quick_deaths_of_a_worker_end_the_server_with_the_probable_cause(mode, said, reason):
+    mode.write_text(said)
+    done = processes.ended(Path("tiny"), program=PROGRAM, workers=2)
+    assert done.returncode == 1
+    *lines, sentence = done.stderr.splitlines()
+    assert sentence.startswith(
+        "evalmode: a worker ended 5 times in a row before it was ready, the last time because of"
+        f" this: {reason}"
+    )
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    ends = [event for event in events if event["event"] == "a worker ended"]
+    assert 5 <= len(ends) <= 10
+    assert all(end["reason"].startswith(reason) for end in ends)
+
+
+def test_quick_deaths_while_another_worker_serves_end_nothing(run, mode):
+    with run() as server:
+        mode.write_text("die")
+        killed, left = workers_of(server)
+        os.kill(killed, signal.SIGKILL)
+        assert logged(server, "a worker ended")["worker"] == killed
+        for count in range(1, 7):
+            waiting = logged(server, "waiting before the next start of a worker")
+            assert waiting["failures"] == count
+        assert asked(server) == left
+        mode.write_text("")
+        assert logged(server, "a worker serves")
 
 
 def test_a_worker_that_is_stuck_leaves_new_connections_to_others_until_it_is_well_again(run):

@@ -34,6 +34,7 @@ METHODS: dict[type, dict[str, list[str]]] = {
         "connection_made": ["transport"],
         "connection_lost": ["exc"],
         "data_received": ["data"],
+        "eof_received": [],
         "pause_writing": [],
         "resume_writing": [],
         "timeout_keep_alive_handler": [],
@@ -55,7 +56,7 @@ METHODS: dict[type, dict[str, list[str]]] = {
         "capture_signals": [],
     },
     ServerState: {"__init__": []},
-    FlowControl: {"resume_reading": []},
+    FlowControl: {"pause_reading": [], "resume_reading": []},
 }
 
 # What is read or set.
@@ -66,7 +67,6 @@ ATTRIBUTES: dict[type, set[str]] = {
         "headers",
         "loop",
         "parser",
-        "pipeline",
         "server_state",
         "timeout_keep_alive",
         "timeout_keep_alive_task",
@@ -83,6 +83,7 @@ ATTRIBUTES: dict[type, set[str]] = {
         "transport",
     },
     uvicorn.Server: {"config", "lifespan", "server_state", "started"},
+    FlowControl: {"resume_reading", "write_paused"},
     ServerState: {"connections", "default_headers", "tasks", "total_requests"},
     uvicorn.Config: {"http_protocol_class", "ssl"},
 }
@@ -96,8 +97,8 @@ USES: list[tuple[Callable[..., Any], str]] = [
     (uvicorn.Server._serve, "main_loop"),
     (uvicorn.Server._serve, "shutdown"),
     (HttpToolsProtocol.on_headers_complete, "on_response_complete"),
-    (HttpToolsProtocol.on_response_complete, "timeout_keep_alive_handler"),
-    (HttpToolsProtocol.on_response_complete, "pipeline"),
+    (HttpToolsProtocol.on_headers_complete, "flow"),
+    (RequestResponseCycle.receive, "flow"),
     (RequestResponseCycle.receive, "message_event"),
     (RequestResponseCycle.receive, "disconnected"),
     (RequestResponseCycle.send, "disconnected"),
@@ -164,6 +165,7 @@ def parts() -> dict[type, Any]:
             HttpToolsProtocol: protocol,
             RequestResponseCycle: protocol.cycle,
             uvicorn.Server: server,
+            FlowControl: protocol.flow,
             ServerState: server.server_state,
             uvicorn.Config: config,
         }
@@ -231,6 +233,7 @@ def test_no_part_is_used_that_is_not_named_here(parts: dict[type, Any]) -> None:
     together = "".join(sources.values())
     for owner, variable in {
         RequestResponseCycle: "cycle",
+        FlowControl: "flow",
         ServerState: "server_state",
         uvicorn.Config: "config",
     }.items():

@@ -83,14 +83,17 @@ class Tiny:
 
 
 def open_tiny(settings: Settings) -> Service:
-    """As TINY_MODE, a file, says when it is opened: "refuse", "die", or anything else for
-    serving.
+    """As TINY_MODE, a file, says when it is opened: "refuse", "die", "die N" by signal N, "exit N",
+    or anything else for serving.
     """
     mode = MODE.read_text() if MODE.exists() else ""
     if mode == "refuse":
         raise StartFailed("the tiny server was told to refuse")
-    if mode == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if mode.startswith("die"):
+        os.kill(os.getpid(), int(mode[3:] or signal.SIGKILL))
+        time.sleep(30)  # for the signal may come to another thread
+    if mode.startswith("exit"):
+        os._exit(int(mode[4:]))
     if mode == "slow":
         time.sleep(30)
     app = Tiny(settings)
