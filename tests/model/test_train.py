@@ -24,7 +24,7 @@ from evalmode.model.learner import Learner
 from evalmode.model.metrics import predict
 from evalmode.model.resume import FOLDER, STATE_FILE, RunMismatch, WholeFiles
 from evalmode.model.train import Result, fit
-from tests.model.conftest import small_run, write_rows
+from tests.model.conftest import WORDS, small_run, write_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS_AN_EPOCH = 13
@@ -332,3 +332,16 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(data, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(EvalmodeError, match=r"no training can be written to .*file"):
         train(data, tmp_path / "file")
+
+
+def test_a_checkpoint_keeps_no_more_of_a_text_than_a_model_may_read(tmp_path):
+    lines = [
+        f"{' '.join([word] * 5_000)} {number},{label}"
+        for number in range(15)
+        for label, words in WORDS.items()
+        for word in words[:3]
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    result = train(tmp_path / "rows.csv", tmp_path / "out", epochs=1)
+    samples = checkpoint.load(result.checkpoint).sample_texts
+    assert max(map(len, samples)) == 8_192
