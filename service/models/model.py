@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,9 @@ from evalmode.service.models.text import (
 # Encoding takes some 30 microseconds a text and a microsecond a character; above this it would hold
 # an event loop up.
 INLINE_CHARACTERS = 2_000
+# Encoding holds Python's lock, so more threads would encode no more; each would be one more that
+# the event loop has to wait for.
+_ENCODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
 
 OTHER = "other"
 WHOLE = "whole"
@@ -217,7 +222,8 @@ class Model:
         """The same, without blocking an event loop: many characters are encoded in a thread."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self.text_rows(texts, truncate=truncate)
-        return await asyncio.to_thread(self.text_rows, texts, truncate=truncate)
+        encode = partial(self.text_rows, texts, truncate=truncate)
+        return await asyncio.get_running_loop().run_in_executor(_ENCODING, encode)
 
     def tensor_jobs(self, inputs: Tensors) -> list[Job]:
         """The rows of one request's raw tensors; one job for a model that runs requests whole.

@@ -15,12 +15,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from evalmode.bundle.frontend import open_frontend
 from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
+from evalmode.model.batches import encode
+from evalmode.model.config import TrainConfig
+from evalmode.model.data import open_data
 from evalmode.model.learner import Learner
+from evalmode.model.metrics import predict
 from evalmode.model.resume import FOLDER, STATE_FILE, RunMismatch, WholeFiles
 from evalmode.model.train import Result, fit
-from tests.model.conftest import small_run, write_rows
+from tests.model.conftest import WORDS, small_run, write_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS_AN_EPOCH = 13
@@ -91,6 +96,32 @@ def test_it_learns_and_says_what_it_came_to(uninterrupted):
     assert set(uninterrupted.metrics) == {"train", "validation", "test"}
     network = checkpoint.load(uninterrupted.checkpoint).module
     assert uninterrupted.parameters == sum(weight.numel() for weight in network.parameters())
+
+
+NONSENSE = (
+    *("asdf qwer", "!!!", "12345", "😀😀", "日本語のテキスト", "Привет", "", "x", "a" * 5_000),
+    *("qwertyuiop " * 40, "\x00", "cat oak", "cow ivy fern hen", "12:30", "2024-01-01"),
+)
+
+
+@pytest.mark.parametrize("frontend", ["ngrams", "bpe"])
+def test_no_text_gets_a_score_that_the_validation_rows_do_not_support(tmp_path, frontend):
+    data = write_rows(tmp_path / "rows.csv", rows=400)
+    result = fit(TrainConfig(data=str(data), frontend=frontend), out=tmp_path / "out", cache=data)
+    finished = checkpoint.load(result.checkpoint)
+    encoder = open_frontend(finished.frontend, finished.tokenizer)
+
+    def highest(*texts: str) -> float:
+        rows = encode(texts, [0] * len(texts), frontend=encoder)
+        logits = torch.from_numpy(predict(finished.module, rows, spec=finished.frontend))
+        return float(logits.softmax(-1).max())
+
+    rows = int(result.metrics["validation"]["rows"])
+    supported = (rows + 1) / (rows + 2)
+    validation = open_data(str(data), text_column=None, label_column=None, cache=data).validation
+    assert highest(*validation.texts) <= supported + 1e-4
+    # The surest row bounds the temperature; nonsense may be a little surer than it.
+    assert 1 - highest(*NONSENSE) > 0.5 * (1 - supported)
 
 
 def test_after_a_kill_9_a_resumed_run_ends_with_the_same_bytes(
@@ -335,3 +366,16 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(data, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(EvalmodeError, match=r"no training can be written to .*file"):
         train(data, tmp_path / "file")
+
+
+def test_a_checkpoint_keeps_no_more_of_a_text_than_a_model_may_read(tmp_path):
+    lines = [
+        f"{' '.join([word] * 5_000)} {number},{label}"
+        for number in range(15)
+        for label, words in WORDS.items()
+        for word in words[:3]
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    result = train(tmp_path / "rows.csv", tmp_path / "out", epochs=1)
+    samples = checkpoint.load(result.checkpoint).sample_texts
+    assert max(map(len, samples)) == 8_192
