@@ -145,7 +145,7 @@ class Child:
             return
         self.close()
         module, _, name = self._function.partition(":")
-        self._stderr, self._heard = tempfile.TemporaryFile(), 0  # noqa: SIM115 - until `close`
+        self._stderr, self._heard = _open_anonymous_file(), 0
         lifeline, self._lifeline = os.pipe()
         # -P: a file named onnx.py in the working directory is not imported.
         code = f"from {module} import {name}; {name}()"
@@ -212,6 +212,13 @@ class Child:
         if code == -signal.SIGKILL:
             how += ", as the kernel does where memory runs out"
         return f"{how}: {last[:_LONGEST]}" if last else how
+
+
+def _open_anonymous_file() -> IO[bytes]:
+    """A file without a name, in memory where that exists: a container may let nobody write."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stderr"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 class _Limits:

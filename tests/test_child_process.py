@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -124,6 +125,15 @@ def test_an_answer_that_is_left_early_is_not_taken_for_the_next(child: Child) ->
     for _ in child.ask(b"say four"):
         break
     assert list(child.ask(b"say five")) == [b"say", b"five"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
+def test_a_child_needs_no_folder_that_can_be_written_to(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/no-such-folder")
+    assert [*child.ask(b"say it")] == [b"say", b"it"]
+    assert "asked for say" in child.said()
 
 
 def test_what_the_child_printed_is_told_once(child: Child) -> None:

@@ -69,6 +69,16 @@ _INVARIANCE = "batch-invariance"  # the rule that proves rows independent of one
 _UNMEASURED_S = 0.01  # the assumed cost of a run, where the bundle has no input to measure with
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What another process on this machine has found out about a bundle: it opens, its known
+    answers come out, twice the same, and these row counts may run.
+    """
+
+    digest: str
+    measured: dict[str, MeasuredBucket]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
     """An open model; use `Model.open`. Its memory is freed when nothing refers to it or to one of
@@ -105,23 +115,21 @@ class Model:
         threads: int = 1,
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
-        digest: str | None = None,
-        measured: Mapping[str, MeasuredBucket] | None = None,
+        trial: Trial | None = None,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> Model:
         """Open the bundle folder `path`, replay its known answers, and measure which batch sizes
         keep a row's bits.
 
         The certificate alone is not believed: the operators of the graph are read as well.
-        With `digest`, a bundle with another one is refused before ONNX Runtime sees it. `measured`
-        is what another process has measured on this machine, and is not measured again.
+        After a `trial` of this digest the answers are replayed once, and nothing is measured again.
         `on_step` is told each step before it begins.
         Raises BundleError for a bundle that must not be served, and ProviderUnavailable for a
         provider that is not there.
         """
         on_step("reading its files")
         bundle = open_bundle(path, allow_uncertified=allow_uncertified)
-        if digest is not None and bundle.digest != digest:
+        if trial is not None and bundle.digest != trial.digest:
             raise BundleError(f"{path} was changed while it was opened")
         frontend, answers, manifest = bundle.frontend(), bundle.known_answers(), bundle.manifest
         labels = manifest.labels if frontend is None else labels_of(manifest, path=path)
@@ -140,8 +148,10 @@ class Model:
         on_step("making a session of its graph")
         session = open_session(bundle.model, provider=provider, threads=threads)
         on_step("running its known answers")
-        replayed = _replay(bundle, answers, session=session, frontend=frontend)
-        if measured is None:
+        replayed = _replay(bundle, answers, session=session, frontend=frontend, twice=trial is None)
+        if trial is not None:
+            measured = trial.measured
+        else:
             on_step("measuring its batch sizes")
             measured = _measure(
                 bundle, session, answers, frontend=frontend, calibration=calibration
@@ -277,7 +287,12 @@ class Model:
 
 
 def _replay(
-    bundle: Bundle, answers: tuple[KnownAnswer, ...], *, session: Session, frontend: FrontEnd | None
+    bundle: Bundle,
+    answers: tuple[KnownAnswer, ...],
+    *,
+    session: Session,
+    frontend: FrontEnd | None,
+    twice: bool,
 ) -> Replay | None:
     if bundle.certificate is None:
         return None  # the platform and the tolerance to compare with are in the certificate
@@ -287,6 +302,7 @@ def _replay(
         certificate=bundle.certificate,
         platform=session.platform,
         frontend=frontend,
+        twice=twice,
     )
 
 

@@ -21,10 +21,10 @@ from evalmode.bundle import errors
 from evalmode.bundle.errors import BundleError
 from evalmode.child_process import Cancelled, Child, ChildLost, OutOfTime, serve
 from evalmode.errors import EvalmodeError
-from evalmode.service.models.calibration import Calibration, MeasuredBucket
-from evalmode.service.models.model import Model
+from evalmode.service.models.calibration import Calibration
+from evalmode.service.models.model import Model, Trial
 
-_MEASURED = TypeAdapter(dict[str, MeasuredBucket])
+_TRIAL = TypeAdapter(Trial)
 
 
 class TrialError(Exception):
@@ -34,10 +34,10 @@ class TrialError(Exception):
 class TrialOpener:
     """Opens bundles for a server: first in a child process, then, if all is well there, here.
 
-    The child reads the files, makes a session, replays the known answers and measures. This process
-    then makes a session and replays, and takes over what was measured, so a start does not take
-    twice as long. One child opens all bundles of one look at the folder; `rest` ends it, so its
-    memory is used for a moment only. `open` and `rest` must not overlap.
+    The child reads the files, makes a session, replays the known answers twice and measures. This
+    process then makes a session, replays once, and takes over what was measured, so a start does
+    not take twice as long. One child opens all bundles of one look at the folder. `rest` ends it,
+    so its memory is used for a moment only. `open` and `rest` must not overlap.
     """
 
     def __init__(
@@ -63,14 +63,8 @@ class TrialOpener:
         """The open model. Raises what `Model.open` raises, and BundleError where the child does not
         finish.
         """
-        digest, measured = self._try(path)
-        return Model.open(
-            path,
-            **self._options,
-            calibration=self._calibration,
-            digest=digest,
-            measured=measured,
-        )
+        trial = self._try(path)
+        return Model.open(path, **self._options, calibration=self._calibration, trial=trial)
 
     def rest(self) -> None:
         """End the child; the next bundle starts another one."""
@@ -80,8 +74,7 @@ class TrialOpener:
         """End the trial that is running, from another thread; there will be no other one."""
         self._cancelled.set()
 
-    def _try(self, path: Path) -> tuple[str, dict[str, MeasuredBucket]]:
-        """The digest of the bundle, and what the child has measured."""
+    def _try(self, path: Path) -> Trial:
         cache = self._calibration.cache
         question = {
             "path": str(path),
@@ -115,7 +108,7 @@ class TrialOpener:
             raise _error_named(answer["error"], answer["sentence"])
         if "unexpected" in answer:
             raise TrialError(answer["unexpected"])
-        return answer["digest"], _MEASURED.validate_python(answer["measured"])
+        return _TRIAL.validate_python(answer["trial"])
 
 
 def run_trials() -> None:
@@ -156,10 +149,8 @@ def _open(
         return {"error": _name_of(error), "sentence": str(error)}
     except Exception:  # of any kind: the parent reports it
         return {"unexpected": traceback.format_exc()}
-    return {
-        "digest": model.digest,
-        "measured": _MEASURED.dump_python(dict(model.measured), mode="json"),
-    }
+    trial = Trial(digest=model.digest, measured=dict(model.measured))
+    return {"trial": _TRIAL.dump_python(trial, mode="json")}
 
 
 def _name_of(error: EvalmodeError) -> str:

@@ -190,6 +190,26 @@ def test_an_answer_with_other_bits_in_its_second_run_is_refused_by_its_number(
         replayed(ANSWERS, run_with_a_dropout, here=(platform, elsewhere)[here])
 
 
+@pytest.mark.parametrize("twice", [True, False])
+def test_each_answer_runs_twice_unless_it_is_known_to_repeat_itself(parts, platform, twice):
+    runs = []
+
+    def run_and_count(inputs):
+        runs.append(inputs)
+        return run(inputs)
+
+    certificate = parts().certificate
+    replay(
+        ANSWERS,
+        run_and_count,
+        certificate=certificate,
+        platform=platform,
+        frontend=FRONTEND,
+        twice=twice,
+    )
+    assert len(runs) == len(ANSWERS) * (1 + twice)
+
+
 def test_an_answer_that_varies_is_refused_whatever_tolerance_its_certificate_claims(
     parts, elsewhere
 ):

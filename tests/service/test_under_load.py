@@ -106,7 +106,9 @@ def test_256_requests_in_flight_at_sigterm_are_all_answered(moody):
 
 def test_50_hot_swaps_under_load_lose_and_garble_nothing(tmp_path, texts):
     root = make_bundle(tmp_path, version="1").parents[1]
-    with processes.running(root, poll_s=0.02) as service, ThreadPoolExecutor(4) as pool:
+    # Without trials, which would take most of the time of 50 swaps beside four busy clients.
+    quick = processes.running(root, poll_s=0.02, load_timeout_s=0)
+    with quick as service, ThreadPoolExecutor(4) as pool:
         first = predict(service, *texts[5:45]).json()
         ended = threading.Event()
 

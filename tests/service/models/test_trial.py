@@ -46,11 +46,21 @@ def opener():
     trial.rest()
 
 
-@pytest.fixture
-def hasty():
-    trial = TrialOpener(timeout_s=3)
-    yield trial
-    trial.rest()
+def refusal_at(step: str, path: Path) -> str:
+    """The sentence by which a bundle is refused that hangs at this step.
+
+    On a busy machine the child needs seconds to come so far: the limit is raised until it does.
+    """
+    sentence, timeout_s = "", 2
+    while step not in sentence and timeout_s < 100:
+        timeout_s *= 2
+        trial = TrialOpener(timeout_s=timeout_s)
+        with pytest.raises(BundleError) as refusal:
+            trial.open(path)
+        sentence = str(refusal.value)
+        assert f"was not finished after {timeout_s} s; if the model needs longer" in sentence
+        trial.rest()
+    return sentence
 
 
 def children(parent: int | None = None) -> set[int]:
@@ -161,16 +171,18 @@ def test_an_error_that_is_no_fault_of_a_bundle_comes_with_the_childs_traceback(b
         (hanging_when_opened, "making a session of its graph"),
     ],
 )
-def test_a_model_that_hangs_is_refused_with_the_step_and_the_next_bundle_opens(
-    tmp_path, hasty, make, step
-):
+def test_a_model_that_hangs_is_refused_with_the_step_and_leaves_no_process(tmp_path, make, step):
     before = children()
-    with pytest.raises(
-        BundleError, match=f"{step} was not finished after 3 s; .* raise the setting load_timeout_s"
-    ):
-        hasty.open(make(tmp_path))
-    assert children() == before, "the process that hung is gone"
-    assert hasty.open(harmless(tmp_path / "good")).name == "tensors"
+    assert f"tensors/1 is refused: {step} was not finished" in refusal_at(step, make(tmp_path))
+    assert children() == before
+
+
+def test_after_a_bundle_that_hangs_the_next_one_opens(tmp_path):
+    trial = TrialOpener(timeout_s=10)
+    with pytest.raises(BundleError, match="raise the setting load_timeout_s"):
+        trial.open(hanging_when_run(tmp_path))
+    assert trial.open(harmless(tmp_path / "good")).name == "tensors"
+    trial.rest()
 
 
 def test_a_model_that_aborts_its_process_is_refused_and_the_next_bundle_opens(tmp_path, opener):
@@ -217,7 +229,7 @@ def test_what_takes_the_place_of_a_bundle_after_its_trial_is_never_opened(tmp_pa
 
 def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(root):
     harmless(root)
-    trial = TrialOpener(timeout_s=7)
+    trial = TrialOpener(timeout_s=10)
     repository = Repository(
         root, open_model=trial.open, after_opening=trial.rest, cancel_opening=trial.cancel
     )
@@ -232,7 +244,7 @@ def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(r
     assert slow["event"].startswith("opening a bundle takes long")
     assert (slow["model"], slow["version"]) == ("tensors", "2")
     assert refusals(logs) == [refusal], "it is not tried again while nothing changes"
-    assert "was not finished after 7 s" in refusal["reason"]
+    assert "was not finished after 10 s" in refusal["reason"]
     assert states(repository)["tensors", "2"] == UNAVAILABLE
     harmless(root, version="3")
     repository.poll()
@@ -276,7 +288,7 @@ def test_a_server_of_a_bundle_with_a_pipe_among_its_files_refuses_to_start_at_on
 def test_a_server_starts_with_its_other_models_where_one_is_stuck(tmp_path):
     make_bundle(tmp_path)
     hanging_when_run(tmp_path, name="stuck")
-    with processes.running(tmp_path, load_timeout_s=3) as server:
+    with processes.running(tmp_path, load_timeout_s=8) as server:
         assert server.started["bundle"] == str(tmp_path / "tiny" / "1")
 
 
