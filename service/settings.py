@@ -65,7 +65,8 @@ class Settings(BaseSettings):
         default=True, description="let POST /v2/repository load and unload models"
     )
     allow_uncertified: bool = Field(
-        default=False, description="serve a bundle without a certificate that passes"
+        default=False,
+        description="serve a bundle without a certificate that passes, or that can draw or train",
     )
     # How it runs.
     provider: str = Field(
