@@ -35,14 +35,14 @@ def fields(data: bytes | memoryview, start: int, end: int) -> Iterator[Field]:
             word, at = varint(data, tag, end)
         wire = word & 7
         if wire == BYTES:
-            # The lengths of most fields are one byte: this saves a call for each.
+            # Most lengths and numbers are one byte: this saves a call for each.
             if at < end and (size := data[at]) < 128:
                 at += 1
             else:
                 size, at = varint(data, at, end)
             stop = at + size
         elif wire == VARINT:
-            _, stop = varint(data, at, end)
+            stop = at + 1 if at < end and data[at] < 128 else varint(data, at, end)[1]
         elif wire == FIXED32:
             stop = at + 4
         elif wire == FIXED64:
@@ -58,6 +58,8 @@ def fields(data: bytes | memoryview, start: int, end: int) -> Iterator[Field]:
 
 def varint(data: bytes | memoryview, start: int, end: int) -> tuple[int, int]:
     """The number that begins at `start`, and where it ends. Raises Malformed."""
+    if start < end and data[start] < 128:
+        return data[start], start + 1
     value = shift = 0
     for at in range(start, min(end, start + _LONGEST_VARINT)):
         byte = data[at]

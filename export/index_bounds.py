@@ -239,8 +239,13 @@ def _moved(ids: _Ids, node: fx.Node) -> _Ids | None:
         defaults: tuple[Any, ...] = (0, None, None, 1)
         axis, start, stop, step = more + defaults[len(more) :]
         if step == 1 and isinstance(start, int | None) and isinstance(stop, int | None):
-            end = None if stop is None or stop >= _TO_THE_END else stop
-            return _chosen(ids, axis, start or 0, end)
+            whole: Any = node.args[0]
+            size = whole.meta["val"].shape[axis]
+            begin = start or 0
+            if isinstance(size, int) and begin < 0:
+                begin = max(begin + size, 0)
+            last = size if isinstance(size, int) else _TO_THE_END
+            return _chosen(ids, axis, begin, None if stop is None or stop >= last else stop)
     return None
 
 

@@ -72,7 +72,8 @@ class Settings(BaseSettings):
         ),
     )
     allow_uncertified: bool = Field(
-        default=False, description="serve a bundle without a certificate that passes"
+        default=False,
+        description="serve a bundle without a certificate that passes, or that can draw or train",
     )
     # How it runs.
     provider: str = Field(

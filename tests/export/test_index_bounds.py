@@ -67,6 +67,7 @@ EXACT: dict[str, Callable[[Network, Tensor], Tensor]] = {
     "chunks": lambda m, ids: by_columns(m, *ids.chunk(2, dim=1)),
     "the first column": lambda m, ids: m.table(ids[:, :1]),
     "the second column": lambda m, ids: m.table(ids[:, 1:]) + ids[:, :1, None],
+    "all from the end": lambda m, ids: m.table(ids[:, -2:]),
     "all but the last": lambda m, ids: m.table(ids[:, :-1]),
     "columns in one table": lambda m, ids: m.table(ids + m.offsets),
     "columns in one table, by a list": lambda m, ids: m.table(ids + ids.new_tensor([[0, 4]])),
