@@ -147,7 +147,7 @@ def test_a_page_of_another_origin_is_refused_in_the_form_of_all_errors(path, key
     assert answer.json().keys() == keys
     assert answer.json()["error"] == (
         'a page of "https://other.example" may not send this request: add its origin to setting'
-        " cors_origins (--cors-origins, EVALMODE_CORS_ORIGINS), and use the methods and headers that"
-        " this answer allows"
+        " cors_origins (--cors-origins, EVALMODE_CORS_ORIGINS), and use the methods and headers"
+        " that this answer allows"
     )
     assert "access-control-allow-origin" not in answer.headers
