@@ -24,7 +24,8 @@ from structlog.typing import FilteringBoundLogger
 
 from evalmode.service.http.head import AnswerHead
 from evalmode.service.http.security import ApiKeys, RequireKey, error_body, header
-from evalmode.service.settings import Settings
+from evalmode.service.settings import Settings, setting_named
+from evalmode.service.strict_json import shown
 from evalmode.service.telemetry.timings import fields_of, is_streamed
 from evalmode.service.telemetry.tracing import Tracing
 
@@ -55,6 +56,16 @@ _HEADERS = (
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"cache-control", b"no-store"),
     (b"cross-origin-resource-policy", b"same-origin"),
+)
+_CROSS_ORIGIN_METHODS = ("GET", "HEAD", "POST")
+_CROSS_ORIGIN_HEADERS = (
+    "Authorization",
+    "Content-Encoding",
+    "Content-Type",
+    "Inference-Header-Content-Length",
+    "X-API-Key",
+    "X-Request-ID",
+    "X-Request-Timeout-Ms",
 )
 _TLS_HEADERS = ((b"strict-transport-security", b"max-age=31536000"),)
 
@@ -97,15 +108,8 @@ def surround(app: FastAPI, parts: Parts, *, tracing: Tracing | None = None) -> N
         inner = _CrossOrigin(
             inner,
             allow_origins=settings.cors_origins,
-            allow_methods=("GET", "HEAD", "POST"),
-            allow_headers=(
-                "Authorization",
-                "Content-Type",
-                "Inference-Header-Content-Length",
-                "X-API-Key",
-                "X-Request-ID",
-                "X-Request-Timeout-Ms",
-            ),
+            allow_methods=_CROSS_ORIGIN_METHODS,
+            allow_headers=_CROSS_ORIGIN_HEADERS,
             expose_headers=(
                 "Inference-Header-Content-Length",
                 "Retry-After",
@@ -134,14 +138,17 @@ class _CrossOrigin(CORSMiddleware):
             Headers(scope=scope) if scope["type"] == "http" and scope["method"] == "OPTIONS" else {}
         )
         if "origin" in headers and "access-control-request-method" in headers:
-            found = self.preflight_response(request_headers=Headers(scope=scope))
-            if found.status_code != 200:
-                found.body = error_body(
-                    scope["path"], f"this page may not ask here: {bytes(found.body).decode()}"
+            response = self.preflight_response(request_headers=Headers(scope=scope))
+            if response.status_code != 200:
+                sentence = (
+                    f"a page of {shown(headers['origin'])} may not send this request: add its"
+                    f" origin to {setting_named('cors_origins')}, and use the methods and headers"
+                    " that this answer allows"
                 )
-                found.headers["content-type"] = "application/json"
-                found.headers["content-length"] = str(len(found.body))
-            await found(scope, receive, send)
+                response.body = error_body(scope["path"], sentence)
+                response.headers["content-type"] = "application/json"
+                response.headers["content-length"] = str(len(response.body))
+            await response(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 

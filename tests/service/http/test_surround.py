@@ -145,4 +145,9 @@ def test_a_page_of_another_origin_is_refused_in_the_form_of_all_errors(path, key
     )
     assert (answer.status_code, answer.headers["content-type"]) == (400, "application/json")
     assert answer.json().keys() == keys
+    assert answer.json()["error"] == (
+        'a page of "https://other.example" may not send this request: add its origin to setting'
+        " cors_origins (--cors-origins, EVALMODE_CORS_ORIGINS), and use the methods and headers"
+        " that this answer allows"
+    )
     assert "access-control-allow-origin" not in answer.headers
