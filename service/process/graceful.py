@@ -241,9 +241,10 @@ class GracefulServer(uvicorn.Server):
 
     def _connection(self) -> Connection:
         kind: Any = self.config.http_protocol_class  # the class that `connection_within` made
-        return kind(
+        connection: Connection = kind(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
+        return connection
 
     def _tls(self) -> dict[str, Any]:
         if self.config.ssl is None:
