@@ -35,9 +35,11 @@ _SPARE_DESCRIPTORS = 32
 _MOST_BY_DEFAULT = 10_000
 _FEWEST = 8
 
-# Taken in one turn of the loop. A connection is made two turns later: of 32 above the limit there
-# is always one that can still get 503 before it makes room.
-_AT_ONCE = 8
+# Taken in one turn of the loop, so that others are answered in between.
+_AT_ONCE = 128
+# Of those above the limit: a connection is made two turns later, and of 32 there is always one that
+# can still get 503 before it makes room.
+_SURPLUS_AT_ONCE = 8
 _RETRY_S = 0.05
 _LOG_EVERY_S = 60.0
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -136,7 +138,10 @@ class Acceptor:
             await asyncio.wait(self._tasks)
 
     def _accept(self) -> None:
+        surplus_count = 0
         for _ in range(_AT_ONCE):
+            if surplus_count == _SURPLUS_AT_ONCE:
+                return
             try:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
@@ -154,6 +159,7 @@ class Acceptor:
                 continue
             is_surplus = len(self._state.connections) + len(self._state.arriving) >= self._most
             if is_surplus:
+                surplus_count += 1
                 self._log_once(
                     "as many connections as this process takes: others than probes get 503",
                     max_connections=self._most,
