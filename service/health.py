@@ -1,8 +1,7 @@
 """Whether a server process should be asked, and whether it should go on. Knows no HTTP and no
 engine.
 
-It is told when serving begins and when the end begins; whether a batch is stuck it asks whoever
-runs them.
+The server calls `serve` and `drain`; whether a batch is stuck is asked of the engine.
 """
 
 from __future__ import annotations

@@ -1,3 +1,1 @@
-"""Processes that serve: their sockets and connections, their signals, their health, and who looks
-after them.
-"""
+"""Processes that serve: their sockets and connections, their signals, and their supervisor."""

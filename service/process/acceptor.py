@@ -27,7 +27,7 @@ from evalmode.service.settings import Settings
 
 _log = structlog.get_logger("evalmode.service")
 
-# Connections above the limit: probes, and what is told that it cannot be served.
+# Connections above the limit: probes, and those that wait to get 503.
 SURPLUS = 32
 # File descriptors that are opened later: bundles that are swapped, figures, key files, and sockets
 # whose connection has ended and which the loop closes in its next turn.
@@ -35,9 +35,11 @@ _SPARE_DESCRIPTORS = 32
 _MOST_BY_DEFAULT = 10_000
 _FEWEST = 8
 
-# Taken in one turn of the loop. A connection is made two turns later: of 32 above the limit there
-# is always one that can be told why it makes room.
-_AT_ONCE = 8
+# Taken in one turn of the loop, so that others are answered in between.
+_AT_ONCE = 128
+# Of those above the limit: a connection is made two turns later, and of 32 there is always one that
+# can still get 503 before it makes room.
+_SURPLUS_AT_ONCE = 8
 _RETRY_S = 0.05
 _LOG_EVERY_S = 60.0
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -136,20 +138,28 @@ class Acceptor:
             await asyncio.wait(self._tasks)
 
     def _accept(self) -> None:
+        surplus_count = 0
         for _ in range(_AT_ONCE):
+            if surplus_count == _SURPLUS_AT_ONCE:
+                return
             try:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
+                if isinstance(error, ConnectionAbortedError):
+                    continue
                 if error.errno not in _NO_DESCRIPTORS:
-                    continue  # of one connection, which broke off before it was taken
+                    self._log_once("no connection can be taken", reason=str(error))
+                    self._pause()
+                    return
                 self._log_once("no file descriptors are left for connections", reason=str(error))
                 if not self._turn_away():
                     return
                 continue
             is_surplus = len(self._state.connections) + len(self._state.arriving) >= self._most
             if is_surplus:
+                surplus_count += 1
                 self._log_once(
                     "as many connections as this process takes: others than probes get 503",
                     max_connections=self._most,
@@ -197,7 +207,7 @@ class Acceptor:
     def _turn_away(self) -> bool:
         """Take a connection with the spare descriptor, answer 503, and close it.
 
-        Otherwise it would wait in the kernel, and the loop would be told of it again and again.
+        Otherwise it would wait in the kernel, and wake the loop again and again.
         """
         self._close_spare()
         try:

@@ -51,7 +51,10 @@ def cause_of_death(
     limit_bytes = memory_limit(root=root)
     certainty = "memory ran out" if oom_kills > 0 else "memory ran out, most likely"
     if limit_bytes is None:
-        return f"SIGKILL: {certainty}, or somebody sent it: give the machine more, or fewer workers"
+        return (
+            f"SIGKILL: {certainty}, or another process sent it: give the machine more memory, or"
+            " fewer workers"
+        )
     share = f" for {workers} workers" if workers > 1 else ""
     return (
         f"SIGKILL: {certainty}; the limit of this container (cgroup) is"

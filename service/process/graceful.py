@@ -1,7 +1,7 @@
 """uvicorn's server with an end in good order: not ready first, then closed, and everything accepted
 is answered.
 
-Knows no model and no route. Signals are handed to it by whoever owns the process.
+Knows no model and no route. The owner of the process hands signals over.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Step(IntEnum):
 
     SERVING = 0
     DRAINING = 1  # not ready, and everything is answered: load balancers look elsewhere
-    STOPPING = 2  # nobody can connect; what was accepted is answered
+    STOPPING = 2  # no new connections; what was accepted is answered
     LEAVING = 3  # what is not answered by now is given up
 
 
 class GracefulServer(uvicorn.Server):
-    """Serves an application on one bound socket until it is told to stop.
+    """Serves an application on one bound socket until a signal.
 
     `serving` is called when it listens. `watch` is called every second; it may set `welcome` and
     call `leave`.
@@ -176,7 +176,7 @@ class GracefulServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Nothing: whoever owns the process hands its signals over."""
+        """Capture none: the owner of the process hands its signals over."""
         yield
 
     def _signalled(self, number: int) -> None:
@@ -241,9 +241,10 @@ class GracefulServer(uvicorn.Server):
 
     def _connection(self) -> Connection:
         kind: Any = self.config.http_protocol_class  # the class that `connection_within` made
-        return kind(
+        connection: Connection = kind(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
+        return connection
 
     def _tls(self) -> dict[str, Any]:
         if self.config.ssl is None:

@@ -10,8 +10,8 @@ from evalmode.service.settings import Settings
 
 
 def bound(settings: Settings) -> socket.socket:
-    """A socket that holds the port and does not listen yet: who connects before the model is ready
-    is refused.
+    """A socket that holds the port and does not listen yet: until the model is ready, connections
+    are refused.
 
     Raises StartFailed when the address cannot be had.
     """

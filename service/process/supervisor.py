@@ -42,7 +42,7 @@ _LONGEST_LINE_BYTES = 1 << 20
 
 @dataclass(eq=False, kw_only=True)
 class _Worker:
-    """A process, and what it told."""
+    """A process, and its state as far as the supervisor knows it."""
 
     process: asyncio.subprocess.Process
     writer: asyncio.StreamWriter
@@ -206,8 +206,8 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         if self._signal is None:
-            # Else whoever connects after the last worker has stopped listening would wait here for
-            # nobody.
+            # Otherwise connections that come after the last worker has stopped listening would wait
+            # here for ever.
             self._listener.close()
             limit_s = self._settings.drain_s + self._settings.grace_s + _ENDING_S
             loop = asyncio.get_running_loop()

@@ -147,14 +147,14 @@ def test_without_any_file_descriptor_left_connections_get_503_and_old_ones_are_a
 
 
 @pytest.mark.parametrize(
-    ("files", "settings", "told"),
+    ("files", "settings", "sentence"),
     [
         (64, {}, "the limit of 64 open files has no room for connections: raise it"),
         (256, {"max_connections": 250}, "but the limit of 256 open files has room for"),
     ],
 )
-def test_more_connections_than_open_files_are_a_refusal_to_start(files, settings, told):
+def test_more_connections_than_open_files_are_a_refusal_to_start(files, settings, sentence):
     done = processes.ended(Path("tiny"), program=limited(files), workers=1, **settings)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -54,7 +54,7 @@ def test_without_a_limit_a_kill_may_have_another_cause(tmp_path):
     root = files(tmp_path, WITHOUT)
     assert memory_limit(root=root) is None
     assert oom_kills(root=root) == 0
-    assert "or somebody sent it" in cause_of_death(-signal.SIGKILL, root=root)
+    assert "or another process sent it" in cause_of_death(-signal.SIGKILL, root=root)
 
 
 @pytest.mark.parametrize(

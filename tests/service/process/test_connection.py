@@ -400,8 +400,8 @@ def test_300_000_requests_whose_answers_are_never_read_take_no_memory_and_end_wi
 
 
 def test_10_000_requests_at_once_are_answered_in_order_although_the_client_reads_slowly(protected):
-    bodies = [b"%06d" % number * 200 for number in range(10_000)]
-    head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1200\r\n\r\n"
+    bodies = [b"%06d" % number * 500 for number in range(10_000)]
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3000\r\n\r\n"
     with (
         processes.running(
             Path("tiny"), program=PROGRAM, workers=1, **tls_settings(protected)
@@ -419,7 +419,7 @@ def test_10_000_requests_at_once_are_answered_in_order_although_the_client_reads
             assert stream.readline().startswith(b"HTTP/1.1 200 ")
             while stream.readline() != b"\r\n":
                 pass
-            assert stream.read(1200) == body
+            assert stream.read(3000) == body
         sent.result(WAIT_S)
         assert memory_mb(server, "VmHWM") - before_mb < 20
 
@@ -461,6 +461,27 @@ def test_a_client_that_reads_a_large_answer_slowly_gets_it_whole(connect):
         piece = connection.recv(1 << 20)
         assert piece, "the connection ended"
         received_bytes += len(piece)
+
+
+def test_bytes_that_make_the_parser_work_in_tiny_pieces_keep_others_waiting_for_moments(connect):
+    chunks = b"100000\r\n" + b"\r\n\r\n" * (1 << 18) + b"\r\n0\r\n\r\n"
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    tedious, other = connect(), connect()
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(tedious.sendall, b"\r\n" * 100_000 + head + chunks)
+        slowest_s = 0.0
+        while not sent.done():
+            started = time.monotonic()
+            other.sendall(GET)
+            one_answer(other)
+            slowest_s = max(slowest_s, time.monotonic() - started)
+        sent.result()
+    stream = tedious.makefile("rb")
+    assert stream.readline().startswith(b"HTTP/1.1 200 ")
+    while stream.readline() != b"\r\n":
+        pass
+    assert stream.read(1 << 20) == b"\r\n\r\n" * (1 << 18)
+    assert slowest_s < READ_S
 
 
 # Clients that close their sending side.

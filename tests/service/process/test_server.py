@@ -100,6 +100,17 @@ def test_clients_asking_at_once_get_the_bits_of_one(client, texts, expected):
             assert found == [expected[place] for place in part]
 
 
+def test_a_client_that_closes_its_sending_side_after_the_body_is_answered(service, texts, expected):
+    body = json.dumps({"inputs": texts[:3]}).encode()
+    head = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
+        connection.sendall(head.encode() + body)
+        connection.shutdown(socket.SHUT_WR)
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"] == expected[:3]
+
+
 def test_a_body_without_a_content_type_is_taken_for_json(client):
     answer = client.post("/v1/predict", content=b'{"inputs": ["a"]}')
     assert "content-type" not in answer.request.headers
