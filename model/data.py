@@ -180,8 +180,8 @@ def read_file(
     """The texts of a CSV, TSV, JSONL or Parquet file, each text once, split 80/10/10.
 
     Rows without a text or a label are left out. Texts with one `identity` are one text: the first
-    is used, and none where their labels differ. The identity decides the part as well, so texts
-    that are alike never stand in two parts. See `tell_apart` for what only a tokenizer shows.
+    is used, and none where their labels differ. Its composed form decides the part, so the split is
+    the same for every front end. See `tell_apart` for what only a tokenizer shows.
 
     Raises DataError, naming the file and the column, row or value, when it cannot be read or
     trained on.
@@ -211,7 +211,8 @@ def read_file(
     ).leaving_out(empty | repeated)
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
     for number in numbers:
-        tenth = int.from_bytes(keys[number][:4], "big") % 10
+        digest = hashlib.sha256(composed(texts[number])).digest()
+        tenth = int.from_bytes(digest[:4], "big") % 10
         part = "test" if tenth == 0 else "validation" if tenth == 1 else "train"
         parts[part].append((texts[number], labels[number]))
     return _data_set(path.name, parts, reading)

@@ -24,11 +24,9 @@ def open_table(path: Path, *, separator: str | None = None) -> Iterator[Table]:
     """
     ending = path.suffix.lower()
     if ending not in ENDINGS:
-        advice = "unpack it, and give" if ending in PACKED else "give 'languages' or"
-        raise DataError(
-            f"{path} has the ending {path.suffix!r}, which is not read: {advice} a file that ends"
-            f" in {', '.join(ENDINGS)}"
-        )
+        ending = f"the ending {path.suffix!r}, which is not read" if ending else "no ending"
+        advice = "unpack it, and give" if path.suffix.lower() in PACKED else "give 'languages' or"
+        raise DataError(f"{path} has {ending}: {advice} a file that ends in {', '.join(ENDINGS)}")
     if separator is not None and ending not in DELIMITED:
         raise DataError(
             f"separator={separator!r} is for CSV and TSV files, and {path} is neither: leave"

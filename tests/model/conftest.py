@@ -16,7 +16,7 @@ from evalmode.model.config import TrainConfig
 WORDS = {"animal": "cat dog cow hen fox owl".split(), "plant": "oak elm fir ivy fern moss".split()}  # noqa: SIM905
 
 
-def write_rows(path: Path, *, rows: int = 250) -> Path:
+def write_rows(path: Path, *, rows: int = 230) -> Path:
     """A CSV of sentences of one word or another, which a network learns in an epoch or two."""
     draw = random.Random(0)
     lines: dict[str, None] = {}

@@ -243,7 +243,7 @@ def test_only_the_same_run_can_be_resumed_and_none_is_lost_by_mistake(data, tmp_
     with pytest.raises(RunMismatch, match=r"dropout was 0\.2 and is now 0\.4"):
         train(data, tmp_path, resume=True, dropout=0.4)
     with pytest.raises(RunMismatch, match="data_sha256"):
-        train(write_rows(tmp_path / "rows.csv", rows=240), tmp_path, resume=True)
+        train(write_rows(tmp_path / "rows.csv", rows=250), tmp_path, resume=True)
     with pytest.raises(EvalmodeError, match="holds an unfinished training: go on with --resume"):
         train(data, tmp_path)
 

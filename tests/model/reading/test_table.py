@@ -65,7 +65,7 @@ def test_an_unknown_ending_names_those_that_are_read(tmp_path, name):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (gzip.compress(ROWS.encode()), "gzip data"),
+        (gzip.compress(ROWS.encode(), mtime=0), "gzip data"),
         (bz2.compress(ROWS.encode() * 99), "bzip2 data"),
         (lzma.compress(ROWS.encode()), "xz data"),
         (b"PK\x03\x04" + bytes(99), "zip (so are Excel's files) data"),
@@ -78,6 +78,7 @@ def test_an_unknown_ending_names_those_that_are_read(tmp_path, name):
         (b"\xef\xbb\xbftext,label\n\xff,y\n", "line 2: byte 15 of the file is 0xff"),
         (b"text,label\na\0b,y\n", "line 2: byte 13 of the file is a NUL byte"),
     ],
+    ids=["gzip", "bzip2", "xz", "zip", "utf-16", "utf-16-le", "latin-1", "after a mark", "nul"],
 )
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
 def test_what_is_not_utf_8_is_refused_with_line_and_byte(tmp_path, data, reason, ending):
