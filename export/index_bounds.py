@@ -179,7 +179,8 @@ def _constants(program: torch.export.ExportedProgram) -> dict[fx.Node, Tensor]:
         if node.op == "placeholder":
             constant = contents.get(held.get(node.name, ""))
         elif node.target is _ATEN.scalar_tensor.default:
-            constant = torch.tensor(arguments[0])
+            # The number may be a size that varies.
+            constant = torch.tensor(arguments[0]) if isinstance(arguments[0], int) else None
         elif node.target in _OF_CONSTANTS and arguments[0] in constants:
             constant = node.target(constants[arguments[0]], *arguments[1:])
         if (
@@ -258,8 +259,8 @@ def _piece(ids: _Ids, split: fx.Node, index: int) -> _Ids | None:
     sizes, axis = more[0], more[1] if len(more) > 1 else 0
     if isinstance(sizes, int):
         return _chosen(ids, axis, index * sizes, (index + 1) * sizes)
-    if not all(isinstance(size, int) for size in sizes[: index + 1]):
-        return None
+    if isinstance(sizes, fx.Node) or not all(isinstance(size, int) for size in sizes[: index + 1]):
+        return None  # sizes that vary
     return _chosen(ids, axis, sum(sizes[:index]), sum(sizes[: index + 1]))
 
 

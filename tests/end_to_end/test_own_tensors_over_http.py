@@ -174,7 +174,7 @@ def test_what_the_model_does_not_take_is_a_sentence_that_names_it(server, known)
     for wrong, said in (
         ({"ids": row["ids"]}, "input 'mask' is missing"),
         ({**row, "ids": row["ids"][:, :-1]}, "the model cannot compute with these inputs"),
-        ({**row, "ids": row["ids"] + 1_000}, "the model cannot compute with these inputs"),
+        ({**row, "ids": row["ids"] + 1_000}, "must be at least 0 and at most 99, got 10"),
         ({**row, "mask": row["mask"] * 0}, "finite"),
     ):
         answer = server.post("/v2/models/classifier/infer", **as_json(wrong))

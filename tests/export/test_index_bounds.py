@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.manifest import Bound, TensorSpec
 from evalmode.export.convert import convert
+from evalmode.export.index_bounds import index_bounds
 from evalmode.service.errors import BadRequest
 from evalmode.service.models.tensors import check_inputs
 
@@ -141,6 +142,34 @@ class Gathers(nn.Module):
 def test_an_index_into_what_varies_must_only_be_at_least_0() -> None:
     inputs = {"x": torch.rand(4), "place": torch.tensor([1, 0, 3, 2]), "mask": torch.ones(4)}
     assert bounds_of(Gathers(), inputs) == {"place": (Bound(minimum=0),)}
+
+
+class SizesThatVary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        first, _ = ids.split([length // 2, length - length // 2], dim=1)
+        pieces = ids.split(length // 2, dim=1)
+        return (
+            self.table(first).sum(1)
+            + self.table(pieces[0]).sum(1)
+            + self.table(ids[:, : length // 2]).sum(1)
+            + self.table((ids + length) % 6).sum(1)
+            + self.table(ids[:, length // 2] % 6)
+        )
+
+
+def test_places_that_depend_on_a_size_have_no_bounds() -> None:
+    """Traced alone: torch's exporter does not write all of this as ONNX."""
+    program = torch.export.export(
+        SizesThatVary().eval(),
+        (torch.ones(2, 8, dtype=torch.long),),
+        dynamic_shapes={"ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}},
+    )
+    assert index_bounds(program) == {}
 
 
 class TwoInputs(nn.Module):
