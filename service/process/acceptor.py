@@ -35,8 +35,10 @@ _SPARE_DESCRIPTORS = 32
 _MOST_BY_DEFAULT = 10_000
 _FEWEST = 8
 
-# Taken in one turn of the loop, so that others are answered in between.
+# Taken in one turn of the loop, so that others are answered in between. Of several workers on one
+# socket the first that wakes would take all.
 _AT_ONCE = 128
+_AT_ONCE_SHARED = 4
 # Of those above the limit: a connection is made two turns later, and of 32 there is always one that
 # can still get 503 before it makes room.
 _SURPLUS_AT_ONCE = 8
@@ -85,7 +87,8 @@ class Acceptor:
     """Takes connections from `listener`, a socket that listens, while it is started.
 
     `make` makes the protocol of a connection. `refused` is called with the reason of each refusal
-    that no connection gives itself. `tls` are the arguments of `connect_accepted_socket` for TLS.
+    that no connection gives itself. `is_shared` says that other processes take connections from
+    the same socket. `tls` are the arguments of `connect_accepted_socket` for TLS.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Acceptor:
         make: Callable[[], Connection],
         state: Connections,
         most: int,
+        is_shared: bool,
         tls: dict[str, Any],
         refused: Callable[[str], None],
     ) -> None:
@@ -102,6 +106,7 @@ class Acceptor:
         self._make = make
         self._state = state
         self._most = most
+        self._at_once = _AT_ONCE_SHARED if is_shared else _AT_ONCE
         self._tls = tls
         self._refused = refused
         self._loop = asyncio.get_running_loop()
@@ -139,7 +144,7 @@ class Acceptor:
 
     def _accept(self) -> None:
         surplus_count = 0
-        for _ in range(_AT_ONCE):
+        for _ in range(self._at_once):
             if surplus_count == _SURPLUS_AT_ONCE:
                 return
             try:

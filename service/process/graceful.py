@@ -129,6 +129,7 @@ class GracefulServer(uvicorn.Server):
             make=self._connection,
             state=self.server_state,
             most=most,
+            is_shared=self._settings.workers > 1,
             tls=self._tls(),
             refused=self._refused,
         )
