@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -58,6 +59,10 @@ DUPLICATE, CONTRADICTORY = "duplicate", "contradictory"
 # Composition takes a time quadratic in a run of combining marks: 54 s for 240,000 of them, and
 # 20 ms for these. Longer texts that differ in their composition only are found by their ids.
 _COMPOSED_POINTS = 4_096
+
+# Characters of a long text that are encoded at once.
+_PIECE = 65_536
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +123,28 @@ class DataSet:
             self.test,
             Texts(self.unlabelled, ("",) * len(self.unlabelled)),
         ):
-            digest.update(json.dumps([part.texts, part.labels], ensure_ascii=True).encode())
+            # As json.dumps([part.texts, part.labels]), without a copy of all the texts. Characters
+            # are escaped one by one, so a long text can be written in pieces.
+            for opening, strings in ((b"[[", part.texts), (b"], [", part.labels)):
+                digest.update(opening)
+                for number, string in enumerate(strings):
+                    digest.update(b', "' if number else b'"')
+                    for start in range(0, len(string), _PIECE):
+                        digest.update(json.dumps(string[start : start + _PIECE])[1:-1].encode())
+                    digest.update(b'"')
+            digest.update(b"]]")
         return digest.hexdigest()
 
 
 def composed(text: str) -> bytes:
-    """What texts have in common that any front end reads alike: their composed form (NFC)."""
-    form = unicodedata.normalize("NFC", text[:_COMPOSED_POINTS]) + text[_COMPOSED_POINTS:]
-    return form.encode("utf-8", "surrogatepass")
+    """What texts have in common that any front end reads alike: the sha256 of their composed form
+    (NFC).
+    """
+    form = unicodedata.normalize("NFC", text[:_COMPOSED_POINTS])
+    digest = hashlib.sha256(form.encode("utf-8", "surrogatepass"))
+    for start in range(_COMPOSED_POINTS, len(text), _PIECE):
+        digest.update(text[start : start + _PIECE].encode("utf-8", "surrogatepass"))
+    return digest.digest()
 
 
 def open_data(
@@ -200,7 +219,7 @@ def read_file(
         )
         columns = table.read(text=text, label=label)
     texts, labels, empty = _filled(path, columns, label)
-    keys = [hashlib.sha256(identity(value)).digest() for value in texts]
+    keys = [identity(value) for value in texts]
     numbers, repeated = _distinct(keys, labels)
     reading = Reading(
         source=str(path),
@@ -211,8 +230,7 @@ def read_file(
     ).leaving_out(empty | repeated)
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
     for number in numbers:
-        digest = hashlib.sha256(composed(texts[number])).digest()
-        tenth = int.from_bytes(digest[:4], "big") % 10
+        tenth = int.from_bytes(composed(texts[number])[:4], "big") % 10
         part = "test" if tenth == 0 else "validation" if tenth == 1 else "train"
         parts[part].append((texts[number], labels[number]))
     return _data_set(path.name, parts, reading)
@@ -347,7 +365,9 @@ def _filled(
                 f"{path}, {columns.unit} {number}: column {label_column!r} holds half of a"
                 f" surrogate pair ({label!r}), which is no character: mend the label"
             ) from error
-        texts.append(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+        if _SURROGATE.search(text):
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        texts.append(text)
         labels.append(label)
     return texts, labels, empty
 

@@ -199,7 +199,7 @@ def _identity(config: TrainConfig) -> Callable[[str], bytes]:
     if config.frontend != "ngrams":
         return composed
     frontend = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
-    return lambda text: frontend.encode(text).ids.tobytes()
+    return lambda text: hashlib.sha256(frontend.encode(text).ids.tobytes()).digest()
 
 
 def _encoded(data: DataSet, frontend: FrontEnd) -> dict[str, Rows]:

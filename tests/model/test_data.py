@@ -4,6 +4,7 @@ counted, and a split loses and leaks nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import unicodedata
@@ -15,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from evalmode.model.data import DataSet, composed, open_data, read_file, tell_apart
-from evalmode.model.texts import DataError
+from evalmode.model.texts import DataError, Texts
 
 ROWS = [
     (f"this is text number {n}, {'good' if n % 2 else 'bad'}", "good" if n % 2 else "bad")
@@ -117,6 +118,14 @@ def test_the_sha_is_of_the_content_and_not_of_the_name(tmp_path):
     first, same = read_file(csv_of(tmp_path)), read_file(csv_of(tmp_path, name="other.csv"))
     changed = read_file(csv_of(tmp_path, [("another text", "good"), *ROWS]))
     assert first.sha256 == same.sha256 != changed.sha256
+
+
+@pytest.mark.parametrize("text", ["", "x" * 200_000, '😀\n\\"é' * 40_000, "\ud800" * 65_537])
+def test_the_sha256_of_long_texts_is_that_of_their_json(text):
+    parts = [Texts(("a", text), ("é", '"')), Texts((), ()), Texts((text,), ("é",))]
+    data = DataSet(name="d", labels=("é", '"'), train=parts[0], validation=parts[1], test=parts[2])
+    lines = [json.dumps([part.texts, part.labels]) for part in (*parts, Texts((), ()))]
+    assert data.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evalmode.model.reading.delimited import rows_of
 from evalmode.model.reading.source import Columns
 from evalmode.model.reading.table import open_table
 from evalmode.model.texts import DataError
@@ -98,6 +99,22 @@ def test_what_a_csv_writer_wrote_is_read_back(rows, tmp_path_factory):
     csv.writer(buffer).writerows([("text", "label"), *rows])
     path = written(tmp_path_factory.mktemp("rows"), buffer.getvalue())
     assert pairs(read(path)) == rows
+
+
+@given(text=st.text(st.sampled_from('ab,"\n\r\u2028 '), max_size=30), quoting=st.booleans())
+def test_rows_are_those_of_python_s_strict_reader(text, quoting):
+    quotes = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+    reader = csv.reader(io.StringIO(text, newline=""), quoting=quotes, strict=True)
+    rows = rows_of(Path("d.csv"), text, separator=",", quoting=quoting)
+    try:
+        expected = [
+            (row, reader.line_num) for row in reader if len(row) > 1 or "".join(row).strip()
+        ]
+    except csv.Error:
+        with pytest.raises(DataError, match="a quotation mark opens a field"):
+            list(rows)
+    else:
+        assert [(row.fields, row.last) for row in rows] == expected
 
 
 def test_texts_of_several_lines_in_quotation_marks_are_one_text(tmp_path):
