@@ -1,6 +1,6 @@
 """The operators that are known: which of them are quiet, which draw and which train.
 
-Written by `python -m evalmode.export.rules.operator_table` from onnx's schemas; a test compares
+Written by `python -m tests.export.operator_table` from onnx's schemas; a test compares
 them. The names are listed by their domain; ONNX's own is the empty string. Operators that have a
 training mode are in none of the tables: `operators.py` judges each node of these.
 """

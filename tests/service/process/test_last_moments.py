@@ -76,7 +76,8 @@ def test_a_signal_ends_a_start_whose_model_never_answers(tmp_path, workers, numb
     )
     process = subprocess.Popen(
         [sys.executable, *processes.SERVER],
-        env=processes.environment(bundle, workers=workers),
+        # Without a trial the model runs in the server's own process.
+        env=processes.environment(bundle, workers=workers, load_timeout_s=0),
         stderr=subprocess.PIPE,
         text=True,
     )

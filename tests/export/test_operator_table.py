@@ -6,8 +6,8 @@ import onnx
 import onnxruntime.capi.onnxruntime_pybind11_state as runtime
 
 from evalmode.bundle import operator_table, operators
-from evalmode.export.rules.operator_table import table
 from evalmode.export.rules.training_mode import JUDGED
+from tests.export.operator_table import table
 
 
 def names(table: dict[str, str]) -> set[tuple[str, str]]:
@@ -16,7 +16,7 @@ def names(table: dict[str, str]) -> set[tuple[str, str]]:
 
 def test_the_table_of_the_bundle_is_what_onnxs_schemas_say() -> None:
     written = Path(operator_table.__file__).read_text()
-    assert written == table(), "`python -m evalmode.export.rules.operator_table` writes it anew"
+    assert written == table(), "`python -m tests.export.operator_table` writes it anew"
 
 
 def test_every_operator_of_onnx_and_of_the_runtime_is_quiet_or_refused_or_judged_by_its_mode() -> (

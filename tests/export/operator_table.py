@@ -1,7 +1,7 @@
 """The table of operators that `bundle/operators.py` reads, from onnx's schemas and from what the
 rules know of ONNX Runtime's own operators.
 
-`python -m evalmode.export.rules.operator_table > bundle/operator_table.py` writes it anew.
+`python -m tests.export.operator_table > bundle/operator_table.py` writes it anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from evalmode.export.rules.training_mode import TRAINS
 
 _HEAD = '''"""The operators that are known: which of them are quiet, which draw and which train.
 
-Written by `python -m evalmode.export.rules.operator_table` from onnx's schemas; a test compares
+Written by `python -m tests.export.operator_table` from onnx's schemas; a test compares
 them. The names are listed by their domain; ONNX's own is the empty string. Operators that have a
 training mode are in none of the tables: `operators.py` judges each node of these.
 """
@@ -55,4 +55,4 @@ def _quoted(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")  # noqa: T201 - this is its output
+    print(table(), end="")
