@@ -142,6 +142,7 @@ class Connection(EndingProtocol):
         self._head_bytes = 0
         self._body_bytes: int | None = 0  # left of the body; None: it comes in chunks
         self._upgrading = False
+        self._framing_bytes = 0  # of a chunked body since its last data, such as trailers
         self._received = b""
         self._position = 0  # of the first byte in `_received` that the parser has not seen
         self._tail = b""  # what of an empty line the parser has seen, at most
@@ -219,6 +220,18 @@ class Connection(EndingProtocol):
         self._in_head = True
         self._heads += 1
         self._head_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header of the head. A trailer is dropped: it must not count as a header (RFC
+        9110, section 6.5.1).
+        """
+        if not self._in_body:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Hand a piece of the body to the application."""
+        self._framing_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         """Hand a head that is as it should be to the application."""
@@ -376,6 +389,7 @@ class Connection(EndingProtocol):
     def _feed(self, piece: bytes | memoryview) -> None:
         if self._in_body and self._body_bytes is not None:
             self._body_bytes -= len(piece)
+        self._framing_bytes = self._framing_bytes + len(piece) if self._in_body else 0
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
@@ -396,6 +410,14 @@ class Connection(EndingProtocol):
             self._head_bytes += len(piece)
             if self._head_bytes > self.limits.header_bytes:
                 self._refuse(self._too_long())
+        elif self._in_body and self._framing_bytes > self.limits.header_bytes:
+            self._refuse(
+                _Refused(
+                    431,
+                    "chunk sizes and trailers are longer than the"
+                    f" {self.limits.header_bytes} bytes allowed",
+                )
+            )
 
     def _go_on(self) -> None:
         """Take up the next request, once the one before is answered and the client reads."""

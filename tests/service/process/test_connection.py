@@ -583,3 +583,13 @@ def test_a_whole_address_is_answered_as_its_path(connect, address):
     connection = connect()
     connection.sendall(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % address)
     assert one_answer(connection)[1].startswith(b"pid ")
+
+
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 300_000, b"a: " + b"b" * 2_000_000])
+def test_trailers_are_bounded_as_heads_are(connect, trailers):
+    connection = connect()
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
+    connection.sendall(head + trailers)
+    status, sentence = refusal(rest_of(connection))
+    assert status == 431
+    assert sentence.startswith("chunk sizes and trailers are longer than the ")

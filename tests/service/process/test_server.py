@@ -348,3 +348,20 @@ def wait_until_refused(port: int) -> None:
         except OSError:
             return
     raise AssertionError("the server goes on accepting connections")
+
+
+def test_a_trailer_is_no_header_of_its_request(bundle):
+    body = b'{"inputs": ["a"]}'
+    request = (
+        b"POST /v1/predict HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n%b\r\n"
+    )
+    trailers = b"x-request-id: trailer\r\ncontent-encoding: gzip\r\nx-request-timeout-ms: 0\r\n"
+    with (
+        processes.running(bundle) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as connection,
+    ):
+        connection.sendall(request % (len(body), body, trailers))
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"trailer" not in answer
