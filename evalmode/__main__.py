@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 
@@ -12,6 +14,10 @@ def main() -> None:
         from evalmode.client.readiness import check
 
         sys.exit(check())
+    if sys.argv[1:2] == ["serve"]:
+        # The first process of a container loses a signal that it does not handle. Until the server
+        # has handlers of its own, while modules are imported, this one ends it.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     from evalmode.cli import main as run
 
     run()

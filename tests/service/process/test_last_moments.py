@@ -102,6 +102,23 @@ def test_a_signal_ends_a_start_whose_model_never_answers(tmp_path, workers, numb
     assert not any(Path(f"/proc/{pid}").exists() for pid in loading)
 
 
+def test_a_signal_ends_a_start_while_modules_are_imported():
+    # Without a handler the kernel would drop the signal in the first process of a container.
+    process = subprocess.Popen([sys.executable, "-m", "evalmode", "serve", "absent"])
+    try:
+        while True:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+            if caught >> (signal.SIGTERM - 1) & 1:
+                break
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_without_a_signal_the_earlier_handlers_are_back():
     before = signal.getsignal(signal.SIGTERM)
     with Signals():
