@@ -27,6 +27,7 @@ import safetensors.torch
 from pydantic import TypeAdapter
 
 from evalmode.atomic_files import replace_files
+from evalmode.bundle.errors import BundleCorrupt
 from evalmode.bundle.frontend import (
     TOKENIZER_FILE,
     FrontEnd,
@@ -35,6 +36,7 @@ from evalmode.bundle.frontend import (
     open_frontend,
 )
 from evalmode.bundle.npz import npz_of
+from evalmode.bundle.store import read_file
 from evalmode.errors import EvalmodeError
 from evalmode.model.config import TransformerConfig
 from evalmode.model.metrics import Measures
@@ -166,13 +168,12 @@ def load(folder: Path) -> Checkpoint:
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     try:
-        record = json.loads(path.read_bytes())
-    except OSError as error:
+        record = json.loads(read_file(path))
+    except BundleCorrupt as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): a checkpoint is a folder that `evalmode"
-            " train` has finished"
+            f"{error}: a checkpoint is a folder that `evalmode train` has finished"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON, or only a part of it: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
@@ -214,11 +215,9 @@ def _require_agreement(
 
 def _checked(path: Path, sha256: str) -> bytes:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}), and checkpoint.json lists it"
-        ) from error
+        data = read_file(path)
+    except BundleCorrupt as error:
+        raise CheckpointError(f"{error}, and checkpoint.json lists it") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(
             f"{path} was changed or cut short after the training: its sha256 is not the"

@@ -21,6 +21,8 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from evalmode.atomic_files import write_file
+from evalmode.bundle.errors import BundleCorrupt
+from evalmode.bundle.store import read_file
 from evalmode.errors import EvalmodeError
 from evalmode.model.checkpoint import RECORD_FILE
 
@@ -169,9 +171,9 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path)
 
 def _state(path: Path, *, map_location: Any = None) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StateUnusable(f"{path} cannot be read ({error.strerror}): {BEGIN_ANEW}") from error
+        data = read_file(path)
+    except BundleCorrupt as error:
+        raise StateUnusable(f"{error}: {BEGIN_ANEW}") from error
     size = hashlib.sha256().digest_size
     if hashlib.sha256(memoryview(data)[size:]).digest() != data[:size]:
         raise StateUnusable(
@@ -190,10 +192,10 @@ def _state(path: Path, *, map_location: Any = None) -> dict[str, Any]:
 def _record(path: Path) -> dict[str, Any]:
     """The configuration of the run whose state stands beside it."""
     try:
-        record = json.loads(path.read_bytes())
-    except OSError as error:
-        raise StateUnusable(f"{path} cannot be read ({error.strerror}): {BEGIN_ANEW}") from error
-    except ValueError as error:
+        record = json.loads(read_file(path))
+    except BundleCorrupt as error:
+        raise StateUnusable(f"{error}: {BEGIN_ANEW}") from error
+    except (ValueError, RecursionError) as error:
         raise StateUnusable(f"{path} is not whole JSON ({error}): {BEGIN_ANEW}") from error
     if not isinstance(record, dict):
         raise StateUnusable(f"{path} does not describe a training: {BEGIN_ANEW}")

@@ -363,7 +363,13 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
 
 
 def _record_of(finished: Checkpoint) -> dict[str, Any]:
-    return finished.provenance["training"] | {"data_sha256": finished.provenance["data"]["sha256"]}
+    provenance = finished.provenance
+    try:
+        return provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
+    except (KeyError, TypeError) as error:
+        raise EvalmodeError(
+            f"{checkpoint.RECORD_FILE} does not say how it was trained: {BEGIN_ANEW}"
+        ) from error
 
 
 def _sample(rows: Rows) -> Rows:

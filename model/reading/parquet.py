@@ -63,6 +63,9 @@ class Parquet:
         if types.is_integer(kind):
             return self._named(name, column.to_pylist())
         if types.is_floating(kind):
+            if self._class_names(name) is not None:
+                # pandas writes whole numbers as floats where a value is missing.
+                return self._named(name, self._whole(name, column.to_pylist()))
             return self._spelled(name, column)
         raise DataError(
             f"{self.path}: column {name!r} is of the type {kind}, and strings, numbers, booleans or"
@@ -95,6 +98,21 @@ class Parquet:
                 )
             words.append(None if value is None or value == -1 else class_names[value])
         return words
+
+    def _whole(self, name: str, values: Sequence[float | None]) -> list[int | None]:
+        """The numbers of classes, written as floats; None for NaN."""
+        numbers: list[int | None] = []
+        for row, value in enumerate(values, start=1):
+            if value is None or value != value:
+                numbers.append(None)
+            elif value.is_integer():
+                numbers.append(int(value))
+            else:
+                raise DataError(
+                    f"{self.path}, row {row}: column {name!r} holds {value}, and its ClassLabel"
+                    " names whole numbers: mend the row or the names"
+                )
+        return numbers
 
     def _class_names(self, name: str) -> list[str] | None:
         """What the file's Hugging Face metadata calls the classes of a column; None: nothing."""

@@ -23,6 +23,8 @@ from evalmode.model.resume import (
     StateNotWritten,
     StateUnusable,
     WholeFiles,
+    _record,
+    _state,
     check_folder,
 )
 from tests.model.test_train import Killed, contents, train, watch_steps
@@ -228,3 +230,11 @@ def test_the_record_of_a_run_holds_no_path(out):
     record = json.loads((out / FOLDER / RUN_FILE).read_text())
     assert record["data"] == "rows.csv"
     assert not {"separator", "max_minutes"} & record.keys()
+
+
+@pytest.mark.parametrize("name", ["run.json", STATE_FILE])
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    read = _record if name == "run.json" else _state
+    with pytest.raises(StateUnusable, match=rf"{name} .*begin anew with --overwrite"):
+        read(tmp_path / name)

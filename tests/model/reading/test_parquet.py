@@ -96,6 +96,14 @@ def test_numbers_have_the_class_names_that_the_file_brings(tmp_path):
     assert read(path).labels == ["neg", "pos", None, None, "pos"]
 
 
+def test_numbers_of_classes_that_pandas_wrote_as_floats_have_their_names(tmp_path):
+    labels = pyarrow.array([0.0, float("nan"), 1.0, None])
+    path = written(tmp_path, labels, {"label": CLASS_LABEL})
+    assert read(path).labels == ["neg", None, "pos", None]
+    with pytest.raises(DataError, match=r"row 2: column 'label' holds 0\.5, and its ClassLabel"):
+        read(written(tmp_path, pyarrow.array([0.0, 0.5]), {"label": CLASS_LABEL}))
+
+
 def test_class_names_of_another_column_change_nothing(tmp_path):
     path = written(
         tmp_path, pyarrow.array([0, 1]), {"other": CLASS_LABEL, "label": {"_type": "Value"}}
