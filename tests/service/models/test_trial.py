@@ -231,12 +231,16 @@ def test_what_takes_the_place_of_a_bundle_after_its_trial_is_never_opened(tmp_pa
     trial.rest()
 
 
+def repository_of(root: Path, trial: TrialOpener) -> Repository:
+    return Repository(
+        root, open_model=trial.open, after_opening=trial.rest, cancel_opening=trial.cancel
+    )
+
+
 def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(root):
     harmless(root)
     trial = TrialOpener(timeout_s=10)
-    repository = Repository(
-        root, open_model=trial.open, after_opening=trial.rest, cancel_opening=trial.cancel
-    )
+    repository = repository_of(root, trial)
     before = children()
     repository.start()
     hanging_when_run(root, version="2")
@@ -260,9 +264,7 @@ def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(r
 def test_closing_a_repository_ends_an_opening_at_once_and_without_a_word(root):
     harmless(root)
     trial = TrialOpener(timeout_s=600)
-    repository = Repository(
-        root, open_model=trial.open, after_opening=trial.rest, cancel_opening=trial.cancel
-    )
+    repository = repository_of(root, trial)
     repository.start()
     hanging_when_run(root, version="2")
     before = children()
