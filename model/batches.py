@@ -45,6 +45,12 @@ class Rows:
         """The ids of one row, (T,) or (T, G) int64."""
         return self.flat[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
 
+    @property
+    def labelled(self) -> Rows:
+        """The rows that have a label, in their order."""
+        numbers = np.flatnonzero(self.labels != UNLABELLED)
+        return self if len(numbers) == len(self) else self.take(numbers)
+
     def take(self, numbers: npt.NDArray[np.int64]) -> Rows:
         """These rows alone, in this order."""
         picked = [self.flat[self.offsets[number] : self.offsets[number + 1]] for number in numbers]

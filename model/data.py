@@ -99,7 +99,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """Labelled texts in three parts, and texts that have no label but are trained on all the same.
+    """Labelled texts in three parts, and texts without a label for training and validation.
 
     `labels` is sorted; a label's place in it is its index. The parts share no text. `reading` is
     None where the texts were not read from anywhere.
@@ -111,18 +111,17 @@ class DataSet:
     validation: Texts
     test: Texts
     unlabelled: tuple[str, ...] = ()
+    unlabelled_validation: tuple[str, ...] = ()
     reading: Reading | None = None
 
     @cached_property
     def sha256(self) -> str:
         """Of all the texts and labels, in their order."""
+        parts = [self.train, self.validation, self.test, _without_labels(self.unlabelled)]
+        if self.unlabelled_validation:
+            parts.append(_without_labels(self.unlabelled_validation))
         digest = hashlib.sha256()
-        for part in (
-            self.train,
-            self.validation,
-            self.test,
-            Texts(self.unlabelled, ("",) * len(self.unlabelled)),
-        ):
+        for part in parts:
             # As json.dumps([part.texts, part.labels]), without a copy of all the texts. Characters
             # are escaped one by one, so a long text can be written in pieces.
             for opening, strings in ((b"[[", part.texts), (b"], [", part.labels)):
@@ -134,6 +133,10 @@ class DataSet:
                     digest.update(b'"')
             digest.update(b"]]")
         return digest.hexdigest()
+
+
+def _without_labels(texts: tuple[str, ...]) -> Texts:
+    return Texts(texts, ("",) * len(texts))
 
 
 def composed(text: str) -> bytes:
@@ -255,7 +258,11 @@ def tell_apart(data: DataSet, keys: Mapping[str, Sequence[Hashable]]) -> DataSet
         rows[name].append((parts[name].texts[number], parts[name].labels[number]))
     assert data.reading is not None, "a data set that was read says so"
     reading = data.reading.leaving_out(repeated)
-    return replace(_data_set(data.name, rows, reading), unlabelled=data.unlabelled)
+    return replace(
+        _data_set(data.name, rows, reading),
+        unlabelled=data.unlabelled,
+        unlabelled_validation=data.unlabelled_validation,
+    )
 
 
 def _data_set(

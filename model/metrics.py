@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from evalmode.bundle.frontend import FrontEndSpec
-from evalmode.model.batches import Rows, padded
+from evalmode.model.batches import UNLABELLED, Rows, padded
 
 # accuracy, macro_f1 and rows; where classes have no rows also `classes` and `not_tested`
 Measures: TypeAlias = Mapping[str, JsonValue]
@@ -56,9 +56,10 @@ def predict(network: nn.Module, rows: Rows, *, spec: FrontEndSpec) -> npt.NDArra
 
 
 def log_loss(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
-    """Mean of -log p(label) in nats."""
-    shifted = logits - logits.max(1, keepdims=True)
-    picked = shifted[np.arange(len(labels)), labels]
+    """Mean of -log p(label) in nats; rows without a label want 1 / C of each label."""
+    shifted = logits - logits.max(1, keepdims=True)  # (N, C)
+    picked = shifted[np.arange(len(labels)), labels]  # (N,)
+    picked = np.where(labels == UNLABELLED, shifted.mean(1), picked)
     return float((np.log(np.exp(shifted).sum(1)) - picked).mean())
 
 

@@ -70,9 +70,7 @@ from evalmode.model.transformer import Transformer
 from evalmode.model.unlabelled import with_unlabelled
 
 ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 2, 20
-JUDGED_TRAIN_ROWS = (
-    10_000  # the training accuracy is of so many rows: it is shown for the gap to test, no more
-)
+JUDGED_TRAIN_ROWS = 10_000
 TABLE_SCALE = 0.1
 ODD_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
 SAMPLED_LABELS, SAMPLED_POINTS = 24, 8_192
@@ -92,7 +90,10 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What a run trains on: its data, what encodes it, and the three parts encoded."""
+    """What a run trains on: its data, what encodes it, and the three parts encoded.
+
+    Texts without a label come last in `train` and `validation`.
+    """
 
     config: TrainConfig
     data: DataSet
@@ -203,18 +204,17 @@ def _identity(config: TrainConfig) -> Callable[[str], bytes]:
 
 
 def _encoded(data: DataSet, frontend: FrontEnd) -> dict[str, Rows]:
-    """The three parts; the texts without a label come last in `train`."""
+    """The three parts; the texts without a label come last in training and validation."""
     index = {label: number for number, label in enumerate(data.labels)}
-    parts = {
-        name: encode(part.texts, [index[label] for label in part.labels], frontend=frontend)
-        for name, part in (("validation", data.validation), ("test", data.test))
-    }
-    labels = [
-        *(index[label] for label in data.train.labels),
-        *(UNLABELLED for _ in data.unlabelled),
-    ]
-    train = encode((*data.train.texts, *data.unlabelled), labels, frontend=frontend)
-    return parts | {"train": train}
+    parts = {}
+    for name, part, unlabelled in (
+        ("train", data.train, data.unlabelled),
+        ("validation", data.validation, data.unlabelled_validation),
+        ("test", data.test, ()),
+    ):
+        labels = [*(index[label] for label in part.labels), *(UNLABELLED for _ in unlabelled)]
+        parts[name] = encode((*part.texts, *unlabelled), labels, frontend=frontend)
+    return parts
 
 
 def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validation | None:
@@ -323,11 +323,13 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
     """
     network = Transformer(_shape(run)).eval()
     network.load_state_dict(weights)
-    temperature = fit_temperature(
-        predict(network, run.validation, spec=run.spec), run.validation.labels
-    )
+    validation = run.validation.labelled
+    temperature = fit_temperature(predict(network, validation, spec=run.spec), validation.labels)
     fold_temperature(network.head, temperature)
-    parts = {"train": _sample(run.train), "validation": run.validation, "test": run.test}
+    # The training accuracy is of some rows, evenly spread: it is shown for its gap to the test's.
+    labelled = np.flatnonzero(run.train.labels != UNLABELLED)
+    train = run.train.take(labelled[:: -(-len(labelled) // JUDGED_TRAIN_ROWS)])
+    parts = {"train": train, "validation": validation, "test": run.test}
     metrics: dict[str, Measures] = {
         name: {
             **quality(predict(network, rows, spec=run.spec), rows.labels),
@@ -370,13 +372,6 @@ def _record_of(finished: Checkpoint) -> dict[str, Any]:
         raise EvalmodeError(
             f"{checkpoint.RECORD_FILE} does not say how it was trained: {BEGIN_ANEW}"
         ) from error
-
-
-def _sample(rows: Rows) -> Rows:
-    """At most JUDGED_TRAIN_ROWS of the labelled rows, evenly spread."""
-    labelled = np.flatnonzero(rows.labels != UNLABELLED)
-    numbers = labelled[:: -(-len(labelled) // JUDGED_TRAIN_ROWS)]
-    return rows.take(numbers)
 
 
 def _one_a_label(texts: Texts) -> tuple[str, ...]:

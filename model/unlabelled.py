@@ -10,28 +10,48 @@ from dataclasses import replace
 from evalmode.model.data import DataSet
 from evalmode.model.languages import letterless
 
-# One for so many training rows.
-ROWS_A_TEXT = 50
+# Texts without letters that training gets: one for so many training rows, and at least FEWEST.
+# Fewer are learned by heart, and teach nothing about the next one.
+ROWS_A_TEXT, FEWEST = 50, 512
+# Others like them, from which validation sees whether that was learned: as many as there are
+# validation rows, which they must not outvote, and at most so many.
+MOST_VALIDATION = 128
+# Where so large a share of the training rows has no letters, such texts are what is classified.
+MOST_LABELLED = 0.1
+
 _LETTER = re.compile(r"[^\W\d_]")
 
 
 def with_unlabelled(data: DataSet) -> DataSet:
-    """The data set with texts without letters, one for each ROWS_A_TEXT training rows.
+    """Add texts without letters to the training and validation rows.
 
-    Texts without letters that have a label keep it, and each takes the place of one that would be
-    made: where they are many, as ratings and dates are, none contradicts them. None that is made
-    says the same as a labelled one. A data set that brings its unlabelled texts stays as it is.
+    Texts without letters that have a label keep it. Made-up texts that share a character with one
+    of them are dropped (digits count as one character), so nothing contradicts a label. A data set
+    that brings unlabelled texts of its own stays as it is.
     """
     if data.unlabelled:
         return data
     parts = (data.train, data.validation, data.test)
-    labelled = {_shape(text) for part in parts for text in part.texts if not _LETTER.search(text)}
-    of_class = sum(not _LETTER.search(text) for text in data.train.texts)
-    count = len(data.train.texts) // ROWS_A_TEXT - of_class
-    texts = letterless(max(0, count), seed=0)
-    return replace(data, unlabelled=tuple(text for text in texts if _shape(text) not in labelled))
+    characters = {
+        character
+        for part in parts
+        for text in part.texts
+        if not _LETTER.search(text)
+        for character in _characters(text)
+    }
+    rows = len(data.train.texts)
+    labelled = sum(not _LETTER.search(text) for text in data.train.texts)
+    if labelled > MOST_LABELLED * rows:
+        return data
+    train, validation = (
+        tuple(text for text in letterless(count, seed=seed) if not characters & _characters(text))
+        for count, seed in (
+            (max(FEWEST, rows // ROWS_A_TEXT), 0),
+            (min(MOST_VALIDATION, len(data.validation.texts)), 1),
+        )
+    )
+    return replace(data, unlabelled=train, unlabelled_validation=validation)
 
 
-def _shape(text: str) -> str:
-    """A text without letters as front ends read it at most: single blanks, every digit alike."""
-    return re.sub(r"\d", "0", " ".join(text.split()))
+def _characters(text: str) -> set[str]:
+    return set(re.sub(r"\d", "0", "".join(text.split())))

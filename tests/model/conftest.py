@@ -28,7 +28,7 @@ def write_rows(path: Path, *, rows: int = 230) -> Path:
 
 
 def small_run(data: Path, **changes: object) -> TrainConfig:
-    """Two epochs of 12 or 13 steps; the state is saved every 5."""
+    """Two epochs of 45 steps; the state is saved every 5."""
     options: dict[str, object] = {
         "data": str(data),
         "frontend": "ngrams",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evalmode.bundle.frontend import BpeSpec
-from evalmode.model.batches import Rows
+from evalmode.model.batches import UNLABELLED, Rows
 from evalmode.model.metrics import (
     fit_temperature,
     fold_temperature,
@@ -44,6 +44,13 @@ def test_a_class_that_was_not_tested_counts_nothing_and_is_named():
 
 def test_the_log_loss_is_the_mean_of_minus_log_p():
     assert log_loss(LOGITS, LABELS) == pytest.approx(-np.log([0.7, 0.3, 0.8, 0.7]).mean())
+
+
+def test_a_row_without_a_label_wants_the_same_of_every_label():
+    even, uneven = np.zeros((1, 4)), np.array([[3.0, 0.0, 0.0, 0.0]])
+    unlabelled = np.array([UNLABELLED])
+    assert log_loss(even, unlabelled) == pytest.approx(np.log(4))
+    assert log_loss(uneven, unlabelled) > log_loss(even, unlabelled)
 
 
 def test_the_temperature_undoes_what_made_the_scores_too_sure():

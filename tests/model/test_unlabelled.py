@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from evalmode.model.data import DataSet
@@ -22,11 +24,23 @@ def data_set(texts: list[str], *, unlabelled: tuple[str, ...] = ()) -> DataSet:
     )
 
 
-@pytest.mark.parametrize(("rows", "count"), [(49, 0), (50, 1), (400, 8), (5_000, 100)])
-def test_a_fiftieth_of_the_training_rows_is_made_without_letters(rows, count):
+def has_letters(text: str) -> bool:
+    return any(character.isalpha() for character in text)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(9, 512), (400, 512), (30_000, 600)])
+def test_a_fiftieth_of_the_training_rows_and_at_least_512_are_made_without_letters(rows, count):
     texts = with_unlabelled(data_set([f"text {number}" for number in range(rows)])).unlabelled
     assert len(texts) == count
-    assert not any(character.isalpha() for text in texts for character in text)
+    assert not any(has_letters(text) for text in texts)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (100, 100), (5_000, 128)])
+def test_validation_has_others_of_them_as_many_as_rows_and_at_most_128(rows, count):
+    data = replace(data_set(["a text"]), validation=Texts(("a text",) * rows, ("x",) * rows))
+    texts = with_unlabelled(data).unlabelled_validation
+    assert len(texts) == count
+    assert not any(has_letters(text) for text in texts)
 
 
 def test_a_data_set_that_brings_its_own_stays_as_it_is():
@@ -34,24 +48,28 @@ def test_a_data_set_that_brings_its_own_stays_as_it_is():
     assert with_unlabelled(data) is data
 
 
-def test_labelled_texts_without_letters_take_the_place_of_those_that_would_be_made():
-    texts = [f"text {number}" for number in range(5_000)]
-    some, many = texts + ["?!"] * 40, texts + ["*****"] * 200
-    assert len(with_unlabelled(data_set(some)).unlabelled) == pytest.approx(60, abs=3)
-    assert with_unlabelled(data_set(many)).unlabelled == ()
+def test_none_is_made_where_texts_without_letters_are_what_is_classified():
+    texts = [f"text {number}" for number in range(90)]
+    assert with_unlabelled(data_set([*texts, *["?!"] * 10])).unlabelled
+    assert with_unlabelled(data_set([*texts, *["?!"] * 11])).unlabelled == ()
 
 
-def test_none_says_the_same_as_a_labelled_text():
-    made = with_unlabelled(data_set(["a text"] * 20_000)).unlabelled
-    assert {"?", "😀"} <= set(made)
-    assert any(text[0].isdigit() and text.endswith("%") for text in made)
-    labelled = ["?", "😀", "57 %"]
-    beside = with_unlabelled(data_set(["a text"] * 20_000 + labelled)).unlabelled
-    assert not set(beside) & {"?", "😀"}
-    assert not any(len(text) == 4 and text.endswith(" %") for text in beside)
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_none_shares_a_character_with_a_labelled_text_without_letters(part):
+    made = with_unlabelled(data_set(["a text"] * 500)).unlabelled
+    assert {"?", "😀"} <= set("".join(made))
+    assert any(character.isdigit() for text in made for character in text)
+
+    labelled = Texts(("a text",) * 50 + ("?", "😀 ", "57"), ("x",) * 53)
+    data = with_unlabelled(replace(data_set(["a text"] * 50), **{part: labelled}))
+    for texts in (data.unlabelled, data.unlabelled_validation):
+        assert texts
+        assert not set("".join(texts)) & set("?😀0123456789")
 
 
 def test_the_same_data_has_the_same_ones_and_they_are_part_of_its_digest():
     data = data_set(["a text"] * 500)
-    assert with_unlabelled(data) == with_unlabelled(data)
-    assert with_unlabelled(data).sha256 != data.sha256
+    made = with_unlabelled(data)
+    assert with_unlabelled(data) == made
+    digests = {data.sha256, made.sha256, replace(made, unlabelled_validation=()).sha256}
+    assert len(digests) == 3
