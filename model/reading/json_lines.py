@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evalmode.model.reading.source import Columns
+from evalmode.model.reading.source import Columns, value_of
 from evalmode.model.texts import DataError
 
 
@@ -21,7 +22,7 @@ class JsonLines:
     digits. true is "true". null, NaN and a member that is not there are no value.
     """
 
-    def __init__(self, path: Path, text: str) -> None:
+    def __init__(self, path: Path, data: bytes) -> None:
         self.path = path
         decoder = json.JSONDecoder(
             object_pairs_hook=_Members, parse_int=str, parse_float=str, parse_constant=_constant
@@ -29,8 +30,8 @@ class JsonLines:
         self._rows: list[dict[str, Any]] = []
         self._lines: list[int] = []
         names: dict[str, None] = {}
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
+        for number, line in enumerate(_lines(data), start=1):
+            if not line:
                 continue
             try:
                 value = decoder.decode(line)
@@ -39,12 +40,18 @@ class JsonLines:
                     f"{path}, line {number}, character {error.colno} is not JSON ({error.msg}):"
                     " each line must hold one whole object"
                 ) from error
-            except (ValueError, RecursionError) as error:
+            except RecursionError as error:
+                raise DataError(
+                    f"{path}, line {number} cannot be read: it holds lists or objects within more"
+                    " others than can be read: remove the member that holds them"
+                ) from error
+            except ValueError as error:
                 raise DataError(f"{path}, line {number} cannot be read: {error}") from error
             if not isinstance(value, _Members):
+                kind = _kind(value) if isinstance(value, list) else _shown(line)
                 raise DataError(
-                    f"{path}, line {number} is {_kind(value)} and not an object: write each row as"
-                    ' {"text": "...", "label": "..."}'
+                    f"{path}, line {number} is {kind} and not an object: write each row as"
+                    ' {"text": "...", "label": "..."} in a line of its own'
                 )
             row = dict(value)
             if len(row) < len(value):
@@ -82,13 +89,29 @@ class JsonLines:
                     " string, a number, true, false or null is needed: name another column, or"
                     " write one value"
                 )
-            values.append(value)
+            values.append(None if value is None else value.strip())
         return values
+
+
+def _lines(data: bytes) -> Iterator[str]:
+    """The lines without blanks around them, and without the mark that begins a file: files that
+    were joined have it inside.
+    """
+    view, start = memoryview(data), 0
+    while start <= len(data):
+        stop = data.find(b"\n", start)
+        stop = len(data) if stop < 0 else stop
+        yield value_of(view[start:stop]).removeprefix("\ufeff")
+        start = stop + 1
+
+
+def _shown(line: str) -> str:
+    return line if len(line) <= 40 else line[:40] + "..."
 
 
 def _constant(name: str) -> None:
     if name != "NaN":
-        raise ValueError(f"{name} is not a number that JSON has")
+        raise ValueError(f"{name} is not a number that JSON has: write null, or a string")
 
 
 def _kind(value: object) -> str:

@@ -74,8 +74,16 @@ def test_lists_objects_and_double_keys_are_refused_with_their_line(tmp_path, mem
         ('{"text": "a", "label": "b"} {"text": "c", "label": "d"}', "is not JSON"),
         ("{'text': 'a', 'label': 'b'}", "is not JSON"),
         ('[{"text": "a", "label": "b"}]', "is a list and not an object"),
-        ('"text"', "is a single value and not an object"),
-        ("[" * 100_000, "cannot be read"),
+        ('"text"', 'is "text" and not an object'),
+        ("null", "is null and not an object: write each row as"),
+        ("  3 ", "is 3 and not an object: write each row as"),
+        ("-1.5e3", "is -1.5e3 and not an object"),
+        ("true", "is true and not an object"),
+        ("NaN", "is NaN and not an object"),
+        ('"' + "x" * 5000 + '"', 'is "x{39}[.][.][.] and not an object'),
+        ("[" * 100_000, "cannot be read: it holds lists or objects within more others"),
+        ('{"a":' * 100_000, "cannot be read: it holds lists or objects within more others"),
+        ("Infinity", "Infinity is not a number that JSON has: write null, or a string"),
     ],
 )
 def test_a_line_that_is_no_object_is_refused(tmp_path, line, reason):
@@ -100,3 +108,15 @@ def test_a_member_that_is_missing_is_no_value(tmp_path):
 def test_a_file_without_objects_says_so(tmp_path):
     with pytest.raises(DataError, match="is empty: each line must hold one object"):
         read(tmp_path, "\n \n")
+
+
+def test_the_mark_that_begins_a_file_may_stand_inside_of_a_joined_one(tmp_path):
+    line = '{"text": "a", "label": "x"}\n'
+    assert read(tmp_path, line + "\ufeff" + line).labels == ["x", "x"]
+
+
+@pytest.mark.parametrize("text", ["word " * 30_000, "é\n" * 50_000, "😀 b" * 40_000, '"' * 90_000])
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_a_long_text_is_read_as_it_stands(tmp_path, text, is_ascii):
+    row = json.dumps({"text": f" {text}\t", "label": "x"}, ensure_ascii=is_ascii)
+    assert read(tmp_path, row + "\n").texts == [text.strip()]

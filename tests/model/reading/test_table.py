@@ -70,15 +70,24 @@ def test_an_unknown_ending_names_those_that_are_read(tmp_path, name):
         (lzma.compress(ROWS.encode()), "xz data"),
         (b"PK\x03\x04" + bytes(99), "zip (so are Excel's files) data"),
         (ROWS.encode("utf-16"), "UTF-16 data"),
+        (ROWS.encode("utf-16-be").join((b"\xfe\xff", b"")), "UTF-16 data"),
+        (ROWS.encode("utf-32"), "UTF-32 data"),
+        (ROWS.encode("utf-32-be").join((b"\0\0\xfe\xff", b"")), "UTF-32 data"),
         (ROWS.encode("utf-16-le"), "line 1: byte 2 of the file is a NUL byte"),
         (
             b"text,label\nfine,x\nbad \xe9,y\n",
             "line 3: byte 23 of the file is 0xe9, which is not UTF-8",
         ),
         (b"\xef\xbb\xbftext,label\n\xff,y\n", "line 2: byte 15 of the file is 0xff"),
+        (b"\xef\xbb\xbftext,label\na\0b,y\n", "line 2: byte 16 of the file is a NUL byte"),
+        ("é".encode() * 40_000 + b"\n\xc3", "line 2: byte 80002 of the file is 0xc3"),
+        (b"x" * 65_535 + "é".encode() + b"\xe9", "line 1: byte 65538 of the file is 0xe9"),
         (b"text,label\na\0b,y\n", "line 2: byte 13 of the file is a NUL byte"),
     ],
-    ids=["gzip", "bzip2", "xz", "zip", "utf-16", "utf-16-le", "latin-1", "after a mark", "nul"],
+    ids=[
+        *("gzip", "bzip2", "xz", "zip", "utf-16", "utf-16-be", "utf-32", "utf-32-be", "utf-16-le"),
+        *("latin-1", "after a mark", "nul after a mark", "cut short", "far behind", "nul"),
+    ],
 )
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
 def test_what_is_not_utf_8_is_refused_with_line_and_byte(tmp_path, data, reason, ending):
