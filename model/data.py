@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from evalmode.model import languages
-from evalmode.model.reading.source import PIECE, Columns
+from evalmode.model.reading.source import PIECE, Columns, shown
 from evalmode.model.reading.table import open_table
 from evalmode.model.texts import DataError, Texts
 
@@ -317,8 +317,8 @@ def _data_set(
         )
     if len(counts) < 2:
         raise DataError(
-            f"{source}: column {column!r} holds one class, {next(iter(counts))!r}, and a classifier"
-            f" needs at least 2 ({reading}): name another column with --label-column"
+            f"{source}: column {column!r} holds one class, {shown(next(iter(counts)))}, and a"
+            f" classifier needs at least 2 ({reading}): name another column with --label-column"
         )
     if max(counts.values()) == 1:
         raise DataError(
@@ -334,8 +334,8 @@ def _data_set(
         largest, most = counts.most_common(1)[0]
         raise DataError(
             f"{source}: {total:,} usable rows of {len(counts):,} classes leave none to test with,"
-            f" as the largest class, {largest!r}, has {most:,}: give more rows a class, or name"
-            " another column with --label-column"
+            f" as the largest class, {shown(largest)}, has {most:,}: give more rows a class, or"
+            " name another column with --label-column"
         )
     train, validation, test = (
         Texts(tuple(text for text, _ in pairs), tuple(label for _, label in pairs))
@@ -361,7 +361,7 @@ def _column(
     taken: str | None,
 ) -> str:
     """The column that the flag names, or the first usual one, whatever its capitals."""
-    known = ", ".join(map(repr, names[:_NAMED_COLUMNS]))
+    known = ", ".join(map(shown, names[:_NAMED_COLUMNS]))
     if len(names) > _NAMED_COLUMNS:
         known += f" and {len(names) - _NAMED_COLUMNS:,} more"
     if chosen is None:
@@ -403,7 +403,7 @@ def _filled(
         except UnicodeEncodeError as error:
             raise DataError(
                 f"{path}, {columns.unit} {number}: column {label_column!r} holds half of a"
-                f" surrogate pair ({label!r}), which is no character: mend the label"
+                f" surrogate pair ({shown(label)}), which is no character: mend the label"
             ) from error
         if _SURROGATE.search(text):
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from evalmode.model.reading.source import PIECE, Columns, value_of
+from evalmode.model.reading.source import PIECE, Columns, shown, value_of
 from evalmode.model.texts import DataError
 
 TAB_NAMES = ("\t", "\\t", "tab")
@@ -177,12 +177,12 @@ class Delimited:
         for separator in LIKELY_SEPARATORS:
             if separator in name:
                 raise DataError(
-                    f"{self.path}: the header holds one column, {_shown(name)}, when"
+                    f"{self.path}: the header holds one column, {shown(name)}, when"
                     f" {_spelled(self.separator)} separates columns: give --separator"
                     f" {_spelled(separator)}"
                 )
         raise DataError(
-            f"{self.path}: the header holds one column, {_shown(name)}, and a column of texts and"
+            f"{self.path}: the header holds one column, {shown(name)}, and a column of texts and"
             " one of labels are needed: name the columns in the first line, or give --separator"
         )
 
@@ -332,9 +332,9 @@ def _end_of_quoted(path: Path, data: bytes, start: int, *, separator: str, line:
     last = line + _breaks(data, start, stop)
     raise DataError(
         f"{path}, line {line}: a quotation mark opens a field, and up to line {last} none closes it"
-        " in front of a separator: double the quotation marks inside of fields, or call the file"
-        f" .tsv and give --separator {_spelled(separator)} if its quotation marks are plain"
-        " characters"
+        " directly in front of a separator: double the quotation marks inside of fields, or call"
+        f" the file .tsv and give --separator {_spelled(separator)} if its quotation marks are"
+        " plain characters"
     )
 
 
@@ -359,11 +359,6 @@ def _folded(name: str) -> str:
 
 def _place(first: int, last: int) -> str:
     return f"line {first}" if first == last else f"lines {first} to {last}"
-
-
-def _shown(name: str) -> str:
-    """The name as a sentence quotes it: a file in one line would make it megabytes long."""
-    return repr(name if len(name) <= 100 else name[:100] + "...")
 
 
 def _spelled(separator: str) -> str:

@@ -20,6 +20,9 @@ _SIGNATURES = {
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "Zstandard",
     b"PK\x03\x04": "zip (so are Excel's files)",
+    b"\xd0\xcf\x11\xe0": "Excel",
+    b"%PDF": "PDF",
+    b"SQLite format 3": "SQLite",
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
     b"\xff\xfe\0\0": "UTF-32",
@@ -94,14 +97,14 @@ def content_of(path: Path, file: BinaryIO) -> bytes:
     made of all of it: an emoji in a text of 20 MB makes 80 MB of it.
     """
     try:
-        mark = file.read(len(codecs.BOM_UTF8))
+        mark = os.pread(file.fileno(), len(codecs.BOM_UTF8), 0)
         if mark != codecs.BOM_UTF8:
-            file.seek(0)
             mark = b""
-        data = file.read()
+        file.seek(len(mark))
+        data = file.read()  # without a copy, as nothing is buffered
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    position, reason = data.find(b"\0"), "a NUL byte, as binary files and UTF-16 have"
+    position, reason = data.find(b"\0"), "a NUL byte, as binary files, UTF-16 and UTF-32 have"
     if position < 0:
         try:
             _check_utf_8(data)
@@ -152,6 +155,11 @@ def _check_utf_8(data: bytes) -> None:
     for start in range(0, len(view), PIECE):
         decoder.decode(view[start : start + PIECE])
     decoder.decode(b"", final=True)
+
+
+def shown(name: str) -> str:
+    """A name or value as a sentence quotes it: swapped columns may bring one of megabytes."""
+    return repr(name if len(name) <= 100 else name[:100] + "...")
 
 
 def first_error(data: bytes) -> int:
