@@ -127,6 +127,7 @@ LONG_TEXTS = {
     "marks": '"' * 900_000,
     "escapes": "\\u0041" * 400_000,
     "halves": "\ud83d" + "\ud83d\U0001f600" * 200_000,
+    "marks and emoji": '\U0001f600 "hi" ' * 200_000,
     "shifted": "a" + "\U0001f600" * 400_000,
     "the stand-in": "\x7f0" + "word " * 300_000,
 }
