@@ -38,7 +38,8 @@ def write(path: Path, text: str) -> None:
     texts[5] = text
     rows = [(text, "pos" if number % 2 else "neg") for number, text in enumerate(texts)]
     if path.suffix == ".jsonl":
-        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+        dicts = [{"text": text, "label": label} for text, label in rows]
+        lines = [json.dumps(row, ensure_ascii=False) for row in dicts]
         path.write_text("\n".join(lines))
     elif path.suffix == ".parquet":
         columns = dict(zip(("text", "label"), map(list, zip(*rows, strict=True)), strict=True))
