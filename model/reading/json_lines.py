@@ -53,8 +53,9 @@ class JsonLines:
                 else:
                     continue
             except json.JSONDecodeError as error:
+                character = str(line, "utf-8").index(error.doc) + error.colno
                 raise DataError(
-                    f"{path}, line {number}, character {error.colno} is not JSON ({error.msg}):"
+                    f"{path}, line {number}, character {character} is not JSON ({error.msg}):"
                     " each line must hold one whole object"
                 ) from error
             except RecursionError as error:

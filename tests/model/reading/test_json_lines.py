@@ -75,6 +75,7 @@ def test_lists_objects_and_double_keys_are_refused_with_their_line(tmp_path, mem
     ("line", "reason"),
     [
         ("{", "character 2 is not JSON"),
+        (" \u00a0{ \t", "character 4 is not JSON"),
         ('{"text": "a", "label": "b"} {"text": "c", "label": "d"}', "is not JSON"),
         ("{'text': 'a', 'label': 'b'}", "is not JSON"),
         ('[{"text": "a", "label": "b"}]', "is a list and not an object"),
