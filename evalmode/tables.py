@@ -6,6 +6,7 @@ What comes from files and users is a `Text`: a path such as `x[/a]` is no markup
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -160,6 +161,20 @@ def data_tables(data: DataSet) -> Group:
                 f"{len(absent):,} of {len(ranked):,} classes have too few rows for the {name} part"
                 f" and are missing in it: {_first(absent)}"
             )
+    for group in data.similar_labels[:NAMED]:
+        # What looks alike even so, such as an accent in two ways, is written in escapes.
+        looks = {unicodedata.normalize("NFC", repr(label)) for label in group}
+        spell = repr if len(looks) == len(group) else ascii
+        names = ", ".join(f"{spell(label)} ({totals[label]:,} rows)" for label in group[:NAMED])
+        more = f" and {len(group) - NAMED:,} more" if len(group) > NAMED else ""
+        warnings.append(
+            "classes that differ only in capitals, blanks, composition or invisible characters:"
+            f" {names}{more}: spell them alike in the file if they are one class"
+        )
+    if len(data.similar_labels) > NAMED:
+        warnings.append(
+            f"{len(data.similar_labels) - NAMED:,} more groups of classes differ in such ways only"
+        )
     tables = (pairs_table(pairs, title="data"), classes)
     return Group(*tables, *(Text(f"warning: {text}", style="yellow") for text in warnings))
 

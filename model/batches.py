@@ -43,7 +43,11 @@ class Rows:
 
     def __getitem__(self, index: int) -> Ids:
         """The ids of one row, (T,) or (T, G) int64."""
-        return self.flat[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
+        return self.ids(index).astype(np.int64)
+
+    def ids(self, index: int) -> npt.NDArray[np.int32]:
+        """The ids of one row as they are held, without a copy."""
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
     @property
     def labelled(self) -> Rows:
@@ -53,8 +57,7 @@ class Rows:
 
     def take(self, numbers: npt.NDArray[np.int64]) -> Rows:
         """These rows alone, in this order."""
-        picked = [self.flat[self.offsets[number] : self.offsets[number + 1]] for number in numbers]
-        return _joined(picked, self.labels[numbers])
+        return joined([self.ids(number) for number in numbers], self.labels[numbers])
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -66,14 +69,15 @@ def encode(texts: Iterable[str], labels: Sequence[int], *, frontend: FrontEnd) -
     """The rows of texts. int32 in memory: training holds all of them at once, and no id needs
     more.
     """
-    return _joined(
-        [frontend.encode(text).ids.astype(np.int32) for text in texts], np.asarray(labels, np.int64)
-    )
+    return joined([frontend.encode(text).ids.astype(np.int32) for text in texts], labels)
 
 
-def _joined(rows: Sequence[npt.NDArray[np.int32]], labels: npt.NDArray[np.int64]) -> Rows:
+def joined(
+    rows: Sequence[npt.NDArray[np.int32]], labels: Sequence[int] | npt.NDArray[np.int64]
+) -> Rows:
+    """The rows of texts that are encoded already."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    return Rows(flat=np.concatenate(rows), offsets=offsets, labels=labels)
+    return Rows(flat=np.concatenate(rows), offsets=offsets, labels=np.asarray(labels, np.int64))
 
 
 def plan(

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from evalmode.model import languages
-from evalmode.model.reading.source import Columns
+from evalmode.model.reading.source import PIECE, Columns, shown
 from evalmode.model.reading.table import open_table
 from evalmode.model.texts import DataError, Texts
 
@@ -51,17 +51,32 @@ LABEL_COLUMNS = (
     "topic",
 )
 FEWEST_ROWS = 30
+# What other dialects enclose values in.
+QUOTATION_MARKS = (
+    ('"', '"'),
+    ("'", "'"),
+    ("`", "`"),
+    ("\u201c", "\u201d"),
+    ("\u2018", "\u2019"),
+    ("\u201e", "\u201c"),
+    ("\u00ab", "\u00bb"),
+)
 
 # Why rows are left out, in the order in which they are shown.
-EMPTY_TEXT, EMPTY_LABEL = "empty text", "empty label"
+HEADER_AGAIN, EMPTY_TEXT, EMPTY_LABEL = "header again", "empty text", "empty label"
 DUPLICATE, CONTRADICTORY = "duplicate", "contradictory"
 
 # Composition takes a time quadratic in a run of combining marks: 54 s for 240,000 of them, and
 # 20 ms for these. Longer texts that differ in their composition only are found by their ids.
 _COMPOSED_POINTS = 4_096
 
-# Characters of a long text that are encoded at once.
-_PIECE = 65_536
+# A sentence names no more columns: JSON lines may have thousands of keys.
+_NAMED_COLUMNS = 20
+# Control and format characters, such as the zero-width space, and variation selectors.
+_INVISIBLE = re.compile(
+    "[\0-\x08\x0e-\x1b\x7f\xad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufe00-\ufe0f\ufeff]"
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -85,7 +100,7 @@ class Reading:
         """The same with more rows left out."""
         total = {
             reason: self.left_out.get(reason, 0) + counts.get(reason, 0)
-            for reason in (EMPTY_TEXT, EMPTY_LABEL, DUPLICATE, CONTRADICTORY)
+            for reason in (HEADER_AGAIN, EMPTY_TEXT, EMPTY_LABEL, DUPLICATE, CONTRADICTORY)
         }
         return replace(self, left_out={reason: rows for reason, rows in total.items() if rows})
 
@@ -115,6 +130,16 @@ class DataSet:
     reading: Reading | None = None
 
     @cached_property
+    def similar_labels(self) -> list[tuple[str, ...]]:
+        """Groups of labels that differ only in capitals, blanks, composition, or characters that
+        nobody sees. They are classes of their own, and may be meant as one.
+        """
+        groups: dict[str, list[str]] = defaultdict(list)
+        for label in self.labels:
+            groups[_appearance(label)].append(label)
+        return [tuple(group) for group in groups.values() if len(group) > 1]
+
+    @cached_property
     def sha256(self) -> str:
         """Of all the texts and labels, in their order."""
         parts = [self.train, self.validation, self.test, _without_labels(self.unlabelled)]
@@ -128,8 +153,8 @@ class DataSet:
                 digest.update(opening)
                 for number, string in enumerate(strings):
                     digest.update(b', "' if number else b'"')
-                    for start in range(0, len(string), _PIECE):
-                        digest.update(json.dumps(string[start : start + _PIECE])[1:-1].encode())
+                    for start in range(0, len(string), PIECE):
+                        digest.update(json.dumps(string[start : start + PIECE])[1:-1].encode())
                     digest.update(b'"')
             digest.update(b"]]")
         return digest.hexdigest()
@@ -139,14 +164,24 @@ def _without_labels(texts: tuple[str, ...]) -> Texts:
     return Texts(texts, ("",) * len(texts))
 
 
+def _appearance(label: str) -> str:
+    """What a person sees of a label: without capitals, with single blanks and composed."""
+    if len(label) > _COMPOSED_POINTS:  # no name of a class
+        return label
+    visible = _INVISIBLE.sub("", label)
+    # Folding may undo a composition, and composition may bring a capital.
+    folded = unicodedata.normalize("NFC", visible).casefold()
+    return " ".join(unicodedata.normalize("NFC", folded).split())
+
+
 def composed(text: str) -> bytes:
     """What texts have in common that any front end reads alike: the sha256 of their composed form
     (NFC).
     """
     form = unicodedata.normalize("NFC", text[:_COMPOSED_POINTS])
     digest = hashlib.sha256(form.encode("utf-8", "surrogatepass"))
-    for start in range(_COMPOSED_POINTS, len(text), _PIECE):
-        digest.update(text[start : start + _PIECE].encode("utf-8", "surrogatepass"))
+    for start in range(_COMPOSED_POINTS, len(text), PIECE):
+        digest.update(text[start : start + PIECE].encode("utf-8", "surrogatepass"))
     return digest.digest()
 
 
@@ -224,13 +259,17 @@ def read_file(
     texts, labels, empty = _filled(path, columns, label)
     keys = [identity(value) for value in texts]
     numbers, repeated = _distinct(keys, labels)
+    notes = list(columns.notes)
+    for column, values in ((text, texts), (label, labels)):
+        if column not in columns.marked:
+            notes += _notes_on_marks(values, column=column)
     reading = Reading(
         source=str(path),
-        rows=len(columns.texts),
+        rows=len(columns.texts) + columns.headers,
         text_column=text,
         label_column=label,
-        notes=columns.notes,
-    ).leaving_out(empty | repeated)
+        notes=tuple(notes),
+    ).leaving_out({HEADER_AGAIN: columns.headers} | empty | repeated)
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
     for number in numbers:
         tenth = int.from_bytes(composed(texts[number])[:4], "big") % 10
@@ -285,8 +324,8 @@ def _data_set(
         )
     if len(counts) < 2:
         raise DataError(
-            f"{source}: column {column!r} holds one class, {next(iter(counts))!r}, and a classifier"
-            f" needs at least 2 ({reading}): name another column with --label-column"
+            f"{source}: column {column!r} holds one class, {shown(next(iter(counts)))}, and a"
+            f" classifier needs at least 2 ({reading}): name another column with --label-column"
         )
     if max(counts.values()) == 1:
         raise DataError(
@@ -302,8 +341,8 @@ def _data_set(
         largest, most = counts.most_common(1)[0]
         raise DataError(
             f"{source}: {total:,} usable rows of {len(counts):,} classes leave none to test with,"
-            f" as the largest class, {largest!r}, has {most:,}: give more rows a class, or name"
-            " another column with --label-column"
+            f" as the largest class, {shown(largest)}, has {most:,}: give more rows a class, or"
+            " name another column with --label-column"
         )
     train, validation, test = (
         Texts(tuple(text for text, _ in pairs), tuple(label for _, label in pairs))
@@ -329,7 +368,9 @@ def _column(
     taken: str | None,
 ) -> str:
     """The column that the flag names, or the first usual one, whatever its capitals."""
-    known = ", ".join(map(repr, names))
+    known = ", ".join(map(shown, names[:_NAMED_COLUMNS]))
+    if len(names) > _NAMED_COLUMNS:
+        known += f" and {len(names) - _NAMED_COLUMNS:,} more"
     if chosen is None:
         folded: dict[str, str] = {}
         for name in names:
@@ -353,7 +394,7 @@ def _column(
 def _filled(
     path: Path, columns: Columns, label_column: str
 ) -> tuple[list[str], list[str], dict[str, int]]:
-    """The texts and labels of the rows that have both, without blanks around them; and the others.
+    """The texts and labels of the rows that have both; and how many rows have not.
 
     Half of a surrogate pair, which JSON can hold, is no character: in a text it is read as the
     front end reads it, and a label with one is refused, as nothing could write it.
@@ -361,7 +402,6 @@ def _filled(
     texts, labels = [], []
     empty = {EMPTY_TEXT: 0, EMPTY_LABEL: 0}
     for text, label, number in zip(columns.texts, columns.labels, columns.numbers, strict=True):
-        text, label = (text or "").strip(), (label or "").strip()
         if not text or not label:
             empty[EMPTY_LABEL if text else EMPTY_TEXT] += 1
             continue
@@ -370,13 +410,26 @@ def _filled(
         except UnicodeEncodeError as error:
             raise DataError(
                 f"{path}, {columns.unit} {number}: column {label_column!r} holds half of a"
-                f" surrogate pair ({label!r}), which is no character: mend the label"
+                f" surrogate pair ({shown(label)}), which is no character: mend the label"
             ) from error
         if _SURROGATE.search(text):
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         texts.append(text)
         labels.append(label)
     return texts, labels, empty
+
+
+def _notes_on_marks(values: Sequence[str], *, column: str) -> tuple[str, ...]:
+    """A warning where every value of a column is enclosed in the same quotation marks."""
+    for opening, closing in QUOTATION_MARKS:
+        if values and all(
+            len(value) > 1 and value[0] == opening and value[-1] == closing for value in values
+        ):
+            return (
+                f"all {len(values):,} values of column {column!r} are enclosed in {opening} and"
+                f" {closing}, which are part of the values: remove them if they only enclose",
+            )
+    return ()
 
 
 def _distinct(keys: Sequence[Hashable], labels: Sequence[str]) -> tuple[list[int], dict[str, int]]:

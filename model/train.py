@@ -37,7 +37,7 @@ from evalmode.bundle.frontend import (
 )
 from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
-from evalmode.model.batches import UNLABELLED, Batches, Rows, encode
+from evalmode.model.batches import UNLABELLED, Batches, Rows, encode, joined
 from evalmode.model.checkpoint import Checkpoint, CheckpointError, HeldOut
 from evalmode.model.config import TrainConfig, TransformerConfig
 from evalmode.model.data import LANGUAGES, DataSet, composed, open_data, tell_apart
@@ -90,13 +90,23 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What a run trains on: its data, what encodes it, and the three parts encoded.
+    """What a run trains on: the three parts encoded, and what is known of the data and its rows.
+
+    It holds no texts: a text of 20 MB that has an emoji takes 80 MB, and is read no further than
+    its first 128 tokens.
 
     Texts without a label come last in `train` and `validation`.
+
+    data_rows       labelled rows to train on
+    sample_texts    texts for the export, cut to what a model may read
     """
 
     config: TrainConfig
-    data: DataSet
+    data_name: str
+    data_sha256: str
+    data_rows: int
+    labels: tuple[str, ...]
+    sample_texts: tuple[str, ...]
     spec: FrontEndSpec
     tokenizer: str | None
     train: Rows
@@ -106,7 +116,7 @@ class _Run:
     @property
     def record(self) -> dict[str, Any]:
         """What another run must agree with to continue this one."""
-        return self.config.record() | {"data_sha256": self.data.sha256}
+        return self.config.record() | {"data_sha256": self.data_sha256}
 
 
 def fit(
@@ -134,9 +144,7 @@ def fit(
     is_first = getattr(rank_zero_only, "rank", 0) == 0
     if is_first:
         check_folder(out, resume=resume, overwrite=overwrite)
-    run = _prepare(config, cache=cache)
-    if is_first and show_data is not None:
-        show_data(run.data)
+    run = _prepare(config, cache=cache, show_data=show_data if is_first else None)
     if (
         resume
         and (out / checkpoint.RECORD_FILE).exists()
@@ -164,7 +172,9 @@ def fit(
     )
 
 
-def _prepare(config: TrainConfig, *, cache: Path) -> _Run:
+def _prepare(
+    config: TrainConfig, *, cache: Path, show_data: Callable[[DataSet], None] | None
+) -> _Run:
     data = open_data(
         config.data,
         text_column=config.text_column,
@@ -175,21 +185,28 @@ def _prepare(config: TrainConfig, *, cache: Path) -> _Run:
     )
     data = with_unlabelled(data)
     spec, tokenizer = choose_frontend(config, data)
-    frontend = open_frontend(spec, tokenizer)
-    parts = _encoded(data, frontend)
+    parts = _encoded(data, open_frontend(spec, tokenizer))
     if config.data != LANGUAGES:  # whose rows are what they are, for the sake of its sha256
         keys = {
             name: [parts[name][number].tobytes() for number in range(len(part.texts))]
-            for name, part in (
-                ("train", data.train),
-                ("validation", data.validation),
-                ("test", data.test),
-            )
+            for name, part in _parts_of(data).items()
         }
         apart = tell_apart(data, keys)
         if apart is not data:
-            data, parts = apart, _encoded(apart, frontend)
-    return _Run(config=config, data=data, spec=spec, tokenizer=tokenizer, **parts)
+            data, parts = apart, _regrouped(apart, before=data, parts=parts)
+    if show_data is not None:
+        show_data(data)
+    return _Run(
+        config=config,
+        data_name=data.name,
+        data_sha256=data.sha256,
+        data_rows=len(data.train.texts),
+        labels=data.labels,
+        sample_texts=(*ODD_TEXTS, *_one_a_label(data.test)),
+        spec=spec,
+        tokenizer=tokenizer,
+        **parts,
+    )
 
 
 def _identity(config: TrainConfig) -> Callable[[str], bytes]:
@@ -203,18 +220,48 @@ def _identity(config: TrainConfig) -> Callable[[str], bytes]:
     return lambda text: hashlib.sha256(frontend.encode(text).ids.tobytes()).digest()
 
 
+def _parts_of(data: DataSet) -> dict[str, Texts]:
+    return {"train": data.train, "validation": data.validation, "test": data.test}
+
+
 def _encoded(data: DataSet, frontend: FrontEnd) -> dict[str, Rows]:
     """The three parts; the texts without a label come last in training and validation."""
+    unlabelled, labels = _unlabelled_of(data), _label_numbers(data)
+    return {
+        name: encode(part.texts + unlabelled[name], labels[name], frontend=frontend)
+        for name, part in _parts_of(data).items()
+    }
+
+
+def _regrouped(data: DataSet, *, before: DataSet, parts: Mapping[str, Rows]) -> dict[str, Rows]:
+    """The rows of `data`, whose texts are some of those of `before`, which are encoded in `parts`.
+
+    A label that has lost its training rows moves its others, so a row may be in another part now.
+    """
+    ids = {
+        text: parts[name].ids(number)
+        for name, part in _parts_of(before).items()
+        for number, text in enumerate(part.texts + _unlabelled_of(before)[name])
+    }
+    unlabelled, labels = _unlabelled_of(data), _label_numbers(data)
+    return {
+        name: joined([ids[text] for text in part.texts + unlabelled[name]], labels[name])
+        for name, part in _parts_of(data).items()
+    }
+
+
+def _unlabelled_of(data: DataSet) -> dict[str, tuple[str, ...]]:
+    return {"train": data.unlabelled, "validation": data.unlabelled_validation, "test": ()}
+
+
+def _label_numbers(data: DataSet) -> dict[str, list[int]]:
+    """The label of each row as a number, part by part; UNLABELLED for those without a label."""
     index = {label: number for number, label in enumerate(data.labels)}
-    parts = {}
-    for name, part, unlabelled in (
-        ("train", data.train, data.unlabelled),
-        ("validation", data.validation, data.unlabelled_validation),
-        ("test", data.test, ()),
-    ):
-        labels = [*(index[label] for label in part.labels), *(UNLABELLED for _ in unlabelled)]
-        parts[name] = encode((*part.texts, *unlabelled), labels, frontend=frontend)
-    return parts
+    return {
+        name: [index[label] for label in part.labels]
+        + [UNLABELLED] * len(_unlabelled_of(data)[name])
+        for name, part in _parts_of(data).items()
+    }
 
 
 def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validation | None:
@@ -298,7 +345,7 @@ def _network(run: _Run) -> Transformer:
         guess = informed_table(
             run.train,
             vocabulary=table.shape[0],
-            labels=len(run.data.labels),
+            labels=len(run.labels),
             width=table.shape[1],
             scale=TABLE_SCALE,
             seed=run.config.seed,
@@ -311,7 +358,7 @@ def _network(run: _Run) -> Transformer:
 def _shape(run: _Run) -> TransformerConfig:
     return run.config.network(
         vocabulary=run.spec.vocabulary,
-        labels=len(run.data.labels),
+        labels=len(run.labels),
         positions=run.spec.lengths[-1],
         ids_per_position=run.spec.ids_per_position,
     )
@@ -334,7 +381,7 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
         name: {
             **quality(predict(network, rows, spec=run.spec), rows.labels),
             "rows": len(rows),
-            **not_tested(rows.labels, run.data.labels),
+            **not_tested(rows.labels, run.labels),
         }
         for name, rows in parts.items()
     }
@@ -342,20 +389,20 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
         module=network,
         frontend=run.spec,
         tokenizer=run.tokenizer,
-        labels=run.data.labels,
+        labels=run.labels,
         held_out=HeldOut(
             rows=[run.test[number] for number in range(len(run.test))], labels=run.test.labels
         ),
-        sample_texts=(*ODD_TEXTS, *_one_a_label(run.data.test)),
+        sample_texts=run.sample_texts,
         metrics=metrics,
         provenance={
             "evalmode": evalmode.__version__,
             "torch": torch.__version__,
             "seed": run.config.seed,
             "data": {
-                "name": run.data.name,
-                "sha256": run.data.sha256,
-                "rows": len(run.data.train.texts),
+                "name": run.data_name,
+                "sha256": run.data_sha256,
+                "rows": run.data_rows,
             },
             "training": run.config.record(),
             "epochs": epochs,

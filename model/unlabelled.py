@@ -54,4 +54,9 @@ def with_unlabelled(data: DataSet) -> DataSet:
 
 
 def _characters(text: str) -> set[str]:
-    return set(re.sub(r"\d", "0", "".join(text.split())))
+    """The characters of a text but for blanks; one stands for all digits."""
+    return {
+        "0" if character.isdecimal() else character
+        for character in set(text)
+        if not character.isspace()
+    }

@@ -75,6 +75,19 @@ def test_classes_that_no_part_can_test_are_warned_of() -> None:
     assert "c08, ... 3 more" in text
 
 
+def test_classes_that_look_alike_are_named_with_their_rows() -> None:
+    counts = {"Pos": 30, "pos": 1_029, "caf\u00e9": 5, "cafe\u0301": 4, "漢\u200b": 3, "漢": 2}
+    text = " ".join(shown(data_tables(data_set(counts, tested=set()))).split())
+    assert "differ only in capitals, blanks, composition or invisible characters" in text
+    assert "'Pos' (30 rows), 'pos' (1,029 rows): spell them alike" in text
+    assert r"'cafe\u0301' (4 rows), 'caf\xe9' (5 rows): spell them alike" in text
+    assert r"'漢' (2 rows), '漢\u200b' (3 rows): spell them alike" in text
+    many = {f"{name}{n}": 1 for n in range(13) for name in ("a", "A")}
+    text = " ".join(shown(data_tables(data_set(many, tested=set()))).split())
+    assert text.count("spell them alike") == 10
+    assert "3 more groups of classes differ in such ways only" in text
+
+
 def test_classes_that_were_not_tested_stand_beside_the_macro_f1() -> None:
     part = {"accuracy": 1.0, "macro_f1": 0.5, "classes": 2, "not_tested": ["[rare]"]}
     text = shown(metrics_table({"test": part, "train": {"accuracy": 1.0, "macro_f1": 1.0}}))

@@ -1,9 +1,11 @@
-"""What every format shares: opening exactly the named file, its text, and the two columns read."""
+"""What every format shares: opening exactly the named file, its values, and the two columns."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +20,32 @@ _SIGNATURES = {
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "Zstandard",
     b"PK\x03\x04": "zip (so are Excel's files)",
+    b"\xd0\xcf\x11\xe0": "Excel",
+    b"%PDF": "PDF",
+    b"SQLite format 3": "SQLite",
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+
+# What of a long value is looked at, copied or decoded at once: bytes or characters.
+PIECE = 65_536
+_BLANKS = re.compile(rb"\s*+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """The texts and labels of a file, row by row; None where a row holds no value.
 
+    Blanks around a value are no part of it.
+
     unit        what `numbers` counts in this format: "line" or "row"
     numbers     where each row stands in the file, from 1
+    marked      columns of which a note says that values keep the quotation marks around them
+    headers     rows that name the columns again, as files do that were joined; not among the rows
     notes       what the user should know of how the file was read
     """
 
@@ -38,6 +53,8 @@ class Columns:
     labels: Sequence[str | None]
     unit: str
     numbers: Sequence[int]
+    headers: int = 0
+    marked: Sequence[str] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -73,22 +90,27 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def text_of(path: Path, file: BinaryIO) -> str:
-    """The whole text of a UTF-8 file, with or without a byte order mark.
+def content_of(path: Path, file: BinaryIO) -> bytes:
+    """The bytes of a UTF-8 file without its byte order mark.
 
-    Raises DataError, naming the line and the byte, where the file is something else.
+    Raises DataError, naming the line and the byte, where the file is something else. No text is
+    made of all of it: an emoji in a text of 20 MB makes 80 MB of it.
     """
     try:
-        data = file.read()
+        mark = os.pread(file.fileno(), len(codecs.BOM_UTF8), 0)
+        if mark != codecs.BOM_UTF8:
+            mark = b""
+        file.seek(len(mark))
+        data = file.read()  # without a copy, as nothing is buffered
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    position, reason = data.find(b"\0"), "a NUL byte, as binary files and UTF-16 have"
+    position, reason = data.find(b"\0"), "a NUL byte, as binary files, UTF-16 and UTF-32 have"
     if position < 0:
         try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            # utf-8-sig counts from after the mark.
-            position = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+            _check_utf_8(data)
+            return data
+        except UnicodeDecodeError:
+            position = first_error(data)
             reason = f"0x{data[position]:02x}, which is not UTF-8"
     line = data.count(b"\n", 0, position) + 1
     # A signature counts only in a file that is no text: a column may be called PAR1.
@@ -100,6 +122,50 @@ def text_of(path: Path, file: BinaryIO) -> str:
             " format"
         )
     raise DataError(
-        f"{path}, line {line}: byte {position + 1} of the file is {reason}: convert the file to"
-        " UTF-8 text first, for example with iconv"
+        f"{path}, line {line}: byte {len(mark) + position + 1} of the file is {reason}: convert the"
+        " file to UTF-8 text first, for example with iconv"
     )
+
+
+def value_of(data: bytes | memoryview) -> str:
+    """The UTF-8 text of one value, without the blanks around it. Raises UnicodeDecodeError.
+
+    A long value is not copied: its blanks are left out before the text is made.
+    """
+    if len(data) <= PIECE:
+        return str(data, "utf-8").strip()
+    view = memoryview(data)
+    blanks = _BLANKS.match(view)
+    assert blanks is not None, "the pattern matches no blanks as well"
+    start, stop = blanks.end(), len(view)
+    while stop > start:
+        tail = bytes(view[max(start, stop - PIECE) : stop])
+        stop -= len(tail) - len(tail.rstrip())
+        if not tail.isspace():
+            break
+    return str(view[start:stop], "utf-8").strip()
+
+
+def _check_utf_8(data: bytes) -> None:
+    """Raise UnicodeDecodeError for other bytes, without making a text of all of them."""
+    if data.isascii():
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    view = memoryview(data)
+    for start in range(0, len(view), PIECE):
+        decoder.decode(view[start : start + PIECE])
+    decoder.decode(b"", final=True)
+
+
+def shown(name: str) -> str:
+    """A name or value as a sentence quotes it: swapped columns may bring one of megabytes."""
+    return repr(name if len(name) <= 100 else name[:100] + "...")
+
+
+def first_error(data: bytes) -> int:
+    """Where the first byte stands that is not UTF-8."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    raise AssertionError("the bytes are UTF-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evalmode.model.reading.delimited import Delimited
 from evalmode.model.reading.json_lines import JsonLines
-from evalmode.model.reading.source import Table, open_regular, text_of
+from evalmode.model.reading.source import Table, content_of, open_regular
 from evalmode.model.texts import DataError
 
 DELIMITED, JSON_LINES, PARQUET = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet",)
@@ -39,6 +39,6 @@ def open_table(path: Path, *, separator: str | None = None) -> Iterator[Table]:
 
             yield Parquet(path, file)
         elif ending in JSON_LINES:
-            yield JsonLines(path, text_of(path, file))
+            yield JsonLines(path, content_of(path, file))
         else:
-            yield Delimited(path, text_of(path, file), separator=separator)
+            yield Delimited(path, content_of(path, file), separator=separator)

@@ -295,3 +295,67 @@ def test_a_broken_file_is_refused_by_name(tmp_path, name, content):
 def test_a_column_of_the_default_data_set_makes_no_sense(tmp_path):
     with pytest.raises(DataError, match="text_column='x' is about a file"):
         open_data("languages", text_column="x", label_column=None, cache=tmp_path)
+
+
+def test_a_header_that_stands_again_is_left_out_and_counted(tmp_path):
+    path = csv_of(tmp_path)
+    path.write_text(path.read_text() + "text,label\nanother text,good\n")
+    data = read_file(path)
+    assert data.labels == ("bad", "good")
+    assert str(data.reading) == "201 of 202 rows are used (1 header again left out)"
+
+
+@pytest.mark.parametrize(
+    "twins",
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("Pos", "pos"),
+        ("STRASSE", "stra\u00dfe"),
+        ("\u01c5", "\u01c6"),
+        ("pos", "\u200bpos"),
+        ("pos", "po\u00ads"),
+        ("pos", "\ufeffpos"),
+        ("new york", "new\u00a0york"),
+        ("new  york", "new york"),
+        ("\u2764", "\u2764\ufe0f"),
+        ("CAFE\u0301", "caf\u00e9\u200d"),
+    ],
+    ids=ascii,
+)
+def test_labels_that_a_person_cannot_tell_apart_are_classes_that_are_named(tmp_path, twins):
+    rows = [(text, (*twins, "other")[n % 3]) for n, (text, _) in enumerate(ROWS)]
+    data = read_file(csv_of(tmp_path, rows))
+    assert data.labels == tuple(sorted((*twins, "other")))
+    assert data.similar_labels == [tuple(sorted(twins))]
+
+
+def test_labels_that_look_different_are_not_similar(tmp_path):
+    names = ("pos", "pos.", "positive", "p os", "1", "1.0", "e", "\u00e9", "a" * 5_000, "A" * 5_000)
+    rows = [(text, names[n % len(names)]) for n, (text, _) in enumerate(ROWS)]
+    assert read_file(csv_of(tmp_path, rows)).similar_labels == []
+
+
+@pytest.mark.parametrize("marks", ["''", "``", '""', "\u201c\u201d", "\u00ab\u00bb"])
+def test_values_of_which_all_stand_in_quotation_marks_are_warned_of(tmp_path, marks):
+    rows = [(text, marks[0] + label + marks[1]) for text, label in ROWS]
+    data = read_file(csv_of(tmp_path, rows))
+    (note,) = data.reading.notes
+    assert f"all 200 values of column 'label' are enclosed in {marks[0]} and {marks[1]}" in note
+    assert read_file(csv_of(tmp_path, [*rows, ("a text", "plain")])).reading.notes == ()
+
+
+def test_marks_that_the_file_cannot_enclose_values_in_are_warned_of_once(tmp_path):
+    path = tmp_path / "rows.tsv"
+    lines = [f'{text}\t"{label}"\n' for text, label in ROWS]
+    path.write_text("text\tlabel\n" + "".join(lines))
+    (note,) = read_file(path).reading.notes
+    assert "200 values of column 'label' keep the quotation marks around them" in note
+
+
+def test_a_sentence_names_some_of_many_columns_and_no_megabytes(tmp_path):
+    path = tmp_path / "rows.csv"
+    for names in ([f"c{number}" for number in range(500)], ["x" * 5_000_000, "label"]):
+        path.write_text(",".join(names) + "\n" + ",".join("a" for _ in names) + "\n")
+        with pytest.raises(DataError, match="name one with --text-column") as refused:
+            read_file(path)
+        assert len(str(refused.value)) < 1_000

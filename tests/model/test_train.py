@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -20,12 +21,12 @@ from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
 from evalmode.model.batches import encode
 from evalmode.model.config import TrainConfig
-from evalmode.model.data import open_data
+from evalmode.model.data import DataSet, open_data
 from evalmode.model.languages import letterless
 from evalmode.model.learner import Learner
 from evalmode.model.metrics import predict
 from evalmode.model.resume import FOLDER, STATE_FILE, RunMismatch, WholeFiles
-from evalmode.model.train import Result, fit
+from evalmode.model.train import Result, _prepare, fit
 from tests.model.conftest import WORDS, small_run, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -313,6 +314,38 @@ def test_texts_that_the_model_reads_alike_never_stand_in_two_parts(data, tmp_pat
     assert len(ids[0] | ids[1] | ids[2]) == sum(map(len, ids)) == len(rows) - 9
     assert used.reading.left_out == {"duplicate": 2 * (len(rows) - 9), "contradictory": 4 * 9}
     assert finished.provenance["data"]["sha256"] == used.sha256
+
+
+@pytest.mark.parametrize("frontend", ["ngrams", "bpe"])
+def test_rows_that_were_left_out_take_their_ids_along_and_no_others(data, tmp_path, frontend):
+    # bpe reads the first 127 tokens: these differ after them. n-grams read all digits alike.
+    rows = list(csv.reader(data.read_text().splitlines()))[1:]
+    long = [(f"{text} {'and so on ' * 200}", label) for text, label in rows[:60]]
+    twins = [(f"{text} {number}", label) for text, label in long for number in (1, 2)]
+    # Whichever rows of `rare` contradict others: what is left of it has to stand in train.
+    rare = [(f"{text} {number}", "rare") for text, _ in long[:5] for number in (3, 4)]
+    path = tmp_path / "twins.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows, *twins, *rare, ("elm elk", "rare")])
+    config = small_run(path, frontend=frontend)
+    shown: list[DataSet] = []
+    run = _prepare(config, cache=tmp_path, show_data=shown.append)
+    (used,) = shown
+    assert used.reading is not None
+    assert used.reading.left_out["duplicate"] >= 60 - 9
+    assert "rare" in used.train.labels
+    reader = open_frontend(run.spec, run.tokenizer)
+    index = {label: number for number, label in enumerate(used.labels)}
+    for part, held, unlabelled in (
+        (used.train, run.train, used.unlabelled),
+        (used.validation, run.validation, ()),
+        (used.test, run.test, ()),
+    ):
+        labels = [*(index[label] for label in part.labels), *(-1 for _ in unlabelled)]
+        anew = encode((*part.texts, *unlabelled), labels, frontend=reader)
+        for name in ("flat", "offsets", "labels"):
+            assert np.array_equal(getattr(held, name), getattr(anew, name))
+            assert getattr(held, name).dtype == getattr(anew, name).dtype
 
 
 def test_what_it_shows_is_its_own_and_it_leaves_nothing_behind(data, tmp_path, monkeypatch, capfd):

@@ -98,14 +98,14 @@ def test_what_a_csv_writer_wrote_is_read_back(rows, tmp_path_factory):
     buffer = io.StringIO()
     csv.writer(buffer).writerows([("text", "label"), *rows])
     path = written(tmp_path_factory.mktemp("rows"), buffer.getvalue())
-    assert pairs(read(path)) == rows
+    assert pairs(read(path)) == [(text.strip(), label) for text, label in rows]
 
 
 @given(text=st.text(st.sampled_from('ab,"\n\r\u2028 '), max_size=30), quoting=st.booleans())
 def test_rows_are_those_of_python_s_strict_reader(text, quoting):
     quotes = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), quoting=quotes, strict=True)
-    rows = rows_of(Path("d.csv"), text, separator=",", quoting=quoting)
+    rows = rows_of(Path("d.csv"), text.encode(), separator=",", quoting=quoting)
     try:
         expected = [
             (row, reader.line_num) for row in reader if len(row) > 1 or "".join(row).strip()
@@ -114,7 +114,8 @@ def test_rows_are_those_of_python_s_strict_reader(text, quoting):
         with pytest.raises(DataError, match="a quotation mark opens a field"):
             list(rows)
     else:
-        assert [(row.fields, row.last) for row in rows] == expected
+        fields = [([str(field, "utf-8") for field in row.fields], row.last) for row in rows]
+        assert fields == expected
 
 
 def test_texts_of_several_lines_in_quotation_marks_are_one_text(tmp_path):
@@ -188,7 +189,10 @@ def test_a_tsv_has_no_quoting_and_says_so_where_texts_stand_in_quotation_marks(t
     rows.append(('"all of it"', "pos"))
     columns = read(written(tmp_path, unquoted(rows, separator="\t"), "d.TSV"))
     assert pairs(columns) == rows
-    assert columns.notes[0].startswith("1 texts stand in quotation marks, which a TSV file keeps")
+    (note,) = columns.notes
+    assert "1 values of column 'text' keep the quotation marks around them" in note
+    assert "first: line 65" in note
+    assert "call the file .csv and give --separator tab" in note
 
 
 @pytest.mark.parametrize(("separator", "spelled"), [(";", "';'"), ("\t", "tab"), ("|", "'|'")])
@@ -225,3 +229,107 @@ def test_a_text_may_be_longer_than_the_reader_s_own_limit(tmp_path):
     rows = [("x" * (limit + 1), "pos"), ("y", "neg")]
     assert pairs(read(written(tmp_path, unquoted(rows)))) == rows
     assert csv.field_size_limit() == limit
+
+
+LONG_TEXTS = ["x" * 70_000, "one, two " * 9_000, 'say "hi"\n' * 9_000, '"' * 70_001, "😀 " * 40_000]
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS, ids=["word", "commas", "lines", "marks", "emoji"])
+@pytest.mark.parametrize("blanks", ["", " " * 70_000, "\u00a0"])
+def test_a_long_text_is_read_as_it_stands_without_the_blanks_around_it(tmp_path, text, blanks):
+    rows = [(blanks + text + blanks, "pos"), ("y", "neg")]
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([("text", "label"), *rows])
+    expected = [(text.strip(), "pos"), ("y", "neg")]
+    assert pairs(read(written(tmp_path, buffer.getvalue()))) == expected
+    if "\n" not in text:
+        plain = written(tmp_path, unquoted(rows, separator="\t"), "d.tsv")
+        assert pairs(read(plain)) == expected
+
+
+def test_marks_behind_a_blank_stay_and_are_counted_in_both_columns_with_the_first_line(tmp_path):
+    content = unquoted() + 'a, "pos"\nb,  "neg" \n "c",neg\n"""d""",pos\n"e","pos"\n'
+    columns = read(written(tmp_path, content))
+    assert pairs(columns)[60:] == [
+        ("a", '"pos"'),
+        ("b", '"neg"'),
+        ('"c"', "neg"),
+        ('"d"', "pos"),
+        ("e", "pos"),
+    ]
+    in_texts, in_labels = columns.notes
+    assert "1 values of column 'text' keep the quotation marks" in in_texts
+    assert "first: line 64" in in_texts
+    assert "2 values of column 'label' keep the quotation marks" in in_labels
+    assert "first: line 62" in in_labels
+    assert all(
+        "remove the blanks between separators and quotation marks" in n for n in columns.notes
+    )
+
+
+def test_a_separator_in_marks_behind_a_blank_is_refused_for_the_blank(tmp_path):
+    path = written(tmp_path, unquoted() + 'pos, "one, two"\n')
+    with pytest.raises(
+        DataError, match=r"line 62: 3 fields, .*: remove the blank in front of a quo"
+    ):
+        read(path)
+
+
+def test_a_field_of_lines_like_rows_is_noted_where_no_label_is_known(tmp_path):
+    stray = '"great, they said,x1\nsecond,x2\nthird,x3\nthey said awful",x4\n'
+    columns = read(written(tmp_path, unquoted() + stray.replace("great, they", "great they")))
+    (note,) = columns.notes
+    assert note.startswith("one field holds several lines that have as many separators as rows")
+    assert "first: lines 62 to 65, 4 lines in one field" in note
+    assert "a stray quotation mark opens the field" in note
+
+
+def test_a_poem_with_commas_is_read_and_prose_of_several_lines_needs_no_note(tmp_path):
+    poem = "Roses are red, violets are blue\nsugar is sweet,\nand so, my dear, are you"
+    letter = "Dear John\nthe red, the blue, and the green one\nare yours"
+    for text, notes in ((poem, 1), (letter, 0)):
+        columns = read(written(tmp_path, unquoted() + f'"{text}",pos\n'))
+        assert pairs(columns)[60:] == [(text, "pos")]
+        assert len(columns.notes) == notes
+
+
+def test_a_field_of_many_lines_is_judged_by_its_first_thousand(tmp_path):
+    swallowed = unquoted(ROWS * 40).removeprefix("text,label\n")
+    path = written(tmp_path, unquoted() + f'"great,pos\n{swallowed}awful",pos\n')
+    with pytest.raises(
+        DataError, match="lines 62 to 2463: one field in quotation marks holds 1000"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "again", ["text,label", "\ufefftext,label", "Text, LABEL", '"text","label"']
+)
+def test_a_header_that_stands_again_is_no_row_and_is_counted(tmp_path, again):
+    path = written(tmp_path, unquoted() + again + "\n" + "a text,pos\n" + again + "\n")
+    columns = read(path)
+    assert pairs(columns) == [*ROWS, ("a text", "pos")]
+    assert columns.headers == 2
+    assert list(columns.numbers)[-1] == 63
+
+
+def test_a_row_with_the_name_of_one_column_is_a_row(tmp_path):
+    rows = [*ROWS, ("some text", "label"), ("text", "pos")]
+    columns = read(written(tmp_path, unquoted(rows)))
+    assert (pairs(columns), columns.headers) == (rows, 0)
+
+
+def test_columns_that_are_named_again_in_another_order_are_refused(tmp_path):
+    with pytest.raises(DataError, match="line 62: the columns are named again, in another order"):
+        read(written(tmp_path, unquoted() + "label,text\npos,a text\n"))
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|", "\t", "¦"])
+@pytest.mark.parametrize("line", ["sep={}\n", '"sep={}"\r\n', "\ufeffSEP={}\n"])
+def test_a_line_that_names_the_separator_is_followed_and_is_no_row(tmp_path, separator, line):
+    path = written(tmp_path, line.format(separator) + unquoted(separator=separator))
+    columns = read(path)
+    assert pairs(columns) == ROWS
+    assert columns.numbers[0] == 3
+    wrong = written(tmp_path, line.format("x") + unquoted(separator=separator), "e.csv")
+    assert pairs(read(wrong, separator=separator)) == ROWS

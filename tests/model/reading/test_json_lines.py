@@ -12,10 +12,14 @@ from evalmode.model.reading.table import open_table
 from evalmode.model.texts import DataError
 
 
-def read(folder: Path, content: str) -> Columns:
+def written(folder: Path, content: str) -> Path:
     path = folder / "d.jsonl"
     path.write_text(content, newline="", encoding="utf-8")
-    with open_table(path) as table:
+    return path
+
+
+def read(folder: Path, content: str) -> Columns:
+    with open_table(written(folder, content)) as table:
         return table.read(text="text", label="label")
 
 
@@ -71,11 +75,20 @@ def test_lists_objects_and_double_keys_are_refused_with_their_line(tmp_path, mem
     ("line", "reason"),
     [
         ("{", "character 2 is not JSON"),
+        (" \u00a0{ \t", "character 4 is not JSON"),
         ('{"text": "a", "label": "b"} {"text": "c", "label": "d"}', "is not JSON"),
         ("{'text': 'a', 'label': 'b'}", "is not JSON"),
         ('[{"text": "a", "label": "b"}]', "is a list and not an object"),
-        ('"text"', "is a single value and not an object"),
-        ("[" * 100_000, "cannot be read"),
+        ('"text"', 'is "text" and not an object'),
+        ("null", "is null and not an object: write each row as"),
+        ("  3 ", "is 3 and not an object: write each row as"),
+        ("-1.5e3", "is -1.5e3 and not an object"),
+        ("true", "is true and not an object"),
+        ("NaN", "is NaN and not an object"),
+        ('"' + "x" * 5000 + '"', 'is "x{39}[.][.][.] and not an object'),
+        ("[" * 100_000, "cannot be read: it holds lists or objects within more others"),
+        ('{"a":' * 100_000, "cannot be read: it holds lists or objects within more others"),
+        ("Infinity", "Infinity is not a number that JSON has: write null, or a string"),
     ],
 )
 def test_a_line_that_is_no_object_is_refused(tmp_path, line, reason):
@@ -100,3 +113,54 @@ def test_a_member_that_is_missing_is_no_value(tmp_path):
 def test_a_file_without_objects_says_so(tmp_path):
     with pytest.raises(DataError, match="is empty: each line must hold one object"):
         read(tmp_path, "\n \n")
+
+
+def test_the_mark_that_begins_a_file_may_stand_inside_of_a_joined_one(tmp_path):
+    line = '{"text": "a", "label": "x"}\n'
+    assert read(tmp_path, line + "\ufeff" + line).labels == ["x", "x"]
+
+
+LONG_TEXTS = {
+    "words": "word " * 300_000,
+    "lines": "\u00e9\n" * 500_000,
+    "emoji": "\U0001f600 b" * 400_000,
+    "an emoji": "x" * 1_500_000 + "\U0001f600",
+    "marks": '"' * 900_000,
+    "escapes": "\\u0041" * 400_000,
+    "halves": "\ud83d" + "\ud83d\U0001f600" * 200_000,
+    "marks and emoji": '\U0001f600 "hi" ' * 200_000,
+    "shifted": "a" + "\U0001f600" * 400_000,
+    "the stand-in": "\x7f0" + "word " * 300_000,
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS.keys())
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_a_long_text_is_read_as_it_stands(tmp_path, text, is_ascii):
+    is_ascii = is_ascii or "\ud83d" in text  # UTF-8 has no halves of pairs
+    row = {"id": 1.50, "text": f" {text}\t", "tags": ["\x7f0", text], "label": "x"}
+    columns = read(tmp_path, json.dumps(row, ensure_ascii=is_ascii) + "\n")
+    assert columns.texts == [text.strip()]
+    assert columns.labels == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ('"', "character 2000012 is not JSON .Expecting ',' delimiter"),
+        ('\\x", "label": "y"}', "character 2000011 is not JSON .Invalid .escape"),
+        ('\x01", "label": "y"}', "character 2000011 is not JSON .Invalid control character"),
+        ("", "character 10 is not JSON .Unterminated string"),
+        ('", "label": "y", "label": "z"}', "the key 'label' stands 2 times"),
+        ('", "label": Infinity}', "Infinity is not a number that JSON has"),
+    ],
+)
+def test_a_mistake_in_a_long_line_is_named_by_its_place(tmp_path, end, reason):
+    with pytest.raises(DataError, match=f"line 1.* {reason}"):
+        read(tmp_path, '{"text": "' + "x" * 2_000_000 + end + "\n")
+
+
+def test_a_long_key_is_a_key(tmp_path):
+    row = {"text": "a", "label": "b", "k" * 2_000_000: "c"}
+    with open_table(written(tmp_path, json.dumps(row))) as table:
+        assert table.names == tuple(row)

@@ -39,6 +39,9 @@ def written(folder: Path, labels: pyarrow.Array, features: object = None, **othe
         (pyarrow.array(["a", None], pyarrow.large_string()), ["a", None]),
         (pyarrow.array(["a", None], pyarrow.string_view()), ["a", None]),
         (pyarrow.array(["a", None, "a"]).dictionary_encode(), ["a", None, "a"]),
+        (pyarrow.array([b"a", None, b"b"]).dictionary_encode(), ["a", None, "b"]),
+        (pyarrow.array(["a", "b"] * 3_000).dictionary_encode(), ["a", "b"] * 3_000),
+        (pyarrow.array([" a ", "\u00a0b"]), ["a", "b"]),
         (pyarrow.array([7, 8, 7]).dictionary_encode(), ["7", "8", "7"]),
         (pyarrow.array([1, None, 2**63 - 1]), ["1", None, "9223372036854775807"]),
         (pyarrow.array([2**64 - 1], pyarrow.uint64()), ["18446744073709551615"]),
@@ -153,3 +156,41 @@ def test_a_file_that_was_cut_short_is_one_sentence(tmp_path):
 def test_columns_without_rows_say_so(tmp_path):
     with pytest.raises(DataError, match="holds columns and no rows"):
         read(written(tmp_path, pyarrow.array([], pyarrow.string())))
+
+
+KINDS = [
+    *(pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()),
+    *(pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_dictionary"),
+    # pyarrow writes no dictionaries of views.
+    [*((kind, False) for kind in KINDS), (KINDS[0], True), (KINDS[3], True), (KINDS[4], True)],
+    ids=str,
+)
+def test_a_long_text_among_short_ones_is_read_as_it_stands(tmp_path, kind, is_dictionary):
+    texts = [f"text {number}" for number in range(3_000)]
+    texts[1_500], texts[2_999] = "some é 😀 words " * 100_000, ""
+    values = pyarrow.array([*texts, None], pyarrow.string()).cast(kind)
+    if is_dictionary:
+        values = values.dictionary_encode()
+    columns = read(written(tmp_path, values))
+    assert columns.labels == [*(text.strip() for text in texts), None]
+
+
+def test_bytes_that_are_no_text_are_named_by_row_and_byte_in_a_long_value_as_well(tmp_path):
+    values = [b"a"] * 1_500 + [b" " * 100_000 + b"b" * 2_000_000 + b"\xff" + b"c"]
+    with pytest.raises(DataError, match=r"row 1501: .* not UTF-8 \(byte 2100001 is 0xff\)"):
+        read(written(tmp_path, pyarrow.array(values)))
+
+
+def test_the_allocator_of_others_stays_as_it_was(tmp_path):
+    before = pyarrow.default_memory_pool().backend_name
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1")
+    read(written(tmp_path, pyarrow.array(["a"])))
+    with pytest.raises(DataError):
+        read(broken)
+    assert pyarrow.default_memory_pool().backend_name == before
