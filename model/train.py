@@ -12,7 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +53,7 @@ from evalmode.model.metrics import (
     quality,
 )
 from evalmode.model.progress import ShowProgress
+from evalmode.model.restoring import MarkRestored, misfit, reason_of, require_fit
 from evalmode.model.resume import (
     BEGIN_ANEW,
     FOLDER,
@@ -62,6 +63,8 @@ from evalmode.model.resume import (
     WholeFiles,
     check_folder,
     open_run,
+    read_state,
+    remove_run,
     require_same,
 )
 from evalmode.model.texts import Texts
@@ -226,10 +229,12 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
         MOST_EPOCHS, max(FEWEST_EPOCHS, round(ROWS_TO_SHOW / len(run.train)))
     )
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
+    restoring = MarkRestored()
     callbacks = [
         validation,
         ShowProgress(console, epochs=epochs),
-        KeepState(state, steps=config.save_steps),
+        KeepState(state, steps=config.save_steps, record=run.record),
+        restoring,
     ]
     with _quiet():
         trainer = _trainer(config, epochs=epochs, callbacks=callbacks)
@@ -247,18 +252,32 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
         learner = Learner(
             _network(run), config=config, batches=batches, steps=epochs * len(batches)
         )
+        is_resumed = resume and state.exists()
+        if is_resumed:
+            require_fit(
+                read_state(state),
+                trainer=trainer,
+                learner=learner,
+                validation=validation,
+                record=run.record,
+                where=state,
+            )
         try:
-            trainer.fit(learner, ckpt_path=state if resume and state.exists() else None)
+            trainer.fit(learner, ckpt_path=state if is_resumed else None)
         except SystemExit as stopped:  # how Lightning passes a Ctrl-C on
             raise KeyboardInterrupt from stopped
         except StateNotWritten:
             if not state.exists():  # nothing can be resumed from what is there
-                rmtree(out / FOLDER, ignore_errors=True)
-                with suppress(OSError):  # it holds other files
-                    out.rmdir()
+                remove_run(out)
             raise
         except Diverged:
             rmtree(out / FOLDER, ignore_errors=True)  # nobody should resume it
+            raise
+        except (EvalmodeError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if is_resumed and not restoring.is_over:
+                raise misfit(state, reason_of(error)) from error
             raise
     return validation if trainer.is_global_zero else None
 

@@ -23,9 +23,9 @@ from evalmode.model.resume import (
     StateNotWritten,
     StateUnusable,
     WholeFiles,
-    _record,
-    _state,
     check_folder,
+    read_record,
+    read_state,
 )
 from tests.model.test_train import Killed, contents, train, watch_steps
 
@@ -232,9 +232,9 @@ def test_the_record_of_a_run_holds_no_path(out):
     assert not {"separator", "max_minutes"} & record.keys()
 
 
-@pytest.mark.parametrize("name", ["run.json", STATE_FILE])
+@pytest.mark.parametrize("name", [RUN_FILE, STATE_FILE])
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    read = _record if name == "run.json" else _state
+    read = read_record if name == RUN_FILE else read_state
     with pytest.raises(StateUnusable, match=rf"{name} .*begin anew with --overwrite"):
         read(tmp_path / name)
