@@ -106,7 +106,9 @@ def _misfit(
     saved = state["callbacks"]
     callbacks = {"Validation": validation.state_dict()}
     # There are best weights as soon as an epoch was validated.
-    if isinstance(saved.get("Validation"), dict) and saved["Validation"].get("epochs"):
+    judged = saved.get("Validation")
+    epochs = judged.get("epochs") if isinstance(judged, dict) else None
+    if isinstance(epochs, int) and epochs > 0:
         callbacks["Validation"]["best_weights"] = learner.network.state_dict()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         # The state may lack it: --max-minutes may change from call to call.
@@ -145,6 +147,8 @@ def _miscount(state: Mapping[str, Any], trainer: lightning.Trainer, learner: Lea
         base * factor(step)
         for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
     ]
+    if (base_rates := state["lr_schedulers"][0]["base_lrs"]) != schedule.base_lrs:
+        return f"lr_schedulers.0.base_lrs is {base_rates} and not {schedule.base_lrs}"
     groups = state["optimizer_states"][0]["param_groups"]
     expected_groups = configured["optimizer"].state_dict()["param_groups"]
     for number, (group, expected, rate) in enumerate(
