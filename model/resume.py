@@ -24,9 +24,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from evalmode.atomic_files import write_file
 from evalmode.bundle.errors import FileUnreadable
+from evalmode.bundle.frontend import TOKENIZER_FILE
 from evalmode.bundle.store import read_file
 from evalmode.errors import EvalmodeError
-from evalmode.model.checkpoint import RECORD_FILE
+from evalmode.model.checkpoint import HELD_OUT_FILE, RECORD_FILE, WEIGHTS_FILE
 
 FOLDER, STATE_FILE, RUN_FILE = "training", "state.ckpt", "run.json"
 BEGIN_ANEW = "begin anew with --overwrite, or choose another --out"
@@ -133,13 +134,19 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     state, record = out / FOLDER / STATE_FILE, out / RECORD_FILE
     for folder in (out / FOLDER, out, *out.parents):
         if os.path.lexists(folder):
-            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                reason = "may not be written to" if folder.is_dir() else "is not a folder"
+            if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+                reason = "may not be written to" if os.path.isdir(folder) else "is not a folder"
                 raise EvalmodeError(
                     f"no training can be written to {out}: {folder} {reason}: choose another --out"
                 )
             if folder != out / FOLDER:
                 break
+    for name in (RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE, TOKENIZER_FILE):
+        path = out / name
+        if os.path.isdir(path) and not os.path.islink(path):
+            raise EvalmodeError(
+                f"no training can be written to {out}: {path} is a folder: choose another --out"
+            )
     if os.path.lexists(state) and resume:
         read_state(state)
         read_record(out / FOLDER / RUN_FILE)

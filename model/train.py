@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -141,14 +142,14 @@ def fit(
         show_data(run.data)
     if (
         resume
-        and (out / checkpoint.RECORD_FILE).exists()
+        and os.path.lexists(out / checkpoint.RECORD_FILE)
         and not (out / FOLDER / STATE_FILE).exists()
     ):
         try:
             finished = checkpoint.load(out)
         except CheckpointError as error:
-            raise EvalmodeError(f"{error}: {BEGIN_ANEW}") from error
-        require_same(_record_of(finished), run.record, where=out / checkpoint.RECORD_FILE)
+            raise EvalmodeError(f"{error.reason}: {BEGIN_ANEW}") from error
+        _require_same_run(finished, run, where=out / checkpoint.RECORD_FILE)
     else:
         validation = _train(run, out=out, resume=resume, console=console or Console(quiet=True))
         if validation is None:
@@ -381,14 +382,19 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
     )
 
 
-def _record_of(finished: Checkpoint) -> dict[str, Any]:
+def _require_same_run(finished: Checkpoint, run: _Run, *, where: Path) -> None:
+    """Raise RunMismatch unless `finished` is what `run` would come to, and EvalmodeError where it
+    does not say.
+    """
     provenance = finished.provenance
     try:
-        return provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
-    except (KeyError, TypeError) as error:
-        raise EvalmodeError(
-            f"{checkpoint.RECORD_FILE} does not say how it was trained: {BEGIN_ANEW}"
-        ) from error
+        record = provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
+        says_all = isinstance(provenance["epochs"], int)
+    except (KeyError, TypeError):
+        says_all = False
+    if not says_all:
+        raise EvalmodeError(f"{where} does not say how it was trained: {BEGIN_ANEW}")
+    require_same(record, run.record, where=where)
 
 
 def _sample(rows: Rows) -> Rows:
