@@ -100,6 +100,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("data") / "d.csv", rows)
 
 
+@pytest.fixture
+def few(data: Path, tmp_path: Path) -> Path:
+    """The first rows of the data: for runs whose length says nothing."""
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "few.csv").write_text("".join(lines[:201]))
+    return tmp_path / "few.csv"
+
+
 @contextmanager
 def small_disk(folder: Path, *options: str) -> Iterator[Path]:
     """A file system of its own in memory, at `folder`."""
@@ -118,20 +126,20 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-LARGER = ["--frontend", "ngrams", "--vocabulary", 20_000]
+LARGER = ["--width", 192]
 
 
 def test_a_last_checkpoint_without_room_leaves_the_run_before_and_can_be_had_later(
-    data: Path, tmp_path: Path
+    few: Path, tmp_path: Path
 ) -> None:
-    train = ["train", "--data", data, *SMALL, *LARGER, "--out", "disk/run"]
-    with small_disk(tmp_path / "disk", "size=16m") as disk:
+    train = ["train", "--data", few, *SMALL, *LARGER, "--out", "disk/run"]
+    with small_disk(tmp_path / "disk", "size=32m") as disk:
         first = evalmode(*train, cwd=tmp_path)
         assert first.returncode == 0, first.stderr
         before = files_of(disk / "run")
         weights = len(before["model.safetensors"])
-        # The state holds the weights, their two moments and the best weights: room for these five
-        # halves of a checkpoint, and for half of the weights.
+        # The state holds the weights, their two moments and the best weights. There is room for
+        # these, and for half of what the checkpoint needs.
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         (disk / "filler").write_bytes(bytes(free - round(4.5 * weights)))
         full = refusal(evalmode(*train, "--seed", 1, "--overwrite", cwd=tmp_path))
@@ -147,9 +155,9 @@ def test_a_last_checkpoint_without_room_leaves_the_run_before_and_can_be_had_lat
 
 
 def test_a_disk_without_room_for_a_state_holds_nothing_afterwards(
-    data: Path, tmp_path: Path
+    few: Path, tmp_path: Path
 ) -> None:
-    train = ["train", "--data", data, *SMALL, *LARGER, "--out", "disk/run"]
+    train = ["train", "--data", few, *SMALL, *LARGER, "--out", "disk/run"]
     with small_disk(tmp_path / "disk", "size=1m") as disk:
         full = refusal(evalmode(*train, cwd=tmp_path))
         assert "disk/run/training/state.ckpt cannot be written (No space left on device)" in full
@@ -164,18 +172,15 @@ def test_a_disk_that_may_only_be_read_is_refused_before_any_work(tmp_path: Path)
         assert "no training can be written to disk/run: disk may not be written to" in refused
 
 
-@pytest.mark.parametrize(
-    "out", ["/proc/x", "/dev/null/x", "/dev/full", "file/x", "loop", "n" * 300]
-)
+@pytest.mark.parametrize("out", ["/proc/x", "file/x", "n" * 300])
 def test_a_place_that_cannot_hold_a_training_is_one_sentence(
     data: Path, tmp_path: Path, out: str
 ) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "loop").symlink_to("loop")
     refused = refusal(evalmode("train", "--data", data, *SMALL, "--out", out, cwd=tmp_path))
     assert f"no training can be written to {out}" in refused
     assert refused.endswith(": choose another --out\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
 def test_a_state_that_is_broken_or_finds_no_room_is_one_sentence(
@@ -202,9 +207,9 @@ def test_a_state_that_is_broken_or_finds_no_room_is_one_sentence(
 
 
 def test_a_foreign_state_or_record_is_one_sentence_with_one_way_out(
-    data: Path, tmp_path: Path
+    few: Path, tmp_path: Path
 ) -> None:
-    train = ["train", "--data", data, *SMALL, "--out", "run"]
+    train = ["train", "--data", few, *SMALL, "--out", "run"]
     done = evalmode(*train, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     before = files_of(tmp_path / "run")
@@ -218,29 +223,23 @@ def test_a_foreign_state_or_record_is_one_sentence_with_one_way_out(
         == f"evalmode: {Path('run/checkpoint.json')} has format None, and this evalmode"
         + (f" reads format 1{way_out}")
     )
-    for make in (lambda: os.mkfifo(record), record.mkdir, lambda: record.symlink_to("nowhere")):
-        record.unlink()
-        make()
-        refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
-        assert "run/checkpoint.json " in refused
-        assert refused.count("choose another --out") == 1
-        if record.is_dir() and not record.is_symlink():
-            record.rmdir()
-            record.touch()
+    record.unlink()
+    os.mkfifo(record)
+    refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
+    assert refused.endswith(f"run/checkpoint.json is a FIFO and not a regular file{way_out}")
     record.unlink()
     record.write_bytes(before["checkpoint.json"])
 
     state.parent.mkdir()
     (state.parent / "run.json").write_text("{}")
-    for foreign in ({}, [1], torch.ones(3)):
-        buffer = io.BytesIO()
-        torch.save(foreign, buffer)
-        body = buffer.getvalue()
-        state.write_bytes(hashlib.sha256(body).digest() + body)
-        refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
-        assert "run/training/state.ckpt " in refused
-        assert refused.endswith(way_out)
-        assert refused.count("begin anew") == 1
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    body = buffer.getvalue()
+    state.write_bytes(hashlib.sha256(body).digest() + body)
+    refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
+    assert "run/training/state.ckpt is not the state of a training, since it lacks" in refused
+    assert refused.endswith(way_out)
+    assert refused.count("begin anew") == 1
     assert files_of(tmp_path / "run") == before
 
 
