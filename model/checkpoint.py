@@ -240,6 +240,8 @@ def _described(record: Mapping[str, Any]) -> tuple[TransformerConfig, FrontEndSp
     labels = record["labels"]
     if not all(isinstance(text, str) for text in (*labels, *record["sample_texts"])):
         raise ValueError("labels and sample_texts must be texts")
+    if not all(isinstance(measures, dict) for measures in record["metrics"].values()):
+        raise ValueError("metrics must hold a table for each part of the data")
     if len(labels) != config.labels or len(set(labels)) != len(labels):
         raise ValueError(
             f"it names {len(set(labels))} labels, and the network tells {config.labels} apart"
