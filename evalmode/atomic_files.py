@@ -74,11 +74,9 @@ def write_folder(target: Path, contents: Mapping[str, bytes]) -> None:
     """Write a folder of files whole; `target` must not exist. Raises OSError, and leaves nothing
     behind.
     """
-    is_first = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = None
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         for name, data in contents.items():
             (building / name).parent.mkdir(parents=True, exist_ok=True)
             (building / name).write_bytes(data)
@@ -87,11 +85,7 @@ def write_folder(target: Path, contents: Mapping[str, bytes]) -> None:
         _flush(building)
         building.rename(target)
     except BaseException:  # an interrupt from the keyboard leaves nothing behind either
-        if building is not None:
-            shutil.rmtree(building, ignore_errors=True)
-        if is_first:
-            with suppress(OSError):
-                target.parent.rmdir()
+        shutil.rmtree(building, ignore_errors=True)
         raise
     _flush(target.parent)
 

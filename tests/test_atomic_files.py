@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evalmode.atomic_files import replace_files, write_file, write_folder
+from evalmode.atomic_files import replace_files, write_file
 
 
 @pytest.fixture
@@ -54,12 +54,3 @@ def test_a_folder_in_place_of_a_file_is_found_before_anything_is_replaced(tmp_pa
     assert refused.value.filename == str(tmp_path / "b")
     (tmp_path / "b").rmdir()
     assert contents(tmp_path) == {"a": b"1", "record": b"of it"}
-
-
-@pytest.mark.usefixtures("_no_room")
-def test_a_folder_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    for place in ("new", "mine"):
-        with pytest.raises(OSError, match="File too large"):
-            write_folder(tmp_path / place / "1", {"a": b"1", "b": bytes(5_000)})
-    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
