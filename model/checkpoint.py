@@ -326,15 +326,19 @@ def _restored(config: TransformerConfig, data: bytes) -> Transformer:
 
 def _require_rows_fit(held_out: HeldOut, frontend: FrontEndSpec, *, labels: int) -> None:
     """Raise ValueError where a held-out row is none that the network reads."""
-    ids = held_out.rows[0] if held_out.rows else np.zeros((0, frontend.ids_per_position))
-    shape = () if isinstance(frontend, BpeSpec) else (frontend.ids_per_position,)
-    lengths = [len(row) for row in held_out.rows]
-    if ids.shape[1:] != shape and held_out.rows:
-        raise ValueError(f"{HELD_OUT_FILE} has {ids.ndim - 1} axes of ids a position")
-    if lengths and not 1 <= min(lengths) <= max(lengths) <= frontend.lengths[-1]:
+    if not held_out.rows:
+        return
+    shape = held_out.rows[0].shape[1:]
+    if shape != (() if isinstance(frontend, BpeSpec) else (frontend.ids_per_position,)):
         raise ValueError(
-            f"{HELD_OUT_FILE} has rows of {min(lengths)} to {max(lengths)} positions, and the"
-            f" network reads 1 to {frontend.lengths[-1]}"
+            f"a position in {HELD_OUT_FILE} has ids of the shape {shape}, and the front end is"
+            f" {frontend.kind}"
+        )
+    lengths = [len(row) for row in held_out.rows]
+    if max(lengths) > frontend.lengths[-1]:
+        raise ValueError(
+            f"{HELD_OUT_FILE} has rows of up to {max(lengths)} positions, and the network reads"
+            f" {frontend.lengths[-1]}"
         )
     for name, values, limit in (
         ("ids", held_out.rows, frontend.vocabulary),

@@ -54,7 +54,7 @@ def require_fit(
     if stored.keys() != record.keys():
         raise misfit(where, "run is not the record of a training of this version")
     require_same(stored, record, where=where)
-    difference = _misfit(state, trainer, learner, validation) or _miscount(state, trainer, learner)
+    difference = _misfit(state, trainer, learner, validation) or _miscount(state, learner)
     if difference:
         raise misfit(where, difference)
 
@@ -99,8 +99,8 @@ def _misfit(
         "batches": batches,
     }
     for key, value in expected.items():
-        found = {"fit_loop": state[key].get("fit_loop")} if key == "loops" else state[key]
-        if difference := _difference(found, value, key):
+        part = {"fit_loop": state[key].get("fit_loop")} if key == "loops" else state[key]
+        if difference := _difference(part, value, key):
             return difference
 
     saved = state["callbacks"]
@@ -121,7 +121,7 @@ def _misfit(
     return None
 
 
-def _miscount(state: Mapping[str, Any], trainer: lightning.Trainer, learner: Learner) -> str | None:
+def _miscount(state: Mapping[str, Any], learner: Learner) -> str | None:
     """The first of the state's counters that does not agree with its number of steps."""
     loop = state["loops"]["fit_loop"]
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
@@ -184,10 +184,9 @@ def _difference(value: object, expected: object, name: str) -> str | None:
         if not isinstance(value, Tensor):
             return f"{name} is {_kind(value)} and not a tensor"
         for attribute in ("shape", "dtype", "layout"):
-            is_now, should_be = getattr(value, attribute), getattr(expected, attribute)
-            if is_now != should_be:
-                words = (str(words) for words in (is_now, should_be))
-                return "{} has the {} {} and not {}".format(name, attribute, *words)
+            actual, needed = getattr(value, attribute), getattr(expected, attribute)
+            if actual != needed:
+                return f"{name} has the {attribute} {actual} and not {needed}"
         return None
     if isinstance(expected, dict):
         if not isinstance(value, dict):

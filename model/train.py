@@ -232,10 +232,10 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
     restoring = MarkRestored()
     callbacks = [
+        restoring,  # first: an error in another's `on_train_start` is no longer the state's
         validation,
         ShowProgress(console, epochs=epochs),
         KeepState(state, steps=config.save_steps, record=run.record),
-        restoring,
     ]
     with _quiet():
         trainer = _trainer(config, epochs=epochs, callbacks=callbacks)
