@@ -3,6 +3,7 @@
 EvalmodeError                 every error that is the user's to mend: one sentence, exit code 2
 ├── BundleError               a bundle that must not be used
 │   ├── BundleCorrupt         a file is missing, changed or unreadable; the sentence names it
+│   │   └── FileUnreadable    it cannot be read at all; knows the reason apart from the way out
 │   ├── BundleNotCertified    its certificate is absent, fails, or certifies other content
 │   └── KnownAnswersDiffer    it does not answer here as it was certified to
 ├── ModelRunFailed            the runtime failed on these inputs
@@ -21,6 +22,14 @@ class BundleError(EvalmodeError):
 
 class BundleCorrupt(BundleError):  # noqa: N818 - read as a sentence: "raise BundleCorrupt"
     """A file of the bundle is missing, changed or unreadable; the message names it."""
+
+
+class FileUnreadable(BundleCorrupt):
+    """A file cannot be read. `reason` names it, without the way out that a bundle has."""
+
+    def __init__(self, reason: str, *, remedy: str | None = None) -> None:
+        super().__init__(reason if remedy is None else f"{reason}: {remedy}")
+        self.reason = reason
 
 
 class BundleNotCertified(BundleError):  # noqa: N818

@@ -23,7 +23,12 @@ from pydantic import ValidationError
 
 from evalmode.atomic_files import write_folder
 from evalmode.bundle.certificate import Certificate, Verdict
-from evalmode.bundle.errors import BundleCorrupt, BundleError, BundleNotCertified
+from evalmode.bundle.errors import (
+    BundleCorrupt,
+    BundleError,
+    BundleNotCertified,
+    FileUnreadable,
+)
 from evalmode.bundle.frontend import TOKENIZER_FILE, FrontEnd, open_frontend
 from evalmode.bundle.known_answers import KnownAnswer, unpack
 from evalmode.bundle.manifest import (
@@ -209,7 +214,7 @@ def read_file(file: Path) -> bytes:
     """The bytes of a regular file; links are followed.
 
     A FIFO, a device, a socket or a folder is refused at once, without waiting for its other end.
-    Raises BundleCorrupt, naming the file.
+    Raises FileUnreadable, naming the file.
     """
     try:
         # The kind is known before the file is opened, since opening a device may have effects. It
@@ -220,9 +225,24 @@ def read_file(file: Path) -> bytes:
             _require_regular(file, os.fstat(descriptor))
             return opened.read()
     except OSError as error:
-        raise BundleCorrupt(f"{file} cannot be read: {error.strerror}") from error
+        raise FileUnreadable(f"{file} cannot be read: {error.strerror}") from error
     except MemoryError as error:
-        raise BundleCorrupt(f"{file} cannot be read: it does not fit into memory") from error
+        raise FileUnreadable(f"{file} cannot be read: it does not fit into memory") from error
+
+
+def read_inside(folder: Path, name: str, *, called: str) -> bytes:
+    """The bytes of a regular file whose links, if it has any, do not lead out of `folder`.
+
+    `called` is what the folder is, for the message. Raises FileUnreadable, naming the file.
+    """
+    file = folder / name
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise FileUnreadable(f"{file} cannot be read: its link has no end") from error
+    if not inside:
+        raise FileUnreadable(f"{file} leads out of {called}")
+    return read_file(file)
 
 
 def version_order(version: str) -> list[tuple[int, int, str]]:
@@ -280,23 +300,17 @@ def _parse(model: type[Parsed], raw: bytes, file: Path) -> Parsed:
 def _require_regular(file: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise BundleCorrupt(
-            f"{file} is {kind} and not a regular file: put the file itself, or a link to it, there"
+        raise FileUnreadable(
+            f"{file} is {kind} and not a regular file",
+            remedy="put the file itself, or a link to it, there",
         )
 
 
 def _checked(path: Path, name: str, sha256: str) -> bytes:
-    file = path / name
-    try:
-        inside = file.resolve().is_relative_to(path.resolve())
-    except (OSError, RuntimeError) as error:  # a link that leads to itself
-        raise BundleCorrupt(f"{file} cannot be read: its link has no end") from error
-    if not inside:
-        raise BundleCorrupt(f"{file} leads out of the bundle")
-    data = read_file(file)
+    data = read_inside(path, name, called="the bundle")
     if hashlib.sha256(data).hexdigest() != sha256:
         raise BundleCorrupt(
-            f"{file} is not the certified file: its sha256 differs from the manifest's"
+            f"{path / name} is not the certified file: its sha256 differs from the manifest's"
         )
     return data
 

@@ -6,6 +6,7 @@ Knows nothing of what is written.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -37,6 +38,10 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in contents]
+    for path in paths:
+        # A folder cannot be replaced by a file, and that must not come out halfway.
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     for path, data in zip(paths, contents.values(), strict=True):
         try:
             draft_of(path).write_bytes(data)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +54,7 @@ from evalmode.model.metrics import (
     quality,
 )
 from evalmode.model.progress import ShowProgress
+from evalmode.model.restoring import MarkRestored, misfit, reason_of, require_fit
 from evalmode.model.resume import (
     BEGIN_ANEW,
     FOLDER,
@@ -62,6 +64,8 @@ from evalmode.model.resume import (
     WholeFiles,
     check_folder,
     open_run,
+    read_state,
+    remove_run,
     require_same,
 )
 from evalmode.model.texts import Texts
@@ -147,14 +151,14 @@ def fit(
     run = _prepare(config, cache=cache, show_data=show_data if is_first else None)
     if (
         resume
-        and (out / checkpoint.RECORD_FILE).exists()
+        and os.path.lexists(out / checkpoint.RECORD_FILE)
         and not (out / FOLDER / STATE_FILE).exists()
     ):
         try:
             finished = checkpoint.load(out)
         except CheckpointError as error:
-            raise EvalmodeError(f"{error}: {BEGIN_ANEW}") from error
-        require_same(_record_of(finished), run.record, where=out / checkpoint.RECORD_FILE)
+            raise EvalmodeError(f"{error.reason}: {BEGIN_ANEW}") from error
+        _require_same_run(finished, run, where=out / checkpoint.RECORD_FILE)
     else:
         validation = _train(run, out=out, resume=resume, console=console or Console(quiet=True))
         if validation is None:
@@ -273,10 +277,12 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
         MOST_EPOCHS, max(FEWEST_EPOCHS, round(ROWS_TO_SHOW / len(run.train)))
     )
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
+    restoring = MarkRestored()
     callbacks = [
+        restoring,  # first: an error in another's `on_train_start` is no longer the state's
         validation,
         ShowProgress(console, epochs=epochs),
-        KeepState(state, steps=config.save_steps),
+        KeepState(state, steps=config.save_steps, record=run.record),
     ]
     with _quiet():
         trainer = _trainer(config, epochs=epochs, callbacks=callbacks)
@@ -294,18 +300,32 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
         learner = Learner(
             _network(run), config=config, batches=batches, steps=epochs * len(batches)
         )
+        is_resumed = resume and state.exists()
+        if is_resumed:
+            require_fit(
+                read_state(state),
+                trainer=trainer,
+                learner=learner,
+                validation=validation,
+                record=run.record,
+                where=state,
+            )
         try:
-            trainer.fit(learner, ckpt_path=state if resume and state.exists() else None)
+            trainer.fit(learner, ckpt_path=state if is_resumed else None)
         except SystemExit as stopped:  # how Lightning passes a Ctrl-C on
             raise KeyboardInterrupt from stopped
         except StateNotWritten:
             if not state.exists():  # nothing can be resumed from what is there
-                rmtree(out / FOLDER, ignore_errors=True)
-                with suppress(OSError):  # it holds other files
-                    out.rmdir()
+                remove_run(out)
             raise
         except Diverged:
             rmtree(out / FOLDER, ignore_errors=True)  # nobody should resume it
+            raise
+        except (EvalmodeError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if is_resumed and not restoring.is_over:
+                raise misfit(state, reason_of(error)) from error
             raise
     return validation if trainer.is_global_zero else None
 
@@ -411,14 +431,19 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
     )
 
 
-def _record_of(finished: Checkpoint) -> dict[str, Any]:
+def _require_same_run(finished: Checkpoint, run: _Run, *, where: Path) -> None:
+    """Raise RunMismatch unless `finished` is what `run` would come to, and EvalmodeError where it
+    does not say.
+    """
     provenance = finished.provenance
     try:
-        return provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
-    except (KeyError, TypeError) as error:
-        raise EvalmodeError(
-            f"{checkpoint.RECORD_FILE} does not say how it was trained: {BEGIN_ANEW}"
-        ) from error
+        record = provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
+        says_all = isinstance(provenance["epochs"], int)
+    except (KeyError, TypeError):
+        says_all = False
+    if not says_all:
+        raise EvalmodeError(f"{where} does not say how it was trained: {BEGIN_ANEW}")
+    require_same(record, run.record, where=where)
 
 
 def _one_a_label(texts: Texts) -> tuple[str, ...]:

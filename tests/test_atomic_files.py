@@ -44,3 +44,13 @@ def test_files_are_replaced_together(tmp_path: Path) -> None:
     replace_files(tmp_path / "new", {"a": b"1", "record": b"of it"})
     replace_files(tmp_path / "new", {"a": b"2", "record": b"of that"})
     assert contents(tmp_path / "new") == {"a": b"2", "record": b"of that"}
+
+
+def test_a_folder_in_place_of_a_file_is_found_before_anything_is_replaced(tmp_path: Path) -> None:
+    replace_files(tmp_path, {"a": b"1", "record": b"of it"})
+    (tmp_path / "b").mkdir()
+    with pytest.raises(IsADirectoryError) as refused:
+        replace_files(tmp_path, {"a": b"2", "b": b"3", "record": b"of those"})
+    assert refused.value.filename == str(tmp_path / "b")
+    (tmp_path / "b").rmdir()
+    assert contents(tmp_path) == {"a": b"1", "record": b"of it"}

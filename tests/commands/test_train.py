@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 EVALMODE = Path(sys.executable).with_name("evalmode")
 SMALL = ["--epochs", "1", "--width", "16", "--layers", "1", "--heads", "2"]
@@ -96,6 +100,89 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("data") / "d.csv", rows)
 
 
+@pytest.fixture
+def few(data: Path, tmp_path: Path) -> Path:
+    """The first rows of the data: for runs whose length says nothing."""
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "few.csv").write_text("".join(lines[:201]))
+    return tmp_path / "few.csv"
+
+
+@contextmanager
+def small_disk(folder: Path, *options: str) -> Iterator[Path]:
+    """A file system of its own in memory, at `folder`."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+LARGER = ["--width", 192]
+
+
+def test_a_last_checkpoint_without_room_leaves_the_run_before_and_can_be_had_later(
+    few: Path, tmp_path: Path
+) -> None:
+    train = ["train", "--data", few, *SMALL, *LARGER, "--out", "disk/run"]
+    with small_disk(tmp_path / "disk", "size=32m") as disk:
+        first = evalmode(*train, cwd=tmp_path)
+        assert first.returncode == 0, first.stderr
+        before = files_of(disk / "run")
+        weights = len(before["model.safetensors"])
+        # The state holds the weights, their two moments and the best weights. There is room for
+        # these, and for half of what the checkpoint needs.
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        (disk / "filler").write_bytes(bytes(free - round(4.5 * weights)))
+        full = refusal(evalmode(*train, "--seed", 1, "--overwrite", cwd=tmp_path))
+        assert "cannot be written to disk/run/model.safetensors (No space left on device)" in full
+        assert full.endswith(": make room or make it writable, and go on with --resume\n")
+        assert files_of(disk / "run") == before
+        assert {path.name for path in disk.iterdir()} == {"run", "filler"}
+        (disk / "filler").unlink()
+        later = evalmode(*train, "--seed", 1, "--resume", cwd=tmp_path)
+        assert later.returncode == 0, later.stderr
+        assert files_of(disk / "run") != before
+        assert not (disk / "run/training").exists()
+
+
+def test_a_disk_without_room_for_a_state_holds_nothing_afterwards(
+    few: Path, tmp_path: Path
+) -> None:
+    train = ["train", "--data", few, *SMALL, *LARGER, "--out", "disk/run"]
+    with small_disk(tmp_path / "disk", "size=1m") as disk:
+        full = refusal(evalmode(*train, cwd=tmp_path))
+        assert "disk/run/training/state.ckpt cannot be written (No space left on device)" in full
+        assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_may_only_be_read_is_refused_before_any_work(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=1m", "ro"):
+        refused = refusal(
+            evalmode("train", "--data", "absent.csv", "--out", "disk/run", cwd=tmp_path)
+        )
+        assert "no training can be written to disk/run: disk may not be written to" in refused
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "file/x", "n" * 300])
+def test_a_place_that_cannot_hold_a_training_is_one_sentence(
+    data: Path, tmp_path: Path, out: str
+) -> None:
+    (tmp_path / "file").touch()
+    refused = refusal(evalmode("train", "--data", data, *SMALL, "--out", out, cwd=tmp_path))
+    assert f"no training can be written to {out}" in refused
+    assert refused.endswith(": choose another --out\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
 def test_a_state_that_is_broken_or_finds_no_room_is_one_sentence(
     data: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +204,43 @@ def test_a_state_that_is_broken_or_finds_no_room_is_one_sentence(
         assert "run/training/state.ckpt was cut short or changed" in broken
         assert "begin anew with --overwrite, or choose another --out" in broken
         state.write_bytes(b"")
+
+
+def test_a_foreign_state_or_record_is_one_sentence_with_one_way_out(
+    few: Path, tmp_path: Path
+) -> None:
+    train = ["train", "--data", few, *SMALL, "--out", "run"]
+    done = evalmode(*train, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before = files_of(tmp_path / "run")
+    record, state = tmp_path / "run/checkpoint.json", tmp_path / "run/training/state.ckpt"
+    way_out = ": begin anew with --overwrite, or choose another --out\n"
+
+    record.write_text("{}")
+    refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
+    assert (
+        refused
+        == f"evalmode: {Path('run/checkpoint.json')} has format None, and this evalmode"
+        + (f" reads format 1{way_out}")
+    )
+    record.unlink()
+    os.mkfifo(record)
+    refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
+    assert refused.endswith(f"run/checkpoint.json is a FIFO and not a regular file{way_out}")
+    record.unlink()
+    record.write_bytes(before["checkpoint.json"])
+
+    state.parent.mkdir()
+    (state.parent / "run.json").write_text("{}")
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    body = buffer.getvalue()
+    state.write_bytes(hashlib.sha256(body).digest() + body)
+    refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
+    assert "run/training/state.ckpt is not the state of a training, since it lacks" in refused
+    assert refused.endswith(way_out)
+    assert refused.count("begin anew") == 1
+    assert files_of(tmp_path / "run") == before
 
 
 def test_a_finished_run_is_not_written_over_and_files_are_refused_by_name(

@@ -23,9 +23,9 @@ from evalmode.model.resume import (
     StateNotWritten,
     StateUnusable,
     WholeFiles,
-    _record,
-    _state,
     check_folder,
+    read_record,
+    read_state,
 )
 from tests.model.test_train import Killed, contents, train, watch_steps
 
@@ -209,11 +209,56 @@ def test_going_on_and_beginning_anew_exclude_each_other(tmp_path):
 def test_a_place_that_cannot_be_a_folder_is_refused_and_nothing_is_made(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "broken").symlink_to("nowhere")
-    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "broken" / "run"):
+    (tmp_path / "loop").symlink_to("loop")
+    places = [tmp_path / "file", tmp_path / "broken", tmp_path / "loop", Path("/dev/full")]
+    for out in (*places, *(place / "run" for place in places)):
         with pytest.raises(EvalmodeError, match="is not a folder: choose another --out"):
             check_folder(out, resume=False, overwrite=False)
     check_folder(tmp_path / "a" / "b", resume=False, overwrite=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "broken"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "broken", "loop"}
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint.json", "model.safetensors", "held_out.npz", "tokenizer.json", FOLDER]
+)
+def test_a_folder_or_file_in_the_place_of_another_is_refused_before_any_work(data, tmp_path, name):
+    path = tmp_path / name
+    path.touch() if name == FOLDER else path.mkdir()
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(EvalmodeError, match=rf"{name} is .*: choose another --out$") as refused:
+            train(data.with_name("absent.csv"), tmp_path, **options)
+        assert str(tmp_path) in str(refused.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_in_place_of_the_folder_of_the_state_is_not_written_through(data, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EvalmodeError, match=r"no training can be written to .*choose another"):
+        train(data, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["mine"]
+
+
+def test_a_broken_link_in_place_of_a_finished_training_is_not_replaced(data, tmp_path):
+    (tmp_path / "checkpoint.json").symlink_to("nowhere")
+    with pytest.raises(EvalmodeError, match=r"checkpoint\.json cannot be read.*begin anew"):
+        train(data, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"]
+
+
+@pytest.mark.parametrize("part", [None, [], {}, "x", {"training": 3}, {"training": {}, "data": []}])
+def test_a_finished_training_that_does_not_say_how_it_was_made_is_one_sentence(
+    data, tmp_path, part
+):
+    train(data, tmp_path)
+    record = json.loads((tmp_path / "checkpoint.json").read_text())
+    (tmp_path / "checkpoint.json").write_text(json.dumps(record | {"provenance": part}))
+    with pytest.raises(EvalmodeError, match=r"checkpoint\.json .*: begin anew with") as refused:
+        train(data, tmp_path, resume=True)
+    assert str(refused.value).count(": begin anew") == 1
+    assert "train again" not in str(refused.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -232,9 +277,9 @@ def test_the_record_of_a_run_holds_no_path(out):
     assert not {"separator", "max_minutes"} & record.keys()
 
 
-@pytest.mark.parametrize("name", ["run.json", STATE_FILE])
+@pytest.mark.parametrize("name", [RUN_FILE, STATE_FILE])
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    read = _record if name == "run.json" else _state
+    read = read_record if name == RUN_FILE else read_state
     with pytest.raises(StateUnusable, match=rf"{name} .*begin anew with --overwrite"):
         read(tmp_path / name)
