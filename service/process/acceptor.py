@@ -20,7 +20,7 @@ from typing import Any
 
 import structlog
 
-from evalmode.service.errors import StartFailed
+from evalmode.service.errors import StartFailed, error_body
 from evalmode.service.process.connection import Connection
 from evalmode.service.process.lingering_close import Connections
 from evalmode.service.settings import Settings
@@ -45,7 +45,7 @@ _SURPLUS_AT_ONCE = 8
 _RETRY_S = 0.05
 _LOG_EVERY_S = 60.0
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_BODY = b'{"error":"the server has no file descriptors left: retry in 1 s"}'
+_BODY = error_body("", "the server has no file descriptors left: retry in 1 s")
 _REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: application/json\r\n"
     b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(_BODY), _BODY)
@@ -185,14 +185,35 @@ class Acceptor:
             self._state.surplus[protocol] = task
 
     async def _begin(self, connection: socket.socket, protocol: Connection) -> None:
+        tls = self._tls
         try:
-            await self._loop.connect_accepted_socket(lambda: protocol, connection, **self._tls)
+            if tls and await self._sends_plain_text(connection):
+                protocol.is_plain_at_tls, tls = True, {}
+            await self._loop.connect_accepted_socket(lambda: protocol, connection, **tls)
         except (OSError, asyncio.CancelledError) as error:  # a TLS handshake that failed
             _log.debug("a connection broke off before it began", error=str(error))
             self._state.surplus.pop(protocol, None)
+            connection.close()
         finally:
             self._state.arriving.discard(protocol)
             self._state.check()
+
+    async def _sends_plain_text(self, connection: socket.socket) -> bool:
+        """Whether the first byte of a client is a letter or a line end, as in HTTP: no handshake of
+        TLS begins so. The byte is left in the socket.
+
+        After a handshake that failed nothing could be said any more: asyncio has closed the socket.
+        Raises TimeoutError when no byte comes in the time of a handshake.
+        """
+        readable = asyncio.Event()
+        self._loop.add_reader(connection.fileno(), readable.set)
+        try:
+            async with asyncio.timeout(self._tls["ssl_handshake_timeout"]):
+                await readable.wait()
+        finally:
+            self._loop.remove_reader(connection.fileno())
+        first = connection.recv(1, socket.MSG_PEEK)
+        return first.isalpha() or first in (b"\r", b"\n")
 
     def _make_room(self) -> None:
         """End one of the connections above the limit: the oldest that ends already, or that has

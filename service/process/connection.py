@@ -11,7 +11,6 @@ Slow bodies are the application's affair: it reads them.
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from evalmode.service.errors import error_body
 from evalmode.service.health import PROBE_PATHS
 from evalmode.service.process.lingering_close import (
     EVERY_ANSWER_BEGINS,
@@ -31,7 +31,7 @@ from evalmode.service.process.lingering_close import (
     EndingProtocol,
     Outlet,
 )
-from evalmode.service.settings import Settings
+from evalmode.service.settings import Settings, setting_named
 
 # A client that connected so recently has a request on its way.
 _FRESH_S = 1.0
@@ -42,6 +42,7 @@ _RETRY_AFTER_S = 1
 _UPGRADES = (b"upgrade", b"http2-settings")
 _END_OF_HEAD = b"\r\n\r\n"
 _TLS_HANDSHAKE = b"\x16\x03"
+_TLS_HERE = "this port speaks TLS: use https://"
 _SHOWN_CHARACTERS = 100
 # Given to the parser in one turn of the loop: some 0.5 ms, however small the client makes them.
 _MOST_PIECES = 256
@@ -86,7 +87,12 @@ def connection_within(
 
 class _Refused(Exception):  # noqa: N818 - an answer on its way out of the parser's callbacks
     def __init__(
-        self, status: int, sentence: str, *, reason: str = "invalid", retry_after_s: int = 0
+        self,
+        status: int,
+        sentence: str,
+        *,
+        reason: str | None = "invalid",
+        retry_after_s: int = 0,
     ) -> None:
         super().__init__(sentence)
         self.status = status
@@ -122,7 +128,8 @@ class Connection(EndingProtocol):
     """uvicorn's protocol within `limits`; `connection_within` makes a class that has some.
 
     With `probes_only`, as above the limit of connections, one probe of health is answered, and
-    everything else gets 503.
+    everything else gets 503. With `is_plain_at_tls` the client sends plain text where the server
+    speaks TLS: whatever it asks gets 400.
     """
 
     limits: ClassVar[ConnectionLimits]
@@ -137,10 +144,13 @@ class Connection(EndingProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.probes_only = False
+        self.is_plain_at_tls = False
         self._in_head = False
         self._heads = 0
         self._head_bytes = 0
-        self._body_bytes: int | None = 0  # left of the body; None: it comes in chunks
+        self._body_bytes: int | None = 0  # of the body; None: it comes in chunks
+        self._left_bytes: int | None = 0  # of the body, to be given to the parser
+        self._arrived_bytes = 0  # of the body, without the framing of chunks
         self._upgrading = False
         self._framing_bytes = 0  # of a chunked body since its last data, such as trailers
         self._received = b""
@@ -188,7 +198,7 @@ class Connection(EndingProtocol):
             return False
         self._half_closed = True
         if not self._must_wait():
-            self._close()
+            self._refuse_unfinished()
             return False
         if self._answering() and not self.cycle.response_started:
             # A client that is gone looks the same, until something is sent to it. Every answer
@@ -231,6 +241,7 @@ class Connection(EndingProtocol):
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body to the application."""
         self._framing_bytes = 0
+        self._arrived_bytes += len(body)
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
@@ -238,6 +249,8 @@ class Connection(EndingProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._upgrading = True
             return
+        if self.is_plain_at_tls:
+            raise _Refused(400, _TLS_HERE)
         self._check_address()
         self._check_head()
         if self.probes_only and self.url.partition(b"?")[0] not in _PROBES:
@@ -353,8 +366,11 @@ class Connection(EndingProtocol):
             return
         self._received = b""
         self._position = 0
-        if not self._half_closed:
-            self.flow.release()
+        if self._half_closed:
+            if not self._must_wait():
+                self._refuse_unfinished()
+            return
+        self.flow.release()
         # a head that is not whole, or empty lines, which may stand before a request
         if not self._in_body and not self._answering():
             self._wait_for_head()
@@ -370,8 +386,8 @@ class Connection(EndingProtocol):
         other end. An empty line within a chunk only makes the pieces smaller.
         """
         received, start = self._received, self._position
-        if self._in_body and self._body_bytes is not None:
-            return min(len(received), start + self._body_bytes)
+        if self._in_body and self._left_bytes is not None:
+            return min(len(received), start + self._left_bytes)
         if self._tail:
             place = (self._tail + received[start : start + 3]).find(_END_OF_HEAD)
             end = start + place + len(_END_OF_HEAD) - len(self._tail)
@@ -387,8 +403,8 @@ class Connection(EndingProtocol):
         return end
 
     def _feed(self, piece: bytes | memoryview) -> None:
-        if self._in_body and self._body_bytes is not None:
-            self._body_bytes -= len(piece)
+        if self._in_body and self._left_bytes is not None:
+            self._left_bytes -= len(piece)
         self._framing_bytes = self._framing_bytes + len(piece) if self._in_body else 0
         try:
             self.parser.feed_data(piece)
@@ -399,6 +415,8 @@ class Connection(EndingProtocol):
             cause = error.__context__
             if isinstance(cause, _Refused):
                 self._refuse(cause)
+            elif self.is_plain_at_tls:
+                self._refuse(_Refused(400, _TLS_HERE))
             elif self._heads <= 1 and bytes(piece[:2]) == _TLS_HANDSHAKE:
                 self._refuse(
                     _Refused(400, "this is TLS, and the server speaks plain HTTP here: use http://")
@@ -421,17 +439,16 @@ class Connection(EndingProtocol):
 
     def _go_on(self) -> None:
         """Take up the next request, once the one before is answered and the client reads."""
+        if self._must_wait():
+            return
         if self._position < len(self._received):
-            if self._must_wait():
-                return
             self._parse()
-            if self._deaf or self._in_body or self._must_wait():
-                if self._half_closed and self._in_body:  # which will never be whole
-                    self._close()
+            is_parsed = self._position >= len(self._received)
+            if self._deaf or self._in_body or self._must_wait() or not is_parsed:
                 return
         if self._half_closed:
             self._close()
-        elif not self._must_wait():
+        else:
             self.flow.resume_reading()
             self._wait_for_next()
 
@@ -518,7 +535,7 @@ class Connection(EndingProtocol):
 
     def _check_head(self) -> None:
         length_bytes, hosts = len(self.url), 0
-        self._body_bytes = 0
+        self._body_bytes, self._arrived_bytes = 0, 0
         for name, value in self.headers:
             length_bytes += len(name) + len(value) + 4
             if name == b"host":
@@ -527,6 +544,7 @@ class Connection(EndingProtocol):
                 self._body_bytes = int(value)
             elif name == b"transfer-encoding":
                 self._body_bytes = None
+        self._left_bytes = self._body_bytes
         if length_bytes > self.limits.header_bytes:
             raise self._too_long()
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
@@ -543,10 +561,25 @@ class Connection(EndingProtocol):
         return _Refused(
             503,
             "the server has as many connections as it takes: retry in"
-            f" {_RETRY_AFTER_S} s, or let it take more (setting max_connections)",
+            f" {_RETRY_AFTER_S} s, or raise {setting_named('max_connections')}",
             reason="too_many_connections",
             retry_after_s=_RETRY_AFTER_S,
         )
+
+    def _refuse_unfinished(self) -> None:
+        """Refuse a request of which nothing more will come; where none has begun, only close."""
+        if self._in_body:
+            if self._body_bytes is None:
+                end = f"the body ends after {_bytes(self._arrived_bytes)}, before its last chunk"
+            else:
+                end = f"the body ends after {self._arrived_bytes} of {_bytes(self._body_bytes)}"
+            # Its application notes that the client hung up, and counts it.
+            self._refuse(_Refused(400, end, reason=None))
+        elif self._in_head:
+            end = f"the request head ends after {_bytes(self._head_bytes)}, before its empty line"
+            self._refuse(_Refused(400, end, reason="cancelled"))
+        else:
+            self._close()
 
     def _refuse(self, refused: _Refused) -> None:
         self._wait_no_more()
@@ -569,8 +602,10 @@ class Connection(EndingProtocol):
     def _say(self, refused: _Refused) -> None:
         if self.transport.is_closing():
             return
-        self.limits.refused(refused.reason)
-        body = json.dumps({"error": str(refused)}).encode()
+        if refused.reason is not None:
+            self.limits.refused(refused.reason)
+        path = self.url.partition(b"?")[0] if self._in_head or self._in_body else b""
+        body = error_body(path.decode("latin-1"), str(refused))
         head = [STATUS_LINE[refused.status]]
         head += [
             name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
@@ -610,3 +645,7 @@ class Connection(EndingProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._feed(b"".join([*head, b"\r\n"]))
+
+
+def _bytes(count: int) -> str:
+    return "1 byte" if count == 1 else f"{count} bytes"
