@@ -556,7 +556,7 @@ POST_CHUNKS = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n
         (POST_100, "the body ends after 0 of 100 bytes"),
         (POST_100 + b"\r\n\r\n" * 24 + b"abc", "the body ends after 99 of 100 bytes"),
         (POST_CHUNKS, "the body ends after 0 bytes, before its last chunk"),
-        (POST_CHUNKS + b"5\r\nabcd", "the body ends after 4 bytes, before its last chunk"),
+        (
             POST_CHUNKS + b"5\r\nabcde\r\n3\r\nf",
             "the body ends after 6 bytes, before its last chunk",
         ),
