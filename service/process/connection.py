@@ -1,5 +1,4 @@
-"""One HTTP/1.1 connection, within limits: a client that is slow, takes no answers, sends too much
-or sends no HTTP is refused. Knows no server.
+"""One HTTP/1.1 connection, within limits: its requests, one at a time. Knows no server.
 
 Requests are parsed one at a time. What follows a request waits as bytes, and nothing more is read,
 until its answer is complete and the client has taken enough of what was written. So a connection
@@ -13,37 +12,42 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from evalmode.service.errors import error_body
 from evalmode.service.health import PROBE_PATHS
 from evalmode.service.process.lingering_close import (
     EVERY_ANSWER_BEGINS,
     IDLE_LINGER_S,
-    UNREAD_LINGER_S,
     Connections,
-    EndingProtocol,
     Outlet,
 )
-from evalmode.service.settings import Settings, setting_named
+from evalmode.service.process.refusals import (
+    ConnectionLimits,
+    Refused,
+    RefusingProtocol,
+    body_bytes_of,
+    framing_too_long,
+    head_too_late,
+    head_too_long,
+    no_http,
+    path_of,
+    stopped,
+    tls_here,
+    too_many_connections,
+)
+from evalmode.service.settings import Settings
 
 # A client that connected so recently has a request on its way.
 _FRESH_S = 1.0
 # A connection above the limit is for probes, which send their request at once.
 _SURPLUS_HEAD_S = 1.0
 _PROBES = frozenset(path.encode() for path in PROBE_PATHS)
-_RETRY_AFTER_S = 1
 _UPGRADES = (b"upgrade", b"http2-settings")
 _END_OF_HEAD = b"\r\n\r\n"
-_TLS_HANDSHAKE = b"\x16\x03"
-_TLS_HERE = "this port speaks TLS: use https://"
-_SHOWN_CHARACTERS = 100
 # Given to the parser in one turn of the loop: some 0.5 ms, however small the client makes them.
 _MOST_PIECES = 256
 # After the client has closed its side, the first and the longest wait between two looks at whether
@@ -51,21 +55,6 @@ _MOST_PIECES = 256
 _FIRST_LOOK_S = 0.01
 _LONGEST_LOOK_S = 1.0
 _TCP_CLOSE = 7  # the first byte of TCP_INFO after a reset, see linux/tcp.h
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConnectionLimits:
-    """How long a head may be, and how long a client may take for it, and for reading what was
-    written.
-
-    `refused` is called with the reason (one of the metrics' REASONS) of every answer that is given
-    here and never reaches the application.
-    """
-
-    header_bytes: int
-    header_timeout_s: float
-    body_timeout_s: float
-    refused: Callable[[str], None]
 
 
 def connection_within(
@@ -83,21 +72,6 @@ def connection_within(
         read_timeout_s = settings.body_timeout_s
 
     return ConnectionWithin
-
-
-class _Refused(Exception):  # noqa: N818 - an answer on its way out of the parser's callbacks
-    def __init__(
-        self,
-        status: int,
-        sentence: str,
-        *,
-        reason: str | None = "invalid",
-        retry_after_s: int = 0,
-    ) -> None:
-        super().__init__(sentence)
-        self.status = status
-        self.reason = reason
-        self.retry_after_s = retry_after_s
 
 
 class _Flow(FlowControl):
@@ -124,7 +98,7 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-class Connection(EndingProtocol):
+class Connection(RefusingProtocol):
     """uvicorn's protocol within `limits`; `connection_within` makes a class that has some.
 
     With `probes_only`, as above the limit of connections, one probe of health is answered, and
@@ -132,7 +106,6 @@ class Connection(EndingProtocol):
     speaks TLS: whatever it asks gets 400.
     """
 
-    limits: ClassVar[ConnectionLimits]
     flow: _Flow
 
     def __init__(
@@ -145,12 +118,8 @@ class Connection(EndingProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self.probes_only = False
         self.is_plain_at_tls = False
-        self._in_head = False
         self._heads = 0
-        self._head_bytes = 0
-        self._body_bytes: int | None = 0  # of the body; None: it comes in chunks
         self._left_bytes: int | None = 0  # of the body, to be given to the parser
-        self._arrived_bytes = 0  # of the body, without the framing of chunks
         self._upgrading = False
         self._framing_bytes = 0  # of a chunked body since its last data, such as trailers
         self._received = b""
@@ -250,11 +219,17 @@ class Connection(EndingProtocol):
             self._upgrading = True
             return
         if self.is_plain_at_tls:
-            raise _Refused(400, _TLS_HERE)
-        self._check_address()
-        self._check_head()
+            raise tls_here()
+        self.url = path_of(self.url, method=self.parser.get_method())
+        self._body_bytes = self._left_bytes = body_bytes_of(
+            self.url,
+            self.headers,
+            version=self.parser.get_http_version(),
+            most_bytes=self.limits.header_bytes,
+        )
+        self._arrived_bytes = 0
         if self.probes_only and self.url.partition(b"?")[0] not in _PROBES:
-            raise self._too_many()
+            raise too_many_connections()
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self._wait_no_more()
@@ -315,18 +290,14 @@ class Connection(EndingProtocol):
         """End now, with 503 where an answer is owed and not begun."""
         if self._answering() and not self.cycle.response_started and not self._deaf:
             self._disown()
-            self._say(
-                _Refused(
-                    503, "the server stopped before this request was answered", reason="not_ready"
-                )
-            )
+            self._say(stopped())
         else:
             self._close()
 
     def make_room(self) -> None:
         """End at once: another connection needs the file descriptor."""
         if not self._deaf and not self._answering():
-            self._say(self._too_many())
+            self._say(too_many_connections())
         self._close()
 
     @property
@@ -413,29 +384,19 @@ class Connection(EndingProtocol):
             return
         except httptools.HttpParserError as error:
             cause = error.__context__
-            if isinstance(cause, _Refused):
+            if isinstance(cause, Refused):
                 self._refuse(cause)
             elif self.is_plain_at_tls:
-                self._refuse(_Refused(400, _TLS_HERE))
-            elif self._heads <= 1 and bytes(piece[:2]) == _TLS_HANDSHAKE:
-                self._refuse(
-                    _Refused(400, "this is TLS, and the server speaks plain HTTP here: use http://")
-                )
+                self._refuse(tls_here())
             else:
-                self._refuse(_Refused(400, f"this is not HTTP/1.1: {error}"))
+                self._refuse(no_http(error, bytes(piece[:2]), is_first=self._heads <= 1))
             return
         if self._in_head:
             self._head_bytes += len(piece)
             if self._head_bytes > self.limits.header_bytes:
-                self._refuse(self._too_long())
+                self._refuse(head_too_long(self.limits.header_bytes))
         elif self._in_body and self._framing_bytes > self.limits.header_bytes:
-            self._refuse(
-                _Refused(
-                    431,
-                    "chunk sizes and trailers are longer than the"
-                    f" {self.limits.header_bytes} bytes allowed",
-                )
-            )
+            self._refuse(framing_too_long(self.limits.header_bytes))
 
     def _go_on(self) -> None:
         """Take up the next request, once the one before is answered and the client reads."""
@@ -487,137 +448,17 @@ class Connection(EndingProtocol):
             )
 
     def _head_is_late(self) -> None:
-        if self.probes_only:
-            self._refuse(self._too_many())
-            return
         self._refuse(
-            _Refused(
-                408,
-                f"no whole request head came within {self.limits.header_timeout_s:g} s",
-                reason="request_timeout",
-            )
+            too_many_connections()
+            if self.probes_only
+            else head_too_late(self.limits.header_timeout_s)
         )
 
     def _fresh_no_more(self) -> None:
         self._wait_no_more()
         self.wind_up()
 
-    # What is refused here.
-
-    def _check_address(self) -> None:
-        """Refuse an address that uvicorn cannot take apart; most begin with a slash and are right.
-
-        The parser itself refuses characters that no address may have.
-        """
-        if self.parser.get_method() == b"CONNECT":
-            raise _Refused(
-                400, "CONNECT asks for a tunnel, and this server is no proxy: ask for a path"
-            )
-        if self.url.startswith(b"/"):
-            return
-        try:
-            parts = httptools.parse_url(self.url)
-        except httptools.HttpParserInvalidURLError as error:
-            shown = self.url[:_SHOWN_CHARACTERS].decode("ascii", "backslashreplace")
-            authority = self.url.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
-            host, colon, port = authority.rpartition(b":")
-            if not (host if colon else authority):
-                problem = "names no host"
-            elif colon and not (port.isdigit() and int(port[:9]) <= 65_535):
-                problem = "has a port that is not a number from 0 to 65535"
-            else:
-                problem = "is not a URL"
-            raise _Refused(
-                400, f"the address {shown} {problem}: send a path that begins with /"
-            ) from error
-        if parts.path is None:
-            self.url = b"/" + (b"?" + parts.query if parts.query else b"")
-
-    def _check_head(self) -> None:
-        length_bytes, hosts = len(self.url), 0
-        self._body_bytes, self._arrived_bytes = 0, 0
-        for name, value in self.headers:
-            length_bytes += len(name) + len(value) + 4
-            if name == b"host":
-                hosts += 1
-            elif name == b"content-length":
-                self._body_bytes = int(value)
-            elif name == b"transfer-encoding":
-                self._body_bytes = None
-        self._left_bytes = self._body_bytes
-        if length_bytes > self.limits.header_bytes:
-            raise self._too_long()
-        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
-            raise _Refused(400, f"a request has one Host header, this one has {hosts}")
-
-    def _too_long(self) -> _Refused:
-        return _Refused(
-            431,
-            f"request line and headers are longer than the {self.limits.header_bytes} bytes"
-            " allowed",
-        )
-
-    def _too_many(self) -> _Refused:
-        return _Refused(
-            503,
-            "the server has as many connections as it takes: retry in"
-            f" {_RETRY_AFTER_S} s, or raise {setting_named('max_connections')}",
-            reason="too_many_connections",
-            retry_after_s=_RETRY_AFTER_S,
-        )
-
-    def _refuse_unfinished(self) -> None:
-        """Refuse a request of which nothing more will come; where none has begun, only close."""
-        if self._in_body:
-            if self._body_bytes is None:
-                end = f"the body ends after {_bytes(self._arrived_bytes)}, before its last chunk"
-            else:
-                end = f"the body ends after {self._arrived_bytes} of {_bytes(self._body_bytes)}"
-            # Its application notes that the client hung up, and counts it.
-            self._refuse(_Refused(400, end, reason=None))
-        elif self._in_head:
-            end = f"the request head ends after {_bytes(self._head_bytes)}, before its empty line"
-            self._refuse(_Refused(400, end, reason="cancelled"))
-        else:
-            self._close()
-
-    def _refuse(self, refused: _Refused) -> None:
-        self._wait_no_more()
-        if not self._in_body:
-            self._say(refused)
-        elif self.cycle.response_complete:
-            self._linger(UNREAD_LINGER_S)
-        else:
-            self._disown()
-            if self.cycle.response_started:
-                self._close()
-            else:
-                self._say(refused)
-
-    def _disown(self) -> None:
-        """Tell the application that its client is gone: what it still says is dropped."""
-        self.cycle.disconnected = True
-        self.cycle.message_event.set()
-
-    def _say(self, refused: _Refused) -> None:
-        if self.transport.is_closing():
-            return
-        if refused.reason is not None:
-            self.limits.refused(refused.reason)
-        path = self.url.partition(b"?")[0] if self._in_head or self._in_body else b""
-        body = error_body(path.decode("latin-1"), str(refused))
-        head = [STATUS_LINE[refused.status]]
-        head += [
-            name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
-        ]
-        if refused.retry_after_s:
-            head += [b"retry-after: %d\r\n" % refused.retry_after_s]
-        head += [
-            b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-            % len(body)
-        ]
-        self.transport.write(self.without_beginning(b"".join([*head, body])))
-        self._linger(UNREAD_LINGER_S)
+    # The end, and a head that asks for another protocol.
 
     def _linger(self, linger_s: float) -> None:
         self._received = b""
@@ -645,7 +486,3 @@ class Connection(EndingProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._feed(b"".join([*head, b"\r\n"]))
-
-
-def _bytes(count: int) -> str:
-    return "1 byte" if count == 1 else f"{count} bytes"
