@@ -43,6 +43,8 @@ _AT_ONCE_SHARED = 4
 # can still get 503 before it makes room.
 _SURPLUS_AT_ONCE = 8
 _RETRY_S = 0.05
+# Of several workers, one at its limit would otherwise refuse what another has room for.
+_LEFT_TO_OTHERS_S = 0.02
 _LOG_EVERY_S = 60.0
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _BODY = error_body("", "the server has no file descriptors left: retry in 1 s")
@@ -106,6 +108,7 @@ class Acceptor:
         self._make = make
         self._state = state
         self._most = most
+        self._is_shared = is_shared
         self._at_once = _AT_ONCE_SHARED if is_shared else _AT_ONCE
         self._tls = tls
         self._refused = refused
@@ -143,9 +146,25 @@ class Acceptor:
             await asyncio.wait(self._tasks)
 
     def _accept(self) -> None:
+        """Take connections. At the limit, another worker gets the time to take them first."""
+        if self._is_shared and self._is_full():
+            self._loop.remove_reader(self._listener.fileno())
+            self._retry = self._loop.call_later(_LEFT_TO_OTHERS_S, self._accept_surplus)
+        else:
+            self._accept_some(with_surplus=not self._is_shared)
+
+    def _accept_surplus(self) -> None:
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self._accept_some(with_surplus=True)
+
+    def _is_full(self) -> bool:
+        return len(self._state.connections) + len(self._state.arriving) >= self._most
+
+    def _accept_some(self, *, with_surplus: bool) -> None:
         surplus_count = 0
         for _ in range(self._at_once):
-            if surplus_count == _SURPLUS_AT_ONCE:
+            is_surplus = self._is_full()
+            if surplus_count == _SURPLUS_AT_ONCE or (is_surplus and not with_surplus):
                 return
             try:
                 connection, _ = self._listener.accept()
@@ -162,7 +181,6 @@ class Acceptor:
                 if not self._turn_away():
                     return
                 continue
-            is_surplus = len(self._state.connections) + len(self._state.arriving) >= self._most
             if is_surplus:
                 surplus_count += 1
                 self._log_once(
