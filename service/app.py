@@ -7,7 +7,6 @@ no ONNX, no batching.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,12 +25,14 @@ from evalmode.service.errors import (
     RequestTimeout,
     RunFailed,
     UnsupportedMedia,
+    error_body,
+    is_v2,
 )
 from evalmode.service.health import Stage
 from evalmode.service.http import docs, edge, health, v1, v2
 from evalmode.service.http.body import JSON
 from evalmode.service.http.bulk import Streams
-from evalmode.service.http.security import is_v2, wants_key
+from evalmode.service.http.security import wants_key
 from evalmode.service.http.v1_schemas import ErrorResponse
 from evalmode.service.protocol.metadata import ServerState
 from evalmode.service.strict_json import SHOWN_CHARACTERS
@@ -128,14 +129,10 @@ def _error(
         sentence = (
             f"{sentence}; request {request.scope.get('state', {}).get('request_id', 'unknown')}"
         )
-    if is_v2(request.scope["path"]):
-        # The Open Inference Protocol has one key for errors, and one status for whatever is wrong
-        # with a request.
-        body = json.dumps({"error": sentence})
-        return Response(
-            body, status_code=400 if status == 422 else status, media_type=JSON, headers=headers
-        )
-    body = ErrorResponse(error=sentence, field=field).model_dump_json()
+    path = request.scope["path"]
+    if status == 422 and is_v2(path):
+        status = 400  # the Open Inference Protocol has one status for whatever is wrong
+    body = error_body(path, sentence, field=field)
     return Response(body, status_code=status, media_type=JSON, headers=headers)
 
 

@@ -24,9 +24,25 @@ EvalmodeError
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 from evalmode.errors import EvalmodeError
+
+
+def is_v2(path: str) -> bool:
+    """Whether a path belongs to the Open Inference Protocol, which has an error form of its own."""
+    return f"{path}/".startswith("/v2/")
+
+
+def error_body(path: str, sentence: str, *, field: str | None = None) -> bytes:
+    """The body of an error answer in the form of the protocol that `path` belongs to."""
+    error: dict[str, str | None] = {"error": sentence}
+    if not is_v2(path):
+        error["field"] = field
+    # Half a surrogate pair, which a name may hold, becomes the escape that JSON reads.
+    text = json.dumps(error, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
 
 
 class StartFailed(EvalmodeError):  # noqa: N818 - read as a sentence, like the bundle's

@@ -1,6 +1,6 @@
 """JSON of requests, read strictly, and values as the sentences of errors show them.
 
-No sentence of Python's own parser reaches a client: each is written here.
+No sentence of Python's own parser reaches a client: `json_problems.py` writes them.
 """
 
 from __future__ import annotations
@@ -12,26 +12,11 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from evalmode.service.errors import BadRequest
+from evalmode.service.json_problems import constant_problem, other_encoding, problem_of
 
 SHOWN_CHARACTERS = 60
 
 _LARGEST_NUMBER = 10**18
-
-# What Python's parser complains of, in words that name what a client has to mend.
-_PROBLEMS = {
-    "Expecting value": "a value is missing or misspelt",
-    "Expecting property name enclosed in double quotes": "a key in double quotes is missing",
-    "Illegal trailing comma before end of object": "a comma stands before the end of an object",
-    "Illegal trailing comma before end of array": "a comma stands before the end of a list",
-    "Expecting ':' delimiter": "a colon is missing behind a key",
-    "Expecting ',' delimiter": "a comma is missing, or the end of a list or an object",
-    "Extra data": "something follows behind the value",
-    "Unterminated string starting at": "a string has no end",
-    "Invalid control character at": "a control character in a string is not escaped",
-    "Invalid control character": "a control character in a string is not escaped",
-    "Invalid \\escape": "a backslash begins no escape",
-    "Invalid \\uXXXX escape": "an escape \\u has no four hexadecimal digits",
-}
 
 
 class _LongInteger:
@@ -50,9 +35,10 @@ def parse_json(raw: bytes, *, subject: str) -> Any:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
+        _refuse_other_encoding(raw, subject)
         raise BadRequest(
             f"{subject} is not valid JSON: it is not UTF-8, the byte 0x{raw[error.start]:02x} at"
-            f" position {error.start} begins no character"
+            f" position {error.start} begins no character: send UTF-8"
         ) from error
     if not text.strip():
         raise BadRequest(f"{subject} is empty: it must be JSON")
@@ -70,9 +56,10 @@ def parse_json(raw: bytes, *, subject: str) -> Any:
     except RecursionError as error:
         raise BadRequest(f"{subject} is nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise BadRequest(_not_json(error, text, subject)) from error
+        _refuse_other_encoding(raw, subject)
+        raise BadRequest(problem_of(error, text).sentence(text, subject=subject)) from error
     except _NoJsonNumber as error:
-        raise BadRequest(f"{subject} is not valid JSON: {error} is not a JSON number") from error
+        raise BadRequest(constant_problem(text).sentence(text, subject=subject)) from error
     field, digits = next(_long_integers(value), ("", 0))
     if not digits:  # a key that stands twice: its other value is the one that counts
         return value
@@ -121,12 +108,11 @@ def shown_key(key: str) -> str:
     return key if is_word and len(key) <= SHOWN_CHARACTERS else shown(key)
 
 
-def _not_json(error: json.JSONDecodeError, text: str, subject: str) -> str:
-    problem = _PROBLEMS.get(error.msg, "it cannot be read")
-    if error.pos >= len(text.rstrip()):
-        problem = "it ends too early"
-    place = f"character {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
-    return f"{subject} is not valid JSON: {problem}, at {place}"
+def _refuse_other_encoding(raw: bytes, subject: str) -> None:
+    if encoding := other_encoding(raw):
+        raise BadRequest(
+            f"{subject} is not valid JSON: it is {encoding} from its first byte on: send UTF-8"
+        )
 
 
 class _NoJsonNumber(ValueError):  # noqa: N818 - read as a sentence

@@ -37,13 +37,19 @@ class _Unhealthy(Exception):  # noqa: N818 - read as a sentence
 
 @dataclass(kw_only=True)
 class _Target:
-    """What is asked: a port of the first of these hosts that takes a connection."""
+    """What is asked: a port of the first of these hosts that takes a connection.
+
+    `origin` says what named the host. `trouble` is what would keep the server from starting, as far
+    as its settings show it here.
+    """
 
     hosts: tuple[str, ...]
     port: int
     tls: bool
     path: str = _READY_PATH
     certificate: tuple[str, str] | None = None
+    origin: str = "--url"
+    trouble: str | None = None
 
     @property
     def authority(self) -> str:
@@ -130,23 +136,55 @@ def _configured(environment: dict[str, str]) -> _Target | None:
     where its port is chosen when it starts.
     """
     settings: dict[str, Any] = {}
+    origins: dict[str, str] = {}  # what a sentence calls each setting
     if file := environment.get("EVALMODE_CONFIG"):
         import tomllib
 
         try:
             settings = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise _Unhealthy(f"the settings file {file} cannot be read: {error}") from error
-    settings |= {
-        name.upper().removeprefix("EVALMODE_").lower(): value
-        for name, value in os.environ.items()
-        if name.upper().startswith("EVALMODE_")
-    }
-    host, port = str(settings.get("host", "127.0.0.1")), str(settings.get("port", 8000))
-    if not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 65_536):
+        except OSError as error:
+            raise _Unhealthy(
+                f"the settings file {file} (EVALMODE_CONFIG) cannot be read: {error.strerror}"
+            ) from error
+        except ValueError as error:
+            raise _Unhealthy(
+                f"the settings file {file} (EVALMODE_CONFIG) is not valid TOML: {error}"
+            ) from error
+        origins = {name: f"{file}: {name}" for name in settings}
+    for variable, value in os.environ.items():
+        if variable.upper().startswith("EVALMODE_"):
+            name = variable.upper().removeprefix("EVALMODE_").lower()
+            settings[name], origins[name] = value, variable
+    port = _port_of(settings.get("port", 8000), origin=origins.get("port", "port"))
+    if port == 0:
         return None
-    hosts = _EVERY_ADDRESS.get(host, (host,))
-    return _Target(hosts=hosts, port=int(port), tls="ssl_certfile" in settings)
+    host = str(settings.get("host", "127.0.0.1"))
+    trouble = None
+    for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+        if name in settings and not Path(str(settings[name])).is_file():
+            trouble = f"{origins[name]} names a file that is not here, {settings[name]}"
+            break
+    return _Target(
+        hosts=_EVERY_ADDRESS.get(host, (host,)),
+        port=port,
+        tls="ssl_certfile" in settings,
+        origin=origins.get("host", "host"),
+        trouble=trouble,
+    )
+
+
+def _port_of(value: object, *, origin: str) -> int:
+    """The port as the server would read it. Raises _Unhealthy, naming what set it."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = -1.0
+    if not (number.is_integer() and 0 <= number <= 65_535):
+        raise _Unhealthy(
+            f"{origin} must be a port from 0 to 65535, got {value!r}: correct it, or name the"
+            " server with --url"
+        )
+    return int(number)
 
 
 def _ask(target: _Target) -> str:
@@ -170,8 +208,16 @@ def _ask(target: _Target) -> str:
     if target.certificate is not None and not answer and (refused or tls_reason):
         # The server took part in a handshake, and refused the certificate that it was shown.
         return "is alive; only a client with a certificate of its authorities can ask for more"
+    if isinstance(failure, socket.gaierror | UnicodeError):
+        reason = getattr(failure, "strerror", None) or "no network can have this name"
+        raise _Unhealthy(
+            f"{target} cannot be asked: {target.origin} names a host that cannot be resolved,"
+            f" {target.hosts[0]}: {reason}"
+        ) from failure
     if failure is not None:
         reason = tls_reason or getattr(failure, "strerror", None) or failure
+        if target.trouble is not None:
+            reason = f"{reason}; {target.trouble}"
         raise _Unhealthy(f"{target} cannot be asked: {reason}") from failure
     if not answer:
         raise _Unhealthy(f"{target} closes the connection without an answer")

@@ -22,8 +22,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
+from evalmode.service.errors import error_body
 from evalmode.service.http.head import AnswerHead
-from evalmode.service.http.security import ApiKeys, RequireKey, error_body, header
+from evalmode.service.http.security import ApiKeys, RequireKey, header
 from evalmode.service.settings import Settings, setting_named
 from evalmode.service.strict_json import shown
 from evalmode.service.telemetry.timings import fields_of, is_streamed

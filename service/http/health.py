@@ -5,9 +5,8 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from evalmode.service.components import components_of
-from evalmode.service.errors import NotReady
+from evalmode.service.errors import NotReady, is_v2
 from evalmode.service.http.body import JSON
-from evalmode.service.http.security import is_v2
 from evalmode.service.protocol.metadata import ServerState
 
 

@@ -6,7 +6,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import json
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from evalmode.service.errors import StartFailed
+from evalmode.service.errors import StartFailed, error_body
 from evalmode.service.http.own_pages import is_of_another_site
 from evalmode.service.settings import Settings
 
@@ -181,19 +180,6 @@ def header(scope: Scope, name: bytes) -> bytes | None:
         if given == name:
             return bytes(value)
     return None
-
-
-def is_v2(path: str) -> bool:
-    """Whether a path belongs to the Open Inference Protocol, which has an error form of its own."""
-    return f"{path}/".startswith("/v2/")
-
-
-def error_body(path: str, sentence: str) -> bytes:
-    """An error answer in the form of the protocol that `path` belongs to."""
-    error: dict[str, str | None] = {"error": sentence}
-    if not is_v2(path):
-        error["field"] = None
-    return json.dumps(error).encode()
 
 
 def _shown(scope: Scope) -> list[bytes]:

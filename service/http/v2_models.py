@@ -24,7 +24,7 @@ from evalmode.service.http.own_pages import require_own_request
 from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import CONTROL_OFF, Repository
-from evalmode.service.protocol.fields import flag, parse_object, parse_parameters
+from evalmode.service.protocol.fields import flag, parameters_of, parse_optional
 from evalmode.service.protocol.metadata import (
     ErrorBody,
     IndexEntry,
@@ -38,7 +38,7 @@ from evalmode.service.protocol.metadata import (
 )
 from evalmode.service.protocol.schemas import INDEX_REQUEST, PARAMETERS_REQUEST
 from evalmode.service.settings import Settings
-from evalmode.service.strict_json import shown
+from evalmode.service.strict_json import shown, shown_key
 
 _READY = "READY"
 _OF_A_MODEL = (400, 401, 404, 500, 503)
@@ -201,9 +201,7 @@ async def _index(request: Request) -> Response:
     """
     components = components_of(request)
     body = await read_request(request, components.settings)
-    only_ready = flag(
-        parse_object(body) if body.strip() else {}, "ready", default=False, field="the body"
-    )
+    only_ready = flag(parse_optional(body, known=("ready",)), "ready", default=False)
     entries = [
         IndexEntry(
             name=entry.name, version=entry.version, state=entry.state, reason=entry.reason
@@ -248,13 +246,14 @@ async def _controlled(request: Request, model: str) -> Repository:
         )
     if not is_name(model):  # nothing else is ever looked for in the file system
         raise UnknownModel(f"no model can be called {shown(model)}")
-    parameters = parse_parameters(await read_request(request, settings))
+    fields = parse_optional(await read_request(request, settings), known=("parameters",))
+    parameters = parameters_of(fields, field="parameters")
     for key in parameters:
         if key != "unload_dependents":
             raise BadRequest(
-                f"parameters.{shown(key)}: a model is served as its bundle says it, which no"
+                f"parameters.{shown_key(key)}: a model is served as its bundle says it, which no"
                 " request can override",
-                field="parameters",
+                field=f"parameters.{shown_key(key)}",
             )
     flag(parameters, "unload_dependents", default=False, field="parameters")
     return components.repository

@@ -20,7 +20,7 @@ from typing import Any
 
 import structlog
 
-from evalmode.service.errors import StartFailed
+from evalmode.service.errors import StartFailed, error_body
 from evalmode.service.process.connection import Connection
 from evalmode.service.process.lingering_close import Connections
 from evalmode.service.settings import Settings
@@ -43,9 +43,11 @@ _AT_ONCE_SHARED = 4
 # can still get 503 before it makes room.
 _SURPLUS_AT_ONCE = 8
 _RETRY_S = 0.05
+# Of several workers, one at its limit would otherwise refuse what another has room for.
+_LEFT_TO_OTHERS_S = 0.02
 _LOG_EVERY_S = 60.0
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_BODY = b'{"error":"the server has no file descriptors left: retry in 1 s"}'
+_BODY = error_body("", "the server has no file descriptors left: retry in 1 s")
 _REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: application/json\r\n"
     b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(_BODY), _BODY)
@@ -106,6 +108,7 @@ class Acceptor:
         self._make = make
         self._state = state
         self._most = most
+        self._is_shared = is_shared
         self._at_once = _AT_ONCE_SHARED if is_shared else _AT_ONCE
         self._tls = tls
         self._refused = refused
@@ -143,9 +146,25 @@ class Acceptor:
             await asyncio.wait(self._tasks)
 
     def _accept(self) -> None:
+        """Take connections. At the limit, another worker gets the time to take them first."""
+        if self._is_shared and self._is_full():
+            self._loop.remove_reader(self._listener.fileno())
+            self._retry = self._loop.call_later(_LEFT_TO_OTHERS_S, self._accept_surplus)
+        else:
+            self._accept_some(with_surplus=not self._is_shared)
+
+    def _accept_surplus(self) -> None:
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self._accept_some(with_surplus=True)
+
+    def _is_full(self) -> bool:
+        return len(self._state.connections) + len(self._state.arriving) >= self._most
+
+    def _accept_some(self, *, with_surplus: bool) -> None:
         surplus_count = 0
         for _ in range(self._at_once):
-            if surplus_count == _SURPLUS_AT_ONCE:
+            is_surplus = self._is_full()
+            if surplus_count == _SURPLUS_AT_ONCE or (is_surplus and not with_surplus):
                 return
             try:
                 connection, _ = self._listener.accept()
@@ -162,7 +181,6 @@ class Acceptor:
                 if not self._turn_away():
                     return
                 continue
-            is_surplus = len(self._state.connections) + len(self._state.arriving) >= self._most
             if is_surplus:
                 surplus_count += 1
                 self._log_once(
@@ -185,14 +203,35 @@ class Acceptor:
             self._state.surplus[protocol] = task
 
     async def _begin(self, connection: socket.socket, protocol: Connection) -> None:
+        tls = self._tls
         try:
-            await self._loop.connect_accepted_socket(lambda: protocol, connection, **self._tls)
+            if tls and await self._sends_plain_text(connection):
+                protocol.is_plain_at_tls, tls = True, {}
+            await self._loop.connect_accepted_socket(lambda: protocol, connection, **tls)
         except (OSError, asyncio.CancelledError) as error:  # a TLS handshake that failed
             _log.debug("a connection broke off before it began", error=str(error))
             self._state.surplus.pop(protocol, None)
+            connection.close()
         finally:
             self._state.arriving.discard(protocol)
             self._state.check()
+
+    async def _sends_plain_text(self, connection: socket.socket) -> bool:
+        """Whether the first byte of a client is a letter or a line end, as in HTTP: no handshake of
+        TLS begins so. The byte is left in the socket.
+
+        After a handshake that failed nothing could be said any more: asyncio has closed the socket.
+        Raises TimeoutError when no byte comes in the time of a handshake.
+        """
+        readable = asyncio.Event()
+        self._loop.add_reader(connection.fileno(), readable.set)
+        try:
+            async with asyncio.timeout(self._tls["ssl_handshake_timeout"]):
+                await readable.wait()
+        finally:
+            self._loop.remove_reader(connection.fileno())
+        first = connection.recv(1, socket.MSG_PEEK)
+        return first.isalpha() or first in (b"\r", b"\n")
 
     def _make_room(self) -> None:
         """End one of the connections above the limit: the oldest that ends already, or that has

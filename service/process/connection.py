@@ -1,5 +1,4 @@
-"""One HTTP/1.1 connection, within limits: a client that is slow, takes no answers, sends too much
-or sends no HTTP is refused. Knows no server.
+"""One HTTP/1.1 connection, within limits: its requests, one at a time. Knows no server.
 
 Requests are parsed one at a time. What follows a request waits as bytes, and nothing more is read,
 until its answer is complete and the client has taken enough of what was written. So a connection
@@ -11,25 +10,34 @@ Slow bodies are the application's affair: it reads them.
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from evalmode.service.health import PROBE_PATHS
 from evalmode.service.process.lingering_close import (
     EVERY_ANSWER_BEGINS,
     IDLE_LINGER_S,
-    UNREAD_LINGER_S,
     Connections,
-    EndingProtocol,
     Outlet,
+)
+from evalmode.service.process.refusals import (
+    ConnectionLimits,
+    Refused,
+    RefusingProtocol,
+    body_bytes_of,
+    framing_too_long,
+    head_too_late,
+    head_too_long,
+    no_http,
+    path_of,
+    stopped,
+    tls_here,
+    too_many_connections,
 )
 from evalmode.service.settings import Settings
 
@@ -38,11 +46,8 @@ _FRESH_S = 1.0
 # A connection above the limit is for probes, which send their request at once.
 _SURPLUS_HEAD_S = 1.0
 _PROBES = frozenset(path.encode() for path in PROBE_PATHS)
-_RETRY_AFTER_S = 1
 _UPGRADES = (b"upgrade", b"http2-settings")
 _END_OF_HEAD = b"\r\n\r\n"
-_TLS_HANDSHAKE = b"\x16\x03"
-_SHOWN_CHARACTERS = 100
 # Given to the parser in one turn of the loop: some 0.5 ms, however small the client makes them.
 _MOST_PIECES = 256
 # After the client has closed its side, the first and the longest wait between two looks at whether
@@ -50,21 +55,6 @@ _MOST_PIECES = 256
 _FIRST_LOOK_S = 0.01
 _LONGEST_LOOK_S = 1.0
 _TCP_CLOSE = 7  # the first byte of TCP_INFO after a reset, see linux/tcp.h
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConnectionLimits:
-    """How long a head may be, and how long a client may take for it, and for reading what was
-    written.
-
-    `refused` is called with the reason (one of the metrics' REASONS) of every answer that is given
-    here and never reaches the application.
-    """
-
-    header_bytes: int
-    header_timeout_s: float
-    body_timeout_s: float
-    refused: Callable[[str], None]
 
 
 def connection_within(
@@ -82,16 +72,6 @@ def connection_within(
         read_timeout_s = settings.body_timeout_s
 
     return ConnectionWithin
-
-
-class _Refused(Exception):  # noqa: N818 - an answer on its way out of the parser's callbacks
-    def __init__(
-        self, status: int, sentence: str, *, reason: str = "invalid", retry_after_s: int = 0
-    ) -> None:
-        super().__init__(sentence)
-        self.status = status
-        self.reason = reason
-        self.retry_after_s = retry_after_s
 
 
 class _Flow(FlowControl):
@@ -118,14 +98,14 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-class Connection(EndingProtocol):
+class Connection(RefusingProtocol):
     """uvicorn's protocol within `limits`; `connection_within` makes a class that has some.
 
     With `probes_only`, as above the limit of connections, one probe of health is answered, and
-    everything else gets 503.
+    everything else gets 503. With `is_plain_at_tls` the client sends plain text where the server
+    speaks TLS: whatever it asks gets 400.
     """
 
-    limits: ClassVar[ConnectionLimits]
     flow: _Flow
 
     def __init__(
@@ -137,10 +117,9 @@ class Connection(EndingProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.probes_only = False
-        self._in_head = False
+        self.is_plain_at_tls = False
         self._heads = 0
-        self._head_bytes = 0
-        self._body_bytes: int | None = 0  # left of the body; None: it comes in chunks
+        self._left_bytes: int | None = 0  # of the body, to be given to the parser
         self._upgrading = False
         self._framing_bytes = 0  # of a chunked body since its last data, such as trailers
         self._received = b""
@@ -188,7 +167,7 @@ class Connection(EndingProtocol):
             return False
         self._half_closed = True
         if not self._must_wait():
-            self._close()
+            self._refuse_unfinished()
             return False
         if self._answering() and not self.cycle.response_started:
             # A client that is gone looks the same, until something is sent to it. Every answer
@@ -231,6 +210,7 @@ class Connection(EndingProtocol):
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body to the application."""
         self._framing_bytes = 0
+        self._arrived_bytes += len(body)
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
@@ -238,10 +218,18 @@ class Connection(EndingProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._upgrading = True
             return
-        self._check_address()
-        self._check_head()
+        if self.is_plain_at_tls:
+            raise tls_here()
+        self.url = path_of(self.url, method=self.parser.get_method())
+        self._body_bytes = self._left_bytes = body_bytes_of(
+            self.url,
+            self.headers,
+            version=self.parser.get_http_version(),
+            most_bytes=self.limits.header_bytes,
+        )
+        self._arrived_bytes = 0
         if self.probes_only and self.url.partition(b"?")[0] not in _PROBES:
-            raise self._too_many()
+            raise too_many_connections()
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self._wait_no_more()
@@ -302,18 +290,14 @@ class Connection(EndingProtocol):
         """End now, with 503 where an answer is owed and not begun."""
         if self._answering() and not self.cycle.response_started and not self._deaf:
             self._disown()
-            self._say(
-                _Refused(
-                    503, "the server stopped before this request was answered", reason="not_ready"
-                )
-            )
+            self._say(stopped())
         else:
             self._close()
 
     def make_room(self) -> None:
         """End at once: another connection needs the file descriptor."""
         if not self._deaf and not self._answering():
-            self._say(self._too_many())
+            self._say(too_many_connections())
         self._close()
 
     @property
@@ -353,8 +337,11 @@ class Connection(EndingProtocol):
             return
         self._received = b""
         self._position = 0
-        if not self._half_closed:
-            self.flow.release()
+        if self._half_closed:
+            if not self._must_wait():
+                self._refuse_unfinished()
+            return
+        self.flow.release()
         # a head that is not whole, or empty lines, which may stand before a request
         if not self._in_body and not self._answering():
             self._wait_for_head()
@@ -370,8 +357,8 @@ class Connection(EndingProtocol):
         other end. An empty line within a chunk only makes the pieces smaller.
         """
         received, start = self._received, self._position
-        if self._in_body and self._body_bytes is not None:
-            return min(len(received), start + self._body_bytes)
+        if self._in_body and self._left_bytes is not None:
+            return min(len(received), start + self._left_bytes)
         if self._tail:
             place = (self._tail + received[start : start + 3]).find(_END_OF_HEAD)
             end = start + place + len(_END_OF_HEAD) - len(self._tail)
@@ -387,8 +374,8 @@ class Connection(EndingProtocol):
         return end
 
     def _feed(self, piece: bytes | memoryview) -> None:
-        if self._in_body and self._body_bytes is not None:
-            self._body_bytes -= len(piece)
+        if self._in_body and self._left_bytes is not None:
+            self._left_bytes -= len(piece)
         self._framing_bytes = self._framing_bytes + len(piece) if self._in_body else 0
         try:
             self.parser.feed_data(piece)
@@ -397,41 +384,32 @@ class Connection(EndingProtocol):
             return
         except httptools.HttpParserError as error:
             cause = error.__context__
-            if isinstance(cause, _Refused):
+            if isinstance(cause, Refused):
                 self._refuse(cause)
-            elif self._heads <= 1 and bytes(piece[:2]) == _TLS_HANDSHAKE:
-                self._refuse(
-                    _Refused(400, "this is TLS, and the server speaks plain HTTP here: use http://")
-                )
+            elif self.is_plain_at_tls:
+                self._refuse(tls_here())
             else:
-                self._refuse(_Refused(400, f"this is not HTTP/1.1: {error}"))
+                self._refuse(no_http(error, bytes(piece[:2]), is_first=self._heads <= 1))
             return
         if self._in_head:
             self._head_bytes += len(piece)
             if self._head_bytes > self.limits.header_bytes:
-                self._refuse(self._too_long())
+                self._refuse(head_too_long(self.limits.header_bytes))
         elif self._in_body and self._framing_bytes > self.limits.header_bytes:
-            self._refuse(
-                _Refused(
-                    431,
-                    "chunk sizes and trailers are longer than the"
-                    f" {self.limits.header_bytes} bytes allowed",
-                )
-            )
+            self._refuse(framing_too_long(self.limits.header_bytes))
 
     def _go_on(self) -> None:
         """Take up the next request, once the one before is answered and the client reads."""
+        if self._must_wait():
+            return
         if self._position < len(self._received):
-            if self._must_wait():
-                return
             self._parse()
-            if self._deaf or self._in_body or self._must_wait():
-                if self._half_closed and self._in_body:  # which will never be whole
-                    self._close()
+            is_parsed = self._position >= len(self._received)
+            if self._deaf or self._in_body or self._must_wait() or not is_parsed:
                 return
         if self._half_closed:
             self._close()
-        elif not self._must_wait():
+        else:
             self.flow.resume_reading()
             self._wait_for_next()
 
@@ -470,119 +448,17 @@ class Connection(EndingProtocol):
             )
 
     def _head_is_late(self) -> None:
-        if self.probes_only:
-            self._refuse(self._too_many())
-            return
         self._refuse(
-            _Refused(
-                408,
-                f"no whole request head came within {self.limits.header_timeout_s:g} s",
-                reason="request_timeout",
-            )
+            too_many_connections()
+            if self.probes_only
+            else head_too_late(self.limits.header_timeout_s)
         )
 
     def _fresh_no_more(self) -> None:
         self._wait_no_more()
         self.wind_up()
 
-    # What is refused here.
-
-    def _check_address(self) -> None:
-        """Refuse an address that uvicorn cannot take apart; most begin with a slash and are right.
-
-        The parser itself refuses characters that no address may have.
-        """
-        if self.parser.get_method() == b"CONNECT":
-            raise _Refused(
-                400, "CONNECT asks for a tunnel, and this server is no proxy: ask for a path"
-            )
-        if self.url.startswith(b"/"):
-            return
-        try:
-            parts = httptools.parse_url(self.url)
-        except httptools.HttpParserInvalidURLError as error:
-            shown = self.url[:_SHOWN_CHARACTERS].decode("ascii", "backslashreplace")
-            authority = self.url.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
-            host, colon, port = authority.rpartition(b":")
-            if not (host if colon else authority):
-                problem = "names no host"
-            elif colon and not (port.isdigit() and int(port[:9]) <= 65_535):
-                problem = "has a port that is not a number from 0 to 65535"
-            else:
-                problem = "is not a URL"
-            raise _Refused(
-                400, f"the address {shown} {problem}: send a path that begins with /"
-            ) from error
-        if parts.path is None:
-            self.url = b"/" + (b"?" + parts.query if parts.query else b"")
-
-    def _check_head(self) -> None:
-        length_bytes, hosts = len(self.url), 0
-        self._body_bytes = 0
-        for name, value in self.headers:
-            length_bytes += len(name) + len(value) + 4
-            if name == b"host":
-                hosts += 1
-            elif name == b"content-length":
-                self._body_bytes = int(value)
-            elif name == b"transfer-encoding":
-                self._body_bytes = None
-        if length_bytes > self.limits.header_bytes:
-            raise self._too_long()
-        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
-            raise _Refused(400, f"a request has one Host header, this one has {hosts}")
-
-    def _too_long(self) -> _Refused:
-        return _Refused(
-            431,
-            f"request line and headers are longer than the {self.limits.header_bytes} bytes"
-            " allowed",
-        )
-
-    def _too_many(self) -> _Refused:
-        return _Refused(
-            503,
-            "the server has as many connections as it takes: retry in"
-            f" {_RETRY_AFTER_S} s, or let it take more (setting max_connections)",
-            reason="too_many_connections",
-            retry_after_s=_RETRY_AFTER_S,
-        )
-
-    def _refuse(self, refused: _Refused) -> None:
-        self._wait_no_more()
-        if not self._in_body:
-            self._say(refused)
-        elif self.cycle.response_complete:
-            self._linger(UNREAD_LINGER_S)
-        else:
-            self._disown()
-            if self.cycle.response_started:
-                self._close()
-            else:
-                self._say(refused)
-
-    def _disown(self) -> None:
-        """Tell the application that its client is gone: what it still says is dropped."""
-        self.cycle.disconnected = True
-        self.cycle.message_event.set()
-
-    def _say(self, refused: _Refused) -> None:
-        if self.transport.is_closing():
-            return
-        self.limits.refused(refused.reason)
-        body = json.dumps({"error": str(refused)}).encode()
-        head = [STATUS_LINE[refused.status]]
-        head += [
-            name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
-        ]
-        if refused.retry_after_s:
-            head += [b"retry-after: %d\r\n" % refused.retry_after_s]
-        head += [
-            b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-            % len(body)
-        ]
-        self.transport.write(self.without_beginning(b"".join([*head, body])))
-        self._linger(UNREAD_LINGER_S)
+    # The end, and a head that asks for another protocol.
 
     def _linger(self, linger_s: float) -> None:
         self._received = b""

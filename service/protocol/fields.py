@@ -6,10 +6,15 @@ is BadRequest.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from evalmode.service.errors import BadRequest
-from evalmode.service.strict_json import parse_json, shown_flat
+from evalmode.service.strict_json import parse_json, shown_flat, shown_key
+
+_SIMILARITY = 0.85  # `input` is near to `inputs`, and `ids` is not to `id`
+_LONGEST_MISSPELT = 20
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -20,9 +25,39 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return fields
 
 
-def parse_parameters(raw: bytes) -> dict[str, Any]:
-    """The parameters in `raw`, a JSON object or nothing."""
-    return parameters_of(parse_object(raw), field="parameters") if raw.strip() else {}
+def parse_optional(raw: bytes, *, known: Sequence[str]) -> dict[str, Any]:
+    """The JSON object in `raw`, empty where nothing was sent. It has no fields but the `known`."""
+    fields = parse_object(raw) if raw.strip() else {}
+    require_known(fields, known)
+    return fields
+
+
+def require_known(entry: dict[str, Any], known: Sequence[str], *, field: str = "") -> None:
+    """Raise BadRequest for a key that is not `known`: a misspelt one would be passed over without a
+    word. `field` is the place of the entry; empty for the request itself.
+    """
+    for key in entry:
+        if key not in known:
+            name = f"{field}.{shown_key(key)}" if field else shown_key(key)
+            raise BadRequest(
+                f"{name} is not a field of {field or 'this request'}, which has {', '.join(known)}",
+                field=name,
+            )
+
+
+def require_no_misspelt(entry: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise BadRequest for a key that nearly is one of the `known`. Clients add keys of their own,
+    which are passed over.
+    """
+    for key in entry:
+        if key in known:
+            continue
+        word = key[:_LONGEST_MISSPELT].lower()
+        if near := difflib.get_close_matches(word, known, n=1, cutoff=_SIMILARITY):
+            raise BadRequest(
+                f"{shown_key(key)} is not a field of this request: did you mean {near[0]}?",
+                field=shown_key(key),
+            )
 
 
 def listed(entry: dict[str, Any], key: str) -> list[Any]:
@@ -63,13 +98,14 @@ def parameters_of(entry: dict[str, Any], *, field: str) -> dict[str, Any]:
     return parameters or {}
 
 
-def flag(parameters: dict[str, Any], key: str, *, default: bool, field: str) -> bool:
-    """The parameter `key`, true or false."""
-    value = parameters.get(key)
+def flag(entry: dict[str, Any], key: str, *, default: bool, field: str = "") -> bool:
+    """The value at `key`, true or false. `field` is the place of the entry; empty for the request
+    itself.
+    """
+    value = entry.get(key)
     if value is not None and not isinstance(value, bool):
-        raise BadRequest(
-            f"{field}.{key} must be true or false, got {shown_flat(value)}", field=f"{field}.{key}"
-        )
+        name = f"{field}.{key}" if field else key
+        raise BadRequest(f"{name} must be true or false, got {shown_flat(value)}", field=name)
     return default if value is None else value
 
 

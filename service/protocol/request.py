@@ -32,12 +32,17 @@ from evalmode.service.protocol.fields import (
     name_of,
     parameters_of,
     parse_object,
+    require_known,
+    require_no_misspelt,
     shown_field,
 )
 from evalmode.service.strict_json import shown_flat, whole_number
 
 JSON_LENGTH_HEADER = "inference-header-content-length"
 
+_REQUEST_FIELDS = ("id", "parameters", "inputs", "outputs")
+_INPUT_FIELDS = ("name", "shape", "datatype", "parameters", "data")
+_OUTPUT_FIELDS = ("name", "parameters")
 _MOST_DIMENSIONS = 32
 _LONGEST_DIMENSION = 2**31 - 1
 _LONGEST_TIMEOUT_US = 2**63 - 1
@@ -100,6 +105,7 @@ def parse_infer(
     if length == 0:
         return _raw_request(memoryview(body), only_input)
     found = parse_object(body[:length])
+    require_no_misspelt(found, _REQUEST_FIELDS)
     request_id = found.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise BadRequest(f"id must be a string, got {shown_flat(request_id)}", field="id")
@@ -181,6 +187,7 @@ def _inputs(found: dict[str, Any], raw: memoryview) -> tuple[InputTensor, ...]:
     for index, entry in enumerate(entries):
         field = f"inputs.{index}"
         name = name_of(entry, names, field=field)
+        require_known(entry, _INPUT_FIELDS, field=field)
         parameters = parameters_of(entry, field=f"{field}.parameters")
         rest = len(raw) - place
         size = integer(
@@ -276,6 +283,7 @@ def _outputs(
     for index, entry in enumerate(listed(found, "outputs")):
         field = f"outputs.{index}"
         name = name_of(entry, names, field=field)
+        require_known(entry, _OUTPUT_FIELDS, field=field)
         within = f"{field}.parameters"
         parameters = parameters_of(entry, field=within)
         binary = flag(parameters, "binary_data", default=binary_output, field=within)

@@ -55,6 +55,7 @@ INFER_REQUEST: dict[str, Any] = {
                 "type": "object",
                 "required": ["name", "datatype", "shape"],
                 "properties": _TENSOR,
+                "additionalProperties": False,
             },
         },
         "outputs": {
@@ -73,6 +74,7 @@ INFER_REQUEST: dict[str, Any] = {
                         },
                     },
                 },
+                "additionalProperties": False,
             },
         },
     },
@@ -110,5 +112,13 @@ INFER_RESPONSE: dict[str, Any] = {
     },
 }
 
-PARAMETERS_REQUEST: dict[str, Any] = {"type": "object", "properties": {"parameters": _PARAMETERS}}
-INDEX_REQUEST: dict[str, Any] = {"type": "object", "properties": {"ready": {"type": "boolean"}}}
+PARAMETERS_REQUEST: dict[str, Any] = {
+    "type": "object",
+    "properties": {"parameters": _PARAMETERS},
+    "additionalProperties": False,
+}
+INDEX_REQUEST: dict[str, Any] = {
+    "type": "object",
+    "properties": {"ready": {"type": "boolean"}},
+    "additionalProperties": False,
+}

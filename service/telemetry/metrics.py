@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,19 +27,21 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from evalmode.service.batching.observer import Reason
+from evalmode.service.models.open_models import Outcome
 from evalmode.service.settings import METRICS_FOLDER_VARIABLE
 
 if TYPE_CHECKING:
     from evalmode.service.batching.bucket import Bucket
     from evalmode.service.batching.limits import Load
-    from evalmode.service.batching.observer import RanBatch, Reason
+    from evalmode.service.batching.observer import RanBatch
     from evalmode.service.batching.proof import Violation
     from evalmode.service.models.model import Model
-    from evalmode.service.models.open_models import Outcome
 
 REASONS = (
     "cancelled",
@@ -91,13 +93,10 @@ class Metrics:
         self._together = bool(os.environ.get(METRICS_FOLDER_VARIABLE))
         self._registry = CollectorRegistry()
         own = None if self._together else self._registry
-        if self._together:
-            self._registry.register(_AllProcesses())
-        else:
-            ProcessCollector(registry=self._registry)
         self._lock = threading.Lock()
         self._shown: frozenset[_ModelLabels] = frozenset()
         self._gone: set[str] = set()
+        self._swapped: set[tuple[str, str]] = set()  # model and outcome
         self._buckets: dict[tuple[str, str], _BucketFigures] = {}
         self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._watching: threading.Thread | None = None
@@ -105,6 +104,11 @@ class Metrics:
         self._open_requests(own)
         self._open_batches(own)
         self._open_models(own)
+        if self._together:
+            families = [part for part in vars(self).values() if isinstance(part, MetricWrapperBase)]
+            self._registry.register(_AllProcesses(families))
+        else:
+            ProcessCollector(registry=self._registry)
 
     def _open_requests(self, registry: CollectorRegistry | None) -> None:
         self._requests = Counter(
@@ -285,8 +289,13 @@ class Metrics:
             for labels in now:
                 self._info.labels(*labels).set(1)
             for name in names:
+                # As with REASONS: a series begins before its first event.
                 self._checks.labels(name)
                 self._violations.labels(name)
+                for reason in get_args(Reason):
+                    self._dropped.labels(name, reason)
+                for outcome in get_args(Outcome):
+                    self._swaps.labels(name, outcome)
             self._loaded.set(len(now))
             if not self._together:
                 self._forget(names_before - names)
@@ -294,7 +303,9 @@ class Metrics:
 
     def model_swapped(self, model: str, outcome: Outcome) -> None:
         """A version of the model was loaded, unloaded or refused."""
-        self._swaps.labels(model, outcome).inc()
+        with self._lock:
+            self._swapped.add((model, outcome))
+            self._swaps.labels(model, outcome).inc()
 
     # For Prometheus.
 
@@ -381,18 +392,27 @@ class Metrics:
                 family.remove_by_labels({"model": name})
             for counter in (self._dropped, self._checks, self._violations):
                 counter.remove_by_labels({"model": name})
+            for outcome in get_args(Outcome):  # what happened to a model is told after its end
+                if (name, outcome) not in self._swapped:
+                    self._swaps.remove(name, outcome)
 
 
 class _AllProcesses(Collector):
     """The figures of every process that shares the folder, and what /proc says of each that
-    runs.
+    runs. Of `families`, those that no process has counted in yet are there without figures.
     """
 
+    def __init__(self, families: Sequence[MetricWrapperBase]) -> None:
+        self._families = families
+
     def collect(self) -> Iterable[Metric]:
+        missing = {family.name: family for part in self._families for family in part.describe()}
         for metric in MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]
+            missing.pop(metric.name, None)
             if metric.name == "evalmode_model_info":
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
+        yield from missing.values()
         yield from _process_figures(Path(os.environ[METRICS_FOLDER_VARIABLE]))
 
 

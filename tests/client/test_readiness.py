@@ -285,6 +285,88 @@ def test_an_address_that_is_none_is_one_sentence(url: str, sentence: str) -> Non
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("port", ["x", "", "65536", "-1", "80.5", "0x50", "nan", "1e999", "80 80"])
+def test_a_port_that_is_none_is_named_with_its_variable(config: Path, port: str) -> None:
+    way_out = "correct it, or name the server with --url"
+    assert_unhealthy(
+        check(CONFIG=config, PORT=port),
+        f"EVALMODE_PORT must be a port from 0 to 65535, got {port!r}: {way_out}",
+    )
+    config.write_text(f"port = {port!r}\n")
+    assert_unhealthy(
+        check(CONFIG=config),
+        f"{config}: port must be a port from 0 to 65535, got {port!r}: {way_out}",
+    )
+
+
+def test_a_port_is_read_as_the_server_reads_it(config: Path) -> None:
+    port = free_port()
+    with processes.running(Path("tiny"), program=TINY, config=config, port=port):
+        other = config.with_name("other.toml")
+        for text in (f" {port} ", f"0{port}", f"{port}.0", f"+{port}"):
+            other.write_text(f"port = {text!r}\n")
+            assert_ready(check(CONFIG=other), f"http://127.0.0.1:{port}")
+            read = subprocess.run(
+                [sys.executable, "-m", "evalmode", "serve", "--print-settings"],
+                env=os.environ | {"EVALMODE_CONFIG": str(other)},
+                capture_output=True,
+                text=True,
+                timeout=WAIT_S,
+                check=True,
+            )
+            assert str(port) in read.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"port = ", "is not valid TOML: Invalid value (at end of document)"),
+        (b"port = 80 # \xff", "is not valid TOML: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_settings_file_that_is_missing_or_broken_is_named(
+    tmp_path: Path, content: bytes | None, sentence: str
+) -> None:
+    file = tmp_path / "broken.toml"
+    if content is not None:
+        file.write_bytes(content)
+    found = check(CONFIG=file)
+    assert found.returncode == 1
+    assert found.stderr.startswith(
+        f"evalmode: the settings file {file} (EVALMODE_CONFIG) {sentence}"
+    )
+    assert found.stderr.count("\n") == 1
+    assert "Is a directory" in check(CONFIG=tmp_path).stderr
+
+
+@pytest.mark.parametrize("host", ["nosuch.invalid", "a..b", "x" * 70])
+def test_a_host_that_cannot_be_resolved_is_named_with_what_set_it(config: Path, host: str) -> None:
+    sentence = f"names a host that cannot be resolved, {host}: "
+    assert f" EVALMODE_HOST {sentence}" in check(CONFIG=config, HOST=host, PORT=1).stderr
+    assert f" --url {sentence}" in check("--url", f"http://{host}").stderr
+    config.write_text(f"host = '{host}'\nport = 1\n")
+    assert f" {config}: host {sentence}" in check(CONFIG=config).stderr
+
+
+def test_a_tls_file_that_is_missing_is_named_where_no_server_answers(
+    config: Path, certificate: Path
+) -> None:
+    port = free_port()
+    refused = f"https://127.0.0.1:{port}/readyz cannot be asked: Connection refused"
+    settings = {"CONFIG": config, "PORT": port, "SSL_CERTFILE": certificate / "cert"}
+    assert_unhealthy(check(**settings), refused)
+    assert_unhealthy(
+        check(**settings, SSL_KEYFILE="/nowhere/key"),
+        f"{refused}; EVALMODE_SSL_KEYFILE names a file that is not here, /nowhere/key",
+    )
+    config.write_text("ssl_certfile = '/nowhere/cert'\n")
+    assert_unhealthy(
+        check(CONFIG=config, PORT=port),
+        f"{refused}; {config}: ssl_certfile names a file that is not here, /nowhere/cert",
+    )
+
+
 def test_a_health_check_loads_the_standard_library_alone(config: Path) -> None:
     program = (
         "import sys, runpy; sys.argv = ['evalmode', 'healthcheck']\n"

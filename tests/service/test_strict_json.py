@@ -12,7 +12,7 @@ from evalmode.service.strict_json import parse_json, shown, shown_flat, shown_ke
     ("raw", "sentence"),
     [
         (b"[" * 100_000, "the line is nested too deeply"),
-        (b"NaN", "the line is not valid JSON: NaN is not a JSON number"),
+        (b"NaN", "the line is not valid JSON: NaN is not a JSON number, at character 1: send a"),
         (b"-Infinity", "the line is not valid JSON: -Infinity is not a JSON number"),
         (
             b'"a\xff"',
@@ -23,12 +23,12 @@ from evalmode.service.strict_json import parse_json, shown, shown_flat, shown_ke
         (b" \n\t", "the line is empty: it must be JSON"),
         (b"{", "the line is not valid JSON: it ends too early, at character 2"),
         (b'{"a": ', "the line is not valid JSON: it ends too early"),
-        (b'{"a": x}', "the line is not valid JSON: a value is missing or misspelt, at character 7"),
+        (b'{"a": x}', "the line is not valid JSON: the word x stands in no quotes, at character 7"),
         (
             b'{"a": 1\n x}',
-            "the line is not valid JSON: a comma is missing, or the end of a list or",
+            "the line is not valid JSON: a comma is missing between two values, at l",
         ),
-        (b"{a: 1}", "the line is not valid JSON: a key in double quotes is missing"),
+        (b"{a: 1}", "the line is not valid JSON: the key a stands in no quotes, at character 2"),
         (b'{"a" 1}', "the line is not valid JSON: a colon is missing behind a key"),
         (b"1 2", "the line is not valid JSON: something follows behind the value"),
         (b'["abc]', "the line is not valid JSON: a string has no end"),
@@ -37,11 +37,14 @@ from evalmode.service.strict_json import parse_json, shown, shown_flat, shown_ke
         (b'["\\u12"]', "the line is not valid JSON: an escape \\u has no four hexadecimal digits"),
         (
             b'{"a": %s, "b": x}' % (b"9" * 5000),
-            "the line is not valid JSON: a value is missing or misspelt",
+            "the line is not valid JSON: the word x stands in no quotes",
         ),
         (b"[%s, NaN]" % (b"9" * 5000), "the line is not valid JSON: NaN is not a JSON number"),
         (b"[%s, %s" % (b"9" * 5000, b"[" * 100_000), "the line is nested too deeply"),
-        (b"\xef\xbb\xbf\xef\xbb\xbf1", "the line is not valid JSON: it cannot be read"),
+        (
+            b"\xef\xbb\xbf\xef\xbb\xbf1",
+            "the line is not valid JSON: a byte order mark stands where",
+        ),
     ],
 )
 def test_what_is_not_json_is_refused_in_one_sentence_that_names_the_subject(raw, sentence):

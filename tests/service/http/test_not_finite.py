@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ from onnx import TensorProto, helper
 from evalmode.service.app import create_app
 from tests.service.bundles import make_bundle, onnx_model, tensor_bundle, tiny_model
 from tests.service.by_hand import floats
+from tests.service.processes import running
 from tests.service.served import Served, outputs_of, refusal, serving, text_input
 
 
@@ -136,6 +139,26 @@ def test_requests_that_share_a_batch_fail_or_are_answered_each_for_itself(served
     alone = served.infer(bodies[1], model="rows").json()
     assert {answer.text for answer in answers[1::6]} == {answers[1].text}
     assert answers[1].json() == alone
+
+
+def test_over_a_real_server_nan_in_one_of_two_outputs_concerns_only_those_that_ask_for_it(
+    tmp_path: Path,
+):
+    known = [{"x": np.ones((3, 2), np.float32)}]
+    tensor_bundle(tmp_path, model=log_beside_its_argument(), known=known, name="rows")
+    bodies = [request_of([SPOILED], "same"), request_of([SPOILED], "log"), request_of([FINE])]
+    with (
+        running(tmp_path) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        path = "/v2/models/rows/infer"
+        answers = list(pool.map(lambda body: client.post(path, json=body), bodies * 20))
+        assert client.get("/readyz").status_code == 200
+    assert [answer.status_code for answer in answers] == [200, 500, 200] * 20
+    assert {str(outputs_of(answer)["same"]["data"]) for answer in answers[::3]} == {"[1.0, -1.0]"}
+    assert all("output 'log' holds NaN in row 0" in answer.text for answer in answers[1::3])
+    assert {outputs_of(answer)["log"]["data"][1] for answer in answers[2::3]} == {0.0}
 
 
 @pytest.mark.parametrize("outputs", [["count"], ["truncated"], ["count", "truncated"]])

@@ -94,6 +94,14 @@ def test_a_body_that_is_not_what_its_encoding_says_is_malformed(service, content
     assert refusal(predict(service, content, content_encoding="gzip"), 400)[0] == sentence
 
 
+def test_a_gzip_body_of_several_members_is_answered_as_one(service):
+    body = gzip.compress(BODY[:7]) + gzip.compress(BODY[7:])
+    assert predict(service, body, content_encoding="gzip").json() == predict(service, BODY).json()
+    lines = gzip.compress(LINES[:9]) + gzip.compress(LINES[9:] + LINES)
+    answers = lines_of(predict(service, lines, content_encoding="gzip", **_ndjson()))
+    assert answers == lines_of(predict(service, LINES * 2, **_ndjson()))
+
+
 def test_the_limit_holds_after_decompression_and_the_refusal_names_its_setting(service):
     limit_bytes = 65_536
     fits = b" " * (limit_bytes - len(BODY)) + BODY

@@ -127,6 +127,52 @@ def test_a_repository_body_that_is_none_is_refused(served: Served, body: bytes):
     refusal(served.ask("POST", "/v2/repository/models/tiny/unload", content=body))
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        (
+            "models/tiny/load",
+            {"foo": 1},
+            "foo is not a field of this request, which has parameters",
+        ),
+        (
+            "models/tiny/unload",
+            {"unload_dependents": True},
+            "unload_dependents is not a field of this request, which has parameters",
+        ),
+        (
+            "models/tiny/load",
+            {"parameters": {}, "a b": 1},
+            '"a b" is not a field of this request, which has parameters',
+        ),
+        ("index", {"reddy": True}, "reddy is not a field of this request, which has ready"),
+        ("index", {"ready": 1}, "ready must be true or false, got 1"),
+        ("index", {"ready": [True]}, "ready must be true or false, got a list"),
+        (
+            "models/tiny/load",
+            {"parameters": {"x": 1}},
+            "parameters.x: a model is served as its bundle says it, which no request can override",
+        ),
+        (
+            "models/tiny/unload",
+            {"parameters": {"unload_dependents": "no"}},
+            'parameters.unload_dependents must be true or false, got "no"',
+        ),
+    ],
+)
+def test_an_unknown_field_of_a_repository_body_is_refused_and_nothing_is_changed(
+    served: Served, path: str, body: dict[str, object], sentence: str
+):
+    answer = served.ask("POST", f"/v2/repository/{path}", content=json.dumps(body))
+    assert refusal(answer) == sentence
+    assert served.ask("GET", "/v2/models/tiny/ready").status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"", b" ", b"{}", b'{"parameters": {}}', b'{"parameters": null}'])
+def test_a_repository_body_may_be_empty(served: Served, body: bytes):
+    assert served.ask("POST", "/v2/repository/models/tiny/load", content=body).json() == {}
+
+
 def test_statistics_count_requests_rows_and_batches(tmp_path: Path):
     make_bundle(tmp_path)
     with serving(tmp_path, parallel=1, proof_fraction=0.0) as alone:

@@ -125,6 +125,51 @@ def test_over_tls_the_limit_is_the_same(certificate):
         assert ask(server, "/", trusted=trusted)[0] == 503
 
 
+@pytest.fixture(params=["plain", "tls"])
+def trusted(request) -> ssl.SSLContext | None:
+    """What a client of the two workers trusts, where they speak TLS."""
+    if request.param == "plain":
+        return None
+    return ssl.create_default_context(cafile=request.getfixturevalue("certificate") / "cert")
+
+
+@pytest.fixture
+def two_workers(trusted, request):
+    """Two workers, each of which takes eight connections."""
+    limits = {"workers": 2, "max_connections": 8, "header_timeout_s": WAIT_S}
+    if trusted is not None:
+        folder = request.getfixturevalue("certificate")
+        limits |= {"ssl_certfile": folder / "cert", "ssl_keyfile": folder / "key"}
+    with processes.running(Path("tiny"), program=PROGRAM, **limits) as server:
+        yield server
+
+
+def test_a_worker_at_its_limit_leaves_connections_to_one_that_has_room(two_workers, trusted):
+    """A worker that gets no processor for 20 ms may miss a connection: few of them do."""
+    crowd(two_workers, 12)
+    statuses = Counter(ask(two_workers, "/", trusted=trusted)[0] for _ in range(40))
+    assert statuses[200] >= 30, statuses
+
+
+def test_above_the_limit_of_all_workers_probes_are_answered_and_others_get_503(
+    two_workers, trusted
+):
+    idle = crowd(two_workers, 40)
+    for _ in range(4):  # over TLS a refusal lingers for two seconds
+        assert ask(two_workers, "/livez", trusted=trusted)[0] == 200
+        status, answer = ask(two_workers, "/", trusted=trusted)
+        assert status == 503
+        assert b"\r\nretry-after: 1\r\n" in answer
+        sentence = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert "max_connections (--max-connections, EVALMODE_MAX_CONNECTIONS)" in sentence
+    for connection in idle:
+        connection.close()
+    until = time.monotonic() + WAIT_S
+    while ask(two_workers, "/", trusted=trusted)[0] != 200:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def test_without_any_file_descriptor_left_connections_get_503_and_old_ones_are_answered():
     with processes.running(Path("tiny"), program=PROGRAM, workers=1) as server:
         pid = server.process.pid

@@ -90,7 +90,8 @@ def refusal(answer: bytes) -> tuple[int, str]:
     assert b"connection: close" in lines
     assert b"content-length: %d" % len(body) in lines
     found = json.loads(body)
-    assert set(found) == {"error"}
+    assert set(found) == {"error", "field"}
+    assert found["field"] is None
     return int(head.split(b" ")[1]), found["error"]
 
 
@@ -538,12 +539,103 @@ def test_a_client_that_is_gone_is_noticed_although_a_half_close_looks_the_same(c
     assert connections() == before
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"POST / HTTP/1.1\r\nhost: x\r\n\r\n"[:-2]])
-def test_a_half_close_before_the_request_is_whole_ends_the_connection(connect, sent):
+@pytest.mark.parametrize("sent", [b"", b"\r\n", GET])
+def test_a_half_close_between_requests_ends_the_connection_without_a_word(connect, sent):
     connection = connect()
     connection.sendall(sent)
+    if sent == GET:
+        one_answer(connection)
     connection.shutdown(socket.SHUT_WR)
     assert rest_of(connection) == b""
+
+
+POST_100 = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"
+POST_CHUNKS = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "sentence"),
+    [
+        (POST_100 + b"nine byte", "the body ends after 9 of 100 bytes"),
+        (POST_100, "the body ends after 0 of 100 bytes"),
+        (POST_100 + b"\r\n\r\n" * 24 + b"abc", "the body ends after 99 of 100 bytes"),
+        (POST_CHUNKS, "the body ends after 0 bytes, before its last chunk"),
+        (
+            POST_CHUNKS + b"5\r\nabcde\r\n3\r\nf",
+            "the body ends after 6 bytes, before its last chunk",
+        ),
+        (POST_CHUNKS + b"2\r\nab\r\n0\r\n", "the body ends after 2 bytes, before its last chunk"),
+        (
+            POST_CHUNKS + b"800\r\n" + b"\r\n\r\n" * 512 + b"\r\n5\r\n",
+            "the body ends after 2048 bytes, before its last chunk",
+        ),
+        (b"G", "the request head ends after 1 byte, before its empty line"),
+        (GET[:-2], f"the request head ends after {len(GET) - 2} bytes, before its empty line"),
+    ],
+)
+@pytest.mark.parametrize("before", [b"", GET, GET * 3, b"\r\n\r\n" * 300])
+def test_a_half_close_before_the_request_is_whole_is_400_and_says_where_it_ends(
+    connect, sent, sentence, before
+):
+    connection = connect()
+    connection.sendall(before + sent)
+    connection.shutdown(socket.SHUT_WR)
+    answers = rest_of(connection)
+    first, found, last = answers.partition(b"HTTP/1.1 400 ")
+    assert first.count(b"HTTP/1.1 200 ") == before.count(b"GET")
+    assert refusal(found + last) == (400, sentence)
+
+
+def test_a_half_close_in_the_body_of_a_request_that_is_answered_already_only_ends_it(connect):
+    connection = connect()
+    connection.sendall(POST_100.replace(b"/ ", b"/early ") + b"abc")
+    assert one_answer(connection)[1] == b"no"
+    connection.shutdown(socket.SHUT_WR)
+    assert rest_of(connection) == b""
+
+
+def test_a_refusal_below_v2_has_the_form_of_the_protocol(connect):
+    connection = connect()
+    connection.sendall(POST_100.replace(b"/ ", b"/v2/models/x/infer ") + b"abc")
+    connection.shutdown(socket.SHUT_WR)
+    body = rest_of(connection).partition(b"\r\n\r\n")[2]
+    assert json.loads(body) == {"error": "the body ends after 3 of 100 bytes"}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [GET, POST_100, b"DELETE /v2/models HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n" + GET, b"hello\r\n"],
+)
+def test_plain_http_at_the_port_of_tls_is_told_to_use_https(certificate, sent):
+    with (
+        processes.running(
+            Path("tiny"), program=PROGRAM, workers=1, **tls_settings(certificate)
+        ) as server,
+        server.connect(timeout_s=WAIT_S) as plain,
+    ):
+        plain.sendall(sent)
+        head, _, body = rest_of(plain).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error"] == "this port speaks TLS: use https://"
+        with secured(server, certificate) as proper:
+            proper.sendall(GET)
+            assert one_answer(proper)[1].startswith(b"pid ")
+
+
+def test_a_client_of_the_tls_port_that_sends_nothing_is_closed_after_the_time_for_a_head(
+    certificate,
+):
+    limits = {"header_timeout_s": HEAD_S, **tls_settings(certificate)}
+    with (
+        processes.running(Path("tiny"), program=PROGRAM, workers=1, **limits) as server,
+        server.connect(timeout_s=WAIT_S) as silent,
+        server.connect(timeout_s=WAIT_S) as half,
+        server.connect(timeout_s=WAIT_S) as gone,
+    ):
+        gone.close()
+        half.sendall(b"G")
+        assert b"no whole request head came within 0.6 s" in rest_of(half)
+        assert rest_of(silent) == b""
 
 
 # Sentences for clients.

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -322,6 +323,25 @@ def test_with_authorities_only_clients_with_a_certificate_are_heard(run, certifi
             httpx.get(server.url, verify=trusted)
         trusted.load_cert_chain(cert, key)
         assert httpx.get(server.url, verify=trusted).status_code == 200
+
+
+def test_a_certificate_of_another_authority_and_plain_text_are_not_heard(
+    run, certificate, tmp_path
+):
+    command = "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key -out cert -subj /CN=other"
+    subprocess.run(["openssl", *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    cert, key = certificate / "cert", certificate / "key"
+    with run(ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=cert) as server:
+        stranger = ssl.create_default_context(cafile=cert)
+        stranger.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+        with pytest.raises(httpx.TransportError):
+            httpx.get(server.url, verify=stranger)
+        plain = httpx.get(server.url.replace("https", "http"))
+        assert (plain.status_code, plain.json()["field"]) == (400, None)
+        assert plain.json()["error"] == "this port speaks TLS: use https://"
+        known = ssl.create_default_context(cafile=cert)
+        known.load_cert_chain(cert, key)
+        assert httpx.get(server.url, verify=known).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from uvicorn.server import ServerState
 from evalmode.service.process.connection import Connection
 from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.lingering_close import Connections, EndingProtocol, Outlet
+from evalmode.service.process.refusals import RefusingProtocol
 
 # What is overridden or called, with its parameters.
 METHODS: dict[type, dict[str, list[str]]] = {
@@ -125,7 +126,7 @@ ARGUMENTS_OF_CONFIG = {
 }
 
 OURS: dict[type, list[type]] = {
-    HttpToolsProtocol: [EndingProtocol, Connection],
+    HttpToolsProtocol: [EndingProtocol, RefusingProtocol, Connection],
     uvicorn.Server: [GracefulServer],
     ServerState: [Connections],
 }

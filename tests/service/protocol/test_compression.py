@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import time
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Iterable
@@ -101,7 +102,13 @@ def test_a_bomb_in_one_chunk_stops_at_the_limit_too():
         ([gzip.compress(TEXT)[:-5] + b"xxxxx"], "gzip", "is not gzip data"),
         ([gzip.compress(b"a") + b"b"], "gzip", "goes on after the end"),
         ([zlib.compress(b"a"), b"b"], "deflate", "goes on after the end"),
-        ([gzip.compress(b"a") * 2], "gzip", "goes on after the end"),
+        ([zlib.compress(b"a") * 2], "deflate", "goes on after the end"),
+        ([gzip.compress(b"a") + b"\0" * 512], "gzip", "goes on after the end"),
+        ([gzip.compress(b"a"), b"\x1f\x8c"], "gzip", "goes on after the end"),
+        ([gzip.compress(b"a"), b"\x1f"], "gzip", "ends within its gzip data"),
+        ([gzip.compress(b"a"), b"\x1f\x8b"], "gzip", "ends within its gzip data"),
+        ([gzip.compress(b"a"), gzip.compress(b"b")[:-1]], "gzip", "ends within its gzip data"),
+        ([gzip.compress(b"a"), b"\x1f\x8b" + bytes(20)], "gzip", "is not gzip data"),
     ],
 )
 def test_what_is_not_its_encoding_is_refused(
@@ -109,6 +116,39 @@ def test_what_is_not_its_encoding_is_refused(
 ):
     with pytest.raises(BadRequest, match=sentence):
         read(chunks, encoding)
+
+
+def test_gzip_data_of_several_members_is_their_texts_one_after_the_other():
+    members = [b"", TEXT, b"a", b"", bytes(100_000)]
+    packed = b"".join(gzip.compress(member, mtime=0) for member in members)
+    for size in (1, 7, 1000, len(packed)):
+        assert read(cut(packed, size), "gzip") == b"".join(members)
+
+
+def test_a_bomb_of_many_members_stops_at_the_limit():
+    member = gzip.compress(bytes(1 << 20), mtime=0)
+    made = 0
+
+    def bomb() -> Iterable[bytes]:
+        nonlocal made
+        for _ in range(1024):
+            made += 1
+            yield member
+
+    with pytest.raises(BodyTooLarge, match="larger than the 1000000 bytes"):
+        read(bomb(), "gzip")
+    assert made == 1
+    assert read([gzip.compress(bytes(1000), mtime=0) * 1000], "gzip") == bytes(1_000_000)
+    with pytest.raises(BodyTooLarge):
+        read([gzip.compress(bytes(1000), mtime=0) * 1001], "gzip")
+
+
+def test_empty_members_in_one_chunk_are_copied_a_few_times_at_most():
+    """50,000 members are 1 MB. Copied once a member, it would take 25 GB of copies."""
+    packed = gzip.compress(b"", mtime=0) * 50_000
+    started = time.process_time()
+    assert read([packed], "gzip") == b""
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,34 @@ def test_fields_that_are_not_given_have_their_defaults_and_unknown_ones_are_let_
     )
 
 
+@pytest.mark.parametrize("key", ["input", "ouputs", "parameter", "paramters", "Inputs"])
+def test_a_misspelt_field_of_the_request_is_refused(key: str):
+    with pytest.raises(BadRequest) as refusal:
+        parse({**one(), key: []})
+    assert str(refusal.value).startswith(f"{key} is not a field of this request: did you mean ")
+    assert refusal.value.field == key
+
+
+@pytest.mark.parametrize("key", ["model_name", "model_version", "user", "x" * 1000, "", "ids"])
+def test_fields_that_clients_add_to_the_request_are_let_by(key: str):
+    assert parse({**one(), key: "x"}).inputs[0].name == "ids"
+
+
+def test_an_unknown_field_of_a_tensor_is_refused():
+    with pytest.raises(BadRequest) as refusal:
+        parse(one(paramters={}))
+    assert str(refusal.value) == (
+        "inputs.0.paramters is not a field of inputs.0, which has name, shape, datatype,"
+        " parameters, data"
+    )
+    with pytest.raises(BadRequest) as refusal:
+        parse({**one(), "outputs": [{"name": "a"}, {"name": "b", "classification": 3}]})
+    assert str(refusal.value) == (
+        "outputs.1.classification is not a field of outputs.1, which has name, parameters"
+    )
+    assert refusal.value.field == "outputs.1.classification"
+
+
 def test_parameters_of_the_request_are_read():
     found = parse(
         {

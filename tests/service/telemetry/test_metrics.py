@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from prometheus_client import parser
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
@@ -140,6 +141,49 @@ def test_dropped_rows_are_counted_by_why():
     metrics.rows_dropped("deadline", bucket_of(), 3)
     metrics.rows_dropped("deadline", bucket_of(), 2)
     assert value(metrics, "dropped_rows_total", model="languages", reason="deadline") == 5
+
+
+def test_every_counter_of_a_model_is_there_with_0_from_the_start():
+    metrics = Metrics()
+    metrics.show_models([shown()])
+    for reason in ("queue_full", "deadline", "cancelled", "failed"):
+        assert value(metrics, "dropped_rows_total", model="languages", reason=reason) == 0
+    for outcome in ("loaded", "unloaded", "refused"):
+        assert value(metrics, "model_swaps_total", model="languages", outcome=outcome) == 0
+    for name in ("determinism_checks_total", "determinism_violations_total"):
+        assert value(metrics, name, model="languages") == 0
+
+
+def test_what_happened_to_a_model_is_told_after_its_end():
+    metrics = Metrics()
+    metrics.show_models([shown()])
+    metrics.show_models([])
+    metrics.model_swapped("languages", "unloaded")
+    metrics.show_models([shown()])
+    metrics.show_models([])
+    assert value(metrics, "model_swaps_total", model="languages", outcome="unloaded") == 1
+    assert series(metrics, model="languages") == ["evalmode_model_swaps_total"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_that_was_asked_nothing_has_every_family_and_its_counters_are_0(bundle, workers):
+    with running(bundle, workers=workers) as server:
+        text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+    assert {
+        part.describe()[0].name
+        for part in vars(Metrics()).values()
+        if isinstance(part, MetricWrapperBase)
+    } <= families.keys()
+    for name in ("dropped_rows", "model_swaps", "rejections", "determinism_checks"):
+        assert families[f"evalmode_{name}"].samples, name
+    (dropped,) = {
+        frozenset(sample.labels.items())
+        for sample in families["evalmode_dropped_rows"].samples
+        if sample.labels["reason"] == "deadline"
+    }
+    assert ("model", "tiny") in dropped
+    assert all(sample.value == 0 for sample in families["evalmode_dropped_rows"].samples)
 
 
 def test_the_queue_is_what_the_engine_says_when_it_is_asked():
