@@ -13,7 +13,6 @@ import errno
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,16 +38,9 @@ from evalmode.bundle.manifest import (
     Frozen,
     Manifest,
 )
+from evalmode.regular_files import NotRegular, open_regular
 
 Parsed = TypeVar("Parsed", bound=Frozen)
-
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +209,12 @@ def read_file(file: Path) -> bytes:
     Raises FileUnreadable, naming the file.
     """
     try:
-        # The kind is known before the file is opened, since opening a device may have effects. It
-        # is looked at again afterwards, since another file may have taken its place.
-        _require_regular(file, file.stat())
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with open(descriptor, "rb") as opened:
-            _require_regular(file, os.fstat(descriptor))
+        with open_regular(file) as opened:
             return opened.read()
+    except NotRegular as error:
+        raise FileUnreadable(
+            f"{file} is {error}", remedy="put the file itself, or a link to it, there"
+        ) from error
     except OSError as error:
         raise FileUnreadable(f"{file} cannot be read: {error.strerror}") from error
     except MemoryError as error:
@@ -295,15 +286,6 @@ def _parse(model: type[Parsed], raw: bytes, file: Path) -> Parsed:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise BundleCorrupt(f"{file} cannot be read: {field}: {first['msg']}") from error
-
-
-def _require_regular(file: Path, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise FileUnreadable(
-            f"{file} is {kind} and not a regular file",
-            remedy="put the file itself, or a link to it, there",
-        )
 
 
 def _checked(path: Path, name: str, sha256: str) -> bytes:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import os
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from evalmode.model.texts import DataError
+from evalmode.regular_files import NotRegular, open_regular
 
 _SIGNATURES = {
     b"\x1f\x8b": "gzip",
@@ -70,24 +69,18 @@ class Table(Protocol):
         """
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
     """Open the file of exactly this name. Raises DataError for folders, pipes and devices."""
     try:
-        # A pipe without a writer would block an ordinary open.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_regular(path)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: give the path of a data file") from error
+    except NotRegular as error:
+        raise DataError(f"{path} is {error}: give the path of one regular file") from error
     except OSError as error:
-        reason = "a socket or a device" if error.errno == errno.ENXIO else error.strerror
         raise DataError(
-            f"{path} cannot be opened ({reason}): give a regular file that you may read"
+            f"{path} cannot be opened ({error.strerror}): give a regular file that you may read"
         ) from error
-    mode = os.fstat(handle).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(handle)
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise DataError(f"{path} is {kind} and not a file: give the path of one regular file")
-    return os.fdopen(handle, "rb")
 
 
 def content_of(path: Path, file: BinaryIO) -> bytes:

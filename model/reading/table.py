@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evalmode.model.reading.delimited import Delimited
 from evalmode.model.reading.json_lines import JsonLines
-from evalmode.model.reading.source import Table, content_of, open_regular
+from evalmode.model.reading.source import Table, content_of, open_file
 from evalmode.model.texts import DataError
 
 DELIMITED, JSON_LINES, PARQUET = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet",)
@@ -32,7 +32,7 @@ def open_table(path: Path, *, separator: str | None = None) -> Iterator[Table]:
             f"separator={separator!r} is for CSV and TSV files, and {path} is neither: leave"
             " --separator away"
         )
-    with open_regular(path) as file:
+    with open_file(path) as file:
         if ending in PARQUET:
             # half a second to import, and the other formats do not need it
             from evalmode.model.reading.parquet import Parquet

@@ -60,6 +60,7 @@ def test_it_first_says_what_it_read_and_what_it_leaves_out(tmp_path: Path) -> No
     rows = [(sentence(n), labels[n % 2]) for n in range(100)]
     rows += [(sentence(n), labels[1 - n % 2]) for n in range(60)]
     rows += [("text", "label"), (sentence(99), "pos"), ("", "pos"), ("a text", "")]
+    rows += [("a text of a class of its own", "rare")]
     written(tmp_path / "d.csv", rows)
     done = evalmode("train", "--data", "d.csv", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -68,13 +69,14 @@ def test_it_first_says_what_it_read_and_what_it_leaves_out(tmp_path: Path) -> No
         ["source", "d.csv"],
         ["text column", "text"],
         ["label column", "label"],
-        ["rows read", "164"],
+        ["rows read", "165"],
+        ["left out: header again", "1"],
         ["left out: empty text", "1"],
         ["left out: empty label", "1"],
         ["left out: duplicate", "1"],
         ["left out: contradictory", "120"],
         ["rows used", "41"],
-        ["label", "1", "1", "0", "0"],
+        ["rare", "1", "1", "0", "0"],
     ):
         assert line in shown
     assert ["pos", "20"] in [line[:2] for line in shown]

@@ -338,7 +338,7 @@ def test_rows_that_were_left_out_take_their_ids_along_and_no_others(data, tmp_pa
     index = {label: number for number, label in enumerate(used.labels)}
     for part, held, unlabelled in (
         (used.train, run.train, used.unlabelled),
-        (used.validation, run.validation, ()),
+        (used.validation, run.validation, used.unlabelled_validation),
         (used.test, run.test, ()),
     ):
         labels = [*(index[label] for label in part.labels), *(-1 for _ in unlabelled)]

@@ -41,14 +41,14 @@ def test_a_name_is_a_name_and_never_a_pattern(tmp_path, name, monkeypatch):
 
 def test_what_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path):
     (tmp_path / "folder.csv").mkdir()
-    assert "is a folder and not a file" in refused(tmp_path / "folder.csv")
+    assert "is a folder and not a regular file" in refused(tmp_path / "folder.csv")
     os.mkfifo(tmp_path / "pipe.csv")
-    assert "is a pipe or a device and not a file" in refused(tmp_path / "pipe.csv")
+    assert "is a FIFO and not a regular file" in refused(tmp_path / "pipe.csv")
     (tmp_path / "device.csv").symlink_to("/dev/zero")
-    assert "is a pipe or a device and not a file" in refused(tmp_path / "device.csv")
+    assert "is a device and not a regular file" in refused(tmp_path / "device.csv")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket.csv"))
-        assert "cannot be opened (a socket or a device)" in refused(tmp_path / "socket.csv")
+        assert "is a socket and not a regular file" in refused(tmp_path / "socket.csv")
     (tmp_path / "loop.csv").symlink_to("loop.csv")
     assert "cannot be opened" in refused(tmp_path / "loop.csv")
     assert "does not exist" in refused(tmp_path / "absent.csv")
