@@ -185,14 +185,14 @@ def test_a_state_that_does_not_fit_says_where(data, out, way, value, reason):
 def test_every_state_of_a_training_fits_it_also_after_it_was_killed_again_and_again(
     data, tmp_path, monkeypatch, finished
 ):
-    for number, step in enumerate((1, 5, 44, 45, 46, 60, 89)):
+    for number, step in enumerate((1, 5, 12, 13, 14, 20, 25)):
         with monkeypatch.context() as patch:
             watch_steps(patch, die_at=step)
             with pytest.raises(Killed):
                 train(data, tmp_path, resume=number > 0, save_steps=1)
     steps = watch_steps(monkeypatch)
     train(data, tmp_path, resume=True, save_steps=1)
-    assert steps == [89]
+    assert steps == [25]
     weights = "model.safetensors"
     assert contents(tmp_path)[weights] == contents(finished.checkpoint)[weights]
 
