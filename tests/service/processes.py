@@ -38,7 +38,11 @@ class RunningServer:
 
 
 def environment(bundle: Path, **settings: object) -> dict[str, str]:
-    """The environment of a server process."""
+    """The environment of a server process.
+
+    Unlike a server in production, it lets a request in however long the queue is expected to take:
+    the estimate depends on how busy the machine is. A test of that refusal sets `queue_s`.
+    """
     given = {
         "bundle": bundle,
         "port": 0,
@@ -46,6 +50,7 @@ def environment(bundle: Path, **settings: object) -> dict[str, str]:
         "access_log": 0,
         "drain_s": 0,
         "parallel": 2,
+        "queue_s": 60,
         **settings,
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}

@@ -87,7 +87,7 @@ def test_20_000_answers_under_chaos_have_the_bits_they_have_alone(bundle):
 
 
 def test_256_requests_in_flight_at_sigterm_are_all_answered(moody):
-    with processes.running(moody, queue_s=WAIT_S, drain_s=0.2) as service:
+    with processes.running(moody, drain_s=0.2) as service:
         connections = [
             socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
             for _ in range(256)
@@ -159,7 +159,7 @@ def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(tmp_path):
 
 
 def test_a_killed_worker_takes_only_its_own_requests_with_it_and_comes_back(moody):
-    with processes.running(moody, workers=2, parallel=1, queue_s=WAIT_S) as service:
+    with processes.running(moody, workers=2, parallel=1) as service:
         until(lambda: len(children(service)) == 2, what="two workers")
         connections = [
             socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) for _ in range(40)
@@ -248,7 +248,7 @@ def test_more_rows_wait_no_longer_than_the_queue_may_take(moody):
 
 def test_a_request_past_its_deadline_gets_504_and_never_runs(moody):
     with (
-        processes.running(moody, parallel=1, proof_fraction=0, queue_s=WAIT_S) as service,
+        processes.running(moody, parallel=1, proof_fraction=0) as service,
         ThreadPoolExecutor(8) as pool,
     ):
         busy: list[Future[httpx.Response]] = []
