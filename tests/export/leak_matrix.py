@@ -91,7 +91,7 @@ def _lines() -> Iterator[str]:
         " in another process, under other seeds, those of its factory included: what a constructor"
         f" drew is found by the command alone ({'; '.join(by_command)}). What a forward draws and"
         " keeps is found by both, the first forward included. [Where each way of checking"
-        " ends](checks.md)."
+        " ends](certificate.md)."
     )
     yield ""
     yield (
