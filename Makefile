@@ -12,7 +12,7 @@ BUNDLE := bundles/$(DATA)/1
 ENGINE ?= $(shell command -v docker || command -v podman)
 IMAGE ?= evalmode
 
-.PHONY: serve test check zoo lint bench image clean
+.PHONY: serve test check minimum zoo lint bench image clean
 
 serve: $(BUNDLE)/manifest.json  ## train, export and certify the default model once, then serve it on :8000
 	$(BIN)/evalmode serve $(BUNDLE)
@@ -21,6 +21,12 @@ test: $(VENV)/dev $(CLIENTS)/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: lint test  ## what a change must pass
+
+minimum: $(CLIENTS)/ready  ## the whole suite with the lowest versions that pyproject.toml declares
+	$(PYTHON) -m venv --clear build/minimum
+	build/minimum/bin/python -m pip --disable-pip-version-check install -q uv
+	build/minimum/bin/uv pip install -q --python build/minimum/bin/python --resolution lowest-direct -e '.[cpu,train,export,dev]'
+	build/minimum/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 zoo: $(VENV)/dev  ## every architecture of docs/zoo.md, exported and confirmed, and a table of the verdicts
 	$(BIN)/python -m pytest tests/zoo -m '' -n 2

@@ -1,4 +1,4 @@
-"""The registry is the files of the rules, and the README's table is the registry."""
+"""The registry is the files of the rules, and the table in the documentation is the registry."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_a_certificate_holds_the_rules_of_an_export_in_the_order_of_the_registry
     assert [record.rule for record in records] == at_export
 
 
-def test_the_table_in_the_readme_is_that_of_the_registry() -> None:
-    readme = (ROOT / "README.md").read_text()
-    between = readme.partition("<!-- rules -->\n")[2].partition("<!-- /rules -->")[0]
+def test_the_table_in_the_documentation_is_that_of_the_registry() -> None:
+    page = (ROOT / "docs/certificate.md").read_text()
+    between = page.partition("<!-- rules -->\n")[2].partition("<!-- /rules -->")[0]
     assert between == table(), (
         "put the output of `python -m evalmode.export.rules.registry` between the two comments"
     )
