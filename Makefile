@@ -26,7 +26,7 @@ minimum: $(CLIENTS)/ready  ## the whole suite with the lowest versions that pypr
 	$(PYTHON) -m venv --clear build/minimum
 	build/minimum/bin/python -m pip --disable-pip-version-check install -q uv
 	build/minimum/bin/uv pip install -q --python build/minimum/bin/python --resolution lowest-direct -e '.[cpu,train,export,dev]'
-	build/minimum/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	build/minimum/bin/python -m pytest -W default -n auto --maxprocesses 4 --dist loadfile
 
 zoo: $(VENV)/dev  ## every architecture of docs/zoo.md, exported and confirmed, and a table of the verdicts
 	$(BIN)/python -m pytest tests/zoo -m '' -n 2
