@@ -180,7 +180,7 @@ def test_truncate_in_the_query_forbids_a_cut_in_both_forms(service):
 def test_a_field_in_query_and_body_is_refused(service):
     body = json.dumps({"inputs": [TEXT], "top_k": 1})
     sentence, field = refusal(predict(service, body, "?top_k=1"), 422)
-    assert sentence == "top_k stands in the query and in the body: give it in one of them"
+    assert sentence == "top_k is in the query and in the body: send it in one of them"
     assert field == "top_k"
 
 

@@ -151,7 +151,10 @@ def test_a_repository_body_that_is_none_is_refused(served: Served, body: bytes):
         (
             "models/tiny/load",
             {"parameters": {"x": 1}},
-            "parameters.x: a model is served as its bundle says it, which no request can override",
+            (
+                "parameters.x: a model is served as its bundle defines it, which no request can"
+                " override"
+            ),
         ),
         (
             "models/tiny/unload",
