@@ -29,37 +29,39 @@ def stream(url: str, body: Any, query: str = "") -> httpx.Response:
     return httpx.post(f"{url}/v1/predict{query}", content=body, headers=NDJSON, timeout=WAIT_S)
 
 
-def test_a_stream_has_the_bits_that_each_text_has_alone_in_process(service, bundle, texts) -> None:
+def test_a_text_in_a_stream_gets_the_same_bits_as_alone_in_process(service, bundle, texts) -> None:
     chance = random.Random(5)
-    asked = chance.choices(texts, k=1000)
+    sample = chance.choices(texts, k=1000)
     lines = [
-        json.dumps(text if place % 2 else {"text": text, "id": place})
-        for place, text in enumerate(asked)
+        json.dumps(text if index % 2 else {"text": text, "id": index})
+        for index, text in enumerate(sample)
     ]
     answer = stream(service.url, "\n".join(lines).encode(), "?top_k=2")
     assert answer.status_code == 200
     assert answer.headers["x-evalmode-digest"] == service.started["digest"]
     with Predictor.open(bundle, parallel=1) as predictor:
-        alone = {text: predictor.predict([text], top_k=2)[0] for text in set(asked)}
-    for place, (text, line) in enumerate(zip(asked, answer.text.splitlines(), strict=True)):
-        found = json.loads(line)
-        assert found["index"] == place
-        assert found.get("id") == (None if place % 2 else place)
-        assert found["top"] == [{"label": one.label, "score": one.score} for one in alone[text].top]
-        assert found["truncated"] == alone[text].truncated
+        alone = {text: predictor.predict([text], top_k=2)[0] for text in set(sample)}
+    for index, (text, line) in enumerate(zip(sample, answer.text.splitlines(), strict=True)):
+        prediction, expected = json.loads(line), alone[text]
+        assert prediction["index"] == index
+        assert prediction.get("id") == (None if index % 2 else index)
+        assert prediction["top"] == [
+            {"label": scored.label, "score": scored.score} for scored in expected.top
+        ]
+        assert prediction["truncated"] == expected.truncated
 
 
 @pytest.mark.parametrize(
     ("query", "status", "field"),
     [("?top_k=0", 422, "top_k"), ("?model=nobody", 404, None), ("?color=red", 422, "color")],
 )
-def test_what_does_not_depend_on_the_lines_has_a_status(service, query, status, field) -> None:
+def test_a_wrong_query_is_refused_with_a_status(service, query, status, field) -> None:
     answer = stream(service.url, b'"a"\n', query)
     assert answer.status_code == status
     assert answer.json()["field"] == field
 
 
-def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_memory(
+def test_a_body_above_the_limit_of_other_requests_is_answered_in_constant_memory(
     service,
 ) -> None:
     def resident_kib() -> int:
@@ -71,7 +73,7 @@ def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_mem
     before = resident_kib()
     sent = 0
 
-    # Writes and reads at once, as few clients do: the answers of so many lines fit into no buffer.
+    # Writes and reads in turn, as few clients do: no buffer holds the answers of so many lines.
     with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
         head = (
             "POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type:"
@@ -84,18 +86,18 @@ def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_mem
             sent += 100
             connection.setblocking(False)
             try:
-                while got := connection.recv(1 << 16):
-                    tail = (tail + got)[-2000:]
+                while chunk := connection.recv(1 << 16):
+                    tail = (tail + chunk)[-2000:]
             except BlockingIOError:
                 pass
             connection.settimeout(WAIT_S)
-        while got := connection.recv(1 << 16):
-            tail = (tail + got)[-2000:]
+        while chunk := connection.recv(1 << 16):
+            tail = (tail + chunk)[-2000:]
     assert b'{"index":9999,' in tail
     assert resident_kib() - before < 20_000
 
 
-def test_answers_come_while_the_body_is_still_being_sent(service) -> None:
+def test_answers_arrive_while_the_body_is_being_sent(service) -> None:
     with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
         connection.sendall(
             b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
@@ -123,14 +125,12 @@ def send_until_closed(connection: socket.socket, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("repeats", [1, 512])
-def test_the_lines_of_a_small_compressed_body_end_with_their_client(bundle, repeats) -> None:
-    """The second body is larger than what a stream fetches ahead, so that only a write shows that
-    the client is gone.
-    """
+def test_the_lines_of_a_client_that_disconnects_are_not_answered(bundle, repeats) -> None:
+    """A stream does not fetch all of the second body ahead: only a write shows the disconnect."""
     compressor = zlib.compressobj(9, wbits=-15)
     block = compressor.compress(b'"a"\n' * 1_000_000) + compressor.flush(zlib.Z_FULL_FLUSH)
     assert len(block) < 5_000
-    body = block * repeats  # a full flush lets a block stand anywhere
+    body = block * repeats  # after a full flush a block may follow any other one
     with processes.running(bundle) as service:
         with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
             connection.sendall(
@@ -153,11 +153,11 @@ def test_the_lines_of_a_small_compressed_body_end_with_their_client(bundle, repe
         assert 1000 < now < 250_000
 
 
-def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_line(
+def test_an_open_stream_ends_with_a_last_line_when_the_server_is_told_to_stop(
     bundle,
 ) -> None:
-    with processes.running(bundle, drain_s=0, workers=1) as found:
-        with socket.create_connection(("127.0.0.1", found.port), timeout=WAIT_S) as connection:
+    with processes.running(bundle, drain_s=0, workers=1) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
             connection.sendall(
                 b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
             )
@@ -166,20 +166,20 @@ def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_
             while b"}]}\n" not in received:
                 received += connection.recv(4096)
             began = time.monotonic()
-            found.terminate()
+            server.terminate()
             while b"0\r\n\r\n" not in received and (more := connection.recv(4096)):
                 received += more
             assert b'{"error":"the server is stopping' in received
             assert received.endswith(b"0\r\n\r\n")
-        assert found.process.wait(WAIT_S) == 0
+        assert server.process.wait(WAIT_S) == 0
         assert time.monotonic() - began < 10
 
 
-def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path) -> None:
+def test_a_swap_does_not_change_the_model_of_an_open_stream(tmp_path) -> None:
     make_bundle(tmp_path, version="1")
     with (
-        processes.running(tmp_path, poll_s=0.02) as found,
-        socket.create_connection(("127.0.0.1", found.port)) as sock,
+        processes.running(tmp_path, poll_s=0.02) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as sock,
     ):
         sock.settimeout(WAIT_S)
         sock.sendall(
@@ -189,10 +189,10 @@ def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path) -> None:
         received = b""
         while b"}]}\n" not in received:
             received += sock.recv(4096)
-        assert f"x-evalmode-digest: {found.started['digest']}".encode() in received
+        assert f"x-evalmode-digest: {server.started['digest']}".encode() in received
         make_bundle(tmp_path, version="2", labels=("v", "w", "x", "y", "z"))
         end = time.monotonic() + WAIT_S
-        while (newer := httpx.get(f"{found.url}/v1/model", timeout=WAIT_S).json())[
+        while (newer := httpx.get(f"{server.url}/v1/model", timeout=WAIT_S).json())[
             "version"
         ] != "2":
             assert time.monotonic() < end
@@ -205,17 +205,17 @@ def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path) -> None:
         ]
         assert [answer.pop("index") for answer in answers] == [0, 1, 2]
         assert answers[0] == answers[1] == answers[2]
-        after = stream(found.url, b'"a"\n')
-        assert after.headers["x-evalmode-digest"] == newer["digest"] != found.started["digest"]
+        after = stream(server.url, b'"a"\n')
+        assert after.headers["x-evalmode-digest"] == newer["digest"] != server.started["digest"]
         assert json.loads(after.text)["label"] in "vwxyz"
 
 
-def predicted(*arguments: object, folder: Path) -> subprocess.CompletedProcess[bytes]:
+def run_predict(*arguments: object, folder: Path) -> subprocess.CompletedProcess[bytes]:
     command = [Path(sys.executable).with_name("evalmode"), "predict", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, capture_output=True, check=False, timeout=WAIT_S)
 
 
-def test_a_file_has_the_same_answers_byte_for_byte_from_a_server_and_in_process(
+def test_a_file_gets_the_same_bytes_from_a_server_and_in_process(
     service, bundle, texts, tmp_path
 ) -> None:
     lines = [json.dumps(text) for text in texts] + [
@@ -226,23 +226,23 @@ def test_a_file_has_the_same_answers_byte_for_byte_from_a_server_and_in_process(
     ]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     files = ("--input", "texts.jsonl", "--output")
-    there = predicted("--url", service.url, *files, "there.jsonl", folder=tmp_path)
-    here = predicted("--bundle", bundle, *files, "here.jsonl", folder=tmp_path)
+    there = run_predict("--url", service.url, *files, "there.jsonl", folder=tmp_path)
+    here = run_predict("--bundle", bundle, *files, "here.jsonl", folder=tmp_path)
     assert (there.returncode, here.returncode) == (1, 1), there.stderr + here.stderr
-    found = (tmp_path / "there.jsonl").read_bytes()
-    assert found == (tmp_path / "here.jsonl").read_bytes()
-    answers = [json.loads(line) for line in found.splitlines()]
+    content = (tmp_path / "there.jsonl").read_bytes()
+    assert content == (tmp_path / "here.jsonl").read_bytes()
+    answers = [json.loads(line) for line in content.splitlines()]
     assert ["error" in line for line in answers] == [False] * len(texts) + [True, False, True]
-    alone = predicted("--json", "--bundle", bundle, texts[1], folder=tmp_path)
-    (said,) = json.loads(alone.stdout)["predictions"]
-    assert answers[1] == {"index": 1, **said}
+    alone = run_predict("--json", "--bundle", bundle, texts[1], folder=tmp_path)
+    (prediction,) = json.loads(alone.stdout)["predictions"]
+    assert answers[1] == {"index": 1, **prediction}
 
 
-def test_one_goes_on_in_process_with_what_a_server_began(service, bundle, texts, tmp_path) -> None:
+def test_answers_of_a_server_can_be_completed_in_process(service, bundle, texts, tmp_path) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
     files = ("--input", "texts.jsonl", "--output", "answers.jsonl")
-    assert predicted("--url", service.url, *files, folder=tmp_path).returncode == 0
-    whole = (tmp_path / "answers.jsonl").read_bytes()
-    (tmp_path / "answers.jsonl").write_bytes(whole[: len(whole) // 2])
-    assert predicted("--bundle", bundle, *files, folder=tmp_path).returncode == 0
-    assert (tmp_path / "answers.jsonl").read_bytes() == whole
+    assert run_predict("--url", service.url, *files, folder=tmp_path).returncode == 0
+    complete = (tmp_path / "answers.jsonl").read_bytes()
+    (tmp_path / "answers.jsonl").write_bytes(complete[: len(complete) // 2])
+    assert run_predict("--bundle", bundle, *files, folder=tmp_path).returncode == 0
+    assert (tmp_path / "answers.jsonl").read_bytes() == complete
