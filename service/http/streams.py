@@ -44,8 +44,8 @@ from evalmode.service.protocol.compression import Encoding, decompress
 from evalmode.service.settings import setting_named
 from evalmode.service.telemetry.timings import Timings
 
-# The most that one group holds. Larger groups are a little faster, but a request of one text waits
-# until a whole group has run.
+# The most that one group holds. With half of the rows other requests are answered faster, but
+# streams lose a fifth of their throughput (docs/decisions.md).
 _GROUP_ROWS = 32
 _GROUP_BYTES = 256 << 10
 
@@ -212,7 +212,8 @@ class _Inbox:
         self.is_complete = False  # whether the end of the body has arrived
         self._receive = receive
         self._silence_s = silence_s
-        self._chunks: deque[tuple[bytes, bool]] = deque()  # each with: does another one follow?
+        # Each chunk with ASGI's `more_body`: whether another one follows.
+        self._chunks: deque[tuple[bytes, bool]] = deque()
         self._arrived = asyncio.Event()
         self._may_fetch = asyncio.Event()
         self._disconnected = False
@@ -279,7 +280,7 @@ class _StreamResponse(Response):
         self._predict = predict
         self._encoding = encoding
         self._window = _Window()
-        # The groups in the order of their lines. The window bounds their number.
+        # The groups in the order of their lines, and then the end. The window bounds their number.
         self._groups: asyncio.Queue[_Group | _End] = asyncio.Queue()
         self._line_count = 0  # of the lines that are in groups
         self._running: set[asyncio.Task[bytes]] = set()
@@ -332,11 +333,14 @@ class _StreamResponse(Response):
         stopping = asyncio.create_task(self._streams.stopping())
         waiting: set[asyncio.Task[None]] = {receiving, reading, writing, stopping}
         try:
+            # `receiving` ends when the client disconnects, `writing` when all is answered.
             while not (writing.done() or receiving.done()):
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                # Raise what a task has raised.
                 for task in done:
                     task.result()
                 waiting -= done
+                # The lines that were read are still answered, so only the reading ends.
                 if stopping in done and not reading.done():
                     reading.cancel()
                     waiting.discard(reading)

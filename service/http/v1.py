@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from evalmode.service.components import Components, components_of
+from evalmode.service.components import components_of
 from evalmode.service.errors import InvalidField
 from evalmode.service.http.body import (
     JSON,
@@ -162,7 +162,7 @@ def _text_model(request: Request, *, name: str | None, version: str | None) -> M
     timings.model, timings.version = model.name, model.version
     if not model.is_text:
         raise InvalidField(
-            f"model {model.name} takes tensors and no texts: ask POST"
+            f"model {model.name} takes tensors and no texts: use POST"
             f" /v2/models/{model.name}/infer",
             field="model",
         )
@@ -176,23 +176,21 @@ async def _model(
     components = components_of(request)
     unique_parameters(request.query_params.multi_items(), allowed=("model", "version"))
     _require_model_of_version(model, version)
+    repository = components.repository
+    if model is not None:
+        served_model = repository.get(model, version)
+    else:
+        # The only model may be one of tensors, which is not a default for texts.
+        models = repository.models()
+        names = {served.name for served in models}
+        served_model = models[0] if len(names) == 1 else repository.default_text()
     return _json_response(
         ModelResponse.of(
-            _described_model(components, name=model, version=version),
+            served_model,
             parallel=components.engine.load.parallel,
             workers=components.settings.workers,
         )
     )
-
-
-def _described_model(components: Components, *, name: str | None, version: str | None) -> Model:
-    """The model of this name and version; by default the only model, or the default text model."""
-    if name is not None:
-        return components.repository.get(name, version)
-    models = components.repository.models()
-    if len({model.name for model in models}) == 1:
-        return models[0]
-    return components.repository.default_text()
 
 
 def _require_model_of_version(name: str | None, version: str | None) -> None:

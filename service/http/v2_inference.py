@@ -99,6 +99,7 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
                     field=f"{tensor.path}.shape.0",
                 )
 
+    # A graph of tensors may have an input of this name, too.
     text: InputTensor | None = None
     if model.is_text:
         text = next((tensor for tensor in request.inputs if tensor.name == TEXT.name), None)
@@ -117,6 +118,7 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
             )
     outputs = request.outputs
     if not outputs:
+        # A request that names no outputs gets all of them.
         outputs = tuple(
             RequestedOutput(
                 name=name, binary=request.binary_output, class_count=None, path="outputs"

@@ -84,25 +84,19 @@ def routes(settings: Settings) -> APIRouter:
     router.add_api_route(
         "/v2/", _server, name="v2_slash", response_model=ServerMetadata, include_in_schema=False
     )
-    add(
-        "/v2/health/live",
-        health.live,
-        name="v2_live",
-        response=ServerState,
-        statuses=_HEALTH,
-    )
-    add(
-        "/v2/health/ready",
-        health.ready,
-        name="v2_ready",
-        response=ServerState,
-        statuses=_HEALTH,
-    )
+    for name, handler in (("live", health.live), ("ready", health.ready)):
+        add(
+            f"/v2/health/{name}",
+            handler,
+            name=f"v2_{name}",
+            response=ServerState,
+            statuses=_HEALTH,
+        )
 
     # Before the routes of one model, which would take "stats" for the name of a model.
     add("/v2/models/stats", _all_statistics, name="v2_all_stats", response=ModelStatistics)
     for suffix, version in (("", ""), ("_version", "/versions/{version}")):
-        for path, handler, name, response in (
+        for path, model_handler, name, response in (
             ("", _metadata, "v2_model", ModelMetadata),
             ("/ready", _model_ready, "v2_model_ready", ModelState),
             ("/config", _config, "v2_config", ModelConfig),
@@ -110,7 +104,7 @@ def routes(settings: Settings) -> APIRouter:
         ):
             add(
                 f"/v2/models/{{model}}{version}{path}",
-                handler,
+                model_handler,
                 name=f"{name}{suffix}",
                 response=response,
                 statuses=_MODEL,

@@ -17,14 +17,14 @@ from evalmode.service.strict_json import shown
 
 Encoding = Literal["gzip", "deflate"]
 
-# The most that one step of decompression returns: what a reader holds beyond its limit.
+# The most that one step of decompression returns, which is what a reader holds beyond its limit.
 _OUTPUT_BYTES = 65_536
 
 # The most that one step is fed. zlib copies what it does not use, so a large piece with many small
 # gzip members would be copied as often as it has members.
 _INPUT_BYTES = 16_384
 
-# zlib's default level: higher ones take several times as long for a few percent.
+# zlib's default level: on JSON and on text, 9 takes 2 to 6 times as long and saves under 1 %.
 _LEVEL = 6
 
 # How `zlib` selects a format: 15 window bits are zlib's, 16 more are gzip's, and a negative number

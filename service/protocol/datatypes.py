@@ -104,7 +104,7 @@ def _finite_array(numbers: Sequence[Any], datatype: str) -> Array | None:
     """The numbers as a float datatype; None where it does not hold one of them."""
     try:
         with np.errstate(over="ignore"):
-            # By way of float64, as JSON is read everywhere: Python integers are rounded there.
+            # By way of float64, which is how most parsers of JSON read all numbers, integers too.
             array: Array = np.array(numbers, dtype=np.float64).astype(DTYPES[datatype])
     except OverflowError:
         # An integer beyond float64.
