@@ -1,8 +1,8 @@
 """The routes of the server, and the middleware around them.
 
-From outside in, a request passes traces, `middleware.py` (id, log line, metrics, headers), CORS,
-`api_keys.py`, `head.py`, and a handler in `v1.py`, `v2.py`, `v2_models.py`, `health.py` or
-`docs.py`. Errors of `service/errors.py` are raised where they are noticed, and `service/app.py`
+From outside in, a request passes traces, `middleware.py` (its id, log line, metrics and headers),
+CORS, `api_keys.py` and `head.py`. The handlers are in `v1.py`, `v2.py`, `v2_models.py`, `health.py`
+and `docs.py`. Errors of `service/errors.py` are raised where they are noticed, and `service/app.py`
 turns them into responses. By status, a request is refused in these files:
 
     400  v1_request.py, v2_inference.py, v2_models.py, deadline.py, ../protocol/, ../strict_json.py;

@@ -46,7 +46,7 @@ class _KeysRefused(ValueError):  # noqa: N818 - like the errors in errors.py
 
 
 class ApiKeys:
-    """The valid keys, as sha256 digests. A file of keys is read again every second."""
+    """The valid keys, as sha256 digests. A file of keys is read again at most once a second."""
 
     def __init__(
         self,
@@ -66,9 +66,7 @@ class ApiKeys:
         self._file_digests: Sequence[bytes] = ()
         if file is not None:
             try:
-                content = _read(file)
-                self._content_digest = hashlib.sha256(content).digest()
-                self._file_digests = _parse(content)
+                self._load(file)
             except (OSError, _KeysRefused) as error:
                 raise StartFailed(_file_problem(file, error)) from error
         if not self._setting_digests and not self._file_digests:
@@ -93,7 +91,7 @@ class ApiKeys:
         """Whether this is one of the keys. The time does not depend on which one it is."""
         if self._file is not None and self._clock() - self._read_at_s >= _REREAD_S:
             self._read_at_s = self._clock()
-            self._read_again(self._file)
+            self._load_again(self._file)
         digest = hashlib.sha256(key).digest()
         valid = False
         # All digests are compared, also after a match.
@@ -101,15 +99,26 @@ class ApiKeys:
             valid |= hmac.compare_digest(digest, valid_digest)
         return valid
 
-    def _read_again(self, file: Path) -> None:
-        """Replace the keys of the file if it has changed; after an error they stay as they are."""
+    def _load(self, file: Path) -> bool:
+        """Read the keys of the file; false if it has not changed.
+
+        Raises OSError and _KeysRefused; the keys then stay as they are.
+        """
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            raise _KeysRefused(f"it holds more than {_MAX_FILE_BYTES} bytes")
+        # The content is compared, not the time stamp, which does not show every change.
+        content_digest = hashlib.sha256(content).digest()
+        if content_digest == self._content_digest:
+            return False
+        self._file_digests = _parse(content)
+        self._content_digest = content_digest
+        return True
+
+    def _load_again(self, file: Path) -> None:
         try:
-            # The content is compared, not the time stamp: that does not show every change.
-            content = _read(file)
-            content_digest = hashlib.sha256(content).digest()
-            if content_digest != self._content_digest:
-                self._file_digests = _parse(content)
-                self._content_digest = content_digest
+            if self._load(file):
                 _log.info("API keys read", file=str(file), keys=len(self._file_digests))
             self._logged_problem = None
         except (OSError, _KeysRefused) as error:
@@ -118,14 +127,6 @@ class ApiKeys:
             if problem != self._logged_problem:
                 _log.error("the API keys stay as they were", reason=problem)
             self._logged_problem = problem
-
-
-def _read(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        content = stream.read(_MAX_FILE_BYTES + 1)
-    if len(content) > _MAX_FILE_BYTES:
-        raise _KeysRefused(f"it holds more than {_MAX_FILE_BYTES} bytes")
-    return content
 
 
 def _parse(content: bytes) -> Sequence[bytes]:
@@ -179,10 +180,8 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; the start and the end of the application (`lifespan`) need no key."""
-        is_open = scope["type"] == "lifespan" or (
-            scope["type"] == "http" and scope["path"] in OPEN_PATHS
-        )
-        if is_open:
+        is_probe = scope["type"] == "http" and scope["path"] in OPEN_PATHS
+        if scope["type"] == "lifespan" or is_probe:
             await self._app(scope, receive, send)
             return
         keys = _sent_keys(scope)

@@ -1,8 +1,8 @@
 """Requests that a page of another site may have sent (cross-site request forgery).
 
 A page of any site can make the browser of its visitor send a POST to a server on the visitor's
-machine or network, though it cannot read the response. Three headers, which no script can forge,
-show where a request comes from:
+machine. It cannot read the response, but the server may have changed. Three headers, which no
+script can forge, show where a request comes from:
 
 - Origin: a browser names the site of the page in every POST to another site.
 - Content-Type: forms and simple requests send text/plain or a form. For JSON a browser first asks
@@ -84,10 +84,8 @@ def is_cross_origin(headers: Headers) -> bool:
     A request without an Origin header counts as one of the same origin.
     """
     host = _host_of(headers)
-    for origin in headers.getlist("origin"):
-        if host is None or not _is_same_origin(origin, host):
-            return True
-    return False
+    origins = headers.getlist("origin")
+    return any(host is None or not _is_same_origin(origin, host) for origin in origins)
 
 
 def _host_of(headers: Headers) -> re.Match[str] | None:
@@ -106,9 +104,8 @@ def _names_this_machine(name: str, settings: Settings) -> bool:
     """
     name = name.lower().removesuffix(".")
     bound_name = settings.host.lower().removesuffix(".")
-    allowed_names = {bound_name, "localhost"}
-    for host in settings.control_hosts:
-        allowed_names.add(host.lower().removesuffix("."))
+    allowed_names = {host.lower().removesuffix(".") for host in settings.control_hosts}
+    allowed_names |= {bound_name, "localhost"}
     if "*" in allowed_names or name in allowed_names or name.endswith(".localhost"):
         return True
 

@@ -1,13 +1,13 @@
 """Streams of lines, `application/x-ndjson` in and out, of any length in constant memory.
 
-Lines are read in groups. Each group is answered by a task of its own, and the answers are written
-in the order of the lines:
+Lines are read in groups. A task answers each group, and the answers are written in the order of
+the lines:
 
     body -> _Inbox -> (decompress) -> lines -> groups -> Streams.answer -> body of the response
 
-Two limits hold this together. A stream reads on only while all that it has read and not yet written
-fits into its window, so a slow client slows itself down. And all streams of a process share a few
-slots at the engine, so a request of one text never waits behind more groups than there are slots.
+There are two limits. What a stream has read and not yet written must fit into its window, so a
+slow client slows itself down. All streams of a process share a few slots at the engine, so a
+request of one text waits behind few groups.
 """
 
 from __future__ import annotations
@@ -288,8 +288,8 @@ class _StreamResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request.
 
-        An error before the first bytes of the body is raised, and becomes a response with a status
-        of its own. A later one is the last line of this response.
+        An error before the first bytes of the body is raised, and becomes a response with another
+        status. A later one is the last line of this response.
         """
         inbox = _Inbox(receive, silence_s=self._streams.silence_s)
         receiving = asyncio.create_task(inbox.fetch_all())

@@ -1,8 +1,8 @@
 """The protocol's datatypes, and their elements from and to lists of JSON values.
 
-Reading is stricter than Python: a bool is not a number, 1.0 is not an integer, and a number beyond
-its datatype is refused instead of wrapped or rounded to infinity. Floats are written with as many
-digits as it takes to read the same bits back.
+Reading is stricter than Python: a bool is not a number, and 1.0 is not an integer. A number beyond
+its datatype is refused, where NumPy would wrap it or round it to infinity. Floats are written with
+as many digits as it takes to read the same bits back.
 """
 
 from __future__ import annotations
