@@ -92,7 +92,7 @@ def compress(body: bytes, encoding: Encoding) -> bytes:
 async def decompress(
     chunks: AsyncIterator[bytes], encoding: Encoding
 ) -> AsyncGenerator[bytes, None]:
-    """The decompressed body of these chunks, in pieces of at most 64 KiB.
+    """The decompressed body of these chunks, in pieces of limited size.
 
     gzip data may consist of several members (RFC 1952, section 2.2), as `cat a.gz b.gz` writes
     them. Raises BadRequest for data in another format, for data that ends too early, and for
