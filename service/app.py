@@ -29,10 +29,11 @@ from evalmode.service.errors import (
     is_v2,
 )
 from evalmode.service.health import Stage
-from evalmode.service.http import docs, edge, health, v1, v2
+from evalmode.service.http import docs, health, v1, v2
+from evalmode.service.http.api_keys import requires_key
 from evalmode.service.http.body import JSON
-from evalmode.service.http.bulk import Streams
-from evalmode.service.http.security import wants_key
+from evalmode.service.http.middleware import CLIENT_CLOSED_REQUEST, add_middleware
+from evalmode.service.http.streams import Streams
 from evalmode.service.http.v1_schemas import ErrorResponse
 from evalmode.service.protocol.metadata import ServerState
 from evalmode.service.strict_json import SHOWN_CHARACTERS
@@ -46,7 +47,7 @@ class _Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The schema of all routes."""
         schema = super().openapi()
-        if wants_key(self.state.components.settings):
+        if requires_key(self.state.components.settings):
             docs.describe_keys(schema)
         return schema
 
@@ -74,7 +75,7 @@ def create_app(components: Components) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.components = components
-    app.state.repository_turn = asyncio.Lock()
+    app.state.repository_lock = asyncio.Lock()
     app.state.streams = Streams(
         components.engine,
         parallel=components.engine.load.parallel,
@@ -91,7 +92,7 @@ def create_app(components: Components) -> FastAPI:
         docs.mount(app)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    edge.surround(app, components, tracing=components.tracing)
+    add_middleware(app, components.settings, components.metrics, tracing=components.tracing)
     return app
 
 
@@ -170,7 +171,7 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 
 async def _hung_up(request: Request, error: Exception) -> Response:
-    return _error(request, edge.HUNG_UP, "the client hung up")
+    return _error(request, CLIENT_CLOSED_REQUEST, "the client hung up")
 
 
 async def _fail(request: Request, error: Exception) -> Response:

@@ -19,7 +19,7 @@ EvalmodeError
     └── DeadlineExceeded   504  the answer was not there in the time that the request allowed
 
 `app.py` turns these into answers. A request without a known API key never gets so far:
-`http/security.py` answers it with 401.
+`http/api_keys.py` answers it with 401.
 """
 
 from __future__ import annotations

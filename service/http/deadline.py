@@ -1,6 +1,4 @@
-"""How long a request is waited for: until its deadline, and while its client is there. Knows no
-route and no model.
-"""
+"""How long a request is answered: until its deadline, and while its client is connected."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ Answer = TypeVar("Answer")
 TIMEOUT_HEADER = "x-request-timeout-ms"
 
 
-def timeout_of(headers: Mapping[str, str], *, longest_s: float) -> float:
-    """Seconds that the request gives its answer: what its header asks for, at most `longest_s`.
+def request_timeout_s(headers: Mapping[str, str], *, longest_s: float) -> float:
+    """The seconds that a request allows for its answer: those of its header, at most `longest_s`.
 
     Raises BadRequest for a header that is not a whole number of milliseconds above 0.
     """
@@ -36,26 +34,26 @@ def timeout_of(headers: Mapping[str, str], *, longest_s: float) -> float:
     return min(timeout_ms / 1000, longest_s)
 
 
-async def unless_hung_up(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
-    """The answer; where the client hangs up first it is cancelled, and ClientDisconnect raised.
+async def cancel_on_disconnect(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """The answer. It is cancelled if the client disconnects first, and ClientDisconnect is raised.
 
-    Call it after the whole body was read: what the connection says next is then that it has ended.
+    The body must have been read to its end: the next message of the connection is then its end.
     """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
     answering = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(_gone(request))
+    watching = asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
             answering.cancel()
-            # Until it has ended, so that the log line says how long the request waited.
+            # The log line must say how long the request waited, so its end is awaited.
             await asyncio.gather(answering, return_exceptions=True)
             raise ClientDisconnect
         return answering.result()
     finally:
-        for task in (answering, gone):
+        for task in (answering, watching):
             task.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -1,8 +1,7 @@
-"""The documentation at /docs, whole without a way out: the page, its scripts and its styles come
-from this server.
+"""The documentation at /docs, which works without a connection to the internet.
 
-Knows no route but its own. Files are served by a fixed table, so no path of a request ever names
-one.
+The page, its scripts and its styles come from this server. The files are in a fixed table, so the
+path of a request never becomes the path of a file.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse, HTMLResponse
 
 from evalmode.service.errors import StartFailed
-from evalmode.service.http.security import OPEN_PATHS
+from evalmode.service.http.api_keys import OPEN_PATHS
 
 PATH = "/docs"
 
@@ -25,13 +24,13 @@ _ASSETS = {
     "swagger-ui.css": "text/css",
     "favicon.png": "image/png",
 }
-# `unsafe-inline` is for styles alone: Swagger UI writes them into its elements.
+# `unsafe-inline` is for styles alone, because Swagger UI writes styles into its elements.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _CACHED = {"cache-control": "max-age=3600"}
-# Every address is relative, so that the page works behind a proxy that adds a prefix.
+# All addresses are relative, so that the page also works behind a proxy that adds a prefix.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -48,7 +47,7 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-# validatorUrl: null, or the page would show its schema to a validator on the internet.
+# Without `validatorUrl: null` the page would send its schema to a validator on the internet.
 _INIT = """SwaggerUIBundle({
   url: "openapi.json",
   dom_id: "#swagger-ui",
@@ -61,18 +60,40 @@ _INIT = """SwaggerUIBundle({
 
 
 def mount(app: FastAPI) -> None:
-    """Add /docs to the application. Raises StartFailed when the package with Swagger UI's files is
-    not installed.
+    """Add /docs to the application.
+
+    Raises StartFailed if the package with the files of Swagger UI is not installed.
     """
-    folder = _folder()
-    app.add_api_route(PATH, _page, include_in_schema=False, response_class=HTMLResponse)
+
+    async def page() -> HTMLResponse:
+        return HTMLResponse(_PAGE, headers={"content-security-policy": _POLICY})
+
+    async def init() -> Response:
+        return Response(_INIT, media_type="text/javascript", headers=_CACHED)
+
+    def file_handler(path: Path, media_type: str) -> Callable[[], Awaitable[FileResponse]]:
+        async def file() -> FileResponse:
+            return FileResponse(path, media_type=media_type, headers=_CACHED)
+
+        return file
+
+    # The package is located and not imported: only its files are needed.
+    package = find_spec("fastapi_offline")
+    if package is None or not package.submodule_search_locations:
+        raise StartFailed(
+            "setting docs needs the package fastapi_offline: pip install fastapi_offline, or"
+            " --no-docs"
+        )
+    folder = Path(package.submodule_search_locations[0]) / "static"
+
+    app.add_api_route(PATH, page, include_in_schema=False, response_class=HTMLResponse)
     app.add_api_route(
-        f"{PATH}/static/init.js", _init, include_in_schema=False, response_class=Response
+        f"{PATH}/static/init.js", init, include_in_schema=False, response_class=Response
     )
     for name, media_type in _ASSETS.items():
         app.add_api_route(
             f"{PATH}/static/{name}",
-            _file(folder / name, media_type),
+            file_handler(folder / name, media_type),
             include_in_schema=False,
             response_class=FileResponse,
             name=name,
@@ -80,37 +101,13 @@ def mount(app: FastAPI) -> None:
 
 
 def describe_keys(schema: dict[str, Any]) -> None:
-    """Add to an OpenAPI schema how an API key is sent: the page then has a button to enter one."""
+    """Add to an OpenAPI schema how an API key is sent, so that the page has a button for it."""
     schema.setdefault("components", {})["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
         "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     }
-    schema["security"] = [{"bearer": []}, {"header": []}]  # one of them is enough
+    # A list in OpenAPI means that one of them is enough.
+    schema["security"] = [{"bearer": []}, {"header": []}]
     for path in OPEN_PATHS & schema["paths"].keys():
         for operation in schema["paths"][path].values():
             operation["security"] = []
-
-
-def _folder() -> Path:
-    found = find_spec("fastapi_offline")  # found and not imported: only its files are wanted
-    if found is None or not found.submodule_search_locations:
-        raise StartFailed(
-            "setting docs wants the package fastapi_offline: pip install fastapi_offline, or"
-            " --no-docs"
-        )
-    return Path(found.submodule_search_locations[0]) / "static"
-
-
-async def _page() -> HTMLResponse:
-    return HTMLResponse(_PAGE, headers={"content-security-policy": _POLICY})
-
-
-async def _init() -> Response:
-    return Response(_INIT, media_type="text/javascript", headers=_CACHED)
-
-
-def _file(path: Path, media_type: str) -> Callable[[], Awaitable[FileResponse]]:
-    async def answer() -> FileResponse:
-        return FileResponse(path, media_type=media_type, headers=_CACHED)
-
-    return answer

@@ -1,4 +1,4 @@
-"""HEAD wherever GET is: the same status and headers, and no body."""
+"""HEAD for each route that has GET: the same status and headers, without a body."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class AnswerHead:
-    """Answers HEAD as the application answers GET, without the body.
+    """Middleware that answers HEAD as the application answers GET, without the body.
 
-    One place for all routes, the pages of the documentation included. FastAPI gives its own routes
-    no HEAD, and a second route for each would stand in the OpenAPI page.
+    FastAPI adds no HEAD to its routes, and a second route for each would be in the OpenAPI schema.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; all but HEAD goes through untouched."""
+        """Handle one request; anything but HEAD is passed on unchanged."""
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
@@ -26,11 +25,12 @@ class AnswerHead:
                 message = {**message, "body": b""}
             await send(message)
 
-        # A copy: the server reads the method of its own scope to know that no body follows.
-        as_get = {**scope, "method": "GET"}
+        # A copy, because the server reads the method in the original: a response to HEAD has no
+        # body that it has to wait for.
+        get_scope = {**scope, "method": "GET"}
         try:
-            await self._app(as_get, receive, send_without_body)
+            await self._app(get_scope, receive, send_without_body)
         finally:
-            # The route, for logs and metrics.
-            for name, value in as_get.items():
+            # What the application has added, as the route, is needed for logs and metrics.
+            for name, value in get_scope.items():
                 scope.setdefault(name, value)

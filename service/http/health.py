@@ -11,22 +11,24 @@ from evalmode.service.protocol.metadata import ServerState
 
 
 async def live(request: Request) -> Response:
-    """Whether this process should go on; 503 asks for a restart."""
-    if reason := components_of(request).health.live():
+    """Whether this process is healthy; 503 asks the orchestrator to restart it."""
+    reason = components_of(request).health.live()
+    if reason:
         raise NotReady(reason)
-    return _answer(request, ServerState(live=True))
+    return _response(request, ServerState(live=True))
 
 
 async def ready(request: Request) -> Response:
-    """Whether predictions can be asked: known answers came out, no batch is stuck, and the end is
-    not near.
+    """Whether the server is ready for requests: it has started, no batch is stuck, and it is not
+    stopping.
     """
-    if reason := components_of(request).health.ready():
+    reason = components_of(request).health.ready()
+    if reason:
         raise NotReady(reason)
-    return _answer(request, ServerState(live=True, ready=True))
+    return _response(request, ServerState(live=True, ready=True))
 
 
-def _answer(request: Request, state: ServerState) -> Response:
-    # The answers of /v2 leave out what is null; those of our own routes hold it.
+def _response(request: Request, state: ServerState) -> Response:
+    # Responses of /v2 leave fields out that are null, and those of our own routes contain them.
     body = state.model_dump_json(exclude_none=is_v2(request.scope["path"]))
     return Response(body, media_type=JSON)

@@ -1,6 +1,4 @@
-"""What requests and responses look like on the wire, as OpenAPI shows them. Knows no framework and
-no status.
-"""
+"""The requests and responses of /v1, as pydantic models; OpenAPI shows them."""
 
 from __future__ import annotations
 
@@ -41,30 +39,26 @@ class PredictRequest(BaseModel):
         frozen=True, extra="forbid", strict=True, json_schema_extra={"examples": [_REQUEST]}
     )
 
-    # InstanceOf: a text that ends in half an emoji is valid JSON and the front end reads it;
-    # pydantic's str does not.
+    # InstanceOf, because pydantic's `str` refuses half an emoji. It is valid JSON, and front ends
+    # encode it like any other text.
     inputs: list[InstanceOf[str]] = Field(min_length=1, description="The texts; each may be empty.")
     top_k: int = Field(
         default=DEFAULT_TOP_K,
         ge=1,
-        description="How many labels to give, best first; a model with fewer gives all of them.",
+        description="How many labels to return, best first; at most all of the model's.",
     )
-    model: str | None = Field(
-        default=None, description="Which model answers; needed where there are several."
-    )
+    model: str | None = Field(default=None, description="The model; needed if there are several.")
     version: str | None = Field(
-        default=None, description="Which version of it; by default the newest."
+        default=None, description="The version of the model; by default the newest."
     )
     truncate: bool = Field(
         default=True,
-        description=(
-            "Cut a text that is longer than the model reads, or refuse the request with 422."
-        ),
+        description=("Cut a text that is longer than the model reads; false refuses it with 422."),
     )
 
 
 class ModelReference(_Response):
-    """Which model answered: the digest names every byte of it."""
+    """The model that answered; the digest identifies every byte of its bundle."""
 
     name: str
     version: str
@@ -72,7 +66,7 @@ class ModelReference(_Response):
 
     @classmethod
     def of(cls, model: Model) -> ModelReference:
-        """What this model is called."""
+        """The reference to this model."""
         return cls(name=model.name, version=model.version, digest=model.digest)
 
 
@@ -95,7 +89,7 @@ class TextPrediction(_Response):
 
     @classmethod
     def of(cls, prediction: Prediction) -> TextPrediction:
-        """The prediction as it is written."""
+        """The prediction in the form of a response."""
         return cls(
             label=prediction.label,
             score=prediction.score,
@@ -105,7 +99,7 @@ class TextPrediction(_Response):
 
 
 class PredictResponse(_Response):
-    """One prediction for each text, in their order."""
+    """One prediction for each text, in the order of the request."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -125,7 +119,7 @@ class PredictResponse(_Response):
 
     @classmethod
     def of(cls, model: Model, predictions: Sequence[Prediction]) -> PredictResponse:
-        """The response to a request that this model answered so."""
+        """The response with these predictions of `model`."""
         return cls(
             model=ModelReference.of(model),
             predictions=[TextPrediction.of(prediction) for prediction in predictions],
@@ -133,17 +127,17 @@ class PredictResponse(_Response):
 
 
 class ModelResponse(_Response):
-    """What is being served, what was proven of it, and where."""
+    """A model that is served, what was proved of it, and where it runs."""
 
     name: str
     version: str
     digest: str
     manifest: Manifest
     certificate: Certificate | None = Field(
-        description="null where an uncertified bundle was allowed"
+        description="null for an uncertified bundle, if the server allows it"
     )
     known_answers: Replay | None = Field(
-        description="how the bundle's known answers came out on this machine"
+        description="how the bundle's known answers compared on this machine"
     )
     platform: Platform
     provider: str
@@ -152,14 +146,14 @@ class ModelResponse(_Response):
     workers: int = Field(description="server processes")
     row_counts: dict[str, list[int]] = Field(
         description=(
-            "for each bucket of rows, the batch sizes that were measured here to give a row the"
-            " bits it has alone, as far as they are worth their time"
+            "for each bucket, the row counts of its batches: at these a row was measured to get the"
+            " same bits as alone, and they are faster than smaller batches"
         )
     )
 
     @classmethod
     def of(cls, model: Model, *, parallel: int, workers: int) -> ModelResponse:
-        """Everything there is to say of a model and of the server that answers with it."""
+        """The description of `model` on a server of `workers` processes."""
         return cls(
             **dict(ModelReference.of(model)),
             manifest=model.bundle.manifest,
@@ -175,7 +169,7 @@ class ModelResponse(_Response):
 
 
 class ErrorResponse(_Response):
-    """Every answer other than 200."""
+    """The body of every response other than 200."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -184,11 +178,11 @@ class ErrorResponse(_Response):
     )
 
     error: str = Field(description="one sentence")
-    field: str | None = Field(description="the field of the request that is at fault, if it is one")
+    field: str | None = Field(description="the field that is wrong; null if it is none")
 
 
 def request_schema(*, max_rows: int, max_top_k: int) -> dict[str, JsonValue]:
-    """The JSON schema of PredictRequest with this server's limits in it."""
+    """The JSON schema of PredictRequest, with the limits of this server."""
     schema: dict[str, Any] = PredictRequest.model_json_schema()
     schema["properties"]["inputs"]["maxItems"] = max_rows
     schema["properties"]["top_k"]["maximum"] = max_top_k
@@ -196,17 +190,22 @@ def request_schema(*, max_rows: int, max_top_k: int) -> dict[str, JsonValue]:
 
 
 def query_schema(body: dict[str, JsonValue]) -> list[JsonValue]:
-    """The query's parameters: the fields of the body's schema that hold one value each."""
+    """The parameters of the query, as OpenAPI lists them: all fields of `body` but the texts."""
     properties: Any = body["properties"]
-    return [
-        {
-            "name": name,
-            "in": "query",
-            "required": False,
-            "description": f"{schema['description']} In the query or in a JSON body, not in both.",
-            "schema": {key: schema[key] for key in ("minimum", "maximum") if key in schema}
-            | {"type": schema.get("type", "string")},
-        }
-        for name, schema in properties.items()
-        if name != "inputs"
-    ]
+    parameters: list[JsonValue] = []
+    for name, field in properties.items():
+        if name == "inputs":
+            continue
+        # In a query a missing parameter has no value, so `null` and the default are left out.
+        schema = {key: field[key] for key in ("minimum", "maximum") if key in field}
+        schema["type"] = field.get("type", "string")
+        parameters.append(
+            {
+                "name": name,
+                "in": "query",
+                "required": False,
+                "description": f"{field['description']} In the query or in a JSON body, not both.",
+                "schema": schema,
+            }
+        )
+    return parameters

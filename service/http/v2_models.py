@@ -1,7 +1,7 @@
-"""The routes of the Open Inference Protocol v2 that ask nothing of a model: health, metadata,
-statistics, repository.
+"""The routes of the Open Inference Protocol v2 that run no model.
 
-Knows no ONNX, no batching and no tensors.
+They are health, metadata, configuration and statistics, and the repository of models, which can be
+listed and changed.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pydantic import BaseModel
 
 import evalmode
 from evalmode.bundle.manifest import is_name
-from evalmode.service.components import Components, components_of
+from evalmode.service.components import components_of
 from evalmode.service.errors import BadRequest, Conflict, Forbidden, NotReady, UnknownModel
 from evalmode.service.http import health
-from evalmode.service.http.body import JSON, read_request
-from evalmode.service.http.own_pages import require_own_request
+from evalmode.service.http.body import JSON, read_request_body
+from evalmode.service.http.cross_site import refuse_cross_site
 from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import CONTROL_OFF, Repository
-from evalmode.service.protocol.fields import flag, parameters_of, parse_optional
+from evalmode.service.protocol.fields import flag, parameters_of, parse_optional_object
 from evalmode.service.protocol.metadata import (
     ErrorBody,
     IndexEntry,
@@ -41,7 +41,13 @@ from evalmode.service.settings import Settings
 from evalmode.service.strict_json import shown, shown_key
 
 _READY = "READY"
-_OF_A_MODEL = (400, 401, 404, 500, 503)
+
+# The statuses other than 200, by kind of route.
+_ANY = (401,)
+_HEALTH = (503,)
+_MODEL = (400, 401, 404, 500, 503)
+_INDEX = (400, 401, 408, 413, 415)
+_CHANGE = (400, 401, 403, 404, 408, 409, 413, 415, 500, 503)
 
 
 def routes(settings: Settings) -> APIRouter:
@@ -49,102 +55,94 @@ def routes(settings: Settings) -> APIRouter:
     router = APIRouter(
         generate_unique_id_function=lambda route: route.name, tags=["Open Inference Protocol"]
     )
-    # both: a redirect is no answer to these clients
-    for name, path in (("v2", "/v2"), ("v2_slash", "/v2/")):
+
+    def add(
+        path: str,
+        handler: Callable[..., Any],
+        *,
+        name: str,
+        response: Any,
+        statuses: tuple[int, ...] = _ANY,
+        body: dict[str, Any] | None = None,
+    ) -> None:
+        """Add a route: POST if there is the schema of a JSON body, otherwise GET."""
+        openapi: dict[str, Any] | None = None
+        if body is not None:
+            openapi = {"requestBody": {"required": False, "content": {JSON: {"schema": body}}}}
         router.add_api_route(
-            path, _server, name=name, response_model=ServerMetadata, include_in_schema=path == "/v2"
+            path,
+            handler,
+            methods=["GET" if body is None else "POST"],
+            name=name,
+            response_model=response,
+            responses={status: {"model": ErrorBody} for status in statuses},
+            openapi_extra=openapi,
         )
-    _add(router, "v2_live", "/v2/health/live", health.live, ServerState, statuses=(503,))
-    _add(router, "v2_ready", "/v2/health/ready", health.ready, ServerState, statuses=(503,))
-    _add(router, "v2_all_stats", "/v2/models/stats", _all_stats, ModelStatistics)
-    for suffix, path in (("", ""), ("_version", "/versions/{version}")):
-        model = f"/v2/models/{{model}}{path}"
-        _add(router, f"v2_model{suffix}", model, _metadata, ModelMetadata, statuses=_OF_A_MODEL)
-        _add(
-            router,
-            f"v2_model_ready{suffix}",
-            f"{model}/ready",
-            _model_ready,
-            ModelState,
-            statuses=_OF_A_MODEL,
+
+    # Both paths are served: Triton's clients do not follow a redirect from one to the other.
+    router.add_api_route("/v2", _server, name="v2", response_model=ServerMetadata)
+    router.add_api_route(
+        "/v2/", _server, name="v2_slash", response_model=ServerMetadata, include_in_schema=False
+    )
+    for name, handler in (("live", health.live), ("ready", health.ready)):
+        add(
+            f"/v2/health/{name}",
+            handler,
+            name=f"v2_{name}",
+            response=ServerState,
+            statuses=_HEALTH,
         )
-        _add(
-            router,
-            f"v2_config{suffix}",
-            f"{model}/config",
-            _config,
-            ModelConfig,
-            statuses=_OF_A_MODEL,
+
+    # Before the routes of one model, which would take "stats" for the name of a model.
+    add("/v2/models/stats", _all_statistics, name="v2_all_stats", response=ModelStatistics)
+    for suffix, version in (("", ""), ("_version", "/versions/{version}")):
+        for path, model_handler, name, response in (
+            ("", _metadata, "v2_model", ModelMetadata),
+            ("/ready", _model_ready, "v2_model_ready", ModelState),
+            ("/config", _config, "v2_config", ModelConfig),
+            ("/stats", _statistics, "v2_stats", ModelStatistics),
+        ):
+            add(
+                f"/v2/models/{{model}}{version}{path}",
+                model_handler,
+                name=f"{name}{suffix}",
+                response=response,
+                statuses=_MODEL,
+            )
+
+    add(
+        "/v2/repository/index",
+        _index,
+        name="v2_index",
+        response=list[IndexEntry],
+        statuses=_INDEX,
+        body=INDEX_REQUEST,
+    )
+    for verb, change in (("load", _load), ("unload", _unload)):
+        add(
+            f"/v2/repository/models/{{model}}/{verb}",
+            change,
+            name=f"v2_{verb}",
+            response=None,
+            statuses=_CHANGE,
+            body=PARAMETERS_REQUEST,
         )
-        _add(
-            router,
-            f"v2_stats{suffix}",
-            f"{model}/stats",
-            _stats,
-            ModelStatistics,
-            statuses=_OF_A_MODEL,
-        )
-    _add_repository(router)
     return router
 
 
-def _add_repository(router: APIRouter) -> None:
-    changes = (400, 401, 403, 404, 408, 409, 413, 415, 500, 503)
-    index = (400, 401, 408, 413, 415)
-    _add(
-        router,
-        "v2_index",
-        "/v2/repository/index",
-        _index,
-        list[IndexEntry],
-        statuses=index,
-        takes=INDEX_REQUEST,
-    )
-    for name, handler in (("load", _load), ("unload", _unload)):
-        path = f"/v2/repository/models/{{model}}/{name}"
-        _add(router, f"v2_{name}", path, handler, None, statuses=changes, takes=PARAMETERS_REQUEST)
-
-
-def _add(
-    router: APIRouter,
-    name: str,
-    path: str,
-    handler: Callable[..., Any],
-    answer: Any,
-    *,
-    statuses: tuple[int, ...] = (401,),
-    takes: dict[str, Any] | None = None,
-) -> None:
-    body = (
-        None
-        if takes is None
-        else {"requestBody": {"required": False, "content": {JSON: {"schema": takes}}}}
-    )
-    router.add_api_route(
-        path,
-        handler,
-        methods=["GET" if body is None else "POST"],
-        name=name,
-        response_model=answer,
-        responses={status: {"model": ErrorBody} for status in statuses},
-        openapi_extra=body,
-    )
-
-
 async def _server(request: Request) -> Response:
-    """The server, and the extensions of the protocol that it speaks."""
-    return _answer(ServerMetadata(version=evalmode.__version__))
+    """The server, and the extensions of the protocol that it implements."""
+    return _json_response(ServerMetadata(version=evalmode.__version__))
 
 
 async def _metadata(request: Request, model: str, version: str | None = None) -> Response:
-    """A model's tensors, and the versions of it that are served."""
+    """A model's tensors, and its versions that are served."""
     repository = components_of(request).repository
     served_model = repository.get(model, version)
-    versions = tuple(other.version for other in repository.versions_of(model))
-    return _answer(
+    return _json_response(
         ModelMetadata(
             name=served_model.name,
-            versions=versions,
+            versions=tuple(served.version for served in repository.versions_of(model)),
             inputs=inputs_of(served_model),
             outputs=outputs_of(served_model),
         )
@@ -152,125 +150,130 @@ async def _metadata(request: Request, model: str, version: str | None = None) ->
 
 
 async def _model_ready(request: Request, model: str, version: str | None = None) -> Response:
-    """Whether a model can be asked; also the server must be ready."""
+    """Whether a model is ready for requests, which needs a server that is ready."""
     components = components_of(request)
     served_model = components.repository.get(model, version)
-    if reason := components.health.ready():
+    reason = components.health.ready()
+    if reason:
         raise NotReady(reason)
-    return _answer(ModelState(name=served_model.name))
+    return _json_response(ModelState(name=served_model.name))
 
 
 async def _config(request: Request, model: str, version: str | None = None) -> Response:
-    """A model's configuration as Triton's clients read it."""
+    """A model's configuration, as Triton's clients read it."""
     components = components_of(request)
     served_model = components.repository.get(model, version)
-    return _answer(
+    return _json_response(
         model_config(
             name=served_model.name,
             digest=served_model.digest,
             known_answers=str(served_model.replayed or "not replayed"),
             inputs=inputs_of(served_model),
             outputs=outputs_of(served_model),
-            alternatives=served_model.is_text,
-            batched=is_batched(served_model),
+            are_inputs_optional=served_model.is_text,
+            is_batched=is_batched(served_model),
             versions=components.settings.versions,
             max_rows=components.settings.max_rows,
         )
     )
 
 
-async def _stats(request: Request, model: str, version: str | None = None) -> Response:
-    """What was asked of a model, and how long it took; of every version that is served, where none
-    is named.
-    """
-    components = components_of(request)
-    repository = components.repository
-    models = repository.versions_of(model) if version is None else (repository.get(model, version),)
-    return _figures(components, models)
+async def _statistics(request: Request, model: str, version: str | None = None) -> Response:
+    """Counts and times of a model's requests; without a version, of each version that is served."""
+    repository = components_of(request).repository
+    if version is None:
+        return _statistics_response(request, repository.versions_of(model))
+    return _statistics_response(request, [repository.get(model, version)])
 
 
-async def _all_stats(request: Request) -> Response:
-    """The same of all models."""
-    components = components_of(request)
-    return _figures(components, components.repository.models())
+async def _all_statistics(request: Request) -> Response:
+    """Counts and times of the requests of all models."""
+    return _statistics_response(request, components_of(request).repository.models())
+
+
+def _statistics_response(request: Request, models: Sequence[Model]) -> Response:
+    statistics = components_of(request).statistics
+    return _json_response(
+        ModelStatistics(
+            model_stats=tuple(statistics.of(model.name, model.version) for model in models)
+        )
+    )
 
 
 async def _index(request: Request) -> Response:
-    """The model versions of the repository and their states; with `"ready": true` only those that
-    can be asked.
+    """The model versions of the repository and their states.
+
+    With `"ready": true` these are only the versions that are ready for requests.
     """
     components = components_of(request)
-    body = await read_request(request, components.settings)
-    only_ready = flag(parse_optional(body, known=("ready",)), "ready", default=False)
-    entries = [
-        IndexEntry(
-            name=entry.name, version=entry.version, state=entry.state, reason=entry.reason
-        ).model_dump()
-        for entry in components.repository.index()
-        if not only_ready or entry.state == _READY
-    ]
+    body = await read_request_body(request, components.settings)
+    only_ready = flag(parse_optional_object(body, allowed=("ready",)), "ready", default=False)
+    entries: list[dict[str, Any]] = []
+    for entry in components.repository.index():
+        if entry.state == _READY or not only_ready:
+            record = IndexEntry(
+                name=entry.name, version=entry.version, state=entry.state, reason=entry.reason
+            )
+            entries.append(record.model_dump())
     return Response(json.dumps(entries), media_type=JSON)
 
 
 async def _load(request: Request, model: str) -> Response:
-    """Load a model's newest versions from the repository, or look again at what stands there."""
-    repository = await _controlled(request, model)
-    async with _turn(request):
-        await asyncio.to_thread(repository.load, model)
-    return Response(b"{}", media_type=JSON)
+    """Load a model's newest versions from the repository, also if some are loaded already."""
+    return await _change_repository(request, model, Repository.load)
 
 
 async def _unload(request: Request, model: str) -> Response:
-    """Let go of a model: its requests are answered, further ones find nothing, until it is loaded
-    again.
-    """
-    repository = await _controlled(request, model)
-    async with _turn(request):
-        await asyncio.to_thread(repository.unload, model)
-    return Response(b"{}", media_type=JSON)
+    """Unload a model: accepted requests are answered, and later ones are refused."""
+    return await _change_repository(request, model, Repository.unload)
 
 
-async def _controlled(request: Request, model: str) -> Repository:
-    """The repository, where this request may change it. Raises RequestError, saying what to do
-    instead.
+async def _change_repository(
+    request: Request, model: str, change: Callable[[Repository, str], None]
+) -> Response:
+    """Apply `change` to the model of this name, unless the request may not do that.
+
+    It is refused, in this order, with
+
+    1. 403 where the settings allow no changes by requests;
+    2. 403 or 415 where a page of another site may have sent it;
+    3. 409 where other workers would keep the models that they have;
+    4. 404 for a name that no model can have;
+    5. 400 for a body with anything but the one parameter that the protocol has here.
     """
     components = components_of(request)
     settings = components.settings
     if not settings.model_control:
         raise Forbidden(CONTROL_OFF)
-    require_own_request(request, settings)
+    refuse_cross_site(request, settings)
     if settings.workers > 1:
         raise Conflict(
             f"one of {settings.workers} workers cannot load or unload for the others: every worker"
-            " polls the folder of bundles, put a new version there, or take one away"
+            " polls the folder of bundles: put a new version there, or remove one"
         )
-    if not is_name(model):  # nothing else is ever looked for in the file system
+    # The name becomes a path: nothing but a plain name may reach the file system.
+    if not is_name(model):
         raise UnknownModel(f"no model can be called {shown(model)}")
-    fields = parse_optional(await read_request(request, settings), known=("parameters",))
-    parameters = parameters_of(fields, field="parameters")
+    body = await read_request_body(request, settings)
+    parameters = parameters_of(parse_optional_object(body, allowed=("parameters",)))
     for key in parameters:
+        # Triton also takes the files of a model and its configuration here.
         if key != "unload_dependents":
             raise BadRequest(
-                f"parameters.{shown_key(key)}: a model is served as its bundle says it, which no"
-                " request can override",
+                f"parameters.{shown_key(key)}: a model is served as its bundle defines it,"
+                " which no request can override",
                 field=f"parameters.{shown_key(key)}",
             )
-    flag(parameters, "unload_dependents", default=False, field="parameters")
-    return components.repository
+    flag(parameters, "unload_dependents", default=False, path="parameters")
+
+    # One change at a time: others would wait in threads, and the threads of the pool are needed to
+    # read requests.
+    lock: asyncio.Lock = request.app.state.repository_lock
+    async with lock:
+        await asyncio.to_thread(change, components.repository, model)
+    return Response(b"{}", media_type=JSON)
 
 
-def _figures(components: Components, models: Sequence[Model]) -> Response:
-    figures = tuple(components.statistics.of(model.name, model.version) for model in models)
-    return _answer(ModelStatistics(model_stats=figures))
-
-
-def _turn(request: Request) -> asyncio.Lock:
-    """One change of the repository at a time: others would wait in threads, and requests need these
-    to be read in.
-    """
-    turn: asyncio.Lock = request.app.state.repository_turn
-    return turn
-
-
-def _answer(record: BaseModel) -> Response:
+def _json_response(record: BaseModel) -> Response:
+    """The record without the fields that are null, as Triton's clients expect."""
     return Response(record.model_dump_json(exclude_none=True), media_type=JSON)

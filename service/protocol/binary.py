@@ -1,13 +1,12 @@
-"""Tensors from and to raw bytes: little-endian elements, and BYTES elements behind their lengths.
-Knows no JSON.
+"""Tensor elements from and to raw bytes, as the binary tensor data extension transfers them.
 
-Sizes in a request are claims: each is held against what is there before anything is made of it.
+Numbers are little-endian. An element of BYTES follows its length, an unsigned 32-bit number.
+Each size that a request claims is compared with the bytes that arrived before memory is allocated.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,13 +17,13 @@ _LENGTH = struct.Struct("<I")
 
 
 def array_from_bytes(raw: memoryview, datatype: str, count: int, *, field: str) -> Array:
-    """A flat array of `count` elements that `raw` holds, nothing less and nothing more.
+    """The `count` elements in `raw` as a flat array; elements of BYTES become `bytes` objects.
 
-    It is a copy of its own: what stands in a body is not aligned, and the body should not live as
-    long as its tensors.
+    Raises BadRequest, naming `field`, unless `raw` holds exactly these elements.
     """
     if datatype == BYTES:
-        return np.array(_split(raw, count, field=field), dtype=object)
+        return np.array(_split_elements(raw, count, field=field), dtype=object)
+
     dtype = DTYPES[datatype]
     if len(raw) != count * dtype.itemsize:
         raise BadRequest(
@@ -32,40 +31,47 @@ def array_from_bytes(raw: memoryview, datatype: str, count: int, *, field: str) 
             f" got {len(raw)}",
             field=field,
         )
-    if dtype.kind != "b":
-        return np.frombuffer(raw, dtype).copy()
-    truths = np.frombuffer(raw, np.uint8)
-    if truths.max(initial=0) > 1:
-        raise BadRequest(
-            f"{field} must hold the bytes 0 and 1 for BOOL, got {truths.max()}", field=field
-        )
-    return truths.astype(np.bool_)
+    if dtype.kind == "b":
+        # NumPy takes any byte as a bool and keeps it: a 2 would be a third truth value.
+        truth_bytes = np.frombuffer(raw, np.uint8)
+        highest = truth_bytes.max(initial=0)
+        if highest > 1:
+            raise BadRequest(
+                f"{field} must hold the bytes 0 and 1 for BOOL, got {highest}", field=field
+            )
+        return truth_bytes.astype(np.bool_)
+    # A copy: tensors are not aligned within a body, and a view would keep the whole body in memory.
+    return np.frombuffer(raw, dtype).copy()
 
 
-def bytes_of(array: Array) -> bytes:
-    """The elements, row-major, as they stand on the wire."""
+def _split_elements(raw: memoryview, count: int, *, field: str) -> list[bytes]:
+    """The `count` elements of BYTES, each of which follows its length."""
+    elements: list[bytes] = []
+    position = 0
+    while position < len(raw) and len(elements) < count:
+        start = end = position + _LENGTH.size
+        if start <= len(raw):
+            (length,) = _LENGTH.unpack_from(raw, position)
+            end = start + length
+        if end > len(raw):
+            raise BadRequest(f"{field} ends within its element {len(elements)}", field=field)
+        elements.append(bytes(raw[start:end]))
+        position = end
+    if len(elements) < count:
+        raise BadRequest(f"{field} holds fewer elements than the {count} of its shape", field=field)
+    if position < len(raw):
+        raise BadRequest(f"{field} holds more elements than the {count} of its shape", field=field)
+    return elements
+
+
+def array_to_bytes(array: Array) -> bytes:
+    """The elements in row-major order, as a body transfers them."""
     if not array.dtype.hasobject:
         return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-    parts = []
+    parts: list[bytes] = []
     for element in array.ravel():
+        # JSON may hold half a surrogate pair, which UTF-8 does not have. "surrogatepass" writes it
+        # nevertheless, so that a text comes back as it was sent.
         raw = element.encode("utf-8", "surrogatepass") if isinstance(element, str) else element
         parts += [_LENGTH.pack(len(raw)), raw]
     return b"".join(parts)
-
-
-def _split(raw: memoryview, count: int, *, field: str) -> Sequence[bytes]:
-    """BYTES elements: each behind its length, an unsigned 32-bit little-endian number."""
-    elements: list[bytes] = []
-    place = 0
-    while place < len(raw) and len(elements) < count:
-        start = place + _LENGTH.size
-        place = start + _LENGTH.unpack_from(raw, place)[0] if start <= len(raw) else start
-        if place > len(raw):
-            raise BadRequest(f"{field} ends within its element {len(elements)}", field=field)
-        elements.append(bytes(raw[start:place]))
-    if len(elements) < count or place < len(raw):
-        more = "fewer" if len(elements) < count else "more"
-        raise BadRequest(
-            f"{field} holds {more} elements than the {count} that the shape says", field=field
-        )
-    return elements

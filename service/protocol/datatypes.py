@@ -1,14 +1,13 @@
-"""The protocol's datatypes, and their tensors from and to lists of JSON values. Knows no bytes and
-no shapes.
+"""The protocol's datatypes, and their elements from and to lists of JSON values.
 
-Strict where Python is not: a bool is no number, 1.0 is no integer, and a number that its datatype
-cannot hold is refused instead of wrapped or rounded to infinity. Floats are written with as many
-digits as it takes to read the same bits back.
+Reading is stricter than Python: a bool is not a number, and 1.0 is not an integer. A number beyond
+its datatype is refused, where NumPy would wrap it or round it to infinity. Floats are written with
+as many digits as it takes to read the same bits back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +21,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 BYTES = "BYTES"
 
+# The NumPy type of each datatype but BYTES, whose elements are objects: `str` or `bytes`.
 DTYPES: dict[str, np.dtype[Any]] = {
     element.datatype: element.dtype for element in ELEMENT_TYPES if element.dtype is not None
 }
@@ -29,120 +29,113 @@ DATATYPES = (*DTYPES, BYTES)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# The lowest and the highest value of each integer datatype, as Python integers: a request may hold
+# an integer that no NumPy type holds.
+_INTEGER_BOUNDS = {
+    name: (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    for name, dtype in DTYPES.items()
+    if dtype.kind in "iu"
+}
+
 
 def datatype_of(array: Array) -> str:
-    """The protocol's name for the elements of an array; objects (`str` or `bytes`) are BYTES."""
-    return BYTES if array.dtype.hasobject else _NAMES[array.dtype.newbyteorder("<")]
+    """The protocol's name for the elements of an array; `str` and `bytes` objects are BYTES."""
+    if array.dtype.hasobject:
+        return BYTES
+    return _NAMES[array.dtype.newbyteorder("<")]
 
 
 def array_from_values(values: Sequence[object], datatype: str, *, field: str) -> Array:
-    """A flat array of JSON values; BYTES become objects of `str`. Raises BadRequest naming the
-    first that is wrong.
+    """JSON values as a flat array of `datatype`; elements of BYTES become `str` objects.
+
+    Raises BadRequest, naming the first value that the datatype does not hold.
+
+    >>> array_from_values([1, 2.5], "FP32", field="inputs.0.data")
+    array([1. , 2.5], dtype=float32)
     """
-    kinds = set(map(type, values))
+    # The values are judged together, which is many times faster than one by one.
+    array: Array | None = None
+    types = set(map(type, values))
     if datatype == BYTES:
-        _require(
-            kinds <= {str},
-            values,
-            lambda value: isinstance(value, str),
-            what="a string",
-            field=field,
-        )
-        return np.array(values, dtype=object)
-    dtype = DTYPES[datatype]
-    if dtype.kind == "b":
-        _require(
-            kinds <= {bool},
-            values,
-            lambda value: isinstance(value, bool),
-            what="true or false",
-            field=field,
-        )
-        return np.array(values, dtype=dtype)
-    if dtype.kind == "f":
-        return _floats(
-            values,
-            dtype,
-            sound=kinds <= {int, float},
-            what=f"a number within {datatype}",
-            field=field,
-        )
-    return _integers(
-        values, dtype, sound=kinds <= {int}, what=f"an integer within {datatype}", field=field
-    )
+        expected = "a string"
+        if types <= {str}:
+            array = np.array(values, dtype=object)
+    elif datatype == "BOOL":
+        expected = "true or false"
+        if types <= {bool}:
+            array = np.array(values, dtype=np.bool_)
+    elif datatype in _INTEGER_BOUNDS:
+        expected = f"an integer within {datatype}"
+        if types <= {int} and _all_integers_fit(values, datatype):
+            array = np.array(values, dtype=DTYPES[datatype])
+    else:
+        expected = f"a number within {datatype}"
+        if types <= {int, float}:
+            array = _finite_array(values, datatype)
+    if array is not None:
+        return array
+
+    # At least one value is wrong. Only now are they judged one by one, to name the first.
+    for index, value in enumerate(values):
+        if not _fits(value, datatype):
+            raise BadRequest(
+                f"{field}.{index} must be {expected}, got {shown_flat(value)}",
+                field=f"{field}.{index}",
+            )
+    raise AssertionError("each value fits its datatype, but not all of them together")
 
 
-def values_of(array: Array, *, field: str) -> list[Any]:
-    """The elements, row-major, as JSON values. Raises BadRequest for what JSON cannot write, naming
-    the way out.
-    """
-    flat = array.ravel()
-    if array.dtype.hasobject:
-        return [_text(element, field=field) for element in flat]
-    if array.dtype.kind == "f" and not np.isfinite(flat).all():
-        raise BadRequest(
-            f"{field} holds numbers that are not finite, which JSON cannot write: ask for it with"
-            ' the parameter "binary_data": true',
-            field=field,
-        )
-    return list(flat.tolist())
+def _fits(value: object, datatype: str) -> bool:
+    if datatype == BYTES:
+        return type(value) is str
+    if datatype == "BOOL":
+        return type(value) is bool
+    if datatype in _INTEGER_BOUNDS:
+        return type(value) is int and _all_integers_fit([value], datatype)
+    return type(value) in (int, float) and _finite_array([value], datatype) is not None
 
 
-def _text(element: str | bytes, *, field: str) -> str:
-    if isinstance(element, str):
-        return element
-    try:
-        return element.decode()
-    except UnicodeDecodeError as error:
-        raise BadRequest(
-            f'{field} holds bytes that are not UTF-8: ask for it with the parameter "binary_data":'
-            " true",
-            field=field,
-        ) from error
+def _all_integers_fit(integers: Sequence[Any], datatype: str) -> bool:
+    lowest, highest = _INTEGER_BOUNDS[datatype]
+    return not integers or (lowest <= min(integers) and max(integers) <= highest)
 
 
-def _integers(
-    values: Sequence[object], dtype: np.dtype[Any], *, sound: bool, what: str, field: str
-) -> Array:
-    bounds = np.iinfo(dtype)
-    lowest, highest = int(bounds.min), int(bounds.max)
-
-    def fits(value: object) -> bool:
-        return type(value) is int and lowest <= value <= highest
-
-    sound = sound and (not values or (fits(min(values)) and fits(max(values))))  # type: ignore[type-var]
-    _require(sound, values, fits, what=what, field=field)
-    return np.array(values, dtype=dtype)
-
-
-def _floats(
-    values: Sequence[object], dtype: np.dtype[Any], *, sound: bool, what: str, field: str
-) -> Array:
-    def fits(value: object) -> bool:
-        return type(value) in (int, float) and _all_finite([value], dtype) is not None
-
-    found = _all_finite(values, dtype) if sound else None
-    _require(found is not None, values, fits, what=what, field=field)
-    assert found is not None
-    return found
-
-
-def _all_finite(values: Sequence[object], dtype: np.dtype[Any]) -> Array | None:
-    """The numbers as `dtype`, or None where one of them is beyond it."""
+def _finite_array(numbers: Sequence[Any], datatype: str) -> Array | None:
+    """The numbers as a float datatype; None where it does not hold one of them."""
     try:
         with np.errstate(over="ignore"):
-            found = np.array(values, dtype=np.float64).astype(dtype)
-    except OverflowError:  # an integer beyond float64
+            # By way of float64, which is how most parsers of JSON read all numbers, integers too.
+            array: Array = np.array(numbers, dtype=np.float64).astype(DTYPES[datatype])
+    except OverflowError:
+        # An integer beyond float64.
         return None
-    return found if bool(np.isfinite(found).all()) else None
+    return array if np.isfinite(array).all() else None
 
 
-def _require(
-    sound: bool, values: Sequence[object], fits: Callable[[object], bool], *, what: str, field: str
-) -> None:
-    if sound:
-        return
-    place = next(place for place, value in enumerate(values) if not fits(value))
-    raise BadRequest(
-        f"{field}.{place} must be {what}, got {shown_flat(values[place])}", field=f"{field}.{place}"
-    )
+def array_to_values(array: Array, *, field: str) -> list[Any]:
+    """The elements in row-major order, as JSON values.
+
+    Raises BadRequest, naming `field`, for elements that JSON cannot write: NaN and infinity, and
+    bytes that are not UTF-8. The message names the way out, binary data.
+    """
+    flat = array.ravel()
+    if not array.dtype.hasobject:
+        if array.dtype.kind == "f" and not np.isfinite(flat).all():
+            raise BadRequest(
+                f"{field} holds numbers that are not finite, which JSON cannot write: request it"
+                ' with the parameter "binary_data": true',
+                field=field,
+            )
+        return list(flat.tolist())
+
+    texts: list[str] = []
+    for element in flat:
+        try:
+            texts.append(element if isinstance(element, str) else element.decode())
+        except UnicodeDecodeError as error:
+            raise BadRequest(
+                f"{field} holds bytes that are not UTF-8: request it with the parameter"
+                ' "binary_data": true',
+                field=field,
+            ) from error
+    return texts

@@ -1,20 +1,34 @@
-"""The fields of a parsed body: an entry's name, its parameters, a flag. Knows no tensor.
+"""The fields of a parsed JSON body: a list of tensors, parameters, a flag, an integer.
 
-`null` stands for a field that is not given, as many clients write it; anything else of a wrong type
-is BadRequest.
+`null` counts as a field that was left out, as many clients write it. Any other value of a wrong
+type is BadRequest, whose message begins with the path of the field, as `inputs.0.name`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from evalmode.service.errors import BadRequest
 from evalmode.service.strict_json import parse_json, shown_flat, shown_key
 
-_SIMILARITY = 0.85  # `input` is near to `inputs`, and `ids` is not to `id`
-_LONGEST_MISSPELT = 20
+# The least similarity (`difflib`) of a misspelt key: it takes `input` for `inputs`, but does not
+# take `ids` for `id`.
+_SIMILARITY = 0.85
+
+# The time of a comparison grows with the length of a key, and a request chooses its keys.
+_COMPARED_CHARACTERS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One object in a list of tensors: its path in the body, its name, and all of its fields."""
+
+    path: str
+    name: str
+    fields: dict[str, Any]
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -25,103 +39,124 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return fields
 
 
-def parse_optional(raw: bytes, *, known: Sequence[str]) -> dict[str, Any]:
-    """The JSON object in `raw`, empty where nothing was sent. It has no fields but the `known`."""
+def parse_optional_object(raw: bytes, *, allowed: Sequence[str]) -> dict[str, Any]:
+    """The JSON object in `raw`, which may have the `allowed` fields; {} for an empty body."""
     fields = parse_object(raw) if raw.strip() else {}
-    require_known(fields, known)
+    require_allowed(fields, allowed)
     return fields
 
 
-def require_known(entry: dict[str, Any], known: Sequence[str], *, field: str = "") -> None:
-    """Raise BadRequest for a key that is not `known`: a misspelt one would be passed over without a
-    word. `field` is the place of the entry; empty for the request itself.
+def require_allowed(fields: dict[str, Any], allowed: Sequence[str], *, path: str = "") -> None:
+    """Raise BadRequest for a field that is not `allowed`, because a misspelt one would be ignored.
+
+    `path` is the path of the object; it is empty for the body itself.
     """
-    for key in entry:
-        if key not in known:
-            name = f"{field}.{shown_key(key)}" if field else shown_key(key)
+    for key in fields:
+        if key not in allowed:
+            field = _join(path, shown_key(key))
             raise BadRequest(
-                f"{name} is not a field of {field or 'this request'}, which has {', '.join(known)}",
-                field=name,
+                f"{field} is not a field of {path or 'this request'}, which has"
+                f" {', '.join(allowed)}",
+                field=field,
             )
 
 
-def require_no_misspelt(entry: dict[str, Any], known: Sequence[str]) -> None:
-    """Raise BadRequest for a key that nearly is one of the `known`. Clients add keys of their own,
-    which are passed over.
+def require_no_misspelt(fields: dict[str, Any], allowed: Sequence[str]) -> None:
+    """Raise BadRequest for a field whose name is similar to one that is `allowed`.
+
+    All other fields are ignored: clients add fields for their own use, as `model_name`.
     """
-    for key in entry:
-        if key in known:
+    for key in fields:
+        if key in allowed:
             continue
-        word = key[:_LONGEST_MISSPELT].lower()
-        if near := difflib.get_close_matches(word, known, n=1, cutoff=_SIMILARITY):
+        start = key[:_COMPARED_CHARACTERS].lower()
+        similar = difflib.get_close_matches(start, allowed, n=1, cutoff=_SIMILARITY)
+        if similar:
             raise BadRequest(
-                f"{shown_key(key)} is not a field of this request: did you mean {near[0]}?",
+                f"{shown_key(key)} is not a field of this request: did you mean {similar[0]}?",
                 field=shown_key(key),
             )
 
 
-def listed(entry: dict[str, Any], key: str) -> list[Any]:
-    """The list at `key`; empty where nothing is given."""
-    value = entry.get(key)
-    if value is not None and not isinstance(value, list):
-        raise BadRequest(f"{key} must be a list of tensors, got {shown_flat(value)}", field=key)
-    return value or []
+def tensor_entries(
+    fields: dict[str, Any], key: str, *, allowed: Sequence[str]
+) -> Iterator[TensorEntry]:
+    """The entries of the list of tensors at `key`, each with the `allowed` fields.
+
+    The list may be missing. Raises BadRequest for an entry without a name, for a name that was used
+    before, and for an unknown field.
+    """
+    entries = fields.get(key)
+    if entries is None:
+        return
+    if not isinstance(entries, list):
+        raise BadRequest(f"{key} must be a list of tensors, got {shown_flat(entries)}", field=key)
+    names: set[str] = set()
+    for index, entry in enumerate(entries):
+        path = f"{key}.{index}"
+        if not isinstance(entry, dict):
+            raise BadRequest(f"{path} must be an object, got {shown_flat(entry)}", field=path)
+        name = entry.get("name")
+        if not isinstance(name, str):
+            raise BadRequest(
+                f"{path}.name must be a string, got {describe_field(entry, 'name')}",
+                field=f"{path}.name",
+            )
+        if name in names:
+            raise BadRequest(
+                f"{path}.name is {shown_flat(name)}, the name of an earlier tensor",
+                field=f"{path}.name",
+            )
+        names.add(name)
+        require_allowed(entry, allowed, path=path)
+        yield TensorEntry(path=path, name=name, fields=entry)
 
 
-def name_of(entry: object, names: set[str], *, field: str) -> str:
-    """The name of a tensor, added to `names`, the ones that its list holds already."""
-    if not isinstance(entry, dict):
-        raise BadRequest(f"{field} must be an object, got {shown_flat(entry)}", field=field)
-    name = entry.get("name")
-    if not isinstance(name, str):
-        raise BadRequest(
-            f"{field}.name must be a string, got {shown_field(entry, 'name')}",
-            field=f"{field}.name",
-        )
-    if name in names:
-        raise BadRequest(
-            f"{field}.name names {shown_flat(name)} a second time", field=f"{field}.name"
-        )
-    names.add(name)
-    return name
-
-
-def parameters_of(entry: dict[str, Any], *, field: str) -> dict[str, Any]:
-    """The parameters of a request or of one of its tensors."""
-    parameters = entry.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
+def parameters_of(fields: dict[str, Any], *, path: str = "") -> dict[str, Any]:
+    """The parameters of the object at `path`: of a tensor, or of the request itself."""
+    field = _join(path, "parameters")
+    parameters = fields.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
         raise BadRequest(f"{field} must be an object, got {shown_flat(parameters)}", field=field)
-    if parameters and "shared_memory_region" in parameters:
+    if "shared_memory_region" in parameters:
         raise BadRequest(
             f"{field}.shared_memory_region: this server offers no shared memory", field=field
         )
-    return parameters or {}
+    return parameters
 
 
-def flag(entry: dict[str, Any], key: str, *, default: bool, field: str = "") -> bool:
-    """The value at `key`, true or false. `field` is the place of the entry; empty for the request
-    itself.
-    """
-    value = entry.get(key)
-    if value is not None and not isinstance(value, bool):
-        name = f"{field}.{key}" if field else key
-        raise BadRequest(f"{name} must be true or false, got {shown_flat(value)}", field=name)
-    return default if value is None else value
+def flag(fields: dict[str, Any], key: str, *, default: bool, path: str = "") -> bool:
+    """The boolean at `key` of the object at `path`."""
+    value = fields.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        field = _join(path, key)
+        raise BadRequest(f"{field} must be true or false, got {shown_flat(value)}", field=field)
+    return value
 
 
 def integer(
-    parameters: dict[str, Any], key: str, *, lowest: int, highest: int, field: str
+    fields: dict[str, Any], key: str, *, lowest: int, highest: int, path: str
 ) -> int | None:
-    """The parameter `key`, an integer from `lowest` to `highest`; None where it is not given."""
-    value = parameters.get(key)
+    """The integer at `key` of the object at `path`, from `lowest` to `highest`; None if missing."""
+    value = fields.get(key)
+    # `type`, because Python counts a bool as an integer.
     if value is not None and (type(value) is not int or not lowest <= value <= highest):
+        field = _join(path, key)
         raise BadRequest(
-            f"{field}.{key} must be an integer from {lowest} to {highest}, got {shown_flat(value)}",
-            field=f"{field}.{key}",
+            f"{field} must be an integer from {lowest} to {highest}, got {shown_flat(value)}",
+            field=field,
         )
     return value
 
 
-def shown_field(entry: dict[str, Any], key: str) -> str:
-    """The value of an entry at `key`, as a sentence shows it."""
-    return shown_flat(entry[key]) if key in entry else "nothing"
+def describe_field(fields: dict[str, Any], key: str) -> str:
+    """The value at `key` as an error message shows it; "nothing" if it is missing."""
+    return shown_flat(fields[key]) if key in fields else "nothing"
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

@@ -1,6 +1,4 @@
-"""What the protocol says of a server and of a model, as pydantic records. Knows no model: it is
-given its tensors.
-"""
+"""The protocol's responses about a server and its models, as pydantic records."""
 
 from __future__ import annotations
 
@@ -12,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from evalmode.bundle.manifest import TensorSpec
 from evalmode.service.protocol.datatypes import BYTES
 
+# The name of ONNX models among the platforms that the protocol lists.
 PLATFORM = "onnx_onnxv1"
+
 EXTENSIONS = (
     "binary_tensor_data",
     "classification",
@@ -28,7 +28,7 @@ class _Record(BaseModel):
 
 
 class ServerMetadata(_Record):
-    """The server, and the extensions of the protocol that it speaks."""
+    """The server, and the extensions of the protocol that it implements."""
 
     name: str = "evalmode"
     version: str
@@ -36,22 +36,23 @@ class ServerMetadata(_Record):
 
 
 class ServerState(_Record):
-    """Whether the server lives, and whether it can be asked."""
+    """Whether the process is healthy, and whether it is ready for requests; null if not queried."""
 
     live: bool
     ready: bool | None = None
 
 
 class ModelState(_Record):
-    """Whether a model can be asked."""
+    """Whether a model is ready for requests."""
 
     name: str
     ready: bool = True
 
 
 class ModelMetadata(_Record):
-    """A model's tensors; a shape holds -1 where it varies. A text model takes either `text` or its
-    graph's inputs.
+    """A model's tensors, with -1 for a dimension that varies.
+
+    A text model takes either its first input, `text`, or all the others.
     """
 
     name: str
@@ -62,7 +63,7 @@ class ModelMetadata(_Record):
 
 
 class IndexEntry(_Record):
-    """A model version of the repository."""
+    """One version of a model in the repository, and its state."""
 
     name: str
     version: str
@@ -71,23 +72,22 @@ class IndexEntry(_Record):
 
 
 class ModelStatistics(_Record):
-    """Figures of model versions since the server began, as Triton's statistics extension writes
-    them.
+    """Counts and times of model versions since the start of the server.
+
+    The form is that of Triton's statistics extension.
     """
 
     model_stats: tuple[dict[str, JsonValue], ...]
 
 
 class ErrorBody(_Record):
-    """Every answer of /v2 other than 200."""
+    """The body of every response of /v2 other than 200."""
 
     error: str = Field(description="one sentence")
 
 
 class ConfiguredTensor(_Record):
-    """A tensor as Triton's model configuration writes it: `dims` are a row's, without the number of
-    rows.
-    """
+    """A tensor of Triton's model configuration; `dims` leaves the dimension of rows out."""
 
     name: str
     data_type: str
@@ -95,7 +95,7 @@ class ConfiguredTensor(_Record):
 
 
 class ConfiguredInput(ConfiguredTensor):
-    """An input; `optional` where a model takes either this or others."""
+    """An input; it is `optional` if a model takes either this one or others."""
 
     optional: bool = False
 
@@ -129,39 +129,41 @@ def model_config(
     known_answers: str,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    alternatives: bool,
-    batched: bool,
+    are_inputs_optional: bool,
+    is_batched: bool,
     versions: int,
     max_rows: int,
 ) -> ModelConfig:
-    """The configuration of a model; `alternatives` where its inputs are several ways to ask it the
-    same.
+    """The configuration of a model, as Triton's clients read it.
 
-    A model that is not `batched` has a `max_batch_size` of 0 and, by Triton's rule, the rows among
-    its dims.
+    A model that is not batched has a `max_batch_size` of 0. Triton's rule is that its `dims` then
+    contain the dimension of rows.
     """
-
-    def dims(spec: TensorSpec) -> tuple[int, ...]:
-        return spec.shape[1:] if batched else spec.shape
-
+    config_inputs = [
+        ConfiguredInput(
+            name=spec.name,
+            data_type=_triton_type(spec.datatype),
+            dims=spec.shape[1:] if is_batched else spec.shape,
+            optional=are_inputs_optional,
+        )
+        for spec in inputs
+    ]
+    config_outputs = [
+        ConfiguredTensor(
+            name=spec.name,
+            data_type=_triton_type(spec.datatype),
+            dims=spec.shape[1:] if is_batched else spec.shape,
+        )
+        for spec in outputs
+    ]
     return ModelConfig(
         name=name,
         version_policy=VersionPolicy(latest={"num_versions": versions}),
-        max_batch_size=max_rows if batched else 0,
-        input=tuple(
-            ConfiguredInput(
-                name=spec.name,
-                data_type=_data_type(spec.datatype),
-                dims=dims(spec),
-                optional=alternatives,
-            )
-            for spec in inputs
-        ),
-        output=tuple(
-            ConfiguredTensor(name=spec.name, data_type=_data_type(spec.datatype), dims=dims(spec))
-            for spec in outputs
-        ),
-        dynamic_batching={} if batched else None,
+        max_batch_size=max_rows if is_batched else 0,
+        input=tuple(config_inputs),
+        output=tuple(config_outputs),
+        # Present and empty: rows are batched, and Triton's options for it do not apply here.
+        dynamic_batching={} if is_batched else None,
         parameters={
             "digest": {"string_value": digest},
             "known_answers": {"string_value": known_answers},
@@ -169,5 +171,6 @@ def model_config(
     )
 
 
-def _data_type(datatype: str) -> str:
+def _triton_type(datatype: str) -> str:
+    """The name of a datatype in Triton's configuration, which calls BYTES a string."""
     return "TYPE_STRING" if datatype == BYTES else f"TYPE_{datatype}"

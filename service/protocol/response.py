@@ -1,6 +1,4 @@
-"""An inference response: named tensors as JSON, or as JSON with raw tensors behind it, and the
-classification extension, which writes the best classes of each row as text.
-"""
+"""An inference response: named tensors as JSON, or as JSON with raw bytes of tensors behind it."""
 
 from __future__ import annotations
 
@@ -13,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from evalmode.service.errors import BadRequest
-from evalmode.service.protocol.binary import bytes_of
-from evalmode.service.protocol.datatypes import Array, datatype_of, values_of
+from evalmode.service.protocol.binary import array_to_bytes
+from evalmode.service.protocol.datatypes import Array, array_to_values, datatype_of
 from evalmode.service.strict_json import shown
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OutputTensor:
-    """One output and how it is written; the elements of `data` are `str` or `bytes` where they are
-    BYTES.
+    """One output; it is written as raw bytes where it is `binary`, otherwise as JSON values.
+
+    The elements of `data` are numbers, bools, or `str` and `bytes` objects for BYTES.
     """
 
     name: str
@@ -30,10 +29,8 @@ class OutputTensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Encoded:
-    """A body; `json_length` is the header that says where its raw tensors begin, None where it is
-    JSON alone.
-    """
+class EncodedResponse:
+    """The body of a response; its first `json_length` bytes are JSON, all of it if that is None."""
 
     body: bytes
     json_length: int | None
@@ -46,44 +43,51 @@ def encode_response(
     model_version: str,
     digest: str,
     request_id: str | None = None,
-) -> Encoded:
-    """The response with these outputs in their order; `digest` names every byte of the model that
-    answered.
+) -> EncodedResponse:
+    """The response with these outputs in their order.
 
-    Raises BadRequest, naming the output, where JSON was asked for and cannot write it.
+    `digest` is the digest of the bundle that answered. Raises BadRequest, naming the output, for
+    values that JSON cannot write.
     """
+    descriptions: list[dict[str, Any]] = []
+    raw_parts: list[bytes] = []
+    for output in outputs:
+        description: dict[str, Any] = {
+            "name": output.name,
+            "datatype": datatype_of(output.data),
+            "shape": list(output.data.shape),
+        }
+        if output.binary:
+            raw = array_to_bytes(output.data)
+            raw_parts.append(raw)
+            description["parameters"] = {"binary_data_size": len(raw)}
+        else:
+            description["data"] = array_to_values(output.data, field=f"output {output.name}")
+        descriptions.append(description)
+
     response: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
     if request_id is not None:
         response["id"] = request_id
     response["parameters"] = {"digest": digest}
-    raw: list[bytes] = []
-    response["outputs"] = [_described(output, raw) for output in outputs]
+    response["outputs"] = descriptions
+
     body = json.dumps(response, allow_nan=False, separators=(",", ":")).encode()
-    if not any(output.binary for output in outputs):
-        return Encoded(body=body, json_length=None)
-    return Encoded(body=b"".join((body, *raw)), json_length=len(body))
-
-
-def _described(output: OutputTensor, raw: list[bytes]) -> dict[str, Any]:
-    """The output as it stands in the JSON; its bytes, where it is binary, are added to `raw`."""
-    description: dict[str, Any] = {
-        "name": output.name,
-        "datatype": datatype_of(output.data),
-        "shape": list(output.data.shape),
-    }
-    if not output.binary:
-        return description | {"data": values_of(output.data, field=f"output {output.name}")}
-    raw.append(bytes_of(output.data))
-    return description | {"parameters": {"binary_data_size": len(raw[-1])}}
+    if not raw_parts:
+        return EncodedResponse(body=body, json_length=None)
+    return EncodedResponse(body=b"".join([body, *raw_parts]), json_length=len(body))
 
 
 def classify(scores: Array, count: int, *, labels: Sequence[str] | None, name: str) -> Array:
-    """The `count` best classes (all, if there are fewer) of `scores` (N,) or (N, C), best first:
-    BYTES (N, count).
+    """The best classes of each row as text: the protocol's classification extension.
 
-    A class is written `value:index:label`, or `value:index` where no label is known. Of equal
-    values the lower index comes first, and NaN comes last. Raises BadRequest for an output that has
-    no classes.
+    `scores` has the shape (N,) or (N, C), and the answer (N, min(count, C)): BYTES, best class
+    first. A class is `value:index:label`, or `value:index` without labels for the C classes. Of
+    equal values the lower index is first, and NaN is last.
+
+    Raises BadRequest for scores of another shape, or that are not numbers; `name` is the output's.
+
+    >>> classify(np.array([[0.25, 0.75]]), 1, labels=["nl", "hu"], name="scores")
+    array([['0.75:1:hu']], dtype=object)
     """
     if scores.dtype.kind not in "fiu" or scores.ndim not in (1, 2):
         raise BadRequest(
@@ -93,13 +97,17 @@ def classify(scores: Array, count: int, *, labels: Sequence[str] | None, name: s
         )
     if scores.ndim == 1 or (labels is not None and len(labels) != scores.shape[1]):
         labels = None
-    classes = []
-    for row in scores.reshape(len(scores), -1).tolist():
-        ranked = sorted(enumerate(row), key=lambda pair: (math.isnan(pair[1]), -pair[1]))
-        classes.append(
-            [
-                f"{value!r}:{index}" if labels is None else f"{value!r}:{index}:{labels[index]}"
-                for index, value in ranked[:count]
-            ]
-        )
-    return np.array(classes, dtype=object)
+
+    def rank(indexed_value: tuple[int, float]) -> tuple[bool, float]:
+        _, value = indexed_value
+        return math.isnan(value), -value
+
+    rows: list[list[str]] = []
+    for values in scores.reshape(len(scores), -1).tolist():
+        classes: list[str] = []
+        # `sorted` is stable: of equal values the lower index stays first.
+        for index, value in sorted(enumerate(values), key=rank)[:count]:
+            text = f"{value!r}:{index}"
+            classes.append(text if labels is None else f"{text}:{labels[index]}")
+        rows.append(classes)
+    return np.array(rows, dtype=object)

@@ -1,5 +1,6 @@
-"""The protocol's bodies as JSON schemas, for the documentation: the server reads them by hand, and
-says more.
+"""The protocol's bodies as JSON schemas, for the OpenAPI documentation.
+
+They validate nothing: `request.py` reads bodies itself, with messages that name the field.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ INFER_REQUEST: dict[str, Any] = {
     "type": "object",
     "required": ["inputs"],
     "properties": {
-        "id": {"type": "string", "description": "Comes back with the answer."},
+        "id": {"type": "string", "description": "Returned with the response."},
         "parameters": {
             "type": "object",
             "properties": {
@@ -44,7 +45,7 @@ INFER_REQUEST: dict[str, Any] = {
                 "timeout": {
                     "type": "integer",
                     "minimum": 0,
-                    "description": "Microseconds; 0 means none.",
+                    "description": "Microseconds; 0 means no timeout.",
                 },
             },
         },
@@ -60,7 +61,7 @@ INFER_REQUEST: dict[str, Any] = {
         },
         "outputs": {
             "type": "array",
-            "description": "Which outputs to give, in this order; all, where none is named.",
+            "description": "The outputs to return, in this order; by default all.",
             "items": {
                 "type": "object",
                 "required": ["name"],

@@ -1,6 +1,4 @@
-"""The documentation page: whole without a way out, and nothing in it that its own policy
-forbids.
-"""
+"""The documentation page: it needs no other server, and its policy forbids nothing that it has."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from tests.service.processes import RunningServer
 
 
 class Page(HTMLParser):
-    """What a browser would load for a page, and what it would run out of it."""
+    """The addresses that a browser loads for a page, and the scripts and styles inside of it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -44,31 +42,32 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
-    made = FastAPI(docs_url=None, redoc_url=None)
-    docs.mount(made)
-    return made
+    app = FastAPI(docs_url=None, redoc_url=None)
+    docs.mount(app)
+    return app
 
 
 def get(app: Any, path: str) -> httpx.Response:
-    async def go() -> httpx.Response:
+    async def send() -> httpx.Response:
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test"
         ) as client:
             return await client.get(path)
 
-    return asyncio.run(go())
+    return asyncio.run(send())
 
 
-def test_everything_the_page_names_is_here_and_of_the_right_kind(app):
+def test_all_files_of_the_page_are_served_with_their_media_types(app):
     answer = get(app, "/docs")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    found = {}
+    assets = {}
     for address in Page(answer.text).addresses:
         assert not urlsplit(address).netloc
         asset = get(app, urljoin("/docs", address))
         assert asset.status_code == 200
-        found[address] = asset.headers["content-type"].partition(";")[0], len(asset.content) > 100
-    assert found == {
+        media_type = asset.headers["content-type"].partition(";")[0]
+        assets[address] = media_type, len(asset.content) > 100
+    assert assets == {
         "docs/static/favicon.png": ("image/png", True),
         "docs/static/swagger-ui.css": ("text/css", True),
         "docs/static/swagger-ui-bundle.js": ("text/javascript", True),
@@ -76,13 +75,13 @@ def test_everything_the_page_names_is_here_and_of_the_right_kind(app):
     }
 
 
-def test_the_page_has_no_script_and_no_style_of_its_own():
+def test_the_page_has_no_inline_script_and_no_inline_style():
     page = Page(docs._PAGE)
     assert page.inline == []
     assert not [name for name in page.attributes if name == "style" or name.startswith("on")]
 
 
-def test_the_style_sheet_loads_nothing_but_what_it_holds(app):
+def test_the_style_sheet_loads_no_other_file(app):
     style = get(app, "/docs/static/swagger-ui.css").text
     addresses = re.findall(r"url\(\s*['\"]?([^'\")]{0,40})", style)
     assert addresses
@@ -90,7 +89,7 @@ def test_the_style_sheet_loads_nothing_but_what_it_holds(app):
     assert "@import" not in style
 
 
-def test_the_policy_lets_the_page_reach_this_server_and_nothing_else(app):
+def test_the_policy_allows_requests_to_this_server_alone(app):
     policy = get(app, "/docs").headers["content-security-policy"]
     directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     assert directives["default-src"] == "'none'"
@@ -100,7 +99,7 @@ def test_the_policy_lets_the_page_reach_this_server_and_nothing_else(app):
     assert "unsafe-eval" not in policy
 
 
-def test_the_script_asks_for_the_schema_that_is_there_and_for_no_validator(app):
+def test_the_script_loads_the_schema_and_no_validator(app):
     script = get(app, "/docs/static/init.js").text
     assert "validatorUrl: null" in script
     schema = re.search(r'url: "([^"]+)"', script)
@@ -131,15 +130,13 @@ KEY = "key-of-the-documentation"
 
 @pytest.fixture(scope="module")
 def guarded(bundle: Path) -> Iterator[RunningServer]:
-    """A server that wants a key."""
+    """A server that needs a key."""
     with processes.running(bundle, api_keys=KEY) as server:
         yield server
 
 
-def test_a_browser_asks_for_the_key_and_then_shows_the_whole_page(guarded: RunningServer):
-    """What a browser does: it meets a Basic challenge, asks, and sends the key with each request
-    below the same root.
-    """
+def test_with_the_key_as_password_a_browser_loads_the_page_and_its_files(guarded: RunningServer):
+    """A browser gets a Basic challenge, asks its user, and sends the key with each request."""
     with httpx.Client(base_url=guarded.url) as client:
         challenge = client.get("/docs")
         assert challenge.status_code == 401
@@ -153,19 +150,19 @@ def test_a_browser_asks_for_the_key_and_then_shows_the_whole_page(guarded: Runni
 
 
 @pytest.mark.parametrize("auth", [("", "another-key-of-the-tests"), ("user", ""), ("", "")])
-def test_a_wrong_key_is_asked_for_again(guarded: RunningServer, auth: tuple[str, str]):
+def test_a_wrong_key_gets_the_challenge_again(guarded: RunningServer, auth: tuple[str, str]):
     answer = httpx.get(f"{guarded.url}/docs", auth=auth)
     assert answer.status_code == 401
     assert "Basic" in answer.headers["www-authenticate"]
 
 
 @pytest.mark.parametrize("credentials", ["x", "=", "a2V5", "%" * 100, "\xff"])
-def test_credentials_that_are_not_base64_are_no_key(guarded: RunningServer, credentials: str):
+def test_credentials_that_are_not_base64_are_refused(guarded: RunningServer, credentials: str):
     headers = {"authorization": b"Basic " + credentials.encode("latin-1")}
     assert httpx.get(f"{guarded.url}/docs", headers=headers).status_code == 401
 
 
-def test_the_schema_says_how_a_key_is_sent_so_that_the_page_has_a_button_for_it(
+def test_the_schema_declares_how_a_key_is_sent(
     guarded: RunningServer,
 ):
     schema = httpx.get(f"{guarded.url}/openapi.json", auth=("", KEY)).json()
@@ -185,7 +182,7 @@ def test_the_schema_says_how_a_key_is_sent_so_that_the_page_has_a_button_for_it(
         assert answer.status_code == 200
 
 
-def test_a_key_that_a_browser_adds_by_itself_does_not_serve_the_pages_of_other_sites(
+def test_a_key_that_a_browser_adds_to_requests_of_other_sites_is_ignored(
     guarded: RunningServer,
 ):
     def ask(**headers: str) -> httpx.Response:
@@ -201,7 +198,7 @@ def test_a_key_that_a_browser_adds_by_itself_does_not_serve_the_pages_of_other_s
     assert ask(origin="null").status_code == 401
 
 
-def test_without_keys_the_schema_asks_for_none(service: RunningServer):
+def test_without_keys_the_schema_declares_none(service: RunningServer):
     schema = httpx.get(f"{service.url}/openapi.json").json()
     assert "security" not in schema
     assert "securitySchemes" not in schema["components"]

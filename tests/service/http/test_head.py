@@ -1,4 +1,4 @@
-"""HEAD against a real server: wherever GET is, with its headers and without its body."""
+"""HEAD on a real server: the status and the headers of GET, without a body."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tests.service.processes import RunningServer
 
 WAIT_S = 10
 
-# The time, the request's own id, and figures that move between two requests.
-_MOVING = {"date", "x-request-id"}
+# These differ between two requests.
+_CHANGING = {"date", "x-request-id"}
 
 
 def paths_of(service: RunningServer) -> list[str]:
-    """Every path with GET, those that the OpenAPI page lists and those that it leaves out."""
+    """All paths with GET: those of the OpenAPI schema, and those that it does not contain."""
     paths = httpx.get(f"{service.url}/openapi.json").json()["paths"]
     listed = [path for path, operations in paths.items() if "get" in operations]
     assert all("head" not in operations for operations in paths.values())
@@ -34,15 +34,15 @@ def test_head_has_the_status_and_the_headers_of_get_and_no_body(service: Running
     with httpx.Client(base_url=service.url) as client:
         for path in paths:
             by_get, by_head = client.get(path), client.head(path)
-            moving = _MOVING | ({"content-length"} if path == "/metrics" else set())
+            changing = _CHANGING | ({"content-length"} if path == "/metrics" else set())
             assert by_head.status_code == by_get.status_code, path
             assert by_head.content == b""
-            assert {k: v for k, v in by_head.headers.items() if k not in moving} == {
-                k: v for k, v in by_get.headers.items() if k not in moving
+            assert {k: v for k, v in by_head.headers.items() if k not in changing} == {
+                k: v for k, v in by_get.headers.items() if k not in changing
             }, path
 
 
-def test_a_connection_goes_on_behind_a_head(service: RunningServer):
+def test_a_connection_can_be_used_after_a_head_request(service: RunningServer):
     with service.connect(timeout_s=WAIT_S) as connection:
         connection.sendall(
             b"HEAD /v1/model HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -67,7 +67,7 @@ def test_a_connection_goes_on_behind_a_head(service: RunningServer):
         ("GET", "/v1/predict", "POST"),
     ],
 )
-def test_another_method_is_refused_and_the_answer_lists_those_that_are_not(
+def test_another_method_is_refused_with_the_list_of_allowed_ones(
     service: RunningServer, method: str, path: str, allow: str
 ):
     answer = httpx.request(method, f"{service.url}{path}")

@@ -1,4 +1,4 @@
-"""NaN in one output: an error for the requests that want that output, and for no others."""
+"""NaN in one output: an error for the requests of that output, and for no others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def log_beside_its_argument() -> bytes:
 
 
 def spoiled_text_model() -> bytes:
-    """A text model whose logits are NaN, and which also gives the number of its positions."""
+    """A text model whose logits are NaN, and with the number of its positions as another output."""
     model = onnx.load_from_string(tiny_model(bias=float("nan")))
     model.graph.node.append(helper.make_node("ReduceSum", ["mask", "positions"], ["count"]))
     model.graph.output.append(
@@ -43,25 +43,25 @@ def spoiled_text_model() -> bytes:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
-    known = [{"x": np.ones((3, 2), np.float32)}]
+    inputs = [{"x": np.ones((3, 2), np.float32)}]
     model = log_beside_its_argument()
-    tensor_bundle(root, model=model, known=known, name="rows")
-    tensor_bundle(root, model=model, known=known, name="whole", independent=False)
+    tensor_bundle(root, model=model, known=inputs, name="rows")
+    tensor_bundle(root, model=model, known=inputs, name="unbatched", independent=False)
     make_bundle(root, model=spoiled_text_model(), name="spoiled")
-    with serving(root, parallel=1, proof_fraction=0.0) as parts:
-        yield parts
+    with serving(root, parallel=1, proof_fraction=0.0) as server:
+        yield server
 
 
 def request_of(rows: list[list[float]], *outputs: str, **parameters: Any) -> dict[str, Any]:
     raw = {"name": "x", "datatype": "FP32", "shape": [len(rows), 2], "data": rows}
-    wanted = [{"name": name, "parameters": parameters} for name in outputs]
-    return {"inputs": [raw], **({"outputs": wanted} if outputs else {})}
+    requested = [{"name": name, "parameters": parameters} for name in outputs]
+    return {"inputs": [raw], **({"outputs": requested} if outputs else {})}
 
 
 FINE, SPOILED = [1.0, 1.0], [1.0, -1.0]
 
 
-@pytest.mark.parametrize("model", ["rows", "whole"])
+@pytest.mark.parametrize("model", ["rows", "unbatched"])
 @pytest.mark.parametrize("binary", [False, True])
 def test_a_request_for_another_output_is_answered(served: Served, model: str, binary: bool):
     body = request_of([FINE, SPOILED], "same", binary_data=binary)
@@ -76,7 +76,7 @@ def test_a_request_for_another_output_is_answered(served: Served, model: str, bi
 
 @pytest.mark.parametrize("outputs", [("log",), ("same", "log"), ()])
 @pytest.mark.parametrize("binary", [False, True])
-def test_a_request_for_the_output_fails_and_the_sentence_names_it(
+def test_a_request_for_the_output_with_nan_is_refused_with_its_name(
     served: Served, outputs: tuple[str, ...], binary: bool
 ):
     body = request_of([FINE, SPOILED], *outputs, binary_data=binary)
@@ -84,16 +84,16 @@ def test_a_request_for_the_output_fails_and_the_sentence_names_it(
     assert sentence.startswith(
         "the model's output 'log' holds NaN in row 1: leave it out of outputs to get the others"
     )
-    sentence = refusal(served.infer(body, model="whole"), 500)
+    sentence = refusal(served.infer(body, model="unbatched"), 500)
     assert sentence.startswith("the model's output 'log' holds NaN: leave it out of outputs")
 
 
-def test_classes_of_an_output_with_nan_are_no_way_around(served: Served):
+def test_the_classes_of_an_output_with_nan_are_refused_too(served: Served):
     body = request_of([SPOILED], "log", classification=1)
     assert "output 'log' holds NaN in row 0" in refusal(served.infer(body, model="rows"), 500)
 
 
-def test_an_infinity_is_an_answer_in_binary_and_an_error_that_says_so_in_json(served: Served):
+def test_an_infinity_is_returned_in_binary_and_refused_in_json(served: Served):
     body = request_of([[1.0, 0.0]], "log", binary_data=True)
     answer = served.infer(body, model="rows")
     assert answer.status_code == 200
@@ -102,7 +102,7 @@ def test_an_infinity_is_an_answer_in_binary_and_an_error_that_says_so_in_json(se
     assert '"binary_data": true' in refusal(served.infer(body, model="rows"), 400)
 
 
-def test_numbers_of_the_request_that_are_not_finite_are_its_own_mistake(served: Served):
+def test_numbers_of_the_request_that_are_not_finite_are_a_mistake_of_the_client(served: Served):
     tensor = {
         "name": "x",
         "datatype": "FP32",
@@ -119,7 +119,7 @@ def test_numbers_of_the_request_that_are_not_finite_are_its_own_mistake(served: 
     )
 
 
-def test_requests_that_share_a_batch_fail_or_are_answered_each_for_itself(served: Served):
+def test_requests_of_one_batch_fail_independently_of_each_other(served: Served):
     bodies = [
         request_of([SPOILED if number % 3 == 0 else FINE], "log" if number % 2 else "same")
         for number in range(48)
@@ -141,11 +141,11 @@ def test_requests_that_share_a_batch_fail_or_are_answered_each_for_itself(served
     assert answers[1].json() == alone
 
 
-def test_over_a_real_server_nan_in_one_of_two_outputs_concerns_only_those_that_ask_for_it(
+def test_on_a_real_server_nan_affects_only_the_requests_of_its_output(
     tmp_path: Path,
 ):
-    known = [{"x": np.ones((3, 2), np.float32)}]
-    tensor_bundle(tmp_path, model=log_beside_its_argument(), known=known, name="rows")
+    inputs = [{"x": np.ones((3, 2), np.float32)}]
+    tensor_bundle(tmp_path, model=log_beside_its_argument(), known=inputs, name="rows")
     bodies = [request_of([SPOILED], "same"), request_of([SPOILED], "log"), request_of([FINE])]
     with (
         running(tmp_path) as server,
@@ -162,7 +162,7 @@ def test_over_a_real_server_nan_in_one_of_two_outputs_concerns_only_those_that_a
 
 
 @pytest.mark.parametrize("outputs", [["count"], ["truncated"], ["count", "truncated"]])
-def test_a_text_model_gives_the_outputs_that_do_not_come_from_its_logits(
+def test_a_text_model_returns_the_outputs_that_are_not_computed_from_its_logits(
     served: Served, outputs: list[str]
 ):
     body = {"inputs": [text_input(["abc"])], "outputs": [{"name": name} for name in outputs]}
@@ -177,7 +177,7 @@ def test_a_text_model_gives_the_outputs_that_do_not_come_from_its_logits(
         ("probabilities", "output 'logits', the source of 'probabilities', holds numbers"),
     ],
 )
-def test_what_comes_from_logits_that_are_not_finite_fails(
+def test_outputs_from_logits_that_are_not_finite_are_refused(
     served: Served, output: str, sentence: str
 ):
     body = {"inputs": [text_input(["abc"])], "outputs": [{"name": output}]}

@@ -1,248 +1,474 @@
-"""Streams of lines through a real server process."""
+"""Streams of lines with fakes of the engine, the model and the connection.
+
+`test_streams_over_http.py` has the tests with a real server.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import random
-import socket
-import subprocess
-import sys
-import threading
-import time
+import tracemalloc
 import zlib
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
-from evalmode.service.predictor import Predictor
-from tests.service import processes
-from tests.service.bundles import make_bundle
+from evalmode.service.errors import (
+    BadRequest,
+    NotReady,
+    QueueFull,
+    RequestTimeout,
+    RunFailed,
+    TextTooLong,
+)
+from evalmode.service.http.streams import StreamOptions, Streams
+from evalmode.service.ndjson import WINDOW_ROWS
+from evalmode.service.protocol.compression import Encoding, compress
+from evalmode.service.telemetry.timings import Timings
 
 WAIT_S = 30
-NDJSON = {"content-type": "application/x-ndjson"}
+BUCKET = SimpleNamespace(label="8", positions=8)
+DEFAULT_OPTIONS = StreamOptions()
 
 
-def stream(url: str, body: Any, query: str = "") -> httpx.Response:
-    return httpx.post(f"{url}/v1/predict{query}", content=body, headers=NDJSON, timeout=WAIT_S)
+@dataclass
+class Model:
+    """Predicts each text as its own label; "bad" fails when it is encoded, "nan" when it runs."""
+
+    digest: str = "d" * 64
+
+    async def text_rows_async(
+        self, texts: Sequence[str], *, truncate: bool
+    ) -> tuple[list[Any], list[bool]]:
+        for index, text in enumerate(texts):
+            if not truncate and text == "bad":
+                raise TextTooLong(index, longest=8)
+        jobs = [(BUCKET, SimpleNamespace(text=text, nbytes=8)) for text in texts]
+        return jobs, [False] * len(texts)
+
+    def predictions(
+        self, answers: Sequence[Any], truncated: Sequence[bool], *, top_k: int
+    ) -> list[Any]:
+        return [
+            SimpleNamespace(top=[SimpleNamespace(label=text, score=0.5)] * top_k, truncated=cut)
+            for text, cut in zip(answers, truncated, strict=True)
+        ]
 
 
-def test_a_stream_has_the_bits_that_each_text_has_alone_in_process(service, bundle, texts) -> None:
-    chance = random.Random(5)
-    asked = chance.choices(texts, k=1000)
-    lines = [
-        json.dumps(text if place % 2 else {"text": text, "id": place})
-        for place, text in enumerate(asked)
+@dataclass
+class Engine:
+    """Answers at once, or when `gate` opens; `peak_rows` is the most rows that ran at once."""
+
+    gate: asyncio.Event | None = None
+    full: int = 0
+    stopped_after: int = 1 << 30
+    running_rows: int = 0
+    peak_rows: int = 0
+    answered: int = 0
+    cancelled: int = 0
+    waited_for: list[int] = field(default_factory=list)
+
+    async def wait_for_room(self, rows: int, *, nbytes: int = 0) -> None:
+        self.waited_for.append(rows)
+
+    async def answer_async(
+        self,
+        jobs: Sequence[Any],
+        *,
+        timeout_s: float | None = None,
+        timed: Callable[[float, float], None],
+    ) -> list[Any]:
+        if self.full:
+            self.full -= 1
+            raise QueueFull("full", retry_after_s=1)
+        if self.answered >= self.stopped_after:
+            raise NotReady("the server is stopping and takes no more requests")
+        self.running_rows += len(jobs)
+        self.peak_rows = max(self.peak_rows, self.running_rows)
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += len(jobs)
+            raise
+        finally:
+            self.running_rows -= len(jobs)
+        if any(row.text == "nan" for _, row in jobs):
+            raise RunFailed("the model answered with numbers that are not finite")
+        self.answered += len(jobs)
+        return [row.text for _, row in jobs]
+
+
+class Connection:
+    """Both ends of a connection: the client sends `chunks`, and reads while `reads` is set."""
+
+    def __init__(self, chunks: Iterator[bytes], *, then: str = "end", reads: bool = True) -> None:
+        self._chunks = chunks
+        self._then = then
+        self._ended = False
+        self.disconnected = asyncio.Event()
+        self.reads = asyncio.Event()
+        if reads:
+            self.reads.set()
+        self.status: int | None = None
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+        self.finished = False
+        self.received = 0
+
+    async def receive(self) -> Message:
+        if not self._ended:
+            await asyncio.sleep(0)
+            if (chunk := next(self._chunks, None)) is not None:
+                self.received += 1
+                return {"type": "http.request", "body": chunk, "more_body": True}
+            self._ended = True
+            if self._then == "end":
+                return {"type": "http.request", "body": b"", "more_body": False}
+        await self.disconnected.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        await self.reads.wait()
+        if message["type"] == "http.response.start":
+            self.status, self.headers = message["status"], dict(message["headers"])
+        else:
+            self.body += message["body"]
+            self.finished = not message["more_body"]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.body.splitlines()]
+
+
+def streams(engine: Engine, **changes: Any) -> Streams:
+    arguments = {
+        "parallel": 2,
+        "max_line_bytes": 1000,
+        "silence_s": WAIT_S,
+        "queue_rows": 4096,
+        **changes,
+    }
+    return Streams(engine, **arguments)
+
+
+async def exchange(
+    connection: Connection,
+    engine: Engine,
+    options: StreamOptions = DEFAULT_OPTIONS,
+    *,
+    encoding: Encoding | None = None,
+    **changes: Any,
+) -> None:
+    response = streams(engine, **changes).response(
+        Model(), options, timings=Timings(), encoding=encoding
+    )
+    async with asyncio.timeout(WAIT_S):
+        await response({"type": "http"}, connection.receive, connection.send)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Let other tasks run until `holds()` is true."""
+    async with asyncio.timeout(WAIT_S):
+        while not holds():
+            await asyncio.sleep(0)
+
+
+def test_every_line_is_answered_in_order_with_its_id_or_with_its_problem() -> None:
+    body = (
+        b'"a"\n\n{"text": "b", "id": 7}\r\n   \n{\n{"id": "x", "text": 3}\n"nan"\n'
+        + b"y" * 1001
+        + b'\n"last"'
+    )
+    connection = Connection(iter([body[:9], body[9:20], body[20:]]))
+    asyncio.run(exchange(connection, Engine(), StreamOptions(top_k=2)))
+    top = [{"label": "a", "score": 0.5}] * 2
+    assert connection.status == 200
+    assert connection.headers[b"x-evalmode-digest"] == b"d" * 64
+    assert connection.headers[b"content-type"] == b"application/x-ndjson"
+    assert connection.lines[0] == {
+        "index": 0,
+        "label": "a",
+        "score": 0.5,
+        "truncated": False,
+        "top": top,
+    }
+    assert [line["index"] for line in connection.lines] == list(range(7))
+    assert [line.get("label") for line in connection.lines] == [
+        "a",
+        "b",
+        None,
+        None,
+        None,
+        None,
+        "last",
     ]
-    answer = stream(service.url, "\n".join(lines).encode(), "?top_k=2")
-    assert answer.status_code == 200
-    assert answer.headers["x-evalmode-digest"] == service.started["digest"]
-    with Predictor.open(bundle, parallel=1) as predictor:
-        alone = {text: predictor.predict([text], top_k=2)[0] for text in set(asked)}
-    for place, (text, line) in enumerate(zip(asked, answer.text.splitlines(), strict=True)):
-        found = json.loads(line)
-        assert found["index"] == place
-        assert found.get("id") == (None if place % 2 else place)
-        assert found["top"] == [{"label": one.label, "score": one.score} for one in alone[text].top]
-        assert found["truncated"] == alone[text].truncated
+    assert [line.get("id") for line in connection.lines] == [None, 7, None, "x", None, None, None]
+    assert ["error" in line for line in connection.lines] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert connection.finished
+
+
+def test_a_text_that_fails_does_not_affect_the_others_of_its_group() -> None:
+    texts = ["a", "bad", "b", "nan", "c"] * 20
+    connection = Connection(iter([json.dumps(text).encode() + b"\n" for text in texts]))
+    asyncio.run(exchange(connection, Engine(), StreamOptions(truncate=False)))
+    assert [line.get("label", line.get("error", "")[:9]) for line in connection.lines] == [
+        {"bad": "text is l", "nan": "the model"}.get(text, text) for text in texts
+    ]
+
+
+def test_an_empty_body_is_an_empty_answer() -> None:
+    connection = Connection(iter([]))
+    asyncio.run(exchange(connection, Engine()))
+    assert (connection.status, connection.body, connection.finished) == (200, b"", True)
+
+
+def test_a_stream_waits_for_a_full_engine_and_loses_no_line() -> None:
+    engine = Engine(full=5)
+    connection = Connection(iter([b'"a"\n' * 100]))
+    asyncio.run(exchange(connection, engine))
+    assert [line["index"] for line in connection.lines] == list(range(100))
+    assert len(engine.waited_for) > 5
+
+
+def test_groups_are_never_larger_than_the_queue() -> None:
+    engine = Engine()
+    asyncio.run(exchange(Connection(iter([b'"a"\n' * 100])), engine, queue_rows=3))
+    assert max(engine.waited_for) == 3
+
+
+def test_a_stream_reads_no_more_than_a_window_while_its_client_does_not_read() -> None:
+    async def test() -> None:
+        engine = Engine()
+        connection = Connection((b'"a"\n' * 10 for _ in range(1000)), reads=False)
+        answering = asyncio.create_task(exchange(connection, engine))
+        await asyncio.sleep(0)
+        connection.reads.set()
+        await until(lambda: connection.status is not None)
+        connection.reads.clear()
+        read_before = len(connection.lines)
+        await until(lambda: engine.answered - read_before >= WINDOW_ROWS - 20)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        # 20 more for the lines that the client has just read, or is reading
+        assert engine.answered - read_before <= WINDOW_ROWS + 20
+        assert connection.received < 40
+        connection.reads.set()
+        await answering
+        assert [line["index"] for line in connection.lines] == list(range(10_000))
+
+    asyncio.run(test())
+
+
+def test_all_streams_together_run_few_rows_at_once() -> None:
+    async def test() -> None:
+        engine = Engine(gate=asyncio.Event())
+        shared = streams(engine)
+        connections = [Connection(iter([b'"a"\n' * 500])) for _ in range(10)]
+        tasks = [
+            asyncio.create_task(
+                shared.response(Model(), StreamOptions(), timings=Timings())(
+                    {"type": "http"}, connection.receive, connection.send
+                )
+            )
+            for connection in connections
+        ]
+        await until(lambda: engine.running_rows >= 96)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert engine.peak_rows == 96  # 32 for each batch that runs at once, and 32 more
+        engine.gate.set()  # type: ignore[union-attr]
+        await asyncio.gather(*tasks)
+        assert [len(connection.lines) for connection in connections] == [500] * 10
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("then", ["end", "more"])
+def test_the_rows_of_a_client_that_disconnects_are_cancelled(then: str) -> None:
+    async def test() -> None:
+        engine = Engine(gate=asyncio.Event())
+        connection = Connection(iter([b'"a"\n' * 64]), then=then)
+        answering = asyncio.create_task(exchange(connection, engine))
+        await until(lambda: engine.running_rows == 64)
+        connection.disconnected.set()
+        await answering
+        assert (engine.running_rows, engine.cancelled, engine.answered) == (0, 64, 0)
+        assert not connection.finished
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(test())
+
+
+def test_a_client_that_disconnects_before_its_first_byte_gets_no_response() -> None:
+    async def test() -> None:
+        connection = Connection(iter([]), then="more")
+        connection.disconnected.set()
+        with pytest.raises(ClientDisconnect):
+            await exchange(connection, Engine())
+        assert connection.status is None
+
+    asyncio.run(test())
+
+
+def test_silence_before_the_body_is_an_error_and_silence_within_it_a_last_line() -> None:
+    silent = Connection(iter([]), then="more")
+    with pytest.raises(RequestTimeout):
+        asyncio.run(exchange(silent, Engine(), silence_s=0.01))
+    assert silent.status is None
+    pausing = Connection(iter([b'"a"\n"b"\n"c']), then="more")
+    asyncio.run(exchange(pausing, Engine(), silence_s=0.01))
+    assert [line.get("label") for line in pausing.lines] == ["a", "b", None]
+    assert pausing.lines[-1] == {"error": "no more of the body arrived for 0.01 s"}
+    assert pausing.finished
+
+
+def test_a_client_that_does_not_read_for_too_long_is_disconnected() -> None:
+    async def test() -> None:
+        connection = Connection(iter([b'"a"\n']), then="more")
+        sent = connection.send
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                connection.reads.clear()
+            await sent(message)
+
+        response = streams(Engine(), silence_s=0.01).response(
+            Model(), StreamOptions(), timings=Timings()
+        )
+        async with asyncio.timeout(WAIT_S):
+            await response({"type": "http"}, connection.receive, send)
+        assert not connection.finished
+
+    asyncio.run(test())
+
+
+def test_a_server_that_stops_answers_what_it_has_read_and_a_last_line_says_why() -> None:
+    async def test() -> None:
+        draining = False
+        connection = Connection(iter([b'"a"\n"b"\n']), then="more")
+        answering = asyncio.create_task(exchange(connection, Engine(), draining=lambda: draining))
+        await until(lambda: len(connection.lines) == 2)
+        draining = True
+        await answering
+        assert connection.lines[2:] == [
+            {"error": "the server is stopping: the lines from here on were not read"}
+        ]
+        assert connection.finished
+
+    asyncio.run(test())
+
+
+def test_an_engine_that_closes_ends_the_stream_with_a_last_line() -> None:
+    connection = Connection(iter([b'"a"\n' * 100]))
+    asyncio.run(exchange(connection, Engine(stopped_after=64)))
+    *answers, last = connection.lines
+    assert [line["index"] for line in answers] == list(range(len(answers)))
+    assert set(last) == {"error"}
+    assert "stopping" in last["error"]
+
+
+def pieces_of(body: bytes, size: int) -> Iterator[bytes]:
+    return (body[start : start + size] for start in range(0, len(body), size))
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_compressed_lines_are_answered_whatever_the_size_of_chunks(
+    encoding: Encoding, size: int
+) -> None:
+    body = compress(b"".join(b'"%d"\n' % number for number in range(500)), encoding)
+    connection = Connection(pieces_of(body, size))
+    asyncio.run(exchange(connection, Engine(), encoding=encoding))
+    assert [line["label"] for line in connection.lines] == [str(number) for number in range(500)]
+    assert connection.finished
+
+
+def test_compressed_lines_are_answered_before_the_body_ends() -> None:
+    async def test() -> None:
+        compressor = zlib.compressobj(wbits=31)
+        first = compressor.compress(b'"a"\n') + compressor.flush(zlib.Z_SYNC_FLUSH)
+        connection = Connection(iter([first]), then="more")
+        answering = asyncio.create_task(exchange(connection, Engine(), encoding="gzip"))
+        await until(lambda: len(connection.lines) == 1)
+        connection.disconnected.set()
+        await answering
+
+    asyncio.run(test())
+
+
+def test_a_small_body_of_a_million_lines_is_read_a_window_at_a_time() -> None:
+    async def test() -> None:
+        engine = Engine()
+        body = compress(b'"a"\n' * 1_000_000, "gzip")
+        assert len(body) < 10_000
+        connection = Connection(iter([body]))
+        tracemalloc.start()
+        answering = asyncio.create_task(exchange(connection, engine, encoding="gzip"))
+        await until(lambda: connection.status is not None)
+        connection.reads.clear()
+        await until(lambda: engine.answered - len(connection.lines) >= WINDOW_ROWS - 32)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert engine.answered - len(connection.lines) <= WINDOW_ROWS + 32
+        assert peak_bytes < 8 << 20
+        connection.disconnected.set()
+        connection.reads.set()
+        await answering
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize(
-    ("query", "status", "field"),
-    [("?top_k=0", 422, "top_k"), ("?model=nobody", 404, None), ("?color=red", 422, "color")],
+    ("cut", "sentence"),
+    [
+        (lambda body: body[:-4], "the body ends within its gzip data"),
+        (lambda body: body + b"more", "the body goes on after the end of its gzip data"),
+        (lambda body: body[:-8] + b"\0" * 8, "the body is not gzip data"),
+    ],
 )
-def test_what_does_not_depend_on_the_lines_has_a_status(service, query, status, field) -> None:
-    answer = stream(service.url, b'"a"\n', query)
-    assert answer.status_code == status
-    assert answer.json()["field"] == field
-
-
-def test_a_body_beyond_the_limit_of_other_requests_is_answered_with_constant_memory(
-    service,
+def test_broken_compression_ends_a_stream_with_a_last_line(
+    cut: Callable[[bytes], bytes], sentence: str
 ) -> None:
-    def resident_kib() -> int:
-        with open(f"/proc/{service.process.pid}/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
-
-    line = json.dumps({"text": "Ez egy rövid mondat. " * 100}).encode() + b"\n"
-    assert stream(service.url, line * 100).status_code == 200
-    before = resident_kib()
-    sent = 0
-
-    # Writes and reads at once, as few clients do: the answers of so many lines fit into no buffer.
-    with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
-        head = (
-            "POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type:"
-            f" {NDJSON['content-type']}\r\nconnection: close\r\n"
-        )
-        connection.sendall(head.encode() + f"content-length: {len(line) * 10_000}\r\n\r\n".encode())
-        tail = b""
-        while sent < 10_000:
-            connection.sendall(line * 100)
-            sent += 100
-            connection.setblocking(False)
-            try:
-                while got := connection.recv(1 << 16):
-                    tail = (tail + got)[-2000:]
-            except BlockingIOError:
-                pass
-            connection.settimeout(WAIT_S)
-        while got := connection.recv(1 << 16):
-            tail = (tail + got)[-2000:]
-    assert b'{"index":9999,' in tail
-    assert resident_kib() - before < 20_000
+    body = cut(compress(b'"a"\n"b"\n', "gzip"))
+    connection = Connection(iter([body[:-9], body[-9:]]))
+    asyncio.run(exchange(connection, Engine(), encoding="gzip"))
+    *answers, last = connection.lines
+    assert [line["label"] for line in answers] == ["a", "b"][: len(answers)]
+    assert set(last) == {"error"}
+    assert last["error"].startswith(sentence)
+    assert connection.finished
 
 
-def test_answers_come_while_the_body_is_still_being_sent(service) -> None:
-    with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
-        connection.sendall(
-            b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
-        )
-        connection.sendall(b'transfer-encoding: chunked\r\n\r\n4\r\n"a"\n\r\n')
-        for index in range(3):
-            received = b""
-            while b"}]}\n" not in received:
-                received += connection.recv(4096)
-            assert b'{"index":%d,' % index in received
-            connection.sendall(b'4\r\n"a"\n\r\n')
-        connection.sendall(b"0\r\n\r\n")
-        assert b'{"index":3,' in connection.recv(4096)
-
-
-def rows_run(service) -> float:
-    figures = httpx.get(f"{service.url}/metrics", timeout=WAIT_S).text.splitlines()
-    name = "evalmode_batch_rows_sum"
-    return sum(float(line.rpartition(" ")[2]) for line in figures if line.startswith(name))
-
-
-def send_until_closed(connection: socket.socket, body: bytes) -> None:
-    with suppress(OSError):
-        connection.sendall(body)
-
-
-@pytest.mark.parametrize("repeats", [1, 512])
-def test_the_lines_of_a_small_compressed_body_end_with_their_client(bundle, repeats) -> None:
-    """The second body is larger than what a stream fetches ahead, so that only a write shows that
-    the client is gone.
-    """
-    compressor = zlib.compressobj(9, wbits=-15)
-    block = compressor.compress(b'"a"\n' * 1_000_000) + compressor.flush(zlib.Z_FULL_FLUSH)
-    assert len(block) < 5_000
-    body = block * repeats  # a full flush lets a block stand anywhere
-    with processes.running(bundle) as service:
-        with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
-            connection.sendall(
-                b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
-                b"content-encoding: deflate\r\ncontent-length: %d\r\n\r\n" % len(body)
-            )
-            sending = threading.Thread(target=send_until_closed, args=(connection, body))
-            sending.start()
-            received = b""
-            while b'{"index":1000,' not in received:
-                received = received[-100:] + connection.recv(4096)
-            connection.shutdown(socket.SHUT_RDWR)
-            sending.join()
-        end = time.monotonic() + WAIT_S
-        before, now = -1.0, rows_run(service)
-        while before != now:
-            assert time.monotonic() < end
-            time.sleep(0.5)
-            before, now = now, rows_run(service)
-        assert 1000 < now < 250_000
-
-
-def test_a_stream_that_is_open_when_the_server_is_told_to_stop_ends_with_a_last_line(
-    bundle,
+@pytest.mark.parametrize("body", [b'"a"\n', b""])
+def test_a_stream_in_another_encoding_than_it_declares_is_an_error(
+    body: bytes,
 ) -> None:
-    with processes.running(bundle, drain_s=0, workers=1) as found:
-        with socket.create_connection(("127.0.0.1", found.port), timeout=WAIT_S) as connection:
-            connection.sendall(
-                b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
-            )
-            connection.sendall(b'transfer-encoding: chunked\r\n\r\n4\r\n"a"\n\r\n')
-            received = b""
-            while b"}]}\n" not in received:
-                received += connection.recv(4096)
-            began = time.monotonic()
-            found.terminate()
-            while b"0\r\n\r\n" not in received and (more := connection.recv(4096)):
-                received += more
-            assert b'{"error":"the server is stopping' in received
-            assert received.endswith(b"0\r\n\r\n")
-        assert found.process.wait(WAIT_S) == 0
-        assert time.monotonic() - began < 10
+    connection = Connection(iter([body]))
+    with pytest.raises(BadRequest, match="gzip data"):
+        asyncio.run(exchange(connection, Engine(), encoding="gzip"))
+    assert connection.status is None
 
 
-def test_a_swap_while_a_stream_is_open_changes_nothing_of_it(tmp_path) -> None:
-    make_bundle(tmp_path, version="1")
-    with (
-        processes.running(tmp_path, poll_s=0.02) as found,
-        socket.create_connection(("127.0.0.1", found.port)) as sock,
-    ):
-        sock.settimeout(WAIT_S)
-        sock.sendall(
-            b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
-        )
-        sock.sendall(b'transfer-encoding: chunked\r\n\r\n4\r\n"a"\n\r\n')
-        received = b""
-        while b"}]}\n" not in received:
-            received += sock.recv(4096)
-        assert f"x-evalmode-digest: {found.started['digest']}".encode() in received
-        make_bundle(tmp_path, version="2", labels=("v", "w", "x", "y", "z"))
-        end = time.monotonic() + WAIT_S
-        while (newer := httpx.get(f"{found.url}/v1/model", timeout=WAIT_S).json())[
-            "version"
-        ] != "2":
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        sock.sendall(b'8\r\n"a"\n"a"\n\r\n0\r\n\r\n')
-        while not received.endswith(b"0\r\n\r\n"):
-            received += sock.recv(4096)
-        answers = [
-            json.loads(line) for line in received.splitlines() if line.startswith(b'{"index"')
-        ]
-        assert [answer.pop("index") for answer in answers] == [0, 1, 2]
-        assert answers[0] == answers[1] == answers[2]
-        after = stream(found.url, b'"a"\n')
-        assert after.headers["x-evalmode-digest"] == newer["digest"] != found.started["digest"]
-        assert json.loads(after.text)["label"] in "vwxyz"
-
-
-def predicted(*arguments: object, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    command = [Path(sys.executable).with_name("evalmode"), "predict", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, check=False, timeout=WAIT_S)
-
-
-def test_a_file_has_the_same_answers_byte_for_byte_from_a_server_and_in_process(
-    service, bundle, texts, tmp_path
-) -> None:
-    lines = [json.dumps(text) for text in texts] + [
-        "",
-        "{",
-        '{"text": "a", "id": "\\udc00"}',
-        '{"id": 1}',
-    ]
-    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
-    files = ("--input", "texts.jsonl", "--output")
-    there = predicted("--url", service.url, *files, "there.jsonl", folder=tmp_path)
-    here = predicted("--bundle", bundle, *files, "here.jsonl", folder=tmp_path)
-    assert (there.returncode, here.returncode) == (1, 1), there.stderr + here.stderr
-    found = (tmp_path / "there.jsonl").read_bytes()
-    assert found == (tmp_path / "here.jsonl").read_bytes()
-    answers = [json.loads(line) for line in found.splitlines()]
-    assert ["error" in line for line in answers] == [False] * len(texts) + [True, False, True]
-    alone = predicted("--json", "--bundle", bundle, texts[1], folder=tmp_path)
-    (said,) = json.loads(alone.stdout)["predictions"]
-    assert answers[1] == {"index": 1, **said}
-
-
-def test_one_goes_on_in_process_with_what_a_server_began(service, bundle, texts, tmp_path) -> None:
-    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
-    files = ("--input", "texts.jsonl", "--output", "answers.jsonl")
-    assert predicted("--url", service.url, *files, folder=tmp_path).returncode == 0
-    whole = (tmp_path / "answers.jsonl").read_bytes()
-    (tmp_path / "answers.jsonl").write_bytes(whole[: len(whole) // 2])
-    assert predicted("--bundle", bundle, *files, folder=tmp_path).returncode == 0
-    assert (tmp_path / "answers.jsonl").read_bytes() == whole
+def test_a_line_over_the_limit_names_the_limit_and_its_setting() -> None:
+    connection = Connection(iter([b'"' + b"x" * 2000 + b'"\n"a"\n']))
+    asyncio.run(exchange(connection, Engine()))
+    problem, answer = connection.lines
+    assert "longer than the 1000 bytes" in problem["error"]
+    assert "--max-body-bytes, EVALMODE_MAX_BODY_BYTES" in problem["error"]
+    assert answer["label"] == "a"

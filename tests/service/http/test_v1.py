@@ -1,4 +1,4 @@
-"""/v1 of a real server: bodies that travel compressed, and queries beside both forms of a body."""
+"""/v1 of a real server: compressed bodies, and queries with both forms of a body."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def raw_deflate(body: bytes) -> bytes:
 def predict(
     service: RunningServer, content: Any, query: str = "", **headers: str
 ) -> httpx.Response:
-    spelled = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.post(f"{service.url}/v1/predict{query}", content=content, headers=spelled)
+    sent_headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(f"{service.url}/v1/predict{query}", content=content, headers=sent_headers)
 
 
 def refusal(answer: httpx.Response, status: int) -> tuple[str, str | None]:
@@ -52,7 +52,7 @@ COMPRESSED = [
 
 
 @pytest.mark.parametrize(("encoding", "compress"), COMPRESSED)
-def test_a_compressed_body_has_the_answer_of_the_plain_one(service, encoding, compress):
+def test_a_compressed_body_gets_the_response_of_the_plain_one(service, encoding, compress):
     plain = predict(service, BODY)
     assert plain.status_code == 200
     compressed = predict(service, compress(BODY), content_encoding=encoding)
@@ -60,7 +60,7 @@ def test_a_compressed_body_has_the_answer_of_the_plain_one(service, encoding, co
 
 
 @pytest.mark.parametrize(("encoding", "compress"), COMPRESSED)
-def test_compressed_lines_have_the_answers_of_the_plain_ones(service, encoding, compress):
+def test_compressed_lines_get_the_answers_of_the_plain_ones(service, encoding, compress):
     headers = {"content_type": "application/x-ndjson"}
     lines = LINES * 3000
     plain = predict(service, lines, **headers)
@@ -71,7 +71,7 @@ def test_compressed_lines_have_the_answers_of_the_plain_ones(service, encoding, 
 
 @pytest.mark.parametrize("media", ["application/json", "application/x-ndjson"])
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "gzip, br"])
-def test_another_encoding_is_refused_and_its_header_named(service, media, encoding):
+def test_another_encoding_is_refused_with_the_name_of_its_header(service, media, encoding):
     for content in (BODY, LINES):
         answer = predict(service, content, content_type=media, content_encoding=encoding)
         sentence, field = refusal(answer, 415)
@@ -90,7 +90,7 @@ def test_another_encoding_is_refused_and_its_header_named(service, media, encodi
     ],
     ids=["cut", "more behind it", "plain", "empty"],
 )
-def test_a_body_that_is_not_what_its_encoding_says_is_malformed(service, content, sentence):
+def test_a_body_in_another_format_than_its_encoding_is_refused(service, content, sentence):
     assert refusal(predict(service, content, content_encoding="gzip"), 400)[0] == sentence
 
 
@@ -98,8 +98,8 @@ def test_a_gzip_body_of_several_members_is_answered_as_one(service):
     body = gzip.compress(BODY[:7]) + gzip.compress(BODY[7:])
     assert predict(service, body, content_encoding="gzip").json() == predict(service, BODY).json()
     lines = gzip.compress(LINES[:9]) + gzip.compress(LINES[9:] + LINES)
-    answers = lines_of(predict(service, lines, content_encoding="gzip", **_ndjson()))
-    assert answers == lines_of(predict(service, LINES * 2, **_ndjson()))
+    answers = lines_of(predict(service, lines, content_encoding="gzip", **NDJSON_ARGUMENT))
+    assert answers == lines_of(predict(service, LINES * 2, **NDJSON_ARGUMENT))
 
 
 def test_the_limit_holds_after_decompression_and_the_refusal_names_its_setting(service):
@@ -118,28 +118,28 @@ def test_the_limit_holds_after_decompression_and_the_refusal_names_its_setting(s
 
 def test_a_compressed_line_over_the_limit_is_a_problem_of_that_line(service):
     lines = LINES + b'"' + b"x" * 1_000_000 + b'"\n' + LINES
-    answer = predict(service, gzip.compress(lines), content_encoding="gzip", **_ndjson())
+    answer = predict(service, gzip.compress(lines), content_encoding="gzip", **NDJSON_ARGUMENT)
     first, second, third = lines_of(answer)
     assert first["top"] == third["top"]
     assert "longer than the 65536 bytes" in second["error"]
     assert "EVALMODE_MAX_BODY_BYTES" in second["error"]
 
 
-def test_broken_compression_of_a_few_lines_is_malformed(service):
+def test_broken_compression_of_a_few_lines_is_refused_with_a_status(service):
     content = gzip.compress(LINES * 3)[:-4]
-    answer = predict(service, content, content_encoding="gzip", **_ndjson())
+    answer = predict(service, content, content_encoding="gzip", **NDJSON_ARGUMENT)
     assert refusal(answer, 400)[0] == "the body ends within its gzip data"
 
 
-def test_broken_compression_behind_many_lines_is_the_last_line(service):
+def test_broken_compression_after_many_lines_becomes_the_last_line(service):
     content = gzip.compress(LINES * 5000)[:-4]
-    *answers, last = lines_of(predict(service, content, content_encoding="gzip", **_ndjson()))
+    *answers, last = lines_of(predict(service, content, content_encoding="gzip", **NDJSON_ARGUMENT))
     assert len(answers) == 5000
     assert last == {"error": "the body ends within its gzip data"}
 
 
-def _ndjson() -> dict[str, str]:
-    return {"content_type": "application/x-ndjson"}
+# The same header, as an argument of `predict`.
+NDJSON_ARGUMENT = {"content_type": NDJSON["content-type"]}
 
 
 @pytest.mark.parametrize(
@@ -154,62 +154,62 @@ def _ndjson() -> dict[str, str]:
         ("?top_k=1&top_k=2", 422, "top_k"),
     ],
 )
-def test_a_query_is_refused_alike_beside_json_and_beside_lines(service, query, status, field):
+def test_a_query_is_refused_with_json_as_it_is_with_lines(service, query, status, field):
     by_json = refusal(predict(service, BODY, query, content_type="application/json"), status)
-    by_lines = refusal(predict(service, LINES, query, **_ndjson()), status)
+    by_lines = refusal(predict(service, LINES, query, **NDJSON_ARGUMENT), status)
     assert by_json == by_lines
     assert by_json[1] == field
 
 
-def test_a_query_is_honoured_alike_beside_json_and_beside_lines(service):
+def test_a_query_has_the_same_effect_with_json_and_with_lines(service):
     query = "?model=tiny&version=1&top_k=1&truncate=true"
     (by_json,) = predict(service, BODY, query).json()["predictions"]
-    (by_lines,) = lines_of(predict(service, LINES, query, **_ndjson()))
+    (by_lines,) = lines_of(predict(service, LINES, query, **NDJSON_ARGUMENT))
     assert by_json["top"] == by_lines["top"]
     assert len(by_json["top"]) == 1
 
 
-def test_truncate_in_the_query_forbids_a_cut_in_both_forms(service):
+def test_truncate_in_the_query_applies_to_json_and_to_lines(service):
     long = "x" * 500
     answer = predict(service, json.dumps({"inputs": [long]}), "?truncate=false")
     assert refusal(answer, 422)[1] == "inputs.0"
-    (line,) = lines_of(predict(service, json.dumps(long), "?truncate=false", **_ndjson()))
+    (line,) = lines_of(predict(service, json.dumps(long), "?truncate=false", **NDJSON_ARGUMENT))
     assert "longer than" in line["error"]
 
 
 def test_a_field_in_query_and_body_is_refused(service):
     body = json.dumps({"inputs": [TEXT], "top_k": 1})
     sentence, field = refusal(predict(service, body, "?top_k=1"), 422)
-    assert sentence == "top_k stands in the query and in the body: give it in one of them"
+    assert sentence == "top_k is in the query and in the body: send it in one of them"
     assert field == "top_k"
 
 
 @pytest.mark.parametrize("key", ["top_k", "model", "label", ""])
-def test_a_field_of_a_line_beside_text_and_id_is_refused(service, key):
+def test_a_line_with_another_field_than_text_and_id_is_refused(service, key):
     content = json.dumps({"text": TEXT, "id": 7, key: 1}) + "\n" + LINES.decode()
-    problem, answer = lines_of(predict(service, content, **_ndjson()))
+    problem, answer = lines_of(predict(service, content, **NDJSON_ARGUMENT))
     name = key or '""'
     assert problem["error"].startswith(f"{name} is not a field of a line, which has text and id")
     assert problem["id"] == 7
     assert answer["index"] == 1
 
 
-def test_a_byte_order_mark_is_passed_over_in_json_and_in_lines(service):
+def test_a_byte_order_mark_is_ignored_in_json_and_in_lines(service):
     mark = b"\xef\xbb\xbf"
     assert predict(service, mark + BODY).content == predict(service, BODY).content
     assert (
-        predict(service, mark + LINES, **_ndjson()).content
-        == predict(service, LINES, **_ndjson()).content
+        predict(service, mark + LINES, **NDJSON_ARGUMENT).content
+        == predict(service, LINES, **NDJSON_ARGUMENT).content
     )
 
 
 @pytest.mark.parametrize("timeout", ["0000000000005000", "5000", "9" * 5000])
-def test_a_timeout_is_a_number_however_many_digits_it_has(service, timeout):
+def test_a_timeout_may_have_any_number_of_digits(service, timeout):
     assert predict(service, BODY, x_request_timeout_ms=timeout).status_code == 200
 
 
 @pytest.mark.parametrize("timeout", ["0", "000", "-5", "5.0", "5e3", "x" * 5000, ""])
-def test_another_timeout_is_refused_and_shortened(service, timeout):
+def test_a_timeout_that_is_not_a_number_is_refused_and_shortened(service, timeout):
     sentence, field = refusal(predict(service, BODY, x_request_timeout_ms=timeout), 400)
     assert sentence.startswith("header x-request-timeout-ms must be a whole number of milliseconds")
     assert field == "x-request-timeout-ms"
@@ -219,7 +219,7 @@ def test_another_timeout_is_refused_and_shortened(service, timeout):
 @pytest.mark.parametrize(
     ("query", "field"), [("?nmae=tiny", "nmae"), ("?model=tiny&model=tiny", "model")]
 )
-def test_a_query_for_a_model_is_refused_where_it_says_what_is_not_looked_at(service, query, field):
+def test_an_unknown_or_repeated_parameter_of_the_model_route_is_refused(service, query, field):
     assert refusal(httpx.get(f"{service.url}/v1/model{query}"), 422)[1] == field
 
 
@@ -273,11 +273,11 @@ WORDS_OF_PYTHON = (
     ],
     ids=lambda content: repr(content[:40]),
 )
-def test_a_malformed_body_is_refused_in_short_words_of_our_own(service, content):
+def test_a_malformed_body_is_refused_with_a_short_sentence_of_ours(service, content):
     answers = [predict(service, content)]
     path = f"{service.url}/v2/models/tiny/infer"
     answers.append(httpx.post(path, content=content))
-    answers.append(predict(service, content.replace(b"\n", b" ") + b"\n", **_ndjson()))
+    answers.append(predict(service, content.replace(b"\n", b" ") + b"\n", **NDJSON_ARGUMENT))
     assert answers[0].status_code in (400, 404, 422)
     assert answers[1].status_code == 400
     for answer in answers:

@@ -1,6 +1,4 @@
-"""Inference over the Open Inference Protocol, with a real model and a real engine, without a
-socket.
-"""
+"""Inference over the Open Inference Protocol: a real model and a real engine, without a socket."""
 
 from __future__ import annotations
 
@@ -34,32 +32,33 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
     make_bundle(root)
     tensor_bundle(root)
-    with serving(root, parallel=2, max_rows=8, max_body_bytes=65_536) as found:
-        yield found
+    with serving(root, parallel=2, max_rows=8, max_body_bytes=65_536) as server:
+        yield server
 
 
-def test_texts_are_answered_with_what_v1_answers_and_the_graph_with_it(served: Served):
-    answer = served.infer({"id": "7", "model_name": "let by", "inputs": [text_input(TEXTS)]})
-    found, outputs = answer.json(), outputs_of(answer)
+def test_texts_get_the_predictions_of_v1_and_the_outputs_of_the_graph(served: Served):
+    answer = served.infer({"id": "7", "model_name": "ignored", "inputs": [text_input(TEXTS)]})
+    response, outputs = answer.json(), outputs_of(answer)
     model = served.components.repository.get("tiny")
     jobs, truncated = model.text_rows(TEXTS)
     answers = served.components.engine.answer(jobs)
     expected = model.predictions(answers, truncated, top_k=5)
-    assert (found["model_name"], found["model_version"], found["id"]) == ("tiny", "1", "7")
-    assert found["parameters"] == {"digest": model.digest}
+    assert (response["model_name"], response["model_version"]) == ("tiny", "1")
+    assert response["id"] == "7"
+    assert response["parameters"] == {"digest": model.digest}
     assert list(outputs) == ["logits", "probabilities", "label", "truncated"]
     assert (
         outputs["logits"]["data"]
         == np.concatenate([row["logits"] for row in answers]).ravel().tolist()
     )
     assert outputs["probabilities"]["shape"] == [4, 5]
-    assert outputs["label"]["data"] == [one.label for one in expected]
+    assert outputs["label"]["data"] == [prediction.label for prediction in expected]
     assert outputs["truncated"]["data"] == [False, False, False, True]
     rows = np.reshape(outputs["probabilities"]["data"], (4, 5))
-    assert rows.max(axis=1).tolist() == [one.score for one in expected]
+    assert rows.max(axis=1).tolist() == [prediction.score for prediction in expected]
 
 
-def test_a_text_gets_the_bits_that_its_ids_get(served: Served):
+def test_a_text_gets_the_same_bits_as_its_ids(served: Served):
     model = served.components.repository.get("tiny")
     jobs, _ = model.text_rows(TEXTS[:1])
     ids = jobs[0][1].inputs["input_ids"]
@@ -77,7 +76,7 @@ def test_a_text_gets_the_bits_that_its_ids_get(served: Served):
     assert all(by_text[name] == output for name, output in by_ids.items())
 
 
-def test_a_model_of_tensors_is_served_with_its_own(served: Served):
+def test_a_model_of_tensors_has_its_own_inputs_and_outputs(served: Served):
     x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 4], "data": x.tolist()}]}
     output = outputs_of(served.infer(body, model="tensors"))["y"]
@@ -86,7 +85,7 @@ def test_a_model_of_tensors_is_served_with_its_own(served: Served):
     assert np.array(output["data"], np.float32).reshape(2, 2)[1:].tobytes() == alone.tobytes()
 
 
-def test_only_the_outputs_that_are_asked_for_are_given_in_that_order_each_as_asked(served: Served):
+def test_the_response_has_the_requested_outputs_in_their_order_and_form(served: Served):
     answer = served.infer(
         {
             "inputs": [text_input(TEXTS)],
@@ -110,7 +109,7 @@ def test_only_the_outputs_that_are_asked_for_are_given_in_that_order_each_as_ask
     assert 0 < float(value) <= 1
 
 
-def test_binary_tensors_in_and_out_are_the_json_ones_bit_for_bit(served: Served):
+def test_binary_tensors_equal_json_tensors_bit_for_bit(served: Served):
     elements = b"".join(
         len(raw).to_bytes(4, "little") + raw for raw in (text.encode() for text in TEXTS[:2])
     )
@@ -122,15 +121,15 @@ def test_binary_tensors_in_and_out_are_the_json_ones_bit_for_bit(served: Served)
     )
     length = int(answer.headers["inference-header-content-length"])
     outputs = json.loads(answer.content[:length])["outputs"]
-    place = length
+    position = length
     as_json = outputs_of(served.infer({"inputs": [text_input(TEXTS[:2])]}))
     for output, dtype in zip(outputs[:2], (np.float32, np.float64), strict=True):
-        raw = answer.content[place : place + output["parameters"]["binary_data_size"]]
+        raw = answer.content[position : position + output["parameters"]["binary_data_size"]]
         assert raw == np.array(as_json[output["name"]]["data"], dtype).tobytes()
-        place += len(raw)
+        position += len(raw)
 
 
-def test_a_raw_body_is_the_text(served: Served):
+def test_a_raw_body_fills_the_text(served: Served):
     answer = served.infer(TEXTS[0].encode(), headers={"inference-header-content-length": "0"})
     length = int(answer.headers["inference-header-content-length"])
     outputs = {output["name"]: output for output in json.loads(answer.content[:length])["outputs"]}
@@ -138,7 +137,7 @@ def test_a_raw_body_is_the_text(served: Served):
 
 
 @pytest.mark.parametrize("name", ["gzip", "deflate"])
-def test_bodies_travel_compressed_both_ways_and_the_length_is_that_of_the_plain_json(
+def test_bodies_may_be_compressed_both_ways_and_the_length_counts_plain_json(
     served: Served, name: str
 ):
     pack = {"gzip": gzip.compress, "deflate": zlib.compress}[name]
@@ -164,7 +163,7 @@ def test_a_bomb_is_too_large_and_an_unknown_encoding_is_refused(served: Served):
     assert unread.headers["accept-encoding"] == "gzip, deflate"
 
 
-def test_a_long_text_is_cut_or_refused_as_the_request_says(served: Served):
+def test_a_long_text_is_refused_if_the_request_forbids_to_cut_it(served: Served):
     body = {"inputs": [text_input(TEXTS)], "parameters": {"truncate": False}}
     assert refusal(served.infer(body)).startswith("inputs.0.data.3 is longer than the 16 positions")
 
@@ -224,13 +223,13 @@ def test_a_long_text_is_cut_or_refused_as_the_request_says(served: Served):
         ),
     ],
 )
-def test_what_a_model_does_not_take_or_give_is_400_and_names_the_field(
+def test_inputs_and_outputs_that_a_model_does_not_have_are_refused(
     served: Served, body: Any, sentence: str
 ):
     assert sentence in refusal(served.infer(body))
 
 
-def test_text_that_is_not_utf_8_is_refused_by_its_place(served: Served):
+def test_text_that_is_not_utf_8_is_refused_with_its_index(served: Served):
     head = json.dumps(
         {
             "inputs": [
@@ -251,16 +250,16 @@ def test_text_that_is_not_utf_8_is_refused_by_its_place(served: Served):
 
 @dataclass(frozen=True, kw_only=True)
 class FailingEngine:
-    """An engine that fails as it is told to, and remembers the time that it was given."""
+    """An engine that raises `failure`, and records the timeouts of its requests."""
 
     failure: Exception | None = None
-    given_s: list[float] = field(default_factory=list)
+    timeouts_s: list[float] = field(default_factory=list)
     load: Load = field(
         default_factory=lambda: Load(waiting_rows=0, waiting_bytes=0, running_batches=0, parallel=1)
     )
 
     async def answer_async(self, jobs: Any, *, timeout_s: float, timed: object) -> Any:
-        self.given_s.append(timeout_s)
+        self.timeouts_s.append(timeout_s)
         raise self.failure or DeadlineExceeded("too late")
 
 
@@ -273,7 +272,7 @@ class FailingEngine:
         (BodyTooLarge("split it"), 413),
     ],
 )
-def test_what_the_engine_refuses_keeps_its_status(
+def test_an_error_of_the_engine_keeps_its_status(
     served: Served, failure: RequestError, status: int
 ):
     answer = served.but(engine=FailingEngine(failure=failure)).infer(
@@ -293,7 +292,7 @@ def test_the_shortest_of_setting_header_and_parameter_is_the_deadline(served: Se
         ({"timeout": 10_000_000}, {"x-request-timeout-ms": "20000"}),
     ):
         refusal(other.infer({**body, "parameters": parameters}, headers=headers), 504)
-    assert [round(given_s) for given_s in engine.given_s] == [30, 20, 10]
+    assert [round(timeout_s) for timeout_s in engine.timeouts_s] == [30, 20, 10]
     assert "x-request-timeout-ms" in refusal(
         served.infer(body, headers={"x-request-timeout-ms": "-1"})
     )
@@ -303,8 +302,8 @@ def test_the_shortest_of_setting_header_and_parameter_is_the_deadline(served: Se
 def bounded() -> Iterator[Served]:
     """A recorded bundle: words below 30, and two columns below 5 and 7."""
     root = Path(__file__).parents[2] / "bundle" / "written_by" / "schema_2"
-    with serving(root) as found:
-        yield found
+    with serving(root) as server:
+        yield server
 
 
 def columns_request(words: list[list[int]], columns: list[list[int]]) -> Any:
@@ -327,7 +326,7 @@ def columns_request(words: list[list[int]], columns: list[list[int]]) -> Any:
         ([[1, 2], [3, 4]], [[4, 6], [0, -1]], "columns[1, 1] must be at least 0 and at most 6"),
     ],
 )
-def test_an_id_that_the_module_refuses_is_refused_with_its_place(
+def test_an_id_that_the_module_refuses_is_refused_with_its_position(
     bounded: Served, words: list[list[int]], columns: list[list[int]], reason: str
 ) -> None:
     answer = bounded.infer(columns_request(words, columns), model="columns")
@@ -340,7 +339,7 @@ def test_ids_at_both_ends_of_their_bounds_are_answered(bounded: Served) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_binary_ids_are_held_to_their_bounds_too(bounded: Served) -> None:
+def test_binary_ids_must_be_within_their_bounds_too(bounded: Served) -> None:
     request = columns_request([[1]], [[0, 0]])
     raw = {"words": np.array([[-1]], np.int64), "columns": np.array([[0, 0]], np.int64)}
     for tensor in request["inputs"]:
@@ -355,7 +354,7 @@ def test_binary_ids_are_held_to_their_bounds_too(bounded: Served) -> None:
     assert (answer.status_code, "got -1" in answer.text) == (400, True)
 
 
-def test_metadata_tells_the_bounds(bounded: Served) -> None:
+def test_metadata_contains_the_bounds(bounded: Served) -> None:
     words, columns = bounded.ask("GET", "/v2/models/columns").json()["inputs"]
     assert words["bounds"] == [{"minimum": 0, "maximum": 29}]
     first = {"axis": 1, "start": 0, "stop": 1}

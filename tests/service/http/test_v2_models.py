@@ -1,6 +1,4 @@
-"""What a server says of itself and of its models, and its repository, over the Open Inference
-Protocol.
-"""
+"""The routes of the Open Inference Protocol about the server, its models and its repository."""
 
 from __future__ import annotations
 
@@ -21,29 +19,30 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
     make_bundle(root)
     tensor_bundle(root)
-    with serving(root, parallel=2, max_rows=8, max_body_bytes=65_536) as found:
-        yield found
+    with serving(root, parallel=2, max_rows=8, max_body_bytes=65_536) as server:
+        yield server
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/"])
-def test_the_server_says_what_it_is_with_and_without_a_slash(served: Served, path: str):
-    found = served.ask("GET", path).json()
-    assert found["name"] == "evalmode"
+def test_the_metadata_of_the_server_has_two_paths(served: Served, path: str):
+    metadata = served.ask("GET", path).json()
+    assert metadata["name"] == "evalmode"
     assert {"binary_tensor_data", "classification", "model_repository", "statistics"} <= set(
-        found["extensions"]
+        metadata["extensions"]
     )
 
 
 @pytest.mark.parametrize("path", ["/v2/models/tiny", "/v2/models/tiny/versions/1"])
-def test_a_model_says_what_it_takes_and_gives(served: Served, path: str):
-    found = served.ask("GET", path).json()
-    assert (found["name"], found["versions"], found["platform"]) == ("tiny", ["1"], "onnx_onnxv1")
-    assert found["inputs"] == [
+def test_metadata_and_configuration_describe_the_tensors_of_a_model(served: Served, path: str):
+    metadata = served.ask("GET", path).json()
+    assert (metadata["name"], metadata["versions"]) == ("tiny", ["1"])
+    assert metadata["platform"] == "onnx_onnxv1"
+    assert metadata["inputs"] == [
         {"name": "text", "datatype": "BYTES", "shape": [-1]},
         {"name": "input_ids", "datatype": "INT64", "shape": [-1, -1, 6]},
     ]
     assert [
-        (output["name"], output["datatype"], output["shape"]) for output in found["outputs"]
+        (output["name"], output["datatype"], output["shape"]) for output in metadata["outputs"]
     ] == [
         ("logits", "FP32", [-1, 5]),
         ("probabilities", "FP64", [-1, 5]),
@@ -72,7 +71,7 @@ def test_an_unknown_model_or_version_is_404_everywhere(served: Served, model: st
     assert "model" in refusal(served.ask("GET", f"/v2/models/{model}{path}"), 404)
 
 
-def test_health_is_what_the_process_says_of_itself(served: Served):
+def test_health_is_that_of_the_process(served: Served):
     assert served.ask("GET", "/v2/health/live").json() == {"live": True}
     assert served.ask("GET", "/v2/health/ready").json() == {"live": True, "ready": True}
     starting = served.but(health=Health(stuck_s=lambda: 0.0, grace_s=1))
@@ -85,14 +84,16 @@ def test_health_is_what_the_process_says_of_itself(served: Served):
 
 def test_the_repository_lists_loads_and_unloads(served: Served):
     (entry,) = [
-        one for one in served.ask("POST", "/v2/repository/index").json() if one["name"] == "tiny"
+        entry
+        for entry in served.ask("POST", "/v2/repository/index").json()
+        if entry["name"] == "tiny"
     ]
     assert entry == {"name": "tiny", "version": "1", "state": "READY", "reason": ""}
     body = json.dumps({"parameters": {"unload_dependents": False}})
     assert served.ask("POST", "/v2/repository/models/tensors/unload", content=body).json() == {}
     assert served.ask("GET", "/v2/models/tensors").status_code in (404, 503)
     index = served.ask("POST", "/v2/repository/index", content=b'{"ready": true}').json()
-    assert [one["name"] for one in index] == ["tiny"]
+    assert [entry["name"] for entry in index] == ["tiny"]
     assert served.ask("POST", "/v2/repository/models/tensors/load").json() == {}
     assert served.ask("GET", "/v2/models/tensors").status_code == 200
     assert "nope" in refusal(served.ask("POST", "/v2/repository/models/nope/load"), 404)
@@ -104,14 +105,16 @@ def test_the_repository_lists_loads_and_unloads(served: Served):
 @pytest.mark.parametrize(
     "parameters", [{"config": "{}"}, {"file:1/model.onnx": base64.b64encode(b"x").decode()}]
 )
-def test_a_request_cannot_override_what_a_bundle_says(served: Served, parameters: dict[str, str]):
+def test_a_request_cannot_override_the_files_of_a_bundle(
+    served: Served, parameters: dict[str, str]
+):
     body = json.dumps({"parameters": parameters})
     answer = served.ask("POST", "/v2/repository/models/tiny/load", content=body)
     assert "which no request can override" in refusal(answer)
 
 
 @pytest.mark.parametrize("verb", ["load", "unload"])
-def test_several_workers_and_a_server_told_so_change_no_model_by_request(served: Served, verb: str):
+def test_with_several_workers_or_control_off_no_request_changes_a_model(served: Served, verb: str):
     path = f"/v2/repository/models/tiny/{verb}"
     sentence = refusal(served.but(settings={"workers": 4}).ask("POST", path), 409)
     assert "every worker polls the folder" in sentence
@@ -123,7 +126,7 @@ def test_several_workers_and_a_server_told_so_change_no_model_by_request(served:
 @pytest.mark.parametrize(
     "body", [b"[]", b"{", b'{"parameters": 3}', b'{"parameters": {"unload_dependents": 1}}']
 )
-def test_a_repository_body_that_is_none_is_refused(served: Served, body: bytes):
+def test_a_wrong_repository_body_is_refused(served: Served, body: bytes):
     refusal(served.ask("POST", "/v2/repository/models/tiny/unload", content=body))
 
 
@@ -151,7 +154,10 @@ def test_a_repository_body_that_is_none_is_refused(served: Served, body: bytes):
         (
             "models/tiny/load",
             {"parameters": {"x": 1}},
-            "parameters.x: a model is served as its bundle says it, which no request can override",
+            (
+                "parameters.x: a model is served as its bundle defines it, which no request can"
+                " override"
+            ),
         ),
         (
             "models/tiny/unload",
@@ -175,17 +181,17 @@ def test_a_repository_body_may_be_empty(served: Served, body: bytes):
 
 def test_statistics_count_requests_rows_and_batches(tmp_path: Path):
     make_bundle(tmp_path)
-    with serving(tmp_path, parallel=1, proof_fraction=0.0) as alone:
-        outputs_of(alone.infer({"inputs": [text_input(["a", "b", "c"])]}))
-        refusal(alone.infer({"inputs": [text_input(["a"], datatype="FP16")]}))
+    with serving(tmp_path, parallel=1, proof_fraction=0.0) as server:
+        outputs_of(server.infer({"inputs": [text_input(["a", "b", "c"])]}))
+        refusal(server.infer({"inputs": [text_input(["a"], datatype="FP16")]}))
         for path in (
             "/v2/models/stats",
             "/v2/models/tiny/stats",
             "/v2/models/tiny/versions/1/stats",
         ):
-            (found,) = alone.ask("GET", path).json()["model_stats"]
-            assert (found["name"], found["version"], found["inference_count"]) == ("tiny", "1", 3)
-            stats = found["inference_stats"]
+            (model,) = server.ask("GET", path).json()["model_stats"]
+            assert (model["name"], model["version"], model["inference_count"]) == ("tiny", "1", 3)
+            stats = model["inference_stats"]
             assert (stats["success"]["count"], stats["fail"]["count"], stats["queue"]["count"]) == (
                 1,
                 1,
@@ -193,6 +199,6 @@ def test_statistics_count_requests_rows_and_batches(tmp_path: Path):
             )
             assert stats["success"]["ns"] > stats["compute_infer"]["ns"] / 3 > 0
             assert (
-                sum(batch["compute_infer"]["count"] for batch in found["batch_stats"])
-                == found["execution_count"]
+                sum(batch["compute_infer"]["count"] for batch in model["batch_stats"])
+                == model["execution_count"]
             )

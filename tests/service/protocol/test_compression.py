@@ -13,10 +13,10 @@ from evalmode.service.errors import BadRequest, BodyTooLarge, UnsupportedMedia
 from evalmode.service.http.body import read_body
 from evalmode.service.protocol.compression import (
     Encoding,
-    accepted,
+    accepted_encoding,
     compress,
-    decompressed,
-    encoding_of,
+    declared_encoding,
+    decompress,
 )
 
 TEXT = b"Ez egy rovid mondat. " * 10_000
@@ -28,13 +28,13 @@ def raw_deflate(body: bytes) -> bytes:
 
 
 def read(chunks: Iterable[bytes], encoding: Encoding, *, max_body_bytes: int = 10**6) -> bytes:
-    async def sent() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncIterator[bytes]:
         for chunk in chunks:
             yield chunk
 
     return asyncio.run(
         read_body(
-            decompressed(sent(), encoding),
+            decompress(stream(), encoding),
             declared_bytes=None,
             max_body_bytes=max_body_bytes,
             silence_s=30,
@@ -43,13 +43,13 @@ def read(chunks: Iterable[bytes], encoding: Encoding, *, max_body_bytes: int = 1
 
 
 def cut(body: bytes, size: int) -> list[bytes]:
-    return [body[place : place + size] for place in range(0, len(body), size)]
+    return [body[start : start + size] for start in range(0, len(body), size)]
 
 
 @pytest.mark.parametrize(
     ("packed", "encoding"),
     [
-        (gzip.compress(TEXT, mtime=0), "gzip"),  # with a clock in it, its test has other names
+        (gzip.compress(TEXT, mtime=0), "gzip"),  # a time stamp would change the test's name
         (zlib.compress(TEXT), "deflate"),
         (raw_deflate(TEXT), "deflate"),
     ],
@@ -61,14 +61,14 @@ def test_a_body_comes_out_whole_however_it_is_cut(packed: bytes, encoding: Encod
 
 
 def test_a_bomb_of_a_gigabyte_stops_at_the_limit_and_takes_no_memory():
-    made = 0
+    sent_bytes = 0
 
     def bomb() -> Iterable[bytes]:
-        nonlocal made
+        nonlocal sent_bytes
         compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
         for _ in range(1024):
             if chunk := compressor.compress(bytes(1 << 20)):
-                made += len(chunk)
+                sent_bytes += len(chunk)
                 yield chunk
         yield compressor.flush()
 
@@ -78,7 +78,7 @@ def test_a_bomb_of_a_gigabyte_stops_at_the_limit_and_takes_no_memory():
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 8 << 20
-    assert made < 200_000
+    assert sent_bytes < 200_000
 
 
 def test_a_bomb_in_one_chunk_stops_at_the_limit_too():
@@ -111,14 +111,12 @@ def test_a_bomb_in_one_chunk_stops_at_the_limit_too():
         ([gzip.compress(b"a"), b"\x1f\x8b" + bytes(20)], "gzip", "is not gzip data"),
     ],
 )
-def test_what_is_not_its_encoding_is_refused(
-    chunks: list[bytes], encoding: Encoding, sentence: str
-):
+def test_data_in_another_format_is_refused(chunks: list[bytes], encoding: Encoding, sentence: str):
     with pytest.raises(BadRequest, match=sentence):
         read(chunks, encoding)
 
 
-def test_gzip_data_of_several_members_is_their_texts_one_after_the_other():
+def test_several_gzip_members_are_read_as_their_texts_in_order():
     members = [b"", TEXT, b"a", b"", bytes(100_000)]
     packed = b"".join(gzip.compress(member, mtime=0) for member in members)
     for size in (1, 7, 1000, len(packed)):
@@ -127,24 +125,24 @@ def test_gzip_data_of_several_members_is_their_texts_one_after_the_other():
 
 def test_a_bomb_of_many_members_stops_at_the_limit():
     member = gzip.compress(bytes(1 << 20), mtime=0)
-    made = 0
+    sent_members = 0
 
     def bomb() -> Iterable[bytes]:
-        nonlocal made
+        nonlocal sent_members
         for _ in range(1024):
-            made += 1
+            sent_members += 1
             yield member
 
     with pytest.raises(BodyTooLarge, match="larger than the 1000000 bytes"):
         read(bomb(), "gzip")
-    assert made == 1
+    assert sent_members == 1
     assert read([gzip.compress(bytes(1000), mtime=0) * 1000], "gzip") == bytes(1_000_000)
     with pytest.raises(BodyTooLarge):
         read([gzip.compress(bytes(1000), mtime=0) * 1001], "gzip")
 
 
 def test_empty_members_in_one_chunk_are_copied_a_few_times_at_most():
-    """50,000 members are 1 MB. Copied once a member, it would take 25 GB of copies."""
+    """50,000 members are 1 MB. With a copy for each member they would be 25 GB."""
     packed = gzip.compress(b"", mtime=0) * 50_000
     started = time.process_time()
     assert read([packed], "gzip") == b""
@@ -165,7 +163,7 @@ def test_empty_members_in_one_chunk_are_copied_a_few_times_at_most():
     ],
 )
 def test_the_headers_of_a_request_name_its_encoding(headers: list[str], encoding: str | None):
-    assert encoding_of(headers) == encoding
+    assert declared_encoding(headers) == encoding
 
 
 @pytest.mark.parametrize(
@@ -180,7 +178,7 @@ def test_the_headers_of_a_request_name_its_encoding(headers: list[str], encoding
 )
 def test_another_encoding_and_several_are_refused(headers: list[str], sentence: str):
     with pytest.raises(UnsupportedMedia) as refusal:
-        encoding_of(headers)
+        declared_encoding(headers)
     assert str(refusal.value).startswith("header content-encoding ")
     assert sentence in str(refusal.value)
     assert len(str(refusal.value)) < 200
@@ -205,13 +203,13 @@ def test_another_encoding_and_several_are_refused(headers: list[str], sentence: 
         ("gzip;q=nan", None),
     ],
 )
-def test_the_encoding_that_the_client_prefers_is_answered_in(
+def test_the_response_has_the_encoding_that_the_client_prefers(
     header: str | None, encoding: str | None
 ):
-    assert accepted(header) == encoding
+    assert accepted_encoding(header) == encoding
 
 
-def test_the_same_response_is_the_same_bytes_at_all_times():
-    assert compress(TEXT, "gzip")[4:8] == b"\0\0\0\0"  # the place of the clock
+def test_equal_responses_are_compressed_to_equal_bytes():
+    assert compress(TEXT, "gzip")[4:8] == b"\0\0\0\0"  # the time stamp
     assert gzip.decompress(compress(TEXT, "gzip")) == TEXT
     assert zlib.decompress(compress(TEXT, "deflate")) == TEXT

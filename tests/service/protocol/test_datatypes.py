@@ -8,22 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evalmode.service.errors import BadRequest
-from evalmode.service.protocol.binary import array_from_bytes, bytes_of
+from evalmode.service.protocol.binary import array_from_bytes, array_to_bytes
 from evalmode.service.protocol.datatypes import (
     BYTES,
     DTYPES,
     array_from_values,
+    array_to_values,
     datatype_of,
-    values_of,
 )
 
 
 def refusal(values: list[object], datatype: str) -> str:
-    with pytest.raises(BadRequest) as found:
+    with pytest.raises(BadRequest) as error:
         array_from_values(values, datatype, field="inputs.0.data")
-    assert found.value.field is not None
-    assert found.value.field.startswith("inputs.0.data.")
-    return str(found.value)
+    assert error.value.field is not None
+    assert error.value.field.startswith("inputs.0.data.")
+    return str(error.value)
 
 
 @pytest.mark.parametrize("datatype", DTYPES)
@@ -38,7 +38,7 @@ def test_every_datatype_goes_through_json_without_losing_a_bit(datatype: str):
         array = np.array([True, False])
     else:
         array = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max, 0, 1], dtype)
-    written = json.loads(json.dumps(values_of(array, field="output x"), allow_nan=False))
+    written = json.loads(json.dumps(array_to_values(array, field="output x"), allow_nan=False))
     assert array_from_values(written, datatype, field="x").tobytes() == array.tobytes()
     assert datatype_of(array) == datatype
 
@@ -48,30 +48,30 @@ def test_any_finite_float_goes_through_json_without_losing_a_bit(raw: bytes):
     for datatype in ("FP16", "FP32"):
         array = np.frombuffer(raw[: len(raw) // 4 * 4], DTYPES[datatype])
         array = array[np.isfinite(array)]
-        written = json.loads(json.dumps(values_of(array, field="x")))
+        written = json.loads(json.dumps(array_to_values(array, field="x")))
         assert array_from_values(written, datatype, field="x").tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("datatype", DTYPES)
 def test_every_datatype_goes_through_bytes_without_losing_a_bit(datatype: str):
     array = np.array([[0, 1, 1], [1, 0, 1]]).astype(DTYPES[datatype])
-    found = array_from_bytes(memoryview(bytes_of(array)), datatype, 6, field="x")
-    assert found.tobytes() == array.tobytes()
-    assert found.dtype == array.dtype
-    assert found.flags.aligned
-    assert found.flags.writeable
+    restored = array_from_bytes(memoryview(array_to_bytes(array)), datatype, 6, field="x")
+    assert restored.tobytes() == array.tobytes()
+    assert restored.dtype == array.dtype
+    assert restored.flags.aligned
+    assert restored.flags.writeable
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=10))
 def test_bytes_elements_of_any_length_go_through_bytes(elements: list[bytes]):
     array = np.array(elements, dtype=object)
-    found = array_from_bytes(memoryview(bytes_of(array)), BYTES, len(elements), field="x")
-    assert found.tolist() == elements
-    assert datatype_of(found) == BYTES
+    restored = array_from_bytes(memoryview(array_to_bytes(array)), BYTES, len(elements), field="x")
+    assert restored.tolist() == elements
+    assert datatype_of(restored) == BYTES
 
 
 @pytest.mark.parametrize(
-    ("values", "datatype", "place", "got"),
+    ("values", "datatype", "index", "value"),
     [
         ([1, True], "INT64", 1, "true"),
         ([1.0], "INT64", 0, "1.0"),
@@ -91,31 +91,31 @@ def test_bytes_elements_of_any_length_go_through_bytes(elements: list[bytes]):
         ([{}], "BYTES", 0, "an object"),
     ],
 )
-def test_a_value_that_its_datatype_cannot_hold_is_refused_by_its_place(
-    values: list[object], datatype: str, place: int, got: str
+def test_a_value_that_its_datatype_cannot_hold_is_refused_with_its_index(
+    values: list[object], datatype: str, index: int, value: str
 ):
     sentence = refusal(values, datatype)
-    assert f"inputs.0.data.{place} must be " in sentence
-    assert f"got {got}" in sentence
+    assert f"inputs.0.data.{index} must be " in sentence
+    assert f"got {value}" in sentence
 
 
-def test_an_integer_is_a_good_float():
+def test_an_integer_is_accepted_as_a_float():
     assert array_from_values([1, 2.5], "FP32", field="x").tolist() == [1.0, 2.5]
 
 
-def test_half_an_emoji_is_a_text():
+def test_half_an_emoji_is_accepted_as_a_text():
     assert array_from_values(["\ud83d"], BYTES, field="x").tolist() == ["\ud83d"]
 
 
 @pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
-def test_what_json_cannot_write_says_to_ask_for_binary(number: float):
+def test_numbers_that_json_cannot_write_are_refused_with_a_hint_at_binary_data(number: float):
     with pytest.raises(BadRequest, match=r'output y .*"binary_data": true'):
-        values_of(np.array([1.0, number], np.float32), field="output y")
+        array_to_values(np.array([1.0, number], np.float32), field="output y")
 
 
-def test_bytes_that_are_no_text_say_to_ask_for_binary():
+def test_bytes_that_are_not_text_are_refused_with_a_hint_at_binary_data():
     with pytest.raises(BadRequest, match=r'output y .*not UTF-8.*"binary_data": true'):
-        values_of(np.array([b"\xff"], dtype=object), field="output y")
+        array_to_values(np.array([b"\xff"], dtype=object), field="output y")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,6 @@ def test_bytes_that_are_no_text_say_to_ask_for_binary():
 def test_bytes_that_do_not_fit_their_shape_are_refused(
     raw: bytes, datatype: str, count: int, sentence: str
 ):
-    with pytest.raises(BadRequest, match=r"^inputs\.0\.data") as found:
+    with pytest.raises(BadRequest, match=r"^inputs\.0\.data") as error:
         array_from_bytes(memoryview(raw), datatype, count, field="inputs.0.data")
-    assert sentence in str(found.value)
+    assert sentence in str(error.value)

@@ -1,4 +1,4 @@
-"""Mutated bodies: each is a request or a sentence, nothing else, and takes little memory."""
+"""Mutated bodies: each is parsed or refused with a sentence, and takes little memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from evalmode.bundle.manifest import TensorSpec
 from evalmode.service.errors import RequestError
 from evalmode.service.http.body import read_body
-from evalmode.service.protocol.compression import decompressed, encoding_of
-from evalmode.service.protocol.request import InferRequest, parse_infer
+from evalmode.service.protocol.compression import declared_encoding, decompress
+from evalmode.service.protocol.request import InferRequest, parse_infer_request
 from evalmode.service.protocol.response import OutputTensor, encode_response
-from tests.service.protocol.mutations import CASES, Body, case, good
+from tests.service.protocol.mutations import CASES, Body, random_body, valid_request
 
 BATCHES = 5
 MAX_BODY_BYTES = 65_536
-# of Python's objects, for the worst body of 64 KiB: lists of empty lists
+# The worst body of 64 KiB is lists of empty lists, which are Python objects.
 MAX_MEMORY_BYTES = 16 << 20
 
 _SPECS = [
@@ -33,18 +33,18 @@ _SPECS = [
 
 
 async def outcome(body: Body, chance: random.Random) -> InferRequest | RequestError:
-    async def sent() -> AsyncIterator[bytes]:
-        packed, size = body.sent, chance.choice([7, 1000, 10**6])
-        for place in range(0, len(packed), size):
-            yield packed[place : place + size]
+    async def stream() -> AsyncIterator[bytes]:
+        content, size = body.content, chance.choice([7, 1000, 10**6])
+        for start in range(0, len(content), size):
+            yield content[start : start + size]
 
     try:
-        encoding = encoding_of([body.encoding] if body.encoding is not None else [])
-        chunks = sent() if encoding is None else decompressed(sent(), encoding)
+        encoding = declared_encoding([body.encoding] if body.encoding is not None else [])
+        chunks = stream() if encoding is None else decompress(stream(), encoding)
         plain = await read_body(
             chunks, declared_bytes=None, max_body_bytes=MAX_BODY_BYTES, silence_s=30
         )
-        return parse_infer(
+        return parse_infer_request(
             plain, json_length=body.json_length, max_top_k=10, only_input=chance.choice(_SPECS)
         )
     except RequestError as error:
@@ -52,42 +52,42 @@ async def outcome(body: Body, chance: random.Random) -> InferRequest | RequestEr
 
 
 @pytest.mark.parametrize("seed", range(BATCHES))
-def test_a_mutated_body_is_a_request_or_a_sentence_and_takes_little_memory(seed: int):
+def test_a_mutated_body_is_parsed_or_refused_and_takes_little_memory(seed: int):
     chance = random.Random(seed)
 
-    async def all_of_them() -> list[bool]:
-        understood = []
+    async def parse_all() -> list[bool]:
+        accepted = []
         for _ in range(CASES // BATCHES):
-            body = case(chance)
+            body = random_body(chance)
             tracemalloc.reset_peak()
             before_bytes, _ = tracemalloc.get_traced_memory()
-            found = await outcome(body, chance)
+            result = await outcome(body, chance)
             _, peak_bytes = tracemalloc.get_traced_memory()
             assert peak_bytes - before_bytes < MAX_MEMORY_BYTES, body
-            understood.append(isinstance(found, InferRequest))
-            if isinstance(found, RequestError):
-                assert found.status in (400, 413, 415), body
-                assert 0 < len(str(found)) < 1000, body
-        return understood
+            accepted.append(isinstance(result, InferRequest))
+            if isinstance(result, RequestError):
+                assert result.status in (400, 413, 415), body
+                assert 0 < len(str(result)) < 1000, body
+        return accepted
 
     tracemalloc.start()
-    understood = asyncio.run(all_of_them())
+    accepted = asyncio.run(parse_all())
     tracemalloc.stop()
-    assert 0.05 < sum(understood) / len(understood) < 0.8  # both ends are reached
+    assert 0.05 < sum(accepted) / len(accepted) < 0.8  # many are parsed and many are refused
 
 
-def test_what_was_understood_can_be_written_again():
+def test_parsed_tensors_can_be_written_again():
     chance = random.Random(99)
     for _ in range(200):
-        found, raw = good(chance)
-        head = json.dumps(found).encode()
-        request = parse_infer(head + raw, json_length=str(len(head)), max_top_k=10)
+        fields, raw = valid_request(chance)
+        head = json.dumps(fields).encode()
+        request = parse_infer_request(head + raw, json_length=str(len(head)), max_top_k=10)
         tensors = [
             OutputTensor(name=tensor.name, data=tensor.data, binary=chance.random() < 0.5)
             for tensor in request.inputs
         ]
         encoded = encode_response(tensors, model_name="m", model_version="1", digest="0")
-        again = json.loads(encoded.body[: encoded.json_length])["outputs"]
-        assert [(output["name"], output["datatype"], output["shape"]) for output in again] == [
-            (tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in found["inputs"]
+        written = json.loads(encoded.body[: encoded.json_length])["outputs"]
+        assert [(output["name"], output["datatype"], output["shape"]) for output in written] == [
+            (tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in fields["inputs"]
         ]

@@ -17,11 +17,15 @@ def test_json_outputs_are_row_major_lists_that_read_back_to_the_same_bits():
     encoded = encode_response(
         [OutputTensor(name="logits", data=LOGITS, binary=False)], **NAMED, request_id="\ud83d"
     )
-    found = json.loads(encoded.body)
+    response = json.loads(encoded.body)
     assert encoded.json_length is None
-    assert (found["model_name"], found["model_version"], found["id"]) == ("m", "1", "\ud83d")
-    assert found["parameters"] == {"digest": "0" * 64}
-    (output,) = found["outputs"]
+    assert (response["model_name"], response["model_version"], response["id"]) == (
+        "m",
+        "1",
+        "\ud83d",
+    )
+    assert response["parameters"] == {"digest": "0" * 64}
+    (output,) = response["outputs"]
     assert (output["name"], output["datatype"], output["shape"]) == ("logits", "FP32", [2, 3])
     assert np.array(output["data"], np.float32).tobytes() == LOGITS.tobytes()
 
@@ -37,9 +41,9 @@ def test_binary_outputs_follow_the_json_in_their_order():
         **NAMED,
     )
     assert encoded.json_length is not None
-    found = json.loads(encoded.body[: encoded.json_length])
-    assert "id" not in found
-    a, b, c = found["outputs"]
+    response = json.loads(encoded.body[: encoded.json_length])
+    assert "id" not in response
+    a, b, c = response["outputs"]
     assert (a["datatype"], a["parameters"]) == ("BYTES", {"binary_data_size": 11})
     assert b["data"] == [True]
     assert "data" not in c
@@ -48,28 +52,28 @@ def test_binary_outputs_follow_the_json_in_their_order():
     assert len(raw) == a["parameters"]["binary_data_size"] + c["parameters"]["binary_data_size"]
 
 
-def test_the_best_classes_are_given_best_first_and_of_equal_ones_the_first():
-    found = classify(LOGITS, 2, labels=LABELS, name="logits")
-    assert found.tolist() == [
+def test_classes_are_written_best_first_and_equal_ones_by_their_index():
+    classes = classify(LOGITS, 2, labels=LABELS, name="logits")
+    assert classes.tolist() == [
         ["2.5:1:nl:x", "0.10000000149011612:0:hu"],
         ["3.0:0:hu", "3.0:1:nl:x"],
     ]
 
 
-def test_more_classes_than_there_are_gives_all_and_labels_of_another_number_are_none():
+def test_a_count_above_the_classes_returns_all_and_labels_of_another_number_are_left_out():
     assert classify(LOGITS, 9, labels=("a",), name="x").shape == (2, 3)
     assert classify(LOGITS[:, :2], 1, labels=LABELS, name="x").tolist() == [["2.5:1"], ["3.0:0"]]
     assert classify(np.array([4, 5]), 3, labels=None, name="x").tolist() == [["4:0"], ["5:0"]]
 
 
 def test_nan_is_the_worst_class():
-    found = classify(np.array([[np.nan, -np.inf, 1.0]]), 3, labels=None, name="x")
-    assert found.tolist() == [["1.0:2", "-inf:1", "nan:0"]]
+    classes = classify(np.array([[np.nan, -np.inf, 1.0]]), 3, labels=None, name="x")
+    assert classes.tolist() == [["1.0:2", "-inf:1", "nan:0"]]
 
 
 @pytest.mark.parametrize(
     "data", [np.array([[True]]), np.array([["a"]], dtype=object), np.zeros((1, 2, 3))]
 )
-def test_an_output_without_classes_says_so(data: np.ndarray):
+def test_an_output_without_classes_is_refused(data: np.ndarray):
     with pytest.raises(BadRequest, match='output "x" has no classes'):
         classify(data, 1, labels=None, name="x")

@@ -29,9 +29,8 @@ import sys
 import structlog
 import uvicorn
 from fastapi import FastAPI, Request
-from types import SimpleNamespace
 
-from evalmode.service.http.edge import surround
+from evalmode.service.http.middleware import add_middleware
 from evalmode.service.telemetry.logs import configure_logs
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.settings import Settings
@@ -51,7 +50,7 @@ async def logs(request: Request):
     log.info("ours", count=len(text))
     logging.getLogger("a.library").warning("theirs: %s", "a thing")
 
-surround(app, SimpleNamespace(settings=Settings(), metrics=Metrics()))
+add_middleware(app, Settings(), Metrics())
 whole = app.middleware_stack
 
 async def unfinished(scope, receive, send):
@@ -59,8 +58,8 @@ async def unfinished(scope, receive, send):
         return
     await whole(scope, receive, send)
 
-from evalmode.service.http.edge import Edge
-outer = Edge(unfinished, figures=Metrics())
+from evalmode.service.http.middleware import RequestMiddleware
+outer = RequestMiddleware(unfinished, metrics=Metrics())
 async def application(scope, receive, send):
     layer = outer if scope.get("path") == "/unfinished" else whole
     await layer({**scope, "app": app}, receive, send)

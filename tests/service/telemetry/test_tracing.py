@@ -24,7 +24,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from evalmode.service.batching.bucket import Bucket
 from evalmode.service.batching.observer import RanBatch
 from evalmode.service.errors import StartFailed
-from evalmode.service.http.edge import QUIET_PATHS, Edge, surround
+from evalmode.service.http.middleware import QUIET_PATHS, RequestMiddleware, add_middleware
 from evalmode.service.settings import Settings
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.tracing import Tracing, open_tracing
@@ -128,7 +128,7 @@ def traced_app(tracing: Tracing, handler: Any = None) -> FastAPI:
     routes.add_api_route("/v2/models/{name}/infer", infer, methods=["POST"])
     routes.add_api_route("/livez", livez)
     app.include_router(routes)
-    surround(app, SimpleNamespace(settings=Settings(), metrics=Metrics()), tracing=tracing)
+    add_middleware(app, Settings(), Metrics(), tracing=tracing)
     return app
 
 
@@ -148,7 +148,7 @@ def test_without_an_endpoint_there_are_no_traces_and_nothing_that_makes_any_is_l
     assert open_tracing(Settings()) is None
     program = (
         "import sys; from evalmode.service.settings import Settings; from evalmode.service.http"
-        " import edge; "
+        " import middleware; "
         "from evalmode.service.telemetry import tracing; "
         "assert tracing.open_tracing(Settings()) is None; "
         # FastAPI itself loads the bare API where that is installed.
@@ -329,8 +329,8 @@ def test_what_is_logged_in_a_request_names_its_trace(collector):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body"})
 
-    edge = Edge(looks, figures=Metrics(), log=Log())  # type: ignore[arg-type]
-    ask(tracing.around(edge), "/x", traceparent=f"00-{TRACE}-{PARENT}-01")
+    middleware = RequestMiddleware(looks, metrics=Metrics(), log=Log())  # type: ignore[arg-type]
+    ask(tracing.around(middleware), "/x", traceparent=f"00-{TRACE}-{PARENT}-01")
     tracing.close()
     assert bound[0]["trace_id"] == TRACE
 

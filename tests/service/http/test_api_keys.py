@@ -1,4 +1,4 @@
-"""API keys: who is let through, how keys change, and that none is ever shown."""
+"""API keys: which requests need one, how the keys change, and that no key is logged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from evalmode.service.errors import StartFailed
-from evalmode.service.http.security import ApiKeys, RequireKey
+from evalmode.service.http.api_keys import ApiKeys, RequireKey
 from evalmode.service.settings import Settings
 
 FIRST = "first-key-of-the-tests"
@@ -21,7 +21,7 @@ THIRD = "third-key-of-the-tests"
 
 
 class Clock:
-    """Stands still until it is told."""
+    """A clock that stands still until a test sets it."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -31,7 +31,7 @@ class Clock:
 
 
 class App:
-    """Answers 200 and remembers what got through; reads the body as an application would."""
+    """Reads the body and answers 200, and records the paths of its requests."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -45,38 +45,34 @@ class App:
         await send({"type": "http.response.body", "body": b"ok"})
 
 
-def settings_of(**given) -> Settings:
-    return Settings(**given)
-
-
-def asked(
+def send(
     app, path: str = "/v1/predict", *, method: str = "POST", content=None, **headers: str
 ) -> httpx.Response:
-    async def ask() -> httpx.Response:
+    async def request() -> httpx.Response:
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test"
         ) as client:
-            spelled = {name.replace("_", "-"): value for name, value in headers.items()}
-            return await client.request(method, path, headers=spelled, content=content)
+            sent_headers = {name.replace("_", "-"): value for name, value in headers.items()}
+            return await client.request(method, path, headers=sent_headers, content=content)
 
-    return asyncio.run(ask())
+    return asyncio.run(request())
 
 
 def guarded(*keys: str) -> RequireKey:
     return RequireKey(App(), ApiKeys(keys or [FIRST]))
 
 
-def test_without_keys_in_the_settings_everybody_may_ask():
-    assert ApiKeys.of(settings_of()) is None
+def test_without_keys_in_the_settings_no_key_is_needed():
+    assert ApiKeys.of(Settings()) is None
 
 
 @pytest.mark.parametrize("separator", [",", " ", "\n", ", ", " ,\t"])
-def test_several_keys_are_known_at_once_so_that_they_can_be_rotated(separator):
-    keys = ApiKeys.of(settings_of(api_keys=f"{FIRST}{separator}{SECOND}"))
-    assert keys.knows(FIRST.encode())
-    assert keys.knows(SECOND.encode())
-    assert not keys.knows(THIRD.encode())
-    assert not keys.knows(b"")
+def test_several_keys_are_valid_at_once_so_that_they_can_be_rotated(separator):
+    keys = ApiKeys.of(Settings(api_keys=f"{FIRST}{separator}{SECOND}"))
+    assert keys.is_valid(FIRST.encode())
+    assert keys.is_valid(SECOND.encode())
+    assert not keys.is_valid(THIRD.encode())
+    assert not keys.is_valid(b"")
 
 
 @pytest.mark.parametrize(
@@ -89,8 +85,8 @@ def test_several_keys_are_known_at_once_so_that_they_can_be_rotated(separator):
         {"authorization": "Bearer something-from-a-proxy", "x_api_key": FIRST},
     ],
 )
-def test_a_key_is_taken_from_either_header(headers):
-    assert asked(guarded(), **headers).status_code == 200
+def test_a_key_is_read_from_either_header(headers):
+    assert send(guarded(), **headers).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -107,8 +103,8 @@ def test_a_key_is_taken_from_either_header(headers):
         {"x_api_key": f"{FIRST},{FIRST}"},
     ],
 )
-def test_without_a_known_key_the_answer_is_401_and_says_how_to_show_one(headers):
-    answer = asked(guarded(), **headers)
+def test_without_a_valid_key_the_response_is_401_and_explains_how_to_send_one(headers):
+    answer = send(guarded(), **headers)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert answer.headers["content-type"] == "application/json"
@@ -118,13 +114,13 @@ def test_without_a_known_key_the_answer_is_401_and_says_how_to_show_one(headers)
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/", "/v2/models/languages/infer"])
-def test_under_v2_an_error_is_an_error_and_nothing_else(path):
-    assert list(asked(guarded(), path).json()) == ["error"]
+def test_a_refusal_of_v2_has_no_field_but_error(path):
+    assert list(send(guarded(), path).json()) == ["error"]
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready"])
 def test_probes_need_no_key(path):
-    assert asked(guarded(), path, method="GET").status_code == 200
+    assert send(guarded(), path, method="GET").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -135,18 +131,18 @@ def test_probes_need_no_key(path):
         "/livez%2f..%2fmetrics",
     ],
 )  # fmt: skip
-def test_all_else_needs_one_however_its_path_is_spelled(path):
-    assert asked(guarded(), path, method="GET").status_code == 401
+def test_all_else_needs_one_however_its_path_is_sent_headers(path):
+    assert send(guarded(), path, method="GET").status_code == 401
 
 
-def test_a_refusal_reads_nothing_of_the_body_and_asks_for_none():
-    read = []
+def test_a_refusal_does_not_read_the_body():
+    messages = []
 
     async def refuse() -> list[dict]:
         sent: list[dict] = []
 
         async def receive():
-            read.append("a message")
+            messages.append("a message")
             return {"type": "http.request", "body": b"", "more_body": False}
 
         async def send(message):
@@ -162,28 +158,28 @@ def test_a_refusal_reads_nothing_of_the_body_and_asks_for_none():
         return sent
 
     assert asyncio.run(refuse())[0]["status"] == 401
-    assert read == []
+    assert messages == []
 
 
-def test_start_and_end_of_the_server_go_through_and_a_websocket_does_not():
+def test_a_websocket_needs_a_key_and_the_start_of_the_server_does_not():
     app = App()
     sent: list[dict] = []
 
     async def send(message):
         sent.append(message)
 
-    async def go() -> None:
+    async def call() -> None:
         guard = RequireKey(app, ApiKeys([FIRST]))
         await guard({"type": "lifespan"}, None, send)
         await guard({"type": "websocket", "path": "/livez", "headers": []}, None, send)
 
-    asyncio.run(go())
+    asyncio.run(call())
     assert app.paths == ["lifespan"]
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "sentence"),
     [
         ("short", "5 characters"),
         (f"{FIRST} fifteen-letters", "15 characters"),
@@ -191,15 +187,15 @@ def test_start_and_end_of_the_server_go_through_and_a_websocket_does_not():
         ("", "no key"),
     ],
 )
-def test_a_server_with_keys_that_cannot_hold_does_not_start_and_does_not_show_them(keys, says):
-    with pytest.raises(StartFailed, match=says) as caught:
-        ApiKeys.of(settings_of(api_keys=keys))
-    assert "short" not in str(caught.value)
-    assert FIRST not in str(caught.value)
+def test_a_server_with_a_short_key_or_none_does_not_start_and_prints_no_key(keys, sentence):
+    with pytest.raises(StartFailed, match=sentence) as error:
+        ApiKeys.of(Settings(api_keys=keys))
+    assert "short" not in str(error.value)
+    assert FIRST not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "sentence"),
     [
         (None, "cannot be read"),
         (b"", "no key"),
@@ -209,29 +205,31 @@ def test_a_server_with_keys_that_cannot_hold_does_not_start_and_does_not_show_th
         (b"#" * (1 << 20) + b"\n" + FIRST.encode(), "bytes"),
     ],
 )
-def test_a_server_whose_file_of_keys_is_not_right_does_not_start(tmp_path, content, says):
+def test_a_server_with_a_bad_file_of_keys_does_not_start(tmp_path, content, sentence):
     file = tmp_path / "keys"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(StartFailed, match=says) as caught:
-        ApiKeys.of(settings_of(api_keys_file=file))
-    assert str(file) in str(caught.value)
-    assert FIRST not in str(caught.value)
+    with pytest.raises(StartFailed, match=sentence) as error:
+        ApiKeys.of(Settings(api_keys_file=file))
+    assert str(file) in str(error.value)
+    assert FIRST not in str(error.value)
 
 
-def keys_of(file: Path, *given: str) -> tuple[ApiKeys, Clock]:
+def keys_of(file: Path, *keys: str) -> tuple[ApiKeys, Clock]:
     clock = Clock()
-    return ApiKeys(given, file=file, clock=clock), clock
+    return ApiKeys(keys, file=file, clock=clock), clock
 
 
 def test_a_file_of_keys_has_one_a_line_and_comments(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"# of ours\n{FIRST}\n\n  {SECOND}  \r\n#{THIRD}\n")
     keys, _ = keys_of(file, "given-key-of-the-tests")
-    known = [
-        key for key in (FIRST, SECOND, THIRD, "given-key-of-the-tests") if keys.knows(key.encode())
+    valid = [
+        key
+        for key in (FIRST, SECOND, THIRD, "given-key-of-the-tests")
+        if keys.is_valid(key.encode())
     ]
-    assert known == [FIRST, SECOND, "given-key-of-the-tests"]
+    assert valid == [FIRST, SECOND, "given-key-of-the-tests"]
 
 
 @pytest.mark.parametrize("renamed", [False, True])
@@ -242,13 +240,13 @@ def test_a_file_that_changes_is_read_again_within_a_second(tmp_path, renamed):
     other = tmp_path / "other" if renamed else file
     other.write_text(SECOND)
     other.rename(file)
-    assert keys.knows(FIRST.encode())
+    assert keys.is_valid(FIRST.encode())
     clock.now_s = 1.0
-    assert keys.knows(SECOND.encode())
-    assert not keys.knows(FIRST.encode())
+    assert keys.is_valid(SECOND.encode())
+    assert not keys.is_valid(FIRST.encode())
 
 
-def test_a_change_that_no_time_stamp_shows_is_seen(tmp_path):
+def test_a_change_that_no_time_stamp_shows_is_noticed(tmp_path):
     file = tmp_path / "keys"
     file.write_text(FIRST)
     keys, clock = keys_of(file)
@@ -257,26 +255,24 @@ def test_a_change_that_no_time_stamp_shows_is_seen(tmp_path):
 
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     clock.now_s = 1.0
-    assert not keys.knows(FIRST.encode())
+    assert not keys.is_valid(FIRST.encode())
 
 
-@pytest.mark.parametrize("spoil", ["emptied", "gone", "too short", "a folder"])
-def test_a_file_that_is_spoiled_later_leaves_the_keys_as_they_were_and_is_logged_once(
-    tmp_path, spoil
-):
+@pytest.mark.parametrize("damage", ["emptied", "gone", "too short", "a folder"])
+def test_a_file_that_breaks_later_leaves_the_keys_as_they_were_and_is_logged_once(tmp_path, damage):
     file = tmp_path / "keys"
     file.write_text(FIRST)
     keys, clock = keys_of(file)
-    if spoil in ("gone", "a folder"):
+    if damage in ("gone", "a folder"):
         file.unlink()
-    if spoil == "a folder":
+    if damage == "a folder":
         file.mkdir()
-    if spoil in ("emptied", "too short"):
-        file.write_text("" if spoil == "emptied" else f"{SECOND}\nshort-secret")
+    if damage in ("emptied", "too short"):
+        file.write_text("" if damage == "emptied" else f"{SECOND}\nshort-secret")
     with structlog.testing.capture_logs() as logged:
         for now_s in (1.0, 2.0, 3.0):
             clock.now_s = now_s
-            assert keys.knows(FIRST.encode())
+            assert keys.is_valid(FIRST.encode())
     assert [line["log_level"] for line in logged] == ["error"]
     assert "short-secret" not in str(logged)
 
@@ -285,7 +281,7 @@ def test_a_file_that_is_mended_is_read_again(tmp_path):
     file = tmp_path / "keys"
     file.write_text(FIRST)
     keys, clock = keys_of(file)
-    for now_s, content, known in (
+    for now_s, content, key in (
         (1.0, "", FIRST),
         (2.0, SECOND, SECOND),
         (3.0, SECOND, SECOND),
@@ -293,24 +289,24 @@ def test_a_file_that_is_mended_is_read_again(tmp_path):
     ):
         file.write_text(content)
         clock.now_s = now_s
-        assert keys.knows(known.encode())
+        assert keys.is_valid(key.encode())
 
 
-def test_no_key_is_ever_logged_or_shown(tmp_path, caplog):
+def test_no_key_is_ever_logged_or_printed(tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     file = tmp_path / "keys"
     file.write_text(FIRST)
-    settings = settings_of(api_keys=SECOND, api_keys_file=file)
+    settings = Settings(api_keys=SECOND, api_keys_file=file)
     with structlog.testing.capture_logs() as logged:
         keys, clock = keys_of(file, SECOND)
         guard = RequireKey(App(), keys)
-        asked(guard, authorization=f"Bearer {FIRST}")
+        send(guard, authorization=f"Bearer {FIRST}")
         file.write_text(f"{THIRD}\n{FIRST}")
         clock.now_s = 1.0
-        asked(guard, authorization=f"Bearer {THIRD}x")
+        send(guard, authorization=f"Bearer {THIRD}x")
         file.write_text(f"{THIRD}\nshort")
         clock.now_s = 2.0
-        asked(guard, x_api_key=THIRD)
+        send(guard, x_api_key=THIRD)
     assert [line["event"] for line in logged] == ["API keys read", "the API keys stay as they were"]
     everything = f"{logged} {caplog.text} {settings!r} {keys!r} {vars(keys)!r} {guard!r}"
     assert not [key for key in (FIRST, SECOND, THIRD) if key in everything]

@@ -1,4 +1,4 @@
-"""Requests that change the server's state: which of them a page of another site may have sent."""
+"""Requests that load and unload models, and pages of other sites that may have sent them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from evalmode.service.errors import Forbidden, RequestError, UnsupportedMedia
-from evalmode.service.http.own_pages import require_own_request
+from evalmode.service.http.cross_site import refuse_cross_site
 from evalmode.service.settings import Settings
 from tests.service import processes
 from tests.service.processes import RunningServer
@@ -23,11 +23,11 @@ LOAD = "/v2/repository/models/tiny/load"
 WAIT_S = 10
 
 
-def problem_of(headers: Sequence[tuple[str, str]], **settings: object) -> RequestError | None:
+def refusal_of(headers: Sequence[tuple[str, str]], **settings: object) -> RequestError | None:
     raw = [(name.encode(), value.encode()) for name, value in headers]
     request = Request({"type": "http", "method": "POST", "path": "/", "headers": raw})
     try:
-        require_own_request(request, Settings(**settings))
+        refuse_cross_site(request, Settings(**settings))
     except RequestError as error:
         return error
     return None
@@ -51,8 +51,8 @@ def problem_of(headers: Sequence[tuple[str, str]], **settings: object) -> Reques
         (f"{socket.gethostname()}:8000", "0.0.0.0"),
     ],
 )
-def test_names_and_addresses_of_this_machine_are_its_own(host: str, bound: str):
-    assert problem_of([("host", host), JSON], host=bound) is None
+def test_names_and_addresses_of_this_machine_are_accepted(host: str, bound: str):
+    assert refusal_of([("host", host), JSON], host=bound) is None
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_names_and_addresses_of_this_machine_are_its_own(host: str, bound: str):
     ],
 )
 def test_another_name_is_refused_and_the_sentence_names_the_setting(host: str, bound: str):
-    error = problem_of([("host", host), JSON], host=bound)
+    error = refusal_of([("host", host), JSON], host=bound)
     assert isinstance(error, Forbidden)
     assert error.field == "host"
     assert f"got {json.dumps(host)}" in str(error)
@@ -82,21 +82,21 @@ def test_another_name_is_refused_and_the_sentence_names_the_setting(host: str, b
 
 
 def test_no_host_and_two_hosts_are_refused():
-    assert "got none" in str(problem_of([JSON]))
+    assert "got none" in str(refusal_of([JSON]))
     assert 'got "localhost, evil.example"' in str(
-        problem_of([("host", "localhost"), ("host", "evil.example"), JSON])
+        refusal_of([("host", "localhost"), ("host", "evil.example"), JSON])
     )
 
 
-def test_a_host_may_be_allowed_by_name_and_all_of_them_by_a_star():
+def test_the_settings_can_allow_a_host_by_name_or_all_hosts():
     headers = [("host", "models.example:8000"), JSON]
-    assert problem_of(headers, control_hosts="other.example, Models.Example") is None
-    assert problem_of(headers, control_hosts="*") is None
-    assert isinstance(problem_of(headers, control_hosts="example"), Forbidden)
+    assert refusal_of(headers, control_hosts="other.example, Models.Example") is None
+    assert refusal_of(headers, control_hosts="*") is None
+    assert isinstance(refusal_of(headers, control_hosts="example"), Forbidden)
 
 
 @pytest.mark.parametrize("name", ["http://models.example", "models.example:8000", "a b", "[::1]"])
-def test_an_allowed_host_is_a_name_alone(name: str):
+def test_an_allowed_host_has_neither_a_scheme_nor_a_port(name: str):
     with pytest.raises(ValidationError, match="without a scheme and without a port"):
         Settings(control_hosts=(name,))
 
@@ -115,7 +115,7 @@ def test_an_allowed_host_is_a_name_alone(name: str):
     ],
 )
 def test_a_page_of_another_origin_is_refused(origin: str):
-    error = problem_of([("host", "localhost:8000"), JSON, ("origin", origin)])
+    error = refusal_of([("host", "localhost:8000"), JSON, ("origin", origin)])
     assert isinstance(error, Forbidden)
     assert error.field == "origin"
     assert "--cors-origins, EVALMODE_CORS_ORIGINS" in str(error)
@@ -131,14 +131,14 @@ def test_a_page_of_another_origin_is_refused(origin: str):
         ("[::1]:8000", "http://[::1]:8000"),
     ],
 )
-def test_a_page_of_this_server_is_its_own(host: str, origin: str):
-    assert problem_of([("host", host), JSON, ("origin", origin)]) is None
+def test_a_page_of_this_server_is_accepted(host: str, origin: str):
+    assert refusal_of([("host", host), JSON, ("origin", origin)]) is None
 
 
 @pytest.mark.parametrize("allowed", ["https://ops.example", "*"])
-def test_a_page_that_may_call_this_server_may_change_it(allowed: str):
+def test_a_page_of_an_allowed_origin_is_accepted(allowed: str):
     headers = [("host", "localhost"), JSON, ("origin", "https://ops.example")]
-    assert problem_of(headers, cors_origins=allowed) is None
+    assert refusal_of(headers, cors_origins=allowed) is None
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,14 @@ def test_a_page_that_may_call_this_server_may_change_it(allowed: str):
 )
 def test_another_content_type_is_refused(content_types: list[str]):
     headers = [("content-type", value) for value in content_types]
-    error = problem_of([("host", "localhost"), *headers])
+    error = refusal_of([("host", "localhost"), *headers])
     assert isinstance(error, UnsupportedMedia)
     assert "send content-type application/json" in str(error)
 
 
-def test_a_client_that_is_no_browser_may_leave_the_content_type_out():
-    assert problem_of([("host", "localhost")]) is None
-    error = problem_of([("host", "localhost"), ("origin", "http://localhost")])
+def test_a_client_other_than_a_browser_may_leave_the_content_type_out():
+    assert refusal_of([("host", "localhost")]) is None
+    error = refusal_of([("host", "localhost"), ("origin", "http://localhost")])
     assert isinstance(error, UnsupportedMedia)
     assert "got none" in str(error)
 
@@ -211,8 +211,8 @@ def test_a_raw_request_without_a_host_changes_nothing(server: RunningServer):
     assert is_loaded(server)
 
 
-def test_clients_and_the_server_s_own_page_load_a_model(server: RunningServer):
-    own = {"origin": server.url, "content-type": "application/json"}
-    for headers in ({}, {"content-type": "application/json"}, own):
+def test_clients_and_pages_of_the_server_can_load_a_model(server: RunningServer):
+    same_origin = {"origin": server.url, "content-type": "application/json"}
+    for headers in ({}, {"content-type": "application/json"}, same_origin):
         assert httpx.post(f"{server.url}{LOAD}", headers=headers).json() == {}
     assert is_loaded(server)

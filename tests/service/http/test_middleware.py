@@ -1,6 +1,4 @@
-"""What stands around a request: its id, its figures, its line in the log, its headers, and what
-failed in it.
-"""
+"""The middleware wrapped a request: its id, its metrics, its log line, its headers, its crash."""
 
 from __future__ import annotations
 
@@ -14,11 +12,11 @@ import pytest
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 
-from evalmode.service.http.edge import Edge
+from evalmode.service.http.middleware import RequestMiddleware
 
 
 class Log:
-    """Keeps what is logged."""
+    """Records what is logged."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -28,8 +26,8 @@ class Log:
 
 
 @dataclass
-class Figures:
-    """Keeps what is counted."""
+class FakeMetrics:
+    """Records what is counted."""
 
     in_flight: int = 0
     ended: list[dict[str, Any]] = field(default_factory=list)
@@ -90,24 +88,24 @@ def make_app() -> FastAPI:
 
 
 @dataclass
-class World:
-    """An edge around an application, what it counts, and what it logs."""
+class WrappedApp:
+    """An application in its middleware, with what that counts and logs."""
 
     app: Any
-    figures: Figures
+    metrics: FakeMetrics
     log: Log
 
     def ask(
         self, path: str, *, method: str = "GET", content: bytes | None = None, **headers: str
     ) -> httpx.Response:
-        async def go() -> httpx.Response:
+        async def send() -> httpx.Response:
             async with httpx.AsyncClient(
                 transport=httpx.ASGITransport(self.app), base_url="http://test"
             ) as client:
-                spelled = {name.replace("_", "-"): value for name, value in headers.items()}
-                return await client.request(method, path, headers=spelled, content=content)
+                sent_headers = {name.replace("_", "-"): value for name, value in headers.items()}
+                return await client.request(method, path, headers=sent_headers, content=content)
 
-        return asyncio.run(go())
+        return asyncio.run(send())
 
     @property
     def line(self) -> dict[str, Any]:
@@ -115,25 +113,27 @@ class World:
 
     @property
     def counted(self) -> dict[str, Any]:
-        return self.figures.ended[-1]
+        return self.metrics.ended[-1]
 
 
-def world(app: Any = None, **given: Any) -> World:
-    figures, log = Figures(), Log()
-    return World(Edge(app or make_app(), figures=figures, log=log, **given), figures, log)
+def wrap(app: Any = None, **options: Any) -> WrappedApp:
+    metrics, log = FakeMetrics(), Log()
+    return WrappedApp(
+        RequestMiddleware(app or make_app(), metrics=metrics, log=log, **options), metrics, log
+    )
 
 
-def test_an_id_that_was_sent_is_taken_seen_by_the_application_and_returned():
-    answer = world().ask("/v2/models/m/infer", x_request_id="Trace-1.2:3_4")
+def test_an_id_in_the_request_is_used_by_the_application_and_returned():
+    answer = wrap().ask("/v2/models/m/infer", x_request_id="Trace-1.2:3_4")
     assert answer.headers["x-request-id"] == answer.json()["id"] == "Trace-1.2:3_4"
 
 
-@pytest.mark.parametrize("shown", [None, "", " ", "a b", "a" * 129, "{}", 'a"b', "a\tb", "ü"])
-def test_without_an_id_or_with_one_that_could_do_harm_one_is_made(shown):
-    headers = {} if shown is None else {"x_request_id": shown.encode()}
-    found = [world().ask("/v2/models/m/infer", **headers).headers["x-request-id"] for _ in range(2)]
-    assert all(re.fullmatch("[0-9a-f]{32}", made) for made in found)
-    assert found[0] != found[1]
+@pytest.mark.parametrize("sent_id", [None, "", " ", "a b", "a" * 129, "{}", 'a"b', "a\tb", "ü"])
+def test_a_missing_or_harmful_id_is_replaced_by_a_random_one(sent_id):
+    headers = {} if sent_id is None else {"x_request_id": sent_id.encode()}
+    ids = [wrap().ask("/v2/models/m/infer", **headers).headers["x-request-id"] for _ in range(2)]
+    assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in ids)
+    assert ids[0] != ids[1]
 
 
 @pytest.mark.parametrize(
@@ -147,15 +147,15 @@ def test_without_an_id_or_with_one_that_could_do_harm_one_is_made(shown):
         ("GET", "/readyz", 503),
     ],
 )
-def test_every_answer_has_the_id_and_the_headers_of_security(method, path, status):
-    answer = world().ask(path, method=method, x_request_id="mine")
+def test_every_response_has_the_id_and_the_security_headers(method, path, status):
+    answer = wrap().ask(path, method=method, x_request_id="mine")
     assert answer.status_code == status
-    shown = {
+    headers = {
         name: answer.headers[name]
         for name in answer.headers
         if name not in ("content-length", "content-type")
     }
-    assert shown == {
+    assert headers == {
         "x-request-id": "mine",
         "x-content-type-options": "nosniff",
         "x-frame-options": "DENY",
@@ -166,20 +166,22 @@ def test_every_answer_has_the_id_and_the_headers_of_security(method, path, statu
     } | ({"allow": "GET"} if status == 405 else {})
 
 
-def test_a_header_that_the_application_set_itself_stands():
-    answer = world().ask("/echo", method="POST", content=b"x")
+def test_a_header_of_the_application_is_not_replaced():
+    answer = wrap().ask("/echo", method="POST", content=b"x")
     assert answer.headers.get_list("content-security-policy") == ["default-src 'self'"]
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_only_with_tls_a_browser_is_told_to_insist_on_it(tls):
-    assert ("strict-transport-security" in world(tls=tls).ask("/livez").headers) is tls
+def test_only_with_tls_a_browser_is_told_to_require_it(tls):
+    assert ("strict-transport-security" in wrap(tls=tls).ask("/livez").headers) is tls
 
 
 def test_a_request_is_logged_in_one_line_without_its_query_and_its_headers():
-    around = world(clock=iter([10.0, 10.25]).__next__)
-    around.ask("/echo?token=secret", method="POST", content=b"12345", authorization="Bearer secret")
-    assert around.log.lines == [
+    wrapped = wrap(clock=iter([10.0, 10.25]).__next__)
+    wrapped.ask(
+        "/echo?token=secret", method="POST", content=b"12345", authorization="Bearer secret"
+    )
+    assert wrapped.log.lines == [
         {
             "level": "info",
             "event": "request",
@@ -206,69 +208,69 @@ def test_a_request_is_logged_in_one_line_without_its_query_and_its_headers():
         ("/v2/models/m/nothing", "unmatched"),
     ],
 )
-def test_figures_and_lines_name_the_template_of_a_path_and_never_the_path(path, route):
-    around = world()
-    around.ask(path)
-    assert around.counted["route"] == around.line["route"] == route
+def test_metrics_and_log_lines_have_the_template_of_a_path_as_its_route(path, route):
+    wrapped = wrap()
+    wrapped.ask(path)
+    assert wrapped.counted["route"] == wrapped.line["route"] == route
 
 
-def test_a_path_that_matches_with_another_method_has_its_route_and_an_odd_method_is_other():
-    around = world()
-    around.ask("/v2/models/m/infer", method="BREW")
-    assert around.counted["route"] == "/v2/models/{name}/infer"
-    assert around.counted["method"] == "other"
+def test_an_unknown_method_is_counted_as_other_with_the_route_of_its_path():
+    wrapped = wrap()
+    wrapped.ask("/v2/models/m/infer", method="BREW")
+    assert wrapped.counted["route"] == "/v2/models/{name}/infer"
+    assert wrapped.counted["method"] == "other"
 
 
 @pytest.mark.parametrize("path", ["/%0d%0aforged", "/%1b[31mred", "/ü", "/" + "a" * 5000])
 def test_no_path_can_forge_a_line_or_fill_the_log(path):
-    around = world()
-    around.ask(path)
-    assert around.line["path"].isascii()
-    assert around.line["path"].isprintable()
-    assert len(around.line["path"]) <= 256
+    wrapped = wrap()
+    wrapped.ask(path)
+    assert wrapped.line["path"].isascii()
+    assert wrapped.line["path"].isprintable()
+    assert len(wrapped.line["path"]) <= 256
 
 
 @pytest.mark.parametrize(
-    ("shown", "logged"),
+    ("scope", "logged"),
     [
         ({"raw_path": b"/x?secret", "path": "/x"}, "/x"),
         ({"raw_path": b"/\x1b[31m\n", "path": "/x"}, "/%1B%5B31m%0A"),
         ({"path": "/\x1b[31m\n\ud83d"}, "/%1B%5B31m%0A%ED%A0%BD"),
     ],
 )
-def test_the_log_trusts_no_server_to_have_cleaned_a_path(shown, logged):
-    around = world(nothing_here)
-    exchanged(None, around, **shown)
-    assert around.line["path"] == logged
+def test_a_path_that_the_server_has_not_cleaned_is_logged_encoded(scope, logged):
+    wrapped = wrap(answer_404)
+    exchange(None, wrapped, **scope)
+    assert wrapped.line["path"] == logged
 
 
-async def nothing_here(scope, receive, send):
+async def answer_404(scope, receive, send):
     await send({"type": "http.response.start", "status": 404})
     await send({"type": "http.response.body"})
 
 
 @pytest.mark.parametrize(("chance", "logged"), [(0.0, 1), (0.24, 1), (0.25, 0), (0.99, 0)])
 def test_a_share_of_the_requests_is_logged_and_all_are_counted(chance, logged):
-    around = world(log_share=0.25, chance=lambda: chance)
-    around.ask("/v2/models/m/infer")
-    assert len(around.log.lines) == logged
-    assert len(around.figures.ended) == 1
+    wrapped = wrap(log_share=0.25, chance=lambda: chance)
+    wrapped.ask("/v2/models/m/infer")
+    assert len(wrapped.log.lines) == logged
+    assert len(wrapped.metrics.ended) == 1
 
 
-def test_what_fails_is_always_logged():
-    around = world(log_share=0.0)
-    around.ask("/v2/models/m/status/503")
-    around.ask("/v2/models/m/status/400")
-    assert [(line["level"], line["status"]) for line in around.log.lines] == [("warning", 503)]
+def test_a_failure_is_always_logged():
+    wrapped = wrap(log_share=0.0)
+    wrapped.ask("/v2/models/m/status/503")
+    wrapped.ask("/v2/models/m/status/400")
+    assert [(line["level"], line["status"]) for line in wrapped.log.lines] == [("warning", 503)]
 
 
-def test_probes_are_logged_only_when_they_fail_and_are_no_rejected_requests():
-    around = world()
-    around.ask("/livez")
-    assert around.log.lines == []
-    around.ask("/readyz")
-    assert around.line["path"] == "/readyz"
-    assert [ended["reason"] for ended in around.figures.ended] == [None, None]
+def test_probes_are_logged_only_if_they_fail_and_are_not_counted_as_rejected():
+    wrapped = wrap()
+    wrapped.ask("/livez")
+    assert wrapped.log.lines == []
+    wrapped.ask("/readyz")
+    assert wrapped.line["path"] == "/readyz"
+    assert [ended["reason"] for ended in wrapped.metrics.ended] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -287,19 +289,19 @@ def test_probes_are_logged_only_when_they_fail_and_are_no_rejected_requests():
         ("/v2/models/m/crash", "failed"),
     ],
 )
-def test_a_rejected_request_is_counted_by_why(path, reason):
-    around = world()
-    around.ask(path)
-    assert around.counted["reason"] == reason
-    assert around.figures.in_flight == 0
+def test_a_rejected_request_is_counted_with_its_reason(path, reason):
+    wrapped = wrap()
+    wrapped.ask(path)
+    assert wrapped.counted["reason"] == reason
+    assert wrapped.metrics.in_flight == 0
 
 
-def test_a_crash_is_answered_without_its_inside_and_logged_with_it():
-    around = world()
-    answer = around.ask("/v2/models/m/crash")
+def test_a_crash_is_logged_in_full_and_answered_without_details():
+    wrapped = wrap()
+    answer = wrapped.ask("/v2/models/m/crash")
     assert answer.status_code == 500
     assert "crash of the tests" not in answer.text
-    crashed, line = around.log.lines
+    crashed, line = wrapped.log.lines
     assert (crashed["level"], crashed["event"]) == ("error", "request crashed")
     assert isinstance(crashed["exc_info"], ZeroDivisionError)
     assert line["status"] == 500
@@ -308,23 +310,23 @@ def test_a_crash_is_answered_without_its_inside_and_logged_with_it():
 @pytest.mark.parametrize(
     ("path", "fields"), [("/v1/predict", {"error", "field"}), ("/v2/models/m", {"error"})]
 )
-def test_where_the_application_has_no_answer_for_its_crash_there_is_one(path, fields):
-    async def crashes(scope, receive, send):
+def test_a_crash_that_the_application_does_not_answer_is_answered(path, fields):
+    async def crash(scope, receive, send):
         raise ZeroDivisionError("inside")
 
-    answer = world(crashes).ask(path, x_request_id="mine")
+    answer = wrap(crash).ask(path, x_request_id="mine")
     assert answer.status_code == 500
     assert set(answer.json()) == fields
     assert "mine" in answer.json()["error"]
     assert "inside" not in answer.text
 
 
-def exchanged(app: Any, around: World, **shown: Any) -> list[dict[str, Any]]:
+def exchange(app: Any, wrapped: WrappedApp, **changes: Any) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
     read: list[None] = []
 
     async def receive():
-        if read:  # a client that says no more and does not hang up
+        if read:  # the client sends no more and does not disconnect
             await asyncio.get_running_loop().create_future()
         read.append(None)
         return {"type": "http.request", "body": b"", "more_body": False}
@@ -340,34 +342,32 @@ def exchanged(app: Any, around: World, **shown: Any) -> list[dict[str, Any]]:
         "root_path": "",
         "app": app,
     }
-    asyncio.run(around.app(scope | (shown or {"path": "/breaks-off"}), receive, send))
+    asyncio.run(wrapped.app(scope | (changes or {"path": "/breaks-off"}), receive, send))
     return sent
 
 
-def test_an_answer_that_breaks_off_is_a_failure_though_it_began_well():
+def test_a_response_that_breaks_off_is_a_failure_whatever_its_first_status():
     app = make_app()
-    around = world(app)
-    sent = exchanged(app, around)
+    wrapped = wrap(app)
+    sent = exchange(app, wrapped)
     assert sent[0]["status"] == 200
-    assert sent[-1]["more_body"]  # the server sees no end of it, and breaks the connection
-    assert (around.line["status"], around.counted["reason"]) == (500, "failed")
+    assert sent[-1]["more_body"]  # the server sees no end, so it closes the connection
+    assert (wrapped.line["status"], wrapped.counted["reason"]) == (500, "failed")
 
 
-def test_an_answer_that_nobody_waited_for_is_counted_as_cancelled():
+def test_a_response_without_an_end_is_counted_as_cancelled():
     async def gives_up(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def is_cancelled(scope, receive, send):
         raise asyncio.CancelledError
 
-    around = world(gives_up)
-    exchanged(None, around)
-    stopped = world(is_cancelled)
+    wrapped = wrap(gives_up)
+    exchange(None, wrapped)
+    stopped = wrap(is_cancelled)
     with pytest.raises(asyncio.CancelledError):
-        exchanged(None, stopped)
-    for found in (around, stopped):
-        assert (found.counted["status"], found.counted["reason"], found.figures.in_flight) == (
-            499,
-            "cancelled",
-            0,
-        )
+        exchange(None, stopped)
+    for unfinished in (wrapped, stopped):
+        assert unfinished.counted["status"] == 499
+        assert unfinished.counted["reason"] == "cancelled"
+        assert unfinished.metrics.in_flight == 0
