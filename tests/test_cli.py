@@ -244,7 +244,7 @@ def test_export_says_at_once_in_one_sentence_what_it_cannot_write(
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
-    assert called("export", "any", *flags, patch=monkeypatch) == terminal.UNUSABLE
+    assert called("export", "any", *flags, patch=monkeypatch) == terminal.EXIT_UNUSABLE
     shown = capsys.readouterr()
     assert shown.err.startswith(f"evalmode: {said}")
     assert shown.err.count("\n") == 1
@@ -259,7 +259,7 @@ def test_without_torch_export_says_what_to_install(tmp_path: Path) -> None:
     refused = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path
     )
-    assert refused.returncode == terminal.UNUSABLE
+    assert refused.returncode == terminal.EXIT_UNUSABLE
     assert refused.stderr == "evalmode: this needs torch: pip install 'evalmode[train]'\n"
 
 
@@ -279,14 +279,14 @@ def test_what_an_extra_would_bring_is_named_with_the_extra(
         raise ModuleNotFoundError(name=missing)
 
     monkeypatch.setattr(cli, "app", fails)
-    assert called(patch=monkeypatch) == terminal.UNUSABLE
+    assert called(patch=monkeypatch) == terminal.EXIT_UNUSABLE
     assert (
         capsys.readouterr().err
         == f"evalmode: this needs {missing}: pip install 'evalmode[{extra}]'\n"
     )
 
 
-def test_a_module_that_no_extra_would_bring_is_a_mistake_of_ours(
+def test_a_missing_module_that_no_extra_installs_is_an_internal_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails() -> None:
@@ -295,10 +295,9 @@ def test_a_module_that_no_extra_would_bring_is_a_mistake_of_ours(
     monkeypatch.setattr(cli, "app", fails)
     with pytest.raises(SystemExit) as left:
         cli.main()
-    assert left.value.code == terminal.UNUSABLE
+    assert left.value.code == terminal.EXIT_UNUSABLE
     assert (
-        "a mistake of ours, ModuleNotFoundError: No module named 'nowhere'"
-        in capsys.readouterr().err
+        "internal error, ModuleNotFoundError: No module named 'nowhere'" in capsys.readouterr().err
     )
 
 
@@ -315,7 +314,7 @@ def test_a_path_that_looks_like_markup_is_printed_as_it_is(
     file.write_bytes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
     )
-    assert called("verify", str(file), patch=monkeypatch) == terminal.FOUND
+    assert called("verify", str(file), patch=monkeypatch) == terminal.EXIT_FINDINGS
     shown = capsys.readouterr().out
     assert shown.startswith(f"fail        {file}\n")
     assert "[/red]draw (Bernoulli)" in shown
@@ -330,19 +329,18 @@ def test_predict_reads_a_text_a_line_whatever_the_bytes(released: Released) -> N
     assert read == json.loads(given.stdout)["predictions"]
 
 
-def test_a_mistake_of_ours_is_one_sentence_too_and_shows_where_when_asked(
+def test_an_internal_error_is_one_sentence_and_shows_its_traceback_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(paths: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
     monkeypatch.setattr("evalmode.export.verify.targets.find_targets", fails)
-    assert called("verify", "any.onnx", patch=monkeypatch) == terminal.UNUSABLE
-    said = (
-        "evalmode: a mistake of ours, ZeroDivisionError: two lines (EVALMODE_TRACEBACK=1 shows"
+    assert called("verify", "any.onnx", patch=monkeypatch) == terminal.EXIT_UNUSABLE
+    assert capsys.readouterr().err == (
+        "evalmode: internal error, ZeroDivisionError: two lines (EVALMODE_TRACEBACK=1 shows"
         " where)\n"
     )
-    assert capsys.readouterr().err == said
     monkeypatch.setenv("EVALMODE_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         called("verify", "any.onnx", patch=monkeypatch)
@@ -356,5 +354,5 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         done = subprocess.run(
             command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert done.returncode == terminal.UNUSABLE
+    assert done.returncode == terminal.EXIT_UNUSABLE
     assert done.stderr.startswith("evalmode: No space left on device")

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from evalmode.client.remote import open_client, retry_after_s, waiting_s
+from evalmode.client.remote import backoff_s, open_client, parse_retry_after
 from evalmode.errors import EvalmodeError
 
 
 def test_waits_grow_and_keep_what_a_server_asks_for() -> None:
-    assert [retry_after_s(header) for header in ("7", "99999", "soon", None)] == [
+    assert [parse_retry_after(header) for header in ("7", "99999", "soon", None)] == [
         7,
         120,
         None,
         None,
     ]
-    assert retry_after_s(formatdate(0, usegmt=True)) == 0
+    assert parse_retry_after(formatdate(0, usegmt=True)) == 0
     for tries in range(1, 2000):
-        assert 7 <= waiting_s(tries, 7) <= 7.5
+        assert 7 <= backoff_s(tries, 7) <= 7.5
         longest_s = min(30, 0.5 * 2 ** min(tries - 1, 10))
-        assert longest_s / 2 <= waiting_s(tries, None) <= longest_s
+        assert longest_s / 2 <= backoff_s(tries, None) <= longest_s
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://a", "http://", "http:///x", ""])

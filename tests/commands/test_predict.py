@@ -259,7 +259,7 @@ def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(
     assert given_up.returncode == 2
     said = given_up.stderr.decode()
     assert "did not answer in 3 tries: 503 Service Unavailable, too much" in said
-    assert "300 lines are in answers.jsonl, and the same command goes on from there" in said
+    assert "300 lines are in answers.jsonl, and the same command continues from there" in said
     assert said.count("\n") == 1
     server.misbehave = lambda handler, number, lines: False
     asked = server.asked
@@ -289,7 +289,7 @@ def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(
         _, said = running.communicate(timeout=WAIT_S)
         assert running.returncode == code, said
     assert b"interrupted; " in said
-    assert b"the same command goes on from there" in said
+    assert b"the same command continues from there" in said
     server.misbehave = lambda handler, number, lines: False
     assert predict(*to(server), cwd=tmp_path).returncode == 0
     assert labels_of(tmp_path / "answers.jsonl") == texts
@@ -321,7 +321,7 @@ def test_another_model_than_the_one_that_began_is_refused(server: Server, tmp_pa
     done = predict(*to(server, "--chunk-lines", 100, "--concurrency", 1), cwd=tmp_path)
     assert done.returncode == 2
     assert (
-        f"has the digest {'b' * 16}, and the 500 lines in answers.jsonl are of {'a' * 16}"
+        f"has the digest {'b' * 16}, and the 500 lines in answers.jsonl are from {'a' * 16}"
         in done.stderr.decode()
     )
     assert len(labels_of(tmp_path / "answers.jsonl")) == 500

@@ -130,7 +130,10 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
             "--input absent.jsonl cannot be read: No such file or directory",
         ),
         (("predict", "--input", "."), "--input . cannot be read: Is a directory"),
-        (("predict", "--input", "-", "--model", "m"), "--model is of the server that --url names"),
+        (
+            ("predict", "--input", "-", "--model", "m"),
+            "--model names a model of the server at --url",
+        ),
         (
             ("predict", "--input", "-", "--url", "localhost"),
             "--url must begin with http:// or https://, got localhost",
@@ -141,7 +144,7 @@ def test_what_cannot_be_used_is_one_sentence(
     tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     refused = run(*arguments, cwd=tmp_path)
-    assert refused.returncode == terminal.UNUSABLE
+    assert refused.returncode == terminal.EXIT_UNUSABLE
     assert refused.stderr.startswith(f"evalmode: {said}")
     assert refused.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("evalmode: ")
     assert done.stderr.count("\n") == 1, done.stderr
-    assert "a mistake of ours" not in done.stderr
+    assert "internal error" not in done.stderr
     return done.stderr
 
 
