@@ -136,7 +136,8 @@ def test_on_the_certifying_platform_the_bits_agree(replayed):
 
 def test_an_output_that_the_model_has_not_is_refused_by_name(replayed):
     with pytest.raises(
-        KnownAnswersDiffer, match="known answer 0 names an output that the model has not: 'logits'"
+        KnownAnswersDiffer,
+        match="known answer 0 names an output that the model does not have: 'logits'",
     ):
         replayed(ANSWERS, lambda inputs: {"scores": run(inputs)["logits"]})
 
@@ -149,7 +150,7 @@ def test_on_the_certifying_platform_not_one_bit_may_differ(replayed):
     def one_bit_off(inputs):
         return {"logits": np.nextafter(run(inputs)["logits"], np.float32(9))}
 
-    with pytest.raises(KnownAnswersDiffer, match=r"known answer 0 does not come out.*not one bit"):
+    with pytest.raises(KnownAnswersDiffer, match=r"known answer 0 is not reproduced.*not one bit"):
         replayed(ANSWERS, one_bit_off)
 
 

@@ -85,7 +85,7 @@ def test_bounds_need_the_second_version_of_the_schema():
     assert Manifest.model_validate_json(manifest.canonical()) == manifest
     assert lowest_schema_version(manifest.inputs) == 2
     assert lowest_schema_version(manifest.outputs) == 1
-    with pytest.raises(ValidationError, match="schema_version 1 knows no bounds"):
+    with pytest.raises(ValidationError, match="schema_version 1 has no bounds"):
         Manifest(**{**FIELDS, "inputs": (IDS,), "schema_version": 1})
 
 

@@ -25,8 +25,8 @@ from onnx import (
     numpy_helper,
 )
 
-from evalmode.bundle import operators
 from evalmode.bundle.errors import BundleNotCertified
+from evalmode.bundle.onnx_messages import MESSAGES, Message
 from evalmode.bundle.operators import check_operators
 from evalmode.bundle.wire import BYTES, FIXED32, FIXED64, VARINT
 
@@ -483,11 +483,12 @@ WIRES: dict[int, int] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("message", operators.MESSAGES, ids=lambda message: message.name)
-def test_the_fields_of_each_message_are_onnxs(message: operators.Message) -> None:
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.name)
+def test_the_fields_of_each_message_are_those_of_onnx(message: Message) -> None:
     descriptor = getattr(onnx, message.name).DESCRIPTOR
     fields = {field.number: WIRES[field.type] for field in descriptor.fields}
     many = {field.number for field in descriptor.fields if field.is_repeated}
+    assert message.numbers == {field.name: field.number for field in descriptor.fields}
     assert {number: wires[0] for number, wires in message.singular.items()} == {
         number: wire for number, wire in fields.items() if number not in many
     }
