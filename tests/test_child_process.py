@@ -133,15 +133,15 @@ def test_a_child_needs_no_folder_that_can_be_written_to(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/proc/no-such-folder")
     assert [*child.ask(b"say it")] == [b"say", b"it"]
-    assert "asked for say" in child.said()
+    assert "asked for say" in child.read_stderr()
 
 
 def test_what_the_child_printed_is_told_once(child: Child) -> None:
     list(child.ask(b"say six"))
-    assert child.said() == "asked for say\n"
-    assert child.said() == ""
+    assert child.read_stderr() == "asked for say\n"
+    assert child.read_stderr() == ""
     list(child.ask(b"stdin"))
-    assert child.said() == "asked for stdin\n"
+    assert child.read_stderr() == "asked for stdin\n"
 
 
 PARENT = """

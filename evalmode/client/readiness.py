@@ -18,7 +18,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evalmode.service.process.announcement import (
     Announcement,
@@ -26,9 +26,6 @@ from evalmode.service.process.announcement import (
     announcements,
 )
 from evalmode.terminal import print_error
-
-if TYPE_CHECKING:
-    import ssl
 
 DEFAULT_TIMEOUT_S = 2.0
 
@@ -269,6 +266,7 @@ def _connect(target: _Target) -> socket.socket:
     Raises the OSError of the first host when none accepts.
     """
     failure: OSError | None = None
+    connection = None
     for host in target.hosts:
         try:
             connection = socket.create_connection((host, target.port))
@@ -276,16 +274,13 @@ def _connect(target: _Target) -> socket.socket:
             failure = failure or error
             continue
         target.hosts = (host,)
-        if not target.tls:
-            return connection
-        # An address with a scope, as fe80::1%eth0, is not a valid server name.
-        server_name = None if ":" in host else host
-        return _tls_context(target).wrap_socket(connection, server_hostname=server_name)
-    assert failure is not None, "there is a host"
-    raise failure
+        break
+    if connection is None:
+        assert failure is not None, "there is a host"
+        raise failure
+    if not target.tls:
+        return connection
 
-
-def _tls_context(target: _Target) -> ssl.SSLContext:
     import ssl
 
     # The certificate names the server as its clients know it, and not by the local address.
@@ -300,4 +295,6 @@ def _tls_context(target: _Target) -> ssl.SSLContext:
                 *target.certificate,
                 password=lambda: os.environ.get("EVALMODE_SSL_KEYFILE_PASSWORD", ""),
             )
-    return context
+    # An address with a scope, as fe80::1%eth0, is not a valid server name.
+    host = target.hosts[0]
+    return context.wrap_socket(connection, server_hostname=None if ":" in host else host)

@@ -79,7 +79,20 @@ class RemoteServer:
             answered = len(answers)
             try:
                 async with self._post(lines[answered:]) as response:
-                    digest = _digest_of(response, expected=digest)
+                    # Retries may reach another process, or a server that swapped its model.
+                    response_digest = response.headers.get(DIGEST_HEADER)
+                    if response_digest is None:
+                        raise EvalmodeError(
+                            "the server does not say which model answers: it is not an evalmode"
+                            " server"
+                        )
+                    if digest is not None and response_digest != digest:
+                        raise EvalmodeError(
+                            "the server changed its model in the middle, from"
+                            f" {digest[:16]} to {response_digest[:16]}"
+                        )
+                    digest = str(response_digest)
+
                     async for rest in _answers_in(response, count=len(lines) - answered):
                         # The server numbers each request from 0, and the file goes on from before.
                         answers.append(b'{"index":%d' % (first + len(answers)) + rest + b"\n")
@@ -250,20 +263,6 @@ async def _answers_in(response: httpx.Response, *, count: int) -> AsyncIterator[
                 )
             yield line[index.end() :]
             number += 1
-
-
-def _digest_of(response: httpx.Response, *, expected: str | None) -> str:
-    """The digest of the model that answers, which must be `expected` after the first try."""
-    digest = response.headers.get(DIGEST_HEADER)
-    if digest is None:
-        raise EvalmodeError(
-            "the server does not say which model answers: it is not an evalmode server"
-        )
-    if expected is not None and digest != expected:
-        raise EvalmodeError(
-            f"the server changed its model in the middle, from {expected[:16]} to {digest[:16]}"
-        )
-    return str(digest)
 
 
 def _error_in(body: bytes) -> str:
