@@ -68,7 +68,7 @@ def test_one_process_answers_many_questions(child: Child) -> None:
     assert process_of(child) is process
 
 
-def test_what_reads_stdin_or_prints_disturbs_no_answer(child: Child) -> None:
+def test_reading_stdin_and_printing_do_not_disturb_the_answers(child: Child) -> None:
     assert list(child.ask(b"stdin")) == [b"stdin", b"''", b""]
     assert list(child.ask(b"say two")) == [b"say", b"two"]
 
@@ -80,7 +80,7 @@ def test_what_reads_stdin_or_prints_disturbs_no_answer(child: Child) -> None:
         (b"exit", "ended with code 3"),
     ],
 )
-def test_a_child_that_ends_says_how_and_the_next_question_gets_another(
+def test_the_error_says_how_a_child_ended_and_the_next_question_starts_another(
     question: bytes, how: str, child: Child
 ) -> None:
     messages = child.ask(question)
@@ -102,7 +102,7 @@ def test_a_child_that_takes_too_long_is_ended(question: bytes, child: Child) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child's memory")
-def test_an_answer_that_is_not_wanted_any_more_ends_the_child(child: Child) -> None:
+def test_cancelling_an_answer_ends_the_child(child: Child) -> None:
     cancelled = threading.Event()
     messages = child.ask(b"spin", cancelled=cancelled.is_set)
     assert next(messages) == b"spin"
@@ -121,7 +121,7 @@ def test_a_child_that_takes_too_much_memory_is_ended(child: Child) -> None:
     assert not child.is_running
 
 
-def test_an_answer_that_is_left_early_is_not_taken_for_the_next(child: Child) -> None:
+def test_the_rest_of_an_unread_answer_is_not_read_as_the_next(child: Child) -> None:
     for _ in child.ask(b"say four"):
         break
     assert list(child.ask(b"say five")) == [b"say", b"five"]
@@ -136,7 +136,7 @@ def test_a_child_needs_no_folder_that_can_be_written_to(
     assert "asked for say" in child.read_stderr()
 
 
-def test_what_the_child_printed_is_told_once(child: Child) -> None:
+def test_read_stderr_returns_each_line_once(child: Child) -> None:
     list(child.ask(b"say six"))
     assert child.read_stderr() == "asked for say\n"
     assert child.read_stderr() == ""
@@ -158,7 +158,7 @@ for message in child.ask(sys.argv[1].encode()):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("question", ["sleep", "spin"])
 @pytest.mark.usefixtures("child")  # for its file
-def test_no_child_is_left_behind_however_its_parent_ends(
+def test_a_child_ends_with_its_parent_in_whatever_way_the_parent_ends(
     how: signal.Signals, question: str, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", PARENT, question]

@@ -74,12 +74,12 @@ def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_de
         ("verify", "[default: stdout]"),
     ],
 )
-def test_help_shows_the_defaults_that_are_written_in_words(command: str, default: str) -> None:
+def test_help_shows_defaults_that_are_described_in_words(command: str, default: str) -> None:
     shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
     assert default in shown.output
 
 
-def test_nonsense_is_one_sentence_with_the_flag_and_the_value(tmp_path: Path) -> None:
+def test_an_invalid_value_is_one_sentence_with_the_flag_and_the_value(tmp_path: Path) -> None:
     refused = run("train", "--heads", "5", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "evalmode: heads must be a divisor of width=96, got heads=5\n"
@@ -92,7 +92,7 @@ def test_predict_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_verify_tells_pass_from_findings_from_unreadable(
+def test_verify_has_different_exit_codes_for_a_pass_and_for_unreadable_files(
     released: Released, tmp_path: Path
 ) -> None:
     torn = tmp_path / "torn.onnx"
@@ -116,7 +116,7 @@ def test_verify_finds_a_dropout_that_trains(released: Released, tmp_path: Path) 
     assert "leak (Dropout-20)" in found.stdout
 
 
-def test_a_bundle_with_a_forged_certificate_is_neither_served_nor_predicted_with(
+def test_serve_and_predict_refuse_a_bundle_with_a_forged_certificate(
     tmp_path: Path,
 ) -> None:
     """Every hash and the seal are right for a model whose Dropout trains."""
@@ -205,7 +205,7 @@ def test_export_prints_the_certificate_and_the_digest(
         (".", "here"),
     ],
 )
-def test_a_bundle_is_called_by_the_name_of_the_checkpoints_folder_in_letters_that_a_name_may_have(
+def test_the_default_name_of_a_bundle_is_the_checkpoints_folder_in_allowed_characters(
     exported: dict[str, object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -233,7 +233,7 @@ def test_a_bundle_is_called_by_the_name_of_the_checkpoints_folder_in_letters_tha
         (("--out", "/proc/bundles"), "no bundle can be written to /proc/bundles: "),
     ],
 )
-def test_export_says_at_once_in_one_sentence_what_it_cannot_write(
+def test_an_unwritable_bundle_is_refused_before_the_export_in_one_sentence(
     checkpoint: Checkpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -272,7 +272,7 @@ def test_without_torch_export_says_what_to_install(tmp_path: Path) -> None:
         ("safetensors", "train"),
     ],
 )
-def test_what_an_extra_would_bring_is_named_with_the_extra(
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str, extra: str
 ) -> None:
     def fails() -> None:
@@ -320,7 +320,7 @@ def test_a_path_that_looks_like_markup_is_printed_as_it_is(
     assert "[/red]draw (Bernoulli)" in shown
 
 
-def test_predict_reads_a_text_a_line_whatever_the_bytes(released: Released) -> None:
+def test_predict_reads_one_text_per_line_of_any_bytes(released: Released) -> None:
     asked = ["predict", "--json", "--bundle", str(released.path)]
     shown = CliRunner().invoke(cli.app, asked, input=b"caf\xe9\r\n\n\xff\xfe\n\xe6\x96\x87")
     assert shown.exit_code == 0, shown.output

@@ -67,7 +67,7 @@ def test_of_many_classes_the_ten_largest_are_named() -> None:
     assert "too few rows" not in text
 
 
-def test_classes_that_no_part_can_test_are_warned_of() -> None:
+def test_classes_missing_in_the_test_part_are_a_warning() -> None:
     counts = {"[a]": 9, "b": 2, **{f"c{n:02}": 1 for n in range(12)}}
     text = shown(data_tables(data_set(counts, tested={"[a]"})))
     warning = "13 of 14 classes have too few rows for the test part and are missing in it: b, c00, "
@@ -88,7 +88,7 @@ def test_classes_that_look_alike_are_named_with_their_rows() -> None:
     assert "3 more groups of classes differ in such ways only" in text
 
 
-def test_classes_that_were_not_tested_stand_beside_the_macro_f1() -> None:
+def test_untested_classes_are_named_beside_the_macro_f1() -> None:
     part = {"accuracy": 1.0, "macro_f1": 0.5, "classes": 2, "not_tested": ["[rare]"]}
     text = shown(metrics_table({"test": part, "train": {"accuracy": 1.0, "macro_f1": 1.0}}))
     assert "0.5000 (1 of 2 classes not tested: [rare])" in text
@@ -100,7 +100,7 @@ def test_classes_that_were_not_tested_stand_beside_the_macro_f1() -> None:
     assert "not_tested" in shown(metrics_table(odd))
 
 
-def test_what_looks_like_markup_is_text_in_every_table() -> None:
+def test_markup_is_printed_as_text_in_every_table() -> None:
     for text in MARKUP:
         found = Finding(severity=Severity.ERROR, node=text, why=text, fix=text)
         whole = Record.of(text, [found], fine="", otherwise=text, measured=text, limit=text)
@@ -110,7 +110,7 @@ def test_what_looks_like_markup_is_text_in_every_table() -> None:
         assert shown(pairs_table({text: text}, title="any")).count(text) == 2, text
 
 
-def test_a_rule_that_passed_takes_one_line_and_another_gives_its_reason_and_places() -> None:
+def test_a_rule_that_passed_is_one_line_and_any_other_has_its_reason_and_findings() -> None:
     passed = shown(records_table([record()], title=""))
     assert "the reason" not in passed
     assert "all is well" not in passed
@@ -126,7 +126,7 @@ def test_a_rule_that_passed_takes_one_line_and_another_gives_its_reason_and_plac
         )
 
 
-def test_what_to_do_stands_once_below_all_the_places_that_it_mends() -> None:
+def test_a_remedy_is_printed_once_below_all_findings() -> None:
     fixes = ("mend it", "mend it", "change it", "mend it")
     lines = shown(
         records_table([record(*[finding(f"node {fix}", fix) for fix in fixes])], title="")

@@ -103,7 +103,7 @@ def test_the_same_answers_are_the_same_bytes():
 
 
 @given(st.binary(max_size=200))
-def test_bytes_that_are_no_answers_are_refused_with_the_name_of_the_file(raw):
+def test_other_bytes_are_refused_with_the_name_of_the_file(raw):
     with pytest.raises(BundleCorrupt, match=r"known_answers\.npz"):
         unpack(raw)
 
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_answers_are_refused_with_the_name_of_the_file(raw):
     bits=st.integers(1, 255),
     end=st.none() | st.integers(1, 900),
 )
-def test_a_damaged_file_is_refused_or_read_and_never_a_crash(at, bits, end):
+def test_a_damaged_file_is_refused_or_read_without_another_error(at, bits, end):
     raw = bytearray(pack(ANSWERS))
     raw[at] ^= bits
     try:
@@ -134,7 +134,7 @@ def test_on_the_certifying_platform_the_bits_agree(replayed):
     assert (found.verdict, found.answers, found.largest_difference) == ("bitwise", 3, 0.0)
 
 
-def test_an_output_that_the_model_has_not_is_refused_by_name(replayed):
+def test_an_output_that_the_model_does_not_have_is_refused_by_name(replayed):
     with pytest.raises(
         KnownAnswersDiffer,
         match="known answer 0 names an output that the model does not have: 'logits'",
@@ -142,7 +142,7 @@ def test_an_output_that_the_model_has_not_is_refused_by_name(replayed):
         replayed(ANSWERS, lambda inputs: {"scores": run(inputs)["logits"]})
 
 
-def test_where_nothing_was_replayed_nothing_held(replayed):
+def test_a_replay_of_no_answers_has_a_verdict_that_says_so(replayed):
     assert replayed(()).verdict == "no answers"
 
 
@@ -154,7 +154,7 @@ def test_on_the_certifying_platform_not_one_bit_may_differ(replayed):
         replayed(ANSWERS, one_bit_off)
 
 
-def test_on_another_platform_a_difference_within_the_tolerance_is_let_by_and_said(
+def test_on_another_platform_a_difference_within_the_tolerance_passes_and_is_reported(
     replayed, elsewhere
 ):
     found = replayed(ANSWERS, off_by(5e-6), here=elsewhere)
@@ -192,7 +192,7 @@ def test_an_answer_with_other_bits_in_its_second_run_is_refused_by_its_number(
 
 
 @pytest.mark.parametrize("twice", [True, False])
-def test_each_answer_runs_twice_unless_it_is_known_to_repeat_itself(parts, platform, twice):
+def test_each_answer_runs_twice_unless_the_caller_says_once(parts, platform, twice):
     runs = []
 
     def run_and_count(inputs):
@@ -211,9 +211,7 @@ def test_each_answer_runs_twice_unless_it_is_known_to_repeat_itself(parts, platf
     assert len(runs) == len(ANSWERS) * (1 + twice)
 
 
-def test_an_answer_that_varies_is_refused_whatever_tolerance_its_certificate_claims(
-    parts, elsewhere
-):
+def test_an_answer_that_varies_between_runs_is_refused_at_any_tolerance(parts, elsewhere):
     draws = np.random.default_rng(5)
     generous = parts().certificate.model_copy(update={"tolerance": 1e9})
     with pytest.raises(KnownAnswersDiffer, match="known answer 0 is not the same twice"):
@@ -251,7 +249,7 @@ def test_numbers_that_are_not_finite_are_refused_on_every_platform(
             )
 
 
-def test_a_text_that_is_encoded_otherwise_is_refused_though_the_model_answers_alike(replayed):
+def test_a_text_with_other_ids_is_refused_although_the_outputs_are_the_same(replayed):
     other = NgramFrontEnd(FRONTEND.spec.model_copy(update={"vocabulary": 63}))
     with pytest.raises(KnownAnswersDiffer, match="known answer 0 is encoded to other ids"):
         replayed(ANSWERS, frontend=other)
@@ -263,7 +261,7 @@ def test_a_text_that_is_encoded_to_fewer_positions_is_refused(replayed):
         replayed((answer,))
 
 
-def test_without_a_front_end_the_tensors_alone_are_replayed(replayed):
+def test_without_a_front_end_only_the_tensors_are_replayed(replayed):
     answers = tuple(dataclasses.replace(answer, text=None) for answer in ANSWERS)
     assert replayed(answers, frontend=None).answers == 3
     assert replayed(ANSWERS, frontend=None).answers == 3

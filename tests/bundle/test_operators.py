@@ -153,7 +153,7 @@ DRAWING = dict(drawing_models())
 
 
 @pytest.mark.parametrize("place", DRAWING)
-def test_what_draws_in_the_runtime_is_refused_wherever_it_stands(place: str) -> None:
+def test_a_node_that_draws_in_onnx_runtime_is_refused_at_any_depth(place: str) -> None:
     assert draws(DRAWING[place].SerializeToString())
     assert re.search(
         r"must not be served: the node '(\S*/)?(draw|drop)' is", refusal(DRAWING[place])
@@ -172,7 +172,7 @@ def test_a_function_that_nothing_calls_is_read_too() -> None:
     assert "'my:block/draw'" in refusal(model_of(quiet(), functions=(function(draw()),)))
 
 
-def test_a_graph_that_is_given_to_a_function_is_read_as_a_default_and_in_a_call() -> None:
+def test_a_graph_passed_to_a_function_is_read_as_a_default_and_in_a_call() -> None:
     reads = node("If", ["x"], ["y"])
     for name in ("then_branch", "else_branch"):
         reads.attribute.add(name=name, ref_attr_name="g", type=AttributeProto.GRAPH)
@@ -204,7 +204,7 @@ def test_an_operator_that_draws_or_trains_is_refused_in_every_domain(
     ) or ("trains" in why)
 
 
-def test_an_operator_that_is_not_known_is_refused_unless_it_is_a_function_of_the_model() -> None:
+def test_an_unknown_operator_is_refused_unless_it_is_a_function_of_the_model() -> None:
     strange = node("Strange", ["x"], ["y"], domain="my")
     assert "my::Strange, which is not known" in refusal(model_of(strange))
     assert refusal(model_of(strange, functions=(function(quiet(), name="Strange"),))) == ""
@@ -215,7 +215,7 @@ def test_an_operator_that_is_not_known_is_refused_unless_it_is_a_function_of_the
     assert "not known" in refusal(model_of(node("Strange", ["x"], ["y"])))
 
 
-def test_an_opset_from_after_the_table_is_refused() -> None:
+def test_an_opset_newer_than_the_table_is_refused() -> None:
     assert "opset 99 of ai.onnx" in refusal(model_of(quiet(), opset=99))
 
 
@@ -318,12 +318,14 @@ MODES: dict[str, tuple[ModelProto, bool]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_training_mode_is_off_where_that_is_plain_to_see(mode: str) -> None:
+def test_a_node_with_a_training_mode_is_accepted_only_when_the_mode_is_visibly_off(
+    mode: str,
+) -> None:
     model, is_off = MODES[mode]
     assert (refusal(model) == "") == is_off, refusal(model)
 
 
-def test_a_mode_that_is_a_reference_is_refused() -> None:
+def test_a_training_mode_that_is_an_argument_of_a_function_is_refused() -> None:
     norm = node("BatchNormalization", ["x"] * 5, ["y"])
     norm.attribute.add(name="training_mode", ref_attr_name="k", type=AttributeProto.INT)
     call = node("block", ["x"], ["y"], domain="my", k=0)
@@ -331,7 +333,7 @@ def test_a_mode_that_is_a_reference_is_refused() -> None:
     assert "training mode" in refusal(model)
 
 
-def test_a_mode_in_a_graph_that_is_given_to_a_function_is_refused() -> None:
+def test_a_training_mode_in_a_graph_passed_to_a_function_is_refused() -> None:
     given = body(constant(False), drop(output="t"))
     call = node("block", ["x"], ["y"], domain="my", g=given)
     model = model_of(call, functions=(function(quiet(), attributes=("g",)),))
@@ -369,7 +371,7 @@ def test_parts_that_protobuf_merges_are_refused() -> None:
 
 
 @pytest.mark.parametrize("number", [3, 4, 7])
-def test_a_node_that_names_itself_twice_is_refused(number: int) -> None:
+def test_a_node_with_two_names_operators_or_domains_is_refused(number: int) -> None:
     first = quiet()
     first.domain = "ai.onnx"
     twice = nested(number, b"Bernoulli")
@@ -386,12 +388,12 @@ def test_a_field_that_onnx_does_not_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tag", [0x3B, 0x06, 0x00], ids=["a group", "wire type 6", "number 0"])
-def test_what_is_no_field_at_all_is_refused(tag: int) -> None:
+def test_bytes_that_are_no_field_are_refused(tag: int) -> None:
     data = bytes([tag, 1]) + model_of(quiet()).SerializeToString()
     assert "is not an ONNX model: byte 0 is no protobuf field" in refusal(data)
 
 
-def test_a_tag_that_is_written_longer_than_need_be_is_the_same_tag() -> None:
+def test_a_tag_in_more_bytes_than_needed_is_the_same_tag() -> None:
     """protobuf reads 0x8a 0x00 as it reads 0x0a."""
     graph = model_of().graph.SerializeToString()
     long_tag = b"\x8a\x00" + nested(1, draw().SerializeToString())[1:]
@@ -401,7 +403,7 @@ def test_a_tag_that_is_written_longer_than_need_be_is_the_same_tag() -> None:
 
 
 @pytest.mark.parametrize("end", range(1, 60, 7))
-def test_a_model_that_breaks_off_is_refused(end: int) -> None:
+def test_a_truncated_model_is_refused(end: int) -> None:
     data = model_of(draw()).SerializeToString()
     assert refusal(data[: len(data) - end])
 
@@ -423,7 +425,7 @@ def test_a_dropout_without_an_opset_is_refused() -> None:
     assert "training mode" in refusal(model)
 
 
-def test_weights_in_another_file_are_refused_wherever_they_stand() -> None:
+def test_weights_in_another_file_are_refused_in_every_kind_of_tensor() -> None:
     elsewhere = TensorProto(name="far", data_type=TensorProto.FLOAT, dims=[SIZE])
     elsewhere.data_location = TensorProto.EXTERNAL
     elsewhere.external_data.add(key="location", value="weights.bin")
@@ -460,7 +462,7 @@ def test_weights_are_skipped_and_not_copied() -> None:
     assert peak < 1 << 20 < len(data)
 
 
-def test_graphs_that_stand_deeper_than_protobuf_reads_are_refused() -> None:
+def test_graphs_nested_deeper_than_protobuf_reads_are_refused() -> None:
     graph = b""
     for _ in range(120):
         attribute = nested(1, b"then_branch") + nested(6, graph)

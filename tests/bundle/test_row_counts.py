@@ -30,7 +30,7 @@ def test_a_run_without_batch_effects_is_stable_at_every_count():
 
 
 @pytest.mark.parametrize("unstable", [{2}, {4, 8}, {2, 4, 8}])
-def test_a_run_that_depends_on_the_row_count_is_found(unstable):
+def test_row_counts_with_other_bits_are_not_stable(unstable):
     def run(inputs):
         found = exact(inputs)["y"]
         return {"y": np.nextafter(found, np.float32(9)) if len(found) in unstable else found}
@@ -41,7 +41,7 @@ def test_a_run_that_depends_on_the_row_count_is_found(unstable):
 
 
 @pytest.mark.parametrize("place", [0, 1, 3, 7])
-def test_one_place_of_the_batch_that_has_other_bits_is_found(place):
+def test_a_row_count_is_not_stable_if_one_position_of_the_batch_has_other_bits(place):
     def run(inputs):
         found = exact(inputs)["y"]
         if len(found) == 8:
@@ -51,7 +51,7 @@ def test_one_place_of_the_batch_that_has_other_bits_is_found(place):
     assert stable_row_counts(run, ROWS, COUNTS) == (1, 2, 4)
 
 
-def test_a_run_in_which_rows_see_their_neighbours_is_found():
+def test_a_run_in_which_rows_depend_on_their_neighbours_is_stable_at_one_row_only():
     def run(inputs):
         return {"y": exact(inputs)["y"] - inputs["x"].mean()}
 
@@ -67,7 +67,7 @@ def test_a_run_that_does_not_repeat_itself_is_stable_nowhere():
     assert stable_row_counts(run, ROWS, COUNTS) == ()
 
 
-def test_the_sign_of_a_zero_is_a_bit_too():
+def test_the_sign_of_a_zero_counts_as_a_bit():
     def run(inputs):
         return {
             "y": np.zeros((len(inputs["x"]), 1), np.float32) * (1 if len(inputs["x"]) == 1 else -1)
@@ -76,7 +76,7 @@ def test_the_sign_of_a_zero_is_a_bit_too():
     assert stable_row_counts(run, ROWS, COUNTS) == (1,)
 
 
-def test_every_output_counts():
+def test_every_output_is_compared():
     def run(inputs):
         rows = len(inputs["x"])
         return {"y": exact(inputs)["y"], "z": np.full((rows, 1), rows if rows > 2 else 0)}
@@ -84,11 +84,11 @@ def test_every_output_counts():
     assert stable_row_counts(run, ROWS, COUNTS) == (1, 2)
 
 
-def test_what_is_not_begun_in_time_is_not_proven():
+def test_a_row_count_not_begun_within_the_budget_is_left_out():
     assert set(timed_row_counts(exact, ROWS, COUNTS, budget_s=0)) == {1}
 
 
-def test_every_stable_count_is_timed_and_no_other():
+def test_exactly_the_stable_row_counts_are_timed():
     def run(inputs):
         found = exact(inputs)["y"]
         return {"y": np.nextafter(found, np.float32(9)) if len(found) == 4 else found}
@@ -98,7 +98,7 @@ def test_every_stable_count_is_timed_and_no_other():
     assert all(seconds > 0 for seconds in timed.values())
 
 
-def test_a_batch_that_fails_ends_the_measurement_and_does_not_fail_it():
+def test_a_batch_that_fails_ends_the_measurement_without_an_error():
     def run(inputs):
         if len(inputs["x"]) > 2:
             raise ModelRunFailed("out of memory")
@@ -107,7 +107,7 @@ def test_a_batch_that_fails_ends_the_measurement_and_does_not_fail_it():
     assert set(timed_row_counts(run, ROWS, COUNTS, budget_s=10)) == {1, 2}
 
 
-def test_one_row_that_fails_fails_the_measurement():
+def test_a_single_row_that_fails_is_an_error():
     def run(inputs):
         raise ModelRunFailed("always")
 
@@ -115,14 +115,14 @@ def test_one_row_that_fails_fails_the_measurement():
         timed_row_counts(run, ROWS, COUNTS, budget_s=10)
 
 
-def test_an_answer_with_fewer_rows_than_were_asked_is_not_stable():
+def test_a_batch_with_fewer_output_rows_is_not_stable():
     def run(inputs):
         return {"y": exact(inputs)["y"][:2]}
 
     assert stable_row_counts(run, ROWS, COUNTS) == (1, 2)
 
 
-def test_strings_are_compared_by_what_they_say_and_not_by_where_they_lie():
+def test_strings_are_compared_by_content_and_not_by_address():
     one, other = np.array(["ab", "c"], object), np.array(["a", "bc"], object)
     assert bits(one) == bits(np.array(["".join("ab"), "c"], object))
     assert bits(one) != bits(other)
@@ -141,7 +141,7 @@ def real_length(row):
     return int(row["input_ids"][0].any(-1).sum())
 
 
-def test_every_rung_has_single_rows_half_of_them_full_and_half_mostly_padding():
+def test_every_length_has_single_rows_half_of_them_full_and_half_mostly_padding():
     found = rows_by_length(rows_of(1, 3, 4, 5, 8, 9, 20, 32), LADDER)
     assert list(found) == [4, 8, 32]
     for length, rows in found.items():
@@ -152,7 +152,7 @@ def test_every_rung_has_single_rows_half_of_them_full_and_half_mostly_padding():
         assert len({row["input_ids"].tobytes() for row in rows}) == 8, "eight rows that differ"
 
 
-def test_rows_reach_a_length_that_the_data_does_not():
+def test_texts_are_joined_to_reach_a_length_that_none_of_them_has():
     short = rows_of(1, 2)
     found = rows_by_length(short, NgramSpec(lengths=(3, 8)), each=2)
     assert [real_length(rows[0]) for rows in found.values()] == [3, 8]
@@ -160,7 +160,7 @@ def test_rows_reach_a_length_that_the_data_does_not():
 
 
 @pytest.mark.parametrize("rung", [16, 2, 1])
-def test_rows_never_leave_a_ladder_of_one_rung(rung):
+def test_rows_fit_a_ladder_of_one_length(rung):
     found = rows_by_length(rows_of(1, 3, 9), NgramSpec(lengths=(rung,)))[rung]
     assert {row["input_ids"].shape[:2] for row in found} == {(1, rung)}
 

@@ -85,12 +85,12 @@ FLOATS = (TensorProto.FLOAT, ["n", "k"])
         ),
     ],
 )
-def test_shapes_that_do_not_go_together_are_the_fault_of_the_inputs(model, inputs):
+def test_shapes_that_clash_are_refused_inputs(model, inputs):
     with pytest.raises(InputsRefused, match="while running"):
         open_session(model).run(inputs)
 
 
-def test_memory_that_gives_out_is_no_fault_of_the_inputs():
+def test_a_lack_of_memory_is_a_failed_run_and_not_refused_inputs():
     model = made(
         "Expand",
         inputs={"x": (TensorProto.FLOAT, [1])},
@@ -101,7 +101,7 @@ def test_memory_that_gives_out_is_no_fault_of_the_inputs():
     assert not isinstance(failure.value, InputsRefused)
 
 
-def test_a_session_tells_its_tensors_with_minus_one_where_they_vary(model):
+def test_a_session_lists_its_tensors_with_minus_one_for_axes_that_vary(model):
     session = open_session(model)
     assert [(spec.name, spec.datatype, spec.shape) for spec in session.inputs] == [
         ("x", "FP32", (-1, 64))
@@ -111,7 +111,7 @@ def test_a_session_tells_its_tensors_with_minus_one_where_they_vary(model):
     ]
 
 
-def test_a_session_tells_the_platform_that_its_bits_depend_on(model):
+def test_a_session_describes_the_platform_that_its_bits_depend_on(model):
     platform = open_session(model, threads=2).platform
     assert platform.runtime == f"onnxruntime {onnxruntime.__version__}"
     assert platform.provider == "CPUExecutionProvider"
@@ -126,7 +126,7 @@ def test_a_provider_may_be_named_in_short_or_by_its_full_name(model, name):
 
 
 @pytest.mark.parametrize("name", ["cuda", "tensorrt", "nonsense", ""])
-def test_a_provider_that_is_not_there_is_refused_and_those_that_are_are_listed(model, name):
+def test_an_unavailable_provider_is_refused_with_a_list_of_those_available(model, name):
     if f"{name.upper()}ExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("it is there")
     with pytest.raises(ProviderUnavailable, match=rf"'{name}' is not available here.*offers:.*cpu"):
@@ -134,7 +134,7 @@ def test_a_provider_that_is_not_there_is_refused_and_those_that_are_are_listed(m
 
 
 @pytest.mark.parametrize("garbage", [b"", b"garbage", b"\x08\x0a" * 100])
-def test_a_file_that_is_no_model_is_refused_with_its_name(garbage):
+def test_an_unreadable_model_is_refused_with_its_name(garbage):
     with pytest.raises(BundleCorrupt, match=r"model\.onnx cannot be opened"):
         open_session(garbage)
 
@@ -187,7 +187,7 @@ def sentence(*, path: Path, before: str = "") -> str:
     return said
 
 
-def test_both_distributions_of_onnx_runtime_are_refused_with_the_way_out(tmp_path):
+def test_two_distributions_of_onnx_runtime_are_refused_with_the_remedy(tmp_path):
     distribution(tmp_path, "onnxruntime")
     distribution(tmp_path, "onnxruntime-gpu")
     said = sentence(path=tmp_path)
@@ -195,7 +195,7 @@ def test_both_distributions_of_onnx_runtime_are_refused_with_the_way_out(tmp_pat
     assert "pip uninstall onnxruntime onnxruntime-gpu" in said
 
 
-def test_no_onnx_runtime_is_refused_with_the_way_out(tmp_path):
+def test_a_missing_onnx_runtime_is_refused_with_the_remedy(tmp_path):
     said = sentence(
         path=tmp_path,
         before="sys.modules['onnxruntime'] = None  # what the import system takes for absent",

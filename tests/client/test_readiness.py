@@ -95,9 +95,7 @@ def free_port() -> int:
         ("localhost", "127.0.0.1"),
     ],
 )
-def test_a_server_is_found_at_whatever_address_and_port_it_listens(
-    config: Path, host: str, reached: str
-) -> None:
+def test_a_server_is_found_at_any_address_and_port(config: Path, host: str, reached: str) -> None:
     settings = {"config": config, "host": host, "port": 0}
     with processes.running(Path("tiny"), program=TINY, **settings) as server:
         found = check(CONFIG=config, HOST=host, PORT=0)
@@ -106,7 +104,7 @@ def test_a_server_is_found_at_whatever_address_and_port_it_listens(
         assert_ready(found, f"http://{reached}:{server.port}")
 
 
-def test_flags_files_tls_and_api_keys_are_no_obstacle(
+def test_a_server_with_flags_a_file_tls_and_api_keys_is_found(
     bundle: Path, certificate: Path, tmp_path: Path, config: Path
 ) -> None:
     other = tmp_path / "other.toml"
@@ -123,7 +121,7 @@ def test_flags_files_tls_and_api_keys_are_no_obstacle(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_where_clients_need_a_certificate_the_servers_own_is_shown(
+def test_a_server_that_demands_client_certificates_is_shown_its_certificate(
     certificate: Path, tmp_path: Path, config: Path, known: bool
 ) -> None:
     authorities = certificate / "cert"
@@ -156,7 +154,7 @@ def test_several_workers_are_one_server(config: Path) -> None:
         assert_ready(check(CONFIG=config, PORT=0), f"http://127.0.0.1:{server.port}")
 
 
-def test_a_server_that_is_stopping_is_unhealthy_and_its_reason_is_told(config: Path) -> None:
+def test_a_server_that_is_stopping_is_unhealthy_with_its_reason(config: Path) -> None:
     with processes.running(Path("tiny"), program=TINY, config=config, drain_s=20) as server:
         server.terminate()
         assert server.process.stderr is not None
@@ -165,7 +163,7 @@ def test_a_server_that_is_stopping_is_unhealthy_and_its_reason_is_told(config: P
         assert_unhealthy(check(CONFIG=config, PORT=0), f"{url} answers 503: the server is stopping")
 
 
-def test_a_server_that_was_killed_leaves_nothing_that_is_found(config: Path) -> None:
+def test_a_killed_server_is_not_found(config: Path) -> None:
     with processes.running(Path("tiny"), program=TINY, config=config) as server:
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
@@ -177,7 +175,7 @@ def test_a_server_that_was_killed_leaves_nothing_that_is_found(config: Path) -> 
         )
 
 
-def test_of_two_servers_in_one_environment_the_one_at_its_address_is_meant(
+def test_of_two_servers_in_one_environment_the_one_at_the_configured_address_is_asked(
     bundle: Path, config: Path
 ) -> None:
     port = free_port()
@@ -188,7 +186,9 @@ def test_of_two_servers_in_one_environment_the_one_at_its_address_is_meant(
         assert_ready(check(CONFIG=config, PORT=port), f"http://127.0.0.1:{port}")
 
 
-def test_of_two_servers_that_cannot_be_told_apart_none_is_asked(config: Path) -> None:
+def test_two_servers_in_one_environment_without_a_configured_address_are_ambiguous(
+    config: Path,
+) -> None:
     with (
         processes.running(Path("tiny"), program=TINY, config=config) as one,
         processes.running(Path("tiny"), program=TINY, config=config) as other,
@@ -200,7 +200,7 @@ def test_of_two_servers_that_cannot_be_told_apart_none_is_asked(config: Path) ->
         )
 
 
-def test_a_server_in_another_environment_is_not_taken_for_this_one(config: Path) -> None:
+def test_a_server_in_another_environment_is_not_asked(config: Path) -> None:
     port = free_port()
     with processes.running(Path("tiny"), program=TINY, config=config):
         assert_unhealthy(
@@ -209,7 +209,9 @@ def test_a_server_in_another_environment_is_not_taken_for_this_one(config: Path)
         )
 
 
-def test_without_proc_the_address_is_that_of_the_environment_and_the_file(config: Path) -> None:
+def test_without_proc_the_address_comes_from_the_environment_and_the_settings_file(
+    config: Path,
+) -> None:
     unshare = ("unshare", "--map-root-user", "--mount")
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system forbids user namespaces")
@@ -225,7 +227,7 @@ def test_without_proc_the_address_is_that_of_the_environment_and_the_file(config
         )
 
 
-def test_in_a_container_the_first_process_is_meant_whatever_its_variables(tmp_path: Path) -> None:
+def test_in_a_container_process_1_is_asked_whatever_its_variables(tmp_path: Path) -> None:
     unshare = ("unshare", "--map-root-user", "--pid", "--fork", "--mount-proc")
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system forbids user namespaces")
@@ -248,7 +250,7 @@ def test_in_a_container_the_first_process_is_meant_whatever_its_variables(tmp_pa
     assert ended.stdout.endswith("/readyz is ready\n")
 
 
-def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
+def test_a_server_that_does_not_answer_is_given_up_after_the_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         stop = threading.Event()
@@ -278,7 +280,7 @@ def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
         ("http://a:port", "--url http://a:port is not a URL: Port could not be cast to integer"),
     ],
 )
-def test_an_address_that_is_none_is_one_sentence(url: str, sentence: str) -> None:
+def test_an_invalid_url_is_one_sentence(url: str, sentence: str) -> None:
     found = check("--url", url)
     assert found.returncode == 1
     assert found.stderr.startswith(f"evalmode: {sentence}")
@@ -286,7 +288,7 @@ def test_an_address_that_is_none_is_one_sentence(url: str, sentence: str) -> Non
 
 
 @pytest.mark.parametrize("port", ["x", "", "65536", "-1", "80.5", "0x50", "nan", "1e999", "80 80"])
-def test_a_port_that_is_none_is_named_with_its_variable(config: Path, port: str) -> None:
+def test_an_invalid_port_is_named_with_its_variable(config: Path, port: str) -> None:
     way_out = "correct it, or name the server with --url"
     assert_unhealthy(
         check(CONFIG=config, PORT=port),
@@ -349,7 +351,7 @@ def test_a_host_that_cannot_be_resolved_is_named_with_what_set_it(config: Path, 
     assert f" {config}: host {sentence}" in check(CONFIG=config).stderr
 
 
-def test_a_tls_file_that_is_missing_is_named_where_no_server_answers(
+def test_a_missing_tls_file_is_named_when_no_server_answers(
     config: Path, certificate: Path
 ) -> None:
     port = free_port()

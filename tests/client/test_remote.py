@@ -11,7 +11,7 @@ from evalmode.client.remote import backoff_s, open_client, parse_retry_after
 from evalmode.errors import EvalmodeError
 
 
-def test_waits_grow_and_keep_what_a_server_asks_for() -> None:
+def test_waits_grow_and_respect_retry_after() -> None:
     assert [parse_retry_after(header) for header in ("7", "99999", "soon", None)] == [
         7,
         120,
@@ -26,7 +26,7 @@ def test_waits_grow_and_keep_what_a_server_asks_for() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://a", "http://", "http:///x", ""])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
+def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(EvalmodeError, match="--url"):
         open_client(url, api_key=None, ca=None, connections=1)
 
@@ -34,7 +34,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 @pytest.mark.parametrize(
     ("api_key", "ca"), [("kéy", None), ("a\nb", None), (None, Path("absent.pem"))]
 )
-def test_a_key_or_an_authority_that_cannot_be_used_is_refused(
+def test_an_invalid_api_key_or_authority_file_is_refused(
     api_key: str | None, ca: Path | None
 ) -> None:
     with pytest.raises(EvalmodeError):

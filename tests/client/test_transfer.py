@@ -31,7 +31,7 @@ class Refusing:
         raise EvalmodeError(f"refused {first}")
 
 
-def test_when_several_chunks_fail_the_first_is_told_and_no_traceback_of_the_others(
+def test_when_several_chunks_fail_only_the_first_is_reported(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "texts.jsonl").write_text('"a"\n' * 4)
@@ -64,6 +64,6 @@ def test_a_password_in_the_address_is_not_shown() -> None:
         asyncio.run(ask())
 
 
-def test_a_port_that_is_none_is_refused_at_once() -> None:
+def test_a_port_above_65535_is_refused() -> None:
     with pytest.raises(EvalmodeError, match="a port is at most 65535"):
         open_client("http://localhost:99999", api_key=None, ca=None, connections=1)

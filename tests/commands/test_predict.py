@@ -154,7 +154,7 @@ def to(server: Server, *more: object) -> tuple[object, ...]:
     return ("--url", server.url, "--input", "texts.jsonl", "--output", "answers.jsonl", *more)
 
 
-def test_a_request_holds_no_more_than_a_servers_window() -> None:
+def test_a_request_is_no_larger_than_the_window_of_a_server() -> None:
     assert (bulk.CHUNK_LINES, bulk.CHUNK_BYTES) == (WINDOW_ROWS, WINDOW_BYTES)
 
 
@@ -177,7 +177,7 @@ def test_every_line_is_answered_in_order_over_several_connections(
     assert b"5,000" in done.stderr
 
 
-def test_what_may_go_away_is_asked_again_and_the_wait_that_a_server_asks_for_is_kept(
+def test_a_temporary_refusal_is_retried_after_the_wait_that_the_server_asks_for(
     server: Server, tmp_path: Path
 ) -> None:
     texts = texts_in(tmp_path, 100)
@@ -203,7 +203,7 @@ def test_what_may_go_away_is_asked_again_and_the_wait_that_a_server_asks_for_is_
     assert times[1] - times[0] >= 1
 
 
-def test_a_stream_that_is_cut_is_asked_for_the_rest_alone(server: Server, tmp_path: Path) -> None:
+def test_after_a_broken_stream_only_the_rest_is_sent_again(server: Server, tmp_path: Path) -> None:
     texts = texts_in(tmp_path, 100)
 
     def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
@@ -218,9 +218,7 @@ def test_a_stream_that_is_cut_is_asked_for_the_rest_alone(server: Server, tmp_pa
     assert [len(lines) for _, _, lines in server.requests] == [100, 70, 40, 10]
 
 
-def test_a_server_that_stops_says_so_in_a_last_line_and_is_asked_again(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_stream_that_ends_with_an_error_line_is_retried(server: Server, tmp_path: Path) -> None:
     texts = texts_in(tmp_path, 10)
 
     def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
@@ -246,7 +244,7 @@ def test_a_server_that_stops_says_so_in_a_last_line_and_is_asked_again(
     assert labels_of(tmp_path / "answers.jsonl") == texts
 
 
-def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(
+def test_after_the_last_retry_it_says_how_to_continue_and_the_next_run_continues(
     server: Server, tmp_path: Path
 ) -> None:
     texts = texts_in(tmp_path, 1000)
@@ -272,9 +270,7 @@ def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(
     assert server.asked == asked + 7  # nothing was left to ask
 
 
-def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_killed_run_can_be_continued(server: Server, tmp_path: Path) -> None:
     texts = texts_in(tmp_path, 3000)
     reached = threading.Event()
     server.misbehave = lambda handler, number, lines: (
@@ -299,7 +295,7 @@ def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(
     ("status", "said"),
     [(401, "401 Unauthorized, no key"), (404, "404 Not Found"), (500, "500 Internal")],
 )
-def test_what_will_not_go_away_is_not_asked_again(
+def test_a_permanent_refusal_is_not_retried(
     server: Server, tmp_path: Path, status: int, said: str
 ) -> None:
     texts_in(tmp_path, 10)
@@ -309,7 +305,7 @@ def test_what_will_not_go_away_is_not_asked_again(
     assert said in done.stderr.decode()
 
 
-def test_another_model_than_the_one_that_began_is_refused(server: Server, tmp_path: Path) -> None:
+def test_a_run_is_not_continued_with_another_model(server: Server, tmp_path: Path) -> None:
     texts_in(tmp_path, 1000)
 
     def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
@@ -327,7 +323,7 @@ def test_another_model_than_the_one_that_began_is_refused(server: Server, tmp_pa
     assert len(labels_of(tmp_path / "answers.jsonl")) == 500
 
 
-def test_another_input_or_question_than_the_one_that_began_is_refused(
+def test_a_run_is_not_continued_with_another_input_or_other_flags(
     server: Server, tmp_path: Path
 ) -> None:
     texts_in(tmp_path, 10)
@@ -345,7 +341,7 @@ def test_another_input_or_question_than_the_one_that_began_is_refused(
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
-def test_lines_with_errors_make_the_exit_code_1_also_when_they_were_there_before(
+def test_lines_with_errors_make_the_exit_code_1_in_later_runs_too(
     server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.jsonl").write_bytes(b'"a"\n{\n\n' + b"x" * (17 << 20) + b'\n"b"\n')
@@ -358,7 +354,7 @@ def test_lines_with_errors_make_the_exit_code_1_also_when_they_were_there_before
     assert server.asked <= 2
 
 
-def test_a_text_file_has_a_text_a_line_and_a_pipe_json_lines(
+def test_a_txt_file_has_one_text_per_line_and_a_pipe_has_json_lines(
     server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.txt").write_bytes('\ufeffDit is "een" zin.\r\n\nÅ\u2028b'.encode() + b"\xff")
@@ -373,7 +369,9 @@ def test_a_text_file_has_a_text_a_line_and_a_pipe_json_lines(
     assert piped.returncode == 0
 
 
-def test_answers_leave_a_pipe_before_the_next_text_comes(server: Server, tmp_path: Path) -> None:
+def test_a_text_from_a_pipe_is_answered_before_the_next_one_arrives(
+    server: Server, tmp_path: Path
+) -> None:
     command = [EVALMODE, "predict", "--url", server.url, "--input", "-"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path

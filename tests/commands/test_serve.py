@@ -36,7 +36,7 @@ def run(
     )
 
 
-def test_every_setting_but_the_secrets_is_a_flag_of_serve_in_the_group_of_its_name() -> None:
+def test_every_setting_except_secrets_is_a_flag_of_serve_in_its_group() -> None:
     shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, ["serve", "--help"]).output
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')} "
@@ -52,7 +52,7 @@ def test_every_setting_but_the_secrets_is_a_flag_of_serve_in_the_group_of_its_na
     )
 
 
-def test_printed_settings_say_where_they_came_from_and_make_a_file_that_sets_the_same(
+def test_printed_settings_name_their_origin_and_are_a_file_that_sets_the_same(
     tmp_path: Path,
 ) -> None:
     environment = {"EVALMODE_API_KEYS": "topsecret", "EVALMODE_CORS_ORIGINS": "https://a,https://b"}
@@ -140,7 +140,7 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(
+def test_unusable_flags_are_one_sentence(
     tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     refused = run(*arguments, cwd=tmp_path)

@@ -55,7 +55,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def test_it_first_says_what_it_read_and_what_it_leaves_out(tmp_path: Path) -> None:
+def test_training_begins_with_a_summary_of_the_data_and_of_what_is_left_out(tmp_path: Path) -> None:
     labels = ("neg", "pos")
     rows = [(sentence(n), labels[n % 2]) for n in range(100)]
     rows += [(sentence(n), labels[1 - n % 2]) for n in range(60)]
@@ -83,7 +83,9 @@ def test_it_first_says_what_it_read_and_what_it_leaves_out(tmp_path: Path) -> No
     assert "warning: 1 of 3 classes have too few rows for the test part" in done.stdout
 
 
-def test_a_class_that_was_not_tested_is_named_up_to_the_bundle(tmp_path: Path) -> None:
+def test_a_class_without_test_rows_is_named_after_training_and_in_the_bundle(
+    tmp_path: Path,
+) -> None:
     rows = [(sentence(n), "rare" if n in (3, 901) else "common") for n in range(1500)]
     written(tmp_path / "d.csv", rows)
     trained = evalmode("train", "--data", "d.csv", *SMALL, cwd=tmp_path)
@@ -131,7 +133,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 LARGER = ["--width", 192]
 
 
-def test_a_last_checkpoint_without_room_leaves_the_run_before_and_can_be_had_later(
+def test_a_full_disk_at_the_last_checkpoint_leaves_the_earlier_run_and_can_be_resumed(
     few: Path, tmp_path: Path
 ) -> None:
     train = ["train", "--data", few, *SMALL, *LARGER, "--out", "disk/run"]
@@ -156,9 +158,7 @@ def test_a_last_checkpoint_without_room_leaves_the_run_before_and_can_be_had_lat
         assert not (disk / "run/training").exists()
 
 
-def test_a_disk_without_room_for_a_state_holds_nothing_afterwards(
-    few: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_at_the_first_state_is_left_empty(few: Path, tmp_path: Path) -> None:
     train = ["train", "--data", few, *SMALL, *LARGER, "--out", "disk/run"]
     with small_disk(tmp_path / "disk", "size=1m") as disk:
         full = refusal(evalmode(*train, cwd=tmp_path))
@@ -166,7 +166,7 @@ def test_a_disk_without_room_for_a_state_holds_nothing_afterwards(
         assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_may_only_be_read_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_read_only_disk_is_refused_before_any_work(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=1m", "ro"):
         refused = refusal(
             evalmode("train", "--data", "absent.csv", "--out", "disk/run", cwd=tmp_path)
@@ -175,9 +175,7 @@ def test_a_disk_that_may_only_be_read_is_refused_before_any_work(tmp_path: Path)
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "file/x", "n" * 300])
-def test_a_place_that_cannot_hold_a_training_is_one_sentence(
-    data: Path, tmp_path: Path, out: str
-) -> None:
+def test_an_unusable_out_folder_is_one_sentence(data: Path, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").touch()
     refused = refusal(evalmode("train", "--data", data, *SMALL, "--out", out, cwd=tmp_path))
     assert f"no training can be written to {out}" in refused
@@ -185,9 +183,7 @@ def test_a_place_that_cannot_hold_a_training_is_one_sentence(
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
-def test_a_state_that_is_broken_or_finds_no_room_is_one_sentence(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_broken_state_or_a_full_disk_is_one_sentence(data: Path, tmp_path: Path) -> None:
     train = ["train", "--data", data, *SMALL, "--epochs", 50, "--out", "run"]
     state = tmp_path / "run/training/state.ckpt"
     full = refusal(evalmode(*train, cwd=tmp_path, before="ulimit -f 150;"))
@@ -208,7 +204,7 @@ def test_a_state_that_is_broken_or_finds_no_room_is_one_sentence(
         state.write_bytes(b"")
 
 
-def test_a_foreign_state_or_record_is_one_sentence_with_one_way_out(
+def test_a_foreign_state_or_record_is_one_sentence_with_one_remedy(
     few: Path, tmp_path: Path
 ) -> None:
     train = ["train", "--data", few, *SMALL, "--out", "run"]
@@ -245,7 +241,7 @@ def test_a_foreign_state_or_record_is_one_sentence_with_one_way_out(
     assert files_of(tmp_path / "run") == before
 
 
-def test_a_finished_run_is_not_written_over_and_files_are_refused_by_name(
+def test_a_finished_run_is_not_overwritten_and_unreadable_data_is_refused_by_name(
     data: Path, tmp_path: Path
 ) -> None:
     done = evalmode("train", "--data", data, *SMALL, cwd=tmp_path)
