@@ -1,4 +1,4 @@
-"""Without room, what was there stays as it was, and no half of a file stays beside it."""
+"""On a full disk the old files stay as they were, and no partial file is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A child answers within its limits; its end costs one answer, and it ends with its parent."""
+"""A child answers within its limits. When it ends, one answer is lost; it ends with its parent."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def answer(question):
     if word == "sleep":
         time.sleep(600)
     if word == "spin":
-        ctypes.PyDLL(None).sleep(600)  # and holds the interpreter's lock
+        ctypes.PyDLL(None).sleep(600)  # and holds Python's lock
     if word == "memory":
-        held = [bytearray(1 << 24) for _ in range(int(rest))]
+        blocks = [bytearray(1 << 24) for _ in range(int(rest))]
         time.sleep(1)
     if word == "stdin":
         yield repr(sys.stdin.read()).encode()
@@ -101,7 +101,7 @@ def test_a_child_that_takes_too_long_is_ended(question: bytes, child: Child) -> 
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child's memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="a child's memory is read from /proc")
 def test_cancelling_an_answer_ends_the_child(child: Child) -> None:
     cancelled = threading.Event()
     messages = child.ask(b"spin", cancelled=cancelled.is_set)
@@ -127,7 +127,7 @@ def test_the_rest_of_an_unread_answer_is_not_read_as_the_next(child: Child) -> N
     assert list(child.ask(b"say five")) == [b"say", b"five"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="memfd_create exists on Linux only")
 def test_a_child_needs_no_folder_that_can_be_written_to(
     child: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +157,7 @@ for message in child.ask(sys.argv[1].encode()):
 @pytest.mark.skipif(sys.platform != "linux", reason="by signals of Linux")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("question", ["sleep", "spin"])
-@pytest.mark.usefixtures("child")  # for its file
+@pytest.mark.usefixtures("child")  # writes answers.py
 def test_a_child_ends_with_its_parent_in_whatever_way_the_parent_ends(
     how: signal.Signals, question: str, tmp_path: Path
 ) -> None:
@@ -166,17 +166,17 @@ def test_a_child_ends_with_its_parent_in_whatever_way_the_parent_ends(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path
     ) as parent:
         assert parent.stdout is not None
-        left = int(parent.stdout.readline())
+        pid = int(parent.stdout.readline())
         parent.send_signal(how)
         assert parent.wait(10) != 0
     end = time.monotonic() + 5
-    while is_alive(left) and time.monotonic() < end:
+    while is_alive(pid) and time.monotonic() < end:
         time.sleep(0.02)
-    assert not is_alive(left)
+    assert not is_alive(pid)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process is there and no zombie that waits for its parent."""
+    """Whether the process is there, and no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""The command line's own promises; what the subcommands do is tested where it is done."""
+"""What all subcommands have in common: help, exit codes, and one sentence for an error."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def called(*arguments: str, patch: pytest.MonkeyPatch) -> int:
     """The exit code of `evalmode ARGUMENTS` in this process, whose output pytest captures."""
     patch.setattr(sys, "argv", ["evalmode", *arguments])
     patch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main()
-    return int(left.value.code or 0)
+    return int(exit_info.value.code or 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
-    shown = run(command, "--help")
-    assert shown.returncode == 0
-    assert "Example" in shown.stdout
-    assert f"evalmode {command}" in shown.stdout
+    output = run(command, "--help")
+    assert output.returncode == 0
+    assert "Example" in output.stdout
+    assert f"evalmode {command}" in output.stdout
 
 
 def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_defaults() -> None:
@@ -75,8 +75,8 @@ def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_de
     ],
 )
 def test_help_shows_defaults_that_are_described_in_words(command: str, default: str) -> None:
-    shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
-    assert default in shown.output
+    output = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
+    assert default in output.output
 
 
 def test_an_invalid_value_is_one_sentence_with_the_flag_and_the_value(tmp_path: Path) -> None:
@@ -111,15 +111,15 @@ def test_verify_finds_a_dropout_that_trains(released: Released, tmp_path: Path) 
     last.output[0], out = "before", last.output[0]
     model.graph.node.append(helper.make_node("Dropout", ["before", "", "on"], [out], name="leak"))
     onnx.save(model, tmp_path / "leak.onnx")
-    found = run("verify", str(tmp_path / "leak.onnx"))
-    assert found.returncode == 1
-    assert "leak (Dropout-20)" in found.stdout
+    process = run("verify", str(tmp_path / "leak.onnx"))
+    assert process.returncode == 1
+    assert "leak (Dropout-20)" in process.stdout
 
 
 def test_serve_and_predict_refuse_a_bundle_with_a_forged_certificate(
     tmp_path: Path,
 ) -> None:
-    """Every hash and the seal are right for a model whose Dropout trains."""
+    """Its hashes and its seal are right, but the model has a Dropout that trains."""
     model = onnx.load_from_string(tiny_model())
     model.graph.node[-1].output[0] = "sum"
     weights = {"rate": np.array(0.5, np.float32), "mode": np.array(True)}
@@ -135,7 +135,7 @@ def test_serve_and_predict_refuse_a_bundle_with_a_forged_certificate(
 
 
 def test_show_prints_manifest_certificate_census_and_metrics(released: Released) -> None:
-    shown = run("show", str(released.path)).stdout
+    output = run("show", str(released.path)).stdout
     for part in (
         "manifest",
         "certificate: pass",
@@ -144,7 +144,7 @@ def test_show_prints_manifest_certificate_census_and_metrics(released: Released)
         "embedding.dropout",
         released.certificate.digest[:16],
     ):
-        assert part in shown
+        assert part in output
 
 
 def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
@@ -156,11 +156,11 @@ def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
 
     checkpoint.module.blocks[1].feed_forward.dropout = AlwaysOn()
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
-    shown = CliRunner(env={"COLUMNS": "200"}).invoke(
+    output = CliRunner(env={"COLUMNS": "200"}).invoke(
         cli.app, ["export", "any", "--out", str(tmp_path)]
     )
-    assert shown.exit_code == 1
-    assert "blocks.1.feed_forward.dropout (AlwaysOn, p=0.25): dropout" in shown.output
+    assert output.exit_code == 1
+    assert "blocks.1.feed_forward.dropout (AlwaysOn, p=0.25): dropout" in output.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -168,17 +168,17 @@ def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
 def exported(
     checkpoint: Checkpoint, released: Released, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, object]:
-    """What `release` was asked for by a command line that need not export anything for it."""
-    asked: dict[str, object] = {}
+    """The options that the command line passes to `release_checkpoint`, which exports nothing."""
+    options: dict[str, object] = {}
 
-    def release(found: Checkpoint, **options: object) -> Released:
-        asked.update(options)
+    def release(loaded: Checkpoint, **keywords: object) -> Released:
+        options.update(keywords)
         return released
 
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
     monkeypatch.setattr("evalmode.export.from_checkpoint.release_checkpoint", release)
     monkeypatch.chdir(tmp_path)
-    return asked
+    return options
 
 
 def test_export_prints_the_certificate_and_the_digest(
@@ -188,11 +188,11 @@ def test_export_prints_the_certificate_and_the_digest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert called("export", "any", patch=monkeypatch) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"certificate of {released.path}"[:100])
+    output = capsys.readouterr().out
+    assert output.startswith(f"certificate of {released.path}"[:100])
     for record in released.certificate.records:
-        assert record.rule in shown
-    assert f"digest {released.certificate.digest}\n" in shown
+        assert record.rule in output
+    assert f"digest {released.certificate.digest}\n" in output
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_the_default_name_of_a_bundle_is_the_checkpoints_folder_in_allowed_chara
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "sentence"),
     [
         (
             ("--name", "a/b"),
@@ -239,15 +239,15 @@ def test_an_unwritable_bundle_is_refused_before_the_export_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     flags: tuple[str, str],
-    said: str,
+    sentence: str,
 ) -> None:
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     assert called("export", "any", *flags, patch=monkeypatch) == terminal.EXIT_UNUSABLE
-    shown = capsys.readouterr()
-    assert shown.err.startswith(f"evalmode: {said}")
-    assert shown.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.err.startswith(f"evalmode: {sentence}")
+    assert output.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -293,9 +293,9 @@ def test_a_missing_module_that_no_extra_installs_is_an_internal_error(
         raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
 
     monkeypatch.setattr(cli, "app", fails)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main()
-    assert left.value.code == terminal.EXIT_UNUSABLE
+    assert exit_info.value.code == terminal.EXIT_UNUSABLE
     assert (
         "internal error, ModuleNotFoundError: No module named 'nowhere'" in capsys.readouterr().err
     )
@@ -315,18 +315,18 @@ def test_a_path_that_looks_like_markup_is_printed_as_it_is(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
     )
     assert called("verify", str(file), patch=monkeypatch) == terminal.EXIT_FINDINGS
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"fail        {file}\n")
-    assert "[/red]draw (Bernoulli)" in shown
+    output = capsys.readouterr().out
+    assert output.startswith(f"fail        {file}\n")
+    assert "[/red]draw (Bernoulli)" in output
 
 
 def test_predict_reads_one_text_per_line_of_any_bytes(released: Released) -> None:
-    asked = ["predict", "--json", "--bundle", str(released.path)]
-    shown = CliRunner().invoke(cli.app, asked, input=b"caf\xe9\r\n\n\xff\xfe\n\xe6\x96\x87")
-    assert shown.exit_code == 0, shown.output
-    read = json.loads(shown.stdout)["predictions"]
-    given = CliRunner().invoke(cli.app, [*asked, "caf\ufffd", "", "\ufffd\ufffd", "文"])
-    assert read == json.loads(given.stdout)["predictions"]
+    command = ["predict", "--json", "--bundle", str(released.path)]
+    output = CliRunner().invoke(cli.app, command, input=b"caf\xe9\r\n\n\xff\xfe\n\xe6\x96\x87")
+    assert output.exit_code == 0, output.output
+    read = json.loads(output.stdout)["predictions"]
+    arguments = CliRunner().invoke(cli.app, [*command, "caf\ufffd", "", "\ufffd\ufffd", "文"])
+    assert read == json.loads(arguments.stdout)["predictions"]
 
 
 def test_an_internal_error_is_one_sentence_and_shows_its_traceback_on_request(
@@ -351,8 +351,8 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
     command = [Path(sys.executable).parent / "evalmode", "verify", "m.onnx", "--format", "json"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert done.returncode == terminal.EXIT_UNUSABLE
-    assert done.stderr.startswith("evalmode: No space left on device")
+    assert process.returncode == terminal.EXIT_UNUSABLE
+    assert process.stderr.startswith("evalmode: No space left on device")

@@ -1,6 +1,4 @@
-"""The helpers for users' own tests: silent when all is well, and an AssertionError that a reader
-can act on.
-"""
+"""The assertions for users' tests: silent for a clean module, else an error with the remedy."""
 
 from __future__ import annotations
 
@@ -44,11 +42,11 @@ def test_a_clean_module_passes_and_keeps_its_forward() -> None:
 def test_a_leak_is_named_with_its_site_and_the_remedy() -> None:
     with pytest.raises(AssertionError) as caught:
         assert_export_is_clean(Net(leak=0.1).eval(), X)
-    said = str(caught.value)
-    assert "eager-randomness: fail" in said
-    assert "p=0.1" in said
-    assert "test_testing.py:" in said
-    assert "-> pass training=self.training" in said
+    message = str(caught.value)
+    assert "eager-randomness: fail" in message
+    assert "p=0.1" in message
+    assert "test_testing.py:" in message
+    assert "-> pass training=self.training" in message
 
 
 def test_a_module_in_training_is_a_finding_and_is_not_put_into_eval() -> None:

@@ -37,9 +37,7 @@ WRAP = 2**64
 
 
 def by_hand(symbols: str, spec: NgramSpec) -> list[list[int]]:
-    """The ids of folded symbols, one character and one n-gram after the other, as the docstrings
-    say it.
-    """
+    """The ids of normalised symbols, n-gram by n-gram, as the docstrings describe them."""
     points = [0] * spec.orders + [ord(symbol) for symbol in symbols]
     per_character = []
     for end in range(spec.orders - 1, len(points)):
@@ -73,7 +71,7 @@ PINNED = [
 
 
 def test_the_ids_are_those_that_every_trained_model_was_trained_on():
-    # Written down once: whoever changes these numbers makes every bundle that exists unusable.
+    # These numbers must never change: every existing bundle would become unusable.
     assert NgramFrontEnd(SMALL).encode("Ez 7!").ids.tolist() == PINNED
     assert NgramFrontEnd(SMALL).encode("Ez 7!").ids.tolist() == by_hand("ez 0!", SMALL)
 
@@ -89,14 +87,14 @@ def test_any_text_has_a_row_that_fits_the_ladder_and_the_table(text):
     assert row.ids.min() >= 0
     assert row.ids.max() < spec.vocabulary
     assert (row.ids[:, : spec.orders] > 0).all(), (
-        "a real position holds an id above 0, which is what masks by"
+        "a real position holds an id above 0, which is what the model masks by"
     )
 
 
 @given(TEXTS)
 def test_the_same_text_has_the_same_ids_in_every_front_end_of_one_spec(text):
-    again = open_frontend(NgramSpec.model_validate_json(DEFAULT.spec.model_dump_json()), None)
-    assert np.array_equal(again.encode(text).ids, DEFAULT.encode(text).ids)
+    reopened = open_frontend(NgramSpec.model_validate_json(DEFAULT.spec.model_dump_json()), None)
+    assert np.array_equal(reopened.encode(text).ids, DEFAULT.encode(text).ids)
 
 
 @given(TEXTS, TEXTS)
@@ -115,7 +113,7 @@ def test_an_empty_text_has_one_position():
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("text", "other_text"),
     [
         ("Ez EGY Mondat", "ez egy mondat"),
         ("call 0123", "call 9876"),
@@ -137,15 +135,15 @@ def test_an_empty_text_has_one_position():
         "both halves",
     ],
 )
-def test_texts_that_differ_in_case_digits_blanks_or_composition_have_the_same_ids(one, other):
-    assert np.array_equal(DEFAULT.encode(one).ids, DEFAULT.encode(other).ids)
+def test_texts_that_differ_in_case_digits_blanks_or_composition_have_the_same_ids(text, other_text):
+    assert np.array_equal(DEFAULT.encode(text).ids, DEFAULT.encode(other_text).ids)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("ab", "ba"), ("a", "aa"), ("was", "wäs"), ("a b", "ab"), ("a1", "a")]
+    ("text", "other_text"), [("ab", "ba"), ("a", "aa"), ("was", "wäs"), ("a b", "ab"), ("a1", "a")]
 )
-def test_texts_that_differ_in_letters_or_their_order_have_other_ids(one, other):
-    assert not np.array_equal(DEFAULT.encode(one).ids, DEFAULT.encode(other).ids)
+def test_texts_that_differ_in_letters_or_their_order_have_other_ids(text, other_text):
+    assert not np.array_equal(DEFAULT.encode(text).ids, DEFAULT.encode(other_text).ids)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +171,7 @@ def test_the_blanks_around_and_between_words_do_not_count_as_length():
 
 def test_half_a_million_combining_marks_are_encoded_in_two_seconds():
     began = time.process_time()
-    # composed as a whole it would take a minute
+    # Composing all of it would take a minute.
     row = DEFAULT.encode("a" + "\u0301\u0316" * 250_000)
     assert row.truncated
     assert time.process_time() - began < 2
@@ -266,8 +264,8 @@ def test_a_tokenizer_gives_any_text_a_row_that_begins_with_the_start_id(tokenize
 def test_a_tokenizer_cuts_a_text_longer_than_the_model_reads_and_marks_it_truncated(tokenizer):
     frontend = BpeFrontEnd(BPE, tokenizer)
     assert frontend.encode("").ids.tolist() == [1]
-    known = frontend.encode("q" * 15)
-    assert (len(known.ids), known.truncated) == (16, False)
+    longest = frontend.encode("q" * 15)
+    assert (len(longest.ids), longest.truncated) == (16, False)
     cut = frontend.encode("q" * 16)
     assert (len(cut.ids), cut.truncated) == (16, True)
 
@@ -433,11 +431,11 @@ def uncut(tokenizer: str, text: str) -> list[int]:
 @given(text=LONG_TEXTS)
 def test_a_text_that_fits_has_all_of_its_ids_and_any_other_is_marked_truncated(name, text):
     tokenizer = (LOSSLESS | OTHERS)[name]
-    whole = uncut(tokenizer, text)
+    all_ids = uncut(tokenizer, text)
     row = BpeFrontEnd(SHORT_LADDER, tokenizer).encode(text)
-    assert row.truncated == (len(whole) > 15)
+    assert row.truncated == (len(all_ids) > 15)
     if not row.truncated:
-        assert row.ids.tolist() == [SHORT_LADDER.start, *whole]
+        assert row.ids.tolist() == [SHORT_LADDER.start, *all_ids]
 
 
 @settings(max_examples=100, deadline=None)
@@ -450,12 +448,12 @@ def test_a_text_that_fits_has_all_of_its_ids_and_any_other_is_marked_truncated(n
 def test_a_text_of_words_that_does_not_fit_has_the_first_ids_of_the_whole_text(words, count):
     text = " ".join(words * count)
     for tokenizer in LOSSLESS.values():
-        whole = uncut(tokenizer, text)
-        assert BpeFrontEnd(SHORT_LADDER, tokenizer).encode(text).ids.tolist() == [1, *whole[:15]]
+        all_ids = uncut(tokenizer, text)
+        assert BpeFrontEnd(SHORT_LADDER, tokenizer).encode(text).ids.tolist() == [1, *all_ids[:15]]
 
 
 def test_a_text_can_have_one_and_a_half_code_points_for_each_byte_of_its_composed_form():
-    # what the bound on the length of a text that fits stands on
+    # The bound on the length of a text that fits relies on this.
     ratios = {
         len(unicodedata.normalize("NFD", letter)) / len(letter.encode())
         for letter in map(chr, [*range(0xD800), *range(0xE000, 0x110000)])

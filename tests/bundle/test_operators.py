@@ -1,6 +1,6 @@
-"""A model that draws or trains is refused, however it is written; one that does not is opened.
+"""A model that draws or trains is refused in whatever way it is written; any other is accepted.
 
-The models are made with onnx, and ONNX Runtime shows that what is refused would have drawn.
+The models are built with onnx, and ONNX Runtime shows that those which are refused would draw.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def body(*nodes: NodeProto, weights: tuple[TensorProto, ...] = (), name: str = "
 
 
 def chosen(branch: GraphProto) -> NodeProto:
-    """An If whose one branch is `branch`, which makes `t`."""
-    other = body(quiet(output="e"), name="e")
-    return node("If", ["yes"], ["y"], name="choose", then_branch=branch, else_branch=other)
+    """An If one of whose branches is `branch`, with the output `t`."""
+    else_branch = body(quiet(output="e"), name="e")
+    return node("If", ["yes"], ["y"], name="choose", then_branch=branch, else_branch=else_branch)
 
 
 def function(
@@ -86,10 +86,10 @@ def function(
     return helper.make_function(domain, name, ["x"], ["y"], nodes, imports, attributes)
 
 
-def repeated(made: NodeProto) -> NodeProto:
-    """A Loop of one turn whose body makes `t`."""
+def repeated(output_node: NodeProto) -> NodeProto:
+    """A Loop of one turn, whose body has the output `t`."""
     truth = helper.make_tensor_value_info("again", TensorProto.BOOL, [])
-    loop = body(made, node("Identity", ["go"], ["again"]))
+    loop = body(output_node, node("Identity", ["go"], ["again"]))
     loop.input.extend(
         [
             helper.make_tensor_value_info("turn", TensorProto.INT64, []),
@@ -103,7 +103,7 @@ def repeated(made: NodeProto) -> NodeProto:
 
 
 def refusal(model: ModelProto | bytes) -> str:
-    """Why a model is refused; "" for one that is opened."""
+    """Why a model is refused; empty for one that is accepted."""
     data = model if isinstance(model, bytes) else model.SerializeToString()
     try:
         check_operators(data)
@@ -113,7 +113,7 @@ def refusal(model: ModelProto | bytes) -> str:
 
 
 def draws(data: bytes) -> bool:
-    """Whether ONNX Runtime answers the same input in two ways."""
+    """Whether ONNX Runtime gives two answers to the same input."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -123,7 +123,7 @@ def draws(data: bytes) -> bool:
 
 
 def drawing_models() -> Iterator[tuple[str, ModelProto]]:
-    """The same draw in every place where a node can stand."""
+    """The same draw wherever a model can have a node."""
     yield "main graph", model_of(draw())
     yield "dropout", model_of(drop(), weights=(RATE, ON))
     yield "branch", model_of(chosen(body(draw(output="t"))), weights=(YES,))
@@ -144,7 +144,7 @@ def drawing_models() -> Iterator[tuple[str, ModelProto]]:
     yield "function of a function", model_of(call, functions=(outer, inner))
     branch = function(constant(True, "yes"), chosen(body(draw(output="t"))))
     yield "branch of a function", model_of(call, functions=(branch,))
-    # ONNX Runtime takes its own Bernoulli, and not the function.
+    # ONNX Runtime uses its operator of this name, and not the function.
     shadow = function(quiet(), name="RandomUniformLike", domain="")
     yield "shadowed", model_of(draw(), functions=(shadow,))
 
@@ -152,11 +152,11 @@ def drawing_models() -> Iterator[tuple[str, ModelProto]]:
 DRAWING = dict(drawing_models())
 
 
-@pytest.mark.parametrize("place", DRAWING)
-def test_a_node_that_draws_in_onnx_runtime_is_refused_at_any_depth(place: str) -> None:
-    assert draws(DRAWING[place].SerializeToString())
+@pytest.mark.parametrize("case", DRAWING)
+def test_a_node_that_draws_in_onnx_runtime_is_refused_at_any_depth(case: str) -> None:
+    assert draws(DRAWING[case].SerializeToString())
     assert re.search(
-        r"must not be served: the node '(\S*/)?(draw|drop)' is", refusal(DRAWING[place])
+        r"must not be served: the node '(\S*/)?(draw|drop)' is", refusal(DRAWING[case])
     )
 
 
@@ -208,7 +208,7 @@ def test_an_unknown_operator_is_refused_unless_it_is_a_function_of_the_model() -
     strange = node("Strange", ["x"], ["y"], domain="my")
     assert "my::Strange, which is not known" in refusal(model_of(strange))
     assert refusal(model_of(strange, functions=(function(quiet(), name="Strange"),))) == ""
-    # In a domain of its own the runtime may have an operator of that name, and takes it.
+    # In a domain of ONNX Runtime there may be an operator of that name, which it prefers.
     newer = node("Strange", ["x"], ["y"], domain="com.microsoft")
     named = function(quiet(), name="Strange", domain="com.microsoft")
     assert "not known" in refusal(model_of(newer, functions=(named,)))
@@ -334,14 +334,14 @@ def test_a_training_mode_that_is_an_argument_of_a_function_is_refused() -> None:
 
 
 def test_a_training_mode_in_a_graph_passed_to_a_function_is_refused() -> None:
-    given = body(constant(False), drop(output="t"))
-    call = node("block", ["x"], ["y"], domain="my", g=given)
+    graph = body(constant(False), drop(output="t"))
+    call = node("block", ["x"], ["y"], domain="my", g=graph)
     model = model_of(call, functions=(function(quiet(), attributes=("g",)),))
     assert "training mode" in refusal(model)
 
 
 def nested(number: int, content: bytes) -> bytes:
-    """A field of bytes, whose number and length are written out."""
+    """A serialised field of bytes."""
 
     def number_of(value: int) -> bytes:
         written = bytearray()
@@ -361,7 +361,7 @@ def without(message: object, field: str) -> bytes:
 
 
 def test_parts_that_protobuf_merges_are_refused() -> None:
-    """Read one by one each part is quiet; merged they are a Dropout that is on."""
+    """Each part alone is quiet; protobuf merges them into a Dropout that is on."""
     split = model_of(drop(), weights=(RATE, OFF))
     graph = without(split.graph, "initializer")
     modes = GraphProto(initializer=[RATE, ON]).SerializeToString()
@@ -501,10 +501,10 @@ def test_the_fields_of_each_message_are_those_of_onnx(message: Message) -> None:
 
 def test_no_change_of_one_byte_makes_a_drawing_model_open_and_draw() -> None:
     data = model_of(draw()).SerializeToString()
-    for place in range(len(data)):
+    for position in range(len(data)):
         for value in range(256):
-            changed = data[:place] + bytes([value]) + data[place + 1 :]
-            assert refusal(changed) or not loads_and_draws(changed), (place, value)
+            changed = data[:position] + bytes([value]) + data[position + 1 :]
+            assert refusal(changed) or not loads_and_draws(changed), (position, value)
 
 
 def loads_and_draws(data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Fake runs: a row is three numbers, and how they are added depends on what the fake is to show."""
+"""With fakes of `run`: a row is three numbers, which each fake adds in another way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evalmode.bundle.row_counts import (
     timed_row_counts,
 )
 
-ROWS = [{"x": np.array([[0.1, 0.2, 0.3 + place]], np.float32)} for place in range(3)]
+ROWS = [{"x": np.array([[0.1, 0.2, 0.3 + position]], np.float32)} for position in range(3)]
 COUNTS = (1, 2, 4, 8)
 
 
@@ -32,21 +32,21 @@ def test_a_run_without_batch_effects_is_stable_at_every_count():
 @pytest.mark.parametrize("unstable", [{2}, {4, 8}, {2, 4, 8}])
 def test_row_counts_with_other_bits_are_not_stable(unstable):
     def run(inputs):
-        found = exact(inputs)["y"]
-        return {"y": np.nextafter(found, np.float32(9)) if len(found) in unstable else found}
+        outputs = exact(inputs)["y"]
+        return {"y": np.nextafter(outputs, np.float32(9)) if len(outputs) in unstable else outputs}
 
     assert stable_row_counts(run, ROWS, COUNTS) == tuple(
-        each for each in COUNTS if each not in unstable
+        row_count for row_count in COUNTS if row_count not in unstable
     )
 
 
-@pytest.mark.parametrize("place", [0, 1, 3, 7])
-def test_a_row_count_is_not_stable_if_one_position_of_the_batch_has_other_bits(place):
+@pytest.mark.parametrize("position", [0, 1, 3, 7])
+def test_a_row_count_is_not_stable_if_one_position_of_the_batch_has_other_bits(position):
     def run(inputs):
-        found = exact(inputs)["y"]
-        if len(found) == 8:
-            found[place] = np.nextafter(found[place], np.float32(9))
-        return {"y": found}
+        outputs = exact(inputs)["y"]
+        if len(outputs) == 8:
+            outputs[position] = np.nextafter(outputs[position], np.float32(9))
+        return {"y": outputs}
 
     assert stable_row_counts(run, ROWS, COUNTS) == (1, 2, 4)
 
@@ -90,8 +90,8 @@ def test_a_row_count_not_begun_within_the_budget_is_left_out():
 
 def test_exactly_the_stable_row_counts_are_timed():
     def run(inputs):
-        found = exact(inputs)["y"]
-        return {"y": np.nextafter(found, np.float32(9)) if len(found) == 4 else found}
+        outputs = exact(inputs)["y"]
+        return {"y": np.nextafter(outputs, np.float32(9)) if len(outputs) == 4 else outputs}
 
     timed = timed_row_counts(run, ROWS, COUNTS, budget_s=10)
     assert set(timed) == {1, 2, 8}
@@ -123,16 +123,16 @@ def test_a_batch_with_fewer_output_rows_is_not_stable():
 
 
 def test_strings_are_compared_by_content_and_not_by_address():
-    one, other = np.array(["ab", "c"], object), np.array(["a", "bc"], object)
-    assert bits(one) == bits(np.array(["".join("ab"), "c"], object))
-    assert bits(one) != bits(other)
+    first, second = np.array(["ab", "c"], object), np.array(["a", "bc"], object)
+    assert bits(first) == bits(np.array(["".join("ab"), "c"], object))
+    assert bits(first) != bits(second)
 
 
 LADDER = NgramSpec(lengths=(4, 8, 32))
 
 
 def rows_of(*lengths):
-    """Rows (T, 2) of these lengths, all of whose ids differ."""
+    """Rows (T, 2) of these lengths, with different ids everywhere."""
     starts = np.cumsum([0, *lengths])
     return [np.arange(2 * a, 2 * b, dtype=np.int64).reshape(-1, 2) + 1 for a, b in pairwise(starts)]
 
@@ -142,9 +142,9 @@ def real_length(row):
 
 
 def test_every_length_has_single_rows_half_of_them_full_and_half_mostly_padding():
-    found = rows_by_length(rows_of(1, 3, 4, 5, 8, 9, 20, 32), LADDER)
-    assert list(found) == [4, 8, 32]
-    for length, rows in found.items():
+    rows_at = rows_by_length(rows_of(1, 3, 4, 5, 8, 9, 20, 32), LADDER)
+    assert list(rows_at) == [4, 8, 32]
+    for length, rows in rows_at.items():
         assert {row["input_ids"].shape for row in rows} == {(1, length, 2)}
         real = [real_length(row) for row in rows]
         assert real[0::2] == [length] * 4
@@ -154,15 +154,15 @@ def test_every_length_has_single_rows_half_of_them_full_and_half_mostly_padding(
 
 def test_texts_are_joined_to_reach_a_length_that_none_of_them_has():
     short = rows_of(1, 2)
-    found = rows_by_length(short, NgramSpec(lengths=(3, 8)), each=2)
-    assert [real_length(rows[0]) for rows in found.values()] == [3, 8]
-    assert [len(rows) for rows in found.values()] == [2, 2]
+    rows_at = rows_by_length(short, NgramSpec(lengths=(3, 8)), each=2)
+    assert [real_length(rows[0]) for rows in rows_at.values()] == [3, 8]
+    assert [len(rows) for rows in rows_at.values()] == [2, 2]
 
 
-@pytest.mark.parametrize("rung", [16, 2, 1])
-def test_rows_fit_a_ladder_of_one_length(rung):
-    found = rows_by_length(rows_of(1, 3, 9), NgramSpec(lengths=(rung,)))[rung]
-    assert {row["input_ids"].shape[:2] for row in found} == {(1, rung)}
+@pytest.mark.parametrize("length", [16, 2, 1])
+def test_rows_fit_a_ladder_of_one_length(length):
+    rows = rows_by_length(rows_of(1, 3, 9), NgramSpec(lengths=(length,)))[length]
+    assert {row["input_ids"].shape[:2] for row in rows} == {(1, length)}
 
 
 def test_rows_of_token_ids_come_with_their_attention_mask():
@@ -172,5 +172,5 @@ def test_rows_of_token_ids_come_with_their_attention_mask():
 
 
 def test_a_batch_takes_its_rows_in_turn():
-    rows = [{"x": np.array([[place]])} for place in range(3)]
+    rows = [{"x": np.array([[position]])} for position in range(3)]
     assert stack(rows, count=5, first=1)["x"].tolist() == [[1], [2], [0], [1], [2]]

@@ -22,12 +22,12 @@ FILES = ("model.onnx", "known_answers.npz", "notes/origin.txt", "manifest.json",
 
 
 def test_a_bundle_opens_as_it_was_written(written, parts):
-    bundle, made = open_bundle(written), parts()
+    bundle, expected = open_bundle(written), parts()
     assert bundle.path == written
-    assert bundle.manifest == made.manifest
-    assert bundle.certificate == made.certificate.sealed()
-    assert bundle.contents == made.contents
-    assert bundle.model == made.contents["model.onnx"]
+    assert bundle.manifest == expected.manifest
+    assert bundle.certificate == expected.certificate.sealed()
+    assert bundle.contents == expected.contents
+    assert bundle.model == expected.contents["model.onnx"]
     assert [answer.text for answer in bundle.known_answers()] == ["Ez egy rövid mondat."]
     assert bundle.frontend().spec.ids_per_position == 16
 
@@ -40,32 +40,32 @@ def test_the_digest_is_the_sha256_of_the_manifest_file(written, parts):
 def test_the_same_contents_have_the_same_digest_wherever_and_whenever_they_are_written(
     written, parts, tmp_path
 ):
-    again = parts().write(tmp_path / "elsewhere")
-    assert open_bundle(again).digest == open_bundle(written).digest
+    copy = parts().write(tmp_path / "elsewhere")
+    assert open_bundle(copy).digest == open_bundle(written).digest
     for name in FILES:
-        assert (again / name).read_bytes() == (written / name).read_bytes()
+        assert (copy / name).read_bytes() == (written / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_anywhere_in_any_file_is_refused_with_the_name_of_the_file(written, name):
     file = written / name
-    whole = file.read_bytes()
+    original = file.read_bytes()
     # Every byte of a small file; of a large one the ends, and every seventh byte between, each with
     # another bit.
     steps = chain(
-        range(min(64, len(whole))),
-        range(0, len(whole), 7),
-        range(max(0, len(whole) - 64), len(whole)),
+        range(min(64, len(original))),
+        range(0, len(original), 7),
+        range(max(0, len(original) - 64), len(original)),
     )
     for at in sorted(set(steps)):
-        changed = bytearray(whole)
+        changed = bytearray(original)
         changed[at] ^= 1 << at % 8
         file.write_bytes(changed)
         for allow_uncertified in (False, True):
             with pytest.raises(BundleCorrupt) as refusal:
                 open_bundle(written, allow_uncertified=allow_uncertified)
             assert str(file) in str(refusal.value), f"byte {at}"
-    file.write_bytes(whole)
+    file.write_bytes(original)
     open_bundle(written)
 
 
@@ -203,14 +203,14 @@ def test_a_write_that_fails_half_way_leaves_nothing(
 
 
 def test_a_bundle_is_never_seen_half_written(tmp_path, parts, monkeypatch):
-    seen = []
+    existed = []
 
     def look(descriptor: int) -> None:
-        seen.append((tmp_path / "any/1").exists())
+        existed.append((tmp_path / "any/1").exists())
 
     monkeypatch.setattr(os, "fsync", look)
     parts().write(tmp_path)
-    assert seen == [False] * 6 + [True], (
+    assert existed == [False] * 6 + [True], (
         "five files and their folder are on disk before the name is, then the name is"
     )
 
@@ -241,18 +241,21 @@ def test_a_damaged_bundle_is_not_taken_for_the_same_one(written, parts):
 
 
 def test_inconsistent_arguments_of_write_bundle_are_assertion_errors(tmp_path, parts):
-    made = parts()
+    expected = parts()
     with pytest.raises(AssertionError):
         write_bundle(
             tmp_path,
-            manifest=made.manifest,
-            certificate=made.certificate,
+            manifest=expected.manifest,
+            certificate=expected.certificate,
             contents={"model.onnx": b"other"},
         )
     other = parts(model=b"other")
     with pytest.raises(AssertionError):
         write_bundle(
-            tmp_path, manifest=made.manifest, certificate=other.certificate, contents=made.contents
+            tmp_path,
+            manifest=expected.manifest,
+            certificate=other.certificate,
+            contents=expected.contents,
         )
 
 

@@ -1,4 +1,4 @@
-"""`evalmode healthcheck` against real servers, found by itself and by an address."""
+"""`evalmode healthcheck` against real servers, with --url and without."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_S = 30
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A settings file of this test: other servers of this user are in other environments."""
+    """A settings file for this test alone: it tells its servers from others of the same user."""
     file = tmp_path / "evalmode.toml"
     file.touch()
     return file
@@ -91,17 +91,17 @@ def free_port() -> int:
         ("::", "[::1]"),
         ("127.0.0.1", "127.0.0.1"),
         ("::1", "[::1]"),
-        ("127.0.0.2", "127.0.0.2"),  # an address at which 127.0.0.1 does not answer
+        ("127.0.0.2", "127.0.0.2"),  # an address that 127.0.0.1 does not include
         ("localhost", "127.0.0.1"),
     ],
 )
 def test_a_server_is_found_at_any_address_and_port(config: Path, host: str, reached: str) -> None:
     settings = {"config": config, "host": host, "port": 0}
     with processes.running(Path("tiny"), program=TINY, **settings) as server:
-        found = check(CONFIG=config, HOST=host, PORT=0)
+        process = check(CONFIG=config, HOST=host, PORT=0)
         if host == "localhost" and ":" in server.url[8:].rpartition(":")[0]:
             reached = "[::1]"  # the system's hosts file decides
-        assert_ready(found, f"http://{reached}:{server.port}")
+        assert_ready(process, f"http://{reached}:{server.port}")
 
 
 def test_a_server_with_flags_a_file_tls_and_api_keys_is_found(
@@ -120,12 +120,12 @@ def test_a_server_with_flags_a_file_tls_and_api_keys_is_found(
         assert in_clear.returncode == 1
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("has_its_authority", [True, False])
 def test_a_server_that_demands_client_certificates_is_shown_its_certificate(
-    certificate: Path, tmp_path: Path, config: Path, known: bool
+    certificate: Path, tmp_path: Path, config: Path, has_its_authority: bool
 ) -> None:
     authorities = certificate / "cert"
-    if not known:
+    if not has_its_authority:
         command = "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout k -out ca -subj /CN=ca"
         subprocess.run(["openssl", *command.split()], cwd=tmp_path, check=True, capture_output=True)
         authorities = tmp_path / "ca"
@@ -137,12 +137,12 @@ def test_a_server_that_demands_client_certificates_is_shown_its_certificate(
     }
     with processes.running(Path("tiny"), program=TINY, **settings) as server:
         url = f"https://127.0.0.1:{server.port}"
-        if known:
+        if has_its_authority:
             assert_ready(check(CONFIG=config, PORT=0), url)
             return
-        found = check(CONFIG=config, PORT=0)
-        assert found.returncode == 0
-        assert found.stdout == (
+        process = check(CONFIG=config, PORT=0)
+        assert process.returncode == 0
+        assert process.stdout == (
             f"{url}/readyz is alive; only a client with a certificate of its authorities can ask"
             " for more\n"
         )
@@ -190,10 +190,10 @@ def test_two_servers_in_one_environment_without_a_configured_address_are_ambiguo
     config: Path,
 ) -> None:
     with (
-        processes.running(Path("tiny"), program=TINY, config=config) as one,
+        processes.running(Path("tiny"), program=TINY, config=config) as first,
         processes.running(Path("tiny"), program=TINY, config=config) as other,
     ):
-        urls = sorted(f"http://127.0.0.1:{server.port}/readyz" for server in (one, other))
+        urls = sorted(f"http://127.0.0.1:{server.port}/readyz" for server in (first, other))
         assert_unhealthy(
             check(CONFIG=config, PORT=0),
             f"2 servers run here, {' and '.join(urls)}: name one with --url",
@@ -231,7 +231,7 @@ def test_in_a_container_process_1_is_asked_whatever_its_variables(tmp_path: Path
     unshare = ("unshare", "--map-root-user", "--pid", "--fork", "--mount-proc")
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system forbids user namespaces")
-    # As an entry point that is a script: it sets a port and becomes the server.
+    # Like an entry point that is a script: it sets a port and then becomes the server.
     script = (
         '( until out=$(EVALMODE_PORT=8000 "$0" -m evalmode healthcheck 2>/dev/null); do sleep 0.1;'
         ' done; echo "$out"; kill -TERM 1 ) & '
@@ -259,14 +259,14 @@ def test_a_server_that_does_not_answer_is_given_up_after_the_timeout() -> None:
             connection, _ = listener.accept()
             with connection, suppress(ConnectionError):
                 while not stop.wait(0.05):
-                    connection.sendall(b"x")  # each byte would start a socket's own limit anew
+                    connection.sendall(b"x")  # each byte starts the timeout of a socket again
 
         server = threading.Thread(target=drip)
         server.start()
-        found = check("--url", f"http://127.0.0.1:{port}", "--timeout-s", "0.5")
+        process = check("--url", f"http://127.0.0.1:{port}", "--timeout-s", "0.5")
         stop.set()
         server.join(WAIT_S)
-    assert_unhealthy(found, f"http://127.0.0.1:{port}/readyz gave no answer in 0.5 s")
+    assert_unhealthy(process, f"http://127.0.0.1:{port}/readyz gave no answer in 0.5 s")
     assert DEFAULT_TIMEOUT_S < 3  # docker's, in the Dockerfile
 
 
@@ -281,10 +281,10 @@ def test_a_server_that_does_not_answer_is_given_up_after_the_timeout() -> None:
     ],
 )
 def test_an_invalid_url_is_one_sentence(url: str, sentence: str) -> None:
-    found = check("--url", url)
-    assert found.returncode == 1
-    assert found.stderr.startswith(f"evalmode: {sentence}")
-    assert found.stderr.count("\n") == 1
+    process = check("--url", url)
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"evalmode: {sentence}")
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("port", ["x", "", "65536", "-1", "80.5", "0x50", "nan", "1e999", "80 80"])
@@ -333,12 +333,12 @@ def test_a_settings_file_that_is_missing_or_broken_is_named(
     file = tmp_path / "broken.toml"
     if content is not None:
         file.write_bytes(content)
-    found = check(CONFIG=file)
-    assert found.returncode == 1
-    assert found.stderr.startswith(
+    process = check(CONFIG=file)
+    assert process.returncode == 1
+    assert process.stderr.startswith(
         f"evalmode: the settings file {file} (EVALMODE_CONFIG) {sentence}"
     )
-    assert found.stderr.count("\n") == 1
+    assert process.stderr.count("\n") == 1
     assert "Is a directory" in check(CONFIG=tmp_path).stderr
 
 

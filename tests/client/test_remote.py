@@ -1,4 +1,4 @@
-"""How the client of a server opens and waits; tests/commands/test_predict.py sends requests."""
+"""Opening a client, and waiting between tries; tests/commands/test_predict.py sends requests."""
 
 from __future__ import annotations
 

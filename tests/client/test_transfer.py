@@ -1,4 +1,4 @@
-"""How a file of texts is carried to whoever answers, when that fails."""
+"""Failures while a file of texts is answered."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from evalmode.errors import EvalmodeError
 
 
 class Refusing:
-    """Refuses every chunk, the first one last."""
+    """Refuses every chunk, and the first of them after the others."""
 
     def __init__(self, chunks: int) -> None:
-        self._left = asyncio.Semaphore(0)
-        self._others = chunks - 1
+        self._refused = asyncio.Semaphore(0)
+        self._later_chunks = chunks - 1
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
         if first == 0:
-            for _ in range(self._others):
-                await self._left.acquire()
-        self._left.release()
+            for _ in range(self._later_chunks):
+                await self._refused.acquire()
+        self._refused.release()
         raise EvalmodeError(f"refused {first}")
 
 

@@ -47,12 +47,12 @@ def cells(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if "│" in line]
 
 
-def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("evalmode: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "internal error" not in done.stderr
-    return done.stderr
+def refusal(process: subprocess.CompletedProcess[str]) -> str:
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("evalmode: ")
+    assert process.stderr.count("\n") == 1, process.stderr
+    assert "internal error" not in process.stderr
+    return process.stderr
 
 
 def test_training_begins_with_a_summary_of_the_data_and_of_what_is_left_out(tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_training_begins_with_a_summary_of_the_data_and_of_what_is_left_out(tmp_
     rows += [("text", "label"), (sentence(99), "pos"), ("", "pos"), ("a text", "")]
     rows += [("a text of a class of its own", "rare")]
     written(tmp_path / "d.csv", rows)
-    done = evalmode("train", "--data", "d.csv", *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    shown = cells(done.stdout.partition("epoch 1/1")[0])
+    process = evalmode("train", "--data", "d.csv", *SMALL, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    output = cells(process.stdout.partition("epoch 1/1")[0])
     for line in (
         ["source", "d.csv"],
         ["text column", "text"],
@@ -78,9 +78,9 @@ def test_training_begins_with_a_summary_of_the_data_and_of_what_is_left_out(tmp_
         ["rows used", "41"],
         ["rare", "1", "1", "0", "0"],
     ):
-        assert line in shown
-    assert ["pos", "20"] in [line[:2] for line in shown]
-    assert "warning: 1 of 3 classes have too few rows for the test part" in done.stdout
+        assert line in output
+    assert ["pos", "20"] in [line[:2] for line in output]
+    assert "warning: 1 of 3 classes have too few rows for the test part" in process.stdout
 
 
 def test_a_class_without_test_rows_is_named_after_training_and_in_the_bundle(
@@ -92,8 +92,8 @@ def test_a_class_without_test_rows_is_named_after_training_and_in_the_bundle(
     assert trained.returncode == 0, trained.stderr
     exported = evalmode("export", "runs/d", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
-    shown = evalmode("show", "bundles/d/1", cwd=tmp_path)
-    for output in (trained.stdout, shown.stdout):
+    bundle = evalmode("show", "bundles/d/1", cwd=tmp_path)
+    for output in (trained.stdout, bundle.stdout):
         (line,) = (line for line in cells(output) if line[0] == "test")
         assert line[1:3] == ["1.0000", "0.5000 (1 of 2 classes not tested: rare)"]
 
@@ -106,7 +106,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few(data: Path, tmp_path: Path) -> Path:
-    """The first rows of the data: for runs whose length says nothing."""
+    """The first rows of the data, for runs whose length does not matter."""
     lines = data.read_text().splitlines(keepends=True)
     (tmp_path / "few.csv").write_text("".join(lines[:201]))
     return tmp_path / "few.csv"
@@ -114,7 +114,7 @@ def few(data: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def small_disk(folder: Path, *options: str) -> Iterator[Path]:
-    """A file system of its own in memory, at `folder`."""
+    """A file system in memory at `folder`, which can be full without harm to another."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
@@ -208,8 +208,8 @@ def test_a_foreign_state_or_record_is_one_sentence_with_one_remedy(
     few: Path, tmp_path: Path
 ) -> None:
     train = ["train", "--data", few, *SMALL, "--out", "run"]
-    done = evalmode(*train, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = evalmode(*train, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     before = files_of(tmp_path / "run")
     record, state = tmp_path / "run/checkpoint.json", tmp_path / "run/training/state.ckpt"
     way_out = ": begin anew with --overwrite, or choose another --out\n"
@@ -244,24 +244,24 @@ def test_a_foreign_state_or_record_is_one_sentence_with_one_remedy(
 def test_a_finished_run_is_not_overwritten_and_unreadable_data_is_refused_by_name(
     data: Path, tmp_path: Path
 ) -> None:
-    done = evalmode("train", "--data", data, *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = evalmode("train", "--data", data, *SMALL, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     before = (tmp_path / "runs/d/checkpoint.json").read_bytes()
-    again = refusal(evalmode("train", "--data", data, *SMALL, cwd=tmp_path))
-    assert "runs/d holds a finished training: take it as it is with --resume" in again
-    taken = evalmode("train", "--data", data, *SMALL, "--resume", cwd=tmp_path)
-    assert taken.returncode == 0, taken.stderr
+    refused = refusal(evalmode("train", "--data", data, *SMALL, cwd=tmp_path))
+    assert "runs/d holds a finished training: take it as it is with --resume" in refused
+    resumed = evalmode("train", "--data", data, *SMALL, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "runs/d/checkpoint.json").read_bytes() == before
-    anew = evalmode("train", "--data", data, *SMALL, "--overwrite", cwd=tmp_path)
-    assert anew.returncode == 0, anew.stderr
+    overwritten = evalmode("train", "--data", data, *SMALL, "--overwrite", cwd=tmp_path)
+    assert overwritten.returncode == 0, overwritten.stderr
     assert (tmp_path / "runs/d/checkpoint.json").read_bytes() == before  # the same bits
 
     semicolons = tmp_path / "e[1].csv"
     semicolons.write_text(data.read_text().replace(",", ";"))
     refused = refusal(evalmode("train", "--data", semicolons, *SMALL, cwd=tmp_path))
     assert "the header holds one column, 'text;label'" in refused
-    given = evalmode("train", "--data", semicolons, *SMALL, "--separator", ";", cwd=tmp_path)
-    assert given.returncode == 0, given.stderr
+    separated = evalmode("train", "--data", semicolons, *SMALL, "--separator", ";", cwd=tmp_path)
+    assert separated.returncode == 0, separated.stderr
     assert (tmp_path / "runs/e[1]/model.safetensors").exists()
     nonsense = refusal(evalmode("train", "--data", data, "--separator", "::", cwd=tmp_path))
     assert "separator must be one character" in nonsense

@@ -1,4 +1,4 @@
-"""`evalmode verify` on inputs that cannot be read: one sentence and exit code 2, no finding."""
+"""`evalmode verify --inputs`: unreadable inputs are one sentence and exit code 2, no finding."""
 
 from __future__ import annotations
 
