@@ -29,11 +29,11 @@ TOKENIZER_FILE = "tokenizer.json"
 
 # Unicode composition takes quadratic time in a run of combining marks: 240,000 of them take 54 s,
 # during which Python's lock is held. So at most this many code points are composed for each symbol
-# that the model reads. More would be read of a text with many marks, and take longer.
+# that the model reads. A larger figure would read more of a text with many marks, and take longer.
 _POINTS_PER_SYMBOL = 8
 
 # The bound on how long a text that fits can be. Composition makes at most three code points into
-# one of two bytes (U+0390), so there are at most 1.5 code points per composed byte; rounded up.
+# one of two bytes (U+0390). So there are at most 1.5 code points per composed byte; rounded up.
 _POINTS_PER_BYTE = 2
 
 # How much of a long text is tokenized first: 8 code points for each token that the model reads (an
@@ -187,9 +187,9 @@ class BpeFrontEnd:
     """A Hugging Face tokenizer, whose rows begin with the `start` id.
 
     A long text is cut before it is tokenized, so that a text of megabytes costs no more than the
-    longest that the model reads. A text that fits has the ids of the whole text. So has one that
-    does not fit, unless one of its words (a run of letters, of signs or of blanks) is longer than
-    all that was read. The last ids of such a text may differ from those of the whole.
+    longest that the model reads. The cut does not change the ids of a text that fits. Nor does it
+    change those of a longer text, with one exception. If a word (a run of letters, of signs or of
+    blanks) is longer than all that was read, the last ids may differ.
     """
 
     def __init__(self, spec: BpeSpec, tokenizer: str) -> None:

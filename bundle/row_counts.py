@@ -60,8 +60,10 @@ def stable_row_counts(run: Run, rows: Sequence[Tensors], counts: Sequence[int]) 
     `rows` are single rows of one padded length. A row alone is the reference, so 1 is stable unless
     `run` itself does not repeat its bits.
     """
-    alone = [run(row) for row in rows]
-    return tuple(count for count in counts if _best_stable_s(run, rows, alone, count) is not None)
+    outputs_alone = [run(row) for row in rows]
+    return tuple(
+        count for count in counts if _best_stable_s(run, rows, outputs_alone, count) is not None
+    )
 
 
 def timed_row_counts(
@@ -69,18 +71,18 @@ def timed_row_counts(
 ) -> dict[int, float]:
     """The stable ones of `counts`, each with the seconds of its fastest run.
 
-    The first count is always measured. A count that is not begun within `budget_s`, and one whose
-    run fails (a batch may be too large for the memory), is not proven and left out, as are all
-    after it.
+    The first count is always measured. The measurement ends at a count that is not begun within
+    `budget_s`, and at one whose run fails: a batch may be too large for the memory. The counts from
+    there on are not proven, and left out.
     """
     deadline = time.monotonic() + budget_s
-    alone = [run(row) for row in rows]
+    outputs_alone = [run(row) for row in rows]
     best_s: dict[int, float] = {}
     for index, count in enumerate(counts):
         if index > 0 and time.monotonic() >= deadline:
             break
         try:
-            count_s = _best_stable_s(run, rows, alone, count)
+            count_s = _best_stable_s(run, rows, outputs_alone, count)
         except ModelRunFailed:
             break
         if count_s is not None:
@@ -98,11 +100,11 @@ def timed_row_counts(
 
 
 def _best_stable_s(
-    run: Run, rows: Sequence[Tensors], alone: Sequence[Tensors], count: int
+    run: Run, rows: Sequence[Tensors], outputs_alone: Sequence[Tensors], count: int
 ) -> float | None:
     """The seconds of the fastest of the runs with `count` rows.
 
-    None when a row has other bits there than in `alone`, its outputs alone.
+    None when a row has other bits there than alone.
     """
     best_s = math.inf
     # Two batches that begin at other rows: each row has other neighbours, in another position.
@@ -110,7 +112,7 @@ def _best_stable_s(
         outputs, seconds = _timed(run, stack(rows, count=count, first=first))
         best_s = min(best_s, seconds)
         for position in range(count):
-            for name, expected in alone[(first + position) % len(rows)].items():
+            for name, expected in outputs_alone[(first + position) % len(rows)].items():
                 actual = outputs[name][position : position + 1]
                 if actual.shape != expected.shape or bits(actual) != bits(expected):
                     return None

@@ -42,7 +42,7 @@ _KERNEL_FEATURES = frozenset({
 _DATATYPES = {element.onnx: element.datatype for element in ELEMENT_TYPES}
 
 # Words in the message of a node that fails for a reason other than its inputs.
-_NOT_ABOUT_INPUTS = (
+_OTHER_CAUSES = (
     "memory",
     "bad_alloc",
     "cuda",
@@ -125,14 +125,12 @@ class Session:
             # An index out of range is an InvalidArgument. But shapes that clash are a plain Fail of
             # the node that meets them, as is a device or a memory that gives out there. Only the
             # words of the message differ (ONNX Runtime 1.31).
-            message = str(error)
-            is_about_inputs = (
-                type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError)
-            ) or (
-                "while running" in message
-                and not any(word in message.lower() for word in _NOT_ABOUT_INPUTS)
-            )
-            kind = InputsRefused if is_about_inputs else ModelRunFailed
+            is_invalid = type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError)
+            is_of_a_node = "while running" in str(error)
+            has_another_cause = any(word in str(error).lower() for word in _OTHER_CAUSES)
+            kind = ModelRunFailed
+            if is_invalid or (is_of_a_node and not has_another_cause):
+                kind = InputsRefused
             raise kind(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
         return dict(zip(self._output_names, outputs, strict=True))
 

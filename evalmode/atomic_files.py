@@ -86,7 +86,7 @@ def _draft_of(path: Path) -> Path:
 
 def _publish(path: Path) -> None:
     """Move the finished draft of `path` into place."""
-    # The content must be on the disk before its name is, and the name before a reader is told.
+    # The content must be on the disk before its name is, and the name before this returns.
     _flush(_draft_of(path))
     _draft_of(path).replace(path)
     _flush(path.parent)

@@ -92,7 +92,7 @@ class Child:
 
     @property
     def memory_bytes(self) -> int:
-        """The private memory of the process, without mapped files; 0 where it cannot be told."""
+        """The private memory of the process, without mapped files; 0 where it is not known."""
         if self._process is None:
             return 0
         try:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Exit codes: 0 is success, 1 a finding (a rule failed, a line could not be answered), 2 input that
-# cannot be used, which one sentence on stderr explains. A CI job tells a bad model from a typo.
+# Exit codes, by which a CI job can distinguish a bad model from a typo. 0 is success. 1 is a
+# finding: a rule failed, or a line could not be answered. 2 is input that cannot be used: one
+# sentence on stderr says why.
 EXIT_FINDINGS, EXIT_UNUSABLE = 1, 2
 
 

@@ -35,7 +35,7 @@ def is_error(line: bytes) -> bool:
 def identity_of(file: Path) -> dict[str, object]:
     """What identifies an input: its size, and the sha256 of its first and last mebibyte.
 
-    The whole file would take minutes where it is large.
+    A hash of all of it would take minutes for a large file.
     """
     with file.open("rb") as opened:
         sha256 = hashlib.sha256(opened.read(_BLOCK_BYTES))

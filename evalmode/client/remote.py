@@ -1,7 +1,7 @@
 """Answers lines with a server: `POST /v1/predict` as ndjson, with retries.
 
-An answer depends on its own text alone. So when a stream breaks, the lines that were answered are
-kept, and the next try sends the rest.
+An answer depends on no text but its own. So when a stream breaks, the answers so far stay, and the
+next try sends the other lines.
 """
 
 from __future__ import annotations

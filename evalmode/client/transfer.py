@@ -54,8 +54,8 @@ class Chunk:
     read_bytes: int
 
 
-# A chunk, with the task that returns its answers and the digest of the model.
-_Pending: TypeAlias = tuple[Chunk, asyncio.Task[tuple[list[bytes], str | None]]]
+# A task that returns the answers of a chunk, and the digest of the model that gave them.
+_AnswerTask: TypeAlias = asyncio.Task[tuple[list[bytes], str | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,31 +141,15 @@ class Transfer:
     async def run(self) -> None:
         """Answer the lines that `writer` does not hold yet.
 
-        Raises EvalmodeError for the first chunk in the file that fails; its message says how to
-        continue.
+        One task reads the input and starts a task for each chunk; another writes the answers in the
+        order of the chunks. Raises EvalmodeError for the first chunk in the file that fails; its
+        message says how to continue.
         """
-        # Chunks in the order of the file: those at work, and as many again that wait to be written.
-        pending: asyncio.Queue[_Pending | None] = asyncio.Queue(self.concurrency)
-        answering: set[asyncio.Task[tuple[list[bytes], str | None]]] = set()
-        writing = asyncio.create_task(self._write(pending))
-        reading = asyncio.create_task(self._read(pending, answering))
-        try:
-            done, _ = await asyncio.wait((writing, reading), return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-        finally:
-            unfinished = (writing, reading, *answering)
-            for unfinished_task in unfinished:
-                unfinished_task.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
-
-    async def _read(
-        self,
-        pending: asyncio.Queue[_Pending | None],
-        answering: set[asyncio.Task[tuple[list[bytes], str | None]]],
-    ) -> None:
-        """Start a task for each chunk, and put both into `pending`; None follows the last."""
         free = asyncio.Semaphore(self.concurrency)
+        answering: set[_AnswerTask] = set()
+        # In the order of the file: chunks at work, and as many again that wait to be written. None
+        # follows the last.
+        pending: asyncio.Queue[tuple[Chunk, _AnswerTask] | None] = asyncio.Queue(self.concurrency)
 
         async def answer(chunk: Chunk) -> tuple[list[bytes], str | None]:
             try:
@@ -176,36 +160,48 @@ class Transfer:
             finally:
                 free.release()
 
-        def end(task: asyncio.Task[tuple[list[bytes], str | None]]) -> None:
+        def end(task: _AnswerTask) -> None:
             answering.discard(task)
             # When several chunks fail, only the first is awaited. asyncio prints a traceback of
-            # each other failure unless somebody has looked at it.
+            # each other failure whose exception was never retrieved.
             if not task.cancelled():
                 task.exception()
 
-        with self.source.open() as file:
-            chunks = self.source.chunks(file, skip=self.writer.lines)
-            async for chunk in _without_blocking(chunks, repeatable=self.source.repeatable):
-                await free.acquire()
-                task = asyncio.create_task(answer(chunk))
-                answering.add(task)
-                task.add_done_callback(end)
-                await pending.put((chunk, task))
-        await pending.put(None)
+        async def read() -> None:
+            with self.source.open() as file:
+                chunks = self.source.chunks(file, skip=self.writer.lines)
+                async for chunk in _without_blocking(chunks, repeatable=self.source.repeatable):
+                    await free.acquire()
+                    task = asyncio.create_task(answer(chunk))
+                    answering.add(task)
+                    task.add_done_callback(end)
+                    await pending.put((chunk, task))
+            await pending.put(None)
 
-    async def _write(self, pending: asyncio.Queue[_Pending | None]) -> None:
-        """Write the answers of each chunk in `pending`, up to None."""
-        with _progress_bar(self.source) as update:
-            began, earlier_lines = time.monotonic(), self.writer.lines
-            while (following := await pending.get()) is not None:
-                chunk, task = following
-                try:
-                    answers, digest = await task
-                except EvalmodeError as error:
-                    raise EvalmodeError(f"{error}; {self.writer.how_to_continue}") from error
-                self.writer.write(answers, digest=digest)
-                seconds = max(1e-9, time.monotonic() - began)
-                update(chunk.read_bytes, (self.writer.lines - earlier_lines) / seconds)
+        async def write() -> None:
+            with _progress_bar(self.source) as update:
+                began, earlier_lines = time.monotonic(), self.writer.lines
+                while (following := await pending.get()) is not None:
+                    chunk, task = following
+                    try:
+                        answers, digest = await task
+                    except EvalmodeError as error:
+                        raise EvalmodeError(f"{error}; {self.writer.how_to_continue}") from error
+                    self.writer.write(answers, digest=digest)
+                    seconds = max(1e-9, time.monotonic() - began)
+                    update(chunk.read_bytes, (self.writer.lines - earlier_lines) / seconds)
+
+        writing, reading = asyncio.create_task(write()), asyncio.create_task(read())
+        try:
+            done, _ = await asyncio.wait((writing, reading), return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            # After a failure, or Ctrl-C.
+            unfinished = (writing, reading, *answering)
+            for unfinished_task in unfinished:
+                unfinished_task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
 
 async def _without_blocking(chunks: Iterator[Chunk], *, repeatable: bool) -> AsyncIterator[Chunk]:

@@ -117,7 +117,7 @@ def predict(
     retries: Annotated[
         int,
         typer.Option(
-            min=0, help="Failed tries in a row before giving up.", rich_help_panel=_SERVER_PANEL
+            min=0, help="Retries in a row before giving up.", rich_help_panel=_SERVER_PANEL
         ),
     ] = 8,
 ) -> None:
