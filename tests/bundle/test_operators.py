@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
 from onnx import (
     AttributeProto,
     GraphProto,
@@ -26,9 +25,7 @@ from onnx import (
 )
 
 from evalmode.bundle.errors import BundleNotCertified
-from evalmode.bundle.onnx_messages import MESSAGES, Message
 from evalmode.bundle.operators import check_operators
-from evalmode.bundle.wire import BYTES, FIXED32, FIXED64, VARINT
 
 SIZE = 64
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [SIZE])
@@ -468,35 +465,6 @@ def test_graphs_nested_deeper_than_protobuf_reads_are_refused() -> None:
         attribute = nested(1, b"then_branch") + nested(6, graph)
         graph = nested(1, nested(4, b"If") + nested(5, attribute))
     assert "deep inside one another" in refusal(without(model_of(), "graph") + nested(7, graph))
-
-
-WIRES: dict[int, int] = {
-    **dict.fromkeys(
-        [FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64,
-         FieldDescriptor.TYPE_ENUM],
-        VARINT,
-    ),
-    FieldDescriptor.TYPE_FLOAT: FIXED32,
-    FieldDescriptor.TYPE_DOUBLE: FIXED64,
-    **dict.fromkeys(
-        [FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE],
-        BYTES,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.name)
-def test_the_fields_of_each_message_are_those_of_onnx(message: Message) -> None:
-    descriptor = getattr(onnx, message.name).DESCRIPTOR
-    fields = {field.number: WIRES[field.type] for field in descriptor.fields}
-    many = {field.number for field in descriptor.fields if field.is_repeated}
-    assert message.numbers == {field.name: field.number for field in descriptor.fields}
-    assert {number: wires[0] for number, wires in message.singular.items()} == {
-        number: wire for number, wire in fields.items() if number not in many
-    }
-    assert {number: set(wires) for number, wires in message.repeated.items()} == {
-        number: {wire, BYTES} for number, wire in fields.items() if number in many
-    }
 
 
 def test_no_change_of_one_byte_makes_a_drawing_model_open_and_draw() -> None:
