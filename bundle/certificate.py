@@ -1,6 +1,4 @@
-"""The record of the checks that a bundle passed: rule, verdict, measured, limit, findings. Knows no
-rule itself.
-"""
+"""The certificate of a bundle: what every rule found, on which platform, for which content."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ from pydantic import Field
 
 from evalmode.bundle.manifest import Frozen, Sha256
 
-# Largest |difference| over the reference's standard deviation that fp32 may show. torch against
-# float64 shows 6.5e-7, ONNX Runtime against torch 1.6e-6; the smallest leak worth the name (p =
-# .001 at four sites) shows 8.2e-3.
+# The largest difference that rounding in float32 may cause, in standard deviations of the
+# reference. Measured: torch against float64 6.5e-7, ONNX Runtime against torch 1.6e-6. The smallest
+# leak to be found, p = 0.001 at four sites, causes 8.2e-3.
 TOLERANCE = 1e-5
 
 
 class Verdict(StrEnum):
-    """What a rule, or a whole certificate, came to."""
+    """The result of a rule or of a whole certificate."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -31,8 +29,9 @@ class Verdict(StrEnum):
 
 
 class Severity(StrEnum):
-    """How much a finding weighs: an error fails its rule, the unproven keeps it from passing, a
-    warning does not.
+    """The weight of a finding: an error makes its rule fail, and a warning changes nothing.
+
+    Something unproven makes the rule unproven.
     """
 
     ERROR = "error"
@@ -41,10 +40,10 @@ class Severity(StrEnum):
 
 
 class Finding(Frozen):
-    """One place where a rule does not hold: why, and what to do about it.
+    """One reason why a rule does not hold, and how to mend it.
 
-    `node` is the path of a node (through subgraphs and functions), of a module or of a tensor; `op`
-    is its operator or class. Both are empty for what concerns the whole.
+    `node` is the path of a node (through subgraphs and functions), of a module or of a tensor. `op`
+    is its operator or class. Both are empty for a finding about the whole model.
     """
 
     severity: Severity
@@ -54,14 +53,15 @@ class Finding(Frozen):
     fix: str = ""
 
     def __str__(self) -> str:
-        place = f"{self.node} ({self.op})".strip() if self.op else self.node
-        return f"{place}: {self.why}" if place else self.why
+        subject = f"{self.node} ({self.op})".strip() if self.op else self.node
+        return f"{subject}: {self.why}" if subject else self.why
 
 
 class Record(Frozen):
-    """What one rule found: `why` is one sentence, `measured` and `limit` are for people.
+    """The result of one rule.
 
-    `sites` names what was looked at where that is worth telling although nothing is wrong with it.
+    `why` is one sentence. `measured` and `limit` are text for people. `sites` lists what the rule
+    examined, where a reader wants to know it although nothing is wrong.
     """
 
     rule: str
@@ -84,43 +84,48 @@ class Record(Frozen):
         limit: str = "",
         sites: tuple[str, ...] = (),
     ) -> Record:
-        """The record whose verdict its findings decide; it says `fine` when it passes, else
-        `otherwise`.
+        """The record of a rule with these findings, which decide the verdict.
+
+        Its sentence is `fine` when the rule passes, else `otherwise`.
         """
-        found = tuple(findings)
-        verdict = Verdict.PASS
-        if any(finding.severity is Severity.UNPROVEN for finding in found):
-            verdict = Verdict.UNPROVEN
-        if any(finding.severity is Severity.ERROR for finding in found):
+        findings = tuple(findings)
+        severities = {finding.severity for finding in findings}
+        if Severity.ERROR in severities:
             verdict = Verdict.FAIL
-        why = fine if verdict is Verdict.PASS else otherwise
+        elif Severity.UNPROVEN in severities:
+            verdict = Verdict.UNPROVEN
+        else:
+            verdict = Verdict.PASS
         return cls(
             rule=rule,
             verdict=verdict,
-            why=why,
+            why=fine if verdict is Verdict.PASS else otherwise,
             measured=measured,
             limit=limit,
-            findings=found,
+            findings=findings,
             sites=sites,
         )
 
     @classmethod
     def not_applicable(cls, rule: str, why: str) -> Record:
-        """The record of a rule that has nothing to judge here; it lowers no verdict."""
+        """The record of a rule that does not apply to the subject; it changes no verdict."""
         return cls(rule=rule, verdict=Verdict.NOT_APPLICABLE, why=why)
 
 
 def overall(records: Iterable[Record]) -> Verdict:
-    """Fail when any rule failed, else unproven when any is, else pass; no records prove nothing."""
-    found = {record.verdict for record in records}
-    for worst in (Verdict.FAIL, Verdict.UNPROVEN):
-        if worst in found:
-            return worst
-    return Verdict.PASS if Verdict.PASS in found else Verdict.UNPROVEN
+    """The verdict of all records together: the worst of them.
+
+    Records that are all not applicable, or no records, prove nothing: that is unproven.
+    """
+    verdicts = {record.verdict for record in records}
+    for verdict in (Verdict.FAIL, Verdict.UNPROVEN, Verdict.PASS):
+        if verdict in verdicts:
+            return verdict
+    return Verdict.UNPROVEN
 
 
 class PlatformDifference(Frozen):
-    """One thing in which the platform here is not the certifying one, as people name it."""
+    """One difference between the certifying platform ("there") and this one ("here")."""
 
     what: str
     there: str
@@ -131,9 +136,7 @@ class PlatformDifference(Frozen):
 
 
 class Platform(Frozen):
-    """What bits depend on beside the bundle: the runtime and its version, provider, threads and
-    CPU.
-    """
+    """What bits depend on beside the bundle: the runtime, the provider, the threads and the CPU."""
 
     runtime: str
     provider: str
@@ -142,40 +145,38 @@ class Platform(Frozen):
     cpu_features: tuple[str, ...]
 
     def differences(self, here: Platform) -> tuple[PlatformDifference, ...]:
-        """In what `here` is another platform than this, the certifying one; of the CPU's features
-        only those that the other lacks.
+        """How `here` differs from this, the certifying platform.
+
+        Of the CPU's features, those that the other platform lacks are named.
         """
+        there_only = sorted(set(self.cpu_features) - set(here.cpu_features))
+        here_only = sorted(set(here.cpu_features) - set(self.cpu_features))
         pairs = {
-            "ONNX Runtime": (_version(self.runtime), _version(here.runtime)),
+            "ONNX Runtime": (
+                self.runtime.removeprefix("onnxruntime "),
+                here.runtime.removeprefix("onnxruntime "),
+            ),
             "provider": (self.provider, here.provider),
             "threads": (str(self.threads), str(here.threads)),
             "architecture": (self.architecture, here.architecture),
             "CPU features": (
-                _beyond(self.cpu_features, here.cpu_features),
-                _beyond(here.cpu_features, self.cpu_features),
+                ", ".join(there_only) or "none more",
+                ", ".join(here_only) or "none more",
             ),
         }
         return tuple(
-            PlatformDifference(what=what, there=there, here=other)
-            for what, (there, other) in pairs.items()
-            if there != other
+            PlatformDifference(what=what, there=value_there, here=value_here)
+            for what, (value_there, value_here) in pairs.items()
+            if value_there != value_here
         )
 
 
-def _version(runtime: str) -> str:
-    return runtime.removeprefix("onnxruntime ")
-
-
-def _beyond(features: tuple[str, ...], others: tuple[str, ...]) -> str:
-    return ", ".join(sorted(set(features) - set(others))) or "none more"
-
-
 class Certificate(Frozen):
-    """The checks of the bundle with this digest, made on this platform.
+    """The records of all rules for the bundle with this digest, made on this platform.
 
-    `row_counts` holds, for each padded length, the batch sizes at which a row has the bits it has
-    alone. `seal` is the sha256 of the canonical spelling with an empty seal: it detects a changed
-    byte, and is no signature.
+    `row_counts` lists, for each padded length, the batch sizes at which a row has the bits that it
+    has alone. `seal` is the sha256 of the canonical JSON with an empty seal. It detects a changed
+    byte, but it is no signature: a forger can compute it too.
     """
 
     schema_version: Literal[1] = 1
@@ -188,16 +189,16 @@ class Certificate(Frozen):
 
     @property
     def verdict(self) -> Verdict:
-        """What all records together come to."""
+        """The verdict of all records together."""
         return overall(self.records)
 
     def sealed(self) -> Certificate:
-        """The same certificate with its seal."""
+        """The same certificate with the seal of its content."""
         return self.model_copy(update={"seal": self._expected_seal()})
 
     @property
     def seal_holds(self) -> bool:
-        """Whether the seal is that of the content."""
+        """Whether the content is the one that was sealed."""
         return self.seal == self._expected_seal()
 
     def _expected_seal(self) -> str:
@@ -207,8 +208,10 @@ class Certificate(Frozen):
 def relative_difference(
     actual: npt.NDArray[np.generic], reference: npt.NDArray[np.generic]
 ) -> float:
-    """max|actual - reference| / std(reference), in float64; inf when a shape, or the place of a NaN
-    or inf, differs.
+    """The largest difference in standard deviations: max|actual - reference| / std(reference).
+
+    Computed in float64, over the finite elements of the reference. It is inf where the shapes
+    differ, or where a NaN or an infinity is in only one of the two.
     """
     if actual.shape != reference.shape:
         return float("inf")
@@ -225,7 +228,7 @@ def relative_difference(
         return 0.0
     largest = float(np.abs(a[finite] - r[finite]).max())
     spread = float(r[finite].std())
-    # a constant output has no scale of its own: the difference is judged as it is
+    # A constant reference has no scale, so the difference itself is the measure.
     if spread == 0.0:
         return largest
     return largest / spread

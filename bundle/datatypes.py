@@ -11,9 +11,9 @@ class ElementType(NamedTuple):
     """One element type.
 
     Attributes:
-        datatype: the Open Inference Protocol's name, in manifests and requests.
-        onnx: ONNX Runtime's name.
-        dtype: NumPy's, little-endian as in binary requests; None for strings.
+        datatype: its name in the Open Inference Protocol, in manifests and in requests.
+        onnx: its name in ONNX Runtime.
+        dtype: its NumPy dtype, little-endian as in binary requests; None for strings.
     """
 
     datatype: str

@@ -1,14 +1,14 @@
-"""The errors a user of a bundle can meet.
+"""The errors that a user of a bundle can meet.
 
-EvalmodeError                 every error that is the user's to mend: one sentence, exit code 2
+EvalmodeError                 every error that the user can mend: one sentence, exit code 2
 ├── BundleError               a bundle that must not be used
-│   ├── BundleCorrupt         a file is missing, changed or unreadable; the sentence names it
-│   │   └── FileUnreadable    it cannot be read at all; knows the reason apart from the way out
-│   ├── BundleNotCertified    its certificate is absent, fails, or certifies other content
-│   └── KnownAnswersDiffer    it does not answer here as it was certified to
+│   ├── BundleCorrupt         a file is missing, changed or unreadable; the message names it
+│   │   └── FileUnreadable    the file cannot be read at all
+│   ├── BundleNotCertified    its certificate is missing, did not pass, or is of another bundle
+│   └── KnownAnswersDiffer    the model gives other answers here than when it was certified
 ├── ModelRunFailed            the runtime failed on these inputs
 │   └── InputsRefused         because of the inputs: an index out of range, shapes that clash
-└── ProviderUnavailable       an execution provider that was asked for is not there; says which are
+└── ProviderUnavailable       the execution provider is not there; the message lists those that are
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ class BundleCorrupt(BundleError):  # noqa: N818 - read as a sentence: "raise Bun
 
 
 class FileUnreadable(BundleCorrupt):
-    """A file cannot be read. `reason` names it, without the way out that a bundle has."""
+    """A file cannot be read.
+
+    `reason` is the message without the remedy, which is right for a bundle alone.
+    """
 
     def __init__(self, reason: str, *, remedy: str | None = None) -> None:
         super().__init__(reason if remedy is None else f"{reason}: {remedy}")
@@ -33,13 +36,11 @@ class FileUnreadable(BundleCorrupt):
 
 
 class BundleNotCertified(BundleError):  # noqa: N818
-    """The certificate is absent, holds a failed rule, or certifies other content."""
+    """The certificate is missing, did not pass, or is of another bundle."""
 
 
 class KnownAnswersDiffer(BundleError):  # noqa: N818
-    """A known answer does not come out here; the message names the first that does not, and by how
-    much.
-    """
+    """A known answer is not reproduced here; the message names the first, and its difference."""
 
 
 class ModelRunFailed(EvalmodeError):  # noqa: N818
@@ -47,12 +48,8 @@ class ModelRunFailed(EvalmodeError):  # noqa: N818
 
 
 class InputsRefused(ModelRunFailed):
-    """The inputs of a run are not what the model can compute with; other inputs would have been
-    answered.
-    """
+    """A run failed because of its inputs; the model may answer others."""
 
 
 class ProviderUnavailable(EvalmodeError):  # noqa: N818
-    """An execution provider that was asked for is not available here; the message lists those that
-    are.
-    """
+    """An execution provider is not available here; the message lists those that are."""

@@ -1,11 +1,10 @@
-"""Text -> int64 ids: the one implementation that training, export and service share. Knows neither
-torch nor HTTP.
+"""Front ends: text to int64 ids. Training, export and the service share this implementation.
 
-Two kinds. `ngrams` hashes the character n-grams that end at each character into rows of one table:
-no vocabulary file, short sequences. `bpe` is a Hugging Face `tokenizers` file. Kind and parameters
-stand in the manifest, so what a model was trained on is what it is served.
+`ngrams` hashes the character n-grams that end at each character into the rows of one table. It
+needs no vocabulary file, and its sequences are short. `bpe` is a Hugging Face `tokenizers` file.
+The manifest declares the kind and its parameters, so a model is served what it was trained on.
 
-Shapes: B rows, T positions, G ids a position.
+Shapes: B rows, T positions, G ids per position, P code points.
 """
 
 from __future__ import annotations
@@ -28,27 +27,31 @@ from evalmode.bundle.errors import BundleCorrupt
 Ids: TypeAlias = npt.NDArray[np.int64]
 TOKENIZER_FILE = "tokenizer.json"
 
-# Composition takes a time quadratic in a run of combining marks (measured: 54 s for 240,000 of
-# them, holding Python's lock), so no more than this many code points for each symbol that the model
-# can read are composed.
-_UNITS_A_SYMBOL = 8
+# Unicode composition takes quadratic time in a run of combining marks: 240,000 of them take 54 s,
+# during which Python's lock is held. So at most this many code points are composed for each symbol
+# that the model reads. A larger figure would read more of a text with many marks, and take longer.
+_POINTS_PER_SYMBOL = 8
 
-# Composition makes at most three code points into one of two bytes (U+0390), so a text has at most
-# 1.5 code points for each byte of its composed form.
-_POINTS_A_BYTE = 2
-# What is read of a long text first: for each token that the model reads (English has four to five
-# code points a token), and at least. WordPiece looks at 100 letters before it gives a word up.
-_POINTS_A_TOKEN, _LEAST_POINTS = 8, 1_024
-# Where a single word is longer than this, its tokens are taken as settled before its end is seen.
-_WORD_POINTS = 65_536
-# `Tokenizer.encode` holds Python's lock, for half a millisecond a thousand code points at most;
-# `encode_batch` does not, but starts a thread for each core.
-_LOCKED_POINTS = 10_000
+# The bound on how long a text that fits can be. Composition makes at most three code points into
+# one of two bytes (U+0390). So there are at most 1.5 code points per composed byte; rounded up.
+_POINTS_PER_BYTE = 2
+
+# How much of a long text is tokenized first: 8 code points for each token that the model reads (an
+# English token has four to five), and at least 1,024. WordPiece gives a word up after 100 letters.
+_POINTS_PER_TOKEN, _MIN_POINTS = 8, 1_024
+
+# In a word that is longer than this, the first tokens count as settled before its end is read.
+_MAX_WORD_POINTS = 65_536
+
+# tokenizers 0.23: `encode` holds Python's lock, for up to half a millisecond per thousand code
+# points. `encode_batch` releases it, but starts a thread for each core.
+_MAX_LOCKED_POINTS = 10_000
 
 
 class _Spec(BaseModel):
-    """What both kinds declare. `lengths` is the ladder: a row is padded to the first length that
-    holds it.
+    """The parameters that both kinds have.
+
+    `lengths` is the ladder of padded lengths: a row is padded to the first that holds it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,32 +59,33 @@ class _Spec(BaseModel):
     lengths: tuple[int, ...]
 
     @model_validator(mode="after")
-    def _ladder_rises(self) -> _Spec:
-        if (
-            not self.lengths
-            or self.lengths[0] < 1
-            or list(self.lengths) != sorted(set(self.lengths))
-        ):
+    def _require_rising_lengths(self) -> _Spec:
+        lengths = list(self.lengths)
+        if not lengths or lengths[0] < 1 or lengths != sorted(set(lengths)):
             raise ValueError(f"lengths must be positive and rising, got lengths={self.lengths}")
         return self
 
     def padded_length(self, length: int) -> int:
-        """The padded length of a row of `length` positions: a function of that row alone, never of
-        its neighbours.
+        """The padded length of a row of `length` positions.
+
+        It depends on that row alone and never on its neighbours, or the row's bits would as well.
+
+        >>> NgramSpec(lengths=(4, 8)).padded_length(5)
+        8
         """
-        return next(rung for rung in self.lengths if rung >= length)
+        return next(padded for padded in self.lengths if padded >= length)
 
 
 class NgramSpec(_Spec):
-    """Hashed character n-grams of 1..orders characters; `characters` of them share one position."""
+    """Hashed n-grams of 1 to `orders` characters; `characters` of a text share one position."""
 
     kind: Literal["ngrams"] = "ngrams"
     lengths: tuple[int, ...] = (4, 8, 16, 32)
     orders: int = Field(default=4, ge=1, le=8)
     characters: int = Field(default=4, ge=1, le=16)
     vocabulary: int = Field(default=32_768, ge=2)
-    # Lower-casing and composition follow Python's Unicode tables; another version may read rare
-    # characters otherwise.
+    # Lower-casing and composition use Python's Unicode tables. Those of another version may give
+    # rare characters other ids.
     unicode: str = unicodedata.unidata_version
 
     @property
@@ -91,7 +95,7 @@ class NgramSpec(_Spec):
 
 
 class BpeSpec(_Spec):
-    """A tokenizer file whose id 0 is padding and whose `start` id opens every row."""
+    """A tokenizer file. Id 0 is padding, and the id `start` begins every row."""
 
     kind: Literal["bpe"] = "bpe"
     lengths: tuple[int, ...] = (8, 16, 32, 64, 128)
@@ -100,7 +104,7 @@ class BpeSpec(_Spec):
 
     @property
     def ids_per_position(self) -> int:
-        """G is 1: ids are (B, T) and come with an attention mask."""
+        """G is 1: ids are (B, T), and the model has an attention mask as well."""
         return 1
 
 
@@ -109,8 +113,9 @@ FrontEndSpec: TypeAlias = Annotated[NgramSpec | BpeSpec, Field(discriminator="ki
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One encoded text: ids (T,) or (T, G), without padding, and whether the text was longer than
-    the model reads.
+    """One encoded text: its ids, (T,) or (T, G), without padding.
+
+    `truncated` says that the text was longer than the model reads.
     """
 
     ids: Ids
@@ -118,58 +123,60 @@ class Row:
 
 
 class FrontEnd(Protocol):
-    """The seam: what turns texts into rows."""
+    """Turns texts into rows."""
 
     @property
     def spec(self) -> FrontEndSpec:
-        """What the manifest declares of it."""
+        """The parameters, as the manifest declares them."""
 
     def encode(self, text: str) -> Row:
-        """The row of one text; never empty, whatever the text."""
+        """The row of a text. It is never empty, and any text has one."""
 
 
 class NgramFrontEnd:
-    """Lower-cases, writes every digit as 0, folds blanks, and hashes the n-grams that end at each
-    character.
+    """Hashes the n-grams that end at each character of a text.
 
-    Every text is opened by a boundary symbol: the first n-grams then say that they are first, and
-    the empty text has one position instead of none.
+    Before that the text is composed (NFC) and lower-cased, runs of blanks become one space, and
+    every digit becomes 0. A boundary symbol begins the text. So the first n-grams differ from the
+    same characters inside a text, and an empty text has one position.
     """
 
     def __init__(self, spec: NgramSpec) -> None:
         self.spec = spec
-        self._symbols = spec.lengths[-1] * spec.characters - 1  # what is left beside the boundary
+        self._max_symbols = spec.lengths[-1] * spec.characters - 1  # one more is the boundary
 
     def encode(self, text: str) -> Row:
-        """Ids (T, G) of a text; G holds `characters` groups of `orders` ids, 0 where the text has
-        ended.
+        """The ids (T, G) of a text.
+
+        G holds `characters` groups of `orders` ids. In the last position the groups after the end
+        of the text are 0.
         """
-        symbols, read = _normalise(text, limit=_UNITS_A_SYMBOL * self._symbols)
+        symbols, is_complete = _normalise(text, max_points=_POINTS_PER_SYMBOL * self._max_symbols)
         points = np.frombuffer(
-            symbols[: self._symbols].encode("utf-32-le"), dtype=np.uint32
+            symbols[: self._max_symbols].encode("utf-32-le"), dtype=np.uint32
         ).astype(np.uint64)
-        # zeros: the boundary, and before it
+        # Zeros are the boundary, and what the n-grams at the boundary have before it.
         points = np.concatenate([np.zeros(self.spec.orders, np.uint64), points])
-        # (characters of the text and one boundary, orders)
-        grams = self._hash(points)[self.spec.orders - 1 :]
-        ids = np.zeros(
-            (-(-len(grams) // self.spec.characters), self.spec.ids_per_position), np.int64
-        )
+
+        # The n-grams that end at the boundary or at a character of the text.
+        grams = self._hash(points)[self.spec.orders - 1 :]  # (symbols, orders)
+        positions = -(-len(grams) // self.spec.characters)  # rounded up
+        ids = np.zeros((positions, self.spec.ids_per_position), np.int64)
         ids.reshape(-1, self.spec.orders)[: len(grams)] = grams
-        return Row(ids=ids, truncated=not read or len(symbols) > self._symbols)
+        return Row(ids=ids, truncated=not is_complete or len(symbols) > self._max_symbols)
 
     def _hash(self, points: npt.NDArray[np.uint64]) -> Ids:
-        """The ids, 1..vocabulary-1, of the n-grams of 1..orders characters that end at each point,
-        (points, orders).
-        """
-        # A polynomial over the points, each order one step on from the one before, then the
-        # finaliser of splitmix64 (Steele et al. 2014); uint64 wraps by design.
+        """The ids, 1 to vocabulary - 1, of the n-grams that end at each point: (P, orders)."""
+        # A polynomial over the points, whose order grows by one in each step. uint64 wraps around,
+        # as is intended. The multiplier is 2^64 divided by the golden ratio.
         mixed = np.empty((self.spec.orders, len(points)), np.uint64)
         step = np.full(len(points), 1, np.uint64)
         for back in range(self.spec.orders):
             step = step * np.uint64(0x9E3779B97F4A7C15)
             step[back:] += points[: len(points) - back]
             mixed[back] = step
+        # The finaliser of splitmix64 (Steele, Lea and Flood, Fast splittable pseudorandom number
+        # generators, 2014) spreads the polynomial over all bits.
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed = mixed ^ (mixed >> np.uint64(31))
@@ -177,73 +184,86 @@ class NgramFrontEnd:
 
 
 class BpeFrontEnd:
-    """A Hugging Face tokenizer, opened by its `start` token; knows nothing of how it was
-    trained.
+    """A Hugging Face tokenizer, whose rows begin with the `start` id.
 
     A long text is cut before it is tokenized, so that a text of megabytes costs no more than the
-    longest that the model reads. Texts that fit always have the ids of the whole text. So have
-    texts that do not fit, unless one word of theirs (a run of letters, of signs or of blanks) is
-    longer than all that was read: its last tokens may then be others.
+    longest that the model reads. The cut does not change the ids of a text that fits. Nor does it
+    change those of a longer text, with one exception. If a word (a run of letters, of signs or of
+    blanks) is longer than all that was read, the last ids may differ.
     """
 
     def __init__(self, spec: BpeSpec, tokenizer: str) -> None:
         self.spec = spec
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer)
-        except Exception as error:  # the Rust side raises Exception itself
+        except Exception as error:  # tokenizers raises Exception itself
             raise BundleCorrupt(
-                f"{TOKENIZER_FILE} is not a tokenizer that can be read: {error}"
+                f"{TOKENIZER_FILE} cannot be read as a tokenizer: {error}"
             ) from error
-        self._room = spec.lengths[-1] - 1  # tokens beside `start`
+        self._max_tokens = spec.lengths[-1] - 1  # one more is `start`
         description = json.loads(self._tokenizer.to_str())
-        longest = _longest_token(description)
-        # More code points than this cannot fit; None: nothing is known.
-        self._bound = None if longest is None else _POINTS_A_BYTE * self._room * longest + 1
-        self._can_cut = not _has_pattern_that_removes(description)
+        # A text with more code points cannot fit. None: there is no such bound for this file.
+        self._max_points: int | None = None
+        token_bytes = _max_token_bytes(description)
+        if token_bytes is not None:
+            self._max_points = _POINTS_PER_BYTE * self._max_tokens * token_bytes + 1
+        self._can_cut = not _removes_matches(description)
 
     def encode(self, text: str) -> Row:
-        """Ids (T,) of a text, `start` first."""
-        most = len(text) if self._bound is None else min(len(text), self._bound)
-        first = max(_LEAST_POINTS, _POINTS_A_TOKEN * self.spec.lengths[-1])
-        points = min(most, first) if self._can_cut else most
+        """The ids (T,) of a text, beginning with `start`."""
+        max_points = len(text)
+        if self._max_points is not None:
+            max_points = min(max_points, self._max_points)
+        points = max_points
+        if self._can_cut:
+            first = max(_MIN_POINTS, _POINTS_PER_TOKEN * self.spec.lengths[-1])
+            points = min(max_points, first)
+
+        # Tokenize ever longer beginnings of the text, until more of it changes nothing.
         while True:
-            part = _readable(text[:points])
-            if len(part) <= _LOCKED_POINTS:
+            part = _without_surrogates(text[:points])
+            if len(part) <= _MAX_LOCKED_POINTS:
                 encoding = self._tokenizer.encode(part, add_special_tokens=False)
             else:
                 encoding = self._tokenizer.encode_batch([part], add_special_tokens=False)[0]
-            if points == most or self._is_settled(encoding, points=len(part)):
+            if points == max_points or self._is_settled(encoding, points=len(part)):
                 break
-            points = min(most, 4 * points)
+            points = min(max_points, 4 * points)
         ids = encoding.ids
         return Row(
-            ids=np.array([self.spec.start, *ids[: self._room]], np.int64),
-            truncated=len(ids) > self._room,
+            ids=np.array([self.spec.start, *ids[: self._max_tokens]], np.int64),
+            truncated=len(ids) > self._max_tokens,
         )
 
     def _is_settled(self, encoding: Encoding, *, points: int) -> bool:
-        """Whether the tokens of a text's first code points are more than the model reads, and
-        those that it reads are the same whatever follows.
+        """Whether the tokens that the model reads stay the same whatever text follows.
+
+        `encoding` holds the tokens of the first `points` code points of the text.
         """
-        if len(encoding.ids) <= self._room:
+        if len(encoding.ids) <= self._max_tokens:
             return False
-        # What follows may change the last word, and the one before it: a mark that is composed with
-        # a letter leaves the word of the marks.
-        word = encoding.token_to_word(self._room)
+        # The text that follows may change the last word, and the one before it: a mark that is
+        # composed with a letter leaves the word of the marks.
+        word = encoding.token_to_word(self._max_tokens)
         last = encoding.token_to_word(len(encoding.ids) - 1)
         if word is not None and last is not None and word + 2 <= last:
             return True
-        if self._bound is not None and points < _WORD_POINTS:
+        if self._max_points is not None and points < _MAX_WORD_POINTS:
             return False
-        # A word of that length, or a file that no bound is known for (it may take the whole text
-        # for one word): what follows would have to change tokens across as many characters again.
-        span = encoding.token_to_chars(self._room)
+        # The word is very long, or the file has no bound (its only word may be the whole text).
+        # What follows would have to change tokens across half of all that was read.
+        span = encoding.token_to_chars(self._max_tokens)
         return span is not None and bool(0 < span[1] <= points // 2)
 
 
 def open_frontend(spec: FrontEndSpec, tokenizer: str | None) -> FrontEnd:
-    """The front end a manifest declares; `tokenizer` is the text of its tokenizer file where it has
-    one.
+    """The front end that a manifest declares.
+
+    `tokenizer` is the text of the tokenizer file, which `bpe` needs. Raises BundleCorrupt where it
+    cannot be read.
+
+    >>> open_frontend(NgramSpec(), None).encode("Dit is een zin.").ids.shape
+    (4, 16)
     """
     if isinstance(spec, NgramSpec):
         return NgramFrontEnd(spec)
@@ -252,11 +272,10 @@ def open_frontend(spec: FrontEndSpec, tokenizer: str | None) -> FrontEnd:
 
 
 def collate(rows: Sequence[Ids], *, length: int) -> dict[str, Ids]:
-    """The model's inputs for rows padded to `length`: input_ids (B, T) or (B, T, G), and for (B, T)
-    attention_mask.
+    """The model's inputs for rows that are padded to `length` with id 0.
 
-    Padding is id 0. Rows with several ids a position need no mask: a real position always holds an
-    id above 0.
+    `input_ids` are (B, T) or (B, T, G). For (B, T) there is an `attention_mask` (B, T) as well.
+    With several ids per position none is needed: a real position always has an id above 0.
     """
     input_ids = np.zeros((len(rows), length, *rows[0].shape[1:]), np.int64)
     for padded, row in zip(input_ids, rows, strict=True):
@@ -269,17 +288,31 @@ def collate(rows: Sequence[Ids], *, length: int) -> dict[str, Ids]:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def _readable(text: str) -> str:
-    """The text without lone surrogates (a broken emoji half), which no encoder accepts."""
+def _normalise(text: str, *, max_points: int) -> tuple[str, bool]:
+    """The symbols of a text, as NgramFrontEnd describes, and whether they are all of them.
+
+    They are made from the first `max_points` code points after blanks are folded.
+    """
+    # `max_points` words have, with the blanks between them, more code points than that. Two halves
+    # of an emoji are one code point. So nothing behind these cuts can be read.
+    folded = " ".join(text.split(None, max_points))
+    readable = _without_surrogates(folded[: 2 * max_points + 2])
+    composed = unicodedata.normalize("NFC", readable[:max_points]).lower()
+    # The cut may have left a blank at the end, which is no symbol.
+    symbols = re.sub(r"\d", "0", " ".join(composed.split()))
+    return symbols, len(readable) <= max_points
+
+
+def _without_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate (half of an emoji), which no encoder accepts."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _longest_token(description: dict[str, Any]) -> int | None:
-    """The bytes of the longest token of a tokenizer file that writes every byte of a text into
-    some token; None for any other file.
+def _max_token_bytes(description: dict[str, Any]) -> int | None:
+    """The bytes of the longest token of a tokenizer file whose tokens hold every byte of a text.
 
-    A text of such a file has at most as many bytes as its tokens have together. Unknown tokens,
-    added tokens and pieces that are removed could stand for any number of bytes.
+    A text has then at most as many bytes as its tokens together. None for any other file: unknown
+    tokens, added tokens and removed pieces could stand for any number of bytes.
     """
     model, splitter = description["model"], description["pre_tokenizer"]
     normalizer = description["normalizer"]
@@ -299,28 +332,17 @@ def _longest_token(description: dict[str, Any]) -> int | None:
     return max(map(len, vocabulary)) if is_lossless else None
 
 
-def _has_pattern_that_removes(part: Any) -> bool:
-    """Whether a part of a tokenizer file removes or rewrites what a regular expression finds: the
-    end of a text may then decide what becomes of its beginning.
+def _removes_matches(part: Any) -> bool:
+    """Whether a part of a tokenizer file removes or replaces the matches of a regular expression.
+
+    The end of a text may then decide what becomes of its beginning, so the text cannot be cut.
     """
     if isinstance(part, list):
-        return any(map(_has_pattern_that_removes, part))
+        return any(map(_removes_matches, part))
     if not isinstance(part, dict):
         return False
-    has_pattern = isinstance(part.get("pattern"), dict) and "Regex" in part["pattern"]
+    has_regex = isinstance(part.get("pattern"), dict) and "Regex" in part["pattern"]
     removes = part.get("type") == "Replace" or part.get("behavior") == "Removed"
-    return (has_pattern and removes) or any(
-        _has_pattern_that_removes(value) for key, value in part.items() if key != "model"
-    )
-
-
-def _normalise(text: str, *, limit: int) -> tuple[str, bool]:
-    """The text's symbols, made from its first `limit` code points after blanks are folded, and
-    whether that was all.
-    """
-    # `limit` words have more than `limit` code points with the blanks between them, and two halves
-    # of an emoji are one code point: nothing behind these can be read.
-    folded = " ".join(text.split(None, limit))
-    readable = _readable(folded[: 2 * limit + 2])
-    composed = unicodedata.normalize("NFC", readable[:limit]).lower()
-    return re.sub(r"\d", "0", " ".join(composed.split())), len(readable) <= limit
+    if has_regex and removes:
+        return True
+    return any(_removes_matches(value) for key, value in part.items() if key != "model")

@@ -1,8 +1,4 @@
-"""Inputs with their expected outputs, kept in the bundle and replayed wherever it is opened to
-serve.
-
-Knows neither ONNX Runtime nor HTTP: it is given `run`.
-"""
+"""Known answers: inputs with their certified outputs, replayed before a bundle serves."""
 
 from __future__ import annotations
 
@@ -31,8 +27,9 @@ Run = Callable[[Tensors], Tensors]
 
 @dataclass(frozen=True, kw_only=True)
 class KnownAnswer:
-    """One input of one row, as tensors with a leading dimension of 1, its output, and the text it
-    came from.
+    """The inputs and outputs of one row, with a leading dimension of 1, and the text of the row.
+
+    `text` is None for a model without a front end.
     """
 
     inputs: Tensors
@@ -41,8 +38,10 @@ class KnownAnswer:
 
 
 class Replay(Frozen):
-    """How the known answers came out here: bit for bit on the certifying platform, within the
-    tolerance elsewhere.
+    """The result of replaying the known answers of a bundle on this platform.
+
+    `verdict` is "bitwise" on the certifying platform, "within tolerance" on another one, and "no
+    answers" for a bundle without any.
     """
 
     verdict: str
@@ -50,7 +49,7 @@ class Replay(Frozen):
     largest_difference: float
     tolerance: float
     differences: tuple[PlatformDifference, ...] = Field(
-        default=(), description="in what this platform is not the certifying one"
+        default=(), description="how this platform differs from the certifying one"
     )
 
     def __str__(self) -> str:
@@ -60,47 +59,42 @@ class Replay(Frozen):
 
 
 def pack(answers: tuple[KnownAnswer, ...]) -> bytes:
-    """The file: an .npz without pickles whose bytes depend on the answers alone."""
+    """The bytes of known_answers.npz, which depend on the answers alone.
+
+    Answer 3 has the arrays "3/text", "3/input/NAME" and "3/output/NAME". A text is the bytes of its
+    UTF-8, in which a lone surrogate is allowed.
+    """
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for index, answer in enumerate(answers):
         if answer.text is not None:
-            arrays[f"{index}/text"] = np.frombuffer(
-                answer.text.encode("utf-8", "surrogatepass"), np.uint8
-            )
-        arrays |= {
-            f"{index}/input/{name}": np.asarray(tensor) for name, tensor in answer.inputs.items()
-        }
-        arrays |= {
-            f"{index}/output/{name}": np.asarray(tensor) for name, tensor in answer.outputs.items()
-        }
+            text = answer.text.encode("utf-8", "surrogatepass")
+            arrays[f"{index}/text"] = np.frombuffer(text, np.uint8)
+        for name, tensor in answer.inputs.items():
+            arrays[f"{index}/input/{name}"] = np.asarray(tensor)
+        for name, tensor in answer.outputs.items():
+            arrays[f"{index}/output/{name}"] = np.asarray(tensor)
     return npz_of(arrays)
 
 
 def unpack(file: bytes) -> tuple[KnownAnswer, ...]:
-    """The answers of `pack`; raises BundleCorrupt for bytes that are not such a file."""
-    found: dict[int, dict[str, dict[str, npt.NDArray[np.generic]]]] = {}
+    """The answers that `pack` wrote. Raises BundleCorrupt for any other bytes."""
+    arrays: dict[int, dict[str, dict[str, npt.NDArray[np.generic]]]] = {}
+    answers: list[KnownAnswer] = []
     try:
-        with np.load(io.BytesIO(file), allow_pickle=False) as arrays:
-            for key in arrays.files:
+        with np.load(io.BytesIO(file), allow_pickle=False) as archive:
+            for key in archive.files:
                 index, kind, *name = key.split("/", 2)
-                found.setdefault(int(index), {}).setdefault(kind, {})[name[0] if name else ""] = (
-                    arrays[key]
-                )
-        return tuple(
-            KnownAnswer(
-                inputs=parts["input"],
-                outputs=parts["output"],
-                text=(
-                    parts["text"][""].tobytes().decode("utf-8", "surrogatepass")
-                    if "text" in parts
-                    else None
-                ),
-            )
-            for _, parts in sorted(found.items())
-        )
-    # zipfile and numpy raise a dozen kinds, without a common base, for bytes not theirs
+                by_name = arrays.setdefault(int(index), {}).setdefault(kind, {})
+                by_name[name[0] if name else ""] = archive[key]
+        for _, kinds in sorted(arrays.items()):
+            text = None
+            if "text" in kinds:
+                text = kinds["text"][""].tobytes().decode("utf-8", "surrogatepass")
+            answers.append(KnownAnswer(inputs=kinds["input"], outputs=kinds["output"], text=text))
+    # zipfile and numpy raise a dozen kinds of errors for other bytes, which share no base class.
     except Exception as error:
         raise BundleCorrupt(f"{KNOWN_ANSWERS_FILE} cannot be read: {error}") from error
+    return tuple(answers)
 
 
 def replay(
@@ -112,43 +106,77 @@ def replay(
     frontend: FrontEnd | None,
     twice: bool = True,
 ) -> Replay:
-    """Run every known answer twice, and compare it with itself and with what the bundle says.
+    """Run every known answer on `platform`, and compare it with the bundle.
 
-    Both runs must give the same bits: a model that still drops does not. With `twice=False`, where
-    that is known already, each runs once. On the certifying platform
-    these must be the certified bits. On another one the difference must stay within the certified
-    tolerance and no label may flip. Where there is a front end, each text must still give the very
-    ids it was certified with. Raises KnownAnswersDiffer, naming the first answer that does not come
-    out.
+    For each answer, in this order:
+    1. With a front end, the text must be encoded to the certified ids.
+    2. The model must have every output of the answer.
+    3. A second run must give the same bits: that of a model that still drops does not.
+       `twice=False` leaves this out where it is known already.
+    4. On the certifying platform the outputs must have the certified bits. On another one they may
+       differ by the certified tolerance, but no label may change.
+
+    Raises KnownAnswersDiffer, which names the first answer that fails.
     """
     differences = certificate.platform.differences(platform)
     bitwise = not differences
     largest = 0.0
     for index, answer in enumerate(answers):
         if frontend is not None and answer.text is not None:
-            _same_ids(index, answer, frontend)
-        actual = run(answer.inputs)
-        if unknown := sorted(answer.outputs.keys() - actual.keys()):
+            ids = frontend.encode(answer.text).ids
+            certified_ids = answer.inputs["input_ids"][0]
+            # The certified ids are padded with zeros.
+            if (
+                len(ids) > len(certified_ids)
+                or not np.array_equal(ids, certified_ids[: len(ids)])
+                or certified_ids[len(ids) :].any()
+            ):
+                raise KnownAnswersDiffer(
+                    f"known answer {index} is encoded to other ids than when it was certified: the"
+                    " front end's library or Unicode tables differ here (certified for"
+                    f" {frontend.spec.model_dump_json()})"
+                )
+
+        outputs = run(answer.inputs)
+        missing = sorted(answer.outputs.keys() - outputs.keys())
+        if missing:
             raise KnownAnswersDiffer(
-                f"known answer {index} names an output that the model has not: {unknown[0]!r}"
+                f"known answer {index} names an output that the model does not have: {missing[0]!r}"
             )
+
         if twice:
-            _require_same_bits(index, actual, run(answer.inputs))
+            second = run(answer.inputs)
+            for name, tensor in outputs.items():
+                if tensor.shape != second[name].shape or bits(tensor) != bits(second[name]):
+                    raise KnownAnswersDiffer(
+                        f"known answer {index} is not the same twice: output {name!r} has other"
+                        " bits in a second run of the same session, as where a dropout is still on;"
+                        " export the model again"
+                    )
+
         for name, expected in answer.outputs.items():
-            difference = relative_difference(actual[name], expected)
+            actual = outputs[name]
+            difference = relative_difference(actual, expected)
             largest = max(largest, difference)
-            same = actual[name].tobytes() == expected.tobytes()
-            flipped = not np.array_equal(actual[name].argmax(-1), expected.argmax(-1))
-            if (bitwise and not same) or difference > certificate.tolerance or flipped:
+            has_same_bits = actual.tobytes() == expected.tobytes()
+            has_same_labels = np.array_equal(actual.argmax(-1), expected.argmax(-1))
+            if (
+                (bitwise and not has_same_bits)
+                or difference > certificate.tolerance
+                or not has_same_labels
+            ):
                 allowed = "not one bit" if bitwise else f"at most {certificate.tolerance:g}"
                 raise KnownAnswersDiffer(
-                    f"known answer {index} does not come out: output {name!r} differs by"
+                    f"known answer {index} is not reproduced: output {name!r} differs by"
                     f" {difference:.3e} standard deviations where {allowed} is allowed; export the"
                     " model again on this platform"
                 )
+
     verdict = "bitwise" if bitwise else "within tolerance"
+    if not answers:
+        verdict = "no answers"  # nothing was compared
     return Replay(
-        verdict=verdict if answers else "no answers",  # nothing was replayed, so nothing held
+        verdict=verdict,
         answers=len(answers),
         largest_difference=largest,
         tolerance=certificate.tolerance,
@@ -157,37 +185,12 @@ def replay(
 
 
 def bits(tensor: npt.NDArray[np.generic]) -> bytes:
-    """The bytes by which two tensors of one shape are compared.
+    """The bytes that two tensors of one shape have in common exactly when they are equal.
 
-    Strings are objects, whose own bytes are mere addresses; each is told from the next by its
-    length.
+    The bytes of an array of strings are addresses. Here each string follows its length, so that
+    ["ab", "c"] is not ["a", "bc"].
     """
     if tensor.dtype.hasobject:
-        spelled = [str(element).encode("utf-8", "surrogatepass") for element in tensor.flat]
-        return b"".join(len(element).to_bytes(8, "little") + element for element in spelled)
+        strings = [str(element).encode("utf-8", "surrogatepass") for element in tensor.flat]
+        return b"".join(len(string).to_bytes(8, "little") + string for string in strings)
     return tensor.tobytes()
-
-
-def _require_same_bits(index: int, first: Tensors, second: Tensors) -> None:
-    for name, tensor in first.items():
-        if tensor.shape != second[name].shape or bits(tensor) != bits(second[name]):
-            raise KnownAnswersDiffer(
-                f"known answer {index} is not the same twice: output {name!r} has other bits in a"
-                " second run of the same session, as where a dropout is still on; export the model"
-                " again"
-            )
-
-
-def _same_ids(index: int, answer: KnownAnswer, frontend: FrontEnd) -> None:
-    assert answer.text is not None
-    ids, certified = frontend.encode(answer.text).ids, answer.inputs["input_ids"][0]
-    if (
-        len(ids) > len(certified)
-        or not np.array_equal(ids, certified[: len(ids)])
-        or certified[len(ids) :].any()
-    ):
-        raise KnownAnswersDiffer(
-            f"known answer {index} is encoded to other ids than when it was certified: the front"
-            " end's library or Unicode tables differ here (certified for"
-            f" {frontend.spec.model_dump_json()})"
-        )

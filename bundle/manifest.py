@@ -1,9 +1,8 @@
-"""What a bundle declares: tensors, labels, front end, files and their sha256, provenance. Knows no
-files itself.
+"""The manifest of a bundle: its tensors, labels, front end, files and provenance.
 
-The manifest is the bundle's root: it lists the sha256 of every other file (but the certificate), so
-the sha256 of `manifest.json` is the digest of the whole. No clock, path or timing stands in it: the
-same training run gives the same digest.
+It lists the sha256 of every other file except the certificate. So the sha256 of `manifest.json` is
+the digest of the whole bundle. It holds no time, no path and no timing: the same training run gives
+the same digest.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ CERTIFICATE_FILE = "certificate.json"
 KNOWN_ANSWERS_FILE = "known_answers.npz"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-# A name and a version are a folder each: nothing that could climb out of the bundle root.
+# A name and a version are a folder each, so they cannot lead out of the folder of bundles.
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=_NAME)]
 
 
 def is_name(text: str) -> bool:
-    """Whether a bundle, or a version of one, may be called `text`."""
+    """Whether `text` can be the name or the version of a bundle."""
     return re.fullmatch(_NAME, text) is not None
 
 
-def _inside(path: str) -> str:
+def _require_inside(path: str) -> str:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", path) or ".." in PurePosixPath(path).parts:
         raise ValueError(
             f"a bundle's file must be a plain relative path inside the bundle, got {path!r}"
@@ -49,25 +48,21 @@ def _inside(path: str) -> str:
     return path
 
 
-FilePath = Annotated[str, AfterValidator(_inside)]
+FilePath = Annotated[str, AfterValidator(_require_inside)]
 
 
 class Frozen(BaseModel):
-    """A record that is read from and written to a bundle: immutable, and no key that it does not
-    know.
-    """
+    """A record of a bundle's JSON: immutable, and an unknown key is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def canonical(self) -> bytes:
-        """The one spelling of this record as JSON: what is written, hashed and compared byte for
-        byte.
-        """
+        """The JSON of this record: the bytes that are written, hashed and compared."""
         return self.model_dump_json(indent=2).encode() + b"\n"
 
 
 class PartOfAxis(Frozen):
-    """The places [start, stop) of an axis, counted as Python does; without `stop` to the end."""
+    """The slice [start:stop] of an axis, as Python counts; without `stop` to the end."""
 
     axis: int = Field(ge=0)
     start: int
@@ -75,9 +70,9 @@ class PartOfAxis(Frozen):
 
 
 class Bound(Frozen):
-    """The least and the largest value that an integer input may hold, since it is an index there.
+    """The smallest and the largest value of an integer input that the model uses as an index.
 
-    Without `part` this is said of all its places, else of those in the parts of all axes named.
+    It holds for all elements of the input, or for those within every slice of `part`.
     """
 
     minimum: int | None = None
@@ -85,20 +80,28 @@ class Bound(Frozen):
     part: tuple[PartOfAxis, ...] = Field(default=(), exclude_if=lambda part: not part)
 
     @model_validator(mode="after")
-    def _can_be_met(self) -> Bound:
+    def _require_a_value(self) -> Bound:
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise ValueError(f"no value is {self}")
         return self
 
     def __str__(self) -> str:
-        limits = [f"at least {self.minimum}"] if self.minimum is not None else []
-        limits += [f"at most {self.maximum}"] if self.maximum is not None else []
+        limits = []
+        if self.minimum is not None:
+            limits.append(f"at least {self.minimum}")
+        if self.maximum is not None:
+            limits.append(f"at most {self.maximum}")
         return " and ".join(limits)
 
 
 class TensorSpec(Frozen):
-    """A tensor of the graph: its name, Open Inference Protocol datatype, and shape with -1 where it
-    varies. `bounds` are those of an integer input whose values are indices.
+    """A tensor of the graph.
+
+    Attributes:
+        name: its name in the graph.
+        datatype: its element type, by the name in the Open Inference Protocol.
+        shape: its shape, with -1 for an axis that varies.
+        bounds: the values that an integer input may have, where it is an index.
     """
 
     name: str
@@ -107,7 +110,7 @@ class TensorSpec(Frozen):
     bounds: tuple[Bound, ...] = Field(default=(), exclude_if=lambda bounds: not bounds)
 
     @model_validator(mode="after")
-    def _bounds_fit(self) -> TensorSpec:
+    def _require_fitting_bounds(self) -> TensorSpec:
         if self.bounds and not self.datatype.startswith(("INT", "UINT")):
             raise ValueError(f"bounds are for integers, and {self.name} is {self.datatype}")
         for bound in self.bounds:
@@ -120,11 +123,10 @@ class TensorSpec(Frozen):
 
 
 class Manifest(Frozen):
-    """Everything a service must know to answer from a bundle, and everything a reader may ask about
-    its origin.
+    """What a service must know to answer, and what a reader may want to know about the origin.
 
-    Version 2 of the schema added the bounds of inputs. A manifest without any is still written as
-    version 1, which earlier releases read: `lowest_schema_version`.
+    Version 2 of the schema added the bounds of inputs. A manifest without bounds is written as
+    version 1, which earlier releases can read: `lowest_schema_version`.
     """
 
     schema_version: Literal[1, 2] = 2
@@ -140,19 +142,22 @@ class Manifest(Frozen):
     files: dict[FilePath, Sha256]
 
     @model_validator(mode="after")
-    def _files_are_listed(self) -> Manifest:
-        needed = {MODEL_FILE} | ({TOKENIZER_FILE} if isinstance(self.frontend, BpeSpec) else set())
-        if missing := sorted(needed - set(self.files)):
+    def _require_files(self) -> Manifest:
+        required = {MODEL_FILE}
+        if isinstance(self.frontend, BpeSpec):
+            required.add(TOKENIZER_FILE)
+        missing = sorted(required - set(self.files))
+        if missing:
             raise ValueError(f"files must list {', '.join(missing)}")
         return self
 
     @model_validator(mode="after")
-    def _version_can_hold_it(self) -> Manifest:
+    def _require_schema_version(self) -> Manifest:
         if self.schema_version < lowest_schema_version((*self.inputs, *self.outputs)):
-            raise ValueError("schema_version 1 knows no bounds of tensors")
+            raise ValueError("schema_version 1 has no bounds of tensors: use 2")
         return self
 
 
 def lowest_schema_version(tensors: Iterable[TensorSpec]) -> Literal[1, 2]:
-    """The earliest version of the schema that can hold these tensors."""
+    """The earliest version of the manifest's schema that can describe these tensors."""
     return 2 if any(tensor.bounds for tensor in tensors) else 1

@@ -1,198 +1,250 @@
 """Whether a serialised model can draw or train, read from the very bytes that ONNX Runtime gets.
 
-A certificate says what an export measured, and its seal is no secret: it can be computed anew for
-another model. So a model is read again before it is served: every node of the graph, of the bodies
-in it, and of its local functions. It must be an operator of the table of those that neither draw
-nor train, or a local function. Dropout and BatchNormalization must have their training mode off in
-plain sight: by leaving it out, or by a constant. Nothing is computed, and what is unusual is
-refused: two readers could understand it differently.
+A certificate says what an export measured. Its seal is no secret: a forger can compute it for
+another model. So the model is read again before it is served: every node of the graph, of the
+bodies in it, and of its local functions. A node is accepted in this order:
 
-It cannot see that weights were exchanged: only a signature could.
+1. It is an operator that neither draws nor trains, by the table of operators.
+2. It is an operator with a training mode (Dropout, BatchNormalization, ...), and the mode is
+   visibly off: left out, or switched off by a constant.
+3. It is a local function of the model, in a domain without operators of ONNX Runtime.
+
+Any other node is refused. Nothing is computed, and what is unusual is refused as well. That weights
+were exchanged cannot be seen here: only a signature could show it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TypeAlias
 
 from evalmode.bundle.errors import BundleNotCertified
 from evalmode.bundle.manifest import MODEL_FILE
+from evalmode.bundle.onnx_messages import (
+    ATTRIBUTE,
+    FUNCTION,
+    GRAPH,
+    MODEL,
+    NODE,
+    OPSET,
+    SPARSE,
+    TENSOR,
+    VALUE,
+    Ambiguous,
+    Fields,
+    Message,
+    Span,
+    text_at,
+)
 from evalmode.bundle.operator_table import DRAWS, NEWEST_OPSETS, QUIET, TRAINS
-from evalmode.bundle.wire import BYTES, FIXED32, FIXED64, VARINT, Malformed, fields, varint
+from evalmode.bundle.wire import Malformed
 
-
-class Message(NamedTuple):
-    """The fields of one of ONNX's messages by their numbers, each with the wire types that it may
-    have: numbers in a list may be packed into one field.
-    """
-
-    name: str
-    singular: Mapping[int, tuple[int, ...]]
-    repeated: Mapping[int, tuple[int, ...]]
-
-
-def _message(name: str, *, one: Mapping[int, str], many: Mapping[int, str]) -> Message:
-    wires = {"number": VARINT, "float": FIXED32, "double": FIXED64, "bytes": BYTES}
-    return Message(
-        name,
-        {number: (wires[kind],) for number, kind in one.items()},
-        {number: tuple({wires[kind], BYTES}) for number, kind in many.items()},
-    )
-
-
-# onnx.proto3 as of onnx 1.23; a test compares these with onnx's own descriptors.
-# fmt: off
-MODEL = _message(
-    "ModelProto",
-    one={1: "number", 2: "bytes", 3: "bytes", 4: "bytes", 5: "number", 6: "bytes", 7: "bytes"},
-    many={8: "bytes", 14: "bytes", 20: "bytes", 25: "bytes", 26: "bytes"},
-)
-GRAPH = _message(
-    "GraphProto",
-    one={2: "bytes", 10: "bytes"},
-    many={1: "bytes", 5: "bytes", 11: "bytes", 12: "bytes", 13: "bytes", 14: "bytes", 15: "bytes",
-          16: "bytes"},
-)
-NODE = _message(
-    "NodeProto",
-    one={3: "bytes", 4: "bytes", 6: "bytes", 7: "bytes", 8: "bytes"},
-    many={1: "bytes", 2: "bytes", 5: "bytes", 9: "bytes", 10: "bytes"},
-)
-ATTRIBUTE = _message(
-    "AttributeProto",
-    one={1: "bytes", 2: "float", 3: "number", 4: "bytes", 5: "bytes", 6: "bytes", 13: "bytes",
-         14: "bytes", 20: "number", 21: "bytes", 22: "bytes"},
-    many={7: "float", 8: "number", 9: "bytes", 10: "bytes", 11: "bytes", 15: "bytes", 23: "bytes"},
-)
-FUNCTION = _message(
-    "FunctionProto",
-    one={1: "bytes", 8: "bytes", 10: "bytes", 13: "bytes"},
-    many={4: "bytes", 5: "bytes", 6: "bytes", 7: "bytes", 9: "bytes", 11: "bytes", 12: "bytes",
-          14: "bytes"},
-)
-OPSET = _message("OperatorSetIdProto", one={1: "bytes", 2: "number"}, many={})
-TENSOR = _message(
-    "TensorProto",
-    one={2: "number", 3: "bytes", 8: "bytes", 9: "bytes", 12: "bytes", 14: "number"},
-    many={1: "number", 4: "float", 5: "number", 6: "bytes", 7: "number", 10: "double",
-          11: "number", 13: "bytes", 16: "bytes"},
-)
-SPARSE = _message("SparseTensorProto", one={1: "bytes", 2: "bytes"}, many={3: "number"})
-VALUE = _message("ValueInfoProto", one={1: "bytes", 2: "bytes", 3: "bytes"}, many={4: "bytes"})
-# fmt: on
-MESSAGES = (MODEL, GRAPH, NODE, ATTRIBUTE, FUNCTION, OPSET, TENSOR, SPARSE, VALUE)
-
-Place = tuple[int, int]
-"""Where the value of a field begins and ends."""
-
-Operator = tuple[str, str]
-"""Domain, with ONNX's own spelled as the empty string, and name."""
+Operator: TypeAlias = tuple[str, str]
+"""Domain, where ONNX's own is the empty string, and name."""
 
 _INT, _TENSOR, _BOOL = 2, 4, 9  # of AttributeProto.type and TensorProto.data_type
-_DEEPEST = 100  # bodies inside one another; protobuf reads no more messages
+_MAX_DEPTH = 100  # of bodies inside one another; protobuf reads no more messages
 _ORT_FORMAT = b"ORTM"  # at byte 4: ONNX Runtime then reads its own format, and not protobuf
 
 
-def _set_of(names_by_domain: Mapping[str, str]) -> frozenset[Operator]:
+def _operators_of(names_by_domain: Mapping[str, str]) -> frozenset[Operator]:
     return frozenset(
         (domain, name) for domain, names in names_by_domain.items() for name in names.split()
     )
 
 
-_QUIET, _DRAWS, _TRAINS = _set_of(QUIET), _set_of(DRAWS), _set_of(TRAINS)
-# The domains in which ONNX Runtime has operators of its own: it takes these, whatever functions of
-# the same name the model has. In any other domain it has none.
-_RUNTIMES_DOMAINS = frozenset({domain for domain, _ in _QUIET | _DRAWS | _TRAINS})
+_QUIET, _DRAWS, _TRAINS = _operators_of(QUIET), _operators_of(DRAWS), _operators_of(TRAINS)
 
-_WAY_OUT = "export the module again, in eval mode"
+# The domains in which ONNX Runtime has operators: it prefers these to a function of the same name.
+# In any other domain it has none.
+_RUNTIME_DOMAINS = frozenset({domain for domain, _ in _QUIET | _DRAWS | _TRAINS})
 
-
-@dataclass(eq=False)
-class _Scope:
-    """The names of one graph or function body; what they stand for is read when a mode is one of
-    them.
-
-    `around` is None for the main graph and for a function. A `detached` body is given to a function
-    as an attribute: what it reads from around is bound where the function uses it.
-    """
-
-    inputs: Sequence[Place]
-    input_kind: Message | None  # None: plain names, as a function has them
-    initializers: Sequence[Place]
-    sparse: Sequence[Place]
-    nodes: Sequence[Place]
-    opsets: Sequence[Mapping[str, int]]
-    around: _Scope | None = None
-    detached: bool = False
-    sources: dict[str, list[tuple[Message, Place]]] | None = field(default=None)
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A node, as the judge of its operator reads it."""
-
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    attributes: Mapping[str, Mapping[int, list[Place]]]
-    scope: _Scope
-    opsets: frozenset[int]  # those that its domain may have there; 0: none is imported
+_REMEDY = "export the module again, in eval mode"
 
 
 class _Refused(Exception):  # noqa: N818 - never leaves this module
-    """Why a model is not served: what follows the file's name."""
+    """Why a model is not served: the part of the sentence after the file's name."""
 
 
 def check_operators(model: bytes) -> None:
-    """Raise BundleNotCertified, naming the node, for a model that can draw or train, or that cannot
-    be read beyond doubt.
+    """Raise BundleNotCertified, naming the node, for a model that can draw or train.
+
+    Also for a model that cannot be read, or that another program could read differently.
     """
     try:
-        _Reader(model).model()
+        _Reader(model).read()
     except Malformed as error:
         raise BundleNotCertified(
             f"{MODEL_FILE} must not be served: it is not an ONNX model: {error}"
         ) from error
-    except _Refused as error:
+    except (_Refused, Ambiguous) as error:
         raise BundleNotCertified(f"{MODEL_FILE} must not be served: {error}") from None
 
 
+@dataclass(eq=False)
+class _Scope:
+    """A graph, or the body of a function, as far as names in it are concerned.
+
+    Attributes:
+        body: the fields of the graph or the function.
+        is_function: whether it is a function, whose inputs are plain names and which has no
+            initializers.
+        opsets: the opsets that a domain may have here.
+        around: the scope whose names it can read; None for the main graph and for a function.
+        detached: whether it is an argument of a function. It then reads the names from where the
+            function uses it, which is not known here.
+    """
+
+    body: Fields
+    is_function: bool
+    opsets: Sequence[Mapping[str, int]]
+    around: _Scope | None = None
+    detached: bool = False
+    _sources: dict[str, list[tuple[Message, Span]]] | None = field(
+        default=None, init=False, repr=False
+    )
+
+    def sources(self) -> dict[str, list[tuple[Message, Span]]]:
+        """What defines each name: its message, and where it lies.
+
+        A broken model may define a name several times. Few models need this, so it is read when the
+        training mode of a node is a name.
+        """
+        if self._sources is not None:
+            return self._sources
+        data = self.body.data
+        sources: dict[str, list[tuple[Message, Span]]] = {}
+        for span in self.body.spans("input"):
+            if self.is_function:
+                name = text_at(data, span)
+            else:
+                name = Fields(data, span, VALUE).text("name")
+            sources.setdefault(name, []).append((VALUE, span))
+        if not self.is_function:
+            for span in self.body.spans("initializer"):
+                name = Fields(data, span, TENSOR).text("name")
+                sources.setdefault(name, []).append((TENSOR, span))
+            for span in self.body.spans("sparse_initializer"):
+                for values in Fields(data, span, SPARSE).messages("values", TENSOR):
+                    sources.setdefault(values.text("name"), []).append((SPARSE, span))
+        for span in self.body.spans("node"):
+            for output in Fields(data, span, NODE).texts("output"):
+                sources.setdefault(output, []).append((NODE, span))
+        self._sources = sources
+        return sources
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node with a training mode."""
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    attributes: Mapping[str, Fields]
+    scope: _Scope
+    opsets: frozenset[int]  # that its domain may have here; 0: none is imported
+
+    def is_off(self, index: int) -> bool:
+        """Whether the mode, input `index`, is left out or is the constant false."""
+        if len(self.inputs) <= index or self.inputs[index] == "":
+            return True
+        name = self.inputs[index]
+        sources: list[tuple[Message, Span]] = []
+        scope: _Scope | None = self.scope
+        while scope is not None:
+            if scope.detached:
+                return False
+            sources += scope.sources().get(name, [])
+            scope = scope.around
+        # A name that is defined twice, here or in a graph around, is read in two ways.
+        if len(sources) != 1:
+            return False
+
+        message, span = sources[0]
+        if message is TENSOR:
+            return _is_false(Fields(self.scope.body.data, span, TENSOR))
+        if message is not NODE:
+            return False
+        constant = Fields(self.scope.body.data, span, NODE)
+        if _domain_of(constant) != "" or constant.text("op_type") != "Constant":
+            return False
+        attributes = list(constant.messages("attribute", ATTRIBUTE))
+        return (
+            len(attributes) == 1
+            and len(constant.spans("output")) == 1
+            and attributes[0].has_only(("name", "t", "doc_string", "type"))
+            and attributes[0].text("name") == "value"
+            and attributes[0].number("type") == _TENSOR
+            and "t" in attributes[0]
+            and _is_false(next(attributes[0].messages("t", TENSOR)))
+        )
+
+    def flag(self, name: str) -> bool | None:
+        """Whether an integer attribute is set. False without it, None where it is no integer."""
+        attribute = self.attributes.get(name)
+        if attribute is None:
+            return False
+        if not attribute.has_only(("name", "i", "doc_string", "type")):
+            return None
+        if attribute.number("type") != _INT:
+            return None
+        return attribute.number("i") != 0
+
+
+def _is_false(tensor: Fields) -> bool:
+    """Whether a tensor is one boolean that is false, written in one of the two usual ways."""
+    if tensor.number("data_type") != _BOOL or not tensor.has_only(
+        ("dims", "data_type", "int32_data", "name", "raw_data", "doc_string", "metadata_props")
+    ):
+        return False
+    if any(size != 1 for size in tensor.numbers("dims")):
+        return False
+    raw = [tensor.data[start:stop] for start, stop in tensor.spans("raw_data")]
+    return (raw, tensor.numbers("int32_data")) in (([b"\0"], []), ([], [0]))
+
+
+def _domain_of(fields: Fields) -> str:
+    domain = fields.text("domain")
+    return "" if domain == "ai.onnx" else domain
+
+
 class _Reader:
+    """One pass over every node of a model. Raises _Refused, Ambiguous or Malformed."""
+
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._functions: set[Operator] = set()
 
-    def model(self) -> None:
+    def read(self) -> None:
+        """The main graph and the local functions, also those that nothing calls."""
         data = self._data
         if data[4:8] == _ORT_FORMAT:
             raise _Refused("it is in ONNX Runtime's own format: a bundle holds an ONNX model")
-        model = self._read((0, len(data)), MODEL)
-        if 7 not in model:
+        model = Fields(data, (0, len(data)), MODEL)
+        if "graph" not in model:
             raise _Refused("it holds no graph")
-        opsets = self._opsets(model.get(8, []), "the model")
-        functions = [(self._read(place, FUNCTION), place) for place in model.get(25, [])]
-        for function, _ in functions:
-            operator = self._domain(function, 10), self._text(function, 1)
-            self._functions.add(operator)
-        self._graph(model[7][0], "", [opsets], None, depth=0)
-        for function, _ in functions:
-            name = f"{self._domain(function, 10)}:{self._text(function, 1)}"
-            scope = _Scope(
-                inputs=function.get(4, []),
-                input_kind=None,
-                initializers=[],
-                sparse=[],
-                nodes=function.get(7, []),
-                # ONNX Runtime puts a function's body into the graph that calls it.
-                opsets=[opsets, self._opsets(function.get(9, []), f"the function {name}")],
-            )
-            for place in function.get(11, []):
-                self._attribute(self._read(place, ATTRIBUTE), f"{name}/", scope, True, 0)
-            self._nodes(scope, f"{name}/", 0)
+        opsets = self._opsets(model, "the model")
+        functions = list(model.messages("functions", FUNCTION))
+        for function in functions:
+            self._functions.add((_domain_of(function), function.text("name")))
 
-    def _graph(
+        self._read_graph(model.spans("graph")[0], "", [opsets], None, depth=0)
+        for function in functions:
+            name = f"{_domain_of(function)}:{function.text('name')}"
+            scope = _Scope(
+                body=function,
+                is_function=True,
+                # ONNX Runtime puts a function's body into the graph that calls it.
+                opsets=[opsets, self._opsets(function, f"the function {name}")],
+            )
+            for default in function.messages("attribute_proto", ATTRIBUTE):
+                self._read_attribute(default, f"{name}/", scope, depth=0, detached=True)
+            self._read_nodes(scope, f"{name}/", depth=0)
+
+    def _read_graph(
         self,
-        place: Place,
+        span: Span,
         path: str,
         opsets: Sequence[Mapping[str, int]],
         around: _Scope | None,
@@ -200,282 +252,147 @@ class _Reader:
         depth: int,
         detached: bool = False,
     ) -> None:
-        if depth > _DEEPEST:
-            raise _Refused(f"its graphs stand more than {_DEEPEST} deep inside one another")
-        graph = self._read(place, GRAPH)
+        if depth > _MAX_DEPTH:
+            raise _Refused(f"its graphs stand more than {_MAX_DEPTH} deep inside one another")
+        graph = Fields(self._data, span, GRAPH)
         scope = _Scope(
-            inputs=graph.get(11, []),
-            input_kind=VALUE,
-            initializers=graph.get(5, []),
-            sparse=graph.get(15, []),
-            nodes=graph.get(1, []),
-            opsets=opsets,
-            around=around,
-            detached=detached,
+            body=graph, is_function=False, opsets=opsets, around=around, detached=detached
         )
-        for tensor in scope.initializers:
-            self._is_inside(tensor, path)
-        for sparse in scope.sparse:
-            self._sparse_is_inside(sparse, path)
-        self._nodes(scope, path, depth)
+        for tensor in graph.spans("initializer"):
+            self._require_values_inside(tensor, path)
+        for sparse in graph.spans("sparse_initializer"):
+            self._require_sparse_inside(sparse, path)
+        self._read_nodes(scope, path, depth=depth)
 
-    def _nodes(self, scope: _Scope, path: str, depth: int) -> None:
-        for index, place in enumerate(scope.nodes):
-            node = self._read(place, NODE)
-            operator = domain, name = self._domain(node, 7), self._text(node, 4)
-            node_path = f"{path}{self._text(node, 3) or f'{name}_{index}'}"
-            attributes: dict[str, Mapping[int, list[Place]]] = {}
-            for attribute_place in node.get(5, []):
-                attribute = self._read(attribute_place, ATTRIBUTE)
-                attribute_name = self._text(attribute, 1)
+    def _read_nodes(self, scope: _Scope, path: str, *, depth: int) -> None:
+        """Every node of a scope, with the graphs and tensors in its attributes."""
+        for index, span in enumerate(scope.body.spans("node")):
+            node = Fields(self._data, span, NODE)
+            domain, name = _domain_of(node), node.text("op_type")
+            operator = (domain, name)
+            node_path = f"{path}{node.text('name') or f'{name}_{index}'}"
+
+            attributes: dict[str, Fields] = {}
+            for attribute in node.messages("attribute", ATTRIBUTE):
+                attribute_name = attribute.text("name")
                 if attribute_name in attributes:
                     raise _Refused(f"the node {node_path!r} has {attribute_name!r} twice")
                 attributes[attribute_name] = attribute
-                self._attribute(
-                    attribute, f"{node_path}/", scope, operator in self._functions, depth
+                self._read_attribute(
+                    attribute,
+                    f"{node_path}/",
+                    scope,
+                    depth=depth,
+                    detached=operator in self._functions,
                 )
+
             if operator in _QUIET:
                 continue
-            op = f"{domain}::{name}" if domain else name
-            what = f"the node {node_path!r} is {op}, which"
+            subject = f"the node {node_path!r} is {f'{domain}::{name}' if domain else name}, which"
             if operator in _DRAWS:
-                raise _Refused(f"{what} draws random numbers: {_WAY_OUT}")
+                raise _Refused(f"{subject} draws random numbers: {_REMEDY}")
             if operator in _TRAINS:
-                raise _Refused(f"{what} trains: {_WAY_OUT}")
-            if (judge := _JUDGES.get(operator)) is not None:
-                if not judge(self, self._judged(node, attributes, scope, domain)):
+                raise _Refused(f"{subject} trains: {_REMEDY}")
+            if operator in _IS_OFF:
+                moded = _Node(
+                    inputs=node.texts("input"),
+                    outputs=node.texts("output"),
+                    attributes=attributes,
+                    scope=scope,
+                    opsets=frozenset(opsets.get(domain, 0) for opsets in scope.opsets),
+                )
+                if not _IS_OFF[operator](moded):
                     raise _Refused(
-                        f"{what} has a training mode, and neither leaves it out nor has a constant"
-                        f" that switches it off: {_WAY_OUT}"
+                        f"{subject} has a training mode, and neither leaves it out nor has a"
+                        f" constant that switches it off: {_REMEDY}"
                     )
-            elif operator not in self._functions or domain in _RUNTIMES_DOMAINS:
+            elif operator not in self._functions or domain in _RUNTIME_DOMAINS:
                 raise _Refused(
-                    f"{what} is not known here and might draw random numbers: export the module"
+                    f"{subject} is not known here and might draw random numbers: export the module"
                     " again as standard operators"
                 )
 
-    def _attribute(
-        self,
-        attribute: Mapping[int, list[Place]],
-        path: str,
-        scope: _Scope,
-        is_call: bool,
-        depth: int,
+    def _read_attribute(
+        self, attribute: Fields, path: str, scope: _Scope, *, depth: int, detached: bool
     ) -> None:
         """The graphs and tensors in an attribute."""
-        for body in (*attribute.get(6, []), *attribute.get(11, [])):
-            body_path = f"{path}{self._text(attribute, 1)}/"
-            self._graph(body, body_path, scope.opsets, scope, depth=depth + 1, detached=is_call)
-        for tensor in (*attribute.get(5, []), *attribute.get(10, [])):
-            self._is_inside(tensor, path)
-        for sparse in (*attribute.get(22, []), *attribute.get(23, [])):
-            self._sparse_is_inside(sparse, path)
+        for body in (*attribute.spans("g"), *attribute.spans("graphs")):
+            body_path = f"{path}{attribute.text('name')}/"
+            self._read_graph(
+                body, body_path, scope.opsets, scope, depth=depth + 1, detached=detached
+            )
+        for tensor in (*attribute.spans("t"), *attribute.spans("tensors")):
+            self._require_values_inside(tensor, path)
+        for sparse in (*attribute.spans("sparse_tensor"), *attribute.spans("sparse_tensors")):
+            self._require_sparse_inside(sparse, path)
 
-    def _is_inside(self, place: Place, path: str) -> None:
-        """Refuse a tensor whose values are in another file: no hash covers it."""
-        tensor = self._read(place, TENSOR)
-        if 13 in tensor or (14 in tensor and self._number(tensor, 14) != 0):
-            name = path + self._text(tensor, 8)
+    def _require_values_inside(self, span: Span, path: str) -> None:
+        """Refuse a tensor whose values are in another file, which no hash covers."""
+        tensor = Fields(self._data, span, TENSOR)
+        if "external_data" in tensor or tensor.number("data_location") != 0:
+            name = path + tensor.text("name")
             raise _Refused(
                 f"the values of the tensor {name!r} are in another file, which the bundle's"
                 " digest does not cover"
             )
 
-    def _sparse_is_inside(self, place: Place, path: str) -> None:
-        sparse = self._read(place, SPARSE)
-        for tensor in (*sparse.get(1, []), *sparse.get(2, [])):
-            self._is_inside(tensor, path)
+    def _require_sparse_inside(self, span: Span, path: str) -> None:
+        sparse = Fields(self._data, span, SPARSE)
+        for tensor in (*sparse.spans("values"), *sparse.spans("indices")):
+            self._require_values_inside(tensor, path)
 
-    def _opsets(self, imports: Sequence[Place], where: str) -> dict[str, int]:
-        """The opset of each domain. Two of one domain are refused: readers take the first, the last
-        or the highest.
+    def _opsets(self, importer: Fields, subject: str) -> dict[str, int]:
+        """The opset of each domain that a model or a function imports.
+
+        Two of one domain are refused: some programs take the first, some the last or the highest.
         """
         opsets: dict[str, int] = {}
-        for place in imports:
-            opset = self._read(place, OPSET)
-            domain, version = self._domain(opset, 1), self._number(opset, 2)
+        for opset in importer.messages("opset_import", OPSET):
+            domain, version = _domain_of(opset), opset.number("version")
+            domain_name = domain or "ai.onnx"
             if opsets.setdefault(domain, version) != version:
                 raise _Refused(
-                    f"{where} imports opsets {opsets[domain]} and {version} of"
-                    f" {domain or 'ai.onnx'}: only one can be meant"
+                    f"{subject} imports opsets {opsets[domain]} and {version} of {domain_name}:"
+                    " only one can be meant"
                 )
             if not 0 < version < 1 << 31:
-                raise _Refused(f"{where} imports opset {version} of {domain or 'ai.onnx'}")
+                raise _Refused(f"{subject} imports opset {version} of {domain_name}")
             newest = NEWEST_OPSETS.get(domain)
             if newest is not None and version > newest:
                 raise _Refused(
-                    f"{where} imports opset {version} of {domain or 'ai.onnx'}, and the operators"
-                    f" of up to {newest} are known here: export it with an older opset"
+                    f"{subject} imports opset {version} of {domain_name}, and the operators of up"
+                    f" to {newest} are known here: export it with an older opset"
                 )
         return opsets
 
-    def _judged(
-        self,
-        node: Mapping[int, list[Place]],
-        attributes: Mapping[str, Mapping[int, list[Place]]],
-        scope: _Scope,
-        domain: str,
-    ) -> _Node:
-        return _Node(
-            inputs=[self._decoded(place) for place in node.get(1, [])],
-            outputs=[self._decoded(place) for place in node.get(2, [])],
-            attributes=attributes,
-            scope=scope,
-            opsets=frozenset(opsets.get(domain, 0) for opsets in scope.opsets),
-        )
 
-    def is_off(self, node: _Node, index: int) -> bool:
-        """Whether a mode that is an input is left out, or is the constant false."""
-        if len(node.inputs) <= index or node.inputs[index] == "":
-            return True
-        sources: list[tuple[Message, Place]] = []
-        scope: _Scope | None = node.scope
-        while scope is not None:
-            if scope.detached:
-                return False
-            sources += self._sources(scope).get(node.inputs[index], [])
-            scope = scope.around
-        # A name that stands for two things, here or in a graph around, is read differently.
-        if len(sources) != 1:
-            return False
-        message, place = sources[0]
-        if message is TENSOR:
-            return self._is_false(place)
-        if message is not NODE:
-            return False
-        constant = self._read(place, NODE)
-        if self._domain(constant, 7) != "" or self._text(constant, 4) != "Constant":
-            return False
-        attributes = [self._read(attribute, ATTRIBUTE) for attribute in constant.get(5, [])]
-        return (
-            len(attributes) == 1
-            and len(constant.get(2, [])) == 1
-            and attributes[0].keys() <= {1, 5, 13, 20}
-            and self._text(attributes[0], 1) == "value"
-            and self._number(attributes[0], 20) == _TENSOR
-            and 5 in attributes[0]
-            and self._is_false(attributes[0][5][0])
-        )
-
-    def flag(self, node: _Node, name: str) -> bool | None:
-        """Whether an integer attribute is set (not where it is absent); None for one that is
-        anything else.
-        """
-        attribute = node.attributes.get(name)
-        if attribute is None:
-            return False
-        if not attribute.keys() <= {1, 3, 13, 20} or self._number(attribute, 20) != _INT:
-            return None
-        return self._number(attribute, 3) != 0
-
-    def _sources(self, scope: _Scope) -> dict[str, list[tuple[Message, Place]]]:
-        """What each name of a scope comes from: more than one thing where the model is broken."""
-        if scope.sources is not None:
-            return scope.sources
-        sources: dict[str, list[tuple[Message, Place]]] = {}
-        for place in scope.inputs:
-            if scope.input_kind is None:
-                name = self._decoded(place)
-            else:
-                name = self._text(self._read(place, scope.input_kind), 1)
-            sources.setdefault(name, []).append((VALUE, place))
-        for place in scope.initializers:
-            name = self._text(self._read(place, TENSOR), 8)
-            sources.setdefault(name, []).append((TENSOR, place))
-        for place in scope.sparse:
-            for values in self._read(place, SPARSE).get(1, []):
-                name = self._text(self._read(values, TENSOR), 8)
-                sources.setdefault(name, []).append((SPARSE, place))
-        for place in scope.nodes:
-            for output in self._read(place, NODE).get(2, []):
-                sources.setdefault(self._decoded(output), []).append((NODE, place))
-        scope.sources = sources
-        return sources
-
-    def _is_false(self, place: Place) -> bool:
-        """Whether a tensor is one boolean that is false, written in one of two plain ways."""
-        tensor = self._read(place, TENSOR)
-        if self._number(tensor, 2) != _BOOL or not tensor.keys() <= {1, 2, 5, 8, 9, 12, 16}:
-            return False
-        if any(size != 1 for size in self._numbers(tensor, 1)):
-            return False
-        raw = [self._data[start:stop] for start, stop in tensor.get(9, [])]
-        numbers = self._numbers(tensor, 5)
-        return (raw, numbers) in (([b"\0"], []), ([], [0]))
-
-    def _read(self, place: Place, message: Message) -> dict[int, list[Place]]:
-        """Where the fields of a message lie, by their numbers.
-
-        A field that ONNX does not have is refused, since a newer reader may know it. So is a
-        singular field that is given twice: protobuf merges two graphs into one.
-        """
-        singular, repeated = message.singular, message.repeated
-        places: dict[int, list[Place]] = {}
-        for number, wire, tag, start, stop in fields(self._data, *place):
-            if number in repeated and wire in repeated[number]:
-                places.setdefault(number, []).append((start, stop))
-            elif number in singular and wire in singular[number] and number not in places:
-                places[number] = [(start, stop)]
-            elif number in places:
-                raise _Refused(f"byte {tag} gives field {number} of a {message.name} again")
-            else:
-                raise _Refused(f"byte {tag} is no field of a {message.name} that is known here")
-        return places
-
-    def _number(self, places: Mapping[int, list[Place]], number: int) -> int:
-        """A field of one number; 0 where it is not given, as protobuf has it."""
-        return varint(self._data, *places[number][0])[0] if number in places else 0
-
-    def _numbers(self, places: Mapping[int, list[Place]], number: int) -> list[int]:
-        """A field of many numbers, one by one or packed."""
-        numbers = []
-        for at, stop in places.get(number, []):
-            while at < stop:
-                value, at = varint(self._data, at, stop)
-                numbers.append(value)
-        return numbers
-
-    def _text(self, places: Mapping[int, list[Place]], number: int) -> str:
-        return self._decoded(places[number][0]) if number in places else ""
-
-    def _decoded(self, place: Place) -> str:
-        try:
-            return self._data[place[0] : place[1]].decode()
-        except UnicodeDecodeError:
-            raise _Refused(f"the name at byte {place[0]} is not UTF-8") from None
-
-    def _domain(self, places: Mapping[int, list[Place]], number: int) -> str:
-        domain = self._text(places, number)
-        return "" if domain == "ai.onnx" else domain
-
-
-def _dropout(reader: _Reader, node: _Node) -> bool:
+def _is_dropout_off(node: _Node) -> bool:
     """Dropout 1 and 6 train unless `is_test` is set, 7 and 10 never do, later ones by input 2."""
-    return reader.is_off(node, 2) and (
-        min(node.opsets) >= 7 or reader.flag(node, "is_test") is True
-    )
+    return node.is_off(2) and (min(node.opsets) >= 7 or node.flag("is_test") is True)
 
 
-def _batch_normalization(reader: _Reader, node: _Node) -> bool:
-    """BatchNormalization 1 and 6 train unless `is_test` is set, 7 and 9 where they give the batch's
-    statistics, later ones by `training_mode`.
+def _is_batch_normalization_off(node: _Node) -> bool:
+    """BatchNormalization 1 and 6 train unless `is_test` is set, later ones by `training_mode`.
+
+    7 and 9 train where they return the statistics of the batch.
     """
     return (
         not any(node.outputs[1:])
-        and reader.flag(node, "training_mode") is False
-        and (min(node.opsets) >= 7 or reader.flag(node, "is_test") is True)
+        and node.flag("training_mode") is False
+        and (min(node.opsets) >= 7 or node.flag("is_test") is True)
     )
 
 
-_JUDGES: Mapping[Operator, Callable[[_Reader, _Node], bool]] = {
-    ("", "Dropout"): _dropout,
-    ("", "BatchNormalization"): _batch_normalization,
-    # What ONNX Runtime's optimiser writes.
+# Whether a node of an operator with a training mode has it visibly off. The last four are what ONNX
+# Runtime's optimiser writes.
+_IS_OFF: Mapping[Operator, Callable[[_Node], bool]] = {
+    ("", "Dropout"): _is_dropout_off,
+    ("", "BatchNormalization"): _is_batch_normalization_off,
     ("com.ms.internal.nhwc", "BatchNormalization"): (
-        lambda reader, node: reader.flag(node, "training_mode") is False
+        lambda node: node.flag("training_mode") is False
     ),
-    ("com.microsoft", "BitmaskDropout"): lambda reader, node: reader.is_off(node, 2),
-    ("com.microsoft", "BiasDropout"): lambda reader, node: reader.is_off(node, 4),
-    ("com.microsoft", "BitmaskBiasDropout"): lambda reader, node: reader.is_off(node, 4),
+    ("com.microsoft", "BitmaskDropout"): lambda node: node.is_off(2),
+    ("com.microsoft", "BiasDropout"): lambda node: node.is_off(4),
+    ("com.microsoft", "BitmaskBiasDropout"): lambda node: node.is_off(4),
 }
-JUDGED = frozenset(_JUDGES)
+JUDGED = frozenset(_IS_OFF)

@@ -1,11 +1,10 @@
-"""Which batch sizes give a row the bits it has alone. Knows neither ONNX Runtime nor HTTP: it is
-given `run`.
+"""Which batch sizes give a row the bits that it has alone: a measurement.
 
-A runtime may choose another kernel, and with it another order of additions, for another number of
-rows. The measurement is the same for the exporter, who writes it into the certificate, and for the
-service, which batches by it.
+For another number of rows a runtime may choose another kernel, and with it another order of
+additions. The exporter writes the result into the certificate, and the service forms its batches by
+it. Both pass `run`, which computes a batch.
 
-Shapes: T positions, G ids a position.
+Shapes: B rows, T positions, G ids a position.
 """
 
 from __future__ import annotations
@@ -20,108 +19,104 @@ from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.frontend import FrontEndSpec, Ids, collate
 from evalmode.bundle.known_answers import Run, Tensors, bits
 
-_MOST_TIMINGS = (
-    5  # of each count: the best of five is what the machine can do when nothing else runs
-)
+# Timings of each row count. The best of five shows the machine's speed when nothing else runs.
+_MAX_TIMINGS = 5
 
 
 def rows_by_length(
     rows: Sequence[Ids], spec: FrontEndSpec, *, each: int = 8
 ) -> dict[int, list[Tensors]]:
-    """`each` single rows, padded, for every rung of the ladder: half of them full, half of them
-    mostly padding.
+    """Single rows to measure with: `each` for every length of the ladder, padded to it.
 
-    Made of real rows, ids (T,) or (T, G), cut or joined until they have the length: real ids at
-    lengths that the data may not reach.
+    `rows` are ids (T,) or (T, G) of real texts. They are joined and cut, so that there are rows of
+    real ids at lengths that no text has. Every second row is mostly padding.
     """
-    joined = np.concatenate(rows)
-    found: dict[int, list[Tensors]] = {}
+    ids = np.concatenate(rows)
+    padded_rows: dict[int, list[Tensors]] = {}
     for length in spec.lengths:
-        starts = [length * index for index in range(each)]
-        pieces = [
-            np.take(joined, range(start, start + length), axis=0, mode="wrap") for start in starts
-        ]
-        pieces[1::2] = [
-            piece[: max(1, length // (index + 2))] for index, piece in enumerate(pieces[1::2])
-        ]
-        found[length] = [collate([piece], length=length) for piece in pieces]
-    return found
+        padded_rows[length] = []
+        for index in range(each):
+            start = length * index
+            piece = np.take(ids, range(start, start + length), axis=0, mode="wrap")
+            # 1/2, 1/3, 1/4, ... of the length in the second, fourth, sixth, ... row.
+            if index % 2 == 1:
+                piece = piece[: max(1, length // (index // 2 + 2))]
+            padded_rows[length].append(collate([piece], length=length))
+    return padded_rows
 
 
 def stack(rows: Sequence[Tensors], *, count: int, first: int = 0) -> dict[str, np.ndarray]:
-    """One batch of `count` rows, taken in turn from `rows` (each with a leading dimension of 1),
-    from `first` on.
+    """One batch of `count` rows: `rows` in turn from index `first` on, repeated as needed.
+
+    Each row has a leading dimension of 1, and the batch one of `count`.
     """
-    chosen = [rows[(first + place) % len(rows)] for place in range(count)]
-    return {name: np.concatenate([row[name] for row in chosen]) for name in rows[0]}
+    batch_rows = [rows[(first + index) % len(rows)] for index in range(count)]
+    return {name: np.concatenate([row[name] for row in batch_rows]) for name in rows[0]}
 
 
 def stable_row_counts(run: Run, rows: Sequence[Tensors], counts: Sequence[int]) -> tuple[int, ...]:
-    """Those of `counts` at which every row gives, in every place of the batch, the bits it gives
-    alone.
+    """Those of `counts` at which every row has, in every position of the batch, its bits alone.
 
-    `rows` are single rows of one padded length. One row alone is the reference, so 1 is always
-    stable unless `run` does not repeat itself.
+    `rows` are single rows of one padded length. A row alone is the reference, so 1 is stable unless
+    `run` itself does not repeat its bits.
     """
-    alone = [run(row) for row in rows]
-    return tuple(count for count in counts if _best_stable_s(run, rows, alone, count) is not None)
+    outputs_alone = [run(row) for row in rows]
+    return tuple(
+        count for count in counts if _best_stable_s(run, rows, outputs_alone, count) is not None
+    )
 
 
 def timed_row_counts(
     run: Run, rows: Sequence[Tensors], counts: Sequence[int], *, budget_s: float
 ) -> dict[int, float]:
-    """The same, each with the seconds of its fastest run.
+    """The stable ones of `counts`, each with the seconds of its fastest run.
 
-    The first of `counts` is always measured; what is not begun within `budget_s` is left out, for
-    it is not proven, and so is what fails, as a batch does that is too large for the memory. Time
-    that is left is spent on timing again, all counts in turn, so that a disturbance hits none of
-    them alone.
+    The first count is always measured. The measurement ends at a count that is not begun within
+    `budget_s`, and at one whose run fails: a batch may be too large for the memory. The counts from
+    there on are not proven, and left out.
     """
-    until = time.monotonic() + budget_s
-    alone = [run(row) for row in rows]
+    deadline = time.monotonic() + budget_s
+    outputs_alone = [run(row) for row in rows]
     best_s: dict[int, float] = {}
-    for measured, count in enumerate(counts):
-        if measured and time.monotonic() >= until:
+    for index, count in enumerate(counts):
+        if index > 0 and time.monotonic() >= deadline:
             break
         try:
-            found_s = _best_stable_s(run, rows, alone, count)
+            count_s = _best_stable_s(run, rows, outputs_alone, count)
         except ModelRunFailed:
             break
-        if found_s is not None:
-            best_s[count] = found_s
-    for again in range(_MOST_TIMINGS - 1):
+        if count_s is not None:
+            best_s[count] = count_s
+
+    # The rest of the budget improves the timings. All counts take turns, so that a disturbance of
+    # the machine does not slow down one of them alone.
+    for first in range(_MAX_TIMINGS - 1):
         for count in best_s:
-            if time.monotonic() + best_s[count] >= until:
+            if time.monotonic() + best_s[count] >= deadline:
                 return best_s
-            best_s[count] = min(
-                best_s[count], _timed(run, stack(rows, count=count, first=again))[1]
-            )
+            _, seconds = _timed(run, stack(rows, count=count, first=first))
+            best_s[count] = min(best_s[count], seconds)
     return best_s
 
 
 def _best_stable_s(
-    run: Run, rows: Sequence[Tensors], alone: Sequence[Tensors], count: int
+    run: Run, rows: Sequence[Tensors], outputs_alone: Sequence[Tensors], count: int
 ) -> float | None:
-    """The seconds of the fastest of some runs with `count` rows; None when a row has other bits
-    there than alone.
+    """The seconds of the fastest of the runs with `count` rows.
+
+    None when a row has other bits there than alone.
     """
     best_s = math.inf
-    # A batch is as many places as rows; starting at another row puts other companions around each.
+    # Two batches that begin at other rows: each row has other neighbours, in another position.
     for first in {0, len(rows) // 2}:
-        batch, seconds = _timed(run, stack(rows, count=count, first=first))
+        outputs, seconds = _timed(run, stack(rows, count=count, first=first))
         best_s = min(best_s, seconds)
-        for place in range(count):
-            expected = alone[(first + place) % len(rows)]
-            if any(
-                not _same(batch[name][place : place + 1], tensor)
-                for name, tensor in expected.items()
-            ):
-                return None
+        for position in range(count):
+            for name, expected in outputs_alone[(first + position) % len(rows)].items():
+                actual = outputs[name][position : position + 1]
+                if actual.shape != expected.shape or bits(actual) != bits(expected):
+                    return None
     return best_s
-
-
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and bits(one) == bits(other)
 
 
 def _timed(run: Run, inputs: Tensors) -> tuple[Tensors, float]:

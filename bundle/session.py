@@ -1,7 +1,6 @@
-"""The one way to open ONNX Runtime: provider, threads, determinism. Export certifies under it,
-service serves under it.
+"""The one way to open a model in ONNX Runtime: with its provider, its threads, and determinism.
 
-Knows neither texts nor HTTP.
+Export certifies in such a session and the service serves in one, so both compute the same bits.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,11 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_SHORT_NAMES = {provider: name for name, provider in _PROVIDERS.items()}
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
-# The CPU features by which ONNX Runtime's kernel library chooses its code, and with it the order of
-# additions.
+# The CPU features by which ONNX Runtime's kernels (MLAS) choose their code, and so the order of
+# additions. The names are those of /proc/cpuinfo.
 # fmt: off
 _KERNEL_FEATURES = frozenset({
     "sse4_1", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq",
@@ -40,7 +41,8 @@ _KERNEL_FEATURES = frozenset({
 
 _DATATYPES = {element.onnx: element.datatype for element in ELEMENT_TYPES}
 
-_NO_FAULT_OF_INPUTS = (
+# Words in the message of a node that fails for a reason other than its inputs.
+_OTHER_CAUSES = (
     "memory",
     "bad_alloc",
     "cuda",
@@ -53,21 +55,35 @@ _NO_FAULT_OF_INPUTS = (
 
 
 class Session:
-    """An open model. `run` takes and returns tensors by name and may be called from several threads
-    at once.
+    """An open model. Several threads may call `run` at once.
+
+    Attributes:
+        inputs: the tensors that the model takes.
+        outputs: the tensors that it returns.
+        provider: ONNX Runtime's name of the execution provider.
+        platform: what the bits of its outputs depend on.
     """
 
     def __init__(self, model: bytes | Path, *, provider: str, threads: int, optimise: bool) -> None:
-        ort = _runtime()
-        self.provider = _resolve(provider, ort)
+        ort = _import_onnxruntime()
+        self.provider = _PROVIDERS.get(provider.lower(), provider)
+        available: list[str] = ort.get_available_providers()
+        if self.provider not in available:
+            offered = ", ".join(_SHORT_NAMES.get(name, name) for name in available)
+            raise ProviderUnavailable(
+                f"provider {provider!r} is not available here; this ONNX Runtime offers: {offered}"
+            )
+        if self.provider == _PROVIDERS["cuda"] and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # the CUDA and cuDNN libraries that pip installed
+
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.use_deterministic_compute = True
-        # Errors reach us as exceptions; the runtime's own lines on stderr help nobody.
+        # Level 4 is fatal errors only: the others arrive as exceptions, and would be printed twice.
         options.log_severity_level = 4
-        # Spinning threads burn a container's CPU quota while nothing is asked.
+        # Waiting threads would otherwise spin, and use up a container's CPU quota.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -78,15 +94,16 @@ class Session:
             raise BundleCorrupt(
                 f"{MODEL_FILE} cannot be opened by ONNX Runtime: {error}"
             ) from error
-        # Where a provider fails to start, ONNX Runtime prints a line and runs on the CPU instead.
+        # Where a provider fails to start, ONNX Runtime prints a line and uses the CPU instead.
         active = self._session.get_providers()[0]
         if active != self.provider:
             raise ProviderUnavailable(
-                f"{self.provider} was asked for and did not start; ONNX Runtime offers {active}"
+                f"the provider {self.provider} did not start, and ONNX Runtime would use {active}"
             )
-        self.inputs = tuple(_tensor(found) for found in self._session.get_inputs())
-        self.outputs = tuple(_tensor(found) for found in self._session.get_outputs())
-        self._answers = [output.name for output in self.outputs]
+
+        self.inputs = tuple(_spec_of(tensor) for tensor in self._session.get_inputs())
+        self.outputs = tuple(_spec_of(tensor) for tensor in self._session.get_outputs())
+        self._output_names = [output.name for output in self.outputs]
         self.platform = Platform(
             runtime=f"onnxruntime {ort.__version__}",
             provider=self.provider,
@@ -100,34 +117,46 @@ class Session:
     ) -> dict[str, npt.NDArray[np.generic]]:
         """Every output by name, for inputs by name.
 
-        Raises ModelRunFailed with the runtime's reason, and InputsRefused where the inputs are to
-        blame.
+        Raises InputsRefused where the inputs cause the failure, and ModelRunFailed for any other.
         """
         try:
-            return dict(
-                zip(self._answers, self._session.run(self._answers, dict(inputs)), strict=True)
-            )
+            outputs = self._session.run(self._output_names, dict(inputs))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            kind = InputsRefused if _blames_inputs(error) else ModelRunFailed
+            # An index out of range is an InvalidArgument. But shapes that clash are a plain Fail of
+            # the node that meets them, as is a device or a memory that gives out there. Only the
+            # words of the message differ (ONNX Runtime 1.31).
+            is_invalid = type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError)
+            is_of_a_node = "while running" in str(error)
+            has_another_cause = any(word in str(error).lower() for word in _OTHER_CAUSES)
+            kind = ModelRunFailed
+            if is_invalid or (is_of_a_node and not has_another_cause):
+                kind = InputsRefused
             raise kind(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
+        return dict(zip(self._output_names, outputs, strict=True))
 
 
 def open_session(
     model: bytes | Path, *, provider: str = "cpu", threads: int = 1, optimise: bool = True
 ) -> Session:
-    """Open a model, given as bytes or as a path, on one execution provider and never on another.
+    """Open a model, as bytes or by its path, on one execution provider and never on another.
 
-    `provider` is a short name (cpu, cuda, tensorrt) or ONNX Runtime's own. Raises
-    ProviderUnavailable, saying which there are, and BundleCorrupt when the model cannot be opened.
+    `provider` is a short name (cpu, cuda, tensorrt) or ONNX Runtime's. Raises ProviderUnavailable,
+    which lists those that are, and BundleCorrupt for a model that cannot be opened.
     """
     return Session(model, provider=provider, threads=threads, optimise=optimise)
 
 
-def _runtime() -> ModuleType:
-    """The onnxruntime module; its CPU and GPU builds are two distributions of the same files."""
-    # it otherwise writes a device id under the home directory
+def _import_onnxruntime() -> ModuleType:
+    # ONNX Runtime otherwise writes a device id under the home directory.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    installed = [name for name in _DISTRIBUTIONS if _is_installed(name)]
+    # The CPU and the GPU build are two distributions of the same files.
+    installed = []
+    for name in _DISTRIBUTIONS:
+        try:
+            metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        installed.append(name)
     if len(installed) > 1:
         raise ProviderUnavailable(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files:"
@@ -145,56 +174,21 @@ def _runtime() -> ModuleType:
     return module
 
 
-def _is_installed(distribution: str) -> bool:
-    try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _resolve(provider: str, ort: ModuleType) -> str:
-    name = _PROVIDERS.get(provider.lower(), provider)
-    available: list[str] = ort.get_available_providers()
-    if name not in available:
-        short = {full: key for key, full in _PROVIDERS.items()}
-        offered = ", ".join(short.get(found, found) for found in available)
-        raise ProviderUnavailable(
-            f"provider {provider!r} is not available here; this ONNX Runtime offers: {offered}"
-        )
-    if name == _PROVIDERS["cuda"] and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # finds the CUDA and cuDNN libraries that pip installed beside it
-    return name
-
-
-def _blames_inputs(error: Exception) -> bool:
-    """Whether a run failed because of what it was given.
-
-    An index out of range is an InvalidArgument, but shapes that do not go together are a mere Fail
-    of the node that meets them, like the memory or the device that gives out there; only the words
-    tell these apart.
-    """
-    if type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError):
-        return True
-    said = str(error)
-    return "while running" in said and not any(word in said.lower() for word in _NO_FAULT_OF_INPUTS)
-
-
-def _tensor(found: object) -> TensorSpec:
-    shape = tuple(size if isinstance(size, int) else -1 for size in found.shape)  # type: ignore[attr-defined]
-    kind = found.type  # type: ignore[attr-defined]
-    return TensorSpec(name=found.name, datatype=_DATATYPES.get(kind, kind), shape=shape)  # type: ignore[attr-defined]
+def _spec_of(tensor: Any) -> TensorSpec:
+    """The spec of one of ONNX Runtime's tensors, whose varying axes are names or None."""
+    shape = tuple(size if isinstance(size, int) else -1 for size in tensor.shape)
+    datatype = _DATATYPES.get(tensor.type, tensor.type)
+    return TensorSpec(name=tensor.name, datatype=datatype, shape=shape)
 
 
 def _cpu_features() -> tuple[str, ...]:
+    """The features of this CPU that kernels are chosen by; the CPU's name where Linux is not."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return (machine.processor() or "unknown",)
-    words = {
-        word
-        for line in text.splitlines()
-        if line.lower().startswith(("flags", "features"))
-        for word in line.split()
-    }
-    return tuple(sorted(words & _KERNEL_FEATURES))
+    features: set[str] = set()
+    for line in text.splitlines():
+        if line.lower().startswith(("flags", "features")):  # x86 and Arm
+            features.update(line.split())
+    return tuple(sorted(features & _KERNEL_FEATURES))

@@ -1,10 +1,8 @@
-"""Bundles on disk: written whole or not at all, opened only when every byte is the certified one.
+"""Bundles on disk: written completely or not at all, opened only when every byte is certified.
 
 A bundle is the folder `ROOT/NAME/VERSION/`. Its digest is the sha256 of `manifest.json`, which
-lists the sha256 of every other file; `certificate.json` names that digest and seals itself.
-`sha256sum manifest.json` shows the digest.
-
-Knows neither ONNX nor HTTP.
+lists the sha256 of every other file. `certificate.json` names that digest and has a seal.
+`sha256sum manifest.json` prints the digest.
 """
 
 from __future__ import annotations
@@ -45,8 +43,10 @@ Parsed = TypeVar("Parsed", bound=Frozen)
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """An opened bundle. Its contents are the bytes that were checked, not whatever the folder holds
-    later.
+    """An open bundle.
+
+    `contents` are the files of the manifest by their paths. They are the bytes that were checked: a
+    file that changes later changes nothing here.
     """
 
     path: Path
@@ -61,18 +61,16 @@ class Bundle:
         return self.contents[MODEL_FILE]
 
     def frontend(self) -> FrontEnd | None:
-        """The front end that turns texts into the model's ids, or None for a model that takes
-        tensors alone.
-        """
+        """The front end that turns texts into ids; None for a model that takes only tensors."""
         if self.manifest.frontend is None:
             return None
-        tokenizer = self.contents.get(TOKENIZER_FILE)
-        return open_frontend(
-            self.manifest.frontend, None if tokenizer is None else tokenizer.decode()
-        )
+        tokenizer = None
+        if TOKENIZER_FILE in self.contents:
+            tokenizer = self.contents[TOKENIZER_FILE].decode()
+        return open_frontend(self.manifest.frontend, tokenizer)
 
     def known_answers(self) -> tuple[KnownAnswer, ...]:
-        """The inputs with their expected outputs; none for a bundle that carries none."""
+        """The inputs with their certified outputs; empty for a bundle without them."""
         file = self.contents.get(KNOWN_ANSWERS_FILE)
         return () if file is None else unpack(file)
 
@@ -83,17 +81,18 @@ def digest_of(manifest: Manifest) -> str:
 
 
 def hashes_of(contents: Mapping[str, bytes]) -> dict[str, str]:
-    """The `files` of a manifest: the sha256 of each, in the order of their paths."""
+    """The `files` of a manifest: the sha256 of each file, in the order of their paths."""
     return {path: hashlib.sha256(contents[path]).hexdigest() for path in sorted(contents)}
 
 
 def write_bundle(
     root: Path, *, manifest: Manifest, certificate: Certificate, contents: Mapping[str, bytes]
 ) -> Bundle:
-    """Seal the certificate, write `root/NAME/VERSION` whole or not at all, and return the bundle.
+    """Seal the certificate, write the folder `root/NAME/VERSION`, and return the bundle.
 
-    Raises BundleNotCertified for a certificate that did not pass, and BundleError when another
-    bundle is there. The same bundle being there already is a success.
+    The folder is written completely or not at all. That the same bundle is there already is a
+    success. Raises BundleNotCertified for a certificate that did not pass, and BundleError where
+    another bundle is there or nothing can be written.
     """
     assert manifest.files == hashes_of(contents), "a manifest lists its contents"
     assert certificate.digest == digest_of(manifest), "a certificate names the bundle it certifies"
@@ -111,8 +110,17 @@ def write_bundle(
         contents=contents,
     )
     if bundle.path.exists():
-        _require_same(bundle)
+        try:
+            existing_digest = open_bundle(bundle.path).digest
+        except BundleError:  # damaged, or no bundle
+            existing_digest = ""
+        if existing_digest != bundle.digest:
+            raise BundleError(
+                f"{bundle.path} holds another bundle: choose another --version or --name, or remove"
+                " that folder"
+            )
         return bundle
+
     files = {
         **contents,
         MANIFEST_FILE: manifest.canonical(),
@@ -126,47 +134,86 @@ def write_bundle(
 
 
 def open_bundle(path: Path, *, allow_uncertified: bool = False) -> Bundle:
-    """Open the bundle folder `path` and check every byte of it.
+    """Open the bundle folder `path`, and check every byte of it in this order.
 
-    Raises BundleCorrupt, naming the file, when one is missing, changed, not listed or not readable,
-    and BundleNotCertified when the certificate is absent or did not pass (`allow_uncertified` lets
-    these two by; a changed byte is never let by).
+    1. The path is a folder, else BundleError.
+    2. The certificate is there and passed, else BundleNotCertified. `allow_uncertified` skips this.
+    3. The certificate's seal holds, and it names the digest of the manifest.
+    4. The manifest can be read, and every file that it lists has the sha256 that it lists.
+    5. The folder has no other file.
+
+    A failure of the last three raises BundleCorrupt, which names the file.
     """
     if not path.is_dir():
         raise BundleError(
             f"{path} is not a bundle: a bundle is a folder NAME/VERSION that `evalmode export`"
             " writes"
         )
-    certificate = _certificate(path, allow_uncertified=allow_uncertified)
-    raw = read_file(path / MANIFEST_FILE)
+
+    certificate_file, manifest_file = path / CERTIFICATE_FILE, path / MANIFEST_FILE
+    certificate = None
+    if os.path.lexists(certificate_file):  # also a link that leads nowhere, which cannot be read
+        raw = read_file(certificate_file)
+        certificate = _parse(Certificate, raw, certificate_file)
+        # The seal is of what was understood. Other bytes with that meaning are refused as well.
+        if not certificate.seal_holds or certificate.canonical() != raw:
+            raise BundleCorrupt(
+                f"{certificate_file} was changed after the export: its seal does not hold"
+            )
+        if certificate.verdict is not Verdict.PASS and not allow_uncertified:
+            raise BundleNotCertified(
+                f"{certificate_file} says {certificate.verdict}: this bundle must not be served"
+            )
+    elif not allow_uncertified:
+        raise BundleNotCertified(
+            f"{certificate_file} is missing: this bundle is not certified; `evalmode export`"
+            " certifies one"
+        )
+
+    raw = read_file(manifest_file)
     digest = hashlib.sha256(raw).hexdigest()
     if certificate is not None and certificate.digest != digest:
         raise BundleCorrupt(
-            f"{path / MANIFEST_FILE} is not the certified one: it was changed after the export"
+            f"{manifest_file} is not the certified one: it was changed after the export"
         )
-    manifest = _parse(Manifest, raw, path / MANIFEST_FILE)
-    contents = {name: _checked(path, name, sha256) for name, sha256 in manifest.files.items()}
-    _no_strangers(path, {*contents, MANIFEST_FILE, CERTIFICATE_FILE})
+    manifest = _parse(Manifest, raw, manifest_file)
+
+    contents = {}
+    for name, sha256 in manifest.files.items():
+        contents[name] = read_inside(path, name, called="the bundle")
+        if hashlib.sha256(contents[name]).hexdigest() != sha256:
+            raise BundleCorrupt(
+                f"{path / name} is not the certified file: its sha256 differs from the manifest's"
+            )
+
+    # An unlisted file could become part of the bundle: an ONNX model may name other files.
+    listed = {*contents, MANIFEST_FILE, CERTIFICATE_FILE}
+    present = {
+        str(file.relative_to(path))
+        for file in path.rglob("*")
+        if file.is_symlink() or not file.is_dir()
+    }
+    unlisted = sorted(present - listed)
+    if unlisted:
+        raise BundleCorrupt(
+            f"{path / unlisted[0]} is not listed in {MANIFEST_FILE}, so no hash covers it"
+        )
     return Bundle(
         path=path, digest=digest, manifest=manifest, certificate=certificate, contents=contents
     )
 
 
 def find_bundle(path: Path) -> Path:
-    """The bundle folder that `path` means: itself, or the newest version below a folder of versions
-    or of one name.
+    """The bundle folder at `path`, or the newest version below it.
 
-    Versions are ordered as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before 2.0.
-    Raises BundleError when there is none, or several names.
+    `path` may be a bundle, a folder of versions, or a folder of one name. Versions are ordered as
+    people read them: see `version_order`. Raises BundleError for no bundle, and for several names.
     """
     if is_bundle(path):
         return path
-    folders = sorted(
-        manifest.parent
-        for pattern in ("*", "*/*")
-        for manifest in path.glob(f"{pattern}/{MANIFEST_FILE}")
-    )
-    folders = [folder for folder in folders if not folder.name.startswith(".")]
+    manifests = [*path.glob(f"*/{MANIFEST_FILE}"), *path.glob(f"*/*/{MANIFEST_FILE}")]
+    # A name with a dot in front is a bundle that is being written.
+    folders = sorted(file.parent for file in manifests if not file.parent.name.startswith("."))
     if not folders:
         raise BundleError(no_bundle_at(path))
     names = sorted({folder.parent for folder in folders})
@@ -176,16 +223,17 @@ def find_bundle(path: Path) -> Path:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether the folder `path` is meant as a bundle: it has an entry `manifest.json`, of any kind.
+    """Whether the folder `path` is meant as a bundle: it has an entry `manifest.json` of any kind.
 
-    A manifest that is a FIFO or a broken link makes a broken bundle, and not a folder of others.
-    Raises OSError for a folder that cannot be looked at.
+    A manifest that is a FIFO or a broken link makes a broken bundle, and not a folder of bundles.
+    Raises OSError for a folder that cannot be searched.
     """
     try:
         (path / MANIFEST_FILE).lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
+        # A link that leads to itself somewhere in `path`.
         if error.errno == errno.ELOOP:
             return False
         raise
@@ -205,8 +253,8 @@ def no_bundle_at(path: Path) -> str:
 def read_file(file: Path) -> bytes:
     """The bytes of a regular file; links are followed.
 
-    A FIFO, a device, a socket or a folder is refused at once, without waiting for its other end.
-    Raises FileUnreadable, naming the file.
+    A FIFO, a device, a socket or a folder is refused at once, without waiting for another process.
+    Raises FileUnreadable, which names the file.
     """
     try:
         with open_regular(file) as opened:
@@ -222,61 +270,31 @@ def read_file(file: Path) -> bytes:
 
 
 def read_inside(folder: Path, name: str, *, called: str) -> bytes:
-    """The bytes of a regular file whose links, if it has any, do not lead out of `folder`.
+    """The bytes of a regular file of `folder` that no link leads out of it.
 
-    `called` is what the folder is, for the message. Raises FileUnreadable, naming the file.
+    `called` is what the folder is, for the message: "the bundle". Raises FileUnreadable, which
+    names the file.
     """
     file = folder / name
     try:
-        inside = file.resolve().is_relative_to(folder.resolve())
+        is_inside = file.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError) as error:  # a link that leads to itself
-        raise FileUnreadable(f"{file} cannot be read: its link has no end") from error
-    if not inside:
+        raise FileUnreadable(f"{file} cannot be read: its link leads to itself") from error
+    if not is_inside:
         raise FileUnreadable(f"{file} leads out of {called}")
     return read_file(file)
 
 
 def version_order(version: str) -> list[tuple[int, int, str]]:
-    """A key that sorts versions as people read them: 9 before 10, 1.9 before 1.10, 2.0-rc1 before
-    2.0.
+    """A key that sorts versions as people read them.
+
+    >>> sorted(["10", "2.0", "1.10", "2.0-rc1", "9", "1.9"], key=version_order)
+    ['1.9', '1.10', '2.0-rc1', '2.0', '9', '10']
     """
-    # A word is below the end, and the end below a number: 2.0-rc1, 2.0, 2.0.1.
+    # A word sorts before the end, and the end before a number: 2.0-rc1, 2.0, 2.0.1.
     parts = re.findall(r"[0-9]+|[a-z]+", version.lower())
-    return [(2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts] + [
-        (1, 0, version)
-    ]
-
-
-def _require_same(bundle: Bundle) -> None:
-    """Raise BundleError unless the folder at `bundle.path` holds this very bundle, undamaged."""
-    try:
-        digest = open_bundle(bundle.path).digest
-    except BundleError:
-        digest = ""
-    if digest != bundle.digest:
-        raise BundleError(
-            f"{bundle.path} holds another bundle: choose another --version or --name, or remove"
-            " that folder"
-        )
-
-
-def _certificate(path: Path, *, allow_uncertified: bool) -> Certificate | None:
-    file = path / CERTIFICATE_FILE
-    if not os.path.lexists(file):
-        if allow_uncertified:
-            return None
-        raise BundleNotCertified(
-            f"{file} is missing: this bundle is not certified; `evalmode export` certifies one"
-        )
-    raw = read_file(file)
-    certificate = _parse(Certificate, raw, file)
-    if not certificate.seal_holds or certificate.canonical() != raw:
-        raise BundleCorrupt(f"{file} was changed after the export: its seal does not hold")
-    if certificate.verdict is not Verdict.PASS and not allow_uncertified:
-        raise BundleNotCertified(
-            f"{file} says {certificate.verdict}: this bundle must not be served"
-        )
-    return certificate
+    key = [(2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+    return [*key, (1, 0, version)]
 
 
 def _parse(model: type[Parsed], raw: bytes, file: Path) -> Parsed:
@@ -286,24 +304,3 @@ def _parse(model: type[Parsed], raw: bytes, file: Path) -> Parsed:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise BundleCorrupt(f"{file} cannot be read: {field}: {first['msg']}") from error
-
-
-def _checked(path: Path, name: str, sha256: str) -> bytes:
-    data = read_inside(path, name, called="the bundle")
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise BundleCorrupt(
-            f"{path / name} is not the certified file: its sha256 differs from the manifest's"
-        )
-    return data
-
-
-def _no_strangers(path: Path, known: set[str]) -> None:
-    present = {
-        str(file.relative_to(path))
-        for file in path.rglob("*")
-        if file.is_symlink() or not file.is_dir()
-    }
-    if strangers := sorted(present - known):
-        raise BundleCorrupt(
-            f"{path / strangers[0]} is not listed in {MANIFEST_FILE}: nothing vouches for it"
-        )

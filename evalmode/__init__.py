@@ -6,5 +6,5 @@ Importing this package loads none of them.
 
 __version__ = "0.1.0"
 
-# Where the default data set and the timings of bundles are kept.
+# The default data set and the timings of bundles are stored here.
 CACHE = "~/.cache/evalmode"

@@ -1,8 +1,11 @@
-"""A function in a process of its own, which answers questions within limits of time and memory.
+"""A child process that answers questions, within limits of time and memory.
 
-Code that may abort, hang or take all memory (a stranger's model in ONNX Runtime) runs in such a
-child. Its end costs one answer, and the next question starts another child. A child ends with its
-parent, however the parent ends. Knows nothing of what is asked.
+Code that may abort, hang or take all memory runs in such a child, for example a stranger's model in
+ONNX Runtime. When the child ends, one answer is lost, and the next question starts another child. A
+child ends with its parent, in whatever way the parent ends.
+
+Both ends speak over pipes. A question is its length and its bytes. The answer is any number of
+messages, each a length and bytes, and then the length -1.
 """
 
 from __future__ import annotations
@@ -19,47 +22,68 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-_LENGTH = struct.Struct("<q")  # before each message
+_LENGTH = struct.Struct("<q")
 _END = -1  # in place of a length: the answer has no more messages
-_LOOK_S = 0.05  # between two looks at the child's memory
-_LAST_S = 5.0  # how long a process that was killed is waited for
-_PIECE = 1 << 16  # bytes that are read or written at once
-_SAID = 4096  # bytes of stderr that are looked at
-_LONGEST = 300  # characters of what a message repeats of it
+
+_POLL_S = 0.05  # between two looks at the limits; a child can exceed them for this long
+_KILL_TIMEOUT_S = 5.0
+_EXIT_TIMEOUT_S = 10  # of a child that closed its answers, before it counts as still running
+
+_PIPE_BYTES = 1 << 16  # read or written at once; what a pipe holds on Linux
+_STDERR_BYTES = 4096  # of the end of stderr
+_REASON_CHARACTERS = 300  # of the last line of stderr, in a message
 
 
 class ChildLost(Exception):  # noqa: N818 - read as a sentence: "raise ChildLost"
-    """The child ended, or was ended, before it answered; the message says how, after "it"."""
+    """The child ended before it answered. The message continues a sentence: "ended with code 3"."""
 
 
 class OutOfTime(ChildLost):
-    """The limit of time was met."""
+    """The answer took longer than its limit, so the child was ended."""
 
 
 class OutOfMemory(ChildLost):
-    """The limit of memory was met."""
+    """The child took more memory than its limit, and was ended."""
 
 
 class Cancelled(ChildLost):
-    """The answer is not wanted any more."""
+    """The answer is not needed any more, so the child was ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Limits:
+    deadline: float | None
+    time_s: float | None
+    memory_bytes: int | None
+    cancelled: Callable[[], bool]
+
+    def require(self, used_bytes: int) -> None:
+        """Raise Cancelled, OutOfTime or OutOfMemory where a limit is exceeded."""
+        if self.cancelled():
+            raise Cancelled("was cancelled")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime(f"took longer than {self.time_s:g} s")
+        if self.memory_bytes is not None and used_bytes > self.memory_bytes:
+            raise OutOfMemory(f"took more than {self.memory_bytes >> 20:,} MiB of memory")
 
 
 class Child:
-    """One process, started at the first question and again after each that ended it.
+    """One process, started at the first question and again after each question that ended it.
 
-    `function` names what runs there, as `package.module:function`; it must call `serve`. Not for
-    several threads at once; `kill` alone may be called from any thread.
+    `function` is what runs in it, as `package.module:function`; it must call `serve`. A child is
+    for one thread at a time; only `kill` may be called from any thread.
     """
 
     def __init__(self, function: str) -> None:
         self._function = function
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
-        self._lifeline = -1  # the end of a pipe that only the end of this process closes
-        self._heard = 0
+        self._stderr_read = 0  # the bytes of stderr that `read_stderr` has passed
+        self._lifeline = -1  # the end of a pipe that the end of this process closes
 
     @property
     def is_running(self) -> bool:
@@ -68,19 +92,17 @@ class Child:
 
     @property
     def memory_bytes(self) -> int:
-        """The memory of the process that is its own and not a mapped file; 0 where it is not known.
-
-        Linux tells it, other systems do not.
-        """
+        """The private memory of the process, without mapped files; 0 where it is not known."""
         if self._process is None:
             return 0
         try:
             pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()
         except OSError:
             return 0
-        if len(pages) < 3:
+        if len(pages) < 3:  # the process has just ended
             return 0
-        return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+        resident, shared = int(pages[1]), int(pages[2])
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
     def ask(
         self,
@@ -90,37 +112,41 @@ class Child:
         memory_bytes: int | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[bytes]:
-        """The messages of the answer, as they come; without limits where none are given.
+        """The messages of the answer, as they arrive. None is no limit.
 
-        `cancelled` is called every 50 ms, and ends the child where it is true. Raises ChildLost
-        where the child ends before its answer does.
+        `cancelled` is called every 50 ms, and ends the child when it is true. Raises ChildLost when
+        the child ends before its answer does. An answer that is not read to its end ends the child.
         """
-        end = None if time_s is None else time.monotonic() + time_s
-        limits = _Limits(end=end, time_s=time_s, memory_bytes=memory_bytes, cancelled=cancelled)
-        finished = False
+        deadline = None if time_s is None else time.monotonic() + time_s
+        limits = _Limits(
+            deadline=deadline, time_s=time_s, memory_bytes=memory_bytes, cancelled=cancelled
+        )
+        is_complete = False
         try:
-            self._start()
+            if not self.is_running:
+                self._start()
             self._write(_LENGTH.pack(len(question)) + question, limits)
             while (length := _LENGTH.unpack(self._read(_LENGTH.size, limits))[0]) != _END:
                 yield self._read(length, limits)
-            finished = True
+            is_complete = True
         except (BrokenPipeError, EOFError):
-            raise ChildLost(self._end()) from None
+            raise ChildLost(self._describe_end()) from None
         finally:
-            if not finished:  # what is left of the answer would be taken for the next one
+            # The rest of an answer would otherwise be read as the beginning of the next one.
+            if not is_complete:
                 self.close()
 
-    def said(self) -> str:
-        """What the child has written to stderr since this was asked last."""
+    def read_stderr(self) -> str:
+        """What the child has written to stderr since the last call, or the end of it."""
         if self._stderr is None:
             return ""
         size = os.fstat(self._stderr.fileno()).st_size
-        start = max(self._heard, size - _SAID)
-        self._heard = size
-        return os.pread(self._stderr.fileno(), _SAID, start).decode(errors="replace")
+        start = max(self._stderr_read, size - _STDERR_BYTES)
+        self._stderr_read = size
+        return os.pread(self._stderr.fileno(), _STDERR_BYTES, start).decode(errors="replace")
 
     def kill(self) -> None:
-        """End the process from another thread: the one that waits for an answer gets ChildLost."""
+        """End the process from another thread: the one that reads the answer gets ChildLost."""
         if (process := self._process) is not None:
             process.kill()
 
@@ -131,9 +157,9 @@ class Child:
         if process is None or stderr is None:
             return
         process.kill()
-        # A process that waits for a file system that does not answer ends only when that does.
+        # A process that waits for a file system ends only when the file system answers.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=_LAST_S)
+            process.wait(timeout=_KILL_TIMEOUT_S)
         os.close(self._lifeline)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -141,29 +167,35 @@ class Child:
             file.close()
 
     def _start(self) -> None:
-        if self.is_running:
-            return
         self.close()
-        module, _, name = self._function.partition(":")
-        self._stderr, self._heard = _open_anonymous_file(), 0
+        # A file without a name, in memory where that exists: a container may have no folder that
+        # can be written to.
+        if hasattr(os, "memfd_create"):
+            self._stderr = os.fdopen(os.memfd_create("stderr"), "w+b")
+        else:
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        self._stderr_read = 0
         lifeline, self._lifeline = os.pipe()
-        # -P: a file named onnx.py in the working directory is not imported.
+        module, _, name = self._function.partition(":")
         code = f"from {module} import {name}; {name}()"
         try:
             self._process = subprocess.Popen(
+                # -P: a file named onnx.py in the working directory is not imported.
                 [sys.executable, "-P", "-c", code, str(lifeline)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 bufsize=0,
                 pass_fds=[lifeline],
-                process_group=0,  # Ctrl-C is for the parent, which then ends the child
+                # Ctrl-C is for the parent, which then ends the child.
+                process_group=0,
             )
         except OSError as error:
             os.close(self._lifeline)
             raise ChildLost(f"cannot be started: {error.strerror}") from error
         finally:
             os.close(lifeline)
+        # A write would otherwise block in the kernel while the child hangs, beyond every limit.
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
 
@@ -173,7 +205,7 @@ class Child:
         descriptor, rest = self._process.stdin.fileno(), memoryview(data)
         while rest:
             self._wait(descriptor, select.POLLOUT, limits)
-            rest = rest[os.write(descriptor, rest[:_PIECE]) :]
+            rest = rest[os.write(descriptor, rest[:_PIPE_BYTES]) :]
 
     def _read(self, count: int, limits: _Limits) -> bytes:
         assert self._process is not None
@@ -181,71 +213,43 @@ class Child:
         descriptor, data = self._process.stdout.fileno(), bytearray()
         while len(data) < count:
             self._wait(descriptor, select.POLLIN, limits)
-            piece = os.read(descriptor, min(count - len(data), _PIECE))
-            if not piece:
+            part = os.read(descriptor, min(count - len(data), _PIPE_BYTES))
+            if not part:
                 raise EOFError
-            data += piece
+            data += part
         return bytes(data)
 
     def _wait(self, descriptor: int, event: int, limits: _Limits) -> None:
-        """Return as soon as the pipe is ready. Raises OutOfTime or OutOfMemory at a limit, and
-        Cancelled.
-        """
-        ready = select.poll()
-        ready.register(descriptor, event)
-        limits.check(self.memory_bytes)
-        while not ready.poll(1000 * _LOOK_S):
-            limits.check(self.memory_bytes)
+        """Return as soon as the pipe is ready. Raises as `_Limits.require` does."""
+        poll = select.poll()
+        poll.register(descriptor, event)
+        limits.require(self.memory_bytes)
+        while not poll.poll(1000 * _POLL_S):
+            limits.require(self.memory_bytes)
 
-    def _end(self) -> str:
+    def _describe_end(self) -> str:
         """How the process ended, with the last line that it wrote to stderr."""
         assert self._process is not None
         try:
-            code = self._process.wait(timeout=10)
+            code = self._process.wait(timeout=_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return "closed its answers and went on"
-        lines = self.said().split("\n")
-        last = next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")
-        how = f"ended with code {code}"
+        description = f"ended with code {code}"
         if code < 0:
-            how = f"was ended by {signal.Signals(-code).name}"
+            description = f"was ended by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            how += ", as the kernel does where memory runs out"
-        return f"{how}: {last[:_LONGEST]}" if last else how
-
-
-def _open_anonymous_file() -> IO[bytes]:
-    """A file without a name, in memory where that exists: a container may let nobody write."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("stderr"), "w+b")
-    return tempfile.TemporaryFile()
-
-
-class _Limits:
-    def __init__(
-        self,
-        *,
-        end: float | None,
-        time_s: float | None,
-        memory_bytes: int | None,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        self._end, self._time_s, self._memory_bytes = end, time_s, memory_bytes
-        self._cancelled = cancelled
-
-    def check(self, memory_bytes: int) -> None:
-        if self._cancelled():
-            raise Cancelled("was cancelled")
-        if self._end is not None and time.monotonic() > self._end:
-            raise OutOfTime(f"took longer than {self._time_s:g} s")
-        if self._memory_bytes is not None and memory_bytes > self._memory_bytes:
-            raise OutOfMemory(f"took more than {self._memory_bytes >> 20:,} MiB of memory")
+            description += ", as the kernel does where memory runs out"
+        for line in reversed(self.read_stderr().split("\n")):
+            if line.strip():
+                return f"{description}: {' '.join(line.split())[:_REASON_CHARACTERS]}"
+        return description
 
 
 def serve(answer: Callable[[bytes], Iterable[bytes]]) -> None:
-    """The child: send what `answer` yields for each question, until there are no more questions.
+    """Run the child: send what `answer` yields for each question, until there are no more.
 
-    What else reads stdin finds it empty, and what prints on stdout prints on stderr.
+    Other code in the child finds stdin empty, and what it prints on stdout goes to stderr: neither
+    can disturb the questions and answers.
     """
     _end_with_the_parent(int(sys.argv[1]))
     questions = os.fdopen(os.dup(0), "rb")
@@ -253,8 +257,10 @@ def serve(answer: Callable[[bytes], Iterable[bytes]]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
+    # An abort is expected here. A core file of each would fill the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):  # the child is the first to go where memory runs out
+    # Where memory runs out, the kernel ends the child first, and not its parent.
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     while header := questions.read(_LENGTH.size):
         for message in answer(questions.read(*_LENGTH.unpack(header))):
@@ -265,7 +271,7 @@ def serve(answer: Callable[[bytes], Iterable[bytes]]) -> None:
 
 
 def bound_address_space(more_bytes: int) -> None:
-    """The child: refuse memory beyond what it has now and `more_bytes`, where Linux can tell."""
+    """In the child: refuse memory beyond what it has now and `more_bytes`. On Linux only."""
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
@@ -273,9 +279,10 @@ def bound_address_space(more_bytes: int) -> None:
 
 
 def _end_with_the_parent(lifeline: int) -> None:
-    """Let the kernel end this process when the parent's end of the pipe is closed.
+    """Have the kernel end this process when the parent's end of the pipe `lifeline` is closed.
 
-    It does so by SIGIO, also where the interpreter is deep in a library and runs no Python.
+    The kernel sends SIGIO, which ends the process even where the interpreter is deep in a library
+    and runs no Python.
     """
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())

@@ -1,4 +1,4 @@
-"""The command `evalmode`: its subcommands, and what an error becomes."""
+"""The command `evalmode`: its subcommands, and the exit code and sentence of every error."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from evalmode.commands import show as show_command
 from evalmode.commands import train as train_command
 from evalmode.commands import verify as verify_command
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import UNUSABLE, complain, help_of
+from evalmode.terminal import EXIT_UNUSABLE, help_of, print_error
 
-# Commands whose flags are the fields of a configuration: made when they are called.
-_MADE_WHEN_CALLED = {"serve": serve_command.serve_command, "train": train_command.train_command}
+# Commands whose flags are the fields of a configuration. They are built when they are called, so
+# that another command does not import the configuration.
+_GENERATED = {"serve": serve_command.serve_command, "train": train_command.train_command}
 
 
 class _Commands(TyperGroup):
-    """The subcommands, those with generated flags included."""
+    """The group of subcommands, which builds the generated ones."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        make = _MADE_WHEN_CALLED.get(name or "")
-        return name, make() if make else command, rest
+        if name in _GENERATED:
+            command = _GENERATED[name]()
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except EOFError as error:  # click would print "Aborted." and exit with 1, as a finding does
+        except EOFError as error:
+            # click would print "Aborted." and exit with 1, the code of a finding.
             raise EvalmodeError(f"a file ends too early: {error or 'it is empty'}") from error
 
 
@@ -49,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-# What a lean installation may lack, and the extra that brings it.
+# Packages that a lean installation lacks, and the extra that installs each.
 _EXTRAS = {
     "torch": "train",
     "lightning": "train",
@@ -57,6 +60,7 @@ _EXTRAS = {
     "safetensors": "train",
     "onnx": "export",
     "scipy": "export",
+    # A room that the serving image removed.
     "evalmode": "train,export",
 }
 
@@ -74,44 +78,44 @@ for command, epilog in (
 
 
 def main() -> None:
-    """Run the command line: the user's mistakes are one sentence on stderr and exit code 2, never a
-    traceback.
+    """Run the command line. Every error is one sentence on stderr and exit code 2.
+
+    Python's own way, a traceback and exit code 1, would read as a finding in CI.
+    EVALMODE_TRACEBACK=1 shows the traceback of an internal error.
     """
-    # Threads that wait spinning starve their neighbours; read when torch is loaded, which no
-    # command has done yet.
+    # OpenMP's waiting threads would otherwise spin, and take the CPU from other processes. torch
+    # reads this when it is imported, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except EvalmodeError as error:
-        complain(error)
-        sys.exit(UNUSABLE)
+        print_error(error)
+        sys.exit(EXIT_UNUSABLE)
     except OSError as error:  # a full disk, a closed pipe
-        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-        sys.exit(UNUSABLE)
+        sentence = error.strerror or str(error)
+        if error.filename:
+            sentence += f": {error.filename}"
+        print_error(sentence)
+        sys.exit(EXIT_UNUSABLE)
     except Exception as error:
-        _explain(error)
-        sys.exit(UNUSABLE)
+        package = ""
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+        if package in _EXTRAS:
+            print_error(f"this needs {error.name}: pip install 'evalmode[{_EXTRAS[package]}]'")  # type: ignore[attr-defined]
+        elif os.environ.get("EVALMODE_TRACEBACK"):
+            raise
+        else:
+            reason = " ".join(str(error).split())
+            print_error(
+                f"internal error, {type(error).__name__}: {reason} (EVALMODE_TRACEBACK=1 shows"
+                " where)"
+            )
+        sys.exit(EXIT_UNUSABLE)
 
 
-def _explain(error: Exception) -> None:
-    """A package that is missing, or a mistake of ours: a traceback and exit code 1 would read as a
-    finding in CI.
-    """
-    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
-    if extra := _EXTRAS.get(missing.partition(".")[0]):
-        complain(f"this needs {missing}: pip install 'evalmode[{extra}]'")
-    elif os.environ.get("EVALMODE_TRACEBACK"):
-        raise error
-    else:
-        reason = " ".join(str(error).split())
-        complain(
-            f"a mistake of ours, {type(error).__name__}: {reason} (EVALMODE_TRACEBACK=1 shows"
-            " where)"
-        )
-
-
-def _version(show: bool) -> None:
-    if show:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"evalmode {__version__}")
         raise typer.Exit
 
@@ -121,7 +125,7 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class EvalmodeError(Exception):
-    """Something the user can mend; its message is one clear sentence that names the way out.
+    """An error that the user can mend. Its message is one sentence, which names the remedy.
 
     The command line prints the sentence and exits with 2; the service answers with it.
     """

@@ -1,4 +1,4 @@
-"""Opening files that somebody else names: only regular ones, and never a wait for another process.
+"""Opens files at paths from outside, but only regular ones, and without waiting for a process.
 
 Opening a FIFO waits for its other end, and opening a device may have effects.
 """
@@ -20,7 +20,7 @@ _KINDS = {
 
 
 class NotRegular(Exception):  # noqa: N818 - read as a sentence: "raise NotRegular"
-    """The path leads to something else: `kind` is such as "a FIFO"."""
+    """The path leads to something other than a regular file; `kind` is "a FIFO", for example."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(f"{kind} and not a regular file")
@@ -32,8 +32,9 @@ def open_regular(path: Path) -> BinaryIO:
 
     Raises NotRegular for anything else, and OSError as `open` does.
     """
-    # The kind is looked at again afterwards, since another file may have taken the place.
     _require_regular(path.stat())
+    # Another file may have replaced it by now. The flags keep its opening from waiting, and from
+    # making a terminal the one that controls this process; then the open file is checked.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     file = open(descriptor, "rb")  # noqa: SIM115 - the caller closes it
     try:

@@ -1,14 +1,14 @@
-"""What the command line shows a person: tables of certificates, metrics and predictions. Knows Rich
-and the bundle.
+"""Tables of the command line: certificates, audits, data, metrics and predictions.
 
-What comes from files and users is a `Text`: a path such as `x[/a]` is no markup.
+Whatever comes from a file or a user becomes a `Text`. Rich would read a plain string such as
+`x[/a]` as markup.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -16,26 +16,33 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from evalmode.bundle.certificate import Record, Severity, Verdict
-from evalmode.bundle.manifest import Manifest
 from evalmode.bundle.store import Bundle
 
 if TYPE_CHECKING:
     from evalmode.export.audit.site import Site
     from evalmode.model.data import DataSet
 
-NAMED = 10  # classes that are named; of more, only the number is said
+# Of a longer list, the first are named and the rest counted: a table fits on a screen.
+MAX_NAMES = 10
 
-_COLOURS = {
+_VERDICT_COLOURS = {
     Verdict.PASS: "green",
     Verdict.FAIL: "bold red",
     Verdict.UNPROVEN: "yellow",
     Verdict.NOT_APPLICABLE: "dim",
 }
+_SEVERITY_COLOURS = {
+    None: "green",
+    Severity.ERROR: "bold red",
+    Severity.UNPROVEN: "yellow",
+    Severity.WARNING: "cyan",
+}
 
 
 def records_table(records: Iterable[Record], *, title: str) -> Table:
-    """One line a rule; below it stand the reason why it did not pass, the places, and once each
-    what to do.
+    """One line per rule.
+
+    Below a rule that did not pass are the reason, its findings, and each remedy once.
     """
     table = Table(title=Text(title), title_justify="left")
     table.add_column("rule", no_wrap=True)
@@ -43,92 +50,73 @@ def records_table(records: Iterable[Record], *, title: str) -> Table:
     table.add_column("measured", overflow="fold")
     table.add_column("limit", overflow="fold")
     for record in records:
-        verdict = Text(record.verdict, style=_COLOURS[record.verdict])
+        verdict = Text(record.verdict, style=_VERDICT_COLOURS[record.verdict])
         table.add_row(Text(record.rule), verdict, Text(record.measured), Text(record.limit))
         if record.verdict is not Verdict.PASS:
             table.add_row("", "", Text(record.why, style="bold"), "")
-        for line in _found(record):
-            table.add_row("", "", line, "")
+        # A rule that passes may have warnings.
+        for finding in record.findings:
+            table.add_row("", "", Text(str(finding)), "")
+        for fix in dict.fromkeys(finding.fix for finding in record.findings if finding.fix):
+            table.add_row("", "", Text(fix, style="italic"), "")
     return table
 
 
-def _found(record: Record) -> Iterator[Text]:
-    yield from (Text(str(finding)) for finding in record.findings)
-    for fix in dict.fromkeys(finding.fix for finding in record.findings if finding.fix):
-        yield Text(fix, style="italic")
-
-
 def sites_table(sites: Iterable[Site]) -> Table:
-    """One line a site of an audit: what it is, what was measured, and by how much training and eval
-    differ.
-    """
+    """One line per site of an audit: its kind, what was measured, and the gap to eval mode."""
     table = Table(title="expectation gap", title_justify="left")
     for column in ("site", "kind", "p", "keep rate", "train scale", "eval scale", "gap"):
         table.add_column(column, overflow="fold")
     for site in sites:
-        name = f"{site.name} ({site.type})"
-        colour = {None: "green", Severity.ERROR: "bold red", Severity.UNPROVEN: "yellow"}.get(
-            site.severity, "cyan"
-        )
         table.add_row(
-            Text(name),
-            Text(site.kind, style=colour),
+            Text(f"{site.name} ({site.type})"),
+            Text(site.kind, style=_SEVERITY_COLOURS[site.severity]),
             _number(site.p),
-            _measured(site.keep_rate, site.keep_interval),
+            _number(site.keep_rate, site.keep_interval),
             _number(site.train_scale),
             _number(site.eval_scale),
-            _measured(site.gap, site.gap_interval),
+            _number(site.gap, site.gap_interval),
         )
     return table
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _measured(value: float | None, interval: tuple[float, float] | None) -> str:
-    return (
-        _number(value)
-        if interval is None
-        else f"{_number(value)} [{interval[0]:.4g}, {interval[1]:.4g}]"
-    )
-
-
 def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> Table:
-    """One line a part of the data, one column a measure; what is not such a table is a line of its
-    own. Classes without rows, which count 0 in the macro-F1, are named beside it.
+    """One line per part of the data, and one column per measure.
+
+    A metric that is no mapping of measures has a line by itself. A class without test rows counts 0
+    in the macro-F1, so these classes are named beside it.
     """
-    parts = {
-        name: _with_untested_classes(value)
-        for name, value in metrics.items()
-        if isinstance(value, Mapping)
-    }
+    parts: dict[str, Mapping[str, object]] = {}
+    for name, measures in metrics.items():
+        if not isinstance(measures, Mapping):
+            continue
+        untested, macro_f1 = measures.get("not_tested"), measures.get("macro_f1")
+        # A bundle's metrics may be any JSON: other types are printed as they are.
+        if isinstance(untested, list | tuple) and isinstance(macro_f1, float):
+            classes = f"{len(untested)} of {measures.get('classes')} classes not tested"
+            measures = {
+                key: value
+                for key, value in measures.items()
+                if key not in ("not_tested", "classes")
+            } | {"macro_f1": f"{macro_f1:.4f} ({classes}: {_first_names(untested)})"}
+        parts[name] = measures
+
     columns = list(dict.fromkeys(column for part in parts.values() for column in part))
     table = Table(
         "data", *(Column(Text(column)) for column in columns), title=title, title_justify="left"
     )
     for name, part in parts.items():
-        table.add_row(Text(name), *(Text(_shown(part.get(column, ""))) for column in columns))
+        table.add_row(Text(name), *(Text(_value(part.get(column, ""))) for column in columns))
     for name, value in metrics.items():
         if name not in parts:
-            table.add_row(Text(name), Text(_shown(value)))
+            table.add_row(Text(name), Text(_value(value)))
     return table
 
 
-def _with_untested_classes(part: Mapping[str, object]) -> Mapping[str, object]:
-    """The measures with `classes` and `not_tested` written behind the macro-F1."""
-    names, classes, macro_f1 = (part.get(key) for key in ("not_tested", "classes", "macro_f1"))
-    if not isinstance(names, list | tuple) or not isinstance(macro_f1, float):
-        return part
-    measures = {key: value for key, value in part.items() if key not in ("not_tested", "classes")}
-    untested = f"{len(names)} of {classes} classes not tested: {_first(names)}"
-    return measures | {"macro_f1": f"{macro_f1:.4f} ({untested})"}
-
-
 def data_tables(data: DataSet) -> Group:
-    """What was read, what of it is not used and why, the classes, and what to be warned of."""
+    """What was read, what is left out and why, the classes, and warnings about the data."""
     reading = data.reading
-    assert reading is not None, "a data set that was read says so"
+    assert reading is not None, "a data set that was read has a record of it"
     pairs: dict[str, object] = {"source": reading.source}
     if reading.text_column is not None:
         pairs |= {"text column": reading.text_column, "label column": reading.label_column}
@@ -143,15 +131,17 @@ def data_tables(data: DataSet) -> Group:
     if data.unlabelled:
         pairs["texts without a label"] = f"{len(data.unlabelled):,}"
 
+    # The largest classes first, each with its rows in every part; the others are one line.
     classes = Table("class", "rows", *parts, title="classes", title_justify="left")
     ranked = sorted(totals, key=lambda label: (-totals[label], label))
-    for label in ranked[:NAMED]:
-        shares = (f"{counts[name][label]:,}" for name in parts)
+    for label in ranked[:MAX_NAMES]:
+        shares = [f"{counts[name][label]:,}" for name in parts]
         classes.add_row(Text(label), f"{totals[label]:,}", *shares)
-    if rest := ranked[NAMED:]:
-        shares = (f"{sum(counts[name][label] for label in rest):,}" for name in parts)
-        total = sum(totals[label] for label in rest)
-        classes.add_row(f"... {len(rest):,} more", f"{total:,}", *shares)
+    others = ranked[MAX_NAMES:]
+    if others:
+        shares = [f"{sum(counts[name][label] for label in others):,}" for name in parts]
+        other_rows = sum(totals[label] for label in others)
+        classes.add_row(f"... {len(others):,} more", f"{other_rows:,}", *shares)
 
     warnings = list(reading.notes)
     for name in ("validation", "test"):
@@ -159,115 +149,120 @@ def data_tables(data: DataSet) -> Group:
         if absent:
             warnings.append(
                 f"{len(absent):,} of {len(ranked):,} classes have too few rows for the {name} part"
-                f" and are missing in it: {_first(absent)}"
+                f" and are missing in it: {_first_names(absent)}"
             )
-    for group in data.similar_labels[:NAMED]:
-        # What looks alike even so, such as an accent in two ways, is written in escapes.
+    for group in data.similar_labels[:MAX_NAMES]:
+        # Labels that still look alike, such as an accent in its two forms, are shown as escapes.
         looks = {unicodedata.normalize("NFC", repr(label)) for label in group}
-        spell = repr if len(looks) == len(group) else ascii
-        names = ", ".join(f"{spell(label)} ({totals[label]:,} rows)" for label in group[:NAMED])
-        more = f" and {len(group) - NAMED:,} more" if len(group) > NAMED else ""
+        quote = repr if len(looks) == len(group) else ascii
+        names = ", ".join(f"{quote(label)} ({totals[label]:,} rows)" for label in group[:MAX_NAMES])
+        if len(group) > MAX_NAMES:
+            names += f" and {len(group) - MAX_NAMES:,} more"
         warnings.append(
             "classes that differ only in capitals, blanks, composition or invisible characters:"
-            f" {names}{more}: spell them alike in the file if they are one class"
+            f" {names}: spell them alike in the file if they are one class"
         )
-    if len(data.similar_labels) > NAMED:
+    if len(data.similar_labels) > MAX_NAMES:
         warnings.append(
-            f"{len(data.similar_labels) - NAMED:,} more groups of classes differ in such ways only"
+            f"{len(data.similar_labels) - MAX_NAMES:,} more groups of classes differ in such ways"
+            " only"
         )
     tables = (pairs_table(pairs, title="data"), classes)
     return Group(*tables, *(Text(f"warning: {text}", style="yellow") for text in warnings))
 
 
-def _first(names: Sequence[object]) -> str:
-    more = f", ... {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(map(str, names[:NAMED])) + more
-
-
 def bundle_tables(bundle: Bundle) -> Group:
-    """All that a reader may ask of a bundle: what it is, how it was checked, where its dropout was,
-    how good it is.
-    """
-    tables: list[Table] = [_manifest_table(bundle)]
-    if bundle.certificate is not None:
-        records = bundle.certificate.records
-        tables.append(records_table(records, title=f"certificate: {bundle.certificate.verdict}"))
-        sites = next((record.sites for record in records if record.rule == "census"), ())
-        tables.append(_sites_table(sites))
-    tables.append(metrics_table(bundle.manifest.metrics))
+    """The manifest, the certificate, the dropout census and the metrics of a bundle."""
+    manifest, certificate = bundle.manifest, bundle.certificate
+    labels = manifest.labels or ()
+    pairs: dict[str, object] = {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": bundle.digest,
+        "opset": manifest.opset,
+        "inputs": ", ".join(
+            " ".join([item.name, item.datatype, str(list(item.shape)), *map(str, item.bounds)])
+            for item in manifest.inputs
+        ),
+        "outputs": ", ".join(
+            f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.outputs
+        ),
+        "front end": "none",
+        "labels": f"{len(labels)}: {', '.join(labels)}",
+    }
+    if manifest.frontend is not None:
+        pairs["front end"] = _flat(manifest.frontend.model_dump())
+    pairs |= {name: _flat(value) for name, value in manifest.provenance.items()}
+    pairs["certified on"] = "nothing"
+    if certificate is not None:
+        pairs["certified on"] = _flat(certificate.platform.model_dump())
+    pairs |= {f"sha256 of {name}": sha256 for name, sha256 in manifest.files.items()}
+    tables = [pairs_table(pairs, title="manifest")]
+
+    if certificate is not None:
+        tables.append(
+            records_table(certificate.records, title=f"certificate: {certificate.verdict}")
+        )
+        census = Table("dropout site", "in the graph", title="census", title_justify="left")
+        for record in certificate.records:
+            if record.rule != "census":
+                continue
+            for site in record.sites:
+                name, _, state = site.rpartition(": ")
+                census.add_row(Text(name), Text(state))
+        tables.append(census)
+    tables.append(metrics_table(manifest.metrics))
     return Group(*tables)
 
 
 def predictions_table(
     texts: Sequence[str], answers: Sequence[Sequence[tuple[str, float]]]
 ) -> Table:
-    """One line a text, with its best labels and their scores."""
+    """One line per text: its best label with the score, and the next labels with theirs."""
     table = Table("text", "label", "score", "next", title_justify="left")
-    for text, top in zip(texts, answers, strict=True):
-        (label, score), *rest = top
-        others = ", ".join(f"{name} {value:.4f}" for name, value in rest)
+    for text, labels in zip(texts, answers, strict=True):
+        (label, score), *following = labels
+        others = ", ".join(f"{name} {value:.4f}" for name, value in following)
         table.add_row(Text(text), Text(label, style="bold"), f"{score:.4f}", Text(others))
     return table
 
 
 def pairs_table(pairs: Mapping[str, object], *, title: str) -> Table:
-    """A name and a value a line."""
+    """One line per name and value."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in pairs.items():
-        table.add_row(Text(name), Text(_shown(value), overflow="fold"))
+        table.add_row(Text(name), Text(_value(value), overflow="fold"))
     return table
 
 
-def _manifest_table(bundle: Bundle) -> Table:
-    manifest: Manifest = bundle.manifest
-    labels = manifest.labels or ()
-    certificate = bundle.certificate
-    return pairs_table(
-        {
-            "name": manifest.name,
-            "version": manifest.version,
-            "digest": bundle.digest,
-            "opset": manifest.opset,
-            "inputs": ", ".join(
-                f"{item.name} {item.datatype} {list(item.shape)}"
-                + "".join(f" {bound}" for bound in item.bounds)
-                for item in manifest.inputs
-            ),
-            "outputs": ", ".join(
-                f"{item.name} {item.datatype} {list(item.shape)}" for item in manifest.outputs
-            ),
-            "front end": "none"
-            if manifest.frontend is None
-            else _flat(manifest.frontend.model_dump()),
-            "labels": f"{len(labels)}: {', '.join(labels)}",
-            **{name: _flat(value) for name, value in manifest.provenance.items()},
-            "certified on": "nothing"
-            if certificate is None
-            else _flat(certificate.platform.model_dump()),
-            **{f"sha256 of {name}": sha256 for name, sha256 in manifest.files.items()},
-        },
-        title="manifest",
-    )
+def _number(value: float | None, interval: tuple[float, float] | None = None) -> str:
+    """A measured number with four digits, and its confidence interval; empty for None."""
+    text = "" if value is None else f"{value:.4g}"
+    if interval is None:
+        return text
+    low, high = interval
+    return f"{text} [{low:.4g}, {high:.4g}]"
 
 
-def _sites_table(sites: Sequence[str]) -> Table:
-    table = Table("dropout site", "in the graph", title="census", title_justify="left")
-    for site in sites:
-        name, _, state = site.rpartition(": ")
-        table.add_row(Text(name), Text(state))
-    return table
+def _value(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _first_names(names: Sequence[object]) -> str:
+    text = ", ".join(map(str, names[:MAX_NAMES]))
+    if len(names) > MAX_NAMES:
+        text += f", ... {len(names) - MAX_NAMES:,} more"
+    return text
 
 
 def _flat(value: object) -> object:
-    """A record as words: `seed 0, width 96`; what is unset is left out."""
+    """A record as one line: "seed 0, width 96". A key without a value is left out."""
     if not isinstance(value, Mapping):
         return value
-    return ", ".join(f"{name} {_list(item)}" for name, item in value.items() if item is not None)
-
-
-def _list(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _shown(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    parts = []
+    for name, item in value.items():
+        if isinstance(item, list | tuple):
+            item = " ".join(map(str, item))
+        if item is not None:
+            parts.append(f"{name} {item}")
+    return ", ".join(parts)

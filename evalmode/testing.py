@@ -1,10 +1,17 @@
-"""Helpers for the tests of your own project: each raises an AssertionError that says what was found
-and where.
+"""Assertions for a project's tests. Each raises AssertionError with the findings and their sites.
+
+from evalmode.testing import assert_export_is_clean, assert_no_expectation_gap
+
+def test_the_export_is_deterministic():
+    assert_export_is_clean(make_model().eval(), torch.randn(4, 16))
+
+def test_eval_mode_answers_what_training_taught():
+    assert_no_expectation_gap(make_model(), torch.randn(4, 16))
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -26,46 +33,48 @@ def assert_export_is_clean(
     dynamic_axes: Sequence[str] = (),
     allow_unproven: bool = False,
 ) -> None:
-    """Export `module` as `evalmode export` does, in memory, and fail unless every rule that applies
-    passes.
+    """Assert that `module`, exported in memory as `evalmode export` does, passes every rule.
 
-    `inputs` is a sample (a mapping of input names, a tuple, a tensor) or a list of several, whose
-    sizes show which axes vary; `dynamic_axes` says so otherwise ("ids=batch,length"). Never calls
-    `.eval()`: a module in training is a finding. Raises EvalmodeError for what cannot be exported
-    at all.
+    `inputs` is a sample (a mapping of input names, a tuple or a tensor), or a list of several whose
+    sizes show which axes vary. `dynamic_axes` names these instead: "ids=batch,length". The module
+    is not put into eval mode: one in training mode is a finding. Raises EvalmodeError for a module
+    that cannot be exported at all.
     """
     with own_forward(module), untouched(Network.of(module)):
         certified = certify(
             candidate_of(module, _as_list(inputs), dynamic_axes=dynamic_axes), progress=_silent
         )
-    bad = (Verdict.FAIL,) if allow_unproven else (Verdict.FAIL, Verdict.UNPROVEN)
-    _raise_for([record for record in certified.records if record.verdict in bad])
+    failing = {Verdict.FAIL} if allow_unproven else {Verdict.FAIL, Verdict.UNPROVEN}
+    _raise_for([record for record in certified.records if record.verdict in failing])
 
 
 def assert_no_expectation_gap(
     module: nn.Module, inputs: object, *, draws: int | None = None, alpha: float = 0.01
 ) -> None:
-    """Audit every site that is random in training, and fail unless eval mode keeps what is expected
-    in training.
+    """Assert that eval mode computes what training computes on average, at every random site.
 
-    `draws` a site are chosen by the size of the smallest gap that matters, unless given; `alpha`
-    bounds the probability of a false alarm over all sites together. The module is left as it was.
+    `draws` is the number of training forwards per site; None takes as many as find the smallest gap
+    that matters. `alpha` bounds the probability of a false alarm over all sites together. The
+    module is left as it was.
     """
     with own_forward(module), untouched(Network.of(module)):
         samples, _ = bound(module, _as_list(inputs))
-        found = audit(module, samples, draws=draws, alpha=alpha, progress=_silent)
-    _raise_for([found.record] if found.record.verdict in (Verdict.FAIL, Verdict.UNPROVEN) else [])
+        result = audit(module, samples, draws=draws, alpha=alpha, progress=_silent)
+    if result.record.verdict in (Verdict.FAIL, Verdict.UNPROVEN):
+        _raise_for([result.record])
 
 
-def _raise_for(records: Iterable[Record]) -> None:
+def _raise_for(records: Sequence[Record]) -> None:
+    """Raise AssertionError unless `records` is empty, with each finding and its remedy."""
     lines = []
     for record in records:
         lines.append(f"{record.rule}: {record.verdict}: {record.why}")
         for finding in record.findings:
-            if finding.severity is not Severity.WARNING:
-                lines += (
-                    [f"  {finding}", f"    -> {finding.fix}"] if finding.fix else [f"  {finding}"]
-                )
+            if finding.severity is Severity.WARNING:
+                continue
+            lines.append(f"  {finding}")
+            if finding.fix:
+                lines.append(f"    -> {finding.fix}")
     if lines:
         raise AssertionError("\n".join(lines))
 

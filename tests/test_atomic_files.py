@@ -1,4 +1,4 @@
-"""Without room, what was there stays as it was, and no half of a file stays beside it."""
+"""On a full disk the old files stay as they were, and no partial file is left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("_no_room")
-def test_a_file_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+def test_on_a_full_disk_the_old_file_stays(tmp_path: Path) -> None:
     write_file(tmp_path / "a", b"old")
     with pytest.raises(OSError, match="File too large"):
         write_file(tmp_path / "a", bytes(5_000))
@@ -32,7 +32,7 @@ def test_a_file_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("_no_room")
-def test_files_that_find_no_room_leave_all_of_those_before(tmp_path: Path) -> None:
+def test_on_a_full_disk_all_old_files_stay(tmp_path: Path) -> None:
     replace_files(tmp_path, {"a": b"1", "b": b"2", "record": b"of both"})
     with pytest.raises(OSError, match="File too large") as refused:
         replace_files(tmp_path, {"a": b"3", "b": bytes(5_000), "record": b"another"})
@@ -46,7 +46,7 @@ def test_files_are_replaced_together(tmp_path: Path) -> None:
     assert contents(tmp_path / "new") == {"a": b"2", "record": b"of that"}
 
 
-def test_a_folder_in_place_of_a_file_is_found_before_anything_is_replaced(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_replaced(tmp_path: Path) -> None:
     replace_files(tmp_path, {"a": b"1", "record": b"of it"})
     (tmp_path / "b").mkdir()
     with pytest.raises(IsADirectoryError) as refused:

@@ -1,4 +1,4 @@
-"""A child answers within its limits; its end costs one answer, and it ends with its parent."""
+"""A child answers within its limits. When it ends, one answer is lost; it ends with its parent."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def answer(question):
     if word == "sleep":
         time.sleep(600)
     if word == "spin":
-        ctypes.PyDLL(None).sleep(600)  # and holds the interpreter's lock
+        ctypes.PyDLL(None).sleep(600)  # and holds Python's lock
     if word == "memory":
-        held = [bytearray(1 << 24) for _ in range(int(rest))]
+        blocks = [bytearray(1 << 24) for _ in range(int(rest))]
         time.sleep(1)
     if word == "stdin":
         yield repr(sys.stdin.read()).encode()
@@ -68,7 +68,7 @@ def test_one_process_answers_many_questions(child: Child) -> None:
     assert process_of(child) is process
 
 
-def test_what_reads_stdin_or_prints_disturbs_no_answer(child: Child) -> None:
+def test_reading_stdin_and_printing_do_not_disturb_the_answers(child: Child) -> None:
     assert list(child.ask(b"stdin")) == [b"stdin", b"''", b""]
     assert list(child.ask(b"say two")) == [b"say", b"two"]
 
@@ -80,7 +80,7 @@ def test_what_reads_stdin_or_prints_disturbs_no_answer(child: Child) -> None:
         (b"exit", "ended with code 3"),
     ],
 )
-def test_a_child_that_ends_says_how_and_the_next_question_gets_another(
+def test_the_error_says_how_a_child_ended_and_the_next_question_starts_another(
     question: bytes, how: str, child: Child
 ) -> None:
     messages = child.ask(question)
@@ -101,8 +101,8 @@ def test_a_child_that_takes_too_long_is_ended(question: bytes, child: Child) -> 
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child's memory")
-def test_an_answer_that_is_not_wanted_any_more_ends_the_child(child: Child) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="a child's memory is read from /proc")
+def test_cancelling_an_answer_ends_the_child(child: Child) -> None:
     cancelled = threading.Event()
     messages = child.ask(b"spin", cancelled=cancelled.is_set)
     assert next(messages) == b"spin"
@@ -121,27 +121,27 @@ def test_a_child_that_takes_too_much_memory_is_ended(child: Child) -> None:
     assert not child.is_running
 
 
-def test_an_answer_that_is_left_early_is_not_taken_for_the_next(child: Child) -> None:
+def test_the_rest_of_an_unread_answer_is_not_read_as_the_next(child: Child) -> None:
     for _ in child.ask(b"say four"):
         break
     assert list(child.ask(b"say five")) == [b"say", b"five"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="memfd_create exists on Linux only")
 def test_a_child_needs_no_folder_that_can_be_written_to(
     child: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/proc/no-such-folder")
     assert [*child.ask(b"say it")] == [b"say", b"it"]
-    assert "asked for say" in child.said()
+    assert "asked for say" in child.read_stderr()
 
 
-def test_what_the_child_printed_is_told_once(child: Child) -> None:
+def test_read_stderr_returns_each_line_once(child: Child) -> None:
     list(child.ask(b"say six"))
-    assert child.said() == "asked for say\n"
-    assert child.said() == ""
+    assert child.read_stderr() == "asked for say\n"
+    assert child.read_stderr() == ""
     list(child.ask(b"stdin"))
-    assert child.said() == "asked for stdin\n"
+    assert child.read_stderr() == "asked for stdin\n"
 
 
 PARENT = """
@@ -157,8 +157,8 @@ for message in child.ask(sys.argv[1].encode()):
 @pytest.mark.skipif(sys.platform != "linux", reason="by signals of Linux")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("question", ["sleep", "spin"])
-@pytest.mark.usefixtures("child")  # for its file
-def test_no_child_is_left_behind_however_its_parent_ends(
+@pytest.mark.usefixtures("child")  # writes answers.py
+def test_a_child_ends_with_its_parent_in_whatever_way_the_parent_ends(
     how: signal.Signals, question: str, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", PARENT, question]
@@ -166,17 +166,17 @@ def test_no_child_is_left_behind_however_its_parent_ends(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path
     ) as parent:
         assert parent.stdout is not None
-        left = int(parent.stdout.readline())
+        pid = int(parent.stdout.readline())
         parent.send_signal(how)
         assert parent.wait(10) != 0
     end = time.monotonic() + 5
-    while is_alive(left) and time.monotonic() < end:
+    while is_alive(pid) and time.monotonic() < end:
         time.sleep(0.02)
-    assert not is_alive(left)
+    assert not is_alive(pid)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process is there and no zombie that waits for its parent."""
+    """Whether the process is there, and no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""The command line's own promises; what the subcommands do is tested where it is done."""
+"""What all subcommands have in common: help, exit codes, and one sentence for an error."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def called(*arguments: str, patch: pytest.MonkeyPatch) -> int:
     """The exit code of `evalmode ARGUMENTS` in this process, whose output pytest captures."""
     patch.setattr(sys, "argv", ["evalmode", *arguments])
     patch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main()
-    return int(left.value.code or 0)
+    return int(exit_info.value.code or 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
-    shown = run(command, "--help")
-    assert shown.returncode == 0
-    assert "Example" in shown.stdout
-    assert f"evalmode {command}" in shown.stdout
+    output = run(command, "--help")
+    assert output.returncode == 0
+    assert "Example" in output.stdout
+    assert f"evalmode {command}" in output.stdout
 
 
 def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_defaults() -> None:
@@ -74,12 +74,12 @@ def test_the_flags_of_train_are_the_fields_of_its_configuration_with_the_same_de
         ("verify", "[default: stdout]"),
     ],
 )
-def test_help_shows_the_defaults_that_are_written_in_words(command: str, default: str) -> None:
-    shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
-    assert default in shown.output
+def test_help_shows_defaults_that_are_described_in_words(command: str, default: str) -> None:
+    output = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [command, "--help"])
+    assert default in output.output
 
 
-def test_nonsense_is_one_sentence_with_the_flag_and_the_value(tmp_path: Path) -> None:
+def test_an_invalid_value_is_one_sentence_with_the_flag_and_the_value(tmp_path: Path) -> None:
     refused = run("train", "--heads", "5", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "evalmode: heads must be a divisor of width=96, got heads=5\n"
@@ -92,7 +92,7 @@ def test_predict_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_verify_tells_pass_from_findings_from_unreadable(
+def test_verify_has_different_exit_codes_for_a_pass_and_for_unreadable_files(
     released: Released, tmp_path: Path
 ) -> None:
     torn = tmp_path / "torn.onnx"
@@ -111,15 +111,15 @@ def test_verify_finds_a_dropout_that_trains(released: Released, tmp_path: Path) 
     last.output[0], out = "before", last.output[0]
     model.graph.node.append(helper.make_node("Dropout", ["before", "", "on"], [out], name="leak"))
     onnx.save(model, tmp_path / "leak.onnx")
-    found = run("verify", str(tmp_path / "leak.onnx"))
-    assert found.returncode == 1
-    assert "leak (Dropout-20)" in found.stdout
+    process = run("verify", str(tmp_path / "leak.onnx"))
+    assert process.returncode == 1
+    assert "leak (Dropout-20)" in process.stdout
 
 
-def test_a_bundle_with_a_forged_certificate_is_neither_served_nor_predicted_with(
+def test_serve_and_predict_refuse_a_bundle_with_a_forged_certificate(
     tmp_path: Path,
 ) -> None:
-    """Every hash and the seal are right for a model whose Dropout trains."""
+    """Its hashes and its seal are right, but the model has a Dropout that trains."""
     model = onnx.load_from_string(tiny_model())
     model.graph.node[-1].output[0] = "sum"
     weights = {"rate": np.array(0.5, np.float32), "mode": np.array(True)}
@@ -135,7 +135,7 @@ def test_a_bundle_with_a_forged_certificate_is_neither_served_nor_predicted_with
 
 
 def test_show_prints_manifest_certificate_census_and_metrics(released: Released) -> None:
-    shown = run("show", str(released.path)).stdout
+    output = run("show", str(released.path)).stdout
     for part in (
         "manifest",
         "certificate: pass",
@@ -144,7 +144,7 @@ def test_show_prints_manifest_certificate_census_and_metrics(released: Released)
         "embedding.dropout",
         released.certificate.digest[:16],
     ):
-        assert part in shown
+        assert part in output
 
 
 def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
@@ -156,11 +156,11 @@ def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
 
     checkpoint.module.blocks[1].feed_forward.dropout = AlwaysOn()
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
-    shown = CliRunner(env={"COLUMNS": "200"}).invoke(
+    output = CliRunner(env={"COLUMNS": "200"}).invoke(
         cli.app, ["export", "any", "--out", str(tmp_path)]
     )
-    assert shown.exit_code == 1
-    assert "blocks.1.feed_forward.dropout (AlwaysOn, p=0.25): dropout" in shown.output
+    assert output.exit_code == 1
+    assert "blocks.1.feed_forward.dropout (AlwaysOn, p=0.25): dropout" in output.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -168,17 +168,17 @@ def test_export_refuses_a_leak_names_the_site_and_writes_nothing(
 def exported(
     checkpoint: Checkpoint, released: Released, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, object]:
-    """What `release` was asked for by a command line that need not export anything for it."""
-    asked: dict[str, object] = {}
+    """The options that the command line passes to `release_checkpoint`, which exports nothing."""
+    options: dict[str, object] = {}
 
-    def release(found: Checkpoint, **options: object) -> Released:
-        asked.update(options)
+    def release(loaded: Checkpoint, **keywords: object) -> Released:
+        options.update(keywords)
         return released
 
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
     monkeypatch.setattr("evalmode.export.from_checkpoint.release_checkpoint", release)
     monkeypatch.chdir(tmp_path)
-    return asked
+    return options
 
 
 def test_export_prints_the_certificate_and_the_digest(
@@ -188,11 +188,11 @@ def test_export_prints_the_certificate_and_the_digest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert called("export", "any", patch=monkeypatch) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"certificate of {released.path}"[:100])
+    output = capsys.readouterr().out
+    assert output.startswith(f"certificate of {released.path}"[:100])
     for record in released.certificate.records:
-        assert record.rule in shown
-    assert f"digest {released.certificate.digest}\n" in shown
+        assert record.rule in output
+    assert f"digest {released.certificate.digest}\n" in output
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_export_prints_the_certificate_and_the_digest(
         (".", "here"),
     ],
 )
-def test_a_bundle_is_called_by_the_name_of_the_checkpoints_folder_in_letters_that_a_name_may_have(
+def test_the_default_name_of_a_bundle_is_the_checkpoints_folder_in_allowed_characters(
     exported: dict[str, object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -220,7 +220,7 @@ def test_a_bundle_is_called_by_the_name_of_the_checkpoints_folder_in_letters_tha
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "sentence"),
     [
         (
             ("--name", "a/b"),
@@ -233,21 +233,21 @@ def test_a_bundle_is_called_by_the_name_of_the_checkpoints_folder_in_letters_tha
         (("--out", "/proc/bundles"), "no bundle can be written to /proc/bundles: "),
     ],
 )
-def test_export_says_at_once_in_one_sentence_what_it_cannot_write(
+def test_an_unwritable_bundle_is_refused_before_the_export_in_one_sentence(
     checkpoint: Checkpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     flags: tuple[str, str],
-    said: str,
+    sentence: str,
 ) -> None:
     monkeypatch.setattr("evalmode.model.checkpoint.load", lambda path: checkpoint)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
-    assert called("export", "any", *flags, patch=monkeypatch) == terminal.UNUSABLE
-    shown = capsys.readouterr()
-    assert shown.err.startswith(f"evalmode: {said}")
-    assert shown.err.count("\n") == 1
+    assert called("export", "any", *flags, patch=monkeypatch) == terminal.EXIT_UNUSABLE
+    output = capsys.readouterr()
+    assert output.err.startswith(f"evalmode: {sentence}")
+    assert output.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -259,7 +259,7 @@ def test_without_torch_export_says_what_to_install(tmp_path: Path) -> None:
     refused = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path
     )
-    assert refused.returncode == terminal.UNUSABLE
+    assert refused.returncode == terminal.EXIT_UNUSABLE
     assert refused.stderr == "evalmode: this needs torch: pip install 'evalmode[train]'\n"
 
 
@@ -272,33 +272,32 @@ def test_without_torch_export_says_what_to_install(tmp_path: Path) -> None:
         ("safetensors", "train"),
     ],
 )
-def test_what_an_extra_would_bring_is_named_with_the_extra(
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str, extra: str
 ) -> None:
     def fails() -> None:
         raise ModuleNotFoundError(name=missing)
 
     monkeypatch.setattr(cli, "app", fails)
-    assert called(patch=monkeypatch) == terminal.UNUSABLE
+    assert called(patch=monkeypatch) == terminal.EXIT_UNUSABLE
     assert (
         capsys.readouterr().err
         == f"evalmode: this needs {missing}: pip install 'evalmode[{extra}]'\n"
     )
 
 
-def test_a_module_that_no_extra_would_bring_is_a_mistake_of_ours(
+def test_a_missing_module_that_no_extra_installs_is_an_internal_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails() -> None:
         raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
 
     monkeypatch.setattr(cli, "app", fails)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main()
-    assert left.value.code == terminal.UNUSABLE
+    assert exit_info.value.code == terminal.EXIT_UNUSABLE
     assert (
-        "a mistake of ours, ModuleNotFoundError: No module named 'nowhere'"
-        in capsys.readouterr().err
+        "internal error, ModuleNotFoundError: No module named 'nowhere'" in capsys.readouterr().err
     )
 
 
@@ -315,34 +314,33 @@ def test_a_path_that_looks_like_markup_is_printed_as_it_is(
     file.write_bytes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
     )
-    assert called("verify", str(file), patch=monkeypatch) == terminal.FOUND
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"fail        {file}\n")
-    assert "[/red]draw (Bernoulli)" in shown
+    assert called("verify", str(file), patch=monkeypatch) == terminal.EXIT_FINDINGS
+    output = capsys.readouterr().out
+    assert output.startswith(f"fail        {file}\n")
+    assert "[/red]draw (Bernoulli)" in output
 
 
-def test_predict_reads_a_text_a_line_whatever_the_bytes(released: Released) -> None:
-    asked = ["predict", "--json", "--bundle", str(released.path)]
-    shown = CliRunner().invoke(cli.app, asked, input=b"caf\xe9\r\n\n\xff\xfe\n\xe6\x96\x87")
-    assert shown.exit_code == 0, shown.output
-    read = json.loads(shown.stdout)["predictions"]
-    given = CliRunner().invoke(cli.app, [*asked, "caf\ufffd", "", "\ufffd\ufffd", "文"])
-    assert read == json.loads(given.stdout)["predictions"]
+def test_predict_reads_one_text_per_line_of_any_bytes(released: Released) -> None:
+    command = ["predict", "--json", "--bundle", str(released.path)]
+    output = CliRunner().invoke(cli.app, command, input=b"caf\xe9\r\n\n\xff\xfe\n\xe6\x96\x87")
+    assert output.exit_code == 0, output.output
+    read = json.loads(output.stdout)["predictions"]
+    arguments = CliRunner().invoke(cli.app, [*command, "caf\ufffd", "", "\ufffd\ufffd", "文"])
+    assert read == json.loads(arguments.stdout)["predictions"]
 
 
-def test_a_mistake_of_ours_is_one_sentence_too_and_shows_where_when_asked(
+def test_an_internal_error_is_one_sentence_and_shows_its_traceback_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(paths: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
     monkeypatch.setattr("evalmode.export.verify.targets.find_targets", fails)
-    assert called("verify", "any.onnx", patch=monkeypatch) == terminal.UNUSABLE
-    said = (
-        "evalmode: a mistake of ours, ZeroDivisionError: two lines (EVALMODE_TRACEBACK=1 shows"
+    assert called("verify", "any.onnx", patch=monkeypatch) == terminal.EXIT_UNUSABLE
+    assert capsys.readouterr().err == (
+        "evalmode: internal error, ZeroDivisionError: two lines (EVALMODE_TRACEBACK=1 shows"
         " where)\n"
     )
-    assert capsys.readouterr().err == said
     monkeypatch.setenv("EVALMODE_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         called("verify", "any.onnx", patch=monkeypatch)
@@ -353,8 +351,8 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
     command = [Path(sys.executable).parent / "evalmode", "verify", "m.onnx", "--format", "json"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert done.returncode == terminal.UNUSABLE
-    assert done.stderr.startswith("evalmode: No space left on device")
+    assert process.returncode == terminal.EXIT_UNUSABLE
+    assert process.stderr.startswith("evalmode: No space left on device")

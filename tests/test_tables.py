@@ -1,4 +1,4 @@
-"""What files and users say is printed as they say it."""
+"""Tables print texts from files and users unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evalmode.tables import (
 MARKUP = ("x[/a]", "[red]", "[link=x]", "[")
 
 
-def shown(table: RenderableType) -> str:
+def rendered(table: RenderableType) -> str:
     console = Console(width=200)
     with console.capture() as captured:
         console.print(table)
@@ -56,7 +56,7 @@ def data_set(counts: dict[str, int], *, tested: set[str]) -> DataSet:
 
 def test_of_many_classes_the_ten_largest_are_named() -> None:
     counts = {f"class {n}": 100 - n for n in range(13)}
-    text = shown(data_tables(data_set(counts, tested=set(counts))))
+    text = rendered(data_tables(data_set(counts, tested=set(counts))))
     assert "class 9" in text
     assert "class 10" not in text
     (rest,) = (line for line in text.splitlines() if "... 3 more" in line)
@@ -67,9 +67,9 @@ def test_of_many_classes_the_ten_largest_are_named() -> None:
     assert "too few rows" not in text
 
 
-def test_classes_that_no_part_can_test_are_warned_of() -> None:
+def test_classes_missing_in_the_test_part_are_a_warning() -> None:
     counts = {"[a]": 9, "b": 2, **{f"c{n:02}": 1 for n in range(12)}}
-    text = shown(data_tables(data_set(counts, tested={"[a]"})))
+    text = rendered(data_tables(data_set(counts, tested={"[a]"})))
     warning = "13 of 14 classes have too few rows for the test part and are missing in it: b, c00, "
     assert warning in " ".join(text.split())
     assert "c08, ... 3 more" in text
@@ -77,66 +77,70 @@ def test_classes_that_no_part_can_test_are_warned_of() -> None:
 
 def test_classes_that_look_alike_are_named_with_their_rows() -> None:
     counts = {"Pos": 30, "pos": 1_029, "caf\u00e9": 5, "cafe\u0301": 4, "漢\u200b": 3, "漢": 2}
-    text = " ".join(shown(data_tables(data_set(counts, tested=set()))).split())
+    text = " ".join(rendered(data_tables(data_set(counts, tested=set()))).split())
     assert "differ only in capitals, blanks, composition or invisible characters" in text
     assert "'Pos' (30 rows), 'pos' (1,029 rows): spell them alike" in text
     assert r"'cafe\u0301' (4 rows), 'caf\xe9' (5 rows): spell them alike" in text
     assert r"'漢' (2 rows), '漢\u200b' (3 rows): spell them alike" in text
     many = {f"{name}{n}": 1 for n in range(13) for name in ("a", "A")}
-    text = " ".join(shown(data_tables(data_set(many, tested=set()))).split())
+    text = " ".join(rendered(data_tables(data_set(many, tested=set()))).split())
     assert text.count("spell them alike") == 10
     assert "3 more groups of classes differ in such ways only" in text
 
 
-def test_classes_that_were_not_tested_stand_beside_the_macro_f1() -> None:
+def test_untested_classes_are_named_beside_the_macro_f1() -> None:
     part = {"accuracy": 1.0, "macro_f1": 0.5, "classes": 2, "not_tested": ["[rare]"]}
-    text = shown(metrics_table({"test": part, "train": {"accuracy": 1.0, "macro_f1": 1.0}}))
+    text = rendered(metrics_table({"test": part, "train": {"accuracy": 1.0, "macro_f1": 1.0}}))
     assert "0.5000 (1 of 2 classes not tested: [rare])" in text
     assert "not_tested" not in text
     assert "classes │" not in text
     odd = {
         "test": {"not_tested": "x", "classes": None, "macro_f1": "y"}
     }  # a bundle may say anything
-    assert "not_tested" in shown(metrics_table(odd))
+    assert "not_tested" in rendered(metrics_table(odd))
 
 
-def test_what_looks_like_markup_is_text_in_every_table() -> None:
+def test_markup_is_printed_as_text_in_every_table() -> None:
     for text in MARKUP:
-        found = Finding(severity=Severity.ERROR, node=text, why=text, fix=text)
-        whole = Record.of(text, [found], fine="", otherwise=text, measured=text, limit=text)
-        assert shown(records_table([whole], title=text)).count(text) == 8, text
-        assert shown(metrics_table({text: {text: text}, "one": text})).count(text) == 4, text
-        assert shown(predictions_table([text], [[(text, 1.0), (text, 0.0)]])).count(text) == 3, text
-        assert shown(pairs_table({text: text}, title="any")).count(text) == 2, text
+        finding_of_text = Finding(severity=Severity.ERROR, node=text, why=text, fix=text)
+        failed = Record.of(
+            text, [finding_of_text], fine="", otherwise=text, measured=text, limit=text
+        )
+        assert rendered(records_table([failed], title=text)).count(text) == 8, text
+        assert rendered(metrics_table({text: {text: text}, "one": text})).count(text) == 4, text
+        assert rendered(predictions_table([text], [[(text, 1.0), (text, 0.0)]])).count(text) == 3, (
+            text
+        )
+        assert rendered(pairs_table({text: text}, title="any")).count(text) == 2, text
 
 
-def test_a_rule_that_passed_takes_one_line_and_another_gives_its_reason_and_places() -> None:
-    passed = shown(records_table([record()], title=""))
+def test_a_rule_that_passed_is_one_line_and_any_other_has_its_reason_and_findings() -> None:
+    passed = rendered(records_table([record()], title=""))
     assert "the reason" not in passed
     assert "all is well" not in passed
     for severity, verdict in (
         (Severity.ERROR, Verdict.FAIL),
         (Severity.UNPROVEN, Verdict.UNPROVEN),
     ):
-        places = [finding(node, severity=severity) for node in ("one", "two")]
-        found = shown(records_table([record(*places)], title=""))
+        findings = [finding(node, severity=severity) for node in ("one", "two")]
+        output = rendered(records_table([record(*findings)], title=""))
         assert all(
-            part in found
+            part in output
             for part in (verdict, "the reason", "one (Op-1): it is so", "two (Op-1): it is so")
         )
 
 
-def test_what_to_do_stands_once_below_all_the_places_that_it_mends() -> None:
+def test_a_remedy_is_printed_once_below_all_findings() -> None:
     fixes = ("mend it", "mend it", "change it", "mend it")
-    lines = shown(
+    lines = rendered(
         records_table([record(*[finding(f"node {fix}", fix) for fix in fixes])], title="")
     ).splitlines()
-    said = [line.split("│")[3].strip() for line in lines if line.count("│") == 5]
-    assert said[-2:] == ["mend it", "change it"]
-    assert sum(line == "mend it" for line in said) == 1
+    cells = [line.split("│")[3].strip() for line in lines if line.count("│") == 5]
+    assert cells[-2:] == ["mend it", "change it"]
+    assert sum(line == "mend it" for line in cells) == 1
 
 
 def test_a_warning_is_shown_although_its_rule_passes() -> None:
-    found = shown(records_table([record(finding("mask", severity=Severity.WARNING))], title=""))
-    assert "mask (Op-1): it is so" in found
-    assert "the reason" not in found
+    output = rendered(records_table([record(finding("mask", severity=Severity.WARNING))], title=""))
+    assert "mask (Op-1): it is so" in output
+    assert "the reason" not in output

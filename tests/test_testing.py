@@ -1,6 +1,4 @@
-"""The helpers for users' own tests: silent when all is well, and an AssertionError that a reader
-can act on.
-"""
+"""The assertions for users' tests: silent for a clean module, else an error with the remedy."""
 
 from __future__ import annotations
 
@@ -34,21 +32,21 @@ class Unscaled(nn.Dropout):
         return x * (torch.rand_like(x) >= self.p) if self.training else x
 
 
-def test_a_clean_module_is_no_news_and_keeps_its_forward() -> None:
+def test_a_clean_module_passes_and_keeps_its_forward() -> None:
     module = Net().eval()
     assert_export_is_clean(module, {"x": X, "scale": 2.0})
     assert "forward" not in vars(module), "the constant that the sample gave is not left behind"
     assert not module.training
 
 
-def test_a_leak_is_named_with_its_site_and_the_way_out() -> None:
+def test_a_leak_is_named_with_its_site_and_the_remedy() -> None:
     with pytest.raises(AssertionError) as caught:
         assert_export_is_clean(Net(leak=0.1).eval(), X)
-    said = str(caught.value)
-    assert "eager-randomness: fail" in said
-    assert "p=0.1" in said
-    assert "test_testing.py:" in said
-    assert "-> pass training=self.training" in said
+    message = str(caught.value)
+    assert "eager-randomness: fail" in message
+    assert "p=0.1" in message
+    assert "test_testing.py:" in message
+    assert "-> pass training=self.training" in message
 
 
 def test_a_module_in_training_is_a_finding_and_is_not_put_into_eval() -> None:
@@ -58,18 +56,18 @@ def test_a_module_in_training_is_a_finding_and_is_not_put_into_eval() -> None:
     assert module.training
 
 
-def test_inputs_that_do_not_fit_are_no_finding() -> None:
+def test_inputs_that_do_not_fit_are_an_error_and_no_finding() -> None:
     with pytest.raises(UnusableInputs, match="fails on the sample"):
         assert_export_is_clean(Net().eval(), X[:, :2])
 
 
-def test_dropout_that_keeps_the_expected_scale_is_no_news() -> None:
+def test_dropout_that_keeps_the_expected_scale_passes() -> None:
     module = Net()
     assert_no_expectation_gap(module, X)
     assert module.training
 
 
-def test_a_lost_scale_is_told_in_the_users_terms() -> None:
+def test_a_lost_scale_is_described_by_site_and_factor() -> None:
     module = Net()
     module.body[1] = Unscaled(0.5)
     with pytest.raises(
@@ -79,7 +77,7 @@ def test_a_lost_scale_is_told_in_the_users_terms() -> None:
         assert_no_expectation_gap(module, [X, X[:2]])
 
 
-def test_the_generators_and_the_module_are_as_they_were() -> None:
+def test_the_generators_and_the_module_are_left_as_they_were() -> None:
     module = Net()
     module.counted = 0
 
@@ -98,7 +96,7 @@ def test_the_generators_and_the_module_are_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("call", [assert_export_is_clean, assert_no_expectation_gap])
-def test_no_sample_at_all_is_said_in_one_sentence(
+def test_an_empty_list_of_samples_is_refused(
     call: Callable[[nn.Module, object], None],
 ) -> None:
     with pytest.raises(UnusableInputs, match="there is no sample"):

@@ -1,3 +1,8 @@
-"""The client side of `evalmode predict`: lines of a file, answered by a server or in this
-process.
+"""The client side of `evalmode predict --input`, and the check behind `evalmode healthcheck`.
+
+transfer.py      reads a file of texts in chunks, has each chunk answered, and writes in order
+remote.py        answers chunks with a server, over HTTP
+local.py         answers chunks with a bundle in this process
+answers_file.py  the file of answers, which a later run continues
+readiness.py     asks a server whether it is ready
 """

@@ -1,46 +1,56 @@
-"""Whether the server of this machine or container is ready: what `evalmode healthcheck` does.
+"""`evalmode healthcheck`: asks the server of this machine or container whether it is ready.
 
-An orchestrator asks every few seconds, often on a fraction of a core. So this module imports the
-standard library alone, and `evalmode/__main__.py` runs it without Typer.
+Without --url the server is, in this order:
+1. process 1, if it is a server: the server of this container;
+2. the one server that was started in the same environment;
+3. the address that `evalmode serve` would listen on in this environment.
+
+An orchestrator asks every few seconds, often on a fraction of a core. So this module imports only
+the standard library, and `evalmode/__main__.py` runs it without Typer.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evalmode.service.process.announcement import (
     Announcement,
     address_variables,
     announcements,
 )
-from evalmode.terminal import complain
-
-if TYPE_CHECKING:
-    import ssl
+from evalmode.terminal import print_error
 
 DEFAULT_TIMEOUT_S = 2.0
 
 _READY_PATH = "/readyz"  # answers without an API key
-_MAX_ANSWER_BYTES = 65_536
-_EVERY_ADDRESS = {"0.0.0.0": ("127.0.0.1",), "::": ("::1", "127.0.0.1")}
+_MAX_RESPONSE_BYTES = 65_536
+
+# A server that listens on every address is asked at the local ones.
+_LOCAL_HOSTS = {"0.0.0.0": ("127.0.0.1",), "::": ("::1", "127.0.0.1")}
 
 
-class _Unhealthy(Exception):  # noqa: N818 - read as a sentence
-    """The server is not ready; one sentence says why."""
+class _Unhealthy(Exception):  # noqa: N818 - never leaves this module
+    """The server is not ready; the message is one sentence that says why."""
 
 
 @dataclass(kw_only=True)
 class _Target:
-    """What is asked: a port of the first of these hosts that takes a connection.
+    """The server to ask: a port of the first of `hosts` that accepts a connection.
 
-    `origin` says what named the host. `trouble` is what would keep the server from starting, as far
-    as its settings show it here.
+    Once connected, `hosts` is that host alone.
+
+    Attributes:
+        tls: whether it speaks TLS.
+        certificate: the server's certificate and key files, which a client may have to show.
+        origin: what named the host, for messages.
+        trouble: what would keep the server from starting, as far as its settings show.
     """
 
     hosts: tuple[str, ...]
@@ -53,18 +63,19 @@ class _Target:
 
     @property
     def authority(self) -> str:
-        """Host and port, as a URL has them."""
+        """Host and port, as they stand in a URL."""
         host = self.hosts[0]
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     def __str__(self) -> str:
-        return f"http{'s' if self.tls else ''}://{self.authority}{self.path}"
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://{self.authority}{self.path}"
 
 
 def check(url: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
-    """Ask a server whether it is ready, and print the answer as one sentence.
+    """Ask a server whether it is ready, and print its state as one sentence.
 
-    Without `url` the server is found by itself. Returns the exit code: 0 if it is ready, else 1.
+    Returns the exit code: 0 if it is ready, else 1.
     """
     target: _Target | None = None
 
@@ -73,13 +84,13 @@ def check(url: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
 
     earlier = signal.signal(signal.SIGALRM, give_up)
     try:
-        # One limit for all steps: a socket's own would start anew with every byte.
+        # One limit for all steps: the timeout of a socket starts again with every byte.
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        target = _target_of(url) if url is not None else _find_target()
+        target = _target_of_url(url) if url is not None else _find_target()
         state = _ask(target)
         print(f"{target} {state}")
     except _Unhealthy as reason:
-        complain(reason)
+        print_error(reason)
         return 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -87,7 +98,7 @@ def check(url: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
     return 0
 
 
-def _target_of(url: str) -> _Target:
+def _target_of_url(url: str) -> _Target:
     from urllib.parse import urlsplit
 
     try:
@@ -103,40 +114,47 @@ def _target_of(url: str) -> _Target:
 
 
 def _find_target() -> _Target:
-    """The server that runs in this environment, or else where this environment would start one."""
+    """The server to ask without --url, by the three steps of the module's docstring."""
+
+    def target_of(server: Announcement) -> _Target:
+        return _Target(
+            hosts=_LOCAL_HOSTS.get(server.host, (server.host,)),
+            port=server.port,
+            tls=server.tls,
+            certificate=server.certificate,
+        )
+
     environment = address_variables()
     servers = announcements()
-    if 1 in servers:  # the server of this container, also where a script gave it its variables
-        return _target_at(servers[1])
-    meant = [server for server in servers.values() if server.environment == environment]
-    if len(meant) == 1:
-        return _target_at(meant[0])
-    configured = _configured(environment)
-    if len(meant) > 1 and (
-        not configured or configured.port not in [server.port for server in meant]
-    ):
-        addresses = " and ".join(sorted(str(_target_at(server)) for server in meant))
-        raise _Unhealthy(f"{len(meant)} servers run here, {addresses}: name one with --url")
+    # An entry point that is a script may have set variables that this process does not see.
+    if 1 in servers:
+        return target_of(servers[1])
+
+    candidates = [server for server in servers.values() if server.environment == environment]
+    if len(candidates) == 1:
+        return target_of(candidates[0])
+
+    configured = _configured_target(environment)
+    if len(candidates) > 1:
+        # Of several servers, the one at the configured address is meant.
+        ports = [server.port for server in candidates]
+        if configured is None or configured.port not in ports:
+            addresses = " and ".join(sorted(str(target_of(server)) for server in candidates))
+            raise _Unhealthy(
+                f"{len(candidates)} servers run here, {addresses}: name one with --url"
+            )
     if configured is None:
         raise _Unhealthy("no server was found here, and its port is not set: name it with --url")
     return configured
 
 
-def _target_at(server: Announcement) -> _Target:
-    return _Target(
-        hosts=_EVERY_ADDRESS.get(server.host, (server.host,)),
-        port=server.port,
-        tls=server.tls,
-        certificate=server.certificate,
-    )
+def _configured_target(environment: dict[str, str]) -> _Target | None:
+    """The address that `evalmode serve` would take from its variables and its settings file.
 
-
-def _configured(environment: dict[str, str]) -> _Target | None:
-    """The address that `evalmode serve` would take from the variables and the file they name; None
-    where its port is chosen when it starts.
+    None for port 0, which is chosen at the start.
     """
     settings: dict[str, Any] = {}
-    origins: dict[str, str] = {}  # what a sentence calls each setting
+    origins: dict[str, str] = {}  # what set each setting, for messages
     if file := environment.get("EVALMODE_CONFIG"):
         import tomllib
 
@@ -155,59 +173,66 @@ def _configured(environment: dict[str, str]) -> _Target | None:
         if variable.upper().startswith("EVALMODE_"):
             name = variable.upper().removeprefix("EVALMODE_").lower()
             settings[name], origins[name] = value, variable
-    port = _port_of(settings.get("port", 8000), origin=origins.get("port", "port"))
+
+    # The port as the server reads it: pydantic takes "8000.0" and " 8000 " too.
+    port_setting = settings.get("port", 8000)
+    try:
+        port = float(str(port_setting))
+    except ValueError:
+        port = -1.0
+    if not (port.is_integer() and 0 <= port <= 65_535):
+        raise _Unhealthy(
+            f"{origins.get('port', 'port')} must be a port from 0 to 65535, got {port_setting!r}:"
+            " correct it, or name the server with --url"
+        )
     if port == 0:
         return None
-    host = str(settings.get("host", "127.0.0.1"))
+
     trouble = None
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         if name in settings and not Path(str(settings[name])).is_file():
             trouble = f"{origins[name]} names a file that is not here, {settings[name]}"
             break
+    host = str(settings.get("host", "127.0.0.1"))
     return _Target(
-        hosts=_EVERY_ADDRESS.get(host, (host,)),
-        port=port,
+        hosts=_LOCAL_HOSTS.get(host, (host,)),
+        port=int(port),
         tls="ssl_certfile" in settings,
         origin=origins.get("host", "host"),
         trouble=trouble,
     )
 
 
-def _port_of(value: object, *, origin: str) -> int:
-    """The port as the server would read it. Raises _Unhealthy, naming what set it."""
-    try:
-        number = float(str(value))
-    except ValueError:
-        number = -1.0
-    if not (number.is_integer() and 0 <= number <= 65_535):
-        raise _Unhealthy(
-            f"{origin} must be a port from 0 to 65535, got {value!r}: correct it, or name the"
-            " server with --url"
-        )
-    return int(number)
-
-
 def _ask(target: _Target) -> str:
-    """What the server answers when it is ready. Raises _Unhealthy."""
-    answer = b""
+    """Send one request and return the state of a healthy server. Raises _Unhealthy for any other.
+
+    1. A server that wants a client certificate, and refuses the one shown, is alive.
+    2. A connection that fails, or an answer that is not HTTP, is unhealthy.
+    3. Status 200 is ready; another status is unhealthy, with the reason in the body.
+    """
+    response = b""
     failure: OSError | UnicodeError | None = None
     try:
-        with _connected(target) as connection:
+        with _connect(target) as connection:
             request = (
                 f"GET {target.path} HTTP/1.1\r\nhost: {target.authority}\r\n"
                 "user-agent: evalmode-healthcheck\r\nconnection: close\r\n\r\n"
             )
             connection.sendall(request.encode())
-            while len(answer) < _MAX_ANSWER_BYTES and (part := connection.recv(_MAX_ANSWER_BYTES)):
-                answer += part
-    except (OSError, UnicodeError) as error:  # the latter: a host whose name no network can have
+            while len(response) < _MAX_RESPONSE_BYTES:
+                part = connection.recv(_MAX_RESPONSE_BYTES)
+                if not part:
+                    break
+                response += part
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host that no name can be
         failure = error
-    refused = failure is None or isinstance(failure, ConnectionResetError | BrokenPipeError)
+
     # Only an error of TLS has a reason: an alert, or an end where a handshake should be.
     tls_reason = getattr(failure, "reason", None)
-    if target.certificate is not None and not answer and (refused or tls_reason):
-        # The server took part in a handshake, and refused the certificate that it was shown.
+    was_closed = failure is None or isinstance(failure, ConnectionResetError | BrokenPipeError)
+    if target.certificate is not None and not response and (was_closed or tls_reason):
         return "is alive; only a client with a certificate of its authorities can ask for more"
+
     if isinstance(failure, socket.gaierror | UnicodeError):
         reason = getattr(failure, "strerror", None) or "no network can have this name"
         raise _Unhealthy(
@@ -219,20 +244,29 @@ def _ask(target: _Target) -> str:
         if target.trouble is not None:
             reason = f"{reason}; {target.trouble}"
         raise _Unhealthy(f"{target} cannot be asked: {reason}") from failure
-    if not answer:
+    if not response:
         raise _Unhealthy(f"{target} closes the connection without an answer")
-    head, _, body = answer.partition(b"\r\n\r\n")
+
+    head, _, body = response.partition(b"\r\n\r\n")
     version, _, status = head.partition(b"\r\n")[0].partition(b" ")
     if not version.startswith(b"HTTP/1.") or not status[:3].isdigit():
-        raise _Unhealthy(f"{target} does not answer in HTTP{'' if target.tls else ': is it TLS?'}")
+        hint = "" if target.tls else ": is it TLS?"
+        raise _Unhealthy(f"{target} does not answer in HTTP{hint}")
     if status[:3] != b"200":
-        raise _Unhealthy(f"{target} answers {status[:3].decode()}{_reason_in(body)}")
+        sentence = f"{target} answers {status[:3].decode()}"
+        with suppress(ValueError, KeyError, TypeError):  # a body without a reason
+            sentence += f": {json.loads(body)['error']}"
+        raise _Unhealthy(sentence)
     return "is ready"
 
 
-def _connected(target: _Target) -> socket.socket:
-    """A connection to the first host that takes one."""
+def _connect(target: _Target) -> socket.socket:
+    """A connection to the first of the target's hosts that accepts one, with TLS if it has it.
+
+    Raises the OSError of the first host when none accepts.
+    """
     failure: OSError | None = None
+    connection = None
     for host in target.hosts:
         try:
             connection = socket.create_connection((host, target.port))
@@ -240,36 +274,27 @@ def _connected(target: _Target) -> socket.socket:
             failure = failure or error
             continue
         target.hosts = (host,)
-        if not target.tls:
-            return connection
-        name = None if ":" in host else host  # an address with a scope is no name
-        return _tls_context(target).wrap_socket(connection, server_hostname=name)
-    assert failure is not None, "there is a host"
-    raise failure
+        break
+    if connection is None:
+        assert failure is not None, "there is a host"
+        raise failure
+    if not target.tls:
+        return connection
 
-
-def _tls_context(target: _Target) -> ssl.SSLContext:
     import ssl
 
-    # The certificate names the server as its clients know it, and this address is another one.
+    # The certificate names the server as its clients know it, and not by the local address.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     if target.certificate is not None:
-        # Where one authority signs servers and clients, the server's own certificate will do. One
-        # that cannot be read here is not shown, and the server refuses this client.
+        # Where one authority signs servers and clients, the server accepts its own certificate from
+        # a client. One that cannot be read here is not shown, and the server refuses this client.
         with suppress(OSError, ValueError):
             context.load_cert_chain(
                 *target.certificate,
                 password=lambda: os.environ.get("EVALMODE_SSL_KEYFILE_PASSWORD", ""),
             )
-    return context
-
-
-def _reason_in(body: bytes) -> str:
-    import json
-
-    try:
-        return f": {json.loads(body)['error']}"
-    except (ValueError, KeyError, TypeError):
-        return ""
+    # An address with a scope, as fe80::1%eth0, is not a valid server name.
+    host = target.hosts[0]
+    return context.wrap_socket(connection, server_hostname=None if ":" in host else host)

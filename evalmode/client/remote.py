@@ -1,18 +1,19 @@
-"""Lines answered by a server: `POST /v1/predict` as ndjson, asked again where asking again may
-help. Knows no file.
+"""Answers lines with a server: `POST /v1/predict` as ndjson, with retries.
 
-A chunk that was answered in part is asked for the rest alone: answers do not depend on what is
-asked beside them.
+An answer depends on no text but its own. So when a stream breaks, the answers so far stay, and the
+next try sends the other lines.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -22,27 +23,38 @@ import httpx
 from evalmode.errors import EvalmodeError
 from evalmode.service.ndjson import DIGEST_HEADER, MEDIA_TYPE, Splitter
 
-_TRY_AGAIN = frozenset({408, 429, 502, 503, 504})
+# Request timeout, too many requests, bad gateway, unavailable, gateway timeout: these pass.
+_RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+
+# A Retry-After of an hour, as of a proxy under maintenance, would look like a hang.
 _LONGEST_RETRY_AFTER_S = 120.0
+
+# Two minutes without a byte count as a broken connection. There are as many connections as requests
+# at once, so waiting for a free one needs no limit.
 _TIMEOUTS = httpx.Timeout(120.0, connect=10.0, pool=None)
-_MAX_ANSWER_BYTES = 16 << 20
+
+_MAX_ANSWER_BYTES = 16 << 20  # of one line; a longer one ends the try
+_MAX_ERROR_BYTES = 4096  # of an error response, which becomes part of a sentence
 
 _INDEX = re.compile(rb'\{"index":(\d+)(?=[,}])')
 
 
-class _Again(Exception):  # noqa: N818
-    """A try that failed where another may not; `wait_s` is what the server asked for."""
+class _TryFailed(Exception):  # noqa: N818 - never leaves this module
+    """One try failed and another may succeed; `retry_after_s` is what the server asked for."""
 
-    def __init__(self, why: str, *, wait_s: float | None = None) -> None:
-        super().__init__(why)
-        self.wait_s = wait_s
+    def __init__(self, reason: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteServer:
-    """A server that answers lines. `sleep` waits between tries, for so many seconds."""
+    """A server that answers lines; the counterpart of `local.LocalModel`.
+
+    `query` goes with every request. `sleep` waits between tries, for a number of seconds.
+    """
 
     client: httpx.AsyncClient
     query: dict[str, str]
@@ -51,33 +63,57 @@ class RemoteServer:
 
     @property
     def name(self) -> str:
-        """Its address as a sentence shows it: a user and a password in it are nobody's affair."""
+        """The server's address for messages, without the user and the password in it."""
         return str(self.client.base_url.copy_with(userinfo=b"")).rstrip("/")
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
-        """The answers of `lines`, numbered from `first`, and the digest of the model that gave
-        them.
+        """The answers to `lines`, numbered from `first`, and the digest of the model.
+
+        Each answer is one line of JSON with its line end. Raises EvalmodeError when the server
+        refuses, changes its model in between, or fails more than `retries` times in a row.
         """
         answers: list[bytes] = []
-        digests: list[str] = []
+        digest: str | None = None
         tries = 0
         while True:
             answered = len(answers)
             try:
-                await self._ask(lines[answered:], first + answered, answers, digests)
-                return answers, digests[0]
-            except _Again as failure:
+                async with self._post(lines[answered:]) as response:
+                    # Retries may reach another process, or a server that swapped its model.
+                    response_digest = response.headers.get(DIGEST_HEADER)
+                    if response_digest is None:
+                        raise EvalmodeError(
+                            "the server does not say which model answers: it is not an evalmode"
+                            " server"
+                        )
+                    if digest is not None and response_digest != digest:
+                        raise EvalmodeError(
+                            "the server changed its model in the middle, from"
+                            f" {digest[:16]} to {response_digest[:16]}"
+                        )
+                    digest = str(response_digest)
+
+                    async for rest in _answers_in(response, count=len(lines) - answered):
+                        # The server numbers each request from 0, and the file goes on from before.
+                        answers.append(b'{"index":%d' % (first + len(answers)) + rest + b"\n")
+                if len(answers) < len(lines):
+                    raise _TryFailed("it ended its answer early")
+                return answers, digest
+            except _TryFailed as failure:
+                # Any new answer is progress: only tries without one count as failures in a row.
                 tries = 1 if len(answers) > answered else tries + 1
                 if tries > self.retries:
                     raise EvalmodeError(
                         f"{self.name} did not answer in {tries} tries: {failure}"
                     ) from failure
-                await self.sleep(waiting_s(tries, failure.wait_s))
+                await self.sleep(backoff_s(tries, failure.retry_after_s))
 
-    async def _ask(
-        self, lines: Sequence[bytes], first: int, answers: list[bytes], digests: list[str]
-    ) -> None:
-        """One try: what is answered stands in `answers` even when the rest is not."""
+    @asynccontextmanager
+    async def _post(self, lines: Sequence[bytes]) -> AsyncIterator[httpx.Response]:
+        """Send `lines` and yield the response, whose body is ndjson still to be read.
+
+        Raises _TryFailed or EvalmodeError, also for a connection that breaks while it is read.
+        """
         try:
             async with self.client.stream(
                 "POST",
@@ -86,48 +122,82 @@ class RemoteServer:
                 content=b"\n".join(lines) + b"\n",
                 headers={"content-type": MEDIA_TYPE},
             ) as response:
-                await self._check(response)
-                digests.append(_digest_of(response, digests))
-                before = len(answers)
-                await _take(response, first, len(lines), answers)
-        except httpx.TransportError as error:  # refused, cut, timed out
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                why = f"{self.name} shows no certificate of an authority that is known here"
-                raise EvalmodeError(f"{why} (--ca FILE names one): {error}") from error
-            raise _Again(str(error) or type(error).__name__) from error
-        if len(answers) - before < len(lines):
-            raise _Again("it ended its answer early")
+                if response.status_code != 200:
+                    reason = f"{response.status_code} {response.reason_phrase}"
+                    sentence = _error_in((await response.aread())[:_MAX_ERROR_BYTES])
+                    if sentence:
+                        reason = f"{reason}, {sentence}"
+                    if response.status_code not in _RETRIED_STATUSES:
+                        raise EvalmodeError(f"{self.name} refused: {reason}")
+                    retry_after_s = parse_retry_after(response.headers.get("retry-after"))
+                    raise _TryFailed(reason, retry_after_s=retry_after_s)
 
-    async def _check(self, response: httpx.Response) -> None:
-        if response.status_code == 200:
-            if response.headers.get("content-type", "").partition(";")[0] != MEDIA_TYPE:
-                raise EvalmodeError(f"{self.name} does not answer as an evalmode server does")
-            return
-        sentence = _sentence((await response.aread())[:4096])
-        why = (
-            f"{response.status_code} {response.reason_phrase}{f', {sentence}' if sentence else ''}"
-        )
-        if response.status_code in _TRY_AGAIN:
-            raise _Again(why, wait_s=retry_after_s(response.headers.get("retry-after")))
-        raise EvalmodeError(f"{self.name} refused: {why}")
+                if response.headers.get("content-type", "").partition(";")[0] != MEDIA_TYPE:
+                    raise EvalmodeError(f"{self.name} does not answer as an evalmode server does")
+                yield response
+        except httpx.TransportError as error:  # connection refused, reset, or timed out
+            # A certificate is as wrong in the next try. httpx 0.28 has no class for this error.
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise EvalmodeError(
+                    f"{self.name} shows no certificate of an authority that is known here (--ca"
+                    f" FILE names one): {error}"
+                ) from error
+            raise _TryFailed(str(error) or type(error).__name__) from error
+
+
+@asynccontextmanager
+async def connect(
+    url: str,
+    *,
+    model: str | None,
+    top_k: int,
+    truncate: bool,
+    api_key: str | None,
+    ca: Path | None,
+    connections: int,
+    retries: int,
+) -> AsyncIterator[RemoteServer]:
+    """The server at `url` as a context, which closes its connections.
+
+    `model` is NAME or NAME/VERSION; None is the server's default model. `connections` is the number
+    of requests at once. Raises EvalmodeError as `open_client` does; nothing is sent before the
+    first `answer`.
+    """
+    query = {"top_k": str(top_k), "truncate": str(truncate).lower()}
+    name, _, version = (model or "").partition("/")
+    if name:
+        query["model"] = name
+    if version:
+        query["version"] = version
+    async with open_client(url, api_key=api_key, ca=ca, connections=connections) as client:
+        yield RemoteServer(client=client, query=query, retries=retries)
 
 
 def open_client(
     url: str, *, api_key: str | None, ca: Path | None, connections: int
 ) -> httpx.AsyncClient:
-    """A client of the server at `url`. Raises EvalmodeError for an address or a file of authorities
-    that is none.
+    """An HTTP client of the server at `url`.
+
+    Raises EvalmodeError for a URL, a key or a file of authorities that cannot be used.
     """
     try:
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL as error:
-        raise EvalmodeError(f"--url {url} is no address: {error}") from error
+        raise EvalmodeError(f"--url {url} is not a URL: {error}") from error
     if parsed.port is not None and parsed.port > 65_535:
-        raise EvalmodeError(f"--url {url} is no address: a port is at most 65535")
+        raise EvalmodeError(f"--url {url} is not a URL: a port is at most 65535")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise EvalmodeError(f"--url must begin with http:// or https://, got {url}")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise EvalmodeError("the API key holds a character that no header may hold")
+
+    headers = {}
+    if api_key is not None:
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise EvalmodeError(
+                "the API key has a character that is not allowed in an HTTP header: use printable"
+                " ASCII"
+            )
+        headers["authorization"] = f"Bearer {api_key}"
+
     verify: ssl.SSLContext | bool = True
     if ca is not None:
         try:
@@ -136,28 +206,33 @@ def open_client(
             raise EvalmodeError(
                 f"--ca {ca} cannot be read as certificates: {error.strerror or error}"
             ) from error
+
     return httpx.AsyncClient(
         base_url=parsed,
-        headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},
+        headers=headers,
         timeout=_TIMEOUTS,
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         verify=verify,
     )
 
 
-def waiting_s(tries: int, asked_s: float | None) -> float:
-    """Seconds before the next try: what the server asked for, else twice as long each time; never
-    all at once.
+def backoff_s(tries: int, retry_after_s: float | None) -> float:
+    """Seconds to wait after `tries` failures in a row.
+
+    What the server asked for, else twice as long each time. A random part keeps clients that failed
+    together from coming back together.
     """
-    if asked_s is not None:
-        return asked_s + random.uniform(0, 0.5)
+    if retry_after_s is not None:
+        return retry_after_s + random.uniform(0, 0.5)
+    # An exponent of 10 is far beyond the limit, and keeps the power from overflowing a float.
     longest_s: float = _FIRST_WAIT_S * 2.0 ** min(tries - 1, 10)
     return min(_LONGEST_WAIT_S, longest_s) * random.uniform(0.5, 1.0)
 
 
-def retry_after_s(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or as a date, within reason; None
-    where it says none.
+def parse_retry_after(header: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for, as a number or as a date, up to a limit.
+
+    None without a header, and for one that is neither.
     """
     if header is None:
         return None
@@ -171,38 +246,27 @@ def retry_after_s(header: str | None) -> float | None:
     return min(_LONGEST_RETRY_AFTER_S, max(0.0, wait_s))
 
 
-async def _take(response: httpx.Response, first: int, count: int, answers: list[bytes]) -> None:
-    """Add the answers as they come, up to `count`, numbered from `first`; a line that is none ends
-    them.
+async def _answers_in(response: httpx.Response, *, count: int) -> AsyncIterator[bytes]:
+    """At most `count` answers as they come, each without its index and its line end.
+
+    Raises _TryFailed at a line that is not the next answer, as when a server stops: its last line
+    is then an error.
     """
     splitter = Splitter(max_line_bytes=_MAX_ANSWER_BYTES)
-    taken = 0
+    number = 0
     async for chunk in response.aiter_bytes():
         for line in splitter.feed(chunk):
             index = _INDEX.match(line or b"")
-            if line is None or index is None or int(index[1]) != taken or taken == count:
-                raise _Again(_sentence(line or b"") or "it answered something else than was asked")
-            answers.append(b'{"index":%d' % (first + taken) + line[index.end() :] + b"\n")
-            taken += 1
+            if line is None or index is None or int(index[1]) != number or number == count:
+                raise _TryFailed(
+                    _error_in(line or b"") or "a line of its response is not the next answer"
+                )
+            yield line[index.end() :]
+            number += 1
 
 
-def _digest_of(response: httpx.Response, digests: Sequence[str]) -> str:
-    digest = response.headers.get(DIGEST_HEADER)
-    if digest is None:
-        raise EvalmodeError(
-            "the server does not say which model answers: it is not an evalmode server"
-        )
-    if digests and digest != digests[0]:
-        raise EvalmodeError(
-            f"the server changed its model in the middle, from {digests[0][:16]} to {digest[:16]}"
-        )
-    return str(digest)
-
-
-def _sentence(body: bytes) -> str:
-    """What an error answer of the server says, if it is one."""
-    import json
-
+def _error_in(body: bytes) -> str:
+    """The sentence in the server's error response; empty for any other body."""
     try:
         return " ".join(str(json.loads(body)["error"]).split())
     except (ValueError, KeyError, TypeError):

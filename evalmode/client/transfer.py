@@ -1,4 +1,9 @@
-"""A file of texts into a file of answers, chunk by chunk and in order, with constant memory."""
+"""A file of texts into a file of answers: chunk by chunk, in order, in constant memory.
+
+1. `Source.chunks` reads the input and cuts it into chunks of lines.
+2. `Transfer` has up to `concurrency` chunks answered at once, by a server or by a bundle here.
+3. `Transfer` writes the answers in the order of the lines, and shows a progress bar.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +14,18 @@ import os
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol, TypeAlias
 
 from evalmode.client.answers_file import AnswersFile, Stdout
 from evalmode.errors import EvalmodeError
 from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, line_too_long, spell
 from evalmode.terminal import open_console
 
-# A request fills no more than the server's window: its answers are read when all of it is sent.
+# A client that sends a whole request before it reads the response could wait for a server that
+# waits for it. So a request is never larger than the window of what a server reads ahead.
 CHUNK_LINES, CHUNK_BYTES = WINDOW_ROWS, WINDOW_BYTES
 
 STDIN = Path("-")
@@ -29,34 +35,34 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Answerer(Protocol):
-    """Answers lines, from any number of tasks at once: a remote server, or a model here."""
+    """Answers lines, from any number of tasks at once: `RemoteServer` or `LocalModel`."""
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
-        """The answers of `lines`, numbered from `first`, and the digest of the model that gave
-        them.
-        """
+        """The answers to `lines`, numbered from `first`, and the digest of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lines that are asked together; a line too long to be asked is a chunk of its own, without
-    `lines`.
+    """Lines that are sent together; `first` is the index of the first of them in the file.
+
+    A line that is too long to send is a chunk by itself, with no `lines`. `read_bytes` is how much
+    of the input was read until here.
     """
 
     lines: Sequence[bytes]
     first: int
     read_bytes: int
 
-    @property
-    def count(self) -> int:
-        """The answers that it wants."""
-        return len(self.lines) or 1
+
+# A task that returns the answers of a chunk, and the digest of the model that gave them.
+_AnswerTask: TypeAlias = asyncio.Task[tuple[list[bytes], str | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where texts are read from: JSONL, or with the suffix .txt a text a line; `-` is JSONL from
-    stdin.
+    """The input: JSONL, or with the suffix .txt one text per line. The path `-` is JSONL on stdin.
+
+    Blank lines of JSONL are skipped, and do not count; a blank line of a .txt file is a text.
     """
 
     path: Path
@@ -64,70 +70,68 @@ class Source:
 
     @property
     def repeatable(self) -> bool:
-        """Whether it can be read again from its beginning."""
+        """Whether it can be read a second time: a regular file can, a pipe cannot."""
         return self.path != STDIN and stat.S_ISREG(self.path.stat().st_mode)
 
-    def check(self) -> None:
-        """Raise EvalmodeError where it cannot be read."""
+    def require_readable(self) -> None:
+        """Raise EvalmodeError where the input cannot be opened."""
         try:
-            # whoever opens a named pipe and goes away has broken it
+            # A named pipe is not opened for a test: closing it again would break it for its writer.
             if self.repeatable or self.path.is_dir():
                 self.open().close()
         except OSError as error:
             raise EvalmodeError(f"--input {self.path} cannot be read: {error.strerror}") from error
 
     def open(self) -> IO[bytes]:
-        """The open input. Raises EvalmodeError where it cannot be read."""
+        """The open input. Raises EvalmodeError where it cannot be opened."""
+        is_stdin = self.path == STDIN
         try:
-            # Unbuffered: a thread that waits for stdin must hold no lock that the end of the
-            # process needs.
-            return open(
-                0 if self.path == STDIN else self.path,
-                "rb",
-                buffering=0,
-                closefd=self.path != STDIN,
-            )
+            # Unbuffered: a thread that waits for stdin would hold the buffer's lock, which the
+            # interpreter takes at exit.
+            return open(0 if is_stdin else self.path, "rb", buffering=0, closefd=not is_stdin)
         except OSError as error:
             raise EvalmodeError(f"--input {self.path} cannot be read: {error.strerror}") from error
 
     def chunks(self, file: IO[bytes], *, skip: int) -> Iterator[Chunk]:
-        """The lines after the first `skip`, in chunks; what has come is not kept waiting for
-        more.
-        """
-        first = read_bytes = 0
-        for lines, read_bytes in self._blocks(file):
-            while first < skip and lines:
-                passed = min(skip - first, len(lines))
-                del lines[:passed]
-                first += passed
-            for group in _grouped(lines, self.chunk_lines):
-                yield Chunk(
-                    lines=[line for line in group if line is not None],
-                    first=first,
-                    read_bytes=read_bytes,
-                )
-                first += len(group)
+        """The lines after the first `skip`, in chunks.
 
-    def _blocks(self, file: IO[bytes]) -> Iterator[tuple[list[bytes | None], int]]:
-        splitter, read_bytes, ended = Splitter(max_line_bytes=_MAX_LINE_BYTES), 0, False
+        A chunk never waits for more input than there is: a pipe's last line is sent at once.
+        """
+        splitter = Splitter(max_line_bytes=_MAX_LINE_BYTES)
+        first = read_bytes = 0
+        ended = False
         while not ended:
             block = file.read(_READ_BYTES)
             ended = not block
-            raw = (
-                splitter.end()
-                if ended
-                else splitter.feed(block.removeprefix(_BOM) if read_bytes == 0 else block)
-            )
-            read_bytes += len(block)
-            if self.path.suffix == ".txt":
-                yield [None if line is None else _as_json(line) for line in raw], read_bytes
+            if ended:
+                raw_lines = splitter.end()
+            elif read_bytes == 0:
+                raw_lines = splitter.feed(block.removeprefix(_BOM))
             else:
-                yield [line for line in raw if line is None or line.strip()], read_bytes
+                raw_lines = splitter.feed(block)
+            read_bytes += len(block)
+
+            # None stands for a line that is too long.
+            lines: list[bytes | None] = []
+            for line in raw_lines:
+                if line is None:
+                    lines.append(None)
+                elif self.path.suffix == ".txt":
+                    lines.append(json.dumps(line.decode("utf-8", "replace")).encode())
+                elif line.strip():
+                    lines.append(line)
+
+            skipped = min(max(0, skip - first), len(lines))
+            first += skipped
+            for group in _groups_of(lines[skipped:], max_lines=self.chunk_lines):
+                sent = [line for line in group if line is not None]
+                yield Chunk(lines=sent, first=first, read_bytes=read_bytes)
+                first += len(group)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One job: every line of `source` answered into `writer`, `concurrency` chunks at once."""
+    """One job: answer every line of `source` into `writer`, `concurrency` chunks at once."""
 
     source: Source
     answerer: Answerer
@@ -135,130 +139,122 @@ class Transfer:
     concurrency: int
 
     async def run(self) -> None:
-        """Answer what is not answered yet. Raises EvalmodeError, which says how to go on."""
-        # A task for each chunk, in order: what is asked at once, and as much again that waits to be
-        # written.
-        pending: asyncio.Queue[tuple[Chunk, asyncio.Task[tuple[list[bytes], str | None]]] | None]
-        pending = asyncio.Queue(self.concurrency)
-        started: set[asyncio.Task[Any]] = set()
-        writing = asyncio.create_task(self._write(pending))
-        reading = asyncio.create_task(self._read(pending, started))
+        """Answer the lines that `writer` does not hold yet.
+
+        One task reads the input and starts a task for each chunk; another writes the answers in the
+        order of the chunks. Raises EvalmodeError for the first chunk in the file that fails; its
+        message says how to continue.
+        """
+        free = asyncio.Semaphore(self.concurrency)
+        answering: set[_AnswerTask] = set()
+        # In the order of the file: chunks at work, and as many again that wait to be written. None
+        # follows the last.
+        pending: asyncio.Queue[tuple[Chunk, _AnswerTask] | None] = asyncio.Queue(self.concurrency)
+
+        async def answer(chunk: Chunk) -> tuple[list[bytes], str | None]:
+            try:
+                if chunk.lines:
+                    return await self.answerer.answer(chunk.lines, first=chunk.first)
+                problem = line_too_long(_MAX_LINE_BYTES)
+                return [spell({"index": chunk.first, "error": problem})], None
+            finally:
+                free.release()
+
+        def end(task: _AnswerTask) -> None:
+            answering.discard(task)
+            # When several chunks fail, only the first is awaited. asyncio prints a traceback of
+            # each other failure whose exception was never retrieved.
+            if not task.cancelled():
+                task.exception()
+
+        async def read() -> None:
+            with self.source.open() as file:
+                chunks = self.source.chunks(file, skip=self.writer.lines)
+                async for chunk in _without_blocking(chunks, repeatable=self.source.repeatable):
+                    await free.acquire()
+                    task = asyncio.create_task(answer(chunk))
+                    answering.add(task)
+                    task.add_done_callback(end)
+                    await pending.put((chunk, task))
+            await pending.put(None)
+
+        async def write() -> None:
+            with _progress_bar(self.source) as update:
+                began, earlier_lines = time.monotonic(), self.writer.lines
+                while (following := await pending.get()) is not None:
+                    chunk, task = following
+                    try:
+                        answers, digest = await task
+                    except EvalmodeError as error:
+                        raise EvalmodeError(f"{error}; {self.writer.how_to_continue}") from error
+                    self.writer.write(answers, digest=digest)
+                    seconds = max(1e-9, time.monotonic() - began)
+                    update(chunk.read_bytes, (self.writer.lines - earlier_lines) / seconds)
+
+        writing, reading = asyncio.create_task(write()), asyncio.create_task(read())
         try:
             done, _ = await asyncio.wait((writing, reading), return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
                 task.result()
         finally:
-            left = (writing, reading, *started)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-
-    async def _read(self, pending: asyncio.Queue[Any], started: set[asyncio.Task[Any]]) -> None:
-        turns = asyncio.Semaphore(self.concurrency)
-        with self.source.open() as file:
-            chunks = self.source.chunks(file, skip=self.writer.lines)
-            async for chunk in (
-                _straight(chunks) if self.source.repeatable else _from_thread(chunks)
-            ):
-                await turns.acquire()
-                task = asyncio.create_task(self._answer(chunk, turns))
-                started.add(task)
-                task.add_done_callback(started.discard)
-                task.add_done_callback(_look_at)
-                await pending.put((chunk, task))
-        await pending.put(None)
-
-    async def _answer(
-        self, chunk: Chunk, turns: asyncio.Semaphore
-    ) -> tuple[list[bytes], str | None]:
-        try:
-            if chunk.lines:
-                return await self.answerer.answer(chunk.lines, first=chunk.first)
-            problem = line_too_long(_MAX_LINE_BYTES)
-            return [spell({"index": chunk.first, "error": problem})], None
-        finally:
-            turns.release()
-
-    async def _write(self, pending: asyncio.Queue[Any]) -> None:
-        with _progress(self.source) as report:
-            began, lines_before = time.monotonic(), self.writer.lines
-            while (following := await pending.get()) is not None:
-                chunk, task = following
-                try:
-                    answers, digest = await task
-                except EvalmodeError as error:
-                    raise EvalmodeError(f"{error}; {self.writer.way_on}") from error
-                self.writer.write(answers, digest=digest)
-                report(
-                    chunk.read_bytes,
-                    (self.writer.lines - lines_before) / max(1e-9, time.monotonic() - began),
-                )
+            # After a failure, or Ctrl-C.
+            unfinished = (writing, reading, *answering)
+            for unfinished_task in unfinished:
+                unfinished_task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
 
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """Where several chunks fail the first is told; asyncio would print a traceback of each that
-    nobody looked at.
-    """
-    if not task.cancelled():
-        task.exception()
+async def _without_blocking(chunks: Iterator[Chunk], *, repeatable: bool) -> AsyncIterator[Chunk]:
+    """The chunks, without blocking the event loop while a pipe has nothing to read."""
+    if repeatable:
+        # Reading a regular file takes less time than handing it over from a thread.
+        for chunk in chunks:
+            yield chunk
+        return
 
-
-async def _straight(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
-    for chunk in chunks:
-        yield chunk
-
-
-async def _from_thread(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
-    """The chunks of an input that may not have any yet: it is waited for in a thread that nobody
-    waits for.
-    """
+    # A daemon thread: when the transfer ends early, nothing waits for the pipe's next line.
     loop = asyncio.get_running_loop()
-    read: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue(1)
+    queue: asyncio.Queue[Chunk | OSError | None] = asyncio.Queue(1)
 
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it all interest
+    def read() -> None:
+        # RuntimeError: the loop was closed, so nothing needs the chunks any more.
+        with contextlib.suppress(RuntimeError):
+            end: OSError | None = None
             try:
                 for chunk in chunks:
-                    asyncio.run_coroutine_threadsafe(read.put(chunk), loop).result()
-                last: BaseException | None = None
+                    asyncio.run_coroutine_threadsafe(queue.put(chunk), loop).result()
             except OSError as error:
-                last = error
-            asyncio.run_coroutine_threadsafe(read.put(last), loop).result()
+                end = error
+            asyncio.run_coroutine_threadsafe(queue.put(end), loop).result()
 
-    threading.Thread(target=run, daemon=True, name="stdin").start()
-    while isinstance(item := await read.get(), Chunk):
+    threading.Thread(target=read, daemon=True, name="stdin").start()
+    while isinstance(item := await queue.get(), Chunk):
         yield item
     if item is not None:
         raise item
 
 
-def _grouped(lines: Sequence[bytes | None], most_lines: int) -> Iterator[list[bytes | None]]:
+def _groups_of(lines: Sequence[bytes | None], *, max_lines: int) -> Iterator[list[bytes | None]]:
+    """The lines in groups of at most `max_lines` and CHUNK_BYTES; a None is a group by itself."""
     group: list[bytes | None] = []
-    nbytes = 0
+    group_bytes = 0
     for line in lines:
-        size = 0 if line is None else len(line) + 1
-        if group and (
-            line is None
-            or group[-1] is None
-            or len(group) == most_lines
-            or nbytes + size > CHUNK_BYTES
-        ):
+        line_bytes = 0 if line is None else len(line) + 1
+        is_full = len(group) == max_lines or group_bytes + line_bytes > CHUNK_BYTES
+        if group and (is_full or line is None or group[-1] is None):
             yield group
-            group, nbytes = [], 0
+            group, group_bytes = [], 0
         group.append(line)
-        nbytes += size
+        group_bytes += line_bytes
     if group:
         yield group
 
 
-def _as_json(line: bytes) -> bytes:
-    return json.dumps(line.decode("utf-8", "replace")).encode()
-
-
 @contextlib.contextmanager
-def _progress(source: Source) -> Iterator[Any]:
-    """What is told, after each chunk, the bytes read and the rows a second; a bar where stderr is a
-    terminal.
+def _progress_bar(source: Source) -> Iterator[Callable[[int, float], None]]:
+    """A function to call after each chunk with the bytes read and the rows per second.
+
+    It draws a bar where stderr is a terminal, and nothing elsewhere.
     """
     from rich.progress import (
         BarColumn,
@@ -269,21 +265,20 @@ def _progress(source: Source) -> Iterator[Any]:
     )
 
     console = open_console(stderr=True)
-    columns = (
+    total_bytes = os.path.getsize(source.path) if source.repeatable else None
+    with Progress(
         TextColumn("predict"),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[speed]} rows/s"),
-    )
-    total = os.path.getsize(source.path) if source.repeatable else None
-    with Progress(
-        *columns,
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task("predict", total=total, speed="-")
-        yield lambda read_bytes, speed: bar.update(
-            task, completed=read_bytes, speed=f"{speed:,.0f}"
-        )
+        task = bar.add_task("predict", total=total_bytes, speed="-")
+
+        def update(read_bytes: int, rows_per_s: float) -> None:
+            bar.update(task, completed=read_bytes, speed=f"{rows_per_s:,.0f}")
+
+        yield update

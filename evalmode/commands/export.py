@@ -1,21 +1,15 @@
-"""`evalmode export`: a checkpoint's folder or the user's own module, and the certificate as a
-table. Knows no rule.
-"""
+"""`evalmode export`: a certified bundle from a checkpoint or from the user's module."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import FOUND, open_console
-
-if TYPE_CHECKING:
-    from evalmode.export.release import Released
-    from evalmode.export.rules.registry import Progress
+from evalmode.terminal import EXIT_FINDINGS, open_console
 
 EPILOG = (
     "Examples:  evalmode export runs/languages   |   evalmode export runs/mine --out /srv/bundles"
@@ -28,16 +22,15 @@ def export(
     source: Annotated[
         str,
         typer.Argument(
-            help="The folder that `evalmode train` wrote, or package.module:factory of your module."
+            help="The folder that `evalmode train` wrote, or package.module:factory of a module."
         ),
     ],
     inputs: Annotated[
         str | None,
         typer.Option(
             help=(
-                "package.module:sample_inputs of your module: a mapping of input names, a tuple or"
-                " a tensor, or a "
-                "list of several, whose sizes show which axes vary."
+                "package.module:sample_inputs of the module: a mapping of input names, a tuple or a"
+                " tensor, or a list of several, whose sizes show which axes vary."
             ),
             show_default=False,
         ),
@@ -45,80 +38,75 @@ def export(
     dynamic_axes: Annotated[
         list[str] | None,
         typer.Option(
-            help="INPUT=batch,length,_ names the axes of an input that vary; may be given again. "
+            help="INPUT=batch,length,_ names the axes of an input that vary; may be repeated. "
             "\\[default: as the samples show]",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The bundle root.")] = Path("bundles"),
+    out: Annotated[Path, typer.Option(help="The folder of bundles.")] = Path("bundles"),
     name: Annotated[
         str | None,
         typer.Option(
-            help="The bundle's name. \\[default: the checkpoint folder's or the factory's module's]"
+            help="The bundle's name. \\[default: the checkpoint's folder, or the factory's module]"
         ),
     ] = None,
     version: Annotated[str, typer.Option(help="The bundle's version.")] = "1",
 ) -> None:
-    """Export in eval mode, certify, and write a bundle; a certificate that does not pass writes
-    nothing (exit 1).
+    """Export in eval mode, certify, and write a bundle.
+
+    A certificate that does not pass writes nothing (exit 1).
     """
+    from evalmode.export.inputs.references import is_reference
     from evalmode.export.release import ExportRefused
     from evalmode.tables import records_table
 
+    is_module = is_reference(source)
+    if not name:
+        # The name of the factory's module, or of the checkpoint's folder, without the characters
+        # that a bundle's name may not have.
+        stem = Path(source).resolve().name
+        if is_module:
+            stem = source.partition(":")[0].rpartition(".")[2]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")
+
     console = open_console()
-    named = name or _name_of(source)
     try:
         with console.status("export") as status:
 
             def progress(step: str) -> None:
                 status.update(f"export: {step}")
 
-            released = _release(
-                source,
-                inputs,
-                dynamic_axes or [],
-                root=out,
-                name=named,
-                version=version,
-                progress=progress,
-            )
+            if is_module:
+                if inputs is None:
+                    raise EvalmodeError(
+                        f"{source} needs --inputs package.module:sample_inputs to call it with"
+                    )
+                from evalmode.export.from_module import release_module
+
+                released = release_module(
+                    source,
+                    inputs,
+                    dynamic_axes=dynamic_axes or [],
+                    root=out,
+                    name=name,
+                    version=version,
+                    progress=progress,
+                )
+            else:
+                if inputs is not None or dynamic_axes:
+                    raise EvalmodeError(
+                        "--inputs and --dynamic-axes are for a package.module:factory; a checkpoint"
+                        " brings its own"
+                    )
+                from evalmode.export.from_checkpoint import release_checkpoint
+                from evalmode.model.checkpoint import load
+
+                released = release_checkpoint(
+                    load(Path(source)), root=out, name=name, version=version, progress=progress
+                )
     except ExportRefused as refused:
         console.print(records_table(refused.records, title="refused: no bundle was written"))
-        raise typer.Exit(FOUND) from refused
+        raise typer.Exit(EXIT_FINDINGS) from refused
     console.print(
         records_table(released.certificate.records, title=f"certificate of {released.path}")
     )
     console.print(f"digest {released.certificate.digest}", soft_wrap=True)
-
-
-def _release(
-    source: str, inputs: str | None, dynamic_axes: list[str], *, progress: Progress, **target: Any
-) -> Released:
-    from evalmode.export.inputs.references import is_reference
-
-    if is_reference(source):
-        if inputs is None:
-            raise EvalmodeError(
-                f"{source} needs --inputs package.module:sample_inputs, which it is called with"
-            )
-        from evalmode.export.from_module import release_module
-
-        return release_module(
-            source, inputs, dynamic_axes=dynamic_axes, progress=progress, **target
-        )
-    if inputs is not None or dynamic_axes:
-        raise EvalmodeError(
-            "--inputs and --dynamic-axes are for a package.module:factory; a checkpoint brings"
-            " its own"
-        )
-    from evalmode.export.from_checkpoint import release_checkpoint
-    from evalmode.model.checkpoint import load
-
-    return release_checkpoint(load(Path(source)), progress=progress, **target)
-
-
-def _name_of(source: str) -> str:
-    from evalmode.export.inputs.references import is_reference
-
-    module = source.partition(":")[0].rpartition(".")[2]
-    stem = module if is_reference(source) else Path(source).resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")

@@ -1,4 +1,4 @@
-"""A command whose flags are made from the fields of a configuration when it is called."""
+"""Builds a command whose flags come from the fields of a configuration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ import typer
 from evalmode.terminal import help_of
 
 
+def parameter(name: str, annotation: Any, *, default: object) -> inspect.Parameter:
+    """One flag: `annotation` is Annotated[type, typer.Option(...)] or with typer.Argument."""
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
 def command_of(
     call: Callable[..., None],
     parameters: Sequence[inspect.Parameter],
@@ -18,17 +25,22 @@ def command_of(
     described_by: Callable[..., object],
     epilog: str,
 ) -> Any:
-    """The click command that calls `call` with these parameters as keywords.
+    """The click command that calls `call` with the values of `parameters` as keywords.
 
-    `described_by` is the function whose docstring is the help text.
+    The docstring of `described_by` is the help text.
     """
-    call.__doc__ = help_of(described_by)
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+    def run(**values: Any) -> None:
+        call(**values)
+
+    # Typer 0.29 reads the flags from a function's signature, and has no other way to declare them.
+    run.__doc__ = help_of(described_by)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
     app = typer.Typer(
         add_completion=False,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.command(epilog=epilog)(call)
+    app.command(epilog=epilog)(run)
     return typer.main.get_command(app)

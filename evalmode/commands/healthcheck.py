@@ -1,4 +1,7 @@
-"""`evalmode healthcheck`: whether the server of this machine or container is ready."""
+"""`evalmode healthcheck`: whether the server of this machine or container is ready.
+
+`evalmode/__main__.py` runs `evalmode healthcheck` without flags before Typer is imported.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,19 @@ EPILOG = (
 def healthcheck(
     url: Annotated[
         str | None,
-        typer.Option(help="Where the server is, if it is not to be found.", show_default=False),
+        typer.Option(
+            help="The server's address. Without it the server is searched for.", show_default=False
+        ),
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option(min=0.001, max=3600, help="The longest wait for its answer.")
+        float, typer.Option(min=0.001, max=3600, help="Seconds to wait for the answer.")
     ] = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Ask a server whether it is ready: exit 0 if it is, else 1 with one sentence.
 
-    Without --url it finds the server that the same user started in the same environment, whatever
-    flags it has. Where none is seen, it asks at EVALMODE_HOST and EVALMODE_PORT, or as the file of
-    EVALMODE_CONFIG says. /readyz needs no API key, and the certificate is not verified: nothing
-    secret is sent.
+    Without --url it asks the server that the same user started in the same environment, whatever
+    its flags. If there is none, it asks at EVALMODE_HOST and EVALMODE_PORT, or at the address in
+    the file EVALMODE_CONFIG. /readyz needs no API key. The certificate is not verified, since
+    nothing secret is sent.
     """
     raise typer.Exit(check(url, timeout_s))

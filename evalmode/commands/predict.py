@@ -1,5 +1,8 @@
-"""`evalmode predict`: texts in this process, or files of texts here or on a server. Knows no HTTP
-itself.
+"""`evalmode predict`: label texts from the command line or stdin, or every line of a file.
+
+Each flag is read in `predict`. Texts take the short way of `_predict_texts`: one batch, printed as
+a table or as JSON. A file takes `_predict_file`, which sends it in chunks to a server
+(client/remote.py) or to a bundle in this process (client/local.py) by way of client/transfer.py.
 """
 
 from __future__ import annotations
@@ -7,171 +10,192 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import FOUND, complain, open_console
+from evalmode.terminal import EXIT_FINDINGS, open_console, print_error
 
 if TYPE_CHECKING:
-    from evalmode.client.answers_file import AnswersFile, Stdout
     from evalmode.client.transfer import Answerer, Source
-    from evalmode.service.ndjson import Predicted
-    from evalmode.service.predictor import Predictor
 
 EPILOG = (
     "Examples:  evalmode predict 'Dit is een zin.'   |   cat texts.txt | evalmode predict --json  "
     " |   evalmode predict --url http://localhost:8000 --input texts.jsonl --output answers.jsonl"
 )
 _BUNDLES = Path("bundles")
-_FILES = "Files of texts"
-_SERVER = "A server that answers"
-_INTERRUPTED = 130
+_FILE_PANEL = "Files of texts"
+_SERVER_PANEL = "A server that answers"
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Ask:
-    """How texts are to be answered, wherever that is done."""
-
-    top_k: int
-    truncate: bool
-    bundle: Path | None
-    provider: str
-    url: str | None
-    model: str | None
-    api_key: str | None
-    ca: Path | None
-    concurrency: int
-    retries: int
+_EXIT_INTERRUPTED = 130  # as a shell reports a program that SIGINT ended: 128 + 2
 
 
 def predict(
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts; none reads a text a line from stdin.")
+        list[str] | None, typer.Argument(help="Texts. Without any, each line of stdin is a text.")
     ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="A bundle or a folder of bundles. \\[default: bundles]")
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Labels to show for each text.")] = 3,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels per text, the best first.")] = 3,
     truncate: Annotated[
-        bool, typer.Option(help="Cut a text that is longer than the model reads.")
+        bool,
+        typer.Option(help="Cut a text that is longer than the model reads, or make it an error."),
     ] = True,
     provider: Annotated[
-        str, typer.Option(help="cpu, cuda, tensorrt or ONNX Runtime's own name.")
+        str, typer.Option(help="cpu, cuda, tensorrt, or ONNX Runtime's name of a provider.")
     ] = "cpu",
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print what the server would answer, as JSON.")
+        bool, typer.Option("--json", help="Print the JSON that a server would send.")
     ] = False,
-    source: Annotated[
+    input_file: Annotated[
         Path | None,
         typer.Option(
             "--input",
             help=(
-                'A file with a JSON string or {"text": ..., "id": ...} a line, or with the suffix'
-                " .txt a text a line; "
-                "- is stdin, of JSON lines."
+                'A file with a JSON string or {"text": ..., "id": ...} per line. With the suffix'
+                " .txt each line is a text. - reads JSON lines from stdin."
             ),
             show_default=False,
-            rich_help_panel=_FILES,
+            rich_help_panel=_FILE_PANEL,
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             help=(
-                "Write an answer a line into this file; where an earlier run ended, this one goes"
-                " on. "
-                "\\[default: stdout]"
+                "Write an answer per line to this file. The same command continues a run that was"
+                " interrupted. \\[default: stdout]"
             ),
-            rich_help_panel=_FILES,
+            rich_help_panel=_FILE_PANEL,
         ),
     ] = None,
     chunk_lines: Annotated[
         int,
-        typer.Option(min=1, max=256, help="Lines that are asked together.", rich_help_panel=_FILES),
+        typer.Option(min=1, max=256, help="Lines in one request.", rich_help_panel=_FILE_PANEL),
     ] = 256,
     concurrency: Annotated[
         int,
-        typer.Option(min=1, max=64, help="Requests, or chunks, at once.", rich_help_panel=_FILES),
+        typer.Option(min=1, max=64, help="Requests at once.", rich_help_panel=_FILE_PANEL),
     ] = 4,
     url: Annotated[
         str | None,
         typer.Option(
-            help="Ask this server for the file of texts.",
+            help="Send the file to the server at this address.",
             show_default=False,
-            rich_help_panel=_SERVER,
+            rich_help_panel=_SERVER_PANEL,
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Its model, or MODEL/VERSION. \\[default: its default]", rich_help_panel=_SERVER
+            help="MODEL or MODEL/VERSION of the server. \\[default: the server's default]",
+            rich_help_panel=_SERVER_PANEL,
         ),
     ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="EVALMODE_API_KEY",
-            help="The key that it wants.",
+            help="The server's API key.",
             show_default=False,
-            rich_help_panel=_SERVER,
+            rich_help_panel=_SERVER_PANEL,
         ),
     ] = None,
     ca: Annotated[
         Path | None,
         typer.Option(
-            help="Authorities that its certificate may be of.",
+            help="A PEM file of the authorities that may sign the server's certificate.",
             show_default=False,
-            rich_help_panel=_SERVER,
+            rich_help_panel=_SERVER_PANEL,
         ),
     ] = None,
     retries: Annotated[
         int,
         typer.Option(
-            min=0, help="Tries after one that failed, before giving up.", rich_help_panel=_SERVER
+            min=0, help="Retries in a row before giving up.", rich_help_panel=_SERVER_PANEL
         ),
     ] = 8,
 ) -> None:
-    """Predict here, without a server, or a file of texts on one; the scores have the same bits.
+    """Label texts in this process, or a file of texts with a server; scores have the same bits.
 
-    Exit 0 when every text is answered, 1 when a line of a file could not be, 2 for what cannot be
-    used.
+    Exit 0 when every text is answered, 1 when a line of a file could not be answered, 2 when
+    something cannot be used.
     """
-    ask = _Ask(
-        top_k=top_k,
-        truncate=truncate,
-        bundle=bundle,
-        provider=provider,
-        url=url,
-        model=model,
-        api_key=api_key,
-        ca=ca,
-        concurrency=concurrency,
-        retries=retries,
-    )
-    if source is None:
-        for name, value in (("--output", output), ("--url", url)):
+    if input_file is None:
+        for flag, value in (("--output", output), ("--url", url)):
             if value is not None:
-                raise EvalmodeError(f"{name} needs --input FILE, the texts; - is stdin")
-        _predict_texts(texts or _lines_of_stdin(), ask, as_json=as_json)
-    elif texts:
-        raise EvalmodeError(f"give texts as arguments or as --input {source}, not both")
+                raise EvalmodeError(f"{flag} needs --input FILE with the texts; - is stdin")
+        _predict_texts(
+            texts or _texts_from_stdin(),
+            bundle=bundle or _BUNDLES,
+            provider=provider,
+            top_k=top_k,
+            truncate=truncate,
+            as_json=as_json,
+        )
+        return
+
+    if texts:
+        raise EvalmodeError(f"give texts as arguments or as --input {input_file}, not both")
+    if url is None and model is not None:
+        raise EvalmodeError(
+            "--model names a model of the server at --url; without --url use --bundle"
+        )
+    if url is not None and bundle is not None:
+        raise EvalmodeError(
+            "--bundle is answered in this process and --url by a server: give one of them"
+        )
+
+    from evalmode.client.transfer import Source
+
+    answerer: AbstractAsyncContextManager[Answerer]
+    if url is not None:
+        from evalmode.client.remote import connect
+
+        answerer = connect(
+            url,
+            model=model,
+            top_k=top_k,
+            truncate=truncate,
+            api_key=api_key,
+            ca=ca,
+            connections=concurrency,
+            retries=retries,
+        )
     else:
-        from evalmode.client.transfer import Source
+        from evalmode.client.local import open_model
 
-        _predict_file(Source(path=source, chunk_lines=chunk_lines), output, ask)
+        answerer = open_model(bundle or _BUNDLES, provider=provider, top_k=top_k, truncate=truncate)
+    _predict_file(
+        Source(path=input_file, chunk_lines=chunk_lines),
+        output,
+        answerer,
+        concurrency=concurrency,
+        question={"top_k": top_k, "truncate": truncate},
+    )
 
 
-def _predict_texts(texts: Sequence[str], ask: _Ask, *, as_json: bool) -> None:
+def _texts_from_stdin() -> list[str]:
+    if sys.stdin.isatty():
+        raise EvalmodeError(
+            "there is no text: give texts as arguments, or pipe one per line into stdin"
+        )
+    # Bytes, since text mode would fail at the first that is not UTF-8.
+    return [line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer]
+
+
+def _predict_texts(
+    texts: Sequence[str], *, bundle: Path, provider: str, top_k: int, truncate: bool, as_json: bool
+) -> None:
     from evalmode.service.predictor import Predictor
 
-    with Predictor.open(ask.bundle or _BUNDLES, provider=ask.provider) as predictor:
-        predictions = predictor.predict(texts, top_k=ask.top_k, truncate=ask.truncate)
+    with Predictor.open(bundle, provider=provider) as predictor:
+        predictions = predictor.predict(texts, top_k=top_k, truncate=truncate)
         if as_json:
             from evalmode.service.http.v1_schemas import PredictResponse
 
@@ -179,116 +203,62 @@ def _predict_texts(texts: Sequence[str], ask: _Ask, *, as_json: bool) -> None:
             return
     from evalmode.tables import predictions_table
 
-    answers = [
+    top_labels = [
         [(scored.label, scored.score) for scored in prediction.top] for prediction in predictions
     ]
-    open_console().print(predictions_table(texts, answers))
+    open_console().print(predictions_table(texts, top_labels))
 
 
-def _predict_file(source: Source, output: Path | None, ask: _Ask) -> None:
-    if ask.url is None and ask.model is not None:
-        raise EvalmodeError(
-            "--model is of the server that --url names; in this process --bundle names the model"
-        )
-    if ask.url is not None and ask.bundle is not None:
-        raise EvalmodeError(
-            "--bundle is answered in this process and --url by a server: give one of them"
-        )
-    with _opened(source, output, ask) as writer:
-        began, had = time.monotonic(), writer.lines
-        try:
-            asyncio.run(_transfer(source, writer, ask))
-        except KeyboardInterrupt as interrupt:
-            complain(f"interrupted; {writer.way_on}")
-            raise typer.Exit(_INTERRUPTED) from interrupt
-        _summarise(writer, answered=writer.lines - had, seconds=time.monotonic() - began)
-        if writer.errors:
-            raise typer.Exit(FOUND)
+def _predict_file(
+    source: Source,
+    output: Path | None,
+    answerer: AbstractAsyncContextManager[Answerer],
+    *,
+    concurrency: int,
+    question: Mapping[str, object],
+) -> None:
+    """Answer the lines of `source` into `output`, and print a summary on stderr.
 
-
-def _opened(source: Source, output: Path | None, ask: _Ask) -> AnswersFile | Stdout:
+    `question` holds the flags that answers depend on. Raises typer.Exit with 1 when a line could
+    not be answered, and with 130 after Ctrl-C.
+    """
     from evalmode.client.answers_file import AnswersFile, Stdout, identity_of
-
-    source.check()  # before anything is written
-    if output is None or output == Path("-"):
-        return Stdout()
-    identity = identity_of(source.path) if source.repeatable else None
-    return AnswersFile(
-        output, asked={"top_k": ask.top_k, "truncate": ask.truncate, "input": identity}
-    )
-
-
-async def _transfer(source: Source, writer: AnswersFile | Stdout, ask: _Ask) -> None:
     from evalmode.client.transfer import Transfer
-
-    async with _answerer(ask) as answerer:
-        await Transfer(
-            source=source, answerer=answerer, writer=writer, concurrency=ask.concurrency
-        ).run()
-
-
-@asynccontextmanager
-async def _answerer(ask: _Ask) -> AsyncIterator[Answerer]:
-    if ask.url is not None:
-        from evalmode.client.remote import RemoteServer, open_client
-
-        name, _, version = (ask.model or "").partition("/")
-        named = {key: value for key, value in (("model", name), ("version", version)) if value}
-        query = {"top_k": str(ask.top_k), "truncate": str(ask.truncate).lower(), **named}
-        async with open_client(
-            ask.url, api_key=ask.api_key, ca=ask.ca, connections=ask.concurrency
-        ) as client:
-            yield RemoteServer(client=client, query=query, retries=ask.retries)
-        return
-    from evalmode.service.predictor import Predictor
-
-    with (
-        open_console(stderr=True).status("opening the bundle")
-        if sys.stderr.isatty()
-        else nullcontext()
-    ):
-        predictor = Predictor.open(ask.bundle or _BUNDLES, provider=ask.provider)
-    with predictor:
-        yield _Here(predictor=predictor, ask=ask)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Here:
-    """Answers lines in this process."""
-
-    predictor: Predictor
-    ask: _Ask
-
-    async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
-        """As a server answers them."""
-        from evalmode.service.ndjson import answer_lines
-
-        answers = await answer_lines(lines, first=first, predict=self._predict, inline_bytes=0)
-        return answers, self.predictor.model.digest
-
-    async def _predict(self, texts: Sequence[str]) -> Sequence[Predicted]:
-        return await self.predictor.predict_async(
-            texts, top_k=self.ask.top_k, truncate=self.ask.truncate
-        )
-
-
-def _summarise(writer: AnswersFile | Stdout, *, answered: int, seconds: float) -> None:
     from evalmode.tables import pairs_table
 
-    facts = {
-        "lines": f"{writer.lines:,}",
-        "of them with an error": f"{writer.errors:,}",
-        "answered now": (
-            f"{answered:,} in {seconds:.1f} s, {answered / max(seconds, 1e-9):,.0f} a second"
-        ),
-        "digest": writer.digest or "no line was answered",
-    }
-    open_console(stderr=True).print(pairs_table(facts, title="predict"))
+    # Before the output is created: an input that cannot be read leaves no file behind.
+    source.require_readable()
+    writer: AnswersFile | Stdout
+    if output is None or output == Path("-"):
+        writer = Stdout()
+    else:
+        identity = identity_of(source.path) if source.repeatable else None
+        writer = AnswersFile(output, question={**question, "input": identity})
 
+    async def transfer() -> None:
+        async with answerer as opened:
+            await Transfer(
+                source=source, answerer=opened, writer=writer, concurrency=concurrency
+            ).run()
 
-def _lines_of_stdin() -> list[str]:
-    if sys.stdin.isatty():
-        raise EvalmodeError(
-            "there is no text: give texts as arguments, or pipe one a line into stdin"
-        )
-    return [line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer]
+    with writer:
+        began, earlier_lines = time.monotonic(), writer.lines
+        try:
+            asyncio.run(transfer())
+        except KeyboardInterrupt as interrupt:
+            print_error(f"interrupted; {writer.how_to_continue}")
+            raise typer.Exit(_EXIT_INTERRUPTED) from interrupt
+
+        seconds = time.monotonic() - began
+        answered = writer.lines - earlier_lines
+        rows_per_s = answered / max(seconds, 1e-9)
+        summary = {
+            "lines": f"{writer.lines:,}",
+            "of them with an error": f"{writer.errors:,}",
+            "answered now": f"{answered:,} in {seconds:.1f} s, {rows_per_s:,.0f} a second",
+            "digest": writer.digest or "no line was answered",
+        }
+        open_console(stderr=True).print(pairs_table(summary, title="predict"))
+        # Errors of an earlier run count: the exit code is about the whole file.
+        if writer.errors:
+            raise typer.Exit(EXIT_FINDINGS)

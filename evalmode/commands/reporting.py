@@ -1,6 +1,4 @@
-"""How a command's report leaves it: the formats, the file or the terminal, and the exit code. Knows
-no rule.
-"""
+"""The report of verify and audit: its flags, its format, its destination and the exit code."""
 
 from __future__ import annotations
 
@@ -11,65 +9,73 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from evalmode.errors import EvalmodeError
-from evalmode.terminal import FOUND, UNUSABLE, complain, encoded, open_console, write
+from evalmode.terminal import (
+    EXIT_FINDINGS,
+    EXIT_UNUSABLE,
+    open_console,
+    print_error,
+    to_utf8,
+    write,
+)
 
 if TYPE_CHECKING:
     from evalmode.export.report.report import Report
 
-# The flags that every command with a report has.
+# The flags of every command with a report.
 Format = Annotated[
     Literal["text", "json", "sarif", "junit", "github"],
-    typer.Option("--format", help="How the report is written."),
+    typer.Option("--format", help="Format of the report."),
 ]
 Output = Annotated[
-    Path | None, typer.Option(help="Write the report into this file. \\[default: stdout]")
+    Path | None, typer.Option(help="Write the report to this file. \\[default: stdout]")
 ]
 FailOn = Annotated[
-    Literal["unproven", "warning"], typer.Option(help="The least that makes the exit code 1.")
+    Literal["unproven", "warning"],
+    typer.Option(help="The mildest finding that makes the exit code 1."),
 ]
 AllowUnproven = Annotated[
-    bool, typer.Option("--allow-unproven", help="Exit 0 for what is not proven.")
+    bool, typer.Option("--allow-unproven", help="Exit 0 although something is unproven.")
 ]
 
 
 def finish(report: Report, form: str, output: Path | None) -> None:
-    """Tell what was found and end the command: by returning when all is well, else by typer.Exit
-    with 1 or 2.
+    """Print the report in the format `form`, or write it to `output`, and end the command.
+
+    Returns when every rule holds. Raises typer.Exit with 2 when a file was unreadable, else with 1
+    when a rule does not hold.
     """
     from evalmode.export.report.report import plain
 
-    for one in report.unreadable:
-        complain(plain(one.why))
-    _tell(report, form, output)
-    if report.unreadable:
-        raise typer.Exit(UNUSABLE)
-    if not report.holds:
-        raise typer.Exit(FOUND)
-
-
-def _tell(report: Report, form: str, output: Path | None) -> None:
-    from evalmode.export.report.report import plain
+    for file in report.unreadable:
+        print_error(plain(file.why))
 
     if form == "text" and output is None:
         from evalmode.export.report import text
 
-        out = open_console()
+        console = open_console()
         for line in text.lines(report, reasons=False):  # stderr has the reasons
-            out.print(line, soft_wrap=True)
-        return
-    spelled = import_module(f"evalmode.export.report.{form}").render(report)
-    if output is None:
-        write(spelled)
-        return
-    from evalmode.atomic_files import write_file
+            console.print(line, soft_wrap=True)
+    else:
+        rendered = import_module(f"evalmode.export.report.{form}").render(report)
+        if output is None:
+            write(rendered)
+        else:
+            from evalmode.atomic_files import write_file
 
-    try:
-        write_file(output, encoded(spelled))
-    except OSError as error:
-        raise EvalmodeError(f"no report can be written to {output}: {error.strerror}") from error
-    open_console().print(
-        f"{report.summary}; the report is in {plain(str(output))}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+            try:
+                write_file(output, to_utf8(rendered))
+            except OSError as error:
+                raise EvalmodeError(
+                    f"no report can be written to {output}: {error.strerror}"
+                ) from error
+            open_console().print(
+                f"{report.summary}; the report is in {plain(str(output))}",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
+
+    if report.unreadable:
+        raise typer.Exit(EXIT_UNUSABLE)
+    if not report.holds:
+        raise typer.Exit(EXIT_FINDINGS)

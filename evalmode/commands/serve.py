@@ -1,10 +1,14 @@
-"""`evalmode serve`: a flag for every setting, made of the settings themselves. Knows no server
-before it starts one.
+"""`evalmode serve`: starts a server, or prints its settings.
+
+A field of `Settings` in service/settings.py is a flag, unless it is a secret: the arguments of a
+process are visible to every user of the machine. The flag's help text and its group are the
+field's. Three more parameters are declared here: BUNDLE, `--config` and `--print-settings`.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,13 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evalmode.commands.generated import command_of
+from evalmode.commands.generated import command_of, parameter
 from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console, write
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
     from evalmode.service.settings import Origin, Settings
 
 EPILOG = (
@@ -29,45 +31,51 @@ _HIDDEN = "(not shown)"
 
 
 def serve() -> None:
-    """Serve bundles over HTTP. Every option is also a variable, EVALMODE_PORT=9000, and a line of a
-    TOML file.
+    """Serve bundles over HTTP.
+
+    Every option is also an environment variable, EVALMODE_PORT=9000, and a line of a TOML file.
     """
 
 
 def serve_command() -> Any:
-    """The command with its flags. Made when it is called: the settings take a tenth of a second to
-    import.
+    """The click command with its flags.
+
+    It is built when it is called: the settings take a tenth of a second to import.
     """
-
-    def called(
-        where: Path | None,
-        config: Path | None,
-        print_settings: bool,
-        bundle: Path | None,
-        **given: Any,
-    ) -> None:
-        if where is not None and bundle is not None:
-            raise EvalmodeError(f"the bundle is given twice: {where} and --bundle {bundle}")
-        # A flag that may be repeated is an empty list where it is not given.
-        flags = {name: value for name, value in given.items() if value != []}
-        _serve(config, print_settings=print_settings, bundle=where or bundle, **flags)
-
-    return command_of(called, list(_parameters()), described_by=serve, epilog=EPILOG)
+    return command_of(_run, list(_parameters()), described_by=serve, epilog=EPILOG)
 
 
-def _serve(config: Path | None, *, print_settings: bool, **given: Any) -> None:
+def _run(
+    *,
+    where: Path | None,
+    config: Path | None,
+    print_settings: bool,
+    bundle: Path | None,
+    **flags: Any,
+) -> None:
+    """Serve with `flags` as the fields of Settings; None and an empty list are flags not given."""
     from evalmode.service.settings import trace_settings
 
-    settings, origins = trace_settings(config=config, **given)
-    if print_settings:
-        _print(settings, origins)
-        return
-    from evalmode.service.process.server import serve as serve_settings
+    if where is not None and bundle is not None:
+        raise EvalmodeError(f"the bundle is given twice: {where} and --bundle {bundle}")
+    # click gives an empty list for a flag that may be repeated and is not given.
+    flags = {name: value for name, value in flags.items() if value != []}
+    settings, origins = trace_settings(config=config, bundle=where or bundle, **flags)
+    if not print_settings:
+        from evalmode.service.process.server import serve as serve_settings
 
-    serve_settings(settings)
+        serve_settings(settings)
+    elif sys.stdout.isatty():
+        _print_table(settings, origins)
+    else:
+        write("".join(_toml_lines(settings, origins)))
 
 
 def _parameters() -> Iterator[inspect.Parameter]:
+    """BUNDLE, --config and --print-settings, then a flag for each setting in the order of Settings.
+
+    Every default is None, so that a setting from a variable or a file is not overridden.
+    """
     from evalmode.service.settings import CONFIG_VARIABLE, GROUPS, SECRETS, Settings
 
     where = typer.Argument(
@@ -78,49 +86,36 @@ def _parameters() -> Iterator[inspect.Parameter]:
     config = typer.Option(
         help=f"A TOML file of settings. \\[env: {CONFIG_VARIABLE}]", show_default=False
     )
-    shown = typer.Option(
-        "--print-settings", help="Print every setting and where it came from, and serve nothing."
+    print_settings = typer.Option(
+        "--print-settings", help="Print every setting and its origin, and do not serve."
     )
-    yield _parameter("where", Annotated[Path | None, where], None)
-    yield _parameter("config", Annotated[Path | None, config], None)
-    yield _parameter("print_settings", Annotated[bool, shown], False)
+    yield parameter("where", Annotated[Path | None, where], default=None)
+    yield parameter("config", Annotated[Path | None, config], default=None)
+    yield parameter("print_settings", Annotated[bool, print_settings], default=False)
+
     group = None
     for name, field in Settings.model_fields.items():
         group = GROUPS.get(name, group)
-        if name not in SECRETS:
-            yield _parameter(name, Annotated[_type_of(field), _option(name, field, group)], None)
+        if name in SECRETS:
+            continue
+        annotation: Any = field.annotation
+        flag = f"--{name.replace('_', '-')}"
+        default = field.default
+        if annotation is bool:
+            flag = f"{flag}/--no-{name.replace('_', '-')}"
+            default = "yes" if default else "no"
+        elif annotation == tuple[str, ...]:
+            annotation = list[str]
+
+        description = field.description or ""
+        help_text = f"{description[:1].upper()}{description[1:]}."
+        if default not in (None, ()):
+            help_text += f" \\[default: {default}]"
+        option = typer.Option(flag, help=help_text, rich_help_panel=group, show_default=False)
+        yield parameter(name, Annotated[annotation | None, option], default=None)
 
 
-def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
-
-
-def _option(name: str, field: FieldInfo, group: str | None) -> Any:
-    said = field.description or ""
-    help_text = f"{said[:1].upper()}{said[1:]}."
-    if field.default not in (None, ()):
-        default = ("no", "yes")[field.default] if isinstance(field.default, bool) else field.default
-        help_text += f" \\[default: {default}]"
-    flag = f"--{name.replace('_', '-')}"
-    spelled = f"{flag}/--no-{flag.removeprefix('--')}" if field.annotation is bool else flag
-    return typer.Option(spelled, help=help_text, rich_help_panel=group, show_default=False)
-
-
-def _type_of(field: FieldInfo) -> Any:
-    """The flag's type: None stands for a flag that is not given."""
-    annotation: Any = field.annotation
-    if annotation == tuple[str, ...]:
-        return list[str] | None
-    return annotation | None
-
-
-def _print(settings: Settings, origins: Mapping[str, Origin]) -> None:
-    """A table for a person; for a file, a file that sets the same."""
-    if not sys.stdout.isatty():
-        write("".join(_toml(settings, origins)))
-        return
+def _print_table(settings: Settings, origins: Mapping[str, Origin]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -129,38 +124,35 @@ def _print(settings: Settings, origins: Mapping[str, Origin]) -> None:
     table = Table("setting", "value", "from", title="settings", title_justify="left")
     for name, origin in origins.items():
         value = getattr(settings, name)
-        shown = _HIDDEN if name in SECRETS and value is not None else _spelled(value)
-        table.add_row(
-            name,
-            Text(shown, overflow="fold"),
-            Text(origin, style="dim" if origin == "default" else "bold"),
-        )
+        text = _HIDDEN if name in SECRETS and value is not None else _toml_value(value)
+        style = "dim" if origin == "default" else "bold"
+        table.add_row(name, Text(text, overflow="fold"), Text(origin, style=style))
     open_console().print(table)
 
 
-def _toml(settings: Settings, origins: Mapping[str, Origin]) -> Iterator[str]:
+def _toml_lines(settings: Settings, origins: Mapping[str, Origin]) -> Iterator[str]:
+    """A file for --config that sets the same, except for secrets, which are left out."""
     from evalmode.service.settings import GROUPS, SECRETS, Settings
 
     yield (
-        "# Settings of `evalmode serve --config FILE`. Flags and EVALMODE_* go before what stands"
-        " here.\n"
+        "# Settings of `evalmode serve --config FILE`. Flags and EVALMODE_* override this file.\n"
     )
     for name, field in Settings.model_fields.items():
         if name in GROUPS:
             yield f"\n# {GROUPS[name]}.\n"
         value = getattr(settings, name)
-        if name in SECRETS and value is not None:
+        if value is None:
+            line = f"# {name} ="
+        elif name in SECRETS:
             line = f'# {name} = "..."'
         else:
-            line = f"# {name} =" if value is None else f"{name} = {_spelled(value)}"
+            line = f"{name} = {_toml_value(value)}"
         origin = "" if origins[name] == "default" else f" (from: {origins[name]})"
         yield f"{line}  # {field.description}{origin}\n"
 
 
-def _spelled(value: object) -> str:
-    """The value as TOML has it."""
-    import json
-
+def _toml_value(value: object) -> str:
+    """The value in TOML; empty for None, which TOML does not have."""
     match value:
         case None:
             return ""
@@ -169,5 +161,6 @@ def _spelled(value: object) -> str:
         case int() | float():
             return repr(value)
         case tuple():
-            return f"[{', '.join(map(_spelled, value))}]"
+            return f"[{', '.join(map(_toml_value, value))}]"
+    # A JSON string is a TOML string, but for DEL, which TOML must have escaped.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

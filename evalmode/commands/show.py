@@ -1,4 +1,4 @@
-"""`evalmode show`: what a bundle says of itself, as tables."""
+"""`evalmode show`: what a bundle declares, as tables."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def show(
         "bundles"
     ),
 ) -> None:
-    """Show a bundle's manifest, certificate, dropout census and metrics; also of one that must not
-    be served.
+    """Show a bundle's manifest, certificate, dropout census and metrics.
+
+    A bundle whose certificate is missing or did not pass is shown too.
     """
     from evalmode.bundle.store import find_bundle, open_bundle
     from evalmode.tables import bundle_tables

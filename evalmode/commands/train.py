@@ -1,11 +1,12 @@
-"""`evalmode train`: a flag for each field of a training's configuration that has a help text here.
+"""`evalmode train`: trains a transformer and writes a checkpoint.
 
-Types and defaults are those of `evalmode.model.config.TrainConfig`.
+A field of `TrainConfig` in model/config.py is a flag if it has a help text in `_HELP`. Its type and
+its default are those of the field. Four more flags say where the run writes and how it begins:
+`--out`, `--resume`, `--overwrite` and `--cache`.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 import typer
 
 from evalmode import CACHE
-from evalmode.commands.generated import command_of
+from evalmode.commands.generated import command_of, parameter
 from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console
 
@@ -23,91 +24,74 @@ EPILOG = (
 )
 _HELP = {
     "data": "`languages`, or a CSV, TSV, JSONL or Parquet file.",
-    "text_column": "The file's column of texts. \\[default: a usual name]",
-    "label_column": "Its column of labels. \\[default: a usual name]",
-    "separator": "What separates columns of a CSV or TSV file, such as ';' or tab.",
-    "out": "Where to write. \\[default: runs/NAME]",
-    "frontend": "auto, ngrams or bpe.",
+    "text_column": "The column of texts. \\[default: the first with a usual name]",
+    "label_column": "The column of labels. \\[default: the first with a usual name]",
+    "separator": "The separator of a CSV or TSV file, such as ';' or tab.",
+    "out": "The folder to write. \\[default: runs/NAME]",
+    "frontend": "How texts become ids: auto, ngrams or bpe.",
     "vocabulary": "Rows of the embedding table.",
-    "epochs": "Times to read the data. \\[default: by its size]",
-    "patience": "Epochs without a better validation loss before it stops.",
-    "max_minutes": "Stop by the clock; bits then depend on it.",
-    "dropout": "Drop probability wherever none is given below.",
-    "embedding_dropout": "After the embedding.",
-    "attention_dropout": "On the attention weights.",
-    "residual_dropout": "On each residual branch.",
-    "feed_forward_dropout": "In the feed-forward, after its GELU.",
-    "ngram_dropout": "On single n-grams (front end ngrams).",
-    "dropout_kind": "inverted, or classic (scales at test time).",
+    "epochs": "Passes over the training data. \\[default: by its size]",
+    "patience": "Epochs without a lower validation loss before training stops.",
+    "max_minutes": "Stop after this time; the weights then depend on the clock.",
+    "dropout": "Drop probability wherever no rate is given below.",
+    "embedding_dropout": "Drop probability after the embedding.",
+    "attention_dropout": "Drop probability of attention weights.",
+    "residual_dropout": "Drop probability of each residual branch.",
+    "feed_forward_dropout": "Drop probability in the feed-forward, after its GELU.",
+    "ngram_dropout": "Drop probability of single n-grams (front end ngrams).",
+    "dropout_kind": "inverted scales in training, classic in eval mode.",
     "crop": "Share of rows of which an epoch reads a random piece.",
-    "weight_decay": "AdamW's, on the weights of linear layers alone.",
-    "width": "Size of a position's vector.",
+    "weight_decay": "Weight decay of AdamW, on the weights of linear layers.",
+    "width": "Numbers in the vector of a position.",
     "layers": "Transformer blocks.",
     "heads": "Attention heads; a divisor of the width.",
-    "feed_forward": "Its inner size. \\[default: twice the width]",
-    "causal": "Let a position see itself and the past only.",
-    "learning_rate": "Peak learning rate.",
-    "batch_rows": "Rows a batch, in each process.",
+    "feed_forward": "Inner width of the feed-forward. \\[default: twice the width]",
+    "causal": "Let a position attend to itself and earlier ones only.",
+    "learning_rate": "Highest learning rate.",
+    "batch_rows": "Rows of a batch, in each process.",
     "seed": "The same seed gives the same weights on the same machine.",
-    "threads": "CPU threads; other numbers may give other bits.",
-    "devices": "Devices (processes) on each node.",
+    "threads": "CPU threads; another number may give other bits.",
+    "devices": "Devices on each node, with a process for each.",
     "nodes": "Nodes.",
-    "strategy": "Lightning's name: auto, ddp, ...",
-    "resume": "Go on where a killed run of the same settings stood.",
-    "overwrite": "Begin anew in place of the training in --out.",
-    "cache": f"Keeps the default data. \\[default: {CACHE}]",
+    "strategy": "Lightning's strategy: auto, ddp, ...",
+    "resume": "Continue an interrupted run of the same settings.",
+    "overwrite": "Start again, and replace the training in --out.",
+    "cache": f"Folder for the default data. \\[default: {CACHE}]",
 }
+# The default data is shared by all runs of a machine, so an environment may set its folder.
+_VARIABLES = {"cache": "EVALMODE_CACHE"}
 
 
 def train() -> None:
-    """Train a transformer with dropout, and write a checkpoint that `evalmode export` takes."""
+    """Train a transformer with dropout, and write a checkpoint for `evalmode export`."""
 
 
 def train_command() -> Any:
-    """The command with its flags.
+    """The click command with its flags.
 
-    It is made when it is called: an image that only serves has no model room.
+    It is built when it is called: an image that only serves has no model room to import.
     """
     from evalmode.model.config import TrainConfig
 
-    types = get_type_hints(TrainConfig) | {
-        "out": Path | None,
-        "resume": bool,
-        "overwrite": bool,
-        "cache": Path | None,
-    }
+    types = get_type_hints(TrainConfig)
+    types |= {"out": Path | None, "resume": bool, "overwrite": bool, "cache": Path | None}
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     defaults |= {"out": None, "resume": False, "overwrite": False, "cache": None}
     parameters = []
     for name, help_text in _HELP.items():
-        # A Literal stays a str: TrainConfig refuses another value with a sentence of its own.
-        kind = str if get_origin(types[name]) is Literal else types[name]
-        option = typer.Option(help=help_text, envvar="EVALMODE_CACHE" if name == "cache" else None)
-        parameters.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults[name],
-                annotation=Annotated[kind, option],
-            )
-        )
-
-    def call(
-        out: Path | None, resume: bool, overwrite: bool, cache: Path | None, **options: Any
-    ) -> None:
-        _train(options, out=out, resume=resume, overwrite=overwrite, cache=cache)
-
-    return command_of(call, parameters, described_by=train, epilog=EPILOG)
+        option = typer.Option(help=help_text, envvar=_VARIABLES.get(name))
+        flag_type = types[name]
+        # TrainConfig refuses a wrong word in one sentence; click would print its usage as well.
+        if get_origin(flag_type) is Literal:
+            flag_type = str
+        parameters.append(parameter(name, Annotated[flag_type, option], default=defaults[name]))
+    return command_of(_run, parameters, described_by=train, epilog=EPILOG)
 
 
-def _train(
-    options: dict[str, Any],
-    *,
-    out: Path | None,
-    resume: bool,
-    overwrite: bool,
-    cache: Path | None,
+def _run(
+    *, out: Path | None, resume: bool, overwrite: bool, cache: Path | None, **options: Any
 ) -> None:
+    """Train with `options` as the fields of TrainConfig, and print what came out."""
     from evalmode.model.config import TrainConfig
 
     try:
@@ -115,7 +99,7 @@ def _train(
     except ValueError as error:
         raise EvalmodeError(str(error)) from error
 
-    # Imported after the configuration: a value that is refused need not wait for torch.
+    # After the configuration: a wrong value is refused before torch is imported.
     from evalmode.model.train import fit
     from evalmode.tables import data_tables, metrics_table, pairs_table
 

@@ -1,6 +1,4 @@
-"""`evalmode verify`: which files, by which rules, on which inputs; and a bar while it takes long.
-Knows no rule.
-"""
+"""`evalmode verify`: ONNX files and bundles against the rules."""
 
 from __future__ import annotations
 
@@ -16,8 +14,8 @@ from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console
 
 if TYPE_CHECKING:
-    from evalmode.export.verify.options import Options
-    from evalmode.export.verify.targets import Target
+    from collections.abc import Iterable
+
     from evalmode.export.verify.verify import Examined
 
 EPILOG = (
@@ -26,7 +24,8 @@ EPILOG = (
 )
 MADE = "made"
 
-_BAR_FROM = 20  # targets
+# Fewer files are verified before a bar could be read.
+_TARGETS_FOR_A_BAR = 20
 
 
 def verify(
@@ -40,9 +39,8 @@ def verify(
         str | None,
         typer.Option(
             help=(
-                "Run bare files too, on the arrays of a .npz file, on what"
-                " package.module:sample_inputs returns, or "
-                "on `made` ones."
+                "Run bare ONNX files too: on the arrays of a .npz file, on what"
+                " package.module:sample_inputs returns, or on generated inputs (`made`)."
             ),
             show_default=False,
         ),
@@ -51,15 +49,14 @@ def verify(
         str | None,
         typer.Option(
             help=(
-                "package.module:factory of the module, in eval mode, that the files should answer"
-                " like."
+                "package.module:factory of a module in eval mode, which the files must agree with."
             ),
             show_default=False,
         ),
     ] = None,
     time_limit: Annotated[
         float,
-        typer.Option(help="Seconds that one file may run; one that takes longer is unproven."),
+        typer.Option(help="Seconds that one file may run; a file that takes longer is unproven."),
     ] = 60,
     memory_limit: Annotated[
         int, typer.Option(help="MiB of memory that one file may take to run.")
@@ -70,15 +67,19 @@ def verify(
     allow_unproven: reporting.AllowUnproven = False,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Leave this rule out; may be given again.", show_default=False),
+        typer.Option(help="Leave this rule out; may be repeated.", show_default=False),
     ] = None,
 ) -> None:
-    """Check ONNX files and bundles: exit 0 when all pass, 1 when a rule finds something, 2 when one
-    is unreadable.
+    """Check ONNX files and bundles.
+
+    Exit 0 when all pass, 1 when a rule finds something, 2 when a file is unreadable.
     """
+    from rich.progress import track
+
     from evalmode.export.report.report import FailOn, Report
     from evalmode.export.rules.registry import names_of
     from evalmode.export.verify.guarded import load
+    from evalmode.export.verify.in_parallel import examine_all
     from evalmode.export.verify.options import Limits, Options
     from evalmode.export.verify.targets import find_targets
 
@@ -91,27 +92,23 @@ def verify(
         limits=Limits(time_s=time_limit, memory_mib=memory_limit),
     )
     if inputs is not None:
-        load(options)  # a mistake in the user's own code is no verdict on any file
-    examined = _examine(find_targets(paths), options)
-    report = Report(examined=examined, fail_on=FailOn(fail_on), allow_unproven=allow_unproven)
+        load(options)  # an error in the user's own code is no verdict on a file
+
+    targets = find_targets(paths)
+    examined: Iterable[Examined] = examine_all(targets, options)
+    stderr = open_console(stderr=True)
+    if len(targets) >= _TARGETS_FOR_A_BAR and stderr.is_terminal:
+        examined = track(examined, "verify", total=len(targets), console=stderr, transient=True)
+    report = Report(
+        examined=tuple(examined), fail_on=FailOn(fail_on), allow_unproven=allow_unproven
+    )
     reporting.finish(report, form, output)
 
 
-def _examine(targets: Sequence[Target], options: Options) -> tuple[Examined, ...]:
-    from rich.progress import track
-
-    from evalmode.export.verify.in_parallel import examine_all
-
-    found = examine_all(targets, options)
-    terminal = open_console(stderr=True)
-    if len(targets) < _BAR_FROM or not terminal.is_terminal:
-        return tuple(found)
-    return tuple(track(found, "verify", total=len(targets), console=terminal, transient=True))
-
-
 def _samples(inputs: str) -> Sequence[Any] | str:
-    """What --inputs means: arrays of a file, the reference of the user's code, or none, which asks
-    for made ones.
+    """The inputs that --inputs names.
+
+    The arrays of a file, the reference to the user's code, or an empty sequence for `made`.
     """
     if inputs == MADE:
         return ()

@@ -137,7 +137,7 @@ class _Runner:
             raise EvalmodeError(
                 f"the process that loads {' and '.join(names) or 'the samples'} {error}"
             ) from error
-        sys.stderr.write(self.child.said())  # what the user's own code had to say
+        sys.stderr.write(self.child.read_stderr())  # what the user's own code had to say
         for message in messages:
             raise EvalmodeError(_parsed(message).refusal)
         self._loaded = options

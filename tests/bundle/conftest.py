@@ -1,4 +1,4 @@
-"""A bundle whose model is any bytes: the store knows no ONNX."""
+"""A bundle whose model is arbitrary bytes, which the store does not look into."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ANSWER = KnownAnswer(
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What `write_bundle` is given."""
+    """The arguments of `write_bundle`."""
 
     manifest: Manifest
     certificate: Certificate
@@ -66,8 +66,8 @@ def make_parts(
         files=hashes_of(contents),
     )
     records = tuple(
-        Record(rule=f"rule-{place}", verdict=found, why="why")
-        for place, found in enumerate(verdicts)
+        Record(rule=f"rule-{index}", verdict=verdict, why="why")
+        for index, verdict in enumerate(verdicts)
     )
     certificate = Certificate(
         digest=digest_of(manifest), platform=PLATFORM, records=records, row_counts={4: (1, 2)}
@@ -77,7 +77,7 @@ def make_parts(
 
 @pytest.fixture
 def parts() -> Callable[..., Parts]:
-    """Builds the parts of a bundle: importlib mode has no importing from a conftest."""
+    """`make_parts` as a fixture: in importlib mode a test cannot import from a conftest."""
     return make_parts
 
 

@@ -24,7 +24,7 @@ def certificate(parts) -> Certificate:
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict"),
+    ("verdicts", "verdict"),
     [
         ((), UNPROVEN),
         ((NOT_APPLICABLE,), UNPROVEN),
@@ -36,9 +36,9 @@ def certificate(parts) -> Certificate:
     ],
 )
 def test_a_certificate_is_as_good_as_its_worst_record_and_nothing_proves_nothing(
-    certificate, found, verdict
+    certificate, verdicts, verdict
 ):
-    records = tuple(Record(rule="rule", verdict=each, why="why") for each in found)
+    records = tuple(Record(rule="rule", verdict=entry, why="why") for entry in verdicts)
     assert certificate.model_copy(update={"records": records}).verdict is verdict
 
 
@@ -142,7 +142,7 @@ def test_several_differences_are_named_in_the_order_of_the_platforms_fields(cert
 
 def test_platforms_that_differ_in_any_field_have_differences(certificate):
     there = certificate.platform
-    others = {int: 7, str: "another", tuple: ("another",)}
+    replacements = {int: 7, str: "another", tuple: ("another",)}
     for name in type(there).model_fields:
-        other = others[type(getattr(there, name))]
-        assert there.differences(there.model_copy(update={name: other})), name
+        replacement = replacements[type(getattr(there, name))]
+        assert there.differences(there.model_copy(update={name: replacement})), name

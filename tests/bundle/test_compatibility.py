@@ -1,7 +1,7 @@
-"""A bundle that was ever written stays readable: bundles of every schema version lie in
-`written_by/` and must open and answer today.
+"""Every bundle that was ever written stays readable.
 
-`schemas.json` beside them records the fields of each schema version.
+`written_by/` has bundles of each schema version, which must open and answer today. `schemas.json`
+in it records the fields of each schema version.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ DIGESTS = {
 
 
 def fields_of(schema: JsonValue, definitions: dict[str, JsonValue]) -> JsonValue:
-    """What a JSON schema says of fields and their values alone.
+    """The part of a JSON schema that describes fields and their values.
 
-    Prose, the names of our classes and defaults that depend on the machine may change.
+    Prose, the names of classes, and defaults that depend on the machine may change.
     """
     if isinstance(schema, list):
         return [fields_of(part, definitions) for part in schema]

@@ -37,9 +37,7 @@ WRAP = 2**64
 
 
 def by_hand(symbols: str, spec: NgramSpec) -> list[list[int]]:
-    """The ids of folded symbols, one character and one n-gram after the other, as the docstrings
-    say it.
-    """
+    """The ids of normalised symbols, n-gram by n-gram, as the docstrings describe them."""
     points = [0] * spec.orders + [ord(symbol) for symbol in symbols]
     per_character = []
     for end in range(spec.orders - 1, len(points)):
@@ -73,13 +71,13 @@ PINNED = [
 
 
 def test_the_ids_are_those_that_every_trained_model_was_trained_on():
-    # Written down once: whoever changes these numbers makes every bundle that exists unusable.
+    # These numbers must never change: every existing bundle would become unusable.
     assert NgramFrontEnd(SMALL).encode("Ez 7!").ids.tolist() == PINNED
     assert NgramFrontEnd(SMALL).encode("Ez 7!").ids.tolist() == by_hand("ez 0!", SMALL)
 
 
 @given(TEXTS)
-def test_whatever_the_text_it_has_a_row_that_fits_the_ladder_and_the_table(text):
+def test_any_text_has_a_row_that_fits_the_ladder_and_the_table(text):
     row = DEFAULT.encode(text)
     spec = DEFAULT.spec
     assert row.ids.dtype == np.int64
@@ -89,18 +87,18 @@ def test_whatever_the_text_it_has_a_row_that_fits_the_ladder_and_the_table(text)
     assert row.ids.min() >= 0
     assert row.ids.max() < spec.vocabulary
     assert (row.ids[:, : spec.orders] > 0).all(), (
-        "a real position holds an id above 0, which is what masks by"
+        "a real position holds an id above 0, which is what the model masks by"
     )
 
 
 @given(TEXTS)
 def test_the_same_text_has_the_same_ids_in_every_front_end_of_one_spec(text):
-    again = open_frontend(NgramSpec.model_validate_json(DEFAULT.spec.model_dump_json()), None)
-    assert np.array_equal(again.encode(text).ids, DEFAULT.encode(text).ids)
+    reopened = open_frontend(NgramSpec.model_validate_json(DEFAULT.spec.model_dump_json()), None)
+    assert np.array_equal(reopened.encode(text).ids, DEFAULT.encode(text).ids)
 
 
 @given(TEXTS, TEXTS)
-def test_what_was_encoded_before_changes_nothing(before, text):
+def test_the_ids_of_a_text_do_not_depend_on_earlier_texts(before, text):
     expected = NgramFrontEnd(SMALL).encode(text)
     frontend = NgramFrontEnd(SMALL)
     frontend.encode(before)
@@ -115,7 +113,7 @@ def test_an_empty_text_has_one_position():
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("text", "other_text"),
     [
         ("Ez EGY Mondat", "ez egy mondat"),
         ("call 0123", "call 9876"),
@@ -137,21 +135,21 @@ def test_an_empty_text_has_one_position():
         "both halves",
     ],
 )
-def test_what_means_the_same_has_the_same_ids(one, other):
-    assert np.array_equal(DEFAULT.encode(one).ids, DEFAULT.encode(other).ids)
+def test_texts_that_differ_in_case_digits_blanks_or_composition_have_the_same_ids(text, other_text):
+    assert np.array_equal(DEFAULT.encode(text).ids, DEFAULT.encode(other_text).ids)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("ab", "ba"), ("a", "aa"), ("was", "wäs"), ("a b", "ab"), ("a1", "a")]
+    ("text", "other_text"), [("ab", "ba"), ("a", "aa"), ("was", "wäs"), ("a b", "ab"), ("a1", "a")]
 )
-def test_what_reads_otherwise_has_other_ids(one, other):
-    assert not np.array_equal(DEFAULT.encode(one).ids, DEFAULT.encode(other).ids)
+def test_texts_that_differ_in_letters_or_their_order_have_other_ids(text, other_text):
+    assert not np.array_equal(DEFAULT.encode(text).ids, DEFAULT.encode(other_text).ids)
 
 
 @pytest.mark.parametrize(
     ("characters", "truncated"), [(126, False), (127, False), (128, True), (5_000, True)]
 )
-def test_a_text_is_cut_at_what_the_model_reads_and_says_so(characters, truncated):
+def test_a_text_longer_than_the_model_reads_is_cut_and_marked_truncated(characters, truncated):
     row = DEFAULT.encode("x" * characters)
     assert row.truncated is truncated
     assert len(row.ids) == 32
@@ -171,21 +169,21 @@ def test_the_blanks_around_and_between_words_do_not_count_as_length():
     assert not DEFAULT.encode(spread).truncated
 
 
-def test_a_heap_of_combining_marks_takes_no_longer_than_its_length():
+def test_half_a_million_combining_marks_are_encoded_in_two_seconds():
     began = time.process_time()
-    # composed as a whole it would take a minute
+    # Composing all of it would take a minute.
     row = DEFAULT.encode("a" + "\u0301\u0316" * 250_000)
     assert row.truncated
     assert time.process_time() - began < 2
 
 
-def test_marks_that_can_be_read_are_composed():
+def test_combining_marks_within_the_limit_are_composed():
     accents = "\u0065\u0323\u0302 " * 30  # ệ in three code points
     assert np.array_equal(DEFAULT.encode(accents).ids, DEFAULT.encode("ệ " * 30).ids)
 
 
 @pytest.mark.parametrize(("length", "padded"), [(1, 4), (4, 4), (5, 8), (9, 16), (32, 32)])
-def test_a_row_is_padded_to_the_first_rung_that_holds_it(length, padded):
+def test_a_row_is_padded_to_the_first_length_that_holds_it(length, padded):
     assert NgramSpec().padded_length(length) == padded
 
 
@@ -202,12 +200,12 @@ def test_a_row_is_padded_to_the_first_rung_that_holds_it(length, padded):
         {"order": 3},
     ],
 )
-def test_a_spec_that_makes_no_sense_is_refused_naming_the_field(wrong):
+def test_an_invalid_spec_is_refused_with_the_name_of_the_field(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         NgramSpec(**wrong)
 
 
-def test_a_spec_is_known_by_its_kind():
+def test_a_spec_is_parsed_by_its_kind():
     adapter = TypeAdapter(FrontEndSpec)
     for spec in (NgramSpec(), BpeSpec(vocabulary=7)):
         assert adapter.validate_json(spec.model_dump_json()) == spec
@@ -215,7 +213,7 @@ def test_a_spec_is_known_by_its_kind():
         adapter.validate_python({"kind": "words"})
 
 
-def test_rows_with_several_ids_a_position_are_padded_with_0_and_need_no_mask():
+def test_rows_with_several_ids_per_position_are_padded_with_0_and_have_no_mask():
     rows = [DEFAULT.encode(text).ids for text in ("", "some words")]
     inputs = collate(rows, length=4)
     assert set(inputs) == {"input_ids"}
@@ -225,7 +223,7 @@ def test_rows_with_several_ids_a_position_are_padded_with_0_and_need_no_mask():
         assert not padded[len(row) :].any()
 
 
-def test_rows_with_one_id_a_position_come_with_a_mask():
+def test_rows_with_one_id_per_position_have_an_attention_mask():
     inputs = collate([np.array([1, 5]), np.array([1, 0, 7])], length=4)
     assert inputs["input_ids"].tolist() == [[1, 5, 0, 0], [1, 0, 7, 0]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
@@ -251,7 +249,7 @@ BPE = BpeSpec(vocabulary=300, lengths=(4, 16))
 
 @settings(max_examples=50)
 @given(text=TEXTS)
-def test_a_tokenizer_gives_any_text_a_row_that_starts_with_its_start(tokenizer, text):
+def test_a_tokenizer_gives_any_text_a_row_that_begins_with_the_start_id(tokenizer, text):
     frontend = open_frontend(BPE, tokenizer)
     row = frontend.encode(text)
     assert frontend.spec.ids_per_position == 1
@@ -263,17 +261,17 @@ def test_a_tokenizer_gives_any_text_a_row_that_starts_with_its_start(tokenizer, 
     assert np.array_equal(open_frontend(BPE, tokenizer).encode(text).ids, row.ids)
 
 
-def test_a_tokenizer_cuts_at_what_the_model_reads_and_says_so(tokenizer):
+def test_a_tokenizer_cuts_a_text_longer_than_the_model_reads_and_marks_it_truncated(tokenizer):
     frontend = BpeFrontEnd(BPE, tokenizer)
     assert frontend.encode("").ids.tolist() == [1]
-    known = frontend.encode("q" * 15)
-    assert (len(known.ids), known.truncated) == (16, False)
+    longest = frontend.encode("q" * 15)
+    assert (len(longest.ids), longest.truncated) == (16, False)
     cut = frontend.encode("q" * 16)
     assert (len(cut.ids), cut.truncated) == (16, True)
 
 
 @pytest.mark.parametrize("broken", ["", "{}", json.dumps({"model": {"type": "none"}})])
-def test_a_file_that_is_no_tokenizer_is_refused_with_its_name(broken):
+def test_an_unreadable_tokenizer_file_is_refused_with_its_name(broken):
     with pytest.raises(BundleCorrupt, match=r"tokenizer\.json"):
         open_frontend(BPE, broken)
 
@@ -431,15 +429,13 @@ def uncut(tokenizer: str, text: str) -> list[int]:
 @pytest.mark.parametrize("name", [*LOSSLESS, *OTHERS])
 @settings(max_examples=60, deadline=None)
 @given(text=LONG_TEXTS)
-def test_a_text_that_fits_has_the_ids_of_the_whole_text_and_all_others_say_that_they_are_cut(
-    name, text
-):
+def test_a_text_that_fits_has_all_of_its_ids_and_any_other_is_marked_truncated(name, text):
     tokenizer = (LOSSLESS | OTHERS)[name]
-    whole = uncut(tokenizer, text)
+    all_ids = uncut(tokenizer, text)
     row = BpeFrontEnd(SHORT_LADDER, tokenizer).encode(text)
-    assert row.truncated == (len(whole) > 15)
+    assert row.truncated == (len(all_ids) > 15)
     if not row.truncated:
-        assert row.ids.tolist() == [SHORT_LADDER.start, *whole]
+        assert row.ids.tolist() == [SHORT_LADDER.start, *all_ids]
 
 
 @settings(max_examples=100, deadline=None)
@@ -452,12 +448,12 @@ def test_a_text_that_fits_has_the_ids_of_the_whole_text_and_all_others_say_that_
 def test_a_text_of_words_that_does_not_fit_has_the_first_ids_of_the_whole_text(words, count):
     text = " ".join(words * count)
     for tokenizer in LOSSLESS.values():
-        whole = uncut(tokenizer, text)
-        assert BpeFrontEnd(SHORT_LADDER, tokenizer).encode(text).ids.tolist() == [1, *whole[:15]]
+        all_ids = uncut(tokenizer, text)
+        assert BpeFrontEnd(SHORT_LADDER, tokenizer).encode(text).ids.tolist() == [1, *all_ids[:15]]
 
 
 def test_a_text_can_have_one_and_a_half_code_points_for_each_byte_of_its_composed_form():
-    # what the bound on the length of a text that fits stands on
+    # The bound on the length of a text that fits relies on this.
     ratios = {
         len(unicodedata.normalize("NFD", letter)) / len(letter.encode())
         for letter in map(chr, [*range(0xD800), *range(0xE000, 0x110000)])
@@ -479,7 +475,7 @@ LONG = {
 
 @pytest.mark.parametrize("piece", LONG.values(), ids=LONG.keys())
 @pytest.mark.parametrize("kind", ["ngrams", "bpe"])
-def test_ten_million_code_points_are_read_in_a_hundredth_of_the_time_they_would_take(kind, piece):
+def test_ten_million_code_points_are_encoded_in_half_a_second(kind, piece):
     frontend = DEFAULT
     if kind == "bpe":
         frontend = BpeFrontEnd(BpeSpec(vocabulary=400), LOSSLESS["as trained here"])

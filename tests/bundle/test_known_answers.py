@@ -16,7 +16,7 @@ FRONTEND = NgramFrontEnd(NgramSpec(lengths=(4, 8), orders=2, characters=2, vocab
 
 
 def run(inputs):
-    """A model: three logits out of the sum of the ids."""
+    """A model whose three logits depend on the sum of the ids."""
     total = inputs["input_ids"].sum(tuple(range(1, inputs["input_ids"].ndim)))
     return {
         "logits": np.stack([np.sin(total), np.cos(total), np.sin(total * 2)], axis=1).astype(
@@ -25,21 +25,21 @@ def run(inputs):
     }
 
 
-def made(*texts: str) -> tuple[KnownAnswer, ...]:
-    found = []
+def answers_to(*texts: str) -> tuple[KnownAnswer, ...]:
+    answers = []
     for text in texts:
         ids = FRONTEND.encode(text).ids
         inputs = collate([ids], length=FRONTEND.spec.padded_length(len(ids)))
-        found.append(KnownAnswer(text=text, inputs=inputs, outputs=run(inputs)))
-    return tuple(found)
+        answers.append(KnownAnswer(text=text, inputs=inputs, outputs=run(inputs)))
+    return tuple(answers)
 
 
-ANSWERS = made("", "Ez egy rövid mondat.", "half \ud83d")
+ANSWERS = answers_to("", "Ez egy rövid mondat.", "half \ud83d")
 
 
 @pytest.fixture
 def replayed(parts, platform):
-    """Replays answers; by default on the certifying platform."""
+    """A function that replays answers, by default on the certifying platform."""
 
     def replayed(answers, run=run, *, frontend=FRONTEND, here=platform):
         return replay(
@@ -55,7 +55,7 @@ def elsewhere(platform):
 
 
 def off_by(relative: float):
-    """The model with one logit off by so many standard deviations of its row."""
+    """The model with one logit changed by `relative` standard deviations of its row."""
 
     def changed(inputs):
         logits = run(inputs)["logits"]
@@ -84,18 +84,18 @@ def test_answers_are_read_as_they_were_written(texts, seed):
     )
     read = unpack(pack(answers))
     assert [answer.text for answer in read] == texts
-    for found, answer in zip(read, answers, strict=True):
+    for unpacked, answer in zip(read, answers, strict=True):
         for kind in ("inputs", "outputs"):
             expected = getattr(answer, kind)
-            assert getattr(found, kind).keys() == expected.keys()
-            for name, tensor in getattr(found, kind).items():
+            assert getattr(unpacked, kind).keys() == expected.keys()
+            for name, tensor in getattr(unpacked, kind).items():
                 assert tensor.dtype == expected[name].dtype
                 assert tensor.tobytes() == expected[name].tobytes()
 
 
 def test_the_order_of_many_answers_is_kept():
-    answers = tuple(dataclasses.replace(ANSWERS[0], text=str(place)) for place in range(12))
-    assert [answer.text for answer in unpack(pack(answers))] == [str(place) for place in range(12)]
+    answers = tuple(dataclasses.replace(ANSWERS[0], text=str(index)) for index in range(12))
+    assert [answer.text for answer in unpack(pack(answers))] == [str(index) for index in range(12)]
 
 
 def test_the_same_answers_are_the_same_bytes():
@@ -103,7 +103,7 @@ def test_the_same_answers_are_the_same_bytes():
 
 
 @given(st.binary(max_size=200))
-def test_bytes_that_are_no_answers_are_refused_with_the_name_of_the_file(raw):
+def test_other_bytes_are_refused_with_the_name_of_the_file(raw):
     with pytest.raises(BundleCorrupt, match=r"known_answers\.npz"):
         unpack(raw)
 
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_answers_are_refused_with_the_name_of_the_file(raw):
     bits=st.integers(1, 255),
     end=st.none() | st.integers(1, 900),
 )
-def test_a_damaged_file_is_refused_or_read_and_never_a_crash(at, bits, end):
+def test_a_damaged_file_is_refused_or_read_without_another_error(at, bits, end):
     raw = bytearray(pack(ANSWERS))
     raw[at] ^= bits
     try:
@@ -130,18 +130,19 @@ def test_pickled_code_is_refused():
 
 
 def test_on_the_certifying_platform_the_bits_agree(replayed):
-    found = replayed(ANSWERS)
-    assert (found.verdict, found.answers, found.largest_difference) == ("bitwise", 3, 0.0)
+    result = replayed(ANSWERS)
+    assert (result.verdict, result.answers, result.largest_difference) == ("bitwise", 3, 0.0)
 
 
-def test_an_output_that_the_model_has_not_is_refused_by_name(replayed):
+def test_an_output_that_the_model_does_not_have_is_refused_by_name(replayed):
     with pytest.raises(
-        KnownAnswersDiffer, match="known answer 0 names an output that the model has not: 'logits'"
+        KnownAnswersDiffer,
+        match="known answer 0 names an output that the model does not have: 'logits'",
     ):
         replayed(ANSWERS, lambda inputs: {"scores": run(inputs)["logits"]})
 
 
-def test_where_nothing_was_replayed_nothing_held(replayed):
+def test_a_replay_of_no_answers_has_a_verdict_that_says_so(replayed):
     assert replayed(()).verdict == "no answers"
 
 
@@ -149,17 +150,17 @@ def test_on_the_certifying_platform_not_one_bit_may_differ(replayed):
     def one_bit_off(inputs):
         return {"logits": np.nextafter(run(inputs)["logits"], np.float32(9))}
 
-    with pytest.raises(KnownAnswersDiffer, match=r"known answer 0 does not come out.*not one bit"):
+    with pytest.raises(KnownAnswersDiffer, match=r"known answer 0 is not reproduced.*not one bit"):
         replayed(ANSWERS, one_bit_off)
 
 
-def test_on_another_platform_a_difference_within_the_tolerance_is_let_by_and_said(
+def test_on_another_platform_a_difference_within_the_tolerance_passes_and_is_reported(
     replayed, elsewhere
 ):
-    found = replayed(ANSWERS, off_by(5e-6), here=elsewhere)
-    assert found.verdict == "within tolerance"
-    assert 1e-6 < found.largest_difference <= found.tolerance == 1e-5
-    assert str(found) == "within tolerance (CPU features avx2 there, neon here)"
+    result = replayed(ANSWERS, off_by(5e-6), here=elsewhere)
+    assert result.verdict == "within tolerance"
+    assert 1e-6 < result.largest_difference <= result.tolerance == 1e-5
+    assert str(result) == "within tolerance (CPU features avx2 there, neon here)"
 
 
 def test_on_the_certifying_platform_there_are_no_differences_to_name(replayed):
@@ -168,15 +169,15 @@ def test_on_the_certifying_platform_there_are_no_differences_to_name(replayed):
 
 
 @pytest.mark.parametrize("here", [0, 1], ids=["there", "elsewhere"])
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("index", [0, 1, 2])
 def test_an_answer_with_other_bits_in_its_second_run_is_refused_by_its_number(
-    replayed, platform, elsewhere, here, place
+    replayed, platform, elsewhere, here, index
 ):
-    text, runs = ANSWERS[place].text, []
+    text, runs = ANSWERS[index].text, []
 
     def run_with_a_dropout(inputs):
         logits = run(inputs)["logits"]
-        if np.array_equal(inputs["input_ids"], ANSWERS[place].inputs["input_ids"]):
+        if np.array_equal(inputs["input_ids"], ANSWERS[index].inputs["input_ids"]):
             runs.append(text)
             logits[0, 0] = (
                 np.nextafter(logits[0, 0], np.float32(9)) if len(runs) == 2 else logits[0, 0]
@@ -185,13 +186,13 @@ def test_an_answer_with_other_bits_in_its_second_run_is_refused_by_its_number(
 
     with pytest.raises(
         KnownAnswersDiffer,
-        match=f"known answer {place} is not the same twice: output 'logits' has other bits",
+        match=f"known answer {index} is not the same twice: output 'logits' has other bits",
     ):
         replayed(ANSWERS, run_with_a_dropout, here=(platform, elsewhere)[here])
 
 
 @pytest.mark.parametrize("twice", [True, False])
-def test_each_answer_runs_twice_unless_it_is_known_to_repeat_itself(parts, platform, twice):
+def test_each_answer_runs_twice_unless_the_caller_says_once(parts, platform, twice):
     runs = []
 
     def run_and_count(inputs):
@@ -210,9 +211,7 @@ def test_each_answer_runs_twice_unless_it_is_known_to_repeat_itself(parts, platf
     assert len(runs) == len(ANSWERS) * (1 + twice)
 
 
-def test_an_answer_that_varies_is_refused_whatever_tolerance_its_certificate_claims(
-    parts, elsewhere
-):
+def test_an_answer_that_varies_between_runs_is_refused_at_any_tolerance(parts, elsewhere):
     draws = np.random.default_rng(5)
     generous = parts().certificate.model_copy(update={"tolerance": 1e9})
     with pytest.raises(KnownAnswersDiffer, match="known answer 0 is not the same twice"):
@@ -250,19 +249,19 @@ def test_numbers_that_are_not_finite_are_refused_on_every_platform(
             )
 
 
-def test_a_text_that_is_encoded_otherwise_is_refused_though_the_model_answers_alike(replayed):
-    other = NgramFrontEnd(FRONTEND.spec.model_copy(update={"vocabulary": 63}))
+def test_a_text_with_other_ids_is_refused_although_the_outputs_are_the_same(replayed):
+    other_frontend = NgramFrontEnd(FRONTEND.spec.model_copy(update={"vocabulary": 63}))
     with pytest.raises(KnownAnswersDiffer, match="known answer 0 is encoded to other ids"):
-        replayed(ANSWERS, frontend=other)
+        replayed(ANSWERS, frontend=other_frontend)
 
 
 def test_a_text_that_is_encoded_to_fewer_positions_is_refused(replayed):
-    answer = dataclasses.replace(made("a longer text")[0], text="a")
+    answer = dataclasses.replace(answers_to("a longer text")[0], text="a")
     with pytest.raises(KnownAnswersDiffer, match="other ids"):
         replayed((answer,))
 
 
-def test_without_a_front_end_the_tensors_alone_are_replayed(replayed):
+def test_without_a_front_end_only_the_tensors_are_replayed(replayed):
     answers = tuple(dataclasses.replace(answer, text=None) for answer in ANSWERS)
     assert replayed(answers, frontend=None).answers == 3
     assert replayed(ANSWERS, frontend=None).answers == 3

@@ -1,6 +1,6 @@
-"""A model that draws or trains is refused, however it is written; one that does not is opened.
+"""A model that draws or trains is refused in whatever way it is written; any other is accepted.
 
-The models are made with onnx, and ONNX Runtime shows that what is refused would have drawn.
+The models are built with onnx, and ONNX Runtime shows that those which are refused would draw.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
 from onnx import (
     AttributeProto,
     GraphProto,
@@ -25,10 +24,8 @@ from onnx import (
     numpy_helper,
 )
 
-from evalmode.bundle import operators
 from evalmode.bundle.errors import BundleNotCertified
 from evalmode.bundle.operators import check_operators
-from evalmode.bundle.wire import BYTES, FIXED32, FIXED64, VARINT
 
 SIZE = 64
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [SIZE])
@@ -74,9 +71,9 @@ def body(*nodes: NodeProto, weights: tuple[TensorProto, ...] = (), name: str = "
 
 
 def chosen(branch: GraphProto) -> NodeProto:
-    """An If whose one branch is `branch`, which makes `t`."""
-    other = body(quiet(output="e"), name="e")
-    return node("If", ["yes"], ["y"], name="choose", then_branch=branch, else_branch=other)
+    """An If one of whose branches is `branch`, with the output `t`."""
+    else_branch = body(quiet(output="e"), name="e")
+    return node("If", ["yes"], ["y"], name="choose", then_branch=branch, else_branch=else_branch)
 
 
 def function(
@@ -86,10 +83,10 @@ def function(
     return helper.make_function(domain, name, ["x"], ["y"], nodes, imports, attributes)
 
 
-def repeated(made: NodeProto) -> NodeProto:
-    """A Loop of one turn whose body makes `t`."""
+def repeated(output_node: NodeProto) -> NodeProto:
+    """A Loop of one turn, whose body has the output `t`."""
     truth = helper.make_tensor_value_info("again", TensorProto.BOOL, [])
-    loop = body(made, node("Identity", ["go"], ["again"]))
+    loop = body(output_node, node("Identity", ["go"], ["again"]))
     loop.input.extend(
         [
             helper.make_tensor_value_info("turn", TensorProto.INT64, []),
@@ -103,7 +100,7 @@ def repeated(made: NodeProto) -> NodeProto:
 
 
 def refusal(model: ModelProto | bytes) -> str:
-    """Why a model is refused; "" for one that is opened."""
+    """Why a model is refused; empty for one that is accepted."""
     data = model if isinstance(model, bytes) else model.SerializeToString()
     try:
         check_operators(data)
@@ -113,7 +110,7 @@ def refusal(model: ModelProto | bytes) -> str:
 
 
 def draws(data: bytes) -> bool:
-    """Whether ONNX Runtime answers the same input in two ways."""
+    """Whether ONNX Runtime gives two answers to the same input."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -123,7 +120,7 @@ def draws(data: bytes) -> bool:
 
 
 def drawing_models() -> Iterator[tuple[str, ModelProto]]:
-    """The same draw in every place where a node can stand."""
+    """The same draw wherever a model can have a node."""
     yield "main graph", model_of(draw())
     yield "dropout", model_of(drop(), weights=(RATE, ON))
     yield "branch", model_of(chosen(body(draw(output="t"))), weights=(YES,))
@@ -144,7 +141,7 @@ def drawing_models() -> Iterator[tuple[str, ModelProto]]:
     yield "function of a function", model_of(call, functions=(outer, inner))
     branch = function(constant(True, "yes"), chosen(body(draw(output="t"))))
     yield "branch of a function", model_of(call, functions=(branch,))
-    # ONNX Runtime takes its own Bernoulli, and not the function.
+    # ONNX Runtime uses its operator of this name, and not the function.
     shadow = function(quiet(), name="RandomUniformLike", domain="")
     yield "shadowed", model_of(draw(), functions=(shadow,))
 
@@ -152,11 +149,11 @@ def drawing_models() -> Iterator[tuple[str, ModelProto]]:
 DRAWING = dict(drawing_models())
 
 
-@pytest.mark.parametrize("place", DRAWING)
-def test_what_draws_in_the_runtime_is_refused_wherever_it_stands(place: str) -> None:
-    assert draws(DRAWING[place].SerializeToString())
+@pytest.mark.parametrize("case", DRAWING)
+def test_a_node_that_draws_in_onnx_runtime_is_refused_at_any_depth(case: str) -> None:
+    assert draws(DRAWING[case].SerializeToString())
     assert re.search(
-        r"must not be served: the node '(\S*/)?(draw|drop)' is", refusal(DRAWING[place])
+        r"must not be served: the node '(\S*/)?(draw|drop)' is", refusal(DRAWING[case])
     )
 
 
@@ -172,7 +169,7 @@ def test_a_function_that_nothing_calls_is_read_too() -> None:
     assert "'my:block/draw'" in refusal(model_of(quiet(), functions=(function(draw()),)))
 
 
-def test_a_graph_that_is_given_to_a_function_is_read_as_a_default_and_in_a_call() -> None:
+def test_a_graph_passed_to_a_function_is_read_as_a_default_and_in_a_call() -> None:
     reads = node("If", ["x"], ["y"])
     for name in ("then_branch", "else_branch"):
         reads.attribute.add(name=name, ref_attr_name="g", type=AttributeProto.GRAPH)
@@ -204,18 +201,18 @@ def test_an_operator_that_draws_or_trains_is_refused_in_every_domain(
     ) or ("trains" in why)
 
 
-def test_an_operator_that_is_not_known_is_refused_unless_it_is_a_function_of_the_model() -> None:
+def test_an_unknown_operator_is_refused_unless_it_is_a_function_of_the_model() -> None:
     strange = node("Strange", ["x"], ["y"], domain="my")
     assert "my::Strange, which is not known" in refusal(model_of(strange))
     assert refusal(model_of(strange, functions=(function(quiet(), name="Strange"),))) == ""
-    # In a domain of its own the runtime may have an operator of that name, and takes it.
+    # In a domain of ONNX Runtime there may be an operator of that name, which it prefers.
     newer = node("Strange", ["x"], ["y"], domain="com.microsoft")
     named = function(quiet(), name="Strange", domain="com.microsoft")
     assert "not known" in refusal(model_of(newer, functions=(named,)))
     assert "not known" in refusal(model_of(node("Strange", ["x"], ["y"])))
 
 
-def test_an_opset_from_after_the_table_is_refused() -> None:
+def test_an_opset_newer_than_the_table_is_refused() -> None:
     assert "opset 99 of ai.onnx" in refusal(model_of(quiet(), opset=99))
 
 
@@ -318,12 +315,14 @@ MODES: dict[str, tuple[ModelProto, bool]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_training_mode_is_off_where_that_is_plain_to_see(mode: str) -> None:
+def test_a_node_with_a_training_mode_is_accepted_only_when_the_mode_is_visibly_off(
+    mode: str,
+) -> None:
     model, is_off = MODES[mode]
     assert (refusal(model) == "") == is_off, refusal(model)
 
 
-def test_a_mode_that_is_a_reference_is_refused() -> None:
+def test_a_training_mode_that_is_an_argument_of_a_function_is_refused() -> None:
     norm = node("BatchNormalization", ["x"] * 5, ["y"])
     norm.attribute.add(name="training_mode", ref_attr_name="k", type=AttributeProto.INT)
     call = node("block", ["x"], ["y"], domain="my", k=0)
@@ -331,15 +330,15 @@ def test_a_mode_that_is_a_reference_is_refused() -> None:
     assert "training mode" in refusal(model)
 
 
-def test_a_mode_in_a_graph_that_is_given_to_a_function_is_refused() -> None:
-    given = body(constant(False), drop(output="t"))
-    call = node("block", ["x"], ["y"], domain="my", g=given)
+def test_a_training_mode_in_a_graph_passed_to_a_function_is_refused() -> None:
+    graph = body(constant(False), drop(output="t"))
+    call = node("block", ["x"], ["y"], domain="my", g=graph)
     model = model_of(call, functions=(function(quiet(), attributes=("g",)),))
     assert "training mode" in refusal(model)
 
 
 def nested(number: int, content: bytes) -> bytes:
-    """A field of bytes, whose number and length are written out."""
+    """A serialised field of bytes."""
 
     def number_of(value: int) -> bytes:
         written = bytearray()
@@ -359,7 +358,7 @@ def without(message: object, field: str) -> bytes:
 
 
 def test_parts_that_protobuf_merges_are_refused() -> None:
-    """Read one by one each part is quiet; merged they are a Dropout that is on."""
+    """Each part alone is quiet; protobuf merges them into a Dropout that is on."""
     split = model_of(drop(), weights=(RATE, OFF))
     graph = without(split.graph, "initializer")
     modes = GraphProto(initializer=[RATE, ON]).SerializeToString()
@@ -369,7 +368,7 @@ def test_parts_that_protobuf_merges_are_refused() -> None:
 
 
 @pytest.mark.parametrize("number", [3, 4, 7])
-def test_a_node_that_names_itself_twice_is_refused(number: int) -> None:
+def test_a_node_with_two_names_operators_or_domains_is_refused(number: int) -> None:
     first = quiet()
     first.domain = "ai.onnx"
     twice = nested(number, b"Bernoulli")
@@ -386,12 +385,12 @@ def test_a_field_that_onnx_does_not_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tag", [0x3B, 0x06, 0x00], ids=["a group", "wire type 6", "number 0"])
-def test_what_is_no_field_at_all_is_refused(tag: int) -> None:
+def test_bytes_that_are_no_field_are_refused(tag: int) -> None:
     data = bytes([tag, 1]) + model_of(quiet()).SerializeToString()
     assert "is not an ONNX model: byte 0 is no protobuf field" in refusal(data)
 
 
-def test_a_tag_that_is_written_longer_than_need_be_is_the_same_tag() -> None:
+def test_a_tag_in_more_bytes_than_needed_is_the_same_tag() -> None:
     """protobuf reads 0x8a 0x00 as it reads 0x0a."""
     graph = model_of().graph.SerializeToString()
     long_tag = b"\x8a\x00" + nested(1, draw().SerializeToString())[1:]
@@ -401,7 +400,7 @@ def test_a_tag_that_is_written_longer_than_need_be_is_the_same_tag() -> None:
 
 
 @pytest.mark.parametrize("end", range(1, 60, 7))
-def test_a_model_that_breaks_off_is_refused(end: int) -> None:
+def test_a_truncated_model_is_refused(end: int) -> None:
     data = model_of(draw()).SerializeToString()
     assert refusal(data[: len(data) - end])
 
@@ -423,7 +422,7 @@ def test_a_dropout_without_an_opset_is_refused() -> None:
     assert "training mode" in refusal(model)
 
 
-def test_weights_in_another_file_are_refused_wherever_they_stand() -> None:
+def test_weights_in_another_file_are_refused_in_every_kind_of_tensor() -> None:
     elsewhere = TensorProto(name="far", data_type=TensorProto.FLOAT, dims=[SIZE])
     elsewhere.data_location = TensorProto.EXTERNAL
     elsewhere.external_data.add(key="location", value="weights.bin")
@@ -460,7 +459,7 @@ def test_weights_are_skipped_and_not_copied() -> None:
     assert peak < 1 << 20 < len(data)
 
 
-def test_graphs_that_stand_deeper_than_protobuf_reads_are_refused() -> None:
+def test_graphs_nested_deeper_than_protobuf_reads_are_refused() -> None:
     graph = b""
     for _ in range(120):
         attribute = nested(1, b"then_branch") + nested(6, graph)
@@ -468,40 +467,12 @@ def test_graphs_that_stand_deeper_than_protobuf_reads_are_refused() -> None:
     assert "deep inside one another" in refusal(without(model_of(), "graph") + nested(7, graph))
 
 
-WIRES: dict[int, int] = {
-    **dict.fromkeys(
-        [FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64,
-         FieldDescriptor.TYPE_ENUM],
-        VARINT,
-    ),
-    FieldDescriptor.TYPE_FLOAT: FIXED32,
-    FieldDescriptor.TYPE_DOUBLE: FIXED64,
-    **dict.fromkeys(
-        [FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE],
-        BYTES,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message", operators.MESSAGES, ids=lambda message: message.name)
-def test_the_fields_of_each_message_are_onnxs(message: operators.Message) -> None:
-    descriptor = getattr(onnx, message.name).DESCRIPTOR
-    fields = {field.number: WIRES[field.type] for field in descriptor.fields}
-    many = {field.number for field in descriptor.fields if field.is_repeated}
-    assert {number: wires[0] for number, wires in message.singular.items()} == {
-        number: wire for number, wire in fields.items() if number not in many
-    }
-    assert {number: set(wires) for number, wires in message.repeated.items()} == {
-        number: {wire, BYTES} for number, wire in fields.items() if number in many
-    }
-
-
 def test_no_change_of_one_byte_makes_a_drawing_model_open_and_draw() -> None:
     data = model_of(draw()).SerializeToString()
-    for place in range(len(data)):
+    for position in range(len(data)):
         for value in range(256):
-            changed = data[:place] + bytes([value]) + data[place + 1 :]
-            assert refusal(changed) or not loads_and_draws(changed), (place, value)
+            changed = data[:position] + bytes([value]) + data[position + 1 :]
+            assert refusal(changed) or not loads_and_draws(changed), (position, value)
 
 
 def loads_and_draws(data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Fake runs: a row is three numbers, and how they are added depends on what the fake is to show."""
+"""With fakes of `run`: a row is three numbers, which each fake adds in another way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evalmode.bundle.row_counts import (
     timed_row_counts,
 )
 
-ROWS = [{"x": np.array([[0.1, 0.2, 0.3 + place]], np.float32)} for place in range(3)]
+ROWS = [{"x": np.array([[0.1, 0.2, 0.3 + position]], np.float32)} for position in range(3)]
 COUNTS = (1, 2, 4, 8)
 
 
@@ -30,28 +30,28 @@ def test_a_run_without_batch_effects_is_stable_at_every_count():
 
 
 @pytest.mark.parametrize("unstable", [{2}, {4, 8}, {2, 4, 8}])
-def test_a_run_that_depends_on_the_row_count_is_found(unstable):
+def test_row_counts_with_other_bits_are_not_stable(unstable):
     def run(inputs):
-        found = exact(inputs)["y"]
-        return {"y": np.nextafter(found, np.float32(9)) if len(found) in unstable else found}
+        outputs = exact(inputs)["y"]
+        return {"y": np.nextafter(outputs, np.float32(9)) if len(outputs) in unstable else outputs}
 
     assert stable_row_counts(run, ROWS, COUNTS) == tuple(
-        each for each in COUNTS if each not in unstable
+        row_count for row_count in COUNTS if row_count not in unstable
     )
 
 
-@pytest.mark.parametrize("place", [0, 1, 3, 7])
-def test_one_place_of_the_batch_that_has_other_bits_is_found(place):
+@pytest.mark.parametrize("position", [0, 1, 3, 7])
+def test_a_row_count_is_not_stable_if_one_position_of_the_batch_has_other_bits(position):
     def run(inputs):
-        found = exact(inputs)["y"]
-        if len(found) == 8:
-            found[place] = np.nextafter(found[place], np.float32(9))
-        return {"y": found}
+        outputs = exact(inputs)["y"]
+        if len(outputs) == 8:
+            outputs[position] = np.nextafter(outputs[position], np.float32(9))
+        return {"y": outputs}
 
     assert stable_row_counts(run, ROWS, COUNTS) == (1, 2, 4)
 
 
-def test_a_run_in_which_rows_see_their_neighbours_is_found():
+def test_a_run_in_which_rows_depend_on_their_neighbours_is_stable_at_one_row_only():
     def run(inputs):
         return {"y": exact(inputs)["y"] - inputs["x"].mean()}
 
@@ -67,7 +67,7 @@ def test_a_run_that_does_not_repeat_itself_is_stable_nowhere():
     assert stable_row_counts(run, ROWS, COUNTS) == ()
 
 
-def test_the_sign_of_a_zero_is_a_bit_too():
+def test_the_sign_of_a_zero_counts_as_a_bit():
     def run(inputs):
         return {
             "y": np.zeros((len(inputs["x"]), 1), np.float32) * (1 if len(inputs["x"]) == 1 else -1)
@@ -76,7 +76,7 @@ def test_the_sign_of_a_zero_is_a_bit_too():
     assert stable_row_counts(run, ROWS, COUNTS) == (1,)
 
 
-def test_every_output_counts():
+def test_every_output_is_compared():
     def run(inputs):
         rows = len(inputs["x"])
         return {"y": exact(inputs)["y"], "z": np.full((rows, 1), rows if rows > 2 else 0)}
@@ -84,21 +84,21 @@ def test_every_output_counts():
     assert stable_row_counts(run, ROWS, COUNTS) == (1, 2)
 
 
-def test_what_is_not_begun_in_time_is_not_proven():
+def test_a_row_count_not_begun_within_the_budget_is_left_out():
     assert set(timed_row_counts(exact, ROWS, COUNTS, budget_s=0)) == {1}
 
 
-def test_every_stable_count_is_timed_and_no_other():
+def test_exactly_the_stable_row_counts_are_timed():
     def run(inputs):
-        found = exact(inputs)["y"]
-        return {"y": np.nextafter(found, np.float32(9)) if len(found) == 4 else found}
+        outputs = exact(inputs)["y"]
+        return {"y": np.nextafter(outputs, np.float32(9)) if len(outputs) == 4 else outputs}
 
     timed = timed_row_counts(run, ROWS, COUNTS, budget_s=10)
     assert set(timed) == {1, 2, 8}
     assert all(seconds > 0 for seconds in timed.values())
 
 
-def test_a_batch_that_fails_ends_the_measurement_and_does_not_fail_it():
+def test_a_batch_that_fails_ends_the_measurement_without_an_error():
     def run(inputs):
         if len(inputs["x"]) > 2:
             raise ModelRunFailed("out of memory")
@@ -107,7 +107,7 @@ def test_a_batch_that_fails_ends_the_measurement_and_does_not_fail_it():
     assert set(timed_row_counts(run, ROWS, COUNTS, budget_s=10)) == {1, 2}
 
 
-def test_one_row_that_fails_fails_the_measurement():
+def test_a_single_row_that_fails_is_an_error():
     def run(inputs):
         raise ModelRunFailed("always")
 
@@ -115,24 +115,24 @@ def test_one_row_that_fails_fails_the_measurement():
         timed_row_counts(run, ROWS, COUNTS, budget_s=10)
 
 
-def test_an_answer_with_fewer_rows_than_were_asked_is_not_stable():
+def test_a_batch_with_fewer_output_rows_is_not_stable():
     def run(inputs):
         return {"y": exact(inputs)["y"][:2]}
 
     assert stable_row_counts(run, ROWS, COUNTS) == (1, 2)
 
 
-def test_strings_are_compared_by_what_they_say_and_not_by_where_they_lie():
-    one, other = np.array(["ab", "c"], object), np.array(["a", "bc"], object)
-    assert bits(one) == bits(np.array(["".join("ab"), "c"], object))
-    assert bits(one) != bits(other)
+def test_strings_are_compared_by_content_and_not_by_address():
+    first, second = np.array(["ab", "c"], object), np.array(["a", "bc"], object)
+    assert bits(first) == bits(np.array(["".join("ab"), "c"], object))
+    assert bits(first) != bits(second)
 
 
 LADDER = NgramSpec(lengths=(4, 8, 32))
 
 
 def rows_of(*lengths):
-    """Rows (T, 2) of these lengths, all of whose ids differ."""
+    """Rows (T, 2) of these lengths, with different ids everywhere."""
     starts = np.cumsum([0, *lengths])
     return [np.arange(2 * a, 2 * b, dtype=np.int64).reshape(-1, 2) + 1 for a, b in pairwise(starts)]
 
@@ -141,10 +141,10 @@ def real_length(row):
     return int(row["input_ids"][0].any(-1).sum())
 
 
-def test_every_rung_has_single_rows_half_of_them_full_and_half_mostly_padding():
-    found = rows_by_length(rows_of(1, 3, 4, 5, 8, 9, 20, 32), LADDER)
-    assert list(found) == [4, 8, 32]
-    for length, rows in found.items():
+def test_every_length_has_single_rows_half_of_them_full_and_half_mostly_padding():
+    rows_at = rows_by_length(rows_of(1, 3, 4, 5, 8, 9, 20, 32), LADDER)
+    assert list(rows_at) == [4, 8, 32]
+    for length, rows in rows_at.items():
         assert {row["input_ids"].shape for row in rows} == {(1, length, 2)}
         real = [real_length(row) for row in rows]
         assert real[0::2] == [length] * 4
@@ -152,17 +152,17 @@ def test_every_rung_has_single_rows_half_of_them_full_and_half_mostly_padding():
         assert len({row["input_ids"].tobytes() for row in rows}) == 8, "eight rows that differ"
 
 
-def test_rows_reach_a_length_that_the_data_does_not():
+def test_texts_are_joined_to_reach_a_length_that_none_of_them_has():
     short = rows_of(1, 2)
-    found = rows_by_length(short, NgramSpec(lengths=(3, 8)), each=2)
-    assert [real_length(rows[0]) for rows in found.values()] == [3, 8]
-    assert [len(rows) for rows in found.values()] == [2, 2]
+    rows_at = rows_by_length(short, NgramSpec(lengths=(3, 8)), each=2)
+    assert [real_length(rows[0]) for rows in rows_at.values()] == [3, 8]
+    assert [len(rows) for rows in rows_at.values()] == [2, 2]
 
 
-@pytest.mark.parametrize("rung", [16, 2, 1])
-def test_rows_never_leave_a_ladder_of_one_rung(rung):
-    found = rows_by_length(rows_of(1, 3, 9), NgramSpec(lengths=(rung,)))[rung]
-    assert {row["input_ids"].shape[:2] for row in found} == {(1, rung)}
+@pytest.mark.parametrize("length", [16, 2, 1])
+def test_rows_fit_a_ladder_of_one_length(length):
+    rows = rows_by_length(rows_of(1, 3, 9), NgramSpec(lengths=(length,)))[length]
+    assert {row["input_ids"].shape[:2] for row in rows} == {(1, length)}
 
 
 def test_rows_of_token_ids_come_with_their_attention_mask():
@@ -172,5 +172,5 @@ def test_rows_of_token_ids_come_with_their_attention_mask():
 
 
 def test_a_batch_takes_its_rows_in_turn():
-    rows = [{"x": np.array([[place]])} for place in range(3)]
+    rows = [{"x": np.array([[position]])} for position in range(3)]
     assert stack(rows, count=5, first=1)["x"].tolist() == [[1], [2], [0], [1], [2]]

@@ -27,8 +27,8 @@ def model() -> bytes:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 32])],
         [numpy_helper.from_array(WEIGHTS, "w")],
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    return made.SerializeToString()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return model.SerializeToString()
 
 
 def test_a_model_is_opened_from_bytes_and_from_a_path_alike(model, tmp_path):
@@ -48,8 +48,8 @@ def test_inputs_that_the_model_does_not_take_are_refused_in_a_sentence(model, in
         open_session(model).run(inputs)
 
 
-def made(op, *, inputs, weights):
-    """A model of one node whose inputs are named, and whose output has any shape."""
+def one_node(op, *, inputs, weights):
+    """A model with one node, whose output may have any shape."""
     graph = helper.make_graph(
         [helper.make_node(op, [*inputs, *weights], ["y"])],
         "one node",
@@ -72,26 +72,26 @@ FLOATS = (TensorProto.FLOAT, ["n", "k"])
     ("model", "inputs"),
     [
         (
-            made("MatMul", inputs={"x": FLOATS}, weights={"w": np.ones((4, 2), np.float32)}),
+            one_node("MatMul", inputs={"x": FLOATS}, weights={"w": np.ones((4, 2), np.float32)}),
             {"x": np.ones((2, 3), np.float32)},
         ),
         (
-            made("Reshape", inputs={"x": FLOATS}, weights={"s": np.array([0, 4, -1])}),
+            one_node("Reshape", inputs={"x": FLOATS}, weights={"s": np.array([0, 4, -1])}),
             {"x": np.ones((2, 3), np.float32)},
         ),
         (
-            made("Add", inputs={"a": FLOATS, "b": FLOATS}, weights={}),
+            one_node("Add", inputs={"a": FLOATS, "b": FLOATS}, weights={}),
             {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 2), np.float32)},
         ),
     ],
 )
-def test_shapes_that_do_not_go_together_are_the_fault_of_the_inputs(model, inputs):
+def test_shapes_that_clash_are_refused_inputs(model, inputs):
     with pytest.raises(InputsRefused, match="while running"):
         open_session(model).run(inputs)
 
 
-def test_memory_that_gives_out_is_no_fault_of_the_inputs():
-    model = made(
+def test_a_lack_of_memory_is_a_failed_run_and_not_refused_inputs():
+    model = one_node(
         "Expand",
         inputs={"x": (TensorProto.FLOAT, [1])},
         weights={"s": np.array([10**6, 10**7, 10**3])},
@@ -101,7 +101,7 @@ def test_memory_that_gives_out_is_no_fault_of_the_inputs():
     assert not isinstance(failure.value, InputsRefused)
 
 
-def test_a_session_tells_its_tensors_with_minus_one_where_they_vary(model):
+def test_a_session_lists_its_tensors_with_minus_one_for_axes_that_vary(model):
     session = open_session(model)
     assert [(spec.name, spec.datatype, spec.shape) for spec in session.inputs] == [
         ("x", "FP32", (-1, 64))
@@ -111,7 +111,7 @@ def test_a_session_tells_its_tensors_with_minus_one_where_they_vary(model):
     ]
 
 
-def test_a_session_tells_the_platform_that_its_bits_depend_on(model):
+def test_a_session_describes_the_platform_that_its_bits_depend_on(model):
     platform = open_session(model, threads=2).platform
     assert platform.runtime == f"onnxruntime {onnxruntime.__version__}"
     assert platform.provider == "CPUExecutionProvider"
@@ -126,7 +126,7 @@ def test_a_provider_may_be_named_in_short_or_by_its_full_name(model, name):
 
 
 @pytest.mark.parametrize("name", ["cuda", "tensorrt", "nonsense", ""])
-def test_a_provider_that_is_not_there_is_refused_and_those_that_are_are_listed(model, name):
+def test_an_unavailable_provider_is_refused_with_a_list_of_those_available(model, name):
     if f"{name.upper()}ExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("it is there")
     with pytest.raises(ProviderUnavailable, match=rf"'{name}' is not available here.*offers:.*cpu"):
@@ -134,7 +134,7 @@ def test_a_provider_that_is_not_there_is_refused_and_those_that_are_are_listed(m
 
 
 @pytest.mark.parametrize("garbage", [b"", b"garbage", b"\x08\x0a" * 100])
-def test_a_file_that_is_no_model_is_refused_with_its_name(garbage):
+def test_an_unreadable_model_is_refused_with_its_name(garbage):
     with pytest.raises(BundleCorrupt, match=r"model\.onnx cannot be opened"):
         open_session(garbage)
 
@@ -149,16 +149,16 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 def test_many_threads_on_one_session_get_the_bits_of_one(model, threads, optimise):
     session = open_session(model, threads=threads, optimise=optimise)
     random = np.random.default_rng(9)
-    asked = [
+    requests = [
         {"x": random.standard_normal((rows, 64)).astype(np.float32)} for rows in (1, 2, 7, 16) * 20
     ]
-    expected = [session.run(inputs)["y"].tobytes() for inputs in asked]
+    expected = [session.run(inputs)["y"].tobytes() for inputs in requests]
     with ThreadPoolExecutor(8) as pool:
-        assert [found["y"].tobytes() for found in pool.map(session.run, asked)] == expected
+        assert [outputs["y"].tobytes() for outputs in pool.map(session.run, requests)] == expected
 
 
 def distribution(folder: Path, name: str) -> None:
-    """What pip leaves behind of an installed distribution."""
+    """The metadata that pip writes for an installed distribution."""
     info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -177,32 +177,32 @@ except ProviderUnavailable as error:
 
 
 def sentence(*, path: Path, before: str = "") -> str:
-    """What a new process with these distributions says; it has not touched ONNX Runtime then."""
+    """The error of a new process with these distributions, which has not loaded ONNX Runtime."""
     program = f"import sys; sys.path.insert(0, {str(path)!r})\n" + PROGRAM.format(before=before)
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    said, loaded = json.loads(ended.stdout)
+    message, loaded = json.loads(ended.stdout)
     assert not loaded
-    return said
+    return message
 
 
-def test_both_distributions_of_onnx_runtime_are_refused_with_the_way_out(tmp_path):
+def test_two_distributions_of_onnx_runtime_are_refused_with_the_remedy(tmp_path):
     distribution(tmp_path, "onnxruntime")
     distribution(tmp_path, "onnxruntime-gpu")
-    said = sentence(path=tmp_path)
-    assert "are both installed" in said
-    assert "pip uninstall onnxruntime onnxruntime-gpu" in said
+    message = sentence(path=tmp_path)
+    assert "are both installed" in message
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in message
 
 
-def test_no_onnx_runtime_is_refused_with_the_way_out(tmp_path):
-    said = sentence(
+def test_a_missing_onnx_runtime_is_refused_with_the_remedy(tmp_path):
+    message = sentence(
         path=tmp_path,
-        before="sys.modules['onnxruntime'] = None  # what the import system takes for absent",
+        before="sys.modules['onnxruntime'] = None  # the import system then finds no such module",
     )
-    assert "ONNX Runtime is not installed" in said
-    assert "evalmode[cpu]" in said
-    assert "evalmode[gpu]" in said
+    assert "ONNX Runtime is not installed" in message
+    assert "evalmode[cpu]" in message
+    assert "evalmode[gpu]" in message
 
 
 def test_opening_a_session_tells_onnx_runtime_to_write_no_telemetry(model, tmp_path):

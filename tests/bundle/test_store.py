@@ -21,13 +21,13 @@ from evalmode.bundle.store import digest_of, find_bundle, hashes_of, open_bundle
 FILES = ("model.onnx", "known_answers.npz", "notes/origin.txt", "manifest.json", "certificate.json")
 
 
-def test_what_was_written_is_what_is_opened(written, parts):
-    bundle, made = open_bundle(written), parts()
+def test_a_bundle_opens_as_it_was_written(written, parts):
+    bundle, expected = open_bundle(written), parts()
     assert bundle.path == written
-    assert bundle.manifest == made.manifest
-    assert bundle.certificate == made.certificate.sealed()
-    assert bundle.contents == made.contents
-    assert bundle.model == made.contents["model.onnx"]
+    assert bundle.manifest == expected.manifest
+    assert bundle.certificate == expected.certificate.sealed()
+    assert bundle.contents == expected.contents
+    assert bundle.model == expected.contents["model.onnx"]
     assert [answer.text for answer in bundle.known_answers()] == ["Ez egy rövid mondat."]
     assert bundle.frontend().spec.ids_per_position == 16
 
@@ -40,32 +40,32 @@ def test_the_digest_is_the_sha256_of_the_manifest_file(written, parts):
 def test_the_same_contents_have_the_same_digest_wherever_and_whenever_they_are_written(
     written, parts, tmp_path
 ):
-    again = parts().write(tmp_path / "elsewhere")
-    assert open_bundle(again).digest == open_bundle(written).digest
+    copy = parts().write(tmp_path / "elsewhere")
+    assert open_bundle(copy).digest == open_bundle(written).digest
     for name in FILES:
-        assert (again / name).read_bytes() == (written / name).read_bytes()
+        assert (copy / name).read_bytes() == (written / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_anywhere_in_any_file_is_refused_with_the_name_of_the_file(written, name):
     file = written / name
-    whole = file.read_bytes()
+    original = file.read_bytes()
     # Every byte of a small file; of a large one the ends, and every seventh byte between, each with
     # another bit.
     steps = chain(
-        range(min(64, len(whole))),
-        range(0, len(whole), 7),
-        range(max(0, len(whole) - 64), len(whole)),
+        range(min(64, len(original))),
+        range(0, len(original), 7),
+        range(max(0, len(original) - 64), len(original)),
     )
     for at in sorted(set(steps)):
-        changed = bytearray(whole)
+        changed = bytearray(original)
         changed[at] ^= 1 << at % 8
         file.write_bytes(changed)
         for allow_uncertified in (False, True):
             with pytest.raises(BundleCorrupt) as refusal:
                 open_bundle(written, allow_uncertified=allow_uncertified)
             assert str(file) in str(refusal.value), f"byte {at}"
-    file.write_bytes(whole)
+    file.write_bytes(original)
     open_bundle(written)
 
 
@@ -108,7 +108,7 @@ def test_a_file_that_leads_out_of_the_bundle_is_refused_even_with_the_right_byte
         open_bundle(written)
 
 
-def test_a_bundle_may_be_reached_by_a_link(written, tmp_path):
+def test_a_bundle_opens_through_a_link(written, tmp_path):
     (tmp_path / "current").symlink_to(written)
     assert open_bundle(tmp_path / "current").digest == open_bundle(written).digest
 
@@ -125,7 +125,7 @@ def test_a_manifest_that_lists_a_path_out_of_the_bundle_is_refused(written, part
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "certificate.json"])
-def test_a_schema_version_that_is_not_known_is_refused(written, name):
+def test_an_unknown_schema_version_is_refused(written, name):
     raw = (written / name).read_bytes()
     newer = re.sub(rb'"schema_version": \d', b'"schema_version": 9', raw)
     assert newer != raw
@@ -172,13 +172,13 @@ def test_a_bundle_that_did_not_pass_is_not_written(tmp_path, parts, verdicts):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_folder_is_no_bundle(written, tmp_path):
+def test_a_path_that_is_no_folder_is_refused(written, tmp_path):
     for path in (tmp_path / "nowhere", written / "model.onnx"):
         with pytest.raises(BundleError, match="is not a bundle"):
             open_bundle(path)
 
 
-def test_a_bundle_can_be_read_by_another_user_than_its_writer(written):
+def test_other_users_can_read_a_bundle(written):
     assert stat.S_IMODE(written.stat().st_mode) == 0o755
 
 
@@ -203,14 +203,14 @@ def test_a_write_that_fails_half_way_leaves_nothing(
 
 
 def test_a_bundle_is_never_seen_half_written(tmp_path, parts, monkeypatch):
-    seen = []
+    existed = []
 
     def look(descriptor: int) -> None:
-        seen.append((tmp_path / "any/1").exists())
+        existed.append((tmp_path / "any/1").exists())
 
     monkeypatch.setattr(os, "fsync", look)
     parts().write(tmp_path)
-    assert seen == [False] * 6 + [True], (
+    assert existed == [False] * 6 + [True], (
         "five files and their folder are on disk before the name is, then the name is"
     )
 
@@ -221,7 +221,7 @@ def test_where_nothing_can_be_written_the_sentence_names_the_bundle(tmp_path, pa
         parts().write(tmp_path)
 
 
-def test_writing_the_same_bundle_again_is_the_outcome_that_was_asked_for(written, parts):
+def test_writing_the_same_bundle_again_succeeds_and_changes_nothing(written, parts):
     before = {file: file.stat().st_mtime_ns for file in written.rglob("*")}
     assert parts().write(written.parent.parent) == written
     assert {file: file.stat().st_mtime_ns for file in written.rglob("*")} == before
@@ -240,19 +240,22 @@ def test_a_damaged_bundle_is_not_taken_for_the_same_one(written, parts):
         parts().write(written.parent.parent)
 
 
-def test_our_own_mistakes_are_no_errors_of_the_user(tmp_path, parts):
-    made = parts()
+def test_inconsistent_arguments_of_write_bundle_are_assertion_errors(tmp_path, parts):
+    expected = parts()
     with pytest.raises(AssertionError):
         write_bundle(
             tmp_path,
-            manifest=made.manifest,
-            certificate=made.certificate,
+            manifest=expected.manifest,
+            certificate=expected.certificate,
             contents={"model.onnx": b"other"},
         )
     other = parts(model=b"other")
     with pytest.raises(AssertionError):
         write_bundle(
-            tmp_path, manifest=made.manifest, certificate=other.certificate, contents=made.contents
+            tmp_path,
+            manifest=expected.manifest,
+            certificate=other.certificate,
+            contents=expected.contents,
         )
 
 
@@ -277,7 +280,7 @@ def test_of_several_versions_the_newest_is_found(tmp_path, parts, versions):
         assert find_bundle(tmp_path / "any") == find_bundle(tmp_path) == newest
 
 
-def test_a_bundle_itself_is_found_whatever_stands_beside_it(tmp_path, parts):
+def test_a_bundle_folder_is_found_even_beside_a_newer_version(tmp_path, parts):
     old = parts(version="1").write(tmp_path)
     parts(version="2").write(tmp_path)
     assert find_bundle(old) == old
@@ -289,14 +292,14 @@ def test_a_bundle_that_is_being_written_is_not_found(written):
     assert find_bundle(written.parent.parent) == find_bundle(written.parent) == written
 
 
-def test_of_several_names_one_must_be_chosen(written):
+def test_a_folder_with_several_names_is_refused_with_their_list(written):
     root = written.parent.parent
     shutil.copytree(written.parent, root / "other")
     with pytest.raises(BundleError, match=r"several bundles.*any.*other"):
         find_bundle(root)
 
 
-def test_where_no_bundle_is_the_sentence_says_how_to_make_one(tmp_path):
+def test_a_folder_without_a_bundle_is_refused_with_the_commands_that_make_one(tmp_path):
     with pytest.raises(BundleError, match="evalmode export"):
         find_bundle(tmp_path)
     with pytest.raises(BundleError, match="evalmode export"):
@@ -337,9 +340,7 @@ KINDS = {
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("allow_uncertified", [False, True])
-def test_what_is_no_regular_file_is_refused_at_once_with_its_name(
-    written, name, make, allow_uncertified
-):
+def test_an_irregular_file_is_refused_at_once_with_its_name(written, name, make, allow_uncertified):
     (written / name).unlink()
     make(written / name)
     with pytest.raises(BundleCorrupt, match=rf"{name} {KINDS[make]}"):
@@ -362,7 +363,7 @@ def test_a_link_to_itself_is_refused_with_its_name(written, name):
         open_bundle(written, allow_uncertified=True)
 
 
-def test_a_file_that_no_memory_can_hold_is_refused_with_its_name(written):
+def test_a_file_larger_than_the_memory_is_refused_with_its_name(written):
     os.truncate(written / "model.onnx", 1 << 42)
     program = """
 import resource, sys
@@ -395,7 +396,7 @@ def test_a_link_inside_the_bundle_is_followed(written):
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_a_bundle_whose_manifest_is_no_regular_file_is_found_and_refused(written, make):
+def test_a_bundle_with_an_irregular_manifest_is_found_and_refused(written, make):
     (written / "manifest.json").unlink()
     make(written / "manifest.json")
     for above in (written, written.parent, written.parent.parent):
@@ -404,12 +405,12 @@ def test_a_bundle_whose_manifest_is_no_regular_file_is_found_and_refused(written
         open_bundle(written)
 
 
-def test_a_file_where_a_folder_is_meant_is_said_to_be_one(written):
+def test_a_path_to_a_file_is_refused_with_the_advice_to_name_its_folder(written):
     with pytest.raises(BundleError, match=r"model\.onnx is a file and no bundle: name the folder"):
         find_bundle(written / "model.onnx")
 
 
-def test_the_bytes_that_were_checked_are_those_that_are_used(written, parts):
+def test_a_file_changed_after_opening_does_not_change_the_bundle(written, parts):
     bundle = open_bundle(written)
     (written / "model.onnx").write_bytes(b"other bytes")
     assert bundle.model == parts().contents["model.onnx"]

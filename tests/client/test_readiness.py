@@ -1,4 +1,4 @@
-"""`evalmode healthcheck` against real servers, found by itself and by an address."""
+"""`evalmode healthcheck` against real servers, with --url and without."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_S = 30
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A settings file of this test: other servers of this user are in other environments."""
+    """A settings file for this test alone: it tells its servers from others of the same user."""
     file = tmp_path / "evalmode.toml"
     file.touch()
     return file
@@ -91,22 +91,20 @@ def free_port() -> int:
         ("::", "[::1]"),
         ("127.0.0.1", "127.0.0.1"),
         ("::1", "[::1]"),
-        ("127.0.0.2", "127.0.0.2"),  # an address at which 127.0.0.1 does not answer
+        ("127.0.0.2", "127.0.0.2"),  # an address that 127.0.0.1 does not include
         ("localhost", "127.0.0.1"),
     ],
 )
-def test_a_server_is_found_at_whatever_address_and_port_it_listens(
-    config: Path, host: str, reached: str
-) -> None:
+def test_a_server_is_found_at_any_address_and_port(config: Path, host: str, reached: str) -> None:
     settings = {"config": config, "host": host, "port": 0}
     with processes.running(Path("tiny"), program=TINY, **settings) as server:
-        found = check(CONFIG=config, HOST=host, PORT=0)
+        process = check(CONFIG=config, HOST=host, PORT=0)
         if host == "localhost" and ":" in server.url[8:].rpartition(":")[0]:
             reached = "[::1]"  # the system's hosts file decides
-        assert_ready(found, f"http://{reached}:{server.port}")
+        assert_ready(process, f"http://{reached}:{server.port}")
 
 
-def test_flags_files_tls_and_api_keys_are_no_obstacle(
+def test_a_server_with_flags_a_file_tls_and_api_keys_is_found(
     bundle: Path, certificate: Path, tmp_path: Path, config: Path
 ) -> None:
     other = tmp_path / "other.toml"
@@ -122,12 +120,12 @@ def test_flags_files_tls_and_api_keys_are_no_obstacle(
         assert in_clear.returncode == 1
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_where_clients_need_a_certificate_the_servers_own_is_shown(
-    certificate: Path, tmp_path: Path, config: Path, known: bool
+@pytest.mark.parametrize("has_its_authority", [True, False])
+def test_a_server_that_demands_client_certificates_is_shown_its_certificate(
+    certificate: Path, tmp_path: Path, config: Path, has_its_authority: bool
 ) -> None:
     authorities = certificate / "cert"
-    if not known:
+    if not has_its_authority:
         command = "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout k -out ca -subj /CN=ca"
         subprocess.run(["openssl", *command.split()], cwd=tmp_path, check=True, capture_output=True)
         authorities = tmp_path / "ca"
@@ -139,12 +137,12 @@ def test_where_clients_need_a_certificate_the_servers_own_is_shown(
     }
     with processes.running(Path("tiny"), program=TINY, **settings) as server:
         url = f"https://127.0.0.1:{server.port}"
-        if known:
+        if has_its_authority:
             assert_ready(check(CONFIG=config, PORT=0), url)
             return
-        found = check(CONFIG=config, PORT=0)
-        assert found.returncode == 0
-        assert found.stdout == (
+        process = check(CONFIG=config, PORT=0)
+        assert process.returncode == 0
+        assert process.stdout == (
             f"{url}/readyz is alive; only a client with a certificate of its authorities can ask"
             " for more\n"
         )
@@ -156,7 +154,7 @@ def test_several_workers_are_one_server(config: Path) -> None:
         assert_ready(check(CONFIG=config, PORT=0), f"http://127.0.0.1:{server.port}")
 
 
-def test_a_server_that_is_stopping_is_unhealthy_and_its_reason_is_told(config: Path) -> None:
+def test_a_server_that_is_stopping_is_unhealthy_with_its_reason(config: Path) -> None:
     with processes.running(Path("tiny"), program=TINY, config=config, drain_s=20) as server:
         server.terminate()
         assert server.process.stderr is not None
@@ -165,7 +163,7 @@ def test_a_server_that_is_stopping_is_unhealthy_and_its_reason_is_told(config: P
         assert_unhealthy(check(CONFIG=config, PORT=0), f"{url} answers 503: the server is stopping")
 
 
-def test_a_server_that_was_killed_leaves_nothing_that_is_found(config: Path) -> None:
+def test_a_killed_server_is_not_found(config: Path) -> None:
     with processes.running(Path("tiny"), program=TINY, config=config) as server:
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
@@ -177,7 +175,7 @@ def test_a_server_that_was_killed_leaves_nothing_that_is_found(config: Path) -> 
         )
 
 
-def test_of_two_servers_in_one_environment_the_one_at_its_address_is_meant(
+def test_of_two_servers_in_one_environment_the_one_at_the_configured_address_is_asked(
     bundle: Path, config: Path
 ) -> None:
     port = free_port()
@@ -188,19 +186,21 @@ def test_of_two_servers_in_one_environment_the_one_at_its_address_is_meant(
         assert_ready(check(CONFIG=config, PORT=port), f"http://127.0.0.1:{port}")
 
 
-def test_of_two_servers_that_cannot_be_told_apart_none_is_asked(config: Path) -> None:
+def test_two_servers_in_one_environment_without_a_configured_address_are_ambiguous(
+    config: Path,
+) -> None:
     with (
-        processes.running(Path("tiny"), program=TINY, config=config) as one,
+        processes.running(Path("tiny"), program=TINY, config=config) as first,
         processes.running(Path("tiny"), program=TINY, config=config) as other,
     ):
-        urls = sorted(f"http://127.0.0.1:{server.port}/readyz" for server in (one, other))
+        urls = sorted(f"http://127.0.0.1:{server.port}/readyz" for server in (first, other))
         assert_unhealthy(
             check(CONFIG=config, PORT=0),
             f"2 servers run here, {' and '.join(urls)}: name one with --url",
         )
 
 
-def test_a_server_in_another_environment_is_not_taken_for_this_one(config: Path) -> None:
+def test_a_server_in_another_environment_is_not_asked(config: Path) -> None:
     port = free_port()
     with processes.running(Path("tiny"), program=TINY, config=config):
         assert_unhealthy(
@@ -209,7 +209,9 @@ def test_a_server_in_another_environment_is_not_taken_for_this_one(config: Path)
         )
 
 
-def test_without_proc_the_address_is_that_of_the_environment_and_the_file(config: Path) -> None:
+def test_without_proc_the_address_comes_from_the_environment_and_the_settings_file(
+    config: Path,
+) -> None:
     unshare = ("unshare", "--map-root-user", "--mount")
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system forbids user namespaces")
@@ -225,11 +227,11 @@ def test_without_proc_the_address_is_that_of_the_environment_and_the_file(config
         )
 
 
-def test_in_a_container_the_first_process_is_meant_whatever_its_variables(tmp_path: Path) -> None:
+def test_in_a_container_process_1_is_asked_whatever_its_variables(tmp_path: Path) -> None:
     unshare = ("unshare", "--map-root-user", "--pid", "--fork", "--mount-proc")
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system forbids user namespaces")
-    # As an entry point that is a script: it sets a port and becomes the server.
+    # Like an entry point that is a script: it sets a port and then becomes the server.
     script = (
         '( until out=$(EVALMODE_PORT=8000 "$0" -m evalmode healthcheck 2>/dev/null); do sleep 0.1;'
         ' done; echo "$out"; kill -TERM 1 ) & '
@@ -248,7 +250,7 @@ def test_in_a_container_the_first_process_is_meant_whatever_its_variables(tmp_pa
     assert ended.stdout.endswith("/readyz is ready\n")
 
 
-def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
+def test_a_server_that_does_not_answer_is_given_up_after_the_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         stop = threading.Event()
@@ -257,14 +259,14 @@ def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
             connection, _ = listener.accept()
             with connection, suppress(ConnectionError):
                 while not stop.wait(0.05):
-                    connection.sendall(b"x")  # each byte would start a socket's own limit anew
+                    connection.sendall(b"x")  # each byte starts the timeout of a socket again
 
         server = threading.Thread(target=drip)
         server.start()
-        found = check("--url", f"http://127.0.0.1:{port}", "--timeout-s", "0.5")
+        process = check("--url", f"http://127.0.0.1:{port}", "--timeout-s", "0.5")
         stop.set()
         server.join(WAIT_S)
-    assert_unhealthy(found, f"http://127.0.0.1:{port}/readyz gave no answer in 0.5 s")
+    assert_unhealthy(process, f"http://127.0.0.1:{port}/readyz gave no answer in 0.5 s")
     assert DEFAULT_TIMEOUT_S < 3  # docker's, in the Dockerfile
 
 
@@ -278,15 +280,15 @@ def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
         ("http://a:port", "--url http://a:port is not a URL: Port could not be cast to integer"),
     ],
 )
-def test_an_address_that_is_none_is_one_sentence(url: str, sentence: str) -> None:
-    found = check("--url", url)
-    assert found.returncode == 1
-    assert found.stderr.startswith(f"evalmode: {sentence}")
-    assert found.stderr.count("\n") == 1
+def test_an_invalid_url_is_one_sentence(url: str, sentence: str) -> None:
+    process = check("--url", url)
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"evalmode: {sentence}")
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("port", ["x", "", "65536", "-1", "80.5", "0x50", "nan", "1e999", "80 80"])
-def test_a_port_that_is_none_is_named_with_its_variable(config: Path, port: str) -> None:
+def test_an_invalid_port_is_named_with_its_variable(config: Path, port: str) -> None:
     way_out = "correct it, or name the server with --url"
     assert_unhealthy(
         check(CONFIG=config, PORT=port),
@@ -331,12 +333,12 @@ def test_a_settings_file_that_is_missing_or_broken_is_named(
     file = tmp_path / "broken.toml"
     if content is not None:
         file.write_bytes(content)
-    found = check(CONFIG=file)
-    assert found.returncode == 1
-    assert found.stderr.startswith(
+    process = check(CONFIG=file)
+    assert process.returncode == 1
+    assert process.stderr.startswith(
         f"evalmode: the settings file {file} (EVALMODE_CONFIG) {sentence}"
     )
-    assert found.stderr.count("\n") == 1
+    assert process.stderr.count("\n") == 1
     assert "Is a directory" in check(CONFIG=tmp_path).stderr
 
 
@@ -349,7 +351,7 @@ def test_a_host_that_cannot_be_resolved_is_named_with_what_set_it(config: Path, 
     assert f" {config}: host {sentence}" in check(CONFIG=config).stderr
 
 
-def test_a_tls_file_that_is_missing_is_named_where_no_server_answers(
+def test_a_missing_tls_file_is_named_when_no_server_answers(
     config: Path, certificate: Path
 ) -> None:
     port = free_port()

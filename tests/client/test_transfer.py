@@ -1,4 +1,4 @@
-"""How a file of texts is carried to whoever answers, when that fails."""
+"""Failures while a file of texts is answered."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from evalmode.errors import EvalmodeError
 
 
 class Refusing:
-    """Refuses every chunk, the first one last."""
+    """Refuses every chunk, and the first of them after the others."""
 
     def __init__(self, chunks: int) -> None:
-        self._left = asyncio.Semaphore(0)
-        self._others = chunks - 1
+        self._refused = asyncio.Semaphore(0)
+        self._later_chunks = chunks - 1
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
         if first == 0:
-            for _ in range(self._others):
-                await self._left.acquire()
-        self._left.release()
+            for _ in range(self._later_chunks):
+                await self._refused.acquire()
+        self._refused.release()
         raise EvalmodeError(f"refused {first}")
 
 
-def test_when_several_chunks_fail_the_first_is_told_and_no_traceback_of_the_others(
+def test_when_several_chunks_fail_only_the_first_is_reported(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "texts.jsonl").write_text('"a"\n' * 4)
@@ -64,6 +64,6 @@ def test_a_password_in_the_address_is_not_shown() -> None:
         asyncio.run(ask())
 
 
-def test_a_port_that_is_none_is_refused_at_once() -> None:
+def test_a_port_above_65535_is_refused() -> None:
     with pytest.raises(EvalmodeError, match="a port is at most 65535"):
         open_client("http://localhost:99999", api_key=None, ca=None, connections=1)

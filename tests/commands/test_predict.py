@@ -1,6 +1,4 @@
-"""`evalmode predict --input`: against a server of the tests that misbehaves as it is told, and in
-this process.
-"""
+"""`evalmode predict --input`, against a test server that can misbehave."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from evalmode.client import transfer as bulk
+from evalmode.client.transfer import CHUNK_BYTES, CHUNK_LINES
 from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS
 
 EVALMODE = str(Path(sys.executable).with_name("evalmode"))
@@ -28,9 +26,7 @@ WAIT_S = 60
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each line with itself as its label, unless its server's `misbehave` does something
-    else first.
-    """
+    """Answers each line with itself as the label, unless the server's `misbehave` returns true."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -39,23 +35,23 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         lines = body.decode().splitlines()
         with self.server.lock:
-            number = self.server.asked
-            self.server.asked += 1
+            number = self.server.request_count
+            self.server.request_count += 1
             self.server.requests.append((self.path, dict(self.headers), lines))
         if self.server.misbehave(self, number, lines):
             return
         self.answer(lines)
 
     def answer(self, lines: list[str], *, digest: str = DIGEST, only: int | None = None) -> None:
-        """The whole answer, or only so many lines of it before the connection is cut."""
-        spelled = [_answer(index, line) for index, line in enumerate(lines)]
+        """Send all answers, or `only` so many and a part of the next before the connection ends."""
+        lines_out = [_answer(index, line) for index, line in enumerate(lines)]
         self.send_response(200)
         self.send_header("content-type", "application/x-ndjson")
         self.send_header("x-evalmode-digest", digest)
-        self.send_header("content-length", str(sum(map(len, spelled))))
+        self.send_header("content-length", str(sum(map(len, lines_out))))
         self.end_headers()
         self.wfile.write(
-            b"".join(spelled if only is None else [*spelled[:only], spelled[only][:7]])
+            b"".join(lines_out if only is None else [*lines_out[:only], lines_out[only][:7]])
         )
         if only is not None:
             self.close_connection = True
@@ -78,12 +74,12 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that was killed
+        pass  # the test killed the client
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock = threading.Lock()
-        self.asked = 0
+        self.request_count = 0
         self.requests: list[tuple[str, dict[str, str], list[str]]] = []
         self.misbehave: Callable[[Handler, int, list[str]], Any] = lambda handler, number, lines: (
             False
@@ -103,28 +99,28 @@ def _answer(index: int, line: str) -> bytes:
             + b"\n"
         )
     text = asked if isinstance(asked, str) else asked["text"]
-    said = {
+    answer = {
         "index": index,
         "label": text,
         "score": 0.5,
         "truncated": False,
         "top": [{"label": text, "score": 0.5}],
     }
-    return json.dumps(said, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(answer, separators=(",", ":")).encode() + b"\n"
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as found:
-        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
+    with Server() as started:
+        thread = threading.Thread(target=started.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield found
-        found.shutdown()
+        yield started
+        started.shutdown()
         thread.join()
 
 
 def predict(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """`evalmode predict ARGUMENTS` as it ended."""
+    """The ended process of `evalmode predict ARGUMENTS`."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")
     }
@@ -154,30 +150,30 @@ def to(server: Server, *more: object) -> tuple[object, ...]:
     return ("--url", server.url, "--input", "texts.jsonl", "--output", "answers.jsonl", *more)
 
 
-def test_a_request_holds_no_more_than_a_servers_window() -> None:
-    assert (bulk.CHUNK_LINES, bulk.CHUNK_BYTES) == (WINDOW_ROWS, WINDOW_BYTES)
+def test_a_request_is_no_larger_than_the_window_of_a_server() -> None:
+    assert (CHUNK_LINES, CHUNK_BYTES) == (WINDOW_ROWS, WINDOW_BYTES)
 
 
 def test_every_line_is_answered_in_order_over_several_connections(
     server: Server, tmp_path: Path
 ) -> None:
     texts = texts_in(tmp_path, 5000)
-    # The first requests are answered last.
+    # The first two requests are answered after the others.
     server.misbehave = lambda handler, number, lines: time.sleep(0.2 if number < 2 else 0)
-    done = predict(
+    process = predict(
         *to(server, "--chunk-lines", 100, "--model", "m/2", "--top-k", 2, "--api-key", "k"),
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert labels_of(tmp_path / "answers.jsonl") == texts
     assert max(len(lines) for _, _, lines in server.requests) == 100
     path, headers, _ = server.requests[0]
     assert path == "/v1/predict?top_k=2&truncate=true&model=m&version=2"
     assert headers["authorization"] == "Bearer k"
-    assert b"5,000" in done.stderr
+    assert b"5,000" in process.stderr
 
 
-def test_what_may_go_away_is_asked_again_and_the_wait_that_a_server_asks_for_is_kept(
+def test_a_temporary_refusal_is_retried_after_the_wait_that_the_server_asks_for(
     server: Server, tmp_path: Path
 ) -> None:
     texts = texts_in(tmp_path, 100)
@@ -196,14 +192,14 @@ def test_what_may_go_away_is_asked_again_and_the_wait_that_a_server_asks_for_is_
         return handler.refuse(status, "too much waits already", **headers)
 
     server.misbehave = misbehave
-    done = predict(*to(server), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = predict(*to(server), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     assert labels_of(tmp_path / "answers.jsonl") == texts
     assert len(times) == 4
     assert times[1] - times[0] >= 1
 
 
-def test_a_stream_that_is_cut_is_asked_for_the_rest_alone(server: Server, tmp_path: Path) -> None:
+def test_after_a_broken_stream_only_the_rest_is_sent_again(server: Server, tmp_path: Path) -> None:
     texts = texts_in(tmp_path, 100)
 
     def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
@@ -212,15 +208,14 @@ def test_a_stream_that_is_cut_is_asked_for_the_rest_alone(server: Server, tmp_pa
         return number < 3
 
     server.misbehave = misbehave
-    done = predict(*to(server, "--retries", 1), cwd=tmp_path)  # what brings something is no failure
-    assert done.returncode == 0, done.stderr
+    # A try that brings answers is progress, and not one of the failures in a row.
+    process = predict(*to(server, "--retries", 1), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     assert labels_of(tmp_path / "answers.jsonl") == texts
     assert [len(lines) for _, _, lines in server.requests] == [100, 70, 40, 10]
 
 
-def test_a_server_that_stops_says_so_in_a_last_line_and_is_asked_again(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_stream_that_ends_with_an_error_line_is_retried(server: Server, tmp_path: Path) -> None:
     texts = texts_in(tmp_path, 10)
 
     def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
@@ -246,7 +241,7 @@ def test_a_server_that_stops_says_so_in_a_last_line_and_is_asked_again(
     assert labels_of(tmp_path / "answers.jsonl") == texts
 
 
-def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(
+def test_after_the_last_retry_it_says_how_to_continue_and_the_next_run_continues(
     server: Server, tmp_path: Path
 ) -> None:
     texts = texts_in(tmp_path, 1000)
@@ -257,24 +252,22 @@ def test_it_gives_up_with_a_sentence_that_says_how_to_go_on_and_goes_on(
         *to(server, "--chunk-lines", 100, "--concurrency", 1, "--retries", 2), cwd=tmp_path
     )
     assert given_up.returncode == 2
-    said = given_up.stderr.decode()
-    assert "did not answer in 3 tries: 503 Service Unavailable, too much" in said
-    assert "300 lines are in answers.jsonl, and the same command goes on from there" in said
-    assert said.count("\n") == 1
+    message = given_up.stderr.decode()
+    assert "did not answer in 3 tries: 503 Service Unavailable, too much" in message
+    assert "300 lines are in answers.jsonl, and the same command continues from there" in message
+    assert message.count("\n") == 1
     server.misbehave = lambda handler, number, lines: False
-    asked = server.asked
+    request_count = server.request_count
     with (tmp_path / "answers.jsonl").open("ab") as cut:
         cut.write(b'{"index":300,"lab')  # as a kill leaves it
     assert predict(*to(server, "--chunk-lines", 100), cwd=tmp_path).returncode == 0
     assert labels_of(tmp_path / "answers.jsonl") == texts
-    assert server.asked == asked + 7
+    assert server.request_count == request_count + 7
     assert predict(*to(server), cwd=tmp_path).returncode == 0
-    assert server.asked == asked + 7  # nothing was left to ask
+    assert server.request_count == request_count + 7  # every line is answered
 
 
-def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_killed_run_can_be_continued(server: Server, tmp_path: Path) -> None:
     texts = texts_in(tmp_path, 3000)
     reached = threading.Event()
     server.misbehave = lambda handler, number, lines: (
@@ -286,30 +279,30 @@ def test_a_kill_at_any_moment_leaves_what_can_be_gone_on_with(
         running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
         assert reached.wait(WAIT_S)
         running.send_signal(ended)
-        _, said = running.communicate(timeout=WAIT_S)
-        assert running.returncode == code, said
-    assert b"interrupted; " in said
-    assert b"the same command goes on from there" in said
+        _, message = running.communicate(timeout=WAIT_S)
+        assert running.returncode == code, message
+    assert b"interrupted; " in message
+    assert b"the same command continues from there" in message
     server.misbehave = lambda handler, number, lines: False
     assert predict(*to(server), cwd=tmp_path).returncode == 0
     assert labels_of(tmp_path / "answers.jsonl") == texts
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "message"),
     [(401, "401 Unauthorized, no key"), (404, "404 Not Found"), (500, "500 Internal")],
 )
-def test_what_will_not_go_away_is_not_asked_again(
-    server: Server, tmp_path: Path, status: int, said: str
+def test_a_permanent_refusal_is_not_retried(
+    server: Server, tmp_path: Path, status: int, message: str
 ) -> None:
     texts_in(tmp_path, 10)
     server.misbehave = lambda handler, number, lines: handler.refuse(status, "no key")
-    done = predict(*to(server), cwd=tmp_path)
-    assert (done.returncode, server.asked) == (2, 1)
-    assert said in done.stderr.decode()
+    process = predict(*to(server), cwd=tmp_path)
+    assert (process.returncode, server.request_count) == (2, 1)
+    assert message in process.stderr.decode()
 
 
-def test_another_model_than_the_one_that_began_is_refused(server: Server, tmp_path: Path) -> None:
+def test_a_run_is_not_continued_with_another_model(server: Server, tmp_path: Path) -> None:
     texts_in(tmp_path, 1000)
 
     def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
@@ -318,16 +311,16 @@ def test_another_model_than_the_one_that_began_is_refused(server: Server, tmp_pa
         return number >= 5
 
     server.misbehave = misbehave
-    done = predict(*to(server, "--chunk-lines", 100, "--concurrency", 1), cwd=tmp_path)
-    assert done.returncode == 2
+    process = predict(*to(server, "--chunk-lines", 100, "--concurrency", 1), cwd=tmp_path)
+    assert process.returncode == 2
     assert (
-        f"has the digest {'b' * 16}, and the 500 lines in answers.jsonl are of {'a' * 16}"
-        in done.stderr.decode()
+        f"has the digest {'b' * 16}, and the 500 lines in answers.jsonl are from {'a' * 16}"
+        in process.stderr.decode()
     )
     assert len(labels_of(tmp_path / "answers.jsonl")) == 500
 
 
-def test_another_input_or_question_than_the_one_that_began_is_refused(
+def test_a_run_is_not_continued_with_another_input_or_other_flags(
     server: Server, tmp_path: Path
 ) -> None:
     texts_in(tmp_path, 10)
@@ -341,29 +334,29 @@ def test_another_input_or_question_than_the_one_that_began_is_refused(
     (tmp_path / "answers.jsonl.evalmode.json").unlink()
     unknown = predict(*to(server), cwd=tmp_path)
     assert b"choose another --output" in unknown.stderr
-    assert [done.returncode for done in (other, changed, unknown)] == [2, 2, 2]
+    assert [process.returncode for process in (other, changed, unknown)] == [2, 2, 2]
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
-def test_lines_with_errors_make_the_exit_code_1_also_when_they_were_there_before(
+def test_lines_with_errors_make_the_exit_code_1_in_later_runs_too(
     server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.jsonl").write_bytes(b'"a"\n{\n\n' + b"x" * (17 << 20) + b'\n"b"\n')
     for _ in range(2):
-        done = predict(*to(server), cwd=tmp_path)
-        assert done.returncode == 1, done.stderr
+        process = predict(*to(server), cwd=tmp_path)
+        assert process.returncode == 1, process.stderr
         lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert [line["index"] for line in lines] == [0, 1, 2, 3]
         assert ["error" in line for line in lines] == [False, True, True, False]
-    assert server.asked <= 2
+    assert server.request_count <= 2
 
 
-def test_a_text_file_has_a_text_a_line_and_a_pipe_json_lines(
+def test_a_txt_file_has_one_text_per_line_and_a_pipe_has_json_lines(
     server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.txt").write_bytes('\ufeffDit is "een" zin.\r\n\nÅ\u2028b'.encode() + b"\xff")
-    done = predict("--url", server.url, "--input", "texts.txt", cwd=tmp_path)
-    assert [json.loads(line)["label"] for line in done.stdout.split(b"\n")[:-1]] == [
+    process = predict("--url", server.url, "--input", "texts.txt", cwd=tmp_path)
+    assert [json.loads(line)["label"] for line in process.stdout.split(b"\n")[:-1]] == [
         'Dit is "een" zin.',
         "",
         "Å\u2028b\ufffd",
@@ -373,7 +366,9 @@ def test_a_text_file_has_a_text_a_line_and_a_pipe_json_lines(
     assert piped.returncode == 0
 
 
-def test_answers_leave_a_pipe_before_the_next_text_comes(server: Server, tmp_path: Path) -> None:
+def test_a_text_from_a_pipe_is_answered_before_the_next_one_arrives(
+    server: Server, tmp_path: Path
+) -> None:
     command = [EVALMODE, "predict", "--url", server.url, "--input", "-"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
@@ -390,15 +385,17 @@ def test_answers_leave_a_pipe_before_the_next_text_comes(server: Server, tmp_pat
 
 def test_a_closed_pipe_and_a_full_disk_are_one_sentence(server: Server, tmp_path: Path) -> None:
     texts_in(tmp_path, 1000)
-    asked = ("--url", server.url, "--input", "texts.jsonl")
+    flags = ("--url", server.url, "--input", "texts.jsonl")
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as closed:
-        done = predict(*asked, cwd=tmp_path, stdout=closed)
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"evalmode: stdout cannot be written: Broken pipe; ")
-    assert done.stderr.count(b"\n") == 1
+        process = predict(*flags, cwd=tmp_path, stdout=closed)
+    assert process.returncode == 2
+    assert process.stderr.startswith(b"evalmode: stdout cannot be written: Broken pipe; ")
+    assert process.stderr.count(b"\n") == 1
     with open("/dev/full", "wb") as full:
-        done = predict(*asked, cwd=tmp_path, stdout=full)
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"evalmode: stdout cannot be written: No space left on device; ")
+        process = predict(*flags, cwd=tmp_path, stdout=full)
+    assert process.returncode == 2
+    assert process.stderr.startswith(
+        b"evalmode: stdout cannot be written: No space left on device; "
+    )

@@ -1,6 +1,4 @@
-"""The flags of `evalmode serve` and `evalmode predict`, and what is printed of them; the rest is
-tested elsewhere.
-"""
+"""The flags of `evalmode serve` and `evalmode predict`, and the settings that serve prints."""
 
 from __future__ import annotations
 
@@ -36,23 +34,23 @@ def run(
     )
 
 
-def test_every_setting_but_the_secrets_is_a_flag_of_serve_in_the_group_of_its_name() -> None:
-    shown = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, ["serve", "--help"]).output
+def test_every_setting_except_secrets_is_a_flag_of_serve_in_its_group() -> None:
+    output = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, ["serve", "--help"]).output
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')} "
-        assert (flag in shown) == (name not in SECRETS), name
+        assert (flag in output) == (name not in SECRETS), name
         if field.annotation is bool:
-            assert f"--no-{name.replace('_', '-')} " in shown
-    places = [shown.index(f"─ {group} ─") for group in GROUPS.values()]
-    assert places == sorted(places)
+            assert f"--no-{name.replace('_', '-')} " in output
+    positions = [output.index(f"─ {group} ─") for group in GROUPS.values()]
+    assert positions == sorted(positions)
     assert (
-        shown.index("─ Where it listens ─")
-        < shown.index("--port ")
-        < shown.index("─ What is accepted ─")
+        output.index("─ Where it listens ─")
+        < output.index("--port ")
+        < output.index("─ What is accepted ─")
     )
 
 
-def test_printed_settings_say_where_they_came_from_and_make_a_file_that_sets_the_same(
+def test_printed_settings_name_their_origin_and_are_a_file_that_sets_the_same(
     tmp_path: Path,
 ) -> None:
     environment = {"EVALMODE_API_KEYS": "topsecret", "EVALMODE_CORS_ORIGINS": "https://a,https://b"}
@@ -74,12 +72,12 @@ def test_printed_settings_say_where_they_came_from_and_make_a_file_that_sets_the
     assert '# api_keys = "..."' in printed.stdout
     assert "(from: file)" in printed.stdout
     (tmp_path / "evalmode.toml").write_text(printed.stdout)
-    found = load_settings(config=tmp_path / "evalmode.toml")
-    wanted = {"port": 90, "docs": False, "threads": 2, "drain_s": 0.5, "bundle": Path('a "b"\\c')}
-    assert found == Settings(**wanted, cors_origins=("https://a", "https://b"))
-    again = run("serve", "--print-settings", "--config", "evalmode.toml", cwd=tmp_path)
-    assert load_settings(config=tmp_path / "evalmode.toml") == found
-    assert again.returncode == 0
+    settings = load_settings(config=tmp_path / "evalmode.toml")
+    expected = {"port": 90, "docs": False, "threads": 2, "drain_s": 0.5, "bundle": Path('a "b"\\c')}
+    assert settings == Settings(**expected, cors_origins=("https://a", "https://b"))
+    second = run("serve", "--print-settings", "--config", "evalmode.toml", cwd=tmp_path)
+    assert load_settings(config=tmp_path / "evalmode.toml") == settings
+    assert second.returncode == 0
 
 
 def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
@@ -93,25 +91,25 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
     command = [EVALMODE, "serve", "--print-settings", "--threads", "3"]
     with subprocess.Popen(command, stdout=writer, cwd=tmp_path, env=environment) as printing:
         os.close(writer)
-        shown = b""
-        with contextlib.suppress(OSError):  # how a terminal ends
+        output = b""
+        with contextlib.suppress(OSError):  # the end of a pseudo-terminal on Linux
             while part := os.read(reader, 65_536):
-                shown += part
+                output += part
     os.close(reader)
     assert printing.returncode == 0
     rows = [
         line.split()
-        for line in re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).replace("│", " ").splitlines()
+        for line in re.sub(r"\x1b\[[0-9;]*m", "", output.decode()).replace("│", " ").splitlines()
     ]
     assert ["port", "90", "environment"] in rows
     assert ["threads", "3", "flag"] in rows
     assert ["workers", "1", "default"] in rows
     assert ["api_keys", "(not", "shown)", "environment"] in rows
-    assert b"topsecret" not in shown
+    assert b"topsecret" not in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "sentence"),
     [
         (
             ("serve", "--port", "70000"),
@@ -130,18 +128,21 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
             "--input absent.jsonl cannot be read: No such file or directory",
         ),
         (("predict", "--input", "."), "--input . cannot be read: Is a directory"),
-        (("predict", "--input", "-", "--model", "m"), "--model is of the server that --url names"),
+        (
+            ("predict", "--input", "-", "--model", "m"),
+            "--model names a model of the server at --url",
+        ),
         (
             ("predict", "--input", "-", "--url", "localhost"),
             "--url must begin with http:// or https://, got localhost",
         ),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(
-    tmp_path: Path, arguments: tuple[str, ...], said: str
+def test_unusable_flags_are_one_sentence(
+    tmp_path: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
     refused = run(*arguments, cwd=tmp_path)
-    assert refused.returncode == terminal.UNUSABLE
-    assert refused.stderr.startswith(f"evalmode: {said}")
+    assert refused.returncode == terminal.EXIT_UNUSABLE
+    assert refused.stderr.startswith(f"evalmode: {sentence}")
     assert refused.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

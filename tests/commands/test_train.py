@@ -47,24 +47,24 @@ def cells(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if "│" in line]
 
 
-def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("evalmode: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "a mistake of ours" not in done.stderr
-    return done.stderr
+def refusal(process: subprocess.CompletedProcess[str]) -> str:
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("evalmode: ")
+    assert process.stderr.count("\n") == 1, process.stderr
+    assert "internal error" not in process.stderr
+    return process.stderr
 
 
-def test_it_first_says_what_it_read_and_what_it_leaves_out(tmp_path: Path) -> None:
+def test_training_begins_with_a_summary_of_the_data_and_of_what_is_left_out(tmp_path: Path) -> None:
     labels = ("neg", "pos")
     rows = [(sentence(n), labels[n % 2]) for n in range(100)]
     rows += [(sentence(n), labels[1 - n % 2]) for n in range(60)]
     rows += [("text", "label"), (sentence(99), "pos"), ("", "pos"), ("a text", "")]
     rows += [("a text of a class of its own", "rare")]
     written(tmp_path / "d.csv", rows)
-    done = evalmode("train", "--data", "d.csv", *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    shown = cells(done.stdout.partition("epoch 1/1")[0])
+    process = evalmode("train", "--data", "d.csv", *SMALL, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    output = cells(process.stdout.partition("epoch 1/1")[0])
     for line in (
         ["source", "d.csv"],
         ["text column", "text"],
@@ -78,20 +78,22 @@ def test_it_first_says_what_it_read_and_what_it_leaves_out(tmp_path: Path) -> No
         ["rows used", "41"],
         ["rare", "1", "1", "0", "0"],
     ):
-        assert line in shown
-    assert ["pos", "20"] in [line[:2] for line in shown]
-    assert "warning: 1 of 3 classes have too few rows for the test part" in done.stdout
+        assert line in output
+    assert ["pos", "20"] in [line[:2] for line in output]
+    assert "warning: 1 of 3 classes have too few rows for the test part" in process.stdout
 
 
-def test_a_class_that_was_not_tested_is_named_up_to_the_bundle(tmp_path: Path) -> None:
+def test_a_class_without_test_rows_is_named_after_training_and_in_the_bundle(
+    tmp_path: Path,
+) -> None:
     rows = [(sentence(n), "rare" if n in (3, 901) else "common") for n in range(1500)]
     written(tmp_path / "d.csv", rows)
     trained = evalmode("train", "--data", "d.csv", *SMALL, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     exported = evalmode("export", "runs/d", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
-    shown = evalmode("show", "bundles/d/1", cwd=tmp_path)
-    for output in (trained.stdout, shown.stdout):
+    bundle = evalmode("show", "bundles/d/1", cwd=tmp_path)
+    for output in (trained.stdout, bundle.stdout):
         (line,) = (line for line in cells(output) if line[0] == "test")
         assert line[1:3] == ["1.0000", "0.5000 (1 of 2 classes not tested: rare)"]
 
@@ -104,7 +106,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few(data: Path, tmp_path: Path) -> Path:
-    """The first rows of the data: for runs whose length says nothing."""
+    """The first rows of the data, for runs whose length does not matter."""
     lines = data.read_text().splitlines(keepends=True)
     (tmp_path / "few.csv").write_text("".join(lines[:201]))
     return tmp_path / "few.csv"
@@ -112,7 +114,7 @@ def few(data: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def small_disk(folder: Path, *options: str) -> Iterator[Path]:
-    """A file system of its own in memory, at `folder`."""
+    """A file system in memory at `folder`, which can be full without harm to another."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
@@ -131,7 +133,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 LARGER = ["--width", 192]
 
 
-def test_a_last_checkpoint_without_room_leaves_the_run_before_and_can_be_had_later(
+def test_a_full_disk_at_the_last_checkpoint_leaves_the_earlier_run_and_can_be_resumed(
     few: Path, tmp_path: Path
 ) -> None:
     train = ["train", "--data", few, *SMALL, *LARGER, "--out", "disk/run"]
@@ -156,9 +158,7 @@ def test_a_last_checkpoint_without_room_leaves_the_run_before_and_can_be_had_lat
         assert not (disk / "run/training").exists()
 
 
-def test_a_disk_without_room_for_a_state_holds_nothing_afterwards(
-    few: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_at_the_first_state_is_left_empty(few: Path, tmp_path: Path) -> None:
     train = ["train", "--data", few, *SMALL, *LARGER, "--out", "disk/run"]
     with small_disk(tmp_path / "disk", "size=1m") as disk:
         full = refusal(evalmode(*train, cwd=tmp_path))
@@ -166,7 +166,7 @@ def test_a_disk_without_room_for_a_state_holds_nothing_afterwards(
         assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_may_only_be_read_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_read_only_disk_is_refused_before_any_work(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=1m", "ro"):
         refused = refusal(
             evalmode("train", "--data", "absent.csv", "--out", "disk/run", cwd=tmp_path)
@@ -175,9 +175,7 @@ def test_a_disk_that_may_only_be_read_is_refused_before_any_work(tmp_path: Path)
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "file/x", "n" * 300])
-def test_a_place_that_cannot_hold_a_training_is_one_sentence(
-    data: Path, tmp_path: Path, out: str
-) -> None:
+def test_an_unusable_out_folder_is_one_sentence(data: Path, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").touch()
     refused = refusal(evalmode("train", "--data", data, *SMALL, "--out", out, cwd=tmp_path))
     assert f"no training can be written to {out}" in refused
@@ -185,9 +183,7 @@ def test_a_place_that_cannot_hold_a_training_is_one_sentence(
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
-def test_a_state_that_is_broken_or_finds_no_room_is_one_sentence(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_broken_state_or_a_full_disk_is_one_sentence(data: Path, tmp_path: Path) -> None:
     train = ["train", "--data", data, *SMALL, "--epochs", 50, "--out", "run"]
     state = tmp_path / "run/training/state.ckpt"
     full = refusal(evalmode(*train, cwd=tmp_path, before="ulimit -f 150;"))
@@ -208,12 +204,12 @@ def test_a_state_that_is_broken_or_finds_no_room_is_one_sentence(
         state.write_bytes(b"")
 
 
-def test_a_foreign_state_or_record_is_one_sentence_with_one_way_out(
+def test_a_foreign_state_or_record_is_one_sentence_with_one_remedy(
     few: Path, tmp_path: Path
 ) -> None:
     train = ["train", "--data", few, *SMALL, "--out", "run"]
-    done = evalmode(*train, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = evalmode(*train, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     before = files_of(tmp_path / "run")
     record, state = tmp_path / "run/checkpoint.json", tmp_path / "run/training/state.ckpt"
     way_out = ": begin anew with --overwrite, or choose another --out\n"
@@ -245,27 +241,27 @@ def test_a_foreign_state_or_record_is_one_sentence_with_one_way_out(
     assert files_of(tmp_path / "run") == before
 
 
-def test_a_finished_run_is_not_written_over_and_files_are_refused_by_name(
+def test_a_finished_run_is_not_overwritten_and_unreadable_data_is_refused_by_name(
     data: Path, tmp_path: Path
 ) -> None:
-    done = evalmode("train", "--data", data, *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = evalmode("train", "--data", data, *SMALL, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     before = (tmp_path / "runs/d/checkpoint.json").read_bytes()
-    again = refusal(evalmode("train", "--data", data, *SMALL, cwd=tmp_path))
-    assert "runs/d holds a finished training: take it as it is with --resume" in again
-    taken = evalmode("train", "--data", data, *SMALL, "--resume", cwd=tmp_path)
-    assert taken.returncode == 0, taken.stderr
+    refused = refusal(evalmode("train", "--data", data, *SMALL, cwd=tmp_path))
+    assert "runs/d holds a finished training: take it as it is with --resume" in refused
+    resumed = evalmode("train", "--data", data, *SMALL, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "runs/d/checkpoint.json").read_bytes() == before
-    anew = evalmode("train", "--data", data, *SMALL, "--overwrite", cwd=tmp_path)
-    assert anew.returncode == 0, anew.stderr
+    overwritten = evalmode("train", "--data", data, *SMALL, "--overwrite", cwd=tmp_path)
+    assert overwritten.returncode == 0, overwritten.stderr
     assert (tmp_path / "runs/d/checkpoint.json").read_bytes() == before  # the same bits
 
     semicolons = tmp_path / "e[1].csv"
     semicolons.write_text(data.read_text().replace(",", ";"))
     refused = refusal(evalmode("train", "--data", semicolons, *SMALL, cwd=tmp_path))
     assert "the header holds one column, 'text;label'" in refused
-    given = evalmode("train", "--data", semicolons, *SMALL, "--separator", ";", cwd=tmp_path)
-    assert given.returncode == 0, given.stderr
+    separated = evalmode("train", "--data", semicolons, *SMALL, "--separator", ";", cwd=tmp_path)
+    assert separated.returncode == 0, separated.stderr
     assert (tmp_path / "runs/e[1]/model.safetensors").exists()
     nonsense = refusal(evalmode("train", "--data", data, "--separator", "::", cwd=tmp_path))
     assert "separator must be one character" in nonsense

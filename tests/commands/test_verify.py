@@ -1,4 +1,4 @@
-"""`evalmode verify` on inputs that cannot be read: one sentence and exit code 2, no finding."""
+"""`evalmode verify --inputs`: unreadable inputs are one sentence and exit code 2, no finding."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def verify(model: Path, inputs: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"no arrays"])
-def test_a_file_that_holds_no_arrays_is_named(content: bytes, model: Path) -> None:
+def test_a_file_without_arrays_is_named(content: bytes, model: Path) -> None:
     (model.parent / "rows.npz").write_bytes(content)
     process = verify(model, "rows.npz")
     assert process.returncode == 2
@@ -44,7 +44,7 @@ def test_a_file_that_holds_no_arrays_is_named(content: bytes, model: Path) -> No
     assert "Aborted" not in process.stderr
 
 
-def test_code_that_reads_past_the_end_of_a_file_is_no_finding(model: Path) -> None:
+def test_an_eof_error_in_the_users_code_is_no_finding(model: Path) -> None:
     (model.parent / "users.py").write_text(
         "import pickle\nROWS = pickle.load(open('empty', 'rb'))\n"
     )
@@ -54,12 +54,12 @@ def test_code_that_reads_past_the_end_of_a_file_is_no_finding(model: Path) -> No
     assert "EOFError" in process.stderr
 
 
-def test_arrays_that_the_file_holds_are_read(model: Path) -> None:
+def test_the_arrays_of_an_npz_file_are_the_inputs(model: Path) -> None:
     np.savez(model.parent / "rows.npz", x=np.ones(2, np.float32))
     assert verify(model, "rows.npz").returncode == 0
 
 
-def test_a_file_that_ends_the_runtime_is_one_verdict_in_a_whole_report(model: Path) -> None:
+def test_a_file_that_aborts_or_hangs_the_runtime_has_a_verdict_like_the_others(model: Path) -> None:
     aborts(model.with_name("aborts.onnx"))
     hangs(model.with_name("hangs.onnx"))
     flags = ["--inputs", "made", "--time-limit", "2", "--format", "json", "--output", "out.json"]
@@ -79,7 +79,7 @@ def test_a_file_that_ends_the_runtime_is_one_verdict_in_a_whole_report(model: Pa
 @pytest.mark.parametrize(
     ("flag", "value"), [("--time-limit", "0"), ("--time-limit", "nan"), ("--memory-limit", "-1")]
 )
-def test_a_limit_that_is_none_is_refused(flag: str, value: str, model: Path) -> None:
+def test_an_invalid_limit_is_refused(flag: str, value: str, model: Path) -> None:
     process = subprocess.run(
         [EVALMODE, "verify", model, flag, value], capture_output=True, text=True, check=False
     )

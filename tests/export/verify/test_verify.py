@@ -102,7 +102,7 @@ def test_a_known_answer_that_does_not_come_out_is_a_failed_record(
     }
     assert verdicts(found)["known-answers"] is Verdict.FAIL
     assert found.records[-1].why.startswith(
-        "known answer 2 does not come out: output 'logits' differs by"
+        "known answer 2 is not reproduced: output 'logits' differs by"
     )
 
 

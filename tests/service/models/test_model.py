@@ -306,7 +306,7 @@ def test_a_known_answer_that_does_not_come_out_is_a_refusal_to_open(tmp_path):
         logits = np.nextafter(answer.outputs["logits"], np.float32(np.inf))
         return dataclasses.replace(answer, outputs={"logits": logits})
 
-    with pytest.raises(BundleError, match="known answer 0 does not come out"):
+    with pytest.raises(BundleError, match="known answer 0 is not reproduced"):
         Model.open(make_bundle(tmp_path, change=one_bit_off))
 
 
