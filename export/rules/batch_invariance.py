@@ -1,4 +1,6 @@
-"""Rule batch-invariance: a row's answer depends on that row and not on who shares its batch."""
+"""Rule batch-invariance: a row's answer depends on that row alone, not on the other rows in its
+batch.
+"""
 
 from __future__ import annotations
 

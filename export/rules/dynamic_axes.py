@@ -1,4 +1,6 @@
-"""Rule dynamic-axes: every axis that was declared to vary does, in the graph and when it runs."""
+"""Rule dynamic-axes: every axis that was declared dynamic can vary, in the graph and when it
+runs.
+"""
 
 from __future__ import annotations
 

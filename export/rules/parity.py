@@ -1,5 +1,5 @@
-"""Rule parity: the graph answers as the eval module does, to rounding, over both ends of every
-dynamic axis.
+"""Rule parity: the graph gives the same answers as the eval module, up to rounding, at both ends of
+every dynamic axis.
 """
 
 from __future__ import annotations

@@ -11,7 +11,14 @@ import pytest
 
 from evalmode.bundle.certificate import Record
 from evalmode.export.release import Released
-from evalmode.export.rules.registry import RULES, Needs, Rule, UnknownRule, names_of, table
+from evalmode.export.rules.registry import (
+    RULES,
+    Needs,
+    Rule,
+    UnknownRule,
+    require_rule_names,
+    table,
+)
 from evalmode.export.rules.subject import Subject
 
 ROOT = Path(__file__).parents[3]
@@ -37,7 +44,7 @@ def test_a_rule_is_named_after_its_file_and_states_itself_in_the_first_line_of_i
     summary = " ".join((module.__doc__ or "").partition("\n\n")[0].split())
     assert summary == f"Rule {rule.name}: {rule.statement}."
     assert callable(module.check)
-    assert hasattr(module, "glimpse") == rule.glimpses
+    assert hasattr(module, "graph_findings") == rule.has_graph_findings
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -47,7 +54,7 @@ def test_every_rule_has_a_test_file_of_its_name(rule: Rule) -> None:
 
 def test_what_needs_a_graph_alone_needs_no_torch() -> None:
     """A file is verified without it, glimpses of other rules included."""
-    rules = [rule.module for rule in RULES if rule.needs is Needs.GRAPH or rule.glimpses]
+    rules = [rule.module for rule in RULES if rule.needs is Needs.GRAPH or rule.has_graph_findings]
     program = f"import sys; sys.modules['torch'] = None\nfor name in {rules}: __import__(name)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -87,9 +94,9 @@ def test_the_table_is_printed_by_the_module_and_needs_no_torch() -> None:
 
 
 def test_a_name_that_no_rule_has_is_one_sentence_that_lists_the_rules() -> None:
-    assert names_of(["census", "census"]) == {"census"}
+    assert require_rule_names(["census", "census"]) == {"census"}
     with pytest.raises(
         UnknownRule, match=r"^there is no rule dropout, noise; the rules are escaped-module, "
     ) as raised:
-        names_of(["noise", "census", "dropout"])
+        require_rule_names(["noise", "census", "dropout"])
     assert str(raised.value).endswith(", known-answers")
