@@ -11,7 +11,7 @@ from torch import nn
 from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.audit.audit import audit
 from evalmode.export.certify import certify
-from evalmode.export.inputs.samples import bound, candidate_of
+from evalmode.export.inputs.samples import bind_samples, candidate_of
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import own_forward
 from evalmode.export.module.untouched import untouched
@@ -52,7 +52,7 @@ def assert_no_expectation_gap(
     bounds the probability of a false alarm over all sites together. The module is left as it was.
     """
     with own_forward(module), untouched(Network.of(module)):
-        samples, _ = bound(module, _as_list(inputs))
+        samples, _ = bind_samples(module, _as_list(inputs))
         found = audit(module, samples, draws=draws, alpha=alpha, progress=_silent)
     _raise_for([found.record] if found.record.verdict in (Verdict.FAIL, Verdict.UNPROVEN) else [])
 

@@ -87,9 +87,9 @@ def _draws(samples: str) -> int | None:
 def _audit(module: Any, inputs: str, **options: Any) -> Audit:
     from evalmode.export.audit.audit import audit as audit_module
     from evalmode.export.inputs.references import load_samples
-    from evalmode.export.inputs.samples import bound
+    from evalmode.export.inputs.samples import bind_samples
 
-    samples, _ = bound(module, load_samples(inputs))
+    samples, _ = bind_samples(module, load_samples(inputs))
     with open_console(stderr=True).status("audit") as status:
         return audit_module(
             module, samples, progress=lambda site: status.update(f"audit: {site}"), **options

@@ -28,7 +28,7 @@ def is_dropout(part: nn.Module) -> bool:
 
     A module with parameters computes more than a dropout, whatever its name is.
 
-    >>> is_dropout(nn.Dropout2d(0.1)), is_dropout(nn.LSTM(4, 4, dropout=0.1))
+    >>> is_dropout(nn.Dropout2d(0.1)), is_dropout(nn.LSTM(4, 4))
     (True, False)
     """
     if next(part.parameters(), None) is not None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from evalmode.bundle.certificate import Finding, Record, Severity, relative_difference
 from evalmode.bundle.errors import ModelRunFailed
-from evalmode.export.inputs.axes import Sample, keeps_masks, resized, shapes_of, sizes_of
+from evalmode.export.inputs.axes import Sample, shapes_of, sizes_of
+from evalmode.export.inputs.resize import keeps_masks, resized
 from evalmode.export.module.forward import as_tensors
 from evalmode.export.rules.parity import limits_of
 from evalmode.export.rules.subject import Subject

@@ -15,7 +15,7 @@ from evalmode.export.audit.audit import audit
 from evalmode.export.certify import certify
 from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.export.inputs.references import UserCodeFailed, load_in_eval_mode
-from evalmode.export.inputs.samples import bound, candidate_of
+from evalmode.export.inputs.samples import bind_samples, candidate_of
 from evalmode.export.module.dropouts import is_dropout
 
 X = torch.arange(24.0).reshape(4, 6) / 10
@@ -85,7 +85,7 @@ def test_a_module_with_parameters_is_no_pure_dropout_whatever_its_name(
 ) -> None:
     assert not is_dropout(make())
     assert verdict_of(nn.Sequential(make(), nn.Linear(6, 2))) is Verdict.PASS
-    samples, _ = bound(nn.Sequential(make()), [X])
+    samples, _ = bind_samples(nn.Sequential(make()), [X])
     assert audit(nn.Sequential(make()), samples).record.verdict is not Verdict.FAIL
 
 
