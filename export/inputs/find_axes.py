@@ -82,8 +82,12 @@ def _split(run: Run, sample: Sample, group: list[_Axis]) -> list[list[_Axis]]:
         """Whether the module reads another size of these axes only, with another answer."""
         for other_size in (size + 1, size - 1):
             changed = _answers(run, _with_sizes(base, dict.fromkeys(block, other_size)))
-            if changed is not None:
-                return not _is_same(answers, changed)
+            if changed is None:
+                continue
+            return changed.keys() != answers.keys() or not all(
+                tensor.shape == changed[name].shape and torch.equal(tensor, changed[name])
+                for name, tensor in answers.items()
+            )
         return False
 
     blocks: list[list[_Axis]] = []
@@ -169,10 +173,3 @@ def _answers(run: Run, sample: Sample) -> dict[str, Tensor] | None:
         return dict(run(sample))
     except Exception:  # the user's own code, on sizes that the samples do not have
         return None
-
-
-def _is_same(answers: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return answers.keys() == others.keys() and all(
-        tensor.shape == others[name].shape and torch.equal(tensor, others[name])
-        for name, tensor in answers.items()
-    )

@@ -39,7 +39,7 @@ def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
     An input made here is a probe only if `run` reads it and answers with finite numbers. Otherwise
     it may be outside of the module's domain.
     """
-    made: list[Sample] = []
+    candidates: list[Sample] = []
     for sample in samples:
         for sizes in boundary_sizes(sample, axes):
             probe = resized(sample, axes, sizes)
@@ -47,13 +47,13 @@ def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
             if not _answers_finite_numbers(run, probe):
                 probe = resized(sample, axes, sizes, repeat=True)
             if keeps_masks(sample, probe):
-                made.append(probe)
+                candidates.append(probe)
     has_rows = BATCH in sizes_of(samples[0], axes)
     for seed in range(_RESAMPLED_PROBES):
         # Every second one also has another number of rows.
         sizes = {BATCH: 5} if has_rows and seed % 2 else {}
-        made.append(resized(resampled(samples[0], seed), axes, sizes))
-    readable = [probe for probe in made if _answers_finite_numbers(run, probe)]
+        candidates.append(resized(resampled(samples[0], seed), axes, sizes))
+    readable = [probe for probe in candidates if _answers_finite_numbers(run, probe)]
     return [_as_arrays(probe) for probe in (*samples, *readable)]
 
 

@@ -39,19 +39,19 @@ def innermost_line(frames: Iterable[traceback.FrameSummary]) -> str:
     if not lines:
         return ""
     innermost = lines[-1]
-    place = f"{Path(innermost.filename).name}:{innermost.lineno}"
+    position = f"{Path(innermost.filename).name}:{innermost.lineno}"
     code = " ".join((innermost.line or "").split())
     if len(code) > _SHOWN_CHARACTERS:
         code = code[:_SHOWN_CHARACTERS] + "..."
-    return f"{place}: `{code}`" if code else place
+    return f"{position}: `{code}`" if code else position
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
     """An error and the errors it was raised from, the outermost first."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     current: BaseException | None = error
     # Causes may form a circle.
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
+    while current is not None and id(current) not in visited:
+        visited.add(id(current))
         yield current
         current = current.__cause__ or current.__context__

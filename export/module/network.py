@@ -92,14 +92,14 @@ class Network:
 def _reachable(root: nn.Module) -> Iterator[tuple[str, object]]:
     """The path and value of everything that can be reached, breadth first, each object once."""
     # Holding the objects keeps their ids from being given to others.
-    seen: dict[int, object] = {id(root): root}
+    visited: dict[int, object] = {id(root): root}
     pending: deque[tuple[str, object]] = deque([("", root)])
     while pending:
         path, value = pending.popleft()
         yield path, value
         for child_path, child in _children(path, value):
-            if id(child) not in seen:
-                seen[id(child)] = child
+            if id(child) not in visited:
+                visited[id(child)] = child
                 pending.append((child_path, child))
 
 
@@ -128,13 +128,9 @@ def _children(path: str, value: object) -> Iterator[tuple[str, object]]:
             # An empty cell belongs to a variable that is not bound yet.
             if cell != types.CellType():
                 yield f"{prefix}<{name}>", cell.cell_contents
-    elif _is_users_object(value):
-        for name, attribute in vars(value).items():
+    elif isinstance(value, type | types.ModuleType):
+        return
+    elif type(value).__module__.partition(".")[0] not in _SKIPPED_PACKAGES:
+        # An object of any other class; one without a __dict__ has no attributes to walk.
+        for name, attribute in getattr(value, "__dict__", {}).items():
             yield f"{prefix}{name}", attribute
-
-
-def _is_users_object(value: object) -> bool:
-    """Whether a value is an object, not a class or a package, of a class that the user wrote."""
-    if not hasattr(value, "__dict__") or isinstance(value, type | types.ModuleType):
-        return False
-    return type(value).__module__.partition(".")[0] not in _SKIPPED_PACKAGES

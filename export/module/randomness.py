@@ -208,7 +208,8 @@ class _FunctionMode(TorchFunctionMode):
             self._watcher.call = outer
 
 
-class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
+# torch does not annotate the base class.
+class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compares the state of torch's generators around every operator that may draw."""
 
     # Without it torch refuses a higher-order operator before this mode can name the place.

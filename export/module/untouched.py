@@ -29,9 +29,20 @@ def untouched(network: Network) -> Iterator[None]:
         with untouched(Network.of(module)):
             module(**sample)
     """
+    # The modules `random` and `numpy.random` have the methods of their global generators.
+    generators: list[Any] = [random, np.random, *network.generators.values()]
+    # torch's generators in attributes of the parts, and in the globals of their forwards.
+    for part in network.parts.values():
+        forward = inspect.getattr_static(type(part), "forward", None)
+        forward_globals = getattr(forward, "__globals__", {})
+        values = (*vars(part).values(), *forward_globals.values())
+        generators += [value for value in values if isinstance(value, torch.Generator)]
     with ExitStack() as stack:
-        for restore in _saved_generators(network):
-            stack.callback(restore)
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        for generator in generators:
+            stack.callback(_saved_generator(generator))
         for part in network.parts.values():
             stack.callback(saved(part))
         yield
@@ -80,19 +91,8 @@ def state_of(network: Network) -> dict[str, object]:
     return state
 
 
-def _saved_generators(network: Network) -> Iterator[Callable[[], Any]]:
-    """For each generator, a function that restores its present state."""
-    cpu_state = torch.get_rng_state()
-    yield lambda: torch.set_rng_state(cpu_state)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        gpu_states = torch.cuda.get_rng_state_all()
-        yield lambda: torch.cuda.set_rng_state_all(gpu_states)
-    # The modules `random` and `numpy.random` have the methods of their global generators.
-    for generator in (random, np.random, *network.generators.values(), *_torch_generators(network)):
-        yield _saved_generator(generator)
-
-
 def _saved_generator(generator: Any) -> Callable[[], Any]:
+    """A function that restores the generator's present state."""
     if isinstance(generator, np.random.Generator):
         state = generator.bit_generator.state
         return lambda: setattr(generator.bit_generator, "state", state)
@@ -104,13 +104,3 @@ def _saved_generator(generator: Any) -> Callable[[], Any]:
         return lambda: generator.set_state(state)
     state = generator.getstate()
     return lambda: generator.setstate(state)
-
-
-def _torch_generators(network: Network) -> Iterator[torch.Generator]:
-    """torch's generators in attributes of the parts, and in the globals of their forwards."""
-    for part in network.parts.values():
-        forward = inspect.getattr_static(type(part), "forward", None)
-        globals_of_forward = getattr(forward, "__globals__", {})
-        for value in (*vars(part).values(), *globals_of_forward.values()):
-            if isinstance(value, torch.Generator):
-                yield value

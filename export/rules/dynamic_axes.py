@@ -119,9 +119,10 @@ def _untraced_branches(subject: Subject, sample: Sample) -> Iterator[Finding]:
         neighbours = {number + step for number in condition.numbers for step in (0, 1, -1)}
         candidates = dict.fromkeys([*sorted(neighbours), *_SEARCHED_SIZES])
         most = int(_SEARCHED_COMBINATIONS ** (1 / len(names)))
-        tried = sorted([size for size in candidates if size > 0][:most])
+        sizes_to_try = sorted([size for size in candidates if size > 0][:most])
         combinations = (
-            dict(zip(names, choice, strict=True)) for choice in product(tried, repeat=len(names))
+            dict(zip(names, choice, strict=True))
+            for choice in product(sizes_to_try, repeat=len(names))
         )
         breaking = (changes for changes in combinations if not condition.holds(sizes | changes))
 
