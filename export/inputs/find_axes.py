@@ -26,8 +26,8 @@ def find_axes(run: Run, samples: Sequence[Sample]) -> Axes:
 
     1. Axes that have equal sizes in every sample are a group.
     2. A group is one axis (ids and their mask) or several (height and width of square images). The
-       module decides: axes that it reads at another size while the others stay, with another
-       answer, vary together and on their own.
+       module decides: axes vary together, apart from the rest of the group, if the module reads
+       them at another size and its answer changes.
     3. The batch is the first axis of every input, except for inputs that all rows share. Where all
        samples have the same number of rows this is a guess, and the module must read one row more.
 

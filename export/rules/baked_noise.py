@@ -89,8 +89,8 @@ def _differences_under_other_seeds(subject: Subject) -> Iterator[Finding]:
             yield Finding(severity=Severity.UNPROVEN, why=why, fix=fix)
             continue
 
-        # Weights are matched by their values, not by name: an exporter numbers them anew. Each
-        # weight of the twin matches one of ours.
+        # Weights are matched by their values, because an exporter may name them differently. Each
+        # weight of the twin matches one weight here.
         unmatched = Counter(digest for _, digest in twin.weights)
         differing_weights: list[str] = []
         for name, digest in own.weights:

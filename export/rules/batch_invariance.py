@@ -2,8 +2,8 @@
 batch.
 
 The rule exchanges the other rows of a batch and compares the bits of a row's answer. The batch size
-stays the same: at another one the runtime may choose another kernel, which rounds otherwise and is
-no fault. The record reports the batch sizes that keep a row's bits, for the service uses them.
+stays the same: at another one the runtime may choose another kernel, which rounds differently and
+is no fault. The record reports the batch sizes that keep a row's bits: the service uses only those.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def check(subject: Subject) -> Record:
     1. An axis has a fixed size in the graph's signature.
     2. The module reads a probe and the graph refuses it, or answers with another shape.
     3. The graph is valid up to a size, and the module also reads larger ones.
-    4. The module's code takes another branch than the traced one for some sizes, and answers
-       otherwise there.
+    4. The module's code takes another branch than the traced one for some sizes, and its answers
+       differ from the graph's there.
 
     Not applicable where no axis was declared dynamic.
     """
@@ -104,7 +104,7 @@ def check(subject: Subject) -> Record:
 
 
 def _untraced_branches(subject: Subject, sample: Sample) -> Iterator[Finding]:
-    """An error for each condition of the trace that makes the module answer otherwise.
+    """An error for each condition without which the module answers differently from the graph.
 
     A trace assumes conditions on sizes (`length != 11`), which the probes may not break. So inputs
     are made here that break them.

@@ -162,9 +162,22 @@ def _compare(
 
     There are no figures where a shape, a type or a whole number differs.
     """
-    findings = list(dict.fromkeys(_mismatches(pairs)))
+    findings: list[Finding] = []
+    for reference, answer in pairs:
+        for name, expected in reference.items():
+            actual = answer[name]
+            is_whole = not np.issubdtype(expected.dtype, np.inexact)
+            if expected.shape != actual.shape:
+                why = f"shape {list(actual.shape)}, the module's is {list(expected.shape)}"
+                findings.append(_error(name, why))
+            elif expected.dtype != actual.dtype:
+                why = f"type {actual.dtype}, the module's is {expected.dtype}"
+                findings.append(_error(name, why))
+            elif is_whole and not np.array_equal(expected, actual):
+                findings.append(_error(name, "whole numbers differ from the module's"))
     if findings:
-        return findings, {}
+        return list(dict.fromkeys(findings)), {}
+
     with np.errstate(invalid="ignore"):  # answers that are not finite are compared too
         figures = {name: _figures_of(pairs, name) for name in pairs[0][0]}
     for index, (name, item) in enumerate(figures.items()):
@@ -191,22 +204,6 @@ def _compare(
                 )
             )
     return list(dict.fromkeys(findings)), figures
-
-
-def _mismatches(pairs: _Pairs) -> Iterator[Finding]:
-    for reference, answer in pairs:
-        for name, expected in reference.items():
-            actual = answer[name]
-            if expected.shape != actual.shape:
-                yield _error(
-                    name, f"shape {list(actual.shape)}, the module's is {list(expected.shape)}"
-                )
-            elif expected.dtype != actual.dtype:
-                yield _error(name, f"type {actual.dtype}, the module's is {expected.dtype}")
-            elif not np.issubdtype(expected.dtype, np.inexact) and not np.array_equal(
-                expected, actual
-            ):
-                yield _error(name, "whole numbers differ from the module's")
 
 
 def _figures_of(pairs: _Pairs, name: str) -> _Figures:

@@ -6,8 +6,8 @@ To add a rule `few-nodes`:
    `RULE = "few-nodes"`, and `check(subject) -> Record` judges a subject (`subject.py`).
    `escaped_module.py` is a short example.
 2. Add an entry to `RULES` below: its name, what it needs, and the same statement.
-3. Write its test, and print the README's table anew:
-   `python -m evalmode.export.rules.registry`.
+3. Write its test, and put the table that `python -m evalmode.export.rules.registry` prints into the
+   README.
 
 A rule's file is imported when the rule runs. So listing the rules needs no torch, and neither does
 verifying a file.
