@@ -18,7 +18,7 @@ from torch import nn
 from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.export.audit.audit import audit
 from evalmode.export.certify import certify
-from evalmode.export.inputs.samples import bound, candidate_of
+from evalmode.export.inputs.samples import bind_samples, candidate_of
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import own_forward
 from evalmode.export.module.untouched import untouched
@@ -58,7 +58,7 @@ def assert_no_expectation_gap(
     module is left as it was.
     """
     with own_forward(module), untouched(Network.of(module)):
-        samples, _ = bound(module, _as_list(inputs))
+        samples, _ = bind_samples(module, _as_list(inputs))
         result = audit(module, samples, draws=draws, alpha=alpha, progress=_silent)
     if result.record.verdict in (Verdict.FAIL, Verdict.UNPROVEN):
         _raise_for([result.record])

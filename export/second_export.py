@@ -25,7 +25,7 @@ from evalmode.export.convert import convert
 from evalmode.export.fingerprint import Fingerprint, fingerprint
 from evalmode.export.inputs.candidate import Candidate, Twin
 from evalmode.export.inputs.references import load_in_eval_mode
-from evalmode.export.inputs.samples import bind
+from evalmode.export.inputs.samples import bind_constants
 from evalmode.export.module.forward import copies_of, plain_forward, seed_everything
 from evalmode.export.module.network import Network
 from evalmode.export.module.other_seeds import other_seeds
@@ -123,7 +123,7 @@ def main(factory: str, folder: Path) -> None:
                         f" {list(tensor.shape)} in its first"
                     )
                 weights[path].copy_(tensor)
-        bind(module, task["constants"])
+        bind_constants(module, task["constants"])
         # What is made beside the module in the first forward is there, as it is in the first
         # process; on the copy that is traced it is made in the trace, as it is there.
         network = Network.of(module)

@@ -54,7 +54,7 @@ def audit(
     """
     from evalmode.export.audit.audit import audit as audit_module
     from evalmode.export.inputs.references import load_module, load_samples
-    from evalmode.export.inputs.samples import bound
+    from evalmode.export.inputs.samples import bind_samples
     from evalmode.export.report.report import FailOn, Report
     from evalmode.export.rules.registry import check_all
     from evalmode.export.rules.subject import Subject
@@ -72,7 +72,7 @@ def audit(
         draws = int(samples)
 
     module = load_module(factory)
-    tensors, _ = bound(module, load_samples(inputs))
+    tensors, _ = bind_samples(module, load_samples(inputs))
     with open_console(stderr=True).status("audit") as status:
         result = audit_module(
             module,

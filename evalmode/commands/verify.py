@@ -77,7 +77,7 @@ def verify(
     from rich.progress import track
 
     from evalmode.export.report.report import FailOn, Report
-    from evalmode.export.rules.registry import names_of
+    from evalmode.export.rules.registry import require_rule_names
     from evalmode.export.verify.guarded import load
     from evalmode.export.verify.in_parallel import examine_all
     from evalmode.export.verify.options import Limits, Options
@@ -86,7 +86,7 @@ def verify(
     if module is not None and inputs is None:
         raise EvalmodeError("--module needs --inputs: without inputs nothing can be compared")
     options = Options(
-        excluded=names_of(exclude or ()),
+        excluded=require_rule_names(exclude or ()),
         samples=None if inputs is None else _samples(inputs),
         module=module,
         limits=Limits(time_s=time_limit, memory_mib=memory_limit),

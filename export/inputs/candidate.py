@@ -1,4 +1,4 @@
-"""What is to be exported: a module in eval mode, and the evidence on which it will be judged."""
+"""What is to be exported: a module in eval mode, and the evidence on which it is judged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from evalmode.export.inputs.axes import Sample
 from evalmode.export.inputs.evidence import Evidence
 from evalmode.export.module.randomness import Draw
 
-if TYPE_CHECKING:  # an audit has samples too, and need not load onnx
+if TYPE_CHECKING:  # an audit uses this file too, and need not load onnx
     from evalmode.export.fingerprint import Fingerprint
 
-# Makes another export of the same weights under other seeds. Raises EvalmodeError where it cannot.
+# Exports the same weights again, under other seeds. Raises EvalmodeError where it cannot.
 Twin: TypeAlias = "Callable[[], Fingerprint]"
 
 
@@ -23,12 +23,18 @@ Twin: TypeAlias = "Callable[[], Fingerprint]"
 class Candidate:
     """A module and all that its export needs.
 
-    `example` is what the exporter traces. `exported` is a copy that has never run, and computes the
-    function of `module` where the two differ (classic dropout folded into weights); `fresh` is
-    another one. `outputs` names the output tensors, `left_out` what the module answers beside
-    tensors, `constants` what it is called with beside tensors. `draws` are the places that drew
-    while the evidence was made: what a first forward draws and keeps, later ones do not draw.
-    `twins` make other exports of it.
+    module       the user's module, which the graph is compared with
+    exported     a copy that has never run; it computes the function of `module`, also where its
+                 weights differ (classic dropout, folded into the weights)
+    fresh        another such copy, for a second export
+    example      the inputs that the exporter traces
+    outputs      the names of the output tensors
+    evidence     the probes and rows
+    draws        the places that drew while the evidence was made: a draw of the first forward that
+                 the module keeps is not repeated later
+    left_out     what the module answers besides tensors
+    constants    what the module is called with besides tensors
+    twins        export it again under other seeds
     """
 
     module: nn.Module

@@ -1,4 +1,4 @@
-"""The error of inputs that no module, or no graph, can be run on."""
+"""The error of inputs that a module, or a graph, cannot be run on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from evalmode.errors import EvalmodeError
 
 
 class UnusableInputs(EvalmodeError):  # noqa: N818 - read as a sentence: "raise UnusableInputs"
-    """Sample inputs, or axes of them, that no module can be exported with; the message names the
-    input.
+    """Sample inputs, or axes of them, that no module can be exported with.
+
+    The message names the input.
     """

@@ -1,4 +1,4 @@
-"""The inputs on which a module and its graph are compared, from samples to verdict."""
+"""The inputs on which a module and its graph are judged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evalmode.bundle.known_answers import Tensors
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutBatches:
-    """Batches of rows that the training never saw, and the index of the right label of each row."""
+    """Batches of rows that the training never saw, and for each row the index of its label."""
 
     batches: Sequence[Tensors]
     labels: Sequence[Ids]
@@ -21,35 +21,38 @@ class HeldOutBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class Companions:
-    """Single rows of equal shapes that may share a batch.
+    """Single rows of equal shapes, which may share a batch.
 
-    `rows` hold the inputs that `axes` names, of size 1 on the axis of rows, which `axes` gives for
-    each of them. `shared` holds the other inputs, which all rows of a batch have in common.
+    rows      the inputs of each row, of size 1 on the axis of rows
+    axes      input -> the axis of rows, for the inputs that have one
+    shared    the other inputs, which all rows of a batch have in common
     """
 
     rows: Sequence[Tensors]
     axes: Mapping[str, int]
     shared: Tensors = field(default_factory=dict)
 
-    def batch(self, places: Sequence[int]) -> dict[str, np.ndarray]:
-        """The inputs of a batch with these rows, by their indices, in this order."""
-        stacked = {
-            name: np.concatenate([self.rows[index][name] for index in places], axis=axis)
+    def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """The inputs of a batch of the rows with these indices, in this order."""
+        inputs = {
+            name: np.concatenate([self.rows[index][name] for index in indices], axis=axis)
             for name, axis in self.axes.items()
         }
-        return {**stacked, **self.shared}
+        return {**inputs, **self.shared}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What every rule that runs something runs it on.
+    """The inputs that rules run a module and its graph on.
 
-    `probes` are batches that reach both ends of every dynamic axis. `rows` are single rows by
-    padded length where the service may batch them: every input and every output has its rows on
-    the first axis. `companions` are rows where some input holds them on another axis, or shares
-    itself with all rows, or some output has none. `dynamic_axes` names, for each input, the axes
-    that vary: {"input_ids": {0: "batch", 1: "length"}}. `labelled` says that the largest number of
-    the first output is a label.
+    probes          batches that reach both ends of every dynamic axis
+    rows            padded length -> single rows, where the service may batch them: every input
+                    and every output has its rows on the first axis
+    companions      length -> rows, where the service may not batch them: some input has its rows
+                    on another axis or is shared by all rows, or some output has no rows
+    dynamic_axes    input -> index of an axis that varies -> its name
+    labelled        whether the index of the largest number of the first output is a label
+    held_out        rows that the training never saw, with their labels
     """
 
     probes: Sequence[Tensors]

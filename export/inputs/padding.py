@@ -1,9 +1,8 @@
 """Padding: positions of a batch that a module takes no account of in its other answers.
 
-What a module answers at a padded position is nobody's concern, and implementations differ there:
-attention that may look at nothing is 0 in one kernel and a mean in another. Whether positions are
-padding is not guessed from an input's name. The module is asked: other values there change nothing
-elsewhere.
+A module's own answers at padding mean nothing, and implementations differ there: attention that may
+look at nothing is 0 in one kernel and a mean in another. Padding is not guessed from the name of an
+input. The module decides: positions are padding if changing them changes no other answer.
 
 Shapes: B rows, T positions.
 """
@@ -19,13 +18,12 @@ import numpy.typing as npt
 from evalmode.bundle.certificate import relative_difference
 from evalmode.bundle.known_answers import Run, Tensors
 
-Positions = npt.NDArray[np.bool_]
-"""(B, T)"""
+Positions = npt.NDArray[np.bool_]  # (B, T)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """The positions (B, T) that are padding, and the input that says so."""
+    """The positions (B, T) that are padding, and the input that marks them."""
 
     mask: str
     positions: Positions
@@ -40,51 +38,58 @@ def axes_of_positions(shape: tuple[int, ...], positions: Positions) -> list[int]
 
 
 def at_positions(array: npt.NDArray[np.generic], axis: int) -> npt.NDArray[np.generic]:
-    """An answer with its rows and positions first: (B, T, ...)."""
+    """A view of an answer with its rows and positions first: (B, T, ...)."""
     return np.moveaxis(array, axis, 1)
 
 
 def padding_at(run: Run, inputs: Tensors, positions: Positions, limit: float) -> Padding | None:
-    """The padding that holds all of these positions, as one of the inputs says; None where there is
-    none.
+    """The padding that includes all of `positions`, or None if one of them is no padding.
 
-    `limit` is the relative difference up to which answers are the same.
+    1. An input is a candidate if it has one value at all of the positions. All positions with that
+       value are then the padding that it would mark.
+    2. Candidates with few different values come first: a mask has two.
+    3. A mask beside other inputs marks padding if other values of those inputs at the padding
+       change no answer elsewhere.
+    4. Any other candidate marks padding if each row without its padding gets the same answers.
+
+    Answers are the same up to the relative difference `limit`.
     """
-    candidates = sorted(
-        _candidates(inputs, positions), key=lambda item: len(np.unique(inputs[item[0]]))
-    )
-    for name, padded in candidates:
+
+    def count_values(candidate: tuple[str, Positions]) -> int:
+        return len(np.unique(inputs[candidate[0]]))
+
+    for name, padded in sorted(_candidates(inputs, positions), key=count_values):
         others = {
             other: array
             for other, array in inputs.items()
             if other != name and array.shape[:2] == positions.shape
         }
-        # An input of more than two values says more than which positions are padding: its own
-        # values there cannot be others.
+        # An input of more than two values is more than a mask. Its own values at padding matter
+        # too, and they cannot be changed without moving the padding.
         if others and len(np.unique(inputs[name])) == 2:
-            ignored = _ignores_values(run, inputs, others, padded, limit)
+            is_padding = _ignores_values(run, inputs, others, padded, limit)
         else:
-            ignored = _ignores_presence(run, inputs, padded, limit)
-        if ignored:
+            is_padding = _ignores_presence(run, inputs, padded, limit)
+        if is_padding:
             return Padding(mask=name, positions=padded)
     return None
 
 
 def _candidates(inputs: Tensors, positions: Positions) -> Iterator[tuple[str, Positions]]:
-    """The inputs that hold one value at all of these positions, with all that have it."""
+    """The inputs with one value at all of `positions`, each with all positions of that value."""
     rows, length = positions.shape
     for name, array in inputs.items():
         if array.shape == positions.shape and array.dtype.kind in "iub":
-            of_positions = array[:, :, np.newaxis]
+            by_position = array[:, :, np.newaxis]
         elif array.ndim > 2 and array.shape[0] == rows and array.shape[-2] == length:
-            # A mask of pairs (B, ..., T, T): a position that may look at nothing.
-            of_positions = np.moveaxis(array, -2, 1).reshape(rows, length, -1)
+            # A mask of pairs (B, ..., T, T): a position of padding may look at nothing.
+            by_position = np.moveaxis(array, -2, 1).reshape(rows, length, -1)
         else:
             continue
-        values = np.unique(of_positions[positions])
+        values = np.unique(by_position[positions])
         if len(values) != 1:
             continue
-        padded = (of_positions == values[0]).all(-1)
+        padded = (by_position == values[0]).all(-1)
         if not padded.all():
             yield name, padded
 
@@ -92,55 +97,63 @@ def _candidates(inputs: Tensors, positions: Positions) -> Iterator[tuple[str, Po
 def _ignores_values(
     run: Run, inputs: Tensors, others: Tensors, padded: Positions, limit: float
 ) -> bool:
-    """Whether other values at the padding, such as stand elsewhere, change nothing elsewhere."""
-    altered = dict(inputs)
+    """Whether other values at the padding change no answer elsewhere.
+
+    The values are those that the same input has elsewhere.
+    """
+    changed = dict(inputs)
     for name, array in others.items():
         elsewhere = array[~padded]
-        changed = array.copy()
-        changed[padded] = elsewhere[np.arange(int(padded.sum())) % len(elsewhere)]
-        altered[name] = changed
-    answers, changed_answers = run(inputs), run(altered)
+        changed[name] = array.copy()
+        changed[name][padded] = elsewhere[np.arange(int(padded.sum())) % len(elsewhere)]
+    answers, changed_answers = run(inputs), run(changed)
     for name, answer in answers.items():
         other = changed_answers[name]
-        axes = axes_of_positions(answer.shape, padded)
         pairs = [
             (at_positions(answer, axis)[~padded], at_positions(other, axis)[~padded])
-            for axis in axes
-        ] or [(answer, other)]
-        if not any(_same(*pair, limit) for pair in pairs):
+            for axis in axes_of_positions(answer.shape, padded)
+        ]
+        # An answer without positions, such as a score for each row, must not change at all.
+        if not _any_same(pairs or [(answer, other)], limit):
             return False
     return True
 
 
 def _ignores_presence(run: Run, inputs: Tensors, padded: Positions, limit: float) -> bool:
-    """Whether each row alone, without its padding, is answered as it is in the batch."""
+    """Whether each row gets the same answers alone, without its padding."""
     rows = len(padded)
     answers = run(inputs)
     for row in np.flatnonzero(padded.any(1) & ~padded.all(1)):
-        kept = ~padded[row]
-        cut: dict[str, np.ndarray] = {}
+        real = ~padded[row]
+        inputs_of_row: dict[str, np.ndarray] = {}
         for name, array in inputs.items():
             part = array[row : row + 1] if array.ndim and array.shape[0] == rows else array
-            cut[name] = part[:, kept] if array.shape[:2] == padded.shape else part
+            inputs_of_row[name] = part[:, real] if array.shape[:2] == padded.shape else part
         try:
-            alone = run(cut)
+            answers_alone = run(inputs_of_row)
         except Exception:  # the user's own code, which may not read this length
             return False
         for name, answer in answers.items():
-            axes = axes_of_positions(answer.shape, padded)
+            alone = answers_alone[name]
             pairs = [
-                (at_positions(answer, axis)[row][kept], at_positions(alone[name], axis)[0])
-                for axis in axes
-                if alone[name].ndim > axis and alone[name].shape[axis] == kept.sum()
-            ] or [(answer[row : row + 1], alone[name])]
-            if not any(_same(*pair, limit) for pair in pairs):
+                (at_positions(answer, axis)[row][real], at_positions(alone, axis)[0])
+                for axis in axes_of_positions(answer.shape, padded)
+                if alone.ndim > axis and alone.shape[axis] == real.sum()
+            ]
+            if not _any_same(pairs or [(answer[row : row + 1], alone)], limit):
                 return False
     return True
 
 
-def _same(answer: np.ndarray, other: np.ndarray, limit: float) -> bool:
-    if answer.shape != other.shape:
-        return False
-    if answer.dtype.kind != "f":
-        return np.array_equal(answer, other)
-    return relative_difference(other, answer) <= limit
+def _any_same(pairs: list[tuple[np.ndarray, np.ndarray]], limit: float) -> bool:
+    """Whether two answers are the same in one of the readings of their axes."""
+    for answer, other in pairs:
+        if answer.shape != other.shape:
+            continue
+        if answer.dtype.kind != "f":
+            is_same = np.array_equal(answer, other)
+        else:
+            is_same = relative_difference(other, answer) <= limit
+        if is_same:
+            return True
+    return False

@@ -1,7 +1,6 @@
-"""The inputs on which anything is judged that came with a few samples: other sizes, other values,
-single rows.
+"""Make the evidence from a few samples: probes of other sizes and values, and single rows.
 
-Knows no module, no rule and no ONNX: it is given `run`.
+Nothing here knows whether a module or a graph answers: both are a `run` function.
 """
 
 from __future__ import annotations
@@ -12,74 +11,85 @@ import numpy as np
 import torch
 
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.inputs.axes import (
-    BATCH,
-    Axes,
-    Run,
-    Sample,
-    ends,
-    keeps_masks,
-    resampled,
-    resized,
-    sizes_of,
-)
+from evalmode.export.inputs.axes import BATCH, Axes, Run, Sample, sizes_of
 from evalmode.export.inputs.evidence import Companions, Evidence
+from evalmode.export.inputs.resize import boundary_sizes, keeps_masks, resampled, resized
 
+# Single rows of each length; batch-invariance exchanges every pair of them.
 _ROWS = 8
-_RESAMPLED = 4
+# Probes with other values than the first sample's.
+_RESAMPLED_PROBES = 4
+
+
+def evidence_of(run: Run, samples: Sequence[Sample], axes: Axes) -> Evidence:
+    """The probes and the rows on which the module or graph behind `run` is judged."""
+    companions = single_rows(run, samples, axes)
+    rows = {}
+    if companions and can_batch(run, samples[0], axes):
+        rows = {length: group.rows for length, group in companions.items()}
+        companions = {}
+    return Evidence(
+        probes=probes(run, samples, axes), rows=rows, companions=companions, dynamic_axes=axes
+    )
 
 
 def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
-    """The samples, then what is made of them: both ends of every axis, and other values.
+    """The samples, and inputs made of them: of sizes at both ends of every axis, of other values.
 
-    Of what is made, those that `run` reads and answers with numbers: the others may be outside of
-    its domain. Where it does not read a sample that is continued by other numbers, it may read one
-    that is continued by itself.
+    An input made here is a probe only if `run` reads it and answers with finite numbers. Otherwise
+    it may be outside of the module's domain.
     """
-    made: list[Sample] = []
+    candidates: list[Sample] = []
     for sample in samples:
-        for sizes in ends(sample, axes):
+        for sizes in boundary_sizes(sample, axes):
             probe = resized(sample, axes, sizes)
-            if not _is_finite(run, probe):
+            # New numbers at the end may be outside of the domain where a repetition is inside.
+            if not _answers_finite_numbers(run, probe):
                 probe = resized(sample, axes, sizes, repeat=True)
             if keeps_masks(sample, probe):
-                made.append(probe)
-    rows = {BATCH: 5} if BATCH in sizes_of(samples[0], axes) else {}
-    made += [
-        resized(resampled(samples[0], seed), axes, rows if seed % 2 else {})
-        for seed in range(_RESAMPLED)
-    ]
-    return [_arrays(probe) for probe in (*samples, *_that_run(run, made))]
+                candidates.append(probe)
+    has_rows = BATCH in sizes_of(samples[0], axes)
+    for seed in range(_RESAMPLED_PROBES):
+        # Every second one also has another number of rows.
+        sizes = {BATCH: 5} if has_rows and seed % 2 else {}
+        candidates.append(resized(resampled(samples[0], seed), axes, sizes))
+    readable = [probe for probe in candidates if _answers_finite_numbers(run, probe)]
+    return [_as_arrays(probe) for probe in (*samples, *readable)]
 
 
 def single_rows(run: Run, samples: Sequence[Sample], axes: Axes) -> dict[int, Companions]:
-    """Single rows by the size of the first axis beside the batch (0 where none varies).
+    """Single rows by their length: the size of the first axis besides the batch, or 0 without one.
 
-    Empty where no input has an axis of rows, or one has it twice: nothing shares a batch then.
+    Empty where nothing shares a batch: no input has an axis of rows, or one has two.
     """
-    places = {
-        name: [place for place, axis in named.items() if axis == BATCH]
-        for name, named in axes.items()
-    }
-    if not any(places.values()) or any(len(batch) > 1 for batch in places.values()):
+    row_axes: dict[str, int] = {}
+    for name, axis_names in axes.items():
+        indices = [index for index, axis in axis_names.items() if axis == BATCH]
+        if len(indices) > 1:
+            return {}
+        if indices:
+            row_axes[name] = indices[0]
+    if not row_axes:
         return {}
-    row_axes = {name: batch[0] for name, batch in places.items() if batch}
     groups: dict[int, Companions] = {}
     for sample in samples:
         sizes = sizes_of(sample, axes)
         length = next((size for axis, size in sizes.items() if axis != BATCH), 0)
         shared = {name: tensor for name, tensor in sample.items() if name not in row_axes}
-        others = [{**resampled(sample, seed), **shared} for seed in range(_ROWS)]
+        batches: list[Sample] = [sample]
+        for seed in range(_ROWS):
+            other = {**resampled(sample, seed), **shared}
+            if _answers_finite_numbers(run, other):
+                batches.append(other)
         rows: list[Tensors] = []
-        for batch in (sample, *_that_run(run, others)):
-            arrays = _arrays({name: batch[name] for name in row_axes})
-            rows += [
-                {name: arrays[name].take([index], axis) for name, axis in row_axes.items()}
-                for index in range(sizes[BATCH])
-            ]
-        groups.setdefault(
-            length, Companions(rows=rows[:_ROWS], axes=row_axes, shared=_arrays(shared))
-        )
+        for batch in batches:
+            arrays = _as_arrays({name: batch[name] for name in row_axes})
+            for index in range(sizes[BATCH]):
+                row = {name: arrays[name].take([index], axis) for name, axis in row_axes.items()}
+                rows.append(row)
+        group = Companions(rows=rows[:_ROWS], axes=row_axes, shared=_as_arrays(shared))
+        # Of several samples of one length the first counts.
+        groups.setdefault(length, group)
     return groups
 
 
@@ -90,33 +100,14 @@ def can_batch(run: Run, sample: Sample, axes: Axes) -> bool:
     for rows in (2, 3):
         try:
             answers = run(resized(sample, axes, {BATCH: rows})).values()
-        except Exception:
-            # The user's own code: what it takes another number of rows for is no batch axis.
+        except Exception:  # the user's own code: an axis that has one size only is no batch
             return False
         if not all(answer.ndim and answer.shape[0] == rows for answer in answers):
             return False
     return True
 
 
-def evidence_of(run: Run, samples: Sequence[Sample], axes: Axes) -> Evidence:
-    """The probes and the rows on which what `run` runs is judged."""
-    companions = single_rows(run, samples, axes)
-    rows = {}
-    if companions and can_batch(run, samples[0], axes):
-        rows = {length: group.rows for length, group in companions.items()}
-    return Evidence(
-        probes=probes(run, samples, axes),
-        rows=rows,
-        companions={} if rows else companions,
-        dynamic_axes=axes,
-    )
-
-
-def _that_run(run: Run, made: Sequence[Sample]) -> list[Sample]:
-    return [probe for probe in made if _is_finite(run, probe)]
-
-
-def _is_finite(run: Run, probe: Sample) -> bool:
+def _answers_finite_numbers(run: Run, probe: Sample) -> bool:
     try:
         answers = run(probe)
     except Exception:  # the user's own code or graph, on inputs that were made here
@@ -124,5 +115,5 @@ def _is_finite(run: Run, probe: Sample) -> bool:
     return all(bool(torch.isfinite(answer).all()) for answer in answers.values())
 
 
-def _arrays(sample: Sample) -> dict[str, np.ndarray]:
+def _as_arrays(sample: Sample) -> dict[str, np.ndarray]:
     return {name: tensor.detach().cpu().numpy() for name, tensor in sample.items()}

@@ -1,8 +1,4 @@
-"""Anyone's module and a few sample inputs -> a candidate for export: names, axes, probes and single
-rows.
-
-Knows no rule, no ONNX and no files.
-"""
+"""Turn any module and a few sample inputs into a candidate for export."""
 
 from __future__ import annotations
 
@@ -20,24 +16,25 @@ from evalmode.export.inputs.axes import (
     Axes,
     Run,
     Sample,
-    find_axes,
     parse_axes,
-    resized,
     shapes_of,
     sizes_of,
 )
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.inputs.errors import UnusableInputs
+from evalmode.export.inputs.find_axes import find_axes
 from evalmode.export.inputs.probes import evidence_of
+from evalmode.export.inputs.resize import resized
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import flatten, left_out
 from evalmode.export.module.randomness import Draw, Unwatched, watch
 from evalmode.export.module.untouched import untouched
 
-# A runtime is given NumPy arrays.
-_WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-# More than a few rows only cost time.
+# A runtime takes NumPy arrays, and NumPy has no such types.
+_TYPES_WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+# The fewest and the most rows that are traced. An exporter may take one row for a constant, and
+# more than a few rows only cost time.
 _TRACED_ROWS = (2, 4)
 
 
@@ -47,29 +44,35 @@ def candidate_of(
     *,
     dynamic_axes: Sequence[str] = (),
 ) -> Candidate:
-    """The candidate that `module` is with these sample inputs; neither its mode nor its state is
-    touched.
+    """The candidate for export that `module` is with these sample inputs.
 
-    Only its forward is bound to the constants among them, if there are any.
+    A sample is a mapping of input names, a tuple or a tensor. Everything in it that is no tensor is
+    a constant, to which the module's forward is bound. Apart from that the module, its mode and its
+    state are unchanged. The axes that vary are those of `dynamic_axes` ("ids=batch,length"), or
+    else those that the samples show.
 
-    A sample is a mapping of input names, a tuple or a tensor; what is no tensor in it is a
-    constant. The axes that vary are those of `dynamic_axes` ("ids=batch,length"), or else those
-    that the samples show. Raises UnusableInputs for samples that the module cannot be called with.
+    Raises UnusableInputs for samples that the module cannot be called with, or a module that cannot
+    answer as a graph.
+
+    >>> candidate = candidate_of(nn.Linear(4, 2).eval(), [torch.ones(3, 4)])
+    >>> candidate.evidence.dynamic_axes
+    {'input': {0: 'batch'}}
     """
-    tensors, constants = bound(module, samples)
+    tensors, constants = bind_samples(module, samples)
     network = Network.of(module)
-    # The copy that runs here may be the module itself, where it cannot be copied.
+    kind = type(module).__name__
+    # The copies may be the module itself, where it cannot be copied.
     with untouched(network):
         scout, exported, fresh = (network.copy().module for _ in range(3))
-        seen: dict[Draw, None] = {}  # in order, each once
+        draws: dict[Draw, None] = {}  # in order, each once
 
         def forward(sample: Sample) -> object:
             try:
-                answer, drawn = watch(scout, sample)
-            except Unwatched:  # the rule that watches says so
+                answer, draws_of_sample = watch(scout, sample)
+            except Unwatched:  # the rule eager-randomness reports it
                 with plain_forward():
                     return scout(**copies_of(sample))
-            seen.update(dict.fromkeys(drawn))
+            draws.update(dict.fromkeys(draws_of_sample))
             return answer
 
         def run(sample: Sample) -> dict[str, Tensor]:
@@ -80,40 +83,44 @@ def candidate_of(
         except Exception as error:  # the user's own code
             reason = str(error).strip().partition("\n")[0]
             raise UnusableInputs(
-                f"{type(module).__name__} fails on the sample ({shapes_of(tensors[0])}):"
+                f"{kind} fails on the sample ({shapes_of(tensors[0])}):"
                 f" {type(error).__name__}: {reason}"
             ) from error
-        if not flatten(answer):
-            raise UnusableInputs(
-                f"{type(module).__name__} answers with no tensor but with {type(answer).__name__}"
-            )
-        for name, tensor in flatten(answer).items():
+        outputs = flatten(answer)
+        if not outputs:
+            raise UnusableInputs(f"{kind} answers with no tensor but with {type(answer).__name__}")
+        for name, tensor in outputs.items():
             if tensor.is_complex():
                 raise UnusableInputs(
-                    f"{type(module).__name__} answers {name} with complex numbers, which no graph"
-                    " answers with: answer with torch.view_as_real of it"
+                    f"{kind} answers {name} with complex numbers, which no graph answers with:"
+                    " answer with torch.view_as_real of it"
                 )
         axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else find_axes(run, tensors)
-        names = [f"{name}_out" if name in tensors[0] else name for name in flatten(answer)]
+        # A value of a graph has one name, so an output cannot have an input's.
+        output_names = [f"{name}_out" if name in tensors[0] else name for name in outputs]
+        # Evaluated in this order, because each of these runs the scout.
+        example = _traced_example(run, tensors, axes)
+        evidence = evidence_of(run, tensors, axes)
         return Candidate(
             module=module,
             exported=exported,
             fresh=fresh,
-            example=_example(run, tensors, axes),
-            outputs=tuple(names),
-            evidence=evidence_of(run, tensors, axes),
-            draws=tuple(seen),
+            example=example,
+            outputs=tuple(output_names),
+            evidence=evidence,
+            draws=tuple(draws),
             left_out=left_out(answer),
             constants=constants,
         )
 
 
-def bound(module: nn.Module, samples: Sequence[object]) -> tuple[list[Sample], dict[str, Any]]:
-    """The samples' tensors by the names of the forward's inputs, and its constants, which the
-    module is bound to.
+def bind_samples(
+    module: nn.Module, samples: Sequence[object]
+) -> tuple[list[Sample], dict[str, Any]]:
+    """Split samples into tensors, by the names of the forward's inputs, and constants.
 
-    Raises UnusableInputs for samples that are no inputs of this module, or that differ in more than
-    sizes and values.
+    Binds the module's forward to the constants, if there are any. Raises UnusableInputs for samples
+    that are no inputs of this module, or that differ in more than sizes and values.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise UnusableInputs(
@@ -127,92 +134,92 @@ def bound(module: nn.Module, samples: Sequence[object]) -> tuple[list[Sample], d
             )
     if not samples:
         raise UnusableInputs("there is no sample to call the module with")
-    named = [_named(module, sample) for sample in samples]
-    tensors: list[Sample] = [
-        {name: value for name, value in one.items() if isinstance(value, Tensor)} for one in named
-    ]
-    constants = _constants(named)
-    _require_alike(tensors)
-    bind(module, constants)
-    return tensors, constants
-
-
-def _named(module: nn.Module, sample: object) -> dict[str, Any]:
-    """A sample as the keyword arguments of the module's forward."""
-    if isinstance(sample, Mapping):
-        given = {str(name): value for name, value in sample.items()}
-    else:
-        args = sample if isinstance(sample, tuple) else (sample,)
-        try:
-            bound = inspect.signature(module.forward).bind(*args)
-        except (TypeError, ValueError) as error:
-            raise UnusableInputs(
-                f"{type(module).__name__} cannot be called with the sample: {error}"
-            ) from error
-        given = dict(bound.arguments)
-        kinds = inspect.signature(module.forward).parameters
-        if any(kinds[name].kind is inspect.Parameter.VAR_POSITIONAL for name in given):
-            inside = next((name for name in ("_orig_mod", "module") if hasattr(module, name)), None)
-            hint = f"; export its .{inside}, which it only wraps" if inside else ""
-            raise UnusableInputs(
-                f"{type(module).__name__}.forward takes *args: its inputs have no names to export"
-                f" by{hint}"
-            )
-    return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in given.items()
-    }
-
-
-def _constants(named: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first, *others = [
-        {name: value for name, value in one.items() if not isinstance(value, Tensor)}
-        for one in named
-    ]
-    for other in others:
-        if other != first:
+    arguments = [_named_arguments(module, sample) for sample in samples]
+    tensors: list[Sample] = []
+    constants: list[dict[str, Any]] = []
+    for named in arguments:
+        tensors.append({name: item for name, item in named.items() if isinstance(item, Tensor)})
+        constants.append(
+            {name: item for name, item in named.items() if not isinstance(item, Tensor)}
+        )
+    for other in constants[1:]:
+        if other != constants[0]:
             raise UnusableInputs(
                 f"what is no tensor is a constant of the graph, the samples differ in it: {other}"
             )
-    for name, value in first.items():
+    for name, value in constants[0].items():
         if not isinstance(value, bool | int | float | str | None):
             raise UnusableInputs(
                 f"input {name!r} must be a tensor or a plain constant, got {type(value).__name__}"
             )
-    return first
+    _require_exportable(tensors)
+    bind_constants(module, constants[0])
+    return tensors, constants[0]
 
 
-def bind(module: nn.Module, constants: Mapping[str, Any]) -> None:
-    """Give the module its constant arguments: a graph's inputs are tensors."""
-    if constants:
-        given = functools.partial(module.forward, **constants)
-        signature = inspect.signature(given)
-        inputs = [
+def bind_constants(module: nn.Module, constants: Mapping[str, Any]) -> None:
+    """Bind the module's forward to constant arguments, because a graph's inputs are tensors."""
+    if not constants:
+        return
+    partial = functools.partial(module.forward, **constants)
+    signature = inspect.signature(partial)
+    forward: Any = functools.wraps(module.forward)(partial)
+    # A partial's signature still lists the constants, as keywords. An exporter would ask for them.
+    forward.__signature__ = signature.replace(
+        parameters=[
             parameter for name, parameter in signature.parameters.items() if name not in constants
         ]
-        forward: Any = functools.wraps(module.forward)(given)
-        # else the constant is asked for again
-        forward.__signature__ = signature.replace(parameters=inputs)
-        module.forward = forward
+    )
+    module.forward = forward
 
 
-def _require_alike(samples: Sequence[Sample]) -> None:
+def _named_arguments(module: nn.Module, sample: object) -> dict[str, Any]:
+    """A sample as the keyword arguments of the module's forward, with arrays as tensors."""
+    if isinstance(sample, Mapping):
+        arguments = {str(name): value for name, value in sample.items()}
+    else:
+        kind = type(module).__name__
+        positional = sample if isinstance(sample, tuple) else (sample,)
+        try:
+            arguments = inspect.signature(module.forward).bind(*positional).arguments
+        except (TypeError, ValueError) as error:
+            raise UnusableInputs(f"{kind} cannot be called with the sample: {error}") from error
+        parameters = inspect.signature(module.forward).parameters
+        for name in arguments:
+            if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+                # Wrappers of torch: DataParallel, and what torch.compile returns.
+                hint = ""
+                for attribute in ("_orig_mod", "module"):
+                    if hasattr(module, attribute):
+                        hint = f"; export its .{attribute}, which it only wraps"
+                        break
+                raise UnusableInputs(
+                    f"{kind}.forward takes *args: its inputs have no names to export by{hint}"
+                )
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in arguments.items()
+    }
+
+
+def _require_exportable(samples: Sequence[Sample]) -> None:
+    """Raise UnusableInputs for tensors that a graph cannot read, or samples that are not alike."""
     first = samples[0]
     if not first:
         raise UnusableInputs("a sample holds no tensor")
     for name, tensor in first.items():
-        if tensor.dtype in _WITHOUT_ARRAYS:
+        if tensor.dtype in _TYPES_WITHOUT_ARRAYS:
             raise UnusableInputs(
                 f"input {name!r} is {tensor.dtype}, which no array holds: cast it in the module"
             )
         if tensor.layout is not torch.strided:
             raise UnusableInputs(f"input {name!r} is sparse: a graph reads dense tensors")
-    if empty := [
-        name for sample in samples for name, tensor in sample.items() if not tensor.numel()
-    ]:
-        raise UnusableInputs(
-            f"input {empty[0]!r} is empty in a sample: nothing can be seen from it"
-        )
+    for sample in samples:
+        for name, tensor in sample.items():
+            if not tensor.numel():
+                raise UnusableInputs(
+                    f"input {name!r} is empty in a sample: nothing can be seen from it"
+                )
     for sample in samples[1:]:
         if sample.keys() != first.keys():
             raise UnusableInputs(
@@ -225,24 +232,28 @@ def _require_alike(samples: Sequence[Sample]) -> None:
                 )
 
 
-def _example(run: Run, samples: Sequence[Sample], axes: Axes) -> Sample:
-    """What the exporter traces: the largest sample with few rows, and no two axes of one size.
+def _traced_example(run: Run, samples: Sequence[Sample], axes: Axes) -> Sample:
+    """The inputs that the exporter traces: the largest sample, with few rows.
 
-    An exporter may take axes of one size for one axis, and a size of 1 for a constant.
+    Where the module reads it, no two axes have one size and none has size 1: an exporter may take
+    axes of one size for one axis, and a size of 1 for a constant.
     """
     largest = max(samples, key=lambda sample: sum(tensor.numel() for tensor in sample.values()))
     sizes = sizes_of(largest, axes)
-    wanted: dict[str, int] = {}
+    new_sizes: dict[str, int] = {}
+    # Where two sizes are equal, the batch moves up. Other axes move down, because a module may
+    # refuse longer inputs than its samples.
     for axis in sorted(sizes, key=lambda axis: axis == BATCH):
         fewest, most = _TRACED_ROWS if axis == BATCH else (2, sizes[axis])
         size = min(max(sizes[axis], fewest), max(most, fewest))
-        while size in wanted.values():
-            size += 1 if axis == BATCH else -1
-        wanted[axis] = size if size > 1 else sizes[axis]
-    example = resized(largest, axes, wanted)
+        step = 1 if axis == BATCH else -1
+        while size in new_sizes.values():
+            size += step
+        new_sizes[axis] = size if size > 1 else sizes[axis]
+    example = resized(largest, axes, new_sizes)
     try:
         run(example)
-    except Exception:  # the user's own code: these sizes are not read
-        rows = {BATCH: wanted[BATCH]} if BATCH in wanted else {}
+    except Exception:  # the user's own code, which does not read these sizes
+        rows = {BATCH: new_sizes[BATCH]} if BATCH in new_sizes else {}
         return resized(largest, axes, rows)
     return example

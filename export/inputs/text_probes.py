@@ -1,13 +1,9 @@
-"""The inputs on which a text classifier is held against its graph: both ends of every axis,
-padding, held-out rows.
-
-Knows no rule.
-"""
+"""The inputs on which a text classifier is compared with its graph: probes and held-out rows."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,41 +11,37 @@ from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec, collate
 from evalmode.bundle.known_answers import Tensors
 from evalmode.export.inputs.evidence import HeldOutBatches
 
-_HELD_OUT_BATCH = 64
-# both ends of the certified batch sizes, and the smallest at which rows have a neighbour
-_BATCHES = (1, 2, 64)
+_HELD_OUT_BATCH_SIZE = 64
+# Both ends of the certified batch sizes, and the smallest in which a row has a neighbour.
+_PROBE_BATCH_SIZES = (1, 2, 64)
 
 
 def probes(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> tuple[Tensors, ...]:
-    """Batches of 1, 2 and 64 rows at length 1, at every rung of the ladder and at a length in the
-    middle.
+    """Batches of 1, 2 and 64 rows at length 1, at every rung of the ladder and at a middle length.
+
+    The rows are cut to the length, and padded.
     """
     middle = (spec.lengths[-1] + spec.lengths[0]) // 2 + 1
     lengths = sorted({1, min(middle, spec.lengths[-1]), *spec.lengths})
     order = np.random.default_rng(0).permutation(len(rows))
-    return tuple(
-        collate([rows[order[index % len(order)]][:length] for index in range(count)], length=length)
-        for length in lengths
-        for count in _BATCHES
-    )
+    batches = []
+    for length in lengths:
+        for size in _PROBE_BATCH_SIZES:
+            # The rows repeat where there are fewer than the batch has.
+            batch = [rows[order[index % len(order)]][:length] for index in range(size)]
+            batches.append(collate(batch, length=length))
+    return tuple(batches)
 
 
 def held_out(rows: Sequence[Ids], labels: Ids, spec: NgramSpec | BpeSpec) -> HeldOutBatches:
-    """Every held-out row, padded to its own rung, in batches of equal length."""
-    by_length: dict[int, list[int]] = defaultdict(list)
+    """Every held-out row, padded to its own rung, in batches of one rung each."""
+    indices_by_length: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        by_length[spec.padded_length(len(row))].append(index)
-    batches = [
-        (length, chosen) for length, every in sorted(by_length.items()) for chosen in _chunks(every)
-    ]
-    return HeldOutBatches(
-        batches=[
-            collate([rows[index] for index in chosen], length=length) for length, chosen in batches
-        ],
-        labels=[labels[chosen] for _, chosen in batches],
-    )
-
-
-def _chunks(indices: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(indices), _HELD_OUT_BATCH):
-        yield indices[start : start + _HELD_OUT_BATCH]
+        indices_by_length[spec.padded_length(len(row))].append(index)
+    batches, batch_labels = [], []
+    for length, indices in sorted(indices_by_length.items()):
+        for start in range(0, len(indices), _HELD_OUT_BATCH_SIZE):
+            chunk = indices[start : start + _HELD_OUT_BATCH_SIZE]
+            batches.append(collate([rows[index] for index in chunk], length=length))
+            batch_labels.append(labels[chunk])
+    return HeldOutBatches(batches=batches, labels=batch_labels)

@@ -1,3 +1,1 @@
-"""What a torch module is: its parts, its dropouts, what it draws, what it answers, and how to leave
-it untouched.
-"""
+"""What a torch module is: its parts and dropouts, what it draws, what it answers."""

@@ -1,31 +1,55 @@
-"""What counts as a dropout, and the rate that it declares."""
+"""What counts as a dropout.
+
+In a torch module, three things do:
+
+1. a module that is nothing but a dropout: `is_dropout`, by the names of its classes;
+2. a module of torch's that has a dropout rate and drops inside: `should_drop`;
+3. any code that draws random numbers in a forward in training, whatever its name:
+   `evalmode.export.module.randomness.watch`.
+
+In a graph, the operators that drop are listed in `evalmode.export.rules.training_mode`.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 
-# The names that dropouts go by.
-_DROPOUTS = ("dropout", "droppath", "dropblock", "stochasticdepth")
+# A class is a dropout if its name, or that of a class it inherits from, contains one of these in
+# any case: nn.Dropout1d, timm's DropPath and DropBlock2d, torchvision's StochasticDepth.
+_DROPOUT_NAMES = ("dropout", "droppath", "dropblock", "stochasticdepth")
+
+# Attributes that hold the rate: of nn.Dropout and torchvision, of timm, and of nn.RNNBase and
+# nn.MultiheadAttention.
+_RATE_NAMES = ("p", "drop_prob", "dropout")
 
 
 def is_dropout(part: nn.Module) -> bool:
-    """Whether a module is nothing but a dropout, to go by the names of its class and of those that
-    it inherits.
+    """Whether a module is nothing but a dropout, by the names of its classes.
+
+    A module with parameters computes more than a dropout, whatever its name is.
+
+    >>> is_dropout(nn.Dropout2d(0.1)), is_dropout(nn.LSTM(4, 4))
+    (True, False)
     """
-    classes = "\n".join(base.__name__.lower() for base in type(part).__mro__)
-    # Whether there is a parameter, and not whether one is true.
-    has_parameters = next(part.parameters(), None) is not None
-    return any(name in classes for name in _DROPOUTS) and not has_parameters
+    if next(part.parameters(), None) is not None:
+        return False
+    class_names = [base.__name__.lower() for base in type(part).__mro__]
+    return any(name in class_name for name in _DROPOUT_NAMES for class_name in class_names)
 
 
 def should_drop(part: nn.Module) -> bool:
-    """Whether a module declares that it drops: one that is a dropout, or one of torch's that has
-    one inside.
-    """
+    """Whether a module says by its class that it drops in training, given a rate above 0."""
     return is_dropout(part) or isinstance(part, nn.RNNBase | nn.MultiheadAttention)
 
 
 def declared_rate(module: nn.Module) -> float | None:
-    """The drop probability that a module holds, under one of the names that they go by."""
-    rates = [getattr(module, name, None) for name in ("p", "drop_prob", "dropout")]
-    return next((float(rate) for rate in rates if isinstance(rate, int | float)), None)
+    """The drop probability that a module declares in an attribute; None where it declares none.
+
+    >>> declared_rate(nn.Dropout(0.25)), declared_rate(nn.ReLU())
+    (0.25, None)
+    """
+    for name in _RATE_NAMES:
+        rate = getattr(module, name, None)
+        if isinstance(rate, int | float):
+            return float(rate)
+    return None

@@ -1,4 +1,4 @@
-"""The line of code that a message points at: the user's own, and neither torch's nor ours."""
+"""The line of code that a message points at: the user's, neither torch's nor this package's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-_LONGEST = 80  # characters of code in a message
-_PACKAGES = Path(torch.__file__).parent.parent
-# Where nobody looks for a fault of a model: these packages, this one, the standard library.
-_NOT_THE_MODELS = (
-    *(f"{_PACKAGES / name}{os.sep}" for name in ("torch", "onnx", "onnxscript", "onnx_ir")),
+_SHOWN_CHARACTERS = 80  # of a line of code in a message
+
+_SITE_PACKAGES = Path(torch.__file__).parent.parent
+# A fault of the user's model is not in these files: the exporters, this package, parts of the
+# standard library that call other code, and code without a file, such as "<string>".
+_OTHER_FILES = (
+    *(f"{_SITE_PACKAGES / name}{os.sep}" for name in ("torch", "onnx", "onnxscript", "onnx_ir")),
     f"{Path(__file__).parent.parent}{os.sep}",
     f"{sysconfig.get_path('stdlib')}{os.sep}collections",
     f"{sysconfig.get_path('stdlib')}{os.sep}contextlib",
@@ -24,25 +26,32 @@ _NOT_THE_MODELS = (
 
 
 def is_models(filename: str) -> bool:
-    """Whether a file is the model's: its author's, or a library's that it is made of."""
-    return not filename.startswith(_NOT_THE_MODELS)
+    """Whether a file belongs to the model: to its author, or to a library that it is made of."""
+    return not filename.startswith(_OTHER_FILES)
 
 
 def innermost_line(frames: Iterable[traceback.FrameSummary]) -> str:
-    """`net.py:12` and what stands there, of the innermost frame that is the model's; else empty."""
+    """The innermost line of the model's code: its file, its number and the code in backquotes.
+
+    Returns "" where none of the frames is the model's.
+    """
     lines = [frame for frame in frames if is_models(frame.filename)]
     if not lines:
         return ""
-    text = " ".join((lines[-1].line or "").split())
-    code = f": `{text if len(text) <= _LONGEST else text[:_LONGEST] + '...'}`" if text else ""
-    return f"{Path(lines[-1].filename).name}:{lines[-1].lineno}{code}"
+    innermost = lines[-1]
+    position = f"{Path(innermost.filename).name}:{innermost.lineno}"
+    code = " ".join((innermost.line or "").split())
+    if len(code) > _SHOWN_CHARACTERS:
+        code = code[:_SHOWN_CHARACTERS] + "..."
+    return f"{position}: `{code}`" if code else position
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was raised from, the outermost first."""
-    seen: set[int] = set()
+    """An error and the errors it was raised from, the outermost first."""
+    visited: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
+    # Causes may form a circle.
+    while current is not None and id(current) not in visited:
+        visited.add(id(current))
         yield current
         current = current.__cause__ or current.__context__

@@ -1,4 +1,4 @@
-"""A network: a module with its parts by path and its random generators, found in one walk."""
+"""A network: a module, its parts by path and its random generators, found in one walk."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ import numpy as np
 from torch import nn
 
 Generator: TypeAlias = random.Random | np.random.Generator | np.random.RandomState
+_GENERATOR_TYPES = (random.Random, np.random.Generator, np.random.RandomState)
 
-# Its registries of parameters, buffers, hooks and children
-_TORCHS_OWN = frozenset(vars(nn.Module()))
+# Attributes that torch gives to every module: its registries of parameters, buffers, hooks and
+# children.
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 _SEQUENCES = (list, tuple, set, frozenset, deque)
-# What their objects hold is theirs, large, and no module of the user's.
-_NOT_LOOKED_INTO = ("torch", "numpy", "lightning", "builtins", "logging", "threading")
+# Objects of these packages are not walked: they are large and hold no module of the user's.
+_SKIPPED_PACKAGES = ("torch", "numpy", "lightning", "builtins", "logging", "threading")
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A module and everything that hangs on it, as one walk found it.
+    """A module and everything that its attributes lead to.
 
-    `parts` maps paths to modules ("" is the root), each module once, wherever an attribute leads to
-    one: also those that `named_modules` does not see. A hidden module is named as code would reach
-    it: `blocks.0.drops[1]`, `parts['head']`, `call.args[0]`. `generators` maps paths to the
-    generators of Python and NumPy: those that attributes lead to, and the globals beside a forward.
+    parts         path -> module ("" is the root), each module once, also those that
+                  `named_modules` does not list: in lists, dicts, partials and closures
+    generators    path -> generator of Python or NumPy, also a global of a forward's file
+
+    A path is what code would write: `blocks.0.drops[1]`, `parts['head']`, `call.args[0]`.
     """
 
     module: nn.Module
@@ -41,22 +44,19 @@ class Network:
     @classmethod
     def of(cls, module: nn.Module) -> Network:
         """Walk over the module's attributes, containers, partials and closures."""
-        kinds = (random.Random, np.random.Generator, np.random.RandomState)
         parts: dict[str, nn.Module] = {}
         generators: dict[str, Generator] = {}
         for path, value in _reachable(module):
-            if isinstance(value, nn.Module):
-                parts[path] = value
-                # Read statically: the forward of a scripted module is a descriptor that raises.
-                forward = inspect.getattr_static(type(value), "forward", None)
-                beside = getattr(forward, "__globals__", {})
-                generators |= {
-                    f"global {name}": item
-                    for name, item in beside.items()
-                    if isinstance(item, kinds)
-                }
-            elif isinstance(value, kinds):
+            if isinstance(value, _GENERATOR_TYPES):
                 generators[path] = value
+            if not isinstance(value, nn.Module):
+                continue
+            parts[path] = value
+            # Read statically: the forward of a scripted module is a descriptor that raises.
+            forward = inspect.getattr_static(type(value), "forward", None)
+            for name, item in getattr(forward, "__globals__", {}).items():
+                if isinstance(item, _GENERATOR_TYPES):
+                    generators[f"global {name}"] = item
         return cls(module, parts, generators)
 
     @property
@@ -65,72 +65,72 @@ class Network:
         return {path: part for path, part in self.parts.items() if part.training}
 
     def copy(self, *, parameters: bool = False) -> Network:
-        """A copy that shares the parameters, unless `parameters` is set, and nothing else.
+        """A copy that shares nothing but the parameters; with `parameters` it copies them too.
 
-        The network itself where it cannot be copied (a lock, an open file), or where a copy would
-        still run parts of it (a closure over one of its modules). A caller that runs the copy puts
-        back what that may move: see `untouched`.
+        Returns the network itself where it cannot be copied (a lock, an open file), or where the
+        copy would still run parts of the original (a closure over one of its modules). So a caller
+        that runs the result must restore what that may change: see `untouched`.
         """
+        # deepcopy takes objects from this table instead of copying them.
         shared = {} if parameters else {id(item): item for item in self.module.parameters()}
         try:
             module = copy.deepcopy(self.module, shared)
-        except Exception:  # whatever a user's attribute raises when it is copied
+        except Exception:  # whatever an attribute of the user's raises when it is copied
             return self
         copied = Network.of(module)
         originals = {id(part) for part in self.parts.values()}
-        return self if any(id(part) in originals for part in copied.parts.values()) else copied
+        if any(id(part) in originals for part in copied.parts.values()):
+            return self
+        return copied
 
     def disturb(self) -> None:
-        """Draw a number from each generator, so that the numbers it gives next are other ones."""
+        """Draw one number from each generator, so that its next numbers are different."""
         for generator in self.generators.values():
             generator.random()
 
 
 def _reachable(root: nn.Module) -> Iterator[tuple[str, object]]:
-    """Everything that attributes, containers, partials and closures lead to, breadth first, each
-    object once.
-    """
-    # Holds the objects too: an id is only theirs while they live.
-    seen: dict[int, object] = {id(root): root}
-    waiting: deque[tuple[str, object]] = deque([("", root)])
-    while waiting:
-        path, value = waiting.popleft()
+    """The path and value of everything that can be reached, breadth first, each object once."""
+    # Holding the objects keeps their ids from being given to others.
+    visited: dict[int, object] = {id(root): root}
+    pending: deque[tuple[str, object]] = deque([("", root)])
+    while pending:
+        path, value = pending.popleft()
         yield path, value
-        for name, part in _parts(path, value):
-            if id(part) not in seen:
-                seen[id(part)] = part
-                waiting.append((name, part))
+        for child_path, child in _children(path, value):
+            if id(child) not in visited:
+                visited[id(child)] = child
+                pending.append((child_path, child))
 
 
-def _parts(path: str, value: object) -> Iterator[tuple[str, object]]:
+def _children(path: str, value: object) -> Iterator[tuple[str, object]]:
+    """What one value leads to directly, with its path."""
     prefix = f"{path}." if path else ""
     if isinstance(value, nn.Module):
-        yield from ((f"{prefix}{name}", child) for name, child in value.named_children())
-        yield from (
-            (f"{prefix}{name}", part)
-            for name, part in vars(value).items()
-            if name not in _TORCHS_OWN
-        )
+        for name, child in value.named_children():
+            yield f"{prefix}{name}", child
+        for name, attribute in vars(value).items():
+            if name not in _TORCH_ATTRIBUTES:
+                yield f"{prefix}{name}", attribute
     elif isinstance(value, Mapping):
-        yield from ((f"{path}[{key!r}]", item) for key, item in value.items())
+        for key, item in value.items():
+            yield f"{path}[{key!r}]", item
     elif isinstance(value, _SEQUENCES):
-        yield from ((f"{path}[{index}]", item) for index, item in enumerate(value))
+        for index, item in enumerate(value):
+            yield f"{path}[{index}]", item
     elif isinstance(value, functools.partial):
-        yield from (
-            (f"{prefix}{name}", getattr(value, name)) for name in ("func", "args", "keywords")
-        )
+        for name in ("func", "args", "keywords"):
+            yield f"{prefix}{name}", getattr(value, name)
     elif isinstance(value, types.MethodType):
         yield f"{prefix}__self__", value.__self__
     elif isinstance(value, types.FunctionType):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            if cell != types.CellType():  # an empty cell: the variable is not bound yet
+            # An empty cell belongs to a variable that is not bound yet.
+            if cell != types.CellType():
                 yield f"{prefix}<{name}>", cell.cell_contents
-    elif _is_users(value):
-        yield from ((f"{prefix}{name}", part) for name, part in vars(value).items())
-
-
-def _is_users(value: object) -> bool:
-    """Whether a value is an object of a class that the user wrote."""
-    if not hasattr(value, "__dict__") or isinstance(value, type | types.ModuleType):
-        return False
-    return type(value).__module__.partition(".")[0] not in _NOT_LOOKED_INTO
+    elif isinstance(value, type | types.ModuleType):
+        return
+    elif type(value).__module__.partition(".")[0] not in _SKIPPED_PACKAGES:
+        # An object of any other class; one without a __dict__ has no attributes to walk.
+        for name, attribute in getattr(value, "__dict__", {}).items():
+            yield f"{prefix}{name}", attribute

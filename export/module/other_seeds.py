@@ -1,7 +1,8 @@
-"""The same code under other seeds, also where it seeds the generators itself.
+"""Run code under other seeds, also code that seeds the generators itself.
 
 A factory that begins with `torch.manual_seed(0)` makes the same network each time, drawn constants
-included. Here every seed that code gives to torch, NumPy or Python is another one.
+included. Inside `other_seeds` every seed that code gives to torch, NumPy or Python is replaced by
+another one.
 """
 
 from __future__ import annotations
@@ -14,35 +15,39 @@ from typing import Any
 import numpy as np
 import torch
 
-_OFFSET = 7919  # added to every seed
-_NUMPYS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64", "RandomState")
+# Added to every seed: a number so odd that the sum is hardly a seed that the code uses as well.
+_OFFSET = 7919
+_NUMPY_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64", "RandomState")
+_TORCH_GENERATOR = torch.Generator
 
 
 @contextmanager
 def other_seeds() -> Iterator[None]:
-    """Let every seed that is given meanwhile be another one.
+    """Replace every seed that code gives to torch, NumPy or Python inside of the block.
 
-    Seeds that are spelled in another way than torch, NumPy and Python offer (a generator of one's
-    own) stay as they are, and so do names that were imported before (`from torch import
-    manual_seed`).
+    Two kinds of seeds stay as they are: those of generators that are not torch's, NumPy's or
+    Python's, and those of functions imported by name before (`from torch import manual_seed`).
     """
     seed = random.Random.seed
 
-    def seed_other(self: random.Random, a: Any = None, version: int = 2) -> None:
-        seed(self, _other(a), version)
+    def seed_otherwise(self: random.Random, a: Any = None, version: int = 2) -> None:
+        seed(self, _other_seed(a), version)
 
     replacements: list[tuple[Any, str, Any]] = [
-        (torch, "manual_seed", _offset(torch.manual_seed)),
-        (torch.random, "manual_seed", _offset(torch.random.manual_seed)),
-        (torch.cuda, "manual_seed", _offset(torch.cuda.manual_seed)),
-        (torch.cuda, "manual_seed_all", _offset(torch.cuda.manual_seed_all)),
+        (torch, "manual_seed", _with_other_seed(torch.manual_seed)),
+        (torch.random, "manual_seed", _with_other_seed(torch.random.manual_seed)),
+        (torch.cuda, "manual_seed", _with_other_seed(torch.cuda.manual_seed)),
+        (torch.cuda, "manual_seed_all", _with_other_seed(torch.cuda.manual_seed_all)),
         (torch, "Generator", _Generator),
-        (np.random, "seed", _offset(np.random.seed)),
-        (np.random, "default_rng", _offset(np.random.default_rng)),
+        (np.random, "seed", _with_other_seed(np.random.seed)),
+        (np.random, "default_rng", _with_other_seed(np.random.default_rng)),
         (np.random, "SeedSequence", _SeedSequence),
-        *((np.random, name, _seeded(getattr(np.random, name))) for name in _NUMPYS),
-        (random, "seed", _offset(random.seed)),
-        (random.Random, "seed", seed_other),
+        (random, "seed", _with_other_seed(random.seed)),
+        (random.Random, "seed", seed_otherwise),
+    ]
+    replacements += [
+        (np.random, name, _subclass_with_other_seed(getattr(np.random, name)))
+        for name in _NUMPY_GENERATORS
     ]
     with ExitStack() as stack:
         for owner, name, replacement in replacements:
@@ -51,8 +56,8 @@ def other_seeds() -> Iterator[None]:
         yield
 
 
-def _other(seed: Any) -> Any:
-    """Another seed of the same kind; what is no seed (a bit generator, None) is itself."""
+def _other_seed(seed: Any) -> Any:
+    """Another seed of the same type; a value that is no seed (None, a bit generator) unchanged."""
     if isinstance(seed, str):
         return f"{seed}{_OFFSET}"
     if isinstance(seed, bytes):
@@ -60,51 +65,50 @@ def _other(seed: Any) -> Any:
     if isinstance(seed, list):
         return [*seed, _OFFSET]
     if isinstance(seed, int | float | np.integer) and not isinstance(seed, bool):
-        # NumPy's seeds end at 2**32.
+        # NumPy refuses seeds of 2**32 and above.
         return seed + _OFFSET if seed < 2**32 - _OFFSET else seed - _OFFSET
     return seed
 
 
-def _offset(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_other_seed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called with another seed in place of its first argument."""
+
     def call(seed: Any = None, *args: Any, **kwargs: Any) -> Any:
         if seed is None:
             return function(*args, **kwargs)
-        return function(_other(seed), *args, **kwargs)
+        return function(_other_seed(seed), *args, **kwargs)
 
     return call
 
 
-def _seeded(kind: type[Any]) -> type[Any]:
-    """A subclass whose first argument is another seed."""
+def _subclass_with_other_seed(kind: type[Any]) -> type[Any]:
+    """A subclass that is made with another seed in place of its first argument."""
 
     def initialise(self: Any, seed: Any = None, *args: Any, **kwargs: Any) -> None:
-        kind.__init__(self, _other(seed), *args, **kwargs)
+        kind.__init__(self, _other_seed(seed), *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"__init__": initialise})
 
 
 class _SeedSequence(np.random.SeedSequence):
     def __init__(self, entropy: Any = None, **kwargs: Any) -> None:
-        super().__init__(_other(entropy), **kwargs)
+        super().__init__(_other_seed(entropy), **kwargs)
 
 
-class _OfGenerators(type(torch.Generator)):  # type: ignore[misc]
-    """Generators that were made before are generators too."""
+class _GeneratorType(type(torch.Generator)):  # type: ignore[misc]
+    """Makes torch's generators instances of `_Generator`, also those made before the block."""
 
     def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, _TORCHS)
+        return isinstance(value, _TORCH_GENERATOR)
 
 
-_TORCHS = torch.Generator
-
-
-class _Generator(torch.Generator, metaclass=_OfGenerators):
-    """A generator of torch's whose seed is another one, also the one that it begins with."""
+class _Generator(torch.Generator, metaclass=_GeneratorType):
+    """torch's generator under other seeds, also in place of its default seed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        super().manual_seed(_other(self.initial_seed() % 2**31))
+        super().manual_seed(_other_seed(self.initial_seed() % 2**31))
 
     def manual_seed(self, seed: int) -> torch.Generator:
-        super().manual_seed(_other(seed))
+        super().manual_seed(_other_seed(seed))
         return self

@@ -1,4 +1,4 @@
-"""The tensors a module answers with, by name, whatever container it answers in. Knows no rule."""
+"""The tensors that a module answers with, by name, in whatever container it returns them."""
 
 from __future__ import annotations
 
@@ -14,100 +14,107 @@ from torch.utils import _pytree as pytree
 
 
 def flatten(output: object) -> dict[str, Tensor]:
-    """The tensors of a module's output in order: a tensor, or what torch's pytrees know: tuples,
-    lists, dicts.
+    """The tensors of a module's output, in order.
 
-    A dictionary's keys name its tensors (`logits`, `hidden_states_0`); what has no key is
-    `output_0`, `output_1`, ...
+    The output is a tensor, or a container that torch's pytrees or dataclasses describe. Keys of
+    dictionaries and fields name the tensors (`logits`, `hidden_states_0`). A tensor without a key
+    is `output_0`, `output_1`, and so on.
+
+    >>> import torch
+    >>> list(flatten({"logits": torch.ones(1), "hidden": [torch.ones(1), torch.ones(1)]}))
+    ['logits', 'hidden_0', 'hidden_1']
     """
-    leaves = [(path, leaf) for path, leaf in _leaves(output) if isinstance(leaf, Tensor)]
-    found: dict[str, Tensor] = {}
-    for index, (path, leaf) in enumerate(leaves):
-        name = _name(path) or f"output_{index}"
-        found[name if name not in found else f"{name}_{index}"] = leaf
-    return found
+    tensors: dict[str, Tensor] = {}
+    leaves = [(name, leaf) for name, leaf in _named_leaves(output) if isinstance(leaf, Tensor)]
+    for index, (key, leaf) in enumerate(leaves):
+        name = key or f"output_{index}"
+        if name in tensors:
+            name = f"{name}_{index}"
+        tensors[name] = leaf
+    return tensors
 
 
 def left_out(output: object) -> tuple[str, ...]:
-    """What an output holds beside tensors, which no graph can answer with: `past_key_values
-    (DynamicCache)`.
+    """What an output holds besides tensors, which a graph cannot answer with.
+
+    For example `past_key_values (DynamicCache)`. None is no answer.
     """
-    strangers = [
-        (path, leaf)
-        for path, leaf in _leaves(output)
+    return tuple(
+        f"{name or 'output'} ({type(leaf).__name__})"
+        for name, leaf in _named_leaves(output)
         if leaf is not None and not isinstance(leaf, Tensor)
-    ]
-    return tuple(f"{_name(path) or 'output'} ({type(leaf).__name__})" for path, leaf in strangers)
+    )
 
 
 @contextmanager
 def own_forward(module: nn.Module) -> Iterator[None]:
-    """The module's forward afterwards as it was, whatever took its place on the object
-    meanwhile.
-    """
-    own = vars(module).get("forward")
+    """Restore the module's forward afterwards, whatever replaced it on the object."""
+    forward = vars(module).get("forward")
     try:
         yield
     finally:
         vars(module).pop("forward", None)
-        if own is not None:
-            module.forward = own
+        if forward is not None:
+            module.forward = forward
 
 
 @contextmanager
 def answering_tensors(
     module: nn.Module, inputs: Sequence[str], *, tracing: AbstractContextManager[object]
 ) -> Iterator[None]:
-    """Let `module` be called with `inputs` alone and answer with its tensors alone, for an exporter
-    that knows no other types; each call runs under `tracing`.
+    """Make `module` take `inputs` only and answer with a tuple of its tensors, for an exporter.
 
-    The forward is exchanged on the object, not wrapped into another module: no path of the network
-    changes. Its signature names the inputs, also those that the forward takes as `**kwargs`.
+    Each call runs under `tracing`. The forward is replaced on the object and not wrapped into
+    another module, so no path in the network changes. Its signature names the inputs, also those
+    that the forward takes as `**kwargs`.
     """
     forward = module.forward
 
-    def tensors(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def tensors_of_call(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, args, strict=False)) | kwargs
-        known = {id(tensor) for tensor in named.values()}
-        answers = []
         with tracing:
             output = forward(**named)
+        # A graph's output must be a value of its own. So a tensor is cloned that is an input, or
+        # an answer already.
+        used = {id(tensor) for tensor in named.values()}
+        answers = []
         for answer in flatten(output).values():
-            # What is an input, or was an answer already, would be no output of its own in a graph.
-            answers.append(answer.clone() if id(answer) in known else answer)
-            known.add(id(answer))
+            answers.append(answer.clone() if id(answer) in used else answer)
+            used.add(id(answer))
         return tuple(answers)
 
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in inputs
     ]
-    tensors.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    tensors_of_call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with own_forward(module):
-        module.forward = tensors
+        module.forward = tensors_of_call
         yield
 
 
-def _leaves(output: object) -> list[tuple[tuple[Any, ...], Any]]:
-    return pytree.tree_flatten_with_path(_opened(output))[0]
+def _named_leaves(output: object) -> list[tuple[str, Any]]:
+    """The leaves of an output in order, each with the name that its keys make, or ""."""
+    leaves: list[tuple[str, Any]] = []
+    for path, leaf in pytree.tree_flatten_with_path(_without_dataclasses(output))[0]:
+        # An entry of a path holds the key of a dictionary, a field's name or an index.
+        keys = [
+            str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", ""))))
+            for entry in path
+        ]
+        name = ""
+        if keys and not keys[0].isdigit():
+            name = re.sub(r"\W+", "_", "_".join(keys)).strip("_")
+        leaves.append((name, leaf))
+    return leaves
 
 
-def _opened(output: object) -> Any:
-    """The output with every dataclass in it as a dictionary of its fields, which pytrees know."""
+def _without_dataclasses(output: object) -> Any:
+    """The output with every dataclass in it as a dictionary, which pytrees can flatten."""
 
-    def opened(leaf: Any) -> Any:
+    def as_dictionary(leaf: Any) -> Any:
         if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
             return leaf
-        return _opened(
-            {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
-        )
+        fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+        return _without_dataclasses(fields)
 
-    return pytree.tree_map(opened, output)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    keys = [
-        str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path
-    ]
-    if not keys or keys[0].isdigit():
-        return ""
-    return re.sub(r"\W+", "_", "_".join(keys)).strip("_")
+    return pytree.tree_map(as_dictionary, output)

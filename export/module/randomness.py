@@ -1,13 +1,11 @@
-"""A witness of randomness: runs a module and reports every place that drew a random number, and
-with which rate.
+"""Watch a forward and report every place that draws a random number, with its rate.
 
-Torch marks the operators that may draw (`nondeterministic_seeded`); whether one did is seen from
-the generator's state before and after. NumPy's and Python's generators, the global ones and those
-that hang on the module, are watched at every module's entry and exit. Nothing here sees the
-operating system's randomness, a clock or a counter: repeating the forward may, which the rule
-eager-randomness does.
+torch marks operators that may draw (`nondeterministic_seeded`). Whether one did is seen from the
+state of its generator before and after. The generators of Python and NumPy, the global ones and
+those that the module holds, are compared whenever a module is entered or left.
 
-Knows neither ONNX nor files.
+Not seen: the operating system's randomness, a clock, a counter. The rule eager-randomness finds
+those by repeating the forward.
 """
 
 from __future__ import annotations
@@ -34,21 +32,27 @@ from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.lines import is_models
 from evalmode.export.module.network import Generator, Network
 
-# An operator that is not marked as one that may draw (anyone can register one) is seen by this
-# alone.
-_TORCHS = "torch's generator, by an operator that does not say that it draws"
+# The name under which torch's generators are compared, like those of Python and NumPy. Operators
+# that anyone registers need not be marked; a draw of an unmarked one is seen in this way only.
+_UNMARKED = "torch's generator, by an operator that does not say that it draws"
 
 
 class Unwatched(Exception):  # noqa: N818 - read as a sentence: "raise Unwatched"
-    """A forward that runs what cannot be watched (`torch.cond`: the branch not taken); the message
-    names the place.
+    """A forward runs code that cannot be watched; the message names the place.
+
+    Under `torch.cond`, for example, the branch that is not taken is not seen.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """One place that drew: the innermost module's path and class, the operator, the rate if one was
-    given, the line.
+    """One place in a forward that drew random numbers.
+
+    path        of the innermost module that was running ("" is the root)
+    kind        that module's class
+    operator    the function and the operator, or the generator, that drew
+    p           the rate: an argument of the call, or else declared by the module, or None
+    line        the innermost line of the model's code, as `net.py:12`
     """
 
     path: str
@@ -59,7 +63,7 @@ class Draw:
 
     @property
     def by_host(self) -> bool:
-        """Whether Python's or NumPy's generator drew, or an operator that does not say so."""
+        """Whether a generator of Python or NumPy drew, or an operator that is not marked."""
         return "generator" in self.operator
 
     def __str__(self) -> str:
@@ -68,101 +72,124 @@ class Draw:
 
 
 def watch(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[object, tuple[Draw, ...]]:
-    """What one forward of `module` answers, and every place that draws a random number in it, in
-    order, each once.
+    """Run one forward. Returns the answer and every place that drew, in order, each once.
 
     Raises Unwatched, and whatever the forward raises.
     """
-    witness = _Witness(Network.of(module))  # anew for each forward: one may make parts of its own
+    # The network is walked for each forward, because a forward may make parts.
+    watcher = _Watcher(Network.of(module))
     try:
-        with plain_forward(), witness.watching():
+        with plain_forward(), watcher.watching():
             answer = module(**copies_of(inputs))
     except Unwatched:
-        # else the compiler, which was left half-way, fails for every later forward
+        # The exception left the compiler half-way, and every later forward would fail.
         torch._dynamo.reset()
         raise
-    return answer, tuple(dict.fromkeys(witness.seen))
+    return answer, tuple(dict.fromkeys(watcher.draws))
 
 
 def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
-    """Every place that draws a random number in one forward of `module`. Raises as `watch` does."""
+    """Every place that draws in one forward, in order, each once. Raises as `watch` does.
+
+    >>> layer = nn.Dropout(0.5)
+    >>> [draw.p for draw in draws(layer, {"input": torch.ones(2)})]
+    [0.5]
+    >>> draws(layer.eval(), {"input": torch.ones(2)})
+    ()
+    """
     return watch(module, inputs)[1]
 
 
-class _Witness:
+class _Watcher:
+    """The state of one watched forward.
+
+    `call` is the Python function of torch that runs now, and its rate. `_running` are the modules
+    whose forwards run now, the innermost last. `_states` are the generators' states as last seen.
+    """
+
     def __init__(self, network: Network) -> None:
-        self.seen: list[Draw] = []
+        self.draws: list[Draw] = []
         self.call: tuple[str, float | None] | None = None
         self._paths = {id(part): path for path, part in network.parts.items()}
-        self._stack: list[nn.Module] = [network.module]
+        self._running: list[nn.Module] = [network.module]
         self._generators = network.generators
-        self._host = self._host_states()
+        self._states = self._current_states()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Watch everything that runs inside of the block."""
         with ExitStack() as stack:
             stack.callback(register_module_forward_pre_hook(self._enter).remove)
             stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
-            stack.enter_context(_Calls(self))
-            stack.enter_context(_Operators(self))
+            stack.enter_context(_FunctionMode(self))
+            stack.enter_context(_OperatorMode(self))
             yield
-            self._look_at_host()
+            self._compare_states()
 
-    def saw(self, operator: str) -> None:
-        """Keep where `operator`, which drew, was called; what it did to torch's generators is then
-        explained.
-        """
-        self.seen.append(self.here(operator))
-        self._host[_TORCHS] = _torchs_states()
+    def add(self, operator: str) -> None:
+        """Record that `operator` drew, at the place that is running now."""
+        self.draws.append(self.place(operator))
+        # The change of torch's generators is explained: no unmarked operator made it.
+        self._states[_UNMARKED] = _torch_states()
 
-    def here(self, operator: str) -> Draw:
-        """The place that is running now."""
-        name, p = self.call or ("", None)
-        module = self._stack[-1]
-        rate = p if p is not None else declared_rate(module)
-        path = self._paths[id(module)] if id(module) in self._paths else self._unregistered()
-        label = f"{name} ({operator})" if name else operator
-        return Draw(path=path, kind=type(module).__name__, operator=label, p=rate, line=_line())
+    def place(self, operator: str) -> Draw:
+        """The place that is running now, as a draw by `operator`."""
+        function, rate = self.call or ("", None)
+        module = self._running[-1]
+        if rate is None:
+            rate = declared_rate(module)
+        path = self._paths.get(id(module))
+        if path is None:
+            # No attribute leads to the module: it is named by the module that called it.
+            caller = next(part for part in reversed(self._running) if id(part) in self._paths)
+            path = f"{self._paths[id(caller)] or '(root)'} > unregistered"
+        label = f"{function} ({operator})" if function else operator
+
+        frame = sys._getframe()
+        while frame.f_back and not is_models(frame.f_code.co_filename):
+            frame = frame.f_back
+        line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        return Draw(path=path, kind=type(module).__name__, operator=label, p=rate, line=line)
+
+    # A module that is entered or left is compared before the stack changes: what drew until now
+    # belongs to the module that was running.
 
     def _enter(self, module: nn.Module, _inputs: object) -> None:
-        self._look_at_host()
-        self._stack.append(module)
+        self._compare_states()
+        self._running.append(module)
 
     def _leave(self, _module: nn.Module, _inputs: object, _output: object) -> None:
-        self._look_at_host()
-        self._stack.pop()
+        self._compare_states()
+        self._running.pop()
 
-    def _unregistered(self) -> str:
-        """The name of a module that no attribute leads to: below which known one it was called."""
-        known = next(part for part in reversed(self._stack) if id(part) in self._paths)
-        return f"{self._paths[id(known)] or '(root)'} > unregistered"
+    def _compare_states(self) -> None:
+        """Record a draw for each generator whose state changed since the last comparison."""
+        states = self._current_states()
+        for name, state in states.items():
+            if self._states[name] != state:
+                self.add(name)
+        self._states = states
 
-    def _look_at_host(self) -> None:
-        states = self._host_states()
-        for name, now in states.items():
-            if self._host[name] != now:
-                self.saw(name)
-        self._host = states
-
-    def _host_states(self) -> dict[str, object]:
+    def _current_states(self) -> dict[str, object]:
         states: dict[str, object] = {
-            _TORCHS: _torchs_states(),
+            _UNMARKED: _torch_states(),
             "random's global generator": random.getstate(),
-            "numpy.random's global generator": _plain(np.random.get_state(legacy=False)),
+            "numpy.random's global generator": _comparable(np.random.get_state(legacy=False)),
         }
-        return states | {
-            f"the generator {path}": _state_of(found) for path, found in self._generators.items()
-        }
+        for path, generator in self._generators.items():
+            states[f"the generator {path}"] = _state_of(generator)
+        return states
 
 
-class _Calls(TorchFunctionMode):
-    """Notes the Python-level function, and the rate it was called with, around the operators that
-    it dispatches.
+class _FunctionMode(TorchFunctionMode):
+    """Tells the watcher which Python function of torch runs, and with which rate.
+
+    The operators that the function dispatches do not know that name, nor always the rate.
     """
 
-    def __init__(self, witness: _Witness) -> None:
+    def __init__(self, watcher: _Watcher) -> None:
         super().__init__()
-        self._witness = witness
+        self._watcher = watcher
 
     def __torch_function__(
         self,
@@ -171,24 +198,26 @@ class _Calls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        outer = self._witness.call
-        self._witness.call = (
-            getattr(func, "__name__", str(func)),
-            _given_rate(func, args, kwargs or {}),
-        )
+        kwargs = kwargs or {}
+        outer = self._watcher.call
+        name = getattr(func, "__name__", str(func))
+        self._watcher.call = name, _rate_argument(func, args, kwargs)
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
-            self._witness.call = outer
+            self._watcher.call = outer
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
-    # Without it torch refuses such an operator too, in a sentence for its own developers.
+# torch does not annotate the base class.
+class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Compares the state of torch's generators around every operator that may draw."""
+
+    # Without it torch refuses a higher-order operator before this mode can name the place.
     supports_higher_order_operators = True
 
-    def __init__(self, witness: _Witness) -> None:
+    def __init__(self, watcher: _Watcher) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._witness = witness
+        self._watcher = watcher
 
     def __torch_dispatch__(
         self,
@@ -199,66 +228,63 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch do
     ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
-            raise Unwatched(str(self._witness.here(str(func))))
+            raise Unwatched(str(self._watcher.place(str(func))))
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        generator = next(
-            (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)),
-            None,
-        )
-        state = _device_states if generator is None else lambda: [generator.get_state()]
-        before = state()
+        arguments = (*args, *kwargs.values())
+        generators = [value for value in arguments if isinstance(value, torch.Generator)]
+
+        def states() -> list[Tensor]:
+            return [generators[0].get_state()] if generators else _device_states()
+
+        before = states()
         result = func(*args, **kwargs)
-        if any(not torch.equal(then, now) for then, now in zip(before, state(), strict=True)):
-            self._witness.saw(str(func))
+        pairs = zip(before, states(), strict=True)
+        if not all(torch.equal(state, new_state) for state, new_state in pairs):
+            self._watcher.add(str(func))
         return result
 
 
-def _torchs_states() -> list[bytes]:
+def _torch_states() -> list[bytes]:
     return [state.numpy(force=True).tobytes() for state in _device_states()]
 
 
 def _device_states() -> list[Tensor]:
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *on_gpu]
+    """The states of torch's global generators, of the CPU and of each GPU in use."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states += torch.cuda.get_rng_state_all()
+    return states
 
 
 def _state_of(generator: Generator) -> object:
+    """A generator's state in a form that == compares; None for a generator without a state."""
+    if isinstance(generator, random.SystemRandom):
+        return None
     if isinstance(generator, random.Random):
-        # SystemRandom is one too, and has no state to compare.
-        return None if isinstance(generator, random.SystemRandom) else generator.getstate()
+        return generator.getstate()
     if isinstance(generator, np.random.RandomState):
-        return _plain(generator.get_state(legacy=False))
-    return _plain(generator.bit_generator.state)
+        return _comparable(generator.get_state(legacy=False))
+    return _comparable(generator.bit_generator.state)
 
 
-def _plain(state: object) -> object:
-    """NumPy's state as values that == compares: its arrays as bytes."""
+def _comparable(state: object) -> object:
+    """NumPy's state with its arrays as bytes, because == of arrays is an array."""
     if isinstance(state, Mapping):
-        return {key: _plain(value) for key, value in state.items()}
+        return {key: _comparable(value) for key, value in state.items()}
     return state.tobytes() if isinstance(state, np.ndarray) else state
 
 
-def _given_rate(
+def _rate_argument(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> float | None:
-    """The drop probability among a call's arguments; None where it has none or its signature cannot
-    be read.
-    """
+    """The drop probability among a call's arguments, or None."""
     try:
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
-        given = bound.arguments
+        arguments = bound.arguments
     except (ValueError, TypeError):
-        # Built-in functions have no signature: keywords are all there is.
-        given = kwargs
-    rate = given.get("p", given.get("dropout_p"))
+        # Built-in functions have no signature, so only keywords have names.
+        arguments = kwargs
+    rate = arguments.get("p", arguments.get("dropout_p"))
     return float(rate) if isinstance(rate, int | float) else None
-
-
-def _line() -> str:
-    """The innermost line of the model's own code."""
-    frame = sys._getframe(1)
-    while frame.f_back and not is_models(frame.f_code.co_filename):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -1,7 +1,7 @@
-"""Leaving no trace: copies to work on, and everything that a forward may move put back afterwards.
+"""Leave a module as it was: everything that a forward may change is restored afterwards.
 
-Does not know what a forward does outside the process, nor Python objects that are neither numbers
-nor tensors and that a module which cannot be copied changes in place.
+Not restored: effects outside of the process, and Python objects other than numbers and tensors,
+such as a list. A copy of the network keeps those apart, where it can be copied.
 """
 
 from __future__ import annotations
@@ -18,56 +18,68 @@ from torch import Tensor, nn
 
 from evalmode.export.module.network import Network
 
+_SAVED_TYPES = (bool, int, float, str, Tensor)
+
 
 @contextmanager
 def untouched(network: Network) -> Iterator[None]:
-    """Put back, also after an error: every generator, and every part's flags, numbers and tensors.
+    """Restore, also after an error: every generator, and every part's flags, numbers and buffers.
 
     Example:
         with untouched(Network.of(module)):
             module(**sample)
     """
+    # The modules `random` and `numpy.random` have the methods of their global generators.
+    generators: list[Any] = [random, np.random, *network.generators.values()]
+    # torch's generators in attributes of the parts, and in the globals of their forwards.
+    for part in network.parts.values():
+        forward = inspect.getattr_static(type(part), "forward", None)
+        forward_globals = getattr(forward, "__globals__", {})
+        values = (*vars(part).values(), *forward_globals.values())
+        generators += [value for value in values if isinstance(value, torch.Generator)]
     with ExitStack() as stack:
-        for restore in (*_generators(network), *map(saved, network.parts.values())):
-            stack.callback(restore)
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        for generator in generators:
+            stack.callback(_saved_generator(generator))
+        for part in network.parts.values():
+            stack.callback(saved(part))
         yield
 
 
 def saved(module: nn.Module) -> Callable[[], None]:
-    """What puts one module's own attributes and buffers back as they are now; children are their
-    own business.
+    """Save a module's own attributes and buffers; the result restores them.
 
-    Parameters are left alone: no forward writes to them, and copies of all would double the memory.
+    Children are not saved. Parameters are not either: a forward does not write to them, and copies
+    would double the memory.
     """
-    plain = {
+    attributes = {
         name: value
         for name, value in vars(module).items()
-        if value is None or isinstance(value, _PLAIN)
+        if value is None or isinstance(value, _SAVED_TYPES)
     }
     buffers = dict(module._buffers)
-    tensors = [
-        tensor for tensor in (*buffers.values(), *plain.values()) if isinstance(tensor, Tensor)
+    contents = [
+        (value, value.detach().clone())
+        for value in (*buffers.values(), *attributes.values())
+        if isinstance(value, Tensor)
     ]
-    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def restore() -> None:
-        vars(module).update(plain)
+        vars(module).update(attributes)
         module._buffers.update(buffers)
         with torch.no_grad():
             for tensor, content in contents:
+                # Only what changed: a write raises the tensor's version, which autograd checks.
                 if not torch.equal(tensor, content):
                     tensor.copy_(content)
 
     return restore
 
 
-_PLAIN = (bool, int, float, str, Tensor)
-
-
 def state_of(network: Network) -> dict[str, object]:
-    """The buffers, tensors and numbers of every part, in copies, by the paths that code reaches
-    them by.
-    """
+    """Copies of the buffers, tensors and numbers of every part, by the paths that code uses."""
     state: dict[str, object] = {}
     for path, part in network.parts.items():
         prefix = f"{path}." if path else ""
@@ -79,34 +91,16 @@ def state_of(network: Network) -> dict[str, object]:
     return state
 
 
-def _generators(network: Network) -> Iterator[Callable[[], Any]]:
-    cpu = torch.get_rng_state()
-    yield lambda: torch.set_rng_state(cpu)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        gpus = torch.cuda.get_rng_state_all()
-        yield lambda: torch.cuda.set_rng_state_all(gpus)
-    everything = (random, np.random, *network.generators.values(), *_torch_generators(network))
-    yield from (_restorer(generator) for generator in everything)
-
-
-def _restorer(generator: Any) -> Callable[[], Any]:
+def _saved_generator(generator: Any) -> Callable[[], Any]:
+    """A function that restores the generator's present state."""
     if isinstance(generator, np.random.Generator):
         state = generator.bit_generator.state
         return lambda: setattr(generator.bit_generator, "state", state)
     if isinstance(generator, random.SystemRandom):
         return lambda: None  # it has no state
-    # torch's and NumPy's legacy generators spell it with an underscore, Python's does not.
-    get, put = (
-        ("get_state", "set_state") if hasattr(generator, "get_state") else ("getstate", "setstate")
-    )
-    held = getattr(generator, get)()
-    return lambda: getattr(generator, put)(held)
-
-
-def _torch_generators(network: Network) -> Iterator[torch.Generator]:
-    for part in network.parts.values():
-        forward = inspect.getattr_static(type(part), "forward", None)
-        beside = getattr(forward, "__globals__", {})
-        yield from (
-            v for v in (*vars(part).values(), *beside.values()) if isinstance(v, torch.Generator)
-        )
+    # torch's and NumPy's legacy generators have an underscore in the names, Python's have none.
+    if hasattr(generator, "get_state"):
+        state = generator.get_state()
+        return lambda: generator.set_state(state)
+    state = generator.getstate()
+    return lambda: generator.setstate(state)

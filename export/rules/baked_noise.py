@@ -1,6 +1,4 @@
-"""Rule baked-noise: no random number that was drawn at export lives on as a constant of the
-graph.
-"""
+"""Rule baked-noise: no constant of the graph is a random number that was drawn at export."""
 
 from __future__ import annotations
 
@@ -24,14 +22,21 @@ _FIX = (
 
 
 def check(subject: Subject) -> Record:
-    """Fail for noise that the optimiser left as a constant, and for constants that differ under
-    other seeds.
+    """Fail for noise that became a constant of the graph.
 
-    The graph is read as it was before constants were folded, and compared with exports of the same
-    weights under other seeds of torch, NumPy and Python. A weight that looks like a mask is a
-    warning.
+    1. An operator that draws, or trains, in the graph before optimisation and is gone after it: its
+       noise may have been folded into a constant.
+    2. A constant that differs in an export of the same weights under other seeds of torch, NumPy
+       and Python. Unproven where that export cannot be made.
+    3. A weight that looks like a dropout mask is a warning.
     """
-    findings = dict.fromkeys([*_folded(subject), *_differing(subject), *glimpse(subject.graph)])
+    findings = dict.fromkeys(
+        [
+            *_folded_noise(subject),
+            *_differences_under_other_seeds(subject),
+            *graph_findings(subject.graph),
+        ]
+    )
     weights = subject.graph.proto.graph.initializer
     return Record.of(
         RULE,
@@ -43,60 +48,66 @@ def check(subject: Subject) -> Record:
     )
 
 
-def glimpse(graph: Graph) -> tuple[Finding, ...]:
-    """A warning for every weight that looks like a mask, which the graph alone shows."""
+def graph_findings(graph: Graph) -> tuple[Finding, ...]:
+    """A warning for every weight that looks like a dropout mask."""
     return mask_like(graph)
 
 
-def _folded(subject: Subject) -> Iterator[Finding]:
-    """What draws in the graph before optimisation and is gone after it."""
+def _folded_noise(subject: Subject) -> Iterator[Finding]:
+    """Errors for operators that draw before optimisation and are gone after it."""
     if subject.export.unoptimised is None:
         return
     before, after = graph_of(subject.export.unoptimised), subject.graph
-    # Names end in a number, which optimisation changes: a place is its module and operator.
-    left = {
-        _place(item) for rule in (stochastic_op, training_mode) for item in rule.findings_in(after)
+    remaining = {
+        _module_and_operator(finding)
+        for rule in (stochastic_op, training_mode)
+        for finding in rule.findings_in(after)
     }
     why = (
         "it draws in the graph before optimisation: its noise may have been folded into a constant"
     )
     for finding in (*stochastic_op.findings_in(before), *training_mode.findings_in(before)):
-        if finding.severity is Severity.ERROR and _place(finding) not in left:
+        if finding.severity is Severity.ERROR and _module_and_operator(finding) not in remaining:
             yield finding.model_copy(update={"why": why, "fix": _FIX})
 
 
-def _place(finding: Finding) -> tuple[str, str]:
+def _module_and_operator(finding: Finding) -> tuple[str, str]:
+    """What identifies a node in both graphs: its name ends in a number, which the optimiser
+    changes.
+    """
     return module_of(finding.node), finding.op
 
 
-def _differing(subject: Subject) -> Iterator[Finding]:
+def _differences_under_other_seeds(subject: Subject) -> Iterator[Finding]:
     own = fingerprint(subject.graph.proto)
-    for make in subject.export.twins:
+    for make_twin in subject.export.twins:
         try:
-            twin = make()
+            twin = make_twin()
         except EvalmodeError as error:
             why = f"a second export could not be compared: {error}"
             fix = "let the factory build the same network each time, under other seeds too"
             yield Finding(severity=Severity.UNPROVEN, why=why, fix=fix)
             continue
-        held = Counter(digest for _, digest in twin.weights)
-        moved: list[str] = []
+
+        # Weights are matched by their values, because an exporter may name them differently. Each
+        # weight of the twin matches one weight here.
+        unmatched = Counter(digest for _, digest in twin.weights)
+        differing_weights: list[str] = []
         for name, digest in own.weights:
-            if held[digest]:
-                held[digest] -= 1
+            if unmatched[digest]:
+                unmatched[digest] -= 1
             else:
-                moved.append(name)
-        for name in moved:
+                differing_weights.append(name)
+        for name in differing_weights:
             nodes = subject.graph.proto.graph.node
             readers = ", ".join(node.name for node in nodes if name in node.input) or "nothing"
             why = f"its values differ in another export, under other seeds; it is read by {readers}"
-            yield _baked(name, "weight", why)
-        computed = {digest for _, digest in twin.nodes}
-        others = [name for name, digest in own.nodes if digest not in computed]
-        # A node behind one that differs differs too: the first is where they part.
-        if others and not moved:
-            yield _baked(others[0], "", "what it computes differs under other seeds")
+            yield Finding(severity=Severity.ERROR, node=name, op="weight", why=why, fix=_FIX)
 
-
-def _baked(node: str, op: str, why: str) -> Finding:
-    return Finding(severity=Severity.ERROR, node=node, op=op, why=why, fix=_FIX)
+        # A node that reads a differing weight or node differs too. So nodes are reported only where
+        # all weights agree, and then the first one.
+        twin_digests = {digest for _, digest in twin.nodes}
+        differing_nodes = [name for name, digest in own.nodes if digest not in twin_digests]
+        if differing_nodes and not differing_weights:
+            why = "what it computes differs under other seeds"
+            yield Finding(severity=Severity.ERROR, node=differing_nodes[0], why=why, fix=_FIX)

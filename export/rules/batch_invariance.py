@@ -1,8 +1,15 @@
-"""Rule batch-invariance: a row's answer depends on that row and not on who shares its batch."""
+"""Rule batch-invariance: a row's answer depends on that row alone, not on the other rows in its
+batch.
+
+The rule exchanges the other rows of a batch and compares the bits of a row's answer. The batch size
+stays the same: at another one the runtime may choose another kernel, which rounds differently and
+is no fault. The record reports the batch sizes that keep a row's bits: the service uses only those.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -18,24 +25,23 @@ _FIX = (
     "quantise statically, not dynamically; give BatchNorm running statistics; reduce over no batch"
     " axis; where the first axis is no batch, say so with --dynamic-axes NAME=length,batch,_"
 )
-_ROWLESS = (
+_WHY_ROWLESS = (
     "it has no axis of rows and changes with them, so what it tells of one row may come from others"
 )
 _FIX_ROWLESS = "answer with one value for each row, or leave this out of what the module answers"
 
-_PLACES = 8  # the batch size at which companions are exchanged
-_FEWER = 5  # another one, which tells the axis of rows from others
+_BATCH_SIZE = 8
+# An axis of rows is one that shrinks with the batch. 5 has no factor in common with 8, so no other
+# axis shrinks by the same ratio.
+_SMALLER_BATCH_SIZE = 5
 
 
 def check(subject: Subject) -> Record:
-    """Fail when exchanging a row's companions, at one batch size, changes its answer by a bit.
+    """Fail when other rows in the batch change a bit of a row's answer.
 
-    Every output is judged for itself. Its rows lie on whichever axis grows with them; an output
-    that is the same whatever the rows are depends on none. Unproven for an output that has no axis
-    of rows and changes with them, such as a loss: what a row has from others cannot be told.
-
-    Which batch sizes give the bits of one row alone (`row_counts`) is a property of the runtime's
-    kernels and no fault: the service batches by that list. It is reported.
+    Every output is judged by itself. Its rows lie on the axis that grows with the batch. An output
+    that is the same for all rows depends on none of them. Unproven for an output without an axis of
+    rows that still changes with them, such as a loss.
     """
     groups = subject.evidence.companions or {
         length: Companions(rows=rows, axes=dict.fromkeys(rows[0], 0))
@@ -46,119 +52,137 @@ def check(subject: Subject) -> Record:
     findings: list[Finding] = []
     worst = 0.0
     for length, group in groups.items():
-        changes, rowless = _exchange(subject.served.run, group)
+        changes, rowless = _exchange_companions(subject.served.run, group)
         worst = max([worst, *changes.values()])
+        prefix = f"length {length}: " if length else ""
         for name, change in changes.items():
             if change:
-                at = f"length {length}: " if length else ""
-                why = f"{at}another row in the batch changes this row's answer by {change:.3g}"
+                why = f"{prefix}another row in the batch changes this row's answer by {change:.3g}"
                 findings.append(Finding(severity=Severity.ERROR, node=name, why=why, fix=_FIX))
         findings += [
-            Finding(severity=Severity.UNPROVEN, node=name, why=_ROWLESS, fix=_FIX_ROWLESS)
+            Finding(severity=Severity.UNPROVEN, node=name, why=_WHY_ROWLESS, fix=_FIX_ROWLESS)
             for name in rowless
         ]
+    otherwise = "an output mixes the rows of a batch in a way that cannot be judged"
+    if worst:
+        otherwise = "rows depend on their neighbours"
     return Record.of(
         RULE,
         dict.fromkeys(findings),
         fine="no row depends on its neighbours",
-        otherwise=(
-            "rows depend on their neighbours"
-            if worst
-            else "an output mixes the rows of a batch in a way that cannot be judged"
-        ),
-        measured=f"moved by {worst:.3g}; {_as_alone(subject)}",
+        otherwise=otherwise,
+        measured=f"moved by {worst:.3g}; {_stable_counts(subject)}",
         limit="0",
     )
 
 
-def _as_alone(subject: Subject) -> str:
+def _stable_counts(subject: Subject) -> str:
+    """The batch sizes at which a row has the bits it has alone, in words."""
     if not subject.evidence.rows:
         return "the service runs no rows of two requests together"
     row_counts = subject.row_counts
     if all(len(counts) == len(COUNTS) for counts in row_counts.values()):
         return f"the bits of one row alone at every batch size 1..{COUNTS[-1]}"
-    some = ", ".join(
-        f"{len(counts)} at length {length}" if length else str(len(counts))
-        for length, counts in row_counts.items()
+    numbers = []
+    for length, counts in row_counts.items():
+        numbers.append(f"{len(counts)} at length {length}" if length else str(len(counts)))
+    return (
+        f"of the batch sizes 1..{COUNTS[-1]}, with the bits of one row alone: {', '.join(numbers)}"
     )
-    return f"of the batch sizes 1..{COUNTS[-1]}, with the bits of one row alone: {some}"
 
 
-def _exchange(run: Run, group: Companions) -> tuple[dict[str, float], list[str]]:
-    """The largest change of any row's part of each output when other rows take the places beside
-    it, and the outputs that have no parts and yet change.
+@dataclass(frozen=True)
+class _Layout:
+    """Where the rows of a batch are in an output: along `axis`.
 
-    Each row first fills a batch alone, then shares one with others: every pair, half of the places
-    each, and all together, each in every place.
+    The axis may hold several elements for each row, such as tokens. They lie row by row, or
+    `interleaved`: the first elements of all rows, then the second ones, and so on.
+    """
+
+    axis: int
+    interleaved: bool
+
+    def split(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """The part of each of the batch's rows."""
+        tensor = np.moveaxis(tensor, self.axis, 0)
+        if self.interleaved:
+            return [tensor[row::_BATCH_SIZE] for row in range(_BATCH_SIZE)]
+        return np.split(tensor, _BATCH_SIZE)
+
+
+def _exchange_companions(run: Run, group: Companions) -> tuple[dict[str, float], list[str]]:
+    """Compare each row's answer among copies of itself with its answer among other rows.
+
+    Returns, by output, the largest change of a row's part, and the names of the outputs that have
+    no such parts and still change.
     """
     count = len(group.rows)
-    by_row = [run(group.batch([index] * _PLACES)) for index in range(count)]
-    fewer = run(group.batch([0] * _FEWER))
-    mixed: list[tuple[list[int], Tensors]] = []
-    for one, other in combinations(range(count), 2):
-        places = [one] * (_PLACES // 2) + [other] * (_PLACES // 2)
-        mixed.append((places, run(group.batch(places))))
-    for first in range(count):
-        places = [(first + place) % count for place in range(_PLACES)]
-        mixed.append((places, run(group.batch(places))))
+    # Each row in a batch of copies of itself, and one of them in a smaller batch.
+    alone = [run(group.batch([index] * _BATCH_SIZE)) for index in range(count)]
+    smaller = run(group.batch([0] * _SMALLER_BATCH_SIZE))
+
+    # Each pair of rows, half of the batch each; then all rows together, each at every position.
+    half = _BATCH_SIZE // 2
+    mixtures = [[first] * half + [second] * half for first, second in combinations(range(count), 2)]
+    mixtures += [
+        [(first + position) % count for position in range(_BATCH_SIZE)] for first in range(count)
+    ]
+    mixed = [(indices, run(group.batch(indices))) for indices in mixtures]
+
     changes: dict[str, float] = {}
     rowless: list[str] = []
-    for name, tensor in by_row[0].items():
-        readings = _readings(tensor.shape, fewer[name].shape)
-        if readings:
-            changes[name] = min(
-                _largest_change(by_row, mixed, name, axis, inner) for axis, inner in readings
-            )
-        elif any(
-            answer[name].shape != tensor.shape or bits(answer[name]) != bits(tensor)
-            for answer in (*by_row, *(answer for _, answer in mixed))
-        ):
-            rowless.append(name)
+    for name, tensor in alone[0].items():
+        layouts = _layouts(tensor.shape, smaller[name].shape)
+        if layouts:
+            # The layout is not known. If one of them shows rows that depend on themselves alone,
+            # it is the right one.
+            changes[name] = min(_largest_change(alone, mixed, name, layout) for layout in layouts)
+            continue
+        for answer in [*alone, *(answer for _, answer in mixed)]:
+            if answer[name].shape != tensor.shape or bits(answer[name]) != bits(tensor):
+                rowless.append(name)
+                break
     return changes, rowless
 
 
-def _readings(shape: Sequence[int], fewer: Sequence[int]) -> list[tuple[int, bool]]:
-    """The ways to read rows in an output: the axis, and whether they are its inner part.
-
-    An axis that holds several elements for each row (tokens of all rows in one line) holds them
-    row by row, or the rows of each element together. Where several ways are possible and one shows
-    rows that depend on themselves alone, they do.
-    """
-    if len(shape) != len(fewer):
+def _layouts(shape: Sequence[int], smaller: Sequence[int]) -> list[_Layout]:
+    """The possible layouts of an output, by its shapes in a batch and in a smaller batch."""
+    if len(shape) != len(smaller):
         return []
-    readings = []
-    for axis, (size, other) in enumerate(zip(shape, fewer, strict=True)):
-        if size and size % _PLACES == 0 and other * _PLACES == size * _FEWER:
-            readings += [(axis, False)] if size == _PLACES else [(axis, False), (axis, True)]
-    return readings
+    layouts = []
+    for axis, (size, smaller_size) in enumerate(zip(shape, smaller, strict=True)):
+        grows_with_rows = smaller_size * _BATCH_SIZE == size * _SMALLER_BATCH_SIZE
+        if size and size % _BATCH_SIZE == 0 and grows_with_rows:
+            layouts.append(_Layout(axis, interleaved=False))
+            if size > _BATCH_SIZE:
+                layouts.append(_Layout(axis, interleaved=True))
+    return layouts
 
 
 def _largest_change(
-    by_row: Sequence[Tensors],
+    alone: Sequence[Tensors],
     mixed: Sequence[tuple[list[int], Tensors]],
     name: str,
-    axis: int,
-    inner: bool,
+    layout: _Layout,
 ) -> float:
-    def parts(answer: Tensors) -> list[np.ndarray]:
-        tensor = np.moveaxis(answer[name], axis, 0)
-        if inner:
-            return [tensor[place::_PLACES] for place in range(_PLACES)]
-        return np.split(tensor, _PLACES)
+    """The largest change of a row's part of an output when other rows share its batch.
 
-    alone = [parts(answer) for answer in by_row]
+    A change of bits is never 0, and one of shape or of numbers that cannot be subtracted is
+    infinite.
+    """
+    parts_alone = [layout.split(answer[name]) for answer in alone]
     largest = 0.0
-    for places, answer in mixed:
-        if answer[name].shape != by_row[0][name].shape:
+    for indices, answer in mixed:
+        if answer[name].shape != alone[0][name].shape:
             return float("inf")
-        for place, part in enumerate(parts(answer)):
-            expected = alone[places[place]][place]
+        for position, part in enumerate(layout.split(answer[name])):
+            expected = parts_alone[indices[position]][position]
             if bits(part) == bits(expected):
                 continue
             change = np.inf
             if part.dtype.kind in "fiub":
                 difference = part.astype(np.float64) - expected.astype(np.float64)
                 change = float(np.nan_to_num(np.abs(difference).max(), nan=np.inf))
-            # -0.0 for 0.0 is a change too
+            # -0.0 in place of 0.0 is a change too, though their difference is 0.
             largest = max(largest, change, float(np.finfo(np.float64).tiny))
     return largest

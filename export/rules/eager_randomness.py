@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.inputs.axes import shapes_of
@@ -20,11 +20,13 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "eager-randomness"
 
-# What leaves no generator's state behind may agree by chance once or twice, seldom five times.
+# Randomness that moves no generator may give equal answers once or twice by chance, seldom five
+# times.
 _REPEATS = 5
-_NAMED = 3  # of what moved
+# A finding names this many attributes that changed; a large module may have hundreds.
+_NAMED_ATTRIBUTES = 3
 
-_FIX = (
+_FIX_DRAW = (
     "pass training=self.training, or p=0.0 outside of training, so that nothing is drawn in eval"
     " mode"
 )
@@ -34,56 +36,49 @@ _FIX_UNWATCHED = (
 
 
 def check(subject: Subject) -> Record:
-    """Fail for every place that draws in eval on one of the probes, and when two forwards of the
-    last differ by a bit.
+    """Fail for code that draws in eval mode, and for an answer that does not repeat itself.
 
-    Unproven where a forward cannot be watched (`torch.cond`: the branch that was not taken is not
-    seen).
+    1. Every draw while the evidence was made. The module ran then for the first time, and may have
+       kept what it drew.
+    2. Every draw in a forward of each probe. Unproven for a forward that cannot be watched, such as
+       one with `torch.cond`. A forward that raises is an error.
+    3. Only if there is none of these: an answer that differs by a bit between forwards of one
+       input, which shows the system's randomness, a clock, a counter or state.
     """
     module = subject.network.module
     probes = [as_tensors(probe) for probe in subject.evidence.probes]
-    # In order, each once. Forwards ran before this rule, and may have kept what they drew.
-    found = dict.fromkeys(map(_drawn, subject.draws))
+    findings = [_draw_finding(draw) for draw in subject.draws]
     for probe in probes:
-        found |= dict.fromkeys(_places(module, probe))
-    if not found:
-        found |= dict.fromkeys(_differing(subject.network, probes))
+        try:
+            _, draws_of_probe = watch(module, probe)
+            findings += [_draw_finding(draw) for draw in draws_of_probe]
+        except Unwatched as error:
+            why = f"a forward cannot be watched: {error}"
+            findings.append(Finding(severity=Severity.UNPROVEN, why=why, fix=_FIX_UNWATCHED))
+        except Exception as error:  # the user's own code, on an input that it should read
+            why = f"the forward fails on {shapes_of(probe)}: {type(error).__name__}: {error}"
+            findings.append(_error(why, "give inputs that it reads"))
+    if not findings:
+        findings = _repeat_findings(subject.network, probes)
+    findings = list(dict.fromkeys(findings))
     return Record.of(
         RULE,
-        found,
+        findings,
         fine="no generator moved and every repeat gave the same bits",
         otherwise="the module is not shown to be free of randomness in eval mode",
-        measured=f"{len(found)} places in {len(probes)} forwards, {_REPEATS} repeats",
+        measured=f"{len(findings)} places in {len(probes)} forwards, {_REPEATS} repeats",
         limit="0",
     )
 
 
-def _places(module: nn.Module, probe: Mapping[str, Tensor]) -> list[Finding]:
-    try:
-        _, drawn = watch(module, probe)
-        return [_drawn(draw) for draw in drawn]
-    except Unwatched as error:
-        return [
-            Finding(
-                severity=Severity.UNPROVEN,
-                why=f"a forward cannot be watched: {error}",
-                fix=_FIX_UNWATCHED,
-            )
-        ]
-    except Exception as error:
-        # The user's own code: whatever it raises on an input it should read is a finding.
-        why = f"the forward fails on {shapes_of(probe)}: {type(error).__name__}: {error}"
-        return [_error(why, "give inputs that it reads")]
-
-
-def _drawn(draw: Draw) -> Finding:
+def _draw_finding(draw: Draw) -> Finding:
     rate = "" if draw.p is None else f", p={draw.p:g}"
     return Finding(
         severity=Severity.ERROR,
         node=draw.path or "(root)",
         op=f"{draw.kind}{rate}",
         why=f"{draw.operator} at {draw.line} draws in eval mode",
-        fix=_FIX,
+        fix=_FIX_DRAW,
     )
 
 
@@ -91,61 +86,69 @@ def _error(why: str, fix: str = "") -> Finding:
     return Finding(severity=Severity.ERROR, why=why, fix=fix)
 
 
-def _differing(network: Network, probes: Sequence[Mapping[str, Tensor]]) -> list[Finding]:
-    """An error for each answer that another forward of one input changes, and for what moved.
+def _repeat_findings(network: Network, probes: Sequence[Mapping[str, Tensor]]) -> list[Finding]:
+    """An error for each answer that differs between forwards of the last probe.
 
-    The last probe is answered several times in a row, and once more after the other probes: what
-    another input left behind in the module shows then.
+    The last probe runs several times in a row, and once more after the other probes, which shows
+    state that another input left in the module.
     """
     module = network.module
 
     def answer() -> dict[str, Tensor]:
-        # Copies: a forward may write to its input, or answer with one tensor each time.
+        # Copies, because a forward may write to its input, or return one tensor each time.
         return copies_of(flatten(module(**copies_of(probes[-1]))))
 
-    before = state_of(network)
+    state_before = state_of(network)
     with plain_forward():
         first, *others = [answer() for _ in range(_REPEATS)]
         if not first:
             return [_error("the forward returns no tensor that could be compared")]
         if any(other.keys() != first.keys() for other in others):
             return [_error("forwards of one input return different numbers of tensors")]
-        differing = _names_that_differ(first, others)
+        differing = _differing_names(first, others)
         if not differing:
             for probe in probes[:-1]:
                 module(**copies_of(probe))
-        after = state_of(network)
+        state_after = state_of(network)
         if not differing:
-            differing = _names_that_differ(first, [answer()])
+            differing = _differing_names(first, [answer()])
     if not differing:
         return []
-    moved = [name for name in before if name in after and not _equal(before[name], after[name])]
-    if moved:
-        answers, state = ", ".join(differing), ", ".join(moved[:_NAMED])
+
+    # If the module's own state changed, the answer depends on that, and nothing need be random.
+    changed = [
+        name
+        for name, value in state_before.items()
+        if name in state_after and not _is_equal(value, state_after[name])
+    ]
+    if changed:
+        answers, state = ", ".join(differing), ", ".join(changed[:_NAMED_ATTRIBUTES])
         why = f"{answers} depends on the forwards before: {state} moves from one to the next"
         return [_error(why, "keep no state in eval mode, or make it an input and an output")]
     fix = "look for the system's randomness, a clock, a counter"
     return [_error(f"{name} differs between forwards of one input", fix) for name in differing]
 
 
-def _names_that_differ(first: Mapping[str, Tensor], others: list[dict[str, Tensor]]) -> list[str]:
-    return [
-        name
-        for name, tensor in first.items()
-        if any(name not in other or not _same_bits(tensor, other[name]) for other in others)
-    ]
+def _differing_names(first: Mapping[str, Tensor], others: list[dict[str, Tensor]]) -> list[str]:
+    names = []
+    for name, tensor in first.items():
+        if not all(name in other and _has_same_bits(tensor, other[name]) for other in others):
+            names.append(name)
+    return names
 
 
-def _equal(a: object, b: object) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and _same_bits(a, b)
-    return type(a) is type(b) and a == b
+def _is_equal(first: object, second: object) -> bool:
+    """Whether two attributes of a module are equal: tensors by their bits, numbers by value."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and _has_same_bits(first, second)
+    return type(first) is type(second) and first == second
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    # equal bits, where == would tell NaN from NaN
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _has_same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have equal bits: NaN equals NaN, and 0.0 differs from -0.0."""
+    if first.shape != second.shape:
+        return False
+    first_bytes, second_bytes = (
+        tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)
+    )
+    return torch.equal(first_bytes, second_bytes)

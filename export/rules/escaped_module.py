@@ -7,6 +7,11 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "escaped-module"
 
+_FIX = (
+    "call .eval() on the root; a module in a list needs nn.ModuleList, an overridden train() must"
+    " obey"
+)
+
 
 def check(subject: Subject) -> Record:
     """Fail for every module whose `training` flag is still set.
@@ -15,24 +20,21 @@ def check(subject: Subject) -> Record:
     overridden.
     """
     network = subject.network
-    escaped = [
+    findings = [
         Finding(
             severity=Severity.ERROR,
             node=path or "(root)",
             op=type(part).__name__,
             why="it is still in training mode",
-            fix=(
-                "call .eval() on the root; a module in a list needs nn.ModuleList, an overridden"
-                " train() must obey"
-            ),
+            fix=_FIX,
         )
         for path, part in network.in_training.items()
     ]
     return Record.of(
         RULE,
-        escaped,
+        findings,
         fine="every module is in eval mode",
         otherwise="modules are still in training mode",
-        measured=f"{len(escaped)} of {len(network.parts)} modules",
+        measured=f"{len(findings)} of {len(network.parts)} modules",
         limit="0",
     )

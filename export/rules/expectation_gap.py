@@ -1,5 +1,5 @@
-"""Rule expectation-gap: every place that drops or adds noise passes on in training, on average,
-what it does in eval.
+"""Rule expectation-gap: at every site that drops or adds noise, the mean in training is the value
+in eval.
 """
 
 from __future__ import annotations
@@ -11,5 +11,5 @@ RULE = "expectation-gap"
 
 
 def check(subject: Subject) -> Record:
-    """The record of the audit, which names every site: see `evalmode.export.audit`."""
+    """The record that the audit made, with every site: see `evalmode.export.audit`."""
     return subject.audit.record

@@ -1,4 +1,4 @@
-"""Rule held-out: the graph labels the rows that the training never saw as the module does, so is as
+"""Rule held-out: the graph gives held-out rows the same labels as the module, so it is as
 accurate.
 """
 
@@ -13,34 +13,36 @@ RULE = "held-out"
 
 
 def check(subject: Subject) -> Record:
-    """Fail for a row that the graph labels otherwise than the module; not applicable without
-    held-out rows.
+    """Fail for a row whose label from the graph differs from the module's.
+
+    Not applicable without held-out rows: rows that the training never saw.
     """
     held_out = subject.evidence.held_out
     if held_out is None:
         return Record.not_applicable(RULE, "no held-out rows came with the module")
-    right_module = right_graph = differing = rows = 0
+    module_right = graph_right = differing = row_count = 0
     for batch, labels in zip(held_out.batches, held_out.labels, strict=True):
-        # the first output is what is classified by
-        name, reference = next(iter(subject.reference(batch).items()))
-        expected, actual = reference.argmax(-1), subject.served.run(batch)[name].argmax(-1)
-        right_module += int(np.sum(expected == labels))
-        right_graph += int(np.sum(actual == labels))
+        # The label is the largest score of the first output.
+        name, scores = next(iter(subject.reference(batch).items()))
+        expected, actual = scores.argmax(-1), subject.served.run(batch)[name].argmax(-1)
+        module_right += int(np.sum(expected == labels))
+        graph_right += int(np.sum(actual == labels))
         differing += int(np.sum(actual != expected))
-        rows += len(labels)
+        row_count += len(labels)
     accuracy = (
-        f"accuracy {right_graph / rows:.4f} of the graph, {right_module / rows:.4f} of the module"
+        f"accuracy {graph_right / row_count:.4f} of the graph,"
+        f" {module_right / row_count:.4f} of the module"
     )
-    flips = Finding(
-        severity=Severity.ERROR,
-        why=f"the graph labels {differing} of {rows} held-out rows otherwise than the module",
-        fix="look at rule parity: the graph computes another function",
-    )
+    findings = []
+    if differing:
+        why = f"the graph labels {differing} of {row_count} held-out rows otherwise than the module"
+        fix = "look at rule parity: the graph computes another function"
+        findings.append(Finding(severity=Severity.ERROR, why=why, fix=fix))
     return Record.of(
         RULE,
-        [flips] if differing else [],
+        findings,
         fine=accuracy,
         otherwise=accuracy,
-        measured=f"{right_graph} right of {rows}, {differing} labelled otherwise",
-        limit=f"{right_module} right, 0 otherwise",
+        measured=f"{graph_right} right of {row_count}, {differing} labelled otherwise",
+        limit=f"{module_right} right, 0 otherwise",
     )

@@ -1,5 +1,5 @@
-"""Rule known-answers: the answers that were written down when the bundle was certified come out
-again.
+"""Rule known-answers: the bundle reproduces the answers that were recorded when it was
+certified.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ RULE = "known-answers"
 
 
 def check(subject: Subject) -> Record:
-    """Fail where an answer differs, here and now, by more than the certificate's tolerance."""
+    """Fail where an answer differs from the recorded one by more than the certificate tolerates."""
     bundle = subject.bundle
     assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
     session = open_session(bundle.model)

@@ -4,8 +4,6 @@ has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from evalmode.bundle.certificate import Finding, Record, Severity
@@ -22,10 +20,20 @@ _FIX = (
 
 
 def check(subject: Subject) -> Record:
-    """Fail for a NaN anywhere, and for an infinity that the graph answers with and the module does
-    not.
+    """Fail for a NaN anywhere, and for an infinity in the graph's answer where the module's answer
+    has none.
     """
-    findings = [*glimpse(subject.graph), *_answers(subject)]
+    findings = list(graph_findings(subject.graph))
+    # Each problem of an output is reported once, on the first probe that shows it.
+    first_probes: dict[tuple[str, str], int] = {}
+    for index, (reference, answer) in enumerate(subject.answers):
+        for name, array in answer.items():
+            problem = _problem(array, reference.get(name))
+            if problem is not None:
+                first_probes.setdefault((name, problem), index)
+    for (name, problem), index in first_probes.items():
+        why = f"{problem}, first on probe {index}"
+        findings.append(Finding(severity=Severity.ERROR, node=name, why=why, fix=_FIX))
     return Record.of(
         RULE,
         findings,
@@ -36,38 +44,21 @@ def check(subject: Subject) -> Record:
     )
 
 
-def glimpse(graph: Graph) -> tuple[Finding, ...]:
-    """An error for every weight that holds a NaN, which the graph alone shows."""
+def graph_findings(graph: Graph) -> tuple[Finding, ...]:
+    """An error for every weight that holds a NaN."""
     return non_finite_weights(graph)
 
 
-def _answers(subject: Subject) -> Iterator[Finding]:
-    said: set[tuple[str, str]] = set()
-    for index, (right, found) in enumerate(subject.answers):
-        for name, answer in found.items():
-            why = _problem(answer, right.get(name))
-            if why and (name, why) not in said:
-                said.add((name, why))
-                yield Finding(
-                    severity=Severity.ERROR,
-                    node=name,
-                    why=f"{why}, first on probe {index}",
-                    fix=_FIX,
-                )
-
-
 def _problem(answer: np.ndarray, reference: np.ndarray | None) -> str | None:
+    """What is wrong with an answer, or None; `reference` is the module's, None without a module."""
     if not np.issubdtype(answer.dtype, np.floating):
         return None
     if np.isnan(answer).any():
-        both = reference is not None and np.isnan(reference).any()
-        return (
-            "the answer holds a NaN, the module's own does too"
-            if both
-            else "the answer holds a NaN"
-        )
-    if np.isinf(answer).any() and (
-        reference is None or not np.array_equal(np.isinf(answer), np.isinf(reference))
-    ):
-        return "the answer holds an infinity"
-    return None
+        if reference is not None and np.isnan(reference).any():
+            return "the answer holds a NaN, the module's own does too"
+        return "the answer holds a NaN"
+    if not np.isinf(answer).any():
+        return None
+    if reference is not None and np.array_equal(np.isinf(answer), np.isinf(reference)):
+        return None
+    return "the answer holds an infinity"

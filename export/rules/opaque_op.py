@@ -1,15 +1,26 @@
-"""Rule opaque-op: every operator is one of which it is known whether it draws or trains."""
+"""Rule opaque-op: for every operator it is known whether it draws or trains.
+
+An operator is known, in this order, if
+
+1. it is listed here, or the rule training-mode judges it;
+2. its domain is a standard one: onnx has schemas for it;
+3. the model imports an opset of that domain;
+4. that opset has the operator, and does not deprecate it;
+5. the schema says whether the operator is deterministic, or it was read and is in `_QUIET_ONNX`.
+
+A function of the model is known by the nodes in it, which are judged themselves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import cache
 
 import onnx
 import onnx.defs
 
 from evalmode.bundle.certificate import Finding, Record, Severity
-from evalmode.export.graph import Graph, NodeAt
+from evalmode.export.graph import NodeAt
 from evalmode.export.rules.stochastic_op import drawing_operators
 from evalmode.export.rules.subject import Subject
 from evalmode.export.rules.training_mode import JUDGED
@@ -21,21 +32,24 @@ _FIX = (
     " it does not draw"
 )
 
-# Schemas that do not say whether they are deterministic: both are plain arithmetic over a window or
-# a state.
-_KNOWN_QUIET = {
+# onnx's schemas of these do not say whether they are deterministic. They are plain arithmetic over
+# a window or a state.
+_QUIET_ONNX = {
     ("", op) for op in ("LinearAttention", "CausalConvWithState", "DepthToSpace", "SpaceToDepth")
 }
 
 # Operators that ONNX Runtime 1.31 has and onnx does not. Each was read for anything that draws or
-# trains; those which do are judged by stochastic-op and training-mode. EPContext and Snpe are not
-# here: they hold a compiled model. Standard names of before ONNX 1.6, which ONNX Runtime still
-# runs, and those that its optimiser writes:
+# trains; the rules stochastic-op and training-mode judge those that do. EPContext and Snpe are
+# absent, because they hold a compiled model.
+
+# Standard names from before ONNX 1.6, which ONNX Runtime still runs, and names that its optimiser
+# writes.
 _LEGACY = """
     Affine Crop DynamicSlice GRUUnit GivenTensorFill ImageScaler LayerNormalization
     MeanVarianceNormalization MemcpyFromHost MemcpyToHost ParametricSoftplus Scale ScaledTanh
     SimplifiedLayerNormalization ThresholdedRelu
 """
+# The domain com.microsoft.
 _CONTRIB = """
     Attention AttnLSTM BeamSearch BiasAdd BiasGelu BiasSoftmax BiasSplitGelu BifurcationDetector
     BranchwiseRMSNorm CDist CausalConvWithState ComplexMul ComplexMulConj
@@ -61,7 +75,10 @@ _CONTRIB = """
     SparseToDenseMatMul Tokenizer TorchEmbedding TransposeMatMul Trilu UnfoldTensor Unique
     VarlenCausalConvWithState VarlenNGramHashMapping WhisperBeamSearch WordConvEmbedding
 """
+# These draw, and the rule stochastic-op fails them.
 _DRAWING_CONTRIB = "Sampling RandomNormal RandomUniform"
+# What ONNX Runtime writes when it saves a model that it has optimised for a device: operators
+# whose tensors are laid out in blocks of channels, or with the channels last.
 _BLOCKED_LAYOUT = (
     "AveragePool Conv GlobalAveragePool GlobalMaxPool MaxPool ReorderInput ReorderOutput Upsample"
 )
@@ -70,25 +87,37 @@ _CHANNELS_LAST = """
     GlobalMaxPool GridSample InstanceNormalization LRN LpPool MaxPool MaxUnpool QLinearAveragePool
     QLinearConv QLinearConvTranspose Resize SpaceToDepth
 """
-_RUNTIMES_OWN = {
-    (domain, op)
-    for domain, ops in (
-        ("", _LEGACY),
-        ("com.microsoft", _CONTRIB + _DRAWING_CONTRIB),
-        ("com.microsoft.nchwc", _BLOCKED_LAYOUT),
-        ("com.ms.internal.nhwc", _CHANNELS_LAST),
-    )
-    for op in ops.split()
+_DOMAINS = {
+    "": _LEGACY,
+    "com.microsoft": _CONTRIB + _DRAWING_CONTRIB,
+    "com.microsoft.nchwc": _BLOCKED_LAYOUT,
+    "com.ms.internal.nhwc": _CHANNELS_LAST,
 }
-_KNOWN = frozenset(_RUNTIMES_OWN | JUDGED)
+_RUNTIME_OPERATORS = {(domain, op) for domain, ops in _DOMAINS.items() for op in ops.split()}
+_KNOWN = frozenset(_RUNTIME_OPERATORS | JUDGED)
 
 
 def check(subject: Subject) -> Record:
-    """Unproven for every node whose operator nobody here knows; a function of the model's own is
-    what it is made of.
-    """
+    """Unproven for every node with an unknown operator, and for every opset newer than onnx."""
     graph = subject.graph
-    findings = [*_too_new(graph), *_opaque(graph)]
+    findings = []
+    # In a later opset a known operator may do something else.
+    opsets = newest_opsets()
+    for domain, opset in sorted({(at.domain, at.opset) for at in graph.nodes}):
+        if domain in opsets and opset > opsets[domain]:
+            why = (
+                f"opset {opset} of {domain or 'ai.onnx'} is newer than onnx {onnx.__version__},"
+                f" which knows {opsets[domain]}"
+            )
+            fix = "upgrade onnx, or export with an older opset"
+            findings.append(Finding(severity=Severity.UNPROVEN, why=why, fix=fix))
+    for at in graph.nodes:
+        problem = "" if at.is_call else _problem(at)
+        if problem:
+            why = f"{at.op} cannot be shown to be free of randomness: {problem}"
+            findings.append(
+                Finding(severity=Severity.UNPROVEN, node=at.path, op=at.op, why=why, fix=_FIX)
+            )
     return Record.of(
         RULE,
         findings,
@@ -100,88 +129,45 @@ def check(subject: Subject) -> Record:
 
 
 def quiet_operators() -> frozenset[tuple[str, str]]:
-    """Domain and name of every operator that neither draws nor trains, in no opset that onnx
-    knows.
-    """
-    unknown = onnx.defs.OpSchema.NodeDeterminism.Unknown
+    """Domain and name of every operator that neither draws nor trains in any opset of onnx."""
     schemas = onnx.defs.get_all_schemas_with_history()
-    unclear = {
-        (schema.domain, schema.name)
-        for schema in schemas
-        if schema.node_determinism == unknown  # type: ignore[attr-defined]
-    }
-    operators = {(schema.domain, schema.name) for schema in schemas} | _RUNTIMES_OWN
-    return frozenset(operators - (unclear - _KNOWN_QUIET) - drawing_operators() - JUDGED)
-
-
-def newest_opsets() -> dict[str, int]:
-    """The domains that onnx has schemas of, and the newest opset that it knows of each."""
-    return dict(_standard_domains())
-
-
-def _opaque(graph: Graph) -> Iterator[Finding]:
-    for at in graph.nodes:
-        if not at.is_call and (why := _why(at)):
-            yield Finding(severity=Severity.UNPROVEN, node=at.path, op=at.op, why=why, fix=_FIX)
-
-
-def _why(at: NodeAt) -> str:
-    """Why nothing is known of the operator, or "" where it is known."""
-    if (at.domain, at.node.op_type) in _KNOWN:
-        return ""
-    if at.domain not in _standard_domains():
-        return (
-            f"{at.op} cannot be shown to be free of randomness: it is not a standard operator, nor"
-            " a function here"
-        )
-    if at.opset == 0:
-        return (
-            f"{at.op} cannot be shown to be free of randomness: no opset of its domain is imported"
-        )
-    try:
-        schema = onnx.defs.get_schema(at.node.op_type, at.opset, at.domain)
-    except onnx.defs.SchemaError:
-        return (
-            f"{at.op} cannot be shown to be free of randomness: opset {at.opset} has no such"
-            " operator"
-        )
-    if schema.deprecated:
-        return (
-            f"{at.op} cannot be shown to be free of randomness: opset {at.opset} has done away"
-            " with it"
-        )
-    # Present at run time, absent from onnx's type stubs.
-    unknown = schema.node_determinism == onnx.defs.OpSchema.NodeDeterminism.Unknown  # type: ignore[attr-defined]
-    if unknown and (at.domain, at.node.op_type) not in _KNOWN_QUIET:
-        return (
-            f"{at.op} cannot be shown to be free of randomness: onnx itself does not say whether it"
-            " draws"
-        )
-    return ""
-
-
-def _too_new(graph: Graph) -> Iterator[Finding]:
-    """An operator of an opset from after this version of onnx may no longer do what it did."""
-    used = {(at.domain, at.opset) for at in graph.nodes}
-    for domain, opset in sorted(used):
-        newest = _standard_domains().get(domain)
-        if newest is not None and opset > newest:
-            why = (
-                f"opset {opset} of {domain or 'ai.onnx'} is newer than onnx {onnx.__version__},"
-                f" which knows {newest}"
-            )
-            yield Finding(
-                severity=Severity.UNPROVEN,
-                why=why,
-                fix="upgrade onnx, or export with an older opset",
-            )
+    operators = {(schema.domain, schema.name) for schema in schemas} | _RUNTIME_OPERATORS
+    undeclared = {(schema.domain, schema.name) for schema in schemas if _is_undeclared(schema)}
+    return frozenset(operators - (undeclared - _QUIET_ONNX) - drawing_operators() - JUDGED)
 
 
 @cache
-def _standard_domains() -> dict[str, int]:
-    """The domains that onnx has schemas of, and the newest opset that it knows of each."""
+def newest_opsets() -> Mapping[str, int]:
+    """The standard domains, each with the newest opset that onnx knows."""
     newest: dict[str, int] = {}
     for schema in onnx.defs.get_all_schemas_with_history():
         newest[schema.domain] = max(newest.get(schema.domain, 1), schema.since_version)
     newest[""] = max(newest[""], onnx.defs.onnx_opset_version())
     return newest
+
+
+def _problem(at: NodeAt) -> str:
+    """Why the operator of a node is not known, or "" where it is."""
+    operator = (at.domain, at.node.op_type)
+    if operator in _KNOWN:
+        return ""
+    if at.domain not in newest_opsets():
+        return "it is not a standard operator, nor a function here"
+    if at.opset == 0:
+        return "no opset of its domain is imported"
+    try:
+        schema = onnx.defs.get_schema(at.node.op_type, at.opset, at.domain)
+    except onnx.defs.SchemaError:
+        return f"opset {at.opset} has no such operator"
+    if schema.deprecated:
+        return f"opset {at.opset} has done away with it"
+    if _is_undeclared(schema) and operator not in _QUIET_ONNX:
+        return "onnx itself does not say whether it draws"
+    return ""
+
+
+def _is_undeclared(schema: onnx.defs.OpSchema) -> bool:
+    """Whether a schema does not say whether its operator is deterministic."""
+    unknown = onnx.defs.OpSchema.NodeDeterminism.Unknown
+    # Present at run time, absent from onnx's type stubs.
+    return bool(schema.node_determinism == unknown)  # type: ignore[attr-defined]

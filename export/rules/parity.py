@@ -1,5 +1,15 @@
-"""Rule parity: the graph answers as the eval module does, to rounding, over both ends of every
-dynamic axis.
+"""Rule parity: the graph gives the same answers as the eval module, up to rounding, at both ends of
+every dynamic axis.
+
+The order of decisions:
+
+1. The limits follow from the graph's precision: fp32, fp32 with a DFT, fp16 or int8.
+2. Where the graph differs at padding alone, the module's answer replaces the graph's there, and a
+   warning says so. A module takes no account of its own answers at padding.
+3. A shape, a type or a whole number that differs is an error, and nothing else is compared.
+4. Per output: the largest difference, and for labels the share that flip and the divergence.
+5. Where all errors vanish when the module runs without PyTorch's fast path for attention, the
+   advice names that path.
 """
 
 from __future__ import annotations
@@ -33,18 +43,20 @@ _FIX_FAST_PATH = (
     " (nn.TransformerEncoder) and is used in inference alone: leave padding out of what is computed"
     " behind it, or switch it off beside the module: torch.backends.mha.set_fastpath_enabled(False)"
 )
-_REFERENCE = "under torch.inference_mode() with PyTorch's fast path"
+_FIX_PADDING = "take no account of what is answered at padding: the module itself takes none"
 
 _Array = npt.NDArray[np.generic]
+# For each probe, the module's answer and the graph's.
 _Pairs = Sequence[tuple[Tensors, Tensors]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionLimits:
-    """How far a graph of some precision may be from its module.
+    """How far the answers of a graph of some precision may be from its module's.
 
-    `difference`: max|d| over the reference's standard deviation. `agreement`: share of equal
-    labels. `divergence`: mean Kullback-Leibler divergence of the softmax, in nats.
+    difference    max |graph - module| over the standard deviation of the module's output
+    agreement     the share of labels that must be equal
+    divergence    mean Kullback-Leibler divergence of the softmax, in nats
     """
 
     precision: str
@@ -53,16 +65,16 @@ class PrecisionLimits:
     divergence: float
 
 
-# What leaves fp32 rounds: 1.5e-3 was measured for fp16 and 5.3e-2 for int8 in a clean 4-layer
-# encoder, where a leak of p = .001 shows 8.2e-3. So these limits bound the damage and cannot show
-# that dropout is absent: other rules do.
+# A clean 4-layer encoder measured 1.5e-3 in fp16 and 5.3e-2 in int8, where a leak of p = .001 shows
+# 8.2e-3. So below fp32 these limits bound the damage and cannot show that dropout is absent. Other
+# rules show that.
 FP32 = PrecisionLimits(precision="fp32", difference=TOLERANCE, agreement=1.0, divergence=1e-9)
 # ONNX Runtime's DFT is 2.2e-5 from torch's at lengths that are no powers of two.
 FOURIER = PrecisionLimits(precision="fp32 DFT", difference=1e-4, agreement=1.0, divergence=1e-8)
 FP16 = PrecisionLimits(precision="fp16", difference=2e-2, agreement=0.995, divergence=1e-4)
 INT8 = PrecisionLimits(precision="int8", difference=0.5, agreement=0.97, divergence=1e-2)
 
-_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_HALF_TYPES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _INTEGER_OPS = (
     "QuantizeLinear",
     "DynamicQuantizeLinear",
@@ -74,249 +86,263 @@ _INTEGER_OPS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Compared:
-    """One output over all probes: max|d| in deviations, equal labels of all, KL divergence, rows
-    sure not to flip.
+class _Figures:
+    """One output over all probes; a label is the index of the largest number of a row.
+
+    difference    as in PrecisionLimits
+    labels        all labels
+    flipped       labels that differ
+    sure          labels that no error of this size can flip: 2 max|d| is below the margin
+    divergence    the largest of all probes
     """
 
     difference: float
-    equal: int
     labels: int
-    divergence: float
+    flipped: int
     sure: int
+    divergence: float
 
 
 def check(subject: Subject) -> Record:
-    """Fail when an output is further from the module's than the graph's precision explains, or a
-    label flips in fp32.
+    """Fail when an output differs from the module's by more than the graph's precision explains.
 
-    The deviation is that of the output over all probes: one row's own may be as small as one likes.
-    A shape or a type that differs is a failure and never a large number. A label is sure where 2
-    max|d| is below the reference's margin.
-
-    The module answers as it is used: in PyTorch's inference mode, with its fast path. Padding, of
-    which the module takes no account elsewhere, is left out where the graph answers otherwise; a
-    warning says so.
+    The module runs as it is used: in PyTorch's inference mode, with its fast path. Differences are
+    counted in standard deviations of the output over all probes, because one row's own deviation
+    may be arbitrarily small.
     """
     limits = limits_of(subject.graph.proto)
     pairs, warnings = _without_padding(subject, limits.difference)
-    findings, compared = _differences(subject, pairs, limits)
+    findings, figures = _compare(subject, pairs, limits)
     if findings:
         probes = zip(subject.probes, subject.answers, strict=True)
         plain = [(subject.reference(probe, plain=True), answer) for probe, (_, answer) in probes]
-        if not _differences(subject, plain, limits)[0]:
+        plain_findings, _ = _compare(subject, plain, limits)
+        if not plain_findings:
             findings = [item.model_copy(update={"fix": _FIX_FAST_PATH}) for item in findings]
+
+    worst = max((item.difference for item in figures.values()), default=float("inf"))
+    labels = sum(item.labels for item in figures.values())
+    flipped = sum(item.flipped for item in figures.values())
+    sure = sum(item.sure for item in figures.values())
+    flips = f"{1 - limits.agreement:.1%} flipped, KL {limits.divergence:g}"
+    if limits.agreement == 1:
+        flips = "0 flipped"
     return Record.of(
         RULE,
         [*findings, *warnings],
-        fine=f"the graph answers as the module in eval mode, {_REFERENCE}",
+        fine=(
+            "the graph answers as the module in eval mode, under torch.inference_mode() with"
+            " PyTorch's fast path"
+        ),
         otherwise="the graph answers otherwise than the module",
-        measured=f"{_measured(compared)}; {len(pairs)} shapes",
-        limit=_limit(limits),
+        measured=(
+            f"{worst:.2e} standard deviations, {flipped} of {labels} labels flipped, {sure} cannot;"
+            f" {len(pairs)} shapes"
+        ),
+        limit=f"{limits.precision}: {limits.difference:g}, {flips}",
     )
-
-
-def _differences(
-    subject: Subject, pairs: _Pairs, limits: PrecisionLimits
-) -> tuple[list[Finding], dict[str, _Compared]]:
-    """What differs beyond the limits, and the figures of each output; no figures where shapes or
-    types differ.
-    """
-    findings = list(dict.fromkeys(_mismatches(pairs)))
-    if findings:
-        return findings, {}
-    with np.errstate(invalid="ignore"):  # answers that are not finite are compared too
-        compared = {name: _compare(pairs, name) for name in pairs[0][0]}
-    first = next(iter(compared), "")
-    for name, figures in compared.items():
-        labelled = subject.evidence.labelled and name == first
-        findings += _beyond(name, figures, limits, labelled=labelled)
-    return list(dict.fromkeys(findings)), compared
 
 
 def limits_of(model: onnx.ModelProto) -> PrecisionLimits:
-    """The limits for a model's precision, which its operators and the types of its weights tell."""
-    if any(node.op_type in _INTEGER_OPS for node in model.graph.node):
+    """The limits for a model's precision, by its operators and the types of its weights."""
+    operators = {node.op_type for node in model.graph.node}
+    if not operators.isdisjoint(_INTEGER_OPS):
         return INT8
-    kinds = [tensor.data_type for tensor in model.graph.initializer if len(tensor.dims)]
-    if any(kind in _HALF for kind in kinds):
+    # A scalar is a constant of the code, not a weight.
+    types = {tensor.data_type for tensor in model.graph.initializer if tensor.dims}
+    if not types.isdisjoint(_HALF_TYPES):
         return FP16
-    return FOURIER if any(node.op_type == "DFT" for node in model.graph.node) else FP32
+    return FOURIER if "DFT" in operators else FP32
 
 
-def _without_padding(subject: Subject, limit: float) -> tuple[_Pairs, list[Finding]]:
-    """The answers to compare, in which the graph's are the module's own at padding where they
-    differ, and a warning for each output.
+def _compare(
+    subject: Subject, pairs: _Pairs, limits: PrecisionLimits
+) -> tuple[list[Finding], dict[str, _Figures]]:
+    """The differences beyond the limits, and the figures of each output.
+
+    There are no figures where a shape, a type or a whole number differs.
     """
-    pairs: list[tuple[Tensors, Tensors]] = []
-    # By output and mask: the positions that differ, all that were looked at, the largest difference
-    seen: dict[tuple[str, str], tuple[int, int, float]] = {}
-    spreads: dict[str, float] = {}
-    for name in subject.answers[0][0]:
-        references = [_rows(reference[name]).reshape(-1) for reference, _ in subject.answers]
-        numbers = np.concatenate(references)
-        numbers = numbers[np.isfinite(numbers)]
-        spreads[name] = (float(numbers.std()) if numbers.size else 0.0) or 1.0
-    for probe, (reference, answer) in zip(subject.probes, subject.answers, strict=True):
-        compared = dict(answer)
-        for name, right in reference.items():
-            if right.shape != answer[name].shape or right.dtype != answer[name].dtype:
-                continue
-            for axis, differing, worst in _differing_positions(
-                right, answer[name], probe, limit=limit, spread=spreads[name]
-            ):
-                padding = padding_at(subject.reference, probe, differing, limit)
-                if padding is None:
-                    continue
-                mended = at_positions(answer[name].copy(), axis)
-                mended[padding.positions] = at_positions(right, axis)[padding.positions]
-                compared[name] = np.moveaxis(mended, 1, axis)
-                count, total, largest = seen.get((name, padding.mask), (0, 0, 0.0))
-                seen[name, padding.mask] = (
-                    count + int(differing.sum()),
-                    total + differing.size,
-                    max(largest, worst),
-                )
-                break
-        pairs.append((reference, compared))
-    findings = [
-        Finding(
-            severity=Severity.WARNING,
-            node=name,
-            why=(
-                f"at {count} of {total} positions, all of which {mask} marks as padding, the graph"
-                f" answers otherwise than the module, by up to {worst:.2g} standard deviations"
-            ),
-            fix="take no account of what is answered at padding: the module itself takes none",
-        )
-        for (name, mask), (count, total, worst) in seen.items()
-    ]
-    return pairs, findings
-
-
-def _differing_positions(
-    right: _Array, answer: _Array, probe: Tensors, *, limit: float, spread: float
-) -> Iterator[tuple[int, Positions, float]]:
-    """The axis of positions, the positions (B, T) that differ, and by how much; for each reading of
-    an output that differs in some places alone.
-    """
-    if right.dtype.kind not in "fiub" or not right.size:
-        return
-    with np.errstate(invalid="ignore"):
-        difference = np.abs(answer.astype(np.float64) - right.astype(np.float64))
-    differs = ~(difference <= limit * spread)
-    if not differs.any():
-        return
-    worst = float(np.nan_to_num(difference, nan=np.inf).max()) / spread
-    shapes = {array.shape[:2] for array in probe.values() if array.ndim > 1}
-    shapes |= {(array.shape[0], array.shape[-2]) for array in probe.values() if array.ndim > 2}
-    for shape in sorted(shapes):
-        for axis in axes_of_positions(right.shape, np.zeros(shape, bool)):
-            by_position = at_positions(differs, axis)
-            positions = np.any(by_position.reshape(*by_position.shape[:2], -1), axis=-1)
-            if not positions.all():
-                yield axis, positions, worst
-
-
-def _mismatches(pairs: _Pairs) -> Iterator[Finding]:
+    findings: list[Finding] = []
     for reference, answer in pairs:
-        for name, right in reference.items():
-            if right.shape != answer[name].shape:
-                yield _error(
-                    name, f"shape {list(answer[name].shape)}, the module's is {list(right.shape)}"
+        for name, expected in reference.items():
+            actual = answer[name]
+            is_whole = not np.issubdtype(expected.dtype, np.inexact)
+            if expected.shape != actual.shape:
+                why = f"shape {list(actual.shape)}, the module's is {list(expected.shape)}"
+                findings.append(_error(name, why))
+            elif expected.dtype != actual.dtype:
+                why = f"type {actual.dtype}, the module's is {expected.dtype}"
+                findings.append(_error(name, why))
+            elif is_whole and not np.array_equal(expected, actual):
+                findings.append(_error(name, "whole numbers differ from the module's"))
+    if findings:
+        return list(dict.fromkeys(findings)), {}
+
+    with np.errstate(invalid="ignore"):  # answers that are not finite are compared too
+        figures = {name: _figures_of(pairs, name) for name in pairs[0][0]}
+    for index, (name, item) in enumerate(figures.items()):
+        # `not <=` in place of `>`: a NaN is beyond every limit.
+        if not item.difference <= limits.difference:
+            findings.append(
+                _error(
+                    name,
+                    f"it differs by {item.difference:.2e} standard deviations,"
+                    f" {limits.difference:g} are allowed",
                 )
-            elif right.dtype != answer[name].dtype:
-                yield _error(name, f"type {answer[name].dtype}, the module's is {right.dtype}")
-            elif not np.issubdtype(right.dtype, np.inexact) and not np.array_equal(
-                right, answer[name]
-            ):
-                yield _error(name, "whole numbers differ from the module's")
-
-
-def _compare(pairs: _Pairs, name: str) -> _Compared:
-    expected = np.concatenate([_rows(reference[name]) for reference, _ in pairs], axis=None)
-    actual = np.concatenate([_rows(answer[name]) for _, answer in pairs], axis=None)
-    equal = labels = sure = 0
-    divergences = [0.0]
-    for reference, answer in pairs:
-        right, found = _rows(reference[name]), _rows(answer[name])
-        if right.size == 0 or right.shape[-1] < 2:  # nothing to choose between
+            )
+        # Labels are the first output's.
+        if index > 0 or not subject.evidence.labelled:
             continue
-        equal += int(np.sum(right.argmax(-1) == found.argmax(-1)))
-        labels += len(right)
-        sure += int(np.sum(2 * np.abs(right - found).max(-1) < _margin(right)))
-        divergences.append(float(np.mean(_divergence(right, found))))
-    return _Compared(
-        difference=relative_difference(actual, expected),
-        equal=equal,
+        if item.flipped > (1 - limits.agreement) * item.labels:
+            findings.append(_error(name, f"{item.flipped} of {item.labels} labels flip"))
+        if not item.divergence <= limits.divergence:
+            findings.append(
+                _error(
+                    name,
+                    f"the probabilities diverge by {item.divergence:.2e} nats,"
+                    f" {limits.divergence:g} are allowed",
+                )
+            )
+    return list(dict.fromkeys(findings)), figures
+
+
+def _figures_of(pairs: _Pairs, name: str) -> _Figures:
+    """Compare one output over all probes."""
+    all_expected = np.concatenate([_rows_of(reference[name]) for reference, _ in pairs], axis=None)
+    all_actual = np.concatenate([_rows_of(answer[name]) for _, answer in pairs], axis=None)
+    labels = flipped = sure = 0
+    largest_divergence = 0.0
+    for reference, answer in pairs:
+        expected, actual = _rows_of(reference[name]), _rows_of(answer[name])
+        if expected.size == 0 or expected.shape[-1] < 2:
+            continue  # no row has two numbers to choose between
+        labels += len(expected)
+        flipped += int(np.sum(expected.argmax(-1) != actual.argmax(-1)))
+
+        # By how much the largest number of each row exceeds the second.
+        top_two = np.partition(expected, -2, axis=-1)[:, -2:]
+        margin = np.nan_to_num(top_two[:, 1] - top_two[:, 0])
+        sure += int(np.sum(2 * np.abs(expected - actual).max(-1) < margin))
+
+        # KL(softmax(expected) || softmax(actual)) of each row.
+        log_p, log_q = log_softmax(expected, axis=-1), log_softmax(actual, axis=-1)
+        divergence = np.nansum(np.exp(log_p) * (log_p - log_q), axis=-1)
+        largest_divergence = max(largest_divergence, float(np.mean(divergence)))
+    return _Figures(
+        difference=relative_difference(all_actual, all_expected),
         labels=labels,
-        divergence=max(divergences),
+        flipped=flipped,
         sure=sure,
+        divergence=largest_divergence,
     )
 
 
-def _beyond(
-    name: str, one: _Compared, limits: PrecisionLimits, *, labelled: bool
-) -> Iterator[Finding]:
-    if not one.difference <= limits.difference:
-        yield _error(
-            name,
-            f"it differs by {one.difference:.2e} standard deviations, {limits.difference:g} are"
-            " allowed",
-        )
-    if not labelled:
-        return
-    flipped = one.labels - one.equal
-    if flipped > (1 - limits.agreement) * one.labels:
-        yield _error(name, f"{flipped} of {one.labels} labels flip")
-    if not one.divergence <= limits.divergence:
-        yield _error(
-            name,
-            f"the probabilities diverge by {one.divergence:.2e} nats, {limits.divergence:g} are"
-            " allowed",
-        )
-
-
-def _rows(array: _Array) -> npt.NDArray[np.float64]:
+def _rows_of(array: _Array) -> npt.NDArray[np.float64]:
     """An output as rows of float64 over its last axis."""
     values = array.astype(np.float64)
     return values.reshape(-1, values.shape[-1] if values.ndim and values.size else 1)
 
 
-def _margin(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """By how much the largest number of each row exceeds the second."""
-    top = np.partition(rows, -2, axis=-1)[:, -2:]
-    margin: npt.NDArray[np.float64] = np.nan_to_num(top[:, 1] - top[:, 0])
-    return margin
-
-
-def _divergence(
-    right: npt.NDArray[np.float64], found: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """KL(softmax(right) || softmax(found)) of each row."""
-    log_p, log_q = log_softmax(right, axis=-1), log_softmax(found, axis=-1)
-    divergence: npt.NDArray[np.float64] = np.nansum(np.exp(log_p) * (log_p - log_q), axis=-1)
-    return divergence
-
-
-def _measured(compared: dict[str, _Compared]) -> str:
-    worst = max((one.difference for one in compared.values()), default=float("inf"))
-    flipped = sum(one.labels - one.equal for one in compared.values())
-    labels, sure = (
-        sum(one.labels for one in compared.values()),
-        sum(one.sure for one in compared.values()),
-    )
-    return f"{worst:.2e} standard deviations, {flipped} of {labels} labels flipped, {sure} cannot"
-
-
-def _limit(limits: PrecisionLimits) -> str:
-    flips = (
-        "0 flipped"
-        if limits.agreement == 1
-        else f"{1 - limits.agreement:.1%} flipped, KL {limits.divergence:g}"
-    )
-    return f"{limits.precision}: {limits.difference:g}, {flips}"
-
-
 def _error(node: str, why: str) -> Finding:
     return Finding(severity=Severity.ERROR, node=node, why=why, fix=_FIX)
+
+
+@dataclass
+class _PaddingFigures:
+    """Where an output differs at the padding that one mask marks, over all probes."""
+
+    differing: int = 0
+    positions: int = 0
+    worst: float = 0.0
+
+
+def _without_padding(subject: Subject, limit: float) -> tuple[_Pairs, list[Finding]]:
+    """The answers to compare, and a warning for each output that differs at padding alone.
+
+    Where the graph differs from the module at padding, the graph's answer is replaced by the
+    module's.
+    """
+    pairs: list[tuple[Tensors, Tensors]] = []
+    # By output and mask.
+    totals: dict[tuple[str, str], _PaddingFigures] = {}
+
+    # The standard deviation of each output over all probes.
+    deviations: dict[str, float] = {}
+    for name in subject.answers[0][0]:
+        references = [_rows_of(reference[name]).reshape(-1) for reference, _ in subject.answers]
+        numbers = np.concatenate(references)
+        numbers = numbers[np.isfinite(numbers)]
+        deviation = float(numbers.std()) if numbers.size else 0.0
+        deviations[name] = deviation or 1.0
+
+    for probe, (reference, answer) in zip(subject.probes, subject.answers, strict=True):
+        compared = dict(answer)
+        for name, expected in reference.items():
+            actual = answer[name]
+            if expected.shape != actual.shape or expected.dtype != actual.dtype:
+                continue
+            for difference in _partial_differences(
+                expected, actual, probe, limit=limit, deviation=deviations[name]
+            ):
+                padding = padding_at(subject.reference, probe, difference.positions, limit)
+                if padding is None:
+                    continue
+                axis = difference.axis
+                mended = at_positions(actual.copy(), axis)
+                mended[padding.positions] = at_positions(expected, axis)[padding.positions]
+                compared[name] = np.moveaxis(mended, 1, axis)
+                total = totals.setdefault((name, padding.mask), _PaddingFigures())
+                total.differing += int(difference.positions.sum())
+                total.positions += difference.positions.size
+                total.worst = max(total.worst, difference.worst)
+                break
+        pairs.append((reference, compared))
+
+    warnings = []
+    for (name, mask), total in totals.items():
+        why = (
+            f"at {total.differing} of {total.positions} positions, all of which {mask} marks as"
+            " padding, the graph answers otherwise than the module, by up to"
+            f" {total.worst:.2g} standard deviations"
+        )
+        warnings.append(Finding(severity=Severity.WARNING, node=name, why=why, fix=_FIX_PADDING))
+    return pairs, warnings
+
+
+@dataclass(frozen=True)
+class _PartialDifference:
+    """An output whose positions lie on `axis` and which differs at some `positions` (B, T) only.
+
+    `worst` is the largest difference, in standard deviations.
+    """
+
+    axis: int
+    positions: Positions
+    worst: float
+
+
+def _partial_differences(
+    expected: _Array, actual: _Array, probe: Tensors, *, limit: float, deviation: float
+) -> Iterator[_PartialDifference]:
+    """The readings of an output in which it differs at some positions only.
+
+    Which of its axes holds the positions is not known: every axis is tried that has the size of an
+    input's second axis, or of its last but one.
+    """
+    if expected.dtype.kind not in "fiub" or not expected.size:
+        return
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+    # `not <=` in place of `>`: a NaN differs.
+    differs = ~(difference <= limit * deviation)
+    if not differs.any():
+        return
+    worst = float(np.nan_to_num(difference, nan=np.inf).max()) / deviation
+    shapes = {array.shape[:2] for array in probe.values() if array.ndim > 1}
+    shapes |= {(array.shape[0], array.shape[-2]) for array in probe.values() if array.ndim > 2}
+    for shape in sorted(shapes):
+        for axis in axes_of_positions(expected.shape, np.zeros(shape, bool)):
+            by_position = at_positions(differs, axis)
+            positions = np.any(by_position.reshape(*by_position.shape[:2], -1), axis=-1)
+            if not positions.all():
+                yield _PartialDifference(axis, positions, worst)

@@ -1,7 +1,16 @@
 """The one list of rules, in the order of reports and certificates.
 
-A rule's module is imported when the rule runs: a list of the rules costs no torch, and a file is
-verified without it. `python -m evalmode.export.rules.registry` prints the table of the README.
+To add a rule `few-nodes`:
+
+1. Write `few_nodes.py` beside this file. Its docstring begins `Rule few-nodes: STATEMENT.`, it has
+   `RULE = "few-nodes"`, and `check(subject) -> Record` judges a subject (`subject.py`).
+   `escaped_module.py` is a short example.
+2. Add an entry to `RULES` below: its name, what it needs, and the same statement.
+3. Write its test, and put the table that `python -m evalmode.export.rules.registry` prints into the
+   README.
+
+A rule's file is imported when the rule runs. So listing the rules needs no torch, and neither does
+verifying a file.
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ Progress = Callable[[str], None]
 
 
 class Needs(StrEnum):
-    """What a subject must have for a rule to apply to it."""
+    """The parts that a subject must have for a rule to apply; the README's table shows the text."""
 
     MODULE = "the module"
     GRAPH = "a graph"
@@ -34,13 +43,13 @@ class Needs(StrEnum):
     BUNDLE = "a bundle"
 
 
-# Why a rule does not apply, by what it needs and the subject lacks.
-_MODULE_LACKS = "it needs the module itself, which `evalmode export` has"
-LACKS = {
-    Needs.MODULE: _MODULE_LACKS,
+# Why a rule with these needs does not apply to a subject that lacks them.
+_NO_MODULE = "it needs the module itself, which `evalmode export` has"
+_WHY_NOT_APPLICABLE = {
+    Needs.MODULE: _NO_MODULE,
     Needs.GRAPH: "it needs a graph",
-    Needs.EXPORT: _MODULE_LACKS,
-    Needs.COMPARISON: _MODULE_LACKS,
+    Needs.EXPORT: _NO_MODULE,
+    Needs.COMPARISON: _NO_MODULE,
     Needs.RUN: "it needs inputs to run the graph on: give them with --inputs",
     Needs.AUDIT: "it needs the module in training, which `evalmode audit` has",
     Needs.BUNDLE: "it needs a bundle's known answers",
@@ -49,17 +58,17 @@ LACKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A rule's name, its one-sentence statement (no capital, no full stop) and what it needs.
+    """A rule: its name, its one-sentence statement (no capital, no full stop) and what it needs.
 
-    The module of the name (`escaped-module` -> `evalmode.export.rules.escaped_module`) holds
-    `check(subject) -> Record`. With `glimpses` it also holds `glimpse(graph)`: the findings that
-    the graph alone shows of a rule that needs more.
+    The module of that name (`escaped-module` -> `evalmode.export.rules.escaped_module`) holds
+    `check(subject) -> Record`. With `has_graph_findings` it also holds `graph_findings(graph)`: the
+    part of the rule that a graph alone can show, for subjects that lack the rest.
     """
 
     name: str
     needs: Needs
     statement: str
-    glimpses: bool = False
+    has_graph_findings: bool = False
 
     @property
     def module(self) -> str:
@@ -69,8 +78,8 @@ class Rule:
     def check(self, subject: Subject) -> Record:
         """Judge a subject that has what the rule needs.
 
-        A graph that the runtime refuses to run is not proven by a rule that runs it. Raises
-        ModelRunFailed for a bundle that refuses its own known answers: it is not readable at all.
+        A graph that the runtime refuses to run makes the rule unproven. Raises ModelRunFailed only
+        for a bundle whose graph refuses its own known answers: such a bundle cannot be read.
         """
         assert subject.has(self.needs), f"{self.name} needs {self.needs}"
         try:
@@ -86,31 +95,38 @@ class Rule:
     def could_not_run(
         self, error: Exception, *, fix: str, subject: Subject | None = None
     ) -> Record:
-        """The record of a rule that applies and could not run: nothing is proven by it.
+        """The record of a rule that applies and could not run: unproven.
 
-        What the graph of `subject` shows on its own is told all the same.
+        It includes what the graph of `subject` shows by itself.
         """
         why = f"the rule could not run: {error}"
         findings = [Finding(severity=Severity.UNPROVEN, why=why, fix=fix)]
-        if self.glimpses and subject is not None and subject.has(Needs.GRAPH):
-            findings += import_module(self.module).glimpse(subject.graph)
+        if subject is not None:
+            findings += self._graph_findings(subject)
         otherwise = "the rule applies and could not run"
         return Record.of(self.name, findings, fine="", otherwise=otherwise)
 
     def not_applicable(self, subject: Subject) -> Record:
         """The record for a subject that lacks what the rule needs.
 
-        What the graph alone shows is told all the same. Nothing wrong in a glimpse is no pass.
+        An error that the graph shows by itself still fails the rule.
         """
-        findings: tuple[Finding, ...] = ()
-        if self.glimpses and subject.has(Needs.GRAPH):
-            findings = import_module(self.module).glimpse(subject.graph)
         record = Record.of(
-            self.name, findings, fine=LACKS[self.needs], otherwise="the graph alone shows it"
+            self.name,
+            self._graph_findings(subject),
+            fine=_WHY_NOT_APPLICABLE[self.needs],
+            otherwise="the graph alone shows it",
         )
-        if record.verdict is not Verdict.PASS:
-            return record
-        return record.model_copy(update={"verdict": Verdict.NOT_APPLICABLE})
+        # Without an error nothing is proven, because the rule looked at a part only.
+        if record.verdict is Verdict.PASS:
+            return record.model_copy(update={"verdict": Verdict.NOT_APPLICABLE})
+        return record
+
+    def _graph_findings(self, subject: Subject) -> tuple[Finding, ...]:
+        if not self.has_graph_findings or not subject.has(Needs.GRAPH):
+            return ()
+        findings: tuple[Finding, ...] = import_module(self.module).graph_findings(subject.graph)
+        return findings
 
 
 RULES: tuple[Rule, ...] = (
@@ -127,7 +143,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="stochastic-op",
         needs=Needs.GRAPH,
-        statement="no operator that draws random numbers stands anywhere in the graph",
+        statement="no operator in the graph draws random numbers",
     ),
     Rule(
         name="training-mode",
@@ -138,37 +154,37 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="opaque-op",
         needs=Needs.GRAPH,
-        statement="every operator is one of which it is known whether it draws or trains",
+        statement="for every operator it is known whether it draws or trains",
     ),
     Rule(
         name="baked-noise",
         needs=Needs.EXPORT,
-        statement="no random number that was drawn at export lives on as a constant of the graph",
-        glimpses=True,
+        statement="no constant of the graph is a random number that was drawn at export",
+        has_graph_findings=True,
     ),
     Rule(
         name="census",
         needs=Needs.EXPORT,
-        statement="every place where the module drops in training is named with its rate and is "
-        "absent from the graph",
+        statement="every dropout site of the module is named with its rate and is absent from the "
+        "graph",
     ),
     Rule(
         name="dynamic-axes",
         needs=Needs.COMPARISON,
-        statement="every axis that was declared to vary does, in the graph and when it runs",
+        statement="every axis that was declared dynamic can vary, in the graph and when it runs",
     ),
     Rule(
         name="non-finite",
         needs=Needs.RUN,
         statement="no weight is a NaN, and no answer holds a NaN, nor an infinity where the module "
         "has none",
-        glimpses=True,
+        has_graph_findings=True,
     ),
     Rule(
         name="parity",
         needs=Needs.COMPARISON,
-        statement="the graph answers as the eval module does, to rounding, over both ends of every "
-        "dynamic axis",
+        statement="the graph gives the same answers as the eval module, up to rounding, at both "
+        "ends of every dynamic axis",
     ),
     Rule(
         name="repeatability",
@@ -179,36 +195,36 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="held-out",
         needs=Needs.EXPORT,
-        statement="the graph labels the rows that the training never saw as the module does, so is "
-        "as accurate",
+        statement="the graph gives held-out rows the same labels as the module, so it is as "
+        "accurate",
     ),
     Rule(
         name="batch-invariance",
         needs=Needs.RUN,
-        statement="a row's answer depends on that row and not on who shares its batch",
+        statement="a row's answer depends on that row alone, not on the other rows in its batch",
     ),
     Rule(
         name="expectation-gap",
         needs=Needs.AUDIT,
-        statement="every place that drops or adds noise passes on in training, on average, what it "
-        "does in eval",
+        statement="at every site that drops or adds noise, the mean in training is the value in "
+        "eval",
     ),
     Rule(
         name="known-answers",
         needs=Needs.BUNDLE,
-        statement="the answers that were written down when the bundle was certified come out again",
+        statement="the bundle reproduces the answers that were recorded when it was certified",
     ),
 )
 
 
 class UnknownRule(EvalmodeError):  # noqa: N818 - read as a sentence: "raise UnknownRule"
-    """A name that no rule has; the message lists those that there are."""
+    """A name that no rule has; the message lists the rules."""
 
 
 def check_all(
     subject: Subject, *, skip: Collection[str] = (), progress: Progress = lambda rule: None
 ) -> tuple[Record, ...]:
-    """The records of all rules that apply to the subject, but for those whose names `skip` holds.
+    """The records of all rules that apply to the subject, except those named in `skip`.
 
     `progress` is called with the name of each rule before it runs.
     """
@@ -220,25 +236,28 @@ def check_all(
     return tuple(records)
 
 
-def names_of(names: Iterable[str]) -> frozenset[str]:
-    """The same names, each of which a rule has.
+def require_rule_names(names: Iterable[str]) -> frozenset[str]:
+    """The names as a set. Raises UnknownRule, which lists the rules, for a name that no rule has.
 
-    Raises UnknownRule, which lists the rules, for a name that no rule has.
+    >>> sorted(require_rule_names(["parity", "census"]))
+    ['census', 'parity']
     """
-    known = [rule.name for rule in RULES]
+    rule_names = [rule.name for rule in RULES]
     chosen = frozenset(names)
-    if strange := sorted(chosen.difference(known)):
+    unknown = sorted(chosen.difference(rule_names))
+    if unknown:
         raise UnknownRule(
-            f"there is no rule {', '.join(strange)}; the rules are {', '.join(known)}"
+            f"there is no rule {', '.join(unknown)}; the rules are {', '.join(rule_names)}"
         )
     return chosen
 
 
 def table() -> str:
-    """The table of all rules in Markdown, as the README shows it; a newline ends it."""
-    rows = [f"| {rule.name} | {rule.statement} | {rule.needs} |" for rule in RULES]
-    return "\n".join(["| rule | holds when | needs |", "|---|---|---|", *rows]) + "\n"
+    """The README's table of all rules, in Markdown; it ends with a newline."""
+    lines = ["| rule | holds when | needs |", "|---|---|---|"]
+    lines += [f"| {rule.name} | {rule.statement} | {rule.needs} |" for rule in RULES]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    print(table(), end="")  # noqa: T201 - what it is run for
+    print(table(), end="")  # noqa: T201 - the module is run to print

@@ -1,7 +1,8 @@
-"""Rule stochastic-op: no operator that draws random numbers stands anywhere in the graph."""
+"""Rule stochastic-op: no operator in the graph draws random numbers."""
 
 from __future__ import annotations
 
+from collections import deque
 from functools import cache
 
 import onnx
@@ -13,12 +14,14 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "stochastic-op"
 
-# What a schema calls non-deterministic though it draws nothing itself. Dropout draws in training
-# mode only, which the rule of that name judges. Control flow is what its bodies are, and those are
-# walked. AffineGrid's schema says so because of how its function body is built.
-_NOT_BY_SCHEMA = {("", op) for op in ("Dropout", "If", "Loop", "Scan", "SequenceMap", "AffineGrid")}
-# ONNX Runtime's own, of which onnx has no schema; it chooses the next token by chance. The others
-# have had it.
+# Operators that draw nothing, although onnx's schemas call them non-deterministic. Dropout draws in
+# training mode only, which the rule training-mode judges. A control-flow operator draws only if its
+# bodies do, and the graph's nodes include those. AffineGrid's schema says so because of the way its
+# function body is built.
+_QUIET = {("", op) for op in ("Dropout", "If", "Loop", "Scan", "SequenceMap", "AffineGrid")}
+
+# ONNX Runtime's own operators, for which onnx has no schema. Sampling chooses the next token by
+# chance. The other two were in this domain in earlier versions.
 _CONTRIB = {("com.microsoft", op) for op in ("Sampling", "RandomNormal", "RandomUniform")}
 
 _FIX = (
@@ -26,40 +29,52 @@ _FIX = (
     " in as an input"
 )
 
-_Readers = dict[tuple[int, str], list[onnx.NodeProto]]
-_COMPARES = frozenset({"GreaterOrEqual", "Greater", "Less", "LessOrEqual", "Floor"})
-_PASSES = frozenset(
+# The steps of a hand-written dropout: noise is compared with the rate, perhaps cast, and scales
+# values.
+_COMPARISONS = frozenset({"GreaterOrEqual", "Greater", "Less", "LessOrEqual", "Floor"})
+_INTERMEDIATE = frozenset(
     {"Cast", "CastLike", "Identity", "Not", "Add", "Reshape", "Expand", "Unsqueeze"}
 )
-_SCALES = frozenset({"Mul", "Div", "Where"})
-_NEAR = 32  # values to look at from a draw
+_SCALINGS = frozenset({"Mul", "Div", "Where"})
+# The most values that are followed from one draw. A mask has about five; the limit bounds the time
+# spent on noise that is read by a large part of the graph.
+_FOLLOWED_VALUES = 32
+
+# (identity of the scope, name of a value) -> the nodes that read it
+_Readers = dict[tuple[int, str], list[onnx.NodeProto]]
 
 
 def check(subject: Subject) -> Record:
-    """Fail for every node that draws; its path through subgraphs and functions is named.
+    """Fail for every node that draws, and name its path through subgraphs and functions.
 
-    A seed changes nothing: it decides the first draw of a session, and not the second.
+    A `seed` attribute excuses nothing: it fixes the first draw of a session, not the second.
     """
     graph = subject.graph
-    found = findings_in(graph)
+    findings = findings_in(graph)
     return Record.of(
         RULE,
-        found,
+        findings,
         fine="no operator draws random numbers",
         otherwise="operators draw random numbers",
-        measured=f"{len(found)} of {len(graph.nodes)} nodes",
+        measured=f"{len(findings)} of {len(graph.nodes)} nodes",
         limit="0",
     )
 
 
 def findings_in(graph: Graph) -> list[Finding]:
     """An error for every node of the graph that draws."""
-    findings = []
     drawing = [at for at in graph.nodes if (at.domain, at.node.op_type) in drawing_operators()]
-    readers = _readers(graph, {id(at.scope) for at in drawing})
+    readers: _Readers = {}
+    scopes = {id(at.scope) for at in drawing}
+    for at in graph.nodes:
+        if id(at.scope) in scopes:
+            for name in at.node.input:
+                readers.setdefault((id(at.scope), name), []).append(at.node)
+
+    findings = []
     for at in drawing:
         why = "it draws random numbers"
-        if _is_a_mask(at, readers):
+        if _is_dropout_mask(at, readers):
             why = (
                 "it draws the mask of a hand-written dropout: what it draws is compared with a rate"
                 " and scales values"
@@ -72,8 +87,10 @@ def findings_in(graph: Graph) -> list[Finding]:
 
 @cache
 def drawing_operators() -> frozenset[tuple[str, str]]:
-    """Domain and name, whatever the opset: where a draw was written for another opset, it is a draw
-    all the same.
+    """Domain and name of every operator that draws, in any opset.
+
+    The opset of a node is not asked: an operator that draws under one opset also draws under a
+    wrong or a missing one.
     """
     draws = onnx.defs.OpSchema.NodeDeterminism.NonDeterministic
     operators = {
@@ -82,35 +99,27 @@ def drawing_operators() -> frozenset[tuple[str, str]]:
         # Present at run time, absent from onnx's type stubs.
         if schema.node_determinism == draws  # type: ignore[attr-defined]
     }
-    return frozenset(operators - _NOT_BY_SCHEMA | _CONTRIB)
+    return frozenset(operators - _QUIET | _CONTRIB)
 
 
-def _readers(graph: Graph, scopes: set[int]) -> _Readers:
-    readers: _Readers = {}
-    for at in graph.nodes:
-        if id(at.scope) in scopes:
-            for name in at.node.input:
-                readers.setdefault((id(at.scope), name), []).append(at.node)
-    return readers
+def _is_dropout_mask(at: NodeAt, readers: _Readers) -> bool:
+    """Whether the noise of a node goes through a comparison into a product or a quotient.
 
-
-def _is_a_mask(at: NodeAt, readers: _Readers) -> bool:
-    """Whether what is drawn goes through a comparison into a product or a quotient.
-
-    RandomUniformLike -> GreaterOrEqual -> Cast -> Mul -> Div is x * (rand_like(x) >= p) / (1 - p);
-    dropout in place and that of whole channels have Less -> Cast -> Div -> Mul. This only names
-    what fails the rule anyway.
+    RandomUniformLike -> GreaterOrEqual -> Cast -> Mul -> Div is x * (rand_like(x) >= p) / (1 - p).
+    Dropout in place and dropout of whole channels have Less -> Cast -> Div -> Mul. The answer
+    changes only the sentence of the finding, not the verdict.
     """
-    pending = [(name, at.node.op_type == "Bernoulli") for name in at.node.output]
-    for _ in range(_NEAR):
+    # Values to follow, and whether a comparison lies between the draw and each. What Bernoulli
+    # draws is zeros and ones already.
+    pending = deque((name, at.node.op_type == "Bernoulli") for name in at.node.output)
+    for _ in range(_FOLLOWED_VALUES):
         if not pending:
             break
-        name, compared = pending.pop(0)
+        name, is_compared = pending.popleft()
         for reader in readers.get((id(at.scope), name), []):
-            if compared and reader.op_type in _SCALES:
+            if is_compared and reader.op_type in _SCALINGS:
                 return True
-            if reader.op_type in _COMPARES | _PASSES:
-                pending += [
-                    (output, compared or reader.op_type in _COMPARES) for output in reader.output
-                ]
+            if reader.op_type in _COMPARISONS | _INTERMEDIATE:
+                is_mask = is_compared or reader.op_type in _COMPARISONS
+                pending.extend((output, is_mask) for output in reader.output)
     return False

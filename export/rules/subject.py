@@ -1,6 +1,7 @@
-"""What rules judge: a module, the graph made of it, the evidence, a bundle; each if it is there.
+"""What a rule judges: a module, the graph made of it, the evidence, a bundle.
 
-The module is loaded without torch, so that a file's structure is checked without it.
+A subject has some of these parts; `Subject.has` says whether a rule's needs are met. Importing this
+file loads no torch, so that the structure of a file can be checked without it.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ if TYPE_CHECKING:
     from evalmode.export.module.network import Network
     from evalmode.export.module.randomness import Draw
 
-# The batch sizes that are measured.
+# The batch sizes at which a row is compared with the same row alone.
 COUNTS = tuple(range(1, 65))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What only the exporter knows of a graph.
+    """What only the exporter knows about a graph.
 
-    `unoptimised` is the graph before constants were folded, `bounds` holds the sizes of axes up to
-    which the graph was traced, `conditions` what else of sizes it was traced for, `index_bounds`
-    which values of an input are indices, `twins` make exports of the same weights under other
-    seeds.
+    unoptimised     the graph before constants were folded
+    bounds          axis -> the largest size for which the trace holds
+    conditions      what else the trace assumes about sizes
+    index_bounds    input -> which of its values are indices, and their bounds
+    twins           functions that export the same weights under other seeds
     """
 
     unoptimised: onnx.ModelProto | None = None
@@ -54,12 +56,19 @@ class Export:
 
 
 class Subject:
-    """The parts that a rule judges. Reading a part that is not there is a bug: see `has`.
+    """The parts that rules judge. Reading an absent part is a bug: ask `has` first.
 
-    `network` is the module that is exported. `module` is the one that the graph is compared with,
-    by default the network's. `draws` are the places that drew while the evidence was made. `file`
-    is where the graph lies, if it came from a file. `served` and `plain` are sessions of the graph
-    on `provider` with `threads` threads.
+    network     the module that is exported, in eval mode
+    module      the module that the graph is compared with; by default the network's
+    graph       the ONNX model
+    evidence    the probes and rows that everything runs on
+    draws       the sites that drew while the evidence was made
+    export      what only the exporter knows
+    bundle      the bundle that the graph came from
+    audit       the audit of the module in training
+    file        the path of the graph, where it came from a file
+
+    Sessions of the graph run on `provider` with `threads` threads.
     """
 
     def __init__(
@@ -77,14 +86,16 @@ class Subject:
         provider: str = "cpu",
         threads: int = 1,
     ) -> None:
+        if module is None and network is not None:
+            module = network.module
         self._network, self._graph, self._evidence = network, graph, evidence
         self._bundle, self._audit = bundle, audit
-        self.module = network.module if module is None and network is not None else module
+        self.module = module
         self.export, self.draws = export or Export(), draws
         self.file, self.provider, self.threads = file, provider, threads
 
     def has(self, needs: Needs) -> bool:
-        """Whether the parts are there that a rule with these needs reads."""
+        """Whether the parts are present that a rule with these needs reads."""
         runs = self._graph is not None and self._evidence is not None
         return {
             Needs.MODULE: self._network is not None and self._evidence is not None,
@@ -104,13 +115,13 @@ class Subject:
 
     @property
     def graph(self) -> Graph:
-        """The model as a rule reads it."""
+        """The ONNX model."""
         assert self._graph is not None, "only a rule that needs a graph reads it"
         return self._graph
 
     @property
     def evidence(self) -> Evidence:
-        """The inputs on which everything is judged."""
+        """The probes and rows that everything runs on."""
         assert self._evidence is not None, "only a rule that needs inputs reads them"
         return self._evidence
 
@@ -128,40 +139,44 @@ class Subject:
 
     @cached_property
     def data(self) -> bytes:
-        """The model's bytes, as they go into the bundle: the same for the same model."""
+        """The model's bytes as the bundle holds them: equal for equal models."""
         return serialise(self.graph.proto)
 
     @cached_property
     def row_counts(self) -> dict[int, tuple[int, ...]]:
-        """By padded length, the batch sizes of COUNTS at which a row has the bits it has alone."""
+        """Padded length -> the batch sizes of COUNTS at which a row has the bits it has alone."""
         rows = self.evidence.rows
         return {length: stable_row_counts(self.served.run, rows[length], COUNTS) for length in rows}
 
     @cached_property
     def served(self) -> Session:
-        """A session opened as the service opens it."""
+        """A session as the service opens it."""
         return open_session(self.file or self.data, provider=self.provider, threads=self.threads)
 
     @cached_property
     def plain(self) -> Session:
-        """A session without graph optimisation, which would delete a training-mode Dropout and its
-        evidence.
+        """A session without graph optimisation.
+
+        The optimiser deletes a Dropout in training mode, and with it the noise that it adds.
         """
         source = self.file or self.data
         return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
 
     @cached_property
     def _runs(self) -> list[tuple[Tensors, Tensors]]:
-        """The probes that the graph reads, each with what it answers."""
+        """The probes that the graph reads, each with the graph's answer.
+
+        Raises ModelRunFailed where the graph reads none of them.
+        """
         runs: list[tuple[Tensors, Tensors]] = []
-        problem: ModelRunFailed | None = None
+        errors: list[ModelRunFailed] = []
         for probe in self.evidence.probes:
             try:
                 runs.append((probe, self.served.run(probe)))
             except ModelRunFailed as error:
-                problem = problem or error
-        if problem is not None and not runs:
-            raise problem
+                errors.append(error)
+        if errors and not runs:
+            raise errors[0]
         return runs
 
     @property
@@ -171,15 +186,19 @@ class Subject:
 
     @cached_property
     def answers(self) -> list[tuple[Tensors, Tensors]]:
-        """For each probe what the module answers (nothing without one) and what the graph does."""
-        return [
-            ({} if self.module is None else self.reference(probe), answer)
-            for probe, answer in self._runs
-        ]
+        """For each probe, the module's answer and the graph's.
+
+        The module's is empty where there is no module.
+        """
+        if self.module is None:
+            return [({}, answer) for _, answer in self._runs]
+        return [(self.reference(probe), answer) for probe, answer in self._runs]
 
     def reference(self, inputs: Tensors, *, plain: bool = False) -> Tensors:
-        """What the module itself answers, by the names of the graph's outputs; `plain` is without
-        PyTorch's fast path.
+        """The module's own answer, by the names of the graph's outputs.
+
+        The module runs as it is used. With `plain` it runs without PyTorch's fast path for
+        attention.
         """
         from evalmode.export.module.forward import answers_of  # loads torch
 

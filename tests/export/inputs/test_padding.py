@@ -1,4 +1,4 @@
-"""Positions are padding when a module takes no account of them, not when a mask names them."""
+"""Positions are padding if the module takes no account of them, whatever a mask marks."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ MASK = (IDS != 0).astype(np.int64)
 AT_PADDING = IDS == 0
 
 
-def minded(inputs: Tensors) -> Tensors:
-    """The running sum of what the mask keeps, and at padding what stands there."""
+def with_mask(inputs: Tensors) -> Tensors:
+    """The running sum of the values that the mask keeps; at padding, the value there."""
     values, mask = inputs["x"].astype(np.float32), inputs["mask"]
     return {"y": (values * mask).cumsum(1) + values * (1 - mask)}
 
 
-def unminded(inputs: Tensors) -> Tensors:
-    """A mask that is read, and keeps nothing out."""
+def ignoring_mask(inputs: Tensors) -> Tensors:
+    """A running sum of all values: the mask is read and excludes nothing."""
     return {"y": inputs["x"].astype(np.float32)[:, ::-1].cumsum(1) + inputs["mask"]}
 
 
-def test_what_a_mask_keeps_out_is_padding() -> None:
-    padding = padding_at(minded, {"x": IDS + 3, "mask": MASK}, AT_PADDING, 1e-5)
+def test_positions_that_a_mask_excludes_are_padding() -> None:
+    padding = padding_at(with_mask, {"x": IDS + 3, "mask": MASK}, AT_PADDING, 1e-5)
     assert padding is not None
     assert padding.mask == "mask"
     assert np.array_equal(padding.positions, AT_PADDING)
-    turned = padding_at(
-        lambda inputs: minded({**inputs, "mask": 1 - inputs["mask"]}),
+    inverted = padding_at(
+        lambda inputs: with_mask({**inputs, "mask": 1 - inputs["mask"]}),
         {"x": IDS + 3, "mask": 1 - MASK},
         AT_PADDING,
         1e-5,
     )
-    assert turned is not None, "a mask may also mark what is left out"
+    assert inverted is not None, "a mask may also mark the excluded positions"
 
 
-def test_some_of_the_padding_is_padding() -> None:
+def test_all_padding_is_returned_for_a_part_of_it() -> None:
     some = AT_PADDING.copy()
     some[0, 3] = False
-    padding = padding_at(minded, {"x": IDS + 3, "mask": MASK}, some, 1e-5)
+    padding = padding_at(with_mask, {"x": IDS + 3, "mask": MASK}, some, 1e-5)
     assert padding is not None
     assert np.array_equal(padding.positions, AT_PADDING)
 
 
-def test_what_a_mask_names_and_the_module_reads_is_none() -> None:
+def test_positions_that_the_module_reads_are_no_padding() -> None:
     inputs = {"x": IDS + 3, "mask": MASK}
-    assert padding_at(unminded, inputs, AT_PADDING, 1e-5) is None
-    assert padding_at(minded, inputs, ~AT_PADDING, 1e-5) is None, "it is what counts"
+    assert padding_at(ignoring_mask, inputs, AT_PADDING, 1e-5) is None
+    assert padding_at(with_mask, inputs, ~AT_PADDING, 1e-5) is None, "these count"
     both = AT_PADDING.copy()
     both[0, 0] = True
-    assert padding_at(minded, inputs, both, 1e-5) is None, "one of them counts"
+    assert padding_at(with_mask, inputs, both, 1e-5) is None, "one of them counts"
 
 
 def by_id(inputs: Tensors) -> Tensors:
     ids = inputs["ids"]
-    return minded({"x": ids, "mask": (ids != 0).astype(np.int64)})
+    return with_mask({"x": ids, "mask": (ids != 0).astype(np.int64)})
 
 
-def test_an_id_of_padding_is_tried_by_leaving_it_away() -> None:
+def test_an_id_marks_padding_if_rows_without_it_get_the_same_answers() -> None:
     assert padding_at(by_id, {"ids": IDS}, AT_PADDING, 1e-5) is not None
     left = np.ascontiguousarray(IDS[:, ::-1])
     assert padding_at(by_id, {"ids": left}, left == 0, 1e-5) is not None
@@ -96,8 +96,8 @@ class Encoder(nn.Module):
         return hidden
 
 
-class SeesNothing(nn.Module):
-    """Causal attention over rows that are padded on the left: padding may look at nothing."""
+class AttendsToNothing(nn.Module):
+    """Causal attention over rows padded on the left: padding may attend to nothing."""
 
     def __init__(self, *, heads_first: bool) -> None:
         super().__init__()
@@ -107,8 +107,10 @@ class SeesNothing(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         x = self.table(ids)[:, None]
         length = ids.shape[1]
-        seen = torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
-        y = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+        allowed = (
+            torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
+        )
+        y = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=allowed)
         return y if self.heads_first else y[:, 0]
 
 
@@ -130,8 +132,8 @@ def record_of(module: nn.Module, samples: list[dict[str, Tensor]]) -> Record:
     ("module", "left"),
     [
         (Encoder("none"), False),
-        (SeesNothing(heads_first=False), True),
-        (SeesNothing(heads_first=True), True),
+        (AttendsToNothing(heads_first=False), True),
+        (AttendsToNothing(heads_first=True), True),
     ],
 )
 def test_a_difference_at_padding_alone_is_a_warning_that_names_it(
@@ -144,19 +146,19 @@ def test_a_difference_at_padding_alone_is_a_warning_that_names_it(
     assert "under torch.inference_mode() with PyTorch's fast path" in record.why
 
 
-def test_padding_that_no_answer_shows_is_no_matter() -> None:
+def test_a_difference_at_padding_that_no_answer_shows_is_not_reported() -> None:
     record = record_of(Encoder("first"), batches(left=False))
     assert record.verdict is Verdict.PASS
     assert not record.findings
 
 
-def test_an_answer_that_counts_what_the_fast_path_answers_at_padding_is_refused() -> None:
+def test_an_answer_that_depends_on_the_fast_path_at_padding_fails() -> None:
     record = record_of(Encoder("all"), batches(left=False))
     assert record.verdict is Verdict.FAIL
     assert "without PyTorch's fast path" in record.findings[0].fix
 
 
-def test_the_module_is_compared_as_its_user_has_set_the_fast_path() -> None:
+def test_the_module_is_compared_with_the_fast_path_as_the_user_set_it() -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         assert record_of(Encoder("all"), batches(left=False)).verdict is Verdict.PASS

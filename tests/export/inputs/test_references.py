@@ -1,4 +1,4 @@
-"""The user's code is his: what it raises is one sentence with his line."""
+"""The user's code: an error in it is one sentence with the line that raised it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield name
-    for module in [found for found in sys.modules if found.startswith(name)]:
+    for module in [path for path in sys.modules if path.startswith(name)]:
         del sys.modules[module]
 
 
@@ -74,23 +74,26 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     [("build", (3, 2)), ("READY", (2, 2)), ("Holder.built", (4, 4))],
     ids=str,
 )
-def test_a_module_is_what_a_factory_returns_or_what_is_there(
+def test_a_module_is_the_result_of_a_factory_or_the_object_itself(
     project: str, attribute: str, shape: object
 ) -> None:
-    found = load_module(f"{project}.net:{attribute}")
-    assert isinstance(found, nn.Linear)
-    assert tuple(found.weight.shape) == shape
-    assert found.training, "never put into eval mode here"
+    module = load_module(f"{project}.net:{attribute}")
+    assert isinstance(module, nn.Linear)
+    assert tuple(module.weight.shape) == shape
+    assert module.training, "load_module never calls eval()"
 
 
 def test_samples_are_one_or_several(project: str) -> None:
-    assert [tuple(one.shape) for one in load_samples(f"{project}.net:samples")] == [(1, 2), (2, 2)]
-    (one,) = load_samples(f"{project}.net:SAMPLE")
-    assert torch.equal(one["input"], torch.ones(1, 2))
+    assert [tuple(sample.shape) for sample in load_samples(f"{project}.net:samples")] == [
+        (1, 2),
+        (2, 2),
+    ]
+    (sample,) = load_samples(f"{project}.net:SAMPLE")
+    assert torch.equal(sample["input"], torch.ones(1, 2))
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("reference", "message"),
     [
         ("net", r"'.*\.net' must read package.module:attribute"),
         ("net:", "must read package.module:attribute"),
@@ -110,15 +113,15 @@ def test_samples_are_one_or_several(project: str) -> None:
         ("net:leaves", r"leaves\(\) failed: SystemExit: 3 \(at net.py:22\)"),
     ],
 )
-def test_what_fails_is_one_sentence_with_the_users_line(
-    project: str, reference: str, said: str
+def test_an_error_is_one_sentence_with_the_line_of_the_user(
+    project: str, reference: str, message: str
 ) -> None:
-    with pytest.raises(UserCodeFailed, match=said) as caught:
+    with pytest.raises(UserCodeFailed, match=message) as caught:
         load_module(f"{project}.{reference}")
     assert "\n" not in str(caught.value)
 
 
-def test_no_sample_is_one_sentence(project: str) -> None:
+def test_an_empty_list_of_samples_is_refused_in_one_sentence(project: str) -> None:
     with pytest.raises(UserCodeFailed, match="must hold a sample at least"):
         load_samples(f"{project}.net:none")
 
@@ -131,14 +134,12 @@ def test_a_path_is_no_reference(tmp_path: Path) -> None:
     assert is_reference("package.module:factory")
 
 
-def test_the_users_folder_stands_first(project: str) -> None:
+def test_the_folder_of_the_user_is_first_on_the_path(project: str) -> None:
     load_reference(f"{project}.net:build")
     assert sys.path[0] == str(Path.cwd())
 
 
-def test_what_a_factory_prints_is_not_in_the_report(
-    project: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_factory_prints_to_stderr(project: str, capsys: pytest.CaptureFixture[str]) -> None:
     load_module(f"{project}.net:chatty")
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "hello from the factory\n")
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "hello from the factory\n")

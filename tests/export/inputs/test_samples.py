@@ -1,6 +1,4 @@
-"""Whatever a module is called with becomes names, axes and inputs to judge it on; the module itself
-is left alone.
-"""
+"""A candidate has the names, axes and evidence that samples show, and the module is unchanged."""
 
 from __future__ import annotations
 
@@ -35,14 +33,14 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     "sample", [X, (X,), {"x": X}, {"x": X.numpy()}], ids=["tensor", "tuple", "mapping", "numpy"]
 )
-def test_a_sample_may_be_given_in_every_usual_way(sample: object) -> None:
+def test_a_sample_may_be_a_tensor_a_tuple_or_a_mapping(sample: object) -> None:
     candidate = candidate_of(Net().eval(), [sample])
     assert list(candidate.example) == ["x"]
     assert candidate.evidence.dynamic_axes == {"x": {0: "batch"}}
     assert candidate.outputs == ("output_0",)
 
 
-def test_the_module_is_not_run_and_not_changed_but_its_copies_are() -> None:
+def test_the_module_is_not_run_and_not_changed() -> None:
     module = Net()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     candidate_of(module, [X])
@@ -51,7 +49,7 @@ def test_the_module_is_not_run_and_not_changed_but_its_copies_are() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_what_cannot_be_copied_is_as_it_was_after_it_ran() -> None:
+def test_a_module_that_cannot_be_copied_is_restored_after_it_ran() -> None:
     module = Net().train()
     module.lock = threading.Lock()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -62,7 +60,7 @@ def test_what_cannot_be_copied_is_as_it_was_after_it_ran() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_constant_is_bound_and_no_input() -> None:
+def test_a_constant_is_bound_and_is_no_input() -> None:
     module = Net().eval()
     candidate = candidate_of(module, [{"x": X, "scale": 2.0}])
     assert list(candidate.example) == ["x"]
@@ -70,7 +68,7 @@ def test_a_constant_is_bound_and_no_input() -> None:
     torch.testing.assert_close(module(x=X), module.linear(module.norm(X)) * 2.0)
 
 
-def test_probes_are_the_samples_and_what_the_module_can_read_besides() -> None:
+def test_probes_are_the_samples_and_other_inputs_that_the_module_reads() -> None:
     class Picky(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if x.shape[0] > 5:
@@ -84,11 +82,11 @@ def test_probes_are_the_samples_and_what_the_module_can_read_besides() -> None:
     assert sizes == {1, 2, 3, 5}, "65 rows it does not read"
     for probe in candidate.evidence.probes:
         assert np.isfinite(np.log(probe["x"] - 1.5)).all(), (
-            "what it answers with no number was not given by the user"
+            "an input that is answered with NaN is no probe"
         )
 
 
-def test_rows_are_single_by_the_length_that_they_have_and_differ() -> None:
+def test_single_rows_are_grouped_by_length_and_differ() -> None:
     class Pool(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.mean(1)
@@ -102,7 +100,7 @@ def test_rows_are_single_by_the_length_that_they_have_and_differ() -> None:
 @pytest.mark.parametrize(
     "answer", [lambda x: x.sum(), lambda x: x[:1], lambda x: x.T], ids=["scalar", "one", "other"]
 )
-def test_an_answer_without_a_row_for_each_row_shares_no_batch(answer: Any) -> None:
+def test_a_module_whose_answer_has_no_row_for_each_row_is_not_batched(answer: Any) -> None:
     class Calls(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return answer(x)
@@ -114,7 +112,7 @@ def test_the_example_that_is_traced_has_more_than_one_row() -> None:
     assert candidate_of(Net().eval(), [X[:1]]).example["x"].shape == (2, 4)
 
 
-def test_outputs_have_the_names_that_the_module_gives_them_and_strangers_are_told() -> None:
+def test_outputs_have_the_names_of_the_module_and_other_answers_are_reported() -> None:
     class Rich(nn.Module):
         def forward(self, x: Tensor) -> dict[str, object]:
             return {"logits": x, "hidden": (x, x + 1), "cache": object(), "loss": None}
@@ -135,7 +133,7 @@ class Anything(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "samples", "said"),
+    ("module", "samples", "message"),
     [
         (Net(), [(X, 1.0, X)], "cannot be called with the sample: too many positional"),
         (Net(), [{"y": X}], r"fails on the sample \(y \[3, 4\]\): TypeError"),
@@ -165,14 +163,14 @@ class Anything(nn.Module):
         (Pair(), [{"a": X, "b": X.T}, {"a": X}], "the samples have other inputs: a, b and a"),
     ],
 )
-def test_what_the_module_cannot_be_called_with_is_one_sentence(
-    module: nn.Module, samples: list[object], said: str
+def test_samples_that_the_module_cannot_be_called_with_are_refused_in_one_sentence(
+    module: nn.Module, samples: list[object], message: str
 ) -> None:
-    with pytest.raises(UnusableInputs, match=said):
+    with pytest.raises(UnusableInputs, match=message):
         candidate_of(module.eval(), samples)
 
 
-def test_an_answer_without_a_tensor_is_one_sentence() -> None:
+def test_an_answer_without_a_tensor_is_refused_in_one_sentence() -> None:
     class Talks(nn.Module):
         def forward(self, x: Tensor) -> str:
             return "hello"
@@ -187,7 +185,7 @@ def test_a_scripted_or_traced_module_is_refused_in_one_sentence() -> None:
         candidate_of(traced.eval(), [X])
 
 
-def test_a_first_axis_that_takes_no_other_number_of_rows_is_no_batch() -> None:
+def test_a_first_axis_of_one_size_only_is_no_batch() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.view(3, 2, 2)
@@ -197,7 +195,7 @@ def test_a_first_axis_that_takes_no_other_number_of_rows_is_no_batch() -> None:
     assert candidate.evidence.rows == {}
 
 
-def test_a_constant_of_an_argument_without_default_is_not_asked_for_again() -> None:
+def test_a_bound_argument_is_gone_from_the_signature() -> None:
     class Needs(nn.Module):
         def forward(self, x: Tensor, mode: str, times: int) -> Tensor:
             return x * times if mode == "fast" else x
@@ -221,7 +219,7 @@ def test_a_dataclass_answers_with_its_fields() -> None:
     assert candidate_of(Wraps().eval(), [X]).outputs == ("logits", "hidden_0", "hidden_1")
 
 
-def test_an_output_that_is_called_as_an_input_gets_a_name_of_its_own() -> None:
+def test_an_output_with_the_name_of_an_input_gets_another_name() -> None:
     class Same(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"x": x + 1, "y": x}

@@ -15,7 +15,7 @@ from evalmode.export.audit.audit import audit
 from evalmode.export.certify import certify
 from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.export.inputs.references import UserCodeFailed, load_in_eval_mode
-from evalmode.export.inputs.samples import bound, candidate_of
+from evalmode.export.inputs.samples import bind_samples, candidate_of
 from evalmode.export.module.dropouts import is_dropout
 
 X = torch.arange(24.0).reshape(4, 6) / 10
@@ -38,9 +38,9 @@ class ScalesItsInput(nn.Module):
 
 
 def test_a_forward_that_writes_to_its_input_gets_copies_and_is_certified() -> None:
-    mine = X.clone()
-    assert verdict_of(ScalesItsInput(), mine) is Verdict.PASS
-    assert torch.equal(mine, X), "the user's own sample is as it was"
+    sample = X.clone()
+    assert verdict_of(ScalesItsInput(), sample) is Verdict.PASS
+    assert torch.equal(sample, X), "the user's sample is unchanged"
 
 
 class SameAnswerObject(nn.Module):
@@ -55,7 +55,7 @@ class SameAnswerObject(nn.Module):
         return self.answer
 
 
-def test_repeats_are_compared_by_value_and_not_with_their_own_memory() -> None:
+def test_answers_are_copied_before_they_are_compared() -> None:
     assert verdict_of(SameAnswerObject()) is not Verdict.PASS
 
 
@@ -80,12 +80,12 @@ class GatedDropout(nn.Module):
 
 
 @pytest.mark.parametrize("make", [DropoutWithAHead, GatedDropout])
-def test_a_module_with_parameters_is_no_pure_dropout_whatever_its_name(
+def test_a_module_with_parameters_is_not_only_a_dropout_whatever_its_name(
     make: type[nn.Module],
 ) -> None:
     assert not is_dropout(make())
     assert verdict_of(nn.Sequential(make(), nn.Linear(6, 2))) is Verdict.PASS
-    samples, _ = bound(nn.Sequential(make()), [X])
+    samples, _ = bind_samples(nn.Sequential(make()), [X])
     assert audit(nn.Sequential(make()), samples).record.verdict is not Verdict.FAIL
 
 
@@ -101,7 +101,7 @@ class TrainReturnsNothing(DropoutWithAHead):
         super().train(mode)
 
 
-def test_a_train_that_does_not_return_the_module_is_no_obstacle() -> None:
+def test_a_train_that_returns_nothing_is_supported() -> None:
     module = TrainReturnsNothing()
     module.eval()
     candidate = candidate_of(module, [X])
@@ -110,7 +110,7 @@ def test_a_train_that_does_not_return_the_module_is_no_obstacle() -> None:
     assert audit(TrainReturnsNothing(), [{"x": X}]).record.verdict is Verdict.PASS
 
 
-def test_a_module_that_cannot_be_put_into_eval_mode_is_one_sentence(
+def test_a_module_that_cannot_be_put_into_eval_mode_is_refused_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "users_graph.py").write_text(
@@ -128,7 +128,7 @@ def test_a_module_that_cannot_be_put_into_eval_mode_is_one_sentence(
 
 
 class RemembersTheLast(nn.Module):
-    """Answers with a frame of the call before; nothing is random."""
+    """Answers with its input and state of the last calls; nothing is random."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class RemembersTheLast(nn.Module):
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.1], ids=["the last", "a moving mean"])
-def test_state_that_moves_is_named_and_not_called_randomness(rate: float) -> None:
+def test_state_that_changes_is_named_and_not_called_random(rate: float) -> None:
     module = nn.Sequential(RemembersTheLast(rate)).eval()
     candidate = candidate_of(module, [X, torch.rand(3, 6)])
     (record,) = [
@@ -170,12 +170,12 @@ class Counts(nn.Module):
         return x * 2
 
 
-def test_a_counter_that_no_answer_depends_on_is_nobodys_business() -> None:
+def test_a_counter_that_no_answer_depends_on_passes() -> None:
     assert verdict_of(Counts()) is Verdict.PASS
 
 
 class Picks(nn.Module):
-    """The places of the highest scores: runtimes choose differently among equal ones."""
+    """The positions of the highest scores: runtimes choose differently among equal ones."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class PicksWords(Picks):
 
 
 @pytest.mark.parametrize("how", ["topk", "argmax", "argsort"])
-def test_inputs_that_are_made_hold_no_ties(how: str) -> None:
+def test_probes_have_no_equal_scores(how: str) -> None:
     assert verdict_of(Picks(how), torch.randn(2, 5, 6), torch.randn(3, 7, 6)) is Verdict.PASS
     generator = torch.Generator().manual_seed(0)
     words = [torch.randperm(200, generator=generator)[: 3 * n].reshape(3, n) for n in (6, 9)]
@@ -208,15 +208,15 @@ def test_inputs_that_are_made_hold_no_ties(how: str) -> None:
 
 
 class Positions(nn.Module):
-    """Words and their places, of square samples."""
+    """Words and their positions, for square samples."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(64, 8)
+        self.words, self.positions = nn.Embedding(20, 8), nn.Embedding(64, 8)
         self.head = nn.Linear(8, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head((self.words(ids) + self.places(torch.arange(ids.shape[1]))).mean(1))
+        return self.head((self.words(ids) + self.positions(torch.arange(ids.shape[1]))).mean(1))
 
 
 def test_square_samples_have_rows_and_positions() -> None:
@@ -229,7 +229,7 @@ def test_square_samples_have_rows_and_positions() -> None:
 
 
 class Images(nn.Module):
-    """A convolution and a mean over what is left, of square images."""
+    """A convolution and a mean over its output, for square images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ def test_square_images_are_certified_for_images_of_any_sides() -> None:
     assert verdict_of(Images(), *samples) is Verdict.PASS
 
 
-def test_the_fourier_transform_of_the_runtime_is_given_its_own_rounding() -> None:
+def test_the_fourier_transform_has_a_tolerance_of_its_own() -> None:
     class Mixes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.fft.fft2(x).real

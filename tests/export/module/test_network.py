@@ -34,7 +34,7 @@ class Plain:
 
 
 class LoadedWhenAsked(types.ModuleType):
-    """What large libraries put in place of themselves."""
+    """The kind of module that large libraries replace themselves with."""
 
 
 def closing_over(value: object) -> object:
@@ -62,16 +62,16 @@ class Net(nn.Module):
 class Hiding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.seen = nn.Linear(1, 1)
+        self.child = nn.Linear(1, 1)
         self.listed = [nn.Dropout(0.1), (nn.Dropout(0.2),)]
         self.keyed = {"head": nn.Dropout(0.3)}
-        self.itself = self.seen
+        self.itself = self.child
 
 
-def test_modules_in_plain_containers_are_found_and_named_as_one_writes_them() -> None:
+def test_modules_in_plain_containers_are_found_and_named_as_code_reaches_them() -> None:
     assert set(Network.of(Hiding()).parts) == {
         "",
-        "seen",
+        "child",
         "listed[0]",
         "listed[1][0]",
         "keyed['head']",
@@ -82,11 +82,11 @@ def test_a_module_that_two_names_share_is_found_once() -> None:
     assert "itself" not in Network.of(Hiding()).parts
 
 
-def test_the_hidden_are_found_at_depth() -> None:
+def test_hidden_modules_are_found_at_any_depth() -> None:
     assert "0.listed[0]" in Network.of(nn.Sequential(Hiding())).parts
 
 
-def test_a_container_that_holds_itself_ends() -> None:
+def test_a_container_that_holds_itself_is_walked_once() -> None:
     module = Hiding()
     module.listed.append(module.listed)  # type: ignore[arg-type]
     assert "listed[0]" in Network.of(module).parts
@@ -123,12 +123,12 @@ def test_a_module_is_found_wherever_an_attribute_leads_to_it(
     wrapped: Callable[[object], object], path: str
 ) -> None:
     part = nn.Dropout(0.1)
-    found = Network.of(Holds(wrapped(part))).parts
-    assert found[path] is part
-    assert set(found) == {"", path}
+    parts = Network.of(Holds(wrapped(part))).parts
+    assert parts[path] is part
+    assert set(parts) == {"", path}
 
 
-def test_an_underscore_hides_nothing() -> None:
+def test_an_attribute_with_an_underscore_is_walked_too() -> None:
     module = Holds(None)
     module._drops = [nn.Dropout(0.1)]
     assert set(Network.of(module).parts) == {"", "_drops[0]"}
@@ -141,11 +141,11 @@ def test_a_child_has_its_own_name_and_not_that_of_torchs_registry() -> None:
     assert set(Network.of(module).parts) == {"", "0"}
 
 
-def test_a_closure_whose_variable_is_not_bound_yet_is_passed_over() -> None:
+def test_a_closure_whose_variable_is_not_bound_yet_is_skipped() -> None:
     assert set(Network.of(Holds(empty_closure())).parts) == {""}
 
 
-def test_the_objects_of_libraries_are_not_looked_into() -> None:
+def test_the_objects_of_libraries_are_not_walked() -> None:
     library = LoadedWhenAsked("library")
     library.drop = nn.Dropout(0.1)
     assert set(
@@ -159,30 +159,35 @@ def test_generators_are_found_by_the_same_paths_and_as_globals_beside_a_forward(
         "b": (np.random.default_rng(0),),
         "c": Plain(np.random.RandomState(0)),
     }
-    found = Network.of(nn.Sequential(Holds(held))).generators
-    assert set(found) == {"0.held['a']", "0.held['b'][0]", "0.held['c'].inside", "global BESIDE"}
-    assert found["global BESIDE"] is BESIDE
-    assert found["0.held['a']"] is held["a"]
+    generators = Network.of(nn.Sequential(Holds(held))).generators
+    assert set(generators) == {
+        "0.held['a']",
+        "0.held['b'][0]",
+        "0.held['c'].inside",
+        "global BESIDE",
+    }
+    assert generators["global BESIDE"] is BESIDE
+    assert generators["0.held['a']"] is held["a"]
 
 
 def test_a_network_without_a_generator_has_none() -> None:
     assert Network.of(nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1))).generators == {}
 
 
-def test_a_private_copy_shares_the_parameters_and_not_the_buffers() -> None:
+def test_a_copy_shares_the_parameters_and_not_the_buffers() -> None:
     module = Net()
     other = Network.of(module).copy().module
     assert other.linear.weight is module.linear.weight
     assert other.norm.running_mean is not module.norm.running_mean
 
 
-def test_what_cannot_be_copied_is_used_as_it_is() -> None:
+def test_a_module_that_cannot_be_copied_is_returned_itself() -> None:
     module = Net()
     module.lock = threading.Lock()
     assert Network.of(module).copy().module is module
 
 
-def test_a_copy_that_would_run_parts_of_the_original_is_none() -> None:
+def test_a_module_whose_copy_would_run_parts_of_the_original_is_returned_itself() -> None:
     module = Net()
     module.forward = lambda x: module.linear(x)
     assert Network.of(module).copy().module is module

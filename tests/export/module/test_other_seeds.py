@@ -59,7 +59,7 @@ DRAWS: list[Callable[[], float]] = [
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_a_seed_that_code_gives_is_another_one_meanwhile(draw: Callable[[], float]) -> None:
+def test_a_seed_in_code_is_replaced_inside_the_block_only(draw: Callable[[], float]) -> None:
     with seeded(0):
         first = draw()
         with other_seeds():
@@ -68,7 +68,7 @@ def test_a_seed_that_code_gives_is_another_one_meanwhile(draw: Callable[[], floa
         assert draw() == first
 
 
-def test_generators_of_before_are_generators_still() -> None:
+def test_generators_made_before_are_still_generators() -> None:
     with other_seeds():
         assert isinstance(torch.default_generator, torch.Generator)
         assert isinstance(torch.Generator(), torch.Generator)

@@ -97,17 +97,17 @@ class DrawsBesideItsChild(nn.Module):
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before its child", "after its child"])
-def test_a_draw_on_the_host_is_the_parents_that_made_it(before: bool) -> None:
+def test_a_draw_of_pythons_generator_belongs_to_the_module_that_made_it(before: bool) -> None:
     (draw,) = draws(Around(DrawsBesideItsChild(before=before)), X)
     assert (draw.path, draw.kind) == ("inner", "DrawsBesideItsChild")
 
 
-def test_a_draw_of_the_root_after_all_else_is_the_roots() -> None:
+def test_a_draw_after_the_last_child_belongs_to_the_root() -> None:
     (draw,) = draws(DrawsBesideItsChild(before=False), X)
     assert draw.path == ""
 
 
-def test_a_draw_outside_of_every_forward_is_the_roots() -> None:
+def test_a_draw_outside_of_every_forward_belongs_to_the_root() -> None:
     class Wraps(nn.Linear):
         def __call__(self, x: Tensor) -> Tensor:
             y = super().__call__(x)
@@ -118,7 +118,7 @@ def test_a_draw_outside_of_every_forward_is_the_roots() -> None:
     assert draw.path == ""
 
 
-def test_a_child_that_fails_hands_the_place_back_to_the_parent_that_goes_on() -> None:
+def test_a_draw_after_a_child_failed_belongs_to_the_parent() -> None:
     class Tries(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,7 +133,7 @@ def test_a_child_that_fails_hands_the_place_back_to_the_parent_that_goes_on() ->
     assert (draw.path, draw.kind) == ("inner", "Tries")
 
 
-def test_a_forward_that_fails_leaves_the_next_one_to_be_watched_as_ever() -> None:
+def test_a_forward_can_be_watched_after_another_one_failed() -> None:
     with pytest.raises(RuntimeError):
         draws(Around(nn.Linear(3, 3)), X)
     assert draws(Around(Functional()), X)[0].path == "inner"
@@ -144,34 +144,32 @@ class Unregistered(nn.Module):
         return nn.Dropout(0.125)(x)
 
 
-def test_a_module_that_no_attribute_leads_to_is_named_by_the_one_that_called_it() -> None:
+def test_a_module_that_no_attribute_leads_to_is_named_by_its_caller() -> None:
     (draw,) = draws(Around(Unregistered()).eval(), X)
     assert (draw.path, draw.kind, draw.p) == ("inner > unregistered", "Dropout", 0.125)
 
 
 def encoder() -> nn.Module:
-    """Of torch's own, one whose fused path asks for the flag of the whole and never for that of a
-    dropout in it.
-    """
+    """A layer of torch's whose fast path reads its own training flag, not that of its dropouts."""
     module = nn.TransformerEncoderLayer(8, 2, 16, 0.125, batch_first=True).eval()
     module.dropout1.train()
     return module
 
 
-def test_a_dropout_that_torchs_fused_path_would_pass_over_is_found() -> None:
+def test_a_dropout_that_the_fast_path_of_torch_skips_is_found() -> None:
     (draw,) = draws(Around(encoder()), {"x": torch.ones(2, 3, 8)})
     assert (draw.path, draw.p) == ("inner.dropout1", 0.125)
 
 
-def test_a_plain_forward_does_not_take_torchs_fused_path() -> None:
+def test_a_plain_forward_does_not_take_the_fast_path() -> None:
     module, x = encoder(), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(module(x), module(x)), "the fused path hides the dropout"
+        assert torch.equal(module(x), module(x)), "the fast path hides the dropout"
     with plain_forward():
         assert not torch.equal(module(x), module(x))
 
 
-def test_a_plain_forward_needs_no_gradients_and_gives_everything_back_even_after_an_error() -> None:
+def test_a_plain_forward_restores_gradients_and_the_fast_path_also_after_an_error() -> None:
     inside = []
 
     def fails() -> None:
@@ -191,7 +189,7 @@ class HasBranches(nn.Module):
         return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
 
 
-def test_a_branch_that_may_not_be_taken_cannot_be_watched() -> None:
+def test_a_forward_with_a_branch_cannot_be_watched() -> None:
     with pytest.raises(
         Unwatched, match=r"^inner \(HasBranches\): cond .* at test_randomness.py:\d+$"
     ):

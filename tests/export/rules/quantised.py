@@ -1,4 +1,4 @@
-"""A classifier whose graph is changed after the export, as quantisers do."""
+"""A classifier whose graph is quantised after the export."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Classifier(nn.Module):
         return self.body(x)
 
 
-class Reader(CalibrationDataReader):
+class OneBatch(CalibrationDataReader):
+    """The rows from which the ranges of activations are measured."""
+
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = iter([{"x": rows}])
 
@@ -42,26 +44,25 @@ class Reader(CalibrationDataReader):
         return next(self.rows, None)
 
 
-def classifier(change: Callable[[Path, Path], object] | None, folder: Path) -> Subject:
-    """A classifier whose graph was changed after the export, as quantisers do."""
+def classifier(quantise: Callable[[Path, Path], object], folder: Path) -> Subject:
+    """The subject of a classifier whose exported file `quantise` has read and written anew."""
     x = (
         torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
         * torch.logspace(-1, 1, 32)[:, None]
     )
-    made = subject_of(candidate_of(Classifier().eval(), [x]))
-    if change is None:
-        return made
-    # the quantiser infers shapes anew, and transposes weights first
-    del made.graph.proto.graph.value_info[:]
-    onnx.save(made.graph.proto, folder / "before.onnx")
-    change(folder / "before.onnx", folder / "after.onnx")
+    exported = subject_of(candidate_of(Classifier().eval(), [x]))
+    # A quantiser infers shapes itself, after it has transposed weights.
+    del exported.graph.proto.graph.value_info[:]
+    onnx.save(exported.graph.proto, folder / "before.onnx")
+    quantise(folder / "before.onnx", folder / "after.onnx")
     return Subject(
-        network=made.network,
+        network=exported.network,
         graph=graph_of(onnx.load(folder / "after.onnx")),
-        evidence=dataclasses.replace(made.evidence, labelled=True),
+        evidence=dataclasses.replace(exported.evidence, labelled=True),
     )
 
 
-def quantised(before: Path, after: Path) -> None:
+def static_int8(before: Path, after: Path) -> None:
+    """Quantise weights and activations to int8, with ranges from sample rows."""
     rows = torch.randn(256, 16, generator=torch.Generator().manual_seed(1)).numpy() * 3
-    quantize_static(before, after, Reader(rows.astype(np.float32)), quant_format=QuantFormat.QDQ)
+    quantize_static(before, after, OneBatch(rows.astype(np.float32)), quant_format=QuantFormat.QDQ)

@@ -1,6 +1,4 @@
-"""Graphs of a node or two, and modules of one function: what the rules of a subject are tried
-on.
-"""
+"""Small subjects for the tests of rules: graphs of a node or two, modules of one function."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ ROWS = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
 
 
 class Calls(nn.Module):
-    """A module that answers as a function says."""
+    """A module whose forward is a function."""
 
     def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -39,7 +37,7 @@ def graph(
     kind: int = TensorProto.FLOAT,
     **constants: np.ndarray,
 ) -> onnx.ModelProto:
-    """x of four columns -> y."""
+    """The model of these nodes: x of four columns -> y."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 4])
     y = helper.make_tensor_value_info("y", kind, None)
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
@@ -50,28 +48,28 @@ def graph(
 
 
 def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx.NodeProto:
-    """A node of one output, y unless it is said."""
+    """A node with one output."""
     return helper.make_node(op, list(inputs), [output], name=f"/{op}_{output}", **attributes)
 
 
 DOUBLED = graph(node("Add", "x", "x"))
 
 
-def subject(
-    model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **more: object
+def small_subject(
+    model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **evidence: object
 ) -> Subject:
-    """The graph, and the module that it is held against; eight rows, and one alone."""
-    evidence = {
+    """A graph and the module that it is compared with; the probes are eight rows, and one row."""
+    parts = {
         "probes": [{"x": ROWS}, {"x": ROWS[:1]}],
         "rows": {4: [{"x": row[np.newaxis]} for row in ROWS]},
         "dynamic_axes": {"x": {0: "batch"}},
-        **more,
+        **evidence,
     }
-    return subject_of_graph(model, Calls(answer).eval(), **evidence)
+    return subject_of_graph(model, Calls(answer).eval(), **parts)
 
 
 def subject_of_graph(model: onnx.ModelProto, module: nn.Module, **evidence: Any) -> Subject:
-    """The graph and the network that it was made of, with this evidence."""
+    """A graph and the module that it was made of, with this evidence."""
     return Subject(network=Network.of(module), graph=graph_of(model), evidence=Evidence(**evidence))
 
 
@@ -80,6 +78,6 @@ def subject_of_module(module: nn.Module, probes: Sequence[Tensors] = ()) -> Subj
     return Subject(network=Network.of(module), evidence=Evidence(probes=probes))
 
 
-def said(record: Record) -> str:
-    """All findings in one string."""
+def messages(record: Record) -> str:
+    """The messages of all findings, in one string."""
     return "; ".join(map(str, record.findings))

@@ -1,4 +1,4 @@
-"""Noise that was drawn once, at export: the graph is quiet and repeats itself, and is wrong."""
+"""The rule baked-noise: noise drawn at export is a constant of a graph that repeats itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Calls(nn.Module):
-    """A linear layer, and whatever a function does with it; it can hold a thing of any kind."""
+    """A linear layer and a function of its answer; `held` is any object that the function uses."""
 
     def __init__(self, answer: Callable[[Any, Tensor], Tensor], held: object = None) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Calls(nn.Module):
         return self.answer(self, self.linear(x))
 
 
-def subject(answer: Callable[[Any, Tensor], Tensor], held: object = None) -> Subject:
+def exported(answer: Callable[[Any, Tensor], Tensor], held: object = None) -> Subject:
     return subject_of(candidate_of(Calls(answer, held).eval(), [X]))
 
 
@@ -46,7 +46,7 @@ def cached(module: Any, x: Tensor) -> Tensor:
     return x * module.held
 
 
-def said(record: Record) -> str:
+def messages(record: Record) -> str:
     return "; ".join(map(str, record.findings))
 
 
@@ -72,23 +72,23 @@ CONSTANTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], object]] = {
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_noise_that_became_a_constant_is_found_although_the_graph_is_quiet(name: str) -> None:
-    made = subject(*CONSTANTS[name])
-    record = baked_noise.check(made)
+def test_noise_that_became_a_constant_is_found_although_the_graph_draws_nothing(name: str) -> None:
+    subject = exported(*CONSTANTS[name])
+    record = baked_noise.check(subject)
     assert record.verdict is Verdict.FAIL, name
-    assert all(found.fix for found in record.findings)
+    assert all(finding.fix for finding in record.findings)
 
 
 @pytest.mark.parametrize(
     "name", ["a numpy mask", "a private python generator", "torch.bernoulli of a buffer"]
 )
-def test_no_other_rule_of_the_graph_would_see_it(name: str) -> None:
-    made = subject(*CONSTANTS[name])
-    alone = Subject(graph=made.graph)
+def test_no_other_rule_of_the_graph_finds_it(name: str) -> None:
+    subject = exported(*CONSTANTS[name])
+    bare = Subject(graph=subject.graph)
     records = [
-        stochastic_op.check(alone),
-        training_mode.check(alone),
-        repeatability.check(made),
+        stochastic_op.check(bare),
+        training_mode.check(bare),
+        repeatability.check(subject),
     ]
     assert [record.verdict for record in records] == [Verdict.PASS] * 3
 
@@ -96,49 +96,49 @@ def test_no_other_rule_of_the_graph_would_see_it(name: str) -> None:
 def test_the_weight_is_named_with_the_node_that_reads_it() -> None:
     module = Calls(cached).eval()
     candidate = candidate_of(module, [X])
-    module(X)  # as any rule does that watches it
+    module(X)  # a rule that watches the module runs it first
     record = baked_noise.check(subject_of(candidate))
     assert (
         "(weight): its values differ in another export, under other seeds; it is read by /Mul_"
-        in said(record)
+        in messages(record)
     )
 
 
 def test_a_dropout_that_the_optimiser_folded_is_named_by_the_graph_before_it() -> None:
-    record = baked_noise.check(subject(*CONSTANTS["dropout of a table"]))
-    assert "it draws in the graph before optimisation" in said(record)
+    record = baked_noise.check(exported(*CONSTANTS["dropout of a table"]))
+    assert "it draws in the graph before optimisation" in messages(record)
 
 
 def test_a_quiet_module_has_equal_exports() -> None:
-    record = baked_noise.check(subject(lambda m, x: F.dropout(x, 0.5, m.training) * m.table))
+    record = baked_noise.check(exported(lambda m, x: F.dropout(x, 0.5, m.training) * m.table))
     assert record.verdict is Verdict.PASS
     assert record.findings == ()
     assert record.measured.endswith("in 2 exports")
 
 
-def test_what_is_random_but_fixed_in_a_buffer_is_a_weight_like_any_other() -> None:
+def test_random_numbers_in_a_buffer_are_weights_and_pass() -> None:
     module = Calls(lambda m, x: x * m.mask)
     module.register_buffer("mask", torch.bernoulli(torch.full((4, 4), 0.5)).sum(0))
     assert baked_noise.check(subject_of(candidate_of(module.eval(), [X]))).verdict is Verdict.PASS
 
 
-def test_a_second_export_that_cannot_be_made_is_unproven_and_not_passed_over() -> None:
+def test_a_second_export_that_fails_is_unproven() -> None:
     def fails() -> Any:
         raise EvalmodeError("the factory returned another network")
 
-    made = subject(lambda m, x: x)
+    subject = exported(lambda m, x: x)
     other = Subject(
-        network=made.network,
-        graph=made.graph,
-        evidence=made.evidence,
+        network=subject.network,
+        graph=subject.graph,
+        evidence=subject.evidence,
         export=Export(twins=[fails]),
     )
     record = baked_noise.check(other)
     assert record.verdict is Verdict.UNPROVEN
-    assert "the factory returned another network" in said(record)
+    assert "the factory returned another network" in messages(record)
 
 
-def test_the_global_generators_are_where_they_were() -> None:
+def test_the_states_of_the_global_generators_are_unchanged() -> None:
     module = Calls(lambda m, x: x).eval()
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     baked_noise.check(subject_of(candidate_of(module, [X])))

@@ -8,19 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnxruntime.quantization import (
-    quantize_dynamic,
-)
+from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Record, Verdict
 from evalmode.export.certify import subject_of
 from evalmode.export.inputs.samples import candidate_of
-from evalmode.export.rules import (
-    batch_invariance,
-)
+from evalmode.export.rules import batch_invariance
 from tests.export.rules.quantised import classifier
-from tests.export.rules.small_graphs import DOUBLED, ROWS, Calls, graph, node, said, subject
+from tests.export.rules.small_graphs import (
+    DOUBLED,
+    ROWS,
+    Calls,
+    graph,
+    messages,
+    node,
+    small_subject,
+)
 
 
 def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_words() -> None:
@@ -29,50 +33,48 @@ def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_wor
         node("Sub", "x", "mean"),
         axis=np.array([0]),
     )
-    made = subject(centred)
-    record = batch_invariance.check(made)
+    subject = small_subject(centred)
+    record = batch_invariance.check(subject)
     assert record.verdict is Verdict.FAIL
-    assert "another row in the batch changes this row's answer by" in said(record)
-    assert made.row_counts == {4: (1,)}
+    assert "another row in the batch changes this row's answer by" in messages(record)
+    assert subject.row_counts == {4: (1,)}
 
 
-def test_a_row_that_is_moved_only_among_many_fails_too() -> None:
-    """Where a batch has less than eight rows, the slice of its last row is empty, and so is the
-    sum.
-    """
+def test_a_row_that_changes_only_in_large_batches_fails_too() -> None:
+    """In a batch of less than eight rows the slice of the eighth row is empty, and its sum 0."""
     crowded = graph(
         node("Slice", "x", "from", "to", "axis", output="eighth"),
         node("ReduceSum", "eighth", "axis", output="sum", keepdims=1),
         node("Add", "x", "sum"),
         **{"from": np.array([7]), "to": np.array([8]), "axis": np.array([0])},
     )
-    made = subject(crowded)
-    assert batch_invariance.check(made).verdict is Verdict.FAIL
+    subject = small_subject(crowded)
+    assert batch_invariance.check(subject).verdict is Verdict.FAIL
 
 
-def test_rows_that_keep_to_themselves_pass_at_every_batch_size() -> None:
-    made = subject(DOUBLED)
-    assert batch_invariance.check(made).verdict is Verdict.PASS
-    assert made.row_counts == {4: tuple(range(1, 65))}
+def test_independent_rows_pass_at_every_batch_size() -> None:
+    subject = small_subject(DOUBLED)
+    assert batch_invariance.check(subject).verdict is Verdict.PASS
+    assert subject.row_counts == {4: tuple(range(1, 65))}
 
 
 def test_dynamic_int8_lets_a_row_change_with_its_neighbours(tmp_path: Path) -> None:
-    made = classifier(quantize_dynamic, tmp_path)
-    record = batch_invariance.check(made)
+    subject = classifier(quantize_dynamic, tmp_path)
+    record = batch_invariance.check(subject)
     assert record.verdict is Verdict.FAIL
-    assert "another row in the batch changes this row's answer by " in said(record)
+    assert "another row in the batch changes this row's answer by " in messages(record)
 
 
 def test_a_batch_norm_without_statistics_lets_a_row_change_with_its_neighbours() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
-    made = subject_of(candidate_of(module, [torch.from_numpy(ROWS)]))
-    record = batch_invariance.check(made)
+    subject = subject_of(candidate_of(module, [torch.from_numpy(ROWS)]))
+    record = batch_invariance.check(subject)
     assert record.verdict is Verdict.FAIL
-    assert "another row in the batch changes this row's answer by " in said(record)
+    assert "another row in the batch changes this row's answer by " in messages(record)
 
 
 class Normalised(nn.Module):
-    """BatchNorm of the batch's own statistics, and an answer beside it."""
+    """BatchNorm by the statistics of the batch; `beside` makes the answer of its result."""
 
     def __init__(self, beside: Callable[[nn.Module, Tensor], object]) -> None:
         super().__init__()
@@ -102,16 +104,16 @@ def record_of(module: nn.Module, *samples: object, dynamic_axes: Sequence[str] =
         pytest.param(lambda m, y: y.T.reshape(-1), id="rows in one line, one by one"),
     ],
 )
-def test_whatever_else_a_module_answers_with_its_batch_statistics_are_found(
+def test_batch_statistics_are_found_whatever_else_the_module_answers_with(
     beside: Callable[[nn.Module, Tensor], object],
 ) -> None:
     record = record_of(Normalised(beside), torch.randn(4, 4), torch.randn(7, 4))
     assert record.verdict is Verdict.FAIL
-    assert "another row in the batch changes this row's answer by" in said(record)
+    assert "another row in the batch changes this row's answer by" in messages(record)
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(2.0), torch.tensor([1.5]), torch.rand(1, 4)])
-def test_an_input_that_all_rows_share_hides_no_batch_statistics(scale: Tensor) -> None:
+def test_batch_statistics_are_found_beside_an_input_that_all_rows_share(scale: Tensor) -> None:
     samples = [{"x": torch.randn(rows, 4), "scale": scale} for rows in (4, 7)]
     module = Normalised(lambda _, y: y)
     assert record_of(module, *samples).verdict is Verdict.FAIL
@@ -140,7 +142,7 @@ class RowsSecond(nn.Module):
 def test_rows_on_the_second_axis_are_judged(norm: nn.Module, verdict: Verdict) -> None:
     samples = [torch.randn(5, 3, 4), torch.randn(7, 2, 4)]
     record = record_of(RowsSecond(norm), *samples, dynamic_axes=["x=length,batch,_"])
-    assert record.verdict is verdict, said(record)
+    assert record.verdict is verdict, messages(record)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +154,12 @@ def test_rows_on_the_second_axis_are_judged(norm: nn.Module, verdict: Verdict) -
         pytest.param(lambda x, y: {"y": y, "line": y.T.reshape(-1)}, id="columns in one line"),
     ],
 )
-def test_answers_that_hold_their_rows_anywhere_keep_to_them(
+def test_independent_rows_pass_wherever_an_answer_holds_them(
     beside: Callable[[Tensor, Tensor], object],
 ) -> None:
     module = Calls(lambda x: beside(x, x.tanh()))  # type: ignore[arg-type, return-value]
     record = record_of(module, torch.randn(4, 4), torch.randn(7, 4))
-    assert record.verdict is Verdict.PASS, said(record)
+    assert record.verdict is Verdict.PASS, messages(record)
 
 
 def test_an_answer_that_mixes_rows_and_has_no_axis_of_them_is_unproven_and_named() -> None:
@@ -169,7 +171,7 @@ def test_an_answer_that_mixes_rows_and_has_no_axis_of_them_is_unproven_and_named
     assert "has no axis of rows and changes with them" in finding.why
 
 
-def test_an_input_without_rows_has_nothing_to_share_a_batch() -> None:
+def test_inputs_without_rows_are_not_applicable() -> None:
     record = record_of(
         RowsSecond(nn.InstanceNorm1d(4)), torch.randn(5, 1, 4), dynamic_axes=["x=length,_,_"]
     )

@@ -12,46 +12,42 @@ from torch import Tensor, nn
 from evalmode.bundle.certificate import Verdict
 from evalmode.export.certify import subject_of
 from evalmode.export.inputs.samples import candidate_of
-from evalmode.export.rules import (
-    dynamic_axes,
-)
+from evalmode.export.rules import dynamic_axes
 from tests.export.rules.small_graphs import (
     ROWS,
     Calls,
     graph,
+    messages,
     node,
-    said,
-    subject,
+    small_subject,
     subject_of_graph,
 )
 
 
 def test_an_axis_that_varies_passes() -> None:
-    assert (
-        dynamic_axes.check(subject(graph(node("Add", "x", "x")), lambda x: x + x)).verdict
-        is Verdict.PASS
-    )
+    subject = small_subject(graph(node("Add", "x", "x")), lambda x: x + x)
+    assert dynamic_axes.check(subject).verdict is Verdict.PASS
 
 
 def test_an_axis_that_the_exporter_fixed_is_named_with_its_size() -> None:
     record = dynamic_axes.check(
-        subject(graph(node("Add", "x", "x"), rows=8), lambda x: x + x, probes=[{"x": ROWS}])
+        small_subject(graph(node("Add", "x", "x"), rows=8), lambda x: x + x, probes=[{"x": ROWS}])
     )
     assert record.verdict is Verdict.FAIL
-    assert said(record) == "x: axis 0 (batch) is 8 in the graph"
+    assert messages(record) == "x: axis 0 (batch) is 8 in the graph"
 
 
 def test_a_size_that_the_module_reads_and_the_graph_does_not_is_named() -> None:
     eight = graph(node("Reshape", "x", "shape"), shape=np.array([8, 4]))
-    record = dynamic_axes.check(subject(eight, lambda x: x))
+    record = dynamic_axes.check(small_subject(eight, lambda x: x))
     assert record.verdict is Verdict.FAIL
-    assert "the module reads x [1, 4], the graph does not: " in said(record)
+    assert "the module reads x [1, 4], the graph does not: " in messages(record)
 
 
-def test_a_shape_that_is_not_the_modules_is_named() -> None:
+def test_an_answer_of_another_shape_than_the_modules_is_named() -> None:
     flat = graph(node("Reshape", "x", "shape"), shape=np.array([-1, 2]))
-    record = dynamic_axes.check(subject(flat, lambda x: x))
-    assert "y: its shape is [16, 2] for x [8, 4], the module's is [8, 4]" in said(record)
+    record = dynamic_axes.check(small_subject(flat, lambda x: x))
+    assert "y: its shape is [16, 2] for x [8, 4], the module's is [8, 4]" in messages(record)
 
 
 class Branches(nn.Module):
@@ -69,17 +65,18 @@ class Branches(nn.Module):
         return x * 3
 
 
-def test_a_branch_for_sizes_beyond_every_probe_is_told_by_the_bound_of_the_trace() -> None:
+def test_a_branch_for_sizes_beyond_every_probe_is_found_by_the_bound_of_the_trace() -> None:
     record = dynamic_axes.check(
         subject_of(candidate_of(Branches(ends=False).eval(), [torch.from_numpy(ROWS)]))
     )
     assert record.verdict is Verdict.FAIL
-    assert "the graph is the module's for batch up to 100, and the module also reads 101" in said(
-        record
+    assert (
+        "the graph is the module's for batch up to 100, and the module also reads 101"
+        in messages(record)
     )
 
 
-def test_a_module_that_ends_where_its_graph_does_passes_and_tells_the_bound() -> None:
+def test_a_module_that_ends_where_its_graph_does_passes_and_the_bound_is_reported() -> None:
     record = dynamic_axes.check(
         subject_of(candidate_of(Branches(ends=True).eval(), [torch.from_numpy(ROWS)]))
     )
@@ -89,8 +86,8 @@ def test_a_module_that_ends_where_its_graph_does_passes_and_tells_the_bound() ->
 
 def test_without_declared_axes_the_rule_does_not_apply() -> None:
     model = graph(node("Add", "x", "x"))
-    made = subject_of_graph(model, Calls(lambda x: x + x), probes=[{"x": ROWS}])
-    assert dynamic_axes.check(made).verdict is Verdict.NOT_APPLICABLE
+    subject = subject_of_graph(model, Calls(lambda x: x + x), probes=[{"x": ROWS}])
+    assert dynamic_axes.check(subject).verdict is Verdict.NOT_APPLICABLE
 
 
 @pytest.mark.parametrize(
@@ -104,15 +101,17 @@ def test_without_declared_axes_the_rule_does_not_apply() -> None:
         (lambda y: y * 2 if y.shape[0] * y.shape[1] > 400 else y, "at batch = "),
     ],
 )
-def test_a_way_that_no_probe_takes_is_found(answer: Callable[[Tensor], Tensor], where: str) -> None:
+def test_a_branch_that_no_probe_takes_is_found(
+    answer: Callable[[Tensor], Tensor], where: str
+) -> None:
     candidate = candidate_of(Calls(answer).eval(), [torch.randn(3, 9, 4), torch.randn(2, 14, 4)])
     record = dynamic_axes.check(subject_of(candidate))
     assert record.verdict is Verdict.FAIL
-    assert "the module takes another way" in said(record)
-    assert where in said(record)
+    assert "the module takes another way" in messages(record)
+    assert where in messages(record)
 
 
-def test_a_way_that_answers_alike_is_no_other_way() -> None:
+def test_a_branch_with_the_same_answers_passes() -> None:
     module = Calls(lambda x: x.clone() if x.shape[1] == 11 else x + 0).eval()
     candidate = candidate_of(module, [torch.randn(3, 9, 4), torch.randn(2, 14, 4)])
     assert dynamic_axes.check(subject_of(candidate)).verdict is Verdict.PASS

@@ -1,4 +1,4 @@
-"""A module is random in eval whether its generator is watched, private, or none at all."""
+"""The rule eager-randomness: global generators, private generators, and none at all."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ PRIVATE = np.random.default_rng(0)
 
 
 class Calls(nn.Module):
-    """A module that answers as a function of its input, and of whatever it is given to hold,
-    says.
-    """
+    """A module whose forward is a function of the module and the input; `held` are attributes."""
 
     def __init__(self, answer: Callable[[Calls, Tensor], object], **held: object) -> None:
         super().__init__()
@@ -44,20 +42,20 @@ class BesideAGlobal(nn.Module):
 
 
 def judged(answer: Callable[[Calls, Tensor], object], **held: object) -> Record:
-    """What the rule says of a module below the root, whose name is `inner`."""
+    """The record for a module below the root; the module's path is `inner`."""
     root = nn.Module()
     root.inner = Calls(answer, **held)
     root.forward = lambda x: root.inner(x)
     return eager_randomness.check(subject_of_module(root.eval(), PROBES))
 
 
-def turning(calls: Iterable[object], *, at: int) -> Callable[[Calls, Tensor], Tensor]:
-    """An answer that is another one at one single call, with no generator to be seen moving."""
+def changing_answer(calls: Iterable[object], *, at: int) -> Callable[[Calls, Tensor], Tensor]:
+    """An answer that differs at one single call and moves no generator."""
     count = iter(calls)
     return lambda module, x: x * 2 if next(count) == at else x
 
 
-def places(record: Record) -> tuple[str, ...]:
+def messages(record: Record) -> tuple[str, ...]:
     return tuple(map(str, record.findings))
 
 
@@ -65,27 +63,27 @@ def test_a_clean_module_passes() -> None:
     record = judged(lambda module, x: F.dropout(x, 0.5, module.training))
     assert record.verdict is Verdict.PASS
     assert record.measured == "0 places in 6 forwards, 5 repeats"
-    assert places(record) == ()
+    assert messages(record) == ()
 
 
-def test_a_forward_whose_answer_is_not_a_number_repeats_itself_all_the_same() -> None:
+def test_a_forward_that_answers_with_nan_each_time_repeats_itself() -> None:
     assert judged(lambda module, x: x * float("nan")).verdict is Verdict.PASS
 
 
 def test_the_operating_systems_randomness_moves_no_generator_and_is_found_by_repeating() -> None:
     record = judged(lambda module, x: x * random.SystemRandom().random())
     assert record.verdict is Verdict.FAIL
-    assert places(record) == ("output_0 differs between forwards of one input",)
+    assert messages(record) == ("output_0 differs between forwards of one input",)
 
 
 @pytest.mark.parametrize("repeat", range(2, 6))
-def test_an_answer_that_is_another_one_at_a_single_repeat_is_found(repeat: int) -> None:
+def test_an_answer_that_differs_at_a_single_repeat_is_found(repeat: int) -> None:
     watched = len(PROBES)
-    record = judged(turning(range(1, 99), at=watched + repeat))
-    assert places(record) == ("output_0 differs between forwards of one input",)
+    record = judged(changing_answer(range(1, 99), at=watched + repeat))
+    assert messages(record) == ("output_0 differs between forwards of one input",)
 
 
-def test_the_zero_that_changes_its_sign_is_another_answer() -> None:
+def test_a_zero_that_changes_its_sign_is_a_difference() -> None:
     signs = iter([1.0] * len(PROBES) + [1.0, -1.0, 1.0, 1.0, 1.0])
     assert judged(lambda module, x: x * 0.0 * next(signs)).verdict is Verdict.FAIL
 
@@ -98,9 +96,9 @@ def test_a_draw_behind_a_shape_that_only_some_probes_have_is_named_with_its_line
 ) -> None:
     record = judged(lambda module, x: F.dropout(x, 0.25) if reached(x) else x)
     assert record.verdict is Verdict.FAIL
-    (where,) = places(record)
-    assert where.startswith("inner (Calls, p=0.25): dropout")
-    assert "at test_eager_randomness.py:" in where
+    (message,) = messages(record)
+    assert message.startswith("inner (Calls, p=0.25): dropout")
+    assert "at test_eager_randomness.py:" in message
 
 
 @pytest.mark.parametrize(
@@ -108,27 +106,28 @@ def test_a_draw_behind_a_shape_that_only_some_probes_have_is_named_with_its_line
     [random.Random(0), np.random.default_rng(0), np.random.RandomState(0)],
     ids=lambda generator: type(generator).__name__,
 )
-@pytest.mark.parametrize("place", ["", "[1]"], ids=["attribute", "list"])
+@pytest.mark.parametrize("path", ["", "[1]"], ids=["attribute", "list"])
 def test_a_private_generator_is_named_wherever_the_module_keeps_it(
-    generator: random.Random, place: str
+    generator: random.Random, path: str
 ) -> None:
     def gated(module: Calls, x: Tensor) -> Tensor:
-        kept = module.held[1] if place else module.held
-        return x if kept.uniform(0, 1) < 2 else -x  # a gate that is always open: no repeat differs
+        source = module.held[1] if path else module.held
+        # The draw has no effect, so no repeat differs.
+        return x if source.uniform(0, 1) < 2 else -x
 
-    record = judged(gated, held=[None, generator] if place else generator)
+    record = judged(gated, held=[None, generator] if path else generator)
     assert record.verdict is Verdict.FAIL
-    assert len(places(record)) == 1
-    assert places(record)[0].startswith(f"inner (Calls): the generator inner.held{place} at ")
+    assert len(messages(record)) == 1
+    assert messages(record)[0].startswith(f"inner (Calls): the generator inner.held{path} at ")
 
 
 def test_a_generator_that_is_a_global_beside_forward_is_named() -> None:
     record = eager_randomness.check(subject_of_module(BesideAGlobal().eval(), PROBES))
     assert record.verdict is Verdict.FAIL
-    assert "(root) (BesideAGlobal): the generator global PRIVATE" in places(record)[0]
+    assert "(root) (BesideAGlobal): the generator global PRIVATE" in messages(record)[0]
 
 
-def test_a_generator_that_rests_is_no_finding() -> None:
+def test_a_generator_that_draws_nothing_is_no_finding() -> None:
     assert judged(lambda module, x: x, held=random.Random(0)).verdict is Verdict.PASS
 
 
@@ -139,13 +138,13 @@ def test_a_branch_that_may_not_be_taken_is_unproven_in_one_sentence_that_names_i
         )
     )
     assert record.verdict is Verdict.UNPROVEN
-    (where,) = places(record)
-    assert where.startswith("a forward cannot be watched: inner (Calls): cond")
-    assert "object at 0x" not in where
-    assert "\n" not in where
+    (message,) = messages(record)
+    assert message.startswith("a forward cannot be watched: inner (Calls): cond")
+    assert "object at 0x" not in message
+    assert "\n" not in message
 
 
-def test_a_forward_that_raises_not_implemented_is_a_failure_and_not_merely_unwatched() -> None:
+def test_a_forward_that_raises_not_implemented_fails() -> None:
     def unfinished(module: Calls, x: Tensor) -> Tensor:
         raise NotImplementedError("later")
 
@@ -160,7 +159,7 @@ def test_a_forward_that_fails_on_a_probe_is_a_finding_in_words() -> None:
 
     record = judged(one_row_alone)
     assert record.verdict is Verdict.FAIL
-    assert places(record) == (
+    assert messages(record) == (
         "the forward fails on x [64, 1]: RuntimeError: one row at a time, please",
         "the forward fails on x [64, 5]: RuntimeError: one row at a time, please",
     )
@@ -168,7 +167,7 @@ def test_a_forward_that_fails_on_a_probe_is_a_finding_in_words() -> None:
 
 def test_an_answer_without_a_tensor_cannot_be_compared_and_fails() -> None:
     record = judged(lambda module, x: float(x.sum()))
-    assert places(record) == ("the forward returns no tensor that could be compared",)
+    assert messages(record) == ("the forward returns no tensor that could be compared",)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,7 @@ def test_an_answer_without_a_tensor_cannot_be_compared_and_fails() -> None:
 def test_a_number_of_answers_that_changes_fails(counts: Iterable[int]) -> None:
     count = iter(counts)
     record = judged(lambda module, x: (x,) * next(count))
-    assert places(record) == ("forwards of one input return different numbers of tensors",)
+    assert messages(record) == ("forwards of one input return different numbers of tensors",)
 
 
 def test_an_answer_whose_shape_changes_fails_though_its_bits_are_the_same() -> None:
@@ -190,29 +189,29 @@ def test_an_answer_whose_shape_changes_fails_though_its_bits_are_the_same() -> N
 
 @torch.library.custom_op("evalmode_tests::quiet_noise", mutates_args=())
 def quiet_noise(x: Tensor) -> Tensor:
-    """It draws, and carries no mark that says so."""
+    """An operator that draws and is not marked as one that does."""
     return x + torch.rand_like(x)
 
 
 def test_a_draw_inside_an_operator_that_is_not_marked_is_seen_from_torchs_generator() -> None:
     record = judged(lambda module, x: quiet_noise(x))
     assert record.verdict is Verdict.FAIL
-    assert "inner (Calls): " in places(record)[0]
+    assert "inner (Calls): " in messages(record)[0]
 
 
-def test_a_branch_that_was_refused_leaves_the_compiler_ready_for_the_next() -> None:
+def test_a_forward_that_cannot_be_watched_does_not_break_the_compiler_for_the_next() -> None:
     def branches(module: Calls, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 1e9, lambda x: F.dropout(x, 0.25), lambda x: x.clone(), (x,))
 
     for _ in range(2):
-        (where,) = places(judged(branches))
-        assert where.startswith("a forward cannot be watched: inner (Calls): cond")
+        (message,) = messages(judged(branches))
+        assert message.startswith("a forward cannot be watched: inner (Calls): cond")
 
 
 MASKS: dict[object, Tensor] = {}
 
 
-def drawn() -> Tensor:
+def random_mask() -> Tensor:
     return (torch.rand(4) > 0.3).float() / 0.7
 
 
@@ -222,17 +221,17 @@ def cached(_key: int) -> Tensor:
 
 
 class InADictionary(nn.Module):
-    """A mask that the first forward draws and keeps beside the module."""
+    """The first forward draws a mask and keeps it in a global dictionary."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * MASKS.setdefault(self.key(x), drawn())
+        return x * MASKS.setdefault(self.key(x), random_mask())
 
     def key(self, x: Tensor) -> object:
         return type(self)
 
 
 class ByRows(InADictionary):
-    """One for each number of rows."""
+    """The same, with a mask for each number of rows."""
 
     def key(self, x: Tensor) -> object:
         return type(self), x.shape[0]
@@ -248,12 +247,12 @@ class OnTheClass(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if OnTheClass.mask is None:
-            OnTheClass.mask = drawn()
+            OnTheClass.mask = random_mask()
         return x * OnTheClass.mask
 
 
 class WithALock(nn.Module):
-    """It cannot be copied, so what runs first is the module itself."""
+    """It cannot be copied, so the module itself runs first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,12 +260,12 @@ class WithALock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mask is None:
-            self.mask = drawn()
+            self.mask = random_mask()
         return x * self.mask
 
 
 @pytest.mark.parametrize("kind", [InADictionary, ByRows, InACache, OnTheClass, WithALock])
-def test_what_the_first_forward_draws_and_keeps_is_seen(kind: type[nn.Module]) -> None:
+def test_a_mask_that_the_first_forward_draws_and_keeps_is_found(kind: type[nn.Module]) -> None:
     module = kind().eval()
     candidate = candidate_of(module, [torch.randn(3, 4), torch.randn(5, 4)])
     record = certify(candidate, progress=lambda rule: None).records[-1]

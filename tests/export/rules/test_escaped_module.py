@@ -1,4 +1,4 @@
-"""`root.eval()` says nothing of a module that it does not reach, or that does not listen."""
+"""The rule escaped-module: modules that `root.eval()` does not reach, or that ignore it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.export.rules.small_graphs import subject_of_module
 class Holds(nn.Module):
     def __init__(self, name: str, held: object) -> None:
         super().__init__()
-        self.seen = nn.Dropout(0.1)
+        self.child = nn.Dropout(0.1)
         setattr(self, name, held)
 
 
@@ -25,8 +25,8 @@ class Plain:
         self.drop = nn.Dropout(0.5)
 
 
-class DeafToEval(nn.Dropout):
-    def train(self, mode: bool = True) -> DeafToEval:
+class IgnoresEval(nn.Dropout):
+    def train(self, mode: bool = True) -> IgnoresEval:
         return super().train(True)
 
 
@@ -47,7 +47,7 @@ def closing_over(drop: nn.Module) -> object:
         ("call", functools.partial(print, end=nn.Dropout(0.5)), "call.keywords['end'] (Dropout)"),
         ("call", closing_over(nn.Dropout(0.5)), "call.<drop> (Dropout)"),
         ("plain", Plain(), "plain.drop (Dropout)"),
-        ("child", DeafToEval(0.5), "child (DeafToEval)"),
+        ("other", IgnoresEval(0.5), "other (IgnoresEval)"),
     ],
 )
 def test_a_module_that_eval_leaves_in_training_is_named(
@@ -56,13 +56,13 @@ def test_a_module_that_eval_leaves_in_training_is_named(
     root = nn.Sequential(Holds(name, held)).eval()
     record = escaped_module.check(subject_of_module(root))
     assert record.verdict is Verdict.FAIL
-    assert [f"{one.node} ({one.op})" for one in record.findings] == [f"0.{where}"]
+    assert [f"{finding.node} ({finding.op})" for finding in record.findings] == [f"0.{where}"]
     assert record.measured == "1 of 4 modules"
 
 
 def test_the_root_itself_is_named() -> None:
-    (found,) = escaped_module.check(subject_of_module(nn.Dropout(0.5))).findings
-    assert str(found) == "(root) (Dropout): it is still in training mode"
+    (finding,) = escaped_module.check(subject_of_module(nn.Dropout(0.5))).findings
+    assert str(finding) == "(root) (Dropout): it is still in training mode"
 
 
 def test_hidden_modules_that_were_put_into_eval_by_hand_pass() -> None:

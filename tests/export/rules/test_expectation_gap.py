@@ -23,7 +23,7 @@ class Unscaled(nn.Module):
 @pytest.mark.parametrize(
     ("module", "verdict"), [(nn.Dropout(0.5), Verdict.PASS), (Unscaled(), Verdict.FAIL)]
 )
-def test_the_rule_says_what_the_audit_found(module: nn.Module, verdict: Verdict) -> None:
+def test_the_record_is_that_of_the_audit(module: nn.Module, verdict: Verdict) -> None:
     subject = Subject(audit=audit(module, [{"input" if verdict is Verdict.PASS else "x": X}]))
     record = expectation_gap.check(subject)
     assert record.verdict is verdict

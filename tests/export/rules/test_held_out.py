@@ -1,4 +1,4 @@
-"""The rule held-out."""
+"""The rule held-out: labels of the graph and of the module on rows that were not trained on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from torch import Tensor
 
 from evalmode.bundle.certificate import Verdict
 from evalmode.export.inputs.evidence import HeldOutBatches
-from evalmode.export.rules import (
-    held_out,
-)
-from tests.export.rules.small_graphs import DOUBLED, ROWS, subject
+from evalmode.export.rules import held_out
+from tests.export.rules.small_graphs import DOUBLED, ROWS, small_subject
 
 
 @pytest.mark.parametrize(
@@ -20,14 +18,14 @@ from tests.export.rules.small_graphs import DOUBLED, ROWS, subject
     [(lambda x: x + x, Verdict.PASS), (lambda x: -x, Verdict.FAIL)],
     ids=["same", "other"],
 )
-def test_held_out_rows_are_counted_on_both_sides(
+def test_right_labels_are_counted_for_the_graph_and_the_module(
     answer: Callable[[Tensor], Tensor], verdict: Verdict
 ) -> None:
     rows = HeldOutBatches(batches=[{"x": ROWS}], labels=[ROWS.argmax(-1)])
-    record = held_out.check(subject(DOUBLED, answer, held_out=rows))
+    record = held_out.check(small_subject(DOUBLED, answer, held_out=rows))
     assert record.verdict is verdict
     assert record.measured.startswith("8 right of 8, ")
 
 
 def test_without_held_out_rows_the_rule_does_not_apply() -> None:
-    assert held_out.check(subject(DOUBLED)).verdict is Verdict.NOT_APPLICABLE
+    assert held_out.check(small_subject(DOUBLED)).verdict is Verdict.NOT_APPLICABLE

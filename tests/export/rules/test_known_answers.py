@@ -1,4 +1,4 @@
-"""The rule known-answers: what a bundle brings along comes out again, or fails by name."""
+"""The rule known-answers: a bundle reproduces its recorded answers, or fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evalmode.export.rules.registry import check_all
 from evalmode.export.rules.subject import Subject
 
 
-def test_the_answers_of_a_bundle_come_out_again(released: Released) -> None:
+def test_a_bundle_reproduces_its_answers(released: Released) -> None:
     bundle = open_bundle(released.path)
     record = known_answers.check(Subject(bundle=bundle))
     assert record.verdict is Verdict.PASS
@@ -24,8 +24,8 @@ def test_the_answers_of_a_bundle_come_out_again(released: Released) -> None:
     assert check_all(Subject(bundle=bundle)) == (record,)
 
 
-def moved(bundle: Bundle) -> Bundle:
-    """The bundle as if its first answer had been another one."""
+def with_another_answer(bundle: Bundle) -> Bundle:
+    """The bundle with another first answer."""
     first, *others = bundle.known_answers()
     outputs = {name: np.asarray(array) + 1 for name, array in first.outputs.items()}
     answers = (KnownAnswer(inputs=first.inputs, outputs=outputs, text=first.text), *others)
@@ -34,6 +34,6 @@ def moved(bundle: Bundle) -> Bundle:
 
 
 def test_an_answer_that_differs_fails(released: Released) -> None:
-    record = known_answers.check(Subject(bundle=moved(open_bundle(released.path))))
+    record = known_answers.check(Subject(bundle=with_another_answer(open_bundle(released.path))))
     assert record.verdict is Verdict.FAIL
     assert "standard deviations" in record.why

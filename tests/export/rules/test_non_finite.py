@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from evalmode.bundle.certificate import Verdict
-from evalmode.export.rules import (
-    non_finite,
-)
-from tests.export.rules.small_graphs import graph, node, said, subject
+from evalmode.export.rules import non_finite
+from tests.export.rules.small_graphs import graph, messages, node, small_subject
 
 
 @pytest.mark.parametrize(
@@ -30,14 +28,14 @@ from tests.export.rules.small_graphs import graph, node, said, subject
         (graph(node("Add", "x", "w"), w=np.array([np.nan] * 4, np.float32)), lambda x: x, "w"),
     ],
 )
-def test_what_is_not_a_number_is_named(
+def test_an_output_or_weight_that_is_not_finite_is_named(
     model: onnx.ModelProto, answer: Callable[[Tensor], Tensor], why: str
 ) -> None:
-    record = non_finite.check(subject(model, answer))
+    record = non_finite.check(small_subject(model, answer))
     assert record.verdict is Verdict.FAIL
-    assert why in said(record)
+    assert why in messages(record)
 
 
-def test_an_infinity_that_the_module_answers_with_too_is_an_answer() -> None:
-    made = subject(graph(node("Div", "x", "zero"), zero=np.float32(0)), lambda x: x / 0)
-    assert non_finite.check(made).verdict is Verdict.PASS
+def test_an_infinity_that_the_module_answers_with_too_passes() -> None:
+    subject = small_subject(graph(node("Div", "x", "zero"), zero=np.float32(0)), lambda x: x / 0)
+    assert non_finite.check(subject).verdict is Verdict.PASS

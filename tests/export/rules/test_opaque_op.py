@@ -27,7 +27,7 @@ PLUGINS = {
 }
 
 
-def checked(
+def record_of(
     op: str,
     domain: str = "",
     *,
@@ -58,8 +58,8 @@ def checked(
         ("com.microsoft.extensions", "Tokenizer"),
     ],
 )
-def test_an_operator_that_nobody_knows_is_unproven_and_is_named(domain: str, op: str) -> None:
-    record = checked(op, domain)
+def test_an_unknown_operator_is_unproven_and_is_named(domain: str, op: str) -> None:
+    record = record_of(op, domain)
     assert record.verdict is Verdict.UNPROVEN
     (finding,) = record.findings
     named = f"{domain}::{op}" if domain else op
@@ -92,15 +92,15 @@ def test_an_operator_that_nobody_knows_is_unproven_and_is_named(domain: str, op:
     ],
 )
 def test_an_operator_that_is_known_or_judged_elsewhere_passes(domain: str, op: str) -> None:
-    assert checked(op, domain).verdict is Verdict.PASS
+    assert record_of(op, domain).verdict is Verdict.PASS
 
 
-def test_a_function_of_the_model_is_not_opaque_and_what_it_is_made_of_may_be() -> None:
+def test_a_function_of_the_model_is_judged_by_its_nodes() -> None:
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("other", 1)]
     for inner, verdict in (("", Verdict.PASS), ("other", Verdict.UNPROVEN)):
         node = helper.make_node("Identity", ["x"], ["y"], name="inner", domain=inner)
         function = helper.make_function("my", "Dropout", ["x"], ["y"], [node], opsets)
-        record = checked("Dropout", "my", functions=(function,))
+        record = record_of("Dropout", "my", functions=(function,))
         assert record.verdict is verdict
         assert [finding.node for finding in record.findings] == ["n/my:Dropout/inner"] * bool(inner)
 
@@ -120,16 +120,16 @@ def test_a_function_of_the_model_is_not_opaque_and_what_it_is_made_of_may_be() -
 def test_an_operator_that_the_opset_does_not_have_is_unproven(
     op: str, opset: int, why: str
 ) -> None:
-    (finding,) = checked(op, opset=opset).findings
+    (finding,) = record_of(op, opset=opset).findings
     assert why in finding.why
 
 
 def test_an_opset_that_is_not_imported_is_unproven() -> None:
-    (finding,) = checked("Relu", imported=False).findings
+    (finding,) = record_of("Relu", imported=False).findings
     assert finding.why.endswith("no opset of its domain is imported")
 
 
-def test_an_operator_whose_schema_does_not_say_is_unproven_unless_it_was_read() -> None:
+def test_every_operator_whose_schema_does_not_say_was_read() -> None:
     unknown = onnx.defs.OpSchema.NodeDeterminism.Unknown
     silent = {
         (schema.domain, schema.name, schema.since_version)
@@ -140,14 +140,14 @@ def test_an_operator_whose_schema_does_not_say_is_unproven_unless_it_was_read() 
     for domain, op, opset in silent:
         assert not [
             finding
-            for finding in checked(op, domain, opset=opset).findings
+            for finding in record_of(op, domain, opset=opset).findings
             if "onnx itself" in finding.why
         ]
 
 
-def test_every_operator_of_onnx_is_known_at_its_opset_unless_it_is_done_away_with() -> None:
+def test_every_operator_of_onnx_is_known_at_its_opset_unless_it_is_deprecated() -> None:
     for schema in onnx.defs.get_all_schemas_with_history():
-        verdict = checked(
+        verdict = record_of(
             schema.name, schema.domain, opset=schema.since_version if schema.domain == "" else 20
         ).verdict
         if schema.domain in ("", "ai.onnx.preview.training"):
@@ -164,6 +164,6 @@ def test_every_operator_of_the_runtime_was_read() -> None:
     assert here - onnxs - read == COMPILED | PLUGINS
 
 
-def test_nothing_is_listed_as_quiet_that_another_rule_fails() -> None:
+def test_no_operator_is_listed_as_quiet_that_another_rule_judges() -> None:
     quiet = {("com.microsoft", op) for op in opaque_op._CONTRIB.split()}
     assert not quiet & (stochastic_op.drawing_operators() | training_mode.JUDGED)

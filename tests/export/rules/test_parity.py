@@ -22,21 +22,21 @@ from evalmode.export.rules import (
     parity,
 )
 from evalmode.export.rules.subject import Subject
-from tests.export.rules.quantised import Classifier, classifier, quantised
+from tests.export.rules.quantised import Classifier, classifier, static_int8
 from tests.export.rules.small_graphs import (
     DOUBLED,
     ROWS,
     Calls,
     graph,
+    messages,
     node,
-    said,
-    subject,
+    small_subject,
     subject_of_graph,
 )
 
 
 def test_parity_passes_for_the_same_function() -> None:
-    assert parity.check(subject(DOUBLED)).verdict is Verdict.PASS
+    assert parity.check(small_subject(DOUBLED)).verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_parity_passes_for_the_same_function() -> None:
         ),
     ],
 )
-def test_parity_fails_for_another_function_and_says_where(
+def test_parity_fails_for_another_function_and_names_the_difference(
     model: onnx.ModelProto, answer: Callable[[Tensor], Tensor], why: str
 ) -> None:
-    record = parity.check(subject(model, answer))
+    record = parity.check(small_subject(model, answer))
     assert record.verdict is Verdict.FAIL
-    assert why in said(record)
+    assert why in messages(record)
 
 
 @pytest.mark.parametrize(("deviations", "verdict"), [(5e-5, Verdict.FAIL), (5e-6, Verdict.PASS)])
@@ -67,7 +67,7 @@ def test_parity_is_judged_at_a_hundred_thousandth_of_a_standard_deviation(
     deviations: float, verdict: Verdict
 ) -> None:
     shift = deviations * float((2 * ROWS).std())
-    record = parity.check(subject(DOUBLED, lambda x: ((x + x).double() + shift).float()))
+    record = parity.check(small_subject(DOUBLED, lambda x: ((x + x).double() + shift).float()))
     assert record.verdict is verdict
     assert record.limit == "fp32: 1e-05, 0 flipped"
     assert "0 of 9 labels flipped" in record.measured
@@ -80,34 +80,34 @@ def test_parity_fails_for_a_difference_that_flips_one_label_within_the_tolerance
     module = Calls(lambda x: x).eval()
     record = parity.check(subject_of_graph(swap, module, probes=[probe], labelled=True))
     assert record.verdict is Verdict.FAIL
-    assert "1 of 1 labels flip" in said(record)
+    assert "1 of 1 labels flip" in messages(record)
     numbers = subject_of_graph(swap, module, probes=[probe])
     assert parity.check(numbers).verdict is Verdict.PASS, "numbers, not labels"
 
 
-def test_static_int8_does_not_and_is_held_to_the_limits_of_int8(tmp_path: Path) -> None:
-    made = classifier(quantised, tmp_path)
-    assert batch_invariance.check(made).verdict is Verdict.PASS
-    assert parity.limits_of(made.graph.proto) is parity.INT8
-    record = parity.check(made)
+def test_static_int8_keeps_rows_apart_and_is_judged_by_the_limits_of_int8(tmp_path: Path) -> None:
+    subject = classifier(static_int8, tmp_path)
+    assert batch_invariance.check(subject).verdict is Verdict.PASS
+    assert parity.limits_of(subject.graph.proto) is parity.INT8
+    record = parity.check(subject)
     assert record.limit.startswith("int8: ")
 
 
-def test_half_precision_is_held_to_its_own_limits(tmp_path: Path) -> None:
-    made = subject_of(candidate_of(Classifier().half().eval(), [torch.randn(32, 16).half()]))
-    assert parity.limits_of(made.graph.proto) is parity.FP16
-    assert parity.check(made).verdict is Verdict.PASS
+def test_half_precision_is_judged_by_its_own_limits(tmp_path: Path) -> None:
+    subject = subject_of(candidate_of(Classifier().half().eval(), [torch.randn(32, 16).half()]))
+    assert parity.limits_of(subject.graph.proto) is parity.FP16
+    assert parity.check(subject).verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize("shift", [0.1, float("nan")])
-def test_half_precision_is_no_excuse_for_another_function(shift: float) -> None:
-    made = subject_of(candidate_of(Classifier().half().eval(), [torch.randn(32, 16).half()]))
+def test_half_precision_does_not_excuse_another_function(shift: float) -> None:
+    subject = subject_of(candidate_of(Classifier().half().eval(), [torch.randn(32, 16).half()]))
     other = Classifier().half().eval()
     with torch.no_grad():
         other.body[4].bias[0] += shift
     moved = Subject(
         network=Network.of(other),
-        graph=made.graph,
-        evidence=dataclasses.replace(made.evidence, labelled=True),
+        graph=subject.graph,
+        evidence=dataclasses.replace(subject.evidence, labelled=True),
     )
     assert parity.check(moved).verdict is Verdict.FAIL

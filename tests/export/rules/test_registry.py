@@ -11,18 +11,25 @@ import pytest
 
 from evalmode.bundle.certificate import Record
 from evalmode.export.release import Released
-from evalmode.export.rules.registry import RULES, Needs, Rule, UnknownRule, names_of, table
+from evalmode.export.rules.registry import (
+    RULES,
+    Needs,
+    Rule,
+    UnknownRule,
+    require_rule_names,
+    table,
+)
 from evalmode.export.rules.subject import Subject
 
 ROOT = Path(__file__).parents[3]
-NO_RULES = {"__init__", "registry", "subject"}
+OTHER_FILES = {"__init__", "registry", "subject"}
 FILES = sorted(
-    file.stem for file in (ROOT / "export" / "rules").glob("*.py") if file.stem not in NO_RULES
+    file.stem for file in (ROOT / "export" / "rules").glob("*.py") if file.stem not in OTHER_FILES
 )
 BY_NAME = {rule.name: rule for rule in RULES}
 
 
-def test_every_file_is_registered_and_every_registered_rule_has_its_file() -> None:
+def test_every_file_is_registered_and_every_registered_rule_has_a_file() -> None:
     assert sorted(name.replace("-", "_") for name in BY_NAME) == FILES
 
 
@@ -37,7 +44,7 @@ def test_a_rule_is_named_after_its_file_and_states_itself_in_the_first_line_of_i
     summary = " ".join((module.__doc__ or "").partition("\n\n")[0].split())
     assert summary == f"Rule {rule.name}: {rule.statement}."
     assert callable(module.check)
-    assert hasattr(module, "glimpse") == rule.glimpses
+    assert hasattr(module, "graph_findings") == rule.has_graph_findings
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -45,9 +52,9 @@ def test_every_rule_has_a_test_file_of_its_name(rule: Rule) -> None:
     assert (Path(__file__).parent / f"test_{rule.name.replace('-', '_')}.py").is_file()
 
 
-def test_what_needs_a_graph_alone_needs_no_torch() -> None:
-    """A file is verified without it, glimpses of other rules included."""
-    rules = [rule.module for rule in RULES if rule.needs is Needs.GRAPH or rule.glimpses]
+def test_rules_that_need_only_a_graph_load_no_torch() -> None:
+    """So a file can be verified without torch, by the graph findings of other rules too."""
+    rules = [rule.module for rule in RULES if rule.needs is Needs.GRAPH or rule.has_graph_findings]
     program = f"import sys; sys.modules['torch'] = None\nfor name in {rules}: __import__(name)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -75,21 +82,21 @@ def test_the_table_in_the_documentation_is_that_of_the_registry() -> None:
     )
 
 
-def test_the_table_is_printed_by_the_module_and_needs_no_torch() -> None:
+def test_the_module_prints_the_table_without_torch() -> None:
     program = (
         "import runpy, sys; sys.modules['torch'] = None\n"
         "runpy.run_module('evalmode.export.rules.registry', run_name='__main__')"
     )
-    shown = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert shown.stdout == table()
+    assert process.stdout == table()
 
 
-def test_a_name_that_no_rule_has_is_one_sentence_that_lists_the_rules() -> None:
-    assert names_of(["census", "census"]) == {"census"}
+def test_an_unknown_name_is_refused_in_one_sentence_that_lists_the_rules() -> None:
+    assert require_rule_names(["census", "census"]) == {"census"}
     with pytest.raises(
         UnknownRule, match=r"^there is no rule dropout, noise; the rules are escaped-module, "
     ) as raised:
-        names_of(["noise", "census", "dropout"])
+        require_rule_names(["noise", "census", "dropout"])
     assert str(raised.value).endswith(", known-answers")

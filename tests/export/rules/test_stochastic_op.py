@@ -16,14 +16,14 @@ DRAW = helper.make_node("RandomUniformLike", ["x"], ["y"], name="draw")
 HALF = helper.make_tensor("half", TensorProto.FLOAT, [], [0.5])
 
 
-def checked(*nodes: onnx.NodeProto, opset: int = 20, **extra: object) -> Record:
+def record_of(*nodes: onnx.NodeProto, opset: int = 20, **extra: object) -> Record:
     graph = helper.make_graph(nodes, "main", [X, C], [Y], [HALF])
     opsets = [helper.make_opsetid("", opset)] if opset else [helper.make_opsetid("my", 1)]
     model = helper.make_model(graph, opset_imports=opsets, **extra)
     return stochastic_op.check(Subject(graph=graph_of(model)))
 
 
-def places(record: Record) -> list[str]:
+def paths(record: Record) -> list[str]:
     return [f"{finding.node} ({finding.op})" for finding in record.findings]
 
 
@@ -46,38 +46,40 @@ def places(record: Record) -> list[str]:
     ],
 )
 def test_an_operator_that_draws_fails_and_is_named(op: str, opset: int) -> None:
-    record = checked(helper.make_node(op, ["x"], ["y"], name="the_node"), opset=opset)
+    record = record_of(helper.make_node(op, ["x"], ["y"], name="the_node"), opset=opset)
     assert record.verdict is Verdict.FAIL
-    assert places(record) == [f"the_node ({op})"]
+    assert paths(record) == [f"the_node ({op})"]
     assert record.findings[0].severity is Severity.ERROR
     assert "eval mode" in record.findings[0].fix
 
 
 @pytest.mark.parametrize("opset", [0, 6, 9999])
-def test_a_draw_is_one_whatever_the_opset_says(opset: int) -> None:
-    assert checked(helper.make_node("Bernoulli", ["x"], ["y"]), opset=opset).verdict is Verdict.FAIL
-
-
-def test_a_seed_makes_no_draw_harmless() -> None:
+def test_an_operator_that_draws_fails_under_any_opset(opset: int) -> None:
     assert (
-        checked(helper.make_node("RandomUniformLike", ["x"], ["y"], seed=1.0)).verdict
+        record_of(helper.make_node("Bernoulli", ["x"], ["y"]), opset=opset).verdict is Verdict.FAIL
+    )
+
+
+def test_an_operator_with_a_seed_fails_too() -> None:
+    assert (
+        record_of(helper.make_node("RandomUniformLike", ["x"], ["y"], seed=1.0)).verdict
         is Verdict.FAIL
     )
 
 
-def test_onnxs_domain_may_be_spelled_out() -> None:
+def test_the_standard_domain_may_be_written_out() -> None:
     assert (
-        checked(helper.make_node("Bernoulli", ["x"], ["y"], domain="ai.onnx")).verdict
+        record_of(helper.make_node("Bernoulli", ["x"], ["y"], domain="ai.onnx")).verdict
         is Verdict.FAIL
     )
 
 
 @pytest.mark.parametrize("op", ["Sampling", "RandomNormal", "RandomUniform"])
-def test_an_operator_that_draws_in_microsofts_domain_fails_though_onnx_has_no_schema_of_it(
+def test_an_operator_of_the_runtime_that_draws_fails_although_onnx_has_no_schema_for_it(
     op: str,
 ) -> None:
-    record = checked(helper.make_node(op, ["x"], ["y"], name="the_node", domain="com.microsoft"))
-    assert places(record) == [f"the_node (com.microsoft::{op})"]
+    record = record_of(helper.make_node(op, ["x"], ["y"], name="the_node", domain="com.microsoft"))
+    assert paths(record) == [f"the_node (com.microsoft::{op})"]
 
 
 @pytest.mark.parametrize(
@@ -90,28 +92,28 @@ def test_an_operator_that_draws_in_microsofts_domain_fails_though_onnx_has_no_sc
         ("RandomUniformLike", "my"),
     ],
 )
-def test_what_draws_nothing_by_itself_passes(op: str, domain: str) -> None:
-    record = checked(helper.make_node(op, ["x"], ["y"], domain=domain))
+def test_an_operator_that_draws_nothing_itself_passes(op: str, domain: str) -> None:
+    record = record_of(helper.make_node(op, ["x"], ["y"], domain=domain))
     assert record.verdict is Verdict.PASS
     assert record.measured == "0 of 1 nodes"
 
 
-def test_it_is_found_in_a_subgraph_of_a_subgraph() -> None:
+def test_a_draw_is_found_in_a_subgraph_of_a_subgraph() -> None:
     inner = helper.make_graph([DRAW], "inner", [], [Y])
     branch = helper.make_node(
         "If", ["c"], ["y"], name="inside", then_branch=inner, else_branch=inner
     )
     outer = helper.make_graph([branch], "outer", [], [Y])
     top = helper.make_node("If", ["c"], ["y"], name="outside", then_branch=outer, else_branch=outer)
-    found = places(checked(top))
-    assert "outside/then_branch/inside/else_branch/draw (RandomUniformLike)" in found
-    assert len(found) == 4
+    found_paths = paths(record_of(top))
+    assert "outside/then_branch/inside/else_branch/draw (RandomUniformLike)" in found_paths
+    assert len(found_paths) == 4
 
 
 @pytest.mark.parametrize("op", ["Loop", "Scan", "SequenceMap"])
-def test_it_is_found_in_every_operator_that_has_a_body(op: str) -> None:
+def test_a_draw_is_found_in_every_operator_that_has_a_body(op: str) -> None:
     body = helper.make_graph([DRAW], "body", [], [Y])
-    assert places(checked(helper.make_node(op, ["x"], ["y"], name="n", body=body))) == [
+    assert paths(record_of(helper.make_node(op, ["x"], ["y"], name="n", body=body))) == [
         f"n/body/draw ({DRAW.op_type})"
     ]
 
@@ -120,15 +122,15 @@ def noisy(name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
     return helper.make_function("my", name, ["x"], ["y"], nodes, [helper.make_opsetid("", 20)])
 
 
-def test_it_is_found_in_a_local_function_at_each_of_its_calls() -> None:
+def test_a_draw_is_found_in_a_local_function_at_each_of_its_calls() -> None:
     calls = [
         helper.make_node("noisy", [a], [b], domain="my", name=f"to_{b}") for a, b in ("xh", "hy")
     ]
-    found = places(checked(*calls, functions=[noisy("noisy", DRAW)]))
-    assert found == [f"to_{name}/my:noisy/draw (RandomUniformLike)" for name in "hy"]
+    found_paths = paths(record_of(*calls, functions=[noisy("noisy", DRAW)]))
+    assert found_paths == [f"to_{name}/my:noisy/draw (RandomUniformLike)" for name in "hy"]
 
 
-def test_it_is_found_in_a_function_that_another_function_calls_in_a_branch() -> None:
+def test_a_draw_is_found_in_a_function_that_another_function_calls_in_a_branch() -> None:
     call = helper.make_node("noisy", ["x"], ["y"], domain="my", name="inner")
     branch = helper.make_graph([call], "branch", [], [Y])
     mode = helper.make_node(
@@ -137,32 +139,32 @@ def test_it_is_found_in_a_function_that_another_function_calls_in_a_branch() -> 
     choice = helper.make_node("If", ["c"], ["y"], name="if", then_branch=branch, else_branch=branch)
     functions = [noisy("noisy", DRAW), noisy("outer", mode, choice)]
     top = helper.make_node("outer", ["x"], ["y"], domain="my", name="top")
-    found = places(checked(top, functions=functions))
-    assert found[0] == "top/my:outer/if/else_branch/inner/my:noisy/draw (RandomUniformLike)"
+    found_paths = paths(record_of(top, functions=functions))
+    assert found_paths[0] == "top/my:outer/if/else_branch/inner/my:noisy/draw (RandomUniformLike)"
 
 
-def test_it_is_found_in_a_function_that_nothing_calls_and_told_to_stand_there() -> None:
-    record = checked(helper.make_node("Relu", ["x"], ["y"]), functions=[noisy("noisy", DRAW)])
-    assert places(record) == ["my:noisy/draw (RandomUniformLike)"]
+def test_a_draw_in_a_function_that_nothing_calls_fails_and_the_finding_says_so() -> None:
+    record = record_of(helper.make_node("Relu", ["x"], ["y"]), functions=[noisy("noisy", DRAW)])
+    assert paths(record) == ["my:noisy/draw (RandomUniformLike)"]
     (finding,) = record.findings
     assert finding.severity is Severity.ERROR
     assert finding.why == "it draws random numbers; it stands in a function that nothing calls"
 
 
-def test_what_is_drawn_in_a_function_that_is_called_is_not_said_to_be_dead() -> None:
+def test_a_draw_in_a_function_that_is_called_is_not_reported_as_dead() -> None:
     call = helper.make_node("noisy", ["x"], ["y"], domain="my")
-    (finding,) = checked(call, functions=[noisy("noisy", DRAW)]).findings
+    (finding,) = record_of(call, functions=[noisy("noisy", DRAW)]).findings
     assert finding.why == "it draws random numbers"
 
 
-def test_a_function_that_is_called_like_a_draw_is_what_it_is_made_of() -> None:
+def test_a_function_with_the_name_of_an_operator_that_draws_is_judged_by_its_nodes() -> None:
     quiet = noisy("RandomUniformLike", helper.make_node("Identity", ["x"], ["y"]))
     call = helper.make_node("RandomUniformLike", ["x"], ["y"], domain="my")
-    assert checked(call, functions=[quiet]).verdict is Verdict.PASS
+    assert record_of(call, functions=[quiet]).verdict is Verdict.PASS
 
 
 def chain(*steps: tuple[str, str]) -> list[onnx.NodeProto]:
-    """Nodes one after another; each also reads what its step names."""
+    """Nodes one after another; each also reads the values that its step names."""
     names = [*[f"h{index}" for index in range(len(steps) - 1)], "y"]
     nodes = []
     for index, (op, other) in enumerate(steps):
@@ -188,8 +190,8 @@ def chain(*steps: tuple[str, str]) -> list[onnx.NodeProto]:
     ],
     ids=["dropout", "in place", "drop path", "chosen", "bernoulli"],
 )
-def test_a_hand_written_dropout_is_called_one(steps: list[tuple[str, str]]) -> None:
-    (finding,) = checked(*chain(*steps)).findings
+def test_a_hand_written_dropout_is_recognised(steps: list[tuple[str, str]]) -> None:
+    (finding,) = record_of(*chain(*steps)).findings
     assert "a hand-written dropout" in finding.why
 
 
@@ -199,5 +201,5 @@ def test_a_hand_written_dropout_is_called_one(steps: list[tuple[str, str]]) -> N
     ids=["added", "scaled"],
 )
 def test_other_noise_is_not_called_a_dropout(steps: list[tuple[str, str]]) -> None:
-    (finding,) = checked(*chain(*steps)).findings
+    (finding,) = record_of(*chain(*steps)).findings
     assert finding.why == "it draws random numbers"

@@ -41,8 +41,8 @@ def model_of(
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
 
 
-def judged(node: onnx.NodeProto, **given: object) -> Verdict:
-    model = model_of(node, **given)  # type: ignore[arg-type]
+def verdict_of(node: onnx.NodeProto, **options: object) -> Verdict:
+    model = model_of(node, **options)  # type: ignore[arg-type]
     verdict = training_mode.check(Subject(graph=graph_of(model))).verdict
     if verdict is not Verdict.PASS:  # then it is not opened to serve either
         with pytest.raises(BundleNotCertified):
@@ -50,9 +50,9 @@ def judged(node: onnx.NodeProto, **given: object) -> Verdict:
     return verdict
 
 
-def finding(node: onnx.NodeProto, **given: object) -> Finding:
-    (found,) = training_mode.check(Subject(graph=graph_of(model_of(node, **given)))).findings  # type: ignore[arg-type]
-    return found
+def finding_of(node: onnx.NodeProto, **options: object) -> Finding:
+    (finding,) = training_mode.check(Subject(graph=graph_of(model_of(node, **options)))).findings  # type: ignore[arg-type]
+    return finding
 
 
 def dropout(*more: str, **attributes: object) -> onnx.NodeProto:
@@ -67,74 +67,81 @@ def batch_normalization(outputs: int = 1, domain: str = "", **attributes: object
 
 
 @pytest.mark.parametrize("opset", [1, 6])
-def test_an_old_dropout_trains_unless_it_says_otherwise(opset: int) -> None:
-    assert judged(dropout(), opset=opset) is Verdict.FAIL
-    assert judged(dropout(is_test=0), opset=opset) is Verdict.FAIL
-    assert judged(dropout(is_test=1), opset=opset) is Verdict.PASS
-    assert judged(dropout(ratio=0.0), opset=opset) is Verdict.PASS
-    assert judged(dropout(ratio=0.1), opset=opset) is Verdict.FAIL
+def test_dropout_before_opset_7_trains_unless_is_test_or_a_rate_of_0_is_set(opset: int) -> None:
+    assert verdict_of(dropout(), opset=opset) is Verdict.FAIL
+    assert verdict_of(dropout(is_test=0), opset=opset) is Verdict.FAIL
+    assert verdict_of(dropout(is_test=1), opset=opset) is Verdict.PASS
+    assert verdict_of(dropout(ratio=0.0), opset=opset) is Verdict.PASS
+    assert verdict_of(dropout(ratio=0.1), opset=opset) is Verdict.FAIL
 
 
 @pytest.mark.parametrize("opset", [7, 10])
-def test_a_middle_aged_dropout_never_trains(opset: int) -> None:
-    assert judged(dropout(ratio=0.5), opset=opset) is Verdict.PASS
+def test_dropout_of_opset_7_to_11_never_trains(opset: int) -> None:
+    assert verdict_of(dropout(ratio=0.5), opset=opset) is Verdict.PASS
 
 
 @pytest.mark.parametrize("opset", [12, 13, 20, 22])
-def test_a_modern_dropout_is_judged_by_its_mode_input(opset: int) -> None:
-    assert judged(dropout(), opset=opset) is Verdict.PASS
-    assert judged(dropout("r"), opset=opset, constants=R) is Verdict.PASS
-    assert judged(dropout("r", ""), opset=opset, constants=R) is Verdict.PASS
-    assert judged(dropout("r", "m"), opset=opset, constants=R | OFF) is Verdict.PASS
-    assert judged(dropout("r", "m"), opset=opset, constants=R | ON) is Verdict.FAIL
-    assert judged(dropout("", "m"), opset=opset, constants=ON) is Verdict.FAIL
+def test_dropout_from_opset_12_is_judged_by_its_mode_input(opset: int) -> None:
+    assert verdict_of(dropout(), opset=opset) is Verdict.PASS
+    assert verdict_of(dropout("r"), opset=opset, constants=R) is Verdict.PASS
+    assert verdict_of(dropout("r", ""), opset=opset, constants=R) is Verdict.PASS
+    assert verdict_of(dropout("r", "m"), opset=opset, constants=R | OFF) is Verdict.PASS
+    assert verdict_of(dropout("r", "m"), opset=opset, constants=R | ON) is Verdict.FAIL
+    assert verdict_of(dropout("", "m"), opset=opset, constants=ON) is Verdict.FAIL
     assert (
-        judged(dropout("r", "m"), opset=opset, constants={"r": np.float32(0)} | ON) is Verdict.PASS
+        verdict_of(dropout("r", "m"), opset=opset, constants={"r": np.float32(0)} | ON)
+        is Verdict.PASS
     )
     assert (
-        judged(dropout("r", "m"), opset=opset, constants={"r": np.float32(np.nan)} | ON)
+        verdict_of(dropout("r", "m"), opset=opset, constants={"r": np.float32(np.nan)} | ON)
         is Verdict.FAIL
     )
 
 
-def test_a_mode_that_is_on_fails_whoever_decides_the_rate() -> None:
-    assert judged(dropout("rate", "m"), opset=20, constants=ON, inputs=(RATE,)) is Verdict.FAIL
+def test_a_mode_that_is_on_fails_whatever_decides_the_rate() -> None:
+    assert verdict_of(dropout("rate", "m"), opset=20, constants=ON, inputs=(RATE,)) is Verdict.FAIL
 
 
-def test_a_rate_of_nothing_passes_whoever_decides_the_mode() -> None:
+def test_a_rate_of_0_passes_whatever_decides_the_mode() -> None:
     zero = {"r": np.float16(0)}
-    assert judged(dropout("r", "mode"), opset=20, constants=zero, inputs=(MODE,)) is Verdict.PASS
+    assert (
+        verdict_of(dropout("r", "mode"), opset=20, constants=zero, inputs=(MODE,)) is Verdict.PASS
+    )
 
 
-def test_a_finding_says_where_what_and_how_much() -> None:
-    found = finding(dropout("r", "m"), opset=20, constants=R | ON)
-    assert str(found) == "drop (Dropout-20): its training mode is on: it drops at a rate of 0.5"
-    assert ".eval()" in found.fix
+def test_a_finding_names_the_node_the_operator_and_the_rate() -> None:
+    finding = finding_of(dropout("r", "m"), opset=20, constants=R | ON)
+    assert str(finding) == "drop (Dropout-20): its training mode is on: it drops at a rate of 0.5"
+    assert ".eval()" in finding.fix
 
 
 def test_a_mode_that_the_caller_decides_is_unproven_and_the_finding_says_so() -> None:
     for constants in ({}, {"mode": False}, {"mode": True}):
         node = dropout("", "mode")
-        assert judged(node, opset=20, inputs=(MODE,), constants=constants) is Verdict.UNPROVEN
-    found = finding(dropout("", "mode"), opset=20, inputs=(MODE,))
+        assert verdict_of(node, opset=20, inputs=(MODE,), constants=constants) is Verdict.UNPROVEN
+    finding = finding_of(dropout("", "mode"), opset=20, inputs=(MODE,))
     assert (
-        found.why
+        finding.why
         == "nothing in the graph decides its mode: it is the model's input 'mode': the caller"
         " decides"
     )
-    assert "constant" in found.fix
+    assert "constant" in finding.fix
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(False, Verdict.FAIL), (True, Verdict.PASS)])
 def test_a_mode_that_is_computed_from_constants_is_known(value: bool, verdict: Verdict) -> None:
     computed = helper.make_node("Not", ["n"], ["m"])
-    assert judged(dropout("", "m"), opset=20, before=(computed,), constants={"n": value}) is verdict
+    assert (
+        verdict_of(dropout("", "m"), opset=20, before=(computed,), constants={"n": value})
+        is verdict
+    )
 
 
-def test_a_mode_that_is_computed_from_what_the_caller_gives_is_unproven() -> None:
+def test_a_mode_that_is_computed_from_an_input_is_unproven() -> None:
     computed = helper.make_node("Not", ["mode"], ["m"])
     assert (
-        judged(dropout("", "m"), opset=20, before=(computed,), inputs=(MODE,)) is Verdict.UNPROVEN
+        verdict_of(dropout("", "m"), opset=20, before=(computed,), inputs=(MODE,))
+        is Verdict.UNPROVEN
     )
 
 
@@ -145,15 +152,15 @@ def function(node: onnx.NodeProto, opset: int, *attributes: str) -> onnx.Functio
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(True, Verdict.FAIL), (False, Verdict.PASS)])
-def test_a_mode_that_a_call_hands_to_its_function_is_known(value: bool, verdict: Verdict) -> None:
+def test_a_mode_that_a_call_passes_to_its_function_is_known(value: bool, verdict: Verdict) -> None:
     call = helper.make_node("f", ["x", "on"], ["y"], domain="my", name="call")
     functions = (function(dropout("", "m"), 20),)
-    assert judged(call, opset=20, constants={"on": value}, functions=functions) is verdict
+    assert verdict_of(call, opset=20, constants={"on": value}, functions=functions) is verdict
 
 
 def test_a_mode_that_a_call_leaves_out_is_off() -> None:
     call = helper.make_node("f", ["x"], ["y"], domain="my")
-    assert judged(call, opset=20, functions=(function(dropout("", "m"), 20),)) is Verdict.PASS
+    assert verdict_of(call, opset=20, functions=(function(dropout("", "m"), 20),)) is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -164,7 +171,7 @@ def test_a_mode_that_a_call_leaves_out_is_off() -> None:
         ("BatchNormalization", "training_mode", 15, 1),
     ],
 )
-def test_a_flag_that_a_call_hands_to_its_function_is_known_and_else_unproven(
+def test_a_flag_that_a_call_passes_to_its_function_is_known_and_without_a_call_unproven(
     op: str, name: str, opset: int, trains: int
 ) -> None:
     node = helper.make_node(op, ["x"] * 5, ["y"], name="node")
@@ -172,31 +179,31 @@ def test_a_flag_that_a_call_hands_to_its_function_is_known_and_else_unproven(
     functions = (function(node, opset, "flag"),)
     for flag in (0, 1):
         call = helper.make_node("f", ["x"], ["y"], domain="my", name="call", flag=flag)
-        assert judged(call, opset=20, functions=functions) is (
+        assert verdict_of(call, opset=20, functions=functions) is (
             Verdict.FAIL if flag == trains else Verdict.PASS
         )
-    dead = finding(helper.make_node("Relu", ["x"], ["y"]), opset=20, functions=functions)
+    dead = finding_of(helper.make_node("Relu", ["x"], ["y"]), opset=20, functions=functions)
     assert str(dead).startswith(f"my:f/node ({op}-{opset}): its attribute {name} is not known here")
     assert (
-        judged(helper.make_node("Relu", ["x"], ["y"]), opset=20, functions=functions)
+        verdict_of(helper.make_node("Relu", ["x"], ["y"]), opset=20, functions=functions)
         is Verdict.UNPROVEN
     )
 
 
-def test_an_attribute_that_is_not_known_is_told_with_the_reason() -> None:
+def test_a_finding_says_why_an_attribute_is_not_known() -> None:
     mistyped = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="node")
     mistyped.attribute.append(helper.make_attribute("training_mode", 1.0))
     written = "it is written in a way on which readers differ, and not as one integer"
-    assert written in str(finding(mistyped, opset=15))
+    assert written in str(finding_of(mistyped, opset=15))
     refers = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="node")
     refers.attribute.add(name="training_mode", ref_attr_name="flag", type=onnx.AttributeProto.INT)
-    assert "there is no such call" in str(finding(refers, opset=15))
+    assert "there is no such call" in str(finding_of(refers, opset=15))
     functions = (function(refers, 15, "flag"),)
     call = helper.make_node("f", ["x"], ["y"], domain="my", name="call", flag=1.0)
     given = "the call of its function gives 'flag', and not as one integer"
-    assert given in str(finding(call, opset=20, functions=functions))
+    assert given in str(finding_of(call, opset=20, functions=functions))
     refers.attribute[0].i = 1
-    assert written in str(finding(refers, opset=15))
+    assert written in str(finding_of(refers, opset=15))
 
 
 @pytest.mark.parametrize(
@@ -220,13 +227,13 @@ def test_an_attribute_that_is_not_known_is_told_with_the_reason() -> None:
 def test_batch_normalization_is_judged_by_its_opset(
     opset: int, attributes: dict[str, int], outputs: int, verdict: Verdict
 ) -> None:
-    assert judged(batch_normalization(outputs, **attributes), opset=opset) is verdict
+    assert verdict_of(batch_normalization(outputs, **attributes), opset=opset) is verdict
 
 
 def test_batch_normalization_in_another_layout_is_judged_by_its_flag() -> None:
     for flag, verdict in ((0, Verdict.PASS), (1, Verdict.FAIL)):
         assert (
-            judged(batch_normalization(1, "com.ms.internal.nhwc", training_mode=flag), opset=20)
+            verdict_of(batch_normalization(1, "com.ms.internal.nhwc", training_mode=flag), opset=20)
             is verdict
         )
 
@@ -240,11 +247,11 @@ def test_the_contributed_dropouts_are_judged_by_their_mode_input(op: str, index:
             op, ["x", *[""] * (index - len(last)), *last], ["y"], domain="com.microsoft"
         )
 
-    assert judged(at("m"), opset=20, constants=ON) is Verdict.FAIL
-    assert judged(at("m"), opset=20, constants=OFF) is Verdict.PASS
-    assert judged(at("mode"), opset=20, inputs=(MODE,)) is Verdict.UNPROVEN
-    assert judged(at("r", "m"), opset=20, constants={"r": np.float32(0)} | ON) is Verdict.PASS
-    assert judged(at(), opset=20) is Verdict.PASS
+    assert verdict_of(at("m"), opset=20, constants=ON) is Verdict.FAIL
+    assert verdict_of(at("m"), opset=20, constants=OFF) is Verdict.PASS
+    assert verdict_of(at("mode"), opset=20, inputs=(MODE,)) is Verdict.UNPROVEN
+    assert verdict_of(at("r", "m"), opset=20, constants={"r": np.float32(0)} | ON) is Verdict.PASS
+    assert verdict_of(at(), opset=20) is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -267,22 +274,22 @@ def test_the_contributed_dropouts_are_judged_by_their_mode_input(op: str, index:
     ],
 )
 def test_an_operator_of_training_alone_fails(domain: str, op: str) -> None:
-    assert judged(helper.make_node(op, ["x"], ["y"], domain=domain), opset=20) is Verdict.FAIL
+    assert verdict_of(helper.make_node(op, ["x"], ["y"], domain=domain), opset=20) is Verdict.FAIL
 
 
 @pytest.mark.parametrize(
     "op", ["LSTM", "GRU", "RNN", "InstanceNormalization", "LayerNormalization"]
 )
-def test_an_operator_without_a_mode_is_none_of_its_concern(op: str) -> None:
+def test_an_operator_without_a_mode_is_not_verdict_of(op: str) -> None:
     record = training_mode.check(
         Subject(graph=graph_of(model_of(helper.make_node(op, ["x"], ["y"]), opset=20)))
     )
     assert (record.verdict, record.measured) == (Verdict.PASS, "0 on, 0 undecided, of 0")
 
 
-def test_an_operator_of_the_same_name_in_another_domain_is_another_operator() -> None:
+def test_an_operator_of_the_same_name_in_another_domain_is_not_verdict_of() -> None:
     assert (
-        judged(
+        verdict_of(
             helper.make_node("Dropout", ["x", "", "m"], ["y"], domain="my"), opset=20, constants=ON
         )
         is Verdict.PASS
