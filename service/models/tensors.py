@@ -41,7 +41,7 @@ class ModelRow:
         """The sha256 of its inputs."""
         return hashlib.sha256(content_of(self.inputs)).hexdigest()
 
-    def described(self) -> str:
+    def description(self) -> str:
         """The digest and the shapes: enough to find the row again and to know how it was run."""
         shapes = " ".join(
             f"{name}{list(tensor.shape)}" for name, tensor in sorted(self.inputs.items())

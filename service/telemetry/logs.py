@@ -129,8 +129,8 @@ class ViolationLog(Observer):
             bucket=bucket.label,
             row=violation.row_digest,
             batch=list(violation.batch_digests),
-            place=violation.place,
-            places=violation.places,
+            place=violation.position,
+            places=violation.batch_size,
             expected=violation.expected_sha256,
             actual=violation.actual_sha256,
         )

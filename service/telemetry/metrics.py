@@ -254,7 +254,7 @@ class Metrics:
         for wait_s in batch.waited_s:
             figures.waited.observe(wait_s)
         tokens = sum(row.tokens for row in batch.rows)
-        positions = batch.places * batch.bucket.positions
+        positions = batch.size * batch.bucket.positions
         figures.rows.observe(len(batch.rows))
         figures.tokens.observe(tokens)
         figures.padding.observe(max(0.0, 1 - tokens / positions))

@@ -165,7 +165,7 @@ class Tracing(Observer):
                 "evalmode.bucket": batch.bucket.label,
                 "evalmode.rows": len(waits_s[key]),
                 "evalmode.batch.rows": len(batch.rows),
-                "evalmode.batch.places": batch.places,
+                "evalmode.batch.places": batch.size,
             }
             arrived_ns = began_ns - round(max(waits_s[key]) * 1e9)
             for name, start_ns, end_ns in (

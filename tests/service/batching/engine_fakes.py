@@ -27,7 +27,7 @@ class Number:
     nbytes: int = 8
     tokens: int = 1
 
-    def described(self) -> str:
+    def description(self) -> str:
         return hashlib.sha256(str(self.value).encode()).hexdigest()
 
 
@@ -77,7 +77,7 @@ class Notes:
     proved_once: threading.Event = field(default_factory=threading.Event)
 
     def batch_ran(self, batch) -> None:
-        self.ran.append((batch.bucket.label, [row.value for row in batch.rows], batch.places))
+        self.ran.append((batch.bucket.label, [row.value for row in batch.rows], batch.size))
         self.waited_s += batch.waited_s
 
     def rows_dropped(self, reason, bucket, rows) -> None:

@@ -15,7 +15,7 @@ EVERY_CPU = (
 @pytest.fixture
 def many_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host of sixteen CPUs, so that the quota is what binds."""
-    monkeypatch.setattr("evalmode.service.batching.cpu_quota._affinity", lambda: 16.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:

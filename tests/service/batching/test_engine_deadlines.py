@@ -32,7 +32,7 @@ def awaited(engine, jobs, *, timeout_s) -> list[int]:
 def test_no_time_at_all_is_refused_at_once_and_never_run(timeout_s):
     run, notes = Recorded(), Notes()
     with engine_of(observers=[notes]) as engine:
-        with pytest.raises(DeadlineExceeded, match="not there at the deadline"):
+        with pytest.raises(DeadlineExceeded, match="request reached its deadline"):
             engine.answer(jobs_of(bucket_of(run), [1, 2]), timeout_s=timeout_s)
         with pytest.raises(DeadlineExceeded):
             asyncio.run(engine.answer_async(jobs_of(bucket_of(run), [1]), timeout_s=timeout_s))

@@ -51,10 +51,10 @@ def test_it_is_from_one_second_to_sixty():
 
 def test_of_batches_that_left_nobody_waiting_only_the_quicker_ones_count():
     drain = DrainRate(parallel=1)
-    drain.record(rows=1, run_s=9.0, pressed=False)
+    drain.record(rows=1, run_s=9.0, under_load=False)
     assert drain.wait_s(10, assumed_row_s=0.5) == 5.0, "nothing is known yet"
     drain.record(rows=10, run_s=1.0)
-    drain.record(rows=1, run_s=1.0, pressed=False)
+    drain.record(rows=1, run_s=1.0, under_load=False)
     assert drain.wait_s(10, assumed_row_s=0.0) == pytest.approx(1.0)
-    drain.record(rows=1, run_s=0.01, pressed=False)
+    drain.record(rows=1, run_s=0.01, under_load=False)
     assert drain.wait_s(10, assumed_row_s=0.0) == pytest.approx(10 * 0.91 / 10.0)

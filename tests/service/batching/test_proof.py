@@ -57,7 +57,7 @@ def test_a_row_that_is_answered_otherwise_in_company_is_caught_with_all_that_rep
     assert violation.bucket is bucket
     assert violation.row_digest == digest(6)
     assert violation.batch_digests == (digest(5), digest(6), digest(7))
-    assert (violation.place, violation.places) == (1, 4)
+    assert (violation.position, violation.batch_size) == (1, 4)
     assert violation.expected_sha256 == sha256(60)
     assert violation.actual_sha256 == sha256(60.5)
 
@@ -203,7 +203,7 @@ def test_the_answer_is_compared_as_it_was_given_not_as_the_caller_left_it():
     proofs = proofs_of()
     bucket = bucket_of(run)
     answers = run([Number(1)])
-    proofs.sample(bucket, [Number(1)], answers, places=1)
+    proofs.sample(bucket, [Number(1)], answers, batch_size=1)
     answers[0].append(2)
     sample = proofs.take()
     assert sample is not None
@@ -214,24 +214,26 @@ def test_samples_are_bounded_in_number_and_in_bytes():
     proofs = proofs_of()
     bucket = bucket_of()
     for _ in range(10):
-        proofs.sample(bucket, [Number(1)] * 32, [10] * 32, places=32)
+        proofs.sample(bucket, [Number(1)] * 32, [10] * 32, batch_size=32)
     assert len(proofs) == 64
     proofs.clear()
     for _ in range(10):
-        proofs.sample(bucket, [Number(1, nbytes=20 << 20)], [10], places=1)
+        proofs.sample(bucket, [Number(1, nbytes=20 << 20)], [10], batch_size=1)
     assert len(proofs) == 3
     proofs.clear()
-    proofs.sample(bucket, [Number(1, nbytes=100 << 20)] * 2, [10] * 2, places=2)
+    proofs.sample(bucket, [Number(1, nbytes=100 << 20)] * 2, [10] * 2, batch_size=2)
     assert len(proofs) == 1  # a batch beyond the bound is proved too, one at a time
 
 
 def test_a_sample_is_taken_as_often_as_the_fraction_says_and_never_of_a_failed_row():
     draws = iter([0.0, 0.001, 0.0009, 0.5])
-    proofs = proofs_of(0.001, chance=lambda: next(draws))
-    proofs.sample(bucket_of(), [Number(n) for n in range(4)], [ValueError(), 10, 20, 30], places=4)
+    proofs = proofs_of(0.001, draw=lambda: next(draws))
+    proofs.sample(
+        bucket_of(), [Number(n) for n in range(4)], [ValueError(), 10, 20, 30], batch_size=4
+    )
     sample = proofs.take()
     assert sample is not None
-    assert sample.place == 2
+    assert sample.position == 2
     assert proofs.take() is None
 
 

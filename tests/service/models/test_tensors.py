@@ -213,7 +213,7 @@ def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path):
 
 def test_a_row_is_described_by_its_digest_and_its_shapes(tensors):
     ((_, row),) = tensors.tensor_jobs(asked(1, 4))
-    assert row.described() == f"{row.digest()} x[1, 4]"
+    assert row.description() == f"{row.digest()} x[1, 4]"
 
 
 @pytest.mark.parametrize("dtype", ["INT8", "UINT8", "INT32", "INT64", "UINT64"])

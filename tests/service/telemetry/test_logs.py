@@ -233,8 +233,8 @@ def test_a_violation_is_written_down_with_all_that_it_takes_to_do_it_again():
         bucket=bucket,
         row_digest="r2 ids[1, 8]",
         batch_digests=("r1 ids[1, 8]", "r2 ids[1, 8]"),
-        place=1,
-        places=4,
+        position=1,
+        batch_size=4,
         expected_sha256="e",
         actual_sha256="a",
     )

@@ -51,7 +51,7 @@ def rows_of(*tokens: int) -> list[SimpleNamespace]:
 
 
 def one_row(bucket: Bucket) -> RanBatch:
-    return RanBatch(bucket=bucket, rows=rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    return RanBatch(bucket=bucket, rows=rows_of(8), size=1, waited_s=(0.0,), run_s=0.1)
 
 
 def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") -> SimpleNamespace:
@@ -83,8 +83,8 @@ def violation() -> Violation:
         bucket=bucket_of(),
         row_digest="r2",
         batch_digests=("r1", "r2", "r3"),
-        place=1,
-        places=4,
+        position=1,
+        batch_size=4,
         expected_sha256="e",
         actual_sha256="a",
     )
@@ -121,7 +121,7 @@ def test_a_batch_gives_its_rows_tokens_padding_waits_and_run_by_model_and_bucket
         RanBatch(
             bucket=bucket_of(),
             rows=rows_of(32, 16, 16),
-            places=4,
+            size=4,
             waited_s=(0.002, 0.02, 0.0),
             run_s=0.04,
         )
@@ -381,7 +381,7 @@ metrics.show_models([old])
 metrics.show_models([new])
 bucket = Bucket(model="languages", version="2", label="32", positions=32, run=list, costs={1: 1.0})
 rows = [SimpleNamespace(tokens=8, nbytes=64)]
-metrics.batch_ran(RanBatch(bucket=bucket, rows=rows, places=1, waited_s=[0.001], run_s=0.1))
+metrics.batch_ran(RanBatch(bucket=bucket, rows=rows, size=1, waited_s=[0.001], run_s=0.1))
 metrics.request_began()
 metrics.watch(lambda: Load(waiting_rows=5, waiting_bytes=10, running_batches=1, parallel=1))
 print("told", flush=True)

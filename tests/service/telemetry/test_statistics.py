@@ -11,7 +11,7 @@ def test_a_batch_counts_its_rows_their_wait_and_its_time_by_its_size():
     for rows, run_s in ((2, 0.5), (2, 0.25), (1, 0.1)):
         waited_s = [0.001] * rows
         statistics.batch_ran(
-            RanBatch(bucket=bucket, rows=[None] * rows, places=4, waited_s=waited_s, run_s=run_s)
+            RanBatch(bucket=bucket, rows=[None] * rows, size=4, waited_s=waited_s, run_s=run_s)
         )
     found = statistics.of(bucket.model, bucket.version)
     assert (found["last_inference"], found["inference_count"], found["execution_count"]) == (

@@ -252,7 +252,7 @@ def test_the_wait_and_the_run_are_spans_in_the_request_one_after_the_other(colle
                 RanBatch(
                     bucket=BUCKET,
                     rows=[row, *others],
-                    places=4,
+                    size=4,
                     waited_s=(0.25, 0.75, 0.0),
                     run_s=0.5,
                 )
@@ -294,7 +294,7 @@ def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(
                 batch = RanBatch(
                     bucket=BUCKET,
                     rows=[gathered[0], gathered[2], gathered[1], gathered[3]],
-                    places=4,
+                    size=4,
                     waited_s=(0.5, 0.1, 0.2, 0.25),
                     run_s=1.0,
                 )
@@ -306,7 +306,7 @@ def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(
     ask(traced_app(tracing, answered), "/v2/models/m/infer", times=2)
     # A batch that nobody follows any longer, as when its request met its deadline:
     tracing.batch_ran(
-        RanBatch(bucket=BUCKET, rows=gathered, places=4, waited_s=(0.0,) * 4, run_s=1.0)
+        RanBatch(bucket=BUCKET, rows=gathered, size=4, waited_s=(0.0,) * 4, run_s=1.0)
     )
     assert tracing.close()
     spans = collector.spans()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evalmode.service.batching.ticket import Part
-from evalmode.service.batching.waiting import Waiting
+from evalmode.service.batching.waiting_rows import WaitingRows
 
 BUCKETS = ("short", "long", "other")
 ADD = st.tuples(
@@ -48,7 +48,7 @@ class Naive:
 
 @given(st.lists(ADD | TAKE | REMOVE, max_size=60))
 def test_it_does_what_a_sorted_list_of_all_rows_does(steps):
-    waiting: Waiting = Waiting()
+    waiting = WaitingRows()
     naive = Naive()
     parts: list[Part] = []
     for number, step in enumerate(steps):
@@ -87,7 +87,7 @@ def test_what_was_removed_is_not_kept_anywhere():
     gone = weakref.ref(row)
     part = Part("short", [(0, row, 8)], order=(1.0, 1), ticket=None)
     del row
-    waiting: Waiting = Waiting()
+    waiting = WaitingRows()
     waiting.add(part)
     waiting.remove(part)
     gc.disable()  # nothing may be left to it
@@ -103,7 +103,7 @@ def test_a_bucket_without_rows_is_forgotten():
 
     bucket = Bucket()
     gone = weakref.ref(bucket)
-    waiting: Waiting = Waiting()
+    waiting = WaitingRows()
     waiting.add(Part(bucket, [(0, "row", 8), (1, "row", 8)], order=(1.0, 1), ticket=None))
     head = waiting.head()
     assert head is not None

@@ -9,7 +9,7 @@ import asyncio
 import pytest
 
 from evalmode.service.batching.limits import Limits
-from evalmode.service.batching.waiters import Waiters
+from evalmode.service.batching.waiting_callers import WaitingCallers
 from evalmode.service.errors import NotReady
 from tests.service.batching.engine_fakes import (
     WAIT_S,
@@ -203,7 +203,7 @@ def test_while_one_has_his_turn_nobody_else_gets_one_and_nobody_comes_in_between
     async def ask() -> None:
         first, second, third = (asyncio.get_running_loop().create_future() for _ in range(3))
         fitting = [False]
-        room = Waiters(lambda rows, nbytes: fitting[0])
+        room = WaitingCallers(lambda rows, nbytes: fitting[0])
         assert room.join(first, rows=1, nbytes=8)
         fitting[0] = True
         assert room.next() is first
