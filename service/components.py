@@ -86,7 +86,7 @@ def open_components(settings: Settings) -> Components:
     repository = Repository(
         settings.bundle,
         open_model=trial.open if settings.load_timeout_s > 0 else partial(Model.open, **opening),
-        after_opening=trial.rest,
+        after_opening=trial.end_child,
         cancel_opening=trial.cancel,
         versions=settings.versions,
         control=settings.model_control,

@@ -399,11 +399,11 @@ def _report_opened(model: Model, path: Path, *, seconds: float) -> None:
             " does",
             model=model.name,
         )
-    if model.doubt is not None:
+    if model.graph_fault is not None:
         _log.warning(
             "this bundle is served although its graph can draw or train",
             model=model.name,
-            reason=model.doubt,
+            reason=model.graph_fault,
         )
     _log.info(
         "model opened",

@@ -16,9 +16,9 @@ from evalmode.bundle.known_answers import KnownAnswer
 from evalmode.service.models.calibration import (
     ROW_COUNTS,
     Calibration,
-    alone_s,
+    efficient,
+    slowest_run_s,
     text_rows_to_measure,
-    worthwhile,
 )
 
 FRONTEND = NgramFrontEnd(NgramSpec(lengths=(2, 4, 8), orders=2, characters=2, vocabulary=64))
@@ -113,7 +113,7 @@ def test_a_slower_moment_changes_nothing_that_is_kept(tmp_path):
     found = measure(exact, cache=tmp_path)
     assert json.loads(file.read_bytes()) == least
     for label, measured in found.items():
-        assert dict(measured.costs) == worthwhile(
+        assert dict(measured.costs) == efficient(
             {int(size): seconds for size, seconds in least[label].items()}
         )
 
@@ -186,7 +186,7 @@ def test_a_budget_below_nothing_is_refused(budget_s):
     )
 )
 def test_sizes_are_as_large_as_efficient_and_no_larger(timings):
-    kept_ones = worthwhile(timings)
+    kept_ones = efficient(timings)
     assert min(timings) in kept_ones
     for size, seconds in timings.items():
         beaten = any(
@@ -202,7 +202,7 @@ def test_requests_that_are_run_as_they_are_are_timed_and_must_repeat_their_bits(
         {"input_ids": np.ones((1, 2, 2), np.int64)},
         {"input_ids": np.ones((3, 4, 2), np.int64)},
     ]
-    assert alone_s(exact, asked, path=Path("here")) > 0
-    assert alone_s(exact, [], path=Path("here")) is None
+    assert slowest_run_s(exact, asked, path=Path("here")) > 0
+    assert slowest_run_s(exact, [], path=Path("here")) is None
     with pytest.raises(BundleError, match="not deterministic"):
-        alone_s(lambda inputs: {"y": np.array([next(noise)])}, asked, path=Path("here"))
+        slowest_run_s(lambda inputs: {"y": np.array([next(noise)])}, asked, path=Path("here"))

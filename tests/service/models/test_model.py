@@ -326,12 +326,12 @@ def test_a_forged_certificate_is_not_believed(tmp_path, mode):
     """The certificate, its seal and the known answers are right for the model that drops."""
     bundle = tensor_bundle(tmp_path, model=dropping_model(mode=mode), known=[])
     if not mode:
-        assert Model.open(bundle).doubt is None
+        assert Model.open(bundle).graph_fault is None
         return
     with pytest.raises(BundleNotCertified, match="the node 'drop' is Dropout, which has a train"):
         Model.open(bundle)
     opened = Model.open(bundle, allow_uncertified=True)
-    assert "'drop' is Dropout" in opened.doubt
+    assert "'drop' is Dropout" in opened.graph_fault
 
 
 def dropping_model(*, mode):

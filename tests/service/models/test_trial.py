@@ -44,7 +44,7 @@ from tests.service.harmful_bundles import (
 def opener():
     trial = TrialOpener(timeout_s=WAIT_S)
     yield trial
-    trial.rest()
+    trial.end_child()
 
 
 def refusal_at(step: str, path: Path) -> str:
@@ -60,7 +60,7 @@ def refusal_at(step: str, path: Path) -> str:
             trial.open(path)
         sentence = str(refusal.value)
         assert f"was not finished after {timeout_s} s; if the model needs longer" in sentence
-        trial.rest()
+        trial.end_child()
     return sentence
 
 
@@ -97,7 +97,7 @@ def test_the_budget_and_the_cache_of_the_measurements_reach_the_child(bundle, tm
     trial = TrialOpener(timeout_s=WAIT_S, calibration=calibration)
     assert trial.open(bundle).row_counts == {"4": (1,), "8": (1,), "16": (1,)}
     assert [*(tmp_path / "cache").rglob("*.json")]
-    trial.rest()
+    trial.end_child()
 
 
 def test_one_child_opens_several_bundles_and_none_is_left_when_it_may_rest(bundle, opener):
@@ -107,7 +107,7 @@ def test_one_child_opens_several_bundles_and_none_is_left_when_it_may_rest(bundl
     opener.open(bundle)
     assert children() - before == first
     assert len(first) == 1
-    opener.rest()
+    opener.end_child()
     assert children() == before
 
 
@@ -148,21 +148,21 @@ def uncertified(path: Path) -> Path:
 def test_an_uncertified_bundle_is_open_where_that_is_allowed(tmp_path):
     trial = TrialOpener(timeout_s=WAIT_S, allow_uncertified=True)
     assert trial.open(uncertified(make_bundle(tmp_path))).replayed is None
-    trial.rest()
+    trial.end_child()
 
 
 def test_a_provider_that_is_not_there_is_refused_in_the_same_words(bundle):
     trial = TrialOpener(timeout_s=WAIT_S, provider="none-such")
     with pytest.raises(ProviderUnavailable, match="'none-such' is not available here"):
         trial.open(bundle)
-    trial.rest()
+    trial.end_child()
 
 
 def test_an_error_that_is_no_fault_of_a_bundle_comes_with_the_childs_traceback(bundle):
     trial = TrialOpener(timeout_s=WAIT_S, threads="many")  # type: ignore[arg-type]
     with pytest.raises(TrialError, match=r"Traceback[\s\S]*TypeError"):
         trial.open(bundle)
-    trial.rest()
+    trial.end_child()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_after_a_bundle_that_hangs_the_next_one_opens(tmp_path):
     with pytest.raises(BundleError, match="raise the setting load_timeout_s"):
         trial.open(hanging_when_run(tmp_path))
     assert trial.open(harmless(tmp_path / "good")).name == "tensors"
-    trial.rest()
+    trial.end_child()
 
 
 def test_a_model_that_aborts_its_process_is_refused_and_the_next_bundle_opens(tmp_path):
@@ -195,7 +195,7 @@ def test_a_model_that_aborts_its_process_is_refused_and_the_next_bundle_opens(tm
     ):
         opener.open(aborting(tmp_path))
     assert opener.open(harmless(tmp_path / "good")).name == "tensors"
-    opener.rest()
+    opener.end_child()
 
 
 def test_a_trial_can_be_cancelled_from_another_thread(tmp_path, opener):
@@ -228,12 +228,12 @@ def test_what_takes_the_place_of_a_bundle_after_its_trial_is_never_opened(tmp_pa
     trial = Swapping(hanging_when_opened(tmp_path / "b"))
     with pytest.raises(BundleError, match="was changed while it was opened"):
         trial.open(path)
-    trial.rest()
+    trial.end_child()
 
 
 def repository_of(root: Path, trial: TrialOpener) -> Repository:
     return Repository(
-        root, open_model=trial.open, after_opening=trial.rest, cancel_opening=trial.cancel
+        root, open_model=trial.open, after_opening=trial.end_child, cancel_opening=trial.cancel
     )
 
 
