@@ -43,8 +43,8 @@ class TrialOpener:
     this process makes a session, replays once, and uses the child's measurements. So a start does
     not take twice as long.
 
-    One child opens all bundles of one look at the folder. `end_child` ends it, so its memory is used
-    for a moment only. Calls of `open` and `end_child` must not overlap.
+    One child opens all bundles of one look at the folder. `end_child` ends it, so that its memory
+    is used for a moment only. Calls of `open` and `end_child` must not overlap.
     """
 
     def __init__(

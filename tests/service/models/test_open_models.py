@@ -222,7 +222,7 @@ def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(ro
     repository = started(root, open_model)
     assert {entry.name: entry.reason for entry in repository.index()}[
         "odd"
-    ] == "it failed to open; the log says how"
+    ] == "it failed to open: the server's log has the error"
 
 
 def test_a_new_version_answers_at_once_and_the_old_one_is_let_go(root):
@@ -283,7 +283,7 @@ def test_a_bad_replacement_is_refused_once_and_what_was_open_goes_on(root, opene
     assert opener.asked[bundle] == 2, "what was refused is not tried again until it has changed"
     (entry,) = repository.index()
     assert entry.state == READY
-    assert "the one that was open goes on" in entry.reason
+    assert "the bundle that was open stays open" in entry.reason
     mend()
     repository.poll()
     assert repository.get("tiny") is not model
@@ -325,7 +325,7 @@ def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(
     (entry,) = repository.index()
     assert (entry.state, entry.reason) == (
         READY,
-        "its folder is gone; it was the last of its model and goes on",
+        "its folder is gone; it stays open as the last version of its model",
     )
     assert [line["event"] for line in logs] == [
         "the folders of a model are gone: its last version goes on"
