@@ -91,7 +91,7 @@ def open_components(settings: Settings) -> Components:
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,
-        on_change=metrics.show_models,
+        on_change=metrics.models_changed,
         on_swap=metrics.model_swapped,
     )
     repository.start()

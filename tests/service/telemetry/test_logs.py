@@ -205,7 +205,7 @@ def test_lines_that_nobody_reads_are_lost_and_the_next_one_says_how_many():
         assert not read.endswith("\n")
         say("heard again")
         lines = os.read(reader, 1 << 20).decode()
-        assert lines == "\n3 lines before this one were lost: nobody read them\nheard again\n"
+        assert lines == "\n3 lines before this one were lost: nothing read them\nheard again\n"
     os.close(reader)
 
 

@@ -145,7 +145,7 @@ def test_dropped_rows_are_counted_by_why():
 
 def test_every_counter_of_a_model_is_there_with_0_from_the_start():
     metrics = Metrics()
-    metrics.show_models([shown()])
+    metrics.models_changed([shown()])
     for reason in ("queue_full", "deadline", "cancelled", "failed"):
         assert value(metrics, "dropped_rows_total", model="languages", reason=reason) == 0
     for outcome in ("loaded", "unloaded", "refused"):
@@ -156,11 +156,11 @@ def test_every_counter_of_a_model_is_there_with_0_from_the_start():
 
 def test_what_happened_to_a_model_is_told_after_its_end():
     metrics = Metrics()
-    metrics.show_models([shown()])
-    metrics.show_models([])
+    metrics.models_changed([shown()])
+    metrics.models_changed([])
     metrics.model_swapped("languages", "unloaded")
-    metrics.show_models([shown()])
-    metrics.show_models([])
+    metrics.models_changed([shown()])
+    metrics.models_changed([])
     assert value(metrics, "model_swaps_total", model="languages", outcome="unloaded") == 1
     assert series(metrics, model="languages") == ["evalmode_model_swaps_total"]
 
@@ -197,7 +197,7 @@ def test_the_queue_is_what_the_engine_says_when_it_is_asked():
 
 def test_proofs_and_violations_are_counted():
     metrics = Metrics()
-    metrics.show_models([shown()])
+    metrics.models_changed([shown()])
     assert value(metrics, "determinism_violations_total", model="languages") == 0
     metrics.proved(bucket_of(), None)
     metrics.proved(bucket_of(), violation())
@@ -207,9 +207,9 @@ def test_proofs_and_violations_are_counted():
 
 def test_a_new_version_takes_the_place_of_the_old_and_the_names_figures_go_on():
     metrics = Metrics()
-    metrics.show_models([shown()])
+    metrics.models_changed([shown()])
     metrics.batch_ran(one_row(bucket_of()))
-    metrics.show_models([shown(version="2", digest="d2")])
+    metrics.models_changed([shown(version="2", digest="d2")])
     metrics.model_swapped("languages", "loaded")
     metrics.batch_ran(one_row(bucket_of()))
     assert value(metrics, "model_info", model="languages", version="1", digest="d1") is None
@@ -221,12 +221,12 @@ def test_a_new_version_takes_the_place_of_the_old_and_the_names_figures_go_on():
 
 def test_the_series_of_a_model_that_is_gone_end_with_it_and_its_last_batch_brings_none_back():
     metrics = Metrics()
-    metrics.show_models([shown(), shown("other")])
+    metrics.models_changed([shown(), shown("other")])
     for model in ("languages", "other"):
         metrics.batch_ran(one_row(bucket_of(model)))
         metrics.proved(bucket_of(model), None)
         metrics.rows_dropped("cancelled", bucket_of(model), 1)
-    metrics.show_models([shown("other")])
+    metrics.models_changed([shown("other")])
     metrics.batch_ran(one_row(bucket_of()))
     metrics.batch_ran(one_row(bucket_of(label="64")))
     metrics.proved(bucket_of(), None)
@@ -238,7 +238,7 @@ def test_the_series_of_a_model_that_is_gone_end_with_it_and_its_last_batch_bring
 def test_a_model_that_comes_back_is_counted_again():
     metrics = Metrics()
     for models in ([shown()], [], [shown()]):
-        metrics.show_models(models)
+        metrics.models_changed(models)
     metrics.batch_ran(one_row(bucket_of()))
     assert value(metrics, "batch_rows_count", model="languages", bucket="32") == 1
 
@@ -256,7 +256,7 @@ def test_models_that_come_and_go_while_batches_run_leave_no_series_behind():
     for thread in threads:
         thread.start()
     for turn in range(101):
-        metrics.show_models([] if turn % 2 == 0 and turn else [shown()])
+        metrics.models_changed([] if turn % 2 == 0 and turn else [shown()])
     over.set()
     for thread in threads:
         thread.join()
@@ -265,7 +265,7 @@ def test_models_that_come_and_go_while_batches_run_leave_no_series_behind():
 
 def test_openmetrics_is_given_to_who_accepts_it_and_is_well_formed():
     metrics = Metrics()
-    metrics.show_models([shown()])
+    metrics.models_changed([shown()])
     metrics.request_began()
     metrics.request_ended(
         route="/v1/predict", method="POST", status=200, duration_s=0.1, reason=None
@@ -377,8 +377,8 @@ metrics = Metrics()
 old, new = (
     SimpleNamespace(name="languages", version=version, digest="d" + version) for version in "12"
 )
-metrics.show_models([old])
-metrics.show_models([new])
+metrics.models_changed([old])
+metrics.models_changed([new])
 bucket = Bucket(model="languages", version="2", label="32", positions=32, run=list, costs={1: 1.0})
 rows = [SimpleNamespace(tokens=8, nbytes=64)]
 metrics.batch_ran(RanBatch(bucket=bucket, rows=rows, size=1, waited_s=[0.001], run_s=0.1))
