@@ -67,9 +67,11 @@ class Bucket:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        if not self.costs or any(
-            size < 1 or not math.isfinite(cost) or cost < 0 for size, cost in self.costs.items()
-        ):
+        is_valid = bool(self.costs)
+        for size, cost in self.costs.items():
+            if size < 1 or not math.isfinite(cost) or cost < 0:
+                is_valid = False
+        if not is_valid:
             raise ValueError(
                 f"costs of bucket {self.model}/{self.version}/{self.label} is {dict(self.costs)}:"
                 " it must have at least one batch size of 1 or more, each with its seconds"

@@ -192,9 +192,24 @@ class Engine:
             failure = as_request_error(error)
         else:
             run_s = self._clock() - began
-            # Before the callers are woken: traces add their spans while the request still runs, and
-            # an answer must be sampled before its caller can change it.
-            self._report_and_sample(batch, outcomes, began=began, run_s=run_s)
+            rows = batch.rows
+            # Before the callers are woken: traces add spans to requests that are still open.
+            if self._observers:
+                ran = RanBatch(
+                    bucket=batch.bucket,
+                    rows=rows,
+                    size=batch.size,
+                    waited_s=[began - ticket.arrived for ticket, _, _ in batch.entries],
+                    run_s=run_s,
+                )
+                for observer in self._observers:
+                    notify(observer.batch_ran, ran)
+            # Before the callers are woken: they may change their answers.
+            try:
+                self._proofs.sample(batch.bucket, rows, outcomes, batch_size=batch.size)
+            except Exception:
+                # The answers are valid all the same.
+                _log.exception("an answer could not be sampled for its proof")
             self._queue.deliver(batch, outcomes, run_s=run_s)
             return
 
@@ -206,31 +221,6 @@ class Engine:
             for single in batch.single_rows():
                 if self._queue.begin(single.entries[0][0]):
                     self._run(single)
-
-    def _report_and_sample(
-        self,
-        batch: Batch,
-        outcomes: Sequence[Answer | Exception],
-        *,
-        began: float,
-        run_s: float,
-    ) -> None:
-        rows = batch.rows
-        if self._observers:
-            ran = RanBatch(
-                bucket=batch.bucket,
-                rows=rows,
-                size=batch.size,
-                waited_s=[began - ticket.arrived for ticket, _, _ in batch.entries],
-                run_s=run_s,
-            )
-            for observer in self._observers:
-                notify(observer.batch_ran, ran)
-        try:
-            self._proofs.sample(batch.bucket, rows, outcomes, batch_size=batch.size)
-        except Exception:
-            # The answers are valid all the same.
-            _log.exception("an answer could not be sampled for its proof")
 
     def _prove(self, sample: Sample) -> None:
         """Prove a sample and report the result. A row that cannot be run again proves nothing."""

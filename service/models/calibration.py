@@ -8,12 +8,13 @@ imprecise. The smallest time in the cache counts, so the sizes stay the same fro
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +92,11 @@ class Calibration:
                 raise _not_repeatable(path, f"one row of {label}")
 
         cache = _TimingsCache.of(self.cache, digest=digest, platform=platform)
-        smallest = cache.merge(timings)
-        return {
-            label: MeasuredBucket(stable=tuple(timings[label]), costs=efficient(smallest[label]))
-            for label in timings
-        }
+        measured: dict[str, MeasuredBucket] = {}
+        for label, smallest in cache.merge(timings).items():
+            stable = tuple(timings[label])
+            measured[label] = MeasuredBucket(stable=stable, costs=efficient(smallest))
+        return measured
 
 
 def slowest_run_s(run: Run, requests: Sequence[Tensors], *, path: Path) -> float | None:
@@ -129,13 +130,20 @@ def efficient(timings: Mapping[int, float]) -> dict[int, float]:
 
 
 def text_rows_to_measure(
-    answers: Sequence[KnownAnswer], *, frontend: FrontEnd
+    answers: Sequence[KnownAnswer], *, frontend: FrontEnd, inputs: Collection[str]
 ) -> dict[str, list[Tensors]]:
-    """A few rows of each padded length, by its label, made of the texts of the known answers."""
+    """A few rows of each padded length, by its label, made of the texts of the known answers. Each
+    row has the tensors of `inputs`, the names of the model's inputs.
+    """
     texts = [answer.text for answer in answers if answer.text is not None] or list(_FALLBACK_TEXTS)
     ids = [frontend.encode(text).ids for text in texts]
-    rows = rows_by_length(ids, frontend.spec, each=_ROWS_OF_A_LENGTH)
-    return {str(length): rows_of_length for length, rows_of_length in rows.items()}
+    rows: dict[str, list[Tensors]] = {}
+    for length, padded_rows in rows_by_length(ids, frontend.spec, each=_ROWS_OF_A_LENGTH).items():
+        # A graph may take no attention mask.
+        rows[str(length)] = [
+            {name: tensor for name, tensor in row.items() if name in inputs} for row in padded_rows
+        ]
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,18 +169,15 @@ class _TimingsCache:
     def merge(self, timings: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
         """`timings`, each lowered to the smallest in the cache. New smallest ones are written."""
         cached = self._read()
+        # What was not measured this time stays in the cache.
+        merged = copy.deepcopy(cached)
         smallest: dict[str, dict[int, float]] = {}
         for label, seconds_by_size in timings.items():
-            cached_seconds = cached.get(label, {})
-            smallest[label] = {
-                size: min(seconds, cached_seconds.get(size, math.inf))
-                for size, seconds in seconds_by_size.items()
-            }
-
-        # What was not measured this time stays in the cache.
-        merged = {label: dict(seconds_by_size) for label, seconds_by_size in cached.items()}
-        for label, seconds_by_size in smallest.items():
-            merged.setdefault(label, {}).update(seconds_by_size)
+            smallest[label] = {}
+            for size, seconds in seconds_by_size.items():
+                cached_s = cached.get(label, {}).get(size, math.inf)
+                smallest[label][size] = min(seconds, cached_s)
+            merged.setdefault(label, {}).update(smallest[label])
         if merged != cached:
             self._write(merged)
         return smallest
@@ -181,16 +186,14 @@ class _TimingsCache:
         """The timings of the file; empty if it is missing or not such a file."""
         if self.file is None:
             return {}
+        timings: dict[str, dict[int, float]] = {}
         try:
-            timings = json.loads(self.file.read_bytes())
-            return {
-                str(label): {
-                    int(size): float(seconds)
-                    for size, seconds in costs.items()
-                    if 0 < seconds < math.inf
-                }
-                for label, costs in timings.items()
-            }
+            for label, seconds_by_size in json.loads(self.file.read_bytes()).items():
+                timings[label] = {}
+                for size, seconds in seconds_by_size.items():
+                    if 0 < seconds < math.inf:
+                        timings[label][int(size)] = float(seconds)
+            return timings
         except FileNotFoundError:
             return {}
         # All that the lines above raise for JSON of another structure.

@@ -330,10 +330,11 @@ class Model:
         Raises RunFailed if the logits of a text are not finite.
         """
         assert self.labels is not None, "a model of text has labels"
-        return [
-            predict(answer[LOGITS][0].tolist(), self.labels, truncated=is_truncated, top_k=top_k)
-            for answer, is_truncated in zip(answers, truncated, strict=True)
-        ]
+        predictions = []
+        for answer, is_truncated in zip(answers, truncated, strict=True):
+            logits = answer[LOGITS][0].tolist()
+            predictions.append(predict(logits, self.labels, truncated=is_truncated, top_k=top_k))
+        return predictions
 
     def _text_job(self, frontend: FrontEnd, row: IdRow) -> Job:
         """The row padded to the first length of the ladder that holds it, and the bucket of that
@@ -360,11 +361,8 @@ def _measure(
     alone: MeasuredBucket | None = None
     rows: dict[str, list[Tensors]] | None
     if frontend is not None:
-        names = {spec.name for spec in bundle.manifest.inputs}
-        rows = {
-            length: [{name: row[name] for name in row if name in names} for row in length_rows]
-            for length, length_rows in text_rows_to_measure(answers, frontend=frontend).items()
-        }
+        inputs = {spec.name for spec in bundle.manifest.inputs}
+        rows = text_rows_to_measure(answers, frontend=frontend, inputs=inputs)
     else:
         requests = [answer.inputs for answer in answers]
         run_s = slowest_run_s(session.run, requests, path=bundle.path)

@@ -199,17 +199,16 @@ class OpenModels:
         self._refusals = {
             path: refusal for path, refusal in self._refusals.items() if path in self._folders
         }
-        identities_by_path = {
-            version.path: (name, version.model.version)
-            for name, versions in self._open.items()
-            for version in versions
-        }
+        open_identities: dict[Path, Identity] = {}
+        for name, versions in self._open.items():
+            for version in versions:
+                open_identities[version.path] = (name, version.model.version)
         self._candidates = []
         # Folders without a readable manifest come last: they must not precede a good bundle.
         for folder in sorted(folders, key=lambda folder: folder.identity is None):
             # A manifest that is being written cannot be read. Its folder is taken for the version
             # that is open from it, or else for the one that its path suggests.
-            identity = folder.identity or identities_by_path.get(folder.path)
+            identity = folder.identity or open_identities.get(folder.path)
             if identity is None:
                 identity = (folder.path.parent.name, folder.path.name)
             self._candidates.append(_Candidate(identity=identity, folder=folder))
@@ -342,23 +341,16 @@ class OpenModels:
 
     def _publish(self) -> None:
         """Publish the open models, and the entries of all versions: by name, newest first."""
-        models = {
-            name: tuple(version.model for version in self._open[name])
-            for name in sorted(self._open)
-        }
-        open_identities = {
-            (name, model.version) for name, open_models in models.items() for model in open_models
-        }
-        entries = [
-            Entry(
-                name=name,
-                version=version,
-                state=Presence.READY,
-                reason="its folder is gone; it stays open as the last version of its model",
-            )
-            for name, version in open_identities
-            - {candidate.identity for candidate in self._candidates}
-        ]
+        models: dict[str, tuple[Model, ...]] = {}
+        open_identities: set[Identity] = set()
+        for name in sorted(self._open):
+            models[name] = tuple(version.model for version in self._open[name])
+            open_identities.update((name, model.version) for model in models[name])
+
+        entries: list[Entry] = []
+        for name, version in open_identities - {each.identity for each in self._candidates}:
+            reason = "its folder is gone; it stays open as the last version of its model"
+            entries.append(Entry(name=name, version=version, state=Presence.READY, reason=reason))
         for candidate in self._candidates:
             name, version = candidate.identity
             state, reason = self._presence_of(candidate, open_identities)

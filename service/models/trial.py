@@ -129,44 +129,37 @@ def run_trials() -> None:
 
 
 def _messages_of_trial(question: bytes) -> Iterator[bytes]:
-    # In a thread: each step must be sent before it begins, while `Model.open` is still running.
+    """Open the bundle of a question. Gives a message before each step, and one with the result."""
     messages: queue.SimpleQueue[dict[str, object] | None] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            messages.put(_open(json.loads(question), messages))
+            options = json.loads(question)
+            path = Path(options.pop("path"))
+            budget_s, cache = options.pop("budget_s"), options.pop("cache")
+            calibration = Calibration(
+                budget_s=budget_s, cache=None if cache is None else Path(cache)
+            )
+            model = Model.open(
+                path,
+                **options,
+                calibration=calibration,
+                on_step=lambda step: messages.put({"step": step}),
+            )
+            result = TrialResult(digest=model.digest, measured=dict(model.measured))
+            messages.put({"trial": _RESULT.dump_python(result, mode="json")})
+        except EvalmodeError as error:
+            # The first of its classes that the parent knows by name.
+            names = (error_class.__name__ for error_class in type(error).__mro__)
+            name = next(name for name in names if hasattr(errors, name))
+            messages.put({"error": name, "sentence": str(error)})
+        except Exception:
+            # Any error at all: the parent reports it.
+            messages.put({"unexpected": traceback.format_exc()})
         finally:
             messages.put(None)
 
+    # In a thread: each step must be sent before it begins, while `Model.open` is still running.
     threading.Thread(target=run, daemon=True).start()
     while (message := messages.get()) is not None:
         yield json.dumps(message).encode()
-
-
-def _open(
-    question: dict[str, Any], messages: queue.SimpleQueue[dict[str, object] | None]
-) -> dict[str, object]:
-    """Open the bundle of a question, send the steps, and return the last message."""
-    cache = question.pop("cache")
-    calibration = Calibration(
-        budget_s=question.pop("budget_s"), cache=None if cache is None else Path(cache)
-    )
-    try:
-        model = Model.open(
-            Path(question.pop("path")),
-            **question,
-            calibration=calibration,
-            on_step=lambda step: messages.put({"step": step}),
-        )
-    except EvalmodeError as error:
-        # The first of its classes that the parent knows by name.
-        names = (error_class.__name__ for error_class in type(error).__mro__)
-        return {
-            "error": next(name for name in names if hasattr(errors, name)),
-            "sentence": str(error),
-        }
-    except Exception:
-        # Any error at all: the parent reports it.
-        return {"unexpected": traceback.format_exc()}
-    result = TrialResult(digest=model.digest, measured=dict(model.measured))
-    return {"trial": _RESULT.dump_python(result, mode="json")}

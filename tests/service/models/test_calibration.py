@@ -30,7 +30,7 @@ def answer(text: str | None) -> KnownAnswer:
 
 
 def rows():
-    return text_rows_to_measure([answer("a text")], frontend=FRONTEND)
+    return text_rows_to_measure([answer("a text")], frontend=FRONTEND, inputs={"input_ids"})
 
 
 def exact(inputs):
@@ -55,7 +55,8 @@ def kept(cache: Path) -> list[Path]:
 
 @pytest.mark.parametrize("texts", [("one text", "", "another, longer text"), ("",), (None,), ()])
 def test_every_length_is_measured_with_full_rows_and_with_shorter_ones(texts):
-    found = text_rows_to_measure([answer(text) for text in texts], frontend=FRONTEND)
+    answers = [answer(text) for text in texts]
+    found = text_rows_to_measure(answers, frontend=FRONTEND, inputs={"input_ids"})
     assert list(found) == ["2", "4", "8"]
     for label, some in found.items():
         used = [int((row["input_ids"] > 0).any(-1).sum()) for row in some]
