@@ -70,7 +70,7 @@ def test_a_model_without_batch_effects_is_stable_at_every_size(tmp_path):
     assert [measured.stable for measured in found.values()] == [ROW_COUNTS] * 3
 
 
-def test_costs_are_of_stable_sizes_alone_and_fall_for_each_row(tmp_path):
+def test_costs_have_only_stable_sizes_and_fall_per_row(tmp_path):
     for measured in measure(exact, cache=tmp_path).values():
         assert 1 in measured.costs
         assert set(measured.costs) <= set(measured.stable)
@@ -78,7 +78,7 @@ def test_costs_are_of_stable_sizes_alone_and_fall_for_each_row(tmp_path):
         assert a_row == sorted(a_row, reverse=True)
 
 
-def test_without_a_budget_only_a_row_alone_is_proven_and_runs(tmp_path):
+def test_without_a_budget_only_single_rows_run(tmp_path):
     for measured in measure(exact, cache=tmp_path, budget_s=0).values():
         assert measured.stable == (1,)
         assert set(measured.costs) == {1}
@@ -93,7 +93,7 @@ def test_a_model_that_does_not_repeat_itself_is_refused(tmp_path, noise):
         measure(restless, cache=tmp_path)
 
 
-def test_timings_are_kept_and_the_least_ever_seen_decides(tmp_path):
+def test_timings_are_cached_and_the_smallest_counts(tmp_path):
     measure(exact, cache=tmp_path)
     (file,) = kept(tmp_path)
     known = json.loads(file.read_bytes())
@@ -103,7 +103,7 @@ def test_timings_are_kept_and_the_least_ever_seen_decides(tmp_path):
     assert json.loads(file.read_bytes())["4"]["8"] == 1e-12
 
 
-def test_a_slower_moment_changes_nothing_that_is_kept(tmp_path):
+def test_slower_timings_do_not_change_the_cache(tmp_path):
     measure(exact, cache=tmp_path)
     (file,) = kept(tmp_path)
     least = {
@@ -119,7 +119,7 @@ def test_a_slower_moment_changes_nothing_that_is_kept(tmp_path):
         )
 
 
-def test_that_a_size_is_stable_is_never_taken_from_what_was_kept(tmp_path):
+def test_stable_sizes_are_measured_and_never_cached(tmp_path):
     measure(exact, cache=tmp_path)
 
     def unstable(inputs):
@@ -131,7 +131,7 @@ def test_that_a_size_is_stable_is_never_taken_from_what_was_kept(tmp_path):
         assert set(measured.costs) <= {1, 2}
 
 
-def test_another_bundle_and_another_platform_have_timings_of_their_own(tmp_path):
+def test_another_bundle_and_another_platform_have_other_cache_files(tmp_path):
     measure(exact, cache=tmp_path)
     measure(exact, cache=tmp_path, digest="1" * 64)
     measure(exact, cache=tmp_path, platform=PLATFORM.model_copy(update={"threads": 2}))
@@ -153,7 +153,7 @@ def test_another_bundle_and_another_platform_have_timings_of_their_own(tmp_path)
         b"[" * 100_000,
     ],
 )
-def test_garbage_among_what_was_kept_is_overlooked_and_replaced(tmp_path, garbage):
+def test_garbage_in_the_cache_is_ignored_and_replaced(tmp_path, garbage):
     measure(exact, cache=tmp_path)
     (file,) = kept(tmp_path)
     file.write_bytes(garbage)
@@ -163,20 +163,20 @@ def test_garbage_among_what_was_kept_is_overlooked_and_replaced(tmp_path, garbag
     assert set(json.loads(file.read_bytes())) == {"2", "4", "8"}
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(tmp_path):
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert measure(exact, cache=tmp_path / "file")["4"].stable == ROW_COUNTS
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_timings_are_kept_in_the_home_folder_where_none_is_named(tmp_path, monkeypatch):
+def test_without_a_folder_timings_are_cached_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Calibration().measure(exact, rows(), path=Path("here"), digest="0" * 64, platform=PLATFORM)
     assert kept(tmp_path / ".cache" / "evalmode")
 
 
 @pytest.mark.parametrize("budget_s", [-1.0, float("nan")])
-def test_a_budget_below_nothing_is_refused(budget_s):
+def test_a_budget_below_0_is_refused(budget_s):
     with pytest.raises(ValueError, match="budget_s must be at least 0"):
         Calibration(budget_s=budget_s)
 
@@ -186,7 +186,7 @@ def test_a_budget_below_nothing_is_refused(budget_s):
         st.sampled_from(ROW_COUNTS), st.floats(min_value=1e-9, max_value=10), min_size=1
     )
 )
-def test_sizes_are_as_large_as_efficient_and_no_larger(timings):
+def test_efficient_sizes_cost_less_per_row_than_all_smaller_ones(timings):
     kept_ones = efficient(timings)
     assert min(timings) in kept_ones
     for size, seconds in timings.items():
@@ -197,7 +197,7 @@ def test_sizes_are_as_large_as_efficient_and_no_larger(timings):
         assert kept_ones.get(size, seconds) == seconds
 
 
-def test_requests_that_are_run_as_they_are_are_timed_and_must_repeat_their_bits():
+def test_whole_requests_are_timed_and_must_repeat_their_bits():
     noise = count()
     asked = [
         {"input_ids": np.ones((1, 2, 2), np.int64)},

@@ -52,7 +52,7 @@ def model(bundle):
     return Model.open(bundle)
 
 
-def test_a_model_says_who_it_is_and_what_was_proven(model, bundle):
+def test_an_open_model_has_its_identity_and_its_measurements(model, bundle):
     assert (model.name, model.version, model.is_text) == ("tiny", "1", True)
     assert model.bundle.path == bundle
     assert not model.bundle.contents, "the session has the model: its bytes are not kept twice"
@@ -70,7 +70,7 @@ def test_a_model_says_who_it_is_and_what_was_proven(model, bundle):
         assert set(bucket.costs) <= set(model.row_counts[bucket.label]) <= set(ROW_COUNTS)
 
 
-def test_a_text_has_one_bucket_whatever_stands_beside_it(model, texts):
+def test_a_text_has_one_bucket_whatever_other_texts_the_request_has(model, texts):
     together, _ = model.text_rows(texts)
     for text, (bucket, row) in zip(texts, together, strict=True):
         ((own, same),), _ = model.text_rows([text])
@@ -81,7 +81,7 @@ def test_a_text_has_one_bucket_whatever_stands_beside_it(model, texts):
         assert row.nbytes == 8 * bucket.positions * GRAMS
 
 
-def test_a_text_has_the_same_bits_alone_and_in_every_proven_batch(model, texts):
+def test_a_text_has_the_same_bits_alone_and_at_each_measured_batch_size(model, texts):
     jobs, _ = model.text_rows(texts)
     for bucket in model.buckets:
         own = [job for job in jobs if job[0] is bucket]
@@ -90,7 +90,7 @@ def test_a_text_has_the_same_bits_alone_and_in_every_proven_batch(model, texts):
                 assert content_of(found) == content_of(alone(job))
 
 
-def test_an_answer_that_is_kept_keeps_no_other_alive(model):
+def test_an_answer_does_not_keep_its_batch_alive(model):
     jobs, _ = model.text_rows(["a", "b"])
     for found in together(jobs, places=2):
         assert found["logits"].shape == (1, 5)
@@ -98,7 +98,7 @@ def test_an_answer_that_is_kept_keeps_no_other_alive(model):
         assert found["logits"].flags.c_contiguous
 
 
-def test_a_long_text_is_cut_and_says_so_or_is_refused_by_its_place(model):
+def test_a_long_text_is_cut_and_marked_or_refused_by_its_index(model):
     assert model.text_rows(["short", LONG])[1] == [False, True]
     with pytest.raises(InvalidField, match="16 positions") as refusal:
         model.text_rows(["short", LONG], truncate=False)
@@ -115,7 +115,7 @@ def test_predictions_are_the_best_labels_first(model):
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_raw_ids_have_the_very_bits_of_their_text_whatever_the_padding(model, data):
+def test_raw_ids_have_the_bits_of_their_text_whatever_the_padding(model, data):
     texts = data.draw(st.lists(st.text(max_size=60), min_size=1, max_size=4))
     jobs, _ = model.text_rows(texts)
     width = data.draw(st.integers(min_value=max(row.tokens for _, row in jobs), max_value=16))
@@ -166,12 +166,12 @@ def test_raw_ids_have_the_very_bits_of_their_text_whatever_the_padding(model, da
         ),
     ],
 )
-def test_raw_ids_that_the_model_does_not_take_are_refused_by_name(model, inputs, said):
+def test_raw_ids_that_do_not_fit_the_model_are_refused_by_name(model, inputs, said):
     with pytest.raises(BadRequest, match=said):
         model.tensor_jobs(inputs)
 
 
-def test_a_row_where_nothing_counts_is_refused_by_its_place(model):
+def test_a_row_in_which_no_position_counts_is_refused_by_its_index(model):
     ids = np.ones((3, 4, GRAMS), np.int64)
     ids[1] = 0
     with pytest.raises(BadRequest, match=r"row 1 of input_ids is empty.*NaN") as refusal:
@@ -213,7 +213,7 @@ def tokens(request, tmp_path_factory):
     )
 
 
-def test_tokens_as_raw_tensors_have_the_very_bits_of_their_text(tokens):
+def test_raw_tokens_have_the_bits_of_their_text(tokens):
     texts = ["a b c", "d", "", "e f g h a b", "z z"]
     jobs, _ = tokens.text_rows(texts)
     ids, mask = np.zeros((2, 5, 8), np.int64)
@@ -228,7 +228,7 @@ def test_tokens_as_raw_tensors_have_the_very_bits_of_their_text(tokens):
     assert [bucket.label for bucket, _ in jobs] == ["4", "4", "4", "8", "4"]
 
 
-def test_a_mask_is_refused_where_the_graph_takes_none(tokens):
+def test_a_mask_is_refused_if_the_graph_has_no_input_for_it(tokens):
     both = {IDS: np.ones((1, 2), np.int64), MASK: np.ones((1, 2), np.int64)}
     if MASK in {spec.name for spec in tokens.inputs}:
         assert tokens.tensor_jobs(both)
@@ -280,16 +280,16 @@ def test_without_a_budget_every_row_runs_alone(bundle):
     }
 
 
-def test_a_model_with_another_number_of_answers_than_labels_is_refused(tmp_path):
+def test_a_model_with_another_number_of_logits_than_labels_is_refused(tmp_path):
     with pytest.raises(BundleError, match=r"\(batch, 5 labels\)"):
         Model.open(make_bundle(tmp_path, model=tiny_model(labels=4)))
 
 
-def test_labels_that_the_manifest_does_not_name_are_numbers(tmp_path):
+def test_without_labels_in_the_manifest_the_labels_are_numbers(tmp_path):
     assert Model.open(make_bundle(tmp_path, labels=None)).labels == ("0", "1", "2", "3", "4")
 
 
-def test_a_provider_that_is_not_there_is_refused(bundle):
+def test_a_missing_provider_is_refused(bundle):
     with pytest.raises(ProviderUnavailable, match="cpu"):
         Model.open(bundle, provider="nonsense")
 
@@ -301,7 +301,7 @@ def test_a_changed_bundle_is_refused(tmp_path):
         Model.open(bundle)
 
 
-def test_a_known_answer_that_does_not_come_out_is_a_refusal_to_open(tmp_path):
+def test_a_bundle_whose_known_answer_differs_is_refused(tmp_path):
     def one_bit_off(answer):
         logits = np.nextafter(answer.outputs["logits"], np.float32(np.inf))
         return dataclasses.replace(answer, outputs={"logits": logits})
@@ -341,7 +341,7 @@ def dropping_model(*, mode):
     return onnx_model([drop], inputs=[x], outputs=[y], weights=weights)
 
 
-def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path):
+def test_a_certificate_of_another_platform_allows_its_tolerance(tmp_path):
     opened = Model.open(make_bundle(tmp_path, certify=elsewhere))
     assert opened.replayed.verdict == "within tolerance"
     assert [difference.what for difference in opened.replayed.differences] == [
@@ -365,7 +365,7 @@ def test_a_dropout_that_still_runs_is_refused_whatever_its_certificate_says(tmp_
         Model.open(bundle, allow_uncertified=True)
 
 
-def test_the_ladder_of_this_file_is_the_tiny_models(model):
+def test_the_constants_of_this_file_are_those_of_the_tiny_model(model):
     assert isinstance(model.frontend.spec, NgramSpec)
     assert (model.frontend.spec.vocabulary, model.frontend.spec.ids_per_position) == (
         VOCABULARY,

@@ -30,7 +30,7 @@ from tests.service.bundles import make_bundle, onnx_model, tensor_bundle
 
 
 @pytest.mark.parametrize("above", [0, 1, 2])
-def test_the_folder_may_be_a_bundle_or_versions_of_one_or_names_of_such(root, above):
+def test_the_root_may_be_a_bundle_or_hold_versions_or_hold_models(root, above):
     bundle = make_bundle(root)
     repository = started([bundle, *bundle.parents][above])
     assert repository.get("tiny").bundle.path == bundle
@@ -38,7 +38,7 @@ def test_the_folder_may_be_a_bundle_or_versions_of_one_or_names_of_such(root, ab
     assert states(repository) == {("tiny", "1"): READY}
 
 
-def test_the_newest_version_answers_as_people_count(root):
+def test_the_newest_version_answers_and_10_is_newer_than_9(root):
     for version in ("9", "10", "2"):
         make_bundle(root, version=version)
     repository = started(root)
@@ -53,7 +53,7 @@ def test_the_newest_version_answers_as_people_count(root):
         repository.get("tiny", "9")
 
 
-def test_several_versions_are_open_where_that_is_asked(root):
+def test_several_versions_are_open_if_the_setting_says_so(root):
     for version in ("9", "10", "2"):
         make_bundle(root, version=version)
     repository = started(root, versions=2)
@@ -62,7 +62,7 @@ def test_several_versions_are_open_where_that_is_asked(root):
     assert repository.models() == repository.versions_of("tiny")
 
 
-def test_folders_may_be_called_anything_that_is_not_hidden(root, made):
+def test_folders_may_have_any_name_that_is_not_hidden(root, made):
     put(made["1"], root / "what" / "ever")
     put(made["2"], root / ".hidden" / "2")
     put(made["2"], root / "what" / ".2-being-written")
@@ -89,7 +89,7 @@ def test_of_two_folders_of_one_version_the_first_is_open_and_the_log_says_so_onc
     assert passed_over(logs) == [(str(second), str(first))]
 
 
-def test_where_the_first_of_two_folders_of_one_version_is_broken_the_second_is_opened(root, made):
+def test_if_the_first_of_two_folders_of_one_version_is_broken_the_second_is_opened(root, made):
     first, second = root / "a" / "x", root / "b" / "x"
     put(made["1"], first)
     put(made["1 anew"], second)
@@ -106,7 +106,7 @@ def test_where_the_first_of_two_folders_of_one_version_is_broken_the_second_is_o
     assert "a/x/model.onnx is not the certified file" in reasons[UNAVAILABLE]
 
 
-def test_of_two_folders_of_one_version_that_is_served_which_a_restart_would_serve(root, made):
+def test_of_two_folders_of_one_version_the_one_that_a_restart_would_serve_is_served(root, made):
     first, second = root / "a" / "x", root / "b" / "x"
     put(made["1"], first)
     put(made["1 anew"], second)
@@ -129,7 +129,7 @@ def test_of_two_folders_of_one_version_that_is_served_which_a_restart_would_serv
     assert repository.get("tiny") is model, "where no folder can be opened, what was open goes on"
 
 
-def test_a_folder_that_comes_later_and_before_another_takes_its_place(root, made):
+def test_a_new_folder_of_the_same_version_that_sorts_first_replaces_the_other(root, made):
     put(made["1"], root / "b" / "x")
     repository = started(root)
     put(made["1 anew"], root / "a" / "x")
@@ -139,7 +139,7 @@ def test_a_folder_that_comes_later_and_before_another_takes_its_place(root, made
     assert passed_over(logs) == [(str(root / "b" / "x"), str(root / "a" / "x"))]
 
 
-def test_a_broken_folder_that_comes_later_and_before_another_changes_nothing(root, made):
+def test_a_new_broken_folder_of_the_same_version_that_sorts_first_changes_nothing(root, made):
     put(made["1"], root / "b" / "x")
     repository = started(root)
     model = repository.get("tiny")
@@ -151,7 +151,7 @@ def test_a_broken_folder_that_comes_later_and_before_another_changes_nothing(roo
     assert repository.get("tiny").bundle.path == root / "b" / "x"
 
 
-def test_several_folders_of_a_version_count_as_one_of_the_versions_that_are_open(root, made):
+def test_several_folders_of_a_version_count_as_one_open_version(root, made):
     for place, contents in enumerate(("1", "1", "2", "2")):
         put(made[contents], root / str(place) / "x")
     for place in (0, 2):
@@ -161,7 +161,7 @@ def test_several_folders_of_a_version_count_as_one_of_the_versions_that_are_open
     assert paths == {"2": root / "3" / "x", "1": root / "1" / "x"}
 
 
-def test_where_no_folder_of_a_version_can_be_opened_the_first_ones_reason_is_given(root, made):
+def test_if_no_folder_of_a_version_can_be_opened_the_error_is_that_of_the_first(root, made):
     for place in ("a", "b"):
         put(made["1"], root / place / "x")
         spoil(root / place / "x")
@@ -169,7 +169,7 @@ def test_where_no_folder_of_a_version_can_be_opened_the_first_ones_reason_is_giv
         started(root)
 
 
-def test_an_older_good_version_takes_the_place_of_a_bad_one(root):
+def test_an_older_good_version_is_served_instead_of_a_bad_one(root):
     make_bundle(root, version="1")
     spoil(make_bundle(root, version="2"))
     with capture_logs() as logs:
@@ -182,7 +182,7 @@ def test_an_older_good_version_takes_the_place_of_a_bad_one(root):
     assert len(refusals(logs)) == 1
 
 
-def test_where_nothing_can_be_opened_its_own_error_is_raised_and_nothing_logged(root):
+def test_if_no_bundle_can_be_opened_the_first_error_is_raised_and_nothing_logged(root):
     spoil(make_bundle(root))
     with (
         capture_logs() as logs,
@@ -193,13 +193,13 @@ def test_where_nothing_can_be_opened_its_own_error_is_raised_and_nothing_logged(
 
 
 @pytest.mark.parametrize("manifest", [b"", b"{", b'{"name": 3}'])
-def test_a_manifest_that_cannot_be_read_is_told_by_who_opens_the_bundle(root, manifest):
+def test_a_manifest_that_cannot_be_read_is_refused_as_corrupt(root, manifest):
     (make_bundle(root) / "manifest.json").write_bytes(manifest)
     with pytest.raises(BundleCorrupt, match=r"manifest\.json is not the certified one"):
         started(root)
 
 
-def test_a_bad_model_takes_none_of_the_others_down(root):
+def test_a_bad_model_does_not_affect_the_others(root):
     make_bundle(root)
     spoil(make_bundle(root, name="spoilt"))
     repository = started(root)
@@ -210,7 +210,7 @@ def test_a_bad_model_takes_none_of_the_others_down(root):
         repository.get("spoilt")
 
 
-def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(root):
+def test_an_unexpected_error_refuses_only_its_bundle_and_is_not_public(root):
     make_bundle(root)
     make_bundle(root, name="odd")
 
@@ -225,7 +225,7 @@ def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(ro
     ] == "it failed to open: the server's log has the error"
 
 
-def test_a_new_version_answers_at_once_and_the_old_one_is_let_go(root):
+def test_a_new_version_answers_at_once_and_the_old_one_is_freed(root):
     make_bundle(root)
     repository = started(root)
     old = repository.get("tiny")
@@ -251,7 +251,7 @@ def test_nothing_is_opened_again_while_nothing_changes(root, opener):
     assert set(opener.asked.values()) == {1}
 
 
-def test_other_content_in_the_folder_of_a_version_takes_its_place(root, made):
+def test_changed_files_in_the_folder_of_a_version_replace_it(root, made):
     bundle = root / "tiny" / "1"
     put(made["1"], bundle)
     repository = started(root)
@@ -262,7 +262,7 @@ def test_other_content_in_the_folder_of_a_version_takes_its_place(root, made):
     assert repository.get("tiny").labels == ("a", "b", "c", "d", "e")
 
 
-def test_the_same_bytes_written_anew_are_opened_anew(root, opener):
+def test_the_same_bytes_written_again_are_opened_again(root, opener):
     bundle = make_bundle(root)
     repository = started(root, opener)
     os.utime(bundle / "model.onnx", ns=(1, 1))
@@ -270,7 +270,7 @@ def test_the_same_bytes_written_anew_are_opened_anew(root, opener):
     assert opener.asked[bundle] == 2
 
 
-def test_a_bad_replacement_is_refused_once_and_what_was_open_goes_on(root, opener):
+def test_a_bad_replacement_is_refused_once_and_the_open_version_stays(root, opener):
     bundle = make_bundle(root)
     repository = started(root, opener)
     model = repository.get("tiny")
@@ -290,7 +290,7 @@ def test_a_bad_replacement_is_refused_once_and_what_was_open_goes_on(root, opene
     assert repository.index()[0].reason == ""
 
 
-def test_a_manifest_that_is_being_written_is_taken_for_no_other_model(root):
+def test_a_manifest_that_is_being_written_changes_no_identity(root):
     make_bundle(root, version="2")
     bundle = make_bundle(root)
     repository = started(root, versions=2)
@@ -303,7 +303,7 @@ def test_a_manifest_that_is_being_written_is_taken_for_no_other_model(root):
     assert states(repository) == {("tiny", "2"): READY, ("tiny", "1"): READY}
 
 
-def test_a_version_whose_folder_is_gone_is_let_go_and_an_older_one_answers(root):
+def test_a_version_without_its_folder_is_closed_and_an_older_one_answers(root):
     make_bundle(root)
     newest = make_bundle(root, version="2")
     repository = started(root)
@@ -313,7 +313,7 @@ def test_a_version_whose_folder_is_gone_is_let_go_and_an_older_one_answers(root)
     assert states(repository) == {("tiny", "1"): READY}
 
 
-def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(root):
+def test_the_last_good_version_stays_without_its_folder_and_that_is_logged_once(root):
     bundle = make_bundle(root)
     repository = started(root)
     model = repository.get("tiny")
@@ -338,7 +338,7 @@ def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(
     assert [model.version for model in repository.models()] == ["3"]
 
 
-def test_a_new_model_is_served_beside_the_others_and_a_missing_one_no_longer_once_another_is_there(
+def test_a_new_model_is_served_beside_the_others(
     root,
 ):
     make_bundle(root)
@@ -354,7 +354,7 @@ def test_a_new_model_is_served_beside_the_others_and_a_missing_one_no_longer_onc
 @pytest.mark.parametrize(
     "last", ["certificate.json", "manifest.json", "model.onnx", "known_answers.npz"]
 )
-def test_a_bundle_whose_files_come_one_by_one_is_served_when_all_are_there(root, made, last):
+def test_a_bundle_that_is_copied_file_by_file_is_served_once_it_is_complete(root, made, last):
     put(made["1"], root / "tiny" / "1")
     repository = started(root)
     target = root / "tiny" / "2"
@@ -373,7 +373,7 @@ def test_a_bundle_whose_files_come_one_by_one_is_served_when_all_are_there(root,
     assert len(said) == len(set(said)), "one reason is told once"
 
 
-def test_a_refusal_that_is_remembered_keeps_nothing_of_what_was_opened(root):
+def test_a_remembered_refusal_keeps_no_model_alive(root):
     make_bundle(root)
     half_open = []
 
@@ -392,14 +392,14 @@ def test_a_refusal_that_is_remembered_keeps_nothing_of_what_was_opened(root):
     assert states(repository)["tiny", "2"] == UNAVAILABLE
 
 
-def test_a_manifest_that_cannot_be_read_stands_before_no_good_bundle(root, made):
+def test_a_folder_with_an_unreadable_manifest_does_not_precede_a_good_bundle(root, made):
     (root / "tiny" / "1").mkdir(parents=True)
     (root / "tiny" / "1" / "manifest.json").write_bytes(b"{")
     put(made["1"], root / "zzz" / "1")
     assert started(root).get("tiny", "1").bundle.path == root / "zzz" / "1"
 
 
-def test_what_was_opened_is_told_with_its_row_counts(root):
+def test_an_opened_model_is_logged_with_its_row_counts(root):
     make_bundle(root)
     with capture_logs() as logs:
         started(root)
@@ -408,14 +408,14 @@ def test_what_was_opened_is_told_with_its_row_counts(root):
     assert line["row_counts"] == {"4": [1], "8": [1], "16": [1]}
 
 
-def test_a_model_that_nothing_certifies_is_opened_with_a_warning(root):
+def test_an_uncertified_model_is_opened_with_a_warning(root):
     (make_bundle(root) / "certificate.json").unlink()
     with capture_logs() as logs:
         started(root, partial(QUICKLY, allow_uncertified=True))
     assert [line["log_level"] for line in logs] == ["warning", "info"]
 
 
-def test_a_model_that_draws_is_opened_with_a_warning_that_names_the_node(root):
+def test_a_model_that_draws_random_numbers_is_opened_with_a_warning_that_names_the_node(root):
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch"]) for name in "xy")
     draw = helper.make_node("RandomUniformLike", ["x"], ["y"], name="draw")
     tensor_bundle(root, model=onnx_model([draw], inputs=[x], outputs=[y]), known=[])

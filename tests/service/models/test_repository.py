@@ -38,21 +38,21 @@ from tests.service.bundle_folders import (
 from tests.service.bundles import make_bundle, tensor_bundle
 
 
-def test_no_bundle_at_all_is_a_refusal_to_start(root):
+def test_without_any_bundle_the_start_is_refused(root):
     with pytest.raises(BundleError, match=r"no bundle at .*: make one with"):
         started(root)
     with pytest.raises(BundleError, match="no bundle at"):
         started(root / "nothing")
 
 
-def test_a_file_instead_of_a_folder_is_a_refusal_to_start_in_one_sentence(root):
+def test_with_a_file_instead_of_a_folder_the_start_is_refused_in_one_sentence(root):
     file = make_bundle(root) / "model.onnx"
     assert f"{file} is a file and no bundle: name the folder NAME/VERSION" in processes.refused(
         file
     )
 
 
-def test_a_folder_that_cannot_be_looked_at_is_a_refusal_to_start_in_one_sentence(root):
+def test_with_an_unreadable_folder_the_start_is_refused_in_one_sentence(root):
     # a name too long is refused to root, too, whom no permission stops
     unreadable = root / ("x" * 300)
     with pytest.raises(StartFailed, match="cannot be looked at: File name too long"):
@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_looked_at_is_a_refusal_to_start_in_one_sentence
     assert "cannot be looked at" in processes.refused(unreadable)
 
 
-def test_fifty_swaps_in_a_row_fail_no_reader_and_leave_one_model(root, made):
+def test_fifty_swaps_disturb_no_reader_and_leave_one_model(root, made):
     bundle = root / "tiny" / "1"
     put(made["1"], bundle)
     repository = started(root)
@@ -91,7 +91,7 @@ def test_fifty_swaps_in_a_row_fail_no_reader_and_leave_one_model(root, made):
     assert len(repository.models()) == 1
 
 
-def test_readers_go_on_while_a_model_is_being_opened(root):
+def test_readers_are_not_blocked_while_a_model_is_being_opened(root):
     make_bundle(root)
     opening, go_on = threading.Event(), threading.Event()
 
@@ -122,7 +122,7 @@ def test_readers_go_on_while_a_model_is_being_opened(root):
 @pytest.mark.parametrize(
     "name", ["", "nothing", "../tiny", "tiny/1", "/etc/passwd", "..", "\0", "tiny\n", "x" * 10_000]
 )
-def test_a_name_that_no_manifest_bears_is_unknown_whatever_it_looks_like(root, name):
+def test_a_name_that_no_manifest_has_is_unknown_whatever_it_looks_like(root, name):
     make_bundle(root)
     repository = started(root)
     for ask in (repository.get, repository.versions_of, repository.load, repository.unload):
@@ -134,7 +134,7 @@ def test_a_name_that_no_manifest_bears_is_unknown_whatever_it_looks_like(root, n
             repository.get("tiny", version)
 
 
-def test_a_model_that_was_unloaded_stays_so_until_it_is_loaded(root, opener):
+def test_an_unloaded_model_stays_closed_until_it_is_loaded(root, opener):
     bundle = make_bundle(root)
     repository = started(root, opener)
     repository.unload("tiny")
@@ -154,7 +154,7 @@ def test_a_model_that_was_unloaded_stays_so_until_it_is_loaded(root, opener):
     assert repository.get("tiny").version == "2"
 
 
-def test_loading_opens_anew_what_is_open(root):
+def test_loading_an_open_model_opens_it_again(root):
     make_bundle(root)
     repository = started(root)
     model = repository.get("tiny")
@@ -162,7 +162,7 @@ def test_loading_opens_anew_what_is_open(root):
     assert repository.get("tiny") is not model
 
 
-def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, opener):
+def test_loading_tries_a_refused_bundle_again_and_raises_the_reason(root, opener):
     bundle = make_bundle(root)
     repository = started(root, opener)
     model = repository.get("tiny")
@@ -179,7 +179,7 @@ def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, o
     assert repository.get("tiny") is not model
 
 
-def test_loading_what_has_no_folder_any_more_is_refused_and_what_was_open_goes_on(root):
+def test_loading_a_model_without_a_folder_is_refused_and_it_stays_open(root):
     bundle = make_bundle(root)
     repository = started(root)
     shutil.rmtree(bundle)
@@ -188,14 +188,14 @@ def test_loading_what_has_no_folder_any_more_is_refused_and_what_was_open_goes_o
     assert repository.get("tiny")
 
 
-def test_a_version_may_be_asked_of_the_model_that_is_not_named(root):
+def test_a_version_may_be_named_without_the_model(root):
     make_bundle(root)
     make_bundle(root, version="2")
     repository = started(root, versions=2)
     assert repository.get(version="1").version == "1"
 
 
-def test_loading_finds_what_has_come_since_the_last_look(root):
+def test_loading_opens_a_model_that_is_new_since_the_last_look(root):
     make_bundle(root)
     repository = started(root)
     tensor_bundle(root)
@@ -203,7 +203,7 @@ def test_loading_finds_what_has_come_since_the_last_look(root):
     assert repository.get("tensors").name == "tensors"
 
 
-def test_where_nobody_may_load_and_unload_nobody_does(root):
+def test_without_model_control_loading_and_unloading_are_forbidden(root):
     make_bundle(root)
     repository = started(root, control=False)
     for ask in (repository.load, repository.unload):
@@ -213,7 +213,7 @@ def test_where_nobody_may_load_and_unload_nobody_does(root):
     assert repository.get("tiny")
 
 
-def test_of_several_models_of_text_one_must_be_named_or_be_the_default(root):
+def test_with_several_models_of_text_a_request_must_name_one_unless_there_is_a_default(root):
     make_bundle(root)
     make_bundle(root, name="other")
     with pytest.raises(
@@ -224,14 +224,14 @@ def test_of_several_models_of_text_one_must_be_named_or_be_the_default(root):
     assert started(root, default_model="other").default_text().name == "other"
 
 
-def test_where_no_model_reads_texts_that_is_said(root):
+def test_without_a_model_of_text_the_error_names_the_models_of_tensors(root):
     tensor_bundle(root)
     with pytest.raises(InvalidField, match="none here reads texts: /v2 serves tensors") as refusal:
         started(root).default_text()
     assert refusal.value.field == "model"
 
 
-def test_a_default_model_that_is_not_there_is_a_refusal_to_start(root):
+def test_with_a_missing_default_model_the_start_is_refused(root):
     make_bundle(root)
     with pytest.raises(
         StartFailed,
@@ -240,7 +240,7 @@ def test_a_default_model_that_is_not_there_is_a_refusal_to_start(root):
         started(root, default_model="other")
 
 
-def test_polling_finds_a_new_version_by_itself_and_ends_when_told(root):
+def test_polling_opens_a_new_version_and_ends_at_close(root):
     make_bundle(root)
     opened = threading.Event()
 
@@ -279,7 +279,7 @@ def test_an_error_does_not_end_the_polling(root):
     assert repository.get("tiny")
 
 
-def test_without_a_pace_nothing_polls(root):
+def test_with_an_interval_of_0_nothing_polls(root):
     make_bundle(root)
     repository = started(root)
     repository.start_polling(0)

@@ -20,7 +20,7 @@ def tensors(tmp_path_factory):
     return Model.open(tensor_bundle(tmp_path_factory.mktemp("tensors")))
 
 
-def test_a_model_of_text_that_reads_no_raw_text_refuses_none_of_the_others(tensors):
+def test_a_model_of_tensors_refuses_texts(tensors):
     with pytest.raises(BadRequest, match="takes tensors and no texts"):
         tensors.text_rows(["a"])
 
@@ -58,7 +58,7 @@ def test_a_row_of_tensors_has_the_same_bits_alone_and_in_a_request_of_many(tenso
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_request_of_a_model_that_was_not_proven_is_run_whole(tmp_path):
+def test_without_a_proof_of_independence_a_request_runs_as_a_whole(tmp_path):
     whole = Model.open(tensor_bundle(tmp_path, independent=False))
     assert [bucket.label for bucket in whole.buckets] == ["whole"]
     ((bucket, row),) = whole.tensor_jobs(asked(3, 4))
@@ -69,7 +69,7 @@ def test_a_request_of_a_model_that_was_not_proven_is_run_whole(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [[4], [], [3, 4], [-1, 3, 1]])
-def test_a_tensor_without_a_first_axis_that_varies_makes_a_request_whole(tmp_path, shape):
+def test_with_a_tensor_without_a_variable_first_axis_a_request_runs_as_a_whole(tmp_path, shape):
     named = ["n" if size == -1 else size for size in shape]
     node = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
     model = onnx_model([node], inputs=[floats("x", named)], outputs=[floats("y", [])])
@@ -80,7 +80,7 @@ def test_a_tensor_without_a_first_axis_that_varies_makes_a_request_whole(tmp_pat
     assert whole.join(bucket.run([row]))["y"].shape == ()
 
 
-def test_a_first_axis_that_is_no_row_makes_a_request_whole(tmp_path):
+def test_with_an_output_whose_first_axis_does_not_count_rows_a_request_runs_as_a_whole(tmp_path):
     node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)
     model = onnx_model([node], inputs=[floats("x", ["n", 2])], outputs=[floats("y", ["m", 2])])
     whole = Model.open(
@@ -108,12 +108,12 @@ def test_a_model_without_known_answers_runs_each_row_alone(tmp_path):
         ({}, r"input 'x' is missing"),
     ],
 )
-def test_tensors_that_the_model_does_not_take_are_refused_by_name(tensors, inputs, said):
+def test_tensors_that_do_not_fit_the_model_are_refused_by_name(tensors, inputs, said):
     with pytest.raises(BadRequest, match=said):
         tensors.tensor_jobs(inputs)
 
 
-def test_inputs_whose_rows_do_not_agree_are_refused(tmp_path):
+def test_inputs_with_different_numbers_of_rows_are_refused(tmp_path):
     node = helper.make_node("Add", ["a", "b"], ["y"])
     both = [floats("a", ["n", "k"]), floats("b", ["n", "k"])]
     model = onnx_model([node], inputs=both, outputs=[floats("y", ["n", "k"])])
@@ -124,7 +124,7 @@ def test_inputs_whose_rows_do_not_agree_are_refused(tmp_path):
         opened.tensor_jobs({"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)})
 
 
-def test_inputs_that_the_runtime_refuses_are_a_bad_request_with_its_reason_and_no_path(tensors):
+def test_inputs_that_the_runtime_refuses_are_a_bad_request_with_its_reason_without_paths(tensors):
     (job,) = tensors.tensor_jobs(asked(1, 65))
     with pytest.raises(BadRequest, match="the model cannot compute with these inputs: ") as refusal:
         alone(job)
@@ -146,7 +146,7 @@ def test_an_index_out_of_range_is_a_bad_request(tmp_path):
         alone(job)
 
 
-def test_nan_is_the_answer_of_its_row_and_changes_no_bit_of_the_others(tmp_path):
+def test_nan_in_one_row_changes_no_bit_of_the_others(tmp_path):
     model = onnx_model(
         [helper.make_node("Log", ["x"], ["y"])],
         inputs=[floats("x", ["n"])],
@@ -181,7 +181,7 @@ def test_strings_are_tensors_too(tmp_path, elements):
 
 
 @pytest.mark.parametrize("element", [b"\xff", "\ud83d"])
-def test_strings_that_are_no_text_are_refused(tmp_path, element):
+def test_strings_that_are_not_utf_8_are_refused(tmp_path, element):
     opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known=[]))
     with pytest.raises(BadRequest, match="element 1 of input 's' is not UTF-8"):
         opened.tensor_jobs({"s": np.array([["a", element]], object)})
@@ -193,7 +193,7 @@ def test_rows_whose_strings_differ_have_other_digests():
     assert one.digest() == ModelRow(inputs={"s": np.array([["".join("a"), "c"]], object)}).digest()
 
 
-def test_a_tensor_that_no_request_can_carry_is_a_refusal_to_open(tmp_path):
+def test_a_model_with_a_tensor_that_no_request_can_carry_is_refused(tmp_path):
     node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.BFLOAT16)
     out = helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n"])
     model = onnx_model([node], inputs=[floats("x", ["n"])], outputs=[out])
@@ -203,7 +203,7 @@ def test_a_tensor_that_no_request_can_carry_is_a_refusal_to_open(tmp_path):
         Model.open(tensor_bundle(tmp_path, model=model, known=[]))
 
 
-def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path):
+def test_without_a_certificate_a_request_is_not_split(tmp_path):
     bundle = tensor_bundle(tmp_path)
     (bundle / "certificate.json").unlink()
     assert [bucket.label for bucket in Model.open(bundle, allow_uncertified=True).buckets] == [
@@ -211,7 +211,7 @@ def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path):
     ]
 
 
-def test_a_row_is_described_by_its_digest_and_its_shapes(tensors):
+def test_the_description_of_a_row_has_its_digest_and_its_shapes(tensors):
     ((_, row),) = tensors.tensor_jobs(asked(1, 4))
     assert row.description() == f"{row.digest()} x[1, 4]"
 
@@ -229,7 +229,7 @@ def test_bounds_hold_for_integers_of_every_type(dtype):
             check_inputs({"ids": ids}, [spec])
 
 
-def test_the_first_place_out_of_a_part_is_named_as_the_input_counts_it():
+def test_the_first_index_out_of_bounds_is_counted_in_the_whole_input():
     part = (PartOfAxis(axis=1, start=-2),)
     spec = TensorSpec(
         name="ids", datatype="INT64", shape=(-1, -1), bounds=(Bound(minimum=0, part=part),)

@@ -25,7 +25,7 @@ def masked(ids, mask=None):
     )
 
 
-def test_a_row_of_tokens_is_as_long_as_its_mask_and_padded_with_nothing():
+def test_a_row_of_tokens_is_as_long_as_its_mask_and_padded_with_zeros():
     one, other = masked([[1, 5, 6, 99], [1, 2, 3, 4]], [[1, 1, 0, 0], [1, 1, 1, 1]])
     assert one.ids.tolist() == [1, 5]
     padded = one.padded(4)
@@ -34,7 +34,7 @@ def test_a_row_of_tokens_is_as_long_as_its_mask_and_padded_with_nothing():
     assert other.padded(8)["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
 
 
-def test_a_mask_with_holes_is_kept_as_it_is():
+def test_a_mask_with_holes_is_unchanged():
     (row,) = masked([[7, 8, 9, 0]], [[0, 1, 1, 0]])
     assert row.padded(4)["attention_mask"].tolist() == [[0, 1, 1, 0]]
     assert row.padded(4)["input_ids"].tolist() == [[7, 8, 9, 0]]
@@ -62,7 +62,7 @@ def test_without_a_mask_the_ids_that_are_not_padding_count():
         ([[[1], [2]]], None, r"input_ids must have the shape \[-1, -1\], got \[1, 2, 1\]"),
     ],
 )
-def test_tokens_and_masks_that_make_no_row_are_refused(ids, mask, said):
+def test_invalid_tokens_and_masks_are_refused(ids, mask, said):
     with pytest.raises(BadRequest, match=said):
         masked(ids, mask)
 

@@ -74,7 +74,7 @@ def children(parent: int | None = None) -> set[int]:
     return pids
 
 
-def test_a_good_bundle_is_open_with_what_the_child_has_measured(bundle, opener):
+def test_a_good_bundle_is_open_with_the_measurements_of_the_child(bundle, opener):
     model, direct = opener.open(bundle), Model.open(bundle)
     assert answer(model) == answer(direct)
     assert model.replayed == direct.replayed
@@ -100,7 +100,7 @@ def test_the_budget_and_the_cache_of_the_measurements_reach_the_child(bundle, tm
     trial.end_child()
 
 
-def test_one_child_opens_several_bundles_and_none_is_left_when_it_may_rest(bundle, opener):
+def test_one_child_opens_several_bundles_and_ends_with_end_child(bundle, opener):
     before = children()
     opener.open(bundle)
     first = children() - before
@@ -124,7 +124,9 @@ def other_answer(known):
         (lambda root: root, BundleError),
     ],
 )
-def test_a_refusal_of_the_child_is_the_one_of_opening_it_here(tmp_path, opener, make, kind):
+def test_a_refusal_by_the_child_equals_that_of_opening_the_bundle_here(
+    tmp_path, opener, make, kind
+):
     path = make(tmp_path)
     with pytest.raises(BundleError) as direct:
         Model.open(path)
@@ -145,20 +147,20 @@ def uncertified(path: Path) -> Path:
     return path
 
 
-def test_an_uncertified_bundle_is_open_where_that_is_allowed(tmp_path):
+def test_an_uncertified_bundle_is_open_if_that_is_allowed(tmp_path):
     trial = TrialOpener(timeout_s=WAIT_S, allow_uncertified=True)
     assert trial.open(uncertified(make_bundle(tmp_path))).replayed is None
     trial.end_child()
 
 
-def test_a_provider_that_is_not_there_is_refused_in_the_same_words(bundle):
+def test_a_missing_provider_is_refused_in_the_same_words(bundle):
     trial = TrialOpener(timeout_s=WAIT_S, provider="none-such")
     with pytest.raises(ProviderUnavailable, match="'none-such' is not available here"):
         trial.open(bundle)
     trial.end_child()
 
 
-def test_an_error_that_is_no_fault_of_a_bundle_comes_with_the_childs_traceback(bundle):
+def test_an_unexpected_error_has_the_traceback_of_the_child(bundle):
     trial = TrialOpener(timeout_s=WAIT_S, threads="many")  # type: ignore[arg-type]
     with pytest.raises(TrialError, match=r"Traceback[\s\S]*TypeError"):
         trial.open(bundle)
@@ -223,7 +225,7 @@ class Swapping(TrialOpener):
         return result
 
 
-def test_what_takes_the_place_of_a_bundle_after_its_trial_is_never_opened(tmp_path):
+def test_a_bundle_that_replaces_another_after_its_trial_is_never_opened(tmp_path):
     path = harmless(tmp_path / "a")
     trial = Swapping(hanging_when_opened(tmp_path / "b"))
     with pytest.raises(BundleError, match="was changed while it was opened"):
@@ -261,7 +263,7 @@ def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(r
     repository.close()
 
 
-def test_closing_a_repository_ends_an_opening_at_once_and_without_a_word(root):
+def test_closing_a_repository_ends_an_opening_at_once_and_logs_nothing(root):
     harmless(root)
     trial = TrialOpener(timeout_s=600)
     repository = repository_of(root, trial)
@@ -284,14 +286,14 @@ def test_a_server_of_a_stuck_bundle_refuses_to_start_with_one_sentence(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "certificate.json"])
-def test_a_server_of_a_bundle_with_a_pipe_among_its_files_refuses_to_start_at_once(tmp_path, name):
+def test_a_server_of_a_bundle_with_a_fifo_among_its_files_refuses_to_start_at_once(tmp_path, name):
     file = make_bundle(tmp_path) / name
     file.unlink()
     os.mkfifo(file)
     assert f"{name} is a FIFO and not a regular file" in processes.refused(tmp_path)
 
 
-def test_a_server_starts_with_its_other_models_where_one_is_stuck(tmp_path):
+def test_a_server_starts_with_its_other_models_if_one_is_stuck(tmp_path):
     make_bundle(tmp_path)
     hanging_when_run(tmp_path, name="stuck")
     with processes.running(tmp_path, load_timeout_s=8) as server:
@@ -306,7 +308,7 @@ def has_ended(pid: int) -> bool:
     return state == "Z"
 
 
-def test_a_start_that_is_stuck_is_ended_by_a_signal_and_leaves_no_process(tmp_path):
+def test_a_signal_ends_a_start_that_is_stuck_and_no_process_is_left(tmp_path):
     hanging_when_run(tmp_path)
     server = subprocess.Popen(
         [sys.executable, *processes.SERVER],

@@ -132,7 +132,7 @@ def server() -> Iterator[tuple[httpx.Client, Written]]:
         yield found
 
 
-def test_every_line_of_a_request_has_its_id_whoever_wrote_it(server):
+def test_all_lines_of_a_request_have_its_id_whatever_logger_wrote_them(server):
     client, written = server
     client.post("/logs", json={"text": TEXT})
     for event, logger in (
@@ -155,18 +155,18 @@ def test_a_crash_is_one_line_with_its_traceback_and_the_id(server):
     assert sum("ZeroDivisionError" in line for line in written.lines) == 1
 
 
-def test_what_uvicorn_itself_has_to_say_of_a_request_has_its_id(server):
+def test_uvicorns_own_line_about_a_request_has_its_id(server):
     client, written = server
     assert client.get("/unfinished").status_code == 500
     assert written.json("ASGI callable returned")["request_id"] == "mine"
 
 
-def test_a_line_out_of_any_request_has_no_id(server):
+def test_a_line_outside_of_requests_has_no_id(server):
     _, written = server
     assert "request_id" not in written.json("serving")
 
 
-def test_no_line_holds_what_was_asked(server):
+def test_no_line_has_the_text_of_a_request(server):
     client, written = server
     client.post(
         "/logs?q=query-secret",
@@ -187,7 +187,7 @@ def test_on_a_terminal_a_traceback_shows_no_values():
         assert TEXT not in re.sub(r"\x1b\[[0-9;]*m", "", "".join(written.lines))
 
 
-def test_lines_that_nobody_reads_are_lost_and_the_next_one_says_how_many():
+def test_lines_that_are_not_read_are_lost_and_the_next_one_says_how_many():
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream:
         handler = LineHandler(stream)
@@ -219,7 +219,7 @@ def test_a_process_whose_stderr_is_closed_goes_on():
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "went on\n"
 
 
-def test_a_violation_is_written_down_with_all_that_it_takes_to_do_it_again():
+def test_a_violation_is_logged_with_all_that_reproduces_it():
     bucket = Bucket(
         model="m",
         version="1",

@@ -111,7 +111,7 @@ def test_a_request_is_counted_by_route_method_and_status_and_timed_by_route():
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_a_reason_is_there_before_anything_was_rejected(reason):
+def test_each_reason_has_a_series_before_the_first_rejection(reason):
     assert value(Metrics(), "rejections_total", reason=reason) == 0
 
 
@@ -136,14 +136,14 @@ def test_a_batch_gives_its_rows_tokens_padding_waits_and_run_by_model_and_bucket
     assert value(metrics, "run_duration_seconds_sum", **labels) == 0.04
 
 
-def test_dropped_rows_are_counted_by_why():
+def test_dropped_rows_are_counted_by_reason():
     metrics = Metrics()
     metrics.rows_dropped("deadline", bucket_of(), 3)
     metrics.rows_dropped("deadline", bucket_of(), 2)
     assert value(metrics, "dropped_rows_total", model="languages", reason="deadline") == 5
 
 
-def test_every_counter_of_a_model_is_there_with_0_from_the_start():
+def test_all_counters_of_a_model_begin_at_0():
     metrics = Metrics()
     metrics.models_changed([shown()])
     for reason in ("queue_full", "deadline", "cancelled", "failed"):
@@ -154,7 +154,7 @@ def test_every_counter_of_a_model_is_there_with_0_from_the_start():
         assert value(metrics, name, model="languages") == 0
 
 
-def test_what_happened_to_a_model_is_told_after_its_end():
+def test_swaps_of_a_model_are_reported_after_its_end():
     metrics = Metrics()
     metrics.models_changed([shown()])
     metrics.models_changed([])
@@ -166,7 +166,7 @@ def test_what_happened_to_a_model_is_told_after_its_end():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_that_was_asked_nothing_has_every_family_and_its_counters_are_0(bundle, workers):
+def test_a_new_server_has_all_families_and_its_counters_are_0(bundle, workers):
     with running(bundle, workers=workers) as server:
         text = httpx.get(f"{server.url}/metrics", timeout=30).text
     families = {family.name: family for family in parser.text_string_to_metric_families(text)}
@@ -186,7 +186,7 @@ def test_a_server_that_was_asked_nothing_has_every_family_and_its_counters_are_0
     assert all(sample.value == 0 for sample in families["evalmode_dropped_rows"].samples)
 
 
-def test_the_queue_is_what_the_engine_says_when_it_is_asked():
+def test_the_queue_metrics_are_the_load_of_the_engine():
     load = Load(waiting_rows=7, waiting_bytes=99, running_batches=2, parallel=2)
     found = values(Metrics(), load=load)
     nothing: frozenset[tuple[str, str]] = frozenset()
@@ -205,7 +205,7 @@ def test_proofs_and_violations_are_counted():
     assert value(metrics, "determinism_violations_total", model="languages") == 1
 
 
-def test_a_new_version_takes_the_place_of_the_old_and_the_names_figures_go_on():
+def test_the_series_of_a_model_go_on_with_its_new_version():
     metrics = Metrics()
     metrics.models_changed([shown()])
     metrics.batch_ran(one_row(bucket_of()))
@@ -219,7 +219,7 @@ def test_a_new_version_takes_the_place_of_the_old_and_the_names_figures_go_on():
     assert value(metrics, "model_swaps_total", model="languages", outcome="loaded") == 1
 
 
-def test_the_series_of_a_model_that_is_gone_end_with_it_and_its_last_batch_brings_none_back():
+def test_the_series_of_an_unloaded_model_end_and_its_last_batch_creates_none():
     metrics = Metrics()
     metrics.models_changed([shown(), shown("other")])
     for model in ("languages", "other"):
@@ -235,7 +235,7 @@ def test_the_series_of_a_model_that_is_gone_end_with_it_and_its_last_batch_bring
     assert value(metrics, "batch_rows_count", model="other", bucket="32") == 1
 
 
-def test_a_model_that_comes_back_is_counted_again():
+def test_a_model_that_is_loaded_again_is_counted_again():
     metrics = Metrics()
     for models in ([shown()], [], [shown()]):
         metrics.models_changed(models)
@@ -243,7 +243,7 @@ def test_a_model_that_comes_back_is_counted_again():
     assert value(metrics, "batch_rows_count", model="languages", bucket="32") == 1
 
 
-def test_models_that_come_and_go_while_batches_run_leave_no_series_behind():
+def test_models_that_are_loaded_and_unloaded_while_batches_run_leave_no_series():
     metrics = Metrics()
     over = threading.Event()
 
@@ -263,7 +263,7 @@ def test_models_that_come_and_go_while_batches_run_leave_no_series_behind():
     assert series(metrics, model="languages") == []
 
 
-def test_openmetrics_is_given_to_who_accepts_it_and_is_well_formed():
+def test_a_client_that_accepts_openmetrics_gets_it_and_it_is_well_formed():
     metrics = Metrics()
     metrics.models_changed([shown()])
     metrics.request_began()
@@ -288,7 +288,7 @@ def process_series(name: str, pid: int | None = None) -> tuple[str, frozenset[tu
     return name, frozenset([("pid", str(pid))] if pid else [])
 
 
-def test_a_process_alone_shows_what_it_takes_and_no_series_has_a_date_of_birth():
+def test_a_single_process_reports_its_resources_and_no_series_has_a_creation_time():
     metrics = Metrics()
     began_s = time.process_time()
     found = values(metrics)
@@ -304,7 +304,7 @@ def test_a_process_alone_shows_what_it_takes_and_no_series_has_a_date_of_birth()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_shows_what_each_of_its_processes_takes(bundle, workers):
+def test_a_server_reports_the_resources_of_each_of_its_processes(bundle, workers):
     with running(bundle, workers=workers) as server:
         text = httpx.get(f"{server.url}/metrics", timeout=30).text
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
@@ -325,7 +325,7 @@ def test_a_server_shows_what_each_of_its_processes_takes(bundle, workers):
         assert {sample.labels.get("pid") for sample in longest} == set(pids)
 
 
-def test_a_worker_that_died_shows_no_figures_and_its_replacement_does(bundle):
+def test_a_dead_worker_has_no_series_and_its_replacement_has(bundle):
     with running(bundle, workers=2) as server:
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
         before = set(children.read_text().split())
@@ -342,7 +342,7 @@ def test_a_worker_that_died_shows_no_figures_and_its_replacement_does(bundle):
         assert before < shown_pids
 
 
-def test_how_late_the_event_loop_is_shows_how_long_it_was_blocked():
+def test_the_lag_of_the_event_loop_is_how_long_it_was_blocked():
     metrics = Metrics()
 
     async def blocked() -> None:
@@ -402,7 +402,7 @@ def worker(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_have_nothing_waiting(
+def test_each_process_reports_all_processes_and_dead_ones_have_no_waiting_rows(
     tmp_path,
 ):
     processes = [worker(tmp_path) for _ in range(2)]

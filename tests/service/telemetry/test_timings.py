@@ -103,7 +103,7 @@ def test_a_stream_has_the_sums_of_its_lines(server: RunningServer) -> None:
         ),
     ],
 )
-def test_a_refused_request_has_the_steps_that_it_came_to(
+def test_a_refused_request_has_the_steps_that_it_reached(
     server: RunningServer, path: str, body: bytes, status: int, known: set[str]
 ) -> None:
     assert post(server, path, body, content_type="application/json").status_code == status
@@ -118,7 +118,7 @@ def test_other_requests_have_no_model(server: RunningServer) -> None:
     assert "model" not in line
 
 
-def test_a_slow_request_is_logged_though_the_log_is_a_sample_and_a_stream_is_not(
+def test_slow_requests_are_logged_although_the_log_is_a_sample_but_slow_streams_are_not(
     bundle: Path,
 ) -> None:
     with running(bundle, access_log=0, slow_request_s=0.0001) as server:
@@ -129,7 +129,7 @@ def test_a_slow_request_is_logged_though_the_log_is_a_sample_and_a_stream_is_not
         assert line["rows"] == 2  # of the second request: the stream has no line
 
 
-def test_of_requests_that_waited_in_vain_the_line_says_how_long(
+def test_the_line_of_a_request_without_an_answer_says_how_long_it_waited(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     slow = make_bundle(tmp_path_factory.mktemp("moody"), model=moody_model(tiny_model(), SPEC))
@@ -166,7 +166,7 @@ def wait_for_run(server: RunningServer) -> None:
         assert time.monotonic() < deadline_s
 
 
-def test_timings_begin_at_their_first_use_and_are_empty_without_a_model() -> None:
+def test_timings_are_created_at_their_first_use_and_empty_without_a_model() -> None:
     scope: dict[str, Any] = {}
     assert fields_of(scope) == {}
     assert not is_streamed(scope)
@@ -176,7 +176,7 @@ def test_timings_begin_at_their_first_use_and_are_empty_without_a_model() -> Non
     assert fields_of(scope) == {}
 
 
-def test_steps_that_are_taken_again_add_up_and_the_longest_bucket_stays() -> None:
+def test_repeated_steps_add_up_and_the_longest_bucket_stays() -> None:
     timings = Timings()
     timings.model, timings.version = "m", "2"
     for positions in (8, 32, 16):

@@ -144,7 +144,7 @@ def ask(app: Any, path: str, *, method: str = "POST", times: int = 1, **headers:
     asyncio.run(go())
 
 
-def test_without_an_endpoint_there_are_no_traces_and_nothing_that_makes_any_is_loaded():
+def test_without_an_endpoint_there_are_no_traces_and_no_tracing_package_is_imported():
     assert open_tracing(Settings()) is None
     program = (
         "import sys; from evalmode.service.settings import Settings; from evalmode.service.http"
@@ -167,7 +167,7 @@ def test_without_an_endpoint_there_are_no_traces_and_nothing_that_makes_any_is_l
     ]
 
 
-def test_where_the_packages_are_missing_the_server_does_not_start_and_says_how_to_get_them(
+def test_without_the_packages_the_server_does_not_start_and_the_error_says_how_to_install_them(
     monkeypatch,
 ):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
@@ -176,7 +176,7 @@ def test_where_the_packages_are_missing_the_server_does_not_start_and_says_how_t
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1/traces"])
-def test_an_endpoint_is_a_base_and_may_name_the_path_of_traces(collector, suffix):
+def test_an_endpoint_is_a_base_url_and_may_include_the_path_of_traces(collector, suffix):
     tracing = opened(collector.url + suffix)
     ask(traced_app(tracing), "/v2/models/m/infer")
     assert tracing.close()
@@ -187,7 +187,7 @@ def test_an_endpoint_is_a_base_and_may_name_the_path_of_traces(collector, suffix
     ("variable", "path"),
     [("OTEL_EXPORTER_OTLP_ENDPOINT", ""), ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "/v1/traces")],
 )
-def test_opentelemetrys_own_variables_are_heard(collector, monkeypatch, variable, path):
+def test_opentelemetrys_own_variables_count(collector, monkeypatch, variable, path):
     monkeypatch.setenv(variable, collector.url + path)
     monkeypatch.setenv("OTEL_SERVICE_NAME", "by-the-environment")
     tracing = opened()
@@ -281,7 +281,7 @@ def test_the_wait_and_the_run_are_spans_in_the_request_one_after_the_other(colle
     }
 
 
-def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(collector):
+def test_two_requests_that_share_a_batch_have_their_own_spans(collector):
     tracing = opened(collector.url)
     gathered: list[Any] = []
     two_there = asyncio.Barrier(2)
@@ -320,7 +320,7 @@ def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(
     assert {attributes(wait)["evalmode.rows"] for wait in waits} == {2}
 
 
-def test_what_is_logged_in_a_request_names_its_trace(collector):
+def test_log_lines_of_a_request_have_its_trace_id(collector):
     tracing = opened(collector.url)
     bound: list[dict[str, Any]] = []
 
@@ -335,7 +335,7 @@ def test_what_is_logged_in_a_request_names_its_trace(collector):
     assert bound[0]["trace_id"] == TRACE
 
 
-def test_a_collector_that_is_not_there_holds_up_neither_a_request_nor_the_end():
+def test_a_missing_collector_delays_neither_a_request_nor_the_end():
     tracing = opened("http://127.0.0.1:9")
     began = time.monotonic()
     ask(traced_app(tracing), "/v2/models/m/infer")
@@ -343,7 +343,7 @@ def test_a_collector_that_is_not_there_holds_up_neither_a_request_nor_the_end():
     assert time.monotonic() - began < 10
 
 
-def test_the_span_of_a_prediction_says_what_its_log_line_says(collector, bundle):
+def test_the_span_of_a_prediction_has_the_fields_of_its_log_line(collector, bundle):
     with serving(bundle, otlp_endpoint=collector.url) as served:
         content = b'{"inputs": ["a", "Dit is een zin van een paar woorden."]}'
         headers = {"content-type": "application/json"}
