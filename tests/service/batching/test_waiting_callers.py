@@ -1,4 +1,4 @@
-"""Waiting for room in the queue: first come first served, and a caller that leaves blocks no other."""
+"""Waiting for room in the queue: first come first served. A caller that leaves blocks no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of text, opened from real bundles; what the engine would run is run here by hand."""
+"""Models of text, opened from real bundles. The tests run their rows without an engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.service.bundles import (
     tiny_model,
     token_bundle,
 )
-from tests.service.by_hand import alone, floats, together
+from tests.service.by_hand import answer_alone, answers_together, floats
 
 LONG = "a much longer text than the sixteen positions of the tiny model"
 
@@ -55,7 +55,9 @@ def model(bundle):
 def test_an_open_model_has_its_identity_and_its_measurements(model, bundle):
     assert (model.name, model.version, model.is_text) == ("tiny", "1", True)
     assert model.bundle.path == bundle
-    assert not model.bundle.contents, "the session has the model: its bytes are not kept twice"
+    assert not model.bundle.contents, (
+        "the session holds the model, and a second copy would waste memory"
+    )
     assert model.replayed.verdict == "bitwise"
     assert model.replayed.answers == 5
     assert model.labels == ("hu", "nl", "fi", "et", "de")
@@ -71,11 +73,11 @@ def test_an_open_model_has_its_identity_and_its_measurements(model, bundle):
 
 
 def test_a_text_has_one_bucket_whatever_other_texts_the_request_has(model, texts):
-    together, _ = model.text_rows(texts)
-    for text, (bucket, row) in zip(texts, together, strict=True):
-        ((own, same),), _ = model.text_rows([text])
-        assert own is bucket
-        assert same.digest() == row.digest()
+    jobs, _ = model.text_rows(texts)
+    for text, (bucket, row) in zip(texts, jobs, strict=True):
+        ((single_bucket, single_row),), _ = model.text_rows([text])
+        assert single_bucket is bucket
+        assert single_row.digest() == row.digest()
         assert row.tokens <= bucket.positions
         assert row.inputs["input_ids"].shape == (1, bucket.positions, GRAMS)
         assert row.nbytes == 8 * bucket.positions * GRAMS
@@ -86,16 +88,18 @@ def test_a_text_has_the_same_bits_alone_and_at_each_measured_batch_size(model, t
     for bucket in model.buckets:
         own = [job for job in jobs if job[0] is bucket]
         for size in model.row_counts[bucket.label]:
-            for found, job in zip(together(own[:size], places=size), own[:size], strict=True):
-                assert content_of(found) == content_of(alone(job))
+            for answer, job in zip(
+                answers_together(own[:size], size=size), own[:size], strict=True
+            ):
+                assert content_of(answer) == content_of(answer_alone(job))
 
 
 def test_an_answer_does_not_keep_its_batch_alive(model):
     jobs, _ = model.text_rows(["a", "b"])
-    for found in together(jobs, places=2):
-        assert found["logits"].shape == (1, 5)
-        assert found["logits"].base is None
-        assert found["logits"].flags.c_contiguous
+    for answer in answers_together(jobs, size=2):
+        assert answer["logits"].shape == (1, 5)
+        assert answer["logits"].base is None
+        assert answer["logits"].flags.c_contiguous
 
 
 def test_a_long_text_is_cut_and_marked_or_refused_by_its_index(model):
@@ -107,10 +111,10 @@ def test_a_long_text_is_cut_and_marked_or_refused_by_its_index(model):
 
 def test_predictions_are_the_best_labels_first(model):
     jobs, truncated = model.text_rows(["Ez egy rövid mondat.", LONG])
-    one, other = model.predictions([alone(job) for job in jobs], truncated, top_k=2)
-    assert (len(one.top), one.truncated, other.truncated) == (2, False, True)
-    assert one.top[0].score >= one.top[1].score
-    assert (one.label, one.score) == (one.top[0].label, one.top[0].score)
+    short, long = model.predictions([answer_alone(job) for job in jobs], truncated, top_k=2)
+    assert (len(short.top), short.truncated, long.truncated) == (2, False, True)
+    assert short.top[0].score >= short.top[1].score
+    assert (short.label, short.score) == (short.top[0].label, short.top[0].score)
 
 
 @given(st.data())
@@ -120,19 +124,21 @@ def test_raw_ids_have_the_bits_of_their_text_whatever_the_padding(model, data):
     jobs, _ = model.text_rows(texts)
     width = data.draw(st.integers(min_value=max(row.tokens for _, row in jobs), max_value=16))
     ids = np.zeros((len(texts), width, GRAMS), np.int64)
-    for place, (_, row) in enumerate(jobs):
-        ids[place, : row.tokens] = row.inputs["input_ids"][0, : row.tokens]
+    for index, (_, row) in enumerate(jobs):
+        ids[index, : row.tokens] = row.inputs["input_ids"][0, : row.tokens]
     raw = model.tensor_jobs({"input_ids": ids})
     for (bucket, row), (expected, text_row) in zip(raw, jobs, strict=True):
         assert bucket is expected
         assert (row.digest(), row.tokens) == (text_row.digest(), text_row.tokens)
-    joined = model.join([alone(job) for job in raw])
+    joined = model.join([answer_alone(job) for job in raw])
     assert joined["logits"].shape == (len(texts), 5)
-    assert joined["logits"].tobytes() == b"".join(alone(job)["logits"].tobytes() for job in jobs)
+    assert joined["logits"].tobytes() == b"".join(
+        answer_alone(job)["logits"].tobytes() for job in jobs
+    )
 
 
 @pytest.mark.parametrize(
-    ("inputs", "said"),
+    ("inputs", "message"),
     [
         ({}, r"input 'input_ids' is missing"),
         ({"ids": np.ones((1, 2, GRAMS), np.int64)}, r"no input 'ids': its inputs are input_ids"),
@@ -166,8 +172,8 @@ def test_raw_ids_have_the_bits_of_their_text_whatever_the_padding(model, data):
         ),
     ],
 )
-def test_raw_ids_that_do_not_fit_the_model_are_refused_by_name(model, inputs, said):
-    with pytest.raises(BadRequest, match=said):
+def test_raw_ids_that_do_not_fit_the_model_are_refused_by_name(model, inputs, message):
+    with pytest.raises(BadRequest, match=message):
         model.tensor_jobs(inputs)
 
 
@@ -181,7 +187,7 @@ def test_a_row_in_which_no_position_counts_is_refused_by_its_index(model):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["with a mask", "without one"])
 def tokens(request, tmp_path_factory):
-    """A model of tokens whose graph takes the ids, with or without the mask."""
+    """A model of tokens, whose graph has the mask as an input or not."""
     random = np.random.default_rng(5)
     weights = {
         "table": random.standard_normal((100, 16)).astype(np.float32),
@@ -217,14 +223,16 @@ def test_raw_tokens_have_the_bits_of_their_text(tokens):
     texts = ["a b c", "d", "", "e f g h a b", "z z"]
     jobs, _ = tokens.text_rows(texts)
     ids, mask = np.zeros((2, 5, 8), np.int64)
-    for place, (_, row) in enumerate(jobs):
-        ids[place, : row.tokens] = row.inputs[IDS][0, : row.tokens]
-        mask[place, : row.tokens] = 1
+    for index, (_, row) in enumerate(jobs):
+        ids[index, : row.tokens] = row.inputs[IDS][0, : row.tokens]
+        mask[index, : row.tokens] = 1
     masked_too = MASK in {spec.name for spec in tokens.inputs}
-    for asked in [{IDS: ids}, {IDS: ids, MASK: mask}][: 1 + masked_too]:
-        raw = tokens.tensor_jobs(asked)
+    for inputs in [{IDS: ids}, {IDS: ids, MASK: mask}][: 1 + masked_too]:
+        raw = tokens.tensor_jobs(inputs)
         assert [bucket for bucket, _ in raw] == [bucket for bucket, _ in jobs]
-        assert [content_of(alone(job)) for job in raw] == [content_of(alone(job)) for job in jobs]
+        assert [content_of(answer_alone(job)) for job in raw] == [
+            content_of(answer_alone(job)) for job in jobs
+        ]
     assert [bucket.label for bucket, _ in jobs] == ["4", "4", "4", "8", "4"]
 
 
@@ -241,7 +249,7 @@ def test_a_mask_is_refused_if_the_graph_has_no_input_for_it(tokens):
 def test_logits_that_are_not_finite_give_no_prediction(tmp_path, bias):
     model = Model.open(make_bundle(tmp_path, model=tiny_model(bias=bias)))
     jobs, truncated = model.text_rows(["a", "b"])
-    answers = together(jobs, places=2)
+    answers = answers_together(jobs, size=2)
     with pytest.raises(RunFailed, match="output 'logits' holds numbers that are not finite"):
         model.predictions(answers, truncated, top_k=1)
 
@@ -255,20 +263,20 @@ def test_outputs_of_different_shapes_are_not_joined_and_may_be_left_out(model):
 
 def test_many_threads_on_one_model_get_the_bits_of_one(model, texts):
     jobs, _ = model.text_rows(texts)
-    expected = [content_of(alone(job)) for job in jobs]
+    expected = [content_of(answer_alone(job)) for job in jobs]
     gate = threading.Barrier(8)
 
     def ask(_):
         gate.wait()
-        return [content_of(alone(job)) for job in jobs]
+        return [content_of(answer_alone(job)) for job in jobs]
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(found == expected for found in pool.map(ask, range(8)))
+        assert all(contents == expected for contents in pool.map(ask, range(8)))
 
 
 def test_a_model_whose_bits_depend_on_the_batch_size_is_not_batched(tmp_path):
     unstable = Model.open(make_bundle(tmp_path, model=tiny_model(batchable=False)))
-    assert (1,) in unstable.row_counts.values(), "this model was to be unstable"
+    assert (1,) in unstable.row_counts.values(), "this model must be unstable"
 
 
 def test_without_a_budget_every_row_runs_alone(bundle):

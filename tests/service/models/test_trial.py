@@ -30,7 +30,15 @@ from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.models.trial import TrialError, TrialOpener
 from tests.service import processes
-from tests.service.bundle_folders import UNAVAILABLE, WAIT_S, answer, put, refusals, spoil, states
+from tests.service.bundle_folders import (
+    UNAVAILABLE,
+    WAIT_S,
+    answer,
+    copy_bundle,
+    logged_refusals,
+    spoil,
+    states,
+)
 from tests.service.bundles import make_bundle, tensor_bundle
 from tests.service.harmful_bundles import (
     aborting,
@@ -48,9 +56,10 @@ def opener():
 
 
 def refusal_at(step: str, path: Path) -> str:
-    """The sentence by which a bundle is refused that hangs at this step.
+    """The error of opening a bundle that hangs at this step.
 
-    On a busy machine the child needs seconds to come so far: the limit is raised until it does.
+    On a busy machine the child may need seconds to reach the step, so the limit is raised until it
+    does.
     """
     sentence, timeout_s = "", 2
     while step not in sentence and timeout_s < 100:
@@ -65,10 +74,10 @@ def refusal_at(step: str, path: Path) -> str:
 
 
 def children(parent: int | None = None) -> set[int]:
-    """The processes that a process, by default this one, has started and that are still there."""
+    """The ids of the child processes of a process, by default of this one."""
     pids = set()
     for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended since it was listed
+        with contextlib.suppress(OSError):  # the process has ended since it was listed
             if int(status.read_text().rpartition(")")[2].split()[1]) == (parent or os.getpid()):
                 pids.add(int(status.parent.name))
     return pids
@@ -130,11 +139,11 @@ def test_a_refusal_by_the_child_equals_that_of_opening_the_bundle_here(
     path = make(tmp_path)
     with pytest.raises(BundleError) as direct:
         Model.open(path)
-    with pytest.raises(BundleError) as tried:
+    with pytest.raises(BundleError) as by_child:
         opener.open(path)
-    assert type(tried.value) is type(direct.value)
-    assert isinstance(tried.value, kind)
-    assert str(tried.value) == str(direct.value)
+    assert type(by_child.value) is type(direct.value)
+    assert isinstance(by_child.value, kind)
+    assert str(by_child.value) == str(direct.value)
 
 
 def spoilt(path: Path) -> Path:
@@ -189,7 +198,7 @@ def test_after_a_bundle_that_hangs_the_next_one_opens(tmp_path):
 
 
 def test_a_model_that_aborts_its_process_is_refused_and_the_next_bundle_opens(tmp_path):
-    # Its operator draws random numbers, and would be refused for that.
+    # Its operator draws random numbers: without the flag it would be refused for that.
     opener = TrialOpener(timeout_s=WAIT_S, allow_uncertified=True)
     with pytest.raises(
         BundleError,
@@ -213,7 +222,7 @@ def test_a_trial_can_be_cancelled_from_another_thread(tmp_path, opener):
 
 
 class Swapping(TrialOpener):
-    """Another bundle takes the place of the one that was tried, before it is opened here."""
+    """Replaces the bundle after its trial, before it is opened here."""
 
     def __init__(self, other: Path) -> None:
         super().__init__(timeout_s=WAIT_S)
@@ -221,7 +230,7 @@ class Swapping(TrialOpener):
 
     def _try(self, path):
         result = super()._try(path)
-        put(self._other, path)
+        copy_bundle(self._other, path)
         return result
 
 
@@ -253,7 +262,7 @@ def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(r
     slow, refusal = logs
     assert slow["event"].startswith("opening a bundle takes long")
     assert (slow["model"], slow["version"]) == ("tensors", "2")
-    assert refusals(logs) == [refusal], "it is not tried again while nothing changes"
+    assert logged_refusals(logs) == [refusal], "it is not tried again while its files do not change"
     assert "was not finished after 10 s" in refusal["reason"]
     assert states(repository)["tensors", "2"] == UNAVAILABLE
     harmless(root, version="3")
@@ -277,7 +286,7 @@ def test_closing_a_repository_ends_an_opening_at_once_and_logs_nothing(root):
         repository.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "poll"]
     assert children() == before
-    assert refusals(logs) == []
+    assert logged_refusals(logs) == []
 
 
 def test_a_server_of_a_stuck_bundle_refuses_to_start_with_one_sentence(tmp_path):
