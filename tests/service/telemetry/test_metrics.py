@@ -1,4 +1,4 @@
-"""The figures, as Prometheus would read them, of one process and of several."""
+"""The metrics as Prometheus reads them, of a single process and of several."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def one_row(bucket: Bucket) -> RanBatch:
     return RanBatch(bucket=bucket, rows=rows_of(8), size=1, waited_s=(0.0,), run_s=0.1)
 
 
-def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") -> SimpleNamespace:
+def loaded_model(
+    name: str = "languages", *, version: str = "1", digest: str = "d1"
+) -> SimpleNamespace:
     return SimpleNamespace(name=name, version=version, digest=digest)
 
 
@@ -145,7 +147,7 @@ def test_dropped_rows_are_counted_by_reason():
 
 def test_all_counters_of_a_model_begin_at_0():
     metrics = Metrics()
-    metrics.models_changed([shown()])
+    metrics.models_changed([loaded_model()])
     for reason in ("queue_full", "deadline", "cancelled", "failed"):
         assert value(metrics, "dropped_rows_total", model="languages", reason=reason) == 0
     for outcome in ("loaded", "unloaded", "refused"):
@@ -156,10 +158,10 @@ def test_all_counters_of_a_model_begin_at_0():
 
 def test_swaps_of_a_model_are_reported_after_its_end():
     metrics = Metrics()
-    metrics.models_changed([shown()])
+    metrics.models_changed([loaded_model()])
     metrics.models_changed([])
     metrics.model_swapped("languages", "unloaded")
-    metrics.models_changed([shown()])
+    metrics.models_changed([loaded_model()])
     metrics.models_changed([])
     assert value(metrics, "model_swaps_total", model="languages", outcome="unloaded") == 1
     assert series(metrics, model="languages") == ["evalmode_model_swaps_total"]
@@ -188,16 +190,16 @@ def test_a_new_server_has_all_families_and_its_counters_are_0(bundle, workers):
 
 def test_the_queue_metrics_are_the_load_of_the_engine():
     load = Load(waiting_rows=7, waiting_bytes=99, running_batches=2, parallel=2)
-    found = values(Metrics(), load=load)
-    nothing: frozenset[tuple[str, str]] = frozenset()
-    assert found["evalmode_queue_rows", nothing] == 7
-    assert found["evalmode_queue_bytes", nothing] == 99
-    assert found["evalmode_running_batches", nothing] == 2
+    series = values(Metrics(), load=load)
+    no_labels: frozenset[tuple[str, str]] = frozenset()
+    assert series["evalmode_queue_rows", no_labels] == 7
+    assert series["evalmode_queue_bytes", no_labels] == 99
+    assert series["evalmode_running_batches", no_labels] == 2
 
 
 def test_proofs_and_violations_are_counted():
     metrics = Metrics()
-    metrics.models_changed([shown()])
+    metrics.models_changed([loaded_model()])
     assert value(metrics, "determinism_violations_total", model="languages") == 0
     metrics.proved(bucket_of(), None)
     metrics.proved(bucket_of(), violation())
@@ -207,9 +209,9 @@ def test_proofs_and_violations_are_counted():
 
 def test_the_series_of_a_model_go_on_with_its_new_version():
     metrics = Metrics()
-    metrics.models_changed([shown()])
+    metrics.models_changed([loaded_model()])
     metrics.batch_ran(one_row(bucket_of()))
-    metrics.models_changed([shown(version="2", digest="d2")])
+    metrics.models_changed([loaded_model(version="2", digest="d2")])
     metrics.model_swapped("languages", "loaded")
     metrics.batch_ran(one_row(bucket_of()))
     assert value(metrics, "model_info", model="languages", version="1", digest="d1") is None
@@ -221,12 +223,12 @@ def test_the_series_of_a_model_go_on_with_its_new_version():
 
 def test_the_series_of_an_unloaded_model_end_and_its_last_batch_creates_none():
     metrics = Metrics()
-    metrics.models_changed([shown(), shown("other")])
+    metrics.models_changed([loaded_model(), loaded_model("other")])
     for model in ("languages", "other"):
         metrics.batch_ran(one_row(bucket_of(model)))
         metrics.proved(bucket_of(model), None)
         metrics.rows_dropped("cancelled", bucket_of(model), 1)
-    metrics.models_changed([shown("other")])
+    metrics.models_changed([loaded_model("other")])
     metrics.batch_ran(one_row(bucket_of()))
     metrics.batch_ran(one_row(bucket_of(label="64")))
     metrics.proved(bucket_of(), None)
@@ -237,7 +239,7 @@ def test_the_series_of_an_unloaded_model_end_and_its_last_batch_creates_none():
 
 def test_a_model_that_is_loaded_again_is_counted_again():
     metrics = Metrics()
-    for models in ([shown()], [], [shown()]):
+    for models in ([loaded_model()], [], [loaded_model()]):
         metrics.models_changed(models)
     metrics.batch_ran(one_row(bucket_of()))
     assert value(metrics, "batch_rows_count", model="languages", bucket="32") == 1
@@ -245,10 +247,10 @@ def test_a_model_that_is_loaded_again_is_counted_again():
 
 def test_models_that_are_loaded_and_unloaded_while_batches_run_leave_no_series():
     metrics = Metrics()
-    over = threading.Event()
+    is_over = threading.Event()
 
     def run_batches() -> None:
-        while not over.is_set():
+        while not is_over.is_set():
             metrics.batch_ran(one_row(bucket_of()))
             metrics.proved(bucket_of(), None)
 
@@ -256,8 +258,8 @@ def test_models_that_are_loaded_and_unloaded_while_batches_run_leave_no_series()
     for thread in threads:
         thread.start()
     for turn in range(101):
-        metrics.models_changed([] if turn % 2 == 0 and turn else [shown()])
-    over.set()
+        metrics.models_changed([] if turn % 2 == 0 and turn else [loaded_model()])
+    is_over.set()
     for thread in threads:
         thread.join()
     assert series(metrics, model="languages") == []
@@ -265,7 +267,7 @@ def test_models_that_are_loaded_and_unloaded_while_batches_run_leave_no_series()
 
 def test_a_client_that_accepts_openmetrics_gets_it_and_it_is_well_formed():
     metrics = Metrics()
-    metrics.models_changed([shown()])
+    metrics.models_changed([loaded_model()])
     metrics.request_began()
     metrics.request_ended(
         route="/v1/predict", method="POST", status=200, duration_s=0.1, reason=None
@@ -291,13 +293,15 @@ def process_series(name: str, pid: int | None = None) -> tuple[str, frozenset[tu
 def test_a_single_process_reports_its_resources_and_no_series_has_a_creation_time():
     metrics = Metrics()
     began_s = time.process_time()
-    found = values(metrics)
+    series = values(metrics)
     resident_bytes = resident_bytes_of(os.getpid())
-    assert found[process_series(RESIDENT)] == pytest.approx(resident_bytes, rel=0.2)
-    assert found[process_series("process_cpu_seconds_total")] >= began_s - 0.02
-    assert found[process_series("process_start_time_seconds")] < time.time()
-    assert found[process_series("process_max_fds")] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    files_before = found[process_series("process_open_fds")]
+    assert series[process_series(RESIDENT)] == pytest.approx(resident_bytes, rel=0.2)
+    assert series[process_series("process_cpu_seconds_total")] >= began_s - 0.02
+    assert series[process_series("process_start_time_seconds")] < time.time()
+    assert (
+        series[process_series("process_max_fds")] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    )
+    files_before = series[process_series("process_open_fds")]
     with Path(os.devnull).open():
         assert values(metrics)[process_series("process_open_fds")] == files_before + 1
     assert "_created" not in metrics.render("")[0].decode()
@@ -384,7 +388,7 @@ rows = [SimpleNamespace(tokens=8, nbytes=64)]
 metrics.batch_ran(RanBatch(bucket=bucket, rows=rows, size=1, waited_s=[0.001], run_s=0.1))
 metrics.request_began()
 metrics.watch(lambda: Load(waiting_rows=5, waiting_bytes=10, running_batches=1, parallel=1))
-print("told", flush=True)
+print("counted", flush=True)
 sys.stdin.readline()
 print(metrics.render("")[0].decode(), flush=True)
 sys.stdin.readline()
@@ -407,14 +411,14 @@ def test_each_process_reports_all_processes_and_dead_ones_have_no_waiting_rows(
 ):
     processes = [worker(tmp_path) for _ in range(2)]
     for process in processes:
-        assert process.stdout.readline() == "told\n"
+        assert process.stdout.readline() == "counted\n"
     processes[0].kill()
     processes[0].communicate()
     mark_process_dead(processes[0].pid, tmp_path)  # as the supervisor does
     text, _ = processes[1].communicate("\n\n", timeout=30)
     assert processes[1].returncode == 0
     lines = text.splitlines()
-    # counts of the dead stay
+    # The counts of a dead process stay.
     assert 'evalmode_batch_rows_count{bucket="32",model="languages"} 2.0' in lines
     assert "evalmode_queue_rows 5.0" in lines
     assert "evalmode_in_flight_requests 1.0" in lines

@@ -45,10 +45,10 @@ def test_requests_are_counted_by_how_they_ended():
 
 def test_the_figures_that_were_unused_for_longest_are_dropped_first():
     statistics = Statistics()
-    statistics.request_failed("kept", "1", took_s=0)
+    statistics.request_failed("used", "1", took_s=0)
     for version in range(2_000):
         statistics.request_failed("m", str(version), took_s=0)
-        statistics.request_failed("kept", "1", took_s=0)
+        statistics.request_failed("used", "1", took_s=0)
     assert statistics.of("m", "0")["inference_stats"]["fail"]["count"] == 0
     assert statistics.of("m", "1999")["inference_stats"]["fail"]["count"] == 1
-    assert statistics.of("kept", "1")["inference_stats"]["fail"]["count"] == 2_001
+    assert statistics.of("used", "1")["inference_stats"]["fail"]["count"] == 2_001

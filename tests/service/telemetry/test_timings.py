@@ -1,4 +1,4 @@
-"""What the log line of a request says of its time, from a real server."""
+"""The times in the log line of a request, from a real server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server(bundle: Path) -> Iterator[RunningServer]:
 
 
 def logged(server: RunningServer) -> dict[str, Any]:
-    """The next line of a request."""
+    """The next line about a request."""
     assert server.process.stderr is not None
     for text in server.process.stderr:
         line: dict[str, Any] = json.loads(text)
@@ -72,7 +72,7 @@ def test_a_line_says_which_model_answered_how_many_rows_and_where_the_time_went(
     assert post(server, path, body, content_type="application/json").status_code == 200
     line = logged(server)
     assert (line["model"], line["version"], line["rows"]) == ("tiny", "1", 2)
-    assert line["bucket"] == "16"  # the longer of its rows
+    assert line["bucket"] == "16"  # of the longer row
     assert line["run_ms"] > 0
     assert all(line[step] >= 0 for step in STEPS)
     assert sum(line[step] for step in STEPS) <= line["duration_ms"]
@@ -89,7 +89,7 @@ def test_a_stream_has_the_sums_of_its_lines(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "known"),
+    ("path", "body", "status", "fields"),
     [
         ("/v1/predict", b'{"inputs": []}', 422, set()),
         ("/v1/predict", b'{"inputs": ["a"], "model": "absent"}', 404, set()),
@@ -104,11 +104,11 @@ def test_a_stream_has_the_sums_of_its_lines(server: RunningServer) -> None:
     ],
 )
 def test_a_refused_request_has_the_steps_that_it_reached(
-    server: RunningServer, path: str, body: bytes, status: int, known: set[str]
+    server: RunningServer, path: str, body: bytes, status: int, fields: set[str]
 ) -> None:
     assert post(server, path, body, content_type="application/json").status_code == status
     line = logged(server)
-    assert known == line.keys() & {"model", "version", "rows", "bucket", *STEPS}
+    assert fields == line.keys() & {"model", "version", "rows", "bucket", *STEPS}
 
 
 def test_other_requests_have_no_model(server: RunningServer) -> None:
@@ -136,8 +136,8 @@ def test_the_line_of_a_request_without_an_answer_says_how_long_it_waited(
     endless = json.dumps({"inputs": [ENDLESS]}).encode()
     with running(slow, access_log=1, parallel=1, slow_request_s=3600) as server:
         address = ("127.0.0.1", server.port)
-        with socket.create_connection(address) as running_for_ever:
-            running_for_ever.sendall(
+        with socket.create_connection(address) as endless_request:
+            endless_request.sendall(
                 b"POST /v1/predict HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
                 b"content-length: %d\r\n\r\n%s" % (len(endless), endless)
             )

@@ -1,4 +1,4 @@
-"""Traces, as a real collector would get them."""
+"""Traces, as a real collector gets them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rows_of(count: int) -> list[SimpleNamespace]:
 
 
 class Collector:
-    """Takes spans as an OpenTelemetry collector does."""
+    """Receives spans as an OpenTelemetry collector does."""
 
     def __init__(self) -> None:
         self._requests: queue.Queue[tuple[str, bytes]] = queue.Queue()
@@ -64,8 +64,8 @@ class Collector:
         self.resource: dict[str, str] = {}
 
     def spans(self) -> list[Span]:
-        """What has come."""
-        found: list[Span] = []
+        """The spans that have arrived since the last call."""
+        spans: list[Span] = []
         while not self._requests.empty():
             path, body = self._requests.get()
             assert path == "/v1/traces"
@@ -73,8 +73,8 @@ class Collector:
                 self.resource = {
                     pair.key: pair.value.string_value for pair in part.resource.attributes
                 }
-                found += [span for scope in part.scope_spans for span in scope.spans]
-        return found
+                spans += [span for scope in part.scope_spans for span in scope.spans]
+        return spans
 
     def close(self) -> None:
         self._server.shutdown()
@@ -107,7 +107,7 @@ def attributes(span: Span) -> dict[str, Any]:
 
 
 class Log:
-    """Takes what is logged."""
+    """A logger that does nothing."""
 
     def info(self, event: str, **values: Any) -> None:
         """A line."""
@@ -157,13 +157,13 @@ def test_without_an_endpoint_there_are_no_traces_and_no_tracing_package_is_impor
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("OTEL_")
     }
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert not [
         package
         for package in ("sdk", "exporter", "instrumentation", "proto")
-        if f"'{package}'" in found.stdout
+        if f"'{package}'" in process.stdout
     ]
 
 
@@ -290,7 +290,7 @@ def test_two_requests_that_share_a_batch_have_their_own_spans(collector):
         rows = rows_of(2)
         with tracing.following(rows):
             gathered.extend(rows)
-            if await two_there.wait() == 0:  # as the engine's thread would, out of any request
+            if await two_there.wait() == 0:  # in another thread, as the engine does
                 batch = RanBatch(
                     bucket=BUCKET,
                     rows=[gathered[0], gathered[2], gathered[1], gathered[3]],
@@ -304,7 +304,7 @@ def test_two_requests_that_share_a_batch_have_their_own_spans(collector):
             await two_there.wait()
 
     ask(traced_app(tracing, answered), "/v2/models/m/infer", times=2)
-    # A batch that nobody follows any longer, as when its request met its deadline:
+    # A batch whose requests are done already, for example at their deadline.
     tracing.batch_ran(
         RanBatch(bucket=BUCKET, rows=gathered, size=4, waited_s=(0.0,) * 4, run_s=1.0)
     )
@@ -351,9 +351,9 @@ def test_the_span_of_a_prediction_has_the_fields_of_its_log_line(collector, bund
         assert answer.status_code == 200
     spans = collector.spans()
     (server,) = (span for span in spans if span.kind == Span.SPAN_KIND_SERVER)
-    said = {name: value for name, value in attributes(server).items() if "evalmode." in name}
-    times = {name: said.pop(f"evalmode.{name}_ms") for name in TIMES}
-    assert said == {
+    fields = {name: value for name, value in attributes(server).items() if "evalmode." in name}
+    times = {name: fields.pop(f"evalmode.{name}_ms") for name in TIMES}
+    assert fields == {
         "evalmode.model": "tiny",
         "evalmode.version": "1",
         "evalmode.rows": 2,
