@@ -36,11 +36,11 @@ def cpu_quota(*, root: Path = Path("/")) -> int:
 
 
 def cgroup_folders(root: Path, *, controller: str, mount: Path) -> Iterator[Path]:
-    """The cgroup folders whose limits hold for this process: its own, and those above it up to
-    the mount.
+    """The cgroup folders whose limits hold for this process: its own, then those above it, and the
+    mount last. In version 2 the controller is "".
 
-    In version 2 the controller is "". Inside a container /proc may show a path of the host that
-    does not exist below the mount. Then the mount is the folder of the container, which comes last.
+    Inside a container /proc may show a path of the host that does not exist below the mount. Then
+    only the mount exists, and it is the folder of the container.
     """
     path = ""
     # Each line is "ID:CONTROLLERS:PATH", for example "4:cpu,cpuacct:/docker/0f3c".

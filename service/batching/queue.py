@@ -274,7 +274,7 @@ class Queue:
         None if tickets have met their deadline, so that `next` can wake their callers first, or if
         the queue is closed and empty.
         """
-        # The thread has come back from its last work.
+        # The last work of this thread has ended.
         thread = threading.get_ident()
         self._running.pop(thread, None)
         if self._proving == thread:
@@ -294,15 +294,15 @@ class Queue:
             self._work.wait()
 
     def _next_batch_locked(self) -> Batch | None:
-        """The batch of the most urgent row; None if no row waits that may still be started.
+        """The batch of the most urgent row; None if no row waits.
 
-        Tickets past their deadline fail here and are added to `_late`.
+        Tickets past their deadline are never started: they fail here and are added to `_late`.
         """
         while (head := self._waiting.head()) is not None:
             bucket = head.bucket
 
-            # The waiting rows of the bucket are shared among the threads without a run: this one
-            # and the idle ones, which run their batches at the same time.
+            # The waiting rows of the bucket are shared among the threads that can run a batch now:
+            # this one and the idle ones.
             free_threads = self._parallel - len(self._running)
             row_count = math.ceil(self._waiting.rows_of(bucket) / free_threads)
             size = bucket.best_size(row_count)

@@ -27,7 +27,7 @@ class Folder:
     """The folder of a bundle.
 
     Attributes:
-        path: where it is.
+        path: its path.
         identity: the name and the version in its manifest; None if that cannot be read.
         signature: the signature of its files.
     """

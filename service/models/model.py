@@ -159,7 +159,7 @@ class Model:
                 " carry"
             )
 
-        # A certificate may be forged, so the operators of the graph are read too.
+        # A certificate may be forged, so the operators of the graph are checked too.
         graph_fault = None
         try:
             check_operators(bundle.model)
@@ -357,26 +357,25 @@ def _measure(
     calibration: Calibration,
 ) -> dict[str, MeasuredBucket]:
     """The measurements of the buckets of a model, by label. The keys say which buckets it has."""
-    # A bucket in which each row, or each request, runs alone. Text needs none.
-    alone: MeasuredBucket | None = None
-    rows: dict[str, list[Tensors]] | None
+    measure = partial(
+        calibration.measure,
+        session.run,
+        path=bundle.path,
+        digest=bundle.digest,
+        platform=session.platform,
+    )
     if frontend is not None:
         inputs = {spec.name for spec in bundle.manifest.inputs}
-        rows = text_rows_to_measure(answers, frontend=frontend, inputs=inputs)
-    else:
-        requests = [answer.inputs for answer in answers]
-        run_s = slowest_run_s(session.run, requests, path=bundle.path)
-        alone = MeasuredBucket(stable=(1,), costs={1: run_s or _UNMEASURED_S})
-        rows = _rows_by_shape(bundle, requests, session.run)
-        if rows is None:
-            return {WHOLE: alone}
+        return measure(text_rows_to_measure(answers, frontend=frontend, inputs=inputs))
 
-    measured = calibration.measure(
-        session.run, rows, path=bundle.path, digest=bundle.digest, platform=session.platform
-    )
-    if alone is not None:
-        measured[OTHER] = alone
-    return measured
+    # A bucket in which each row, or each request, runs alone.
+    requests = [answer.inputs for answer in answers]
+    run_s = slowest_run_s(session.run, requests, path=bundle.path)
+    alone = MeasuredBucket(stable=(1,), costs={1: run_s or _UNMEASURED_S})
+    rows = _rows_by_shape(bundle, requests, session.run)
+    if rows is None:
+        return {WHOLE: alone}
+    return {**measure(rows), OTHER: alone}
 
 
 def _rows_by_shape(
@@ -384,11 +383,11 @@ def _rows_by_shape(
 ) -> dict[str, list[Tensors]] | None:
     """The single rows of the known answers, by the label of their shape.
 
-    None if requests must not be split. That is so unless:
+    None if requests must not be split. They are split only if all of these hold:
 
-    1. the certificate proves that rows are independent;
-    2. the first axis of all inputs and outputs varies;
-    3. one row has one row of each output, in the known answers.
+    1. The certificate proves that rows are independent.
+    2. The manifest declares that the first axis of all inputs and outputs varies.
+    3. A single row of the known answers gives a single row of each output.
     """
     records = bundle.certificate.records if bundle.certificate else ()
     is_proven = any(

@@ -114,7 +114,7 @@ class Repository:
             except OSError as error:
                 # Of the root itself: the error of a bundle is its refusal.
                 raise StartFailed(
-                    f"the bundles at {self._root} cannot be looked at: {error.strerror}"
+                    f"the bundles at {self._root} cannot be read: {error.strerror}"
                 ) from error
             if not self._snapshot.models:
                 if refusals:

@@ -55,9 +55,9 @@ def test_with_a_file_instead_of_a_folder_the_start_is_refused_in_one_sentence(ro
 def test_with_an_unreadable_folder_the_start_is_refused_in_one_sentence(root):
     # Too long a name fails for root too, for whom no permission is missing.
     unreadable = root / ("x" * 300)
-    with pytest.raises(StartFailed, match="cannot be looked at: File name too long"):
+    with pytest.raises(StartFailed, match="cannot be read: File name too long"):
         started_repository(unreadable)
-    assert "cannot be looked at" in processes.refused(unreadable)
+    assert "cannot be read" in processes.refused(unreadable)
 
 
 def test_fifty_swaps_disturb_no_reader_and_leave_one_model(root, originals):
