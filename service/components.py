@@ -86,12 +86,12 @@ def open_components(settings: Settings) -> Components:
     repository = Repository(
         settings.bundle,
         open_model=trial.open if settings.load_timeout_s > 0 else partial(Model.open, **opening),
-        after_opening=trial.rest,
+        after_opening=trial.end_child,
         cancel_opening=trial.cancel,
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,
-        on_change=metrics.show_models,
+        on_change=metrics.models_changed,
         on_swap=metrics.model_swapped,
     )
     repository.start()

@@ -1,3 +1,1 @@
-"""The engine: its queue, its batches and its proof. Rows of one bucket share a batch. Knows no HTTP
-and no ONNX.
-"""
+"""The engine: its queue, its batches and its online proof. It knows neither HTTP nor ONNX."""

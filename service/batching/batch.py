@@ -1,27 +1,34 @@
-"""One batch: the rows that run together, filled up with copies to a row count that may run."""
+"""One batch: the rows that run together, and the copies that fill it up to an allowed size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from evalmode.service.batching.bucket import Answer, Bucket, Row
 from evalmode.service.batching.ticket import Ticket
 from evalmode.service.errors import RequestError, RunFailed
 
+# A row of a batch: the ticket of its request, its position in that request, and the row.
+Entry: TypeAlias = tuple[Ticket, int, Row]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of one bucket, each with its ticket and its place in that ticket, and the row count that
-    they run with.
+    """Rows of one bucket that run together.
 
-    `pressed` is whether other rows were left waiting when the batch was made.
+    Attributes:
+        bucket: the bucket of all its rows.
+        entries: its rows, each with its ticket and its position in that request.
+        size: the number of rows that it runs with, copies included.
+        under_load: whether other rows were waiting when the batch was made.
     """
 
     bucket: Bucket
-    entries: Sequence[tuple[Ticket, int, Row]]
-    places: int
-    pressed: bool = False
+    entries: Sequence[Entry]
+    size: int
+    under_load: bool = False
 
     @property
     def rows(self) -> list[Row]:
@@ -29,34 +36,33 @@ class Batch:
         return [row for _, _, row in self.entries]
 
     @property
-    def shared(self) -> bool:
-        """Whether rows of several requests are in it."""
+    def is_shared(self) -> bool:
+        """Whether it has rows of several requests."""
         first = self.entries[0][0]
         return any(ticket is not first for ticket, _, _ in self.entries)
 
     def single_rows(self) -> list[Batch]:
         """A batch for each of its rows."""
-        return [
-            Batch(bucket=self.bucket, entries=[entry], places=self.bucket.smallest)
-            for entry in self.entries
-        ]
+        size = self.bucket.smallest_size
+        return [Batch(bucket=self.bucket, entries=[entry], size=size) for entry in self.entries]
 
 
-def run_filled(bucket: Bucket, rows: Sequence[Row], *, places: int) -> Sequence[Answer | Exception]:
-    """The outcomes of `rows`, run with copies of the last one up to `places`. Raises whatever `run`
-    raises.
+def run_filled(bucket: Bucket, rows: Sequence[Row], *, size: int) -> Sequence[Answer | Exception]:
+    """The outcomes of `rows`, run as a batch of `size` rows. Copies of the last row fill the batch.
+
+    Raises whatever `run` raises, and RunFailed for a wrong number of answers.
     """
-    answers = bucket.run([*rows, *[rows[-1]] * (places - len(rows))])
-    if len(answers) != places:
+    answers = bucket.run([*rows, *[rows[-1]] * (size - len(rows))])
+    if len(answers) != size:
         raise RunFailed(
-            f"the model answered {len(answers)} of {places} rows of a batch: its outputs lose rows"
+            f"the model answered {len(answers)} of {size} rows of a batch: its outputs lose rows"
         )
     return answers[: len(rows)]
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """The error for the caller: `error` itself if it is a RequestError, else RunFailed with it as
-    the cause.
+    """The error for the caller: `error` itself if it is a RequestError, else RunFailed with `error`
+    as its cause.
     """
     if isinstance(error, RequestError):
         return error

@@ -1,5 +1,13 @@
-"""What may share a batch: the bucket, the row as the engine sees it, and how many rows a batch of
-it should have.
+"""Which rows may share a batch, and how many rows a batch should have.
+
+Two things are chosen for a row, and neither may change a bit of its answer:
+
+1. Its padded length, by its own length alone. The ladder of padded lengths belongs to the bundle's
+   front end (`padded_length` in `bundle/frontend.py`). Each length of the ladder has a `Bucket`,
+   and `models/model.py` chooses the bucket of a row.
+2. The size of its batch. A batch runs only at sizes that were measured to give the bits of a row
+   alone (`models/calibration.py`). These sizes are the keys of `Bucket.costs`, and
+   `Bucket.best_size` chooses one of them.
 """
 
 from __future__ import annotations
@@ -29,27 +37,25 @@ class Row(Protocol):
     def tokens(self) -> int:
         """Its positions that are not padding."""
 
-    def described(self) -> str:
-        """What identifies the row in a log: equal rows have equal descriptions."""
+    def description(self) -> str:
+        """Identifies the row in a log: equal rows have equal descriptions."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Bucket:
-    """Rows that may share a batch, and what answers them.
+    """Rows that may share a batch, and the function that answers them.
 
-    Two buckets are the same only when they are the same object: a model that is swapped brings
-    buckets of its own.
+    Buckets are compared by identity: a new version of a model brings new buckets.
 
     Attributes:
         model: the model's name, for people and metrics.
         version: the model's version.
-        digest: of the model's bundle, for people.
+        digest: the digest of the model's bundle, for people.
         label: the padded length of its rows, or "other" where rows have no length.
         positions: positions of one padded row; 1 where rows have no length.
-        run: answers rows, in their order; an exception in the place of an answer fails that row's
-            request alone.
-        costs: seconds that a batch of N rows takes; its keys are the row counts at which a batch
-            may run.
+        run: answers rows, in their order. An exception instead of an answer fails only the request
+            of that row.
+        costs: seconds that a batch takes, by its size in rows. A batch runs only at these sizes.
     """
 
     model: str
@@ -61,41 +67,44 @@ class Bucket:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        if not self.costs or any(
-            count < 1 or not math.isfinite(cost) or cost < 0 for count, cost in self.costs.items()
-        ):
+        is_valid = bool(self.costs)
+        for size, cost in self.costs.items():
+            if size < 1 or not math.isfinite(cost) or cost < 0:
+                is_valid = False
+        if not is_valid:
             raise ValueError(
                 f"costs of bucket {self.model}/{self.version}/{self.label} is {dict(self.costs)}:"
-                " it must give at least one row count of 1 or more, each with its seconds"
+                " it must have at least one batch size of 1 or more, each with its seconds"
             )
 
     @property
-    def smallest(self) -> int:
-        """The smallest row count that may run, used for a row alone."""
+    def smallest_size(self) -> int:
+        """The smallest batch size, used for a row alone."""
         return min(self.costs)
 
     @property
     def row_cost_s(self) -> float:
-        """Seconds of a row in the batch size with the lowest cost per row."""
-        return min(cost / count for count, cost in self.costs.items())
+        """Seconds of a row at the batch size with the lowest cost per row."""
+        return min(cost / size for size, cost in self.costs.items())
 
-    def places_for(self, rows: int) -> int:
-        """The row count with the lowest cost per row while `rows` wait. Where it exceeds `rows`,
-        copies fill the rest.
+    def best_size(self, rows: int) -> int:
+        """The batch size with the lowest cost per row while `rows` rows wait.
 
-        Of equal costs the one with fewer copies, then the larger: fewer batches for the same time.
+        Where the size exceeds `rows`, copies fill the batch. Of sizes with equal costs the one with
+        fewer copies is best, then the larger one: fewer batches for the same time.
         """
         return min(
             self.costs,
-            key=lambda count: (self.costs[count] / min(count, rows), max(count - rows, 0), -count),
+            key=lambda size: (self.costs[size] / min(size, rows), max(size - rows, 0), -size),
         )
 
-    def cheapest_holding(self, rows: int) -> int:
-        """The cheapest row count that holds `rows` in one batch; there must be one."""
+    def cheapest_size(self, rows: int) -> int:
+        """The cheapest batch size that holds `rows` rows. There must be one."""
         return min(
-            (count for count in self.costs if count >= rows),
-            key=lambda count: (self.costs[count], count),
+            (size for size in self.costs if size >= rows),
+            key=lambda size: (self.costs[size], size),
         )
 
 
+# A row and the bucket in which it must run.
 Job: TypeAlias = tuple[Bucket, Row]

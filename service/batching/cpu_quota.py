@@ -1,7 +1,7 @@
-"""How many CPUs this process may use: the least of affinity and cgroup quota.
+"""How many CPUs this process may use: the smallest of its affinity and its cgroup quotas.
 
-A container with a quota of two CPUs sees all the host's cores; a thread for each would be throttled
-to a crawl.
+A container with a quota of two CPUs sees all cores of its host. With a thread for each core the
+kernel would throttle it most of the time.
 """
 
 from __future__ import annotations
@@ -12,48 +12,43 @@ from pathlib import Path
 
 
 def cpu_quota(*, root: Path = Path("/")) -> int:
-    """Whole CPUs, at least 1. `root` is where `proc` and `sys` are looked for."""
-    quotas = [*_version_2(root), *_version_1(root)]
-    return max(1, int(min([_affinity(), *quotas])))
-
-
-def _affinity() -> float:
+    """Whole CPUs, at least 1. `root` is the folder that holds `proc` and `sys`."""
+    # macOS and Windows have no sched_getaffinity.
     if hasattr(os, "sched_getaffinity"):
-        return float(len(os.sched_getaffinity(0)))
-    return float(os.cpu_count() or 1)
+        cpus = float(len(os.sched_getaffinity(0)))
+    else:
+        cpus = float(os.cpu_count() or 1)
 
-
-def _version_2(root: Path) -> Iterator[float]:
-    """The quota of this cgroup and of every one above it, in CPUs: each of them binds."""
+    # Version 2: one file, "QUOTA PERIOD" in microseconds; without a limit QUOTA is "max".
     for folder in cgroup_folders(root, controller="", mount=Path("sys/fs/cgroup")):
-        limit, _, period_us = read_or_empty(folder / "cpu.max").partition(" ")
-        if limit.isdecimal() and period_us.strip().isdecimal():
-            yield int(limit) / int(period_us)
+        quota_us, _, period_us = read_or_empty(folder / "cpu.max").partition(" ")
+        if quota_us.isdecimal() and period_us.strip().isdecimal():
+            cpus = min(cpus, int(quota_us) / int(period_us))
 
-
-def _version_1(root: Path) -> Iterator[float]:
+    # Version 1: two files; without a limit the quota is "-1".
     for folder in cgroup_folders(root, controller="cpu", mount=Path("sys/fs/cgroup/cpu")):
-        quota_us, period_us = (
-            read_or_empty(folder / "cpu.cfs_quota_us"),
-            read_or_empty(folder / "cpu.cfs_period_us"),
-        )
-        if quota_us.isdecimal() and period_us.isdecimal():  # "-1": no limit
-            yield int(quota_us) / int(period_us)
+        quota_us = read_or_empty(folder / "cpu.cfs_quota_us")
+        period_us = read_or_empty(folder / "cpu.cfs_period_us")
+        if quota_us.isdecimal() and period_us.isdecimal():
+            cpus = min(cpus, int(quota_us) / int(period_us))
+
+    return max(1, int(cpus))
 
 
 def cgroup_folders(root: Path, *, controller: str, mount: Path) -> Iterator[Path]:
-    """The cgroup folders of a controller that bind this process, the mount's own last. In version 2
-    the controller is "".
+    """The cgroup folders whose limits hold for this process: its own, then those above it, and the
+    mount last. In version 2 the controller is "".
 
-    Inside a container the path that /proc shows may be the host's and not exist under the mount;
-    the mount's own folder is the container's then.
+    Inside a container /proc may show a path of the host that does not exist below the mount. Then
+    only the mount exists, and it is the folder of the container.
     """
-    inside = ""
+    path = ""
+    # Each line is "ID:CONTROLLERS:PATH", for example "4:cpu,cpuacct:/docker/0f3c".
     for line in read_or_empty(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, cgroup_path = line.split(":", 2)
         if controller in controllers.split(","):
-            inside = path.strip("/")
-    folder = root / mount / inside
+            path = cgroup_path.strip("/")
+    folder = root / mount / path
     while folder != root / mount:
         yield folder
         folder = folder.parent
@@ -61,7 +56,7 @@ def cgroup_folders(root: Path, *, controller: str, mount: Path) -> Iterator[Path
 
 
 def read_or_empty(file: Path) -> str:
-    """The text of a file, "" where it cannot be read."""
+    """The text of a file without surrounding space; "" if it cannot be read."""
     try:
         return file.read_text().strip()
     except OSError:

@@ -1,9 +1,8 @@
 """Runs rows in batches on a few threads.
 
-Each job is a row with its bucket, which says how the row is run and at which row counts. Rows of
-different buckets never share a batch, and a batch never has another row count. A batch starts at
-once when a thread is free. Otherwise rows gather in the queue until a thread is free: the most
-urgent row goes first, and with it others of its bucket.
+A job is a row with its bucket, which says how the row is run and at which batch sizes. Rows of
+different buckets never share a batch. A batch starts at once if a thread is free. Otherwise rows
+wait in the queue until a thread is free. `queue.py` decides which rows run next.
 """
 
 from __future__ import annotations
@@ -21,17 +20,21 @@ from evalmode.service.batching.limits import Limits, Load
 from evalmode.service.batching.observer import Observer, RanBatch, notify
 from evalmode.service.batching.proof import Proofs, Sample
 from evalmode.service.batching.queue import Queue
-from evalmode.service.errors import RequestError
 
 _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers requests of one or many rows, blocking or awaited, from any number of threads and
-    event loops at once.
+    """Answers requests of one or many rows, blocking or awaited. It may be called from any number
+    of threads and event loops at once.
 
-    A request is answered whole or fails whole. A row that makes its batch fail fails only its own
-    request.
+    All of a request is answered, or all of it fails. A row that makes its batch fail fails only its
+    own request.
+
+        engine = Engine(parallel=2, content=content_of)
+        jobs, truncated = model.text_rows(["a text", "another text"])
+        answers = engine.answer(jobs, timeout_s=1.0)
+        engine.close()
     """
 
     def __init__(
@@ -44,7 +47,12 @@ class Engine:
         proof_fraction: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start `parallel` threads; `content` gives the bytes of an answer, for the proof."""
+        """Start the threads.
+
+        `parallel` is their number, and so the number of batches that run at once. `content` gives
+        the bytes of an answer, which proofs compare. `proof_fraction` is the share of the answers
+        that is proved, from 0 to 1.
+        """
         if parallel < 1:
             raise ValueError(f"parallel is {parallel}: at least 1 batch must be able to run")
         self._observers = tuple(observers)
@@ -68,9 +76,9 @@ class Engine:
     def answer(self, jobs: Sequence[Job], *, timeout_s: float | None = None) -> list[Answer]:
         """The answers of `jobs`, in their order.
 
-        Raises QueueFull; BodyTooLarge for more than the queue could ever hold; NotReady after
-        `close`; DeadlineExceeded when `timeout_s` has passed; and when a row fails RunFailed, or
-        the RequestError of `run`.
+        Raises QueueFull, BodyTooLarge for more than the queue can ever hold, NotReady after
+        `close`, and DeadlineExceeded when `timeout_s` has passed. When a row fails it raises the
+        RequestError of `run`, or RunFailed for any other error.
         """
         if not jobs:
             return []
@@ -79,7 +87,8 @@ class Engine:
         try:
             if not event.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
                 self._queue.expire(ticket)
-        except BaseException:  # an interrupt
+        except BaseException:
+            # An interrupt, for example Ctrl-C.
             self._queue.drop(ticket, "cancelled", None)
             raise
         return ticket.result()
@@ -91,11 +100,11 @@ class Engine:
         timeout_s: float | None = None,
         timed: Callable[[float, float], None] | None = None,
     ) -> list[Answer]:
-        """The same, without blocking the event loop; when the task is cancelled its rows leave the
+        """The same, without blocking the event loop. When the task is cancelled, its rows leave the
         queue at once.
 
-        `timed` is called when an admitted request is done, answered or not: with the seconds until
-        its last batch began, and those from there to its end.
+        `timed` is called when an admitted request is done, answered or not. Its arguments are the
+        seconds until the last batch of the request began, and from there to its end.
         """
         if not jobs:
             return []
@@ -107,7 +116,8 @@ class Engine:
             timer = loop.call_later(timeout_s, self._queue.expire, ticket)
         try:
             await future
-        except BaseException:  # a cancellation
+        except BaseException:
+            # A cancellation, for example because the client has closed its connection.
             self._queue.drop(ticket, "cancelled", None)
             raise
         finally:
@@ -118,32 +128,31 @@ class Engine:
         return ticket.result()
 
     async def wait_for_room(self, rows: int, *, nbytes: int = 0) -> None:
-        """Return when that many rows, of `nbytes` together, would be admitted; first come first
+        """Return when so many rows, of `nbytes` bytes together, would be admitted. First come first
         served.
 
-        Nothing is reserved: another request may still take the space. Raises NotReady once the
-        engine is closed, and BodyTooLarge for more than the queue could ever hold.
+        Nothing is reserved: another request may use the room before. Raises NotReady once the
+        engine is closed, and BodyTooLarge for more than the queue can ever hold.
         """
         await self._queue.wait_for_room(rows=rows, nbytes=nbytes)
 
     @property
     def load(self) -> Load:
-        """What waits and runs now."""
+        """The rows that wait and the batches that run now."""
         return self._queue.load
 
     def stuck_s(self) -> float:
-        """Seconds by which the longest run now exceeds `limits.max_run_s`; 0.0 when none does."""
+        """Seconds by which the longest run exceeds `limits.max_run_s`; 0.0 if none does."""
         return self._queue.stuck_s()
 
     def retry_after_s(self) -> int:
-        """Estimated seconds, 1 to 60, until the waiting rows have run, by the measured drain
-        rate.
-        """
+        """Estimated seconds, from 1 to 60, until the waiting rows have run."""
         return self._queue.retry_after_s()
 
     def close(self, *, timeout_s: float | None = None) -> bool:
-        """Admit nothing more and finish the admitted requests; False when some did not end in
-        time.
+        """Admit no more requests and finish those that were admitted.
+
+        False if some were not finished within `timeout_s`; None waits as long as it takes.
         """
         end = None if timeout_s is None else time.monotonic() + timeout_s
         self._queue.close()
@@ -157,7 +166,9 @@ class Engine:
             pass
 
     def _step(self) -> bool:
-        # A function of its own, so that a thread that waits keeps no row alive in a local variable.
+        """Do one piece of work; False if the thread must end."""
+        # Not inside the loop above: there a local variable would keep the rows of the last batch
+        # alive while the thread waits for the next one.
         work = self._queue.next()
         if isinstance(work, Batch):
             self._run(work)
@@ -166,53 +177,53 @@ class Engine:
         return work is not None
 
     def _run(self, batch: Batch) -> None:
+        """Run a batch and deliver its outcomes.
+
+        1. If the model answers, each row has an answer, or an exception of its own.
+        2. If the model fails on the rows of one request, that request fails.
+        3. If it fails on the rows of several requests, each row runs again, alone. So only the
+           requests at fault fail.
+        """
         began = self._clock()
-        outcomes = self._outcomes(batch)
-        run_s = self._clock() - began
-        if not isinstance(outcomes, RequestError):
-            self._report_ran(batch, began=began, run_s=run_s)
-            self._sample(batch, outcomes)
-            self._queue.deliver(batch, outcomes, run_s=run_s)
-        elif not batch.shared:
-            self._queue.deliver(batch, [outcomes] * len(batch.entries))
-            del outcomes  # the traceback of its cause holds this frame
-        else:
-            del outcomes
-            self._run_single_rows(batch)
-
-    def _outcomes(self, batch: Batch) -> Sequence[Answer | Exception] | RequestError:
         try:
-            return run_filled(batch.bucket, batch.rows, places=batch.places)
+            outcomes = run_filled(batch.bucket, batch.rows, size=batch.size)
         except BaseException as error:
-            # SystemExit too: the thread must live, and its callers must get an error.
-            return as_request_error(error)
-
-    def _run_single_rows(self, batch: Batch) -> None:
-        """Run each row of a failed batch again, alone, so that only the requests at fault fail."""
-        for single in batch.single_rows():
-            if self._queue.begin(single.entries[0][0]):
-                self._run(single)
-
-    def _report_ran(self, batch: Batch, *, began: float, run_s: float) -> None:
-        if not self._observers:
+            # SystemExit too: the thread must live on, and its callers must get an error.
+            failure = as_request_error(error)
+        else:
+            run_s = self._clock() - began
+            rows = batch.rows
+            # Before the callers are woken: traces add spans to requests that are still open.
+            if self._observers:
+                ran = RanBatch(
+                    bucket=batch.bucket,
+                    rows=rows,
+                    size=batch.size,
+                    waited_s=[began - ticket.arrived for ticket, _, _ in batch.entries],
+                    run_s=run_s,
+                )
+                for observer in self._observers:
+                    notify(observer.batch_ran, ran)
+            # Before the callers are woken: they may change their answers.
+            try:
+                self._proofs.sample(batch.bucket, rows, outcomes, batch_size=batch.size)
+            except Exception:
+                # The answers are valid all the same.
+                _log.exception("an answer could not be sampled for its proof")
+            self._queue.deliver(batch, outcomes, run_s=run_s)
             return
-        ran = RanBatch(
-            bucket=batch.bucket,
-            rows=batch.rows,
-            places=batch.places,
-            waited_s=[began - ticket.arrived for ticket, _, _ in batch.entries],
-            run_s=run_s,
-        )
-        for observer in self._observers:
-            notify(observer.batch_ran, ran)
 
-    def _sample(self, batch: Batch, outcomes: Sequence[Answer | Exception]) -> None:
-        try:
-            self._proofs.sample(batch.bucket, batch.rows, outcomes, places=batch.places)
-        except Exception:  # the answers are valid all the same
-            _log.exception("an answer could not be kept for its proof")
+        if not batch.is_shared:
+            self._queue.deliver(batch, [failure] * len(batch.entries))
+        # The traceback of the failure refers to this frame: without `del` they are a cycle.
+        del failure
+        if batch.is_shared:
+            for single in batch.single_rows():
+                if self._queue.begin(single.entries[0][0]):
+                    self._run(single)
 
     def _prove(self, sample: Sample) -> None:
+        """Prove a sample and report the result. A row that cannot be run again proves nothing."""
         try:
             violation = self._proofs.prove(sample)
         except BaseException:

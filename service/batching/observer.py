@@ -1,5 +1,6 @@
-"""What the engine reports to metrics, statistics, traces and logs. An observer's error never stops
-the engine.
+"""What the engine reports to metrics, statistics, traces and logs.
+
+An observer that raises is logged and never stops the engine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal, ParamSpec, Protocol
 from evalmode.service.batching.bucket import Bucket, Row
 from evalmode.service.batching.proof import Violation
 
+# Why rows are dropped, as metrics name it.
 Reason = Literal["queue_full", "deadline", "cancelled", "failed"]
 
 P = ParamSpec("P")
@@ -24,22 +26,22 @@ class RanBatch:
     """A batch that was answered.
 
     Attributes:
-        bucket: where it ran.
+        bucket: the bucket of its rows.
         rows: its rows, without the copies that filled it.
-        places: the row count that it ran with, copies included.
-        waited_s: seconds that each of `rows` waited for it.
+        size: the number of rows that it ran with, copies included.
+        waited_s: seconds that each of `rows` waited for the batch.
         run_s: seconds that the model ran.
     """
 
     bucket: Bucket
     rows: Sequence[Row]
-    places: int
+    size: int
     waited_s: Sequence[float]
     run_s: float
 
 
 class Observer(Protocol):
-    """Called from engine threads and from the event loop, with no lock held; must be quick.
+    """Called from engine threads and from the event loop, with no lock held. It must be quick.
 
     A subclass overrides the methods that it needs; the others do nothing.
     """
@@ -49,19 +51,20 @@ class Observer(Protocol):
         return
 
     def rows_dropped(self, reason: Reason, bucket: Bucket, rows: int) -> None:
-        """A request will not be answered. Called once for each of its buckets, with the number of
-        its rows there.
+        """A request will not be answered. Called for each of its buckets, with the number of its
+        rows there.
         """
         return
 
     def proved(self, bucket: Bucket, violation: Violation | None) -> None:
-        """A row was run again alone; `violation` is set when its answer differed."""
+        """A row was run again alone; `violation` is set if its answer differed."""
         return
 
 
 def notify(method: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Call a method of an observer; its error is logged and goes no further."""
+    """Call a method of an observer; log its error instead of raising it."""
     try:
         method(*args, **kwargs)
-    except Exception:  # it would end an engine thread, and that thread's callers would wait forever
+    except Exception:
+        # An error would end the engine thread, and the callers of its batch would wait forever.
         _log.exception("an observer of the engine failed")

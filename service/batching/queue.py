@@ -1,11 +1,19 @@
-"""The bounded queue in front of the engine's threads, and all state that threads and callers share,
-under one lock.
+"""The bounded queue in front of the engine's threads.
 
-A request enters whole or not at all. It leaves by being run, at its deadline, when its caller is
-gone, or when one of its rows has failed. Urgency is the deadline, or the arrival plus `patience_s`
-if that is earlier: rows that came `patience_s` later never go first. Methods named `_..._locked`
-are called with the lock held. Nothing foreign is called with it held: no `run`, no observer, and
-no caller is woken.
+All state that threads and callers share is here, under one lock. A request enters whole or not at
+all. It leaves when all its rows have run, at its deadline, when its caller is gone, or when one of
+its rows fails.
+
+The work of a free thread is, in this order:
+
+1. A batch, if rows wait. The most urgent row decides the bucket, and other rows of that bucket join
+   it. The urgency of a row is its deadline, or its arrival plus `patience_s` if that is earlier. So
+   rows that arrive `patience_s` later never run before it.
+2. A proof of an earlier answer, if no other thread runs one and the queue is not closed.
+3. Nothing: the thread waits, or ends if the queue is closed.
+
+Methods named `_..._locked` are called with the lock held. With it held no foreign code is called:
+no `run`, no observer, and no caller is woken.
 """
 
 from __future__ import annotations
@@ -16,14 +24,14 @@ import threading
 from collections.abc import Callable, Sequence
 from itertools import count
 
-from evalmode.service.batching.batch import Batch, as_request_error
+from evalmode.service.batching.batch import Batch, Entry, as_request_error
 from evalmode.service.batching.bucket import Answer, Bucket, Job, Row
 from evalmode.service.batching.limits import DrainRate, Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, notify
 from evalmode.service.batching.proof import Proofs, Sample
 from evalmode.service.batching.ticket import Caller, Part, Ticket, wake
-from evalmode.service.batching.waiters import Waiters
-from evalmode.service.batching.waiting import Waiting
+from evalmode.service.batching.waiting_callers import WaitingCallers
+from evalmode.service.batching.waiting_rows import WaitingRows
 from evalmode.service.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -34,8 +42,10 @@ from evalmode.service.errors import (
 
 
 class Queue:
-    """What waits and what runs. Callers `admit` and `drop`; `parallel` threads ask for the `next`
-    work and `deliver` its outcomes.
+    """The rows that wait and the batches that run.
+
+    Callers `admit` and `drop` requests. Each of `parallel` threads calls `next` for its next work,
+    and `deliver` with the outcomes of a batch.
     """
 
     def __init__(
@@ -54,24 +64,35 @@ class Queue:
         self._clock = clock
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._waiting = Waiting()
+        self._waiting = WaitingRows()
         self._sequence = count()
-        self._running: dict[int, float] = {}  # thread -> when its run began
-        self._proving: int | None = None  # the thread; one at a time, so that the others stay free
+        # When the run of each busy thread began, by the thread's id.
+        self._running: dict[int, float] = {}
+        # The thread that runs a proof. One at a time, so that the others stay free for batches.
+        self._proving: int | None = None
+        # Tickets that met their deadline with the lock held; their callers are woken without it.
+        self._late: list[Ticket] = []
         self._drain_rate = DrainRate(parallel=parallel)
-        self._waiters = Waiters(self._fits_locked)
+        self._waiting_callers = WaitingCallers(self._fits_locked)
         self._closed = False
 
     def admit(self, jobs: Sequence[Job], *, timeout_s: float | None, caller: Caller) -> Ticket:
-        """Let a request wait; its caller will be woken once, when it is done."""
+        """Add a request. Its caller will be woken once, when the ticket is done.
+
+        Raises DeadlineExceeded for a timeout of 0 or less, QueueFull, BodyTooLarge for more than
+        the queue can ever hold, and NotReady once it is closed.
+        """
         rows_by_bucket: dict[Bucket, list[tuple[int, Row, int]]] = {}
-        for place, (bucket, row) in enumerate(jobs):
-            rows_by_bucket.setdefault(bucket, []).append((place, row, row.nbytes))
+        for position, (bucket, row) in enumerate(jobs):
+            rows_by_bucket.setdefault(bucket, []).append((position, row, row.nbytes))
+
+        # Not `timeout_s <= 0`: a timeout that is NaN must be refused too.
         if timeout_s is not None and not timeout_s > 0:
             self._report_dropped(
                 "deadline", [(bucket, len(rows)) for bucket, rows in rows_by_bucket.items()]
             )
             raise _deadline_exceeded()
+
         now = self._clock()
         deadline = math.inf if timeout_s is None else now + timeout_s
         ticket = Ticket(len(jobs), arrived=now, deadline=deadline, caller=caller)
@@ -81,6 +102,7 @@ class Queue:
             for bucket, rows in rows_by_bucket.items()
         )
         nbytes = sum(part.nbytes for part in parts)
+
         with self._lock:
             self._require_possible(rows=len(jobs), nbytes=nbytes)
             fits = self._fits_locked(len(jobs), nbytes)
@@ -90,15 +112,16 @@ class Queue:
                     self._waiting.add(part)
                 self._work.notify(len(jobs))
         if not fits:
-            self._report_dropped("queue_full", [(part.bucket, part.size) for part in parts])
+            self._report_dropped("queue_full", [(part.bucket, part.row_count) for part in parts])
+            retry_after_s = self.retry_after_s()
             raise QueueFull(
-                f"the queue has no room for {len(jobs)} more rows: come again later",
-                retry_after_s=self.retry_after_s(),
+                f"the queue has no room for {len(jobs)} more rows: retry in {retry_after_s} s",
+                retry_after_s=retry_after_s,
             )
         return ticket
 
     def expire(self, ticket: Ticket) -> None:
-        """Its deadline has come: it fails, even while its rows run. Their answers are dropped."""
+        """Fail a request at its deadline, even while its rows run. Their answers are dropped."""
         self.drop(ticket, "deadline", _deadline_exceeded())
 
     def drop(self, ticket: Ticket, reason: Reason, failure: RequestError | None) -> None:
@@ -114,19 +137,23 @@ class Queue:
         self._finish(dropped=[(ticket, reason)])
 
     def next(self) -> Batch | Sample | None:
-        """The work for the calling thread, once there is some; None when the thread must end."""
+        """The next work of the calling thread; waits until there is some. None ends the thread."""
         while True:
-            late: list[Ticket] = []
             with self._lock:
-                work = self._await_work_locked(late)
-            self._finish(dropped=[(ticket, "deadline") for ticket in late])
+                work = self._await_work_locked()
+                late, self._late = self._late, []
+            if late:
+                self._finish(dropped=[(ticket, "deadline") for ticket in late])
             if isinstance(work, Batch):
-                self._offer_space()
+                # Its rows no longer wait.
+                self._offer_room()
             if work is not None or not late:
                 return work
+            # Without `del` these tickets would stay alive while the thread waits.
+            del late
 
     def begin(self, ticket: Ticket) -> bool:
-        """Whether a row of a failed batch must still be run again; if so, its run begins now."""
+        """Begin to run a row of a failed batch again. False if its request is done already."""
         now = self._clock()
         if ticket.deadline <= now:
             self.expire(ticket)
@@ -138,45 +165,48 @@ class Queue:
     def deliver(
         self, batch: Batch, outcomes: Sequence[Answer | Exception], *, run_s: float | None = None
     ) -> None:
-        """Hand out the outcomes of a batch; `run_s` is its duration, None where it raised."""
+        """Deliver the outcomes of a batch. `run_s` is how long it ran, None if it raised."""
         answered: list[Ticket] = []
         failed: list[tuple[Ticket, Reason]] = []
         with self._lock:
             self._running.pop(threading.get_ident(), None)
             if run_s is not None:
-                self._drain_rate.record(rows=len(batch.entries), run_s=run_s, pressed=batch.pressed)
+                self._drain_rate.record(
+                    rows=len(batch.entries), run_s=run_s, under_load=batch.under_load
+                )
             now = self._clock()
-            for (ticket, place, _), outcome in zip(batch.entries, outcomes, strict=True):
+            for (ticket, position, _), outcome in zip(batch.entries, outcomes, strict=True):
                 if ticket.done:
                     continue
                 if isinstance(outcome, Exception):
                     self._fail_locked(ticket, as_request_error(outcome))
                     failed.append((ticket, "failed"))
-                elif ticket.answer(place, outcome, now=now):
+                elif ticket.answer(position, outcome, now=now):
                     answered.append(ticket)
         self._finish(answered=answered, dropped=failed)
 
     async def wait_for_room(self, *, rows: int, nbytes: int) -> None:
-        """Return when a request of so many rows and bytes would be admitted; nothing is reserved
-        for it.
-        """
+        """Return when so many rows and bytes would be admitted. Nothing is reserved."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
             self._require_possible(rows=rows, nbytes=nbytes)
-            if not self._waiters.join(future, rows=rows, nbytes=nbytes):
+            if not self._waiting_callers.join(future, rows=rows, nbytes=nbytes):
                 return
         try:
             await future
-        finally:  # without the lock: the garbage collector may call this, as in `drop`
+        finally:
+            # The garbage collector may run this with the lock held, as in `drop`. So the lock must
+            # not be taken here, and a closed loop needs nothing: its callers are skipped.
             if not loop.is_closed():
-                # The turn ends after this step of the loop, in which the caller uses the space.
+                # The turn ends after this step of the loop, in which the caller uses the room.
                 loop.call_soon(self._end_turn, future)
+        # The queue may have been closed meanwhile.
         self._require_possible(rows=rows, nbytes=nbytes)
 
     @property
     def load(self) -> Load:
-        """What waits and runs now."""
+        """The rows that wait and the batches that run now."""
         with self._lock:
             return Load(
                 waiting_rows=self._waiting.rows,
@@ -186,27 +216,28 @@ class Queue:
             )
 
     def stuck_s(self) -> float:
-        """Seconds by which the longest run exceeds `max_run_s`."""
+        """Seconds by which the longest run exceeds `max_run_s`; 0.0 if none does."""
         with self._lock:
             oldest = min(self._running.values(), default=math.inf)
         return max(0.0, self._clock() - oldest - self._limits.max_run_s)
 
     def retry_after_s(self) -> int:
-        """Estimated seconds, 1 to 60, until the waiting rows have run."""
+        """Estimated seconds, from 1 to 60, until the waiting rows have run."""
         with self._lock:
             return self._drain_rate.retry_after_s(
                 self._waiting.rows, assumed_row_s=self._assumed_row_s_locked()
             )
 
     def close(self) -> None:
-        """Admit nothing more; threads end when nothing waits."""
+        """Admit no more requests. The threads end when no rows wait."""
         with self._lock:
             self._closed = True
             self._work.notify_all()
-            waiters = self._waiters.clear()
-        wake(waiters)
+            futures = self._waiting_callers.clear()
+        wake(futures)
 
     def _require_possible(self, *, rows: int, nbytes: int) -> None:
+        """Raise NotReady or BodyTooLarge for a request that can never be admitted."""
         if self._closed:
             raise NotReady("the server is stopping and takes no more requests")
         if rows > self._limits.queue_rows or nbytes > self._limits.queue_bytes:
@@ -217,6 +248,8 @@ class Queue:
             )
 
     def _fits_locked(self, rows: int, nbytes: int) -> bool:
+        # The wait of the first new row: the new rows themselves do not count, so a large request
+        # enters an empty queue whatever `queue_s` is.
         wait_s = self._drain_rate.wait_s(
             self._waiting.rows, assumed_row_s=self._assumed_row_s_locked()
         )
@@ -227,6 +260,7 @@ class Queue:
         )
 
     def _assumed_row_s_locked(self) -> float:
+        """Seconds per row before the first batch: those of the slowest bucket that waits."""
         return max((bucket.row_cost_s for bucket in self._waiting), default=0.0)
 
     def _fail_locked(self, ticket: Ticket, failure: RequestError | None) -> None:
@@ -234,57 +268,68 @@ class Queue:
             self._waiting.remove(part)
         ticket.fail(failure, now=self._clock())
 
-    def _await_work_locked(self, late: list[Ticket]) -> Batch | Sample | None:
-        """Wait for a batch or, while there is none, a sample. Tickets past their deadline are added
-        to `late`; None where there are some, or the queue is closed and empty.
+    def _await_work_locked(self) -> Batch | Sample | None:
+        """Wait for the work of this thread.
+
+        None if tickets have met their deadline, so that `next` can wake their callers first, or if
+        the queue is closed and empty.
         """
+        # The last work of this thread has ended.
         thread = threading.get_ident()
         self._running.pop(thread, None)
         if self._proving == thread:
             self._proving = None
+
         while True:
-            work: Batch | Sample | None = self._next_batch_locked(late)
-            if work is None and self._proving is None and not self._closed and not late:
+            work: Batch | Sample | None = self._next_batch_locked()
+            must_return = self._closed or bool(self._late)
+            if work is None and self._proving is None and not must_return:
                 work = self._proofs.take()
-                self._proving = thread if work is not None else None
+                if work is not None:
+                    self._proving = thread
             if work is not None:
                 self._running[thread] = self._clock()
-            if work is not None or late or self._closed:
+            if work is not None or must_return:
                 return work
             self._work.wait()
 
-    def _next_batch_locked(self, late: list[Ticket]) -> Batch | None:
+    def _next_batch_locked(self) -> Batch | None:
+        """The batch of the most urgent row; None if no row waits.
+
+        Tickets past their deadline are never started: they fail here and are added to `_late`.
+        """
         while (head := self._waiting.head()) is not None:
             bucket = head.bucket
-            # The rows are shared among the threads without a run: this one and the idle ones.
+
+            # The waiting rows of the bucket are shared among the threads that can run a batch now:
+            # this one and the idle ones.
             free_threads = self._parallel - len(self._running)
             row_count = math.ceil(self._waiting.rows_of(bucket) / free_threads)
-            places = bucket.places_for(row_count)
-            row_count = min(places, row_count)
-            entries = self._take_entries_locked(bucket, row_count, late)
-            if entries:
-                if len(entries) < row_count:  # the others were late
-                    places = bucket.cheapest_holding(len(entries))
-                return Batch(
-                    bucket=bucket, entries=entries, places=places, pressed=self._waiting.rows > 0
-                )
-        return None
+            size = bucket.best_size(row_count)
+            row_count = min(size, row_count)
 
-    def _take_entries_locked(
-        self, bucket: Bucket, row_count: int, late: list[Ticket]
-    ) -> list[tuple[Ticket, int, Row]]:
-        now = self._clock()
-        entries: list[tuple[Ticket, int, Row]] = []
-        while len(entries) < row_count and (part := self._waiting.head(bucket)) is not None:
-            ticket = part.ticket
-            if ticket.deadline <= now:
-                self._fail_locked(ticket, _deadline_exceeded())
-                late.append(ticket)
-            else:
+            now = self._clock()
+            entries: list[Entry] = []
+            while len(entries) < row_count and (part := self._waiting.head(bucket)) is not None:
+                ticket = part.ticket
+                # The timer of the deadline may be late, or not have been set at all.
+                if ticket.deadline <= now:
+                    self._fail_locked(ticket, _deadline_exceeded())
+                    self._late.append(ticket)
+                    continue
                 ticket.began = now
                 rows = self._waiting.take(part, row_count - len(entries))
-                entries += [(ticket, place, row) for place, row in rows]
-        return entries
+                entries += [(ticket, position, row) for position, row in rows]
+
+            # Without entries all rows of the bucket were late: try the next bucket.
+            if entries:
+                if len(entries) < row_count:
+                    # Late rows have left a smaller batch than planned.
+                    size = bucket.cheapest_size(len(entries))
+                return Batch(
+                    bucket=bucket, entries=entries, size=size, under_load=self._waiting.rows > 0
+                )
+        return None
 
     def _finish(
         self,
@@ -292,33 +337,35 @@ class Queue:
         answered: Sequence[Ticket] = (),
         dropped: Sequence[tuple[Ticket, Reason]] = (),
     ) -> None:
+        """Report the dropped tickets, and wake the callers of all these tickets."""
         for ticket, reason in dropped:
             self._report_dropped(reason, ticket.dropped)
         wake([ticket.caller for ticket in answered] + [ticket.caller for ticket, _ in dropped])
         if dropped:
-            self._offer_space()
+            self._offer_room()
 
     def _report_dropped(self, reason: Reason, dropped: Sequence[tuple[Bucket, int]]) -> None:
         for observer in self._observers:
             for bucket, rows in dropped:
                 notify(observer.rows_dropped, reason, bucket, rows)
 
-    def _offer_space(self) -> None:
-        # Read without the lock: a caller that joins later checks for space itself.
-        if not len(self._waiters):
+    def _offer_room(self) -> None:
+        """Wake the caller that waits first, if its rows fit now."""
+        # Read without the lock: a caller that joins later checks for room itself.
+        if not len(self._waiting_callers):
             return
         with self._lock:
-            first = self._waiters.next()
+            first = self._waiting_callers.next()
         if first is not None:
             wake([first])
 
     def _end_turn(self, future: asyncio.Future[None]) -> None:
         with self._lock:
-            self._waiters.leave(future)
-        self._offer_space()
+            self._waiting_callers.leave(future)
+        self._offer_room()
 
 
 def _deadline_exceeded() -> DeadlineExceeded:
     return DeadlineExceeded(
-        "the answer was not there at the deadline of the request: come again, or allow more time"
+        "the request reached its deadline before it was answered: retry, or allow more time"
     )

@@ -1,7 +1,7 @@
-"""One request inside the engine: its rows by bucket, its answers as they come, and its caller,
-which is woken once, when the outcome is known.
+"""One request inside the engine: its rows, its answers as they arrive, and its caller.
 
-A ticket is changed only while the queue's lock is held. Callers are woken without the lock.
+The caller is woken once, when the outcome is known. A ticket is changed only with the queue's lock
+held. Callers are woken without the lock.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from typing import TypeAlias, cast
 from evalmode.service.batching.bucket import Answer, Bucket, Row
 from evalmode.service.errors import RequestError
 
+# How a caller waits for its ticket: blocking in a thread, or awaiting in an event loop.
 Caller: TypeAlias = threading.Event | asyncio.Future[None]
 
 
 class Part:
-    """The rows of one request in one bucket: (place in the request, row, bytes).
+    """The rows of one request in one bucket.
 
-    `order` is (urgency, sequence): the lowest goes first. No two parts of one bucket have the same.
-    `size` is the number of rows at the start; `rows` and `nbytes` shrink while batches take rows.
+    Attributes:
+        bucket: the bucket of all its rows.
+        rows: the rows that still wait: (position in the request, row, bytes).
+        row_count: the number of rows at the start.
+        nbytes: the bytes of the rows that still wait.
+        order: (urgency, sequence): the lowest goes first. It is unique within a bucket.
+        ticket: the request.
     """
 
-    __slots__ = ("bucket", "nbytes", "order", "rows", "size", "ticket")
+    __slots__ = ("bucket", "nbytes", "order", "row_count", "rows", "ticket")
 
     def __init__(
         self,
@@ -38,28 +44,30 @@ class Part:
     ) -> None:
         self.bucket = bucket
         self.rows = deque(rows)
-        self.size = len(self.rows)
+        self.row_count = len(self.rows)
         self.nbytes = sum(nbytes for _, _, nbytes in self.rows)
         self.order = order
         self.ticket = ticket
 
 
 class Ticket:
-    """A request that was accepted: answered whole, or failed whole.
+    """An admitted request. All of it is answered, or all of it fails.
 
     Attributes:
-        arrived: when, by the engine's clock.
-        began: when its last batch so far began; None while all its rows wait.
+        arrived: when it arrived, by the engine's clock.
+        began: when its latest batch began; None while all its rows wait.
         ended: when it was done; None until then.
-        deadline: until when a row of it may be started; infinite for none.
+        deadline: no row of it may be started after this time; infinite without a deadline.
+        caller: the event or future that is set when the ticket is done.
         parts: its rows by bucket; empty once it is done.
-        done: whether its caller has been, or is about to be, woken; later changes are ignored.
-        dropped: the rows of each bucket, when it failed.
+        done: whether its caller was woken or is about to be. Later changes are ignored.
+        dropped: the number of rows in each bucket, if it failed.
+        failure: the error for the caller, if it failed and the caller still waits.
     """
 
     __slots__ = (
         "_answers",
-        "_left",
+        "_rows_left",
         "arrived",
         "began",
         "caller",
@@ -82,37 +90,39 @@ class Ticket:
         self.dropped: tuple[tuple[Bucket, int], ...] = ()
         self.failure: RequestError | None = None
         self._answers: list[Answer | None] = [None] * rows
-        self._left = rows
+        self._rows_left = rows
 
-    def answer(self, place: int, answer: Answer, *, now: float) -> bool:
-        """Store the answer of one row; whether it was the last."""
-        self._answers[place] = answer
-        self._left -= 1
-        if self._left:
+    def answer(self, position: int, answer: Answer, *, now: float) -> bool:
+        """Store the answer of the row at `position`; True if it was the last one."""
+        self._answers[position] = answer
+        self._rows_left -= 1
+        if self._rows_left:
             return False
         self.done = True
         self.ended = now
-        self.parts = ()  # they point here: a circle that only the garbage collector would break
+        # Parts refer to their ticket. Only the garbage collector would free such a cycle.
+        self.parts = ()
         return True
 
     def fail(self, failure: RequestError | None, *, now: float) -> None:
-        """End it without answers; None when nobody waits for the reason."""
+        """End it without answers. `failure` is None if the caller no longer waits."""
         self.done = True
         self.ended = now
         self.failure = failure
-        self.dropped = tuple((part.bucket, part.size) for part in self.parts)
+        self.dropped = tuple((part.bucket, part.row_count) for part in self.parts)
         self.parts = ()
 
     def times_s(self) -> tuple[float, float]:
-        """Seconds until its last batch began, and from there to its end: together, how long it was
-        in the engine.
+        """Seconds until its latest batch began, and from there to its end.
+
+        Their sum is the time that the request was in the engine.
         """
-        assert self.ended is not None, "it is done"
+        assert self.ended is not None, "the ticket is done"
         began = self.ended if self.began is None else self.began
         return began - self.arrived, self.ended - began
 
     def result(self) -> list[Answer]:
-        """The answers in the order of the rows; raises what it failed with."""
+        """The answers in the order of the rows. Raises the failure, if it failed."""
         assert self.done
         if self.failure is None:
             return cast(list[Answer], self._answers)
@@ -120,12 +130,14 @@ class Ticket:
         try:
             raise failure
         finally:
-            del failure  # its traceback holds this frame
+            # The traceback of the failure refers to this frame: without `del` they are a cycle.
+            del failure
 
 
 def wake(callers: Iterable[Caller]) -> None:
-    """Wake the callers of tickets that are done. Those of one event loop are woken together, which
-    costs the loop one wake-up.
+    """Wake the callers of tickets that are done.
+
+    The callers of one event loop are woken together, which costs the loop one wake-up.
     """
     futures_by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for caller in callers:
@@ -134,11 +146,13 @@ def wake(callers: Iterable[Caller]) -> None:
         else:
             futures_by_loop.setdefault(caller.get_loop(), []).append(caller)
     for loop, futures in futures_by_loop.items():
-        with suppress(RuntimeError):  # the loop is closed, and its futures wait for nothing
-            loop.call_soon_threadsafe(_resolve, futures)
+        # RuntimeError: the loop is closed, so nothing awaits its futures.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_set_done, futures)
 
 
-def _resolve(futures: list[asyncio.Future[None]]) -> None:
+def _set_done(futures: list[asyncio.Future[None]]) -> None:
     for future in futures:
-        if not future.done():  # cancelled meanwhile
+        # A future may have been cancelled since the wake-up was sent.
+        if not future.done():
             future.set_result(None)

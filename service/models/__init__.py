@@ -1,3 +1,4 @@
-"""Bundles, opened and ready to run: texts and tensors in, answers out; how versions replace each
-other. Knows no HTTP.
+"""Bundles, opened and ready to run: texts and tensors in, answers out.
+
+Also which versions are open, and how they replace each other. This folder knows no HTTP.
 """

@@ -1,18 +1,20 @@
-"""Which batch sizes may run, and what each costs, measured when a model is loaded.
+"""Which batch sizes may run, and how long each takes, measured when a model is loaded.
 
-Whether a batch size keeps a row's bits is measured at every load, on this machine. Its cost is
-measured too, and cached in a folder, because one short measurement beside other work is imprecise.
-The smallest cost ever seen counts, so the choice of batch sizes stays the same from start to start.
+Whether a size gives a row the bits that it has alone is measured at every load, on this machine.
+
+How long it takes is measured too, and cached, because one short measurement beside other work is
+imprecise. The smallest time in the cache counts, so the sizes stay the same from start to start.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +26,13 @@ from evalmode.bundle.frontend import FrontEnd
 from evalmode.bundle.known_answers import KnownAnswer, Run, Tensors, bits
 from evalmode.bundle.row_counts import rows_by_length, timed_row_counts
 
+# The batch sizes that are measured. Powers of two: at most half of a filled batch is copies.
 ROW_COUNTS = (1, 2, 4, 8, 16, 32)
 
-_ROWS = 4  # of each length: two full, two mostly padding
-_FALLBACK = ("A text to measure with, where the bundle holds none of its own.", "1")
+# Rows to measure with, of each padded length: two full ones, and two that are mostly padding.
+_ROWS_OF_A_LENGTH = 4
+# Texts to measure with if the bundle has no known answers.
+_FALLBACK_TEXTS = ("A text to measure with, where the bundle holds none of its own.", "1")
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +42,8 @@ class MeasuredBucket:
     """The measurements of one bucket.
 
     Attributes:
-        stable: the row counts at which a row has the bits it has alone.
-        costs: seconds of a batch, for those of them with a lower cost per row than every smaller
-            one.
+        stable: the batch sizes at which a row has the bits that it has alone.
+        costs: seconds of a batch, by its size, for the stable sizes that are efficient.
     """
 
     stable: tuple[int, ...]
@@ -48,14 +52,18 @@ class MeasuredBucket:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How long measuring a model may take, and where timings are cached (None:
-    `~/.cache/evalmode`).
+    """How a model is measured.
+
+    Attributes:
+        budget_s: seconds that measuring may take.
+        cache: the folder where timings are cached; None for evalmode's own cache folder.
     """
 
     budget_s: float = 1.0
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        # Not `budget_s < 0`: NaN must be refused too.
         if not self.budget_s >= 0:
             raise ValueError(f"budget_s must be at least 0, got {self.budget_s}")
 
@@ -68,33 +76,37 @@ class Calibration:
         digest: str,
         platform: Platform,
     ) -> dict[str, MeasuredBucket]:
-        """For each bucket, by its label, the row counts of ROW_COUNTS that may run.
+        """The batch sizes of ROW_COUNTS that may run in each bucket. `rows` are single rows, by the
+        label of their bucket, and so is the result.
 
-        A row alone is always measured. A row count that the budget does not reach is not proven and
-        never runs.
-        Raises BundleError when a row alone does not repeat its own bits.
+        A row alone is always measured. A size that the budget does not reach is not measured, so it
+        never runs. Raises BundleError if a row alone does not repeat its own bits.
         """
         end = time.monotonic() + self.budget_s
         timings: dict[str, dict[int, float]] = {}
         for index, (label, bucket_rows) in enumerate(rows.items()):
+            # What is left of the budget is shared among the buckets that are left.
             budget_s = max(0.0, end - time.monotonic()) / (len(rows) - index)
             timings[label] = timed_row_counts(run, bucket_rows, ROW_COUNTS, budget_s=budget_s)
             if 1 not in timings[label]:
                 raise _not_repeatable(path, f"one row of {label}")
-        best = _TimingsCache.of(self.cache, digest=digest, platform=platform).merge(timings)
-        return {
-            label: MeasuredBucket(stable=tuple(timings[label]), costs=worthwhile(best[label]))
-            for label in timings
-        }
+
+        cache = _TimingsCache.of(self.cache, digest=digest, platform=platform)
+        measured: dict[str, MeasuredBucket] = {}
+        for label, smallest in cache.merge(timings).items():
+            stable = tuple(timings[label])
+            measured[label] = MeasuredBucket(stable=stable, costs=efficient(smallest))
+        return measured
 
 
-def alone_s(run: Run, requests: Sequence[Tensors], *, path: Path) -> float | None:
-    """Seconds of the slowest of `requests`, each run as it is; None without any.
+def slowest_run_s(run: Run, requests: Sequence[Tensors], *, path: Path) -> float | None:
+    """Seconds of the slowest of `requests`, each run as it is; None without requests.
 
-    Raises BundleError when one does not repeat its own bits.
+    Raises BundleError if one does not repeat its own bits.
     """
     slowest_s = None
     for inputs in requests:
+        # The first run is not timed: ONNX Runtime allocates its memory there.
         first = run(inputs)
         began = time.perf_counter()
         second = run(inputs)
@@ -104,79 +116,89 @@ def alone_s(run: Run, requests: Sequence[Tensors], *, path: Path) -> float | Non
     return slowest_s
 
 
-def worthwhile(timings: Mapping[int, float]) -> dict[int, float]:
-    """The row counts with a lower cost per row than every smaller one."""
+def efficient(timings: Mapping[int, float]) -> dict[int, float]:
+    """The batch sizes with a lower cost per row than all smaller ones, each with its seconds.
+
+    >>> efficient({1: 1.0, 2: 1.2, 4: 2.4})
+    {1: 1.0, 2: 1.2}
+    """
     costs: dict[int, float] = {}
-    for count in sorted(timings):
-        if all(timings[count] / count < seconds / smaller for smaller, seconds in costs.items()):
-            costs[count] = timings[count]
+    for size in sorted(timings):
+        if all(timings[size] / size < seconds / smaller for smaller, seconds in costs.items()):
+            costs[size] = timings[size]
     return costs
 
 
 def text_rows_to_measure(
-    answers: Sequence[KnownAnswer], *, frontend: FrontEnd
+    answers: Sequence[KnownAnswer], *, frontend: FrontEnd, inputs: Collection[str]
 ) -> dict[str, list[Tensors]]:
-    """A few rows for every padded length, by its label, made of the ids of the known answers'
-    texts.
+    """A few rows of each padded length, by its label, made of the texts of the known answers. Each
+    row has the tensors of `inputs`, the names of the model's inputs.
     """
-    texts = [answer.text for answer in answers if answer.text is not None] or list(_FALLBACK)
+    texts = [answer.text for answer in answers if answer.text is not None] or list(_FALLBACK_TEXTS)
     ids = [frontend.encode(text).ids for text in texts]
-    rows = rows_by_length(ids, frontend.spec, each=_ROWS)
-    return {str(length): rows_of_length for length, rows_of_length in rows.items()}
+    rows: dict[str, list[Tensors]] = {}
+    for length, padded_rows in rows_by_length(ids, frontend.spec, each=_ROWS_OF_A_LENGTH).items():
+        # A graph may take no attention mask.
+        rows[str(length)] = [
+            {name: tensor for name, tensor in row.items() if name in inputs} for row in padded_rows
+        ]
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class _TimingsCache:
-    """The smallest seconds ever seen of this bundle on this platform. Losing the file does no
-    harm.
+    """The smallest seconds ever measured for a bundle on a platform: in JSON, by the bucket's label
+    and the batch size. The file may be deleted at any time. None for no cache.
     """
 
     file: Path | None
 
     @classmethod
     def of(cls, cache: Path | None, *, digest: str, platform: Platform) -> _TimingsCache:
+        """The cache of this bundle on this platform, in the folder `cache` or the default one."""
         identity = json.dumps([digest, platform.model_dump(mode="json"), ROW_COUNTS])
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         try:
             folder = cache or Path(CACHE).expanduser()
-        except RuntimeError:  # a user without a home
+        except RuntimeError:
+            # The user has no home folder, as in some containers.
             return cls(file=None)
         return cls(file=folder / "calibration" / f"{fingerprint}.json")
 
     def merge(self, timings: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
-        """`timings`, each lowered to the smallest known; new smallest ones are written back."""
-        known = self._read()
-        best: dict[str, dict[int, float]] = {}
-        for label, seconds_by_count in timings.items():
-            known_seconds = known.get(label, {})
-            best[label] = {
-                count: min(seconds, known_seconds.get(count, math.inf))
-                for count, seconds in seconds_by_count.items()
-            }
-        merged = {
-            label: {**known.get(label, {}), **best.get(label, {})} for label in (*known, *best)
-        }
-        if merged != known:
+        """`timings`, each lowered to the smallest in the cache. New smallest ones are written."""
+        cached = self._read()
+        # What was not measured this time stays in the cache.
+        merged = copy.deepcopy(cached)
+        smallest: dict[str, dict[int, float]] = {}
+        for label, seconds_by_size in timings.items():
+            smallest[label] = {}
+            for size, seconds in seconds_by_size.items():
+                cached_s = cached.get(label, {}).get(size, math.inf)
+                smallest[label][size] = min(seconds, cached_s)
+            merged.setdefault(label, {}).update(smallest[label])
+        if merged != cached:
             self._write(merged)
-        return best
+        return smallest
 
     def _read(self) -> dict[str, dict[int, float]]:
+        """The timings of the file; empty if it is missing or not such a file."""
         if self.file is None:
             return {}
+        timings: dict[str, dict[int, float]] = {}
         try:
-            timings = json.loads(self.file.read_bytes())
-            return {
-                str(label): {
-                    int(count): float(seconds)
-                    for count, seconds in costs.items()
-                    if 0 < seconds < math.inf
-                }
-                for label, costs in timings.items()
-            }
+            for label, seconds_by_size in json.loads(self.file.read_bytes()).items():
+                timings[label] = {}
+                for size, seconds in seconds_by_size.items():
+                    if 0 < seconds < math.inf:
+                        timings[label][int(size)] = float(seconds)
+            return timings
         except FileNotFoundError:
             return {}
+        # All that the lines above raise for JSON of another structure.
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            _log.debug("kept timings cannot be read from %s: %s", self.file, error)
+            _log.debug("cached timings cannot be read from %s: %s", self.file, error)
             return {}
 
     def _write(self, timings: Mapping[str, Mapping[int, float]]) -> None:
@@ -184,13 +206,13 @@ class _TimingsCache:
             return
         try:
             write_file(self.file, json.dumps(timings).encode())
-        # a read-only file system, or another process that writes the same file at this moment
         except OSError as error:
-            _log.debug("timings cannot be kept in %s: %s", self.file, error)
+            # A read-only file system, or another process that writes the same file at this moment.
+            _log.debug("timings cannot be cached in %s: %s", self.file, error)
 
 
-def _not_repeatable(path: Path, what: str) -> BundleError:
+def _not_repeatable(path: Path, subject: str) -> BundleError:
     return BundleError(
-        f"{path} gives {what} other bits each time it runs: this model or this execution provider"
-        " is not deterministic, and nothing it answers could be relied on"
+        f"{path} gives {subject} other bits each time it runs: this model or this execution"
+        " provider is not deterministic, so none of its answers would be reliable"
     )

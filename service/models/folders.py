@@ -1,4 +1,4 @@
-"""Which bundles lie below a folder, and whether one has changed since the last look. Opens none.
+"""Finds the bundles below a folder, and whether one has changed since the last look. Opens none.
 
 The name of a folder means nothing: the identity of a bundle is in its manifest.
 """
@@ -6,7 +6,7 @@ The name of a folder means nothing: the identity of a bundle is in its manifest.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -17,17 +17,19 @@ from evalmode.bundle.errors import BundleError
 from evalmode.bundle.manifest import MANIFEST_FILE, Manifest
 from evalmode.bundle.store import is_bundle, read_file
 
-# Path below the folder, size, time of change in ns, and inode, of every file: it changes whenever a
-# file is written.
+# For each file of a folder: its path there, its size, the time of its last change in ns, and its
+# inode. The signature differs whenever a file was written.
 FilesSignature: TypeAlias = tuple[tuple[str, int, int, int], ...]
-
-_PATTERNS = ("*", "*/*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A bundle's folder: the identity in its manifest (None: it cannot be read), and the signature
-    of its files.
+    """The folder of a bundle.
+
+    Attributes:
+        path: its path.
+        identity: the name and the version in its manifest; None if that cannot be read.
+        signature: the signature of its files.
     """
 
     path: Path
@@ -35,32 +37,30 @@ class Folder:
     signature: FilesSignature
 
 
-def look(root: Path, *, known: Mapping[Path, Folder]) -> list[Folder]:
-    """The bundles' folders, by path: `root` itself, or those one or two levels below it that are
-    not hidden.
+def find_folders(root: Path, *, earlier: Mapping[Path, Folder]) -> list[Folder]:
+    """The folders of bundles, sorted by path: `root` itself, or those one or two levels below it.
+    Hidden folders are left out.
 
-    A manifest is read again only when the signature differs from the `known` one.
+    A manifest is read again only if the signature differs from that in `earlier`, the folders of
+    the last look by path.
     """
+    if is_bundle(root):
+        paths = [root]
+    else:
+        paths = []
+        for pattern in (f"*/{MANIFEST_FILE}", f"*/*/{MANIFEST_FILE}"):
+            for file in root.glob(pattern):
+                parts = file.parent.relative_to(root).parts
+                if not any(part.startswith(".") for part in parts):
+                    paths.append(file.parent)
+
     folders = []
-    for path in _paths(root):
-        folder, signature = known.get(path), _signature(path)
+    for path in sorted(paths):
+        folder, signature = earlier.get(path), _signature(path)
         if folder is None or folder.signature != signature:
             folder = Folder(path=path, identity=_identity(path), signature=signature)
         folders.append(folder)
     return folders
-
-
-def _paths(root: Path) -> list[Path]:
-    if is_bundle(root):
-        return [root]
-    paths = {
-        file.parent for pattern in _PATTERNS for file in root.glob(f"{pattern}/{MANIFEST_FILE}")
-    }
-    return sorted(
-        path
-        for path in paths
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
 
 
 def _identity(path: Path) -> tuple[str, str] | None:
@@ -72,16 +72,16 @@ def _identity(path: Path) -> tuple[str, str] | None:
 
 
 def _signature(path: Path) -> FilesSignature:
-    return tuple(sorted(_files(path)))
-
-
-def _files(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    files = []
     for folder, _, names in os.walk(path):
         for name in names:
             file = Path(folder, name)
+            relative_path = str(file.relative_to(path))
             try:
                 status = file.stat()
-            except OSError:  # deleted since it was listed, or a broken link
-                yield str(file.relative_to(path)), -1, 0, 0
+            except OSError:
+                # The file was deleted since it was listed, or it is a broken link.
+                files.append((relative_path, -1, 0, 0))
             else:
-                yield str(file.relative_to(path)), status.st_size, status.st_mtime_ns, status.st_ino
+                files.append((relative_path, status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(sorted(files))

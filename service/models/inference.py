@@ -1,4 +1,4 @@
-"""How a bucket runs its rows: stacked into one batch, run, and split into answers."""
+"""How a bucket runs its rows: joined into one batch, run, and split into answers."""
 
 from __future__ import annotations
 
@@ -11,63 +11,62 @@ from evalmode.bundle.errors import InputsRefused, ModelRunFailed
 from evalmode.bundle.known_answers import Run, Tensors
 from evalmode.service.batching.bucket import Row
 from evalmode.service.errors import BadRequest, RunFailed
+from evalmode.service.models.tensors import split_rows
 
 _REASON_CHARACTERS = 200
+
+# A word of ONNX Runtime's messages that names its own source: a path, a C++ name, or FILE.cc:LINE.
+_SOURCE_WORD = re.compile(r"/|::|\.(h|cc|cpp|cu|cuh):\d+$")
 
 
 def run_of_rows(
     run: Run, *, is_text: bool, whole: bool
 ) -> Callable[[Sequence[Row]], Sequence[Tensors]]:
-    """The `run` of a bucket: it gives each row's answer.
+    """The `run` of a bucket: a function that returns the answer of each row.
 
-    With `whole` there is one row, a whole request, and its answer is not split. The function raises
-    BadRequest for inputs that the model cannot compute with, and RunFailed for any other failure.
-    NaN is an answer here: it concerns only the requests that want the output that holds it.
+    With `whole` a row is a whole request, so there is one row, and its answer is not split. The
+    function raises BadRequest for inputs that the model cannot compute with, and RunFailed for any
+    other failure. NaN is an answer here: only requests that want its output are concerned.
     """
 
     def run_rows(rows: Sequence[Row]) -> Sequence[Tensors]:
+        # One row, the common case, needs no copy.
+        if len(rows) == 1:
+            inputs = rows[0].inputs
+        else:
+            inputs = {
+                name: np.concatenate([row.inputs[name] for row in rows]) for name in rows[0].inputs
+            }
         try:
-            outputs = run(_stack(rows))
+            outputs = run(inputs)
         except InputsRefused as error:
-            if is_text:  # ids were checked earlier, so the inputs are not at fault
+            # The ids of texts were checked earlier, so the inputs are not at fault.
+            if is_text:
                 raise RunFailed("the model failed on the rows of this request") from error
             raise BadRequest(
                 f"the model cannot compute with these inputs: {_reason(error)}"
             ) from error
         except ModelRunFailed as error:
             raise RunFailed("the model failed on the rows of this request") from error
-        return [outputs] if whole else _split(outputs, len(rows))
+        if whole:
+            return [outputs]
+        for name, tensor in outputs.items():
+            if tensor.shape[:1] != (len(rows),):
+                raise RunFailed(
+                    f"the model answered {len(rows)} rows with {name!r} of shape {[*tensor.shape]}"
+                )
+        return split_rows(outputs, len(rows))
 
     return run_rows
 
 
-def _stack(rows: Sequence[Row]) -> Tensors:
-    if len(rows) == 1:
-        return rows[0].inputs
-    return {name: np.concatenate([row.inputs[name] for row in rows]) for name in rows[0].inputs}
-
-
-def _split(outputs: Tensors, rows: int) -> list[Tensors]:
-    """The answer of each row, with a leading dimension of 1: copies, so that an answer that is kept
-    does not keep the whole batch.
-    """
-    for name, tensor in outputs.items():
-        if tensor.shape[:1] != (rows,):
-            raise RunFailed(
-                f"the model answered {rows} rows with {name!r} of shape {[*tensor.shape]}"
-            )
-    if rows == 1:
-        return [outputs]
-    return [
-        {name: tensor[row : row + 1].copy() for name, tensor in outputs.items()}
-        for row in range(rows)
-    ]
-
-
 def _reason(error: ModelRunFailed) -> str:
-    """The runtime's reason on one line, without the paths of its own source files."""
+    """The reason that ONNX Runtime gives, on one line and without the paths of its source files.
+
+    In ONNX Runtime 1.31 its message is "... Status Message: SOURCE CONDITION was false. REASON", or
+    only the last part of that.
+    """
     message = str(error.__cause__ or error)
     message = message.rpartition("Status Message: ")[2].rpartition(" was false. ")[2]
-    is_source = re.compile(r"/|::|\.(h|cc|cpp|cu|cuh):\d+$").search
-    words = [word for word in message.split() if not is_source(word)]
-    return " ".join(words)[:_REASON_CHARACTERS] or "it says no more"
+    words = [word for word in message.split() if not _SOURCE_WORD.search(word)]
+    return " ".join(words)[:_REASON_CHARACTERS] or "ONNX Runtime gives no reason"

@@ -1,9 +1,13 @@
-"""An opened bundle of any kind, ready to run: its buckets, and the rows that go into them.
+"""An opened bundle, ready to run: its buckets, and the rows that go into them.
 
-There are three kinds. A model of text has a bucket for each padded length; the length of a row
-alone decides its bucket. A model of tensors whose rows were proven independent has one bucket for
-each row shape of its known answers, in which rows are batched, and one for all other shapes, in
-which each row runs alone. Any other model runs each request whole.
+There are three kinds of models:
+
+1. A model of text has a bucket for each padded length. The length of a row alone decides its
+   bucket.
+2. A model of tensors whose rows were proven independent has a bucket for each row shape of its
+   known answers, in which rows are batched. Rows of all other shapes run alone, in the bucket
+   OTHER.
+3. Any other model runs each request as it is, in the bucket WHOLE.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from evalmode.service.errors import BadRequest, TextTooLong
 from evalmode.service.models.calibration import (
     Calibration,
     MeasuredBucket,
-    alone_s,
+    slowest_run_s,
     text_rows_to_measure,
 )
 from evalmode.service.models.inference import run_of_rows
@@ -42,7 +46,7 @@ from evalmode.service.models.tensors import (
     label_of,
     row_count,
     row_shape_of,
-    split,
+    split_rows,
     unknown_datatype,
 )
 from evalmode.service.models.text import (
@@ -55,24 +59,32 @@ from evalmode.service.models.text import (
     predict,
 )
 
-# Encoding takes some 30 microseconds a text and a microsecond a character; above this it would hold
-# an event loop up.
+# Encoding takes some 30 microseconds a text and a microsecond a character. More characters than
+# these would block an event loop for too long.
 INLINE_CHARACTERS = 2_000
-# Encoding holds Python's lock, so more threads would encode no more; each would be one more that
+# Encoding holds Python's lock, so more threads would not encode faster. Each would be one more that
 # the event loop has to wait for.
 _ENCODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
 
+# The labels of the buckets without a length or a shape.
 OTHER = "other"
 WHOLE = "whole"
 
-_INVARIANCE = "batch-invariance"  # the rule that proves rows independent of one another
-_UNMEASURED_S = 0.01  # the assumed cost of a run, where the bundle has no input to measure with
+# The rule that proves rows independent of one another.
+_INDEPENDENCE_RULE = "batch-invariance"
+# The assumed seconds of a run, if the bundle has no input to measure with.
+_UNMEASURED_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What another process on this machine has found out about a bundle: it opens, its known
-    answers come out, twice the same, and these row counts may run.
+class TrialResult:
+    """The result of opening a bundle in another process on this machine.
+
+    The bundle opens there, and its known answers come out, the same twice.
+
+    Attributes:
+        digest: the bundle's digest.
+        measured: the measurements of its buckets, by label.
     """
 
     digest: str
@@ -84,27 +96,32 @@ class Model:
     """An open model; use `Model.open`. Its memory is freed when nothing refers to it or to one of
     its buckets.
 
+        model = Model.open(Path("bundles/languages/1"))
+        jobs, truncated = model.text_rows(["Ez egy mondat."])
+        answers = engine.answer(jobs)
+        (prediction,) = model.predictions(answers, truncated, top_k=3)
+
     Attributes:
-        bundle: what it was opened from, without the contents.
+        bundle: the bundle, without the contents of its files.
         platform: what its bits depend on besides the bundle.
         replayed: how the known answers compared; None for a bundle without a certificate.
-        doubt: why the graph itself does not look certified, where that was allowed; else None.
+        graph_fault: why the graph contradicts a certificate, if it may be served nevertheless; else
+            None.
         frontend: turns texts into ids; None for a model of tensors.
-        labels: the label of each logit, where there are any.
-        buckets: all of them; the model chooses the bucket of a row.
-        measured: by a bucket's label, the row counts that were proven on this machine, and what
-            they cost.
+        labels: the label of each logit, if it has any.
+        buckets: all its buckets. The model chooses the bucket of a row.
+        measured: the measurements of its buckets on this machine, by label.
     """
 
     bundle: Bundle
     platform: Platform
     replayed: Replay | None
-    doubt: str | None
+    graph_fault: str | None
     frontend: FrontEnd | None
     labels: tuple[str, ...] | None
     buckets: tuple[Bucket, ...]
     measured: Mapping[str, MeasuredBucket]
-    _by_label: Mapping[str, Bucket]
+    _buckets_by_label: Mapping[str, Bucket]
 
     @classmethod
     def open(
@@ -115,40 +132,58 @@ class Model:
         threads: int = 1,
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
-        trial: Trial | None = None,
+        trial: TrialResult | None = None,
         on_step: Callable[[str], None] = lambda step: None,
     ) -> Model:
         """Open the bundle folder `path`, replay its known answers, and measure which batch sizes
-        keep a row's bits.
+        keep the bits of a row.
 
-        The certificate alone is not believed: the operators of the graph are read as well.
-        After a `trial` of this digest the answers are replayed once, and nothing is measured again.
-        `on_step` is told each step before it begins.
-        Raises BundleError for a bundle that must not be served, and ProviderUnavailable for a
-        provider that is not there.
+        With the result of a `trial` of this digest, the answers are replayed once instead of twice,
+        and nothing is measured again. `on_step` is called with the name of each step before it
+        begins.
+
+        Raises BundleError for a bundle that must not be served, and ProviderUnavailable for an
+        execution provider that is missing.
         """
         on_step("reading its files")
         bundle = open_bundle(path, allow_uncertified=allow_uncertified)
         if trial is not None and bundle.digest != trial.digest:
             raise BundleError(f"{path} was changed while it was opened")
-        frontend, answers, manifest = bundle.frontend(), bundle.known_answers(), bundle.manifest
+        manifest = bundle.manifest
+        frontend = bundle.frontend()
+        answers = bundle.known_answers()
         labels = manifest.labels if frontend is None else labels_of(manifest, path=path)
-        if odd := unknown_datatype([*manifest.inputs, *manifest.outputs]):
+        if spec := unknown_datatype([*manifest.inputs, *manifest.outputs]):
             raise BundleError(
-                f"{path} cannot be served: {odd.name!r} is {odd.datatype}, which no request can"
+                f"{path} cannot be served: {spec.name!r} is {spec.datatype}, which no request can"
                 " carry"
             )
-        doubt = None
+
+        # A certificate may be forged, so the operators of the graph are checked too.
+        graph_fault = None
         try:
             check_operators(bundle.model)
         except BundleNotCertified as error:
             if not allow_uncertified:
                 raise
-            doubt = str(error)
+            graph_fault = str(error)
+
         on_step("making a session of its graph")
         session = open_session(bundle.model, provider=provider, threads=threads)
+
         on_step("running its known answers")
-        replayed = _replay(bundle, answers, session=session, frontend=frontend, twice=trial is None)
+        replayed = None
+        # The platform and the tolerance to compare with are in the certificate.
+        if bundle.certificate is not None:
+            replayed = replay(
+                answers,
+                session.run,
+                certificate=bundle.certificate,
+                platform=session.platform,
+                frontend=frontend,
+                twice=trial is None,
+            )
+
         if trial is not None:
             measured = trial.measured
         else:
@@ -156,18 +191,32 @@ class Model:
             measured = _measure(
                 bundle, session, answers, frontend=frontend, calibration=calibration
             )
-        buckets = _buckets(bundle, session.run, measured, is_text=frontend is not None)
+
+        is_text = frontend is not None
+        run_rows = run_of_rows(session.run, is_text=is_text, whole=WHOLE in measured)
+        buckets = {
+            label: Bucket(
+                model=manifest.name,
+                version=manifest.version,
+                digest=bundle.digest,
+                label=label,
+                positions=int(label) if is_text else 1,
+                run=run_rows,
+                costs=measurements.costs,
+            )
+            for label, measurements in measured.items()
+        }
         return cls(
-            # the session has the model now: a second copy would double the memory
+            # The session holds the model now: a second copy would double the memory.
             bundle=replace(bundle, contents={}),
             platform=session.platform,
             replayed=replayed,
-            doubt=doubt,
+            graph_fault=graph_fault,
             frontend=frontend,
             labels=labels,
             buckets=tuple(buckets.values()),
             measured=measured,
-            _by_label=buckets,
+            _buckets_by_label=buckets,
         )
 
     @property
@@ -182,15 +231,16 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """The bundle's digest: it names every byte of the model."""
+        """The bundle's digest: it identifies every byte of the model."""
         return self.bundle.digest
 
     @property
     def row_counts(self) -> dict[str, tuple[int, ...]]:
-        """By a bucket's label, the row counts that were proven; the costs of the bucket hold those
-        that are efficient.
+        """The batch sizes that keep the bits of a row, by the label of their bucket.
+
+        The costs of a bucket have only those that are efficient.
         """
-        return {label: bucket.stable for label, bucket in self.measured.items()}
+        return {label: measurements.stable for label, measurements in self.measured.items()}
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -210,21 +260,23 @@ class Model:
     def text_rows(
         self, texts: Sequence[str], *, truncate: bool = True
     ) -> tuple[list[Job], list[bool]]:
-        """A row for each text, and whether the text was longer than the model reads and was cut.
+        """A job for each text, and whether the text was cut because it is too long for the model.
 
-        With `truncate=False` a longer one is refused with TextTooLong. Raises BadRequest for a
-        model of tensors.
+        With `truncate=False` such a text is refused with TextTooLong. Raises BadRequest for a model
+        of tensors.
         """
         frontend = self.frontend
         if frontend is None:
             raise BadRequest(f"model {self.name} takes tensors and no texts")
-        encoded = [frontend.encode(text) for text in texts]
-        for place, row in enumerate(encoded):
+        jobs: list[Job] = []
+        truncated: list[bool] = []
+        for index, text in enumerate(texts):
+            row = frontend.encode(text)
             if row.truncated and not truncate:
-                raise TextTooLong(place, longest=frontend.spec.lengths[-1])
-        return [self._text_job(frontend, IdRow(ids=row.ids)) for row in encoded], [
-            row.truncated for row in encoded
-        ]
+                raise TextTooLong(index, longest=frontend.spec.lengths[-1])
+            jobs.append(self._text_job(frontend, IdRow(ids=row.ids)))
+            truncated.append(row.truncated)
+        return jobs, truncated
 
     async def text_rows_async(
         self, texts: Sequence[str], *, truncate: bool = True
@@ -236,74 +288,64 @@ class Model:
         return await asyncio.get_running_loop().run_in_executor(_ENCODING, encode)
 
     def tensor_jobs(self, inputs: Tensors) -> list[Job]:
-        """The rows of one request's raw tensors; one job for a model that runs requests whole.
+        """A job for each row of a request's tensors; one job for a model that runs requests whole.
 
-        Raises BadRequest, naming the tensor and what is wrong with it.
+        Raises BadRequest, with the name of the tensor and its fault.
         """
         if self.frontend is not None:
             tensors = check_inputs(inputs, self.inputs, optional=frozenset({MASK}))
+            # Called for its errors.
             row_count(tensors)
             return [
                 self._text_job(self.frontend, row) for row in id_rows(tensors, self.frontend.spec)
             ]
         tensors = check_inputs(inputs, self.inputs)
-        if whole := self._by_label.get(WHOLE):
+        whole = self._buckets_by_label.get(WHOLE)
+        if whole is not None:
             return [(whole, ModelRow(inputs=tensors))]
-        rows = [ModelRow(inputs=row) for row in split(tensors)]
-        label = label_of(row_shape_of(rows[0].inputs))  # a tensor's rows have one shape
-        return [(self._by_label.get(label, self._by_label[OTHER]), row) for row in rows]
+        rows = split_rows(tensors, row_count(tensors))
+        # All rows of a tensor have one shape, so the first row decides the bucket of all.
+        label = label_of(row_shape_of(rows[0]))
+        bucket = self._buckets_by_label.get(label, self._buckets_by_label[OTHER])
+        return [(bucket, ModelRow(inputs=row)) for row in rows]
 
     def join(
         self, answers: Sequence[Tensors], *, outputs: Sequence[str] | None = None
     ) -> dict[str, npt.NDArray[np.generic]]:
-        """The answers of `tensor_jobs`, or of `text_rows`, as one tensor for each of `outputs`
-        (None: all).
+        """The answers of `tensor_jobs` or of `text_rows`, as one tensor for each of `outputs`, by
+        default all.
 
-        Raises BadRequest where rows of different lengths have answers of different shapes.
+        Raises BadRequest if rows of different lengths have answers of different shapes.
         """
-        return join_rows(
-            answers, [output.name for output in self.outputs] if outputs is None else outputs
-        )
+        if outputs is None:
+            outputs = [output.name for output in self.outputs]
+        return join_rows(answers, outputs)
 
     def predictions(
         self, answers: Sequence[Tensors], truncated: Sequence[bool], *, top_k: int
     ) -> list[Prediction]:
-        """The predictions of the answers of `text_rows`, each with its `top_k` best labels (all, if
-        there are fewer).
+        """The predictions of the answers of `text_rows`, each with its `top_k` best labels, or all
+        if there are fewer.
 
-        Raises RunFailed where the logits of a text are not finite.
+        Raises RunFailed if the logits of a text are not finite.
         """
         assert self.labels is not None, "a model of text has labels"
-        return [
-            predict(answer[LOGITS][0].tolist(), self.labels, truncated=cut, top_k=top_k)
-            for answer, cut in zip(answers, truncated, strict=True)
-        ]
+        predictions = []
+        for answer, is_truncated in zip(answers, truncated, strict=True):
+            logits = answer[LOGITS][0].tolist()
+            predictions.append(predict(logits, self.labels, truncated=is_truncated, top_k=top_k))
+        return predictions
 
     def _text_job(self, frontend: FrontEnd, row: IdRow) -> Job:
+        """The row padded to the first length of the ladder that holds it, and the bucket of that
+        length.
+        """
         length = frontend.spec.padded_length(len(row.ids))
         padded = row.padded(length)
+        # A graph may take no attention mask.
         inputs = {spec.name: padded[spec.name] for spec in self.inputs if spec.name in padded}
-        return self._by_label[str(length)], ModelRow(inputs=inputs, tokens=len(row.ids))
-
-
-def _replay(
-    bundle: Bundle,
-    answers: tuple[KnownAnswer, ...],
-    *,
-    session: Session,
-    frontend: FrontEnd | None,
-    twice: bool,
-) -> Replay | None:
-    if bundle.certificate is None:
-        return None  # the platform and the tolerance to compare with are in the certificate
-    return replay(
-        answers,
-        session.run,
-        certificate=bundle.certificate,
-        platform=session.platform,
-        frontend=frontend,
-        twice=twice,
-    )
+        bucket = self._buckets_by_label[str(length)]
+        return bucket, ModelRow(inputs=inputs, tokens=len(row.ids))
 
 
 def _measure(
@@ -314,66 +356,57 @@ def _measure(
     frontend: FrontEnd | None,
     calibration: Calibration,
 ) -> dict[str, MeasuredBucket]:
-    """The row counts that may run in each bucket, by its label."""
-
-    def measure(rows: Mapping[str, Sequence[Tensors]]) -> dict[str, MeasuredBucket]:
-        return calibration.measure(
-            session.run, rows, path=bundle.path, digest=bundle.digest, platform=session.platform
-        )
-
-    if frontend is not None:
-        names = {spec.name for spec in bundle.manifest.inputs}
-        rows_by_length = text_rows_to_measure(answers, frontend=frontend)
-        return measure(
-            {
-                length: [{name: row[name] for name in row if name in names} for row in rows]
-                for length, rows in rows_by_length.items()
-            }
-        )
-    requests = [answer.inputs for answer in answers]
-    alone = MeasuredBucket(
-        stable=(1,), costs={1: alone_s(session.run, requests, path=bundle.path) or _UNMEASURED_S}
+    """The measurements of the buckets of a model, by label. The keys say which buckets it has."""
+    measure = partial(
+        calibration.measure,
+        session.run,
+        path=bundle.path,
+        digest=bundle.digest,
+        platform=session.platform,
     )
+    if frontend is not None:
+        inputs = {spec.name for spec in bundle.manifest.inputs}
+        return measure(text_rows_to_measure(answers, frontend=frontend, inputs=inputs))
+
+    # A bucket in which each row, or each request, runs alone.
+    requests = [answer.inputs for answer in answers]
+    run_s = slowest_run_s(session.run, requests, path=bundle.path)
+    alone = MeasuredBucket(stable=(1,), costs={1: run_s or _UNMEASURED_S})
     rows = _rows_by_shape(bundle, requests, session.run)
-    return {WHOLE: alone} if rows is None else {**measure(rows), OTHER: alone}
+    if rows is None:
+        return {WHOLE: alone}
+    return {**measure(rows), OTHER: alone}
 
 
 def _rows_by_shape(
     bundle: Bundle, requests: Sequence[Tensors], run: Run
 ) -> dict[str, list[Tensors]] | None:
-    """Single rows of the known answers by the label of their shape; None where requests must not be
-    split.
+    """The single rows of the known answers, by the label of their shape.
+
+    None if requests must not be split. They are split only if all of these hold:
+
+    1. The certificate proves that rows are independent.
+    2. The manifest declares that the first axis of all inputs and outputs varies.
+    3. A single row of the known answers gives a single row of each output.
     """
     records = bundle.certificate.records if bundle.certificate else ()
-    proven = any(
-        record.rule == _INVARIANCE and record.verdict is Verdict.PASS for record in records
+    is_proven = any(
+        record.rule == _INDEPENDENCE_RULE and record.verdict is Verdict.PASS for record in records
     )
-    tensors = (*bundle.manifest.inputs, *bundle.manifest.outputs)
-    if not proven or any(spec.shape[:1] != (-1,) for spec in tensors):
+    if not is_proven:
         return None
+    for spec in (*bundle.manifest.inputs, *bundle.manifest.outputs):
+        if spec.shape[:1] != (-1,):
+            return None
+
     rows: dict[str, list[Tensors]] = {}
     for inputs in requests:
-        for row in split(inputs):
+        for row in split_rows(inputs, row_count(inputs)):
             label = label_of(row_shape_of(row))
-            if label not in rows and any(answer.shape[:1] != (1,) for answer in run(row).values()):
-                return None  # the first axis of an output does not count rows
+            # One run for each shape decides.
+            if label not in rows:
+                for output in run(row).values():
+                    if output.shape[:1] != (1,):
+                        return None
             rows.setdefault(label, []).append(row)
     return rows
-
-
-def _buckets(
-    bundle: Bundle, run: Run, measured: Mapping[str, MeasuredBucket], *, is_text: bool
-) -> dict[str, Bucket]:
-    run_rows = run_of_rows(run, is_text=is_text, whole=WHOLE in measured)
-    return {
-        label: Bucket(
-            model=bundle.manifest.name,
-            version=bundle.manifest.version,
-            digest=bundle.digest,
-            label=label,
-            positions=int(label) if is_text else 1,
-            run=run_rows,
-            costs=bucket.costs,
-        )
-        for label, bucket in measured.items()
-    }

@@ -1,9 +1,9 @@
-"""The models below one folder, as the server uses them: found by name and version, polled, loaded
-and unloaded.
+"""The models below one folder, as the server uses them: looked up by name and version, polled,
+loaded and unloaded.
 
 The open models are published as one snapshot that is never changed, only replaced. So readers take
-no lock, and a request keeps its model after the model was unloaded. No name from a request ever
-becomes a path.
+no lock, and a request keeps its model after the model was unloaded. A name from a request is never
+used as a path.
 """
 
 from __future__ import annotations
@@ -30,15 +30,21 @@ from evalmode.service.models.open_models import Entry, OpenModels, Outcome
 
 _log = structlog.get_logger("evalmode.service")
 
-_SHOWN_CHARACTERS = 64
 CONTROL_OFF = "models are not loaded or unloaded here: the setting model_control is off"
-_END_S = 5.0  # how long `close` waits for a bundle that is being opened
+
+# What an error repeats of a name from a request.
+_NAME_CHARACTERS = 64
+# How long `close` waits for a bundle that is being opened.
+_CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Snapshot:
-    """What readers see: the open models by name, newest version first, and the entries of all
-    versions.
+    """What readers see.
+
+    Attributes:
+        models: the open models by name, newest version first.
+        entries: all versions, open or not, by name, newest first.
     """
 
     models: Mapping[str, tuple[Model, ...]] = field(default_factory=dict)
@@ -48,12 +54,20 @@ class _Snapshot:
 class Repository:
     """The models below `root`: a bundle, a folder of versions, or a folder of such folders.
 
-    The newest `versions` of each model are open. `open_model` opens a bundle's folder; its errors
-    concern only that bundle. `control` is whether `load` and `unload` are allowed. `default_model`
-    names the model that answers texts where a request names none. `on_change` gets the models that
-    are open now, `on_swap` the name of a model of which a version was loaded, unloaded or refused.
-    Both must be quick and never raise. `after_opening` is called after each look at the folders,
-    and `cancel_opening` by `close`, while a bundle may be open only in part.
+    - `open_model` opens a bundle's folder. Its errors refuse only that bundle.
+    - `versions` of each model are open, the newest ones.
+    - `control` is whether `load` and `unload` are allowed.
+    - `default_model` is the name of the model for texts, if a request names none.
+    - `on_change` is called with the open models at each change. It must be quick and never raise.
+    - `on_swap` is called with the name of a model of which a version was loaded, unloaded or
+      refused. It must be quick and never raise.
+    - `after_opening` is called after each pass over the folders.
+    - `cancel_opening` is called by `close`, perhaps while a bundle is being opened.
+
+        repository = Repository(Path("bundles"), open_model=Model.open)
+        repository.start()
+        model = repository.get("languages")
+        repository.close()
     """
 
     def __init__(
@@ -75,7 +89,7 @@ class Repository:
         self._default_model = default_model
         self._on_change = on_change
         self._snapshot = _Snapshot()
-        # Held during every call to `_open_models`, which may open bundles; readers never take it.
+        # Held during each call to `_open_models`, which may open bundles. Readers never take it.
         self._lock = threading.Lock()
         self._open_models = OpenModels(
             root,
@@ -89,17 +103,18 @@ class Repository:
         self._poller: threading.Thread | None = None
 
     def start(self) -> None:
-        """Open the models; an older good version replaces a bad one.
+        """Open the models. An older good version is served instead of a bad one.
 
-        Raises the error of the first bundle when none can be opened. Raises StartFailed when the
-        folder cannot be read, or the default model is not among those that were opened.
+        Raises the error of the first bundle if none can be opened. Raises StartFailed if the folder
+        cannot be read, or if the default model is not among those that were opened.
         """
         with self._lock:
             try:
                 refusals = self._open_models.refresh()
-            except OSError as error:  # of the root itself; a bundle's error is its refusal
+            except OSError as error:
+                # Of the root itself: the error of a bundle is its refusal.
                 raise StartFailed(
-                    f"the bundles at {self._root} cannot be looked at: {error.strerror}"
+                    f"the bundles at {self._root} cannot be read: {error.strerror}"
                 ) from error
             if not self._snapshot.models:
                 if refusals:
@@ -114,14 +129,15 @@ class Repository:
             )
 
     def poll(self) -> None:
-        """Look at the folder once, and open and close what has changed."""
+        """Look at the folders once, and open and close what has changed."""
         with self._lock:
             for refusal in self._open_models.refresh():
-                if not self._ended.is_set():  # an opening that `close` has cancelled is no news
+                # An opening that `close` has cancelled is not a fault of the bundle.
+                if not self._ended.is_set():
                     refusal.log()
 
     def start_polling(self, poll_s: float) -> None:
-        """Poll every `poll_s` seconds in a thread of its own until `close`; 0: never."""
+        """Poll every `poll_s` seconds in a new thread, until `close`. 0 does not poll."""
         if poll_s > 0 and self._poller is None:
             self._poller = threading.Thread(
                 target=self._poll_until_ended, args=(poll_s,), name="poll", daemon=True
@@ -129,17 +145,18 @@ class Repository:
             self._poller.start()
 
     def close(self) -> None:
-        """Stop polling. Open models stay open for their holders."""
+        """Stop polling. Open models stay usable."""
         self._ended.set()
         self._cancel_opening()
         if self._poller is not None:
-            self._poller.join(_END_S)
+            self._poller.join(_CLOSE_TIMEOUT_S)
 
     def get(self, name: str | None = None, version: str | None = None) -> Model:
-        """The open model of this name and version, by default the newest; without a name the model
-        that reads texts.
+        """The open model of this name and version, by default the newest. Without a name it is the
+        model that reads texts.
 
-        Raises UnknownModel for one that does not exist, and NotReady for one that is not open.
+        Raises UnknownModel for a model or a version that does not exist, and NotReady for one that
+        is not open.
         """
         if name is None:
             default = self.default_text()
@@ -155,13 +172,18 @@ class Repository:
         does.
         """
         snapshot = self._snapshot
-        if models := snapshot.models.get(name):
-            return models
-        raise _not_open(snapshot, name, None)
+        models = snapshot.models.get(name)
+        if models is None:
+            raise _not_open(snapshot, name, None)
+        return models
 
     def default_text(self) -> Model:
-        """The model that answers texts when the request names none. Raises InvalidField when it
-        must name one.
+        """The model for texts, if a request names none.
+
+        1. The default model of the settings.
+        2. The only model that reads texts.
+
+        Raises InvalidField if there is neither, and NotReady if no model is open.
         """
         if self._default_model is not None:
             return self.get(self._default_model)
@@ -181,37 +203,38 @@ class Repository:
         )
 
     def models(self) -> tuple[Model, ...]:
-        """Every open model, by name, its newest version first."""
+        """All open models, by name, newest version first."""
         return tuple(model for models in self._snapshot.models.values() for model in models)
 
     def index(self) -> tuple[Entry, ...]:
-        """Every version in the folders or open, by name, the newest first."""
+        """All versions in the folders or open, by name, newest first."""
         return self._snapshot.entries
 
     def load(self, name: str) -> None:
         """Open a model again from its folders, also after `unload`.
 
-        Raises Forbidden where that is not allowed, and UnknownModel for a name that no bundle has.
-        Raises BadRequest, with the reason, when its newest version cannot be opened: the version
-        that was open stays.
+        Raises Forbidden if that is not allowed, and UnknownModel for a name that no bundle has.
+        Raises BadRequest, with the reason, if its newest version cannot be opened. The version that
+        was open stays.
         """
         self._require_control()
         with self._lock:
             if not self._open_models.restore(name):
                 if name in self._snapshot.models:
                     raise BadRequest(
-                        f"model {name} cannot be loaded: its folder is gone; what was open goes on"
+                        f"model {name} cannot be loaded: its folder is gone, and it stays open"
                     )
                 raise _unknown(self._snapshot, name)
-            refusals = self._open_models.refresh(reload=name)
-            for refusal in refusals:
+            for refusal in self._open_models.refresh(reload=name):
                 refusal.log()
-            if reason := self._open_models.reason_against(name):
+            reason = self._open_models.reason_against(name)
+            if reason is not None:
                 raise BadRequest(f"model {name} cannot be loaded: {reason}")
 
     def unload(self, name: str) -> None:
-        """Release a model until it is loaded again. Raises Forbidden and UnknownModel, as `load`
-        does.
+        """Close a model until it is loaded again.
+
+        Raises Forbidden and UnknownModel, as `load` does.
         """
         self._require_control()
         with self._lock:
@@ -226,7 +249,8 @@ class Repository:
         while not self._ended.wait(poll_s):
             try:
                 self.poll()
-            except Exception:  # the folder may be readable the next time
+            except Exception:
+                # The folder may be readable the next time.
                 _log.exception("the bundles could not be looked at", folder=str(self._root))
 
     def _require_control(self) -> None:
@@ -235,6 +259,7 @@ class Repository:
 
 
 def _not_open(snapshot: _Snapshot, name: str, version: str | None) -> NotReady | UnknownModel:
+    """The error for a version that is not open; None for any version."""
     for entry in snapshot.entries:
         if entry.name == name and version in (None, entry.version):
             return NotReady(
@@ -244,11 +269,11 @@ def _not_open(snapshot: _Snapshot, name: str, version: str | None) -> NotReady |
     if name in snapshot.models and version is not None:
         offered = ", ".join(model.version for model in snapshot.models[name])
         return UnknownModel(
-            f"model {name} has no version {version[:_SHOWN_CHARACTERS]!r} here: there is {offered}"
+            f"model {name} has no version {version[:_NAME_CHARACTERS]!r} here: there is {offered}"
         )
     return _unknown(snapshot, name)
 
 
 def _unknown(snapshot: _Snapshot, name: str) -> UnknownModel:
     offered = ", ".join(snapshot.models) or "none"
-    return UnknownModel(f"there is no model {name[:_SHOWN_CHARACTERS]!r} here: there is {offered}")
+    return UnknownModel(f"there is no model {name[:_NAME_CHARACTERS]!r} here: there is {offered}")

@@ -1,5 +1,5 @@
-"""Raw tensors of one request: checked against what the model declares, split into rows, and the
-rows' answers joined again.
+"""The raw tensors of a request: checked against what the model declares, split into rows, and the
+answers of the rows joined again.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from evalmode.bundle.manifest import Bound, TensorSpec
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.datatypes import BYTES, DATATYPES, datatype_of
 
-# The name of each input, and its shape without the rows. Rows share a batch only if it is the same.
+# The name of each input, and its shape without the rows. Only rows of one shape share a batch.
 RowShape: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 
-_OBJECT_BYTES = 64  # of a Python string and the pointer to it, besides the characters
+# Bytes of a Python string and of the pointer to it, besides its characters.
+_STRING_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelRow:
-    """One row as the engine sees it: inputs with a leading dimension of 1 (or a whole request), and
-    its real length.
+    """One row as the engine sees it.
+
+    Attributes:
+        inputs: its tensors with a leading dimension of 1, or those of a whole request.
+        tokens: its length without padding.
     """
 
     inputs: Tensors
@@ -35,14 +39,21 @@ class ModelRow:
     @property
     def nbytes(self) -> int:
         """The bytes it holds while it waits."""
-        return sum(map(_nbytes, self.inputs.values()))
+        nbytes = 0
+        for tensor in self.inputs.values():
+            # An array of strings counts only its pointers in `nbytes`.
+            if tensor.dtype.hasobject:
+                nbytes += sum(len(str(element)) + _STRING_BYTES for element in tensor.flat)
+            else:
+                nbytes += tensor.nbytes
+        return nbytes
 
     def digest(self) -> str:
         """The sha256 of its inputs."""
         return hashlib.sha256(content_of(self.inputs)).hexdigest()
 
-    def described(self) -> str:
-        """The digest and the shapes: enough to find the row again and to know how it was run."""
+    def description(self) -> str:
+        """The digest and the shapes: enough to identify the row and to know how it was run."""
         shapes = " ".join(
             f"{name}{list(tensor.shape)}" for name, tensor in sorted(self.inputs.items())
         )
@@ -50,7 +61,7 @@ class ModelRow:
 
 
 def content_of(tensors: Tensors) -> bytes:
-    """Names, element types, shapes and every byte: two answers are the same when these are."""
+    """Names, element types, shapes and all bytes. Two answers are equal if these are."""
     parts = []
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -61,8 +72,10 @@ def content_of(tensors: Tensors) -> bytes:
 def check_inputs(
     inputs: Tensors, specs: Sequence[TensorSpec], *, optional: frozenset[str] = frozenset()
 ) -> dict[str, npt.NDArray[np.generic]]:
-    """`inputs` as the runtime needs them. Raises BadRequest, naming the tensor, where they do not
-    fit the model.
+    """`inputs` in the form that the runtime needs. An input in `optional` may be missing.
+
+    Raises BadRequest, with the name of the tensor, if they do not fit the model. Checked in this
+    order: the names, the number of dimensions and their sizes, the element type, the bounds.
     """
     specs_by_name = {spec.name: spec for spec in specs}
     names = ", ".join(specs_by_name)
@@ -74,11 +87,37 @@ def check_inputs(
             raise BadRequest(
                 f"input {name!r} is missing: the model's inputs are {names}", field=name
             )
-    return {name: _check_input(tensor, specs_by_name[name]) for name, tensor in inputs.items()}
+
+    checked: dict[str, npt.NDArray[np.generic]] = {}
+    for name, tensor in inputs.items():
+        spec = specs_by_name[name]
+        # A declared size of -1 allows any size.
+        if len(tensor.shape) != len(spec.shape) or any(
+            expected not in (-1, size)
+            for size, expected in zip(tensor.shape, spec.shape, strict=True)
+        ):
+            raise BadRequest(
+                f"input {name!r} must have the shape {[*spec.shape]} (-1: any), got"
+                f" {[*tensor.shape]}",
+                field=name,
+            )
+        # Strings arrive as Python objects, bytes or characters; the protocol calls all BYTES.
+        datatype = BYTES if tensor.dtype.kind in "OUS" else datatype_of(tensor)
+        if datatype != spec.datatype:
+            raise BadRequest(f"input {name!r} must be {spec.datatype}, got {datatype}", field=name)
+        if spec.datatype == BYTES:
+            checked[name] = _decoded_strings(tensor, name)
+            continue
+        for bound in spec.bounds:
+            _require_bound(tensor, bound, name)
+        # The reshape restores a shape of (), which NumPy's ascontiguousarray makes (1,).
+        native = tensor.dtype.newbyteorder("=")
+        checked[name] = np.ascontiguousarray(tensor, dtype=native).reshape(tensor.shape)
+    return checked
 
 
 def row_count(inputs: Tensors) -> int:
-    """The number of rows. Raises BadRequest when the inputs do not agree on it, or it is 0."""
+    """The number of rows. Raises BadRequest if the inputs do not agree on it, or if it is 0."""
     sizes: dict[str, int] = {name: tensor.shape[0] for name, tensor in inputs.items()}
     first, rows = next(iter(sizes.items()))
     for name, size in sizes.items():
@@ -92,116 +131,25 @@ def row_count(inputs: Tensors) -> int:
     return rows
 
 
-def split(inputs: Tensors) -> list[dict[str, npt.NDArray[np.generic]]]:
-    """Single rows with a leading dimension of 1: copies, so that no row keeps the whole request."""
-    rows = row_count(inputs)
+def split_rows(tensors: Tensors, rows: int) -> list[dict[str, npt.NDArray[np.generic]]]:
+    """The single rows of tensors with `rows` rows, each with a leading dimension of 1.
+
+    They are copies: a view of one row would keep all of the others in memory.
+    """
     if rows == 1:
-        return [dict(inputs)]
+        return [dict(tensors)]
     return [
-        {name: tensor[row : row + 1].copy() for name, tensor in inputs.items()}
+        {name: tensor[row : row + 1].copy() for name, tensor in tensors.items()}
         for row in range(rows)
     ]
-
-
-def row_shape_of(row: Tensors) -> RowShape:
-    """The shapes of a row, without its leading dimension."""
-    return tuple((name, row[name].shape[1:]) for name in sorted(row))
-
-
-def label_of(row_shape: RowShape) -> str:
-    """A row shape as people read it: `3x224x224`, of several inputs `8,8x2`."""
-    return ",".join("x".join(map(str, shape)) or "1" for _, shape in row_shape)
-
-
-def unknown_datatype(specs: Sequence[TensorSpec]) -> TensorSpec | None:
-    """The first tensor of a type that requests cannot carry, like a sequence or bfloat16; None
-    without any.
-    """
-    return next((spec for spec in specs if spec.datatype not in DATATYPES), None)
-
-
-def non_finite_input(inputs: Tensors) -> str | None:
-    """The first input that holds NaN or infinity; None where all are finite."""
-    return next(
-        (
-            name
-            for name, tensor in inputs.items()
-            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()
-        ),
-        None,
-    )
-
-
-def _check_input(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
-    if len(tensor.shape) != len(spec.shape) or any(
-        expected not in (-1, size) for size, expected in zip(tensor.shape, spec.shape, strict=True)
-    ):
-        raise BadRequest(
-            f"input {spec.name!r} must have the shape {[*spec.shape]} (-1: any), got"
-            f" {[*tensor.shape]}",
-            field=spec.name,
-        )
-    datatype = BYTES if tensor.dtype.kind in "OUS" else datatype_of(tensor)
-    if datatype != spec.datatype:
-        raise BadRequest(
-            f"input {spec.name!r} must be {spec.datatype}, got {datatype}", field=spec.name
-        )
-    if spec.datatype == BYTES:
-        return _strings(tensor, spec)
-    for bound in spec.bounds:
-        _require_bound(tensor, bound, spec.name)
-    return np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("=")).reshape(tensor.shape)
-
-
-def _require_bound(tensor: npt.NDArray[np.generic], bound: Bound, name: str) -> None:
-    """Raise BadRequest for an index that the module would refuse too. The runtime counts a negative
-    one from the other end.
-    """
-    places: list[slice] = [slice(None)] * tensor.ndim
-    for part in bound.part:
-        places[part.axis] = slice(part.start, part.stop)
-    bounded = tensor[tuple(places)]
-    if bounded.size == 0:
-        return
-    least, largest = int(bounded.min()), int(bounded.max())
-    low, high = bound.minimum, bound.maximum
-    if low is not None and least < low:
-        value = least
-    elif high is not None and largest > high:
-        value = largest
-    else:
-        return
-    first = np.argwhere(bounded == value)[0]
-    starts = [place.indices(size)[0] for place, size in zip(places, tensor.shape, strict=True)]
-    place = [int(index) + start for index, start in zip(first, starts, strict=True)]
-    raise BadRequest(f"{name}{place} must be {bound}, got {value}", field=name)
-
-
-def _strings(tensor: npt.NDArray[np.generic], spec: TensorSpec) -> npt.NDArray[np.generic]:
-    strings = np.empty(tensor.size, dtype=object)
-    for place, element in enumerate(tensor.flat):
-        # Both ways: half an emoji is a str that cannot be encoded, and not all bytes are UTF-8.
-        try:
-            raw = element if isinstance(element, bytes) else str(element).encode()
-            strings[place] = raw.decode()
-        except UnicodeError as error:
-            raise BadRequest(
-                f"element {place} of input {spec.name!r} is not UTF-8", field=spec.name
-            ) from error
-    return strings.reshape(tensor.shape)
-
-
-def _nbytes(tensor: npt.NDArray[np.generic]) -> int:
-    if tensor.dtype.hasobject:
-        return sum(len(str(element)) + _OBJECT_BYTES for element in tensor.flat)
-    return int(tensor.nbytes)
 
 
 def join_rows(
     answers: Sequence[Tensors], names: Sequence[str]
 ) -> dict[str, npt.NDArray[np.generic]]:
-    """The answers of a request's rows as one tensor an output. Raises BadRequest where rows differ
-    in shape.
+    """The answers of a request's rows, as one tensor for each of the outputs `names`.
+
+    Raises BadRequest if the rows give an output different shapes.
     """
     outputs = {}
     for name in names:
@@ -215,3 +163,70 @@ def join_rows(
             )
         outputs[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
     return outputs
+
+
+def row_shape_of(row: Tensors) -> RowShape:
+    """The shapes of a row, without its leading dimension."""
+    return tuple((name, row[name].shape[1:]) for name in sorted(row))
+
+
+def label_of(row_shape: RowShape) -> str:
+    """A row shape in a readable form: `3x224x224`, or `8,8x2` for several inputs."""
+    return ",".join("x".join(map(str, shape)) or "1" for _, shape in row_shape)
+
+
+def unknown_datatype(specs: Sequence[TensorSpec]) -> TensorSpec | None:
+    """The first tensor of a type that requests cannot carry, such as a sequence or bfloat16; None
+    if there is none.
+    """
+    return next((spec for spec in specs if spec.datatype not in DATATYPES), None)
+
+
+def non_finite_input(inputs: Tensors) -> str | None:
+    """The name of the first input that holds NaN or infinity; None if all are finite."""
+    for name, tensor in inputs.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            return name
+    return None
+
+
+def _require_bound(tensor: npt.NDArray[np.generic], bound: Bound, name: str) -> None:
+    """Raise BadRequest for an index that the PyTorch module would refuse too.
+
+    ONNX Runtime would not refuse a negative index: it counts it from the other end.
+    """
+    slices: list[slice] = [slice(None)] * tensor.ndim
+    for part in bound.part:
+        slices[part.axis] = slice(part.start, part.stop)
+    bounded = tensor[tuple(slices)]
+    if bounded.size == 0:
+        return
+    smallest, largest = int(bounded.min()), int(bounded.max())
+    if bound.minimum is not None and smallest < bound.minimum:
+        value = smallest
+    elif bound.maximum is not None and largest > bound.maximum:
+        value = largest
+    else:
+        return
+
+    # The index of the first such value, counted in the whole tensor and not in its bounded part.
+    index = []
+    for axis, index_in_part in enumerate(np.argwhere(bounded == value)[0]):
+        start, _, _ = slices[axis].indices(tensor.shape[axis])
+        index.append(start + int(index_in_part))
+    raise BadRequest(f"{name}{index} must be {bound}, got {value}", field=name)
+
+
+def _decoded_strings(tensor: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.generic]:
+    """The tensor with all elements as str. Raises BadRequest for an element that is not UTF-8."""
+    strings = np.empty(tensor.size, dtype=object)
+    for index, element in enumerate(tensor.flat):
+        # A str is encoded too: half of a surrogate pair is a str that has no UTF-8.
+        try:
+            utf8 = element if isinstance(element, bytes) else str(element).encode()
+            strings[index] = utf8.decode()
+        except UnicodeError as error:
+            raise BadRequest(
+                f"element {index} of input {name!r} is not UTF-8", field=name
+            ) from error
+    return strings.reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""The input and the output of a text classifier: rows of ids, and labels with probabilities.
+"""The input and the output of a text classifier: rows of ids, and labels with their scores.
 
 Shapes: B rows, T positions, G ids a position, C labels.
 """
@@ -19,6 +19,7 @@ from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.manifest import Manifest
 from evalmode.service.errors import BadRequest, RunFailed
 
+# The names of the tensors of a text classifier.
 LOGITS = "logits"
 IDS = "input_ids"
 MASK = "attention_mask"
@@ -34,8 +35,11 @@ class ScoredLabel:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The model's answer for one text: the best labels, best first, and whether the text was
-    cut.
+    """The model's answer for one text.
+
+    Attributes:
+        top: the best labels, best first.
+        truncated: whether the text was cut to the length that the model reads.
     """
 
     top: tuple[ScoredLabel, ...]
@@ -54,13 +58,19 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IdRow:
-    """One row without padding: ids (T,) or (T, G), and for (T,) which positions count, (T,)."""
+    """One row without padding.
+
+    Attributes:
+        ids: (T,) or (T, G).
+        mask: which positions count, as 0 and 1, (T,); None for ids (T, G), and for a row whose
+            positions all count.
+    """
 
     ids: Ids
     mask: Ids | None = None
 
     def padded(self, length: int) -> dict[str, Ids]:
-        """The model's inputs, (1, length) or (1, length, G)."""
+        """The model's inputs, padded to `length` positions: (1, length) or (1, length, G)."""
         inputs = collate([self.ids], length=length)
         if self.mask is not None:
             inputs[MASK][0, : len(self.mask)] = self.mask
@@ -68,13 +78,18 @@ class IdRow:
 
 
 def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
-    """The rows of raw ids (B, T) or (B, T, G), each cut to its own length: padded again they equal
-    the row of a text.
+    """The rows of raw ids (B, T) or (B, T, G), each cut to its own length. When they are padded
+    again, they equal the rows of a text.
 
-    A row ends at its last position that counts: by attention_mask (B, T), without one by ids other
-    than 0. Raises BadRequest, naming the first that is wrong, for ids outside the vocabulary, a
-    mask with numbers other than 0 and 1, more positions than the model reads, and a row in which no
-    position counts.
+    A row ends at its last position that counts. These are the positions where attention_mask (B, T)
+    is 1, or without a mask those with an id other than 0.
+
+    Raises BadRequest, and names the first wrong value, for:
+
+    1. ids of another shape, or with more positions than the model reads;
+    2. ids outside the vocabulary;
+    3. a mask of another shape, or with numbers other than 0 and 1;
+    4. a row in which no position counts.
     """
     ids = inputs[IDS].astype(np.int64)
     gram_shape = (spec.ids_per_position,) if isinstance(spec, NgramSpec) else ()
@@ -98,16 +113,18 @@ def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
                 f"row {row} of {name} is empty: nothing in it counts, its answer would be NaN",
                 field=name,
             )
-        yield IdRow(
-            ids=ids[row, :length].copy(), mask=None if gram_shape else counts[row, :length].copy()
-        )
+        # Copies: a view would keep all rows of the request in memory.
+        mask = None if gram_shape else counts[row, :length].copy()
+        yield IdRow(ids=ids[row, :length].copy(), mask=mask)
 
 
 def _counted_positions(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
     """Which positions count, as 0 and 1, (B, T)."""
     if mask is None:
-        real = (ids != 0).reshape(*ids.shape[:2], *ids.shape[2:] or (1,))  # (B, T, G)
-        return np.asarray(real.any(-1), np.int64)
+        is_id = ids != 0
+        if ids.ndim == 3:
+            is_id = is_id.any(-1)  # (B, T, G) -> (B, T)
+        return np.asarray(is_id, np.int64)
     if mask.shape != ids.shape[:2]:
         raise BadRequest(
             f"{MASK} must have the shape {[*ids.shape[:2]]} of {IDS}, got {[*mask.shape]}",
@@ -119,15 +136,19 @@ def _counted_positions(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
 
 
 def labels_of(manifest: Manifest, *, path: object) -> tuple[str, ...]:
-    """The label of each logit; its number where the manifest has no labels. Raises BundleError
-    where the model is not a classifier.
+    """The label of each logit; its number if the manifest has no labels.
+
+    Raises BundleError if the model is not a classifier, or has another number of labels.
     """
-    shape = next((output.shape for output in manifest.outputs if output.name == LOGITS), ())
+    shape: tuple[int, ...] = ()
+    for output in manifest.outputs:
+        if output.name == LOGITS:
+            shape = output.shape
     labels = manifest.labels
     if len(shape) != 2 or shape[1] < 1 or (labels is not None and len(labels) != shape[1]):
         classes = "labels" if labels is None else f"{len(labels)} labels"
         raise BundleError(
-            f"{path} cannot be served as a text classifier: it wants an output {LOGITS!r} of shape"
+            f"{path} cannot be served as a text classifier: it needs an output {LOGITS!r} of shape"
             f" (batch, {classes}), the model has"
             f" {[(output.name, output.shape) for output in manifest.outputs]}"
         )
@@ -154,31 +175,35 @@ def predict(
 def softmax(logits: Sequence[float]) -> list[float]:
     """The probabilities of one row's logits, in float64.
 
-    In plain Python on purpose: a vectorised exp or sum may take another path for another number of
-    rows or another alignment, and give other last bits. `math.exp` sees one number and `math.fsum`
-    rounds once. Raises RunFailed for logits without probabilities (NaN or infinite).
+    In plain Python on purpose. A vectorised exp or sum may compute in another order for another
+    number of rows or another alignment, and give other last bits. `math.exp` computes one number,
+    and `math.fsum` rounds once. Raises RunFailed for logits without probabilities (NaN, infinite).
     """
     largest = max(logits)
     powers = [math.exp(logit - largest) for logit in logits]
     total = math.fsum(powers)
-    # Not finite with one NaN or +inf anywhere, and for logits that are all -inf.
+    # The total is not finite if any logit is NaN or +inf, or if all are -inf.
     if not math.isfinite(total):
         raise RunFailed("the model answered a row of this request with numbers that are not finite")
     return [power / total for power in powers]
 
 
 def best(scores: Sequence[float], count: int) -> list[int]:
-    """The indices of the `count` highest scores, highest first; of equal ones the lower index
+    """The indices of the `count` highest scores, highest first. Of equal scores the lower index is
     first.
+
+    >>> best([0.2, 0.3, 0.2, 0.3], 3)
+    [1, 3, 0]
     """
     return heapq.nsmallest(count, range(len(scores)), key=lambda index: (-scores[index], index))
 
 
 def _require_range(name: str, values: npt.NDArray[np.int64], *, below: int) -> None:
-    wrong = np.argwhere((values < 0) | (values >= below))
-    if len(wrong):
-        place = tuple(map(int, wrong[0]))
+    """Raise BadRequest for the first value that is below 0, or not below `below`."""
+    indices = np.argwhere((values < 0) | (values >= below))
+    if len(indices):
+        index = tuple(map(int, indices[0]))
         raise BadRequest(
-            f"{name}{[*place]} must be at least 0 and below {below}, got {int(values[place])}",
+            f"{name}{[*index]} must be at least 0 and below {below}, got {int(values[index])}",
             field=name,
         )

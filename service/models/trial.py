@@ -1,8 +1,13 @@
-"""Bundles are opened on trial, in a child process with a limit of time, before the server opens
-them.
+"""Opens bundles on trial, in a child process with a time limit, before the server opens them.
 
-ONNX Runtime may hang or abort on a model, or take all memory, and nothing can stop it inside this
-process: its optimiser computes constants while a session is made. The child's end costs one bundle.
+ONNX Runtime may hang or abort on a model, or take all memory: its optimiser computes constants
+while a session is made. Inside this process nothing could stop that. A child that ends costs one
+bundle.
+
+The parent sends one question, a JSON object, for each bundle. The child answers with JSON objects:
+
+1. `{"step": ...}` before each step;
+2. at the end `{"trial": ...}`, `{"error": CLASS, "sentence": ...}`, or `{"unexpected": TRACEBACK}`.
 """
 
 from __future__ import annotations
@@ -22,22 +27,24 @@ from evalmode.bundle.errors import BundleError
 from evalmode.child_process import Cancelled, Child, ChildLost, OutOfTime, serve
 from evalmode.errors import EvalmodeError
 from evalmode.service.models.calibration import Calibration
-from evalmode.service.models.model import Model, Trial
+from evalmode.service.models.model import Model, TrialResult
 
-_TRIAL = TypeAdapter(Trial)
+_RESULT = TypeAdapter(TrialResult)
 
 
 class TrialError(Exception):
-    """The child met an error that is no known fault of bundles; its traceback is the message."""
+    """The child met an unexpected error, not a fault of a bundle; its traceback is the message."""
 
 
 class TrialOpener:
-    """Opens bundles for a server: first in a child process, then, if all is well there, here.
+    """Opens bundles for a server: first in a child process, then, if that succeeds, here.
 
-    The child reads the files, makes a session, replays the known answers twice and measures. This
-    process then makes a session, replays once, and takes over what was measured, so a start does
-    not take twice as long. One child opens all bundles of one look at the folder. `rest` ends it,
-    so its memory is used for a moment only. `open` and `rest` must not overlap.
+    The child reads the files, makes a session, replays the known answers twice and measures. Then
+    this process makes a session, replays once, and uses the child's measurements. So a start does
+    not take twice as long.
+
+    One child opens all bundles of one look at the folder. `end_child` ends it, so that its memory
+    is used for a moment only. Calls of `open` and `end_child` must not overlap.
     """
 
     def __init__(
@@ -49,6 +56,9 @@ class TrialOpener:
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
     ) -> None:
+        """The child has `timeout_s` for each bundle. The other arguments are those of
+        `Model.open`.
+        """
         self._timeout_s = timeout_s
         self._options: dict[str, Any] = {
             "provider": provider,
@@ -60,21 +70,22 @@ class TrialOpener:
         self._cancelled = threading.Event()
 
     def open(self, path: Path) -> Model:
-        """The open model. Raises what `Model.open` raises, and BundleError where the child does not
+        """The open model. Raises the errors of `Model.open`, and BundleError if the child does not
         finish.
         """
         trial = self._try(path)
         return Model.open(path, **self._options, calibration=self._calibration, trial=trial)
 
-    def rest(self) -> None:
+    def end_child(self) -> None:
         """End the child; the next bundle starts another one."""
         self._child.close()
 
     def cancel(self) -> None:
-        """End the trial that is running, from another thread; there will be no other one."""
+        """End the trial that is running, from another thread. No other trial will succeed."""
         self._cancelled.set()
 
-    def _try(self, path: Path) -> Trial:
+    def _try(self, path: Path) -> TrialResult:
+        """Open the bundle in the child; the errors are those of `open`."""
         cache = self._calibration.cache
         question = {
             "path": str(path),
@@ -105,60 +116,50 @@ class TrialOpener:
                 f"{path} is refused: the process that opened it on trial {error} (while {step})"
             ) from error
         if "error" in answer:
-            raise _error_named(answer["error"], answer["sentence"])
+            error_class: type[EvalmodeError] = getattr(errors, answer["error"])
+            raise error_class(answer["sentence"])
         if "unexpected" in answer:
             raise TrialError(answer["unexpected"])
-        return _TRIAL.validate_python(answer["trial"])
+        return _RESULT.validate_python(answer["trial"])
 
 
 def run_trials() -> None:
-    """The child: open bundles as they are asked for, and tell each step before it begins."""
-    serve(_steps)
+    """The child: opens a bundle for each question."""
+    serve(_messages_of_trial)
 
 
-def _steps(question: bytes) -> Iterator[bytes]:
-    # In a thread, for the step must be told before it is taken.
+def _messages_of_trial(question: bytes) -> Iterator[bytes]:
+    """Open the bundle of a question. Gives a message before each step, and one with the result."""
     messages: queue.SimpleQueue[dict[str, object] | None] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            messages.put(_open(json.loads(question), messages))
+            options = json.loads(question)
+            path = Path(options.pop("path"))
+            budget_s, cache = options.pop("budget_s"), options.pop("cache")
+            calibration = Calibration(
+                budget_s=budget_s, cache=None if cache is None else Path(cache)
+            )
+            model = Model.open(
+                path,
+                **options,
+                calibration=calibration,
+                on_step=lambda step: messages.put({"step": step}),
+            )
+            result = TrialResult(digest=model.digest, measured=dict(model.measured))
+            messages.put({"trial": _RESULT.dump_python(result, mode="json")})
+        except EvalmodeError as error:
+            # The first of its classes that the parent knows by name.
+            names = (error_class.__name__ for error_class in type(error).__mro__)
+            name = next(name for name in names if hasattr(errors, name))
+            messages.put({"error": name, "sentence": str(error)})
+        except Exception:
+            # Any error at all: the parent reports it.
+            messages.put({"unexpected": traceback.format_exc()})
         finally:
             messages.put(None)
 
+    # In a thread: each step must be sent before it begins, while `Model.open` is still running.
     threading.Thread(target=run, daemon=True).start()
     while (message := messages.get()) is not None:
         yield json.dumps(message).encode()
-
-
-def _open(
-    question: dict[str, Any], messages: queue.SimpleQueue[dict[str, object] | None]
-) -> dict[str, object]:
-    cache = question.pop("cache")
-    calibration = Calibration(
-        budget_s=question.pop("budget_s"), cache=None if cache is None else Path(cache)
-    )
-    try:
-        model = Model.open(
-            Path(question.pop("path")),
-            **question,
-            calibration=calibration,
-            on_step=lambda step: messages.put({"step": step}),
-        )
-    except EvalmodeError as error:
-        return {"error": _name_of(error), "sentence": str(error)}
-    except Exception:  # of any kind: the parent reports it
-        return {"unexpected": traceback.format_exc()}
-    trial = Trial(digest=model.digest, measured=dict(model.measured))
-    return {"trial": _TRIAL.dump_python(trial, mode="json")}
-
-
-def _name_of(error: EvalmodeError) -> str:
-    """The nearest class of the error that the parent knows by its name."""
-    names = (kind.__name__ for kind in type(error).__mro__)
-    return next(name for name in names if hasattr(errors, name))
-
-
-def _error_named(name: str, sentence: str) -> EvalmodeError:
-    kind: type[EvalmodeError] = getattr(errors, name)
-    return kind(sentence)

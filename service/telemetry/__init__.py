@@ -1,1 +1,1 @@
-"""What a server tells of itself: figures, logs and traces."""
+"""What a server reports about itself: metrics, statistics, logs and traces."""

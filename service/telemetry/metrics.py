@@ -1,7 +1,7 @@
-"""What Prometheus reads at /metrics: requests, batches, the queue, models, determinism.
+"""The metrics that Prometheus reads at /metrics: requests, batches, the queue, models, determinism.
 
-A single process keeps its figures in memory. Several, started with PROMETHEUS_MULTIPROC_DIR in
-their environment, keep them in files of that folder, and each can answer for all.
+A single process has its figures in memory. Several processes, started with PROMETHEUS_MULTIPROC_DIR
+in their environment, write them to files in that folder, and each process can report all of them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from evalmode.service.batching.proof import Violation
     from evalmode.service.models.model import Model
 
+# Why requests are rejected.
 REASONS = (
     "cancelled",
     "conflict",
@@ -58,21 +59,29 @@ REASONS = (
     "unauthorized",
 )
 
+# The bounds of the histograms: seconds, rows, tokens, and shares from 0 to 1.
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ROWS = tuple(2**power for power in range(11))
 _TOKENS = tuple(8 * 4**power for power in range(8))
 _SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+# How often a process among several writes its load to its file.
 _WATCH_S = 1.0
-_LAG_EVERY_S = 0.25  # every block of the event loop that is as long is seen; idle, it costs nothing
-_LAG_WINDOW_S = 30.0  # longer than the usual interval of scrapes
-_LIVE_FILE = re.compile(r"gauge_live\w*_(\d+)\.db")  # of a process that runs, by its id
+# How often the lag of the event loop is measured. Every longer block is noticed, and an idle loop
+# spends no time on it.
+_LAG_EVERY_S = 0.25
+# The time over which the longest lag is reported: longer than the usual interval of scrapes.
+_LAG_WINDOW_S = 30.0
+
+# The file of a gauge of a process that is running; the group is the process id.
+_LIVE_FILE = re.compile(r"gauge_live\w*_(\d+)\.db")
 
 _ModelLabels: TypeAlias = tuple[str, str, str]  # name, version, digest
 
 
 @dataclass(frozen=True, kw_only=True)
 class _BucketFigures:
-    """The series of one bucket, looked up once."""
+    """The series of one bucket. Looking them up by their labels costs time for each batch."""
 
     waited: Histogram
     rows: Histogram
@@ -82,29 +91,36 @@ class _BucketFigures:
 
 
 class Metrics:
-    """The figures of one server process, and with several processes those of all.
+    """The metrics of one server process or, with several processes, of all.
 
-    An observer of the engine: its methods may be called from any thread, and are quick.
+    An observer of the engine. Its methods are quick and may be called from any thread.
     """
 
     def __init__(self) -> None:
-        # A creation time for each series doubles what is scraped.
+        # A creation time for each series would double the size of a scrape.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._together = bool(os.environ.get(METRICS_FOLDER_VARIABLE))
+        self._is_multiprocess = bool(os.environ.get(METRICS_FOLDER_VARIABLE))
         self._registry = CollectorRegistry()
-        own = None if self._together else self._registry
         self._lock = threading.Lock()
-        self._shown: frozenset[_ModelLabels] = frozenset()
-        self._gone: set[str] = set()
-        self._swapped: set[tuple[str, str]] = set()  # model and outcome
+        # The models that are loaded now.
+        self._loaded_models: frozenset[_ModelLabels] = frozenset()
+        # The names of models that were loaded and are no longer.
+        self._unloaded_names: set[str] = set()
+        # The swaps that happened, by model and outcome.
+        self._swapped: set[tuple[str, str]] = set()
+        # Series that were looked up, by model and bucket, and by route, method and status.
         self._buckets: dict[tuple[str, str], _BucketFigures] = {}
         self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._watching: threading.Thread | None = None
-        self._watched = threading.Event()
-        self._open_requests(own)
-        self._open_batches(own)
-        self._open_models(own)
-        if self._together:
+        self._watcher: threading.Thread | None = None
+        self._closed = threading.Event()
+
+        # With several processes a family must not be in a registry: its values are in files, and
+        # `_AllProcesses` reads them.
+        registry = None if self._is_multiprocess else self._registry
+        self._open_requests(registry)
+        self._open_batches(registry)
+        self._open_models(registry)
+        if self._is_multiprocess:
             families = [part for part in vars(self).values() if isinstance(part, MetricWrapperBase)]
             self._registry.register(_AllProcesses(families))
         else:
@@ -113,28 +129,28 @@ class Metrics:
     def _open_requests(self, registry: CollectorRegistry | None) -> None:
         self._requests = Counter(
             "evalmode_requests",
-            "Requests that were answered.",
+            "Answered requests.",
             ("route", "method", "status"),
             registry=registry,
         )
         self._durations = Histogram(
             "evalmode_request_duration_seconds",
-            "From the first byte of a request's headers to the last of its answer.",
+            "From the first byte of a request's headers to the last byte of its answer.",
             ("route",),
             buckets=_SECONDS,
             registry=registry,
         )
         self._in_flight = _gauge(
-            "evalmode_in_flight_requests", "Requests being answered now.", registry, "livesum"
+            "evalmode_in_flight_requests", "Requests that are being answered.", registry, "livesum"
         )
         self._rejections = Counter(
             "evalmode_rejections",
-            "Requests that got no answer, by why.",
+            "Rejected requests, by reason.",
             ("reason",),
             registry=registry,
         )
+        # A series begins at 0: Prometheus computes no rate from a first value of 1.
         for reason in REASONS:
-            # Prometheus computes a rate only from a series that existed before.
             self._rejections.labels(reason)
         self._queue_rows = _gauge(
             "evalmode_queue_rows", "Rows that wait for a batch.", registry, "livesum"
@@ -143,15 +159,15 @@ class Metrics:
             "evalmode_queue_bytes", "Bytes of the rows that wait.", registry, "livesum"
         )
         self._running = _gauge(
-            "evalmode_running_batches", "Batches that run now.", registry, "livesum"
+            "evalmode_running_batches", "Batches that are running.", registry, "livesum"
         )
         self._loop_lag = Histogram(
             "evalmode_event_loop_lag_seconds",
-            "How much later than due the event loop takes up what it has to do.",
+            "How late the event loop runs a task that is due.",
             buckets=_SECONDS,
             registry=registry,
         )
-        # Of several processes each has its own, for in a sum the one that is blocked does not show.
+        # A series for each process: a sum would hide the one that is blocked.
         self._longest_loop_lag = _gauge(
             "evalmode_event_loop_lag_max_seconds",
             f"The longest lag of the event loop in the last {_LAG_WINDOW_S:g} seconds.",
@@ -160,27 +176,29 @@ class Metrics:
         )
 
     def _open_batches(self, registry: CollectorRegistry | None) -> None:
-        def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
+        def histogram(name: str, text: str, bounds: Sequence[float]) -> Histogram:
             return Histogram(
-                f"evalmode_{name}", what, ("model", "bucket"), buckets=buckets, registry=registry
+                f"evalmode_{name}", text, ("model", "bucket"), buckets=bounds, registry=registry
             )
 
         self._waits = histogram(
             "queue_wait_seconds", "How long a row waited for its batch.", _SECONDS
         )
         self._rows = histogram(
-            "batch_rows", "Rows of a batch, without copies that filled it up.", _ROWS
+            "batch_rows", "Rows of a batch, without the copies that fill it.", _ROWS
         )
         self._tokens = histogram("batch_tokens", "Tokens of a batch, without padding.", _TOKENS)
         self._padding = histogram(
-            "batch_padding_ratio", "Share of a batch's positions that held nothing.", _SHARES
+            "batch_padding_ratio",
+            "Share of a batch's positions that are padding or copies.",
+            _SHARES,
         )
         self._runs = histogram(
             "run_duration_seconds", "How long the model ran on a batch.", _SECONDS
         )
         self._dropped = Counter(
             "evalmode_dropped_rows",
-            "Rows that were not answered, by why.",
+            "Rows that were not answered, by reason.",
             ("model", "reason"),
             registry=registry,
         )
@@ -188,13 +206,13 @@ class Metrics:
     def _open_models(self, registry: CollectorRegistry | None) -> None:
         self._checks = Counter(
             "evalmode_determinism_checks",
-            "Answers that were computed again, alone.",
+            "Answers that were computed again, the row alone.",
             ("model",),
             registry=registry,
         )
         self._violations = Counter(
             "evalmode_determinism_violations",
-            "Those that came out with other bits.",
+            "Answers that had other bits when they were computed again.",
             ("model",),
             registry=registry,
         )
@@ -210,7 +228,7 @@ class Metrics:
         )
         self._swaps = Counter(
             "evalmode_model_swaps",
-            "Versions that took over, or did not.",
+            "Versions of a model that were loaded, unloaded or refused.",
             ("model", "outcome"),
             registry=registry,
         )
@@ -224,8 +242,10 @@ class Metrics:
     def request_ended(
         self, *, route: str, method: str, status: int, duration_s: float, reason: str | None
     ) -> None:
-        """It was answered. `route` is the template of its path, and `reason` one of REASONS where
-        it was rejected.
+        """A request was answered.
+
+        `route` is the template of its path. `reason` is one of REASONS if it was rejected, else
+        None.
         """
         self._in_flight.dec()
         series = self._answered.get((route, method, status))
@@ -239,22 +259,20 @@ class Metrics:
             self.rejected(reason)
 
     def rejected(self, reason: str) -> None:
-        """A request got no answer, for one of REASONS; also one that was refused before all of it
-        was read.
-        """
+        """A request was rejected, for one of REASONS, perhaps before all of it was read."""
         self._rejections.labels(reason).inc()
 
     # Called by the engine.
 
     def batch_ran(self, batch: RanBatch) -> None:
         """A batch was answered."""
-        figures = self._of(batch.bucket)
+        figures = self._figures_of(batch.bucket)
         if figures is None:
             return
         for wait_s in batch.waited_s:
             figures.waited.observe(wait_s)
         tokens = sum(row.tokens for row in batch.rows)
-        positions = batch.places * batch.bucket.positions
+        positions = batch.size * batch.bucket.positions
         figures.rows.observe(len(batch.rows))
         figures.tokens.observe(tokens)
         figures.padding.observe(max(0.0, 1 - tokens / positions))
@@ -263,43 +281,53 @@ class Metrics:
     def rows_dropped(self, reason: Reason, bucket: Bucket, rows: int) -> None:
         """Rows will not be answered."""
         with self._lock:
-            if bucket.model not in self._gone:
+            if bucket.model not in self._unloaded_names:
                 self._dropped.labels(bucket.model, reason).inc(rows)
 
     def proved(self, bucket: Bucket, violation: Violation | None) -> None:
-        """An answer was computed again, alone; `violation` is set when its bits differed."""
+        """An answer was computed again, the row alone; `violation` is set if its bits differed."""
         with self._lock:
-            if bucket.model not in self._gone:
+            if bucket.model not in self._unloaded_names:
                 self._checks.labels(bucket.model).inc()
                 self._violations.labels(bucket.model).inc(violation is not None)
 
     # Called by the repository.
 
-    def show_models(self, models: Iterable[Model]) -> None:
-        """These and no others are loaded now. In a single process the series of a model end when
-        its last version is unloaded.
+    def models_changed(self, models: Iterable[Model]) -> None:
+        """These models are loaded now, and no others.
+
+        In a single process the series of a model end when its last version is unloaded.
         """
         with self._lock:
+            before = self._loaded_models
             now = frozenset((model.name, model.version, model.digest) for model in models)
-            for labels in self._shown - now:
-                self._hide(labels)
             names = {name for name, _, _ in now}
-            names_before = {name for name, _, _ in self._shown}
-            self._gone = (self._gone | names_before) - names
+            names_before = {name for name, _, _ in before}
+            self._loaded_models = now
+            self._unloaded_names = (self._unloaded_names | names_before) - names
+
+            for labels in before - now:
+                if self._is_multiprocess:
+                    # A series cannot be removed from the files; `_AllProcesses` leaves out those
+                    # of value 0.
+                    self._info.labels(*labels).set(0)
+                else:
+                    self._info.remove(*labels)
             for labels in now:
                 self._info.labels(*labels).set(1)
+            self._loaded.set(len(now))
+
+            # A series begins at 0, before its first event, as with REASONS.
             for name in names:
-                # As with REASONS: a series begins before its first event.
                 self._checks.labels(name)
                 self._violations.labels(name)
                 for reason in get_args(Reason):
                     self._dropped.labels(name, reason)
                 for outcome in get_args(Outcome):
                     self._swaps.labels(name, outcome)
-            self._loaded.set(len(now))
-            if not self._together:
+
+            if not self._is_multiprocess:
                 self._forget(names_before - names)
-            self._shown = now
 
     def model_swapped(self, model: str, outcome: Outcome) -> None:
         """A version of the model was loaded, unloaded or refused."""
@@ -310,30 +338,30 @@ class Metrics:
     # For Prometheus.
 
     def render(self, accept: str, *, load: Load | None = None) -> tuple[bytes, str]:
-        """The figures and their content type, in the form that the `Accept` header asks for.
+        """All metrics and their content type, in the form that the `Accept` header asks for.
 
         `load` is the engine's load now. With several processes this reads files, so do not call it
         on an event loop.
         """
         if load is not None:
-            self._show_load(load)
+            self._set_load(load)
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
     def watch(self, load: Callable[[], Load]) -> None:
-        """With several processes: write this one's load to its file every second, for the process
-        that renders the figures.
+        """With several processes: write the load of this one to its file, again and again, for the
+        process that renders the metrics.
         """
-        if not self._together:
+        if not self._is_multiprocess:
             return
 
-        def show_regularly() -> None:
-            while not self._watched.wait(_WATCH_S):
-                self._show_load(load())
+        def set_load_until_closed() -> None:
+            while not self._closed.wait(_WATCH_S):
+                self._set_load(load())
 
-        self._show_load(load())
-        self._watching = threading.Thread(target=show_regularly, name="metrics", daemon=True)
-        self._watching.start()
+        self._set_load(load())
+        self._watcher = threading.Thread(target=set_load_until_closed, name="metrics", daemon=True)
+        self._watcher.start()
 
     async def measure_loop_lag(self) -> None:
         """Measure how late the running event loop is, a few times a second, until cancelled."""
@@ -349,78 +377,80 @@ class Metrics:
 
     def close(self) -> None:
         """Stop watching."""
-        self._watched.set()
-        if self._watching is not None:
-            self._watching.join()
+        self._closed.set()
+        if self._watcher is not None:
+            self._watcher.join()
 
-    def _show_load(self, load: Load) -> None:
+    def _set_load(self, load: Load) -> None:
         self._queue_rows.set(load.waiting_rows)
         self._queue_bytes.set(load.waiting_bytes)
         self._running.set(load.running_batches)
 
-    def _of(self, bucket: Bucket) -> _BucketFigures | None:
-        names = bucket.model, bucket.label
-        figures = self._buckets.get(names)
+    def _figures_of(self, bucket: Bucket) -> _BucketFigures | None:
+        """The series of a bucket; None if its model was unloaded."""
+        labels = bucket.model, bucket.label
+        figures = self._buckets.get(labels)
         if figures is not None:
             return figures
         with self._lock:
-            if bucket.model in self._gone:
-                # Its last batch ended after it was unloaded: a new series would stay forever.
+            # The last batch of a model may end after it was unloaded. A new series would stay
+            # forever.
+            if bucket.model in self._unloaded_names:
                 return None
             figures = _BucketFigures(
-                waited=self._waits.labels(*names),
-                rows=self._rows.labels(*names),
-                tokens=self._tokens.labels(*names),
-                padding=self._padding.labels(*names),
-                run=self._runs.labels(*names),
+                waited=self._waits.labels(*labels),
+                rows=self._rows.labels(*labels),
+                tokens=self._tokens.labels(*labels),
+                padding=self._padding.labels(*labels),
+                run=self._runs.labels(*labels),
             )
-            self._buckets[names] = figures
+            self._buckets[labels] = figures
             return figures
 
-    def _hide(self, labels: _ModelLabels) -> None:
-        if self._together:
-            # A series cannot be removed from the files of several processes; 0 is not shown.
-            self._info.labels(*labels).set(0)
-        else:
-            self._info.remove(*labels)
-
     def _forget(self, names: Collection[str]) -> None:
+        """Remove the series of models. Swaps that happened stay: they are reported afterwards."""
         for name in names:
-            for key in [key for key in self._buckets if key[0] == name]:
-                del self._buckets[key]
+            for labels in [labels for labels in self._buckets if labels[0] == name]:
+                del self._buckets[labels]
             for family in (self._waits, self._rows, self._tokens, self._padding, self._runs):
                 family.remove_by_labels({"model": name})
             for counter in (self._dropped, self._checks, self._violations):
                 counter.remove_by_labels({"model": name})
-            for outcome in get_args(Outcome):  # what happened to a model is told after its end
+            for outcome in get_args(Outcome):
                 if (name, outcome) not in self._swapped:
                     self._swaps.remove(name, outcome)
 
 
 class _AllProcesses(Collector):
-    """The figures of every process that shares the folder, and what /proc says of each that
-    runs. Of `families`, those that no process has counted in yet are there without figures.
+    """The metrics of all processes that share the folder, and what /proc says of the running ones.
+
+    A family of `families` in which no process has counted yet is collected without samples.
     """
 
     def __init__(self, families: Sequence[MetricWrapperBase]) -> None:
         self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        missing = {family.name: family for part in self._families for family in part.describe()}
+        missing = {metric.name: metric for family in self._families for metric in family.describe()}
         for metric in MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]
             missing.pop(metric.name, None)
+            # The info of models that were unloaded is 0.
             if metric.name == "evalmode_model_info":
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
         yield from missing.values()
-        yield from _process_figures(Path(os.environ[METRICS_FOLDER_VARIABLE]))
+        yield from _process_metrics(Path(os.environ[METRICS_FOLDER_VARIABLE]))
 
 
-def _process_figures(folder: Path) -> Iterable[Metric]:
-    """Memory, CPU time, open files and more of the processes that keep figures in this folder."""
-    live_files = (_LIVE_FILE.fullmatch(file.name) for file in folder.iterdir())
+def _process_metrics(folder: Path) -> Iterable[Metric]:
+    """Memory, CPU time, open files and more of each running process that writes to this folder."""
+    pids: set[str] = set()
+    for file in folder.iterdir():
+        match = _LIVE_FILE.fullmatch(file.name)
+        if match:
+            pids.add(match[1])
     families: dict[str, Metric] = {}
-    for pid in sorted({match[1] for match in live_files if match}, key=int):
+    for pid in sorted(pids, key=int):
         for family in ProcessCollector(pid=partial(str, pid), registry=None).collect():
             merged = families.setdefault(
                 family.name, Metric(family.name, family.documentation, family.type)
@@ -432,9 +462,12 @@ def _process_figures(folder: Path) -> Iterable[Metric]:
 
 def _gauge(
     name: str,
-    what: str,
+    text: str,
     registry: CollectorRegistry | None,
     mode: Literal["livesum", "livemax", "liveall"],
     labels: Sequence[str] = (),
 ) -> Gauge:
-    return Gauge(name, what, labels, registry=registry, multiprocess_mode=mode)
+    """A gauge. `mode` is how several processes are merged: the sum or the maximum of those that
+    run, or a series for each.
+    """
+    return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)

@@ -1,7 +1,8 @@
-"""The requests of each model version and their durations, in the form of the protocol's statistics
-extension.
+"""The requests of each model version and their durations, as the statistics extension of the Open
+Inference Protocol has them.
 
-Batches and waits come from the engine, the end of each request from its route, on any thread.
+The engine reports batches and waits, and the routes report the end of each request. Both may do so
+from any thread.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from evalmode.service.batching.observer import Observer, RanBatch
 
-# Versions come and go: above this number the figures that were unused for longest are dropped.
+# Versions come and go. Above this number, the figures that were unused for longest are dropped.
 _MAX_VERSIONS = 1_000
 
 _NANOSECONDS = 1_000_000_000
@@ -23,7 +24,7 @@ _NANOSECONDS = 1_000_000_000
 
 @dataclass(kw_only=True)
 class _Duration:
-    """How often something happened, and how long it took in all."""
+    """How often something happened, and how long it took altogether."""
 
     count: int = 0
     ns: int = 0
@@ -52,7 +53,8 @@ class _Figures:
     by_rows: dict[int, _Duration] = field(default_factory=dict)
 
     def as_json(self, name: str, version: str) -> dict[str, Any]:
-        none = _Duration().as_json()
+        # The protocol demands these keys: answers are not cached, and single batches not divided.
+        zero = _Duration().as_json()
         return {
             "name": name,
             "version": version,
@@ -66,15 +68,15 @@ class _Figures:
                 "compute_input": self.compute_input.as_json(),
                 "compute_infer": self.compute_infer.as_json(),
                 "compute_output": self.compute_output.as_json(),
-                "cache_hit": none,
-                "cache_miss": none,
+                "cache_hit": zero,
+                "cache_miss": zero,
             },
             "batch_stats": [
                 {
                     "batch_size": rows,
-                    "compute_input": none,
+                    "compute_input": zero,
                     "compute_infer": duration.as_json(),
-                    "compute_output": none,
+                    "compute_output": zero,
                 }
                 for rows, duration in sorted(self.by_rows.items())
             ],
@@ -92,30 +94,31 @@ class Statistics(Observer):
     def request_succeeded(
         self, name: str, version: str, *, took_s: float, read_s: float, write_s: float
     ) -> None:
-        """A request was answered in `took_s`, of which reading its tensors took `read_s`, writing
-        them `write_s`.
+        """A request was answered in `took_s` seconds. Of these, reading its tensors took `read_s`
+        and writing its answer `write_s`.
         """
         with self._lock:
-            figures = self._of(name, version)
+            figures = self._figures_of(name, version)
             figures.success.add(took_s)
             figures.compute_input.add(read_s)
             figures.compute_output.add(write_s)
 
     def request_failed(self, name: str, version: str, *, took_s: float) -> None:
-        """A request to this version was refused or failed, `took_s` after it came."""
+        """A request to this version was refused or failed, `took_s` seconds after it arrived."""
         with self._lock:
-            self._of(name, version).fail.add(took_s)
+            self._figures_of(name, version).fail.add(took_s)
 
     def of(self, name: str, version: str) -> dict[str, Any]:
         """The figures of a model version, all 0 before its first request."""
         with self._lock:
-            return (self._figures.get((name, version)) or _Figures()).as_json(name, version)
+            figures = self._figures.get((name, version), _Figures())
+            return figures.as_json(name, version)
 
     def batch_ran(self, batch: RanBatch) -> None:
         """The engine ran a batch."""
         rows = len(batch.rows)
         with self._lock:
-            figures = self._of(batch.bucket.model, batch.bucket.version)
+            figures = self._figures_of(batch.bucket.model, batch.bucket.version)
             figures.last_ms = int(self._now() * 1000)
             figures.rows += rows
             figures.batches += 1
@@ -123,7 +126,8 @@ class Statistics(Observer):
             figures.compute_infer.add(batch.run_s, count=rows)
             figures.by_rows.setdefault(rows, _Duration()).add(batch.run_s)
 
-    def _of(self, name: str, version: str) -> _Figures:
+    def _figures_of(self, name: str, version: str) -> _Figures:
+        """The figures of a version, as the most recently used ones; new ones if it has none."""
         key = (name, version)
         figures = self._figures.setdefault(key, _Figures())
         self._figures.move_to_end(key)

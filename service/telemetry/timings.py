@@ -1,4 +1,4 @@
-"""Where the time of one request went: what its log line and its span say beside its duration."""
+"""Where the time of one request went: its log line and its span have this beside its duration."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 
 from evalmode.service.batching.bucket import Job
 
-_KEY = "timings"  # in the state of a request's ASGI scope
+# In the state of a request's ASGI scope.
+_KEY = "timings"
 
 
 class Timings:
-    """The model of a request, its rows, and the seconds of its steps, each None until it was taken.
+    """The model of a request, its rows, and the seconds of its steps.
 
-    A stream of lines takes each step many times. Its figures are sums, and since its steps overlap
-    they may be more than its duration.
+    A step has None until it is done. A stream of lines repeats the steps, and its seconds are sums.
+    Its steps overlap, so together they may be longer than the request.
 
     Attributes:
-        model: the name of the model that was asked.
+        model: the name of the model.
         version: its version.
-        rows: how many rows the engine was given.
-        bucket: the longest padded length among them; "other" or "whole" where rows have none.
-        streamed: whether the request is a stream, which takes as long as its client likes.
+        rows: the number of rows that the engine got.
+        bucket: the label of the bucket with the longest padded length among them.
+        streamed: whether the request is a stream, whose duration depends on its client.
         read_s: reading the body from the connection.
         encode_s: from the body to the rows: JSON, tensors, and the ids of texts.
         queue_s: until the last batch of the request began.
@@ -58,7 +59,10 @@ class Timings:
         self._positions = 0
 
     def encoded(self, jobs: Sequence[Job], *, since: float) -> float:
-        """The rows are ready for the engine, begun at `since` by time.monotonic(); the time now."""
+        """The rows are ready for the engine; return the time now.
+
+        Encoding began at `since`. Both times are of time.monotonic().
+        """
         now = time.monotonic()
         self.encode_s = (self.encode_s or 0.0) + now - since
         self.rows += len(jobs)
@@ -68,16 +72,16 @@ class Timings:
         return now
 
     def waited(self, queue_s: float, run_s: float = 0.0) -> None:
-        """The engine is done with rows of the request, answered or not."""
+        """The engine is done with rows of the request, whether it answered them or not."""
         self.queue_s = (self.queue_s or 0.0) + queue_s
         self.run_s = (self.run_s or 0.0) + run_s
 
     def written(self, *, since: float) -> None:
-        """The answers became a body, or a part of one."""
+        """The answers were written to a body, or to a part of one; that began at `since`."""
         self.write_s = (self.write_s or 0.0) + time.monotonic() - since
 
     def fields(self) -> dict[str, str | int | float]:
-        """All that is known, with times in milliseconds; empty where no model was asked."""
+        """The fields of the log line, with times in milliseconds. Empty without a model."""
         if self.model is None or self.version is None:
             return {}
         fields: dict[str, str | int | float] = {
@@ -100,7 +104,7 @@ class Timings:
 
 
 def timings_of(scope: MutableMapping[str, Any]) -> Timings:
-    """The timings of the request with this ASGI scope, which begin at the first call."""
+    """The timings of the request with this ASGI scope; new ones at the first call."""
     timings: Timings = scope.setdefault("state", {}).setdefault(_KEY, Timings())
     return timings
 
@@ -112,6 +116,6 @@ def is_streamed(scope: MutableMapping[str, Any]) -> bool:
 
 
 def fields_of(scope: MutableMapping[str, Any]) -> dict[str, str | int | float]:
-    """What is known of the request with this scope; empty where it asked no model."""
+    """The fields of the request with this scope. Empty without a model."""
     timings: Timings | None = scope.get("state", {}).get(_KEY)
     return timings.fields() if timings is not None else {}

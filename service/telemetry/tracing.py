@@ -1,6 +1,6 @@
-"""OpenTelemetry traces: a span for each request, and in it one for its wait and one for the run.
+"""OpenTelemetry traces: a span for each request, and in it one for its wait and one for its run.
 
-OpenTelemetry is imported, and must be installed, only where an endpoint is set.
+OpenTelemetry is imported only if an endpoint is set. Only then it must be installed.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
+# OpenTelemetry's own variables: those that name an endpoint, and those that name the service.
+_ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_SERVICE_NAME_VARIABLES = ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES")
+# What the protocol (OTLP over HTTP) appends to the base URL of a collector.
 _TRACES_PATH = "/v1/traces"
-_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_SERVICE_NAMES = ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES")
 
 _log = structlog.get_logger("evalmode.service")
 
 
 def open_tracing(settings: Settings) -> Tracing | None:
-    """Tracing to the endpoint in the settings or in OpenTelemetry's own variables; None where
-    neither names one.
+    """Tracing to the endpoint in the settings or in OpenTelemetry's variables; None without one.
 
-    Raises StartFailed when the packages for it are not installed.
+    Raises StartFailed if the packages for it are not installed.
     """
-    if settings.otlp_endpoint is None and not any(map(os.environ.get, _VARIABLES)):
+    endpoint = settings.otlp_endpoint
+    if endpoint is None and not any(map(os.environ.get, _ENDPOINT_VARIABLES)):
         return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        # `around` imports it again; here a missing package is reported at start.
+        # `around` imports it again. Here a missing package is reported at the start.
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: F401
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -55,24 +57,20 @@ def open_tracing(settings: Settings) -> Tracing | None:
             " 'evalmode[tracing]'"
         ) from error
     attributes = {"service.version": evalmode.__version__}
-    if not any(map(os.environ.get, _SERVICE_NAMES)):
+    if not any(map(os.environ.get, _SERVICE_NAME_VARIABLES)):
         attributes["service.name"] = "evalmode"
+    # As with OpenTelemetry's variable, the endpoint is a base URL. The exporter's argument is not.
+    if endpoint is not None and not endpoint.rstrip("/").endswith(_TRACES_PATH):
+        endpoint = endpoint.rstrip("/") + _TRACES_PATH
     provider = TracerProvider(resource=Resource.create(attributes))
-    provider.add_span_processor(
-        BatchSpanProcessor(OTLPSpanExporter(endpoint=_traces_url(settings.otlp_endpoint)))
-    )
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return Tracing(provider)
 
 
-def _traces_url(endpoint: str | None) -> str | None:
-    """Where traces go, by the rule of OpenTelemetry's own variable: an endpoint is a base."""
-    if endpoint is None or endpoint.rstrip("/").endswith(_TRACES_PATH):
-        return endpoint
-    return endpoint.rstrip("/") + _TRACES_PATH
-
-
 class Tracing(Observer):
-    """Makes spans and sends them. Also an observer of the engine, for the rows in `following`."""
+    """Makes spans and sends them. It is also an observer of the engine, for the rows of
+    `following`.
+    """
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry import trace
@@ -80,10 +78,11 @@ class Tracing(Observer):
         self._trace = trace
         self._provider = provider
         self._tracer = provider.get_tracer("evalmode", evalmode.__version__)
+        # The trace context of each row in `following`, by the row's id.
         self._parents: dict[int, Context] = {}
 
     def around(self, app: ASGIApp, *, quiet: Collection[str] = ()) -> ASGIApp:
-        """`app` with a server span around each request, except those to `quiet` paths."""
+        """`app` with a server span around each request, except for the paths in `quiet`."""
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
         from opentelemetry.metrics import NoOpMeterProvider
 
@@ -91,18 +90,24 @@ class Tracing(Observer):
             span = self._trace.get_current_span()
             original: Scope = scope["evalmode.scope"]
 
-            async def send_and_name(message: Message) -> None:
+            async def send_and_describe(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    _name_after_route(span, original)
+                    # The router has set the route, if there is one for the path.
+                    route = getattr(original.get("route"), "path", None)
+                    if route is not None and span.is_recording():
+                        span.update_name(f"{original['method']} {route}")
+                        span.set_attribute("http.route", route)
                 elif not message.get("more_body"):
-                    _add_timings(span, original)  # now, for OpenTelemetry ends the span with this
+                    # Before the last message, with which OpenTelemetry ends the span.
+                    _add_timings(span, original)
                 await send(message)
 
             original["state"]["trace_id"] = format(span.get_span_context().trace_id, "032x")
             try:
-                await app(original, receive, send_and_name)
+                await app(original, receive, send_and_describe)
             finally:
-                _add_timings(span, original)  # of a request that was never answered whole
+                # Again, for a request that did not get its whole answer.
+                _add_timings(span, original)
 
         middleware = OpenTelemetryMiddleware(
             app_in_span,
@@ -117,7 +122,7 @@ class Tracing(Observer):
                 await app(scope, receive, send)
                 return
             scope.setdefault("state", {})
-            # Without the query: it may hold private data, which must not go to another machine.
+            # Without the query: it may hold private data, which must not leave this machine.
             public_scope: MutableMapping[str, Any] = {
                 **scope,
                 "query_string": b"",
@@ -129,8 +134,9 @@ class Tracing(Observer):
 
     @contextmanager
     def following(self, rows: Iterable[object]) -> Iterator[None]:
-        """Add spans to the current request for every batch with some of these rows, which are
-        compared by identity.
+        """Add spans to the current request for each batch with some of these rows.
+
+        Rows are compared by identity, so they must stay alive meanwhile.
         """
         from opentelemetry.context import get_current
 
@@ -150,6 +156,7 @@ class Tracing(Observer):
         """A batch has just ended. Each request that follows some of its rows gets a span for its
         longest wait and one for the run.
         """
+        # By the id of the context, because contexts are not hashable.
         parents: dict[int, Context] = {}
         waits_s: dict[int, list[float]] = {}
         for row, wait_s in zip(batch.rows, batch.waited_s, strict=True):
@@ -165,7 +172,7 @@ class Tracing(Observer):
                 "evalmode.bucket": batch.bucket.label,
                 "evalmode.rows": len(waits_s[key]),
                 "evalmode.batch.rows": len(batch.rows),
-                "evalmode.batch.places": batch.places,
+                "evalmode.batch.places": batch.size,
             }
             arrived_ns = began_ns - round(max(waits_s[key]) * 1e9)
             for name, start_ns, end_ns in (
@@ -178,10 +185,10 @@ class Tracing(Observer):
                 span.end(end_ns)
 
     def close(self, *, timeout_s: float = 5.0) -> bool:
-        """Send the remaining spans; False when that did not end in time, as with a missing
-        endpoint.
+        """Send the remaining spans. False if they were not sent in time, for example because the
+        collector is down.
         """
-        # The exporter has no time limit that we could set, and the end of a server needs one.
+        # The exporter has no time limit that could be set, and the end of a server needs one.
         closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         closing.start()
         closing.join(timeout_s)
@@ -194,10 +201,3 @@ def _add_timings(span: Span, scope: Scope) -> None:
     if span.is_recording():
         for name, value in fields_of(scope).items():
             span.set_attribute(f"evalmode.{name}", value)
-
-
-def _name_after_route(span: Span, scope: Scope) -> None:
-    route = getattr(scope.get("route"), "path", None)
-    if route is not None and span.is_recording():
-        span.update_name(f"{scope['method']} {route}")
-        span.set_attribute("http.route", route)

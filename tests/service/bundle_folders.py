@@ -1,6 +1,4 @@
-"""Bundles that are opened as a server opens them, but not calibrated, and what is done to their
-folders.
-"""
+"""Opens bundles as a server does, but without measuring them, and changes their folders."""
 
 from __future__ import annotations
 
@@ -17,37 +15,37 @@ from evalmode.service.models.tensors import content_of
 
 WAIT_S = 30.0
 
-QUICKLY = partial(Model.open, calibration=Calibration(budget_s=0))
+OPEN_QUICKLY = partial(Model.open, calibration=Calibration(budget_s=0))
 READY, LOADING, UNAVAILABLE = Presence
 
 
 class Opener:
-    """Opens a bundle, and keeps count of how often it was asked to."""
+    """Opens bundles, and counts the openings of each path."""
 
     def __init__(self) -> None:
-        self.asked: Counter[Path] = Counter()
+        self.openings: Counter[Path] = Counter()
 
     def __call__(self, path: Path) -> Model:
-        self.asked[path] += 1
-        return QUICKLY(path)
+        self.openings[path] += 1
+        return OPEN_QUICKLY(path)
 
 
-def started(root, opener=QUICKLY, **settings):
-    repository = Repository(root, open_model=opener, **settings)
+def started_repository(root, opener=OPEN_QUICKLY, **arguments):
+    repository = Repository(root, open_model=opener, **arguments)
     repository.start()
     return repository
 
 
 def spoil(bundle):
-    """Change a byte of the model; what comes back undoes it."""
+    """Change a byte of the model. Returns a function that undoes it."""
     file = bundle / "model.onnx"
     good = file.read_bytes()
     file.write_bytes(good[:-1] + b"?")
     return lambda: file.write_bytes(good)
 
 
-def put(source, target):
-    """Put a bundle in the place of another, file by file, as `cp` does."""
+def copy_bundle(source, target):
+    """Copy a bundle over another one, file by file, as `cp` does."""
     shutil.copytree(source, target, dirs_exist_ok=True)
 
 
@@ -60,10 +58,10 @@ def answer(model, text="Dit is een zin."):
     return content_of(bucket.run([row])[0])
 
 
-def passed_over(logs):
-    """Which folders the log says are not served, each with the one that is."""
+def logged_duplicates(logs):
+    """The folders that are not served according to the log, each with the one that is."""
     return [(line["bundle"], line["served"]) for line in logs if "same version" in line["event"]]
 
 
-def refusals(logs):
+def logged_refusals(logs):
     return [line for line in logs if line["event"] == "bundle refused"]

@@ -1,4 +1,4 @@
-"""Rows of a model run by hand, as the engine would run them, and parts of models made by hand."""
+"""Runs rows of a model without an engine, and makes inputs and parts of ONNX models."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import numpy as np
 from onnx import TensorProto, helper
 
 
-def alone(job):
-    """The answer of one job by itself."""
+def answer_alone(job):
+    """The answer of one job that runs alone."""
     bucket, row = job
-    (found,) = bucket.run([row])
-    if isinstance(found, Exception):
-        raise found
-    return found
+    (answer,) = bucket.run([row])
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
-def together(jobs, *, places):
-    """The answers of jobs of one bucket in a batch of so many places."""
+def answers_together(jobs, *, size):
+    """The answers of jobs of one bucket in a batch of `size` rows, filled with copies."""
     (bucket,) = {bucket for bucket, _ in jobs}
     rows = [row for _, row in jobs]
-    return bucket.run([*rows, *rows[-1:] * (places - len(rows))])[: len(rows)]
+    return bucket.run([*rows, *rows[-1:] * (size - len(rows))])[: len(rows)]
 
 
 def floats(name, shape):
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
-def asked(*shape, seed=0):
+def random_inputs(*shape, seed=0):
     return {"x": np.random.default_rng(seed).standard_normal(shape).astype(np.float32)}

@@ -218,7 +218,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(moody):
         assert {answer.status_code for answer in answers} == {200, 503}
         for answer in refused:
             assert 1 <= int(answer.headers["retry-after"]) <= 60
-            assert "come again" in answer.json()["error"]
+            assert "retry in" in answer.json()["error"]
         assert predict(service, "a", "b", "c", "d").status_code == 200
         assert figure(service, "evalmode_rejections_total") == len(refused)
 

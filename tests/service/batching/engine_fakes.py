@@ -1,6 +1,4 @@
-"""Rows that are numbers, runs that can be held and wedged, and an observer that writes down what it
-is told.
-"""
+"""Rows that are numbers, runs that can be blocked, and an observer that records what it is told."""
 
 from __future__ import annotations
 
@@ -23,23 +21,25 @@ COSTS = {1: 1.0, 2: 1.4, 4: 2.0}
 
 @dataclass(frozen=True)
 class Number:
+    """A row."""
+
     value: int
     nbytes: int = 8
     tokens: int = 1
 
-    def described(self) -> str:
+    def description(self) -> str:
         return hashlib.sha256(str(self.value).encode()).hexdigest()
 
 
-def tenfold(rows: Sequence[Number]) -> list[int]:
+def times_ten(rows: Sequence[Number]) -> list[int]:
     return [row.value * 10 for row in rows]
 
 
 @dataclass
-class Recorded:
-    """Answers with `answer` and remembers its batches; 13 is the row that fails it."""
+class RecordingRun:
+    """Answers with `answer` and records its batches. A batch with the row 13 fails."""
 
-    answer: Callable[[Sequence[Number]], Sequence[Any]] = tenfold
+    answer: Callable[[Sequence[Number]], Sequence[Any]] = times_ten
     batches: list[list[int]] = field(default_factory=list)
 
     def __call__(self, rows: Sequence[Number]) -> Sequence[Any]:
@@ -49,10 +49,8 @@ class Recorded:
         return self.answer(rows)
 
 
-class Held(Recorded):
-    """The first run is held until `release`; `begun` says that it is under way. The others run
-    through.
-    """
+class BlockedRun(RecordingRun):
+    """The first run sets `begun` and blocks until `release` is set. Later runs do not block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,8 +65,16 @@ class Held(Recorded):
 
 
 @dataclass
-class Notes:
-    """What an engine told."""
+class RecordingObserver:
+    """Records the reports of an engine.
+
+    Attributes:
+        ran: label, row values and size of each batch.
+        waited_s: the waits of all rows.
+        dropped: reason, label and number of the dropped rows.
+        proofs: the result of each proof.
+        proved_once: set at each proof.
+    """
 
     ran: list[tuple[str, list[int], int]] = field(default_factory=list)
     waited_s: list[float] = field(default_factory=list)
@@ -77,7 +83,7 @@ class Notes:
     proved_once: threading.Event = field(default_factory=threading.Event)
 
     def batch_ran(self, batch) -> None:
-        self.ran.append((batch.bucket.label, [row.value for row in batch.rows], batch.places))
+        self.ran.append((batch.bucket.label, [row.value for row in batch.rows], batch.size))
         self.waited_s += batch.waited_s
 
     def rows_dropped(self, reason, bucket, rows) -> None:
@@ -89,7 +95,7 @@ class Notes:
 
 
 def bucket_of(
-    run: Callable[[Sequence[Number]], Sequence[Any]] = tenfold,
+    run: Callable[[Sequence[Number]], Sequence[Any]] = times_ten,
     *,
     label: str = "8",
     costs: Mapping[int, float] | None = None,
@@ -97,37 +103,34 @@ def bucket_of(
     return Bucket(model="m", version="1", label=label, positions=8, run=run, costs=costs or COSTS)
 
 
-def start_engine(*, parallel: int = 1, **settings: Any) -> Engine:
-    content = settings.pop("content", lambda answer: repr(answer).encode())
-    return Engine(
-        parallel=parallel,
-        content=content,
-        **settings,
-    )
+def start_engine(*, parallel: int = 1, **arguments: Any) -> Engine:
+    content = arguments.pop("content", lambda answer: repr(answer).encode())
+    return Engine(parallel=parallel, content=content, **arguments)
 
 
 @contextmanager
-def engine_of(*, parallel: int = 1, **settings: Any) -> Iterator[Engine]:
-    """An engine that must have ended by itself when the test has."""
-    engine = start_engine(parallel=parallel, **settings)
+def engine_of(*, parallel: int = 1, **arguments: Any) -> Iterator[Engine]:
+    """An engine. At the end of the test all its requests must be done."""
+    engine = start_engine(parallel=parallel, **arguments)
     yield engine
     assert engine.close(timeout_s=WAIT_S)
 
 
 @contextmanager
-def one_thread_held(**settings: Any) -> Iterator[tuple[Engine, Callable[[], None]]]:
-    """An engine of one thread, which is busy until the given function is called: what is asked
-    meanwhile waits.
+def busy_engine(**arguments: Any) -> Iterator[tuple[Engine, Callable[[], None]]]:
+    """An engine with one thread, which is busy until the second result is called.
+
+    Requests that are sent before that wait in the queue.
     """
-    held = Held()
-    with engine_of(limits=settings.pop("limits", Limits()), **settings) as engine:
-        asked = in_thread(lambda: engine.answer([(bucket_of(held, label="held"), Number(0))]))
-        assert held.begun.wait(WAIT_S)
+    run = BlockedRun()
+    with engine_of(limits=arguments.pop("limits", Limits()), **arguments) as engine:
+        caller = in_thread(lambda: engine.answer([(bucket_of(run, label="busy"), Number(0))]))
+        assert run.begun.wait(WAIT_S)
         try:
-            yield engine, held.release.set
+            yield engine, run.release.set
         finally:
-            held.release.set()
-            asked.join(WAIT_S)
+            run.release.set()
+            caller.join(WAIT_S)
 
 
 def in_thread(call: Callable[[], Any]) -> threading.Thread:
@@ -140,8 +143,8 @@ def jobs_of(bucket: Bucket, values: Sequence[int]) -> list[tuple[Bucket, Number]
     return [(bucket, Number(value)) for value in values]
 
 
-async def asked(engine, *requests, timeout_s=None) -> list[asyncio.Task]:
-    """The requests, each in a task of its own, all of them waiting in the queue in this order."""
+async def queued(engine, *requests, timeout_s=None) -> list[asyncio.Task]:
+    """A task for each request, when all of them wait in the queue in this order."""
     tasks = [
         asyncio.create_task(engine.answer_async(jobs, timeout_s=timeout_s)) for jobs in requests
     ]

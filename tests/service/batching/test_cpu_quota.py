@@ -1,3 +1,5 @@
+"""The CPUs that a process may use, by affinity and by the cgroup files of a container."""
+
 from __future__ import annotations
 
 import os
@@ -7,15 +9,13 @@ import pytest
 
 from evalmode.service.batching.cpu_quota import cpu_quota
 
-EVERY_CPU = (
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-)
+ALL_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture
 def many_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host of sixteen CPUs, so that the quota is what binds."""
-    monkeypatch.setattr("evalmode.service.batching.cpu_quota._affinity", lambda: 16.0)
+    """A host of sixteen CPUs, so that the quota is the smaller number."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -26,8 +26,8 @@ def tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_without_a_quota_it_is_the_affinity(tmp_path):
-    assert cpu_quota(root=tmp_path) == EVERY_CPU
+def test_without_a_quota_the_affinity_counts(tmp_path):
+    assert cpu_quota(root=tmp_path) == ALL_CPUS
 
 
 @pytest.mark.usefixtures("many_cpus")
@@ -47,7 +47,7 @@ def test_a_version_2_quota_counts_whole_cpus_and_at_least_one(tmp_path, limit, c
 
 
 @pytest.mark.usefixtures("many_cpus")
-def test_a_quota_of_a_cgroup_above_binds_too(tmp_path):
+def test_a_quota_of_a_parent_cgroup_holds_too(tmp_path):
     root = tree(
         tmp_path,
         {
@@ -60,7 +60,7 @@ def test_a_quota_of_a_cgroup_above_binds_too(tmp_path):
 
 
 @pytest.mark.usefixtures("many_cpus")
-def test_a_path_of_the_host_that_is_not_mounted_here_leaves_the_mounts_own_quota(tmp_path):
+def test_with_a_path_of_the_host_that_is_not_mounted_here_the_mounts_own_quota_holds(tmp_path):
     root = tree(
         tmp_path,
         {"proc/self/cgroup": "0::/../../docker/0f3c\n", "sys/fs/cgroup/cpu.max": "400000 100000"},

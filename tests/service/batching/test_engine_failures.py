@@ -1,4 +1,4 @@
-"""Whatever fails fails its own request, whole and alone, and the engine goes on."""
+"""A failure fails its own request, all of it and no other, and the engine goes on."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ import pytest
 
 from evalmode.service.errors import DeadlineExceeded, InvalidField, RunFailed
 from tests.service.batching.engine_fakes import (
-    Notes,
     Number,
-    Recorded,
-    asked,
+    RecordingObserver,
+    RecordingRun,
     bucket_of,
+    busy_engine,
     engine_of,
     jobs_of,
-    one_thread_held,
+    queued,
 )
 
 
 def test_a_failing_row_fails_its_own_request_with_the_cause_and_the_engine_goes_on():
-    notes = Notes()
-    bucket = bucket_of(Recorded())
-    with engine_of(observers=[notes]) as engine:
+    observer = RecordingObserver()
+    bucket = bucket_of(RecordingRun())
+    with engine_of(observers=[observer]) as engine:
         with pytest.raises(RunFailed) as failure:
             engine.answer(jobs_of(bucket, [13]))
         assert isinstance(failure.value.__cause__, ArithmeticError)
         assert engine.answer(jobs_of(bucket, [14])) == [140]
-    assert notes.dropped == [("failed", "8", 1)]
+    assert observer.dropped == [("failed", "8", 1)]
 
 
-def test_of_requests_that_shared_a_batch_only_the_guilty_one_fails():
-    run, notes = Recorded(), Notes()
+def test_of_requests_that_share_a_batch_only_the_one_at_fault_fails():
+    run, observer = RecordingRun(), RecordingObserver()
     bucket = bucket_of(run, costs={2: 9.0, 4: 1.0})
 
     async def ask(engine, release) -> list:
-        tasks = await asked(
+        tasks = await queued(
             engine, jobs_of(bucket, [1]), jobs_of(bucket, [13]), jobs_of(bucket, [2, 3])
         )
         release()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    with one_thread_held(observers=[notes]) as (engine, release):
+    with busy_engine(observers=[observer]) as (engine, release):
         first, guilty, last = asyncio.run(ask(engine, release))
     assert (first, last) == ([10], [20, 30])
     assert isinstance(guilty, RunFailed)
     assert isinstance(guilty.__cause__, ArithmeticError)
     assert run.batches == [[1, 13, 2, 3], [1, 1], [13, 13], [2, 2], [3, 3]]
-    assert notes.dropped == [("failed", "8", 1)]
+    assert observer.dropped == [("failed", "8", 1)]
 
 
-def test_of_a_batch_that_failed_no_row_is_run_again_that_is_late_or_whose_request_failed():
+def test_after_a_failed_batch_rows_that_are_late_or_whose_request_failed_are_not_run_again():
     now = [0.0]
-    ran = Recorded()
+    ran = RecordingRun()
 
     def run(rows: Sequence[Number]) -> list[int]:
         now[0] += 100.0
@@ -62,37 +62,37 @@ def test_of_a_batch_that_failed_no_row_is_run_again_that_is_late_or_whose_reques
     bucket = bucket_of(run, costs={1: 9.0, 4: 1.0})
 
     async def ask(engine, release) -> list:
-        tasks = await asked(engine, jobs_of(bucket, [13, 1]), timeout_s=900)
-        # past when its turn to run again comes
-        tasks += await asked(engine, jobs_of(bucket, [2]), timeout_s=150)
-        tasks += await asked(engine, jobs_of(bucket, [3]), timeout_s=900)
+        tasks = await queued(engine, jobs_of(bucket, [13, 1]), timeout_s=900)
+        # Its deadline has passed when it would run again.
+        tasks += await queued(engine, jobs_of(bucket, [2]), timeout_s=150)
+        tasks += await queued(engine, jobs_of(bucket, [3]), timeout_s=900)
         release()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    with one_thread_held(clock=lambda: now[0]) as (engine, release):
+    with busy_engine(clock=lambda: now[0]) as (engine, release):
         guilty, late, answered = asyncio.run(ask(engine, release))
     assert (type(guilty), type(late), answered) == (RunFailed, DeadlineExceeded, [30])
     assert ran.batches == [[13, 1, 2, 3], [13], [3]]
 
 
 def test_rows_of_one_request_that_failed_together_are_not_run_again():
-    run = Recorded()
+    run = RecordingRun()
     with engine_of() as engine, pytest.raises(RunFailed):
         engine.answer(jobs_of(bucket_of(run, costs={4: 1.0}), [1, 13, 2, 3]))
     assert run.batches == [[1, 13, 2, 3]]
 
 
 def test_on_its_first_failure_the_other_rows_of_a_request_leave_the_queue():
-    run, notes = Recorded(), Notes()
-    with engine_of(observers=[notes]) as engine:
+    run, observer = RecordingRun(), RecordingObserver()
+    with engine_of(observers=[observer]) as engine:
         with pytest.raises(RunFailed):
             engine.answer(jobs_of(bucket_of(run, costs={1: 1.0}), [1, 13, 2, 3]))
         assert engine.load.waiting_rows == 0
     assert run.batches == [[1], [13]]
-    assert notes.dropped == [("failed", "8", 4)]
+    assert observer.dropped == [("failed", "8", 4)]
 
 
-def test_an_exception_in_the_place_of_an_answer_fails_that_row_s_request_alone():
+def test_an_exception_instead_of_an_answer_fails_only_the_request_of_that_row():
     def run(rows: Sequence[Number]) -> list[int | Exception]:
         return [
             InvalidField("no", field="inputs.0") if row.value == 13 else row.value for row in rows
@@ -101,19 +101,19 @@ def test_an_exception_in_the_place_of_an_answer_fails_that_row_s_request_alone()
     bucket = bucket_of(run, costs={4: 1.0})
 
     async def ask(engine, release) -> list:
-        tasks = await asked(
+        tasks = await queued(
             engine, jobs_of(bucket, [1]), jobs_of(bucket, [13]), jobs_of(bucket, [2])
         )
         release()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    with one_thread_held() as (engine, release):
+    with busy_engine() as (engine, release):
         first, guilty, last = asyncio.run(ask(engine, release))
     assert (first, last) == ([1], [2])
     assert isinstance(guilty, InvalidField)
 
 
-def test_a_sentence_that_run_has_for_the_caller_reaches_him_as_it_is():
+def test_a_request_error_of_run_reaches_the_caller_unchanged():
     def run(rows: Sequence[Number]) -> list[int]:
         raise InvalidField("this row cannot be answered", field="inputs.0")
 
@@ -122,14 +122,14 @@ def test_a_sentence_that_run_has_for_the_caller_reaches_him_as_it_is():
 
 
 @pytest.mark.parametrize("answers", [[], [1, 2, 3], None])
-def test_a_run_that_answers_another_number_of_rows_fails_them(answers):
+def test_a_run_with_a_wrong_number_of_answers_fails_its_rows(answers):
     with engine_of() as engine:
         with pytest.raises(RunFailed):
             engine.answer(jobs_of(bucket_of(lambda rows: answers), [1]))
         assert engine.answer(jobs_of(bucket_of(), [1])) == [10]
 
 
-def test_a_run_that_would_end_its_thread_fails_its_rows_and_the_thread_lives():
+def test_a_run_that_raises_system_exit_fails_its_rows_and_the_thread_lives():
     def run(rows: Sequence[Number]) -> list[int]:
         raise SystemExit(3)
 
@@ -139,18 +139,18 @@ def test_a_run_that_would_end_its_thread_fails_its_rows_and_the_thread_lives():
         assert engine.answer(jobs_of(bucket_of(), [1])) == [10]
 
 
-def test_an_observer_that_raises_holds_nobody_up(caplog):
-    class Broken(Notes):
+def test_an_observer_that_raises_is_logged_and_the_engine_goes_on(caplog):
+    class Broken(RecordingObserver):
         def batch_ran(self, *args, **kwargs) -> None:
             raise ValueError("broken")
 
         rows_dropped = batch_ran
 
-    notes = Notes()
-    with engine_of(observers=[Broken(), notes]) as engine:
+    observer = RecordingObserver()
+    with engine_of(observers=[Broken(), observer]) as engine:
         assert engine.answer(jobs_of(bucket_of(), [1])) == [10]
         with pytest.raises(RunFailed):
-            engine.answer(jobs_of(bucket_of(Recorded()), [13]))
-    assert notes.ran == [("8", [1], 1)]
-    assert notes.dropped == [("failed", "8", 1)]
+            engine.answer(jobs_of(bucket_of(RecordingRun()), [13]))
+    assert observer.ran == [("8", [1], 1)]
+    assert observer.dropped == [("failed", "8", 1)]
     assert "an observer of the engine failed" in caplog.text

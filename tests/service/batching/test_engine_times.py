@@ -1,4 +1,4 @@
-"""How long a request waited in the engine and how long it ran, as its caller is told."""
+"""How long a request waited in the engine and how long it ran, as the caller gets it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from evalmode.service.errors import DeadlineExceeded, QueueFull, RunFailed
 from tests.service.batching.engine_fakes import (
     Number,
     bucket_of,
+    busy_engine,
     engine_of,
     jobs_of,
-    one_thread_held,
-    tenfold,
+    times_ten,
 )
 
 
 class Clock:
-    """A clock that only runs of a model and tests move on."""
+    """A clock that only tests and runs of a model advance."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -30,9 +30,9 @@ class Clock:
         return self.now_s
 
     def run(
-        self, seconds: float, answer: Callable[[Sequence[Number]], Any] = tenfold
+        self, seconds: float, answer: Callable[[Sequence[Number]], Any] = times_ten
     ) -> Callable[[Sequence[Number]], Any]:
-        """A run that takes so long."""
+        """A run that takes `seconds`."""
 
         def run(rows: Sequence[Number]) -> Any:
             self.now_s += seconds
@@ -46,9 +46,9 @@ def fails(rows: Sequence[Number]) -> Any:
 
 
 async def times(engine: Any, jobs: Any, **limits: Any) -> list[tuple[float, float]]:
-    found: list[tuple[float, float]] = []
-    await engine.answer_async(jobs, timed=lambda *seconds: found.append(seconds), **limits)
-    return found
+    calls: list[tuple[float, float]] = []
+    await engine.answer_async(jobs, timed=lambda *seconds: calls.append(seconds), **limits)
+    return calls
 
 
 def test_a_request_alone_does_not_wait():
@@ -58,7 +58,7 @@ def test_a_request_alone_does_not_wait():
         assert asyncio.run(times(engine, jobs)) == [(0.0, 2.0)]
 
 
-def test_wait_and_run_together_are_the_time_in_the_engine_also_of_many_batches():
+def test_wait_and_run_add_up_to_the_time_in_the_engine_also_with_many_batches():
     clock = Clock()
     bucket = bucket_of(clock.run(2.0), costs={1: 1.0})  # a batch for each row
     with engine_of(clock=clock) as engine:
@@ -75,52 +75,52 @@ def test_a_request_waits_while_others_run():
         release()
         return await waiting
 
-    with one_thread_held(clock=clock) as (engine, release):
+    with busy_engine(clock=clock) as (engine, release):
         assert asyncio.run(ask(engine, release)) == [(3.0, 2.0)]
 
 
-def test_a_request_that_fails_has_its_times_too():
+def test_a_request_that_fails_has_times_too():
     clock = Clock()
-    found: list[tuple[float, float]] = []
+    calls: list[tuple[float, float]] = []
     with engine_of(clock=clock) as engine:
         jobs = jobs_of(bucket_of(clock.run(2.0, fails)), [1])
         with pytest.raises(RunFailed):
-            asyncio.run(engine.answer_async(jobs, timed=lambda *seconds: found.append(seconds)))
-    assert found == [(0.0, 2.0)]
+            asyncio.run(engine.answer_async(jobs, timed=lambda *seconds: calls.append(seconds)))
+    assert calls == [(0.0, 2.0)]
 
 
 def test_at_its_deadline_a_request_that_still_waits_has_only_waited():
     clock = Clock()
-    found: list[tuple[float, float]] = []
+    calls: list[tuple[float, float]] = []
 
     async def ask(engine: Any) -> None:
         jobs = jobs_of(bucket_of(clock.run(2.0)), [1])
         waiting = asyncio.create_task(
-            engine.answer_async(jobs, timeout_s=0.01, timed=lambda *seconds: found.append(seconds))
+            engine.answer_async(jobs, timeout_s=0.01, timed=lambda *seconds: calls.append(seconds))
         )
         await asyncio.sleep(0)
         clock.now_s += 3.0
         with pytest.raises(DeadlineExceeded):
             await waiting
 
-    with one_thread_held(clock=clock) as (engine, _):
+    with busy_engine(clock=clock) as (engine, _):
         asyncio.run(ask(engine))
-        assert found == [(3.0, 0.0)]
+        assert calls == [(3.0, 0.0)]
 
 
 def test_a_request_that_was_not_admitted_has_no_times():
-    found: list[tuple[float, float]] = []
+    calls: list[tuple[float, float]] = []
     limits = Limits(queue_rows=1)
-    with one_thread_held(limits=limits) as (engine, _):
+    with busy_engine(limits=limits) as (engine, _):
 
         async def ask() -> None:
             first = asyncio.create_task(engine.answer_async(jobs_of(bucket_of(), [1])))
             await asyncio.sleep(0)
             with pytest.raises(QueueFull):
                 await engine.answer_async(
-                    jobs_of(bucket_of(), [2]), timed=lambda *seconds: found.append(seconds)
+                    jobs_of(bucket_of(), [2]), timed=lambda *seconds: calls.append(seconds)
                 )
             first.cancel()
 
         asyncio.run(ask())
-    assert found == []
+    assert calls == []

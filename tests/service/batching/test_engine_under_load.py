@@ -1,5 +1,5 @@
-"""The engine under many callers at once: every answer is right, every batch allowed, nothing lost
-and nothing kept.
+"""The engine under many callers at once: all answers are correct, all batches are allowed, and no
+request is lost or kept in memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from evalmode.service.batching.limits import Limits
 from evalmode.service.errors import DeadlineExceeded, NotReady, QueueFull, RunFailed
 from tests.service.batching.engine_fakes import (
     WAIT_S,
-    Held,
-    Notes,
+    BlockedRun,
     Number,
+    RecordingObserver,
     bucket_of,
     engine_of,
     in_thread,
@@ -32,13 +32,11 @@ from tests.service.batching.engine_fakes import (
 
 LABELS = ("short", "long", "other")
 POISON = 13
-SPOILT = 17  # an exception in its place, not of its batch
+SPOILT = 17  # gets an exception instead of an answer; its batch does not fail
 
 
-class Checked:
-    """A run that finds its rows to be of its own bucket and of an allowed number, and gives way in
-    between.
-    """
+class CheckingRun:
+    """A run that checks that its rows are of its own bucket, and that their number is allowed."""
 
     def __init__(self, number: int, counts: Sequence[int]) -> None:
         self.faults: list[str] = []
@@ -47,8 +45,8 @@ class Checked:
 
     def __call__(self, rows: Sequence[Number]) -> list[int | Exception]:
         if len(rows) not in self._counts:
-            self.faults.append(f"a batch of {len(rows)}, allowed is {self._counts}")
-        # rows carry their bucket's number as their bytes
+            self.faults.append(f"a batch of {len(rows)}, allowed are {self._counts}")
+        # The bytes of a row are the number of its bucket.
         if any(row.nbytes != self._number for row in rows):
             self.faults.append("a row of another bucket")
         if any(row.value == POISON for row in rows):
@@ -74,26 +72,26 @@ async def outcome(engine, jobs, fate: str) -> object:
     if fate == "cancel":
         await asyncio.sleep(0)
         task.cancel()
-    (found,) = await asyncio.gather(task, return_exceptions=True)
-    return found
+    (result,) = await asyncio.gather(task, return_exceptions=True)
+    return result
 
 
 @settings(max_examples=120, deadline=None)
 @given(
     st.lists(REQUEST, min_size=1, max_size=25), st.tuples(COUNTS, COUNTS, COUNTS), st.integers(1, 3)
 )
-def test_any_mix_of_requests_is_answered_right_or_fails_for_a_reason_of_its_own(
+def test_any_mix_of_requests_is_answered_correctly_or_fails_for_the_requests_own_reason(
     requests, counts, parallel
 ):
-    runs = [Checked(number, allowed) for number, allowed in enumerate(counts)]
+    runs = [CheckingRun(number, allowed) for number, allowed in enumerate(counts)]
     buckets = [
         bucket_of(run, label=label, costs={count: 1.0 + count / 8 for count in allowed})
         for run, label, allowed in zip(runs, LABELS, counts, strict=True)
     ]
-    notes = Notes()
+    observer = RecordingObserver()
 
     async def ask(engine) -> list[object]:
-        asked = [
+        outcomes = [
             outcome(
                 engine,
                 [(buckets[number], Number(value, nbytes=number)) for number, value in rows],
@@ -101,19 +99,19 @@ def test_any_mix_of_requests_is_answered_right_or_fails_for_a_reason_of_its_own(
             )
             for rows, fate in requests
         ]
-        return await asyncio.gather(*asked)
+        return await asyncio.gather(*outcomes)
 
-    with engine_of(parallel=parallel, observers=[notes], proof_fraction=0.3) as engine:
-        found = asyncio.run(ask(engine))
+    with engine_of(parallel=parallel, observers=[observer], proof_fraction=0.3) as engine:
+        outcomes = asyncio.run(ask(engine))
         load = engine.load
         assert (load.waiting_rows, load.waiting_bytes) == (0, 0)
     assert [run.faults for run in runs] == [[], [], []]
-    assert not any(notes.proofs)
-    for (rows, fate), answers in zip(requests, found, strict=True):
-        guilty = any(value in (POISON, SPOILT) for _, value in rows)
+    assert not any(observer.proofs)
+    for (rows, fate), answers in zip(requests, outcomes, strict=True):
+        is_at_fault = any(value in (POISON, SPOILT) for _, value in rows)
         if isinstance(answers, list):
             assert answers == [value * 10 + number for number, value in rows]
-            assert not guilty
+            assert not is_at_fault
         else:
             allowed = {
                 "stay": (),
@@ -121,14 +119,14 @@ def test_any_mix_of_requests_is_answered_right_or_fails_for_a_reason_of_its_own(
                 "deadline": (DeadlineExceeded,),
             }[fate]
             assert isinstance(answers, (*allowed, RunFailed))
-            assert guilty or not isinstance(answers, RunFailed)
-    lost = Counter(
-        type(answers) for (rows, _), answers in zip(requests, found, strict=True) for _ in rows
+            assert is_at_fault or not isinstance(answers, RunFailed)
+    rows_by_outcome = Counter(
+        type(answers) for (rows, _), answers in zip(requests, outcomes, strict=True) for _ in rows
     )
-    told = sum(rows for _, _, rows in notes.dropped)
-    at_least = lost[DeadlineExceeded] + lost[RunFailed]
-    # some are cancelled when their answer is there
-    assert at_least <= told <= at_least + lost[asyncio.CancelledError]
+    dropped = sum(rows for _, _, rows in observer.dropped)
+    failed = rows_by_outcome[DeadlineExceeded] + rows_by_outcome[RunFailed]
+    # Some requests are cancelled when they are already answered.
+    assert failed <= dropped <= failed + rows_by_outcome[asyncio.CancelledError]
 
 
 def mixed_buckets() -> list[Bucket]:
@@ -141,7 +139,7 @@ def mixed_buckets() -> list[Bucket]:
     ]
 
 
-def test_callers_that_block_and_callers_that_await_each_get_their_own_answers():
+def test_blocking_and_awaiting_callers_get_their_own_answers():
     buckets = mixed_buckets()
     wrong: list[object] = []
 
@@ -157,17 +155,17 @@ def test_callers_that_block_and_callers_that_await_each_get_their_own_answers():
         chance = random.Random(seed)
         for _ in range(150):
             jobs, expected = request(chance)
-            found = engine.answer(jobs, timeout_s=WAIT_S)
-            if found != expected:
-                wrong.append((found, expected))
+            answers = engine.answer(jobs, timeout_s=WAIT_S)
+            if answers != expected:
+                wrong.append((answers, expected))
 
     async def wait(engine, seed: int) -> None:
         chance = random.Random(seed)
         for _ in range(50):
             jobs, expected = request(chance)
-            found = await engine.answer_async(jobs, timeout_s=WAIT_S)
-            if found != expected:
-                wrong.append((found, expected))
+            answers = await engine.answer_async(jobs, timeout_s=WAIT_S)
+            if answers != expected:
+                wrong.append((answers, expected))
 
     async def many(engine) -> None:
         await asyncio.gather(*(wait(engine, seed) for seed in range(40)))
@@ -181,10 +179,10 @@ def test_callers_that_block_and_callers_that_await_each_get_their_own_answers():
     assert wrong == []
 
 
-def test_closing_under_load_answers_all_that_was_accepted_and_nothing_else():
+def test_closing_under_load_answers_all_admitted_requests_and_no_others():
     buckets = mixed_buckets()
     ended: Counter[str] = Counter()
-    under_way = threading.Event()
+    is_busy = threading.Event()
 
     def ask(engine, seed: int) -> None:
         for value in range(1_000_000):
@@ -198,20 +196,20 @@ def test_closing_under_load_answers_all_that_was_accepted_and_nothing_else():
                 return
             ended["answered"] += 1
             if ended["answered"] > 200:
-                under_way.set()
+                is_busy.set()
 
     with engine_of(parallel=2) as engine:
         threads = [in_thread(lambda seed=seed: ask(engine, seed)) for seed in range(8)]
-        assert under_way.wait(WAIT_S)
+        assert is_busy.wait(WAIT_S)
         assert engine.close(timeout_s=WAIT_S)
         for thread in threads:
             thread.join(WAIT_S)
-    # all others got theirs: no other error, and no caller left waiting
+    # All threads ended here: no caller got another error, and none still waits.
     assert ended["refused"] == 8
 
 
-def test_a_wedged_run_and_100_000_cancelled_requests_leave_nothing_behind():
-    held = Held()
+def test_cancelled_requests_behind_a_stuck_run_use_no_memory_afterwards():
+    blocked = BlockedRun()
     bucket = bucket_of()
 
     async def cancelled(engine, count: int) -> None:
@@ -227,7 +225,7 @@ def test_a_wedged_run_and_100_000_cancelled_requests_leave_nothing_behind():
             await asyncio.wait(tasks)
             assert engine.load.waiting_rows == 0
 
-    async def blocks_kept(engine) -> int:
+    async def leaked_blocks(engine) -> int:
         await cancelled(engine, 5_000)
         gc.collect()
         before = sys.getallocatedblocks()
@@ -236,16 +234,16 @@ def test_a_wedged_run_and_100_000_cancelled_requests_leave_nothing_behind():
         return sys.getallocatedblocks() - before
 
     with engine_of() as engine:
-        asked = in_thread(lambda: engine.answer(jobs_of(bucket_of(held), [0])))
-        assert held.begun.wait(WAIT_S)
-        # of Python's memory blocks: one a request would be 95,000
-        assert asyncio.run(blocks_kept(engine)) < 5_000
-        held.release.set()
-        asked.join(WAIT_S)
+        caller = in_thread(lambda: engine.answer(jobs_of(bucket_of(blocked), [0])))
+        assert blocked.begun.wait(WAIT_S)
+        # Blocks of Python's memory: one leaked block for each request would be 95,000.
+        assert asyncio.run(leaked_blocks(engine)) < 5_000
+        blocked.release.set()
+        caller.join(WAIT_S)
 
 
 def test_cancelling_and_answering_at_the_same_moment_loses_no_wake_up():
-    """Single-row requests from one event loop, half of them cancelled while threads take and answer
+    """Requests of one row from one event loop. Half of them are cancelled while threads answer
     them.
     """
     bucket = mixed_buckets()[0]
@@ -263,8 +261,8 @@ def test_cancelling_and_answering_at_the_same_moment_loses_no_wake_up():
             for value in leaving:
                 tasks[value].cancel()
             async with asyncio.timeout(WAIT_S):
-                found = await asyncio.gather(*tasks, return_exceptions=True)
-            for value, answers in enumerate(found):
+                outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            for value, answers in enumerate(outcomes):
                 assert answers == [value * 10] or (
                     value in leaving and isinstance(answers, asyncio.CancelledError)
                 )
@@ -283,9 +281,9 @@ def test_streams_through_a_small_queue_lose_nothing():
             await engine.wait_for_room(10)
             try:
                 answers = await engine.answer_async(jobs_of(bucket, range(value, value + 10)))
-            except QueueFull:  # somebody came in between: wait again
+            except QueueFull:  # another request was faster: wait again
                 continue
-            assert answers == [each * 10 for each in range(value, value + 10)]
+            assert answers == [number * 10 for number in range(value, value + 10)]
             value += 10
 
     async def many(engine) -> None:

@@ -13,11 +13,11 @@ def test_a_limit_that_is_not_above_zero_is_refused_by_name(name):
         Limits(**{name: 0})
 
 
-def test_before_the_first_batch_it_goes_by_the_assumed_cost():
+def test_before_the_first_batch_the_estimate_is_the_assumed_cost():
     assert DrainRate(parallel=2).retry_after_s(100, assumed_row_s=0.1) == 5
 
 
-def test_then_by_what_was_measured_over_all_threads():
+def test_after_a_batch_the_estimate_is_the_measured_rate_of_all_threads():
     drain = DrainRate(parallel=2)
     drain.record(rows=4, run_s=1.0)
     assert drain.retry_after_s(80, assumed_row_s=99.0) == 10
@@ -31,7 +31,7 @@ def test_a_batch_counts_by_its_rows():
     assert drain.wait_s(1, assumed_row_s=0.0) == pytest.approx(1.9 / 31.9)
 
 
-def test_it_follows_a_machine_that_gets_slower_but_not_a_single_batch():
+def test_the_estimate_follows_a_machine_that_gets_slower_but_not_a_single_batch():
     drain = DrainRate(parallel=1)
     for _ in range(50):
         drain.record(rows=1, run_s=0.1)
@@ -42,19 +42,19 @@ def test_it_follows_a_machine_that_gets_slower_but_not_a_single_batch():
     assert drain.retry_after_s(10, assumed_row_s=0.0) == 10
 
 
-def test_it_is_from_one_second_to_sixty():
+def test_the_retry_time_is_from_1_to_60_seconds():
     drain = DrainRate(parallel=1)
     assert drain.retry_after_s(0, assumed_row_s=0.0) == 1
     drain.record(rows=1, run_s=5.0)
     assert drain.retry_after_s(4096, assumed_row_s=0.0) == 60
 
 
-def test_of_batches_that_left_nobody_waiting_only_the_quicker_ones_count():
+def test_of_batches_without_waiting_rows_only_the_faster_ones_count():
     drain = DrainRate(parallel=1)
-    drain.record(rows=1, run_s=9.0, pressed=False)
-    assert drain.wait_s(10, assumed_row_s=0.5) == 5.0, "nothing is known yet"
+    drain.record(rows=1, run_s=9.0, under_load=False)
+    assert drain.wait_s(10, assumed_row_s=0.5) == 5.0, "no batch has been measured yet"
     drain.record(rows=10, run_s=1.0)
-    drain.record(rows=1, run_s=1.0, pressed=False)
+    drain.record(rows=1, run_s=1.0, under_load=False)
     assert drain.wait_s(10, assumed_row_s=0.0) == pytest.approx(1.0)
-    drain.record(rows=1, run_s=0.01, pressed=False)
+    drain.record(rows=1, run_s=0.01, under_load=False)
     assert drain.wait_s(10, assumed_row_s=0.0) == pytest.approx(10 * 0.91 / 10.0)

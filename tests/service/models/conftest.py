@@ -1,4 +1,4 @@
-"""Folders of bundles that come and go."""
+"""Fixtures: a folder for bundles, an opener that counts, and bundles to copy from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def root(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Bundles to copy from: two contents of tiny/1, and tiny/2."""
-    folder = tmp_path_factory.mktemp("made")
+def originals(tmp_path_factory):
+    """Bundles to copy from: tiny/1, tiny/1 with other labels, and tiny/2."""
+    folder = tmp_path_factory.mktemp("originals")
     return {
         "1": make_bundle(folder / "a"),
-        "1 anew": make_bundle(folder / "b", labels=("a", "b", "c", "d", "e")),
+        "1 changed": make_bundle(folder / "b", labels=("a", "b", "c", "d", "e")),
         "2": make_bundle(folder / "c", version="2"),
     }

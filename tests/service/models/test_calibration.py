@@ -1,3 +1,5 @@
+"""Which batch sizes may run, their costs, and the cache of the timings."""
+
 from __future__ import annotations
 
 import json
@@ -16,9 +18,9 @@ from evalmode.bundle.known_answers import KnownAnswer
 from evalmode.service.models.calibration import (
     ROW_COUNTS,
     Calibration,
-    alone_s,
+    efficient,
+    slowest_run_s,
     text_rows_to_measure,
-    worthwhile,
 )
 
 FRONTEND = NgramFrontEnd(NgramSpec(lengths=(2, 4, 8), orders=2, characters=2, vocabulary=64))
@@ -30,7 +32,7 @@ def answer(text: str | None) -> KnownAnswer:
 
 
 def rows():
-    return text_rows_to_measure([answer("a text")], frontend=FRONTEND)
+    return text_rows_to_measure([answer("a text")], frontend=FRONTEND, inputs={"input_ids"})
 
 
 def exact(inputs):
@@ -49,35 +51,36 @@ def measure(
     return calibration.measure(run, rows(), path=Path("here"), digest=digest, platform=platform)
 
 
-def kept(cache: Path) -> list[Path]:
+def cache_files(cache: Path) -> list[Path]:
     return sorted(cache.glob("calibration/*.json"))
 
 
 @pytest.mark.parametrize("texts", [("one text", "", "another, longer text"), ("",), (None,), ()])
 def test_every_length_is_measured_with_full_rows_and_with_shorter_ones(texts):
-    found = text_rows_to_measure([answer(text) for text in texts], frontend=FRONTEND)
-    assert list(found) == ["2", "4", "8"]
-    for label, some in found.items():
-        used = [int((row["input_ids"] > 0).any(-1).sum()) for row in some]
-        assert all(row["input_ids"].shape == (1, int(label), 4) for row in some)
+    answers = [answer(text) for text in texts]
+    rows_by_label = text_rows_to_measure(answers, frontend=FRONTEND, inputs={"input_ids"})
+    assert list(rows_by_label) == ["2", "4", "8"]
+    for label, label_rows in rows_by_label.items():
+        used = [int((row["input_ids"] > 0).any(-1).sum()) for row in label_rows]
+        assert all(row["input_ids"].shape == (1, int(label), 4) for row in label_rows)
         assert max(used) == int(label)
         assert min(used) < int(label)
 
 
 def test_a_model_without_batch_effects_is_stable_at_every_size(tmp_path):
-    found = measure(exact, cache=tmp_path)
-    assert [measured.stable for measured in found.values()] == [ROW_COUNTS] * 3
+    measurements = measure(exact, cache=tmp_path)
+    assert [measured.stable for measured in measurements.values()] == [ROW_COUNTS] * 3
 
 
-def test_costs_are_of_stable_sizes_alone_and_fall_for_each_row(tmp_path):
+def test_costs_have_only_stable_sizes_and_fall_per_row(tmp_path):
     for measured in measure(exact, cache=tmp_path).values():
         assert 1 in measured.costs
         assert set(measured.costs) <= set(measured.stable)
-        a_row = [seconds / size for size, seconds in measured.costs.items()]
-        assert a_row == sorted(a_row, reverse=True)
+        row_costs = [seconds / size for size, seconds in measured.costs.items()]
+        assert row_costs == sorted(row_costs, reverse=True)
 
 
-def test_without_a_budget_only_a_row_alone_is_proven_and_runs(tmp_path):
+def test_without_a_budget_only_single_rows_run(tmp_path):
     for measured in measure(exact, cache=tmp_path, budget_s=0).values():
         assert measured.stable == (1,)
         assert set(measured.costs) == {1}
@@ -92,50 +95,50 @@ def test_a_model_that_does_not_repeat_itself_is_refused(tmp_path, noise):
         measure(restless, cache=tmp_path)
 
 
-def test_timings_are_kept_and_the_least_ever_seen_decides(tmp_path):
+def test_timings_are_cached_and_the_smallest_counts(tmp_path):
     measure(exact, cache=tmp_path)
-    (file,) = kept(tmp_path)
-    known = json.loads(file.read_bytes())
-    known["4"]["8"] = 1e-12
-    file.write_text(json.dumps(known))
+    (file,) = cache_files(tmp_path)
+    cached = json.loads(file.read_bytes())
+    cached["4"]["8"] = 1e-12
+    file.write_text(json.dumps(cached))
     assert measure(exact, cache=tmp_path)["4"].costs[8] == 1e-12
     assert json.loads(file.read_bytes())["4"]["8"] == 1e-12
 
 
-def test_a_slower_moment_changes_nothing_that_is_kept(tmp_path):
+def test_slower_timings_do_not_change_the_cache(tmp_path):
     measure(exact, cache=tmp_path)
-    (file,) = kept(tmp_path)
+    (file,) = cache_files(tmp_path)
     least = {
         label: {size: seconds / 1e6 for size, seconds in costs.items()}
         for label, costs in json.loads(file.read_bytes()).items()
     }
     file.write_text(json.dumps(least))
-    found = measure(exact, cache=tmp_path)
+    measurements = measure(exact, cache=tmp_path)
     assert json.loads(file.read_bytes()) == least
-    for label, measured in found.items():
-        assert dict(measured.costs) == worthwhile(
+    for label, measured in measurements.items():
+        assert dict(measured.costs) == efficient(
             {int(size): seconds for size, seconds in least[label].items()}
         )
 
 
-def test_that_a_size_is_stable_is_never_taken_from_what_was_kept(tmp_path):
+def test_stable_sizes_are_measured_and_never_cached(tmp_path):
     measure(exact, cache=tmp_path)
 
     def unstable(inputs):
-        found = exact(inputs)["logits"]
-        return {"logits": np.nextafter(found, np.float32(1e9)) if len(found) > 2 else found}
+        logits = exact(inputs)["logits"]
+        return {"logits": np.nextafter(logits, np.float32(1e9)) if len(logits) > 2 else logits}
 
     for measured in measure(unstable, cache=tmp_path).values():
         assert measured.stable == (1, 2)
         assert set(measured.costs) <= {1, 2}
 
 
-def test_another_bundle_and_another_platform_have_timings_of_their_own(tmp_path):
+def test_another_bundle_and_another_platform_have_other_cache_files(tmp_path):
     measure(exact, cache=tmp_path)
     measure(exact, cache=tmp_path, digest="1" * 64)
     measure(exact, cache=tmp_path, platform=PLATFORM.model_copy(update={"threads": 2}))
     measure(exact, cache=tmp_path)
-    assert len(kept(tmp_path)) == 3
+    assert len(cache_files(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(
@@ -152,9 +155,9 @@ def test_another_bundle_and_another_platform_have_timings_of_their_own(tmp_path)
         b"[" * 100_000,
     ],
 )
-def test_garbage_among_what_was_kept_is_overlooked_and_replaced(tmp_path, garbage):
+def test_garbage_in_the_cache_is_ignored_and_replaced(tmp_path, garbage):
     measure(exact, cache=tmp_path)
-    (file,) = kept(tmp_path)
+    (file,) = cache_files(tmp_path)
     file.write_bytes(garbage)
     assert all(
         min(measured.costs.values()) > 0 for measured in measure(exact, cache=tmp_path).values()
@@ -162,20 +165,20 @@ def test_garbage_among_what_was_kept_is_overlooked_and_replaced(tmp_path, garbag
     assert set(json.loads(file.read_bytes())) == {"2", "4", "8"}
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(tmp_path):
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert measure(exact, cache=tmp_path / "file")["4"].stable == ROW_COUNTS
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_timings_are_kept_in_the_home_folder_where_none_is_named(tmp_path, monkeypatch):
+def test_without_a_folder_timings_are_cached_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Calibration().measure(exact, rows(), path=Path("here"), digest="0" * 64, platform=PLATFORM)
-    assert kept(tmp_path / ".cache" / "evalmode")
+    assert cache_files(tmp_path / ".cache" / "evalmode")
 
 
 @pytest.mark.parametrize("budget_s", [-1.0, float("nan")])
-def test_a_budget_below_nothing_is_refused(budget_s):
+def test_a_budget_below_0_is_refused(budget_s):
     with pytest.raises(ValueError, match="budget_s must be at least 0"):
         Calibration(budget_s=budget_s)
 
@@ -185,24 +188,24 @@ def test_a_budget_below_nothing_is_refused(budget_s):
         st.sampled_from(ROW_COUNTS), st.floats(min_value=1e-9, max_value=10), min_size=1
     )
 )
-def test_sizes_are_as_large_as_efficient_and_no_larger(timings):
-    kept_ones = worthwhile(timings)
-    assert min(timings) in kept_ones
+def test_efficient_sizes_cost_less_per_row_than_all_smaller_ones(timings):
+    sizes = efficient(timings)
+    assert min(timings) in sizes
     for size, seconds in timings.items():
         beaten = any(
             timings[smaller] / smaller <= seconds / size for smaller in timings if smaller < size
         )
-        assert (size in kept_ones) == (not beaten)
-        assert kept_ones.get(size, seconds) == seconds
+        assert (size in sizes) == (not beaten)
+        assert sizes.get(size, seconds) == seconds
 
 
-def test_requests_that_are_run_as_they_are_are_timed_and_must_repeat_their_bits():
+def test_whole_requests_are_timed_and_must_repeat_their_bits():
     noise = count()
-    asked = [
+    requests = [
         {"input_ids": np.ones((1, 2, 2), np.int64)},
         {"input_ids": np.ones((3, 4, 2), np.int64)},
     ]
-    assert alone_s(exact, asked, path=Path("here")) > 0
-    assert alone_s(exact, [], path=Path("here")) is None
+    assert slowest_run_s(exact, requests, path=Path("here")) > 0
+    assert slowest_run_s(exact, [], path=Path("here")) is None
     with pytest.raises(BundleError, match="not deterministic"):
-        alone_s(lambda inputs: {"y": np.array([next(noise)])}, asked, path=Path("here"))
+        slowest_run_s(lambda inputs: {"y": np.array([next(noise)])}, requests, path=Path("here"))

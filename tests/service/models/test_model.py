@@ -1,4 +1,4 @@
-"""A model of text, opened from real bundles; what the engine would run is run here by hand."""
+"""Models of text, opened from real bundles. The tests run their rows without an engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.service.bundles import (
     tiny_model,
     token_bundle,
 )
-from tests.service.by_hand import alone, floats, together
+from tests.service.by_hand import answer_alone, answers_together, floats
 
 LONG = "a much longer text than the sixteen positions of the tiny model"
 
@@ -52,10 +52,12 @@ def model(bundle):
     return Model.open(bundle)
 
 
-def test_a_model_says_who_it_is_and_what_was_proven(model, bundle):
+def test_an_open_model_has_its_identity_and_its_measurements(model, bundle):
     assert (model.name, model.version, model.is_text) == ("tiny", "1", True)
     assert model.bundle.path == bundle
-    assert not model.bundle.contents, "the session has the model: its bytes are not kept twice"
+    assert not model.bundle.contents, (
+        "the session holds the model, and a second copy would waste memory"
+    )
     assert model.replayed.verdict == "bitwise"
     assert model.replayed.answers == 5
     assert model.labels == ("hu", "nl", "fi", "et", "de")
@@ -70,35 +72,37 @@ def test_a_model_says_who_it_is_and_what_was_proven(model, bundle):
         assert set(bucket.costs) <= set(model.row_counts[bucket.label]) <= set(ROW_COUNTS)
 
 
-def test_a_text_has_one_bucket_whatever_stands_beside_it(model, texts):
-    together, _ = model.text_rows(texts)
-    for text, (bucket, row) in zip(texts, together, strict=True):
-        ((own, same),), _ = model.text_rows([text])
-        assert own is bucket
-        assert same.digest() == row.digest()
+def test_a_text_has_one_bucket_whatever_other_texts_the_request_has(model, texts):
+    jobs, _ = model.text_rows(texts)
+    for text, (bucket, row) in zip(texts, jobs, strict=True):
+        ((single_bucket, single_row),), _ = model.text_rows([text])
+        assert single_bucket is bucket
+        assert single_row.digest() == row.digest()
         assert row.tokens <= bucket.positions
         assert row.inputs["input_ids"].shape == (1, bucket.positions, GRAMS)
         assert row.nbytes == 8 * bucket.positions * GRAMS
 
 
-def test_a_text_has_the_same_bits_alone_and_in_every_proven_batch(model, texts):
+def test_a_text_has_the_same_bits_alone_and_at_each_measured_batch_size(model, texts):
     jobs, _ = model.text_rows(texts)
     for bucket in model.buckets:
         own = [job for job in jobs if job[0] is bucket]
         for size in model.row_counts[bucket.label]:
-            for found, job in zip(together(own[:size], places=size), own[:size], strict=True):
-                assert content_of(found) == content_of(alone(job))
+            for answer, job in zip(
+                answers_together(own[:size], size=size), own[:size], strict=True
+            ):
+                assert content_of(answer) == content_of(answer_alone(job))
 
 
-def test_an_answer_that_is_kept_keeps_no_other_alive(model):
+def test_an_answer_does_not_keep_its_batch_alive(model):
     jobs, _ = model.text_rows(["a", "b"])
-    for found in together(jobs, places=2):
-        assert found["logits"].shape == (1, 5)
-        assert found["logits"].base is None
-        assert found["logits"].flags.c_contiguous
+    for answer in answers_together(jobs, size=2):
+        assert answer["logits"].shape == (1, 5)
+        assert answer["logits"].base is None
+        assert answer["logits"].flags.c_contiguous
 
 
-def test_a_long_text_is_cut_and_says_so_or_is_refused_by_its_place(model):
+def test_a_long_text_is_cut_and_marked_or_refused_by_its_index(model):
     assert model.text_rows(["short", LONG])[1] == [False, True]
     with pytest.raises(InvalidField, match="16 positions") as refusal:
         model.text_rows(["short", LONG], truncate=False)
@@ -107,32 +111,34 @@ def test_a_long_text_is_cut_and_says_so_or_is_refused_by_its_place(model):
 
 def test_predictions_are_the_best_labels_first(model):
     jobs, truncated = model.text_rows(["Ez egy rövid mondat.", LONG])
-    one, other = model.predictions([alone(job) for job in jobs], truncated, top_k=2)
-    assert (len(one.top), one.truncated, other.truncated) == (2, False, True)
-    assert one.top[0].score >= one.top[1].score
-    assert (one.label, one.score) == (one.top[0].label, one.top[0].score)
+    short, long = model.predictions([answer_alone(job) for job in jobs], truncated, top_k=2)
+    assert (len(short.top), short.truncated, long.truncated) == (2, False, True)
+    assert short.top[0].score >= short.top[1].score
+    assert (short.label, short.score) == (short.top[0].label, short.top[0].score)
 
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_raw_ids_have_the_very_bits_of_their_text_whatever_the_padding(model, data):
+def test_raw_ids_have_the_bits_of_their_text_whatever_the_padding(model, data):
     texts = data.draw(st.lists(st.text(max_size=60), min_size=1, max_size=4))
     jobs, _ = model.text_rows(texts)
     width = data.draw(st.integers(min_value=max(row.tokens for _, row in jobs), max_value=16))
     ids = np.zeros((len(texts), width, GRAMS), np.int64)
-    for place, (_, row) in enumerate(jobs):
-        ids[place, : row.tokens] = row.inputs["input_ids"][0, : row.tokens]
+    for index, (_, row) in enumerate(jobs):
+        ids[index, : row.tokens] = row.inputs["input_ids"][0, : row.tokens]
     raw = model.tensor_jobs({"input_ids": ids})
     for (bucket, row), (expected, text_row) in zip(raw, jobs, strict=True):
         assert bucket is expected
         assert (row.digest(), row.tokens) == (text_row.digest(), text_row.tokens)
-    joined = model.join([alone(job) for job in raw])
+    joined = model.join([answer_alone(job) for job in raw])
     assert joined["logits"].shape == (len(texts), 5)
-    assert joined["logits"].tobytes() == b"".join(alone(job)["logits"].tobytes() for job in jobs)
+    assert joined["logits"].tobytes() == b"".join(
+        answer_alone(job)["logits"].tobytes() for job in jobs
+    )
 
 
 @pytest.mark.parametrize(
-    ("inputs", "said"),
+    ("inputs", "message"),
     [
         ({}, r"input 'input_ids' is missing"),
         ({"ids": np.ones((1, 2, GRAMS), np.int64)}, r"no input 'ids': its inputs are input_ids"),
@@ -166,12 +172,12 @@ def test_raw_ids_have_the_very_bits_of_their_text_whatever_the_padding(model, da
         ),
     ],
 )
-def test_raw_ids_that_the_model_does_not_take_are_refused_by_name(model, inputs, said):
-    with pytest.raises(BadRequest, match=said):
+def test_raw_ids_that_do_not_fit_the_model_are_refused_by_name(model, inputs, message):
+    with pytest.raises(BadRequest, match=message):
         model.tensor_jobs(inputs)
 
 
-def test_a_row_where_nothing_counts_is_refused_by_its_place(model):
+def test_a_row_in_which_no_position_counts_is_refused_by_its_index(model):
     ids = np.ones((3, 4, GRAMS), np.int64)
     ids[1] = 0
     with pytest.raises(BadRequest, match=r"row 1 of input_ids is empty.*NaN") as refusal:
@@ -181,7 +187,7 @@ def test_a_row_where_nothing_counts_is_refused_by_its_place(model):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["with a mask", "without one"])
 def tokens(request, tmp_path_factory):
-    """A model of tokens whose graph takes the ids, with or without the mask."""
+    """A model of tokens, whose graph has the mask as an input or not."""
     random = np.random.default_rng(5)
     weights = {
         "table": random.standard_normal((100, 16)).astype(np.float32),
@@ -213,22 +219,24 @@ def tokens(request, tmp_path_factory):
     )
 
 
-def test_tokens_as_raw_tensors_have_the_very_bits_of_their_text(tokens):
+def test_raw_tokens_have_the_bits_of_their_text(tokens):
     texts = ["a b c", "d", "", "e f g h a b", "z z"]
     jobs, _ = tokens.text_rows(texts)
     ids, mask = np.zeros((2, 5, 8), np.int64)
-    for place, (_, row) in enumerate(jobs):
-        ids[place, : row.tokens] = row.inputs[IDS][0, : row.tokens]
-        mask[place, : row.tokens] = 1
+    for index, (_, row) in enumerate(jobs):
+        ids[index, : row.tokens] = row.inputs[IDS][0, : row.tokens]
+        mask[index, : row.tokens] = 1
     masked_too = MASK in {spec.name for spec in tokens.inputs}
-    for asked in [{IDS: ids}, {IDS: ids, MASK: mask}][: 1 + masked_too]:
-        raw = tokens.tensor_jobs(asked)
+    for inputs in [{IDS: ids}, {IDS: ids, MASK: mask}][: 1 + masked_too]:
+        raw = tokens.tensor_jobs(inputs)
         assert [bucket for bucket, _ in raw] == [bucket for bucket, _ in jobs]
-        assert [content_of(alone(job)) for job in raw] == [content_of(alone(job)) for job in jobs]
+        assert [content_of(answer_alone(job)) for job in raw] == [
+            content_of(answer_alone(job)) for job in jobs
+        ]
     assert [bucket.label for bucket, _ in jobs] == ["4", "4", "4", "8", "4"]
 
 
-def test_a_mask_is_refused_where_the_graph_takes_none(tokens):
+def test_a_mask_is_refused_if_the_graph_has_no_input_for_it(tokens):
     both = {IDS: np.ones((1, 2), np.int64), MASK: np.ones((1, 2), np.int64)}
     if MASK in {spec.name for spec in tokens.inputs}:
         assert tokens.tensor_jobs(both)
@@ -241,7 +249,7 @@ def test_a_mask_is_refused_where_the_graph_takes_none(tokens):
 def test_logits_that_are_not_finite_give_no_prediction(tmp_path, bias):
     model = Model.open(make_bundle(tmp_path, model=tiny_model(bias=bias)))
     jobs, truncated = model.text_rows(["a", "b"])
-    answers = together(jobs, places=2)
+    answers = answers_together(jobs, size=2)
     with pytest.raises(RunFailed, match="output 'logits' holds numbers that are not finite"):
         model.predictions(answers, truncated, top_k=1)
 
@@ -255,20 +263,20 @@ def test_outputs_of_different_shapes_are_not_joined_and_may_be_left_out(model):
 
 def test_many_threads_on_one_model_get_the_bits_of_one(model, texts):
     jobs, _ = model.text_rows(texts)
-    expected = [content_of(alone(job)) for job in jobs]
+    expected = [content_of(answer_alone(job)) for job in jobs]
     gate = threading.Barrier(8)
 
     def ask(_):
         gate.wait()
-        return [content_of(alone(job)) for job in jobs]
+        return [content_of(answer_alone(job)) for job in jobs]
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(found == expected for found in pool.map(ask, range(8)))
+        assert all(contents == expected for contents in pool.map(ask, range(8)))
 
 
 def test_a_model_whose_bits_depend_on_the_batch_size_is_not_batched(tmp_path):
     unstable = Model.open(make_bundle(tmp_path, model=tiny_model(batchable=False)))
-    assert (1,) in unstable.row_counts.values(), "this model was to be unstable"
+    assert (1,) in unstable.row_counts.values(), "this model must be unstable"
 
 
 def test_without_a_budget_every_row_runs_alone(bundle):
@@ -280,16 +288,16 @@ def test_without_a_budget_every_row_runs_alone(bundle):
     }
 
 
-def test_a_model_with_another_number_of_answers_than_labels_is_refused(tmp_path):
+def test_a_model_with_another_number_of_logits_than_labels_is_refused(tmp_path):
     with pytest.raises(BundleError, match=r"\(batch, 5 labels\)"):
         Model.open(make_bundle(tmp_path, model=tiny_model(labels=4)))
 
 
-def test_labels_that_the_manifest_does_not_name_are_numbers(tmp_path):
+def test_without_labels_in_the_manifest_the_labels_are_numbers(tmp_path):
     assert Model.open(make_bundle(tmp_path, labels=None)).labels == ("0", "1", "2", "3", "4")
 
 
-def test_a_provider_that_is_not_there_is_refused(bundle):
+def test_a_missing_provider_is_refused(bundle):
     with pytest.raises(ProviderUnavailable, match="cpu"):
         Model.open(bundle, provider="nonsense")
 
@@ -301,7 +309,7 @@ def test_a_changed_bundle_is_refused(tmp_path):
         Model.open(bundle)
 
 
-def test_a_known_answer_that_does_not_come_out_is_a_refusal_to_open(tmp_path):
+def test_a_bundle_whose_known_answer_differs_is_refused(tmp_path):
     def one_bit_off(answer):
         logits = np.nextafter(answer.outputs["logits"], np.float32(np.inf))
         return dataclasses.replace(answer, outputs={"logits": logits})
@@ -326,12 +334,12 @@ def test_a_forged_certificate_is_not_believed(tmp_path, mode):
     """The certificate, its seal and the known answers are right for the model that drops."""
     bundle = tensor_bundle(tmp_path, model=dropping_model(mode=mode), known=[])
     if not mode:
-        assert Model.open(bundle).doubt is None
+        assert Model.open(bundle).graph_fault is None
         return
     with pytest.raises(BundleNotCertified, match="the node 'drop' is Dropout, which has a train"):
         Model.open(bundle)
     opened = Model.open(bundle, allow_uncertified=True)
-    assert "'drop' is Dropout" in opened.doubt
+    assert "'drop' is Dropout" in opened.graph_fault
 
 
 def dropping_model(*, mode):
@@ -341,7 +349,7 @@ def dropping_model(*, mode):
     return onnx_model([drop], inputs=[x], outputs=[y], weights=weights)
 
 
-def test_a_certificate_made_elsewhere_is_held_to_its_tolerance(tmp_path):
+def test_a_certificate_of_another_platform_allows_its_tolerance(tmp_path):
     opened = Model.open(make_bundle(tmp_path, certify=elsewhere))
     assert opened.replayed.verdict == "within tolerance"
     assert [difference.what for difference in opened.replayed.differences] == [
@@ -365,7 +373,7 @@ def test_a_dropout_that_still_runs_is_refused_whatever_its_certificate_says(tmp_
         Model.open(bundle, allow_uncertified=True)
 
 
-def test_the_ladder_of_this_file_is_the_tiny_models(model):
+def test_the_constants_of_this_file_are_those_of_the_tiny_model(model):
     assert isinstance(model.frontend.spec, NgramSpec)
     assert (model.frontend.spec.vocabulary, model.frontend.spec.ids_per_position) == (
         VOCABULARY,

@@ -1,4 +1,4 @@
-"""Real bundles that come, change and go below a folder."""
+"""Real bundles that are added, changed and removed below a folder."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from structlog.testing import capture_logs
 from evalmode.bundle.errors import BundleCorrupt, BundleError
 from evalmode.service.errors import NotReady
 from tests.service.bundle_folders import (
-    QUICKLY,
+    OPEN_QUICKLY,
     READY,
     UNAVAILABLE,
     answer,
-    passed_over,
-    put,
-    refusals,
+    copy_bundle,
+    logged_duplicates,
+    logged_refusals,
     spoil,
-    started,
+    started_repository,
     states,
 )
 from tests.service.bundles import make_bundle, onnx_model, tensor_bundle
 
 
 @pytest.mark.parametrize("above", [0, 1, 2])
-def test_the_folder_may_be_a_bundle_or_versions_of_one_or_names_of_such(root, above):
+def test_the_root_may_be_a_bundle_or_hold_versions_or_hold_models(root, above):
     bundle = make_bundle(root)
-    repository = started([bundle, *bundle.parents][above])
+    repository = started_repository([bundle, *bundle.parents][above])
     assert repository.get("tiny").bundle.path == bundle
     assert repository.default_text() is repository.get("tiny", "1") is repository.get()
     assert states(repository) == {("tiny", "1"): READY}
 
 
-def test_the_newest_version_answers_as_people_count(root):
+def test_the_newest_version_answers_and_10_is_newer_than_9(root):
     for version in ("9", "10", "2"):
         make_bundle(root, version=version)
-    repository = started(root)
+    repository = started_repository(root)
     assert repository.get("tiny").version == "10"
     assert [entry.version for entry in repository.index()] == ["10", "9", "2"]
     assert states(repository) == {
@@ -53,64 +53,66 @@ def test_the_newest_version_answers_as_people_count(root):
         repository.get("tiny", "9")
 
 
-def test_several_versions_are_open_where_that_is_asked(root):
+def test_several_versions_are_open_if_the_setting_says_so(root):
     for version in ("9", "10", "2"):
         make_bundle(root, version=version)
-    repository = started(root, versions=2)
+    repository = started_repository(root, versions=2)
     assert [model.version for model in repository.versions_of("tiny")] == ["10", "9"]
     assert repository.get("tiny", "9").version == "9"
     assert repository.models() == repository.versions_of("tiny")
 
 
-def test_folders_may_be_called_anything_that_is_not_hidden(root, made):
-    put(made["1"], root / "what" / "ever")
-    put(made["2"], root / ".hidden" / "2")
-    put(made["2"], root / "what" / ".2-being-written")
-    assert states(started(root)) == {("tiny", "1"): READY}
+def test_folders_may_have_any_name_that_is_not_hidden(root, originals):
+    copy_bundle(originals["1"], root / "what" / "ever")
+    copy_bundle(originals["2"], root / ".hidden" / "2")
+    copy_bundle(originals["2"], root / "what" / ".2-being-written")
+    assert states(started_repository(root)) == {("tiny", "1"): READY}
 
 
 def test_of_two_folders_of_one_version_the_first_is_open_and_the_log_says_so_once(
-    root, made, opener
+    root, originals, opener
 ):
     first, second = root / "a" / "x", root / "b" / "x"
-    put(made["1"], first)
-    put(made["1 anew"], second)
+    copy_bundle(originals["1"], first)
+    copy_bundle(originals["1 changed"], second)
     with capture_logs() as logs:
-        repository = started(root, opener)
+        repository = started_repository(root, opener)
         repository.poll()
         repository.load("tiny")
     assert repository.get("tiny").bundle.path == first
-    assert dict(opener.asked) == {first: 2}, "once at the start, and once to load it again"
+    assert dict(opener.openings) == {first: 2}, "once at the start, and once to load it again"
     entries = [(entry.state, entry.reason) for entry in repository.index()]
     assert sorted(entries) == [
         (READY, ""),
         (UNAVAILABLE, "a/x is the same version of the same model"),
     ]
-    assert passed_over(logs) == [(str(second), str(first))]
+    assert logged_duplicates(logs) == [(str(second), str(first))]
 
 
-def test_where_the_first_of_two_folders_of_one_version_is_broken_the_second_is_opened(root, made):
+def test_if_the_first_of_two_folders_of_one_version_is_broken_the_second_is_opened(root, originals):
     first, second = root / "a" / "x", root / "b" / "x"
-    put(made["1"], first)
-    put(made["1 anew"], second)
+    copy_bundle(originals["1"], first)
+    copy_bundle(originals["1 changed"], second)
     spoil(first)
     with capture_logs() as logs:
-        repository = started(root)
+        repository = started_repository(root)
         repository.poll()
         repository.load("tiny")
     assert repository.get("tiny").bundle.path == second
-    assert [line["bundle"] for line in refusals(logs)] == [str(first), str(first)]
-    assert passed_over(logs) == [], "the refusal has said why the first is not served"
+    assert [line["bundle"] for line in logged_refusals(logs)] == [str(first), str(first)]
+    assert logged_duplicates(logs) == [], "the refusal has said why the first is not served"
     reasons = {entry.state: entry.reason for entry in repository.index()}
     assert reasons[READY] == ""
     assert "a/x/model.onnx is not the certified file" in reasons[UNAVAILABLE]
 
 
-def test_of_two_folders_of_one_version_that_is_served_which_a_restart_would_serve(root, made):
+def test_of_two_folders_of_one_version_the_one_that_a_restart_would_serve_is_served(
+    root, originals
+):
     first, second = root / "a" / "x", root / "b" / "x"
-    put(made["1"], first)
-    put(made["1 anew"], second)
-    repository = started(root)
+    copy_bundle(originals["1"], first)
+    copy_bundle(originals["1 changed"], second)
+    repository = started_repository(root)
     mend = spoil(first)
     repository.poll()
     assert repository.get("tiny").bundle.path == second
@@ -119,31 +121,31 @@ def test_of_two_folders_of_one_version_that_is_served_which_a_restart_would_serv
         repository.poll()
         repository.poll()
     assert repository.get("tiny").bundle.path == first
-    assert passed_over(logs) == [(str(second), str(first))]
+    assert logged_duplicates(logs) == [(str(second), str(first))]
     shutil.rmtree(first)
     repository.poll()
     assert repository.get("tiny").bundle.path == second
     spoil(second)
     model = repository.get("tiny")
     repository.poll()
-    assert repository.get("tiny") is model, "where no folder can be opened, what was open goes on"
+    assert repository.get("tiny") is model, "if no folder can be opened, the open version stays"
 
 
-def test_a_folder_that_comes_later_and_before_another_takes_its_place(root, made):
-    put(made["1"], root / "b" / "x")
-    repository = started(root)
-    put(made["1 anew"], root / "a" / "x")
+def test_a_new_folder_of_the_same_version_that_sorts_first_replaces_the_other(root, originals):
+    copy_bundle(originals["1"], root / "b" / "x")
+    repository = started_repository(root)
+    copy_bundle(originals["1 changed"], root / "a" / "x")
     with capture_logs() as logs:
         repository.poll()
     assert repository.get("tiny").bundle.path == root / "a" / "x"
-    assert passed_over(logs) == [(str(root / "b" / "x"), str(root / "a" / "x"))]
+    assert logged_duplicates(logs) == [(str(root / "b" / "x"), str(root / "a" / "x"))]
 
 
-def test_a_broken_folder_that_comes_later_and_before_another_changes_nothing(root, made):
-    put(made["1"], root / "b" / "x")
-    repository = started(root)
+def test_a_new_broken_folder_of_the_same_version_that_sorts_first_changes_nothing(root, originals):
+    copy_bundle(originals["1"], root / "b" / "x")
+    repository = started_repository(root)
     model = repository.get("tiny")
-    put(made["1 anew"], root / "a" / "x")
+    copy_bundle(originals["1 changed"], root / "a" / "x")
     spoil(root / "a" / "x")
     repository.poll()
     assert repository.get("tiny") is model
@@ -151,58 +153,58 @@ def test_a_broken_folder_that_comes_later_and_before_another_changes_nothing(roo
     assert repository.get("tiny").bundle.path == root / "b" / "x"
 
 
-def test_several_folders_of_a_version_count_as_one_of_the_versions_that_are_open(root, made):
-    for place, contents in enumerate(("1", "1", "2", "2")):
-        put(made[contents], root / str(place) / "x")
-    for place in (0, 2):
-        spoil(root / str(place) / "x")
-    repository = started(root, versions=2)
+def test_several_folders_of_a_version_count_as_one_open_version(root, originals):
+    for index, original in enumerate(("1", "1", "2", "2")):
+        copy_bundle(originals[original], root / str(index) / "x")
+    for index in (0, 2):
+        spoil(root / str(index) / "x")
+    repository = started_repository(root, versions=2)
     paths = {model.version: model.bundle.path for model in repository.versions_of("tiny")}
     assert paths == {"2": root / "3" / "x", "1": root / "1" / "x"}
 
 
-def test_where_no_folder_of_a_version_can_be_opened_the_first_ones_reason_is_given(root, made):
-    for place in ("a", "b"):
-        put(made["1"], root / place / "x")
-        spoil(root / place / "x")
+def test_if_no_folder_of_a_version_can_be_opened_the_error_is_that_of_the_first(root, originals):
+    for folder in ("a", "b"):
+        copy_bundle(originals["1"], root / folder / "x")
+        spoil(root / folder / "x")
     with pytest.raises(BundleCorrupt, match=r"a/x/model\.onnx is not the certified file"):
-        started(root)
+        started_repository(root)
 
 
-def test_an_older_good_version_takes_the_place_of_a_bad_one(root):
+def test_an_older_good_version_is_served_instead_of_a_bad_one(root):
     make_bundle(root, version="1")
     spoil(make_bundle(root, version="2"))
     with capture_logs() as logs:
-        repository = started(root)
+        repository = started_repository(root)
     assert repository.get("tiny").version == "1"
     newest, _ = repository.index()
     assert (newest.version, newest.state) == ("2", UNAVAILABLE)
     assert "tiny/2/model.onnx is not the certified file" in newest.reason
-    assert str(root) not in newest.reason, "a client is not told the server's paths"
-    assert len(refusals(logs)) == 1
+    assert str(root) not in newest.reason, "clients do not see the server's paths"
+    assert len(logged_refusals(logs)) == 1
 
 
-def test_where_nothing_can_be_opened_its_own_error_is_raised_and_nothing_logged(root):
+def test_if_no_bundle_can_be_opened_the_first_error_is_raised_and_nothing_logged(root):
     spoil(make_bundle(root))
     with (
         capture_logs() as logs,
         pytest.raises(BundleCorrupt, match=r"model\.onnx is not the certified file"),
     ):
-        started(root)
+        started_repository(root)
     assert logs == []
 
 
 @pytest.mark.parametrize("manifest", [b"", b"{", b'{"name": 3}'])
-def test_a_manifest_that_cannot_be_read_is_told_by_who_opens_the_bundle(root, manifest):
+def test_a_manifest_that_cannot_be_read_is_refused_as_corrupt(root, manifest):
     (make_bundle(root) / "manifest.json").write_bytes(manifest)
     with pytest.raises(BundleCorrupt, match=r"manifest\.json is not the certified one"):
-        started(root)
+        started_repository(root)
 
 
-def test_a_bad_model_takes_none_of_the_others_down(root):
+def test_a_bad_model_does_not_affect_the_others(root):
     make_bundle(root)
     spoil(make_bundle(root, name="spoilt"))
-    repository = started(root)
+    repository = started_repository(root)
     assert [model.name for model in repository.models()] == ["tiny"]
     with pytest.raises(
         NotReady, match=r"version 1 of model spoilt is not open: spoilt/1/model.onnx"
@@ -210,90 +212,90 @@ def test_a_bad_model_takes_none_of_the_others_down(root):
         repository.get("spoilt")
 
 
-def test_an_error_that_nobody_foresaw_is_the_bundles_own_too_and_is_not_shown(root):
+def test_an_unexpected_error_refuses_only_its_bundle_and_is_not_public(root):
     make_bundle(root)
     make_bundle(root, name="odd")
 
     def open_model(path):
         if "odd" in path.parts:
             raise RuntimeError("/etc/secret")
-        return QUICKLY(path)
+        return OPEN_QUICKLY(path)
 
-    repository = started(root, open_model)
+    repository = started_repository(root, open_model)
     assert {entry.name: entry.reason for entry in repository.index()}[
         "odd"
-    ] == "it failed to open; the log says how"
+    ] == "it failed to open: the server's log has the error"
 
 
-def test_a_new_version_answers_at_once_and_the_old_one_is_let_go(root):
+def test_a_new_version_answers_at_once_and_the_old_one_is_freed(root):
     make_bundle(root)
-    repository = started(root)
+    repository = started_repository(root)
     old = repository.get("tiny")
     make_bundle(root, version="2")
     repository.poll()
     assert repository.get("tiny").version == "2"
     assert [model.version for model in repository.models()] == ["2"]
-    assert answer(old) == answer(repository.get("tiny")), "who still holds it goes on with it"
-    gone = weakref.ref(old)
+    assert answer(old) == answer(repository.get("tiny")), "the old model still answers"
+    reference = weakref.ref(old)
     del old
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
 def test_nothing_is_opened_again_while_nothing_changes(root, opener):
     make_bundle(root)
     make_bundle(root, version="2")
-    repository = started(root, opener)
+    repository = started_repository(root, opener)
     model = repository.get("tiny")
     for _ in range(3):
         repository.poll()
     assert repository.get("tiny") is model
-    assert set(opener.asked.values()) == {1}
+    assert set(opener.openings.values()) == {1}
 
 
-def test_other_content_in_the_folder_of_a_version_takes_its_place(root, made):
+def test_changed_files_in_the_folder_of_a_version_replace_it(root, originals):
     bundle = root / "tiny" / "1"
-    put(made["1"], bundle)
-    repository = started(root)
+    copy_bundle(originals["1"], bundle)
+    repository = started_repository(root)
     digest = repository.get("tiny").digest
-    put(made["1 anew"], bundle)
+    copy_bundle(originals["1 changed"], bundle)
     repository.poll()
     assert repository.get("tiny").digest != digest
     assert repository.get("tiny").labels == ("a", "b", "c", "d", "e")
 
 
-def test_the_same_bytes_written_anew_are_opened_anew(root, opener):
+def test_the_same_bytes_written_again_are_opened_again(root, opener):
     bundle = make_bundle(root)
-    repository = started(root, opener)
+    repository = started_repository(root, opener)
     os.utime(bundle / "model.onnx", ns=(1, 1))
     repository.poll()
-    assert opener.asked[bundle] == 2
+    assert opener.openings[bundle] == 2
 
 
-def test_a_bad_replacement_is_refused_once_and_what_was_open_goes_on(root, opener):
+def test_a_bad_replacement_is_refused_once_and_the_open_version_stays(root, opener):
     bundle = make_bundle(root)
-    repository = started(root, opener)
+    repository = started_repository(root, opener)
     model = repository.get("tiny")
     mend = spoil(bundle)
     with capture_logs() as logs:
         for _ in range(3):
             repository.poll()
     assert repository.get("tiny") is model
-    assert len(refusals(logs)) == 1
-    assert opener.asked[bundle] == 2, "what was refused is not tried again until it has changed"
+    assert len(logged_refusals(logs)) == 1
+    assert opener.openings[bundle] == 2, "a refused bundle is not tried again until it has changed"
     (entry,) = repository.index()
     assert entry.state == READY
-    assert "the one that was open goes on" in entry.reason
+    assert "the bundle that was open stays open" in entry.reason
     mend()
     repository.poll()
     assert repository.get("tiny") is not model
     assert repository.index()[0].reason == ""
 
 
-def test_a_manifest_that_is_being_written_is_taken_for_no_other_model(root):
+def test_a_manifest_that_is_being_written_changes_no_identity(root):
     make_bundle(root, version="2")
     bundle = make_bundle(root)
-    repository = started(root, versions=2)
+    repository = started_repository(root, versions=2)
     good = (bundle / "manifest.json").read_bytes()
     (bundle / "manifest.json").write_bytes(good[:40])
     repository.poll()
@@ -303,19 +305,19 @@ def test_a_manifest_that_is_being_written_is_taken_for_no_other_model(root):
     assert states(repository) == {("tiny", "2"): READY, ("tiny", "1"): READY}
 
 
-def test_a_version_whose_folder_is_gone_is_let_go_and_an_older_one_answers(root):
+def test_a_version_without_its_folder_is_closed_and_an_older_one_answers(root):
     make_bundle(root)
     newest = make_bundle(root, version="2")
-    repository = started(root)
+    repository = started_repository(root)
     shutil.rmtree(newest)
     repository.poll()
     assert [model.version for model in repository.models()] == ["1"]
     assert states(repository) == {("tiny", "1"): READY}
 
 
-def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(root):
+def test_the_last_good_version_stays_without_its_folder_and_that_is_logged_once(root):
     bundle = make_bundle(root)
-    repository = started(root)
+    repository = started_repository(root)
     model = repository.get("tiny")
     shutil.rmtree(bundle)
     with capture_logs() as logs:
@@ -325,7 +327,7 @@ def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(
     (entry,) = repository.index()
     assert (entry.state, entry.reason) == (
         READY,
-        "its folder is gone; it was the last of its model and goes on",
+        "its folder is gone; it stays open as the last version of its model",
     )
     assert [line["event"] for line in logs] == [
         "the folders of a model are gone: its last version goes on"
@@ -338,28 +340,26 @@ def test_the_last_good_version_goes_on_without_its_folder_and_that_is_said_once(
     assert [model.version for model in repository.models()] == ["3"]
 
 
-def test_a_new_model_is_served_beside_the_others_and_a_missing_one_no_longer_once_another_is_there(
+def test_a_new_model_is_served_beside_the_others(
     root,
 ):
     make_bundle(root)
-    repository = started(root)
+    repository = started_repository(root)
     tensor_bundle(root)
     repository.poll()
     assert [model.name for model in repository.models()] == ["tensors", "tiny"]
-    assert repository.default_text().name == "tiny", (
-        "a model of tensors is none that could be meant"
-    )
+    assert repository.default_text().name == "tiny", "a model of tensors is no default for texts"
 
 
 @pytest.mark.parametrize(
     "last", ["certificate.json", "manifest.json", "model.onnx", "known_answers.npz"]
 )
-def test_a_bundle_whose_files_come_one_by_one_is_served_when_all_are_there(root, made, last):
-    put(made["1"], root / "tiny" / "1")
-    repository = started(root)
+def test_a_bundle_that_is_copied_file_by_file_is_served_once_it_is_complete(root, originals, last):
+    copy_bundle(originals["1"], root / "tiny" / "1")
+    repository = started_repository(root)
     target = root / "tiny" / "2"
     target.mkdir()
-    files = sorted(made["2"].iterdir(), key=lambda file: file.name == last)
+    files = sorted(originals["2"].iterdir(), key=lambda file: file.name == last)
     with capture_logs() as logs:
         for file in files:
             data = file.read_bytes()
@@ -369,22 +369,22 @@ def test_a_bundle_whose_files_come_one_by_one_is_served_when_all_are_there(root,
                 repository.poll()
                 assert answer(repository.get("tiny"))
     assert repository.get("tiny").version == "2"
-    said = [line["reason"] for line in refusals(logs)]
-    assert len(said) == len(set(said)), "one reason is told once"
+    reasons = [line["reason"] for line in logged_refusals(logs)]
+    assert len(reasons) == len(set(reasons)), "each reason is logged once"
 
 
-def test_a_refusal_that_is_remembered_keeps_nothing_of_what_was_opened(root):
+def test_a_remembered_refusal_keeps_no_model_alive(root):
     make_bundle(root)
     half_open = []
 
     def open_model(path):
-        model = QUICKLY(path)
+        model = OPEN_QUICKLY(path)
         if path.name == "2":
             half_open.append(weakref.ref(model))
             raise BundleError("no")
         return model
 
-    repository = started(root, open_model)
+    repository = started_repository(root, open_model)
     make_bundle(root, version="2")
     repository.poll()
     gc.collect()
@@ -392,34 +392,34 @@ def test_a_refusal_that_is_remembered_keeps_nothing_of_what_was_opened(root):
     assert states(repository)["tiny", "2"] == UNAVAILABLE
 
 
-def test_a_manifest_that_cannot_be_read_stands_before_no_good_bundle(root, made):
+def test_a_folder_with_an_unreadable_manifest_does_not_precede_a_good_bundle(root, originals):
     (root / "tiny" / "1").mkdir(parents=True)
     (root / "tiny" / "1" / "manifest.json").write_bytes(b"{")
-    put(made["1"], root / "zzz" / "1")
-    assert started(root).get("tiny", "1").bundle.path == root / "zzz" / "1"
+    copy_bundle(originals["1"], root / "zzz" / "1")
+    assert started_repository(root).get("tiny", "1").bundle.path == root / "zzz" / "1"
 
 
-def test_what_was_opened_is_told_with_its_row_counts(root):
+def test_an_opened_model_is_logged_with_its_row_counts(root):
     make_bundle(root)
     with capture_logs() as logs:
-        started(root)
+        started_repository(root)
     (line,) = [line for line in logs if line["event"] == "model opened"]
     assert (line["model"], line["version"], line["known_answers"]) == ("tiny", "1", "bitwise")
     assert line["row_counts"] == {"4": [1], "8": [1], "16": [1]}
 
 
-def test_a_model_that_nothing_certifies_is_opened_with_a_warning(root):
+def test_an_uncertified_model_is_opened_with_a_warning(root):
     (make_bundle(root) / "certificate.json").unlink()
     with capture_logs() as logs:
-        started(root, partial(QUICKLY, allow_uncertified=True))
+        started_repository(root, partial(OPEN_QUICKLY, allow_uncertified=True))
     assert [line["log_level"] for line in logs] == ["warning", "info"]
 
 
-def test_a_model_that_draws_is_opened_with_a_warning_that_names_the_node(root):
+def test_a_model_that_draws_random_numbers_is_opened_with_a_warning_that_names_the_node(root):
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch"]) for name in "xy")
     draw = helper.make_node("RandomUniformLike", ["x"], ["y"], name="draw")
     tensor_bundle(root, model=onnx_model([draw], inputs=[x], outputs=[y]), known=[])
     with capture_logs() as logs:
-        started(root, partial(QUICKLY, allow_uncertified=True))
+        started_repository(root, partial(OPEN_QUICKLY, allow_uncertified=True))
     assert [line["log_level"] for line in logs] == ["warning", "info"]
     assert "the node 'draw' is RandomUniformLike" in logs[0]["reason"]

@@ -1,4 +1,4 @@
-"""What is open of real bundles below a folder, for readers and for who loads and unloads."""
+"""The open models of real bundles below a folder: reading, loading and unloading them."""
 
 from __future__ import annotations
 
@@ -26,72 +26,72 @@ from evalmode.service.models.repository import Repository
 from tests.service import processes
 from tests.service.bundle_folders import (
     LOADING,
-    QUICKLY,
+    OPEN_QUICKLY,
     READY,
     WAIT_S,
     answer,
-    put,
+    copy_bundle,
     spoil,
-    started,
+    started_repository,
     states,
 )
 from tests.service.bundles import make_bundle, tensor_bundle
 
 
-def test_no_bundle_at_all_is_a_refusal_to_start(root):
+def test_without_any_bundle_the_start_is_refused(root):
     with pytest.raises(BundleError, match=r"no bundle at .*: make one with"):
-        started(root)
+        started_repository(root)
     with pytest.raises(BundleError, match="no bundle at"):
-        started(root / "nothing")
+        started_repository(root / "nothing")
 
 
-def test_a_file_instead_of_a_folder_is_a_refusal_to_start_in_one_sentence(root):
+def test_with_a_file_instead_of_a_folder_the_start_is_refused_in_one_sentence(root):
     file = make_bundle(root) / "model.onnx"
     assert f"{file} is a file and no bundle: name the folder NAME/VERSION" in processes.refused(
         file
     )
 
 
-def test_a_folder_that_cannot_be_looked_at_is_a_refusal_to_start_in_one_sentence(root):
-    # a name too long is refused to root, too, whom no permission stops
+def test_with_an_unreadable_folder_the_start_is_refused_in_one_sentence(root):
+    # Too long a name fails for root too, for whom no permission is missing.
     unreadable = root / ("x" * 300)
-    with pytest.raises(StartFailed, match="cannot be looked at: File name too long"):
-        started(unreadable)
-    assert "cannot be looked at" in processes.refused(unreadable)
+    with pytest.raises(StartFailed, match="cannot be read: File name too long"):
+        started_repository(unreadable)
+    assert "cannot be read" in processes.refused(unreadable)
 
 
-def test_fifty_swaps_in_a_row_fail_no_reader_and_leave_one_model(root, made):
+def test_fifty_swaps_disturb_no_reader_and_leave_one_model(root, originals):
     bundle = root / "tiny" / "1"
-    put(made["1"], bundle)
-    repository = started(root)
+    copy_bundle(originals["1"], bundle)
+    repository = started_repository(root)
     expected = answer(repository.get("tiny"))
-    over, gone = threading.Event(), []
+    is_over, references = threading.Event(), []
 
     def ask():
-        asked = 0
-        while not over.is_set():
+        reads = 0
+        while not is_over.is_set():
             assert answer(repository.get("tiny")) == expected
             assert answer(repository.default_text()) == expected
-            asked += 1
-        return asked
+            reads += 1
+        return reads
 
     with ThreadPoolExecutor(2) as pool:
         readers = [pool.submit(ask) for _ in range(2)]
         try:
             for swap in range(50):
-                gone.append(weakref.ref(repository.get("tiny")))
-                put(made["1 anew" if swap % 2 == 0 else "1"], bundle)
+                references.append(weakref.ref(repository.get("tiny")))
+                copy_bundle(originals["1 changed" if swap % 2 == 0 else "1"], bundle)
                 repository.poll()
-                assert gone[-1]() is not repository.get("tiny")
+                assert references[-1]() is not repository.get("tiny")
         finally:
-            over.set()
+            is_over.set()
         assert all(reader.result(WAIT_S) for reader in readers)
     gc.collect()
-    assert [reference() for reference in gone] == [None] * 50
+    assert [reference() for reference in references] == [None] * 50
     assert len(repository.models()) == 1
 
 
-def test_readers_go_on_while_a_model_is_being_opened(root):
+def test_readers_are_not_blocked_while_a_model_is_being_opened(root):
     make_bundle(root)
     opening, go_on = threading.Event(), threading.Event()
 
@@ -99,9 +99,9 @@ def test_readers_go_on_while_a_model_is_being_opened(root):
         if path.name == "2":
             opening.set()
             assert go_on.wait(WAIT_S)
-        return QUICKLY(path)
+        return OPEN_QUICKLY(path)
 
-    repository = started(root, open_model)
+    repository = started_repository(root, open_model)
     make_bundle(root, version="2")
     with ThreadPoolExecutor(1) as pool:
         polled = pool.submit(repository.poll)
@@ -122,9 +122,9 @@ def test_readers_go_on_while_a_model_is_being_opened(root):
 @pytest.mark.parametrize(
     "name", ["", "nothing", "../tiny", "tiny/1", "/etc/passwd", "..", "\0", "tiny\n", "x" * 10_000]
 )
-def test_a_name_that_no_manifest_bears_is_unknown_whatever_it_looks_like(root, name):
+def test_a_name_that_no_manifest_has_is_unknown_whatever_it_looks_like(root, name):
     make_bundle(root)
-    repository = started(root)
+    repository = started_repository(root)
     for ask in (repository.get, repository.versions_of, repository.load, repository.unload):
         with pytest.raises(UnknownModel, match="there is no model") as refusal:
             ask(name)
@@ -134,9 +134,9 @@ def test_a_name_that_no_manifest_bears_is_unknown_whatever_it_looks_like(root, n
             repository.get("tiny", version)
 
 
-def test_a_model_that_was_unloaded_stays_so_until_it_is_loaded(root, opener):
+def test_an_unloaded_model_stays_closed_until_it_is_loaded(root, opener):
     bundle = make_bundle(root)
-    repository = started(root, opener)
+    repository = started_repository(root, opener)
     repository.unload("tiny")
     repository.unload("tiny")
     os.utime(bundle / "model.onnx", ns=(1, 1))
@@ -149,22 +149,22 @@ def test_a_model_that_was_unloaded_stays_so_until_it_is_loaded(root, opener):
             ask("tiny")
     with pytest.raises(NotReady, match="no model is open"):
         repository.default_text()
-    assert sum(opener.asked.values()) == 1
+    assert sum(opener.openings.values()) == 1
     repository.load("tiny")
     assert repository.get("tiny").version == "2"
 
 
-def test_loading_opens_anew_what_is_open(root):
+def test_loading_an_open_model_opens_it_again(root):
     make_bundle(root)
-    repository = started(root)
+    repository = started_repository(root)
     model = repository.get("tiny")
     repository.load("tiny")
     assert repository.get("tiny") is not model
 
 
-def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, opener):
+def test_loading_tries_a_refused_bundle_again_and_raises_the_reason(root, opener):
     bundle = make_bundle(root)
-    repository = started(root, opener)
+    repository = started_repository(root, opener)
     model = repository.get("tiny")
     mend = spoil(bundle)
     for _ in range(2):
@@ -172,40 +172,40 @@ def test_loading_tries_again_what_was_refused_and_says_why_when_it_fails(root, o
             BadRequest, match=r"model tiny cannot be loaded: tiny/1/model.onnx is not the certified"
         ):
             repository.load("tiny")
-    assert opener.asked[bundle] == 3
+    assert opener.openings[bundle] == 3
     assert repository.get("tiny") is model
     mend()
     repository.load("tiny")
     assert repository.get("tiny") is not model
 
 
-def test_loading_what_has_no_folder_any_more_is_refused_and_what_was_open_goes_on(root):
+def test_loading_a_model_without_a_folder_is_refused_and_it_stays_open(root):
     bundle = make_bundle(root)
-    repository = started(root)
+    repository = started_repository(root)
     shutil.rmtree(bundle)
     with pytest.raises(BadRequest, match="model tiny cannot be loaded: its folder is gone"):
         repository.load("tiny")
     assert repository.get("tiny")
 
 
-def test_a_version_may_be_asked_of_the_model_that_is_not_named(root):
+def test_a_version_may_be_named_without_the_model(root):
     make_bundle(root)
     make_bundle(root, version="2")
-    repository = started(root, versions=2)
+    repository = started_repository(root, versions=2)
     assert repository.get(version="1").version == "1"
 
 
-def test_loading_finds_what_has_come_since_the_last_look(root):
+def test_loading_opens_a_model_that_is_new_since_the_last_look(root):
     make_bundle(root)
-    repository = started(root)
+    repository = started_repository(root)
     tensor_bundle(root)
     repository.load("tensors")
     assert repository.get("tensors").name == "tensors"
 
 
-def test_where_nobody_may_load_and_unload_nobody_does(root):
+def test_without_model_control_loading_and_unloading_are_forbidden(root):
     make_bundle(root)
-    repository = started(root, control=False)
+    repository = started_repository(root, control=False)
     for ask in (repository.load, repository.unload):
         for name in ("tiny", "nothing"):
             with pytest.raises(Forbidden, match="model_control"):
@@ -213,44 +213,44 @@ def test_where_nobody_may_load_and_unload_nobody_does(root):
     assert repository.get("tiny")
 
 
-def test_of_several_models_of_text_one_must_be_named_or_be_the_default(root):
+def test_with_several_models_of_text_a_request_must_name_one_unless_there_is_a_default(root):
     make_bundle(root)
     make_bundle(root, name="other")
     with pytest.raises(
         InvalidField, match="several read texts: name one of other, tiny"
     ) as refusal:
-        started(root).default_text()
+        started_repository(root).default_text()
     assert refusal.value.field == "model"
-    assert started(root, default_model="other").default_text().name == "other"
+    assert started_repository(root, default_model="other").default_text().name == "other"
 
 
-def test_where_no_model_reads_texts_that_is_said(root):
+def test_without_a_model_of_text_the_error_names_the_models_of_tensors(root):
     tensor_bundle(root)
     with pytest.raises(InvalidField, match="none here reads texts: /v2 serves tensors") as refusal:
-        started(root).default_text()
+        started_repository(root).default_text()
     assert refusal.value.field == "model"
 
 
-def test_a_default_model_that_is_not_there_is_a_refusal_to_start(root):
+def test_with_a_missing_default_model_the_start_is_refused(root):
     make_bundle(root)
     with pytest.raises(
         StartFailed,
         match="default_model is 'other' and no such model could be opened: there is tiny",
     ):
-        started(root, default_model="other")
+        started_repository(root, default_model="other")
 
 
-def test_polling_finds_a_new_version_by_itself_and_ends_when_told(root):
+def test_polling_opens_a_new_version_and_ends_at_close(root):
     make_bundle(root)
     opened = threading.Event()
 
     def open_model(path):
-        model = QUICKLY(path)
+        model = OPEN_QUICKLY(path)
         if path.name == "2":
             opened.set()
         return model
 
-    repository = started(root, open_model)
+    repository = started_repository(root, open_model)
     repository.start_polling(0.01)
     make_bundle(root, version="2")
     assert opened.wait(WAIT_S)
@@ -267,9 +267,9 @@ def test_an_error_does_not_end_the_polling(root):
         def poll(self):
             if next(looks) == 2:
                 again.set()
-            raise OSError("the disk is not there just now")
+            raise OSError("the disk is gone for a moment")
 
-    repository = Restless(root, open_model=QUICKLY)
+    repository = Restless(root, open_model=OPEN_QUICKLY)
     repository.start()
     with capture_logs() as logs:
         repository.start_polling(0.001)
@@ -279,9 +279,9 @@ def test_an_error_does_not_end_the_polling(root):
     assert repository.get("tiny")
 
 
-def test_without_a_pace_nothing_polls(root):
+def test_with_an_interval_of_0_nothing_polls(root):
     make_bundle(root)
-    repository = started(root)
+    repository = started_repository(root)
     repository.start_polling(0)
     assert not [thread for thread in threading.enumerate() if thread.name == "poll"]
     repository.close()

@@ -1,4 +1,4 @@
-"""A model of tensors, opened from real bundles; what the engine would run is run here by hand."""
+"""Models of tensors, opened from real bundles. The tests run their rows without an engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evalmode.service.errors import BadRequest
 from evalmode.service.models.model import Model
 from evalmode.service.models.tensors import ModelRow, check_inputs
 from tests.service.bundles import onnx_model, tensor_bundle
-from tests.service.by_hand import alone, asked, floats
+from tests.service.by_hand import answer_alone, floats, random_inputs
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def tensors(tmp_path_factory):
     return Model.open(tensor_bundle(tmp_path_factory.mktemp("tensors")))
 
 
-def test_a_model_of_text_that_reads_no_raw_text_refuses_none_of_the_others(tensors):
+def test_a_model_of_tensors_refuses_texts(tensors):
     with pytest.raises(BadRequest, match="takes tensors and no texts"):
         tensors.text_rows(["a"])
 
@@ -31,56 +31,56 @@ def test_rows_that_were_proven_independent_are_batched_by_their_shape(tensors):
     assert 1 in tensors.row_counts["4"]
     assert len(tensors.row_counts["4"]) > 1
     assert tensors.row_counts["other"] == (1,)
-    jobs = tensors.tensor_jobs(asked(3, 4))
+    jobs = tensors.tensor_jobs(random_inputs(3, 4))
     assert {bucket.label for bucket, _ in jobs} == {"4"}
     assert [row.inputs["x"].shape for _, row in jobs] == [(1, 4)] * 3
     assert all(row.inputs["x"].base is None for _, row in jobs), (
-        "a row does not hold on to its whole request"
+        "a row does not keep its whole request in memory"
     )
 
 
 def test_rows_of_a_shape_that_was_not_measured_run_alone(tensors):
-    jobs = tensors.tensor_jobs(asked(3, 9))
+    jobs = tensors.tensor_jobs(random_inputs(3, 9))
     assert {bucket.label for bucket, _ in jobs} == {"other"}
     assert all(set(bucket.costs) == {1} for bucket, _ in jobs)
 
 
 @pytest.mark.parametrize("columns", [4, 9])
 def test_a_row_of_tensors_has_the_same_bits_alone_and_in_a_request_of_many(tensors, columns):
-    inputs = asked(5, columns)
-    found = tensors.join([alone(job) for job in tensors.tensor_jobs(inputs)])["y"]
-    for place in range(5):
-        (job,) = tensors.tensor_jobs({"x": inputs["x"][place : place + 1]})
-        assert alone(job)["y"].tobytes() == found[place].tobytes()
+    inputs = random_inputs(5, columns)
+    outputs = tensors.join([answer_alone(job) for job in tensors.tensor_jobs(inputs)])["y"]
+    for row in range(5):
+        (job,) = tensors.tensor_jobs({"x": inputs["x"][row : row + 1]})
+        assert answer_alone(job)["y"].tobytes() == outputs[row].tobytes()
     expected = (
         inputs["x"] @ np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)[:columns]
     )
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_a_request_of_a_model_that_was_not_proven_is_run_whole(tmp_path):
+def test_without_a_proof_of_independence_a_request_runs_as_a_whole(tmp_path):
     whole = Model.open(tensor_bundle(tmp_path, independent=False))
     assert [bucket.label for bucket in whole.buckets] == ["whole"]
-    ((bucket, row),) = whole.tensor_jobs(asked(3, 4))
+    ((bucket, row),) = whole.tensor_jobs(random_inputs(3, 4))
     assert set(bucket.costs) == {1}
     assert row.inputs["x"].shape == (3, 4)
-    (found,) = bucket.run([row])
-    assert whole.join([found])["y"].shape == (3, 2)
+    (answer,) = bucket.run([row])
+    assert whole.join([answer])["y"].shape == (3, 2)
 
 
 @pytest.mark.parametrize("shape", [[4], [], [3, 4], [-1, 3, 1]])
-def test_a_tensor_without_a_first_axis_that_varies_makes_a_request_whole(tmp_path, shape):
-    named = ["n" if size == -1 else size for size in shape]
+def test_with_a_tensor_without_a_variable_first_axis_a_request_runs_as_a_whole(tmp_path, shape):
+    axes = ["n" if size == -1 else size for size in shape]
     node = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
-    model = onnx_model([node], inputs=[floats("x", named)], outputs=[floats("y", [])])
-    known = np.ones([2 if size == -1 else size for size in shape], np.float32)
-    whole = Model.open(tensor_bundle(tmp_path, model=model, known=[{"x": known}]))
-    ((bucket, row),) = whole.tensor_jobs({"x": known})
+    model = onnx_model([node], inputs=[floats("x", axes)], outputs=[floats("y", [])])
+    tensor = np.ones([2 if size == -1 else size for size in shape], np.float32)
+    whole = Model.open(tensor_bundle(tmp_path, model=model, known=[{"x": tensor}]))
+    ((bucket, row),) = whole.tensor_jobs({"x": tensor})
     assert bucket.label == "whole"
     assert whole.join(bucket.run([row]))["y"].shape == ()
 
 
-def test_a_first_axis_that_is_no_row_makes_a_request_whole(tmp_path):
+def test_with_an_output_whose_first_axis_does_not_count_rows_a_request_runs_as_a_whole(tmp_path):
     node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)
     model = onnx_model([node], inputs=[floats("x", ["n", 2])], outputs=[floats("y", ["m", 2])])
     whole = Model.open(
@@ -93,27 +93,32 @@ def test_a_model_without_known_answers_runs_each_row_alone(tmp_path):
     bare = Model.open(tensor_bundle(tmp_path, known=[]))
     assert bare.replayed.verdict == "no answers"
     assert [(bucket.label, set(bucket.costs)) for bucket in bare.buckets] == [("other", {1})]
-    assert bare.join([alone(job) for job in bare.tensor_jobs(asked(3, 4))])["y"].shape == (3, 2)
+    assert bare.join([answer_alone(job) for job in bare.tensor_jobs(random_inputs(3, 4))])[
+        "y"
+    ].shape == (3, 2)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "said"),
+    ("inputs", "message"),
     [
-        (asked(2, 4, 1), r"input 'x' must have the shape \[-1, -1\] \(-1: any\), got \[2, 4, 1\]"),
+        (
+            random_inputs(2, 4, 1),
+            r"input 'x' must have the shape \[-1, -1\] \(-1: any\), got \[2, 4, 1\]",
+        ),
         ({"x": np.float32(3).reshape(())}, r"got \[\]"),
         ({"x": np.ones((2, 4), np.float64)}, r"input 'x' must be FP32, got FP64"),
         ({"x": np.ones((2, 4), bool)}, r"input 'x' must be FP32, got BOOL"),
         ({"x": np.zeros((0, 4), np.float32)}, r"input 'x' has no rows"),
-        ({**asked(2, 4), "z": np.ones(1)}, r"no input 'z'"),
+        ({**random_inputs(2, 4), "z": np.ones(1)}, r"no input 'z'"),
         ({}, r"input 'x' is missing"),
     ],
 )
-def test_tensors_that_the_model_does_not_take_are_refused_by_name(tensors, inputs, said):
-    with pytest.raises(BadRequest, match=said):
+def test_tensors_that_do_not_fit_the_model_are_refused_by_name(tensors, inputs, message):
+    with pytest.raises(BadRequest, match=message):
         tensors.tensor_jobs(inputs)
 
 
-def test_inputs_whose_rows_do_not_agree_are_refused(tmp_path):
+def test_inputs_with_different_numbers_of_rows_are_refused(tmp_path):
     node = helper.make_node("Add", ["a", "b"], ["y"])
     both = [floats("a", ["n", "k"]), floats("b", ["n", "k"])]
     model = onnx_model([node], inputs=both, outputs=[floats("y", ["n", "k"])])
@@ -124,10 +129,10 @@ def test_inputs_whose_rows_do_not_agree_are_refused(tmp_path):
         opened.tensor_jobs({"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)})
 
 
-def test_inputs_that_the_runtime_refuses_are_a_bad_request_with_its_reason_and_no_path(tensors):
-    (job,) = tensors.tensor_jobs(asked(1, 65))
+def test_inputs_that_the_runtime_refuses_are_a_bad_request_with_its_reason_without_paths(tensors):
+    (job,) = tensors.tensor_jobs(random_inputs(1, 65))
     with pytest.raises(BadRequest, match="the model cannot compute with these inputs: ") as refusal:
-        alone(job)
+        answer_alone(job)
     assert "\n" not in str(refusal.value)
     assert "/" not in str(refusal.value)
     assert ".h:" not in str(refusal.value)
@@ -143,10 +148,10 @@ def test_an_index_out_of_range_is_a_bad_request(tmp_path):
     opened = Model.open(tensor_bundle(tmp_path, model=model, known=[{"i": np.array([1, 2])}]))
     (job,) = opened.tensor_jobs({"i": np.array([9])})
     with pytest.raises(BadRequest, match="idx=9 must be within the inclusive range"):
-        alone(job)
+        answer_alone(job)
 
 
-def test_nan_is_the_answer_of_its_row_and_changes_no_bit_of_the_others(tmp_path):
+def test_nan_in_one_row_changes_no_bit_of_the_others(tmp_path):
     model = onnx_model(
         [helper.make_node("Log", ["x"], ["y"])],
         inputs=[floats("x", ["n"])],
@@ -176,24 +181,26 @@ def identity_of_strings():
 def test_strings_are_tensors_too(tmp_path, elements):
     opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known=[]))
     (job,) = opened.tensor_jobs({"s": np.array([elements], object)})
-    assert alone(job)["t"].tolist() == [["é", "b\0c"]]
+    assert answer_alone(job)["t"].tolist() == [["é", "b\0c"]]
     assert job[1].nbytes > 4
 
 
 @pytest.mark.parametrize("element", [b"\xff", "\ud83d"])
-def test_strings_that_are_no_text_are_refused(tmp_path, element):
+def test_strings_that_are_not_utf_8_are_refused(tmp_path, element):
     opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known=[]))
     with pytest.raises(BadRequest, match="element 1 of input 's' is not UTF-8"):
         opened.tensor_jobs({"s": np.array([["a", element]], object)})
 
 
 def test_rows_whose_strings_differ_have_other_digests():
-    one, other = (ModelRow(inputs={"s": np.array([[text, "c"]], object)}) for text in ("a", "b"))
-    assert one.digest() != other.digest()
-    assert one.digest() == ModelRow(inputs={"s": np.array([["".join("a"), "c"]], object)}).digest()
+    first, second = (ModelRow(inputs={"s": np.array([[text, "c"]], object)}) for text in ("a", "b"))
+    assert first.digest() != second.digest()
+    assert (
+        first.digest() == ModelRow(inputs={"s": np.array([["".join("a"), "c"]], object)}).digest()
+    )
 
 
-def test_a_tensor_that_no_request_can_carry_is_a_refusal_to_open(tmp_path):
+def test_a_model_with_a_tensor_that_no_request_can_carry_is_refused(tmp_path):
     node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.BFLOAT16)
     out = helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n"])
     model = onnx_model([node], inputs=[floats("x", ["n"])], outputs=[out])
@@ -203,7 +210,7 @@ def test_a_tensor_that_no_request_can_carry_is_a_refusal_to_open(tmp_path):
         Model.open(tensor_bundle(tmp_path, model=model, known=[]))
 
 
-def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path):
+def test_without_a_certificate_a_request_is_not_split(tmp_path):
     bundle = tensor_bundle(tmp_path)
     (bundle / "certificate.json").unlink()
     assert [bucket.label for bucket in Model.open(bundle, allow_uncertified=True).buckets] == [
@@ -211,9 +218,9 @@ def test_rows_that_nothing_certifies_are_not_taken_apart(tmp_path):
     ]
 
 
-def test_a_row_is_described_by_its_digest_and_its_shapes(tensors):
-    ((_, row),) = tensors.tensor_jobs(asked(1, 4))
-    assert row.described() == f"{row.digest()} x[1, 4]"
+def test_the_description_of_a_row_has_its_digest_and_its_shapes(tensors):
+    ((_, row),) = tensors.tensor_jobs(random_inputs(1, 4))
+    assert row.description() == f"{row.digest()} x[1, 4]"
 
 
 @pytest.mark.parametrize("dtype", ["INT8", "UINT8", "INT32", "INT64", "UINT64"])
@@ -229,7 +236,7 @@ def test_bounds_hold_for_integers_of_every_type(dtype):
             check_inputs({"ids": ids}, [spec])
 
 
-def test_the_first_place_out_of_a_part_is_named_as_the_input_counts_it():
+def test_the_first_index_out_of_bounds_is_counted_in_the_whole_input():
     part = (PartOfAxis(axis=1, start=-2),)
     spec = TensorSpec(
         name="ids", datatype="INT64", shape=(-1, -1), bounds=(Bound(minimum=0, part=part),)

@@ -1,3 +1,5 @@
+"""Rows of raw ids, and the probabilities of labels."""
+
 from __future__ import annotations
 
 import math
@@ -25,16 +27,16 @@ def masked(ids, mask=None):
     )
 
 
-def test_a_row_of_tokens_is_as_long_as_its_mask_and_padded_with_nothing():
-    one, other = masked([[1, 5, 6, 99], [1, 2, 3, 4]], [[1, 1, 0, 0], [1, 1, 1, 1]])
-    assert one.ids.tolist() == [1, 5]
-    padded = one.padded(4)
+def test_a_row_of_tokens_is_as_long_as_its_mask_and_padded_with_zeros():
+    short, full = masked([[1, 5, 6, 99], [1, 2, 3, 4]], [[1, 1, 0, 0], [1, 1, 1, 1]])
+    assert short.ids.tolist() == [1, 5]
+    padded = short.padded(4)
     assert padded["input_ids"].tolist() == [[1, 5, 0, 0]]
     assert padded["attention_mask"].tolist() == [[1, 1, 0, 0]]
-    assert other.padded(8)["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+    assert full.padded(8)["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
 
 
-def test_a_mask_with_holes_is_kept_as_it_is():
+def test_a_mask_with_holes_is_unchanged():
     (row,) = masked([[7, 8, 9, 0]], [[0, 1, 1, 0]])
     assert row.padded(4)["attention_mask"].tolist() == [[0, 1, 1, 0]]
     assert row.padded(4)["input_ids"].tolist() == [[7, 8, 9, 0]]
@@ -47,7 +49,7 @@ def test_without_a_mask_the_ids_that_are_not_padding_count():
 
 
 @pytest.mark.parametrize(
-    ("ids", "mask", "said"),
+    ("ids", "mask", "message"),
     [
         ([[1, 2]], [[0, 0]], r"row 0 of attention_mask is empty"),
         ([[1, 2]], [[1, 2]], r"attention_mask\[0, 1\] must be at least 0 and below 2, got 2"),
@@ -62,8 +64,8 @@ def test_without_a_mask_the_ids_that_are_not_padding_count():
         ([[[1], [2]]], None, r"input_ids must have the shape \[-1, -1\], got \[1, 2, 1\]"),
     ],
 )
-def test_tokens_and_masks_that_make_no_row_are_refused(ids, mask, said):
-    with pytest.raises(BadRequest, match=said):
+def test_invalid_tokens_and_masks_are_refused(ids, mask, message):
+    with pytest.raises(BadRequest, match=message):
         masked(ids, mask)
 
 

@@ -30,7 +30,15 @@ from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.models.trial import TrialError, TrialOpener
 from tests.service import processes
-from tests.service.bundle_folders import UNAVAILABLE, WAIT_S, answer, put, refusals, spoil, states
+from tests.service.bundle_folders import (
+    UNAVAILABLE,
+    WAIT_S,
+    answer,
+    copy_bundle,
+    logged_refusals,
+    spoil,
+    states,
+)
 from tests.service.bundles import make_bundle, tensor_bundle
 from tests.service.harmful_bundles import (
     aborting,
@@ -44,13 +52,14 @@ from tests.service.harmful_bundles import (
 def opener():
     trial = TrialOpener(timeout_s=WAIT_S)
     yield trial
-    trial.rest()
+    trial.end_child()
 
 
 def refusal_at(step: str, path: Path) -> str:
-    """The sentence by which a bundle is refused that hangs at this step.
+    """The error of opening a bundle that hangs at this step.
 
-    On a busy machine the child needs seconds to come so far: the limit is raised until it does.
+    On a busy machine the child may need seconds to reach the step, so the limit is raised until it
+    does.
     """
     sentence, timeout_s = "", 2
     while step not in sentence and timeout_s < 100:
@@ -60,21 +69,21 @@ def refusal_at(step: str, path: Path) -> str:
             trial.open(path)
         sentence = str(refusal.value)
         assert f"was not finished after {timeout_s} s; if the model needs longer" in sentence
-        trial.rest()
+        trial.end_child()
     return sentence
 
 
 def children(parent: int | None = None) -> set[int]:
-    """The processes that a process, by default this one, has started and that are still there."""
+    """The ids of the child processes of a process, by default of this one."""
     pids = set()
     for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended since it was listed
+        with contextlib.suppress(OSError):  # the process has ended since it was listed
             if int(status.read_text().rpartition(")")[2].split()[1]) == (parent or os.getpid()):
                 pids.add(int(status.parent.name))
     return pids
 
 
-def test_a_good_bundle_is_open_with_what_the_child_has_measured(bundle, opener):
+def test_a_good_bundle_is_open_with_the_measurements_of_the_child(bundle, opener):
     model, direct = opener.open(bundle), Model.open(bundle)
     assert answer(model) == answer(direct)
     assert model.replayed == direct.replayed
@@ -97,17 +106,17 @@ def test_the_budget_and_the_cache_of_the_measurements_reach_the_child(bundle, tm
     trial = TrialOpener(timeout_s=WAIT_S, calibration=calibration)
     assert trial.open(bundle).row_counts == {"4": (1,), "8": (1,), "16": (1,)}
     assert [*(tmp_path / "cache").rglob("*.json")]
-    trial.rest()
+    trial.end_child()
 
 
-def test_one_child_opens_several_bundles_and_none_is_left_when_it_may_rest(bundle, opener):
+def test_one_child_opens_several_bundles_and_ends_with_end_child(bundle, opener):
     before = children()
     opener.open(bundle)
     first = children() - before
     opener.open(bundle)
     assert children() - before == first
     assert len(first) == 1
-    opener.rest()
+    opener.end_child()
     assert children() == before
 
 
@@ -124,15 +133,17 @@ def other_answer(known):
         (lambda root: root, BundleError),
     ],
 )
-def test_a_refusal_of_the_child_is_the_one_of_opening_it_here(tmp_path, opener, make, kind):
+def test_a_refusal_by_the_child_equals_that_of_opening_the_bundle_here(
+    tmp_path, opener, make, kind
+):
     path = make(tmp_path)
     with pytest.raises(BundleError) as direct:
         Model.open(path)
-    with pytest.raises(BundleError) as tried:
+    with pytest.raises(BundleError) as by_child:
         opener.open(path)
-    assert type(tried.value) is type(direct.value)
-    assert isinstance(tried.value, kind)
-    assert str(tried.value) == str(direct.value)
+    assert type(by_child.value) is type(direct.value)
+    assert isinstance(by_child.value, kind)
+    assert str(by_child.value) == str(direct.value)
 
 
 def spoilt(path: Path) -> Path:
@@ -145,24 +156,24 @@ def uncertified(path: Path) -> Path:
     return path
 
 
-def test_an_uncertified_bundle_is_open_where_that_is_allowed(tmp_path):
+def test_an_uncertified_bundle_is_open_if_that_is_allowed(tmp_path):
     trial = TrialOpener(timeout_s=WAIT_S, allow_uncertified=True)
     assert trial.open(uncertified(make_bundle(tmp_path))).replayed is None
-    trial.rest()
+    trial.end_child()
 
 
-def test_a_provider_that_is_not_there_is_refused_in_the_same_words(bundle):
+def test_a_missing_provider_is_refused_in_the_same_words(bundle):
     trial = TrialOpener(timeout_s=WAIT_S, provider="none-such")
     with pytest.raises(ProviderUnavailable, match="'none-such' is not available here"):
         trial.open(bundle)
-    trial.rest()
+    trial.end_child()
 
 
-def test_an_error_that_is_no_fault_of_a_bundle_comes_with_the_childs_traceback(bundle):
+def test_an_unexpected_error_has_the_traceback_of_the_child(bundle):
     trial = TrialOpener(timeout_s=WAIT_S, threads="many")  # type: ignore[arg-type]
     with pytest.raises(TrialError, match=r"Traceback[\s\S]*TypeError"):
         trial.open(bundle)
-    trial.rest()
+    trial.end_child()
 
 
 @pytest.mark.parametrize(
@@ -183,11 +194,11 @@ def test_after_a_bundle_that_hangs_the_next_one_opens(tmp_path):
     with pytest.raises(BundleError, match="raise the setting load_timeout_s"):
         trial.open(hanging_when_run(tmp_path))
     assert trial.open(harmless(tmp_path / "good")).name == "tensors"
-    trial.rest()
+    trial.end_child()
 
 
 def test_a_model_that_aborts_its_process_is_refused_and_the_next_bundle_opens(tmp_path):
-    # Its operator draws random numbers, and would be refused for that.
+    # Its operator draws random numbers: without the flag it would be refused for that.
     opener = TrialOpener(timeout_s=WAIT_S, allow_uncertified=True)
     with pytest.raises(
         BundleError,
@@ -195,7 +206,7 @@ def test_a_model_that_aborts_its_process_is_refused_and_the_next_bundle_opens(tm
     ):
         opener.open(aborting(tmp_path))
     assert opener.open(harmless(tmp_path / "good")).name == "tensors"
-    opener.rest()
+    opener.end_child()
 
 
 def test_a_trial_can_be_cancelled_from_another_thread(tmp_path, opener):
@@ -211,7 +222,7 @@ def test_a_trial_can_be_cancelled_from_another_thread(tmp_path, opener):
 
 
 class Swapping(TrialOpener):
-    """Another bundle takes the place of the one that was tried, before it is opened here."""
+    """Replaces the bundle after its trial, before it is opened here."""
 
     def __init__(self, other: Path) -> None:
         super().__init__(timeout_s=WAIT_S)
@@ -219,21 +230,21 @@ class Swapping(TrialOpener):
 
     def _try(self, path):
         result = super()._try(path)
-        put(self._other, path)
+        copy_bundle(self._other, path)
         return result
 
 
-def test_what_takes_the_place_of_a_bundle_after_its_trial_is_never_opened(tmp_path):
+def test_a_bundle_that_replaces_another_after_its_trial_is_never_opened(tmp_path):
     path = harmless(tmp_path / "a")
     trial = Swapping(hanging_when_opened(tmp_path / "b"))
     with pytest.raises(BundleError, match="was changed while it was opened"):
         trial.open(path)
-    trial.rest()
+    trial.end_child()
 
 
 def repository_of(root: Path, trial: TrialOpener) -> Repository:
     return Repository(
-        root, open_model=trial.open, after_opening=trial.rest, cancel_opening=trial.cancel
+        root, open_model=trial.open, after_opening=trial.end_child, cancel_opening=trial.cancel
     )
 
 
@@ -251,7 +262,7 @@ def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(r
     slow, refusal = logs
     assert slow["event"].startswith("opening a bundle takes long")
     assert (slow["model"], slow["version"]) == ("tensors", "2")
-    assert refusals(logs) == [refusal], "it is not tried again while nothing changes"
+    assert logged_refusals(logs) == [refusal], "it is not tried again while its files do not change"
     assert "was not finished after 10 s" in refusal["reason"]
     assert states(repository)["tensors", "2"] == UNAVAILABLE
     harmless(root, version="3")
@@ -261,7 +272,7 @@ def test_a_stuck_bundle_is_refused_and_logged_and_the_next_good_one_takes_over(r
     repository.close()
 
 
-def test_closing_a_repository_ends_an_opening_at_once_and_without_a_word(root):
+def test_closing_a_repository_ends_an_opening_at_once_and_logs_nothing(root):
     harmless(root)
     trial = TrialOpener(timeout_s=600)
     repository = repository_of(root, trial)
@@ -275,7 +286,7 @@ def test_closing_a_repository_ends_an_opening_at_once_and_without_a_word(root):
         repository.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "poll"]
     assert children() == before
-    assert refusals(logs) == []
+    assert logged_refusals(logs) == []
 
 
 def test_a_server_of_a_stuck_bundle_refuses_to_start_with_one_sentence(tmp_path):
@@ -284,14 +295,14 @@ def test_a_server_of_a_stuck_bundle_refuses_to_start_with_one_sentence(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "certificate.json"])
-def test_a_server_of_a_bundle_with_a_pipe_among_its_files_refuses_to_start_at_once(tmp_path, name):
+def test_a_server_of_a_bundle_with_a_fifo_among_its_files_refuses_to_start_at_once(tmp_path, name):
     file = make_bundle(tmp_path) / name
     file.unlink()
     os.mkfifo(file)
     assert f"{name} is a FIFO and not a regular file" in processes.refused(tmp_path)
 
 
-def test_a_server_starts_with_its_other_models_where_one_is_stuck(tmp_path):
+def test_a_server_starts_with_its_other_models_if_one_is_stuck(tmp_path):
     make_bundle(tmp_path)
     hanging_when_run(tmp_path, name="stuck")
     with processes.running(tmp_path, load_timeout_s=8) as server:
@@ -306,7 +317,7 @@ def has_ended(pid: int) -> bool:
     return state == "Z"
 
 
-def test_a_start_that_is_stuck_is_ended_by_a_signal_and_leaves_no_process(tmp_path):
+def test_a_signal_ends_a_start_that_is_stuck_and_no_process_is_left(tmp_path):
     hanging_when_run(tmp_path)
     server = subprocess.Popen(
         [sys.executable, *processes.SERVER],

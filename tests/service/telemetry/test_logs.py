@@ -1,4 +1,4 @@
-"""What a server process writes to stderr, by a real uvicorn."""
+"""The lines that a server process writes to stderr, with a real uvicorn."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ log.info("serving", port=listener.getsockname()[1])
 config = uvicorn.Config(application, log_config=None, access_log=False, reset_contextvars=True)
 uvicorn.Server(config).run(sockets=[listener])
 """
-TEXT = "a text that nobody but its owner should read"
+TEXT = "a private text"
 
 
-class Written:
-    """The lines that a process has written so far."""
+class Stderr:
+    """The lines that a process has written until now."""
 
     def __init__(self, stream) -> None:
         self.lines: list[str] = []
@@ -88,11 +88,11 @@ class Written:
                 with self._more:
                     self.lines.append(line)
                     self._more.notify_all()
-        except OSError:  # a terminal ends so
+        except OSError:  # how a terminal reports its end
             pass
 
     def line(self, words: str) -> str:
-        """The first line with these words, as soon as there is one."""
+        """The first line with these words. Waits until there is one."""
         with self._more:
             assert self._more.wait_for(
                 lambda: any(words in line for line in self.lines), timeout=30
@@ -104,107 +104,107 @@ class Written:
 
 
 @contextmanager
-def running(form: str, *, terminal: bool = False) -> Iterator[tuple[httpx.Client, Written]]:
+def running(form: str, *, terminal: bool = False) -> Iterator[tuple[httpx.Client, Stderr]]:
     master, slave = pty.openpty() if terminal else os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER, form], stderr=slave, stdin=subprocess.DEVNULL
     )
     os.close(slave)
     with os.fdopen(master, encoding="utf-8", errors="replace") as stream:
-        written = Written(stream)
+        stderr = Stderr(stream)
         try:
-            # a terminal's line has colours
-            plain = re.sub(r"\x1b\[[0-9;]*m", "", written.line("serving"))
+            # On a terminal lines have colours.
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr.line("serving"))
             port = re.search(r"port\W+(\d+)", plain)[1]
             with httpx.Client(
                 base_url=f"http://127.0.0.1:{port}", headers={"x-request-id": "mine"}
             ) as client:
-                yield client, written
+                yield client, stderr
         finally:
             process.kill()
             process.wait()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[httpx.Client, Written]]:
-    with running("json") as found:
-        yield found
+def server() -> Iterator[tuple[httpx.Client, Stderr]]:
+    with running("json") as client_and_stderr:
+        yield client_and_stderr
 
 
-def test_every_line_of_a_request_has_its_id_whoever_wrote_it(server):
-    client, written = server
+def test_all_lines_of_a_request_have_its_id_whatever_logger_wrote_them(server):
+    client, stderr = server
     client.post("/logs", json={"text": TEXT})
     for event, logger in (
         ("ours", "evalmode.service"),
         ("theirs", "a.library"),
         ("request", "evalmode.access"),
     ):
-        line = written.json(event)
+        line = stderr.json(event)
         assert (line["request_id"], line["logger"]) == ("mine", logger)
         assert line["level"]
         assert line["timestamp"].endswith("Z")
 
 
 def test_a_crash_is_one_line_with_its_traceback_and_the_id(server):
-    client, written = server
+    client, stderr = server
     assert client.post("/crash", json={"text": TEXT}).status_code == 500
-    line = written.json("request crashed")
+    line = stderr.json("request crashed")
     assert line["request_id"] == "mine"
     assert "ZeroDivisionError: a crash of the tests" in line["exception"]
-    assert sum("ZeroDivisionError" in line for line in written.lines) == 1
+    assert sum("ZeroDivisionError" in line for line in stderr.lines) == 1
 
 
-def test_what_uvicorn_itself_has_to_say_of_a_request_has_its_id(server):
-    client, written = server
+def test_uvicorns_own_line_about_a_request_has_its_id(server):
+    client, stderr = server
     assert client.get("/unfinished").status_code == 500
-    assert written.json("ASGI callable returned")["request_id"] == "mine"
+    assert stderr.json("ASGI callable returned")["request_id"] == "mine"
 
 
-def test_a_line_out_of_any_request_has_no_id(server):
-    _, written = server
-    assert "request_id" not in written.json("serving")
+def test_a_line_outside_of_requests_has_no_id(server):
+    _, stderr = server
+    assert "request_id" not in stderr.json("serving")
 
 
-def test_no_line_holds_what_was_asked(server):
-    client, written = server
+def test_no_line_has_the_text_of_a_request(server):
+    client, stderr = server
     client.post(
         "/logs?q=query-secret",
         json={"text": TEXT},
         headers={"x-request-id": "the-last", "x-api-key": "k" * 20},
     )
-    written.line("the-last")
-    everything = "".join(written.lines)
+    stderr.line("the-last")
+    everything = "".join(stderr.lines)
     assert not [secret for secret in (TEXT, "query-secret", "k" * 20) if secret in everything]
 
 
 def test_on_a_terminal_a_traceback_shows_no_values():
-    with running("auto", terminal=True) as (client, written):
+    with running("auto", terminal=True) as (client, stderr):
         client.post("/crash", json={"text": TEXT})
-        written.line("ZeroDivisionError: a crash of the tests")
+        stderr.line("ZeroDivisionError: a crash of the tests")
         client.post("/logs", json={"text": TEXT}, headers={"x-request-id": "the-last"})
-        written.line("the-last")
-        assert TEXT not in re.sub(r"\x1b\[[0-9;]*m", "", "".join(written.lines))
+        stderr.line("the-last")
+        assert TEXT not in re.sub(r"\x1b\[[0-9;]*m", "", "".join(stderr.lines))
 
 
-def test_lines_that_nobody_reads_are_lost_and_the_next_one_says_how_many():
+def test_lines_that_are_not_read_are_lost_and_the_next_one_says_how_many():
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream:
         handler = LineHandler(stream)
         os.set_blocking(reader, False)
 
-        def say(words: str) -> None:
+        def log(words: str) -> None:
             handler.emit(logging.LogRecord("a.library", logging.INFO, "", 0, words, None, None))
 
-        say("whole")
-        say("x" * 200_000)  # more than the pipe holds, so it is cut
+        log("whole")
+        log("x" * 200_000)  # more than the pipe holds, so it is cut
         for _ in range(2):
-            say("lost")
+            log("lost")
         read = os.read(reader, 1 << 20).decode()
         assert read.startswith("whole\nxxx")
         assert not read.endswith("\n")
-        say("heard again")
+        log("read again")
         lines = os.read(reader, 1 << 20).decode()
-        assert lines == "\n3 lines before this one were lost: nobody read them\nheard again\n"
+        assert lines == "\n3 lines before this one were lost: nothing read them\nread again\n"
     os.close(reader)
 
 
@@ -218,7 +218,7 @@ def test_a_process_whose_stderr_is_closed_goes_on():
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "went on\n"
 
 
-def test_a_violation_is_written_down_with_all_that_it_takes_to_do_it_again():
+def test_a_violation_is_logged_with_all_that_reproduces_it():
     bucket = Bucket(
         model="m",
         version="1",
@@ -232,8 +232,8 @@ def test_a_violation_is_written_down_with_all_that_it_takes_to_do_it_again():
         bucket=bucket,
         row_digest="r2 ids[1, 8]",
         batch_digests=("r1 ids[1, 8]", "r2 ids[1, 8]"),
-        place=1,
-        places=4,
+        position=1,
+        batch_size=4,
         expected_sha256="e",
         actual_sha256="a",
     )

@@ -1,4 +1,4 @@
-"""The figures, as Prometheus would read them, of one process and of several."""
+"""The metrics as Prometheus reads them, of a single process and of several."""
 
 from __future__ import annotations
 
@@ -51,10 +51,12 @@ def rows_of(*tokens: int) -> list[SimpleNamespace]:
 
 
 def one_row(bucket: Bucket) -> RanBatch:
-    return RanBatch(bucket=bucket, rows=rows_of(8), places=1, waited_s=(0.0,), run_s=0.1)
+    return RanBatch(bucket=bucket, rows=rows_of(8), size=1, waited_s=(0.0,), run_s=0.1)
 
 
-def shown(name: str = "languages", *, version: str = "1", digest: str = "d1") -> SimpleNamespace:
+def loaded_model(
+    name: str = "languages", *, version: str = "1", digest: str = "d1"
+) -> SimpleNamespace:
     return SimpleNamespace(name=name, version=version, digest=digest)
 
 
@@ -83,8 +85,8 @@ def violation() -> Violation:
         bucket=bucket_of(),
         row_digest="r2",
         batch_digests=("r1", "r2", "r3"),
-        place=1,
-        places=4,
+        position=1,
+        batch_size=4,
         expected_sha256="e",
         actual_sha256="a",
     )
@@ -111,7 +113,7 @@ def test_a_request_is_counted_by_route_method_and_status_and_timed_by_route():
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_a_reason_is_there_before_anything_was_rejected(reason):
+def test_each_reason_has_a_series_before_the_first_rejection(reason):
     assert value(Metrics(), "rejections_total", reason=reason) == 0
 
 
@@ -121,7 +123,7 @@ def test_a_batch_gives_its_rows_tokens_padding_waits_and_run_by_model_and_bucket
         RanBatch(
             bucket=bucket_of(),
             rows=rows_of(32, 16, 16),
-            places=4,
+            size=4,
             waited_s=(0.002, 0.02, 0.0),
             run_s=0.04,
         )
@@ -136,16 +138,16 @@ def test_a_batch_gives_its_rows_tokens_padding_waits_and_run_by_model_and_bucket
     assert value(metrics, "run_duration_seconds_sum", **labels) == 0.04
 
 
-def test_dropped_rows_are_counted_by_why():
+def test_dropped_rows_are_counted_by_reason():
     metrics = Metrics()
     metrics.rows_dropped("deadline", bucket_of(), 3)
     metrics.rows_dropped("deadline", bucket_of(), 2)
     assert value(metrics, "dropped_rows_total", model="languages", reason="deadline") == 5
 
 
-def test_every_counter_of_a_model_is_there_with_0_from_the_start():
+def test_all_counters_of_a_model_begin_at_0():
     metrics = Metrics()
-    metrics.show_models([shown()])
+    metrics.models_changed([loaded_model()])
     for reason in ("queue_full", "deadline", "cancelled", "failed"):
         assert value(metrics, "dropped_rows_total", model="languages", reason=reason) == 0
     for outcome in ("loaded", "unloaded", "refused"):
@@ -154,19 +156,19 @@ def test_every_counter_of_a_model_is_there_with_0_from_the_start():
         assert value(metrics, name, model="languages") == 0
 
 
-def test_what_happened_to_a_model_is_told_after_its_end():
+def test_swaps_of_a_model_are_reported_after_its_end():
     metrics = Metrics()
-    metrics.show_models([shown()])
-    metrics.show_models([])
+    metrics.models_changed([loaded_model()])
+    metrics.models_changed([])
     metrics.model_swapped("languages", "unloaded")
-    metrics.show_models([shown()])
-    metrics.show_models([])
+    metrics.models_changed([loaded_model()])
+    metrics.models_changed([])
     assert value(metrics, "model_swaps_total", model="languages", outcome="unloaded") == 1
     assert series(metrics, model="languages") == ["evalmode_model_swaps_total"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_that_was_asked_nothing_has_every_family_and_its_counters_are_0(bundle, workers):
+def test_a_new_server_has_all_families_and_its_counters_are_0(bundle, workers):
     with running(bundle, workers=workers) as server:
         text = httpx.get(f"{server.url}/metrics", timeout=30).text
     families = {family.name: family for family in parser.text_string_to_metric_families(text)}
@@ -186,18 +188,18 @@ def test_a_server_that_was_asked_nothing_has_every_family_and_its_counters_are_0
     assert all(sample.value == 0 for sample in families["evalmode_dropped_rows"].samples)
 
 
-def test_the_queue_is_what_the_engine_says_when_it_is_asked():
+def test_the_queue_metrics_are_the_load_of_the_engine():
     load = Load(waiting_rows=7, waiting_bytes=99, running_batches=2, parallel=2)
-    found = values(Metrics(), load=load)
-    nothing: frozenset[tuple[str, str]] = frozenset()
-    assert found["evalmode_queue_rows", nothing] == 7
-    assert found["evalmode_queue_bytes", nothing] == 99
-    assert found["evalmode_running_batches", nothing] == 2
+    series = values(Metrics(), load=load)
+    no_labels: frozenset[tuple[str, str]] = frozenset()
+    assert series["evalmode_queue_rows", no_labels] == 7
+    assert series["evalmode_queue_bytes", no_labels] == 99
+    assert series["evalmode_running_batches", no_labels] == 2
 
 
 def test_proofs_and_violations_are_counted():
     metrics = Metrics()
-    metrics.show_models([shown()])
+    metrics.models_changed([loaded_model()])
     assert value(metrics, "determinism_violations_total", model="languages") == 0
     metrics.proved(bucket_of(), None)
     metrics.proved(bucket_of(), violation())
@@ -205,11 +207,11 @@ def test_proofs_and_violations_are_counted():
     assert value(metrics, "determinism_violations_total", model="languages") == 1
 
 
-def test_a_new_version_takes_the_place_of_the_old_and_the_names_figures_go_on():
+def test_the_series_of_a_model_go_on_with_its_new_version():
     metrics = Metrics()
-    metrics.show_models([shown()])
+    metrics.models_changed([loaded_model()])
     metrics.batch_ran(one_row(bucket_of()))
-    metrics.show_models([shown(version="2", digest="d2")])
+    metrics.models_changed([loaded_model(version="2", digest="d2")])
     metrics.model_swapped("languages", "loaded")
     metrics.batch_ran(one_row(bucket_of()))
     assert value(metrics, "model_info", model="languages", version="1", digest="d1") is None
@@ -219,14 +221,14 @@ def test_a_new_version_takes_the_place_of_the_old_and_the_names_figures_go_on():
     assert value(metrics, "model_swaps_total", model="languages", outcome="loaded") == 1
 
 
-def test_the_series_of_a_model_that_is_gone_end_with_it_and_its_last_batch_brings_none_back():
+def test_the_series_of_an_unloaded_model_end_and_its_last_batch_creates_none():
     metrics = Metrics()
-    metrics.show_models([shown(), shown("other")])
+    metrics.models_changed([loaded_model(), loaded_model("other")])
     for model in ("languages", "other"):
         metrics.batch_ran(one_row(bucket_of(model)))
         metrics.proved(bucket_of(model), None)
         metrics.rows_dropped("cancelled", bucket_of(model), 1)
-    metrics.show_models([shown("other")])
+    metrics.models_changed([loaded_model("other")])
     metrics.batch_ran(one_row(bucket_of()))
     metrics.batch_ran(one_row(bucket_of(label="64")))
     metrics.proved(bucket_of(), None)
@@ -235,20 +237,20 @@ def test_the_series_of_a_model_that_is_gone_end_with_it_and_its_last_batch_bring
     assert value(metrics, "batch_rows_count", model="other", bucket="32") == 1
 
 
-def test_a_model_that_comes_back_is_counted_again():
+def test_a_model_that_is_loaded_again_is_counted_again():
     metrics = Metrics()
-    for models in ([shown()], [], [shown()]):
-        metrics.show_models(models)
+    for models in ([loaded_model()], [], [loaded_model()]):
+        metrics.models_changed(models)
     metrics.batch_ran(one_row(bucket_of()))
     assert value(metrics, "batch_rows_count", model="languages", bucket="32") == 1
 
 
-def test_models_that_come_and_go_while_batches_run_leave_no_series_behind():
+def test_models_that_are_loaded_and_unloaded_while_batches_run_leave_no_series():
     metrics = Metrics()
-    over = threading.Event()
+    is_over = threading.Event()
 
     def run_batches() -> None:
-        while not over.is_set():
+        while not is_over.is_set():
             metrics.batch_ran(one_row(bucket_of()))
             metrics.proved(bucket_of(), None)
 
@@ -256,16 +258,16 @@ def test_models_that_come_and_go_while_batches_run_leave_no_series_behind():
     for thread in threads:
         thread.start()
     for turn in range(101):
-        metrics.show_models([] if turn % 2 == 0 and turn else [shown()])
-    over.set()
+        metrics.models_changed([] if turn % 2 == 0 and turn else [loaded_model()])
+    is_over.set()
     for thread in threads:
         thread.join()
     assert series(metrics, model="languages") == []
 
 
-def test_openmetrics_is_given_to_who_accepts_it_and_is_well_formed():
+def test_a_client_that_accepts_openmetrics_gets_it_and_it_is_well_formed():
     metrics = Metrics()
-    metrics.show_models([shown()])
+    metrics.models_changed([loaded_model()])
     metrics.request_began()
     metrics.request_ended(
         route="/v1/predict", method="POST", status=200, duration_s=0.1, reason=None
@@ -288,23 +290,25 @@ def process_series(name: str, pid: int | None = None) -> tuple[str, frozenset[tu
     return name, frozenset([("pid", str(pid))] if pid else [])
 
 
-def test_a_process_alone_shows_what_it_takes_and_no_series_has_a_date_of_birth():
+def test_a_single_process_reports_its_resources_and_no_series_has_a_creation_time():
     metrics = Metrics()
     began_s = time.process_time()
-    found = values(metrics)
+    series = values(metrics)
     resident_bytes = resident_bytes_of(os.getpid())
-    assert found[process_series(RESIDENT)] == pytest.approx(resident_bytes, rel=0.2)
-    assert found[process_series("process_cpu_seconds_total")] >= began_s - 0.02
-    assert found[process_series("process_start_time_seconds")] < time.time()
-    assert found[process_series("process_max_fds")] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    files_before = found[process_series("process_open_fds")]
+    assert series[process_series(RESIDENT)] == pytest.approx(resident_bytes, rel=0.2)
+    assert series[process_series("process_cpu_seconds_total")] >= began_s - 0.02
+    assert series[process_series("process_start_time_seconds")] < time.time()
+    assert (
+        series[process_series("process_max_fds")] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    )
+    files_before = series[process_series("process_open_fds")]
     with Path(os.devnull).open():
         assert values(metrics)[process_series("process_open_fds")] == files_before + 1
     assert "_created" not in metrics.render("")[0].decode()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_shows_what_each_of_its_processes_takes(bundle, workers):
+def test_a_server_reports_the_resources_of_each_of_its_processes(bundle, workers):
     with running(bundle, workers=workers) as server:
         text = httpx.get(f"{server.url}/metrics", timeout=30).text
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
@@ -325,7 +329,7 @@ def test_a_server_shows_what_each_of_its_processes_takes(bundle, workers):
         assert {sample.labels.get("pid") for sample in longest} == set(pids)
 
 
-def test_a_worker_that_died_shows_no_figures_and_its_replacement_does(bundle):
+def test_a_dead_worker_has_no_series_and_its_replacement_has(bundle):
     with running(bundle, workers=2) as server:
         children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
         before = set(children.read_text().split())
@@ -342,7 +346,7 @@ def test_a_worker_that_died_shows_no_figures_and_its_replacement_does(bundle):
         assert before < shown_pids
 
 
-def test_how_late_the_event_loop_is_shows_how_long_it_was_blocked():
+def test_the_lag_of_the_event_loop_is_how_long_it_was_blocked():
     metrics = Metrics()
 
     async def blocked() -> None:
@@ -377,14 +381,14 @@ metrics = Metrics()
 old, new = (
     SimpleNamespace(name="languages", version=version, digest="d" + version) for version in "12"
 )
-metrics.show_models([old])
-metrics.show_models([new])
+metrics.models_changed([old])
+metrics.models_changed([new])
 bucket = Bucket(model="languages", version="2", label="32", positions=32, run=list, costs={1: 1.0})
 rows = [SimpleNamespace(tokens=8, nbytes=64)]
-metrics.batch_ran(RanBatch(bucket=bucket, rows=rows, places=1, waited_s=[0.001], run_s=0.1))
+metrics.batch_ran(RanBatch(bucket=bucket, rows=rows, size=1, waited_s=[0.001], run_s=0.1))
 metrics.request_began()
 metrics.watch(lambda: Load(waiting_rows=5, waiting_bytes=10, running_batches=1, parallel=1))
-print("told", flush=True)
+print("counted", flush=True)
 sys.stdin.readline()
 print(metrics.render("")[0].decode(), flush=True)
 sys.stdin.readline()
@@ -402,19 +406,19 @@ def worker(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_of_several_processes_whichever_is_asked_answers_for_all_and_the_dead_have_nothing_waiting(
+def test_each_process_reports_all_processes_and_dead_ones_have_no_waiting_rows(
     tmp_path,
 ):
     processes = [worker(tmp_path) for _ in range(2)]
     for process in processes:
-        assert process.stdout.readline() == "told\n"
+        assert process.stdout.readline() == "counted\n"
     processes[0].kill()
     processes[0].communicate()
     mark_process_dead(processes[0].pid, tmp_path)  # as the supervisor does
     text, _ = processes[1].communicate("\n\n", timeout=30)
     assert processes[1].returncode == 0
     lines = text.splitlines()
-    # counts of the dead stay
+    # The counts of a dead process stay.
     assert 'evalmode_batch_rows_count{bucket="32",model="languages"} 2.0' in lines
     assert "evalmode_queue_rows 5.0" in lines
     assert "evalmode_in_flight_requests 1.0" in lines

@@ -1,4 +1,4 @@
-"""What the log line of a request says of its time, from a real server."""
+"""The times in the log line of a request, from a real server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server(bundle: Path) -> Iterator[RunningServer]:
 
 
 def logged(server: RunningServer) -> dict[str, Any]:
-    """The next line of a request."""
+    """The next line about a request."""
     assert server.process.stderr is not None
     for text in server.process.stderr:
         line: dict[str, Any] = json.loads(text)
@@ -72,7 +72,7 @@ def test_a_line_says_which_model_answered_how_many_rows_and_where_the_time_went(
     assert post(server, path, body, content_type="application/json").status_code == 200
     line = logged(server)
     assert (line["model"], line["version"], line["rows"]) == ("tiny", "1", 2)
-    assert line["bucket"] == "16"  # the longer of its rows
+    assert line["bucket"] == "16"  # of the longer row
     assert line["run_ms"] > 0
     assert all(line[step] >= 0 for step in STEPS)
     assert sum(line[step] for step in STEPS) <= line["duration_ms"]
@@ -89,7 +89,7 @@ def test_a_stream_has_the_sums_of_its_lines(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "known"),
+    ("path", "body", "status", "fields"),
     [
         ("/v1/predict", b'{"inputs": []}', 422, set()),
         ("/v1/predict", b'{"inputs": ["a"], "model": "absent"}', 404, set()),
@@ -103,12 +103,12 @@ def test_a_stream_has_the_sums_of_its_lines(server: RunningServer) -> None:
         ),
     ],
 )
-def test_a_refused_request_has_the_steps_that_it_came_to(
-    server: RunningServer, path: str, body: bytes, status: int, known: set[str]
+def test_a_refused_request_has_the_steps_that_it_reached(
+    server: RunningServer, path: str, body: bytes, status: int, fields: set[str]
 ) -> None:
     assert post(server, path, body, content_type="application/json").status_code == status
     line = logged(server)
-    assert known == line.keys() & {"model", "version", "rows", "bucket", *STEPS}
+    assert fields == line.keys() & {"model", "version", "rows", "bucket", *STEPS}
 
 
 def test_other_requests_have_no_model(server: RunningServer) -> None:
@@ -118,7 +118,7 @@ def test_other_requests_have_no_model(server: RunningServer) -> None:
     assert "model" not in line
 
 
-def test_a_slow_request_is_logged_though_the_log_is_a_sample_and_a_stream_is_not(
+def test_slow_requests_are_logged_although_the_log_is_a_sample_but_slow_streams_are_not(
     bundle: Path,
 ) -> None:
     with running(bundle, access_log=0, slow_request_s=0.0001) as server:
@@ -129,15 +129,15 @@ def test_a_slow_request_is_logged_though_the_log_is_a_sample_and_a_stream_is_not
         assert line["rows"] == 2  # of the second request: the stream has no line
 
 
-def test_of_requests_that_waited_in_vain_the_line_says_how_long(
+def test_the_line_of_a_request_without_an_answer_says_how_long_it_waited(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     slow = make_bundle(tmp_path_factory.mktemp("moody"), model=moody_model(tiny_model(), SPEC))
     endless = json.dumps({"inputs": [ENDLESS]}).encode()
     with running(slow, access_log=1, parallel=1, slow_request_s=3600) as server:
         address = ("127.0.0.1", server.port)
-        with socket.create_connection(address) as running_for_ever:
-            running_for_ever.sendall(
+        with socket.create_connection(address) as endless_request:
+            endless_request.sendall(
                 b"POST /v1/predict HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
                 b"content-length: %d\r\n\r\n%s" % (len(endless), endless)
             )
@@ -166,7 +166,7 @@ def wait_for_run(server: RunningServer) -> None:
         assert time.monotonic() < deadline_s
 
 
-def test_timings_begin_at_their_first_use_and_are_empty_without_a_model() -> None:
+def test_timings_are_created_at_their_first_use_and_empty_without_a_model() -> None:
     scope: dict[str, Any] = {}
     assert fields_of(scope) == {}
     assert not is_streamed(scope)
@@ -176,7 +176,7 @@ def test_timings_begin_at_their_first_use_and_are_empty_without_a_model() -> Non
     assert fields_of(scope) == {}
 
 
-def test_steps_that_are_taken_again_add_up_and_the_longest_bucket_stays() -> None:
+def test_repeated_steps_add_up_and_the_longest_bucket_stays() -> None:
     timings = Timings()
     timings.model, timings.version = "m", "2"
     for positions in (8, 32, 16):

@@ -1,4 +1,4 @@
-"""Traces, as a real collector would get them."""
+"""Traces, as a real collector gets them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rows_of(count: int) -> list[SimpleNamespace]:
 
 
 class Collector:
-    """Takes spans as an OpenTelemetry collector does."""
+    """Receives spans as an OpenTelemetry collector does."""
 
     def __init__(self) -> None:
         self._requests: queue.Queue[tuple[str, bytes]] = queue.Queue()
@@ -64,8 +64,8 @@ class Collector:
         self.resource: dict[str, str] = {}
 
     def spans(self) -> list[Span]:
-        """What has come."""
-        found: list[Span] = []
+        """The spans that have arrived since the last call."""
+        spans: list[Span] = []
         while not self._requests.empty():
             path, body = self._requests.get()
             assert path == "/v1/traces"
@@ -73,8 +73,8 @@ class Collector:
                 self.resource = {
                     pair.key: pair.value.string_value for pair in part.resource.attributes
                 }
-                found += [span for scope in part.scope_spans for span in scope.spans]
-        return found
+                spans += [span for scope in part.scope_spans for span in scope.spans]
+        return spans
 
     def close(self) -> None:
         self._server.shutdown()
@@ -107,7 +107,7 @@ def attributes(span: Span) -> dict[str, Any]:
 
 
 class Log:
-    """Takes what is logged."""
+    """A logger that does nothing."""
 
     def info(self, event: str, **values: Any) -> None:
         """A line."""
@@ -144,7 +144,7 @@ def ask(app: Any, path: str, *, method: str = "POST", times: int = 1, **headers:
     asyncio.run(go())
 
 
-def test_without_an_endpoint_there_are_no_traces_and_nothing_that_makes_any_is_loaded():
+def test_without_an_endpoint_there_are_no_traces_and_no_tracing_package_is_imported():
     assert open_tracing(Settings()) is None
     program = (
         "import sys; from evalmode.service.settings import Settings; from evalmode.service.http"
@@ -157,17 +157,17 @@ def test_without_an_endpoint_there_are_no_traces_and_nothing_that_makes_any_is_l
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("OTEL_")
     }
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert not [
         package
         for package in ("sdk", "exporter", "instrumentation", "proto")
-        if f"'{package}'" in found.stdout
+        if f"'{package}'" in process.stdout
     ]
 
 
-def test_where_the_packages_are_missing_the_server_does_not_start_and_says_how_to_get_them(
+def test_without_the_packages_the_server_does_not_start_and_the_error_says_how_to_install_them(
     monkeypatch,
 ):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
@@ -176,7 +176,7 @@ def test_where_the_packages_are_missing_the_server_does_not_start_and_says_how_t
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1/traces"])
-def test_an_endpoint_is_a_base_and_may_name_the_path_of_traces(collector, suffix):
+def test_an_endpoint_is_a_base_url_and_may_include_the_path_of_traces(collector, suffix):
     tracing = opened(collector.url + suffix)
     ask(traced_app(tracing), "/v2/models/m/infer")
     assert tracing.close()
@@ -187,7 +187,7 @@ def test_an_endpoint_is_a_base_and_may_name_the_path_of_traces(collector, suffix
     ("variable", "path"),
     [("OTEL_EXPORTER_OTLP_ENDPOINT", ""), ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "/v1/traces")],
 )
-def test_opentelemetrys_own_variables_are_heard(collector, monkeypatch, variable, path):
+def test_opentelemetrys_own_variables_count(collector, monkeypatch, variable, path):
     monkeypatch.setenv(variable, collector.url + path)
     monkeypatch.setenv("OTEL_SERVICE_NAME", "by-the-environment")
     tracing = opened()
@@ -252,7 +252,7 @@ def test_the_wait_and_the_run_are_spans_in_the_request_one_after_the_other(colle
                 RanBatch(
                     bucket=BUCKET,
                     rows=[row, *others],
-                    places=4,
+                    size=4,
                     waited_s=(0.25, 0.75, 0.0),
                     run_s=0.5,
                 )
@@ -281,7 +281,7 @@ def test_the_wait_and_the_run_are_spans_in_the_request_one_after_the_other(colle
     }
 
 
-def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(collector):
+def test_two_requests_that_share_a_batch_have_their_own_spans(collector):
     tracing = opened(collector.url)
     gathered: list[Any] = []
     two_there = asyncio.Barrier(2)
@@ -290,11 +290,11 @@ def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(
         rows = rows_of(2)
         with tracing.following(rows):
             gathered.extend(rows)
-            if await two_there.wait() == 0:  # as the engine's thread would, out of any request
+            if await two_there.wait() == 0:  # in another thread, as the engine does
                 batch = RanBatch(
                     bucket=BUCKET,
                     rows=[gathered[0], gathered[2], gathered[1], gathered[3]],
-                    places=4,
+                    size=4,
                     waited_s=(0.5, 0.1, 0.2, 0.25),
                     run_s=1.0,
                 )
@@ -304,9 +304,9 @@ def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(
             await two_there.wait()
 
     ask(traced_app(tracing, answered), "/v2/models/m/infer", times=2)
-    # A batch that nobody follows any longer, as when its request met its deadline:
+    # A batch whose requests are done already, for example at their deadline.
     tracing.batch_ran(
-        RanBatch(bucket=BUCKET, rows=gathered, places=4, waited_s=(0.0,) * 4, run_s=1.0)
+        RanBatch(bucket=BUCKET, rows=gathered, size=4, waited_s=(0.0,) * 4, run_s=1.0)
     )
     assert tracing.close()
     spans = collector.spans()
@@ -320,7 +320,7 @@ def test_of_a_batch_that_the_rows_of_two_requests_shared_each_has_its_own_spans(
     assert {attributes(wait)["evalmode.rows"] for wait in waits} == {2}
 
 
-def test_what_is_logged_in_a_request_names_its_trace(collector):
+def test_log_lines_of_a_request_have_its_trace_id(collector):
     tracing = opened(collector.url)
     bound: list[dict[str, Any]] = []
 
@@ -335,7 +335,7 @@ def test_what_is_logged_in_a_request_names_its_trace(collector):
     assert bound[0]["trace_id"] == TRACE
 
 
-def test_a_collector_that_is_not_there_holds_up_neither_a_request_nor_the_end():
+def test_a_missing_collector_delays_neither_a_request_nor_the_end():
     tracing = opened("http://127.0.0.1:9")
     began = time.monotonic()
     ask(traced_app(tracing), "/v2/models/m/infer")
@@ -343,7 +343,7 @@ def test_a_collector_that_is_not_there_holds_up_neither_a_request_nor_the_end():
     assert time.monotonic() - began < 10
 
 
-def test_the_span_of_a_prediction_says_what_its_log_line_says(collector, bundle):
+def test_the_span_of_a_prediction_has_the_fields_of_its_log_line(collector, bundle):
     with serving(bundle, otlp_endpoint=collector.url) as served:
         content = b'{"inputs": ["a", "Dit is een zin van een paar woorden."]}'
         headers = {"content-type": "application/json"}
@@ -351,9 +351,9 @@ def test_the_span_of_a_prediction_says_what_its_log_line_says(collector, bundle)
         assert answer.status_code == 200
     spans = collector.spans()
     (server,) = (span for span in spans if span.kind == Span.SPAN_KIND_SERVER)
-    said = {name: value for name, value in attributes(server).items() if "evalmode." in name}
-    times = {name: said.pop(f"evalmode.{name}_ms") for name in TIMES}
-    assert said == {
+    fields = {name: value for name, value in attributes(server).items() if "evalmode." in name}
+    times = {name: fields.pop(f"evalmode.{name}_ms") for name in TIMES}
+    assert fields == {
         "evalmode.model": "tiny",
         "evalmode.version": "1",
         "evalmode.rows": 2,

@@ -1,9 +1,7 @@
-"""The rows that wait, most urgent first: a pure data structure, without threads and without a
-clock.
+"""The rows that wait, most urgent first: a pure data structure, without threads or a clock.
 
-Rows of one request in one bucket wait together, as a `Part`, because they have one urgency. So
-parts are sorted and removed, not single rows. What leaves is removed at once; nothing is marked and
-kept.
+The rows of one request in one bucket have one urgency, so they wait together as a `Part`. Parts are
+sorted and removed, not single rows. A part is removed at once, never marked and removed later.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from evalmode.service.batching.ticket import Part
 
 
 class _Line:
-    """The parts of one bucket, sorted, and the number of their rows."""
+    """The parts of one bucket, sorted by their order, and the number of their rows."""
 
     __slots__ = ("parts", "rows")
 
@@ -25,8 +23,11 @@ class _Line:
         self.rows = 0
 
 
-class Waiting:
-    """All that waits, by bucket, and how much: `rows` and `nbytes`."""
+class WaitingRows:
+    """All waiting rows by bucket, and their number and bytes: `rows` and `nbytes`.
+
+    Iterating gives the buckets in which rows wait.
+    """
 
     def __init__(self) -> None:
         self.rows = 0
@@ -34,7 +35,7 @@ class Waiting:
         self._lines: dict[Bucket, _Line] = {}
 
     def add(self, part: Part) -> None:
-        """Add a part; it has at least one row."""
+        """Add a part, which has at least one row."""
         assert part.rows, "a part that waits has rows"
         line = self._lines.get(part.bucket)
         if line is None:
@@ -43,24 +44,25 @@ class Waiting:
         self._count(line, rows=len(part.rows), nbytes=part.nbytes)
 
     def take(self, part: Part, count: int) -> list[tuple[int, Row]]:
-        """Remove the first `count` rows of a part, or all if there are fewer; each with its
-        place.
+        """Remove the first `count` rows of a part, or all if there are fewer.
+
+        Each row is returned with its position in the request.
         """
         if count >= len(part.rows):
-            rows = [(place, row) for place, row, _ in part.rows]
+            rows = [(position, row) for position, row, _ in part.rows]
             self.remove(part)
             return rows
         rows, nbytes = [], 0
         for _ in range(count):
-            place, row, size = part.rows.popleft()
-            rows.append((place, row))
-            nbytes += size
+            position, row, row_nbytes = part.rows.popleft()
+            rows.append((position, row))
+            nbytes += row_nbytes
         part.nbytes -= nbytes
         self._count(self._lines[part.bucket], rows=-count, nbytes=-nbytes)
         return rows
 
     def remove(self, part: Part) -> None:
-        """Remove a part; nothing happens where it does not wait (any more)."""
+        """Remove a part. Nothing happens if it does not wait (any more)."""
         line = self._lines.get(part.bucket)
         if line is None:
             return
@@ -71,11 +73,12 @@ class Waiting:
         self._count(line, rows=-len(part.rows), nbytes=-part.nbytes)
         part.rows.clear()
         part.nbytes = 0
+        # A bucket holds its model: an empty line would keep an unloaded model in memory.
         if not line.parts:
-            del self._lines[part.bucket]  # a bucket of a model that is gone must not be kept
+            del self._lines[part.bucket]
 
     def head(self, bucket: Bucket | None = None) -> Part | None:
-        """The most urgent part, of `bucket` or of all."""
+        """The most urgent part, of `bucket` or of all; None if nothing waits there."""
         if bucket is not None:
             line = self._lines.get(bucket)
             return line.parts[0] if line is not None else None
@@ -87,7 +90,6 @@ class Waiting:
         return line.rows if line is not None else 0
 
     def __iter__(self) -> Iterator[Bucket]:
-        """The buckets in which rows wait."""
         return iter(self._lines)
 
     def _count(self, line: _Line, *, rows: int, nbytes: int) -> None:
