@@ -108,7 +108,7 @@ def test_a_head_that_does_not_come_in_time_is_408(connect, sent):
     connection = connect()
     connection.sendall(sent)
     status, sentence = refusal(rest_of(connection))
-    assert (status, sentence) == (408, "no whole request head came within 0.6 s")
+    assert (status, sentence) == (408, "no complete request head arrived within 0.6 s")
     assert time.monotonic() - started >= HEAD_S
 
 
@@ -634,7 +634,7 @@ def test_a_client_of_the_tls_port_that_sends_nothing_is_closed_after_the_time_fo
     ):
         gone.close()
         half.sendall(b"G")
-        assert b"no whole request head came within 0.6 s" in rest_of(half)
+        assert b"no complete request head arrived within 0.6 s" in rest_of(half)
         assert rest_of(silent) == b""
 
 

@@ -45,7 +45,7 @@ from evalmode.service.errors import StartFailed
 from evalmode.service.process.signals import Signals
 
 with Signals() as signals:
-    signals.to(lambda number: None)
+    signals.send_to(lambda number: None)
     os.kill(os.getpid(), signal.SIGTERM)
 os.kill(os.getpid(), signal.SIGTERM)
 os.kill(os.getpid(), signal.SIGINT)

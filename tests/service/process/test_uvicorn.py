@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 
 from evalmode.service.process.connection import Connection
 from evalmode.service.process.graceful import GracefulServer
-from evalmode.service.process.lingering_close import Connections, EndingProtocol, Outlet
+from evalmode.service.process.lingering_close import Connections, LingeringProtocol, Outlet
 from evalmode.service.process.refusals import RefusingProtocol
 
 # What is overridden or called, with its parameters.
@@ -56,7 +56,6 @@ METHODS: dict[type, dict[str, list[str]]] = {
         "main_loop": [],
         "on_tick": ["counter"],
         "shutdown": ["sockets"],
-        "capture_signals": [],
     },
     ServerState: {"__init__": []},
     FlowControl: {"pause_reading": [], "resume_reading": []},
@@ -126,7 +125,7 @@ ARGUMENTS_OF_CONFIG = {
 }
 
 OURS: dict[type, list[type]] = {
-    HttpToolsProtocol: [EndingProtocol, RefusingProtocol, Connection],
+    HttpToolsProtocol: [LingeringProtocol, RefusingProtocol, Connection],
     uvicorn.Server: [GracefulServer],
     ServerState: [Connections],
 }

@@ -78,7 +78,7 @@ class Tiny:
         if path == "/kept":
             await asyncio.sleep(3600)
         if path == "/settings":
-            return 200, json.dumps(self.told).encode()
+            return 200, json.dumps(self.fields).encode()
         return 200, (body or b"pid %d" % os.getpid()) if path != "/large" else bytes(64_000_000)
 
 
@@ -97,12 +97,12 @@ def open_tiny(settings: Settings) -> Service:
     if mode == "slow":
         time.sleep(30)
     app = Tiny(settings)
-    app.told = {
+    app.fields = {
         "key": settings.api_keys.get_secret_value() if settings.api_keys else None,
         "folder": os.environ.get("PROMETHEUS_MULTIPROC_DIR"),
         "drain_s": settings.drain_s,
     }
-    return Service(app=app, health=app.health, told={"bundle": "tiny"})
+    return Service(app=app, health=app.health, log_fields={"bundle": "tiny"})
 
 
 if __name__ == "__main__":
