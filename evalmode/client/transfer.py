@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 
 from evalmode.client.answers_file import AnswersFile, Stdout
 from evalmode.errors import EvalmodeError
-from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, line_too_long, spell
+from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, encode_line, line_too_long
 from evalmode.terminal import open_console
 
 # A request fills no more than the server's window: its answers are read when all of it is sent.
@@ -175,7 +175,7 @@ class Transfer:
             if chunk.lines:
                 return await self.answerer.answer(chunk.lines, first=chunk.first)
             problem = line_too_long(_MAX_LINE_BYTES)
-            return [spell({"index": chunk.first, "error": problem})], None
+            return [encode_line({"index": chunk.first, "error": problem})], None
         finally:
             turns.release()
 

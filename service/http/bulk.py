@@ -29,8 +29,8 @@ from evalmode.service.ndjson import (
     Predicted,
     Splitter,
     answer_lines,
+    encode_line,
     line_too_long,
-    spell,
 )
 from evalmode.service.protocol.compression import Encoding, decompressed
 from evalmode.service.settings import setting_named
@@ -384,7 +384,7 @@ class _BulkResponse(Response):
             try:
                 body = await group.answers
             except NotReady as error:
-                last = spell({"error": str(error)})
+                last = encode_line({"error": str(error)})
                 break
             await self._send(send, body, more=True)
             self._window.leave(group)
@@ -394,7 +394,7 @@ class _BulkResponse(Response):
             if groups.bit_count() == 1:
                 inbox.look()
         if isinstance(group, str):
-            last = spell({"error": group})
+            last = encode_line({"error": group})
         await self._send(send, last, more=False)
 
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:

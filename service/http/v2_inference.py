@@ -90,7 +90,7 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
     try:
         jobs, truncated = model.text_rows(texts, truncate=request.truncate)
     except TextTooLong as error:
-        field = f"{text.field}.data.{error.place}"  # here the texts are the elements of a tensor
+        field = f"{text.field}.data.{error.index}"  # here the texts are the elements of a tensor
         raise BadRequest(f"{field} {error.problem}", field=field) from error
     return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
 

@@ -32,7 +32,7 @@ def test_a_splitter_keeps_nothing_of_a_line_that_is_too_long() -> None:
     splitter = Splitter(max_line_bytes=1000)
     for _ in range(100):
         assert list(splitter.feed(b"x" * 1000)) == []
-        assert sum(map(len, splitter._begun)) <= 1000
+        assert sum(map(len, splitter._pieces)) <= 1000
     assert list(splitter.feed(b"\nabc\n")) == [None, b"abc"]
 
 

@@ -344,7 +344,10 @@ def test_a_worker_that_is_stuck_leaves_new_connections_to_others_until_it_is_wel
         client.get("/stuck?5for6")
         assert client.get("/readyz").status_code == 503
         line = logged(server, "a worker is not ready")
-        assert (line["worker"], line["reason"]) == (stuck, "a batch runs 5.0 s longer than it may")
+        assert (line["worker"], line["reason"]) == (
+            stuck,
+            "a batch exceeds its time limit by 5.0 s",
+        )
         until(
             lambda: {asked(server) for _ in range(10)} == other,
             "the stuck worker takes connections",
@@ -369,7 +372,7 @@ def test_a_worker_that_is_stuck_for_good_ends_and_is_replaced_although_it_cannot
             client.get("/stuck?2for99")
         assert (
             logged(server, "leaving")["reason"]
-            == "a batch runs 2.0 s longer than it may: this process needs a restart"
+            == "a batch exceeds its time limit by 2.0 s: this process needs a restart"
         )
         line = logged(server, "a worker ended")
         assert (line["worker"], line["exit_code"]) == (stuck, 70)
