@@ -1,4 +1,4 @@
-"""Readiness and liveness of one process, with a batch that is stuck as long as the test says."""
+"""Readiness and liveness of one process, with a batch that is stuck for as long as a test sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences about bodies that are no JSON: each names the mistake, its place and the way out."""
+"""Sentences about bodies that are not JSON: the mistake, its position and the way out."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 from evalmode.service.errors import BadRequest
 from evalmode.service.strict_json import parse_json
 
-IS_NO_JSON = "the body is not valid JSON: "
+IS_NOT_JSON = "the body is not valid JSON: "
 
 
 def sentence_about(raw: bytes) -> str:
-    """The sentence without its beginning, which all have in common."""
+    """The sentence about a body, without the beginning that all share."""
     with pytest.raises(BadRequest) as refusal:
         parse_json(raw, subject="the body")
     sentence = str(refusal.value)
-    assert sentence.startswith(IS_NO_JSON)
-    return sentence.removeprefix(IS_NO_JSON)
+    assert sentence.startswith(IS_NOT_JSON)
+    return sentence.removeprefix(IS_NOT_JSON)
 
 
 def is_json(text: str) -> bool:
@@ -210,7 +210,7 @@ def is_json(text: str) -> bool:
         ),
     ],
 )
-def test_a_mistake_is_named_with_its_place_and_the_way_out(raw: bytes, sentence: str):
+def test_a_mistake_is_named_with_its_position_and_the_way_out(raw: bytes, sentence: str):
     assert sentence_about(raw) == sentence
 
 
@@ -226,24 +226,26 @@ def test_another_unicode_encoding_is_named_with_a_byte_order_mark_and_without(
     assert sentence_about(text.encode(encoding)) == sentence
 
 
-def test_another_encoding_of_one_byte_a_character_is_told_by_its_first_byte():
+def test_latin_1_is_refused_at_its_first_byte_that_is_not_utf_8():
     assert sentence_about('["é"]'.encode("latin-1")) == (
         "it is not UTF-8, the byte 0xe9 at position 2 does not begin a character: send UTF-8"
     )
 
 
 def test_every_broken_body_has_a_sentence_of_the_same_form():
-    """Each character of a body is left out, doubled, or has a stranger before it."""
+    """Each character of a body is removed, doubled, or preceded by another one."""
     body = '{"a": [1, -2.5e3, "b\\n", true, null, {}], "c": {"d": "é"}}'
     form = re.compile(r"[^:]+, at (line \d+, )?character \d+: [^:]+", re.DOTALL)
     broken = 0
-    for place in range(len(body) + 1):
+    for index in range(len(body) + 1):
         variants = [
-            body[:place],
-            body[:place] + body[place + 1 :],
-            body[: place + 1] + body[place:],
+            body[:index],
+            body[:index] + body[index + 1 :],
+            body[: index + 1] + body[index:],
         ]
-        variants += [body[:place] + stranger + body[place:] for stranger in "'`.+-x0,:;]}\\\n\0/#"]
+        variants += [
+            body[:index] + character + body[index:] for character in "'`.+-x0,:;]}\\\n\0/#"
+        ]
         for variant in variants:
             if variant and not is_json(variant):
                 sentence = sentence_about(variant.encode())
@@ -258,7 +260,7 @@ def test_a_long_number_is_cut_and_named_from_its_first_digit():
     assert sentence.startswith(f"the number {'9' * 30}... is not a JSON number, at character 5:")
 
 
-def test_a_constant_within_a_string_is_passed_over_however_it_is_written():
+def test_a_constant_within_a_string_is_ignored():
     raw = rb'{"NaN": "NaN \"NaN\" \\", "b": -Infinity}'
     assert sentence_about(raw) == (
         "-Infinity is not a JSON number, at character 32: send a finite number"

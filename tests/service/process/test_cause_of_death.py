@@ -1,4 +1,4 @@
-"""What is said of a process that ended, by its exit code and by made-up files of the kernel."""
+"""The cause of a process's end, by its exit code and by made-up files of the kernel."""
 
 from __future__ import annotations
 
