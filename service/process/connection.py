@@ -19,6 +19,8 @@ these private parts are overridden:
   `on_message_complete`;
 - `on_response_complete`, which a request's cycle calls, and `timeout_keep_alive_handler`.
 
+A cycle (`RequestResponseCycle`) is uvicorn's object for one request and its answer.
+
 tests/service/process/test_uvicorn.py lists every part that is used, and fails if one is missing.
 """
 

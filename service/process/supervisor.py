@@ -197,7 +197,9 @@ class Supervisor:
         worker.writer.close()
         if self._metrics_folder is not None:
             # Removes its gauges, which would otherwise still count.
-            mark_process_dead(worker.process.pid, self._metrics_folder)  # type: ignore[no-untyped-call]
+            mark_process_dead(  # type: ignore[no-untyped-call]
+                worker.process.pid, self._metrics_folder
+            )
         self._send_ready_counts()
 
         cause = worker.refusal or cause_of_death(
