@@ -247,7 +247,7 @@ class Acceptor:
             self._on_refusal("too_many_connections")
             with connection, contextlib.suppress(OSError):
                 connection.setblocking(False)
-                # TLS has no words for this before its handshake.
+                # Before its handshake, TLS can carry no answer.
                 if not self._tls:
                     # Unread bytes would turn the close into a reset.
                     with contextlib.suppress(BlockingIOError):
