@@ -1,5 +1,4 @@
-"""How often a running server is right on a file of labelled texts, and how sure it is. Talks HTTP
-only.
+"""Measures the accuracy of a running server on files of labelled texts, and how sure it is.
 
     python bench/accuracy.py http://localhost:8000 sentences.jsonl
 
@@ -18,13 +17,18 @@ from rich.progress import track
 from rich.table import Table
 
 TEXTS_A_REQUEST = 200
-SURE = 0.9
+# Predictions with this score or more count as sure.
+SURE_SCORE = 0.9
 
 
 def main(url: str, *files: str) -> None:
-    """Measure and print, a line a file."""
+    """Measure and print, with a line for each file."""
     table = Table(
-        "file", "texts", "accuracy", f"accuracy at score >= {SURE}", "share of texts at that score"
+        "file",
+        "texts",
+        "accuracy",
+        f"accuracy at score >= {SURE_SCORE}",
+        "share of texts at that score",
     )
     with httpx.Client(base_url=url, timeout=60) as client:
         for file in files:
@@ -34,21 +38,20 @@ def main(url: str, *files: str) -> None:
                 range(0, len(rows), TEXTS_A_REQUEST), description=file, transient=True
             ):
                 texts = [row["text"] for row in rows[first : first + TEXTS_A_REQUEST]]
-                answer = client.post("/v1/predict", json={"inputs": texts, "top_k": 1})
-                answers += answer.raise_for_status().json()["predictions"]
-            right = [
-                answer["label"] == row["label"] for answer, row in zip(answers, rows, strict=True)
-            ]
-            sure = [
-                hit for hit, answer in zip(right, answers, strict=True) if answer["score"] >= SURE
-            ]
-            among_sure = f"{sum(sure) / len(sure):.4f}" if sure else "none"
+                response = client.post("/v1/predict", json={"inputs": texts, "top_k": 1})
+                answers += response.raise_for_status().json()["predictions"]
+            hits, sure_hits = [], []
+            for answer, row in zip(answers, rows, strict=True):
+                hits.append(answer["label"] == row["label"])
+                if answer["score"] >= SURE_SCORE:
+                    sure_hits.append(hits[-1])
+            sure_accuracy = f"{sum(sure_hits) / len(sure_hits):.4f}" if sure_hits else "none"
             table.add_row(
                 Path(file).name,
                 str(len(rows)),
-                f"{sum(right) / len(right):.4f}",
-                among_sure,
-                f"{len(sure) / len(rows):.3f}",
+                f"{sum(hits) / len(hits):.4f}",
+                sure_accuracy,
+                f"{len(sure_hits) / len(rows):.3f}",
             )
     Console().print(table)
 

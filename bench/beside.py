@@ -1,8 +1,10 @@
-"""How long `/livez` takes beside requests of a megabyte: `python bench/beside.py BUNDLE...`.
+"""Measures how long `/livez` takes beside requests of a megabyte.
 
-A kind of request is asked by one client and by four at once, again and again, while `/livez` is
-asked every 5 ms on a connection of its own. A probe waits for the event loop, so its slowest answer
-shows how long anything else does. Talks HTTP only.
+    python bench/beside.py BUNDLE...
+
+One client, and then four at once, repeat one kind of request. Meanwhile a separate connection asks
+`/livez` every 5 ms. A probe waits for the event loop, so the slowest one shows the longest pause of
+the loop.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ KINDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Milliseconds of the probe and of the request, and how often each was asked."""
+    """The milliseconds of the probes and of the requests, and how many requests there were."""
 
     median_ms: float
     p99_ms: float
@@ -70,39 +72,39 @@ class Figures:
 
 
 async def measure(url: str, kind: Kind, *, clients: int) -> Figures:
-    """The probe's times beside so many clients that ask for SECONDS."""
-    until = time.perf_counter() + SECONDS
-    probes: list[float] = []
-    requests: list[float] = []
+    """The times of the probes beside `clients` clients that send requests for SECONDS."""
+    deadline = time.perf_counter() + SECONDS
+    probes_ms: list[float] = []
+    requests_ms: list[float] = []
 
     async def client(session: aiohttp.ClientSession) -> None:
-        while time.perf_counter() < until:
-            began = time.perf_counter()
+        while time.perf_counter() < deadline:
+            started = time.perf_counter()
             async with session.post(
                 "/v1/predict", data=kind.body, headers={"content-type": kind.media_type}
-            ) as answer:
-                await answer.read()
-            requests.append(1000 * (time.perf_counter() - began))
+            ) as response:
+                await response.read()
+            requests_ms.append(1000 * (time.perf_counter() - started))
 
     async def probe(session: aiohttp.ClientSession) -> None:
-        while time.perf_counter() < until:
-            began = time.perf_counter()
-            async with session.get("/livez") as answer:
-                await answer.read()
-                answer.raise_for_status()
-            probes.append(1000 * (time.perf_counter() - began))
+        while time.perf_counter() < deadline:
+            started = time.perf_counter()
+            async with session.get("/livez") as response:
+                await response.read()
+                response.raise_for_status()
+            probes_ms.append(1000 * (time.perf_counter() - started))
             await asyncio.sleep(PAUSE_S)
 
     async with aiohttp.ClientSession(url) as session:
         await asyncio.gather(probe(session), *(client(session) for _ in range(clients)))
-    probes.sort()
-    requests.sort()
+    probes_ms.sort()
+    requests_ms.sort()
     return Figures(
-        median_ms=probes[len(probes) // 2],
-        p99_ms=probes[int(0.99 * len(probes))],
-        slowest_ms=probes[-1],
-        request_ms=requests[len(requests) // 2],
-        requests=len(requests),
+        median_ms=probes_ms[len(probes_ms) // 2],
+        p99_ms=probes_ms[int(0.99 * len(probes_ms))],
+        slowest_ms=probes_ms[-1],
+        request_ms=requests_ms[len(requests_ms) // 2],
+        requests=len(requests_ms),
     )
 
 

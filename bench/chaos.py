@@ -1,16 +1,17 @@
-"""Every answer under chaos against the answer computed alone, bit for bit: `python bench/chaos.py
-BUNDLE`.
+"""Compares every answer under chaos with the answer to the text alone, bit for bit.
 
-A server of several workers is asked random mixtures of texts, in random numbers, by a random number
-of clients, while its model is swapped for the same one and its workers are killed. Exit code 1 for
-a single wrong or missing answer. Talks HTTP only, but for the answers alone: those come from the
-predictor of `evalmode predict`.
+    python bench/chaos.py BUNDLE
+
+A random number of clients sends random mixtures of texts to a server of several workers. Meanwhile
+the model is swapped for the same one, and workers are killed. The exit code is 1 after a single
+wrong or missing answer. The expected answers come from the predictor of `evalmode predict`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from rich.table import Table
 from evalmode.bundle.store import find_bundle
 from evalmode.service.predictor import Predictor
 
-TEXTS = 400
+TEXT_COUNT = 400
 CLIENTS = 256
 WORDS = (
     "Ez",
@@ -54,134 +55,131 @@ WORDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Chaos:
-    """One run: where it is asked, what must come out, and what came."""
+    """One run: the server, the texts with their expected answers as JSON, and the counts."""
 
     url: str
     texts: list[str]
-    alone: list[str]
-    chance: random.Random
+    expected: list[str]
+    rng: random.Random
     counts: Counter[str] = field(default_factory=Counter)
     clients: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CLIENTS))
 
-    async def ask(self, client: httpx.AsyncClient, places: list[int]) -> None:
-        """One request, until it is answered; a worker that was killed, or a full queue, makes it
-        come again.
+    async def ask(self, client: httpx.AsyncClient, indices: list[int]) -> None:
+        """Send the texts at `indices` in one request, and compare the answers.
+
+        The request is repeated after a killed worker, and after a full queue.
         """
-        body = json.dumps({"inputs": [self.texts[place] for place in places]})
+        body = json.dumps({"inputs": [self.texts[index] for index in indices]})
         async with self.clients:
             while True:
                 try:
-                    answer = await client.post(f"{self.url}/v1/predict", content=body)
+                    response = await client.post(f"{self.url}/v1/predict", content=body)
                 except httpx.TransportError:
                     self.counts["connections lost to a killed worker"] += 1
                     continue
-                if answer.status_code != 503:
+                if response.status_code != 503:
                     break
                 self.counts["refused with Retry-After"] += 1
-                await asyncio.sleep(float(answer.headers["retry-after"]) * self.chance.random())
+                await asyncio.sleep(float(response.headers["retry-after"]) * self.rng.random())
         self.counts["requests"] += 1
-        if answer.status_code != 200:
-            self.counts[f"status {answer.status_code}"] += 1
+        if response.status_code != 200:
+            self.counts[f"status {response.status_code}"] += 1
             return
-        for place, found in zip(places, answer.json()["predictions"], strict=True):
+        for index, prediction in zip(indices, response.json()["predictions"], strict=True):
             self.counts["answers"] += 1
-            self.counts["wrong answers"] += json.dumps(found) != self.alone[place]
+            self.counts["wrong answers"] += json.dumps(prediction) != self.expected[index]
 
 
-def some_texts(chance: random.Random) -> list[str]:
-    """Texts of every length, empty and far too long ones among them."""
-    lengths = [chance.choice((1, 3, 8, 20, 60)) for _ in range(TEXTS - 2)]
-    return [
-        "",
-        "x" * 5_000,
-        *(" ".join(chance.choices(WORDS, k=chance.randint(1, length))) for length in lengths),
-    ]
+def random_texts(rng: random.Random) -> list[str]:
+    """Texts of many lengths. One is empty, and one is far too long."""
+    lengths = [rng.choice((1, 3, 8, 20, 60)) for _ in range(TEXT_COUNT - 2)]
+    phrases = [" ".join(rng.choices(WORDS, k=rng.randint(1, length))) for length in lengths]
+    return ["", "x" * 5_000, *phrases]
 
 
-def answered_alone(bundle: Path, texts: list[str]) -> list[str]:
-    """The answer to each text when nothing else is asked, as the server would write it."""
+def answers_alone(bundle: Path, texts: list[str]) -> list[str]:
+    """The answer to each text alone, as the JSON that a server would write."""
+    answers = []
     with Predictor.open(bundle, parallel=1) as predictor:
-        found = [predictor.predict([text])[0] for text in texts]
-    return [
-        json.dumps(
-            {
-                "label": one.label,
-                "score": one.score,
-                "truncated": one.truncated,
-                "top": [{"label": scored.label, "score": scored.score} for scored in one.top],
+        for text in texts:
+            (prediction,) = predictor.predict([text])
+            answer = {
+                "label": prediction.label,
+                "score": prediction.score,
+                "truncated": prediction.truncated,
+                "top": [
+                    {"label": scored.label, "score": scored.score} for scored in prediction.top
+                ],
             }
-        )
-        for one in found
-    ]
+            answers.append(json.dumps(answer))
+    return answers
 
 
-async def disturbances(chaos: Chaos, model: Path, pid: int) -> None:
-    """Swap the model, and kill a worker, again and again."""
-    for turn in range(1_000_000):
-        await asyncio.sleep(1 + 2 * chaos.chance.random())
-        os.utime(model)  # the same bytes, newly written: every worker opens them again
+async def disturb(chaos: Chaos, model: Path, pid: int) -> None:
+    """Swap the model, and kill a worker at every third swap, for ever."""
+    for swap in itertools.count(1):
+        await asyncio.sleep(1 + 2 * chaos.rng.random())
+        # The file has a new time: every worker opens the same bytes again.
+        os.utime(model)
         chaos.counts["hot swaps"] += 1
-        if turn % 3 == 2:
-            listing = Path(f"/proc/{pid}/task/{pid}/children")
-            children = listing.read_text().split()  # noqa: ASYNC240 - /proc answers at once
-            if len(children) > 1:
-                os.kill(int(chaos.chance.choice(children)), signal.SIGKILL)
+        if swap % 3 == 2:
+            children = Path(f"/proc/{pid}/task/{pid}/children")
+            workers = children.read_text().split()  # noqa: ASYNC240 - /proc answers at once
+            if len(workers) > 1:
+                os.kill(int(chaos.rng.choice(workers)), signal.SIGKILL)
                 chaos.counts["workers killed"] += 1
 
 
 async def storm(chaos: Chaos, *, answers: int, model: Path, pid: int) -> None:
-    """Ask until so many answers came."""
+    """Send requests until there are so many answers."""
     limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
     async with httpx.AsyncClient(timeout=60, limits=limits) as client:
-        disturbing = asyncio.create_task(disturbances(chaos, model, pid))
+        disturbing = asyncio.create_task(disturb(chaos, model, pid))
         with Progress(transient=True) as progress:
             bar = progress.add_task("answers", total=answers)
             while chaos.counts["answers"] < answers:
-                at_once = chaos.chance.randint(1, CLIENTS)
-                rows = [chaos.chance.choice((1, 1, 1, 2, 5, 17, 64)) for _ in range(at_once)]
-                await asyncio.gather(
-                    *(
-                        chaos.ask(client, chaos.chance.choices(range(len(chaos.texts)), k=count))
-                        for count in rows
-                    )
-                )
+                request_count = chaos.rng.randint(1, CLIENTS)
+                row_counts = [
+                    chaos.rng.choice((1, 1, 1, 2, 5, 17, 64)) for _ in range(request_count)
+                ]
+                requests = [
+                    chaos.ask(client, chaos.rng.choices(range(len(chaos.texts)), k=row_count))
+                    for row_count in row_counts
+                ]
+                await asyncio.gather(*requests)
                 progress.update(bar, completed=chaos.counts["answers"])
         disturbing.cancel()
         await asyncio.gather(disturbing, return_exceptions=True)
 
 
 def main() -> int:
-    """Run, and show what was counted."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("bundle", type=Path)
-    options.add_argument("--answers", type=int, default=100_000)
-    options.add_argument("--workers", type=int, default=2)
-    options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
-    asked = options.parse_args()
-    chance = random.Random(asked.seed)
-    texts = some_texts(chance)
+    """Run, and print the counts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--answers", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    texts = random_texts(rng)
+    flags = ("--workers", str(arguments.workers), "--poll-s", "0.2", "--access-log", "0")
     with tempfile.TemporaryDirectory() as root:
         bundle = Path(root) / "model" / "1"
-        shutil.copytree(find_bundle(asked.bundle), bundle)
-        alone = answered_alone(bundle, texts)
-        with served(
-            root, "--workers", str(asked.workers), "--poll-s", "0.2", "--access-log", "0"
-        ) as server:
-            chaos = Chaos(url=server.url, texts=texts, alone=alone, chance=chance)
-            asyncio.run(
-                storm(
-                    chaos,
-                    answers=asked.answers,
-                    model=bundle / "model.onnx",
-                    pid=server.process.pid,
-                )
-            )
-            failures = chaos.counts["wrong answers"] + sum(
-                count for name, count in chaos.counts.items() if name.startswith("status")
-            )
-    table = Table("", "count", title=f"chaos of seed {asked.seed}", title_justify="left")
+        shutil.copytree(find_bundle(arguments.bundle), bundle)
+        expected = answers_alone(bundle, texts)
+        with served(root, *flags) as server:
+            chaos = Chaos(url=server.url, texts=texts, expected=expected, rng=rng)
+            model, pid = bundle / "model.onnx", server.process.pid
+            asyncio.run(storm(chaos, answers=arguments.answers, model=model, pid=pid))
+
+    failures = chaos.counts["wrong answers"]
+    table = Table("", "count", title=f"chaos of seed {arguments.seed}", title_justify="left")
     for name, count in sorted(chaos.counts.items()):
         table.add_row(name, f"{count:,}")
+        if name.startswith("status"):
+            failures += count
     Console().print(table)
     return 1 if failures else 0
 

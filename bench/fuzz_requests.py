@@ -1,9 +1,8 @@
-"""Requests that were good once, and what mistaken and malicious clients make of them: what
-`bench/fuzz.py` sends.
+"""The requests that `bench/fuzz.py` sends: good ones, and good ones with mistakes in them.
 
-Bodies of the Open Inference Protocol, our own JSON and streams of lines, with something wrong in
-the tensors, the JSON, the raw bytes, the compression or the HTTP around them. Knows no socket; the
-same chance makes the same requests.
+The bodies are those of the Open Inference Protocol, our own JSON, and streams of lines. A mistake
+is in the tensors, the JSON, the raw bytes, the compression or the HTTP around them. The same random
+generator makes the same requests.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ TEXTS = [
     "x" * 5_000,
 ]
 
-# What is put into the place of something good.
+# Values that replace good ones.
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 0.5, 1e308, 2**31, 2**63, -(2**63) - 1, 10**400, "", "x", "\ud83d",
     "\0", "FP16", [], [[]], [[[]]] * 9, {}, {"a": 1}, [0], [-1], [2**62] * 32, "9" * 999,
@@ -85,25 +84,25 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def bombs() -> list[tuple[str, bytes]]:
-    """Bodies of some 64 KB that unfold to 64 MB, and one that unfolds to another."""
+def make_bombs() -> list[tuple[str, bytes]]:
+    """Encodings and bodies of about 64 KB that decompress to 64 MB; the last one twice."""
     zeros, spaces, nested = bytes(BOMB_BYTES), b" " * BOMB_BYTES, b"[" * BOMB_BYTES
-    packed = [
-        ("gzip", gzip.compress(zeros)),
+    packed_zeros = gzip.compress(zeros)
+    return [
+        ("gzip", packed_zeros),
         ("deflate", zlib.compress(spaces)),
         ("gzip", gzip.compress(nested)),
-    ]
-    return [
-        *packed,
         ("deflate", zlib.compress(zeros, wbits=-15)),
-        ("gzip", gzip.compress(packed[0][1])),
+        ("gzip", gzip.compress(packed_zeros)),
     ]
 
 
 @dataclass(kw_only=True)
 class Request:
-    """What is sent; `framing` is how its end is told, and `known` whose answer must be the one from
-    before.
+    """A request.
+
+    `framing` is how it declares its end, one of FRAMINGS or "length". Requests with the same
+    `answer_key` must always get the same answer.
     """
 
     path: str
@@ -111,18 +110,18 @@ class Request:
     headers: dict[str, str] = field(default_factory=dict)
     method: str = "POST"
     framing: str = "length"
-    known: str | None = None
+    answer_key: str | None = None
 
     @property
-    def late(self) -> bool:
-        """Whether the server has to wait for more."""
+    def is_incomplete(self) -> bool:
+        """Whether the server has to wait for more bytes, which never arrive."""
         return self.framing in ("longer", "unended")
 
-    def sent(self, chance: random.Random) -> bytes:
+    def encode(self, rng: random.Random) -> bytes:
         """The bytes on the wire."""
         length, body, headers = len(self.body), self.body, {"host": "x", **self.headers}
         if self.framing in ("chunked", "unended", "both", "chunks spoilt"):
-            cuts = sorted(chance.randrange(length + 1) for _ in range(chance.randint(0, 5)))
+            cuts = sorted(rng.randrange(length + 1) for _ in range(rng.randint(0, 5)))
             parts = [
                 body[start:end] for start, end in zip([0, *cuts], [*cuts, length], strict=True)
             ]
@@ -130,15 +129,15 @@ class Request:
             body += b"" if self.framing == "unended" else b"0\r\n\r\n"
             headers["transfer-encoding"] = "chunked"
         if self.framing == "chunks spoilt":
-            body = chance.choice(CHUNKS) + body
+            body = rng.choice(CHUNKS) + body
         if self.framing not in ("chunked", "unended", "chunks spoilt", "none"):
-            wrong = {
-                "longer": length + chance.randint(1, 99),
-                "shorter": chance.randrange(length + 1),
+            wrong_lengths = {
+                "longer": length + rng.randint(1, 99),
+                "shorter": rng.randrange(length + 1),
             }
-            headers["content-length"] = str(wrong.get(self.framing, length))
+            headers["content-length"] = str(wrong_lengths.get(self.framing, length))
         if self.framing == "no length":
-            headers["content-length"] = chance.choice(LENGTHS[1:])
+            headers["content-length"] = rng.choice(LENGTHS[1:])
         head = [
             f"{self.method} {self.path} HTTP/1.1",
             *(f"{name}: {value}" for name, value in headers.items()),
@@ -150,7 +149,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model that is served, and what goes into it."""
+    """A model of the server, with the metadata of its inputs."""
 
     name: str
     inputs: list[dict[str, Any]]
@@ -159,201 +158,199 @@ class Model:
     def reads_texts(self) -> bool:
         return any(tensor["name"] == "text" for tensor in self.inputs)
 
-    def good(self, chance: random.Random) -> tuple[dict[str, Any], bytes]:
-        """A good request of the protocol, and the raw tensors behind it."""
-        texts = self.reads_texts and chance.random() < 0.5
-        rows, free = chance.choice((1, 1, 2, 3, 8, 300)), chance.randint(1, 8)
+    def good(self, rng: random.Random) -> tuple[dict[str, Any], bytes]:
+        """A good request of the protocol, and the raw tensors that follow its JSON."""
+        texts = self.reads_texts and rng.random() < 0.5
+        rows, free = rng.choice((1, 1, 2, 3, 8, 300)), rng.randint(1, 8)
         tensors, raw = [], b""
         for spec in self.inputs:
             if self.reads_texts and (spec["name"] == "text") != texts:
                 continue
-            sizes = [rows if place == 0 else free for place in range(len(spec["shape"]))]
-            shape = [
-                size if given == -1 else given
-                for given, size in zip(spec["shape"], sizes, strict=True)
-            ]
-            tensor, packed = tensor_of(spec, shape, chance)
+            # The first axis is the batch; every other free axis has the same size.
+            shape = []
+            for axis, size in enumerate(spec["shape"]):
+                if size != -1:
+                    shape.append(size)
+                elif axis == 0:
+                    shape.append(rows)
+                else:
+                    shape.append(free)
+            tensor, tensor_bytes = tensor_of(spec, shape, rng)
             tensors.append(tensor)
-            raw += packed
-        found = {
+            raw += tensor_bytes
+        request = {
             "id": "7",
             "inputs": tensors,
-            "parameters": {"binary_data_output": chance.random() < 0.3},
+            "parameters": {"binary_data_output": rng.random() < 0.3},
         }
-        return found, raw
+        return request, raw
 
 
 def tensor_of(
-    spec: dict[str, Any], shape: list[int], chance: random.Random
+    spec: dict[str, Any], shape: list[int], rng: random.Random
 ) -> tuple[dict[str, Any], bytes]:
-    """A tensor with its elements in JSON, or raw behind it."""
+    """A tensor with its elements in the JSON, or as raw bytes after it."""
     count, datatype = math.prod(shape), spec["datatype"]
     tensor: dict[str, Any] = {"name": spec["name"], "datatype": datatype, "shape": shape}
     if datatype == "BYTES":
-        values: list[Any] = [chance.choice(TEXTS) for _ in range(count)]
+        values: list[Any] = [rng.choice(TEXTS) for _ in range(count)]
         raw = b"".join(len(text.encode()).to_bytes(4, "little") + text.encode() for text in values)
     else:
-        array = np.array([chance.randint(0, 1) for _ in range(count)]).astype(DTYPES[datatype])
+        array = np.array([rng.randint(0, 1) for _ in range(count)]).astype(DTYPES[datatype])
         values, raw = array.tolist(), array.tobytes()
-    if chance.random() < 0.5:
+    if rng.random() < 0.5:
         tensor["parameters"] = {"binary_data_size": len(raw)}
         return tensor, raw
     tensor["data"] = values
     return tensor, b""
 
 
-def mutated(found: Any, chance: random.Random) -> Any:
-    """The JSON value with something in it replaced, removed, doubled or added."""
-    if chance.random() < 0.2 or not isinstance(found, dict | list) or not found:
-        return chance.choice(ODD)
-    found = dict(found) if isinstance(found, dict) else list(found)
-    key = chance.choice(list(found) if isinstance(found, dict) else range(len(found)))
-    how = chance.random()
+def mutate(value: Any, rng: random.Random) -> Any:
+    """The JSON value with one thing in it replaced, removed, doubled or added."""
+    if rng.random() < 0.2 or not isinstance(value, dict | list) or not value:
+        return rng.choice(ODD)
+    value = dict(value) if isinstance(value, dict) else list(value)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    how = rng.random()
     if how < 0.15:
-        del found[key]
+        del value[key]
+    elif how < 0.25 and isinstance(value, list):
+        value.append(value[key])
     elif how < 0.25:
-        if isinstance(found, list):
-            found.append(found[key])
-        else:
-            found[
-                chance.choice(
-                    ["data", "shape", "parameters", "outputs", "shared_memory_region", "id"]
-                )
-            ] = found[key]
+        names = ["data", "shape", "parameters", "outputs", "shared_memory_region", "id"]
+        value[rng.choice(names)] = value[key]
     else:
-        apt = ODD_AT.get(key, []) if isinstance(key, str) and how < 0.8 else []
-        found[key] = chance.choice(apt) if apt else mutated(found[key], chance)
-    return found
+        odd_values = ODD_AT.get(key, []) if isinstance(key, str) and how < 0.8 else []
+        value[key] = rng.choice(odd_values) if odd_values else mutate(value[key], rng)
+    return value
 
 
-def scrambled(raw: bytes, chance: random.Random) -> bytes:
-    """The bytes with some of them changed, cut off or added."""
-    spoilt = bytearray(raw)
-    for _ in range(chance.randint(1, 4)):
-        place, how = chance.randrange(len(spoilt) + 1), chance.random()
-        if how < 0.4 and place < len(spoilt):
-            spoilt[place] = chance.randrange(256)
+def scramble(raw: bytes, rng: random.Random) -> bytes:
+    """The bytes with some of them changed, removed or added."""
+    spoiled = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        index, how = rng.randrange(len(spoiled) + 1), rng.random()
+        if how < 0.4 and index < len(spoiled):
+            spoiled[index] = rng.randrange(256)
         elif how < 0.6:
-            del spoilt[place:]
+            del spoiled[index:]
         else:
-            spoilt[place:place] = chance.choice([*SPLICES, chance.randbytes(8)])
-    return bytes(spoilt)
+            spoiled[index:index] = rng.choice([*SPLICES, rng.randbytes(8)])
+    return bytes(spoiled)
 
 
-def packed(request: Request, chance: random.Random, explosive: list[tuple[str, bytes]]) -> None:
-    """Compress the body: soundly, brokenly, under another name, or as a bomb."""
-    how, encoding = chance.random(), chance.choice(list(PACKERS))
+def compress_body(request: Request, rng: random.Random, bombs: list[tuple[str, bytes]]) -> None:
+    """Compress the body: correctly, with broken bytes, under another name, or as a bomb."""
+    how, encoding = rng.random(), rng.choice(list(PACKERS))
     request.headers["content-encoding"] = encoding
     if how < 0.05:
-        request.headers["content-encoding"], request.body = chance.choice(explosive)
+        request.headers["content-encoding"], request.body = rng.choice(bombs)
         return
     if how < 0.9:
         request.body = PACKERS[encoding](request.body)
     if how > 0.5:
-        request.body = scrambled(request.body, chance)
+        request.body = scramble(request.body, rng)
     if 0.45 < how < 0.55:
-        request.headers["content-encoding"] = chance.choice(ENCODINGS)
+        request.headers["content-encoding"] = rng.choice(ENCODINGS)
 
 
-def v2_request(model: Model, chance: random.Random, explosive: list[tuple[str, bytes]]) -> Request:
-    """A request of the Open Inference Protocol, usually a bad one."""
-    found: Any
-    found, raw = model.good(chance)
-    for _ in range(chance.choice((0, 1, 1, 2, 3))):
-        found = mutated(found, chance)
-    head = json.dumps(found).encode()
-    length = str(len(head)) if raw or chance.random() < 0.5 else None
-    if chance.random() < 0.15:
-        head = scrambled(head, chance)
-    if chance.random() < 0.25:
-        raw = scrambled(raw, chance)
-    if chance.random() < 0.1:
-        length = chance.choice([*LENGTHS, str(len(head) + len(raw) + 1), str(len(head) // 2), None])
+def v2_request(model: Model, rng: random.Random, bombs: list[tuple[str, bytes]]) -> Request:
+    """A request of the Open Inference Protocol, usually with mistakes."""
+    body: Any
+    body, raw = model.good(rng)
+    for _ in range(rng.choice((0, 1, 1, 2, 3))):
+        body = mutate(body, rng)
+    head = json.dumps(body).encode()
+    length = str(len(head)) if raw or rng.random() < 0.5 else None
+    if rng.random() < 0.15:
+        head = scramble(head, rng)
+    if rng.random() < 0.25:
+        raw = scramble(raw, rng)
+    if rng.random() < 0.1:
+        length = rng.choice([*LENGTHS, str(len(head) + len(raw) + 1), str(len(head) // 2), None])
     request = Request(path=f"/v2/models/{model.name}/infer", body=head + raw)
     if length is not None:
         request.headers["inference-header-content-length"] = length
-    if chance.random() < 0.03:
-        own = [
+    if rng.random() < 0.03:
+        paths = [
             f"/v2/models/{model.name}/versions/9/infer",
             f"/v2/models/{model.name}/infer/",
             "/v2/repository/index",
         ]
-        request.path = chance.choice(
-            [*own, "/v2/models//infer", "/v2/models/\u200b/infer", "/v2/models/%2e%2e%2fx/infer"]
+        request.path = rng.choice(
+            [*paths, "/v2/models//infer", "/v2/models/\u200b/infer", "/v2/models/%2e%2e%2fx/infer"]
         )
-    if chance.random() < 0.25:
-        packed(request, chance, explosive)
+    if rng.random() < 0.25:
+        compress_body(request, rng, bombs)
     return request
 
 
-def v1_request(model: Model, chance: random.Random) -> Request:
+def v1_request(model: Model, rng: random.Random) -> Request:
     """A request for predictions, or a stream of lines."""
-    texts = [chance.choice(TEXTS) for _ in range(chance.choice((0, 1, 2, 9, 300)))]
-    if chance.random() < 0.4:
+    texts = [rng.choice(TEXTS) for _ in range(rng.choice((0, 1, 2, 9, 300)))]
+    if rng.random() < 0.4:
         lines = [
-            chance.choice(
-                [text, {"text": text, "id": 1}, mutated({"text": text, "id": {}}, chance)]
-            )
+            rng.choice([text, {"text": text, "id": 1}, mutate({"text": text, "id": {}}, rng)])
             for text in texts
         ]
         body = b"\n".join(json.dumps(line).encode() for line in lines)
-        request = Request(path=f"/v1/predict?model={model.name}{chance.choice(QUERIES)}", body=body)
+        request = Request(path=f"/v1/predict?model={model.name}{rng.choice(QUERIES)}", body=body)
         request.headers["content-type"] = "application/x-ndjson"
     else:
-        found: Any = {"inputs": texts, "model": model.name, "top_k": 2, "truncate": True}
-        for _ in range(chance.choice((0, 1, 1, 2))):
-            found = mutated(found, chance)
-        request = Request(path="/v1/predict", body=json.dumps(found).encode())
-        request.headers["content-type"] = chance.choice(
+        value: Any = {"inputs": texts, "model": model.name, "top_k": 2, "truncate": True}
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            value = mutate(value, rng)
+        request = Request(path="/v1/predict", body=json.dumps(value).encode())
+        request.headers["content-type"] = rng.choice(
             ["application/json"] * 8 + ["text/plain", "", "a/b;", "\u00e9"]
         )
-    if chance.random() < 0.2:
-        request.body = scrambled(request.body, chance)
+    if rng.random() < 0.2:
+        request.body = scramble(request.body, rng)
     return request
 
 
-def surrounded(request: Request, chance: random.Random) -> None:
-    """Something about the HTTP around the body is unusual, or wrong."""
-    if chance.random() < 0.3:
-        request.framing = chance.choice(FRAMINGS)
+def vary_http(request: Request, rng: random.Random) -> None:
+    """Make something about the HTTP around the body unusual or wrong."""
+    if rng.random() < 0.3:
+        request.framing = rng.choice(FRAMINGS)
     for name, values in HEADERS.items():
-        if chance.random() < 0.03:
-            request.headers[name] = chance.choice(values)
-    if chance.random() < 0.01:
-        request.method = chance.choice(["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW", "post"])
-    if chance.random() < 0.003:
+        if rng.random() < 0.03:
+            request.headers[name] = rng.choice(values)
+    if rng.random() < 0.01:
+        request.method = rng.choice(["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW", "post"])
+    if rng.random() < 0.003:
         request.body = request.body.ljust(3 << 20)
 
 
-def known_good(model: Model) -> list[Request]:
+def good_requests(model: Model) -> list[Request]:
     """Requests that always have the same answer, bit for bit."""
-    chance = random.Random(7)
-    found = []
+    rng = random.Random(7)
+    requests = []
     for number in range(4):
-        body, raw = model.good(chance)
+        body, raw = model.good(rng)
         head = json.dumps(body).encode()
         headers = {"inference-header-content-length": str(len(head))}
         path = f"/v2/models/{model.name}/infer"
-        found.append(
-            Request(path=path, body=head + raw, headers=headers, known=f"{model.name}, {number}")
+        requests.append(
+            Request(
+                path=path, body=head + raw, headers=headers, answer_key=f"{model.name}, {number}"
+            )
         )
     if model.reads_texts:
         body = {"inputs": TEXTS, "model": model.name}
-        found.append(
+        requests.append(
             Request(
-                path="/v1/predict", body=json.dumps(body).encode(), known=f"{model.name}, texts"
+                path="/v1/predict",
+                body=json.dumps(body).encode(),
+                answer_key=f"{model.name}, texts",
             )
         )
-    return found
+    return requests
 
 
-def request_of(
-    models: list[Model], chance: random.Random, explosive: list[tuple[str, bytes]]
-) -> Request:
-    """A request, usually a bad one."""
-    model = chance.choice(models)
-    request = (
-        v1_request(model, chance) if chance.random() < 0.2 else v2_request(model, chance, explosive)
-    )
-    surrounded(request, chance)
+def request_of(models: list[Model], rng: random.Random, bombs: list[tuple[str, bytes]]) -> Request:
+    """A request for one of the models, usually with mistakes."""
+    model = rng.choice(models)
+    request = v1_request(model, rng) if rng.random() < 0.2 else v2_request(model, rng, bombs)
+    vary_http(request, rng)
     return request

@@ -1,13 +1,15 @@
-"""What a bundle does on a GPU: `python bench/gpu.py BUNDLE [--provider cuda|cpu]` prints JSON.
+"""Measures a bundle on a GPU, and prints JSON.
 
-The script needs onnxruntime-gpu (or onnxruntime) and numpy, and nothing of this project: it can be
-copied beside a bundle onto a machine that has a GPU. It measures, once with the deterministic
-settings (TF32 off, CUBLAS_WORKSPACE_CONFIG=:16:8) and once with the provider's own:
+    python bench/gpu.py BUNDLE [--provider cuda|cpu]
 
-- how far the known answers are from those of the CPU, and from those in the bundle;
+The script needs onnxruntime-gpu (or onnxruntime) and numpy, and nothing of this project. So it can
+be copied beside a bundle onto a machine that has a GPU. It measures, once with the deterministic
+settings (TF32 off, CUBLAS_WORKSPACE_CONFIG=:16:8) and once with the defaults of the provider:
+
+- how much its answers differ from those of the CPU, and from the known answers in the bundle;
 - at which row counts of 1..64, and at which lengths, a row keeps the bits that it has alone;
-- which floating-point nodes ran on the CPU although another provider was asked for;
-- rows a second at 1, 8 and 64 rows.
+- which floating-point nodes ran on the CPU although the provider is another one;
+- rows per second at 1, 8 and 64 rows.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 ROW_COUNTS = range(1, 65)
 TIMED_ROWS = (1, 8, 64)
-ROWS = 8  # of a length
-ROTATIONS = 4  # of the rows, at each row count
+ROWS_PER_LENGTH = 8
+# At each row count the rows are rotated so often.
+ROTATIONS = 4
 
 
 def main() -> None:
@@ -52,15 +55,15 @@ def main() -> None:
     if arguments.provider == "cuda" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
     if PROVIDERS[arguments.provider] not in ort.get_available_providers():
-        have = ", ".join(ort.get_available_providers())
-        parser.error(f"provider {arguments.provider} is not available here, these are: {have}")
+        available = ", ".join(ort.get_available_providers())
+        parser.error(f"provider {arguments.provider} is not available here, these are: {available}")
     if arguments.settings is not None:
         report = measure(
             arguments.bundle, arguments.provider, arguments.settings, timed_s=arguments.seconds
         )
         print(json.dumps(report, indent=2))
         return
-    # A process for each: cuBLAS reads its variable once.
+    # A process for each settings, because cuBLAS reads its variable once.
     reports = {
         settings: measure_in_process(
             arguments.bundle, arguments.provider, settings, timed_s=arguments.seconds
@@ -68,14 +71,14 @@ def main() -> None:
         for settings in ("deterministic", "default")
     }
     manifest = json.loads((arguments.bundle / "manifest.json").read_bytes())
-    whole = {
+    full_report = {
         "bundle": f"{manifest['name']}/{manifest['version']}",
         "provider": PROVIDERS[arguments.provider],
         "onnxruntime": ort.__version__,
         "device": device_name(),
         **reports,
     }
-    print(json.dumps(whole, indent=2))
+    print(json.dumps(full_report, indent=2))
 
 
 def measure_in_process(bundle: Path, provider: str, settings: str, *, timed_s: float) -> Any:
@@ -93,7 +96,7 @@ def measure_in_process(bundle: Path, provider: str, settings: str, *, timed_s: f
 
 
 def device_name() -> str | None:
-    """The GPU's name, where nvidia-smi tells one."""
+    """The name of the GPU by nvidia-smi. None without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         process = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -114,8 +117,9 @@ def measure(bundle: Path, provider: str, settings: str, *, timed_s: float) -> di
         "row_counts": {
             str(length): stable_row_counts(session, singles) for length, singles in rows.items()
         },
+        # Without another provider, no node falls back to the CPU.
         "float_nodes_left_to_the_cpu": (
-            []  # where the CPU was chosen, nothing fell back
+            []
             if provider == "cpu"
             else float_nodes_on_cpu(bundle, provider, settings, answers[0][0])
         ),
@@ -178,7 +182,7 @@ def compare(
 
     A difference is max|d| over the standard deviation of all reference values of an output.
     """
-    mine = [run(session, inputs) for inputs, _ in answers]
+    own = [run(session, inputs) for inputs, _ in answers]
     references = {
         "cpu_here": [run(on_cpu, inputs) for inputs, _ in answers],
         "recorded": [outputs for _, outputs in answers],
@@ -187,13 +191,17 @@ def compare(
     for name, reference in references.items():
         equal = sum(
             all(answer[key].tobytes() == expected[key].tobytes() for key in expected)
-            for answer, expected in zip(mine, reference, strict=True)
+            for answer, expected in zip(own, reference, strict=True)
         )
         worst = 0.0
         for key in reference[0]:
-            a = np.concatenate([answer[key].astype(np.float64).ravel() for answer in mine])
-            b = np.concatenate([answer[key].astype(np.float64).ravel() for answer in reference])
-            worst = max(worst, float(np.abs(a - b).max()) / (float(b.std()) or 1.0))
+            values = np.concatenate([answer[key].astype(np.float64).ravel() for answer in own])
+            expected = np.concatenate(
+                [answer[key].astype(np.float64).ravel() for answer in reference]
+            )
+            worst = max(
+                worst, float(np.abs(values - expected).max()) / (float(expected.std()) or 1.0)
+            )
         report[name] = {"bitwise_equal": equal, "largest_difference_in_deviations": worst}
     return report
 
@@ -211,14 +219,14 @@ def rows_by_length(
         name: next((axis for axis, size in enumerate(shape) if axis and size == -1), None)
         for name, shape in shapes.items()
     }
-    own = {
+    own_lengths = {
         next((array.shape[axis] for name, array in inputs.items() if (axis := axes[name])), 0)
         for inputs, _ in answers
     }
-    ladder = (manifest.get("frontend") or {}).get("lengths") or sorted(own)
+    ladder = (manifest.get("frontend") or {}).get("lengths") or sorted(own_lengths)
     rows: dict[int, list[dict[str, np.ndarray]]] = {}
     for length in ladder:
-        for inputs, _ in answers[:ROWS]:
+        for inputs, _ in answers[:ROWS_PER_LENGTH]:
             row = {}
             for name, array in inputs.items():
                 if (axis := axes[name]) is not None:
@@ -232,17 +240,17 @@ def rows_by_length(
 def stable_row_counts(
     session: ort.InferenceSession, rows: list[dict[str, np.ndarray]]
 ) -> dict[str, Any]:
-    """The row counts at which every row, at every place tried, has the bits that it has alone."""
+    """The row counts at which every row has the bits that it has alone, at each tried position."""
     alone = [run(session, row) for row in rows]
     unstable = []
     for count in ROW_COUNTS:
-        # Each rotation puts other rows beside one another, and each row at other places.
+        # Each rotation gives the rows other neighbours and other positions.
         for shift in range(min(len(rows), ROTATIONS)):
-            order = [(shift + place) % len(rows) for place in range(count)]
+            order = [(shift + position) % len(rows) for position in range(count)]
             answer = run(session, stacked(rows, order))
             same = all(
-                answer[name][place].tobytes() == alone[index][name][0].tobytes()
-                for place, index in enumerate(order)
+                answer[name][position].tobytes() == alone[index][name][0].tobytes()
+                for position, index in enumerate(order)
                 for name in answer
             )
             if not same:
@@ -257,7 +265,7 @@ def stacked(rows: list[dict[str, np.ndarray]], order: list[int]) -> dict[str, np
 
 
 def spans(counts: list[int]) -> str:
-    """Counts as a person reads them: `1-5, 7, 9-64`."""
+    """The counts as ranges: `1-5, 7, 9-64`."""
     parts: list[list[int]] = []
     for count in counts:
         if parts and parts[-1][-1] == count - 1:
@@ -293,14 +301,14 @@ def speed(
     *,
     timed_s: float,
 ) -> float:
-    """Rows a second, by the median time of a run."""
+    """Rows per second, by the median time of a run."""
     batch = stacked(rows, [index % len(rows) for index in range(count)])
     seconds: list[float] = []
     end = time.perf_counter() + timed_s
     while time.perf_counter() < end or len(seconds) < 5:
-        began = time.perf_counter()
+        started = time.perf_counter()
         run(session, batch)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - started)
     return round(count / float(np.median(seconds)), 1)
 
 

@@ -1,5 +1,6 @@
-"""What a thousand connections that say nothing cost the others: `python bench/idle.py BUNDLE`.
-Talks HTTP only.
+"""Measures what a thousand idle connections cost the other clients of a server.
+
+python bench/idle.py BUNDLE
 """
 
 from __future__ import annotations
@@ -21,49 +22,52 @@ REQUESTS = 4000
 TEXT = "Dit is een zin die iets langer is dan de andere zinnen."
 
 
-async def latencies_ms(server: Server) -> list[float]:
-    """Milliseconds of each of REQUESTS requests from a few clients."""
-    found: list[float] = []
+async def measure_latencies_ms(server: Server) -> list[float]:
+    """The milliseconds of each of REQUESTS requests from CLIENTS clients."""
+    latencies_ms: list[float] = []
 
     async def client(session: aiohttp.ClientSession) -> None:
         for _ in range(REQUESTS // CLIENTS):
             started = time.perf_counter()
-            async with session.post("/v1/predict", json={"inputs": [TEXT]}) as answer:
-                await answer.read()
-                assert answer.status == 200
-            found.append(1000 * (time.perf_counter() - started))
+            async with session.post("/v1/predict", json={"inputs": [TEXT]}) as response:
+                await response.read()
+                assert response.status == 200
+            latencies_ms.append(1000 * (time.perf_counter() - started))
 
     async with aiohttp.ClientSession(server.url) as session:
         await asyncio.gather(*(client(session) for _ in range(CLIENTS)))
-    return found
+    return latencies_ms
 
 
 async def measure(server: Server) -> dict[str, list[float]]:
-    """Alone, beside the idle ones, and alone again: the machine may have changed meanwhile."""
+    """Latencies alone, beside idle connections, and alone again.
+
+    The last ones show whether the machine itself has changed meanwhile.
+    """
     address = urlsplit(server.url)
-    await latencies_ms(server)  # warm
-    found = {"alone": await latencies_ms(server)}
+    await measure_latencies_ms(server)  # warm up
+    latencies_ms = {"alone": await measure_latencies_ms(server)}
     idle = [await asyncio.open_connection(address.hostname, address.port) for _ in range(IDLE)]
-    found[f"beside {IDLE} idle connections"] = await latencies_ms(server)
+    latencies_ms[f"beside {IDLE} idle connections"] = await measure_latencies_ms(server)
     for _, writer in idle:
         writer.close()
-    found["alone again"] = await latencies_ms(server)
-    return found
+    latencies_ms["alone again"] = await measure_latencies_ms(server)
+    return latencies_ms
 
 
 def main(bundle: str) -> None:
     """Measure and print."""
+    # The long timeout keeps the idle connections open.
     with served(bundle, "--access-log", "0", "--header-timeout-s", "600") as server:
-        found = asyncio.run(measure(server))
+        by_case = asyncio.run(measure(server))
     table = Table(
         "", "p50", "p99", "p99 to alone", title=f"idle connections at a server of {bundle}"
     )
-    first = statistics.quantiles(found["alone"], n=100)[98]
-    for name, every in found.items():
-        p99 = statistics.quantiles(every, n=100)[98]
-        table.add_row(
-            name, f"{statistics.median(every):.1f} ms", f"{p99:.1f} ms", f"{p99 / first:.2f}"
-        )
+    alone_p99_ms = statistics.quantiles(by_case["alone"], n=100)[98]
+    for name, latencies_ms in by_case.items():
+        p50_ms = statistics.median(latencies_ms)
+        p99_ms = statistics.quantiles(latencies_ms, n=100)[98]
+        table.add_row(name, f"{p50_ms:.1f} ms", f"{p99_ms:.1f} ms", f"{p99_ms / alone_p99_ms:.2f}")
     Console().print(table)
 
 

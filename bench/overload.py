@@ -1,14 +1,13 @@
-"""What overload does to those who are served and to those who are not: `python bench/overload.py
-BUNDLE`.
+"""Measures what overload does to accepted and to refused requests.
 
-Finds the capacity with clients that wait for their answers, then offers requests at a fixed rate,
-answered or not: at capacity, then at five times it. Take a model so slow that HTTP is not the
-bottleneck, for instance
+    python bench/overload.py BUNDLE
+
+It finds the capacity with clients that wait for their answers. Then it sends requests at a fixed
+rate, whether or not they are answered: at capacity, and at five times the capacity. Use a model so
+slow that HTTP is not the bottleneck, for example:
 
     evalmode train --out runs/slow --width 512 --layers 8 --heads 8 --epochs 1 --max-minutes 1
     evalmode export runs/slow
-
-Talks HTTP only.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ from rich.table import Table
 
 CLIENTS = 16
 OVERLOAD = 5
-TEXTS_A_REQUEST = 8  # so that the model is what is slow, and not HTTP
+# With one text, HTTP would be the bottleneck and not the model.
+TEXTS_A_REQUEST = 8
 TEXTS = (
     (
         "Ez egy hosszabb mondat, amely elég hosszú ahhoz, hogy a modellnek dolga legyen vele, és"
@@ -53,7 +53,7 @@ TEXTS = (
 
 @dataclass(kw_only=True)
 class Answers:
-    """Milliseconds of each answer by its status; 0 stands for a connection that failed."""
+    """The milliseconds of each answer by its status. Status 0 is a failed connection."""
 
     seconds: float = 0.0
     by_status: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -63,13 +63,13 @@ class Answers:
         return statistics.quantiles(self.by_status[status], n=100)[98]
 
     def per_s(self) -> float:
-        """Answers with status 200 a second."""
+        """Answers with status 200 per second."""
         return len(self.by_status[200]) / self.seconds
 
 
 async def ask(session: aiohttp.ClientSession, number: int, answers: Answers) -> None:
-    """One request, timed."""
-    texts = [TEXTS[(number + place) % len(TEXTS)] for place in range(TEXTS_A_REQUEST)]
+    """Send one request, and record its time."""
+    texts = [TEXTS[(number + index) % len(TEXTS)] for index in range(TEXTS_A_REQUEST)]
     started = time.perf_counter()
     try:
         async with session.post("/v1/predict", json={"inputs": texts}) as answer:
@@ -81,7 +81,7 @@ async def ask(session: aiohttp.ClientSession, number: int, answers: Answers) -> 
 
 
 async def closed_loop(server: Server, *, seconds: float) -> Answers:
-    """So many clients, each of which asks again when it was answered."""
+    """CLIENTS clients that send the next request when they have an answer."""
     answers, until = Answers(), time.perf_counter() + seconds
 
     async def client(session: aiohttp.ClientSession, first: int) -> None:
@@ -99,66 +99,72 @@ async def closed_loop(server: Server, *, seconds: float) -> Answers:
 
 
 async def open_loop(server: Server, *, rate_per_s: float, seconds: float, title: str) -> Answers:
-    """Requests at random times (a Poisson process) of this rate, whatever becomes of those
-    before.
-    """
-    answers, chance = Answers(seconds=seconds), random.Random(0)
+    """Requests at random times (a Poisson process) of this rate, answered or not."""
+    answers, rng = Answers(seconds=seconds), random.Random(0)
     async with aiohttp.ClientSession(
         server.url, connector=aiohttp.TCPConnector(limit=0)
     ) as session:
         started = due = time.perf_counter()
-        asked = []
+        requests = []
         with Progress(transient=True) as progress:
             bar = progress.add_task(title, total=seconds)
             for number in itertools.count():
-                due += chance.expovariate(rate_per_s)
+                due += rng.expovariate(rate_per_s)
                 if due > started + seconds:
                     break
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                asked.append(asyncio.create_task(ask(session, number, answers)))
+                requests.append(asyncio.create_task(ask(session, number, answers)))
                 progress.update(bar, completed=due - started)
-            await asyncio.gather(*asked)
+            await asyncio.gather(*requests)
     return answers
 
 
 def main() -> None:
     """Measure and print."""
-    options = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("bundle")
-    options.add_argument("--seconds", type=float, default=60)
-    options.add_argument(
-        "--parallel", default="1", help="batches at once: leave a core to whoever asks"
+    parser.add_argument("bundle")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument(
+        "--parallel", default="1", help="parallel batches: leave a core to the clients"
     )
-    asked = options.parse_args()
-    with served(asked.bundle, "--access-log", "0", "--parallel", asked.parallel) as server:
-        asyncio.run(closed_loop(server, seconds=3))  # warm
+    arguments = parser.parse_args()
+    with served(arguments.bundle, "--access-log", "0", "--parallel", arguments.parallel) as server:
+        asyncio.run(closed_loop(server, seconds=3))  # warm up
         capacity = asyncio.run(closed_loop(server, seconds=10)).per_s()
-        at = asyncio.run(
-            open_loop(server, rate_per_s=capacity, seconds=asked.seconds / 2, title="at capacity")
+        at_capacity = asyncio.run(
+            open_loop(
+                server, rate_per_s=capacity, seconds=arguments.seconds / 2, title="at capacity"
+            )
         )
         before_mb = server.resident_mb()
         rate = OVERLOAD * capacity
-        over = asyncio.run(
-            open_loop(server, rate_per_s=rate, seconds=asked.seconds, title="overload")
+        overload = asyncio.run(
+            open_loop(server, rate_per_s=rate, seconds=arguments.seconds, title="overload")
         )
         after_mb = server.resident_mb()
-    table = Table("figure", "value", title=f"overload of {asked.bundle}", title_justify="left")
+    table = Table("figure", "value", title=f"overload of {arguments.bundle}", title_justify="left")
     table.add_row("capacity", f"{capacity:.0f} requests/s")
-    for name, answers in (("at capacity", at), (f"at {OVERLOAD} times capacity", over)):
+    for name, answers in (
+        ("at capacity", at_capacity),
+        (f"at {OVERLOAD} times capacity", overload),
+    ):
         table.add_row(
             f"{name}: answered",
             f"{answers.per_s():.0f} requests/s, p99 {answers.p99_ms(200):.0f} ms",
         )
-        for status, every in sorted(answers.by_status.items()):
+        for status, latencies_ms in sorted(answers.by_status.items()):
             table.add_row(
                 f"{name}: status {status}",
-                f"{len(every):,}, median {statistics.median(every):.1f} ms",
+                f"{len(latencies_ms):,}, median {statistics.median(latencies_ms):.1f} ms",
             )
-    table.add_row("ratio of the p99 of those answered", f"{over.p99_ms(200) / at.p99_ms(200):.2f}")
-    if 503 in over.by_status:
-        table.add_row("p99 of a refusal", f"{over.p99_ms(503):.1f} ms")
+    table.add_row(
+        "ratio of the p99 of answered requests",
+        f"{overload.p99_ms(200) / at_capacity.p99_ms(200):.2f}",
+    )
+    if 503 in overload.by_status:
+        table.add_row("p99 of a refusal", f"{overload.p99_ms(503):.1f} ms")
     table.add_row("resident memory before and after", f"{before_mb:.0f} MB, {after_mb:.0f} MB")
     Console().print(table)
 

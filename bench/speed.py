@@ -1,10 +1,9 @@
-"""Figures of a real server of a bundle: start, memory, latency, and what batching brings. Talks
-HTTP only.
+"""Measures a real server of a bundle: its start, memory and latency, and the gain of batching.
 
     python bench/speed.py bundles/languages/1
 
-Machines are noisy: quote the ratios, which are of one run, and repeat the absolute figures before
-relying on them.
+Machines are noisy. Quote the ratios, which come from one run, and repeat absolute figures before
+you rely on them.
 """
 
 from __future__ import annotations
@@ -33,25 +32,26 @@ TEXTS = (
 )
 
 
-async def latencies_ms(url: str, *, clients: int, texts: int = 1) -> tuple[list[float], float]:
-    """Milliseconds of each of REQUESTS requests of so many texts, from so many clients at once, and
-    texts a second.
+async def measure_latencies(url: str, *, clients: int, texts: int = 1) -> tuple[list[float], float]:
+    """The milliseconds of each of REQUESTS requests, and the texts per second.
+
+    Each request has `texts` texts, and `clients` clients send them at once.
     """
-    every: list[float] = []
+    latencies_ms: list[float] = []
 
     async def client(session: aiohttp.ClientSession, first: int) -> None:
         for number in range(first, REQUESTS, clients):
-            inputs = [TEXTS[(number + place) % len(TEXTS)] for place in range(texts)]
+            inputs = [TEXTS[(number + index) % len(TEXTS)] for index in range(texts)]
             started = time.perf_counter()
-            async with session.post("/v1/predict", json={"inputs": inputs}) as answer:
-                await answer.read()
-                answer.raise_for_status()
-            every.append(1000 * (time.perf_counter() - started))
+            async with session.post("/v1/predict", json={"inputs": inputs}) as response:
+                await response.read()
+                response.raise_for_status()
+            latencies_ms.append(1000 * (time.perf_counter() - started))
 
     async with aiohttp.ClientSession(url) as session:
         started = time.perf_counter()
         await asyncio.gather(*(client(session, first) for first in range(clients)))
-        return every, REQUESTS * texts / (time.perf_counter() - started)
+        return latencies_ms, REQUESTS * texts / (time.perf_counter() - started)
 
 
 def main(bundle: str) -> None:
@@ -61,29 +61,27 @@ def main(bundle: str) -> None:
         with served(bundle) as server:
             starts.append(server.start_s)
             idle_mb = server.resident_mb()
-    asked = {
+    cases = {
         "1 client, a text a request": (1, 1),
         f"{CLIENTS} clients, a text a request": (CLIENTS, 1),
         f"{4 * CLIENTS} clients, a text a request": (4 * CLIENTS, 1),
         "1 client, 100 texts a request": (1, 100),
     }
     with served(bundle, "--access-log", "0") as server:
-        asyncio.run(latencies_ms(server.url, clients=CLIENTS))  # warm
-        found = {
-            name: asyncio.run(latencies_ms(server.url, clients=clients, texts=texts))
-            for name, (clients, texts) in track(
-                asked.items(), description="requests", transient=True
-            )
-        }
+        asyncio.run(measure_latencies(server.url, clients=CLIENTS))  # warm up
+        results = {}
+        for name, (clients, texts) in track(cases.items(), description="requests", transient=True):
+            results[name] = asyncio.run(measure_latencies(server.url, clients=clients, texts=texts))
         peak_mb = server.resident_mb("VmHWM")
     table = Table("figure", "value", title=f"server of {bundle}", title_justify="left")
     table.add_row("start to ready, median of 5", f"{statistics.median(starts):.2f} s")
     table.add_row("resident memory when ready", f"{idle_mb:.0f} MB")
     table.add_row("resident memory at its highest", f"{peak_mb:.0f} MB")
-    for name, (every, rate) in found.items():
-        p50, p99 = statistics.median(every), statistics.quantiles(every, n=100)[98]
-        table.add_row(name, f"{rate:.0f} texts/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms")
-    first, *_, last = (rate for _, rate in found.values())
+    for name, (latencies_ms, rate) in results.items():
+        p50_ms = statistics.median(latencies_ms)
+        p99_ms = statistics.quantiles(latencies_ms, n=100)[98]
+        table.add_row(name, f"{rate:.0f} texts/s, p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms")
+    first, *_, last = (rate for _, rate in results.values())
     table.add_row("ratio: 100 texts a request to one", f"{last / first:.1f}")
     Console().print(table)
 

@@ -1,3 +1,1 @@
-"""The service room: predictions over HTTP from a certified bundle. Knows ONNX Runtime and FastAPI;
-never torch.
-"""
+"""Serves certified bundles over HTTP, with ONNX Runtime and FastAPI. It never loads torch."""

@@ -1,13 +1,12 @@
-"""The HTTP application: its routes, what stands around them, and one shape for every error. Knows
-no ONNX, no batching.
+"""The HTTP application: its routes, its middleware, and one form for every error.
 
-`create_app(components)` builds it; importing this file does nothing.
+`create_app(components)` builds it. Importing this module has no effect.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -42,7 +41,7 @@ _log = structlog.get_logger("evalmode.service")
 
 
 class _Application(FastAPI):
-    """FastAPI with API keys, where the settings have some, in its OpenAPI schema."""
+    """FastAPI whose OpenAPI schema mentions API keys if the settings have any."""
 
     def openapi(self) -> dict[str, Any]:
         """The schema of all routes."""
@@ -53,8 +52,9 @@ class _Application(FastAPI):
 
 
 def create_app(components: Components) -> FastAPI:
-    """The application of these parts. When it stops it answers what was accepted, and closes
-    them.
+    """The application of these components.
+
+    When it stops, it answers what was accepted and closes the components.
     """
 
     @asynccontextmanager
@@ -68,13 +68,15 @@ def create_app(components: Components) -> FastAPI:
         title="evalmode",
         summary="Predictions of a model that was proven to be in eval mode.",
         version=evalmode.__version__,
-        # FastAPI's pages load their scripts from a CDN: nothing for a server without a way out
+        # FastAPI's pages load their scripts from a CDN, which a server may be unable to reach.
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect answers no POST, and is no error in our form
+        # Clients do not repeat a POST after a redirect, and a redirect is no error in our form.
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     app.state.components = components
+    # Loads and unloads of models take turns.
     app.state.repository_lock = asyncio.Lock()
     app.state.streams = Streams(
         components.engine,
@@ -87,21 +89,28 @@ def create_app(components: Components) -> FastAPI:
     )
     app.include_router(v1.routes(components.settings))
     app.include_router(v2.routes(components.settings))
-    app.include_router(_routes(components))
+    app.include_router(_process_routes(components))
     if components.settings.docs:
         docs.mount(app)
-    for kind, handler in _HANDLERS.items():
-        app.add_exception_handler(kind, handler)
+
+    app.add_exception_handler(RequestError, _answer_request_error)
+    app.add_exception_handler(HTTPException, _answer_routing_error)
+    app.add_exception_handler(ClientDisconnect, _answer_disconnect)
+    app.add_exception_handler(Exception, _answer_failure)
     add_middleware(app, components.settings, components.metrics, tracing=components.tracing)
     return app
 
 
-def _routes(components: Components) -> APIRouter:
+def _process_routes(components: Components) -> APIRouter:
+    """The routes about the server process: its health and its metrics."""
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
-    not_so: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
-    for name, answer in (("livez", health.live), ("readyz", health.ready)):
+    for name, endpoint in (("livez", health.live), ("readyz", health.ready)):
         router.add_api_route(
-            f"/{name}", answer, name=name, response_model=ServerState, responses=not_so
+            f"/{name}",
+            endpoint,
+            name=name,
+            response_model=ServerState,
+            responses={503: {"model": ErrorResponse}},
         )
     if components.settings.metrics:
         router.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
@@ -111,78 +120,80 @@ def _routes(components: Components) -> APIRouter:
 async def _metrics(request: Request) -> Response:
     """The server's figures, for Prometheus."""
     components = components_of(request)
-    # In a thread: with several workers it reads the files of all of them.
+    # In a thread, because with several workers it reads the files of all of them.
     body, content_type = await asyncio.to_thread(
         components.metrics.render, request.headers.get("accept", ""), load=components.engine.load
     )
     return Response(body, headers={"content-type": content_type})
 
 
-def _error(
-    request: Request,
-    status: int,
-    sentence: str,
-    *,
-    field: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    if status == 500:  # what its caller may ask us about
-        sentence = (
-            f"{sentence}; request {request.scope.get('state', {}).get('request_id', 'unknown')}"
-        )
-    path = request.scope["path"]
-    if status == 422 and is_v2(path):
-        status = 400  # the Open Inference Protocol has one status for whatever is wrong
-    body = error_body(path, sentence, field=field)
-    return Response(body, status_code=status, media_type=JSON, headers=headers)
+# Handlers of exceptions. Starlette declares them for any exception, so each asserts its own.
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
+async def _answer_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    path = request.scope["path"]
     if isinstance(error, RunFailed):
-        _log.error("request failed", path=request.scope["path"], error=str(error), exc_info=error)
+        _log.error("request failed", path=path, error=str(error), exc_info=error)
+
     headers = {}
     if isinstance(error, BodyTooLarge | RequestTimeout):
-        # What is left of the body is not read, so the connection cannot carry another request.
+        # The rest of the body is not read, so the connection cannot carry another request.
         headers["connection"] = "close"
     if isinstance(error, UnsupportedMedia) and error.field == "content-encoding":
         headers["accept-encoding"] = "gzip, deflate"
     if isinstance(error, QueueFull):
         headers["retry-after"] = str(error.retry_after_s)
-    return _error(request, error.status, str(error), field=error.field, headers=headers)
+
+    status = error.status
+    if status == 422 and is_v2(path):
+        # The Open Inference Protocol has 400 for everything that is wrong with a request.
+        status = 400
+    sentence = str(error)
+    if status == 500:
+        sentence = _with_request_id(sentence, request)
+    body = error_body(path, sentence, field=error.field)
+    return Response(body, status_code=status, media_type=JSON, headers=headers)
 
 
-async def _refuse_route(request: Request, error: Exception) -> Response:
+async def _answer_routing_error(request: Request, error: Exception) -> Response:
+    """Answer Starlette's own errors: an unknown path, or a method that a path does not answer."""
     assert isinstance(error, HTTPException)
     path, headers = request.scope["path"], dict(error.headers or {})
+    excerpt = path
     if len(path) > SHOWN_CHARACTERS:
-        path = f"{path[:SHOWN_CHARACTERS]}..."
+        excerpt = f"{path[:SHOWN_CHARACTERS]}..."
+
     sentence = str(error.detail)
     if error.status_code == 404:
-        sentence = f"there is nothing at {path}"
+        sentence = f"there is nothing at {excerpt}"
     elif error.status_code == 405:
         methods = {method.strip() for method in headers.get("Allow", "").split(",")} - {""}
-        if "GET" in methods:  # `AnswerHead` answers it there
+        # The middleware `AnswerHead` answers HEAD on every route for GET.
+        if "GET" in methods:
             methods.add("HEAD")
         headers["Allow"] = ", ".join(sorted(methods))
-        sentence = f"{path} does not answer {request.method[:SHOWN_CHARACTERS]}: it answers"
+        sentence = f"{excerpt} does not answer {request.method[:SHOWN_CHARACTERS]}: it answers"
         sentence += f" {' and '.join(sorted(methods))}"
-    return _error(request, error.status_code, sentence, headers=headers)
+    body = error_body(path, sentence)
+    return Response(body, status_code=error.status_code, media_type=JSON, headers=headers)
 
 
-async def _hung_up(request: Request, error: Exception) -> Response:
-    return _error(request, CLIENT_CLOSED_REQUEST, "the client hung up")
+async def _answer_disconnect(request: Request, error: Exception) -> Response:
+    # The client never sees this answer. The log and the metrics do.
+    body = error_body(request.scope["path"], "the client hung up")
+    return Response(body, status_code=CLIENT_CLOSED_REQUEST, media_type=JSON)
 
 
-async def _fail(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after this answer, and the server's log shows it; the caller must
-    # not see its inside.
-    return _error(request, 500, "the server failed on this request; its log says why")
+async def _answer_failure(request: Request, error: Exception) -> Response:
+    # Starlette raises the exception again after this answer, so the log gets its traceback. The
+    # client must not see internals.
+    sentence = "the server failed on this request; its log says why"
+    body = error_body(request.scope["path"], _with_request_id(sentence, request))
+    return Response(body, status_code=500, media_type=JSON)
 
 
-_HANDLERS = {
-    RequestError: _refuse,
-    HTTPException: _refuse_route,
-    ClientDisconnect: _hung_up,
-    Exception: _fail,
-}
+def _with_request_id(sentence: str, request: Request) -> str:
+    """The sentence with the id by which the log names the request."""
+    request_id = request.scope.get("state", {}).get("request_id", "unknown")
+    return f"{sentence}; request {request_id}"

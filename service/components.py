@@ -1,7 +1,7 @@
-"""What one server process holds while it serves: models, engine, figures, health. Knows no route.
+"""The components of a server process while it serves: models, engine, metrics, health.
 
-Data flows one way: a request's rows go from a model of the repository to the engine, whose
-observers keep the figures.
+The rows of a request go from a model of the repository to the engine. The engine's observers keep
+the metrics.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from evalmode.service.telemetry.tracing import Tracing, open_tracing
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """The parts of a server process; `close` it when it has served."""
+    """The components of a server process. `close` them at the end."""
 
     settings: Settings
     repository: Repository
@@ -48,12 +48,12 @@ class Components:
     async def answer(
         self, jobs: Sequence[Job], *, timings: Timings, timeout_s: float | None = None
     ) -> list[Tensors]:
-        """What the engine answers, followed by the traces of the request it is asked in."""
+        """The engine's answers to the jobs, which become spans of the current request's trace."""
         with self.tracing.following([row for _, row in jobs]) if self.tracing else nullcontext():
             return await self.engine.answer_async(jobs, timeout_s=timeout_s, timed=timings.waited)
 
     def close(self) -> None:
-        """Answer what was accepted, within the grace of the settings, and let everything go."""
+        """Answer the accepted requests, for at most `grace_s`, and close everything."""
         self.repository.close()
         self.engine.close(timeout_s=self.settings.grace_s)
         self.metrics.close()
@@ -62,20 +62,21 @@ class Components:
 
 
 def components_of(request: Request) -> Components:
-    """The parts that `create_app` put behind the application of this request."""
+    """The components behind the application of this request, see `create_app`."""
     components: Components = request.app.state.components
     return components
 
 
 def open_components(settings: Settings) -> Components:
-    """Open everything that these settings ask for: bundles checked, known answers replayed, row
-    counts measured.
+    """Open the components for these settings.
 
-    Raises BundleError for a bundle that must not be served, ProviderUnavailable for a provider that
-    is not there, and StartFailed for what else is wrong with the settings.
+    Every bundle is checked, its known answers are replayed, and its row counts are measured. Raises
+    BundleError for a bundle that must not be served, ProviderUnavailable for a provider that is not
+    installed, and StartFailed for other problems with the settings.
     """
     tracing = open_tracing(settings)
     metrics, statistics = Metrics(), Statistics()
+
     opening: dict[str, Any] = {
         "provider": settings.provider,
         "threads": settings.threads,
@@ -95,8 +96,11 @@ def open_components(settings: Settings) -> Components:
         on_swap=metrics.model_swapped,
     )
     repository.start()
+
+    # Without a setting, every process gets its share of the CPU quota.
+    quota_share = max(1, cpu_quota() // (settings.workers * settings.threads))
     engine = Engine(
-        parallel=parallel_of(settings),
+        parallel=settings.parallel or quota_share,
         limits=Limits(
             queue_rows=settings.queue_rows,
             queue_bytes=settings.queue_bytes,
@@ -118,8 +122,3 @@ def open_components(settings: Settings) -> Components:
         health=Health(stuck_s=engine.stuck_s, grace_s=settings.stuck_grace_s),
         tracing=tracing,
     )
-
-
-def parallel_of(settings: Settings) -> int:
-    """Batches at once in one process: as asked, else this process's share of the CPU quota."""
-    return settings.parallel or max(1, cpu_quota() // (settings.workers * settings.threads))

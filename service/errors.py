@@ -1,22 +1,22 @@
-"""The errors a caller of the service can meet, and the body that every error answer has.
+"""The errors that a caller of the service can meet, and the body of every error answer.
 
 EvalmodeError
 ├── StartFailed            the server cannot start: a setting, the port, the model; exit code 2
-├── WorkersFailed          server processes end as soon as they are started; exit code 1
-└── RequestError           what an answer other than 200 says
-    ├── BadRequest         400  the body is not JSON, or a tensor is not what the model takes
-    ├── Forbidden          403  something that this server was told not to do
-    ├── UnknownModel       404  no model, or no version of it, has this name
-    ├── RequestTimeout     408  the body did not come in time
-    ├── Conflict           409  something that this server cannot do as it is set up
+├── WorkersFailed          server processes end as soon as they start; exit code 1
+└── RequestError           every answer other than 200
+    ├── BadRequest         400  the body is not JSON, or a tensor does not fit the model
+    ├── Forbidden          403  the settings of this server do not allow the request
+    ├── UnknownModel       404  there is no model, or no version of it, with this name
+    ├── RequestTimeout     408  the body did not arrive in time
+    ├── Conflict           409  this server cannot do this as it is set up
     ├── BodyTooLarge       413  more than this server reads, or than its queue could ever hold
-    ├── UnsupportedMedia   415  the body declares a type or an encoding that is not read here
-    ├── InvalidField       422  one field is wrong; says which and how
+    ├── UnsupportedMedia   415  the body declares a type or an encoding that is not supported
+    ├── InvalidField       422  one field is wrong; the message says which, and why
     │   └── TextTooLong    422  a text is longer than the model reads, and must not be cut
-    ├── RunFailed          500  the model failed on these rows; others are not concerned
+    ├── RunFailed          500  the model failed on these rows; other rows are not affected
     ├── NotReady           503  the model is not loaded, or the server is stopping
-    ├── QueueFull          503  too much waits already; says when to come again
-    └── DeadlineExceeded   504  the answer was not there in the time that the request allowed
+    ├── QueueFull          503  too many rows wait already; it says when to retry
+    └── DeadlineExceeded   504  there was no answer within the time that the request allows
 
 `app.py` turns these into answers. A request without a known API key never gets so far:
 `http/api_keys.py` answers it with 401.
@@ -31,32 +31,37 @@ from evalmode.errors import EvalmodeError
 
 
 def is_v2(path: str) -> bool:
-    """Whether a path belongs to the Open Inference Protocol, which has an error form of its own."""
+    """Whether a path belongs to the Open Inference Protocol, whose errors have another form."""
     return f"{path}/".startswith("/v2/")
 
 
 def error_body(path: str, sentence: str, *, field: str | None = None) -> bytes:
-    """The body of an error answer in the form of the protocol that `path` belongs to."""
+    """The body of an error answer, in the form of the protocol that `path` belongs to.
+
+    >>> error_body("/v1/predict", "inputs is missing", field="inputs")
+    b'{"error":"inputs is missing","field":"inputs"}'
+    >>> error_body("/v2/models/m/infer", "inputs is missing", field="inputs")
+    b'{"error":"inputs is missing"}'
+    """
     error: dict[str, str | None] = {"error": sentence}
     if not is_v2(path):
         error["field"] = field
-    # Half a surrogate pair, which a name may hold, becomes the escape that JSON reads.
+    # A name may hold half a surrogate pair, which UTF-8 cannot encode. It becomes an escape, which
+    # JSON reads.
     text = json.dumps(error, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
 
 class StartFailed(EvalmodeError):  # noqa: N818 - read as a sentence, like the bundle's
-    """The server cannot start; the message names the setting or the cause."""
+    """The server cannot start. The message names the setting or the cause."""
 
 
 class WorkersFailed(EvalmodeError):  # noqa: N818
-    """Server processes end again and again before they are ready; the message names the cause."""
+    """Server processes keep ending before they are ready. The message names the cause."""
 
 
 class RequestError(EvalmodeError):
-    """A request that is not answered with 200. `field` is the request's field at fault, if it is
-    one.
-    """
+    """A request whose answer is not 200. `field` is the wrong field of the request, if any."""
 
     status: ClassVar[int]
 
@@ -66,39 +71,33 @@ class RequestError(EvalmodeError):
 
 
 class BadRequest(RequestError):  # noqa: N818
-    """The body is not JSON, or holds a tensor that is not what the model takes."""
+    """The body is not JSON, or holds a tensor that does not fit the model."""
 
     status = 400
 
 
 class Forbidden(RequestError):  # noqa: N818
-    """Something that this server was told not to do for anyone."""
+    """The settings of this server do not allow the request to anyone."""
 
     status = 403
 
 
 class UnknownModel(RequestError):  # noqa: N818
-    """No model, or no version of it, has the name that was asked for."""
+    """There is no model, or no version of it, with this name."""
 
     status = 404
 
 
 class RequestTimeout(RequestError):  # noqa: N818
-    """The body did not come in time."""
+    """The body did not arrive in time."""
 
     status = 408
 
 
 class Conflict(RequestError):  # noqa: N818
-    """Something that this server cannot do as it is set up."""
+    """The server cannot do this as it is set up."""
 
     status = 409
-
-
-class UnsupportedMedia(RequestError):  # noqa: N818
-    """The body declares a content type or a content encoding that is not read here."""
-
-    status = 415
 
 
 class BodyTooLarge(RequestError):  # noqa: N818
@@ -107,28 +106,32 @@ class BodyTooLarge(RequestError):  # noqa: N818
     status = 413
 
 
+class UnsupportedMedia(RequestError):  # noqa: N818
+    """The body declares a content type or a content encoding that is not supported."""
+
+    status = 415
+
+
 class InvalidField(RequestError):  # noqa: N818
-    """A field is missing, unknown, or holds a value that cannot be answered; the message names
-    both.
-    """
+    """A field is missing, unknown, or has a wrong value. The message names the field and why."""
 
     status = 422
 
 
 class TextTooLong(InvalidField):
-    """The text at `place` is longer than the model reads, and the request forbids to cut it.
+    """The text at `index` is longer than the model reads, and the request forbids to cut it.
 
-    `problem` is the sentence without its subject, for requests that call the text something else
-    than `inputs.PLACE`.
+    `problem` is the message without its subject. Some requests have another name for the text than
+    `inputs.INDEX`.
     """
 
-    def __init__(self, place: int, *, longest: int) -> None:
-        self.place = place
+    def __init__(self, index: int, *, longest: int) -> None:
+        self.index = index
         self.problem = (
             f"is longer than the {longest} positions that the model reads: shorten it, or let it be"
             ' cut with "truncate": true'
         )
-        super().__init__(f"inputs.{place} {self.problem}", field=f"inputs.{place}")
+        super().__init__(f"inputs.{index} {self.problem}", field=f"inputs.{index}")
 
 
 class RunFailed(RequestError):  # noqa: N818
@@ -138,14 +141,15 @@ class RunFailed(RequestError):  # noqa: N818
 
 
 class NotReady(RequestError):  # noqa: N818
-    """No model is there to answer: not yet loaded, or closed already."""
+    """There is no model to answer: it is not loaded yet, or closed already."""
 
     status = 503
 
 
 class QueueFull(RequestError):  # noqa: N818
-    """Too much waits already; `retry_after_s` is when there should be room, by the measured drain
-    rate.
+    """Too many rows wait already.
+
+    After `retry_after_s` seconds there should be room, by the measured rate of the queue.
     """
 
     status = 503
@@ -156,6 +160,6 @@ class QueueFull(RequestError):  # noqa: N818
 
 
 class DeadlineExceeded(RequestError):  # noqa: N818
-    """The answer was not there in the time that the request, or this server, allows."""
+    """There was no answer within the time that the request, or this server, allows."""
 
     status = 504

@@ -1,7 +1,8 @@
-"""Whether a server process should be asked, and whether it should go on. Knows no HTTP and no
-engine.
+"""The readiness and the liveness of a server process.
 
-The server calls `serve` and `drain`; whether a batch is stuck is asked of the engine.
+A load balancer sends requests to a process that is ready, and an orchestrator restarts a process
+that is not live. The server calls `Health.serve` and `Health.drain`. The engine says whether a
+batch is stuck.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 
-# Where health is asked: answered even where nothing else is.
+# The paths of health probes. They are answered even when nothing else is.
 PROBE_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 
 
@@ -22,11 +23,11 @@ class Stage(Enum):
 
 
 class Health:
-    """Readiness and liveness of one process. Safe to ask and to tell from any thread.
+    """Readiness and liveness of one process. Every method is safe in any thread.
 
-    `stuck_s` gives the seconds by which the longest batch exceeds what a batch may take, 0.0 when
-    none does; beyond `grace_s` of them nothing is expected of this process any more. A batch that
-    ends after all makes it well again.
+    `stuck_s` returns by how many seconds the longest batch exceeds the time for a batch, and 0.0 if
+    none does. Above 0 the process is not ready; above `grace_s` it is not live either. If the batch
+    ends after all, the process is ready and live again.
     """
 
     def __init__(self, *, stuck_s: Callable[[], float], grace_s: float) -> None:
@@ -40,28 +41,28 @@ class Health:
         return self._stage
 
     def serve(self) -> None:
-        """Everything is loaded: requests are welcome, unless the end has begun already."""
+        """Everything is loaded: become ready, unless the end has already begun."""
         if self._stage is Stage.STARTING:
             self._stage = Stage.SERVING
 
     def drain(self) -> None:
-        """The end begins: nothing more should be sent here. There is no way back."""
+        """The end begins: become not ready for good."""
         self._stage = Stage.DRAINING
 
     def ready(self) -> str | None:
-        """None when requests are welcome, else the reason why not, in one sentence."""
+        """None if the process is ready, else the reason why not, in one sentence."""
         if self._stage is Stage.STARTING:
             return "the server is starting"
         if self._stage is Stage.DRAINING:
             return "the server is stopping"
         stuck_s = self._stuck_s()
-        return f"a batch runs {stuck_s:.1f} s longer than it may" if stuck_s > 0 else None
+        if stuck_s > 0:
+            return f"a batch exceeds its time limit by {stuck_s:.1f} s"
+        return None
 
     def live(self) -> str | None:
-        """None while the process should go on, else the reason why it should be restarted, in one
-        sentence.
-        """
+        """None if the process is live, else the reason to restart it, in one sentence."""
         stuck_s = self._stuck_s()
         if stuck_s <= self._grace_s:
             return None
-        return f"a batch runs {stuck_s:.1f} s longer than it may: this process needs a restart"
+        return f"a batch exceeds its time limit by {stuck_s:.1f} s: this process needs a restart"

@@ -1,5 +1,6 @@
-"""A text a line in, an answer a line out: what `application/x-ndjson` bodies and `evalmode predict
---input` share, the server and its client alike.
+"""Lines of JSON: each line holds a text, and each answer is a line.
+
+The routes of `application/x-ndjson` and `evalmode predict --input` share this module.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from evalmode.service.errors import BadRequest, NotReady, RequestError, TextTooL
 from evalmode.service.strict_json import parse_json, shown, shown_key
 
 MEDIA_TYPE = "application/x-ndjson"
-DIGEST_HEADER = "x-evalmode-digest"  # of the model that answers a stream
+# The header with the digest of the model that answers a stream.
+DIGEST_HEADER = "x-evalmode-digest"
 
-# What a stream has read and not yet sent. `evalmode predict --url` sends no more than this in a
-# request: a client that writes all before it reads, as most do, could otherwise wait for a server
-# that waits for it.
+# How much of a stream the server has read and not yet answered, at most. `evalmode predict --url`
+# sends no more than this in a request. Most clients write everything before they read: with more, a
+# client and a server could wait for each other.
 WINDOW_ROWS = 256
 WINDOW_BYTES = 1 << 20
 
 
 class ScoredLabel(Protocol):
-    """A label with its probability."""
+    """A label with its score."""
 
     @property
     def label(self) -> str:
@@ -37,7 +39,10 @@ class ScoredLabel(Protocol):
 
 
 class Predicted(Protocol):
-    """What a model says of one text."""
+    """A prediction for one text: `evalmode.service.models.text.Prediction`.
+
+    A protocol, because the package `models` may import this module, but not the reverse.
+    """
 
     @property
     def top(self) -> Sequence[ScoredLabel]:
@@ -53,8 +58,9 @@ Predict = Callable[[Sequence[str]], Awaitable[Sequence[Predicted]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line that was read: its text, or the problem with it. Its answer repeats `echoed`, the
-    id.
+    """A line that was read: its text, or the problem with it.
+
+    `echoed` holds the fields that the answer repeats: `id`, if the line has one.
     """
 
     text: str = ""
@@ -63,49 +69,55 @@ class Line:
 
 
 class Splitter:
-    """Cuts chunks of bytes into lines, and never holds more than one chunk and one line within the
-    limit.
+    r"""Cuts chunks of bytes into lines.
+
+    It holds at most one chunk, and one line of at most `max_line_bytes`.
+
+    >>> splitter = Splitter(max_line_bytes=3)
+    >>> list(splitter.feed(b"ab")), list(splitter.feed(b"c\nlong\nd")), list(splitter.end())
+    ([], [b'abc', None], [b'd'])
     """
 
     def __init__(self, *, max_line_bytes: int) -> None:
         self._max_line_bytes = max_line_bytes
-        self._begun: list[bytes] = []
-        self._begun_bytes = 0
-        self._too_long = False
+        self._pieces: list[bytes] = []
+        self._length_bytes = 0
+        self._is_too_long = False
 
     def feed(self, chunk: bytes) -> Iterator[bytes | None]:
-        """The lines that this chunk completes, without their ends; None for one that is too
-        long.
-        """
-        *ended, rest = chunk.split(b"\n")
-        for piece in ended:
+        """The lines that end in this chunk, without their line ends. None for one too long."""
+        *ends, rest = chunk.split(b"\n")
+        for piece in ends:
             self._add(piece)
-            yield self._taken()
+            yield self._pop_line()
         self._add(rest)
 
     def end(self) -> Iterator[bytes | None]:
-        """The last line, where no line end follows it."""
-        if self._begun_bytes:
-            yield self._taken()
+        """The last line, if no line end follows it."""
+        if self._length_bytes:
+            yield self._pop_line()
 
     def _add(self, piece: bytes) -> None:
-        self._begun_bytes += len(piece)
-        if self._begun_bytes > self._max_line_bytes:
-            self._too_long = True
-            self._begun.clear()
+        self._length_bytes += len(piece)
+        if self._length_bytes > self._max_line_bytes:
+            self._is_too_long = True
+            self._pieces.clear()
         elif piece:
-            self._begun.append(piece)
+            self._pieces.append(piece)
 
-    def _taken(self) -> bytes | None:
-        line = None if self._too_long else b"".join(self._begun).removesuffix(b"\r")
-        self._begun, self._begun_bytes, self._too_long = [], 0, False
+    def _pop_line(self) -> bytes | None:
+        line = None if self._is_too_long else b"".join(self._pieces).removesuffix(b"\r")
+        self._pieces, self._length_bytes, self._is_too_long = [], 0, False
         return line
 
 
 def read_line(raw: bytes) -> Line:
-    """What a line asks: a JSON string, or an object with `text` and perhaps `id`.
+    """A line of input: a JSON string, or an object with `text` and optionally `id`.
 
-    Any other key is a problem: `top_k` in a line would otherwise be ignored without a word.
+    Any other key is a problem. Otherwise a `top_k` in a line would have no effect, silently.
+
+    >>> read_line(b'{"text": "good", "id": 7}')
+    Line(text='good', problem=None, echoed={'id': 7})
     """
     try:
         value = parse_json(raw, subject="the line")
@@ -117,14 +129,18 @@ def read_line(raw: bytes) -> Line:
         return Line(
             problem=f"the line must be a string or an object with the key text, got {shown(value)}"
         )
+
     echoed: dict[str, object] = {}
     if "id" in value:
-        name = value["id"]
-        if isinstance(name, dict | list) or (isinstance(name, float) and not math.isfinite(name)):
+        line_id = value["id"]
+        # Python reads 1e999 as infinity, which JSON cannot repeat.
+        is_infinite = isinstance(line_id, float) and not math.isfinite(line_id)
+        if isinstance(line_id, dict | list) or is_infinite:
             return Line(
-                problem=f"id must be a string, a number, true, false or null, got {shown(name)}"
+                problem=f"id must be a string, a number, true, false or null, got {shown(line_id)}"
             )
-        echoed["id"] = name
+        echoed["id"] = line_id
+
     for key in value:
         if key not in ("text", "id"):
             return Line(
@@ -143,7 +159,7 @@ def read_line(raw: bytes) -> Line:
 
 def line_too_long(max_line_bytes: int) -> str:
     """The problem with a line that is longer than the limit."""
-    return f"the line is longer than the {max_line_bytes} bytes that are read here: shorten it"
+    return f"the line is longer than the {max_line_bytes} bytes allowed: shorten it"
 
 
 async def answer_lines(
@@ -154,32 +170,37 @@ async def answer_lines(
     inline_bytes: int,
     too_long: str = "the line is too long",
 ) -> list[bytes]:
-    """An answer a line, each with its line end, numbered from `first`. The answer of a line with a
-    problem is that problem; `too_long` is the one of a line that is None.
+    """The answer to each line, as a line of JSON, numbered from `first`.
 
-    More than `inline_bytes` are read in a thread. Raises NotReady where nothing will be answered
-    any more.
+    A line with a problem has the problem as its answer; `too_long` is that of a line that is None.
+    More than `inline_bytes` are read in a thread. Raises NotReady if nothing can be answered.
     """
 
     def read() -> list[Line]:
         return [Line(problem=too_long) if line is None else read_line(line) for line in raw]
 
-    if sum(map(len, filter(None, raw))) <= inline_bytes:
+    if sum(len(line) for line in raw if line is not None) <= inline_bytes:
         lines = read()
     else:
         lines = await asyncio.to_thread(read)
-    outcomes = iter(
-        await _predictions([line.text for line in lines if line.problem is None], predict)
-    )
+
+    texts = [line.text for line in lines if line.problem is None]
+    outcomes = iter(await _predict_each(texts, predict))
     answers = []
     for index, line in enumerate(lines, first):
+        answer: dict[str, object] = {"index": index, **line.echoed}
         outcome = line.problem if line.problem is not None else next(outcomes)
-        answers.append(_spelled(index, line, outcome))
+        if isinstance(outcome, str):
+            answer["error"] = outcome
+        else:
+            top = [{"label": scored.label, "score": scored.score} for scored in outcome.top]
+            answer |= {**top[0], "truncated": outcome.truncated, "top": top}
+        answers.append(encode_line(answer))
     return answers
 
 
-async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predicted | str]:
-    """The predictions of `texts`; a text that cannot be answered has the sentence that says why."""
+async def _predict_each(texts: Sequence[str], predict: Predict) -> Sequence[Predicted | str]:
+    """The prediction for each text, or the sentence why it cannot be answered."""
     if not texts:
         return []
     try:
@@ -188,30 +209,22 @@ async def _predictions(texts: Sequence[str], predict: Predict) -> Sequence[Predi
         raise
     except RequestError as error:
         if len(texts) == 1:
+            # Here the text is not called `inputs.0`.
             return [f"text {error.problem}" if isinstance(error, TextTooLong) else str(error)]
-    # One of them is at fault: each is asked by itself, so that the others are answered.
-    each = await asyncio.gather(*(_predictions([text], predict) for text in texts))
-    return [outcome for (outcome,) in each]
+    # One text is at fault. Each is predicted by itself, so that the others are answered.
+    outcomes = await asyncio.gather(*(_predict_each([text], predict) for text in texts))
+    return [outcome for (outcome,) in outcomes]
 
 
-def _spelled(index: int, line: Line, outcome: Predicted | str) -> bytes:
-    answer: dict[str, object] = {"index": index, **line.echoed}
-    if isinstance(outcome, str):
-        answer["error"] = outcome
-    else:
-        top = [{"label": scored.label, "score": scored.score} for scored in outcome.top]
-        answer |= {**top[0], "truncated": outcome.truncated, "top": top}
-    return spell(answer)
+def encode_line(answer: Mapping[str, object]) -> bytes:
+    r"""The answer as one line of JSON, with its line end.
 
+    Numbers have as many digits as are needed to read the same bits back.
 
-def spell(answer: Mapping[str, object]) -> bytes:
-    """One line of JSON with its end; numbers have as many digits as it takes to read the same bits
-    back.
+    >>> encode_line({"index": 0, "error": "text is missing"})
+    b'{"index":0,"error":"text is missing"}\n'
     """
-    # Half a surrogate pair, which an id may hold, becomes the escape that JSON reads.
-    return (
-        json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode(
-            "utf-8", "backslashreplace"
-        )
-        + b"\n"
-    )
+    # An id may hold half a surrogate pair, which UTF-8 cannot encode. It becomes an escape, which
+    # JSON reads.
+    text = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace") + b"\n"

@@ -1,4 +1,4 @@
-"""Predictions of texts with a bundle, in this process, with a model and an engine of its own.
+"""Predictions of texts with a bundle in this process, without a server.
 
 A server uses the same model in the same engine, so a text gets the same bits here and there.
 """
@@ -26,8 +26,12 @@ _UNBOUNDED = Limits(queue_rows=sys.maxsize, queue_bytes=sys.maxsize, max_run_s=m
 
 
 class Predictor:
-    """An open model of text that answers; use `Predictor.open`, and `close` it or enter it as a
-    context.
+    """An open model of text with an engine. Open it as a context, or `close` it.
+
+    Example:
+        with Predictor.open(Path("bundles/languages")) as predictor:
+            for prediction in predictor.predict(["good morning"]):
+                print(prediction.top[0].label)
     """
 
     def __init__(self, model: Model, *, parallel: int) -> None:
@@ -45,11 +49,11 @@ class Predictor:
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
     ) -> Predictor:
-        """Open the bundle at `bundle_path`, ready to answer.
+        """Open the bundle at `bundle_path`.
 
-        `parallel` batches run at once, each on `threads` threads; by default as many as the CPU
-        quota holds. Raises BundleError for a bundle that must not be used and ProviderUnavailable
-        for a provider that is not there.
+        `parallel` batches run at once, each on `threads` threads. By default, they use the CPU
+        quota. Raises BundleError for a bundle that must not be used, and ProviderUnavailable for a
+        provider that is not installed.
         """
         model = Model.open(
             find_bundle(bundle_path),
@@ -68,11 +72,10 @@ class Predictor:
     def predict(
         self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True
     ) -> list[Prediction]:
-        """The predictions of `texts`, in their order, each with its `top_k` best labels (all, if
-        there are fewer).
+        """The predictions for `texts`, in their order.
 
-        A text longer than the model reads is cut, or with `truncate=False` refused with
-        InvalidField.
+        Each has its `top_k` best labels, or all if there are fewer. A text that is longer than the
+        model reads is cut. With `truncate=False` it raises InvalidField instead.
         """
         jobs, truncated = self.model.text_rows(texts, truncate=truncate)
         return self.model.predictions(self._engine.answer(jobs), truncated, top_k=top_k)
@@ -80,12 +83,12 @@ class Predictor:
     async def predict_async(
         self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True
     ) -> list[Prediction]:
-        """The same, without blocking the event loop."""
+        """`predict` without blocking the event loop."""
         jobs, truncated = await self.model.text_rows_async(texts, truncate=truncate)
         return self.model.predictions(await self._engine.answer_async(jobs), truncated, top_k=top_k)
 
     def close(self) -> None:
-        """Finish the open requests and accept no more."""
+        """Answer the requests in progress, and accept no more."""
         self._engine.close()
 
     def __enter__(self) -> Predictor:
@@ -95,6 +98,6 @@ class Predictor:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        at: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()

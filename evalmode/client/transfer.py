@@ -21,7 +21,7 @@ from typing import IO, Protocol, TypeAlias
 
 from evalmode.client.answers_file import AnswersFile, Stdout
 from evalmode.errors import EvalmodeError
-from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, line_too_long, spell
+from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, line_too_long
 from evalmode.terminal import open_console
 
 # A client that sends a whole request before it reads the response could wait for a server that
@@ -156,7 +156,7 @@ class Transfer:
                 if chunk.lines:
                     return await self.answerer.answer(chunk.lines, first=chunk.first)
                 problem = line_too_long(_MAX_LINE_BYTES)
-                return [spell({"index": chunk.first, "error": problem})], None
+                return [encode_line({"index": chunk.first, "error": problem})], None
             finally:
                 free.release()
 

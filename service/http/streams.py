@@ -37,8 +37,8 @@ from evalmode.service.ndjson import (
     Predicted,
     Splitter,
     answer_lines,
+    encode_line,
     line_too_long,
-    spell,
 )
 from evalmode.service.protocol.compression import Encoding, decompress
 from evalmode.service.settings import setting_named
@@ -397,12 +397,12 @@ class _StreamResponse(Response):
             group = await self._groups.get()
             if isinstance(group, _End):
                 if group.error is not None:
-                    last_line = spell({"error": group.error})
+                    last_line = encode_line({"error": group.error})
                 break
             try:
                 answers = await group.answers
             except NotReady as error:
-                last_line = spell({"error": str(error)})
+                last_line = encode_line({"error": str(error)})
                 break
             await self._send(send, answers, more=True)
             self._window.release(group)

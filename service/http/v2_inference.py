@@ -141,7 +141,7 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
         jobs, truncated = model.text_rows(_texts_of(text), truncate=request.truncate)
     except TextTooLong as error:
         # The error names a text of /v1, `inputs.3`; here texts are the elements of a tensor.
-        field = f"{text.path}.data.{error.place}"
+        field = f"{text.path}.data.{error.index}"
         raise BadRequest(f"{field} {error.problem}", field=field) from error
     return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
 

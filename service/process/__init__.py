@@ -1,1 +1,1 @@
-"""Processes that serve: their sockets and connections, their signals, and their supervisor."""
+"""Server processes: their sockets and connections, their signals, and their supervisor."""

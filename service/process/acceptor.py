@@ -1,10 +1,16 @@
-"""Takes connections from a listening socket, as many as a process may have, and turns others away
-with a word.
+"""Accepts connections from a listening socket, up to a limit, and answers 503 above the limit.
 
-The loop's own server takes whatever the kernel has. When the process has no file descriptors left
-it resets connections, those of probes of health too. Here the number of connections is bounded
-below the number of descriptors. Above the bound a few more are taken: one probe each is answered,
-and everything else gets 503. The oldest of them makes room for the next.
+uvloop's own server accepts every connection that the kernel has. Without free file descriptors it
+resets connections, those of health probes too. So the limit here is below the number of
+descriptors. A readable socket leads to these decisions, in order:
+
+1. Below the limit, a connection is accepted and served.
+2. At the limit, one of several workers first leaves the connection to the others for a moment.
+3. At the limit, `SURPLUS` more connections are accepted. Each gets one health probe answered, and
+   503 for everything else. If there are already so many, the oldest is closed.
+4. If no file descriptor is free, a spare one is closed for a moment. With it the connection is
+   accepted, answered with 503, and closed.
+5. After any other error, nothing is accepted for a moment.
 """
 
 from __future__ import annotations
@@ -27,25 +33,29 @@ from evalmode.service.settings import Settings
 
 _log = structlog.get_logger("evalmode.service")
 
-# Connections above the limit: probes, and those that wait to get 503.
+# Connections above the limit: health probes, and clients that wait for their 503.
 SURPLUS = 32
-# File descriptors that are opened later: bundles that are swapped, figures, key files, and sockets
-# whose connection has ended and which the loop closes in its next turn.
+# File descriptors that are opened later: bundles that are swapped, metrics, key files, and sockets
+# of closed connections, which the loop closes in its next turn.
 _SPARE_DESCRIPTORS = 32
-_MOST_BY_DEFAULT = 10_000
-_FEWEST = 8
+_DEFAULT_LIMIT = 10_000
+# With fewer connections, a server is of no use.
+_LOWEST_LIMIT = 8
+# The count where the system does not list the open descriptors. A server that starts has about 20.
+_ASSUMED_DESCRIPTORS = 64
 
-# Taken in one turn of the loop, so that others are answered in between. Of several workers on one
-# socket the first that wakes would take all.
-_AT_ONCE = 128
-_AT_ONCE_SHARED = 4
-# Of those above the limit: a connection is made two turns later, and of 32 there is always one that
-# can still get 503 before it makes room.
-_SURPLUS_AT_ONCE = 8
+# Connections accepted in one turn of the loop. With more, those that are open would wait.
+_ACCEPTS_PER_TURN = 128
+# The same for several workers on one socket. With more, the first to wake would accept them all.
+_SHARED_ACCEPTS_PER_TURN = 4
+# The same above the limit. A connection begins two turns later. With only a quarter of `SURPLUS` a
+# turn, one of them can always get its 503 before it is closed for a newer one.
+_SURPLUS_ACCEPTS_PER_TURN = 8
+# How long a worker at its limit leaves a connection to the others, which may have room.
+_LEAVE_TO_OTHERS_S = 0.02
 _RETRY_S = 0.05
-# Of several workers, one at its limit would otherwise refuse what another has room for.
-_LEFT_TO_OTHERS_S = 0.02
-_LOG_EVERY_S = 60.0
+# A full server would otherwise log one line for each connection.
+_LOG_INTERVAL_S = 60.0
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _BODY = error_body("", "the server has no file descriptors left: retry in 1 s")
 _REFUSAL = (
@@ -54,174 +64,232 @@ _REFUSAL = (
 )
 
 
-def most_connections(settings: Settings) -> int:
-    """How many connections this process takes: as the settings say, else by the limit of open files
-    (RLIMIT_NOFILE), at most 10,000.
+def connection_limit(settings: Settings) -> int:
+    """How many connections this process accepts.
 
-    Raises StartFailed where the limit has no room for them.
+    The setting `max_connections` decides. Without it, the limit of open files (RLIMIT_NOFILE)
+    does, up to `_DEFAULT_LIMIT`. Raises StartFailed if the limit of open files is too low.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return settings.max_connections or _MOST_BY_DEFAULT
-    room = limit - _open_descriptors() - _SPARE_DESCRIPTORS - SURPLUS
-    if settings.max_connections is not None and settings.max_connections > room:
-        raise StartFailed(
-            f"setting max_connections (--max-connections, EVALMODE_MAX_CONNECTIONS) is"
-            f" {settings.max_connections}, but the limit of {limit} open files has room for"
-            f" {max(0, room)}: raise the limit (ulimit -n) or lower the setting"
-        )
-    if room < _FEWEST:
-        raise StartFailed(
-            f"the limit of {limit} open files has no room for connections: raise it (ulimit -n) to"
-            f" {limit - room + _FEWEST} or more"
-        )
-    return settings.max_connections or min(room, _MOST_BY_DEFAULT)
+    file_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if file_limit == resource.RLIM_INFINITY:
+        return settings.max_connections or _DEFAULT_LIMIT
 
-
-def _open_descriptors() -> int:
+    open_count = _ASSUMED_DESCRIPTORS
     for folder in ("/proc/self/fd", "/dev/fd"):
         with contextlib.suppress(OSError):
-            return len(os.listdir(folder))
-    return 64
+            open_count = len(os.listdir(folder))
+            break
+    available = file_limit - open_count - _SPARE_DESCRIPTORS - SURPLUS
+
+    if settings.max_connections is not None and settings.max_connections > available:
+        raise StartFailed(
+            f"setting max_connections (--max-connections, EVALMODE_MAX_CONNECTIONS) is"
+            f" {settings.max_connections}, but the limit of {file_limit} open files has room for"
+            f" {max(0, available)}: raise the limit (ulimit -n) or lower the setting"
+        )
+    if available < _LOWEST_LIMIT:
+        raise StartFailed(
+            f"the limit of {file_limit} open files has no room for connections: raise it"
+            f" (ulimit -n) to {file_limit - available + _LOWEST_LIMIT} or more"
+        )
+    return settings.max_connections or min(available, _DEFAULT_LIMIT)
 
 
 class Acceptor:
-    """Takes connections from `listener`, a socket that listens, while it is started.
+    """Accepts connections from a listening socket between `start` and `stop`.
 
-    `make` makes the protocol of a connection. `refused` is called with the reason of each refusal
-    that no connection gives itself. `is_shared` says that other processes take connections from
-    the same socket. `tls` are the arguments of `connect_accepted_socket` for TLS.
+    Args:
+        listener: the socket, which already listens.
+        new_connection: makes the protocol of a connection.
+        connections: the state that all connections of this server share.
+        limit: how many connections this process serves.
+        is_shared: whether other processes accept connections from the same socket.
+        tls: the arguments of `connect_accepted_socket` for TLS, else empty.
+        on_refusal: called with the reason of each refusal that no connection reports itself.
     """
 
     def __init__(
         self,
         listener: socket.socket,
         *,
-        make: Callable[[], Connection],
-        state: Connections,
-        most: int,
+        new_connection: Callable[[], Connection],
+        connections: Connections,
+        limit: int,
         is_shared: bool,
         tls: dict[str, Any],
-        refused: Callable[[str], None],
+        on_refusal: Callable[[str], None],
     ) -> None:
         self._listener = listener
-        self._make = make
-        self._state = state
-        self._most = most
+        self._new_connection = new_connection
+        self._connections = connections
+        self._limit = limit
         self._is_shared = is_shared
-        self._at_once = _AT_ONCE_SHARED if is_shared else _AT_ONCE
+        self._accepts_per_turn = _SHARED_ACCEPTS_PER_TURN if is_shared else _ACCEPTS_PER_TURN
         self._tls = tls
-        self._refused = refused
+        self._on_refusal = on_refusal
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._retry: asyncio.TimerHandle | None = None
-        self._logged_s = -_LOG_EVERY_S
-        self._spare: int | None = None
+        self._last_log_s = -_LOG_INTERVAL_S
+        self._spare_descriptor: int | None = None
         self.is_accepting = False
         listener.setblocking(False)
 
     def start(self) -> None:
-        """Take connections from now on."""
-        self._open_spare()
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+        """Accept connections from now on."""
+        self._resume()
         self.is_accepting = True
 
     def stop(self) -> None:
-        """Leave connections to the kernel, or to another process that listens there."""
+        """Accept nothing more. Connections wait in the kernel, or another process accepts them."""
         self.is_accepting = False
         self._loop.remove_reader(self._listener.fileno())
         if self._retry is not None:
             self._retry.cancel()
-        self._close_spare()
+        self._close_spare_descriptor()
 
-    def take_what_is_left(self) -> None:
-        """Take what the kernel has accepted so far, whatever the limit."""
+    def accept_waiting(self) -> None:
+        """Accept every connection that waits in the kernel, whatever the limit."""
         with contextlib.suppress(OSError):
             while True:
-                self._take(self._listener.accept()[0], probes_only=False)
+                self._begin(self._listener.accept()[0], probes_only=False)
 
-    async def all_begun(self) -> None:
-        """Wait until every connection that was taken has begun, or has broken off."""
+    async def wait_for_begun(self) -> None:
+        """Wait until every accepted connection has begun, or has failed to."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _accept(self) -> None:
-        """Take connections. At the limit, another worker gets the time to take them first."""
+    # Decisions, in the order of the module's docstring.
+
+    def _on_readable(self) -> None:
         if self._is_shared and self._is_full():
-            self._loop.remove_reader(self._listener.fileno())
-            self._retry = self._loop.call_later(_LEFT_TO_OTHERS_S, self._accept_surplus)
+            self._pause(_LEAVE_TO_OTHERS_S, then=self._accept_after_others)
         else:
+            # A worker that reaches its limit here leaves the rest to its next turn.
             self._accept_some(with_surplus=not self._is_shared)
 
-    def _accept_surplus(self) -> None:
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+    def _accept_after_others(self) -> None:
+        self._loop.add_reader(self._listener.fileno(), self._on_readable)
         self._accept_some(with_surplus=True)
 
     def _is_full(self) -> bool:
-        return len(self._state.connections) + len(self._state.arriving) >= self._most
+        open_count = len(self._connections.connections) + len(self._connections.arriving)
+        return open_count >= self._limit
 
     def _accept_some(self, *, with_surplus: bool) -> None:
+        """Accept what one turn of the loop allows. `with_surplus`: connections above the limit."""
         surplus_count = 0
-        for _ in range(self._at_once):
+        for _ in range(self._accepts_per_turn):
             is_surplus = self._is_full()
-            if surplus_count == _SURPLUS_AT_ONCE or (is_surplus and not with_surplus):
+            if is_surplus and not with_surplus:
+                return
+            if surplus_count == _SURPLUS_ACCEPTS_PER_TURN:
                 return
             try:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 return
+            except ConnectionAbortedError:
+                continue
             except OSError as error:
-                if isinstance(error, ConnectionAbortedError):
-                    continue
                 if error.errno not in _NO_DESCRIPTORS:
-                    self._log_once("no connection can be taken", reason=str(error))
-                    self._pause()
+                    self._log_rarely("a connection cannot be accepted", reason=str(error))
+                    self._pause(_RETRY_S, then=self._resume)
                     return
-                self._log_once("no file descriptors are left for connections", reason=str(error))
-                if not self._turn_away():
+                self._log_rarely("no file descriptors are left for connections", reason=str(error))
+                if not self._refuse_with_spare_descriptor():
                     return
                 continue
             if is_surplus:
                 surplus_count += 1
-                self._log_once(
-                    "as many connections as this process takes: others than probes get 503",
-                    max_connections=self._most,
+                self._log_rarely(
+                    "the limit of connections is reached: only health probes are answered",
+                    max_connections=self._limit,
                 )
-                if len(self._state.surplus) >= SURPLUS:
-                    self._make_room()
-            self._take(connection, probes_only=is_surplus)
+                if len(self._connections.surplus) >= SURPLUS:
+                    self._evict_surplus()
+            self._begin(connection, probes_only=is_surplus)
 
-    def _take(self, connection: socket.socket, *, probes_only: bool) -> None:
+    def _evict_surplus(self) -> None:
+        """Close a connection above the limit.
+
+        The choice, in order: the oldest that is closing already, the oldest that has sent nothing,
+        and the oldest.
+        """
+        surplus = self._connections.surplus
+        begun = [protocol for protocol in surplus if protocol not in self._connections.arriving]
+        protocol = next((protocol for protocol in begun if protocol.is_ending), None)
+        if protocol is None:
+            protocol = next((protocol for protocol in begun if protocol.is_silent), None)
+        if protocol is None:
+            protocol = next(iter(surplus))
+        task = surplus.pop(protocol)
+        if protocol in self._connections.arriving:
+            task.cancel()
+        else:
+            protocol.evict()
+
+    def _refuse_with_spare_descriptor(self) -> bool:
+        """Accept a connection with the spare descriptor, answer 503 and close it.
+
+        Otherwise it would stay in the kernel and wake the loop again and again. False if nothing
+        could be accepted.
+        """
+        self._close_spare_descriptor()
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._pause(_RETRY_S, then=self._resume)
+            return False
+        else:
+            self._on_refusal("too_many_connections")
+            with connection, contextlib.suppress(OSError):
+                connection.setblocking(False)
+                # Before its handshake, TLS can carry no answer.
+                if not self._tls:
+                    # Unread bytes would turn the close into a reset.
+                    with contextlib.suppress(BlockingIOError):
+                        connection.recv(65_536)
+                    connection.send(_REFUSAL)
+            return True
+        finally:
+            self._open_spare_descriptor()
+
+    # Beginning a connection.
+
+    def _begin(self, connection: socket.socket, *, probes_only: bool) -> None:
         connection.setblocking(False)
-        protocol = self._make()
+        protocol = self._new_connection()
         protocol.probes_only = probes_only
-        self._state.arriving.add(protocol)
-        task = self._loop.create_task(self._begin(connection, protocol))
+        self._connections.arriving.add(protocol)
+        task = self._loop.create_task(self._connect(connection, protocol))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         if probes_only:
-            self._state.surplus[protocol] = task
+            self._connections.surplus[protocol] = task
 
-    async def _begin(self, connection: socket.socket, protocol: Connection) -> None:
+    async def _connect(self, connection: socket.socket, protocol: Connection) -> None:
         tls = self._tls
         try:
             if tls and await self._sends_plain_text(connection):
                 protocol.is_plain_at_tls, tls = True, {}
             await self._loop.connect_accepted_socket(lambda: protocol, connection, **tls)
-        except (OSError, asyncio.CancelledError) as error:  # a TLS handshake that failed
-            _log.debug("a connection broke off before it began", error=str(error))
-            self._state.surplus.pop(protocol, None)
+        except (OSError, asyncio.CancelledError) as error:
+            # The TLS handshake failed, or a newer connection took this one's place.
+            _log.debug("a connection ended before it began", error=str(error))
+            self._connections.surplus.pop(protocol, None)
             connection.close()
         finally:
-            self._state.arriving.discard(protocol)
-            self._state.check()
+            self._connections.arriving.discard(protocol)
+            self._connections.update_all_closed()
 
     async def _sends_plain_text(self, connection: socket.socket) -> bool:
-        """Whether the first byte of a client is a letter or a line end, as in HTTP: no handshake of
-        TLS begins so. The byte is left in the socket.
+        """Whether the first byte is a letter or a line end, as in HTTP. No TLS handshake begins so.
 
-        After a handshake that failed nothing could be said any more: asyncio has closed the socket.
-        Raises TimeoutError when no byte comes in the time of a handshake.
+        The byte stays in the socket. After a failed handshake no answer would be possible, because
+        asyncio has closed the socket. Raises TimeoutError if no byte arrives in time.
         """
         readable = asyncio.Event()
         self._loop.add_reader(connection.fileno(), readable.set)
@@ -230,68 +298,30 @@ class Acceptor:
                 await readable.wait()
         finally:
             self._loop.remove_reader(connection.fileno())
-        first = connection.recv(1, socket.MSG_PEEK)
-        return first.isalpha() or first in (b"\r", b"\n")
+        first_byte = connection.recv(1, socket.MSG_PEEK)
+        return first_byte.isalpha() or first_byte in (b"\r", b"\n")
 
-    def _make_room(self) -> None:
-        """End one of the connections above the limit: the oldest that ends already, or that has
-        sent nothing, or at worst the oldest.
-        """
-        surplus = self._state.surplus
-        made = [protocol for protocol in surplus if protocol not in self._state.arriving]
-        oldest = next((protocol for protocol in made if protocol.is_ending), None)
-        oldest = oldest or next((protocol for protocol in made if protocol.is_silent), None)
-        oldest = oldest or next(iter(surplus))
-        task = surplus.pop(oldest)
-        if oldest in self._state.arriving:
-            task.cancel()
-        else:
-            oldest.make_room()
+    # Pauses, the spare descriptor, and the log.
 
-    def _turn_away(self) -> bool:
-        """Take a connection with the spare descriptor, answer 503, and close it.
-
-        Otherwise it would wait in the kernel, and wake the loop again and again.
-        """
-        self._close_spare()
-        try:
-            connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return False
-        except OSError:
-            self._pause()
-            return False
-        else:
-            self._refused("too_many_connections")
-            with connection, contextlib.suppress(OSError):
-                connection.setblocking(False)
-                if not self._tls:
-                    with contextlib.suppress(BlockingIOError):
-                        connection.recv(65_536)  # what is unread would become a reset
-                    connection.send(_REFUSAL)
-            return True
-        finally:
-            self._open_spare()
-
-    def _pause(self) -> None:
+    def _pause(self, pause_s: float, *, then: Callable[[], None]) -> None:
         self._loop.remove_reader(self._listener.fileno())
-        self._retry = self._loop.call_later(_RETRY_S, self._resume)
+        self._retry = self._loop.call_later(pause_s, then)
 
     def _resume(self) -> None:
-        self._open_spare()
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self._open_spare_descriptor()
+        self._loop.add_reader(self._listener.fileno(), self._on_readable)
 
-    def _open_spare(self) -> None:
-        if self._spare is None:
+    def _open_spare_descriptor(self) -> None:
+        if self._spare_descriptor is None:
             with contextlib.suppress(OSError):
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                self._spare_descriptor = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
-    def _close_spare(self) -> None:
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
+    def _close_spare_descriptor(self) -> None:
+        if self._spare_descriptor is not None:
+            os.close(self._spare_descriptor)
+            self._spare_descriptor = None
 
-    def _log_once(self, event: str, **fields: object) -> None:
-        if self._loop.time() - self._logged_s >= _LOG_EVERY_S:
-            self._logged_s = self._loop.time()
+    def _log_rarely(self, event: str, **fields: object) -> None:
+        if self._loop.time() - self._last_log_s >= _LOG_INTERVAL_S:
+            self._last_log_s = self._loop.time()
             _log.warning(event, **fields)

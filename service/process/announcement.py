@@ -1,9 +1,8 @@
-"""Where a server listens, for other processes of its user: `evalmode healthcheck` finds it whatever
-flags it was started with.
+"""Announces where a server listens, so that `evalmode healthcheck` finds it without its flags.
 
-The announcement is an anonymous file in memory (memfd). It needs no writable file system and no
-clean-up: it is found through /proc and ends with its process. This module imports the standard
-library alone, for a health check must start quickly on a tenth of a core.
+The announcement is an anonymous file in memory (memfd), which other processes of the same user read
+through /proc. It needs no writable file system, and it ends with its process. This module imports
+the standard library alone, because a health check must start quickly on a tenth of a core.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ if TYPE_CHECKING:
 _NAME = "evalmode-server"
 _LINK = f"/memfd:{_NAME} (deleted)"
 _MAX_BYTES = 65_536
-# What names a server's address in the environment. A health check in the same environment means
-# this server, also where a flag or a file gave it another address.
+# The variables that give a server its address. A health check with the same values means this
+# server, even if a flag or a file gave the server another address.
 _VARIABLES = ("EVALMODE_CONFIG", "EVALMODE_HOST", "EVALMODE_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        host: the address that it is bound to, as numbers.
+        host: the numeric address that it is bound to.
         port: its port.
         tls: whether it speaks TLS.
-        certificate: the files of its certificate and key, where clients must show one too.
-        environment: the variables that gave it an address.
+        certificate: the files of its certificate and key, if clients must show a certificate too.
+        environment: the variables of its environment that give a server its address.
     """
 
     host: str
@@ -49,10 +48,11 @@ class Announcement:
 
 @contextmanager
 def announced(settings: Settings, listener: socket.socket) -> Iterator[None]:
-    """Announce the server of these settings on this bound socket while the context is open."""
+    """Announce the server of these settings, on this bound socket, while the context is open."""
     address = listener.getsockname()
     host = address[0].partition("%")[0]
-    if len(address) == 4 and address[3]:  # link-local: reached only through its interface
+    # A link-local IPv6 address is reached only through its interface, the fourth item.
+    if len(address) == 4 and address[3]:
         host += f"%{address[3]}"
     certificate = None
     if settings.ssl_certfile is not None and settings.ssl_ca_certs is not None:
@@ -67,7 +67,8 @@ def announced(settings: Settings, listener: socket.socket) -> Iterator[None]:
     )
     try:
         descriptor = os.memfd_create(_NAME)
-    except (AttributeError, OSError):  # another system, or one that forbids it
+    except (AttributeError, OSError):
+        # The system has no memfd, or forbids it: then a health check needs the address.
         yield
         return
     try:
@@ -78,43 +79,39 @@ def announced(settings: Settings, listener: socket.socket) -> Iterator[None]:
 
 
 def announcements() -> dict[int, Announcement]:
-    """The servers that the current user runs, by process id; empty where /proc does not show
-    them.
-    """
+    """The servers of the current user, by process id. Empty where /proc does not show them."""
     servers = {}
-    for process in _processes():
+    try:
+        processes = [process for process in Path("/proc").iterdir() if process.name.isdecimal()]
+    except OSError:
+        return {}
+    for process in processes:
         try:
             if process.stat().st_uid != os.geteuid():
                 continue
-            if announcement := _announcement_of(process):
+            if announcement := _read_announcement(process):
                 servers[int(process.name)] = announcement
-        except OSError:  # it has ended, or its files are not shown
+        except OSError:
+            # The process has ended, or its files are hidden.
             continue
     return servers
 
 
 def address_variables() -> dict[str, str]:
-    """The variables of this environment that give a server its address; their names may be in
-    either case.
-    """
+    """The variables of this environment that give a server its address, in upper case."""
     environment = {name.upper(): value for name, value in os.environ.items()}
     return {name: environment[name] for name in _VARIABLES if name in environment}
 
 
-def _processes() -> list[Path]:
-    try:
-        return [process for process in Path("/proc").iterdir() if process.name.isdecimal()]
-    except OSError:
-        return []
-
-
-def _announcement_of(process: Path) -> Announcement | None:
+def _read_announcement(process: Path) -> Announcement | None:
+    """The announcement of a process, given its folder below /proc. None if it has none."""
     for descriptor in (process / "fd").iterdir():
         try:
             if os.readlink(descriptor) != _LINK:
                 continue
             with descriptor.open("rb") as file:
                 return Announcement(**json.loads(file.read(_MAX_BYTES)))
-        except (OSError, ValueError, TypeError):  # closed meanwhile, or of another version
+        except (OSError, ValueError, TypeError):
+            # It has been closed meanwhile, or another version of evalmode wrote it.
             continue
     return None

@@ -1,4 +1,4 @@
-"""Why a process probably ended, from its exit code and from what the kernel says of memory."""
+"""Why a worker probably ended, from its exit code and from the kernel's figures on memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evalmode.service.batching.cpu_quota import cgroup_folders, read_or_empty
-from evalmode.service.process.worker_codes import REFUSED, STUCK
 
-# Version 1 writes the largest multiple of a page for "no limit".
+# The exit codes of a worker, besides 0 and those of the system. A worker that cannot start has sent
+# the reason to its supervisor. A worker with a batch that is stuck for good ends itself.
+REFUSED = 2
+STUCK = 70
+
+# A cgroup of version 1 without a limit says the largest multiple of a page that fits 63 bits.
 _UNLIMITED_BYTES = 1 << 60
 _MEMORY_V2 = Path("sys/fs/cgroup")
 _MEMORY_V1 = Path("sys/fs/cgroup/memory")
@@ -20,11 +24,11 @@ _SIGNALS = {
     signal.SIGABRT: "native code gave up, often because it got no memory",
     signal.SIGILL: "native code uses an instruction that this processor does not have",
     signal.SIGFPE: "native code divided by zero",
-    signal.SIGTERM: "it was told to end while it started, and not by this server",
+    signal.SIGTERM: "another process sent it while this one started",
     signal.SIGSYS: "a sandbox (seccomp) forbids a system call",
 }
 _CODES = {
-    0: "it was told to end, and not by this server",
+    0: "another process asked it to end",
     1: "an error that nothing caught; its traceback is above",
     3: "the application did not start; the reason is above",
     REFUSED: "it refused to start",
@@ -35,10 +39,13 @@ _CODES = {
 def cause_of_death(
     exit_code: int, *, workers: int = 1, oom_kills: int = 0, root: Path = Path("/")
 ) -> str:
-    """One sentence for an exit code as `subprocess` gives it: below 0 it is a signal.
+    """The probable cause, as one sentence, for an exit code of `subprocess` (a signal is negative).
 
-    `oom_kills` is by how much the kernel's count of such kills grew while the process ran, and
-    `root` is where `proc` and `sys` are looked for.
+    `oom_kills` is how many processes the kernel killed for lack of memory while this one ran.
+    `root` is the folder that holds `proc` and `sys`.
+
+    >>> cause_of_death(-signal.SIGFPE)
+    'SIGFPE: native code divided by zero'
     """
     if exit_code >= 0:
         return _CODES.get(exit_code, f"it ended with exit code {exit_code}")
@@ -63,15 +70,17 @@ def cause_of_death(
 
 
 def memory_limit(*, root: Path = Path("/")) -> int | None:
-    """Bytes of memory that the cgroup of this process may use; None where it has no limit."""
-    limits = [*_figures(root, "memory.max", "memory.limit_in_bytes")]
-    least = min((int(text) for text in limits if text.isdecimal()), default=_UNLIMITED_BYTES)
-    return least if least < _UNLIMITED_BYTES else None
+    """The bytes of memory that the cgroup of this process may use. None if it has no limit."""
+    texts = _memory_files(root, version_2="memory.max", version_1="memory.limit_in_bytes")
+    # Without a limit, version 2 says "max", and a missing file has no text.
+    limits = [int(text) for text in texts if text.isdecimal()]
+    lowest = min(limits, default=_UNLIMITED_BYTES)
+    return lowest if lowest < _UNLIMITED_BYTES else None
 
 
 def oom_kills(*, root: Path = Path("/")) -> int:
-    """How many processes of this cgroup the kernel has killed for want of memory so far."""
-    for text in _figures(root, "memory.events", "memory.oom_control"):
+    """How many processes of this cgroup the kernel has killed for lack of memory so far."""
+    for text in _memory_files(root, version_2="memory.events", version_1="memory.oom_control"):
         for line in text.splitlines():
             name, _, count = line.partition(" ")
             if name == "oom_kill" and count.isdecimal():
@@ -79,8 +88,8 @@ def oom_kills(*, root: Path = Path("/")) -> int:
     return 0
 
 
-def _figures(root: Path, version_2: str, version_1: str) -> Iterator[str]:
-    """The texts of a file of the memory controller, the cgroup's own first."""
+def _memory_files(root: Path, *, version_2: str, version_1: str) -> Iterator[str]:
+    """The texts of a file of the memory controller, from this process's cgroup up to the root's."""
     for folder in cgroup_folders(root, controller="", mount=_MEMORY_V2):
         yield read_or_empty(folder / version_2)
     for folder in cgroup_folders(root, controller="memory", mount=_MEMORY_V1):

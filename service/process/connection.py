@@ -1,10 +1,27 @@
-"""One HTTP/1.1 connection, within limits: its requests, one at a time. Knows no server.
+"""One HTTP/1.1 connection within limits: how its requests are parsed and take turns.
 
-Requests are parsed one at a time. What follows a request waits as bytes, and nothing more is read,
-until its answer is complete and the client has taken enough of what was written. So a connection
-holds one request and one piece of what the kernel received, however many requests a client sends.
+A client may send many requests at once. They are parsed one at a time:
 
-Slow bodies are the application's affair: it reads them.
+1. The parser gets the bytes up to the end of one request.
+2. The rest waits as bytes, and the connection reads nothing more.
+3. When the answer is complete, and the client has read enough of it, the next request follows.
+
+So a connection holds one request and one piece of what the kernel received. The application reads
+bodies, and sets the limits of time for them.
+
+`Connection` is the protocol of uvicorn 0.54 for httptools (`HttpToolsProtocol`). uvicorn has no
+limit on a head or on the time of a client, and queues all requests that a client sends at once. So
+these private parts are overridden:
+
+- the callbacks of the transport: `connection_made`, `connection_lost`, `data_received`,
+  `eof_received`, `resume_writing`;
+- the callbacks of the parser: `on_message_begin`, `on_header`, `on_headers_complete`, `on_body`,
+  `on_message_complete`;
+- `on_response_complete`, which a request's cycle calls, and `timeout_keep_alive_handler`.
+
+A cycle (`RequestResponseCycle`) is uvicorn's object for one request and its answer.
+
+tests/service/process/test_uvicorn.py lists every part that is used, and fails if one is missing.
 """
 
 from __future__ import annotations
@@ -19,64 +36,65 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from evalmode.service.health import PROBE_PATHS
-from evalmode.service.process.lingering_close import (
-    EVERY_ANSWER_BEGINS,
-    IDLE_LINGER_S,
-    Connections,
-    Outlet,
-)
+from evalmode.service.process.lingering_close import IDLE_LINGER_S, Connections, Outlet
 from evalmode.service.process.refusals import (
     ConnectionLimits,
-    Refused,
+    Refusal,
     RefusingProtocol,
     body_bytes_of,
     framing_too_long,
     head_too_late,
     head_too_long,
-    no_http,
+    not_http,
     path_of,
-    stopped,
-    tls_here,
+    server_stopped,
+    tls_required,
     too_many_connections,
 )
 from evalmode.service.settings import Settings
 
-# A client that connected so recently has a request on its way.
+# A client that connected less than this ago is assumed to have a request on its way.
 _FRESH_S = 1.0
-# A connection above the limit is for probes, which send their request at once.
+# A connection above the limit is for health probes, which send their request at once.
 _SURPLUS_HEAD_S = 1.0
 _PROBES = frozenset(path.encode() for path in PROBE_PATHS)
 _UPGRADES = (b"upgrade", b"http2-settings")
-_END_OF_HEAD = b"\r\n\r\n"
-# Given to the parser in one turn of the loop: some 0.5 ms, however small the client makes them.
-_MOST_PIECES = 256
-# After the client has closed its side, the first and the longest wait between two looks at whether
-# it has closed the other side as well.
-_FIRST_LOOK_S = 0.01
-_LONGEST_LOOK_S = 1.0
-_TCP_CLOSE = 7  # the first byte of TCP_INFO after a reset, see linux/tcp.h
+_HEAD_END = b"\r\n\r\n"
+# How many pieces the parser gets in one turn of the loop: about 0.5 ms of work, even if the client
+# sends nothing but empty lines. With more, one client would keep the others waiting.
+_PIECES_PER_TURN = 256
+# After the client has closed its sending side: the first and the longest interval between two
+# checks for a reset.
+_FIRST_RESET_CHECK_S = 0.01
+_LONGEST_RESET_CHECK_S = 1.0
+# The first byte of the socket option TCP_INFO after a reset: TCP_CLOSE in netinet/tcp.h.
+_TCP_CLOSE = 7
 
 
-def connection_within(
-    settings: Settings, *, refused: Callable[[str], None] = lambda reason: None
+def connection_class(
+    settings: Settings, *, on_refusal: Callable[[str], None] = lambda reason: None
 ) -> type[Connection]:
-    """The protocol class for `uvicorn.Config(http=...)` with the limits of these settings."""
+    """The protocol class for `uvicorn.Config(http=...)`, with the limits of these settings.
 
-    class ConnectionWithin(Connection):
+    `on_refusal` is called with the reason of each refusal that the application does not see.
+    """
+
+    class LimitedConnection(Connection):
         limits = ConnectionLimits(
             header_bytes=settings.max_header_bytes,
             header_timeout_s=settings.header_timeout_s,
             body_timeout_s=settings.body_timeout_s,
-            refused=refused,
+            on_refusal=on_refusal,
         )
         read_timeout_s = settings.body_timeout_s
 
-    return ConnectionWithin
+    return LimitedConnection
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, with a hold: while it lasts a cycle that asks for more of its body
-    does not make the transport read.
+    """uvicorn's flow control with a hold. During a hold nothing makes the transport read.
+
+    Without it, a cycle that asks for more of its body would resume reading (uvicorn 0.54).
     """
 
     is_held = False
@@ -87,23 +105,25 @@ class _Flow(FlowControl):
         self.pause_reading()
 
     def release(self) -> None:
-        """Read again."""
+        """End a hold and read again."""
         if self.is_held:
             self.is_held = False
             self.resume_reading()
 
     def resume_reading(self) -> None:
-        """Read again, unless there is a hold."""
+        """Read again, except during a hold."""
         if not self.is_held:
             super().resume_reading()
 
 
 class Connection(RefusingProtocol):
-    """uvicorn's protocol within `limits`; `connection_within` makes a class that has some.
+    """A connection within `limits`. `connection_class` makes a subclass that has them.
 
-    With `probes_only`, as above the limit of connections, one probe of health is answered, and
-    everything else gets 503. With `is_plain_at_tls` the client sends plain text where the server
-    speaks TLS: whatever it asks gets 400.
+    Attributes:
+        probes_only: the connection is above the limit of connections. It answers one health probe,
+            and everything else gets 503.
+        is_plain_at_tls: the client sends plain text where the server speaks TLS. Every request
+            gets 400.
     """
 
     flow: _Flow
@@ -118,279 +138,309 @@ class Connection(RefusingProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self.probes_only = False
         self.is_plain_at_tls = False
-        self._heads = 0
-        self._left_bytes: int | None = 0  # of the body, to be given to the parser
-        self._upgrading = False
-        self._framing_bytes = 0  # of a chunked body since its last data, such as trailers
+        self._connected_s = 0.0
+        self._head_count = 0
+        # Bytes of the body that the parser has not seen. None while a body comes in chunks.
+        self._unparsed_body_bytes: int | None = 0
+        self._wants_upgrade = False
+        # Bytes of a body in chunks since its last data: chunk sizes and trailers.
+        self._framing_bytes = 0
         self._received = b""
-        self._position = 0  # of the first byte in `_received` that the parser has not seen
-        self._tail = b""  # what of an empty line the parser has seen, at most
-        self._half_closed = False
-        self._look_timer: asyncio.TimerHandle | None = None
+        # The index in `_received` of the first byte that the parser has not seen.
+        self._position = 0
+        # The last bytes that the parser has seen, if a head may end within the next ones.
+        self._tail = b""
+        self._is_half_closed = False
+        self._reset_timer: asyncio.TimerHandle | None = None
 
-    # What the transport calls.
+    # Called by the transport.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a head."""
+        """Begin, and wait for a head."""
         super().connection_made(transport)
         self.flow = _Flow(transport)
-        self._made_s = self.loop.time()
-        self._wait(
-            _SURPLUS_HEAD_S if self.probes_only else self.limits.header_timeout_s,
-            self._head_is_late,
-        )
+        self._connected_s = self.loop.time()
+        head_timeout_s = self.limits.header_timeout_s
+        if self.probes_only:
+            head_timeout_s = _SURPLUS_HEAD_S
+        self._set_timer(head_timeout_s, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Drop what was received."""
+        """Drop the received bytes."""
         super().connection_lost(exc)
         self._received = b""
-        if self._look_timer is not None:
-            self._look_timer.cancel()
+        if self._reset_timer is not None:
+            self._reset_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Parse as far as the next request to answer."""
-        if self._deaf:
+        """Parse up to the end of the next request."""
+        if self._drops_input:
             return
         self._unset_keepalive_if_required()
-        # Nothing is left of it but where the transport was already reading when it was held.
-        self._received = self._received[self._position :] + data if self._received else data
+        # Bytes are left from before only if the transport was already reading when it was held.
+        if self._received:
+            data = self._received[self._position :] + data
+        self._received = data
         self._position = 0
         self._parse()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep a connection whose client closed its sending side for the answers that it waits for.
+        """The client has closed its sending side. Keep the connection while it waits for answers.
 
         TLS has no half-closed connections in asyncio: there the client has hung up.
         """
-        if self._deaf or self.transport.get_extra_info("sslcontext") is not None:
+        if self._drops_input or self.transport.get_extra_info("sslcontext") is not None:
             self._close()
             return False
-        self._half_closed = True
+        self._is_half_closed = True
         if not self._must_wait():
             self._refuse_unfinished()
             return False
-        if self._answering() and not self.cycle.response_started:
-            # A client that is gone looks the same, until something is sent to it. Every answer
-            # begins with these bytes, so they can be sent before the rest is known.
-            self.transport.write(EVERY_ANSWER_BEGINS)
-            self.has_begun_answer = True
-        self._look_for_reset(_FIRST_LOOK_S)
+
+        # A client that is gone looks the same, until something is sent to it. The prefix of the
+        # answer can be sent before its status is decided; a client that is gone resets then.
+        if self._is_answering() and not self.cycle.response_started:
+            self.send_prefix()
+        self._check_for_reset(_FIRST_RESET_CHECK_S)
         return True
 
     def resume_writing(self) -> None:
-        """Go on with the requests that waited for the client to read."""
+        """The client has read: continue with the requests that waited for this."""
         super().resume_writing()
-        if not (self._deaf or self._in_head or self._in_body or self.transport.is_closing()):
-            self._go_on()
+        if not (self._drops_input or self._in_head or self._in_body or self.transport.is_closing()):
+            self._continue()
 
     def timeout_keep_alive_handler(self) -> None:
-        """End a connection that lies idle, unless a request has arrived at this very moment."""
-        if self._unread():
+        """Close an idle connection, unless a request has arrived at this very moment."""
+        if self._unread_bytes():
             self._wait_for_head()
         else:
             self._linger(IDLE_LINGER_S)
 
-    # What the parser and the request's cycle call.
+    # Called by the parser, and by the cycle of a request.
 
     def on_message_begin(self) -> None:
-        """Note that a head begins."""
+        """A head begins."""
         super().on_message_begin()
         self._unset_keepalive_if_required()
         self._in_head = True
-        self._heads += 1
+        self._head_count += 1
         self._head_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header of the head. A trailer is dropped: it must not count as a header (RFC
-        9110, section 6.5.1).
-        """
+        """A header. A trailer is dropped: it must not count as a header (RFC 9110, 6.5.1)."""
         if not self._in_body:
             super().on_header(name, value)
 
-    def on_body(self, body: bytes) -> None:
-        """Hand a piece of the body to the application."""
-        self._framing_bytes = 0
-        self._arrived_bytes += len(body)
-        super().on_body(body)
-
     def on_headers_complete(self) -> None:
-        """Hand a head that is as it should be to the application."""
+        """A head is complete. Raises Refusal, which reaches `_feed`, or starts the application."""
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
-            self._upgrading = True
+            self._wants_upgrade = True
             return
         if self.is_plain_at_tls:
-            raise tls_here()
+            raise tls_required()
         self.url = path_of(self.url, method=self.parser.get_method())
-        self._body_bytes = self._left_bytes = body_bytes_of(
+        self._body_bytes = self._unparsed_body_bytes = body_bytes_of(
             self.url,
             self.headers,
             version=self.parser.get_http_version(),
-            most_bytes=self.limits.header_bytes,
+            max_head_bytes=self.limits.header_bytes,
         )
         self._arrived_bytes = 0
         if self.probes_only and self.url.partition(b"?")[0] not in _PROBES:
             raise too_many_connections()
+
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
-        self._wait_no_more()
+        self._cancel_timer()
+        # The cycle writes through an outlet, which has every method that a cycle calls.
         outlet = Outlet(self)
-        self.cycle.transport = outlet  # type: ignore[assignment]  # it has what a cycle calls
+        self.cycle.transport = outlet  # type: ignore[assignment]
         self.cycle.on_response = outlet.complete
-        if self.probes_only or (self.server_state.draining and not self._more_heads()):
+        if self.probes_only or (self.server_state.draining and not self._has_more_heads()):
             self.cycle.keep_alive = False
 
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body, for the application."""
+        self._framing_bytes = 0
+        self._arrived_bytes += len(body)
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        """Note that a request has come whole."""
-        if self._upgrading:
+        """A request is complete."""
+        if self._wants_upgrade:
             return
         super().on_message_complete()
         self._in_body = False
-        # it was answered before its body was there
-        if self.cycle.response_complete and not self._deaf:
-            self._wait_no_more()
+        # Some requests are answered before their body has arrived.
+        if self.cycle.response_complete and not self._drops_input:
+            self._cancel_timer()
             self._wait_for_next()
 
     def on_response_complete(self) -> None:
-        """Go on with the next request, or with what is to be done before the connection ends."""
+        """An answer is written: continue with the next request, or read the rest of the body.
+
+        Unlike uvicorn's, it starts no queued request: here requests wait as bytes.
+        """
         self.server_state.total_requests += 1
-        if self._deaf or self.transport.is_closing():
+        if self._drops_input or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
         if self._in_body:
             self.flow.resume_reading()
-            self._wait(self.limits.body_timeout_s, self.end)
+            self._set_timer(self.limits.body_timeout_s, self.end)
         else:
-            self._go_on()
+            self._continue()
 
-    # What the server calls.
+    # Called by the server.
 
-    def retire(self) -> None:
-        """Let the last of the answers that the client waits for, where it is not yet begun, say
-        that the connection ends with it.
+    def announce_close(self) -> None:
+        """Make the last answer that the client waits for say "connection: close".
+
+        If more requests wait as bytes, the answer to the last of those says it.
         """
-        if not self._more_heads():
-            super().retire()
+        if not self._has_more_heads():
+            super().announce_close()
 
-    def wind_up(self) -> None:
-        """End as soon as every request that has come is answered, within the limits of time."""
-        if self._deaf or self.transport.is_closing():
+    def finish(self) -> None:
+        """Close as soon as every request that has arrived is answered.
+
+        The cases, in order:
+
+        1. A request is being answered: its answer announces the end.
+        2. The client must read first. The timer of the write buffer limits that time.
+        3. A request has begun to arrive: it has the time of a head.
+        4. The client has just connected: its first request is waited for.
+        5. The connection is idle: it closes.
+        """
+        if self._drops_input or self.transport.is_closing():
             return
-        if self._answering():
-            self.retire()
+        fresh_s = self._connected_s + _FRESH_S - self.loop.time()
+        if self._is_answering():
+            self.announce_close()
         elif self.flow.is_held:
-            return  # the client has to read first, and `_watch_reader` bounds its time
-        elif self._in_head or self._in_body or self._unread():
+            return
+        elif self._in_head or self._in_body or self._unread_bytes():
             self._wait_for_head()
-        elif self._heads == 0 and (left_s := self._made_s + _FRESH_S - self.loop.time()) > 0:
-            self._wait(left_s, self._fresh_no_more)
+        elif self._head_count == 0 and fresh_s > 0:
+            self._set_timer(fresh_s, self._finish_when_stale)
         else:
             self._linger(IDLE_LINGER_S)
 
     def give_up(self) -> None:
-        """End now, with 503 where an answer is owed and not begun."""
-        if self._answering() and not self.cycle.response_started and not self._deaf:
-            self._disown()
-            self._say(stopped())
+        """Close now, with 503 if an answer is due and has not begun."""
+        if self._is_answering() and not self.cycle.response_started and not self._drops_input:
+            self._disconnect_application()
+            self._send_refusal(server_stopped())
         else:
             self._close()
 
-    def make_room(self) -> None:
-        """End at once: another connection needs the file descriptor."""
-        if not self._deaf and not self._answering():
-            self._say(too_many_connections())
+    def evict(self) -> None:
+        """Close at once: another connection needs the file descriptor."""
+        if not self._drops_input and not self._is_answering():
+            self._send_refusal(too_many_connections())
         self._close()
 
     @property
     def is_silent(self) -> bool:
-        """Whether its client has sent nothing yet."""
-        return self._heads == 0 and not self._unread()
+        """Whether the client has sent nothing yet."""
+        return self._head_count == 0 and not self._unread_bytes()
 
     @property
     def is_ending(self) -> bool:
-        """Whether all is written, and only the client's end is waited for."""
-        return self._deaf
+        """Whether everything is written, and only the end of the client is waited for."""
+        return self._drops_input
 
     # Requests, one at a time.
 
     def _parse(self) -> None:
-        """Give the parser what was received, up to the end of the request to answer next; hold what
-        is left.
-        """
-        received_bytes, pieces = len(self._received), 0
-        while self._position < received_bytes and not self._deaf and not self._must_wait():
-            if pieces == _MOST_PIECES:
+        """Feed the parser up to the end of the next request, and hold the rest."""
+        received_bytes = len(self._received)
+        piece_count = 0
+        while self._position < received_bytes and not self._drops_input and not self._must_wait():
+            if piece_count == _PIECES_PER_TURN:
                 self.flow.hold()
                 self.loop.call_soon(self._parse)
                 return
-            pieces += 1
-            start, end = self._position, self._end_of_piece()
+            piece_count += 1
+            start, end = self._position, self._piece_end()
             self._position = end
-            self._feed(
-                self._received
-                if end - start == received_bytes
-                else memoryview(self._received)[start:end]
-            )
-        if self._deaf or self.transport.is_closing():
+            # Most pieces are all that was received: they need no view.
+            if end - start == received_bytes:
+                self._feed(self._received)
+            else:
+                self._feed(memoryview(self._received)[start:end])
+
+        if self._drops_input or self.transport.is_closing():
             return
         if self._position < received_bytes:
             self.flow.hold()
             return
         self._received = b""
         self._position = 0
-        if self._half_closed:
+        if self._is_half_closed:
             if not self._must_wait():
                 self._refuse_unfinished()
             return
         self.flow.release()
-        # a head that is not whole, or empty lines, which may stand before a request
-        if not self._in_body and not self._answering():
+        # What was parsed is part of a head, or empty lines, which may precede a request.
+        if not self._in_body and not self._is_answering():
             self._wait_for_head()
 
     def _must_wait(self) -> bool:
-        """Whether the next request waits: for an answer, or for the client to read."""
-        return not self._in_body and (self._answering() or self.flow.write_paused)
+        """Whether the next request must wait for an answer, or for the client to read."""
+        return not self._in_body and (self._is_answering() or self.flow.write_paused)
 
-    def _end_of_piece(self) -> int:
-        """Up to where the parser may be given what was received, without giving it two requests.
+    def _piece_end(self) -> int:
+        """The end of the next piece for the parser, as an index: never more than one request.
 
         A head ends with an empty line, and so does the last chunk of a body; the parser accepts no
         other end. An empty line within a chunk only makes the pieces smaller.
         """
         received, start = self._received, self._position
-        if self._in_body and self._left_bytes is not None:
-            return min(len(received), start + self._left_bytes)
+        if self._in_body and self._unparsed_body_bytes is not None:
+            return min(len(received), start + self._unparsed_body_bytes)
+
+        # The empty line may begin in bytes that the parser has already seen.
         if self._tail:
-            place = (self._tail + received[start : start + 3]).find(_END_OF_HEAD)
-            end = start + place + len(_END_OF_HEAD) - len(self._tail)
-        else:
-            place = -1
-        if place < 0:
-            place = received.find(_END_OF_HEAD, start)
-            end = place + len(_END_OF_HEAD)
-        if place < 0:
-            self._tail = (self._tail + received[max(start, len(received) - 3) :])[-3:]
-            return len(received)
-        self._tail = b""
-        return end
+            index = (self._tail + received[start : start + 3]).find(_HEAD_END)
+            if index >= 0:
+                end = start + index + len(_HEAD_END) - len(self._tail)
+                self._tail = b""
+                return end
+
+        index = received.find(_HEAD_END, start)
+        if index >= 0:
+            self._tail = b""
+            return index + len(_HEAD_END)
+        self._tail = (self._tail + received[max(start, len(received) - 3) :])[-3:]
+        return len(received)
 
     def _feed(self, piece: bytes | memoryview) -> None:
-        if self._in_body and self._left_bytes is not None:
-            self._left_bytes -= len(piece)
-        self._framing_bytes = self._framing_bytes + len(piece) if self._in_body else 0
+        """Give the parser a piece, and refuse what it cannot read or what is too long."""
+        if self._in_body and self._unparsed_body_bytes is not None:
+            self._unparsed_body_bytes -= len(piece)
+        if self._in_body:
+            self._framing_bytes += len(piece)
+        else:
+            self._framing_bytes = 0
+
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
-            self._go_on_without_upgrade()
+            self._ignore_upgrade()
             return
         except httptools.HttpParserError as error:
+            # httptools 0.9 wraps what a callback raises in an error of the parser.
             cause = error.__context__
-            if isinstance(cause, Refused):
+            if isinstance(cause, Refusal):
                 self._refuse(cause)
             elif self.is_plain_at_tls:
-                self._refuse(tls_here())
+                self._refuse(tls_required())
             else:
-                self._refuse(no_http(error, bytes(piece[:2]), is_first=self._heads <= 1))
+                self._refuse(not_http(error, bytes(piece[:2]), is_first=self._head_count <= 1))
             return
+
         if self._in_head:
             self._head_bytes += len(piece)
             if self._head_bytes > self.limits.header_bytes:
@@ -398,91 +448,92 @@ class Connection(RefusingProtocol):
         elif self._in_body and self._framing_bytes > self.limits.header_bytes:
             self._refuse(framing_too_long(self.limits.header_bytes))
 
-    def _go_on(self) -> None:
-        """Take up the next request, once the one before is answered and the client reads."""
+    def _ignore_upgrade(self) -> None:
+        """Parse the head again without its request for another protocol.
+
+        httptools would treat all further bytes as that protocol. But a server may ignore the
+        request (RFC 9110, 7.8), and some HTTP/2 clients add it to their first request.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        head = [method, b" ", self.url, b" HTTP/", version, b"\r\n"]
+        for name, value in self.headers:
+            if name in _UPGRADES:
+                continue
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() not in _UPGRADES)
+            head += [name, b": ", value, b"\r\n"]
+        head.append(b"\r\n")
+        self._wants_upgrade = self._in_head = False
+        self.parser = httptools.HttpRequestParser(self)
+        # As uvicorn does: a request that announces the end may be followed by bytes.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._feed(b"".join(head))
+
+    def _continue(self) -> None:
+        """Parse the next request, once the one before is answered and the client has read."""
         if self._must_wait():
             return
         if self._position < len(self._received):
             self._parse()
             is_parsed = self._position >= len(self._received)
-            if self._deaf or self._in_body or self._must_wait() or not is_parsed:
+            if self._drops_input or self._in_body or self._must_wait() or not is_parsed:
                 return
-        if self._half_closed:
+        if self._is_half_closed:
             self._close()
         else:
             self.flow.resume_reading()
             self._wait_for_next()
 
-    def _more_heads(self) -> bool:
-        return self._received.find(_END_OF_HEAD, self._position) >= 0
+    def _has_more_heads(self) -> bool:
+        return self._received.find(_HEAD_END, self._position) >= 0
 
-    def _answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+    def _check_for_reset(self, delay_s: float) -> None:
+        """Abort if the client has reset the connection. Else check again after `delay_s`.
 
-    def _look_for_reset(self, wait_s: float) -> None:
-        """Hang up after a reset by the client: nothing is read any more that would tell of it."""
+        The loop does not report it: nothing is read any more from a half-closed connection.
+        """
         if self.transport.is_closing() or not hasattr(socket, "TCP_INFO"):
             return
         client = self.transport.get_extra_info("socket")
         if client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
             self.transport.abort()
             return
-        self._look_timer = self.loop.call_later(
-            wait_s, self._look_for_reset, min(2 * wait_s, _LONGEST_LOOK_S)
+        self._reset_timer = self.loop.call_later(
+            delay_s, self._check_for_reset, min(2 * delay_s, _LONGEST_RESET_CHECK_S)
         )
 
-    # What is waited for.
+    # Timers, and the end.
 
     def _wait_for_head(self) -> None:
-        if self._timer is None and not self._answering():
-            self._wait(self.limits.header_timeout_s, self._head_is_late)
+        if self._timer is None and not self._is_answering():
+            self._set_timer(self.limits.header_timeout_s, self._head_is_late)
 
     def _wait_for_next(self) -> None:
         if self._in_head:
             self._wait_for_head()
         elif self.server_state.stopping:
-            self.wind_up()
+            self.finish()
         else:
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
     def _head_is_late(self) -> None:
-        self._refuse(
-            too_many_connections()
-            if self.probes_only
-            else head_too_late(self.limits.header_timeout_s)
-        )
+        if self.probes_only:
+            self._refuse(too_many_connections())
+        else:
+            self._refuse(head_too_late(self.limits.header_timeout_s))
 
-    def _fresh_no_more(self) -> None:
-        self._wait_no_more()
-        self.wind_up()
-
-    # The end, and a head that asks for another protocol.
+    def _finish_when_stale(self) -> None:
+        self._cancel_timer()
+        self.finish()
 
     def _linger(self, linger_s: float) -> None:
+        """Linger, unless the client has already closed its sending side."""
         self._received = b""
-        if self._half_closed:  # nothing more will come
+        if self._is_half_closed:
             self._close()
             return
         self.flow.release()
         super()._linger(linger_s)
-
-    def _go_on_without_upgrade(self) -> None:
-        """Parse the head again without its wish for another protocol.
-
-        The parser takes all that follows for that protocol; but a server may ignore the wish, and
-        some HTTP/2 clients state it with every first request.
-        """
-        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        head = [method, b" ", self.url, b" HTTP/", version, b"\r\n"]
-        for name, value in self.headers:
-            if name == b"connection":
-                tokens = [token.strip() for token in value.split(b",")]
-                value = b", ".join(token for token in tokens if token.lower() not in _UPGRADES)
-            if name not in _UPGRADES:
-                head += [name, b": ", value, b"\r\n"]
-        self._upgrading = self._in_head = False
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self._feed(b"".join([*head, b"\r\n"]))

@@ -1,10 +1,12 @@
-"""How an HTTP/1.1 connection ends: so that its client reads all that was written, and in a bounded
-time.
+"""Ends an HTTP/1.1 connection so that the client can read the whole answer, in a bounded time.
 
-uvicorn closes its sockets at once; whatever the client is sending then makes the kernel send a
-reset, which may reach the client before it has read our answer. Here the last byte is followed by
-the end of our side, and what still comes is read and dropped for a moment. Knows no limit on
-requests and no server.
+uvicorn closes its sockets at once. If the client is still sending, the kernel then sends a reset,
+and the reset may overtake the answer. Here the server closes only its sending side after the last
+byte. Then it reads and drops input for a moment, and closes the socket.
+
+`LingeringProtocol` overrides these private parts of uvicorn 0.54 (`HttpToolsProtocol`):
+`connection_made`, `connection_lost`, `pause_writing` and `resume_writing`.
+tests/service/process/test_uvicorn.py lists every part that is used.
 """
 
 from __future__ import annotations
@@ -20,86 +22,96 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+# How long input is read and dropped before the socket closes. An idle client may just be sending
+# its next request, which takes one round trip.
 IDLE_LINGER_S = 0.5
+# A client in the middle of a body often reads no answer until it has sent more.
 UNREAD_LINGER_S = 2.0
-EVERY_ANSWER_BEGINS = b"HTTP/1.1 "
+# Every answer begins with these bytes: they can be sent before its status is decided.
+ANSWER_PREFIX = b"HTTP/1.1 "
 
 
 class Connections(ServerState):
-    """What all connections of a server share: themselves, whether the end has begun, and an event
-    for when all left.
+    """The state that all connections of a server share. It extends uvicorn's `ServerState`.
+
+    Attributes:
+        arriving: connections that are accepted, and whose protocol is not connected yet.
+        surplus: connections above the limit with the tasks that begin them, oldest first.
+        draining: each answer from now on says "connection: close".
+        stopping: each connection closes as soon as its requests are answered.
+        all_closed: set when the server is stopping and no connection is open.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.arriving: set[Any] = set()  # taken from the kernel, and not yet made
-        # Those above the limit with the tasks that began them, oldest first.
+        self.arriving: set[Any] = set()
         self.surplus: dict[Any, asyncio.Task[None]] = {}
         self.draining = False
         self.stopping = False
-        self.none_left = asyncio.Event()
+        self.all_closed = asyncio.Event()
 
     def drain(self) -> None:
-        """Every answer from now on tells its client to go elsewhere with the next request."""
+        """Make every answer from now on announce that its connection closes."""
         self.draining = True
-        for connection in self._all():
-            connection.retire()
+        for connection in self._snapshot():
+            connection.announce_close()
 
     def stop(self) -> None:
-        """Let every connection end as soon as what it asked is answered."""
+        """Close every connection as soon as its requests are answered."""
         self.draining = self.stopping = True
-        for connection in self._all():
-            connection.wind_up()
-        self.check()
+        for connection in self._snapshot():
+            connection.finish()
+        self.update_all_closed()
 
     def give_up(self) -> None:
-        """Answer 503 where an answer is still owed, and end."""
-        for connection in self._all():
+        """Answer 503 to every request whose answer has not begun, and close."""
+        for connection in self._snapshot():
             connection.give_up()
 
     def abort(self) -> None:
-        """End every connection, whatever it does."""
-        for connection in self._all():
+        """Close every connection at once, without its unsent bytes."""
+        for connection in self._snapshot():
             connection.transport.abort()
 
-    def check(self) -> None:
-        """Set the event when the last connection of a server that stops is gone."""
+    def update_all_closed(self) -> None:
+        """Set `all_closed` if the last connection of a stopping server has closed."""
         if self.stopping and not self.connections:
-            self.none_left.set()
+            self.all_closed.set()
 
-    def _all(self) -> list[Any]:  # each is of the class that the server's configuration names
+    def _snapshot(self) -> list[Any]:
+        # A copy, because a connection that closes removes itself from the set. uvicorn's type has
+        # no `announce_close`, so these are Any.
         return list(self.connections)
 
 
 class Outlet:
-    """What a request's cycle writes to: the transport, but that it keeps the head until the body
-    begins.
+    """The transport that a request's cycle writes to. It holds the head back until the body begins.
 
-    Together they are one system call, and one packet that wakes the client once. The end is the
-    connection's affair.
+    So head and body are one system call, and one packet that wakes the client once. Closing is
+    left to the connection. The cycle calls `write`, `close` and `is_closing` (uvicorn 0.54).
     """
 
-    def __init__(self, connection: EndingProtocol) -> None:
+    def __init__(self, connection: LingeringProtocol) -> None:
         self._connection = connection
         self._transport = connection.transport
         self._head: bytes | None = None
-        self._is_begun = False
+        self._has_begun = False
         self.is_closing = connection.transport.is_closing
 
     def write(self, data: bytes) -> None:
-        """Write, or keep the head."""
+        """Write `data`, or hold it back if it is the head."""
         is_interim = data.startswith(b"HTTP/1.1 100 ")
-        data = self._connection.without_beginning(data)
+        data = self._connection.without_sent_prefix(data)
         if self._head is not None:
             head, self._head = self._head, None
             self._transport.writelines((head, data))
-        elif self._is_begun or is_interim:
+        elif self._has_begun or is_interim:
             self._transport.write(data)
         else:
-            self._head, self._is_begun = data, True
+            self._head, self._has_begun = data, True
 
     def close(self) -> None:
-        """End the connection when all is written."""
+        """Close the connection when everything is written."""
         self._flush()
         self._connection.end()
 
@@ -109,14 +121,16 @@ class Outlet:
         self._connection.on_response_complete()
 
     def _flush(self) -> None:
-        if self._head is not None:  # no body followed, as after HEAD
+        # An answer without a body, such as one to HEAD, leaves its head here.
+        if self._head is not None:
             head, self._head = self._head, None
             self._transport.write(head)
 
 
-class EndingProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with ends in good order. A class of it says how long a client may leave
-    something unread.
+class LingeringProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with a lingering close. A subclass sets `read_timeout_s`.
+
+    A client that reads nothing for `read_timeout_s` while bytes wait for it is disconnected.
     """
 
     read_timeout_s: ClassVar[float]
@@ -130,111 +144,118 @@ class EndingProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._timer: asyncio.TimerHandle | None = (
-            None  # of the one thing that is waited for: a head, a body, the end
-        )
+        # A connection waits for one thing at a time: a head, the rest of a body, or the end.
+        self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_body = False
-        self._deaf = False  # what comes is read and dropped
-        self.has_begun_answer = False  # the first bytes of the next answer are sent already
+        # Whether input is read and dropped, because the connection ends.
+        self._drops_input = False
+        # Whether ANSWER_PREFIX of the next answer is already sent.
+        self._prefix_is_sent = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Count among the connections of the server."""
+        """Count this among the open connections of the server."""
         super().connection_made(transport)
         self.server_state.arriving.discard(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of everything that would keep this object."""
+        """Cancel every timer and leave the state of the server, which would keep this object."""
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        self._wait_no_more()
-        self._stop_watching()
+        self._cancel_timer()
+        self._stop_write_timer()
         self.server_state.surplus.pop(self, None)
-        self.server_state.check()
+        self.server_state.update_all_closed()
 
     def pause_writing(self) -> None:
-        """Wait only so long for a client that does not read."""
+        """Give a client that does not read `read_timeout_s`."""
         super().pause_writing()
-        self._watch_reader()
+        self._watch_write_buffer()
 
     def resume_writing(self) -> None:
-        """Go on writing to a client that reads again."""
+        """Write again to a client that has read."""
         super().resume_writing()
-        self._stop_watching()
+        self._stop_write_timer()
 
-    def without_beginning(self, data: bytes) -> bytes:
-        """The start of an answer, without the bytes that were sent ahead of it."""
-        if self.has_begun_answer:
-            self.has_begun_answer = False
-            return data[len(EVERY_ANSWER_BEGINS) :]
+    def send_prefix(self) -> None:
+        """Send the first bytes of the answer now, before its status is decided."""
+        self.transport.write(ANSWER_PREFIX)
+        self._prefix_is_sent = True
+
+    def without_sent_prefix(self, data: bytes) -> bytes:
+        """The start of an answer, without the prefix if that is already sent."""
+        if self._prefix_is_sent:
+            self._prefix_is_sent = False
+            return data[len(ANSWER_PREFIX) :]
         return data
 
-    def retire(self) -> None:
-        """Let the newest answer, where it is not yet begun, say that the connection ends with
-        it.
-        """
+    def announce_close(self) -> None:
+        """Make the newest answer say "connection: close", if it has not begun."""
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
     def end(self) -> None:
-        """End after what was written, without cutting off a client that still sends."""
-        if self._in_body or self._unread():
+        """Close after everything is written, without a reset for a client that still sends."""
+        if self._in_body or self._unread_bytes():
             self._linger(UNREAD_LINGER_S)
         else:
             self._close()
 
     def _linger(self, linger_s: float) -> None:
-        if self._deaf or self.transport.is_closing():
+        """Close the sending side, drop input for `linger_s`, then close."""
+        if self._drops_input or self.transport.is_closing():
             return
-        self._deaf = True
+        self._drops_input = True
         self._unset_keepalive_if_required()
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        elif linger_s == IDLE_LINGER_S:  # TLS tells the client in its own words, and waits for its
+        elif linger_s == IDLE_LINGER_S:
+            # TLS has no half-closed connection in asyncio. Its closing handshake tells the client,
+            # and waits for the client's.
             self._close()
             return
-        self._wait(linger_s, self._close)
+        self._set_timer(linger_s, self._close)
 
     def _close(self) -> None:
-        self._deaf = True
+        self._drops_input = True
         self._unset_keepalive_if_required()
-        self._wait_no_more()
+        self._cancel_timer()
         self.transport.close()
         if self.transport.get_write_buffer_size():
-            self._watch_reader()
+            self._watch_write_buffer()
 
-    def _watch_reader(self, unread_bytes: int | None = None) -> None:
-        """Abort when the client has taken nothing of `unread_bytes` since the last look."""
-        self._stop_watching()
-        left_bytes = self.transport.get_write_buffer_size()
-        if unread_bytes is not None and left_bytes >= unread_bytes:
+    def _watch_write_buffer(self, previous_bytes: int | None = None) -> None:
+        """Abort if the client has read nothing of `previous_bytes`; else look again later."""
+        self._stop_write_timer()
+        unsent_bytes = self.transport.get_write_buffer_size()
+        if previous_bytes is not None and unsent_bytes >= previous_bytes:
             self.transport.abort()
             return
         self._write_timer = self.loop.call_later(
-            self.read_timeout_s, self._watch_reader, left_bytes
+            self.read_timeout_s, self._watch_write_buffer, unsent_bytes
         )
 
-    def _stop_watching(self) -> None:
+    def _stop_write_timer(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
 
-    def _unread(self) -> int:
-        """Bytes that the kernel has received and we have not."""
+    def _unread_bytes(self) -> int:
+        """How many bytes the kernel has received and the loop has not read."""
         try:
-            answer = fcntl.ioctl(
+            count = fcntl.ioctl(
                 self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4)
             )
         except OSError:
             return 0
-        return int.from_bytes(answer, sys.byteorder)
+        return int.from_bytes(count, sys.byteorder)
 
-    def _wait(self, wait_s: float, then: Callable[[], None]) -> None:
-        self._wait_no_more()
-        self._timer = self.loop.call_later(wait_s, then)
+    def _set_timer(self, delay_s: float, callback: Callable[[], None]) -> None:
+        self._cancel_timer()
+        self._timer = self.loop.call_later(delay_s, callback)
 
-    def _wait_no_more(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

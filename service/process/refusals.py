@@ -1,7 +1,10 @@
-"""What a connection refuses, the sentence of each refusal, and how it is sent.
+"""What a connection refuses by itself, the sentence of each refusal, and how it is sent.
 
-A refusal is given here for what is no request, or for a client beyond the limits of its connection.
-It has the form of every other error, and it never reaches the application.
+A connection refuses bytes that are no HTTP request, and clients beyond its limits. Such a refusal
+has the same form as every other error, and the application never sees the request.
+
+`RefusingProtocol` sends refusals. It uses these private parts of uvicorn 0.54: `STATUS_LINE`, and
+`disconnected`, `message_event`, `response_started` and `response_complete` of a request's cycle.
 """
 
 from __future__ import annotations
@@ -19,32 +22,39 @@ from evalmode.service.errors import error_body
 from evalmode.service.process.lingering_close import (
     UNREAD_LINGER_S,
     Connections,
-    EndingProtocol,
+    LingeringProtocol,
 )
 from evalmode.service.settings import setting_named
 
 _RETRY_AFTER_S = 1
+# Content type 22 (handshake) and the major version of every TLS since SSL 3.0: RFC 8446, 5.1.
 _TLS_HANDSHAKE = b"\x16\x03"
 _SHOWN_CHARACTERS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """How long a head may be, and how long a client may take for it, and for reading what was
-    written.
+    """The limits of every connection.
 
-    `refused` is called with the reason (one of the metrics' REASONS) of every answer that is given
-    here and never reaches the application.
+    Attributes:
+        header_bytes: the longest request head, and the longest framing between chunks of a body.
+        header_timeout_s: how long a client may take to send a head.
+        body_timeout_s: how long a client may take for the rest of a body that is already answered.
+        on_refusal: called with the reason (one of the metrics' REASONS) of every refusal that the
+            application does not see.
     """
 
     header_bytes: int
     header_timeout_s: float
     body_timeout_s: float
-    refused: Callable[[str], None]
+    on_refusal: Callable[[str], None]
 
 
-class Refused(Exception):  # noqa: N818 - an answer on its way out of the parser's callbacks
-    """A refusal. `reason` is one of the metrics' REASONS; None where the application counts it."""
+class Refusal(Exception):  # noqa: N818 - not a failure, but an answer
+    """A refusal with its status and sentence. The callbacks of the parser raise it.
+
+    `reason` is one of the metrics' REASONS, or None where the application counts the request.
+    """
 
     def __init__(
         self,
@@ -64,110 +74,115 @@ class Refused(Exception):  # noqa: N818 - an answer on its way out of the parser
 
 
 def path_of(url: bytes, *, method: bytes) -> bytes:
-    """The address as uvicorn can take it apart; most begin with a slash and are right.
+    """The address of a request in a form that uvicorn can split. Most already begin with a slash.
 
-    The parser itself refuses characters that no address may have. Raises Refused.
+    The parser itself refuses characters that no address may have. Raises Refusal.
     """
     if method == b"CONNECT":
-        raise Refused(400, "CONNECT asks for a tunnel, and this server is no proxy: ask for a path")
+        raise Refusal(400, "CONNECT asks for a tunnel, and this server is no proxy: ask for a path")
     if url.startswith(b"/"):
         return url
     try:
         parts = httptools.parse_url(url)
     except httptools.HttpParserInvalidURLError as error:
-        shown = url[:_SHOWN_CHARACTERS].decode("ascii", "backslashreplace")
         authority = url.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
         host, colon, port = authority.rpartition(b":")
-        if not (host if colon else authority):
+        if not colon:
+            host = authority
+        if not host:
             problem = "names no host"
         elif colon and not (port.isdigit() and int(port[:9]) <= 65_535):
             problem = "has a port that is not a number from 0 to 65535"
         else:
             problem = "is not a URL"
-        raise Refused(
-            400, f"the address {shown} {problem}: send a path that begins with /"
+        excerpt = url[:_SHOWN_CHARACTERS].decode("ascii", "backslashreplace")
+        raise Refusal(
+            400, f"the address {excerpt} {problem}: send a path that begins with /"
         ) from error
+    # uvicorn 0.54 fails on an address without a path, such as http://host?query.
     if parts.path is None:
         return b"/" + (b"?" + parts.query if parts.query else b"")
     return url
 
 
 def body_bytes_of(
-    url: bytes, headers: Sequence[tuple[bytes, bytes]], *, version: str, most_bytes: int
+    url: bytes, headers: Sequence[tuple[bytes, bytes]], *, version: str, max_head_bytes: int
 ) -> int | None:
-    """The length of the body that a head announces; None for one in chunks.
+    """The length in bytes of the body that a head declares. None means a body in chunks.
 
-    Raises Refused for a head of more than `most_bytes`, and for one without a Host or with several.
+    Raises Refusal for a head of more than `max_head_bytes`, and unless it has exactly one Host
+    header (HTTP/1.0 may have none).
     """
-    length_bytes, hosts = len(url), 0
+    head_bytes, host_count = len(url), 0
     body_bytes: int | None = 0
     for name, value in headers:
-        length_bytes += len(name) + len(value) + 4
+        head_bytes += len(name) + len(value) + 4  # the colon, the blank and the line end
         if name == b"host":
-            hosts += 1
+            host_count += 1
         elif name == b"content-length":
             body_bytes = int(value)
         elif name == b"transfer-encoding":
             body_bytes = None
-    if length_bytes > most_bytes:
-        raise head_too_long(most_bytes)
-    if hosts > 1 or (hosts == 0 and version == "1.1"):
-        raise Refused(400, f"a request has one Host header, this one has {hosts}")
+    if head_bytes > max_head_bytes:
+        raise head_too_long(max_head_bytes)
+    if host_count > 1 or (host_count == 0 and version == "1.1"):
+        raise Refusal(400, f"a request has one Host header, this one has {host_count}")
     return body_bytes
 
 
 # Everything else that is refused.
 
 
-def head_too_long(most_bytes: int) -> Refused:
-    """For a head that is longer than the limit, whether it ends or not."""
-    return Refused(431, f"request line and headers are longer than the {most_bytes} bytes allowed")
+def head_too_long(max_bytes: int) -> Refusal:
+    """For a head that is longer than the limit, complete or not."""
+    return Refusal(431, f"request line and headers are longer than the {max_bytes} bytes allowed")
 
 
-def framing_too_long(most_bytes: int) -> Refused:
-    """For a body whose chunks hold next to nothing."""
-    return Refused(431, f"chunk sizes and trailers are longer than the {most_bytes} bytes allowed")
+def framing_too_long(max_bytes: int) -> Refusal:
+    """For a body in chunks with more framing between two pieces of data than the limit."""
+    return Refusal(431, f"chunk sizes and trailers are longer than the {max_bytes} bytes allowed")
 
 
-def head_too_late(limit_s: float) -> Refused:
-    """For a client that sends no head, or one that has no end."""
-    return Refused(
-        408, f"no whole request head came within {limit_s:g} s", reason="request_timeout"
+def head_too_late(limit_s: float) -> Refusal:
+    """For a client that sends no head, or an incomplete one, in time."""
+    return Refusal(
+        408, f"no complete request head arrived within {limit_s:g} s", reason="request_timeout"
     )
 
 
-def no_http(error: httptools.HttpParserError, first: bytes, *, is_first: bool) -> Refused:
-    """For what the parser cannot read. `first` are two bytes of it; `is_first` says that nothing
-    came before.
+def not_http(error: httptools.HttpParserError, first_bytes: bytes, *, is_first: bool) -> Refusal:
+    """For input that the parser cannot read.
+
+    `first_bytes` are the first two bytes of it. `is_first` says that they begin the connection.
     """
-    if is_first and first == _TLS_HANDSHAKE:
-        return Refused(400, "this is TLS, and the server speaks plain HTTP here: use http://")
-    return Refused(400, f"this is not HTTP/1.1: {error}")
+    if is_first and first_bytes == _TLS_HANDSHAKE:
+        return Refusal(400, "this is TLS, and the server speaks plain HTTP here: use http://")
+    return Refusal(400, f"this is not HTTP/1.1: {error}")
 
 
-def tls_here() -> Refused:
+def tls_required() -> Refusal:
     """For plain text at a port where the server speaks TLS."""
-    return Refused(400, "this port speaks TLS: use https://")
+    return Refusal(400, "this port speaks TLS: use https://")
 
 
-def too_many_connections() -> Refused:
-    """For a connection above the limit that asks for more than health."""
-    return Refused(
+def too_many_connections() -> Refusal:
+    """For a request other than a health probe on a connection above the limit."""
+    return Refusal(
         503,
-        "the server has as many connections as it takes: retry in"
+        "the server has as many connections as it accepts: retry in"
         f" {_RETRY_AFTER_S} s, or raise {setting_named('max_connections')}",
         reason="too_many_connections",
         retry_after_s=_RETRY_AFTER_S,
     )
 
 
-def stopped() -> Refused:
-    """For a request that is in flight when the time of the server is over."""
-    return Refused(503, "the server stopped before this request was answered", reason="not_ready")
+def server_stopped() -> Refusal:
+    """For a request that is still in flight when the server gives up waiting."""
+    return Refusal(503, "the server stopped before this request was answered", reason="not_ready")
 
 
-class RefusingProtocol(EndingProtocol):
-    """uvicorn's protocol with refusals. A class of it parses requests, and has `limits`."""
+class RefusingProtocol(LingeringProtocol):
+    """uvicorn's protocol with refusals. A subclass parses the requests and sets `limits`."""
 
     limits: ClassVar[ConnectionLimits]
 
@@ -181,61 +196,78 @@ class RefusingProtocol(EndingProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._in_head = False
         self._head_bytes = 0
-        self._body_bytes: int | None = 0  # of the body; None: it comes in chunks
-        self._arrived_bytes = 0  # of the body, without the framing of chunks
+        # The declared length of the body. None means a body in chunks.
+        self._body_bytes: int | None = 0
+        # What has arrived of the body, without the framing of chunks.
+        self._arrived_bytes = 0
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse_unfinished(self) -> None:
-        """Refuse a request of which nothing more will come; where none has begun, only close."""
+        """Refuse a request whose client has closed its sending side before the end of the request.
+
+        Between two requests the connection is only closed.
+        """
         if self._in_body:
             if self._body_bytes is None:
-                end = f"the body ends after {_bytes(self._arrived_bytes)}, before its last chunk"
+                problem = (
+                    f"the body ends after {_bytes(self._arrived_bytes)}, before its last chunk"
+                )
             else:
-                end = f"the body ends after {self._arrived_bytes} of {_bytes(self._body_bytes)}"
-            # Its application notes that the client hung up, and counts it.
-            self._refuse(Refused(400, end, reason=None))
+                problem = f"the body ends after {self._arrived_bytes} of {_bytes(self._body_bytes)}"
+            # The application sees that its client has disconnected, and counts the request.
+            self._refuse(Refusal(400, problem, reason=None))
         elif self._in_head:
-            end = f"the request head ends after {_bytes(self._head_bytes)}, before its empty line"
-            self._refuse(Refused(400, end, reason="cancelled"))
+            problem = (
+                f"the request head ends after {_bytes(self._head_bytes)}, before its empty line"
+            )
+            self._refuse(Refusal(400, problem, reason="cancelled"))
         else:
             self._close()
 
-    def _refuse(self, refused: Refused) -> None:
-        self._wait_no_more()
+    def _refuse(self, refusal: Refusal) -> None:
+        """Send the refusal, unless the application has begun to answer this request."""
+        self._cancel_timer()
         if not self._in_body:
-            self._say(refused)
+            self._send_refusal(refusal)
         elif self.cycle.response_complete:
             self._linger(UNREAD_LINGER_S)
         else:
-            self._disown()
+            self._disconnect_application()
             if self.cycle.response_started:
                 self._close()
             else:
-                self._say(refused)
+                self._send_refusal(refusal)
 
-    def _disown(self) -> None:
-        """Tell the application that its client is gone: what it still says is dropped."""
+    def _disconnect_application(self) -> None:
+        """Tell the application that its client is gone. uvicorn drops what it still sends."""
         self.cycle.disconnected = True
         self.cycle.message_event.set()
 
-    def _say(self, refused: Refused) -> None:
+    def _send_refusal(self, refusal: Refusal) -> None:
         if self.transport.is_closing():
             return
-        if refused.reason is not None:
-            self.limits.refused(refused.reason)
-        is_asked = self.cycle is not None and not self.cycle.response_complete
-        path = self.url.partition(b"?")[0] if self._in_head or is_asked else b""
-        body = error_body(path.decode("latin-1"), str(refused))
-        head = [STATUS_LINE[refused.status]]
-        head += [
-            name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers
-        ]
-        if refused.retry_after_s:
-            head += [b"retry-after: %d\r\n" % refused.retry_after_s]
-        head += [
+        if refusal.reason is not None:
+            self.limits.on_refusal(refusal.reason)
+
+        # Errors below /v2 have another form. Without a request the path is empty.
+        path = b""
+        if self._in_head or self._is_answering():
+            path = self.url.partition(b"?")[0]
+        body = error_body(path.decode("latin-1"), str(refusal))
+
+        answer = [STATUS_LINE[refusal.status]]
+        for name, value in self.server_state.default_headers:
+            answer += [name, b": ", value, b"\r\n"]
+        if refusal.retry_after_s:
+            answer += [b"retry-after: %d\r\n" % refusal.retry_after_s]
+        answer += [
             b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-            % len(body)
+            % len(body),
+            body,
         ]
-        self.transport.write(self.without_beginning(b"".join([*head, body])))
+        self.transport.write(self.without_sent_prefix(b"".join(answer)))
         self._linger(UNREAD_LINGER_S)
 
 

@@ -1,7 +1,6 @@
-"""A process that serves: binds the port, opens the models, runs the server, ends with 0 on a
-signal.
+"""A server process: it binds the port, opens the models, serves, and ends with 0 after a signal.
 
-Knows no route. What it serves is a `Service`, by default the one that the settings ask for.
+With several workers this process only supervises: see `supervisor.py` and `worker.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 
@@ -23,29 +22,30 @@ from evalmode.service.errors import WorkersFailed
 from evalmode.service.health import Health
 from evalmode.service.process.announcement import announced
 from evalmode.service.process.graceful import GracefulServer
-from evalmode.service.process.listener import bound, cannot_listen, tls_context, url_of
+from evalmode.service.process.listener import bind_listener, listen_failure, tls_context, url_of
 from evalmode.service.process.signals import Signals, interruptible
 from evalmode.service.settings import Settings, load_settings, strange_variables
 from evalmode.service.telemetry.logs import configure_logs
-
-if TYPE_CHECKING:
-    from evalmode.service.models.model import Model
 
 _log = structlog.get_logger("evalmode.service")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What a process serves: an ASGI application, its health, and what its first log line tells of
-    it.
+    """What a process serves.
 
-    `refused` is called with the reason for every refusal that the application does not see.
+    Attributes:
+        app: the ASGI application.
+        health: its readiness and liveness.
+        log_fields: what the log line "serving" says of the models. Plain JSON values, because with
+            several workers another process writes the line.
+        on_refusal: called with the reason of each refusal that the application does not see.
     """
 
     app: Callable[..., Any]
     health: Health
-    told: Mapping[str, object] = field(default_factory=dict)
-    refused: Callable[[str], None] = lambda reason: None
+    log_fields: Mapping[str, object] = field(default_factory=dict)
+    on_refusal: Callable[[str], None] = lambda reason: None
 
 
 def serve(
@@ -54,28 +54,35 @@ def serve(
     open_service: Callable[[Settings], Service] | None = None,
     worker: Sequence[str] = (sys.executable, "-m", "evalmode.service.process.worker"),
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
+    """Serve until SIGTERM or SIGINT, then answer every accepted request and return.
 
-    Call it from the main thread. `open_service` opens what is served in this process; where the
-    settings ask for several, each is a process of the command `worker`. Raises EvalmodeError, one
-    sentence, when it cannot start, and SystemExit(1) when its workers end again and again.
+    Call it from the main thread. `open_service` opens what this process serves, by default the
+    bundles of the settings. With several workers, each is a process of the command `worker`.
+    Raises EvalmodeError if the server cannot start, and SystemExit(1) if workers keep failing.
     """
     configure_logs(settings.log_format)
-    for variable, sentence in strange_variables().items():
-        _log.warning("a variable of the environment is ignored", variable=variable, reason=sentence)
-    tls_context(settings)  # what is wrong with it is said before a model is loaded
+    for variable, problem in strange_variables().items():
+        _log.warning("a variable of the environment is ignored", variable=variable, reason=problem)
+    # Loading a model may take long, so problems with TLS are reported before.
+    tls_context(settings)
+
     with (
         Signals() as signals,
-        interruptible(lambda: bound(settings)) as listener,
+        interruptible(lambda: bind_listener(settings)) as listener,
         announced(settings, listener),
     ):
+
+        def log_start(log_fields: Mapping[str, object]) -> None:
+            url = url_of(settings, listener)
+            _log.info("serving", url=url, **log_fields, start_s=_process_age_s())
+
         if settings.workers > 1:
-            # Only now, for a process that serves by itself needs none of it.
+            # Imported here, because a process that serves by itself does not need it.
             from evalmode.service.process.supervisor import Supervisor
 
             supervisor = Supervisor(settings, listener, command=worker)
             try:
-                supervisor.run(signals, serving=lambda told: _log_start(settings, listener, told))
+                supervisor.run(signals, on_serving=log_start)
             except WorkersFailed as error:
                 print(f"evalmode: {error}", file=sys.stderr)  # noqa: T201 - as the command line does
                 sys.exit(1)
@@ -84,7 +91,7 @@ def serve(
                 settings,
                 listener,
                 signals=signals,
-                serving=lambda service: _log_start(settings, listener, service.told),
+                on_serving=lambda service: log_start(service.log_fields),
                 open_service=open_service,
             )
         _log.info("stopped")
@@ -95,35 +102,37 @@ def serve_one(
     listener: socket.socket,
     *,
     signals: Signals,
-    serving: Callable[[Service], None],
+    on_serving: Callable[[Service], None],
     watch: Callable[[Service, GracefulServer], None] = lambda service, server: None,
     open_service: Callable[[Settings], Service] | None = None,
 ) -> int:
-    """Serve in this process, on a bound socket, until a signal; the exit code.
+    """Serve in this process, on a bound socket, until a signal. Returns the exit code.
 
-    `serving` is called when requests can come, `watch` every second from then on.
+    `on_serving` is called when requests can arrive, and `watch` every second from then on.
     """
-    opening = open_service or _open_service
-    service = interruptible(lambda: opening(settings))
+    service = interruptible(lambda: (open_service or _open_bundles)(settings))
     server = GracefulServer(
         service.app,
         settings,
         health=service.health,
-        serving=lambda: serving(service),
+        on_serving=lambda: on_serving(service),
         watch=lambda running: watch(service, running),
-        refused=service.refused,
+        on_refusal=service.on_refusal,
     )
-    signals.to(server.signalled)
+    signals.send_to(server.signalled)
     try:
         server.run([listener])
     except OSError as error:
-        # Two processes may bind a port at once; the second to listen is refused here.
-        raise cannot_listen(settings, error) from error
+        # Two processes may bind one port; the kernel refuses the second that listens.
+        raise listen_failure(settings, error) from error
     return server.exit_code
 
 
 def main() -> int:
-    """`python -m evalmode.service.process.server`: serve as the environment says; the exit code."""
+    """`python -m evalmode.service.process.server`: serve with the settings of the environment.
+
+    Returns the exit code.
+    """
     try:
         serve(load_settings())
     except EvalmodeError as error:
@@ -132,55 +141,48 @@ def main() -> int:
     return 0
 
 
-def _open_service(settings: Settings) -> Service:
-    # Here, for a process that only looks after others does without models and routes.
+def _open_bundles(settings: Settings) -> Service:
+    """The service of the bundles that the settings name."""
+    # Imported here, because a supervisor needs neither models nor routes.
     from evalmode.service.app import create_app
     from evalmode.service.components import open_components
 
-    # What was imported stays: without this the collector walks over all of it again and again, tens
-    # of milliseconds in which nobody is answered. Before the models, for those are let go.
+    # Imported modules stay. Without this the garbage collector visits them again and again, and no
+    # request is answered for tens of milliseconds. Models are swapped, so they open after it.
     gc.collect()
     gc.freeze()
     components = open_components(settings)
+
+    log_fields: dict[str, object] = {}
+    if models := components.repository.models():
+        first, *others = models
+        log_fields = {
+            "bundle": str(first.bundle.path),
+            "digest": first.digest,
+            "provider": first.platform.provider,
+            "known_answers": str(first.replayed or "not replayed"),
+        }
+        if others:
+            log_fields["others"] = [f"{model.name}/{model.version}" for model in others]
     return Service(
         app=create_app(components),
         health=components.health,
-        told=_told(components.repository.models()),
-        refused=components.metrics.rejected,
+        log_fields=log_fields,
+        on_refusal=components.metrics.rejected,
     )
-
-
-def _told(models: tuple[Model, ...]) -> dict[str, object]:
-    """What the first line tells of the models: plain values, for it may be another process that
-    writes it.
-    """
-    if not models:
-        return {}
-    first, *others = models
-    told: dict[str, object] = {
-        "bundle": str(first.bundle.path),
-        "digest": first.digest,
-        "provider": first.platform.provider,
-        "known_answers": str(first.replayed or "not replayed"),
-    }
-    if others:
-        told["others"] = [f"{model.name}/{model.version}" for model in others]
-    return told
-
-
-def _log_start(settings: Settings, listener: socket.socket, told: Mapping[str, object]) -> None:
-    _log.info("serving", url=url_of(settings, listener), **told, start_s=_process_age_s())
 
 
 def _process_age_s() -> float | None:
-    """Seconds since this process began, imports included; None where the system does not say."""
+    """Seconds since this process began, imports included. None where the system does not say."""
     try:
-        started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        stat = Path("/proc/self/stat").read_text()
     except OSError:
         return None
-    return round(
-        time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK"), 3
-    )
+    # Field 22 is the start time, see proc_pid_stat(5). The name in brackets, field 2, may contain
+    # blanks, so fields are counted from behind it.
+    start_ticks = int(stat.rpartition(")")[2].split()[19])
+    uptime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return round(uptime_s - start_ticks / os.sysconf("SC_CLK_TCK"), 3)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT of a process that serves: what they call, and how they end what takes long."""
+"""SIGTERM and SIGINT of a server process, and how they interrupt a call that takes long."""
 
 from __future__ import annotations
 
@@ -16,53 +16,50 @@ Result = TypeVar("Result")
 
 
 class Stopped(SystemExit):
-    """A signal asked for the end; where nothing catches this (a model is still loading) the exit
-    code is 0.
-    """
+    """A signal arrived before there was a receiver. Uncaught, it ends the process with code 0."""
 
 
 class Signals:
-    """SIGTERM and SIGINT of this process, as a context: they end it, or call what was named last.
+    """SIGTERM and SIGINT of this process, as a context.
 
-    After the first signal the process is on its way out: when the context is left, further ones are
-    ignored, or an impatient second one would turn the exit code of an end in good order into that
-    of a kill.
+    A signal goes to the receiver, or raises Stopped in the main thread if there is none. After the
+    first signal the process ends, so at the exit of the context further signals become ignored.
+    Otherwise an impatient second signal would change the exit code of a graceful end.
     """
 
     def __init__(self) -> None:
-        self._came = False
-        self._to: Callable[[int], object] | None = None
+        self._has_arrived = False
+        self._receiver: Callable[[int], object] | None = None
 
-    def to(self, receiver: Callable[[int], object]) -> None:
-        """Hand further signals to this; it is called between any two instructions of the main
-        thread.
-        """
-        self._to = receiver
+    def send_to(self, receiver: Callable[[int], object]) -> None:
+        """Pass signals to `receiver`, between any two instructions of the main thread."""
+        self._receiver = receiver
 
     def __enter__(self) -> Signals:
-        self._earlier = {
-            number: signal.signal(number, self._receive)
+        self._previous_handlers = {
+            number: signal.signal(number, self._handle)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, signal.SIG_IGN if self._came else handler)
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, signal.SIG_IGN if self._has_arrived else handler)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._came = True
-        if self._to is None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._has_arrived = True
+        if self._receiver is None:
             raise Stopped(0)
-        self._to(number)
+        self._receiver(number)
 
 
 def interruptible(function: Callable[[], Result]) -> Result:
-    """Call a function that may take for ever in a thread, and wait for its result.
+    """The result of a function that may never return, such that a signal can interrupt it.
 
-    Python runs signal handlers in the main thread, between two of its instructions. A main thread
-    within a call of the runtime (a model with an endless loop), of the name service or of a file
-    system would run none. A wait for a thread is interrupted by signals.
+    Python runs signal handlers in the main thread, between two of its instructions. So it runs none
+    while the main thread is in a call of ONNX Runtime (a model with an endless loop), of the name
+    service or of a file system. Here the function runs in another thread, and signals interrupt
+    the wait for it.
     """
     outcome: Future[Result] = Future()
 
@@ -76,12 +73,13 @@ def interruptible(function: Callable[[], Result]) -> Result:
     try:
         return outcome.result()
     except Stopped:
-        # The thread still runs, and the runtime's destructors would take its memory away.
-        atexit.register(_leave)
+        # The thread still runs. The destructors of ONNX Runtime would free memory that it uses, so
+        # the process ends without them.
+        atexit.register(_exit_without_destructors)
         raise
 
 
-def _leave() -> None:
+def _exit_without_destructors() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)

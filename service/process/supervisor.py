@@ -1,9 +1,16 @@
-"""Several server processes on one port: starts them, replaces those that end, and ends them. Serves
-nothing itself.
+"""Several server processes (workers) on one port: starts them, replaces them, and ends them.
 
-A worker that ends is replaced at once, one that ends again and again before it was ready ever
-later. After five times in a row, where no other worker serves, the supervisor gives up. The socket
-is bound and kept here, so what waits to be accepted when a worker ends is taken by the others.
+The supervisor binds the socket and keeps it open. So connections that wait in the kernel when a
+worker ends are accepted by the others. When a worker ends, these decisions follow, in order:
+
+1. The server is stopping: nothing is started.
+2. The worker refused to start, and the server has not served yet: the server refuses to start.
+3. The worker was ready: it is replaced at once.
+4. It ended before it was ready, `_MAX_QUICK_DEATHS` times in a row, and no other worker serves:
+   the server ends.
+5. It ended before it was ready: it is replaced after a time that doubles with each such death.
+
+The module `worker` documents the messages between supervisor and workers.
 """
 
 from __future__ import annotations
@@ -30,34 +37,41 @@ from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
 
 _log = structlog.get_logger("evalmode.service")
 
-_LONGEST_BACKOFF_S = 5.0
 _FIRST_BACKOFF_S = 0.1
-# Beyond what a worker takes for its own end, which it bounds itself.
+_LONGEST_BACKOFF_S = 5.0
+_MAX_QUICK_DEATHS = 5
+# How long a worker may take to end beyond `drain_s` and `grace_s`. A worker limits its own end to
+# less; this is for one that cannot.
 _ENDING_S = 15.0
-# A worker that starts has nothing to answer.
+# The same for a worker that is still starting: it has nothing to answer.
 _STARTING_ENDING_S = 5.0
-_MOST_QUICK_DEATHS = 5
+# Far more than any message of a worker; asyncio's default is 64 KiB.
 _LONGEST_LINE_BYTES = 1 << 20
 
 
 @dataclass(eq=False, kw_only=True)
 class _Worker:
-    """A process, and its state as far as the supervisor knows it."""
+    """A worker process, as the supervisor knows it.
+
+    `oom_kills_before` is the count of its cgroup when it started. `refusal` is the sentence of a
+    worker that cannot start.
+    """
 
     process: asyncio.subprocess.Process
     writer: asyncio.StreamWriter
     lines: asyncio.StreamReader
-    oom_kills: int  # of the cgroup when it was started
-    ready: bool = False
+    oom_kills_before: int
+    is_ready: bool = False
     was_ready: bool = False
-    refused: str | None = None
+    refusal: str | None = None
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it is there to take one; while it starts, the one that ends it
-        without a word.
+        """Send a signal, unless the process has ended.
+
+        A worker that is still starting gets SIGTERM, which ends it at once.
         """
-        # Not by `send_signal`, which looks first whether the process has ended, and takes the exit
-        # code from asyncio.
+        # Not `send_signal`: Popen polls the process first (Python 3.11), and that would take the
+        # exit code away from asyncio.
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number if self.was_ready else signal.SIGTERM)
@@ -73,55 +87,61 @@ class Supervisor:
         self._listener = listener
         self._command = command
         self._workers: set[_Worker] = set()
-        self._served = False
+        self._has_served = False
         self._signal: int | None = None
+        self._metrics_folder: str | None = None
+        self._on_serving: Callable[[Mapping[str, object]], None] = lambda log_fields: None
+        self._stopping = asyncio.Event()
 
-    def run(self, signals: Signals, *, serving: Callable[[Mapping[str, object]], None]) -> None:
+    def run(self, signals: Signals, *, on_serving: Callable[[Mapping[str, object]], None]) -> None:
         """Serve until a signal, and until every worker has ended.
 
-        `serving` is called once, when all workers are ready first, with what one of them tells of
-        its models. Raises StartFailed with the sentence of a worker that refuses to start before
-        that, and WorkersFailed when workers end again and again before they are ready.
+        `on_serving` is called once, when all workers are ready for the first time, with the log
+        fields of one of them. Raises StartFailed with the sentence of a worker that refuses to
+        start before that, and WorkersFailed if workers keep ending before they are ready.
         """
-        with metrics_folder(self._settings) as self._folder:
-            asyncio.run(self._run(signals, serving))
+        self._on_serving = on_serving
+        with metrics_folder(self._settings) as self._metrics_folder:
+            asyncio.run(self._run(signals))
 
-    async def _run(self, signals: Signals, serving: Callable[[Mapping[str, object]], None]) -> None:
+    async def _run(self, signals: Signals) -> None:
         loop = asyncio.get_running_loop()
-        self._serving = serving
-        self._stopping = asyncio.Event()
-        signals.to(lambda number: loop.call_soon_threadsafe(self._signalled, number))
+        signals.send_to(lambda number: loop.call_soon_threadsafe(self._stop, number))
         failure: StartFailed | WorkersFailed | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._settings.workers):
-                    group.create_task(self._keep())
+                    group.create_task(self._keep_worker())
         except* (StartFailed, WorkersFailed) as group_error:
             first = group_error.exceptions[0]
             assert isinstance(first, StartFailed | WorkersFailed)
             failure = first
         if failure is not None:
-            self._signalled(signal.SIGINT)
+            self._stop(signal.SIGINT)
             await asyncio.gather(*(worker.process.wait() for worker in self._workers))
             raise failure
 
-    async def _keep(self) -> None:
-        """Keep one worker serving."""
+    async def _keep_worker(self) -> None:
+        """Keep one worker running until the server stops. The module's docstring has the rules."""
         quick_deaths = 0
         while self._signal is None:
             try:
-                worker = await self._start()
+                worker = await self._start_worker()
             except OSError as error:
                 cause = f"it cannot be started: {error.strerror or error}"
                 _log.error("a worker cannot be started", error=str(error))
                 quick_deaths += 1
             else:
-                cause = await self._attend(worker)
-                quick_deaths = 0 if worker.was_ready else quick_deaths + 1
-            if not quick_deaths or self._signal is not None:
+                cause = await self._follow(worker)
+                if worker.was_ready:
+                    quick_deaths = 0
+                else:
+                    quick_deaths += 1
+            if quick_deaths == 0 or self._signal is not None:
                 continue
-            others_serve = self._served and any(other.was_ready for other in self._workers)
-            if quick_deaths >= _MOST_QUICK_DEATHS and not others_serve:
+
+            others_serve = self._has_served and any(other.was_ready for other in self._workers)
+            if quick_deaths >= _MAX_QUICK_DEATHS and not others_serve:
                 raise WorkersFailed(
                     f"a worker ended {quick_deaths} times in a row before it was ready, the last"
                     f" time because of this: {cause}"
@@ -135,90 +155,109 @@ class Supervisor:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff_s)
 
-    async def _start(self) -> _Worker:
+    async def _start_worker(self) -> _Worker:
+        environment = dict(os.environ)
+        environment.pop(METRICS_FOLDER_VARIABLE, None)
+        if self._metrics_folder is not None:
+            environment[METRICS_FOLDER_VARIABLE] = self._metrics_folder
+
         oom_kills_before = oom_kills()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            descriptors = (self._listener.fileno(), theirs.fileno())
+        channel, worker_channel = socket.socketpair()
+        with worker_channel:
+            descriptors = (self._listener.fileno(), worker_channel.fileno())
             process = await asyncio.create_subprocess_exec(
                 *self._command,
                 *map(str, descriptors),
                 pass_fds=descriptors,
-                env=self._environment(),
+                env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
-                process_group=0,  # the terminal's interrupt comes to us, and from us to them: once
+                # A group for the worker alone. Otherwise an interrupt at the terminal would reach
+                # it twice: from the terminal, and from the supervisor.
+                process_group=0,
             )
-        lines, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_LINE_BYTES)
-        worker = _Worker(process=process, lines=lines, writer=writer, oom_kills=oom_kills_before)
+        lines, writer = await asyncio.open_connection(sock=channel, limit=_LONGEST_LINE_BYTES)
+        worker = _Worker(
+            process=process, lines=lines, writer=writer, oom_kills_before=oom_kills_before
+        )
         self._workers.add(worker)
+        # Through the socket, because every user can read command lines, and child processes of the
+        # worker would inherit its environment.
         writer.write(settings_as_json(self._settings).encode() + b"\n")
         if self._signal is not None:
             worker.signal(self._signal)
         return worker
 
-    async def _attend(self, worker: _Worker) -> str:
-        """Hear what a worker tells, until it has ended; why it probably did."""
+    async def _follow(self, worker: _Worker) -> str:
+        """Handle the messages of a worker until it ends. Returns the probable cause of its end."""
         with contextlib.suppress(ConnectionError):
             while line := await worker.lines.readline():
-                self._hear(worker, json.loads(line))
-        code = await worker.process.wait()
+                self._handle_message(worker, json.loads(line))
+        exit_code = await worker.process.wait()
         self._workers.remove(worker)
         worker.writer.close()
-        if self._folder is not None:
-            mark_process_dead(worker.process.pid, self._folder)  # type: ignore[no-untyped-call]
-        self._tell()
-        cause = worker.refused or cause_of_death(
-            code, workers=self._settings.workers, oom_kills=oom_kills() - worker.oom_kills
+        if self._metrics_folder is not None:
+            # Removes its gauges, which would otherwise still count.
+            mark_process_dead(  # type: ignore[no-untyped-call]
+                worker.process.pid, self._metrics_folder
+            )
+        self._send_ready_counts()
+
+        cause = worker.refusal or cause_of_death(
+            exit_code,
+            workers=self._settings.workers,
+            oom_kills=oom_kills() - worker.oom_kills_before,
         )
         if self._signal is not None:
             return cause
-        if worker.refused is not None and not self._served:
-            raise StartFailed(worker.refused)
-        _log.error("a worker ended", worker=worker.process.pid, exit_code=code, reason=cause)
+        if worker.refusal is not None and not self._has_served:
+            raise StartFailed(worker.refusal)
+        _log.error("a worker ended", worker=worker.process.pid, exit_code=exit_code, reason=cause)
         return cause
 
-    def _hear(self, worker: _Worker, said: Mapping[str, Any]) -> None:
-        if "refused" in said:
-            worker.refused = said["refused"]
+    def _handle_message(self, worker: _Worker, message: Mapping[str, Any]) -> None:
+        if "refused" in message:
+            worker.refusal = message["refused"]
             return
-        worker.ready = said["ready"]
+        worker.is_ready = message["ready"]
         if not worker.was_ready:
             worker.was_ready = True
-            self._greet(worker, said["told"])
-        elif worker.ready:
+            ready_count = sum(other.was_ready for other in self._workers)
+            if self._has_served:
+                _log.info("a worker serves", worker=worker.process.pid)
+            elif ready_count == self._settings.workers:
+                self._has_served = True
+                self._on_serving({**message["log_fields"], "workers": self._settings.workers})
+        elif worker.is_ready:
             _log.info("a worker is ready again", worker=worker.process.pid)
         elif self._signal is None:
-            _log.warning("a worker is not ready", worker=worker.process.pid, reason=said["why"])
-        self._tell()
+            _log.warning(
+                "a worker is not ready", worker=worker.process.pid, reason=message["reason"]
+            )
+        self._send_ready_counts()
 
-    def _greet(self, worker: _Worker, told: Mapping[str, object]) -> None:
-        if self._served:
-            _log.info("a worker serves", worker=worker.process.pid)
-        elif sum(other.was_ready for other in self._workers) == self._settings.workers:
-            self._served = True
-            self._serving({**told, "workers": self._settings.workers})
-
-    def _tell(self) -> None:
-        """Tell each worker how many others take requests."""
-        ready = sum(worker.ready for worker in self._workers)
+    def _send_ready_counts(self) -> None:
+        """Tell each worker how many others are ready."""
+        ready_count = sum(worker.is_ready for worker in self._workers)
         for worker in self._workers:
-            worker.writer.write(json.dumps({"others": ready - worker.ready}).encode() + b"\n")
+            message = {"others": ready_count - worker.is_ready}
+            worker.writer.write(json.dumps(message).encode() + b"\n")
 
-    def _signalled(self, number: int) -> None:
+    def _stop(self, number: int) -> None:
+        """Pass a signal to every worker. After the first, kill workers that do not end in time."""
         if self._signal is None:
-            # Otherwise connections that come after the last worker has stopped listening would wait
-            # here for ever.
+            # Otherwise connections that arrive after the last worker has stopped listening would
+            # wait here for ever.
             self._listener.close()
             limit_s = self._settings.drain_s + self._settings.grace_s + _ENDING_S
             loop = asyncio.get_running_loop()
-            loop.call_later(limit_s, self._kill)
-            loop.call_later(_STARTING_ENDING_S, self._kill, True)
+            loop.call_later(limit_s, self._kill_workers)
+            loop.call_later(_STARTING_ENDING_S, self._kill_workers, True)
         self._signal = number
         self._stopping.set()
         for worker in self._workers:
             worker.signal(number)
 
-    def _kill(self, only_starting: bool = False) -> None:
+    def _kill_workers(self, only_starting: bool = False) -> None:
         for worker in self._workers:
             if only_starting and worker.was_ready:
                 continue
@@ -226,43 +265,36 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.process.pid, signal.SIGKILL)
 
-    def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
-        environment.pop(METRICS_FOLDER_VARIABLE, None)
-        if self._folder is not None:
-            environment[METRICS_FOLDER_VARIABLE] = self._folder
-        return environment
-
 
 def settings_as_json(settings: Settings) -> str:
-    """The settings whole, secrets included, on one line."""
-    plain = settings.model_dump(mode="json")
-    for name in plain:
+    """Every setting, secrets included, on one line of JSON."""
+    values = settings.model_dump(mode="json")
+    for name in values:
         value = getattr(settings, name)
         if isinstance(value, SecretStr):
-            plain[name] = value.get_secret_value()
-    return json.dumps(plain)
+            values[name] = value.get_secret_value()
+    return json.dumps(values)
 
 
 @contextlib.contextmanager
 def metrics_folder(settings: Settings, *, memory: str = "/dev/shm") -> Iterator[str | None]:
-    """Where the workers' figures meet: a folder in memory where there is one; None where nobody
-    asks for figures.
+    """A folder in which the workers share their metrics, while the context is open.
 
-    Raises StartFailed where nothing can be written.
+    It is in memory where the system allows that. None if the settings want no metrics. Raises
+    StartFailed if no folder can be written.
     """
     if not settings.metrics:
         yield None
         return
-    place = memory if os.access(memory, os.W_OK) else None
+    parent = memory if os.access(memory, os.W_OK) else None
     try:
-        kept = tempfile.TemporaryDirectory(
-            prefix="evalmode-metrics-", dir=place, ignore_cleanup_errors=True
+        temporary = tempfile.TemporaryDirectory(
+            prefix="evalmode-metrics-", dir=parent, ignore_cleanup_errors=True
         )
     except OSError as error:
         raise StartFailed(
-            f"the figures of several workers need a folder: make {memory} or TMPDIR writable, or"
+            f"the metrics of several workers need a folder: make {memory} or TMPDIR writable, or"
             f" set metrics to false (--no-metrics): {error.strerror or error}"
         ) from error
-    with kept as folder:
+    with temporary as folder:
         yield folder

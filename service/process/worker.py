@@ -1,11 +1,17 @@
-"""One of several server processes, as a supervisor starts them: told its settings, it tells how it
-is. Knows no route.
+"""One of several server processes. A supervisor starts it and sends it its settings.
 
-Both use one socket, a line of JSON each time. To the worker: first its settings, then {"others": N}
-whenever the number of other workers that take requests changes. From it: {"refused": SENTENCE} when
-it cannot start, {"ready": true, "told": {...}} when it serves, {"ready": bool, "why": SENTENCE}
-when that changes. When the socket ends the supervisor has ended: then the worker drains and ends by
-itself.
+Both use one socket, with a line of JSON for each message. The supervisor sends:
+
+- the settings, once;
+- {"others": N}, whenever the number of other workers that are ready changes.
+
+The worker sends:
+
+- {"refused": SENTENCE}, when it cannot start;
+- {"ready": true, "log_fields": {...}}, when it serves;
+- {"ready": bool, "reason": SENTENCE or null}, when its readiness changes.
+
+The end of the socket means the end of the supervisor. Then the worker drains and ends as well.
 """
 
 from __future__ import annotations
@@ -25,93 +31,101 @@ from typing import Any
 import structlog
 
 from evalmode.errors import EvalmodeError
+from evalmode.service.process.cause_of_death import REFUSED, STUCK
 from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.server import Service, serve_one
 from evalmode.service.process.signals import Signals
-from evalmode.service.process.worker_codes import REFUSED, STUCK
 from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
 from evalmode.service.telemetry.logs import configure_logs
 
 _log = structlog.get_logger("evalmode.service")
 
 
-class Supervised:
-    """A worker's end of the socket to its supervisor."""
+class SupervisorLink:
+    """A worker's end of the socket to its supervisor. Construction waits for the settings."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._lines: TextIOWrapper = channel.makefile("r", encoding="utf-8")
-        self._was_ready: str | None = None
-        self._others = 0
-        self._orphaned = False
+        # Why the worker was not ready at the last check. None means ready.
+        self._last_reason: str | None = None
+        self._ready_others = 0
+        self._is_orphaned = False
         self.settings = Settings(**json.loads(self._lines.readline()))
 
     def listen(self) -> None:
-        """From now on take what the supervisor says, in a thread of its own; without a supervisor,
-        end.
-        """
-        threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
+        """Read messages in a thread from now on. When the supervisor ends, end this process."""
 
-    def serving(self, service: Service) -> None:
-        """Tell that requests can come."""
-        self._tell(ready=True, told=dict(service.told))
+        def read() -> None:
+            for line in self._lines:
+                self._ready_others = json.loads(line)["others"]
+            self._is_orphaned = True
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def refused(self, error: EvalmodeError) -> None:
-        """Tell why this worker cannot start."""
-        self._tell(refused=str(error))
+        threading.Thread(target=read, name="supervisor", daemon=True).start()
+
+    def report_serving(self, service: Service) -> None:
+        """Tell the supervisor that requests can arrive."""
+        self._send(ready=True, log_fields=dict(service.log_fields))
+
+    def report_refusal(self, error: EvalmodeError) -> None:
+        """Tell the supervisor why this worker cannot start."""
+        self._send(refused=str(error))
 
     def watch(self, service: Service, server: GracefulServer) -> None:
-        """Tell when readiness changes; leave new connections to others when not ready; end when
-        nothing helps.
+        """Check the health of the service.
+
+        1. A process that is not live ends, and the supervisor replaces it.
+        2. A change of readiness is reported.
+        3. A process that is not ready leaves connections to the others, if any is ready.
         """
         if reason := service.health.live():
             _log.error("leaving", reason=reason)
             server.leave(STUCK)
             return
         reason = service.health.ready()
-        if reason != self._was_ready and (reason is None or self._was_ready is None):
-            self._tell(ready=reason is None, why=reason)
-        self._was_ready = reason
-        server.welcome = reason is None or self._others == 0
+        became_ready = reason is None and self._last_reason is not None
+        became_unready = reason is not None and self._last_reason is None
+        if became_ready or became_unready:
+            self._send(ready=reason is None, reason=reason)
+        self._last_reason = reason
+        server.accepts_connections = reason is None or self._ready_others == 0
 
-    def tidy(self) -> None:
-        """Remove what the supervisor would have removed, were it still there."""
-        if self._orphaned and (folder := os.environ.get(METRICS_FOLDER_VARIABLE)):
+    def clean_up(self) -> None:
+        """Remove the folder of the metrics if the supervisor is gone and cannot do it."""
+        folder = os.environ.get(METRICS_FOLDER_VARIABLE)
+        if self._is_orphaned and folder:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _listen(self) -> None:
-        for line in self._lines:
-            self._others = json.loads(line)["others"]
-        self._orphaned = True
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _tell(self, **what: Any) -> None:
-        with contextlib.suppress(OSError):  # the supervisor is gone: `_listen` ends this process
-            self._channel.sendall(json.dumps(what).encode() + b"\n")
+    def _send(self, **message: Any) -> None:
+        # OSError: the supervisor is gone, and the thread of `listen` ends this process.
+        with contextlib.suppress(OSError):
+            self._channel.sendall(json.dumps(message).encode() + b"\n")
 
 
 def work(
     listener_fd: int, channel_fd: int, *, open_service: Callable[[Settings], Service] | None = None
 ) -> int:
-    """Serve on an inherited socket until told to stop; the exit code."""
+    """Serve on an inherited socket until a signal. Returns the exit code."""
     with Signals() as signals, socket.socket(fileno=listener_fd) as listener:
-        supervised = Supervised(socket.socket(fileno=channel_fd))
-        configure_logs(supervised.settings.log_format)
+        link = SupervisorLink(socket.socket(fileno=channel_fd))
+        configure_logs(link.settings.log_format)
         try:
-            supervised.listen()  # within: where the supervisor has ended already, this ends us
+            # Inside `try`: if the supervisor has already ended, this raises Stopped.
+            link.listen()
             return serve_one(
-                supervised.settings,
+                link.settings,
                 listener,
                 signals=signals,
-                serving=supervised.serving,
-                watch=supervised.watch,
+                on_serving=link.report_serving,
+                watch=link.watch,
                 open_service=open_service,
             )
         except EvalmodeError as error:
-            supervised.refused(error)
+            link.report_refusal(error)
             return REFUSED
         finally:
-            supervised.tidy()
+            link.clean_up()
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ def texts() -> list[str]:
         "long-winded",
         "2026",
     ]
-    found = ["", " ", "a", "\ud83d", "x" * 500]
-    while len(found) < 200:
-        found.append(" ".join(random.choice(words, random.integers(1, 10))))
-    return found
+    samples = ["", " ", "a", "\ud83d", "x" * 500]
+    while len(samples) < 200:
+        samples.append(" ".join(random.choice(words, random.integers(1, 10))))
+    return samples
 
 
 @pytest.fixture(scope="session")

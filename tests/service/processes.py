@@ -1,4 +1,4 @@
-"""A real server process on a port of its own."""
+"""Real server processes, each on a free port."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SERVER = ("-m", "evalmode.service.process.server")
 
 @dataclass(frozen=True, kw_only=True)
 class RunningServer:
-    """A running server: where it is, what it wrote when it began, and its process."""
+    """A running server: its address, the first line of its log, and its process."""
 
     url: str
     port: int
@@ -29,7 +29,7 @@ class RunningServer:
     sockets: ExitStack
 
     def connect(self, *, timeout_s: float) -> socket.socket:
-        """A connection to it, which is closed at the latest when `running` ends."""
+        """A connection to it, which `running` closes at its end."""
         address = ("127.0.0.1", self.port)
         return self.sockets.enter_context(socket.create_connection(address, timeout=timeout_s))
 
@@ -40,10 +40,10 @@ class RunningServer:
 def environment(bundle: Path, **settings: object) -> dict[str, str]:
     """The environment of a server process.
 
-    Unlike a server in production, it lets a request in however long the queue is expected to take:
-    the estimate depends on how busy the machine is. A test of that refusal sets `queue_s`.
+    Unlike a server in production, it accepts requests whatever the expected wait in the queue: the
+    estimate depends on how busy the machine is. A test of that refusal sets `queue_s`.
     """
-    given = {
+    values = {
         "bundle": bundle,
         "port": 0,
         "log_format": "json",
@@ -53,15 +53,15 @@ def environment(bundle: Path, **settings: object) -> dict[str, str]:
         "queue_s": 60,
         **settings,
     }
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}
-    return kept | {f"EVALMODE_{name.upper()}": str(value) for name, value in given.items()}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("EVALMODE_")}
+    return others | {f"EVALMODE_{name.upper()}": str(value) for name, value in values.items()}
 
 
 @contextmanager
 def running(
     bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object
 ) -> Iterator[RunningServer]:
-    """A server process that has said that it serves."""
+    """A server process that is ready."""
     process = subprocess.Popen(
         [sys.executable, *program],
         env=environment(bundle, **settings),
@@ -70,7 +70,7 @@ def running(
         text=True,
     )
     try:
-        started = _started(process)
+        started = _first_log_line(process)
         url = str(started["url"])
         with ExitStack() as sockets:
             yield RunningServer(
@@ -82,7 +82,7 @@ def running(
             )
     finally:
         if "workers" in settings:
-            process.terminate()  # a supervisor that is killed leaves it to its workers to tidy up
+            process.terminate()  # a killed supervisor cannot remove the folder of the metrics
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=END_S)
         process.kill()
@@ -92,7 +92,7 @@ def running(
 def ended(
     bundle: Path, *, program: tuple[str, ...] = SERVER, **settings: object
 ) -> subprocess.CompletedProcess[str]:
-    """A server process that ended by itself."""
+    """A server process that has ended by itself."""
     return subprocess.run(
         [sys.executable, *program],
         env=environment(bundle, **settings),
@@ -104,9 +104,7 @@ def ended(
 
 
 def refused(bundle: Path, **settings: object) -> str:
-    """The sentence with which a server refuses to start; it is one, without a traceback, and the
-    exit code is 2.
-    """
+    """The sentence with which a server refuses to start, with exit code 2 and no traceback."""
     process = ended(bundle, **settings)
     assert process.returncode == 2, process.stderr
     assert process.stdout == ""
@@ -114,11 +112,11 @@ def refused(bundle: Path, **settings: object) -> str:
     return process.stderr
 
 
-def _started(process: subprocess.Popen[str]) -> dict[str, object]:
+def _first_log_line(process: subprocess.Popen[str]) -> dict[str, object]:
     assert process.stderr is not None
-    seen = []
+    lines = []
     for line in process.stderr:
-        seen.append(line)
+        lines.append(line)
         if '"serving"' in line:
             return json.loads(line)
-    raise AssertionError(f"the server did not start: {''.join(seen)}")
+    raise AssertionError(f"the server did not start: {''.join(lines)}")

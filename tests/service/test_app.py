@@ -1,4 +1,4 @@
-"""The application in this process: what does not need a socket."""
+"""The application in this process, without a socket."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def components_of(bundle: Path, **settings: object) -> Iterator[Components]:
         components.close()
 
 
-class Failing:
-    """An engine that fails as it is told to, unless a request has two rows."""
+class FailingEngine:
+    """An engine that fails with `failure`, unless a request has two rows."""
 
     def __init__(self, engine, failure: Exception) -> None:
         self.engine = engine
@@ -53,8 +53,8 @@ class Failing:
         return self.engine.close(timeout_s=timeout_s)
 
 
-class Unhurried:
-    """A repository of a model that takes its time to read texts."""
+class SlowEncoding:
+    """A repository whose model takes 50 ms to encode texts."""
 
     def __init__(self, repository) -> None:
         self.repository = repository
@@ -64,7 +64,7 @@ class Unhurried:
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)
 
-    def default_text(self) -> Unhurried:
+    def default_text(self) -> SlowEncoding:
         return self
 
     async def text_rows_async(self, texts, *, truncate):
@@ -72,8 +72,8 @@ class Unhurried:
         return self.model.text_rows(texts, truncate=truncate)
 
 
-class Held:
-    """A repository that loads when it is told to."""
+class HeldRepository:
+    """A repository whose loads wait for `go_on`."""
 
     def __init__(self, repository) -> None:
         self.repository = repository
@@ -86,8 +86,8 @@ class Held:
         assert self.go_on.wait(30)
 
 
-class Followed:
-    """Tracing that counts the rows it was to follow."""
+class CountingTracing:
+    """Tracing that counts the rows of each request."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
@@ -104,8 +104,8 @@ class Followed:
         """Nothing is open."""
 
 
-def asked(app, *requests: Callable[[httpx.AsyncClient], object]) -> list[httpx.Response]:
-    """The answers of an app to requests made one after the other."""
+def responses_of(app, *requests: Callable[[httpx.AsyncClient], object]) -> list[httpx.Response]:
+    """The responses of an app to requests, one after the other."""
 
     async def ask() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -128,12 +128,12 @@ def infer(*texts: str) -> Callable[[httpx.AsyncClient], object]:
     )
 
 
-def test_a_failing_model_answers_500_without_its_inside_and_the_next_request_is_answered(bundle):
+def test_a_failing_model_answers_500_without_internals_and_the_next_request_is_answered(bundle):
     failure = RunFailed("the model failed on the rows of this request")
     failure.__cause__ = MemoryError("secret")
     with components_of(bundle) as components, capture_logs() as logged:
-        app = create_app(replace(components, engine=Failing(components.engine, failure)))
-        bad, v2, good = asked(app, predict("bad"), infer("bad"), predict("good", "good"))
+        app = create_app(replace(components, engine=FailingEngine(components.engine, failure)))
+        bad, v2, good = responses_of(app, predict("bad"), infer("bad"), predict("good", "good"))
     assert ("request failed", failure) in [
         (event["event"], event.get("exc_info")) for event in logged
     ]
@@ -144,11 +144,11 @@ def test_a_failing_model_answers_500_without_its_inside_and_the_next_request_is_
     assert len(good.json()["predictions"]) == 2
 
 
-def test_a_bug_answers_500_in_the_same_shape_and_shows_nothing_of_it(bundle):
+def test_a_bug_answers_500_in_the_same_form_and_reveals_nothing(bundle):
     failure = ZeroDivisionError("secret")
     with components_of(bundle) as components, capture_logs() as logged:
-        app = create_app(replace(components, engine=Failing(components.engine, failure)))
-        bad, v2, good = asked(app, predict("bad"), infer("bad"), predict("good", "good"))
+        app = create_app(replace(components, engine=FailingEngine(components.engine, failure)))
+        bad, v2, good = responses_of(app, predict("bad"), infer("bad"), predict("good", "good"))
     sentence = "the server failed on this request; its log says why; request mine"
     assert (bad.status_code, bad.json()) == (500, {"error": sentence, "field": None})
     assert (v2.status_code, v2.json()) == (500, {"error": sentence})
@@ -161,30 +161,31 @@ def test_a_bug_answers_500_in_the_same_shape_and_shows_nothing_of_it(bundle):
     assert good.status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_again_in_both_protocols(bundle):
+def test_a_full_queue_says_when_to_retry_in_both_protocols(bundle):
     with components_of(bundle) as components:
         app = create_app(
             replace(
-                components, engine=Failing(components.engine, QueueFull("full", retry_after_s=7))
+                components,
+                engine=FailingEngine(components.engine, QueueFull("full", retry_after_s=7)),
             )
         )
-        for answer in asked(app, predict("bad"), infer("bad")):
+        for answer in responses_of(app, predict("bad"), infer("bad")):
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
 
 
-def test_its_answers_are_those_of_the_predictor(bundle):
+def test_the_answers_are_those_of_the_predictor(bundle):
     with components_of(bundle) as components:
-        (answer,) = asked(create_app(components), predict("a"))
+        (answer,) = responses_of(create_app(components), predict("a"))
     with Predictor.open(bundle) as predictor:
         assert answer.json()["model"]["digest"] == predictor.model.digest
         assert answer.json()["predictions"][0]["score"] == predictor.predict(["a"])[0].score
 
 
-def test_before_it_serves_and_when_it_drains_it_is_live_and_not_ready(bundle):
+def test_a_server_that_starts_or_drains_is_live_and_not_ready(bundle):
     with components_of(bundle) as components:
         app = create_app(components)
         components.health.drain()
-        live, ready, v2, answered = asked(
+        live, ready, v2, answered = responses_of(
             app,
             lambda client: client.get("/livez"),
             lambda client: client.get("/readyz"),
@@ -199,9 +200,11 @@ def test_before_it_serves_and_when_it_drains_it_is_live_and_not_ready(bundle):
     assert (v2.status_code, v2.json()) == (503, {"error": "the server is stopping"})
 
 
-def test_its_description_shows_examples_limits_and_every_error(bundle):
+def test_the_openapi_schema_shows_examples_limits_and_every_error(bundle):
     with components_of(bundle, max_rows=7, max_top_k=9) as components:
-        (description,) = asked(create_app(components), lambda client: client.get("/openapi.json"))
+        (description,) = responses_of(
+            create_app(components), lambda client: client.get("/openapi.json")
+        )
     operation = description.json()["paths"]["/v1/predict"]["post"]
     request = operation["requestBody"]["content"]["application/json"]["schema"]
     assert request["properties"]["inputs"]["maxItems"] == 7
@@ -220,9 +223,9 @@ def test_its_description_shows_examples_limits_and_every_error(bundle):
 
 
 @pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/tiny/infer"])
-def test_a_request_may_give_less_time_than_the_server_and_no_nonsense(bundle, path):
+def test_a_request_may_shorten_its_deadline_and_a_wrong_value_is_refused(bundle, path):
     with components_of(bundle) as components:
-        (answer,) = asked(
+        (answer,) = responses_of(
             create_app(components),
             lambda client: client.post(path, headers={"x-request-timeout-ms": "-3"}),
         )
@@ -233,10 +236,10 @@ def test_a_request_may_give_less_time_than_the_server_and_no_nonsense(bundle, pa
     )
 
 
-def test_the_time_that_reading_a_text_takes_is_time_of_the_request(bundle):
+def test_the_time_to_encode_a_text_counts_towards_the_deadline(bundle):
     with components_of(bundle) as components:
-        app = create_app(replace(components, repository=Unhurried(components.repository)))
-        hurried, patient = asked(
+        app = create_app(replace(components, repository=SlowEncoding(components.repository)))
+        hurried, patient = responses_of(
             app,
             *(
                 lambda client, ms=ms: client.post(
@@ -248,10 +251,10 @@ def test_the_time_that_reading_a_text_takes_is_time_of_the_request(bundle):
     assert (hurried.status_code, patient.status_code) == (504, 200)
 
 
-def test_rows_of_both_protocols_are_followed_by_the_traces_of_their_request(bundle):
-    tracing = Followed()
+def test_rows_of_both_protocols_belong_to_the_trace_of_their_request(bundle):
+    tracing = CountingTracing()
     with components_of(bundle) as components:
-        answers = asked(
+        answers = responses_of(
             create_app(replace(components, tracing=tracing)),
             predict("a", "b"),
             infer("a", "b", "c"),
@@ -262,7 +265,7 @@ def test_rows_of_both_protocols_are_followed_by_the_traces_of_their_request(bund
 
 def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
     with components_of(bundle) as components:
-        held = Held(components.repository)
+        held = HeldRepository(components.repository)
         app = create_app(replace(components, repository=held))
 
         async def ask() -> httpx.Response:
@@ -284,28 +287,28 @@ def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
         assert asyncio.run(ask()).status_code == 200
 
 
-def test_the_model_that_is_described_is_the_one_that_was_asked_for(tmp_path):
+def test_the_model_route_describes_the_requested_model(tmp_path):
     for version in ("1", "2"):
         tensor_bundle(tmp_path, version=version)
     with components_of(tmp_path, versions=2) as components:
         paths = ("/v1/model", "/v1/model?model=tensors&version=1", "/v1/model?version=1")
-        newest, first, nameless = asked(
+        newest, first, nameless = responses_of(
             create_app(components), *(lambda client, path=path: client.get(path) for path in paths)
         )
     assert (newest.json()["version"], first.json()["version"]) == ("2", "1")
     assert (nameless.status_code, nameless.json()["field"]) == (422, "version")
 
 
-def test_a_version_is_of_a_model_that_must_be_named_too(bundle):
+def test_a_version_needs_the_name_of_its_model(bundle):
     lines = {"content": b'"a"\n', "headers": {"content-type": "application/x-ndjson"}}
     with components_of(bundle) as components:
-        answers = asked(
+        answers = responses_of(
             create_app(components),
             lambda client: client.post("/v1/predict", json={"inputs": ["a"], "version": "1"}),
             lambda client: client.post("/v1/predict?version=1", **lines),
             lambda client: client.get("/v1/model?version=1"),
         )
-        (named,) = asked(
+        (named,) = responses_of(
             create_app(components),
             lambda client: client.post(
                 "/v1/predict", json={"inputs": ["a"], "model": "tiny", "version": "1"}
@@ -316,10 +319,10 @@ def test_a_version_is_of_a_model_that_must_be_named_too(bundle):
     assert named.status_code == 200
 
 
-def test_why_known_answers_agree_only_within_tolerance_is_told_in_both_protocols(tmp_path):
+def test_both_protocols_say_why_known_answers_agree_only_within_tolerance(tmp_path):
     make_bundle(tmp_path, certify=elsewhere)
     with components_of(tmp_path) as components:
-        ours, theirs = asked(
+        ours, theirs = responses_of(
             create_app(components),
             lambda client: client.get("/v1/model"),
             lambda client: client.get("/v2/models/tiny/config"),

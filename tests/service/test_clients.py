@@ -28,11 +28,11 @@ ANSWER_S = 120
 def run(program: str, *arguments: object) -> Any:
     """What a client program prints, as JSON."""
     assert PYTHON.exists(), f"{PYTHON} is missing: `make test` sets it up"
-    given = [
+    as_text = [
         argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments
     ]
     process = subprocess.run(
-        [str(PYTHON), str(CLIENTS / program), *given],
+        [str(PYTHON), str(CLIENTS / program), *as_text],
         capture_output=True,
         text=True,
         timeout=ANSWER_S,
@@ -49,8 +49,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     tensor_bundle(root)
     with processes.running(
         root, max_body_bytes=131_072, max_rows=256, access_log=0, poll_s=0
-    ) as found:
-        yield found
+    ) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,9 @@ def expected(bundle: Path) -> dict[str, list[Any]]:
     """What `evalmode predict` says of the texts: the same bundle, opened in this process."""
     with Predictor.open(bundle) as predictor:
         predictions = predictor.predict(TEXTS, top_k=5)
-    by_label = [{scored.label: scored.score for scored in each.top} for each in predictions]
+    by_label = [
+        {scored.label: scored.score for scored in prediction.top} for prediction in predictions
+    ]
     scores = np.array(
         [[row[label] for label in ("hu", "nl", "fi", "et", "de")] for row in by_label]
     )
@@ -67,64 +69,66 @@ def expected(bundle: Path) -> dict[str, list[Any]]:
         "label": [
             "object",
             [4],
-            base64.b64encode("|".join(found.label for found in predictions).encode()).decode(),
+            base64.b64encode(
+                "|".join(prediction.label for prediction in predictions).encode()
+            ).decode(),
         ],
         "truncated": [
             "bool",
             [4],
-            base64.b64encode(bytes(found.truncated for found in predictions)).decode(),
+            base64.b64encode(bytes(prediction.truncated for prediction in predictions)).decode(),
         ],
     }
 
 
-def triton(served: Any, program: str, given: object = None) -> Any:
-    return run("triton.py", f"127.0.0.1:{served.port}", program, {} if given is None else given)
+def triton(served: Any, program: str, options: object = None) -> Any:
+    return run("triton.py", f"127.0.0.1:{served.port}", program, {} if options is None else options)
 
 
-def test_triton_reads_all_that_a_server_says_of_itself(served: Any):
-    found = triton(served, "about")
-    assert (found["live"], found["ready"]) == (True, True)
-    assert found["model_ready"] == [True, True, False]
-    assert found["server"]["name"] == "evalmode"
-    assert found["model"] == found["version"]
-    assert found["config"]["input"][0]["data_type"] == "TYPE_STRING"
-    assert {entry["name"] for entry in found["index"]} == {"tiny", "tensors"}
-    assert {entry["name"] for entry in found["statistics"]["model_stats"]} == {"tiny", "tensors"}
-    assert found["of_a_model"]["model_stats"][0]["version"] == "1"
+def test_triton_reads_all_metadata_of_a_server(served: Any):
+    answers = triton(served, "about")
+    assert (answers["live"], answers["ready"]) == (True, True)
+    assert answers["model_ready"] == [True, True, False]
+    assert answers["server"]["name"] == "evalmode"
+    assert answers["model"] == answers["version"]
+    assert answers["config"]["input"][0]["data_type"] == "TYPE_STRING"
+    assert {entry["name"] for entry in answers["index"]} == {"tiny", "tensors"}
+    assert {entry["name"] for entry in answers["statistics"]["model_stats"]} == {"tiny", "tensors"}
+    assert answers["of_a_model"]["model_stats"][0]["version"] == "1"
 
 
-def test_triton_gets_the_bits_of_predict_in_every_way_that_it_asks(
+def test_triton_gets_the_bits_of_predict_in_every_way_of_asking(
     served: Any, expected: dict[str, list[Any]]
 ):
-    found = triton(served, "every_way", {"texts": TEXTS})
-    assert len(found) == 16
-    logits = found["default"]["logits"]
-    for way, tensors in found.items():
+    answers = triton(served, "every_way", {"texts": TEXTS})
+    assert len(answers) == 16
+    logits = answers["default"]["logits"]
+    for way, tensors in answers.items():
         assert tensors == {"logits": logits, **expected}, way
 
 
 def test_triton_gets_the_best_classes_with_their_labels(
     served: Any, expected: dict[str, list[Any]]
 ):
-    found = triton(served, "classes", {"texts": TEXTS})
-    assert found["True"] == found["False"]
+    answers = triton(served, "classes", {"texts": TEXTS})
+    assert answers["True"] == answers["False"]
     labels = base64.b64decode(expected["label"][2]).decode().split("|")
-    assert [row[0].split(":")[2] for row in found["True"]] == labels
-    assert [len(row) for row in found["True"]] == [2] * 4
+    assert [row[0].split(":")[2] for row in answers["True"]] == labels
+    assert [len(row) for row in answers["True"]] == [2] * 4
 
 
 def test_triton_sends_tensors_as_bytes_and_as_json_with_the_same_answer(served: Any):
     x = [[0.1, -2.5, 3.0], [1e-7, 4.0, 5.5]]
     ids = [[[7, 0, 0, 1, 2, 3]], [[1, 2, 3, 4, 5, 6]]]
-    found = triton(served, "tensors", {"x": x, "ids": ids})
-    assert found["y True"] == found["y False"]
-    assert found["ids True"] == found["ids False"]
-    assert found["y True"]["y"][:2] == ["float32", [2, 2]]
+    answers = triton(served, "tensors", {"x": x, "ids": ids})
+    assert answers["y True"] == answers["y False"]
+    assert answers["ids True"] == answers["ids False"]
+    assert answers["y True"]["y"][:2] == ["float32", [2, 2]]
 
 
 def test_triton_understands_every_refusal(served: Any):
-    found = triton(served, "refused", {"texts": TEXTS})
-    statuses = {name: status for name, (status, _) in found.items()}
+    answers = triton(served, "refused", {"texts": TEXTS})
+    statuses = {name: status for name, (status, _) in answers.items()}
     assert statuses == {
         "model": "404",
         "version": "404",
@@ -141,27 +145,31 @@ def test_triton_understands_every_refusal(served: Any):
         "nothing there": "404",
         "late": "400",
     }
-    assert "inputs.0.shape.0 must be an integer from 1" in found["no rows"][1]
-    assert "outputs.0.name must be one of logits" in found["output"][1]
-    assert "which no request can override" in found["override"][1]
+    assert "inputs.0.shape.0 must be an integer from 1" in answers["no rows"][1]
+    assert "outputs.0.name must be one of logits" in answers["output"][1]
+    assert "which no request can override" in answers["override"][1]
 
 
 def test_triton_unloads_a_model_and_loads_it_again(served: Any):
-    found = triton(served, "control")
-    ready, index = found["without"]
+    answers = triton(served, "control")
+    ready, index = answers["without"]
     assert ready is False
     assert {entry["name"]: entry["state"] for entry in index}["tiny"] == "READY"
     assert {entry["name"]: entry["state"] for entry in index}.get("tensors") != "READY"
-    assert found["after"] is True
+    assert answers["after"] is True
 
 
 def test_kserve_gets_the_bits_of_predict(served: Any, expected: dict[str, list[Any]]):
-    found = run("kserve_rest.py", served.url, {"texts": TEXTS})
-    assert (found["live"], found["ready"], found["model_ready"]) == (True, True, [True, False])
-    assert found["json"] == found["binary"] == found["binary out"]
-    assert (found["json"]["model"], found["json"]["id"]) == ("tiny", "7")
-    assert found["json"]["label"] == expected["label"]
-    assert found["unknown"][0] == 404
-    assert "there is no model 'no'" in found["unknown"][1]
-    assert found["wrong"][0] == 400
-    assert "must be BYTES for text" in found["wrong"][1]
+    answers = run("kserve_rest.py", served.url, {"texts": TEXTS})
+    assert (answers["live"], answers["ready"], answers["model_ready"]) == (
+        True,
+        True,
+        [True, False],
+    )
+    assert answers["json"] == answers["binary"] == answers["binary out"]
+    assert (answers["json"]["model"], answers["json"]["id"]) == ("tiny", "7")
+    assert answers["json"]["label"] == expected["label"]
+    assert answers["unknown"][0] == 404
+    assert "there is no model 'no'" in answers["unknown"][1]
+    assert answers["wrong"][0] == 400
+    assert "must be BYTES for text" in answers["wrong"][1]

@@ -1,6 +1,4 @@
-"""A real server against what nobody should send it: requests made from its own documentation, and
-mutated bodies.
-"""
+"""A real server against bad requests: generated from its OpenAPI schema, and mutated bodies."""
 
 from __future__ import annotations
 
@@ -39,11 +37,11 @@ unsupported_method.enabled = true
 not_a_server_error.enabled = true
 not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", "503", "504"]
 [[operations]]
-include-operation-id = "v2_unload"  # it would leave nothing to ask
+include-operation-id = "v2_unload"  # without models there would be nothing to test
 enabled = false
 """
 
-# What schemathesis has to be told to write lines.
+# A hook, because schemathesis cannot write lines of JSON itself.
 LINES = """
 import schemathesis
 
@@ -55,17 +53,15 @@ def lines(context, value):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A folder of a model of texts and one of tensors."""
+    """A folder with a model of texts and a model of tensors."""
     folder = tmp_path_factory.mktemp("root")
     make_bundle(folder)
     tensor_bundle(folder)
     return folder
 
 
-def test_every_answer_is_as_the_documentation_says(root, tmp_path):
-    """Requests that the documentation allows, and such that it does not; alone, and one after
-    another.
-    """
+def test_every_answer_conforms_to_the_openapi_schema(root, tmp_path):
+    """Requests that the schema allows, and others that it does not; alone, and in sequences."""
     with processes.running(root) as service:
         before = answer_of(service)
         run = schemathesis(service.url, documentation_of(service), tmp_path)
@@ -77,7 +73,7 @@ def test_every_answer_is_as_the_documentation_says(root, tmp_path):
 def schemathesis(
     url: str, openapi: dict[str, Any], folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Its run over these operations, in a folder of its own: it leaves a cache behind."""
+    """Its run over these operations, in `folder`, where it leaves a cache."""
     (folder / "openapi.json").write_text(json.dumps(openapi))
     (folder / "config.toml").write_text(CONFIG)
     (folder / "lines.py").write_text(LINES)
@@ -103,9 +99,7 @@ def schemathesis(
 
 
 def documentation_of(service) -> dict[str, Any]:
-    """What a server says of itself, with the names of its models in it: of others it would know
-    nothing but 404.
-    """
+    """The OpenAPI schema of a server, with the names of its models: all other names are 404."""
     openapi = httpx.get(f"{service.url}/openapi.json").raise_for_status().json()
     for operation in (
         operation for path in openapi["paths"].values() for operation in path.values()
@@ -120,15 +114,13 @@ def answer_of(service) -> bytes:
     return httpx.post(f"{service.url}/v1/predict", json=KNOWN_GOOD).raise_for_status().content
 
 
-def test_2_000_mutated_bodies_are_answered_as_intended_and_leave_no_trace(root):
-    """It fails itself for a 5xx, a lost connection, an answer of other bits than before, and memory
-    that grows.
-    """
+def test_2_000_mutated_bodies_get_intended_answers_and_do_no_harm(root):
+    """The program fails for a 5xx, a lost connection, other bits than before, or growing memory."""
     command = [sys.executable, str(FUZZ), str(root), "--bodies", "2000", "--seed", "4"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    found = re.findall(r"([a-z][\w ]+?) +│ ([\d,]+) ", run.stdout)
-    counts = {name: int(count.replace(",", "")) for name, count in found}
+    cells = re.findall(r"([a-z][\w ]+?) +│ ([\d,]+) ", run.stdout)
+    counts = {name: int(count.replace(",", "")) for name, count in cells}
     assert counts["known good answers"] > 50
     assert counts["status 200"] > 200
     assert counts["status 400"] > 500

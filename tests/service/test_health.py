@@ -1,4 +1,4 @@
-"""Readiness and liveness of one process, with a batch that is stuck as long as the test says."""
+"""Readiness and liveness of one process, with a batch that is stuck for as long as a test sets."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ def test_a_stuck_batch_takes_readiness_at_once_and_liveness_only_after_the_grace
     stuck = Stuck()
     stuck.health.serve()
     stuck.s = 0.01
-    assert stuck.health.ready() == "a batch runs 0.0 s longer than it may"
+    assert stuck.health.ready() == "a batch exceeds its time limit by 0.0 s"
     assert stuck.health.live() is None
     stuck.s = 5.0
     assert stuck.health.live() is None
     stuck.s = 5.1
     assert (
-        stuck.health.live() == "a batch runs 5.1 s longer than it may: this process needs a restart"
+        stuck.health.live()
+        == "a batch exceeds its time limit by 5.1 s: this process needs a restart"
     )
 
 

@@ -17,22 +17,22 @@ from evalmode.service.ndjson import Splitter, answer_lines, read_line
 def test_lines_are_the_same_however_the_bytes_are_cut_into_chunks(
     body: bytes, cuts: list[int], limit: int
 ) -> None:
-    places = sorted(min(cut, len(body)) for cut in cuts)
+    positions = sorted(min(cut, len(body)) for cut in cuts)
     splitter = Splitter(max_line_bytes=limit)
-    found: list[bytes | None] = []
-    for begin, end in zip([0, *places], [*places, len(body)], strict=True):
-        found += splitter.feed(body[begin:end])
-    found += splitter.end()
+    split: list[bytes | None] = []
+    for begin, end in zip([0, *positions], [*positions, len(body)], strict=True):
+        split += splitter.feed(body[begin:end])
+    split += splitter.end()
     lines = body.split(b"\n")
     lines = lines if lines[-1] else lines[:-1]
-    assert found == [None if len(line) > limit else line.removesuffix(b"\r") for line in lines]
+    assert split == [None if len(line) > limit else line.removesuffix(b"\r") for line in lines]
 
 
-def test_a_splitter_keeps_nothing_of_a_line_that_is_too_long() -> None:
+def test_a_splitter_holds_nothing_of_a_line_that_is_too_long() -> None:
     splitter = Splitter(max_line_bytes=1000)
     for _ in range(100):
         assert list(splitter.feed(b"x" * 1000)) == []
-        assert sum(map(len, splitter._begun)) <= 1000
+        assert sum(map(len, splitter._pieces)) <= 1000
     assert list(splitter.feed(b"\nabc\n")) == [None, b"abc"]
 
 
@@ -78,12 +78,12 @@ def test_the_problem_with_a_line_is_one_sentence(raw: bytes, sentence: str) -> N
     assert len(problem) < 200
 
 
-def test_answers_of_lines_are_numbered_from_where_they_begin() -> None:
+def test_answers_to_lines_are_numbered_from_the_first_index() -> None:
     async def predict(texts: Sequence[str]) -> list[Any]:
         return [
             SimpleNamespace(top=[SimpleNamespace(label=text, score=0.5)], truncated=False)
             for text in texts
         ]
 
-    found = asyncio.run(answer_lines([b'"a"', b"{"], first=40, predict=predict, inline_bytes=0))
-    assert [json.loads(line)["index"] for line in found] == [40, 41]
+    answers = asyncio.run(answer_lines([b'"a"', b"{"], first=40, predict=predict, inline_bytes=0))
+    assert [json.loads(line)["index"] for line in answers] == [40, 41]

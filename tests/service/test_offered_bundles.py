@@ -48,7 +48,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_a_forged_bundle_is_refused_by_the_load_route_and_the_one_before_goes_on(
+def test_a_forged_bundle_is_refused_by_the_load_route_and_the_previous_one_still_serves(
     tmp_path: Path, kind: str
 ):
     """Its hashes, its certificate and the digest in it are those of the forged model."""

@@ -43,13 +43,13 @@ def test_many_threads_asking_at_once_get_the_bits_of_one(predictor, texts):
     alone = [predictor.predict([text])[0] for text in texts]
     slices = [slice(first, first + size) for first in range(0, 160, 7) for size in (1, 5, 40)]
     with ThreadPoolExecutor(8) as pool:
-        for part, found in zip(
+        for part, predictions in zip(
             slices, pool.map(lambda part: predictor.predict(texts[part]), slices), strict=True
         ):
-            assert found == alone[part]
+            assert predictions == alone[part]
 
 
-def test_batching_changes_nothing_that_running_alone_would_not_give(predictor, bundle, texts):
+def test_batching_does_not_change_the_answers(predictor, bundle, texts):
     with Predictor.open(bundle, parallel=1, calibration=Calibration(budget_s=0)) as alone:
         assert {count for bucket in alone.model.buckets for count in bucket.costs} == {1}
         assert alone.predict(texts) == predictor.predict(texts)
@@ -69,7 +69,7 @@ def test_an_empty_text_is_a_prediction(predictor):
     assert 0 < prediction.score <= 1
 
 
-def test_a_long_text_is_cut_and_says_so_or_is_refused_by_its_place(predictor):
+def test_a_long_text_is_cut_and_says_so_or_is_refused_with_its_index(predictor):
     short, long = predictor.predict(["short", LONG])
     assert (short.truncated, long.truncated) == (False, True)
     with pytest.raises(InvalidField, match="16 positions") as refusal:
@@ -78,11 +78,11 @@ def test_a_long_text_is_cut_and_says_so_or_is_refused_by_its_place(predictor):
     assert predictor.predict(["short"], truncate=False) == [short]
 
 
-@pytest.mark.parametrize(("top_k", "given"), [(1, 1), (3, 3), (5, 5), (100, 5)])
-def test_as_many_labels_as_asked_are_given_or_all_there_are(predictor, top_k, given):
+@pytest.mark.parametrize(("top_k", "label_count"), [(1, 1), (3, 3), (5, 5), (100, 5)])
+def test_a_prediction_has_top_k_labels_or_all_if_there_are_fewer(predictor, top_k, label_count):
     (prediction,) = predictor.predict(["Ez egy rövid mondat."], top_k=top_k)
     scores = [scored.score for scored in prediction.top]
-    assert len(scores) == given
+    assert len(scores) == label_count
     assert scores == sorted(scores, reverse=True)
     assert (prediction.label, prediction.score) == (
         prediction.top[0].label,
@@ -106,16 +106,16 @@ def test_after_closing_nothing_is_answered(bundle):
         predictor.predict(["a"])
 
 
-def test_opening_it_loads_no_web_framework_and_no_torch(bundle):
+def test_a_predictor_loads_no_web_framework_and_no_torch(bundle):
     program = (
         "import sys; from pathlib import Path; from evalmode.service.predictor import Predictor;"
         "Predictor.open(Path(sys.argv[1])).predict(['a']);"
         "print(*{'torch', 'onnx', 'fastapi', 'starlette', 'uvicorn'} & set(sys.modules))"
     )
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program, str(bundle)], capture_output=True, text=True, check=True
     )
-    assert found.stdout.split() == []
+    assert process.stdout.split() == []
 
 
 def test_a_folder_of_one_bundle_is_enough(bundle):

@@ -18,7 +18,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EVALMODE_CONFIG", raising=False)
 
 
-def test_a_flag_goes_before_the_environment_and_the_environment_before_the_default(monkeypatch):
+def test_a_flag_overrides_the_environment_and_the_environment_overrides_the_default(monkeypatch):
     monkeypatch.setenv("EVALMODE_PORT", "9000")
     monkeypatch.setenv("EVALMODE_BUNDLE", "/srv/bundle")
     settings = load_settings(port=9001, host=None)
@@ -63,7 +63,7 @@ def test_a_setting_that_does_not_exist_is_refused():
         load_settings(max_row=3)
 
 
-def test_settings_do_not_change_once_built():
+def test_settings_are_frozen():
     settings = load_settings()
     with pytest.raises(ValidationError):
         settings.port = 1  # type: ignore[misc]
@@ -81,7 +81,7 @@ def config(tmp_path: Path):
     return write
 
 
-def test_the_environment_goes_before_the_file_and_the_file_before_the_default(monkeypatch, config):
+def test_the_environment_overrides_the_file_and_the_file_overrides_the_default(monkeypatch, config):
     file = config(
         'port = 9000\nhost = "::1"\nthreads = 2\ncors_origins = ["https://a", "https://b"]\n'
     )
@@ -89,12 +89,12 @@ def test_the_environment_goes_before_the_file_and_the_file_before_the_default(mo
     settings, origins = trace_settings(config=file, port=9001, workers=None)
     assert (settings.port, settings.host, settings.threads) == (9001, "0.0.0.0", 2)
     assert settings.cors_origins == ("https://a", "https://b")
-    asked = ("port", "host", "threads", "workers")
-    assert [origins[name] for name in asked] == ["flag", "environment", "file", "default"]
+    names = ("port", "host", "threads", "workers")
+    assert [origins[name] for name in names] == ["flag", "environment", "file", "default"]
     assert origins.keys() == Settings.model_fields.keys()
 
 
-def test_the_environment_may_name_the_file_and_a_flag_another(monkeypatch, config, tmp_path):
+def test_the_environment_names_the_file_unless_a_flag_does(monkeypatch, config, tmp_path):
     monkeypatch.setenv("EVALMODE_CONFIG", str(config("port = 1\n")))
     assert load_settings().port == 1
     other = tmp_path / "other.toml"
@@ -103,7 +103,7 @@ def test_the_environment_may_name_the_file_and_a_flag_another(monkeypatch, confi
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "problem"),
     [
         ("prot = 1", "there is no setting prot; did you mean port?"),
         ("max-rows = 1", "there is no setting max-rows; did you mean max_rows?"),
@@ -119,17 +119,17 @@ def test_the_environment_may_name_the_file_and_a_flag_another(monkeypatch, confi
         ("port: 1", "is not valid TOML: "),
     ],
 )
-def test_what_is_wrong_in_the_file_is_one_sentence_with_the_file_the_key_and_the_value(
-    config, content, said
+def test_an_error_in_the_file_is_one_sentence_with_the_file_the_key_and_the_value(
+    config, content, problem
 ):
     file = config(content)
-    with pytest.raises(StartFailed, match=re.escape(said)) as failure:
+    with pytest.raises(StartFailed, match=re.escape(problem)) as failure:
         load_settings(config=file)
     assert str(file) in str(failure.value)
     assert "\n" not in str(failure.value)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(StartFailed, match="cannot be read: No such file"):
         load_settings(config=tmp_path / "absent.toml")
 
@@ -141,11 +141,11 @@ def test_a_wrong_secret_is_not_shown(config):
     assert "918273" not in str(failure.value)
 
 
-def test_secrets_are_what_holds_one():
+def test_the_secret_settings_are_the_keys_and_the_password():
     assert sorted(SECRETS) == ["api_keys", "ssl_keyfile_password"]
 
 
-def test_lists_are_spelled_with_commas_in_the_environment(monkeypatch):
+def test_lists_are_written_with_commas_in_the_environment(monkeypatch):
     monkeypatch.setenv("EVALMODE_CORS_ORIGINS", "https://a, https://b,")
     assert load_settings().cors_origins == ("https://a", "https://b")
 
@@ -155,20 +155,20 @@ def test_a_request_must_fit_into_the_queue():
         load_settings(queue_rows=10)
 
 
-def test_the_groups_are_those_that_the_settings_stand_in():
+def test_the_titles_of_the_groups_are_those_in_the_comments():
     source = Path(module.__file__).read_text()
-    found = re.findall(r"^    # (.*)\.\n    (\w+): ", source, flags=re.MULTILINE)
-    assert [(first, name) for name, first in found] == list(GROUPS.items())
+    comments = re.findall(r"^    # (.*)\.\n    (\w+): ", source, flags=re.MULTILINE)
+    assert [(first, name) for name, first in comments] == list(GROUPS.items())
 
 
 @pytest.mark.parametrize("field", ["drain_s", "timeout_s", "header_timeout_s", "poll_s"])
-def test_no_time_is_endless(field):
+def test_no_time_is_infinite(field):
     with pytest.raises(StartFailed, match=f"{field} .* must be a finite number, got inf"):
         load_settings(**{field: float("inf")})
 
 
 @pytest.mark.parametrize("endpoint", ["", "collector:4318", "http://", "/v1/traces"])
-def test_where_traces_are_sent_is_an_address(endpoint):
+def test_the_endpoint_for_traces_must_be_an_http_address(endpoint):
     with pytest.raises(
         StartFailed,
         match=r"otlp_endpoint .* must be an address that begins with http:// or https://",
@@ -176,7 +176,7 @@ def test_where_traces_are_sent_is_an_address(endpoint):
         load_settings(otlp_endpoint=endpoint)
 
 
-def test_a_variable_that_is_no_setting_is_named_with_the_one_that_may_be_meant(monkeypatch):
+def test_a_variable_that_is_no_setting_is_named_with_a_similar_setting(monkeypatch):
     for name in ("EVALMODE_API_KEY", "EVALMODE_PORT", "EVALMODE_CONFIG"):
         monkeypatch.setenv(name, "x")
     assert module.strange_variables() == {

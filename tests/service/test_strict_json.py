@@ -16,38 +16,38 @@ from evalmode.service.strict_json import parse_json, shown, shown_flat, shown_ke
         (b"-Infinity", "the line is not valid JSON: -Infinity is not a JSON number"),
         (
             b'"a\xff"',
-            "the line is not valid JSON: it is not UTF-8, the byte 0xff at position 2 begins no"
-            " character",
+            "the line is not valid JSON: it is not UTF-8, the byte 0xff at position 2 does not"
+            " begin a character",
         ),
         (b"", "the line is empty: it must be JSON"),
         (b" \n\t", "the line is empty: it must be JSON"),
         (b"{", "the line is not valid JSON: it ends too early, at character 2"),
         (b'{"a": ', "the line is not valid JSON: it ends too early"),
-        (b'{"a": x}', "the line is not valid JSON: the word x stands in no quotes, at character 7"),
+        (b'{"a": x}', "the line is not valid JSON: the word x is not in quotes, at character 7"),
         (
             b'{"a": 1\n x}',
             "the line is not valid JSON: a comma is missing between two values, at l",
         ),
-        (b"{a: 1}", "the line is not valid JSON: the key a stands in no quotes, at character 2"),
-        (b'{"a" 1}', "the line is not valid JSON: a colon is missing behind a key"),
-        (b"1 2", "the line is not valid JSON: something follows behind the value"),
+        (b"{a: 1}", "the line is not valid JSON: the key a is not in quotes, at character 2"),
+        (b'{"a" 1}', "the line is not valid JSON: a colon is missing after a key"),
+        (b"1 2", "the line is not valid JSON: something follows the value"),
         (b'["abc]', "the line is not valid JSON: a string has no end"),
         (b'["a\nb"]', "the line is not valid JSON: a control character in a string is not escaped"),
-        (b'["\\x"]', "the line is not valid JSON: a backslash begins no escape"),
-        (b'["\\u12"]', "the line is not valid JSON: an escape \\u has no four hexadecimal digits"),
+        (b'["\\x"]', "the line is not valid JSON: a backslash does not begin an escape"),
+        (b'["\\u12"]', "the line is not valid JSON: an escape \\u needs four hexadecimal digits"),
         (
             b'{"a": %s, "b": x}' % (b"9" * 5000),
-            "the line is not valid JSON: the word x stands in no quotes",
+            "the line is not valid JSON: the word x is not in quotes",
         ),
         (b"[%s, NaN]" % (b"9" * 5000), "the line is not valid JSON: NaN is not a JSON number"),
         (b"[%s, %s" % (b"9" * 5000, b"[" * 100_000), "the line is nested too deeply"),
         (
             b"\xef\xbb\xbf\xef\xbb\xbf1",
-            "the line is not valid JSON: a byte order mark stands where",
+            "the line is not valid JSON: a byte order mark is not allowed",
         ),
     ],
 )
-def test_what_is_not_json_is_refused_in_one_sentence_that_names_the_subject(raw, sentence):
+def test_invalid_json_is_refused_in_one_sentence_that_names_the_subject(raw, sentence):
     with pytest.raises(BadRequest) as refusal:
         parse_json(raw, subject="the line")
     assert str(refusal.value).startswith(sentence)
@@ -71,7 +71,7 @@ def test_values_are_shown_as_json_and_cut_where_they_get_long():
     assert [shown_flat(value) for value in ([1], {"a": 1}, "a")] == ["a list", "an object", '"a"']
 
 
-def test_a_long_value_is_cut_and_a_deep_one_is_not_walked_into():
+def test_a_long_value_is_cut_and_a_deep_one_is_not_walked():
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
@@ -82,7 +82,7 @@ def test_a_long_value_is_cut_and_a_deep_one_is_not_walked_into():
         deep = deep.pop()  # type: ignore[assignment]
 
 
-def test_a_value_that_is_too_deep_to_be_shown_is_called_so():
+def test_a_value_that_is_too_deep_for_json_is_called_deeply_nested():
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
@@ -91,11 +91,11 @@ def test_a_value_that_is_too_deep_to_be_shown_is_called_so():
         deep = deep.pop()  # type: ignore[assignment]
 
 
-def test_a_byte_order_mark_is_passed_over_once():
+def test_one_byte_order_mark_is_ignored():
     assert parse_json(b"\xef\xbb\xbf[1]", subject="the body") == [1]
 
 
-def test_the_longest_number_is_read_and_a_longer_one_is_named_by_its_place():
+def test_the_longest_number_is_read_and_a_longer_one_is_named_by_its_field():
     assert parse_json(b"[%s]" % (b"9" * 4300), subject="the body") == [int("9" * 4300)]
     with pytest.raises(BadRequest) as refusal:
         parse_json(b'{"a": [1, {"b c": %s}]}' % (b"9" * 4301), subject="the body")
@@ -125,7 +125,7 @@ def test_a_whole_number_is_written_in_digits_alone(text, number):
     assert whole_number(text) == number
 
 
-def test_a_key_is_shown_as_it_is_where_it_is_a_word():
+def test_a_key_is_shown_without_quotes_if_it_is_a_word():
     assert [shown_key(key) for key in ("top_k", "inputs.0", "x-y", "mérték")] == [
         "top_k",
         "inputs.0",
@@ -141,5 +141,5 @@ def test_a_key_is_shown_as_it_is_where_it_is_a_word():
     assert shown_key("x" * 61) == '"' + "x" * 59 + "..."
 
 
-def test_a_long_number_behind_a_key_that_stands_twice_is_no_value():
+def test_a_long_number_of_a_key_that_occurs_again_is_ignored():
     assert parse_json(b'{"a": %s, "a": 1}' % (b"9" * 5000), subject="the body") == {"a": 1}

@@ -28,19 +28,19 @@ CHAOS = Path(__file__).parents[2] / "bench" / "chaos.py"
 
 @pytest.fixture(scope="module")
 def moody(tmp_path_factory) -> Path:
-    """A bundle whose model is slow, endless or spoiled where it is asked to be."""
+    """A bundle whose model is slow, endless or wrong for certain texts, see `moody_model`."""
     model = moody_model(tiny_model(), SPEC)
     return make_bundle(tmp_path_factory.mktemp("moody"), model=model)
 
 
-def predict(service, *texts: str, **given: object) -> httpx.Response:
-    return httpx.post(f"{service.url}/v1/predict", json={"inputs": texts}, timeout=WAIT_S, **given)
+def predict(service, *texts: str, **options: object) -> httpx.Response:
+    return httpx.post(
+        f"{service.url}/v1/predict", json={"inputs": texts}, timeout=WAIT_S, **options
+    )
 
 
 def until(holds: Callable[[], object], *, what: str) -> None:
-    """Wait for another process to come to something; there is nothing in this one to be woken
-    by.
-    """
+    """Wait until a condition holds in another process. No event of this process tells."""
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
         if holds():
@@ -104,7 +104,7 @@ def test_256_requests_in_flight_at_sigterm_are_all_answered(moody):
         assert service.process.wait(WAIT_S) == 0
 
 
-def test_50_hot_swaps_under_load_lose_and_garble_nothing(tmp_path, texts):
+def test_50_hot_swaps_under_load_lose_no_answer_and_change_no_bit(tmp_path, texts):
     root = make_bundle(tmp_path, version="1").parents[1]
     # Without trials, which would take most of the time of 50 swaps beside four busy clients.
     quick = processes.running(root, poll_s=0.02, load_timeout_s=0)
@@ -113,14 +113,14 @@ def test_50_hot_swaps_under_load_lose_and_garble_nothing(tmp_path, texts):
         ended = threading.Event()
 
         def client(_: int) -> set[str]:
-            seen = set()
+            versions = set()
             with httpx.Client(base_url=service.url, timeout=WAIT_S) as opened:
                 while not ended.is_set():
                     answer = opened.post("/v1/predict", json={"inputs": texts[5:45]})
                     assert answer.status_code == 200, answer.text
                     assert answer.json()["predictions"] == first["predictions"]
-                    seen.add(answer.json()["model"]["version"])
-            return seen
+                    versions.add(answer.json()["model"]["version"])
+            return versions
 
         clients = [pool.submit(client, number) for number in range(4)]
         try:
@@ -142,7 +142,7 @@ def version_of(service) -> str:
     return str(httpx.get(f"{service.url}/v1/model", timeout=WAIT_S).json()["version"])
 
 
-def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(tmp_path):
+def test_a_bad_new_version_is_refused_and_the_old_one_still_serves(tmp_path):
     make_bundle(tmp_path, version="1")
     with processes.running(tmp_path, poll_s=0.02) as service:
         spoiled = make_bundle(tmp_path / "elsewhere", version="2")
@@ -151,14 +151,16 @@ def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(tmp_path):
 
         def refused() -> bool:
             index = httpx.post(f"{service.url}/v2/repository/index", timeout=WAIT_S).json()
-            return any(one["version"] == "2" and "model.onnx" in one["reason"] for one in index)
+            return any(
+                entry["version"] == "2" and "model.onnx" in entry["reason"] for entry in index
+            )
 
         until(refused, what="the refusal of version 2")
         assert version_of(service) == "1"
         assert predict(service, "a").status_code == 200
 
 
-def test_a_killed_worker_takes_only_its_own_requests_with_it_and_comes_back(moody):
+def test_a_killed_worker_loses_only_its_own_requests_and_is_replaced(moody):
     with processes.running(moody, workers=2, parallel=1) as service:
         until(lambda: len(children(service)) == 2, what="two workers")
         connections = [
@@ -193,7 +195,7 @@ def outcome(connection: socket.socket) -> int | None:
         return None
 
 
-def test_1_000_idle_connections_keep_nobody_from_an_answer(bundle):
+def test_1_000_idle_connections_do_not_block_requests(bundle):
     with processes.running(bundle) as service:
         idle = [
             socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
@@ -207,7 +209,7 @@ def test_1_000_idle_connections_keep_nobody_from_an_answer(bundle):
             connection.close()
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(moody):
+def test_a_full_queue_refuses_at_once_and_says_when_to_retry(moody):
     with (
         processes.running(moody, parallel=1, queue_rows=4, max_rows=4) as service,
         ThreadPoolExecutor(40) as pool,
@@ -284,7 +286,7 @@ def test_the_rows_of_a_client_that_hung_up_leave_the_queue(moody):
         stuck.close()
 
 
-def test_an_answer_that_is_no_number_fails_its_own_caller_with_an_id_and_nobody_beside_it(moody):
+def test_an_answer_with_nan_fails_its_own_request_with_an_id_and_no_other(moody):
     with processes.running(moody, parallel=1) as service, ThreadPoolExecutor(30) as pool:
         texts = [
             f"{POISON} {number}" if number % 5 == 0 else f"{SLOW} {number}" for number in range(30)
@@ -314,7 +316,7 @@ def test_a_stuck_batch_turns_readiness_off_at_once_and_liveness_after_its_grace(
         service.process.kill()
 
 
-def test_a_stuck_worker_is_replaced_where_somebody_looks_after_it(moody):
+def test_a_stuck_worker_with_a_supervisor_is_replaced(moody):
     with processes.running(
         moody, workers=2, parallel=1, max_run_s=0.2, stuck_grace_s=0.2, timeout_s=1
     ) as service:
@@ -332,7 +334,7 @@ def status(service, path: str) -> int:
     return httpx.get(f"{service.url}{path}", timeout=WAIT_S).status_code
 
 
-def test_every_answer_is_proven_again_when_that_is_asked_for(bundle, texts):
+def test_with_a_proof_fraction_of_1_every_answer_is_proven_again(bundle, texts):
     with processes.running(bundle, proof_fraction=1) as service:
         for text in texts[:30]:
             assert predict(service, text.replace("\ud83d", "")).status_code == 200
@@ -350,7 +352,7 @@ def keyed(bundle) -> Iterator[object]:
 
 
 @pytest.mark.parametrize("key", ["0123456789abcdef", "fedcba9876543210"])
-def test_with_api_keys_each_of_them_opens_and_nothing_else_does(keyed, key):
+def test_with_api_keys_each_key_is_accepted_and_nothing_else(keyed, key):
     assert predict(keyed, "a").status_code == 401
     assert (
         predict(keyed, "a", headers={"authorization": "Bearer 0123456789abcdeg"}).status_code == 401

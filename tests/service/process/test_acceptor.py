@@ -1,4 +1,4 @@
-"""A real server process that has as many connections, or as many open files, as it may have."""
+"""A real server process at its limit of connections, or of open files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROGRAM = (TINY,)
 WAIT_S = 30
 SOON_S = 5
 
-# The tiny server with a limit of open files.
+# A program: the tiny server with a limit of open files.
 LIMITED = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
@@ -29,7 +29,7 @@ runpy.run_path({tiny!r}, run_name="__main__")
 """
 
 
-def limited(files: int) -> tuple[str, str]:
+def program_with_limit(files: int) -> tuple[str, str]:
     return ("-c", LIMITED.format(files=files, tiny=TINY))
 
 
@@ -38,12 +38,12 @@ def request(path: str) -> bytes:
 
 
 def rest_of(connection: socket.socket) -> bytes:
-    """Everything until the server ends the connection; raises when it does so with a reset."""
+    """All bytes until the server ends the connection. Raises OSError after a reset."""
     return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def ask(server, path: str, *, trusted: ssl.SSLContext | None = None) -> tuple[int, bytes]:
-    """The status and the whole answer on a connection of its own, which the server ends."""
+    """The status and the complete answer of one request on a new connection."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=SOON_S) as connection:
         if trusted is not None:
             connection = trusted.wrap_socket(connection, server_hostname="127.0.0.1")
@@ -53,12 +53,12 @@ def ask(server, path: str, *, trusted: ssl.SSLContext | None = None) -> tuple[in
     return int(answer.split(b" ", 2)[1]), answer
 
 
-def crowd(server, count: int) -> list[socket.socket]:
+def connect_many(server, count: int) -> list[socket.socket]:
     return [server.connect(timeout_s=WAIT_S) for _ in range(count)]
 
 
-def served(server) -> None:
-    """Wait until something other than a probe is answered again."""
+def wait_until_served(server) -> None:
+    """Wait until requests other than health probes are answered again."""
     until = time.monotonic() + WAIT_S
     while ask(server, "/")[0] != 200:
         assert time.monotonic() < until
@@ -67,9 +67,9 @@ def served(server) -> None:
 
 def test_with_256_open_files_and_400_idle_sockets_probes_are_answered_and_others_get_503():
     with processes.running(
-        Path("tiny"), program=limited(256), workers=1, header_timeout_s=4
+        Path("tiny"), program=program_with_limit(256), workers=1, header_timeout_s=4
     ) as server:
-        idle = crowd(server, 400)
+        idle = connect_many(server, 400)
         for _ in range(100):
             assert ask(server, "/livez")[0] == 200
             assert ask(server, "/readyz")[0] == 200
@@ -82,28 +82,28 @@ def test_with_256_open_files_and_400_idle_sockets_probes_are_answered_and_others
         assert statuses[b"408"] > 100
         for connection in idle:
             connection.close()
-        served(server)
+        wait_until_served(server)
 
 
 def test_the_limit_can_be_set_and_a_refused_connection_is_counted(bundle):
     with (
         processes.running(bundle, max_connections=8) as server,
-        httpx.Client(base_url=server.url, timeout=WAIT_S) as kept,
+        httpx.Client(base_url=server.url, timeout=WAIT_S) as client,
     ):
-        kept.get("/livez").raise_for_status()
-        idle = crowd(server, 7)
+        client.get("/livez").raise_for_status()
+        idle = connect_many(server, 7)
         assert ask(server, "/v1/model")[0] == 503
         assert ask(server, "/v2/health/ready")[0] == 200
-        assert kept.get("/v1/model").status_code == 200
+        assert client.get("/v1/model").status_code == 200
         line = 'evalmode_rejections_total{reason="too_many_connections"} 1.0'
-        assert line in kept.get("/metrics").text.splitlines()
+        assert line in client.get("/metrics").text.splitlines()
         for connection in idle:
             connection.close()
 
 
 def test_a_connection_above_the_limit_carries_one_probe(gate):
     with processes.running(Path("tiny"), program=PROGRAM, workers=1, max_connections=8) as server:
-        crowd(server, 8)
+        connect_many(server, 8)
         extra = server.connect(timeout_s=WAIT_S)
         extra.sendall(request("/livez") * 3)
         answer = rest_of(extra)
@@ -120,14 +120,14 @@ def test_over_tls_the_limit_is_the_same(certificate):
     with processes.running(
         Path("tiny"), program=PROGRAM, workers=1, max_connections=8, **keys
     ) as server:
-        crowd(server, 100)  # none of which shakes hands
+        connect_many(server, 100)  # none of them makes a TLS handshake
         assert ask(server, "/livez", trusted=trusted)[0] == 200
         assert ask(server, "/", trusted=trusted)[0] == 503
 
 
 @pytest.fixture(params=["plain", "tls"])
 def trusted(request) -> ssl.SSLContext | None:
-    """What a client of the two workers trusts, where they speak TLS."""
+    """The TLS context of the clients of the two workers, or None for plain HTTP."""
     if request.param == "plain":
         return None
     return ssl.create_default_context(cafile=request.getfixturevalue("certificate") / "cert")
@@ -135,7 +135,7 @@ def trusted(request) -> ssl.SSLContext | None:
 
 @pytest.fixture
 def two_workers(trusted, request):
-    """Two workers, each of which takes eight connections."""
+    """Two workers that accept eight connections each."""
     limits = {"workers": 2, "max_connections": 8, "header_timeout_s": WAIT_S}
     if trusted is not None:
         folder = request.getfixturevalue("certificate")
@@ -145,8 +145,8 @@ def two_workers(trusted, request):
 
 
 def test_a_worker_at_its_limit_leaves_connections_to_one_that_has_room(two_workers, trusted):
-    """A worker that gets no processor for 20 ms may miss a connection: few of them do."""
-    crowd(two_workers, 12)
+    """A few may get 503: a worker without a processor for 20 ms comes too late for a connection."""
+    connect_many(two_workers, 12)
     statuses = Counter(ask(two_workers, "/", trusted=trusted)[0] for _ in range(40))
     assert statuses[200] >= 30, statuses
 
@@ -154,7 +154,7 @@ def test_a_worker_at_its_limit_leaves_connections_to_one_that_has_room(two_worke
 def test_above_the_limit_of_all_workers_probes_are_answered_and_others_get_503(
     two_workers, trusted
 ):
-    idle = crowd(two_workers, 40)
+    idle = connect_many(two_workers, 40)
     for _ in range(4):  # over TLS a refusal lingers for two seconds
         assert ask(two_workers, "/livez", trusted=trusted)[0] == 200
         status, answer = ask(two_workers, "/", trusted=trusted)
@@ -199,7 +199,7 @@ def test_without_any_file_descriptor_left_connections_get_503_and_old_ones_are_a
     ],
 )
 def test_more_connections_than_open_files_are_a_refusal_to_start(files, settings, sentence):
-    done = processes.ended(Path("tiny"), program=limited(files), workers=1, **settings)
+    done = processes.ended(Path("tiny"), program=program_with_limit(files), workers=1, **settings)
     assert done.returncode == 2
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""What is said of a process that ended, by its exit code and by made-up files of the kernel."""
+"""The cause of a process's end, by its exit code and by made-up files of the kernel."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_without_a_limit_a_kill_may_have_another_cause(tmp_path):
         (-signal.SIGBUS, "SIGBUS: a file that was mapped became shorter"),
         (-signal.SIGUSR1, "SIGUSR1: another process sent it"),
         (-99, "signal 99"),
-        (0, "it was told to end, and not by this server"),
+        (0, "another process asked it to end"),
         (2, "it refused to start"),
         (70, "a batch was stuck for good"),
         (127, "it ended with exit code 127"),

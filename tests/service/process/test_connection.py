@@ -1,6 +1,4 @@
-"""Connections that are slow, too long, or no HTTP, against a real server process with an
-application of a few lines.
-"""
+"""Connections that are slow, too long, or not HTTP, to a real server with a tiny application."""
 
 from __future__ import annotations
 
@@ -60,12 +58,12 @@ def connect(server):
 
 
 def rest_of(connection: socket.socket) -> bytes:
-    """Everything until the server ends the connection; raises when it does so with a reset."""
+    """All bytes until the server ends the connection. Raises OSError after a reset."""
     return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
-def one_answer(connection: socket.socket) -> tuple[bytes, bytes]:
-    """The next answer: head and body."""
+def read_answer(connection: socket.socket) -> tuple[bytes, bytes]:
+    """The head and the body of the next answer."""
     stream = connection.makefile("rb")
     head = b""
     while not head.endswith(b"\r\n\r\n"):
@@ -81,38 +79,36 @@ def one_answer(connection: socket.socket) -> tuple[bytes, bytes]:
 
 
 def refusal(answer: bytes) -> tuple[int, str]:
-    """Status and sentence of a refusal that ends its connection; it has the form that every error
-    has.
-    """
+    """The status and the sentence of a refusal, which ends its connection."""
     head, _, body = answer.partition(b"\r\n\r\n")
     lines = head.lower().split(b"\r\n")
     assert b"content-type: application/json" in lines
     assert b"connection: close" in lines
     assert b"content-length: %d" % len(body) in lines
-    found = json.loads(body)
-    assert set(found) == {"error", "field"}
-    assert found["field"] is None
-    return int(head.split(b" ")[1]), found["error"]
+    error = json.loads(body)
+    assert set(error) == {"error", "field"}
+    assert error["field"] is None
+    return int(head.split(b" ")[1]), error["error"]
 
 
 def test_a_request_in_pieces_is_answered(connect):
     connection = connect()
-    for place in range(len(GET)):
-        connection.sendall(GET[place : place + 1])
-    assert one_answer(connection)[0].startswith(b"HTTP/1.1 200 ")
+    for index in range(len(GET)):
+        connection.sendall(GET[index : index + 1])
+    assert read_answer(connection)[0].startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n\r\n", b"G", b"GET / HTTP/1.1\r\nhost: x\r\n"])
-def test_a_head_that_does_not_come_in_time_is_408(connect, sent):
+def test_a_head_that_does_not_arrive_in_time_is_408(connect, sent):
     started = time.monotonic()
     connection = connect()
     connection.sendall(sent)
     status, sentence = refusal(rest_of(connection))
-    assert (status, sentence) == (408, "no whole request head came within 0.6 s")
+    assert (status, sentence) == (408, "no complete request head arrived within 0.6 s")
     assert time.monotonic() - started >= HEAD_S
 
 
-def test_a_head_that_trickles_is_408_although_something_always_comes(connect):
+def test_a_head_that_trickles_is_408_although_bytes_keep_arriving(connect):
     connection = connect()
     ended = threading.Event()
 
@@ -135,15 +131,15 @@ def test_a_head_that_trickles_is_408_although_something_always_comes(connect):
 def test_the_second_request_of_a_connection_has_the_same_time_from_its_first_byte(connect):
     connection = connect()
     connection.sendall(GET)
-    assert one_answer(connection)[1].startswith(b"pid ")
+    assert read_answer(connection)[1].startswith(b"pid ")
     connection.sendall(b"GET /")
     assert refusal(rest_of(connection))[0] == 408
 
 
-def test_a_connection_that_lies_idle_is_closed_without_a_word(connect):
+def test_an_idle_connection_is_closed_without_an_answer(connect):
     connection = connect()
     connection.sendall(GET)
-    one_answer(connection)
+    read_answer(connection)
     assert rest_of(connection) == b""
 
 
@@ -159,7 +155,7 @@ def test_a_connection_that_lies_idle_is_closed_without_a_word(connect):
         b"GET /" + b"a" * 100_000,
     ],
 )
-def test_a_head_that_is_too_long_is_431_whether_it_ends_or_not(connect, head):
+def test_a_head_that_is_too_long_is_431_complete_or_not(connect, head):
     connection = connect()
     connection.sendall(head)
     status, sentence = refusal(rest_of(connection))
@@ -214,7 +210,7 @@ def test_the_length_of_one_head_does_not_count_for_the_next(connect):
         b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
     ],
 )
-def test_what_is_not_http_or_says_two_things_of_its_length_is_400(connect, request_):
+def test_a_request_that_is_not_http_or_has_two_lengths_is_400(connect, request_):
     connection = connect()
     connection.sendall(request_)
     status, sentence = refusal(rest_of(connection))
@@ -225,7 +221,7 @@ def test_what_is_not_http_or_says_two_things_of_its_length_is_400(connect, reque
 def test_a_refusal_comes_after_the_answers_before_it(connect, gate):
     connection = connect()
     connection.sendall(GET.replace(b"/ ", b"/gate ") + b"nonsense\r\n\r\n")
-    # the nonsense has been read by the time that this later connection is answered
+    # When this later connection is answered, the server has read the nonsense of the first one.
     refused = connect()
     refused.sendall(b"nonsense\r\n\r\n")
     rest_of(refused)
@@ -236,9 +232,7 @@ def test_a_refusal_comes_after_the_answers_before_it(connect, gate):
     assert refusal(b"HTTP/1.1 400" + second)[0] == 400
 
 
-def test_a_bad_chunk_of_a_request_that_waits_for_its_turn_leaves_the_one_before_it_alone(
-    connect, gate
-):
+def test_a_bad_chunk_of_a_waiting_request_does_not_affect_the_request_before(connect, gate):
     connection = connect()
     bad = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"
     connection.sendall(GET.replace(b"/ ", b"/gate ") + bad)
@@ -250,7 +244,7 @@ def test_a_bad_chunk_of_a_request_that_waits_for_its_turn_leaves_the_one_before_
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 100_000])
-def test_a_wish_for_another_protocol_is_ignored_and_the_body_is_read(connect, piece_bytes):
+def test_an_upgrade_request_is_ignored_and_the_body_is_read(connect, piece_bytes):
     connection = connect()
     request = (
         b"POST / HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
@@ -266,7 +260,7 @@ def test_a_wish_for_another_protocol_is_ignored_and_the_body_is_read(connect, pi
     assert stream.readline().startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_wish_for_another_protocol_hides_no_second_length(connect):
+def test_an_upgrade_request_hides_no_second_length(connect):
     connection = connect()
     connection.sendall(
         b"POST / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length:"
@@ -275,18 +269,20 @@ def test_a_wish_for_another_protocol_hides_no_second_length(connect):
     assert refusal(rest_of(connection))[0] == 400
 
 
-def test_an_answer_before_the_body_is_read_to_the_end_and_the_next_request_is_answered(connect):
+def test_after_an_early_answer_the_rest_of_the_body_is_read_and_the_next_request_is_answered(
+    connect,
+):
     connection = connect()
     connection.sendall(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\nabc")
-    assert one_answer(connection)[1] == b"no"
+    assert read_answer(connection)[1] == b"no"
     connection.sendall(b"def" + GET)
-    assert one_answer(connection)[1].startswith(b"pid ")
+    assert read_answer(connection)[1].startswith(b"pid ")
 
 
-def test_a_body_that_nobody_waits_for_may_not_trickle_for_ever(connect):
+def test_the_body_of_an_answered_request_may_not_trickle_for_ever(connect):
     connection = connect()
     connection.sendall(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
-    assert one_answer(connection)[1] == b"no"
+    assert read_answer(connection)[1] == b"no"
     started = time.monotonic()
     connection.settimeout(0.05)
     while time.monotonic() - started < WAIT_S:
@@ -300,7 +296,7 @@ def test_a_body_that_nobody_waits_for_may_not_trickle_for_ever(connect):
 
 
 def write_until(connection: socket.socket, until: float) -> None:
-    """Send empty lines now and then: a connection that was cut off shows when one writes."""
+    """Send empty lines now and then. Only a write shows that the connection was cut off."""
     while time.monotonic() < until:
         connection.sendall(b"\r\n")
         time.sleep(0.02)
@@ -319,11 +315,11 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(connect):
 def test_a_client_that_reads_a_large_answer_gets_it_whole(connect):
     connection = connect()
     connection.sendall(GET.replace(b"/ ", b"/large "))
-    _, body = one_answer(connection)
+    _, body = read_answer(connection)
     assert len(body) == 64_000_000
 
 
-def test_slow_and_silent_connections_take_nothing_from_others_and_are_all_refused(connect, server):
+def test_slow_and_silent_connections_do_not_affect_others_and_are_all_refused(connect, server):
     idle = [connect() for _ in range(500)]
     for connection in idle[:250]:
         connection.sendall(b"GET / HT")
@@ -349,7 +345,7 @@ def test_head_and_body_of_an_answer_come_in_one_packet(connect):
         assert b"\r\n\r\npid " in connection.recv(65_536)
 
 
-# Many requests, and clients that do not take the answers.
+# Many requests, and clients that do not read the answers.
 
 
 def memory_mb(server, field: str) -> float:
@@ -358,7 +354,7 @@ def memory_mb(server, field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 
-def secured(server, certificate: Path | None) -> socket.socket:
+def connect_to(server, certificate: Path | None) -> socket.socket:
     connection = server.connect(timeout_s=WAIT_S)
     if certificate is None:
         return connection
@@ -367,7 +363,7 @@ def secured(server, certificate: Path | None) -> socket.socket:
 
 
 @pytest.fixture(params=["plain", "tls"])
-def protected(request) -> Path | None:
+def certificate_or_none(request) -> Path | None:
     """The folder of a certificate, or None for a server without TLS."""
     return request.getfixturevalue("certificate") if request.param == "tls" else None
 
@@ -379,7 +375,7 @@ def tls_settings(certificate: Path | None) -> dict[str, Path]:
 
 
 def test_300_000_requests_whose_answers_are_never_read_take_no_memory_and_end_with_their_connection(
-    protected,
+    certificate_or_none,
 ):
     def flood(greedy: socket.socket, other: socket.socket) -> None:
         # The kernel's buffers may take all of them, so the flood goes on until the server hangs up.
@@ -389,26 +385,30 @@ def test_300_000_requests_whose_answers_are_never_read_take_no_memory_and_end_wi
             greedy.sendall(GET * 1000)
             requests += 1000
             other.sendall(GET)
-            assert one_answer(other)[1].startswith(b"pid ")
+            assert read_answer(other)[1].startswith(b"pid ")
 
-    limits = {"body_timeout_s": READ_S, **tls_settings(protected)}
+    limits = {"body_timeout_s": READ_S, **tls_settings(certificate_or_none)}
     with (
         processes.running(Path("tiny"), program=PROGRAM, workers=1, **limits) as server,
-        secured(server, protected) as other,
-        secured(server, protected) as greedy,
+        connect_to(server, certificate_or_none) as other,
+        connect_to(server, certificate_or_none) as greedy,
     ):
         other.sendall(GET)
-        one_answer(other)
+        read_answer(other)
         before_mb = memory_mb(server, "VmRSS")
         with pytest.raises(OSError, match=r"reset|Broken pipe|EOF|violation"):
             flood(greedy, other)
         assert memory_mb(server, "VmHWM") - before_mb < 20
 
 
-def test_10_000_requests_at_once_are_answered_in_order_although_the_client_reads_slowly(protected):
+def test_10_000_requests_at_once_are_answered_in_order_although_the_client_reads_slowly(
+    certificate_or_none,
+):
     bodies = [b"%06d" % number * 500 for number in range(10_000)]
     head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3000\r\n\r\n"
-    trusted = protected and ssl.create_default_context(cafile=protected / "cert")
+    trusted = certificate_or_none and ssl.create_default_context(
+        cafile=certificate_or_none / "cert"
+    )
 
     async def ask(port: int) -> None:
         # the reader holds 8 KB at most, so the kernel's buffers fill up
@@ -425,7 +425,7 @@ def test_10_000_requests_at_once_are_answered_in_order_although_the_client_reads
         await writer.wait_closed()
 
     with processes.running(
-        Path("tiny"), program=PROGRAM, workers=1, **tls_settings(protected)
+        Path("tiny"), program=PROGRAM, workers=1, **tls_settings(certificate_or_none)
     ) as server:
         before_mb = memory_mb(server, "VmRSS")
         asyncio.run(ask(server.port))
@@ -458,7 +458,7 @@ def test_requests_of_every_kind_in_pieces_of_any_size_are_answered_one_by_one(co
 
 
 def test_a_client_that_reads_a_large_answer_slowly_gets_it_whole(connect):
-    """It takes longer than a client may read nothing, and reads a little all the time."""
+    """It reads a little all the time, for longer than a client may read nothing."""
     connection = connect()
     connection.sendall(GET.replace(b"/ ", b"/large "))
     received_bytes, started = 0, time.monotonic()
@@ -471,7 +471,7 @@ def test_a_client_that_reads_a_large_answer_slowly_gets_it_whole(connect):
         received_bytes += len(piece)
 
 
-def test_bytes_that_make_the_parser_work_in_tiny_pieces_keep_others_waiting_for_moments(connect):
+def test_bytes_that_are_parsed_in_tiny_pieces_hold_others_up_only_for_moments(connect):
     chunks = b"100000\r\n" + b"\r\n\r\n" * (1 << 18) + b"\r\n0\r\n\r\n"
     head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
     tedious, other = connect(), connect()
@@ -481,7 +481,7 @@ def test_bytes_that_make_the_parser_work_in_tiny_pieces_keep_others_waiting_for_
         while not sent.done():
             started = time.monotonic()
             other.sendall(GET)
-            one_answer(other)
+            read_answer(other)
             slowest_s = max(slowest_s, time.monotonic() - started)
         sent.result()
     stream = tedious.makefile("rb")
@@ -509,11 +509,11 @@ def test_requests_followed_by_a_half_close_are_answered(connect, request_):
     assert answers.count(b"HTTP/1.1 200 ") == max(1, request_.count(GET))
 
 
-def test_an_answer_that_takes_long_comes_after_a_half_close(connect, gate):
+def test_a_slow_answer_is_sent_after_a_half_close(connect, gate):
     connection = connect()
     connection.sendall(b"POST /gate HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nwhole")
     connection.shutdown(socket.SHUT_WR)
-    # what is sent ahead is the beginning of the answer
+    # The server sends the first bytes of the answer early, to see whether the client is there.
     assert connection.recv(100) == b"HTTP/1.1 "
     gate.touch()
     answer = rest_of(connection)
@@ -522,7 +522,7 @@ def test_an_answer_that_takes_long_comes_after_a_half_close(connect, gate):
     assert answer.endswith(b"whole")
 
 
-def test_a_client_that_is_gone_is_noticed_although_a_half_close_looks_the_same(connect, server):
+def test_a_client_that_is_gone_is_noticed_although_it_looks_like_a_half_close(connect, server):
     def connections() -> int:
         return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
@@ -540,11 +540,11 @@ def test_a_client_that_is_gone_is_noticed_although_a_half_close_looks_the_same(c
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", GET])
-def test_a_half_close_between_requests_ends_the_connection_without_a_word(connect, sent):
+def test_a_half_close_between_requests_ends_the_connection_without_an_answer(connect, sent):
     connection = connect()
     connection.sendall(sent)
     if sent == GET:
-        one_answer(connection)
+        read_answer(connection)
     connection.shutdown(socket.SHUT_WR)
     assert rest_of(connection) == b""
 
@@ -574,22 +574,22 @@ POST_CHUNKS = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n
     ],
 )
 @pytest.mark.parametrize("before", [b"", GET, GET * 3, b"\r\n\r\n" * 300])
-def test_a_half_close_before_the_request_is_whole_is_400_and_says_where_it_ends(
+def test_a_half_close_before_the_end_of_a_request_is_400_and_says_where_it_ends(
     connect, sent, sentence, before
 ):
     connection = connect()
     connection.sendall(before + sent)
     connection.shutdown(socket.SHUT_WR)
     answers = rest_of(connection)
-    first, found, last = answers.partition(b"HTTP/1.1 400 ")
+    first, status_line, last = answers.partition(b"HTTP/1.1 400 ")
     assert first.count(b"HTTP/1.1 200 ") == before.count(b"GET")
-    assert refusal(found + last) == (400, sentence)
+    assert refusal(status_line + last) == (400, sentence)
 
 
-def test_a_half_close_in_the_body_of_a_request_that_is_answered_already_only_ends_it(connect):
+def test_a_half_close_in_the_body_of_an_answered_request_only_ends_the_connection(connect):
     connection = connect()
     connection.sendall(POST_100.replace(b"/ ", b"/early ") + b"abc")
-    assert one_answer(connection)[1] == b"no"
+    assert read_answer(connection)[1] == b"no"
     connection.shutdown(socket.SHUT_WR)
     assert rest_of(connection) == b""
 
@@ -606,7 +606,7 @@ def test_a_refusal_below_v2_has_the_form_of_the_protocol(connect):
     "sent",
     [GET, POST_100, b"DELETE /v2/models HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n" + GET, b"hello\r\n"],
 )
-def test_plain_http_at_the_port_of_tls_is_told_to_use_https(certificate, sent):
+def test_plain_http_at_the_port_of_tls_gets_the_advice_to_use_https(certificate, sent):
     with (
         processes.running(
             Path("tiny"), program=PROGRAM, workers=1, **tls_settings(certificate)
@@ -617,9 +617,9 @@ def test_plain_http_at_the_port_of_tls_is_told_to_use_https(certificate, sent):
         head, _, body = rest_of(plain).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400 ")
         assert json.loads(body)["error"] == "this port speaks TLS: use https://"
-        with secured(server, certificate) as proper:
+        with connect_to(server, certificate) as proper:
             proper.sendall(GET)
-            assert one_answer(proper)[1].startswith(b"pid ")
+            assert read_answer(proper)[1].startswith(b"pid ")
 
 
 def test_a_client_of_the_tls_port_that_sends_nothing_is_closed_after_the_time_for_a_head(
@@ -634,7 +634,7 @@ def test_a_client_of_the_tls_port_that_sends_nothing_is_closed_after_the_time_fo
     ):
         gone.close()
         half.sendall(b"G")
-        assert b"no whole request head came within 0.6 s" in rest_of(half)
+        assert b"no complete request head arrived within 0.6 s" in rest_of(half)
         assert rest_of(silent) == b""
 
 
@@ -652,7 +652,7 @@ def test_a_client_of_the_tls_port_that_sends_nothing_is_closed_after_the_time_fo
         (b"http://[::1/", "the address http://[::1/ "),
     ],
 )
-def test_an_address_that_cannot_be_taken_apart_is_told_why(connect, address, problem):
+def test_an_address_that_cannot_be_parsed_is_400_and_says_why(connect, address, problem):
     connection = connect()
     connection.sendall(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % address)
     status, sentence = refusal(rest_of(connection))
@@ -668,7 +668,7 @@ def test_an_address_that_cannot_be_taken_apart_is_told_why(connect, address, pro
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "this is TLS, and the server speaks"),
     ],
 )
-def test_what_is_for_another_kind_of_server_is_told_so(connect, request_, sentence):
+def test_requests_for_a_proxy_or_for_tls_are_refused_by_name(connect, request_, sentence):
     connection = connect()
     connection.sendall(request_)
     assert sentence in refusal(rest_of(connection))[1]
@@ -678,11 +678,11 @@ def test_what_is_for_another_kind_of_server_is_told_so(connect, request_, senten
 def test_a_whole_address_is_answered_as_its_path(connect, address):
     connection = connect()
     connection.sendall(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % address)
-    assert one_answer(connection)[1].startswith(b"pid ")
+    assert read_answer(connection)[1].startswith(b"pid ")
 
 
 @pytest.mark.parametrize("trailers", [b"a: b\r\n" * 300_000, b"a: " + b"b" * 2_000_000])
-def test_trailers_are_bounded_as_heads_are(connect, trailers):
+def test_trailers_have_the_limit_of_heads(connect, trailers):
     connection = connect()
     head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
     connection.sendall(head + trailers)

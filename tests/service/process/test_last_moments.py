@@ -1,4 +1,4 @@
-"""What may still happen to a real server process while it ends, or before it has begun."""
+"""Signals and failures while a real server process starts, or while it ends."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from evalmode.service.errors import StartFailed
 from evalmode.service.process.signals import Signals
 
 with Signals() as signals:
-    signals.to(lambda number: None)
+    signals.send_to(lambda number: None)
     os.kill(os.getpid(), signal.SIGTERM)
 os.kill(os.getpid(), signal.SIGTERM)
 os.kill(os.getpid(), signal.SIGINT)
@@ -59,7 +59,7 @@ def test_a_signal_after_the_end_does_not_change_the_exit_code():
 
 
 def processor_s(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
+    """The seconds of processor time that a process has used."""
     ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
@@ -76,7 +76,7 @@ def test_a_signal_ends_a_start_whose_model_never_answers(tmp_path, workers, numb
     )
     process = subprocess.Popen(
         [sys.executable, *processes.SERVER],
-        # Without a trial the model runs in the server's own process.
+        # Without a trial the model runs in the server process itself.
         env=processes.environment(bundle, workers=workers, load_timeout_s=0),
         stderr=subprocess.PIPE,
         text=True,
@@ -84,7 +84,7 @@ def test_a_signal_ends_a_start_whose_model_never_answers(tmp_path, workers, numb
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until = time.monotonic() + WAIT_S
     try:
-        # more than any start takes: by now the model runs
+        # After 2 s of processor time, more than a start takes, the model runs.
         while True:
             loading = [int(child) for child in children.read_text().split()] or [process.pid]
             if len(loading) == workers and all(processor_s(pid) > 2 for pid in loading):
@@ -119,14 +119,14 @@ def test_a_signal_ends_a_start_while_modules_are_imported():
         process.wait()
 
 
-def test_without_a_signal_the_earlier_handlers_are_back():
+def test_without_a_signal_the_previous_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with Signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_log_that_nobody_reads_does_not_hold_up_the_end(run):
+def test_a_full_pipe_of_the_log_does_not_hold_up_the_end(run):
     with run() as server:
         log = os.open(f"/proc/{server.process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
         with suppress(BlockingIOError):
@@ -137,7 +137,7 @@ def test_a_log_that_nobody_reads_does_not_hold_up_the_end(run):
         assert server.process.wait(WAIT_S) == 0
 
 
-def test_a_worker_whose_supervisor_is_gone_before_it_began_removes_their_folder(tmp_path):
+def test_a_worker_whose_supervisor_ended_first_removes_the_folder_of_the_metrics(tmp_path):
     folder = tmp_path / "figures"
     folder.mkdir()
     ours, theirs = socket.socketpair()
@@ -157,7 +157,7 @@ def test_a_worker_whose_supervisor_is_gone_before_it_began_removes_their_folder(
     assert not folder.exists()
 
 
-def test_several_workers_without_a_place_for_their_figures_are_refused_with_the_way_out(
+def test_several_workers_without_a_folder_for_their_metrics_are_refused_with_the_way_out(
     monkeypatch, tmp_path
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))

@@ -1,4 +1,4 @@
-"""A real server process, asked by real clients."""
+"""A real server process with a real model, and real clients."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def client(service) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def expected(bundle, texts) -> list[dict[str, object]]:
-    """What `Predictor` answers in this process, each text asked alone, as the server would write
-    it.
-    """
+    """The predictions of `Predictor` for each text alone, as the server would write them."""
     with Predictor.open(bundle, parallel=1) as predictor:
         return [as_json(predictor.predict([text])[0]) for text in texts]
 
@@ -57,7 +55,7 @@ def predictions(client: httpx.Client, texts: list[str]) -> list[dict[str, object
     return answer.json()["predictions"]
 
 
-def test_a_server_says_where_it_serves_what_and_how_well_proven(service, bundle):
+def test_the_first_log_line_names_the_bundle_its_digest_and_its_known_answers(service, bundle):
     started = service.started
     assert started["bundle"] == str(bundle)
     assert started["known_answers"] == "bitwise"
@@ -65,7 +63,7 @@ def test_a_server_says_where_it_serves_what_and_how_well_proven(service, bundle)
     assert len(started["digest"]) == 64
 
 
-def test_it_is_ready_and_tells_everything_of_its_model(service, client):
+def test_a_server_is_ready_and_describes_its_model(service, client):
     assert client.get("/livez").json()["live"] is True
     assert client.get("/readyz").json() == {"live": True, "ready": True}
     model = client.get("/v1/model").json()
@@ -94,10 +92,10 @@ def test_clients_asking_at_once_get_the_bits_of_one(client, texts, expected):
     parts = [chance.choices(range(len(texts)), k=chance.choice([1, 2, 7, 40])) for _ in range(200)]
     with ThreadPoolExecutor(16) as pool:
         answers = pool.map(
-            lambda part: predictions(client, [texts[place] for place in part]), parts
+            lambda part: predictions(client, [texts[index] for index in part]), parts
         )
-        for part, found in zip(parts, answers, strict=True):
-            assert found == [expected[place] for place in part]
+        for part, answer in zip(parts, answers, strict=True):
+            assert answer == [expected[index] for index in part]
 
 
 def test_a_client_that_closes_its_sending_side_after_the_body_is_answered(service, texts, expected):
@@ -106,12 +104,12 @@ def test_a_client_that_closes_its_sending_side_after_the_body_is_answered(servic
     with socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) as connection:
         connection.sendall(head.encode() + body)
         connection.shutdown(socket.SHUT_WR)
-        answer = received(connection)
+        answer = rest_of(connection)
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"] == expected[:3]
 
 
-def test_a_body_without_a_content_type_is_taken_for_json(client):
+def test_a_body_without_a_content_type_is_read_as_json(client):
     answer = client.post("/v1/predict", content=b'{"inputs": ["a"]}')
     assert "content-type" not in answer.request.headers
     assert answer.status_code == 200
@@ -184,7 +182,7 @@ def test_a_declared_length_is_refused_before_the_body_is_sent(service):
         connection.sendall(
             b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: 9999999999\r\n\r\n"
         )
-        answer = received(connection)
+        answer = rest_of(connection)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"larger than the 65536 bytes" in answer
 
@@ -194,22 +192,22 @@ def test_a_request_in_flight_is_answered_after_sigterm_and_the_exit_code_is_0(
 ):
     body = json.dumps({"inputs": texts}).encode()
     with processes.running(bundle) as service:
-        connections = [begun_request(service.port, len(body)) for _ in range(8)]
+        connections = [begin_request(service.port, len(body)) for _ in range(8)]
         service.terminate()
         wait_until_refused(service.port)
         for connection in connections:
             connection.sendall(body)
         for connection in connections:
-            head, _, content = received(connection).partition(b"\r\n\r\n")
+            head, _, content = rest_of(connection).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200 ")
             assert json.loads(content)["predictions"] == expected
         assert service.process.wait(WAIT_S) == 0
         assert "Traceback" not in service.process.stderr.read()
 
 
-def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_server(bundle):
+def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_status_499_and_no_error(bundle):
     with processes.running(bundle, access_log=1) as service:
-        begun_request(service.port, 100).close()
+        begin_request(service.port, 100).close()
         assert (
             httpx.post(
                 f"{service.url}/v1/predict", json={"inputs": ["a"]}, timeout=WAIT_S
@@ -224,7 +222,7 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_failure_of_the_s
         assert [event["status"] for event in events[:2]] == [499, 200]
 
 
-def test_an_interrupt_from_the_keyboard_is_an_end_in_good_order_too(bundle):
+def test_an_interrupt_from_the_keyboard_is_a_graceful_end(bundle):
     with processes.running(bundle) as service:
         service.process.send_signal(signal.SIGINT)
         assert service.process.wait(WAIT_S) == 0
@@ -241,7 +239,7 @@ sys.exit(server.main())
 """
 
 
-def test_a_signal_while_the_model_is_loading_is_an_end_in_good_order(bundle):
+def test_a_signal_while_the_model_is_loading_ends_with_0_and_no_output(bundle):
     ended = processes.ended(bundle, program=("-c", STOPPED_WHILE_LOADING))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
@@ -254,7 +252,7 @@ def test_a_changed_file_is_a_refusal_to_start_that_names_it(tmp_path):
     assert str(bundle / "model.onnx") in processes.refused(bundle)
 
 
-def test_a_provider_that_is_not_there_is_a_refusal_to_start_that_says_which_are(bundle):
+def test_a_missing_provider_is_a_refusal_to_start_that_lists_the_available_ones(bundle):
     assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), (
         "these tests run on a CPU build"
     )
@@ -265,8 +263,8 @@ def test_a_provider_that_is_not_there_is_a_refusal_to_start_that_says_which_are(
 
 
 def test_a_port_in_use_is_a_refusal_to_start(bundle):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         assert f"cannot listen on 127.0.0.1 port {port}" in processes.refused(bundle, port=port)
 
 
@@ -285,7 +283,7 @@ def test_no_bundle_is_a_refusal_to_start(tmp_path):
 
 
 # Serves until the signal, then prints what the process had loaded by then.
-TELLING_MODULES = """
+PRINTING_MODULES = """
 import json, sys
 from evalmode.service.process.server import main
 code = main()
@@ -295,7 +293,7 @@ sys.exit(code)
 
 
 def test_a_process_that_serves_has_never_loaded_torch_or_onnx(bundle):
-    with processes.running(bundle, program=("-c", TELLING_MODULES)) as service:
+    with processes.running(bundle, program=("-c", PRINTING_MODULES)) as service:
         answer = httpx.post(f"{service.url}/v1/predict", json={"inputs": ["a"]}, timeout=WAIT_S)
         assert answer.status_code == 200
         service.terminate()
@@ -319,10 +317,8 @@ def test_a_service_is_small_and_quick_to_start(bundle):
     assert resident_kib < 250_000
 
 
-def begun_request(port: int, length_bytes: int) -> socket.socket:
-    """A connection whose request the application has begun to read: it has asked for the body to be
-    sent.
-    """
+def begin_request(port: int, length_bytes: int) -> socket.socket:
+    """A connection whose request the application has begun to read: the server wants the body."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)
     head = (
         "POST /v1/predict HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length:"
@@ -333,21 +329,21 @@ def begun_request(port: int, length_bytes: int) -> socket.socket:
     return connection
 
 
-def received(connection: socket.socket) -> bytes:
-    """Everything until the server closes the connection."""
+def rest_of(connection: socket.socket) -> bytes:
+    """All bytes until the server closes the connection."""
     with connection:
         return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def wait_until_refused(port: int) -> None:
-    """Until the server has begun to stop: it accepts no connection any more."""
+    """Wait until the server has begun to stop, and accepts no connection any more."""
     until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=WAIT_S).close()
         except OSError:
             return
-    raise AssertionError("the server goes on accepting connections")
+    raise AssertionError("the server still accepts connections")
 
 
 def test_a_trailer_is_no_header_of_its_request(bundle):

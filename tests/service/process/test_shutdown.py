@@ -1,6 +1,4 @@
-"""How a real server process ends, with an application of a few lines: nothing that was accepted
-goes unanswered.
-"""
+"""How a real server process with a tiny application ends: it answers every accepted request."""
 
 from __future__ import annotations
 
@@ -39,13 +37,13 @@ def run(gate):
     return running
 
 
-def connected(server) -> socket.socket:
+def connect(server) -> socket.socket:
     return server.connect(timeout_s=WAIT_S)
 
 
-def begun(server, path: str = "/gate", *, length_bytes: int = 5) -> socket.socket:
-    """A connection whose request the application has begun to read: it has asked for the body."""
-    connection = connected(server)
+def begin_request(server, path: str = "/gate", *, length_bytes: int = 5) -> socket.socket:
+    """A connection whose request the application has begun to read: the server wants the body."""
+    connection = connect(server)
     head = (
         f"POST {path} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length:"
         f" {length_bytes}\r\n\r\n"
@@ -56,12 +54,12 @@ def begun(server, path: str = "/gate", *, length_bytes: int = 5) -> socket.socke
 
 
 def rest_of(connection: socket.socket) -> bytes:
-    """Everything until the server ends the connection; raises when it does so with a reset."""
+    """All bytes until the server ends the connection. Raises OSError after a reset."""
     return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
-def answered(connection: socket.socket) -> bytes:
-    """One answer of `GET /`, whole."""
+def read_answer(connection: socket.socket) -> bytes:
+    """One complete answer to `GET /`."""
     answer = b""
     while b"pid " not in answer:
         answer += (received := connection.recv(65_536))
@@ -69,7 +67,7 @@ def answered(connection: socket.socket) -> bytes:
     return answer
 
 
-def is_close(answer: bytes) -> bool:
+def announces_close(answer: bytes) -> bool:
     return b"\r\nconnection: close\r\n" in answer.lower()
 
 
@@ -77,14 +75,14 @@ def wait_until_refused(server) -> None:
     until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
         try:
-            connected(server).close()
+            connect(server).close()
         except OSError:
             return
-    raise AssertionError("the server goes on accepting connections")
+    raise AssertionError("the server still accepts connections")
 
 
-def ended(server) -> list[str]:
-    """The events that a server logged from its start until it ended, with exit code 0."""
+def events_until_end(server) -> list[str]:
+    """The events in the log until the server ends, which it does with exit code 0."""
     _, logged = server.process.communicate(timeout=WAIT_S)
     assert server.process.returncode == 0, logged
     assert "Traceback" not in logged
@@ -93,7 +91,7 @@ def ended(server) -> list[str]:
 
 def test_256_requests_in_flight_at_sigterm_are_256_answers(run, gate):
     with run() as server:
-        connections = [begun(server) for _ in range(IN_FLIGHT)]
+        connections = [begin_request(server) for _ in range(IN_FLIGHT)]
         for connection in connections[::2]:
             connection.sendall(b"whole")
         server.terminate()
@@ -102,43 +100,43 @@ def test_256_requests_in_flight_at_sigterm_are_256_answers(run, gate):
             connection.sendall(b"whole")
         gate.touch()
         answers = [rest_of(connection) for connection in connections]
-        assert ended(server) == ["draining", "stopped"]
+        assert events_until_end(server) == ["draining", "stopped"]
     assert (
         sum(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"whole") for answer in answers)
         == IN_FLIGHT
     )
-    assert all(is_close(answer) for answer in answers)
+    assert all(announces_close(answer) for answer in answers)
 
 
-def test_while_it_drains_it_is_not_ready_and_answers_everything_on_old_and_new_connections(run):
+def test_a_draining_server_is_not_ready_and_answers_on_old_and_new_connections(run):
     with run(drain_s=WAIT_S) as server, httpx.Client(base_url=server.url, timeout=WAIT_S) as client:
         assert client.get("/readyz").status_code == 200
-        old = connected(server)
+        old = connect(server)
         old.sendall(GET)
-        assert not is_close(answered(old))
+        assert not announces_close(read_answer(old))
         server.terminate()
         assert "draining" in server.process.stderr.readline()
         old.sendall(GET)
-        assert is_close(rest_of(old))
+        assert announces_close(rest_of(old))
         answer = client.get("/readyz")
         assert (answer.status_code, answer.json()) == (503, {"error": "the server is stopping"})
         assert answer.headers["connection"] == "close"
         assert client.get("/livez").status_code == 200
         assert client.post("/", content=b"new").text == "new"
         server.terminate()  # a second signal does not wait for the drain to end
-        assert ended(server) == ["stopped"]
+        assert events_until_end(server) == ["stopped"]
 
 
-def test_it_stops_listening_once_the_drain_is_over(run):
+def test_a_server_stops_listening_after_the_drain(run):
     with run(drain_s=0.5) as server:
         started = time.monotonic()
         server.terminate()
         assert "draining" in server.process.stderr.readline()
-        connection = connected(server)
+        connection = connect(server)
         connection.sendall(GET)
-        assert is_close(rest_of(connection))
+        assert announces_close(rest_of(connection))
         wait_until_refused(server)
-        assert ended(server) == ["stopped"]
+        assert events_until_end(server) == ["stopped"]
         assert time.monotonic() - started >= 0.5
 
 
@@ -146,49 +144,49 @@ def test_an_interrupt_does_not_wait_for_the_drain(run):
     with run(drain_s=WAIT_S) as server:
         server.process.send_signal(signal.SIGINT)
         started = time.monotonic()
-        assert ended(server) == ["draining", "stopped"]
+        assert events_until_end(server) == ["draining", "stopped"]
         assert time.monotonic() - started < WAIT_S / 2
 
 
-def test_what_the_kernel_accepted_and_the_server_has_not_yet_taken_is_answered(run):
+def test_connections_that_wait_in_the_kernel_at_the_end_are_answered(run):
     with run() as server:
         os.kill(server.process.pid, signal.SIGSTOP)
-        connections = [connected(server) for _ in range(100)]
+        connections = [connect(server) for _ in range(100)]
         for connection in connections[:50]:
             connection.sendall(GET)
         server.terminate()
         os.kill(server.process.pid, signal.SIGCONT)
         wait_until_refused(server)
-        # a client that has just connected has a request on its way
+        # The server waits for the first request of a client that has just connected.
         for connection in connections[50:]:
             connection.sendall(GET)
         answers = [rest_of(connection) for connection in connections]
-        assert ended(server) == ["draining", "stopped"]
+        assert events_until_end(server) == ["draining", "stopped"]
     assert sum(answer.startswith(b"HTTP/1.1 200 ") for answer in answers) == 100
 
 
 def test_a_request_that_arrives_on_an_old_connection_with_the_signal_is_answered(run):
     with run() as server:
-        connections = [connected(server) for _ in range(50)]
+        connections = [connect(server) for _ in range(50)]
         for connection in connections:
             connection.sendall(GET)
-            answered(connection)
+            read_answer(connection)
         os.kill(server.process.pid, signal.SIGSTOP)
         server.terminate()
         for connection in connections:
             connection.sendall(GET)
         os.kill(server.process.pid, signal.SIGCONT)
         answers = [rest_of(connection) for connection in connections]
-        assert ended(server) == ["draining", "stopped"]
+        assert events_until_end(server) == ["draining", "stopped"]
     assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
 
 
-def test_clients_that_ask_on_and_on_meet_whole_answers_and_clean_ends_only(run):
-    def ask_on_and_on(server) -> str:
+def test_clients_that_keep_asking_get_complete_answers_and_clean_ends_only(run):
+    def keep_asking(server) -> str:
         count = 0
         while True:
             try:
-                connection = connected(server)
+                connection = connect(server)
             except ConnectionRefusedError:
                 return f"{count > 0}"
             with connection:
@@ -196,59 +194,59 @@ def test_clients_that_ask_on_and_on_meet_whole_answers_and_clean_ends_only(run):
                     connection.sendall(GET)
                     answer = connection.recv(65_536)
                     count += answer.startswith(b"HTTP/1.1 200 ")
-                    if not answer or is_close(answer):
+                    if not answer or announces_close(answer):
                         break
 
     with run(drain_s=0.5) as server, ThreadPoolExecutor(16) as pool:
-        asking = [pool.submit(ask_on_and_on, server) for _ in range(16)]
-        begun(server, "/").close()
+        asking = [pool.submit(keep_asking, server) for _ in range(16)]
+        begin_request(server, "/").close()
         server.terminate()
         assert {each.result(WAIT_S) for each in asking} == {"True"}
-        assert ended(server) == ["draining", "stopped"]
+        assert events_until_end(server) == ["draining", "stopped"]
 
 
-def test_idle_connections_do_not_hold_the_end_up_and_end_without_a_reset(run):
+def test_idle_connections_do_not_delay_the_end_and_end_without_a_reset(run):
     with run() as server:
-        connections = [connected(server) for _ in range(50)]
+        connections = [connect(server) for _ in range(50)]
         for connection in connections:
             connection.sendall(GET)
-            answered(connection)
+            read_answer(connection)
         server.terminate()
         started = time.monotonic()
         for connection in connections:
             assert rest_of(connection) == b""
-            connection.sendall(GET)  # as of a client that has not yet noticed
+            connection.sendall(GET)  # like a client that has not noticed the end
         for connection in connections:
             assert rest_of(connection) == b""
-        ended(server)
+        events_until_end(server)
         assert time.monotonic() - started < 10
 
 
-def test_half_a_head_holds_the_end_up_no_longer_than_heads_may_take(run):
+def test_half_a_head_delays_the_end_no_longer_than_the_limit_for_heads(run):
     with run(header_timeout_s=1, grace_s=WAIT_S) as server:
-        connection = connected(server)
+        connection = connect(server)
         connection.sendall(GET[:10])
         server.terminate()
         started = time.monotonic()
         assert rest_of(connection).startswith(b"HTTP/1.1 408 ")
-        ended(server)
+        events_until_end(server)
         assert time.monotonic() - started < WAIT_S / 2
 
 
-def test_half_a_head_that_is_finished_in_time_is_answered(run):
+def test_half_a_head_that_is_completed_in_time_is_answered(run):
     with run() as server:
-        connection = connected(server)
+        connection = connect(server)
         connection.sendall(GET[:10])
         server.terminate()
         wait_until_refused(server)
         connection.sendall(GET[10:])
         assert rest_of(connection).startswith(b"HTTP/1.1 200 ")
-        ended(server)
+        events_until_end(server)
 
 
-def test_what_is_not_answered_within_the_grace_is_given_up_with_503_and_the_exit_code_is_0(run):
+def test_requests_not_answered_within_the_grace_get_503_and_the_exit_code_is_0(run):
     with run(grace_s=1) as server:
-        connections = [begun(server, "/kept") for _ in range(3)]
+        connections = [begin_request(server, "/kept") for _ in range(3)]
         for connection in connections:
             connection.sendall(b"whole")
         server.terminate()
@@ -258,12 +256,12 @@ def test_what_is_not_answered_within_the_grace_is_given_up_with_503_and_the_exit
             assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"].startswith(
                 "the server stopped before"
             )
-        assert ended(server) == ["draining", "given up", "stopped"]
+        assert events_until_end(server) == ["draining", "given up", "stopped"]
 
 
-def test_signals_after_the_second_give_up_what_is_in_flight(run):
+def test_a_third_signal_gives_up_requests_in_flight(run):
     with run(grace_s=WAIT_S, drain_s=WAIT_S) as server:
-        connection = begun(server, "/kept")
+        connection = begin_request(server, "/kept")
         connection.sendall(b"whole")
         started = time.monotonic()
         server.terminate()
@@ -272,18 +270,18 @@ def test_signals_after_the_second_give_up_what_is_in_flight(run):
         wait_until_refused(server)
         server.terminate()
         assert rest_of(connection).startswith(b"HTTP/1.1 503 ")
-        assert ended(server) == ["given up", "stopped"]
+        assert events_until_end(server) == ["given up", "stopped"]
         assert time.monotonic() - started < WAIT_S
 
 
-def test_an_application_that_does_not_close_is_left(run, monkeypatch):
+def test_the_process_ends_without_an_application_that_does_not_close(run, monkeypatch):
     monkeypatch.setenv("TINY_CLOSING", "never")
     with run(grace_s=1) as server:
         server.terminate()
-        assert ended(server)[-1] == "the application does not close: left without it"
+        assert events_until_end(server)[-1] == "the application does not close: left without it"
 
 
-def test_over_tls_requests_are_answered_and_the_end_is_in_good_order(run, certificate, gate):
+def test_over_tls_requests_are_answered_and_the_end_is_graceful(run, certificate, gate):
     trusted = ssl.create_default_context(cafile=certificate / "cert")
     keys = {
         "ssl_certfile": certificate / "cert",
@@ -301,21 +299,21 @@ def test_over_tls_requests_are_answered_and_the_end_is_in_good_order(run, certif
                 httpx.get(f"{server.url}/", verify=trusted, headers={"x": "y" * 20_000}).status_code
                 == 431
             )
-            silent = connected(server)  # never shakes hands
+            silent = connect(server)  # never shakes hands
             later = pool.submit(client.post, "/gate", content=b"late")
-            with trusted.wrap_socket(connected(server), server_hostname="127.0.0.1") as idle:
+            with trusted.wrap_socket(connect(server), server_hostname="127.0.0.1") as idle:
                 idle.sendall(GET)
-                answered(idle)
+                read_answer(idle)
                 server.terminate()
                 assert idle.recv(1024) == b""
             gate.touch()
             answer = later.result(WAIT_S)
             assert (answer.text, answer.headers["connection"]) == ("late", "close")
         silent.close()
-        assert ended(server) == ["draining", "stopped"]
+        assert events_until_end(server) == ["draining", "stopped"]
 
 
-def test_with_authorities_only_clients_with_a_certificate_are_heard(run, certificate):
+def test_with_authorities_only_clients_with_a_certificate_are_accepted(run, certificate):
     cert, key = certificate / "cert", certificate / "key"
     with run(ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=cert) as server:
         trusted = ssl.create_default_context(cafile=cert)
@@ -325,9 +323,7 @@ def test_with_authorities_only_clients_with_a_certificate_are_heard(run, certifi
         assert httpx.get(server.url, verify=trusted).status_code == 200
 
 
-def test_a_certificate_of_another_authority_and_plain_text_are_not_heard(
-    run, certificate, tmp_path
-):
+def test_a_certificate_of_another_authority_and_plain_text_are_refused(run, certificate, tmp_path):
     command = "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key -out cert -subj /CN=other"
     subprocess.run(["openssl", *command.split()], cwd=tmp_path, check=True, capture_output=True)
     cert, key = certificate / "cert", certificate / "key"
@@ -339,13 +335,13 @@ def test_a_certificate_of_another_authority_and_plain_text_are_not_heard(
         plain = httpx.get(server.url.replace("https", "http"))
         assert (plain.status_code, plain.json()["field"]) == (400, None)
         assert plain.json()["error"] == "this port speaks TLS: use https://"
-        known = ssl.create_default_context(cafile=cert)
-        known.load_cert_chain(cert, key)
-        assert httpx.get(server.url, verify=known).status_code == 200
+        trusted = ssl.create_default_context(cafile=cert)
+        trusted.load_cert_chain(cert, key)
+        assert httpx.get(server.url, verify=trusted).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "problem"),
     [
         ({"ssl_certfile": "nowhere"}, "setting ssl_certfile: there is no file nowhere"),
         ({"ssl_keyfile": "{}/key"}, "setting ssl_keyfile is of no use without ssl_certfile"),
@@ -364,10 +360,10 @@ def test_a_certificate_of_another_authority_and_plain_text_are_not_heard(
         ),
     ],
 )
-def test_bad_tls_files_are_a_refusal_to_start_in_one_sentence(certificate, settings, told):
-    given = {name: value.format(certificate) for name, value in settings.items()}
-    done = processes.ended(Path("tiny"), program=PROGRAM, workers=1, **given)
+def test_bad_tls_files_are_a_refusal_to_start_in_one_sentence(certificate, settings, problem):
+    paths = {name: value.format(certificate) for name, value in settings.items()}
+    done = processes.ended(Path("tiny"), program=PROGRAM, workers=1, **paths)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert told in done.stderr
+    assert problem in done.stderr
     assert len(done.stderr.splitlines()) == 1

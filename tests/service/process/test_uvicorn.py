@@ -1,5 +1,6 @@
-"""The private parts of uvicorn on which service/process relies: a new version that lacks one fails
-here, with a sentence, and not in production.
+"""The private parts of uvicorn on which service/process relies.
+
+A new version that lacks one fails here with a sentence, and not in production.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from uvicorn.server import ServerState
 
 from evalmode.service.process.connection import Connection
 from evalmode.service.process.graceful import GracefulServer
-from evalmode.service.process.lingering_close import Connections, EndingProtocol, Outlet
+from evalmode.service.process.lingering_close import Connections, LingeringProtocol, Outlet
 from evalmode.service.process.refusals import RefusingProtocol
 
-# What is overridden or called, with its parameters.
+# Methods that are overridden or called, with their parameters.
 METHODS: dict[type, dict[str, list[str]]] = {
     HttpToolsProtocol: {
         "__init__": ["config", "server_state", "app_state", "_loop"],
@@ -56,13 +57,12 @@ METHODS: dict[type, dict[str, list[str]]] = {
         "main_loop": [],
         "on_tick": ["counter"],
         "shutdown": ["sockets"],
-        "capture_signals": [],
     },
     ServerState: {"__init__": []},
     FlowControl: {"pause_reading": [], "resume_reading": []},
 }
 
-# What is read or set.
+# Attributes that are read or set.
 ATTRIBUTES: dict[type, set[str]] = {
     HttpToolsProtocol: {
         "cycle",
@@ -126,14 +126,14 @@ ARGUMENTS_OF_CONFIG = {
 }
 
 OURS: dict[type, list[type]] = {
-    HttpToolsProtocol: [EndingProtocol, RefusingProtocol, Connection],
+    HttpToolsProtocol: [LingeringProtocol, RefusingProtocol, Connection],
     uvicorn.Server: [GracefulServer],
     ServerState: [Connections],
 }
 
 
 class SilentTransport(asyncio.Transport):
-    """A connection on which nothing is written."""
+    """A transport that drops what is written."""
 
     def is_closing(self) -> bool:
         return False
@@ -152,9 +152,9 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def parts() -> dict[type, Any]:
-    """An object of each class, in the middle of a request."""
+    """An object of each class, after a request."""
 
-    async def made() -> dict[type, Any]:
+    async def answered_request() -> dict[type, Any]:
         config = uvicorn.Config(answer, lifespan="on", log_config=None)
         config.load()
         server = uvicorn.Server(config)
@@ -173,7 +173,7 @@ def parts() -> dict[type, Any]:
             uvicorn.Config: config,
         }
 
-    return asyncio.run(made())
+    return asyncio.run(answered_request())
 
 
 def lacking(name: str) -> str:
@@ -188,7 +188,7 @@ def lacking(name: str) -> str:
     [(owner, name) for owner, methods in METHODS.items() for name in methods],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_each_method_is_there_with_its_parameters(owner: type, name: str) -> None:
+def test_each_overridden_method_exists_with_its_parameters(owner: type, name: str) -> None:
     expected = METHODS[owner][name]
     method = getattr(owner, name, None)
     assert method is not None, lacking(f"{owner.__name__}.{name}")
@@ -196,7 +196,7 @@ def test_each_method_is_there_with_its_parameters(owner: type, name: str) -> Non
     assert parameters == expected, lacking(f"{owner.__name__}.{name}({', '.join(expected)})")
 
 
-def test_each_attribute_is_there(parts: dict[type, Any]) -> None:
+def test_each_attribute_exists(parts: dict[type, Any]) -> None:
     for owner, names in ATTRIBUTES.items():
         for name in names:
             assert hasattr(parts[owner], name), lacking(f"{owner.__name__}.{name}")
@@ -212,22 +212,23 @@ def test_uvicorn_uses_what_is_overridden(function: Any, name: str) -> None:
     assert name in function.__code__.co_names, lacking(f"{name} in {function.__qualname__}")
 
 
-def test_each_argument_of_its_configuration_is_there() -> None:
+def test_each_argument_of_the_configuration_exists() -> None:
     for name in ARGUMENTS_OF_CONFIG:
         parameters = inspect.signature(uvicorn.Config).parameters
         assert name in parameters, lacking(f"argument {name} of Config")
 
 
-def test_an_outlet_has_all_that_a_request_calls_of_its_transport() -> None:
+def test_an_outlet_has_every_method_of_a_transport_that_a_cycle_calls() -> None:
     source = inspect.getsource(RequestResponseCycle)
     called = set(re.findall(r"self\.transport\.(\w+)", source))
     assert called == {"close", "is_closing", "write"}
     assert called <= {*vars(Outlet), *Outlet.__init__.__code__.co_names}
 
 
-def test_no_part_is_used_that_is_not_named_here(parts: dict[type, Any]) -> None:
+def test_every_private_part_in_use_is_listed_here(parts: dict[type, Any]) -> None:
     sources = {
-        owner: "".join(inspect.getsource(each) for each in ours) for owner, ours in OURS.items()
+        owner: "".join(inspect.getsource(subclass) for subclass in ours)
+        for owner, ours in OURS.items()
     }
     for owner, source in sources.items():
         used = set(re.findall(r"(?:self\.|super\(\)\.|def )(\w+)", source))
@@ -245,7 +246,7 @@ def test_no_part_is_used_that_is_not_named_here(parts: dict[type, Any]) -> None:
     assert set(re.findall(r"\blifespan\.(\w+)", together)) == LIFESPAN
 
 
-def test_the_installed_version_lies_within_the_bounds_of_pyproject() -> None:
+def test_the_installed_version_is_within_the_bounds_of_pyproject() -> None:
     file = Path(__file__).parents[3] / "pyproject.toml"
     dependencies = tomllib.loads(file.read_text())["project"]["dependencies"]
     (uvicorns,) = [

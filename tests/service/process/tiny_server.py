@@ -1,10 +1,11 @@
-"""A program: the server's process around an application of a few lines, for tests of everything but
-the models.
+"""A program: a server process with a tiny application, for tests of everything but the models.
 
-`GET /` answers "pid N". A body that is posted anywhere is read and echoed. What is below `/gate`
-answers only once the file TINY_GATE is there, `/large` with 64 MB, `/early` before it reads,
-`/stuck?AforB` makes the process say for B seconds that a batch is stuck, since A, and `/kept` never
-answers, whatever it is told.
+- `GET /` answers "pid N". The body of a POST to any path is read and echoed.
+- `/gate...` answers when the file TINY_GATE exists.
+- `/large` answers with 64 MB, and `/early` before the body is read.
+- `/stuck?AforB` makes the process report for B seconds that a batch exceeds its time by A seconds.
+- `/kept` never answers.
+- `/settings` answers with some settings.
 """
 
 from __future__ import annotations
@@ -78,31 +79,32 @@ class Tiny:
         if path == "/kept":
             await asyncio.sleep(3600)
         if path == "/settings":
-            return 200, json.dumps(self.told).encode()
+            return 200, json.dumps(self.fields).encode()
         return 200, (body or b"pid %d" % os.getpid()) if path != "/large" else bytes(64_000_000)
 
 
 def open_tiny(settings: Settings) -> Service:
-    """As TINY_MODE, a file, says when it is opened: "refuse", "die", "die N" by signal N, "exit N",
-    or anything else for serving.
+    """The service, or another outcome if the file TINY_MODE says so.
+
+    The file holds "refuse", "slow", "exit N", "die" (by SIGKILL) or "die N" (by signal N).
     """
     mode = MODE.read_text() if MODE.exists() else ""
     if mode == "refuse":
         raise StartFailed("the tiny server was told to refuse")
     if mode.startswith("die"):
         os.kill(os.getpid(), int(mode[3:] or signal.SIGKILL))
-        time.sleep(30)  # for the signal may come to another thread
+        time.sleep(30)  # another thread may receive the signal
     if mode.startswith("exit"):
         os._exit(int(mode[4:]))
     if mode == "slow":
         time.sleep(30)
     app = Tiny(settings)
-    app.told = {
+    app.fields = {
         "key": settings.api_keys.get_secret_value() if settings.api_keys else None,
         "folder": os.environ.get("PROMETHEUS_MULTIPROC_DIR"),
         "drain_s": settings.drain_s,
     }
-    return Service(app=app, health=app.health, told={"bundle": "tiny"})
+    return Service(app=app, health=app.health, log_fields={"bundle": "tiny"})
 
 
 if __name__ == "__main__":
