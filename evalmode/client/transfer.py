@@ -21,7 +21,7 @@ from typing import IO, Protocol, TypeAlias
 
 from evalmode.client.answers_file import AnswersFile, Stdout
 from evalmode.errors import EvalmodeError
-from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, line_too_long
+from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, encode_line, line_too_long
 from evalmode.terminal import open_console
 
 # A client that sends a whole request before it reads the response could wait for a server that

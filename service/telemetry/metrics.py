@@ -233,7 +233,7 @@ class Metrics:
             registry=registry,
         )
 
-    # Called by the edge.
+    # Called by the middleware.
 
     def request_began(self) -> None:
         """The headers of a request have arrived."""
