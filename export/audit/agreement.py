@@ -38,8 +38,21 @@ def compare_means(
     `direction` is eval over its norm. The `gap` of the figures is the slope of training's output on
     eval's, 1 where they agree; the outcome rests on the whole output.
     """
-    margin, block_size = _plan(draw_differences, alpha)
+    # The margin of |b| is that of a mask whose noise has the same power.
+    pilot = list(draw_differences(_PILOT_DRAWS))
+    power = sum(float(u @ u) for u in pilot) / len(pilot)
+    margin = st.margin(power / (1 + power))
+
+    # The draws per block that can tell b = 0 from the margin. The mean over all pairs of m draws
+    # has 2 / m^2 times the variance of one pair. So the blocks need the square root of the draws
+    # that single pairs would.
+    pairs = [float(u @ v) for u, v in zip(pilot[::2], pilot[1::2], strict=True)]
+    mean = sum(pairs) / len(pairs)
+    variance = math.fsum((pair - mean) ** 2 for pair in pairs) / (len(pairs) - 1)
+    needed = st.draws_needed(variance, margin**2 / 2, alpha=alpha)
     block_count = _BLOCKS
+    block_size = max(math.ceil(math.sqrt(2 * needed / _BLOCKS)), 2)
+    block_size = min(block_size, MOST_DRAWS // _BLOCKS)
     if draws is not None:
         block_count = max(min(_BLOCKS, draws // 2), 2)
         block_size = max(draws // block_count, 2)
@@ -67,21 +80,3 @@ def compare_means(
         gap=sum(slopes) / len(slopes),
         gap_interval=st.mean_interval(slopes, alpha=alpha),
     )
-
-
-def _plan(draw_differences: Callable[[int], Iterator[Tensor]], alpha: float) -> tuple[float, int]:
-    """The margin of |b|, and the draws per block that can tell b = 0 from it.
-
-    The margin is that of a mask whose noise has the same power. The mean over all pairs of m draws
-    has 2 / m^2 times the variance of one pair. So the blocks need the square root of the draws that
-    single pairs would.
-    """
-    draws = list(draw_differences(_PILOT_DRAWS))
-    power = sum(float(u @ u) for u in draws) / len(draws)
-    margin = st.margin(power / (1 + power))
-    pairs = [float(u @ v) for u, v in zip(draws[::2], draws[1::2], strict=True)]
-    mean = sum(pairs) / len(pairs)
-    variance = math.fsum((pair - mean) ** 2 for pair in pairs) / (len(pairs) - 1)
-    needed = st.draws_needed(variance, margin**2 / 2, alpha=alpha)
-    block_size = max(math.ceil(math.sqrt(2 * needed / _BLOCKS)), 2)
-    return margin, min(block_size, MOST_DRAWS // _BLOCKS)

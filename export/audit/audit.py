@@ -80,7 +80,7 @@ def audit(
     network = Network.of(module)
     with untouched(network):
         search = find_sites(network, samples, seed=seed)
-        findings = [*_failed_samples(search), *_empty_samples(samples, search)]
+        findings = list(_sample_findings(samples, search))
         sites: list[Site] = []
 
         # Bonferroni: the tests of all sites and calls together keep to alpha.
@@ -105,7 +105,15 @@ def audit(
                 sample = samples[search.run_in_training[0]]
                 shift = batchnorm.variance_shift(search.network, part, norms, sample)
                 if shift is not None:
-                    findings.append(_variance_shift(candidate, shift))
+                    findings.append(
+                        Finding(
+                            severity=Severity.WARNING,
+                            node=candidate.path or "(root)",
+                            op=candidate.type,
+                            why=shift.sentence,
+                            fix=batchnorm.FIX,
+                        )
+                    )
             findings += _uncaptured_calls(candidate)
 
         if call_count:
@@ -236,18 +244,12 @@ def _uncaptured_calls(candidate: PossibleSite) -> Iterator[Finding]:
             )
 
 
-def _variance_shift(candidate: PossibleSite, shift: batchnorm.VarianceShift) -> Finding:
-    return Finding(
-        severity=Severity.WARNING,
-        node=candidate.path or "(root)",
-        op=candidate.type,
-        why=shift.sentence,
-        fix="put the dropout after the last batch normalisation, or leave it out",
-    )
+def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) -> Iterator[Finding]:
+    """Samples that did not run, or that hold nothing.
 
-
-def _failed_samples(search: Search) -> Iterator[Finding]:
-    """Samples that did not run: unproven where no training forward ran, else a warning."""
+    A sample that failed is unproven where no training forward ran, else a warning. Empty samples
+    are unproven: torch draws nothing for them, so that no site is found.
+    """
     severity = Severity.WARNING if search.run_in_training else Severity.UNPROVEN
     for failure in dict.fromkeys(search.failures):
         yield Finding(
@@ -256,9 +258,6 @@ def _failed_samples(search: Search) -> Iterator[Finding]:
             fix="give samples that a forward accepts in either mode",
         )
 
-
-def _empty_samples(samples: Sequence[Mapping[str, Tensor]], search: Search) -> Iterator[Finding]:
-    """Unproven where no sample holds a row: torch draws nothing for it, so no site is found."""
     sizes = []
     for index in search.run_in_training:
         sizes += [tensor.numel() for tensor in samples[index].values() if tensor.ndim]

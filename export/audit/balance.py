@@ -77,11 +77,13 @@ class Balance:
         usual = [0.0 if is_sum else 1.0 for is_sum in additive]
         candidates = [usual]
         if p is not None and len(usual) <= _MOST_COMBINED:
-            # The mean of a mask with this value, if p is its drop rate, or its keep rate.
-            choices = [
-                (constant, *([] if constant == 0 else [value * (1 - p), value * p]))
-                for constant, value in zip(usual, largest, strict=True)
-            ]
+            choices = []
+            for constant, value in zip(usual, largest, strict=True):
+                if constant == 0:
+                    choices.append([constant])  # additive noise has mean 0 at any rate
+                else:
+                    # The means of a mask with this value whose drop rate is p, or whose keep rate.
+                    choices.append([constant, value * (1 - p), value * p])
             candidates = [list(constants) for constants in itertools.product(*choices)]
 
         distance, best = float("inf"), usual

@@ -21,6 +21,8 @@ from evalmode.export.audit.call import Call
 from evalmode.export.audit.isolated_site import IsolatedSite
 from evalmode.export.module.network import Network
 
+FIX = "put the dropout after the last batch normalisation, or leave it out"
+
 _DRAWS = 16
 # A warning needs a shift of 2 %, and of four standard errors: chance reaches these once in 15,000.
 _SMALLEST_SHIFT = 0.02

@@ -103,19 +103,19 @@ def _read_two_outputs(
         return None
 
     # The path was taken in the output that equals eval's, else in the larger one.
-    skipped, taken = sorted(
+    without_path, with_path = sorted(
         (first, second), key=lambda output: (torch.allclose(output, e), float(output.norm()))
     )
-    step = taken - skipped
-    balance = float((e - skipped) @ step / (step @ step))
+    step = with_path - without_path
+    balance = float((e - without_path) @ step / (step @ step))
     rounding = rounding_step(expected)
     # 512 rounding steps: the error of sums over a few thousand terms.
-    error = float((skipped + balance * step - e).abs().max())
+    error = float((without_path + balance * step - e).abs().max())
     if error > 512 * rounding * float(e.abs().max()):
         return None
 
     def reader(output: list[Tensor]) -> Tensor:
-        return torch.tensor([float(torch.equal(_flat(output), taken))], dtype=torch.float64)
+        return torch.tensor([float(torch.equal(_flat(output), with_path))], dtype=torch.float64)
 
     # A path that eval scales by 1 is scaled by 1 / balance where training takes it. The scales
     # themselves are not visible in the outputs.

@@ -98,6 +98,10 @@ class TapeObserver:
         if isinstance(constants, Unclear):
             return constants
 
+        draws: list[int] = []
+        for application in readings[0].applications:
+            if application.noise.any():
+                draws += application.draws
         rounding = rounding_step([*site.run(training=False), *site.call.tensors()])
         effects = tuple(
             _effect(application, constant, rounding, augmented=augmented)
@@ -109,7 +113,7 @@ class TapeObserver:
             groups,
             effects,
             application_count=len(readings[0].applications),
-            repeats=_reuses_a_draw(readings[0]),
+            repeats=len(set(draws)) < len(draws),
         )
 
     def draw(self) -> list[Tensor]:
@@ -314,14 +318,6 @@ def _is_like(a: Application, b: Application) -> bool:
 def _largest(application: Application) -> float:
     """The largest value of the noise, which for a mask is the value that it keeps."""
     return float(application.noise.max()) if application.noise.numel() else 0.0
-
-
-def _reuses_a_draw(reading: Reading) -> bool:
-    draws: list[int] = []
-    for application in reading.applications:
-        if application.noise.any():
-            draws += application.draws
-    return len(set(draws)) < len(draws)
 
 
 def _effect(

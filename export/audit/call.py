@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 # Numbers and texts by part and attribute: a counter, a schedule's rate, a buffer of one element.
 State = Mapping[tuple[str, str], bool | int | float | str]
 
+_NO_STATE: State = {}
+
 # What `Call.emptiness` returns for an input that random values can stand in for.
 ZERO = "zero everywhere"
 
@@ -33,7 +35,9 @@ class Call:
     state: State = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State = {}) -> Call:  # noqa: B006 - never written to
+    def of(
+        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State = _NO_STATE
+    ) -> Call:
         """A call with copies of these arguments: an in-place dropout writes to its argument.
 
         A tensor that is passed twice stays one tensor: self-attention compares its arguments by

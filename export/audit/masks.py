@@ -47,10 +47,10 @@ def kept_value(noise: Tensor, *, rounding: float) -> float | None:
 
     None for noise that is no mask, or that keeps nothing.
     """
-    kept = noise[~noise.isnan() & (noise != 0)]
-    if kept.numel() == 0:
+    values = noise[~noise.isnan() & (noise != 0)]
+    if values.numel() == 0:
         return None
-    value = float(kept.median())
+    value = float(values.median())
     return value if value > 0 and fits(noise, value, rounding=rounding) else None
 
 
@@ -63,16 +63,16 @@ def fits(noise: Tensor, value: float, *, rounding: float) -> bool:
 
 def shape_of(noise: Tensor, value: float) -> Shape:
     """The shape that one draw shows: it varies along axes that hold kept and dropped elements."""
-    visible, kept = ~noise.isnan(), noise > value / 2
-    dropped = visible & ~kept
+    is_visible, is_kept = ~noise.isnan(), noise > value / 2
+    is_dropped = is_visible & ~is_kept
     varies = []
     for axis in range(noise.dim()):
         # Of an axis with one element nothing is known; it counts as shared.
         if noise.shape[axis] > 1:
-            varies.append(bool((kept.any(axis) & dropped.any(axis)).any()))
+            varies.append(bool((is_kept.any(axis) & is_dropped.any(axis)).any()))
         else:
             varies.append(False)
-    return Shape(value, tuple(varies), bool(dropped.any()))
+    return Shape(value, tuple(varies), bool(is_dropped.any()))
 
 
 def groups(noise: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -81,19 +81,19 @@ def groups(noise: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     Elements that differ along shared axes alone are one group; these axes have size 1 in the
     results.
     """
-    visible, kept = ~noise.isnan(), noise > shape.value / 2
+    is_visible, is_kept = ~noise.isnan(), noise > shape.value / 2
     for axis in shape.shared:
-        visible, kept = visible.any(axis, keepdim=True), kept.any(axis, keepdim=True)
-    return visible, kept
+        is_visible, is_kept = is_visible.any(axis, keepdim=True), is_kept.any(axis, keepdim=True)
+    return is_visible, is_kept
 
 
-def neighbours_agree(visible: Sequence[Tensor], kept: Sequence[Tensor]) -> bool:
+def neighbours_agree(is_visible: Sequence[Tensor], is_kept: Sequence[Tensor]) -> bool:
     """Whether neighbours along an axis are kept together more often, or less, than by chance.
 
-    `visible` and `kept` are the groups of several draws.
+    `is_visible` and `is_kept` are the groups of several draws, as `groups` returns them.
     """
-    all_visible = torch.stack(list(visible))  # (draws, *groups)
-    all_kept = torch.stack(list(kept)).to(torch.float64)
+    all_visible = torch.stack(list(is_visible))  # (draws, *groups)
+    all_kept = torch.stack(list(is_kept)).to(torch.float64)
     rate = float(all_kept[all_visible].mean())
     if rate in (0.0, 1.0):
         return False

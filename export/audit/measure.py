@@ -134,10 +134,11 @@ def _draw_pilot(test: _Test) -> _Pilot:
     shape = masks.shape_of(noises[0], value)
     for noise in noises[1:]:
         shape = shape.joined(masks.shape_of(noise, value))
-    visible, kept = zip(*(masks.groups(noise, shape) for noise in noises), strict=True)
-    kept_counts = [int(tensor.sum()) for tensor in kept]
-    visible_counts = [int(tensor.sum()) for tensor in visible]
-    if st.overdispersed(kept_counts, visible_counts) or masks.neighbours_agree(visible, kept):
+    is_visible, is_kept = zip(*(masks.groups(noise, shape) for noise in noises), strict=True)
+    kept_counts = [int(tensor.sum()) for tensor in is_kept]
+    visible_counts = [int(tensor.sum()) for tensor in is_visible]
+    is_overdispersed = st.overdispersed(kept_counts, visible_counts)
+    if is_overdispersed or masks.neighbours_agree(is_visible, is_kept):
         return _Pilot(noises=noises, kept_value=value, shape=None)
     return _Pilot(noises=noises, kept_value=value, shape=shape)
 
@@ -164,9 +165,9 @@ def _test_mask(
     # The number of draws, from the pilot's keep rate.
     visible_count = kept_count = 0
     for noise in pilot_noises:
-        visible, kept = masks.groups(noise, shape)
-        visible_count += int(visible.sum())
-        kept_count += int(kept.sum())
+        is_visible, is_kept = masks.groups(noise, shape)
+        visible_count += int(is_visible.sum())
+        kept_count += int(is_kept.sum())
     rate = kept_count / max(visible_count, 1)
     needed = st.masks_needed(rate, effect.balance / value, alpha=alpha)
     groups_per_draw = max(visible_count // len(pilot_noises), 1)
@@ -183,9 +184,9 @@ def _test_mask(
         if not masks.fits(noise, value, rounding=effect.rounding):
             return None
         shape_of_draws = shape_of_draws.joined(masks.shape_of(noise, value))
-        visible, kept = masks.groups(noise, shape)
-        kept_counts.append(int(kept.sum()))
-        visible_counts.append(int(visible.sum()))
+        is_visible, is_kept = masks.groups(noise, shape)
+        kept_counts.append(int(is_kept.sum()))
+        visible_counts.append(int(is_visible.sum()))
     if shape_of_draws.shared != shape.shared:
         return shape_of_draws
     if st.overdispersed(kept_counts, visible_counts):

@@ -108,8 +108,8 @@ def _balance(
     """
 
     def forward(constants: Constants) -> list[Tensor]:
-        factor = constants.get(0, 1.0)
-        with site.scaled_branches({layer: 0.0 if layer in skipped else factor for layer in layers}):
+        factors = dict.fromkeys(layers, constants.get(0, 1.0)) | dict.fromkeys(skipped, 0.0)
+        with site.scaled_branches(factors):
             return site.run(training=False)
 
     return Balance(forward, output)

@@ -61,14 +61,18 @@ def draws_needed(variance: float, shift: float, *, alpha: float) -> int:
     return math.ceil(quantiles**2 * variance / shift**2)
 
 
-def exact_interval(kept: int, groups: int, *, alpha: float) -> Interval:
-    """Clopper and Pearson's interval of the keep rate at level `alpha`: `kept` of `groups`."""
-    low = stats.beta.ppf(alpha / 2, kept, groups - kept + 1) if kept else 0.0
-    high = stats.beta.ppf(1 - alpha / 2, kept + 1, groups - kept) if kept < groups else 1.0
-    return float(low), float(high)
+def exact_interval(kept_count: int, group_count: int, *, alpha: float) -> Interval:
+    """Clopper and Pearson's interval of the keep rate, at level `alpha`."""
+    dropped_count = group_count - kept_count
+    low, high = 0.0, 1.0
+    if kept_count:
+        low = float(stats.beta.ppf(alpha / 2, kept_count, dropped_count + 1))
+    if dropped_count:
+        high = float(stats.beta.ppf(1 - alpha / 2, kept_count + 1, dropped_count))
+    return low, high
 
 
-def exact_p(kept: int, groups: int, balance: Interval) -> float:
+def exact_p(kept_count: int, group_count: int, balance: Interval) -> float:
     """The p-value of the two-sided exact binomial test that the keep rate lies in `balance`.
 
     The interval is as wide as the rounding of the scales that it was computed from.
@@ -76,11 +80,11 @@ def exact_p(kept: int, groups: int, balance: Interval) -> float:
     if balance[0] > 1.0:
         return 0.0  # no keep rate makes up for such scales
     low, high = (min(max(end, 0.0), 1.0) for end in balance)
-    keep_rate = kept / groups
+    keep_rate = kept_count / group_count
     if low <= keep_rate <= high:
         return 1.0
     nearest = low if keep_rate < low else high
-    return float(stats.binomtest(kept, groups, nearest).pvalue)
+    return float(stats.binomtest(kept_count, group_count, nearest).pvalue)
 
 
 def mean_interval(values: Sequence[float], *, alpha: float) -> Interval:
@@ -92,13 +96,14 @@ def mean_interval(values: Sequence[float], *, alpha: float) -> Interval:
     return float(sample.mean()) - half, float(sample.mean()) + half
 
 
-def overdispersed(kept: Sequence[int], groups: Sequence[int]) -> bool:
+def overdispersed(kept_counts: Sequence[int], group_counts: Sequence[int]) -> bool:
     """Whether counts spread wider than those of independent groups do.
 
-    `kept` of `groups` are counted in each draw. The chi-square test gives a false alarm once in
-    10,000.
+    Each draw has a count of its groups and of those that it keeps. The chi-square test gives a
+    false alarm once in 10,000.
     """
-    counts, sizes = np.asarray(kept, dtype=np.float64), np.asarray(groups, dtype=np.float64)
+    counts = np.asarray(kept_counts, dtype=np.float64)
+    sizes = np.asarray(group_counts, dtype=np.float64)
     rate = counts.sum() / sizes.sum()
     if rate in (0.0, 1.0) or counts.size < 2:
         return False

@@ -179,8 +179,8 @@ def fix(kind: Kind, *, p: float | None, keep_rate: float | None) -> str:
     """What the user should do about a site; "" where there is nothing to do."""
     # The declared rate, as that is the number which the user finds in the code.
     keep = 1 - p if p is not None else keep_rate
-    shown = f" = {keep:g}" if keep is not None and 0 < keep < 1 else ""
-    return REPORTS[kind].fix.format(keep_rate=shown, convention=_CONVENTION)
+    value = f" = {keep:g}" if keep is not None and 0 < keep < 1 else ""
+    return REPORTS[kind].fix.format(keep_rate=value, convention=_CONVENTION)
 
 
 def gap_sentence(gap: float) -> str:
