@@ -35,9 +35,7 @@ class Call:
     state: State = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State = _NO_STATE
-    ) -> Call:
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State = _NO_STATE) -> Call:
         """A call with copies of these arguments: an in-place dropout writes to its argument.
 
         A tensor that is passed twice stays one tensor: self-attention compares its arguments by

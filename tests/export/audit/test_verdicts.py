@@ -21,7 +21,7 @@ from evalmode.export.audit.verdicts import REPORTS, name_mistake
         (1 / 0.8, 1.0, 0.2, 0.2, Kind.WRONG_RATE),
     ],
 )
-def test_a_mistake_has_its_name(
+def test_a_gap_is_named_by_its_mistake(
     s: float, e: float, keep: float, p: float | None, kind: Kind
 ) -> None:
     assert name_mistake(s, e, keep, (keep - 0.01, keep + 0.01), p) is kind
@@ -46,7 +46,7 @@ def test_the_sentence_of_a_gap_says_what_happens_to_the_activations(
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_every_kind_has_a_sentence_and_every_finding_something_to_do(kind: Kind) -> None:
+def test_each_kind_has_a_sentence_and_each_finding_a_fix(kind: Kind) -> None:
     sentence = verdicts.sentence(kind, gap=0.7, keep_rate=0.7, p=0.3, draws=16)
     assert sentence
     assert "None" not in sentence
