@@ -74,8 +74,9 @@ def compare_means(
         products.append((float(total @ total) - squares) / (count * (count - 1)))
 
     _, high = st.mean_interval(products, alpha=alpha)
+    outcome = Outcome.NO_GAP if high <= margin**2 else Outcome.UNSURE
     return Figures(
-        outcome=Outcome.NO_GAP if high <= margin**2 else Outcome.UNSURE,
+        outcome=outcome,
         draws=len(slopes),
         gap=sum(slopes) / len(slopes),
         gap_interval=st.mean_interval(slopes, alpha=alpha),

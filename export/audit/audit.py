@@ -63,8 +63,8 @@ def audit(
 
     `alpha` bounds the probability of any false alarm, over all sites together. `draws` fixes the
     training forwards of each test. None takes as many as detect a gap of a quarter of the drop rate
-    (of 0.02 at least) with probability 0.99, and 20,000 at most. `progress` gets the path of each
-    site before it is judged.
+    99 times in 100, up to `site.MOST_DRAWS`. `progress` gets the path of each site before it is
+    judged.
 
     The same seed gives the same audit. The module, its state and every generator are left as they
     were. Raises ValueError for no samples, or for an alpha or draws out of range, and
@@ -149,13 +149,14 @@ def _add_difference(
     """Add what differs in the code around the sites: as a finding, or as a site with a gap.
 
     A gap that a site has and the code around it undoes is no gap: the mask is in one module and
-    its scale in another. The report on that site is then exchanged.
+    its scale in another. The report on that site is then replaced.
     """
     path = difference.path or "(root)"
     if difference.gap is None:
+        severity = Severity.WARNING if difference.harmless else Severity.UNPROVEN
         findings.append(
             Finding(
-                severity=Severity.WARNING if difference.harmless else Severity.UNPROVEN,
+                severity=severity,
                 node=path,
                 op=difference.type,
                 why=f"noise aside, {difference.reason}",
@@ -164,7 +165,7 @@ def _add_difference(
         )
         return
 
-    index = _site_made_up_for(difference, difference.gap, sites, candidates)
+    index = _find_undone_gap(difference, difference.gap, sites, candidates)
     if index is not None:
         gap = sites[index].gap
         sites[index] = replace(
@@ -194,7 +195,7 @@ def _add_difference(
     )
 
 
-def _site_made_up_for(
+def _find_undone_gap(
     difference: Difference, gap: float, sites: Sequence[Site], candidates: Sequence[PossibleSite]
 ) -> int | None:
     """The index of the site whose gap a factor in the module around it undoes; None if there is no

@@ -185,6 +185,7 @@ def _read_alpha(index: int, stack: Tensor, e: Tensor, step: float) -> tuple[Read
         return None
 
     k = d / (d - b)
+    scale = a / k if k else 1.0  # 0 where b is not finite
     variance = k * (a * a + b * b) + (1 - k) * d * d
     remark = ""
     if abs(variance - 1) > max(1e-3, 4 * step):
@@ -200,7 +201,7 @@ def _read_alpha(index: int, stack: Tensor, e: Tensor, step: float) -> tuple[Read
         rounding=4 * step,
         pattern=Kind.ALPHA,
         remark=remark,
-        scale=a / k if k else 1.0,
+        scale=scale,
     )
     return reader, effect
 

@@ -76,7 +76,7 @@ class TapeObserver:
         probed = probe(site)
         if isinstance(probed, Unclear):
             return probed
-        foreign_noise, readings = probed
+        foreign_noise, readings = probed.foreign_noise, probed.readings
         groups = _group_applications(readings)
         if isinstance(groups, Unclear):
             return groups
@@ -208,13 +208,21 @@ def run_on_tape(
     return tape.reading, output
 
 
-def probe(
-    site: IsolatedSite, *, training: bool = True
-) -> tuple[frozenset[int], list[Reading]] | Unclear:
-    """Which foreign tensors are random, and a few readings. Unclear where forwards differ in form.
+@dataclass(frozen=True)
+class Probe:
+    """A few readings, all with the same applications, and the foreign tensors that are random.
 
-    A foreign tensor is one that was not made by torch: it is random where it differs from forward
-    to forward.
+    `foreign_noise` holds their indices, as `Roles` needs them.
+    """
+
+    foreign_noise: frozenset[int]
+    readings: list[Reading]
+
+
+def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
+    """Run a site a few times on a tape. Unclear where the forwards cannot be followed.
+
+    A foreign tensor, which torch did not make, is random where it differs from forward to forward.
     """
     try:
         readings = [run_on_tape(site, frozenset(), training=training)[0] for _ in range(_PROBES)]
@@ -240,7 +248,7 @@ def probe(
     noise_shapes = {tuple(tuple(a.noise.shape) for a in r.applications) for r in readings}
     if len(noise_shapes) != 1:
         return Unclear((_PATH_VARIES,))
-    return foreign_noise, readings
+    return Probe(foreign_noise, readings)
 
 
 def _every_application_kept(readings: list[Reading]) -> bool:

@@ -390,12 +390,11 @@ def _report_always_on(case: _Case) -> Site:
         probed = probe(site, training=training)
         if isinstance(probed, Unclear):
             continue
-        foreign_noise, readings = probed
-        if len(readings[0].applications) != 1:
+        if len(probed.readings[0].applications) != 1:
             continue
         noises = []
         for _ in range(_ALWAYS_ON_FORWARDS):
-            reading, _outputs = run_on_tape(site, foreign_noise, training=training)
+            reading, _outputs = run_on_tape(site, probed.foreign_noise, training=training)
             noises.append(noise_of(reading, [0]))
         noise = torch.stack(noises)
         value = kept_value(noise, rounding=1e-2)
@@ -437,11 +436,12 @@ def _measure(
         reason = effect.remark
         if kind is Kind.INCONCLUSIVE and effect.direction is not None:
             reason = "; ".join(dict.fromkeys((*tape_reasons, effect.remark)))
+        draw = f"{number} of {len(effects)}" if len(effects) > 1 else ""
         reports.append(
             _report(
                 case.candidate,
                 kind,
-                draw=f"{number} of {len(effects)}" if len(effects) > 1 else "",
+                draw=draw,
                 figures=figures,
                 scales=verdicts.user_scales(effect, figures),
                 reason=reason,

@@ -169,12 +169,13 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
 
         index = len(self.reading.applications)
         noise = combination.noise
+        step = torch.finfo(noise.dtype).eps if noise.is_floating_point() else 0.0
         data = next(operand for operand in operands if self._roles.of(operand) is not Role.NOISE)
         application = Application(
             noise=noise.to(torch.float64, copy=True),
             additive=combination.additive,
             draws=self._roles.draws_of(operands),
-            step=torch.finfo(noise.dtype).eps if noise.is_floating_point() else 0.0,
+            step=step,
             before=self._scales.get(id(data), 1.0),
             replaces=combination.replaces,
         )

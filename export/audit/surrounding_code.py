@@ -335,14 +335,14 @@ def _compare(
     difference = Difference(path=path, type=type(part).__name__)
     call, expected = recorded.call, recorded.output
 
-    # 1.
+    # 1. It raises.
     try:
         output = runner.run(part, call, {})
     except Exception as error:  # the user's code, without the network around it
         reason = f"it does not run alone in training: {type(error).__name__}: {error}"
         return replace(difference, reason=reason)
 
-    # 2. and 3.
+    # 2. and 3. The outputs are equal, or cannot be compared.
     if _extends(output, expected):
         return None
     if [tensor.shape for tensor in output] != [tensor.shape for tensor in expected]:
@@ -386,31 +386,31 @@ def _compare(
             unlike = index
             break
     if unlike is not None:
-        gap_or_none = _common_factor(inputs_in_training[unlike], inputs_in_eval[unlike])
-        if gap_or_none is not None:
-            return replace(difference, gap=gap_or_none, scaled=f"what reaches {names[unlike]}")
-    gap_or_none = _common_factor(output, expected)
-    if gap_or_none is not None:
-        return replace(difference, gap=gap_or_none, scaled="its answer")
+        factor = _common_factor(inputs_in_training[unlike], inputs_in_eval[unlike])
+        if factor is not None:
+            return replace(difference, gap=factor, scaled=f"what reaches {names[unlike]}")
+    factor = _common_factor(output, expected)
+    if factor is not None:
+        return replace(difference, gap=factor, scaled="its answer")
 
-    # 5.
+    # 5. Several factors.
     together = balance.find_together(range(len(direct_calls))[:_MOST_PARTS])
     if together is not None and all(together):
         worst = max(range(len(together)), key=lambda index: abs(together[index] - 1))
         scaled_part = f"what {names[worst]} answers"
         return replace(difference, gap=1 / together[worst], scaled=scaled_part)
 
-    # 6.
+    # 6. Products.
     if unlike is None and runner.only_scales(part, call):
         return replace(difference, reason="its own code multiplies in one mode alone")
 
-    # 7.
+    # 7. Batch statistics.
     moved = _moved_buffers(runner, part, call)
     if moved:
         reason = f"its training uses statistics of the batch, and keeps them in {', '.join(moved)}"
         return replace(difference, harmless=True, reason=reason)
 
-    # 8.
+    # 8. Anything else.
     reason = "its own code answers otherwise in training than in eval, and by no factor"
     if recorded.is_final and unlike is None:
         reason += (

@@ -153,6 +153,7 @@ def sentence(
     if reason and kind in (Kind.WRONG_SCALE, Kind.INCONCLUSIVE):
         text = reason
     else:
+        gap_text = "training and eval differ on average" if gap is None else gap_sentence(gap)
         keeps, dropped_share, scaled_for = "", "a part", "for another rate"
         if keep_rate is not None:
             keeps = f"keeps {keep_rate:.3g} of its input"
@@ -170,7 +171,7 @@ def sentence(
             scaled_for=scaled_for,
             skip_rate=skip_rate,
             draws=draws,
-            gap="training and eval differ on average" if gap is None else gap_sentence(gap),
+            gap=gap_text,
         )
     return text + _rate_note(kind, keep_rate, p)
 
