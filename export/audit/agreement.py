@@ -2,8 +2,8 @@
 
 Let u be a training output's difference from eval, over eval's norm, and b its mean, the bias. Two
 independent differences u and v have a product u . v with mean |b|^2, whatever the noise, and no
-element has to be left out. The mean product of all pairs in a block of draws is one value, and
-Student's interval of the blocks decides whether |b| is below the margin.
+element has to be left out. Each block of draws gives one value: the mean product of all its pairs.
+Student's interval of these values decides whether |b| is below the margin.
 
 After a non-linear step a bias proves no gap, so the outcome is either no gap or unsure.
 """

@@ -87,7 +87,7 @@ def audit(
         call_count = sum(len(candidate.calls) for candidate in search.sites)
         level = alpha / (_TESTS_PER_SITE * max(call_count, 1))
         norms = batchnorm.batch_norms(search.network.parts)
-        candidates = search.sites if search.run_in_training else ()
+        candidates = search.sites if search.samples_in_training else ()
         for index, candidate in enumerate(candidates):
             progress(candidate.path or "(root)")
             # A seed per site: its verdict does not depend on how much the sites before it drew.
@@ -102,7 +102,7 @@ def audit(
                 used_by_parent=_is_used_by_parent(candidate, search.sites),
             )
             if norms and candidate.training_draws:
-                sample = samples[search.run_in_training[0]]
+                sample = samples[search.samples_in_training[0]]
                 shift = batchnorm.variance_shift(search.network, part, norms, sample)
                 if shift is not None:
                     findings.append(
@@ -121,7 +121,7 @@ def audit(
                 network.copy(parameters=True),
                 {candidate.path for candidate in search.sites},
                 search.training_flags,
-                [samples[i] for i in search.run_in_training if i in search.run_in_eval],
+                [samples[i] for i in search.samples_in_training if i in search.samples_in_eval],
                 seed=seed,
             )
             for difference in differences:
@@ -251,7 +251,7 @@ def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) ->
     A sample that failed is unproven where no training forward ran, else a warning. Empty samples
     are unproven: torch draws nothing for them, so that no site is found.
     """
-    severity = Severity.WARNING if search.run_in_training else Severity.UNPROVEN
+    severity = Severity.WARNING if search.samples_in_training else Severity.UNPROVEN
     for failure in dict.fromkeys(search.failures):
         yield Finding(
             severity=severity,
@@ -260,7 +260,7 @@ def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) ->
         )
 
     sizes = []
-    for index in search.run_in_training:
+    for index in search.samples_in_training:
         sizes += [tensor.numel() for tensor in samples[index].values() if tensor.ndim]
     if sizes and not any(sizes):
         yield Finding(

@@ -164,10 +164,10 @@ def _has_one_factor(ratios: Tensor, step: float) -> bool:
 def _read_alpha(index: int, stack: Tensor, e: Tensor, step: float) -> tuple[Reader, Effect] | None:
     """The affine pair of AlphaDropout: a dropped element becomes d, a kept one a x + b.
 
-    The pair keeps the mean of N(0, 1) at the keep rate k = d / (d - b), and its variance if then
-    k (a^2 + b^2) + (1 - k) d^2 = 1 (Klambauer et al. 2017, arXiv:1706.02515, section "New dropout
-    technique"). k is the balance; the measured rate must be k. The noise is 1 where an element is
-    kept, else 0.
+    At the keep rate k = d / (d - b) the pair keeps the mean of N(0, 1). It keeps the variance if
+    k (a^2 + b^2) + (1 - k) d^2 = 1. Both are from Klambauer et al. 2017 (arXiv:1706.02515), section
+    "New dropout technique". k is the balance: the measured rate must be k. The noise is 1 where an
+    element is kept, else 0.
     """
     d_tensor = stack.flatten().mode()[0]
     dropped = (stack - d_tensor).abs() <= 4 * step * d_tensor.abs()

@@ -2,8 +2,8 @@
 follows it.
 
 Replace every element of a site's noise by one constant c. If the training forward then equals the
-eval forward, the mean of the noise should be c, as everything non-linear after the noise is the
-same on both sides. c is exact; the mean is measured (`measure.py`).
+eval forward, the mean of the noise should be c: everything non-linear after the noise is the same
+on both sides. c is exact; the mean is measured (`measure.py`).
 
 Noise that reaches the data in two ways, or in no linear way, cannot be measured like this.
 """
@@ -29,7 +29,7 @@ from evalmode.export.audit.tensor_roles import Roles
 # drop all in some of them, so more follow while a mask has kept nothing at all.
 _PROBES = 4
 _MOST_PROBES = 64
-# A call is judged anew if a mask like its first one has a smaller probability than this. Smaller
+# A call is judged in full if a mask like its first one has a smaller probability than this. Smaller
 # values would miss more differences; larger ones would cost more tests.
 _UNLIKELY = 1e-4
 # What a tape, or the user's code on a tape, raises where it cannot be watched.
@@ -227,7 +227,7 @@ def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
     try:
         readings = [run_on_tape(site, frozenset(), training=training)[0] for _ in range(_PROBES)]
         foreign = [reading.foreign for reading in readings]
-        if len({tuple(tuple(tensor.shape) for tensor in tensors) for tensors in foreign}) != 1:
+        if not _have_same_shapes(foreign):
             return Unclear((_PATH_VARIES,))
         foreign_noise = frozenset(
             index
@@ -245,10 +245,15 @@ def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
 
     if readings[0].obstacles:
         return Unclear(tuple(readings[0].obstacles))
-    noise_shapes = {tuple(tuple(a.noise.shape) for a in r.applications) for r in readings}
-    if len(noise_shapes) != 1:
+    if not _have_same_shapes([[a.noise for a in reading.applications] for reading in readings]):
         return Unclear((_PATH_VARIES,))
     return Probe(foreign_noise, readings)
+
+
+def _have_same_shapes(forwards: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether each forward has tensors of the same shapes, in the same order."""
+    shapes = [[tensor.shape for tensor in tensors] for tensors in forwards]
+    return all(other == shapes[0] for other in shapes)
 
 
 def _every_application_kept(readings: list[Reading]) -> bool:

@@ -34,6 +34,8 @@ MOST_CALLS = 8
 # Forwards beside the one per sample, while a layer that is skipped at random was never reached. At
 # LayerDrop's usual rates (0.05 to 0.5) a layer is skipped 17 times in a row less than once in 10^5.
 _MORE_FORWARDS = 16
+# Between the seeds of these forwards, so that they are not the seeds of further samples: a prime.
+_SEED_STEP = 7919
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,16 @@ class Search:
     """The possible sites in the order of the modules, and the samples that failed.
 
     `network` is a copy in eval mode to judge the sites in. `training_flags` are the flags of its
-    parts after the root's `train()`, by path. `run_in_training` and `run_in_eval` are the indices
-    of the samples that ran; the first is empty where no sample ran in eval.
+    parts after the root's `train()`, by path. `samples_in_training` and `samples_in_eval` are the
+    indices of the samples that ran; the first is empty where no sample ran in eval.
     """
 
     network: Network
     training_flags: Mapping[str, bool]
     sites: tuple[PossibleSite, ...]
     failures: tuple[str, ...]
-    run_in_training: tuple[int, ...]
-    run_in_eval: tuple[int, ...]
+    samples_in_training: tuple[int, ...]
+    samples_in_eval: tuple[int, ...]
 
 
 def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
@@ -90,8 +92,8 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
 
     Raises UnusableInputs where no sample runs in either mode.
     """
-    # A fresh copy for each step: a forward may exchange its module's parts or use up an iterator,
-    # and the next step would see another network. At most two copies exist at a time.
+    # 1. The modules that draw. Each mode gets a fresh copy: a forward may exchange its module's
+    # parts or use up an iterator, and the next step would see another network.
     working = network.copy(parameters=True)
     working.module.eval()
     in_eval = _Forwards()
@@ -102,16 +104,17 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
     training_flags = {path: part.training for path, part in working.parts.items()}
     in_training = _Forwards()
     in_training.run_each(working, samples, seed=seed)
+    # 2. The modules inside skipped layers.
     in_training.run_until_reached(working, samples, in_eval.reached, seed=seed)
 
-    ran_nowhere = not in_training.run_samples and not in_eval.run_samples
+    ran_nowhere = not in_training.completed and not in_eval.completed
     # A forward that cannot be watched may run all the same: the samples are not to blame.
     watchable = not any(isinstance(error, Unwatched) for error in in_eval.failures)
     if ran_nowhere and watchable:
         reason = _describe(in_eval.failures[0]).strip().partition("\n")[0]
         type_name = type(network.module).__name__
         raise UnusableInputs(f"{type_name} fails on every sample, in eval mode too: {reason}")
-    run_in_training = in_training.run_samples if in_eval.run_samples else []
+    samples_in_training = in_training.completed if in_eval.completed else []
 
     # A network that cannot be copied ran itself, and may have created or exchanged parts.
     network = Network.of(network.module)
@@ -121,11 +124,12 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
         if draws_random or (should_drop(part) and declared_rate(part) is not None):
             paths.append(path)
 
+    # 3. The calls of the possible sites.
     working = network.copy(parameters=True)
     working.module.train()
     captures = _capture_calls(
         working,
-        [samples[index] for index in run_in_training],
+        [samples[index] for index in samples_in_training],
         paths,
         in_training.reached,
         seed=seed,
@@ -162,8 +166,8 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
         training_flags=training_flags,
         sites=tuple(sites),
         failures=tuple(failures),
-        run_in_training=tuple(run_in_training),
-        run_in_eval=tuple(in_eval.run_samples),
+        samples_in_training=tuple(samples_in_training),
+        samples_in_eval=tuple(in_eval.completed),
     )
 
 
@@ -177,12 +181,12 @@ class _Forwards:
 
     `draws` holds the draws by the path of the innermost module that made them; the dictionary keeps
     each draw once, in order. `reached` are the paths of the modules that were called, and
-    `run_samples` the indices of the samples that ran.
+    `completed` the indices of the samples that ran to the end.
     """
 
     draws: dict[str, dict[Draw, None]] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
-    run_samples: list[int] = field(default_factory=list)
+    completed: list[int] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
 
     def run_each(self, network: Network, samples: Sequence[Sample], *, seed: int) -> None:
@@ -194,7 +198,7 @@ class _Forwards:
             except Exception as error:
                 self.failures.append(error)
             else:
-                self.run_samples.append(index)
+                self.completed.append(index)
 
     def run_until_reached(
         self, network: Network, samples: Sequence[Sample], paths: set[str], *, seed: int
@@ -203,15 +207,14 @@ class _Forwards:
 
         LayerDrop skips layers, and a site inside a skipped layer would never be seen.
         """
-        if not self.run_samples:
+        if not self.completed:
             return
         for repeat in range(_MORE_FORWARDS):
             if not self._hides_any(paths - self.reached):
                 return
-            index = self.run_samples[repeat % len(self.run_samples)]
+            index = self.completed[repeat % len(self.completed)]
             try:
-                # 7919 is a large prime: these seeds are not those of the samples above.
-                self._run(network, samples[index], seed + 7919 * (repeat + 1))
+                self._run(network, samples[index], seed + _SEED_STEP * (repeat + 1))
             except Exception:  # a forward that runs only so often
                 return
 
@@ -316,7 +319,7 @@ def _capture_calls(
             if not samples or all(captures[path].call_count for path in paths if path in reached):
                 break
             try:
-                run(samples[repeat % len(samples)], seed + 7919 * (repeat + 1))
+                run(samples[repeat % len(samples)], seed + _SEED_STEP * (repeat + 1))
             except Exception:  # a forward that runs only so often
                 break
     return captures

@@ -84,14 +84,18 @@ def measure(observer: NoiseObserver, *, alpha: float, draws: int | None) -> list
 
 def _measure_effect(test: _Test) -> Figures:
     effect = test.effect
+
+    # 1. Noise of no known form.
     if effect.direction is not None:
         return compare_means(test.noises, effect.direction, alpha=test.alpha, draws=test.draws)
 
+    # 2. Augmentation.
     if effect.pattern is Kind.AUGMENTED:
         shares = [float((noise != 0).double().mean()) for noise in test.noises(_LEAST_MEANS)]
         keep_rate = sum(shares) / len(shares)
         return Figures(outcome=Outcome.NO_GAP, draws=len(shares), keep_rate=keep_rate)
 
+    # 3. The structure of the noise.
     pilot = _draw_pilot(test)
     draws = len(pilot.noises)
     if _is_frozen(pilot.noises):
@@ -99,6 +103,7 @@ def _measure_effect(test: _Test) -> Figures:
     if not any(bool(noise.nan_to_num(0.0).any()) for noise in pilot.noises):
         return Figures(outcome=Outcome.NOTHING_KEPT, draws=draws, keep_rate=0.0, gap=0.0)
 
+    # 4. A mask of independent groups. A test may refute the structure that the pilot showed.
     shape = pilot.shape
     for _ in range(_MASK_TESTS):
         if shape is None or pilot.kept_value is None:
@@ -107,6 +112,8 @@ def _measure_effect(test: _Test) -> Figures:
         if isinstance(result, Figures):
             return result
         shape = result
+
+    # 5. Anything else.
     return _test_mean(test, pilot)
 
 

@@ -98,6 +98,7 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Run an operator, give its results their roles, and record where noise meets data."""
         kwargs = kwargs or {}
         operands = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
         if func is _ATEN.native_dropout.default and args[2] is not False:

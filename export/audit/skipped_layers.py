@@ -79,7 +79,7 @@ class SkippedLayers:
 def skipped_layers(site: IsolatedSite) -> list[nn.Module]:
     """The modules that the site calls directly in eval, but not in every training forward.
 
-    Modules of the same class are included, since a small rate may skip one in none of the probes.
+    Modules of the same class are included: at a small rate, the probes may never skip one of them.
     """
     in_eval = dict.fromkeys(site.called_modules(training=False))
     skipped_types: set[type] = set()

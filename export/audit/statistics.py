@@ -31,7 +31,7 @@ NEGLIGIBLE = 0.1
 def margin(drop_rate: float) -> float:
     """The relative gap that the audit must detect at this drop rate: a quarter of the rate.
 
-    An unscaled dropout has four times that gap.
+    An unscaled dropout has four times that gap. Very small rates have the margin of a larger one.
     """
     return max(drop_rate, _SMALLEST_DROP_RATE) / 4
 
@@ -54,8 +54,9 @@ def masks_needed(keep_rate: float, balance: float, *, alpha: float) -> int:
 
 
 def draws_needed(variance: float, shift: float, *, alpha: float) -> int:
-    """The number of draws of this variance whose mean can be told from one `shift` away, at level
-    `alpha`.
+    """The number of draws whose mean shows a shift, at level `alpha`.
+
+    `variance` is that of a single draw.
     """
     quantiles = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(_POWER))
     return math.ceil(quantiles**2 * variance / shift**2)

@@ -60,7 +60,7 @@ _SCALING_OPERATORS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A module whose own code does something else in training than in eval.
+    """A module whose code does something else in training than in eval.
 
     `gap` is E[train] / eval of `scaled`, a phrase such as "its answer"; None where no factor
     explains the difference. `site` is the path of the part that the factor is on, where the module

@@ -76,7 +76,7 @@ class Roles:
             self._draws[key] = draws
 
     def new_draw(self) -> frozenset[int]:
-        """A new draw, in a set of its own."""
+        """A set of one new draw."""
         self._draw_count += 1
         return frozenset({self._draw_count})
 
