@@ -1,1 +1,12 @@
-"""The expectation-gap audit: whether training passes on, on average, what eval passes on."""
+"""The expectation-gap audit: whether a site's training returns, on average, what its eval returns.
+
+`audit.py` is the entry point. It calls the rest in this order:
+
+* Finding: `find_sites.py`, `call.py` (a captured call), `direct_calls.py` (the calls of a module).
+* Deciding: `judge.py` (the order of decisions), `verdicts.py` (what is printed for each kind),
+  `site.py` (the records).
+* Measuring: `isolated_site.py` runs a site; `by_tape.py`, `by_output.py` and `skipped_layers.py`
+  observe its noise; `measure.py` and `agreement.py` test it.
+* Following noise: `noise_tape.py`, `tensor_roles.py`, `balance.py`, `masks.py`, `augmentation.py`.
+* Around the sites: `surrounding_code.py`, `batchnorm.py`.
+"""

@@ -1,10 +1,17 @@
-"""The expectation-gap audit of any module: every site that drops or adds noise, and whether
-training's mean is eval's.
+"""The expectation-gap audit of a module.
+
+Does every site that drops or adds noise return in training, on average, what it returns in eval?
 
 A site is the innermost module that draws random numbers in a training forward, or that is a dropout
-by name. Its captured calls are held fixed and it is compared with itself, training against eval, so
-that nothing non-linear after it counts. The code around the sites is compared without noise. Does
-not know sites that no sample reaches; it names those that are dropouts.
+by name. The audit has three parts:
+
+1. `find_sites` runs the samples, finds the sites and captures the calls that reach them.
+2. `judge` repeats each captured call in training and in eval. Nothing non-linear after the site
+   counts, as the site runs alone. What the audit reports of a site is in `verdicts.REPORTS`.
+3. `surrounding_code` compares the modules around the sites, without noise: a factor beside a
+   dropout is not visible at the dropout.
+
+A site that no sample reaches is not found, unless it is a dropout by name.
 """
 
 from __future__ import annotations
@@ -16,19 +23,20 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.audit import batchnorm
-from evalmode.export.audit.find_sites import PossibleSite, Search, find
+from evalmode.export.audit.find_sites import PossibleSite, Search, find_sites
 from evalmode.export.audit.judge import judge
-from evalmode.export.audit.own_code import Difference, differences
-from evalmode.export.audit.site import SEVERITIES, Kind, Site
-from evalmode.export.audit.verdicts import gap_sentence
+from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.surrounding_code import Difference, find_differences
+from evalmode.export.audit.verdicts import REPORTS, gap_sentence
 from evalmode.export.module.forward import seed_everything
 from evalmode.export.module.network import Network
 from evalmode.export.module.untouched import untouched
 
 RULE = "expectation-gap"
 
-# The tests of one site: its mean, its structure, and the structure again after a correction.
-_TESTS = 3
+# One site may be tested three times: its mean, its structure, and the structure again after a
+# correction. Each test gets a third of the site's share of alpha.
+_TESTS_PER_SITE = 3
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,19 @@ def audit(
     seed: int = 0,
     progress: Callable[[str], None] = lambda site: None,
 ) -> Audit:
-    """Audit a module on samples: its forward's tensors by argument name, of any shapes and dtypes.
+    """Audit a module on samples: its forward's tensors by argument name, of any shape and dtype.
 
-    `alpha` bounds the chance that any site at all is called wrong by accident. `draws` fixes the
-    training forwards of each site's test; None takes as many as find gaps of a quarter of the drop
-    rate (of .02 at least) 99 times in 100, 20,000 at most. `progress` hears each site's path first.
-    The same seed gives the same audit; the module, its state and every generator are left as they
-    were. Raises ValueError for no samples, or an alpha or draws out of range, and UnusableInputs
-    where no sample runs in either mode.
+        result = audit(model, [{"input_ids": ids}])
+        print(result.record.verdict, [site.kind for site in result.sites])
+
+    `alpha` bounds the probability of any false alarm, over all sites together. `draws` fixes the
+    training forwards of each test. None takes as many as detect a gap of a quarter of the drop rate
+    99 times in 100, up to `site.MOST_DRAWS`. `progress` gets the path of each site before it is
+    judged.
+
+    The same seed gives the same audit. The module, its state and every generator are left as they
+    were. Raises ValueError for no samples, or for an alpha or draws out of range, and
+    UnusableInputs where no sample runs in either mode.
     """
     if not samples:
         raise ValueError("the audit needs at least one sample")
@@ -63,171 +76,201 @@ def audit(
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha!r}")
     if draws is not None and draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws!r}")
+
     network = Network.of(module)
     with untouched(network):
-        search = find(network, samples, seed=seed)
+        search = find_sites(network, samples, seed=seed)
+        findings = list(_sample_findings(samples, search))
         sites: list[Site] = []
-        findings = [*_failed(search), *_empty(samples, search)]
+
+        # Bonferroni: the tests of all sites and calls together keep to alpha.
+        call_count = sum(len(candidate.calls) for candidate in search.sites)
+        level = alpha / (_TESTS_PER_SITE * max(call_count, 1))
         norms = batchnorm.batch_norms(search.network.parts)
-        # Every site's tests together keep to alpha.
-        level = alpha / (_TESTS * max(sum(len(site.calls) for site in search.sites), 1))
-        for index, possible in enumerate(search.sites if search.ran else ()):
-            progress(possible.path or "(root)")
+        candidates = search.sites if search.samples_in_training else ()
+        for index, candidate in enumerate(candidates):
+            progress(candidate.path or "(root)")
+            # A seed per site: its verdict does not depend on how much the sites before it drew.
             seed_everything(seed * 1_000_003 + index + 1)
-            part = search.network.parts[possible.path]
-            given = _held_by_parent(possible, search.sites)
+            part = search.network.parts[candidate.path]
             sites += judge(
-                search.network, possible, search.sites, alpha=level, draws=draws, given=given
+                search.network,
+                candidate,
+                search.sites,
+                alpha=level,
+                draws=draws,
+                used_by_parent=_is_used_by_parent(candidate, search.sites),
             )
-            if norms and possible.training:
-                sample = samples[search.ran[0]]
-                shift = batchnorm.shift(search.network, part, norms, sample)
-                findings += [] if shift is None else [_warning(possible, shift)]
-            findings += _left_out(possible)
-        if any(site.calls for site in search.sites):
-            around = differences(
+            if norms and candidate.training_draws:
+                sample = samples[search.samples_in_training[0]]
+                shift = batchnorm.variance_shift(search.network, part, norms, sample)
+                if shift is not None:
+                    findings.append(
+                        Finding(
+                            severity=Severity.WARNING,
+                            node=candidate.path or "(root)",
+                            op=candidate.type,
+                            why=shift.sentence,
+                            fix=batchnorm.FIX,
+                        )
+                    )
+            findings += _uncaptured_calls(candidate)
+
+        if call_count:
+            differences = find_differences(
                 network.copy(parameters=True),
-                {site.path for site in search.sites},
-                search.trains,
-                [samples[index] for index in search.ran if index in search.ran_in_eval],
+                {candidate.path for candidate in search.sites},
+                search.training_flags,
+                [samples[i] for i in search.samples_in_training if i in search.samples_in_eval],
                 seed=seed,
             )
-            for difference in around:
-                if difference.gap is None:
-                    findings.append(_not_judged(difference))
-                elif (place := _made_up_for(sites, search.sites, difference)) is not None:
-                    sites[place] = _in_two_modules(sites[place], difference)
-                else:
-                    sites.append(_around(difference, difference.gap))
+            for difference in differences:
+                _add_difference(difference, sites, findings, search.sites)
     return Audit(tuple(sites), _record(sites, findings, alpha))
 
 
-def _left_out(possible: PossibleSite) -> Iterator[Finding]:
-    """Unproven where calls were not looked at whose arguments are unlike those of all that were; a
-    warning where only numbers that the module holds have moved on.
+def _is_used_by_parent(candidate: PossibleSite, candidates: Sequence[PossibleSite]) -> bool:
+    """Whether the module around a dropout draws at its rate: it passes the rate to a function."""
+    parent, _, name = candidate.path.rpartition(".")
+    if not name:
+        return False
+    for other in candidates:
+        if other.path == parent and any(draw.p == candidate.p for draw in other.training_draws):
+            return True
+    return False
+
+
+def _add_difference(
+    difference: Difference,
+    sites: list[Site],
+    findings: list[Finding],
+    candidates: Sequence[PossibleSite],
+) -> None:
+    """Add what differs in the code around the sites: as a finding, or as a site with a gap.
+
+    A gap that a site has and the code around it undoes is no gap: the mask is in one module and
+    its scale in another. The report on that site is then replaced.
     """
-    reasons = (
-        (Severity.UNPROVEN, possible.left_out, "whose arguments are unlike those of the"),
-        (Severity.WARNING, possible.drifted, "before which it held other numbers than before the"),
+    path = difference.path or "(root)"
+    if difference.gap is None:
+        severity = Severity.WARNING if difference.harmless else Severity.UNPROVEN
+        findings.append(
+            Finding(
+                severity=severity,
+                node=path,
+                op=difference.type,
+                why=f"noise aside, {difference.reason}",
+                fix="do in training what eval does, or compare the two where that matters",
+            )
+        )
+        return
+
+    index = _find_undone_gap(difference, difference.gap, sites, candidates)
+    if index is not None:
+        gap = sites[index].gap
+        sites[index] = replace(
+            sites[index],
+            kind=Kind.MULTIPLICATIVE,
+            gap=None if gap is None else gap * difference.gap,
+            gap_interval=None,
+            sentence=f"{path} makes up for what it leaves out: the means agree",
+            fix="",
+            severity=None,
+        )
+        return
+
+    sites.append(
+        Site(
+            path=difference.path,
+            type=difference.type,
+            kind=Kind.WRONG_SCALE,
+            gap=difference.gap,
+            sentence=(
+                f"its own code scales {difference.scaled} in one mode alone, beside every dropout:"
+                f" {gap_sentence(difference.gap)}"
+            ),
+            fix="remove the factor, or use it in training and in eval alike",
+            severity=REPORTS[Kind.WRONG_SCALE].severity,
+        )
     )
-    for severity, count, unlike in reasons:
+
+
+def _find_undone_gap(
+    difference: Difference, gap: float, sites: Sequence[Site], candidates: Sequence[PossibleSite]
+) -> int | None:
+    """The index of the site whose gap a factor in the module around it undoes; None if there is no
+    such site.
+
+    Only where the site has a single verdict, and is called once per call of that module: otherwise
+    some of its calls would stay unscaled.
+    """
+    indices = [index for index, site in enumerate(sites) if site.path == difference.site]
+    call_counts = [c.call_count for c in candidates if c.path == difference.site]
+    if len(indices) != 1 or call_counts != [difference.call_count] or not gap:
+        return None
+    site = sites[indices[0]]
+    if site.severity is not Severity.ERROR or site.gap_interval is None:
+        return None
+    low, high = site.gap_interval
+    return indices[0] if low <= 1 / gap <= high else None
+
+
+def _uncaptured_calls(candidate: PossibleSite) -> Iterator[Finding]:
+    """Calls that were not judged. Unproven where their arguments are unlike those of all that were;
+    a warning where only the numbers in the module differ, as those of a counter do.
+    """
+    groups = (
+        (
+            Severity.UNPROVEN,
+            candidate.unlike_arguments,
+            "whose arguments are unlike those of the",
+        ),
+        (
+            Severity.WARNING,
+            candidate.unlike_state,
+            "before which it held other numbers than before the",
+        ),
+    )
+    for severity, count, difference in groups:
         if count:
             yield Finding(
                 severity=severity,
-                node=possible.path or "(root)",
-                op=possible.kind,
+                node=candidate.path or "(root)",
+                op=candidate.type,
                 why=(
-                    f"{count} of its {possible.count} calls were not looked at, {unlike}"
-                    f" {len(possible.calls)} that were"
+                    f"{count} of its {candidate.call_count} calls were not looked at, {difference}"
+                    f" {len(candidate.calls)} that were"
                 ),
                 fix="audit it in a module that calls it less often",
             )
 
 
-def _made_up_for(
-    sites: Sequence[Site], candidates: Sequence[PossibleSite], difference: Difference
-) -> int | None:
-    """The index of the site whose gap the factor of a module around it undoes: a mask in one module
-    and its scale in another.
+def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) -> Iterator[Finding]:
+    """Samples that did not run, or that hold nothing.
 
-    Only where the site has one verdict, and each of its calls is one of that module's.
+    A sample that failed is unproven where no training forward ran, else a warning. Empty samples
+    are unproven: torch draws nothing for them, so that no site is found.
     """
-    same = [index for index, site in enumerate(sites) if site.path == difference.site]
-    counts = [candidate.count for candidate in candidates if candidate.path == difference.site]
-    if len(same) != 1 or counts != [difference.calls] or not difference.gap:
-        return None
-    interval = sites[same[0]].gap_interval
-    wrong = sites[same[0]].severity is Severity.ERROR
-    undone = interval is not None and interval[0] <= 1 / difference.gap <= interval[1]
-    return same[0] if wrong and undone else None
-
-
-def _in_two_modules(site: Site, difference: Difference) -> Site:
-    assert difference.gap is not None
-    return replace(
-        site,
-        kind=Kind.MULTIPLICATIVE,
-        gap=None if site.gap is None else site.gap * difference.gap,
-        gap_interval=None,
-        sentence=f"{difference.path or '(root)'} makes up for what it leaves out: the means agree",
-        fix="",
-        severity=None,
-    )
-
-
-def _around(difference: Difference, gap: float) -> Site:
-    """A site of its own for a module whose own code scales in one mode alone."""
-    return Site(
-        path=difference.path,
-        type=difference.type,
-        kind=Kind.WRONG_SCALE,
-        gap=gap,
-        sentence=(
-            f"its own code scales {difference.of} in one mode alone, beside every dropout:"
-            f" {gap_sentence(gap)}"
-        ),
-        fix="remove the factor, or use it in training and in eval alike",
-        severity=SEVERITIES[Kind.WRONG_SCALE],
-    )
-
-
-def _not_judged(difference: Difference) -> Finding:
-    """Unproven where a module's own code could not be compared; a warning where the difference is
-    none of the noise's.
-    """
-    return Finding(
-        severity=Severity.WARNING if difference.apart else Severity.UNPROVEN,
-        node=difference.path or "(root)",
-        op=difference.type,
-        why=f"noise aside, {difference.why}",
-        fix="do in training what eval does, or compare the two where that matters",
-    )
-
-
-def _held_by_parent(possible: PossibleSite, sites: Sequence[PossibleSite]) -> bool:
-    """Whether the module around a dropout draws with the same rate: it passes the rate on to a
-    function.
-    """
-    parent, _, name = possible.path.rpartition(".")
-    around = [other for other in sites if other.training and other.path == parent and name]
-    return any(draw.p == possible.p for other in around for draw in other.training)
-
-
-def _warning(possible: PossibleSite, shift: batchnorm.Shift) -> Finding:
-    return Finding(
-        severity=Severity.WARNING,
-        node=possible.path or "(root)",
-        op=possible.kind,
-        why=shift.sentence,
-        fix="put the dropout after the last batch normalisation, or leave it out",
-    )
-
-
-def _failed(search: Search) -> Iterator[Finding]:
-    """What no forward could show: unproven when none ran, a warning when some did."""
-    severity = Severity.WARNING if search.ran else Severity.UNPROVEN
+    severity = Severity.WARNING if search.samples_in_training else Severity.UNPROVEN
     for failure in dict.fromkeys(search.failures):
-        why = f"the module does not run {failure}"
         yield Finding(
-            severity=severity, why=why, fix="give samples that a forward accepts in either mode"
+            severity=severity,
+            why=f"the module does not run {failure}",
+            fix="give samples that a forward accepts in either mode",
         )
 
-
-def _empty(samples: Sequence[Mapping[str, Tensor]], search: Search) -> Iterator[Finding]:
-    """Unproven where no sample holds a row: torch draws nothing for none, so that no site is
-    found.
-    """
-    sizes = [
-        tensor.numel() for index in search.ran for tensor in samples[index].values() if tensor.ndim
-    ]
+    sizes = []
+    for index in search.samples_in_training:
+        sizes += [tensor.numel() for tensor in samples[index].values() if tensor.ndim]
     if sizes and not any(sizes):
-        why = "every sample is empty, so nothing can be measured"
         yield Finding(
-            severity=Severity.UNPROVEN, why=why, fix="give samples that hold at least one row"
+            severity=Severity.UNPROVEN,
+            why="every sample is empty, so nothing can be measured",
+            fix="give samples that hold at least one row",
         )
 
 
-def _record(sites: Sequence[Site], others: Sequence[Finding], alpha: float) -> Record:
+def _record(sites: Sequence[Site], other_findings: Sequence[Finding], alpha: float) -> Record:
     findings = [
         Finding(
             severity=site.severity,
@@ -239,16 +282,17 @@ def _record(sites: Sequence[Site], others: Sequence[Finding], alpha: float) -> R
         for site in sites
         if site.severity is not None
     ]
-    wrong = sum(site.severity is Severity.ERROR for site in sites)
-    unsure = sum(site.kind is Kind.INCONCLUSIVE for site in sites)
+    gap_count = sum(site.severity is Severity.ERROR for site in sites)
+    inconclusive_count = sum(site.kind is Kind.INCONCLUSIVE for site in sites)
+    failure = (
+        "training and eval differ on average" if gap_count else "not every site could be judged"
+    )
     return Record.of(
         RULE,
-        [*findings, *others],
+        [*findings, *other_findings],
         fine="every site passes on in training, on average, what it passes on in eval",
-        otherwise=(
-            "training and eval differ on average" if wrong else "not every site could be judged"
-        ),
-        measured=f"{len(sites)} sites, {wrong} with a gap, {unsure} inconclusive",
+        otherwise=failure,
+        measured=f"{len(sites)} sites, {gap_count} with a gap, {inconclusive_count} inconclusive",
         limit=f"0 with a gap, false alarms at most {alpha:g} in all",
         sites=tuple(f"{site.name} ({site.type}): {site.kind}" for site in sites),
     )

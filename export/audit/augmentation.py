@@ -1,7 +1,7 @@
-"""Which modules augment their data in training, to go by their names or their configuration.
+"""Which modules augment their data in training, by their names or their configuration.
 
 SpecAugment (Park et al. 2019, arXiv:1904.08779) masks spans of time steps or of features. Where the
-masked values become zeros, nothing but the name tells that from a dropout that is not scaled.
+masked values become zeros, only the name tells it from a dropout that is not scaled.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from torch import nn
 from evalmode.export.audit import masks
 from evalmode.export.audit.noise_tape import Application
 
+# Parts of class names in lower case: torchaudio's TimeMasking, torchvision's RandomErasing, ...
 _NAMES = ("augment", "specaug", "timemask", "frequencymask", "maskalong", "cutout", "erasing")
 
 
-def augments(part: nn.Module) -> bool:
-    """Whether a module says that it augments: by its class's name, or as Hugging Face's
-    configurations do.
+def augments(module: nn.Module) -> bool:
+    """Whether a module says that it augments: by the name of a class, or in its configuration, as
+    Hugging Face's speech models do.
     """
-    classes = "\n".join(base.__name__.lower() for base in type(part).__mro__)
-    config = getattr(part, "config", None)
-    return any(name in classes for name in _NAMES) or bool(
-        getattr(config, "apply_spec_augment", False)
-    )
+    class_names = "\n".join(base.__name__.lower() for base in type(module).__mro__)
+    if any(name in class_names for name in _NAMES):
+        return True
+    config = getattr(module, "config", None)
+    return bool(getattr(config, "apply_spec_augment", False))
 
 
 def masks_spans(application: Application) -> bool:
-    """Whether a mask takes whole steps or features: an element alone is what a dropout takes."""
+    """Whether a mask covers whole steps or features. A mask of single elements is a dropout."""
     noise = application.noise
     if noise.dim() < 2 or application.additive:
         return False

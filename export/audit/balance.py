@@ -1,5 +1,8 @@
-"""The constants for which a site's training forward equals its eval forward. Knows a function of
-constants, no tape.
+"""The balance of a site's noise: the constants for which its training forward equals its eval
+forward.
+
+A forward is a function of constants, one for each application of noise to the data; applications
+that share a constant are a group.
 """
 
 from __future__ import annotations
@@ -10,190 +13,211 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from evalmode.export.audit.isolated_site import rounding
+from evalmode.export.audit.isolated_site import rounding_step
 from evalmode.export.audit.site import Unclear
 
+# Secant steps. A forward that is linear in the constant takes one.
 _STEPS = 30
-_NUDGE = 1e-3  # of a constant, for the slope of outputs in it
-_MOST_TOGETHER = 4  # effects whose candidates are tried in every combination
+# Newton steps take every slope at once and need fewer.
+_NEWTON_STEPS = 10
+# The change of a constant that shows the slope of the outputs in it.
+_NUDGE = 1e-3
+# With p known, each group has three candidates, and four groups have 81 combinations. Each costs a
+# forward, so more groups are searched from the usual constants alone.
+_MOST_COMBINED = 4
+
+SCALE_HIDDEN = "what follows inside the module takes any scale out again"
 
 Constants = Mapping[int, float]
 
 
 class Balance:
-    """Compares forwards under constants with the eval forward."""
+    """Compares forwards under constants with the eval forward, and searches the constants."""
 
     def __init__(
         self, forward: Callable[[Constants], list[Tensor]], expected: list[Tensor]
     ) -> None:
-        """`forward` maps constants by application to the floating tensors of the output, shaped
-        like `expected`.
+        """`forward` maps constants, by the application's index, to the floating point tensors of
+        the output. They have the shapes of `expected`, the eval output.
         """
         self._forward = forward
         self._expected = [tensor.to(torch.float64) for tensor in expected]
-        # Sums over a few thousand terms lose some hundred rounding steps.
-        self._tolerance = min(512 * rounding(expected), 0.02)
+        # Sums over a few thousand terms lose some hundred rounding steps. In half precision that
+        # would be 50 %, so the tolerance is at most 2 %.
+        self._tolerance = min(512 * rounding_step(expected), 0.02)
 
     def holds(self, constants: Constants) -> bool:
         """Whether the forward under these constants equals the eval forward."""
         return self.equals(self._forward(constants))
 
     def equals(self, outputs: Sequence[Tensor]) -> bool:
-        """Whether these outputs equal those of the eval forward, to the rounding of long sums."""
+        """Whether these outputs equal those of eval, up to the rounding of long sums."""
         doubles = [tensor.to(torch.float64) for tensor in outputs]
         return self._distance(doubles, self._expected) <= self._tolerance
 
     def find(
         self,
-        parts: Sequence[Sequence[int]],
+        groups: Sequence[Sequence[int]],
         additive: Sequence[bool],
-        values: Sequence[float],
+        largest: Sequence[float],
         p: float | None,
     ) -> list[float] | Unclear:
-        """A constant for each part; Unclear when none makes the forwards equal, or any would.
+        """One constant for each group. Unclear where no constants make the forwards equal, or where
+        any constant would.
 
-        Tried first: 1 (0 for what is added), as after inverted dropout; then what the declared rate
-        would need; then, for one part after the other and for all as one, the constant that a
-        secant search finds.
+        `additive` says for each group whether the noise is added, and `largest` is its largest
+        value. The candidates are, in this order:
+
+        1. the usual constants, as after inverted dropout: 1, or 0 for additive noise;
+        2. the constants that the declared rate `p` would need;
+        3. for each group in turn, and then for all groups together: what a secant search finds.
         """
         if not self._expected:
             return Unclear(("its output holds no floating point tensor",))
         usual = [0.0 if is_sum else 1.0 for is_sum in additive]
-        off, best = float("inf"), usual
-        for guess in self._guesses(usual, values, p):
-            away = self._off(parts, guess)
-            off, best = (away, guess) if away < off else (off, best)
-            if off <= self._tolerance / 8:
+        candidates = [usual]
+        if p is not None and len(usual) <= _MOST_COMBINED:
+            choices = []
+            for constant, value in zip(usual, largest, strict=True):
+                if constant == 0:
+                    choices.append([constant])  # additive noise has mean 0 at any rate
+                else:
+                    # The means of a mask with this value whose drop rate is p, or whose keep rate.
+                    choices.append([constant, value * (1 - p), value * p])
+            candidates = [list(constants) for constants in itertools.product(*choices)]
+
+        distance, best = float("inf"), usual
+        for constants in candidates:
+            candidate_distance = self._distance_at(groups, constants)
+            if candidate_distance < distance:
+                distance, best = candidate_distance, constants
+            # Clearly equal: no other candidate can be better by more than rounding.
+            if distance <= self._tolerance / 8:
                 break
-        if off <= self._tolerance:
-            return best if self._matters(parts, best) else Unclear((UNSEEN,))
-        for free in [*([part] for part in range(len(parts))), list(range(len(parts)))]:
-            found = self._search(parts, usual, free)
-            if found is not None:
-                return found
+        if distance <= self._tolerance:
+            return best if self._is_visible(groups, best) else Unclear((SCALE_HIDDEN,))
+
+        all_groups = list(range(len(groups)))
+        for free in [*([group] for group in all_groups), all_groups]:
+            solution = self._search(groups, usual, free)
+            if solution is not None:
+                return solution
         return Unclear(("training and eval differ by more than the factor of the dropped values",))
 
     def find_together(self, indices: Sequence[int]) -> list[float] | None:
-        """A constant for each application, by Gauss and Newton's steps from 1; None where they lead
-        to no equal forwards.
+        """One constant for each application, by Gauss-Newton steps from 1; None where they do not
+        make the forwards equal.
         """
-        parts = [[index] for index in indices]
-        constants = [1.0] * len(parts)
-        for _ in range(_STEPS // 3 if parts else 0):
-            outputs = self._outputs(parts, constants)
-            if [t.shape for t in outputs] != [t.shape for t in self._expected]:
+        groups = [[index] for index in indices]
+        constants = [1.0] * len(groups)
+        expected_shapes = [tensor.shape for tensor in self._expected]
+        for _ in range(_NEWTON_STEPS if groups else 0):
+            outputs = self._outputs(groups, constants)
+            if [tensor.shape for tensor in outputs] != expected_shapes:
                 return None
-            columns = []
-            for part in range(len(parts)):
-                moved = [c + _NUDGE * (index == part) for index, c in enumerate(constants)]
-                columns.append((_joined(self._outputs(parts, moved)) - _joined(outputs)) / _NUDGE)
-            away = _joined(self._expected) - _joined(outputs)
+            slopes = []
+            for group in range(len(groups)):
+                nudged = list(constants)
+                nudged[group] += _NUDGE
+                change = _flat(self._outputs(groups, nudged)) - _flat(outputs)
+                slopes.append(change / _NUDGE)
+            residual = _flat(self._expected) - _flat(outputs)
+            # gelsd: the slopes may be linearly dependent, which the default driver does not allow.
             steps = torch.linalg.lstsq(
-                torch.stack(columns, 1), away[:, None], driver="gelsd"
+                torch.stack(slopes, 1), residual[:, None], driver="gelsd"
             ).solution[:, 0]
             if not bool(steps.isfinite().all()):
                 return None
             constants = [c + float(step) for c, step in zip(constants, steps, strict=True)]
-            if self._off(parts, constants) <= self._tolerance:
+            if self._distance_at(groups, constants) <= self._tolerance:
                 return constants
         return None
 
-    def _guesses(
-        self, usual: list[float], values: Sequence[float], p: float | None
-    ) -> list[list[float]]:
-        if p is None or len(usual) > _MOST_TOGETHER:
-            return [usual]
-        choices = [
-            (c, *([] if c == 0 else [v * (1 - p), v * p]))
-            for c, v in zip(usual, values, strict=True)
-        ]
-        return [list(guess) for guess in itertools.product(*choices)]
+    def _search(
+        self, groups: Sequence[Sequence[int]], usual: list[float], free: list[int]
+    ) -> list[float] | None:
+        """One constant for the free groups, with the others at their usual constants.
 
-    def _outputs(self, parts: Sequence[Sequence[int]], constants: Sequence[float]) -> list[Tensor]:
-        by_index = {index: c for part, c in zip(parts, constants, strict=True) for index in part}
+        The secant method, on the difference from eval projected on the direction in which the
+        outputs move. None where it finds no visible balance.
+        """
+
+        def constants_at(c: float) -> list[float]:
+            return [c if group in free else constant for group, constant in enumerate(usual)]
+
+        def outputs_at(c: float) -> list[Tensor]:
+            return self._outputs(groups, constants_at(c))
+
+        a = usual[free[0]]
+        b = a + 0.5
+        direction = [y - x for x, y in zip(outputs_at(a), outputs_at(b), strict=True)]
+        value_a = self._project(outputs_at(a), direction)
+        value_b = self._project(outputs_at(b), direction)
+        for _ in range(_STEPS):
+            if value_b == value_a or not abs(value_b) < float("inf"):
+                break
+            a, b, value_a = b, b - value_b * (b - a) / (value_b - value_a), value_b
+            value_b = self._project(outputs_at(b), direction)
+            if abs(b - a) <= 1e-9 * max(abs(b), 1.0):
+                break
+        constants = constants_at(b)
+        if self._distance_at(groups, constants) > self._tolerance:
+            return None
+        return constants if self._is_visible(groups, constants) else None
+
+    def _is_visible(self, groups: Sequence[Sequence[int]], constants: list[float]) -> bool:
+        """Whether other constants would change the outputs.
+
+        A normalisation right after the dropout takes any scale out, and proves nothing.
+        """
+        outputs = self._outputs(groups, constants)
+        for group in range(len(groups)):
+            moved = list(constants)
+            moved[group] = moved[group] * 1.5 + 0.1
+            if self._distance(self._outputs(groups, moved), outputs) <= 2 * self._tolerance:
+                return False
+        return True
+
+    def _outputs(self, groups: Sequence[Sequence[int]], constants: Sequence[float]) -> list[Tensor]:
+        by_index = {}
+        for group, constant in zip(groups, constants, strict=True):
+            for index in group:
+                by_index[index] = constant
         return [tensor.to(torch.float64) for tensor in self._forward(by_index)]
 
-    def _off(self, parts: Sequence[Sequence[int]], constants: Sequence[float]) -> float:
-        return self._distance(self._outputs(parts, constants), self._expected)
+    def _distance_at(self, groups: Sequence[Sequence[int]], constants: Sequence[float]) -> float:
+        return self._distance(self._outputs(groups, constants), self._expected)
 
     def _distance(self, outputs: list[Tensor], others: list[Tensor]) -> float:
-        """The largest difference over the largest expected value, tensor by tensor; inf for shapes
-        that differ.
+        """The largest difference of any tensor, over the largest value that is expected of it.
+
+        Infinite where shapes differ, or where a value is not finite in one of them alone.
         """
         if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in others]:
             return float("inf")
-        return max(
-            (
-                self._relative(a, b, e)
-                for a, b, e in zip(outputs, others, self._expected, strict=True)
-            ),
-            default=0,
-        )
+        distances = [0.0]
+        for a, b, expected in zip(outputs, others, self._expected, strict=True):
+            equal = (a == b) | (a.isnan() & b.isnan())
+            if bool(equal.all()):
+                continue
+            finite = expected[expected.isfinite()]
+            largest = float(finite.abs().max()) if finite.numel() else 0.0
+            difference = float((a - b)[~equal].abs().max())
+            is_nan = difference != difference
+            distances.append(difference / largest if largest and not is_nan else float("inf"))
+        return max(distances)
 
-    def _relative(self, a: Tensor, b: Tensor, expected: Tensor) -> float:
-        alike = (a == b) | (a.isnan() & b.isnan())
-        if bool(alike.all()):
-            return 0.0
-        finite = expected[expected.isfinite()]
-        largest = float(finite.abs().max()) if finite.numel() else 0.0
-        away = float((a - b)[~alike].abs().max())
-        return away / largest if largest and away == away else float("inf")
-
-    def _matters(self, parts: Sequence[Sequence[int]], constants: list[float]) -> bool:
-        """Whether another constant would be seen: a normalisation right after the dropout takes any
-        scale out.
-        """
-        outputs = self._outputs(parts, constants)
-        return all(
-            self._distance(self._outputs(parts, _moved(constants, part)), outputs)
-            > 2 * self._tolerance
-            for part in range(len(parts))
-        )
-
-    def _search(
-        self, parts: Sequence[Sequence[int]], usual: list[float], free: list[int]
-    ) -> list[float] | None:
-        """The constant of the free parts, the others as usual, by secants on the projected
-        difference.
-        """
-
-        def outputs(c: float) -> list[Tensor]:
-            return self._outputs(parts, [c if part in free else u for part, u in enumerate(usual)])
-
-        a, b = usual[free[0]] or 0.0, (usual[free[0]] or 0.0) + 0.5
-        direction = [y - x for x, y in zip(outputs(a), outputs(b), strict=True)]
-        low, high = self._along(outputs(a), direction), self._along(outputs(b), direction)
-        for _ in range(_STEPS):
-            if high == low or not abs(high) < float("inf"):
-                break
-            a, low, b = b, high, b - high * (b - a) / (high - low)
-            high = self._along(outputs(b), direction)
-            if abs(b - a) <= 1e-9 * max(abs(b), 1.0):
-                break
-        found = [b if part in free else u for part, u in enumerate(usual)]
-        return (
-            found
-            if self._off(parts, found) <= self._tolerance and self._matters(parts, found)
-            else None
-        )
-
-    def _along(self, outputs: list[Tensor], direction: list[Tensor]) -> float:
+    def _project(self, outputs: list[Tensor], direction: list[Tensor]) -> float:
+        """The difference from eval along `direction`; infinite where shapes differ."""
         if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in self._expected]:
             return float("inf")
-        terms = [
-            ((o - e) * d).nan_to_num(0.0, 0.0, 0.0).sum()
-            for o, e, d in zip(outputs, self._expected, direction, strict=True)
-        ]
-        return float(sum(terms)) if terms else 0.0
+        total: Tensor | float = 0
+        for output, expected, d in zip(outputs, self._expected, direction, strict=True):
+            total = total + ((output - expected) * d).nan_to_num(0.0, 0.0, 0.0).sum()
+        return float(total)
 
 
-UNSEEN = "what follows inside the module takes any scale out again"
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements in one row, those that are not finite as 0."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     return flat.nan_to_num(0.0, 0.0, 0.0)
-
-
-def _moved(constants: list[float], part: int) -> list[float]:
-    return [c * 1.5 + 0.1 if index == part else c for index, c in enumerate(constants)]

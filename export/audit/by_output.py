@@ -1,10 +1,15 @@
-"""Measuring at the output: for noise that no tape can follow, such as a mask drawn by Python or by
-another path.
+"""Measuring at the output: for noise that no tape can follow, such as a mask drawn by Python, or a
+path that is chosen at random.
 
-Training's output is held against eval's. Four patterns are read exactly: every element 0 or v times
-eval's (a mask); one of two whole outputs (a path taken or not); AlphaDropout's affine pair; one
-factor for each forward. Anything else is compared by the mean of the whole output, which may prove
-agreement but, after a non-linear step, no gap. Does not see inside.
+Training's output is compared with eval's. Four patterns are read exactly:
+
+1. a path that is taken or not: one of two whole outputs (`_read_two_outputs`);
+2. the affine pair of AlphaDropout (`_read_alpha`);
+3. a mask: every element is 0 or v times eval's;
+4. one factor for the whole forward.
+
+For anything else only the mean of the whole output is compared (`agreement.py`). That may prove
+agreement but, after a non-linear step, no gap.
 """
 
 from __future__ import annotations
@@ -14,176 +19,197 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from evalmode.export.audit.isolated_site import IsolatedSite, rounding
+from evalmode.export.audit.isolated_site import IsolatedSite, rounding_step
 from evalmode.export.audit.masks import kept_value
 from evalmode.export.audit.site import Effect, Kind, Unclear
 
+# Training forwards that show the pattern: this many, fewer for large outputs, but never under 16.
 _PROBES = 64
-_MOST_ELEMENTS = 16_000_000  # of all probes, where the outputs are large
+_LEAST_PROBES = 16
+# The elements of all probes together: 128 MB in float64.
+_MOST_ELEMENTS = 16_000_000
+
+_NO_PATTERN = "training's output is no multiple of eval's, and what it was made of cannot be seen"
+
+# Turns the training output into the noise of an effect.
+Reader = Callable[[list[Tensor]], Tensor]
 
 
 class OutputObserver:
-    """An observer of the site's outputs, one effect for each tensor that moves."""
+    """Observes the outputs of a site: one effect for each tensor that differs from eval."""
 
     def __init__(
-        self,
-        held: IsolatedSite,
-        readers: list[Callable[[list[Tensor]], Tensor]],
-        effects: tuple[Effect, ...],
+        self, site: IsolatedSite, readers: list[Reader], effects: tuple[Effect, ...]
     ) -> None:
-        """`readers` turn a training output into the noise of their effect."""
         self.effects = effects
-        self._held, self._readers = held, readers
+        self._site, self._readers = site, readers
 
     @classmethod
-    def of(cls, held: IsolatedSite) -> OutputObserver | Unclear:
-        """The observer of a site that moves; Unclear for outputs that do not compare."""
-        expected, again = held.run(training=False), held.run(training=False)
+    def of(cls, site: IsolatedSite) -> OutputObserver | Unclear:
+        """The observer of a site; Unclear where the outputs cannot be compared.
+
+        It has no effects where training always returned what eval returns.
+        """
+        expected, repeated = site.run(training=False), site.run(training=False)
         if not expected:
             return Unclear(("its output holds no floating point tensor",))
-        if not _same(expected, again):
+        if not all(_equal(a, b) for a, b in zip(expected, repeated, strict=True)):
             return Unclear(("a module inside it is random in eval",))
-        size = sum(tensor.numel() for tensor in expected)
-        probes = [
-            held.run(training=True)
-            for _ in range(max(min(_PROBES, _MOST_ELEMENTS // max(size, 1)), 16))
-        ]
-        if any([t.shape for t in probe] != [t.shape for t in expected] for probe in probes):
+
+        size = max(sum(tensor.numel() for tensor in expected), 1)
+        probe_count = max(min(_PROBES, _MOST_ELEMENTS // size), _LEAST_PROBES)
+        probes = [site.run(training=True) for _ in range(probe_count)]
+        shapes = [tensor.shape for tensor in expected]
+        if any([tensor.shape for tensor in probe] != shapes for probe in probes):
             return Unclear(("training returns other shapes than eval",))
-        gate = _gate(probes, expected)
-        if gate is not None:
-            return cls(held, [gate[0]], (gate[1],))
-        pairs = [
-            _tensor_pattern(index, [probe[index] for probe in probes], tensor)
-            for index, tensor in enumerate(expected)
-            if any(not _equal(probe[index], tensor) for probe in probes)
-        ]
-        return cls(held, [reader for reader, _ in pairs], tuple(effect for _, effect in pairs))
+
+        two_outputs = _read_two_outputs(probes, expected)
+        if two_outputs is not None:
+            reader, effect = two_outputs
+            return cls(site, [reader], (effect,))
+        readers, effects = [], []
+        for index, tensor in enumerate(expected):
+            tensor_probes = [probe[index] for probe in probes]
+            if not all(_equal(probe, tensor) for probe in tensor_probes):
+                reader, effect = _read_tensor(index, tensor_probes, tensor)
+                readers.append(reader)
+                effects.append(effect)
+        return cls(site, readers, tuple(effects))
 
     @property
     def exact(self) -> bool:
-        """Whether every output that moves is one of the patterns that are read exactly."""
+        """Whether every output that differs has a pattern that is read exactly."""
         return bool(self.effects) and all(effect.direction is None for effect in self.effects)
 
     def draw(self) -> list[Tensor]:
-        """The noise of one more forward."""
-        output = self._held.run(training=True)
+        """The noise of one more forward, one tensor per effect."""
+        output = self._site.run(training=True)
         return [reader(output) for reader in self._readers]
 
 
-def _gate(
+def _read_two_outputs(
     probes: list[list[Tensor]], expected: list[Tensor]
-) -> tuple[Callable[[list[Tensor]], Tensor], Effect] | None:
-    """A path that is taken or not: two outputs in all, with eval on the line between (or beyond)
-    them.
+) -> tuple[Reader, Effect] | None:
+    """A path that is taken or not: two outputs in all, and eval's on the line through them.
+
+    The noise is 1 where the path was taken, else 0.
     """
-    flat, e = [_flat(probe) for probe in probes], _flat(expected)
-    other = next((f for f in flat if not torch.equal(f, flat[0])), None)
-    if (
-        other is None
-        or e.numel() < 2
-        or not all(torch.equal(f, flat[0]) or torch.equal(f, other) for f in flat)
-    ):
+    outputs, e = [_flat(probe) for probe in probes], _flat(expected)
+    first = outputs[0]
+    second = next((output for output in outputs if not torch.equal(output, first)), None)
+    if second is None or e.numel() < 2:
         return None
-    # Of the two, what eval returns was taken; else the larger.
-    skipped, taken = sorted((flat[0], other), key=lambda f: (torch.allclose(f, e), float(f.norm())))
-    step = taken - skipped
-    balance = float((e - skipped) @ step / (step @ step))
-    if float((skipped + balance * step - e).abs().max()) > 512 * rounding(expected) * float(
-        e.abs().max()
-    ):
+    if not all(torch.equal(output, first) or torch.equal(output, second) for output in outputs):
+        return None
+
+    # The path was taken in the output that equals eval's, else in the larger one.
+    without_path, with_path = sorted(
+        (first, second), key=lambda output: (torch.allclose(output, e), float(output.norm()))
+    )
+    step = with_path - without_path
+    balance = float((e - without_path) @ step / (step @ step))
+    rounding = rounding_step(expected)
+    # 512 rounding steps: the error of sums over a few thousand terms.
+    error = float((without_path + balance * step - e).abs().max())
+    if error > 512 * rounding * float(e.abs().max()):
         return None
 
     def reader(output: list[Tensor]) -> Tensor:
-        return torch.tensor([float(torch.equal(_flat(output), taken))], dtype=torch.float64)
+        return torch.tensor([float(torch.equal(_flat(output), with_path))], dtype=torch.float64)
 
-    # The path scaled by 1 in eval is scaled by 1/balance where it is taken in training; what is
-    # scaled is not seen.
-    return reader, Effect(
-        balance=balance, scale=1 / balance if balance else 1.0, rounding=rounding(expected)
-    )
+    # A path that eval scales by 1 is scaled by 1 / balance where training takes it. The scales
+    # themselves are not visible in the outputs.
+    scale = 1 / balance if balance else 1.0
+    return reader, Effect(balance=balance, scale=scale, rounding=rounding)
 
 
-def _tensor_pattern(
-    index: int, probes: list[Tensor], e: Tensor
-) -> tuple[Callable[[list[Tensor]], Tensor], Effect]:
-    step = rounding([e])
+def _read_tensor(index: int, probes: list[Tensor], e: Tensor) -> tuple[Reader, Effect]:
+    """The pattern of the output tensor at `index`, whose eval value is `e`."""
+    step = rounding_step([e])
     e = e.to(torch.float64)
-    stack = torch.stack([probe.to(torch.float64) for probe in probes])
-    alpha = _alpha(stack, e, step)
+    stack = torch.stack([probe.to(torch.float64) for probe in probes])  # (probes, *e.shape)
+    alpha = _read_alpha(index, stack, e, step)
     if alpha is not None:
-        return (lambda output: _where_dropped(output[index], alpha[0])), alpha[1]
-    small = e.abs() <= 64 * step * e.abs().max()  # zeros, and values too small to divide by
+        return alpha
+
+    # Zeros, and values so small that rounding would decide the ratio.
+    too_small = e.abs() <= 64 * step * e.abs().max()
 
     def ratio(output: list[Tensor]) -> Tensor:
-        return (output[index].to(torch.float64) / e).masked_fill(small, float("nan"))
+        return (output[index].to(torch.float64) / e).masked_fill(too_small, float("nan"))
 
-    ratios = (stack / e).masked_fill(small, float("nan"))
-    if kept_value(ratios, rounding=4 * step) is not None or _one_factor(ratios, step):
+    ratios = (stack / e).masked_fill(too_small, float("nan"))
+    if kept_value(ratios, rounding=4 * step) is not None or _has_one_factor(ratios, step):
         return ratio, Effect(balance=1.0, rounding=4 * step)
+
     norm = float(e.norm())
 
     def difference(output: list[Tensor]) -> Tensor:
         return (output[index].to(torch.float64) - e).reshape(-1) / norm
 
-    return difference, Effect(
-        balance=0.0, rounding=step, direction=e.reshape(-1) / norm, why=_UNLIKE
-    )
+    direction = e.reshape(-1) / norm
+    return difference, Effect(balance=0.0, rounding=step, direction=direction, remark=_NO_PATTERN)
 
 
-_UNLIKE = "training's output is no multiple of eval's, and what it was made of cannot be seen"
-
-
-def _one_factor(ratios: Tensor, step: float) -> bool:
-    """Whether each draw multiplies everything by one number, which is noise that enters
-    linearly.
-    """
-    flat = ratios.flatten(1)
+def _has_one_factor(ratios: Tensor, step: float) -> bool:
+    """Whether each forward multiplies everything by one number: noise that enters linearly."""
+    flat = ratios.flatten(1)  # (probes, elements)
     flat = flat[:, ~flat.isnan().any(0)]
     if flat.shape[1] < 2:
         return False
-    return bool(((flat.amax(1) - flat.amin(1)) <= 16 * step * flat.abs().amax(1)).all())
+    spread = flat.amax(1) - flat.amin(1)
+    return bool((spread <= 16 * step * flat.abs().amax(1)).all())
 
 
-def _alpha(stack: Tensor, e: Tensor, step: float) -> tuple[float, Effect] | None:
-    """AlphaDropout's pair: what is dropped becomes d, what is kept a x + b, and N(0, 1) keeps its
-    mean and variance.
+def _read_alpha(index: int, stack: Tensor, e: Tensor, step: float) -> tuple[Reader, Effect] | None:
+    """The affine pair of AlphaDropout: a dropped element becomes d, a kept one a x + b.
 
-    From a, b and d alone: the mean is kept at the keep rate k = d / (d - b), and the variance if
-    then k (a^2 + b^2) + (1 - k) d^2 = 1 (Klambauer et al. 2017, section "New dropout technique"). k
-    is measured.
+    At the keep rate k = d / (d - b) the pair keeps the mean of N(0, 1). It keeps the variance if
+    k (a^2 + b^2) + (1 - k) d^2 = 1. Both are from Klambauer et al. 2017 (arXiv:1706.02515), section
+    "New dropout technique". k is the balance: the measured rate must be k. The noise is 1 where an
+    element is kept, else 0.
     """
-    dropped, count = stack.flatten().mode()[0], 0
-    at = (stack - dropped).abs() <= 4 * step * dropped.abs()
-    count = int(at.sum())
-    x = e.expand_as(stack)[~at]
-    if float(dropped) == 0 or count < 8 or x.numel() < 8 or float(x.std()) == 0:
+    d_tensor = stack.flatten().mode()[0]
+    dropped = (stack - d_tensor).abs() <= 4 * step * d_tensor.abs()
+    dropped_count = int(dropped.sum())
+    x = e.expand_as(stack)[~dropped]
+    d = float(d_tensor)
+    if d == 0 or dropped_count < 8 or x.numel() < 8 or float(x.std()) == 0:
         return None
-    y = stack[~at]
+
+    # The line through the kept elements.
+    y = stack[~dropped]
     a = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    b, d = float(y.mean() - a * x.mean()), float(dropped)
+    b = float(y.mean() - a * x.mean())
     if float((a * x + b - y).abs().max()) > 64 * step * float(y.abs().max()) or d == b:
         return None
+
     k = d / (d - b)
-    varies = abs(k * (a * a + b * b) + (1 - k) * d * d - 1) > max(1e-3, 4 * step)
-    why = "what it returns has another variance than N(0, 1)" if varies else ""
-    return d, Effect(
-        balance=k, rounding=4 * step, law=Kind.ALPHA, why=why, scale=a / k if k else 1.0
+    scale = a / k if k else 1.0  # 0 where b is not finite
+    variance = k * (a * a + b * b) + (1 - k) * d * d
+    remark = ""
+    if abs(variance - 1) > max(1e-3, 4 * step):
+        remark = "what it returns has another variance than N(0, 1)"
+
+    def reader(output: list[Tensor]) -> Tensor:
+        tolerance = torch.finfo(output[index].dtype).eps * 4 * abs(d)
+        is_kept = (output[index].to(torch.float64) - d).abs() > tolerance
+        return is_kept.to(torch.float64)
+
+    effect = Effect(
+        balance=k,
+        rounding=4 * step,
+        pattern=Kind.ALPHA,
+        remark=remark,
+        scale=scale,
     )
-
-
-def _where_dropped(output: Tensor, d: float) -> Tensor:
-    near = torch.finfo(output.dtype).eps * 4 * abs(d)
-    return ((output.to(torch.float64) - d).abs() > near).to(torch.float64)
+    return reader, effect
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.to(torch.float64).reshape(-1) for tensor in tensors])
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape and values; NaN equals NaN."""
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

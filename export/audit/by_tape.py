@@ -1,10 +1,11 @@
-"""Measuring where the noise meets the data: sound for a dropout anywhere inside a module, whatever
+"""Measuring where the noise meets the data: exact for a dropout anywhere inside a module, whatever
 follows it.
 
-If every element of a site's noise is replaced by one constant c and the training forward then
-equals the eval forward, the noise's mean should be c: the downstream non-linearity is the same on
-both sides. c is exact, the mean is measured. Does not know noise that reaches the data in no linear
-way, or twice.
+Replace every element of a site's noise by one constant c. If the training forward then equals the
+eval forward, the mean of the noise should be c: everything non-linear after the noise is the same
+on both sides. c is exact; the mean is measured (`measure.py`).
+
+Noise that reaches the data in two ways, or in no linear way, cannot be measured like this.
 """
 
 from __future__ import annotations
@@ -19,298 +20,339 @@ from torch import Tensor
 from evalmode.export.audit import statistics as st
 from evalmode.export.audit.augmentation import masks_spans
 from evalmode.export.audit.balance import Balance
-from evalmode.export.audit.isolated_site import IsolatedSite, rounding
+from evalmode.export.audit.isolated_site import IsolatedSite, rounding_step
 from evalmode.export.audit.noise_tape import Application, NoiseTape, Reading
 from evalmode.export.audit.site import Effect, Interval, Kind, Site, Unclear
 from evalmode.export.audit.tensor_roles import Roles
 
+# Forwards that find the random tensors and the applications. A small drop rate may keep all or
+# drop all in some of them, so more follow while a mask has kept nothing at all.
 _PROBES = 4
-_UNLIKE = 1e-4  # how unlikely a call's mask must be to be judged anew
-_MOST_PROBES = 64  # where a mask kept nothing so far
+_MOST_PROBES = 64
+# A call is judged in full if a mask like its first one has a smaller probability than this. Smaller
+# values would miss more differences; larger ones would cost more tests.
+_UNLIKELY = 1e-4
+# What a tape, or the user's code on a tape, raises where it cannot be watched.
+_TAPE_ERRORS = (RuntimeError, NotImplementedError, TypeError)
+_PATH_VARIES = "its forward takes another path from call to call"
 
 
 class PathChanged(Exception):  # noqa: N818 - read as a sentence: "raise PathChanged"
-    """A forward that brings its noise to the data at other places than the first ones did."""
+    """A forward applies its noise to the data in other places than the probes did."""
 
 
 class TapeObserver:
-    """An observer of the noise itself. `TapeObserver.of` says whether a site can be observed so."""
+    """Observes the noise itself, on a tape. `TapeObserver.of` decides whether a site allows it."""
 
     def __init__(
         self,
-        held: IsolatedSite,
-        foreign: frozenset[int],
-        parts: list[list[int]],
+        site: IsolatedSite,
+        foreign_noise: frozenset[int],
+        groups: list[list[int]],
         effects: tuple[Effect, ...],
         *,
-        count: int,
+        application_count: int,
         repeats: bool = False,
     ) -> None:
-        """`parts`: the applications, of `count`, by index, that each effect is made of.
+        """`groups` holds, for each effect, the indices of the applications that it consists of.
 
-        `repeats` says that one mask is used more than once: if twice on one path, its mean is not
-        what it does there.
+        `repeats` says that one mask is used several times. Used twice on one path, its mean is not
+        its effect there.
         """
         self.effects = effects
         self.repeats = repeats
-        self._count = count
-        self._held, self._foreign, self._parts = held, foreign, parts
+        self._site, self._foreign_noise, self._groups = site, foreign_noise, groups
+        self._application_count = application_count
 
     @classmethod
     def of(
-        cls, held: IsolatedSite, p: float | None, *, augmented: bool = False
+        cls, site: IsolatedSite, p: float | None, *, augmented: bool = False
     ) -> TapeObserver | Unclear:
         """The observer of a site in training, or what stands in the way.
 
-        `augmented` says that a mask of whole steps or features is meant to be one.
+        `p` is the declared drop rate. `augmented` says that the module augments its data, so that
+        a mask of whole steps or features is meant.
         """
-        found = probe(held)
-        if isinstance(found, Unclear):
-            return found
-        foreign, readings = found
-        parts = _parts(readings)
-        if not parts:
+        probed = probe(site)
+        if isinstance(probed, Unclear):
+            return probed
+        foreign_noise, readings = probed.foreign_noise, probed.readings
+        groups = _group_applications(readings)
+        if isinstance(groups, Unclear):
+            return groups
+        if not groups:
             return Unclear()
-        if isinstance(parts, Unclear):
-            return parts
+
         balance = Balance(
-            lambda constants: read(held, foreign, constants)[1], held.run(training=False)
+            lambda constants: run_on_tape(site, foreign_noise, constants)[1],
+            site.run(training=False),
         )
-        first = [readings[0].applications[part[0]] for part in parts]
-        found_balances = balance.find(
-            parts, [a.additive for a in first], _values(readings, parts), p
+        first = [readings[0].applications[group[0]] for group in groups]
+        largest = [
+            max(_largest(reading.applications[group[0]]) for reading in readings)
+            for group in groups
+        ]
+        constants = balance.find(
+            groups, [application.additive for application in first], largest, p
         )
-        if isinstance(found_balances, Unclear):
-            return found_balances
-        step = rounding([*held.run(training=False), *held.call.tensors()])
+        if isinstance(constants, Unclear):
+            return constants
+
+        draws: list[int] = []
+        for application in readings[0].applications:
+            if application.noise.any():
+                draws += application.draws
+        rounding = rounding_step([*site.run(training=False), *site.call.tensors()])
         effects = tuple(
-            _effect(a, c, step, augmented=augmented)
-            for a, c in zip(first, found_balances, strict=True)
+            _effect(application, constant, rounding, augmented=augmented)
+            for application, constant in zip(first, constants, strict=True)
         )
-        count = len(readings[0].applications)
-        return cls(held, foreign, parts, effects, count=count, repeats=_repeats(readings[0]))
-
-    def twin(self, sites: Sequence[Site]) -> Twin | None:
-        """What tells calls that are like this one, which has been judged as `sites`."""
-        if any(effect.law is not None for effect in self.effects):
-            return None
-        reading = read(self._held, self._foreign)[0]
-        keeps = [site.keep_interval for site in sites]
-        constants = {
-            index: effect.balance
-            for part, effect in zip(self._parts, self.effects, strict=True)
-            for index in part
-        }
-        return Twin(self._foreign, reading, self._parts, constants, keeps)
-
-    def balanced(self, *, watched: bool = False) -> list[Tensor]:
-        """The output of one more training forward in which every noise is its balance."""
-        constants = {
-            index: effect.balance
-            for part, effect in zip(self._parts, self.effects, strict=True)
-            for index in part
-        }
-        return read(self._held, self._foreign, constants, watched=watched)[1]
+        return cls(
+            site,
+            foreign_noise,
+            groups,
+            effects,
+            application_count=len(readings[0].applications),
+            repeats=len(set(draws)) < len(draws),
+        )
 
     def draw(self) -> list[Tensor]:
-        """The noise of one more forward."""
-        reading, _ = read(self._held, self._foreign)
-        if len(reading.applications) != self._count:
-            raise PathChanged(_OTHER_PATH)
-        return [gathered(reading, part) for part in self._parts]
+        """The noise of one more forward, one tensor per effect. Raises PathChanged."""
+        reading, _ = run_on_tape(self._site, self._foreign_noise)
+        if len(reading.applications) != self._application_count:
+            raise PathChanged(_PATH_VARIES)
+        return [noise_of(reading, group) for group in self._groups]
 
+    def balanced(self, *, watched: bool = False) -> list[Tensor]:
+        """The output of one more training forward in which all noise is replaced by its balance."""
+        return run_on_tape(self._site, self._foreign_noise, self._balances(), watched=watched)[1]
 
-@dataclass(frozen=True)
-class Twin:
-    """What a judged call showed, so that others of the same kind need three forwards and no test.
+    def judged_call(self, reports: Sequence[Site]) -> JudgedCall | None:
+        """What recognises calls that behave like this one; `reports` are the verdicts on it.
 
-    Does not see a rate that depends on the sizes or values of tensors and that one mask of the call
-    cannot tell from the first call's.
-    """
-
-    foreign: frozenset[int]
-    reading: Reading
-    parts: list[list[int]]
-    constants: Mapping[int, float]
-    keeps: list[Interval | None]
-
-    def fits(self, held: IsolatedSite) -> bool:
-        """Whether a call brings the same noises to the data, keeps as much, and gives eval's output
-        where they are the same constants.
+        None for augmentation, which has no keep interval to compare with.
         """
-        try:
-            reading, _ = read(held, self.foreign)
-            if len(reading.applications) != len(self.reading.applications) or reading.obstacles:
-                return False
-            if not all(map(_alike, reading.applications, self.reading.applications)):
-                return False
-            output = read(held, self.foreign, self.constants)[1]
-        except (RuntimeError, NotImplementedError, TypeError):
-            return False
-        for part, keep in zip(self.parts, self.keeps, strict=True):
-            noise = gathered(reading, part)
-            kept, count = int((noise != 0).sum()), noise.numel()
-            if keep is not None and st.exact_p(kept, max(count, 1), keep) < _UNLIKE:
-                return False
-        return Balance(lambda _: output, held.run(training=False)).equals(output)
+        if any(effect.pattern is not None for effect in self.effects):
+            return None
+        return JudgedCall(
+            foreign_noise=self._foreign_noise,
+            reading=run_on_tape(self._site, self._foreign_noise)[0],
+            groups=self._groups,
+            balances=self._balances(),
+            keep_intervals=[report.keep_interval for report in reports],
+        )
+
+    def _balances(self) -> dict[int, float]:
+        """The balance of each application, by its index."""
+        balances = {}
+        for group, effect in zip(self._groups, self.effects, strict=True):
+            for index in group:
+                balances[index] = effect.balance
+        return balances
 
 
-def _alike(a: Application, b: Application) -> bool:
-    scales = (a.before, a.after) == (b.before, b.after)
-    return (
-        a.additive == b.additive
-        and a.noise.dim() == b.noise.dim()
-        and scales
-        and abs(_value(a) - _value(b)) <= 4 * max(a.step, b.step) * abs(_value(b))
-    )
+@dataclass(frozen=True, kw_only=True)
+class JudgedCall:
+    """What a judged call showed, so that calls that behave like it need three forwards and no test.
 
-
-def gathered(reading: Reading, part: Sequence[int]) -> Tensor:
-    """The noise of applications that are one effect: the tensor itself, or several of one shape
-    stacked.
+    Not recognised: a rate that depends on the sizes or values of tensors so little that a single
+    mask cannot show it.
     """
-    noises = [reading.applications[index].noise for index in part]
-    return noises[0] if len(noises) == 1 else torch.stack(noises)
+
+    foreign_noise: frozenset[int]
+    reading: Reading
+    groups: list[list[int]]
+    balances: Mapping[int, float]
+    keep_intervals: list[Interval | None]
+
+    def covers(self, site: IsolatedSite) -> bool:
+        """Whether the site's call behaves like the judged call.
+
+        It must apply the same noise in the same order, keep about as much of it, and equal eval
+        under the same constants.
+        """
+        applications = self.reading.applications
+        try:
+            reading, _ = run_on_tape(site, self.foreign_noise)
+            if len(reading.applications) != len(applications) or reading.obstacles:
+                return False
+            if not all(map(_is_like, reading.applications, applications)):
+                return False
+            output = run_on_tape(site, self.foreign_noise, self.balances)[1]
+        except _TAPE_ERRORS:
+            return False
+        for group, interval in zip(self.groups, self.keep_intervals, strict=True):
+            noise = noise_of(reading, group)
+            kept_count, count = int((noise != 0).sum()), max(noise.numel(), 1)
+            if interval is not None and st.exact_p(kept_count, count, interval) < _UNLIKELY:
+                return False
+        return Balance(lambda _: output, site.run(training=False)).equals(output)
 
 
-def read(
-    held: IsolatedSite,
-    foreign: frozenset[int],
+def run_on_tape(
+    site: IsolatedSite,
+    foreign_noise: frozenset[int],
     constants: Mapping[int, float] | None = None,
     *,
     training: bool = True,
     watched: bool = False,
 ) -> tuple[Reading, list[Tensor]]:
-    """One forward of the site: what its tape shows, and the floating tensors of its output."""
-    call = held.prepared()
-    tape = NoiseTape(Roles(held.weights(), call.tensors(), foreign), constants)
+    """One forward of the site on a tape: the reading, and the floating point tensors of the output.
+
+    `foreign_noise` and `constants` are those of `Roles` and `NoiseTape`.
+    """
+    call = site.prepare()
+    tape = NoiseTape(Roles(site.weights(), call.tensors(), foreign_noise), constants)
     with tape:
-        output = held.run_prepared(call, training=training, watched=watched)
+        output = site.run_prepared(call, training=training, watched=watched)
     return tape.reading, output
 
 
-def probe(
-    held: IsolatedSite, *, training: bool = True
-) -> tuple[frozenset[int], list[Reading]] | Unclear:
-    """Which tensors from outside torch are random, and a few readings; Unclear when no two forwards
-    are alike.
+@dataclass(frozen=True)
+class Probe:
+    """A few readings, all with the same applications, and the foreign tensors that are random.
+
+    `foreign_noise` holds their indices, as `Roles` needs them.
+    """
+
+    foreign_noise: frozenset[int]
+    readings: list[Reading]
+
+
+def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
+    """Run a site a few times on a tape. Unclear where the forwards cannot be followed.
+
+    A foreign tensor, which torch did not make, is random where it differs from forward to forward.
     """
     try:
-        readings = [read(held, frozenset(), training=training)[0] for _ in range(_PROBES)]
-        before = [reading.foreign for reading in readings]
-        if len({tuple(tuple(t.shape) for t in found) for found in before}) != 1:
-            return Unclear((_OTHER_PATH,))
-        columns = zip(*before, strict=True)
-        foreign = frozenset(
-            i for i, column in enumerate(columns) if any(_differs(column[0], t) for t in column[1:])
+        readings = [run_on_tape(site, frozenset(), training=training)[0] for _ in range(_PROBES)]
+        foreign = [reading.foreign for reading in readings]
+        if not _have_same_shapes(foreign):
+            return Unclear((_PATH_VARIES,))
+        foreign_noise = frozenset(
+            index
+            for index, (first, *rest) in enumerate(zip(*foreign, strict=True))
+            if not all(torch.equal(first, tensor) for tensor in rest)
         )
-        if foreign:
-            readings = [read(held, foreign, training=training)[0] for _ in range(_PROBES)]
-        while len(readings) < _MOST_PROBES and not all(
-            map(_seen, *(r.applications for r in readings))
-        ):
-            readings.append(read(held, foreign, training=training)[0])
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if foreign_noise:
+            readings = [
+                run_on_tape(site, foreign_noise, training=training)[0] for _ in range(_PROBES)
+            ]
+        while len(readings) < _MOST_PROBES and not _every_application_kept(readings):
+            readings.append(run_on_tape(site, foreign_noise, training=training)[0])
+    except _TAPE_ERRORS as error:
         return Unclear((f"its forward cannot be watched: {error}",))
+
     if readings[0].obstacles:
         return Unclear(tuple(readings[0].obstacles))
-    if (
-        len({tuple(tuple(a.noise.shape) for a in reading.applications) for reading in readings})
-        != 1
-    ):
-        return Unclear((_OTHER_PATH,))
-    return foreign, readings
+    if not _have_same_shapes([[a.noise for a in reading.applications] for reading in readings]):
+        return Unclear((_PATH_VARIES,))
+    return Probe(foreign_noise, readings)
 
 
-_OTHER_PATH = "its forward takes another path from call to call"
+def _have_same_shapes(forwards: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether each forward has tensors of the same shapes, in the same order."""
+    shapes = [[tensor.shape for tensor in tensors] for tensors in forwards]
+    return all(other == shapes[0] for other in shapes)
 
 
-def _repeats(reading: Reading) -> bool:
-    used = [
-        draw
-        for application in reading.applications
-        for draw in application.draws
-        if application.noise.any()
-    ]
-    return len(set(used)) < len(used)
+def _every_application_kept(readings: list[Reading]) -> bool:
+    """Whether each application's noise was other than 0 in at least one reading."""
+    columns = zip(*(reading.applications for reading in readings), strict=False)
+    return all(any(bool(a.noise.any()) for a in column) for column in columns)
 
 
-def _seen(*applications: Application) -> bool:
-    return any(bool(application.noise.any()) for application in applications)
+def noise_of(reading: Reading, group: Sequence[int]) -> Tensor:
+    """The noise of the applications of one effect: a tensor, or several of one shape stacked."""
+    noises = [reading.applications[index].noise for index in group]
+    return noises[0] if len(noises) == 1 else torch.stack(noises)
 
 
-def _differs(a: Tensor, b: Tensor) -> bool:
-    return not torch.equal(a, b)
+def _group_applications(readings: list[Reading]) -> list[list[int]] | Unclear:
+    """The indices of the applications, one group per effect. Applications of one form are a group.
 
-
-def _parts(readings: list[Reading]) -> list[list[int]] | Unclear:
-    """The applications that are one effect each; those whose noise is always 0 (a zero state's
-    mask) are none.
-
-    Unclear when two noises share a draw, as AlphaDropout's factor and offset do: their means do not
-    multiply.
+    Noise that is always 0, such as the mask of a zero state, is no effect. Unclear where two
+    different noises share a draw, as the factor and the offset of AlphaDropout do: the mean of both
+    is not made up of their means.
     """
-    count = range(len(readings[0].applications))
-    alive = [i for i in count if _seen(*(reading.applications[i] for reading in readings))]
-    alive = [i for i in alive if readings[0].applications[i].draws]
-    parts: list[list[int]] = []
-    for index in alive:
-        twin = next((part for part in parts if _same(readings, part[0], index)), None)
-        if twin is None:
-            parts.append([index])
-        else:  # a mask that is used again is stacked on itself, and measured as one
-            twin.append(index)
-    for a, b in itertools.combinations(alive, 2):
-        if readings[0].applications[a].draws & readings[0].applications[b].draws and not _equal(
-            readings, a, b
-        ):
+    first = readings[0].applications
+    random = []
+    for index, application in enumerate(first):
+        is_zero = not any(bool(reading.applications[index].noise.any()) for reading in readings)
+        if application.draws and not is_zero:
+            random.append(index)
+
+    groups: list[list[int]] = []
+    for index in random:
+        for group in groups:
+            if _have_one_form(readings, group[0], index):
+                # A mask that is used again is stacked on itself, and measured as one.
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+
+    for a, b in itertools.combinations(random, 2):
+        if first[a].draws & first[b].draws and not _have_equal_noise(readings, a, b):
             return Unclear(("the same random numbers reach the data in two ways",))
-    return parts
+    return groups
 
 
-def _same(readings: list[Reading], a: int, b: int) -> bool:
-    """Whether two applications are alike: of one shape, kind and kept value."""
-    pairs = [(reading.applications[a], reading.applications[b]) for reading in readings]
-    return all(
-        x.additive == y.additive
-        and x.replaces == y.replaces
-        and x.noise.shape == y.noise.shape
-        and (x.before, x.after) == (y.before, y.after)
-        and _value(x) == _value(y)
-        for x, y in pairs
+def _have_one_form(readings: list[Reading], a: int, b: int) -> bool:
+    """Whether two applications have the same form, scales and largest value in every reading."""
+    for reading in readings:
+        x, y = reading.applications[a], reading.applications[b]
+        if (x.additive, x.replaces, x.noise.shape) != (y.additive, y.replaces, y.noise.shape):
+            return False
+        if (x.before, x.after, _largest(x)) != (y.before, y.after, _largest(y)):
+            return False
+    return True
+
+
+def _have_equal_noise(readings: list[Reading], a: int, b: int) -> bool:
+    """Whether two applications use equal noise in every reading in which its shapes are equal."""
+    for reading in readings:
+        x, y = reading.applications[a].noise, reading.applications[b].noise
+        if x.shape == y.shape and not torch.equal(x, y):
+            return False
+    return True
+
+
+def _is_like(a: Application, b: Application) -> bool:
+    """Whether two applications, of two calls, have the same form and the same largest value."""
+    return (
+        a.additive == b.additive
+        and a.noise.dim() == b.noise.dim()
+        and (a.before, a.after) == (b.before, b.after)
+        and abs(_largest(a) - _largest(b)) <= 4 * max(a.step, b.step) * abs(_largest(b))
     )
 
 
-def _equal(readings: list[Reading], a: int, b: int) -> bool:
-    return all(
-        torch.equal(reading.applications[a].noise, reading.applications[b].noise)
-        for reading in readings
-        if reading.applications[a].noise.shape == reading.applications[b].noise.shape
-    )
-
-
-def _value(application: Application) -> float:
+def _largest(application: Application) -> float:
+    """The largest value of the noise, which for a mask is the value that it keeps."""
     return float(application.noise.max()) if application.noise.numel() else 0.0
 
 
-def _values(readings: list[Reading], parts: list[list[int]]) -> list[float]:
-    return [max(_value(reading.applications[part[0]]) for reading in readings) for part in parts]
-
-
-def _effect(application: Application, balance: float, step: float, *, augmented: bool) -> Effect:
-    """With the scale that makes eval's factor 1 where the module scales before or after the
-    mask.
-    """
+def _effect(
+    application: Application, balance: float, rounding: float, *, augmented: bool
+) -> Effect:
     if application.replaces or (augmented and masks_spans(application)):
-        kept = abs(balance - 1) <= 1e-3  # else eval does more than leaving all as it is
-        why = "" if kept else "it replaces values in training, and eval scales what it leaves"
-        return Effect(balance=balance, rounding=step, law=Kind.AUGMENTED, why=why)
+        # In eval nothing is replaced, so 1 is the only balance of an augmentation.
+        is_pure = abs(balance - 1) <= 1e-3
+        remark = "" if is_pure else "it replaces values in training, and eval scales what it leaves"
+        return Effect(balance=balance, rounding=rounding, pattern=Kind.AUGMENTED, remark=remark)
+
+    # The module may scale just before or just after the mask. Of these factors, the user's scale
+    # contains those that make the eval factor 1.
     before, after = application.before, application.after
-    scales = (1.0, after, before, before * after)
-    scale = next((s for s in scales if abs(balance * s - 1) <= 1e-3), 1.0)
+    scale = 1.0
+    for factor in (1.0, after, before, before * after):
+        if abs(balance * factor - 1) <= 1e-3:
+            scale = factor
+            break
     return Effect(
         balance=balance,
         additive=application.additive,
         scale=scale,
-        rounding=max(step, application.step),
+        rounding=max(rounding, application.step),
     )

@@ -1,4 +1,4 @@
-"""One call of a module, to be repeated: its arguments in copies, and the numbers that the module
+"""One call of a module, to be repeated: copies of its arguments, and the numbers that the module
 held when it was called.
 """
 
@@ -17,11 +17,17 @@ from torch.utils import _pytree as pytree
 # Numbers and texts by part and attribute: a counter, a schedule's rate, a buffer of one element.
 State = Mapping[tuple[str, str], bool | int | float | str]
 
+_NO_STATE: State = {}
+
+# What `Call.emptiness` returns for an input that random values can stand in for.
+ZERO = "zero everywhere"
+
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call, in copies of their own; their tensors may be of any shape and
-    dtype. `state` holds the module's numbers just before the call, where they were captured.
+    """The arguments of one call. Their tensors are copies, of any shape and dtype.
+
+    `state` holds the module's numbers just before the call, where they were captured.
     """
 
     args: tuple[Any, ...]
@@ -29,50 +35,64 @@ class Call:
     state: State = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State = {}) -> Call:  # noqa: B006 - never written to
-        """Copies: an in-place dropout writes to its argument. What was one tensor stays one
-        (self-attention asks).
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State = _NO_STATE) -> Call:
+        """A call with copies of these arguments: an in-place dropout writes to its argument.
+
+        A tensor that is passed twice stays one tensor: self-attention compares its arguments by
+        identity.
         """
         copies: dict[int, Tensor] = {}
 
         def copied(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return copies.setdefault(id(value), value.detach().clone())
-            return _copied_object(value)
+            if value is None or isinstance(value, bool | int | float | str | nn.Module):
+                return value
+            # An object of the user's, such as a cache of keys and values: it grows with every call.
+            try:
+                return copy.deepcopy(value)
+            except Exception:  # the user's class may raise anything when it is copied
+                return value
 
         args, kwargs = pytree.tree_map(copied, (tuple(args), dict(kwargs)))
         return cls(args, dict(kwargs), state)
 
-    def again(self) -> Call:
-        """The same call, in fresh copies."""
+    def copy(self) -> Call:
+        """The same call with fresh copies of its arguments."""
         return Call.of(self.args, self.kwargs, self.state)
 
     def tensors(self) -> list[Tensor]:
-        """Its tensors, in order."""
-        return [
-            leaf
-            for leaf in pytree.tree_leaves((self.args, self.kwargs))
-            if isinstance(leaf, Tensor)
-        ]
+        """The tensors among the arguments, in order."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def emptiness(self) -> str:
-        """What its floating tensors are where they show no mask; "" where they carry values, or
-        there are none.
+        """Why no mask is visible on these arguments: "empty", "zero everywhere", ...
+
+        "" where the floating point tensors carry values, or where there are none.
         """
         tensors = self.tensors()
         if tensors and not any(tensor.numel() for tensor in tensors):
             return "empty"
         floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-        return "" if not floats or carry_values(floats) else _emptiness(floats)
+        if not floats or carry_values(floats):
+            return ""
+        if not any(tensor.numel() for tensor in floats):
+            return "empty"
+        if not any(bool(tensor.isfinite().any()) for tensor in floats):
+            return "finite nowhere"
+        if all(bool(tensor.isfinite().all()) for tensor in floats):
+            return ZERO
+        return "zero where it is finite"
 
-    def with_noise(self) -> Call:
-        """The same call with standard normal values in place of its floating tensors."""
+    def with_random_values(self) -> Call:
+        """The same call with standard normal values in its floating point tensors."""
 
-        def exchanged(value: Any) -> Any:
+        def randomised(value: Any) -> Any:
             is_float = isinstance(value, Tensor) and value.is_floating_point()
             return torch.randn_like(value) if is_float else value
 
-        args, kwargs = pytree.tree_map(exchanged, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map(randomised, (self.args, self.kwargs))
         return Call(args, kwargs, self.state)
 
 
@@ -86,19 +106,24 @@ class CallKind(NamedTuple):
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State) -> CallKind:
         """The kind of a call, from its arguments and the numbers that the module holds."""
         leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-        return cls((str(structure), tuple(map(_described, leaves))), tuple(sorted(state.items())))
+        descriptions = tuple(map(_description, leaves))
+        return cls((str(structure), descriptions), tuple(sorted(state.items())))
 
 
-def _described(leaf: Any) -> Hashable:
+def _description(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
+        # A tensor without axes is read like a number: code may branch on it.
         value = leaf.item() if leaf.numel() == 1 and leaf.dim() == 0 else None
         return str(leaf.dtype), leaf.dim(), value
-    plain = leaf is None or isinstance(leaf, bool | int | float | str)
-    return type(leaf).__name__, leaf if plain else None
+    is_plain = leaf is None or isinstance(leaf, bool | int | float | str)
+    return type(leaf).__name__, leaf if is_plain else None
 
 
-def state_before(parts: Mapping[str, nn.Module]) -> State:
-    """The numbers that parts hold, by their path and name; running statistics are none of them."""
+def read_state(parts: Mapping[str, nn.Module]) -> State:
+    """The numbers and texts that parts hold, by the part's path and the attribute's name.
+
+    Running statistics are left out: they move in every training forward.
+    """
     state: dict[tuple[str, str], bool | int | float | str] = {}
     for path, part in parts.items():
         for name, value in vars(part).items():
@@ -111,8 +136,8 @@ def state_before(parts: Mapping[str, nn.Module]) -> State:
     return state
 
 
-def give_state(parts: Mapping[str, nn.Module], state: State) -> None:
-    """Set the numbers of a state in parts of the same paths."""
+def write_state(parts: Mapping[str, nn.Module], state: State) -> None:
+    """Set the numbers of a state in parts of the same paths; a part that is missing is skipped."""
     for (path, name), value in state.items():
         part = parts.get(path)
         if part is None:
@@ -125,32 +150,5 @@ def give_state(parts: Mapping[str, nn.Module], state: State) -> None:
 
 
 def carry_values(floats: Sequence[Tensor]) -> bool:
-    """Whether any element is finite and not zero."""
+    """Whether any element is finite and not zero, so that a mask on it would be visible."""
     return any(bool((tensor.isfinite() & (tensor != 0)).any()) for tensor in floats)
-
-
-ZERO = "zero everywhere"
-
-
-def _emptiness(floats: Sequence[Tensor]) -> str:
-    if not any(tensor.numel() for tensor in floats):
-        return "empty"
-    if not any(bool(tensor.isfinite().any()) for tensor in floats):
-        return "finite nowhere"
-    return (
-        ZERO
-        if all(bool(tensor.isfinite().all()) for tensor in floats)
-        else "zero where it is finite"
-    )
-
-
-def _copied_object(value: Any) -> Any:
-    """An object of the user's, in a copy: a cache of keys and values grows with every call that is
-    given it.
-    """
-    if value is None or isinstance(value, bool | int | float | str | nn.Module):
-        return value
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # whatever it raises when it is copied
-        return value

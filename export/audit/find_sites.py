@@ -1,8 +1,11 @@
-"""Finding the sites: which modules draw in training, which in eval, which are a dropout by name,
-and the calls that reach them.
+"""Finding the sites: the modules that draw in training, that draw in eval, or that are a dropout by
+name; and capturing the calls that reach them.
 
-Up to eight calls of a site are kept, those of different kinds first. Does not know what a site does
-with its draws.
+The search has three steps, each on a fresh copy of the network:
+
+1. one forward per sample in eval mode, and one in training mode, to see which modules draw;
+2. more training forwards, while layers that are skipped at random hide a module;
+3. training forwards that capture the calls of every possible site, at most `MOST_CALLS` each.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from evalmode.export.audit.call import Call, CallKind, state_before
+from evalmode.export.audit.call import Call, CallKind, read_state
 from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.export.module.dropouts import declared_rate, should_drop
 from evalmode.export.module.forward import plain_forward, seed_everything
@@ -25,174 +28,203 @@ from evalmode.export.module.randomness import Draw, Unwatched, draws
 
 Sample = Mapping[str, Tensor]
 
-MOST_CALLS = 8  # of one site that are kept to be judged
-_MORE_PASSES = 16  # forwards beside one a sample, where layers are skipped at random
+# The calls of one site that are captured to be judged. Each costs hundreds of forwards of the site.
+MOST_CALLS = 8
+
+# Forwards beside the one per sample, while a layer that is skipped at random was never reached. At
+# LayerDrop's usual rates (0.05 to 0.5) a layer is skipped 17 times in a row less than once in 10^5.
+_MORE_FORWARDS = 16
+# Between the seeds of these forwards, so that they are not the seeds of further samples: a prime.
+_SEED_STEP = 7919
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """A call of a site. `number` counts all calls of the site, from 1."""
+
+    call: Call
+    kind: CallKind
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class PossibleSite:
-    """What may be a site: a module's path, its draws in the two modes, the calls to judge (none: no
-    sample reaches it).
+    """A module that may be a site, its draws in both modes, and the calls to judge.
 
-    `kinds` and `numbers` belong to `calls`, and a number counts a call among all of the site's.
-    `count` is the number of its calls in all samples' forwards. `left_out` counts those whose
-    arguments are unlike those of all `calls`, and `drifted` those before which the module held
-    other numbers. `trains` is its training flag after the root's `train()`, which a module may
-    refuse.
+    `type` is the module's class and `p` its drop rate. `calls` is empty where no sample reaches the
+    module. `call_count` counts its calls in all samples' forwards. Two counts say what was not
+    captured: `unlike_arguments` calls with arguments unlike those of all `calls`, and
+    `unlike_state` calls before which the module held other numbers. `trains` is its training flag
+    after the root's `train()`, which a module may refuse.
     """
 
     path: str
-    kind: str
+    type: str
     p: float | None
-    training: tuple[Draw, ...]
-    eval: tuple[Draw, ...]
-    calls: tuple[Call, ...]
-    kinds: tuple[CallKind, ...]
-    numbers: tuple[int, ...]
-    count: int
-    drifted: int
-    left_out: int
+    training_draws: tuple[Draw, ...]
+    eval_draws: tuple[Draw, ...]
+    calls: tuple[CapturedCall, ...]
+    call_count: int
+    unlike_arguments: int
+    unlike_state: int
     trains: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """The possible sites in the order of the modules, and what went wrong on the way.
+    """The possible sites in the order of the modules, and the samples that failed.
 
-    `network` is a copy in eval mode to judge the sites in, and `trains` the training flags of its
-    parts after the root's `train()`. `ran` are the samples, by index, on which the training forward
-    ran, and none when no eval forward did; `ran_in_eval` are those on which the eval forward ran.
+    `network` is a copy in eval mode to judge the sites in. `training_flags` are the flags of its
+    parts after the root's `train()`, by path. `samples_in_training` and `samples_in_eval` are the
+    indices of the samples that ran; the first is empty where no sample ran in eval.
     """
 
     network: Network
-    trains: Mapping[str, bool]
+    training_flags: Mapping[str, bool]
     sites: tuple[PossibleSite, ...]
     failures: tuple[str, ...]
-    ran: tuple[int, ...]
-    ran_in_eval: tuple[int, ...]
+    samples_in_training: tuple[int, ...]
+    samples_in_eval: tuple[int, ...]
 
 
-def find(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
-    """Every possible site of a network, which the caller puts back (see `untouched`).
+def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Search:
+    """Every possible site of a network. The caller restores the network: see `untouched`.
 
     Raises UnusableInputs where no sample runs in either mode.
     """
-    # A copy for each use, and no more than two at a time: a forward may exchange its module's parts
-    # or use up an iterator, and what is measured afterwards would be another network.
-    copied = network.copy(parameters=True)
-    copied.module.eval()
-    in_eval = _Draws.of(copied, samples, seed=seed)
-    copied = network.copy(parameters=True)
-    copied.module.train()
-    flags = {path: part.training for path, part in copied.parts.items()}
-    in_training = _Draws.of(copied, samples, seed=seed)
-    in_training.reach(copied, samples, in_eval.reached, seed=seed)
-    ran, others = in_training.ran, in_eval.failures
-    if not ran and not in_eval.ran and not any(isinstance(error, Unwatched) for error in others):
-        reason = _described(others[0]).strip().partition("\n")[0]
-        kind = type(network.module).__name__
-        raise UnusableInputs(f"{kind} fails on every sample, in eval mode too: {reason}")
-    if not in_eval.ran:
-        ran = []
-    # What cannot be copied ran itself, and may have made parts or exchanged them.
+    # 1. The modules that draw. Each mode gets a fresh copy: a forward may exchange its module's
+    # parts or use up an iterator, and the next step would see another network.
+    working = network.copy(parameters=True)
+    working.module.eval()
+    in_eval = _Forwards()
+    in_eval.run_each(working, samples, seed=seed)
+
+    working = network.copy(parameters=True)
+    working.module.train()
+    training_flags = {path: part.training for path, part in working.parts.items()}
+    in_training = _Forwards()
+    in_training.run_each(working, samples, seed=seed)
+    # 2. The modules inside skipped layers.
+    in_training.run_until_reached(working, samples, in_eval.reached, seed=seed)
+
+    ran_nowhere = not in_training.completed and not in_eval.completed
+    # A forward that cannot be watched may run all the same: the samples are not to blame.
+    watchable = not any(isinstance(error, Unwatched) for error in in_eval.failures)
+    if ran_nowhere and watchable:
+        reason = _describe(in_eval.failures[0]).strip().partition("\n")[0]
+        type_name = type(network.module).__name__
+        raise UnusableInputs(f"{type_name} fails on every sample, in eval mode too: {reason}")
+    samples_in_training = in_training.completed if in_eval.completed else []
+
+    # A network that cannot be copied ran itself, and may have created or exchanged parts.
     network = Network.of(network.module)
-    drawn, always = in_training.drawn, in_eval.drawn
-    paths = [
-        path
-        for path, part in network.parts.items()
-        if path in drawn
-        or path in always
-        or (should_drop(part) and declared_rate(part) is not None)
-    ]
-    copied = network.copy(parameters=True)
-    copied.module.train()
-    captured = _captured(
-        copied, [samples[index] for index in ran], paths, in_training.reached, seed=seed
+    paths = []
+    for path, part in network.parts.items():
+        draws_random = path in in_training.draws or path in in_eval.draws
+        if draws_random or (should_drop(part) and declared_rate(part) is not None):
+            paths.append(path)
+
+    # 3. The calls of the possible sites.
+    working = network.copy(parameters=True)
+    working.module.train()
+    captures = _capture_calls(
+        working,
+        [samples[index] for index in samples_in_training],
+        paths,
+        in_training.reached,
+        seed=seed,
     )
+
     judged = Network.of(network.module).copy(parameters=True)
     judged.module.eval()
-    sites = [
-        PossibleSite(
-            path=path,
-            kind=type(network.parts[path]).__name__,
-            p=_rate(network.parts[path], (*drawn.get(path, ()), *always.get(path, ()))),
-            training=tuple(drawn.get(path, ())),
-            eval=tuple(always.get(path, ())),
-            calls=tuple(captured[path].calls),
-            kinds=tuple(captured[path].kinds),
-            numbers=tuple(captured[path].numbers),
-            count=captured[path].count,
-            drifted=captured[path].drifted,
-            left_out=captured[path].left_out,
-            trains=flags.get(path, True),
+    sites = []
+    for path in paths:
+        part, capture = network.parts[path], captures[path]
+        training_draws = tuple(in_training.draws.get(path, ()))
+        eval_draws = tuple(in_eval.draws.get(path, ()))
+        # The one rate that the random calls were made with, else the one that the module holds.
+        rates = {draw.p for draw in (*training_draws, *eval_draws) if draw.p is not None}
+        sites.append(
+            PossibleSite(
+                path=path,
+                type=type(part).__name__,
+                p=rates.pop() if len(rates) == 1 else declared_rate(part),
+                training_draws=training_draws,
+                eval_draws=eval_draws,
+                calls=tuple(capture.calls),
+                call_count=capture.call_count,
+                unlike_arguments=capture.unlike_arguments,
+                unlike_state=capture.unlike_state,
+                trains=training_flags.get(path, True),
+            )
         )
-        for path in paths
-    ]
+
+    failures = [f"in training mode on a sample: {_describe(e)}" for e in in_training.failures]
+    failures += [f"in eval mode on a sample: {_describe(e)}" for e in in_eval.failures]
     return Search(
         network=judged,
-        trains=flags,
+        training_flags=training_flags,
         sites=tuple(sites),
-        failures=(
-            *(
-                f"in training mode on a sample: {_described(error)}"
-                for error in in_training.failures
-            ),
-            *(f"in eval mode on a sample: {_described(error)}" for error in others),
-        ),
-        ran=tuple(ran),
-        ran_in_eval=tuple(in_eval.ran),
+        failures=tuple(failures),
+        samples_in_training=tuple(samples_in_training),
+        samples_in_eval=tuple(in_eval.completed),
     )
 
 
-def _described(failure: Exception) -> str:
+def _describe(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}"
 
 
-def _rate(part: nn.Module, drawn: Sequence[Draw]) -> float | None:
-    """The one rate that the calls give, else the one that the module holds."""
-    rates = {draw.p for draw in drawn if draw.p is not None}
-    return rates.pop() if len(rates) == 1 else declared_rate(part)
-
-
 @dataclass
-class _Draws:
-    """What forwards in one mode showed: the draws by the path of the innermost module that has one,
-    the parts that were called, the samples that ran, and what the others raised.
+class _Forwards:
+    """What forwards in one mode showed.
+
+    `draws` holds the draws by the path of the innermost module that made them; the dictionary keeps
+    each draw once, in order. `reached` are the paths of the modules that were called, and
+    `completed` the indices of the samples that ran to the end.
     """
 
-    drawn: dict[str, dict[Draw, None]] = field(default_factory=dict)
+    draws: dict[str, dict[Draw, None]] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
-    ran: list[int] = field(default_factory=list)
+    completed: list[int] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, network: Network, samples: Sequence[Sample], *, seed: int) -> _Draws:
-        """One forward a sample."""
-        seen = cls()
+    def run_each(self, network: Network, samples: Sequence[Sample], *, seed: int) -> None:
+        """Run one forward per sample."""
         for index, sample in enumerate(samples):
             try:
-                seen._run(network, sample, seed + index)
-            # the user's own code, in a mode that may be new to it; or what cannot be watched
+                self._run(network, sample, seed + index)
+            # The user's code may raise anything in a mode that is new to it; or Unwatched.
             except Exception as error:
-                seen.failures.append(error)
+                self.failures.append(error)
             else:
-                seen.ran.append(index)
-        return seen
+                self.completed.append(index)
 
-    def reach(
-        self, network: Network, samples: Sequence[Sample], parts: set[str], *, seed: int
+    def run_until_reached(
+        self, network: Network, samples: Sequence[Sample], paths: set[str], *, seed: int
     ) -> None:
-        """Run again while a module that draws has not called all that it calls in eval: LayerDrop
-        skips layers, and a site inside of one would never be seen.
+        """Run again while a module that draws has not called all of `paths` that lie inside it.
+
+        LayerDrop skips layers, and a site inside a skipped layer would never be seen.
         """
-        for repeat in range(_MORE_PASSES if self.ran else 0):
-            if not _missing(parts - self.reached, self.drawn):
+        if not self.completed:
+            return
+        for repeat in range(_MORE_FORWARDS):
+            if not self._hides_any(paths - self.reached):
                 return
-            index = self.ran[repeat % len(self.ran)]
+            index = self.completed[repeat % len(self.completed)]
             try:
-                self._run(network, samples[index], seed + 7919 * (repeat + 1))
+                self._run(network, samples[index], seed + _SEED_STEP * (repeat + 1))
             except Exception:  # a forward that runs only so often
                 return
+
+    def _hides_any(self, missing: set[str]) -> bool:
+        """Whether any of these paths lies inside a module that draws. The root contains all."""
+        for path in self.draws:
+            prefix = f"{path}." if path else ""
+            if any(part.startswith(prefix) for part in missing):
+                return True
+        return False
 
     def _run(self, network: Network, sample: Sample, seed: int) -> None:
         names = {id(part): path for path, part in network.parts.items()}
@@ -203,80 +235,74 @@ class _Draws:
         seed_everything(seed)
         with ExitStack() as stack:
             stack.callback(register_module_forward_pre_hook(hook).remove)
-            seen = draws(network.module, Call.of((), sample).kwargs)
-        for draw in seen:
-            # "blocks.0 > unregistered": a module made while running belongs to the one that made
-            # it.
+            drawn = draws(network.module, Call.of((), sample).kwargs)
+        for draw in drawn:
+            # "blocks.0 > unregistered": a module that a forward creates belongs to its creator.
             path = draw.path.partition(" > ")[0]
-            self.drawn.setdefault("" if path == "(root)" else path, {})[draw] = None
-
-
-def _missing(parts: set[str], drawn: Mapping[str, object]) -> bool:
-    """Whether any of these parts lies inside of a module that draws."""
-    return any(not path or part.startswith(f"{path}.") for part in parts for path in drawn)
+            self.draws.setdefault("" if path == "(root)" else path, {})[draw] = None
 
 
 @dataclass
-class _Captured:
-    """The calls of one path: at most MOST_CALLS, of as many kinds as there are."""
+class _Capture:
+    """The captured calls of one path: at most MOST_CALLS, of as many kinds as there are."""
 
-    calls: list[Call] = field(default_factory=list)
-    kinds: list[CallKind] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    count: int = 0
-    drifted: int = 0
-    left_out: int = 0
+    calls: list[CapturedCall] = field(default_factory=list)
+    call_count: int = 0
+    unlike_arguments: int = 0
+    unlike_state: int = 0
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Mapping[Any, Any]) -> None:
-        self.count += 1
+        """Capture a call where it shows more than those captured before."""
+        self.call_count += 1
         kind = CallKind.of(args, kwargs, state)
-        blank = next(
-            (
-                index
-                for index, other in enumerate(self.kinds)
-                if other == kind and self.calls[index].emptiness()
-            ),
-            None,
-        )
-        if blank is not None:  # one that carries values takes the place of one that does not
-            call = Call.of(args, kwargs, state)
-            self.calls[blank] = self.calls[blank] if call.emptiness() else call
-            return
-        repeats = [index for index, other in enumerate(self.kinds) if other in self.kinds[:index]]
+
+        # A call that carries values replaces one of its kind that does not.
+        for index, captured in enumerate(self.calls):
+            if captured.kind == kind and captured.call.emptiness():
+                call = Call.of(args, kwargs, state)
+                if not call.emptiness():
+                    self.calls[index] = CapturedCall(call, kind, captured.number)
+                return
+
         if len(self.calls) < MOST_CALLS:
-            self.calls.append(Call.of(args, kwargs, state))
-            self.kinds.append(kind)
-            self.numbers.append(self.count)
-        elif kind in self.kinds:
-            pass
-        elif repeats:
-            self.calls[repeats[-1]] = Call.of(args, kwargs, state)
-            self.kinds[repeats[-1]] = kind
-            self.numbers[repeats[-1]] = self.count
+            self.calls.append(CapturedCall(Call.of(args, kwargs, state), kind, self.call_count))
+            return
+
+        kinds = [captured.kind for captured in self.calls]
+        if kind in kinds:
+            return
+
+        # A call of a new kind replaces the last one that repeats a kind.
+        repeats = [index for index, other in enumerate(kinds) if other in kinds[:index]]
+        if repeats:
+            call = Call.of(args, kwargs, state)
+            self.calls[repeats[-1]] = CapturedCall(call, kind, self.call_count)
+        elif kind.arguments in {other.arguments for other in kinds}:
+            self.unlike_state += 1
         else:
-            known = {other.arguments for other in self.kinds}
-            self.left_out += kind.arguments not in known
-            self.drifted += kind.arguments in known
+            self.unlike_arguments += 1
 
 
-def _captured(
+def _capture_calls(
     network: Network,
     samples: Sequence[Sample],
     paths: Sequence[str],
     reached: set[str],
     *,
     seed: int,
-) -> dict[str, _Captured]:
-    """The calls of each path in training forwards: one a sample, and more while a path that was
-    reached before is not.
+) -> dict[str, _Capture]:
+    """The calls of each path in training forwards.
+
+    One forward per sample, and more while a path in `reached` was not called: LayerDrop may skip
+    it this time.
     """
-    captured = {path: _Captured() for path in paths}
+    captures = {path: _Capture() for path in paths}
 
     def watch(stack: ExitStack, path: str) -> None:
         inside = Network.of(network.parts[path]).parts
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured[path].add(args, kwargs, state_before(inside))
+            captures[path].add(args, kwargs, read_state(inside))
 
         stack.callback(network.parts[path].register_forward_pre_hook(hook, with_kwargs=True).remove)
 
@@ -289,11 +315,11 @@ def _captured(
             watch(stack, path)
         for index, sample in enumerate(samples):
             run(sample, seed + index)
-        for repeat in range(_MORE_PASSES):
-            if not samples or all(captured[path].count for path in paths if path in reached):
+        for repeat in range(_MORE_FORWARDS):
+            if not samples or all(captures[path].call_count for path in paths if path in reached):
                 break
             try:
-                run(samples[repeat % len(samples)], seed + 7919 * (repeat + 1))
+                run(samples[repeat % len(samples)], seed + _SEED_STEP * (repeat + 1))
             except Exception:  # a forward that runs only so often
                 break
-    return captured
+    return captures

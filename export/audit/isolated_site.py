@@ -1,8 +1,8 @@
-"""One site, held still: its captured input and its own state are the same at every run, and nothing
-else is random.
+"""One site, run in isolation: at every run its input and its state are the same, and nothing else
+is random.
 
-Every other module is in eval mode, so that a difference between two runs is the site's own. Does
-not know a module that is random in eval around or inside the site.
+Every other module is in eval mode, so a difference between two runs comes from the site. A module
+inside the site that is random in eval is not silenced.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from evalmode.export.audit.call import Call, give_state
-from evalmode.export.audit.own_calls import OwnCall, own_calls
+from evalmode.export.audit.call import Call, write_state
+from evalmode.export.audit.direct_calls import DirectCall, watch_direct_calls
 from evalmode.export.module.forward import plain_forward
 from evalmode.export.module.network import Network
 from evalmode.export.module.outputs import own_forward
@@ -26,93 +26,51 @@ from evalmode.export.module.untouched import saved
 
 
 class IsolatedSite:
-    """A site of a network, with the call to repeat. The network's flags are the site's to set while
-    it is judged.
+    """A module of a network, with one call to repeat.
+
+    Runs belong inside `with site.isolated():`, which also puts everything back:
+
+        site = IsolatedSite(network, network.parts[path], call)
+        with site.isolated():
+            outputs = site.run(training=True)
     """
 
     def __init__(
         self,
         network: Network,
-        site: nn.Module,
+        module: nn.Module,
         call: Call,
         *,
         trains: bool = True,
         sites: Collection[nn.Module] = (),
     ) -> None:
-        """`trains` is False for a site that refuses training mode; `sites` are the modules that are
-        judged themselves.
+        """`trains` is False for a module that refuses training mode. `sites` are the modules of the
+        network that are judged as sites themselves.
         """
-        self.site, self.call, self._trains = site, call, trains
-        parts = Network.of(site).parts
+        self.module, self.call, self._trains = module, call, trains
+        parts = Network.of(module).parts
         self._inside = list(parts.values())
-        self._before = [saved(part) for part in self._inside]
-        give_state(parts, call.state)
-        self._restores = [saved(part) for part in self._inside]
-        self._everything = list(network.parts.values())
-        self._sites = {id(part) for part in sites}
-        self._asked: list[nn.Module] = []
-        self._branches: Mapping[nn.Module, float] = {}
-        self._shows_inputs = False
-        self._calls: list[OwnCall] = []
-        self._answers: dict[nn.Module, Any] = {}
+        self._network_parts = list(network.parts.values())
+        self._site_ids = {id(part) for part in sites}
 
-    @property
-    def has_parts(self) -> bool:
-        """Whether there is any module inside the site."""
-        return len(self._inside) > 1
+        # Two states of the site: before the audit came here, and before the call to repeat.
+        self._restore_original = [saved(part) for part in self._inside]
+        write_state(parts, call.state)
+        self._restore_call_state = [saved(part) for part in self._inside]
 
-    def with_children(self) -> None:
-        """From now on training is the flag of what is inside too: some ask their child for it. What
-        is a site itself stays in eval.
-        """
-        self._asked = [part for part in self._inside if id(part) not in self._sites]
+        self._switched_children: list[nn.Module] = []
+        self._branch_factors: Mapping[nn.Module, float] = {}
+        self._includes_inputs = False
+        self._calls: list[DirectCall] = []
+        self._last_outputs: dict[nn.Module, Any] = {}
 
     @contextmanager
-    def showing_inputs(self) -> Iterator[None]:
-        """Meanwhile what reaches the modules that the site calls is part of its output."""
-        self._shows_inputs = True
+    def isolated(self) -> Iterator[None]:
+        """Put the network into eval mode for the runs, and put every flag and number back after."""
+        flags = [part.training for part in self._network_parts]
         try:
-            yield
-        finally:
-            self._shows_inputs = False
-
-    @contextmanager
-    def branches(self, factors: Mapping[nn.Module, float]) -> Iterator[None]:
-        """Meanwhile what these modules add to their input counts so many times.
-
-        A module with factor 0 does not run: it passes on its input, in the form of its last answer
-        that was watched.
-        """
-        with ExitStack() as stack:
-            for module, factor in factors.items():
-                if factor == 0 and module in self._answers:
-                    stack.enter_context(own_forward(module))
-                    module.forward = partial(_skip, module, self._answers[module])
-            before, self._branches = self._branches, factors
-            try:
-                yield
-            finally:
-                self._branches = before
-
-    def calls_of(self, *, training: bool) -> list[nn.Module]:
-        """The modules that the site's own code calls in one more forward, in order."""
-        self.run(training=training, watched=True)
-        return self.called
-
-    @property
-    def called(self) -> list[nn.Module]:
-        """The modules that the site's own code called in the last forward that was watched."""
-        return [call.module for call in self._calls]
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """No gradients, no fused attention (it hides its dropout), every flag given back.
-
-        Eval mode is set by attribute: `eval()` does not reach modules in plain lists.
-        """
-        flags = [part.training for part in self._everything]
-        try:
-            for part in self._everything:
+            # By attribute: `eval()` does not reach modules in plain lists, and may be overridden.
+            for part in self._network_parts:
                 part.training = False
             # Fused attention and cuDNN's recurrent layers hide their dropout from a dispatch mode.
             with (
@@ -122,68 +80,132 @@ class IsolatedSite:
             ):
                 yield
         finally:
-            for part, flag in zip(self._everything, flags, strict=True):
+            for part, flag in zip(self._network_parts, flags, strict=True):
                 part.training = flag
-            for restore in self._before:
+            for restore in self._restore_original:
                 restore()
 
-    def prepared(self) -> Call:
-        """The site's own state as it was, and a fresh copy of its input."""
-        for restore in self._restores:
+    def run(self, *, training: bool, watched: bool = False) -> list[Tensor]:
+        """The floating point tensors of the output, from the same input and state at every run.
+
+        `watched` records the modules that the site calls directly: see `last_called`.
+        """
+        return self.run_prepared(self.prepare(), training=training, watched=watched)
+
+    def prepare(self) -> Call:
+        """Restore the site's state to that before the call, and return a fresh copy of the call."""
+        for restore in self._restore_call_state:
             restore()
-        return self.call.again()
+        return self.call.copy()
 
     def run_prepared(self, call: Call, *, training: bool, watched: bool = False) -> list[Tensor]:
-        """The floating tensors of the site's output for a prepared call."""
-        for part in self._asked:
+        """As `run`, for a call that `prepare` returned: a tape needs the call's tensors first."""
+        for part in self._switched_children:
             part.training = training
-        self.site.training = training and self._trains
+        self.module.training = training and self._trains
         self._calls = []
-        watches = watched or self._shows_inputs or bool(self._branches)
+        watched = watched or self._includes_inputs or bool(self._branch_factors)
+        # Global hooks slow every module down, so they are set only where a caller reads the calls.
+        watching = (
+            watch_direct_calls(self.module, on_leave=self._record) if watched else nullcontext()
+        )
         try:
-            with own_calls(self.site, leaving=self._left) if watches else nullcontext():
-                output = self.site(*call.args, **call.kwargs)
+            with watching:
+                output = self.module(*call.args, **call.kwargs)
         finally:
             for part in self._inside:
                 part.training = False
-        shown = self._calls if self._shows_inputs else ()
-        inputs = [x for own in shown if own.module not in self._branches for x in own.inputs()]
-        return [
-            tensor.detach() for tensor in (*tensors(output), *inputs) if tensor.is_floating_point()
-        ]
 
-    def _left(self, call: OwnCall) -> Any:
+        outputs = output_tensors(output)
+        if self._includes_inputs:
+            for direct_call in self._calls:
+                if direct_call.module not in self._branch_factors:
+                    outputs += direct_call.inputs()
+        return [tensor.detach() for tensor in outputs if tensor.is_floating_point()]
+
+    def _record(self, call: DirectCall) -> Any:
+        """Record a direct call. Returns what replaces its output; None leaves it as it is."""
         self._calls.append(call)
-        factor = self._branches.get(call.module)
+        factor = self._branch_factors.get(call.module)
         if factor is None:
-            self._answers[call.module] = call.output
-        return None if factor is None or factor == 0 else call.with_branch(factor)
+            self._last_outputs[call.module] = call.output
+            return None
+        # At factor 0 the module did not run: `scaled_branches` exchanged its forward.
+        return None if factor == 0 else call.output_with_branch(factor)
 
-    def run(self, *, training: bool, watched: bool = False) -> list[Tensor]:
-        """The floating tensors of the site's output, from the same input and state each time."""
-        return self.run_prepared(self.prepared(), training=training, watched=watched)
+    def called_modules(self, *, training: bool) -> list[nn.Module]:
+        """The modules that the site calls directly in one more forward, in order."""
+        self.run(training=training, watched=True)
+        return self.last_called
+
+    @property
+    def last_called(self) -> list[nn.Module]:
+        """The modules that the site called directly in the last watched forward, in order."""
+        return [call.module for call in self._calls]
+
+    def switch_children(self) -> None:
+        """From now on set the training flag of the modules inside too.
+
+        Some sites read the flag of a child. Modules that are sites themselves stay in eval.
+        """
+        self._switched_children = [part for part in self._inside if id(part) not in self._site_ids]
+
+    @contextmanager
+    def including_inputs(self) -> Iterator[None]:
+        """Inside, the output of a run includes the inputs of the modules that the site calls."""
+        self._includes_inputs = True
+        try:
+            yield
+        finally:
+            self._includes_inputs = False
+
+    @contextmanager
+    def scaled_branches(self, factors: Mapping[nn.Module, float]) -> Iterator[None]:
+        """Inside, multiply the residual branches of these modules by their factors.
+
+        A module with factor 0 does not run. It returns its input, in the structure of its output in
+        the last watched forward.
+        """
+        with ExitStack() as stack:
+            for module, factor in factors.items():
+                if factor == 0 and module in self._last_outputs:
+                    stack.enter_context(own_forward(module))
+                    module.forward = partial(_skip, module, self._last_outputs[module])
+            outer_factors, self._branch_factors = self._branch_factors, factors
+            try:
+                yield
+            finally:
+                self._branch_factors = outer_factors
+
+    @property
+    def has_children(self) -> bool:
+        """Whether there is any module inside the site."""
+        return len(self._inside) > 1
 
     @property
     def has_zero_weights(self) -> bool:
-        """Whether a parameter inside is zero everywhere: a branch may give nothing at the start."""
-        return any(not bool(parameter.any()) for parameter in self.site.parameters())
+        """Whether a parameter is zero everywhere, as at the end of a new residual branch."""
+        return any(not bool(parameter.any()) for parameter in self.module.parameters())
 
     def weights(self) -> list[Tensor]:
-        """The parameters and buffers inside the site."""
-        return [*self.site.parameters(), *self.site.buffers()]
+        """The parameters and buffers of the site and of the modules inside."""
+        return [*self.module.parameters(), *self.module.buffers()]
 
 
-def _skip(module: nn.Module, answer: Any, *args: Any, **kwargs: Any) -> Any:
-    return OwnCall(0, module, args, kwargs, answer).with_branch(0.0)
+def _skip(module: nn.Module, last_output: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a skipped layer: its input, in the structure of `last_output`."""
+    return DirectCall(0, module, args, kwargs, last_output).output_with_branch(0.0)
 
 
 @contextmanager
 def noise_for_zero_weights(module: nn.Module) -> Iterator[None]:
-    """Small random values meanwhile in the parameters that are zero everywhere: normal ones of a
-    standard deviation of .5, which neither vanish nor overflow.
+    """Inside, the parameters that are zero everywhere have random values: N(0, 0.5^2), which
+    neither vanishes nor overflows in the layers behind it.
     """
     zeros = [
-        item for item in module.parameters() if item.is_floating_point() and not bool(item.any())
+        parameter
+        for parameter in module.parameters()
+        if parameter.is_floating_point() and not bool(parameter.any())
     ]
     try:
         with torch.no_grad():
@@ -196,21 +218,21 @@ def noise_for_zero_weights(module: nn.Module) -> Iterator[None]:
                 parameter.zero_()
 
 
-def tensors(output: object) -> list[Tensor]:
-    """The tensors of a module's output, in the order of torch's pytrees; of other objects, those
-    that they hold.
+def output_tensors(output: object) -> list[Tensor]:
+    """The tensors of a module's output, in the order of torch's pytrees.
+
+    Objects that pytrees do not open, such as dataclasses, are read by their attributes.
     """
-    leaves = pytree.tree_leaves(output)
-    held = [
-        vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf
-        for leaf in leaves
-    ]
-    return [leaf for leaf in pytree.tree_leaves(held) if isinstance(leaf, Tensor)]
+    leaves: list[Any] = []
+    for leaf in pytree.tree_leaves(output):
+        is_object = hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor)
+        leaves.append(vars(leaf) if is_object else leaf)
+    return [leaf for leaf in pytree.tree_leaves(leaves) if isinstance(leaf, Tensor)]
 
 
-def rounding(of: list[Tensor]) -> float:
-    """The largest relative rounding step of these tensors' dtypes; float32's where there is
-    none.
+def rounding_step(tensors: list[Tensor]) -> float:
+    """The largest relative rounding step of the dtypes of these tensors; float32's where none is a
+    floating point tensor.
     """
-    steps = [torch.finfo(tensor.dtype).eps for tensor in of if tensor.is_floating_point()]
+    steps = [torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point()]
     return max(steps, default=torch.finfo(torch.float32).eps)

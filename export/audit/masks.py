@@ -1,7 +1,8 @@
-"""Reading masks: the value that is kept, which elements share their fate, and whether the rest is
-independent.
+"""Reading masks from noise: the value that is kept, which elements are kept or dropped together,
+and whether the others are independent.
 
-Knows tensors, no modules.
+Noise is a float64 tensor with NaN where it is not visible. A mask is 0 where it drops and one value
+where it keeps.
 """
 
 from __future__ import annotations
@@ -12,98 +13,105 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_DISTINCT = 6.0  # standard errors: what chance does once in a billion
+# A correlation counts from this many standard errors on, which chance reaches once in a billion.
+_SIGNIFICANT = 6.0
 
 
 @dataclass
 class Shape:
-    """What draws have shown so far: the kept value, and the axes along which the mask differs."""
+    """The kept value of a mask, and the axes along which draws showed it to vary."""
 
     value: float
     varies: tuple[bool, ...]
-    dropped: bool = (
-        False  # whether anything was ever dropped beside something kept, or in another draw
-    )
+    # Whether anything was dropped beside something kept, or in another draw.
+    dropped: bool = False
 
     @property
     def shared(self) -> tuple[int, ...]:
-        """The axes that share one fate; without a drop there is no evidence of sharing, so none."""
-        return (
-            tuple(axis for axis, varies in enumerate(self.varies) if not varies)
-            if self.dropped
-            else ()
-        )
+        """The axes along which elements are kept or dropped together.
+
+        Without a dropped element there is no evidence of sharing: then there are none.
+        """
+        if not self.dropped:
+            return ()
+        return tuple(axis for axis, varies in enumerate(self.varies) if not varies)
 
     def joined(self, other: Shape) -> Shape:
-        """What both have shown together."""
+        """What the draws behind both shapes show together."""
         varies = tuple(a or b for a, b in zip(self.varies, other.varies, strict=True))
         return Shape(self.value, varies, self.dropped or other.dropped)
 
 
 def kept_value(noise: Tensor, *, rounding: float) -> float | None:
-    """The one value v > 0 of noise that is 0 or v everywhere, up to rounding; None for other noise,
-    or nothing kept.
+    """The value v > 0 of noise that is 0 or v everywhere, up to `rounding`, relatively.
 
-    `noise` may hold NaN, which says nothing.
+    None for noise that is no mask, or that keeps nothing.
     """
-    kept = noise[~noise.isnan() & (noise != 0)]
-    if kept.numel() == 0:
+    values = noise[~noise.isnan() & (noise != 0)]
+    if values.numel() == 0:
         return None
-    value = float(kept.median())
+    value = float(values.median())
     return value if value > 0 and fits(noise, value, rounding=rounding) else None
 
 
 def fits(noise: Tensor, value: float, *, rounding: float) -> bool:
-    """Whether noise is 0 or `value` wherever it is not NaN, up to four rounding steps."""
-    away = torch.minimum((noise - value).abs(), noise.abs() + value * (noise != 0))
-    return not bool((away > 4 * rounding * value).any())  # NaN compares as False
+    """Whether noise is 0 or `value` wherever it is visible, up to four rounding steps."""
+    to_zero = noise.abs() + value * (noise != 0)  # 0 for a zero, more than `value` for the others
+    difference = torch.minimum((noise - value).abs(), to_zero)
+    return not bool((difference > 4 * rounding * value).any())  # NaN compares as False
 
 
 def shape_of(noise: Tensor, value: float) -> Shape:
-    """What one draw shows: along which axes something is kept beside something dropped."""
-    seen, kept = ~noise.isnan(), noise > value / 2
-    dropped = seen & ~kept
-    varies = tuple(
-        bool((kept.any(axis) & dropped.any(axis)).any()) if noise.shape[axis] > 1 else False
-        for axis in range(noise.dim())
-    )
-    return Shape(value, varies, bool(dropped.any()))
+    """The shape that one draw shows: it varies along axes that hold kept and dropped elements."""
+    is_visible, is_kept = ~noise.isnan(), noise > value / 2
+    is_dropped = is_visible & ~is_kept
+    varies = []
+    for axis in range(noise.dim()):
+        # Of an axis with one element nothing is known; it counts as shared.
+        if noise.shape[axis] > 1:
+            varies.append(bool((is_kept.any(axis) & is_dropped.any(axis)).any()))
+        else:
+            varies.append(False)
+    return Shape(value, tuple(varies), bool(is_dropped.any()))
 
 
 def groups(noise: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Which groups are seen, and which kept, where the axes that share one fate are one group."""
-    seen, kept = ~noise.isnan(), noise > shape.value / 2
-    return _any(seen, shape.shared), _any(kept, shape.shared)
+    """Which groups of elements are visible, and which are kept, as two boolean tensors.
 
-
-def _any(flags: Tensor, axes: tuple[int, ...]) -> Tensor:
-    for axis in axes:
-        flags = flags.any(axis, keepdim=True)
-    return flags
-
-
-def neighbours_agree(seen: Sequence[Tensor], kept: Sequence[Tensor]) -> bool:
-    """Whether neighbours along an axis share their fate more often, or less, than independent ones
-    would.
+    Elements that differ along shared axes alone are one group; these axes have size 1 in the
+    results.
     """
-    every_seen, every_kept = torch.stack(list(seen)), torch.stack(list(kept)).to(torch.float64)
-    rate = float(every_kept[every_seen].mean())
+    is_visible, is_kept = ~noise.isnan(), noise > shape.value / 2
+    for axis in shape.shared:
+        is_visible, is_kept = is_visible.any(axis, keepdim=True), is_kept.any(axis, keepdim=True)
+    return is_visible, is_kept
+
+
+def neighbours_agree(is_visible: Sequence[Tensor], is_kept: Sequence[Tensor]) -> bool:
+    """Whether neighbours along an axis are kept together more often, or less, than by chance.
+
+    `is_visible` and `is_kept` are the groups of several draws, as `groups` returns them.
+    """
+    all_visible = torch.stack(list(is_visible))  # (draws, *groups)
+    all_kept = torch.stack(list(is_kept)).to(torch.float64)
+    rate = float(all_kept[all_visible].mean())
     if rate in (0.0, 1.0):
         return False
-    away = (every_kept - rate) * every_seen
-    return any(
-        _correlated(away, every_seen, axis, rate)
-        for axis in range(1, away.dim())
-        if away.shape[axis] > 1
-    )
-
-
-def _correlated(away: Tensor, seen: Tensor, axis: int, rate: float) -> bool:
-    length = away.shape[axis] - 1
-    products = away.narrow(axis, 0, length) * away.narrow(axis, 1, length)
-    pairs = int((seen.narrow(axis, 0, length) & seen.narrow(axis, 1, length)).sum())
-    # Independent: mean 0, variance (rate (1 - rate))^2. Too few pairs that fell together prove
-    # nothing either way.
-    if pairs * min(rate, 1 - rate) ** 2 < 10:
-        return False
-    return bool(abs(float(products.sum())) > _DISTINCT * rate * (1 - rate) * pairs**0.5)
+    deviation = (all_kept - rate) * all_visible
+    # Axis 0 counts the draws, which are independent.
+    for axis in range(1, deviation.dim()):
+        length = deviation.shape[axis] - 1
+        if length < 1:
+            continue
+        products = deviation.narrow(axis, 0, length) * deviation.narrow(axis, 1, length)
+        both_visible = all_visible.narrow(axis, 0, length) & all_visible.narrow(axis, 1, length)
+        pair_count = int(both_visible.sum())
+        # Fewer than ten pairs of the rarer fate are expected: too few for the normal approximation
+        # below.
+        if pair_count * min(rate, 1 - rate) ** 2 < 10:
+            continue
+        # Of independent neighbours, a product has mean 0 and standard deviation rate (1 - rate).
+        limit = _SIGNIFICANT * rate * (1 - rate) * pair_count**0.5
+        if abs(float(products.sum())) > limit:
+            return True
+    return False

@@ -1,241 +1,283 @@
-"""Measuring one effect: how many draws it takes, the draws, and what they say about its mean.
+"""Measuring the effects of a site: how many draws a test takes, the draws, and what they prove.
 
-A mask is judged by an exact binomial test of the groups that it keeps. Where neighbours or whole
-draws hang together (DropBlock), and for noise that is no mask, the draws' means are judged instead,
-by Student's interval against a margin. The draws that find the structure are not those that are
-tested. Knows an observer, no module.
+One effect is measured in this order:
+
+1. noise of no known form: the mean of the whole output is compared (`agreement.py`);
+2. augmentation: the share of values that stay as they are; there is no scale to test;
+3. pilot draws show the structure of the noise; if they are all the same mask, it is frozen, and if
+   they keep nothing, it drops everything;
+4. a mask of independent groups: an exact binomial test of the groups that it keeps;
+5. a mask whose groups depend on one another (DropBlock), and noise that is no mask: Student's
+   interval of the means of whole draws, against a margin.
+
+The draws that show the structure are not those that are tested.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from evalmode.export.audit import masks
 from evalmode.export.audit import statistics as st
-from evalmode.export.audit.agreement import agreement
-from evalmode.export.audit.site import MOST_DRAWS, Effect, Kind, Measured, NoiseObserver, Outcome
+from evalmode.export.audit.agreement import compare_means
+from evalmode.export.audit.site import MOST_DRAWS, Effect, Figures, Kind, NoiseObserver, Outcome
 
-_PILOT = 8  # draws at least, in the pilot and in the test
-_MOST_PILOT = 512
-_ENOUGH = 20  # groups kept, and dropped, that a pilot should see
-_MOST_ELEMENTS = 200_000  # of a pilot that has still not seen them
+# Draws of a pilot, and of a test, at least and at most.
+_LEAST_DRAWS = 8
+_MOST_PILOT_DRAWS = 512
+# A pilot ends when it has seen this many elements kept and this many dropped, or after so many
+# elements in all.
+_ENOUGH_ELEMENTS = 20
+_MOST_PILOT_ELEMENTS = 200_000
+# Means vary less evenly than groups of a mask: their test takes this many draws at least.
+_LEAST_MEANS = 4 * _LEAST_DRAWS
+# The tests of a mask. The second and third follow where the test before showed another structure.
+_MASK_TESTS = 3
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Test:
+    """What is tested, and how strictly. `draws` fixes the number of draws; None sizes it."""
+
+    observer: NoiseObserver
+    index: int
+    effect: Effect
+    alpha: float
+    draws: int | None
+
+    def noises(self, count: int) -> Iterator[Tensor]:
+        """The noise of `count` more forwards, in float64."""
+        for _ in range(count):
+            yield self.observer.draw()[self.index].to(torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Pilot:
-    """What draws before the test showed of one effect."""
+    """What the draws before the test showed.
+
+    `kept_value` is None for noise that is no mask. `shape` is None for noise that is no mask of
+    independent groups.
+    """
 
     noises: list[Tensor]
-    value: float | None
+    kept_value: float | None
     shape: masks.Shape | None
-    clustered: bool
-
-    @property
-    def frozen(self) -> bool:
-        """Whether every draw was the same although it dropped one element and kept another."""
-        first = self.noises[0]
-        mixed = bool((first == 0).any()) and bool((first.nan_to_num(0.0) != 0).any())
-        return mixed and all(
-            torch.equal(first.nan_to_num(-1.0), other.nan_to_num(-1.0)) for other in self.noises[1:]
-        )
 
 
-def measure(observer: NoiseObserver, *, alpha: float, draws: int | None) -> list[Measured]:
-    """Every effect's figures, at level alpha each. `draws` fixes the number of test forwards; None
-    sizes it.
+def measure(observer: NoiseObserver, *, alpha: float, draws: int | None) -> list[Figures]:
+    """The figures of each effect of an observer, each at level `alpha`.
+
+    `draws` fixes the training forwards of each test. None takes as many as detect a gap of one
+    margin (see `statistics.margin`), and `MOST_DRAWS` at most.
     """
     return [
-        _measure(observer, index, effect, alpha, draws)
+        _measure_effect(
+            _Test(observer=observer, index=index, effect=effect, alpha=alpha, draws=draws)
+        )
         for index, effect in enumerate(observer.effects)
     ]
 
 
-def _measure(
-    observer: NoiseObserver, index: int, effect: Effect, alpha: float, draws: int | None
-) -> Measured:
+def _measure_effect(test: _Test) -> Figures:
+    effect = test.effect
+
+    # 1. Noise of no known form.
     if effect.direction is not None:
-        return agreement(
-            partial(_drawn, observer, index), effect.direction, alpha=alpha, draws=draws
-        )
-    if effect.law is Kind.AUGMENTED:
-        return _augmented(observer, index)
-    pilot = _pilot(observer, index, effect)
-    if pilot.frozen:
-        return Measured(outcome=Outcome.FROZEN, draws=len(pilot.noises), value=pilot.value)
+        return compare_means(test.noises, effect.direction, alpha=test.alpha, draws=test.draws)
+
+    # 2. Augmentation.
+    if effect.pattern is Kind.AUGMENTED:
+        shares = [float((noise != 0).double().mean()) for noise in test.noises(_LEAST_MEANS)]
+        keep_rate = sum(shares) / len(shares)
+        return Figures(outcome=Outcome.NO_GAP, draws=len(shares), keep_rate=keep_rate)
+
+    # 3. The structure of the noise.
+    pilot = _draw_pilot(test)
+    draws = len(pilot.noises)
+    if _is_frozen(pilot.noises):
+        return Figures(outcome=Outcome.FROZEN, draws=draws, kept_value=pilot.kept_value)
     if not any(bool(noise.nan_to_num(0.0).any()) for noise in pilot.noises):
-        return Measured(outcome=Outcome.NOTHING_KEPT, draws=len(pilot.noises), keep=0.0, gap=0.0)
-    for _ in range(3):
-        if pilot.shape is None or pilot.clustered:
+        return Figures(outcome=Outcome.NOTHING_KEPT, draws=draws, keep_rate=0.0, gap=0.0)
+
+    # 4. A mask of independent groups. A test may refute the structure that the pilot showed.
+    shape = pilot.shape
+    for _ in range(_MASK_TESTS):
+        if shape is None or pilot.kept_value is None:
             break
-        measured = _test_mask(observer, index, effect, pilot, alpha, draws)
-        if measured is not None:
-            return measured
-    return _test_mean(observer, index, effect, pilot, alpha, draws)
+        result = _test_mask(test, pilot.noises, pilot.kept_value, shape)
+        if isinstance(result, Figures):
+            return result
+        shape = result
+
+    # 5. Anything else.
+    return _test_mean(test, pilot)
 
 
-def _pilot(observer: NoiseObserver, index: int, effect: Effect) -> _Pilot:
+def _draw_pilot(test: _Test) -> _Pilot:
+    effect = test.effect
     noises: list[Tensor] = []
-    for noise in _drawn(observer, index, _MOST_PILOT):
+    zero_count = kept_count = element_count = 0
+    for noise in test.noises(_MOST_PILOT_DRAWS):
         noises.append(noise)
-        if len(noises) >= _PILOT and (
-            _informative(noises) or sum(n.numel() for n in noises) > _MOST_ELEMENTS
-        ):
+        zero_count += int((noise == 0).sum())
+        kept_count += int((noise.nan_to_num(0.0) != 0).sum())
+        element_count += noise.numel()
+        has_seen_both = min(zero_count, kept_count) >= _ENOUGH_ELEMENTS
+        if len(noises) >= _LEAST_DRAWS and (has_seen_both or element_count > _MOST_PILOT_ELEMENTS):
             break
-    seen = torch.cat([noise.reshape(-1) for noise in noises])
-    value = None if effect.additive else masks.kept_value(seen, rounding=effect.rounding)
-    alike = len({noise.shape for noise in noises}) == 1
-    if value is None or not alike:
-        return _Pilot(noises, value, None, clustered=True)
+
+    value = None
+    if not effect.additive:
+        elements = torch.cat([noise.reshape(-1) for noise in noises])
+        value = masks.kept_value(elements, rounding=effect.rounding)
+    has_one_shape = len({noise.shape for noise in noises}) == 1
+    if value is None or not has_one_shape:
+        return _Pilot(noises=noises, kept_value=value, shape=None)
+
     shape = masks.shape_of(noises[0], value)
     for noise in noises[1:]:
         shape = shape.joined(masks.shape_of(noise, value))
-    return _Pilot(noises, value, shape, _hang_together(noises, shape))
+    is_visible, is_kept = zip(*(masks.groups(noise, shape) for noise in noises), strict=True)
+    kept_counts = [int(tensor.sum()) for tensor in is_kept]
+    visible_counts = [int(tensor.sum()) for tensor in is_visible]
+    is_overdispersed = st.overdispersed(kept_counts, visible_counts)
+    if is_overdispersed or masks.neighbours_agree(is_visible, is_kept):
+        return _Pilot(noises=noises, kept_value=value, shape=None)
+    return _Pilot(noises=noises, kept_value=value, shape=shape)
 
 
-def _augmented(observer: NoiseObserver, index: int) -> Measured:
-    """How much is left as it is; there is no scale to test."""
-    shares = [float((noise != 0).double().mean()) for noise in _drawn(observer, index, 4 * _PILOT)]
-    return Measured(outcome=Outcome.NONE, draws=len(shares), keep=sum(shares) / len(shares))
-
-
-def _informative(noises: list[Tensor]) -> bool:
-    zeros = sum(int((noise == 0).sum()) for noise in noises)
-    return (
-        zeros >= _ENOUGH
-        and sum(int((noise.nan_to_num(0.0) != 0).sum()) for noise in noises) >= _ENOUGH
-    )
-
-
-def _hang_together(noises: list[Tensor], shape: masks.Shape) -> bool:
-    pairs = [masks.groups(noise, shape) for noise in noises]
-    if st.overdispersed(
-        [int(kept.sum()) for _, kept in pairs], [int(seen.sum()) for seen, _ in pairs]
-    ):
-        return True
-    return masks.neighbours_agree([seen for seen, _ in pairs], [kept for _, kept in pairs])
-
-
-def _drawn(observer: NoiseObserver, index: int, count: int) -> Iterator[Tensor]:
-    for _ in range(count):
-        yield observer.draw()[index].to(torch.float64)
+def _is_frozen(noises: list[Tensor]) -> bool:
+    """Whether every draw was the same although it dropped an element and kept another."""
+    first = noises[0]
+    if not bool((first == 0).any()) or not bool((first.nan_to_num(0.0) != 0).any()):
+        return False
+    # NaN is not equal to itself, and -1 is no value of a mask.
+    return all(torch.equal(first.nan_to_num(-1.0), noise.nan_to_num(-1.0)) for noise in noises[1:])
 
 
 def _test_mask(
-    observer: NoiseObserver,
-    index: int,
-    effect: Effect,
-    pilot: _Pilot,
-    alpha: float,
-    draws: int | None,
-) -> Measured | None:
-    """The exact test; None when the draws showed another structure than the pilot, which is then
-    corrected.
+    test: _Test, pilot_noises: list[Tensor], value: float, shape: masks.Shape
+) -> Figures | masks.Shape | None:
+    """The exact test of a mask with independent groups.
+
+    Where the draws refute that, the test is void. Returned is then the shape that they show, or
+    None where their groups depend on one another.
     """
-    value, shape = pilot.value, pilot.shape
-    assert value is not None
-    assert shape is not None
-    counts = [masks.groups(noise, shape) for noise in pilot.noises]
-    each = max(sum(int(seen.sum()) for seen, _ in counts) / len(counts), 1e-9)
-    rate = sum(int(kept.sum()) for _, kept in counts) / max(
-        sum(int(seen.sum()) for seen, _ in counts), 1
-    )
+    effect, alpha = test.effect, test.alpha
+
+    # The number of draws, from the pilot's keep rate.
+    visible_count = kept_count = 0
+    for noise in pilot_noises:
+        is_visible, is_kept = masks.groups(noise, shape)
+        visible_count += int(is_visible.sum())
+        kept_count += int(is_kept.sum())
+    rate = kept_count / max(visible_count, 1)
     needed = st.masks_needed(rate, effect.balance / value, alpha=alpha)
-    count = draws or min(max(-(-needed // max(int(each), 1)), _PILOT), MOST_DRAWS)
-    kept, groups, now = [], [], shape
-    for noise in _drawn(observer, index, count):
+    groups_per_draw = max(visible_count // len(pilot_noises), 1)
+    draws = test.draws
+    if draws is None:
+        # -(-a // b) is a / b, rounded up.
+        draws = min(max(-(-needed // groups_per_draw), _LEAST_DRAWS), MOST_DRAWS)
+
+    # The draws.
+    kept_counts: list[int] = []
+    visible_counts: list[int] = []
+    shape_of_draws = shape
+    for noise in test.noises(draws):
         if not masks.fits(noise, value, rounding=effect.rounding):
-            pilot.clustered = True
             return None
-        now = now.joined(masks.shape_of(noise, value))
-        seen, held = masks.groups(noise, shape)
-        kept.append(int(held.sum()))
-        groups.append(int(seen.sum()))
-    if now.shared != shape.shared:
-        pilot.shape = now
+        shape_of_draws = shape_of_draws.joined(masks.shape_of(noise, value))
+        is_visible, is_kept = masks.groups(noise, shape)
+        kept_counts.append(int(is_kept.sum()))
+        visible_counts.append(int(is_visible.sum()))
+    if shape_of_draws.shared != shape.shared:
+        return shape_of_draws
+    if st.overdispersed(kept_counts, visible_counts):
         return None
-    if st.overdispersed(kept, groups):
-        pilot.clustered = True
-        return None
-    return _mask_figures(
-        effect, value, sum(kept), sum(groups), alpha, count, enough=sum(groups) >= needed
-    )
 
-
-def _mask_figures(
-    effect: Effect, value: float, kept: int, groups: int, alpha: float, draws: int, *, enough: bool
-) -> Measured:
-    low, high = st.exact_interval(kept, groups, alpha=alpha)
+    # The test. There is no gap at the keep rate balance / value, and a gap of less than the slack
+    # counts as none.
+    kept_count, group_count = sum(kept_counts), sum(visible_counts)
+    keep_rate = kept_count / group_count
+    low, high = st.exact_interval(kept_count, group_count, alpha=alpha)
     ratio = value / effect.balance if effect.balance > 0 else float("inf")
-    near = st.margin(1 - kept / groups)
-    slack = effect.rounding + st.NEGLIGIBLE * near
-    p_value = st.exact_p(kept, groups, ((1 - slack) / ratio, (1 + slack) / ratio))
-    gap, interval = kept / groups * ratio, (low * ratio, high * ratio)
+    margin = st.margin(1 - keep_rate)
+    slack = effect.rounding + st.NEGLIGIBLE * margin
+    balanced_rates = ((1 - slack) / ratio, (1 + slack) / ratio)
+    p_value = st.exact_p(kept_count, group_count, balanced_rates)
+    gap, gap_interval = keep_rate * ratio, (low * ratio, high * ratio)
     if p_value < alpha:
         outcome = Outcome.GAP
+    elif group_count >= needed:
+        # So many groups would have shown a gap of one margin.
+        outcome = Outcome.NO_GAP
+    elif 1 - margin <= gap_interval[0] and gap_interval[1] <= 1 + margin:
+        outcome = Outcome.NO_GAP
     else:
-        sure = enough or (1 - near <= interval[0] and interval[1] <= 1 + near)
-        outcome = Outcome.NONE if sure else Outcome.UNSURE
-    return Measured(
+        outcome = Outcome.UNSURE
+    return Figures(
         outcome=outcome,
         draws=draws,
-        value=value,
-        keep=kept / groups,
+        kept_value=value,
+        keep_rate=keep_rate,
         keep_interval=(low, high),
         gap=gap,
-        gap_interval=interval,
+        gap_interval=gap_interval,
     )
 
 
-def _test_mean(
-    observer: NoiseObserver,
-    index: int,
-    effect: Effect,
-    pilot: _Pilot,
-    alpha: float,
-    draws: int | None,
-) -> Measured:
-    """Student's interval of the draws' means, against balance, within a margin."""
-    every = torch.cat([noise.reshape(-1) for noise in pilot.noises])
-    spread = float(every[~every.isnan()].std()) if every.numel() > 1 else 0.0
-    means = [float(noise.nanmean()) for noise in pilot.noises]
+def _test_mean(test: _Test, pilot: _Pilot) -> Figures:
+    """Student's interval of the means of whole draws, against the balance, within a margin."""
+    effect, alpha, balance = test.effect, test.alpha, test.effect.balance
+
+    # The margin, from the spread of the noise.
+    elements = torch.cat([noise.reshape(-1) for noise in pilot.noises])
+    spread = float(elements[~elements.isnan()].std()) if elements.numel() > 1 else 0.0
     if effect.additive:
-        near = 0.05 * spread  # a bias below a twentieth of the noise
+        margin = 0.05 * spread  # a bias below a twentieth of the noise is not visible beside it
     else:
-        relative = (spread / effect.balance) ** 2 if effect.balance else 0.0
-        # for a mask this is 1 - keep
-        near = abs(effect.balance) * st.margin(relative / (1 + relative))
-    variance = float(torch.tensor(means, dtype=torch.float64).var())
-    needed = st.draws_needed(variance, near, alpha=alpha) if near else 0
-    count = draws or min(max(needed, 4 * _PILOT), MOST_DRAWS)
-    sample = [float(noise.nanmean()) for noise in _drawn(observer, index, max(count, 2))]
-    return _mean_figures(effect, pilot, sample, near, alpha)
+        relative_variance = (spread / balance) ** 2 if balance else 0.0
+        # For a mask this is the drop rate; other noise gets the margin of a mask of its variance.
+        drop_rate = relative_variance / (1 + relative_variance)
+        margin = abs(balance) * st.margin(drop_rate)
 
+    # The number of draws, from the variance of the pilot's means.
+    pilot_means = [float(noise.nanmean()) for noise in pilot.noises]
+    variance = float(torch.tensor(pilot_means, dtype=torch.float64).var())
+    needed = st.draws_needed(variance, margin, alpha=alpha) if margin else 0
+    draws = test.draws
+    if draws is None:
+        draws = min(max(needed, _LEAST_MEANS), MOST_DRAWS)
+    means = [float(noise.nanmean()) for noise in test.noises(max(draws, 2))]
 
-def _mean_figures(
-    effect: Effect, pilot: _Pilot, sample: list[float], near: float, alpha: float
-) -> Measured:
-    low, high = st.mean_interval(sample, alpha=alpha)
-    mean, balance = sum(sample) / len(sample), effect.balance
-    slack = abs(balance) * effect.rounding + st.NEGLIGIBLE * near
-    if balance - near <= low and high <= balance + near:
-        outcome = Outcome.NONE
+    low, high = st.mean_interval(means, alpha=alpha)
+    mean = sum(means) / len(means)
+    slack = abs(balance) * effect.rounding + st.NEGLIGIBLE * margin
+    if balance - margin <= low and high <= balance + margin:
+        outcome = Outcome.NO_GAP
     elif high < balance - slack or low > balance + slack:
         outcome = Outcome.GAP
     else:
         outcome = Outcome.UNSURE
-    ratio = 1 / balance if balance else None
-    keep = None if pilot.value is None else mean / pilot.value
-    return Measured(
+
+    keep_rate, keep_interval = None, None
+    if pilot.kept_value is not None:
+        keep_rate = mean / pilot.kept_value
+        keep_interval = (low / pilot.kept_value, high / pilot.kept_value)
+    gap, gap_interval = None, None
+    if balance:
+        ratio = 1 / balance
+        gap, gap_interval = mean * ratio, (low * ratio, high * ratio)
+    return Figures(
         outcome=outcome,
-        draws=len(sample),
-        value=pilot.value,
-        keep=keep,
-        keep_interval=None if pilot.value is None else (low / pilot.value, high / pilot.value),
-        gap=None if ratio is None else mean * ratio,
-        gap_interval=None if ratio is None else (low * ratio, high * ratio),
+        draws=len(means),
+        kept_value=pilot.kept_value,
+        keep_rate=keep_rate,
+        keep_interval=keep_interval,
+        gap=gap,
+        gap_interval=gap_interval,
     )

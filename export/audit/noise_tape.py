@@ -1,11 +1,14 @@
-"""Watching where random numbers meet the data inside a forward, and putting a constant in their
-place.
+"""A tape of one forward: where random numbers are applied to the data. It can also put a constant
+in their place.
 
-At the dispatcher every dropout, torch's own (also inside attention and recurrent layers) and a
-hand-written one, is a mask that was made of draws and constants, and one operator that brings it to
-the data. The tape finds that operator, reads the mask, and can run the forward again with every
-element of the mask set to one number. Does not know randomness that steers Python itself, nor draws
-whose probabilities depend on the data; it names them as obstacles.
+At torch's dispatcher every dropout is a mask, made of draws and constants, and one operator that
+applies it to the data. This holds for torch's own dropouts, also inside attention and recurrent
+layers, and for hand-written ones. The tape finds that operator and reads the mask. It can run the
+forward again with every element of the mask set to one number.
+
+Obstacles are what it cannot follow: draws whose probabilities depend on the data, and noise that is
+combined with the data in no linear way. Randomness that steers Python's control flow is not visible
+here at all.
 """
 
 from __future__ import annotations
@@ -21,16 +24,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evalmode.export.audit.tensor_roles import Role, Roles, is_draw, is_factory, tensors_in, writes
 
+_ATEN = torch.ops.aten
+_SCALINGS = {
+    overload
+    for packet in (_ATEN.mul, _ATEN.mul_, _ATEN.div, _ATEN.div_)
+    for overload in (packet.Tensor, packet.Scalar)
+}
+_PRODUCTS = ("mul", "bmm", "mm", "mv", "matmul", "dot")
+_SUMS = ("add", "sub")
+
 
 @dataclass
 class Application:
-    """One operator that brings noise to data: the noise, by which its result is linear, and the
-    draws behind it.
+    """One operator that applies noise to data; its result is linear in the noise.
 
-    `additive`: the noise is added, not multiplied. `replaces`: what is dropped becomes a learned
-    vector, or another number than 0. `step` is the relative rounding of the noise's
-    dtype. `before` and `after` are the numbers by which Python multiplies the data just before, and
-    the result just after.
+    `noise` is float64, made of `draws`. `step` is the relative rounding of its original dtype.
+    `additive`: the noise is added, not multiplied. `replaces`: a dropped element becomes a learned
+    vector, not 0. `before` and `after` are the factors by which Python multiplies the data just
+    before and the result just after.
     """
 
     noise: Tensor
@@ -44,11 +55,10 @@ class Application:
 
 @dataclass
 class Reading:
-    """What one forward showed: the applications in order, what could not be reduced to one, and
-    foreign tensors.
+    """What one forward showed: the applications in order, the obstacles, and the foreign tensors.
 
-    `draws` counts torch's draws, and `steers` says that one became a number of Python's, which may
-    choose the path.
+    `draws` counts torch's draws. `steers` says that random numbers became a number of Python's,
+    which may choose the path.
     """
 
     applications: list[Application] = field(default_factory=list)
@@ -58,21 +68,15 @@ class Reading:
     steers: bool = False
 
 
-@dataclass(frozen=True)
-class _Meeting:
-    """How an operator combines noise and data: what it is linear in, and what it gives for a
-    constant there.
-    """
-
-    noise: Tensor
-    additive: bool
-    at: Callable[[float], Any]
-    replaces: bool = False
-
-
 class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
-    """A dispatch mode for one forward. `constants` replace the noise of those applications, by
-    index.
+    """A dispatch mode for one forward.
+
+    `constants` replace the noise of applications, by their index in the order of the forward:
+
+        tape = NoiseTape(Roles(weights, inputs, frozenset()), {0: 1.0})
+        with torch.no_grad(), tape:
+            output = module(*inputs)
+        tape.reading.applications[0].noise
     """
 
     def __init__(self, roles: Roles, constants: Mapping[int, float] | None = None) -> None:
@@ -80,13 +84,12 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
         self.reading = Reading(foreign=roles.foreign)
         self._roles = roles
         self._constants = constants or {}
-        self._scales: dict[
-            int, float
-        ] = {}  # by what number Python has multiplied a tensor, by identity
-        self._made_by: dict[
-            int, int
-        ] = {}  # the application that a tensor is the (scaled) result of
-        self._kept: list[Any] = []
+        # Two tables by the identity of a tensor: the number by which Python has multiplied it, and
+        # the index of the application whose result it is, also when scaled since.
+        self._scales: dict[int, float] = {}
+        self._application_of: dict[int, int] = {}
+        # Keeps the tensors alive: another tensor may get the identity of one that was freed.
+        self._alive: list[Any] = []
 
     def __torch_dispatch__(
         self,
@@ -95,146 +98,157 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Run an operator, give its results their roles, and record where noise meets data."""
         kwargs = kwargs or {}
         operands = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
-        if func is torch.ops.aten.native_dropout.default and args[2] is not False:
-            return self._unfused(*args)
+        if func is _ATEN.native_dropout.default and args[2] is not False:
+            return self._native_dropout(*args)
         if is_draw(func):
-            return self._drawn(func, args, kwargs, operands)
+            return self._draw(func, args, kwargs, operands)
         if is_factory(func):
-            return self._made(func(*args, **kwargs), Role.CONSTANT)
+            return self._assign(func(*args, **kwargs), Role.CONSTANT)
+
         roles = [self._roles.of(operand) for operand in operands]
-        copies = func is torch.ops.aten.copy_.default  # what was there before does not matter
-        if not copies and Role.NOISE in roles and (Role.WEIGHT in roles or Role.DATA in roles):
-            return self._met(func, args, kwargs, operands)
-        if func is torch.ops.aten._local_scalar_dense.default and Role.NOISE in roles:
+        # What was in the target of a copy before does not matter.
+        is_copy = func is _ATEN.copy_.default
+        has_noise = Role.NOISE in roles
+        if not is_copy and has_noise and (Role.WEIGHT in roles or Role.DATA in roles):
+            return self._apply(func, args, kwargs, operands)
+
+        if func is _ATEN._local_scalar_dense.default and has_noise:
             self.reading.steers = True
         result = func(*args, **kwargs)
-        made = [*tensors_in(result), *(operands[:1] if writes(func) else ())]
-        self._roles.pass_on(operands[copies:], roles[copies:], made)
+        results = tensors_in(result)
+        if writes(func):
+            results += operands[:1]
+        if is_copy:
+            operands, roles = operands[1:], roles[1:]
+        self._roles.pass_on(operands, roles, results)
         self._follow_scale(func, args, result)
         return result
 
-    def _drawn(
+    def _draw(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]
     ) -> Any:
-        # bernoulli(x, p) and in-place draws read no more of their first operand than its shape.
-        blank = (
-            1
-            if func.overloadpacket.__name__.endswith("_") or func is torch.ops.aten.bernoulli.p
-            else 0
-        )
-        read = (
-            []
-            if is_factory(func) or func.overloadpacket.__name__.startswith("rand")
-            else operands[blank:]
-        )
+        """Run an operator that draws. Its result is noise, unless its probabilities are data."""
+        name = func.overloadpacket.__name__
+        if is_factory(func) or name.startswith("rand"):
+            parameters = []
+        elif name.endswith("_") or func is _ATEN.bernoulli.p:
+            # bernoulli(x, p) and in-place draws read only the shape of their first operand.
+            parameters = operands[1:]
+        else:
+            parameters = operands
         self.reading.draws += 1
         result = func(*args, **kwargs)
-        if any(self._roles.of(operand) is Role.DATA for operand in read):
-            self._obstacle(
-                f"{func.overloadpacket.__name__} draws with probabilities that depend on the data"
-            )
-            return self._made(result, Role.DATA)
-        return self._made(result, Role.NOISE, self._roles.draw())
+        if any(self._roles.of(parameter) is Role.DATA for parameter in parameters):
+            self._add_obstacle(f"{name} draws with probabilities that depend on the data")
+            return self._assign(result, Role.DATA)
+        return self._assign(result, Role.NOISE, self._roles.new_draw())
 
-    def _unfused(self, x: Tensor, p: float, _train: bool | None) -> tuple[Tensor, Tensor]:
-        """`native_dropout`, as CUDA and nested tensors have it, in the two steps that it fuses."""
+    def _native_dropout(self, x: Tensor, p: float, _train: bool | None) -> tuple[Tensor, Tensor]:
+        """`native_dropout`, which CUDA and nested tensors use, in the two steps that it fuses."""
         self.reading.draws += 1
         mask = torch.rand_like(x, dtype=torch.float32) >= p
         noise = mask.to(x.dtype).div_(1 - p if p < 1 else 1.0)
-        self._made((mask, noise), Role.NOISE, self._roles.draw())
-        result: Tensor = self._met(torch.ops.aten.mul.Tensor, (x, noise), {}, [x, noise])
+        self._assign((mask, noise), Role.NOISE, self._roles.new_draw())
+        result: Tensor = self._apply(_ATEN.mul.Tensor, (x, noise), {}, [x, noise])
         return result, mask
 
-    def _met(
+    def _apply(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]
     ) -> Any:
-        meeting = _meeting(func, args, kwargs, self._roles)
-        if meeting is None:
-            self._obstacle(
+        """Run an operator that combines noise with data or weights. Its result is data."""
+        written = [args[0]] if writes(func) else []
+        combination = _combination(func, args, kwargs, self._roles)
+        if combination is None:
+            self._add_obstacle(
                 f"{func.overloadpacket.__name__} combines random numbers with the data in no"
                 " linear way"
             )
-            return self._made(
-                func(*args, **kwargs), Role.DATA, written=args[0] if writes(func) else None
-            )
+            return self._assign(func(*args, **kwargs), Role.DATA, written=written)
+
         index = len(self.reading.applications)
+        noise = combination.noise
+        step = torch.finfo(noise.dtype).eps if noise.is_floating_point() else 0.0
         data = next(operand for operand in operands if self._roles.of(operand) is not Role.NOISE)
         application = Application(
-            noise=meeting.noise.to(torch.float64, copy=True),
-            additive=meeting.additive,
+            noise=noise.to(torch.float64, copy=True),
+            additive=combination.additive,
             draws=self._roles.draws_of(operands),
-            step=torch.finfo(meeting.noise.dtype).eps if meeting.noise.is_floating_point() else 0.0,
+            step=step,
             before=self._scales.get(id(data), 1.0),
-            replaces=meeting.replaces,
+            replaces=combination.replaces,
         )
         self.reading.applications.append(application)
-        result = (
-            meeting.at(self._constants[index])
-            if index in self._constants
-            else func(*args, **kwargs)
-        )
-        self._made(result, Role.DATA, written=args[0] if writes(func) else None)
-        self._made_by[id(result)] = index
-        return result
-
-    def _obstacle(self, sentence: str) -> None:
-        if sentence not in self.reading.obstacles:
-            self.reading.obstacles.append(sentence)
-
-    def _made(
-        self,
-        result: Any,
-        role: Role,
-        draws: frozenset[int] = frozenset(),
-        *,
-        written: Tensor | None = None,
-    ) -> Any:
-        self._kept.append(result)
-        for tensor in (*tensors_in(result), *([] if written is None else [written])):
-            self._roles.set(tensor, role, draws)
+        if index in self._constants:
+            result = combination.with_constant(self._constants[index])
+        else:
+            result = func(*args, **kwargs)
+        self._assign(result, Role.DATA, written=written)
+        self._application_of[id(result)] = index
         return result
 
     def _follow_scale(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Remember by what number a product or quotient with a plain number scales a tensor."""
+        """Record by what number a product or a quotient with a plain number scales a tensor."""
         if func not in _SCALINGS or len(args) != 2 or not isinstance(args[0], Tensor):
             return
-        self._kept.append(result)
-        name = func.overloadpacket.__name__.rstrip("_")
-        factor = args[1]
+        self._alive.append(result)
+        tensor, factor = args
         if isinstance(factor, Tensor):
             if factor.numel() != 1 or self._roles.of(factor) is not Role.CONSTANT:
                 return
             factor = factor.item()
         if not factor:
             return
-        scale = float(factor) if name == "mul" else 1 / float(factor)
-        self._scales[id(result)] = self._scales.get(id(args[0]), 1.0) * scale
-        made_by = self._made_by.get(id(args[0]))
-        if made_by is not None:
-            self.reading.applications[made_by].after *= scale
-            self._made_by[id(result)] = made_by
+        is_product = func.overloadpacket.__name__.rstrip("_") == "mul"
+        scale = float(factor) if is_product else 1 / float(factor)
+        self._scales[id(result)] = self._scales.get(id(tensor), 1.0) * scale
+        index = self._application_of.get(id(tensor))
+        if index is not None:
+            self.reading.applications[index].after *= scale
+            self._application_of[id(result)] = index
+
+    def _assign(
+        self,
+        result: Any,
+        role: Role,
+        draws: frozenset[int] = frozenset(),
+        *,
+        written: list[Tensor] | None = None,
+    ) -> Any:
+        """Give a role to an operator's result and to the tensors that it has written to."""
+        self._alive.append(result)
+        for tensor in (*tensors_in(result), *(written or [])):
+            self._roles.set(tensor, role, draws)
+        return result
+
+    def _add_obstacle(self, sentence: str) -> None:
+        if sentence not in self.reading.obstacles:
+            self.reading.obstacles.append(sentence)
 
 
-_ATEN = torch.ops.aten
-_SCALINGS = {
-    overload
-    for packet in (_ATEN.mul, _ATEN.mul_, _ATEN.div, _ATEN.div_)
-    for overload in (packet.Tensor, packet.Scalar)
-}
-_PRODUCTS = ("mul", "bmm", "mm", "mv", "matmul", "dot")
-_SUMS = ("add", "sub")
+@dataclass(frozen=True)
+class _Combination:
+    """How an operator combines noise and data.
 
-
-def _meeting(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles
-) -> _Meeting | None:
-    """How an operator brings its noise to its data; None where its result is not linear in one
-    noise operand.
+    Its result is linear in `noise`, and `with_constant(c)` is the result for noise that is c
+    everywhere. The other fields are those of `Application`.
     """
+
+    noise: Tensor
+    with_constant: Callable[[float], Any]
+    additive: bool = False
+    replaces: bool = False
+
+
+def _combination(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles
+) -> _Combination | None:
+    """How an operator combines its operands; None where it is not linear in one noise operand."""
     name = func.overloadpacket.__name__.rstrip("_")
     if name in _SUMS and len(args) == 2:
+        # `alpha`, the factor of the second operand, is the only keyword.
         return _arithmetic(
             partial(func, **kwargs), args, roles, additive=True, writing=writes(func)
         )
@@ -253,93 +267,84 @@ def _meeting(
     if name == "index_put" and len(args[1]) == 1 and args[1][0] is not None:
         if _is_zero(args[2]):
             return _fill(func, args[0], args[1][0], roles)
-        if _is_learned(args[2], roles) and len(args) == 3:
-            return _exchange(func, args[0], args[1][0], roles)
+        # Elements of the data that become a learned vector, as masked speech features do.
+        if _is_learned(args[2], roles) and len(args) == 3 and roles.of(args[0]) is Role.DATA:
+            return _fill(func, args[0], args[1][0], roles, replaces=True)
     return None
 
 
 def _arithmetic(
     func: Any, args: tuple[Any, ...], roles: Roles, *, additive: bool = False, writing: bool = False
-) -> _Meeting | None:
-    at = [
-        index
-        for index, arg in enumerate(args)
-        if isinstance(arg, Tensor) and roles.of(arg) is Role.NOISE
-    ]
-    data = [arg for index, arg in enumerate(args) if index not in at]
-    if len(at) != 1 or not all(isinstance(arg, Tensor) and arg.is_floating_point() for arg in data):
+) -> _Combination | None:
+    """A sum, product or quotient of noise with floating point tensors."""
+    noise_indices, others = [], []
+    for index, arg in enumerate(args):
+        if isinstance(arg, Tensor) and roles.of(arg) is Role.NOISE:
+            noise_indices.append(index)
+        else:
+            others.append(arg)
+    if len(noise_indices) != 1:
         return None
-    noise = args[at[0]]
+    if not all(isinstance(arg, Tensor) and arg.is_floating_point() for arg in others):
+        return None
+    noise_index = noise_indices[0]
+    noise = args[noise_index]
 
     def with_constant(value: float) -> Any:
-        if writing and at[0] == 0:
+        if writing and noise_index == 0:
+            # The result is written into the noise, which has to stay the same tensor.
             return func(noise.fill_(value), *args[1:])
-        dtype = noise.dtype if noise.is_floating_point() else data[0].dtype
-        constant = torch.full_like(noise, value, dtype=dtype)
-        return func(*(constant if index == at[0] else arg for index, arg in enumerate(args)))
+        dtype = noise.dtype if noise.is_floating_point() else others[0].dtype
+        operands = list(args)
+        operands[noise_index] = torch.full_like(noise, value, dtype=dtype)
+        return func(*operands)
 
-    return _Meeting(noise, additive, with_constant)
+    return _Combination(noise, with_constant, additive=additive)
 
 
-def _where(condition: Tensor, kept: Tensor, other: Tensor, roles: Roles) -> _Meeting | None:
-    if roles.of(condition) is not Role.NOISE or Role.NOISE in (roles.of(kept), roles.of(other)):
+def _where(condition: Tensor, first: Tensor, second: Tensor, roles: Roles) -> _Combination | None:
+    """`torch.where` with a random condition, between data and zeros or a learned vector."""
+    if roles.of(condition) is not Role.NOISE or Role.NOISE in (roles.of(first), roles.of(second)):
         return None
-    learned = _is_learned(kept, roles), _is_learned(other, roles)
-    data = other if learned[0] else kept
-    if any(learned) and roles.of(data) is Role.DATA:
-        shape = torch.where(condition, kept, other).shape
-        mask = (~condition if learned[0] else condition).to(torch.float64)
-        return _Meeting(mask, False, lambda value: (data * value).expand(shape), replaces=True)
-    swapped = _is_blank(kept, roles)
-    data = other if swapped else kept
-    if not data.is_floating_point() or not (swapped or _is_blank(other, roles)):
+
+    first_is_learned = _is_learned(first, roles)
+    if first_is_learned or _is_learned(second, roles):
+        data = second if first_is_learned else first
+        if roles.of(data) is Role.DATA:
+            shape = torch.where(condition, first, second).shape
+            mask = (~condition if first_is_learned else condition).to(torch.float64)
+            return _Combination(mask, lambda value: (data * value).expand(shape), replaces=True)
+
+    first_is_blank = _is_blank(first, roles)
+    kept = second if first_is_blank else first
+    if not kept.is_floating_point() or not (first_is_blank or _is_blank(second, roles)):
         return None
-    mask = ~condition if swapped else condition
-    return _Meeting(
-        mask, False, lambda value: data * torch.full_like(mask, value, dtype=data.dtype)
-    )
+    keeps = ~condition if first_is_blank else condition
+    return _Combination(keeps, lambda value: kept * torch.full_like(keeps, value, dtype=kept.dtype))
 
 
-def _fill(func: Any, data: Tensor, dropped: Tensor, roles: Roles) -> _Meeting | None:
+def _fill(
+    func: Any, data: Tensor, dropped: Tensor, roles: Roles, *, replaces: bool = False
+) -> _Combination | None:
+    """`masked_fill` or an assignment by a boolean index: dropped elements become 0.
+
+    Or, with `replaces`, a learned vector. A constant leaves the vector out: 1 is data of which
+    nothing was replaced.
+    """
     if dropped.dtype != torch.bool or roles.of(data) is Role.NOISE or not data.is_floating_point():
         return None
-    # index_put_'s mask may span the leading axes only.
-    mask = (
-        dropped.reshape(dropped.shape + (1,) * (data.dim() - dropped.dim()))
-        if "index" in str(func)
-        else dropped
-    )
-    return _Meeting(
-        (~mask).to(torch.float64),
-        False,
+    if "index" in str(func):
+        # A boolean index may cover the leading axes only.
+        dropped = dropped.reshape(dropped.shape + (1,) * (data.dim() - dropped.dim()))
+    return _Combination(
+        (~dropped).to(torch.float64),
         lambda value: data.mul_(value) if writes(func) else data * value,
-    )
-
-
-def _exchange(func: Any, data: Tensor, dropped: Tensor, roles: Roles) -> _Meeting | None:
-    """Positions of the data that become a learned vector, as masked speech features do.
-
-    A constant leaves the vector out: 1 is data of which nothing was exchanged.
-    """
-    if (
-        dropped.dtype != torch.bool
-        or roles.of(data) is not Role.DATA
-        or not data.is_floating_point()
-    ):
-        return None
-    mask = (~dropped).to(torch.float64)
-    mask = mask.reshape(mask.shape + (1,) * (data.dim() - mask.dim()))
-
-    return _Meeting(
-        mask,
-        False,
-        lambda value: data.mul_(value) if writes(func) else data * value,
-        replaces=True,
+        replaces=replaces,
     )
 
 
 def _is_learned(value: Any, roles: Roles) -> bool:
-    """Whether a value is made of weights alone. Zeros are where they are a parameter."""
+    """Whether a value is made of weights alone. Zeros are, where they are a parameter."""
     return (
         isinstance(value, Tensor)
         and value.is_floating_point()
@@ -349,7 +354,7 @@ def _is_learned(value: Any, roles: Roles) -> bool:
 
 
 def _is_blank(value: Tensor, roles: Roles) -> bool:
-    """Whether a tensor is nothing but zeros, and not because the data happens to be."""
+    """Whether a tensor holds nothing but zeros, other than by the values of the data."""
     if value.numel() == 1:
         return _is_zero(value)
     return roles.of(value) is not Role.DATA and not bool(value.any())

@@ -1,6 +1,6 @@
-"""What the audit says of one site: its kind, what was measured, and the sentence a user reads.
+"""The records of the audit: what it measured of a site, and what it reports to the user.
 
-Knows neither how it was measured nor any network.
+`verdicts.py` says how each kind is reported: its severity, its sentence and its fix.
 """
 
 from __future__ import annotations
@@ -14,68 +14,66 @@ from torch import Tensor
 from evalmode.bundle.certificate import Severity
 
 Interval = tuple[float, float]
-MOST_DRAWS = 20_000  # forwards of one site in one test
+
+# The most training forwards in one test of a site. More would take minutes for a large module; a
+# test that needs more is inconclusive.
+MOST_DRAWS = 20_000
 
 
 class Kind(StrEnum):
-    """What a site turned out to be. Below k is the keep rate, s the train scale of what is kept, e
-    the eval scale.
+    """The verdict on a site.
+
+    k is the keep rate, s the factor of kept values in training, e the factor of all values in eval.
+    Training and eval agree on average where k s = e.
     """
 
+    # The means agree.
     INVERTED = "inverted"  # s = 1/k, e = 1
     CLASSIC = "classic"  # s = 1, e = k
     ALPHA = "alpha"  # keeps the mean and the variance of N(0, 1), as AlphaDropout does
-    MULTIPLICATIVE = "multiplicative noise"  # factors that are no mask, Gaussian dropout for one
+    MULTIPLICATIVE = "multiplicative noise"  # factors that are no mask: Gaussian dropout
     ADDITIVE = "additive noise"
-    UNBIASED = (
-        "unbiased noise"  # of no form that is known; the mean of what the site returns is eval's
-    )
-    AUGMENTED = "data augmentation"  # values are masked or replaced in training, by design
-    LAYERS_SKIPPED = "layers skipped"  # whole layers are, and nothing is scaled: LayerDrop
+    UNBIASED = "unbiased noise"  # of no known form, but the mean of the output is eval's
+
+    # The means differ by design.
+    AUGMENTED = "data augmentation"  # training masks or replaces values
+    LAYERS_SKIPPED = "layers skipped"  # training skips layers and scales nothing: LayerDrop
+
+    # The site never drops.
     OFF = "off"  # p = 0
-    UNSCALED = "unscaled"  # s = e: nothing makes up for what is dropped
-    WRONG_RATE = "wrong rate"  # scaled, or drawn, as another rate would need
-    SCALED_TWICE = "scaled twice"  # k is made up for twice
-    WRONG_SCALE = "wrong scale"  # a gap that none of the names above explains
-    ALWAYS_ON = "always on"  # random in eval
     NEVER_ON = "never on"  # p > 0, and training changes nothing
-    DROPS_ALL = "drops everything"  # k = 0
-    FROZEN = "frozen mask"  # every forward draws the same mask
     NOT_CALLED = "not called"  # no sample reaches it
+
+    # The means differ by mistake.
+    UNSCALED = "unscaled"  # s = e: no factor makes up for what is dropped
+    WRONG_RATE = "wrong rate"  # scaled for another rate than the mask's
+    SCALED_TWICE = "scaled twice"  # s / e = 1/k^2
+    WRONG_SCALE = "wrong scale"  # a gap that no other kind explains
+    DROPS_ALL = "drops everything"  # k = 0
+
+    # The noise itself is wrong.
+    ALWAYS_ON = "always on"  # random in eval
+    FROZEN = "frozen mask"  # every forward draws the same mask
+
     INCONCLUSIVE = "inconclusive"
-
-
-# A gap, or randomness where none may be, is an error. What never drops has no gap: the exported
-# model is right, the training was not what its author meant, and only he can tell. So is a dropout
-# that no sample reaches. LayerDrop and augmentation differ on average because they are meant to.
-SEVERITIES = {
-    Kind.UNSCALED: Severity.ERROR,
-    Kind.WRONG_RATE: Severity.ERROR,
-    Kind.SCALED_TWICE: Severity.ERROR,
-    Kind.WRONG_SCALE: Severity.ERROR,
-    Kind.ALWAYS_ON: Severity.ERROR,
-    Kind.DROPS_ALL: Severity.ERROR,
-    Kind.FROZEN: Severity.ERROR,
-    Kind.AUGMENTED: Severity.WARNING,
-    Kind.LAYERS_SKIPPED: Severity.WARNING,
-    Kind.NEVER_ON: Severity.WARNING,
-    Kind.NOT_CALLED: Severity.WARNING,
-    Kind.INCONCLUSIVE: Severity.UNPROVEN,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One place that drops or adds noise.
+    """The report on one source of noise in a module.
 
-    `path` is the module's ("" is the root), `type` its class, `draw` names one of several places
-    inside it ("" where there is one), and `call` is the number of a call whose verdict is unlike
-    that of the first (0 for the first). `p` is the declared drop probability. `train_scale` is the
-    factor of what is kept in training, `eval_scale` the factor of everything in eval, `gap` =
-    E[train] / eval, 1 when nothing is wrong; the intervals hold at the audit's level, all sites
-    together. None stands for what a site of this kind has not, or could not be measured. `draws`
-    counts the training forwards that measured it, `calls` how often all samples' forwards called
-    it, of which `judged` were looked at. `severity` is None for a site with nothing to report.
+    `path` is the module's path ("" is the root), `type` its class. `draw` numbers the sources of a
+    module that has several. `call` numbers a call whose verdict differs from the first call's; the
+    first has 0. `p` is the declared drop probability.
+
+    `train_scale` is the factor of kept values in training, `eval_scale` the factor of all values in
+    eval. `gap` is E[train] / eval, 1 where nothing is wrong. The intervals hold at the audit's
+    level, all sites together. A figure is None where this kind has none, or where it could not be
+    measured.
+
+    `draws` counts the training forwards of the test. `calls` counts the calls of the module in all
+    samples' forwards, and `judged` those that were captured to be judged. `severity` is None where
+    there is nothing to report.
     """
 
     path: str
@@ -99,7 +97,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """Its path, with the draw and the call where there are several."""
+        """The path, with the draw and the call where a module has several: "drop, call 2"."""
         draw = f", draw {self.draw}" if self.draw else ""
         call = f", call {self.call}" if self.call else ""
         return f"{self.path or '(root)'}{draw}{call}"
@@ -107,14 +105,22 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """One noise of a site. There is no gap when the noise's mean is `balance`.
+    """One noise of a site. There is no gap where the mean of the noise is `balance`.
 
-    `scale` is the factor, in training and eval alike, between noise and what a user sees: a mask's
-    kept value v is the train scale v * scale, and the eval scale is balance * scale (1 where they
-    are not seen). `rounding` is the relative error of values and balance. `law` names a kind that
-    has a law of its own. `direction`, eval's output over its norm, marks noise of no known form:
-    what is drawn is then the output's difference from eval's over that norm, whose mean should
-    vanish, and a mean that does not proves no gap. `why` says what was seen beside the figures.
+    `additive`: the noise is added to the data, not multiplied.
+
+    `scale` is a constant factor beside the noise, the same in training and eval. For a mask whose
+    kept values are v, the user's train scale is v * scale and the eval scale is balance * scale.
+    It is 1 where no such factor is visible.
+
+    `rounding` is the relative error of the noise and of `balance`.
+
+    `pattern` is ALPHA or AUGMENTED where the form of the noise already names the kind. `remark` is
+    what was seen beside the figures; with a pattern it makes the effect a wrong scale.
+
+    `direction` is eval's output over its norm, shape (elements,), and marks noise of no known form.
+    The noise is then the output's difference from eval over that norm. Its mean should vanish; a
+    mean that does not vanish proves no gap.
     """
 
     balance: float
@@ -122,34 +128,36 @@ class Effect:
     scale: float = 1.0
     rounding: float = 0.0
     direction: Tensor | None = None
-    law: Kind | None = None
-    why: str = ""
+    pattern: Kind | None = None
+    remark: str = ""
 
 
 class NoiseObserver(Protocol):
-    """Repeats a site in training and hands out the noise of each effect, NaN where it cannot be
-    seen.
-    """
+    """Repeats a site in training and returns the noise of each effect."""
 
     effects: tuple[Effect, ...]
 
     def draw(self) -> list[Tensor]:
-        """The noise of one more forward, float64, one tensor an effect; its axes are those that a
-        mask may share.
+        """The noise of one more forward: one float64 tensor per effect.
+
+        A tensor is NaN where the noise is not visible. A mask may be shared along its axes.
         """
 
 
 @dataclass(frozen=True)
 class Unclear:
-    """Why a site cannot be measured in a way; the next way may do."""
+    """A site cannot be measured in one way; another way may do.
 
-    why: tuple[str, ...] = ()
+    `reasons` is empty where there was no noise to measure.
+    """
+
+    reasons: tuple[str, ...] = ()
 
 
 class Outcome(Enum):
-    """What the draws say of the gap."""
+    """What the draws prove about the gap."""
 
-    NONE = auto()
+    NO_GAP = auto()
     GAP = auto()
     UNSURE = auto()
     FROZEN = auto()
@@ -157,13 +165,15 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One effect's figures: `value` is what a mask keeps (None: no mask)."""
+class Figures:
+    """The measured figures of one effect. `kept_value` is the value of a mask where it keeps; None
+    where the noise is no mask.
+    """
 
     outcome: Outcome
     draws: int
-    value: float | None = None
-    keep: float | None = None
+    kept_value: float | None = None
+    keep_rate: float | None = None
     keep_interval: Interval | None = None
     gap: float | None = None
     gap_interval: Interval | None = None

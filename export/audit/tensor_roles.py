@@ -1,6 +1,6 @@
 """What a tensor of a forward is made of: constants, weights, data, or random numbers alone.
 
-Roles belong to storages, so that views and in-place writes share them. Knows no site.
+Roles belong to storages, so that views and in-place writes share them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,16 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+# The beginnings of the names of operators that create tensors.
+_FACTORIES = ("new_", "zeros", "ones", "full", "empty", "arange", "eye", "scalar_tensor")
+
 
 class Role(IntEnum):
-    """In this order: what is made of several is the largest of them, random numbers aside."""
+    """Ordered: a tensor made of several has the largest role among them.
+
+    Noise is an exception. Noise and constants make noise; what noise and data make is decided by
+    the tape (`noise_tape.py`).
+    """
 
     CONSTANT = 0
     WEIGHT = 1
@@ -23,95 +30,92 @@ class Role(IntEnum):
 
 
 class Roles:
-    """The role of every tensor met in one forward, and for noise the draws that it is made of."""
+    """The role of every tensor in one forward, and for noise the draws that it is made of.
+
+    A draw is a number that counts from 1. A foreign tensor is one that no operator of the forward
+    made: it comes from NumPy, from a literal, or from an attribute that is neither a parameter nor
+    a buffer.
+    """
 
     def __init__(
         self, weights: Iterable[Tensor], data: Iterable[Tensor], foreign_noise: frozenset[int]
     ) -> None:
-        """`foreign_noise`: which tensors from outside torch, counted as they turn up, differ from
-        run to run.
+        """`foreign_noise` holds the indices of the foreign tensors that differ from run to run, in
+        the order in which they appear.
         """
+        self.foreign: list[Tensor] = []
+        self._foreign_noise = foreign_noise
         self._roles: dict[int, Role] = {}
         self._draws: dict[int, frozenset[int]] = {}
-        self._kept: list[Tensor] = []  # a storage's address is its own only while it lives
-        self._foreign_noise = foreign_noise
-        self._count = 0
-        self.foreign: list[Tensor] = []
+        self._draw_count = 0
+        # Keeps the tensors alive: another storage may get the address of one that was freed.
+        self._alive: list[Tensor] = []
         for tensor in weights:
-            self.set(tensor, Role.WEIGHT if tensor.numel() > 1 else Role.CONSTANT)
+            self.set(tensor, _steady_role(tensor))
         for tensor in data:
             self.set(tensor, Role.DATA)
 
     def of(self, tensor: Tensor) -> Role:
-        """Its role; a tensor never met before comes from outside torch (NumPy, a literal, an
-        attribute).
-        """
+        """The role of a tensor. One that was never seen before is foreign."""
         key = _key(tensor)
         if key not in self._roles:
             is_noise = len(self.foreign) in self._foreign_noise
             self.foreign.append(tensor.detach().clone())
-            steady = Role.WEIGHT if tensor.numel() > 1 else Role.CONSTANT
-            self.set(
-                tensor, Role.NOISE if is_noise else steady, self.draw() if is_noise else frozenset()
-            )
+            if is_noise:
+                self.set(tensor, Role.NOISE, self.new_draw())
+            else:
+                self.set(tensor, _steady_role(tensor))
         return self._roles[key]
 
     def set(self, tensor: Tensor, role: Role, draws: frozenset[int] = frozenset()) -> None:
-        """Give a tensor, and all that shares its storage, a role; noise also the draws that it is
-        made of.
-        """
+        """Set the role of a tensor, and of all that share its storage. Noise has `draws` too."""
         key = _key(tensor)
-        self._kept.append(tensor)
+        self._alive.append(tensor)
         self._roles[key] = role
         if role is Role.NOISE:
             self._draws[key] = draws
 
-    def draw(self) -> frozenset[int]:
-        """The name of a new draw."""
-        self._count += 1
-        return frozenset({self._count})
+    def new_draw(self) -> frozenset[int]:
+        """A set of one new draw."""
+        self._draw_count += 1
+        return frozenset({self._draw_count})
 
     def draws_of(self, operands: Iterable[Tensor]) -> frozenset[int]:
-        """The draws that noise among these is made of."""
-        return frozenset().union(
-            *(self._draws[_key(t)] for t in operands if self.of(t) is Role.NOISE)
-        )
+        """The draws that the noise among these tensors is made of."""
+        noises = [operand for operand in operands if self.of(operand) is Role.NOISE]
+        return frozenset().union(*(self._draws[_key(noise)] for noise in noises))
 
     def pass_on(
         self, operands: Sequence[Tensor], roles: Sequence[Role], results: Iterable[Tensor]
     ) -> None:
-        """Give the results of these operands, of these roles, the largest role: noise stays noise
-        among constants.
-        """
-        if Role.NOISE in roles:
-            draws = self.draws_of(operands)
-            for result in results:
-                self.set(result, Role.NOISE, draws)
-        else:
-            role = max(roles, default=Role.CONSTANT)
-            for result in results:
-                self.set(result, role)
+        """Set the role of an operator's results: the largest of its operands' `roles`."""
+        role = max(roles, default=Role.CONSTANT)
+        draws = self.draws_of(operands) if role is Role.NOISE else frozenset()
+        for result in results:
+            self.set(result, role, draws)
+
+
+def _steady_role(tensor: Tensor) -> Role:
+    """The role of a tensor that is the same in every forward: a single number is a constant."""
+    return Role.WEIGHT if tensor.numel() > 1 else Role.CONSTANT
 
 
 def _key(tensor: Tensor) -> int:
     storage = tensor.untyped_storage()
-    # An empty storage has no address: the storage object itself must do.
+    # An empty storage has address 0. The storage object itself then has to identify it.
     return storage.data_ptr() or storage._cdata
 
 
 @functools.cache
 def is_draw(func: torch._ops.OpOverload) -> bool:
     """Whether an operator draws random numbers."""
-    drawing: bool = torch.Tag.nondeterministic_seeded in func.tags
-    return drawing
-
-
-_FACTORIES = ("new_", "zeros", "ones", "full", "empty", "arange", "eye", "scalar_tensor")
+    tagged: bool = torch.Tag.nondeterministic_seeded in func.tags
+    return tagged
 
 
 @functools.cache
 def is_factory(func: torch._ops.OpOverload) -> bool:
-    """Whether an operator makes a tensor that owes its operands no more than shape and dtype."""
+    """Whether an operator creates a tensor that takes only shape and dtype from its operands."""
     name: str = func.overloadpacket.__name__
     return name.startswith(_FACTORIES) or name.endswith("_like")
 
@@ -123,19 +127,18 @@ def writes(func: torch._ops.OpOverload) -> bool:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """The tensors among an operator's arguments or results: alone, or in tuples, lists and dicts of
-    them.
-    """
+    """The tensors in an operator's arguments or results: alone, or in tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = tuple(value.values())
     if not isinstance(value, tuple | list):
         return []
-    found: list[Tensor] = []
+    # A loop, as this runs for every operator, and a call per tensor costs more than the test.
+    tensors: list[Tensor] = []
     for part in value:
         if isinstance(part, Tensor):
-            found.append(part)
+            tensors.append(part)
         elif isinstance(part, tuple | list | dict):
-            found += tensors_in(part)
-    return found
+            tensors += tensors_in(part)
+    return tensors

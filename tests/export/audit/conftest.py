@@ -7,8 +7,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors here are small: a second thread would only wait."""
+def single_thread() -> Iterator[None]:
+    """The tensors here are small: a second thread would not help."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

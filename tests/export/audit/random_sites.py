@@ -23,7 +23,7 @@ class Truth:
 
     mistake: str
     style: str
-    place: str
+    position: str
     grain: str
     drop: float
     gap: float
@@ -62,20 +62,20 @@ def _floor(like: Tensor, keep: float) -> Tensor:
 
 
 MASKS = {"rand": _torch, "bernoulli_": _bernoulli, "numpy": _numpy, "floor": _floor}
-PLACES = ("alone", "alone", "before tanh", "in a residual", "on weights", "on attention")
+POSITIONS = ("alone", "alone", "before tanh", "in a residual", "on weights", "on attention")
 
 
 class RandomSite(nn.Module):
-    """A dropout with keep rate k, train scale s and eval scale e, at one of several places in a
+    """A dropout with keep rate k, train scale s and eval scale e, at one of several positions in a
     module.
     """
 
     def __init__(
-        self, *, k: float, s: float, e: float, declared: float, mask: str, grain: str, place: str
+        self, *, k: float, s: float, e: float, declared: float, mask: str, grain: str, position: str
     ) -> None:
         super().__init__()
         self.k, self.s, self.e, self.p = k, s, e, declared
-        self.mask, self.grain, self.place = MASKS[mask], GRAINS[grain], place
+        self.mask, self.grain, self.position = MASKS[mask], GRAINS[grain], position
         self.linear = nn.Linear(SHAPE[-1], SHAPE[-1])
 
     def drop(self, x: Tensor) -> Tensor:
@@ -84,13 +84,13 @@ class RandomSite(nn.Module):
         return x * self.mask(self.grain(x), self.k) * self.s
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.place == "alone":
+        if self.position == "alone":
             return self.drop(x)
-        if self.place == "before tanh":
+        if self.position == "before tanh":
             return self.linear(self.drop(F.gelu(self.linear(x)))).tanh()
-        if self.place == "in a residual":
+        if self.position == "in a residual":
             return x + self.drop(self.linear(x))
-        if self.place == "on weights":
+        if self.position == "on weights":
             return x @ self.drop(self.linear.weight.expand(SHAPE[1], -1, -1)).mean(0) + 1
         scores = (x @ x.transpose(1, 2)).softmax(-1)
         return self.drop(scores) @ x
@@ -119,13 +119,13 @@ def draw_site(rng: random.Random) -> tuple[nn.Module, Truth]:
         scale *= 1 + rng.choice((-1, 1)) * rng.uniform(1, 3) * max(p, 0.02) / 4
     s, e = (scale, 1.0) if style == "inverted" else (1.0, 1 / scale)
     grain = rng.choice(("element", "element", "channel", "step", "sample"))
-    place = rng.choice(PLACES)
-    if place in ("on weights", "on attention"):
+    position = rng.choice(POSITIONS)
+    if position in ("on weights", "on attention"):
         grain = "element"
     module = RandomSite(
-        k=k, s=s, e=e, declared=p, mask=rng.choice(list(MASKS)), grain=grain, place=place
+        k=k, s=s, e=e, declared=p, mask=rng.choice(list(MASKS)), grain=grain, position=position
     )
-    return module, Truth(mistake, style, place, grain, 1 - k, k * s / e)
+    return module, Truth(mistake, style, position, grain, 1 - k, k * s / e)
 
 
 class Network(nn.Module):

@@ -1,4 +1,4 @@
-"""What an audit says as a whole, and that it leaves no trace."""
+"""The audit of whole modules: its report, and that it leaves the module as it was."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARED = np.random.default_rng(5)
 
 
 class Mixed(nn.Module):
-    """Buffers, a counter, a generator of its own, a global one, and a dropout in a list."""
+    """Buffers, a counter, two own generators, a global generator, and a dropout in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ def state_of(module: nn.Module) -> list[object]:
     return [flags, {name: tensor.tolist() for name, tensor in tensors.items()}, grads, generators]
 
 
-def verdicts(found: Audit) -> dict[str, Kind]:
-    return {site.path: site.kind for site in found.sites}
+def verdicts(result: Audit) -> dict[str, Kind]:
+    return {site.path: site.kind for site in result.sites}
 
 
 @pytest.mark.parametrize("factory", [Mixed, Uncopyable, Shares])
@@ -93,14 +93,14 @@ def test_the_module_and_every_generator_are_left_as_they_were(
     module = factory().train(training)
     module(**X)
     before = state_of(module)
-    found = audit(module, [X])
-    assert len(found.sites) >= 1
+    result = audit(module, [X])
+    assert len(result.sites) >= 1
     assert state_of(module) == before
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_everything_is_left_as_it_was_when_the_module_raises() -> None:
+def test_a_module_that_raises_is_left_as_it_was() -> None:
     module = nn.Sequential(nn.Dropout(0.2), nn.Linear(3, 3)).eval()
     before = state_of(module)
     with pytest.raises(UnusableInputs):
@@ -108,11 +108,11 @@ def test_everything_is_left_as_it_was_when_the_module_raises() -> None:
     assert state_of(module) == before
 
 
-def test_the_audit_of_a_module_that_cannot_be_copied_is_that_of_its_twin() -> None:
+def test_a_module_that_cannot_be_copied_gets_the_same_verdicts() -> None:
     assert verdicts(audit(Uncopyable(), [X])) == verdicts(audit(Mixed(), [X]))
 
 
-def test_the_same_seed_gives_the_same_audit_whatever_was_drawn_before() -> None:
+def test_the_same_seed_gives_the_same_audit_after_other_draws() -> None:
     module = nn.Sequential(nn.Dropout(0.2), zoo.NumpyMask(), zoo.PythonGate())
     first = audit(copy.deepcopy(module), [{"input": X["x"]}], draws=100)
     torch.rand(7), random.random(), np.random.rand(3)
@@ -121,11 +121,11 @@ def test_the_same_seed_gives_the_same_audit_whatever_was_drawn_before() -> None:
     assert other.sites[0].keep_rate != first.sites[0].keep_rate
 
 
-def test_progress_hears_of_every_site_in_order() -> None:
-    heard: list[str] = []
+def test_progress_gets_the_path_of_each_site_in_order() -> None:
+    paths: list[str] = []
     module = nn.Sequential(nn.Dropout(0.2), nn.Linear(16, 16), nn.Dropout(0.0), zoo.Always())
-    found = audit(module, [{"input": X["x"]}], progress=heard.append)
-    assert heard == ["0", "2", "3"] == [site.path for site in found.sites]
+    result = audit(module, [{"input": X["x"]}], progress=paths.append)
+    assert paths == ["0", "2", "3"] == [site.path for site in result.sites]
 
 
 @pytest.mark.parametrize(
@@ -137,23 +137,25 @@ def test_progress_hears_of_every_site_in_order() -> None:
         ({"samples": []}, "sample"),
     ],
 )
-def test_what_cannot_be_audited_is_refused_by_name(wrong: dict[str, object], message: str) -> None:
+def test_arguments_out_of_range_are_errors_that_name_them(
+    wrong: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         audit(nn.Dropout(0.1), **{"samples": [X], **wrong})  # type: ignore[arg-type]
 
 
-def test_a_gap_is_told_in_the_users_terms_with_what_to_do_about_it() -> None:
-    found = audit(nn.Sequential(zoo.Masked(0.5, train_scale=1.0)), [{"input": X["x"]}])
-    (site,), (finding,) = found.sites, found.record.findings
+def test_a_finding_names_the_gap_and_the_fix() -> None:
+    result = audit(nn.Sequential(zoo.Masked(0.5, train_scale=1.0)), [{"input": X["x"]}])
+    (site,), (finding,) = result.sites, result.record.findings
     assert "activations reach the next layer 2.0" in site.sentence
     assert "times larger in eval than in training" in site.sentence
     assert (finding.severity, finding.node, finding.op) == (Severity.ERROR, "0", "Masked")
     assert "1 - p = 0.5" in finding.fix
-    assert found.record.rule == RULE
-    assert found.record.sites == ("0 (Masked): unscaled",)
+    assert result.record.rule == RULE
+    assert result.record.sites == ("0 (Masked): unscaled",)
 
 
-def test_the_figures_of_a_site_agree_with_one_another() -> None:
+def test_the_figures_of_a_site_agree_with_each_other() -> None:
     (site,) = audit(nn.Dropout(0.2), [{"input": X["x"]}]).sites
     assert (site.path, site.type, site.p, site.calls) == ("", "Dropout", 0.2, 1)
     assert site.train_scale == pytest.approx(1.25)
@@ -164,12 +166,12 @@ def test_the_figures_of_a_site_agree_with_one_another() -> None:
     assert site.gap == pytest.approx(site.keep_rate * 1.25)
 
 
-def test_a_keep_probability_given_as_p_is_named() -> None:
-    (dropped,) = audit(nn.Dropout(0.8), [{"input": X["x"]}]).sites
-    assert "papers often call the keep probability p" in dropped.sentence
-    (kept,) = audit(zoo.Masked(0.2, drops=0.8), [X]).sites
-    assert kept.severity is Severity.ERROR
-    assert "p = 0.2 is what it keeps, not what it drops" in kept.sentence
+def test_a_keep_probability_passed_as_p_is_reported() -> None:
+    (high_rate,) = audit(nn.Dropout(0.8), [{"input": X["x"]}]).sites
+    assert "papers often call the keep probability p" in high_rate.sentence
+    (keep_rate_as_p,) = audit(zoo.Masked(0.2, drops=0.8), [X]).sites
+    assert keep_rate_as_p.severity is Severity.ERROR
+    assert "p = 0.2 is what it keeps, not what it drops" in keep_rate_as_p.sentence
 
 
 def test_two_dropouts_in_one_forward_are_two_sites_and_each_has_its_own_verdict() -> None:
@@ -181,7 +183,7 @@ def test_two_dropouts_in_one_forward_are_two_sites_and_each_has_its_own_verdict(
     assert good.record.verdict == "pass"
 
 
-def test_an_input_that_is_mostly_zero_hides_nothing() -> None:
+def test_a_mostly_zero_input_hides_no_gap() -> None:
     sparse = {"x": F.relu(X["x"] - 1.5)}
     assert audit(zoo.Masked(), [sparse]).record.verdict == "pass"
     (site,) = audit(zoo.Masked(train_scale=1.0), [sparse]).sites
@@ -190,15 +192,15 @@ def test_an_input_that_is_mostly_zero_hides_nothing() -> None:
     assert gated.severity is None
 
 
-def test_every_sample_is_called_and_the_calls_are_counted() -> None:
+def test_the_calls_of_all_samples_are_counted() -> None:
     (site,) = audit(zoo.Twice(), [X, {"x": X["x"][:4]}, X]).sites
     assert site.calls == 6
 
 
-def test_torchs_own_encoder_layer_passes_with_all_of_its_sites() -> None:
+def test_all_sites_of_torchs_encoder_layer_pass() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
-    found = audit(layer, [{"src": X["x"]}])
-    assert verdicts(found) == dict.fromkeys(
+    result = audit(layer, [{"src": X["x"]}])
+    assert verdicts(result) == dict.fromkeys(
         ("self_attn", "dropout", "dropout1", "dropout2"), Kind.INVERTED
     )
 
@@ -207,24 +209,24 @@ def test_our_own_transformer_passes() -> None:
     torch.manual_seed(0)
     config = small_config()
     ids = torch.randint(1, config.vocabulary, (16, 8, 16))
-    found = audit(Transformer(config), [{"input_ids": ids}])
-    assert found.record.verdict == "pass", found.record
-    assert len(found.sites) > 5
+    result = audit(Transformer(config), [{"input_ids": ids}])
+    assert result.record.verdict == "pass", result.record
+    assert len(result.sites) > 5
 
 
 def test_a_module_without_dropout_has_no_site_and_passes() -> None:
-    found = audit(nn.Linear(16, 16), [{"input": X["x"]}])
-    assert found.sites == ()
-    assert found.record.verdict == "pass"
+    result = audit(nn.Linear(16, 16), [{"input": X["x"]}])
+    assert result.sites == ()
+    assert result.record.verdict == "pass"
 
 
-def test_a_rate_handed_to_a_function_needs_no_call_of_the_dropout_that_holds_it() -> None:
-    found = audit(zoo.Hidden(), [X])
-    assert verdicts(found) == {"": Kind.INVERTED, "dropout": Kind.NOT_CALLED}
-    assert found.record.findings == ()
+def test_a_dropout_whose_rate_the_parent_uses_need_not_be_called() -> None:
+    result = audit(zoo.Hidden(), [X])
+    assert verdicts(result) == {"": Kind.INVERTED, "dropout": Kind.NOT_CALLED}
+    assert result.record.findings == ()
 
 
-def test_too_few_draws_are_inconclusive_and_not_fine() -> None:
+def test_too_few_draws_are_inconclusive() -> None:
     site = zoo.Masked(0.1, like=lambda x: x[:, :1, :1])
     assert audit(site, [X], draws=4).record.verdict == "unproven"
     assert audit(site, [X], draws=4).sites[0].draws == 4
@@ -244,7 +246,7 @@ BEFORE_NORM = {
 NOT_BEFORE_NORM = {
     "after it": network(nn.BatchNorm1d(32), nn.Dropout(0.3)),
     "before a layer norm": network(nn.Dropout(0.3), nn.LayerNorm(32)),
-    "before one that normalises by the batch in eval too": network(
+    "before a norm without running statistics": network(
         nn.Dropout(0.3), nn.BatchNorm1d(32, track_running_stats=False)
     ),
 }
@@ -253,22 +255,22 @@ ROWS = torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("name", BEFORE_NORM)
 def test_dropout_that_feeds_a_batch_norm_is_a_warning_with_the_shift(name: str) -> None:
-    found = audit(BEFORE_NORM[name], [{"input": ROWS}])
-    (finding,) = found.record.findings
+    result = audit(BEFORE_NORM[name], [{"input": ROWS}])
+    (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.WARNING, "0")
     assert "times the variance" in finding.why
-    assert found.record.verdict == "pass"
+    assert result.record.verdict == "pass"
 
 
-def test_the_shift_told_is_that_of_theory() -> None:
+def test_the_variance_shift_is_that_of_theory() -> None:
     # Var(m x / k) = E[x^2] / k - E[x]^2, which for a mean of 0 is Var(x) / k.
     (finding,) = audit(BEFORE_NORM["at once"], [{"input": ROWS}]).record.findings
-    told = float(finding.why.partition("input has ")[2].split()[0])
-    assert told == pytest.approx(1 / 0.7, rel=0.03)
+    ratio = float(finding.why.partition("input has ")[2].split()[0])
+    assert ratio == pytest.approx(1 / 0.7, rel=0.03)
 
 
 @pytest.mark.parametrize("name", NOT_BEFORE_NORM)
-def test_other_dropout_is_not_warned_of(name: str) -> None:
+def test_a_dropout_elsewhere_gets_no_variance_warning(name: str) -> None:
     assert audit(NOT_BEFORE_NORM[name], [{"input": ROWS}]).record.findings == ()
 
 
@@ -282,7 +284,7 @@ class AnswersWithAnObject(nn.Module):
         return Answer(F.dropout(x, 0.2, self.training))
 
 
-def test_an_answer_that_is_an_object_of_the_users_is_read() -> None:
+def test_an_output_of_the_users_own_class_is_read() -> None:
     assert verdicts(audit(AnswersWithAnObject(), [X])) == {"": Kind.INVERTED}
 
 
@@ -291,7 +293,7 @@ class MakesItself(nn.Module):
         return nn.Dropout(0.2)(x)
 
 
-def test_a_module_made_in_the_forward_belongs_to_its_maker_and_is_always_on() -> None:
+def test_a_dropout_created_in_the_forward_is_reported_at_its_creator_as_always_on() -> None:
     assert verdicts(audit(MakesItself(), [X])) == {"": Kind.ALWAYS_ON}
 
 
@@ -300,9 +302,9 @@ class Branches(nn.Module):
         return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
 
 
-def test_what_cannot_be_watched_is_unproven() -> None:
-    found = audit(nn.Sequential(nn.Dropout(0.2), Branches()), [{"input": X["x"]}])
-    assert found.record.verdict == "unproven"
+def test_a_forward_that_cannot_be_watched_is_unproven() -> None:
+    result = audit(nn.Sequential(nn.Dropout(0.2), Branches()), [{"input": X["x"]}])
+    assert result.record.verdict == "unproven"
 
 
 class Fused(nn.Module):
@@ -310,7 +312,7 @@ class Fused(nn.Module):
         return torch.native_dropout(x, 0.2, self.training)[0].square()
 
 
-def test_the_fused_dropout_of_gpus_is_taken_apart() -> None:
+def test_the_fused_dropout_of_gpus_is_judged() -> None:
     (site,) = audit(Fused(), [X]).sites
     assert (site.kind, site.train_scale) == (Kind.INVERTED, pytest.approx(1.25))
 
@@ -324,7 +326,7 @@ class AsksItsChild(nn.Module):
         return F.dropout(x, 0.2, self.child.training)
 
 
-def test_a_site_that_asks_its_child_for_the_mode_is_judged() -> None:
+def test_a_site_that_reads_the_flag_of_its_child_is_judged() -> None:
     assert verdicts(audit(AsksItsChild(), [X])) == {"": Kind.INVERTED}
 
 
@@ -339,5 +341,5 @@ class AroundRandom(nn.Module):
         return F.dropout(self.inner(x), 0.2, self.training)
 
 
-def test_around_a_module_that_is_always_random_nothing_is_called_fine() -> None:
+def test_a_site_around_a_module_that_is_always_random_is_inconclusive() -> None:
     assert verdicts(audit(AroundRandom(), [X])) == {"": Kind.INCONCLUSIVE, "inner": Kind.ALWAYS_ON}

@@ -1,4 +1,4 @@
-"""SpecAugment and its kin: named as what they are, and not excusing a dropout beside them."""
+"""SpecAugment and similar masks are augmentation; a dropout beside them is still judged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ X = torch.randn(4, 20, 8, generator=torch.Generator().manual_seed(0))
 
 
 def spans(rows: int, length: int, width: int = 4) -> Tensor:
-    """One span a row, at a place that NumPy draws."""
+    """One span per row, at a position that NumPy draws."""
     starts = np.random.randint(0, length - width + 1, size=rows)
     steps = np.arange(length)[None]
     return torch.tensor((steps >= starts[:, None]) & (steps < starts[:, None] + width))
@@ -56,7 +56,7 @@ class SpecAugment(nn.Module):
 
 
 class Plain(nn.Module):
-    """The same, and neither its name nor a configuration says what it is."""
+    """The same without a telling name; `configured` adds a telling configuration."""
 
     def __init__(self, *, configured: bool = False) -> None:
         super().__init__()
@@ -71,18 +71,18 @@ def audited(module: nn.Module) -> Audit:
     return audit(nn.Sequential(nn.Linear(8, 8), module, nn.Linear(8, 2)), [{"input": X}])
 
 
-def kinds(found: Audit) -> list[Kind]:
-    return [site.kind for site in found.sites]
+def kinds(result: Audit) -> list[Kind]:
+    return [site.kind for site in result.sites]
 
 
 @pytest.mark.parametrize("way", ["index", "where", "where not"])
 def test_values_that_become_a_learned_vector_are_augmentation(way: str) -> None:
-    found = audited(Learned(way))
-    assert kinds(found) == [Kind.AUGMENTED]
-    (finding,) = found.record.findings
+    result = audited(Learned(way))
+    assert kinds(result) == [Kind.AUGMENTED]
+    (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.WARNING, "1")
     assert "20 % of its values" in finding.why
-    assert found.record.verdict is Verdict.PASS
+    assert result.record.verdict is Verdict.PASS
 
 
 def test_a_learned_vector_that_is_still_zero_is_augmentation() -> None:
@@ -99,12 +99,12 @@ def test_a_factor_in_eval_beside_the_augmentation_is_a_gap() -> None:
 def test_spans_that_become_zeros_are_augmentation_where_the_module_says_so(
     module: nn.Module,
 ) -> None:
-    found = audited(module)
-    assert kinds(found) == [Kind.AUGMENTED] * 2
-    assert found.record.verdict is Verdict.PASS
+    result = audited(module)
+    assert kinds(result) == [Kind.AUGMENTED] * 2
+    assert result.record.verdict is Verdict.PASS
 
 
-def test_spans_that_become_zeros_are_not_scaled_where_nothing_says_so() -> None:
+def test_spans_that_become_zeros_fail_where_no_name_says_augmentation() -> None:
     assert audited(Plain()).record.verdict is Verdict.FAIL
 
 
@@ -116,7 +116,7 @@ def test_a_dropout_of_single_elements_is_not_excused_by_the_name() -> None:
     assert kinds(audited(SpecAugmentAndDropout())) == [Kind.UNSCALED]
 
 
-def test_a_dropout_beside_the_augmentation_has_a_verdict_of_its_own() -> None:
+def test_a_dropout_beside_the_augmentation_has_a_separate_verdict() -> None:
     class Both(Learned):
         def forward(self, x: Tensor) -> Tensor:
             return F.dropout(super().forward(x), 0.2, self.training)
@@ -136,7 +136,7 @@ def test_values_that_become_minus_infinity_before_a_softmax_are_no_augmentation(
 
 
 @pytest.mark.parametrize("of_torch", [True, False], ids=["zeros_like", "a buffer of zeros"])
-def test_zeros_that_nobody_learns_are_a_dropout(of_torch: bool) -> None:
+def test_zeros_that_are_no_parameter_are_a_dropout(of_torch: bool) -> None:
     class Blanks(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Every call of a site is judged, with its own arguments and the state that the site had then."""
+"""Each call of a site is judged, with its arguments and the state of the site at that call."""
 
 from __future__ import annotations
 
@@ -90,23 +90,23 @@ def audited(module: nn.Module, *inputs: Tensor) -> Audit:
 def test_a_second_call_that_is_not_scaled_is_a_gap_of_that_call(
     site: Callable[[], nn.Module],
 ) -> None:
-    found = audited(Calls(site()))
-    assert [(s.path, s.call, s.kind) for s in found.sites] == [
+    result = audited(Calls(site()))
+    assert [(s.path, s.call, s.kind) for s in result.sites] == [
         ("drop", 0, Kind.INVERTED),
         ("drop", 2, Kind.UNSCALED),
     ]
-    (finding,) = found.record.findings
+    (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.ERROR, "drop, call 2")
-    assert found.record.sites[1] == f"drop, call 2 ({site.__name__}): unscaled"
+    assert result.record.sites[1] == f"drop, call 2 ({site.__name__}): unscaled"
 
 
 def test_a_second_call_that_keeps_less_is_a_gap_of_that_call() -> None:
-    found = audited(Calls(ByValues()))
-    assert [(s.call, s.severity) for s in found.sites] == [(0, None), (2, Severity.ERROR)]
-    assert found.sites[1].gap == pytest.approx(3 / 7, rel=0.1)
+    result = audited(Calls(ByValues()))
+    assert [(s.call, s.severity) for s in result.sites] == [(0, None), (2, Severity.ERROR)]
+    assert result.sites[1].gap == pytest.approx(3 / 7, rel=0.1)
 
 
-def test_a_first_call_that_is_wrong_and_a_second_that_is_right_are_told_apart() -> None:
+def test_a_wrong_first_call_and_a_right_second_call_have_two_verdicts() -> None:
     class Other(Calls):
         def forward(self, x: Tensor) -> Tensor:
             return self.drop(self.middle(self.drop(x, False)), True)
@@ -131,7 +131,7 @@ class Long(nn.Module):
         return self.drop(x, len(x) < 8)
 
 
-def test_calls_that_are_alike_are_one_site() -> None:
+def test_calls_with_the_same_verdict_are_one_site() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -147,7 +147,7 @@ def test_calls_that_are_alike_are_one_site() -> None:
 
 
 class Many(nn.Module):
-    """Calls one dropout with as many arguments as it is told, the last of which is wrong."""
+    """Calls a dropout with `kinds` different arguments, the last of which is wrong."""
 
     def __init__(self, kinds: int) -> None:
         super().__init__()
@@ -171,19 +171,19 @@ class Numbered(nn.Module):
 
 
 def test_a_late_call_of_another_kind_is_judged_before_those_that_repeat_one() -> None:
-    found = audited(Many(MOST_CALLS))
-    assert [s.kind for s in found.sites] == [Kind.INVERTED, Kind.UNSCALED]
-    assert found.record.verdict is Verdict.FAIL
+    result = audited(Many(MOST_CALLS))
+    assert [s.kind for s in result.sites] == [Kind.INVERTED, Kind.UNSCALED]
+    assert result.record.verdict is Verdict.FAIL
 
 
-def test_calls_of_more_kinds_than_are_judged_are_named_and_unproven() -> None:
-    found = audited(Many(MOST_CALLS + 3))
-    (finding,) = found.record.findings
+def test_calls_of_too_many_kinds_are_counted_and_unproven() -> None:
+    result = audited(Many(MOST_CALLS + 3))
+    (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.UNPROVEN, "drop")
     assert "3 of its 31 calls were not looked at" in finding.why
 
 
-def test_a_counter_that_runs_on_is_a_warning_and_no_more() -> None:
+def test_calls_that_differ_in_a_counter_alone_are_a_warning() -> None:
     class Counts(ByCounter):
         def forward(self, x: Tensor, right: bool = True) -> Tensor:
             self.count += 1
@@ -199,8 +199,8 @@ def test_a_counter_that_runs_on_is_a_warning_and_no_more() -> None:
                 x = self.drop(x)
             return x
 
-    found = audited(Loop())
-    assert [(s.kind, s.judged) for s in found.sites] == [(Kind.INVERTED, MOST_CALLS)]
-    (finding,) = found.record.findings
+    result = audited(Loop())
+    assert [(s.kind, s.judged) for s in result.sites] == [(Kind.INVERTED, MOST_CALLS)]
+    (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.WARNING, "drop")
     assert "2 of its 10 calls were not looked at" in finding.why

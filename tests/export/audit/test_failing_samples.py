@@ -1,4 +1,4 @@
-"""Samples that a forward does not take: in one mode, in both, or some of them."""
+"""Samples that a forward rejects: in one mode, in both, or some of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ X = {"x": torch.randn(32, 8, 16, generator=torch.Generator().manual_seed(0))}
 
 
 def test_a_forward_that_fails_in_training_mode_is_unproven_and_says_so() -> None:
-    found = audit(nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.2)), [{"input": torch.randn(1, 4)}])
-    assert found.record.verdict == "unproven"
-    assert "does not run in training mode" in found.record.findings[0].why
+    result = audit(
+        nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.2)), [{"input": torch.randn(1, 4)}]
+    )
+    assert result.record.verdict == "unproven"
+    assert "does not run in training mode" in result.record.findings[0].why
 
 
 @pytest.mark.parametrize(
@@ -43,13 +45,13 @@ class OnlyTrains(nn.Module):
 
 
 def test_a_forward_that_fails_in_eval_mode_alone_is_unproven() -> None:
-    found = audit(OnlyTrains(), [X])
-    assert found.record.verdict == "unproven"
-    assert "does not run in eval mode" in found.record.findings[0].why
+    result = audit(OnlyTrains(), [X])
+    assert result.record.verdict == "unproven"
+    assert "does not run in eval mode" in result.record.findings[0].why
 
 
 def test_a_sample_that_fails_beside_one_that_runs_is_a_warning() -> None:
     module = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.2))
-    found = audit(module, [{"input": torch.randn(1, 4)}, {"input": torch.randn(64, 4)}])
-    assert found.record.verdict == "pass"
-    assert [finding.severity for finding in found.record.findings] == [Severity.WARNING]
+    result = audit(module, [{"input": torch.randn(1, 4)}, {"input": torch.randn(64, 4)}])
+    assert result.record.verdict == "pass"
+    assert [finding.severity for finding in result.record.findings] == [Severity.WARNING]

@@ -1,4 +1,4 @@
-"""Networks whose forward changes them: each use of the audit starts from the network as it was."""
+"""Networks whose forward changes them: each step of the audit starts from the original."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Unscaled(nn.Module):
 
 
 class Rebuild(nn.Module):
-    """The dropout is made anew after every training step, as schedules of the rate do."""
+    """Replaces its dropout after every training step, as schedules of the rate do."""
 
     def __init__(self, make: Callable[[], nn.Module], *, lock: bool = False) -> None:
         super().__init__()
@@ -65,11 +65,11 @@ class Iterated(nn.Module):
 def test_a_dropout_that_is_exchanged_while_training_is_judged(
     make: Callable[[], nn.Module], kind: Kind, verdict: Verdict, lock: bool
 ) -> None:
-    found = audit(Rebuild(make, lock=lock), [X])
-    assert [(site.path, site.kind) for site in found.sites] == [("drop", kind)]
-    assert found.record.verdict is verdict
+    result = audit(Rebuild(make, lock=lock), [X])
+    assert [(site.path, site.kind) for site in result.sites] == [("drop", kind)]
+    assert result.record.verdict is verdict
 
 
 def test_a_forward_that_runs_once_is_judged() -> None:
-    found = audit(Iterated(), [X])
-    assert [(site.path, site.kind) for site in found.sites] == [("drop", Kind.INVERTED)]
+    result = audit(Iterated(), [X])
+    assert [(site.path, site.kind) for site in result.sites] == [("drop", Kind.INVERTED)]

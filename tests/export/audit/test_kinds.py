@@ -1,4 +1,4 @@
-"""Every kind of site that the audit knows, each with its verdict and its gap."""
+"""Every kind of site, each with its verdict and its gap."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def repeated(x: Tensor) -> Tensor:
     return x[:, :, ::4]
 
 
-# name: factory, kind, gap (None where it has none to tell)
+# name: (factory, kind), and in WRONG the gap too (None where the kind has no gap)
 RIGHT: dict[str, tuple[Callable[[], nn.Module], Kind]] = {
     "nn.Dropout": (lambda: nn.Dropout(0.3), Kind.INVERTED),
-    "nn.Dropout at a rate of one in a thousand": (lambda: nn.Dropout(0.001), Kind.INVERTED),
-    "nn.Dropout at a rate of nine in ten": (lambda: nn.Dropout(0.9), Kind.INVERTED),
+    "nn.Dropout at a rate of 1 in 1,000": (lambda: nn.Dropout(0.001), Kind.INVERTED),
+    "nn.Dropout at a rate of 9 in 10": (lambda: nn.Dropout(0.9), Kind.INVERTED),
     "nn.Dropout in place": (lambda: nn.Dropout(0.3, inplace=True), Kind.INVERTED),
     "nn.Dropout1d": (lambda: nn.Dropout1d(0.3), Kind.INVERTED),
     "nn.Dropout2d": (lambda: Unsqueezed(nn.Dropout2d(0.3)), Kind.INVERTED),
@@ -93,7 +93,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Kind]] = {
     "zoneout": (lambda: zoo.Zoneout(), Kind.INVERTED),
     "rate on a schedule": (lambda: zoo.Scheduled(), Kind.INVERTED),
     "several tensors in and out": (lambda: zoo.CallsSeveral(), Kind.INVERTED),
-    "one module in two places": (lambda: zoo.Twice(), Kind.INVERTED),
+    "one module, called twice": (lambda: zoo.Twice(), Kind.INVERTED),
     "one mask twice, scaled once": (lambda: zoo.SameMaskTwice(scales=1), Kind.INVERTED),
     "columns without replacement": (lambda: zoo.Scattered(scaled=True), Kind.INVERTED),
     "additive noise with a factor": (lambda: zoo.WeightedSum(), Kind.ADDITIVE),
@@ -206,7 +206,7 @@ class Unsqueezed(nn.Module):
 
 
 class Root(nn.Module):
-    """Gives its part what it is called with."""
+    """Passes its input to its part."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -221,21 +221,19 @@ def audited(factory: Callable[[], nn.Module]) -> Audit:
     return audit(Root(factory()), [{"x": torch.randn(32, 8, 16)}])
 
 
-def worst(found: Audit) -> Site:
-    """The site with the worst to say: an error, else what is unproven, else a warning, else the
-    last.
-    """
+def worst(result: Audit) -> Site:
+    """The site with the highest severity: error, unproven, warning, none; of several, the last."""
     order = [Severity.ERROR, Severity.UNPROVEN, Severity.WARNING, None]
-    return min(reversed(found.sites), key=lambda site: order.index(site.severity))
+    return min(reversed(result.sites), key=lambda site: order.index(site.severity))
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_site_without_a_gap_passes_under_its_name(name: str) -> None:
     factory, kind = RIGHT[name]
-    found = audited(factory)
-    site = worst(found)
+    result = audited(factory)
+    site = worst(result)
     assert (site.kind, site.severity) == (kind, None), site
-    assert found.record.verdict == "pass"
+    assert result.record.verdict == "pass"
     if site.gap is not None and site.gap_interval is not None:
         assert site.gap_interval[0] < 1.02
         assert site.gap_interval[1] > 0.98
@@ -244,10 +242,10 @@ def test_a_site_without_a_gap_passes_under_its_name(name: str) -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_a_site_with_a_gap_fails_under_the_name_of_its_mistake(name: str) -> None:
     factory, kind, gap = WRONG[name]
-    found = audited(factory)
-    site = worst(found)
+    result = audited(factory)
+    site = worst(result)
     assert (site.kind, site.severity) == (kind, Severity.ERROR), site
-    assert found.record.verdict == "fail"
+    assert result.record.verdict == "fail"
     assert site.fix
     if gap is not None:
         assert site.gap == pytest.approx(gap, rel=0.05)
@@ -255,21 +253,21 @@ def test_a_site_with_a_gap_fails_under_the_name_of_its_mistake(name: str) -> Non
 
 @pytest.mark.parametrize("name", UNPROVEN)
 def test_a_site_that_no_scale_describes_is_inconclusive_and_says_why(name: str) -> None:
-    found = audited(UNPROVEN[name])
-    site = worst(found)
+    result = audited(UNPROVEN[name])
+    site = worst(result)
     assert (site.kind, site.severity) == (Kind.INCONCLUSIVE, Severity.UNPROVEN), site
-    assert found.record.verdict == "unproven"
+    assert result.record.verdict == "unproven"
     assert len(site.sentence.split()) > 5
 
 
 @pytest.mark.parametrize("name", WARNED)
 def test_a_dropout_that_does_nothing_is_a_warning(name: str) -> None:
     factory, kind = WARNED[name]
-    found = audited(factory)
-    site = worst(found)
+    result = audited(factory)
+    site = worst(result)
     assert (site.kind, site.severity) == (kind, Severity.WARNING), site
-    assert found.record.verdict == "pass"
+    assert result.record.verdict == "pass"
 
 
-def test_at_least_thirty_kinds_of_site_are_told_apart() -> None:
+def test_at_least_eighty_cases_are_covered() -> None:
     assert len(RIGHT) + len(WRONG) + len(UNPROVEN) + len(WARNED) >= 80

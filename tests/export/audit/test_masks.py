@@ -24,18 +24,18 @@ def shape_of(noises: list[torch.Tensor], value: float = 1.25) -> masks.Shape:
     return shape
 
 
-def test_the_kept_value_is_found_beside_zeros_and_what_is_not_seen() -> None:
+def test_zeros_and_nan_do_not_change_the_kept_value() -> None:
     assert masks.kept_value(torch.tensor([0.0, 1.25, NAN, 1.25]), rounding=1e-7) == 1.25
 
 
 @pytest.mark.parametrize(
     "noise", [[0.0, 0.0], [1.0, 1.5, 0.0], [NAN], [-1.0, -1.0, 0.0], [1.0, -1.0]]
 )
-def test_noise_of_several_values_or_none_has_no_kept_value(noise: list[float]) -> None:
+def test_noise_that_is_no_mask_has_no_kept_value(noise: list[float]) -> None:
     assert masks.kept_value(torch.tensor(noise), rounding=1e-7) is None
 
 
-def test_rounding_is_no_second_value() -> None:
+def test_values_within_rounding_are_one_kept_value() -> None:
     assert masks.kept_value(torch.tensor([1.25, 1.25 * (1 + 2e-7)]), rounding=1e-7) is not None
     assert (
         masks.kept_value(
@@ -46,7 +46,7 @@ def test_rounding_is_no_second_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("drawn", "shared"),
+    ("size", "shared"),
     [
         ((4, 6, 8), ()),
         ((4, 6, 1), (2,)),
@@ -55,32 +55,32 @@ def test_rounding_is_no_second_value() -> None:
         ((1, 1, 1), (0, 1, 2)),
     ],
 )
-def test_the_axes_that_share_a_fate_are_found(
-    drawn: tuple[int, ...], shared: tuple[int, ...]
+def test_the_shared_axes_are_those_along_which_the_mask_is_constant(
+    size: tuple[int, ...], shared: tuple[int, ...]
 ) -> None:
-    noises = [noise.expand(4, 6, 8) for noise in draws(drawn)]
+    noises = [noise.expand(4, 6, 8) for noise in draws(size)]
     shape = shape_of(noises)
     assert shape.shared == shared
-    seen, kept = masks.groups(noises[0], shape)
-    assert seen.sum() == math.prod(drawn)
-    assert kept.sum() == (noises[0] != 0).double().mean() * math.prod(drawn)
+    is_visible, is_kept = masks.groups(noises[0], shape)
+    assert is_visible.sum() == math.prod(size)
+    assert is_kept.sum() == (noises[0] != 0).double().mean() * math.prod(size)
 
 
-def test_without_a_drop_nothing_is_known_to_be_shared() -> None:
+def test_a_mask_that_drops_nothing_shares_no_axis() -> None:
     assert shape_of([torch.full((4, 6), 1.25).double()]).shared == ()
 
 
-def test_a_group_is_seen_when_one_of_its_elements_is() -> None:
+def test_a_group_is_visible_when_one_of_its_elements_is() -> None:
     noise = torch.tensor([[1.25, NAN, 1.25], [NAN, 0.0, 0.0], [NAN, NAN, NAN]])
-    seen, kept = masks.groups(noise, masks.Shape(1.25, (True, False), dropped=True))
-    assert seen.flatten().tolist() == [True, True, False]
-    assert kept.flatten().tolist() == [True, False, False]
+    is_visible, is_kept = masks.groups(noise, masks.Shape(1.25, (True, False), dropped=True))
+    assert is_visible.flatten().tolist() == [True, True, False]
+    assert is_kept.flatten().tolist() == [True, False, False]
 
 
-def test_blocks_are_seen_to_hang_together_and_independent_elements_are_not() -> None:
+def test_neighbours_agree_in_blocks_and_not_where_elements_are_independent() -> None:
     independent = [noise != 0 for noise in draws((64, 64))]
     blocks = [noise.repeat_interleave(2, 1) for noise in independent]
-    seen = [torch.ones_like(noise, dtype=torch.bool) for noise in independent]
-    assert not masks.neighbours_agree(seen, independent)
+    is_visible = [torch.ones_like(noise, dtype=torch.bool) for noise in independent]
+    assert not masks.neighbours_agree(is_visible, independent)
     assert masks.neighbours_agree([torch.ones_like(b, dtype=torch.bool) for b in blocks], blocks)
-    assert not masks.neighbours_agree(seen, [torch.ones_like(noise) for noise in seen])
+    assert not masks.neighbours_agree(is_visible, [torch.ones_like(noise) for noise in is_visible])

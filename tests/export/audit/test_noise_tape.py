@@ -60,7 +60,7 @@ MASKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], Tensor]]] =
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_noise_is_found_where_it_meets_the_data_and_can_be_a_constant_there(name: str) -> None:
+def test_an_application_of_noise_is_recorded_and_a_constant_can_replace_it(name: str) -> None:
     forward, expected = MASKS[name]
     reading, _ = taped(forward)
     (application,) = reading.applications
@@ -71,7 +71,7 @@ def test_noise_is_found_where_it_meets_the_data_and_can_be_a_constant_there(name
         torch.testing.assert_close(taped(forward, {0: constant})[1], expected(constant))
 
 
-def test_the_noise_read_is_what_keeps_also_where_a_mask_says_what_is_dropped() -> None:
+def test_the_noise_is_1_where_an_element_is_kept_also_for_masks_of_what_is_dropped() -> None:
     for name in ("where, the other way", "masked_fill", "an index"):
         reading, output = taped(MASKS[name][0])
         assert torch.equal(reading.applications[0].noise, (output != 0).double()), name
@@ -92,25 +92,25 @@ OBSTACLES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
-def test_what_is_not_linear_in_the_noise_is_an_obstacle_with_a_sentence(name: str) -> None:
+def test_an_operator_that_is_not_linear_in_the_noise_is_an_obstacle(name: str) -> None:
     reading, _ = taped(OBSTACLES[name])
     assert reading.obstacles
     assert all(len(obstacle.split()) > 4 for obstacle in reading.obstacles)
 
 
-def test_without_draws_there_is_nothing_to_read() -> None:
+def test_without_draws_there_is_no_application() -> None:
     reading, output = taped(lambda x: (x @ WEIGHT).relu() * torch.ones_like(x))
     assert (reading.applications, reading.obstacles) == ([], [])
     assert torch.equal(output, (X @ WEIGHT).relu())
 
 
-def test_the_numbers_around_a_mask_are_remembered() -> None:
+def test_the_factors_before_and_after_a_mask_are_recorded() -> None:
     reading, _ = taped(lambda x: x.div(0.8) * (torch.rand_like(x) < 0.8) * 3 / torch.tensor(2.0))
     (application,) = reading.applications
     assert (application.before, application.after) == (pytest.approx(1.25), pytest.approx(1.5))
 
 
-def test_a_tensor_from_outside_torch_is_noise_when_it_is_said_to_differ() -> None:
+def test_a_foreign_tensor_that_differs_from_run_to_run_is_noise() -> None:
     def forward(x: Tensor) -> Tensor:
         return x * torch.tensor([1.0] * 7 + [0.0])
 
@@ -130,7 +130,7 @@ def test_a_mask_written_into_a_blank_tensor_is_noise() -> None:
     assert int((application.noise == 0).sum()) == 12
 
 
-def test_noise_that_shares_a_draw_says_so() -> None:
+def test_applications_that_share_a_draw_name_the_same_draws() -> None:
     reading, _ = taped(lambda x: F.alpha_dropout(x, 0.2, training=True))
     first, second = reading.applications
     assert first.draws == second.draws

@@ -1,6 +1,4 @@
-"""The audit's figures: how often it calls a right site wrong, and how often it misses a wrong
-one.
-"""
+"""How often the audit calls a right site wrong, and how often it misses a wrong site."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ NETWORKS, EACH, ALPHA = 100, 10, 0.01
 
 def outcomes(seed: int) -> list[list[tuple[Truth, Severity | None]]]:
     rng = random.Random(seed)
-    found = []
+    networks = []
     for index in range(NETWORKS):
         torch.manual_seed(seed + index)
         sites = [draw_site(rng) for _ in range(EACH)]
@@ -28,15 +26,14 @@ def outcomes(seed: int) -> list[list[tuple[Truth, Severity | None]]]:
             alpha=ALPHA,
             seed=index,
         )
-        found.append(
+        networks.append(
             [(truth, site.severity) for (_, truth), site in zip(sites, judged.sites, strict=True)]
         )
-    return found
+    return networks
 
 
-def test_of_a_thousand_random_sites_no_more_are_called_wrong_or_missed_than_was_promised() -> None:
-    # Seed 2026 was written down before the first run; bench/audit.py repeats this under seeds that
-    # nobody chose.
+def test_of_1000_random_sites_false_alarms_and_missed_gaps_stay_within_alpha_and_power() -> None:
+    # Seed 2026 was fixed before the first run; bench/audit.py repeats this under random seeds.
     networks = outcomes(2026)
     assert sum(map(len, networks)) == 1000
     alarmed = sum(

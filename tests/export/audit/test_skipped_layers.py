@@ -1,4 +1,4 @@
-"""LayerDrop: whole layers skipped in training, beside other noise, and skips that are not it."""
+"""LayerDrop: layers skipped in training, alone and beside other noise, and other random paths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Layer(nn.Module):
-    """A residual layer, which answers with a tuple where it is asked to."""
+    """A residual layer; `tuples` makes it return a tuple."""
 
     def __init__(self, drop: nn.Module, *, tuples: bool = False) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ def audited(encoder: nn.Module) -> Audit:
     return audit(nn.Sequential(nn.Linear(8, 8), encoder, nn.Linear(8, 2)), [{"input": X}])
 
 
-def kinds(found: Audit) -> list[Kind]:
-    return [site.kind for site in found.sites if site.path == "1"]
+def kinds(result: Audit) -> list[Kind]:
+    return [site.kind for site in result.sites if site.path == "1"]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -91,43 +91,43 @@ def kinds(found: Audit) -> list[Kind]:
 def test_layers_that_are_skipped_are_a_warning_that_names_the_design(
     layerdrop: float, source: str
 ) -> None:
-    found = audited(Encoder(layerdrop, source=source))
-    assert kinds(found) == [Kind.LAYERS_SKIPPED]
-    (finding,) = found.record.findings
+    result = audited(Encoder(layerdrop, source=source))
+    assert kinds(result) == [Kind.LAYERS_SKIPPED]
+    (finding,) = result.record.findings
     assert (finding.severity, finding.op) == (Severity.WARNING, "Encoder")
     assert f"p = {layerdrop:g}" in finding.why
     assert "LayerDrop" in finding.why
-    assert found.record.verdict is Verdict.PASS
+    assert result.record.verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(
     "options", [{"tuples": True}, {"layers": 1}, {"layers": 8}, {"always_draws": True}], ids=str
 )
-def test_layers_are_recognised_in_any_form(options: dict[str, bool | int]) -> None:
-    found = audited(Encoder(**options))  # type: ignore[arg-type]
-    assert kinds(found) == [Kind.LAYERS_SKIPPED]
-    assert found.record.verdict is Verdict.PASS
+def test_skipped_layers_are_recognised_in_any_form(options: dict[str, bool | int]) -> None:
+    result = audited(Encoder(**options))  # type: ignore[arg-type]
+    assert kinds(result) == [Kind.LAYERS_SKIPPED]
+    assert result.record.verdict is Verdict.PASS
 
 
 def test_sites_inside_of_layers_that_are_often_skipped_are_judged() -> None:
-    found = audited(Encoder(0.7, layers=4, inner=Unscaled))
-    inside = [site for site in found.sites if site.path.startswith("1.layers")]
+    result = audited(Encoder(0.7, layers=4, inner=Unscaled))
+    inside = [site for site in result.sites if site.path.startswith("1.layers")]
     assert [site.kind for site in inside] == [Kind.UNSCALED] * 4
-    assert found.record.verdict is Verdict.FAIL
+    assert result.record.verdict is Verdict.FAIL
 
 
-def test_layers_whose_part_is_made_up_for_are_no_finding() -> None:
-    found = audited(Encoder(0.25, rescaled=True))
-    assert kinds(found) == [Kind.INVERTED]
-    assert found.record.findings == ()
+def test_skipped_layers_with_a_scale_are_no_finding() -> None:
+    result = audited(Encoder(0.25, rescaled=True))
+    assert kinds(result) == [Kind.INVERTED]
+    assert result.record.findings == ()
 
 
 @pytest.mark.parametrize(("scale", "kind"), [(2.0, Kind.INVERTED), (1.0, Kind.UNSCALED)])
-def test_a_dropout_beside_the_skips_has_a_verdict_of_its_own(scale: float, kind: Kind) -> None:
+def test_a_dropout_beside_skipped_layers_has_a_separate_verdict(scale: float, kind: Kind) -> None:
     assert kinds(audited(Encoder(own_dropout=scale))) == [Kind.LAYERS_SKIPPED, kind]
 
 
-def test_a_factor_beside_the_skips_does_not_pass() -> None:
+def test_a_factor_beside_skipped_layers_does_not_pass() -> None:
     class Scaled(Encoder):
         def forward(self, x: Tensor) -> Tensor:
             x = super().forward(x)
@@ -137,7 +137,7 @@ def test_a_factor_beside_the_skips_does_not_pass() -> None:
 
 
 class Branch(nn.Module):
-    """Stochastic depth in the block itself: what is left out is the branch, not the layer."""
+    """Stochastic depth inside the block: it skips its branch, not a layer."""
 
     def __init__(self, *, scaled: bool) -> None:
         super().__init__()
@@ -152,12 +152,12 @@ class Branch(nn.Module):
 
 
 @pytest.mark.parametrize(("scaled", "kind"), [(True, Kind.INVERTED), (False, Kind.UNSCALED)])
-def test_a_branch_that_is_left_out_is_no_layer_and_must_be_scaled(scaled: bool, kind: Kind) -> None:
+def test_a_skipped_branch_is_no_layer_and_must_be_scaled(scaled: bool, kind: Kind) -> None:
     assert kinds(audited(Branch(scaled=scaled))) == [kind]
 
 
 class RandomOrder(nn.Module):
-    """Leaves out a layer, and runs the others on twice as much: no skip alone."""
+    """Skips a layer and doubles its input instead: more than a skip."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,10 +170,10 @@ class RandomOrder(nn.Module):
         return x
 
 
-def test_other_paths_that_are_taken_at_random_are_not_taken_for_layer_drop() -> None:
-    found = audited(RandomOrder())
-    assert kinds(found) == [Kind.INCONCLUSIVE]
-    assert found.record.verdict is Verdict.UNPROVEN
+def test_other_random_paths_are_not_layer_drop() -> None:
+    result = audited(RandomOrder())
+    assert kinds(result) == [Kind.INCONCLUSIVE]
+    assert result.record.verdict is Verdict.UNPROVEN
 
 
 class Rare(nn.Module):
@@ -185,7 +185,7 @@ class Rare(nn.Module):
         return F.dropout(x, 0.5, self.training)
 
 
-def test_a_path_that_is_rarely_taken_is_no_crash() -> None:
-    found = audited(Rare())
-    assert found.record.verdict in (Verdict.PASS, Verdict.UNPROVEN)
-    assert all("IndexError" not in site.sentence for site in found.sites)
+def test_a_rare_path_is_no_crash() -> None:
+    result = audited(Rare())
+    assert result.record.verdict in (Verdict.PASS, Verdict.UNPROVEN)
+    assert all("IndexError" not in site.sentence for site in result.sites)

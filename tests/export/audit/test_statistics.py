@@ -11,14 +11,14 @@ def test_the_sample_size_is_that_of_the_formula(keep: float) -> None:
     alpha, d = 0.01 / 3, max(1 - keep, 0.02)
     z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(0.99)
     formula = z**2 * keep * (1 - keep) / (d * keep / 4) ** 2
-    # Never fewer than the formula's, and more by no more than the least favourable neighbour asks
-    # for.
+    # Never fewer than the formula's, and at most 2.6 times as many, for the less favourable of the
+    # two rates.
     assert formula <= st.masks_needed(keep, keep, alpha=alpha) <= 2.6 * formula
 
 
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.9, 0.98, 0.995])
 @pytest.mark.parametrize("side", [-1, 1])
-def test_so_many_groups_find_a_gap_of_one_margin_99_times_in_100(keep: float, side: int) -> None:
+def test_the_sample_size_finds_a_gap_of_one_margin_99_times_in_100(keep: float, side: int) -> None:
     alpha = 0.01 / 3
     balance = keep / (1 + side * st.margin(1 - keep))
     if balance > 1:
@@ -30,15 +30,17 @@ def test_so_many_groups_find_a_gap_of_one_margin_99_times_in_100(keep: float, si
     assert st.exact_p(nearest, groups, (balance, balance)) < alpha
 
 
-@pytest.mark.parametrize(("kept", "groups"), [(0, 20), (20, 20), (7, 20), (9_000, 10_000)])
-def test_the_interval_is_clopper_and_pearsons(kept: int, groups: int) -> None:
-    expected = stats.binomtest(kept, groups).proportion_ci(0.99, method="exact")
-    assert st.exact_interval(kept, groups, alpha=0.01) == pytest.approx(
+@pytest.mark.parametrize(
+    ("kept_count", "group_count"), [(0, 20), (20, 20), (7, 20), (9_000, 10_000)]
+)
+def test_the_interval_is_clopper_and_pearsons(kept_count: int, group_count: int) -> None:
+    expected = stats.binomtest(kept_count, group_count).proportion_ci(0.99, method="exact")
+    assert st.exact_interval(kept_count, group_count, alpha=0.01) == pytest.approx(
         (expected.low, expected.high)
     )
 
 
-def test_the_exact_test_alarms_no_more_often_than_it_says() -> None:
+def test_false_alarms_of_the_exact_test_are_at_most_alpha() -> None:
     groups, keep, alpha = 500, 0.9, 0.01
     alarms = sum(
         stats.binom.pmf(count, groups, keep)
@@ -56,11 +58,11 @@ def test_a_keep_rate_above_one_is_impossible() -> None:
     assert st.exact_p(10, 10, (1.1, 1.1)) == 0.0
 
 
-def test_counts_that_hang_together_are_seen_and_independent_ones_are_not() -> None:
+def test_dependent_counts_are_overdispersed_and_independent_counts_are_not() -> None:
     independent = stats.binom.rvs(1000, 0.8, size=32, random_state=0).tolist()
-    together = (10 * stats.binom.rvs(100, 0.8, size=32, random_state=0)).tolist()
+    dependent = (10 * stats.binom.rvs(100, 0.8, size=32, random_state=0)).tolist()
     assert not st.overdispersed(independent, [1000] * 32)
-    assert st.overdispersed(together, [1000] * 32)
+    assert st.overdispersed(dependent, [1000] * 32)
     assert not st.overdispersed([1000] * 32, [1000] * 32)
 
 

@@ -1,5 +1,5 @@
-"""An input on which no mask can be seen proves nothing: the audit says so, and what is missing. In
-the place of zeros it measures on random values, and says that too.
+"""Inputs on which no mask is visible: the site is inconclusive, with the reason. Zeros are replaced
+by random values, and the sentence says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOTHING = {
 
 
 class Unscaled(nn.Dropout):
-    """A dropout by its name, so that it is a site whether it draws or not."""
+    """A dropout by name, so that it is a site even where it does not draw."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (torch.rand_like(x) >= self.p) if self.training else x
@@ -45,7 +45,7 @@ class Root(nn.Module):
 
 
 class Dead(nn.Module):
-    """A ReLU that nothing gets through."""
+    """A ReLU whose output is 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x - 100)
@@ -58,19 +58,19 @@ def site_of(module: nn.Module, *samples: Tensor) -> Site:
 
 @pytest.mark.parametrize("name", NOTHING)
 @pytest.mark.parametrize("factory", [Unscaled, nn.Dropout, zoo.Shut, nn.AlphaDropout])
-def test_an_input_that_carries_nothing_is_inconclusive_and_says_what_it_is(
+def test_an_input_that_shows_no_mask_is_inconclusive_with_the_reason(
     factory: type[nn.Dropout | nn.AlphaDropout], name: str
 ) -> None:
-    x, said = NOTHING[name]
-    found = audit(Root(factory(0.5)), [{"x": x}])
-    site = found.sites[0]
+    x, emptiness = NOTHING[name]
+    result = audit(Root(factory(0.5)), [{"x": x}])
+    site = result.sites[0]
     assert (site.kind, site.severity) == (Kind.INCONCLUSIVE, Severity.UNPROVEN)
     assert (
         site.sentence
-        == f"its input is {said}, so nothing can be measured: give samples that reach it"
+        == f"its input is {emptiness}, so nothing can be measured: give samples that reach it"
     )
     assert site.fix == "give samples that reach it"
-    assert found.record.verdict == "unproven"
+    assert result.record.verdict == "unproven"
 
 
 ZEROS = torch.zeros_like(X)
@@ -85,7 +85,7 @@ ZEROS = torch.zeros_like(X)
         (nn.AlphaDropout, Kind.ALPHA),
     ],
 )
-def test_an_input_of_zeros_gives_way_to_random_values(
+def test_random_values_replace_an_input_of_zeros(
     factory: type[nn.Dropout | nn.AlphaDropout], kind: Kind
 ) -> None:
     site = site_of(factory(0.5), ZEROS)
@@ -96,8 +96,8 @@ def test_an_input_of_zeros_gives_way_to_random_values(
 
 
 def test_an_unscaled_dropout_behind_a_dead_relu_fails() -> None:
-    found = audit(Root(Dead(), Unscaled(0.5)), [{"x": X}])
-    assert found.record.verdict == "fail"
+    result = audit(Root(Dead(), Unscaled(0.5)), [{"x": X}])
+    assert result.record.verdict == "fail"
 
 
 class DropPath(nn.Module):
@@ -138,14 +138,14 @@ def test_a_branch_that_is_zero_at_the_start_is_judged(
     scale: float, kind: Kind, inside: bool
 ) -> None:
     block = Block(scale, inside=inside)
-    found = audit(Root(block), [{"x": X}])
-    (site,) = found.sites
+    result = audit(Root(block), [{"x": X}])
+    (site,) = result.sites
     assert site.kind is kind
     assert "measured with random values" in site.sentence
     assert not block.norm.weight.any()
 
 
-def test_a_draw_that_changes_nothing_of_an_input_with_values_is_unproven() -> None:
+def test_a_draw_that_changes_no_output_is_inconclusive() -> None:
     class DeadInside(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             x = F.relu(x - 100)
@@ -159,23 +159,23 @@ def test_a_draw_that_changes_nothing_of_an_input_with_values_is_unproven() -> No
     )
 
 
-def test_of_samples_of_which_some_carry_nothing_one_that_does_is_measured() -> None:
+def test_a_sample_with_values_is_measured_among_samples_without() -> None:
     nans = torch.full_like(X, torch.nan)
     assert site_of(Unscaled(0.5), nans, X).kind is Kind.UNSCALED
     assert site_of(nn.Dropout(0.5), X[:0], nans, X).kind is Kind.INVERTED
     assert site_of(Unscaled(0.5), nans, X[:0]).kind is Kind.INCONCLUSIVE
 
 
-def test_samples_without_a_row_are_unproven_though_no_site_shows() -> None:
-    found = audit(zoo.Masked(0.5, train_scale=1.0), [{"x": X[:0]}, {"x": X[:0]}])
-    assert found.sites == ()
-    assert found.record.verdict == "unproven"
-    assert "every sample is empty" in found.record.findings[0].why
+def test_samples_without_rows_are_unproven_although_no_site_is_found() -> None:
+    result = audit(zoo.Masked(0.5, train_scale=1.0), [{"x": X[:0]}, {"x": X[:0]}])
+    assert result.sites == ()
+    assert result.record.verdict == "unproven"
+    assert "every sample is empty" in result.record.findings[0].why
     assert audit(zoo.Masked(0.5), [{"x": X[:0]}, {"x": X}]).record.verdict == "pass"
 
 
 @pytest.mark.parametrize("module", [zoo.Shut(0.3), Root(zoo.Shut(0.3))], ids=["alone", "inside"])
-def test_a_dropout_that_does_not_draw_on_values_is_still_never_on(module: nn.Module) -> None:
+def test_a_dropout_that_never_draws_is_never_on(module: nn.Module) -> None:
     site = site_of(module, X)
     assert (site.kind, site.severity) == (Kind.NEVER_ON, Severity.WARNING)
     sparse = torch.zeros_like(X)
@@ -183,7 +183,7 @@ def test_a_dropout_that_does_not_draw_on_values_is_still_never_on(module: nn.Mod
     assert site_of(module, sparse).kind is Kind.NEVER_ON
 
 
-def test_what_moves_without_its_input_is_measured_all_the_same() -> None:
+def test_a_site_with_a_bias_is_measured_on_an_input_of_zeros() -> None:
     class Biased(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from evalmode.export.audit import verdicts
-from evalmode.export.audit.site import SEVERITIES, Kind
-from evalmode.export.audit.verdicts import mistake
+from evalmode.export.audit.site import Kind
+from evalmode.export.audit.verdicts import REPORTS, name_mistake
 
 
 @pytest.mark.parametrize(
@@ -21,14 +21,14 @@ from evalmode.export.audit.verdicts import mistake
         (1 / 0.8, 1.0, 0.2, 0.2, Kind.WRONG_RATE),
     ],
 )
-def test_a_mistake_has_its_name(
+def test_a_gap_is_named_by_its_mistake(
     s: float, e: float, keep: float, p: float | None, kind: Kind
 ) -> None:
-    assert mistake(s, e, keep, (keep - 0.01, keep + 0.01), p) is kind
+    assert name_mistake(s, e, keep, (keep - 0.01, keep + 0.01), p) is kind
 
 
 @pytest.mark.parametrize(
-    ("gap", "told"),
+    ("gap", "change"),
     [
         (0.5, "2.0 times larger"),
         (0.7, "1.43 times larger"),
@@ -36,16 +36,18 @@ def test_a_mistake_has_its_name(
         (0.9996, "1.0004 times larger"),
     ],
 )
-def test_a_gap_is_told_as_what_happens_to_the_activations(gap: float, told: str) -> None:
+def test_the_sentence_of_a_gap_says_what_happens_to_the_activations(
+    gap: float, change: str
+) -> None:
     assert (
         verdicts.gap_sentence(gap)
-        == f"activations reach the next layer {told} in eval than in training"
+        == f"activations reach the next layer {change} in eval than in training"
     )
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_every_kind_has_a_sentence_and_every_finding_something_to_do(kind: Kind) -> None:
-    said = verdicts.sentence(kind, gap=0.7, keep=0.7, p=0.3, draws=16)
-    assert said
-    assert "None" not in said
-    assert bool(verdicts.fix(kind, p=0.3, keep=0.7)) == (kind in SEVERITIES)
+def test_each_kind_has_a_sentence_and_each_finding_a_fix(kind: Kind) -> None:
+    sentence = verdicts.sentence(kind, gap=0.7, keep_rate=0.7, p=0.3, draws=16)
+    assert sentence
+    assert "None" not in sentence
+    assert bool(verdicts.fix(kind, p=0.3, keep_rate=0.7)) == (REPORTS[kind].severity is not None)

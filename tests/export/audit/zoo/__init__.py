@@ -1,7 +1,17 @@
-"""Modules that drop or add noise, right and wrong, in the ways that people write them; not a word
-of the audit.
-"""
+"""Modules that drop or add noise, right and wrong, as people write them."""
 
+from tests.export.audit.zoo.hidden import (
+    CallsSeveral,
+    Cast,
+    Forgotten,
+    Hidden,
+    InAList,
+    Scattered,
+    Several,
+    Shut,
+    Stubborn,
+    Twice,
+)
 from tests.export.audit.zoo.layers import (
     Attention,
     AttentionAlways,
@@ -50,18 +60,6 @@ from tests.export.audit.zoo.noise import (
     ShakeShake,
     Uniform,
     WrongAlpha,
-)
-from tests.export.audit.zoo.places import (
-    CallsSeveral,
-    Cast,
-    Forgotten,
-    Hidden,
-    InAList,
-    Scattered,
-    Several,
-    Shut,
-    Stubborn,
-    Twice,
 )
 
 __all__ = [

@@ -150,9 +150,7 @@ class WordDropout(nn.Module):
 
 
 class DropBlock(nn.Module):
-    """Ghiasi et al. 2018, one-dimensional: blocks of 5, and what is left is scaled by the share
-    that is left.
-    """
+    """Ghiasi et al. 2018, one-dimensional: blocks of 5; the rest is scaled by the kept share."""
 
     def __init__(self, p: float = 0.05, *, scaled: bool = True) -> None:
         super().__init__()
@@ -222,7 +220,7 @@ class PatchDropout(nn.Module):
 
 
 def changed(p: float) -> nn.Module:
-    """Built for another rate than the one it drops at now."""
+    """Scales for rate 0.1 and drops at rate p."""
     module = Masked(0.1)
     module.p = module.drops = p
     return module

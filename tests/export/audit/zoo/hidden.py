@@ -1,4 +1,4 @@
-"""The same dropouts in places where they are hard to find, or easy to forget."""
+"""Dropouts that are hard to find, or easy to forget."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CallsSeveral(nn.Module):
 
 
 class Twice(nn.Module):
-    """One module, used in two places."""
+    """One dropout, called twice."""
 
     def __init__(self) -> None:
         super().__init__()

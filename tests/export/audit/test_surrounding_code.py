@@ -1,4 +1,4 @@
-"""Factors beside a dropout: in its parent, further out, behind a non-linear step, in any mode."""
+"""Factors beside a dropout: in its parent, further out, after a non-linear step, in either mode."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def audited(module: nn.Module) -> Audit:
     return audit(nn.Sequential(module), [{"input": X}])
 
 
-def wrong(found: Audit) -> list[Site]:
-    return [site for site in found.sites if site.severity is Severity.ERROR]
+def wrong(result: Audit) -> list[Site]:
+    return [site for site in result.sites if site.severity is Severity.ERROR]
 
 
 def in_eval(module: nn.Module, x: Tensor, factor: float = 0.5) -> Tensor:
@@ -78,15 +78,15 @@ FACTORS: dict[str, Body] = {
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_a_factor_beside_the_dropout_is_a_gap_of_its_parent(name: str) -> None:
-    found = audited(Parent(FACTORS[name]))
-    (site,) = wrong(found)
+    result = audited(Parent(FACTORS[name]))
+    (site,) = wrong(result)
     assert (site.path, site.type, site.kind) == ("0", "Parent", Kind.WRONG_SCALE)
     assert site.gap == pytest.approx(2, rel=1e-4)
     assert "2.0 times smaller in eval than in training" in site.sentence
-    assert found.record.verdict is Verdict.FAIL
+    assert result.record.verdict is Verdict.FAIL
 
 
-def test_a_factor_of_one_in_fifty_is_seen_and_its_gap_is_exact() -> None:
+def test_a_factor_of_98_percent_has_an_exact_gap() -> None:
     (site,) = wrong(audited(Parent(lambda m, x: m.head(in_eval(m, m.drop(x), 0.98)))))
     assert site.gap == pytest.approx(1 / 0.98, rel=1e-4)
 
@@ -111,7 +111,7 @@ def test_a_factor_in_a_module_beside_the_dropout_is_a_gap_of_that_module() -> No
     assert (site.path, site.gap) == ("0.1", pytest.approx(3, rel=1e-4))
 
 
-def test_a_factor_on_a_branch_that_is_zero_at_the_start_is_seen() -> None:
+def test_a_factor_on_a_branch_with_zero_weights_is_a_gap() -> None:
     parent = Parent(lambda m, x: x + in_eval(m, m.drop(m.before(x))))
     nn.init.zeros_(parent.before.weight)
     nn.init.zeros_(parent.before.bias)
@@ -151,7 +151,9 @@ def test_a_factor_in_one_of_two_calls_of_a_parent_is_a_gap() -> None:
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_of_two_parents_that_share_a_dropout_the_one_with_a_factor_is_named(bad: bool) -> None:
+def test_of_two_parents_that_share_a_dropout_the_finding_names_that_with_a_factor(
+    bad: bool,
+) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -161,9 +163,9 @@ def test_of_two_parents_that_share_a_dropout_the_one_with_a_factor_is_named(bad:
         def forward(self, x: Tensor) -> Tensor:
             return self.first(x) + self.second(x)
 
-    found = audited(Both())
-    assert [site.path for site in wrong(found)] == (["0.second"] if bad else [])
-    assert found.record.verdict is (Verdict.FAIL if bad else Verdict.PASS)
+    result = audited(Both())
+    assert [site.path for site in wrong(result)] == (["0.second"] if bad else [])
+    assert result.record.verdict is (Verdict.FAIL if bad else Verdict.PASS)
 
 
 def equal_branches(m: Parent, x: Tensor) -> Tensor:
@@ -193,9 +195,9 @@ CLEAN: dict[str, Body] = {
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_a_parent_that_does_the_same_in_both_modes_is_clean(name: str) -> None:
-    found = audited(Parent(CLEAN[name]))
-    assert found.record.verdict is Verdict.PASS
-    assert found.record.findings == ()
+    result = audited(Parent(CLEAN[name]))
+    assert result.record.verdict is Verdict.PASS
+    assert result.record.findings == ()
 
 
 class Freezes(nn.Module):
@@ -222,7 +224,7 @@ class Freezes(nn.Module):
         nn.Sequential(nn.Dropout(0.2), nn.InstanceNorm1d(16, track_running_stats=True)),
     ],
 )
-def test_statistics_of_the_batch_are_no_gap_of_what_is_around(module: nn.Module) -> None:
+def test_batch_statistics_are_no_gap_of_the_module_around_them(module: nn.Module) -> None:
     assert wrong(audited(module)) == []
 
 
@@ -231,32 +233,32 @@ def test_probabilities_in_eval_alone_are_a_warning_since_nothing_comes_after_the
         logits = m.head(m.drop(x))
         return logits if m.training else logits.softmax(-1)
 
-    found = audited(Parent(body))
-    (finding,) = found.record.findings
+    result = audited(Parent(body))
+    (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.WARNING, "0")
-    assert found.record.verdict is Verdict.PASS
+    assert result.record.verdict is Verdict.PASS
     followed = audited(nn.Sequential(Parent(body), nn.Linear(8, 2)))
     assert followed.record.verdict is Verdict.UNPROVEN
 
 
-def test_another_difference_inside_is_unproven_and_says_that_it_is_no_factor() -> None:
-    found = audited(Parent(lambda m, x: m.head(m.drop(x) + (1 if m.training else 0))))
-    (finding,) = found.record.findings
+def test_a_difference_that_no_factor_explains_is_unproven() -> None:
+    result = audited(Parent(lambda m, x: m.head(m.drop(x) + (1 if m.training else 0))))
+    (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.UNPROVEN, "0")
     assert "by no factor" in finding.why
 
 
-def test_products_alone_that_no_factor_explains_are_unproven_on_the_answer_too() -> None:
-    found = audited(Parent(lambda m, x: (in_eval(m, m.drop(x).tanh()) + 1).tanh()))
-    assert found.record.verdict is Verdict.UNPROVEN
+def test_products_that_no_factor_explains_are_unproven_in_the_answer_too() -> None:
+    result = audited(Parent(lambda m, x: (in_eval(m, m.drop(x).tanh()) + 1).tanh()))
+    assert result.record.verdict is Verdict.UNPROVEN
 
 
-def test_what_is_around_is_left_alone_where_nothing_drops() -> None:
+def test_without_a_dropout_the_surrounding_code_is_not_compared() -> None:
     assert audited(Scale()).record.verdict is Verdict.PASS
 
 
 class OwnNorm(nn.Module):
-    """A normalisation by the batch that nobody inherited from torch."""
+    """A batch normalisation that does not inherit from torch's."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
@@ -272,14 +274,14 @@ class OwnNorm(nn.Module):
         return x - self.mean
 
 
-def test_statistics_of_a_module_of_the_users_are_a_warning() -> None:
-    found = audited(nn.Sequential(OwnNorm(), nn.Linear(8, 2)))
-    (finding,) = found.record.findings
+def test_batch_statistics_of_the_users_own_module_are_a_warning() -> None:
+    result = audited(nn.Sequential(OwnNorm(), nn.Linear(8, 2)))
+    (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.WARNING, "0.0")
     assert "keeps them in mean" in finding.why
 
 
-def test_a_sample_that_runs_in_training_alone_is_left_out_of_the_comparison() -> None:
+def test_a_sample_that_fails_in_eval_is_not_compared() -> None:
     class Picky(Parent):
         def forward(self, x: Tensor) -> object:
             if not self.training and len(x) == 3:
@@ -287,8 +289,8 @@ def test_a_sample_that_runs_in_training_alone_is_left_out_of_the_comparison() ->
             return super().forward(x)
 
     module = nn.Sequential(Picky(FACTORS["in eval"]))
-    found = audit(module, [{"input": X[:3]}, {"input": X}])
-    assert [site.path for site in wrong(found)] == ["0"]
+    result = audit(module, [{"input": X[:3]}, {"input": X}])
+    assert [site.path for site in wrong(result)] == ["0"]
 
 
 class Mask(nn.Module):
@@ -313,11 +315,11 @@ class Masks(nn.Module):
 
 @pytest.mark.parametrize(("factor", "training"), [(1.25, True), (0.8, False)])
 def test_a_mask_whose_scale_is_in_its_parent_passes(factor: float, training: bool) -> None:
-    found = audited(Masks(factor, training=training))
-    (site,) = found.sites
+    result = audited(Masks(factor, training=training))
+    (site,) = result.sites
     assert (site.kind, site.severity) == (Kind.MULTIPLICATIVE, None)
     assert site.sentence.startswith("0 makes up for what it leaves out")
-    assert found.record.verdict is Verdict.PASS
+    assert result.record.verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -330,5 +332,5 @@ def test_a_mask_whose_scale_is_in_its_parent_passes(factor: float, training: boo
     ],
     ids=["the wrong mode", "too little", "one of two calls", "nothing"],
 )
-def test_a_mask_that_its_parent_does_not_make_up_for_fails(module: nn.Module) -> None:
+def test_a_mask_whose_scale_is_missing_or_wrong_in_its_parent_fails(module: nn.Module) -> None:
     assert audited(module).record.verdict is Verdict.FAIL
