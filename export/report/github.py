@@ -1,6 +1,7 @@
 """The report as workflow commands: GitHub shows each finding beside its file.
 
-It does so in the summary of a run and in a pull request. It shows ten annotations of a kind for each step; the log has the rest.
+It does so in the summary of a run and in a pull request. It shows ten
+annotations of a kind for each step; the log has the rest.
 """
 
 from __future__ import annotations
