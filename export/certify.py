@@ -1,4 +1,9 @@
-"""A candidate becomes a graph, and both are judged by every rule that applies."""
+"""Convert a candidate to a graph, and check both by all rules that apply.
+
+1. The rules of the module alone come first. A module that fails one is not converted.
+2. The module is converted, under a seed.
+3. All other rules but those of an audit and of a finished bundle are checked.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +21,28 @@ from evalmode.export.module.network import Network
 from evalmode.export.rules.registry import RULES, Needs, Progress, check_all
 from evalmode.export.rules.subject import Export, Subject
 
-# The second export in this process runs under another seed than the first; those in other processes
-# have their own.
+# The second export in this process runs under another seed than the first. An export in another
+# process has a seed of its own: see `second_export`.
 _SEED, _OTHER_SEED = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certified:
-    """The records, and the subject when the rules of the module alone passed."""
+    """The records; and the subject, unless a rule of the module alone did not pass."""
 
     records: tuple[Record, ...]
     subject: Subject | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every rule that applies passed."""
+        """Whether all rules that apply passed."""
         return overall(self.records) is Verdict.PASS
 
 
 def certify(candidate: Candidate, *, progress: Progress) -> Certified:
-    """Judge a candidate by every rule; a module that fails its own rules is not exported at all.
+    """Check a candidate by all rules that apply; `progress` gets the name of each step.
 
-    Never calls `.eval()`. Raises NotConvertible for a module that cannot be written as ONNX.
+    `.eval()` is never called here. Raises NotConvertible for a module that ONNX cannot express.
     """
     network = Network.of(candidate.module)
     module = Subject(network=network, evidence=candidate.evidence, draws=candidate.draws)
@@ -46,15 +51,15 @@ def certify(candidate: Candidate, *, progress: Progress) -> Certified:
         return Certified(records=records)
     progress("convert")
     subject = subject_of(candidate)
-    checked = [record.rule for record in records]
-    records += check_all(subject, skip=checked, progress=progress)
+    module_rules = [record.rule for record in records]
+    records += check_all(subject, skip=module_rules, progress=progress)
     expected = [rule.name for rule in RULES if rule.needs not in (Needs.AUDIT, Needs.BUNDLE)]
     assert [record.rule for record in records] == expected, "every rule of an export has run"
     return Certified(records=records, subject=subject)
 
 
 def subject_of(candidate: Candidate) -> Subject:
-    """The candidate's module and the graph that is made of it, ready for the rules."""
+    """The candidate's module and the graph of it, ready for the rules."""
 
     def export(module: nn.Module, seed: int) -> Converted:
         axes = candidate.evidence.dynamic_axes
@@ -76,7 +81,7 @@ def subject_of(candidate: Candidate) -> Subject:
             bounds=converted.bounds,
             conditions=converted.conditions,
             index_bounds=converted.index_bounds,
-            # One in another process shows what one in this process does, and more.
+            # A second export in another process shows all that one in this process shows, and more.
             twins=candidate.twins or (twin,),
         ),
     )

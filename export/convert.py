@@ -1,7 +1,14 @@
 """Any `nn.Module` in eval mode -> an ONNX model whose bytes depend on the module alone.
 
-Every node is named after the module it came from (`blocks.0.attention/MatMul_17`). Knows no
-checkpoint and no bundle.
+The steps:
+
+1. Refuse a module that is still in training mode.
+2. Let torch's exporter trace it, and keep the graph from before and from after optimisation.
+3. Read from the trace the sizes for which it holds.
+4. Put loops, names of values, outputs and nodes into an order that does not change from process to
+   process, and remove what the exporter writes about this machine.
+
+Each node is named after the module it came from (`blocks.0.attention/MatMul_17`).
 """
 
 from __future__ import annotations
@@ -33,11 +40,13 @@ from evalmode.export.torch_quirks import forget_unrolled_loops, one_operator_tab
 # The first opset with GELU as one operator; the runtimes of the last two years read it.
 OPSET = 20
 
-# A bound that no input reaches is none; torch writes its infinity as a very large number in places.
+# A bound that no input reaches counts as none: torch writes some infinities as large numbers.
 _UNBOUNDED = 1 << 20
 
+# The exporter's metadata of a node: the path of its module, as the text of a Python list.
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_NEUTRAL = "evalmode_output_"
+# torch calls inner values `embedding`, `linear` or `exp`; an output could have the same name.
+_TEMPORARY_NAME = "evalmode_output_"
 
 
 class NotInEvalMode(EvalmodeError):  # noqa: N818 - read as a sentence: "raise NotInEvalMode"
@@ -50,22 +59,22 @@ class NotConvertible(EvalmodeError):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What holds of the sizes that a trace was made for, where the module's own code asked.
+    """A condition on sizes under which a trace holds, since the module's own code depends on it.
 
-    `expression` is sympy's, over the symbols that `axes` names.
+    `expression` is sympy's (`s0 > 16`); `axes` has the axis' name for each symbol in it.
     """
 
     expression: Any
     axes: Mapping[Any, str]
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether it holds for sizes by the names of their axes."""
-        numbers = {symbol: sympy.Integer(sizes[axis]) for symbol, axis in self.axes.items()}
-        return bool(self.expression.xreplace(numbers))
+        """Whether it is true for these sizes, which are given by the names of their axes."""
+        values = {symbol: sympy.Integer(sizes[axis]) for symbol, axis in self.axes.items()}
+        return bool(self.expression.xreplace(values))
 
     @property
     def numbers(self) -> frozenset[int]:
-        """The whole numbers that stand in it."""
+        """The whole numbers in it."""
         return frozenset(int(number) for number in self.expression.atoms(sympy.Integer))
 
     def __str__(self) -> str:
@@ -77,11 +86,12 @@ class Condition:
 class Converted:
     """The model as it goes into a bundle, and the graph before optimisation.
 
-    The optimiser computes what depends on constants alone, once: also a Dropout or a Bernoulli,
-    whose noise it then leaves behind as a constant. The evidence is in the graph that it was given.
-    `bounds` holds, by the axis' name, the largest size for which the trace holds: beyond it the
-    module's own code takes another way. `conditions` are what else the trace was made for.
-    `index_bounds` holds, by the input's name, which values are indices of what it indexes.
+    The optimiser computes once what depends on constants alone. This may be a Dropout or a
+    Bernoulli, whose noise then becomes a constant; only the `unoptimised` graph shows it.
+
+    `bounds` has the largest size of an axis, by its name, for which the trace holds: beyond it the
+    module's own code takes another branch. `conditions` are the other conditions on sizes.
+    `index_bounds` has, by the input's name, which of its values are valid indices.
     """
 
     model: onnx.ModelProto
@@ -101,22 +111,35 @@ def convert(
 ) -> Converted:
     """The ONNX model of `module`, which is called with `inputs` by name.
 
-    `dynamic_axes` names, for each input, the axes that may vary: {"input_ids": {0: "batch", 1:
-    "length"}}. `outputs` names the output tensors in order. Never calls `.eval()`: raises
-    NotInEvalMode, naming the sites, for a module that has not left training, and NotConvertible
-    when the exporter gives up.
+    `dynamic_axes` names the axes of each input that may vary. `outputs` names the output tensors
+    in order. `.eval()` is never called here: NotInEvalMode, with the modules' paths, is raised for
+    a module that is still in training mode. NotConvertible is raised if the exporter gives up.
+
+    Example:
+        converted = convert(
+            module.eval(),
+            {"input_ids": torch.ones(3, 9, dtype=torch.int64)},
+            dynamic_axes={"input_ids": {0: "batch", 1: "length"}},
+            outputs=["logits"],
+        )
     """
     network = Network.of(module)
-    if escaped := network.in_training:
-        sites = [f"{path or '(root)'} ({type(part).__name__})" for path, part in escaped.items()]
-        raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(sites)}")
-    if unknown := dynamic_axes.keys() - inputs.keys():
+    if network.in_training:
+        paths = [
+            f"{path or '(root)'} ({type(part).__name__})"
+            for path, part in network.in_training.items()
+        ]
+        raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(paths)}")
+    unknown = dynamic_axes.keys() - inputs.keys()
+    if unknown:
         raise ValueError(f"dynamic_axes names {sorted(unknown)}, the inputs are {list(inputs)}")
+
     untraced = network.copy()
     try:
         converted = _export(module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset)
     except NotConvertible:
-        # A first call that registers a buffer cannot be traced, and a second one can.
+        # A first call that registers a buffer cannot be traced, but a second call can. If a plain
+        # call registers nothing, this is not the reason.
         before = state_of(untraced)
         with plain_forward():
             untraced.module(**copies_of(inputs))
@@ -125,22 +148,25 @@ def convert(
         converted = _export(
             untraced.module, inputs, dynamic_axes=dynamic_axes, outputs=outputs, opset=opset
         )
+
     model = converted.model
     if len(model.graph.output) != len(outputs):
         raise NotConvertible(
             f"{type(module).__name__} has {len(model.graph.output)} outputs, named were"
             f" {list(outputs)}"
         )
-    if (version := next(item.version for item in model.opset_import if item.domain == "")) != opset:
+    version = next(item.version for item in model.opset_import if item.domain == "")
+    if version != opset:
         raise NotConvertible(
-            f"{type(module).__name__} was exported at opset {version}: opset {opset} cannot be had"
+            f"{type(module).__name__} was exported at opset {version}: opset {opset} is not"
+            " available for it"
         )
-    for written in (model, converted.unoptimised):
-        _order_loops(written.graph)
-        _name_values(written.graph)
-        _name_outputs(written.graph, outputs)
-        _name_nodes(written)
-        _strip(written)
+    for proto in (model, converted.unoptimised):
+        _order_loops(proto.graph)
+        _rename_inner_values(proto.graph)
+        _rename_outputs(proto.graph, outputs)
+        _name_nodes_after_modules(proto)
+        _strip(proto)
     return converted
 
 
@@ -167,14 +193,13 @@ def _export(
                 kwargs=copies_of(inputs),
                 dynamo=True,
                 dynamic_shapes={name: dict(dynamic_axes.get(name, {})) for name in inputs},
-                # Neutral names: torch calls inner values `embedding`, `linear` or `exp` as well.
-                output_names=[f"{_NEUTRAL}{index}" for index in range(len(outputs))],
+                output_names=[f"{_TEMPORARY_NAME}{index}" for index in range(len(outputs))],
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
             )
             assert program is not None, "the dynamo exporter returns a program"
-            _name_values_apart(program.model.graph)
+            _separate_names(program.model.graph)
             unoptimised = program.model_proto
             program.optimize()
             model = program.model_proto
@@ -193,8 +218,11 @@ def _export(
     )
 
 
-def _name_values_apart(graph: Any) -> None:
-    """Give the values that nodes make names that no weight and no input has."""
+def _separate_names(graph: Any) -> None:
+    """Rename outputs of nodes that have the name of a weight or an input (an onnx_ir graph).
+
+    ONNX allows each name one meaning.
+    """
     names = {*graph.initializers, *(value.name for value in graph.inputs)}
     for node in graph.all_nodes():
         for value in node.outputs:
@@ -208,40 +236,43 @@ def _name_values_apart(graph: Any) -> None:
 def _traced_sizes(
     program: torch.onnx.ONNXProgram, dynamic_axes: Mapping[str, Mapping[int, str]]
 ) -> tuple[dict[str, int], tuple[Condition, ...]]:
-    """The largest size of each axis for which the trace holds, and what else it was made for."""
+    """The largest size of each axis for which the trace holds, and the other conditions."""
     exported = program.exported_program
     assert exported is not None, "the dynamo exporter keeps what it traced"
-    axes: dict[Any, str] = {}
+    axes: dict[Any, str] = {}  # by sympy's symbol
     bounds: dict[str, int] = {}
-    expressions: dict[Any, None] = {}
+    expressions: dict[Any, None] = {}  # an ordered set
     for node in exported.graph.nodes:
         if node.op != "placeholder":
             continue
-        for place, axis in dynamic_axes.get(node.name, {}).items():
-            size = node.meta["val"].shape[place]
-            if not isinstance(size, torch.SymInt):
+        for index, axis in dynamic_axes.get(node.name, {}).items():
+            size = node.meta["val"].shape[index]
+            if not isinstance(size, torch.SymInt):  # the trace made the axis a fixed size
                 continue
             symbol, environment = size.node.expr, size.node.shape_env
             if symbol.is_Symbol:
                 axes.setdefault(symbol, axis)
-            known = exported.range_constraints.get(symbol)
-            if known is not None and known.upper.is_Integer and known.upper < _UNBOUNDED:
-                bounds[axis] = int(known.upper)
+            limits = exported.range_constraints.get(symbol)
+            if limits is not None and limits.upper.is_Integer and limits.upper < _UNBOUNDED:
+                bounds[axis] = int(limits.upper)
             expressions |= dict.fromkeys(guard.expr for guard in environment.guards)
             for assertions in environment.deferred_runtime_asserts.values():
                 expressions |= dict.fromkeys(assertion.expr for assertion in assertions)
-    conditions = [
-        Condition(expression=expression, axes={symbol: axes[symbol] for symbol in symbols})
-        for expression in expressions
-        if (symbols := expression.free_symbols) and symbols <= axes.keys()
-    ]
+
+    # A condition on sizes inside the module, which no input has, cannot be tested from outside.
+    conditions = []
+    for expression in expressions:
+        symbols = expression.free_symbols
+        if symbols and symbols <= axes.keys():
+            symbol_axes = {symbol: axes[symbol] for symbol in symbols}
+            conditions.append(Condition(expression=expression, axes=symbol_axes))
     return bounds, tuple(conditions)
 
 
 def _order_loops(graph: onnx.GraphProto) -> None:
-    """Put what a loop carries into the order in which its body reads it first.
+    """Sort the values that a loop carries by where its body reads them first.
 
-    onnxscript takes it from a set, whose order is another one in each process.
+    onnxscript takes them from a set, whose order differs from process to process.
     """
     for node in graph.node:
         bodies = list(bodies_of(node))
@@ -249,66 +280,69 @@ def _order_loops(graph: onnx.GraphProto) -> None:
             _order_loops(body)
         if node.op_type != "Loop" or node.domain or len(bodies) != 1:
             continue
-        body, carried = bodies[0], len(node.input) - 2
+        # The inputs of a Loop are the trip count, the condition and the carried values; those of
+        # its body the iteration number, the condition and the carried values. The outputs of the
+        # body begin with the condition.
+        body, count = bodies[0], len(node.input) - 2
         reads = list(dict.fromkeys(names_read(body)))
         names = [item.name for item in body.input[2:]]
-        order = sorted(
-            range(carried),
-            key=lambda place: (
-                reads.index(names[place]) if names[place] in reads else len(reads),
-                place,
-            ),
-        )
+        # Values that the body does not read come last, in their old order: sorting is stable.
+        first_reads = [reads.index(name) if name in reads else len(reads) for name in names[:count]]
+        order = sorted(range(count), key=first_reads.__getitem__)
+
         inputs, outputs = list(node.input[2:]), list(node.output)
-        node.input[2:] = [inputs[place] for place in order]
-        node.output[:carried] = [outputs[place] for place in order]
-        for values, first in ((body.input, 2), (body.output, 1)):
+        node.input[2:] = [inputs[index] for index in order]
+        node.output[:count] = [outputs[index] for index in order]
+        for values, offset in ((body.input, 2), (body.output, 1)):
             before = [copy.deepcopy(item) for item in values]
-            for index, place in enumerate(order):
-                values[first + index].CopyFrom(before[first + place])
+            for new_index, old_index in enumerate(order):
+                values[offset + new_index].CopyFrom(before[offset + old_index])
 
 
-def _name_values(graph: onnx.GraphProto) -> None:
-    """Name the values of a graph with loops or branches in the order in which they are made:
-    onnxscript numbers them in the order of a set.
+def _rename_inner_values(graph: onnx.GraphProto) -> None:
+    """Name the values of a graph with loops or branches after the nodes that define them.
+
+    onnxscript numbers them in the order of a set. A graph without bodies stays as it is.
     """
-    names: dict[str, str] = {}
-    kept = {item.name for item in (*graph.input, *graph.output, *graph.initializer)}
+    new_names: dict[str, str] = {}
+    fixed_names = {item.name for item in (*graph.input, *graph.output, *graph.initializer)}
     has_bodies = False
     for index, node in enumerate(graph.node):
-        made = list(node.output)
+        # What the node and the bodies in it define.
+        names = list(node.output)
         pending = list(bodies_of(node))
         has_bodies = has_bodies or bool(pending)
         while pending:
             body = pending.pop()
-            made += [item.name for item in (*body.input, *body.initializer)]
+            names += [item.name for item in (*body.input, *body.initializer)]
             for step in body.node:
-                made += step.output
+                names += step.output
                 pending += bodies_of(step)
-        for number, name in enumerate(made):
-            if name and name not in kept:
-                names.setdefault(name, f"{node.op_type}_{index}_{number}")
+        for number, name in enumerate(names):
+            if name and name not in fixed_names:
+                new_names.setdefault(name, f"{node.op_type}_{index}_{number}")
     if not has_bodies:
         return
-    _rename(graph, names)
-    described = sorted(graph.value_info, key=lambda item: item.name)
+    _rename(graph, new_names)
+    value_infos = sorted(graph.value_info, key=lambda item: item.name)
     del graph.value_info[:]
-    graph.value_info.extend(described)
+    graph.value_info.extend(value_infos)
 
 
-def _name_outputs(graph: onnx.GraphProto, outputs: Sequence[str]) -> None:
-    """Give the outputs their own names; an inner value that has such a name gets another one."""
-    inner = {name for node in graph.node for name in node.output}
-    inner |= {tensor.name for tensor in graph.initializer}
-    names: dict[str, str] = {}
+def _rename_outputs(graph: onnx.GraphProto, outputs: Sequence[str]) -> None:
+    """Name the outputs as asked for; an inner value with such a name gets a number."""
+    inner_names = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        inner_names.update(node.output)
+    new_names: dict[str, str] = {}
     for output, name in zip(graph.output, outputs, strict=True):
-        names[output.name] = name
-        if name in inner:
+        new_names[output.name] = name
+        if name in inner_names:
             count = 1
-            while f"{name}_{count}" in {*inner, *outputs, *names.values()}:
+            while f"{name}_{count}" in {*inner_names, *outputs, *new_names.values()}:
                 count += 1
-            names[name] = f"{name}_{count}"
-    _rename(graph, names)
+            new_names[name] = f"{name}_{count}"
+    _rename(graph, new_names)
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
@@ -322,22 +356,26 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
             _rename(body, names)
 
 
-def _name_nodes(model: onnx.ModelProto) -> None:
+def _name_nodes_after_modules(model: onnx.ModelProto) -> None:
     for index, node in enumerate(model.graph.node):
-        found = next((item.value for item in node.metadata_props if item.key == _SCOPES), "[]")
-        scopes = ast.literal_eval(found)  # from the root to the operator itself
+        scopes: list[str] = []
+        for item in node.metadata_props:
+            if item.key == _SCOPES:
+                scopes = ast.literal_eval(item.value)  # from the root to the operator itself
+                break
         path = scopes[-2] if len(scopes) > 1 else ""
-        # The strict exporter names a module by the way it took through the exchanged forward.
+        # torch's strict mode puts the path to the replaced `forward` in front of the module's own.
         node.name = f"{path.rpartition('.__self__.')[2]}/{node.op_type}_{index}"
 
 
 def _strip(message: Message) -> None:
-    """Remove what the exporter notes about itself: stack traces and paths of this machine, and
-    texts that vary.
+    """Remove, at any depth, the exporter's notes: stack traces, paths of this machine, and texts
+    that vary.
     """
     for item, value in message.ListFields():
         if item.name in ("metadata_props", "doc_string"):
             message.ClearField(item.name)
         elif item.message_type is not None:
-            for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
+            is_repeated = isinstance(value, Sequence) or hasattr(value, "add")
+            for part in value if is_repeated else (value,):
                 _strip(part)

@@ -1,14 +1,11 @@
-"""The bundle of a trained checkpoint: what is judged, on which texts, and what the bundle says
-about itself.
-
-Knows no rule.
-"""
+"""The bundle of a trained checkpoint: its module, its texts as evidence, and its description."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from evalmode.bundle.frontend import collate
+from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.row_counts import rows_by_length
 from evalmode.errors import EvalmodeError
 from evalmode.export.inputs.axes import BATCH
@@ -26,10 +23,10 @@ _AXES = {0: BATCH, 1: "length"}
 def release_checkpoint(
     checkpoint: Checkpoint, *, root: Path, name: str, version: str, progress: Progress
 ) -> Released:
-    """Export, certify and write a checkpoint's module in eval mode as `root/name/version`.
+    """Export a checkpoint's module in eval mode, certify it, and write `root/name/version`.
 
-    Raises EvalmodeError at once for a name, a version or a root that no bundle can be written to,
-    and ExportRefused, having written nothing, unless all rules pass.
+    Raises EvalmodeError at once if that folder cannot be written, and ExportRefused unless all
+    rules pass. Nothing is written then.
     """
     require_writable(root, name=name, version=version)
     candidate, description = _candidate(checkpoint), _description(checkpoint)
@@ -37,16 +34,16 @@ def release_checkpoint(
 
 
 def _candidate(checkpoint: Checkpoint) -> Candidate:
-    rows, spec = list(checkpoint.held_out.rows), checkpoint.frontend
+    spec = checkpoint.frontend
+    rows = list(checkpoint.held_out.rows)
     if not rows:
         raise EvalmodeError(
             "the checkpoint holds no held-out rows, and without rows nothing can be compared"
         )
-    # Several rows of several positions: an exporter may take a size of 1 for a constant.
-    example = collate(
-        [row[: spec.lengths[0]] for row in rows[:3]],
-        length=min(spec.lengths[0] + 1, spec.lengths[-1]),
-    )
+    # Several rows of several positions: an exporter may take a size of 1 for a constant. One
+    # position more than the shortest padded length, so that the trace does not fix that length.
+    shortest, longest = spec.lengths[0], spec.lengths[-1]
+    example = collate([row[:shortest] for row in rows[:3]], length=min(shortest + 1, longest))
     return Candidate(
         module=checkpoint.module.eval(),
         exported=checkpoint.folded().eval(),
@@ -65,12 +62,12 @@ def _candidate(checkpoint: Checkpoint) -> Candidate:
 
 def _description(checkpoint: Checkpoint) -> Description:
     frontend = checkpoint.open_frontend()
-    encoded = [(text, frontend.encode(text).ids) for text in checkpoint.sample_texts]
+    samples: list[tuple[Tensors, str | None]] = []
+    for text in checkpoint.sample_texts:
+        ids = frontend.encode(text).ids
+        samples.append((collate([ids], length=frontend.spec.padded_length(len(ids))), text))
     return Description(
-        samples=[
-            (collate([ids], length=frontend.spec.padded_length(len(ids))), text)
-            for text, ids in encoded
-        ],
+        samples=samples,
         labels=checkpoint.labels,
         frontend=checkpoint.frontend,
         tokenizer=checkpoint.tokenizer,

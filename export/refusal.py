@@ -1,4 +1,15 @@
-"""Why torch's exporter gave up, in one sentence that names the model's own line and a way out."""
+"""Why torch's exporter gave up, in one sentence that names the model's own line and a way out.
+
+The kinds of errors, in the order in which they are recognised:
+
+1. A branch on data.
+2. An operator that ONNX does not have.
+3. An axis that the model's code makes a fixed size.
+4. A size that varies, used as a plain Python number.
+5. A table that is too short for a size that varies.
+6. An operator that the exporter cannot trace.
+7. Any other error: the first line of its text.
+"""
 
 from __future__ import annotations
 
@@ -20,52 +31,68 @@ def refusal(
     inputs: Mapping[str, Tensor],
     dynamic_axes: Mapping[str, Mapping[int, str]],
 ) -> str:
-    """The reason of an exporter's error, where in the model it lies, and what can be done."""
+    """The reason of an exporter's error, where in the model it arises, and what can be done.
+
+    `inputs` and `dynamic_axes` are those of the export; the latter give an axis its name.
+    """
     causes = list(chain(error))
     innermost = causes[-1] if len(causes) > 1 else error
     names = [type(cause).__name__ for cause in causes]
+    # The exporter's own error is outermost and says little: torch's text is in its causes.
     text = next((str(cause) for cause in causes[1:] if str(cause)), str(error))
-    place = next((line for cause in reversed(causes) if (line := _line(cause))), "")
-    at = f" (at {place})" if place else ""
+    summary = _first_line(text)
+    line = ""
+    for cause in reversed(causes):
+        line = _model_line(cause)
+        if line:
+            break
+    at = f" (at {line})" if line else ""
+
     if _DATA_DEPENDENT in names:
         return (
-            f"its way depends on numbers that are computed{at}, and a graph has one way for all"
-            " inputs: compute both and choose with torch.where, or let a mask stand for what is"
+            f"its code branches on numbers that are computed{at}, and a graph has one way for all"
+            " inputs: compute both branches and choose with torch.where, or use a mask for what is"
             " left out"
         )
+
     if match := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(innermost)):
-        node = _node(causes)
-        path, kind = _module(node)
+        path, kind = _module_of(_failed_node(causes))
         of = f" in {path or '(root)'} ({kind})" if kind else ""
         return (
             f"ONNX has no operator for {match[1]}{of}{at}: use one that it has, or compute it from"
             " others (in eval mode a random operator is often a plain one)"
         )
+
     if match := re.search(r"inferred a static shape of (\d+) for dimension \S*?\['(\w+)'\]", text):
-        place_of = re.search(r"shape\[(\d+)\]", text)
-        axis = dynamic_axes.get(match[2], {}).get(int(place_of[1]) if place_of else 0, "")
+        size, input_name = match[1], match[2]
+        index = re.search(r"shape\[(\d+)\]", text)
+        axis = dynamic_axes.get(input_name, {}).get(int(index[1]) if index else 0, "")
         return (
-            f"its code makes {axis or 'an axis'} of {match[2]} the fixed size {match[1]}, by a loop"
+            f"its code makes {axis or 'an axis'} of {input_name} the fixed size {size}, by a loop"
             " over it or a size that becomes a number: compute with x.shape and whole tensors, or"
             f" declare it fixed (--dynamic-axes, with _ in its place){at}"
         )
-    if any(word in text for word in _UNTRACEABLE) and place:
+
+    if any(word in text for word in _UNTRACEABLE) and line:
         return (
-            f"a size that varies is used as a plain number{at}: {_first(text)}; compute with it, or"
+            f"a size that varies is used as a plain number{at}: {summary}; compute with it, or"
             " declare its axis fixed (--dynamic-axes, with _ in its place)"
         )
-    if " not in VR[" in text:
+
+    if " not in VR[" in text:  # torch's "value range" of a symbolic size
         return (
-            f"a table or a buffer of a fixed size is read at a size that varies ({_first(text)}):"
+            f"a table or a buffer of a fixed size is read at a size that varies ({summary}):"
             f" make it for the longest input in the constructor{at}"
         )
-    if re.fullmatch(r"aten\.[\w.]+", _first(text)):
-        return f"torch's exporter cannot trace {_first(text)}{at}: compute it from other operators"
-    return f"{_first(text) or names[-1]}{at}"
+
+    if re.fullmatch(r"aten\.[\w.]+", summary):
+        return f"torch's exporter cannot trace {summary}{at}: compute it from other operators"
+
+    return f"{summary or names[-1]}{at}"
 
 
-def _first(text: str) -> str:
-    """The first line of torch's text; where it only announces a list, with its first item."""
+def _first_line(text: str) -> str:
+    """The first line of torch's text, with the first item of a list that it introduces."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return ""
@@ -75,24 +102,28 @@ def _first(text: str) -> str:
     return lines[0]
 
 
-def _line(error: BaseException) -> str:
-    """The model's line: where the error was raised, or where the step that failed was traced."""
-    if line := innermost_line(traceback.extract_tb(error.__traceback__)):
+def _model_line(error: BaseException) -> str:
+    """The model's line at which the error was raised, or at which the failed step was traced.
+
+    Empty if neither is in the model's code.
+    """
+    line = innermost_line(traceback.extract_tb(error.__traceback__))
+    node = _failed_node([error])
+    if line or node is None:
         return line
-    node = _node([error])
-    return _traced_line(node.stack_trace or "") if node is not None else ""
-
-
-def _traced_line(stack: str) -> str:
-    frames = [
-        traceback.FrameSummary(name, int(number), "", line=line)
-        for name, number, line in re.findall(r'File "([^"]+)", line (\d+), in .*\n +(.*)', stack)
-    ]
+    # A step of a trace carries the stack at which it was traced, as the text of a traceback.
+    frames = []
+    pattern = r'File "([^"]+)", line (\d+), in .*\n +(.*)'
+    for file, number, source in re.findall(pattern, node.stack_trace or ""):
+        frames.append(traceback.FrameSummary(file, int(number), "", line=source))
     return innermost_line(frames)
 
 
-def _node(causes: list[BaseException]) -> fx.Node | None:
-    """The step of the trace that could not be written: a variable of the function that gave up."""
+def _failed_node(causes: list[BaseException]) -> fx.Node | None:
+    """The step of the trace that could not be written.
+
+    torch's error does not carry it, but the function that gave up has it in a variable `node`.
+    """
     for cause in causes:
         for frame, _ in traceback.walk_tb(cause.__traceback__):
             node = frame.f_locals.get("node")
@@ -101,8 +132,8 @@ def _node(causes: list[BaseException]) -> fx.Node | None:
     return None
 
 
-def _module(node: fx.Node | None) -> tuple[str, str]:
-    """The path and the class of the module that a step was traced in."""
+def _module_of(node: fx.Node | None) -> tuple[str, str]:
+    """The path and the class of the module in which a step was traced; empty if not known."""
     stack: dict[str, Any] = {} if node is None else node.meta.get("nn_module_stack", {})
     if not stack:
         return "", ""

@@ -1,6 +1,6 @@
 """From a candidate to a certified bundle on disk, or to a refusal that names what failed and where.
 
-Knows no rule and no checkpoint; puts the parts in order.
+No rule and no checkpoint is known here: this file puts the parts in order.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ from evalmode.export.rules.subject import Subject
 
 
 class ExportRefused(EvalmodeError):  # noqa: N818 - read as a sentence: "raise ExportRefused"
-    """An export whose certificate would not pass; `records` holds what was found."""
+    """An export that does not pass all rules; `records` has the results."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = tuple(records)
-        bad = [record for record in records if record.verdict in (Verdict.FAIL, Verdict.UNPROVEN)]
-        said = "; ".join(
-            f"{record.rule}: {record.why}: {', '.join(map(str, record.findings))}" for record in bad
-        )
-        super().__init__(f"no bundle was written: {said}")
+        reasons = [
+            f"{record.rule}: {record.why}: {', '.join(map(str, record.findings))}"
+            for record in records
+            if record.verdict in (Verdict.FAIL, Verdict.UNPROVEN)
+        ]
+        super().__init__(f"no bundle was written: {'; '.join(reasons)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a bundle says beside its model.
+    """What a bundle contains beside its model.
 
-    `samples` are the inputs of its known answers, each of one row where there are rows, with the
-    text it came from.
+    `samples` are the inputs of its known answers, each with the text it came from, if any. A sample
+    has one row, if its inputs have rows.
     """
 
     samples: Sequence[tuple[Tensors, str | None]]
@@ -80,17 +81,31 @@ def release(
     version: str,
     progress: Progress,
 ) -> Released:
-    """Export, certify and write `root/name/version`; raise ExportRefused, and write nothing, unless
-    all rules pass. Raises BundleNotCertified for a graph that the service would not open.
+    """Export a candidate, certify it, and write the bundle `root/name/version`.
+
+    Raises ExportRefused unless all rules pass, and BundleNotCertified for a graph that the service
+    would not open. Nothing is written then.
     """
+    # 1. Certify.
     certified = certify(candidate, progress=progress)
     if not certified.passed or certified.subject is None:
         raise ExportRefused(certified.records)
     progress("write")
     subject = certified.subject
-    # What no service would open is not written. The rules follow a mode through more operators.
+    # The service has its own table of operators. It is stricter than the rules, which follow a mode
+    # through more operators.
     check_operators(subject.data)
-    contents = _contents(description, subject)
+
+    # 2. The files of the bundle, with the answers of the session as the service opens it.
+    answers = [
+        KnownAnswer(inputs=inputs, outputs=subject.served.run(inputs), text=text)
+        for inputs, text in description.samples
+    ]
+    contents = {MODEL_FILE: subject.data, KNOWN_ANSWERS_FILE: pack(tuple(answers))}
+    if description.tokenizer is not None:
+        contents[TOKENIZER_FILE] = description.tokenizer.encode()
+
+    # 3. The manifest lists their hashes, and the certificate names the manifest's digest.
     manifest = _manifest(
         description, subject, name=name, version=version, files=hashes_of(contents)
     )
@@ -106,13 +121,14 @@ def release(
 
 
 def require_writable(root: Path, *, name: str, version: str) -> None:
-    """What would only be told by the last step of a long export is told by the first: raises
-    EvalmodeError at once.
+    """Raise EvalmodeError if `root/name/version` cannot be written.
+
+    To be called before a long export, whose last step would otherwise fail.
     """
-    for flag, given in (("--name", name), ("--version", version)):
-        if not is_name(given):
+    for flag, value in (("--name", name), ("--version", version)):
+        if not is_name(value):
             allowed = "at most 64 letters, digits, '.', '_' and '-', the first a letter or a digit"
-            raise EvalmodeError(f"{flag} must be {allowed}, got {given!r}")
+            raise EvalmodeError(f"{flag} must be {allowed}, got {value!r}")
     try:
         root.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=root).close()
@@ -120,27 +136,18 @@ def require_writable(root: Path, *, name: str, version: str) -> None:
         raise EvalmodeError(f"no bundle can be written to {root}: {error.strerror}") from error
 
 
-def _contents(description: Description, subject: Subject) -> dict[str, bytes]:
-    answers = [
-        KnownAnswer(inputs=inputs, outputs=subject.served.run(inputs), text=text)
-        for inputs, text in description.samples
-    ]
-    contents = {MODEL_FILE: subject.data, KNOWN_ANSWERS_FILE: pack(tuple(answers))}
-    if description.tokenizer is not None:
-        contents[TOKENIZER_FILE] = description.tokenizer.encode()
-    return contents
-
-
 def _manifest(
     description: Description, subject: Subject, *, name: str, version: str, files: dict[str, str]
 ) -> Manifest:
     session = subject.served
-    # A front end knows its own vocabulary, and the service holds its ids to that.
-    bounds = subject.export.index_bounds if description.frontend is None else {}
-    inputs = tuple(
-        item.model_copy(update={"bounds": bounds.get(item.name, ())}) for item in session.inputs
-    )
-    exported: JsonValue = {
+    inputs = session.inputs
+    # A front end makes the ids itself, from its own vocabulary: they need no bounds.
+    if description.frontend is None:
+        bounds = subject.export.index_bounds
+        inputs = tuple(
+            item.model_copy(update={"bounds": bounds.get(item.name, ())}) for item in inputs
+        )
+    versions: JsonValue = {
         "torch": torch.__version__,
         "onnx": onnx.__version__,
         "onnxscript": onnxscript.__version__,
@@ -155,6 +162,6 @@ def _manifest(
         labels=description.labels,
         frontend=description.frontend,
         metrics=dict(description.metrics),
-        provenance={**description.provenance, "export": exported},
+        provenance={**description.provenance, "export": versions},
         files=files,
     )

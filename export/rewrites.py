@@ -1,8 +1,7 @@
-"""What torch's exporter cannot write, computed in another way while it traces; each seen in torch
-2.13.
+"""Replacements for calls that torch's exporter cannot write, used while it traces a module.
 
-Every rewrite computes the same numbers from the same inputs, up to the order of additions: the rule
-parity compares the graph with the module as it is.
+Each was needed in torch 2.13. A replacement computes the same numbers from the same inputs, up to
+the order of additions; the rule parity compares the graph with the module as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Rewrites(TorchFunctionMode):
-    """Takes the place of calls that the exporter refuses while a forward is traced."""
+    """While active, calls that the exporter refuses are replaced by functions of this module."""
 
     def __torch_function__(
         self,
@@ -36,25 +35,30 @@ class Rewrites(TorchFunctionMode):
 
 @contextmanager
 def traceable_modules() -> Iterator[None]:
-    """Let torch's own modules, and `Module.to`, be traced where they do not compute anything.
+    """Let two calls be traced that compute nothing.
 
-    nn.TransformerEncoder compares its mask with a causal one, which only chooses a faster kernel.
-    `self.layer.to(dtype)` in a forward changes nothing where the layer has that type already.
+    nn.TransformerEncoder compares its mask with a causal one, only to choose a faster kernel.
+    `self.layer.to(dtype)` in a forward changes nothing if the layer has that type already.
     """
-    detect, apply = nn.modules.transformer._detect_is_causal_mask, nn.Module._apply
+    detect = nn.modules.transformer._detect_is_causal_mask
+    apply = nn.Module._apply
 
-    def hinted(mask: Tensor | None, is_causal: bool | None = None, size: Any = None) -> bool:
+    def causal_by_hint(
+        mask: Tensor | None, is_causal: bool | None = None, size: Any = None
+    ) -> bool:
         return bool(is_causal)
 
-    def applied(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def apply_if_needed(
+        self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> nn.Module:
         tensors = [*self.parameters(recurse), *self.buffers(recurse)]
         if all(fn(tensor) is tensor for tensor in tensors):
             return self
         module: nn.Module = apply(self, fn, recurse)  # type: ignore[no-untyped-call]
         return module
 
-    nn.modules.transformer._detect_is_causal_mask = hinted
-    nn.Module._apply = applied  # type: ignore[method-assign]
+    nn.modules.transformer._detect_is_causal_mask = causal_by_hint
+    nn.Module._apply = apply_if_needed  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -63,14 +67,14 @@ def traceable_modules() -> Iterator[None]:
 
 
 def _floats_first(func: Callable[..., Any], tensor: Tensor, other: Any, **kwargs: Any) -> Any:
-    """1.0 - mask and mask // 2.0 of whole numbers: in floats, as torch computes them anyway."""
+    """`1.0 - mask` and `mask // 2.0` of integers: in floats, as torch computes them anyway."""
     if isinstance(other, float) and not tensor.is_floating_point() and not tensor.is_complex():
         tensor = tensor.to(torch.get_default_dtype())
     return func(tensor, other, **kwargs)
 
 
 def _cast_first(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A softmax of whole numbers in another type: cast, and then computed."""
+    """A softmax of integers with `dtype=`: the cast is a step before it."""
     dtype = kwargs.get("dtype")
     if isinstance(dtype, torch.dtype):
         tensor = tensor.to(dtype)
@@ -85,7 +89,7 @@ def _mean_slope(
     training: bool = False,
     inplace: bool = False,
 ) -> Any:
-    """RReLU, which draws its slopes in training and has their mean in eval mode."""
+    """RReLU in eval mode: a leaky ReLU with the mean of the slopes that training draws."""
     if training:
         return func(tensor, lower, upper, training, inplace)
     return F.leaky_relu(tensor, (lower + upper) / 2)
@@ -100,7 +104,10 @@ def _four_axes(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Attention over (..., length, width) with other than two axes before them."""
+    """Attention over (..., length, width) with fewer or more than two leading axes.
+
+    All leading axes become one: (1, N, length, width).
+    """
     if query.ndim == 4:
         return func(query, key, value, attn_mask, *args, **kwargs)
     leading = query.shape[:-2]
@@ -121,8 +128,8 @@ def _expert_by_expert(
 ) -> Tensor:
     """Rows (S, D), sorted by expert, times their expert's weight (E, D, F): (S, F).
 
-    `offs` (E,) holds where each expert's rows end; rows behind the last are 0. Every row meets
-    every expert, and one answer of it stays.
+    `offs` (E,) has the index at which each expert's rows end; rows after the last are 0. All rows
+    are multiplied by all experts, and each keeps the product of its own.
     """
     expert = (torch.arange(rows.shape[0], device=rows.device)[:, None] >= offs[None, :]).sum(-1)
     answer = torch.zeros_like(rows @ weight[0])

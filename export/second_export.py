@@ -1,9 +1,11 @@
-"""A second export of the user's module in a process of its own, where other seeds hold from the
-first import on, those that the user's code gives included.
+"""A second export of the user's module, in another process under other seeds.
 
-What is random and neither a parameter nor a buffer (a mask made at import, a table filled by a
-constructor) is then another one, and shows in the fingerprint. Run as `python -m
-evalmode.export.second_export FACTORY FOLDER`.
+The seeds differ from the first import on, those that the user's code sets included. So random data
+that is neither a parameter nor a buffer (a mask drawn at import, a table filled by a constructor)
+differs, and changes the fingerprint. Parameters and buffers are copied from the first process.
+
+The other process runs `python -m evalmode.export.second_export FACTORY FOLDER`. It reads a task
+from the folder and writes a fingerprint into it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,26 +32,35 @@ from evalmode.export.module.network import Network
 from evalmode.export.module.other_seeds import other_seeds
 from evalmode.export.module.untouched import untouched
 
-_TASK, _ANSWER = "task.pt", "fingerprint.json"
+_TASK_FILE, _RESULT_FILE = "task.pt", "fingerprint.json"
 _SEED = 2
 
 
 class TwinFailed(EvalmodeError):  # noqa: N818 - read as a sentence: "raise TwinFailed"
-    """The module could not be made and exported a second time; the message is the other
-    process's.
-    """
+    """The module could not be exported a second time; the message is from the other process."""
 
 
 @contextmanager
 def exported_elsewhere(candidate: Candidate, factory: str) -> Iterator[Twin]:
-    """Start the other process at once; the twin waits for it, and leaving ends it.
+    """Start the other process at once. Calling the twin waits for its fingerprint; leaving the
+    context ends the process.
 
-    Parameters and buffers are handed over: a factory that starts from random ones gives the same
-    network nevertheless.
+    A factory that starts from random parameters returns the same network nevertheless: parameters
+    and buffers are passed on. The twin raises TwinFailed if the other process fails.
     """
+    weights = _weights_of(Network.of(candidate.module))
+    task = {
+        "weights": {path: tensor.detach() for path, tensor in weights.items()},
+        "constants": dict(candidate.constants),
+        "example": dict(candidate.example),
+        "dynamic_axes": {
+            name: dict(axes) for name, axes in candidate.evidence.dynamic_axes.items()
+        },
+        "outputs": list(candidate.outputs),
+    }
     with TemporaryDirectory(prefix="evalmode-") as name:
         folder = Path(name)
-        torch.save(_task(candidate), folder / _TASK)
+        torch.save(task, folder / _TASK_FILE)
         command = [sys.executable, "-m", "evalmode.export.second_export", factory, str(folder)]
         environment = {**os.environ, "PYTHONHASHSEED": str(_SEED)}
         with subprocess.Popen(
@@ -61,29 +71,27 @@ def exported_elsewhere(candidate: Candidate, factory: str) -> Iterator[Twin]:
             text=True,
             errors="replace",
         ) as process:
+
+            def twin() -> Fingerprint:
+                _, errors = process.communicate()
+                if process.returncode:
+                    lines = errors.strip().splitlines()
+                    # The last line of a traceback has the error's own message.
+                    reason = f"the other process ended with {process.returncode}"
+                    raise TwinFailed(lines[-1] if lines else reason)
+                return Fingerprint.model_validate_json((folder / _RESULT_FILE).read_bytes())
+
             try:
-                yield lambda: _fingerprint_of(process, folder)
+                yield twin
             finally:
                 process.kill()
 
 
-def _task(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "weights": {
-            path: tensor.detach() for path, tensor in _weights(Network.of(candidate.module)).items()
-        },
-        "constants": dict(candidate.constants),
-        "example": dict(candidate.example),
-        "dynamic_axes": {
-            name: dict(axes) for name, axes in candidate.evidence.dynamic_axes.items()
-        },
-        "outputs": list(candidate.outputs),
-    }
+def _weights_of(network: Network) -> dict[str, Tensor]:
+    """All parameters and buffers by their paths.
 
-
-def _weights(network: Network) -> dict[str, Tensor]:
-    """Every parameter and buffer by its path: those of hidden modules, and those that no state_dict
-    holds, too.
+    Unlike in a `state_dict`, those of modules in plain Python containers and non-persistent buffers
+    are included.
     """
     weights: dict[str, Tensor] = {}
     for path, part in network.parts.items():
@@ -93,28 +101,18 @@ def _weights(network: Network) -> dict[str, Tensor]:
     return weights
 
 
-def _fingerprint_of(process: subprocess.Popen[str], folder: Path) -> Fingerprint:
-    _, errors = process.communicate()
-    if process.returncode:
-        lines = errors.strip().splitlines()
-        raise TwinFailed(
-            lines[-1] if lines else f"the other process ended with {process.returncode}"
-        )
-    return Fingerprint.model_validate_json((folder / _ANSWER).read_bytes())
-
-
 def main(factory: str, folder: Path) -> None:
-    """Export what the factory returns under other seeds, with the weights and on the example that
-    lie in the folder.
+    """The other process: export the factory's module under other seeds, with the weights and the
+    example of the task in the folder.
     """
-    task = torch.load(folder / _TASK, weights_only=True)
+    task = torch.load(folder / _TASK_FILE, weights_only=True)
     seed_everything(_SEED)
     with other_seeds():
         module = load_in_eval_mode(factory)
-        weights = _weights(Network.of(module))
-        if weights.keys() != task["weights"].keys():
-            strange = sorted(weights.keys() ^ task["weights"].keys())
-            raise TwinFailed(f"the factory's second network has other weights: {strange[0]}")
+        weights = _weights_of(Network.of(module))
+        unmatched = sorted(weights.keys() ^ task["weights"].keys())
+        if unmatched:
+            raise TwinFailed(f"the factory's second network has other weights: {unmatched[0]}")
         with torch.no_grad():
             for path, tensor in task["weights"].items():
                 if tensor.shape != weights[path].shape:
@@ -124,8 +122,9 @@ def main(factory: str, folder: Path) -> None:
                     )
                 weights[path].copy_(tensor)
         bind_constants(module, task["constants"])
-        # What is made beside the module in the first forward is there, as it is in the first
-        # process; on the copy that is traced it is made in the trace, as it is there.
+        # As in the first process, a forward runs before the export, and a copy from before it is
+        # traced. What the first forward creates outside of the module then exists already; what it
+        # creates in the module is created again in the trace.
         network = Network.of(module)
         with untouched(network):
             traced = network.copy().module
@@ -134,7 +133,7 @@ def main(factory: str, folder: Path) -> None:
             converted = convert(
                 traced, task["example"], dynamic_axes=task["dynamic_axes"], outputs=task["outputs"]
             )
-    (folder / _ANSWER).write_text(fingerprint(converted.model).model_dump_json())
+    (folder / _RESULT_FILE).write_text(fingerprint(converted.model).model_dump_json())
 
 
 if __name__ == "__main__":

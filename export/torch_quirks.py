@@ -1,4 +1,4 @@
-"""What torch's exporter needs to be told, to forget, or not to say; each seen in torch 2.13."""
+"""Work-arounds for torch's ONNX exporter; each of the quirks was seen in torch 2.13."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from functools import cache
 import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-_operators = cache(ONNXRegistry.from_torchlib)
+_operator_table = cache(ONNXRegistry.from_torchlib)
 
 
 def forget_unrolled_loops() -> None:
-    """After one export torch keeps, for its recurrent operators, a kernel that fixes the length at
-    the next.
+    """Clear the kernels that an export leaves in torch's recurrent operators.
+
+    Such a kernel has its loop unrolled, and would fix the length of the next export.
     """
     for name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
         operator = getattr(torch.ops.aten, name)
@@ -28,25 +29,26 @@ def forget_unrolled_loops() -> None:
 
 @contextmanager
 def one_operator_table() -> Iterator[None]:
-    """torch makes its table of operators anew for every export, which takes longer than a small
-    export itself.
+    """Build torch's table of operators once for all exports.
+
+    torch builds it for each export, which takes longer than a small export itself.
     """
-    made_anew = vars(ONNXRegistry)["from_torchlib"]
-    ONNXRegistry.from_torchlib = staticmethod(_operators)  # type: ignore[method-assign]
+    original = vars(ONNXRegistry)["from_torchlib"]
+    ONNXRegistry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = made_anew  # type: ignore[method-assign]
+        ONNXRegistry.from_torchlib = original  # type: ignore[method-assign]
 
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's remarks: packages that are not installed, traces that failed and are
-    tried again. Its errors are exceptions.
+    """Silence the exporter's remarks on packages that are not installed, and on failed traces that
+    it repeats in another way. Its errors are exceptions, and still reach the caller.
     """
     names = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
-    known = [name for name in logging.root.manager.loggerDict if name.startswith(names)]
-    loggers = [logging.getLogger(name) for name in {*names, *known}]
+    children = [name for name in logging.root.manager.loggerDict if name.startswith(names)]
+    loggers = [logging.getLogger(name) for name in {*names, *children}]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)

@@ -22,8 +22,8 @@ from evalmode.errors import EvalmodeError
 
 _BLOCK_BYTES = 1 << 20
 
-# As `encode_line` of service/ndjson.py writes it. Inside a string the quotes would be escaped, so this is
-# a key. It is faster than parsing every line of a large file.
+# As `encode_line` of service/ndjson.py writes it. Inside a string the quotes would be escaped, so
+# this is a key. It is faster than parsing every line of a large file.
 _ERROR_KEY = b',"error":'
 
 

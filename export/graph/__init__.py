@@ -1,5 +1,6 @@
-"""What a rule is given: an ONNX model, every node of it, and its weights, which stay in their file.
-Knows no rule.
+"""What an ONNX file is: its model, its nodes with their paths and constants, and its weights.
+
+The rules read graphs through this package. No rule is known here.
 """
 
 from evalmode.export.graph.errors import ModelUnreadable

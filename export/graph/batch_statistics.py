@@ -1,8 +1,10 @@
-"""Normalisation by the statistics of the batch, seen in the graph alone.
+"""Normalisation by the statistics of the batch, found in the graph alone.
 
-An exporter writes a BatchNorm without running statistics as the operators that compute them: the
-node itself is in inference mode, and its mean and variance come from the rows that share the batch.
-Knows no rule.
+An exporter writes a BatchNorm without running statistics as the operators that compute them. The
+node itself is then in inference mode, and its mean and variance come from the rows that share the
+batch. Two forms are found: a BatchNormalization whose statistics are computed from its batch
+(`computed_over_batch`), and plain arithmetic that subtracts a mean over the rows and divides by a
+spread (`BatchAxes`).
 """
 
 from __future__ import annotations
@@ -14,255 +16,304 @@ from dataclasses import dataclass
 import onnx
 from onnx import helper
 
-from evalmode.export.graph.fold import decide
-from evalmode.export.graph.scope import Absent, Fixed, Made, Open, Origin, Value, domain_of
+from evalmode.export.graph.fold import constant_of
+from evalmode.export.graph.scope import (
+    Absent,
+    Initializer,
+    NodeOutput,
+    Origin,
+    Unknown,
+    Value,
+    domain_of,
+)
 from evalmode.export.graph.walk import NodeAt
 from evalmode.export.graph.weight import Weight
 
-_MOST = 1000  # values that are looked at behind one node
-_MEANS = frozenset(
+_MAX_VALUES = 1000  # that are visited behind one node
+_MAX_NEAR_VALUES = 20  # a mean and its variance are a few steps of scaling and reshaping away
+_REDUCTIONS = frozenset(
     ["ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceLogSumExp", "ReduceMax"]
 )
-_NAMES = """
+_ELEMENTWISE_NAMES = """
     Abs Cast CastLike Clip Dropout Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Log
     Mish Neg PRelu Reciprocal Relu Selu Sigmoid Softplus Sqrt Tanh
 """
-_ELEMENTWISE = frozenset(_NAMES.split())
-_NAMES_OF_LAYERS = """
+_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
+_LAYER_NAMES = """
     AveragePool BatchNormalization Conv ConvTranspose GlobalAveragePool GlobalMaxPool
     GroupNormalization InstanceNormalization LayerNormalization MaxPool RMSNormalization Softmax
 """
-# Of these the answer has the axes of the first input.
-_SAME_AXES = _ELEMENTWISE | frozenset(_NAMES_OF_LAYERS.split())
-_BROADCAST = frozenset(["Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where"])
+# The output of these has the axes of the first input.
+_SAME_AXES = _ELEMENTWISE | frozenset(_LAYER_NAMES.split())
+_BROADCASTING = frozenset(["Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where"])
+_SCALING = frozenset(
+    ["Cast", "CastLike", "Identity", "Mul", "Div", "Reshape", "Squeeze", "Unsqueeze"]
+)
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Where a value has its rows, and how many axes it has."""
+    """The axis of a tensor that holds its rows, and how many axes the tensor has."""
 
-    place: int
+    index: int
     rank: int
 
 
 def computed_over_batch(at: NodeAt, index: int) -> bool | None:
     """Whether input `index` of a BatchNormalization is a statistic of the rows that share a batch.
 
-    None where it depends on the model's inputs and it cannot be told. A first axis of size 1, made
-    for the purpose, is an instance normalisation written as a batch normalisation.
+    None if it depends on the model's inputs in a way that is not understood. The decisions, in
+    order:
+
+    1. It is an initializer, or the input itself: no.
+    2. It does not depend on the model's inputs: no.
+    3. The input has a first axis of size 1, made for the purpose: no. This is an instance
+       normalisation written as a batch normalisation.
+    4. A reduction over what may be the first axis is behind it: yes.
+    5. All behind it is elementwise: no. Otherwise: None.
     """
     value = at.scope.argument(at.node, index)
+    normalised = at.scope.argument(at.node, 0)
     # A value that is its own mean has one axis, that of channels, and no rows.
-    if not isinstance(value, Made) or value is at.scope.argument(at.node, 0):
+    if not isinstance(value, NodeOutput) or value is normalised:
         return False
+
     ancestors = list(_ancestors(value))
-    depends = len(ancestors) >= _MOST or any(
-        isinstance(item, Open) and item.origin is not Origin.OVERRIDABLE for item in ancestors
+    is_complete = len(ancestors) < _MAX_VALUES
+    depends_on_inputs = any(
+        isinstance(ancestor, Unknown) and ancestor.origin is not Origin.OVERRIDABLE
+        for ancestor in ancestors
     )
-    if not depends or _has_one_row(at.scope.argument(at.node, 0)):
+    if is_complete and not depends_on_inputs:
         return False
-    made = [item for item in ancestors if isinstance(item, Made)]
-    if any(_reduces(item, None) for item in made):
+
+    if _has_one_row(normalised):
+        return False
+
+    outputs = [ancestor for ancestor in ancestors if isinstance(ancestor, NodeOutput)]
+    if any(_reduces(output, None) for output in outputs):
         return True
-    return False if len(ancestors) < _MOST and all(map(_keeps_places, made)) else None
+
+    return False if is_complete and all(map(_is_elementwise, outputs)) else None
 
 
-def _keeps_places(made: Made) -> bool:
-    """Whether every number that a node makes comes from those in its own place."""
-    if made.index in made.scope.calls:  # what the function makes is looked at itself
+def _is_elementwise(output: NodeOutput) -> bool:
+    """Whether each element is computed from the elements at the same position."""
+    if output.index in output.scope.calls:  # the values inside the function are ancestors, too
         return True
-    op = made.node.op_type
-    return not domain_of(made.node.domain) and (op in _ELEMENTWISE or op in _BROADCAST)
+    op_type = output.node.op_type
+    return not domain_of(output.node.domain) and (op_type in _ELEMENTWISE | _BROADCASTING)
 
 
 class BatchAxes:
-    """Where the values of a graph have their rows, as far as plain operators tell.
+    """Which axis of each value of a graph holds the rows, as far as plain operators show it.
 
-    The rows are on the axis of the model's inputs that is called batch.
+    Rows are on the axis of the model's inputs whose name contains "batch".
     """
 
     def __init__(self, inputs: Sequence[onnx.ValueInfoProto]) -> None:
-        self._known: dict[int, tuple[Value, _Axis | None]] = {}
-        self._inputs: dict[str, _Axis] = {}
+        # By the identity of an output, which is kept alive beside its axis.
+        self._axes: dict[int, tuple[Value, _Axis | None]] = {}
+        self._input_axes: dict[str, _Axis] = {}
         for item in inputs:
             sizes = item.type.tensor_type.shape.dim
-            for place, size in enumerate(sizes):
+            for index, size in enumerate(sizes):
                 if "batch" in size.dim_param.lower():
-                    self._inputs.setdefault(item.name, _Axis(place, len(sizes)))
+                    self._input_axes.setdefault(item.name, _Axis(index, len(sizes)))
 
     def are_normalised(self, at: NodeAt) -> bool:
         """Whether a division, or a product, completes a normalisation over the axis of rows.
 
-        It is one where a side is what remains of a value without its mean over that axis, and the
-        other side comes from another reduction over it, as a variance does.
+        It does so if one side is a value minus its mean over that axis, and the other side comes
+        from another reduction over it, as a variance does.
         """
-        if not self._inputs or at.domain or at.node.op_type not in ("Div", "Mul"):
+        if not self._input_axes or at.domain or at.node.op_type not in ("Div", "Mul"):
             return False
         sides = [at.scope.argument(at.node, index) for index in range(len(at.node.input))]
         centred = [any(map(self._is_centred, _near(side))) for side in sides]
         if len(sides) != 2 or sum(centred) != 1:
             return False
         scale = sides[centred.index(False)]
-        return any(isinstance(item, Made) and self._reduces(item) for item in _ancestors(scale))
+        return any(self._reduces_rows(value) for value in _ancestors(scale))
 
     def _is_centred(self, value: Value) -> bool:
-        if not isinstance(value, Made) or value.node.op_type != "Sub" or value.node.domain:
+        """Whether the value is another one minus its mean over the rows."""
+        if not isinstance(value, NodeOutput):
             return False
-        whole, mean = (value.scope.argument(value.node, index) for index in (0, 1))
-        if self._of(whole) is None:
+        if value.node.op_type != "Sub" or value.node.domain:
             return False
-        return any(isinstance(item, Made) and self._reduces(item) for item in _near(mean))
+        minuend = value.scope.argument(value.node, 0)
+        mean = value.scope.argument(value.node, 1)
+        if self._axis_of(minuend) is None:
+            return False
+        return any(self._reduces_rows(near) for near in _near(mean))
 
-    def _reduces(self, made: Made) -> bool:
-        if made.node.op_type not in _MEANS or not made.node.input:
+    def _reduces_rows(self, value: Value) -> bool:
+        if not isinstance(value, NodeOutput):
             return False
-        axis = self._of(made.scope.argument(made.node, 0))
-        return axis is not None and _reduces(made, axis)
+        if value.node.op_type not in _REDUCTIONS or not value.node.input:
+            return False
+        axis = self._axis_of(value.scope.argument(value.node, 0))
+        return axis is not None and _reduces(value, axis)
 
-    def _of(self, value: Value) -> _Axis | None:
-        """The axis of rows of a value; None where it has none, or it is not known."""
+    def _axis_of(self, value: Value) -> _Axis | None:
+        """The axis of rows of a value; None if it has none or it is not known."""
         pending = [value]
-        while pending and len(pending) < _MOST:
-            item = pending[-1]
-            if not isinstance(item, Made) or id(item) in self._known:
+        while pending and len(pending) < _MAX_VALUES:
+            current = pending[-1]
+            if not isinstance(current, NodeOutput) or id(current) in self._axes:
                 pending.pop()
                 continue
             missing = [
                 source
-                for source in _sources(item)
-                if isinstance(source, Made) and id(source) not in self._known
+                for source in _sources(current)
+                if isinstance(source, NodeOutput) and id(source) not in self._axes
             ]
             if missing:
                 pending += missing
             else:
-                self._known[id(item)] = (item, self._through(item))
-        return self._look(value)
+                self._axes[id(current)] = (current, self._axis_of_output(current))
+        return self._stored_axis(value)
 
-    def _look(self, value: Value) -> _Axis | None:
-        if isinstance(value, Open):
-            return self._inputs.get(value.name) if value.origin is Origin.CALLER else None
-        return self._known[id(value)][1] if id(value) in self._known else None
+    def _stored_axis(self, value: Value) -> _Axis | None:
+        if isinstance(value, Unknown):
+            return self._input_axes.get(value.name) if value.origin is Origin.CALLER else None
+        return self._axes[id(value)][1] if id(value) in self._axes else None
 
-    def _through(self, made: Made) -> _Axis | None:
-        """The axis of rows of what a node makes of its inputs."""
-        node, scope = made.node, made.scope
-        if made.index in scope.calls:
-            sources = _sources(made)
-            return self._look(sources[-1]) if sources else None
+    def _axis_of_output(self, output: NodeOutput) -> _Axis | None:
+        """The axis of rows of an output, from those of the node's inputs."""
+        node, scope = output.node, output.scope
+        if output.index in scope.calls:
+            sources = _sources(output)
+            return self._stored_axis(sources[-1]) if sources else None
         if domain_of(node.domain) or not node.input:
             return None
-        first = self._look(scope.argument(node, 0))
-        op = node.op_type
-        if op in _BROADCAST:
-            arguments = [scope.argument(node, index) for index in range(len(node.input))]
-            axes = [axis for item in arguments if (axis := self._look(item)) is not None]
-            ranks = [axis.rank for axis in axes]
-            weights = [item.weight for item in arguments if isinstance(item, Fixed)]
-            ranks += [len(weight.dims) for weight in weights if isinstance(weight, Weight)]
-            if not axes or len(ranks) < len(arguments):
-                # Scalars computed in the graph are common, and so is a mean of the same rank.
-                return axes[0] if axes and op != "Where" else None
-            behind = {axis.rank - axis.place for axis in axes}
-            return _Axis(max(ranks) - behind.pop(), max(ranks)) if len(behind) == 1 else None
-        if first is None:
+        if node.op_type in _BROADCASTING:
+            return self._axis_of_broadcast(output)
+
+        axis = self._stored_axis(scope.argument(node, 0))
+        if axis is None:
             return None
-        if op in _SAME_AXES:
-            return first
-        if op == "MatMul":
-            return first if first.place < first.rank - 1 else None
-        if op == "Gemm":
-            turned = scope.attribute(node, "transA")
-            return first if isinstance(turned, Absent) or not getattr(turned, "i", 1) else None
-        if op == "Transpose":
+        if node.op_type in _SAME_AXES:
+            return axis
+        if node.op_type == "MatMul":
+            # The last axis of the first factor is summed over.
+            return axis if axis.index < axis.rank - 1 else None
+        if node.op_type == "Gemm":
+            transposed = scope.attribute(node, "transA")
+            is_plain = isinstance(transposed, Absent) or not getattr(transposed, "i", 1)
+            return axis if is_plain else None
+        if node.op_type == "Transpose":
             order = scope.attribute(node, "perm")
-            if isinstance(order, onnx.AttributeProto) and first.place in order.ints:
-                return _Axis(list(order.ints).index(first.place), first.rank)
+            if isinstance(order, onnx.AttributeProto) and axis.index in order.ints:
+                return _Axis(list(order.ints).index(axis.index), axis.rank)
         return None
 
+    def _axis_of_broadcast(self, output: NodeOutput) -> _Axis | None:
+        """The axis of rows after broadcasting, which aligns the last axes of all inputs."""
+        node, scope = output.node, output.scope
+        arguments = [scope.argument(node, index) for index in range(len(node.input))]
+        axes: list[_Axis] = []
+        ranks: list[int] = []
+        for argument in arguments:
+            axis = self._stored_axis(argument)
+            if axis is not None:
+                axes.append(axis)
+                ranks.append(axis.rank)
+            elif isinstance(argument, Initializer) and isinstance(argument.weight, Weight):
+                ranks.append(len(argument.weight.dims))
+        if not axes:
+            return None
+        if len(ranks) < len(arguments):
+            # The rank of some input is not known. Most often it is a scalar computed in the graph,
+            # or a mean of the same rank, and the axis stays where it is.
+            return axes[0] if node.op_type != "Where" else None
+        rank = max(ranks)
+        from_the_end = {axis.rank - axis.index for axis in axes}
+        return _Axis(rank - from_the_end.pop(), rank) if len(from_the_end) == 1 else None
 
-def _sources(made: Made) -> list[Value]:
-    """What a value is made of: the node's inputs, and inside of a function what it answers."""
-    node, scope = made.node, made.scope
+
+def _sources(output: NodeOutput) -> list[Value]:
+    """What an output is computed from: the node's inputs and, last, the output of the function that
+    the node calls.
+    """
+    node, scope = output.node, output.scope
     sources = [scope.argument(node, index) for index in range(len(node.input))]
-    if made.index in scope.calls:
-        inner, position = scope.calls[made.index], list(node.output).index(made.name)
-        if position < len(inner.outputs):
-            sources.append(inner.read(inner.outputs[position]))
+    function_scope = scope.calls.get(output.index)
+    if function_scope is not None:
+        position = list(node.output).index(output.name)
+        if position < len(function_scope.outputs):
+            sources.append(function_scope.read(function_scope.outputs[position]))
     return sources
 
 
 def _ancestors(value: Value) -> Iterator[Value]:
-    """The value and everything that it is computed from, each once, the nearest first."""
-    seen: set[int] = set()
+    """The value and all that it is computed from, each once, the nearest first."""
+    visited: set[int] = set()
     pending = deque([value])
-    while pending and len(seen) < _MOST:
-        item = pending.popleft()
-        if id(item) not in seen:
-            seen.add(id(item))
-            yield item
-            if isinstance(item, Made):
-                pending += _sources(item)
+    while pending and len(visited) < _MAX_VALUES:
+        current = pending.popleft()
+        if id(current) not in visited:
+            visited.add(id(current))
+            yield current
+            if isinstance(current, NodeOutput):
+                pending += _sources(current)
 
 
 def _near(value: Value) -> Iterator[Value]:
-    """The value and what it is made of by operators that do no more than scale or reshape it."""
-    steps = 0
-    pending = [value]
-    while pending and steps < 20:
-        steps += 1
-        item = pending.pop(0)
-        yield item
-        if isinstance(item, Made) and item.node.op_type in (
-            "Cast",
-            "CastLike",
-            "Identity",
-            "Mul",
-            "Div",
-            "Reshape",
-            "Squeeze",
-            "Unsqueeze",
-        ):
-            pending.append(item.scope.argument(item.node, 0))
-            if item.node.op_type == "Mul":
-                pending.append(item.scope.argument(item.node, 1))
+    """The value and those that it is computed from by scaling or reshaping alone."""
+    pending = deque([value])
+    for _ in range(_MAX_NEAR_VALUES):
+        if not pending:
+            return
+        current = pending.popleft()
+        yield current
+        if isinstance(current, NodeOutput) and current.node.op_type in _SCALING:
+            pending.append(current.scope.argument(current.node, 0))
+            if current.node.op_type == "Mul":
+                pending.append(current.scope.argument(current.node, 1))
 
 
-def _reduces(made: Made, axis: _Axis | None) -> bool:
-    """Whether a node reduces this axis; without one, whether it may reduce the first."""
-    node, scope = made.node, made.scope
-    if domain_of(node.domain) or node.op_type not in _MEANS:
+def _reduces(output: NodeOutput, axis: _Axis | None) -> bool:
+    """Whether a node reduces this axis. Without an axis: whether it may reduce the first one."""
+    node, scope = output.node, output.scope
+    if domain_of(node.domain) or node.op_type not in _REDUCTIONS:
         return False
+    # The axes are an attribute in old opsets (before 13 or 18) and an input in newer ones.
+    axes: list[int] = []
     attribute = scope.attribute(node, "axes")
-    given: list[int] | None = None
+    argument = scope.argument(node, 1)
     if isinstance(attribute, onnx.AttributeProto):
-        given = list(attribute.ints)
-    elif not isinstance(argument := scope.argument(node, 1), Absent):
-        values = decide(argument)
-        if values is None:
+        axes = list(attribute.ints)
+    elif not isinstance(argument, Absent):
+        array = constant_of(argument)
+        if array is None:
             return axis is None
-        given = [int(number) for number in values.reshape(-1)]
-    if not given:
+        axes = [int(number) for number in array.reshape(-1)]
+    if not axes:  # all axes, unless the node says that no axes mean none
         noop = scope.attribute(node, "noop_with_empty_axes")
         return isinstance(noop, Absent) or not getattr(noop, "i", 0)
     if axis is None:
-        return 0 in given or any(number < 0 for number in given)
-    return axis.place in [number % max(axis.rank, 1) for number in given]
+        # A negative number may be the first axis: the rank is not known.
+        return 0 in axes or min(axes) < 0
+    return axis.index in [number % max(axis.rank, 1) for number in axes]
 
 
 def _has_one_row(value: Value) -> bool:
-    """Whether the first axis was made to have size 1."""
-    if not isinstance(value, Made) or domain_of(value.node.domain):
+    """Whether an Unsqueeze or a Reshape gave the value a first axis of size 1."""
+    if not isinstance(value, NodeOutput) or domain_of(value.node.domain):
         return False
-    shape = value.scope.argument(value.node, 1) if len(value.node.input) > 1 else Absent()
+    shape = value.scope.argument(value.node, 1)
     if value.node.op_type == "Unsqueeze":
-        axes = decide(shape) if not isinstance(shape, Absent) else None
         attribute = value.scope.attribute(value.node, "axes")
         if isinstance(attribute, onnx.AttributeProto):
             return 0 in helper.get_attribute_value(attribute)
+        axes = constant_of(shape)
         return axes is not None and 0 in axes
     if value.node.op_type != "Reshape":
         return False
-    sizes = decide(shape)
-    if sizes is None and isinstance(shape, Made) and shape.node.op_type == "Concat":
-        sizes = decide(shape.scope.argument(shape.node, 0))
+    sizes = constant_of(shape)
+    if sizes is None and isinstance(shape, NodeOutput) and shape.node.op_type == "Concat":
+        # A shape of which only the first part is constant.
+        sizes = constant_of(shape.scope.argument(shape.node, 0))
     return sizes is not None and sizes.size > 0 and int(sizes.reshape(-1)[0]) == 1

@@ -1,6 +1,4 @@
-"""Which functions of a model call which: that none calls itself, and how many nodes all calls make.
-Knows no rule.
-"""
+"""Which functions of a model call which. None may call itself, and all calls are bounded."""
 
 from __future__ import annotations
 
@@ -13,14 +11,16 @@ from evalmode.export.graph.errors import Broken
 from evalmode.export.graph.scope import domain_of
 
 Identity = tuple[str, str, str]
-"""Domain, name and overload."""
+"""Domain, name and overload of a function."""
 
-_MOST = 100_000  # nodes; forty functions of two nodes each can come to a billion
-_MOST_NAMES = 2_000_000  # inputs, outputs, attributes and weights, which each call binds anew
+# Each call is walked, and functions multiply: forty functions of two calls each make a million
+# million nodes.
+_MAX_NODES = 100_000
+_MAX_NAMES = 2_000_000  # inputs, outputs, attributes and weights, which each call binds again
 
 
 def function_id(node: onnx.NodeProto | onnx.FunctionProto) -> Identity:
-    """What a call and the function that it means have in common."""
+    """The identity of a function, or of the function that a node would call."""
     name = node.name if isinstance(node, onnx.FunctionProto) else node.op_type
     return domain_of(node.domain), name, node.overload
 
@@ -30,77 +30,93 @@ def order_of_calls(
 ) -> Sequence[Identity]:
     """The functions, each before those that it calls.
 
-    Raises Broken where one calls itself, at once or through others, and where all calls together
-    come to more nodes than anyone would write.
+    Raises Broken if a function calls itself, directly or through others, or if all calls together
+    come to more nodes or names than are walked.
     """
-    inside = {
-        identity: list(_every(function.node, function.attribute_proto))
-        for identity, function in functions.items()
-    }
-    calls = {
-        identity: [one for one in map(function_id, nodes) if one in functions]
-        for identity, nodes in inside.items()
-    }
+    node_counts: dict[Identity, int] = {}
+    name_counts: dict[Identity, int] = {}
+    callees: dict[Identity, list[Identity]] = {}
+    for identity, function in functions.items():
+        nodes = list(_nodes_in(function.node, function.attribute_proto))
+        node_counts[identity] = len(nodes)
+        name_counts[identity] = (
+            _count_names(nodes, function.attribute_proto)
+            + len(function.input)
+            + len(function.output)
+        )
+        callees[identity] = _calls_in(nodes, functions)
+
     try:
-        order = list(TopologicalSorter(calls).static_order())
+        callees_first = list(TopologicalSorter(callees).static_order())
     except CycleError as error:
         domain, name, _ = error.args[1][0]
         raise Broken(f"the function {domain}:{name} calls itself") from None
-    names = {
-        identity: _names(function.node, function.attribute_proto)
-        + len(function.input)
-        + len(function.output)
-        for identity, function in functions.items()
-    }
-    called = [one for one in map(function_id, _every(model.graph.node, ())) if one in functions]
-    uncalled = (
-        functions.keys() - set(called) - {one for callees in calls.values() for one in callees}
-    )
-    nodes_in = {identity: len(nodes) for identity, nodes in inside.items()}
-    for own, most, what in ((nodes_in, _MOST, "nodes"), (names, _MOST_NAMES, "names")):
-        sizes: dict[Identity, int] = {}
-        for identity in order:
-            sizes[identity] = own[identity] + sum(sizes[one] for one in calls[identity])
-        if sum(sizes[one] for one in (*called, *uncalled)) > most:
+
+    # The walk enters the functions that the main graph calls, and those that nothing calls.
+    entered = _calls_in(_nodes_in(model.graph.node, ()), functions)
+    called = set(entered).union(*callees.values())
+    entered += [identity for identity in functions if identity not in called]
+    for counts, limit, noun in (
+        (node_counts, _MAX_NODES, "nodes"),
+        (name_counts, _MAX_NAMES, "names"),
+    ):
+        totals: dict[Identity, int] = {}  # of a function and of all that it calls
+        for identity in callees_first:
+            totals[identity] = counts[identity]
+            for callee in callees[identity]:
+                totals[identity] += totals[callee]
+        if sum(totals[identity] for identity in entered) > limit:
             raise Broken(
-                f"its functions call one another until there are more than {most:,} {what}"
+                f"its functions call one another until there are more than {limit:,} {noun}"
             )
-    return order[::-1]
+    return callees_first[::-1]
 
 
-def _every(
+def _calls_in(
+    nodes: Iterable[onnx.NodeProto], functions: Mapping[Identity, onnx.FunctionProto]
+) -> list[Identity]:
+    """The functions that the nodes call, once for each call."""
+    identities = map(function_id, nodes)
+    return [identity for identity in identities if identity in functions]
+
+
+def _nodes_in(
     nodes: Iterable[onnx.NodeProto], attributes: Iterable[onnx.AttributeProto]
 ) -> Iterator[onnx.NodeProto]:
-    """The nodes and those of the bodies in them, as they are written; and those in the
-    attributes.
-    """
-    pending = [*nodes, *_in_bodies(attributes)]
+    """The nodes, those of the graphs in the attributes, and those of all bodies inside."""
+    pending = list(nodes)
+    for attribute in attributes:
+        pending += _body_nodes(attribute)
     while pending:
         node = pending.pop()
         yield node
-        pending += _in_bodies(node.attribute)
+        for attribute in node.attribute:
+            pending += _body_nodes(attribute)
 
 
-def _names(nodes: Iterable[onnx.NodeProto], attributes: Sequence[onnx.AttributeProto]) -> int:
-    """How many inputs, outputs, attributes and weights the nodes have, and the bodies in them."""
-    count = len(attributes) + sum(_bound(attributes))
-    for node in _every(nodes, attributes):
-        count += len(node.input) + len(node.output) + len(node.attribute)
-        count += sum(_bound(node.attribute))
+def _body_nodes(attribute: onnx.AttributeProto) -> Iterator[onnx.NodeProto]:
+    for graph in _graphs_in(attribute):
+        yield from graph.node
+
+
+def _graphs_in(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:
+    if attribute.HasField("g"):
+        yield attribute.g
+    yield from attribute.graphs
+
+
+def _count_names(nodes: Sequence[onnx.NodeProto], attributes: Sequence[onnx.AttributeProto]) -> int:
+    """How many inputs, outputs, attributes and weights the nodes and attributes have, those of the
+    graphs in the attributes included. `nodes` includes the nodes of all bodies.
+    """
+    count = 0
+    every_attribute = list(attributes)
+    for node in nodes:
+        count += len(node.input) + len(node.output)
+        every_attribute += node.attribute
+    count += len(every_attribute)
+    for attribute in every_attribute:
+        for graph in _graphs_in(attribute):
+            count += len(graph.input) + len(graph.output)
+            count += len(graph.initializer) + len(graph.sparse_initializer)
     return count
-
-
-def _bound(attributes: Iterable[onnx.AttributeProto]) -> Iterator[int]:
-    """How many names each graph in the attributes binds beside those of its nodes."""
-    for item in attributes:
-        for graph in (item.g, *item.graphs) if item.HasField("g") else item.graphs:
-            weights = len(graph.initializer) + len(graph.sparse_initializer)
-            yield len(graph.input) + len(graph.output) + weights
-
-
-def _in_bodies(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.NodeProto]:
-    for item in attributes:
-        if item.HasField("g"):
-            yield from item.g.node
-        for graph in item.graphs:
-            yield from graph.node

@@ -1,4 +1,4 @@
-"""What is wrong with a file that holds no ONNX model, or a broken one."""
+"""Errors about files that hold no valid ONNX model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from evalmode.errors import EvalmodeError
 
 
 class ModelUnreadable(EvalmodeError):  # noqa: N818 - read as a sentence: "raise ModelUnreadable"
-    """A file that is no ONNX model, or a broken one; the message names the file, and the node or
-    tensor.
-    """
+    """A file that holds no valid ONNX model; the message names the file, and the node or tensor."""
 
 
 class Broken(Exception):  # noqa: N818
-    """What is broken, by someone who does not know the file's name; never leaves this package."""
+    """What is not valid in a model. The message lacks the file's name.
+
+    It never leaves this package: `graph` and `suspicious_weights` turn it into ModelUnreadable.
+    """

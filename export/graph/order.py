@@ -1,5 +1,7 @@
-"""The order in which the nodes of a graph run: ONNX Runtime sorts the main graph, whatever order it
-is written in. It refuses bodies and functions that are not sorted. Knows no rule.
+"""The order in which the nodes of a graph run.
+
+ONNX Runtime sorts the main graph, whatever order it is written in. It refuses bodies and functions
+that are not sorted.
 """
 
 from __future__ import annotations
@@ -10,58 +12,63 @@ from graphlib import CycleError, TopologicalSorter
 import onnx
 
 
-def is_sorted(nodes: Sequence[onnx.NodeProto], given: Container[str]) -> bool:
-    """Whether each node reads only what is given and what the nodes before it make."""
-    makers = _makers(nodes, given)
-    return all(
-        makers.get(name, -1) < index for index, node in enumerate(nodes) for name in _reads(node)
-    )
+def is_sorted(nodes: Sequence[onnx.NodeProto], defined: Container[str]) -> bool:
+    """Whether each node reads only names that are `defined`, or outputs of earlier nodes."""
+    producers = _producers(nodes, defined)
+    for index, node in enumerate(nodes):
+        if any(producers.get(name, -1) >= index for name in _names_read_by(node)):
+            return False
+    return True
 
 
-def sorted_order(nodes: Sequence[onnx.NodeProto], given: Container[str]) -> Sequence[int]:
-    """The numbers of the nodes, each after those that make what it reads; as they are written where
-    they form a cycle.
+def sorted_order(nodes: Sequence[onnx.NodeProto], defined: Container[str]) -> Sequence[int]:
+    """The indices of the nodes, each after the nodes whose outputs it reads.
+
+    Nodes that form a cycle keep the order in which they are written.
     """
-    makers = _makers(nodes, given)
-    needs = {
-        index: {makers[name] for name in _reads(node) if name in makers}
+    producers = _producers(nodes, defined)
+    dependencies = {
+        index: {producers[name] for name in _names_read_by(node) if name in producers}
         for index, node in enumerate(nodes)
     }
     try:
-        return list(TopologicalSorter(needs).static_order())
+        return list(TopologicalSorter(dependencies).static_order())
     except CycleError:
         return range(len(nodes))
 
 
-def _makers(nodes: Sequence[onnx.NodeProto], given: Container[str]) -> Mapping[str, int]:
-    makers: dict[str, int] = {}
+def _producers(nodes: Sequence[onnx.NodeProto], defined: Container[str]) -> Mapping[str, int]:
+    """By each output's name, the index of the first node that has it."""
+    producers: dict[str, int] = {}
     for index, node in enumerate(nodes):
         for name in node.output:
-            if name and name not in given:
-                makers.setdefault(name, index)
-    return makers
+            if name and name not in defined:
+                producers.setdefault(name, index)
+    return producers
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node reads, those included that bodies in it read from around them."""
+def _names_read_by(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node reads, and those that the bodies in it read from outside of them."""
     yield from node.input
+    # Attributes to look into, each with the names that the bodies around it define.
     pending: list[tuple[onnx.AttributeProto, tuple[frozenset[str], ...]]]
-    pending = [(item, ()) for item in node.attribute]
+    pending = [(attribute, ()) for attribute in node.attribute]
     while pending:
-        attribute, around = pending.pop()
-        graphs = [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+        attribute, outer = pending.pop()
+        graphs = list(attribute.graphs)
+        if attribute.HasField("g"):
+            graphs.insert(0, attribute.g)
         for graph in graphs:
-            inside = (frozenset(_defined(graph)), *around)
+            local = [item.name for item in graph.input]
+            local += [tensor.name for tensor in graph.initializer]
+            local += [sparse.values.name for sparse in graph.sparse_initializer]
             names = [item.name for item in graph.output]
             for inner in graph.node:
+                local += inner.output
                 names += inner.input
-                pending += [(item, inside) for item in inner.attribute]
-            yield from (name for name in names if not any(name in defined for defined in inside))
-
-
-def _defined(graph: onnx.GraphProto) -> Iterator[str]:
-    yield from (item.name for item in graph.input)
-    yield from (tensor.name for tensor in graph.initializer)
-    yield from (sparse.values.name for sparse in graph.sparse_initializer)
-    for node in graph.node:
-        yield from node.output
+            scopes = (frozenset(local), *outer)
+            for inner in graph.node:
+                pending += [(item, scopes) for item in inner.attribute]
+            for name in names:
+                if not any(name in scope for scope in scopes):
+                    yield name

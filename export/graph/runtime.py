@@ -1,10 +1,10 @@
-"""Constants computed by ONNX Runtime itself, in a child process with limits of time and memory.
+"""Constants that ONNX Runtime itself computes, in a child process with limits of time and memory.
 
 What decides a mode must be what the runtime computes, and not what another implementation does:
-runtimes saturate, reorder and round differently. The child runs the nodes with optimisation off and
-on. It answers only where both agree and nothing on the way is a floating-point number, on which
-execution providers differ. A child that aborts, hangs or meets a limit leaves that value undecided,
-and the next value gets a new child.
+they saturate, reorder and round differently. The child runs the nodes with optimisation off and on.
+It answers only if both agree and no array on the way holds floating-point numbers, on which
+execution providers differ. A child that aborts, hangs or meets a limit leaves that value undecided;
+the next value gets a new child.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import onnx
 from evalmode.child_process import Child, ChildLost, bound_address_space, serve
 from evalmode.export.graph.weight import Array
 
-TIME_S = 20.0  # of one answer; the first one waits for the runtime to be loaded, too
-MEMORY_BYTES = 128 << 20  # beyond what the child takes before it has run anything
-ELEMENTS = 1024  # of any tensor on the way
+TIME_S = 20.0  # for one answer; the first one includes loading the runtime
+MEMORY_BYTES = 128 << 20  # beyond what the child has taken before it runs anything
+ELEMENTS = 1024  # of any array on the way
 
 
-def computed(model: onnx.ModelProto) -> Array | None:
-    """The last output of a model without inputs, or None where it is not decided.
+def compute(model: onnx.ModelProto) -> Array | None:
+    """The last output of a model without inputs, or None if it is not decided.
 
-    All values that the nodes make are outputs of the model, the wanted one last.
+    The outputs of all nodes must be outputs of the model, so that the child sees each array.
     """
     with _lock:
         try:
-            answer = list(_child.ask(model.SerializeToString(), time_s=TIME_S))
+            messages = list(_child.ask(model.SerializeToString(), time_s=TIME_S))
         except ChildLost:
             return None
-    return np.load(io.BytesIO(answer[0]), allow_pickle=False) if answer else None
+    return np.load(io.BytesIO(messages[0]), allow_pickle=False) if messages else None
 
 
 _child = Child(f"{__name__}:main")
@@ -44,18 +44,18 @@ atexit.register(_child.close)
 
 
 def main() -> None:
-    """The child: answer each model with the bytes of an .npy file, or with nothing."""
+    """The child's main function: answer each model with the bytes of an .npy file, or nothing."""
     import onnxruntime as ort
 
-    ort.set_default_logger_severity(4)
+    ort.set_default_logger_severity(4)  # fatal errors only
     bound_address_space(MEMORY_BYTES)
     serve(_answer)
 
 
-def _answer(question: bytes) -> Iterator[bytes]:
+def _answer(model_bytes: bytes) -> Iterator[bytes]:
     try:
-        array = _run(question)
-    except Exception:  # whatever the runtime raises for nodes that it refuses
+        array = _run(model_bytes)
+    except Exception:  # the runtime raises many types for nodes that it refuses
         return
     if array is not None:
         file = io.BytesIO()
@@ -63,21 +63,22 @@ def _answer(question: bytes) -> Iterator[bytes]:
         yield file.getvalue()
 
 
-def _run(data: bytes) -> Array | None:
+def _run(model_bytes: bytes) -> Array | None:
     import onnxruntime as ort
 
-    # With optimisation it runs with the wanted output alone: nodes whose values are asked for would
-    # not be fused or folded.
-    alone = onnx.load_model_from_string(data)
-    del alone.graph.output[:-1]
+    # The optimised run has the last output only: the runtime does not fuse or fold a node whose
+    # value is an output.
+    optimisable = onnx.load_model_from_string(model_bytes)
+    del optimisable.graph.output[:-1]
     results = []
     for model, level in (
-        (data, ort.GraphOptimizationLevel.ORT_DISABLE_ALL),
-        (alone.SerializeToString(), ort.GraphOptimizationLevel.ORT_ENABLE_ALL),
+        (model_bytes, ort.GraphOptimizationLevel.ORT_DISABLE_ALL),
+        (optimisable.SerializeToString(), ort.GraphOptimizationLevel.ORT_ENABLE_ALL),
     ):
         options = ort.SessionOptions()
         options.graph_optimization_level = level
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         arrays = session.run(None, {})
         for array in arrays:

@@ -1,7 +1,7 @@
-"""Names and what they stand for: in a graph, in a body inside of a node, in a function as one call
+"""Names and what they stand for: in a graph, in a body inside a node, and in a function as one call
 enters it.
 
-Knows ONNX's rules of scope, and refuses what breaks them. Knows no operator.
+Applies ONNX's rules of scope and refuses models that break them. No operator is interpreted here.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from evalmode.export.graph.weight import Weight
 
 
 class Origin(Enum):
-    """Where a value that no node makes comes from."""
+    """Where a value comes from that the graph does not decide. The text ends a sentence."""
 
     CALLER = "the model's input"
     OVERRIDABLE = "an initializer that is an input too"
     BODY = "an input of a body"
     FUNCTION = "an input of a function that nothing calls"
-    ELSEWHERE = "a name of the place where the function uses this graph"
-    SHADOWED = "a name that also stands for something around, on which runtimes differ"
+    ELSEWHERE = "a name that is bound where the function uses this graph"
+    SHADOWED = "a name that an outer graph uses too, on which runtimes differ"
 
 
 @dataclass(frozen=True)
 class Absent:
-    """An optional input that is not given."""
+    """An optional input that is left out."""
 
 
 @dataclass(frozen=True, eq=False)
-class Fixed:
-    """An initializer that nobody can change; `budget` is what reading it is charged to."""
+class Initializer:
+    """An initializer that no caller can override. Reading it is charged to `budget`."""
 
     weight: Weight | onnx.SparseTensorProto
     budget: Budget
 
 
 @dataclass(frozen=True)
-class Open:
-    """A value that is known when the model runs, and not before."""
+class Unknown:
+    """A value that is known only when the model runs."""
 
     name: str
     origin: Origin
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
-    """The output `name` of the node `index` of a scope."""
+class NodeOutput:
+    """The output `name` of node number `index` of a scope."""
 
     scope: Scope
     index: int
@@ -59,11 +59,11 @@ class Made:
 
     @property
     def node(self) -> onnx.NodeProto:
-        """The node that makes it."""
+        """The node that computes the output."""
         return self.scope.nodes[self.index]
 
 
-Value = Absent | Fixed | Open | Made
+Value = Absent | Initializer | Unknown | NodeOutput
 
 # The field of an attribute that holds its value, by its type.
 _FIELDS = {
@@ -86,59 +86,66 @@ _FIELDS = {
 
 @dataclass
 class Budget:
-    """What it may still cost to decide the values of a model, and the initializers that were read.
+    """What may still be spent to decide the constants of one model.
 
-    `values` the runtime may be asked for, `bytes` may be held, and `steps` may be taken to find
-    what an undecided value comes from. `read` holds what `fold` read, by the identity of the
-    initializer: many nodes may read one, and each reading would map its file anew.
+    A verifier must never be made to run a model, so all constants of a model share these limits.
+    `arrays` caches the initializers that were read, by identity. Many nodes may read the same one,
+    and each reading would map its file anew.
     """
 
-    values: int = 200
-    bytes: int = 32 << 20
-    steps: int = 200_000
-    read: dict[int, Any] = field(default_factory=dict)
+    runtime_calls: int = 200
+    bytes: int = 32 << 20  # of all arrays that are held
+    steps: int = 200_000  # of the search for the source of values that are not constant
+    arrays: dict[int, Any] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Scope:
-    """The names of one graph or function body; `parent` is the graph around a body, and None for a
-    function.
+    """The names of one graph or function body.
 
-    `attributes` are those that a function was called with: an attribute, or None where nobody
-    knows; None where there is no call. `path` ends with a slash unless it is empty. `calls`,
-    `bodies` and `tensors` are what its nodes hold, by their index (and the attribute's name);
-    `decided` is what `fold` found out about the outputs of its nodes. A `detached` body was given
-    to a function as an attribute: what it reads from around is bound where the function uses it.
-    `made_anywhere` has what all nodes make, where these are not sorted.
+    `path` is the prefix of the paths to its nodes: empty for the main graph, else it ends with a
+    slash. `parent` is the graph around a body, and None for the main graph and for functions.
+
+    `attributes` maps the names of a function's attributes to what this call passes. The whole
+    mapping is None where no call is known, and one attribute is None where its value is not known.
+
+    `detached` marks a body that was passed to a function as an attribute: its outer names are bound
+    where the function uses it, which this scope does not know.
+
+    `calls`, `bodies` and `tensors` hold what the nodes contain, by the node's index (and the
+    attribute's name). `constants` caches what `fold` decided about outputs, by name.
+    `unsorted_names` holds the outputs of all nodes if the nodes are not sorted, else nothing.
     """
 
     path: str
     nodes: Sequence[onnx.NodeProto]
     outputs: Sequence[str]
     opsets: Mapping[str, int]
+    budget: Budget
     parent: Scope | None = None
     attributes: Mapping[str, onnx.AttributeProto | None] | None = None
+    detached: bool = False
     calls: dict[int, Scope] = field(default_factory=dict)
     bodies: dict[tuple[int, str], Scope] = field(default_factory=dict)
     tensors: dict[tuple[int, str], Weight] = field(default_factory=dict)
-    decided: dict[str, Any] = field(default_factory=dict)
-    detached: bool = False
-    made_anywhere: frozenset[str] = frozenset()
-    budget: Budget = field(default_factory=Budget)
+    constants: dict[str, Any] = field(default_factory=dict)
+    unsorted_names: frozenset[str] = frozenset()
     _values: dict[str, Value] = field(default_factory=dict)
     _captured: set[str] = field(default_factory=set)
 
     def define(self, name: str, value: Value) -> None:
-        """Give `name` its one meaning here. Raises Broken where it has one already."""
+        """Give `name` its one meaning here. Raises Broken if it has one already."""
         if name in self._values:
-            raise Broken(f"the name {name!r} has two meanings in {self.where}")
+            raise Broken(f"the name {name!r} has two meanings in {self.display_name}")
+        # A body has read the name from further out: the same name would then mean two things.
         if name in self._captured:
             raise Broken(
-                f"the name {name!r} is read in {self.where} before it gets a second meaning there"
+                f"the name {name!r} is read in {self.display_name} before it gets a second meaning"
+                " there"
             )
-        around = None if self.detached else self.parent
-        if not isinstance(value, Open) and around is not None and around.knows(name):
-            value = Open(name, Origin.SHADOWED)
+        outer = None if self.detached else self.parent
+        if not isinstance(value, Unknown) and outer is not None and outer.knows(name):
+            value = Unknown(name, Origin.SHADOWED)
         self._values[name] = value
 
     @property
@@ -150,13 +157,13 @@ class Scope:
         """Whether the name has a meaning here or in a graph around."""
         scope: Scope | None = self
         while scope is not None:
-            if name in scope._values or name in scope.made_anywhere:
+            if name in scope._values or name in scope.unsorted_names:
                 return True
             scope = None if scope.detached else scope.parent
         return False
 
     def read(self, name: str) -> Value:
-        """What `name` stands for, here or in a graph around. Raises KeyError where nothing has made
+        """What `name` stands for, here or in a graph around. Raises KeyError if nothing has defined
         it yet.
         """
         scope: Scope | None = self
@@ -164,7 +171,7 @@ class Scope:
             if (value := scope._values.get(name)) is not None:
                 return value
             if scope.detached:
-                return Open(name, Origin.ELSEWHERE)
+                return Unknown(name, Origin.ELSEWHERE)
             scope._captured.add(name)
             scope = scope.parent
         raise KeyError(name)
@@ -176,30 +183,33 @@ class Scope:
         return self.read(node.input[index])
 
     def attribute(self, node: onnx.NodeProto, name: str) -> onnx.AttributeProto | Absent | None:
-        """The attribute, as the function's caller gave it where it refers to one; None where it is
-        not known, or is written so that readers differ.
+        """An attribute of `node`, taken from the function's caller if it refers to one.
+
+        Absent if the node has no such attribute; None if its value is not known, or if it is
+        written in a way that runtimes read differently.
         """
-        for item in node.attribute:
-            if item.name != name:
+        for attribute in node.attribute:
+            if attribute.name != name:
                 continue
-            if not item.ref_attr_name:
-                return item if is_sound(item) else None
-            if value_fields(item) or self.attributes is None:
+            if not attribute.ref_attr_name:
+                return attribute if is_unambiguous(attribute) else None
+            # A reference that also holds a value: runtimes differ on which of the two counts.
+            if value_fields(attribute) or self.attributes is None:
                 return None
-            attribute = self.attributes.get(item.ref_attr_name, Absent())
-            if isinstance(attribute, onnx.AttributeProto) and not is_sound(attribute):
+            passed = self.attributes.get(attribute.ref_attr_name, Absent())
+            if isinstance(passed, onnx.AttributeProto) and not is_unambiguous(passed):
                 return None
-            return attribute
+            return passed
         return Absent()
 
     def path_of(self, index: int) -> str:
-        """The path to node `index`: its name, or its operator and number where it has none."""
+        """The path to node `index`: its name, or its operator and number if it has no name."""
         node = self.nodes[index]
         return f"{self.path}{node.name or f'{node.op_type}_{index}'}"
 
     @property
-    def where(self) -> str:
-        """What a message calls it."""
+    def display_name(self) -> str:
+        """The scope's name in messages."""
         return self.path.rstrip("/") or "the main graph"
 
 
@@ -208,21 +218,23 @@ def value_fields(attribute: onnx.AttributeProto) -> set[str]:
     return {field.name for field, _ in attribute.ListFields()} & set(_FIELDS.values())
 
 
-def is_sound(attribute: onnx.AttributeProto) -> bool:
-    """Whether an attribute holds no value but the one that its type names."""
+def is_unambiguous(attribute: onnx.AttributeProto) -> bool:
+    """Whether an attribute holds no value other than the one that its type names."""
     return value_fields(attribute) <= {_FIELDS.get(attribute.type, "")}
 
 
 def domain_of(name: str) -> str:
-    """A domain's name, with ONNX's own spelled as the empty string."""
+    """The domain's name, with ONNX's own domain written as the empty string."""
     return "" if name == "ai.onnx" else name
 
 
 def opsets_of(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
-    """The opset of each domain; 0 for a domain that is imported twice, on which readers differ."""
+    """The opset of each domain; 0 for a domain with two versions, on which runtimes differ."""
     opsets: dict[str, int] = {}
     for item in imports:
         domain = domain_of(item.domain)
-        same = opsets.setdefault(domain, item.version) == item.version
-        opsets[domain] = item.version if same else 0
+        if opsets.setdefault(domain, item.version) != item.version:
+            opsets[domain] = 0
+        else:
+            opsets[domain] = item.version
     return opsets

@@ -1,10 +1,21 @@
-"""Walking a model: every node of the main graph, of bodies at any depth, and of local functions at
-each of their calls.
+"""Walk a model: visit each node of the main graph, of bodies at any depth, and of local functions
+at each of their calls.
 
-Knows no rule. A node's path names where it stands: `loop_1/body/drop` is the node `drop` in the
-attribute `body` of the node `loop_1`, and `call_2/my:block/drop` is `drop` in the function
-`my:block` as `call_2` enters it. A function that nothing calls is walked too, with inputs and
-attributes that nobody knows. `training_info` is not: no inference runs it.
+The order of a walk:
+
+1. The functions are sorted, callers before callees. Recursion and call trees that are too large are
+   refused (`calls`).
+2. The main graph: its inputs and initializers get their meaning. Then its nodes are visited in the
+   order in which they run.
+3. One node: its names are tested and the node is recorded. Then come the bodies in its attributes
+   (branches, loops) and the function that it calls, with the arguments of this call. Last, its
+   outputs get their meaning.
+4. The functions that nothing calls, with unknown inputs and attributes.
+
+`training_info` is not walked: inference never runs it.
+
+A path says where a node is. `loop_1/body/drop` is the node `drop` in the attribute `body` of the
+node `loop_1`; `call_2/my:block/drop` is `drop` in the function `my:block` as `call_2` enters it.
 """
 
 from __future__ import annotations
@@ -16,37 +27,39 @@ import onnx
 
 from evalmode.export.graph.calls import Identity, function_id, order_of_calls
 from evalmode.export.graph.errors import Broken
-from evalmode.export.graph.fold import decide, decider
+from evalmode.export.graph.fold import constant_of, describe_source
 from evalmode.export.graph.order import is_sorted, sorted_order
 from evalmode.export.graph.scope import (
     Absent,
     Budget,
-    Fixed,
-    Made,
-    Open,
+    Initializer,
+    NodeOutput,
     Origin,
     Scope,
+    Unknown,
     Value,
     domain_of,
-    is_sound,
+    is_unambiguous,
     opsets_of,
 )
-from evalmode.export.graph.weight import Array, Source, Weight
+from evalmode.export.graph.weight import Array, Storage, Weight
 from evalmode.export.graph.wire import Skimmed
 
-_DEEPEST = 100  # bodies and functions inside one another; each takes a few of Python's own frames
-_OVERRIDABLE_SINCE = 4  # IR version
-# Of the paths to nodes and weights in bodies and functions, where a long name counts at each call.
-_PATH_CHARACTERS = 20_000_000
+# Bodies and functions inside one another. Each level takes a few frames of Python's own stack.
+_MAX_DEPTH = 100
+# IR version 4 is the first in which an initializer need not be an input as well.
+_OVERRIDABLE_SINCE = 4
+# Of the paths to nodes and weights in bodies and functions. A path repeats the names of all levels
+# around it, so a small file with long names could otherwise take gigabytes.
+_MAX_PATH_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeAt:
-    """A node, the path to it, the opset that its domain has there, and the scope that its names are
-    read in.
+    """A node, its path, the opset of its domain, and the scope in which its names are read.
 
-    `is_dead` says that it stands in a function that nothing calls, or in one as such a function
-    calls it.
+    `is_call` marks a call of a local function. `is_dead` marks a node of a function that nothing
+    calls, or of a function that only such functions call.
     """
 
     node: onnx.NodeProto
@@ -58,326 +71,347 @@ class NodeAt:
 
     @property
     def domain(self) -> str:
-        """The operator's domain, with ONNX's own spelled as the empty string."""
+        """The operator's domain; ONNX's own domain is the empty string."""
         return domain_of(self.node.domain)
 
     @property
     def op(self) -> str:
-        """The operator as a message names it: its type, after its domain where that is not ONNX's
-        own.
-        """
+        """The operator's name in messages: `Dropout`, or `my.domain::Block`."""
         return f"{self.domain}::{self.node.op_type}" if self.domain else self.node.op_type
 
     def attribute(self, name: str) -> onnx.AttributeProto | Absent | None:
-        """The attribute, as the function's caller gave it; Absent where it is not there, None where
-        nobody knows.
+        """The attribute as the function's caller passes it; Absent if there is none, None if its
+        value is not known.
         """
         return self.scope.attribute(self.node, name)
 
     def flag(self, name: str) -> bool | None:
-        """Whether an integer attribute is set; None where that is not known. Absent is not set."""
-        found = self.attribute(name)
-        if isinstance(found, Absent):
+        """Whether an integer attribute is set; None if that is not known. Absent means not set."""
+        attribute = self.attribute(name)
+        if isinstance(attribute, Absent):
             return False
-        return None if found is None or found.type != onnx.AttributeProto.INT else bool(found.i)
+        if attribute is None or attribute.type != onnx.AttributeProto.INT:
+            return None
+        return bool(attribute.i)
 
     def has_output(self, index: int) -> bool:
-        """Whether the node's optional output `index` is asked for."""
+        """Whether the node names its optional output `index`."""
         return len(self.node.output) > index and self.node.output[index] != ""
 
     def has_input(self, index: int) -> bool:
-        """Whether the optional input `index` is given, by the function's caller too."""
+        """Whether the optional input `index` is there; a function's caller must pass it too."""
         return not isinstance(self.scope.argument(self.node, index), Absent)
 
     def constant(self, index: int) -> Array | None:
-        """The value of input `index` where the graph alone decides it, else None."""
-        return decide(self.scope.argument(self.node, index))
+        """The value of input `index` if the graph alone decides it, else None."""
+        return constant_of(self.scope.argument(self.node, index))
 
     def decider(self, index: int) -> str:
-        """Who decides input `index` where the graph alone does not: the end of a sentence that
+        """What decides input `index` where the graph alone does not. The text ends a sentence that
         begins with "it is".
         """
-        return decider(self.scope.argument(self.node, index))
+        return describe_source(self.scope.argument(self.node, index))
 
 
 class Walker:
-    """One walk over a model; `nodes` and `weights` hold what it has met. Raises Broken for a model
-    that is broken.
+    """One walk over a model. `nodes` and `weights` collect what it visits.
+
+    Raises Broken, when it is built or when it walks, for a model that is not valid.
     """
 
     def __init__(
         self,
         model: onnx.ModelProto,
         imports: Sequence[onnx.OperatorSetIdProto],
-        source: Source,
+        storage: Storage,
         skimmed: Skimmed | None,
     ) -> None:
         self.nodes: list[NodeAt] = []
         self.weights: list[Weight] = []
-        self._source, self._skimmed = source, skimmed
-        self._outermost_first: Sequence[Identity] = ()
-        self._opsets = opsets_of(imports)
-        # Before IR version 4 every initializer had to be an input, and ONNX Runtime takes no value
-        # for such an input.
+        self._storage = storage
+        self._skimmed = skimmed
+        # Before IR version 4 each initializer had to be an input. ONNX Runtime lets no caller
+        # override such an input, so there it is a constant all the same.
         self._overridable = not 0 < model.ir_version < _OVERRIDABLE_SINCE
-        _text("the opset imports", [item.domain for item in imports])
-        for item in model.functions:
-            imported = [one.domain for one in item.opset_import]
-            _text(
-                "a function",
-                [item.name, item.domain, item.overload, *item.input, *item.output, *imported],
-            )
-        self._functions = {function_id(item): item for item in model.functions}
+
+        _require_utf8("the opset imports", [item.domain for item in imports])
+        for function in model.functions:
+            names = [function.name, function.domain, function.overload]
+            names += [*function.input, *function.output]
+            names += [item.domain for item in function.opset_import]
+            _require_utf8("a function", names)
+        self._functions = {function_id(function): function for function in model.functions}
+        self._opsets = opsets_of(imports)
         self._opsets_inside = {
-            identity: self._opsets | opsets_of(item.opset_import)
-            for identity, item in self._functions.items()
+            identity: self._opsets | opsets_of(function.opset_import)
+            for identity, function in self._functions.items()
         }
         if len(self._functions) < len(model.functions):
             raise Broken("it defines a function twice")
+
         self._budget = Budget()
         self._path_characters = 0
-        self._seen: set[Identity] = set()
-        self._dead = False  # whether the main graph, and so all that it calls, has been walked
-        self._again = self._depth = (
-            0  # calls, in progress, of what was walked before; all that is in progress
-        )
+        self._depth = 0
+        self._walked: set[Identity] = set()
+        # Calls in progress of functions that were walked before: their weights are listed already.
+        self._repeated_calls = 0
+        self._is_dead = False  # True once the main graph, and all that it calls, has been walked
 
     def walk(self, model: onnx.ModelProto) -> None:
-        """The main graph and what it calls, then the functions that nothing called."""
-        self._outermost_first = order_of_calls(model, self._functions)
-        self._graph(model.graph, "", self._opsets, None, Origin.CALLER)
-        self._dead = True
-        # Those that no function calls come first: what they call is entered with what they give.
-        for identity in self._outermost_first:
-            if identity not in self._seen:
+        """Visit the main graph and what it calls, then the functions that nothing called."""
+        callers_first = order_of_calls(model, self._functions)
+        self._walk_graph(
+            model.graph, path="", opsets=self._opsets, parent=None, origin=Origin.CALLER
+        )
+        self._is_dead = True
+        # Callers come first: what they call is then entered with the arguments that they pass.
+        for identity in callers_first:
+            if identity not in self._walked:
                 function = self._functions[identity]
-                unknown = {name: Open(name, Origin.FUNCTION) for name in function.input}
-                self._function(function, "", unknown, None)
+                inputs: dict[str, Value] = {
+                    name: Unknown(name, Origin.FUNCTION) for name in function.input
+                }
+                self._walk_function(function, path="", inputs=inputs, attributes=None)
 
-    def _graph(
+    def _walk_graph(
         self,
         graph: onnx.GraphProto,
+        *,
         path: str,
         opsets: Mapping[str, int],
         parent: Scope | None,
         origin: Origin,
-        *,
         detached: bool = False,
     ) -> Scope:
-        attributes = None if parent is None else parent.attributes
-        outputs = [item.name for item in graph.output]
-        scope = Scope(path, graph.node, outputs, opsets, parent, attributes)
-        scope.detached, scope.budget = detached, self._budget
-        _text(
-            "the main graph" if parent is None else path,
-            [
-                text
-                for item in (*graph.input, *graph.output)
-                for text in (
-                    item.name,
-                    *(size.dim_param for size in item.type.tensor_type.shape.dim),
-                )
-            ],
+        """Visit the main graph (without a parent) or a body; `origin` is that of its inputs."""
+        scope = Scope(
+            path=path,
+            nodes=graph.node,
+            outputs=[item.name for item in graph.output],
+            opsets=opsets,
+            budget=self._budget,
+            parent=parent,
+            attributes=None if parent is None else parent.attributes,
+            detached=detached,
         )
-        given = {tensor.name for tensor in graph.initializer} | {
-            item.values.name for item in graph.sparse_initializer
-        }
+        names = []
+        for item in (*graph.input, *graph.output):
+            names.append(item.name)
+            names += [size.dim_param for size in item.type.tensor_type.shape.dim]
+        _require_utf8(scope.display_name, names)
+
+        # An input with the name of an initializer is that initializer, as a default value.
+        defaults = {tensor.name for tensor in graph.initializer}
+        defaults |= {sparse.values.name for sparse in graph.sparse_initializer}
         for item in graph.input:
-            if item.name not in given:
-                scope.define(item.name, Open(item.name, origin))
-        inputs = {item.name for item in graph.input}
+            if item.name not in defaults:
+                scope.define(item.name, Unknown(item.name, origin))
+
+        input_names = {item.name for item in graph.input}
         for tensor in graph.initializer:
-            scope.define(tensor.name, self._initializer(tensor, scope, tensor.name in inputs))
+            weight = self._weight(tensor, scope, tensor.name, is_listed=True)
+            is_input = tensor.name in input_names
+            if is_input and (self._overridable or parent is not None):
+                scope.define(tensor.name, Unknown(tensor.name, Origin.OVERRIDABLE))
+            else:
+                scope.define(tensor.name, Initializer(weight, self._budget))
         for sparse in graph.sparse_initializer:
-            overridable = sparse.values.name in inputs
-            fixed: Value = (
-                Open(sparse.values.name, Origin.OVERRIDABLE)
-                if overridable
-                else Fixed(sparse, self._budget)
-            )
-            scope.define(sparse.values.name, fixed)
-        self._nodes(scope)
+            name = sparse.values.name
+            if name in input_names:
+                scope.define(name, Unknown(name, Origin.OVERRIDABLE))
+            else:
+                scope.define(name, Initializer(sparse, self._budget))
+
+        self._walk_nodes(scope)
         return scope
 
-    def _initializer(self, tensor: onnx.TensorProto, scope: Scope, is_input: bool) -> Value:
-        weight = self._weight(tensor, scope, tensor.name)
-        self._list(weight)
-        if is_input and (self._overridable or scope.parent is not None):
-            return Open(tensor.name, Origin.OVERRIDABLE)
-        return Fixed(weight, self._budget)
-
-    def _weight(self, tensor: onnx.TensorProto, scope: Scope, name: str) -> Weight:
-        _text(
-            scope.where,
-            [name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))],
-        )
-        self._count(scope, scope.path + name)
-        span = self._skimmed.span(tensor) if self._skimmed else None
-        return self._source.weight(tensor, span, name=name, path=scope.path + name)
-
-    def _count(self, scope: Scope, path: str) -> None:
-        if scope.path:
-            self._path_characters += len(path)
-        if self._path_characters > _PATH_CHARACTERS:
-            raise Broken(
-                f"the paths to its nodes come to more than {_PATH_CHARACTERS:,} characters: its"
-                " bodies and functions need shorter names"
-            )
-
-    def _list(self, weight: Weight) -> None:
-        if not self._again:
-            self.weights.append(weight)
-
-    def _nodes(self, scope: Scope) -> None:
-        self._depth += 1
-        if self._depth > _DEEPEST:
-            raise Broken(
-                f"bodies and functions stand more than {_DEEPEST} deep inside one another at"
-                f" {scope.where}"
-            )
-        order: Sequence[int] = range(len(scope.nodes))
-        is_main = not scope.path
-        if is_main and not is_sorted(scope.nodes, scope.names):
-            order = sorted_order(scope.nodes, scope.names)
-            scope.made_anywhere = frozenset(name for node in scope.nodes for name in node.output)
-        for index in order:
-            path = scope.path_of(index)
-            self._count(scope, path)
-            self._node(scope, index, scope.nodes[index], path)
-        for name in scope.outputs:
-            _require(scope, name, f"the output {name!r} of {scope.where}")
-        self._depth -= 1
-
-    def _node(self, scope: Scope, index: int, node: onnx.NodeProto, path: str) -> None:
-        names = [item.name for item in node.attribute]
-        references = [item.ref_attr_name for item in node.attribute]
-        _text(
-            path,
-            [
-                node.op_type,
-                node.domain,
-                node.overload,
-                *node.input,
-                *node.output,
-                *names,
-                *references,
-            ],
-        )
-        if not node.op_type:
-            raise Broken(f"the node {path!r} has no operator")
-        if len(set(names)) < len(names):
-            raise Broken(f"the node {path!r} has an attribute twice")
-        for name in node.input:
-            if name:
-                _require(scope, name, f"the input {name!r} of the node {path!r}")
-        opset = scope.opsets.get(domain_of(node.domain), 0)
-        function = self._functions.get(function_id(node))
-        is_call = function is not None
-        at = NodeAt(
-            node=node, path=path, opset=opset, scope=scope, is_call=is_call, is_dead=self._dead
-        )
-        self.nodes.append(at)
-        self._bodies(scope, index, node, path)
-        if function is not None:
-            scope.calls[index] = self._call(scope, node, function, path)
-        for name in filter(None, node.output):
-            scope.define(name, Made(scope, index, name))
-
-    def _bodies(self, scope: Scope, index: int, node: onnx.NodeProto, path: str) -> None:
-        for item in node.attribute:
-            is_call = function_id(node) in self._functions
-            self._attribute(scope, index, item, path, detached=is_call)
-            if item.HasField("t"):
-                is_constant = (
-                    node.op_type == "Constant"
-                    and domain_of(node.domain) == ""
-                    and len(node.output) == 1
-                )
-                name = node.output[0] if is_constant else f"{path[len(scope.path) :]}/{item.name}"
-                scope.tensors[index, item.name] = weight = self._weight(item.t, scope, name)
-                # the parameters of other operators (a forest's thresholds) are not weights
-                if is_constant:
-                    self._list(weight)
-
-    def _attribute(
-        self,
-        scope: Scope,
-        index: int,
-        item: onnx.AttributeProto,
-        path: str,
-        *,
-        detached: bool,
-    ) -> None:
-        for graph in [item.g, *item.graphs] if item.HasField("g") else item.graphs:
-            body = self._graph(
-                graph,
-                f"{path}/{item.name}/",
-                scope.opsets,
-                scope,
-                Origin.BODY,
-                detached=detached,
-            )
-            # A reference means the caller's graph, whatever else the attribute holds.
-            if is_sound(item) and not item.ref_attr_name and not detached:
-                scope.bodies[index, item.name] = body
-
-    def _call(
-        self, scope: Scope, node: onnx.NodeProto, function: onnx.FunctionProto, path: str
-    ) -> Scope:
-        if len(node.input) > len(function.input):
-            raise Broken(
-                f"the node {path!r} has {len(node.input)} inputs, its function takes"
-                f" {len(function.input)}"
-            )
-        bound = {name: scope.argument(node, index) for index, name in enumerate(function.input)}
-        given = {item.name: scope.attribute(node, item.name) for item in node.attribute}
-        defaults = {item.name: item for item in function.attribute_proto}
-        known = {name: value for name, value in given.items() if not isinstance(value, Absent)}
-        return self._function(function, f"{path}/", bound, defaults | known)
-
-    def _function(
+    def _walk_function(
         self,
         function: onnx.FunctionProto,
+        *,
         path: str,
         inputs: Mapping[str, Value],
         attributes: Mapping[str, onnx.AttributeProto | None] | None,
     ) -> Scope:
-        identity, named = function_id(function), f"{function.domain}:{function.name}"
-        again = identity in self._seen
-        self._again += again
-        self._seen.add(identity)
-        opsets = self._opsets_inside[identity]
-        scope = Scope(f"{path}{named}/", function.node, function.output, opsets, None, attributes)
-        scope.budget = self._budget
+        """Visit a function as one call enters it; `attributes` is None if no call is known."""
+        identity = function_id(function)
+        name = f"{function.domain}:{function.name}"
+        is_repeated = identity in self._walked
+        self._walked.add(identity)
+        self._repeated_calls += is_repeated
+        scope = Scope(
+            path=f"{path}{name}/",
+            nodes=function.node,
+            outputs=function.output,
+            opsets=self._opsets_inside[identity],
+            budget=self._budget,
+            attributes=attributes,
+        )
         if len(set(function.input)) < len(function.input):
-            raise Broken(f"the function {named} names an input twice")
-        for name, value in inputs.items():
-            scope.define(name, value)
-        for item in function.attribute_proto:  # a default may be a graph
-            self._attribute(scope, -1, item, scope.path.rstrip("/"), detached=True)
-        self._nodes(scope)
-        self._again -= again
+            raise Broken(f"the function {name} names an input twice")
+        for input_name, value in inputs.items():
+            scope.define(input_name, value)
+        for attribute in function.attribute_proto:  # a default may be a graph
+            self._walk_bodies(scope, -1, attribute, scope.path.rstrip("/"), detached=True)
+        self._walk_nodes(scope)
+        self._repeated_calls -= is_repeated
         return scope
 
+    def _walk_nodes(self, scope: Scope) -> None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise Broken(
+                f"bodies and functions are nested more than {_MAX_DEPTH} deep at"
+                f" {scope.display_name}"
+            )
+        order: Sequence[int] = range(len(scope.nodes))
+        # ONNX Runtime sorts the main graph, and refuses bodies and functions that are not sorted.
+        is_main_graph = not scope.path
+        if is_main_graph and not is_sorted(scope.nodes, scope.names):
+            order = sorted_order(scope.nodes, scope.names)
+            scope.unsorted_names = frozenset(name for node in scope.nodes for name in node.output)
+        for index in order:
+            path = scope.path_of(index)
+            self._count_path(scope, path)
+            self._walk_node(scope, index, path)
+        for name in scope.outputs:
+            _require_defined(scope, name, f"the output {name!r} of {scope.display_name}")
+        self._depth -= 1
 
-def _text(where: str, names: list[str]) -> None:
-    """Raise Broken for a name that is no text: protobuf then hands out bytes."""
+    def _walk_node(self, scope: Scope, index: int, path: str) -> None:
+        # Step 1: the node's own names.
+        node = scope.nodes[index]
+        attribute_names = [attribute.name for attribute in node.attribute]
+        references = [attribute.ref_attr_name for attribute in node.attribute]
+        names = [node.op_type, node.domain, node.overload, *node.input, *node.output]
+        _require_utf8(path, names + attribute_names + references)
+        if not node.op_type:
+            raise Broken(f"the node {path!r} has no operator")
+        if len(set(attribute_names)) < len(attribute_names):
+            raise Broken(f"the node {path!r} has an attribute twice")
+        for name in node.input:
+            if name:
+                _require_defined(scope, name, f"the input {name!r} of the node {path!r}")
+
+        # Step 2: record the node.
+        function = self._functions.get(function_id(node))
+        self.nodes.append(
+            NodeAt(
+                node=node,
+                path=path,
+                opset=scope.opsets.get(domain_of(node.domain), 0),
+                scope=scope,
+                is_call=function is not None,
+                is_dead=self._is_dead,
+            )
+        )
+
+        # Step 3: the bodies and the tensors in its attributes. Only the value of a Constant is
+        # listed as a weight; the parameters of other operators (a forest's thresholds) are not.
+        is_constant = (
+            node.op_type == "Constant" and domain_of(node.domain) == "" and len(node.output) == 1
+        )
+        for attribute in node.attribute:
+            self._walk_bodies(scope, index, attribute, path, detached=function is not None)
+            if attribute.HasField("t"):
+                name = f"{path[len(scope.path) :]}/{attribute.name}"
+                if is_constant:
+                    name = node.output[0]
+                weight = self._weight(attribute.t, scope, name, is_listed=is_constant)
+                scope.tensors[index, attribute.name] = weight
+
+        # Step 4: the function that the node calls, with the arguments of this call.
+        if function is not None:
+            if len(node.input) > len(function.input):
+                raise Broken(
+                    f"the node {path!r} has {len(node.input)} inputs, its function takes"
+                    f" {len(function.input)}"
+                )
+            inputs = {name: scope.argument(node, i) for i, name in enumerate(function.input)}
+            attributes: dict[str, onnx.AttributeProto | None]
+            attributes = {default.name: default for default in function.attribute_proto}
+            for name in attribute_names:
+                value = scope.attribute(node, name)
+                if not isinstance(value, Absent):
+                    attributes[name] = value
+            scope.calls[index] = self._walk_function(
+                function, path=f"{path}/", inputs=inputs, attributes=attributes
+            )
+
+        # Step 5: the outputs, which only later nodes may read.
+        for name in node.output:
+            if name:
+                scope.define(name, NodeOutput(scope, index, name))
+
+    def _walk_bodies(
+        self,
+        scope: Scope,
+        index: int,
+        attribute: onnx.AttributeProto,
+        path: str,
+        *,
+        detached: bool,
+    ) -> None:
+        """Visit the graphs in an attribute of node `index`."""
+        graphs = list(attribute.graphs)
+        if attribute.HasField("g"):
+            graphs.insert(0, attribute.g)
+        for graph in graphs:
+            body = self._walk_graph(
+                graph,
+                path=f"{path}/{attribute.name}/",
+                opsets=scope.opsets,
+                parent=scope,
+                origin=Origin.BODY,
+                detached=detached,
+            )
+            # A reference means the caller's graph, whatever else the attribute holds.
+            if is_unambiguous(attribute) and not attribute.ref_attr_name and not detached:
+                scope.bodies[index, attribute.name] = body
+
+    def _weight(
+        self, tensor: onnx.TensorProto, scope: Scope, name: str, *, is_listed: bool
+    ) -> Weight:
+        """The weight of a tensor, which `weights` lists at the first walk of its function."""
+        texts = [name]
+        for entry in tensor.external_data:
+            texts += [entry.key, entry.value]
+        _require_utf8(scope.display_name, texts)
+        path = scope.path + name
+        self._count_path(scope, path)
+        span = self._skimmed.span(tensor) if self._skimmed else None
+        weight = self._storage.weight(tensor, span, name=name, path=path)
+        if is_listed and self._repeated_calls == 0:
+            self.weights.append(weight)
+        return weight
+
+    def _count_path(self, scope: Scope, path: str) -> None:
+        """Add a path to the total. Raises Broken if the total is too large."""
+        if scope.path:
+            self._path_characters += len(path)
+        if self._path_characters > _MAX_PATH_CHARACTERS:
+            raise Broken(
+                f"the paths to its nodes come to more than {_MAX_PATH_CHARACTERS:,} characters: its"
+                " bodies and functions need shorter names"
+            )
+
+
+def _require_utf8(location: str, names: list[str]) -> None:
+    """Raise Broken for a name that is not text: protobuf returns such a name as bytes."""
     if bytes in map(type, names):
-        raise Broken(f"a name in {where} is not UTF-8")
+        raise Broken(f"a name in {location} is not UTF-8")
 
 
-def _require(scope: Scope, name: str, what: str) -> None:
+def _require_defined(scope: Scope, name: str, subject: str) -> None:
+    """Raise Broken, about `subject`, if nothing has defined the name yet."""
     try:
         scope.read(name)
     except KeyError:
-        around: Scope | None = scope
-        made = False
-        while around is not None and not made:
-            made = any(name in node.output for node in around.nodes)
-            around = around.parent
-        problem = (
-            "is made only later: the nodes are not sorted, or form a cycle"
-            if made
-            else "is made by nothing"
-        )
-        raise Broken(f"{what} {problem}") from None
+        problem = "is defined by nothing"
+        outer: Scope | None = scope
+        while outer is not None:
+            if any(name in node.output for node in outer.nodes):
+                problem = "is defined only later: the nodes are not sorted, or form a cycle"
+                break
+            outer = outer.parent
+        raise Broken(f"{subject} {problem}") from None

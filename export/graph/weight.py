@@ -1,8 +1,7 @@
-"""A weight: its name, type and shape at once, its values only when someone asks for them. Knows no
-rule.
+"""A weight: its name, type and shape at once, its values only when they are used.
 
-The values lie in the message itself, in the serialised model (what `wire` left out), or in a file
-beside it.
+The values are stored in one of three ways: in the message itself, in the part of the serialised
+model that `wire` left out of the message, or in an external file.
 """
 
 from __future__ import annotations
@@ -18,30 +17,32 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from evalmode.export.graph.errors import Broken
-from evalmode.export.graph.wire import Span
+from evalmode.export.graph.wire import Span, field_head
 
 Array = npt.NDArray[np.generic]
 
-# Of what is packed tighter than a byte each; a name that this version of onnx lacks is in no model
-# that it reads.
-_PACKED = {
+# The types that are packed tighter than a byte an element, by their bits. A name that this version
+# of onnx does not have is in no model that it reads.
+_PACKED_TYPES = {
     2: ("UINT2", "INT2"),
     4: ("UINT4", "INT4", "FLOAT4E2M1"),
     6: ("FLOAT6E2M3", "FLOAT6E3M2"),
 }
-_BITS = {
+_PACKED_BITS = {
     TensorProto.DataType.Value(name): bits
-    for bits, names in _PACKED.items()
+    for bits, names in _PACKED_TYPES.items()
     for name in names
     if name in TensorProto.DataType.keys()  # noqa: SIM118 - protobuf's enum is no dictionary
 }
-# Little-endian as they are written; the other typed fields hold varints, which protobuf has to
-# read.
-_PLAIN = {"float_data": np.dtype("<f4"), "double_data": np.dtype("<f8")}
-_CHUNK = 1 << 22  # elements
+# The typed fields that are stored as little-endian arrays. The other typed fields hold varints,
+# which protobuf has to read.
+_ARRAY_FIELDS = {"float_data": np.dtype("<f4"), "double_data": np.dtype("<f8")}
+_TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+# Elements that are read at once: 16 MiB of float32.
+_CHUNK = 1 << 22
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the file begins that Git LFS leaves where it has not fetched the real one."""
+"""The beginning of the small file that Git LFS leaves in place of a file it has not fetched."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ class Region:
     length: int
 
     def view(self) -> npt.NDArray[np.uint8]:
-        """The bytes, mapped from the file and not yet read. Raises OSError where the file is no
-        longer there.
-        """
+        """The bytes, mapped from the file and not yet read. Raises OSError if the file is gone."""
         if self.length == 0:
             return np.empty(0, np.uint8)
         if isinstance(self.source, Path):
@@ -63,9 +62,7 @@ class Region:
         return np.frombuffer(self.source, np.uint8, self.length, self.offset)
 
     def read(self, start: int, length: int) -> npt.NDArray[np.uint8]:
-        """A copy of part of the bytes, which leaves nothing mapped: what is read in pieces needs no
-        more than one.
-        """
+        """A part of the bytes. Of a file it is a copy, so that nothing stays mapped."""
         if isinstance(self.source, Path):
             return np.fromfile(self.source, np.uint8, length, offset=self.offset + start)
         return np.frombuffer(self.source, np.uint8, length, self.offset + start)
@@ -75,8 +72,8 @@ class Region:
 class Weight:
     """A tensor of the model: an initializer of any graph, or the value of a Constant node.
 
-    `path` says where it stands, as a node's does; `dtype` is NumPy's (ml_dtypes' for what NumPy
-    lacks).
+    `path` says where it is, as a node's path does. `region` holds its values if they are not in
+    `tensor`, and `field` is the field of TensorProto that the region is.
     """
 
     name: str
@@ -100,137 +97,133 @@ class Weight:
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
-        """The element type. Raises Broken for a number that no type has."""
+        """The element type: NumPy's, or ml_dtypes' where NumPy has none. Raises Broken for a number
+        that is no type.
+        """
         try:
             return helper.tensor_dtype_to_np_dtype(self.tensor.data_type)
         except KeyError:
             number = self.tensor.data_type
             raise Broken(
-                f"the tensor {self.path!r} has element type {number}, which is none"
+                f"the tensor {self.path!r} has element type {number}, which does not exist"
             ) from None
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the elements take up when they are written out."""
-        return (self.size * _BITS.get(self.tensor.data_type, self.dtype.itemsize * 8) + 7) // 8
+        """How many bytes the elements take in a file, packed types included."""
+        bits = _PACKED_BITS.get(self.tensor.data_type, self.dtype.itemsize * 8)
+        return (self.size * bits + 7) // 8
 
-    def check(self) -> None:
-        """Raise Broken, naming the tensor, where its values cannot be those of its type and
+    def require_whole(self) -> None:
+        """Raise Broken, with the tensor's path, if the number of bytes does not fit its type and
         shape.
         """
         if any(dim < 0 for dim in self.tensor.dims):
             raise Broken(f"the tensor {self.path!r} has shape {list(self.dims)}")
         if self.dtype == object or self._is_external:
             return
-        found, wanted = self._stored()
-        if found != wanted:
+        needed = self.nbytes
+        stored = needed
+        if self.region is not None:
+            # The number of varints cannot be told from their length.
+            if self.field in ("raw_data", *_ARRAY_FIELDS):
+                stored = self.region.length
+        elif self.tensor.HasField("raw_data"):
+            stored = len(self.tensor.raw_data)
+        elif self.size and not any(len(getattr(self.tensor, name)) for name in _TYPED_FIELDS):
+            stored = 0
+        if stored != needed:
             raise Broken(
-                f"the tensor {self.path!r} has {found} bytes, its shape {list(self.dims)} wants"
-                f" {wanted}"
+                f"the tensor {self.path!r} has {stored} bytes, its shape {list(self.dims)} needs"
+                f" {needed}"
             )
 
-    @property
-    def _is_external(self) -> bool:
-        return self.region is None and self.tensor.data_location == TensorProto.EXTERNAL
-
-    def _stored(self) -> tuple[int, int]:
-        """How many bytes there are, and how many there should be."""
-        if self.region is not None and self.field in ("raw_data", *_PLAIN):
-            return self.region.length, self.nbytes
-        if self.region is not None:  # varints: their number is not seen from their length
-            return self.nbytes, self.nbytes
-        if self.tensor.HasField("raw_data"):
-            return len(self.tensor.raw_data), self.nbytes
-        typed = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-        return (
-            0
-            if self.size and not any(len(getattr(self.tensor, name)) for name in typed)
-            else self.nbytes
-        ), (self.nbytes)
-
     def array(self) -> Array:
-        """The values, mapped from the file where they lie in one as they are. Raises Broken where
-        that fails.
+        """The values in the declared shape, mapped from a file if they are stored as an array.
+
+        Raises Broken if they cannot be read.
         """
         try:
             if self._is_external:
-                raise Broken(f"the values of {self.path!r} are in a file that is not at hand")
+                raise Broken(
+                    f"the values of {self.path!r} are in an external file, and the model was not"
+                    " opened from a folder"
+                )
             if self.region is None:
                 return numpy_helper.to_array(self.tensor)
             if self._is_mapped:
-                return self.region.view().view(self._written).reshape(self.dims)
-            return numpy_helper.to_array(self._whole(self.region))
+                return self.region.view().view(self._stored_dtype).reshape(self.dims)
+
+            # Put the payload back into a message, and let onnx read that.
+            payload = self.region.view().tobytes()
+            whole = TensorProto(dims=self.tensor.dims, data_type=self.tensor.data_type)
+            if self.field == "raw_data":
+                whole.raw_data = payload
+            else:
+                number = TensorProto.DESCRIPTOR.fields_by_name[self.field].number
+                whole.MergeFromString(field_head(number, len(payload)) + payload)
+            return numpy_helper.to_array(whole)
         except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
             raise Broken(f"the tensor {self.path!r} cannot be read: {error}") from error
+
+    def sample(self, count: int) -> Array:
+        """The first `count` elements, and about as many spread evenly over the rest, flat.
+
+        All elements of a tensor that is not larger than that.
+        """
+        if self.size > 2 * count and self.region is not None and self._is_mapped:
+            flat = self.region.view().view(self._stored_dtype)
+            return np.concatenate([flat[:count], flat[count :: self.size // count]])
+        flat = self.array().reshape(-1)
+        if flat.size <= 2 * count:
+            return flat
+        return np.concatenate([flat[:count], flat[count :: flat.size // count]])
+
+    def chunks(self, elements: int = _CHUNK) -> Iterator[Array]:
+        """The values in order, flat, at most `elements` at a time.
+
+        Only one chunk of a weight in a file is in memory. Raises Broken if one cannot be read.
+        """
+        if self.region is None or not self._is_mapped:
+            flat = self.array().reshape(-1)
+            for start in range(0, flat.size, elements):
+                yield flat[start : start + elements]
+            return
+        step = elements * self.dtype.itemsize
+        for start in range(0, self.region.length, step):
+            length = min(step, self.region.length - start)
+            try:
+                chunk = self.region.read(start, length).view(self._stored_dtype)
+            except (ValueError, OSError) as error:
+                raise Broken(f"the tensor {self.path!r} cannot be read: {error}") from error
+            yield chunk
+
+    @property
+    def _is_external(self) -> bool:
+        """Whether the values are in a file that cannot be found: the model came from memory."""
+        return self.region is None and self.tensor.data_location == TensorProto.EXTERNAL
 
     @property
     def _is_mapped(self) -> bool:
         """Whether the bytes in the region are the elements, one after another."""
-        if self.field in _PLAIN:
-            return self.dtype == _PLAIN[self.field]
-        return (
-            self.field == "raw_data" and self.tensor.data_type not in _BITS and self.dtype != object
-        )
+        if self.field in _ARRAY_FIELDS:
+            return self.dtype == _ARRAY_FIELDS[self.field]
+        is_packed = self.tensor.data_type in _PACKED_BITS
+        return self.field == "raw_data" and not is_packed and self.dtype != object
 
     @property
-    def _written(self) -> np.dtype[np.generic]:
+    def _stored_dtype(self) -> np.dtype[np.generic]:
+        """The element type as ONNX stores it: little-endian."""
+        # Types of ml_dtypes have no byte order to set.
         return self.dtype.newbyteorder("<") if self.dtype.isbuiltin == 1 else self.dtype
-
-    def _whole(self, region: Region) -> onnx.TensorProto:
-        """The message with its payload back in it."""
-        whole = TensorProto(dims=self.tensor.dims, data_type=self.tensor.data_type)
-        payload = region.view().tobytes()
-        if self.field == "raw_data":
-            whole.raw_data = payload
-            return whole
-        carrier = TensorProto.DESCRIPTOR.fields_by_name[self.field].number << 3 | 2
-        head, length = bytearray([carrier]), len(payload)
-        while length > 127:
-            head.append(length & 127 | 128)
-            length >>= 7
-        whole.MergeFromString(bytes([*head, length]) + payload)
-        return whole
-
-    def sample(self, count: int) -> Array:
-        """The first `count` elements and `count` more from evenly over the rest, flat; all of a
-        small tensor.
-        """
-        if self.size <= 2 * count or self.region is None or not self._is_mapped:
-            flat = self.array().reshape(-1)
-            return (
-                flat
-                if flat.size <= 2 * count
-                else np.concatenate([flat[:count], flat[count :: flat.size // count]])
-            )
-        values = self.region.view().view(self._written)
-        return np.concatenate([values[:count], values[count :: self.size // count]])
-
-    def chunks(self, elements: int = _CHUNK) -> Iterator[Array]:
-        """The values in order, flat, a piece at a time: of a weight in a file no more than one
-        piece is in memory.
-        """
-        if self.region is None or not self._is_mapped:
-            flat = self.array().reshape(-1)
-            yield from (flat[start : start + elements] for start in range(0, flat.size, elements))
-            return
-        step = elements * self.dtype.itemsize
-        for start in range(0, self.region.length, step):
-            try:
-                piece = self.region.read(start, min(step, self.region.length - start)).view(
-                    self._written
-                )
-            except (ValueError, OSError) as error:
-                raise Broken(f"the tensor {self.path!r} cannot be read: {error}") from error
-            yield piece
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the values of a model's tensors lie: its serialised form, and the folder of its
+class Storage:
+    """Where the values of a model's tensors are: its serialised form, and the folder of its
     external files.
 
-    `folder` is None for a model that came from no file; its external values are not at hand, and
-    are not looked for.
+    Both are None for a model in memory, whose external files are not read.
     """
 
     data: Path | memoryview | None = None
@@ -239,78 +232,71 @@ class Source:
     def weight(
         self, tensor: onnx.TensorProto, span: Span | None, *, name: str, path: str
     ) -> Weight:
-        """The weight that `tensor` is. Raises Broken, naming the tensor, where its values are not
-        there.
+        """The weight of `tensor`; `span` is where its payload is if `wire` left it out.
+
+        Raises Broken, with the tensor's path, if its values are missing or do not fit its shape.
         """
+        region: Region | None = None
+        field = "raw_data"
         if span is not None:
             assert self.data is not None, "only a serialised model has spans"
             region = Region(self.data, span.offset, span.length)
-            weight = Weight(name=name, path=path, tensor=tensor, region=region, field=span.field)
-        else:
-            weight = Weight(
-                name=name, path=path, tensor=tensor, region=self._external(tensor, path)
-            )
-        weight.check()
+            field = span.field
+        elif tensor.data_location == TensorProto.EXTERNAL and self.folder is not None:
+            region = _external_region(self.folder, tensor, path)
+        weight = Weight(name=name, path=path, tensor=tensor, region=region, field=field)
+        weight.require_whole()
         return weight
 
-    def _external(self, tensor: onnx.TensorProto, path: str) -> Region | None:
-        if tensor.data_location != TensorProto.EXTERNAL or self.folder is None:
-            return None
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        file, size = _file(self.folder, entries.get("location", ""), path)
-        try:
-            offset, length = int(entries.get("offset") or 0), int(entries.get("length") or -1)
-        except ValueError:
-            raise Broken(
-                f"the tensor {path!r} has an offset or a length that is no number"
-            ) from None
-        wanted = (
-            Weight(name="", path=path, tensor=tensor).nbytes
-            if min(tensor.dims, default=0) >= 0
-            else 0
-        )
-        length = wanted if length == -1 else length
-        if offset < 0 or length < 0 or offset + length > size:
-            if _is_pointer(file):
-                said = (
-                    f"the tensor {path!r} is in {file}, which is a Git LFS pointer and not the"
-                    " weights"
-                )
-                raise Broken(f"{said}: fetch it with `git lfs pull`")
-            raise Broken(
-                f"the tensor {path!r} wants bytes {offset} to {offset + length} of {file}, which"
-                f" has {size}"
-            )
-        return Region(file, offset, length)
 
+def _external_region(folder: Path, tensor: onnx.TensorProto, path: str) -> Region:
+    """The bytes of an external file that hold the tensor's values; `path` is the tensor's.
 
-def _file(folder: Path, location: str, path: str) -> tuple[Path, int]:
-    """The external file and its size; only a regular file in or below the model's own folder."""
-    said = f"the tensor {path!r} is in the file {location!r}"
-    if (
-        not location
-        or "\0" in location
-        or Path(location).is_absolute()
-        or ".." in Path(location).parts
-    ):
-        raise Broken(f"{said}, which is not a path below the model's folder")
+    Only a regular file in or below the model's folder is read.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    subject = f"the tensor {path!r} is in the file {location!r}"
+    is_path_below = location and "\0" not in location and not Path(location).is_absolute()
+    if not is_path_below or ".." in Path(location).parts:
+        raise Broken(f"{subject}, which is not a path below the model's folder")
     file = folder / location
     try:
-        found = file.resolve()
-        if not found.is_relative_to(folder.resolve()):
-            raise Broken(f"{said}, which leads out of the model's folder")
-        if not found.is_file():
-            raise Broken(
-                f"{said}, which is not there" if not found.exists() else f"{said}, which is no file"
-            )
-        return file, found.stat().st_size
+        resolved = file.resolve()  # a symbolic link may lead anywhere
+        if not resolved.is_relative_to(folder.resolve()):
+            raise Broken(f"{subject}, which leads out of the model's folder")
+        if not resolved.exists():
+            raise Broken(f"{subject}, which does not exist")
+        if not resolved.is_file():
+            raise Broken(f"{subject}, which is not a regular file")
+        file_size = resolved.stat().st_size
     except (OSError, RuntimeError) as error:
-        raise Broken(f"{said}, which cannot be read: {error}") from error
+        raise Broken(f"{subject}, which cannot be read: {error}") from error
 
+    try:
+        offset = int(entries.get("offset") or 0)
+        length = int(entries.get("length") or -1)
+    except ValueError:
+        raise Broken(f"the tensor {path!r} has an offset or a length that is no number") from None
+    needed = 0
+    if min(tensor.dims, default=0) >= 0:
+        needed = Weight(name="", path=path, tensor=tensor).nbytes
+    if length == -1:
+        length = needed
+    if offset >= 0 and length >= 0 and offset + length <= file_size:
+        return Region(file, offset, length)
 
-def _is_pointer(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
-            return opened.read(len(LFS_POINTER)) == LFS_POINTER
+            is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
-        return False
+        is_pointer = False
+    if is_pointer:
+        raise Broken(
+            f"the tensor {path!r} is in {file}, which is a Git LFS pointer and not the weights:"
+            " fetch it with `git lfs pull`"
+        )
+    raise Broken(
+        f"the tensor {path!r} needs bytes {offset} to {offset + length} of {file}, which has"
+        f" {file_size}"
+    )

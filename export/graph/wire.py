@@ -1,8 +1,9 @@
-"""A serialised model without its weights: the protobuf wire format is skimmed, and what is large
-stays where it is.
+"""Parse a serialised model without its weights.
 
-Only the tensors' payloads are left out; a tag in each says where its payload lies. Knows which
-messages nest (from onnx's own descriptors), and nothing of what they mean.
+A model of gigabytes must not be copied into memory to look at its nodes. So the protobuf wire
+format is skimmed first, and the large payloads of tensors are left out. Each such tensor gets an
+entry that says where its payload is. Only the nesting of messages is known here, from onnx's own
+descriptors.
 https://protobuf.dev/programming-guides/encoding/
 """
 
@@ -20,20 +21,19 @@ from evalmode.export.graph.errors import Broken
 _PAYLOADS = frozenset(
     {"raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"}
 )
-_SMALL = 1024  # bytes; a message of this size is not worth looking into
-_MANY = (
-    10_000  # fields; a list of scalars (a forest's thresholds), which protobuf itself reads faster
-)
-_DEEPEST = 100  # protobuf's own limit
-# bytes of nodes, names and shapes; the largest models known to us have a tenth of it
-_LARGEST = 256 << 20
+# Bytes. Smaller messages are copied as they are: looking into them costs more than it saves.
+_MIN_MESSAGE = 1024
+# Fields. An attribute with more of them is a list of numbers (a forest's thresholds), which
+# protobuf reads faster than this code can skim it.
+_MAX_FIELDS = 10_000
+_MAX_DEPTH = 100  # protobuf's own limit
+# Bytes of nodes, names and shapes. The largest models known to us have a tenth of it.
+_MAX_REST = 256 << 20
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor's payload lies in the serialised model, and the field of TensorProto that it
-    is.
-    """
+    """Where a tensor's payload is in the serialised model, and which field of TensorProto it is."""
 
     field: str
     offset: int
@@ -42,108 +42,114 @@ class Span:
 
 @dataclass(frozen=True)
 class Skimmed:
-    """A serialised model whose large payloads were left out, and the key under which they are
-    named.
-    """
+    """A serialised model without its large payloads, and the key of the entries that name them."""
 
     model: bytes
     key: str
 
     def span(self, tensor: onnx.TensorProto) -> Span | None:
-        """Where the payload that was left out of `tensor` lies; None for a tensor that is whole."""
-        found = [entry.value for entry in tensor.external_data if entry.key == self.key]
-        if not found:
+        """Where the payload is that was left out of `tensor`; None if nothing was left out.
+
+        Raises Broken for a tensor with two payloads.
+        """
+        entries = [entry.value for entry in tensor.external_data if entry.key == self.key]
+        if not entries:
             return None
-        if len(found) > 1 or any(len(getattr(tensor, name)) for name in _PAYLOADS):
+        # Protobuf merges a message that is written in two parts, each of which may have a payload.
+        if len(entries) > 1 or any(len(getattr(tensor, name)) for name in _PAYLOADS):
             raise Broken(f"the tensor {tensor.name!r} is written twice")
-        name, offset, length = found[0].split(":")
+        name, offset, length = entries[0].split(":")
         return Span(name, int(offset), int(length))
 
 
 def skim(data: memoryview) -> Skimmed:
-    """The model in `data` without its large payloads; raises Broken where the wire format is
-    violated.
-    """
-    # A file cannot guess the key, so it cannot claim that a payload lies where it does not.
+    """The model in `data` without its large payloads. Raises Broken for what is not protobuf."""
+    # A file cannot guess the key, so it cannot claim a payload at an offset of its choice.
     key = secrets.token_hex(16)
     try:
         pieces = _Skimmer(data, key).message(0, len(data), onnx.ModelProto.DESCRIPTOR, 0)
     except Malformed as error:
         raise Broken(str(error)) from error
-    if (size := sum(map(len, pieces))) > _LARGEST:
+    size = sum(map(len, pieces))
+    if size > _MAX_REST:
         raise Broken(
-            f"it has {size >> 20} MiB beside its weights, at most {_LARGEST >> 20} are read"
+            f"it has {size >> 20} MiB beside its weights, at most {_MAX_REST >> 20} are read"
         )
     return Skimmed(b"".join(pieces), key)
+
+
+def field_head(number: int, length: int) -> bytes:
+    """The tag and the length that begin a length-delimited field."""
+    head = bytearray()
+    for value in (number << 3 | BYTES, length):
+        # A varint: seven bits a byte, the lowest first; the top bit says that more bytes follow.
+        while value > 127:
+            head.append(value & 127 | 128)
+            value >>= 7
+        head.append(value)
+    return bytes(head)
 
 
 @dataclass
 class _Skimmer:
     data: memoryview
     key: str
-    _nested: dict[str, dict[int, Descriptor]] = field(default_factory=dict)
+    _nested_types: dict[str, dict[int, Descriptor]] = field(default_factory=dict)
 
     def message(
-        self, start: int, end: int, kind: Descriptor, depth: int
+        self, start: int, end: int, descriptor: Descriptor, depth: int
     ) -> list[bytes | memoryview]:
-        """The message in [start, end), in pieces; what nothing was left out of is copied once, by
-        whoever joins.
+        """The message in [start, end), in pieces. What stays is not copied here, but once, when the
+        pieces are joined.
         """
-        if depth > _DEEPEST:
-            raise Broken(f"it nests more than {_DEEPEST} messages deep")
-        if kind is onnx.TensorProto.DESCRIPTOR:
+        if depth > _MAX_DEPTH:
+            raise Broken(f"it nests more than {_MAX_DEPTH} messages deep")
+        if descriptor is onnx.TensorProto.DESCRIPTOR:
             return self._tensor(start, end)
+
+        nested = self._nested_types.get(descriptor.full_name)
+        if nested is None:
+            nested = {
+                item.number: item.message_type
+                for item in descriptor.fields
+                if item.message_type is not None
+            }
+            self._nested_types[descriptor.full_name] = nested
+
         pieces: list[bytes | memoryview] = []
-        kept, nested = start, self._messages_in(kind)
+        copied = start  # everything before it is in the pieces
         for count, (number, wire, tag, at, stop) in enumerate(fields(self.data, start, end)):
-            if count == _MANY and kind is onnx.AttributeProto.DESCRIPTOR:
+            if count == _MAX_FIELDS and descriptor is onnx.AttributeProto.DESCRIPTOR:
                 return [self.data[start:end]]
-            if wire == BYTES and stop - at > _SMALL and number in nested:
+            if wire == BYTES and stop - at > _MIN_MESSAGE and number in nested:
                 inner = self.message(at, stop, nested[number], depth + 1)
-                pieces += [self.data[kept:tag], _field(number, sum(map(len, inner))), *inner]
-                kept = stop
-        return [*pieces, self.data[kept:end]]
+                length = sum(map(len, inner))
+                pieces += [self.data[copied:tag], field_head(number, length), *inner]
+                copied = stop
+        return [*pieces, self.data[copied:end]]
 
     def _tensor(self, start: int, end: int) -> list[bytes | memoryview]:
-        """The tensor without its payload, if it has one and it is in one piece."""
+        """The tensor without its payload, if it has one and the payload is in one piece."""
         payload: tuple[int, int, int, str] | None = None
         for count, (number, wire, tag, at, stop) in enumerate(fields(self.data, start, end)):
-            known = onnx.TensorProto.DESCRIPTOR.fields_by_number.get(number)
-            if known is None or known.name not in _PAYLOADS:
+            descriptor = onnx.TensorProto.DESCRIPTOR.fields_by_number.get(number)
+            if descriptor is None or descriptor.name not in _PAYLOADS:
                 continue
-            # in several pieces, which protobuf may join
-            if wire != BYTES or payload is not None or count > _MANY:
+            # Several pieces, which protobuf may join: the tensor stays whole.
+            if wire != BYTES or payload is not None or count > _MAX_FIELDS:
                 return [self.data[start:end]]
-            payload = tag, at, stop, known.name
+            payload = tag, at, stop, descriptor.name
         if payload is None:
             return [self.data[start:end]]
+
         tag, at, stop, name = payload
         entry = onnx.StringStringEntryProto(
             key=self.key, value=f"{name}:{at}:{stop - at}"
         ).SerializeToString()
         number = onnx.TensorProto.DESCRIPTOR.fields_by_name["external_data"].number
-        return [self.data[start:tag], _field(number, len(entry)), entry, self.data[stop:end]]
-
-    def _messages_in(self, kind: Descriptor) -> dict[int, Descriptor]:
-        if kind.full_name not in self._nested:
-            inner = {
-                item.number: item.message_type
-                for item in kind.fields
-                if item.message_type is not None
-            }
-            self._nested[kind.full_name] = inner
-        return self._nested[kind.full_name]
-
-
-def _field(number: int, length: int) -> bytes:
-    """The head of a length-delimited field."""
-    return _varint(number << 3 | BYTES) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+        return [
+            self.data[start:tag],
+            field_head(number, len(entry)),
+            entry,
+            self.data[stop:end],
+        ]

@@ -1,1 +1,1 @@
-"""One report, several spellings: each format is a file with `render(report) -> str`."""
+"""One report in several formats: each format is a file with `render(report) -> str`."""

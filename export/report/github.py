@@ -1,41 +1,42 @@
-"""The report as workflow commands: GitHub shows each finding beside its file, in a run's summary
-and in a pull request.
+"""The report as workflow commands: GitHub shows each finding beside its file.
 
-GitHub shows ten annotations of a kind for each step; the log holds the rest.
+It does so in the summary of a run and in a pull request. It shows ten
+annotations of a kind for each step; the log has the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from evalmode.bundle.certificate import Severity
-from evalmode.export.report.report import Report, places, plain, relative, told
+from evalmode.export.report.report import Report, findings_in, plain, relative, sentence
 
 _COMMANDS = {Severity.ERROR: "error", Severity.UNPROVEN: "warning", Severity.WARNING: "notice"}
 
 
 def render(report: Report) -> str:
-    """A command a finding, one for each unreadable file, and the counts as a line of the log."""
-    return "".join(f"{line}\n" for line in (*_commands(report), report.summary))
-
-
-def _commands(report: Report) -> Iterator[str]:
-    for one in report.unreadable:
-        yield _command("error", one.path, "unreadable", plain(one.why))
-    for file in report.verified:
-        for record, finding in places(file):
-            yield _command(_COMMANDS[finding.severity], file.file, record.rule, told(finding))
+    """A command for each unreadable file and each finding, and the counts as a line of the log."""
+    lines = [
+        _command("error", file.path, "unreadable", plain(file.why)) for file in report.unreadable
+    ]
+    for verified in report.verified:
+        for record, finding in findings_in(verified):
+            name = _COMMANDS[finding.severity]
+            lines.append(_command(name, verified.file, record.rule, sentence(finding)))
+    lines.append(report.summary)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _command(name: str, path: Path, title: str, message: str) -> str:
-    file = _property(plain(relative(path).as_posix()))
-    return f"::{name} file={file},line=1,title={_property(f'evalmode: {title}')}::{_data(message)}"
+    file = _escape_property(plain(relative(path).as_posix()))
+    title = _escape_property(f"evalmode: {title}")
+    return f"::{name} file={file},line=1,title={title}::{_escape(message)}"
 
 
-def _data(text: str) -> str:
+def _escape(text: str) -> str:
+    """The escapes of GitHub's own toolkit (actions/toolkit, packages/core/src/command.ts)."""
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
+def _escape_property(text: str) -> str:
+    return _escape(text).replace(":", "%3A").replace(",", "%2C")

@@ -1,4 +1,4 @@
-"""The report as JSON, for programs: everything that was found, and which rules were looked at."""
+"""The report as JSON, for programs: all findings, and the verdict of each rule."""
 
 from __future__ import annotations
 
@@ -7,49 +7,49 @@ from typing import Any
 
 from evalmode import __version__
 from evalmode.bundle.certificate import Record
-from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, places, verdict_of
+from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, findings_in, verdict_of
 from evalmode.export.verify.verify import Examined, Unreadable
 
 SCHEMA = 1
+_RULE_FIELDS = ("rule", "verdict", "why", "measured", "limit")
 
 
 def render(report: Report) -> str:
-    """One object; its `files` stand in the order of the report."""
-    whole = {
+    """One object; its `files` are in the order of the report."""
+    content = {
         "version": __version__,
         "schema": SCHEMA,
         "summary": {"files": len(report.examined), **report.counts},
-        "files": [_file(one) for one in report.examined],
+        "files": [_file(file) for file in report.examined],
     }
-    return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
-def _file(one: Examined) -> dict[str, Any]:
-    if isinstance(one, Unreadable):
-        nothing: dict[str, Any] = {"findings": [], "rules": [], "certified": []}
-        return {"path": str(one.path), "verdict": UNREADABLE, "why": one.why, **nothing}
+def _file(file: Examined) -> dict[str, Any]:
+    if isinstance(file, Unreadable):
+        return {
+            "path": str(file.path),
+            "verdict": UNREADABLE,
+            "why": file.why,
+            "findings": [],
+            "rules": [],
+            "certified": [],
+        }
+    excluded = {"verdict": EXCLUDED, "why": "nobody asked for it", "measured": "", "limit": ""}
+    rules = [_rule(record) for record in file.records]
+    rules += [{"rule": name, **excluded} for name in file.excluded]
     return {
-        "path": str(one.path),
-        "verdict": str(verdict_of(one)),
+        "path": str(file.path),
+        "verdict": str(verdict_of(file)),
         "findings": [
             {"rule": record.rule, **finding.model_dump(mode="json")}
-            for record, finding in places(one)
+            for record, finding in findings_in(file)
         ],
-        "rules": [*map(_rule, one.records), *map(_excluded, one.excluded)],
-        "certified": [_rule(record) for record in one.certified],
+        "rules": rules,
+        "certified": [_rule(record) for record in file.certified],
     }
 
 
 def _rule(record: Record) -> dict[str, str]:
-    said = record.model_dump(mode="json")
-    return {name: said[name] for name in ("rule", "verdict", "why", "measured", "limit")}
-
-
-def _excluded(rule: str) -> dict[str, str]:
-    return {
-        "rule": rule,
-        "verdict": EXCLUDED,
-        "why": "nobody asked for it",
-        "measured": "",
-        "limit": "",
-    }
+    fields = record.model_dump(mode="json")
+    return {name: fields[name] for name in _RULE_FIELDS}

@@ -1,7 +1,10 @@
 """The report as JUnit XML, which every CI system shows: a suite a file, a case a rule.
 
-What is unproven is a failure, since it makes the command fail; where it is allowed, it is a skipped
-case that says why.
+The outcome of a case:
+
+1. A finding that makes the command fail is a failure. This includes an unproven rule.
+2. A rule that is not applicable, excluded, or unproven where that is allowed, is skipped.
+3. Any other rule passed; its findings (warnings) are the output of the case.
 """
 
 from __future__ import annotations
@@ -9,68 +12,63 @@ from __future__ import annotations
 from xml.etree import ElementTree as Xml
 
 from evalmode.bundle.certificate import Record, Verdict
-from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, findings_of, plain, told
+from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, findings_of, plain, sentence
 from evalmode.export.verify.verify import Examined, Unreadable
 
-_COUNTED = ("failure", "error", "skipped")
+# The counted elements of a case, each with the attribute of its suite that has the count.
+_COUNTS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 
 
 def render(report: Report) -> str:
     """One XML document."""
     root = Xml.Element("testsuites", name="evalmode verify")
-    for one in report.examined:
-        root.append(_suite(report, one))
+    for file in report.examined:
+        root.append(_suite(report, file))
     _count(root)
     Xml.indent(root)
-    # Of the characters that XML forbids, none is left by `plain`; text outside of UTF-8 is spelled
-    # out by it, too.
+    # `plain` has escaped all characters that XML forbids, and text that UTF-8 cannot encode.
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{Xml.tostring(root, encoding="unicode")}\n'
 
 
-def _suite(report: Report, one: Examined) -> Xml.Element:
-    path = plain(str(one.path))
+def _suite(report: Report, file: Examined) -> Xml.Element:
+    path = plain(str(file.path))
     suite = Xml.Element("testsuite", name=path)
-    if isinstance(one, Unreadable):
-        _add(_case(suite, path, "readable"), "error", kind=UNREADABLE, message=plain(one.why))
+
+    def add_case(name: str) -> Xml.Element:
+        return Xml.SubElement(suite, "testcase", classname=path, name=plain(name))
+
+    if isinstance(file, Unreadable):
+        error = Xml.SubElement(add_case("readable"), "error", message=plain(file.why))
+        error.set("type", UNREADABLE)
     else:
-        for record in one.all_records:
-            _tell(report, record, _case(suite, path, record.rule))
-        for rule in one.excluded:
-            _add(_case(suite, path, rule), "skipped", message=EXCLUDED)
+        for record in file.all_records:
+            _fill_case(report, record, add_case(record.rule))
+        for rule in file.excluded:
+            Xml.SubElement(add_case(rule), "skipped", message=EXCLUDED)
     _count(suite)
     return suite
 
 
-def _case(suite: Xml.Element, path: str, name: str) -> Xml.Element:
-    return Xml.SubElement(suite, "testcase", classname=path, name=plain(name))
-
-
-def _tell(report: Report, record: Record, case: Xml.Element) -> None:
+def _fill_case(report: Report, record: Record, case: Xml.Element) -> None:
+    """Write a rule's outcome into its case; the module's docstring has the order."""
     findings = findings_of(record)
-    text = "\n".join(f"{finding.severity}: {told(finding)}" for finding in findings)
+    text = "\n".join(f"{finding.severity}: {sentence(finding)}" for finding in findings)
     bad = [finding.severity for finding in findings if report.is_bad(finding.severity)]
     if bad:
-        _add(case, "failure", kind=min(bad), message=plain(record.why), text=text)
-    elif record.verdict in (Verdict.NOT_APPLICABLE, Verdict.UNPROVEN):
-        _add(case, "skipped", message=plain(f"{record.verdict}: {record.why}"))
-        text = text and f"{text}\n"
-        _say(case, text)
-    else:
-        _say(case, text)
-
-
-def _say(case: Xml.Element, text: str) -> None:
+        failure = Xml.SubElement(case, "failure", message=plain(record.why))
+        failure.set("type", min(bad))  # "error" sorts before "unproven" and "warning"
+        failure.text = text
+        return
+    if record.verdict in (Verdict.NOT_APPLICABLE, Verdict.UNPROVEN):
+        Xml.SubElement(case, "skipped", message=plain(f"{record.verdict}: {record.why}"))
+        if text:
+            text += "\n"
     if text:
         Xml.SubElement(case, "system-out").text = text
 
 
-def _add(case: Xml.Element, name: str, *, message: str, kind: str = "", text: str = "") -> None:
-    child = Xml.SubElement(case, name, {"message": message, **({"type": kind} if kind else {})})
-    child.text = text or None
-
-
 def _count(element: Xml.Element) -> None:
-    element.set("tests", str(len([*element.iter("testcase")])))
-    for name in _COUNTED:
-        plural = {"failure": "failures", "error": "errors"}.get(name, name)
-        element.set(plural, str(len([*element.iter(name)])))
+    """Write the counts of cases and outcomes that are in an element into its attributes."""
+    element.set("tests", str(sum(1 for _ in element.iter("testcase"))))
+    for name, attribute in _COUNTS.items():
+        element.set(attribute, str(sum(1 for _ in element.iter(name))))

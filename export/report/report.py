@@ -1,8 +1,4 @@
-"""What every format tells: the files, their verdicts and findings, the scope of the rules, and what
-counts as bad.
-
-Knows no format.
-"""
+"""What all formats share: verdicts, findings, the scope of the rules, and what counts as bad."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ _SEVERITIES = {Verdict.FAIL: Severity.ERROR, Verdict.UNPROVEN: Severity.UNPROVEN
 
 
 class FailOn(StrEnum):
-    """The least that makes a verification fail."""
+    """The lowest severity that makes a verification fail."""
 
     UNPROVEN = "unproven"
     WARNING = "warning"
@@ -32,7 +28,7 @@ class FailOn(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was found in every file, and what its reader wants to be told is bad."""
+    """The results for all files, and which of them are bad for the reader."""
 
     examined: tuple[Examined, ...]
     fail_on: FailOn = FailOn.UNPROVEN
@@ -40,32 +36,38 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many files came to each of VERDICTS."""
-        found = Counter(verdict_of(one) for one in self.examined)
-        return {str(verdict): found[verdict] for verdict in VERDICTS}
+        """How many files have each of VERDICTS."""
+        counts = Counter(verdict_of(file) for file in self.examined)
+        return {str(verdict): counts[verdict] for verdict in VERDICTS}
 
     @property
     def summary(self) -> str:
-        """The counts as one line."""
-        files = f"{len(self.examined)} file{'' if len(self.examined) == 1 else 's'}"
-        return (
-            f"{files}: {', '.join(f'{count} {verdict}' for verdict, count in self.counts.items())}"
-        )
+        """The counts as one line: "2 files: 1 pass, 1 fail, 0 unproven, 0 unreadable"."""
+        noun = "file" if len(self.examined) == 1 else "files"
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in self.counts.items())
+        return f"{len(self.examined)} {noun}: {counts}"
 
     @property
     def unreadable(self) -> tuple[Unreadable, ...]:
         """The files that could not be examined."""
-        return tuple(one for one in self.examined if isinstance(one, Unreadable))
+        return tuple(file for file in self.examined if isinstance(file, Unreadable))
 
     @property
     def verified(self) -> tuple[Verified, ...]:
-        """The files that could."""
-        return tuple(one for one in self.examined if isinstance(one, Verified))
+        """The files that were examined."""
+        return tuple(file for file in self.examined if isinstance(file, Verified))
 
     @property
     def holds(self) -> bool:
-        """Whether nothing bad was found in the files that could be examined."""
-        return all(self._tolerates(one) for one in self.verified)
+        """Whether nothing bad was found in the files that were examined."""
+        for file in self.verified:
+            # A file to which no rule applied is unproven without any finding.
+            severity = _SEVERITIES.get(file.verdict)
+            if severity is not None and self.is_bad(severity):
+                return False
+            if any(self.is_bad(finding.severity) for _, finding in findings_in(file)):
+                return False
+        return True
 
     def is_bad(self, severity: Severity) -> bool:
         """Whether a finding of this severity makes the verification fail."""
@@ -73,81 +75,75 @@ class Report:
             return not self.allow_unproven
         return severity is Severity.ERROR or self.fail_on is FailOn.WARNING
 
-    def _tolerates(self, one: Verified) -> bool:
-        # The verdict says more than the findings: a file to which no rule applied is unproven
-        # without any.
-        if one.verdict is not Verdict.PASS and self.is_bad(_SEVERITIES[one.verdict]):
-            return False
-        return not any(
-            self.is_bad(finding.severity)
-            for record in one.all_records
-            for finding in findings_of(record)
-        )
-
     @property
     def scope(self) -> dict[str, list[str]]:
-        """What the verdicts rest on: the rules that were checked in any file, and how; those that
-        were not, and why.
-        """
-        now = [record for one in self.verified for record in one.records]
-        lacking = [record for record in now if record.verdict is Verdict.NOT_APPLICABLE]
-        groups = {
-            "checked now": [
-                record.rule for record in now if record.verdict is not Verdict.NOT_APPLICABLE
-            ],
-            "checked at export, by the certificate": [
-                record.rule for one in self.verified for record in one.certified
-            ],
-            EXCLUDED: [rule for one in self.verified for rule in one.excluded],
+        """The rules of all files, by how each was checked, or why it was not."""
+        rules: dict[str, dict[str, None]] = {  # ordered sets of names
+            "checked now": {},
+            "checked at export, by the certificate": {},
+            EXCLUDED: {},
         }
-        for record in lacking:
-            groups.setdefault(f"not applicable, since {record.why}", []).append(record.rule)
-        return {title: [*dict.fromkeys(rules)] for title, rules in groups.items() if rules}
+        for file in self.verified:
+            for record in file.records:
+                title = "checked now"
+                if record.verdict is Verdict.NOT_APPLICABLE:
+                    title = f"not applicable, since {record.why}"
+                rules.setdefault(title, {})[record.rule] = None
+            for record in file.certified:
+                rules["checked at export, by the certificate"][record.rule] = None
+            for name in file.excluded:
+                rules[EXCLUDED][name] = None
+        return {title: list(names) for title, names in rules.items() if names}
 
 
-def verdict_of(one: Examined) -> str:
+def verdict_of(file: Examined) -> str:
     """One of VERDICTS."""
-    return UNREADABLE if isinstance(one, Unreadable) else one.verdict
+    return UNREADABLE if isinstance(file, Unreadable) else file.verdict
 
 
 def findings_of(record: Record) -> tuple[Finding, ...]:
-    """The record's findings; one that did not hold and names no place is a finding about the
-    whole.
-    """
-    if record.findings or record.verdict not in _SEVERITIES:
+    """The record's findings. A record that failed without any becomes one about the whole file."""
+    severity = _SEVERITIES.get(record.verdict)
+    if record.findings or severity is None:
         return record.findings
-    against = (
-        f" ({record.measured}; the limit is {record.limit})"
-        if record.measured and record.limit
-        else ""
-    )
-    return (Finding(severity=_SEVERITIES[record.verdict], why=record.why + against),)
+    why = record.why
+    if record.measured and record.limit:
+        why = f"{why} ({record.measured}; the limit is {record.limit})"
+    return (Finding(severity=severity, why=why),)
 
 
-def told(finding: Finding) -> str:
+def findings_in(file: Verified) -> Iterator[tuple[Record, Finding]]:
+    """Each finding of a file, after its record."""
+    for record in file.all_records:
+        for finding in findings_of(record):
+            yield record, finding
+
+
+def sentence(finding: Finding) -> str:
     """A finding as one or two sentences: where and why, and what to do about it."""
-    said = f"{finding}".strip().rstrip(".")
-    return plain(f"{said}. What to do: {finding.fix.rstrip('.')}." if finding.fix else f"{said}.")
+    text = str(finding).strip().rstrip(".")
+    if finding.fix:
+        text = f"{text}. What to do: {finding.fix.rstrip('.')}"
+    return plain(f"{text}.")
 
 
 def plain(text: str) -> str:
-    """The text with what cannot be seen spelled out: names come from files, and may try to steer a
-    terminal.
+    """The text with its invisible characters escaped.
+
+    Names come from files, which may try to steer a terminal.
     """
     if text.isprintable():
         return text
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
-    )
+    characters = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
 
 
 def relative(path: Path) -> Path:
-    """The path from the working directory where it lies below it, else the absolute one."""
-    # and not resolve(): a symbolic link stays what its repository calls it
+    """The path from the working directory if it is below that, else the absolute path."""
+    # Not resolve(): a symbolic link keeps the name that it has in the repository.
     absolute = Path(os.path.abspath(path))
     return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
-
-
-def places(one: Verified) -> Iterator[tuple[Record, Finding]]:
-    """Every finding of a file, with the record it belongs to."""
-    return ((record, finding) for record in one.all_records for finding in findings_of(record))

@@ -1,8 +1,8 @@
-"""The report as SARIF 2.1.0, as GitHub code scanning takes it.
+"""The report as SARIF 2.1.0, for GitHub code scanning.
 
-GitHub tells alerts apart by `primaryLocationLineHash`, which it would otherwise make of a binary
-file's first line. It shows what lies in the repository only, so paths are relative to the working
-directory; and of a run with more than 5,000 results the gravest 5,000.
+GitHub tells alerts apart by `primaryLocationLineHash`, which it would otherwise compute from the
+first line of a binary file. It shows only files of the repository, so paths are relative to the
+working directory. Of a run with more than 5,000 results it shows the 5,000 most severe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from urllib.parse import quote
 
 from evalmode import __version__
 from evalmode.bundle.certificate import Finding, Severity
-from evalmode.export.report.report import EXCLUDED, Report, places, plain, relative, told
+from evalmode.export.report.report import (
+    EXCLUDED,
+    Report,
+    findings_in,
+    plain,
+    relative,
+    sentence,
+)
 from evalmode.export.rules.registry import RULES, Rule
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -25,16 +32,21 @@ _LEVELS = {Severity.ERROR: "error", Severity.UNPROVEN: "warning", Severity.WARNI
 
 
 def render(report: Report) -> str:
-    """One log with one run. A file that could not be examined is a notification, since no rule
-    looked at it.
+    """One log with one run.
+
+    A file that could not be examined is a notification: it is the result of no rule.
     """
-    unreadable = [
+    notifications = [
         {
             "level": "error",
-            "message": {"text": plain(one.why)},
-            "locations": [{"physicalLocation": _physical(one.path)}],
+            "message": {"text": plain(file.why)},
+            "locations": [{"physicalLocation": _physical_location(file.path)}],
         }
-        for one in report.unreadable
+        for file in report.unreadable
+    ]
+    overrides = [
+        {"descriptor": {"id": rule}, "configuration": {"enabled": False}}
+        for rule in report.scope.get(EXCLUDED, ())
     ]
     run = {
         "tool": {
@@ -47,23 +59,17 @@ def render(report: Report) -> str:
         },
         "invocations": [
             {
-                "executionSuccessful": not unreadable,
-                "toolExecutionNotifications": unreadable,
-                "ruleConfigurationOverrides": [
-                    _switched_off(rule) for rule in report.scope.get(EXCLUDED, ())
-                ],
+                "executionSuccessful": not notifications,
+                "toolExecutionNotifications": notifications,
+                "ruleConfigurationOverrides": overrides,
                 "properties": {"scope": report.scope},
             }
         ],
         "columnKind": "unicodeCodePoints",
         "results": _results(report),
     }
-    return (
-        json.dumps(
-            {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, ensure_ascii=False, indent=2
-        )
-        + "\n"
-    )
+    log = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+    return json.dumps(log, ensure_ascii=False, indent=2) + "\n"
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
@@ -81,44 +87,36 @@ def _rule(rule: Rule) -> dict[str, Any]:
     }
 
 
-def _switched_off(rule: str) -> dict[str, Any]:
-    return {"descriptor": {"id": rule}, "configuration": {"enabled": False}}
-
-
 def _results(report: Report) -> list[dict[str, Any]]:
-    index = {rule.name: place for place, rule in enumerate(RULES)}
-    seen = Counter[str]()
+    rule_indices = {rule.name: index for index, rule in enumerate(RULES)}
+    fingerprints = Counter[str]()
     results = []
     for file in report.verified:
-        for record, finding in places(file):
+        for record, finding in findings_in(file):
+            location: dict[str, Any] = {"physicalLocation": _physical_location(file.file)}
+            if finding.node:
+                location["logicalLocations"] = [{"fullyQualifiedName": plain(finding.node)}]
+            result: dict[str, Any] = {
+                "ruleId": record.rule,
+                "level": _LEVELS[finding.severity],
+                "message": {"text": sentence(finding)},
+                "locations": [location],
+            }
+            # A certificate may come from a version with other rules.
+            if record.rule in rule_indices:
+                result["ruleIndex"] = rule_indices[record.rule]
+            # A number tells equal findings apart, as in GitHub's own fingerprints.
             fingerprint = _fingerprint(record.rule, file.file, finding)
-            seen[fingerprint] += 1
-            result = _result(record.rule, file.file, finding)
-            if record.rule in index:  # a certificate may come from a version with other rules
-                result["ruleIndex"] = index[record.rule]
-            # Alike findings are told apart by a number, as GitHub's own fingerprints do it.
+            fingerprints[fingerprint] += 1
             result["partialFingerprints"] = {
-                "primaryLocationLineHash": f"{fingerprint}:{seen[fingerprint]}"
+                "primaryLocationLineHash": f"{fingerprint}:{fingerprints[fingerprint]}"
             }
             results.append(result)
     return results
 
 
-def _result(rule: str, file: Path, finding: Finding) -> dict[str, Any]:
-    location: dict[str, Any] = {"physicalLocation": _physical(file)}
-    if finding.node:
-        location["logicalLocations"] = [{"fullyQualifiedName": plain(finding.node)}]
-    message = {"text": told(finding)}
-    return {
-        "ruleId": rule,
-        "level": _LEVELS[finding.severity],
-        "message": message,
-        "locations": [location],
-    }
-
-
-def _physical(path: Path) -> dict[str, Any]:
-    # A binary file has no lines, and GitHub shows no result without one.
+def _physical_location(path: Path) -> dict[str, Any]:
+    # A binary file has no lines, but GitHub shows no result without one.
     return {"artifactLocation": {"uri": _uri(path)}, "region": {"startLine": 1}}
 
 
@@ -128,5 +126,6 @@ def _uri(path: Path) -> str:
 
 
 def _fingerprint(rule: str, file: Path, finding: Finding) -> str:
-    told_apart = "\0".join((rule, _uri(file), finding.node, finding.op, finding.why))
-    return hashlib.sha256(told_apart.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    """The identity of a finding, which stays the same from run to run."""
+    identity = "\0".join((rule, _uri(file), finding.node, finding.op, finding.why))
+    return hashlib.sha256(identity.encode("utf-8", "backslashreplace")).hexdigest()[:16]

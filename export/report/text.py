@@ -6,11 +6,19 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from evalmode.bundle.certificate import Record, Severity, Verdict
-from evalmode.export.report.report import UNREADABLE, Report, findings_of, plain, told, verdict_of
-from evalmode.export.verify.verify import Examined, Unreadable, Verified
+from evalmode.bundle.certificate import Severity, Verdict
+from evalmode.export.report.report import (
+    UNREADABLE,
+    Report,
+    findings_of,
+    plain,
+    sentence,
+    verdict_of,
+)
+from evalmode.export.verify.verify import Examined, Unreadable
 
-MANY = 20  # files from which on a file that passes is one line
+# From this number of files on, the rules that pass are not listed.
+MANY = 20
 
 _COLOURS = {
     Verdict.PASS: "green",
@@ -29,39 +37,41 @@ def render(report: Report) -> str:
 
 
 def lines(report: Report, *, reasons: bool) -> Iterator[Text]:
-    """The report line by line; `reasons` says why a file is unreadable, where nobody said so
-    before.
+    """The report line by line. Without `reasons` it leaves out why a file is unreadable, for a
+    caller that prints this elsewhere.
     """
-    for one in report.examined:
-        yield _word(verdict_of(one), 10) + Text(f"  {plain(str(one.path))}", style="bold")
-        yield from _below(one, brief=len(report.examined) >= MANY, reasons=reasons)
+    is_brief = len(report.examined) >= MANY
+    for file in report.examined:
+        verdict = verdict_of(file)
+        yield _cell(verdict, verdict) + Text(f"  {plain(str(file.path))}", style="bold")
+        yield from _details(file, is_brief=is_brief, reasons=reasons)
     for title, rules in report.scope.items():
         yield Text(plain(f"{title}: {', '.join(rules)}"), style="dim")
     yield Text(report.summary, style="bold")
 
 
-def _below(one: Examined, *, brief: bool, reasons: bool) -> Iterator[Text]:
-    if isinstance(one, Unreadable):
+def _details(file: Examined, *, is_brief: bool, reasons: bool) -> Iterator[Text]:
+    """The lines below a file's own: its passed rules and its findings."""
+    if isinstance(file, Unreadable):
         if reasons:
-            yield Text(f"  {plain(one.why)}")
+            yield Text(f"  {plain(file.why)}")
         return
-    if not any(record.verdict is not Verdict.NOT_APPLICABLE for record in one.all_records):
-        yield _word("  unproven", 10, of=Verdict.UNPROVEN) + Text("  no rule was checked")
-    for record in one.all_records:
-        if record.verdict is Verdict.PASS and not brief:
-            yield _word("  pass", 10, of=Verdict.PASS) + Text(
-                f"  {record.rule}  {_passed(record, one)}"
-            )
+    if all(record.verdict is Verdict.NOT_APPLICABLE for record in file.all_records):
+        yield _cell("  unproven", Verdict.UNPROVEN) + Text("  no rule was checked")
+    for record in file.all_records:
+        if record.verdict is Verdict.PASS and not is_brief:
+            why = record.why
+            if record.measured:
+                why = f"{why} ({record.measured})"
+            if record in file.certified:
+                why = f"{why}, at export"
+            yield _cell("  pass", Verdict.PASS) + Text(f"  {record.rule}  {plain(why)}")
         for finding in findings_of(record):
-            yield _word(f"  {finding.severity}", 10, of=finding.severity) + Text(
-                f"  {record.rule}  {told(finding)}"
+            yield _cell(f"  {finding.severity}", finding.severity) + Text(
+                f"  {record.rule}  {sentence(finding)}"
             )
 
 
-def _passed(record: Record, one: Verified) -> str:
-    measured = f" ({record.measured})" if record.measured else ""
-    return plain(f"{record.why}{measured}{', at export' if record in one.certified else ''}")
-
-
-def _word(word: str, width: int, *, of: str = "") -> Text:
-    return Text(f"{word:<{width}}", style=_COLOURS.get(of or word, ""))
+def _cell(word: str, kind: str) -> Text:
+    """The first column: a word in the colour of a verdict or a severity."""
+    return Text(f"{word:<10}", style=_COLOURS.get(kind, ""))

@@ -1,1 +1,1 @@
-"""Files and bundles against the rules, one or many at a time."""
+"""Verify ONNX files and bundles by the rules, one or many at a time."""

@@ -1,8 +1,16 @@
-"""Running files and bundles in a child process, so that a file that aborts, hangs or takes memory
-costs its own verdict and no other.
+"""Run files and bundles in a child process: a file that aborts, hangs or takes all memory costs its
+own verdict and no other.
 
 One child runs all files of a command, and is replaced when it ends. It loads the user's samples and
-module itself; what comes back are records. Knows no rule by name.
+module itself, and sends back records.
+
+How the record of a rule that runs a file arises:
+
+1. The child opens the file, makes a subject with inputs, and checks the rule: its record.
+2. The file, or the user's module, does not accept the inputs: the rule could not run, so unproven.
+3. The child ends or meets a limit before the rule has a record: unproven, with the reason. If an
+   earlier file had run in this child, a fresh child tries once more. A file that took too long is
+   not tried again.
 """
 
 from __future__ import annotations
@@ -37,17 +45,9 @@ _FIX_MEMORY = "raise --memory-limit, or give smaller inputs with --inputs"
 _FIX_CRASH = "do not serve the file: it would end the process that serves it"
 
 
-class _Answer(Frozen):
-    """A message of the child: the record of a rule, or why there is none."""
-
-    record: Record | None = None
-    refusal: str = ""
-    missing: str = ""  # a package that is not installed
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Load:
-    """Load what the files that follow are run on; see `Options`."""
+    """A request to the child: load the samples and the module for the files that follow."""
 
     samples: Sequence[Mapping[str, Any]] | str | None
     module: str | None
@@ -55,15 +55,23 @@ class _Load:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """Run the file, or the bundle, at `path` by these rules."""
+    """A request to the child: check the file, or the bundle, at `path` by these rules."""
 
     path: Path
     is_bundle: bool
     rules: tuple[str, ...]
 
 
+class _Reply(Frozen):
+    """A message from the child: the record of one rule, or the reason why there is none."""
+
+    record: Record | None = None
+    refusal: str = ""  # a sentence for the user; no record follows
+    missing: str = ""  # the name of a package that is not installed; no record follows
+
+
 def load(options: Options) -> None:
-    """Have the child load the samples and the module. Raises EvalmodeError where that fails."""
+    """Have the child load the samples and the module. Raises EvalmodeError if that fails."""
     with _lock:
         _runner.load(options)
 
@@ -71,48 +79,49 @@ def load(options: Options) -> None:
 def run_file(subject: Subject, rules: Sequence[Rule], options: Options) -> dict[str, Record]:
     """The records of the rules that run the subject's file, by the name of the rule.
 
-    Where the child ends, the rules that have not answered say how; what the graph alone shows of
-    them is in their records all the same. Raises ModelUnreadable where weights cannot be read.
+    If the child ends early, the rules without a record say how. Their records also hold what the
+    graph alone shows. Raises ModelUnreadable if weights cannot be read.
     """
     assert subject.file is not None, "only a file is run here"
     run = _Run(path=subject.file, is_bundle=False, rules=tuple(rule.name for rule in rules))
     with _lock:
-        answers, lost = _runner.answers(run, options)
-    for answer in answers:
-        if answer.refusal:
-            raise ModelUnreadable(answer.refusal)
-    return _records(subject, rules, answers, lost)
+        replies, loss = _runner.run(run, options)
+    for reply in replies:
+        if reply.refusal:
+            raise ModelUnreadable(reply.refusal)
+    return _records(subject, rules, replies, loss)
 
 
 def run_bundle(subject: Subject, rules: Sequence[Rule], options: Options) -> dict[str, Record]:
     """The records of the rules that replay the subject's bundle, by the name of the rule.
 
-    Raises BundleError for a bundle that cannot be run on its own known answers.
+    Raises BundleError for a bundle that cannot run on its own known answers.
     """
     run = _Run(path=subject.bundle.path, is_bundle=True, rules=tuple(rule.name for rule in rules))
     with _lock:
-        answers, lost = _runner.answers(run, options)
-    for answer in answers:
-        if answer.refusal:
-            raise BundleError(answer.refusal)
-    return _records(subject, rules, answers, lost)
+        replies, loss = _runner.run(run, options)
+    for reply in replies:
+        if reply.refusal:
+            raise BundleError(reply.refusal)
+    return _records(subject, rules, replies, loss)
 
 
 def _records(
-    subject: Subject, rules: Sequence[Rule], answers: Sequence[_Answer], lost: ChildLost | None
+    subject: Subject, rules: Sequence[Rule], replies: Sequence[_Reply], loss: ChildLost | None
 ) -> dict[str, Record]:
-    records = {answer.record.rule: answer.record for answer in answers if answer.record is not None}
-    if lost is None:
+    """The records in the replies; where the child was lost, also those of the other rules."""
+    records = {reply.record.rule: reply.record for reply in replies if reply.record is not None}
+    if loss is None:
         return records
     fix = _FIX_CRASH
-    if isinstance(lost, OutOfTime):
+    if isinstance(loss, OutOfTime):
         fix = _FIX_TIME
-    elif isinstance(lost, OutOfMemory):
+    elif isinstance(loss, OutOfMemory):
         fix = _FIX_MEMORY
-    why = EvalmodeError(f"the process that runs the file {lost}")
+    error = EvalmodeError(f"the process that runs the file {loss}")
     for rule in rules:
         if rule.name not in records:
-            records[rule.name] = rule.could_not_run(why, fix=fix, subject=subject)
+            records[rule.name] = rule.could_not_run(error, fix=fix, subject=subject)
     return records
 
 
@@ -122,55 +131,59 @@ class _Runner:
     def __init__(self) -> None:
         self.child = Child(f"{__name__}:main")
         self._loaded: Options | None = None
-        self._has_run = False
+        self._has_run = False  # whether this child has run a file
 
     def load(self, options: Options) -> None:
-        """Load what files are run on, unless the child has it. Raises EvalmodeError."""
+        """Load the samples and the module, unless the child has them. Raises EvalmodeError."""
         if self.child.is_running and (self._loaded is options or options.samples is None):
             return
-        self._has_run = self._has_run and self.child.is_running
-        question = _Load(samples=options.samples, module=options.module)
+        if not self.child.is_running:
+            self._has_run = False
+        request = _Load(samples=options.samples, module=options.module)
         try:
-            messages = list(self.child.ask(pickle.dumps(question)))
+            messages = list(self.child.ask(pickle.dumps(request)))
         except ChildLost as error:
-            names = [text for text in (options.samples, options.module) if isinstance(text, str)]
-            raise EvalmodeError(
-                f"the process that loads {' and '.join(names) or 'the samples'} {error}"
-            ) from error
-        sys.stderr.write(self.child.read_stderr())  # what the user's own code had to say
-        for message in messages:
-            raise EvalmodeError(_parsed(message).refusal)
+            references = [
+                text for text in (options.samples, options.module) if isinstance(text, str)
+            ]
+            subject = " and ".join(references) or "the samples"
+            raise EvalmodeError(f"the process that loads {subject} {error}") from error
+        sys.stderr.write(self.child.read_stderr())  # warnings and prints of the user's own code
+        if messages:  # the child answers a load only if it fails
+            raise EvalmodeError(_parse(messages[0]).refusal)
         self._loaded = options
 
-    def answers(self, run: _Run, options: Options) -> tuple[list[_Answer], ChildLost | None]:
-        """What the rules answer, and how the child ended if it did."""
-        time_s, memory_bytes = options.limits.time_s, options.limits.memory_mib << 20
+    def run(self, run: _Run, options: Options) -> tuple[list[_Reply], ChildLost | None]:
+        """The child's replies, and how the child ended if it did."""
+        time_s = options.limits.time_s
+        memory_bytes = options.limits.memory_mib << 20
         while True:
             self.load(options)
-            was_fresh, self._has_run = not self._has_run, True
-            answers = []
+            is_first_run = not self._has_run
+            self._has_run = True
+            request = pickle.dumps(run)
+            replies: list[_Reply] = []
             try:
-                for message in self.child.ask(
-                    pickle.dumps(run), time_s=time_s, memory_bytes=memory_bytes
-                ):
-                    answers.append(_parsed(message))  # noqa: PERF401
-            except ChildLost as lost:
+                for message in self.child.ask(request, time_s=time_s, memory_bytes=memory_bytes):
+                    replies.append(_parse(message))  # noqa: PERF401 - what came before a loss counts
+            except ChildLost as loss:
                 self._has_run = False
-                # An earlier file may have left the damage or the memory of which this child ended.
-                if was_fresh or isinstance(lost, OutOfTime):
-                    return answers, lost
+                # An earlier file may have left damage, or taken the memory, that ended the child.
+                if is_first_run or isinstance(loss, OutOfTime):
+                    return replies, loss
                 continue
-            if self.child.memory_bytes > memory_bytes // 2:  # the next file has all of the limit
+            # A child does not return its memory. The next file shall have most of the limit.
+            if self.child.memory_bytes > memory_bytes // 2:
                 self.child.close()
-            return answers, None
+            return replies, None
 
 
-def _parsed(message: bytes) -> _Answer:
-    """The message. Raises ModuleNotFoundError where the child lacks a package."""
-    answer = _Answer.model_validate_json(message)
-    if answer.missing:
-        raise ModuleNotFoundError(f"no module {answer.missing!r}", name=answer.missing)
-    return answer
+def _parse(message: bytes) -> _Reply:
+    """The reply in a message. Raises ModuleNotFoundError if the child lacks a package."""
+    reply = _Reply.model_validate_json(message)
+    if reply.missing:
+        raise ModuleNotFoundError(f"no module {reply.missing!r}", name=reply.missing)
+    return reply
 
 
 _runner = _Runner()
@@ -184,80 +197,86 @@ def interrupt() -> None:
 
 
 def main() -> None:
-    """The child: load once, then run each file and send a message for each of its rules."""
+    """The child's main function: load once, then check each file, with a reply for each rule."""
     samples: Sequence[Mapping[str, Any]] = ()
     module: nn.Module | None = None
 
     def answer(message: bytes) -> Iterator[bytes]:
         nonlocal samples, module
-        question: _Load | _Run = pickle.loads(message)
+        request: _Load | _Run = pickle.loads(message)
         try:
-            if isinstance(question, _Run):
-                records = _run_bundle if question.is_bundle else _run_file
-                for record in records(question, samples, module):
-                    yield _Answer(record=record).model_dump_json().encode()
-            else:
-                samples, module = _loaded(question)
+            if isinstance(request, _Load):
+                samples, module = _load_references(request)
+                return
+            records = _bundle_records if request.is_bundle else _file_records
+            for record in records(request, samples, module):
+                yield _Reply(record=record).model_dump_json().encode()
         except EvalmodeError as error:
-            yield _Answer(refusal=str(error)).model_dump_json().encode()
+            yield _Reply(refusal=str(error)).model_dump_json().encode()
         except ModuleNotFoundError as error:
-            yield _Answer(missing=error.name or "").model_dump_json().encode()
+            yield _Reply(missing=error.name or "").model_dump_json().encode()
 
     serve(answer)
 
 
-def _loaded(question: _Load) -> tuple[Sequence[Mapping[str, Any]], nn.Module | None]:
-    # Libraries that take seconds are imported now: the limit of time is one of a file.
+def _load_references(load: _Load) -> tuple[Sequence[Mapping[str, Any]], nn.Module | None]:
+    # Libraries that take seconds to import are imported now: the time limit is for a file.
     with contextlib.suppress(ImportError):  # the session has a sentence for that
         import onnxruntime  # noqa: F401
-    if question.samples is None:
+    if load.samples is None:
         return (), None
     import evalmode.export.verify.runnable  # noqa: F401 - loads torch
     from evalmode.export.inputs.references import load_in_eval_mode, load_samples
 
-    samples = question.samples
+    samples = load.samples
     if isinstance(samples, str):
         samples = load_samples(samples)
-    return samples, None if question.module is None else load_in_eval_mode(question.module)
+    module = None if load.module is None else load_in_eval_mode(load.module)
+    return samples, module
 
 
-def _run_bundle(
+def _bundle_records(
     run: _Run, samples: Sequence[Mapping[str, Any]], module: nn.Module | None
 ) -> Iterator[Record]:
     subject = Subject(bundle=open_bundle(run.path))
-    return (rule.check(subject) for rule in RULES if rule.name in run.rules)
+    for rule in RULES:
+        if rule.name in run.rules:
+            yield rule.check(subject)
 
 
-def _run_file(
+def _file_records(
     run: _Run, samples: Sequence[Mapping[str, Any]], module: nn.Module | None
 ) -> Iterator[Record]:
     from evalmode.export.verify.runnable import subject_of_file
 
-    rules = [rule for rule in RULES if rule.name in run.rules]
     graph = open_graph(run.path)
-    subject = bare = Subject(graph=graph, file=run.path)
+    subject = bare_subject = Subject(graph=graph, file=run.path)
     problem: EvalmodeError | None = None
     try:
         subject = subject_of_file(run.path, graph, samples, module=module)
     except ImportError:
         raise
     except Exception as error:
-        problem = _sentence(error)
-    for rule in rules:
+        problem = _as_sentence(error)
+
+    for rule in RULES:
+        if rule.name not in run.rules:
+            continue
         if problem is not None:
-            yield rule.could_not_run(problem, fix=_FIX_INPUTS, subject=bare)
+            yield rule.could_not_run(problem, fix=_FIX_INPUTS, subject=bare_subject)
             continue
         try:
             record = rule.check(subject)
         except ImportError:
             raise
         except Exception as error:
-            record = rule.could_not_run(_sentence(error), fix=_FIX_INPUTS, subject=bare)
+            reason = _as_sentence(error)
+            record = rule.could_not_run(reason, fix=_FIX_INPUTS, subject=bare_subject)
         yield record
 
 
-def _sentence(error: Exception) -> EvalmodeError:
-    """The error as one sentence; files, and modules, break in ways that no list has."""
+def _as_sentence(error: Exception) -> EvalmodeError:
+    """The error as one sentence. Files, and modules, fail in ways that no list has."""
     if isinstance(error, EvalmodeError):
         return error
     reason = " ".join(str(error).split()) or "it gives no reason"

@@ -1,10 +1,8 @@
-"""Verify many targets over the cores of this machine: answers in order, models in memory within a
-budget.
+"""Verify many targets on the cores of this machine: results in order, memory within a budget.
 
 Threads, not processes: on two cores 2,024 small files took 1.1 s in one thread or two and 1.0 s in
-two processes; six of 200 MB took 0.5 s in one thread, 0.3 s in two, 0.6 s in two processes. A
-process starts in half a second; reading, parsing and running a graph let go of the interpreter's
-lock. Knows no rule and no format.
+two processes. Six of 200 MB took 0.5 s in one thread, 0.3 s in two, 0.6 s in two processes. A
+process takes half a second to start; reading, parsing and running a graph release the GIL.
 """
 
 from __future__ import annotations
@@ -20,59 +18,64 @@ from evalmode.export.verify.options import DEFAULTS, Options
 from evalmode.export.verify.targets import Target
 from evalmode.export.verify.verify import Examined, examine
 
-# The bytes of ONNX files that may be open at once; parsed, a model takes about twice its file. One
-# that is larger than the budget is examined while no other is.
-_BUDGET = 2 << 30
+# The bytes of ONNX files that may be open at once. A parsed model takes about twice its file.
+_BUDGET_BYTES = 2 << 30
 
 
 def examine_all(
     targets: Sequence[Target], options: Options = DEFAULTS, *, threads: int | None = None
 ) -> Iterator[Examined]:
-    """The answer for each target, in the order of the targets, as they come.
+    """The result for each target, in the order of the targets, as soon as it is there.
 
-    By default on every core there is; one after the other where files are run, for a runtime has
-    threads of its own. Leaving early ends what runs.
+    By default on all cores. If bare files are run, one after the other: the runtime has threads of
+    its own. Closing the iterator ends the work in progress.
     """
-    threads = threads or (_cores() if options.samples is None else 1)
+    if threads is None and options.samples is not None:
+        threads = 1
+    if threads is None:
+        has_affinity = hasattr(os, "sched_getaffinity")
+        threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     if threads == 1:
-        yield from (examine(target, options) for target in targets)
+        for target in targets:
+            yield examine(target, options)
         return
-    budget = _Budget(_BUDGET)
+
+    budget = _Budget(_BUDGET_BYTES)
 
     def work(target: Target) -> Examined:
-        with budget.spent(target.bytes):
+        with budget.reserved(target.bytes):
             return examine(target, options)
 
     with ThreadPoolExecutor(threads) as pool:
         try:
             yield from pool.map(work, targets)
-        except BaseException:  # KeyboardInterrupt, and the end of the caller, too
+        except BaseException:  # KeyboardInterrupt and GeneratorExit, too
             pool.shutdown(wait=False, cancel_futures=True)
             guarded.interrupt()
             raise
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Budget:
-    """Lets callers in while what they spend together stays within a limit, and anyone who comes
-    alone.
+    """A limit on what several threads reserve together. A thread waits until its amount fits.
+
+    An amount above the limit is granted when nothing else is reserved.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._spent = limit, 0
+        self._limit = limit
+        self._reserved = 0
         self._changed = threading.Condition()
 
     @contextmanager
-    def spent(self, amount: int) -> Iterator[None]:
+    def reserved(self, amount: int) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: self._spent == 0 or self._spent + amount <= self._limit)
-            self._spent += amount
+            self._changed.wait_for(
+                lambda: self._reserved == 0 or self._reserved + amount <= self._limit
+            )
+            self._reserved += amount
         try:
             yield
         finally:
             with self._changed:
-                self._spent -= amount
+                self._reserved -= amount
                 self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""What is asked of a verification beside the structure. Knows no rule."""
+"""What a verification is asked for: rules to leave out, inputs for bare files, and limits."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ from typing import Any
 
 from evalmode.errors import EvalmodeError
 
-_LONGEST_S, _LARGEST_MIB = 1_000_000, 1 << 30
+_MAX_TIME_S, _MAX_MEMORY_MIB = 1_000_000, 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What it may cost to run one file: seconds, and MiB of memory of the process that runs it."""
+    """What running one file may cost: seconds, and MiB of memory of the process that runs it."""
 
     time_s: float = 60.0
     memory_mib: int = 8192
 
     def __post_init__(self) -> None:
-        if not 0 < self.time_s <= _LONGEST_S:
+        if not 0 < self.time_s <= _MAX_TIME_S:
             raise EvalmodeError(
-                f"time_limit must be more than 0 and at most {_LONGEST_S:,} s, got {self.time_s:g}"
+                f"time_limit must be more than 0 and at most {_MAX_TIME_S:,} s, got {self.time_s:g}"
             )
-        if not 0 < self.memory_mib <= _LARGEST_MIB:
+        if not 0 < self.memory_mib <= _MAX_MEMORY_MIB:
             raise EvalmodeError(
-                f"memory_limit must be from 1 to {_LARGEST_MIB:,} MiB, got {self.memory_mib}"
+                f"memory_limit must be from 1 to {_MAX_MEMORY_MIB:,} MiB, got {self.memory_mib}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Rules to leave out, inputs to run bare files on, and what running a file may cost.
+    """How targets are verified.
 
-    `samples` map input names to arrays, or are the reference of the user's code that has them; none
-    at all (an empty sequence) asks for inputs that are made of each file's signature. `module` is
-    the reference of what the files are to be compared with.
+    `excluded` names rules to leave out. `samples` are the inputs on which bare files run:
+
+    - None: bare files do not run.
+    - An empty sequence: inputs are generated from each file's signature.
+    - Mappings from input names to arrays.
+    - A reference `package.module:sample_inputs` to user code that returns them.
+
+    `module` is the reference `package.module:factory` of what bare files are compared with.
     """
 
     excluded: Collection[str] = ()

@@ -1,9 +1,9 @@
-"""A bare file made ready to run: on inputs of the user, or on numbers made for its signature."""
+"""Make a bare file ready to run, on the user's inputs or on inputs made from its signature."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
-from evalmode.bundle.session import Session, open_session
+from evalmode.bundle.session import open_session
 from evalmode.export.graph import Graph
 from evalmode.export.inputs.axes import BATCH, Axes, Sample
 from evalmode.export.inputs.errors import UnusableInputs
@@ -25,8 +25,9 @@ from evalmode.export.rules.subject import Subject
 # What exporters call the axis of rows.
 _BATCH_NAMES = ("batch", "batch_size", "batchsize", "bs", "n")
 
-_BATCH_ROWS, _SIZE = 3, 4  # of the axes that vary, where nobody says how large
-_MOST_MADE = 1 << 28  # elements of an input
+# The sizes of dynamic axes in generated inputs. Not 1, which an operator may treat as a constant.
+_BATCH_SIZE, _AXIS_SIZE = 3, 4
+_MAX_GENERATED = 1 << 28  # elements of an input
 
 
 def subject_of_file(
@@ -38,31 +39,43 @@ def subject_of_file(
 ) -> Subject:
     """The graph of the file `path` with inputs, ready for the rules that run it.
 
-    `samples` map input names to arrays; without them numbers are made that fit the types and shapes
-    of the inputs. `module`, in eval mode, has inputs of the same names and is what the file is
-    compared with. Raises EvalmodeError where the graph, or the module, cannot be run on them.
+    `samples` map input names to arrays. Without them, inputs are generated that fit the types and
+    shapes in the graph. `module`, in eval mode, has inputs of the same names and is what the file
+    is compared with. Raises EvalmodeError if the graph, or the module, cannot run on them.
     """
-    inputs = list(_inputs(graph.proto))
-    axes = _axes(inputs)
-    given = [_given(sample, inputs) for sample in samples] if samples else [_made(inputs, axes)]
+    # An initializer is the default of the input with its name: no caller has to pass that one.
+    defaults = {tensor.name for tensor in graph.proto.graph.initializer}
+    inputs = [value for value in graph.proto.graph.input if value.name not in defaults]
+    axes = _axes_of(inputs)
+    if samples:
+        tensors = [_to_tensors(sample, inputs) for sample in samples]
+    else:
+        tensors = [_generate(inputs, axes)]
     session = open_session(path)
 
     def run(sample: Sample) -> dict[str, Tensor]:
-        return _run(session, sample)
+        answers = session.run({name: tensor.numpy() for name, tensor in sample.items()})
+        # Texts and sequences cannot be compared, and are left out.
+        return {
+            name: torch.from_numpy(answer)
+            for name, answer in answers.items()
+            if isinstance(answer, np.ndarray) and answer.dtype.kind in "fiub"
+        }
 
-    for sample in given:
-        run(sample)  # what is refused here is told in the runtime's words
+    for sample in tensors:
+        run(sample)  # inputs that do not fit are refused here, in the runtime's words
     if module is not None:
-        _require_same_answers(module, given[0], [output.name for output in session.outputs])
+        _require_module_fits(module, tensors[0], [output.name for output in session.outputs])
     return Subject(
         module=module,
         graph=graph,
         file=path,
-        evidence=evidence_of(run, given, axes),
+        evidence=evidence_of(run, tensors, axes),
     )
 
 
-def _require_same_answers(module: nn.Module, sample: Sample, outputs: Sequence[str]) -> None:
+def _require_module_fits(module: nn.Module, sample: Sample, outputs: Sequence[str]) -> None:
+    """Raise UnusableInputs unless the module runs on the sample and has as many outputs."""
     kind = type(module).__name__
     try:
         with plain_forward():
@@ -77,52 +90,43 @@ def _require_same_answers(module: nn.Module, sample: Sample, outputs: Sequence[s
         )
 
 
-def _run(session: Session, sample: Sample) -> dict[str, Tensor]:
-    answers = session.run({name: tensor.numpy() for name, tensor in sample.items()})
-    numbers = {name: answer for name, answer in answers.items() if isinstance(answer, np.ndarray)}
-    return {
-        name: torch.from_numpy(answer)
-        for name, answer in numbers.items()
-        if answer.dtype.kind in "fiub"
-    }
+def _axes_of(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
+    """The dynamic axes of the inputs, by the names that they have in the graph.
 
-
-def _inputs(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
-    """What a caller gives: the inputs that no initializer stands in for."""
-    defaults = {tensor.name for tensor in model.graph.initializer}
-    return (value for value in model.graph.input if value.name not in defaults)
-
-
-def _axes(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
-    """The axes that have no size in the graph, by the names that they have there.
-
-    The batch is an axis that is called so. Where none is, it is the first axis of all inputs whose
-    first axis varies.
+    The batch is an axis with one of the usual names. If there is none, it is the first axis of all
+    inputs whose first axis is dynamic.
     """
-    named: dict[str, dict[int, str]] = {}
+    names: dict[str, dict[int, str]] = {}  # by input and index
     for value in inputs:
-        sizes = value.type.tensor_type.shape.dim
-        named[value.name] = {
-            place: size.dim_param or f"{value.name}_{place}"
-            for place, size in enumerate(sizes)
-            if not _is_fixed(size)
-        }
-    labels = [axis for places in named.values() for axis in places.values()]
-    rows = {axis for axis in labels if axis.lower() in _BATCH_NAMES}
-    if not rows:
-        rows = {places[0] for places in named.values() if 0 in places}
-        if len(rows) > 1 and not all(axis.endswith("_0") for axis in rows):
-            rows = set()
-    return {
-        name: {place: BATCH if axis in rows else axis for place, axis in places.items()}
-        for name, places in named.items()
-    }
+        names[value.name] = {}
+        for index, size in enumerate(value.type.tensor_type.shape.dim):
+            # A negative size stands for any size, as in ONNX Runtime.
+            if not (size.HasField("dim_value") and size.dim_value >= 0):
+                names[value.name][index] = size.dim_param or f"{value.name}_{index}"
+
+    batch_names = set()
+    for axes in names.values():
+        batch_names |= {name for name in axes.values() if name.lower() in _BATCH_NAMES}
+    if not batch_names:
+        batch_names = {axes[0] for axes in names.values() if 0 in axes}
+        # First axes of different names, given in the graph, may be different things.
+        if len(batch_names) > 1 and not all(name.endswith("_0") for name in batch_names):
+            batch_names = set()
+    for axes in names.values():
+        for index, name in axes.items():
+            if name in batch_names:
+                axes[index] = BATCH
+    return names
 
 
-def _given(sample: Mapping[str, Any], inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, Tensor]:
+def _to_tensors(
+    sample: Mapping[str, Any], inputs: Sequence[onnx.ValueInfoProto]
+) -> dict[str, Tensor]:
+    """A user's sample as tensors by input name. Raises UnusableInputs if the names differ."""
     names = [value.name for value in inputs]
     if not isinstance(sample, Mapping):  # a tuple, or one array
-        sample = dict(zip(names, sample if isinstance(sample, tuple) else (sample,), strict=False))
+        arrays = sample if isinstance(sample, tuple) else (sample,)
+        sample = dict(zip(names, arrays, strict=False))
     if set(sample) != set(names):
         raise UnusableInputs(
             f"the inputs are {', '.join(names)}, given are {', '.join(map(str, sample))}"
@@ -130,35 +134,44 @@ def _given(sample: Mapping[str, Any], inputs: Sequence[onnx.ValueInfoProto]) -> 
     return {name: torch.as_tensor(sample[name]) for name in names}
 
 
-def _is_fixed(size: onnx.TensorShapeProto.Dimension) -> bool:
-    """Whether an axis has one size; a negative one stands for any, as in ONNX Runtime."""
-    return size.HasField("dim_value") and size.dim_value >= 0
-
-
-def _made(inputs: Sequence[onnx.ValueInfoProto], axes: Axes) -> dict[str, Tensor]:
+def _generate(inputs: Sequence[onnx.ValueInfoProto], axes: Axes) -> dict[str, Tensor]:
+    """Inputs of the right types and shapes: normal floats, and integers and booleans of 0 and 1,
+    which are valid indices of most tables. Always the same ones.
+    """
     generator = np.random.default_rng(0)
-    made = {}
+    tensors = {}
     for value in inputs:
-        kind = value.type.tensor_type
+        tensor_type = value.type.tensor_type
         try:
-            dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            dtype = helper.tensor_dtype_to_np_dtype(tensor_type.elem_type)
         except KeyError:
             dtype = np.dtype(object)
         if not value.type.HasField("tensor_type") or dtype.kind not in "biuf":
             raise UnusableInputs(
-                f"input {value.name} is no tensor of numbers that NumPy has: nothing can be made up"
-                " for it"
+                f"input {value.name} is no tensor of numbers that NumPy has: no values can be"
+                " generated for it"
             )
-        shape = [
-            {None: size.dim_value, BATCH: _BATCH_ROWS}.get(axes[value.name].get(place), _SIZE)
-            for place, size in enumerate(kind.shape.dim)
-        ]
-        if max([*shape, math.prod(shape)]) > _MOST_MADE:
+
+        shape = []
+        for index, size in enumerate(tensor_type.shape.dim):
+            axis = axes[value.name].get(index)
+            if axis is None:
+                shape.append(size.dim_value)
+            elif axis == BATCH:
+                shape.append(_BATCH_SIZE)
+            else:
+                shape.append(_AXIS_SIZE)
+        # Each size is tested as well: a size of 0 makes the product 0.
+        if max([*shape, math.prod(shape)]) > _MAX_GENERATED:
             raise UnusableInputs(
-                f"input {value.name} has shape {shape}, which is too large to be made up: at most"
-                f" {_MOST_MADE:,} elements are"
+                f"input {value.name} has shape {shape}, which is too large to generate: the limit"
+                f" is {_MAX_GENERATED:,} elements"
             )
-        floats = np.issubdtype(dtype, np.floating)
-        numbers = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
-        made[value.name] = torch.from_numpy(np.asarray(numbers).astype(dtype))
-    return made
+
+        numbers: np.ndarray[Any, Any]
+        if np.issubdtype(dtype, np.floating):
+            numbers = np.asarray(generator.standard_normal(shape))
+        else:
+            numbers = np.asarray(generator.integers(0, 2, shape))
+        tensors[value.name] = torch.from_numpy(numbers.astype(dtype))
+    return tensors

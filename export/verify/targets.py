@@ -1,7 +1,4 @@
-"""Which files and bundles the paths of a command line mean. Opens none of them.
-
-Knows no rule.
-"""
+"""Find the files and bundles that the paths of a command line name. None of them is opened."""
 
 from __future__ import annotations
 
@@ -18,16 +15,14 @@ SUFFIX = ".onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A file or a bundle's folder to verify; `problem` is the sentence that says why it cannot
-    be.
-    """
+    """A file or a bundle's folder to verify; `problem` is the sentence why it cannot be."""
 
     path: Path
     problem: str = ""
 
     @property
     def bytes(self) -> int:
-        """The size of its ONNX file, as far as it can be told without opening it."""
+        """The size of its ONNX file; 0 if it cannot be read from the file system."""
         file = self.path / MODEL_FILE if self.path.is_dir() else self.path
         try:
             return file.stat().st_size
@@ -36,45 +31,45 @@ class Target:
 
 
 def find_targets(paths: Iterable[Path]) -> tuple[Target, ...]:
-    """Every file and bundle that is meant, each once, in the order of their paths.
+    """All files and bundles that the paths name, each once, sorted by path.
 
-    A folder with a manifest is a bundle; another one is searched, at any depth, for bundles and
-    .onnx files. Hidden files and folders are not looked at unless they are named. What is not
-    there, and a folder that holds nothing, is a target with a problem.
+    A folder with a manifest is a bundle. Any other folder is searched, at any depth, for bundles
+    and .onnx files; hidden files and folders are skipped there. A folder that holds nothing is a
+    target with a problem.
     """
-    found: dict[str, Target] = {}
+    targets: dict[str, Target] = {}
     for path in paths:
-        for target in _meant_by(path):
-            found.setdefault(os.path.abspath(target.path), target)
-    return tuple(sorted(found.values(), key=lambda target: target.path.parts))
-
-
-def _meant_by(path: Path) -> Iterator[Target]:
-    if not path.is_dir() or is_bundle(path):
-        yield _target(path)
-        return
-    inside = [*_search(path)]
-    yield from inside or [Target(path=path, problem=f"{path} holds no {SUFFIX} file and no bundle")]
+        if not path.is_dir() or is_bundle(path):
+            inside = [_target(path)]
+        else:
+            inside = list(_search(path))
+            if not inside:
+                problem = f"{path} holds no {SUFFIX} file and no bundle"
+                inside = [Target(path=path, problem=problem)]
+        for target in inside:
+            targets.setdefault(os.path.abspath(target.path), target)
+    return tuple(sorted(targets.values(), key=lambda target: target.path.parts))
 
 
 def _search(folder: Path) -> Iterator[Target]:
-    unread: list[OSError] = []
-    for here, folders, files in os.walk(folder, onerror=unread.append):
+    errors: list[OSError] = []
+    for parent, folders, files in os.walk(folder, onerror=errors.append):
         visible = [name for name in folders if not name.startswith(".")]
-        bundles = [name for name in visible if is_bundle(Path(here, name))]
-        # os.walk goes where this list says
+        bundles = [name for name in visible if is_bundle(Path(parent, name))]
+        # os.walk enters the folders that this list names: not bundles, whose model is theirs.
         folders[:] = [name for name in visible if name not in bundles]
         models = [
             name for name in files if name.lower().endswith(SUFFIX) and not name.startswith(".")
         ]
-        yield from (_target(Path(here, name)) for name in (*bundles, *models))
-    for error in unread:
-        yield Target(
-            path=Path(error.filename), problem=f"{error.filename} cannot be read: {error.strerror}"
-        )
+        for name in (*bundles, *models):
+            yield _target(Path(parent, name))
+    for error in errors:
+        problem = f"{error.filename} cannot be read: {error.strerror}"
+        yield Target(path=Path(error.filename), problem=problem)
 
 
 def _target(path: Path) -> Target:
     # A pipe or a device may have no end.
-    odd = path.exists() and not (path.is_file() or path.is_dir())
-    return Target(path=path, problem=f"{path} is neither a file nor a folder" if odd else "")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return Target(path=path, problem=f"{path} is neither a file nor a folder")
+    return Target(path=path)

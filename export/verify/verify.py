@@ -1,8 +1,21 @@
-"""Verify a bundle or a bare .onnx file: what the graph alone can show, and for a bundle that it is
-whole and repeats.
+"""Verify a bundle or a bare .onnx file by the rules that can run without the training code.
 
-The rules that need the trained module ran at export; a bundle's certificate carries their records.
-Knows neither formats nor exit codes.
+How the records of a bare file arise, rule by rule:
+
+1. An excluded rule has no record.
+2. If inputs were asked for, the rules that run the file run in a child process (`guarded`).
+3. A rule that the graph alone is enough for is checked here.
+4. Any other rule is not applicable, with the reason.
+
+How the records of a bundle arise:
+
+1. An excluded rule has no record.
+2. The rules of the graph are checked anew here, and those that replay known answers in a child.
+3. For any other rule the record of the certificate counts, from the day of the export.
+4. A rule without any of these is not applicable.
+
+The verdict over all records: fail if any rule failed, else unproven if any is unproven or none
+passed, else pass.
 """
 
 from __future__ import annotations
@@ -16,7 +29,7 @@ from evalmode.bundle.manifest import MODEL_FILE
 from evalmode.bundle.store import find_bundle, open_bundle
 from evalmode.errors import EvalmodeError
 from evalmode.export.graph import ModelUnreadable, open_graph, read_graph
-from evalmode.export.rules.registry import RULES, Needs, Rule
+from evalmode.export.rules.registry import RULES, Needs
 from evalmode.export.rules.subject import Subject
 from evalmode.export.verify import guarded
 from evalmode.export.verify.options import DEFAULTS, Options
@@ -25,11 +38,11 @@ from evalmode.export.verify.targets import Target
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was found in one file or bundle: by the rules that ran now, and by those that ran when
-    it was exported.
+    """The records of one file or bundle.
 
-    `file` is the ONNX file itself, of a bundle too. `records` also holds a record for each rule
-    that does not apply. `excluded` names the rules that nobody asked for.
+    `file` is the ONNX file, of a bundle too. `records` are those of the rules that were checked
+    now, and of the rules that are not applicable. `certified` are those of the certificate that
+    still count. `excluded` names the rules that were left out on request.
     """
 
     path: Path
@@ -40,14 +53,12 @@ class Verified:
 
     @property
     def all_records(self) -> tuple[Record, ...]:
-        """The records of now and of then."""
+        """The records of now, then those of the certificate."""
         return (*self.records, *self.certified)
 
     @property
     def verdict(self) -> Verdict:
-        """Fail when any rule failed, now or then, else unproven when any is, or when no rule
-        passed, else pass.
-        """
+        """Fail if any rule failed, else unproven if any is or none passed, else pass."""
         return overall(self.all_records)
 
 
@@ -63,7 +74,7 @@ Examined = Verified | Unreadable
 
 
 def examine(target: Target, options: Options = DEFAULTS) -> Examined:
-    """Verify a target; what cannot be read is an answer too, and no exception."""
+    """Verify a target. One that cannot be read is a result, too, and no exception."""
     if target.problem:
         return Unreadable(path=target.path, why=target.problem)
     try:
@@ -73,10 +84,13 @@ def examine(target: Target, options: Options = DEFAULTS) -> Examined:
 
 
 def verify(path: Path, options: Options = DEFAULTS) -> Verified:
-    """Check a bare .onnx file, or a bundle (its folder, or a folder that holds one), by all but the
-    excluded rules.
+    """Check a bare .onnx file, a bundle's folder, or a folder that holds one bundle.
 
     Raises ModelUnreadable or BundleError for what cannot be read at all.
+
+    Example:
+        verified = verify(Path("model.onnx"), Options(excluded=["opaque-op"]))
+        print(verified.verdict)
     """
     try:
         if path.is_dir():
@@ -84,7 +98,7 @@ def verify(path: Path, options: Options = DEFAULTS) -> Verified:
         return _verify_file(path, options)
     except (EvalmodeError, ImportError):
         raise
-    except Exception as error:  # a file may be malformed in ways that no one has listed
+    except Exception as error:  # a file may be malformed in ways that no list has
         reason = " ".join(str(error).split()) or "it gives no reason"
         kind = type(error).__name__
         raise ModelUnreadable(f"{path} cannot be examined: {kind}: {reason}") from error
@@ -92,13 +106,25 @@ def verify(path: Path, options: Options = DEFAULTS) -> Verified:
 
 def _verify_file(path: Path, options: Options) -> Verified:
     subject = Subject(graph=open_graph(path), file=path)
-    run: set[Needs] = set()  # what the rules need that run the file
+    needs_of_a_run: set[Needs] = set()
     if options.samples is not None:
-        run = {Needs.RUN} if options.module is None else {Needs.RUN, Needs.COMPARISON}
+        needs_of_a_run.add(Needs.RUN)
+        if options.module is not None:
+            needs_of_a_run.add(Needs.COMPARISON)
+
+    # The graph comes first: its records count also for a file that cannot be run.
     rules = [rule for rule in RULES if rule.name not in options.excluded]
-    # The structure first: it must be told of a file that cannot be run, too.
-    records = {rule.name: _seen(rule, subject) for rule in rules if rule.needs not in run}
-    if running := [rule for rule in rules if rule.needs in run]:
+    records: dict[str, Record] = {}
+    for rule in rules:
+        if rule.needs in needs_of_a_run:
+            continue
+        if subject.has(rule.needs):
+            records[rule.name] = rule.check(subject)
+        else:
+            records[rule.name] = rule.not_applicable(subject)
+
+    running = [rule for rule in rules if rule.needs in needs_of_a_run]
+    if running:
         records |= guarded.run_file(subject, running, options)
     return Verified(
         path=path,
@@ -108,14 +134,12 @@ def _verify_file(path: Path, options: Options) -> Verified:
     )
 
 
-def _seen(rule: Rule, subject: Subject) -> Record:
-    return rule.check(subject) if subject.has(rule.needs) else rule.not_applicable(subject)
-
-
 def _verify_bundle(path: Path, options: Options) -> Verified:
     bundle = open_bundle(path)
     assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
     subject = Subject(graph=read_graph(bundle.model, name=str(path)), bundle=bundle)
+
+    # What is checked again now replaces the certificate's record.
     rules = [rule for rule in RULES if rule.name not in options.excluded]
     rerun = {rule.name for rule in rules if subject.has(rule.needs)}
     certified = tuple(
@@ -123,17 +147,22 @@ def _verify_bundle(path: Path, options: Options) -> Verified:
         for record in bundle.certificate.records
         if record.rule not in rerun and record.rule not in options.excluded
     )
-    known = {record.rule for record in certified}
+    certified_rules = {record.rule for record in certified}
+
     records: dict[str, Record] = {}
     for rule in rules:
-        if rule.name in rerun and rule.needs is Needs.GRAPH:
-            records[rule.name] = rule.check(subject)
-        elif rule.needs is Needs.AUDIT and rule.name not in known:
-            records[rule.name] = rule.not_applicable(subject)
-        elif rule.name not in rerun | known:
-            why = "the bundle's certificate has no record of it"
-            records[rule.name] = Record.not_applicable(rule.name, why)
-    if running := [rule for rule in rules if rule.needs is Needs.BUNDLE]:
+        if rule.name in rerun:
+            if rule.needs is Needs.GRAPH:
+                records[rule.name] = rule.check(subject)
+        elif rule.name not in certified_rules:
+            if rule.needs is Needs.AUDIT:  # a certificate has such a record only after an audit
+                records[rule.name] = rule.not_applicable(subject)
+            else:
+                why = "the bundle's certificate has no record of it"
+                records[rule.name] = Record.not_applicable(rule.name, why)
+
+    running = [rule for rule in rules if rule.needs is Needs.BUNDLE]
+    if running:
         records |= guarded.run_bundle(subject, running, options)
     return Verified(
         path=path,
@@ -145,4 +174,5 @@ def _verify_bundle(path: Path, options: Options) -> Verified:
 
 
 def _in_order(names: Collection[str]) -> tuple[str, ...]:
+    """The names of rules in the order of the registry."""
     return tuple(rule.name for rule in RULES if rule.name in names)

@@ -74,7 +74,7 @@ def unrolls(x: Tensor) -> Tensor:
     [
         (
             Computes(chooses),
-            "its way depends on numbers that are computed",
+            "its code branches on numbers that are computed",
             "if x.sum() > 0.5:",
             "torch.where",
         ),

@@ -160,7 +160,7 @@ def test_an_input_that_the_caller_leaves_out_is_absent_in_the_function() -> None
 def test_a_function_does_not_see_the_names_of_the_graph_that_calls_it() -> None:
     inner = helper.make_function("my", "f", ["x"], ["y"], [DROP], OPSETS)
     with pytest.raises(
-        ModelUnreadable, match="the input 'm' of the node 'call/my:f/drop' is made by nothing"
+        ModelUnreadable, match="the input 'm' of the node 'call/my:f/drop' is defined by nothing"
     ):
         graph_of(model_of(call("x"), initializers=(ON,), functions=(inner,)))
 

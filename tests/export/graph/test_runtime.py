@@ -46,7 +46,7 @@ ABORTS = model(
 
 
 def test_the_answer_is_the_runtimes_own() -> None:
-    answer = runtime.computed(SUM)
+    answer = runtime.compute(SUM)
     assert answer is not None
     assert (answer.dtype, answer.shape, int(answer)) == (np.int32, (), 2**31 - 1), "it saturates"
 
@@ -66,30 +66,30 @@ def test_the_answer_is_the_runtimes_own() -> None:
 def test_what_the_runtime_refuses_or_rounds_is_undecided_and_the_child_goes_on(
     refused: onnx.ModelProto,
 ) -> None:
-    assert runtime.computed(refused) is None
-    assert runtime.computed(SUM) is not None
+    assert runtime.compute(refused) is None
+    assert runtime.compute(SUM) is not None
 
 
 def test_a_child_that_ended_is_replaced() -> None:
-    assert runtime.computed(SUM) is not None
+    assert runtime.compute(SUM) is not None
     process = runtime._child._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert runtime.computed(SUM) is not None
+    assert runtime.compute(SUM) is not None
     assert runtime._child._process is not process
 
 
 def test_a_graph_on_which_the_runtime_aborts_is_undecided() -> None:
-    runtime.computed(ABORTS)  # undecided, or empty where this runtime does not abort
-    assert runtime.computed(SUM) is not None
+    runtime.compute(ABORTS)  # undecided, or empty where this runtime does not abort
+    assert runtime.compute(SUM) is not None
 
 
 def test_a_child_that_hangs_is_ended_by_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runtime.computed(SUM) is not None
+    assert runtime.compute(SUM) is not None
     process = runtime._child._process
     assert process is not None
     monkeypatch.setattr(runtime, "TIME_S", 0.2)
     os.kill(process.pid, signal.SIGSTOP)
-    assert runtime.computed(SUM) is None
+    assert runtime.compute(SUM) is None
     assert process.returncode == -signal.SIGKILL

@@ -77,22 +77,25 @@ W = numpy_helper.from_array(np.ones(2, np.float32), "w")
     [
         (
             model_of(node("Relu", "z", "y", name="n")),
-            "the input 'z' of the node 'n' is made by nothing",
+            "the input 'z' of the node 'n' is defined by nothing",
         ),
-        (model_of(node("Relu", "x", "z")), "the output 'y' of the main graph is made by nothing"),
+        (
+            model_of(node("Relu", "x", "z")),
+            "the output 'y' of the main graph is defined by nothing",
+        ),
         (
             model_of(
                 node("Add", "x b", "a", name="n"), node("Relu", "a", "b"), node("Relu", "a", "y")
             ),
             (
-                "the input 'b' of the node 'n' is made only later: the nodes are not sorted, or"
+                "the input 'b' of the node 'n' is defined only later: the nodes are not sorted, or"
                 " form a cycle"
             ),
         ),
         (
             model_of(node("Add", "x y", "y", name="n")),
             (
-                "the input 'y' of the node 'n' is made only later: the nodes are not sorted, or"
+                "the input 'y' of the node 'n' is defined only later: the nodes are not sorted, or"
                 " form a cycle"
             ),
         ),
@@ -167,7 +170,10 @@ def test_a_name_that_a_body_reads_from_outside_and_then_defines_is_refused() -> 
             (function("f", node("Relu", "x", "y"), inputs="x x"),),
             "the function my:f names an input twice",
         ),
-        ((function("f", node("Relu", "x", "z")),), "the output 'y' of f_0/my:f is made by nothing"),
+        (
+            (function("f", node("Relu", "x", "z")),),
+            "the output 'y' of f_0/my:f is defined by nothing",
+        ),
         (
             (function("f", node("Relu", "x", "y"), inputs=""),),
             "the node 'f_0' has 1 inputs, its function takes 0",
@@ -224,21 +230,24 @@ def test_a_thousand_functions_inside_one_another_are_refused() -> None:
     [
         (
             tensor(data_type=1, dims=[4], raw_data=b"abc"),
-            "the tensor 'w' has 3 bytes, its shape [4] wants 16",
+            "the tensor 'w' has 3 bytes, its shape [4] needs 16",
         ),
         (
             tensor(data_type=1, dims=[2**40, 2**40]),
-            f"the tensor 'w' has 0 bytes, its shape [{2**40}, {2**40}] wants",
+            f"the tensor 'w' has 0 bytes, its shape [{2**40}, {2**40}] needs",
         ),
         (tensor(data_type=1, dims=[-1], raw_data=b"abcd"), "the tensor 'w' has shape [-1]"),
         (
             tensor(data_type=999, dims=[1], raw_data=b"a"),
-            "the tensor 'w' has element type 999, which is none",
+            "the tensor 'w' has element type 999, which does not exist",
         ),
-        (tensor(dims=[1], raw_data=b"a"), "the tensor 'w' has element type 0, which is none"),
+        (
+            tensor(dims=[1], raw_data=b"a"),
+            "the tensor 'w' has element type 0, which does not exist",
+        ),
         (
             tensor(data_type=1, dims=[9], raw_data=bytes(5000)),
-            "the tensor 'w' has 5000 bytes, its shape [9] wants 36",
+            "the tensor 'w' has 5000 bytes, its shape [9] needs 36",
         ),
     ],
     ids=[
@@ -413,7 +422,7 @@ def beside(folder: Path, **entries: str) -> Path:
     [
         (
             {"location": "absent.bin"},
-            "the tensor 'w' is in the file 'absent.bin', which is not there",
+            "the tensor 'w' is in the file 'absent.bin', which does not exist",
         ),
         ({"location": "../weights.bin"}, "which is not a path below the model's folder"),
         ({"location": "/etc/hostname"}, "which is not a path below the model's folder"),
@@ -421,12 +430,12 @@ def beside(folder: Path, **entries: str) -> Path:
         ({"location": "a\0b"}, "which is not a path below the model's folder"),
         ({"location": "out.bin"}, "which leads out of the model's folder"),
         ({"location": "around/and/around"}, "which cannot be read"),
-        ({"location": "folder"}, "which is no file"),
-        ({"offset": "4"}, "the tensor 'w' wants bytes 4 to 12 of"),
-        ({"offset": "-1"}, "the tensor 'w' wants bytes -1 to 7 of"),
-        ({"length": "9"}, "the tensor 'w' wants bytes 0 to 9 of"),
-        ({"length": "4"}, "the tensor 'w' has 4 bytes, its shape [2] wants 8"),
-        ({"length": "-2"}, "the tensor 'w' wants bytes 0 to -2 of"),
+        ({"location": "folder"}, "which is not a regular file"),
+        ({"offset": "4"}, "the tensor 'w' needs bytes 4 to 12 of"),
+        ({"offset": "-1"}, "the tensor 'w' needs bytes -1 to 7 of"),
+        ({"length": "9"}, "the tensor 'w' needs bytes 0 to 9 of"),
+        ({"length": "4"}, "the tensor 'w' has 4 bytes, its shape [2] needs 8"),
+        ({"length": "-2"}, "the tensor 'w' needs bytes 0 to -2 of"),
         ({"offset": "zero"}, "the tensor 'w' has an offset or a length that is no number"),
         ({"location": "x" * 5000}, "which cannot be read"),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
 from evalmode.export.report import text
-from evalmode.export.report.report import FailOn, Report, findings_of, plain, told
+from evalmode.export.report.report import FailOn, Report, findings_of, plain, sentence
 from evalmode.export.verify.verify import Examined, Unreadable, Verified
 
 TORN = Unreadable(path=Path("torn.onnx"), why="torn.onnx is torn")
@@ -145,8 +145,8 @@ def test_in_a_file_of_its_own_the_text_says_why_a_file_is_unreadable() -> None:
 
 
 def test_a_finding_without_a_fix_or_a_place_is_a_sentence() -> None:
-    assert told(finding(Severity.ERROR, node="", fix="")) == "(Op-1): it is so."
-    assert told(finding(Severity.ERROR, node="", op="", why="it is so.", fix="")) == "it is so."
+    assert sentence(finding(Severity.ERROR, node="", fix="")) == "(Op-1): it is so."
+    assert sentence(finding(Severity.ERROR, node="", op="", why="it is so.", fix="")) == "it is so."
 
 
 @pytest.mark.parametrize(

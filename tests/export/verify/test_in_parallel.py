@@ -39,12 +39,12 @@ def test_answers_come_in_the_order_of_the_targets_however_long_each_takes(tmp_pa
             assert answer.verdict is (Verdict.FAIL if place % 2 else Verdict.PASS)
 
 
-def test_nobody_enters_a_budget_that_is_spent_but_one_who_comes_alone() -> None:
+def test_an_amount_waits_for_the_budget_and_one_above_it_is_granted_alone() -> None:
     budget = _Budget(10)
     entered, leave, order = threading.Event(), threading.Event(), list[str]()
 
     def enter(name: str, amount: int) -> None:
-        with budget.spent(amount):
+        with budget.reserved(amount):
             order.append(name)
             entered.set()
             assert leave.wait(10)

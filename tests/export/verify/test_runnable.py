@@ -99,7 +99,7 @@ def test_inputs_that_the_file_does_not_read_leave_its_rules_unproven(
     assert all(why in str(record.findings[0]) for record in records.values())
 
 
-def test_nothing_is_made_up_for_texts(tmp_path: Path) -> None:
+def test_no_texts_are_generated(tmp_path: Path) -> None:
     texts = saved(tmp_path, node("StringNormalizer", "x"), kind=TensorProto.STRING, shape=("n",))
     assert {record.verdict for record in judged(texts).values()} == {Verdict.UNPROVEN}
 
@@ -120,11 +120,11 @@ def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
     [
         (TensorProto.BFLOAT16, (2,), "input x is no tensor of numbers that NumPy has"),
         (999, (2,), "input x is no tensor of numbers that NumPy has"),
-        (TensorProto.FLOAT, (1 << 40,), "which is too large to be made up"),
+        (TensorProto.FLOAT, (1 << 40,), "which is too large to generate"),
     ],
     ids=["bfloat16", "an unknown type", "huge"],
 )
-def test_what_no_input_can_be_made_up_for_is_said(
+def test_a_type_or_shape_for_which_no_input_can_be_generated_is_named(
     kind: int, shape: tuple[int, ...], said: str, tmp_path: Path
 ) -> None:
     records = judged(saved(tmp_path, node("Identity", "x"), kind=kind, shape=shape))

@@ -207,7 +207,7 @@ def outside() -> onnx.TensorProto:
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
-        (outside(), "'weights.bin', which is not there"),
+        (outside(), "'weights.bin', which does not exist"),
         (
             TensorProto(name="m", data_type=TensorProto.FLOAT, dims=[4], raw_data=b"abc"),
             "has 3 bytes",
