@@ -38,7 +38,7 @@ def release_module(
     require_writable(root, name=name, version=version)
     module, samples = load_in_eval_mode(factory), load_samples(inputs)
     candidate = candidate_of(module, samples, dynamic_axes=dynamic_axes)
-    # Single rows, if the inputs have rows: the service compares its answers to those of one row.
+    # The known answers: one row each, if the inputs have rows.
     known_inputs: list[Tensors] = []
     for single_rows in candidate.evidence.rows.values():
         known_inputs += single_rows

@@ -1,9 +1,14 @@
-"""The bounds of a module's integer inputs: where an input is an index into a table, its values must
-be rows of that table.
+"""The bounds of a module's integer inputs: an input that indexes a table must hold valid indices.
 
-They are read from the traced program, where it is still known which of torch's operators indexes.
-`embedding` refuses a negative index and `table[ids]` counts it from the end; ONNX's Gather, which
-both become, counts all of them from the end.
+The bounds are read from the traced program, which still has torch's own operators. `embedding`
+refuses a negative index, and `table[ids]` counts it from the end. Both become ONNX's Gather, which
+counts it from the end.
+
+How they are found, node by node of the program:
+
+1. An integer input is an index of its own values (`_Ids`).
+2. Operators that only move values, or add whole numbers to them, pass the index on.
+3. An operator that indexes, or an assertion, bounds the index that it reads.
 """
 
 from __future__ import annotations
@@ -19,11 +24,11 @@ from torch import Tensor, fx
 from evalmode.bundle.manifest import Bound, PartOfAxis
 
 _ATEN = torch.ops.aten
-# Of the constants that are added to an index; a longer one would mean as many bounds.
-_LARGEST_CONSTANT = 256
+# Elements of a constant that is added to an index. Each element means a bound.
+_MAX_CONSTANT = 256
 _TO_THE_END = 2**63 - 1  # how torch writes a slice without an end
 
-# Operators that pass every value on. The axes stay, with new ones before them.
+# Operators that pass all values on and keep the axes; `expand` may add axes in front.
 _SAME_AXES = {
     _ATEN.alias.default,
     _ATEN.clone.default,
@@ -33,7 +38,7 @@ _SAME_AXES = {
     _ATEN.expand.default,
     _ATEN.lift_fresh_copy.default,
 }
-_OF_CONSTANTS = {
+_CONSTANT_OPERATORS = {
     _ATEN.alias.default,
     _ATEN.clone.default,
     _ATEN.detach.default,
@@ -47,7 +52,7 @@ _MOVED_AXES = {
     _ATEN.transpose.int,
     _ATEN.unsqueeze.default,
 }
-# These make other axes of them.
+# These pass all values on, but the axes of the input are not found again in the output.
 _OTHER_AXES = {
     _ATEN._unsafe_view.default,
     _ATEN.flatten.using_ints,
@@ -65,16 +70,15 @@ _SUMS = {_ATEN.add.Tensor, _ATEN.add.Scalar, _ATEN.sub.Tensor, _ATEN.sub.Scalar}
 _CASTS = {_ATEN._to_copy.default, _ATEN.to.dtype}
 _WIDE = {torch.int32, torch.int64}
 
-# Operators with an index into the first axis, and into one that is named: they refuse negative
-# indices.
-_OF_ROWS = {
+# Operators that index the first axis, and a named axis. They refuse negative indices.
+_ROW_LOOKUPS = {
     _ATEN.embedding.default,
     _ATEN.embedding_bag.default,
     _ATEN.embedding_bag.padding_idx,
     _ATEN._embedding_bag.default,
     _ATEN._embedding_bag_forward_only.default,
 }
-_ALONG_AN_AXIS = {
+_AXIS_LOOKUPS = {
     _ATEN.gather.default,
     _ATEN.index_select.default,
     _ATEN.scatter.src,
@@ -84,8 +88,9 @@ _ALONG_AN_AXIS = {
     _ATEN.scatter_add.default,
     _ATEN.scatter_reduce.two,
 }
-_FROM_THE_END_TOO = {_ATEN.index.Tensor, _ATEN._unsafe_index.Tensor, _ATEN.index_put.default}
-# Comparisons with a number, and how far the least and the largest value that pass are from it.
+# These count negative indices from the end.
+_SIGNED_LOOKUPS = {_ATEN.index.Tensor, _ATEN._unsafe_index.Tensor, _ATEN.index_put.default}
+# Comparisons with a number: how far the smallest and the largest value that pass are from it.
 _COMPARISONS: dict[object, tuple[int | None, int | None]] = {
     _ATEN.ge.Scalar: (0, None),
     _ATEN.gt.Scalar: (1, None),
@@ -98,8 +103,9 @@ _COMPARISONS: dict[object, tuple[int | None, int | None]] = {
 class _Ids:
     """Values of the input `name`, each plus `offset`.
 
-    `axes` are the axes of the input that those of the tensor are, None for an axis of another kind;
-    no tuple at all once they are not known. `part` holds what was selected of the input's axes.
+    `axes` has, for each axis of the tensor, the axis of the input that it is, or None for a new
+    axis. It is None as a whole once the axes are not known. `part` has the selected range
+    [start, stop) of the input's axes, by axis.
     """
 
     name: str
@@ -115,8 +121,8 @@ _Part = tuple[PartOfAxis, ...]
 def index_bounds(program: torch.export.ExportedProgram) -> dict[str, tuple[Bound, ...]]:
     """The bounds of each integer input of a traced program that is an index, by the input's name.
 
-    Only what passes values on is followed, and sums with whole numbers: an index that is computed
-    otherwise gives no bound, and neither does one inside a branch or a loop.
+    Only operators that pass values on, and sums with whole numbers, are followed. An index that is
+    computed otherwise gives no bound, nor does one inside a branch or a loop.
     """
     values: _Values = {}
     bounds: dict[tuple[str, _Part], Bound] = {}
@@ -128,12 +134,15 @@ def index_bounds(program: torch.export.ExportedProgram) -> dict[str, tuple[Bound
                 for axis, (start, stop) in sorted(ids.part.items())
             )
             bound = bounds.get((ids.name, part), Bound(part=part))
-            least = [] if minimum is None else [minimum - ids.offset]
-            largest = [] if maximum is None else [maximum - ids.offset]
-            least += [] if bound.minimum is None else [bound.minimum]
-            largest += [] if bound.maximum is None else [bound.maximum]
+            # The stricter one of the earlier bound and this one, in values of the input itself.
+            minima = [] if bound.minimum is None else [bound.minimum]
+            maxima = [] if bound.maximum is None else [bound.maximum]
+            if minimum is not None:
+                minima.append(minimum - ids.offset)
+            if maximum is not None:
+                maxima.append(maximum - ids.offset)
             bounds[ids.name, part] = Bound(
-                minimum=max(least, default=None), maximum=min(largest, default=None), part=part
+                minimum=max(minima, default=None), maximum=min(maxima, default=None), part=part
             )
 
     constants = _constants(program)
@@ -147,46 +156,48 @@ def index_bounds(program: torch.export.ExportedProgram) -> dict[str, tuple[Bound
             continue
         target = node.target
         arguments: Any = node.args
-        if target in _OF_ROWS:
-            limit(arguments[1], 0, _last(arguments[0], 0))
-        elif target in _ALONG_AN_AXIS:
-            limit(arguments[2], 0, _last(arguments[0], arguments[1]))
-        elif target in _FROM_THE_END_TOO:
+        if target in _ROW_LOOKUPS:
+            limit(arguments[1], 0, _last_index(arguments[0], 0))
+        elif target in _AXIS_LOOKUPS:
+            limit(arguments[2], 0, _last_index(arguments[0], arguments[1]))
+        elif target in _SIGNED_LOOKUPS:
             for axis, index in enumerate(arguments[1]):
                 if index is not None and index.meta["val"].dtype is torch.bool:
                     break  # a mask may stand for several axes
-                if (last := _last(arguments[0], axis)) is not None:
+                if (last := _last_index(arguments[0], axis)) is not None:
                     limit(index, -last - 1, last)
         elif target is _ATEN.all.default and not node.users:
             limit(*_asserted(node))
-        if passed_on := _passed_on(node, values, constants):
+        passed_on = _passed_on(node, values, constants)
+        if passed_on:
             values[node] = passed_on
-    named: dict[str, tuple[Bound, ...]] = {}
+
+    bounds_by_input: dict[str, tuple[Bound, ...]] = {}
     for (name, _), bound in bounds.items():
-        named[name] = (*named.get(name, ()), bound)
-    return named
+        bounds_by_input[name] = (*bounds_by_input.get(name, ()), bound)
+    return bounds_by_input
 
 
 def _constants(program: torch.export.ExportedProgram) -> dict[fx.Node, Tensor]:
     """The small whole numbers that the program adds to something, by the node that holds them."""
     signature = program.graph_signature
-    held = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    sources = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     contents = {**program.state_dict, **program.constants}
     constants: dict[fx.Node, Tensor] = {}
     for node in program.graph.nodes:
         arguments: Any = node.args
         constant = None
         if node.op == "placeholder":
-            constant = contents.get(held.get(node.name, ""))
+            constant = contents.get(sources.get(node.name, ""))
         elif node.target is _ATEN.scalar_tensor.default:
             # The number may be a size that varies.
             constant = torch.tensor(arguments[0]) if isinstance(arguments[0], int) else None
-        elif node.target in _OF_CONSTANTS and arguments[0] in constants:
+        elif node.target in _CONSTANT_OPERATORS and arguments[0] in constants:
             constant = node.target(constants[arguments[0]], *arguments[1:])
         if (
             isinstance(constant, Tensor)
             and _is_integer(constant)
-            and constant.numel() <= _LARGEST_CONSTANT
+            and constant.numel() <= _MAX_CONSTANT
         ):
             constants[node] = constant
     return constants
@@ -195,7 +206,7 @@ def _constants(program: torch.export.ExportedProgram) -> dict[fx.Node, Tensor]:
 def _passed_on(
     node: fx.Node, values: _Values, constants: Mapping[fx.Node, Tensor]
 ) -> tuple[_Ids, ...]:
-    """What a node passes on of the inputs; nothing where its values are others."""
+    """The values of inputs that a node passes on; none if its output has other values."""
     target = node.target
     arguments: Any = node.args
     if target in _JOINS:
@@ -216,7 +227,7 @@ def _passed_on(
 
 
 def _moved(ids: _Ids, node: fx.Node) -> _Ids | None:
-    """What an operator of one tensor passes on."""
+    """The values that an operator of one tensor passes on."""
     target: Any = node.target
     more: tuple[Any, ...] = node.args[1:]
     if target in _CASTS:
@@ -229,13 +240,14 @@ def _moved(ids: _Ids, node: fx.Node) -> _Ids | None:
         added = node.meta["val"].ndim - len(ids.axes)
         return replace(ids, axes=(None,) * added + ids.axes)
     if target in _MOVED_AXES:
-        # torch itself moves the axes of a tensor without values, of which each has its own size.
-        numbered = torch.empty([*range(2, len(ids.axes) + 2)], device="meta")
-        moved = target(numbered, *more).shape
-        axes = [None if size == 1 else ids.axes[size - 2] for size in moved]
+        # torch itself moves the axes, of a tensor without values whose sizes are all different:
+        # axis 0 has size 2, axis 1 size 3, and so on. A new axis has size 1.
+        marked = torch.empty([*range(2, len(ids.axes) + 2)], device="meta")
+        sizes = target(marked, *more).shape
+        axes = [None if size == 1 else ids.axes[size - 2] for size in sizes]
         return replace(ids, axes=tuple(axes))
     if target is _ATEN.select.int and isinstance(more[1], int):
-        return _without(_chosen(ids, more[0], more[1], more[1] + 1 or None), more[0])
+        return _drop_axis(_select(ids, more[0], more[1], more[1] + 1 or None), more[0])
     if target is _ATEN.slice.Tensor:
         defaults: tuple[Any, ...] = (0, None, None, 1)
         axis, start, stop, step = more + defaults[len(more) :]
@@ -246,7 +258,7 @@ def _moved(ids: _Ids, node: fx.Node) -> _Ids | None:
             if isinstance(size, int) and begin < 0:
                 begin = max(begin + size, 0)
             last = size if isinstance(size, int) else _TO_THE_END
-            return _chosen(ids, axis, begin, None if stop is None or stop >= last else stop)
+            return _select(ids, axis, begin, None if stop is None or stop >= last else stop)
     return None
 
 
@@ -255,37 +267,40 @@ def _piece(ids: _Ids, split: fx.Node, index: int) -> _Ids | None:
     more: Any = split.args[1:]
     if split.target is _ATEN.unbind.int:
         axis = more[0] if more else 0
-        return _without(_chosen(ids, axis, index, index + 1), axis)
+        return _drop_axis(_select(ids, axis, index, index + 1), axis)
     sizes, axis = more[0], more[1] if len(more) > 1 else 0
     if isinstance(sizes, int):
-        return _chosen(ids, axis, index * sizes, (index + 1) * sizes)
+        return _select(ids, axis, index * sizes, (index + 1) * sizes)
+    # The sizes of the pieces may vary.
     if isinstance(sizes, fx.Node) or not all(isinstance(size, int) for size in sizes[: index + 1]):
-        return None  # sizes that vary
-    return _chosen(ids, axis, sum(sizes[:index]), sum(sizes[: index + 1]))
+        return None
+    return _select(ids, axis, sum(sizes[:index]), sum(sizes[: index + 1]))
 
 
-def _chosen(ids: _Ids, place: int, start: int, stop: int | None) -> _Ids | None:
-    """The part [start, stop) of an axis; None for a part of a part, which is not followed."""
+def _select(ids: _Ids, dim: int, start: int, stop: int | None) -> _Ids | None:
+    """The part [start, stop) of axis `dim`; None for a part of a part, which is not followed."""
     if (start, stop) == (0, None):
         return ids
-    axis = None if ids.axes is None else ids.axes[place]
+    axis = None if ids.axes is None else ids.axes[dim]
     if axis is None or axis in ids.part:
         return None
     return replace(ids, part={**ids.part, axis: (start, stop)})
 
 
-def _without(ids: _Ids | None, place: int) -> _Ids | None:
-    """The same without one axis of the tensor."""
+def _drop_axis(ids: _Ids | None, dim: int) -> _Ids | None:
+    """The same values in a tensor without axis `dim`."""
     if ids is None or ids.axes is None:
         return None
     axes = list(ids.axes)
-    del axes[place]
+    del axes[dim]
     return replace(ids, axes=tuple(axes))
 
 
 def _sum(node: fx.Node, values: _Values, constants: Mapping[fx.Node, Tensor]) -> tuple[_Ids, ...]:
-    """The sum or difference of an input and whole numbers: one number, or one for each place of the
-    last axis (columns that share a table, each with its own rows).
+    """The values of a sum or a difference of an input and whole numbers.
+
+    Either one number, or one for each position of the last axis: columns that share a table, each
+    with its own rows.
     """
     arguments: Any = node.args
     first, second = arguments[:2]
@@ -310,17 +325,18 @@ def _sum(node: fx.Node, values: _Values, constants: Mapping[fx.Node, Tensor]) ->
         return ()
     columns = []
     for ids in values[first]:
-        for place, offset in enumerate(offsets):
-            if (column := _chosen(ids, -1, place, place + 1)) is not None:
+        for position, offset in enumerate(offsets):
+            column = _select(ids, -1, position, position + 1)
+            if column is not None:
                 columns.append(replace(column, offset=ids.offset + offset))
     return tuple(columns)
 
 
 def _asserted(node: fx.Node) -> tuple[object, int | None, int | None]:
-    """What an assertion demands of all values: the node they are of, the least and the largest.
+    """What an assertion demands of all values of a node: the node, the minimum and the maximum.
 
-    The exporter takes assertions out and leaves what they ask behind, which nothing reads then:
-    `one_hot` asserts that its classes exist.
+    The exporter removes an assertion but leaves its condition, which no other node then reads:
+    `one_hot` asserts so that its classes exist. All three are None for any other condition.
     """
     comparison: Any = node.args[0]
     if comparison.target in _COMPARISONS:
@@ -332,7 +348,7 @@ def _asserted(node: fx.Node) -> tuple[object, int | None, int | None]:
     return None, None, None
 
 
-def _last(source: Any, axis: Any) -> int | None:
+def _last_index(source: Any, axis: Any) -> int | None:
     """The last index of an axis; None where its size varies."""
     size = source.meta["val"].shape[axis]
     return size - 1 if isinstance(size, int) else None

@@ -162,10 +162,10 @@ class _Runner:
             is_first_run = not self._has_run
             self._has_run = True
             request = pickle.dumps(run)
-            replies: list[_Reply] = []
+            replies: list[_Reply] = []  # those from before the child is lost count, too
             try:
                 for message in self.child.ask(request, time_s=time_s, memory_bytes=memory_bytes):
-                    replies.append(_parse(message))  # noqa: PERF401 - what came before a loss counts
+                    replies.append(_parse(message))  # noqa: PERF401
             except ChildLost as loss:
                 self._has_run = False
                 # An earlier file may have left damage, or taken the memory, that ended the child.
