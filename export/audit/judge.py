@@ -426,12 +426,7 @@ def _measure(
     reports = []
     for number, (effect, figures) in enumerate(zip(effects, all_figures, strict=True), start=1):
         if eval_factor is not None and effect.balance:
-            effect = Effect(
-                balance=effect.balance,
-                additive=effect.additive,
-                scale=eval_factor / effect.balance,
-                rounding=effect.rounding,
-            )
+            effect = replace(effect, scale=eval_factor / effect.balance)
         kind = verdicts.name_kind(effect, figures, case.candidate.p)
         reason = effect.remark
         if kind is Kind.INCONCLUSIVE and effect.direction is not None:

@@ -272,9 +272,10 @@ def name_mistake(s: float, e: float, keep_rate: float, interval: Interval, p: fl
     if p is not None and interval[0] <= 1 - p <= interval[1]:
         k, tolerance = 1 - p, _NAME_TOLERANCE
     else:
-        # The error of a measured rate enters k^2 twice.
-        k = keep_rate
-        tolerance = max(_NAME_TOLERANCE, 2 * (interval[1] - interval[0]) / keep_rate)
+        k, tolerance = keep_rate, _NAME_TOLERANCE
+        # The error of a measured rate enters k^2 twice. Few draws of a tiny rate may keep nothing.
+        if keep_rate > 0:
+            tolerance = max(tolerance, 2 * (interval[1] - interval[0]) / keep_rate)
     if abs(ratio * k * k - 1) <= tolerance:
         return Kind.SCALED_TWICE
     return Kind.WRONG_RATE if ratio > 1 else Kind.WRONG_SCALE

@@ -203,9 +203,11 @@ def output_tensors(prepared: PreparedRequest, answers: Sequence[Tensors]) -> lis
         # could depend on the number of rows, and so could the last bit.
         rows = [softmax(answer[LOGITS][0].tolist()) for answer in answers]
         labels = model.labels or ()
-        tensors[_PROBABILITIES] = np.array(rows, dtype=np.float64)
-        tensors[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
-    if prepared.truncated is not None:
+        if _PROBABILITIES in from_logits:
+            tensors[_PROBABILITIES] = np.array(rows, dtype=np.float64)
+        if _LABEL in from_logits:
+            tensors[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
+    if prepared.truncated is not None and _TRUNCATED in derived_names:
         tensors[_TRUNCATED] = np.array(prepared.truncated, dtype=np.bool_)
 
     written: list[OutputTensor] = []

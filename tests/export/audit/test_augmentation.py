@@ -104,6 +104,24 @@ def test_spans_that_become_zeros_are_augmentation_where_the_module_says_so(
     assert result.record.verdict is Verdict.PASS
 
 
+@pytest.mark.parametrize("with_layer", [False, True], ids=["mask alone", "mask and layer"])
+def test_one_mask_of_zeros_is_augmentation_with_and_without_a_layer_in_the_module(
+    with_layer: bool,
+) -> None:
+    class TimeMasking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8) if with_layer else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            return x.masked_fill(spans(*x.shape[:2])[..., None], 0) if self.training else x
+
+    result = audited(TimeMasking())
+    assert kinds(result) == [Kind.AUGMENTED]
+    assert [finding.severity for finding in result.record.findings] == [Severity.WARNING]
+
+
 def test_spans_that_become_zeros_fail_where_no_name_says_augmentation() -> None:
     assert audited(Plain()).record.verdict is Verdict.FAIL
 

@@ -19,6 +19,7 @@ from evalmode.export.audit.verdicts import REPORTS, name_mistake
         (1.0, 0.49, 0.7, None, Kind.SCALED_TWICE),
         (0.7, 1.0, 0.7, 0.3, Kind.WRONG_SCALE),
         (1 / 0.8, 1.0, 0.2, 0.2, Kind.WRONG_RATE),
+        (2.0, 1.0, 0.0, 0.5, Kind.WRONG_RATE),
     ],
 )
 def test_a_gap_is_named_by_its_mistake(
