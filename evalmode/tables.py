@@ -21,7 +21,7 @@ from evalmode.bundle.store import Bundle
 
 if TYPE_CHECKING:
     from evalmode.export.audit.site import Site
-    from evalmode.model.data import DataSet
+    from evalmode.model.data_set import DataSet
 
 NAMED = 10  # classes that are named; of more, only the number is said
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from evalmode.atomic_files import write_file
-from evalmode.model.texts import DataError, Texts
+from evalmode.model.data_set import DataError, Texts
 
 REQUIREMENTS = Path(__file__).with_name("languages-requirements.txt")
 

@@ -21,12 +21,13 @@ from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
 from evalmode.model.batches import encode
 from evalmode.model.config import TrainConfig
-from evalmode.model.data import DataSet, open_data
+from evalmode.model.data import open_data
+from evalmode.model.data_set import DataSet
 from evalmode.model.languages import letterless
 from evalmode.model.learner import Learner
 from evalmode.model.metrics import predict
 from evalmode.model.resume import FOLDER, STATE_FILE, RunMismatch, WholeFiles
-from evalmode.model.train import Result, _prepare, fit
+from evalmode.model.train import Result, fit, prepare
 from tests.model.conftest import WORDS, small_run, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -329,7 +330,7 @@ def test_rows_that_were_left_out_take_their_ids_along_and_no_others(data, tmp_pa
         csv.writer(file).writerows([("text", "label"), *rows, *twins, *rare, ("elm elk", "rare")])
     config = small_run(path, frontend=frontend)
     shown: list[DataSet] = []
-    run = _prepare(config, cache=tmp_path, show_data=shown.append)
+    run = prepare(config, cache=tmp_path, show_data=shown.append)
     (used,) = shown
     assert used.reading is not None
     assert used.reading.left_out["duplicate"] >= 60 - 9
