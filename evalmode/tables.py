@@ -20,7 +20,7 @@ from evalmode.bundle.store import Bundle
 
 if TYPE_CHECKING:
     from evalmode.export.audit.site import Site
-    from evalmode.model.data import DataSet
+    from evalmode.model.data_set import DataSet
 
 # Of a longer list, the first are named and the rest counted: a table fits on a screen.
 MAX_NAMES = 10

@@ -234,8 +234,8 @@ def _described(record: Mapping[str, Any]) -> tuple[TransformerConfig, FrontEndSp
         frontend = _frontend.validate_json(json.dumps(record[part]), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join((part, *map(str, first["loc"])))
-        raise ValueError(f"{place}: {first['msg']}") from error
+        key = ".".join((part, *map(str, first["loc"])))
+        raise ValueError(f"{key}: {first['msg']}") from error
 
     labels = record["labels"]
     if not all(isinstance(text, str) for text in (*labels, *record["sample_texts"])):

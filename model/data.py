@@ -1,57 +1,59 @@
-"""Labelled texts, from the default data set or a user's file, cleaned and split.
+"""Labelled texts from the default data set or from a user's file, cleaned and split in three parts.
 
-A row goes to test, validation or train by a hash of its text, so the split needs no seed, and a row
-keeps its place when others are added. Texts that the model reads alike count as one. Knows nothing
-of tensors or training.
+How a file becomes a data set, in `read_file`:
+
+1. `reading/` opens the file by its ending and reads two columns. For CSV and TSV see
+   `reading/csv_tsv.py`.
+2. Rows without a text or a label are left out.
+3. Texts that the model reads alike count as one text: the first row stays. Where their labels
+   differ, all of their rows are left out.
+4. A hash of its text sends each row to test, validation or train. So the split needs no seed, and a
+   row stays in its part when others are added.
+5. A label without training rows moves to the training part with all of its rows.
+
+Knows nothing of tensors or training.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
 from evalmode.model import languages
-from evalmode.model.reading.source import PIECE, Columns, shown
+from evalmode.model.data_set import (
+    CONTRADICTORY,
+    DUPLICATE,
+    EMPTY_LABEL,
+    EMPTY_TEXT,
+    HEADER_AGAIN,
+    DataError,
+    DataSet,
+    Reading,
+    Texts,
+)
+from evalmode.model.reading.source import PIECE, Columns, shortened
 from evalmode.model.reading.table import open_table
-from evalmode.model.texts import DataError, Texts
 
 LANGUAGES = "languages"
-LETTERLESS_ROWS = (
-    1_500  # a fiftieth of the training rows: enough that a text without letters gets even scores
-)
-TEXT_COLUMNS = (
-    "text",
-    "sentence",
-    "content",
-    "review",
-    "title",
-    "question",
-    "document",
-    "message",
-    "utterance",
-    "query",
-)
-LABEL_COLUMNS = (
-    "label",
-    "labels",
-    "language",
-    "lang",
-    "class",
-    "category",
-    "target",
-    "intent",
-    "sentiment",
-    "topic",
-)
-FEWEST_ROWS = 30
-# What other dialects enclose values in.
+# Texts without letters in the default data set. They are a fiftieth of the training rows, which is
+# enough for a model that gives such texts even scores.
+LETTERLESS_ROWS = 1_500
+
+# Names of columns that need no flag, in the order of preference.
+TEXT_COLUMNS: tuple[str, ...] = ("text", "sentence", "content", "review", "title")
+TEXT_COLUMNS += ("question", "document", "message", "utterance", "query")
+LABEL_COLUMNS: tuple[str, ...] = ("label", "labels", "language", "lang", "class")
+LABEL_COLUMNS += ("category", "target", "intent", "sentiment", "topic")
+
+# Fewer usable rows leave two or three rows to validate with and to test with.
+MIN_ROWS = 30
+
+# Opening and closing marks in which other dialects enclose values.
 QUOTATION_MARKS = (
     ('"', '"'),
     ("'", "'"),
@@ -62,121 +64,20 @@ QUOTATION_MARKS = (
     ("\u00ab", "\u00bb"),
 )
 
-# Why rows are left out, in the order in which they are shown.
-HEADER_AGAIN, EMPTY_TEXT, EMPTY_LABEL = "header again", "empty text", "empty label"
-DUPLICATE, CONTRADICTORY = "duplicate", "contradictory"
-
-# Composition takes a time quadratic in a run of combining marks: 54 s for 240,000 of them, and
-# 20 ms for these. Longer texts that differ in their composition only are found by their ids.
+# Composing a run of combining marks takes quadratic time: 54 s for 240,000 of them, and 20 ms for
+# these. Longer texts that differ only in their composition are recognised by their ids.
 _COMPOSED_POINTS = 4_096
 
-# A sentence names no more columns: JSON lines may have thousands of keys.
-_NAMED_COLUMNS = 20
-# Control and format characters, such as the zero-width space, and variation selectors.
-_INVISIBLE = re.compile(
-    "[\0-\x08\x0e-\x1b\x7f\xad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
-    "\ufe00-\ufe0f\ufeff]"
-)
+# Columns that an error lists: JSON lines may have thousands of keys.
+_LISTED_COLUMNS = 20
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What was read of a source, and what was not used. For the user; no part of the data.
-
-    rows        rows read; used and left out together
-    left_out    reason -> rows
-    notes       what the user should know of how the file was read
-    """
-
-    source: str
-    rows: int
-    text_column: str | None = None
-    label_column: str | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def leaving_out(self, counts: Mapping[str, int]) -> Reading:
-        """The same with more rows left out."""
-        total = {
-            reason: self.left_out.get(reason, 0) + counts.get(reason, 0)
-            for reason in (HEADER_AGAIN, EMPTY_TEXT, EMPTY_LABEL, DUPLICATE, CONTRADICTORY)
-        }
-        return replace(self, left_out={reason: rows for reason, rows in total.items() if rows})
-
-    def __str__(self) -> str:
-        """Such as "40 of 161 rows are used (120 contradictory, 1 empty text left out)"."""
-        used = self.rows - sum(self.left_out.values())
-        reasons = ", ".join(f"{rows:,} {reason}" for reason, rows in self.left_out.items())
-        counts = f"{used:,} of {self.rows:,} rows are used"
-        return f"{counts} ({reasons} left out)" if reasons else counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSet:
-    """Labelled texts in three parts, and texts without a label for training and validation.
-
-    `labels` is sorted; a label's place in it is its index. The parts share no text. `reading` is
-    None where the texts were not read from anywhere.
-    """
-
-    name: str
-    labels: tuple[str, ...]
-    train: Texts
-    validation: Texts
-    test: Texts
-    unlabelled: tuple[str, ...] = ()
-    unlabelled_validation: tuple[str, ...] = ()
-    reading: Reading | None = None
-
-    @cached_property
-    def similar_labels(self) -> list[tuple[str, ...]]:
-        """Groups of labels that differ only in capitals, blanks, composition, or characters that
-        nobody sees. They are classes of their own, and may be meant as one.
-        """
-        groups: dict[str, list[str]] = defaultdict(list)
-        for label in self.labels:
-            groups[_appearance(label)].append(label)
-        return [tuple(group) for group in groups.values() if len(group) > 1]
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of all the texts and labels, in their order."""
-        parts = [self.train, self.validation, self.test, _without_labels(self.unlabelled)]
-        if self.unlabelled_validation:
-            parts.append(_without_labels(self.unlabelled_validation))
-        digest = hashlib.sha256()
-        for part in parts:
-            # As json.dumps([part.texts, part.labels]), without a copy of all the texts. Characters
-            # are escaped one by one, so a long text can be written in pieces.
-            for opening, strings in ((b"[[", part.texts), (b"], [", part.labels)):
-                digest.update(opening)
-                for number, string in enumerate(strings):
-                    digest.update(b', "' if number else b'"')
-                    for start in range(0, len(string), PIECE):
-                        digest.update(json.dumps(string[start : start + PIECE])[1:-1].encode())
-                    digest.update(b'"')
-            digest.update(b"]]")
-        return digest.hexdigest()
-
-
-def _without_labels(texts: tuple[str, ...]) -> Texts:
-    return Texts(texts, ("",) * len(texts))
-
-
-def _appearance(label: str) -> str:
-    """What a person sees of a label: without capitals, with single blanks and composed."""
-    if len(label) > _COMPOSED_POINTS:  # no name of a class
-        return label
-    visible = _INVISIBLE.sub("", label)
-    # Folding may undo a composition, and composition may bring a capital.
-    folded = unicodedata.normalize("NFC", visible).casefold()
-    return " ".join(unicodedata.normalize("NFC", folded).split())
-
-
 def composed(text: str) -> bytes:
-    """What texts have in common that any front end reads alike: the sha256 of their composed form
-    (NFC).
+    """The sha256 of a text's composed form (NFC), which is the same for texts that look the same.
+
+    Every front end reads two texts of one composed form alike.
     """
     form = unicodedata.normalize("NFC", text[:_COMPOSED_POINTS])
     digest = hashlib.sha256(form.encode("utf-8", "surrogatepass"))
@@ -194,8 +95,9 @@ def open_data(
     separator: str | None = None,
     identity: Callable[[str], bytes] = composed,
 ) -> DataSet:
-    """`languages`, kept in `cache`, or the file of that name. Raises DataError with one sentence on
-    what to mend.
+    """The data set `languages`, stored in the folder `cache`, or that of the file `source`.
+
+    Raises DataError with one sentence that says what to change. For a file see `read_file`.
     """
     if source != LANGUAGES:
         return read_file(
@@ -205,14 +107,12 @@ def open_data(
             separator=separator,
             identity=identity,
         )
-    for flag, value in (
-        ("text_column", text_column),
-        ("label_column", label_column),
-        ("separator", separator),
-    ):
+
+    options = {"text_column": text_column, "label_column": label_column, "separator": separator}
+    for name, value in options.items():
         if value is not None:
             raise DataError(
-                f"{flag}={value!r} is about a file, and the data is {LANGUAGES!r}: leave it away"
+                f"{name}={value!r} applies to files only, and the data is {LANGUAGES!r}: remove it"
             )
     parts = languages.load(cache)
     return DataSet(
@@ -236,86 +136,189 @@ def read_file(
 ) -> DataSet:
     """The texts of a CSV, TSV, JSONL or Parquet file, each text once, split 80/10/10.
 
-    Rows without a text or a label are left out. Texts with one `identity` are one text: the first
-    is used, and none where their labels differ. Its composed form decides the part, so the split is
-    the same for every front end. See `tell_apart` for what only a tokenizer shows.
+    Texts with the same `identity` count as one text. The part of a row depends on the composed
+    form of its text, so the split is the same for every front end. Only a trained tokenizer shows
+    that some texts are alike: see `tell_apart`.
 
-    Raises DataError, naming the file and the column, row or value, when it cannot be read or
-    trained on.
+    Raises DataError, naming the file and the column, row or value, for a file that cannot be read
+    or that cannot be trained on.
     """
     with open_table(path, separator=separator) as table:
-        text = _column(
-            path,
-            table.names,
-            text_column,
-            usual=TEXT_COLUMNS,
-            flag="--text-column",
-            taken=label_column,
-        )
-        label = _column(
-            path, table.names, label_column, usual=LABEL_COLUMNS, flag="--label-column", taken=text
-        )
-        columns = table.read(text=text, label=label)
-    texts, labels, empty = _filled(path, columns, label)
-    keys = [identity(value) for value in texts]
-    numbers, repeated = _distinct(keys, labels)
+        names = table.names
+        text_name, label_name = text_column, label_column
+        if text_name is None:
+            text_name = _usual_column(path, names, TEXT_COLUMNS, "--text-column", label_name)
+        _require_column(path, names, text_name, "--text-column")
+        if label_name is None:
+            label_name = _usual_column(path, names, LABEL_COLUMNS, "--label-column", text_name)
+        _require_column(path, names, label_name, "--label-column")
+        columns = table.read(text=text_name, label=label_name)
+
+    texts, labels, empty_counts = _filled_rows(path, columns, label_name)
+    kept_rows, repeated_counts = _distinct_rows([identity(text) for text in texts], labels)
+
     notes = list(columns.notes)
-    for column, values in ((text, texts), (label, labels)):
-        if column not in columns.marked:
-            notes += _notes_on_marks(values, column=column)
+    for name, values in ((text_name, texts), (label_name, labels)):
+        if name not in columns.marked:  # else the format has a note on this column already
+            notes += _quotation_notes(values, column=name)
     reading = Reading(
         source=str(path),
         rows=len(columns.texts) + columns.headers,
-        text_column=text,
-        label_column=label,
+        text_column=text_name,
+        label_column=label_name,
         notes=tuple(notes),
-    ).leaving_out({HEADER_AGAIN: columns.headers} | empty | repeated)
+    )
+    reading = reading.leaving_out({HEADER_AGAIN: columns.headers} | empty_counts | repeated_counts)
+
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
-    for number in numbers:
-        tenth = int.from_bytes(composed(texts[number])[:4], "big") % 10
-        part = "test" if tenth == 0 else "validation" if tenth == 1 else "train"
-        parts[part].append((texts[number], labels[number]))
+    for row in kept_rows:
+        tenth = int.from_bytes(composed(texts[row])[:4], "big") % 10
+        name = {0: "test", 1: "validation"}.get(tenth, "train")
+        parts[name].append((texts[row], labels[row]))
     return _data_set(path.name, parts, reading)
 
 
 def tell_apart(data: DataSet, keys: Mapping[str, Sequence[Hashable]]) -> DataSet:
-    """`data` without the rows that the model reads as it reads others; `data` itself without such.
+    """`data` without the rows that the model reads like others; `data` itself if there are none.
 
-    keys: part -> what the model reads of each text. Before a tokenizer is trained on the training
-    rows, only equal forms of a text are known to be alike. Afterwards two texts may turn out to
-    have the same ids, as when they differ only after what the model reads. Then the first of them
-    in the order train, validation, test stays, and none where their labels differ.
+    keys: name of the part -> what the model reads of each of its texts, such as its ids.
+
+    Before the tokenizer is trained on the training rows, only the composed forms of texts can be
+    compared. Afterwards two texts may turn out to have the same ids, for example when they differ
+    only behind the last token that the model reads. Then the first of them stays, in the order
+    train, validation, test. Where their labels differ, none stays.
     """
-    parts = {"train": data.train, "validation": data.validation, "test": data.test}
-    places = [(name, number) for name, part in parts.items() for number in range(len(part.texts))]
-    labels = [label for part in parts.values() for label in part.labels]
-    numbers, repeated = _distinct([key for name in parts for key in keys[name]], labels)
-    if len(numbers) == len(places):
+    rows = []
+    row_keys: list[Hashable] = []
+    for name, part in data.parts.items():
+        rows += [(name, *row) for row in zip(part.texts, part.labels, strict=True)]
+        row_keys += keys[name]
+    kept_rows, repeated_counts = _distinct_rows(row_keys, [label for _, _, label in rows])
+    if len(kept_rows) == len(rows):
         return data
-    rows: dict[str, list[tuple[str, str]]] = {name: [] for name in parts}
-    for name, number in (places[number] for number in numbers):
-        rows[name].append((parts[name].texts[number], parts[name].labels[number]))
-    assert data.reading is not None, "a data set that was read says so"
-    reading = data.reading.leaving_out(repeated)
+
+    parts: dict[str, list[tuple[str, str]]] = {name: [] for name in data.parts}
+    for row in kept_rows:
+        name, text, label = rows[row]
+        parts[name].append((text, label))
+    assert data.reading is not None, "a data set that comes from a source has a reading"
     return replace(
-        _data_set(data.name, rows, reading),
+        _data_set(data.name, parts, data.reading.leaving_out(repeated_counts)),
         unlabelled=data.unlabelled,
         unlabelled_validation=data.unlabelled_validation,
     )
 
 
+def _usual_column(
+    path: Path, names: Sequence[str], usual: Sequence[str], flag: str, excluded: str | None
+) -> str:
+    """The first usual name among `names`, in any capitals. Raises DataError if there is none."""
+    by_usual_name: dict[str, str] = {}
+    for name in names:
+        if name != excluded:
+            by_usual_name.setdefault(name.strip().lower(), name)
+    for name in usual:
+        if name in by_usual_name:
+            return by_usual_name[name]
+    raise DataError(
+        f"{path} has none of the usual columns ({', '.join(usual)}): name one with {flag}:"
+        f" {_listed(names)}"
+    )
+
+
+def _require_column(path: Path, names: Sequence[str], name: str, flag: str) -> None:
+    if name not in names:
+        raise DataError(f"{path} has no column {name!r}: {flag} can be one of {_listed(names)}")
+    if names.count(name) > 1:
+        raise DataError(
+            f"{path} has {names.count(name)} columns {name!r}: give each a different name"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    listed = ", ".join(shortened(name) for name in names[:_LISTED_COLUMNS])
+    if len(names) > _LISTED_COLUMNS:
+        listed += f" and {len(names) - _LISTED_COLUMNS:,} more"
+    return listed
+
+
+def _filled_rows(
+    path: Path, columns: Columns, label_column: str
+) -> tuple[list[str], list[str], dict[str, int]]:
+    """The texts and labels of the rows that have both, and the number of other rows by reason.
+
+    JSON can hold half of a surrogate pair, which is no character. In a text the front end reads it
+    as U+FFFD. A label with it is refused: no file could hold its name.
+    """
+    texts, labels = [], []
+    empty_counts = {EMPTY_TEXT: 0, EMPTY_LABEL: 0}
+    for text, label, number in zip(columns.texts, columns.labels, columns.numbers, strict=True):
+        if not text:
+            empty_counts[EMPTY_TEXT] += 1
+            continue
+        if not label:
+            empty_counts[EMPTY_LABEL] += 1
+            continue
+        try:
+            label.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}, {columns.unit} {number}: column {label_column!r} holds half of a"
+                f" surrogate pair ({shortened(label)}), which is no character: correct the label"
+            ) from error
+        if _SURROGATE.search(text):
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        texts.append(text)
+        labels.append(label)
+    return texts, labels, empty_counts
+
+
+def _distinct_rows(
+    keys: Sequence[Hashable], labels: Sequence[str]
+) -> tuple[list[int], dict[str, int]]:
+    """The first row of each key that has one label, and the number of other rows by reason.
+
+    A text with two labels teaches nothing: all of its rows are contradictory.
+    """
+    first_row: dict[Hashable, int] = {}
+    labels_of_key: dict[Hashable, set[str]] = defaultdict(set)
+    for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
+        first_row.setdefault(key, row)
+        labels_of_key[key].add(label)
+    kept_rows = [row for key, row in first_row.items() if len(labels_of_key[key]) == 1]
+    contradictory = sum(len(labels_of_key[key]) > 1 for key in keys)
+    duplicates = len(keys) - len(kept_rows) - contradictory
+    return kept_rows, {DUPLICATE: duplicates, CONTRADICTORY: contradictory}
+
+
+def _quotation_notes(values: Sequence[str], *, column: str) -> list[str]:
+    """A warning if all values of a column are enclosed in the same quotation marks, else none."""
+    for opening, closing in QUOTATION_MARKS:
+        if values and all(
+            len(value) > 1 and value[0] == opening and value[-1] == closing for value in values
+        ):
+            return [
+                f"all {len(values):,} values of column {column!r} are enclosed in {opening} and"
+                f" {closing}, which are part of the values: remove them if they only enclose"
+            ]
+    return []
+
+
 def _data_set(
     name: str, parts: Mapping[str, Sequence[tuple[str, str]]], reading: Reading
 ) -> DataSet:
-    """The rows as a data set; a label too rare to reach train goes there with all of its rows.
+    """The data set of (text, label) rows. Raises DataError if nothing can be trained or tested.
 
-    Raises DataError where nothing can be trained or tested with the rows.
+    A label that is too rare to reach the training part moves there with all of its rows: a class
+    that the model never saw can be neither validated nor tested.
     """
-    learned = {label for _, label in parts["train"]}
-    rows = {part: [pair for pair in pairs if pair[1] in learned] for part, pairs in parts.items()}
+    train_labels = {label for _, label in parts["train"]}
+    rows = {"train": list(parts["train"])}
     for part in ("validation", "test"):
-        rows["train"] += [pair for pair in parts[part] if pair[1] not in learned]
-    counts = Counter(label for pairs in rows.values() for _, label in pairs)
+        rows[part] = [row for row in parts[part] if row[1] in train_labels]
+        rows["train"] += [row for row in parts[part] if row[1] not in train_labels]
+
+    counts = Counter(label for part_rows in rows.values() for _, label in part_rows)
     source, column, total = reading.source, reading.label_column, sum(counts.values())
     if not total:
         raise DataError(
@@ -324,125 +327,37 @@ def _data_set(
         )
     if len(counts) < 2:
         raise DataError(
-            f"{source}: column {column!r} holds one class, {shown(next(iter(counts)))}, and a"
+            f"{source}: column {column!r} holds one class, {shortened(next(iter(counts)))}, and a"
             f" classifier needs at least 2 ({reading}): name another column with --label-column"
         )
     if max(counts.values()) == 1:
         raise DataError(
-            f"{source}: column {column!r} holds {total:,} classes in {total:,} rows, each of a"
-            " class of its own: name another column with --label-column"
+            f"{source}: column {column!r} holds {total:,} classes in {total:,} rows, so each class"
+            " has one row: name another column with --label-column"
         )
-    if total < FEWEST_ROWS:
+    if total < MIN_ROWS:
         raise DataError(
             f"{source} has {total} usable rows, too few to train on and to test with ({reading}):"
-            f" give at least {FEWEST_ROWS}, better some hundred"
+            f" give at least {MIN_ROWS}, better some hundred"
         )
     if not rows["validation"] or not rows["test"]:
         largest, most = counts.most_common(1)[0]
         raise DataError(
             f"{source}: {total:,} usable rows of {len(counts):,} classes leave none to test with,"
-            f" as the largest class, {shown(largest)}, has {most:,}: give more rows a class, or"
+            f" as the largest class, {shortened(largest)}, has {most:,}: give more rows a class, or"
             " name another column with --label-column"
         )
-    train, validation, test = (
-        Texts(tuple(text for text, _ in pairs), tuple(label for _, label in pairs))
-        for pairs in (rows["train"], rows["validation"], rows["test"])
-    )
+
+    texts = {}
+    for part, part_rows in rows.items():
+        texts[part] = Texts(
+            tuple(text for text, _ in part_rows), tuple(label for _, label in part_rows)
+        )
     return DataSet(
         name=name,
         labels=tuple(sorted(counts)),
-        train=train,
-        validation=validation,
-        test=test,
+        train=texts["train"],
+        validation=texts["validation"],
+        test=texts["test"],
         reading=reading,
     )
-
-
-def _column(
-    path: Path,
-    names: Sequence[str],
-    chosen: str | None,
-    *,
-    usual: Sequence[str],
-    flag: str,
-    taken: str | None,
-) -> str:
-    """The column that the flag names, or the first usual one, whatever its capitals."""
-    known = ", ".join(map(shown, names[:_NAMED_COLUMNS]))
-    if len(names) > _NAMED_COLUMNS:
-        known += f" and {len(names) - _NAMED_COLUMNS:,} more"
-    if chosen is None:
-        folded: dict[str, str] = {}
-        for name in names:
-            if name != taken:
-                folded.setdefault(name.strip().lower(), name)
-        chosen = next((folded[name] for name in usual if name in folded), None)
-        if chosen is None:
-            raise DataError(
-                f"{path} has none of the usual columns ({', '.join(usual)}): name one with {flag}:"
-                f" {known}"
-            )
-    if chosen not in names:
-        raise DataError(f"{path} has no column {chosen!r}: {flag} can be one of {known}")
-    if names.count(chosen) > 1:
-        raise DataError(
-            f"{path} has {names.count(chosen)} columns {chosen!r}: give each a name of its own"
-        )
-    return chosen
-
-
-def _filled(
-    path: Path, columns: Columns, label_column: str
-) -> tuple[list[str], list[str], dict[str, int]]:
-    """The texts and labels of the rows that have both; and how many rows have not.
-
-    Half of a surrogate pair, which JSON can hold, is no character: in a text it is read as the
-    front end reads it, and a label with one is refused, as nothing could write it.
-    """
-    texts, labels = [], []
-    empty = {EMPTY_TEXT: 0, EMPTY_LABEL: 0}
-    for text, label, number in zip(columns.texts, columns.labels, columns.numbers, strict=True):
-        if not text or not label:
-            empty[EMPTY_LABEL if text else EMPTY_TEXT] += 1
-            continue
-        try:
-            label.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{path}, {columns.unit} {number}: column {label_column!r} holds half of a"
-                f" surrogate pair ({shown(label)}), which is no character: mend the label"
-            ) from error
-        if _SURROGATE.search(text):
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        texts.append(text)
-        labels.append(label)
-    return texts, labels, empty
-
-
-def _notes_on_marks(values: Sequence[str], *, column: str) -> tuple[str, ...]:
-    """A warning where every value of a column is enclosed in the same quotation marks."""
-    for opening, closing in QUOTATION_MARKS:
-        if values and all(
-            len(value) > 1 and value[0] == opening and value[-1] == closing for value in values
-        ):
-            return (
-                f"all {len(values):,} values of column {column!r} are enclosed in {opening} and"
-                f" {closing}, which are part of the values: remove them if they only enclose",
-            )
-    return ()
-
-
-def _distinct(keys: Sequence[Hashable], labels: Sequence[str]) -> tuple[list[int], dict[str, int]]:
-    """The numbers of the first row of each key that has one label, and how many rows are left out.
-
-    A text with two labels teaches nothing, and its rows are contradictory.
-    """
-    first: dict[Hashable, int] = {}
-    labels_of: dict[Hashable, set[str]] = defaultdict(set)
-    for number, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        first.setdefault(key, number)
-        labels_of[key].add(label)
-    numbers = [number for key, number in first.items() if len(labels_of[key]) == 1]
-    contradictory = sum(len(labels_of[key]) > 1 for key in keys)
-    duplicates = len(keys) - len(numbers) - contradictory
-    return numbers, {DUPLICATE: duplicates, CONTRADICTORY: contradictory}

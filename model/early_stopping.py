@@ -1,6 +1,4 @@
-"""The end of each epoch: its validation loss, the best weights so far, whether it is time to stop.
-Knows no files.
-"""
+"""The end of each epoch: its validation loss, the best weights so far, and early stopping."""
 
 from __future__ import annotations
 
@@ -17,21 +15,22 @@ from evalmode.model.metrics import fit_temperature, log_loss, predict, quality
 
 
 class Diverged(EvalmodeError):  # noqa: N818 - read as a sentence: "raise Diverged"
-    """The weights are lost: nothing that training went on with could be resumed."""
+    """The validation loss is not finite, so the weights are lost."""
 
 
 class Validation(lightning.Callback):
-    """Validates, remembers the weights of the lowest loss, and stops after `patience` epochs
-    without a lower one.
+    """Stores the weights of the lowest validation loss, and stops the training.
 
-    The loss is that at the best temperature, which is what the finished network will have: without
-    it, epochs that are right more often but too sure of themselves would lose to earlier ones.
-    Rows without a label count in the loss and not in the temperature. An epoch that lowers the loss
-    of the labelled rows alone is no better, but training goes on: early on, a network that says
-    nothing of any row does best on the others.
+    1. The loss is measured at the best temperature, as the finished network has it. Otherwise
+       epochs with a higher accuracy, but too high scores, would lose to earlier ones.
+    2. Rows without a label count in the loss, but not in the temperature.
+    3. A lower loss than ever before: the weights are the best ones.
+    4. Else, a lower loss of the labelled rows: training continues. At first, a network with even
+       scores for all rows has the lowest loss on rows without a label.
+    5. Else, the epoch counts against `patience`.
 
-    Every process validates all rows: they are few, and so all processes stop at the same epoch
-    without exchanging anything.
+    Every process validates all rows, which are few. So all stop at the same epoch without
+    communication.
     """
 
     def __init__(self, rows: Rows, *, spec: FrontEndSpec, patience: int) -> None:
@@ -43,15 +42,13 @@ class Validation(lightning.Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """A run that had run out of patience when it was killed must not go on."""
+        """Stop a resumed run whose patience was exhausted before it was killed."""
         trainer.should_stop = trainer.should_stop or self.waited >= self.patience
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Validate. Also after an epoch that the clock cut short: its weights may be the best there
-        are.
-        """
+        """Validate, even after an epoch that `max_minutes` cut short: it may be the best."""
         logits, labels = predict(_network(pl_module), self.rows, spec=self.spec), self.rows.labels
         is_labelled = labels != UNLABELLED
         scaled = logits / fit_temperature(logits[is_labelled], labels[is_labelled])
@@ -79,12 +76,12 @@ class Validation(lightning.Callback):
         self.best_labelled_loss = min(labelled_loss, self.best_labelled_loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to judge as this one would have."""
+        """The losses, counters and weights that a resumed run continues with."""
         names = ("best_loss", "best_labelled_loss", "waited", "epochs", "best_weights")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Judge on from there."""
+        """Continue with the losses, counters and weights of a saved state."""
         for name, value in state_dict.items():
             setattr(self, name, value)
 

@@ -1,7 +1,6 @@
-"""A first guess for the embedding table: what each id alone already says about the labels.
+"""A first guess for the embedding table: the evidence that each id gives for each label.
 
-With it the network starts about where a naive Bayes classifier ends. Knows nothing of training: it
-counts.
+With it the network starts about where a naive Bayes classifier ends.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from evalmode.model.batches import UNLABELLED, Rows
 
-SMOOTHING = 0.5  # rows that every id is imagined to have been seen in, beside those it was
+# Pseudo-count s of every id, spread evenly over the labels.
+SMOOTHING = 0.5
 
 
 def label_evidence(rows: Rows, *, vocabulary: int, labels: int) -> npt.NDArray[np.float64]:
@@ -39,7 +39,7 @@ def label_evidence(rows: Rows, *, vocabulary: int, labels: int) -> npt.NDArray[n
     )
     size = counts.sum(0)
     counts *= size.mean() / np.maximum(size, 1.0)
-    evidence = np.log(counts + SMOOTHING / labels)  # log p up to what centring takes away
+    evidence = np.log(counts + SMOOTHING / labels)  # log p, up to a constant that centring removes
     return evidence - evidence.mean(1, keepdims=True)
 
 

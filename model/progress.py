@@ -1,6 +1,4 @@
-"""What a person sees while a run trains: a bar with loss and accuracy, or a line an epoch where
-nobody watches.
-"""
+"""The progress of a training on the console: a bar with loss and accuracy, and a line an epoch."""
 
 from __future__ import annotations
 
@@ -17,13 +15,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-MEMORY = 0.98  # what is shown is a running mean over about 50 steps: a single batch says little
+# The figures are running means over about 50 steps: those of one batch are noise.
+MEMORY = 0.98
 
 
 class ShowProgress(lightning.Callback):
-    """Draws the bar on `console` when it is a terminal, and writes a line at the end of each epoch
-    in any case.
-    """
+    """Draws the bar if `console` is a terminal, and prints a line at the end of each epoch."""
 
     def __init__(self, console: Console, *, epochs: int) -> None:
         self.console, self.epochs = console, epochs
@@ -33,7 +30,7 @@ class ShowProgress(lightning.Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Open the bar, at the step where the run stands."""
+        """Open the bar at the current step: a resumed run starts in the middle."""
         if not (trainer.is_global_zero and self.console.is_terminal):
             return
         columns = (
@@ -56,9 +53,7 @@ class ShowProgress(lightning.Callback):
         outputs: Any,
         *_: Any,
     ) -> None:
-        """Move it by a step. The figures are read every 10th: on a GPU reading them waits for the
-        step.
-        """
+        """Update the bar every 10 steps: reading the figures waits for the step on a GPU."""
         if not trainer.is_global_zero or trainer.global_step % 10:
             return
         for name in ("loss", "accuracy"):
@@ -77,26 +72,26 @@ class ShowProgress(lightning.Callback):
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Say what the epoch has come to; comes after the callback that validates."""
+        """Print the figures of the epoch. This callback comes after the one that validates."""
         if trainer.is_global_zero:
             figures = self.means | {
                 name: float(value) for name, value in trainer.callback_metrics.items()
             }
-            shown = "  ".join(
-                f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()
-            )
-            self.console.print(f"{self._epoch(trainer)}  {shown}", highlight=False, soft_wrap=True)
+            line = self._epoch(trainer)
+            for name, value in figures.items():
+                line += f"  {name.replace('_', ' ')} {value:.3f}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Close the bar, at the step where the run ended."""
+        """Close the bar at the last step of the run."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=trainer.global_step)
         self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Close the bar too: a terminal left in the middle of one is no good to anybody."""
+        """Close the bar: an open one leaves the terminal without a cursor."""
         self._close()
 
     def _close(self) -> None:

@@ -92,7 +92,7 @@ class WholeFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class KeepState(lightning.Callback):
+class SaveState(lightning.Callback):
     """Saves every `steps` steps and at the end of each epoch, with the record of the run.
 
     It must come after the callbacks whose state it keeps.

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from evalmode.bundle.frontend import BpeSpec, FrontEndSpec, NgramSpec
 from evalmode.model.config import TrainConfig
-from evalmode.model.data import LANGUAGES, DataSet
+from evalmode.model.data import LANGUAGES
+from evalmode.model.data_set import DataSet
 
 PADDING, START = "[PAD]", "[START]"
 # What a tokenizer learns of one text. The model reads 128 tokens: a text that fits is longer only

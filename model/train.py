@@ -1,8 +1,11 @@
-"""From a configuration to a finished checkpoint: data, network, Lightning's loop, temperature,
-figures.
+"""A training from its configuration to its checkpoint.
 
-The same configuration gives the same bytes on the same machine, also when the run was killed and
-resumed. Knows nothing of the command line.
+1. `prepare` reads the data, trains the front end and encodes the texts.
+2. `train_network` runs Lightning's loop, saves the state, and resumes a killed run.
+3. `finish` fits the temperature, measures the three parts and makes the checkpoint.
+
+The same configuration gives the same bytes on the same machine, also if the run was killed and
+resumed. The defaults, such as the number of epochs, are in config.py.
 """
 
 from __future__ import annotations
@@ -29,20 +32,16 @@ from rich.console import Console
 from torch import Tensor
 
 import evalmode
-from evalmode.bundle.frontend import (
-    FrontEnd,
-    FrontEndSpec,
-    NgramFrontEnd,
-    NgramSpec,
-    open_frontend,
-)
+from evalmode.bundle.frontend import FrontEndSpec, NgramFrontEnd, NgramSpec, open_frontend
 from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
-from evalmode.model.batches import UNLABELLED, Batches, Rows, encode, joined
+from evalmode.model.batches import UNLABELLED, Batches, Rows
 from evalmode.model.checkpoint import Checkpoint, CheckpointError, HeldOut
 from evalmode.model.config import TrainConfig, TransformerConfig
-from evalmode.model.data import LANGUAGES, DataSet, composed, open_data, tell_apart
+from evalmode.model.data import LANGUAGES, composed, open_data
+from evalmode.model.data_set import DataSet
 from evalmode.model.early_stopping import Diverged, Validation
+from evalmode.model.encoding import drop_twins, encode_parts
 from evalmode.model.informed_table import informed_table
 from evalmode.model.learner import Learner, step_seed
 from evalmode.model.metrics import (
@@ -59,7 +58,7 @@ from evalmode.model.resume import (
     BEGIN_ANEW,
     FOLDER,
     STATE_FILE,
-    KeepState,
+    SaveState,
     StateNotWritten,
     WholeFiles,
     check_folder,
@@ -68,21 +67,24 @@ from evalmode.model.resume import (
     remove_run,
     require_same,
 )
-from evalmode.model.texts import Texts
 from evalmode.model.tokenizer_training import NGRAM_VOCABULARY, choose_frontend
 from evalmode.model.transformer import Transformer
 from evalmode.model.unlabelled import with_unlabelled
 
-ROWS_TO_SHOW, FEWEST_EPOCHS, MOST_EPOCHS = 225_000, 2, 20
-JUDGED_TRAIN_ROWS = 10_000
+# Training rows on which the training accuracy is measured, for its gap to the test accuracy.
+MEASURED_TRAIN_ROWS = 10_000
+# `scale` of the informed table; the noise that it replaces has a standard deviation of 0.02.
 TABLE_SCALE = 0.1
+
+# Sample texts of a checkpoint: these, and the first test text of some labels, cut to what a model
+# may read. The export computes known answers for them.
 ODD_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
 SAMPLED_LABELS, SAMPLED_POINTS = 24, 8_192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a training came to. `seconds` are of this call alone; `metrics` as in Checkpoint."""
+    """The outcome of a training. `seconds` is the time of this call; `metrics` as in Checkpoint."""
 
     checkpoint: Path
     metrics: Mapping[str, Measures]
@@ -93,15 +95,13 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What a run trains on: the three parts encoded, and what is known of the data and its rows.
+class Run:
+    """The encoded data of a run, and what its checkpoint states about the data.
 
-    It holds no texts: a text of 20 MB that has an emoji takes 80 MB, and is read no further than
-    its first 128 tokens.
+    There are no texts in it: a text of 20 MB with an emoji takes 80 MB, and the model reads no more
+    than its first 128 tokens.
 
-    Texts without a label come last in `train` and `validation`.
-
-    data_rows       labelled rows to train on
+    data_rows       number of training rows with a label
     sample_texts    texts for the export, cut to what a model may read
     """
 
@@ -119,8 +119,18 @@ class _Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What another run must agree with to continue this one."""
+        """The options and the data that a run must share to continue another one."""
         return self.config.record() | {"data_sha256": self.data_sha256}
+
+    @property
+    def shape(self) -> TransformerConfig:
+        """The shape of the network for this data."""
+        return self.config.network(
+            vocabulary=self.spec.vocabulary,
+            labels=len(self.labels),
+            positions=self.spec.lengths[-1],
+            ids_per_position=self.spec.ids_per_position,
+        )
 
 
 def fit(
@@ -133,39 +143,46 @@ def fit(
     console: Console | None = None,
     show_data: Callable[[DataSet], None] | None = None,
 ) -> Result | None:
-    """Train as `config` says and leave the checkpoint in the folder `out`; None in every process
-    but the first.
+    """Train with the options of `config` and write the checkpoint to the folder `out`.
 
-    `resume` goes on where a killed run stopped, starts one where there is none, and takes a
-    finished one as it is. `overwrite` begins anew in place of what `out` holds. `cache` holds the
-    default data set, `console` shows the progress, and `show_data` is called with the data before
-    the training, in the first process. Raises DataError, RunMismatch or EvalmodeError with one
-    sentence on what to mend; KeyboardInterrupt when the user stops it, and the run can be resumed
-    then.
+    resume      continue a killed run; start one if there is none; accept a finished one as it is
+    overwrite   start again in place of the training in `out`
+    cache       folder for the default data set
+    console     where the progress is printed; None: nowhere
+    show_data   called with the data before the training, in the first process
+
+    Returns None in every process but the first. Raises DataError, RunMismatch or EvalmodeError with
+    one sentence that says what to change. Ctrl-C raises KeyboardInterrupt; the run can be resumed.
+
+        fit(TrainConfig(data="reviews.csv"), out=Path("runs/reviews"), cache=Path("cache"))
     """
     started = time.monotonic()
     torch.set_num_threads(config.threads)
-    is_first = getattr(rank_zero_only, "rank", 0) == 0
-    if is_first:
+    is_first_process = getattr(rank_zero_only, "rank", 0) == 0
+    if is_first_process:
         check_folder(out, resume=resume, overwrite=overwrite)
-    run = _prepare(config, cache=cache, show_data=show_data if is_first else None)
-    if (
-        resume
-        and os.path.lexists(out / checkpoint.RECORD_FILE)
-        and not (out / FOLDER / STATE_FILE).exists()
-    ):
+    run = prepare(config, cache=cache, show_data=show_data if is_first_process else None)
+
+    record_path, state_path = out / checkpoint.RECORD_FILE, out / FOLDER / STATE_FILE
+    if resume and os.path.lexists(record_path) and not state_path.exists():
+        # The training is finished: nothing is left to do if it is the same one.
         try:
             finished = checkpoint.load(out)
         except CheckpointError as error:
             raise EvalmodeError(f"{error.reason}: {BEGIN_ANEW}") from error
-        _require_same_run(finished, run, where=out / checkpoint.RECORD_FILE)
+        _require_same_run(finished, run, where=record_path)
     else:
-        validation = _train(run, out=out, resume=resume, console=console or Console(quiet=True))
+        validation = train_network(
+            run, out=out, resume=resume, console=console or Console(quiet=True)
+        )
         if validation is None:
             return None
-        finished = _finish(run, validation.best_weights, epochs=validation.epochs)
+        finished = finish(run, validation.best_weights, epochs=validation.epochs)
         checkpoint.save(finished, out)
+        # The state goes last: a kill before this line costs nothing, because the run resumes at
+        # its last step and writes the same checkpoint.
         rmtree(out / FOLDER)
+
     return Result(
         checkpoint=out,
         metrics=finished.metrics,
@@ -176,115 +193,73 @@ def fit(
     )
 
 
-def _prepare(
+def prepare(
     config: TrainConfig, *, cache: Path, show_data: Callable[[DataSet], None] | None
-) -> _Run:
+) -> Run:
+    """Read the data, train the front end on it, and encode the texts."""
+    # What texts must share to count as one. n-grams need no training, so their ids are known now.
+    # The ids of a tokenizer are not: `drop_twins` compares them below.
+    identity = composed
+    if config.frontend == "ngrams":
+        ngrams = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
+
+        def identity(text: str) -> bytes:
+            return hashlib.sha256(ngrams.encode(text).ids.tobytes()).digest()
+
     data = open_data(
         config.data,
         text_column=config.text_column,
         label_column=config.label_column,
         separator=config.separator,
         cache=cache,
-        identity=_identity(config),
+        identity=identity,
     )
     data = with_unlabelled(data)
     spec, tokenizer = choose_frontend(config, data)
-    parts = _encoded(data, open_frontend(spec, tokenizer))
-    if config.data != LANGUAGES:  # whose rows are what they are, for the sake of its sha256
-        keys = {
-            name: [parts[name][number].tobytes() for number in range(len(part.texts))]
-            for name, part in _parts_of(data).items()
-        }
-        apart = tell_apart(data, keys)
-        if apart is not data:
-            data, parts = apart, _regrouped(apart, before=data, parts=parts)
+    parts = encode_parts(data, open_frontend(spec, tokenizer))
+    if config.data != LANGUAGES:  # the rows of the default data set, and its sha256, are fixed
+        data, parts = drop_twins(data, parts)
     if show_data is not None:
         show_data(data)
-    return _Run(
+
+    first_texts: dict[str, str] = {}
+    for text, label in zip(data.test.texts, data.test.labels, strict=True):
+        first_texts.setdefault(label, text)
+    sampled_labels = sorted(first_texts)[:SAMPLED_LABELS]
+    return Run(
         config=config,
         data_name=data.name,
         data_sha256=data.sha256,
         data_rows=len(data.train.texts),
         labels=data.labels,
-        sample_texts=(*ODD_TEXTS, *_one_a_label(data.test)),
+        sample_texts=(
+            *ODD_TEXTS,
+            *(first_texts[label][:SAMPLED_POINTS] for label in sampled_labels),
+        ),
         spec=spec,
         tokenizer=tokenizer,
         **parts,
     )
 
 
-def _identity(config: TrainConfig) -> Callable[[str], bytes]:
-    """What texts have in common that the front end reads alike, as far as data alone can say.
+def train_network(run: Run, *, out: Path, resume: bool, console: Console) -> Validation | None:
+    """Train the network; the result holds the best weights. None in every process but the first.
 
-    n-grams need no training, so theirs are the ids themselves.
+    The state from which a killed run resumes stays in `out`: `fit` removes it.
     """
-    if config.frontend != "ngrams":
-        return composed
-    frontend = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
-    return lambda text: hashlib.sha256(frontend.encode(text).ids.tobytes()).digest()
-
-
-def _parts_of(data: DataSet) -> dict[str, Texts]:
-    return {"train": data.train, "validation": data.validation, "test": data.test}
-
-
-def _encoded(data: DataSet, frontend: FrontEnd) -> dict[str, Rows]:
-    """The three parts; the texts without a label come last in training and validation."""
-    unlabelled, labels = _unlabelled_of(data), _label_numbers(data)
-    return {
-        name: encode(part.texts + unlabelled[name], labels[name], frontend=frontend)
-        for name, part in _parts_of(data).items()
-    }
-
-
-def _regrouped(data: DataSet, *, before: DataSet, parts: Mapping[str, Rows]) -> dict[str, Rows]:
-    """The rows of `data`, whose texts are some of those of `before`, which are encoded in `parts`.
-
-    A label that has lost its training rows moves its others, so a row may be in another part now.
-    """
-    ids = {
-        text: parts[name].ids(number)
-        for name, part in _parts_of(before).items()
-        for number, text in enumerate(part.texts + _unlabelled_of(before)[name])
-    }
-    unlabelled, labels = _unlabelled_of(data), _label_numbers(data)
-    return {
-        name: joined([ids[text] for text in part.texts + unlabelled[name]], labels[name])
-        for name, part in _parts_of(data).items()
-    }
-
-
-def _unlabelled_of(data: DataSet) -> dict[str, tuple[str, ...]]:
-    return {"train": data.unlabelled, "validation": data.unlabelled_validation, "test": ()}
-
-
-def _label_numbers(data: DataSet) -> dict[str, list[int]]:
-    """The label of each row as a number, part by part; UNLABELLED for those without a label."""
-    index = {label: number for number, label in enumerate(data.labels)}
-    return {
-        name: [index[label] for label in part.labels]
-        + [UNLABELLED] * len(_unlabelled_of(data)[name])
-        for name, part in _parts_of(data).items()
-    }
-
-
-def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validation | None:
-    """What validation kept; None in every process but the first. Leaves the state it could resume
-    from in `out`.
-    """
-    config, state = run.config, out / FOLDER / STATE_FILE
-    epochs = config.epochs or min(
-        MOST_EPOCHS, max(FEWEST_EPOCHS, round(ROWS_TO_SHOW / len(run.train)))
-    )
+    config, state_path = run.config, out / FOLDER / STATE_FILE
+    epochs = config.epochs_for(len(run.train))
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
     restoring = MarkRestored()
     callbacks = [
-        restoring,  # first: an error in another's `on_train_start` is no longer the state's
+        # The first callback: an error in `on_train_start` of another one is not the state's.
+        restoring,
         validation,
         ShowProgress(console, epochs=epochs),
-        KeepState(state, steps=config.save_steps, record=run.record),
+        # The last callback: it saves the state of the others.
+        SaveState(state_path, steps=config.save_steps, record=run.record),
     ]
-    with _quiet():
+    with _quiet_lightning():
         trainer = _trainer(config, epochs=epochs, callbacks=callbacks)
         batches = Batches(
             run.train,
@@ -297,69 +272,45 @@ def _train(run: _Run, *, out: Path, resume: bool, console: Console) -> Validatio
         )
         if trainer.is_global_zero:
             open_run(out / FOLDER, record=run.record, resume=resume)
-        learner = Learner(
-            _network(run), config=config, batches=batches, steps=epochs * len(batches)
-        )
-        is_resumed = resume and state.exists()
+        steps = epochs * len(batches)
+        learner = Learner(untrained_network(run), config=config, batches=batches, steps=steps)
+        is_resumed = resume and state_path.exists()
         if is_resumed:
             require_fit(
-                read_state(state),
+                read_state(state_path),
                 trainer=trainer,
                 learner=learner,
                 validation=validation,
                 record=run.record,
-                where=state,
+                where=state_path,
             )
         try:
-            trainer.fit(learner, ckpt_path=state if is_resumed else None)
-        except SystemExit as stopped:  # how Lightning passes a Ctrl-C on
-            raise KeyboardInterrupt from stopped
+            trainer.fit(learner, ckpt_path=state_path if is_resumed else None)
+        except SystemExit as error:
+            # Lightning turns a Ctrl-C into SystemExit.
+            raise KeyboardInterrupt from error
         except StateNotWritten:
-            if not state.exists():  # nothing can be resumed from what is there
+            if not state_path.exists():  # there is nothing to resume from
                 remove_run(out)
             raise
         except Diverged:
-            rmtree(out / FOLDER, ignore_errors=True)  # nobody should resume it
+            # A resumed run would diverge again.
+            rmtree(out / FOLDER, ignore_errors=True)
             raise
         except (EvalmodeError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if is_resumed and not restoring.is_over:
-                raise misfit(state, reason_of(error)) from error
+                raise misfit(state_path, reason_of(error)) from error
             raise
     return validation if trainer.is_global_zero else None
 
 
-def _trainer(
-    config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]
-) -> lightning.Trainer:
-    try:
-        return lightning.Trainer(
-            accelerator="auto",
-            devices=config.devices,
-            num_nodes=config.nodes,
-            strategy=config.strategy,
-            max_epochs=epochs,
-            max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
-            gradient_clip_val=config.clip_norm,
-            deterministic=True,
-            callbacks=callbacks,
-            plugins=[WholeFiles()],
-            use_distributed_sampler=False,  # Batches deals the rows out to the processes itself
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    except (ValueError, MisconfigurationException) as error:
-        asked = f"--devices {config.devices} --nodes {config.nodes} --strategy {config.strategy}"
-        raise EvalmodeError(f"Lightning cannot train with {asked}: {error}") from error
-
-
-def _network(run: _Run) -> Transformer:
-    """The untrained network, the same in every process."""
+def untrained_network(run: Run) -> Transformer:
+    """The network before its first step, the same in every process."""
+    # Step -1, because the steps of the training count from 0.
     torch.manual_seed(step_seed(run.config.seed, step=-1, rank=0))
-    network = Transformer(_shape(run))
+    network = Transformer(run.shape)
     if run.config.informed_table:
         table = network.embedding.table.weight
         guess = informed_table(
@@ -375,44 +326,34 @@ def _network(run: _Run) -> Transformer:
     return network
 
 
-def _shape(run: _Run) -> TransformerConfig:
-    return run.config.network(
-        vocabulary=run.spec.vocabulary,
-        labels=len(run.labels),
-        positions=run.spec.lengths[-1],
-        ids_per_position=run.spec.ids_per_position,
-    )
-
-
-def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpoint:
-    """The network with these weights, its temperature fitted and folded in, judged on the three
-    parts.
-    """
-    network = Transformer(_shape(run)).eval()
+def finish(run: Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpoint:
+    """The checkpoint of a network with these weights, after `epochs` epochs."""
+    network = Transformer(run.shape).eval()
     network.load_state_dict(weights)
+
+    # The temperature makes the scores honest. Folded into the head it costs no operator.
     validation = run.validation.labelled
     temperature = fit_temperature(predict(network, validation, spec=run.spec), validation.labels)
     fold_temperature(network.head, temperature)
-    # The training accuracy is of some rows, evenly spread: it is shown for its gap to the test's.
+
+    # Evenly spaced training rows: every n-th of those with a label.
     labelled = np.flatnonzero(run.train.labels != UNLABELLED)
-    train = run.train.take(labelled[:: -(-len(labelled) // JUDGED_TRAIN_ROWS)])
-    parts = {"train": train, "validation": validation, "test": run.test}
-    metrics: dict[str, Measures] = {
-        name: {
+    train = run.train.take(labelled[:: -(-len(labelled) // MEASURED_TRAIN_ROWS)])
+    metrics: dict[str, Measures] = {}
+    for name, rows in (("train", train), ("validation", validation), ("test", run.test)):
+        metrics[name] = {
             **quality(predict(network, rows, spec=run.spec), rows.labels),
             "rows": len(rows),
             **not_tested(rows.labels, run.labels),
         }
-        for name, rows in parts.items()
-    }
+
+    test_rows = [run.test[index] for index in range(len(run.test))]
     return Checkpoint(
         module=network,
         frontend=run.spec,
         tokenizer=run.tokenizer,
         labels=run.labels,
-        held_out=HeldOut(
-            rows=[run.test[number] for number in range(len(run.test))], labels=run.test.labels
-        ),
+        held_out=HeldOut(rows=test_rows, labels=run.test.labels),
         sample_texts=run.sample_texts,
         metrics=metrics,
         provenance={
@@ -431,36 +372,57 @@ def _finish(run: _Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpo
     )
 
 
-def _require_same_run(finished: Checkpoint, run: _Run, *, where: Path) -> None:
-    """Raise RunMismatch unless `finished` is what `run` would come to, and EvalmodeError where it
-    does not say.
+def _trainer(
+    config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]
+) -> lightning.Trainer:
+    max_time = None
+    if config.max_minutes is not None:
+        max_time = timedelta(minutes=config.max_minutes)
+    try:
+        return lightning.Trainer(
+            accelerator="auto",
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=config.strategy,
+            max_epochs=epochs,
+            max_time=max_time,
+            gradient_clip_val=config.clip_norm,
+            deterministic=True,
+            callbacks=callbacks,
+            plugins=[WholeFiles()],
+            use_distributed_sampler=False,  # Batches distributes the rows itself
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        flags = f"--devices {config.devices} --nodes {config.nodes} --strategy {config.strategy}"
+        raise EvalmodeError(f"Lightning cannot train with {flags}: {error}") from error
+
+
+def _require_same_run(finished: Checkpoint, run: Run, *, where: Path) -> None:
+    """Raise RunMismatch unless `run` would give the checkpoint `finished`.
+
+    Raises EvalmodeError if its provenance does not say how it was trained.
     """
     provenance = finished.provenance
     try:
         record = provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
-        says_all = isinstance(provenance["epochs"], int)
+        is_complete = isinstance(provenance["epochs"], int)
     except (KeyError, TypeError):
-        says_all = False
-    if not says_all:
+        is_complete = False
+    if not is_complete:
         raise EvalmodeError(f"{where} does not say how it was trained: {BEGIN_ANEW}")
     require_same(record, run.record, where=where)
 
 
-def _one_a_label(texts: Texts) -> tuple[str, ...]:
-    """The first text of each label, of at most SAMPLED_LABELS labels, and no more of it than a
-    model may read.
-    """
-    first = dict(zip(reversed(texts.labels), reversed(texts.texts), strict=True))
-    return tuple(first[label][:SAMPLED_POINTS] for label in sorted(first)[:SAMPLED_LABELS])
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning without its tips, its device report and its advice, which speak to its own users
-    and not to ours.
-    """
+def _quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's tips, device report and advice, which are for its own users."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
+    # The trainer switches this on for the whole process.
     deterministic = torch.are_deterministic_algorithms_enabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.|torch\.")

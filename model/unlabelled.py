@@ -1,5 +1,6 @@
-"""Texts that belong to no class, made for a data set that has none: a network learns to give every
-class the same score for them.
+"""Texts of no class, made for a data set without them.
+
+A network learns from them to give every class the same score for a text without letters.
 """
 
 from __future__ import annotations
@@ -7,54 +8,59 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from evalmode.model.data import DataSet
+from evalmode.model.data_set import DataSet
 from evalmode.model.languages import letterless
 
-# Texts without letters that training gets: one for so many training rows, and at least FEWEST.
-# Fewer are learned by heart, and teach nothing about the next one.
-ROWS_A_TEXT, FEWEST = 50, 512
-# Others like them, from which validation sees whether that was learned: as many as there are
-# validation rows, which they must not outvote, and at most so many.
-MOST_VALIDATION = 128
-# Where so large a share of the training rows has no letters, such texts are what is classified.
-MOST_LABELLED = 0.1
+# Texts without letters for training: one for so many training rows, and at least MIN_TEXTS. Fewer
+# are learned by heart, and teach nothing about the next one.
+ROWS_PER_TEXT = 50
+MIN_TEXTS = 512
+# Other such texts show in validation whether that was learned: as many as there are validation
+# rows, which they must not outvote, and at most these.
+MAX_VALIDATION_TEXTS = 128
+# If more of the training rows have no letters, then such texts are what the model classifies.
+MAX_LETTERLESS_SHARE = 0.1
 
 _LETTER = re.compile(r"[^\W\d_]")
 
 
 def with_unlabelled(data: DataSet) -> DataSet:
-    """Add texts without letters to the training and validation rows.
+    """`data` with texts without letters for training and validation.
 
-    Texts without letters that have a label keep it. Made-up texts that share a character with one
-    of them are dropped (digits count as one character), so nothing contradicts a label. A data set
-    that brings unlabelled texts of its own stays as it is.
+    Texts without letters that have a label keep it. A new text that shares a character with one of
+    them is dropped, so that nothing contradicts a label; all digits count as one character.
+
+    Returns `data` itself if it has unlabelled texts, or if MAX_LETTERLESS_SHARE is exceeded.
     """
     if data.unlabelled:
         return data
-    parts = (data.train, data.validation, data.test)
-    characters = {
-        character
-        for part in parts
-        for text in part.texts
-        if not _LETTER.search(text)
-        for character in _characters(text)
-    }
-    rows = len(data.train.texts)
-    labelled = sum(not _LETTER.search(text) for text in data.train.texts)
-    if labelled > MOST_LABELLED * rows:
+    letterless_rows = 0
+    labelled_characters: set[str] = set()
+    for name, part in data.parts.items():
+        for text in part.texts:
+            if _LETTER.search(text) is None:
+                letterless_rows += name == "train"
+                labelled_characters |= _characters(text)
+    train_rows = len(data.train.texts)
+    if letterless_rows > MAX_LETTERLESS_SHARE * train_rows:
         return data
-    train, validation = (
-        tuple(text for text in letterless(count, seed=seed) if not characters & _characters(text))
-        for count, seed in (
-            (max(FEWEST, rows // ROWS_A_TEXT), 0),
-            (min(MOST_VALIDATION, len(data.validation.texts)), 1),
-        )
+
+    def new_texts(count: int, seed: int) -> tuple[str, ...]:
+        texts = letterless(count, seed=seed)
+        return tuple(text for text in texts if not labelled_characters & _characters(text))
+
+    # Other seeds, so that validation has other texts than training.
+    return replace(
+        data,
+        unlabelled=new_texts(max(MIN_TEXTS, train_rows // ROWS_PER_TEXT), seed=0),
+        unlabelled_validation=new_texts(
+            min(MAX_VALIDATION_TEXTS, len(data.validation.texts)), seed=1
+        ),
     )
-    return replace(data, unlabelled=train, unlabelled_validation=validation)
 
 
 def _characters(text: str) -> set[str]:
-    """The characters of a text but for blanks; one stands for all digits."""
+    """The characters of a text without its blanks; "0" stands for all digits."""
     return {
         "0" if character.isdecimal() else character
         for character in set(text)

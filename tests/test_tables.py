@@ -5,8 +5,7 @@ from __future__ import annotations
 from rich.console import Console, RenderableType
 
 from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
-from evalmode.model.data import DataSet, Reading
-from evalmode.model.texts import Texts
+from evalmode.model.data_set import DataSet, Reading, Texts
 from evalmode.tables import (
     data_tables,
     metrics_table,

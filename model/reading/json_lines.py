@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, whose values are the texts that stand there, of no type."""
+"""JSON lines: one object a line. Every value is exactly the text in the file, without a type."""
 
 from __future__ import annotations
 
@@ -8,32 +8,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evalmode.model.data_set import DataError
 from evalmode.model.reading.source import PIECE, Columns, value_of
-from evalmode.model.texts import DataError
 
-# Bytes of a line whose long strings are decoded by themselves.
+# Bytes of a line from which on its long strings are decoded one by one: see
+# `_decode_string_by_string`.
 _LONG_LINE = 1_048_576
+
+# Characters of a line that an error message quotes.
+_QUOTED_CHARACTERS = 40
+
 _STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
-# The character that begins what stands for a long string, as it is and as an escape.
+# The character DEL, as it is and as an escape. It begins the stand-in for a long string.
 _STAND_IN = re.compile(rb"\x7f|\\u007[fF]")
-# What a string holds that is not itself: escapes, and control characters, which are an error.
+# Escapes, and control characters, which are an error. All other bytes of a string are its text.
 _ESCAPE = re.compile(rb"[\\\0-\x1f]")
-# Where a string can be cut: no escape goes on in front of a blank or of a letter beyond ASCII, or
-# after 13 other bytes, as the longest, a pair of halves, has 12.
+# Where a string with escapes can be cut. No escape continues in front of a blank or of a letter
+# beyond ASCII. None continues behind 13 bytes without a backslash either: the longest escape, a
+# pair of surrogates, has 12.
 _CUT = re.compile(rb"[^\\](?=[ \xc2-\xf4])|[^\\]{13}")
-# Characters that make Python hold more than a byte for each character of a line and of its texts.
+# Characters beyond ASCII. With one of them a Python string takes 2 or 4 bytes for each character.
 _WIDE = re.compile(rb"[\x80-\xff]|\\u[dD][89abAB]")
 
 
 class _Members(list[tuple[str, Any]]):
-    """The members of a JSON object, in order and with those that stand there twice."""
+    """The (key, value) pairs of a JSON object in their order; a key may occur twice."""
 
 
-class JsonLines:
-    """A file of one JSON object a line. `names` are those of all objects, in their order.
+class JsonLinesTable:
+    """A file of one JSON object a line. `names` are the keys of all objects, in their order.
 
-    A number is the text that stands there, so 1.0 is "1.0" and 12345678901234567890 has all of its
-    digits. true is "true". null, NaN and a member that is not there are no value.
+    A number is its text in the file, so 1.0 is "1.0" and 12345678901234567890 has all of its
+    digits. true is "true". null, NaN and a missing key are no value.
+
+    Raises DataError, naming the line, for a line that is not one JSON object.
     """
 
     def __init__(self, path: Path, data: bytes) -> None:
@@ -47,12 +55,14 @@ class JsonLines:
         for number, line in enumerate(_lines(data), start=1):
             try:
                 if len(line) > _LONG_LINE and _WIDE.search(line):
-                    value = _decoded_by_strings(line, decoder)
-                elif text := _text_of(line):
-                    value = decoder.decode(text)
+                    value = _decode_string_by_string(line, decoder)
                 else:
-                    continue
+                    text = _text_of(line)
+                    if not text:  # an empty line is no row
+                        continue
+                    value = decoder.decode(text)
             except json.JSONDecodeError as error:
+                # The decoder counts from the first character that is no blank.
                 character = str(line, "utf-8").index(error.doc) + error.colno
                 raise DataError(
                     f"{path}, line {number}, character {character} is not JSON ({error.msg}):"
@@ -60,24 +70,30 @@ class JsonLines:
                 ) from error
             except RecursionError as error:
                 raise DataError(
-                    f"{path}, line {number} cannot be read: it holds lists or objects within more"
-                    " others than can be read: remove the member that holds them"
+                    f"{path}, line {number} cannot be read: its lists or objects are nested too"
+                    " deeply: remove the member that holds them"
                 ) from error
             except ValueError as error:
                 raise DataError(f"{path}, line {number} cannot be read: {error}") from error
+
             if not isinstance(value, _Members):
-                kind = _kind(value) if isinstance(value, list) else _shown(_text_of(line))
+                if isinstance(value, list):
+                    kind = "a list"
+                else:
+                    kind = _text_of(line)
+                    if len(kind) > _QUOTED_CHARACTERS:
+                        kind = kind[:_QUOTED_CHARACTERS] + "..."
                 raise DataError(
                     f"{path}, line {number} is {kind} and not an object: write each row as"
-                    ' {"text": "...", "label": "..."} in a line of its own'
+                    ' {"text": "...", "label": "..."} in its own line'
                 )
             row = dict(value)
             if len(row) < len(value):
                 keys = [key for key, _ in value]
-                twice = next(key for key in row if keys.count(key) > 1)
+                repeated = next(key for key in row if keys.count(key) > 1)
                 raise DataError(
-                    f"{path}, line {number}: the key {twice!r} stands {keys.count(twice)} times in"
-                    " one object: keep one of them"
+                    f"{path}, line {number}: the key {repeated!r} occurs {keys.count(repeated)}"
+                    " times in one object: keep one of them"
                 )
             names.update(dict.fromkeys(row))
             self._rows.append(row)
@@ -87,49 +103,59 @@ class JsonLines:
         self.names = tuple(names)
 
     def read(self, *, text: str, label: str) -> Columns:
-        """The two columns; raises DataError, naming the line, where a value is a list or object."""
-        return Columns(
-            texts=self._column(text),
-            labels=self._column(label),
-            unit="line",
-            numbers=self._lines,
-        )
+        """The two columns. Raises DataError, naming the line, for a list or an object in them."""
+        texts, labels = self._column(text), self._column(label)
+        return Columns(texts=texts, labels=labels, unit="line", numbers=self._lines)
 
     def _column(self, name: str) -> list[str | None]:
         values: list[str | None] = []
         for row, number in zip(self._rows, self._lines, strict=True):
             value = row.get(name)
-            if isinstance(value, bool):
-                value = "true" if value else "false"
-            if value is not None and not isinstance(value, str):
+            if value is None:
+                values.append(None)
+            elif isinstance(value, bool):
+                values.append("true" if value else "false")
+            elif isinstance(value, str):
+                values.append(value.strip())
+            else:
+                kind = "an object" if isinstance(value, _Members) else "a list"
                 raise DataError(
-                    f"{self.path}, line {number}: column {name!r} holds {_kind(value)}, and a"
-                    " string, a number, true, false or null is needed: name another column, or"
-                    " write one value"
+                    f"{self.path}, line {number}: column {name!r} holds {kind}, and a string, a"
+                    " number, true, false or null is needed: name another column, or write one"
+                    " value"
                 )
-            values.append(None if value is None else value.strip())
         return values
 
 
 def _lines(data: bytes) -> Iterator[memoryview]:
+    """The lines as views. Only a line feed ends one: strings may hold other line separators."""
     view, start = memoryview(data), 0
     while start <= len(data):
         stop = data.find(b"\n", start)
-        stop = len(data) if stop < 0 else stop
+        if stop < 0:
+            stop = len(data)
         yield view[start:stop]
         start = stop + 1
 
 
 def _text_of(line: memoryview) -> str:
-    """The line without the mark that begins a file: files that were joined have it inside."""
+    """The text of a line without a byte order mark, which joined files have in the middle."""
     return value_of(line).removeprefix("\ufeff")
 
 
-def _decoded_by_strings(line: memoryview, decoder: json.JSONDecoder) -> Any:
-    """The value of a long line, whose long strings are decoded by themselves.
+def _constant(name: str) -> None:
+    """The value of NaN, None. Raises ValueError for the other constants that `json` knows."""
+    if name != "NaN":
+        raise ValueError(f"{name} is not a number in JSON: write null, or a string")
 
-    The text of the whole line beside that of a string takes 160 MB for 20 MB with an emoji. Where
-    anything is unusual the line is decoded as a whole, which also finds the place of an error.
+
+def _decode_string_by_string(line: memoryview, decoder: json.JSONDecoder) -> Any:
+    """The value of a long line, whose long strings are decoded one by one to save memory.
+
+    The string of the whole line and that of its long value take 160 MB for 20 MB with an emoji. So
+    each long string is decoded from the bytes, and a short stand-in takes its place in the line.
+
+    An unusual line is decoded as a whole. This also finds the position of an error.
     """
     strings: list[str] = []
 
@@ -137,7 +163,7 @@ def _decoded_by_strings(line: memoryview, decoder: json.JSONDecoder) -> Any:
         start, stop = match.span(1)
         if stop - start <= PIECE:
             return match[0]
-        strings.append(_string(line[start:stop]))
+        strings.append(_decoded_string(line[start:stop]))
         return b'"\x7f%d"' % (len(strings) - 1)
 
     if _STAND_IN.search(line) is None:
@@ -146,42 +172,27 @@ def _decoded_by_strings(line: memoryview, decoder: json.JSONDecoder) -> Any:
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, _Members) and not any(key.startswith("\x7f") for key, _ in value):
-            return _Members(
-                (key, strings[int(member[1:])])
-                if isinstance(member, str) and member.startswith("\x7f")
-                else (key, member)
-                for key, member in value
-            )
+            members = _Members()
+            for key, member in value:
+                if isinstance(member, str) and member.startswith("\x7f"):
+                    member = strings[int(member[1:])]
+                members.append((key, member))
+            return members
     return decoder.decode(_text_of(line))
 
 
-def _string(body: memoryview) -> str:
-    """The text between the quotation marks of a JSON string. Raises ValueError."""
+def _decoded_string(body: memoryview) -> str:
+    """The text of a JSON string without its quotation marks. Raises ValueError."""
     if _ESCAPE.search(body) is None:
         return value_of(body)
-    # As UTF-8, which takes a quarter of the text where an emoji is in each piece.
+    # Collected as UTF-8: a list of pieces takes four times as much if each has an emoji.
     text, start = bytearray(), 0
     while start < len(body):
         match = _CUT.search(body, start + PIECE)
         stop = match.end() if match else len(body)
-        while stop < len(body) and body[stop] & 0xC0 == 0x80:  # a character goes on
+        while stop < len(body) and body[stop] & 0xC0 == 0x80:  # inside of a UTF-8 character
             stop += 1
         piece = json.loads(b'"%b"' % bytes(body[start:stop]))
         text += piece.encode("utf-8", "surrogatepass")
         start = stop
     return str(text, "utf-8", "surrogatepass")
-
-
-def _shown(line: str) -> str:
-    return line if len(line) <= 40 else line[:40] + "..."
-
-
-def _constant(name: str) -> None:
-    if name != "NaN":
-        raise ValueError(f"{name} is not a number that JSON has: write null, or a string")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, _Members):
-        return "an object"
-    return "a list" if isinstance(value, list) else "a single value"

@@ -1,4 +1,4 @@
-"""What every format shares: opening exactly the named file, its values, and the two columns."""
+"""Shared by all file formats: opening a file, decoding its values, and the two columns it gives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from evalmode.model.texts import DataError
+from evalmode.model.data_set import DataError
 from evalmode.regular_files import NotRegular, open_regular
 
+# First bytes -> format, to name a file that is no text.
 _SIGNATURES = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -30,22 +31,28 @@ _SIGNATURES = {
     b"\xfe\xff": "UTF-16",
 }
 
-# What of a long value is looked at, copied or decoded at once: bytes or characters.
+# Bytes or characters of a long value that are examined, copied or decoded at once. One value may be
+# a text of 20 MB, and a copy of it as a string with an emoji takes 80 MB.
 PIECE = 65_536
+
+# Characters of a name or value that an error message quotes.
+_QUOTED_CHARACTERS = 100
+
+# Possessive, so that a match keeps no positions to go back to.
 _BLANKS = re.compile(rb"\s*+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The texts and labels of a file, row by row; None where a row holds no value.
+    """The texts and labels of a file, row by row; None where a row has no value.
 
-    Blanks around a value are no part of it.
+    The blanks around a value are removed.
 
-    unit        what `numbers` counts in this format: "line" or "row"
-    numbers     where each row stands in the file, from 1
-    marked      columns of which a note says that values keep the quotation marks around them
-    headers     rows that name the columns again, as files do that were joined; not among the rows
-    notes       what the user should know of how the file was read
+    unit        the unit of `numbers`: "line" or "row"
+    numbers     the line or row of the file where each row starts, from 1
+    marked      columns with a note that values keep the quotation marks around them
+    headers     number of rows that repeat the header, as in joined files; `texts` is without them
+    notes       warnings about the way in which the file was read
     """
 
     texts: Sequence[str | None]
@@ -58,14 +65,14 @@ class Columns:
 
 
 class Table(Protocol):
-    """A file that is open, with the names of its columns."""
+    """An open file with named columns."""
 
     names: tuple[str, ...]
 
     def read(self, *, text: str, label: str) -> Columns:
-        """The columns named `text` and `label`. Raises DataError with the place of what is wrong.
+        """The columns named `text` and `label`; other columns may hold anything.
 
-        Other columns may hold anything.
+        Raises DataError, naming the line or row, for a value that is no text.
         """
 
 
@@ -86,34 +93,36 @@ def open_file(path: Path) -> BinaryIO:
 def content_of(path: Path, file: BinaryIO) -> bytes:
     """The bytes of a UTF-8 file without its byte order mark.
 
-    Raises DataError, naming the line and the byte, where the file is something else. No text is
-    made of all of it: an emoji in a text of 20 MB makes 80 MB of it.
+    They stay bytes, because a string of a text of 20 MB with one emoji takes 80 MB. Raises
+    DataError, naming the line and the byte, for a file that is not UTF-8 text.
     """
     try:
         mark = os.pread(file.fileno(), len(codecs.BOM_UTF8), 0)
         if mark != codecs.BOM_UTF8:
             mark = b""
         file.seek(len(mark))
-        data = file.read()  # without a copy, as nothing is buffered
+        data = file.read()  # the file is unbuffered, so this makes no second copy
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
     position, reason = data.find(b"\0"), "a NUL byte, as binary files, UTF-16 and UTF-32 have"
     if position < 0:
         try:
-            _check_utf_8(data)
+            _require_utf8(data)
             return data
         except UnicodeDecodeError:
             position = first_error(data)
             reason = f"0x{data[position]:02x}, which is not UTF-8"
     line = data.count(b"\n", 0, position) + 1
-    # A signature counts only in a file that is no text: a column may be called PAR1.
-    kind = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
-    if kind is not None:
-        raise DataError(
-            f"{path} holds {kind} data and not UTF-8 text (line {line}, byte {position + 1} is"
-            f" 0x{data[position]:02x}): unpack or convert it first, or give it the ending of its"
-            " format"
-        )
+
+    # Only a file that is no text is matched against the signatures: a column may be called PAR1.
+    for signature, kind in _SIGNATURES.items():
+        if data.startswith(signature):
+            raise DataError(
+                f"{path} holds {kind} data and not UTF-8 text (line {line}, byte {position + 1} is"
+                f" 0x{data[position]:02x}): unpack or convert it first, or give it the ending of"
+                " its format"
+            )
     raise DataError(
         f"{path}, line {line}: byte {len(mark) + position + 1} of the file is {reason}: convert the"
         " file to UTF-8 text first, for example with iconv"
@@ -123,24 +132,41 @@ def content_of(path: Path, file: BinaryIO) -> bytes:
 def value_of(data: bytes | memoryview) -> str:
     """The UTF-8 text of one value, without the blanks around it. Raises UnicodeDecodeError.
 
-    A long value is not copied: its blanks are left out before the text is made.
+    The blanks of a long value are skipped before it is decoded: this saves a copy.
     """
     if len(data) <= PIECE:
         return str(data, "utf-8").strip()
     view = memoryview(data)
     blanks = _BLANKS.match(view)
-    assert blanks is not None, "the pattern matches no blanks as well"
+    assert blanks is not None, "the pattern also matches no blanks"
     start, stop = blanks.end(), len(view)
     while stop > start:
         tail = bytes(view[max(start, stop - PIECE) : stop])
         stop -= len(tail) - len(tail.rstrip())
         if not tail.isspace():
             break
+    # `strip` once more: it also removes blanks beyond ASCII, such as U+00A0.
     return str(view[start:stop], "utf-8").strip()
 
 
-def _check_utf_8(data: bytes) -> None:
-    """Raise UnicodeDecodeError for other bytes, without making a text of all of them."""
+def shortened(name: str) -> str:
+    """A name or value in quotes for an error message: a value may have megabytes."""
+    if len(name) > _QUOTED_CHARACTERS:
+        name = name[:_QUOTED_CHARACTERS] + "..."
+    return repr(name)
+
+
+def first_error(data: bytes) -> int:
+    """The index of the first byte that is not UTF-8, in bytes that hold such a byte."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    raise AssertionError("the bytes are UTF-8")
+
+
+def _require_utf8(data: bytes) -> None:
+    """Raise UnicodeDecodeError for other bytes. Decodes piece by piece to save memory."""
     if data.isascii():
         return
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -148,17 +174,3 @@ def _check_utf_8(data: bytes) -> None:
     for start in range(0, len(view), PIECE):
         decoder.decode(view[start : start + PIECE])
     decoder.decode(b"", final=True)
-
-
-def shown(name: str) -> str:
-    """A name or value as a sentence quotes it: swapped columns may bring one of megabytes."""
-    return repr(name if len(name) <= 100 else name[:100] + "...")
-
-
-def first_error(data: bytes) -> int:
-    """Where the first byte stands that is not UTF-8."""
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    raise AssertionError("the bytes are UTF-8")

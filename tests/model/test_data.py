@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from evalmode.model.data import DataSet, composed, open_data, read_file, tell_apart
-from evalmode.model.texts import DataError, Texts
+from evalmode.model.data import composed, open_data, read_file, tell_apart
+from evalmode.model.data_set import DataError, DataSet, Texts
 
 ROWS = [
     (f"this is text number {n}, {'good' if n % 2 else 'bad'}", "good" if n % 2 else "bad")
@@ -154,7 +154,7 @@ def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):
         (
             [(text, f"class {n}") for n, (text, _) in enumerate(ROWS)],
             {},
-            r"column 'label' holds 200 classes in 200 rows, each of a class of its own",
+            r"column 'label' holds 200 classes in 200 rows, so each class has one row",
         ),
         (
             [(text, f"class {max(1, n)}") for n, (text, _) in enumerate(ROWS[:41])],
@@ -260,14 +260,14 @@ def test_a_long_run_of_combining_marks_takes_no_time_worth_a_word(tmp_path):
 def test_a_separator_is_for_a_file_and_can_be_given(tmp_path):
     path = csv_of(tmp_path, separator=";")
     assert all_pairs(read_file(path, separator=";")) == sorted(ROWS)
-    with pytest.raises(DataError, match="separator=';' is about a file"):
+    with pytest.raises(DataError, match="separator=';' applies to files only"):
         open_data("languages", text_column=None, label_column=None, separator=";", cache=tmp_path)
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label,label\n" + "".join(f"{a},{b},{b}\n" for a, b in ROWS))
-    with pytest.raises(DataError, match="has 2 columns 'label': give each a name of its own"):
+    with pytest.raises(DataError, match="has 2 columns 'label': give each a different name"):
         read_file(path)
 
 
@@ -293,7 +293,7 @@ def test_a_broken_file_is_refused_by_name(tmp_path, name, content):
 
 
 def test_a_column_of_the_default_data_set_makes_no_sense(tmp_path):
-    with pytest.raises(DataError, match="text_column='x' is about a file"):
+    with pytest.raises(DataError, match="text_column='x' applies to files only"):
         open_data("languages", text_column="x", label_column=None, cache=tmp_path)
 
 

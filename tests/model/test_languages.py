@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evalmode.model import languages
-from evalmode.model.texts import DataError, Texts
+from evalmode.model.data_set import DataError, Texts
 
 HEADER = {"": "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=n != 1;\n"}
 

@@ -22,7 +22,7 @@ from evalmode.model.resume import (
     read_state,
 )
 from evalmode.model.train import Result
-from tests.model.test_train import Killed, contents, train, watch_steps
+from tests.model.conftest import Killed, contents, killed_run, train, watch_steps
 
 WAY_OUT = "begin anew with --overwrite, or choose another --out"
 FOREIGN: tuple[Any, ...] = (
@@ -42,17 +42,7 @@ def killed(
     request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A training that ended in the middle of its first, or its second and last epoch."""
-    out = tmp_path_factory.mktemp("killed") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        watch_steps(patch, die_at=request.param)
-        with pytest.raises(Killed):
-            train(data, out)
-    return out
-
-
-@pytest.fixture
-def out(killed: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(killed, tmp_path / "run")
+    return killed_run(data, tmp_path_factory.mktemp("killed"), die_at=request.param)
 
 
 def put(out: Path, state: object) -> Path:

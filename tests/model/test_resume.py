@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from evalmode.model.resume import (
     read_record,
     read_state,
 )
-from tests.model.test_train import Killed, contents, train, watch_steps
+from tests.model.conftest import Killed, contents, train, watch_steps
 
 
 @contextmanager
@@ -39,22 +38,6 @@ def room_for(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.fixture(scope="module")
-def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training that ended after its first states, as though it was killed."""
-    out = tmp_path_factory.mktemp("killed") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        watch_steps(patch, die_at=12)
-        with pytest.raises(Killed):
-            train(data, out)
-    return out
-
-
-@pytest.fixture
-def out(killed: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(killed, tmp_path / "run")
 
 
 def cut(size: int) -> Callable[[Path], None]:

@@ -12,8 +12,7 @@ import pytest
 
 from evalmode.bundle.frontend import BpeFrontEnd, BpeSpec, NgramSpec
 from evalmode.model.config import TrainConfig
-from evalmode.model.data import DataSet
-from evalmode.model.texts import Texts
+from evalmode.model.data_set import DataSet, Texts
 from evalmode.model.tokenizer_training import (
     LEARNED_POINTS,
     LONGEST_TOKEN,

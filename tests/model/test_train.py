@@ -21,13 +21,22 @@ from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
 from evalmode.model.batches import encode
 from evalmode.model.config import TrainConfig
-from evalmode.model.data import DataSet, open_data
+from evalmode.model.data import open_data
+from evalmode.model.data_set import DataSet
 from evalmode.model.languages import letterless
 from evalmode.model.learner import Learner
 from evalmode.model.metrics import predict
 from evalmode.model.resume import FOLDER, STATE_FILE, RunMismatch, WholeFiles
-from evalmode.model.train import Result, _prepare, fit
-from tests.model.conftest import WORDS, small_run, write_rows
+from evalmode.model.train import Result, fit, prepare
+from tests.model.conftest import (
+    WORDS,
+    Killed,
+    contents,
+    small_run,
+    train,
+    watch_steps,
+    write_rows,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS_AN_EPOCH = 13  # 200 labelled rows, and 512 texts without letters
@@ -47,37 +56,6 @@ def deadly(self, batch, batch_idx):
 Learner.training_step = deadly
 fit(small_run(Path(sys.argv[1])), out=Path(sys.argv[2]), cache=Path(sys.argv[2]))
 """
-
-
-class Killed(BaseException):
-    """What no handler of ours or of Lightning's swallows."""
-
-
-def train(
-    data: Path, out: Path, *, resume: bool = False, overwrite: bool = False, **changes: object
-) -> Result:
-    config = small_run(data, **changes)
-    result = fit(config, out=out, resume=resume, overwrite=overwrite, cache=out)
-    assert result is not None
-    return result
-
-
-def watch_steps(monkeypatch: pytest.MonkeyPatch, *, die_at: int | None = None) -> list[int]:
-    """The steps that are trained from now on; at `die_at` the run ends as though it were killed."""
-    plain, seen = Learner.training_step, []
-
-    def step(self, batch, batch_idx):
-        if self.global_step == die_at:
-            raise Killed
-        seen.append(self.global_step)
-        return plain(self, batch, batch_idx)
-
-    monkeypatch.setattr(Learner, "training_step", step)
-    return seen
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +307,7 @@ def test_rows_that_were_left_out_take_their_ids_along_and_no_others(data, tmp_pa
         csv.writer(file).writerows([("text", "label"), *rows, *twins, *rare, ("elm elk", "rare")])
     config = small_run(path, frontend=frontend)
     shown: list[DataSet] = []
-    run = _prepare(config, cache=tmp_path, show_data=shown.append)
+    run = prepare(config, cache=tmp_path, show_data=shown.append)
     (used,) = shown
     assert used.reading is not None
     assert used.reading.left_out["duplicate"] >= 60 - 9

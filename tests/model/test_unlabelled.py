@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from evalmode.model.data import DataSet
-from evalmode.model.texts import Texts
+from evalmode.model.data_set import DataSet, Texts
 from evalmode.model.unlabelled import with_unlabelled
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from evalmode.model.data_set import DataError
 from evalmode.model.reading.source import Columns
 from evalmode.model.reading.table import open_table
-from evalmode.model.texts import DataError
 
 
 def written(folder: Path, content: str) -> Path:
@@ -55,8 +55,8 @@ def test_a_label_is_the_text_that_stands_there(tmp_path, written, label):
         ('"label": ["neg"]', "column 'label' holds a list"),
         ('"label": {"en": "neg"}', "column 'label' holds an object"),
         ('"label": []', "column 'label' holds a list"),
-        ('"label": "a", "label": "b"', "the key 'label' stands 2 times"),
-        ('"label": Infinity', "Infinity is not a number that JSON has"),
+        ('"label": "a", "label": "b"', "the key 'label' occurs 2 times"),
+        ('"label": Infinity', "Infinity is not a number in JSON"),
         ('"label": "a"', None),
     ],
 )
@@ -86,9 +86,9 @@ def test_lists_objects_and_double_keys_are_refused_with_their_line(tmp_path, mem
         ("true", "is true and not an object"),
         ("NaN", "is NaN and not an object"),
         ('"' + "x" * 5000 + '"', 'is "x{39}[.][.][.] and not an object'),
-        ("[" * 100_000, "cannot be read: it holds lists or objects within more others"),
-        ('{"a":' * 100_000, "cannot be read: it holds lists or objects within more others"),
-        ("Infinity", "Infinity is not a number that JSON has: write null, or a string"),
+        ("[" * 100_000, "cannot be read: its lists or objects are nested too deeply"),
+        ('{"a":' * 100_000, "cannot be read: its lists or objects are nested too deeply"),
+        ("Infinity", "Infinity is not a number in JSON: write null, or a string"),
     ],
 )
 def test_a_line_that_is_no_object_is_refused(tmp_path, line, reason):
@@ -151,8 +151,8 @@ def test_a_long_text_is_read_as_it_stands(tmp_path, text, is_ascii):
         ('\\x", "label": "y"}', "character 2000011 is not JSON .Invalid .escape"),
         ('\x01", "label": "y"}', "character 2000011 is not JSON .Invalid control character"),
         ("", "character 10 is not JSON .Unterminated string"),
-        ('", "label": "y", "label": "z"}', "the key 'label' stands 2 times"),
-        ('", "label": Infinity}', "Infinity is not a number that JSON has"),
+        ('", "label": "y", "label": "z"}', "the key 'label' occurs 2 times"),
+        ('", "label": Infinity}', "Infinity is not a number in JSON"),
     ],
 )
 def test_a_mistake_in_a_long_line_is_named_by_its_place(tmp_path, end, reason):

@@ -11,9 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from evalmode.model.data_set import DataError
 from evalmode.model.reading.source import Columns
 from evalmode.model.reading.table import open_table
-from evalmode.model.texts import DataError
 
 
 def read(path: Path) -> Columns:

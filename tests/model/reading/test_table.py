@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from evalmode.model.data_set import DataError
 from evalmode.model.reading.table import open_table
-from evalmode.model.texts import DataError
 
 ROWS = "text,label\na,x\n"
 
@@ -119,4 +119,4 @@ def test_a_column_may_be_called_as_a_binary_format_begins(tmp_path):
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_separator_is_for_csv_and_tsv_alone(tmp_path, ending):
-    assert "leave --separator away" in refused(tmp_path / f"d.{ending}", separator=";")
+    assert "remove --separator" in refused(tmp_path / f"d.{ending}", separator=";")

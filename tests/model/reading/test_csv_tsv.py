@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalmode.model.reading.delimited import rows_of
+from evalmode.model.data_set import DataError
+from evalmode.model.reading.csv_tsv import rows_of
 from evalmode.model.reading.source import Columns
 from evalmode.model.reading.table import open_table
-from evalmode.model.texts import DataError
 
 ROWS = [(f"sentence {n} on page {3 * n}", ("neg", "pos")[n % 2]) for n in range(60)]
 
@@ -105,7 +105,7 @@ def test_what_a_csv_writer_wrote_is_read_back(rows, tmp_path_factory):
 def test_rows_are_those_of_python_s_strict_reader(text, quoting):
     quotes = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), quoting=quotes, strict=True)
-    rows = rows_of(Path("d.csv"), text.encode(), separator=",", quoting=quoting)
+    rows = rows_of(Path("d.csv"), text.encode(), separator=",", has_quoting=quoting)
     try:
         expected = [
             (row, reader.line_num) for row in reader if len(row) > 1 or "".join(row).strip()
@@ -114,7 +114,7 @@ def test_rows_are_those_of_python_s_strict_reader(text, quoting):
         with pytest.raises(DataError, match="a quotation mark opens a field"):
             list(rows)
     else:
-        fields = [([str(field, "utf-8") for field in row.fields], row.last) for row in rows]
+        fields = [([str(field, "utf-8") for field in row.fields], row.last_line) for row in rows]
         assert fields == expected
 
 
