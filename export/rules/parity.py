@@ -23,8 +23,9 @@ import onnx
 from scipy.special import log_softmax  # type: ignore[import-untyped, unused-ignore]
 
 from evalmode.bundle.certificate import TOLERANCE, Finding, Record, Severity, relative_difference
-from evalmode.bundle.known_answers import Tensors
+from evalmode.bundle.known_answers import Run, Tensors
 from evalmode.export.inputs.padding import (
+    Padding,
     Positions,
     at_positions,
     axes_of_positions,
@@ -279,23 +280,15 @@ def _without_padding(subject: Subject, limit: float) -> tuple[_Pairs, list[Findi
         compared = dict(answer)
         for name, expected in reference.items():
             actual = answer[name]
-            if expected.shape != actual.shape or expected.dtype != actual.dtype:
-                continue
-            for difference in _partial_differences(
-                expected, actual, probe, limit=limit, deviation=deviations[name]
-            ):
-                padding = padding_at(subject.reference, probe, difference.positions, limit)
-                if padding is None:
-                    continue
-                axis = difference.axis
-                mended = at_positions(actual.copy(), axis)
-                mended[padding.positions] = at_positions(expected, axis)[padding.positions]
-                compared[name] = np.moveaxis(mended, 1, axis)
-                total = totals.setdefault((name, padding.mask), _PaddingFigures())
-                total.differing += int(difference.positions.sum())
-                total.positions += difference.positions.size
-                total.worst = max(total.worst, difference.worst)
-                break
+            mended = mend_padding(
+                subject.reference, probe, expected, actual, limit=limit, deviation=deviations[name]
+            )
+            if mended is not None:
+                compared[name] = mended.answer
+                total = totals.setdefault((name, mended.padding.mask), _PaddingFigures())
+                total.differing += int(mended.difference.positions.sum())
+                total.positions += mended.difference.positions.size
+                total.worst = max(total.worst, mended.difference.worst)
         pairs.append((reference, compared))
 
     warnings = []
@@ -319,6 +312,36 @@ class _PartialDifference:
     axis: int
     positions: Positions
     worst: float
+
+
+@dataclass(frozen=True)
+class MendedAnswer:
+    """A graph's answer with the module's in its place at `padding`, where they differ."""
+
+    answer: _Array
+    padding: Padding
+    difference: _PartialDifference
+
+
+def mend_padding(
+    run: Run, probe: Tensors, expected: _Array, actual: _Array, *, limit: float, deviation: float
+) -> MendedAnswer | None:
+    """Replace the graph's answer at padding; None where it differs at other positions or nowhere.
+
+    `run` is the module, `expected` its answer to `probe`. A difference is one of more than `limit`
+    times `deviation`.
+    """
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return None
+    for difference in _partial_differences(
+        expected, actual, probe, limit=limit, deviation=deviation
+    ):
+        padding = padding_at(run, probe, difference.positions, limit)
+        if padding is not None:
+            answer = at_positions(actual.copy(), difference.axis)
+            answer[padding.positions] = at_positions(expected, difference.axis)[padding.positions]
+            return MendedAnswer(np.moveaxis(answer, 1, difference.axis), padding, difference)
+    return None
 
 
 def _partial_differences(

@@ -115,3 +115,35 @@ def test_a_branch_with_the_same_answers_passes() -> None:
     module = Calls(lambda x: x.clone() if x.shape[1] == 11 else x + 0).eval()
     candidate = candidate_of(module, [torch.randn(3, 9, 4), torch.randn(2, 14, 4)])
     assert dynamic_axes.check(subject_of(candidate)).verdict is Verdict.PASS
+
+
+class MaskedEncoder(nn.Module):
+    """The fast path of nn.TransformerEncoder branches on the row count, and answers 0 at padding.
+
+    `mean` takes account of what it answers there.
+    """
+
+    def __init__(self, *, mean: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mean = mean
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1
+        )
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        hidden: Tensor = self.encoder(x, src_key_padding_mask=padding)
+        return hidden.mean(1) if self.mean else hidden
+
+
+@pytest.mark.parametrize(("mean", "verdict"), [(False, Verdict.PASS), (True, Verdict.FAIL)])
+def test_a_branch_may_change_answers_at_padding_that_nothing_depends_on(
+    mean: bool, verdict: Verdict
+) -> None:
+    samples = []
+    for rows, length in ((2, 5), (3, 7)):
+        padding = torch.zeros(rows, length, dtype=torch.bool)
+        padding[0, 3:] = True
+        samples.append({"x": torch.randn(rows, length, 8), "padding": padding})
+    subject = subject_of(candidate_of(MaskedEncoder(mean=mean).eval(), samples))
+    assert dynamic_axes.check(subject).verdict is verdict
