@@ -1,4 +1,6 @@
-"""The errors that a caller of the service can meet, and the body of every error answer.
+"""The errors that a caller of the service can meet, and the form of every error answer.
+
+The sentences are where the errors are raised: that of a full queue in `batching/queue.py`.
 
 EvalmodeError
 ├── StartFailed            the server cannot start: a setting, the port, the model; exit code 2

@@ -1,8 +1,8 @@
 """`evalmode predict`: label texts from the command line or stdin, or every line of a file.
 
-Each flag is read in `predict`. Texts take the short way of `_predict_texts`: one batch, printed as
-a table or as JSON. A file takes `_predict_file`, which sends it in chunks to a server
-(client/remote.py) or to a bundle in this process (client/local.py) by way of client/transfer.py.
+Each flag is read in `predict`. `_predict_texts` answers texts as one request and prints a table or
+JSON. `_predict_file` sends a file in chunks (client/transfer.py), to a server (client/remote.py) or
+to a bundle in this process (client/local.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ _SERVER_PANEL = "A server that answers"
 _EXIT_INTERRUPTED = 130  # as a shell reports a program that SIGINT ended: 128 + 2
 
 
+# Flags that have no effect without another one, whose name is in the error.
+_FILE_FLAGS = ("output", "url", "chunk_lines", "concurrency")
+_SERVER_FLAGS = ("api_key", "ca", "retries")
+
+
 def predict(
+    context: typer.Context,
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts. Without any, each line of stdin is a text.")
     ] = None,
@@ -121,15 +127,39 @@ def predict(
         ),
     ] = 8,
 ) -> None:
-    """Label texts in this process, or a file of texts with a server; scores have the same bits.
+    """Label texts, or each line of a file, in this process or with a server; all get the same bits.
 
     Exit 0 when every text is answered, 1 when a line of a file could not be answered, 2 when
     something cannot be used.
     """
+
+    def flag_of(*names: str) -> str | None:
+        """The first of these flags that is on the command line; a variable may always be set."""
+        for name in names:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                return "--" + name.replace("_", "-")
+        return None
+
+    # A flag that would be ignored is an error.
+    if input_file is None and (flag := flag_of(*_FILE_FLAGS)):
+        raise EvalmodeError(f"{flag} needs --input FILE with the texts; - is stdin")
+    if url is None and model is not None:
+        raise EvalmodeError(
+            "--model names a model of the server at --url; without --url use --bundle"
+        )
+    if url is None and (flag := flag_of(*_SERVER_FLAGS)):
+        raise EvalmodeError(f"{flag} needs --url, the address of the server")
+    if url is not None and bundle is not None:
+        raise EvalmodeError(
+            "--bundle is answered in this process and --url by a server: give one of them"
+        )
+    if url is not None and flag_of("provider"):
+        raise EvalmodeError("--provider is for --bundle; the server at --url has its own")
+    if input_file is not None and as_json:
+        raise EvalmodeError("--json is for texts; the answers of --input are JSON lines already")
+
     if input_file is None:
-        for flag, value in (("--output", output), ("--url", url)):
-            if value is not None:
-                raise EvalmodeError(f"{flag} needs --input FILE with the texts; - is stdin")
         _predict_texts(
             texts or _texts_from_stdin(),
             bundle=bundle or _BUNDLES,
@@ -142,14 +172,6 @@ def predict(
 
     if texts:
         raise EvalmodeError(f"give texts as arguments or as --input {input_file}, not both")
-    if url is None and model is not None:
-        raise EvalmodeError(
-            "--model names a model of the server at --url; without --url use --bundle"
-        )
-    if url is not None and bundle is not None:
-        raise EvalmodeError(
-            "--bundle is answered in this process and --url by a server: give one of them"
-        )
 
     from evalmode.client.transfer import Source
 

@@ -6,8 +6,8 @@ To add a rule `few-nodes`:
    `RULE = "few-nodes"`, and `check(subject) -> Record` judges a subject (`subject.py`).
    `escaped_module.py` is a short example.
 2. Add an entry to `RULES` below: its name, what it needs, and the same statement.
-3. Write its test, and put the table that `python -m evalmode.export.rules.registry` prints into the
-   README.
+3. Write its test, and put the table that `python -m evalmode.export.rules.registry` prints into
+   `docs/certificate.md`.
 
 A rule's file is imported when the rule runs. So listing the rules needs no torch, and neither does
 verifying a file.
@@ -32,7 +32,7 @@ Progress = Callable[[str], None]
 
 
 class Needs(StrEnum):
-    """The parts that a subject must have for a rule to apply; the README's table shows the text."""
+    """The parts that a subject must have for a rule to apply; the table in the docs shows the text."""
 
     MODULE = "the module"
     GRAPH = "a graph"
@@ -253,7 +253,7 @@ def require_rule_names(names: Iterable[str]) -> frozenset[str]:
 
 
 def table() -> str:
-    """The README's table of all rules, in Markdown; it ends with a newline."""
+    """The table of all rules in the documentation, in Markdown; it ends with a newline."""
     lines = ["| rule | holds when | needs |", "|---|---|---|"]
     lines += [f"| {rule.name} | {rule.statement} | {rule.needs} |" for rule in RULES]
     return "\n".join(lines) + "\n"

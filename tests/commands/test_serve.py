@@ -122,6 +122,15 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
         ),
         (("predict", "--url", "http://localhost"), "--url needs --input FILE"),
         (("predict", "--output", "a"), "--output needs --input FILE"),
+        (("predict", "a", "--concurrency", "2"), "--concurrency needs --input FILE"),
+        (("predict", "a", "--retries", "2"), "--retries needs --url"),
+        (("predict", "a", "--model", "m"), "--model names a model of the server at --url"),
+        (("predict", "--input", "-", "--api-key", "k"), "--api-key needs --url"),
+        (("predict", "--input", "-", "--json"), "--json is for texts"),
+        (
+            ("predict", "--input", "-", "--url", "http://localhost", "--provider", "cpu"),
+            "--provider is for --bundle",
+        ),
         (("predict", "a", "--input", "b"), "give texts as arguments or as --input b, not both"),
         (
             ("predict", "--input", "absent.jsonl"),
