@@ -2,7 +2,8 @@
 
 A load balancer sends requests to a process that is ready, and an orchestrator restarts a process
 that is not live. The server calls `Health.serve` and `Health.drain`. The engine says whether a
-batch is stuck. A swap of a model changes neither: the old version answers until the new one is open.
+batch is stuck. A swap of a model changes neither: the old version answers until the new one is
+open.
 """
 
 from __future__ import annotations

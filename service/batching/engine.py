@@ -169,7 +169,7 @@ class Engine:
         """Do one piece of work; False if the thread must end."""
         # Not inside the loop above: there a local variable would keep the rows of the last batch
         # alive while the thread waits for the next one.
-        work = self._queue.next()
+        work = self._queue.next_work()
         if isinstance(work, Batch):
             self._run(work)
         elif isinstance(work, Sample):
@@ -219,7 +219,7 @@ class Engine:
         del failure
         if batch.is_shared:
             for single in batch.single_rows():
-                if self._queue.begin(single.entries[0][0]):
+                if self._queue.begin_again(single.entries[0][0]):
                     self._run(single)
 
     def _prove(self, sample: Sample) -> None:

@@ -44,8 +44,8 @@ from evalmode.service.errors import (
 class Queue:
     """The rows that wait and the batches that run.
 
-    Callers `admit` and `drop` requests. Each of `parallel` threads calls `next` for its next work,
-    and `deliver` with the outcomes of a batch.
+    Callers `admit` and `drop` requests. Each of `parallel` threads calls `next_work` for what it
+    does next, and `deliver` with the outcomes of a batch.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Queue:
             self._fail_locked(ticket, failure)
         self._finish(dropped=[(ticket, reason)])
 
-    def next(self) -> Batch | Sample | None:
+    def next_work(self) -> Batch | Sample | None:
         """The next work of the calling thread; waits until there is some. None ends the thread."""
         while True:
             with self._lock:
@@ -152,7 +152,7 @@ class Queue:
             # Without `del` these tickets would stay alive while the thread waits.
             del late
 
-    def begin(self, ticket: Ticket) -> bool:
+    def begin_again(self, ticket: Ticket) -> bool:
         """Begin to run a row of a failed batch again. False if its request is done already."""
         now = self._clock()
         if ticket.deadline <= now:
@@ -271,8 +271,8 @@ class Queue:
     def _await_work_locked(self) -> Batch | Sample | None:
         """Wait for the work of this thread.
 
-        None if tickets have met their deadline, so that `next` can wake their callers first, or if
-        the queue is closed and empty.
+        None if tickets have met their deadline, so that `next_work` can wake their callers first,
+        or if the queue is closed and empty.
         """
         # The last work of this thread has ended.
         thread = threading.get_ident()
@@ -355,7 +355,7 @@ class Queue:
         if not len(self._waiting_callers):
             return
         with self._lock:
-            first = self._waiting_callers.next()
+            first = self._waiting_callers.next_caller()
         if first is not None:
             wake([first])
 

@@ -10,7 +10,7 @@ class WaitingCallers:
     """The futures of the waiting callers, each with the rows and bytes that it needs room for.
 
     Room is not reserved, so how much is left for the next caller is known only once this one has
-    used it. Therefore one caller at a time has the turn, from `next` until `leave`.
+    used it. Therefore one caller at a time has the turn, from `next_caller` until `leave`.
 
     Callers on a closed event loop are skipped. Calls must not overlap: the queue makes them with
     its lock held.
@@ -38,7 +38,7 @@ class WaitingCallers:
         if self._turn is future:
             self._turn = None
 
-    def next(self) -> asyncio.Future[None] | None:
+    def next_caller(self) -> asyncio.Future[None] | None:
         """Give the turn to the first caller that waits, and return it.
 
         None if no caller waits, if the first one does not fit, or while another has the turn.

@@ -204,14 +204,14 @@ def test_during_the_turn_of_a_caller_no_other_gets_one_and_none_enters():
         callers = WaitingCallers(lambda rows, nbytes: has_room[0])
         assert callers.join(first, rows=1, nbytes=8)
         has_room[0] = True
-        assert callers.next() is first
-        assert callers.next() is None
+        assert callers.next_caller() is first
+        assert callers.next_caller() is None
         assert callers.join(
             second, rows=1, nbytes=8
         )  # there is room, but the first has not used its own
-        assert callers.next() is None
+        assert callers.next_caller() is None
         callers.leave(first)
-        assert callers.next() is second
+        assert callers.next_caller() is second
         callers.leave(second)
         assert not callers.join(third, rows=1, nbytes=8)
 
