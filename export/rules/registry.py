@@ -32,7 +32,7 @@ Progress = Callable[[str], None]
 
 
 class Needs(StrEnum):
-    """The parts that a subject must have for a rule to apply; the table in the docs shows the text."""
+    """What a subject must have for a rule to apply. The table in the docs shows the texts."""
 
     MODULE = "the module"
     GRAPH = "a graph"
