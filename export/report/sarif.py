@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from evalmode import __version__
-from evalmode.bundle.certificate import Finding, Severity
+from evalmode.bundle.certificate import Severity
 from evalmode.export.report.report import (
     EXCLUDED,
     Report,
@@ -105,8 +105,13 @@ def _results(report: Report) -> list[dict[str, Any]]:
             # A certificate may come from a version with other rules.
             if record.rule in rule_indices:
                 result["ruleIndex"] = rule_indices[record.rule]
-            # A number tells equal findings apart, as in GitHub's own fingerprints.
-            fingerprint = _fingerprint(record.rule, file.file, finding)
+            # The identity of a finding stays the same from run to run. A number tells equal
+            # findings apart, as in GitHub's own fingerprints.
+            identity = "\0".join(
+                (record.rule, _uri(file.file), finding.node, finding.op, finding.why)
+            )
+            digest = hashlib.sha256(identity.encode("utf-8", "backslashreplace"))
+            fingerprint = digest.hexdigest()[:16]
             fingerprints[fingerprint] += 1
             result["partialFingerprints"] = {
                 "primaryLocationLineHash": f"{fingerprint}:{fingerprints[fingerprint]}"
@@ -123,9 +128,3 @@ def _physical_location(path: Path) -> dict[str, Any]:
 def _uri(path: Path) -> str:
     short = relative(path)
     return short.as_uri() if short.is_absolute() else quote(os.fsencode(short.as_posix()))
-
-
-def _fingerprint(rule: str, file: Path, finding: Finding) -> str:
-    """The identity of a finding, which stays the same from run to run."""
-    identity = "\0".join((rule, _uri(file), finding.node, finding.op, finding.why))
-    return hashlib.sha256(identity.encode("utf-8", "backslashreplace")).hexdigest()[:16]
