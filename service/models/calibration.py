@@ -178,8 +178,13 @@ class _TimingsCache:
                 cached_s = cached.get(label, {}).get(size, math.inf)
                 smallest[label][size] = min(seconds, cached_s)
             merged.setdefault(label, {}).update(smallest[label])
-        if merged != cached:
-            self._write(merged)
+        if self.file is not None and merged != cached:
+            try:
+                write_file(self.file, json.dumps(merged).encode())
+            except OSError as error:
+                # A read-only file system, or another process that writes the same file at this
+                # moment.
+                _log.debug("timings cannot be cached in %s: %s", self.file, error)
         return smallest
 
     def _read(self) -> dict[str, dict[int, float]]:
@@ -200,15 +205,6 @@ class _TimingsCache:
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             _log.debug("cached timings cannot be read from %s: %s", self.file, error)
             return {}
-
-    def _write(self, timings: Mapping[str, Mapping[int, float]]) -> None:
-        if self.file is None:
-            return
-        try:
-            write_file(self.file, json.dumps(timings).encode())
-        except OSError as error:
-            # A read-only file system, or another process that writes the same file at this moment.
-            _log.debug("timings cannot be cached in %s: %s", self.file, error)
 
 
 def _not_repeatable(path: Path, subject: str) -> BundleError:
