@@ -25,7 +25,7 @@ from evalmode.export.report.report import (
     relative,
     sentence,
 )
-from evalmode.export.rules.registry import RULES, Rule
+from evalmode.export.rules.registry import RULES
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {Severity.ERROR: "error", Severity.UNPROVEN: "warning", Severity.WARNING: "note"}
@@ -45,16 +45,32 @@ def render(report: Report) -> str:
         for file in report.unreadable
     ]
     overrides = [
-        {"descriptor": {"id": rule}, "configuration": {"enabled": False}}
-        for rule in report.scope.get(EXCLUDED, ())
+        {"descriptor": {"id": name}, "configuration": {"enabled": False}}
+        for name in report.scope.get(EXCLUDED, ())
     ]
+    rules = []
+    for rule in RULES:
+        statement = f"{rule.statement[:1].upper()}{rule.statement[1:]}."
+        help_text = (
+            f"The rule holds when this is so: {rule.statement}. It needs {rule.needs}. Each result"
+            " says what to do."
+        )
+        rules.append(
+            {
+                "id": rule.name,
+                "shortDescription": {"text": statement},
+                "fullDescription": {"text": statement},
+                "help": {"text": help_text},
+                "defaultConfiguration": {"level": "error"},
+            }
+        )
     run = {
         "tool": {
             "driver": {
                 "name": "evalmode",
                 "version": __version__,
                 "semanticVersion": __version__,
-                "rules": [_rule(rule) for rule in RULES],
+                "rules": rules,
             }
         },
         "invocations": [
@@ -70,21 +86,6 @@ def render(report: Report) -> str:
     }
     log = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
     return json.dumps(log, ensure_ascii=False, indent=2) + "\n"
-
-
-def _rule(rule: Rule) -> dict[str, Any]:
-    statement = f"{rule.statement[:1].upper()}{rule.statement[1:]}."
-    help_text = (
-        f"The rule holds when this is so: {rule.statement}. It needs {rule.needs}. Each result says"
-        " what to do."
-    )
-    return {
-        "id": rule.name,
-        "shortDescription": {"text": statement},
-        "fullDescription": {"text": statement},
-        "help": {"text": help_text},
-        "defaultConfiguration": {"level": "error"},
-    }
 
 
 def _results(report: Report) -> list[dict[str, Any]]:

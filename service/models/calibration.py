@@ -139,10 +139,11 @@ def text_rows_to_measure(
     ids = [frontend.encode(text).ids for text in texts]
     rows: dict[str, list[Tensors]] = {}
     for length, padded_rows in rows_by_length(ids, frontend.spec, each=_ROWS_OF_A_LENGTH).items():
-        # A graph may take no attention mask.
-        rows[str(length)] = [
-            {name: tensor for name, tensor in row.items() if name in inputs} for row in padded_rows
-        ]
+        rows[str(length)] = []
+        for row in padded_rows:
+            # A graph may take no attention mask.
+            tensors = {name: tensor for name, tensor in row.items() if name in inputs}
+            rows[str(length)].append(tensors)
     return rows
 
 
