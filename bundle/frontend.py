@@ -151,7 +151,17 @@ class NgramFrontEnd:
         G holds `characters` groups of `orders` ids. In the last position the groups after the end
         of the text are 0.
         """
-        symbols, is_complete = _normalise(text, max_points=_POINTS_PER_SYMBOL * self._max_symbols)
+        # The symbols, made from the first `max_points` code points after blanks are folded.
+        max_points = _POINTS_PER_SYMBOL * self._max_symbols
+        # `max_points` words have, with the blanks between them, more code points than that. Two
+        # halves of an emoji are one code point. So nothing behind these cuts can be read.
+        folded = " ".join(text.split(None, max_points))
+        readable = _without_surrogates(folded[: 2 * max_points + 2])
+        composed = unicodedata.normalize("NFC", readable[:max_points]).lower()
+        # The cut may have left a blank at the end, which is no symbol.
+        symbols = re.sub(r"\d", "0", " ".join(composed.split()))
+        is_complete = len(readable) <= max_points
+
         points = np.frombuffer(
             symbols[: self._max_symbols].encode("utf-32-le"), dtype=np.uint32
         ).astype(np.uint64)
@@ -286,21 +296,6 @@ def collate(rows: Sequence[Ids], *, length: int) -> dict[str, Ids]:
     for mask, row in zip(attention_mask, rows, strict=True):
         mask[: len(row)] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def _normalise(text: str, *, max_points: int) -> tuple[str, bool]:
-    """The symbols of a text, as NgramFrontEnd describes, and whether they are all of them.
-
-    They are made from the first `max_points` code points after blanks are folded.
-    """
-    # `max_points` words have, with the blanks between them, more code points than that. Two halves
-    # of an emoji are one code point. So nothing behind these cuts can be read.
-    folded = " ".join(text.split(None, max_points))
-    readable = _without_surrogates(folded[: 2 * max_points + 2])
-    composed = unicodedata.normalize("NFC", readable[:max_points]).lower()
-    # The cut may have left a blank at the end, which is no symbol.
-    symbols = re.sub(r"\d", "0", " ".join(composed.split()))
-    return symbols, len(readable) <= max_points
 
 
 def _without_surrogates(text: str) -> str:

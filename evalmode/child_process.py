@@ -251,7 +251,16 @@ def serve(answer: Callable[[bytes], Iterable[bytes]]) -> None:
     Other code in the child finds stdin empty, and what it prints on stdout goes to stderr: neither
     can disturb the questions and answers.
     """
-    _end_with_the_parent(int(sys.argv[1]))
+    # The kernel ends this process when the parent's end of the pipe `lifeline` is closed. It sends
+    # SIGIO, which ends the process even where the interpreter is deep in a library and runs no
+    # Python.
+    lifeline = int(sys.argv[1])
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # it is closed already
+        sys.exit(1)
+
     questions = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -276,16 +285,3 @@ def bound_address_space(more_bytes: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _end_with_the_parent(lifeline: int) -> None:
-    """Have the kernel end this process when the parent's end of the pipe `lifeline` is closed.
-
-    The kernel sends SIGIO, which ends the process even where the interpreter is deep in a library
-    and runs no Python.
-    """
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:  # it is closed already
-        sys.exit(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -94,14 +95,14 @@ def metrics_table(metrics: Mapping[str, object], *, title: str = "metrics") -> T
         # A bundle's metrics may be any JSON: other types are printed as they are.
         if isinstance(untested, list | tuple) and isinstance(macro_f1, float):
             classes = f"{len(untested)} of {measures.get('classes')} classes not tested"
-            measures = {
-                key: value
-                for key, value in measures.items()
-                if key not in ("not_tested", "classes")
-            } | {"macro_f1": f"{macro_f1:.4f} ({classes}: {_first_names(untested)})"}
+            row = dict(measures)
+            row["macro_f1"] = f"{macro_f1:.4f} ({classes}: {_first_names(untested)})"
+            del row["not_tested"]
+            row.pop("classes", None)
+            measures = row
         parts[name] = measures
 
-    columns = list(dict.fromkeys(column for part in parts.values() for column in part))
+    columns = list(dict.fromkeys(chain.from_iterable(parts.values())))
     table = Table(
         "data", *(Column(Text(column)) for column in columns), title=title, title_justify="left"
     )

@@ -29,7 +29,20 @@ def release_checkpoint(
     rules pass. Nothing is written then.
     """
     require_writable(root, name=name, version=version)
-    candidate, description = _candidate(checkpoint), _description(checkpoint)
+    candidate = _candidate(checkpoint)
+    frontend = checkpoint.open_frontend()
+    samples: list[tuple[Tensors, str | None]] = []
+    for text in checkpoint.sample_texts:
+        ids = frontend.encode(text).ids
+        samples.append((collate([ids], length=frontend.spec.padded_length(len(ids))), text))
+    description = Description(
+        samples=samples,
+        labels=checkpoint.labels,
+        frontend=checkpoint.frontend,
+        tokenizer=checkpoint.tokenizer,
+        metrics={part: {**measures} for part, measures in checkpoint.metrics.items()},
+        provenance=checkpoint.provenance,
+    )
     return release(candidate, description, root=root, name=name, version=version, progress=progress)
 
 
@@ -57,20 +70,4 @@ def _candidate(checkpoint: Checkpoint) -> Candidate:
             labelled=True,
             held_out=held_out(rows, checkpoint.held_out.labels, spec),
         ),
-    )
-
-
-def _description(checkpoint: Checkpoint) -> Description:
-    frontend = checkpoint.open_frontend()
-    samples: list[tuple[Tensors, str | None]] = []
-    for text in checkpoint.sample_texts:
-        ids = frontend.encode(text).ids
-        samples.append((collate([ids], length=frontend.spec.padded_length(len(ids))), text))
-    return Description(
-        samples=samples,
-        labels=checkpoint.labels,
-        frontend=checkpoint.frontend,
-        tokenizer=checkpoint.tokenizer,
-        metrics={part: {**measures} for part, measures in checkpoint.metrics.items()},
-        provenance=checkpoint.provenance,
     )

@@ -167,7 +167,16 @@ def index_bounds(program: torch.export.ExportedProgram) -> dict[str, tuple[Bound
                 if (last := _last_index(arguments[0], axis)) is not None:
                     limit(index, -last - 1, last)
         elif target is _ATEN.all.default and not node.users:
-            limit(*_asserted(node))
+            # The exporter removes an assertion but leaves its condition, which no other node then
+            # reads: `one_hot` asserts so that its classes exist.
+            comparison: Any = node.args[0]
+            if comparison.target in _COMPARISONS:
+                index, number = comparison.args
+                if isinstance(number, int):
+                    above, below = _COMPARISONS[comparison.target]
+                    minimum = None if above is None else number + above
+                    maximum = None if below is None else number + below
+                    limit(index, minimum, maximum)
         passed_on = _passed_on(node, values, constants)
         if passed_on:
             values[node] = passed_on
@@ -330,22 +339,6 @@ def _sum(node: fx.Node, values: _Values, constants: Mapping[fx.Node, Tensor]) ->
             if column is not None:
                 columns.append(replace(column, offset=ids.offset + offset))
     return tuple(columns)
-
-
-def _asserted(node: fx.Node) -> tuple[object, int | None, int | None]:
-    """What an assertion demands of all values of a node: the node, the minimum and the maximum.
-
-    The exporter removes an assertion but leaves its condition, which no other node then reads:
-    `one_hot` asserts so that its classes exist. All three are None for any other condition.
-    """
-    comparison: Any = node.args[0]
-    if comparison.target in _COMPARISONS:
-        index, number = comparison.args
-        if isinstance(number, int):
-            above, below = _COMPARISONS[comparison.target]
-            minimum = None if above is None else number + above
-            return index, minimum, None if below is None else number + below
-    return None, None, None
 
 
 def _last_index(source: Any, axis: Any) -> int | None:

@@ -89,7 +89,20 @@ def create_app(components: Components) -> FastAPI:
     )
     app.include_router(v1.routes(components.settings))
     app.include_router(v2.routes(components.settings))
-    app.include_router(_process_routes(components))
+
+    # The routes about the server process: its health and its metrics.
+    process_routes = APIRouter(generate_unique_id_function=lambda route: route.name)
+    for name, endpoint in (("livez", health.live), ("readyz", health.ready)):
+        process_routes.add_api_route(
+            f"/{name}",
+            endpoint,
+            name=name,
+            response_model=ServerState,
+            responses={503: {"model": ErrorResponse}},
+        )
+    if components.settings.metrics:
+        process_routes.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
+    app.include_router(process_routes)
     if components.settings.docs:
         docs.mount(app)
 
@@ -99,22 +112,6 @@ def create_app(components: Components) -> FastAPI:
     app.add_exception_handler(Exception, _answer_failure)
     add_middleware(app, components.settings, components.metrics, tracing=components.tracing)
     return app
-
-
-def _process_routes(components: Components) -> APIRouter:
-    """The routes about the server process: its health and its metrics."""
-    router = APIRouter(generate_unique_id_function=lambda route: route.name)
-    for name, endpoint in (("livez", health.live), ("readyz", health.ready)):
-        router.add_api_route(
-            f"/{name}",
-            endpoint,
-            name=name,
-            response_model=ServerState,
-            responses={503: {"model": ErrorResponse}},
-        )
-    if components.settings.metrics:
-        router.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
-    return router
 
 
 async def _metrics(request: Request) -> Response:

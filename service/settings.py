@@ -255,9 +255,23 @@ def trace_settings(
     file = config
     if file is None and os.environ.get(CONFIG_VARIABLE):
         file = Path(os.environ[CONFIG_VARIABLE])
+    file_values: Mapping[str, Any] = {}
+    if file is not None:
+        # Not with pydantic's TomlConfigSettingsSource, which ignores a missing file.
+        try:
+            file_values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise StartFailed(
+                f"the settings file {file} cannot be read: {error.strerror}"
+            ) from error
+        except ValueError as error:
+            raise StartFailed(f"the settings file {file} is not valid TOML: {error}") from error
+        for name in file_values:
+            if name not in Settings.model_fields:
+                raise StartFailed(f"{file}: {_no_such_setting(name)}")
+
     sources: dict[Origin, Mapping[str, Any]] = {
-        # Not pydantic's TomlConfigSettingsSource, which ignores a missing file.
-        "file": _read_file(file) if file is not None else {},
+        "file": file_values,
         "environment": EnvSettingsSource(Settings)(),
         "flag": {name: value for name, value in flags.items() if value is not None},
     }
@@ -295,19 +309,6 @@ def setting_named(field: str) -> str:
     """
     flag = "" if field in SECRETS else f"--{field.replace('_', '-')}, "
     return f"setting {field} ({flag}{_PREFIX}{field.upper()})"
-
-
-def _read_file(file: Path) -> Mapping[str, Any]:
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise StartFailed(f"the settings file {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise StartFailed(f"the settings file {file} is not valid TOML: {error}") from error
-    for name in values:
-        if name not in Settings.model_fields:
-            raise StartFailed(f"{file}: {_no_such_setting(name)}")
-    return values
 
 
 def _sentence_of(error: ErrorDetails, origins: Mapping[str, Origin], file: Path | None) -> str:

@@ -139,7 +139,14 @@ def _read_tensor(index: int, probes: list[Tensor], e: Tensor) -> tuple[Reader, E
         return (output[index].to(torch.float64) / e).masked_fill(too_small, float("nan"))
 
     ratios = (stack / e).masked_fill(too_small, float("nan"))
-    if kept_value(ratios, rounding=4 * step) is not None or _has_one_factor(ratios, step):
+    is_multiple = kept_value(ratios, rounding=4 * step) is not None
+    # Noise that enters linearly multiplies each whole forward by one number.
+    flat = ratios.flatten(1)  # (probes, elements)
+    flat = flat[:, ~flat.isnan().any(0)]
+    if not is_multiple and flat.shape[1] >= 2:
+        spread = flat.amax(1) - flat.amin(1)
+        is_multiple = bool((spread <= 16 * step * flat.abs().amax(1)).all())
+    if is_multiple:
         return ratio, Effect(balance=1.0, rounding=4 * step)
 
     norm = float(e.norm())
@@ -149,16 +156,6 @@ def _read_tensor(index: int, probes: list[Tensor], e: Tensor) -> tuple[Reader, E
 
     direction = e.reshape(-1) / norm
     return difference, Effect(balance=0.0, rounding=step, direction=direction, remark=_NO_PATTERN)
-
-
-def _has_one_factor(ratios: Tensor, step: float) -> bool:
-    """Whether each forward multiplies everything by one number: noise that enters linearly."""
-    flat = ratios.flatten(1)  # (probes, elements)
-    flat = flat[:, ~flat.isnan().any(0)]
-    if flat.shape[1] < 2:
-        return False
-    spread = flat.amax(1) - flat.amin(1)
-    return bool((spread <= 16 * step * flat.abs().amax(1)).all())
 
 
 def _read_alpha(index: int, stack: Tensor, e: Tensor, step: float) -> tuple[Reader, Effect] | None:

@@ -88,10 +88,10 @@ class TapeObserver:
             site.run(training=False),
         )
         first = [readings[0].applications[group[0]] for group in groups]
-        largest = [
-            max(_largest(reading.applications[group[0]]) for reading in readings)
-            for group in groups
-        ]
+        largest = []
+        for group in groups:
+            applications = [reading.applications[group[0]] for reading in readings]
+            largest.append(max(map(_largest, applications)))
         constants = balance.find(
             groups, [application.additive for application in first], largest, p
         )
@@ -229,11 +229,11 @@ def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
         foreign = [reading.foreign for reading in readings]
         if not _have_same_shapes(foreign):
             return Unclear((_PATH_VARIES,))
-        foreign_noise = frozenset(
-            index
-            for index, (first, *rest) in enumerate(zip(*foreign, strict=True))
-            if not all(torch.equal(first, tensor) for tensor in rest)
-        )
+        random_indices = set()
+        for index, (first, *rest) in enumerate(zip(*foreign, strict=True)):
+            if not all(torch.equal(first, tensor) for tensor in rest):
+                random_indices.add(index)
+        foreign_noise = frozenset(random_indices)
         if foreign_noise:
             readings = [
                 run_on_tape(site, foreign_noise, training=training)[0] for _ in range(_PROBES)
@@ -258,8 +258,10 @@ def _have_same_shapes(forwards: Sequence[Sequence[Tensor]]) -> bool:
 
 def _every_application_kept(readings: list[Reading]) -> bool:
     """Whether each application's noise was other than 0 in at least one reading."""
-    columns = zip(*(reading.applications for reading in readings), strict=False)
-    return all(any(bool(a.noise.any()) for a in column) for column in columns)
+    for applications in zip(*(reading.applications for reading in readings), strict=False):
+        if not any(bool(application.noise.any()) for application in applications):
+            return False
+    return True
 
 
 def noise_of(reading: Reading, group: Sequence[int]) -> Tensor:

@@ -106,17 +106,17 @@ class CallKind(NamedTuple):
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State) -> CallKind:
         """The kind of a call, from its arguments and the numbers that the module holds."""
         leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-        descriptions = tuple(map(_description, leaves))
-        return cls((str(structure), descriptions), tuple(sorted(state.items())))
-
-
-def _description(leaf: Any) -> Hashable:
-    if isinstance(leaf, Tensor):
-        # A tensor without axes is read like a number: code may branch on it.
-        value = leaf.item() if leaf.numel() == 1 and leaf.dim() == 0 else None
-        return str(leaf.dtype), leaf.dim(), value
-    is_plain = leaf is None or isinstance(leaf, bool | int | float | str)
-    return type(leaf).__name__, leaf if is_plain else None
+        descriptions: list[Hashable] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                # A tensor without axes is read like a number: code may branch on it.
+                value = leaf.item() if leaf.numel() == 1 and leaf.dim() == 0 else None
+                descriptions.append((str(leaf.dtype), leaf.dim(), value))
+            elif leaf is None or isinstance(leaf, bool | int | float | str):
+                descriptions.append((type(leaf).__name__, leaf))
+            else:
+                descriptions.append((type(leaf).__name__, None))
+        return cls((str(structure), tuple(descriptions)), tuple(sorted(state.items())))
 
 
 def read_state(parts: Mapping[str, nn.Module]) -> State:

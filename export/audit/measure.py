@@ -98,7 +98,12 @@ def _measure_effect(test: _Test) -> Figures:
     # 3. The structure of the noise.
     pilot = _draw_pilot(test)
     draws = len(pilot.noises)
-    if _is_frozen(pilot.noises):
+    first, *others = pilot.noises
+    drops_and_keeps = bool((first == 0).any()) and bool((first.nan_to_num(0.0) != 0).any())
+    # NaN is not equal to itself, and -1 is no value of a mask.
+    if drops_and_keeps and all(
+        torch.equal(first.nan_to_num(-1.0), noise.nan_to_num(-1.0)) for noise in others
+    ):
         return Figures(outcome=Outcome.FROZEN, draws=draws, kept_value=pilot.kept_value)
     if not any(bool(noise.nan_to_num(0.0).any()) for noise in pilot.noises):
         return Figures(outcome=Outcome.NOTHING_KEPT, draws=draws, keep_rate=0.0, gap=0.0)
@@ -148,15 +153,6 @@ def _draw_pilot(test: _Test) -> _Pilot:
     if is_overdispersed or masks.neighbours_agree(is_visible, is_kept):
         return _Pilot(noises=noises, kept_value=value, shape=None)
     return _Pilot(noises=noises, kept_value=value, shape=shape)
-
-
-def _is_frozen(noises: list[Tensor]) -> bool:
-    """Whether every draw was the same although it dropped an element and kept another."""
-    first = noises[0]
-    if not bool((first == 0).any()) or not bool((first.nan_to_num(0.0) != 0).any()):
-        return False
-    # NaN is not equal to itself, and -1 is no value of a mask.
-    return all(torch.equal(first.nan_to_num(-1.0), noise.nan_to_num(-1.0)) for noise in noises[1:])
 
 
 def _test_mask(

@@ -208,10 +208,9 @@ def _record_calls(
             seed_everything(seed + index)
             answer = output_tensors(network.module(**Call.of((), sample).kwargs))
             for record in records.values():
-                record.calls = [
-                    replace(call, is_final=call.is_final or _is_among(call.output, answer))
-                    for call in record.calls
-                ]
+                for position, call in enumerate(record.calls):
+                    if not call.is_final and _is_among(call.output, answer):
+                        record.calls[position] = replace(call, is_final=True)
     return records
 
 

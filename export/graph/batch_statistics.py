@@ -94,15 +94,17 @@ def computed_over_batch(at: NodeAt, index: int) -> bool | None:
     if any(_reduces(output, None) for output in outputs):
         return True
 
-    return False if is_complete and all(map(_is_elementwise, outputs)) else None
-
-
-def _is_elementwise(output: NodeOutput) -> bool:
-    """Whether each element is computed from the elements at the same position."""
-    if output.index in output.scope.calls:  # the values inside the function are ancestors, too
-        return True
-    op_type = output.node.op_type
-    return not domain_of(output.node.domain) and (op_type in _ELEMENTWISE | _BROADCASTING)
+    if not is_complete:
+        return None
+    for output in outputs:
+        # The values inside a called function are ancestors, too.
+        if output.index in output.scope.calls:
+            continue
+        if domain_of(output.node.domain):
+            return None
+        if output.node.op_type not in _ELEMENTWISE | _BROADCASTING:
+            return None
+    return False
 
 
 class BatchAxes:

@@ -39,12 +39,20 @@ def order_of_calls(
     for identity, function in functions.items():
         nodes = list(_nodes_in(function.node, function.attribute_proto))
         node_counts[identity] = len(nodes)
-        name_counts[identity] = (
-            _count_names(nodes, function.attribute_proto)
-            + len(function.input)
-            + len(function.output)
-        )
         callees[identity] = _calls_in(nodes, functions)
+
+        # Inputs, outputs, attributes and weights, those of bodies at any depth included.
+        attributes = list(function.attribute_proto)
+        name_count = len(function.input) + len(function.output)
+        for node in nodes:
+            name_count += len(node.input) + len(node.output)
+            attributes += node.attribute
+        name_count += len(attributes)
+        for attribute in attributes:
+            for graph in _graphs_in(attribute):
+                name_count += len(graph.input) + len(graph.output)
+                name_count += len(graph.initializer) + len(graph.sparse_initializer)
+        name_counts[identity] = name_count
 
     try:
         callees_first = list(TopologicalSorter(callees).static_order())
@@ -103,20 +111,3 @@ def _graphs_in(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:
     if attribute.HasField("g"):
         yield attribute.g
     yield from attribute.graphs
-
-
-def _count_names(nodes: Sequence[onnx.NodeProto], attributes: Sequence[onnx.AttributeProto]) -> int:
-    """How many inputs, outputs, attributes and weights the nodes and attributes have, those of the
-    graphs in the attributes included. `nodes` includes the nodes of all bodies.
-    """
-    count = 0
-    every_attribute = list(attributes)
-    for node in nodes:
-        count += len(node.input) + len(node.output)
-        every_attribute += node.attribute
-    count += len(every_attribute)
-    for attribute in every_attribute:
-        for graph in _graphs_in(attribute):
-            count += len(graph.input) + len(graph.output)
-            count += len(graph.initializer) + len(graph.sparse_initializer)
-    return count

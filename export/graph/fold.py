@@ -306,23 +306,14 @@ def _evaluate(output: NodeOutput, dependencies: Sequence[Value]) -> Decision:
     arrays = [array for array in computed if array is not None]
     if len(arrays) < len(dependencies):
         return None
-    return _evaluate_booleans(node.op_type, arrays)
-
-
-def _passes_on(output: NodeOutput) -> bool:
-    """Whether the output is another value as it is: that of a function, or of a branch."""
-    return output.index in output.scope.calls or output.node.op_type == "If"
-
-
-def _evaluate_booleans(op_type: str, arrays: Sequence[Array]) -> Decision:
-    """What a boolean operator computes; a Where of integers is left to the runtime."""
     if any(array.dtype != np.bool_ for array in arrays):
-        return COMPUTABLE if op_type == "Where" else None
+        # A Where of integers is left to the runtime.
+        return COMPUTABLE if node.op_type == "Where" else None
     try:
         shape = np.broadcast_shapes(*(array.shape for array in arrays))
         if math.prod(shape) > runtime.ELEMENTS:
             return None
-        match op_type, arrays:
+        match node.op_type, arrays:
             case "Not", [a]:
                 return np.logical_not(a)
             case "And", [a, b]:
@@ -336,6 +327,11 @@ def _evaluate_booleans(op_type: str, arrays: Sequence[Array]) -> Decision:
         return None
     except ValueError:  # the shapes cannot be broadcast together
         return None
+
+
+def _passes_on(output: NodeOutput) -> bool:
+    """Whether the output is another value as it is: that of a function, or of a branch."""
+    return output.index in output.scope.calls or output.node.op_type == "If"
 
 
 def _compute(output: NodeOutput) -> Array | None:

@@ -27,10 +27,12 @@ def sorted_order(nodes: Sequence[onnx.NodeProto], defined: Container[str]) -> Se
     Nodes that form a cycle keep the order in which they are written.
     """
     producers = _producers(nodes, defined)
-    dependencies = {
-        index: {producers[name] for name in _names_read_by(node) if name in producers}
-        for index, node in enumerate(nodes)
-    }
+    dependencies: dict[int, set[int]] = {}
+    for index, node in enumerate(nodes):
+        dependencies[index] = set()
+        for name in _names_read_by(node):
+            if name in producers:
+                dependencies[index].add(producers[name])
     try:
         return list(TopologicalSorter(dependencies).static_order())
     except CycleError:

@@ -84,9 +84,19 @@ def non_finite_weights(graph: Graph) -> tuple[Finding, ...]:
     findings = []
     with _translated_errors(graph):
         for weight in _float_weights(graph):
-            nan_count = _count_nans(weight) if weight.size > 1 else 0
+            if weight.size < 2:
+                continue
+            # The bits of half precision are compared as fast as those of any other type.
+            unsigned = np.dtype(f"u{weight.dtype.itemsize}")
+            infinity = unsigned.type(_INFINITY_BITS[weight.dtype.name])
+            without_sign = unsigned.type(np.iinfo(unsigned).max >> 1)
+            nan_count = 0
+            for chunk in weight.chunks():
+                bits = np.ascontiguousarray(chunk).view(unsigned) & without_sign
+                nan_count += int(np.count_nonzero(bits > infinity))
             if nan_count == 0:
                 continue
+
             verb = "is" if nan_count == 1 else "are"
             why = f"{nan_count} of its {weight.size} values {verb} not a number"
             fix = (
@@ -141,7 +151,15 @@ def _implied_rate(weight: Weight) -> float | None:
         return None
 
     # 4. The zeros are where chance alone would put them.
-    return None if _is_ordered(bits) else 1 - share
+    rare = bits if bits.mean() <= 0.5 else ~bits
+    width = rare.shape[-1]
+    table = rare.reshape(-1, width)
+    if _has_uneven_lines(table) or _has_uneven_lines(table.T):
+        return None
+    neighbours = {1, width - 1, width, width + 1}
+    if _is_autocorrelated(rare.reshape(-1)[:_MAX_COMPARED], neighbours):
+        return None
+    return 1 - share
 
 
 def _only_scale(piece: npt.NDArray[np.generic]) -> float | None:
@@ -174,17 +192,6 @@ def _nonzero_bits(weight: Weight, scale: float) -> _Bits | None:
     if row > flat.size:
         return flat
     return flat[: flat.size // row * row].reshape(-1, *weight.dims[1:])
-
-
-def _is_ordered(bits: _Bits) -> bool:
-    """Whether the zeros are in an order that chance alone would not produce."""
-    rare = bits if bits.mean() <= 0.5 else ~bits
-    width = rare.shape[-1]
-    table = rare.reshape(-1, width)
-    if _has_uneven_lines(table) or _has_uneven_lines(table.T):
-        return True
-    neighbours = {1, width - 1, width, width + 1}
-    return _is_autocorrelated(rare.reshape(-1)[:_MAX_COMPARED], neighbours)
 
 
 def _has_uneven_lines(lines: _Bits) -> bool:
@@ -223,15 +230,3 @@ def _is_autocorrelated(rare: _Bits, neighbours: set[int]) -> bool:
     too_many = pairs > expected + spread + slack
     too_few = pairs < expected - spread - 0.5
     return bool(too_many.any() or too_few.any())
-
-
-def _count_nans(weight: Weight) -> int:
-    """How many elements are NaN, by their bits: as fast for half precision as for any type."""
-    unsigned = np.dtype(f"u{weight.dtype.itemsize}")
-    infinity = unsigned.type(_INFINITY_BITS[weight.dtype.name])
-    without_sign = unsigned.type(np.iinfo(unsigned).max >> 1)
-    count = 0
-    for chunk in weight.chunks():
-        bits = np.ascontiguousarray(chunk).view(unsigned) & without_sign
-        count += int(np.count_nonzero(bits > infinity))
-    return count

@@ -135,11 +135,11 @@ def _ignores_presence(run: Run, inputs: Tensors, padded: Positions, limit: float
             return False
         for name, answer in answers.items():
             alone = answers_alone[name]
-            pairs = [
-                (at_positions(answer, axis)[row][real], at_positions(alone, axis)[0])
-                for axis in axes_of_positions(answer.shape, padded)
-                if alone.ndim > axis and alone.shape[axis] == real.sum()
-            ]
+            pairs = []
+            for axis in axes_of_positions(answer.shape, padded):
+                if alone.ndim > axis and alone.shape[axis] == real.sum():
+                    positions_in_batch = at_positions(answer, axis)[row][real]
+                    pairs.append((positions_in_batch, at_positions(alone, axis)[0]))
             if not _any_same(pairs or [(answer[row : row + 1], alone)], limit):
                 return False
     return True

@@ -46,17 +46,25 @@ class Network:
         """Walk over the module's attributes, containers, partials and closures."""
         parts: dict[str, nn.Module] = {}
         generators: dict[str, Generator] = {}
-        for path, value in _reachable(module):
+        # Breadth first, each object once. Holding the objects keeps their ids from being given to
+        # others.
+        visited: dict[int, object] = {id(module): module}
+        pending: deque[tuple[str, object]] = deque([("", module)])
+        while pending:
+            path, value = pending.popleft()
             if isinstance(value, _GENERATOR_TYPES):
                 generators[path] = value
-            if not isinstance(value, nn.Module):
-                continue
-            parts[path] = value
-            # Read statically: the forward of a scripted module is a descriptor that raises.
-            forward = inspect.getattr_static(type(value), "forward", None)
-            for name, item in getattr(forward, "__globals__", {}).items():
-                if isinstance(item, _GENERATOR_TYPES):
-                    generators[f"global {name}"] = item
+            if isinstance(value, nn.Module):
+                parts[path] = value
+                # Read statically: the forward of a scripted module is a descriptor that raises.
+                forward = inspect.getattr_static(type(value), "forward", None)
+                for name, item in getattr(forward, "__globals__", {}).items():
+                    if isinstance(item, _GENERATOR_TYPES):
+                        generators[f"global {name}"] = item
+            for child_path, child in _children(path, value):
+                if id(child) not in visited:
+                    visited[id(child)] = child
+                    pending.append((child_path, child))
         return cls(module, parts, generators)
 
     @property
@@ -87,20 +95,6 @@ class Network:
         """Draw one number from each generator, so that its next numbers are different."""
         for generator in self.generators.values():
             generator.random()
-
-
-def _reachable(root: nn.Module) -> Iterator[tuple[str, object]]:
-    """The path and value of everything that can be reached, breadth first, each object once."""
-    # Holding the objects keeps their ids from being given to others.
-    visited: dict[int, object] = {id(root): root}
-    pending: deque[tuple[str, object]] = deque([("", root)])
-    while pending:
-        path, value = pending.popleft()
-        yield path, value
-        for child_path, child in _children(path, value):
-            if id(child) not in visited:
-                visited[id(child)] = child
-                pending.append((child_path, child))
 
 
 def _children(path: str, value: object) -> Iterator[tuple[str, object]]:

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evalmode.export.module.dropouts import declared_rate
 from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.lines import is_models
-from evalmode.export.module.network import Generator, Network
+from evalmode.export.module.network import Network
 
 # The name under which torch's generators are compared, like those of Python and NumPy. Operators
 # that anyone registers need not be marked; a draw of an unmarked one is seen in this way only.
@@ -177,7 +177,17 @@ class _Watcher:
             "numpy.random's global generator": _comparable(np.random.get_state(legacy=False)),
         }
         for path, generator in self._generators.items():
-            states[f"the generator {path}"] = _state_of(generator)
+            # In a form that == compares.
+            state: object
+            if isinstance(generator, random.SystemRandom):
+                state = None  # it has none
+            elif isinstance(generator, random.Random):
+                state = generator.getstate()
+            elif isinstance(generator, np.random.RandomState):
+                state = _comparable(generator.get_state(legacy=False))
+            else:
+                state = _comparable(generator.bit_generator.state)
+            states[f"the generator {path}"] = state
         return states
 
 
@@ -255,17 +265,6 @@ def _device_states() -> list[Tensor]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states += torch.cuda.get_rng_state_all()
     return states
-
-
-def _state_of(generator: Generator) -> object:
-    """A generator's state in a form that == compares; None for a generator without a state."""
-    if isinstance(generator, random.SystemRandom):
-        return None
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        return _comparable(generator.get_state(legacy=False))
-    return _comparable(generator.bit_generator.state)
 
 
 def _comparable(state: object) -> object:

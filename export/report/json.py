@@ -8,7 +8,7 @@ from typing import Any
 from evalmode import __version__
 from evalmode.bundle.certificate import Record
 from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, findings_in, verdict_of
-from evalmode.export.verify.verify import Examined, Unreadable
+from evalmode.export.verify.verify import Unreadable
 
 SCHEMA = 1
 _RULE_FIELDS = ("rule", "verdict", "why", "measured", "limit")
@@ -16,38 +16,42 @@ _RULE_FIELDS = ("rule", "verdict", "why", "measured", "limit")
 
 def render(report: Report) -> str:
     """One object; its `files` are in the order of the report."""
+    files: list[dict[str, Any]] = []
+    for file in report.examined:
+        if isinstance(file, Unreadable):
+            files.append(
+                {
+                    "path": str(file.path),
+                    "verdict": UNREADABLE,
+                    "why": file.why,
+                    "findings": [],
+                    "rules": [],
+                    "certified": [],
+                }
+            )
+            continue
+        excluded = {"verdict": EXCLUDED, "why": "nobody asked for it", "measured": "", "limit": ""}
+        rules = [_rule(record) for record in file.records]
+        rules += [{"rule": name, **excluded} for name in file.excluded]
+        files.append(
+            {
+                "path": str(file.path),
+                "verdict": str(verdict_of(file)),
+                "findings": [
+                    {"rule": record.rule, **finding.model_dump(mode="json")}
+                    for record, finding in findings_in(file)
+                ],
+                "rules": rules,
+                "certified": [_rule(record) for record in file.certified],
+            }
+        )
     content = {
         "version": __version__,
         "schema": SCHEMA,
         "summary": {"files": len(report.examined), **report.counts},
-        "files": [_file(file) for file in report.examined],
+        "files": files,
     }
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-
-
-def _file(file: Examined) -> dict[str, Any]:
-    if isinstance(file, Unreadable):
-        return {
-            "path": str(file.path),
-            "verdict": UNREADABLE,
-            "why": file.why,
-            "findings": [],
-            "rules": [],
-            "certified": [],
-        }
-    excluded = {"verdict": EXCLUDED, "why": "nobody asked for it", "measured": "", "limit": ""}
-    rules = [_rule(record) for record in file.records]
-    rules += [{"rule": name, **excluded} for name in file.excluded]
-    return {
-        "path": str(file.path),
-        "verdict": str(verdict_of(file)),
-        "findings": [
-            {"rule": record.rule, **finding.model_dump(mode="json")}
-            for record, finding in findings_in(file)
-        ],
-        "rules": rules,
-        "certified": [_rule(record) for record in file.certified],
-    }
 
 
 def _rule(record: Record) -> dict[str, str]:

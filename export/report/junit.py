@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as Xml
 
-from evalmode.bundle.certificate import Record, Verdict
+from evalmode.bundle.certificate import Verdict
 from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, findings_of, plain, sentence
 from evalmode.export.verify.verify import Examined, Unreadable
 
@@ -31,6 +31,7 @@ def render(report: Report) -> str:
 
 
 def _suite(report: Report, file: Examined) -> Xml.Element:
+    """The suite of one file; the module's docstring has the order of a rule's outcomes."""
     path = plain(str(file.path))
     suite = Xml.Element("testsuite", name=path)
 
@@ -42,29 +43,25 @@ def _suite(report: Report, file: Examined) -> Xml.Element:
         error.set("type", UNREADABLE)
     else:
         for record in file.all_records:
-            _fill_case(report, record, add_case(record.rule))
+            case = add_case(record.rule)
+            findings = findings_of(record)
+            text = "\n".join(f"{finding.severity}: {sentence(finding)}" for finding in findings)
+            bad = [finding.severity for finding in findings if report.is_bad(finding.severity)]
+            if bad:
+                failure = Xml.SubElement(case, "failure", message=plain(record.why))
+                failure.set("type", min(bad))  # "error" sorts before "unproven" and "warning"
+                failure.text = text
+                continue
+            if record.verdict in (Verdict.NOT_APPLICABLE, Verdict.UNPROVEN):
+                Xml.SubElement(case, "skipped", message=plain(f"{record.verdict}: {record.why}"))
+                if text:
+                    text += "\n"
+            if text:
+                Xml.SubElement(case, "system-out").text = text
         for rule in file.excluded:
             Xml.SubElement(add_case(rule), "skipped", message=EXCLUDED)
     _count(suite)
     return suite
-
-
-def _fill_case(report: Report, record: Record, case: Xml.Element) -> None:
-    """Write a rule's outcome into its case; the module's docstring has the order."""
-    findings = findings_of(record)
-    text = "\n".join(f"{finding.severity}: {sentence(finding)}" for finding in findings)
-    bad = [finding.severity for finding in findings if report.is_bad(finding.severity)]
-    if bad:
-        failure = Xml.SubElement(case, "failure", message=plain(record.why))
-        failure.set("type", min(bad))  # "error" sorts before "unproven" and "warning"
-        failure.text = text
-        return
-    if record.verdict in (Verdict.NOT_APPLICABLE, Verdict.UNPROVEN):
-        Xml.SubElement(case, "skipped", message=plain(f"{record.verdict}: {record.why}"))
-        if text:
-            text += "\n"
-    if text:
-        Xml.SubElement(case, "system-out").text = text
 
 
 def _count(element: Xml.Element) -> None:

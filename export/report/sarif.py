@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from evalmode import __version__
-from evalmode.bundle.certificate import Finding, Severity
+from evalmode.bundle.certificate import Severity
 from evalmode.export.report.report import (
     EXCLUDED,
     Report,
@@ -25,7 +25,7 @@ from evalmode.export.report.report import (
     relative,
     sentence,
 )
-from evalmode.export.rules.registry import RULES, Rule
+from evalmode.export.rules.registry import RULES
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {Severity.ERROR: "error", Severity.UNPROVEN: "warning", Severity.WARNING: "note"}
@@ -45,16 +45,32 @@ def render(report: Report) -> str:
         for file in report.unreadable
     ]
     overrides = [
-        {"descriptor": {"id": rule}, "configuration": {"enabled": False}}
-        for rule in report.scope.get(EXCLUDED, ())
+        {"descriptor": {"id": name}, "configuration": {"enabled": False}}
+        for name in report.scope.get(EXCLUDED, ())
     ]
+    rules = []
+    for rule in RULES:
+        statement = f"{rule.statement[:1].upper()}{rule.statement[1:]}."
+        help_text = (
+            f"The rule holds when this is so: {rule.statement}. It needs {rule.needs}. Each result"
+            " says what to do."
+        )
+        rules.append(
+            {
+                "id": rule.name,
+                "shortDescription": {"text": statement},
+                "fullDescription": {"text": statement},
+                "help": {"text": help_text},
+                "defaultConfiguration": {"level": "error"},
+            }
+        )
     run = {
         "tool": {
             "driver": {
                 "name": "evalmode",
                 "version": __version__,
                 "semanticVersion": __version__,
-                "rules": [_rule(rule) for rule in RULES],
+                "rules": rules,
             }
         },
         "invocations": [
@@ -70,21 +86,6 @@ def render(report: Report) -> str:
     }
     log = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
     return json.dumps(log, ensure_ascii=False, indent=2) + "\n"
-
-
-def _rule(rule: Rule) -> dict[str, Any]:
-    statement = f"{rule.statement[:1].upper()}{rule.statement[1:]}."
-    help_text = (
-        f"The rule holds when this is so: {rule.statement}. It needs {rule.needs}. Each result says"
-        " what to do."
-    )
-    return {
-        "id": rule.name,
-        "shortDescription": {"text": statement},
-        "fullDescription": {"text": statement},
-        "help": {"text": help_text},
-        "defaultConfiguration": {"level": "error"},
-    }
 
 
 def _results(report: Report) -> list[dict[str, Any]]:
@@ -105,8 +106,13 @@ def _results(report: Report) -> list[dict[str, Any]]:
             # A certificate may come from a version with other rules.
             if record.rule in rule_indices:
                 result["ruleIndex"] = rule_indices[record.rule]
-            # A number tells equal findings apart, as in GitHub's own fingerprints.
-            fingerprint = _fingerprint(record.rule, file.file, finding)
+            # The identity of a finding stays the same from run to run. A number tells equal
+            # findings apart, as in GitHub's own fingerprints.
+            identity = "\0".join(
+                (record.rule, _uri(file.file), finding.node, finding.op, finding.why)
+            )
+            digest = hashlib.sha256(identity.encode("utf-8", "backslashreplace"))
+            fingerprint = digest.hexdigest()[:16]
             fingerprints[fingerprint] += 1
             result["partialFingerprints"] = {
                 "primaryLocationLineHash": f"{fingerprint}:{fingerprints[fingerprint]}"
@@ -123,9 +129,3 @@ def _physical_location(path: Path) -> dict[str, Any]:
 def _uri(path: Path) -> str:
     short = relative(path)
     return short.as_uri() if short.is_absolute() else quote(os.fsencode(short.as_posix()))
-
-
-def _fingerprint(rule: str, file: Path, finding: Finding) -> str:
-    """The identity of a finding, which stays the same from run to run."""
-    identity = "\0".join((rule, _uri(file), finding.node, finding.op, finding.why))
-    return hashlib.sha256(identity.encode("utf-8", "backslashreplace")).hexdigest()[:16]

@@ -15,7 +15,7 @@ from evalmode.export.report.report import (
     sentence,
     verdict_of,
 )
-from evalmode.export.verify.verify import Examined, Unreadable
+from evalmode.export.verify.verify import Unreadable
 
 # From this number of files on, the rules that pass are not listed.
 MANY = 20
@@ -44,32 +44,30 @@ def lines(report: Report, *, reasons: bool) -> Iterator[Text]:
     for file in report.examined:
         verdict = verdict_of(file)
         yield _cell(verdict, verdict) + Text(f"  {plain(str(file.path))}", style="bold")
-        yield from _details(file, is_brief=is_brief, reasons=reasons)
+        if isinstance(file, Unreadable):
+            if reasons:
+                yield Text(f"  {plain(file.why)}")
+            continue
+
+        # The lines below the file's own: its passed rules and its findings.
+        if all(record.verdict is Verdict.NOT_APPLICABLE for record in file.all_records):
+            yield _cell("  unproven", Verdict.UNPROVEN) + Text("  no rule was checked")
+        for record in file.all_records:
+            if record.verdict is Verdict.PASS and not is_brief:
+                why = record.why
+                if record.measured:
+                    why = f"{why} ({record.measured})"
+                if record in file.certified:
+                    why = f"{why}, at export"
+                yield _cell("  pass", Verdict.PASS) + Text(f"  {record.rule}  {plain(why)}")
+            for finding in findings_of(record):
+                yield _cell(f"  {finding.severity}", finding.severity) + Text(
+                    f"  {record.rule}  {sentence(finding)}"
+                )
+
     for title, rules in report.scope.items():
         yield Text(plain(f"{title}: {', '.join(rules)}"), style="dim")
     yield Text(report.summary, style="bold")
-
-
-def _details(file: Examined, *, is_brief: bool, reasons: bool) -> Iterator[Text]:
-    """The lines below a file's own: its passed rules and its findings."""
-    if isinstance(file, Unreadable):
-        if reasons:
-            yield Text(f"  {plain(file.why)}")
-        return
-    if all(record.verdict is Verdict.NOT_APPLICABLE for record in file.all_records):
-        yield _cell("  unproven", Verdict.UNPROVEN) + Text("  no rule was checked")
-    for record in file.all_records:
-        if record.verdict is Verdict.PASS and not is_brief:
-            why = record.why
-            if record.measured:
-                why = f"{why} ({record.measured})"
-            if record in file.certified:
-                why = f"{why}, at export"
-            yield _cell("  pass", Verdict.PASS) + Text(f"  {record.rule}  {plain(why)}")
-        for finding in findings_of(record):
-            yield _cell(f"  {finding.severity}", finding.severity) + Text(
-                f"  {record.rule}  {sentence(finding)}"
-            )
 
 
 def _cell(word: str, kind: str) -> Text:

@@ -30,12 +30,25 @@ def check(subject: Subject) -> Record:
        and Python. Unproven where that export cannot be made.
     3. A weight that looks like a dropout mask is a warning.
     """
+    # 1. Operators that draw before optimisation and are gone after it.
+    folded: list[Finding] = []
+    if subject.export.unoptimised is not None:
+        before, after = graph_of(subject.export.unoptimised), subject.graph
+        remaining: set[tuple[str, str]] = set()
+        for rule in (stochastic_op, training_mode):
+            remaining.update(map(_module_and_operator, rule.findings_in(after)))
+        why = (
+            "it draws in the graph before optimisation: its noise may have been folded into a"
+            " constant"
+        )
+        for finding in (*stochastic_op.findings_in(before), *training_mode.findings_in(before)):
+            is_gone = _module_and_operator(finding) not in remaining
+            if finding.severity is Severity.ERROR and is_gone:
+                folded.append(finding.model_copy(update={"why": why, "fix": _FIX}))
+
+    # 2. and 3., without repetitions.
     findings = dict.fromkeys(
-        [
-            *_folded_noise(subject),
-            *_differences_under_other_seeds(subject),
-            *graph_findings(subject.graph),
-        ]
+        [*folded, *_differences_under_other_seeds(subject), *graph_findings(subject.graph)]
     )
     weights = subject.graph.proto.graph.initializer
     return Record.of(
@@ -51,24 +64,6 @@ def check(subject: Subject) -> Record:
 def graph_findings(graph: Graph) -> tuple[Finding, ...]:
     """A warning for every weight that looks like a dropout mask."""
     return mask_like(graph)
-
-
-def _folded_noise(subject: Subject) -> Iterator[Finding]:
-    """Errors for operators that draw before optimisation and are gone after it."""
-    if subject.export.unoptimised is None:
-        return
-    before, after = graph_of(subject.export.unoptimised), subject.graph
-    remaining = {
-        _module_and_operator(finding)
-        for rule in (stochastic_op, training_mode)
-        for finding in rule.findings_in(after)
-    }
-    why = (
-        "it draws in the graph before optimisation: its noise may have been folded into a constant"
-    )
-    for finding in (*stochastic_op.findings_in(before), *training_mode.findings_in(before)):
-        if finding.severity is Severity.ERROR and _module_and_operator(finding) not in remaining:
-            yield finding.model_copy(update={"why": why, "fix": _FIX})
 
 
 def _module_and_operator(finding: Finding) -> tuple[str, str]:

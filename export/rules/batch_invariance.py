@@ -132,7 +132,17 @@ def _exchange_companions(run: Run, group: Companions) -> tuple[dict[str, float],
     changes: dict[str, float] = {}
     rowless: list[str] = []
     for name, tensor in alone[0].items():
-        layouts = _layouts(tensor.shape, smaller[name].shape)
+        # The possible layouts, by the shapes in a batch and in a smaller one.
+        shape, smaller_shape = tensor.shape, smaller[name].shape
+        layouts = []
+        if len(shape) == len(smaller_shape):
+            sizes = zip(shape, smaller_shape, strict=True)
+            for axis, (size, smaller_size) in enumerate(sizes):
+                grows_with_rows = smaller_size * _BATCH_SIZE == size * _SMALLER_BATCH_SIZE
+                if size and size % _BATCH_SIZE == 0 and grows_with_rows:
+                    layouts.append(_Layout(axis, interleaved=False))
+                    if size > _BATCH_SIZE:
+                        layouts.append(_Layout(axis, interleaved=True))
         if layouts:
             # The layout is not known. If one of them shows rows that depend on themselves alone,
             # it is the right one.
@@ -143,20 +153,6 @@ def _exchange_companions(run: Run, group: Companions) -> tuple[dict[str, float],
                 rowless.append(name)
                 break
     return changes, rowless
-
-
-def _layouts(shape: Sequence[int], smaller: Sequence[int]) -> list[_Layout]:
-    """The possible layouts of an output, by its shapes in a batch and in a smaller batch."""
-    if len(shape) != len(smaller):
-        return []
-    layouts = []
-    for axis, (size, smaller_size) in enumerate(zip(shape, smaller, strict=True)):
-        grows_with_rows = smaller_size * _BATCH_SIZE == size * _SMALLER_BATCH_SIZE
-        if size and size % _BATCH_SIZE == 0 and grows_with_rows:
-            layouts.append(_Layout(axis, interleaved=False))
-            if size > _BATCH_SIZE:
-                layouts.append(_Layout(axis, interleaved=True))
-    return layouts
 
 
 def _largest_change(

@@ -116,11 +116,18 @@ def _repeat_findings(network: Network, probes: Sequence[Mapping[str, Tensor]]) -
         return []
 
     # If the module's own state changed, the answer depends on that, and nothing need be random.
-    changed = [
-        name
-        for name, value in state_before.items()
-        if name in state_after and not _is_equal(value, state_after[name])
-    ]
+    changed = []
+    for name, before in state_before.items():
+        if name not in state_after:
+            continue
+        after = state_after[name]
+        # Tensors are compared by their bits, numbers by value.
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            is_equal = before.dtype == after.dtype and _has_same_bits(before, after)
+        else:
+            is_equal = type(before) is type(after) and before == after
+        if not is_equal:
+            changed.append(name)
     if changed:
         answers, state = ", ".join(differing), ", ".join(changed[:_NAMED_ATTRIBUTES])
         why = f"{answers} depends on the forwards before: {state} moves from one to the next"
@@ -135,13 +142,6 @@ def _differing_names(first: Mapping[str, Tensor], others: list[dict[str, Tensor]
         if not all(name in other and _has_same_bits(tensor, other[name]) for other in others):
             names.append(name)
     return names
-
-
-def _is_equal(first: object, second: object) -> bool:
-    """Whether two attributes of a module are equal: tensors by their bits, numbers by value."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.dtype == second.dtype and _has_same_bits(first, second)
-    return type(first) is type(second) and first == second
 
 
 def _has_same_bits(first: Tensor, second: Tensor) -> bool:

@@ -14,7 +14,7 @@ The order of decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -286,9 +286,9 @@ def _without_padding(subject: Subject, limit: float) -> tuple[_Pairs, list[Findi
             if mended is not None:
                 compared[name] = mended.answer
                 total = totals.setdefault((name, mended.padding.mask), _PaddingFigures())
-                total.differing += int(mended.difference.positions.sum())
-                total.positions += mended.difference.positions.size
-                total.worst = max(total.worst, mended.difference.worst)
+                total.differing += int(mended.positions.sum())
+                total.positions += mended.positions.size
+                total.worst = max(total.worst, mended.worst)
         pairs.append((reference, compared))
 
     warnings = []
@@ -302,25 +302,17 @@ def _without_padding(subject: Subject, limit: float) -> tuple[_Pairs, list[Findi
     return pairs, warnings
 
 
-@dataclass(frozen=True)
-class _PartialDifference:
-    """An output whose positions lie on `axis` and which differs at some `positions` (B, T) only.
-
-    `worst` is the largest difference, in standard deviations.
-    """
-
-    axis: int
-    positions: Positions
-    worst: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MendedAnswer:
-    """A graph's answer with the module's in its place at `padding`, where they differ."""
+    """A graph's answer with the module's in its place at `padding`, where they differ.
+
+    They differ at `positions` (B, T); `worst` is the largest difference, in standard deviations.
+    """
 
     answer: _Array
     padding: Padding
-    difference: _PartialDifference
+    positions: Positions
+    worst: float
 
 
 def mend_padding(
@@ -333,39 +325,34 @@ def mend_padding(
     """
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return None
-    for difference in _partial_differences(
-        expected, actual, probe, limit=limit, deviation=deviation
-    ):
-        padding = padding_at(run, probe, difference.positions, limit)
-        if padding is not None:
-            answer = at_positions(actual.copy(), difference.axis)
-            answer[padding.positions] = at_positions(expected, difference.axis)[padding.positions]
-            return MendedAnswer(np.moveaxis(answer, 1, difference.axis), padding, difference)
-    return None
-
-
-def _partial_differences(
-    expected: _Array, actual: _Array, probe: Tensors, *, limit: float, deviation: float
-) -> Iterator[_PartialDifference]:
-    """The readings of an output in which it differs at some positions only.
-
-    Which of its axes holds the positions is not known: every axis is tried that has the size of an
-    input's second axis, or of its last but one.
-    """
     if expected.dtype.kind not in "fiub" or not expected.size:
-        return
+        return None
     with np.errstate(invalid="ignore"):
         difference = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
     # `not <=` in place of `>`: a NaN differs.
     differs = ~(difference <= limit * deviation)
     if not differs.any():
-        return
+        return None
     worst = float(np.nan_to_num(difference, nan=np.inf).max()) / deviation
+
+    # Which axis of the answer holds the positions is not known: every axis is tried that has the
+    # size of an input's second axis, or of its last but one.
     shapes = {array.shape[:2] for array in probe.values() if array.ndim > 1}
     shapes |= {(array.shape[0], array.shape[-2]) for array in probe.values() if array.ndim > 2}
     for shape in sorted(shapes):
         for axis in axes_of_positions(expected.shape, np.zeros(shape, bool)):
             by_position = at_positions(differs, axis)
             positions = np.any(by_position.reshape(*by_position.shape[:2], -1), axis=-1)
-            if not positions.all():
-                yield _PartialDifference(axis, positions, worst)
+            if positions.all():
+                continue
+            padding = padding_at(run, probe, positions, limit)
+            if padding is not None:
+                answer = at_positions(actual.copy(), axis)
+                answer[padding.positions] = at_positions(expected, axis)[padding.positions]
+                return MendedAnswer(
+                    answer=np.moveaxis(answer, 1, axis),
+                    padding=padding,
+                    positions=positions,
+                    worst=worst,
+                )
+    return None

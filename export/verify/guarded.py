@@ -206,42 +206,38 @@ def main() -> None:
         request: _Load | _Run = pickle.loads(message)
         try:
             if isinstance(request, _Load):
-                samples, module = _load_references(request)
+                # Libraries that take seconds to import are imported now: the time limit is for a
+                # file.
+                with contextlib.suppress(ImportError):  # the session has a sentence for that
+                    import onnxruntime  # noqa: F401
+                if request.samples is None:
+                    samples, module = (), None
+                    return
+                import evalmode.export.verify.runnable  # noqa: F401 - loads torch
+                from evalmode.export.inputs.references import load_in_eval_mode, load_samples
+
+                loaded = request.samples
+                if isinstance(loaded, str):
+                    loaded = load_samples(loaded)
+                module = None if request.module is None else load_in_eval_mode(request.module)
+                samples = loaded
                 return
-            records = _bundle_records if request.is_bundle else _file_records
-            for record in records(request, samples, module):
-                yield _Reply(record=record).model_dump_json().encode()
+
+            if request.is_bundle:
+                subject = Subject(bundle=open_bundle(request.path))
+                for rule in RULES:
+                    if rule.name in request.rules:
+                        record = rule.check(subject)
+                        yield _Reply(record=record).model_dump_json().encode()
+            else:
+                for record in _file_records(request, samples, module):
+                    yield _Reply(record=record).model_dump_json().encode()
         except EvalmodeError as error:
             yield _Reply(refusal=str(error)).model_dump_json().encode()
         except ModuleNotFoundError as error:
             yield _Reply(missing=error.name or "").model_dump_json().encode()
 
     serve(answer)
-
-
-def _load_references(load: _Load) -> tuple[Sequence[Mapping[str, Any]], nn.Module | None]:
-    # Libraries that take seconds to import are imported now: the time limit is for a file.
-    with contextlib.suppress(ImportError):  # the session has a sentence for that
-        import onnxruntime  # noqa: F401
-    if load.samples is None:
-        return (), None
-    import evalmode.export.verify.runnable  # noqa: F401 - loads torch
-    from evalmode.export.inputs.references import load_in_eval_mode, load_samples
-
-    samples = load.samples
-    if isinstance(samples, str):
-        samples = load_samples(samples)
-    module = None if load.module is None else load_in_eval_mode(load.module)
-    return samples, module
-
-
-def _bundle_records(
-    run: _Run, samples: Sequence[Mapping[str, Any]], module: nn.Module | None
-) -> Iterator[Record]:
-    subject = Subject(bundle=open_bundle(run.path))
-    for rule in RULES:
-        if rule.name in run.rules:
-            yield rule.check(subject)
 
 
 def _file_records(

@@ -65,29 +65,26 @@ def subject_of_file(
     for sample in tensors:
         run(sample)  # inputs that do not fit are refused here, in the runtime's words
     if module is not None:
-        _require_module_fits(module, tensors[0], [output.name for output in session.outputs])
+        # The module must run on the inputs too, and have as many outputs.
+        kind = type(module).__name__
+        try:
+            with plain_forward():
+                answers = flatten(module(**tensors[0]))
+        except Exception as error:  # the user's own code
+            raise UnusableInputs(
+                f"{kind} cannot be called with {', '.join(tensors[0])}: {error}"
+            ) from error
+        outputs = [output.name for output in session.outputs]
+        if len(answers) != len(outputs):
+            raise UnusableInputs(
+                f"{kind} answers with {len(answers)} tensors, the graph with {', '.join(outputs)}"
+            )
     return Subject(
         module=module,
         graph=graph,
         file=path,
         evidence=evidence_of(run, tensors, axes),
     )
-
-
-def _require_module_fits(module: nn.Module, sample: Sample, outputs: Sequence[str]) -> None:
-    """Raise UnusableInputs unless the module runs on the sample and has as many outputs."""
-    kind = type(module).__name__
-    try:
-        with plain_forward():
-            answers = flatten(module(**sample))
-    except Exception as error:  # the user's own code
-        raise UnusableInputs(
-            f"{kind} cannot be called with {', '.join(sample)}: {error}"
-        ) from error
-    if len(answers) != len(outputs):
-        raise UnusableInputs(
-            f"{kind} answers with {len(answers)} tensors, the graph with {', '.join(outputs)}"
-        )
 
 
 def _axes_of(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:

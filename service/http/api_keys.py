@@ -91,7 +91,16 @@ class ApiKeys:
         """Whether this is one of the keys. The time does not depend on which one it is."""
         if self._file is not None and self._clock() - self._read_at_s >= _REREAD_S:
             self._read_at_s = self._clock()
-            self._load_again(self._file)
+            try:
+                if self._load(self._file):
+                    _log.info("API keys read", file=str(self._file), keys=len(self._file_digests))
+                self._logged_problem = None
+            except (OSError, _KeysRefused) as error:
+                problem = _file_problem(self._file, error)
+                # Once for each problem, not once a second.
+                if problem != self._logged_problem:
+                    _log.error("the API keys stay as they were", reason=problem)
+                self._logged_problem = problem
         digest = hashlib.sha256(key).digest()
         valid = False
         # All digests are compared, also after a match.
@@ -115,18 +124,6 @@ class ApiKeys:
         self._file_digests = _parse(content)
         self._content_digest = content_digest
         return True
-
-    def _load_again(self, file: Path) -> None:
-        try:
-            if self._load(file):
-                _log.info("API keys read", file=str(file), keys=len(self._file_digests))
-            self._logged_problem = None
-        except (OSError, _KeysRefused) as error:
-            problem = _file_problem(file, error)
-            # Once for each problem, not once a second.
-            if problem != self._logged_problem:
-                _log.error("the API keys stay as they were", reason=problem)
-            self._logged_problem = problem
 
 
 def _parse(content: bytes) -> Sequence[bytes]:

@@ -237,7 +237,16 @@ class RequestMiddleware:
         status = exchange.status or CLIENT_CLOSED_REQUEST
         if not exchange.is_finished and status < 500:
             status = CLIENT_CLOSED_REQUEST
-        route = _route(scope)
+        # The template of the path, as `/v2/models/{model}`. There are few templates, and clients
+        # may send any number of paths.
+        route = "unmatched"
+        template = getattr(scope.get("route"), "path", None)
+        if template is not None:
+            route = str(template)
+        elif "endpoint" in scope and not scope.get("path_params") and not scope.get("root_path"):
+            # Starlette's own routes, as /openapi.json, are not in the scope. Without parameters
+            # their path is the template.
+            route = str(scope["path"])
         method = scope["method"]
         is_quiet = scope["path"] in QUIET_PATHS
 
@@ -327,21 +336,6 @@ class _Exchange:
             self.sent_bytes += len(message.get("body", b""))
             self.is_finished = not message.get("more_body", False)
         await self._send(message)
-
-
-def _route(scope: Scope) -> str:
-    """The template of the path, as `/v2/models/{model}`, for metrics and logs.
-
-    There are few templates, and clients may send any number of paths.
-    """
-    path = getattr(scope.get("route"), "path", None)
-    if path is not None:
-        return str(path)
-    # Starlette's own routes, as /openapi.json, are not in the scope. Without parameters their
-    # path is the template.
-    if "endpoint" in scope and not scope.get("path_params") and not scope.get("root_path"):
-        return str(scope["path"])
-    return "unmatched"
 
 
 def _logged_path(scope: Scope) -> str:

@@ -98,21 +98,17 @@ async def _predict(request: Request) -> Response:
     max_top_k = components_of(request).settings.max_top_k
     query = parse_predict_query(request.query_params.multi_items(), max_top_k=max_top_k)
     if media_type_of(request.headers.get("content-type")) == NDJSON:
-        return _predict_stream(request, query)
+        # Lines are read and predictions written at the same time.
+        timings = timings_of(request.scope)
+        timings.streamed = True
+        model = _text_model(request, name=query.model, version=query.version)
+        options = StreamOptions(
+            top_k=query.top_k or DEFAULT_TOP_K, truncate=query.truncate is not False
+        )
+        encoding = declared_encoding(request.headers.getlist("content-encoding"))
+        streams: Streams = request.app.state.streams
+        return streams.response(model, options, timings=timings, encoding=encoding)
     return await _predict_json(request, query)
-
-
-def _predict_stream(request: Request, query: PredictQuery) -> Response:
-    """The response that reads lines and writes predictions at the same time."""
-    timings = timings_of(request.scope)
-    timings.streamed = True
-    model = _text_model(request, name=query.model, version=query.version)
-    options = StreamOptions(
-        top_k=query.top_k or DEFAULT_TOP_K, truncate=query.truncate is not False
-    )
-    encoding = declared_encoding(request.headers.getlist("content-encoding"))
-    streams: Streams = request.app.state.streams
-    return streams.response(model, options, timings=timings, encoding=encoding)
 
 
 async def _predict_json(request: Request, query: PredictQuery) -> Response:

@@ -139,10 +139,11 @@ def text_rows_to_measure(
     ids = [frontend.encode(text).ids for text in texts]
     rows: dict[str, list[Tensors]] = {}
     for length, padded_rows in rows_by_length(ids, frontend.spec, each=_ROWS_OF_A_LENGTH).items():
-        # A graph may take no attention mask.
-        rows[str(length)] = [
-            {name: tensor for name, tensor in row.items() if name in inputs} for row in padded_rows
-        ]
+        rows[str(length)] = []
+        for row in padded_rows:
+            # A graph may take no attention mask.
+            tensors = {name: tensor for name, tensor in row.items() if name in inputs}
+            rows[str(length)].append(tensors)
     return rows
 
 
@@ -178,8 +179,13 @@ class _TimingsCache:
                 cached_s = cached.get(label, {}).get(size, math.inf)
                 smallest[label][size] = min(seconds, cached_s)
             merged.setdefault(label, {}).update(smallest[label])
-        if merged != cached:
-            self._write(merged)
+        if self.file is not None and merged != cached:
+            try:
+                write_file(self.file, json.dumps(merged).encode())
+            except OSError as error:
+                # A read-only file system, or another process that writes the same file at this
+                # moment.
+                _log.debug("timings cannot be cached in %s: %s", self.file, error)
         return smallest
 
     def _read(self) -> dict[str, dict[int, float]]:
@@ -200,15 +206,6 @@ class _TimingsCache:
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             _log.debug("cached timings cannot be read from %s: %s", self.file, error)
             return {}
-
-    def _write(self, timings: Mapping[str, Mapping[int, float]]) -> None:
-        if self.file is None:
-            return
-        try:
-            write_file(self.file, json.dumps(timings).encode())
-        except OSError as error:
-            # A read-only file system, or another process that writes the same file at this moment.
-            _log.debug("timings cannot be cached in %s: %s", self.file, error)
 
 
 def _not_repeatable(path: Path, subject: str) -> BundleError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -58,17 +59,13 @@ def find_folders(root: Path, *, earlier: Mapping[Path, Folder]) -> list[Folder]:
     for path in sorted(paths):
         folder, signature = earlier.get(path), _signature(path)
         if folder is None or folder.signature != signature:
-            folder = Folder(path=path, identity=_identity(path), signature=signature)
+            identity: tuple[str, str] | None = None
+            with suppress(BundleError, ValidationError):
+                manifest = Manifest.model_validate_json(read_file(path / MANIFEST_FILE))
+                identity = manifest.name, manifest.version
+            folder = Folder(path=path, identity=identity, signature=signature)
         folders.append(folder)
     return folders
-
-
-def _identity(path: Path) -> tuple[str, str] | None:
-    try:
-        manifest = Manifest.model_validate_json(read_file(path / MANIFEST_FILE))
-    except (BundleError, ValidationError):
-        return None
-    return manifest.name, manifest.version
 
 
 def _signature(path: Path) -> FilesSignature:

@@ -106,8 +106,19 @@ def check_inputs(
         if datatype != spec.datatype:
             raise BadRequest(f"input {name!r} must be {spec.datatype}, got {datatype}", field=name)
         if spec.datatype == BYTES:
-            checked[name] = _decoded_strings(tensor, name)
+            strings = np.empty(tensor.size, dtype=object)
+            for index, element in enumerate(tensor.flat):
+                # A str is encoded too: half of a surrogate pair is a str that has no UTF-8.
+                try:
+                    utf8 = element if isinstance(element, bytes) else str(element).encode()
+                    strings[index] = utf8.decode()
+                except UnicodeError as error:
+                    raise BadRequest(
+                        f"element {index} of input {name!r} is not UTF-8", field=name
+                    ) from error
+            checked[name] = strings.reshape(tensor.shape)
             continue
+
         for bound in spec.bounds:
             _require_bound(tensor, bound, name)
         # The reshape restores a shape of (), which NumPy's ascontiguousarray makes (1,).
@@ -215,18 +226,3 @@ def _require_bound(tensor: npt.NDArray[np.generic], bound: Bound, name: str) -> 
         start, _, _ = slices[axis].indices(tensor.shape[axis])
         index.append(start + int(index_in_part))
     raise BadRequest(f"{name}{index} must be {bound}, got {value}", field=name)
-
-
-def _decoded_strings(tensor: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.generic]:
-    """The tensor with all elements as str. Raises BadRequest for an element that is not UTF-8."""
-    strings = np.empty(tensor.size, dtype=object)
-    for index, element in enumerate(tensor.flat):
-        # A str is encoded too: half of a surrogate pair is a str that has no UTF-8.
-        try:
-            utf8 = element if isinstance(element, bytes) else str(element).encode()
-            strings[index] = utf8.decode()
-        except UnicodeError as error:
-            raise BadRequest(
-                f"element {index} of input {name!r} is not UTF-8", field=name
-            ) from error
-    return strings.reshape(tensor.shape)

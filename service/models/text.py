@@ -104,7 +104,23 @@ def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
             field=IDS,
         )
     _require_range(IDS, ids, below=spec.vocabulary)
-    counts = _counted_positions(ids, inputs.get(MASK))  # (B, T)
+
+    # Which positions count, as 0 and 1, (B, T).
+    mask = inputs.get(MASK)
+    if mask is None:
+        is_id = ids != 0
+        if ids.ndim == 3:
+            is_id = is_id.any(-1)  # (B, T, G) -> (B, T)
+        counts = np.asarray(is_id, np.int64)
+    else:
+        if mask.shape != ids.shape[:2]:
+            raise BadRequest(
+                f"{MASK} must have the shape {[*ids.shape[:2]]} of {IDS}, got {[*mask.shape]}",
+                field=MASK,
+            )
+        counts = mask.astype(np.int64)
+        _require_range(MASK, counts, below=2)
+
     lengths = (counts * np.arange(1, ids.shape[1] + 1)).max(axis=1, initial=0)  # (B,)
     for row, length in enumerate(lengths):
         if length == 0:
@@ -114,25 +130,8 @@ def id_rows(inputs: Tensors, spec: NgramSpec | BpeSpec) -> Iterator[IdRow]:
                 field=name,
             )
         # Copies: a view would keep all rows of the request in memory.
-        mask = None if gram_shape else counts[row, :length].copy()
-        yield IdRow(ids=ids[row, :length].copy(), mask=mask)
-
-
-def _counted_positions(ids: Ids, mask: npt.NDArray[np.generic] | None) -> Ids:
-    """Which positions count, as 0 and 1, (B, T)."""
-    if mask is None:
-        is_id = ids != 0
-        if ids.ndim == 3:
-            is_id = is_id.any(-1)  # (B, T, G) -> (B, T)
-        return np.asarray(is_id, np.int64)
-    if mask.shape != ids.shape[:2]:
-        raise BadRequest(
-            f"{MASK} must have the shape {[*ids.shape[:2]]} of {IDS}, got {[*mask.shape]}",
-            field=MASK,
-        )
-    counts = mask.astype(np.int64)
-    _require_range(MASK, counts, below=2)
-    return counts
+        row_mask = None if gram_shape else counts[row, :length].copy()
+        yield IdRow(ids=ids[row, :length].copy(), mask=row_mask)
 
 
 def labels_of(manifest: Manifest, *, path: object) -> tuple[str, ...]:

@@ -221,7 +221,19 @@ class GracefulServer(uvicorn.Server):
         if tasks := set(self.server_state.tasks):
             await self._wait_unless_leaving(asyncio.wait(tasks), deadline_s)
         if self.server_state.connections or self.server_state.tasks:
-            await self._give_up()
+            # Answer 503 where possible, cancel every request, and close every connection.
+            remaining = set(self.server_state.tasks)
+            _log.error(
+                "given up", requests=len(remaining), connections=len(self.server_state.connections)
+            )
+            # Without this, uvicorn would log the traceback of every cancelled request.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            self.server_state.give_up()
+            for task in remaining:
+                task.cancel()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.server_state.all_closed.wait(), _GIVING_UP_S)
+            self.server_state.abort()
 
         # A process that is of no use any more may be unable to close its application.
         if self.exit_code:
@@ -266,19 +278,6 @@ class GracefulServer(uvicorn.Server):
             step_changed.cancel()
             self._step_changed.clear()
         waiting.cancel()
-
-    async def _give_up(self) -> None:
-        """Answer 503 where possible, cancel every request, and close every connection."""
-        tasks = set(self.server_state.tasks)
-        _log.error("given up", requests=len(tasks), connections=len(self.server_state.connections))
-        # Without this, uvicorn would log the traceback of every cancelled request.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        self.server_state.give_up()
-        for task in tasks:
-            task.cancel()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.server_state.all_closed.wait(), _GIVING_UP_S)
-        self.server_state.abort()
 
     def _new_connection(self) -> Connection:
         # uvicorn's type of this class has other arguments than the class `connection_class` made.
