@@ -122,7 +122,7 @@ async def disturb(chaos: Chaos, model: Path, pid: int) -> None:
         # The file has a new time: every worker opens the same bytes again.
         os.utime(model)
         chaos.counts["hot swaps"] += 1
-        if swap % 3 == 2:
+        if swap % 3 == 0:
             children = Path(f"/proc/{pid}/task/{pid}/children")
             workers = children.read_text().split()  # noqa: ASYNC240 - /proc answers at once
             if len(workers) > 1:

@@ -105,8 +105,9 @@ def _names_this_machine(name: str, settings: Settings) -> bool:
     name = name.lower().removesuffix(".")
     bound_name = settings.host.lower().removesuffix(".")
     allowed_names = {host.lower().removesuffix(".") for host in settings.control_hosts}
-    allowed_names |= {bound_name, "localhost"}
-    if "*" in allowed_names or name in allowed_names or name.endswith(".localhost"):
+    if "*" in allowed_names or name in {*allowed_names, bound_name, "localhost"}:
+        return True
+    if name.endswith(".localhost"):
         return True
 
     bound_address = _ip_address(bound_name)

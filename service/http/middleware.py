@@ -185,10 +185,11 @@ class RequestMiddleware:
             return
 
         # The client may choose the id, to find its request in the log of this server.
-        request_id = uuid.uuid4().hex
         sent_id = header_value(scope, b"x-request-id")
         if sent_id is not None and _REQUEST_ID.fullmatch(sent_id):
             request_id = sent_id.decode()
+        else:
+            request_id = uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
 
