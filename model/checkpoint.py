@@ -1,13 +1,22 @@
-"""A finished training as a folder: weights, front end, labels, metrics, provenance. Data, no code.
+"""The checkpoint: a finished training as a folder of data files, without code.
 
     model.safetensors    the weights
-    checkpoint.json      the network's shape, front end, labels, metrics, provenance, and the
-                         sha256 of the other files
-    tokenizer.json       where the front end is BPE
+    checkpoint.json      the record: the network's shape, front end, labels, metrics, provenance,
+                         and the sha256 of the other files
+    tokenizer.json       the tokenizer, if the front end is BPE
     held_out.npz         the encoded test rows: flat ids, offsets, labels
 
-The same run on the same machine writes the same bytes: there is no clock and no path in them. The
-export room imports this module of the model room and no other.
+The same run on the same machine writes the same bytes: no file contains a time or a path. `load`
+refuses a folder that is not one whole classifier, in this order:
+
+1. The record is JSON, of this format, with all keys, and lists only files of a checkpoint.
+2. Each listed file is in the folder and has the recorded sha256.
+3. The record describes one classifier: shape, front end and labels agree.
+4. The tokenizer's ids fit the network's table.
+5. The weights have the names, shapes and types of the network, and are finite.
+6. The held-out rows are rows that the network can read.
+
+The export room imports this module of the model room and no other.
 """
 
 from __future__ import annotations
@@ -47,10 +56,10 @@ from evalmode.model.transformer import Transformer
 
 FORMAT = 1
 RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE = "checkpoint.json", "model.safetensors", "held_out.npz"
-
 TRAIN_AGAIN = "train again"
-# What the record must hold to be looked at.
-KEYS = {
+
+# The keys that a record must have, and the JSON type of each value.
+REQUIRED_KEYS = {
     "network": dict,
     "frontend": dict,
     "labels": list,
@@ -64,9 +73,10 @@ _frontend: TypeAdapter[FrontEndSpec] = TypeAdapter(FrontEndSpec)
 
 
 class CheckpointError(EvalmodeError):
-    """A folder is not a checkpoint that can be used, or cannot become one.
+    """A folder is not a usable checkpoint, or a checkpoint cannot be written to it.
 
-    `reason` names the file, without the way out, which differs between commands.
+    `reason` names the file and is the message without the remedy, because each command has another
+    remedy.
     """
 
     def __init__(self, reason: str, *, remedy: str = TRAIN_AGAIN) -> None:
@@ -76,8 +86,10 @@ class CheckpointError(EvalmodeError):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Encoded test rows, each (T,) or (T, G) int64 without padding, and the label index of each,
-    (N,) int64.
+    """The encoded test rows of a training.
+
+    rows      one array for each row, (T,) or (T, G) int64, without padding
+    labels    (N,) int64, the label index of each row
     """
 
     rows: list[Ids]
@@ -89,10 +101,11 @@ class Checkpoint:
     """An opened checkpoint.
 
     module          the trained network, in eval mode
-    metrics         train, validation and test -> accuracy, macro_f1, rows, and where classes have
-                    no rows `classes` and `not_tested`
+    tokenizer       the text of tokenizer.json; None if the front end has no tokenizer
+    sample_texts    texts for which the export computes known answers, the empty text among them
+    metrics         "train", "validation" and "test" -> accuracy, macro_f1 and rows; also `classes`
+                    and `not_tested` if some classes have no rows
     provenance      versions, seed, data set and training configuration
-    sample_texts    held-out and odd texts, the empty one among them, to know answers for
     """
 
     module: Transformer
@@ -105,8 +118,9 @@ class Checkpoint:
     provenance: Mapping[str, Any]
 
     def folded(self) -> Transformer:
-        """The network with classic dropout's eval factors folded into its weights; the module
-        itself when inverted.
+        """The network for the export: classic dropout's eval factors are folded into the weights.
+
+        Returns a folded copy, or the module itself if its dropout is inverted.
         """
         if self.module.config.dropout_kind != "classic":
             return self.module
@@ -115,27 +129,35 @@ class Checkpoint:
         return module.eval()
 
     def open_frontend(self) -> FrontEnd:
-        """What turns texts into this network's rows."""
+        """The front end, which turns texts into rows for this network."""
         return open_frontend(self.frontend, self.tokenizer)
 
 
 def save(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write `checkpoint` into `folder`, over the one that may stand there.
+    """Write `checkpoint` into `folder` and replace an earlier one.
 
-    The record is written last and names every other file's hash, so a folder is either a whole
-    checkpoint or none. Raises CheckpointError, and leaves the folder as it was, without room.
+    The record is removed first and written last, and contains the sha256 of the other files. A kill
+    in between leaves a folder that `load` refuses. Raises CheckpointError if a file cannot be
+    written; a full disk leaves the folder as it was.
+
+        save(checkpoint, Path("runs/reviews"))
+        checkpoint = load(Path("runs/reviews"))
     """
     weights = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in checkpoint.module.state_dict().items()
     }
-    files = {
-        WEIGHTS_FILE: safetensors.torch.save(weights),
-        HELD_OUT_FILE: _pack(checkpoint.held_out),
+    held_out = checkpoint.held_out
+    lengths = [len(row) for row in held_out.rows]
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "ids": np.concatenate(held_out.rows).astype(np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "labels": held_out.labels,
     }
+    files = {WEIGHTS_FILE: safetensors.torch.save(weights), HELD_OUT_FILE: npz_of(arrays)}
     if checkpoint.tokenizer is not None:
         files[TOKENIZER_FILE] = checkpoint.tokenizer.encode()
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
     record = {
         "format": FORMAT,
         "network": asdict(checkpoint.module.config),
@@ -144,35 +166,48 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
         "metrics": checkpoint.metrics,
         "provenance": checkpoint.provenance,
         "sample_texts": checkpoint.sample_texts,
-        "files": hashes,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    # The last entry, because `replace_files` writes in this order.
     files[RECORD_FILE] = json.dumps(record, ensure_ascii=True, indent=1).encode()
     try:
         replace_files(folder, files)
-        if TOKENIZER_FILE not in files:  # an earlier checkpoint's
+        if TOKENIZER_FILE not in files:
+            # An earlier checkpoint in this folder may have had a tokenizer.
             (folder / TOKENIZER_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint cannot be written to {error.filename or folder} ({error.strerror})",
-            remedy="make room or make it writable, and go on with --resume",
+            remedy="free disk space or make it writable, then continue with --resume",
         ) from error
 
 
 def load(folder: Path) -> Checkpoint:
     """Open the checkpoint in `folder`.
 
-    Raises CheckpointError, naming the file, when one is missing or changed, and when they do not
-    make one classifier, whatever their sha256.
+    Raises CheckpointError, with the name of the file, if a file is missing or changed. Files that
+    do not form one classifier are refused even if each has its recorded sha256.
     """
     path = folder / RECORD_FILE
-    record = _record(path)
-    contents = {name: _checked(folder, name, sha256) for name, sha256 in record["files"].items()}
+    record = _read_record(path)
+
+    contents: dict[str, bytes] = {}
+    for name, sha256 in record["files"].items():
+        try:
+            contents[name] = read_inside(folder, name, called="the checkpoint")
+        except FileUnreadable as error:
+            raise CheckpointError(error.reason) from error
+        if hashlib.sha256(contents[name]).hexdigest() != sha256:
+            raise CheckpointError(
+                f"{folder / name} was changed or cut short after the training: its sha256 is not"
+                " the recorded one"
+            )
+
     try:
-        config, frontend = _described(record)
-        tokenizer = _tokenizer(contents, frontend)
-        module = _restored(config, contents[WEIGHTS_FILE])
-        held_out = _unpack(contents[HELD_OUT_FILE])
-        _require_rows_fit(held_out, frontend, labels=config.labels)
+        config, frontend = _parse_network_and_frontend(record)
+        tokenizer = _parse_tokenizer(contents, frontend)
+        module = _load_network(config, contents[WEIGHTS_FILE])
+        held_out = _parse_held_out(contents[HELD_OUT_FILE], frontend, label_count=config.labels)
     except ValueError as error:
         raise CheckpointError(f"{path} does not describe the files beside it: {error}") from error
     return Checkpoint(
@@ -187,8 +222,8 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """The record with `KEYS`, which lists the files of a checkpoint and no other."""
+def _read_record(path: Path) -> dict[str, Any]:
+    """The record in a file: it has REQUIRED_KEYS, and lists only files of a checkpoint."""
     try:
         record = json.loads(read_file(path))
     except FileUnreadable as error:
@@ -196,46 +231,52 @@ def _record(path: Path) -> dict[str, Any]:
             error.reason, remedy="a checkpoint is a folder that `evalmode train` has finished"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON, or only a part of it: {error}") from error
+        raise CheckpointError(f"{path} is not complete JSON: {error}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} is not the record of a checkpoint")
+
+    # `type`, because True == 1 and would pass as format 1.
     version = record.get("format")
     if type(version) is not int or version != FORMAT:
         raise CheckpointError(
             f"{path} has format {str(version)[:40]}, and this evalmode reads format {FORMAT}"
         )
-    for key, kind in KEYS.items():
+    for key, kind in REQUIRED_KEYS.items():
         if not isinstance(record.get(key), kind):
             raise CheckpointError(f"{path} has no {key} that is a {kind.__name__}")
+
     files = record["files"]
     if not {WEIGHTS_FILE, HELD_OUT_FILE} <= files.keys():
         raise CheckpointError(f"{path} does not list {WEIGHTS_FILE} and {HELD_OUT_FILE}")
-    # No other name is a checkpoint's, so none can lead out of the folder.
-    if strangers := sorted(files.keys() - {WEIGHTS_FILE, HELD_OUT_FILE, TOKENIZER_FILE}):
+    # The names are a closed set, so a record cannot name a file outside of its folder.
+    if unknown := sorted(files.keys() - {WEIGHTS_FILE, HELD_OUT_FILE, TOKENIZER_FILE}):
         raise CheckpointError(
-            f"{path} lists {strangers[0][:80]!r}, which is no file of a checkpoint"
+            f"{path} lists {unknown[0][:80]!r}, which is not a file of a checkpoint"
         )
     return record
 
 
-def _described(record: Mapping[str, Any]) -> tuple[TransformerConfig, FrontEndSpec]:
-    """The network's shape and the front end of a record. Raises ValueError where its parts do not
-    make one classifier.
+def _parse_network_and_frontend(
+    record: Mapping[str, Any],
+) -> tuple[TransformerConfig, FrontEndSpec]:
+    """The network's shape and the front end that a record describes.
+
+    Raises ValueError if the parts of the record do not describe one classifier.
     """
-    # A field that is missing must not become its default, and one too many must not be ignored.
-    names = {field.name for field in fields(TransformerConfig)}
-    if odd := sorted(names ^ record["network"].keys()):
-        verb = "lacks" if odd[0] in names else "holds an unknown"
-        raise ValueError(f"network {verb} {odd[0][:80]!r}")
+    # The parser below would fill a missing field with its default, and ignore an unknown one.
+    fields_of_network = {field.name for field in fields(TransformerConfig)}
+    if mismatched := sorted(fields_of_network ^ record["network"].keys()):
+        verb = "lacks" if mismatched[0] in fields_of_network else "holds an unknown"
+        raise ValueError(f"network {verb} {mismatched[0][:80]!r}")
     try:
-        part = "network"
-        config = _network.validate_json(json.dumps(record[part]), strict=True)
-        part = "frontend"
-        frontend = _frontend.validate_json(json.dumps(record[part]), strict=True)
+        key = "network"
+        config = _network.validate_json(json.dumps(record[key]), strict=True)
+        key = "frontend"
+        frontend = _frontend.validate_json(json.dumps(record[key]), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join((part, *map(str, first["loc"])))
-        raise ValueError(f"{key}: {first['msg']}") from error
+        path = ".".join((key, *map(str, first["loc"])))
+        raise ValueError(f"{path}: {first['msg']}") from error
 
     labels = record["labels"]
     if not all(isinstance(text, str) for text in (*labels, *record["sample_texts"])):
@@ -244,8 +285,9 @@ def _described(record: Mapping[str, Any]) -> tuple[TransformerConfig, FrontEndSp
         raise ValueError("metrics must hold a table for each part of the data")
     if len(labels) != config.labels or len(set(labels)) != len(labels):
         raise ValueError(
-            f"it names {len(set(labels))} labels, and the network tells {config.labels} apart"
+            f"it names {len(set(labels))} labels, and the network has {config.labels} outputs"
         )
+
     for key in ("vocabulary", "ids_per_position"):
         if getattr(frontend, key) != getattr(config, key):
             raise ValueError(
@@ -257,59 +299,77 @@ def _described(record: Mapping[str, Any]) -> tuple[TransformerConfig, FrontEndSp
             f"the front end's rows have up to {frontend.lengths[-1]} positions, and the network"
             f" reads {config.positions}"
         )
+
+    # An export copies these into its manifest and its answers, which are strict JSON in UTF-8.
+    # Python's reader accepts NaN, and "\ud800", which is half of a surrogate pair.
     try:
-        described = [labels, record["metrics"], record["provenance"]]
-        json.dumps(described, ensure_ascii=False, allow_nan=False).encode()
+        exported = [labels, record["metrics"], record["provenance"]]
+        json.dumps(exported, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise ValueError(
-            "labels, metrics or provenance hold a number that is not finite or half a character"
+            "labels, metrics or provenance hold a number that is not finite, or half of a"
+            " surrogate pair"
         ) from error
     return config, frontend
 
 
-def _tokenizer(contents: Mapping[str, bytes], frontend: FrontEndSpec) -> str | None:
-    """The text of the tokenizer's file, None for a front end without one. Raises ValueError for a
-    tokenizer that is not the front end's.
+def _parse_tokenizer(contents: Mapping[str, bytes], frontend: FrontEndSpec) -> str | None:
+    """The text of the tokenizer's file; None for a front end without a tokenizer.
+
+    Raises ValueError if the tokenizer is not one that this front end can use.
     """
-    if isinstance(frontend, BpeSpec) != (TOKENIZER_FILE in contents):
-        verb = "is missing for" if isinstance(frontend, BpeSpec) else "does not belong to"
-        raise ValueError(f"{TOKENIZER_FILE} {verb} the front end {frontend.kind}")
+    has_file = TOKENIZER_FILE in contents
     if not isinstance(frontend, BpeSpec):
+        if has_file:
+            raise ValueError(f"{TOKENIZER_FILE} does not belong to the front end {frontend.kind}")
         return None
+    if not has_file:
+        raise ValueError(f"{TOKENIZER_FILE} is missing for the front end {frontend.kind}")
     try:
         text = contents[TOKENIZER_FILE].decode()
         ids = Tokenizer.from_str(text).get_vocab().values()
-    except Exception as error:  # the Rust side raises Exception itself
-        raise ValueError(f"{TOKENIZER_FILE} is not a tokenizer ({_short(error)})") from error
-    if max((*ids, frontend.start)) >= frontend.vocabulary:
+    # The Rust part of tokenizers raises Exception itself.
+    except Exception as error:
+        raise ValueError(f"{TOKENIZER_FILE} is not a tokenizer ({_one_line(error)})") from error
+    highest_id = max((*ids, frontend.start))
+    if highest_id >= frontend.vocabulary:
         raise ValueError(
-            f"{TOKENIZER_FILE} has ids up to {max((*ids, frontend.start))}, and the network's table"
+            f"{TOKENIZER_FILE} has ids up to {highest_id}, and the network's table"
             f" has {frontend.vocabulary} rows"
         )
     return text
 
 
-def _restored(config: TransformerConfig, data: bytes) -> Transformer:
-    """The network with the weights in a safetensors file. Raises ValueError unless the weights are
-    those of such a network, and finite.
+def _load_network(config: TransformerConfig, data: bytes) -> Transformer:
+    """The network of shape `config` with the weights of a safetensors file.
+
+    Raises ValueError unless the weights are finite, and have the names, shapes and types of such a
+    network.
     """
     try:
         weights = safetensors.torch.load(data)
-    except Exception as error:  # SafetensorError has no other base
-        raise ValueError(f"{WEIGHTS_FILE} is not a safetensors file ({_short(error)})") from error
-    # Shapes are compared before memory is taken: a record may speak of terabytes.
+    # SafetensorError derives from Exception directly.
+    except Exception as error:
+        raise ValueError(
+            f"{WEIGHTS_FILE} is not a safetensors file ({_one_line(error)})"
+        ) from error
+
+    # Shapes are compared before memory is allocated, because a record may describe a network of
+    # terabytes. Even without memory a network of 10**15 layers would take forever to build.
     if config.layers > len(weights):
         raise ValueError(
-            f"network.layers is {config.layers}, and so many are not in {WEIGHTS_FILE}"
+            f"network.layers is {config.layers}, and {WEIGHTS_FILE} holds {len(weights)} tensors"
         )
     try:
         with torch.device("meta"):
             expected = Transformer(config).state_dict()
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
-        raise ValueError(f"no network has such a shape ({_short(error)})") from error
-    if odd := sorted(expected.keys() ^ weights.keys()):
-        verb = "lacks" if odd[0] in expected else "holds an unknown"
-        raise ValueError(f"{WEIGHTS_FILE} {verb} {odd[0][:80]!r}")
+    # torch raises these for sizes that need more than 64 bits.
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"no network can have this shape ({_one_line(error)})") from error
+
+    if mismatched := sorted(expected.keys() ^ weights.keys()):
+        verb = "lacks" if mismatched[0] in expected else "holds an unknown"
+        raise ValueError(f"{WEIGHTS_FILE} {verb} {mismatched[0][:80]!r}")
     for name, tensor in weights.items():
         shape, dtype = tuple(expected[name].shape), expected[name].dtype
         if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
@@ -319,78 +379,27 @@ def _restored(config: TransformerConfig, data: bytes) -> Transformer:
             )
         if not tensor.isfinite().all():
             raise ValueError(f"{name} in {WEIGHTS_FILE} holds numbers that are not finite")
+
     module = Transformer(config)
     module.load_state_dict(weights)
     return module
 
 
-def _require_rows_fit(held_out: HeldOut, frontend: FrontEndSpec, *, labels: int) -> None:
-    """Raise ValueError where a held-out row is none that the network reads."""
-    if not held_out.rows:
-        return
-    shape = held_out.rows[0].shape[1:]
-    if shape != (() if isinstance(frontend, BpeSpec) else (frontend.ids_per_position,)):
-        raise ValueError(
-            f"a position in {HELD_OUT_FILE} has ids of the shape {shape}, and the front end is"
-            f" {frontend.kind}"
-        )
-    lengths = [len(row) for row in held_out.rows]
-    if max(lengths) > frontend.lengths[-1]:
-        raise ValueError(
-            f"{HELD_OUT_FILE} has rows of up to {max(lengths)} positions, and the network reads"
-            f" {frontend.lengths[-1]}"
-        )
-    for name, values, limit in (
-        ("ids", held_out.rows, frontend.vocabulary),
-        ("labels", [held_out.labels], labels),
-    ):
-        for value in values:
-            if value.size and not 0 <= value.min() <= value.max() < limit:
-                raise ValueError(f"{name} in {HELD_OUT_FILE} must be from 0 to {limit - 1}")
-
-
-def _checked(folder: Path, name: str, sha256: object) -> bytes:
-    try:
-        data = read_inside(folder, name, called="the checkpoint")
-    except FileUnreadable as error:
-        raise CheckpointError(error.reason) from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(
-            f"{folder / name} was changed or cut short after the training: its sha256 is not the"
-            " recorded one"
-        )
-    return data
-
-
-def _short(error: Exception) -> str:
-    """What a library says of a file, as a part of one sentence."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _pack(held_out: HeldOut) -> bytes:
-    lengths = [len(row) for row in held_out.rows]
-    arrays: dict[str, npt.NDArray[np.generic]] = {
-        "ids": np.concatenate(held_out.rows).astype(np.int32),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "labels": held_out.labels,
-    }
-    return npz_of(arrays)
-
-
-def _unpack(data: bytes) -> HeldOut:
-    """The rows in a file. Raises ValueError for bytes that are not such a file."""
+def _parse_held_out(data: bytes, frontend: FrontEndSpec, *, label_count: int) -> HeldOut:
+    """The rows in an npz file. Raises ValueError unless they are rows that the network can read."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             ids, offsets, labels = (arrays[name] for name in ("ids", "offsets", "labels"))
-    # zipfile and numpy raise a dozen kinds, without a common base, for bytes not theirs
+    # For foreign bytes zipfile and numpy raise a dozen types, which have no common base.
     except Exception as error:
-        raise ValueError(f"{HELD_OUT_FILE} cannot be read ({_short(error)})") from error
-    for name, array, axes in (
+        raise ValueError(f"{HELD_OUT_FILE} cannot be read ({_one_line(error)})") from error
+
+    for name, array, axis_counts in (
         ("ids", ids, (1, 2)),
         ("offsets", offsets, (1,)),
         ("labels", labels, (1,)),
     ):
-        if array.dtype.kind != "i" or array.ndim not in axes:
+        if array.dtype.kind != "i" or array.ndim not in axis_counts:
             raise ValueError(
                 f"{name} in {HELD_OUT_FILE} is {array.dtype} of the shape {array.shape}"
             )
@@ -401,5 +410,32 @@ def _unpack(data: bytes) -> HeldOut:
         and (np.diff(offsets) > 0).all()
     ):
         raise ValueError(f"offsets in {HELD_OUT_FILE} do not divide its ids into rows")
-    rows = np.split(ids.astype(np.int64), offsets[1:-1]) if len(labels) else []
-    return HeldOut(rows=rows, labels=labels.astype(np.int64))
+    labels = labels.astype(np.int64)
+    if not len(labels):
+        return HeldOut(rows=[], labels=labels)
+    rows = np.split(ids.astype(np.int64), offsets[1:-1])
+
+    shape = ids.shape[1:]
+    if shape != (() if isinstance(frontend, BpeSpec) else (frontend.ids_per_position,)):
+        raise ValueError(
+            f"a position in {HELD_OUT_FILE} has ids of the shape {shape}, and the front end is"
+            f" {frontend.kind}"
+        )
+    longest = max(len(row) for row in rows)
+    if longest > frontend.lengths[-1]:
+        raise ValueError(
+            f"{HELD_OUT_FILE} has rows of up to {longest} positions, and the network reads"
+            f" {frontend.lengths[-1]}"
+        )
+    for name, array, limit in (
+        ("ids", ids, frontend.vocabulary),
+        ("labels", labels, label_count),
+    ):
+        if not 0 <= array.min() <= array.max() < limit:
+            raise ValueError(f"{name} in {HELD_OUT_FILE} must be from 0 to {limit - 1}")
+    return HeldOut(rows=rows, labels=labels)
+
+
+def _one_line(error: Exception) -> str:
+    """The message of a library's error as a part of one sentence."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

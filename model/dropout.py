@@ -1,16 +1,14 @@
-"""The two dropouts, written out: inverted (scales in training) and classic (scales at test time).
+"""The two kinds of dropout: inverted (scales in training) and classic (scales in eval).
 
-Both drop an element with probability `p` and keep it with probability `keep = 1 - p`. `p` is
-PyTorch's convention, the *drop* probability, everywhere in this project; papers and course notes
-often print the *keep* probability under the same letter: a `p = 0.8` of theirs is `p = 0.2` here.
+Both drop an element with probability `p` and keep it with probability `keep = 1 - p`. In this
+project `p` is always the *drop* probability, as in PyTorch. Papers often use the same letter for
+the *keep* probability: their `p = 0.8` is `p = 0.2` here.
 
-The law both obey, for every input x:  E[train(x)] = eval(x).
+Both obey one law, for every input x:  E[train(x)] = eval(x).
 
                       training                eval
     Dropout           mask * x / keep         x            Srivastava et al. 2014, section 10
     ClassicDropout    mask * x                keep * x     Hinton et al. 2012; Srivastava, section 4
-
-Knows nothing of the network around it.
 """
 
 from __future__ import annotations
@@ -22,59 +20,63 @@ from torch import Tensor, nn
 
 
 class _Mask(nn.Module):
-    """What the two kinds share: a checked `p`, and a fresh Bernoulli(keep) mask for each forward in
-    training.
-    """
+    """The common part: a valid `p`, and a new Bernoulli(keep) mask for each forward in training."""
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        # p = 1 would need the factor 1/0; NaN fails the comparison too.
+        # p = 1 would need the factor 1 / 0. NaN fails this comparison as well.
         if not 0.0 <= p < 1.0:
             raise ValueError(f"p must be a drop probability in [0, 1), got p={p!r}")
         self.p = float(p)
 
     @property
     def keep(self) -> float:
-        """The probability, 1 - p, with which an element survives."""
+        """The probability that an element survives, 1 - p."""
         return 1.0 - self.p
 
     def _mask(self, x: Tensor) -> Tensor:
-        """A bool mask like x, each element True with probability keep, from torch's own seeded
-        generator.
+        """A bool mask of x's shape, each element True with probability keep.
+
+        It is drawn from torch's default generator, so `torch.manual_seed` decides it.
         """
-        # Drawn in fp32 whatever x is: a uniform fp16 or bf16 has too few values to hit p. On CPU
-        # this takes half the time of bernoulli_, which was a sixth of a training step; what stays
-        # for backward is the bool mask alone.
+        # Drawn in fp32 for each dtype of x: a uniform fp16 or bf16 has too few values to hit p. On
+        # a CPU this takes half the time of bernoulli_, which was a sixth of a training step. Only
+        # the bool mask is stored for the backward pass.
         return torch.rand_like(x, dtype=torch.float32) < self.keep
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows between the brackets."""
+        """The text between the brackets of `repr(module)`."""
         return f"p={self.p}"
 
 
 class Dropout(_Mask):
-    """Inverted dropout: in training each element is 0 with probability p, else x / (1 - p); in eval
-    the input itself.
+    """Inverted dropout: x / (1 - p) or, with probability p, 0 in training; x itself in eval.
 
-    x of any shape, any floating dtype, any device; the result has the same three. Raises ValueError
-    for p outside [0, 1) when built.
+    x has any shape, floating dtype and device, and the result has the same. The constructor raises
+    ValueError for p outside [0, 1).
+
+    >>> Dropout(0.5).eval()(torch.ones(3))
+    tensor([1., 1., 1.])
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop in training; return `x` itself, not a copy, in eval or at p = 0."""
         if not self.training or self.p == 0.0:
             return x
-        # where, not a product: a dropped inf or NaN becomes 0, and a survivor is x / keep exactly,
-        # rounded once.
+        # `where` and not a product: a dropped inf or NaN becomes 0, and a survivor is exactly
+        # x / keep, rounded once.
         return torch.where(self._mask(x), x / self.keep, 0.0)
 
 
 class ClassicDropout(_Mask):
-    """Classic dropout: in training each element is 0 with probability p, else x; in eval keep * x.
+    """Classic dropout: x or, with probability p, 0 in training; keep * x in eval.
 
-    x of any shape, any floating dtype, any device; the result has the same three. Raises ValueError
-    for p outside [0, 1) when built. `fold` moves the eval factor into neighbouring weights; a
+    x has any shape, floating dtype and device, and the result has the same. The constructor raises
+    ValueError for p outside [0, 1). `fold` moves the eval factor into neighbouring weights; a
     folded module refuses to train.
+
+    >>> ClassicDropout(0.5).eval()(torch.ones(3))
+    tensor([0.5000, 0.5000, 0.5000])
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -82,7 +84,7 @@ class ClassicDropout(_Mask):
         self.folded = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop in training, scale in eval (once folded: return `x` itself)."""
+        """Drop in training, scale in eval; return `x` itself at p = 0 and, in eval, if folded."""
         if self.p == 0.0:
             return x
         if self.training:
@@ -95,7 +97,7 @@ class ClassicDropout(_Mask):
         return x if self.folded else x * self.keep
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows between the brackets."""
+        """The text between the brackets of `repr(module)`."""
         return f"{super().extra_repr()}, folded={self.folded}"
 
 
@@ -106,16 +108,18 @@ def fold(
     following: Iterable[nn.Linear] = (),
     preceding: Iterable[nn.Linear | nn.Embedding] = (),
 ) -> None:
-    """Move a classic dropout's eval factor into the weights beside it, so that eval needs no
-    multiplication.
+    """Move the eval factor of a classic dropout into the weights beside it.
 
-    Give the linear layers that read its output (`following`: W (keep x) + b = (keep W) x + b, the
-    bias stays), or, where its output feeds something that is not linear such as a residual sum, all
-    the layers whose outputs are summed into its input (`preceding`: keep (W x + b) = (keep W) x +
-    (keep b)). One side, never both.
+    Eval then needs no multiplication. Pass the layers of exactly one side:
 
-    Raises ValueError when both sides or none are given, or when it is folded already: the factor
-    would count twice.
+    following   the linear layers that read the dropout's output. The bias is unchanged:
+                W (keep x) + b = (keep W) x + b
+    preceding   all layers whose outputs are summed into the dropout's input. Use this side where
+                the output feeds something that is not linear, such as a residual sum:
+                keep (W x + b) = (keep W) x + (keep b)
+
+    Raises ValueError for both sides or none, and for a dropout that is already folded, because the
+    factor would count twice.
     """
     following, preceding = tuple(following), tuple(preceding)
     if bool(following) == bool(preceding):

@@ -1,7 +1,14 @@
-"""Whether a state fits the training that goes on from it, before and while Lightning restores it.
+"""Compares a state with the training that resumes from it, before Lightning restores it.
 
-Lightning and torch take much that does not fit: they ignore keys, resize optimizer states, and
+Lightning and torch accept states that do not fit: they ignore keys, resize optimizer states, and
 store values of any type. The training then ends with other weights, or fails many steps later.
+`require_fit` refuses such a state, in this order:
+
+1. The record of the run is the same.
+2. All parts have the keys, types, lengths and shapes that this training would save.
+3. All counters agree with the number of steps.
+4. The learning rates and the optimizer's options are those of this training at that step.
+5. The counts of epochs and batches are possible after so many steps.
 """
 
 from __future__ import annotations
@@ -18,20 +25,21 @@ from torch import Tensor
 
 from evalmode.model.early_stopping import Validation
 from evalmode.model.learner import Learner
-from evalmode.model.resume import BEGIN_ANEW, StateUnusable, require_same
+from evalmode.model.resume import START_OVER, StateUnusable, require_same
 
-MOST_CHARACTERS = 200  # of a reason that is Lightning's or torch's
+# The longest excerpt from a library's error, or from a foreign value, in a message.
+MOST_CHARACTERS = 200
 
 
-class MarkRestored(lightning.Callback):
-    """Knows whether the restoring is over: what fails from then on is the training's own."""
+class RestoreMonitor(lightning.Callback):
+    """Knows whether Lightning has restored the state: later errors are the training's."""
 
     def __init__(self) -> None:
-        self.is_over = False
+        self.is_restored = False
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Lightning calls it after the last part of the state is restored."""
-        self.is_over = True
+        """Lightning calls this after it has restored the last part of the state."""
+        self.is_restored = True
 
 
 def require_fit(
@@ -43,75 +51,89 @@ def require_fit(
     record: dict[str, Any],
     where: Path,
 ) -> None:
-    """Raise StateUnusable, naming the place in the state, unless this training could have saved it.
+    """Raise StateUnusable unless this training could have saved `state`.
 
-    RunMismatch when another run saved it. `state` is what `read_state` returned.
+    The message names the part of the state that differs. Raises RunMismatch if a run with other
+    options saved it. `state` is a result of `read_state`, `where` is its file, and `record`
+    describes this run.
     """
     try:
+        # Through JSON, as in the record's file: there a tuple is a list.
         stored = json.loads(json.dumps(state["run"]))
     except (TypeError, ValueError, RecursionError) as error:
-        raise misfit(where, "run is not the record of a training") from error
+        raise unfit_state(where, "run is not the record of a training") from error
     if stored.keys() != record.keys():
-        raise misfit(where, "run is not the record of a training of this version")
+        raise unfit_state(where, "run is not the record of a training of this version")
     require_same(stored, record, where=where)
-    difference = _misfit(state, trainer, learner, validation) or _miscount(state, learner)
+
+    # The counts are compared last: they are read from the structure that was just compared.
+    difference = (
+        _difference_in_structure(state, trainer, learner, validation)
+        or _difference_in_counts(state, learner)
+        or _difference_in_rates(state, learner)
+        or _difference_in_epochs(state, learner)
+    )
     if difference:
-        raise misfit(where, difference)
+        raise unfit_state(where, difference)
 
 
-def misfit(where: Path, difference: str) -> StateUnusable:
-    """The error for a state that cannot be restored."""
-    return StateUnusable(f"{where} does not fit this training: {difference}: {BEGIN_ANEW}")
+def unfit_state(where: Path, difference: str) -> StateUnusable:
+    """The error for the state in the file `where`, which cannot be restored."""
+    return StateUnusable(f"{where} does not fit this training: {difference}: {START_OVER}")
 
 
-def reason_of(error: Exception) -> str:
-    """What Lightning or torch says of a state, as a part of one sentence."""
-    words = " ".join(str(error).split())[:MOST_CHARACTERS]
-    return f"{type(error).__name__} {words}".strip()
+def one_line(error: Exception) -> str:
+    """The type and the message of a library's error as a part of one sentence."""
+    message = " ".join(str(error).split())[:MOST_CHARACTERS]
+    return f"{type(error).__name__} {message}".strip()
 
 
-def _misfit(
+def _difference_in_structure(
     state: Mapping[str, Any],
     trainer: lightning.Trainer,
     learner: Learner,
     validation: Validation,
 ) -> str | None:
-    """The first place where the state differs in its keys, types or shapes from one that this
-    training would save.
+    """The first part whose keys, types, lengths or shapes are not those this training would save.
+
+    None if there is none.
     """
     configured = learner.configure_optimizers()
     optimizer = configured["optimizer"].state_dict()
+    # A new AdamW has no moments yet. A saved one has two for each weight, of the weight's shape.
     weights = [
         weight for group in configured["optimizer"].param_groups for weight in group["params"]
     ]
     optimizer["state"] = {
-        number: {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
-        for number, weight in enumerate(weights)
+        index: {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
+        for index, weight in enumerate(weights)
     }
     batches = learner.batches.state_dict()
-    loops = trainer.fit_loop.state_dict()
-    # The other loops are not restored for a training.
+    fit_loop = trainer.fit_loop.state_dict() | {"state_dict": {"combined_loader": [batches]}}
     expected = {
         "state_dict": learner.state_dict(),
-        "loops": {"fit_loop": loops | {"state_dict": {"combined_loader": [batches]}}},
+        "loops": {"fit_loop": fit_loop},
         "optimizer_states": [optimizer],
         "lr_schedulers": [configured["lr_scheduler"]["scheduler"].state_dict()],  # type: ignore[index]
         "batches": batches,
     }
     for key, value in expected.items():
-        part = {"fit_loop": state[key].get("fit_loop")} if key == "loops" else state[key]
+        part = state[key]
+        if key == "loops":
+            # Lightning does not restore the other loops for a training.
+            part = {"fit_loop": part.get("fit_loop")}
         if difference := _difference(part, value, key):
             return difference
 
     saved = state["callbacks"]
     callbacks = {"Validation": validation.state_dict()}
-    # There are best weights as soon as an epoch was validated.
-    judged = saved.get("Validation")
-    epochs = judged.get("epochs") if isinstance(judged, dict) else None
+    # As soon as an epoch was validated, there are best weights.
+    saved_validation = saved.get("Validation")
+    epochs = saved_validation.get("epochs") if isinstance(saved_validation, dict) else None
     if isinstance(epochs, int) and epochs > 0:
         callbacks["Validation"]["best_weights"] = learner.network.state_dict()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        # The state may lack it: --max-minutes may change from call to call.
+        # A state may lack the timer, because --max-minutes may differ from call to call.
         if isinstance(callback, Timer) and "Timer" in saved:
             stages = callback.state_dict()["time_elapsed"]
             callbacks["Timer"] = {"time_elapsed": dict.fromkeys(stages, 0.0)}
@@ -121,64 +143,82 @@ def _misfit(
     return None
 
 
-def _miscount(state: Mapping[str, Any], learner: Learner) -> str | None:
-    """The first of the state's counters that does not agree with its number of steps."""
+def _difference_in_counts(state: Mapping[str, Any], learner: Learner) -> str | None:
+    """The first counter that does not agree with the number of steps, or None."""
     loop = state["loops"]["fit_loop"]
-    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-    step, batches = steps["total"]["completed"], loop["epoch_loop.batch_progress"]
+    step = _steps_of(loop)
     if not 1 <= step <= learner.steps:
         return f"it has taken {step:,} steps, and the training has {learner.steps:,}"
     counts = {
         "batches.taken": state["batches"]["taken"],
         "the loader's taken": loop["state_dict"]["combined_loader"][0]["taken"],
-        "epoch_loop.batch_progress": batches["total"]["ready"],
+        "epoch_loop.batch_progress": loop["epoch_loop.batch_progress"]["total"]["ready"],
         "epoch_loop.scheduler_progress": loop["epoch_loop.scheduler_progress"]["total"]["ready"],
         "lr_schedulers.0.last_epoch": state["lr_schedulers"][0]["last_epoch"],
     }
-    for number, moments in state["optimizer_states"][0]["state"].items():
-        counts[f"optimizer_states.0.state.{number}.step"] = moments["step"].item()
+    for index, moments in state["optimizer_states"][0]["state"].items():
+        counts[f"optimizer_states.0.state.{index}.step"] = moments["step"].item()
     for name, count in counts.items():
         if count != step:
-            return f"it has taken {step:,} steps, and {name} says {count:,}"
-
-    configured = learner.configure_optimizers()
-    schedule: Any = configured["lr_scheduler"]["scheduler"]  # type: ignore[index]
-    rates = [
-        base * factor(step)
-        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    if (base_rates := state["lr_schedulers"][0]["base_lrs"]) != schedule.base_lrs:
-        return f"lr_schedulers.0.base_lrs is {base_rates} and not {schedule.base_lrs}"
-    groups = state["optimizer_states"][0]["param_groups"]
-    expected_groups = configured["optimizer"].state_dict()["param_groups"]
-    for number, (group, expected, rate) in enumerate(
-        zip(groups, expected_groups, rates, strict=True)
-    ):
-        for key, value in (expected | {"lr": rate}).items():
-            if group[key] != value:
-                name = f"optimizer_states.0.param_groups.{number}.{key}"
-                return f"{name} is {str(group[key])[:MOST_CHARACTERS]} and not {value}"
-
-    epochs = state["callbacks"]["Validation"]["epochs"]
-    epoch, batch = loop["epoch_progress"], batches["current"]["ready"]
-    begun, done = epoch["current"]["ready"], epoch["current"]["processed"]
-    # The clock may end an epoch early, so there may be more epochs than the steps fill.
-    if not (
-        begun == epoch["total"]["ready"] >= -(-step // len(learner.batches))
-        and done == epochs
-        and 0 <= begun - done <= 1
-        and 1 <= batch <= min(step, len(learner.batches))
-    ):
-        return (
-            f"after {step:,} steps it has begun {begun:,} epochs, finished {done:,}, validated"
-            f" {epochs:,}, and stands at batch {batch:,}"
-        )
+            return f"it has taken {step:,} steps, and {name} is {count:,}"
     return None
 
 
+def _difference_in_rates(state: Mapping[str, Any], learner: Learner) -> str | None:
+    """The first option of the optimizer that is not this training's at the state's step, or None.
+
+    A learning rate is the base rate times the schedule's factor for that step.
+    """
+    step = _steps_of(state["loops"]["fit_loop"])
+    configured = learner.configure_optimizers()
+    schedule: Any = configured["lr_scheduler"]["scheduler"]  # type: ignore[index]
+    base_rates = state["lr_schedulers"][0]["base_lrs"]
+    if base_rates != schedule.base_lrs:
+        return f"lr_schedulers.0.base_lrs is {base_rates} and not {schedule.base_lrs}"
+
+    groups = state["optimizer_states"][0]["param_groups"]
+    expected_groups = configured["optimizer"].state_dict()["param_groups"]
+    for index, group in enumerate(groups):
+        rate = schedule.base_lrs[index] * schedule.lr_lambdas[index](step)
+        for key, value in (expected_groups[index] | {"lr": rate}).items():
+            if group[key] != value:
+                name = f"optimizer_states.0.param_groups.{index}.{key}"
+                return f"{name} is {str(group[key])[:MOST_CHARACTERS]} and not {value}"
+    return None
+
+
+def _difference_in_epochs(state: Mapping[str, Any], learner: Learner) -> str | None:
+    """The counts of epochs and batches, if they are impossible after so many steps, or None."""
+    loop = state["loops"]["fit_loop"]
+    step, batch_count = _steps_of(loop), len(learner.batches)
+    epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]["current"]["ready"]
+    started, finished = epoch["current"]["ready"], epoch["current"]["processed"]
+    validated = state["callbacks"]["Validation"]["epochs"]
+    is_possible = (
+        # --max-minutes may end an epoch early, so there may be more epochs than the steps fill.
+        started == epoch["total"]["ready"] >= -(-step // batch_count)
+        and finished == validated
+        and 0 <= started - finished <= 1
+        and 1 <= batch <= min(step, batch_count)
+    )
+    if is_possible:
+        return None
+    return (
+        f"after {step:,} steps it has started {started:,} epochs, finished {finished:,}, validated"
+        f" {validated:,}, and is at batch {batch:,}"
+    )
+
+
+def _steps_of(fit_loop: Mapping[str, Any]) -> Any:
+    """The number of optimizer steps that were taken."""
+    progress = fit_loop["epoch_loop.automatic_optimization.optim_progress"]
+    return progress["optimizer"]["step"]["total"]["completed"]
+
+
 def _difference(value: object, expected: object, name: str) -> str | None:
-    """Where `value` first differs from `expected` in keys, types, lengths or shapes; numbers and
-    texts themselves may differ.
+    """The first difference between `value` and `expected`, named by its path from `name`, or None.
+
+    Keys, types, lengths and shapes are compared; the numbers and texts themselves may differ.
     """
     if isinstance(expected, Tensor):
         if not isinstance(value, Tensor):
@@ -188,32 +228,40 @@ def _difference(value: object, expected: object, name: str) -> str | None:
             if actual != needed:
                 return f"{name} has the {attribute} {actual} and not {needed}"
         return None
+
     if isinstance(expected, dict):
         if not isinstance(value, dict):
             return f"{name} is {_kind(value)} and not a dictionary"
         for key in expected:
             if key not in value:
                 return f"{name} lacks {key!r}"
-        if surplus := [key for key in value if key not in expected]:
-            return f"{name} holds {str(surplus[0])[:MOST_CHARACTERS]!r}, which is not part of it"
-        children = [(key, value[key], part) for key, part in expected.items()]
-    elif isinstance(expected, list | tuple):
+        for key in value:
+            if key not in expected:
+                return f"{name} holds {str(key)[:MOST_CHARACTERS]!r}, which is not part of it"
+        for key, part in expected.items():
+            if difference := _difference(value[key], part, f"{name}.{key}"):
+                return difference
+        return None
+
+    if isinstance(expected, list | tuple):
         if type(value) is not type(expected):
             return f"{name} is {_kind(value)} and not {_kind(expected)}"
         assert isinstance(value, Sequence)
         if len(value) != len(expected):
             return f"{name} has {len(value)} entries and not {len(expected)}"
-        children = [(index, *pair) for index, pair in enumerate(zip(value, expected, strict=True))]
-    else:
-        is_number = type(expected) in (int, float) and type(value) in (int, float)
-        if type(value) is type(expected) or (is_number and type(expected) is float):
-            return None
-        return f"{name} is {_kind(value)} and not {_kind(expected)}"
-    for key, part, expected_part in children:
-        if difference := _difference(part, expected_part, f"{name}.{key}"):
-            return difference
-    return None
+        for index, (entry, part) in enumerate(zip(value, expected, strict=True)):
+            if difference := _difference(entry, part, f"{name}.{index}"):
+                return difference
+        return None
+
+    # An int in place of a float restores the same number. A bool does not count as an int.
+    is_number = type(expected) is float and type(value) in (int, float)
+    if type(value) is type(expected) or is_number:
+        return None
+    return f"{name} is {_kind(value)} and not {_kind(expected)}"
 
 
 def _kind(value: object) -> str:
-    return "nothing" if value is None else f"of type {type(value).__name__}"
+    if value is None:
+        return "nothing"
+    return f"of type {type(value).__name__}"

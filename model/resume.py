@@ -1,9 +1,10 @@
-"""What a run leaves on disk while it trains, so that kill -9 at any instant costs it a few steps
-and not one bit.
+"""The state that a run saves while it trains, so that a killed run can resume.
 
-The state is one file, replaced whole: temp + fsync + rename. It begins with the sha256 of the rest,
-since torch reads a file with changed bytes without a word. The run's configuration is in it and
-beside it, and another run does not continue from it. What else a state holds is in restoring.py.
+A kill -9 at any moment costs at most the steps since the last save, and changes no bit of the
+result. The state is one file, replaced atomically, and begins with the sha256 of its content,
+because torch reads a file with changed bytes without an error. The configuration of the run is
+stored in the state and in a file beside it; a run with another configuration is refused.
+restoring.py compares the rest of a state with the training that resumes from it.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from evalmode.errors import EvalmodeError
 from evalmode.model.checkpoint import HELD_OUT_FILE, RECORD_FILE, WEIGHTS_FILE
 
 FOLDER, STATE_FILE, RUN_FILE = "training", "state.ckpt", "run.json"
-BEGIN_ANEW = "begin anew with --overwrite, or choose another --out"
-# What a state must hold to be looked at: Lightning's keys, and our own two.
-KEYS = {
+START_OVER = "start over with --overwrite, or choose another --out"
+# The keys that a state must have, and the type of each value. All but the last two are Lightning's.
+REQUIRED_KEYS = {
     "epoch": int,
     "global_step": int,
     "pytorch-lightning_version": str,
@@ -47,29 +48,25 @@ KEYS = {
 
 
 class RunMismatch(EvalmodeError):  # noqa: N818 - read as a sentence
-    """A run was asked to continue another one that was configured otherwise; the message names what
-    differs.
-    """
+    """A run cannot continue another run with other options; the message names the differences."""
 
 
 class StateUnusable(EvalmodeError):  # noqa: N818 - read as a sentence
-    """What a killed training left cannot be gone on with; the message names the file."""
+    """No run can resume from this state; the message names the file."""
 
 
 class StateNotWritten(EvalmodeError):  # noqa: N818 - read as a sentence
-    """The state cannot be saved, for example without room; the one before it is still there."""
+    """The state cannot be saved, for example on a full disk; the previous one is unchanged."""
 
 
-class WholeFiles(CheckpointIO):
-    """Lightning's way to the disk, replaced: its own neither flushes nor replaces in one
-    instant.
-    """
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes and reads states for Lightning, whose own writer is neither atomic nor flushes."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write the state whole, or raise StateNotWritten."""
-        # In memory first: torch's own writer turns a full disk into an error without a cause.
+        """Write the state atomically. Raises StateNotWritten."""
+        # Serialised in memory first: torch's writer reports a full disk without its cause.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         body = buffer.getbuffer()
@@ -77,25 +74,25 @@ class WholeFiles(CheckpointIO):
             write_file(Path(path), b"".join((hashlib.sha256(body).digest(), body)))
         except OSError as error:
             raise StateNotWritten(
-                f"{path} cannot be written ({error.strerror}): make room or make it writable, and"
-                " go on with --resume"
+                f"{path} cannot be written ({error.strerror}): free disk space or make it"
+                " writable, then continue with --resume"
             ) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read it back: tensors and plain values, no code. Raises StateUnusable."""
+        """Read a state: tensors and plain values, never code. Raises StateUnusable."""
         return read_state(Path(path), map_location=map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove it."""
+        """Remove a state."""
         Path(path).unlink(missing_ok=True)
 
 
 class SaveState(lightning.Callback):
-    """Saves every `steps` steps and at the end of each epoch, with the record of the run.
+    """Saves the state every `steps` steps and at the end of each epoch.
 
-    It must come after the callbacks whose state it keeps.
+    It must come after the callbacks whose state it saves. `record` describes the run.
     """
 
     def __init__(self, path: Path, *, steps: int, record: dict[str, Any]) -> None:
@@ -104,78 +101,93 @@ class SaveState(lightning.Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the record: a state that was copied from another run must be told apart."""
+        """Add the record, so that a state that was copied from another run is recognised."""
         checkpoint["run"] = self.record
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Save in the middle of an epoch; its last step is left to the epoch's end, which comes
-        with a validation.
-        """
+        """Save within an epoch."""
+        # After the last batch the epoch's end saves instead, with the result of the validation.
         if trainer.global_step % self.steps == 0 and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Save what the epoch has come to."""
+        """Save after the validation of the epoch."""
         trainer.save_checkpoint(self.path)
 
 
-def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise EvalmodeError unless a run may write to `out`. Costs no work, and changes nothing.
+def require_usable_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise EvalmodeError unless a run may write to `out`. Reads a little and changes nothing.
 
-    Neither a finished nor an unfinished training is lost unless `overwrite` says so. A state to
-    resume from must be whole.
+    1. `resume` and `overwrite` exclude each other.
+    2. The nearest existing folder among `out` and its parents is writable, as is the state's.
+    3. No folder has the name of a file of the checkpoint.
+    4. With `resume`, a state in `out` is complete.
+    5. Without either, `out` holds no training, so none is lost by mistake.
     """
     if resume and overwrite:
         raise EvalmodeError(
-            "--resume goes on with a training, and --overwrite begins anew: give one of them"
+            "--resume continues a training, and --overwrite starts over: use only one of them"
         )
-    state, record = out / FOLDER / STATE_FILE, out / RECORD_FILE
+
     for folder in (out / FOLDER, out, *out.parents):
-        if os.path.lexists(folder):
-            if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-                reason = "may not be written to" if os.path.isdir(folder) else "is not a folder"
-                raise EvalmodeError(
-                    f"no training can be written to {out}: {folder} {reason}: choose another --out"
-                )
-            if folder != out / FOLDER:
-                break
+        if not os.path.lexists(folder):
+            continue
+        reason = None
+        if not os.path.isdir(folder):
+            reason = "is not a folder"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            reason = "may not be written to"
+        if reason is not None:
+            raise EvalmodeError(
+                f"no training can be written to {out}: {folder} {reason}: choose another --out"
+            )
+        # The folder of the state does not decide for `out`, in which the checkpoint is written.
+        if folder != out / FOLDER:
+            break
+
     for name in (RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE, TOKENIZER_FILE):
         path = out / name
+        # A link to a folder can be replaced, a folder cannot.
         if os.path.isdir(path) and not os.path.islink(path):
             raise EvalmodeError(
                 f"no training can be written to {out}: {path} is a folder: choose another --out"
             )
-    if os.path.lexists(state) and resume:
-        read_state(state)
+
+    # `lexists`, because a broken link in place of a file must not be replaced in silence.
+    state_path = out / FOLDER / STATE_FILE
+    has_state, has_checkpoint = os.path.lexists(state_path), os.path.lexists(out / RECORD_FILE)
+    if has_state and resume:
+        read_state(state_path)
         read_record(out / FOLDER / RUN_FILE)
-    elif os.path.lexists(state) and not overwrite:
+    elif has_state and not overwrite:
         raise EvalmodeError(
-            f"{out} holds an unfinished training: go on with --resume, begin anew with --overwrite,"
-            " or choose another --out"
+            f"{out} holds an unfinished training: continue with --resume, start over with"
+            " --overwrite, or choose another --out"
         )
-    elif os.path.lexists(record) and not (resume or overwrite):
+    elif has_checkpoint and not (resume or overwrite):
         raise EvalmodeError(
-            f"{out} holds a finished training: take it as it is with --resume, write over it with"
+            f"{out} holds a finished training: use it as it is with --resume, replace it with"
             " --overwrite, or choose another --out"
         )
 
 
 def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> None:
-    """Make `folder` this run's own; a state that the run continues from stays in it.
+    """Prepare the folder of the state for the run that `record` describes.
 
-    Raises RunMismatch when the state there is another run's, and EvalmodeError when nothing can be
-    written. Without `resume` a state is lost: `check_folder` comes first.
+    With `resume`, a state stays there, and RunMismatch is raised if it is another run's. Without,
+    the folder is emptied: call `require_usable_folder` first. Raises EvalmodeError if it cannot be
+    written.
     """
-    state, run = folder / STATE_FILE, folder / RUN_FILE
-    if resume and state.exists():
-        require_same(read_record(run), record, where=run)
+    run_path = folder / RUN_FILE
+    if resume and (folder / STATE_FILE).exists():
+        require_same(read_record(run_path), record, where=run_path)
         return
     try:
         if os.path.lexists(folder):
             shutil.rmtree(folder)
-        write_file(run, json.dumps(record, indent=1, sort_keys=True).encode())
+        write_file(run_path, json.dumps(record, indent=1, sort_keys=True).encode())
     except OSError as error:
         remove_run(folder.parent)
         raise EvalmodeError(
@@ -185,81 +197,83 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> None:
 
 
 def remove_run(out: Path) -> None:
-    """Remove what an unfinished training has written to `out`, and `out` where nothing else is in
-    it.
-    """
+    """Remove the state of an unfinished training from `out`, and `out` if it is then empty."""
     shutil.rmtree(out / FOLDER, ignore_errors=True)
-    with suppress(OSError):  # it holds other files
+    # rmdir fails if there are other files in it.
+    with suppress(OSError):
         out.rmdir()
 
 
 def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path) -> None:
-    """Raise RunMismatch, naming what differs, unless a run described by `record` may continue or
-    stand for `stored`.
+    """Raise RunMismatch unless the records of two runs are equal.
+
+    `stored` is the record of the earlier run, read from the file `where`; `record` is this run's.
     """
-    differing = [
+    differences = [
         f"{key} was {reprlib.repr(stored.get(key))} and is now {reprlib.repr(record.get(key))}"
         for key in sorted(stored.keys() | record.keys())
         if stored.get(key) != record.get(key)
     ]
-    if differing:
+    if differences:
         raise RunMismatch(
-            f"{where} describes another training: {'; '.join(differing)}: use the same options, or"
-            " another --out"
+            f"{where} describes another training: {'; '.join(differences)}: use the same options,"
+            " or another --out"
         )
 
 
 def read_state(path: Path, *, map_location: Any = None) -> dict[str, Any]:
-    """The state in a file: a dictionary with `KEYS`, of tensors and plain values.
+    """The state in a file: tensors and plain values, with REQUIRED_KEYS.
 
     Raises StateUnusable for bytes that no training wrote, and for another version of Lightning.
     """
     data = _read(path)
     size = hashlib.sha256().digest_size
+    # A memoryview, because a slice would copy the whole state.
     if hashlib.sha256(memoryview(data)[size:]).digest() != data[:size]:
         raise StateUnusable(
             f"{path} was cut short or changed ({len(data):,} bytes, which are not what the training"
-            f" wrote): {BEGIN_ANEW}"
+            f" wrote): {START_OVER}"
         )
     try:
-        # As Lightning's own reader: tensors come to the CPU first, wherever they were saved.
+        # As in Lightning's reader: tensors are loaded to the CPU, wherever they were saved.
         state: object = torch.load(
             io.BytesIO(data[size:]), map_location=map_location or "cpu", weights_only=True
         )
-    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and others
-        raise StateUnusable(f"{path} is not a state that torch reads: {BEGIN_ANEW}") from error
+    # torch raises RuntimeError, EOFError, UnpicklingError and others.
+    except Exception as error:
+        raise StateUnusable(f"{path} is not a state that torch can read: {START_OVER}") from error
     if not isinstance(state, dict):
         raise StateUnusable(
-            f"{path} holds a {type(state).__name__} and not the state of a training: {BEGIN_ANEW}"
+            f"{path} holds a {type(state).__name__} and not the state of a training: {START_OVER}"
         )
-    for key, kind in KEYS.items():
+    for key, kind in REQUIRED_KEYS.items():
         if key not in state:
             raise StateUnusable(
-                f"{path} is not the state of a training, since it lacks {key!r}: {BEGIN_ANEW}"
+                f"{path} is not the state of a training, since it lacks {key!r}: {START_OVER}"
             )
         if not isinstance(state[key], kind):
             raise StateUnusable(
                 f"{path} is not the state of a training, since {key!r} is of type"
-                f" {type(state[key]).__name__} and not {kind.__name__}: {BEGIN_ANEW}"
+                f" {type(state[key]).__name__} and not {kind.__name__}: {START_OVER}"
             )
     version = state["pytorch-lightning_version"]
+    # Another version may restore the state and then compute other bits.
     if version != lightning.__version__:
-        # Another version may restore it, and go on with other bits.
         raise StateUnusable(
-            f"{path} is of Lightning {version[:40]!r}, and {lightning.__version__!r} is installed:"
-            f" {BEGIN_ANEW}"
+            f"{path} was written by Lightning {version[:40]!r}, and {lightning.__version__!r} is"
+            f" installed: {START_OVER}"
         )
     return state
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The configuration of the run whose state is in the same folder. Raises StateUnusable."""
+    """The record of the run whose state is in the same folder. Raises StateUnusable."""
     try:
         record = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise StateUnusable(f"{path} is not whole JSON ({error}): {BEGIN_ANEW}") from error
+        raise StateUnusable(f"{path} is not complete JSON ({error}): {START_OVER}") from error
     if not isinstance(record, dict):
-        raise StateUnusable(f"{path} does not describe a training: {BEGIN_ANEW}")
+        raise StateUnusable(f"{path} does not describe a training: {START_OVER}")
     return record
 
 
@@ -267,4 +281,4 @@ def _read(path: Path) -> bytes:
     try:
         return read_file(path)
     except FileUnreadable as error:
-        raise StateUnusable(f"{error.reason}: {BEGIN_ANEW}") from error
+        raise StateUnusable(f"{error.reason}: {START_OVER}") from error

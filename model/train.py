@@ -53,19 +53,19 @@ from evalmode.model.metrics import (
     quality,
 )
 from evalmode.model.progress import ShowProgress
-from evalmode.model.restoring import MarkRestored, misfit, reason_of, require_fit
+from evalmode.model.restoring import RestoreMonitor, one_line, require_fit, unfit_state
 from evalmode.model.resume import (
-    BEGIN_ANEW,
     FOLDER,
+    START_OVER,
     STATE_FILE,
+    AtomicCheckpointIO,
     SaveState,
     StateNotWritten,
-    WholeFiles,
-    check_folder,
     open_run,
     read_state,
     remove_run,
     require_same,
+    require_usable_folder,
 )
 from evalmode.model.tokenizer_training import NGRAM_VOCABULARY, choose_frontend
 from evalmode.model.transformer import Transformer
@@ -160,7 +160,7 @@ def fit(
     torch.set_num_threads(config.threads)
     is_first_process = getattr(rank_zero_only, "rank", 0) == 0
     if is_first_process:
-        check_folder(out, resume=resume, overwrite=overwrite)
+        require_usable_folder(out, resume=resume, overwrite=overwrite)
     run = prepare(config, cache=cache, show_data=show_data if is_first_process else None)
 
     record_path, state_path = out / checkpoint.RECORD_FILE, out / FOLDER / STATE_FILE
@@ -169,7 +169,7 @@ def fit(
         try:
             finished = checkpoint.load(out)
         except CheckpointError as error:
-            raise EvalmodeError(f"{error.reason}: {BEGIN_ANEW}") from error
+            raise EvalmodeError(f"{error.reason}: {START_OVER}") from error
         _require_same_run(finished, run, where=record_path)
     else:
         validation = train_network(
@@ -250,10 +250,10 @@ def train_network(run: Run, *, out: Path, resume: bool, console: Console) -> Val
     config, state_path = run.config, out / FOLDER / STATE_FILE
     epochs = config.epochs_for(len(run.train))
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
-    restoring = MarkRestored()
+    restore_monitor = RestoreMonitor()
     callbacks = [
         # The first callback: an error in `on_train_start` of another one is not the state's.
-        restoring,
+        restore_monitor,
         validation,
         ShowProgress(console, epochs=epochs),
         # The last callback: it saves the state of the others.
@@ -300,8 +300,8 @@ def train_network(run: Run, *, out: Path, resume: bool, console: Console) -> Val
         except (EvalmodeError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if is_resumed and not restoring.is_over:
-                raise misfit(state_path, reason_of(error)) from error
+            if is_resumed and not restore_monitor.is_restored:
+                raise unfit_state(state_path, one_line(error)) from error
             raise
     return validation if trainer.is_global_zero else None
 
@@ -389,7 +389,7 @@ def _trainer(
             gradient_clip_val=config.clip_norm,
             deterministic=True,
             callbacks=callbacks,
-            plugins=[WholeFiles()],
+            plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,  # Batches distributes the rows itself
             logger=False,
             enable_checkpointing=False,
@@ -413,7 +413,7 @@ def _require_same_run(finished: Checkpoint, run: Run, *, where: Path) -> None:
     except (KeyError, TypeError):
         is_complete = False
     if not is_complete:
-        raise EvalmodeError(f"{where} does not say how it was trained: {BEGIN_ANEW}")
+        raise EvalmodeError(f"{where} does not say how it was trained: {START_OVER}")
     require_same(record, run.record, where=where)
 
 

@@ -1,13 +1,15 @@
-"""The network, all of it: a pre-norm transformer that classifies a sequence of ids.
+"""The network: a pre-norm transformer that classifies a sequence of ids.
 
-Dropout stands in four places (Vaswani et al. 2017, section 5.4, and GPT-2): after the embedding, on
-the attention weights after mask and softmax, on each residual branch, and in the feed-forward after
-its activation. A fifth, `ngram_dropout`, drops single ids of a position where a position is a sum
-of several. Every rate may be 0.
+It drops in five sites, and each rate may be 0. The first four are those of Vaswani et al. 2017,
+section 5.4, and of GPT-2:
 
-Shapes: B rows, T positions, G ids a position, D width, H heads, K = D / H, C labels.
+    embedding_dropout       after the embedding
+    attention_dropout       on the attention weights, after mask and softmax
+    residual_dropout        on each residual branch, before it is added to the stream
+    feed_forward_dropout    in the feed-forward layer, after its activation
+    ngram_dropout           on the single ids of a position, if a position is a mean of several
 
-Knows nothing of texts, training or files.
+Shapes: B rows, T positions, G ids a position, D width, H heads, K = D / H, C labels, V ids.
 """
 
 from __future__ import annotations
@@ -24,9 +26,7 @@ from evalmode.model.dropout import ClassicDropout, Dropout, fold
 
 
 class Embedding(nn.Module):
-    """Ids to vectors: the mean of a position's G rows, plus a learned vector for where the position
-    stands.
-    """
+    """Ids to vectors: the mean of a position's G table rows, plus a learned position vector."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -39,22 +39,23 @@ class Embedding(nn.Module):
         """Ids (B, T, G) int64 -> (B, T, D)."""
         b, t, g = ids.shape
         weights = self.ngram_dropout(self.table.weight.new_full((b, t, 1, g), 1.0 / g))
+        # Both branches are weights @ table[ids], (B, T, D).
         if self.training:
-            x = _WeightedRows.apply(ids, weights, self.table.weight)  # type: ignore[no-untyped-call]  # (B, T, D)
+            x = _WeightedRows.apply(ids, weights, self.table.weight)  # type: ignore[no-untyped-call]
         else:
-            # A matrix product, not a sum over G: its order of addition does not depend on how many
-            # rows there are.
-            x = (weights @ self.table(ids)).squeeze(2)  # (B, T, D)
+            # A matrix product and not a sum over G: its order of addition does not depend on the
+            # number of rows.
+            x = (weights @ self.table(ids)).squeeze(2)
         return self.dropout(x + self.positions.weight[:t])
 
 
 class _WeightedRows(torch.autograd.Function):
-    """Training's way to `weights @ table[ids]`: (B, T, G), (B, T, 1, G), (V, D) -> (B, T, D), to
-    rounding.
+    """`weights @ table[ids]` for training, equal to the eval form up to rounding.
 
-    It never holds the (B, T, G, D) rows, and scatters their gradient into the table in one pass:
-    2.0 ms instead of 5.9 for 128 rows of 8 positions and 16 ids on one CPU thread. Gives no
-    gradient to the weights, which are no parameters.
+    ids (B, T, G) int64, weights (B, T, 1, G), table (V, D) -> (B, T, D). The (B, T, G, D) rows are
+    never in memory, and their gradient is scattered into the table in one pass: 2.0 ms instead of
+    5.9 for 128 rows of 8 positions and 16 ids on one CPU thread. The weights are no parameters and
+    get no gradient.
     """
 
     @staticmethod
@@ -70,12 +71,12 @@ class _WeightedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
         ids, weights = ctx.saved_tensors
-        scattered = grad.new_zeros(ctx.rows, grad.shape[-1])
-        scattered.index_add_(
-            0, ids.flatten(), (weights.transpose(2, 3) * grad.unsqueeze(2)).flatten(0, 2)
-        )
-        scattered[0] = 0.0  # padding never learns
-        return None, None, scattered
+        row_gradients = weights.transpose(2, 3) * grad.unsqueeze(2)  # (B, T, G, D)
+        table_gradient = grad.new_zeros(ctx.rows, grad.shape[-1])  # (V, D)
+        table_gradient.index_add_(0, ids.flatten(), row_gradients.flatten(0, 2))
+        # Id 0 is padding, which must stay the zero vector.
+        table_gradient[0] = 0.0
+        return None, None, table_gradient
 
 
 class Attention(nn.Module):
@@ -96,8 +97,8 @@ class Attention(nn.Module):
             self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         )  # (B, H, T, K)
         scores = (q * self.scale) @ k.transpose(-2, -1)  # (B, H, T, T)
-        # The lowest finite number, not -inf: a row that sees nothing then averages instead of
-        # dividing 0 by 0.
+        # The lowest finite number and not -inf: the softmax of a row without any visible position
+        # is then an average instead of 0 / 0.
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         mixed = self.dropout(scores.softmax(dim=-1)) @ v  # (B, H, T, K)
         return self.out(mixed.transpose(1, 2).reshape(b, t, d))
@@ -118,9 +119,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the stream through its
-    own dropout.
-    """
+    """One layer: attention and feed-forward. Each reads a norm of the stream and adds to it."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -138,8 +137,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The classifier: embedding, blocks, a mean over the positions that are not padding, a linear
-    head.
+    """The classifier: embedding, blocks, the mean over positions without padding, a linear head.
+
+    network = Transformer(TransformerConfig(vocabulary=300, labels=2, positions=128)).eval()
+    logits = network(torch.tensor([[5, 7, 0]]))  # (1, 2)
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -152,48 +153,44 @@ class Transformer(nn.Module):
         self.apply(self._initialise)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, C) of `input_ids`, int64 (B, T) or (B, T, G); T may be anything from 1 to
-        `config.positions`.
+        """The logits (B, C) of `input_ids`, int64 (B, T) or (B, T, G), 1 <= T <= config.positions.
 
-        `attention_mask` int64 (B, T) is 1 where a position is real; without it a position is real
-        when any of its ids is not 0. Padding changes a row by rounding alone, and an all-padding
-        row still gives finite logits.
+        `attention_mask`, int64 (B, T), is 0 where a position is padding. Without it a position is
+        padding if all of its ids are 0. Padding changes the logits of a row only by rounding, and a
+        row of padding alone has finite logits.
         """
         ids = input_ids if input_ids.dim() == 3 else input_ids.unsqueeze(-1)  # (B, T, G)
         real = (ids != 0).any(-1) if attention_mask is None else attention_mask != 0  # (B, T) bool
         x = self.hidden(ids, real)  # (B, T, D)
         weights = real.to(x.dtype)
         weights = (weights / weights.sum(-1, keepdim=True).clamp(min=1.0)).unsqueeze(1)  # (B, 1, T)
-        # A matrix product, and the head on the 3-D result: ONNX Runtime's sum and its 2-D product
-        # choose another kernel when there is one row alone, and that row would then answer with
-        # other bits than among neighbours.
+        # A matrix product instead of a sum, and the head on a 3-D tensor: for a batch of one row
+        # ONNX Runtime's sum and its 2-D product use other kernels, and the row would get other bits
+        # than in a larger batch.
         return self.head(weights @ x).squeeze(1)  # (B, C)
 
     def hidden(self, ids: Tensor, real: Tensor) -> Tensor:
-        """What the last norm gives for each position: ids (B, T, G), real (B, T) bool -> (B, T,
-        D).
-        """
+        """The output of the last norm: ids (B, T, G), real (B, T) bool -> (B, T, D)."""
         visible = real[:, None, None, :]  # (B, 1, 1, T)
         if self.config.causal:
             t = ids.shape[1]
-            # (B, 1, T, T)
-            visible = visible & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()
+            past = torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()  # (T, T)
+            visible = visible & past  # (B, 1, T, T)
         x = self.embedding(ids)
         for block in self.blocks:
             x = block(x, visible)
         return self.norm(x)
 
     def fold_classic_dropout(self) -> None:
-        """Fold the eval factor of every ClassicDropout into the weights beside it, in place;
-        nothing to do otherwise.
+        """Fold the eval factor of each ClassicDropout into the weights beside it, in place.
 
-        Afterwards the network answers as before (to rounding), multiplies by no keep probability,
-        and cannot train.
+        Afterwards the network gives the same logits up to rounding, without a multiplication by the
+        keep probability, and cannot train. A network of inverted dropouts is left as it is.
         """
         if self.config.dropout_kind != "classic":
             return
-        # The position vectors are not summed into n-grams but into the stream: they take the
-        # embedding's factor alone.
+        # Position vectors are added after `ngram_dropout`, so they take only the factor of the
+        # embedding's dropout. The table takes both.
         fold(_classic(self.embedding.ngram_dropout), preceding=[self.embedding.table])
         fold(
             _classic(self.embedding.dropout),
@@ -208,8 +205,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, module: nn.Module) -> None:
-        """GPT-2's scheme: N(0, 0.02), biases 0, and the layers that write to the stream smaller by
-        its depth.
+        """Initialise one module as in GPT-2 (Radford et al. 2019, section 2.3).
+
+        Weights are drawn from N(0, 0.02), and biases are 0. Layers whose outputs are added to the
+        stream are divided by the root of their number, so that depth does not widen the stream.
         """
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.normal_(0.0, 0.02)

@@ -148,7 +148,7 @@ def test_a_full_disk_at_the_last_checkpoint_leaves_the_earlier_run_and_can_be_re
         (disk / "filler").write_bytes(bytes(free - round(4.5 * weights)))
         full = refusal(evalmode(*train, "--seed", 1, "--overwrite", cwd=tmp_path))
         assert "cannot be written to disk/run/model.safetensors (No space left on device)" in full
-        assert full.endswith(": make room or make it writable, and go on with --resume\n")
+        assert full.endswith(": free disk space or make it writable, then continue with --resume\n")
         assert files_of(disk / "run") == before
         assert {path.name for path in disk.iterdir()} == {"run", "filler"}
         (disk / "filler").unlink()
@@ -187,7 +187,7 @@ def test_a_broken_state_or_a_full_disk_is_one_sentence(data: Path, tmp_path: Pat
     train = ["train", "--data", data, *SMALL, "--epochs", 50, "--out", "run"]
     state = tmp_path / "run/training/state.ckpt"
     full = refusal(evalmode(*train, cwd=tmp_path, before="ulimit -f 150;"))
-    assert "run/training/state.ckpt cannot be written (File too large): make room" in full
+    assert "run/training/state.ckpt cannot be written (File too large): free disk space" in full
     assert not (tmp_path / "run").exists()
     with subprocess.Popen(
         [str(EVALMODE), *map(str, train)], cwd=tmp_path, stdout=subprocess.DEVNULL
@@ -200,7 +200,7 @@ def test_a_broken_state_or_a_full_disk_is_one_sentence(data: Path, tmp_path: Pat
     for _ in range(2):
         broken = refusal(evalmode(*train, "--resume", cwd=tmp_path))
         assert "run/training/state.ckpt was cut short or changed" in broken
-        assert "begin anew with --overwrite, or choose another --out" in broken
+        assert "start over with --overwrite, or choose another --out" in broken
         state.write_bytes(b"")
 
 
@@ -212,7 +212,7 @@ def test_a_foreign_state_or_record_is_one_sentence_with_one_remedy(
     assert process.returncode == 0, process.stderr
     before = files_of(tmp_path / "run")
     record, state = tmp_path / "run/checkpoint.json", tmp_path / "run/training/state.ckpt"
-    way_out = ": begin anew with --overwrite, or choose another --out\n"
+    way_out = ": start over with --overwrite, or choose another --out\n"
 
     record.write_text("{}")
     refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
@@ -237,7 +237,7 @@ def test_a_foreign_state_or_record_is_one_sentence_with_one_remedy(
     refused = refusal(evalmode(*train, "--resume", cwd=tmp_path))
     assert "run/training/state.ckpt is not the state of a training, since it lacks" in refused
     assert refused.endswith(way_out)
-    assert refused.count("begin anew") == 1
+    assert refused.count("start over") == 1
     assert files_of(tmp_path / "run") == before
 
 
@@ -248,7 +248,7 @@ def test_a_finished_run_is_not_overwritten_and_unreadable_data_is_refused_by_nam
     assert process.returncode == 0, process.stderr
     before = (tmp_path / "runs/d/checkpoint.json").read_bytes()
     refused = refusal(evalmode("train", "--data", data, *SMALL, cwd=tmp_path))
-    assert "runs/d holds a finished training: take it as it is with --resume" in refused
+    assert "runs/d holds a finished training: use it as it is with --resume" in refused
     resumed = evalmode("train", "--data", data, *SMALL, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "runs/d/checkpoint.json").read_bytes() == before

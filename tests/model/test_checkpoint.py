@@ -1,6 +1,4 @@
-"""A finished training on disk: it comes back as it was, and what is not whole is refused by the
-name of its file.
-"""
+"""Checkpoints on disk: loading gives what was saved, and a broken file is refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from tokenizers import Tokenizer, models
 
 from evalmode.bundle.npz import npz_of
 from evalmode.errors import EvalmodeError
-from evalmode.model.checkpoint import Checkpoint, CheckpointError, load, save
+from evalmode.model.checkpoint import CheckpointError, load, save
 from evalmode.model.dropout import ClassicDropout
 from evalmode.model.train import fit
 from tests.model.conftest import small_run
@@ -40,49 +38,56 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def inputs(found: Checkpoint, row: np.ndarray) -> torch.Tensor:
+def as_batch(row: np.ndarray) -> torch.Tensor:
+    """The row (T,) as a batch of one row, (1, T)."""
     return torch.from_numpy(row).unsqueeze(0)
 
 
-def test_what_is_loaded_can_be_saved_again_byte_for_byte(folder, tmp_path):
+def test_a_loaded_checkpoint_is_saved_as_the_same_bytes(folder, tmp_path):
     save(load(folder), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         path.name: path.read_bytes() for path in folder.iterdir()
     }
 
 
-def test_it_holds_all_that_an_export_needs(folder):
-    found = load(folder)
-    assert not found.module.training
-    assert found.labels == ("animal", "plant")
-    assert len(found.held_out.rows) == len(found.held_out.labels) == found.metrics["test"]["rows"]
-    assert all(row.dtype == np.int64 and row.ndim == 1 for row in found.held_out.rows)
-    right = [
-        int(found.module(inputs(found, row)).argmax()) == label
-        for row, label in zip(found.held_out.rows, found.held_out.labels, strict=True)
+def test_a_checkpoint_holds_what_an_export_needs(folder):
+    checkpoint = load(folder)
+    assert not checkpoint.module.training
+    assert checkpoint.labels == ("animal", "plant")
+    assert (
+        len(checkpoint.held_out.rows)
+        == len(checkpoint.held_out.labels)
+        == checkpoint.metrics["test"]["rows"]
+    )
+    assert all(row.dtype == np.int64 and row.ndim == 1 for row in checkpoint.held_out.rows)
+    is_right = [
+        int(checkpoint.module(as_batch(row)).argmax()) == label
+        for row, label in zip(checkpoint.held_out.rows, checkpoint.held_out.labels, strict=True)
     ]
-    assert np.mean(right) == pytest.approx(found.metrics["test"]["accuracy"])
+    assert np.mean(is_right) == pytest.approx(checkpoint.metrics["test"]["accuracy"])
 
 
-def test_the_texts_to_know_answers_for_are_odd_and_held_out_and_every_one_can_be_read(folder):
-    found = load(folder)
-    frontend = found.open_frontend()
-    assert "" in found.sample_texts
-    assert len(found.sample_texts) > 8
-    assert any(frontend.encode(text).truncated for text in found.sample_texts)
+def test_the_sample_texts_include_the_empty_text_and_one_that_is_truncated(folder):
+    checkpoint = load(folder)
+    frontend = checkpoint.open_frontend()
+    assert "" in checkpoint.sample_texts
+    assert len(checkpoint.sample_texts) > 8
+    assert any(frontend.encode(text).truncated for text in checkpoint.sample_texts)
 
 
-def test_a_folded_copy_answers_as_the_module_and_the_module_stays_as_it_was(folder):
-    found = load(folder)
-    folded, row = found.folded(), inputs(found, found.held_out.rows[0])
-    torch.testing.assert_close(folded(row), found.module(row), rtol=1e-4, atol=1e-5)
+def test_a_folded_copy_answers_like_the_module_and_the_module_is_unchanged(folder):
+    checkpoint = load(folder)
+    folded, row = checkpoint.folded(), as_batch(checkpoint.held_out.rows[0])
+    torch.testing.assert_close(folded(row), checkpoint.module(row), rtol=1e-4, atol=1e-5)
     assert all(module.folded for module in folded.modules() if isinstance(module, ClassicDropout))
     assert not any(
-        module.folded for module in found.module.modules() if isinstance(module, ClassicDropout)
+        module.folded
+        for module in checkpoint.module.modules()
+        if isinstance(module, ClassicDropout)
     )
 
 
-def test_its_provenance_names_the_data_by_hash_and_knows_no_path(folder, data):
+def test_the_provenance_names_the_data_by_hash_and_contains_no_path(folder, data):
     record = (folder / "checkpoint.json").read_text()
     assert len(json.loads(record)["provenance"]["data"]["sha256"]) == 64
     assert str(data.parent) not in record
@@ -92,22 +97,22 @@ def test_its_provenance_names_the_data_by_hash_and_knows_no_path(folder, data):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "held_out.npz", "tokenizer.json", "checkpoint.json"]
 )
-@pytest.mark.parametrize("harm", ["missing", "truncated", "flipped"])
-def test_a_file_that_is_not_whole_is_refused_by_name(copy, name, harm):
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_missing_or_damaged_file_is_refused_by_name(copy, name, damage):
     path = copy / name
     data = path.read_bytes()
-    if harm == "missing":
+    if damage == "missing":
         path.unlink()
-    elif harm == "truncated":
+    elif damage == "truncated":
         path.write_bytes(data[: len(data) // 2])
     else:
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(CheckpointError, match=name) as refused:
+    with pytest.raises(CheckpointError, match=name) as refusal:
         load(copy)
-    assert isinstance(refused.value, EvalmodeError)
+    assert isinstance(refusal.value, EvalmodeError)
 
 
-def test_held_out_rows_that_an_earlier_version_compressed_are_read(copy):
+def test_compressed_held_out_rows_of_an_earlier_version_are_read(copy):
     before, file = load(copy), copy / "held_out.npz"
     with np.load(file) as arrays:
         np.savez_compressed(file, **arrays)
@@ -121,7 +126,7 @@ def test_held_out_rows_that_an_earlier_version_compressed_are_read(copy):
     ]
 
 
-def test_another_format_is_refused_with_the_way_out(copy):
+def test_another_format_is_refused_with_a_remedy(copy):
     record = json.loads((copy / "checkpoint.json").read_text())
     (copy / "checkpoint.json").write_text(json.dumps(record | {"format": 99}))
     with pytest.raises(
@@ -140,7 +145,7 @@ def test_a_record_that_does_not_fit_its_weights_is_refused(copy):
         load(copy)
 
 
-def test_a_folder_that_never_was_one_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match="a checkpoint is a folder that `evalmode train` has finished"
     ):
@@ -153,27 +158,28 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
-def put(folder: Path, record: object) -> None:
+def write_record(folder: Path, record: object) -> None:
     (folder / "checkpoint.json").write_text(json.dumps(record))
 
 
-def put_file(folder: Path, name: str, data: bytes) -> None:
-    """Write a file whose sha256 the record has."""
+def write_listed_file(folder: Path, name: str, data: bytes) -> None:
+    """Write a file, and its sha256 into the record."""
     (folder / name).write_bytes(data)
     record = record_of(folder)
     record["files"][name] = hashlib.sha256(data).hexdigest()
-    put(folder, record)
+    write_record(folder, record)
 
 
 def require_refusal(folder: Path, name: str) -> str:
-    with pytest.raises(CheckpointError, match=name) as refused:
+    """The message with which `load` refuses the folder: one short line that names the file."""
+    with pytest.raises(CheckpointError, match=name) as refusal:
         load(folder)
-    sentence = str(refused.value)
-    assert str(folder) in sentence
-    assert "\n" not in sentence
-    assert len(sentence) < 600
-    assert sentence == f"{refused.value.reason}: {sentence.rpartition(': ')[2]}"
-    return sentence
+    message = str(refusal.value)
+    assert str(folder) in message
+    assert "\n" not in message
+    assert len(message) < 600
+    assert message == f"{refusal.value.reason}: {message.rpartition(': ')[2]}"
+    return message
 
 
 FOREIGN: tuple[Any, ...] = (
@@ -182,53 +188,59 @@ FOREIGN: tuple[Any, ...] = (
 )
 
 
-def test_a_record_with_a_foreign_part_is_refused_by_name_or_makes_a_whole_checkpoint(copy):
-    whole, sentences, loaded = record_of(copy), [], []
-    ways: list[tuple[Any, ...]] = [(key,) for key in whole]
-    ways += [(key, place) for key in whole if isinstance(whole[key], dict) for place in whole[key]]
-    ways += [(key, 0) for key in whole if isinstance(whole[key], list)]
-    for way in ways:
+def test_a_record_with_a_foreign_value_is_refused_or_makes_a_usable_checkpoint(copy):
+    original, messages, loaded = record_of(copy), [], set()
+    # Every key of the record, every key of its tables, and the first entry of its lists.
+    paths: list[tuple[Any, ...]] = []
+    for key, value in original.items():
+        paths.append((key,))
+        if isinstance(value, dict):
+            paths += [(key, inner) for inner in value]
+        elif isinstance(value, list):
+            paths.append((key, 0))
+    for path in paths:
         for value in FOREIGN:
-            record = json.loads(json.dumps(whole))
-            part = record if len(way) == 1 else record[way[0]]
-            part[way[-1]] = value
-            put(copy, record)
+            record = json.loads(json.dumps(original))
+            part = record if len(path) == 1 else record[path[0]]
+            part[path[-1]] = value
+            write_record(copy, record)
             try:
-                found = load(copy)
+                checkpoint = load(copy)
             except CheckpointError as refusal:
-                sentences.append(str(refusal))
+                messages.append(str(refusal))
                 continue
-            loaded.append(way)
-            assert found.labels == ("animal", "plant") or way == ("labels", 0)
-            row = inputs(found, found.held_out.rows[0])
-            assert found.module(row).isfinite().all()
-            assert found.open_frontend().encode("a text").ids.max() < found.frontend.vocabulary
-    # What a network computes in eval mode does not depend on the rates, and all metrics are data.
+            loaded.add(path)
+            assert checkpoint.labels == ("animal", "plant") or path == ("labels", 0)
+            row = as_batch(checkpoint.held_out.rows[0])
+            assert checkpoint.module(row).isfinite().all()
+            ids = checkpoint.open_frontend().encode("a text").ids
+            assert ids.max() < checkpoint.frontend.vocabulary
+    # In eval mode the rates do not matter, and the values of these four keys are only data.
     free = {"metrics", "provenance", "sample_texts", "labels"}
-    assert {way for way in loaded if way[0] not in free} <= {
-        *((key,) for key in free),
-        *(("network", key) for key in whole["network"] if "dropout" in key or key == "causal"),
+    assert {path for path in loaded if path[0] not in free} <= {
+        *(("network", key) for key in original["network"] if "dropout" in key or key == "causal"),
         ("network", "heads"),
         ("frontend", "start"),
         ("frontend", "lengths"),
     }
-    assert len(sentences) > 400
-    for sentence in sentences:
-        assert str(copy) in sentence
-        assert "\n" not in sentence
-        assert len(sentence) < 600
+    assert len(messages) > 400
+    for message in messages:
+        assert str(copy) in message
+        assert "\n" not in message
+        assert len(message) < 600
 
 
 @pytest.mark.parametrize("key", ["network", "frontend"])
-def test_a_record_that_lacks_a_field_or_has_one_too_many_is_refused(copy, key):
-    whole = record_of(copy)
-    for field in whole[key]:
-        rest = {name: value for name, value in whole[key].items() if name != field}
+def test_a_record_that_lacks_a_field_or_has_an_unknown_one_is_refused(copy, key):
+    original = record_of(copy)
+    for field in original[key]:
+        rest = {name: value for name, value in original[key].items() if name != field}
         if key == "frontend" and field not in ("kind", "vocabulary"):
-            continue  # fields with a default, as bundles of earlier versions may lack them
-        put(copy, whole | {key: rest})
+            # Fields with a default, because bundles of earlier versions may lack them.
+            continue
+        write_record(copy, original | {key: rest})
         assert key in require_refusal(copy, field)
-    put(copy, whole | {key: whole[key] | {"surplus": 1}})
+    write_record(copy, original | {key: original[key] | {"surplus": 1}})
     require_refusal(copy, "surplus")
 
 
@@ -238,8 +250,8 @@ def test_a_record_that_lacks_a_field_or_has_one_too_many_is_refused(copy, key):
     [b"", b"{}", b"[]", b"null", b"9" * 40, b"\xff" * 9, b"PK\x05\x06" + bytes(18), bytes(40)],
     ids=repr,
 )
-def test_foreign_files_of_the_recorded_sha256_are_refused_by_name(copy, name, foreign):
-    put_file(copy, name, foreign)
+def test_a_foreign_file_with_the_recorded_sha256_is_refused_by_name(copy, name, foreign):
+    write_listed_file(copy, name, foreign)
     assert require_refusal(copy, name).endswith(": train again")
 
 
@@ -253,10 +265,10 @@ def test_foreign_files_of_the_recorded_sha256_are_refused_by_name(copy, name, fo
         ({"tail.bias": torch.ones(2)}, "model.safetensors holds an unknown 'tail.bias'"),
     ],
 )
-def test_weights_that_are_not_the_networks_are_refused(copy, change, reason):
+def test_weights_that_do_not_fit_the_network_are_refused(copy, change, reason):
     weights = safetensors.torch.load((copy / "model.safetensors").read_bytes()) | change
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
-    put_file(copy, "model.safetensors", safetensors.torch.save(weights))
+    write_listed_file(copy, "model.safetensors", safetensors.torch.save(weights))
     assert reason in require_refusal(copy, "model.safetensors")
 
 
@@ -290,22 +302,22 @@ def test_held_out_rows_that_the_network_cannot_read_are_refused(copy, change, re
         "offsets": np.array([0, 20, 40]),
         "labels": np.array([0, 1]),
     }
-    put_file(copy, "held_out.npz", npz_of(arrays))
+    write_listed_file(copy, "held_out.npz", npz_of(arrays))
     assert [len(row) for row in load(copy).held_out.rows] == [20, 20]
     changed = {name: array for name, array in (arrays | change).items() if array is not None}
-    put_file(copy, "held_out.npz", npz_of(changed))
+    write_listed_file(copy, "held_out.npz", npz_of(changed))
     assert reason in require_refusal(copy, r"held_out\.npz")
 
 
-def test_a_tokenizer_of_another_training_is_refused(copy):
+def test_a_tokenizer_with_ids_beyond_the_table_is_refused(copy):
     tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(900)}, "w0"))
-    put_file(copy, "tokenizer.json", tokenizer.to_str().encode())
+    write_listed_file(copy, "tokenizer.json", tokenizer.to_str().encode())
     assert "has ids up to 899, and the network's table has 297 rows" in require_refusal(
         copy, "tokenizer"
     )
 
 
-def become(kind: str, path: Path) -> None:
+def replace_by(kind: str, path: Path) -> None:
     data = path.read_bytes()
     path.unlink()
     if kind == "a folder":
@@ -337,11 +349,12 @@ def become(kind: str, path: Path) -> None:
         *("a link to a device", "a link to the outside"),
     ],
 )
-def test_what_is_no_file_of_the_folder_is_refused_at_once(folder, tmp_path, name, kind):
+def test_anything_but_a_file_in_the_folder_is_refused_at_once(folder, tmp_path, name, kind):
     copied = Path(shutil.copytree(folder, tmp_path / "run"))
-    become(kind, copied / name)
+    replace_by(kind, copied / name)
     if (name, kind) == ("checkpoint.json", "a link to the outside"):
-        assert load(copied).labels == ("animal", "plant")  # it names no file outside by itself
+        # The user may place the record elsewhere. Only the files that it lists must not leave.
+        assert load(copied).labels == ("animal", "plant")
     else:
         require_refusal(copied, name)
 
@@ -355,14 +368,14 @@ def test_a_link_within_the_folder_is_followed(copy):
 @pytest.mark.parametrize(
     "name", ["../held_out.npz", "/etc/hostname", "sub/../held_out.npz", "..", ".", "", "other.npz"]
 )
-def test_a_record_cannot_name_files_that_are_not_a_checkpoints(copy, name):
+def test_a_record_cannot_list_other_files_than_those_of_a_checkpoint(copy, name):
     record = record_of(copy)
     record["files"][name] = "0" * 64
-    put(copy, record)
-    assert "which is no file of a checkpoint" in require_refusal(copy, r"checkpoint\.json")
+    write_record(copy, record)
+    assert "which is not a file of a checkpoint" in require_refusal(copy, r"checkpoint\.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '"x"', "[" * 100_000, "9" * 5_000])
-def test_a_record_that_is_not_one_is_refused(copy, text):
+def test_a_record_that_is_not_a_json_object_is_refused(copy, text):
     (copy / "checkpoint.json").write_text(text)
     assert require_refusal(copy, r"checkpoint\.json").endswith(": train again")

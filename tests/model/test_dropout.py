@@ -1,6 +1,4 @@
-"""Both dropouts against their law: bit for bit where bits are promised, by exact statistical bounds
-elsewhere.
-"""
+"""Both dropouts against their law: equal bits where bits are promised, else exact statistics."""
 
 from __future__ import annotations
 
@@ -18,11 +16,12 @@ RATES = [0.1, 0.5, 0.9]
 
 
 def tail(successes: int, *, trials: int, probability: float) -> float:
-    """P(a binomial count lies at least as far from its mean as `successes`), summed exactly in log
-    space.
+    """P(a binomial count is at least as far from its mean as `successes`).
+
+    The terms of the sum are computed in log space, because the coefficients overflow.
     """
     mean = trials * probability
-    away = abs(successes - mean)
+    distance = abs(successes - mean)
 
     def weight(count: int) -> float:
         ways = math.lgamma(trials + 1) - math.lgamma(count + 1) - math.lgamma(trials - count + 1)
@@ -30,17 +29,17 @@ def tail(successes: int, *, trials: int, probability: float) -> float:
             ways + count * math.log(probability) + (trials - count) * math.log1p(-probability)
         )
 
-    return sum(weight(count) for count in range(trials + 1) if abs(count - mean) >= away - 1e-9)
+    return sum(weight(count) for count in range(trials + 1) if abs(count - mean) >= distance - 1e-9)
 
 
 @pytest.mark.parametrize("p", RATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_number_of_survivors_is_binomial_and_so_the_expectation_is_kept(kind, p):
+def test_the_number_of_survivors_is_binomial(kind, p):
     torch.manual_seed(0)
     trials = 20_000
-    kept = int((kind(p)(torch.ones(trials)) != 0).sum())
-    # fixed seed: it holds for good or is broken
-    assert tail(kept, trials=trials, probability=1 - p) > 1e-3
+    survivors = int((kind(p)(torch.ones(trials)) != 0).sum())
+    # The seed is fixed, so the test never fails by chance.
+    assert tail(survivors, trials=trials, probability=1 - p) > 1e-3
 
 
 @pytest.mark.parametrize("p", RATES)
@@ -77,17 +76,17 @@ def test_eval_returns_the_input_itself():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_dropping_is_the_identity_in_training_too(kind):
+def test_a_rate_of_zero_returns_the_input_itself_in_training_too(kind):
     x = torch.randn(8)
     assert kind(0.0)(x) is x
 
 
 @pytest.mark.parametrize("p", RATES)
-def test_its_outcomes_are_distributed_as_those_of_torch(p):
+def test_the_number_of_survivors_is_distributed_as_in_torch(p):
     torch.manual_seed(3)
-    rows, wide = 4000, 16
+    rows, width = 4000, 16
     ours, theirs = (
-        (module(torch.ones(rows, wide)) != 0).sum(1).bincount(minlength=wide + 1).double()
+        (module(torch.ones(rows, width)) != 0).sum(1).bincount(minlength=width + 1).double()
         for module in (Dropout(p), nn.Dropout(p))
     )
     # Two-sample chi-square over how many of 16 survive; bins that neither fills often are left out.
@@ -97,16 +96,16 @@ def test_its_outcomes_are_distributed_as_those_of_torch(p):
     assert statistic < freedom + 3.5 * math.sqrt(2 * freedom)
 
 
-def test_what_torch_drops_in_a_tensor_it_drops_independently_of_the_neighbour():
+def test_neighbours_are_dropped_independently():
     torch.manual_seed(4)
-    kept = (Dropout(0.5)(torch.ones(20_000)) != 0).view(-1, 2)
-    both = int(kept.all(1).sum())
-    assert tail(both, trials=10_000, probability=0.25) > 1e-3
+    pairs = (Dropout(0.5)(torch.ones(20_000)) != 0).view(-1, 2)
+    pairs_of_survivors = int(pairs.all(1).sum())
+    assert tail(pairs_of_survivors, trials=10_000, probability=0.25) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_works_in_every_floating_dtype_and_keeps_it(kind, dtype):
+def test_the_result_has_the_dtype_of_the_input(kind, dtype):
     torch.manual_seed(5)
     x = torch.ones(20_000, dtype=dtype)
     y = kind(0.1)(x)
@@ -122,7 +121,7 @@ def test_a_dropped_infinity_or_nan_is_zero():
     assert bool((y == 0).any())
 
 
-def test_the_seed_of_torch_decides_the_mask():
+def test_torch_manual_seed_decides_the_mask():
     x = torch.ones(512)
     draws = []
     for seed in (7, 7, 8):
@@ -139,13 +138,13 @@ def test_a_rate_outside_its_range_is_refused_by_name_and_value(kind, p):
         kind(p)
 
 
-def test_printing_it_shows_its_rate():
+def test_repr_shows_the_rate():
     assert repr(Dropout(0.25)) == "Dropout(p=0.25)"
     assert repr(ClassicDropout(0.25)) == "ClassicDropout(p=0.25, folded=False)"
 
 
 @pytest.mark.parametrize("side", ["following", "preceding"])
-def test_folding_moves_the_eval_factor_into_the_neighbour_and_nothing_else_changes(side):
+def test_folding_moves_the_eval_factor_into_the_neighbour_and_the_outputs_stay_equal(side):
     torch.manual_seed(9)
     before, after, dropout = nn.Linear(16, 16), nn.Linear(16, 16), ClassicDropout(0.3)
     net = nn.Sequential(before, dropout, after).eval()

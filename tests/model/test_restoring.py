@@ -1,4 +1,4 @@
-"""A state of the right sha256 whose contents do not fit: one sentence, or the right weights."""
+"""States with the right sha256 and foreign contents: refused, or restored to the right weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from evalmode.model.learner import Learner
 from evalmode.model.resume import (
     FOLDER,
     STATE_FILE,
+    AtomicCheckpointIO,
     RunMismatch,
     StateUnusable,
-    WholeFiles,
     read_state,
 )
 from evalmode.model.train import Result
 from tests.model.conftest import Killed, contents, killed_run, train, watch_steps
 
-WAY_OUT = "begin anew with --overwrite, or choose another --out"
+REMEDY = "start over with --overwrite, or choose another --out"
 FOREIGN: tuple[Any, ...] = (
     *(None, True, -1, 7, 10**30, 0.5, float("nan"), "x", b"x"),
     *([], [1], [{}], {}, {"a": 1}, {0: {}}, (1, 2)),
@@ -45,93 +45,101 @@ def killed(
     return killed_run(data, tmp_path_factory.mktemp("killed"), die_at=request.param)
 
 
-def put(out: Path, state: object) -> Path:
-    """Make `state` the state of the run in `out`, with the right sha256."""
+def write_state(out: Path, state: object) -> Path:
+    """Write `state` as the state of the run in `out`, with the right sha256; return its file."""
     path = out / FOLDER / STATE_FILE
-    WholeFiles().save_checkpoint(state, path)  # type: ignore[arg-type]
+    AtomicCheckpointIO().save_checkpoint(state, path)  # type: ignore[arg-type]
     return path
 
 
 def paths(part: object, *, depth: int) -> Iterator[tuple[Any, ...]]:
-    """The way to every entry of nested dictionaries and lists, down to `depth` steps."""
+    """The keys and indices that lead to each entry of nested dictionaries and lists.
+
+    Entries below `depth` levels are left out.
+    """
     entries = part.items() if isinstance(part, dict) else enumerate(part)  # type: ignore[arg-type]
     for key, value in entries:
         yield (key,)
         if depth > 1 and isinstance(value, dict | list):
-            yield from ((key, *way) for way in paths(value, depth=depth - 1))
+            for path in paths(value, depth=depth - 1):
+                yield (key, *path)
 
 
-def changed(state: dict[str, Any], way: tuple[Any, ...], *change: object) -> dict[str, Any]:
-    """A copy in which the entry at `way` is the given value, or away where none is given."""
+def changed(state: dict[str, Any], path: tuple[Any, ...], *replacement: object) -> dict[str, Any]:
+    """A copy in which the entry at `path` is replaced, or removed if there is no replacement."""
     state = copy.deepcopy(state)
-    *above, key = way
+    *parents, key = path
     part: Any = state
-    for step in above:
-        part = part[step]
-    if change:
-        part[key] = change[0]
+    for parent in parents:
+        part = part[parent]
+    if replacement:
+        (part[key],) = replacement
     else:
         del part[key]
     return state
 
 
-def require_sentence_or_right_weights(
-    data: Path, out: Path, finished: Result, state: object, what: object
+def is_refused(
+    data: Path, out: Path, finished: Result, state: object, change: tuple[object, ...]
 ) -> bool:
-    """Whether the state was refused, in one sentence that says where and what to do."""
-    path, refusal = put(out, state), None
+    """Whether a run refuses to resume from `state`, with one line that names the file and a remedy.
+
+    If it resumes, it must end with the bytes of the run that was never killed.
+    """
+    path, refusal = write_state(out, state), None
     try:
         train(data, out, resume=True)
     except (StateUnusable, RunMismatch) as error:
         refusal = error
     if refusal is None:
-        assert contents(out) == contents(finished.checkpoint), what
+        assert contents(out) == contents(finished.checkpoint), change
         return False
-    sentence = str(refusal)
-    assert str(path) in sentence, what
-    assert "\n" not in sentence, what
-    assert len(sentence) < 600, what
-    assert isinstance(refusal, RunMismatch) or sentence.count(WAY_OUT) == 1, what
+    message = str(refusal)
+    assert str(path) in message, change
+    assert "\n" not in message, change
+    assert len(message) < 600, change
+    assert isinstance(refusal, RunMismatch) or message.count(REMEDY) == 1, change
     return True
 
 
 @pytest.mark.parametrize("state", FOREIGN)
-def test_what_is_no_state_at_all_is_refused_before_any_work(data, out, state):
-    path = put(out, state)
-    # The data is not there either: nothing has looked for it yet.
-    with pytest.raises(StateUnusable, match=f"{STATE_FILE} .* state of a training") as refused:
+def test_a_file_that_is_no_state_is_refused_before_any_work(data, out, state):
+    path = write_state(out, state)
+    # The data does not exist: the state must be refused before the data is read.
+    with pytest.raises(StateUnusable, match=f"{STATE_FILE} .* state of a training") as refusal:
         train(data.with_name("absent.csv"), out, resume=True)
-    assert str(path) in str(refused.value)
-    assert str(refused.value).endswith(WAY_OUT)
+    assert str(path) in str(refusal.value)
+    assert str(refusal.value).endswith(REMEDY)
 
 
 @pytest.mark.timeout(300)
 def test_a_state_with_a_foreign_part_is_refused_or_gives_the_right_weights(
     data, killed, tmp_path, finished
 ):
-    whole, refused = read_state(killed / FOLDER / STATE_FILE), 0
+    original, refusals = read_state(killed / FOLDER / STATE_FILE), 0
     draw = random.Random(0)
-    # Every entry of the first two levels, and some of those below.
-    ways = list(paths(whole, depth=2))
-    ways += draw.sample([way for way in paths(whole, depth=9) if len(way) > 2], 30)
-    for way in ways:
-        for change in [(), *((value,) for value in draw.sample(FOREIGN, 2))]:
-            if way == ("callbacks", "Validation", "best_loss") and change == (7,):
-                continue  # a number that may well be a loss
+    # All entries of the first two levels, and some of the deeper ones.
+    chosen = list(paths(original, depth=2))
+    chosen += draw.sample([path for path in paths(original, depth=9) if len(path) > 2], 30)
+    for path in chosen:
+        for replacement in [(), *((value,) for value in draw.sample(FOREIGN, 2))]:
+            # A loss may be 7: this state is valid, and no comparison could refuse it.
+            if path == ("callbacks", "Validation", "best_loss") and replacement == (7,):
+                continue
             out = shutil.copytree(killed, tmp_path / "run")
-            state = changed(whole, way, *change)
-            refused += require_sentence_or_right_weights(data, out, finished, state, (way, change))
+            state = changed(original, path, *replacement)
+            refusals += is_refused(data, out, finished, state, (path, replacement))
             shutil.rmtree(out)
-    assert refused > 2 * len(ways)
+    assert refusals > 2 * len(chosen)
 
 
 STEPS = ("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress", "optimizer")
 
 
 @pytest.mark.parametrize(
-    ("way", "value", "reason"),
+    ("path", "value", "reason"),
     [
-        (("pytorch-lightning_version",), "2.5.0", "is of Lightning '2.5.0', and"),
+        (("pytorch-lightning_version",), "2.5.0", "was written by Lightning '2.5.0', and"),
         (("state_dict", "network.head.bias"), torch.ones(3), "has the shape torch.Size([3]) and"),
         (
             ("state_dict", "network.head.bias"),
@@ -139,13 +147,13 @@ STEPS = ("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress"
             "has the dtype torch.float64",
         ),
         (("optimizer_states", 0, "state", 3, "exp_avg"), torch.ones(2), "has the shape"),
-        (("optimizer_states", 0, "state", 3, "step"), torch.tensor(2.0), "state.3.step says 2"),
+        (("optimizer_states", 0, "state", 3, "step"), torch.tensor(2.0), "state.3.step is 2"),
         (("optimizer_states", 0, "param_groups", 0, "lr"), 99.0, "param_groups.0.lr is 99.0 and"),
         (("optimizer_states", 0, "param_groups", 1, "betas"), [0.9, 0.98], "is of type list and"),
         (("optimizer_states",), [], "optimizer_states has 0 entries and not 1"),
         (("lr_schedulers", 0, "base_lrs"), [0.1, 0.1], "lr_schedulers.0.base_lrs is [0.1, 0.1]"),
-        (("lr_schedulers", 0, "last_epoch"), 3, "lr_schedulers.0.last_epoch says 3"),
-        (("batches", "taken"), 0, "batches.taken says 0"),
+        (("lr_schedulers", 0, "last_epoch"), 3, "lr_schedulers.0.last_epoch is 3"),
+        (("batches", "taken"), 0, "batches.taken is 0"),
         (("callbacks", "Validation", "waited"), "x", "Validation.waited is of type str and not of"),
         (("callbacks", "Validation", "epochs"), torch.ones(9), "epochs is of type Tensor"),
         (
@@ -162,17 +170,19 @@ STEPS = ("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress"
         (("run", "seed"), 1, "state.ckpt describes another training: seed was 1 and is now 0"),
     ],
 )
-def test_a_state_that_does_not_fit_says_where(data, out, way, value, reason):
-    path = put(out, changed(read_state(out / FOLDER / STATE_FILE), way, value))
+def test_a_state_that_does_not_fit_is_refused_with_the_part_that_differs(
+    data, out, path, value, reason
+):
+    file = write_state(out, changed(read_state(out / FOLDER / STATE_FILE), path, value))
     before = contents(out / FOLDER)
-    with pytest.raises((StateUnusable, RunMismatch)) as refused:
+    with pytest.raises((StateUnusable, RunMismatch)) as refusal:
         train(data, out, resume=True)
-    assert str(path) in str(refused.value)
-    assert reason in str(refused.value)
+    assert str(file) in str(refusal.value)
+    assert reason in str(refusal.value)
     assert contents(out / FOLDER) == before
 
 
-def test_every_state_of_a_training_fits_it_also_after_it_was_killed_again_and_again(
+def test_a_training_that_is_killed_many_times_resumes_from_each_of_its_states(
     data, tmp_path, monkeypatch, finished
 ):
     for number, step in enumerate((1, 5, 12, 13, 14, 20, 25)):
@@ -187,7 +197,7 @@ def test_every_state_of_a_training_fits_it_also_after_it_was_killed_again_and_ag
     assert contents(tmp_path)[weights] == contents(finished.checkpoint)[weights]
 
 
-def test_the_clock_may_be_set_and_unset_between_two_calls(data, tmp_path, monkeypatch, finished):
+def test_max_minutes_may_differ_between_two_calls(data, tmp_path, monkeypatch, finished):
     for number, (step, minutes) in enumerate([(7, 9.0), (12, None), (20, 9.0)]):
         with monkeypatch.context() as patch:
             watch_steps(patch, die_at=step)
@@ -197,17 +207,17 @@ def test_the_clock_may_be_set_and_unset_between_two_calls(data, tmp_path, monkey
     assert contents(tmp_path) == contents(finished.checkpoint)
 
 
-def test_what_lightning_refuses_while_it_restores_is_one_sentence(data, out, monkeypatch):
-    """A quirk that the comparison does not know of must not reach the user as a traceback."""
+def test_an_error_of_lightning_while_it_restores_is_one_sentence(data, out, monkeypatch):
+    """A difference that `require_fit` does not compare must not reach the user as a traceback."""
     path = out / FOLDER / STATE_FILE
     state = read_state(path)
-    # The same keys, shapes and types, and nothing that can be copied.
+    # The same keys, shapes and types, but a meta tensor has no data to copy.
     bias = torch.ones(2, device="meta")
-    put(out, changed(state, ("state_dict", "network.head.bias"), bias))
-    with pytest.raises(StateUnusable, match="does not fit this training: RuntimeError") as refused:
+    write_state(out, changed(state, ("state_dict", "network.head.bias"), bias))
+    with pytest.raises(StateUnusable, match="does not fit this training: RuntimeError") as refusal:
         train(data, out, resume=True)
-    assert str(path) in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_an_error_of_the_training_itself_is_not_blamed_on_the_state(data, out, monkeypatch):

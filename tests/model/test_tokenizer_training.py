@@ -1,4 +1,4 @@
-"""The front end of a run: which one it is, and a tokenizer that every text can be written in."""
+"""The choice of a front end, and the training of a tokenizer that can encode each text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def data_set() -> DataSet:
 
 
 @pytest.mark.parametrize(
-    ("data", "asked", "expected"),
+    ("data", "frontend", "expected"),
     [
         ("languages", "auto", NgramSpec),
         ("languages", "bpe", BpeSpec),
@@ -42,18 +42,16 @@ def data_set() -> DataSet:
         ("rows.csv", "ngrams", NgramSpec),
     ],
 )
-def test_languages_are_read_by_n_grams_and_files_by_bpe_unless_asked_otherwise(
-    data, asked, expected
-):
+def test_n_grams_are_the_default_for_languages_and_bpe_for_files(data, frontend, expected):
     spec, tokenizer = choose_frontend(
-        TrainConfig(data=data, frontend=asked, vocabulary=300), data_set()
+        TrainConfig(data=data, frontend=frontend, vocabulary=300), data_set()
     )
     assert isinstance(spec, expected)
     assert spec.vocabulary <= 300
     assert (tokenizer is None) == (expected is NgramSpec)
 
 
-def test_every_text_can_be_written_and_its_composition_does_not_matter():
+def test_each_text_can_be_encoded_and_its_unicode_form_does_not_matter():
     spec, tokenizer = train_bpe(TEXTS, vocabulary=300)
     frontend = BpeFrontEnd(spec, tokenizer)
     for text in ("", "a small text", "日本語 👩‍👩‍👧 \x00", "\ud800"):
@@ -64,7 +62,7 @@ def test_every_text_can_be_written_and_its_composition_does_not_matter():
     assert frontend.encode("e\u0301").ids.tolist() == frontend.encode("\u00e9").ids.tolist()
 
 
-def test_a_text_that_names_a_special_token_is_only_a_text():
+def test_the_name_of_a_special_token_in_a_text_is_plain_text():
     spec, tokenizer = train_bpe(TEXTS, vocabulary=300)
     ids = BpeFrontEnd(spec, tokenizer).encode("[PAD][START]").ids
     assert (ids != 0).all()
@@ -76,10 +74,10 @@ def test_the_same_texts_give_the_same_tokenizer_in_another_process_too():
         "import sys; from evalmode.model.tokenizer_training import train_bpe; "
         "sys.stdout.write(train_bpe({}, vocabulary=290)[1])"
     )
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program.format(TEXTS)], capture_output=True, text=True, check=True
     )
-    assert ran.stdout == train_bpe(TEXTS, vocabulary=290)[1]
+    assert process.stdout == train_bpe(TEXTS, vocabulary=290)[1]
 
 
 LONG = {
@@ -91,23 +89,23 @@ LONG = {
 
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG.keys())
-def test_one_long_text_costs_no_more_than_its_beginning(text):
-    began = time.process_time()
+def test_a_long_text_costs_no_more_than_its_first_points(text):
+    started = time.process_time()
     tokenizers = [
-        train_bpe((*TEXTS, whole), vocabulary=8_192) for whole in (text, text[:LEARNED_POINTS])
+        train_bpe((*TEXTS, long), vocabulary=8_192) for long in (text, text[:LEARNED_POINTS])
     ]
-    assert time.process_time() - began < 8  # 144 s for 20 MB of words, uncut
+    assert time.process_time() - started < 8  # without the limit: 144 s for 20 MB of words
     assert tokenizers[0] == tokenizers[1]
 
 
-def test_a_text_that_fits_is_learned_whole():
+def test_a_text_within_the_limit_is_learned_to_its_last_character():
     words = " ".join(f"word{number}" for number in range(900))
     assert len(words) < LEARNED_POINTS
-    learned, cut = (train_bpe((text,) * 3, vocabulary=2_000) for text in (words, words[:-1]))
-    assert learned != cut
+    complete, shortened = (train_bpe((text,) * 3, vocabulary=2_000) for text in (words, words[:-1]))
+    assert complete != shortened
 
 
-def test_a_word_is_one_token_up_to_a_bound_and_no_text_of_a_megabyte_fits():
+def test_a_word_is_one_token_up_to_a_limit_and_a_text_of_a_megabyte_is_truncated():
     word = "".join(random.Random(0).choices("abcdefghij", k=600))
     tokens = json.loads(train_bpe((*TEXTS, word, word), vocabulary=8_192)[1])["model"]["vocab"]
     assert word in tokens

@@ -26,7 +26,7 @@ from evalmode.model.data_set import DataSet
 from evalmode.model.languages import letterless
 from evalmode.model.learner import Learner
 from evalmode.model.metrics import predict
-from evalmode.model.resume import FOLDER, STATE_FILE, RunMismatch, WholeFiles
+from evalmode.model.resume import FOLDER, STATE_FILE, AtomicCheckpointIO, RunMismatch
 from evalmode.model.train import Result, fit, prepare
 from tests.model.conftest import (
     WORDS,
@@ -185,9 +185,9 @@ def test_a_kill_while_the_state_is_written_leaves_the_state_before(
         written.append(path)
         plain(self, state, path)
 
-    plain = WholeFiles.save_checkpoint
+    plain = AtomicCheckpointIO.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(WholeFiles, "save_checkpoint", save)
+        patch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
         with pytest.raises(Killed):
             train(data, tmp_path)
         monkeypatch.undo()
@@ -245,7 +245,7 @@ def test_only_the_same_run_can_be_resumed_and_none_is_lost_by_mistake(data, tmp_
         train(data, tmp_path, resume=True, dropout=0.4)
     with pytest.raises(RunMismatch, match="data_sha256"):
         train(write_rows(tmp_path / "rows.csv", rows=250), tmp_path, resume=True)
-    with pytest.raises(EvalmodeError, match="holds an unfinished training: go on with --resume"):
+    with pytest.raises(EvalmodeError, match="holds an unfinished training: continue with --resume"):
         train(data, tmp_path)
 
 

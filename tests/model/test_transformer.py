@@ -1,6 +1,4 @@
-"""The network's promises: what may see what, what padding may change, and that no rate and no text
-breaks it.
-"""
+"""The network: which positions see which, what padding may change, and where it drops."""
 
 from __future__ import annotations
 
@@ -22,6 +20,7 @@ SITES = (
 
 
 def small(**changes) -> Transformer:
+    """A network with large random weights; `changes` are fields of its shape."""
     shape = {
         "vocabulary": 50,
         "labels": 5,
@@ -33,7 +32,7 @@ def small(**changes) -> Transformer:
     }
     torch.manual_seed(0)
     network = Transformer(TransformerConfig(**(shape | changes)))
-    # an untrained head and stream are so small that a wrong path would hide in the rounding
+    # The outputs of untrained weights are so small that a wrong path could pass as rounding.
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)
@@ -45,19 +44,19 @@ def ids_of(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(1, 50, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_causal_network_sees_itself_and_the_past_only():
+def test_a_position_of_a_causal_network_sees_only_itself_and_the_past():
     network, ids = small(causal=True).eval(), ids_of(1, 10, 1)
     real = torch.ones(1, 10, dtype=torch.bool)
     before = network.hidden(ids, real)
     for changed in range(10):
         other = ids.clone()
         other[0, changed] = ids[0, changed] % 49 + 1
-        moved = (network.hidden(other, real) != before).any(-1)[0]
-        assert not moved[:changed].any()
-        assert moved[changed:].all()
+        differs = (network.hidden(other, real) != before).any(-1)[0]
+        assert not differs[:changed].any()
+        assert differs[changed:].all()
 
 
-def test_a_bidirectional_network_sees_everything():
+def test_each_position_of_a_bidirectional_network_sees_all_positions():
     network, ids = small().eval(), ids_of(1, 10, 1)
     real = torch.ones(1, 10, dtype=torch.bool)
     other = ids.clone()
@@ -67,13 +66,13 @@ def test_a_bidirectional_network_sees_everything():
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_padding_changes_nothing_beyond_rounding(groups, causal):
+def test_padding_changes_logits_only_by_rounding(groups, causal):
     network, ids = small(ids_per_position=groups, causal=causal).eval(), ids_of(3, 7, groups)
     padded = torch.cat([ids, torch.zeros(3, 5, groups, dtype=torch.int64)], dim=1)
     torch.testing.assert_close(network(padded), network(ids), rtol=1e-5, atol=1e-5)
 
 
-def test_the_mask_and_the_ids_tell_the_same_padding():
+def test_a_mask_of_the_nonzero_ids_gives_the_same_bits_as_no_mask():
     network, ids = small().eval(), ids_of(2, 8)
     ids[1, 5:] = 0
     assert torch.equal(network(ids, (ids != 0).long()), network(ids))
@@ -81,7 +80,7 @@ def test_the_mask_and_the_ids_tell_the_same_padding():
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_an_empty_text_is_a_finite_answer(causal, training):
+def test_a_row_of_padding_has_finite_logits(causal, training):
     network = small(causal=causal).train(training)
     logits = network(torch.zeros(2, 4, dtype=torch.int64))
     assert logits.shape == (2, 5)
@@ -89,14 +88,14 @@ def test_an_empty_text_is_a_finite_answer(causal, training):
 
 
 @pytest.mark.parametrize("kind", ["inverted", "classic"])
-def test_with_every_rate_zero_training_answers_as_eval_does(kind):
+def test_with_all_rates_zero_training_gives_the_logits_of_eval(kind):
     network = small(ids_per_position=4, dropout_kind=kind, **dict.fromkeys(SITES, 0.0))
     ids = ids_of(3, 6, 4)
     torch.testing.assert_close(network.train()(ids), network.eval()(ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_each_place_drops_at_its_own_rate(site):
+def test_each_site_drops_at_its_own_rate(site):
     network = small(ids_per_position=4, **(dict.fromkeys(SITES, 0.0) | {site: 0.5}))
     dropping = [
         module for module in network.modules() if isinstance(module, Dropout) and module.p > 0
@@ -109,15 +108,16 @@ def test_each_place_drops_at_its_own_rate(site):
 
 
 def test_attention_dropout_acts_on_the_weights_after_the_softmax():
-    network, seen = small(attention_dropout=0.5), []
+    network, inputs_of_site = small(attention_dropout=0.5), []
     site = network.blocks[0].attention.dropout
-    site.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    site.register_forward_pre_hook(lambda _, inputs: inputs_of_site.append(inputs[0]))
     network.train()(ids_of(2, 6))
-    assert seen[0].shape == (2, 2, 6, 6)
-    torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 2, 6))
+    (weights,) = inputs_of_site
+    assert weights.shape == (2, 2, 6, 6)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 6))
 
 
-def test_the_whole_network_folded_answers_as_the_unfolded_one():
+def test_a_folded_network_gives_the_logits_of_the_unfolded_one():
     network = small(
         ids_per_position=4, dropout_kind="classic", ngram_dropout=0.4, residual_dropout=0.3
     ).eval()
@@ -128,7 +128,7 @@ def test_the_whole_network_folded_answers_as_the_unfolded_one():
     assert all(module.folded for module in network.modules() if isinstance(module, ClassicDropout))
 
 
-def test_the_table_gets_the_gradient_that_autograd_would_give_it():
+def test_the_table_gets_the_gradient_of_autograd():
     network, ids = small(ids_per_position=4, **dict.fromkeys(SITES, 0.0)), ids_of(3, 6, 4)
     ids[0, 3:] = 0
     gradients = []
@@ -140,12 +140,12 @@ def test_the_table_gets_the_gradient_that_autograd_would_give_it():
     assert not gradients[0][0].any()
 
 
-def test_what_is_wrong_with_a_shape_is_said_by_key_and_value():
+def test_an_invalid_shape_is_refused_by_key_and_value():
     with pytest.raises(ValueError, match=r"heads must be a divisor of width=16, got heads=3"):
         small(heads=3)
     with pytest.raises(ValueError, match=r"labels must be at least 2.*labels=1"):
         small(labels=1)
 
 
-def test_no_dropout_of_torch_itself_stands_in_the_network():
+def test_the_network_contains_no_dropout_of_torch():
     assert not any(isinstance(module, nn.Dropout) for module in small().modules())
