@@ -1,6 +1,4 @@
-"""A folder with a file of every verdict and a bundle, and `evalmode verify` as a process of its own
-in it.
-"""
+"""A folder with a bundle and a file for each verdict, and `evalmode verify` as a process in it."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from evalmode.export.release import Released
 HOSTILE = "a/[/red]::error::,%\n\x1b[2J drop"
 LEAK, DRAW, TORN = "models/deep/leak.onnx", "models/été [/red], 50%2C.onnx", "models/torn.onnx"
 CLEAN, UNDECIDED, BUNDLE = "models/clean.onnx", "models/undecided.onnx", "bundles/small/1"
-EVERY = {
+VERDICTS = {
     BUNDLE: "pass",
     CLEAN: "pass",
     LEAK: "fail",
@@ -53,6 +51,7 @@ def tree(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Path:
             helper.make_node("Bernoulli", ["h"], ["y"], name="one"),
         ),
         UNDECIDED: model(helper.make_node("Dropout", ["x", "", "mode"], ["y"]), inputs=(mode,)),
+        # The start of a valid file.
         TORN: model(helper.make_node("Relu", ["x"], ["y"]))[:20],
     }
     for name, data in contents.items():
@@ -63,13 +62,13 @@ def tree(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(tree: Path, *arguments: str, **changed: str) -> subprocess.CompletedProcess[bytes]:
+def run(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     program = [Path(sys.executable).with_name("evalmode"), "verify", *arguments]
     return subprocess.run(
-        program, capture_output=True, check=False, cwd=tree, env={**os.environ, **changed}
+        program, capture_output=True, check=False, cwd=tree, env={**os.environ, **environment}
     )
 
 
 def as_json(tree: Path, *arguments: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(tree, *arguments, "--format", "json").stdout)
-    return found
+    report: dict[str, Any] = json.loads(run(tree, *arguments, "--format", "json").stdout)
+    return report

@@ -1,6 +1,4 @@
-"""Constant propagation: a mode is decided by what the graph alone holds, through any deterministic
-operators.
-"""
+"""Constant propagation: constants of the graph decide a mode through deterministic operators."""
 
 from __future__ import annotations
 
@@ -48,22 +46,24 @@ def drop_after(
     ir_version: int = 10,
     values: dict[str, object] | None = None,
 ) -> NodeAt:
-    named = VALUES if values is None else values
-    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in named.items()]
+    constants = VALUES if values is None else values
+    tensors = [
+        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
+    ]
     graph = helper.make_graph([*nodes, DROP], "main", [X, *inputs], [Y], tensors)
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version
     )
-    return next(one for one in graph_of(model).nodes if one.path == "drop")
+    return next(node_at for node_at in graph_of(model).nodes if node_at.path == "drop")
 
 
 def value_after(*nodes: onnx.NodeProto, opset: int = 20) -> object:
-    found = drop_after(*nodes, opset=opset).constant(2)
-    return None if found is None else found.tolist()
+    constant = drop_after(*nodes, opset=opset).constant(2)
+    return None if constant is None else constant.tolist()
 
 
 @pytest.mark.parametrize(
-    ("made", "value"),
+    ("node_under_test", "value"),
     [
         (node("Identity", "yes"), True),
         (node("Not", "no"), True),
@@ -89,9 +89,9 @@ def value_after(*nodes: onnx.NodeProto, opset: int = 20) -> object:
     ids=lambda item: item.op_type if isinstance(item, onnx.NodeProto) else "",
 )
 def test_a_deterministic_operator_on_constants_is_computed(
-    made: onnx.NodeProto, value: object
+    node_under_test: onnx.NodeProto, value: object
 ) -> None:
-    assert value_after(made) == value
+    assert value_after(node_under_test) == value
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_deterministic_operator_on_constants_is_computed(
     ],
     ids=lambda item: next(iter(item)) if isinstance(item, dict) else "",
 )
-def test_every_way_to_write_a_constant_node_is_read(
+def test_each_value_attribute_of_a_constant_node_is_read(
     attribute: dict[str, object], value: object
 ) -> None:
     assert value_after(node("Constant", **attribute)) == value
@@ -115,18 +115,18 @@ def test_every_way_to_write_a_constant_node_is_read(
 @pytest.mark.parametrize("indices", [[1], [[1]]], ids=["flat", "by axis"])
 def test_a_sparse_constant_is_read(indices: list[object]) -> None:
     values = numpy_helper.from_array(np.asarray([7.0], np.float32), "values")
-    places = numpy_helper.from_array(np.asarray(indices, np.int64), "indices")
+    positions = numpy_helper.from_array(np.asarray(indices, np.int64), "indices")
     assert value_after(
-        node("Constant", sparse_value=helper.make_sparse_tensor(values, places, [3]))
+        node("Constant", sparse_value=helper.make_sparse_tensor(values, positions, [3]))
     ) == [0, 7, 0]
 
 
-def test_a_sparse_initializer_is_read_and_one_that_is_an_input_too_is_not() -> None:
+def test_a_sparse_initializer_is_read_unless_it_is_also_an_input() -> None:
     values = numpy_helper.from_array(np.asarray([1.0], np.float32), "m")
-    places = numpy_helper.from_array(np.asarray([0], np.int64), "m_indices")
+    positions = numpy_helper.from_array(np.asarray([0], np.int64), "m_indices")
     for inputs, decided in (([X], True), ([X, helper.make_tensor_value_info("m", 1, [2])], False)):
         graph = helper.make_graph([DROP], "main", inputs, [Y])
-        graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [2]))
+        graph.sparse_initializer.append(helper.make_sparse_tensor(values, positions, [2]))
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
         assert (graph_of(model).nodes[0].constant(2) is not None) is decided
 
@@ -137,20 +137,20 @@ def test_a_long_chain_is_followed() -> None:
     assert value_after(*chain) is True
 
 
-def test_a_chain_that_never_seems_to_end_is_given_up() -> None:
+def test_a_chain_of_20_000_nodes_is_given_up() -> None:
     names = ["yes", *[f"n{index}" for index in range(20_000)], "m"]
     chain = [node("Identity", before, output=after) for before, after in pairwise(names)]
     assert value_after(*chain) is None
 
 
-def test_a_value_that_is_read_twice_at_every_step_is_computed_once() -> None:
+def test_a_value_that_two_inputs_read_is_computed_once() -> None:
     names = ["yes", *[f"n{index}" for index in range(200)], "m"]
     chain = [node("And", before, before, output=after) for before, after in pairwise(names)]
     assert value_after(*chain) is True
 
 
 @pytest.mark.parametrize(
-    "made",
+    "node_under_test",
     [
         node("Not", "mode"),
         node("And", "mode", "yes"),
@@ -182,12 +182,14 @@ def test_a_value_that_is_read_twice_at_every_step_is_computed_once() -> None:
         *"abc",
     ],
 )
-def test_anything_else_decides_nothing(made: onnx.NodeProto) -> None:
-    assert value_after(made) is None
+def test_an_undetermined_or_unsupported_node_decides_nothing(
+    node_under_test: onnx.NodeProto,
+) -> None:
+    assert value_after(node_under_test) is None
 
 
 @pytest.mark.parametrize(
-    "made",
+    "nodes",
     [
         [node("ConstantOfShape", "many")],
         [node("Expand", "one", "many")],
@@ -198,10 +200,10 @@ def test_anything_else_decides_nothing(made: onnx.NodeProto) -> None:
     ],
     ids=["ConstantOfShape", "Expand", "large", "long", "joined", "broadcast"],
 )
-def test_what_would_grow_large_is_not_computed(made: list[onnx.NodeProto]) -> None:
+def test_a_large_result_is_not_computed(nodes: list[onnx.NodeProto]) -> None:
     values = VALUES | {"row": np.zeros(1000, np.int64), "column": np.zeros((1000, 1))}
-    drop = drop_after(*made, values=values)
-    # what is imported on the way is not what this is about
+    drop = drop_after(*nodes, values=values)
+    # The first computation imports modules, whose memory must not count.
     value_after(node("ConstantOfShape", "some"))
     tracemalloc.start()
     try:
@@ -221,12 +223,12 @@ def test_a_second_output_and_a_second_attribute_decide_nothing() -> None:
     assert value_after(node("Constant", value_int=1, value_float=0.0)) is None
 
 
-def test_an_operator_of_before_opset_7_that_broadcasts_in_its_own_way_decides_nothing() -> None:
-    made = node("And", "yes", "yes", broadcast=1)
-    assert value_after(made, opset=6) is None
+def test_the_broadcast_attribute_from_before_opset_7_decides_nothing() -> None:
+    conjunction = node("And", "yes", "yes", broadcast=1)
+    assert value_after(conjunction, opset=6) is None
 
 
-def branches(condition: str) -> onnx.NodeProto:
+def if_node(condition: str) -> onnx.NodeProto:
     graphs = {}
     for name, value in (("then_branch", True), ("else_branch", False)):
         inner = node(
@@ -241,10 +243,10 @@ def branches(condition: str) -> onnx.NodeProto:
 def test_a_branch_is_followed_where_its_condition_is_decided(
     condition: str, value: bool | None
 ) -> None:
-    assert value_after(branches(condition)) is value
+    assert value_after(if_node(condition)) is value
 
 
-def test_a_constant_of_a_function_that_its_caller_gives_is_read() -> None:
+def test_a_constant_from_an_attribute_of_the_call_is_read() -> None:
     constant = helper.make_node("Constant", [], ["n"])
     constant.attribute.add(name="value_int", ref_attr_name="mode", type=onnx.AttributeProto.INT)
     cast = helper.make_node("Cast", ["n"], ["m"], to=TensorProto.BOOL)
@@ -252,32 +254,38 @@ def test_a_constant_of_a_function_that_its_caller_gives_is_read() -> None:
     function = helper.make_function(
         "my", "f", ["x"], ["y"], [constant, cast, DROP], opsets, ["mode"]
     )
-    found = []
+    modes = []
     for mode in (0, 1):
-        called = helper.make_node("f", ["x"], ["y"], domain="my", name="call", mode=mode)
-        graph = helper.make_graph([called], "main", [X], [Y])
+        call = helper.make_node("f", ["x"], ["y"], domain="my", name="call", mode=mode)
+        graph = helper.make_graph([call], "main", [X], [Y])
         nodes = graph_of(helper.make_model(graph, opset_imports=opsets, functions=[function])).nodes
-        found.append(next(one for one in nodes if one.path == "call/my:f/drop").constant(2))
-    assert [value is not None and bool(value) for value in found] == [False, True]
+        modes.append(
+            next(node_at for node_at in nodes if node_at.path == "call/my:f/drop").constant(2)
+        )
+    assert [value is not None and bool(value) for value in modes] == [False, True]
 
 
-M = helper.make_tensor_value_info("m", TensorProto.BOOL, [])
+OVERRIDABLE_MODE = helper.make_tensor_value_info("m", TensorProto.BOOL, [])
 
 
 @pytest.mark.parametrize(
     ("ir_version", "decided"), [(0, False), (3, True), (4, False), (10, False)]
 )
-def test_an_initializer_that_is_an_input_too_decides_only_where_the_format_wants_it_so(
+def test_an_initializer_that_is_also_an_input_decides_only_in_ir_version_3(
     ir_version: int, decided: bool
 ) -> None:
-    drop = drop_after(inputs=(M,), ir_version=ir_version, values={"m": False})
+    drop = drop_after(inputs=(OVERRIDABLE_MODE,), ir_version=ir_version, values={"m": False})
     assert (drop.constant(2) is not None) is decided
 
 
 @pytest.mark.parametrize(
-    ("nodes", "inputs", "said"),
+    ("nodes", "inputs", "reason"),
     [
-        ((), (M,), "the initializer 'm', which is an input too: the caller may override it"),
+        (
+            (),
+            (OVERRIDABLE_MODE,),
+            "the initializer 'm', which is an input too: the caller may override it",
+        ),
         (
             (node("Not", "mode"),),
             (MODE,),
@@ -291,9 +299,9 @@ def test_an_initializer_that_is_an_input_too_decides_only_where_the_format_wants
     ],
     ids=["override", "computed", "drawn"],
 )
-def test_who_decides_is_said(
-    nodes: tuple[onnx.NodeProto, ...], inputs: tuple[onnx.ValueInfoProto, ...], said: str
+def test_the_reason_names_the_node_or_input_that_decides(
+    nodes: tuple[onnx.NodeProto, ...], inputs: tuple[onnx.ValueInfoProto, ...], reason: str
 ) -> None:
     drop = drop_after(*nodes, inputs=inputs, values={} if nodes else {"m": False})
     assert drop.constant(2) is None
-    assert drop.decider(2) == said
+    assert drop.decider(2) == reason

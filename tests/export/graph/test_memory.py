@@ -1,5 +1,5 @@
-"""The structure of a small file takes little memory and time, whatever its constants would make and
-its functions repeat.
+"""A small file takes little memory and time to verify, even if its constants would expand to
+gigabytes or its functions repeat thousands of nodes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
 OPSETS = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
-MOST_MB = 300  # beyond what a trivial file takes
+MOST_MB = 300  # above the memory for a trivial file
 MOST_S = 30
 
-# Prints the megabytes that this process and its largest child took at most.
+# Prints the peak memory of this process plus that of its largest child, in MiB.
 VERIFY = """
 import resource, sys
 from pathlib import Path
@@ -60,11 +60,12 @@ def function(
 
 
 def chain(op: str, count: int) -> list[onnx.NodeProto]:
-    names = ["x", *(f"v{place}" for place in range(count - 1)), "y"]
-    return [node(op, [names[place]], names[place + 1]) for place in range(count)]
+    names = ["x", *(f"v{index}" for index in range(count - 1)), "y"]
+    return [node(op, [names[index]], names[index + 1]) for index in range(count)]
 
 
-def drop_by_the_largest_of(parts: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+def drop_with_mode_of_largest(parts: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The parts, then a Dropout whose mode is the largest element of all parts."""
     return [
         *parts,
         node("Concat", [part.output[0] for part in parts], "all", axis=0),
@@ -74,22 +75,22 @@ def drop_by_the_largest_of(parts: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
     ]
 
 
-def expanded() -> onnx.ModelProto:
-    parts = [node("Expand", ["a", "s"], f"e{place}") for place in range(400)]
+def expanded_constants() -> onnx.ModelProto:
+    parts = [node("Expand", ["a", "s"], f"e{index}") for index in range(400)]
     constants = {"a": np.zeros((), np.int64), "s": np.array([10_000_000])}
-    return model_of(drop_by_the_largest_of(parts), constants)
+    return model_of(drop_with_mode_of_largest(parts), constants)
 
 
 def shapes_of_a_large_weight() -> onnx.ModelProto:
-    parts = [node("Shape", ["w"], f"s{place}") for place in range(800)]
-    return model_of(drop_by_the_largest_of(parts), {"w": np.zeros(900_000, np.bool_)})
+    parts = [node("Shape", ["w"], f"s{index}") for index in range(800)]
+    return model_of(drop_with_mode_of_largest(parts), {"w": np.zeros(900_000, np.bool_)})
 
 
-def doubled() -> onnx.ModelProto:
+def repeated_concatenation() -> onnx.ModelProto:
     parts = [node("Concat", ["a"] * 8, "c0", axis=0)]
-    parts += [node("Concat", [f"c{n - 1}"] * 8, f"c{n}", axis=0) for n in range(1, 500)]
-    last = [node("Identity", ["c499"], "last")]
-    return model_of([*parts, *drop_by_the_largest_of(last)], {"a": np.zeros(2, np.int64)})
+    parts += [node("Concat", [f"c{depth - 1}"] * 8, f"c{depth}", axis=0) for depth in range(1, 500)]
+    result = [node("Identity", ["c499"], "last")]
+    return model_of([*parts, *drop_with_mode_of_largest(result)], {"a": np.zeros(2, np.int64)})
 
 
 def long_names_around_many_nodes() -> onnx.ModelProto:
@@ -102,13 +103,13 @@ def long_names_around_many_nodes() -> onnx.ModelProto:
 
 
 def many_calls_under_many_opsets() -> onnx.ModelProto:
-    opsets = [helper.make_opsetid(f"d{place}", 1) for place in range(15_000)]
+    opsets = [helper.make_opsetid(f"d{index}", 1) for index in range(15_000)]
     functions = [function("f", [node("Relu", ["x"], "y")])]
     return model_of(chain("f", 15_000), functions=functions, opsets=opsets)
 
 
 def many_calls_of_many_inputs() -> onnx.ModelProto:
-    inputs = ["x", *(f"i{place}" for place in range(15_000))]
+    inputs = ["x", *(f"i{index}" for index in range(15_000))]
     functions = [function("f", [node("Relu", ["x"], "y")], inputs)]
     return model_of(chain("f", 15_000), functions=functions)
 
@@ -124,7 +125,7 @@ def undecided_after_many_inputs() -> onnx.ModelProto:
     return model_of(nodes)
 
 
-def megabytes(model: onnx.ModelProto, path: Path) -> int:
+def peak_megabytes(model: onnx.ModelProto, path: Path) -> int:
     path.write_bytes(model.SerializeToString())
     process = subprocess.run(
         [sys.executable, "-c", VERIFY, path], capture_output=True, text=True, check=True
@@ -134,15 +135,17 @@ def megabytes(model: onnx.ModelProto, path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def trivial_mb(tmp_path_factory: pytest.TempPathFactory) -> int:
-    return megabytes(model_of(chain("Relu", 1)), tmp_path_factory.mktemp("trivial") / "any.onnx")
+    return peak_megabytes(
+        model_of(chain("Relu", 1)), tmp_path_factory.mktemp("trivial") / "any.onnx"
+    )
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        expanded,
+        expanded_constants,
         shapes_of_a_large_weight,
-        doubled,
+        repeated_concatenation,
         long_names_around_many_nodes,
         many_calls_under_many_opsets,
         many_calls_of_many_inputs,
@@ -154,5 +157,5 @@ def test_a_small_file_takes_little_memory(
 ) -> None:
     model, started = make(), time.monotonic()
     file_mb = model.ByteSize() >> 20
-    assert megabytes(model, tmp_path / "any.onnx") < trivial_mb + file_mb + MOST_MB
+    assert peak_megabytes(model, tmp_path / "any.onnx") < trivial_mb + file_mb + MOST_MB
     assert time.monotonic() - started < MOST_S

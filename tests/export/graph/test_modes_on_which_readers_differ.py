@@ -1,5 +1,6 @@
-"""Modes that runtimes, the standard and we could read differently: none of them may pass, nor be
-opened to serve.
+"""Modes that runtimes, the ONNX standard and evalmode could read differently.
+
+None of these graphs may pass the rule, and the service may open no bundle with such a graph.
 
 Each graph is one Dropout whose mode is written in an unusual way.
 """
@@ -35,7 +36,7 @@ def constant(value: object, output: str = "m") -> onnx.NodeProto:
     return node("Constant", output=output, value=numpy_helper.from_array(np.asarray(value)))
 
 
-def judged(
+def record_of(
     *nodes: onnx.NodeProto,
     initializers: Sequence[onnx.TensorProto] = (),
     functions: Sequence[onnx.FunctionProto] = (),
@@ -68,7 +69,7 @@ def branch(*nodes: onnx.NodeProto, output: str) -> onnx.GraphProto:
 
 
 def chain(value: np.ndarray, *steps: tuple[str, dict[str, object]]) -> list[onnx.NodeProto]:
-    """The operators one after the other, then a cast to a boolean."""
+    """A constant, the operators in sequence, and a cast to a boolean as the mode."""
     nodes = [constant(value, "v0")]
     for index, (op, attributes) in enumerate(steps):
         nodes.append(node(op, f"v{index}", output=f"v{index + 1}", **attributes))
@@ -86,28 +87,28 @@ def chain(value: np.ndarray, *steps: tuple[str, dict[str, object]]) -> list[onnx
     ids=["sum", "product", "half precision", "even the largest number"],
 )
 def test_floating_point_arithmetic_decides_nothing(value: np.ndarray, op: str) -> None:
-    assert judged(*chain(value, (op, {"keepdims": 0}))).verdict is Verdict.UNPROVEN
+    assert record_of(*chain(value, (op, {"keepdims": 0}))).verdict is Verdict.UNPROVEN
 
 
-def test_integers_are_summed_as_the_runtime_does_which_saturates() -> None:
-    """NumPy wraps to 0."""
+def test_an_integer_sum_saturates_as_in_the_runtime() -> None:
+    """NumPy wraps around to 0, ONNX Runtime saturates at 2**31 - 1."""
     value = np.array([2**31 - 1, 2**31 - 1, 2], np.int32)
-    assert judged(*chain(value, ("ReduceSum", {"keepdims": 0}))).verdict is Verdict.FAIL
+    assert record_of(*chain(value, ("ReduceSum", {"keepdims": 0}))).verdict is Verdict.FAIL
 
 
-def test_a_slice_with_a_negative_step_is_that_of_the_runtime() -> None:
-    """Its start is clamped into the axis, so that one element is left; NumPy slices none."""
+def test_a_slice_with_a_negative_step_follows_the_runtime() -> None:
+    """ONNX Runtime clamps the start into the axis and returns one element; NumPy returns none."""
     ends = {"from": -5, "to": -6, "axis": 0, "step": -1}
     constants = [constant(np.array([value], np.int64), name) for name, value in ends.items()]
     sliced = node("Slice", "v", "from", "to", "axis", "step", output="s")
     nodes = [constant(np.array([True, True, True]), "v"), *constants, sliced]
     nodes += [node("Shape", "s", output="n"), node("Cast", "n", output="b", to=TensorProto.BOOL)]
     nodes += [constant(np.array([0], np.int64), "zero"), node("Squeeze", "b", "zero")]
-    assert judged(*nodes).verdict is not Verdict.PASS
+    assert record_of(*nodes).verdict is not Verdict.PASS
 
 
-def test_a_reduction_of_nothing_leaves_what_the_runtime_leaves() -> None:
-    """Three axes, and not two as the standard says: the mode is on."""
+def test_a_reduction_of_an_empty_tensor_follows_the_runtime() -> None:
+    """ONNX Runtime keeps three axes, the standard says two: with three axes the mode is on."""
     reduced = [
         constant(np.zeros((1, 1, 0), np.int64), "v"),
         node("ReduceMax", "v", output="r", axes=[-2], keepdims=0),
@@ -116,44 +117,44 @@ def test_a_reduction_of_nothing_leaves_what_the_runtime_leaves() -> None:
         constant(np.int64(3), "three"),
         node("Equal", "n", "three"),
     ]
-    assert judged(*reduced).verdict is not Verdict.PASS
+    assert record_of(*reduced).verdict is not Verdict.PASS
 
 
 @pytest.mark.parametrize("number", [2, 256, -1])
 def test_a_boolean_that_is_neither_0_nor_1_decides_nothing(number: int) -> None:
     tensor = onnx.TensorProto(name="m", data_type=TensorProto.BOOL, int32_data=[number])
-    assert judged(initializers=[tensor]).verdict is Verdict.UNPROVEN
+    assert record_of(initializers=[tensor]).verdict is Verdict.UNPROVEN
     raw = onnx.TensorProto(name="m", data_type=TensorProto.BOOL, raw_data=bytes([number % 254]))
-    assert judged(initializers=[raw]).verdict is Verdict.UNPROVEN
+    assert record_of(initializers=[raw]).verdict is Verdict.UNPROVEN
 
 
 @pytest.mark.parametrize("shape", [(0,), (2,)])
 def test_a_mode_that_is_not_one_boolean_decides_nothing(shape: tuple[int, ...]) -> None:
     tensor = numpy_helper.from_array(np.zeros(shape, np.bool_), "m")
-    assert judged(initializers=[tensor]).verdict is Verdict.UNPROVEN
+    assert record_of(initializers=[tensor]).verdict is Verdict.UNPROVEN
 
 
 def test_a_mode_of_another_type_decides_nothing() -> None:
     tensor = numpy_helper.from_array(np.int64(0), "m")
-    assert judged(initializers=[tensor]).verdict is Verdict.UNPROVEN
+    assert record_of(initializers=[tensor]).verdict is Verdict.UNPROVEN
 
 
 @pytest.mark.parametrize("opsets", [[("my", 1)], [("", 6), ("", 17)], [("", 17), ("ai.onnx", 6)]])
-def test_without_one_opset_nothing_is_decided(opsets: list[tuple[str, int]]) -> None:
-    record = judged(constant(False), opsets=opsets)
+def test_an_absent_or_contradictory_opset_decides_nothing(opsets: list[tuple[str, int]]) -> None:
+    record = record_of(constant(False), opsets=opsets)
     assert record.verdict is Verdict.UNPROVEN
     assert "its opset is not known" in str(record.findings[0])
 
 
-def test_the_same_opset_imported_twice_is_one() -> None:
-    assert judged(constant(False), opsets=[("", 17), ("ai.onnx", 17)]).verdict is Verdict.PASS
+def test_an_opset_that_is_imported_twice_with_one_version_is_accepted() -> None:
+    assert record_of(constant(False), opsets=[("", 17), ("ai.onnx", 17)]).verdict is Verdict.PASS
 
 
-def test_a_constant_of_another_domain_is_taken_for_the_standard_one_by_the_runtime() -> None:
+def test_a_function_named_constant_decides_nothing_because_the_runtime_ignores_its_domain() -> None:
     always_off = function("Constant", constant(False, "o"))
     on = helper.make_node("Constant", ["x"], ["m"], domain="my")
     on.attribute.append(helper.make_attribute("value", numpy_helper.from_array(np.asarray(True))))
-    assert judged(on, functions=[always_off]).verdict is Verdict.UNPROVEN
+    assert record_of(on, functions=[always_off]).verdict is Verdict.UNPROVEN
 
 
 @pytest.mark.parametrize("name", ["Not", "Identity"])
@@ -162,32 +163,32 @@ def test_a_function_named_like_an_operator_of_the_runtime_decides_nothing(
     name: str, domain: str
 ) -> None:
     off = function(name, constant(False, "o"), domain=domain)
-    called = helper.make_node(name, ["no"], ["m"], domain=domain)
-    assert judged(constant(False, "no"), called, functions=[off]).verdict is Verdict.UNPROVEN
+    call = helper.make_node(name, ["no"], ["m"], domain=domain)
+    assert record_of(constant(False, "no"), call, functions=[off]).verdict is Verdict.UNPROVEN
 
 
-def test_which_overload_runs_is_not_decided() -> None:
+def test_a_call_of_an_overload_decides_nothing() -> None:
     on, off = function("f", constant(True, "o")), function("f", constant(False, "o"))
     off.overload = "off"
-    called = helper.make_node("f", ["x"], ["m"], domain="my")
-    assert judged(called, functions=[on, off]).verdict is Verdict.FAIL
-    called.overload = "off"
-    assert judged(called, functions=[on, off]).verdict is Verdict.UNPROVEN
+    call = helper.make_node("f", ["x"], ["m"], domain="my")
+    assert record_of(call, functions=[on, off]).verdict is Verdict.FAIL
+    call.overload = "off"
+    assert record_of(call, functions=[on, off]).verdict is Verdict.UNPROVEN
 
 
 def test_an_attribute_with_two_values_decides_nothing() -> None:
     odd = node("Constant", output="n", value_int=1)
     odd.attribute[0].t.CopyFrom(numpy_helper.from_array(np.int64(0)))
-    assert judged(odd, node("Cast", "n", to=TensorProto.BOOL)).verdict is Verdict.UNPROVEN
+    assert record_of(odd, node("Cast", "n", to=TensorProto.BOOL)).verdict is Verdict.UNPROVEN
 
 
-def test_an_attribute_of_another_type_than_its_name_wants_decides_nothing() -> None:
+def test_an_attribute_of_the_wrong_type_decides_nothing() -> None:
     odd = node("Constant", output="n")
     odd.attribute.add(name="value_int", type=onnx.AttributeProto.FLOAT, f=0.0)
-    assert judged(odd, node("Cast", "n", to=TensorProto.BOOL)).verdict is Verdict.UNPROVEN
+    assert record_of(odd, node("Cast", "n", to=TensorProto.BOOL)).verdict is Verdict.UNPROVEN
 
 
-def test_a_reference_that_also_holds_a_value_decides_nothing() -> None:
+def test_an_attribute_reference_with_a_value_decides_nothing() -> None:
     both = node("Constant", output="o")
     both.attribute.add(
         name="value",
@@ -195,15 +196,14 @@ def test_a_reference_that_also_holds_a_value_decides_nothing() -> None:
         type=onnx.AttributeProto.TENSOR,
         t=numpy_helper.from_array(np.asarray(False)),
     )
-    called = helper.make_node("f", ["x"], ["m"], domain="my")
-    called.attribute.append(helper.make_attribute("k", numpy_helper.from_array(np.asarray(True))))
-    called = [called]
-    assert judged(*called, functions=[function("f", both, attributes=["k"])]).verdict is (
+    call = helper.make_node("f", ["x"], ["m"], domain="my")
+    call.attribute.append(helper.make_attribute("k", numpy_helper.from_array(np.asarray(True))))
+    assert record_of(call, functions=[function("f", both, attributes=["k"])]).verdict is (
         Verdict.UNPROVEN
     )
 
 
-def test_a_branch_that_is_a_reference_is_the_callers() -> None:
+def test_a_branch_that_refers_to_an_attribute_of_the_call_decides_nothing() -> None:
     chosen = node("If", "yes", output="o", else_branch=branch(constant(False, "e"), output="e"))
     chosen.attribute.add(
         name="then_branch",
@@ -212,37 +212,37 @@ def test_a_branch_that_is_a_reference_is_the_callers() -> None:
         g=branch(constant(False, "t"), output="t"),
     )
     body = function("f", constant(True, "yes"), chosen, attributes=["g"])
-    called = helper.make_node("f", ["x"], ["m"], domain="my")
-    given = helper.make_attribute("g", branch(constant(True, "g"), output="g"))
-    called.attribute.append(given)
-    assert judged(called, functions=[body]).verdict is Verdict.UNPROVEN
+    call = helper.make_node("f", ["x"], ["m"], domain="my")
+    graph_attribute = helper.make_attribute("g", branch(constant(True, "g"), output="g"))
+    call.attribute.append(graph_attribute)
+    assert record_of(call, functions=[body]).verdict is Verdict.UNPROVEN
 
 
-def test_names_in_a_graph_that_is_given_to_a_function_are_bound_where_it_is_used() -> None:
+def test_names_in_a_graph_attribute_decide_nothing_in_the_function_that_uses_it() -> None:
     """The Dropout reads `m`: False where the graph is written, True where the function runs it."""
     drop = helper.make_node("Dropout", ["x", "ratio", "m"], ["t"], name="inner")
     value = helper.make_tensor_value_info("t", TensorProto.FLOAT, [8])
-    given = helper.make_graph([drop], "given", [], [value])
+    graph_attribute = helper.make_graph([drop], "graph", [], [value])
     chosen = node("If", "yes", output="o")
     for name in ("then_branch", "else_branch"):
         chosen.attribute.add(name=name, ref_attr_name="g", type=onnx.AttributeProto.GRAPH)
     body = function("f", constant(True, "m"), constant(True, "yes"), chosen, attributes=["g"])
-    called = helper.make_node("f", ["x"], ["called"], domain="my", g=given)
-    record = judged(constant(False), called, functions=[body])
+    call = helper.make_node("f", ["x"], ["unused"], domain="my", g=graph_attribute)
+    record = record_of(constant(False), call, functions=[body])
     assert record.verdict is Verdict.UNPROVEN
     assert any("inner" in finding.node for finding in record.findings)
 
 
-def test_a_name_that_hides_one_around_decides_nothing() -> None:
+def test_a_name_that_hides_an_outer_name_decides_nothing() -> None:
     bodies = {
         key: branch(constant(False, "hidden"), output="hidden")
         for key in ("then_branch", "else_branch")
     }
     nodes = [constant(True, "hidden"), constant(True, "yes"), node("If", "yes", **bodies)]
-    assert judged(*nodes).verdict is Verdict.UNPROVEN
+    assert record_of(*nodes).verdict is Verdict.UNPROVEN
 
 
-def test_plain_ways_to_say_off_still_pass() -> None:
-    assert judged(constant(False)).verdict is Verdict.PASS
-    assert judged(constant(True, "on"), node("Not", "on")).verdict is Verdict.PASS
-    assert judged(constant(np.int64(0), "n"), node("Cast", "n", to=9)).verdict is Verdict.PASS
+def test_a_mode_that_is_plainly_off_passes() -> None:
+    assert record_of(constant(False)).verdict is Verdict.PASS
+    assert record_of(constant(True, "on"), node("Not", "on")).verdict is Verdict.PASS
+    assert record_of(constant(np.int64(0), "n"), node("Cast", "n", to=9)).verdict is Verdict.PASS

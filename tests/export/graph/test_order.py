@@ -1,5 +1,5 @@
-"""Nodes of the main graph may be written in any order, as ONNX Runtime reads them; those of bodies
-may not.
+"""The nodes of the main graph may be written in any order, as in ONNX Runtime; those of a body must
+be sorted.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def model_of(
     return helper.make_model(graph, opset_imports=OPSETS, functions=functions, ir_version=10)
 
 
-def answer(model: onnx.ModelProto) -> list[float] | None:
-    """What ONNX Runtime answers; None where it refuses the model."""
+def runtime_answer(model: onnx.ModelProto) -> list[float] | None:
+    """The output of ONNX Runtime, or None if it refuses the model."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -46,9 +46,9 @@ def answer(model: onnx.ModelProto) -> list[float] | None:
     except Exception:  # ONNX Runtime's exceptions share no base class
         return None
     feeds = {"x": np.arange(4, dtype=np.float32), "c": np.asarray(True)}
-    (y,) = session.run(None, feeds)
-    numbers: list[float] = y.tolist()
-    return numbers
+    (output,) = session.run(None, feeds)
+    answer: list[float] = output.tolist()
+    return answer
 
 
 IN_ORDER = (
@@ -65,28 +65,28 @@ IN_ORDER = (
     node("Constant", "", "half", value_float=0.5),
     node("Dropout", "d half off", "y"),
 )
-F = helper.make_function("my", "f", ["x"], ["z"], [node("Relu", "x", "z")], OPSETS)
+RELU_FUNCTION = helper.make_function("my", "f", ["x"], ["z"], [node("Relu", "x", "z")], OPSETS)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_nodes_in_any_order_are_read_as_the_runtime_runs_them(seed: int) -> None:
+def test_nodes_of_the_main_graph_may_have_any_order(seed: int) -> None:
     nodes = list(IN_ORDER)
     random.Random(seed).shuffle(nodes)
-    model = model_of(*nodes, functions=(F,))
-    assert answer(model) == [0, 1, 2, 3]
+    model = model_of(*nodes, functions=(RELU_FUNCTION,))
+    assert runtime_answer(model) == [0, 1, 2, 3]
     graph = graph_of(model)
-    assert {at.path for at in graph.nodes} >= {"a", "b/then_branch/t", "d/my:f/z", "y"}
-    (drop,) = (at for at in graph.nodes if at.path == "y")
+    assert {node_at.path for node_at in graph.nodes} >= {"a", "b/then_branch/t", "d/my:f/z", "y"}
+    (drop,) = (node_at for node_at in graph.nodes if node_at.path == "y")
     mode = drop.constant(2)
     assert mode is not None
     assert not mode.any()
 
 
-def test_a_node_without_a_name_keeps_the_number_that_it_is_written_at() -> None:
+def test_a_node_without_a_name_keeps_the_index_in_the_file() -> None:
     nodes = [node("Relu", "a", "y"), node("Neg", "x", "a")]
     for unnamed in nodes:
         unnamed.name = ""
-    assert {at.path for at in graph_of(model_of(*nodes)).nodes} == {"Relu_0", "Neg_1"}
+    assert {node_at.path for node_at in graph_of(model_of(*nodes)).nodes} == {"Relu_0", "Neg_1"}
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def test_a_node_without_a_name_keeps_the_number_that_it_is_written_at() -> None:
     ],
     ids=["a cycle", "a cycle through a body", "a body that is not sorted"],
 )
-def test_what_the_runtime_refuses_is_refused(model: onnx.ModelProto) -> None:
-    assert answer(model) is None
+def test_a_cycle_or_an_unsorted_body_is_refused(model: onnx.ModelProto) -> None:
+    assert runtime_answer(model) is None
     with pytest.raises(ModelUnreadable, match="the nodes are not sorted, or form a cycle"):
         graph_of(model)
 
 
-def test_a_name_of_a_body_that_a_later_node_makes_too_decides_nothing() -> None:
-    """Which of both a reader takes may hang on the order in which it sorts."""
+def test_a_name_that_a_body_and_a_later_node_define_decides_nothing() -> None:
+    """Which of the two values a runtime reads may depend on the order in which it sorts."""
     inner = body(node("Not", "m", "t"), node("Identity", "true", "m"))
     inner.node.reverse()
     nodes = [
@@ -133,5 +133,5 @@ def test_a_name_of_a_body_that_a_later_node_makes_too_decides_nothing() -> None:
         node("Not", "true", "m"),
     ]
     inner.output[0].name = "t"
-    (drop,) = (at for at in graph_of(model_of(*nodes)).nodes if at.path == "y")
+    (drop,) = (node_at for node_at in graph_of(model_of(*nodes)).nodes if node_at.path == "y")
     assert drop.constant(2) is None

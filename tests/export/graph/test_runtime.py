@@ -15,13 +15,13 @@ from evalmode.export.graph import runtime
 
 
 @pytest.fixture(autouse=True)
-def child() -> Iterator[None]:
+def close_child() -> Iterator[None]:
     yield
     runtime._child.close()
 
 
-def model(*nodes: onnx.NodeProto, **constants: np.ndarray) -> onnx.ModelProto:
-    """The nodes, whose outputs are all outputs of the model."""
+def model_of(*nodes: onnx.NodeProto, **constants: np.ndarray) -> onnx.ModelProto:
+    """A model of these nodes and constants, with the first output of each node as its outputs."""
     outputs = [onnx.ValueInfoProto(name=node.output[0]) for node in nodes]
     tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(nodes, "g", [], outputs, tensors)
@@ -33,9 +33,9 @@ def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx
 
 
 LARGEST = np.array([2**31 - 1, 2**31 - 1, 2], np.int32)
-SUM = model(node("ReduceSum", "a", keepdims=0), a=LARGEST)
-# The runtime's own assertion ends the process on some slices of nothing.
-ABORTS = model(
+SUM = model_of(node("ReduceSum", "a", keepdims=0), a=LARGEST)
+# An assertion in ONNX Runtime aborts the process on some slices of an empty tensor.
+ABORTS = model_of(
     node("Slice", "a", "start", "end", "axis", "step"),
     a=np.zeros(0, np.int64),
     start=np.array([5]),
@@ -45,32 +45,32 @@ ABORTS = model(
 )
 
 
-def test_the_answer_is_the_runtimes_own() -> None:
+def test_an_integer_sum_saturates_as_in_the_runtime() -> None:
     answer = runtime.compute(SUM)
     assert answer is not None
     assert (answer.dtype, answer.shape, int(answer)) == (np.int32, (), 2**31 - 1), "it saturates"
 
 
 @pytest.mark.parametrize(
-    "refused",
+    "model",
     [
-        model(node("NoSuchOperator", "a"), a=LARGEST),
-        model(node("Add", "a", "b"), a=LARGEST, b=np.zeros(2, np.int32)),
-        model(node("Cast", "a", to=1), a=LARGEST),
-        model(node("Cast", "a", output="f", to=1), node("Cast", "f", to=9), a=LARGEST),
-        model(node("Expand", "a", "s"), a=np.zeros(1, np.int64), s=np.array([2000])),
-        model(node("Expand", "a", "s"), a=np.zeros(1, np.int64), s=np.array([2**40])),
+        model_of(node("NoSuchOperator", "a"), a=LARGEST),
+        model_of(node("Add", "a", "b"), a=LARGEST, b=np.zeros(2, np.int32)),
+        model_of(node("Cast", "a", to=1), a=LARGEST),
+        model_of(node("Cast", "a", output="f", to=1), node("Cast", "f", to=9), a=LARGEST),
+        model_of(node("Expand", "a", "s"), a=np.zeros(1, np.int64), s=np.array([2000])),
+        model_of(node("Expand", "a", "s"), a=np.zeros(1, np.int64), s=np.array([2**40])),
     ],
     ids=["unknown", "shapes", "a float", "a float on the way", "large", "too large for memory"],
 )
-def test_what_the_runtime_refuses_or_rounds_is_undecided_and_the_child_goes_on(
-    refused: onnx.ModelProto,
+def test_a_refused_or_rounded_computation_is_undecided_and_the_child_continues(
+    model: onnx.ModelProto,
 ) -> None:
-    assert runtime.compute(refused) is None
+    assert runtime.compute(model) is None
     assert runtime.compute(SUM) is not None
 
 
-def test_a_child_that_ended_is_replaced() -> None:
+def test_a_killed_child_is_replaced() -> None:
     assert runtime.compute(SUM) is not None
     process = runtime._child._process
     assert process is not None
@@ -81,11 +81,12 @@ def test_a_child_that_ended_is_replaced() -> None:
 
 
 def test_a_graph_on_which_the_runtime_aborts_is_undecided() -> None:
-    runtime.compute(ABORTS)  # undecided, or empty where this runtime does not abort
+    # Versions of the runtime without the assertion compute an empty tensor.
+    runtime.compute(ABORTS)
     assert runtime.compute(SUM) is not None
 
 
-def test_a_child_that_hangs_is_ended_by_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_hangs_is_killed_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.compute(SUM) is not None
     process = runtime._child._process
     assert process is not None

@@ -1,6 +1,4 @@
-"""What holds no model, or a broken one, is one sentence that names the file and the place; never
-more than that.
-"""
+"""A file without a valid model is refused in one sentence that names the file and the fault."""
 
 from __future__ import annotations
 
@@ -44,36 +42,37 @@ def tensor(name: str = "w", **fields: object) -> onnx.TensorProto:
     return TensorProto(name=name, **fields)  # type: ignore[arg-type]
 
 
-def refused(model: onnx.ModelProto | bytes, name: str = "some.onnx") -> str:
-    """The sentence after the file's name; the same whether the model is read or was made in
-    memory.
+def refusal_of(model: onnx.ModelProto | bytes, name: str = "some.onnx") -> str:
+    """The message of the refusal after the file's name.
+
+    A model object must be refused with the same message as its bytes.
     """
     data = model if isinstance(model, bytes) else model.SerializeToString()
     with pytest.raises(ModelUnreadable) as caught:
         read_graph(data, name=name)
     if not isinstance(model, bytes):
-        with pytest.raises(ModelUnreadable) as again:
+        with pytest.raises(ModelUnreadable) as in_memory:
             graph_of(model, name=name)
-        assert str(again.value) == str(caught.value)
-    said = str(caught.value)
-    assert said.startswith(name)
-    assert "\n" not in said
-    return said.removeprefix(name)
+        assert str(in_memory.value) == str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(name)
+    assert "\n" not in message
+    return message.removeprefix(name)
 
 
-WHOLE = model_of(
+VALID_MODEL = model_of(
     node("Relu", "x", "h"),
     node("Add", "h w", "y", name="add"),
     initializers=(numpy_helper.from_array(np.ones(2, np.float32), "w"),),
 )
-EVERYWHERE = model_of(
+MODEL_WITH_FUNCTION = model_of(
     node("f", "x", "y"), functions=(function("f", node("Relu", "x", "y", name="n")),)
 )
-W = numpy_helper.from_array(np.ones(2, np.float32), "w")
+WEIGHT = numpy_helper.from_array(np.ones(2, np.float32), "w")
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (
             model_of(node("Relu", "z", "y", name="n")),
@@ -108,11 +107,11 @@ W = numpy_helper.from_array(np.ones(2, np.float32), "w")
             "the name 'x' has two meanings in the main graph",
         ),
         (
-            model_of(node("Relu", "x", "w"), node("Relu", "w", "y"), initializers=(W,)),
+            model_of(node("Relu", "x", "w"), node("Relu", "w", "y"), initializers=(WEIGHT,)),
             "the name 'w' has two meanings",
         ),
         (
-            model_of(node("Relu", "x", "y"), initializers=(W, W)),
+            model_of(node("Relu", "x", "y"), initializers=(WEIGHT, WEIGHT)),
             "the name 'w' has two meanings in the main graph",
         ),
         (
@@ -124,41 +123,41 @@ W = numpy_helper.from_array(np.ones(2, np.float32), "w")
     ],
     ids=lambda item: item[:40] if isinstance(item, str) else "",
 )
-def test_a_graph_whose_names_do_not_add_up_is_refused_with_the_place(
-    model: onnx.ModelProto, said: str
+def test_an_undefined_or_ambiguous_name_is_refused_with_its_node(
+    model: onnx.ModelProto, message: str
 ) -> None:
-    assert refused(model).startswith(f" is not a valid ONNX model: {said}")
+    assert refusal_of(model).startswith(f" is not a valid ONNX model: {message}")
 
 
-def test_an_attribute_that_stands_twice_is_refused() -> None:
+def test_a_duplicate_attribute_is_refused() -> None:
     twice = node("Dropout", "x", "y", name="n", is_test=1)
     twice.attribute.append(helper.make_attribute("is_test", 0))
     assert (
-        refused(model_of(twice))
+        refusal_of(model_of(twice))
         == " is not a valid ONNX model: the node 'n' has an attribute twice"
     )
 
 
-def test_a_name_that_is_no_text_is_refused() -> None:
-    for data in (WHOLE.SerializeToString(), EVERYWHERE.SerializeToString()):
+def test_a_name_that_is_not_utf_8_is_refused() -> None:
+    for data in (VALID_MODEL.SerializeToString(), MODEL_WITH_FUNCTION.SerializeToString()):
         for name in (b"\x01h", b"\x01x", b"\x01w", b"\x01y", b"\x04Relu", b"\x02my"):
             changed = data.replace(name, name[:-1] + b"\xff")
-            assert outcome(changed).endswith("is not UTF-8") or changed == data
+            assert read_or_refusal(changed).endswith("is not UTF-8") or changed == data
 
 
-def test_a_name_that_a_body_reads_from_outside_and_then_defines_is_refused() -> None:
+def test_a_body_may_not_define_an_outer_name_that_it_has_read() -> None:
     inner = helper.make_graph(
         [node("Not", "m", "n"), node("Not", "n", "m"), node("Relu", "x", "z")], "b", [], [Y]
     )
     inner.output[0].name = "z"
     mode = numpy_helper.from_array(np.asarray(True), "m")
     choice = node("If", "m", "y", name="if", then_branch=inner, else_branch=inner)
-    said = refused(model_of(choice, initializers=(mode,)))
-    assert said.endswith("_branch before it gets a second meaning there")
+    message = refusal_of(model_of(choice, initializers=(mode,)))
+    assert message.endswith("_branch before it gets a second meaning there")
 
 
 @pytest.mark.parametrize(
-    ("functions", "said"),
+    ("functions", "message"),
     [
         ((function("f", node("f", "x", "y")),), "the function my:f calls itself"),
         (
@@ -181,52 +180,56 @@ def test_a_name_that_a_body_reads_from_outside_and_then_defines_is_refused() -> 
     ],
     ids=lambda item: item if isinstance(item, str) else "",
 )
-def test_a_function_that_cannot_be_entered_is_refused(
-    functions: tuple[onnx.FunctionProto, ...], said: str
+def test_an_invalid_or_recursive_function_is_refused(
+    functions: tuple[onnx.FunctionProto, ...], message: str
 ) -> None:
     assert (
-        refused(model_of(node("f", "x", "y"), functions=functions))
-        == f" is not a valid ONNX model: {said}"
+        refusal_of(model_of(node("f", "x", "y"), functions=functions))
+        == f" is not a valid ONNX model: {message}"
     )
 
 
 def test_a_function_that_calls_itself_in_a_branch_is_refused() -> None:
-    again = helper.make_graph(
+    recursive_call = helper.make_graph(
         [node("f", "x", "z")], "b", [], [helper.make_tensor_value_info("z", 1, [2])]
     )
-    inner = function("f", node("If", "x", "y", then_branch=again, else_branch=again))
-    assert refused(model_of(node("f", "x", "y"), functions=(inner,))).endswith(
+    inner = function(
+        "f", node("If", "x", "y", then_branch=recursive_call, else_branch=recursive_call)
+    )
+    assert refusal_of(model_of(node("f", "x", "y"), functions=(inner,))).endswith(
         "the function my:f calls itself"
     )
 
 
-def test_functions_that_call_one_another_into_the_billions_are_refused_at_once() -> None:
+def test_functions_that_expand_to_billions_of_nodes_are_refused_in_seconds() -> None:
     doubled = [
-        function(f"f{n}", node(f"f{n + 1}", "x", "h"), node(f"f{n + 1}", "h", "y"))
-        for n in range(40)
+        function(f"f{depth}", node(f"f{depth + 1}", "x", "h"), node(f"f{depth + 1}", "h", "y"))
+        for depth in range(40)
     ]
     started = time.perf_counter()
-    said = refused(
+    message = refusal_of(
         model_of(
             node("f0", "x", "y"), functions=(*doubled, function("f40", node("Relu", "x", "y")))
         )
     )
-    assert said.endswith("its functions call one another until there are more than 100,000 nodes")
+    assert message.endswith(
+        "its functions call one another until there are more than 100,000 nodes"
+    )
     assert time.perf_counter() - started < 5
 
 
-def test_a_thousand_functions_inside_one_another_are_refused() -> None:
-    chain = [function(f"f{n}", node(f"f{n + 1}", "x", "y")) for n in range(1000)]
-    said = refused(
+def test_a_thousand_nested_functions_are_refused() -> None:
+    chain = [function(f"f{depth}", node(f"f{depth + 1}", "x", "y")) for depth in range(1000)]
+    message = refusal_of(
         model_of(
             node("f0", "x", "y"), functions=(*chain, function("f1000", node("Relu", "x", "y")))
         )
     )
-    assert "more than 100 deep" in said
+    assert "more than 100 deep" in message
 
 
 @pytest.mark.parametrize(
-    ("weight", "said"),
+    ("weight", "message"),
     [
         (
             tensor(data_type=1, dims=[4], raw_data=b"abc"),
@@ -259,54 +262,56 @@ def test_a_thousand_functions_inside_one_another_are_refused() -> None:
         "too long, and left in the file",
     ],
 )
-def test_a_tensor_whose_values_cannot_be_its_own_is_refused(
-    weight: onnx.TensorProto, said: str
+def test_a_tensor_whose_bytes_contradict_its_type_or_shape_is_refused(
+    weight: onnx.TensorProto, message: str
 ) -> None:
     model = model_of(node("Relu", "x", "y"), initializers=(weight,))
-    assert refused(model).startswith(f" is not a valid ONNX model: {said}")
+    assert refusal_of(model).startswith(f" is not a valid ONNX model: {message}")
 
 
 @pytest.mark.parametrize("opset", [-1, 0, 2**40])
-def test_an_opset_that_there_cannot_be_is_refused(opset: int) -> None:
+def test_an_impossible_opset_is_refused(opset: int) -> None:
     model = model_of(node("Relu", "x", "y"))
     model.opset_import[0].version = opset
-    assert refused(model) == f" is not an ONNX model: opset {opset} of domain ''"
+    assert refusal_of(model) == f" is not an ONNX model: opset {opset} of domain ''"
     inside = model_of(node("f", "x", "y"), functions=(function("f", node("Relu", "x", "y")),))
     inside.functions[0].opset_import[0].version = opset
-    assert refused(inside) == f" is not an ONNX model: opset {opset} of domain ''"
+    assert refusal_of(inside) == f" is not an ONNX model: opset {opset} of domain ''"
 
 
-def test_what_has_no_graph_is_refused() -> None:
-    assert refused(onnx.ModelProto(opset_import=OPSETS)) == " is not an ONNX model: it has no graph"
-    assert refused(onnx.ModelProto()) == " is not an ONNX model: it has no graph"
+def test_a_model_without_a_graph_is_refused() -> None:
+    assert (
+        refusal_of(onnx.ModelProto(opset_import=OPSETS)) == " is not an ONNX model: it has no graph"
+    )
+    assert refusal_of(onnx.ModelProto()) == " is not an ONNX model: it has no graph"
 
 
-def test_what_names_no_opset_is_refused_for_that() -> None:
+def test_a_model_without_an_opset_is_refused() -> None:
     model = model_of(node("Relu", "x", "y"))
     del model.opset_import[:]
-    assert refused(model) == " is not an ONNX model: it names no opset"
+    assert refusal_of(model) == " is not an ONNX model: it names no opset"
 
 
-def test_an_opset_that_is_newer_than_any_known_one_is_no_damage() -> None:
+def test_an_opset_of_the_future_is_readable() -> None:
     model = model_of(node("Relu", "x", "y"))
     model.opset_import[0].version = 314159
-    assert outcome(model.SerializeToString()) == "read"
+    assert read_or_refusal(model.SerializeToString()) == "read"
 
 
 @pytest.mark.parametrize("version", [0, 1, 2, 3])
-def test_a_model_of_before_the_opsets_has_the_first_one(version: int) -> None:
+def test_a_model_in_ir_version_1_or_2_has_opset_1(version: int) -> None:
     model = model_of(node("Relu", "x", "y"))
     del model.opset_import[:]
     model.ir_version = version
     if version in (1, 2):
         assert [at.opset for at in graph_of(model).nodes] == [1]
-        assert not model.opset_import, "the caller's model is as it was"
+        assert not model.opset_import, "the caller's model is unchanged"
     else:
-        assert refused(model) == " is not an ONNX model: it names no opset"
+        assert refusal_of(model) == " is not an ONNX model: it names no opset"
 
 
 @pytest.mark.parametrize(("opsets"), [(0, 7), (7, 0), (-1, 7)])
-def test_an_opset_of_0_beside_another_one_leaves_it_open_which_holds(
+def test_two_contradictory_opsets_are_read_as_an_unknown_opset(
     opsets: tuple[int, int],
 ) -> None:
     model = model_of(node("Dropout", "x", "y"))
@@ -318,42 +323,42 @@ def test_an_opset_of_0_beside_another_one_leaves_it_open_which_holds(
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 
 
-def test_a_git_lfs_pointer_is_told_as_one_with_how_to_fetch_the_model(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_named_with_the_command_that_fetches_the_model(tmp_path: Path) -> None:
     path = tmp_path / "some.onnx"
     path.write_bytes(POINTER)
     with pytest.raises(ModelUnreadable) as caught:
         open_graph(path)
-    said = " is a Git LFS pointer and not the model: fetch it with `git lfs pull`"
-    assert str(caught.value) == f"{path}{said}"
-    assert refused(POINTER) == said
+    message = " is a Git LFS pointer and not the model: fetch it with `git lfs pull`"
+    assert str(caught.value) == f"{path}{message}"
+    assert refusal_of(POINTER) == message
 
 
-def padded() -> bytes:
+def model_with_large_weight() -> bytes:
     """A model with a weight that is large enough to stay in the file."""
     large = numpy_helper.from_array(np.ones(5000, np.float32), "w")
     return model_of(node("Relu", "x", "y"), initializers=(large,)).SerializeToString()
 
 
-def test_a_model_that_breaks_off_anywhere_is_refused_or_whole() -> None:
-    data = padded()
-    found = [outcome(data[:end]) for end in [*range(1, 200), *range(len(data) - 200, len(data))]]
-    assert found.count("read") < 20, "what breaks off between two fields may be whole"
+def test_a_truncated_model_is_refused_or_readable() -> None:
+    data = model_with_large_weight()
+    outcomes = [
+        read_or_refusal(data[:end]) for end in [*range(1, 200), *range(len(data) - 200, len(data))]
+    ]
+    assert outcomes.count("read") < 20, "a model cut between two fields may be valid"
 
 
 def test_a_model_with_any_bytes_changed_is_read_or_refused() -> None:
-    draw, data, found = random.Random(0), WHOLE.SerializeToString(), []
+    draw, data, outcomes = random.Random(0), VALID_MODEL.SerializeToString(), []
     for _ in range(3000):
         changed = bytearray(data)
         for _ in range(draw.randrange(1, 4)):
             changed[draw.randrange(len(data))] = draw.randrange(256)
-        found.append(outcome(bytes(changed)))
-    assert 300 < found.count("read") < 2500, "both ends were met"
+        outcomes.append(read_or_refusal(bytes(changed)))
+    assert 300 < outcomes.count("read") < 2500, "some models are readable and some are refused"
 
 
-def outcome(data: bytes) -> str:
-    """Either "read", or the sentence of the refusal; anything else than these two is for the test
-    to fail on.
-    """
+def read_or_refusal(data: bytes) -> str:
+    """ "read", or the message of the refusal. Any other exception fails the test."""
     try:
         read_graph(data, name="some.onnx")
     except ModelUnreadable as error:
@@ -366,38 +371,39 @@ def outcome(data: bytes) -> str:
     [b"text", bytes(3000), b"\x0b\x0c", b"\xff" * 50, b"\x3a\xff\xff\xff\xff\x0f", b"\x3a\x05ab"],
     ids=["text", "zeros", "groups", "ones", "a length past the end", "broken off"],
 )
-def test_bytes_that_are_no_protobuf_are_refused(data: bytes) -> None:
-    assert refused(data).startswith(" is not an ONNX model: ")
+def test_bytes_that_are_not_a_protobuf_are_refused(data: bytes) -> None:
+    assert refusal_of(data).startswith(" is not an ONNX model: ")
 
 
-def test_a_message_that_is_nested_without_end_is_refused() -> None:
+def test_a_deeply_nested_message_is_refused() -> None:
     data = b"x" * 2000
-    for _ in range(400):  # an attribute's graph's node's attribute's graph's ...
+    # Each round wraps the data in an attribute, a node and a graph.
+    for _ in range(400):
         for field in (0x32, 0x2A, 0x0A):
             size, head = len(data), bytearray([field])
             while size > 127:
                 head.append(size & 127 | 128)
                 size >>= 7
             data = bytes([*head, size]) + data
-    assert "nests more than 100 messages deep" in refused(
+    assert "nests more than 100 messages deep" in refusal_of(
         b"\x3a" + bytes([len(data) & 127 | 128, len(data) >> 7]) + data
     )
 
 
-def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_readable_file_is_refused(tmp_path: Path) -> None:
     empty, pipe = tmp_path / "empty.onnx", tmp_path / "pipe.onnx"
     empty.touch()
     os.mkfifo(pipe)
-    said = {
+    expected = {
         empty: "is not an ONNX model: it is empty",
         pipe: "cannot be read: it is no regular file",
         tmp_path: "cannot be read: it is no regular file",
         tmp_path / "absent.onnx": "cannot be read: No such file or directory",
     }
-    for path, sentence in said.items():
+    for path, message in expected.items():
         with pytest.raises(ModelUnreadable) as caught:
             open_graph(path)
-        assert str(caught.value) == f"{path} {sentence}"
+        assert str(caught.value) == f"{path} {message}"
 
 
 EXTERNAL = {
@@ -407,18 +413,18 @@ EXTERNAL = {
 }
 
 
-def beside(folder: Path, **entries: str) -> Path:
-    """A model whose weight is in a file beside it."""
-    outside = tensor(data_type=1, dims=[2], data_location=TensorProto.EXTERNAL)
+def save_with_external_weight(folder: Path, **entries: str) -> Path:
+    """Save a model whose weight is in `weights.bin`; the entries override its external data."""
+    weight = tensor(data_type=1, dims=[2], data_location=TensorProto.EXTERNAL)
     for key, value in (EXTERNAL | entries).items():
-        outside.external_data.add(key=key, value=value)
+        weight.external_data.add(key=key, value=value)
     path = folder / "some.onnx"
-    path.write_bytes(model_of(node("Add", "x w", "y"), initializers=(outside,)).SerializeToString())
+    path.write_bytes(model_of(node("Add", "x w", "y"), initializers=(weight,)).SerializeToString())
     return path
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    ("entries", "message"),
     [
         (
             {"location": "absent.bin"},
@@ -441,35 +447,35 @@ def beside(folder: Path, **entries: str) -> Path:
     ],
     ids=lambda item: "=".join(next(iter(item.items())))[:20] if isinstance(item, dict) else "",
 )
-def test_values_in_a_file_that_cannot_hold_them_are_refused(
-    entries: dict[str, str], said: str, tmp_path: Path
+def test_an_unusable_external_file_is_refused(
+    entries: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for place in (folder, tmp_path):
-        (place / "weights.bin").write_bytes(bytes(8))
+    for parent in (folder, tmp_path):
+        (parent / "weights.bin").write_bytes(bytes(8))
     (folder / "folder").mkdir()
     (folder / "out.bin").symlink_to(tmp_path / "weights.bin")
     (folder / "around").symlink_to(folder / "around")
     with pytest.raises(ModelUnreadable) as caught:
-        open_graph(beside(folder, **entries))
+        open_graph(save_with_external_weight(folder, **entries))
     assert str(caught.value).startswith(
         f"{folder / 'some.onnx'} is not a valid ONNX model: the tensor 'w' "
     )
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_git_lfs_pointer_in_place_of_the_weights_is_told_as_one(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_in_place_of_the_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(POINTER)
     with pytest.raises(
         ModelUnreadable, match=r"weights\.bin, which is a Git LFS pointer .*`git lfs pull`"
     ):
-        open_graph(beside(tmp_path, length="", offset="4096"))
+        open_graph(save_with_external_weight(tmp_path, length="", offset="4096"))
 
 
-def test_values_in_a_file_beside_the_model_are_found(tmp_path: Path) -> None:
+def test_the_values_in_an_external_file_are_read(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(np.asarray([1, 2], np.float32).tobytes())
-    (weight,) = open_graph(beside(tmp_path)).weights
+    (weight,) = open_graph(save_with_external_weight(tmp_path)).weights
     assert weight.array().tolist() == [1, 2]
-    (weight,) = open_graph(beside(tmp_path, offset="", length="")).weights
+    (weight,) = open_graph(save_with_external_weight(tmp_path, offset="", length="")).weights
     assert weight.array().tolist() == [1, 2]

@@ -1,6 +1,4 @@
-"""What a report says, before it is spelled in any format: counts, scope, what is bad, and names
-that mean harm.
-"""
+"""The report before any format: counts, scope, verdict and the escaping of hostile names."""
 
 from __future__ import annotations
 
@@ -16,26 +14,26 @@ from evalmode.export.verify.verify import Examined, Unreadable, Verified
 TORN = Unreadable(path=Path("torn.onnx"), why="torn.onnx is torn")
 
 
-def finding(severity: Severity, **said: str) -> Finding:
+def finding(severity: Severity, **fields: str) -> Finding:
     return Finding(
         severity=severity,
-        **{"node": "a/b", "op": "Op-1", "why": "it is so", "fix": "mend it", **said},
+        **{"node": "a/b", "op": "Op-1", "why": "it is so", "fix": "mend it", **fields},
     )
 
 
 def file(*severities: Severity, name: str = "any.onnx") -> Verified:
-    """A file with one rule, which found these."""
+    """A file with one rule, which has a finding of each of these severities."""
     record = Record.of(
         "any-rule", map(finding, severities), fine="all is well", otherwise="all is not"
     )
     return Verified(path=Path(name), file=Path(name), records=(record,))
 
 
-def report(*examined: Examined, **wanted: object) -> Report:
-    return Report(examined=examined, **wanted)  # type: ignore[arg-type]
+def report(*examined: Examined, **options: object) -> Report:
+    return Report(examined=examined, **options)  # type: ignore[arg-type]
 
 
-def said(*examined: Examined) -> str:
+def text_of(*examined: Examined) -> str:
     return text.render(report(*examined))
 
 
@@ -53,50 +51,53 @@ def said(*examined: Examined) -> str:
         (Severity.WARNING, FailOn.WARNING, True, False),
     ],
 )
-def test_a_report_holds_unless_it_has_what_its_reader_calls_bad(
+def test_a_report_holds_unless_it_has_a_finding_that_the_options_forbid(
     severity: Severity, fail_on: FailOn, allow_unproven: bool, holds: bool
 ) -> None:
-    wanted = {"fail_on": fail_on, "allow_unproven": allow_unproven}
-    assert report(file(), file(severity), **wanted).holds is holds
-    assert report(file(), **wanted).holds
+    options = {"fail_on": fail_on, "allow_unproven": allow_unproven}
+    assert report(file(), file(severity), **options).holds is holds
+    assert report(file(), **options).holds
 
 
-def test_a_certified_warning_is_a_warning_too() -> None:
-    then = Verified(
+def test_a_warning_in_a_certificate_counts_too() -> None:
+    bundle = Verified(
         path=Path("b"),
         file=Path("b/model.onnx"),
         records=(),
         certified=file(Severity.WARNING).records,
     )
-    assert report(then).holds
-    assert not report(then, fail_on=FailOn.WARNING).holds
+    assert report(bundle).holds
+    assert not report(bundle, fail_on=FailOn.WARNING).holds
 
 
-def test_a_file_that_no_rule_looked_at_is_bad_unless_what_is_unproven_is_allowed() -> None:
-    nothing = Verified(
+def test_a_file_that_no_rule_checked_fails_unless_unproven_is_allowed() -> None:
+    unchecked = Verified(
         path=Path("x"),
         file=Path("x"),
         records=(Record.not_applicable("any-rule", "it has no say"),),
     )
-    assert not report(nothing).holds
-    assert report(nothing, allow_unproven=True).holds
-    assert "unproven    x\n  unproven  no rule was checked\n" in said(nothing)
+    assert not report(unchecked).holds
+    assert report(unchecked, allow_unproven=True).holds
+    assert "unproven    x\n  unproven  no rule was checked\n" in text_of(unchecked)
 
 
 def test_files_are_counted_by_verdict() -> None:
-    found = report(
+    summary_report = report(
         file(), file(Severity.WARNING), file(Severity.UNPROVEN), file(Severity.ERROR), TORN
     )
-    assert found.summary == "5 files: 2 pass, 1 fail, 1 unproven, 1 unreadable"
+    assert summary_report.summary == "5 files: 2 pass, 1 fail, 1 unproven, 1 unreadable"
     assert report(file()).summary == "1 file: 1 pass, 0 fail, 0 unproven, 0 unreadable"
 
 
-def test_a_record_that_names_no_place_is_a_finding_about_the_whole() -> None:
+def test_a_failed_record_without_findings_becomes_one_finding() -> None:
     failed = Record(
         rule="held-out", verdict=Verdict.FAIL, why="less accurate", measured="3 of 4", limit="4"
     )
-    (found,) = findings_of(failed)
-    assert (found.severity, found.why) == (Severity.ERROR, "less accurate (3 of 4; the limit is 4)")
+    (finding,) = findings_of(failed)
+    assert (finding.severity, finding.why) == (
+        Severity.ERROR,
+        "less accurate (3 of 4; the limit is 4)",
+    )
     (open_ended,) = findings_of(
         Record(rule="census", verdict=Verdict.UNPROVEN, why="it does not run")
     )
@@ -120,37 +121,37 @@ def test_the_scope_names_each_rule_once_by_how_it_was_checked_or_why_it_was_not(
     }
 
 
-@pytest.mark.parametrize("many", [False, True])
-def test_a_file_that_passes_is_one_line_among_many_and_lists_its_rules_among_few(
-    many: bool,
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_passing_file_lists_its_rules_only_in_a_report_of_fewer_than_20_files(
+    is_long: bool,
 ) -> None:
-    shown = said(*[file(name=f"{place}.onnx") for place in range(20 if many else 19)])
-    assert ("  pass      any-rule  all is well\n" in shown) is not many
-    assert shown.count("pass        ") == (20 if many else 19)
+    output = text_of(*[file(name=f"{index}.onnx") for index in range(20 if is_long else 19)])
+    assert ("  pass      any-rule  all is well\n" in output) is not is_long
+    assert output.count("pass        ") == (20 if is_long else 19)
 
 
-def test_a_finding_is_one_line_with_severity_rule_place_reason_and_what_to_do() -> None:
+def test_a_finding_is_one_line_with_severity_rule_node_reason_and_fix() -> None:
     files = [file(severity, name=f"{severity}.onnx") for severity in Severity]
     for more in (0, 20):
-        shown = said(*files, *[file()] * more)
+        output = text_of(*files, *[file()] * more)
         for severity in Severity:
             assert (
-                f"  {severity:<8}  any-rule  a/b (Op-1): it is so. What to do: mend it.\n" in shown
+                f"  {severity:<8}  any-rule  a/b (Op-1): it is so. What to do: mend it.\n" in output
             )
 
 
-def test_in_a_file_of_its_own_the_text_says_why_a_file_is_unreadable() -> None:
-    assert "unreadable  torn.onnx\n  torn.onnx is torn\n" in said(TORN)
+def test_the_text_says_why_a_file_is_unreadable_unless_stderr_does() -> None:
+    assert "unreadable  torn.onnx\n  torn.onnx is torn\n" in text_of(TORN)
     assert "is torn" not in "".join(line.plain for line in text.lines(report(TORN), reasons=False))
 
 
-def test_a_finding_without_a_fix_or_a_place_is_a_sentence() -> None:
+def test_a_finding_without_a_fix_or_a_node_is_a_sentence() -> None:
     assert sentence(finding(Severity.ERROR, node="", fix="")) == "(Op-1): it is so."
     assert sentence(finding(Severity.ERROR, node="", op="", why="it is so.", fix="")) == "it is so."
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
+    ("name", "expected"),
     [
         ("été [/red] 日本", "été [/red] 日本"),
         ("a\nb\x1b[2J\x00\x7f", r"a\nb\x1b[2J\x00\x7f"),
@@ -159,6 +160,6 @@ def test_a_finding_without_a_fix_or_a_place_is_a_sentence() -> None:
     ],
     ids=["letters", "control", "invisible", "no UTF-8"],
 )
-def test_what_cannot_be_seen_is_spelled_out(name: str, shown: str) -> None:
-    assert plain(name) == shown
+def test_invisible_and_control_characters_are_escaped(name: str, expected: str) -> None:
+    assert plain(name) == expected
     assert plain(name).encode()

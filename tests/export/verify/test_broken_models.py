@@ -1,7 +1,7 @@
-"""Whatever damage does to a model, it is verified or refused in a sentence, soon and in little
-memory.
+"""A damaged model is verified or refused in one sentence, in seconds and in little memory.
 
-The same 300 files each time, and 60 of them are run too; `EVALMODE_FRESH=1` draws others.
+The seeds are fixed: 300 files are read, and 60 of these are run too. `EVALMODE_FRESH=1` draws new
+seeds.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from evalmode.export.verify.targets import Target
 from evalmode.export.verify.verify import Unreadable, examine
 from tests.export.broken_models import damaged, models
 
-MADE = Options(samples=(), limits=Limits(time_s=20, memory_mib=3000))
-MOST_S = 10  # on a machine that others use, too
-FIRST = random.SystemRandom().randrange(1 << 32) if "EVALMODE_FRESH" in os.environ else 0
+GENERATED = Options(samples=(), limits=Limits(time_s=20, memory_mib=3000))
+MOST_S = 10  # generous, since other processes may use the machine
+FIRST_SEED = random.SystemRandom().randrange(1 << 32) if "EVALMODE_FRESH" in os.environ else 0
 
 
-@pytest.mark.parametrize(("options", "files"), [(DEFAULTS, 300), (MADE, 60)], ids=["read", "run"])
+@pytest.mark.parametrize(
+    ("options", "files"), [(DEFAULTS, 300), (GENERATED, 60)], ids=["read", "run"]
+)
 def test_a_damaged_model_is_verified_or_refused_in_a_sentence(
     options: Options, files: int, tmp_path: Path
 ) -> None:
     path, valid, outcomes = tmp_path / "any.onnx", models(), Counter[str]()
-    guarded.load(options)  # which takes seconds, once
-    for seed in range(FIRST, FIRST + files):
+    guarded.load(options)  # starts the child process, which takes seconds
+    for seed in range(FIRST_SEED, FIRST_SEED + files):
         path.write_bytes(damaged(valid[seed % len(valid)], random.Random(seed)))
         started = time.monotonic()
         answer = examine(Target(path=path), options)

@@ -1,4 +1,4 @@
-"""A file on which the runtime ends, hangs or takes memory costs its own verdict and no other."""
+"""A file on which the runtime crashes, hangs or takes memory affects only its own verdict."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from evalmode.export.verify.verify import Verified, verify
 from .unrunnable import aborts, hangs, quiet, takes_memory, violates_memory
 
 RUNNING = [rule.name for rule in RULES if rule.needs is Needs.RUN]
-SECOND = Options(samples=(), limits=Limits(time_s=1))
-SMALL = Options(samples=(), limits=Limits(memory_mib=900))
-MADE = Options(samples=())
+ONE_SECOND = Options(samples=(), limits=Limits(time_s=1))
+SMALL_MEMORY = Options(samples=(), limits=Limits(memory_mib=900))
+GENERATED = Options(samples=())
 
 
-def records_of(path: Path, options: Options = MADE) -> dict[str, Record]:
+def records_of(path: Path, options: Options = GENERATED) -> dict[str, Record]:
     return {record.rule: record for record in verify(path, options).records}
 
 
 @pytest.mark.parametrize("breaks", [aborts, violates_memory])
-def test_a_file_on_which_the_runtime_ends_is_unproven_by_the_rules_that_run_it(
+def test_a_file_that_crashes_the_runtime_is_unproven_by_the_rules_that_run_it(
     breaks: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     records = records_of(breaks(tmp_path / "any.onnx"))
@@ -48,17 +48,17 @@ def test_a_file_on_which_the_runtime_ends_is_unproven_by_the_rules_that_run_it(
 @pytest.mark.parametrize(
     ("path", "options", "limit", "flag"),
     [
-        (hangs, SECOND, "took longer than 1 s", "--time-limit"),
+        (hangs, ONE_SECOND, "took longer than 1 s", "--time-limit"),
         (
             lambda path: takes_memory(path, 6 << 30),
-            SMALL,
+            SMALL_MEMORY,
             "took more than 900 MiB of memory",
             "--memory-limit",
         ),
     ],
     ids=["time", "memory"],
 )
-def test_a_limit_that_is_met_is_named_with_the_flag_that_raises_it(
+def test_an_exceeded_limit_is_named_with_the_flag_that_raises_it(
     path: Callable[[Path], Path], options: Options, limit: str, flag: str, tmp_path: Path
 ) -> None:
     records = records_of(path(tmp_path / "any.onnx"), options)
@@ -69,29 +69,29 @@ def test_a_limit_that_is_met_is_named_with_the_flag_that_raises_it(
     assert records["stochastic-op"].verdict is Verdict.PASS
 
 
-def test_the_files_beside_one_that_ends_the_runtime_are_judged(tmp_path: Path) -> None:
+def test_files_beside_one_that_crashes_the_runtime_are_verified(tmp_path: Path) -> None:
     for name in ("a", "c", "e"):
         quiet(tmp_path / f"{name}.onnx")
     aborts(tmp_path / "b.onnx")
     hangs(tmp_path / "d.onnx")
-    found = examine_all(find_targets([tmp_path]), SECOND)
-    verdicts = [answer.verdict for answer in found if isinstance(answer, Verified)]
+    examined = examine_all(find_targets([tmp_path]), ONE_SECOND)
+    verdicts = [answer.verdict for answer in examined if isinstance(answer, Verified)]
     passed, failed, unproven = Verdict.PASS, Verdict.FAIL, Verdict.UNPROVEN
     assert verdicts == [passed, failed, passed, unproven, passed]
 
 
-def test_a_file_runs_once_more_in_a_new_child_where_an_older_one_ends(tmp_path: Path) -> None:
-    """The damage may be that of a file before."""
+def test_a_file_that_ends_a_used_child_is_run_again_in_a_new_child(tmp_path: Path) -> None:
+    """An earlier file may have damaged the child."""
     path = quiet(tmp_path / "quiet.onnx")
-    assert verify(path, MADE).verdict is Verdict.PASS
+    assert verify(path, GENERATED).verdict is Verdict.PASS
     process = guarded._runner.child._process
     assert process is not None
-    assert verify(aborts(tmp_path / "aborts.onnx"), MADE).verdict is Verdict.FAIL
+    assert verify(aborts(tmp_path / "aborts.onnx"), GENERATED).verdict is Verdict.FAIL
     assert guarded._runner.child._process is not process
-    assert verify(path, MADE).verdict is Verdict.PASS
+    assert verify(path, GENERATED).verdict is Verdict.PASS
 
 
-def test_a_weight_that_is_no_number_is_told_of_a_file_that_cannot_run(tmp_path: Path) -> None:
+def test_a_nan_weight_is_reported_for_a_file_that_cannot_run(tmp_path: Path) -> None:
     path = aborts(tmp_path / "any.onnx")
     model = onnx.load(path)
     nan = np.asarray([1, np.nan], np.float32)
@@ -105,23 +105,23 @@ def test_a_weight_that_is_no_number_is_told_of_a_file_that_cannot_run(tmp_path: 
     ]
 
 
-@pytest.mark.parametrize("nonsense", [{"time_s": 0}, {"time_s": float("nan")}, {"memory_mib": -1}])
-def test_limits_that_are_none_are_refused(nonsense: dict[str, float]) -> None:
+@pytest.mark.parametrize("limits", [{"time_s": 0}, {"time_s": float("nan")}, {"memory_mib": -1}])
+def test_invalid_limits_are_refused(limits: dict[str, float]) -> None:
     with pytest.raises(EvalmodeError, match="_limit must be"):
-        Limits(**nonsense)  # type: ignore[arg-type]
+        Limits(**limits)  # type: ignore[arg-type]
 
 
 def test_the_known_answers_of_a_bundle_are_run_within_the_limits(released: Released) -> None:
     assert verify(released.path).verdict is Verdict.PASS
-    within = Options(limits=Limits(memory_mib=1))
+    one_mib = Options(limits=Limits(memory_mib=1))
     guarded._runner.child.close()
-    found = {record.rule: record for record in verify(released.path, within).records}
-    assert found["known-answers"].verdict is Verdict.UNPROVEN
-    assert "took more than 1 MiB" in found["known-answers"].findings[0].why
-    assert found["training-mode"].verdict is Verdict.PASS
+    records = {record.rule: record for record in verify(released.path, one_mib).records}
+    assert records["known-answers"].verdict is Verdict.UNPROVEN
+    assert "took more than 1 MiB" in records["known-answers"].findings[0].why
+    assert records["training-mode"].verdict is Verdict.PASS
 
 
-USERS = """
+USER_CODE = """
 import os
 import torch
 
@@ -140,10 +140,10 @@ ROWS = {"x": torch.ones(2, 3)}
 """
 
 
-def test_a_module_and_samples_of_the_users_are_loaded_in_the_child(
+def test_the_users_module_and_samples_are_loaded_in_the_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "users_of_guarded.py").write_text(USERS)
+    (tmp_path / "users_of_guarded.py").write_text(USER_CODE)
     monkeypatch.chdir(tmp_path)
     guarded._runner.child.close()  # the next one starts in this folder
     path, verdicts = quiet(tmp_path / "any.onnx"), {}

@@ -1,4 +1,4 @@
-"""What a bare file shows when it runs: on inputs that are given, or made of its signature."""
+"""The rules that run a bare file, on samples or on inputs generated from its signature."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from evalmode.export.verify.verify import verify
 ROWS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
 
-def saved(
+def save(
     folder: Path,
     *nodes: onnx.NodeProto,
     kind: int = TensorProto.FLOAT,
     shape: object = ("n", 4),
     **constants: object,
 ) -> Path:
-    x = helper.make_tensor_value_info("x", kind, list(shape))  # type: ignore[call-overload]
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    input_ = helper.make_tensor_value_info("x", kind, list(shape))  # type: ignore[call-overload]
+    output_info = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     weights = [
         numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
     ]
-    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    graph = helper.make_graph(nodes, "g", [input_], [output_info], weights)
     path = folder / "any.onnx"
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path
@@ -41,44 +41,46 @@ def node(op: str, *inputs: str, output: str = "y", **attributes: object) -> onnx
     return helper.make_node(op, list(inputs), [output], **attributes)
 
 
-def judged(path: Path, *samples: dict[str, object]) -> dict[str, Record]:
-    run = [rule.name for rule in RULES if rule.needs is Needs.RUN]
+def run_records(path: Path, *samples: dict[str, object]) -> dict[str, Record]:
+    names = [rule.name for rule in RULES if rule.needs is Needs.RUN]
     records = verify(path, Options(samples=samples)).records
-    return {record.rule: record for record in records if record.rule in run}
+    return {record.rule: record for record in records if record.rule in names}
 
 
-def test_a_quiet_file_passes_on_inputs_that_nobody_gave(tmp_path: Path) -> None:
-    records = judged(saved(tmp_path, node("Relu", "x")))
+def test_a_deterministic_file_passes_on_generated_inputs(tmp_path: Path) -> None:
+    records = run_records(save(tmp_path, node("Relu", "x")))
     assert list(records) == ["non-finite", "repeatability", "batch-invariance"]
     assert {record.verdict for record in records.values()} == {Verdict.PASS}
 
 
-def test_noise_is_seen_by_repeating(tmp_path: Path) -> None:
-    noisy = saved(tmp_path, node("RandomUniformLike", "x", output="n"), node("Add", "x", "n"))
-    assert judged(noisy)["repeatability"].verdict is Verdict.FAIL
+def test_noise_is_found_by_repeated_runs(tmp_path: Path) -> None:
+    noisy = save(tmp_path, node("RandomUniformLike", "x", output="n"), node("Add", "x", "n"))
+    assert run_records(noisy)["repeatability"].verdict is Verdict.FAIL
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_dynamic_quantisation_is_seen_in_the_neighbours(given: bool, tmp_path: Path) -> None:
-    quantised = saved(
+@pytest.mark.parametrize("with_samples", [True, False])
+def test_dynamic_quantisation_is_found_by_changing_the_other_rows(
+    with_samples: bool, tmp_path: Path
+) -> None:
+    quantised = save(
         tmp_path,
         helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
         node("DequantizeLinear", "q", "scale", "zero"),
     )
-    record = judged(quantised, *([{"x": ROWS}] if given else []))["batch-invariance"]
+    record = run_records(quantised, *([{"x": ROWS}] if with_samples else []))["batch-invariance"]
     assert record.verdict is Verdict.FAIL
     assert "another row in the batch changes this row's answer by " in str(record.findings[0])
 
 
-def test_a_file_without_a_batch_axis_has_no_rows_to_keep_apart(tmp_path: Path) -> None:
-    records = judged(saved(tmp_path, node("Relu", "x"), shape=(2, 4)))
+def test_batch_invariance_does_not_apply_to_a_file_without_a_batch_axis(tmp_path: Path) -> None:
+    records = run_records(save(tmp_path, node("Relu", "x"), shape=(2, 4)))
     assert records["batch-invariance"].verdict is Verdict.NOT_APPLICABLE
     assert records["repeatability"].verdict is Verdict.PASS
 
 
-def test_what_answers_with_no_number_fails(tmp_path: Path) -> None:
+def test_a_file_that_answers_with_nan_fails(tmp_path: Path) -> None:
     assert (
-        judged(saved(tmp_path, node("Log", "x")), {"x": -np.abs(ROWS)})["non-finite"].verdict
+        run_records(save(tmp_path, node("Log", "x")), {"x": -np.abs(ROWS)})["non-finite"].verdict
         is Verdict.FAIL
     )
 
@@ -91,32 +93,32 @@ def test_what_answers_with_no_number_fails(tmp_path: Path) -> None:
         ([{"x": ROWS.astype(np.float64)}], "ONNX Runtime cannot run the model on these inputs"),
     ],
 )
-def test_inputs_that_the_file_does_not_read_leave_its_rules_unproven(
+def test_unsuitable_inputs_leave_the_rules_unproven(
     samples: list[dict[str, object]], why: str, tmp_path: Path
 ) -> None:
-    records = judged(saved(tmp_path, node("Relu", "x")), *samples)
+    records = run_records(save(tmp_path, node("Relu", "x")), *samples)
     assert {record.verdict for record in records.values()} == {Verdict.UNPROVEN}
     assert all(why in str(record.findings[0]) for record in records.values())
 
 
-def test_no_texts_are_generated(tmp_path: Path) -> None:
-    texts = saved(tmp_path, node("StringNormalizer", "x"), kind=TensorProto.STRING, shape=("n",))
-    assert {record.verdict for record in judged(texts).values()} == {Verdict.UNPROVEN}
+def test_a_file_with_a_text_input_is_unproven_without_samples(tmp_path: Path) -> None:
+    texts = save(tmp_path, node("StringNormalizer", "x"), kind=TensorProto.STRING, shape=("n",))
+    assert {record.verdict for record in run_records(texts).values()} == {Verdict.UNPROVEN}
 
 
-def test_a_file_that_the_runtime_cannot_open_leaves_its_rules_unproven(tmp_path: Path) -> None:
-    strange = saved(tmp_path, helper.make_node("NoSuchOperator", ["x"], ["y"], domain="nobody"))
-    assert {record.verdict for record in judged(strange).values()} == {Verdict.UNPROVEN}
+def test_a_file_that_the_runtime_cannot_open_is_unproven(tmp_path: Path) -> None:
+    strange = save(tmp_path, helper.make_node("NoSuchOperator", ["x"], ["y"], domain="nobody"))
+    assert {record.verdict for record in run_records(strange).values()} == {Verdict.UNPROVEN}
 
 
-def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
-    path = saved(tmp_path, node("Add", "x", "w"), w=np.ones((1, 4), np.float32))
+def test_external_weights_are_read(tmp_path: Path) -> None:
+    path = save(tmp_path, node("Add", "x", "w"), w=np.ones((1, 4), np.float32))
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
-    assert {record.verdict for record in judged(path).values()} == {Verdict.PASS}
+    assert {record.verdict for record in run_records(path).values()} == {Verdict.PASS}
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape", "said"),
+    ("kind", "shape", "reason"),
     [
         (TensorProto.BFLOAT16, (2,), "input x is no tensor of numbers that NumPy has"),
         (999, (2,), "input x is no tensor of numbers that NumPy has"),
@@ -125,13 +127,13 @@ def test_weights_beside_the_file_are_found(tmp_path: Path) -> None:
     ids=["bfloat16", "an unknown type", "huge"],
 )
 def test_a_type_or_shape_for_which_no_input_can_be_generated_is_named(
-    kind: int, shape: tuple[int, ...], said: str, tmp_path: Path
+    kind: int, shape: tuple[int, ...], reason: str, tmp_path: Path
 ) -> None:
-    records = judged(saved(tmp_path, node("Identity", "x"), kind=kind, shape=shape))
+    records = run_records(save(tmp_path, node("Identity", "x"), kind=kind, shape=shape))
     assert {record.verdict for record in records.values()} == {Verdict.UNPROVEN}
-    assert all(said in record.findings[0].why for record in records.values())
+    assert all(reason in record.findings[0].why for record in records.values())
 
 
-def test_a_negative_size_stands_for_any(tmp_path: Path) -> None:
-    path = saved(tmp_path, node("Relu", "x"), shape=(-1, 4))
-    assert {record.verdict for record in judged(path).values()} == {Verdict.PASS}
+def test_a_negative_size_is_a_size_that_varies(tmp_path: Path) -> None:
+    path = save(tmp_path, node("Relu", "x"), shape=(-1, 4))
+    assert {record.verdict for record in run_records(path).values()} == {Verdict.PASS}

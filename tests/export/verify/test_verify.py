@@ -1,6 +1,4 @@
-"""`evalmode verify` judges files from anywhere: it answers with records or with one sentence, and
-never breaks.
-"""
+"""`verify` answers for any file with records or with one sentence, and never with a traceback."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from evalmode.export.verify.verify import Verified, verify
 
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
-OWN = [helper.make_opsetid("my", 1)]
+MY_OPSET = [helper.make_opsetid("my", 1)]
 
 
 def model_of(
@@ -35,73 +33,73 @@ def model_of(
 ) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "main", [X], [Y], constants)
     return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", opset), *OWN], functions=functions
+        graph, opset_imports=[helper.make_opsetid("", opset), *MY_OPSET], functions=functions
     )
 
 
-def verified(model: onnx.ModelProto | bytes, folder: Path) -> Verified:
+def verify_model(model: onnx.ModelProto | bytes, folder: Path) -> Verified:
     path = folder / "any.onnx"
     path.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
     return verify(path)
 
 
-def verdicts(found: Verified) -> dict[str, Verdict]:
-    """By the name of the rule; those that do not apply are left out."""
+def verdicts(result: Verified) -> dict[str, Verdict]:
+    """The verdict by rule, without the rules that do not apply."""
     applied = [
-        record for record in found.all_records if record.verdict is not Verdict.NOT_APPLICABLE
+        record for record in result.all_records if record.verdict is not Verdict.NOT_APPLICABLE
     ]
     return {record.rule: record.verdict for record in applied}
 
 
-def rewritten(released: Released, root: Path, **changed: bytes) -> Path:
+def rewrite_bundle(released: Released, root: Path, **replacements: bytes) -> Path:
     """The bundle with some files exchanged, every hash and its certificate made anew: whole, and
     unchecked.
     """
     bundle = open_bundle(released.path)
     files = {"model": MODEL_FILE, "known_answers": KNOWN_ANSWERS_FILE}
-    contents = {**bundle.contents, **{files[name]: data for name, data in changed.items()}}
+    contents = {**bundle.contents, **{files[name]: data for name, data in replacements.items()}}
     manifest = bundle.manifest.model_copy(update={"files": hashes_of(contents)})
     certificate = released.certificate.model_copy(update={"digest": digest_of(manifest)})
     return write_bundle(root, manifest=manifest, certificate=certificate, contents=contents).path
 
 
-def test_a_bundle_is_verified_by_its_certificate_and_by_what_is_seen_anew(
+def test_a_bundle_has_the_records_of_its_certificate_and_those_of_new_checks(
     released: Released,
 ) -> None:
-    found = verify(released.path)
-    assert found.verdict is Verdict.PASS
-    assert found.file == released.path / MODEL_FILE
-    rules = [record.rule for record in (*found.certified, *found.records)]
-    assert len(rules) == len(set(rules)), "a rule that ran again stands once"
+    result = verify(released.path)
+    assert result.verdict is Verdict.PASS
+    assert result.file == released.path / MODEL_FILE
+    rules = [record.rule for record in (*result.certified, *result.records)]
+    assert len(rules) == len(set(rules)), "a rule that ran again is listed once"
     assert set(rules) == {record.rule for record in released.certificate.records} | {
         "expectation-gap",
         "known-answers",
     }
-    assert found.records[-1].why == "the known answers come out bitwise"
-    assert found.records[-1].measured == "8 answers, 0.00e+00 standard deviations"
+    assert result.records[-1].why == "the known answers come out bitwise"
+    assert result.records[-1].measured == "8 answers, 0.00e+00 standard deviations"
 
 
-def test_a_folder_above_a_bundle_means_the_bundle(released: Released) -> None:
+def test_a_folder_above_a_bundle_is_verified_as_the_bundle(released: Released) -> None:
     assert verify(released.path.parent.parent).path == released.path
 
 
-def test_a_known_answer_that_does_not_come_out_is_a_failed_record(
+def test_a_known_answer_that_is_not_reproduced_is_a_failed_record(
     released: Released, tmp_path: Path
 ) -> None:
     answers = open_bundle(released.path).known_answers()
     wrong = {name: tensor + np.float32(1) for name, tensor in answers[2].outputs.items()}
-    changed = (
+    replacements = (
         *answers[:2],
         KnownAnswer(inputs=answers[2].inputs, outputs=wrong, text=answers[2].text),
         *answers[3:],
     )
-    found = verify(rewritten(released, tmp_path, known_answers=pack(changed)))
-    assert found.verdict is Verdict.FAIL
-    assert {rule for rule, verdict in verdicts(found).items() if verdict is Verdict.FAIL} == {
+    result = verify(rewrite_bundle(released, tmp_path, known_answers=pack(replacements)))
+    assert result.verdict is Verdict.FAIL
+    assert {rule for rule, verdict in verdicts(result).items() if verdict is Verdict.FAIL} == {
         "known-answers"
     }
-    assert verdicts(found)["known-answers"] is Verdict.FAIL
-    assert found.records[-1].why.startswith(
+    assert verdicts(result)["known-answers"] is Verdict.FAIL
+    assert result.records[-1].why.startswith(
         "known answer 2 is not reproduced: output 'logits' differs by"
     )
 
@@ -113,23 +111,23 @@ def test_a_graph_that_draws_fails_whatever_its_certificate_says(
     model.graph.node.append(
         helper.make_node("RandomUniform", [], ["noise"], name="draw", shape=[1])
     )
-    found = verify(rewritten(released, tmp_path, model=model.SerializeToString()))
-    assert verdicts(found)["stochastic-op"] is Verdict.FAIL
-    assert found.verdict is Verdict.FAIL
+    result = verify(rewrite_bundle(released, tmp_path, model=model.SerializeToString()))
+    assert verdicts(result)["stochastic-op"] is Verdict.FAIL
+    assert result.verdict is Verdict.FAIL
 
 
-def test_a_bare_file_is_judged_by_its_structure_alone_and_says_which_rules_do_not_apply(
+def test_a_bare_file_is_verified_by_the_rules_on_graphs_and_names_the_others(
     tmp_path: Path,
 ) -> None:
-    found = verified(model_of(helper.make_node("Relu", ["x"], ["y"])), tmp_path)
-    assert verdicts(found) == dict.fromkeys(
+    result = verify_model(model_of(helper.make_node("Relu", ["x"], ["y"])), tmp_path)
+    assert verdicts(result) == dict.fromkeys(
         (rule.name for rule in RULES if rule.needs is Needs.GRAPH), Verdict.PASS
     )
-    assert found.verdict is Verdict.PASS
-    assert [record.rule for record in found.records] == [rule.name for rule in RULES]
+    assert result.verdict is Verdict.PASS
+    assert [record.rule for record in result.records] == [rule.name for rule in RULES]
     reasons = {
         record.rule: record.why
-        for record in found.records
+        for record in result.records
         if record.verdict is Verdict.NOT_APPLICABLE
     }
     assert reasons["parity"] == "it needs the module itself, which `evalmode export` has"
@@ -139,64 +137,62 @@ def test_a_bare_file_is_judged_by_its_structure_alone_and_says_which_rules_do_no
     assert reasons["known-answers"] == "it needs a bundle's known answers"
 
 
-def test_a_weight_that_is_wrong_whatever_else_is_at_hand_is_found_in_a_bare_file(
+def test_a_nan_weight_is_found_in_a_bare_file(
     tmp_path: Path,
 ) -> None:
     nan = numpy_helper.from_array(np.asarray([1, np.nan], np.float32), "w")
-    found = verified(
+    result = verify_model(
         model_of(helper.make_node("Add", ["x", "w"], ["y"]), constants=(nan,)), tmp_path
     )
-    assert found.verdict is Verdict.FAIL
-    (record,) = [record for record in found.records if record.rule == "non-finite"]
+    assert result.verdict is Verdict.FAIL
+    (record,) = [record for record in result.records if record.rule == "non-finite"]
     assert (record.verdict, record.why) == (Verdict.FAIL, "the graph alone shows it")
     assert [finding.node for finding in record.findings] == ["w"]
 
 
-def test_a_weight_that_looks_like_a_mask_is_a_warning_and_its_rule_still_needs_the_module(
+def test_a_weight_like_a_mask_is_a_warning_of_a_rule_that_does_not_apply(
     tmp_path: Path,
 ) -> None:
-    kept = np.random.default_rng(0).random(5000) < 0.8
-    mask = numpy_helper.from_array(kept.astype(np.float32) / np.float32(0.8), "mask")
-    found = verified(
+    keeps = np.random.default_rng(0).random(5000) < 0.8
+    mask = numpy_helper.from_array(keeps.astype(np.float32) / np.float32(0.8), "mask")
+    result = verify_model(
         model_of(helper.make_node("Mul", ["x", "mask"], ["y"]), constants=(mask,)), tmp_path
     )
-    assert found.verdict is Verdict.PASS
-    (record,) = [record for record in found.records if record.rule == "baked-noise"]
+    assert result.verdict is Verdict.PASS
+    (record,) = [record for record in result.records if record.rule == "baked-noise"]
     assert record.verdict is Verdict.NOT_APPLICABLE
     assert [(finding.severity, finding.node) for finding in record.findings] == [
         (Severity.WARNING, "mask")
     ]
 
 
-def test_an_excluded_rule_judges_nothing_now_or_then_and_is_named(
-    released: Released, tmp_path: Path
-) -> None:
+def test_an_excluded_rule_has_no_record_and_is_named(released: Released, tmp_path: Path) -> None:
     (tmp_path / "draw.onnx").write_bytes(
         model_of(helper.make_node("Bernoulli", ["x"], ["y"])).SerializeToString()
     )
-    drawn = verify(tmp_path / "draw.onnx", Options(excluded=["stochastic-op"]))
-    assert drawn.verdict is Verdict.PASS
-    assert "stochastic-op" not in verdicts(drawn)
-    assert drawn.excluded == ("stochastic-op",)
+    file = verify(tmp_path / "draw.onnx", Options(excluded=["stochastic-op"]))
+    assert file.verdict is Verdict.PASS
+    assert "stochastic-op" not in verdicts(file)
+    assert file.excluded == ("stochastic-op",)
     bundle = verify(released.path, Options(excluded=["known-answers", "parity"]))
     assert bundle.excluded == ("parity", "known-answers")
     assert not {"parity", "known-answers"} & {record.rule for record in bundle.all_records}
 
 
-def test_a_file_to_which_no_rule_was_applied_is_not_proven(tmp_path: Path) -> None:
+def test_a_file_without_any_applied_rule_is_unproven(tmp_path: Path) -> None:
     (tmp_path / "any.onnx").write_bytes(
         model_of(helper.make_node("Relu", ["x"], ["y"])).SerializeToString()
     )
-    found = verify(tmp_path / "any.onnx", Options(excluded=[rule.name for rule in RULES]))
-    assert found.records == ()
-    assert found.verdict is Verdict.UNPROVEN
+    result = verify(tmp_path / "any.onnx", Options(excluded=[rule.name for rule in RULES]))
+    assert result.records == ()
+    assert result.verdict is Verdict.UNPROVEN
 
 
 def dropout(**attributes: object) -> onnx.NodeProto:
     return helper.make_node("Dropout", ["x", "", "m"], ["y"], name="drop", **attributes)
 
 
-def outside() -> onnx.TensorProto:
+def external_tensor() -> onnx.TensorProto:
     tensor = TensorProto(
         name="m", data_type=TensorProto.BOOL, dims=[1], data_location=TensorProto.EXTERNAL
     )
@@ -205,9 +201,9 @@ def outside() -> onnx.TensorProto:
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"),
+    ("mode", "reason"),
     [
-        (outside(), "'weights.bin', which does not exist"),
+        (external_tensor(), "'weights.bin', which does not exist"),
         (
             TensorProto(name="m", data_type=TensorProto.FLOAT, dims=[4], raw_data=b"abc"),
             "has 3 bytes",
@@ -216,19 +212,19 @@ def outside() -> onnx.TensorProto:
     ],
     ids=["in a file that is absent", "malformed", "without a type"],
 )
-def test_a_mode_that_cannot_be_read_is_one_sentence_that_names_the_tensor(
-    mode: onnx.TensorProto, said: str, tmp_path: Path
+def test_an_unreadable_mode_is_one_sentence_that_names_the_tensor(
+    mode: onnx.TensorProto, reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ModelUnreadable, match=rf"any\.onnx is not a valid ONNX model: the tensor 'm'.*{said}"
+        ModelUnreadable, match=rf"any\.onnx is not a valid ONNX model: the tensor 'm'.*{reason}"
     ):
-        verified(model_of(dropout(), constants=(mode,)), tmp_path)
+        verify_model(model_of(dropout(), constants=(mode,)), tmp_path)
 
 
-def test_a_constant_without_an_output_is_passed_over(tmp_path: Path) -> None:
-    nowhere = helper.make_node("Constant", [], [], value=numpy_helper.from_array(np.asarray(True)))
-    found = verified(model_of(nowhere, helper.make_node("Dropout", ["x"], ["y"])), tmp_path)
-    assert found.verdict is Verdict.PASS
+def test_a_constant_without_an_output_is_ignored(tmp_path: Path) -> None:
+    constant = helper.make_node("Constant", [], [], value=numpy_helper.from_array(np.asarray(True)))
+    result = verify_model(model_of(constant, helper.make_node("Dropout", ["x"], ["y"])), tmp_path)
+    assert result.verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -239,7 +235,7 @@ def test_a_constant_without_an_output_is_passed_over(tmp_path: Path) -> None:
         ("BatchNormalization", 5, "training_mode", 15, 1),
     ],
 )
-def test_a_flag_that_a_functions_caller_decides_is_judged_at_each_call(
+def test_a_flag_that_a_call_sets_is_checked_at_each_call(
     op: str, inputs: int, attribute: str, opset: int, trains: int, tmp_path: Path
 ) -> None:
     node = helper.make_node(op, ["x"] * inputs, ["y"], name="node")
@@ -248,8 +244,8 @@ def test_a_flag_that_a_functions_caller_decides_is_judged_at_each_call(
     function = helper.make_function("my", "f", ["x"], ["y"], [node], imports, attributes=["flag"])
     for flag in (0, 1):
         call = helper.make_node("f", ["x"], ["y"], domain="my", name="call", flag=flag)
-        found = verified(model_of(call, functions=(function,)), tmp_path)
-        (record,) = [record for record in found.records if record.rule == "training-mode"]
+        result = verify_model(model_of(call, functions=(function,)), tmp_path)
+        (record,) = [record for record in result.records if record.rule == "training-mode"]
         assert record.verdict is (Verdict.FAIL if flag == trains else Verdict.PASS)
         assert [finding.op for finding in record.findings] == [f"{op}-{opset}"] * (flag == trains)
 
@@ -265,14 +261,14 @@ def test_a_flag_that_a_functions_caller_decides_is_judged_at_each_call(
     ],
     ids=["empty", "text", "zeros", "wild opset", "no graph"],
 )
-def test_what_holds_no_model_is_one_sentence_that_names_the_file(
+def test_a_file_without_a_model_is_one_sentence_that_names_the_file(
     data: bytes, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelUnreadable, match=r"any\.onnx is not an ONNX model: "):
-        verified(data, tmp_path)
+        verify_model(data, tmp_path)
 
 
-def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_an_absent_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelUnreadable, match=r"absent\.onnx cannot be read: No such file"):
         verify(tmp_path / "absent.onnx")
 
@@ -282,16 +278,16 @@ def test_a_file_with_any_one_byte_changed_is_verified_or_unreadable(tmp_path: Pa
         "Constant", [], ["m"], value=numpy_helper.from_array(np.asarray(True))
     )
     half = numpy_helper.from_array(np.float32(0.5), "r")
-    whole = model_of(
+    model = model_of(
         constant, helper.make_node("Dropout", ["x", "r", "m"], ["y"], name="d"), constants=(half,)
     )
-    data, draw = whole.SerializeToString(), random.Random(0)
+    data, draw = model.SerializeToString(), random.Random(0)
     readable = 0
     for _ in range(600):
-        changed = bytearray(data)
-        changed[draw.randrange(len(data))] = draw.randrange(256)
+        changed_data = bytearray(data)
+        changed_data[draw.randrange(len(data))] = draw.randrange(256)
         try:
-            readable += isinstance(verified(bytes(changed), tmp_path), Verified)
+            readable += isinstance(verify_model(bytes(changed_data), tmp_path), Verified)
         except ModelUnreadable:
             continue
-    assert 100 < readable < 500, "both ends were met"
+    assert 100 < readable < 500, "some files are readable and some are not"

@@ -13,10 +13,10 @@ def _floats(name: str, shape: list[int]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
-def _written(
+def _save(
     path: Path, nodes: list[onnx.NodeProto], *constants: onnx.TensorProto, opset: int = 17
 ) -> Path:
-    """A file whose one input `x` and one output `y` have the shape (2, 3)."""
+    """Save a model whose input `x` and output `y` have the shape (2, 3)."""
     x, y = _floats("x", [2, 3]), helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph(nodes, "g", [x], [y], constants)
     opsets = [helper.make_opsetid("", opset)]
@@ -26,23 +26,23 @@ def _written(
 
 
 def quiet(path: Path) -> Path:
-    return _written(path, [helper.make_node("Relu", ["x"], ["y"])])
+    return _save(path, [helper.make_node("Relu", ["x"], ["y"])])
 
 
 def aborts(path: Path) -> Path:
-    """A normal distribution without a spread is an assertion of the runtime's."""
+    """A normal distribution with scale 0, on which an assertion of the runtime aborts."""
     nodes = [
         helper.make_node("RandomNormalLike", ["x"], ["z"], scale=0.0),
         helper.make_node("Add", ["x", "z"], ["y"]),
     ]
-    return _written(path, nodes)
+    return _save(path, nodes)
 
 
 def violates_memory(path: Path) -> Path:
-    """A statistic that is asked for without a name."""
+    """A BatchNormalization with unnamed optional outputs."""
     node = helper.make_node("BatchNormalization", ["x", *"smbv"], ["y", "", "", "", ""])
     ones = [numpy_helper.from_array(np.ones(3, np.float32), name) for name in "smbv"]
-    return _written(path, [node], *ones, opset=8)
+    return _save(path, [node], *ones, opset=8)
 
 
 def hangs(path: Path) -> Path:
@@ -58,9 +58,7 @@ def hangs(path: Path) -> Path:
     )
     count = numpy_helper.from_array(np.asarray(2**62), "n")
     always = numpy_helper.from_array(np.asarray(True), "c")
-    return _written(
-        path, [helper.make_node("Loop", ["n", "c", "x"], ["y"], body=body)], count, always
-    )
+    return _save(path, [helper.make_node("Loop", ["n", "c", "x"], ["y"], body=body)], count, always)
 
 
 def takes_memory(path: Path, bytes_: int) -> Path:
@@ -69,4 +67,4 @@ def takes_memory(path: Path, bytes_: int) -> Path:
         helper.make_node("Expand", ["x", "s"], ["z"]),
         helper.make_node("ReduceSum", ["z"], ["y"], keepdims=0),
     ]
-    return _written(path, nodes, shape)
+    return _save(path, nodes, shape)
