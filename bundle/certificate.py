@@ -226,9 +226,14 @@ def relative_difference(
         return float("inf")
     if not finite.any():
         return 0.0
-    largest = float(np.abs(a[finite] - r[finite]).max())
-    spread = float(r[finite].std())
-    # A constant reference has no scale, so the difference itself is the measure.
-    if spread == 0.0:
-        return largest
-    return largest / spread
+    return float(np.abs(a[finite] - r[finite]).max()) / scale_of(reference)
+
+
+def scale_of(reference: npt.NDArray[np.generic]) -> float:
+    """The standard deviation of the finite elements, in which differences are counted.
+
+    It is 1 for a reference without one: a constant has no scale, so differences themselves count.
+    """
+    numbers = reference.astype(np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    return (float(numbers.std()) if numbers.size else 0.0) or 1.0

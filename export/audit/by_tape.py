@@ -33,7 +33,7 @@ _MOST_PROBES = 64
 # values would miss more differences; larger ones would cost more tests.
 _UNLIKELY = 1e-4
 # What a tape, or the user's code on a tape, raises where it cannot be watched.
-_TAPE_ERRORS = (RuntimeError, NotImplementedError, TypeError)
+TAPE_ERRORS = (RuntimeError, NotImplementedError, TypeError)
 _PATH_VARIES = "its forward takes another path from call to call"
 
 
@@ -179,7 +179,7 @@ class JudgedCall:
             if not all(map(_is_like, reading.applications, applications)):
                 return False
             output = run_on_tape(site, self.foreign_noise, self.balances)[1]
-        except _TAPE_ERRORS:
+        except TAPE_ERRORS:
             return False
         for group, interval in zip(self.groups, self.keep_intervals, strict=True):
             noise = noise_of(reading, group)
@@ -240,7 +240,7 @@ def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
             ]
         while len(readings) < _MOST_PROBES and not _every_application_kept(readings):
             readings.append(run_on_tape(site, foreign_noise, training=training)[0])
-    except _TAPE_ERRORS as error:
+    except TAPE_ERRORS as error:
         return Unclear((f"its forward cannot be watched: {error}",))
 
     if readings[0].obstacles:

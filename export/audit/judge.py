@@ -49,6 +49,7 @@ from evalmode.export.audit.augmentation import augments
 from evalmode.export.audit.balance import SCALE_HIDDEN
 from evalmode.export.audit.by_output import OutputObserver
 from evalmode.export.audit.by_tape import (
+    TAPE_ERRORS,
     JudgedCall,
     PathChanged,
     TapeObserver,
@@ -264,7 +265,7 @@ def _may_choose_path(case: _Case) -> bool:
         return True
     try:
         return any(run_on_tape(case.site, frozenset())[0].steers for _ in range(2))
-    except (RuntimeError, NotImplementedError, TypeError):  # what a tape cannot watch
+    except TAPE_ERRORS:
         return True
 
 

@@ -11,7 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from evalmode.bundle.certificate import Finding, Record, Severity, relative_difference
+from evalmode.bundle.certificate import (
+    Finding,
+    Record,
+    Severity,
+    relative_difference,
+    scale_of,
+)
 from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.known_answers import Tensors
 from evalmode.export.inputs.axes import Sample, shapes_of, sizes_of
@@ -170,11 +176,8 @@ def _differs(
     """Whether the graph's answer differs from the module's anywhere but at padding."""
     if relative_difference(actual, expected) <= limit:
         return False
-    # As in `relative_difference`.
-    numbers = expected[np.isfinite(expected)].astype(np.float64)
-    deviation = float(numbers.std()) if numbers.size else 0.0
     mended = mend_padding(
-        subject.reference, inputs, expected, actual, limit=limit, deviation=deviation or 1.0
+        subject.reference, inputs, expected, actual, limit=limit, deviation=scale_of(expected)
     )
     return mended is None or relative_difference(mended.answer, expected) > limit
 

@@ -22,7 +22,14 @@ import numpy.typing as npt
 import onnx
 from scipy.special import log_softmax  # type: ignore[import-untyped, unused-ignore]
 
-from evalmode.bundle.certificate import TOLERANCE, Finding, Record, Severity, relative_difference
+from evalmode.bundle.certificate import (
+    TOLERANCE,
+    Finding,
+    Record,
+    Severity,
+    relative_difference,
+    scale_of,
+)
 from evalmode.bundle.known_answers import Run, Tensors
 from evalmode.export.inputs.padding import (
     Padding,
@@ -271,10 +278,7 @@ def _without_padding(subject: Subject, limit: float) -> tuple[_Pairs, list[Findi
     deviations: dict[str, float] = {}
     for name in subject.answers[0][0]:
         references = [_rows_of(reference[name]).reshape(-1) for reference, _ in subject.answers]
-        numbers = np.concatenate(references)
-        numbers = numbers[np.isfinite(numbers)]
-        deviation = float(numbers.std()) if numbers.size else 0.0
-        deviations[name] = deviation or 1.0
+        deviations[name] = scale_of(np.concatenate(references))
 
     for probe, (reference, answer) in zip(subject.probes, subject.answers, strict=True):
         compared = dict(answer)
