@@ -61,6 +61,18 @@ def test_positions_that_the_module_reads_are_no_padding() -> None:
     assert padding_at(with_mask, inputs, both, 1e-5) is None, "one of them counts"
 
 
+def test_positions_are_no_padding_if_the_module_refuses_other_values_there() -> None:
+    inputs = {"x": np.where(AT_PADDING, 0, IDS), "mask": (~AT_PADDING).astype(np.int64)}
+
+    def refuses(inputs: Tensors) -> Tensors:
+        if (inputs["x"] != 0)[AT_PADDING].any():
+            raise ValueError("padding must be 0")
+        return with_mask(inputs)
+
+    assert padding_at(with_mask, inputs, AT_PADDING, 1e-5) is not None
+    assert padding_at(refuses, inputs, AT_PADDING, 1e-5) is None
+
+
 def by_id(inputs: Tensors) -> Tensors:
     ids = inputs["ids"]
     return with_mask({"x": ids, "mask": (ids != 0).astype(np.int64)})
