@@ -27,6 +27,12 @@ from evalmode.bundle.errors import BundleCorrupt
 Ids: TypeAlias = npt.NDArray[np.int64]
 TOKENIZER_FILE = "tokenizer.json"
 
+# The padding ladders: the lengths to which rows are padded, in positions. More lengths mean less
+# padding, and fewer rows that can share a batch. Each bundle carries its ladder, so a change here
+# begins with the next training.
+NGRAM_LADDER = (4, 8, 16, 32)
+BPE_LADDER = (8, 16, 32, 64, 128)
+
 # Unicode composition takes quadratic time in a run of combining marks: 240,000 of them take 54 s,
 # during which Python's lock is held. So at most this many code points are composed for each symbol
 # that the model reads. A larger figure would read more of a text with many marks, and take longer.
@@ -51,7 +57,8 @@ _MAX_LOCKED_POINTS = 10_000
 class _Spec(BaseModel):
     """The parameters that both kinds have.
 
-    `lengths` is the ladder of padded lengths: a row is padded to the first that holds it.
+    `lengths` is the ladder of padded lengths, in positions: a row is padded to the first length
+    that holds it. The last one is the most that a row may have.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,7 +87,7 @@ class NgramSpec(_Spec):
     """Hashed n-grams of 1 to `orders` characters; `characters` of a text share one position."""
 
     kind: Literal["ngrams"] = "ngrams"
-    lengths: tuple[int, ...] = (4, 8, 16, 32)
+    lengths: tuple[int, ...] = NGRAM_LADDER
     orders: int = Field(default=4, ge=1, le=8)
     characters: int = Field(default=4, ge=1, le=16)
     vocabulary: int = Field(default=32_768, ge=2)
@@ -98,7 +105,7 @@ class BpeSpec(_Spec):
     """A tokenizer file. Id 0 is padding, and the id `start` begins every row."""
 
     kind: Literal["bpe"] = "bpe"
-    lengths: tuple[int, ...] = (8, 16, 32, 64, 128)
+    lengths: tuple[int, ...] = BPE_LADDER
     vocabulary: int = Field(ge=2)
     start: int = Field(default=1, ge=1)
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from evalmode.service.batching.bucket import Answer, Bucket, Row
-from evalmode.service.batching.ticket import Ticket
+from evalmode.service.batching.ticket import Entry
 from evalmode.service.errors import RequestError, RunFailed
-
-# A row of a batch: the ticket of its request, its position in that request, and the row.
-Entry: TypeAlias = tuple[Ticket, int, Row]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +29,13 @@ class Batch:
     @property
     def rows(self) -> list[Row]:
         """Its rows, without copies."""
-        return [row for _, _, row in self.entries]
+        return [entry.row for entry in self.entries]
 
     @property
     def is_shared(self) -> bool:
         """Whether it has rows of several requests."""
-        first = self.entries[0][0]
-        return any(ticket is not first for ticket, _, _ in self.entries)
+        first = self.entries[0].ticket
+        return any(entry.ticket is not first for entry in self.entries)
 
     def single_rows(self) -> list[Batch]:
         """A batch for each of its rows."""

@@ -18,7 +18,7 @@ from evalmode.service.batching.batch import Batch, as_request_error, run_filled
 from evalmode.service.batching.bucket import Answer, Job
 from evalmode.service.batching.limits import Limits, Load
 from evalmode.service.batching.observer import Observer, RanBatch, notify
-from evalmode.service.batching.proof import Proofs, Sample
+from evalmode.service.batching.proof import PendingProof, Proofs
 from evalmode.service.batching.queue import Queue
 
 _log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Engine:
         work = self._queue.next_work()
         if isinstance(work, Batch):
             self._run(work)
-        elif isinstance(work, Sample):
+        elif isinstance(work, PendingProof):
             self._prove(work)
         return work is not None
 
@@ -199,7 +199,7 @@ class Engine:
                     bucket=batch.bucket,
                     rows=rows,
                     size=batch.size,
-                    waited_s=[began - ticket.arrived for ticket, _, _ in batch.entries],
+                    waited_s=[began - entry.ticket.arrived for entry in batch.entries],
                     run_s=run_s,
                 )
                 for observer in self._observers:
@@ -219,19 +219,19 @@ class Engine:
         del failure
         if batch.is_shared:
             for single in batch.single_rows():
-                if self._queue.begin_again(single.entries[0][0]):
+                if self._queue.begin_again(single.entries[0].ticket):
                     self._run(single)
 
-    def _prove(self, sample: Sample) -> None:
-        """Prove a sample and report the result. A row that cannot be run again proves nothing."""
+    def _prove(self, proof: PendingProof) -> None:
+        """Run a proof and report its result. A row that cannot be run again proves nothing."""
         try:
-            violation = self._proofs.prove(sample)
+            violation = self._proofs.prove(proof)
         except BaseException:
             _log.exception(
                 "a row of bucket %s/%s could not be run again for its proof",
-                sample.bucket.model,
-                sample.bucket.label,
+                proof.bucket.model,
+                proof.bucket.label,
             )
             return
         for observer in self._observers:
-            notify(observer.proved, sample.bucket, violation)
+            notify(observer.proved, proof.bucket, violation)

@@ -1,6 +1,6 @@
-"""The online proof: a sample of the answered rows, run again alone and compared bit for bit.
+"""The online proof: some of the answered rows run again, alone, and are compared bit for bit.
 
-The number of samples that wait is bounded. While it is reached, answers are not sampled.
+The number of proofs that wait is bounded. At the bound no further answers are chosen.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from evalmode.service.batching.bucket import Answer, Bucket, Row
 
-# Samples are proved while a thread is idle. Under load they wait, each with all rows of its batch:
-# these bounds are what they may hold in memory.
-_MAX_SAMPLES = 64
-_MAX_SAMPLES_BYTES = 64 << 20
+# Proofs run while a thread is idle. Under load they wait, each with all rows of its batch. These
+# bounds limit the memory that they hold.
+_MAX_PENDING = 64
+_MAX_PENDING_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class Violation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """An answered row with its batch.
+class PendingProof:
+    """An answered row that will run again, with its batch.
 
     `content` holds the bytes of the answer from before the caller got it, since the caller may
-    change the answer. `nbytes` is what the sample holds in memory.
+    change the answer. `nbytes` is what this object holds in memory.
     """
 
     bucket: Bucket
@@ -61,7 +61,7 @@ class Sample:
 
 
 class Proofs:
-    """Draws samples of answered rows and proves them. Safe to use from several threads."""
+    """Chooses answered rows at random and proves them. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class Proofs:
         self._content = content
         # A generator of its own: the global one may be seeded by other code.
         self._draw = draw or random.Random().random
-        self._samples: deque[Sample] = deque()
+        self._pending: deque[PendingProof] = deque()
         self._nbytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._pending)
 
     def sample(
         self,
@@ -94,17 +94,17 @@ class Proofs:
         *,
         batch_size: int,
     ) -> None:
-        """Sample each answered row with the probability `fraction`, while there is room."""
+        """Choose each answered row with the probability `fraction`, while there is room."""
         if not self._fraction:
             return
         for position, outcome in enumerate(outcomes):
             if self._draw() >= self._fraction or isinstance(outcome, Exception):
                 continue
             # Checked before the content is copied, which costs time; checked again below.
-            if len(self._samples) >= _MAX_SAMPLES:
+            if len(self._pending) >= _MAX_PENDING:
                 return
             content = self._content(outcome)
-            sample = Sample(
+            proof = PendingProof(
                 bucket=bucket,
                 rows=rows,
                 position=position,
@@ -114,48 +114,48 @@ class Proofs:
             )
             with self._lock:
                 fits = (
-                    len(self._samples) < _MAX_SAMPLES
-                    and self._nbytes + sample.nbytes <= _MAX_SAMPLES_BYTES
+                    len(self._pending) < _MAX_PENDING
+                    and self._nbytes + proof.nbytes <= _MAX_PENDING_BYTES
                 )
-                # An empty store takes any sample: rows beyond the byte limit must be proved too.
-                if fits or not self._samples:
-                    self._samples.append(sample)
-                    self._nbytes += sample.nbytes
+                # Without others any proof fits: rows beyond the byte limit must be proved too.
+                if fits or not self._pending:
+                    self._pending.append(proof)
+                    self._nbytes += proof.nbytes
 
-    def take(self) -> Sample | None:
-        """Remove the oldest sample and return it; None if there is none."""
+    def take(self) -> PendingProof | None:
+        """Remove the oldest pending proof and return it; None if none is pending."""
         with self._lock:
-            if not self._samples:
+            if not self._pending:
                 return None
-            sample = self._samples.popleft()
-            self._nbytes -= sample.nbytes
-            return sample
+            proof = self._pending.popleft()
+            self._nbytes -= proof.nbytes
+            return proof
 
     def clear(self) -> None:
-        """Drop all samples."""
+        """Drop all pending proofs."""
         with self._lock:
-            self._samples.clear()
+            self._pending.clear()
             self._nbytes = 0
 
-    def prove(self, sample: Sample) -> Violation | None:
+    def prove(self, proof: PendingProof) -> Violation | None:
         """Run the row again alone, at the smallest allowed batch size; a violation if its answer
         differs.
 
         Raises whatever `run` raises: a row that cannot be run again proves nothing.
         """
-        row = sample.rows[sample.position]
-        outcome = sample.bucket.run([row] * sample.bucket.smallest_size)[0]
+        row = proof.rows[proof.position]
+        outcome = proof.bucket.run([row] * proof.bucket.smallest_size)[0]
         if isinstance(outcome, Exception):
             raise outcome
         expected = self._content(outcome)
-        if expected == sample.content:
+        if expected == proof.content:
             return None
         return Violation(
-            bucket=sample.bucket,
+            bucket=proof.bucket,
             row_digest=row.description(),
-            batch_digests=tuple(row.description() for row in sample.rows),
-            position=sample.position,
-            batch_size=sample.batch_size,
+            batch_digests=tuple(row.description() for row in proof.rows),
+            position=proof.position,
+            batch_size=proof.batch_size,
             expected_sha256=hashlib.sha256(expected).hexdigest(),
-            actual_sha256=hashlib.sha256(sample.content).hexdigest(),
+            actual_sha256=hashlib.sha256(proof.content).hexdigest(),
         )

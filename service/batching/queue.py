@@ -4,16 +4,17 @@ All state that threads and callers share is here, under one lock. A request ente
 all. It leaves when all its rows have run, at its deadline, when its caller is gone, or when one of
 its rows fails.
 
-The work of a free thread is, in this order:
+A free thread does the first of these that there is to do:
 
-1. A batch, if rows wait. The most urgent row decides the bucket, and other rows of that bucket join
-   it. The urgency of a row is its deadline, or its arrival plus `patience_s` if that is earlier. So
-   rows that arrive `patience_s` later never run before it.
-2. A proof of an earlier answer, if no other thread runs one and the queue is not closed.
-3. Nothing: the thread waits, or ends if the queue is closed.
+1. It runs a batch, if rows wait. The batch has the bucket of the most urgent row, and is filled
+   with the next rows of that bucket. Most urgent is the row with the earliest deadline. A row
+   without a near deadline counts as due `patience_s` after its arrival, so it cannot be overtaken
+   for ever.
+2. It proves an earlier answer (`proof.py`), if no other thread does so and the queue is not closed.
+3. It waits, or ends if the queue is closed.
 
-Methods named `_..._locked` are called with the lock held. With it held no foreign code is called:
-no `run`, no observer, and no caller is woken.
+The lock is held in methods named `_..._locked`. They never call a model or an observer, and never
+wake a caller: that happens after the lock is released.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import threading
 from collections.abc import Callable, Sequence
 from itertools import count
 
-from evalmode.service.batching.batch import Batch, Entry, as_request_error
-from evalmode.service.batching.bucket import Answer, Bucket, Job, Row
+from evalmode.service.batching.batch import Batch, as_request_error
+from evalmode.service.batching.bucket import Answer, Bucket, Job
 from evalmode.service.batching.limits import DrainRate, Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, notify
-from evalmode.service.batching.proof import Proofs, Sample
-from evalmode.service.batching.ticket import Caller, Part, Ticket, wake
+from evalmode.service.batching.proof import PendingProof, Proofs
+from evalmode.service.batching.ticket import Caller, Entry, Part, Ticket, wake
 from evalmode.service.batching.waiting_callers import WaitingCallers
 from evalmode.service.batching.waiting_rows import WaitingRows
 from evalmode.service.errors import (
@@ -68,9 +69,9 @@ class Queue:
         self._sequence = count()
         # When the run of each busy thread began, by the thread's id.
         self._running: dict[int, float] = {}
-        # The thread that runs a proof. One at a time, so that the others stay free for batches.
+        # The id of the thread that runs a proof. Only one does: the others stay free for batches.
         self._proving: int | None = None
-        # Tickets that met their deadline with the lock held; their callers are woken without it.
+        # Tickets that failed at their deadline and whose callers must still be woken.
         self._late: list[Ticket] = []
         self._drain_rate = DrainRate(parallel=parallel)
         self._waiting_callers = WaitingCallers(self._fits_locked)
@@ -82,37 +83,32 @@ class Queue:
         Raises DeadlineExceeded for a timeout of 0 or less, QueueFull, BodyTooLarge for more than
         the queue can ever hold, and NotReady once it is closed.
         """
-        rows_by_bucket: dict[Bucket, list[tuple[int, Row, int]]] = {}
-        for position, (bucket, row) in enumerate(jobs):
-            rows_by_bucket.setdefault(bucket, []).append((position, row, row.nbytes))
-
-        # Not `timeout_s <= 0`: a timeout that is NaN must be refused too.
-        if timeout_s is not None and not timeout_s > 0:
-            self._report_dropped(
-                "deadline", [(bucket, len(rows)) for bucket, rows in rows_by_bucket.items()]
-            )
-            raise _deadline_exceeded()
-
         now = self._clock()
         deadline = math.inf if timeout_s is None else now + timeout_s
         ticket = Ticket(len(jobs), arrived=now, deadline=deadline, caller=caller)
+        entries: dict[Bucket, list[Entry]] = {}
+        for position, (bucket, row) in enumerate(jobs):
+            entries.setdefault(bucket, []).append(Entry(ticket, position, row, row.nbytes))
         order = (min(deadline, now + self._limits.patience_s), next(self._sequence))
-        parts = tuple(
-            Part(bucket, rows, order=order, ticket=ticket)
-            for bucket, rows in rows_by_bucket.items()
-        )
+        parts = [Part(bucket, rows, order=order, ticket=ticket) for bucket, rows in entries.items()]
+        row_counts = [(part.bucket, part.row_count) for part in parts]
         nbytes = sum(part.nbytes for part in parts)
 
+        # Not `timeout_s <= 0`: a timeout that is NaN must be refused too.
+        if timeout_s is not None and not timeout_s > 0:
+            self._report_dropped("deadline", row_counts)
+            raise _deadline_exceeded()
+
         with self._lock:
-            self._require_possible(rows=len(jobs), nbytes=nbytes)
+            self._require_admissible(rows=len(jobs), nbytes=nbytes)
             fits = self._fits_locked(len(jobs), nbytes)
             if fits:
-                ticket.parts = parts
+                ticket.parts = tuple(parts)
                 for part in parts:
                     self._waiting.add(part)
                 self._work.notify(len(jobs))
         if not fits:
-            self._report_dropped("queue_full", [(part.bucket, part.row_count) for part in parts])
+            self._report_dropped("queue_full", row_counts)
             retry_after_s = self.retry_after_s()
             raise QueueFull(
                 f"the queue has no room for {len(jobs)} more rows: retry in {retry_after_s} s",
@@ -134,19 +130,20 @@ class Queue:
             if ticket.done:
                 return
             self._fail_locked(ticket, failure)
-        self._finish(dropped=[(ticket, reason)])
+        self._settle(dropped=[(ticket, reason)])
 
-    def next_work(self) -> Batch | Sample | None:
-        """The next work of the calling thread; waits until there is some. None ends the thread."""
+    def next_work(self) -> Batch | PendingProof | None:
+        """Wait for the next work of the calling thread and return it. None ends the thread."""
         while True:
             with self._lock:
                 work = self._await_work_locked()
                 late, self._late = self._late, []
             if late:
-                self._finish(dropped=[(ticket, "deadline") for ticket in late])
+                self._settle(dropped=[(ticket, "deadline") for ticket in late])
             if isinstance(work, Batch):
-                # Its rows no longer wait.
+                # Its rows have left the queue.
                 self._offer_room()
+            # Without work and without late tickets, the queue is closed and empty.
             if work is not None or not late:
                 return work
             # Without `del` these tickets would stay alive while the thread waits.
@@ -175,22 +172,23 @@ class Queue:
                     rows=len(batch.entries), run_s=run_s, under_load=batch.under_load
                 )
             now = self._clock()
-            for (ticket, position, _), outcome in zip(batch.entries, outcomes, strict=True):
+            for entry, outcome in zip(batch.entries, outcomes, strict=True):
+                ticket = entry.ticket
                 if ticket.done:
                     continue
                 if isinstance(outcome, Exception):
                     self._fail_locked(ticket, as_request_error(outcome))
                     failed.append((ticket, "failed"))
-                elif ticket.answer(position, outcome, now=now):
+                elif ticket.answer(entry.position, outcome, now=now):
                     answered.append(ticket)
-        self._finish(answered=answered, dropped=failed)
+        self._settle(answered=answered, dropped=failed)
 
     async def wait_for_room(self, *, rows: int, nbytes: int) -> None:
-        """Return when so many rows and bytes would be admitted. Nothing is reserved."""
+        """Return when a request of this size would be admitted. Nothing is reserved."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
-            self._require_possible(rows=rows, nbytes=nbytes)
+            self._require_admissible(rows=rows, nbytes=nbytes)
             if not self._waiting_callers.join(future, rows=rows, nbytes=nbytes):
                 return
         try:
@@ -199,10 +197,11 @@ class Queue:
             # The garbage collector may run this with the lock held, as in `drop`. So the lock must
             # not be taken here, and a closed loop needs nothing: its callers are skipped.
             if not loop.is_closed():
-                # The turn ends after this step of the loop, in which the caller uses the room.
+                # The caller uses the room in this step of the loop. Only then the next caller may
+                # have its turn.
                 loop.call_soon(self._end_turn, future)
         # The queue may have been closed meanwhile.
-        self._require_possible(rows=rows, nbytes=nbytes)
+        self._require_admissible(rows=rows, nbytes=nbytes)
 
     @property
     def load(self) -> Load:
@@ -236,7 +235,7 @@ class Queue:
             futures = self._waiting_callers.clear()
         wake(futures)
 
-    def _require_possible(self, *, rows: int, nbytes: int) -> None:
+    def _require_admissible(self, *, rows: int, nbytes: int) -> None:
         """Raise NotReady or BodyTooLarge for a request that can never be admitted."""
         if self._closed:
             raise NotReady("the server is stopping and takes no more requests")
@@ -268,35 +267,37 @@ class Queue:
             self._waiting.remove(part)
         ticket.fail(failure, now=self._clock())
 
-    def _await_work_locked(self) -> Batch | Sample | None:
-        """Wait for the work of this thread.
+    def _await_work_locked(self) -> Batch | PendingProof | None:
+        """Wait for the next work of this thread.
 
-        None if tickets have met their deadline, so that `next_work` can wake their callers first,
-        or if the queue is closed and empty.
+        None if there are late tickets, whose callers `next_work` must wake before it waits, or if
+        the queue is closed and empty.
         """
-        # The last work of this thread has ended.
+        # A thread that asks for work has ended its last work.
         thread = threading.get_ident()
         self._running.pop(thread, None)
         if self._proving == thread:
             self._proving = None
 
         while True:
-            work: Batch | Sample | None = self._next_batch_locked()
-            must_return = self._closed or bool(self._late)
-            if work is None and self._proving is None and not must_return:
-                work = self._proofs.take()
-                if work is not None:
-                    self._proving = thread
-            if work is not None:
+            batch = self._next_batch_locked()
+            if batch is not None:
                 self._running[thread] = self._clock()
-            if work is not None or must_return:
-                return work
+                return batch
+            if self._late or self._closed:
+                return None
+            if self._proving is None:
+                proof = self._proofs.take()
+                if proof is not None:
+                    self._proving = thread
+                    self._running[thread] = self._clock()
+                    return proof
             self._work.wait()
 
     def _next_batch_locked(self) -> Batch | None:
         """The batch of the most urgent row; None if no row waits.
 
-        Tickets past their deadline are never started: they fail here and are added to `_late`.
+        Rows of a ticket past its deadline never run: the ticket fails, and `_late` gets it.
         """
         while (head := self._waiting.head()) is not None:
             bucket = head.bucket
@@ -318,8 +319,7 @@ class Queue:
                     self._late.append(ticket)
                     continue
                 ticket.began = now
-                rows = self._waiting.take(part, row_count - len(entries))
-                entries += [(ticket, position, row) for position, row in rows]
+                entries += self._waiting.take(part, row_count - len(entries))
 
             # Without entries all rows of the bucket were late: try the next bucket.
             if entries:
@@ -331,23 +331,23 @@ class Queue:
                 )
         return None
 
-    def _finish(
+    def _settle(
         self,
         *,
         answered: Sequence[Ticket] = (),
         dropped: Sequence[tuple[Ticket, Reason]] = (),
     ) -> None:
-        """Report the dropped tickets, and wake the callers of all these tickets."""
+        """Wake the callers of tickets that are done, and report those that were dropped."""
         for ticket, reason in dropped:
             self._report_dropped(reason, ticket.dropped)
         wake([ticket.caller for ticket in answered] + [ticket.caller for ticket, _ in dropped])
         if dropped:
             self._offer_room()
 
-    def _report_dropped(self, reason: Reason, dropped: Sequence[tuple[Bucket, int]]) -> None:
+    def _report_dropped(self, reason: Reason, row_counts: Sequence[tuple[Bucket, int]]) -> None:
         for observer in self._observers:
-            for bucket, rows in dropped:
-                notify(observer.rows_dropped, reason, bucket, rows)
+            for bucket, row_count in row_counts:
+                notify(observer.rows_dropped, reason, bucket, row_count)
 
     def _offer_room(self) -> None:
         """Wake the caller that waits first, if its rows fit now."""

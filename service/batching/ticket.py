@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 from evalmode.service.batching.bucket import Answer, Bucket, Row
 from evalmode.service.errors import RequestError
@@ -20,12 +20,28 @@ from evalmode.service.errors import RequestError
 Caller: TypeAlias = threading.Event | asyncio.Future[None]
 
 
+class Entry(NamedTuple):
+    """A row of a request in the queue and in its batch.
+
+    Attributes:
+        ticket: the request.
+        position: the row's position in the request, from 0.
+        row: the row.
+        nbytes: the bytes that the row holds. `row.nbytes` may take time to compute.
+    """
+
+    ticket: Ticket
+    position: int
+    row: Row
+    nbytes: int
+
+
 class Part:
     """The rows of one request in one bucket.
 
     Attributes:
         bucket: the bucket of all its rows.
-        rows: the rows that still wait: (position in the request, row, bytes).
+        rows: the rows that still wait.
         row_count: the number of rows at the start.
         nbytes: the bytes of the rows that still wait.
         order: (urgency, sequence): the lowest goes first. It is unique within a bucket.
@@ -37,7 +53,7 @@ class Part:
     def __init__(
         self,
         bucket: Bucket,
-        rows: Iterable[tuple[int, Row, int]],
+        rows: Iterable[Entry],
         *,
         order: tuple[float, int],
         ticket: Ticket,
@@ -45,7 +61,7 @@ class Part:
         self.bucket = bucket
         self.rows = deque(rows)
         self.row_count = len(self.rows)
-        self.nbytes = sum(nbytes for _, _, nbytes in self.rows)
+        self.nbytes = sum(entry.nbytes for entry in self.rows)
         self.order = order
         self.ticket = ticket
 

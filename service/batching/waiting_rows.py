@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from evalmode.service.batching.bucket import Bucket, Row
-from evalmode.service.batching.ticket import Part
+from evalmode.service.batching.bucket import Bucket
+from evalmode.service.batching.ticket import Entry, Part
 
 
 class _Line:
@@ -43,20 +43,14 @@ class WaitingRows:
         insort(line.parts, part, key=_order)
         self._count(line, rows=len(part.rows), nbytes=part.nbytes)
 
-    def take(self, part: Part, count: int) -> list[tuple[int, Row]]:
-        """Remove the first `count` rows of a part, or all if there are fewer.
-
-        Each row is returned with its position in the request.
-        """
+    def take(self, part: Part, count: int) -> list[Entry]:
+        """Remove the first `count` rows of a part, or all if there are fewer, and return them."""
         if count >= len(part.rows):
-            rows = [(position, row) for position, row, _ in part.rows]
+            rows = list(part.rows)
             self.remove(part)
             return rows
-        rows, nbytes = [], 0
-        for _ in range(count):
-            position, row, row_nbytes = part.rows.popleft()
-            rows.append((position, row))
-            nbytes += row_nbytes
+        rows = [part.rows.popleft() for _ in range(count)]
+        nbytes = sum(entry.nbytes for entry in rows)
         part.nbytes -= nbytes
         self._count(self._lines[part.bucket], rows=-count, nbytes=-nbytes)
         return rows

@@ -8,7 +8,7 @@ import weakref
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalmode.service.batching.ticket import Part
+from evalmode.service.batching.ticket import Entry, Part
 from evalmode.service.batching.waiting_rows import WaitingRows
 
 BUCKETS = ("short", "long", "other")
@@ -30,7 +30,7 @@ class SortedList:
 
     def add(self, part: Part) -> None:
         self.rows += [
-            (part.order, position, part.bucket, part, nbytes) for position, _, nbytes in part.rows
+            (part.order, entry.position, part.bucket, part, entry.nbytes) for entry in part.rows
         ]
         self.rows.sort(key=lambda row: row[:2])
 
@@ -54,7 +54,9 @@ def test_it_behaves_like_a_sorted_list_of_all_rows(steps):
     for number, step in enumerate(steps):
         if step[0] == "add":
             _, bucket, urgency, sizes = step
-            items = [(index, f"{number}.{index}", size) for index, size in enumerate(sizes)]
+            items = [
+                Entry(None, index, f"{number}.{index}", size) for index, size in enumerate(sizes)
+            ]
             part = Part(bucket, items, order=(urgency, number), ticket=None)
             parts.append(part)
             model.add(part)
@@ -64,8 +66,8 @@ def test_it_behaves_like_a_sorted_list_of_all_rows(steps):
             assert head is model.head(step[1])
             if head is not None:
                 rows = waiting.take(head, step[2])
-                assert [position for position, _ in rows] == model.take(head, step[2])
-                assert all(row.endswith(f".{position}") for position, row in rows)
+                assert [row.position for row in rows] == model.take(head, step[2])
+                assert all(row.row.endswith(f".{row.position}") for row in rows)
         elif parts:
             part = parts[step[1] % len(parts)]  # also one that has left already
             model.remove(part)
@@ -85,7 +87,7 @@ def test_a_removed_row_is_freed():
 
     row = Row()
     reference = weakref.ref(row)
-    part = Part("short", [(0, row, 8)], order=(1.0, 1), ticket=None)
+    part = Part("short", [Entry(None, 0, row, 8)], order=(1.0, 1), ticket=None)
     del row
     waiting = WaitingRows()
     waiting.add(part)
@@ -104,7 +106,14 @@ def test_a_bucket_without_rows_is_freed():
     bucket = Bucket()
     reference = weakref.ref(bucket)
     waiting = WaitingRows()
-    waiting.add(Part(bucket, [(0, "row", 8), (1, "row", 8)], order=(1.0, 1), ticket=None))
+    waiting.add(
+        Part(
+            bucket,
+            [Entry(None, 0, "row", 8), Entry(None, 1, "row", 8)],
+            order=(1.0, 1),
+            ticket=None,
+        )
+    )
     head = waiting.head()
     assert head is not None
     waiting.take(head, 1)
