@@ -19,11 +19,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evalmode.service.errors import StartFailed, error_body
+from evalmode.service.health import PROBE_PATHS
 from evalmode.service.http.cross_site import is_cross_origin
 from evalmode.service.settings import Settings
-
-# Probes of an orchestrator have no key, and these routes tell nothing about the models.
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 
 # A shorter key could be guessed.
 MIN_CHARACTERS = 16
@@ -177,7 +175,8 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; the start and the end of the application (`lifespan`) need no key."""
-        is_probe = scope["type"] == "http" and scope["path"] in OPEN_PATHS
+        # Probes of an orchestrator have no key, and their routes tell nothing about the models.
+        is_probe = scope["type"] == "http" and scope["path"] in PROBE_PATHS
         if scope["type"] == "lifespan" or is_probe:
             await self._app(scope, receive, send)
             return

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse, HTMLResponse
 
 from evalmode.service.errors import StartFailed
-from evalmode.service.http.api_keys import OPEN_PATHS
+from evalmode.service.health import PROBE_PATHS
 
 PATH = "/docs"
 
@@ -108,6 +108,6 @@ def describe_keys(schema: dict[str, Any]) -> None:
     }
     # A list in OpenAPI means that one of them is enough.
     schema["security"] = [{"bearer": []}, {"header": []}]
-    for path in OPEN_PATHS & schema["paths"].keys():
+    for path in PROBE_PATHS & schema["paths"].keys():
         for operation in schema["paths"][path].values():
             operation["security"] = []

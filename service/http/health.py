@@ -20,7 +20,7 @@ async def live(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Whether the server is ready for requests: it has started, no batch is stuck, and it is not
-    stopping.
+    stopping. A swap of a model changes nothing.
     """
     reason = components_of(request).health.ready()
     if reason:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
 from evalmode.service.errors import error_body
+from evalmode.service.health import PROBE_PATHS
 from evalmode.service.http.api_keys import ApiKeys, RequireKey, header_value
 from evalmode.service.http.head import AnswerHead
 from evalmode.service.settings import Settings, setting_named
@@ -31,7 +32,7 @@ from evalmode.service.telemetry.timings import fields_of, is_streamed
 from evalmode.service.telemetry.tracing import Tracing
 
 # Probes call these every few seconds: they are neither traced nor, if they succeed, logged.
-QUIET_PATHS = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"})
+QUIET_PATHS = PROBE_PATHS | {"/metrics"}
 
 # The status, in the log and in metrics, of a request whose client disconnected: nginx's number.
 CLIENT_CLOSED_REQUEST = 499
