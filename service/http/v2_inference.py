@@ -17,8 +17,9 @@ from evalmode.bundle.manifest import TensorSpec
 from evalmode.service.batching.bucket import Job
 from evalmode.service.errors import BadRequest, RunFailed, TextTooLong
 from evalmode.service.models.model import WHOLE, Model
+from evalmode.service.models.scores import ranking, softmax
 from evalmode.service.models.tensors import non_finite_input
-from evalmode.service.models.text import LOGITS, best, softmax
+from evalmode.service.models.text import LOGITS
 from evalmode.service.protocol.datatypes import BYTES, Array
 from evalmode.service.protocol.request import InferRequest, InputTensor, RequestedOutput
 from evalmode.service.protocol.response import OutputTensor, classify
@@ -199,14 +200,11 @@ def output_tensors(prepared: PreparedRequest, answers: Sequence[Tensors]) -> lis
             output=f"output {LOGITS!r}, the source of {' and '.join(map(repr, from_logits))},",
             problem="numbers that are not finite",
         )
-        # Each row is computed from its own answer, as in /v1. On `logits`, the order of additions
-        # could depend on the number of rows, and so could the last bit.
-        rows = [softmax(answer[LOGITS][0].tolist()) for answer in answers]
-        labels = model.labels or ()
         if _PROBABILITIES in from_logits:
-            tensors[_PROBABILITIES] = np.array(rows, dtype=np.float64)
+            tensors[_PROBABILITIES] = softmax(logits)
         if _LABEL in from_logits:
-            tensors[_LABEL] = np.array([labels[best(row, 1)[0]] for row in rows], dtype=object)
+            labels = np.array(model.labels or (), dtype=object)
+            tensors[_LABEL] = labels[ranking(logits)[:, 0]]
     if prepared.truncated is not None and _TRUNCATED in derived_names:
         tensors[_TRUNCATED] = np.array(prepared.truncated, dtype=np.bool_)
 

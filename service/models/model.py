@@ -330,11 +330,10 @@ class Model:
         Raises RunFailed if the logits of a text are not finite.
         """
         assert self.labels is not None, "a model of text has labels"
-        predictions = []
-        for answer, is_truncated in zip(answers, truncated, strict=True):
-            logits = answer[LOGITS][0].tolist()
-            predictions.append(predict(logits, self.labels, truncated=is_truncated, top_k=top_k))
-        return predictions
+        if not answers:
+            return []
+        logits = np.concatenate([answer[LOGITS] for answer in answers])  # (B, C)
+        return predict(logits, self.labels, truncated=truncated, top_k=top_k)
 
     def _text_job(self, frontend: FrontEnd, row: IdRow) -> Job:
         """The row padded to the first length of the ladder that holds it, and the bucket of that

@@ -5,8 +5,6 @@ Shapes: B rows, T positions, G ids a position, C labels.
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from evalmode.bundle.frontend import BpeSpec, Ids, NgramSpec, collate
 from evalmode.bundle.known_answers import Tensors
 from evalmode.bundle.manifest import Manifest
 from evalmode.service.errors import BadRequest, RunFailed
+from evalmode.service.models.scores import ranking, softmax
 
 # The names of the tensors of a text classifier.
 LOGITS = "logits"
@@ -155,46 +154,28 @@ def labels_of(manifest: Manifest, *, path: object) -> tuple[str, ...]:
 
 
 def predict(
-    logits: Sequence[float], labels: Sequence[str], *, truncated: bool, top_k: int
-) -> Prediction:
-    """The prediction of one row's logits (C,). Raises RunFailed for logits that are not finite."""
-    if not all(map(math.isfinite, logits)):
+    logits: npt.NDArray[np.generic],
+    labels: Sequence[str],
+    *,
+    truncated: Sequence[bool],
+    top_k: int,
+) -> list[Prediction]:
+    """The predictions of rows of logits (B, C), each with its `top_k` best labels, or all if there
+    are fewer.
+
+    Raises RunFailed if the logits of a row are not finite.
+    """
+    if not np.isfinite(logits).all():
         raise RunFailed(
             f"the model's output {LOGITS!r} holds numbers that are not finite for this text"
         )
-    scores = softmax(logits)
-    return Prediction(
-        top=tuple(
-            ScoredLabel(label=labels[index], score=scores[index]) for index in best(scores, top_k)
-        ),
-        truncated=truncated,
-    )
-
-
-def softmax(logits: Sequence[float]) -> list[float]:
-    """The probabilities of one row's logits, in float64.
-
-    In plain Python on purpose. A vectorised exp or sum may compute in another order for another
-    number of rows or another alignment, and give other last bits. `math.exp` computes one number,
-    and `math.fsum` rounds once. Raises RunFailed for logits without probabilities (NaN, infinite).
-    """
-    largest = max(logits)
-    powers = [math.exp(logit - largest) for logit in logits]
-    total = math.fsum(powers)
-    # The total is not finite if any logit is NaN or +inf, or if all are -inf.
-    if not math.isfinite(total):
-        raise RunFailed("the model answered a row of this request with numbers that are not finite")
-    return [power / total for power in powers]
-
-
-def best(scores: Sequence[float], count: int) -> list[int]:
-    """The indices of the `count` highest scores, highest first. Of equal scores the lower index is
-    first.
-
-    >>> best([0.2, 0.3, 0.2, 0.3], 3)
-    [1, 3, 0]
-    """
-    return heapq.nsmallest(count, range(len(scores)), key=lambda index: (-scores[index], index))
+    scores = softmax(logits).tolist()
+    best = ranking(logits)[:, :top_k].tolist()
+    predictions = []
+    for row_scores, row_best, is_truncated in zip(scores, best, truncated, strict=True):
+        top = [ScoredLabel(label=labels[index], score=row_scores[index]) for index in row_best]
+        predictions.append(Prediction(top=tuple(top), truncated=is_truncated))
+    return predictions
 
 
 def _require_range(name: str, values: npt.NDArray[np.int64], *, below: int) -> None:

@@ -1,19 +1,13 @@
-"""Rows of raw ids, and the probabilities of labels."""
+"""Rows of raw ids."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from evalmode.bundle.frontend import BpeSpec
-from evalmode.service.errors import BadRequest, RunFailed
-from evalmode.service.models.text import best, id_rows, softmax
-
-FINITE = st.floats(min_value=-1e4, max_value=1e4, width=32)
+from evalmode.service.errors import BadRequest
+from evalmode.service.models.text import id_rows
 
 BPE = BpeSpec(vocabulary=100, lengths=(4, 8))
 
@@ -67,36 +61,3 @@ def test_without_a_mask_the_ids_that_are_not_padding_count():
 def test_invalid_tokens_and_masks_are_refused(ids, mask, message):
     with pytest.raises(BadRequest, match=message):
         masked(ids, mask)
-
-
-@given(st.lists(FINITE, min_size=1, max_size=70))
-def test_probabilities_sum_to_one_and_keep_the_order_of_the_logits(logits):
-    scores = softmax(logits)
-    assert math.isclose(math.fsum(scores), 1, rel_tol=1e-14)
-    order = sorted(range(len(logits)), key=logits.__getitem__)
-    assert [scores[index] for index in order] == sorted(scores)
-
-
-@given(st.lists(FINITE, min_size=2, max_size=20), st.integers(min_value=1, max_value=19))
-def test_a_probability_does_not_depend_on_the_order_of_the_labels(logits, turn):
-    turned = logits[turn:] + logits[:turn]
-    scores = softmax(logits)
-    assert softmax(turned) == scores[turn:] + scores[:turn]
-
-
-@pytest.mark.parametrize(
-    "logits",
-    [[math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [1.0, math.inf], [-math.inf, -math.inf]],
-)
-def test_logits_without_probabilities_are_refused(logits):
-    with pytest.raises(RunFailed):
-        softmax(logits)
-
-
-def test_an_impossible_label_has_no_probability():
-    assert softmax([0.0, -math.inf]) == [1.0, 0.0]
-
-
-def test_equal_scores_are_ranked_in_the_order_of_the_labels():
-    assert best([0.2, 0.3, 0.2, 0.3], 4) == [1, 3, 0, 2]
-    assert best([0.25] * 4, 2) == [0, 1]
