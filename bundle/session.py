@@ -5,13 +5,10 @@ Export certifies in such a session and the service serves in one, so both comput
 
 from __future__ import annotations
 
-import os
 import platform as machine
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +17,10 @@ from evalmode.bundle.certificate import Platform
 from evalmode.bundle.datatypes import ELEMENT_TYPES
 from evalmode.bundle.errors import BundleCorrupt, InputsRefused, ModelRunFailed, ProviderUnavailable
 from evalmode.bundle.manifest import MODEL_FILE, TensorSpec
+from evalmode.bundle.providers import choose_provider, import_onnxruntime
 
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-_SHORT_NAMES = {provider: name for name, provider in _PROVIDERS.items()}
-_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+# ONNX Runtime's levels of graph optimisation.
+Optimisation: TypeAlias = Literal["off", "basic", "extended", "all"]
 
 # The CPU features by which ONNX Runtime's kernels (MLAS) choose their code, and so the order of
 # additions. The names are those of /proc/cpuinfo.
@@ -64,18 +57,10 @@ class Session:
         platform: what the bits of its outputs depend on.
     """
 
-    def __init__(self, model: bytes | Path, *, provider: str, threads: int, optimise: bool) -> None:
-        ort = _import_onnxruntime()
-        self.provider = _PROVIDERS.get(provider.lower(), provider)
-        available: list[str] = ort.get_available_providers()
-        if self.provider not in available:
-            offered = ", ".join(_SHORT_NAMES.get(name, name) for name in available)
-            raise ProviderUnavailable(
-                f"provider {provider!r} is not available here; this ONNX Runtime offers: {offered}"
-            )
-        if self.provider == _PROVIDERS["cuda"] and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # the CUDA and cuDNN libraries that pip installed
-
+    def __init__(
+        self, model: bytes | Path, *, provider: str, threads: int, optimisation: Optimisation
+    ) -> None:
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -85,11 +70,18 @@ class Session:
         options.log_severity_level = 4
         # Waiting threads would otherwise spin, and use up a container's CPU quota.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not optimise:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = {
+            "off": levels.ORT_DISABLE_ALL,
+            "basic": levels.ORT_ENABLE_BASIC,
+            "extended": levels.ORT_ENABLE_EXTENDED,
+            "all": levels.ORT_ENABLE_ALL,
+        }[optimisation]
+        choice = choose_provider(options, provider)
+        self.provider = choice.name
         source = str(model) if isinstance(model, Path) else model
         try:
-            self._session = ort.InferenceSession(source, options, providers=[self.provider])
+            self._session = ort.InferenceSession(source, options, providers=choice.providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BundleCorrupt(
                 f"{MODEL_FILE} cannot be opened by ONNX Runtime: {error}"
@@ -105,7 +97,7 @@ class Session:
         self.outputs = tuple(_spec_of(tensor) for tensor in self._session.get_outputs())
         self._output_names = [output.name for output in self.outputs]
         self.platform = Platform(
-            runtime=f"onnxruntime {ort.__version__}",
+            runtime=f"onnxruntime {ort.__version__} {choice.plugin}".rstrip(),
             provider=self.provider,
             threads=threads,
             architecture=machine.machine(),
@@ -136,42 +128,21 @@ class Session:
 
 
 def open_session(
-    model: bytes | Path, *, provider: str = "cpu", threads: int = 1, optimise: bool = True
+    model: bytes | Path,
+    *,
+    provider: str = "cpu",
+    threads: int = 1,
+    optimisation: Optimisation = "all",
 ) -> Session:
     """Open a model, as bytes or by its path, on one execution provider and never on another.
 
-    `provider` is a short name (cpu, cuda, tensorrt) or ONNX Runtime's. Raises ProviderUnavailable,
-    which lists those that are, and BundleCorrupt for a model that cannot be opened.
+    `provider` is a short name (cpu, cuda, tensorrt, openvino, webgpu) or ONNX Runtime's.
+    `optimisation` is how far ONNX Runtime may rewrite the graph.
+
+    Raises ProviderUnavailable, which lists the providers that are installed, and BundleCorrupt for
+    a model that cannot be opened.
     """
-    return Session(model, provider=provider, threads=threads, optimise=optimise)
-
-
-def _import_onnxruntime() -> ModuleType:
-    # ONNX Runtime otherwise writes a device id under the home directory.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    # The CPU and the GPU build are two distributions of the same files.
-    installed = []
-    for name in _DISTRIBUTIONS:
-        try:
-            metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue
-        installed.append(name)
-    if len(installed) > 1:
-        raise ProviderUnavailable(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files:"
-            " `pip uninstall onnxruntime onnxruntime-gpu`, then install evalmode[cpu] or"
-            " evalmode[gpu]"
-        )
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ProviderUnavailable(
-            "ONNX Runtime is not installed: `pip install 'evalmode[cpu]'`, or 'evalmode[gpu]' on a"
-            " machine with a GPU"
-        ) from error
-    module: ModuleType = onnxruntime
-    return module
+    return Session(model, provider=provider, threads=threads, optimisation=optimisation)
 
 
 def _spec_of(tensor: Any) -> TensorSpec:

@@ -53,7 +53,7 @@ def predict(
         typer.Option(help="Cut a text that is longer than the model reads, or make it an error."),
     ] = True,
     provider: Annotated[
-        str, typer.Option(help="cpu, cuda, tensorrt, or ONNX Runtime's name of a provider.")
+        str, typer.Option(help="cpu, cuda, openvino, webgpu, or ONNX Runtime's name of a provider.")
     ] = "cpu",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the JSON that a server would send.")

@@ -160,7 +160,9 @@ class Subject:
         The optimiser deletes a Dropout in training mode, and with it the noise that it adds.
         """
         source = self.file or self.data
-        return open_session(source, provider=self.provider, threads=self.threads, optimise=False)
+        return open_session(
+            source, provider=self.provider, threads=self.threads, optimisation="off"
+        )
 
     @cached_property
     def _runs(self) -> list[tuple[Tensors, Tensors]]:

@@ -145,9 +145,9 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("optimise", [True, False])
-def test_many_threads_on_one_session_get_the_bits_of_one(model, threads, optimise):
-    session = open_session(model, threads=threads, optimise=optimise)
+@pytest.mark.parametrize("optimisation", ["off", "basic", "extended", "all"])
+def test_many_threads_on_one_session_get_the_bits_of_one(model, threads, optimisation):
+    session = open_session(model, threads=threads, optimisation=optimisation)
     random = np.random.default_rng(9)
     requests = [
         {"x": random.standard_normal((rows, 64)).astype(np.float32)} for rows in (1, 2, 7, 16) * 20
@@ -216,3 +216,26 @@ def test_opening_a_session_tells_onnx_runtime_to_write_no_telemetry(model, tmp_p
         [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True
     )
     assert ended.stdout.strip() == "1"
+
+
+def test_a_plugin_without_a_device_is_refused_and_says_so(model, tmp_path):
+    package = tmp_path / "onnxruntime_ep_openvino"
+    package.mkdir()
+    # What the package of a plugin has; its library is a file that is no library.
+    (package / "__init__.py").write_text(
+        "def get_library_path(): return __file__\n"
+        "def get_ep_name(): return 'OpenVINOExecutionProvider'\n"
+    )
+    distribution(tmp_path, "onnxruntime_ep_openvino")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from evalmode.bundle.errors import ProviderUnavailable\n"
+        "from evalmode.bundle.session import open_session\n"
+        "try:\n    open_session(b'', provider='openvino')\n"
+        "except ProviderUnavailable as error:\n    print(error)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "'openvino' is installed as a plugin and finds no device here" in process.stdout
+    assert process.stdout.rstrip().endswith("cpu")
