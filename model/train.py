@@ -40,7 +40,7 @@ from evalmode.model import checkpoint
 from evalmode.model.batches import UNLABELLED, Batches, Rows
 from evalmode.model.checkpoint import Checkpoint, CheckpointError, HeldOut
 from evalmode.model.config import TrainConfig, TransformerConfig
-from evalmode.model.data import LANGUAGES, composed, open_data
+from evalmode.model.data import LANGUAGES, composed_digest, open_data
 from evalmode.model.data_set import DataSet
 from evalmode.model.early_stopping import Diverged, Validation
 from evalmode.model.encoding import drop_twins, encode_parts
@@ -204,7 +204,7 @@ def prepare(
     # are known before any training, so `open_data` compares them. A tokenizer is trained on the
     # data: before, only the composed forms of texts are compared, and below `drop_twins` compares
     # the ids.
-    identity: Callable[[str], bytes] = composed
+    identity: Callable[[str], bytes] = composed_digest
     if config.frontend == "ngrams":
         ngrams = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
 
