@@ -94,9 +94,9 @@ def _difference_in_structure(
     learner: Learner,
     validation: Validation,
 ) -> str | None:
-    """The first part whose keys, types, lengths or shapes differ from what this training would save.
+    """The first part whose keys, types, lengths or shapes are not those of this training.
 
-    None if all are the same.
+    None if there is no such part.
     """
     configured = learner.configure_optimizers()
     optimizer = configured["optimizer"].state_dict()

@@ -169,8 +169,9 @@ async def connect(
     """The server at `url` as a context, which closes its connections.
 
     `model` is NAME or NAME/VERSION; None is the server's default model. `connections` is the number
-    of requests at once. Nothing is sent before the first `answer`. Raises EvalmodeError for a URL, a
-    key or a file that cannot be used.
+    of requests at once. Nothing is sent before the first `answer`.
+
+    Raises EvalmodeError for a URL, a key or a file that cannot be used.
     """
     query = {"top_k": str(top_k), "truncate": str(truncate).lower()}
     name, _, version = (model or "").partition("/")
