@@ -85,8 +85,9 @@ def train_command() -> Any:
         # its usage as well.
         if get_origin(flag_type) is Literal:
             flag_type = str
-        annotation = Annotated[flag_type, option]
-        parameters.append(flag_parameter(name, annotation, default=defaults[name]))
+        parameters.append(
+            flag_parameter(name, Annotated[flag_type, option], default=defaults[name])
+        )
     return command_of(_run, parameters, described_by=train, epilog=EPILOG)
 
 
