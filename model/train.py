@@ -265,8 +265,8 @@ def train_network(
     restore_monitor = RestoreMonitor()
     # Lightning calls the callbacks in this order.
     callbacks = [
-        # The first one: after its `on_train_start` the state is restored. If another callback fails
-        # in its own, the error is not the state's.
+        # The first one: when its `on_train_start` runs, Lightning has restored the state. So an
+        # error in the `on_train_start` of another callback does not count as the state's.
         restore_monitor,
         validation,
         ShowProgress(console, epochs=epochs),
@@ -404,6 +404,7 @@ def load_finished(out: Path, *, run: PreparedRun) -> Checkpoint:
 def _trainer(
     config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]
 ) -> lightning.Trainer:
+    """The trainer. Raises EvalmodeError for devices or a strategy that Lightning does not have."""
     max_time = None
     if config.max_minutes is not None:
         max_time = timedelta(minutes=config.max_minutes)
@@ -435,15 +436,16 @@ def _trainer(
 def _failures_handled(
     out: Path, *, restored_path: Path | None, monitor: RestoreMonitor
 ) -> Iterator[None]:
-    """Clean up in `out` after an error of `trainer.fit`, and raise the error that users know.
+    """A context for `trainer.fit`, which cleans up in `out` and raises the error for the user.
 
-    restored_path is the state that the run resumes from, None for a new run. By the error:
+    restored_path is the state that the run resumes from; None for a new run. The cases:
 
-    1. SystemExit, which Lightning raises for a Ctrl-C, becomes KeyboardInterrupt.
-    2. The state cannot be saved: if there is none from before, nothing can be resumed.
-    3. The training diverged: the state is removed, because a resumed run would diverge again.
-    4. Other errors of ours, and too little memory, are raised as they are.
+    1. SystemExit is what Lightning makes of a Ctrl-C. It becomes KeyboardInterrupt again.
+    2. The state cannot be saved. If there is no earlier one, its folder is removed.
+    3. The training diverged. The state is removed, because a resumed run would diverge again.
+    4. Other errors of ours, and too little memory, are raised unchanged.
     5. Any other error while Lightning restores the state means that the state is unusable.
+    6. After that, it is raised unchanged.
     """
     try:
         yield
@@ -466,7 +468,7 @@ def _failures_handled(
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's tips, device report and advice, which are for its own users."""
+    """Silence Lightning's tips, device report and advice: they are for users of Lightning."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     # The trainer switches deterministic algorithms on for the whole process.
