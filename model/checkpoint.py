@@ -7,7 +7,7 @@
     held_out.npz         the encoded test rows: flat ids, offsets, labels
 
 The same run on the same machine writes the same bytes: no file contains a time or a path. `load`
-refuses a folder that is not one whole classifier, in this order:
+refuses a folder that is not a complete classifier, in this order:
 
 1. The record is JSON, of this format, with all keys, and lists only files of a checkpoint.
 2. Each listed file is in the folder and has the recorded sha256.
@@ -58,7 +58,7 @@ FORMAT = 1
 RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE = "checkpoint.json", "model.safetensors", "held_out.npz"
 TRAIN_AGAIN = "train again"
 
-# The keys that a record must have, and the JSON type of each value.
+# The keys that a record must have, and the type of each value.
 REQUIRED_KEYS = {
     "network": dict,
     "frontend": dict,
@@ -68,8 +68,8 @@ REQUIRED_KEYS = {
     "sample_texts": list,
     "files": dict,
 }
-_network: TypeAdapter[TransformerConfig] = TypeAdapter(TransformerConfig)
-_frontend: TypeAdapter[FrontEndSpec] = TypeAdapter(FrontEndSpec)
+_NETWORK: TypeAdapter[TransformerConfig] = TypeAdapter(TransformerConfig)
+_FRONTEND: TypeAdapter[FrontEndSpec] = TypeAdapter(FrontEndSpec)
 
 
 class CheckpointError(EvalmodeError):
@@ -261,7 +261,7 @@ def _parse_network_and_frontend(
 ) -> tuple[TransformerConfig, FrontEndSpec]:
     """The network's shape and the front end that a record describes.
 
-    Raises ValueError if the parts of the record do not describe one classifier.
+    Raises ValueError unless they and the labels belong to one classifier.
     """
     # The parser below would fill a missing field with its default, and ignore an unknown one.
     fields_of_network = {field.name for field in fields(TransformerConfig)}
@@ -270,12 +270,12 @@ def _parse_network_and_frontend(
         raise ValueError(f"network {verb} {mismatched[0][:80]!r}")
     try:
         key = "network"
-        config = _network.validate_json(json.dumps(record[key]), strict=True)
+        config = _NETWORK.validate_json(json.dumps(record[key]), strict=True)
         key = "frontend"
-        frontend = _frontend.validate_json(json.dumps(record[key]), strict=True)
+        frontend = _FRONTEND.validate_json(json.dumps(record[key]), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join((key, *map(str, first["loc"])))
+        path = ".".join(map(str, (key, *first["loc"])))
         raise ValueError(f"{path}: {first['msg']}") from error
 
     labels = record["labels"]
@@ -354,8 +354,9 @@ def _load_network(config: TransformerConfig, data: bytes) -> Transformer:
             f"{WEIGHTS_FILE} is not a safetensors file ({_one_line(error)})"
         ) from error
 
-    # Shapes are compared before memory is allocated, because a record may describe a network of
-    # terabytes. Even without memory a network of 10**15 layers would take forever to build.
+    # A record may describe a network of terabytes. So names and shapes are compared with those of a
+    # network on the device "meta", which allocates no memory. Building it takes time for each
+    # layer, so the number of layers is compared first.
     if config.layers > len(weights):
         raise ValueError(
             f"network.layers is {config.layers}, and {WEIGHTS_FILE} holds {len(weights)} tensors"
@@ -389,7 +390,7 @@ def _parse_held_out(data: bytes, frontend: FrontEndSpec, *, label_count: int) ->
     """The rows in an npz file. Raises ValueError unless they are rows that the network can read."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            ids, offsets, labels = (arrays[name] for name in ("ids", "offsets", "labels"))
+            ids, offsets, labels = arrays["ids"], arrays["offsets"], arrays["labels"]
     # For foreign bytes zipfile and numpy raise a dozen types, which have no common base.
     except Exception as error:
         raise ValueError(f"{HELD_OUT_FILE} cannot be read ({_one_line(error)})") from error
@@ -403,6 +404,8 @@ def _parse_held_out(data: bytes, frontend: FrontEndSpec, *, label_count: int) ->
             raise ValueError(
                 f"{name} in {HELD_OUT_FILE} is {array.dtype} of the shape {array.shape}"
             )
+    # As int64: the difference of two offsets of a narrower type may not fit into that type.
+    ids, offsets, labels = (array.astype(np.int64) for array in (ids, offsets, labels))
     if not (
         len(offsets) == len(labels) + 1
         and offsets[0] == 0
@@ -410,16 +413,16 @@ def _parse_held_out(data: bytes, frontend: FrontEndSpec, *, label_count: int) ->
         and (np.diff(offsets) > 0).all()
     ):
         raise ValueError(f"offsets in {HELD_OUT_FILE} do not divide its ids into rows")
-    labels = labels.astype(np.int64)
     if not len(labels):
         return HeldOut(rows=[], labels=labels)
-    rows = np.split(ids.astype(np.int64), offsets[1:-1])
+    rows = np.split(ids, offsets[1:-1])
 
-    shape = ids.shape[1:]
-    if shape != (() if isinstance(frontend, BpeSpec) else (frontend.ids_per_position,)):
+    # A position has one token, or the n-grams of several characters.
+    expected_shape = () if isinstance(frontend, BpeSpec) else (frontend.ids_per_position,)
+    if ids.shape[1:] != expected_shape:
         raise ValueError(
-            f"a position in {HELD_OUT_FILE} has ids of the shape {shape}, and the front end is"
-            f" {frontend.kind}"
+            f"a position in {HELD_OUT_FILE} has ids of the shape {ids.shape[1:]}, and the front end"
+            f" is {frontend.kind}"
         )
     longest = max(len(row) for row in rows)
     if longest > frontend.lengths[-1]:
@@ -427,10 +430,7 @@ def _parse_held_out(data: bytes, frontend: FrontEndSpec, *, label_count: int) ->
             f"{HELD_OUT_FILE} has rows of up to {longest} positions, and the network reads"
             f" {frontend.lengths[-1]}"
         )
-    for name, array, limit in (
-        ("ids", ids, frontend.vocabulary),
-        ("labels", labels, label_count),
-    ):
+    for name, array, limit in (("ids", ids, frontend.vocabulary), ("labels", labels, label_count)):
         if not 0 <= array.min() <= array.max() < limit:
             raise ValueError(f"{name} in {HELD_OUT_FILE} must be from 0 to {limit - 1}")
     return HeldOut(rows=rows, labels=labels)

@@ -5,13 +5,11 @@ How a file becomes a data set, in `read_file`:
 1. `reading/` opens the file by its ending and reads two columns. For CSV and TSV see
    `reading/csv_tsv.py`.
 2. Rows without a text or a label are left out.
-3. Texts that the model reads alike count as one text: the first row stays. Where their labels
-   differ, all of their rows are left out.
-4. A hash of its text sends each row to test, validation or train. So the split needs no seed, and a
-   row stays in its part when others are added.
+3. Texts that the model reads alike count as one text, and the first of their rows stays. If their
+   labels differ, all of their rows are left out.
+4. The part of a row, test, validation or train, depends on a hash of its text. So the split needs
+   no seed, and a row stays in its part when others are added.
 5. A label without training rows moves to the training part with all of its rows.
-
-Knows nothing of tensors or training.
 """
 
 from __future__ import annotations
@@ -45,12 +43,16 @@ LANGUAGES = "languages"
 LETTERLESS_ROWS = 1_500
 
 # Names of columns that need no flag, in the order of preference.
-TEXT_COLUMNS: tuple[str, ...] = ("text", "sentence", "content", "review", "title")
-TEXT_COLUMNS += ("question", "document", "message", "utterance", "query")
-LABEL_COLUMNS: tuple[str, ...] = ("label", "labels", "language", "lang", "class")
-LABEL_COLUMNS += ("category", "target", "intent", "sentiment", "topic")
+TEXT_COLUMNS = (
+    *("text", "sentence", "content", "review", "title"),
+    *("question", "document", "message", "utterance", "query"),
+)
+LABEL_COLUMNS = (
+    *("label", "labels", "language", "lang", "class"),
+    *("category", "target", "intent", "sentiment", "topic"),
+)
 
-# Fewer usable rows leave two or three rows to validate with and to test with.
+# With this many usable rows, about three are for validation and three for the test.
 MIN_ROWS = 30
 
 # Opening and closing marks in which other dialects enclose values.
@@ -65,7 +67,7 @@ QUOTATION_MARKS = (
 )
 
 # Composing a run of combining marks takes quadratic time: 54 s for 240,000 of them, and 20 ms for
-# these. Longer texts that differ only in their composition are recognised by their ids.
+# this many. Longer texts that differ only in their composition are recognised by their ids.
 _COMPOSED_POINTS = 4_096
 
 # Columns that an error lists: JSON lines may have thousands of keys.
@@ -74,10 +76,10 @@ _LISTED_COLUMNS = 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def composed(text: str) -> bytes:
+def composed_digest(text: str) -> bytes:
     """The sha256 of a text's composed form (NFC), which is the same for texts that look the same.
 
-    Every front end reads two texts of one composed form alike.
+    Each front end reads texts with the same composed form alike.
     """
     form = unicodedata.normalize("NFC", text[:_COMPOSED_POINTS])
     digest = hashlib.sha256(form.encode("utf-8", "surrogatepass"))
@@ -93,7 +95,7 @@ def open_data(
     label_column: str | None,
     cache: Path,
     separator: str | None = None,
-    identity: Callable[[str], bytes] = composed,
+    identity: Callable[[str], bytes] = composed_digest,
 ) -> DataSet:
     """The data set `languages`, stored in the folder `cache`, or that of the file `source`.
 
@@ -132,13 +134,13 @@ def read_file(
     text_column: str | None = None,
     label_column: str | None = None,
     separator: str | None = None,
-    identity: Callable[[str], bytes] = composed,
+    identity: Callable[[str], bytes] = composed_digest,
 ) -> DataSet:
     """The texts of a CSV, TSV, JSONL or Parquet file, each text once, split 80/10/10.
 
-    Texts with the same `identity` count as one text. The part of a row depends on the composed
-    form of its text, so the split is the same for every front end. Only a trained tokenizer shows
-    that some texts are alike: see `tell_apart`.
+    Texts with the same `identity` count as one text. The part of a row depends on the composed form
+    of its text, so the split is the same for every front end. Which texts a tokenizer reads alike
+    is known only after its training: see `distinct_texts`.
 
     Raises DataError, naming the file and the column, row or value, for a file that cannot be read
     or that cannot be trained on.
@@ -155,11 +157,12 @@ def read_file(
         columns = table.read(text=text_name, label=label_name)
 
     texts, labels, empty_counts = _filled_rows(path, columns, label_name)
-    kept_rows, repeated_counts = _distinct_rows([identity(text) for text in texts], labels)
+    distinct_rows, repeated_counts = _distinct_rows([identity(text) for text in texts], labels)
 
     notes = list(columns.notes)
     for name, values in ((text_name, texts), (label_name, labels)):
-        if name not in columns.marked:  # else the format has a note on this column already
+        # The format has a note on each column in `marked` already.
+        if name not in columns.marked:
             notes += _quotation_notes(values, column=name)
     reading = Reading(
         source=str(path),
@@ -171,34 +174,35 @@ def read_file(
     reading = reading.leaving_out({HEADER_AGAIN: columns.headers} | empty_counts | repeated_counts)
 
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
-    for row in kept_rows:
-        tenth = int.from_bytes(composed(texts[row])[:4], "big") % 10
+    for row in distinct_rows:
+        # A number from 0 to 9, the same for this text in every file: 2 to 9 are training rows.
+        tenth = int.from_bytes(composed_digest(texts[row])[:4], "big") % 10
         name = {0: "test", 1: "validation"}.get(tenth, "train")
         parts[name].append((texts[row], labels[row]))
     return _data_set(path.name, parts, reading)
 
 
-def tell_apart(data: DataSet, keys: Mapping[str, Sequence[Hashable]]) -> DataSet:
-    """`data` without the rows that the model reads like others; `data` itself if there are none.
+def distinct_texts(data: DataSet, keys: Mapping[str, Sequence[Hashable]]) -> DataSet:
+    """`data` without the texts that the model reads like another; `data` itself if there are none.
 
     keys: name of the part -> what the model reads of each of its texts, such as its ids.
 
-    Before the tokenizer is trained on the training rows, only the composed forms of texts can be
-    compared. Afterwards two texts may turn out to have the same ids, for example when they differ
-    only behind the last token that the model reads. Then the first of them stays, in the order
-    train, validation, test. Where their labels differ, none stays.
+    Of several texts with the same key the first stays, in the order train, validation, test. If
+    their labels differ, none stays. For a tokenizer this is done after its training, when the ids
+    are known. For example, texts have the same ids if they differ only after the last token that
+    the model reads.
     """
     rows = []
     row_keys: list[Hashable] = []
     for name, part in data.parts.items():
         rows += [(name, *row) for row in zip(part.texts, part.labels, strict=True)]
         row_keys += keys[name]
-    kept_rows, repeated_counts = _distinct_rows(row_keys, [label for _, _, label in rows])
-    if len(kept_rows) == len(rows):
+    distinct_rows, repeated_counts = _distinct_rows(row_keys, [label for _, _, label in rows])
+    if len(distinct_rows) == len(rows):
         return data
 
     parts: dict[str, list[tuple[str, str]]] = {name: [] for name in data.parts}
-    for row in kept_rows:
+    for row in distinct_rows:
         name, text, label = rows[row]
         parts[name].append((text, label))
     assert data.reading is not None, "a data set that comes from a source has a reading"
@@ -212,7 +216,10 @@ def tell_apart(data: DataSet, keys: Mapping[str, Sequence[Hashable]]) -> DataSet
 def _usual_column(
     path: Path, names: Sequence[str], usual: Sequence[str], flag: str, excluded: str | None
 ) -> str:
-    """The first usual name among `names`, in any capitals. Raises DataError if there is none."""
+    """The first name of `usual` that the file has, in upper or lower case, except for `excluded`.
+
+    Raises DataError, naming `flag`, if there is none.
+    """
     by_usual_name: dict[str, str] = {}
     for name in names:
         if name != excluded:
@@ -222,24 +229,27 @@ def _usual_column(
             return by_usual_name[name]
     raise DataError(
         f"{path} has none of the usual columns ({', '.join(usual)}): name one with {flag}:"
-        f" {_listed(names)}"
+        f" {_column_list(names)}"
     )
 
 
 def _require_column(path: Path, names: Sequence[str], name: str, flag: str) -> None:
     if name not in names:
-        raise DataError(f"{path} has no column {name!r}: {flag} can be one of {_listed(names)}")
+        raise DataError(
+            f"{path} has no column {name!r}: {flag} can be one of {_column_list(names)}"
+        )
     if names.count(name) > 1:
         raise DataError(
             f"{path} has {names.count(name)} columns {name!r}: give each a different name"
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    listed = ", ".join(shortened(name) for name in names[:_LISTED_COLUMNS])
+def _column_list(names: Sequence[str]) -> str:
+    """The first of the columns' names, for a message."""
+    text = ", ".join(shortened(name) for name in names[:_LISTED_COLUMNS])
     if len(names) > _LISTED_COLUMNS:
-        listed += f" and {len(names) - _LISTED_COLUMNS:,} more"
-    return listed
+        text += f" and {len(names) - _LISTED_COLUMNS:,} more"
+    return text
 
 
 def _filled_rows(
@@ -247,8 +257,8 @@ def _filled_rows(
 ) -> tuple[list[str], list[str], dict[str, int]]:
     """The texts and labels of the rows that have both, and the number of other rows by reason.
 
-    JSON can hold half of a surrogate pair, which is no character. In a text the front end reads it
-    as U+FFFD. A label with it is refused: no file could hold its name.
+    JSON can hold half of a surrogate pair, which is no character. In a text it becomes U+FFFD, as
+    the front end reads it. In a label it is refused, because no file could hold the label's name.
     """
     texts, labels = [], []
     empty_counts = {EMPTY_TEXT: 0, EMPTY_LABEL: 0}
@@ -276,7 +286,7 @@ def _filled_rows(
 def _distinct_rows(
     keys: Sequence[Hashable], labels: Sequence[str]
 ) -> tuple[list[int], dict[str, int]]:
-    """The first row of each key that has one label, and the number of other rows by reason.
+    """The index of the first row of each key with one label, and the other rows' number by reason.
 
     A text with two labels teaches nothing: all of its rows are contradictory.
     """
@@ -285,10 +295,10 @@ def _distinct_rows(
     for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
         first_row.setdefault(key, row)
         labels_of_key[key].add(label)
-    kept_rows = [row for key, row in first_row.items() if len(labels_of_key[key]) == 1]
+    distinct_rows = [row for key, row in first_row.items() if len(labels_of_key[key]) == 1]
     contradictory = sum(len(labels_of_key[key]) > 1 for key in keys)
-    duplicates = len(keys) - len(kept_rows) - contradictory
-    return kept_rows, {DUPLICATE: duplicates, CONTRADICTORY: contradictory}
+    duplicates = len(keys) - len(distinct_rows) - contradictory
+    return distinct_rows, {DUPLICATE: duplicates, CONTRADICTORY: contradictory}
 
 
 def _quotation_notes(values: Sequence[str], *, column: str) -> list[str]:
@@ -309,8 +319,8 @@ def _data_set(
 ) -> DataSet:
     """The data set of (text, label) rows. Raises DataError if nothing can be trained or tested.
 
-    A label that is too rare to reach the training part moves there with all of its rows: a class
-    that the model never saw can be neither validated nor tested.
+    A label may be too rare to have training rows. Then all of its rows move there, because a class
+    that the model was not trained on can be neither validated nor tested.
     """
     train_labels = {label for _, label in parts["train"]}
     rows = {"train": list(parts["train"])}

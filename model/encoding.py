@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from evalmode.bundle.frontend import FrontEnd
 from evalmode.model.batches import UNLABELLED, Rows, encode, rows_of
-from evalmode.model.data import tell_apart
+from evalmode.model.data import distinct_texts
 from evalmode.model.data_set import DataSet
 
 
@@ -25,13 +25,13 @@ def encode_parts(data: DataSet, frontend: FrontEnd) -> dict[str, Rows]:
 def drop_twins(data: DataSet, parts: dict[str, Rows]) -> tuple[DataSet, dict[str, Rows]]:
     """The data and its rows without the texts that have the ids of another text.
 
-    parts: the rows of `data`, as `encode_parts` returns them. See `tell_apart` for the texts that
-    stay. Nothing is encoded again.
+    parts: the rows of `data`, as `encode_parts` returns them. See `distinct_texts` for the texts
+    that stay. Nothing is encoded again.
     """
     keys = {}
     for name, part in data.parts.items():
         keys[name] = [parts[name].ids(index).tobytes() for index in range(len(part.texts))]
-    distinct = tell_apart(data, keys)
+    distinct = distinct_texts(data, keys)
     if distinct is data:
         return data, parts
 

@@ -1,8 +1,8 @@
 """Compares a state with the training that resumes from it, before Lightning restores it.
 
-Lightning and torch accept states that do not fit: they ignore keys, resize optimizer states, and
+Lightning and torch accept states that do not fit. They ignore keys, resize optimizer states, and
 store values of any type. The training then ends with other weights, or fails many steps later.
-`require_fit` refuses such a state, in this order:
+`require_fit` refuses a state unless all of this is true, in this order:
 
 1. The record of the run is the same.
 2. All parts have the keys, types, lengths and shapes that this training would save.
@@ -27,18 +27,18 @@ from evalmode.model.early_stopping import Validation
 from evalmode.model.learner import Learner
 from evalmode.model.resume import START_OVER, StateUnusable, require_same
 
-# The longest excerpt from a library's error, or from a foreign value, in a message.
+# A library's error, or a value from a state, is cut to this length in a message.
 MOST_CHARACTERS = 200
 
 
 class RestoreMonitor(lightning.Callback):
-    """Knows whether Lightning has restored the state: later errors are the training's."""
+    """Knows whether Lightning has restored the state. A later error is not the state's fault."""
 
     def __init__(self) -> None:
         self.is_restored = False
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Lightning calls this after it has restored the last part of the state."""
+        """Note that Lightning, before it calls this, has restored the last part of the state."""
         self.is_restored = True
 
 
@@ -58,7 +58,7 @@ def require_fit(
     describes this run.
     """
     try:
-        # Through JSON, as in the record's file: there a tuple is a list.
+        # Through JSON, in which a tuple becomes a list, as in the record's file.
         stored = json.loads(json.dumps(state["run"]))
     except (TypeError, ValueError, RecursionError) as error:
         raise unfit_state(where, "run is not the record of a training") from error
@@ -66,7 +66,7 @@ def require_fit(
         raise unfit_state(where, "run is not the record of a training of this version")
     require_same(stored, record, where=where)
 
-    # The counts are compared last: they are read from the structure that was just compared.
+    # The structure is compared first: the other functions read the numbers that it must contain.
     difference = (
         _difference_in_structure(state, trainer, learner, validation)
         or _difference_in_counts(state, learner)
@@ -94,13 +94,13 @@ def _difference_in_structure(
     learner: Learner,
     validation: Validation,
 ) -> str | None:
-    """The first part whose keys, types, lengths or shapes are not those this training would save.
+    """The first part whose keys, types, lengths or shapes are not those of this training.
 
-    None if there is none.
+    None if there is no such part.
     """
     configured = learner.configure_optimizers()
     optimizer = configured["optimizer"].state_dict()
-    # A new AdamW has no moments yet. A saved one has two for each weight, of the weight's shape.
+    # A new AdamW has no moments yet. A saved one has two for each weight, with the weight's shape.
     weights = [
         weight for group in configured["optimizer"].param_groups for weight in group["params"]
     ]
@@ -127,7 +127,7 @@ def _difference_in_structure(
 
     saved = state["callbacks"]
     callbacks = {"Validation": validation.state_dict()}
-    # As soon as an epoch was validated, there are best weights.
+    # There are best weights after the first validation.
     saved_validation = saved.get("Validation")
     epochs = saved_validation.get("epochs") if isinstance(saved_validation, dict) else None
     if isinstance(epochs, int) and epochs > 0:
@@ -195,7 +195,7 @@ def _difference_in_epochs(state: Mapping[str, Any], learner: Learner) -> str | N
     started, finished = epoch["current"]["ready"], epoch["current"]["processed"]
     validated = state["callbacks"]["Validation"]["epochs"]
     is_possible = (
-        # --max-minutes may end an epoch early, so there may be more epochs than the steps fill.
+        # --max-minutes may end an epoch early, so there may be more epochs than full ones.
         started == epoch["total"]["ready"] >= -(-step // batch_count)
         and finished == validated
         and 0 <= started - finished <= 1
@@ -218,7 +218,7 @@ def _steps_of(fit_loop: Mapping[str, Any]) -> Any:
 def _difference(value: object, expected: object, name: str) -> str | None:
     """The first difference between `value` and `expected`, named by its path from `name`, or None.
 
-    Keys, types, lengths and shapes are compared; the numbers and texts themselves may differ.
+    Keys, types, lengths and shapes are compared. The numbers and texts may differ.
     """
     if isinstance(expected, Tensor):
         if not isinstance(value, Tensor):
@@ -262,6 +262,7 @@ def _difference(value: object, expected: object, name: str) -> str | None:
 
 
 def _kind(value: object) -> str:
+    """What a value is, for a message."""
     if value is None:
         return "nothing"
     return f"of type {type(value).__name__}"

@@ -1,10 +1,14 @@
 """The state that a run saves while it trains, so that a killed run can resume.
 
 A kill -9 at any moment costs at most the steps since the last save, and changes no bit of the
-result. The state is one file, replaced atomically, and begins with the sha256 of its content,
-because torch reads a file with changed bytes without an error. The configuration of the run is
-stored in the state and in a file beside it; a run with another configuration is refused.
-restoring.py compares the rest of a state with the training that resumes from it.
+result.
+
+    training/state.ckpt    the state: the sha256 of the rest of the file, then the bytes of torch
+    training/run.json      the record: the options of the run, and the sha256 of its data
+
+The state is replaced atomically. It begins with a sha256, because torch reads a file with changed
+bytes without an error. The record is in the state as well, so that a state of another run is
+refused. restoring.py compares the rest of a state with the training that resumes from it.
 """
 
 from __future__ import annotations
@@ -60,13 +64,17 @@ class StateNotWritten(EvalmodeError):  # noqa: N818 - read as a sentence
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes and reads states for Lightning, whose own writer is neither atomic nor flushes."""
+    """Writes and reads states for Lightning.
+
+    Lightning's own writer is not atomic, and does not flush the file to the disk.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         """Write the state atomically. Raises StateNotWritten."""
-        # Serialised in memory first: torch's writer reports a full disk without its cause.
+        # Serialised in memory first, because torch's own writer reports a full disk without the
+        # cause.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         body = buffer.getbuffer()
@@ -90,9 +98,10 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class SaveState(lightning.Callback):
-    """Saves the state every `steps` steps and at the end of each epoch.
+    """Saves the state after each `steps` steps and at the end of each epoch.
 
-    It must come after the callbacks whose state it saves. `record` describes the run.
+    It must be the last callback, because it saves the state of the others. `record` describes the
+    run.
     """
 
     def __init__(self, path: Path, *, steps: int, record: dict[str, Any]) -> None:
@@ -106,7 +115,7 @@ class SaveState(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Save within an epoch."""
-        # After the last batch the epoch's end saves instead, with the result of the validation.
+        # The last batch of an epoch is saved by `on_train_epoch_end`, after the validation.
         if trainer.global_step % self.steps == 0 and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
 
@@ -131,6 +140,7 @@ def require_usable_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
             "--resume continues a training, and --overwrite starts over: use only one of them"
         )
 
+    # The folder of the state and the nearest folder above it, in which the others are created.
     for folder in (out / FOLDER, out, *out.parents):
         if not os.path.lexists(folder):
             continue
@@ -143,19 +153,19 @@ def require_usable_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
             raise EvalmodeError(
                 f"no training can be written to {out}: {folder} {reason}: choose another --out"
             )
-        # The folder of the state does not decide for `out`, in which the checkpoint is written.
+        # The checkpoint is written to `out`, so the folder of the state alone is not enough.
         if folder != out / FOLDER:
             break
 
     for name in (RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE, TOKENIZER_FILE):
         path = out / name
-        # A link to a folder can be replaced, a folder cannot.
+        # A link to a folder can be replaced, but a folder cannot.
         if os.path.isdir(path) and not os.path.islink(path):
             raise EvalmodeError(
                 f"no training can be written to {out}: {path} is a folder: choose another --out"
             )
 
-    # `lexists`, because a broken link in place of a file must not be replaced in silence.
+    # `lexists`, because a file that is a broken link must not be replaced without a word.
     state_path = out / FOLDER / STATE_FILE
     has_state, has_checkpoint = os.path.lexists(state_path), os.path.lexists(out / RECORD_FILE)
     if has_state and resume:
@@ -176,9 +186,9 @@ def require_usable_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
 def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> None:
     """Prepare the folder of the state for the run that `record` describes.
 
-    With `resume`, a state stays there, and RunMismatch is raised if it is another run's. Without,
-    the folder is emptied: call `require_usable_folder` first. Raises EvalmodeError if it cannot be
-    written.
+    With `resume` a state stays there; RunMismatch is raised if it is another run's. Without
+    `resume`, or without a state, the folder is emptied and the record written. The caller has
+    called `require_usable_folder`. Raises EvalmodeError if the folder cannot be written.
     """
     run_path = folder / RUN_FILE
     if resume and (folder / STATE_FILE).exists():
@@ -199,7 +209,7 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> None:
 def remove_run(out: Path) -> None:
     """Remove the state of an unfinished training from `out`, and `out` if it is then empty."""
     shutil.rmtree(out / FOLDER, ignore_errors=True)
-    # rmdir fails if there are other files in it.
+    # `rmdir` fails if the folder is not empty.
     with suppress(OSError):
         out.rmdir()
 
@@ -227,17 +237,17 @@ def read_state(path: Path, *, map_location: Any = None) -> dict[str, Any]:
     Raises StateUnusable for bytes that no training wrote, and for another version of Lightning.
     """
     data = _read(path)
-    size = hashlib.sha256().digest_size
+    digest_size = hashlib.sha256().digest_size
     # A memoryview, because a slice would copy the whole state.
-    if hashlib.sha256(memoryview(data)[size:]).digest() != data[:size]:
+    if hashlib.sha256(memoryview(data)[digest_size:]).digest() != data[:digest_size]:
         raise StateUnusable(
             f"{path} was cut short or changed ({len(data):,} bytes, which are not what the training"
             f" wrote): {START_OVER}"
         )
     try:
-        # As in Lightning's reader: tensors are loaded to the CPU, wherever they were saved.
+        # Tensors are loaded to the CPU, wherever they were saved, as Lightning's reader does.
         state: object = torch.load(
-            io.BytesIO(data[size:]), map_location=map_location or "cpu", weights_only=True
+            io.BytesIO(data[digest_size:]), map_location=map_location or "cpu", weights_only=True
         )
     # torch raises RuntimeError, EOFError, UnpicklingError and others.
     except Exception as error:
@@ -278,6 +288,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
+    """The bytes of a file. Raises StateUnusable with the remedy of a state."""
     try:
         return read_file(path)
     except FileUnreadable as error:

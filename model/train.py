@@ -1,8 +1,10 @@
 """A training from its configuration to its checkpoint.
 
+`fit` runs the steps in this order:
+
 1. `prepare` reads the data, trains the front end and encodes the texts.
-2. `train_network` runs Lightning's loop, saves the state, and resumes a killed run.
-3. `finish` fits the temperature, measures the three parts and makes the checkpoint.
+2. `train_network` runs Lightning's loop. It saves the state, from which a killed run resumes.
+3. `finished_checkpoint` fits the temperature, measures the three parts and makes the checkpoint.
 
 The same configuration gives the same bytes on the same machine, also if the run was killed and
 resumed. The defaults, such as the number of epochs, are in config.py.
@@ -38,7 +40,7 @@ from evalmode.model import checkpoint
 from evalmode.model.batches import UNLABELLED, Batches, Rows
 from evalmode.model.checkpoint import Checkpoint, CheckpointError, HeldOut
 from evalmode.model.config import TrainConfig, TransformerConfig
-from evalmode.model.data import LANGUAGES, composed, open_data
+from evalmode.model.data import LANGUAGES, composed_digest, open_data
 from evalmode.model.data_set import DataSet
 from evalmode.model.early_stopping import Diverged, Validation
 from evalmode.model.encoding import drop_twins, encode_parts
@@ -71,13 +73,14 @@ from evalmode.model.tokenizer_training import NGRAM_VOCABULARY, choose_frontend
 from evalmode.model.transformer import Transformer
 from evalmode.model.unlabelled import with_unlabelled
 
-# Training rows on which the training accuracy is measured, for its gap to the test accuracy.
+# The accuracy on training rows is shown for its gap to the test accuracy. A sample of at most this
+# many rows is enough for that.
 MEASURED_TRAIN_ROWS = 10_000
 # `scale` of the informed table; the noise that it replaces has a standard deviation of 0.02.
 TABLE_SCALE = 0.1
 
-# Sample texts of a checkpoint: these, and the first test text of some labels, cut to what a model
-# may read. The export computes known answers for them.
+# Sample texts of a checkpoint: these, and the first test text of up to SAMPLED_LABELS labels, cut
+# to SAMPLED_POINTS code points. The export computes known answers for them.
 ODD_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
 SAMPLED_LABELS, SAMPLED_POINTS = 24, 8_192
 
@@ -95,14 +98,16 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """The encoded data of a run, and what its checkpoint states about the data.
+class PreparedRun:
+    """A run that is ready to train: its options, its encoded data and its front end.
 
-    There are no texts in it: a text of 20 MB with an emoji takes 80 MB, and the model reads no more
-    than its first 128 tokens.
+    The texts of the data are not part of it. The network reads only the first 128 tokens of a text,
+    and a text of 20 MB with an emoji takes 80 MB of memory.
 
     data_rows       number of training rows with a label
     sample_texts    texts for the export, cut to what a model may read
+    spec            the front end
+    tokenizer       the text of tokenizer.json; None for n-grams
     """
 
     config: TrainConfig
@@ -123,7 +128,7 @@ class Run:
         return self.config.record() | {"data_sha256": self.data_sha256}
 
     @property
-    def shape(self) -> TransformerConfig:
+    def network_config(self) -> TransformerConfig:
         """The shape of the network for this data."""
         return self.config.network(
             vocabulary=self.spec.vocabulary,
@@ -163,21 +168,19 @@ def fit(
         require_usable_folder(out, resume=resume, overwrite=overwrite)
     run = prepare(config, cache=cache, show_data=show_data if is_first_process else None)
 
+    # A finished training has a record, and no longer a state. After a kill between the two it has
+    # both, and the run resumes. `lexists`, because a record that is a broken link is an error and
+    # not a missing training.
     record_path, state_path = out / checkpoint.RECORD_FILE, out / FOLDER / STATE_FILE
     if resume and os.path.lexists(record_path) and not state_path.exists():
-        # The training is finished: nothing is left to do if it is the same one.
-        try:
-            finished = checkpoint.load(out)
-        except CheckpointError as error:
-            raise EvalmodeError(f"{error.reason}: {START_OVER}") from error
-        _require_same_run(finished, run, where=record_path)
+        finished = load_finished(out, run=run)
     else:
         validation = train_network(
             run, out=out, resume=resume, console=console or Console(quiet=True)
         )
         if validation is None:
             return None
-        finished = finish(run, validation.best_weights, epochs=validation.epochs)
+        finished = finished_checkpoint(run, validation.best_weights, epochs=validation.epochs)
         checkpoint.save(finished, out)
         # The state goes last: a kill before this line costs nothing, because the run resumes at
         # its last step and writes the same checkpoint.
@@ -195,16 +198,20 @@ def fit(
 
 def prepare(
     config: TrainConfig, *, cache: Path, show_data: Callable[[DataSet], None] | None
-) -> Run:
+) -> PreparedRun:
     """Read the data, train the front end on it, and encode the texts."""
-    # What texts must share to count as one. n-grams need no training, so their ids are known now.
-    # The ids of a tokenizer are not: `drop_twins` compares them below.
-    identity = composed
+    # Texts with the same ids count as one, because the model reads them alike. The ids of n-grams
+    # are known before any training, so `open_data` compares them. A tokenizer is trained on the
+    # data: before, only the composed forms of texts are compared, and below `drop_twins` compares
+    # the ids.
+    identity: Callable[[str], bytes] = composed_digest
     if config.frontend == "ngrams":
         ngrams = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
 
-        def identity(text: str) -> bytes:
+        def ids_digest(text: str) -> bytes:
             return hashlib.sha256(ngrams.encode(text).ids.tobytes()).digest()
+
+        identity = ids_digest
 
     data = open_data(
         config.data,
@@ -216,33 +223,38 @@ def prepare(
     )
     data = with_unlabelled(data)
     spec, tokenizer = choose_frontend(config, data)
-    parts = encode_parts(data, open_frontend(spec, tokenizer))
-    if config.data != LANGUAGES:  # the rows of the default data set, and its sha256, are fixed
-        data, parts = drop_twins(data, parts)
+    rows = encode_parts(data, open_frontend(spec, tokenizer))
+    # The rows of the default data set, and its sha256, are fixed.
+    if config.data != LANGUAGES:
+        data, rows = drop_twins(data, rows)
     if show_data is not None:
         show_data(data)
 
+    # Sample texts: the odd ones, and the first test text of each of the first labels.
     first_texts: dict[str, str] = {}
     for text, label in zip(data.test.texts, data.test.labels, strict=True):
         first_texts.setdefault(label, text)
     sampled_labels = sorted(first_texts)[:SAMPLED_LABELS]
-    return Run(
+    sample_texts = [first_texts[label][:SAMPLED_POINTS] for label in sampled_labels]
+
+    return PreparedRun(
         config=config,
         data_name=data.name,
         data_sha256=data.sha256,
         data_rows=len(data.train.texts),
         labels=data.labels,
-        sample_texts=(
-            *ODD_TEXTS,
-            *(first_texts[label][:SAMPLED_POINTS] for label in sampled_labels),
-        ),
+        sample_texts=(*ODD_TEXTS, *sample_texts),
         spec=spec,
         tokenizer=tokenizer,
-        **parts,
+        train=rows["train"],
+        validation=rows["validation"],
+        test=rows["test"],
     )
 
 
-def train_network(run: Run, *, out: Path, resume: bool, console: Console) -> Validation | None:
+def train_network(
+    run: PreparedRun, *, out: Path, resume: bool, console: Console
+) -> Validation | None:
     """Train the network; the result holds the best weights. None in every process but the first.
 
     The state from which a killed run resumes stays in `out`: `fit` removes it.
@@ -251,12 +263,14 @@ def train_network(run: Run, *, out: Path, resume: bool, console: Console) -> Val
     epochs = config.epochs_for(len(run.train))
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
     restore_monitor = RestoreMonitor()
+    # Lightning calls the callbacks in this order.
     callbacks = [
-        # The first callback: an error in `on_train_start` of another one is not the state's.
+        # The first one: when its `on_train_start` runs, Lightning has restored the state. So an
+        # error in the `on_train_start` of another callback does not count as the state's.
         restore_monitor,
         validation,
         ShowProgress(console, epochs=epochs),
-        # The last callback: it saves the state of the others.
+        # The last one: it saves the state of the others.
         SaveState(state_path, steps=config.save_steps, record=run.record),
     ]
     with _quiet_lightning():
@@ -274,8 +288,11 @@ def train_network(run: Run, *, out: Path, resume: bool, console: Console) -> Val
             open_run(out / FOLDER, record=run.record, resume=resume)
         steps = epochs * len(batches)
         learner = Learner(untrained_network(run), config=config, batches=batches, steps=steps)
-        is_resumed = resume and state_path.exists()
-        if is_resumed:
+
+        restored_path = None
+        if resume and state_path.exists():
+            restored_path = state_path
+            # Lightning itself would accept a state that does not fit, and end with other weights.
             require_fit(
                 read_state(state_path),
                 trainer=trainer,
@@ -284,33 +301,16 @@ def train_network(run: Run, *, out: Path, resume: bool, console: Console) -> Val
                 record=run.record,
                 where=state_path,
             )
-        try:
-            trainer.fit(learner, ckpt_path=state_path if is_resumed else None)
-        except SystemExit as error:
-            # Lightning turns a Ctrl-C into SystemExit.
-            raise KeyboardInterrupt from error
-        except StateNotWritten:
-            if not state_path.exists():  # there is nothing to resume from
-                remove_run(out)
-            raise
-        except Diverged:
-            # A resumed run would diverge again.
-            rmtree(out / FOLDER, ignore_errors=True)
-            raise
-        except (EvalmodeError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            if is_resumed and not restore_monitor.is_restored:
-                raise unfit_state(state_path, one_line(error)) from error
-            raise
+        with _failures_handled(out, restored_path=restored_path, monitor=restore_monitor):
+            trainer.fit(learner, ckpt_path=restored_path)
     return validation if trainer.is_global_zero else None
 
 
-def untrained_network(run: Run) -> Transformer:
+def untrained_network(run: PreparedRun) -> Transformer:
     """The network before its first step, the same in every process."""
     # Step -1, because the steps of the training count from 0.
     torch.manual_seed(step_seed(run.config.seed, step=-1, rank=0))
-    network = Transformer(run.shape)
+    network = Transformer(run.network_config)
     if run.config.informed_table:
         table = network.embedding.table.weight
         guess = informed_table(
@@ -326,9 +326,11 @@ def untrained_network(run: Run) -> Transformer:
     return network
 
 
-def finish(run: Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpoint:
-    """The checkpoint of a network with these weights, after `epochs` epochs."""
-    network = Transformer(run.shape).eval()
+def finished_checkpoint(
+    run: PreparedRun, weights: Mapping[str, Tensor], *, epochs: int
+) -> Checkpoint:
+    """The checkpoint of a training of `epochs` epochs whose best weights are `weights`."""
+    network = Transformer(run.network_config).eval()
     network.load_state_dict(weights)
 
     # The temperature makes the scores honest. Folded into the head it costs no operator.
@@ -336,11 +338,14 @@ def finish(run: Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpoin
     temperature = fit_temperature(predict(network, validation, spec=run.spec), validation.labels)
     fold_temperature(network.head, temperature)
 
-    # Evenly spaced training rows: every n-th of those with a label.
-    labelled = np.flatnonzero(run.train.labels != UNLABELLED)
-    train = run.train.take(labelled[:: -(-len(labelled) // MEASURED_TRAIN_ROWS)])
+    # A sample of the training rows: every n-th row with a label, where n is the smallest number
+    # that leaves at most MEASURED_TRAIN_ROWS.
+    labelled_indices = np.flatnonzero(run.train.labels != UNLABELLED)
+    stride = -(-len(labelled_indices) // MEASURED_TRAIN_ROWS)
+    train_sample = run.train.take(labelled_indices[::stride])
+
     metrics: dict[str, Measures] = {}
-    for name, rows in (("train", train), ("validation", validation), ("test", run.test)):
+    for name, rows in (("train", train_sample), ("validation", validation), ("test", run.test)):
         metrics[name] = {
             **quality(predict(network, rows, spec=run.spec), rows.labels),
             "rows": len(rows),
@@ -372,9 +377,34 @@ def finish(run: Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpoin
     )
 
 
+def load_finished(out: Path, *, run: PreparedRun) -> Checkpoint:
+    """The checkpoint in `out`, which `run` would write again.
+
+    Raises RunMismatch if it comes from other options or other data. Raises EvalmodeError if it
+    cannot be loaded, or if its provenance does not say how it was trained.
+    """
+    record_path = out / checkpoint.RECORD_FILE
+    try:
+        finished = checkpoint.load(out)
+    except CheckpointError as error:
+        raise EvalmodeError(f"{error.reason}: {START_OVER}") from error
+
+    provenance = finished.provenance
+    try:
+        record = provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
+        is_complete = isinstance(provenance["epochs"], int)
+    except (KeyError, TypeError):
+        is_complete = False
+    if not is_complete:
+        raise EvalmodeError(f"{record_path} does not say how it was trained: {START_OVER}")
+    require_same(record, run.record, where=record_path)
+    return finished
+
+
 def _trainer(
     config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]
 ) -> lightning.Trainer:
+    """The trainer. Raises EvalmodeError for devices or a strategy that Lightning does not have."""
     max_time = None
     if config.max_minutes is not None:
         max_time = timedelta(minutes=config.max_minutes)
@@ -390,7 +420,8 @@ def _trainer(
             deterministic=True,
             callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False,  # Batches distributes the rows itself
+            # `Batches` distributes the rows among the processes.
+            use_distributed_sampler=False,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -401,29 +432,47 @@ def _trainer(
         raise EvalmodeError(f"Lightning cannot train with {flags}: {error}") from error
 
 
-def _require_same_run(finished: Checkpoint, run: Run, *, where: Path) -> None:
-    """Raise RunMismatch unless `run` would give the checkpoint `finished`.
+@contextmanager
+def _failures_handled(
+    out: Path, *, restored_path: Path | None, monitor: RestoreMonitor
+) -> Iterator[None]:
+    """A context for `trainer.fit`, which cleans up in `out` and raises the error for the user.
 
-    Raises EvalmodeError if its provenance does not say how it was trained.
+    restored_path is the state that the run resumes from; None for a new run. The cases:
+
+    1. SystemExit is what Lightning makes of a Ctrl-C. It becomes KeyboardInterrupt again.
+    2. The state cannot be saved. If there is no earlier one, its folder is removed.
+    3. The training diverged. The state is removed, because a resumed run would diverge again.
+    4. Other errors of ours, and too little memory, are raised unchanged.
+    5. Any other error while Lightning restores the state means that the state is unusable.
+    6. After that, it is raised unchanged.
     """
-    provenance = finished.provenance
     try:
-        record = provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
-        is_complete = isinstance(provenance["epochs"], int)
-    except (KeyError, TypeError):
-        is_complete = False
-    if not is_complete:
-        raise EvalmodeError(f"{where} does not say how it was trained: {START_OVER}")
-    require_same(record, run.record, where=where)
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    except StateNotWritten:
+        if not (out / FOLDER / STATE_FILE).exists():
+            remove_run(out)
+        raise
+    except Diverged:
+        rmtree(out / FOLDER, ignore_errors=True)
+        raise
+    except (EvalmodeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if restored_path is not None and not monitor.is_restored:
+            raise unfit_state(restored_path, one_line(error)) from error
+        raise
 
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's tips, device report and advice, which are for its own users."""
+    """Silence Lightning's tips, device report and advice: they are for users of Lightning."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
-    # The trainer switches this on for the whole process.
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    # The trainer switches deterministic algorithms on for the whole process.
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.|torch\.")
         for logger in loggers:
@@ -431,6 +480,6 @@ def _quiet_lightning() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(deterministic)
+            torch.use_deterministic_algorithms(was_deterministic)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from evalmode import DEFAULT_TOP_K
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.store import find_bundle
 from evalmode.service.batching.cpu_quota import cpu_quota
@@ -70,7 +71,7 @@ class Predictor:
         return cls(model, parallel=parallel or max(1, cpu_quota() // threads))
 
     def predict(
-        self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True
+        self, texts: Sequence[str], *, top_k: int = DEFAULT_TOP_K, truncate: bool = True
     ) -> list[Prediction]:
         """The predictions for `texts`, in their order.
 
@@ -81,7 +82,7 @@ class Predictor:
         return self.model.predictions(self._engine.answer(jobs), truncated, top_k=top_k)
 
     async def predict_async(
-        self, texts: Sequence[str], *, top_k: int = 3, truncate: bool = True
+        self, texts: Sequence[str], *, top_k: int = DEFAULT_TOP_K, truncate: bool = True
     ) -> list[Prediction]:
         """`predict` without blocking the event loop."""
         jobs, truncated = await self.model.text_rows_async(texts, truncate=truncate)

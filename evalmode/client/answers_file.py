@@ -1,8 +1,9 @@
 """The output of `evalmode predict --output`: a file that a later run of the same command continues.
 
-Beside `answers.jsonl` stands `answers.jsonl.evalmode.json`. It records the digest of the model that
-answered, the flags that answers depend on, and what identifies the input. A run continues a file
-only where all of these are the same. A killed run may leave half a line, which is cut off.
+The file `answers.jsonl` has a record beside it, `answers.jsonl.evalmode.json`. The record holds the
+digest of the model that answered, the flags that answers depend on, and what identifies the input.
+A run continues a file only if all of these are the same. A killed run may leave half a line, which
+is cut off.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from evalmode.errors import EvalmodeError
 
 _BLOCK_BYTES = 1 << 20
 
-# As `encode_line` of service/ndjson.py writes it. Inside a string the quotes would be escaped, so
-# this is a key. It is faster than parsing every line of a large file.
+# The key of an error, as `encode_line` of service/ndjson.py writes it. It cannot be part of a text,
+# because JSON escapes quotes inside a string. Searching for it is faster than parsing every line.
 _ERROR_KEY = b',"error":'
 
 
@@ -35,21 +36,21 @@ def is_error(line: bytes) -> bool:
 def identity_of(file: Path) -> dict[str, object]:
     """What identifies an input: its size, and the sha256 of its first and last mebibyte.
 
-    A hash of all of it would take minutes for a large file.
+    A hash of the whole file would take minutes if it is large.
     """
-    with file.open("rb") as opened:
-        sha256 = hashlib.sha256(opened.read(_BLOCK_BYTES))
-        size = opened.seek(0, os.SEEK_END)
-        opened.seek(max(0, size - _BLOCK_BYTES))
-        sha256.update(opened.read(_BLOCK_BYTES))
+    with file.open("rb") as input_file:
+        sha256 = hashlib.sha256(input_file.read(_BLOCK_BYTES))
+        size = input_file.seek(0, os.SEEK_END)
+        input_file.seek(max(0, size - _BLOCK_BYTES))
+        sha256.update(input_file.read(_BLOCK_BYTES))
     return {"bytes": size, "sha256_of_ends": sha256.hexdigest()}
 
 
 class AnswersFile:
     """An open file of answers. Opening it continues an earlier run, or raises EvalmodeError.
 
-    `question` is what the answers depend on beside the model: the flags and, as `input`, the
-    identity of the input, or None for one that cannot be read twice.
+    `answer_options` are what the answers depend on besides the model. They hold the flags and, as
+    `input`, the identity of the input; None for an input that cannot be read twice.
 
     Attributes:
         lines: the number of lines in the file.
@@ -57,12 +58,12 @@ class AnswersFile:
         digest: the digest of the model that answered them; None before the first answer.
     """
 
-    def __init__(self, path: Path, *, question: Mapping[str, object]) -> None:
+    def __init__(self, path: Path, *, answer_options: Mapping[str, object]) -> None:
         self.path = path
         self.digest: str | None = None
         self.lines = self.errors = 0
-        self._question = dict(question)
-        self._record = path.with_name(f"{path.name}.evalmode.json")
+        self._answer_options = dict(answer_options)
+        self._record_path = path.with_name(f"{path.name}.evalmode.json")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab+")
@@ -74,16 +75,16 @@ class AnswersFile:
             except OSError as error:
                 raise EvalmodeError(f"{path} is being written by another process") from error
             if os.fstat(self._file.fileno()).st_size > 0:
-                self._continue()
+                self._continue_earlier_run()
         except BaseException:
             self._file.close()
             raise
 
     def write(self, lines: list[bytes], *, digest: str | None) -> None:
-        """Append lines, which are in the file when this returns.
+        """Append lines. When this returns, they are in the file.
 
-        `digest` is that of the model that answered, None for lines that no model has seen. Raises
-        EvalmodeError when it is not the model of the lines before, or when writing fails.
+        `digest` is that of the model that answered; None if all lines are errors without a model.
+        Raises EvalmodeError if another model answered the earlier lines, or if writing fails.
         """
         if digest is not None and self.digest not in (None, digest):
             raise EvalmodeError(
@@ -92,12 +93,12 @@ class AnswersFile:
                 " or choose another --output"
             )
         try:
-            # The record comes before the first line: a file with lines but no record cannot be
-            # continued.
+            # The record is written before the first line, because a file without a record cannot be
+            # continued. It is written again when the first model answers.
             if self.lines == 0 or self.digest is None:
                 self.digest = digest
-                record = {"digest": digest, **self._question}
-                write_file(self._record, (json.dumps(record, indent=2) + "\n").encode())
+                record = {"digest": digest, **self._answer_options}
+                write_file(self._record_path, (json.dumps(record, indent=2) + "\n").encode())
             self._file.write(b"".join(lines))
             self._file.flush()
         except OSError as error:
@@ -114,7 +115,7 @@ class AnswersFile:
 
     def close(self) -> None:
         """Close the file, so that another process may write it."""
-        # Closing flushes. What cannot be flushed was reported when it was written.
+        # Closing flushes the buffer. It is empty, unless `write` has failed and reported it.
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -129,30 +130,29 @@ class AnswersFile:
     ) -> None:
         self.close()
 
-    def _continue(self) -> None:
+    def _continue_earlier_run(self) -> None:
         """Count the lines of an earlier run, and cut off the last one if it is not complete.
 
-        Raises EvalmodeError unless that run asked the same question about the same input.
+        Raises EvalmodeError unless that run had the same options and the same input.
         """
-        if self._question.get("input") is None:
+        if self._answer_options.get("input") is None:
             raise EvalmodeError(
                 f"{self.path} exists, and it can only be continued from a regular file: choose"
                 " another --output"
             )
         try:
-            record = json.loads(self._record.read_bytes())
+            record = json.loads(self._record_path.read_bytes())
             digest = record.pop("digest")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise EvalmodeError(
-                f"{self.path} exists, and no {self._record.name} beside it records its origin:"
+                f"{self.path} exists, and no {self._record_path.name} beside it records its origin:"
                 " choose another --output"
             ) from error
-        if record != self._question:
-            changed = [
-                name
-                for name in {**record, **self._question}
-                if record.get(name) != self._question.get(name)
-            ]
+        options = self._answer_options
+        if record != options:
+            # The names in their order, which a set would not keep.
+            names = {**record, **options}
+            changed = [name for name in names if record.get(name) != options.get(name)]
             raise EvalmodeError(
                 f"{self.path} was begun with another {' and '.join(changed)}: use the same, or"
                 " choose another --output"
@@ -170,7 +170,7 @@ class AnswersFile:
 
 
 class Stdout:
-    """Answers for the next program of a pipe; the counterpart of AnswersFile.
+    """Writes answers to stdout; the counterpart of AnswersFile.
 
     Nothing is recorded, so no later run can continue it.
     """
@@ -180,19 +180,21 @@ class Stdout:
     how_to_continue = "output to stdout cannot be continued: use --output FILE"
 
     def write(self, lines: list[bytes], *, digest: str | None) -> None:
-        """Write lines; `digest` is that of the model that answered, None where no model did."""
+        """Write lines. `digest` is as in `AnswersFile.write`, and so are the errors."""
         if digest is not None and self.digest not in (None, digest):
             raise EvalmodeError(
                 f"the model changed while it answered, to the digest {digest[:16]};"
                 f" {self.how_to_continue}"
             )
-        self.digest = digest or self.digest
-        view = memoryview(b"".join(lines))
+        if digest:
+            self.digest = digest
+        unwritten = memoryview(b"".join(lines))
         try:
-            # Without Python's buffer, which would be flushed again at exit: into a pipe without a
-            # reader that prints a second error.
-            while view:
-                view = view[os.write(sys.stdout.fileno(), view) :]
+            # Without Python's buffer, which Python flushes again at exit. If the pipe has no reader
+            # any more, that prints a second error.
+            while unwritten:
+                written_bytes = os.write(sys.stdout.fileno(), unwritten)
+                unwritten = unwritten[written_bytes:]
         except OSError as error:
             raise EvalmodeError(
                 f"stdout cannot be written: {error.strerror}; {self.how_to_continue}"

@@ -29,7 +29,8 @@ class LocalModel:
                 texts, top_k=self.top_k, truncate=self.truncate
             )
 
-        # inline_bytes=0: lines are parsed in a thread, so that the loop goes on with other chunks.
+        # With `inline_bytes=0` all lines are parsed in a thread, and the event loop stays free for
+        # other chunks.
         answers = await answer_lines(lines, first=first, predict=predict, inline_bytes=0)
         return answers, self.predictor.model.digest
 
@@ -38,11 +39,11 @@ class LocalModel:
 async def open_model(
     bundle: Path, *, provider: str, top_k: int, truncate: bool
 ) -> AsyncIterator[LocalModel]:
-    """Open the bundle at `bundle`, or the newest below it, for as long as the context lasts.
+    """The model of the bundle at `bundle`, or of the newest one below it, as a context.
 
     Raises BundleError for a bundle that must not be used, and ProviderUnavailable.
     """
-    # Opening measures the batch sizes, which takes seconds.
+    # Opening measures the batch sizes. That takes seconds, so a terminal shows a status.
     if sys.stderr.isatty():
         status = open_console(stderr=True).status("opening the bundle")
     else:

@@ -32,7 +32,7 @@ DEFAULT_TIMEOUT_S = 2.0
 _READY_PATH = "/readyz"  # answers without an API key
 _MAX_RESPONSE_BYTES = 65_536
 
-# A server that listens on every address is asked at the local ones.
+# The addresses at which a server that listens on all addresses is asked.
 _LOCAL_HOSTS = {"0.0.0.0": ("127.0.0.1",), "::": ("::1", "127.0.0.1")}
 
 
@@ -42,15 +42,14 @@ class _Unhealthy(Exception):  # noqa: N818 - never leaves this module
 
 @dataclass(kw_only=True)
 class _Target:
-    """The server to ask: a port of the first of `hosts` that accepts a connection.
-
-    Once connected, `hosts` is that host alone.
+    """The server to ask. The first of `hosts` that accepts a connection becomes the only one.
 
     Attributes:
-        tls: whether it speaks TLS.
-        certificate: the server's certificate and key files, which a client may have to show.
-        origin: what named the host, for messages.
-        trouble: what would keep the server from starting, as far as its settings show.
+        tls: whether the server speaks TLS.
+        certificate: the files of the server's certificate and key. A server that demands client
+            certificates may accept its own.
+        origin: the flag, variable or setting that names the host, for messages.
+        trouble: a setting with which the server cannot start, as a sentence; else None.
     """
 
     hosts: tuple[str, ...]
@@ -82,9 +81,9 @@ def check(url: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
     def give_up(number: int, frame: object) -> None:
         raise _Unhealthy(f"{target or 'the server'} gave no answer in {timeout_s:g} s")
 
-    earlier = signal.signal(signal.SIGALRM, give_up)
+    previous_handler = signal.signal(signal.SIGALRM, give_up)
     try:
-        # One limit for all steps: the timeout of a socket starts again with every byte.
+        # An alarm is one limit for all steps. The timeout of a socket starts again with each byte.
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
         target = _target_of_url(url) if url is not None else _find_target()
         state = _ask(target)
@@ -94,11 +93,12 @@ def check(url: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
         return 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, earlier)
+        signal.signal(signal.SIGALRM, previous_handler)
     return 0
 
 
 def _target_of_url(url: str) -> _Target:
+    """The server at `--url`, at the path of the readiness check if the URL has none."""
     from urllib.parse import urlsplit
 
     try:
@@ -126,17 +126,19 @@ def _find_target() -> _Target:
 
     environment = address_variables()
     servers = announcements()
-    # An entry point that is a script may have set variables that this process does not see.
+    # Step 1, whatever its environment: a script that is the container's entry point may have set
+    # variables that this process does not have.
     if 1 in servers:
         return target_of(servers[1])
 
+    # Step 2.
     candidates = [server for server in servers.values() if server.environment == environment]
     if len(candidates) == 1:
         return target_of(candidates[0])
 
+    # Step 3, which also chooses between several servers of this environment.
     configured = _configured_target(environment)
     if len(candidates) > 1:
-        # Of several servers, the one at the configured address is meant.
         ports = [server.port for server in candidates]
         if configured is None or configured.port not in ports:
             addresses = " and ".join(sorted(str(target_of(server)) for server in candidates))
@@ -154,7 +156,8 @@ def _configured_target(environment: dict[str, str]) -> _Target | None:
     None for port 0, which is chosen at the start.
     """
     settings: dict[str, Any] = {}
-    origins: dict[str, str] = {}  # what set each setting, for messages
+    # The variable or the line of the file that each setting comes from, for messages.
+    origins: dict[str, str] = {}
     if file := environment.get("EVALMODE_CONFIG"):
         import tomllib
 
@@ -174,7 +177,7 @@ def _configured_target(environment: dict[str, str]) -> _Target | None:
             name = variable.upper().removeprefix("EVALMODE_").lower()
             settings[name], origins[name] = value, variable
 
-    # The port as the server reads it: pydantic takes "8000.0" and " 8000 " too.
+    # The port as the server reads it: pydantic accepts "8000.0" and " 8000 " too.
     port_setting = settings.get("port", 8000)
     try:
         port = float(str(port_setting))
@@ -206,9 +209,9 @@ def _configured_target(environment: dict[str, str]) -> _Target | None:
 def _ask(target: _Target) -> str:
     """Send one request and return the state of a healthy server. Raises _Unhealthy for any other.
 
-    1. A server that wants a client certificate, and refuses the one shown, is alive.
+    1. A server that demands a client certificate, and closes this connection without one, is alive.
     2. A connection that fails, or an answer that is not HTTP, is unhealthy.
-    3. Status 200 is ready; another status is unhealthy, with the reason in the body.
+    3. The status 200 is ready. Another status is unhealthy, with the reason in the body.
     """
     response = b""
     failure: OSError | UnicodeError | None = None
@@ -224,10 +227,11 @@ def _ask(target: _Target) -> str:
                 if not part:
                     break
                 response += part
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host that no name can be
+    # Python raises UnicodeError for a host that cannot be a name, such as `a..b`.
+    except (OSError, UnicodeError) as error:
         failure = error
 
-    # Only an error of TLS has a reason: an alert, or an end where a handshake should be.
+    # Of these errors only one of TLS has a `reason`: an alert, or an end during the handshake.
     tls_reason = getattr(failure, "reason", None)
     was_closed = failure is None or isinstance(failure, ConnectionResetError | BrokenPipeError)
     if target.certificate is not None and not response and (was_closed or tls_reason):
@@ -254,16 +258,17 @@ def _ask(target: _Target) -> str:
         raise _Unhealthy(f"{target} does not answer in HTTP{hint}")
     if status[:3] != b"200":
         sentence = f"{target} answers {status[:3].decode()}"
-        with suppress(ValueError, KeyError, TypeError):  # a body without a reason
+        # The body may have no reason, as that of a proxy.
+        with suppress(ValueError, KeyError, TypeError):
             sentence += f": {json.loads(body)['error']}"
         raise _Unhealthy(sentence)
     return "is ready"
 
 
 def _connect(target: _Target) -> socket.socket:
-    """A connection to the first of the target's hosts that accepts one, with TLS if it has it.
+    """A connection to the first of the target's hosts that accepts one, with TLS if it speaks TLS.
 
-    Raises the OSError of the first host when none accepts.
+    Raises the OSError of the first host if no host accepts.
     """
     failure: OSError | None = None
     connection = None
@@ -283,13 +288,15 @@ def _connect(target: _Target) -> socket.socket:
 
     import ssl
 
-    # The certificate names the server as its clients know it, and not by the local address.
+    # The server's certificate names its public host, and not the local address. So it is not
+    # verified; nothing secret is sent.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     if target.certificate is not None:
-        # Where one authority signs servers and clients, the server accepts its own certificate from
-        # a client. One that cannot be read here is not shown, and the server refuses this client.
+        # A server accepts its own certificate from a client if one authority signs servers and
+        # clients. A certificate that cannot be read here is not shown, and the server closes the
+        # connection: `_ask` takes it for alive.
         with suppress(OSError, ValueError):
             context.load_cert_chain(
                 *target.certificate,

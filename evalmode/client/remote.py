@@ -1,7 +1,7 @@
 """Answers lines with a server: `POST /v1/predict` as ndjson, with retries.
 
-An answer depends on no text but its own. So when a stream breaks, the answers so far stay, and the
-next try sends the other lines.
+The answer to a line depends on that line alone. So when a stream breaks, the answers so far are
+valid, and the next try sends only the other lines.
 """
 
 from __future__ import annotations
@@ -23,21 +23,27 @@ import httpx
 from evalmode.errors import EvalmodeError
 from evalmode.service.ndjson import DIGEST_HEADER, MEDIA_TYPE, Splitter
 
-# Request timeout, too many requests, bad gateway, unavailable, gateway timeout: these pass.
+# Request timeout, too many requests, bad gateway, unavailable, gateway timeout: a later try may
+# succeed.
 _RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 
+# The wait after the first failure, which doubles with each further one, and its limit.
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
-# A Retry-After of an hour, as of a proxy under maintenance, would look like a hang.
+# A longer Retry-After is cut: an hour, which a proxy may send during maintenance, would look like a
+# hang.
 _LONGEST_RETRY_AFTER_S = 120.0
 
-# Two minutes without a byte count as a broken connection. There are as many connections as requests
-# at once, so waiting for a free one needs no limit.
+# Two minutes without a byte count as a broken connection. There is a connection for each of the
+# requests at once, so the wait for a free one needs no limit.
 _TIMEOUTS = httpx.Timeout(120.0, connect=10.0, pool=None)
 
-_MAX_ANSWER_BYTES = 16 << 20  # of one line; a longer one ends the try
-_MAX_ERROR_BYTES = 4096  # of an error response, which becomes part of a sentence
+# Of one line of a response; a longer one ends the try.
+_MAX_ANSWER_BYTES = 16 << 20
+# Of an error response, which becomes part of a sentence.
+_MAX_ERROR_BYTES = 4096
 
+# How an answer begins.
 _INDEX = re.compile(rb'\{"index":(\d+)(?=[,}])')
 
 
@@ -53,7 +59,7 @@ class _TryFailed(Exception):  # noqa: N818 - never leaves this module
 class RemoteServer:
     """A server that answers lines; the counterpart of `local.LocalModel`.
 
-    `query` goes with every request. `sleep` waits between tries, for a number of seconds.
+    `query` is sent with each request. `sleep` waits between tries, for a number of seconds.
     """
 
     client: httpx.AsyncClient
@@ -63,14 +69,15 @@ class RemoteServer:
 
     @property
     def name(self) -> str:
-        """The server's address for messages, without the user and the password in it."""
+        """The server's address for messages, without a user name and a password."""
         return str(self.client.base_url.copy_with(userinfo=b"")).rstrip("/")
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
         """The answers to `lines`, numbered from `first`, and the digest of the model.
 
-        Each answer is one line of JSON with its line end. Raises EvalmodeError when the server
-        refuses, changes its model in between, or fails more than `retries` times in a row.
+        Each answer is one line of JSON with its line end. Raises EvalmodeError if the server
+        refuses, if it changes its model between two tries, or if more than `retries` tries in a row
+        bring no answer.
         """
         answers: list[bytes] = []
         digest: str | None = None
@@ -79,7 +86,7 @@ class RemoteServer:
             answered = len(answers)
             try:
                 async with self._post(lines[answered:]) as response:
-                    # Retries may reach another process, or a server that swapped its model.
+                    # A later try may reach another process, or a server that has swapped its model.
                     response_digest = response.headers.get(DIGEST_HEADER)
                     if response_digest is None:
                         raise EvalmodeError(
@@ -94,13 +101,14 @@ class RemoteServer:
                     digest = str(response_digest)
 
                     async for rest in _answers_in(response, count=len(lines) - answered):
-                        # The server numbers each request from 0, and the file goes on from before.
-                        answers.append(b'{"index":%d' % (first + len(answers)) + rest + b"\n")
+                        # The server numbers the lines of each request from 0.
+                        index = first + len(answers)
+                        answers.append(b'{"index":%d' % index + rest + b"\n")
                 if len(answers) < len(lines):
                     raise _TryFailed("it ended its answer early")
                 return answers, digest
             except _TryFailed as failure:
-                # Any new answer is progress: only tries without one count as failures in a row.
+                # A new answer is progress: only tries without one count as failures in a row.
                 tries = 1 if len(answers) > answered else tries + 1
                 if tries > self.retries:
                     raise EvalmodeError(
@@ -110,9 +118,10 @@ class RemoteServer:
 
     @asynccontextmanager
     async def _post(self, lines: Sequence[bytes]) -> AsyncIterator[httpx.Response]:
-        """Send `lines` and yield the response, whose body is ndjson still to be read.
+        """Send `lines`, and yield the response before its body is read.
 
-        Raises _TryFailed or EvalmodeError, also for a connection that breaks while it is read.
+        Raises _TryFailed for a failure that may pass, also of the connection while the body is
+        read, and EvalmodeError for any other.
         """
         try:
             async with self.client.stream(
@@ -136,7 +145,7 @@ class RemoteServer:
                     raise EvalmodeError(f"{self.name} does not answer as an evalmode server does")
                 yield response
         except httpx.TransportError as error:  # connection refused, reset, or timed out
-            # A certificate is as wrong in the next try. httpx 0.28 has no class for this error.
+            # The next try would get the same certificate. httpx 0.28 has no class for this error.
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise EvalmodeError(
                     f"{self.name} shows no certificate of an authority that is known here (--ca"
@@ -160,8 +169,9 @@ async def connect(
     """The server at `url` as a context, which closes its connections.
 
     `model` is NAME or NAME/VERSION; None is the server's default model. `connections` is the number
-    of requests at once. Raises EvalmodeError as `open_client` does; nothing is sent before the
-    first `answer`.
+    of requests at once. Nothing is sent before the first `answer`.
+
+    Raises EvalmodeError for a URL, a key or a file that cannot be used.
     """
     query = {"top_k": str(top_k), "truncate": str(truncate).lower()}
     name, _, version = (model or "").partition("/")
@@ -219,12 +229,12 @@ def open_client(
 def backoff_s(tries: int, retry_after_s: float | None) -> float:
     """Seconds to wait after `tries` failures in a row.
 
-    What the server asked for, else twice as long each time. A random part keeps clients that failed
-    together from coming back together.
+    It is what the server asked for, or else doubles with each failure. A random part prevents that
+    clients that failed together retry together.
     """
     if retry_after_s is not None:
         return retry_after_s + random.uniform(0, 0.5)
-    # An exponent of 10 is far beyond the limit, and keeps the power from overflowing a float.
+    # With the exponent 10 the wait is at its limit already; without one the power would overflow.
     longest_s: float = _FIRST_WAIT_S * 2.0 ** min(tries - 1, 10)
     return min(_LONGEST_WAIT_S, longest_s) * random.uniform(0.5, 1.0)
 
@@ -247,10 +257,10 @@ def parse_retry_after(header: str | None) -> float | None:
 
 
 async def _answers_in(response: httpx.Response, *, count: int) -> AsyncIterator[bytes]:
-    """At most `count` answers as they come, each without its index and its line end.
+    """At most `count` answers as they arrive, each without its index and its line end.
 
-    Raises _TryFailed at a line that is not the next answer, as when a server stops: its last line
-    is then an error.
+    Raises _TryFailed for a line that is not the next answer. For example, a server that stops sends
+    an error as its last line.
     """
     splitter = Splitter(max_line_bytes=_MAX_ANSWER_BYTES)
     number = 0

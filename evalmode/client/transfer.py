@@ -1,7 +1,8 @@
-"""A file of texts into a file of answers: chunk by chunk, in order, in constant memory.
+"""Answers a file of texts, chunk by chunk, in the order of its lines and in constant memory.
 
 1. `Source.chunks` reads the input and cuts it into chunks of lines.
-2. `Transfer` has up to `concurrency` chunks answered at once, by a server or by a bundle here.
+2. `Transfer` sends up to `concurrency` chunks at once to an answerer: a server, or a bundle in this
+   process.
 3. `Transfer` writes the answers in the order of the lines, and shows a progress bar.
 """
 
@@ -24,12 +25,15 @@ from evalmode.errors import EvalmodeError
 from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, encode_line, line_too_long
 from evalmode.terminal import open_console
 
-# A client that sends a whole request before it reads the response could wait for a server that
-# waits for it. So a request is never larger than the window of what a server reads ahead.
+# A request is never larger than the window of what a server reads ahead. Otherwise a client that
+# sends all of its request first, and a server that waits for its answers to be read, could wait for
+# each other.
 CHUNK_LINES, CHUNK_BYTES = WINDOW_ROWS, WINDOW_BYTES
 
 STDIN = Path("-")
+# A longer line is not sent, and its answer is an error.
 _MAX_LINE_BYTES = 16 << 20
+# How much is read at once. A pipe may give less.
 _READ_BYTES = 256 << 10
 _BOM = b"\xef\xbb\xbf"
 
@@ -43,10 +47,11 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lines that are sent together; `first` is the index of the first of them in the file.
+    """Lines that are sent together.
 
-    A line that is too long to send is a chunk by itself, with no `lines`. `read_bytes` is how much
-    of the input was read until here.
+    lines         the lines; empty for a chunk that stands for one line that is too long to send
+    first         the index of the first line in the input
+    read_bytes    how many bytes of the input have been read so far
     """
 
     lines: Sequence[bytes]
@@ -60,9 +65,9 @@ _AnswerTask: TypeAlias = asyncio.Task[tuple[list[bytes], str | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The input: JSONL, or with the suffix .txt one text per line. The path `-` is JSONL on stdin.
+    """The input: JSONL, or one text per line if the suffix is .txt. The path `-` is JSONL on stdin.
 
-    Blank lines of JSONL are skipped, and do not count; a blank line of a .txt file is a text.
+    Blank lines of JSONL are skipped and have no index. A blank line of a .txt file is a text.
     """
 
     path: Path
@@ -76,7 +81,7 @@ class Source:
     def require_readable(self) -> None:
         """Raise EvalmodeError where the input cannot be opened."""
         try:
-            # A named pipe is not opened for a test: closing it again would break it for its writer.
+            # A named pipe is not opened for a test: to close it would break it for its writer.
             if self.repeatable or self.path.is_dir():
                 self.open().close()
         except OSError as error:
@@ -95,15 +100,16 @@ class Source:
     def chunks(self, file: IO[bytes], *, skip: int) -> Iterator[Chunk]:
         """The lines after the first `skip`, in chunks.
 
-        A chunk never waits for more input than there is: a pipe's last line is sent at once.
+        A chunk has only lines of one read and does not wait for the next. So a line from a pipe is
+        sent at once.
         """
         splitter = Splitter(max_line_bytes=_MAX_LINE_BYTES)
         first = read_bytes = 0
-        ended = False
-        while not ended:
+        is_end = False
+        while not is_end:
             block = file.read(_READ_BYTES)
-            ended = not block
-            if ended:
+            is_end = not block
+            if is_end:
                 raw_lines = splitter.end()
             elif read_bytes == 0:
                 raw_lines = splitter.feed(block.removeprefix(_BOM))
@@ -121,17 +127,18 @@ class Source:
                 elif line.strip():
                     lines.append(line)
 
-            skipped = min(max(0, skip - first), len(lines))
-            first += skipped
-            for group in _groups_of(lines[skipped:], max_lines=self.chunk_lines):
-                sent = [line for line in group if line is not None]
-                yield Chunk(lines=sent, first=first, read_bytes=read_bytes)
+            # The answers to the first `skip` lines are in the output already.
+            skip_count = min(max(0, skip - first), len(lines))
+            first += skip_count
+            for group in _groups_of(lines[skip_count:], max_lines=self.chunk_lines):
+                sendable_lines = [line for line in group if line is not None]
+                yield Chunk(lines=sendable_lines, first=first, read_bytes=read_bytes)
                 first += len(group)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One job: answer every line of `source` into `writer`, `concurrency` chunks at once."""
+    """Answers each line of `source` into `writer`, up to `concurrency` chunks at once."""
 
     source: Source
     answerer: Answerer
@@ -141,14 +148,15 @@ class Transfer:
     async def run(self) -> None:
         """Answer the lines that `writer` does not hold yet.
 
-        One task reads the input and starts a task for each chunk; another writes the answers in the
-        order of the chunks. Raises EvalmodeError for the first chunk in the file that fails; its
-        message says how to continue.
+        One task reads the input and starts a task for each chunk. Another task writes the answers
+        in the order of the chunks. Raises EvalmodeError for the first chunk of the file that fails;
+        its message says how to continue.
         """
-        free = asyncio.Semaphore(self.concurrency)
-        answering: set[_AnswerTask] = set()
-        # In the order of the file: chunks at work, and as many again that wait to be written. None
-        # follows the last.
+        # A chunk needs a slot for the time in which it is answered.
+        slots = asyncio.Semaphore(self.concurrency)
+        answer_tasks: set[_AnswerTask] = set()
+        # The chunks in the order of the file, until they are written; None follows the last one.
+        # The queue is bounded, so that all others do not pile up in memory behind a slow chunk.
         pending: asyncio.Queue[tuple[Chunk, _AnswerTask] | None] = asyncio.Queue(self.concurrency)
 
         async def answer(chunk: Chunk) -> tuple[list[bytes], str | None]:
@@ -158,12 +166,12 @@ class Transfer:
                 problem = line_too_long(_MAX_LINE_BYTES)
                 return [encode_line({"index": chunk.first, "error": problem})], None
             finally:
-                free.release()
+                slots.release()
 
-        def end(task: _AnswerTask) -> None:
-            answering.discard(task)
+        def discard(task: _AnswerTask) -> None:
+            answer_tasks.discard(task)
             # When several chunks fail, only the first is awaited. asyncio prints a traceback of
-            # each other failure whose exception was never retrieved.
+            # each other failure, unless its exception is retrieved.
             if not task.cancelled():
                 task.exception()
 
@@ -171,24 +179,24 @@ class Transfer:
             with self.source.open() as file:
                 chunks = self.source.chunks(file, skip=self.writer.lines)
                 async for chunk in _without_blocking(chunks, repeatable=self.source.repeatable):
-                    await free.acquire()
+                    await slots.acquire()
                     task = asyncio.create_task(answer(chunk))
-                    answering.add(task)
-                    task.add_done_callback(end)
+                    answer_tasks.add(task)
+                    task.add_done_callback(discard)
                     await pending.put((chunk, task))
             await pending.put(None)
 
         async def write() -> None:
             with _progress_bar(self.source) as update:
-                began, earlier_lines = time.monotonic(), self.writer.lines
-                while (following := await pending.get()) is not None:
-                    chunk, task = following
+                started, earlier_lines = time.monotonic(), self.writer.lines
+                while (entry := await pending.get()) is not None:
+                    chunk, task = entry
                     try:
                         answers, digest = await task
                     except EvalmodeError as error:
                         raise EvalmodeError(f"{error}; {self.writer.how_to_continue}") from error
                     self.writer.write(answers, digest=digest)
-                    seconds = max(1e-9, time.monotonic() - began)
+                    seconds = max(1e-9, time.monotonic() - started)
                     update(chunk.read_bytes, (self.writer.lines - earlier_lines) / seconds)
 
         writing, reading = asyncio.create_task(write()), asyncio.create_task(read())
@@ -197,35 +205,35 @@ class Transfer:
             for task in done:
                 task.result()
         finally:
-            # After a failure, or Ctrl-C.
-            unfinished = (writing, reading, *answering)
-            for unfinished_task in unfinished:
-                unfinished_task.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
+            # After a failure, or Ctrl-C, some tasks are still running.
+            tasks = (writing, reading, *answer_tasks)
+            for running_task in tasks:
+                running_task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _without_blocking(chunks: Iterator[Chunk], *, repeatable: bool) -> AsyncIterator[Chunk]:
     """The chunks, without blocking the event loop while a pipe has nothing to read."""
     if repeatable:
-        # Reading a regular file takes less time than handing it over from a thread.
+        # To read a regular file takes less time than to pass its chunks between threads.
         for chunk in chunks:
             yield chunk
         return
 
-    # A daemon thread: when the transfer ends early, nothing waits for the pipe's next line.
+    # A daemon thread, so that a transfer that ends early does not wait for the pipe's next line.
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Chunk | OSError | None] = asyncio.Queue(1)
 
     def read() -> None:
-        # RuntimeError: the loop was closed, so nothing needs the chunks any more.
+        # The loop raises RuntimeError when it is closed: then nothing reads the queue any more.
         with contextlib.suppress(RuntimeError):
-            end: OSError | None = None
+            failure: OSError | None = None
             try:
                 for chunk in chunks:
                     asyncio.run_coroutine_threadsafe(queue.put(chunk), loop).result()
             except OSError as error:
-                end = error
-            asyncio.run_coroutine_threadsafe(queue.put(end), loop).result()
+                failure = error
+            asyncio.run_coroutine_threadsafe(queue.put(failure), loop).result()
 
     threading.Thread(target=read, daemon=True, name="stdin").start()
     while isinstance(item := await queue.get(), Chunk):
@@ -235,7 +243,10 @@ async def _without_blocking(chunks: Iterator[Chunk], *, repeatable: bool) -> Asy
 
 
 def _groups_of(lines: Sequence[bytes | None], *, max_lines: int) -> Iterator[list[bytes | None]]:
-    """The lines in groups of at most `max_lines` and CHUNK_BYTES; a None is a group by itself."""
+    """The lines in groups of at most `max_lines` and CHUNK_BYTES.
+
+    A line that is None, or larger than CHUNK_BYTES, is a group by itself.
+    """
     group: list[bytes | None] = []
     group_bytes = 0
     for line in lines:
@@ -252,9 +263,9 @@ def _groups_of(lines: Sequence[bytes | None], *, max_lines: int) -> Iterator[lis
 
 @contextlib.contextmanager
 def _progress_bar(source: Source) -> Iterator[Callable[[int, float], None]]:
-    """A function to call after each chunk with the bytes read and the rows per second.
+    """A function to call after each chunk, with the bytes read so far and the rows per second.
 
-    It draws a bar where stderr is a terminal, and nothing elsewhere.
+    It draws a bar on stderr if that is a terminal.
     """
     from rich.progress import (
         BarColumn,

@@ -1,4 +1,4 @@
-"""`evalmode audit`: a module's dropouts, site by site, as a table or as a report."""
+"""`evalmode audit`: compares training with eval mode at each dropout of a module."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console
 
 EPILOG = "Example:  evalmode audit package.module:factory --inputs package.module:sample_inputs"
+# The value of --samples for which the audit chooses the number.
 AUTO = "auto"
 _MAX_SAMPLES = 1_000_000
 
@@ -85,10 +86,10 @@ def audit(
     if form == "text" and output is None:
         open_console().print(sites_table(result.sites))
 
-    # The findings point to the file with the module's class.
+    # The findings point to the file with the module's class, if it was defined in a file.
     try:
         source = Path(inspect.getfile(type(module)))
-    except (TypeError, OSError):  # the class was not defined in a file
+    except (TypeError, OSError):
         source = Path("module")
     records = check_all(Subject(audit=result))
     verified = Verified(path=Path(factory), file=source, records=records)

@@ -61,12 +61,13 @@ def export(
 
     is_module = is_reference(source)
     if not name:
-        # The name of the factory's module, or of the checkpoint's folder, without the characters
-        # that a bundle's name may not have.
-        stem = Path(source).resolve().name
+        # The last part of the factory's module, or the name of the checkpoint's folder.
         if is_module:
-            stem = source.partition(":")[0].rpartition(".")[2]
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")
+            source_name = source.partition(":")[0].rpartition(".")[2]
+        else:
+            source_name = Path(source).resolve().name
+        # Without the characters that a bundle's name cannot have.
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", source_name).strip("-._")
 
     console = open_console()
     try:
@@ -82,7 +83,7 @@ def export(
                     )
                 from evalmode.export.from_module import release_module
 
-                released = release_module(
+                release = release_module(
                     source,
                     inputs,
                     dynamic_axes=dynamic_axes or [],
@@ -100,13 +101,13 @@ def export(
                 from evalmode.export.from_checkpoint import release_checkpoint
                 from evalmode.model.checkpoint import load
 
-                released = release_checkpoint(
+                release = release_checkpoint(
                     load(Path(source)), root=out, name=name, version=version, progress=progress
                 )
-    except ExportRefused as refused:
-        console.print(records_table(refused.records, title="refused: no bundle was written"))
-        raise typer.Exit(EXIT_FINDINGS) from refused
+    except ExportRefused as refusal:
+        console.print(records_table(refusal.records, title="refused: no bundle was written"))
+        raise typer.Exit(EXIT_FINDINGS) from refusal
     console.print(
-        records_table(released.certificate.records, title=f"certificate of {released.path}")
+        records_table(release.certificate.records, title=f"certificate of {release.path}")
     )
-    console.print(f"digest {released.certificate.digest}", soft_wrap=True)
+    console.print(f"digest {release.certificate.digest}", soft_wrap=True)

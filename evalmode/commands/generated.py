@@ -11,8 +11,11 @@ import typer
 from evalmode.terminal import help_of
 
 
-def parameter(name: str, annotation: Any, *, default: object) -> inspect.Parameter:
-    """One flag: `annotation` is Annotated[type, typer.Option(...)] or with typer.Argument."""
+def flag_parameter(name: str, annotation: Any, *, default: object) -> inspect.Parameter:
+    """The parameter of one flag.
+
+    `annotation` is Annotated[type, typer.Option(...)], or the same with typer.Argument.
+    """
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
@@ -36,7 +39,7 @@ def command_of(
     # Typer 0.29 reads the flags from a function's signature, and has no other way to declare them.
     run.__doc__ = help_of(described_by)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app = typer.Typer(
         add_completion=False,
         rich_markup_mode="rich",

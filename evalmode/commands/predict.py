@@ -1,8 +1,11 @@
-"""`evalmode predict`: label texts from the command line or stdin, or every line of a file.
+"""`evalmode predict`: labels texts of the command line or of stdin, or every line of a file.
 
-Each flag is read in `predict`. `_predict_texts` answers texts as one request and prints a table or
-JSON. `_predict_file` sends a file in chunks (client/transfer.py), to a server (client/remote.py) or
-to a bundle in this process (client/local.py).
+`predict` declares the flags and refuses those that would have no effect. Then one of two functions
+answers:
+
+_predict_texts    texts as one request to a bundle in this process; prints a table or JSON
+_predict_file     a file in chunks (client/transfer.py), with a server (client/remote.py) or with a
+                  bundle in this process (client/local.py); writes a line of JSON for each text
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evalmode import DEFAULT_TOP_K
 from evalmode.errors import EvalmodeError
 from evalmode.terminal import EXIT_FINDINGS, open_console, print_error
 
@@ -27,14 +31,14 @@ EPILOG = (
     "Examples:  evalmode predict 'Dit is een zin.'   |   cat texts.txt | evalmode predict --json  "
     " |   evalmode predict --url http://localhost:8000 --input texts.jsonl --output answers.jsonl"
 )
-_BUNDLES = Path("bundles")
+_DEFAULT_BUNDLES = Path("bundles")
 _FILE_PANEL = "Files of texts"
 _SERVER_PANEL = "A server that answers"
 
-_EXIT_INTERRUPTED = 130  # as a shell reports a program that SIGINT ended: 128 + 2
+# As a shell reports a program that SIGINT ended: 128 + 2.
+_EXIT_INTERRUPTED = 130
 
-
-# Flags that have no effect without another one, whose name is in the error.
+# Flags that have no effect without --input, and flags that have none without --url.
 _FILE_FLAGS = ("output", "url", "chunk_lines", "concurrency")
 _SERVER_FLAGS = ("api_key", "ca", "retries")
 
@@ -47,7 +51,9 @@ def predict(
     bundle: Annotated[
         Path | None, typer.Option(help="A bundle or a folder of bundles. \\[default: bundles]")
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Labels per text, the best first.")] = 3,
+    top_k: Annotated[
+        int, typer.Option(min=1, help="Labels per text, the best first.")
+    ] = DEFAULT_TOP_K,
     truncate: Annotated[
         bool,
         typer.Option(help="Cut a text that is longer than the model reads, or make it an error."),
@@ -132,29 +138,20 @@ def predict(
     Exit 0 when every text is answered, 1 when a line of a file could not be answered, 2 when
     something cannot be used.
     """
-
-    def flag_of(*names: str) -> str | None:
-        """The first of these flags that is on the command line; a variable may always be set."""
-        for name in names:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
-                return "--" + name.replace("_", "-")
-        return None
-
-    # A flag that would be ignored is an error.
-    if input_file is None and (flag := flag_of(*_FILE_FLAGS)):
+    # A flag that would have no effect is an error.
+    if input_file is None and (flag := _flag_on_command_line(context, _FILE_FLAGS)):
         raise EvalmodeError(f"{flag} needs --input FILE with the texts; - is stdin")
     if url is None and model is not None:
         raise EvalmodeError(
             "--model names a model of the server at --url; without --url use --bundle"
         )
-    if url is None and (flag := flag_of(*_SERVER_FLAGS)):
+    if url is None and (flag := _flag_on_command_line(context, _SERVER_FLAGS)):
         raise EvalmodeError(f"{flag} needs --url, the address of the server")
     if url is not None and bundle is not None:
         raise EvalmodeError(
             "--bundle is answered in this process and --url by a server: give one of them"
         )
-    if url is not None and flag_of("provider"):
+    if url is not None and _flag_on_command_line(context, ("provider",)):
         raise EvalmodeError("--provider is for --bundle; the server at --url has its own")
     if input_file is not None and as_json:
         raise EvalmodeError("--json is for texts; the answers of --input are JSON lines already")
@@ -162,7 +159,7 @@ def predict(
     if input_file is None:
         _predict_texts(
             texts or _texts_from_stdin(),
-            bundle=bundle or _BUNDLES,
+            bundle=bundle or _DEFAULT_BUNDLES,
             provider=provider,
             top_k=top_k,
             truncate=truncate,
@@ -175,6 +172,7 @@ def predict(
 
     from evalmode.client.transfer import Source
 
+    # The server is connected, or the bundle opened, when `_predict_file` enters this context.
     answerer: AbstractAsyncContextManager[Answerer]
     if url is not None:
         from evalmode.client.remote import connect
@@ -192,28 +190,44 @@ def predict(
     else:
         from evalmode.client.local import open_model
 
-        answerer = open_model(bundle or _BUNDLES, provider=provider, top_k=top_k, truncate=truncate)
+        answerer = open_model(
+            bundle or _DEFAULT_BUNDLES, provider=provider, top_k=top_k, truncate=truncate
+        )
     _predict_file(
         Source(path=input_file, chunk_lines=chunk_lines),
         output,
         answerer,
         concurrency=concurrency,
-        question={"top_k": top_k, "truncate": truncate},
+        answer_options={"top_k": top_k, "truncate": truncate},
     )
 
 
+def _flag_on_command_line(context: typer.Context, names: Sequence[str]) -> str | None:
+    """The first of these flags that the command line has, as `--chunk-lines`; else None.
+
+    A value from an environment variable does not count: a shell may set it for all commands.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            return "--" + name.replace("_", "-")
+    return None
+
+
 def _texts_from_stdin() -> list[str]:
+    """Each line of stdin as a text."""
     if sys.stdin.isatty():
         raise EvalmodeError(
             "there is no text: give texts as arguments, or pipe one per line into stdin"
         )
-    # Bytes, since text mode would fail at the first that is not UTF-8.
+    # Bytes, because text mode would raise at the first byte that is not UTF-8.
     return [line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer]
 
 
 def _predict_texts(
     texts: Sequence[str], *, bundle: Path, provider: str, top_k: int, truncate: bool, as_json: bool
 ) -> None:
+    """Print the predictions for `texts`, as a table or as the JSON that a server would send."""
     from evalmode.service.predictor import Predictor
 
     with Predictor.open(bundle, provider=provider) as predictor:
@@ -223,12 +237,13 @@ def _predict_texts(
 
             print(PredictResponse.of(predictor.model, predictions).model_dump_json())
             return
+
     from evalmode.tables import predictions_table
 
-    top_labels = [
+    labels_and_scores = [
         [(scored.label, scored.score) for scored in prediction.top] for prediction in predictions
     ]
-    open_console().print(predictions_table(texts, top_labels))
+    open_console().print(predictions_table(texts, labels_and_scores))
 
 
 def _predict_file(
@@ -237,12 +252,13 @@ def _predict_file(
     answerer: AbstractAsyncContextManager[Answerer],
     *,
     concurrency: int,
-    question: Mapping[str, object],
+    answer_options: Mapping[str, object],
 ) -> None:
     """Answer the lines of `source` into `output`, and print a summary on stderr.
 
-    `question` holds the flags that answers depend on. Raises typer.Exit with 1 when a line could
-    not be answered, and with 130 after Ctrl-C.
+    `output` is a file, or stdout if it is None or `-`. `answer_options` are the flags that the
+    answers depend on: a later run with others does not continue the file. Raises typer.Exit with 1
+    when a line could not be answered, and with 130 after Ctrl-C.
     """
     from evalmode.client.answers_file import AnswersFile, Stdout, identity_of
     from evalmode.client.transfer import Transfer
@@ -255,29 +271,30 @@ def _predict_file(
         writer = Stdout()
     else:
         identity = identity_of(source.path) if source.repeatable else None
-        writer = AnswersFile(output, question={**question, "input": identity})
+        writer = AnswersFile(output, answer_options={**answer_options, "input": identity})
 
     async def transfer() -> None:
-        async with answerer as opened:
+        async with answerer as opened_answerer:
             await Transfer(
-                source=source, answerer=opened, writer=writer, concurrency=concurrency
+                source=source, answerer=opened_answerer, writer=writer, concurrency=concurrency
             ).run()
 
     with writer:
-        began, earlier_lines = time.monotonic(), writer.lines
+        # A run that continues a file counts its own lines for the speed.
+        started, earlier_lines = time.monotonic(), writer.lines
         try:
             asyncio.run(transfer())
         except KeyboardInterrupt as interrupt:
             print_error(f"interrupted; {writer.how_to_continue}")
             raise typer.Exit(_EXIT_INTERRUPTED) from interrupt
+        seconds = time.monotonic() - started
 
-        seconds = time.monotonic() - began
-        answered = writer.lines - earlier_lines
-        rows_per_s = answered / max(seconds, 1e-9)
+        answered_lines = writer.lines - earlier_lines
+        lines_per_s = answered_lines / max(seconds, 1e-9)
         summary = {
             "lines": f"{writer.lines:,}",
-            "of them with an error": f"{writer.errors:,}",
-            "answered now": f"{answered:,} in {seconds:.1f} s, {rows_per_s:,.0f} a second",
+            "lines with an error": f"{writer.errors:,}",
+            "answered now": f"{answered_lines:,} in {seconds:.1f} s, {lines_per_s:,.0f} a second",
             "digest": writer.digest or "no line was answered",
         }
         open_console(stderr=True).print(pairs_table(summary, title="predict"))

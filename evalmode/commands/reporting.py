@@ -39,10 +39,10 @@ AllowUnproven = Annotated[
 
 
 def finish(report: Report, form: str, output: Path | None) -> None:
-    """Print the report in the format `form`, or write it to `output`, and end the command.
+    """Print the report in the format `form`, or write it to `output`, and set the exit code.
 
-    Returns when every rule holds. Raises typer.Exit with 2 when a file was unreadable, else with 1
-    when a rule does not hold.
+    Raises typer.Exit with 2 if a file was unreadable, and otherwise with 1 if a rule does not hold.
+    Returns if all rules hold.
     """
     from evalmode.export.report.report import plain
 
@@ -53,7 +53,8 @@ def finish(report: Report, form: str, output: Path | None) -> None:
         from evalmode.export.report import text
 
         console = open_console()
-        for line in text.lines(report, reasons=False):  # stderr has the reasons
+        # stderr has the reasons already.
+        for line in text.lines(report, reasons=False):
             console.print(line, soft_wrap=True)
     else:
         rendered = import_module(f"evalmode.export.report.{form}").render(report)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evalmode.commands.generated import command_of, parameter
+from evalmode.commands.generated import command_of, flag_parameter
 from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console, write
 
@@ -47,20 +47,24 @@ def serve_command() -> Any:
 
 def _run(
     *,
-    where: Path | None,
+    positional_bundle: Path | None,
     config: Path | None,
     print_settings: bool,
     bundle: Path | None,
     **flags: Any,
 ) -> None:
-    """Serve with `flags` as the fields of Settings; None and an empty list are flags not given."""
+    """Serve, or print the settings.
+
+    `flags` are the fields of Settings. A flag that is not on the command line is None, or an empty
+    list if it may be repeated.
+    """
     from evalmode.service.settings import trace_settings
 
-    if where is not None and bundle is not None:
-        raise EvalmodeError(f"the bundle is given twice: {where} and --bundle {bundle}")
-    # click gives an empty list for a flag that may be repeated and is not given.
+    if positional_bundle is not None and bundle is not None:
+        raise EvalmodeError(f"the bundle is given twice: {positional_bundle} and --bundle {bundle}")
+    # `trace_settings` ignores None, but an empty list would be a value.
     flags = {name: value for name, value in flags.items() if value != []}
-    settings, origins = trace_settings(config=config, bundle=where or bundle, **flags)
+    settings, origins = trace_settings(config=config, bundle=positional_bundle or bundle, **flags)
     if not print_settings:
         from evalmode.service.process.server import serve as serve_settings
 
@@ -78,7 +82,7 @@ def _parameters() -> Iterator[inspect.Parameter]:
     """
     from evalmode.service.settings import CONFIG_VARIABLE, GROUPS, SECRETS, Settings
 
-    where = typer.Argument(
+    positional_bundle = typer.Argument(
         help="A bundle or a folder of bundles; the same as --bundle.",
         metavar="BUNDLE",
         show_default=False,
@@ -89,9 +93,11 @@ def _parameters() -> Iterator[inspect.Parameter]:
     print_settings = typer.Option(
         "--print-settings", help="Print every setting and its origin, and do not serve."
     )
-    yield parameter("where", Annotated[Path | None, where], default=None)
-    yield parameter("config", Annotated[Path | None, config], default=None)
-    yield parameter("print_settings", Annotated[bool, print_settings], default=False)
+    yield flag_parameter(
+        "positional_bundle", Annotated[Path | None, positional_bundle], default=None
+    )
+    yield flag_parameter("config", Annotated[Path | None, config], default=None)
+    yield flag_parameter("print_settings", Annotated[bool, print_settings], default=False)
 
     group = None
     for name, field in Settings.model_fields.items():
@@ -112,7 +118,7 @@ def _parameters() -> Iterator[inspect.Parameter]:
         if default not in (None, ()):
             help_text += f" \\[default: {default}]"
         option = typer.Option(flag, help=help_text, rich_help_panel=group, show_default=False)
-        yield parameter(name, Annotated[annotation | None, option], default=None)
+        yield flag_parameter(name, Annotated[annotation | None, option], default=None)
 
 
 def _print_table(settings: Settings, origins: Mapping[str, Origin]) -> None:
@@ -131,7 +137,7 @@ def _print_table(settings: Settings, origins: Mapping[str, Origin]) -> None:
 
 
 def _toml_lines(settings: Settings, origins: Mapping[str, Origin]) -> Iterator[str]:
-    """A file for --config that sets the same, except for secrets, which are left out."""
+    """The lines of a file for --config with the same settings. Secrets are left out."""
     from evalmode.service.settings import GROUPS, SECRETS, Settings
 
     yield (
@@ -162,5 +168,5 @@ def _toml_value(value: object) -> str:
             return repr(value)
         case tuple():
             return f"[{', '.join(map(_toml_value, value))}]"
-    # A JSON string is a TOML string, but for DEL, which TOML must have escaped.
+    # A JSON string is a TOML string, except that TOML demands an escape for DEL.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 import typer
 
 from evalmode import CACHE
-from evalmode.commands.generated import command_of, parameter
+from evalmode.commands.generated import command_of, flag_parameter
 from evalmode.errors import EvalmodeError
 from evalmode.terminal import open_console
 
@@ -81,17 +81,20 @@ def train_command() -> Any:
     for name, help_text in _HELP.items():
         option = typer.Option(help=help_text, envvar=_VARIABLES.get(name))
         flag_type = types[name]
-        # TrainConfig refuses a wrong word in one sentence; click would print its usage as well.
+        # As a string, so that TrainConfig refuses a wrong word in one sentence. click would print
+        # its usage as well.
         if get_origin(flag_type) is Literal:
             flag_type = str
-        parameters.append(parameter(name, Annotated[flag_type, option], default=defaults[name]))
+        parameters.append(
+            flag_parameter(name, Annotated[flag_type, option], default=defaults[name])
+        )
     return command_of(_run, parameters, described_by=train, epilog=EPILOG)
 
 
 def _run(
     *, out: Path | None, resume: bool, overwrite: bool, cache: Path | None, **options: Any
 ) -> None:
-    """Train with `options` as the fields of TrainConfig, and print what came out."""
+    """Train with `options` as the fields of TrainConfig, and print the result."""
     from evalmode.model.config import TrainConfig
 
     try:
@@ -99,7 +102,7 @@ def _run(
     except ValueError as error:
         raise EvalmodeError(str(error)) from error
 
-    # After the configuration: a wrong value is refused before torch is imported.
+    # Imported after the configuration: a wrong value is refused before torch is imported.
     from evalmode.model.train import fit
     from evalmode.tables import data_tables, metrics_table, pairs_table
 
@@ -113,7 +116,8 @@ def _run(
         console=console,
         show_data=lambda data: console.print(data_tables(data)),
     )
-    if result is None:  # one of several processes: the first prints the result
+    # With several processes, only the first has a result.
+    if result is None:
         return
     console.print(metrics_table(result.metrics))
     facts = {

@@ -22,9 +22,10 @@ EPILOG = (
     "Examples:  evalmode verify bundles models/*.onnx   |   evalmode verify models --format sarif"
     " --output evalmode.sarif   |   evalmode verify int8.onnx --inputs rows.npz"
 )
+# The value of --inputs for generated inputs.
 MADE = "made"
 
-# Fewer files are verified before a bar could be read.
+# With fewer files the command ends before a progress bar could be read.
 _TARGETS_FOR_A_BAR = 20
 
 
@@ -92,7 +93,9 @@ def verify(
         limits=Limits(time_s=time_limit, memory_mib=memory_limit),
     )
     if inputs is not None:
-        load(options)  # an error in the user's own code is no verdict on a file
+        # The module and the samples are loaded once here, so that an error in the user's code ends
+        # the command. Otherwise it would become a finding on each file.
+        load(options)
 
     targets = find_targets(paths)
     examined: Iterable[Examined] = examine_all(targets, options)
@@ -106,9 +109,10 @@ def verify(
 
 
 def _samples(inputs: str) -> Sequence[Any] | str:
-    """The inputs that --inputs names.
+    """The samples that `--inputs` names.
 
-    The arrays of a file, the reference to the user's code, or an empty sequence for `made`.
+    For a .npz file a list with its arrays, for the user's code the reference itself, and for `made`
+    an empty sequence.
     """
     if inputs == MADE:
         return ()

@@ -1,7 +1,7 @@
 """The axes of a module's inputs that vary, by name.
 
-Vocabulary: a *sample* holds the inputs of one call, by name. An *axis* that varies has a name, such
-as `batch` or `length`; axes of one name always have one size.
+A *sample* holds the inputs of one call, by the name of the input. An *axis* that varies has a name,
+such as `batch` or `length`. Axes with the same name have the same size in every sample.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ from evalmode.export.inputs.errors import UnusableInputs
 
 # The name of the axis of rows.
 BATCH = "batch"
+# How `--dynamic-axes` writes an axis that does not vary.
+_FIXED = "_"
 
 Sample: TypeAlias = Mapping[str, Tensor]
-# Input -> index of an axis that varies -> its name: {"input_ids": {0: "batch", 1: "length"}}.
+# The name of an input -> the index of each axis that varies -> the name of that axis, for example
+# {"input_ids": {0: "batch", 1: "length"}}.
 Axes: TypeAlias = Mapping[str, Mapping[int, str]]
-# Answers a sample with tensors by name. Raises any exception for inputs that it does not read.
-Run: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
+# A function from a sample to the output tensors by name: a call of a module or of a graph. It may
+# raise any exception for inputs that it cannot read.
+Forward: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
 
 
 def parse_axes(texts: Sequence[str], sample: Sample) -> Axes:
-    """The axes that `NAME=batch,length,_` names for each input; `_` is an axis that does not vary.
+    """The axes in texts of the form `INPUT=batch,length,_`, with `_` for an axis that is fixed.
 
-    Raises UnusableInputs for an unknown input, or a number of axes that it does not have.
+    Raises UnusableInputs for a text of another form, for an input that `sample` does not have, and
+    for a number of axes that differs from the input's.
 
     >>> import torch
     >>> parse_axes(["ids=batch,_"], {"ids": torch.ones(2, 3)})
@@ -37,38 +42,48 @@ def parse_axes(texts: Sequence[str], sample: Sample) -> Axes:
     """
     axes: dict[str, dict[int, str]] = {}
     for text in texts:
-        input_name, equals, right = text.partition("=")
-        names = [name.strip() for name in right.split(",")]
-        if not equals or not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
+        input_name, equals_sign, name_list = text.partition("=")
+        axis_names = [name.strip() for name in name_list.split(",")]
+        if not equals_sign or not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in axis_names):
             raise UnusableInputs(
                 "--dynamic-axes must read NAME=batch,length with `_` for a fixed axis, got"
                 f" {text!r}"
             )
         if input_name not in sample:
             raise UnusableInputs(
-                f"--dynamic-axes names the input {input_name!r}, the inputs are {', '.join(sample)}"
+                f"--dynamic-axes names the input {input_name!r}, and the inputs are"
+                f" {', '.join(sample)}"
             )
         axis_count = sample[input_name].ndim
-        if len(names) != axis_count:
+        if len(axis_names) != axis_count:
             raise UnusableInputs(
-                f"--dynamic-axes gives {input_name} {len(names)} axes, its sample has {axis_count}"
+                f"--dynamic-axes names {len(axis_names)} axes of {input_name}, and its sample has"
+                f" {axis_count}"
             )
-        axes[input_name] = {index: name for index, name in enumerate(names) if name != "_"}
+        axes[input_name] = {}
+        for index, axis_name in enumerate(axis_names):
+            if axis_name != _FIXED:
+                axes[input_name][index] = axis_name
     return axes
 
 
 def sizes_of(sample: Sample, axes: Axes) -> dict[str, int]:
-    """The size of every named axis in a sample.
+    """The size of each axis in a sample, by the name of the axis.
 
-    Raises UnusableInputs where two axes of one name have different sizes.
+    Raises UnusableInputs where two axes with the same name have different sizes.
+
+    >>> import torch
+    >>> sizes_of({"ids": torch.ones(2, 3)}, {"ids": {0: "batch", 1: "length"}})
+    {'batch': 2, 'length': 3}
     """
     sizes: dict[str, int] = {}
-    for input_name, names in axes.items():
-        for index, axis in names.items():
+    for input_name, axis_names in axes.items():
+        for index, axis_name in axis_names.items():
             size = sample[input_name].shape[index]
-            if sizes.setdefault(axis, size) != size:
+            earlier_size = sizes.setdefault(axis_name, size)
+            if size != earlier_size:
                 raise UnusableInputs(
-                    f"axis {axis!r} is {sizes[axis]} in one input and {size} in {input_name}"
+                    f"axis {axis_name!r} is {earlier_size} in one input and {size} in {input_name}"
                 )
     return sizes
 

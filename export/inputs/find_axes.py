@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from evalmode.export.inputs.axes import BATCH, Axes, Run, Sample
+from evalmode.export.inputs.axes import BATCH, Axes, Forward, Sample
 from evalmode.export.inputs.resize import resized
 
 _LENGTH = "length"
@@ -21,7 +21,7 @@ _MOST_COMBINED = 6
 _Axis: TypeAlias = tuple[str, int]
 
 
-def find_axes(run: Run, samples: Sequence[Sample]) -> Axes:
+def find_axes(run: Forward, samples: Sequence[Sample]) -> Axes:
     """The axes that vary between the samples, named `batch`, `length`, `length1`, and so on.
 
     1. Axes that have equal sizes in every sample are a group.
@@ -65,7 +65,7 @@ def find_axes(run: Run, samples: Sequence[Sample]) -> Axes:
     return {name: dict(sorted(names.items())) for name, names in axes.items()}
 
 
-def _split(run: Run, sample: Sample, group: list[_Axis]) -> list[list[_Axis]]:
+def _split(run: Forward, sample: Sample, group: list[_Axis]) -> list[list[_Axis]]:
     """Split axes of one size into blocks that vary together."""
     if len(group) == 1:
         return [group]
@@ -129,7 +129,7 @@ def _split(run: Run, sample: Sample, group: list[_Axis]) -> list[list[_Axis]]:
 
 
 def _find_batch(
-    run: Run,
+    run: Forward,
     sample: Sample,
     sizes: Mapping[_Axis, tuple[int, ...]],
     blocks: Sequence[list[_Axis]],
@@ -167,7 +167,7 @@ def _with_sizes(sample: Sample, sizes: Mapping[_Axis, int]) -> dict[str, Tensor]
     return resized(sample, axes, sizes_by_name)
 
 
-def _answers(run: Run, sample: Sample) -> dict[str, Tensor] | None:
+def _answers(run: Forward, sample: Sample) -> dict[str, Tensor] | None:
     """The answers, or None where the module does not read the sample."""
     try:
         return dict(run(sample))

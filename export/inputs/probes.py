@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.inputs.axes import BATCH, Axes, Run, Sample, sizes_of
+from evalmode.export.inputs.axes import BATCH, Axes, Forward, Sample, sizes_of
 from evalmode.export.inputs.evidence import Companions, Evidence
 from evalmode.export.inputs.resize import boundary_sizes, keeps_masks, resampled, resized
 
@@ -21,7 +21,7 @@ _ROWS = 8
 _RESAMPLED_PROBES = 4
 
 
-def evidence_of(run: Run, samples: Sequence[Sample], axes: Axes) -> Evidence:
+def evidence_of(run: Forward, samples: Sequence[Sample], axes: Axes) -> Evidence:
     """The probes and the rows on which the module or graph behind `run` is judged."""
     companions = single_rows(run, samples, axes)
     rows = {}
@@ -33,7 +33,7 @@ def evidence_of(run: Run, samples: Sequence[Sample], axes: Axes) -> Evidence:
     )
 
 
-def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
+def probes(run: Forward, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
     """The samples, and inputs made of them: of sizes at both ends of every axis, of other values.
 
     An input made here is a probe only if `run` reads it and answers with finite numbers. Otherwise
@@ -57,7 +57,7 @@ def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
     return [_as_arrays(probe) for probe in (*samples, *readable)]
 
 
-def single_rows(run: Run, samples: Sequence[Sample], axes: Axes) -> dict[int, Companions]:
+def single_rows(run: Forward, samples: Sequence[Sample], axes: Axes) -> dict[int, Companions]:
     """Single rows by their length: the size of the first axis besides the batch, or 0 without one.
 
     Empty where nothing shares a batch: no input has an axis of rows, or one has two.
@@ -93,7 +93,7 @@ def single_rows(run: Run, samples: Sequence[Sample], axes: Axes) -> dict[int, Co
     return groups
 
 
-def can_batch(run: Run, sample: Sample, axes: Axes) -> bool:
+def can_batch(run: Forward, sample: Sample, axes: Axes) -> bool:
     """Whether a service may batch rows: all inputs and answers have them on the first axis."""
     if not all(axes.get(name, {}).get(0) == BATCH for name in sample):
         return False
@@ -107,7 +107,7 @@ def can_batch(run: Run, sample: Sample, axes: Axes) -> bool:
     return True
 
 
-def _answers_finite_numbers(run: Run, probe: Sample) -> bool:
+def _answers_finite_numbers(run: Forward, probe: Sample) -> bool:
     try:
         answers = run(probe)
     except Exception:  # the user's own code or graph, on inputs that were made here

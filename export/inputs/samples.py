@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evalmode.export.inputs.axes import (
     BATCH,
     Axes,
-    Run,
+    Forward,
     Sample,
     parse_axes,
     shapes_of,
@@ -232,7 +232,7 @@ def _require_exportable(samples: Sequence[Sample]) -> None:
                 )
 
 
-def _traced_example(run: Run, samples: Sequence[Sample], axes: Axes) -> Sample:
+def _traced_example(run: Forward, samples: Sequence[Sample], axes: Axes) -> Sample:
     """The inputs that the exporter traces: the largest sample, with few rows.
 
     Where the module reads it, no two axes have one size and none has size 1: an exporter may take

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from evalmode import DEFAULT_TOP_K
 from evalmode.service.batching.engine import Engine
 from evalmode.service.errors import BadRequest, NotReady, QueueFull, RequestTimeout
 from evalmode.service.http.body import silence_error
@@ -64,7 +65,7 @@ _INLINE_BYTES = 2_000
 class StreamOptions:
     """The options of all lines of a stream."""
 
-    top_k: int = 3
+    top_k: int = DEFAULT_TOP_K
     truncate: bool = True
 
 

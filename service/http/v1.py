@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from evalmode import DEFAULT_TOP_K
 from evalmode.service.components import components_of
 from evalmode.service.errors import InvalidField
 from evalmode.service.http.body import (
@@ -25,7 +26,6 @@ from evalmode.service.http.v1_request import (
     unique_parameters,
 )
 from evalmode.service.http.v1_schemas import (
-    DEFAULT_TOP_K,
     ErrorResponse,
     ModelResponse,
     PredictResponse,

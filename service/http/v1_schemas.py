@@ -7,13 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, JsonValue
 
+from evalmode import DEFAULT_TOP_K
 from evalmode.bundle.certificate import Certificate, Platform
 from evalmode.bundle.known_answers import Replay
 from evalmode.bundle.manifest import Manifest
 from evalmode.service.models.model import Model
 from evalmode.service.models.text import Prediction
-
-DEFAULT_TOP_K = 3
 
 _REQUEST: JsonValue = {
     "inputs": ["Ez egy rövid mondat.", "Dit is een zin."],
@@ -42,6 +41,8 @@ class PredictRequest(BaseModel):
     # InstanceOf, because pydantic's `str` refuses half an emoji. It is valid JSON, and front ends
     # encode it like any other text.
     inputs: list[InstanceOf[str]] = Field(min_length=1, description="The texts; each may be empty.")
+    # The largest `top_k` is a setting of the server, `max_top_k`, and the most `inputs` are
+    # `max_rows`. `request_schema` below states both in OpenAPI. v1_request.py refuses more.
     top_k: int = Field(
         default=DEFAULT_TOP_K,
         ge=1,

@@ -43,20 +43,21 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(lines)
 
     def answer(self, lines: list[str], *, digest: str = DIGEST, only: int | None = None) -> None:
-        """Send all answers, or `only` so many and a part of the next before the connection ends."""
-        lines_out = [_answer(index, line) for index, line in enumerate(lines)]
+        """Send all answers; or `only` so many and a part of the next, and close the connection."""
+        answers = [answer_to(index, line) for index, line in enumerate(lines)]
+        body = b"".join(answers)
         self.send_response(200)
         self.send_header("content-type", "application/x-ndjson")
         self.send_header("x-evalmode-digest", digest)
-        self.send_header("content-length", str(sum(map(len, lines_out))))
+        self.send_header("content-length", str(len(body)))
         self.end_headers()
-        self.wfile.write(
-            b"".join(lines_out if only is None else [*lines_out[:only], lines_out[only][:7]])
-        )
         if only is not None:
+            body = b"".join(answers[:only]) + answers[only][:7]
             self.close_connection = True
+        self.wfile.write(body)
 
     def refuse(self, status: int, sentence: str, **headers: str) -> bool:
+        """Send an error response. Returns True, so that `misbehave` can return the call."""
         body = json.dumps({"error": sentence}).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -71,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
+    """Counts and records the requests. `misbehave` gets each one first, with its number."""
+
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -90,22 +93,22 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-def _answer(index: int, line: str) -> bytes:
+def answer_to(index: int, line: str) -> bytes:
+    """The answer to a line: its text as the label, or an error."""
+    answer: dict[str, object]
     try:
-        asked = json.loads(line)
+        value = json.loads(line)
     except ValueError:
-        return (
-            json.dumps({"index": index, "error": "not valid JSON"}, separators=(",", ":")).encode()
-            + b"\n"
-        )
-    text = asked if isinstance(asked, str) else asked["text"]
-    answer = {
-        "index": index,
-        "label": text,
-        "score": 0.5,
-        "truncated": False,
-        "top": [{"label": text, "score": 0.5}],
-    }
+        answer = {"index": index, "error": "not valid JSON"}
+    else:
+        text = value if isinstance(value, str) else value["text"]
+        answer = {
+            "index": index,
+            "label": text,
+            "score": 0.5,
+            "truncated": False,
+            "top": [{"label": text, "score": 0.5}],
+        }
     return json.dumps(answer, separators=(",", ":")).encode() + b"\n"
 
 
@@ -135,18 +138,21 @@ def predict(*arguments: object, cwd: Path, **options: Any) -> subprocess.Complet
 
 
 def texts_in(folder: Path, count: int = 1000) -> list[str]:
+    """Write `count` texts to `texts.jsonl`, and return them."""
     texts = [f"text {number}" for number in range(count)]
     (folder / "texts.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
     return texts
 
 
 def labels_of(answers: Path) -> list[str]:
+    """The labels in a file of answers, whose indices must be in order."""
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(len(lines)))
     return [line["label"] for line in lines]
 
 
-def to(server: Server, *more: object) -> tuple[object, ...]:
+def flags_for(server: Server, *more: object) -> tuple[object, ...]:
+    """The flags that send `texts.jsonl` to `server` and write `answers.jsonl`."""
     return ("--url", server.url, "--input", "texts.jsonl", "--output", "answers.jsonl", *more)
 
 
@@ -161,7 +167,7 @@ def test_every_line_is_answered_in_order_over_several_connections(
     # The first two requests are answered after the others.
     server.misbehave = lambda handler, number, lines: time.sleep(0.2 if number < 2 else 0)
     process = predict(
-        *to(server, "--chunk-lines", 100, "--model", "m/2", "--top-k", 2, "--api-key", "k"),
+        *flags_for(server, "--chunk-lines", 100, "--model", "m/2", "--top-k", 2, "--api-key", "k"),
         cwd=tmp_path,
     )
     assert process.returncode == 0, process.stderr
@@ -192,7 +198,7 @@ def test_a_temporary_refusal_is_retried_after_the_wait_that_the_server_asks_for(
         return handler.refuse(status, "too much waits already", **headers)
 
     server.misbehave = misbehave
-    process = predict(*to(server), cwd=tmp_path)
+    process = predict(*flags_for(server), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert labels_of(tmp_path / "answers.jsonl") == texts
     assert len(times) == 4
@@ -209,7 +215,7 @@ def test_after_a_broken_stream_only_the_rest_is_sent_again(server: Server, tmp_p
 
     server.misbehave = misbehave
     # A try that brings answers is progress, and not one of the failures in a row.
-    process = predict(*to(server, "--retries", 1), cwd=tmp_path)
+    process = predict(*flags_for(server, "--retries", 1), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert labels_of(tmp_path / "answers.jsonl") == texts
     assert [len(lines) for _, _, lines in server.requests] == [100, 70, 40, 10]
@@ -222,7 +228,7 @@ def test_a_stream_that_ends_with_an_error_line_is_retried(server: Server, tmp_pa
         if number:
             return False
         body = (
-            b"".join(_answer(index, line) for index, line in enumerate(lines[:4]))
+            b"".join(answer_to(index, line) for index, line in enumerate(lines[:4]))
             + b'{"error":"stopping"}\n'
         )
         handler.send_response(200)
@@ -237,7 +243,7 @@ def test_a_stream_that_ends_with_an_error_line_is_retried(server: Server, tmp_pa
         return True
 
     server.misbehave = misbehave
-    assert predict(*to(server), cwd=tmp_path).returncode == 0
+    assert predict(*flags_for(server), cwd=tmp_path).returncode == 0
     assert labels_of(tmp_path / "answers.jsonl") == texts
 
 
@@ -249,7 +255,7 @@ def test_after_the_last_retry_it_says_how_to_continue_and_the_next_run_continues
         number >= 3 and handler.refuse(503, "too much", retry_after="0")
     )
     given_up = predict(
-        *to(server, "--chunk-lines", 100, "--concurrency", 1, "--retries", 2), cwd=tmp_path
+        *flags_for(server, "--chunk-lines", 100, "--concurrency", 1, "--retries", 2), cwd=tmp_path
     )
     assert given_up.returncode == 2
     message = given_up.stderr.decode()
@@ -260,31 +266,37 @@ def test_after_the_last_retry_it_says_how_to_continue_and_the_next_run_continues
     request_count = server.request_count
     with (tmp_path / "answers.jsonl").open("ab") as cut:
         cut.write(b'{"index":300,"lab')  # as a kill leaves it
-    assert predict(*to(server, "--chunk-lines", 100), cwd=tmp_path).returncode == 0
+    assert predict(*flags_for(server, "--chunk-lines", 100), cwd=tmp_path).returncode == 0
     assert labels_of(tmp_path / "answers.jsonl") == texts
     assert server.request_count == request_count + 7
-    assert predict(*to(server), cwd=tmp_path).returncode == 0
+    assert predict(*flags_for(server), cwd=tmp_path).returncode == 0
     assert server.request_count == request_count + 7  # every line is answered
 
 
 def test_a_killed_run_can_be_continued(server: Server, tmp_path: Path) -> None:
     texts = texts_in(tmp_path, 3000)
-    reached = threading.Event()
-    server.misbehave = lambda handler, number, lines: (
-        number > 10 and (reached.set(), handler.refuse(503, "wait"))[1]
-    )
-    command = [EVALMODE, "predict", *map(str, to(server, "--chunk-lines", 50, "--retries", 100))]
-    for ended, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        reached.clear()
+    refused = threading.Event()
+
+    def misbehave(handler: Handler, number: int, lines: list[str]) -> bool:
+        if number <= 10:
+            return False
+        refused.set()
+        return handler.refuse(503, "wait")
+
+    server.misbehave = misbehave
+    flags = flags_for(server, "--chunk-lines", 50, "--retries", 100)
+    command = [EVALMODE, "predict", *map(str, flags)]
+    for end, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        refused.clear()
         running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
-        assert reached.wait(WAIT_S)
-        running.send_signal(ended)
+        assert refused.wait(WAIT_S)
+        running.send_signal(end)
         _, message = running.communicate(timeout=WAIT_S)
         assert running.returncode == code, message
     assert b"interrupted; " in message
     assert b"the same command continues from there" in message
     server.misbehave = lambda handler, number, lines: False
-    assert predict(*to(server), cwd=tmp_path).returncode == 0
+    assert predict(*flags_for(server), cwd=tmp_path).returncode == 0
     assert labels_of(tmp_path / "answers.jsonl") == texts
 
 
@@ -297,7 +309,7 @@ def test_a_permanent_refusal_is_not_retried(
 ) -> None:
     texts_in(tmp_path, 10)
     server.misbehave = lambda handler, number, lines: handler.refuse(status, "no key")
-    process = predict(*to(server), cwd=tmp_path)
+    process = predict(*flags_for(server), cwd=tmp_path)
     assert (process.returncode, server.request_count) == (2, 1)
     assert message in process.stderr.decode()
 
@@ -311,7 +323,7 @@ def test_a_run_is_not_continued_with_another_model(server: Server, tmp_path: Pat
         return number >= 5
 
     server.misbehave = misbehave
-    process = predict(*to(server, "--chunk-lines", 100, "--concurrency", 1), cwd=tmp_path)
+    process = predict(*flags_for(server, "--chunk-lines", 100, "--concurrency", 1), cwd=tmp_path)
     assert process.returncode == 2
     assert (
         f"has the digest {'b' * 16}, and the 500 lines in answers.jsonl are from {'a' * 16}"
@@ -324,15 +336,15 @@ def test_a_run_is_not_continued_with_another_input_or_other_flags(
     server: Server, tmp_path: Path
 ) -> None:
     texts_in(tmp_path, 10)
-    assert predict(*to(server), cwd=tmp_path).returncode == 0
+    assert predict(*flags_for(server), cwd=tmp_path).returncode == 0
     before = (tmp_path / "answers.jsonl").read_bytes()
-    other = predict(*to(server, "--top-k", 9), cwd=tmp_path)
+    other = predict(*flags_for(server, "--top-k", 9), cwd=tmp_path)
     assert b"was begun with another top_k" in other.stderr
     texts_in(tmp_path, 11)
-    changed = predict(*to(server), cwd=tmp_path)
+    changed = predict(*flags_for(server), cwd=tmp_path)
     assert b"was begun with another input" in changed.stderr
     (tmp_path / "answers.jsonl.evalmode.json").unlink()
-    unknown = predict(*to(server), cwd=tmp_path)
+    unknown = predict(*flags_for(server), cwd=tmp_path)
     assert b"choose another --output" in unknown.stderr
     assert [process.returncode for process in (other, changed, unknown)] == [2, 2, 2]
     assert (tmp_path / "answers.jsonl").read_bytes() == before
@@ -343,7 +355,7 @@ def test_lines_with_errors_make_the_exit_code_1_in_later_runs_too(
 ) -> None:
     (tmp_path / "texts.jsonl").write_bytes(b'"a"\n{\n\n' + b"x" * (17 << 20) + b'\n"b"\n')
     for _ in range(2):
-        process = predict(*to(server), cwd=tmp_path)
+        process = predict(*flags_for(server), cwd=tmp_path)
         assert process.returncode == 1, process.stderr
         lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert [line["index"] for line in lines] == [0, 1, 2, 3]

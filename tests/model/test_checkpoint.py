@@ -216,8 +216,8 @@ def test_a_record_with_a_foreign_value_is_refused_or_makes_a_usable_checkpoint(c
             ids = checkpoint.open_frontend().encode("a text").ids
             assert ids.max() < checkpoint.frontend.vocabulary
     # In eval mode the rates do not matter, and the values of these four keys are only data.
-    free = {"metrics", "provenance", "sample_texts", "labels"}
-    assert {path for path in loaded if path[0] not in free} <= {
+    free_keys = {"metrics", "provenance", "sample_texts", "labels"}
+    assert {path for path in loaded if path[0] not in free_keys} <= {
         *(("network", key) for key in original["network"] if "dropout" in key or key == "causal"),
         ("network", "heads"),
         ("frontend", "start"),
@@ -307,6 +307,15 @@ def test_held_out_rows_that_the_network_cannot_read_are_refused(copy, change, re
     changed = {name: array for name, array in (arrays | change).items() if array is not None}
     write_listed_file(copy, "held_out.npz", npz_of(changed))
     assert reason in require_refusal(copy, r"held_out\.npz")
+
+
+def test_offsets_of_a_narrow_type_that_fall_are_refused(copy):
+    # From 100 to -100 an int8 rises by 56, because -200 does not fit into it.
+    offsets = np.array([0, 100, -100, 20], np.int8)
+    assert (np.diff(offsets) > 0).all()
+    arrays = {"ids": np.ones(20, np.int32), "offsets": offsets, "labels": np.array([0, 1, 0])}
+    write_listed_file(copy, "held_out.npz", npz_of(arrays))
+    assert "do not divide its ids into rows" in require_refusal(copy, r"held_out\.npz")
 
 
 def test_a_tokenizer_with_ids_beyond_the_table_is_refused(copy):

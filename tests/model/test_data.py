@@ -1,5 +1,6 @@
-"""Files as users have them: every ending, every column, every refusal; rows that are left out are
-counted, and a split loses and leaks nothing.
+"""Files as users have them: each format, each choice of columns, each refusal.
+
+Rows that are left out are counted, and a split loses and leaks nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from evalmode.model.data import composed, open_data, read_file, tell_apart
+from evalmode.model.data import composed_digest, distinct_texts, open_data, read_file
 from evalmode.model.data_set import DataError, DataSet, Texts
 
 ROWS = [
@@ -66,12 +67,12 @@ def test_every_ending_gives_the_same_rows(tmp_path, ending):
     assert data.name == f"rows.{ending}"
 
 
-def test_a_csv_is_nothing_but_text(tmp_path):
+def test_all_values_of_a_csv_are_text(tmp_path):
     rows = [(f"NA null {n}", ("007", "NA")[n % 2]) for n in range(100)]
     assert read_file(csv_of(tmp_path, rows)).labels == ("007", "NA")
 
 
-def test_numbers_and_truths_are_labels_too(tmp_path):
+def test_booleans_of_json_are_labels(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(
@@ -93,21 +94,21 @@ def test_columns_can_be_named(tmp_path):
     assert all_pairs(read_file(path, text_column="label", label_column="text")) == sorted(ROWS)
 
 
-def test_the_split_is_by_the_text_alone(tmp_path):
-    whole = read_file(csv_of(tmp_path))
+def test_the_part_of_a_row_depends_on_its_text_alone(tmp_path):
+    data = read_file(csv_of(tmp_path))
     fewer = read_file(csv_of(tmp_path, ROWS[:150][::-1], name="fewer.csv"))
     for part in ("train", "validation", "test"):
-        assert set(getattr(fewer, part).texts) <= set(getattr(whole, part).texts)
-    assert 0.05 < len(whole.test.texts) / len(ROWS) < 0.2
-    assert 0.05 < len(whole.validation.texts) / len(ROWS) < 0.2
+        assert set(getattr(fewer, part).texts) <= set(getattr(data, part).texts)
+    assert 0.05 < len(data.test.texts) / len(ROWS) < 0.2
+    assert 0.05 < len(data.validation.texts) / len(ROWS) < 0.2
 
 
-def test_no_text_stands_twice_and_none_with_two_labels(tmp_path):
+def test_a_text_is_there_once_and_not_at_all_with_two_labels(tmp_path):
     data = read_file(csv_of(tmp_path, [*ROWS, *ROWS[:50], (ROWS[7][0], "bad")]))
     assert all_pairs(data) == sorted(row for row in ROWS if row != ROWS[7])
 
 
-def test_a_label_too_rare_to_reach_train_goes_there_whole(tmp_path):
+def test_a_label_too_rare_for_the_training_part_moves_there_with_all_rows(tmp_path):
     for number in range(10):  # some of these texts hash to test or validation
         data = read_file(csv_of(tmp_path, [*ROWS, (f"rare {number}", "rare")]))
         assert "rare" in data.train.labels
@@ -128,7 +129,7 @@ def test_the_sha256_of_long_texts_is_that_of_their_json(text):
     assert data.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):
+def test_reading_leaves_no_file_and_prints_nothing(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     read_file(csv_of(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"rows.csv"}
@@ -136,7 +137,7 @@ def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "said"),
+    ("rows", "options", "message"),
     [
         (
             ROWS,
@@ -164,12 +165,12 @@ def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):
         ([*ROWS[:12], *ROWS[:3]], {}, r"has 12 usable rows, .*12 of 15 rows .*3 duplicate left"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path, rows, options, said):
+def test_data_that_makes_no_training_is_refused_in_one_sentence(tmp_path, rows, options, message):
     path = csv_of(tmp_path, rows)
-    with pytest.raises(DataError, match=said) as refused:
+    with pytest.raises(DataError, match=message) as refusal:
         read_file(path, **options)
-    assert str(path) in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("missing", ["", "   ", "\u00a0"])
@@ -182,7 +183,7 @@ def test_rows_without_a_text_or_a_label_are_left_out_and_counted(tmp_path, missi
     assert str(data.reading) == ("200 of 203 rows are used (2 empty text, 1 empty label left out)")
 
 
-def test_null_and_nan_are_no_value_where_a_format_has_them(tmp_path):
+def test_null_and_nan_count_as_missing_in_a_format_that_has_them(tmp_path):
     lines = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
     lines += ['{"text": null, "label": "x"}', '{"text": "b", "label": NaN}', '{"text": "c"}']
     path = tmp_path / "rows.jsonl"
@@ -202,55 +203,54 @@ def test_half_of_a_surrogate_pair_is_read_as_the_front_end_reads_it_and_is_no_la
         read_file(path)
 
 
-def test_texts_that_are_composed_otherwise_are_one_text(tmp_path):
+def test_texts_that_differ_in_their_composition_are_one_text(tmp_path):
     rows = [(f"déjà vu number {n}", ("bad", "good")[n % 2]) for n in range(200)]
     twins = [(unicodedata.normalize("NFD", text), label) for text, label in rows]
     data = read_file(csv_of(tmp_path, [*rows, *twins]))
     assert all_pairs(data) == sorted(rows)
     assert data.reading.left_out == {"duplicate": 200}
-    turned = read_file(csv_of(tmp_path, [*twins[::-1], *rows[::-1]]))
-    assert [
-        set(map(composed, part.texts)) for part in (data.train, data.validation, data.test)
-    ] == [set(map(composed, part.texts)) for part in (turned.train, turned.validation, turned.test)]
-    wrong = [(unicodedata.normalize("NFD", rows[7][0]), "bad")]
-    data = read_file(csv_of(tmp_path, [*rows, *wrong]))
+    reversed_data = read_file(csv_of(tmp_path, [*twins[::-1], *rows[::-1]]))
+    assert keys_of(reversed_data, composed_digest).keys() == keys_of(data, composed_digest).keys()
+    for name, digests in keys_of(data, composed_digest).items():
+        assert set(keys_of(reversed_data, composed_digest)[name]) == set(digests)
+    contradiction = (unicodedata.normalize("NFD", rows[7][0]), "bad")
+    data = read_file(csv_of(tmp_path, [*rows, contradiction]))
     assert all_pairs(data) == sorted(row for row in rows if row != rows[7])
     assert data.reading.left_out == {"contradictory": 2}
 
 
-def test_what_a_front_end_reads_alike_is_one_text_in_one_part(tmp_path):
+def test_texts_with_the_same_identity_are_one_text_in_one_part(tmp_path):
     rows = [(f"{word} {n}", label) for word, label in ROWS for n in ("one", "ONE", "One")]
     data = read_file(csv_of(tmp_path, rows), identity=lambda text: text.lower().encode())
     assert len(all_pairs(data)) == 200
     assert data.reading.left_out == {"duplicate": 400}
 
 
-def test_rows_that_only_a_tokenizer_shows_to_be_alike_stand_in_one_part(tmp_path):
+def test_texts_that_only_a_trained_tokenizer_reads_alike_are_in_one_part(tmp_path):
     data = read_file(csv_of(tmp_path))
-    assert tell_apart(data, keys_of(data, lambda text: text)) is data
-    held_out, trained = data.test.texts[0], data.train.texts[0]
-    same_label = next(
-        text
-        for text, label in zip(data.train.texts, data.train.labels, strict=True)
-        if label == data.test.labels[0]
-    )
-    other_label = next(
-        text
-        for text, label in zip(data.train.texts, data.train.labels, strict=True)
-        if label != data.test.labels[0]
-    )
-    twins = tell_apart(data, keys_of(data, lambda text: same_label if text == held_out else text))
-    assert set(all_pairs(data)) - set(all_pairs(twins)) == {(held_out, data.test.labels[0])}
-    assert twins.reading.left_out == {"duplicate": 1}
-    rivals = tell_apart(data, keys_of(data, lambda text: other_label if text == held_out else text))
-    lost = {text for text, _ in set(all_pairs(data)) - set(all_pairs(rivals))}
-    assert lost == {held_out, other_label}
-    assert rivals.reading.left_out == {"contradictory": 2}
+    assert distinct_texts(data, keys_of(data, lambda text: text)) is data
+    test_text, test_label = data.test.texts[0], data.test.labels[0]
+    train_text: dict[bool, str] = {}
+    for text, label in zip(data.train.texts, data.train.labels, strict=True):
+        train_text.setdefault(label == test_label, text)
+
+    def read_like(text: str) -> DataSet:
+        """The data for a tokenizer that reads the test text like this one."""
+        keys = keys_of(data, lambda each: text if each == test_text else each)
+        return distinct_texts(data, keys)
+
+    without_duplicate = read_like(train_text[True])
+    assert set(all_pairs(data)) - set(all_pairs(without_duplicate)) == {(test_text, test_label)}
+    assert without_duplicate.reading.left_out == {"duplicate": 1}
+    without_rivals = read_like(train_text[False])
+    left_out = {text for text, _ in set(all_pairs(data)) - set(all_pairs(without_rivals))}
+    assert left_out == {test_text, train_text[False]}
+    assert without_rivals.reading.left_out == {"contradictory": 2}
     with pytest.raises(DataError, match=r"no row is left to train on.*200 contradictory"):
-        tell_apart(data, keys_of(data, lambda text: trained))
+        distinct_texts(data, keys_of(data, lambda text: "the same ids"))
 
 
-def test_a_long_run_of_combining_marks_takes_no_time_worth_a_word(tmp_path):
+def test_a_long_run_of_combining_marks_is_read_in_seconds(tmp_path):
     started = time.monotonic()
     rows = [("a" + "\u0316\u0301" * 200_000, "good"), *ROWS]
     assert len(all_pairs(read_file(csv_of(tmp_path, rows)))) == 201
@@ -264,14 +264,14 @@ def test_a_separator_is_for_a_file_and_can_be_given(tmp_path):
         open_data("languages", text_column=None, label_column=None, separator=";", cache=tmp_path)
 
 
-def test_a_column_that_is_there_twice_is_refused(tmp_path):
+def test_two_columns_with_one_name_are_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label,label\n" + "".join(f"{a},{b},{b}\n" for a, b in ROWS))
     with pytest.raises(DataError, match="has 2 columns 'label': give each a different name"):
         read_file(path)
 
 
-def test_a_file_without_a_usual_column_is_told_those_it_has(tmp_path):
+def test_the_error_for_a_file_without_a_usual_column_lists_its_columns(tmp_path):
     with pytest.raises(DataError, match=r"name one with --label-column: 'text', 'stars'"):
         read_file(csv_of(tmp_path, header="text,stars"))
 
@@ -292,12 +292,12 @@ def test_a_broken_file_is_refused_by_name(tmp_path, name, content):
         read_file(tmp_path / name)
 
 
-def test_a_column_of_the_default_data_set_makes_no_sense(tmp_path):
+def test_a_column_of_the_default_data_set_is_refused(tmp_path):
     with pytest.raises(DataError, match="text_column='x' applies to files only"):
         open_data("languages", text_column="x", label_column=None, cache=tmp_path)
 
 
-def test_a_header_that_stands_again_is_left_out_and_counted(tmp_path):
+def test_a_repeated_header_is_left_out_and_counted(tmp_path):
     path = csv_of(tmp_path)
     path.write_text(path.read_text() + "text,label\nanother text,good\n")
     data = read_file(path)
@@ -322,7 +322,7 @@ def test_a_header_that_stands_again_is_left_out_and_counted(tmp_path):
     ],
     ids=ascii,
 )
-def test_labels_that_a_person_cannot_tell_apart_are_classes_that_are_named(tmp_path, twins):
+def test_labels_that_look_alike_stay_different_classes_and_are_listed(tmp_path, twins):
     rows = [(text, (*twins, "other")[n % 3]) for n, (text, _) in enumerate(ROWS)]
     data = read_file(csv_of(tmp_path, rows))
     assert data.labels == tuple(sorted((*twins, "other")))
@@ -336,7 +336,7 @@ def test_labels_that_look_different_are_not_similar(tmp_path):
 
 
 @pytest.mark.parametrize("marks", ["''", "``", '""', "\u201c\u201d", "\u00ab\u00bb"])
-def test_values_of_which_all_stand_in_quotation_marks_are_warned_of(tmp_path, marks):
+def test_a_column_with_all_values_in_quotation_marks_gets_a_note(tmp_path, marks):
     rows = [(text, marks[0] + label + marks[1]) for text, label in ROWS]
     data = read_file(csv_of(tmp_path, rows))
     (note,) = data.reading.notes
@@ -344,7 +344,7 @@ def test_values_of_which_all_stand_in_quotation_marks_are_warned_of(tmp_path, ma
     assert read_file(csv_of(tmp_path, [*rows, ("a text", "plain")])).reading.notes == ()
 
 
-def test_marks_that_the_file_cannot_enclose_values_in_are_warned_of_once(tmp_path):
+def test_quotation_marks_in_a_tsv_file_get_one_note(tmp_path):
     path = tmp_path / "rows.tsv"
     lines = [f'{text}\t"{label}"\n' for text, label in ROWS]
     path.write_text("text\tlabel\n" + "".join(lines))
@@ -352,10 +352,10 @@ def test_marks_that_the_file_cannot_enclose_values_in_are_warned_of_once(tmp_pat
     assert "200 values of column 'label' keep the quotation marks around them" in note
 
 
-def test_a_sentence_names_some_of_many_columns_and_no_megabytes(tmp_path):
+def test_an_error_lists_only_some_of_many_columns_and_shortens_their_names(tmp_path):
     path = tmp_path / "rows.csv"
     for names in ([f"c{number}" for number in range(500)], ["x" * 5_000_000, "label"]):
         path.write_text(",".join(names) + "\n" + ",".join("a" for _ in names) + "\n")
-        with pytest.raises(DataError, match="name one with --text-column") as refused:
+        with pytest.raises(DataError, match="name one with --text-column") as refusal:
             read_file(path)
-        assert len(str(refused.value)) < 1_000
+        assert len(str(refusal.value)) < 1_000

@@ -1,5 +1,6 @@
-"""A run from its configuration to its checkpoint: the same bytes for the same seed, also when it
-was killed.
+"""A run from its configuration to its checkpoint.
+
+The same seed gives the same bytes, also when the run was killed and resumed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.console import Console
 from evalmode.bundle.frontend import open_frontend
 from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
-from evalmode.model.batches import encode
+from evalmode.model.batches import UNLABELLED, encode
 from evalmode.model.config import TrainConfig
 from evalmode.model.data import open_data
 from evalmode.model.data_set import DataSet
@@ -48,12 +49,12 @@ from evalmode.model.learner import Learner
 from evalmode.model.train import fit
 from tests.model.conftest import small_run
 
-plain = Learner.training_step
-def deadly(self, batch, batch_idx):
+training_step = Learner.training_step
+def deadly_step(self, batch, batch_idx):
     if self.global_step == 18:
         os.kill(os.getpid(), signal.SIGKILL)
-    return plain(self, batch, batch_idx)
-Learner.training_step = deadly
+    return training_step(self, batch, batch_idx)
+Learner.training_step = deadly_step
 fit(small_run(Path(sys.argv[1])), out=Path(sys.argv[2]), cache=Path(sys.argv[2]))
 """
 
@@ -63,14 +64,16 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Resul
     return train(data, tmp_path_factory.mktemp("runs") / "uninterrupted")
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(data, tmp_path, uninterrupted):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(
+    data, tmp_path, uninterrupted
+):
     train(data, tmp_path / "same")
     other = train(data, tmp_path / "other", seed=1)
     assert contents(tmp_path / "same") == contents(uninterrupted.checkpoint)
     assert other.weights_sha256 != uninterrupted.weights_sha256
 
 
-def test_it_learns_and_says_what_it_came_to(uninterrupted):
+def test_a_training_learns_and_returns_its_metrics_epochs_and_parameters(uninterrupted):
     assert uninterrupted.metrics["test"]["accuracy"] > 0.9
     assert uninterrupted.epochs == 2
     assert set(uninterrupted.metrics) == {"train", "validation", "test"}
@@ -140,14 +143,14 @@ def test_after_a_kill_9_a_resumed_run_ends_with_the_same_bytes(
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert (out / FOLDER / STATE_FILE).exists()
     assert not (out / checkpoint.RECORD_FILE).exists()
-    seen = watch_steps(monkeypatch)
+    steps = watch_steps(monkeypatch)
     train(data, out, resume=True)
-    assert seen == list(range(15, 2 * STEPS_AN_EPOCH))
+    assert steps == list(range(15, 2 * STEPS_AN_EPOCH))
     assert contents(out) == contents(uninterrupted.checkpoint)
 
 
 @pytest.mark.parametrize(
-    ("step", "saved"),
+    ("killed_at", "resumed_at"),
     [
         (3, 0),
         (5, 5),
@@ -156,20 +159,20 @@ def test_after_a_kill_9_a_resumed_run_ends_with_the_same_bytes(
         (2 * STEPS_AN_EPOCH - 1, 2 * STEPS_AN_EPOCH - 1),
     ],
 )
-def test_it_does_not_matter_at_which_step_it_was_killed(
-    data, tmp_path, monkeypatch, uninterrupted, step, saved
+def test_a_run_that_is_killed_at_any_step_ends_with_the_same_bytes(
+    data, tmp_path, monkeypatch, uninterrupted, killed_at, resumed_at
 ):
     with monkeypatch.context() as patch:
-        watch_steps(patch, die_at=step)
+        watch_steps(patch, die_at=killed_at)
         with pytest.raises(Killed):
             train(data, tmp_path)
-    seen = watch_steps(monkeypatch)
+    steps = watch_steps(monkeypatch)
     train(data, tmp_path, resume=True)
-    assert seen == list(range(saved, 2 * STEPS_AN_EPOCH))
+    assert steps == list(range(resumed_at, 2 * STEPS_AN_EPOCH))
     assert contents(tmp_path) == contents(uninterrupted.checkpoint)
 
 
-def test_a_kill_while_the_state_is_written_leaves_the_state_before(
+def test_a_kill_while_the_state_is_written_leaves_the_previous_state(
     data, tmp_path, monkeypatch, uninterrupted
 ):
     written = []
@@ -183,9 +186,9 @@ def test_a_kill_while_the_state_is_written_leaves_the_state_before(
         if written:
             monkeypatch.setattr(Path, "write_bytes", cut_short)
         written.append(path)
-        plain(self, state, path)
+        save_checkpoint(self, state, path)
 
-    plain = AtomicCheckpointIO.save_checkpoint
+    save_checkpoint = AtomicCheckpointIO.save_checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
         with pytest.raises(Killed):
@@ -195,14 +198,16 @@ def test_a_kill_while_the_state_is_written_leaves_the_state_before(
     assert contents(tmp_path) == contents(uninterrupted.checkpoint)
 
 
+def killed_save(*_args, **_options):
+    """In place of `checkpoint.save`: the run is killed before it writes the checkpoint."""
+    raise Killed
+
+
 def test_a_kill_between_training_and_checkpoint_costs_nothing(
     data, tmp_path, monkeypatch, uninterrupted
 ):
-    def deadly(*_args, **_options):
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", deadly)
+        patch.setattr(checkpoint, "save", killed_save)
         with pytest.raises(Killed):
             train(data, tmp_path)
     train(data, tmp_path, resume=True)
@@ -212,31 +217,33 @@ def test_a_kill_between_training_and_checkpoint_costs_nothing(
 def test_a_run_that_ran_out_of_patience_stays_stopped_when_it_is_resumed(
     data, tmp_path, monkeypatch
 ):
-    stubborn = {
+    options = {
         "learning_rate": 1e-30,
         "informed_table": False,
         "epochs": 9,
         "patience": 1,
         "dropout_kind": "classic",
     }
-    expected = train(data, tmp_path / "whole", **stubborn)
+    expected = train(data, tmp_path / "uninterrupted", **options)
     assert expected.epochs < 9
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(Killed()))
+        patch.setattr(checkpoint, "save", killed_save)
         with pytest.raises(Killed):
-            train(data, tmp_path / "killed", **stubborn)
-    assert train(data, tmp_path / "killed", resume=True, **stubborn).epochs == expected.epochs
+            train(data, tmp_path / "killed", **options)
+    assert train(data, tmp_path / "killed", resume=True, **options).epochs == expected.epochs
 
 
 def test_a_finished_run_is_not_trained_again(data, tmp_path, monkeypatch, uninterrupted):
     train(data, tmp_path)
     monkeypatch.setattr(Learner, "training_step", None)
-    again = train(data, tmp_path, resume=True)
-    assert again.weights_sha256 == uninterrupted.weights_sha256
-    assert again.metrics == uninterrupted.metrics
+    accepted = train(data, tmp_path, resume=True)
+    assert accepted.weights_sha256 == uninterrupted.weights_sha256
+    assert accepted.metrics == uninterrupted.metrics
 
 
-def test_only_the_same_run_can_be_resumed_and_none_is_lost_by_mistake(data, tmp_path, monkeypatch):
+def test_a_run_is_resumed_only_with_the_same_options_and_never_replaced_by_mistake(
+    data, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         watch_steps(patch, die_at=7)
         with pytest.raises(Killed):
@@ -249,7 +256,7 @@ def test_only_the_same_run_can_be_resumed_and_none_is_lost_by_mistake(data, tmp_
         train(data, tmp_path)
 
 
-def test_the_clock_stops_it_with_what_it_has(data, tmp_path):
+def test_a_run_that_reaches_its_time_limit_writes_a_checkpoint(data, tmp_path):
     result = train(data, tmp_path, max_minutes=1e-4, epochs=500, patience=500)
     assert result.epochs < 500
     assert checkpoint.load(tmp_path).module is not None
@@ -261,85 +268,88 @@ def test_the_clock_stops_it_with_what_it_has(data, tmp_path):
 def test_every_front_end_and_kind_of_dropout_trains(data, tmp_path, options):
     result = train(data, tmp_path, **options)
     assert result.metrics["test"]["accuracy"] > 0.8
-    again = checkpoint.load(tmp_path)
-    assert (again.tokenizer is None) == (options.get("frontend") != "bpe")
+    loaded = checkpoint.load(tmp_path)
+    assert (loaded.tokenizer is None) == (options.get("frontend") != "bpe")
 
 
 @pytest.mark.parametrize("frontend", ["ngrams", "bpe"])
-def test_texts_that_the_model_reads_alike_never_stand_in_two_parts(data, tmp_path, frontend):
+def test_texts_that_the_model_reads_alike_are_never_in_two_parts(data, tmp_path, frontend):
     # bpe reads the first 127 tokens: these differ after them. n-grams read all digits alike.
     rows = list(csv.reader(data.read_text().splitlines()))[1:]
     longer = [(f"{text} {'and so on ' * 200}", label) for text, label in rows]
     twins = [(f"{text} {number}", label) for text, label in longer for number in (1, 2, 3)]
-    wrong = [(f"{text} 4", "animal" if label == "plant" else "plant") for text, label in longer[:9]]
+    other_label = {"animal": "plant", "plant": "animal"}
+    contradictions = [(f"{text} 4", other_label[label]) for text, label in longer[:9]]
     path = tmp_path / "twins.csv"
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *twins, *wrong])
-    shown = []
+        csv.writer(file).writerows([("text", "label"), *twins, *contradictions])
+    data_sets: list[DataSet] = []
     fit(
         small_run(path, frontend=frontend),
         out=tmp_path / "out",
         cache=tmp_path,
-        show_data=shown.append,
+        show_data=data_sets.append,
     )
-    (used,) = shown
+    (data_set,) = data_sets
     finished = checkpoint.load(tmp_path / "out")
     ids = [
         {finished.open_frontend().encode(text).ids.tobytes() for text in part.texts}
-        for part in (used.train, used.validation, used.test)
+        for part in (data_set.train, data_set.validation, data_set.test)
     ]
     assert all(ids)
     assert len(ids[0] | ids[1] | ids[2]) == sum(map(len, ids)) == len(rows) - 9
-    assert used.reading.left_out == {"duplicate": 2 * (len(rows) - 9), "contradictory": 4 * 9}
-    assert finished.provenance["data"]["sha256"] == used.sha256
+    assert data_set.reading.left_out == {"duplicate": 2 * (len(rows) - 9), "contradictory": 4 * 9}
+    assert finished.provenance["data"]["sha256"] == data_set.sha256
 
 
 @pytest.mark.parametrize("frontend", ["ngrams", "bpe"])
-def test_rows_that_were_left_out_take_their_ids_along_and_no_others(data, tmp_path, frontend):
+def test_the_rows_that_stay_are_encoded_as_their_texts_and_labels_are(data, tmp_path, frontend):
     # bpe reads the first 127 tokens: these differ after them. n-grams read all digits alike.
     rows = list(csv.reader(data.read_text().splitlines()))[1:]
     long = [(f"{text} {'and so on ' * 200}", label) for text, label in rows[:60]]
     twins = [(f"{text} {number}", label) for text, label in long for number in (1, 2)]
-    # Whichever rows of `rare` contradict others: what is left of it has to stand in train.
+    # Some rows of `rare` contradict others. The rest of them must be in the training part.
     rare = [(f"{text} {number}", "rare") for text, _ in long[:5] for number in (3, 4)]
     path = tmp_path / "twins.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows, *twins, *rare, ("elm elk", "rare")])
     config = small_run(path, frontend=frontend)
-    shown: list[DataSet] = []
-    run = prepare(config, cache=tmp_path, show_data=shown.append)
-    (used,) = shown
-    assert used.reading is not None
-    assert used.reading.left_out["duplicate"] >= 60 - 9
-    assert "rare" in used.train.labels
-    reader = open_frontend(run.spec, run.tokenizer)
-    index = {label: number for number, label in enumerate(used.labels)}
-    for part, held, unlabelled in (
-        (used.train, run.train, used.unlabelled),
-        (used.validation, run.validation, used.unlabelled_validation),
-        (used.test, run.test, ()),
+    data_sets: list[DataSet] = []
+    run = prepare(config, cache=tmp_path, show_data=data_sets.append)
+    (data_set,) = data_sets
+    assert data_set.reading is not None
+    assert data_set.reading.left_out["duplicate"] >= 60 - 9
+    assert "rare" in data_set.train.labels
+    encoder = open_frontend(run.spec, run.tokenizer)
+    index_of = {label: index for index, label in enumerate(data_set.labels)}
+    for part, rows, unlabelled in (
+        (data_set.train, run.train, data_set.unlabelled),
+        (data_set.validation, run.validation, data_set.unlabelled_validation),
+        (data_set.test, run.test, ()),
     ):
-        labels = [*(index[label] for label in part.labels), *(-1 for _ in unlabelled)]
-        anew = encode((*part.texts, *unlabelled), labels, frontend=reader)
+        labels = [index_of[label] for label in part.labels] + [UNLABELLED] * len(unlabelled)
+        expected = encode((*part.texts, *unlabelled), labels, frontend=encoder)
         for name in ("flat", "offsets", "labels"):
-            assert np.array_equal(getattr(held, name), getattr(anew, name))
-            assert getattr(held, name).dtype == getattr(anew, name).dtype
+            assert np.array_equal(getattr(rows, name), getattr(expected, name))
+            assert getattr(rows, name).dtype == getattr(expected, name).dtype
 
 
-def test_what_it_shows_is_its_own_and_it_leaves_nothing_behind(data, tmp_path, monkeypatch, capfd):
+def test_a_training_prints_only_to_its_console_and_leaves_only_its_files(
+    data, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
-    with (tmp_path / "shown").open("w") as shown:
+    with (tmp_path / "console").open("w") as console:
         fit(
             small_run(data),
             out=tmp_path / "out",
             cache=tmp_path,
-            console=Console(file=shown, force_terminal=True, width=200),
+            console=Console(file=console, force_terminal=True, width=200),
         )
-    text = (tmp_path / "shown").read_text()
+    text = (tmp_path / "console").read_text()
     assert "accuracy" in text
     assert "epoch 2/2" in text
     assert capfd.readouterr() == ("", "")
-    assert {path.name for path in tmp_path.iterdir()} == {"shown", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"console", "out"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "model.safetensors",
         "checkpoint.json",
@@ -365,7 +375,7 @@ def test_two_processes_train_together_through_the_command_line(data, tmp_path):
         str(out),
         *options.split(),
     ]
-    ran = subprocess.run(
+    process = subprocess.run(
         command,
         capture_output=True,
         text=True,
@@ -374,14 +384,14 @@ def test_two_processes_train_together_through_the_command_line(data, tmp_path):
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert ran.returncode == 0, ran.stderr
-    found = checkpoint.load(out)
-    assert found.provenance["training"]["devices"] == 2
-    assert found.metrics["test"]["accuracy"] > 0.9
-    assert ran.stdout.count("sha256 of the weights") == 1
+    assert process.returncode == 0, process.stderr
+    loaded = checkpoint.load(out)
+    assert loaded.provenance["training"]["devices"] == 2
+    assert loaded.metrics["test"]["accuracy"] > 0.9
+    assert process.stdout.count("sha256 of the weights") == 1
 
 
-def test_a_training_that_diverges_says_so_and_leaves_nothing_to_resume(data, tmp_path):
+def test_a_training_that_diverges_is_one_sentence_and_leaves_no_state(data, tmp_path):
     with pytest.raises(
         EvalmodeError,
         match=r"the validation loss is not finite after epoch 1: lower --learning-rate",
@@ -401,7 +411,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(data, tmp_path):
         train(data, tmp_path / "file")
 
 
-def test_a_checkpoint_keeps_no_more_of_a_text_than_a_model_may_read(tmp_path):
+def test_a_checkpoint_holds_no_more_of_a_text_than_a_model_may_read(tmp_path):
     lines = [
         # Texts with equal beginnings would count as one.
         f"{' '.join([word] * (number + 1))} {'and ' * 5_000},{label}"

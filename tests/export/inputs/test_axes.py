@@ -1,4 +1,4 @@
-"""Axes are named by the user's text, and axes of one name have one size."""
+"""The text of a flag names the axes that vary; axes with one name have one size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from evalmode.export.inputs.errors import UnusableInputs
 from tests.export.inputs.counting import tensors
 
 
-def test_the_user_names_the_axes_that_vary() -> None:
+def test_a_text_names_the_axes_of_an_input_that_vary() -> None:
     assert parse_axes(["x=batch,_,length"], tensors(x=(1, 2, 3), y=(4,))) == {
         "x": {0: "batch", 2: "length"}
     }
@@ -20,17 +20,17 @@ def test_the_user_names_the_axes_that_vary() -> None:
     [
         ("x", "must read NAME=batch,length"),
         ("x=1,2", "must read NAME=batch,length"),
-        ("z=batch", "names the input 'z', the inputs are x"),
-        ("x=batch", "gives x 1 axes, its sample has 2"),
+        ("z=batch", "names the input 'z', and the inputs are x"),
+        ("x=batch", "names 1 axes of x, and its sample has 2"),
     ],
 )
-def test_a_text_that_names_no_axes_of_the_sample_is_refused_in_one_sentence(
+def test_a_text_that_does_not_fit_the_sample_is_refused_in_one_sentence(
     text: str, message: str
 ) -> None:
     with pytest.raises(UnusableInputs, match=message):
         parse_axes([text], tensors(x=(2, 3)))
 
 
-def test_axes_of_one_name_and_two_sizes_are_refused() -> None:
+def test_two_axes_with_one_name_and_different_sizes_are_refused() -> None:
     with pytest.raises(UnusableInputs, match="axis 'batch' is 2 in one input and 3 in y"):
         sizes_of(tensors(x=(2,), y=(3,)), {"x": {0: "batch"}, "y": {0: "batch"}})

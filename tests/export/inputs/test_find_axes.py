@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from evalmode.export.inputs.axes import Run, Sample
+from evalmode.export.inputs.axes import Forward, Sample
 from evalmode.export.inputs.find_axes import find_axes
 from tests.export.inputs.counting import tensors
 
 
-def module_that_requires(*conditions: Callable[[Sample], bool]) -> Run:
+def module_that_requires(*conditions: Callable[[Sample], bool]) -> Forward:
     """A module that reads samples that meet all conditions, and answers with their sums."""
 
     def run(sample: Sample) -> dict[str, torch.Tensor]:
