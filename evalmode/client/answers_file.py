@@ -143,7 +143,7 @@ class AnswersFile:
         try:
             record = json.loads(self._record_path.read_bytes())
             digest = record.pop("digest")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise EvalmodeError(
                 f"{self.path} exists, and no {self._record_path.name} beside it records its origin:"
                 " choose another --output"

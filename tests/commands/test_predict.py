@@ -343,10 +343,14 @@ def test_a_run_is_not_continued_with_another_input_or_other_flags(
     texts_in(tmp_path, 11)
     changed = predict(*flags_for(server), cwd=tmp_path)
     assert b"was begun with another input" in changed.stderr
-    (tmp_path / "answers.jsonl.evalmode.json").unlink()
+    record = tmp_path / "answers.jsonl.evalmode.json"
+    record.write_text('["digest"]')
+    damaged = predict(*flags_for(server), cwd=tmp_path)
+    record.unlink()
     unknown = predict(*flags_for(server), cwd=tmp_path)
-    assert b"choose another --output" in unknown.stderr
-    assert [process.returncode for process in (other, changed, unknown)] == [2, 2, 2]
+    for process in (damaged, unknown):
+        assert b"beside it records its origin: choose another --output" in process.stderr
+    assert [process.returncode for process in (other, changed, damaged, unknown)] == [2, 2, 2, 2]
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
