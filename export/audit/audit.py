@@ -7,7 +7,7 @@ by name. The audit has three parts:
 
 1. `find_sites` runs the samples, finds the sites and captures the calls that reach them.
 2. `judge` repeats each captured call in training and in eval. Nothing non-linear after the site
-   counts, as the site runs alone. What the audit reports of a site is in `verdicts.REPORTS`.
+   counts, as the site runs alone. What the audit reports of a site is in `verdicts.KIND_REPORTS`.
 3. `surrounding_code` compares the modules around the sites, without noise: a factor beside a
    dropout is not visible at the dropout.
 
@@ -25,9 +25,9 @@ from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.audit import batchnorm
 from evalmode.export.audit.find_sites import PossibleSite, Search, find_sites
 from evalmode.export.audit.judge import judge
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.site import Kind, SiteReport
 from evalmode.export.audit.surrounding_code import Difference, find_differences
-from evalmode.export.audit.verdicts import REPORTS, gap_sentence
+from evalmode.export.audit.verdicts import KIND_REPORTS, gap_sentence
 from evalmode.export.module.forward import seed_everything
 from evalmode.export.module.network import Network
 from evalmode.export.module.untouched import untouched
@@ -43,7 +43,7 @@ _TESTS_PER_SITE = 3
 class Audit:
     """Every site in the order of the modules, and the record that sums them up."""
 
-    sites: tuple[Site, ...]
+    sites: tuple[SiteReport, ...]
     record: Record
 
 
@@ -81,7 +81,7 @@ def audit(
     with untouched(network):
         search = find_sites(network, samples, seed=seed)
         findings = list(_sample_findings(samples, search))
-        sites: list[Site] = []
+        sites: list[SiteReport] = []
 
         # Bonferroni: the tests of all sites and calls together keep to alpha.
         call_count = sum(len(candidate.calls) for candidate in search.sites)
@@ -142,7 +142,7 @@ def _is_used_by_parent(candidate: PossibleSite, candidates: Sequence[PossibleSit
 
 def _add_difference(
     difference: Difference,
-    sites: list[Site],
+    sites: list[SiteReport],
     findings: list[Finding],
     candidates: Sequence[PossibleSite],
 ) -> None:
@@ -180,7 +180,7 @@ def _add_difference(
         return
 
     sites.append(
-        Site(
+        SiteReport(
             path=difference.path,
             type=difference.type,
             kind=Kind.WRONG_SCALE,
@@ -190,13 +190,16 @@ def _add_difference(
                 f" {gap_sentence(difference.gap)}"
             ),
             fix="remove the factor, or use it in training and in eval alike",
-            severity=REPORTS[Kind.WRONG_SCALE].severity,
+            severity=KIND_REPORTS[Kind.WRONG_SCALE].severity,
         )
     )
 
 
 def _find_undone_gap(
-    difference: Difference, gap: float, sites: Sequence[Site], candidates: Sequence[PossibleSite]
+    difference: Difference,
+    gap: float,
+    sites: Sequence[SiteReport],
+    candidates: Sequence[PossibleSite],
 ) -> int | None:
     """The index of the site whose gap a factor in the module around it undoes; None if there is no
     such site.
@@ -270,7 +273,7 @@ def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) ->
         )
 
 
-def _record(sites: Sequence[Site], other_findings: Sequence[Finding], alpha: float) -> Record:
+def _record(sites: Sequence[SiteReport], other_findings: Sequence[Finding], alpha: float) -> Record:
     findings = [
         Finding(
             severity=site.severity,

@@ -258,9 +258,9 @@ class _Capture:
 
         # A call that carries values replaces one of its kind that does not.
         for index, captured in enumerate(self.calls):
-            if captured.kind == kind and captured.call.emptiness():
+            if captured.kind == kind and captured.call.why_unmeasurable():
                 call = Call.of(args, kwargs, state)
-                if not call.emptiness():
+                if not call.why_unmeasurable():
                     self.calls[index] = CapturedCall(call, kind, captured.number)
                 return
 

@@ -7,8 +7,8 @@ layers, and for hand-written ones. The tape finds that operator and reads the ma
 forward again with every element of the mask set to one number.
 
 Obstacles are what it cannot follow: draws whose probabilities depend on the data, and noise that is
-combined with the data in no linear way. Randomness that steers Python's control flow is not visible
-here at all.
+combined with the data in no linear way. A random choice of Python's, such as a branch that is taken
+or not, is not visible here at all.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class Application:
 class Reading:
     """What one forward showed: the applications in order, the obstacles, and the foreign tensors.
 
-    `draws` counts torch's draws. `steers` says that random numbers became a number of Python's,
-    which may choose the path.
+    `draws` counts torch's draws. `may_choose_path` says that a random tensor became a number of
+    Python's, which may choose the path of the forward.
     """
 
     applications: list[Application] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
     foreign: list[Tensor] = field(default_factory=list)
     draws: int = 0
-    steers: bool = False
+    may_choose_path: bool = False
 
 
 class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
@@ -116,7 +116,7 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
             return self._apply(func, args, kwargs, operands)
 
         if func is _ATEN._local_scalar_dense.default and has_noise:
-            self.reading.steers = True
+            self.reading.may_choose_path = True
         result = func(*args, **kwargs)
         results = tensors_in(result)
         if writes(func):

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evalmode.export.audit import statistics as st
+from evalmode.export.audit import statistics
 from evalmode.export.audit.balance import Balance, Constants
 from evalmode.export.audit.call import Call, CallKind, read_state, write_state
 from evalmode.export.audit.direct_calls import DirectCall, scaled, watch_direct_calls
@@ -361,7 +361,7 @@ def _compare(
         if isinstance(factors, Unclear) or factors[0] == 0:
             continue
         gap = 1 / factors[0]
-        if abs(gap - 1) <= st.NEGLIGIBLE * st.margin(0):
+        if abs(gap - 1) <= statistics.NEGLIGIBLE * statistics.margin(0):
             return None  # two ways to compute the same, with different rounding
         if index == _INPUT:
             return replace(difference, gap=gap, scaled="what it is given")

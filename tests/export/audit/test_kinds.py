@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Severity
 from evalmode.export.audit.audit import Audit, audit
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.site import Kind, SiteReport
 from tests.export.audit import zoo
 
 
@@ -221,7 +221,7 @@ def audited(factory: Callable[[], nn.Module]) -> Audit:
     return audit(Root(factory()), [{"x": torch.randn(32, 8, 16)}])
 
 
-def worst(result: Audit) -> Site:
+def worst(result: Audit) -> SiteReport:
     """The site with the highest severity: error, unproven, warning, none; of several, the last."""
     order = [Severity.ERROR, Severity.UNPROVEN, Severity.WARNING, None]
     return min(reversed(result.sites), key=lambda site: order.index(site.severity))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Severity, Verdict
 from evalmode.export.audit.audit import Audit, audit
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.site import Kind, SiteReport
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
@@ -47,7 +47,7 @@ def audited(module: nn.Module) -> Audit:
     return audit(nn.Sequential(module), [{"input": X}])
 
 
-def wrong(result: Audit) -> list[Site]:
+def wrong(result: Audit) -> list[SiteReport]:
     return [site for site in result.sites if site.severity is Severity.ERROR]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Severity
 from evalmode.export.audit.audit import audit
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.site import Kind, SiteReport
 from tests.export.audit import zoo
 
 X = torch.randn(32, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ class Dead(nn.Module):
         return F.relu(x - 100)
 
 
-def site_of(module: nn.Module, *samples: Tensor) -> Site:
+def site_of(module: nn.Module, *samples: Tensor) -> SiteReport:
     (site,) = audit(Root(module), [{"x": x} for x in samples]).sites
     return site
 
@@ -61,13 +61,13 @@ def site_of(module: nn.Module, *samples: Tensor) -> Site:
 def test_an_input_that_shows_no_mask_is_inconclusive_with_the_reason(
     factory: type[nn.Dropout | nn.AlphaDropout], name: str
 ) -> None:
-    x, emptiness = NOTHING[name]
+    x, reason = NOTHING[name]
     result = audit(Root(factory(0.5)), [{"x": x}])
     site = result.sites[0]
     assert (site.kind, site.severity) == (Kind.INCONCLUSIVE, Severity.UNPROVEN)
     assert (
         site.sentence
-        == f"its input is {emptiness}, so nothing can be measured: give samples that reach it"
+        == f"its input is {reason}, so nothing can be measured: give samples that reach it"
     )
     assert site.fix == "give samples that reach it"
     assert result.record.verdict == "unproven"
