@@ -93,14 +93,7 @@ def audit(
             progress(candidate.path or "(root)")
             # A seed per site: its verdict does not depend on how much the sites before it drew.
             seed_everything(seed * 1_000_003 + index + 1)
-            sites += judge(
-                search.network,
-                candidate,
-                search.sites,
-                alpha=level,
-                draws=draws,
-                used_by_parent=_is_used_by_parent(candidate, search.sites),
-            )
+            sites += judge(search.network, candidate, search.sites, alpha=level, draws=draws)
             if norms and candidate.training_draws:
                 part = search.network.parts[candidate.path]
                 sample = samples[search.samples_in_training[0]]
@@ -148,17 +141,6 @@ def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) ->
             why="every sample is empty, so nothing can be measured",
             fix="give samples that hold at least one row",
         )
-
-
-def _is_used_by_parent(candidate: PossibleSite, candidates: Sequence[PossibleSite]) -> bool:
-    """Whether the module around a dropout draws at its rate: it passes the rate to a function."""
-    parent, _, name = candidate.path.rpartition(".")
-    if not name:
-        return False
-    for other in candidates:
-        if other.path == parent and any(draw.p == candidate.p for draw in other.training_draws):
-            return True
-    return False
 
 
 def _uncaptured_call_findings(candidate: PossibleSite) -> Iterator[Finding]:

@@ -265,8 +265,13 @@ class JudgedCall:
             reading = run_on_tape(site, self.foreign_noise).reading
             if len(reading.applications) != len(applications) or reading.obstacles:
                 return False
-            if not all(map(_is_like, reading.applications, applications)):
-                return False
+            for a, b in zip(reading.applications, applications, strict=True):
+                if a.additive != b.additive or a.noise.dim() != b.noise.dim():
+                    return False
+                difference = abs(_largest(a) - _largest(b))
+                tolerance = 4 * max(a.step, b.step) * abs(_largest(b))
+                if (a.before, a.after) != (b.before, b.after) or not difference <= tolerance:
+                    return False
             output = run_on_tape(site, self.foreign_noise, self.balances).outputs
         except TAPE_ERRORS:
             return False
@@ -280,16 +285,6 @@ class JudgedCall:
             ):
                 return False
         return Balance(lambda _: output, site.run(training=False)).equals(output)
-
-
-def _is_like(a: Application, b: Application) -> bool:
-    """Whether two applications, of two calls, have the same form and the same largest value."""
-    return (
-        a.additive == b.additive
-        and a.noise.dim() == b.noise.dim()
-        and (a.before, a.after) == (b.before, b.after)
-        and abs(_largest(a) - _largest(b)) <= 4 * max(a.step, b.step) * abs(_largest(b))
-    )
 
 
 def _noise_of(reading: Reading, group: Sequence[int]) -> Tensor:
@@ -328,8 +323,12 @@ def _group_applications(readings: list[Reading]) -> list[list[int]] | Unclear:
             groups.append([index])
 
     for a, b in itertools.combinations(indices, 2):
-        if first[a].draws & first[b].draws and not _have_equal_noise(readings, a, b):
-            return Unclear(("the same random numbers reach the data in two ways",))
+        if not first[a].draws & first[b].draws:
+            continue
+        for reading in readings:
+            x, y = reading.applications[a].noise, reading.applications[b].noise
+            if x.shape == y.shape and not torch.equal(x, y):
+                return Unclear(("the same random numbers reach the data in two ways",))
     return groups
 
 
@@ -340,15 +339,6 @@ def _have_one_form(readings: list[Reading], a: int, b: int) -> bool:
         if (x.additive, x.replaces, x.noise.shape) != (y.additive, y.replaces, y.noise.shape):
             return False
         if (x.before, x.after, _largest(x)) != (y.before, y.after, _largest(y)):
-            return False
-    return True
-
-
-def _have_equal_noise(readings: list[Reading], a: int, b: int) -> bool:
-    """Whether two applications use equal noise in every reading in which its shapes are equal."""
-    for reading in readings:
-        x, y = reading.applications[a].noise, reading.applications[b].noise
-        if x.shape == y.shape and not torch.equal(x, y):
             return False
     return True
 

@@ -210,21 +210,15 @@ class _Forwards:
         if not self.completed:
             return
         for repeat in range(_MORE_FORWARDS):
-            if not self._hides_any(paths - self.reached):
+            # The root, whose prefix is empty, contains all.
+            prefixes = tuple(f"{path}." if path else "" for path in self.draws)
+            if not any(path.startswith(prefixes) for path in paths - self.reached):
                 return
             index = self.completed[repeat % len(self.completed)]
             try:
                 self._run(network, samples[index], seed + _SEED_STEP * (repeat + 1))
             except Exception:  # a forward that runs only so often
                 return
-
-    def _hides_any(self, missing: set[str]) -> bool:
-        """Whether any of these paths lies inside a module that draws. The root contains all."""
-        for path in self.draws:
-            prefix = f"{path}." if path else ""
-            if any(part.startswith(prefix) for part in missing):
-                return True
-        return False
 
     def _run(self, network: Network, sample: Sample, seed: int) -> None:
         """Run one forward, and record the modules that it calls and those that draw."""

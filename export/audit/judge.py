@@ -64,13 +64,10 @@ def judge(
     *,
     alpha: float,
     draws: int | None,
-    used_by_parent: bool,
 ) -> list[SiteReport]:
     """The verdicts on one of `candidates`, each of its calls tested at level `alpha`.
 
     `network` is a working copy. `draws` fixes the training forwards of each test; None sizes them.
-    `used_by_parent` says that the parent draws at the candidate's rate, so that the dropout itself
-    need not be called.
     """
     # 1. Off.
     is_random = bool(candidate.training_draws or candidate.eval_draws)
@@ -79,8 +76,12 @@ def judge(
 
     # 2. No call to judge.
     if not candidate.calls:
-        if used_by_parent:
-            return [replace(report_site(candidate, Kind.NOT_CALLED), fix="", severity=None)]
+        parent, _, name = candidate.path.rpartition(".")
+        for other in candidates:
+            # The parent passes the rate to a function, and need not call the dropout.
+            is_parent = bool(name) and other.path == parent
+            if is_parent and any(draw.p == candidate.p for draw in other.training_draws):
+                return [replace(report_site(candidate, Kind.NOT_CALLED), fix="", severity=None)]
         kind = Kind.ALWAYS_ON if candidate.eval_draws else Kind.NOT_CALLED
         return [report_site(candidate, kind)]
 
