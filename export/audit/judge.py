@@ -19,17 +19,19 @@ The words of both files:
 A possible site as a whole:
 
 1. p = 0 and it draws nothing in either mode: off.
-2. No sample reaches it. Its parent draws at the same rate: not called, without a finding, as the
-   parent uses the rate itself. It draws in eval: always on. Else: not called.
+2. No sample reaches it:
+   a. its parent draws at the same rate, and so uses the rate itself: not called, without a finding;
+   b. it draws in eval: always on;
+   c. else: not called.
 3. Otherwise each captured call is judged. A call that behaves like a judged call of its kind is
    skipped, and a verdict that repeats an earlier one is dropped.
 
 One call:
 
 4. It draws in eval, and eval uses the numbers: always on.
-5. Its training forward is judged, in steps 7 to 12. Random values replace what would hide a mask:
-   an input that is zero everywhere; and in a second attempt, after an inconclusive first one,
-   parameters that are zero everywhere.
+5. Else its training forward is judged, in steps 7 to 12. Zeros would hide a mask, so that random
+   values replace them: in an input that is zero everywhere, and, after an inconclusive first
+   attempt, in parameters that are zero everywhere.
 6. The user's code raises without the network around it: always on if it draws in eval, else
    inconclusive.
 """
@@ -133,22 +135,22 @@ def _judge_call(call: CallToJudge) -> CallVerdict:
     if call.candidate.eval_draws and not _ignores_eval_draws(call):
         return CallVerdict([_report_always_on(call)])
 
-    # 5. An input of zeros hides every mask.
+    # 5. The training forward. An input of zeros would hide every mask.
     if site.call.why_unmeasurable() == ZERO:
         site.call = site.call.with_random_values()
         verdict = judge_training(call)
         reports = _note_random_values(verdict.reports, "its input is zero everywhere")
         return CallVerdict(reports, verdict.judged_call)
 
-    # 5. Parameters of zeros may do so, as they are at the end of a new residual branch.
+    # 5. Parameters of zeros may hide one, such as those at the end of a new residual branch.
     verdict = judge_training(call)
     is_inconclusive = all(report.kind is Kind.INCONCLUSIVE for report in verdict.reports)
     if is_inconclusive and site.has_zero_weights:
         with noise_for_zero_weights(site.module):
             second_verdict = judge_training(call)
         if not any(report.kind is Kind.INCONCLUSIVE for report in second_verdict.reports):
-            # Without its `judged_call`. Later calls would be compared with it on the zeros, where
-            # the outputs are equal at any scale.
+            # Its `judged_call` is dropped. Later calls would be compared with it on the zeros,
+            # where training equals eval at any scale.
             reason = "its weights that are all zero let nothing through"
             return CallVerdict(_note_random_values(second_verdict.reports, reason))
         return CallVerdict(verdict.reports, second_verdict.judged_call)

@@ -1,13 +1,13 @@
 """The verdict on the training forward of one call, in steps 7 to 12. The words are in `judge.py`.
 
-What a tape can follow:
+Noise that a tape can follow:
 
 7. Some forwards skip layers that eval calls, and a tape can follow all other noise: layers skipped.
-   Where the layers that run are scaled up for it, the skips are judged as any mask is.
-8. A tape can follow the noise to the data: the noise is measured there. There is one exception: one
-   mask is used several times, and the outputs show an exact pattern. They are measured then.
+   Where the layers that run are scaled up for it, the skips are judged like any mask.
+8. A tape can follow all noise to the data: the noise is measured there. With one exception: where
+   one mask is used several times, the outputs are measured, if they show an exact pattern.
 
-What the outputs show otherwise:
+Otherwise the outputs are compared:
 
 9. The outputs of training and eval cannot be compared: inconclusive.
 10. No output differs from eval:
@@ -15,11 +15,11 @@ What the outputs show otherwise:
     b. it draws random numbers: inconclusive;
     c. else never on: a mask would have been visible.
 
-What the outputs measure:
+Outputs that differ from eval:
 
-11. They differ from forward to forward: the noise is measured at the outputs.
-12. Every forward returns the same, and not what eval returns: drops everything, frozen mask, wrong
-    scale or inconclusive.
+11. They differ from forward to forward too: the noise is measured at the outputs.
+12. Every training forward returns the same: drops everything, frozen mask, wrong scale or
+    inconclusive.
 
 Measured noise gets its kind from `verdicts.name_kind`.
 """
@@ -70,7 +70,10 @@ _REACH_FIX = "give samples that reach it"
 
 @dataclass(frozen=True, kw_only=True)
 class CallToJudge:
-    """One call of a possible site, and how strictly to test it: see `measure`."""
+    """One call of a possible site, and how strictly to test it.
+
+    `alpha` is the level of one test of the call, and `draws` is that of `measure`.
+    """
 
     candidate: PossibleSite
     site: IsolatedSite
@@ -91,11 +94,11 @@ class CallVerdict:
 
 def judge_training(call: CallToJudge) -> CallVerdict:
     """The verdict on the training forward of a call. Runs inside of `site.isolated()`."""
-    # 7. and 8.
+    # 7. and 8. A verdict, or why a tape cannot follow the noise.
     by_tape = _judge_by_tape(call)
     if isinstance(by_tape, CallVerdict):
         return by_tape
-    # 9. and 10.
+    # 9. and 10. A report, or the observer of outputs that differ from eval.
     outputs = _compare_outputs(call, by_tape.reasons)
     if isinstance(outputs, SiteReport):
         return CallVerdict([outputs])
@@ -104,7 +107,7 @@ def judge_training(call: CallToJudge) -> CallVerdict:
 
 
 def _judge_by_tape(call: CallToJudge) -> CallVerdict | Unclear:
-    """Steps 7 and 8: the verdict where a tape can follow the noise, else why it cannot."""
+    """Steps 7 and 8: the verdict on noise that a tape can follow, or why it cannot follow it."""
     site, candidate = call.site, call.candidate
 
     # 7. Layers that are skipped at random.
@@ -127,6 +130,7 @@ def _judge_by_tape(call: CallToJudge) -> CallVerdict | Unclear:
     if layers:
         return Unclear((f"it skips some of {len(layers)} modules that it calls in eval",))
     if observer.reuses_mask:
+        # Used twice on one path, the mask has another effect than its mean.
         outputs = OutputObserver.of(site)
         if isinstance(outputs, OutputObserver) and outputs.exact:
             return CallVerdict(_measure(call, outputs))
@@ -138,7 +142,7 @@ def _judge_by_tape(call: CallToJudge) -> CallVerdict | Unclear:
 
 
 def _compare_outputs(call: CallToJudge, tape_reasons: Sequence[str]) -> OutputObserver | SiteReport:
-    """Steps 9 and 10: the outputs that differ from eval, or the verdict where there are none.
+    """Steps 9 and 10: the observer of outputs that differ from eval, or a report if none do.
 
     `tape_reasons` say why no tape could follow the noise.
     """
@@ -150,12 +154,12 @@ def _compare_outputs(call: CallToJudge, tape_reasons: Sequence[str]) -> OutputOb
         reason = "; ".join((*tape_reasons, *outputs.reasons))
         return report_site(candidate, Kind.INCONCLUSIVE, reason=reason)
 
-    # Outputs that differ, on an input or at least in an eval output that would show a mask.
+    # Outputs that differ, where a mask on the input or on the eval output would be visible.
     why_unmeasurable = site.call.why_unmeasurable()
     if outputs.effects and (not why_unmeasurable or carry_values(site.run(training=False))):
         return outputs
 
-    # 10. Nothing differs. It is never on only if a mask would have been visible.
+    # 10. Nothing differs.
     if why_unmeasurable:
         reason = f"its input is {why_unmeasurable}, so nothing can be measured: {_REACH_FIX}"
         report = report_site(candidate, Kind.INCONCLUSIVE, reason=reason)
