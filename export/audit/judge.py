@@ -153,7 +153,6 @@ def _judge_call(call: CallToJudge) -> CallVerdict:
             # where training equals eval at any scale.
             reason = "its weights that are all zero let nothing through"
             return CallVerdict(_note_random_values(second_verdict.reports, reason))
-        return CallVerdict(verdict.reports, second_verdict.judged_call)
     return verdict
 
 

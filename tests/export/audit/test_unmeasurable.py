@@ -145,6 +145,37 @@ def test_a_branch_that_is_zero_at_the_start_is_judged(
     assert not block.norm.weight.any()
 
 
+def test_after_an_inconclusive_attempt_on_random_weights_later_calls_are_judged_in_full() -> None:
+    class ZeroBranch(nn.Module):
+        """A branch with zero weights, whose eval scale is wrong for a batch of 4 rows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                dropped = x * (torch.rand_like(x[:, :1, :1]) < 0.9) / 0.9
+            else:
+                dropped = x * 0.2 if len(x) == 4 else x
+            return x + dropped @ self.weight
+
+    class CallsItTwice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = ZeroBranch()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.branch(x), self.branch(x[:4])
+
+    # Four draws are too few to judge the first call, and enough for the gap of the second.
+    result = audit(CallsItTwice(), [{"x": X}], draws=4)
+    assert [(site.call, site.severity) for site in result.sites] == [
+        (0, Severity.UNPROVEN),
+        (2, Severity.ERROR),
+    ]
+
+
 def test_a_draw_that_changes_no_output_is_inconclusive() -> None:
     class DeadInside(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
