@@ -1,9 +1,8 @@
-"""Measuring where the noise meets the data: exact for a dropout anywhere inside a module, whatever
-follows it.
+"""Measuring where the noise meets the data: exact for a dropout anywhere inside a module.
 
 Replace every element of a site's noise by one constant c. If the training forward then equals the
-eval forward, the mean of the noise should be c: everything non-linear after the noise is the same
-on both sides. c is exact; the mean is measured (`measure.py`).
+eval forward, the mean of the noise should be c: all that follows the noise, linear or not, is the
+same on both sides. c is exact; the mean is measured (`measure.py`).
 
 Noise that reaches the data in two ways, or in no linear way, cannot be measured like this.
 """

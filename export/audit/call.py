@@ -1,6 +1,4 @@
-"""One call of a module, to be repeated: copies of its arguments, and the numbers that the module
-held when it was called.
-"""
+"""One call of a module, to be repeated: its arguments, and the numbers that the module held."""
 
 from __future__ import annotations
 

@@ -14,10 +14,6 @@ from evalmode.export.audit.site import Kind, SiteReport
 from tests.export.audit import zoo
 
 
-def elements(_shape: Tensor) -> Tensor:
-    return _shape
-
-
 def channels(x: Tensor) -> Tensor:
     return x[:, :, :1]
 
@@ -32,10 +28,6 @@ def steps(x: Tensor) -> Tensor:
 
 def call(x: Tensor) -> Tensor:
     return x[:1, :1, :1]
-
-
-def repeated(x: Tensor) -> Tensor:
-    return x[:, :, ::4]
 
 
 # name: (factory, kind), and in WRONG the gap too (None where the kind has no gap)
