@@ -46,7 +46,7 @@ _MOST_PARTS = 16
 class Difference:
     """A module whose code does something else in training than in eval.
 
-    `gap` is E[train] / eval of `scaled`, a phrase such as "its answer"; None where no factor
+    `gap` is E[train] / eval of `scaled`, a phrase such as "its output"; None where no factor
     explains the difference. `site` is the path of the part whose output has the factor, where the
     module calls that part once. `call_count` counts the module's calls.
 
@@ -141,10 +141,8 @@ def find_differences(
                 for restore in restores:
                     restore()
             if difference is None and record.unlike_count:
-                reason = (
-                    f"{record.unlike_count} of its calls were not looked at, which are unlike the"
-                    " first"
-                )
+                count = record.unlike_count
+                reason = f"{count} of its calls were not compared: they are unlike the first"
                 difference = Difference(path=path, type=type(part).__name__, reason=reason)
             if difference is not None:
                 differences.append(replace(difference, call_count=record.call_count))
@@ -240,7 +238,7 @@ def _compare(
     if _extends(outputs, expected):
         return None
     if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
-        reason = "it answers with other tensors in training than in eval"
+        reason = "it returns other tensors in training than in eval"
         return replace(difference, harmless=recorded.is_final, reason=reason)
 
     # 3. The outputs are equal.
@@ -261,9 +259,9 @@ def _compare(
         if abs(gap - 1) <= statistics.NEGLIGIBLE * statistics.margin(0):
             return None  # two ways to compute the same, with different rounding
         if index == INPUT:
-            return replace(difference, gap=gap, scaled="what it is given")
+            return replace(difference, gap=gap, scaled="its input")
         site = names[index] if modules.count(modules[index]) == 1 else None
-        return replace(difference, gap=gap, scaled=f"what {names[index]} answers", site=site)
+        return replace(difference, gap=gap, scaled=f"the output of {names[index]}", site=site)
 
     # 5. A factor on what reaches a part: on the first part whose inputs differ. Or on the output.
     runner.run(part, call, {}, training=True)
@@ -276,17 +274,17 @@ def _compare(
             inputs_differ = True
             factor = _common_factor(a, b)
             if factor is not None:
-                return replace(difference, gap=factor, scaled=f"what reaches {names[index]}")
+                return replace(difference, gap=factor, scaled=f"the input of {names[index]}")
             break
     factor = _common_factor(outputs, expected)
     if factor is not None:
-        return replace(difference, gap=factor, scaled="its answer")
+        return replace(difference, gap=factor, scaled="its output")
 
     # 6. Several factors.
     together = balance.find_together(range(len(modules))[:_MOST_PARTS])
     if together is not None and all(together):
         worst = max(range(len(together)), key=lambda index: abs(together[index] - 1))
-        scaled = f"what {names[worst]} answers"
+        scaled = f"the output of {names[worst]}"
         return replace(difference, gap=1 / together[worst], scaled=scaled)
 
     # 7. Products.
@@ -310,10 +308,13 @@ def _compare(
         return replace(difference, harmless=True, reason=reason)
 
     # 9. Anything else.
-    reason = "its own code answers otherwise in training than in eval, and by no factor"
+    reason = (
+        "its own code returns something else in training than in eval, which no factor explains"
+    )
     if recorded.is_final and not inputs_differ:
         reason += (
-            "; what it calls gets the same in both modes, so that only the network's answer differs"
+            "; the modules that it calls get the same inputs in both modes, so that only the"
+            " network's answer differs"
         )
         return replace(difference, harmless=True, reason=reason)
     return replace(difference, reason=reason)

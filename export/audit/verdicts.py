@@ -34,13 +34,13 @@ class KindReport:
 
 KIND_REPORTS: dict[Kind, KindReport] = {
     Kind.INVERTED: KindReport(
-        sentence="training scales what it keeps up, eval changes nothing: the means agree",
+        sentence="training scales up what it keeps, eval changes nothing: the means agree",
     ),
     Kind.CLASSIC: KindReport(
         sentence="training keeps values as they are, eval scales them down: the means agree",
     ),
     Kind.ALPHA: KindReport(
-        sentence="mean and variance of a standard normal input stay what they are",
+        sentence="the mean and the variance of a standard normal input do not change",
     ),
     Kind.MULTIPLICATIVE: KindReport(
         sentence="training multiplies by noise whose mean is eval's factor",
@@ -108,7 +108,7 @@ KIND_REPORTS: dict[Kind, KindReport] = {
     ),
     Kind.DROPS_ALL: KindReport(
         severity=Severity.ERROR,
-        sentence="training saw no value kept in {draws} forwards, eval keeps them all",
+        sentence="training kept no value in {draws} forwards, eval keeps them all",
         fix="lower p below 1: {convention}",
     ),
     Kind.ALWAYS_ON: KindReport(
@@ -125,8 +125,8 @@ KIND_REPORTS: dict[Kind, KindReport] = {
             "every forward drops the same elements: they are never trained, and eval uses them"
         ),
         fix=(
-            "draw a new mask in every forward: do not seed, or keep, a generator or a mask"
-            " inside it"
+            "draw a new mask in every forward: do not seed a generator in the forward, and do not"
+            " store a mask"
         ),
     ),
     Kind.INCONCLUSIVE: KindReport(
