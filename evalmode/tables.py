@@ -20,7 +20,7 @@ from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.bundle.store import Bundle
 
 if TYPE_CHECKING:
-    from evalmode.export.audit.site import Site
+    from evalmode.export.audit.site import SiteReport
     from evalmode.model.data_set import DataSet
 
 # Of a longer list, the first are named and the rest counted: a table fits on a screen.
@@ -63,7 +63,7 @@ def records_table(records: Iterable[Record], *, title: str) -> Table:
     return table
 
 
-def sites_table(sites: Iterable[Site]) -> Table:
+def sites_table(sites: Iterable[SiteReport]) -> Table:
     """One line per site of an audit: its kind, what was measured, and the gap to eval mode."""
     table = Table(title="expectation gap", title_justify="left")
     for column in ("site", "kind", "p", "keep rate", "train scale", "eval scale", "gap"):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from evalmode.export.audit import statistics as st
+from evalmode.export.audit import statistics
 from evalmode.export.audit.site import MOST_DRAWS, Figures, Outcome
 
 # Enough blocks for Student's t to be near the normal distribution; more blocks leave fewer pairs in
@@ -41,7 +41,7 @@ def compare_means(
     # The margin of |b| is that of a mask whose noise has the same power.
     pilot = list(draw_differences(_PILOT_DRAWS))
     power = sum(float(u @ u) for u in pilot) / len(pilot)
-    margin = st.margin(power / (1 + power))
+    margin = statistics.margin(power / (1 + power))
 
     # The draws per block that can tell b = 0 from the margin. The mean over all pairs of m draws
     # has 2 / m^2 times the variance of one pair. So the blocks need the square root of the draws
@@ -49,7 +49,7 @@ def compare_means(
     pairs = [float(u @ v) for u, v in zip(pilot[::2], pilot[1::2], strict=True)]
     mean = sum(pairs) / len(pairs)
     variance = math.fsum((pair - mean) ** 2 for pair in pairs) / (len(pairs) - 1)
-    needed = st.draws_needed(variance, margin**2 / 2, alpha=alpha)
+    needed = statistics.draws_needed(variance, margin**2 / 2, alpha=alpha)
     block_count = _BLOCKS
     block_size = max(math.ceil(math.sqrt(2 * needed / _BLOCKS)), 2)
     block_size = min(block_size, MOST_DRAWS // _BLOCKS)
@@ -73,11 +73,11 @@ def compare_means(
             slopes.append(1 + float(u @ direction))
         products.append((float(total @ total) - squares) / (count * (count - 1)))
 
-    _, high = st.mean_interval(products, alpha=alpha)
+    _, high = statistics.mean_interval(products, alpha=alpha)
     outcome = Outcome.NO_GAP if high <= margin**2 else Outcome.UNSURE
     return Figures(
         outcome=outcome,
-        draws=len(slopes),
+        forward_count=len(slopes),
         gap=sum(slopes) / len(slopes),
-        gap_interval=st.mean_interval(slopes, alpha=alpha),
+        gap_interval=statistics.mean_interval(slopes, alpha=alpha),
     )

@@ -6,8 +6,8 @@ A site is the innermost module that draws random numbers in a training forward, 
 by name. The audit has three parts:
 
 1. `find_sites` runs the samples, finds the sites and captures the calls that reach them.
-2. `judge` repeats each captured call in training and in eval. Nothing non-linear after the site
-   counts, as the site runs alone. What the audit reports of a site is in `verdicts.REPORTS`.
+2. `judge` repeats each captured call in training and in eval. The site runs alone, so that
+   non-linear modules after it do not matter. `verdicts.KIND_REPORTS` has the sentences.
 3. `surrounding_code` compares the modules around the sites, without noise: a factor beside a
    dropout is not visible at the dropout.
 
@@ -25,9 +25,9 @@ from evalmode.bundle.certificate import Finding, Record, Severity
 from evalmode.export.audit import batchnorm
 from evalmode.export.audit.find_sites import PossibleSite, Search, find_sites
 from evalmode.export.audit.judge import judge
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.site import Kind, SiteReport
 from evalmode.export.audit.surrounding_code import Difference, find_differences
-from evalmode.export.audit.verdicts import REPORTS, gap_sentence
+from evalmode.export.audit.verdicts import KIND_REPORTS, gap_sentence
 from evalmode.export.module.forward import seed_everything
 from evalmode.export.module.network import Network
 from evalmode.export.module.untouched import untouched
@@ -41,9 +41,9 @@ _TESTS_PER_SITE = 3
 
 @dataclass(frozen=True)
 class Audit:
-    """Every site in the order of the modules, and the record that sums them up."""
+    """The reports on all sites in the order of the modules, and the record that sums them up."""
 
-    sites: tuple[Site, ...]
+    sites: tuple[SiteReport, ...]
     record: Record
 
 
@@ -79,170 +79,43 @@ def audit(
 
     network = Network.of(module)
     with untouched(network):
+        # 1. The sites, and the calls that reach them.
         search = find_sites(network, samples, seed=seed)
         findings = list(_sample_findings(samples, search))
-        sites: list[Site] = []
 
-        # Bonferroni: the tests of all sites and calls together keep to alpha.
+        # 2. Each site alone. Bonferroni: all tests of all sites and calls together keep to alpha.
         call_count = sum(len(candidate.calls) for candidate in search.sites)
         level = alpha / (_TESTS_PER_SITE * max(call_count, 1))
         norms = batchnorm.batch_norms(search.network.parts)
+        sites: list[SiteReport] = []
         candidates = search.sites if search.samples_in_training else ()
         for index, candidate in enumerate(candidates):
             progress(candidate.path or "(root)")
             # A seed per site: its verdict does not depend on how much the sites before it drew.
             seed_everything(seed * 1_000_003 + index + 1)
-            part = search.network.parts[candidate.path]
-            sites += judge(
-                search.network,
-                candidate,
-                search.sites,
-                alpha=level,
-                draws=draws,
-                used_by_parent=_is_used_by_parent(candidate, search.sites),
-            )
+            sites += judge(search.network, candidate, search.sites, alpha=level, draws=draws)
             if norms and candidate.training_draws:
+                part = search.network.parts[candidate.path]
                 sample = samples[search.samples_in_training[0]]
                 shift = batchnorm.variance_shift(search.network, part, norms, sample)
                 if shift is not None:
-                    findings.append(
-                        Finding(
-                            severity=Severity.WARNING,
-                            node=candidate.path or "(root)",
-                            op=candidate.type,
-                            why=shift.sentence,
-                            fix=batchnorm.FIX,
-                        )
+                    warning = Finding(
+                        severity=Severity.WARNING,
+                        node=candidate.path or "(root)",
+                        op=candidate.type,
+                        why=shift.sentence,
+                        fix=batchnorm.FIX,
                     )
-            findings += _uncaptured_calls(candidate)
+                    findings.append(warning)
+            findings += _uncaptured_call_findings(candidate)
 
+        # 3. The code around the sites.
         if call_count:
-            differences = find_differences(
-                network.copy(parameters=True),
-                {candidate.path for candidate in search.sites},
-                search.training_flags,
-                [samples[i] for i in search.samples_in_training if i in search.samples_in_eval],
-                seed=seed,
+            sites, more_findings = _judge_surrounding_code(
+                network, search, samples, sites, seed=seed
             )
-            for difference in differences:
-                _add_difference(difference, sites, findings, search.sites)
+            findings += more_findings
     return Audit(tuple(sites), _record(sites, findings, alpha))
-
-
-def _is_used_by_parent(candidate: PossibleSite, candidates: Sequence[PossibleSite]) -> bool:
-    """Whether the module around a dropout draws at its rate: it passes the rate to a function."""
-    parent, _, name = candidate.path.rpartition(".")
-    if not name:
-        return False
-    for other in candidates:
-        if other.path == parent and any(draw.p == candidate.p for draw in other.training_draws):
-            return True
-    return False
-
-
-def _add_difference(
-    difference: Difference,
-    sites: list[Site],
-    findings: list[Finding],
-    candidates: Sequence[PossibleSite],
-) -> None:
-    """Add what differs in the code around the sites: as a finding, or as a site with a gap.
-
-    A gap that a site has and the code around it undoes is no gap: the mask is in one module and
-    its scale in another. The report on that site is then replaced.
-    """
-    path = difference.path or "(root)"
-    if difference.gap is None:
-        severity = Severity.WARNING if difference.harmless else Severity.UNPROVEN
-        findings.append(
-            Finding(
-                severity=severity,
-                node=path,
-                op=difference.type,
-                why=f"noise aside, {difference.reason}",
-                fix="do in training what eval does, or compare the two where that matters",
-            )
-        )
-        return
-
-    index = _find_undone_gap(difference, difference.gap, sites, candidates)
-    if index is not None:
-        gap = sites[index].gap
-        sites[index] = replace(
-            sites[index],
-            kind=Kind.MULTIPLICATIVE,
-            gap=None if gap is None else gap * difference.gap,
-            gap_interval=None,
-            sentence=f"{path} makes up for what it leaves out: the means agree",
-            fix="",
-            severity=None,
-        )
-        return
-
-    sites.append(
-        Site(
-            path=difference.path,
-            type=difference.type,
-            kind=Kind.WRONG_SCALE,
-            gap=difference.gap,
-            sentence=(
-                f"its own code scales {difference.scaled} in one mode alone, beside every dropout:"
-                f" {gap_sentence(difference.gap)}"
-            ),
-            fix="remove the factor, or use it in training and in eval alike",
-            severity=REPORTS[Kind.WRONG_SCALE].severity,
-        )
-    )
-
-
-def _find_undone_gap(
-    difference: Difference, gap: float, sites: Sequence[Site], candidates: Sequence[PossibleSite]
-) -> int | None:
-    """The index of the site whose gap a factor in the module around it undoes; None if there is no
-    such site.
-
-    Only where the site has a single verdict, and is called once per call of that module: otherwise
-    some of its calls would stay unscaled.
-    """
-    indices = [index for index, site in enumerate(sites) if site.path == difference.site]
-    call_counts = [c.call_count for c in candidates if c.path == difference.site]
-    if len(indices) != 1 or call_counts != [difference.call_count] or not gap:
-        return None
-    site = sites[indices[0]]
-    if site.severity is not Severity.ERROR or site.gap_interval is None:
-        return None
-    low, high = site.gap_interval
-    return indices[0] if low <= 1 / gap <= high else None
-
-
-def _uncaptured_calls(candidate: PossibleSite) -> Iterator[Finding]:
-    """Calls that were not judged. Unproven where their arguments are unlike those of all that were;
-    a warning where only the numbers in the module differ, as those of a counter do.
-    """
-    groups = (
-        (
-            Severity.UNPROVEN,
-            candidate.unlike_arguments,
-            "whose arguments are unlike those of the",
-        ),
-        (
-            Severity.WARNING,
-            candidate.unlike_state,
-            "before which it held other numbers than before the",
-        ),
-    )
-    for severity, count, difference in groups:
-        if count:
-            yield Finding(
-                severity=severity,
-                node=candidate.path or "(root)",
-                op=candidate.type,
-                why=(
-                    f"{count} of its {candidate.call_count} calls were not looked at, {difference}"
-                    f" {len(candidate.calls)} that were"
-                ),
-                fix="audit it in a module that calls it less often",
-            )
 
 
 def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) -> Iterator[Finding]:
@@ -270,23 +143,139 @@ def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) ->
         )
 
 
-def _record(sites: Sequence[Site], other_findings: Sequence[Finding], alpha: float) -> Record:
-    findings = [
-        Finding(
-            severity=site.severity,
-            node=site.name,
-            op=site.type,
-            why=f"{site.kind}: {site.sentence}",
-            fix=site.fix,
+def _uncaptured_call_findings(candidate: PossibleSite) -> Iterator[Finding]:
+    """Calls that were not judged.
+
+    Unproven where their arguments are unlike those of all that were. A warning where only the
+    numbers in the module differ, as those of a counter do.
+    """
+    unlike_arguments = "whose arguments are unlike those of the"
+    unlike_state = "before which it held other numbers than before the"
+    for severity, count, difference in (
+        (Severity.UNPROVEN, candidate.unlike_arguments, unlike_arguments),
+        (Severity.WARNING, candidate.unlike_state, unlike_state),
+    ):
+        if count:
+            yield Finding(
+                severity=severity,
+                node=candidate.path or "(root)",
+                op=candidate.type,
+                why=(
+                    f"{count} of its {candidate.call_count} calls were not looked at, {difference}"
+                    f" {len(candidate.calls)} that were"
+                ),
+                fix="audit it in a module that calls it less often",
+            )
+
+
+def _judge_surrounding_code(
+    network: Network,
+    search: Search,
+    samples: Sequence[Mapping[str, Tensor]],
+    sites: Sequence[SiteReport],
+    *,
+    seed: int,
+) -> tuple[list[SiteReport], list[Finding]]:
+    """The reports on the sites with those on the code around them, and further findings.
+
+    A factor in that code is a gap. But it may undo the gap of a site: the mask is in one module,
+    and its scale in another. The report on the site is then replaced.
+    """
+    reports, findings = list(sites), []
+    differences = find_differences(
+        network.copy(parameters=True),
+        {candidate.path for candidate in search.sites},
+        search.training_flags,
+        [samples[i] for i in search.samples_in_training if i in search.samples_in_eval],
+        seed=seed,
+    )
+    for difference in differences:
+        path, gap = difference.path or "(root)", difference.gap
+
+        # No factor explains the difference.
+        if gap is None:
+            finding = Finding(
+                severity=Severity.WARNING if difference.harmless else Severity.UNPROVEN,
+                node=path,
+                op=difference.type,
+                why=f"noise aside, {difference.reason}",
+                fix="do in training what eval does, or compare the two where that matters",
+            )
+            findings.append(finding)
+            continue
+
+        # A factor that undoes the gap of a site.
+        index = _undone_gap_index(difference, gap, reports, search.sites)
+        if index is not None:
+            report = reports[index]
+            reports[index] = replace(
+                report,
+                kind=Kind.MULTIPLICATIVE,
+                gap=None if report.gap is None else report.gap * gap,
+                gap_interval=None,
+                sentence=f"{path} makes up for what it leaves out: the means agree",
+                fix="",
+                severity=None,
+            )
+            continue
+
+        # A factor that is a gap.
+        report = SiteReport(
+            path=difference.path,
+            type=difference.type,
+            kind=Kind.WRONG_SCALE,
+            gap=gap,
+            sentence=(
+                f"its own code scales {difference.scaled} in one mode alone, beside every dropout:"
+                f" {gap_sentence(gap)}"
+            ),
+            fix="remove the factor, or use it in training and in eval alike",
+            severity=KIND_REPORTS[Kind.WRONG_SCALE].severity,
         )
-        for site in sites
-        if site.severity is not None
-    ]
+        reports.append(report)
+    return reports, findings
+
+
+def _undone_gap_index(
+    difference: Difference,
+    gap: float,
+    sites: Sequence[SiteReport],
+    candidates: Sequence[PossibleSite],
+) -> int | None:
+    """The index of the site whose gap the factor of `difference` undoes; None if it undoes none.
+
+    Only where the site has a single verdict, and is called once per call of the module with the
+    factor. Otherwise some of its calls would stay unscaled.
+    """
+    indices = [index for index, site in enumerate(sites) if site.path == difference.site]
+    call_counts = [c.call_count for c in candidates if c.path == difference.site]
+    if len(indices) != 1 or call_counts != [difference.call_count] or not gap:
+        return None
+    site = sites[indices[0]]
+    if site.severity is not Severity.ERROR or site.gap_interval is None:
+        return None
+    low, high = site.gap_interval
+    return indices[0] if low <= 1 / gap <= high else None
+
+
+def _record(sites: Sequence[SiteReport], other_findings: Sequence[Finding], alpha: float) -> Record:
+    """The record of all sites: one finding for each site that is reported, then the others."""
+    findings = []
+    for site in sites:
+        if site.severity is not None:
+            finding = Finding(
+                severity=site.severity,
+                node=site.name,
+                op=site.type,
+                why=f"{site.kind}: {site.sentence}",
+                fix=site.fix,
+            )
+            findings.append(finding)
     gap_count = sum(site.severity is Severity.ERROR for site in sites)
     inconclusive_count = sum(site.kind is Kind.INCONCLUSIVE for site in sites)
-    failure = (
-        "training and eval differ on average" if gap_count else "not every site could be judged"
-    )
+    failure = "not every site could be judged"
+    if gap_count:
+        failure = "training and eval differ on average"
     return Record.of(
         RULE,
         [*findings, *other_findings],

@@ -16,8 +16,9 @@ _NAMES = ("augment", "specaug", "timemask", "frequencymask", "maskalong", "cutou
 
 
 def augments(module: nn.Module) -> bool:
-    """Whether a module says that it augments: by the name of a class, or in its configuration, as
-    Hugging Face's speech models do.
+    """Whether a module's class names or its configuration say that it augments its data.
+
+    Hugging Face's speech models have `config.apply_spec_augment`.
     """
     class_names = "\n".join(base.__name__.lower() for base in type(module).__mro__)
     if any(name in class_names for name in _NAMES):

@@ -1,8 +1,7 @@
-"""The balance of a site's noise: the constants for which its training forward equals its eval
-forward.
+"""The balance of a site's noise: the constants with which its training forward equals eval.
 
-A forward is a function of constants, one for each application of noise to the data; applications
-that share a constant are a group.
+Each application of noise to the data gets a constant in place of the noise. Applications that share
+a constant are a group.
 """
 
 from __future__ import annotations
@@ -32,7 +31,11 @@ Constants = Mapping[int, float]
 
 
 class Balance:
-    """Compares forwards under constants with the eval forward, and searches the constants."""
+    """Compares forwards under constants with the eval forward, and searches the constants.
+
+    balance = Balance(forward, eval_outputs)
+    constants = balance.find(groups, additive, largest, p)
+    """
 
     def __init__(
         self, forward: Callable[[Constants], list[Tensor]], expected: list[Tensor]
@@ -62,8 +65,7 @@ class Balance:
         largest: Sequence[float],
         p: float | None,
     ) -> list[float] | Unclear:
-        """One constant for each group. Unclear where no constants make the forwards equal, or where
-        any constant would.
+        """One constant for each group. Unclear where none make the forwards equal, or where all do.
 
         `additive` says for each group whether the noise is added, and `largest` is its largest
         value. The candidates are, in this order:
@@ -74,7 +76,7 @@ class Balance:
         """
         if not self._expected:
             return Unclear(("its output holds no floating point tensor",))
-        usual = [0.0 if is_sum else 1.0 for is_sum in additive]
+        usual = [0.0 if is_added else 1.0 for is_added in additive]
         candidates = [usual]
         if p is not None and len(usual) <= _MOST_COMBINED:
             choices = []
@@ -138,8 +140,8 @@ class Balance:
     ) -> list[float] | None:
         """One constant for the free groups, with the others at their usual constants.
 
-        The secant method, on the difference from eval projected on the direction in which the
-        outputs move. None where it finds no visible balance.
+        The secant method finds the zero of the difference from eval, projected on the direction in
+        which the constant changes the outputs. None where it finds no visible balance.
         """
 
         def constants_at(c: float) -> list[float]:
@@ -172,9 +174,9 @@ class Balance:
         """
         outputs = self._outputs(groups, constants)
         for group in range(len(groups)):
-            moved = list(constants)
-            moved[group] = moved[group] * 1.5 + 0.1
-            if self._distance(self._outputs(groups, moved), outputs) <= 2 * self._tolerance:
+            changed = list(constants)
+            changed[group] = changed[group] * 1.5 + 0.1
+            if self._distance(self._outputs(groups, changed), outputs) <= 2 * self._tolerance:
                 return False
         return True
 

@@ -1,5 +1,4 @@
-"""Dropout before a batch normalisation: it raises the variance that the layer learns in training,
-and eval does not have that variance.
+"""Dropout before a batch normalisation: the layer learns a variance that eval does not have.
 
 Li, Chen, Hu and Yang, "Understanding the Disharmony between Dropout and Batch Normalization by
 Variance Shift" (arXiv:1801.05134). The means may agree perfectly, so this is a separate warning.

@@ -1,5 +1,6 @@
-"""Measuring at the output: for noise that no tape can follow, such as a mask drawn by Python, or a
-path that is chosen at random.
+"""Measuring at the outputs, for noise that no tape can follow.
+
+Examples are a mask that Python draws, and a path that is chosen at random.
 
 Training's output is compared with eval's. Four patterns are read exactly:
 

@@ -1,9 +1,8 @@
-"""Measuring where the noise meets the data: exact for a dropout anywhere inside a module, whatever
-follows it.
+"""Measuring where the noise meets the data: exact for a dropout anywhere inside a module.
 
 Replace every element of a site's noise by one constant c. If the training forward then equals the
-eval forward, the mean of the noise should be c: everything non-linear after the noise is the same
-on both sides. c is exact; the mean is measured (`measure.py`).
+eval forward, the mean of the noise should be c: all that follows the noise, linear or not, is the
+same on both sides. c is exact; the mean is measured (`measure.py`).
 
 Noise that reaches the data in two ways, or in no linear way, cannot be measured like this.
 """
@@ -17,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evalmode.export.audit import statistics as st
+from evalmode.export.audit import statistics
 from evalmode.export.audit.augmentation import masks_spans
 from evalmode.export.audit.balance import Balance
 from evalmode.export.audit.isolated_site import IsolatedSite, rounding_step
 from evalmode.export.audit.noise_tape import Application, NoiseTape, Reading
-from evalmode.export.audit.site import Effect, Interval, Kind, Site, Unclear
+from evalmode.export.audit.site import Effect, Interval, Kind, SiteReport, Unclear
 from evalmode.export.audit.tensor_roles import Roles
 
 # Forwards that find the random tensors and the applications. A small drop rate may keep all or
@@ -41,6 +40,93 @@ class PathChanged(Exception):  # noqa: N818 - read as a sentence: "raise PathCha
     """A forward applies its noise to the data in other places than the probes did."""
 
 
+@dataclass(frozen=True)
+class TapedRun:
+    """One forward on a tape: its reading, and the floating point tensors of its output."""
+
+    reading: Reading
+    outputs: list[Tensor]
+
+
+def run_on_tape(
+    site: IsolatedSite,
+    foreign_noise: frozenset[int],
+    constants: Mapping[int, float] | None = None,
+    *,
+    training: bool = True,
+    watched: bool = False,
+) -> TapedRun:
+    """Run one forward of the site on a tape.
+
+    `foreign_noise` is that of `Roles`, `constants` those of `NoiseTape`, and `watched` is that of
+    `IsolatedSite.run`.
+    """
+    call = site.prepare()
+    tape = NoiseTape(Roles(site.weights(), call.tensors(), foreign_noise), constants)
+    with tape:
+        outputs = site.run_prepared(call, training=training, watched=watched)
+    return TapedRun(tape.reading, outputs)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few readings, all with the same applications, and the foreign tensors that are random.
+
+    `foreign_noise` holds their indices, as `Roles` needs them.
+    """
+
+    foreign_noise: frozenset[int]
+    readings: list[Reading]
+
+
+def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
+    """Run a site a few times on a tape. Unclear where the tape cannot follow the forwards."""
+
+    def read(foreign_noise: frozenset[int]) -> Reading:
+        return run_on_tape(site, foreign_noise, training=training).reading
+
+    try:
+        readings = [read(frozenset()) for _ in range(_PROBES)]
+        foreign = [reading.foreign for reading in readings]
+        if not _have_same_shapes(foreign):
+            return Unclear((_PATH_VARIES,))
+
+        # A foreign tensor, which torch did not make, is random where it differs from forward to
+        # forward. The readings are then repeated with its role known.
+        random_indices = set()
+        for index, (first, *others) in enumerate(zip(*foreign, strict=True)):
+            if not all(torch.equal(first, tensor) for tensor in others):
+                random_indices.add(index)
+        foreign_noise = frozenset(random_indices)
+        if foreign_noise:
+            readings = [read(foreign_noise) for _ in range(_PROBES)]
+        while len(readings) < _MOST_PROBES and not _has_each_kept_something(readings):
+            readings.append(read(foreign_noise))
+    except TAPE_ERRORS as error:
+        return Unclear((f"its forward cannot be watched: {error}",))
+
+    if readings[0].obstacles:
+        return Unclear(tuple(readings[0].obstacles))
+    if not _have_same_shapes([[a.noise for a in reading.applications] for reading in readings]):
+        return Unclear((_PATH_VARIES,))
+    return Probe(foreign_noise, readings)
+
+
+def _have_same_shapes(forwards: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether each forward has tensors of the same shapes, in the same order."""
+    shapes = [[tensor.shape for tensor in tensors] for tensors in forwards]
+    return all(other == shapes[0] for other in shapes)
+
+
+def _has_each_kept_something(readings: list[Reading]) -> bool:
+    """Whether the noise of each application was other than 0 in at least one reading."""
+    # Not strict: readings of different lengths are refused later, with a reason.
+    for applications in zip(*(reading.applications for reading in readings), strict=False):
+        if not any(bool(application.noise.any()) for application in applications):
+            return False
+    return True
+
+
 class TapeObserver:
     """Observes the noise itself, on a tape. `TapeObserver.of` decides whether a site allows it."""
 
@@ -52,15 +138,15 @@ class TapeObserver:
         effects: tuple[Effect, ...],
         *,
         application_count: int,
-        repeats: bool = False,
+        reuses_mask: bool = False,
     ) -> None:
         """`groups` holds, for each effect, the indices of the applications that it consists of.
 
-        `repeats` says that one mask is used several times. Used twice on one path, its mean is not
-        its effect there.
+        `reuses_mask` says that one mask is used several times. Used twice on one path, its mean is
+        not its effect there.
         """
         self.effects = effects
-        self.repeats = repeats
+        self.reuses_mask = reuses_mask
         self._site, self._foreign_noise, self._groups = site, foreign_noise, groups
         self._application_count = application_count
 
@@ -68,7 +154,7 @@ class TapeObserver:
     def of(
         cls, site: IsolatedSite, p: float | None, *, augmented: bool = False
     ) -> TapeObserver | Unclear:
-        """The observer of a site in training, or what stands in the way.
+        """The observer of a site in training, or why a tape cannot follow its noise.
 
         `p` is the declared drop rate. `augmented` says that the module augments its data, so that
         a mask of whole steps or features is meant.
@@ -76,58 +162,60 @@ class TapeObserver:
         probed = probe(site)
         if isinstance(probed, Unclear):
             return probed
-        foreign_noise, readings = probed.foreign_noise, probed.readings
+        readings = probed.readings
         groups = _group_applications(readings)
         if isinstance(groups, Unclear):
             return groups
         if not groups:
             return Unclear()
 
+        # One constant per group makes the training forward equal eval's.
         balance = Balance(
-            lambda constants: run_on_tape(site, foreign_noise, constants)[1],
+            lambda constants: run_on_tape(site, probed.foreign_noise, constants).outputs,
             site.run(training=False),
         )
-        first = [readings[0].applications[group[0]] for group in groups]
-        largest = []
+        applications = readings[0].applications
+        first, additive, largest = [], [], []
         for group in groups:
-            applications = [reading.applications[group[0]] for reading in readings]
-            largest.append(max(map(_largest, applications)))
-        constants = balance.find(
-            groups, [application.additive for application in first], largest, p
-        )
+            # The applications of a group have one form, and one largest value in each reading.
+            index = group[0]
+            first.append(applications[index])
+            additive.append(applications[index].additive)
+            largest.append(max(_largest(reading.applications[index]) for reading in readings))
+        constants = balance.find(groups, additive, largest, p)
         if isinstance(constants, Unclear):
             return constants
 
+        rounding = rounding_step([*site.run(training=False), *site.call.tensors()])
+        effects = []
+        for application, constant in zip(first, constants, strict=True):
+            effects.append(_effect_of(application, constant, rounding, augmented=augmented))
         draws: list[int] = []
-        for application in readings[0].applications:
+        for application in applications:
             if application.noise.any():
                 draws += application.draws
-        rounding = rounding_step([*site.run(training=False), *site.call.tensors()])
-        effects = tuple(
-            _effect(application, constant, rounding, augmented=augmented)
-            for application, constant in zip(first, constants, strict=True)
-        )
         return cls(
             site,
-            foreign_noise,
+            probed.foreign_noise,
             groups,
-            effects,
-            application_count=len(readings[0].applications),
-            repeats=len(set(draws)) < len(draws),
+            tuple(effects),
+            application_count=len(applications),
+            reuses_mask=len(set(draws)) < len(draws),
         )
 
     def draw(self) -> list[Tensor]:
         """The noise of one more forward, one tensor per effect. Raises PathChanged."""
-        reading, _ = run_on_tape(self._site, self._foreign_noise)
+        reading = run_on_tape(self._site, self._foreign_noise).reading
         if len(reading.applications) != self._application_count:
             raise PathChanged(_PATH_VARIES)
-        return [noise_of(reading, group) for group in self._groups]
+        return [_noise_of(reading, group) for group in self._groups]
 
     def balanced(self, *, watched: bool = False) -> list[Tensor]:
         """The output of one more training forward in which all noise is replaced by its balance."""
-        return run_on_tape(self._site, self._foreign_noise, self._balances(), watched=watched)[1]
+        constants = self._balances()
+        return run_on_tape(self._site, self._foreign_noise, constants, watched=watched).outputs
 
-    def judged_call(self, reports: Sequence[Site]) -> JudgedCall | None:
+    def judged_call(self, reports: Sequence[SiteReport]) -> JudgedCall | None:
         """What recognises calls that behave like this one; `reports` are the verdicts on it.
 
         None for augmentation, which has no keep interval to compare with.
@@ -136,7 +224,7 @@ class TapeObserver:
             return None
         return JudgedCall(
             foreign_noise=self._foreign_noise,
-            reading=run_on_tape(self._site, self._foreign_noise)[0],
+            reading=run_on_tape(self._site, self._foreign_noise).reading,
             groups=self._groups,
             balances=self._balances(),
             keep_intervals=[report.keep_interval for report in reports],
@@ -165,7 +253,7 @@ class JudgedCall:
     balances: Mapping[int, float]
     keep_intervals: list[Interval | None]
 
-    def covers(self, site: IsolatedSite) -> bool:
+    def matches(self, site: IsolatedSite) -> bool:
         """Whether the site's call behaves like the judged call.
 
         It must apply the same noise in the same order, keep about as much of it, and equal eval
@@ -173,101 +261,40 @@ class JudgedCall:
         """
         applications = self.reading.applications
         try:
-            reading, _ = run_on_tape(site, self.foreign_noise)
+            reading = run_on_tape(site, self.foreign_noise).reading
             if len(reading.applications) != len(applications) or reading.obstacles:
                 return False
-            if not all(map(_is_like, reading.applications, applications)):
-                return False
-            output = run_on_tape(site, self.foreign_noise, self.balances)[1]
+            for a, b in zip(reading.applications, applications, strict=True):
+                if a.additive != b.additive or a.noise.dim() != b.noise.dim():
+                    return False
+                difference = abs(_largest(a) - _largest(b))
+                tolerance = 4 * max(a.step, b.step) * abs(_largest(b))
+                if (a.before, a.after) != (b.before, b.after) or not difference <= tolerance:
+                    return False
+            output = run_on_tape(site, self.foreign_noise, self.balances).outputs
         except TAPE_ERRORS:
             return False
+
         for group, interval in zip(self.groups, self.keep_intervals, strict=True):
-            noise = noise_of(reading, group)
+            noise = _noise_of(reading, group)
             kept_count, count = int((noise != 0).sum()), max(noise.numel(), 1)
-            if interval is not None and st.exact_p(kept_count, count, interval) < _UNLIKELY:
+            # None: noise that is no mask keeps everything.
+            if interval is not None and (
+                statistics.exact_p(kept_count, count, interval) < _UNLIKELY
+            ):
                 return False
         return Balance(lambda _: output, site.run(training=False)).equals(output)
 
 
-def run_on_tape(
-    site: IsolatedSite,
-    foreign_noise: frozenset[int],
-    constants: Mapping[int, float] | None = None,
-    *,
-    training: bool = True,
-    watched: bool = False,
-) -> tuple[Reading, list[Tensor]]:
-    """One forward of the site on a tape: the reading, and the floating point tensors of the output.
-
-    `foreign_noise` and `constants` are those of `Roles` and `NoiseTape`.
-    """
-    call = site.prepare()
-    tape = NoiseTape(Roles(site.weights(), call.tensors(), foreign_noise), constants)
-    with tape:
-        output = site.run_prepared(call, training=training, watched=watched)
-    return tape.reading, output
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A few readings, all with the same applications, and the foreign tensors that are random.
-
-    `foreign_noise` holds their indices, as `Roles` needs them.
-    """
-
-    foreign_noise: frozenset[int]
-    readings: list[Reading]
-
-
-def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
-    """Run a site a few times on a tape. Unclear where the forwards cannot be followed.
-
-    A foreign tensor, which torch did not make, is random where it differs from forward to forward.
-    """
-    try:
-        readings = [run_on_tape(site, frozenset(), training=training)[0] for _ in range(_PROBES)]
-        foreign = [reading.foreign for reading in readings]
-        if not _have_same_shapes(foreign):
-            return Unclear((_PATH_VARIES,))
-        random_indices = set()
-        for index, (first, *rest) in enumerate(zip(*foreign, strict=True)):
-            if not all(torch.equal(first, tensor) for tensor in rest):
-                random_indices.add(index)
-        foreign_noise = frozenset(random_indices)
-        if foreign_noise:
-            readings = [
-                run_on_tape(site, foreign_noise, training=training)[0] for _ in range(_PROBES)
-            ]
-        while len(readings) < _MOST_PROBES and not _every_application_kept(readings):
-            readings.append(run_on_tape(site, foreign_noise, training=training)[0])
-    except TAPE_ERRORS as error:
-        return Unclear((f"its forward cannot be watched: {error}",))
-
-    if readings[0].obstacles:
-        return Unclear(tuple(readings[0].obstacles))
-    if not _have_same_shapes([[a.noise for a in reading.applications] for reading in readings]):
-        return Unclear((_PATH_VARIES,))
-    return Probe(foreign_noise, readings)
-
-
-def _have_same_shapes(forwards: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether each forward has tensors of the same shapes, in the same order."""
-    shapes = [[tensor.shape for tensor in tensors] for tensors in forwards]
-    return all(other == shapes[0] for other in shapes)
-
-
-def _every_application_kept(readings: list[Reading]) -> bool:
-    """Whether each application's noise was other than 0 in at least one reading."""
-    for applications in zip(*(reading.applications for reading in readings), strict=False):
-        if not any(bool(application.noise.any()) for application in applications):
-            return False
-    return True
-
-
-def noise_of(reading: Reading, group: Sequence[int]) -> Tensor:
+def _noise_of(reading: Reading, group: Sequence[int]) -> Tensor:
     """The noise of the applications of one effect: a tensor, or several of one shape stacked."""
     noises = [reading.applications[index].noise for index in group]
     return noises[0] if len(noises) == 1 else torch.stack(noises)
+
+
+def _largest(application: Application) -> float:
+    """The largest value of the noise, which for a mask is the value that it keeps."""
+    return float(application.noise.max()) if application.noise.numel() else 0.0
 
 
 def _group_applications(readings: list[Reading]) -> list[list[int]] | Unclear:
@@ -278,25 +305,29 @@ def _group_applications(readings: list[Reading]) -> list[list[int]] | Unclear:
     is not made up of their means.
     """
     first = readings[0].applications
-    random = []
+    indices = []
     for index, application in enumerate(first):
         is_zero = not any(bool(reading.applications[index].noise.any()) for reading in readings)
         if application.draws and not is_zero:
-            random.append(index)
+            indices.append(index)
 
     groups: list[list[int]] = []
-    for index in random:
+    for index in indices:
         for group in groups:
             if _have_one_form(readings, group[0], index):
-                # A mask that is used again is stacked on itself, and measured as one.
+                # A mask that is used several times is stacked on itself, and measured as one.
                 group.append(index)
                 break
         else:
             groups.append([index])
 
-    for a, b in itertools.combinations(random, 2):
-        if first[a].draws & first[b].draws and not _have_equal_noise(readings, a, b):
-            return Unclear(("the same random numbers reach the data in two ways",))
+    for a, b in itertools.combinations(indices, 2):
+        if not first[a].draws & first[b].draws:
+            continue
+        for reading in readings:
+            x, y = reading.applications[a].noise, reading.applications[b].noise
+            if x.shape == y.shape and not torch.equal(x, y):
+                return Unclear(("the same random numbers reach the data in two ways",))
     return groups
 
 
@@ -311,33 +342,10 @@ def _have_one_form(readings: list[Reading], a: int, b: int) -> bool:
     return True
 
 
-def _have_equal_noise(readings: list[Reading], a: int, b: int) -> bool:
-    """Whether two applications use equal noise in every reading in which its shapes are equal."""
-    for reading in readings:
-        x, y = reading.applications[a].noise, reading.applications[b].noise
-        if x.shape == y.shape and not torch.equal(x, y):
-            return False
-    return True
-
-
-def _is_like(a: Application, b: Application) -> bool:
-    """Whether two applications, of two calls, have the same form and the same largest value."""
-    return (
-        a.additive == b.additive
-        and a.noise.dim() == b.noise.dim()
-        and (a.before, a.after) == (b.before, b.after)
-        and abs(_largest(a) - _largest(b)) <= 4 * max(a.step, b.step) * abs(_largest(b))
-    )
-
-
-def _largest(application: Application) -> float:
-    """The largest value of the noise, which for a mask is the value that it keeps."""
-    return float(application.noise.max()) if application.noise.numel() else 0.0
-
-
-def _effect(
+def _effect_of(
     application: Application, balance: float, rounding: float, *, augmented: bool
 ) -> Effect:
+    """The effect of an application whose noise must have the mean `balance`."""
     if application.replaces or (augmented and masks_spans(application)):
         # In eval nothing is replaced, so 1 is the only balance of an augmentation.
         is_pure = abs(balance - 1) <= 1e-3

@@ -1,6 +1,4 @@
-"""One call of a module, to be repeated: copies of its arguments, and the numbers that the module
-held when it was called.
-"""
+"""One call of a module, to be repeated: its arguments, and the numbers that the module held."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ State = Mapping[tuple[str, str], bool | int | float | str]
 
 _NO_STATE: State = {}
 
-# What `Call.emptiness` returns for an input that random values can stand in for.
+# What `Call.why_unmeasurable` returns for an input that random values can stand in for.
 ZERO = "zero everywhere"
 
 
@@ -66,10 +64,10 @@ class Call:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def emptiness(self) -> str:
-        """Why no mask is visible on these arguments: "empty", "zero everywhere", ...
+    def why_unmeasurable(self) -> str:
+        """Why a mask on these arguments would not be visible: "empty", "zero everywhere", ...
 
-        "" where the floating point tensors carry values, or where there are none.
+        "" where it would be: they carry values, or hold no floating point tensor.
         """
         tensors = self.tensors()
         if tensors and not any(tensor.numel() for tensor in tensors):

@@ -1,7 +1,7 @@
-"""Finding the sites: the modules that draw in training, that draw in eval, or that are a dropout by
-name; and capturing the calls that reach them.
+"""Finding the possible sites, and capturing the calls that reach them.
 
-The search has three steps, each on a fresh copy of the network:
+A possible site is a module that draws in training, that draws in eval, or that is a dropout by
+name. The search has three steps:
 
 1. one forward per sample in eval mode, and one in training mode, to see which modules draw;
 2. more training forwards, while layers that are skipped at random hide a module;
@@ -94,24 +94,25 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
     """
     # 1. The modules that draw. Each mode gets a fresh copy: a forward may exchange its module's
     # parts or use up an iterator, and the next step would see another network.
-    working = network.copy(parameters=True)
-    working.module.eval()
+    working_copy = network.copy(parameters=True)
+    working_copy.module.eval()
     in_eval = _Forwards()
-    in_eval.run_each(working, samples, seed=seed)
+    in_eval.run_each(working_copy, samples, seed=seed)
 
-    working = network.copy(parameters=True)
-    working.module.train()
-    training_flags = {path: part.training for path, part in working.parts.items()}
+    working_copy = network.copy(parameters=True)
+    working_copy.module.train()
+    training_flags = {path: part.training for path, part in working_copy.parts.items()}
     in_training = _Forwards()
-    in_training.run_each(working, samples, seed=seed)
+    in_training.run_each(working_copy, samples, seed=seed)
+
     # 2. The modules inside skipped layers.
-    in_training.run_until_reached(working, samples, in_eval.reached, seed=seed)
+    in_training.run_until_reached(working_copy, samples, in_eval.reached, seed=seed)
 
     ran_nowhere = not in_training.completed and not in_eval.completed
     # A forward that cannot be watched may run all the same: the samples are not to blame.
-    watchable = not any(isinstance(error, Unwatched) for error in in_eval.failures)
+    watchable = not any(isinstance(error, Unwatched) for error in in_eval.errors)
     if ran_nowhere and watchable:
-        reason = _describe(in_eval.failures[0]).strip().partition("\n")[0]
+        reason = _describe(in_eval.errors[0]).strip().partition("\n")[0]
         type_name = type(network.module).__name__
         raise UnusableInputs(f"{type_name} fails on every sample, in eval mode too: {reason}")
     samples_in_training = in_training.completed if in_eval.completed else []
@@ -125,18 +126,18 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
             paths.append(path)
 
     # 3. The calls of the possible sites.
-    working = network.copy(parameters=True)
-    working.module.train()
+    working_copy = network.copy(parameters=True)
+    working_copy.module.train()
     captures = _capture_calls(
-        working,
+        working_copy,
         [samples[index] for index in samples_in_training],
         paths,
         in_training.reached,
         seed=seed,
     )
 
-    judged = Network.of(network.module).copy(parameters=True)
-    judged.module.eval()
+    network_to_judge = Network.of(network.module).copy(parameters=True)
+    network_to_judge.module.eval()
     sites = []
     for path in paths:
         part, capture = network.parts[path], captures[path]
@@ -144,25 +145,24 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
         eval_draws = tuple(in_eval.draws.get(path, ()))
         # The one rate that the random calls were made with, else the one that the module holds.
         rates = {draw.p for draw in (*training_draws, *eval_draws) if draw.p is not None}
-        sites.append(
-            PossibleSite(
-                path=path,
-                type=type(part).__name__,
-                p=rates.pop() if len(rates) == 1 else declared_rate(part),
-                training_draws=training_draws,
-                eval_draws=eval_draws,
-                calls=tuple(capture.calls),
-                call_count=capture.call_count,
-                unlike_arguments=capture.unlike_arguments,
-                unlike_state=capture.unlike_state,
-                trains=training_flags.get(path, True),
-            )
+        site = PossibleSite(
+            path=path,
+            type=type(part).__name__,
+            p=rates.pop() if len(rates) == 1 else declared_rate(part),
+            training_draws=training_draws,
+            eval_draws=eval_draws,
+            calls=tuple(capture.calls),
+            call_count=capture.call_count,
+            unlike_arguments=capture.unlike_arguments,
+            unlike_state=capture.unlike_state,
+            trains=training_flags.get(path, True),
         )
+        sites.append(site)
 
-    failures = [f"in training mode on a sample: {_describe(e)}" for e in in_training.failures]
-    failures += [f"in eval mode on a sample: {_describe(e)}" for e in in_eval.failures]
+    failures = [f"in training mode on a sample: {_describe(e)}" for e in in_training.errors]
+    failures += [f"in eval mode on a sample: {_describe(e)}" for e in in_eval.errors]
     return Search(
-        network=judged,
+        network=network_to_judge,
         training_flags=training_flags,
         sites=tuple(sites),
         failures=tuple(failures),
@@ -171,23 +171,23 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
     )
 
 
-def _describe(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {failure}"
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass
 class _Forwards:
-    """What forwards in one mode showed.
+    """What the forwards in one mode showed.
 
     `draws` holds the draws by the path of the innermost module that made them; the dictionary keeps
     each draw once, in order. `reached` are the paths of the modules that were called, and
-    `completed` the indices of the samples that ran to the end.
+    `completed` the indices of the samples that ran to the end. `errors` are those of the others.
     """
 
     draws: dict[str, dict[Draw, None]] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     completed: list[int] = field(default_factory=list)
-    failures: list[Exception] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
 
     def run_each(self, network: Network, samples: Sequence[Sample], *, seed: int) -> None:
         """Run one forward per sample."""
@@ -196,7 +196,7 @@ class _Forwards:
                 self._run(network, sample, seed + index)
             # The user's code may raise anything in a mode that is new to it; or Unwatched.
             except Exception as error:
-                self.failures.append(error)
+                self.errors.append(error)
             else:
                 self.completed.append(index)
 
@@ -210,7 +210,9 @@ class _Forwards:
         if not self.completed:
             return
         for repeat in range(_MORE_FORWARDS):
-            if not self._hides_any(paths - self.reached):
+            # The root, whose prefix is empty, contains all.
+            prefixes = tuple(f"{path}." if path else "" for path in self.draws)
+            if not any(path.startswith(prefixes) for path in paths - self.reached):
                 return
             index = self.completed[repeat % len(self.completed)]
             try:
@@ -218,15 +220,8 @@ class _Forwards:
             except Exception:  # a forward that runs only so often
                 return
 
-    def _hides_any(self, missing: set[str]) -> bool:
-        """Whether any of these paths lies inside a module that draws. The root contains all."""
-        for path in self.draws:
-            prefix = f"{path}." if path else ""
-            if any(part.startswith(prefix) for part in missing):
-                return True
-        return False
-
     def _run(self, network: Network, sample: Sample, seed: int) -> None:
+        """Run one forward, and record the modules that it calls and those that draw."""
         names = {id(part): path for path, part in network.parts.items()}
 
         def hook(module: nn.Module, _inputs: object) -> None:
@@ -235,11 +230,13 @@ class _Forwards:
         seed_everything(seed)
         with ExitStack() as stack:
             stack.callback(register_module_forward_pre_hook(hook).remove)
-            drawn = draws(network.module, Call.of((), sample).kwargs)
-        for draw in drawn:
+            random_draws = draws(network.module, Call.of((), sample).kwargs)
+        for draw in random_draws:
             # "blocks.0 > unregistered": a module that a forward creates belongs to its creator.
             path = draw.path.partition(" > ")[0]
-            self.draws.setdefault("" if path == "(root)" else path, {})[draw] = None
+            if path == "(root)":
+                path = ""
+            self.draws.setdefault(path, {})[draw] = None
 
 
 @dataclass
@@ -258,9 +255,9 @@ class _Capture:
 
         # A call that carries values replaces one of its kind that does not.
         for index, captured in enumerate(self.calls):
-            if captured.kind == kind and captured.call.emptiness():
+            if captured.kind == kind and captured.call.why_unmeasurable():
                 call = Call.of(args, kwargs, state)
-                if not call.emptiness():
+                if not call.why_unmeasurable():
                     self.calls[index] = CapturedCall(call, kind, captured.number)
                 return
 
@@ -273,11 +270,12 @@ class _Capture:
             return
 
         # A call of a new kind replaces the last one that repeats a kind.
-        repeats = [index for index, other in enumerate(kinds) if other in kinds[:index]]
-        if repeats:
-            call = Call.of(args, kwargs, state)
-            self.calls[repeats[-1]] = CapturedCall(call, kind, self.call_count)
-        elif kind.arguments in {other.arguments for other in kinds}:
+        for index in reversed(range(len(kinds))):
+            if kinds[index] in kinds[:index]:
+                call = Call.of(args, kwargs, state)
+                self.calls[index] = CapturedCall(call, kind, self.call_count)
+                return
+        if any(kind.arguments == other.arguments for other in kinds):
             self.unlike_state += 1
         else:
             self.unlike_arguments += 1
@@ -298,7 +296,7 @@ def _capture_calls(
     """
     captures = {path: _Capture() for path in paths}
 
-    def watch(stack: ExitStack, path: str) -> None:
+    def capture(stack: ExitStack, path: str) -> None:
         inside = Network.of(network.parts[path]).parts
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -312,7 +310,7 @@ def _capture_calls(
 
     with ExitStack() as stack, plain_forward(), torch.no_grad():
         for path in paths:
-            watch(stack, path)
+            capture(stack, path)
         for index, sample in enumerate(samples):
             run(sample, seed + index)
         for repeat in range(_MORE_FORWARDS):

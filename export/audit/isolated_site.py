@@ -1,14 +1,13 @@
-"""One site, run in isolation: at every run its input and its state are the same, and nothing else
-is random.
+"""One site, run in isolation: each run starts from the same input and the same state.
 
 Every other module is in eval mode, so a difference between two runs comes from the site. A module
-inside the site that is random in eval is not silenced.
+inside the site that is random in eval stays random.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,7 +43,9 @@ class IsolatedSite:
         trains: bool = True,
         sites: Collection[nn.Module] = (),
     ) -> None:
-        """`trains` is False for a module that refuses training mode. `sites` are the modules of the
+        """Write the state of the call to the module; leaving `isolated()` restores the original.
+
+        `trains` is False for a module that refuses training mode. `sites` are the modules of the
         network that are judged as sites themselves.
         """
         self.module, self.call, self._trains = module, call, trains
@@ -53,7 +54,7 @@ class IsolatedSite:
         self._network_parts = list(network.parts.values())
         self._site_ids = {id(part) for part in sites}
 
-        # Two states of the site: before the audit came here, and before the call to repeat.
+        # Two states of the site: as it was before the audit, and as it was before the call.
         self._restore_original = [saved(part) for part in self._inside]
         write_state(parts, call.state)
         self._restore_call_state = [saved(part) for part in self._inside]
@@ -66,7 +67,7 @@ class IsolatedSite:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Put the network into eval mode for the runs, and put every flag and number back after."""
+        """Inside, the network is in eval mode. Afterwards, all flags and numbers are restored."""
         flags = [part.training for part in self._network_parts]
         try:
             # By attribute: `eval()` does not reach modules in plain lists, and may be overridden.
@@ -104,13 +105,12 @@ class IsolatedSite:
             part.training = training
         self.module.training = training and self._trains
         self._calls = []
-        watched = watched or self._includes_inputs or bool(self._branch_factors)
-        # Global hooks slow every module down, so they are set only where a caller reads the calls.
-        watching = (
-            watch_direct_calls(self.module, on_leave=self._record) if watched else nullcontext()
-        )
+        # Global hooks slow every module down, so they are set only where the calls are read.
+        reads_calls = watched or self._includes_inputs or bool(self._branch_factors)
         try:
-            with watching:
+            with ExitStack() as stack:
+                if reads_calls:
+                    stack.enter_context(watch_direct_calls(self.module, on_leave=self._record))
                 output = self.module(*call.args, **call.kwargs)
         finally:
             for part in self._inside:
@@ -193,14 +193,15 @@ class IsolatedSite:
 
 
 def _skip(module: nn.Module, last_output: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a skipped layer: its input, in the structure of `last_output`."""
+    """The forward of a skipped layer: it returns its input, in the structure of `last_output`."""
     return DirectCall(0, module, args, kwargs, last_output).output_with_branch(0.0)
 
 
 @contextmanager
 def noise_for_zero_weights(module: nn.Module) -> Iterator[None]:
-    """Inside, the parameters that are zero everywhere have random values: N(0, 0.5^2), which
-    neither vanishes nor overflows in the layers behind it.
+    """Inside, the parameters that are zero everywhere have random values.
+
+    They are drawn from N(0, 0.5^2), which neither vanishes nor overflows in the layers behind.
     """
     zeros = [
         parameter
@@ -231,8 +232,9 @@ def output_tensors(output: object) -> list[Tensor]:
 
 
 def rounding_step(tensors: list[Tensor]) -> float:
-    """The largest relative rounding step of the dtypes of these tensors; float32's where none is a
-    floating point tensor.
+    """The largest relative rounding step of the dtypes of these tensors.
+
+    That of float32 where none is a floating point tensor.
     """
     steps = [torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point()]
     return max(steps, default=torch.finfo(torch.float32).eps)

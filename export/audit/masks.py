@@ -1,6 +1,6 @@
-"""Reading masks from noise: the value that is kept, which elements are kept or dropped together,
-and whether the others are independent.
+"""Reading masks from noise: their kept value, their groups, and whether groups are independent.
 
+A group is the elements that are always kept or dropped together, such as those of a channel.
 Noise is a float64 tensor with NaN where it is not visible. A mask is 0 where it drops and one value
 where it keeps.
 """

@@ -1,6 +1,6 @@
 """Measuring the effects of a site: how many draws a test takes, the draws, and what they prove.
 
-One effect is measured in this order:
+A draw is the noise of one training forward. One effect is measured in this order:
 
 1. noise of no known form: the mean of the whole output is compared (`agreement.py`);
 2. augmentation: the share of values that stay as they are; there is no scale to test;
@@ -21,12 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evalmode.export.audit import masks
-from evalmode.export.audit import statistics as st
+from evalmode.export.audit import masks, statistics
 from evalmode.export.audit.agreement import compare_means
 from evalmode.export.audit.site import MOST_DRAWS, Effect, Figures, Kind, NoiseObserver, Outcome
 
-# Draws of a pilot, and of a test, at least and at most.
+# A pilot and a test take this many draws at least, and a pilot at most.
 _LEAST_DRAWS = 8
 _MOST_PILOT_DRAWS = 512
 # A pilot ends when it has seen this many elements kept and this many dropped, or after so many
@@ -57,15 +56,15 @@ class _Test:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pilot:
-    """What the draws before the test showed.
+    """The draws before the test, and the structure that they showed.
 
-    `kept_value` is None for noise that is no mask. `shape` is None for noise that is no mask of
+    `kept_value` is None for noise that is no mask. `shape` is None unless it is a mask of
     independent groups.
     """
 
     noises: list[Tensor]
     kept_value: float | None
-    shape: masks.Shape | None
+    shape: masks.Shape | None = None
 
 
 def measure(observer: NoiseObserver, *, alpha: float, draws: int | None) -> list[Figures]:
@@ -74,12 +73,11 @@ def measure(observer: NoiseObserver, *, alpha: float, draws: int | None) -> list
     `draws` fixes the training forwards of each test. None takes as many as detect a gap of one
     margin (see `statistics.margin`), and `MOST_DRAWS` at most.
     """
-    return [
-        _measure_effect(
-            _Test(observer=observer, index=index, effect=effect, alpha=alpha, draws=draws)
-        )
-        for index, effect in enumerate(observer.effects)
-    ]
+    all_figures = []
+    for index, effect in enumerate(observer.effects):
+        test = _Test(observer=observer, index=index, effect=effect, alpha=alpha, draws=draws)
+        all_figures.append(_measure_effect(test))
+    return all_figures
 
 
 def _measure_effect(test: _Test) -> Figures:
@@ -93,27 +91,32 @@ def _measure_effect(test: _Test) -> Figures:
     if effect.pattern is Kind.AUGMENTED:
         shares = [float((noise != 0).double().mean()) for noise in test.noises(_LEAST_MEANS)]
         keep_rate = sum(shares) / len(shares)
-        return Figures(outcome=Outcome.NO_GAP, draws=len(shares), keep_rate=keep_rate)
+        return Figures(outcome=Outcome.NO_GAP, forward_count=len(shares), keep_rate=keep_rate)
 
     # 3. The structure of the noise.
     pilot = _draw_pilot(test)
-    draws = len(pilot.noises)
+    forward_count = len(pilot.noises)
     first, *others = pilot.noises
-    drops_and_keeps = bool((first == 0).any()) and bool((first.nan_to_num(0.0) != 0).any())
-    # NaN is not equal to itself, and -1 is no value of a mask.
-    if drops_and_keeps and all(
-        torch.equal(first.nan_to_num(-1.0), noise.nan_to_num(-1.0)) for noise in others
-    ):
-        return Figures(outcome=Outcome.FROZEN, draws=draws, kept_value=pilot.kept_value)
+    is_frozen = bool((first == 0).any()) and bool((first.nan_to_num(0.0) != 0).any())
+    for noise in others:
+        # NaN is not equal to itself, and -1 is no value of a mask.
+        is_frozen = is_frozen and torch.equal(first.nan_to_num(-1.0), noise.nan_to_num(-1.0))
+    if is_frozen:
+        return Figures(
+            outcome=Outcome.FROZEN, forward_count=forward_count, kept_value=pilot.kept_value
+        )
     if not any(bool(noise.nan_to_num(0.0).any()) for noise in pilot.noises):
-        return Figures(outcome=Outcome.NOTHING_KEPT, draws=draws, keep_rate=0.0, gap=0.0)
+        return Figures(
+            outcome=Outcome.NOTHING_KEPT, forward_count=forward_count, keep_rate=0.0, gap=0.0
+        )
 
-    # 4. A mask of independent groups. A test may refute the structure that the pilot showed.
+    # 4. A mask of independent groups. A test may refute the structure that the pilot showed, and
+    # return another shape to test, or None.
     shape = pilot.shape
     for _ in range(_MASK_TESTS):
-        if shape is None or pilot.kept_value is None:
+        if shape is None:
             break
-        result = _test_mask(test, pilot.noises, pilot.kept_value, shape)
+        result = _test_mask(test, pilot.noises, shape)
         if isinstance(result, Figures):
             return result
         shape = result
@@ -123,6 +126,7 @@ def _measure_effect(test: _Test) -> Figures:
 
 
 def _draw_pilot(test: _Test) -> _Pilot:
+    """Draw until masks have shown enough elements kept and dropped, and read their structure."""
     effect = test.effect
     noises: list[Tensor] = []
     zero_count = kept_count = element_count = 0
@@ -135,35 +139,44 @@ def _draw_pilot(test: _Test) -> _Pilot:
         if len(noises) >= _LEAST_DRAWS and (has_seen_both or element_count > _MOST_PILOT_ELEMENTS):
             break
 
+    # A mask: every draw is 0 or one value.
     value = None
     if not effect.additive:
         elements = torch.cat([noise.reshape(-1) for noise in noises])
         value = masks.kept_value(elements, rounding=effect.rounding)
     has_one_shape = len({noise.shape for noise in noises}) == 1
     if value is None or not has_one_shape:
-        return _Pilot(noises=noises, kept_value=value, shape=None)
+        return _Pilot(noises=noises, kept_value=value)
 
+    # Its groups: the elements that are kept or dropped together.
     shape = masks.shape_of(noises[0], value)
     for noise in noises[1:]:
         shape = shape.joined(masks.shape_of(noise, value))
-    is_visible, is_kept = zip(*(masks.groups(noise, shape) for noise in noises), strict=True)
-    kept_counts = [int(tensor.sum()) for tensor in is_kept]
-    visible_counts = [int(tensor.sum()) for tensor in is_visible]
-    is_overdispersed = st.overdispersed(kept_counts, visible_counts)
-    if is_overdispersed or masks.neighbours_agree(is_visible, is_kept):
-        return _Pilot(noises=noises, kept_value=value, shape=None)
+
+    # Whether the groups are independent.
+    visible_groups, kept_groups = [], []
+    for noise in noises:
+        is_visible, is_kept = masks.groups(noise, shape)
+        visible_groups.append(is_visible)
+        kept_groups.append(is_kept)
+    kept_counts = [int(is_kept.sum()) for is_kept in kept_groups]
+    visible_counts = [int(is_visible.sum()) for is_visible in visible_groups]
+    if statistics.overdispersed(kept_counts, visible_counts):
+        return _Pilot(noises=noises, kept_value=value)
+    if masks.neighbours_agree(visible_groups, kept_groups):
+        return _Pilot(noises=noises, kept_value=value)
     return _Pilot(noises=noises, kept_value=value, shape=shape)
 
 
 def _test_mask(
-    test: _Test, pilot_noises: list[Tensor], value: float, shape: masks.Shape
+    test: _Test, pilot_noises: list[Tensor], shape: masks.Shape
 ) -> Figures | masks.Shape | None:
-    """The exact test of a mask with independent groups.
+    """The exact test of a mask with independent groups of this shape.
 
-    Where the draws refute that, the test is void. Returned is then the shape that they show, or
-    None where their groups depend on one another.
+    The draws of the test may refute the shape, and the test is then void. The result is the shape
+    that they show instead, or None where their groups depend on one another.
     """
-    effect, alpha = test.effect, test.alpha
+    effect, alpha, value = test.effect, test.alpha, shape.value
 
     # The number of draws, from the pilot's keep rate.
     visible_count = kept_count = 0
@@ -172,7 +185,7 @@ def _test_mask(
         visible_count += int(is_visible.sum())
         kept_count += int(is_kept.sum())
     rate = kept_count / max(visible_count, 1)
-    needed = st.masks_needed(rate, effect.balance / value, alpha=alpha)
+    needed = statistics.masks_needed(rate, effect.balance / value, alpha=alpha)
     groups_per_draw = max(visible_count // len(pilot_noises), 1)
     draws = test.draws
     if draws is None:
@@ -192,19 +205,19 @@ def _test_mask(
         visible_counts.append(int(is_visible.sum()))
     if shape_of_draws.shared != shape.shared:
         return shape_of_draws
-    if st.overdispersed(kept_counts, visible_counts):
+    if statistics.overdispersed(kept_counts, visible_counts):
         return None
 
     # The test. There is no gap at the keep rate balance / value, and a gap of less than the slack
     # counts as none.
     kept_count, group_count = sum(kept_counts), sum(visible_counts)
     keep_rate = kept_count / group_count
-    low, high = st.exact_interval(kept_count, group_count, alpha=alpha)
+    low, high = statistics.exact_interval(kept_count, group_count, alpha=alpha)
     ratio = value / effect.balance if effect.balance > 0 else float("inf")
-    margin = st.margin(1 - keep_rate)
-    slack = effect.rounding + st.NEGLIGIBLE * margin
+    margin = statistics.margin(1 - keep_rate)
+    slack = effect.rounding + statistics.NEGLIGIBLE * margin
     balanced_rates = ((1 - slack) / ratio, (1 + slack) / ratio)
-    p_value = st.exact_p(kept_count, group_count, balanced_rates)
+    p_value = statistics.exact_p(kept_count, group_count, balanced_rates)
     gap, gap_interval = keep_rate * ratio, (low * ratio, high * ratio)
     if p_value < alpha:
         outcome = Outcome.GAP
@@ -217,7 +230,7 @@ def _test_mask(
         outcome = Outcome.UNSURE
     return Figures(
         outcome=outcome,
-        draws=draws,
+        forward_count=draws,
         kept_value=value,
         keep_rate=keep_rate,
         keep_interval=(low, high),
@@ -239,20 +252,20 @@ def _test_mean(test: _Test, pilot: _Pilot) -> Figures:
         relative_variance = (spread / balance) ** 2 if balance else 0.0
         # For a mask this is the drop rate; other noise gets the margin of a mask of its variance.
         drop_rate = relative_variance / (1 + relative_variance)
-        margin = abs(balance) * st.margin(drop_rate)
+        margin = abs(balance) * statistics.margin(drop_rate)
 
     # The number of draws, from the variance of the pilot's means.
     pilot_means = [float(noise.nanmean()) for noise in pilot.noises]
     variance = float(torch.tensor(pilot_means, dtype=torch.float64).var())
-    needed = st.draws_needed(variance, margin, alpha=alpha) if margin else 0
+    needed = statistics.draws_needed(variance, margin, alpha=alpha) if margin else 0
     draws = test.draws
     if draws is None:
         draws = min(max(needed, _LEAST_MEANS), MOST_DRAWS)
     means = [float(noise.nanmean()) for noise in test.noises(max(draws, 2))]
 
-    low, high = st.mean_interval(means, alpha=alpha)
+    low, high = statistics.mean_interval(means, alpha=alpha)
     mean = sum(means) / len(means)
-    slack = abs(balance) * effect.rounding + st.NEGLIGIBLE * margin
+    slack = abs(balance) * effect.rounding + statistics.NEGLIGIBLE * margin
     if balance - margin <= low and high <= balance + margin:
         outcome = Outcome.NO_GAP
     elif high < balance - slack or low > balance + slack:
@@ -270,7 +283,7 @@ def _test_mean(test: _Test, pilot: _Pilot) -> Figures:
         gap, gap_interval = mean * ratio, (low * ratio, high * ratio)
     return Figures(
         outcome=outcome,
-        draws=len(means),
+        forward_count=len(means),
         kept_value=pilot.kept_value,
         keep_rate=keep_rate,
         keep_interval=keep_interval,

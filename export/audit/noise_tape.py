@@ -1,14 +1,13 @@
-"""A tape of one forward: where random numbers are applied to the data. It can also put a constant
-in their place.
+"""A tape of one forward: it records where random numbers are applied to the data.
 
 At torch's dispatcher every dropout is a mask, made of draws and constants, and one operator that
 applies it to the data. This holds for torch's own dropouts, also inside attention and recurrent
-layers, and for hand-written ones. The tape finds that operator and reads the mask. It can run the
-forward again with every element of the mask set to one number.
+layers, and for hand-written ones. The tape finds that operator and reads the mask. In a further
+forward it can set every element of the mask to one number.
 
-Obstacles are what it cannot follow: draws whose probabilities depend on the data, and noise that is
-combined with the data in no linear way. Randomness that steers Python's control flow is not visible
-here at all.
+An obstacle is what it cannot follow: a draw whose probabilities depend on the data, or noise that
+is combined with the data in no linear way. A random choice of Python's, such as a branch that is
+taken or not, is not visible here at all.
 """
 
 from __future__ import annotations
@@ -38,10 +37,12 @@ _SUMS = ("add", "sub")
 class Application:
     """One operator that applies noise to data; its result is linear in the noise.
 
-    `noise` is float64, made of `draws`. `step` is the relative rounding of its original dtype.
-    `additive`: the noise is added, not multiplied. `replaces`: a dropped element becomes a learned
-    vector, not 0. `before` and `after` are the factors by which Python multiplies the data just
-    before and the result just after.
+    `noise` is float64, made of the draws whose numbers are in `draws`. `step` is the relative
+    rounding step of its original dtype. `additive` says that it is added, not multiplied.
+    `replaces` says that a dropped element becomes a learned vector, not 0.
+
+    `before` and `after` are plain numbers: the forward multiplies the data by them just before the
+    noise, and the result just after.
     """
 
     noise: Tensor
@@ -57,15 +58,15 @@ class Application:
 class Reading:
     """What one forward showed: the applications in order, the obstacles, and the foreign tensors.
 
-    `draws` counts torch's draws. `steers` says that random numbers became a number of Python's,
-    which may choose the path.
+    `draws` counts torch's draws. `may_choose_path` says that a random tensor became a number of
+    Python's, which may choose the path of the forward.
     """
 
     applications: list[Application] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
     foreign: list[Tensor] = field(default_factory=list)
     draws: int = 0
-    steers: bool = False
+    may_choose_path: bool = False
 
 
 class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
@@ -84,8 +85,8 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
         self.reading = Reading(foreign=roles.foreign)
         self._roles = roles
         self._constants = constants or {}
-        # Two tables by the identity of a tensor: the number by which Python has multiplied it, and
-        # the index of the application whose result it is, also when scaled since.
+        # Two tables by the identity of a tensor: the plain number by which it was multiplied, and
+        # the index of the application that it is the result of, scaled or not.
         self._scales: dict[int, float] = {}
         self._application_of: dict[int, int] = {}
         # Keeps the tensors alive: another tensor may get the identity of one that was freed.
@@ -109,14 +110,14 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
             return self._assign(func(*args, **kwargs), Role.CONSTANT)
 
         roles = [self._roles.of(operand) for operand in operands]
-        # What was in the target of a copy before does not matter.
+        # A copy overwrites its target, so that the role of the target does not matter.
         is_copy = func is _ATEN.copy_.default
         has_noise = Role.NOISE in roles
         if not is_copy and has_noise and (Role.WEIGHT in roles or Role.DATA in roles):
             return self._apply(func, args, kwargs, operands)
 
         if func is _ATEN._local_scalar_dense.default and has_noise:
-            self.reading.steers = True
+            self.reading.may_choose_path = True
         result = func(*args, **kwargs)
         results = tensors_in(result)
         if writes(func):
@@ -147,7 +148,7 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
         return self._assign(result, Role.NOISE, self._roles.new_draw())
 
     def _native_dropout(self, x: Tensor, p: float, _train: bool | None) -> tuple[Tensor, Tensor]:
-        """`native_dropout`, which CUDA and nested tensors use, in the two steps that it fuses."""
+        """`native_dropout`, which CUDA and nested tensors use, as a mask and a product."""
         self.reading.draws += 1
         mask = torch.rand_like(x, dtype=torch.float32) >= p
         noise = mask.to(x.dtype).div_(1 - p if p < 1 else 1.0)
@@ -190,7 +191,7 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
         return result
 
     def _follow_scale(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Record by what number a product or a quotient with a plain number scales a tensor."""
+        """Record the number by which a product or a quotient scales a tensor."""
         if func not in _SCALINGS or len(args) != 2 or not isinstance(args[0], Tensor):
             return
         self._alive.append(result)
@@ -201,8 +202,9 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
             factor = factor.item()
         if not factor:
             return
-        is_product = func.overloadpacket.__name__.rstrip("_") == "mul"
-        scale = float(factor) if is_product else 1 / float(factor)
+        scale = float(factor)
+        if func.overloadpacket.__name__.rstrip("_") == "div":
+            scale = 1 / scale
         self._scales[id(result)] = self._scales.get(id(tensor), 1.0) * scale
         index = self._application_of.get(id(tensor))
         if index is not None:
@@ -230,10 +232,10 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
 
 @dataclass(frozen=True)
 class _Combination:
-    """How an operator combines noise and data.
+    """How an operator combines noise and data: its result is linear in `noise`.
 
-    Its result is linear in `noise`, and `with_constant(c)` is the result for noise that is c
-    everywhere. The other fields are those of `Application`.
+    `with_constant(c)` is the result for noise that is c everywhere. The other fields are those of
+    `Application`.
     """
 
     noise: Tensor
@@ -285,8 +287,9 @@ def _arithmetic(
             others.append(arg)
     if len(noise_indices) != 1:
         return None
-    if not all(isinstance(arg, Tensor) and arg.is_floating_point() for arg in others):
-        return None
+    for arg in others:
+        if not isinstance(arg, Tensor) or not arg.is_floating_point():
+            return None
     noise_index = noise_indices[0]
     noise = args[noise_index]
 
@@ -294,6 +297,7 @@ def _arithmetic(
         if writing and noise_index == 0:
             # The result is written into the noise, which has to stay the same tensor.
             return func(noise.fill_(value), *args[1:])
+        # A boolean mask takes the dtype of the data: it could not hold the value.
         dtype = noise.dtype if noise.is_floating_point() else others[0].dtype
         operands = list(args)
         operands[noise_index] = torch.full_like(noise, value, dtype=dtype)
@@ -307,29 +311,37 @@ def _where(condition: Tensor, first: Tensor, second: Tensor, roles: Roles) -> _C
     if roles.of(condition) is not Role.NOISE or Role.NOISE in (roles.of(first), roles.of(second)):
         return None
 
+    # A learned vector replaces the data.
     first_is_learned = _is_learned(first, roles)
     if first_is_learned or _is_learned(second, roles):
         data = second if first_is_learned else first
         if roles.of(data) is Role.DATA:
             shape = torch.where(condition, first, second).shape
-            mask = (~condition if first_is_learned else condition).to(torch.float64)
-            return _Combination(mask, lambda value: (data * value).expand(shape), replaces=True)
+            keeps = ~condition if first_is_learned else condition
+            return _Combination(
+                keeps.to(torch.float64),
+                lambda value: (data * value).expand(shape),
+                replaces=True,
+            )
 
+    # Zeros replace the data.
     first_is_blank = _is_blank(first, roles)
-    kept = second if first_is_blank else first
-    if not kept.is_floating_point() or not (first_is_blank or _is_blank(second, roles)):
+    values = second if first_is_blank else first
+    if not values.is_floating_point() or not (first_is_blank or _is_blank(second, roles)):
         return None
-    keeps = ~condition if first_is_blank else condition
-    return _Combination(keeps, lambda value: kept * torch.full_like(keeps, value, dtype=kept.dtype))
+    mask = ~condition if first_is_blank else condition
+    return _Combination(
+        mask, lambda value: values * torch.full_like(mask, value, dtype=values.dtype)
+    )
 
 
 def _fill(
     func: Any, data: Tensor, dropped: Tensor, roles: Roles, *, replaces: bool = False
 ) -> _Combination | None:
-    """`masked_fill` or an assignment by a boolean index: dropped elements become 0.
+    """`masked_fill`, or an assignment by a boolean index, of 0 to the dropped elements.
 
-    Or, with `replaces`, a learned vector. A constant leaves the vector out: 1 is data of which
-    nothing was replaced.
+    With `replaces`, of a learned vector. A constant leaves the vector out: 1 stands for data of
+    which nothing was replaced.
     """
     if dropped.dtype != torch.bool or roles.of(data) is Role.NOISE or not data.is_floating_point():
         return None
@@ -344,7 +356,7 @@ def _fill(
 
 
 def _is_learned(value: Any, roles: Roles) -> bool:
-    """Whether a value is made of weights alone. Zeros are, where they are a parameter."""
+    """Whether a value is made of weights alone, and is not zero unless it is a parameter."""
     return (
         isinstance(value, Tensor)
         and value.is_floating_point()
@@ -354,7 +366,7 @@ def _is_learned(value: Any, roles: Roles) -> bool:
 
 
 def _is_blank(value: Tensor, roles: Roles) -> bool:
-    """Whether a tensor holds nothing but zeros, other than by the values of the data."""
+    """Whether a tensor is zero by design: a single 0, or zeros that are no data."""
     if value.numel() == 1:
         return _is_zero(value)
     return roles.of(value) is not Role.DATA and not bool(value.any())

@@ -1,6 +1,8 @@
-"""The records of the audit: what it measured of a site, and what it reports to the user.
+"""The records of the audit: what it measured at a site, and what it reports to the user.
 
-`verdicts.py` says how each kind is reported: its severity, its sentence and its fix.
+From the noise to the report: a site has one `Effect` for each of its noises. A `NoiseObserver`
+returns their noise, forward by forward. The tests turn that noise into `Figures`, and
+`verdicts.py` turns figures into a `Kind` and a `SiteReport`.
 """
 
 from __future__ import annotations
@@ -59,27 +61,29 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class SiteReport:
     """The report on one source of noise in a module.
 
-    `path` is the module's path ("" is the root), `type` its class. `draw` numbers the sources of a
-    module that has several. `call` numbers a call whose verdict differs from the first call's; the
-    first has 0. `p` is the declared drop probability.
+    `path` is the module's path ("" is the root) and `type` its class. `p` is the declared drop
+    probability.
+
+    `source` numbers the noises of a module that has several: "1 of 2". `call` is the number of a
+    call whose verdict differs from that of the module's first call; else it is 0.
 
     `train_scale` is the factor of kept values in training, `eval_scale` the factor of all values in
     eval. `gap` is E[train] / eval, 1 where nothing is wrong. The intervals hold at the audit's
     level, all sites together. A figure is None where this kind has none, or where it could not be
     measured.
 
-    `draws` counts the training forwards of the test. `calls` counts the calls of the module in all
-    samples' forwards, and `judged` those that were captured to be judged. `severity` is None where
-    there is nothing to report.
+    `forward_count` counts the training forwards of the test. `call_count` counts the calls of the
+    module in all samples' forwards, and `captured_count` those that were captured to be judged.
+    `severity` is None where there is nothing to report.
     """
 
     path: str
     type: str
     kind: Kind
-    draw: str = ""
+    source: str = ""
     call: int = 0
     p: float | None = None
     keep_rate: float | None = None
@@ -88,39 +92,42 @@ class Site:
     eval_scale: float | None = None
     gap: float | None = None
     gap_interval: Interval | None = None
-    draws: int = 0
-    calls: int = 0
-    judged: int = 0
+    forward_count: int = 0
+    call_count: int = 0
+    captured_count: int = 0
     sentence: str = ""
     fix: str = ""
     severity: Severity | None = None
 
     @property
     def name(self) -> str:
-        """The path, with the draw and the call where a module has several: "drop, call 2"."""
-        draw = f", draw {self.draw}" if self.draw else ""
-        call = f", call {self.call}" if self.call else ""
-        return f"{self.path or '(root)'}{draw}{call}"
+        """The path, with the source and the call where there are several: "drop, call 2"."""
+        name = self.path or "(root)"
+        if self.source:
+            name += f", draw {self.source}"
+        if self.call:
+            name += f", call {self.call}"
+        return name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """One noise of a site. There is no gap where the mean of the noise is `balance`.
+    """One noise of a site, and the mean that it must have.
 
-    `additive`: the noise is added to the data, not multiplied.
+    `balance` is that mean: noise with another mean is a gap. `additive` says that the noise is
+    added to the data, not multiplied. `rounding` is the relative error of the noise and of
+    `balance`.
 
     `scale` is a constant factor beside the noise, the same in training and eval. For a mask whose
     kept values are v, the user's train scale is v * scale and the eval scale is balance * scale.
     It is 1 where no such factor is visible.
 
-    `rounding` is the relative error of the noise and of `balance`.
-
     `pattern` is ALPHA or AUGMENTED where the form of the noise already names the kind. `remark` is
     what was seen beside the figures; with a pattern it makes the effect a wrong scale.
 
-    `direction` is eval's output over its norm, shape (elements,), and marks noise of no known form.
-    The noise is then the output's difference from eval over that norm. Its mean should vanish; a
-    mean that does not vanish proves no gap.
+    `direction` marks noise of no known form. It is eval's output over its norm, shape (elements,).
+    The noise is then the difference between the outputs of training and eval, over the same norm.
+    Its mean should vanish, but a mean that does not vanish proves no gap.
     """
 
     balance: float
@@ -133,7 +140,7 @@ class Effect:
 
 
 class NoiseObserver(Protocol):
-    """Repeats a site in training and returns the noise of each effect."""
+    """Repeats a call of a site in training, and returns the noise of each effect."""
 
     effects: tuple[Effect, ...]
 
@@ -146,32 +153,36 @@ class NoiseObserver(Protocol):
 
 @dataclass(frozen=True)
 class Unclear:
-    """A site cannot be measured in one way; another way may do.
-
-    `reasons` is empty where there was no noise to measure.
-    """
+    """A site cannot be measured in one way; another way may do. `reasons` say what prevents it."""
 
     reasons: tuple[str, ...] = ()
 
+    @property
+    def saw_no_noise(self) -> bool:
+        """Whether nothing prevented the measurement, and there was no noise to measure."""
+        return not self.reasons
+
 
 class Outcome(Enum):
-    """What the draws prove about the gap."""
+    """What the noise of the measured forwards proves."""
 
     NO_GAP = auto()
     GAP = auto()
     UNSURE = auto()
-    FROZEN = auto()
-    NOTHING_KEPT = auto()
+    FROZEN = auto()  # the noise is the same mask in every forward
+    NOTHING_KEPT = auto()  # the noise is 0 everywhere in every forward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """The measured figures of one effect. `kept_value` is the value of a mask where it keeps; None
-    where the noise is no mask.
+    """The measured figures of one effect.
+
+    `forward_count` counts the training forwards of the test. `kept_value` is the value of a mask
+    where it keeps; None where the noise is no mask.
     """
 
     outcome: Outcome
-    draws: int
+    forward_count: int
     kept_value: float | None = None
     keep_rate: float | None = None
     keep_interval: Interval | None = None

@@ -2,8 +2,8 @@
 arXiv:1909.11556).
 
 A skip is noise on a residual branch: a layer returns x + b f(x), with b = 0 where it is skipped.
-That the module does nothing else at random is compared, not guessed: its training output must equal
-that of an eval forward in which the same layers return their input.
+Whether the module does anything else at random is measured. Its training output must equal that of
+an eval forward in which the same layers return their input.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from evalmode.export.audit.site import Effect, Unclear
 # 30 sites.
 _PROBES = 32
 # Training forwards that are compared with eval forwards.
-_COMPARED = 8
+_COMPARED_FORWARDS = 8
 
 
 class SkippedLayers:
-    """Observes which layers are skipped: the noise of a layer is 0 where it is skipped, else
-    `factor`.
-    """
+    """Observes the skips: the noise of a layer is 0 where it is skipped, else `factor`."""
 
     def __init__(self, site: IsolatedSite, layers: list[nn.Module], factor: float) -> None:
         """`factor` is what a layer adds in training, where it runs, over what it adds in eval."""
@@ -44,7 +42,7 @@ class SkippedLayers:
         None for any other site.
         """
         forwards: list[tuple[set[nn.Module], list[Tensor]]] = []
-        for _ in range(_COMPARED):
+        for _ in range(_COMPARED_FORWARDS):
             if other_noise is None:
                 output = site.run(training=True, watched=True)
             else:
@@ -85,7 +83,7 @@ def skipped_layers(site: IsolatedSite) -> list[nn.Module]:
     skipped_types: set[type] = set()
     for _ in range(_PROBES):
         in_training = set(site.called_modules(training=True))
-        skipped_types |= {type(module) for module in set(in_eval) - in_training}
+        skipped_types.update(type(module) for module in set(in_eval) - in_training)
     return [module for module in in_eval if type(module) in skipped_types]
 
 

@@ -2,7 +2,7 @@
 
 A factor beside a dropout is not visible at the dropout. So every module that is no site runs again
 on a call that was captured in eval. Its code runs in training mode, while all that it calls runs in
-eval. Then there is no noise, and its output must be eval's.
+eval (`code_runner.py`). Then there is no noise, and its output must be eval's.
 
 Where it is not, a factor is searched that explains the difference. Multiplied with an input or with
 the output of a part, its inverse makes the outputs equal; it is the gap E[train] / eval.
@@ -13,7 +13,6 @@ Modules of torch's own have no such code, except normalisations and dropouts. Th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,13 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from evalmode.export.audit import statistics as st
-from evalmode.export.audit.balance import Balance, Constants
+from evalmode.export.audit import statistics
+from evalmode.export.audit.balance import Balance
 from evalmode.export.audit.call import Call, CallKind, read_state, write_state
-from evalmode.export.audit.direct_calls import DirectCall, scaled, watch_direct_calls
+from evalmode.export.audit.code_runner import INPUT, CodeRunner, float_outputs
 from evalmode.export.audit.isolated_site import noise_for_zero_weights, output_tensors
 from evalmode.export.audit.site import Unclear
 from evalmode.export.module.forward import plain_forward, seed_everything
@@ -43,28 +40,15 @@ _MOST_CALLS = 8
 _CALLS_PER_KIND = 2
 # The direct calls of one module whose factor is searched: each search costs up to forty forwards.
 _MOST_PARTS = 16
-# The key of the module's own input among the constants; direct calls count from 0.
-_INPUT = -1
-# Operators in which the modes may differ where a module only scales: products and quotients, and
-# what brings their number to a tensor.
-_SCALING_OPERATORS = {
-    "mul",
-    "div",
-    "detach",
-    "lift_fresh",
-    "scalar_tensor",
-    "full",
-    "_to_copy",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """A module whose code does something else in training than in eval.
 
-    `gap` is E[train] / eval of `scaled`, a phrase such as "its answer"; None where no factor
-    explains the difference. `site` is the path of the part that the factor is on, where the module
-    calls that part once. `call_count` counts the module's calls.
+    `gap` is E[train] / eval of `scaled`, a phrase such as "its output"; None where no factor
+    explains the difference. `site` is the path of the part whose output has the factor, where the
+    module calls that part once. `call_count` counts the module's calls.
 
     `harmless` says that the difference has nothing to do with noise: nothing comes after it, or it
     is one of batch statistics. `reason` is what differs, or what prevented a comparison.
@@ -82,10 +66,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class _RecordedCall:
-    """One call in eval. `is_final` says that its output was the output of the network."""
+    """One call in eval, with the floating point tensors of its output.
+
+    `is_final` says that the network's answer holds them.
+    """
 
     call: Call
-    output: list[Tensor]
+    outputs: list[Tensor]
     is_final: bool = False
 
 
@@ -124,7 +111,7 @@ def find_differences(
     `network` is a working copy. `sites` are paths; `training_flags` are the flags of training mode,
     by path.
     """
-    around = {
+    modules = {
         path: part
         for path, part in network.parts.items()
         if path not in sites and not isinstance(part, _NormBase) and not _is_plain_torch(part)
@@ -139,11 +126,11 @@ def find_differences(
     ):
         for part in network.parts.values():
             part.training = False
-        records = _record_calls(network, around, samples, seed=seed)
-        runner = _Runner(network, training_flags, sites)
+        records = _record_calls(network, modules, samples, seed=seed)
+        runner = CodeRunner(network, training_flags, sites)
         differences = []
         for path, record in records.items():
-            part = around[path]
+            part = modules[path]
             inside = Network.of(part).parts
             restores = [saved(item) for item in inside.values()]
             difference = None
@@ -154,10 +141,8 @@ def find_differences(
                 for restore in restores:
                     restore()
             if difference is None and record.unlike_count:
-                reason = (
-                    f"{record.unlike_count} of its calls were not looked at, which are unlike the"
-                    " first"
-                )
+                count = record.unlike_count
+                reason = f"{count} of its calls were not compared: they are unlike the first"
                 difference = Difference(path=path, type=type(part).__name__, reason=reason)
             if difference is not None:
                 differences.append(replace(difference, call_count=record.call_count))
@@ -171,10 +156,10 @@ def _is_plain_torch(part: nn.Module) -> bool:
 
 
 def _record_calls(
-    network: Network, around: Mapping[str, nn.Module], samples: Sequence[Sample], *, seed: int
+    network: Network, modules: Mapping[str, nn.Module], samples: Sequence[Sample], *, seed: int
 ) -> dict[str, _Record]:
     """The calls of these modules in eval forwards, with their outputs."""
-    records = {path: _Record() for path in around}
+    records = {path: _Record() for path in modules}
 
     def watch(stack: ExitStack, path: str, part: nn.Module) -> None:
         inside = Network.of(part).parts
@@ -195,127 +180,35 @@ def _record_calls(
             if opened is not None:
                 kind, call = opened
                 record.kinds.append(kind)
-                floats = [tensor.clone() for tensor in _floats(output)]
-                record.calls.append(_RecordedCall(call, floats))
+                outputs = [tensor.clone() for tensor in float_outputs(output)]
+                record.calls.append(_RecordedCall(call, outputs))
 
         stack.callback(part.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(part.register_forward_hook(leave).remove)
 
     with ExitStack() as stack:
-        for path, part in around.items():
+        for path, part in modules.items():
             watch(stack, path, part)
         for index, sample in enumerate(samples):
             seed_everything(seed + index)
             answer = output_tensors(network.module(**Call.of((), sample).kwargs))
             for record in records.values():
                 for position, call in enumerate(record.calls):
-                    if not call.is_final and _is_among(call.output, answer):
+                    if not call.is_final and _are_among(call.outputs, answer):
                         record.calls[position] = replace(call, is_final=True)
     return records
 
 
-def _is_among(output: list[Tensor], answer: list[Tensor]) -> bool:
-    """Whether the network's answer holds each tensor of an output."""
-    if not output:
-        return False
-    for tensor in output:
+def _are_among(outputs: list[Tensor], answer: list[Tensor]) -> bool:
+    """Whether there are outputs, and the network's answer holds each of them."""
+    for tensor in outputs:
         if not any(tensor.shape == a.shape and torch.equal(tensor, a) for a in answer):
             return False
-    return True
-
-
-class _Runner:
-    """Runs the code of one module in training mode, and all that it calls in eval."""
-
-    def __init__(
-        self, network: Network, training_flags: Mapping[str, bool], sites: Collection[str]
-    ) -> None:
-        self.sites = sites
-        self.paths = {id(part): path for path, part in network.parts.items()}
-        self.direct_calls: list[DirectCall] = []  # of the last run
-        # Parts whose flag is a plain attribute, and the others, where it is a property.
-        self._flag_owners: list[dict[str, Any]] = []
-        self._other_parts: list[nn.Module] = []
-        for path, part in network.parts.items():
-            if not training_flags.get(path, True):
-                continue
-            if "training" in vars(part):
-                self._flag_owners.append(vars(part))
-            else:
-                self._other_parts.append(part)
-
-    def run(
-        self, part: nn.Module, call: Call, constants: Constants, *, training: bool = True
-    ) -> list[Tensor]:
-        """The floating point tensors of the output.
-
-        `constants` multiply the outputs of direct calls, by index, and the input, by `_INPUT`.
-        """
-        self.direct_calls = []
-
-        def on_leave(direct_call: DirectCall) -> Any:
-            self._set_training(training)
-            self.direct_calls.append(direct_call)
-            factor = constants.get(direct_call.index, 1.0)
-            return None if factor == 1 else direct_call.scaled_output(factor)
-
-        copied = call.copy()
-        args, kwargs = copied.args, copied.kwargs
-        factor = constants.get(_INPUT, 1.0)
-        if factor != 1:
-            args, kwargs = pytree.tree_map(lambda leaf: scaled(leaf, factor), (args, kwargs))
-        try:
-            self._set_training(training)
-            with watch_direct_calls(
-                part, on_enter=lambda: self._set_training(False), on_leave=on_leave
-            ):
-                output = part(*args, **kwargs)
-        finally:
-            self._set_training(False)
-        return _floats(output)
-
-    def only_scales(self, part: nn.Module, call: Call) -> bool:
-        """Whether the modes run the same operators, apart from products and quotients."""
-        operators = []
-        for training in (False, True):
-            with _OperatorLog() as log:
-                self.run(part, call, {}, training=training)
-            operators.append(log.operators)
-        in_eval, in_training = operators
-        matcher = difflib.SequenceMatcher(None, in_eval, in_training, autojunk=False)
-        for tag, a, b, c, d in matcher.get_opcodes():
-            if tag != "equal":
-                for name, _numbers in (*in_eval[a:b], *in_training[c:d]):
-                    if name not in _SCALING_OPERATORS:
-                        return False
-        return True
-
-    def _set_training(self, training: bool) -> None:
-        # Past nn.Module's __setattr__, which takes a third of the time of a small network.
-        for attributes in self._flag_owners:
-            attributes["training"] = training
-        for part in self._other_parts:
-            part.training = training
-
-
-class _OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
-    """Logs the operators that run, views aside: their names and their numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operators: list[tuple[str, str]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if not func.is_view:
-            numbers = [arg for arg in args if isinstance(arg, bool | int | float)]
-            self.operators.append((func.overloadpacket.__name__.rstrip("_"), str(numbers)))
-        return func(*args, **(kwargs or {}))
+    return bool(outputs)
 
 
 def _compare(
-    runner: _Runner, path: str, part: nn.Module, recorded: _RecordedCall
+    runner: CodeRunner, path: str, part: nn.Module, recorded: _RecordedCall
 ) -> Difference | None:
     """What the code of a module does in training alone; None where it does the same.
 
@@ -324,112 +217,115 @@ def _compare(
     1. it raises in training: unproven;
     2. one mode returns the other's tensors and more: the same; other tensors: a difference;
     3. equal outputs: the same;
-    4. one factor on the output of a part, on the input, on what reaches a part, or on the output:
-       a gap;
-    5. several factors together: the gap is the largest of them;
-    6. nothing but products differ, and no factor explains it: unproven;
-    7. batch statistics: a warning;
-    8. anything else: unproven, or a warning where it is the network's answer.
+    4. one factor, on the output of a part or on the module's input: a gap;
+    5. one factor, on what reaches a part or on the module's output: a gap;
+    6. several factors together, on the outputs of parts: the gap is the largest of them;
+    7. nothing but products differ, and no factor explains it: unproven;
+    8. batch statistics: a warning;
+    9. anything else: unproven, or a warning where it is the network's answer.
     """
     difference = Difference(path=path, type=type(part).__name__)
-    call, expected = recorded.call, recorded.output
+    call, expected = recorded.call, recorded.outputs
 
     # 1. It raises.
     try:
-        output = runner.run(part, call, {})
+        outputs = runner.run(part, call, {})
     except Exception as error:  # the user's code, without the network around it
         reason = f"it does not run alone in training: {type(error).__name__}: {error}"
         return replace(difference, reason=reason)
 
-    # 2. and 3. The outputs are equal, or cannot be compared.
-    if _extends(output, expected):
+    # 2. The outputs cannot be compared.
+    if _extends(outputs, expected):
         return None
-    if [tensor.shape for tensor in output] != [tensor.shape for tensor in expected]:
-        reason = "it answers with other tensors in training than in eval"
+    if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
+        reason = "it returns other tensors in training than in eval"
         return replace(difference, harmless=recorded.is_final, reason=reason)
+
+    # 3. The outputs are equal.
     balance = Balance(lambda constants: runner.run(part, call, constants), expected)
-    direct_calls = runner.direct_calls
-    if balance.equals(output):
+    modules = [direct_call.module for direct_call in runner.direct_calls]
+    if balance.equals(outputs):
         return None
 
-    # 4. On the output of a part. Sites come first: a factor on a site equals one on what leads to
-    # it, and the user looks for it at the site.
-    names = [runner.paths.get(id(c.module), "a part of it") for c in direct_calls]
+    # 4. A factor on the output of a part, or on the input. Sites come first: a factor on a site
+    # equals one on what leads to it, and the user looks for it at the site.
+    names = [runner.paths.get(id(module), "a part of it") for module in modules]
     indices = sorted(range(len(names)), key=lambda index: names[index] not in runner.sites)
-    for index in (*indices[:_MOST_PARTS], _INPUT):
+    for index in (*indices[:_MOST_PARTS], INPUT):
         factors = balance.find([[index]], [False], [1.0], None)
         if isinstance(factors, Unclear) or factors[0] == 0:
             continue
         gap = 1 / factors[0]
-        if abs(gap - 1) <= st.NEGLIGIBLE * st.margin(0):
+        if abs(gap - 1) <= statistics.NEGLIGIBLE * statistics.margin(0):
             return None  # two ways to compute the same, with different rounding
-        if index == _INPUT:
-            return replace(difference, gap=gap, scaled="what it is given")
-        modules = [c.module for c in direct_calls]
-        is_only_call = modules.count(modules[index]) == 1
-        return replace(
-            difference,
-            gap=gap,
-            scaled=f"what {names[index]} answers",
-            site=names[index] if is_only_call else None,
-        )
+        if index == INPUT:
+            return replace(difference, gap=gap, scaled="its input")
+        site = names[index] if modules.count(modules[index]) == 1 else None
+        return replace(difference, gap=gap, scaled=f"the output of {names[index]}", site=site)
 
-    # 4. On what reaches a part, or on the output.
+    # 5. A factor on what reaches a part: on the first part whose inputs differ. Or on the output.
     runner.run(part, call, {}, training=True)
     inputs_in_training = [direct_call.inputs() for direct_call in runner.direct_calls]
     runner.run(part, call, {}, training=False)
     inputs_in_eval = [direct_call.inputs() for direct_call in runner.direct_calls]
-    unlike = None  # the index of the first part that gets something else
+    inputs_differ = False
     for index, (a, b) in enumerate(zip(inputs_in_training, inputs_in_eval, strict=False)):
         if not _all_equal(a, b):
-            unlike = index
+            inputs_differ = True
+            factor = _common_factor(a, b)
+            if factor is not None:
+                return replace(difference, gap=factor, scaled=f"the input of {names[index]}")
             break
-    if unlike is not None:
-        factor = _common_factor(inputs_in_training[unlike], inputs_in_eval[unlike])
-        if factor is not None:
-            return replace(difference, gap=factor, scaled=f"what reaches {names[unlike]}")
-    factor = _common_factor(output, expected)
+    factor = _common_factor(outputs, expected)
     if factor is not None:
-        return replace(difference, gap=factor, scaled="its answer")
+        return replace(difference, gap=factor, scaled="its output")
 
-    # 5. Several factors.
-    together = balance.find_together(range(len(direct_calls))[:_MOST_PARTS])
+    # 6. Several factors.
+    together = balance.find_together(range(len(modules))[:_MOST_PARTS])
     if together is not None and all(together):
         worst = max(range(len(together)), key=lambda index: abs(together[index] - 1))
-        scaled_part = f"what {names[worst]} answers"
-        return replace(difference, gap=1 / together[worst], scaled=scaled_part)
+        scaled = f"the output of {names[worst]}"
+        return replace(difference, gap=1 / together[worst], scaled=scaled)
 
-    # 6. Products.
-    if unlike is None and runner.only_scales(part, call):
+    # 7. Products.
+    if not inputs_differ and runner.only_scales(part, call):
         return replace(difference, reason="its own code multiplies in one mode alone")
 
-    # 7. Batch statistics.
-    moved = _moved_buffers(runner, part, call)
-    if moved:
-        reason = f"its training uses statistics of the batch, and keeps them in {', '.join(moved)}"
+    # 8. Batch statistics: floating point buffers of the module itself that a training call changes.
+    # Buffers of one element are left out: they are counters and rates.
+    before = {}
+    for name, buffer in part.named_buffers(recurse=False):
+        if buffer.is_floating_point() and buffer.numel() > 1:
+            before[name] = buffer.clone()
+    runner.run(part, call, {})
+    changed_names = []
+    for name, buffer in part.named_buffers(recurse=False):
+        if name in before and not torch.equal(buffer, before[name]):
+            changed_names.append(name)
+    if changed_names:
+        listed = ", ".join(changed_names)
+        reason = f"its training uses statistics of the batch, and keeps them in {listed}"
         return replace(difference, harmless=True, reason=reason)
 
-    # 8. Anything else.
-    reason = "its own code answers otherwise in training than in eval, and by no factor"
-    if recorded.is_final and unlike is None:
+    # 9. Anything else.
+    reason = (
+        "its own code returns something else in training than in eval, which no factor explains"
+    )
+    if recorded.is_final and not inputs_differ:
         reason += (
-            "; what it calls gets the same in both modes, so that only the network's answer differs"
+            "; the modules that it calls get the same inputs in both modes, so that only the"
+            " network's answer differs"
         )
         return replace(difference, harmless=True, reason=reason)
     return replace(difference, reason=reason)
 
 
-def _floats(output: object) -> list[Tensor]:
-    """The floating point tensors of a module's output, detached."""
-    return [tensor.detach() for tensor in output_tensors(output) if tensor.is_floating_point()]
-
-
-def _extends(output: list[Tensor], expected: list[Tensor]) -> bool:
+def _extends(outputs: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether one mode returns the other's tensors, in order, and more between or after them.
 
     Auxiliary heads in training do so, and a cache in eval.
     """
-    fewer, more = sorted((output, expected), key=len)
+    fewer, more = sorted((outputs, expected), key=len)
     if not 0 < len(fewer) < len(more):
         return False
     remaining: Iterator[Tensor] = iter(more)
@@ -469,19 +365,3 @@ def _common_factor(a: list[Tensor], b: list[Tensor]) -> float | None:
         return None
     first = factors[0]
     return first if all(abs(c - first) <= 1e-3 * abs(c) for c in factors) else None
-
-
-def _moved_buffers(runner: _Runner, part: nn.Module, call: Call) -> list[str]:
-    """The names of the module's own floating point buffers that a training call changes.
-
-    Buffers of one element are left out: they are counters and rates, not statistics.
-    """
-    before = {}
-    for name, buffer in part.named_buffers(recurse=False):
-        if buffer.is_floating_point() and buffer.numel() > 1:
-            before[name] = buffer.clone()
-    runner.run(part, call, {})
-    buffers = dict(part.named_buffers(recurse=False))
-    return [
-        name for name in buffers if name in before and not torch.equal(buffers[name], before[name])
-    ]

@@ -1,7 +1,7 @@
-"""From figures to a verdict: the kind of a site, and how the audit reports each kind.
+"""From figures to a verdict and its report.
 
-`REPORTS` is the table of what the audit prints for each kind. `name_kind` chooses the kind of a
-measured effect.
+`name_kind` chooses the kind of a measured effect. `KIND_REPORTS` holds what the audit prints for
+each kind, and `report_site` fills it in for one site.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evalmode.bundle.certificate import Severity
-from evalmode.export.audit.site import Effect, Figures, Interval, Kind, Outcome
+from evalmode.export.audit.find_sites import PossibleSite
+from evalmode.export.audit.site import Effect, Figures, Interval, Kind, Outcome, SiteReport
 
-# A scale has the name of a formula when it is this close to it, relatively. This decides names
-# alone: whether there is a gap is decided by the tests in `measure.py`.
+# Two scales count as equal up to this relative difference. It decides the name of a kind alone: the
+# tests in `measure.py` decide whether there is a gap.
 _NAME_TOLERANCE = 1e-3
 
 _CONVENTION = "papers often call the keep probability p, PyTorch's p is the drop probability"
-REACH_FIX = "give samples that reach it"
+_NOT_MEASURED = Figures(outcome=Outcome.NO_GAP, forward_count=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KindReport:
-    """How one kind is reported. Severity None: no finding, only a line of the table.
+    """How one kind is reported. With severity None it is a line of the table, and no finding.
 
-    `sentence` and `fix` are templates; `sentence` and `fix` below fill in their fields.
+    `sentence` and `fix` are templates, which `sentence_of` and `fix_of` fill in.
     """
 
     severity: Severity | None = None
@@ -31,15 +32,15 @@ class KindReport:
     fix: str = ""
 
 
-REPORTS: dict[Kind, KindReport] = {
+KIND_REPORTS: dict[Kind, KindReport] = {
     Kind.INVERTED: KindReport(
-        sentence="training scales what it keeps up, eval changes nothing: the means agree",
+        sentence="training scales up what it keeps, eval changes nothing: the means agree",
     ),
     Kind.CLASSIC: KindReport(
         sentence="training keeps values as they are, eval scales them down: the means agree",
     ),
     Kind.ALPHA: KindReport(
-        sentence="mean and variance of a standard normal input stay what they are",
+        sentence="the mean and the variance of a standard normal input do not change",
     ),
     Kind.MULTIPLICATIVE: KindReport(
         sentence="training multiplies by noise whose mean is eval's factor",
@@ -107,7 +108,7 @@ REPORTS: dict[Kind, KindReport] = {
     ),
     Kind.DROPS_ALL: KindReport(
         severity=Severity.ERROR,
-        sentence="training saw no value kept in {draws} forwards, eval keeps them all",
+        sentence="training kept no value in {draws} forwards, eval keeps them all",
         fix="lower p below 1: {convention}",
     ),
     Kind.ALWAYS_ON: KindReport(
@@ -124,8 +125,8 @@ REPORTS: dict[Kind, KindReport] = {
             "every forward drops the same elements: they are never trained, and eval uses them"
         ),
         fix=(
-            "draw a new mask in every forward: do not seed, or keep, a generator or a mask"
-            " inside it"
+            "draw a new mask in every forward: do not seed a generator in the forward, and do not"
+            " store a mask"
         ),
     ),
     Kind.INCONCLUSIVE: KindReport(
@@ -136,59 +137,118 @@ REPORTS: dict[Kind, KindReport] = {
 }
 
 
-def sentence(
+def report_site(
+    candidate: PossibleSite,
+    kind: Kind,
+    *,
+    source: str = "",
+    figures: Figures = _NOT_MEASURED,
+    train_scale: float | None = None,
+    eval_scale: float | None = None,
+    reason: str = "",
+) -> SiteReport:
+    """The report on one noise of a site, with the severity, the sentence and the fix of its kind.
+
+    `source` and the scales are those of `SiteReport`, `reason` that of `sentence_of`.
+    """
+    p, gap, keep_rate = candidate.p, figures.gap, figures.keep_rate
+    forward_count = figures.forward_count
+    return SiteReport(
+        path=candidate.path,
+        type=candidate.type,
+        kind=kind,
+        source=source,
+        p=p,
+        keep_rate=keep_rate,
+        keep_interval=figures.keep_interval,
+        train_scale=train_scale,
+        eval_scale=eval_scale,
+        gap=gap,
+        gap_interval=figures.gap_interval,
+        forward_count=forward_count,
+        call_count=candidate.call_count,
+        captured_count=len(candidate.calls),
+        sentence=sentence_of(
+            kind, gap=gap, keep_rate=keep_rate, p=p, reason=reason, forward_count=forward_count
+        ),
+        fix=fix_of(kind, p=p, keep_rate=keep_rate),
+        severity=KIND_REPORTS[kind].severity,
+    )
+
+
+def sentence_of(
     kind: Kind,
     *,
     gap: float | None,
     keep_rate: float | None,
     p: float | None,
     reason: str = "",
-    draws: int = 0,
+    forward_count: int = 0,
 ) -> str:
-    """The sentence that reports a site.
+    """The sentence that reports a site of this kind.
 
-    `reason` takes the place of the sentence of a wrong scale or an inconclusive site: it says what
-    was seen beside the figures, or what stands in the way. Other kinds ignore it.
+    A wrong scale and an inconclusive site are reported by `reason`, where there is one. It says
+    what was seen beside the figures, or what prevents a measurement. Other kinds ignore it.
     """
+    note = _rate_note(kind, keep_rate, p)
     if reason and kind in (Kind.WRONG_SCALE, Kind.INCONCLUSIVE):
-        text = reason
-    else:
-        gap_text = "training and eval differ on average" if gap is None else gap_sentence(gap)
-        keeps, dropped_share, scaled_for = "", "a part", "for another rate"
-        if keep_rate is not None:
-            keeps = f"keeps {keep_rate:.3g} of its input"
-            dropped_share = f"{100 * (1 - keep_rate):.2g} %"
-        if gap and keep_rate:
-            scaled_for = f"as if it kept {keep_rate / gap:.3g}"
-        skip_rate = "?"
-        if p is not None:
-            skip_rate = f"{p:g}"
-        elif keep_rate is not None:
-            skip_rate = f"{1 - keep_rate:.2g} (measured)"
-        text = REPORTS[kind].sentence.format(
-            keeps=keeps,
-            dropped_share=dropped_share,
-            scaled_for=scaled_for,
-            skip_rate=skip_rate,
-            draws=draws,
-            gap=gap_text,
-        )
-    return text + _rate_note(kind, keep_rate, p)
+        return reason + note
+
+    gap_text = "training and eval differ on average" if gap is None else gap_sentence(gap)
+    keeps, dropped_share, scaled_for, skip_rate = "", "a part", "for another rate", "?"
+    if keep_rate is not None:
+        keeps = f"keeps {keep_rate:.3g} of its input"
+        dropped_share = f"{100 * (1 - keep_rate):.2g} %"
+        skip_rate = f"{1 - keep_rate:.2g} (measured)"
+    if gap and keep_rate:
+        scaled_for = f"as if it kept {keep_rate / gap:.3g}"
+    if p is not None:
+        skip_rate = f"{p:g}"
+    text = KIND_REPORTS[kind].sentence.format(
+        keeps=keeps,
+        dropped_share=dropped_share,
+        scaled_for=scaled_for,
+        skip_rate=skip_rate,
+        draws=forward_count,
+        gap=gap_text,
+    )
+    return text + note
 
 
-def fix(kind: Kind, *, p: float | None, keep_rate: float | None) -> str:
-    """What the user should do about a site; "" where there is nothing to do."""
-    # The declared rate, as that is the number which the user finds in the code.
-    keep = 1 - p if p is not None else keep_rate
-    value = f" = {keep:g}" if keep is not None and 0 < keep < 1 else ""
-    return REPORTS[kind].fix.format(keep_rate=value, convention=_CONVENTION)
+def _rate_note(kind: Kind, keep_rate: float | None, p: float | None) -> str:
+    """A remark where p may have been meant as the keep probability; "" elsewhere."""
+    if p is None or keep_rate is None:
+        return ""
+    if kind in (Kind.ALWAYS_ON, Kind.FROZEN, Kind.AUGMENTED, Kind.LAYERS_SKIPPED):
+        return ""
+
+    # The site keeps about p of its input, and clearly not 1 - p.
+    smaller = min(p, 1 - p)
+    if abs(keep_rate - p) < 0.1 * smaller and abs(keep_rate - (1 - p)) > 0.2 * smaller:
+        return f" (p = {p:g} is what it keeps, not what it drops: {_CONVENTION})"
+    if p > 0.5 and kind in (Kind.INVERTED, Kind.CLASSIC):
+        return f" (p = {p:g} drops most of it: {_CONVENTION})"
+    return ""
+
+
+def fix_of(kind: Kind, *, p: float | None, keep_rate: float | None) -> str:
+    """What the user should do about a site of this kind; "" where there is nothing to do."""
+    # The declared rate comes first: it is the number that the user finds in the code.
+    keep = keep_rate if p is None else 1 - p
+    keep_text = ""
+    if keep is not None and 0 < keep < 1:
+        keep_text = f" = {keep:g}"
+    return KIND_REPORTS[kind].fix.format(keep_rate=keep_text, convention=_CONVENTION)
 
 
 def gap_sentence(gap: float) -> str:
     """What a gap E[train] / eval does to the activations."""
     if gap <= 0:
         return "training passes on nothing of its input's size, eval does"
-    factor, direction = (1 / gap, "larger") if gap < 1 else (gap, "smaller")
+    if gap < 1:
+        factor, direction = 1 / gap, "larger"
+    else:
+        factor, direction = gap, "smaller"
     # Two significant digits at least: 2.0, 1.11, 1.0005. "1.0 times larger" would say nothing.
     digits = 1 if abs(factor - round(factor, 1)) < 1e-6 else 2
     while round(factor, digits) == 1.0 and digits < 6:
@@ -199,25 +259,10 @@ def gap_sentence(gap: float) -> str:
     )
 
 
-def _rate_note(kind: Kind, keep_rate: float | None, p: float | None) -> str:
-    """A remark where p may have been meant as the keep probability; "" elsewhere."""
-    if p is None or keep_rate is None:
-        return ""
-    if kind in (Kind.ALWAYS_ON, Kind.FROZEN, Kind.AUGMENTED, Kind.LAYERS_SKIPPED):
-        return ""
-    # The site keeps about p of its input, and clearly not 1 - p.
-    smaller = min(p, 1 - p)
-    if abs(keep_rate - p) < 0.1 * smaller and abs(keep_rate - (1 - p)) > 0.2 * smaller:
-        return f" (p = {p:g} is what it keeps, not what it drops: {_CONVENTION})"
-    if p > 0.5 and kind in (Kind.INVERTED, Kind.CLASSIC):
-        return f" (p = {p:g} drops most of it: {_CONVENTION})"
-    return ""
-
-
 def user_scales(effect: Effect, figures: Figures) -> tuple[float | None, float | None]:
-    """The train scale of kept values and the eval scale, as they stand in the user's code.
+    """The train scale of kept values and the eval scale, as the user's code has them.
 
-    (None, None) for noise that is no mask.
+    Both are None for noise that is no mask.
     """
     if effect.additive or effect.pattern is not None or figures.kept_value is None:
         return None, None
@@ -229,12 +274,14 @@ def name_kind(effect: Effect, figures: Figures, p: float | None) -> Kind:
 
     Decided in this order:
 
-    1. what the test could not decide, a mask that never changes, a mask that keeps nothing;
-    2. a pattern that names its kind: wrong if its test failed or something else was seen with it;
-    3. noise of no known form whose mean agrees;
-    4. no gap: additive or multiplicative noise, or a mask, classic or inverted;
+    1. the test decided nothing: inconclusive; the mask never changes: frozen mask; the mask keeps
+       nothing: drops everything;
+    2. a pattern names the kind, or a wrong scale if there is a remark or a gap;
+    3. noise of no known form whose mean agrees: unbiased;
+    4. no gap: additive or multiplicative noise; for a mask, classic or inverted;
     5. a gap: the name of the mistake for a mask, a wrong scale for other noise.
     """
+    # 1. What the outcome alone decides.
     if figures.outcome is Outcome.UNSURE:
         return Kind.INCONCLUSIVE
     if figures.outcome is Outcome.FROZEN:
@@ -242,17 +289,23 @@ def name_kind(effect: Effect, figures: Figures, p: float | None) -> Kind:
     if figures.outcome is Outcome.NOTHING_KEPT:
         return Kind.DROPS_ALL
 
+    # 2. A pattern.
     has_gap = figures.outcome is Outcome.GAP
     if effect.pattern is not None:
         return Kind.WRONG_SCALE if effect.remark or has_gap else effect.pattern
+
+    # 3. Noise of no known form: its test proves no gap, so this is agreement.
     if effect.direction is not None:
         return Kind.UNBIASED
 
+    # 4. No gap.
     s, e = user_scales(effect, figures)
     if not has_gap:
         if s is None or e is None:
             return Kind.ADDITIVE if effect.additive else Kind.MULTIPLICATIVE
         return Kind.CLASSIC if _is_close(s, 1) and not _is_close(e, 1) else Kind.INVERTED
+
+    # 5. A gap.
     if s is None or e is None or figures.keep_rate is None:
         return Kind.WRONG_SCALE
     interval = figures.keep_interval or (figures.keep_rate, figures.keep_rate)
@@ -260,22 +313,24 @@ def name_kind(effect: Effect, figures: Figures, p: float | None) -> Kind:
 
 
 def name_mistake(s: float, e: float, keep_rate: float, interval: Interval, p: float | None) -> Kind:
-    """The mistake behind a gap, from the train scale s, the eval scale e and the keep rate k.
+    """The mistake behind the gap of a mask.
 
-    Right is s / e = 1/k. Nothing scaled is s / e = 1, scaled twice 1/k^2. Any other ratio above 1
-    belongs to another rate. k is 1 - p where the measured interval contains it, else the measured
-    keep rate.
+    With the train scale s, the eval scale e and the keep rate k, there is no gap at s / e = 1/k.
+    The ratio 1 is a mask that nothing scales, and 1/k^2 one that is scaled twice. Any other ratio
+    above 1 is the scale of another rate.
+
+    k is 1 - p where the measured interval contains it, else the measured keep rate.
     """
     ratio = s / e if e else float("inf")
     if _is_close(ratio, 1):
         return Kind.UNSCALED
+
+    k, tolerance = keep_rate, _NAME_TOLERANCE
     if p is not None and interval[0] <= 1 - p <= interval[1]:
-        k, tolerance = 1 - p, _NAME_TOLERANCE
-    else:
-        k, tolerance = keep_rate, _NAME_TOLERANCE
-        # The error of a measured rate enters k^2 twice. Few draws of a tiny rate may keep nothing.
-        if keep_rate > 0:
-            tolerance = max(tolerance, 2 * (interval[1] - interval[0]) / keep_rate)
+        k = 1 - p
+    elif keep_rate > 0:  # few draws of a tiny rate may keep nothing
+        # The error of a measured rate enters k^2 twice.
+        tolerance = max(tolerance, 2 * (interval[1] - interval[0]) / keep_rate)
     if abs(ratio * k * k - 1) <= tolerance:
         return Kind.SCALED_TWICE
     return Kind.WRONG_RATE if ratio > 1 else Kind.WRONG_SCALE

@@ -157,7 +157,7 @@ def test_a_finding_names_the_gap_and_the_fix() -> None:
 
 def test_the_figures_of_a_site_agree_with_each_other() -> None:
     (site,) = audit(nn.Dropout(0.2), [{"input": X["x"]}]).sites
-    assert (site.path, site.type, site.p, site.calls) == ("", "Dropout", 0.2, 1)
+    assert (site.path, site.type, site.p, site.call_count) == ("", "Dropout", 0.2, 1)
     assert site.train_scale == pytest.approx(1.25)
     assert site.eval_scale == 1.0
     assert site.keep_rate is not None
@@ -176,8 +176,8 @@ def test_a_keep_probability_passed_as_p_is_reported() -> None:
 
 def test_two_dropouts_in_one_forward_are_two_sites_and_each_has_its_own_verdict() -> None:
     first, second = audit(zoo.TwoRates(second=1.0), [X]).sites
-    assert (first.draw, first.kind) == ("1 of 2", Kind.INVERTED)
-    assert (second.draw, second.kind) == ("2 of 2", Kind.UNSCALED)
+    assert (first.source, first.kind) == ("1 of 2", Kind.INVERTED)
+    assert (second.source, second.kind) == ("2 of 2", Kind.UNSCALED)
     assert second.gap == pytest.approx(0.6, rel=0.05)
     good = audit(zoo.TwoRates(second=1 / 0.6), [X])
     assert good.record.verdict == "pass"
@@ -194,7 +194,7 @@ def test_a_mostly_zero_input_hides_no_gap() -> None:
 
 def test_the_calls_of_all_samples_are_counted() -> None:
     (site,) = audit(zoo.Twice(), [X, {"x": X["x"][:4]}, X]).sites
-    assert site.calls == 6
+    assert site.call_count == 6
 
 
 def test_all_sites_of_torchs_encoder_layer_pass() -> None:
@@ -229,7 +229,7 @@ def test_a_dropout_whose_rate_the_parent_uses_need_not_be_called() -> None:
 def test_too_few_draws_are_inconclusive() -> None:
     site = zoo.Masked(0.1, like=lambda x: x[:, :1, :1])
     assert audit(site, [X], draws=4).record.verdict == "unproven"
-    assert audit(site, [X], draws=4).sites[0].draws == 4
+    assert audit(site, [X], draws=4).sites[0].forward_count == 4
     assert audit(site, [X]).record.verdict == "pass"
 
 

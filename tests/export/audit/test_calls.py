@@ -143,7 +143,7 @@ def test_calls_with_the_same_verdict_are_one_site() -> None:
             return x
 
     (site,) = audited(Shared(), X, X[:4]).sites
-    assert (site.kind, site.calls, site.judged) == (Kind.INVERTED, 24, MOST_CALLS)
+    assert (site.kind, site.call_count, site.captured_count) == (Kind.INVERTED, 24, MOST_CALLS)
 
 
 class Many(nn.Module):
@@ -200,7 +200,7 @@ def test_calls_that_differ_in_a_counter_alone_are_a_warning() -> None:
             return x
 
     result = audited(Loop())
-    assert [(s.kind, s.judged) for s in result.sites] == [(Kind.INVERTED, MOST_CALLS)]
+    assert [(s.kind, s.captured_count) for s in result.sites] == [(Kind.INVERTED, MOST_CALLS)]
     (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.WARNING, "drop")
     assert "2 of its 10 calls were not looked at" in finding.why

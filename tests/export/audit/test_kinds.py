@@ -10,12 +10,8 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Severity
 from evalmode.export.audit.audit import Audit, audit
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.site import Kind, SiteReport
 from tests.export.audit import zoo
-
-
-def elements(_shape: Tensor) -> Tensor:
-    return _shape
 
 
 def channels(x: Tensor) -> Tensor:
@@ -32,10 +28,6 @@ def steps(x: Tensor) -> Tensor:
 
 def call(x: Tensor) -> Tensor:
     return x[:1, :1, :1]
-
-
-def repeated(x: Tensor) -> Tensor:
-    return x[:, :, ::4]
 
 
 # name: (factory, kind), and in WRONG the gap too (None where the kind has no gap)
@@ -221,7 +213,7 @@ def audited(factory: Callable[[], nn.Module]) -> Audit:
     return audit(Root(factory()), [{"x": torch.randn(32, 8, 16)}])
 
 
-def worst(result: Audit) -> Site:
+def worst(result: Audit) -> SiteReport:
     """The site with the highest severity: error, unproven, warning, none; of several, the last."""
     order = [Severity.ERROR, Severity.UNPROVEN, Severity.WARNING, None]
     return min(reversed(result.sites), key=lambda site: order.index(site.severity))

@@ -14,7 +14,7 @@ X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def taped(
+def run_on_tape(
     forward: Callable[[Tensor], Tensor],
     constants: Mapping[int, float] | None = None,
     *,
@@ -62,18 +62,18 @@ MASKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], Tensor]]] =
 @pytest.mark.parametrize("name", MASKS)
 def test_an_application_of_noise_is_recorded_and_a_constant_can_replace_it(name: str) -> None:
     forward, expected = MASKS[name]
-    reading, _ = taped(forward)
+    reading, _ = run_on_tape(forward)
     (application,) = reading.applications
     assert reading.obstacles == []
     assert application.noise.dtype == torch.float64
     assert len(application.draws) == 1
     for constant in (1.0, 0.3):
-        torch.testing.assert_close(taped(forward, {0: constant})[1], expected(constant))
+        torch.testing.assert_close(run_on_tape(forward, {0: constant})[1], expected(constant))
 
 
 def test_the_noise_is_1_where_an_element_is_kept_also_for_masks_of_what_is_dropped() -> None:
     for name in ("where, the other way", "masked_fill", "an index"):
-        reading, output = taped(MASKS[name][0])
+        reading, output = run_on_tape(MASKS[name][0])
         assert torch.equal(reading.applications[0].noise, (output != 0).double()), name
 
 
@@ -93,19 +93,21 @@ OBSTACLES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_an_operator_that_is_not_linear_in_the_noise_is_an_obstacle(name: str) -> None:
-    reading, _ = taped(OBSTACLES[name])
+    reading, _ = run_on_tape(OBSTACLES[name])
     assert reading.obstacles
     assert all(len(obstacle.split()) > 4 for obstacle in reading.obstacles)
 
 
 def test_without_draws_there_is_no_application() -> None:
-    reading, output = taped(lambda x: (x @ WEIGHT).relu() * torch.ones_like(x))
+    reading, output = run_on_tape(lambda x: (x @ WEIGHT).relu() * torch.ones_like(x))
     assert (reading.applications, reading.obstacles) == ([], [])
     assert torch.equal(output, (X @ WEIGHT).relu())
 
 
 def test_the_factors_before_and_after_a_mask_are_recorded() -> None:
-    reading, _ = taped(lambda x: x.div(0.8) * (torch.rand_like(x) < 0.8) * 3 / torch.tensor(2.0))
+    reading, _ = run_on_tape(
+        lambda x: x.div(0.8) * (torch.rand_like(x) < 0.8) * 3 / torch.tensor(2.0)
+    )
     (application,) = reading.applications
     assert (application.before, application.after) == (pytest.approx(1.25), pytest.approx(1.5))
 
@@ -114,9 +116,9 @@ def test_a_foreign_tensor_that_differs_from_run_to_run_is_noise() -> None:
     def forward(x: Tensor) -> Tensor:
         return x * torch.tensor([1.0] * 7 + [0.0])
 
-    assert taped(forward)[0].applications == []
-    assert len(taped(forward)[0].foreign) == 1
-    (application,) = taped(forward, noise=frozenset({0}))[0].applications
+    assert run_on_tape(forward)[0].applications == []
+    assert len(run_on_tape(forward)[0].foreign) == 1
+    (application,) = run_on_tape(forward, noise=frozenset({0}))[0].applications
     assert application.noise.tolist() == [1.0] * 7 + [0.0]
 
 
@@ -126,12 +128,12 @@ def test_a_mask_written_into_a_blank_tensor_is_noise() -> None:
         mask[torch.randperm(8)[:2]] = 0.0
         return x * mask.expand(6, 8)
 
-    (application,) = taped(forward)[0].applications
+    (application,) = run_on_tape(forward)[0].applications
     assert int((application.noise == 0).sum()) == 12
 
 
 def test_applications_that_share_a_draw_name_the_same_draws() -> None:
-    reading, _ = taped(lambda x: F.alpha_dropout(x, 0.2, training=True))
+    reading, _ = run_on_tape(lambda x: F.alpha_dropout(x, 0.2, training=True))
     first, second = reading.applications
     assert first.draws == second.draws
     assert (first.additive, second.additive) == (False, True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Severity, Verdict
 from evalmode.export.audit.audit import Audit, audit
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.site import Kind, SiteReport
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
@@ -47,7 +47,7 @@ def audited(module: nn.Module) -> Audit:
     return audit(nn.Sequential(module), [{"input": X}])
 
 
-def wrong(result: Audit) -> list[Site]:
+def sites_with_a_gap(result: Audit) -> list[SiteReport]:
     return [site for site in result.sites if site.severity is Severity.ERROR]
 
 
@@ -79,7 +79,7 @@ FACTORS: dict[str, Body] = {
 @pytest.mark.parametrize("name", FACTORS)
 def test_a_factor_beside_the_dropout_is_a_gap_of_its_parent(name: str) -> None:
     result = audited(Parent(FACTORS[name]))
-    (site,) = wrong(result)
+    (site,) = sites_with_a_gap(result)
     assert (site.path, site.type, site.kind) == ("0", "Parent", Kind.WRONG_SCALE)
     assert site.gap == pytest.approx(2, rel=1e-4)
     assert "2.0 times smaller in eval than in training" in site.sentence
@@ -87,7 +87,7 @@ def test_a_factor_beside_the_dropout_is_a_gap_of_its_parent(name: str) -> None:
 
 
 def test_a_factor_of_98_percent_has_an_exact_gap() -> None:
-    (site,) = wrong(audited(Parent(lambda m, x: m.head(in_eval(m, m.drop(x), 0.98)))))
+    (site,) = sites_with_a_gap(audited(Parent(lambda m, x: m.head(in_eval(m, m.drop(x), 0.98)))))
     assert site.gap == pytest.approx(1 / 0.98, rel=1e-4)
 
 
@@ -96,7 +96,7 @@ def test_a_factor_two_levels_up_is_a_gap_of_the_module_that_has_it(
     training: float, evaluating: float
 ) -> None:
     inner = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)), nn.ReLU())
-    (site,) = wrong(audited(Around(inner, training=training, evaluating=evaluating)))
+    (site,) = sites_with_a_gap(audited(Around(inner, training=training, evaluating=evaluating)))
     assert (site.path, site.type) == ("0", "Around")
     assert site.gap == pytest.approx(2, rel=1e-4)
 
@@ -107,7 +107,7 @@ class Scale(nn.Module):
 
 
 def test_a_factor_in_a_module_beside_the_dropout_is_a_gap_of_that_module() -> None:
-    (site,) = wrong(audited(nn.Sequential(nn.Dropout(0.5), Scale(), nn.Linear(8, 4))))
+    (site,) = sites_with_a_gap(audited(nn.Sequential(nn.Dropout(0.5), Scale(), nn.Linear(8, 4))))
     assert (site.path, site.gap) == ("0.1", pytest.approx(3, rel=1e-4))
 
 
@@ -115,7 +115,7 @@ def test_a_factor_on_a_branch_with_zero_weights_is_a_gap() -> None:
     parent = Parent(lambda m, x: x + in_eval(m, m.drop(m.before(x))))
     nn.init.zeros_(parent.before.weight)
     nn.init.zeros_(parent.before.bias)
-    (site,) = wrong(audited(parent))
+    (site,) = sites_with_a_gap(audited(parent))
     assert site.gap == pytest.approx(2, rel=1e-4)
     assert not parent.before.weight.any()
 
@@ -124,7 +124,7 @@ def test_two_factors_of_one_module_are_a_gap() -> None:
     def body(m: Parent, x: Tensor) -> Tensor:
         return in_eval(m, m.drop(x), 0.5) + in_eval(m, m.drop(m.before(x)), 0.25)
 
-    (site,) = wrong(audited(Parent(body)))
+    (site,) = sites_with_a_gap(audited(Parent(body)))
     assert (site.path, site.kind) == ("0", Kind.WRONG_SCALE)
 
 
@@ -146,12 +146,12 @@ def test_a_factor_in_one_of_two_calls_of_a_parent_is_a_gap() -> None:
             dropped = self.drop(x)
             return dropped if right else in_eval(self, dropped)
 
-    (site,) = wrong(audited(Twice()))
+    (site,) = sites_with_a_gap(audited(Twice()))
     assert (site.path, site.gap) == ("0.inner", pytest.approx(2, rel=1e-4))
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_of_two_parents_that_share_a_dropout_the_finding_names_that_with_a_factor(
+def test_of_two_parents_that_share_a_dropout_the_finding_names_the_one_with_a_factor(
     bad: bool,
 ) -> None:
     class Both(nn.Module):
@@ -164,7 +164,7 @@ def test_of_two_parents_that_share_a_dropout_the_finding_names_that_with_a_facto
             return self.first(x) + self.second(x)
 
     result = audited(Both())
-    assert [site.path for site in wrong(result)] == (["0.second"] if bad else [])
+    assert [site.path for site in sites_with_a_gap(result)] == (["0.second"] if bad else [])
     assert result.record.verdict is (Verdict.FAIL if bad else Verdict.PASS)
 
 
@@ -225,7 +225,7 @@ class Freezes(nn.Module):
     ],
 )
 def test_batch_statistics_are_no_gap_of_the_module_around_them(module: nn.Module) -> None:
-    assert wrong(audited(module)) == []
+    assert sites_with_a_gap(audited(module)) == []
 
 
 def test_probabilities_in_eval_alone_are_a_warning_since_nothing_comes_after_them() -> None:
@@ -245,7 +245,7 @@ def test_a_difference_that_no_factor_explains_is_unproven() -> None:
     result = audited(Parent(lambda m, x: m.head(m.drop(x) + (1 if m.training else 0))))
     (finding,) = result.record.findings
     assert (finding.severity, finding.node) == (Severity.UNPROVEN, "0")
-    assert "by no factor" in finding.why
+    assert "no factor explains" in finding.why
 
 
 def test_products_that_no_factor_explains_are_unproven_in_the_answer_too() -> None:
@@ -290,7 +290,7 @@ def test_a_sample_that_fails_in_eval_is_not_compared() -> None:
 
     module = nn.Sequential(Picky(FACTORS["in eval"]))
     result = audit(module, [{"input": X[:3]}, {"input": X}])
-    assert [site.path for site in wrong(result)] == ["0"]
+    assert [site.path for site in sites_with_a_gap(result)] == ["0"]
 
 
 class Mask(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evalmode.bundle.certificate import Severity
 from evalmode.export.audit.audit import audit
-from evalmode.export.audit.site import Kind, Site
+from evalmode.export.audit.site import Kind, SiteReport
 from tests.export.audit import zoo
 
 X = torch.randn(32, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ class Dead(nn.Module):
         return F.relu(x - 100)
 
 
-def site_of(module: nn.Module, *samples: Tensor) -> Site:
+def site_of(module: nn.Module, *samples: Tensor) -> SiteReport:
     (site,) = audit(Root(module), [{"x": x} for x in samples]).sites
     return site
 
@@ -61,13 +61,13 @@ def site_of(module: nn.Module, *samples: Tensor) -> Site:
 def test_an_input_that_shows_no_mask_is_inconclusive_with_the_reason(
     factory: type[nn.Dropout | nn.AlphaDropout], name: str
 ) -> None:
-    x, emptiness = NOTHING[name]
+    x, reason = NOTHING[name]
     result = audit(Root(factory(0.5)), [{"x": x}])
     site = result.sites[0]
     assert (site.kind, site.severity) == (Kind.INCONCLUSIVE, Severity.UNPROVEN)
     assert (
         site.sentence
-        == f"its input is {emptiness}, so nothing can be measured: give samples that reach it"
+        == f"its input is {reason}, so nothing can be measured: give samples that reach it"
     )
     assert site.fix == "give samples that reach it"
     assert result.record.verdict == "unproven"
@@ -143,6 +143,37 @@ def test_a_branch_that_is_zero_at_the_start_is_judged(
     assert site.kind is kind
     assert "measured with random values" in site.sentence
     assert not block.norm.weight.any()
+
+
+def test_after_an_inconclusive_attempt_on_random_weights_later_calls_are_judged_in_full() -> None:
+    class ZeroBranch(nn.Module):
+        """A branch with zero weights, whose eval scale is wrong for a batch of 4 rows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                dropped = x * (torch.rand_like(x[:, :1, :1]) < 0.9) / 0.9
+            else:
+                dropped = x * 0.2 if len(x) == 4 else x
+            return x + dropped @ self.weight
+
+    class CallsItTwice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = ZeroBranch()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.branch(x), self.branch(x[:4])
+
+    # Four draws are too few to judge the first call, and enough for the gap of the second.
+    result = audit(CallsItTwice(), [{"x": X}], draws=4)
+    assert [(site.call, site.severity) for site in result.sites] == [
+        (0, Severity.UNPROVEN),
+        (2, Severity.ERROR),
+    ]
 
 
 def test_a_draw_that_changes_no_output_is_inconclusive() -> None:

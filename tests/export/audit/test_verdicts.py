@@ -4,7 +4,7 @@ import pytest
 
 from evalmode.export.audit import verdicts
 from evalmode.export.audit.site import Kind
-from evalmode.export.audit.verdicts import REPORTS, name_mistake
+from evalmode.export.audit.verdicts import KIND_REPORTS, name_mistake
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,9 @@ def test_the_sentence_of_a_gap_says_what_happens_to_the_activations(
 
 @pytest.mark.parametrize("kind", Kind)
 def test_each_kind_has_a_sentence_and_each_finding_a_fix(kind: Kind) -> None:
-    sentence = verdicts.sentence(kind, gap=0.7, keep_rate=0.7, p=0.3, draws=16)
+    sentence = verdicts.sentence_of(kind, gap=0.7, keep_rate=0.7, p=0.3, forward_count=16)
     assert sentence
     assert "None" not in sentence
-    assert bool(verdicts.fix(kind, p=0.3, keep_rate=0.7)) == (REPORTS[kind].severity is not None)
+    assert bool(verdicts.fix_of(kind, p=0.3, keep_rate=0.7)) == (
+        KIND_REPORTS[kind].severity is not None
+    )
