@@ -1,4 +1,4 @@
-"""The certificate of a bundle: what every rule found, on which platform, for which content."""
+"""The certificate of a bundle: the result of every rule, the platform, and the bundle's digest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evalmode.bundle.manifest import Frozen, Sha256
 
 # The largest difference that rounding in float32 may cause, in standard deviations of the
 # reference. Measured: torch against float64 6.5e-7, ONNX Runtime against torch 1.6e-6. The smallest
-# leak to be found, p = 0.001 at four sites, causes 8.2e-3.
+# leak that must be found, p = 0.001 at four sites, causes 8.2e-3.
 TOLERANCE = 1e-5
 
 
@@ -29,9 +29,8 @@ class Verdict(StrEnum):
 
 
 class Severity(StrEnum):
-    """The weight of a finding: an error makes its rule fail, and a warning changes nothing.
-
-    Something unproven makes the rule unproven.
+    """The weight of a finding: an error makes its rule fail, an unproven finding makes it unproven,
+    and a warning changes nothing.
     """
 
     ERROR = "error"
@@ -40,7 +39,7 @@ class Severity(StrEnum):
 
 
 class Finding(Frozen):
-    """One reason why a rule does not hold, and how to mend it.
+    """One reason why a rule does not hold, and how to fix it.
 
     `node` is the path of a node (through subgraphs and functions), of a module or of a tensor. `op`
     is its operator or class. Both are empty for a finding about the whole model.
@@ -61,7 +60,7 @@ class Record(Frozen):
     """The result of one rule.
 
     `why` is one sentence. `measured` and `limit` are text for people. `sites` lists what the rule
-    examined, where a reader wants to know it although nothing is wrong.
+    examined, for rules where this is of interest even if nothing is wrong.
     """
 
     rule: str
@@ -115,7 +114,7 @@ class Record(Frozen):
 def overall(records: Iterable[Record]) -> Verdict:
     """The verdict of all records together: the worst of them.
 
-    Records that are all not applicable, or no records, prove nothing: that is unproven.
+    Without a record that applies nothing is proven, so the verdict is unproven.
     """
     verdicts = {record.verdict for record in records}
     for verdict in (Verdict.FAIL, Verdict.UNPROVEN, Verdict.PASS):
@@ -136,7 +135,7 @@ class PlatformDifference(Frozen):
 
 
 class Platform(Frozen):
-    """What bits depend on beside the bundle: the runtime, the provider, the threads and the CPU."""
+    """What bits depend on besides the bundle: runtime, provider, number of threads, and CPU."""
 
     runtime: str
     provider: str
@@ -145,9 +144,9 @@ class Platform(Frozen):
     cpu_features: tuple[str, ...]
 
     def differences(self, here: Platform) -> tuple[PlatformDifference, ...]:
-        """How `here` differs from this, the certifying platform.
+        """How the platform `here` differs from this one, the certifying platform.
 
-        Of the CPU's features, those that the other platform lacks are named.
+        For each platform, the CPU features are named that the other one lacks.
         """
         there_only = sorted(set(self.cpu_features) - set(here.cpu_features))
         here_only = sorted(set(here.cpu_features) - set(self.cpu_features))
@@ -176,7 +175,7 @@ class Certificate(Frozen):
 
     `row_counts` lists, for each padded length, the batch sizes at which a row has the bits that it
     has alone. `seal` is the sha256 of the canonical JSON with an empty seal. It detects a changed
-    byte, but it is no signature: a forger can compute it too.
+    byte, but it is no signature: anyone can compute it for another content.
     """
 
     schema_version: Literal[1] = 1
@@ -230,9 +229,9 @@ def relative_difference(
 
 
 def scale_of(reference: npt.NDArray[np.generic]) -> float:
-    """The standard deviation of the finite elements, in which differences are counted.
+    """The standard deviation of the finite elements: the unit of differences.
 
-    It is 1 for a reference without one: a constant has no scale, so differences themselves count.
+    It is 1 if the standard deviation is 0, as for a constant: then absolute differences count.
     """
     numbers = reference.astype(np.float64)
     numbers = numbers[np.isfinite(numbers)]

@@ -1,6 +1,6 @@
 """The errors that a user of a bundle can meet.
 
-EvalmodeError                 every error that the user can mend: one sentence, exit code 2
+EvalmodeError                 every error that the user can fix: one sentence, exit code 2
 ├── BundleError               a bundle that must not be used
 │   ├── BundleCorrupt         a file is missing, changed or unreadable; the message names it
 │   │   └── FileUnreadable    the file cannot be read at all
@@ -27,7 +27,7 @@ class BundleCorrupt(BundleError):  # noqa: N818 - read as a sentence: "raise Bun
 class FileUnreadable(BundleCorrupt):
     """A file cannot be read.
 
-    `reason` is the message without the remedy, which is right for a bundle alone.
+    `reason` is the message without the remedy, for callers that need another remedy.
     """
 
     def __init__(self, reason: str, *, remedy: str | None = None) -> None:

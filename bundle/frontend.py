@@ -34,16 +34,17 @@ NGRAM_LADDER = (4, 8, 16, 32)
 BPE_LADDER = (8, 16, 32, 64, 128)
 
 # Unicode composition takes quadratic time in a run of combining marks: 240,000 of them take 54 s,
-# during which Python's lock is held. So at most this many code points are composed for each symbol
+# and Python's lock is held meanwhile. So at most this many code points are composed for each symbol
 # that the model reads. A larger figure would read more of a text with many marks, and take longer.
 _POINTS_PER_SYMBOL = 8
 
-# The bound on how long a text that fits can be. Composition makes at most three code points into
-# one of two bytes (U+0390). So there are at most 1.5 code points per composed byte; rounded up.
+# Bounds the length of a text that fits. Composition turns at most three code points into one of two
+# bytes (U+0390). So there are at most 1.5 code points for each composed byte, rounded up to 2.
 _POINTS_PER_BYTE = 2
 
 # How much of a long text is tokenized first: 8 code points for each token that the model reads (an
-# English token has four to five), and at least 1,024. WordPiece gives a word up after 100 letters.
+# English token has four to five), and at least 1,024. WordPiece takes a word of more than 100
+# letters for one unknown token.
 _POINTS_PER_TOKEN, _MIN_POINTS = 8, 1_024
 
 # In a word that is longer than this, the first tokens count as settled before its end is read.
@@ -75,7 +76,7 @@ class _Spec(BaseModel):
     def padded_length(self, length: int) -> int:
         """The padded length of a row of `length` positions.
 
-        It depends on that row alone and never on its neighbours, or the row's bits would as well.
+        It depends on that row alone. If it depended on other rows, the row's bits would too.
 
         >>> NgramSpec(lengths=(4, 8)).padded_length(5)
         8
@@ -160,8 +161,8 @@ class NgramFrontEnd:
         """
         # The symbols, made from the first `max_points` code points after blanks are folded.
         max_points = _POINTS_PER_SYMBOL * self._max_symbols
-        # `max_points` words have, with the blanks between them, more code points than that. Two
-        # halves of an emoji are one code point. So nothing behind these cuts can be read.
+        # `max_points` words, with the blanks between them, have more than `max_points` code points.
+        # Two surrogates are one code point. So the model cannot read anything behind these cuts.
         folded = " ".join(text.split(None, max_points))
         readable = _without_surrogates(folded[: 2 * max_points + 2])
         composed = unicodedata.normalize("NFC", readable[:max_points]).lower()
@@ -172,7 +173,7 @@ class NgramFrontEnd:
         points = np.frombuffer(
             symbols[: self._max_symbols].encode("utf-32-le"), dtype=np.uint32
         ).astype(np.uint64)
-        # Zeros are the boundary, and what the n-grams at the boundary have before it.
+        # The last of these zeros is the boundary. The others fill the n-grams that end there.
         points = np.concatenate([np.zeros(self.spec.orders, np.uint64), points])
 
         # The n-grams that end at the boundary or at a character of the text.
@@ -204,9 +205,9 @@ class BpeFrontEnd:
     """A Hugging Face tokenizer, whose rows begin with the `start` id.
 
     A long text is cut before it is tokenized, so that a text of megabytes costs no more than the
-    longest that the model reads. The cut does not change the ids of a text that fits. Nor does it
-    change those of a longer text, with one exception. If a word (a run of letters, of signs or of
-    blanks) is longer than all that was read, the last ids may differ.
+    longest that the model reads. The cut does not change the ids, with one exception: if a word (a
+    run of letters, of signs or of blanks) is longer than all that was read, the last ids of a text
+    that does not fit may differ.
     """
 
     def __init__(self, spec: BpeSpec, tokenizer: str) -> None:
@@ -259,16 +260,16 @@ class BpeFrontEnd:
         """
         if len(encoding.ids) <= self._max_tokens:
             return False
-        # The text that follows may change the last word, and the one before it: a mark that is
-        # composed with a letter leaves the word of the marks.
+        # The text that follows may change the last word. It may also change the word before: a mark
+        # that is composed with a letter is no longer part of a word of marks.
         word = encoding.token_to_word(self._max_tokens)
         last = encoding.token_to_word(len(encoding.ids) - 1)
         if word is not None and last is not None and word + 2 <= last:
             return True
         if self._max_points is not None and points < _MAX_WORD_POINTS:
             return False
-        # The word is very long, or the file has no bound (its only word may be the whole text).
-        # What follows would have to change tokens across half of all that was read.
+        # The word is very long, or the file has no bound (the whole text may be one word). The text
+        # that follows would have to change tokens across half of all that was read.
         span = encoding.token_to_chars(self._max_tokens)
         return span is not None and bool(0 < span[1] <= points // 2)
 
@@ -311,9 +312,9 @@ def _without_surrogates(text: str) -> str:
 
 
 def _max_token_bytes(description: dict[str, Any]) -> int | None:
-    """The bytes of the longest token of a tokenizer file whose tokens hold every byte of a text.
+    """The bytes of the longest token, for a tokenizer file whose tokens hold every byte of a text.
 
-    A text has then at most as many bytes as its tokens together. None for any other file: unknown
+    A text then has at most as many bytes as its tokens together. None for any other file: unknown
     tokens, added tokens and removed pieces could stand for any number of bytes.
     """
     model, splitter = description["model"], description["pre_tokenizer"]
@@ -337,7 +338,7 @@ def _max_token_bytes(description: dict[str, Any]) -> int | None:
 def _removes_matches(part: Any) -> bool:
     """Whether a part of a tokenizer file removes or replaces the matches of a regular expression.
 
-    The end of a text may then decide what becomes of its beginning, so the text cannot be cut.
+    The end of a text may then change the tokens of its beginning, so the text cannot be cut.
     """
     if isinstance(part, list):
         return any(map(_removes_matches, part))

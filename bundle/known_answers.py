@@ -111,8 +111,8 @@ def replay(
     For each answer, in this order:
     1. With a front end, the text must be encoded to the certified ids.
     2. The model must have every output of the answer.
-    3. A second run must give the same bits: that of a model that still drops does not.
-       `twice=False` leaves this out where it is known already.
+    3. A second run must give the same bits, which it does not if the model still drops.
+       `twice=False` leaves this out if it was tested before.
     4. On the certifying platform the outputs must have the certified bits. On another one they may
        differ by the certified tolerance, but no label may change.
 
@@ -132,7 +132,7 @@ def replay(
                 or certified_ids[len(ids) :].any()
             ):
                 raise KnownAnswersDiffer(
-                    f"known answer {index} is encoded to other ids than when it was certified: the"
+                    f"known answer {index} is encoded to other ids than at its certification: the"
                     " front end's library or Unicode tables differ here (certified for"
                     f" {frontend.spec.model_dump_json()})"
                 )
@@ -149,9 +149,9 @@ def replay(
             for name, tensor in outputs.items():
                 if tensor.shape != second[name].shape or bits(tensor) != bits(second[name]):
                     raise KnownAnswersDiffer(
-                        f"known answer {index} is not the same twice: output {name!r} has other"
-                        " bits in a second run of the same session, as where a dropout is still on;"
-                        " export the model again"
+                        f"known answer {index} does not repeat: output {name!r} has other bits in a"
+                        " second run of the same session, as if a dropout is still on; export the"
+                        " model again"
                     )
 
         for name, expected in answer.outputs.items():
@@ -185,10 +185,10 @@ def replay(
 
 
 def bits(tensor: npt.NDArray[np.generic]) -> bytes:
-    """The bytes that two tensors of one shape have in common exactly when they are equal.
+    """The bytes of a tensor, by which tensors of the same shape are compared.
 
-    The bytes of an array of strings are addresses. Here each string follows its length, so that
-    ["ab", "c"] is not ["a", "bc"].
+    NumPy's bytes of an array of strings are addresses. Here each string follows its length, so that
+    ["ab", "c"] and ["a", "bc"] have different bytes.
     """
     if tensor.dtype.hasobject:
         strings = [str(element).encode("utf-8", "surrogatepass") for element in tensor.flat]

@@ -30,7 +30,7 @@ CERTIFICATE_FILE = "certificate.json"
 KNOWN_ANSWERS_FILE = "known_answers.npz"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-# A name and a version are a folder each, so they cannot lead out of the folder of bundles.
+# A name and a version are names of folders. So they must not lead out of the folder of bundles.
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=_NAME)]
 
@@ -123,7 +123,7 @@ class TensorSpec(Frozen):
 
 
 class Manifest(Frozen):
-    """What a service must know to answer, and what a reader may want to know about the origin.
+    """What a service needs to answer, and where the bundle comes from.
 
     Version 2 of the schema added the bounds of inputs. A manifest without bounds is written as
     version 1, which earlier releases can read: `lowest_schema_version`.

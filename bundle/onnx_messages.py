@@ -1,8 +1,8 @@
 """ONNX's messages, read from a serialised model without the onnx package and without a copy.
 
-Two programs may read unusual bytes in two ways: protobuf merges two graphs of one model, and a
-newer version may know a field that this one does not. What is checked must be what ONNX Runtime
-runs, so such bytes are refused.
+Two programs may read unusual bytes differently: protobuf merges two graphs of one model, and a
+newer version of ONNX may have a field that is not known here. ONNX Runtime must run exactly what is
+checked, so such bytes are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 from evalmode.bundle.wire import BYTES, FIXED32, FIXED64, VARINT, fields, varint
 
 Span: TypeAlias = tuple[int, int]
-"""The positions in a model where the value of a field begins and ends."""
+"""The positions in a model at which the value of a field begins and ends."""
 
 
 class Ambiguous(Exception):  # noqa: N818 - read as a sentence: "raise Ambiguous"
@@ -23,8 +23,8 @@ class Ambiguous(Exception):  # noqa: N818 - read as a sentence: "raise Ambiguous
 class Message(NamedTuple):
     """The fields of a kind of message.
 
-    `numbers` are the fields' numbers by name. `singular` and `repeated` are the wire types that the
-    field with a number may have: the numbers of a list may be packed into one field.
+    `numbers` are the fields' numbers by name. `singular` and `repeated` are the wire types that a
+    field may have, by its number. A repeated field has two, because its numbers may be packed.
     """
 
     name: str
@@ -135,10 +135,10 @@ MESSAGES = (MODEL, GRAPH, NODE, ATTRIBUTE, FUNCTION, OPSET, TENSOR, SPARSE, VALU
 
 
 class Fields:
-    """The fields of one message, by name: where they lie in `data`, and what they say.
+    """The fields of one message by name: their spans in `data`, and their values.
 
-    Raises Ambiguous for a field that ONNX does not have, and for a second one of a field that is
-    not repeated. Raises Malformed for bytes that are no message.
+    Raises Ambiguous for a field that ONNX does not have, and for a field that occurs twice and is
+    not repeated. Raises Malformed for bytes that are not a message.
     """
 
     def __init__(self, data: bytes, span: Span, message: Message) -> None:
@@ -152,19 +152,19 @@ class Fields:
             elif number in singular and wire in singular[number] and number not in spans:
                 spans[number] = [(start, stop)]
             elif number in spans:
-                raise Ambiguous(f"byte {tag_at} gives field {number} of a {message.name} again")
+                raise Ambiguous(f"byte {tag_at} repeats field {number} of a {message.name}")
             else:
-                raise Ambiguous(f"byte {tag_at} is no field of a {message.name} that is known here")
+                raise Ambiguous(f"byte {tag_at} begins an unknown field of a {message.name}")
 
     def __contains__(self, name: str) -> bool:
         return self._numbers[name] in self._spans
 
     def has_only(self, names: Collection[str]) -> bool:
-        """Whether the message has no fields but these, any of which may be missing."""
+        """Whether the message has no other fields than these, of which some may be missing."""
         return self._spans.keys() <= {self._numbers[name] for name in names}
 
     def spans(self, name: str) -> list[Span]:
-        """Where the values of a field lie, in order; empty where the message lacks it."""
+        """The spans of a field's values, in order; empty if the message does not have the field."""
         return self._spans.get(self._numbers[name], [])
 
     def messages(self, name: str, message: Message) -> Iterator[Fields]:
@@ -173,7 +173,7 @@ class Fields:
             yield Fields(self.data, span, message)
 
     def text(self, name: str) -> str:
-        """The value of a singular field that holds text; empty where the message lacks it."""
+        """The value of a singular field that holds text; empty if it is absent."""
         texts = self.texts(name)
         return texts[0] if texts else ""
 
@@ -182,7 +182,7 @@ class Fields:
         return [text_at(self.data, span) for span in self.spans(name)]
 
     def number(self, name: str) -> int:
-        """The value of a singular field that holds an integer; 0 where the message lacks it."""
+        """The value of a singular field that holds an integer; 0 if it is absent."""
         for span in self.spans(name):
             return varint(self.data, *span)[0]
         return 0

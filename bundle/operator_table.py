@@ -1,4 +1,4 @@
-"""The operators that are known: which of them are quiet, which draw and which train.
+"""The known operators: those that neither draw nor train, those that draw, and those that train.
 
 Written by `python -m tests.export.operator_table` from onnx's schemas; a test compares
 them. The names are listed by their domain; ONNX's own is the empty string. Operators that have a

@@ -1,16 +1,16 @@
-"""Whether a serialised model can draw or train, read from the very bytes that ONNX Runtime gets.
+"""Whether a serialised model can draw or train, read from the same bytes that ONNX Runtime reads.
 
-A certificate says what an export measured. Its seal is no secret: a forger can compute it for
-another model. So the model is read again before it is served: every node of the graph, of the
-bodies in it, and of its local functions. A node is accepted in this order:
+A certificate says what an export measured, but anyone can compute the seal of a false one. So the
+model is read again before it is served: every node of the graph, of the bodies in it, and of its
+local functions. A node is accepted in one of these cases, tested in this order:
 
 1. It is an operator that neither draws nor trains, by the table of operators.
 2. It is an operator with a training mode (Dropout, BatchNormalization, ...), and the mode is
    visibly off: left out, or switched off by a constant.
 3. It is a local function of the model, in a domain without operators of ONNX Runtime.
 
-Any other node is refused. Nothing is computed, and what is unusual is refused as well. That weights
-were exchanged cannot be seen here: only a signature could show it.
+Any other node is refused. Nothing is computed, and unusual models are refused too. Exchanged
+weights cannot be detected here: only a signature could show them.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from evalmode.bundle.operator_table import DRAWS, NEWEST_OPSETS, QUIET, TRAINS
 from evalmode.bundle.wire import Malformed
 
 Operator: TypeAlias = tuple[str, str]
-"""Domain, where ONNX's own is the empty string, and name."""
+"""Domain and name. ONNX's own domain is the empty string."""
 
 _INT, _TENSOR, _BOOL = 2, 4, 9  # of AttributeProto.type and TensorProto.data_type
-_MAX_DEPTH = 100  # of bodies inside one another; protobuf reads no more messages
-_ORT_FORMAT = b"ORTM"  # at byte 4: ONNX Runtime then reads its own format, and not protobuf
+_MAX_DEPTH = 100  # of bodies inside one another; protobuf reads messages up to this depth
+_ORT_FORMAT = b"ORTM"  # at byte 4: ONNX Runtime then reads its own format instead of protobuf
 
 
 def _operators_of(names_by_domain: Mapping[str, str]) -> frozenset[Operator]:
@@ -56,15 +56,14 @@ def _operators_of(names_by_domain: Mapping[str, str]) -> frozenset[Operator]:
 
 _QUIET, _DRAWS, _TRAINS = _operators_of(QUIET), _operators_of(DRAWS), _operators_of(TRAINS)
 
-# The domains in which ONNX Runtime has operators: it prefers these to a function of the same name.
-# In any other domain it has none.
+# The domains in which ONNX Runtime has operators, which it prefers to a function of the same name.
 _RUNTIME_DOMAINS = frozenset({domain for domain, _ in _QUIET | _DRAWS | _TRAINS})
 
 _REMEDY = "export the module again, in eval mode"
 
 
 class _Refused(Exception):  # noqa: N818 - never leaves this module
-    """Why a model is not served: the part of the sentence after the file's name."""
+    """A model must not be served; the message is the reason, without the file's name."""
 
 
 def check_operators(model: bytes) -> None:
@@ -84,16 +83,17 @@ def check_operators(model: bytes) -> None:
 
 @dataclass(eq=False)
 class _Scope:
-    """A graph, or the body of a function, as far as names in it are concerned.
+    """The names in a graph, or in the body of a function.
 
     Attributes:
         body: the fields of the graph or the function.
         is_function: whether it is a function, whose inputs are plain names and which has no
             initializers.
         opsets: the opsets that a domain may have here.
-        around: the scope whose names it can read; None for the main graph and for a function.
-        detached: whether it is an argument of a function. It then reads the names from where the
-            function uses it, which is not known here.
+        around: the scope around it, whose names it can read; None for the main graph and for a
+            function.
+        detached: whether it is an argument of a function. It then reads names from the scope in
+            which the function uses it, which is not known here.
     """
 
     body: Fields
@@ -106,10 +106,10 @@ class _Scope:
     )
 
     def sources(self) -> dict[str, list[tuple[Message, Span]]]:
-        """What defines each name: its message, and where it lies.
+        """The definitions of each name: the kind of message, and its span.
 
-        A broken model may define a name several times. Few models need this, so it is read when the
-        training mode of a node is a name.
+        A broken model may define a name several times. The definitions are read only if the
+        training mode of a node is a name, which few models need.
         """
         if self._sources is not None:
             return self._sources
@@ -143,7 +143,7 @@ class _Node:
     outputs: Sequence[str]
     attributes: Mapping[str, Fields]
     scope: _Scope
-    opsets: frozenset[int]  # that its domain may have here; 0: none is imported
+    opsets: frozenset[int]  # those that its domain may have here; 0 if it is not imported
 
     def is_off(self, index: int) -> bool:
         """Whether the mode, input `index`, is left out or is the constant false."""
@@ -157,7 +157,7 @@ class _Node:
                 return False
             sources += scope.sources().get(name, [])
             scope = scope.around
-        # A name that is defined twice, here or in a graph around, is read in two ways.
+        # Programs read a name differently that is defined twice, here or in a graph around.
         if len(sources) != 1:
             return False
 
@@ -181,7 +181,7 @@ class _Node:
         )
 
     def flag(self, name: str) -> bool | None:
-        """Whether an integer attribute is set. False without it, None where it is no integer."""
+        """Whether an integer attribute is set. False if it is absent, None if it is no integer."""
         attribute = self.attributes.get(name)
         if attribute is None:
             return False
@@ -217,10 +217,10 @@ class _Reader:
         self._functions: set[Operator] = set()
 
     def read(self) -> None:
-        """The main graph and the local functions, also those that nothing calls."""
+        """Read the main graph and all local functions, also those that nothing calls."""
         data = self._data
         if data[4:8] == _ORT_FORMAT:
-            raise _Refused("it is in ONNX Runtime's own format: a bundle holds an ONNX model")
+            raise _Refused("it is in ONNX Runtime's own format, and must be an ONNX model")
         model = Fields(data, (0, len(data)), MODEL)
         if "graph" not in model:
             raise _Refused("it holds no graph")
@@ -235,7 +235,7 @@ class _Reader:
             scope = _Scope(
                 body=function,
                 is_function=True,
-                # ONNX Runtime puts a function's body into the graph that calls it.
+                # ONNX Runtime inlines a function into the graph that calls it.
                 opsets=[opsets, self._opsets(function, f"the function {name}")],
             )
             for default in function.messages("attribute_proto", ATTRIBUTE):
@@ -253,7 +253,7 @@ class _Reader:
         detached: bool = False,
     ) -> None:
         if depth > _MAX_DEPTH:
-            raise _Refused(f"its graphs stand more than {_MAX_DEPTH} deep inside one another")
+            raise _Refused(f"its graphs are nested more than {_MAX_DEPTH} deep")
         graph = Fields(self._data, span, GRAPH)
         scope = _Scope(
             body=graph, is_function=False, opsets=opsets, around=around, detached=detached
@@ -265,7 +265,7 @@ class _Reader:
         self._read_nodes(scope, path, depth=depth)
 
     def _read_nodes(self, scope: _Scope, path: str, *, depth: int) -> None:
-        """Every node of a scope, with the graphs and tensors in its attributes."""
+        """Read every node of a scope, with the graphs and tensors in its attributes."""
         for index, span in enumerate(scope.body.spans("node")):
             node = Fields(self._data, span, NODE)
             domain, name = _domain_of(node), node.text("op_type")
@@ -303,8 +303,7 @@ class _Reader:
                 )
                 if not _IS_OFF[operator](moded):
                     raise _Refused(
-                        f"{subject} has a training mode, and neither leaves it out nor has a"
-                        f" constant that switches it off: {_REMEDY}"
+                        f"{subject} has a training mode that no constant switches off: {_REMEDY}"
                     )
             elif operator not in self._functions or domain in _RUNTIME_DOMAINS:
                 raise _Refused(
@@ -315,7 +314,7 @@ class _Reader:
     def _read_attribute(
         self, attribute: Fields, path: str, scope: _Scope, *, depth: int, detached: bool
     ) -> None:
-        """The graphs and tensors in an attribute."""
+        """Read the graphs and tensors in an attribute."""
         for body in (*attribute.spans("g"), *attribute.spans("graphs")):
             body_path = f"{path}{attribute.text('name')}/"
             self._read_graph(
@@ -353,21 +352,21 @@ class _Reader:
             if opsets.setdefault(domain, version) != version:
                 raise _Refused(
                     f"{subject} imports opsets {opsets[domain]} and {version} of {domain_name}:"
-                    " only one can be meant"
+                    " programs differ on which one counts"
                 )
             if not 0 < version < 1 << 31:
                 raise _Refused(f"{subject} imports opset {version} of {domain_name}")
             newest = NEWEST_OPSETS.get(domain)
             if newest is not None and version > newest:
                 raise _Refused(
-                    f"{subject} imports opset {version} of {domain_name}, and the operators of up"
-                    f" to {newest} are known here: export it with an older opset"
+                    f"{subject} imports opset {version} of {domain_name}, and the newest known"
+                    f" here is {newest}: export it with an older opset"
                 )
         return opsets
 
 
 def _is_dropout_off(node: _Node) -> bool:
-    """Dropout 1 and 6 train unless `is_test` is set, 7 and 10 never do, later ones by input 2."""
+    """Dropout 1 and 6 train unless `is_test` is set, 7 and 10 never, and later ones by input 2."""
     return node.is_off(2) and (min(node.opsets) >= 7 or node.flag("is_test") is True)
 
 
@@ -383,8 +382,8 @@ def _is_batch_normalization_off(node: _Node) -> bool:
     )
 
 
-# Whether a node of an operator with a training mode has it visibly off. The last four are what ONNX
-# Runtime's optimiser writes.
+# For each operator with a training mode, whether a node has it visibly off. ONNX Runtime's
+# optimiser writes the last four.
 _IS_OFF: Mapping[Operator, Callable[[_Node], bool]] = {
     ("", "Dropout"): _is_dropout_off,
     ("", "BatchNormalization"): _is_batch_normalization_off,

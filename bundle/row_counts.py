@@ -1,10 +1,10 @@
-"""Which batch sizes give a row the bits that it has alone: a measurement.
+"""Measure at which batch sizes a row has the bits that it has alone.
 
-For another number of rows a runtime may choose another kernel, and with it another order of
-additions. The exporter writes the result into the certificate, and the service forms its batches by
-it. Both pass `run`, which computes a batch.
+For another number of rows a runtime may choose another kernel, which may add in another order. The
+exporter writes the result into the certificate, and the service uses only these batch sizes. Both
+pass `run`, which computes a batch.
 
-Shapes: B rows, T positions, G ids a position.
+Shapes: B rows, T positions, G ids per position.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from evalmode.bundle.errors import ModelRunFailed
 from evalmode.bundle.frontend import FrontEndSpec, Ids, collate
 from evalmode.bundle.known_answers import Run, Tensors, bits
 
-# Timings of each row count. The best of five shows the machine's speed when nothing else runs.
+# Timings of each row count. The best of five is close to the speed of a machine without other load.
 _MAX_TIMINGS = 5
 
 
@@ -55,10 +55,10 @@ def stack(rows: Sequence[Tensors], *, count: int, first: int = 0) -> dict[str, n
 
 
 def stable_row_counts(run: Run, rows: Sequence[Tensors], counts: Sequence[int]) -> tuple[int, ...]:
-    """Those of `counts` at which every row has, in every position of the batch, its bits alone.
+    """The counts at which every row has the bits that it has alone, at every position of the batch.
 
-    `rows` are single rows of one padded length. A row alone is the reference, so 1 is stable unless
-    `run` itself does not repeat its bits.
+    `rows` are single rows of the same padded length. A row alone is the reference, so 1 is stable
+    unless `run` itself does not repeat its bits.
     """
     outputs_alone = [run(row) for row in rows]
     return tuple(
@@ -71,9 +71,9 @@ def timed_row_counts(
 ) -> dict[int, float]:
     """The stable ones of `counts`, each with the seconds of its fastest run.
 
-    The first count is always measured. The measurement ends at a count that is not begun within
-    `budget_s`, and at one whose run fails: a batch may be too large for the memory. The counts from
-    there on are not proven, and left out.
+    The first count is always measured. The measurement ends when `budget_s` has passed, and at a
+    count whose run fails: a batch may be too large for the memory. The remaining counts are not
+    proven, and are left out.
     """
     deadline = time.monotonic() + budget_s
     outputs_alone = [run(row) for row in rows]
@@ -88,8 +88,8 @@ def timed_row_counts(
         if count_s is not None:
             best_s[count] = count_s
 
-    # The rest of the budget improves the timings. All counts take turns, so that a disturbance of
-    # the machine does not slow down one of them alone.
+    # The rest of the budget improves the timings. All counts take turns, so that a busy moment of
+    # the machine does not slow down only one of them.
     for first in range(_MAX_TIMINGS - 1):
         for count in best_s:
             if time.monotonic() + best_s[count] >= deadline:

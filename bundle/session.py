@@ -1,6 +1,7 @@
-"""The one way to open a model in ONNX Runtime: with its provider, its threads, and determinism.
+"""Open a model in ONNX Runtime, with a provider, a number of threads, and deterministic kernels.
 
-Export certifies in such a session and the service serves in one, so both compute the same bits.
+The export certifies in such a session and the service answers in one, so both compute the same
+bits.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ class Session:
         try:
             outputs = self._session.run(self._output_names, dict(inputs))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            # An index out of range is an InvalidArgument. But shapes that clash are a plain Fail of
-            # the node that meets them, as is a device or a memory that gives out there. Only the
+            # An index out of range is an InvalidArgument. Shapes that do not fit together are a
+            # plain Fail of a node, and so is a failure of the device or a lack of memory. Only the
             # words of the message differ (ONNX Runtime 1.31).
             is_invalid = type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError)
             is_of_a_node = "while running" in str(error)
@@ -153,7 +154,9 @@ def _spec_of(tensor: Any) -> TensorSpec:
 
 
 def _cpu_features() -> tuple[str, ...]:
-    """The features of this CPU that kernels are chosen by; the CPU's name where Linux is not."""
+    """The features of this CPU by which kernels are chosen; the CPU's name on other systems than
+    Linux.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

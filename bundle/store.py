@@ -90,8 +90,8 @@ def write_bundle(
 ) -> Bundle:
     """Seal the certificate, write the folder `root/NAME/VERSION`, and return the bundle.
 
-    The folder is written completely or not at all. That the same bundle is there already is a
-    success. Raises BundleNotCertified for a certificate that did not pass, and BundleError where
+    The folder is written completely or not at all. If the same bundle is there already, nothing is
+    written. Raises BundleNotCertified for a certificate that did not pass, and BundleError if
     another bundle is there or nothing can be written.
     """
     assert manifest.files == hashes_of(contents), "a manifest lists its contents"
@@ -152,10 +152,10 @@ def open_bundle(path: Path, *, allow_uncertified: bool = False) -> Bundle:
 
     certificate_file, manifest_file = path / CERTIFICATE_FILE, path / MANIFEST_FILE
     certificate = None
-    if os.path.lexists(certificate_file):  # also a link that leads nowhere, which cannot be read
+    if os.path.lexists(certificate_file):  # true for a broken link too, which cannot be read
         raw = read_file(certificate_file)
         certificate = _parse(Certificate, raw, certificate_file)
-        # The seal is of what was understood. Other bytes with that meaning are refused as well.
+        # The seal covers the parsed content. Other bytes with the same content are refused too.
         if not certificate.seal_holds or certificate.canonical() != raw:
             raise BundleCorrupt(
                 f"{certificate_file} was changed after the export: its seal does not hold"
@@ -186,7 +186,7 @@ def open_bundle(path: Path, *, allow_uncertified: bool = False) -> Bundle:
                 f"{path / name} is not the certified file: its sha256 differs from the manifest's"
             )
 
-    # An unlisted file could become part of the bundle: an ONNX model may name other files.
+    # An ONNX model may name other files. So an unlisted file could become part of the bundle.
     listed = {*contents, MANIFEST_FILE, CERTIFICATE_FILE}
     present = {
         str(file.relative_to(path))
@@ -223,10 +223,10 @@ def find_bundle(path: Path) -> Path:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether the folder `path` is meant as a bundle: it has an entry `manifest.json` of any kind.
+    """Whether the folder `path` is a bundle, valid or broken: it has an entry `manifest.json`.
 
-    A manifest that is a FIFO or a broken link makes a broken bundle, and not a folder of bundles.
-    Raises OSError for a folder that cannot be searched.
+    The entry may be of any kind: if it is a FIFO or a broken link, the bundle is broken. Raises
+    OSError for a folder that cannot be searched.
     """
     try:
         (path / MANIFEST_FILE).lstat()
@@ -270,10 +270,10 @@ def read_file(file: Path) -> bytes:
 
 
 def read_inside(folder: Path, name: str, *, called: str) -> bytes:
-    """The bytes of a regular file of `folder` that no link leads out of it.
+    """The bytes of the regular file `name` in `folder`. No link may lead out of the folder.
 
-    `called` is what the folder is, for the message: "the bundle". Raises FileUnreadable, which
-    names the file.
+    Messages call the folder `called`, such as "the bundle". Raises FileUnreadable, which names the
+    file.
     """
     file = folder / name
     try:

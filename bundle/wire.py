@@ -20,8 +20,8 @@ class Malformed(ValueError):  # noqa: N818 - read as a sentence: "raise Malforme
 
 
 # One field: its number, its wire type, and the positions of its tag, of its value and of the next
-# field. The value of a BYTES field begins after its length. A plain tuple, since making a named one
-# takes five times as long.
+# field. The value of a BYTES field begins after its length. A plain tuple, because it takes five
+# times as long to make a named one.
 Field: TypeAlias = tuple[int, int, int, int, int]
 
 

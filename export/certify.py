@@ -81,7 +81,7 @@ def subject_of(candidate: Candidate) -> Subject:
             bounds=converted.bounds,
             conditions=converted.conditions,
             index_bounds=converted.index_bounds,
-            # A second export in another process shows all that one in this process shows, and more.
+            # A second export in another process shows everything that one in this process shows.
             twins=candidate.twins or (twin,),
         ),
     )

@@ -40,7 +40,7 @@ from evalmode.export.torch_quirks import forget_unrolled_loops, one_operator_tab
 # The first opset with GELU as one operator; the runtimes of the last two years read it.
 OPSET = 20
 
-# A bound that no input reaches counts as none: torch writes some infinities as large numbers.
+# Larger bounds do not count, because torch writes some infinities as large numbers.
 _UNBOUNDED = 1 << 20
 
 # The exporter's metadata of a node: the path of its module, as the text of a Python list.
@@ -86,12 +86,12 @@ class Condition:
 class Converted:
     """The model as it goes into a bundle, and the graph before optimisation.
 
-    The optimiser computes once what depends on constants alone. This may be a Dropout or a
-    Bernoulli, whose noise then becomes a constant; only the `unoptimised` graph shows it.
+    The optimiser computes nodes that read only constants, and stores the result. If such a node is
+    a Dropout or a Bernoulli, its noise becomes a constant. Only the `unoptimised` graph shows it.
 
-    `bounds` has the largest size of an axis, by its name, for which the trace holds: beyond it the
+    `bounds` maps the name of an axis to the largest size for which the trace holds: beyond it the
     module's own code takes another branch. `conditions` are the other conditions on sizes.
-    `index_bounds` has, by the input's name, which of its values are valid indices.
+    `index_bounds` maps the name of an input to the values that are valid indices.
     """
 
     model: onnx.ModelProto
@@ -112,8 +112,10 @@ def convert(
     """The ONNX model of `module`, which is called with `inputs` by name.
 
     `dynamic_axes` names the axes of each input that may vary. `outputs` names the output tensors
-    in order. `.eval()` is never called here: NotInEvalMode, with the modules' paths, is raised for
-    a module that is still in training mode. NotConvertible is raised if the exporter gives up.
+    in order.
+
+    `.eval()` is never called here. Raises NotInEvalMode, with the modules' paths, for a module that
+    is still in training mode, and NotConvertible if the exporter gives up.
 
     Example:
         converted = convert(
@@ -125,10 +127,9 @@ def convert(
     """
     network = Network.of(module)
     if network.in_training:
-        paths = [
-            f"{path or '(root)'} ({type(part).__name__})"
-            for path, part in network.in_training.items()
-        ]
+        paths = []
+        for path, part in network.in_training.items():
+            paths.append(f"{path or '(root)'} ({type(part).__name__})")
         raise NotInEvalMode(f"still in training mode, call .eval() and look at: {'; '.join(paths)}")
     unknown = dynamic_axes.keys() - inputs.keys()
     if unknown:
@@ -152,14 +153,14 @@ def convert(
     model = converted.model
     if len(model.graph.output) != len(outputs):
         raise NotConvertible(
-            f"{type(module).__name__} has {len(model.graph.output)} outputs, named were"
+            f"{type(module).__name__} has {len(model.graph.output)} outputs, but the names are"
             f" {list(outputs)}"
         )
     version = next(item.version for item in model.opset_import if item.domain == "")
     if version != opset:
         raise NotConvertible(
-            f"{type(module).__name__} was exported at opset {version}: opset {opset} is not"
-            " available for it"
+            f"{type(module).__name__} was exported with opset {version}: the exporter cannot use"
+            f" opset {opset} for it"
         )
     for proto in (model, converted.unoptimised):
         _order_loops(proto.graph)
@@ -259,7 +260,7 @@ def _traced_sizes(
             for assertions in environment.deferred_runtime_asserts.values():
                 expressions |= dict.fromkeys(assertion.expr for assertion in assertions)
 
-    # A condition on sizes inside the module, which no input has, cannot be tested from outside.
+    # A condition on sizes that no input has cannot be tested from outside of the module.
     conditions = []
     for expression in expressions:
         symbols = expression.free_symbols
@@ -272,7 +273,7 @@ def _traced_sizes(
 def _order_loops(graph: onnx.GraphProto) -> None:
     """Sort the values that a loop carries by where its body reads them first.
 
-    onnxscript takes them from a set, whose order differs from process to process.
+    onnxscript takes them from a set, and the order of a set differs from process to process.
     """
     for node in graph.node:
         bodies = list(bodies_of(node))
@@ -330,7 +331,7 @@ def _rename_inner_values(graph: onnx.GraphProto) -> None:
 
 
 def _rename_outputs(graph: onnx.GraphProto, outputs: Sequence[str]) -> None:
-    """Name the outputs as asked for; an inner value with such a name gets a number."""
+    """Give the outputs these names; an inner value that has one of them gets a number."""
     inner_names = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         inner_names.update(node.output)
@@ -369,8 +370,8 @@ def _name_nodes_after_modules(model: onnx.ModelProto) -> None:
 
 
 def _strip(message: Message) -> None:
-    """Remove, at any depth, the exporter's notes: stack traces, paths of this machine, and texts
-    that vary.
+    """Remove the exporter's notes at any depth: stack traces, paths of this machine, and texts that
+    vary.
     """
     for item, value in message.ListFields():
         if item.name in ("metadata_props", "doc_string"):

@@ -1,16 +1,15 @@
 """Fingerprints of models, by which two exports of one module are compared.
 
-Names do not count, nor does the order of independent steps. An exporter names one constant after
-the attribute that holds it or after the operator that computed it, and a module that iterates over
-a set takes another order in each process. A value is identified by a hash of its operator and of
-the values that this reads, down to the weights. Equal networks have equal fingerprints. Noise in a
-constant, or a branch that a random number chose, changes them.
+Names do not count, nor does the order of independent steps. An exporter may name a constant after
+the attribute that holds it or after the operator that computed it. A module that iterates over a
+set runs in another order in each process. So a value is identified by a hash of its operator and of
+the values that the operator reads, down to the weights. Equal networks have equal fingerprints.
+Noise in a constant, or a branch that a random number chose, changes them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 import onnx
 from pydantic import BaseModel, ConfigDict
@@ -44,26 +43,25 @@ def _hash_node(node: onnx.NodeProto, values: dict[str, str]) -> str:
     parts = [node.domain, node.op_type, node.overload, str(len(node.output))]
     parts += [values.get(name, "absent") for name in node.input]
     for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
-        bodies = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
         parts.append(attribute.name)
-        parts += [_hash_body(body, values) for body in bodies]
+        bodies = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
         if not bodies:
             parts.append(_sha256(attribute.SerializeToString(deterministic=True)))
+        for body in bodies:
+            # A body reads the values around it, and its own inputs by their position.
+            body_values = dict(values)
+            for index, item in enumerate(body.input):
+                body_values[item.name] = f"body input {index}"
+            for tensor in body.initializer:
+                body_values[tensor.name] = _hash_weight(tensor)
+            steps = sorted(_hash_node(step, body_values) for step in body.node)
+            steps += [body_values[item.name] for item in body.output]
+            parts.append(_sha256("\n".join(steps)))
     digest = _sha256("\n".join(parts))
     for index, name in enumerate(node.output):
         if name:
             values[name] = f"{digest} {index}"
     return digest
-
-
-def _hash_body(graph: onnx.GraphProto, outer_values: Mapping[str, str]) -> str:
-    values = dict(outer_values)
-    for index, item in enumerate(graph.input):
-        values[item.name] = f"body input {index}"
-    for tensor in graph.initializer:
-        values[tensor.name] = _hash_weight(tensor)
-    nodes = sorted(_hash_node(node, values) for node in graph.node)
-    return _sha256("\n".join([*nodes, *(values[item.name] for item in graph.output)]))
 
 
 def _hash_weight(tensor: onnx.TensorProto) -> str:

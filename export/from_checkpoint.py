@@ -25,39 +25,23 @@ def release_checkpoint(
 ) -> Released:
     """Export a checkpoint's module in eval mode, certify it, and write `root/name/version`.
 
-    Raises EvalmodeError at once if that folder cannot be written, and ExportRefused unless all
-    rules pass. Nothing is written then.
+    Raises EvalmodeError at once if that folder cannot be written or the checkpoint has no held-out
+    rows, and ExportRefused unless all rules pass. Nothing is written then.
     """
     require_writable(root, name=name, version=version)
-    candidate = _candidate(checkpoint)
-    frontend = checkpoint.open_frontend()
-    samples: list[tuple[Tensors, str | None]] = []
-    for text in checkpoint.sample_texts:
-        ids = frontend.encode(text).ids
-        samples.append((collate([ids], length=frontend.spec.padded_length(len(ids))), text))
-    description = Description(
-        samples=samples,
-        labels=checkpoint.labels,
-        frontend=checkpoint.frontend,
-        tokenizer=checkpoint.tokenizer,
-        metrics={part: {**measures} for part, measures in checkpoint.metrics.items()},
-        provenance=checkpoint.provenance,
-    )
-    return release(candidate, description, root=root, name=name, version=version, progress=progress)
-
-
-def _candidate(checkpoint: Checkpoint) -> Candidate:
     spec = checkpoint.frontend
     rows = list(checkpoint.held_out.rows)
     if not rows:
         raise EvalmodeError(
             "the checkpoint holds no held-out rows, and without rows nothing can be compared"
         )
-    # Several rows of several positions: an exporter may take a size of 1 for a constant. One
-    # position more than the shortest padded length, so that the trace does not fix that length.
+
+    # The inputs of the trace. Several rows of several positions: an exporter may take a size of 1
+    # for a constant. One position more than the shortest padded length, so that the trace does not
+    # fix that length.
     shortest, longest = spec.lengths[0], spec.lengths[-1]
     example = collate([row[:shortest] for row in rows[:3]], length=min(shortest + 1, longest))
-    return Candidate(
+    candidate = Candidate(
         module=checkpoint.module.eval(),
         exported=checkpoint.folded().eval(),
         fresh=checkpoint.folded().eval(),
@@ -71,3 +55,19 @@ def _candidate(checkpoint: Checkpoint) -> Candidate:
             held_out=held_out(rows, checkpoint.held_out.labels, spec),
         ),
     )
+
+    # The known answers are those of the sample texts, each alone in its batch.
+    frontend = checkpoint.open_frontend()
+    samples: list[tuple[Tensors, str | None]] = []
+    for text in checkpoint.sample_texts:
+        ids = frontend.encode(text).ids
+        samples.append((collate([ids], length=spec.padded_length(len(ids))), text))
+    description = Description(
+        samples=samples,
+        labels=checkpoint.labels,
+        frontend=spec,
+        tokenizer=checkpoint.tokenizer,
+        metrics={part: {**measures} for part, measures in checkpoint.metrics.items()},
+        provenance=checkpoint.provenance,
+    )
+    return release(candidate, description, root=root, name=name, version=version, progress=progress)

@@ -1,10 +1,10 @@
 """The bounds of a module's integer inputs: an input that indexes a table must hold valid indices.
 
-The bounds are read from the traced program, which still has torch's own operators. `embedding`
-refuses a negative index, and `table[ids]` counts it from the end. Both become ONNX's Gather, which
-counts it from the end.
+The bounds are read from the traced program, which still has torch's own operators. The graph does
+not show them: `embedding` refuses a negative index, `table[ids]` counts it from the end, and both
+become ONNX's Gather, which counts from the end.
 
-How they are found, node by node of the program:
+How the bounds of the program are found, node by node:
 
 1. An integer input is an index of its own values (`_Ids`).
 2. Operators that only move values, or add whole numbers to them, pass the index on.
@@ -52,7 +52,7 @@ _MOVED_AXES = {
     _ATEN.transpose.int,
     _ATEN.unsqueeze.default,
 }
-# These pass all values on, but the axes of the input are not found again in the output.
+# These pass all values on, but an axis of the output is no single axis of the input.
 _OTHER_AXES = {
     _ATEN._unsafe_view.default,
     _ATEN.flatten.using_ints,
@@ -90,7 +90,8 @@ _AXIS_LOOKUPS = {
 }
 # These count negative indices from the end.
 _SIGNED_LOOKUPS = {_ATEN.index.Tensor, _ATEN._unsafe_index.Tensor, _ATEN.index_put.default}
-# Comparisons with a number: how far the smallest and the largest value that pass are from it.
+# Comparisons with a number. The pair is what to add to the number for the smallest and for the
+# largest value that passes; None where there is no such bound.
 _COMPARISONS: dict[object, tuple[int | None, int | None]] = {
     _ATEN.ge.Scalar: (0, None),
     _ATEN.gt.Scalar: (1, None),
@@ -103,9 +104,9 @@ _COMPARISONS: dict[object, tuple[int | None, int | None]] = {
 class _Ids:
     """Values of the input `name`, each plus `offset`.
 
-    `axes` has, for each axis of the tensor, the axis of the input that it is, or None for a new
-    axis. It is None as a whole once the axes are not known. `part` has the selected range
-    [start, stop) of the input's axes, by axis.
+    `axes` has the input's axis for each axis of the tensor, or None for a new axis. If the axes are
+    not known, `axes` itself is None. `part` maps an axis of the input to the range [start, stop)
+    that was selected from it.
     """
 
     name: str
@@ -122,28 +123,28 @@ def index_bounds(program: torch.export.ExportedProgram) -> dict[str, tuple[Bound
     """The bounds of each integer input of a traced program that is an index, by the input's name.
 
     Only operators that pass values on, and sums with whole numbers, are followed. An index that is
-    computed otherwise gives no bound, nor does one inside a branch or a loop.
+    computed in another way gives no bound, and neither does one inside of a branch or a loop.
     """
     values: _Values = {}
     bounds: dict[tuple[str, _Part], Bound] = {}
 
     def limit(index: object, minimum: int | None, maximum: int | None) -> None:
-        for ids in values.get(index, ()) if isinstance(index, fx.Node) else ():
+        """Bound an index that a node reads, by the stricter of the earlier bounds and these."""
+        if not isinstance(index, fx.Node):
+            return
+        for ids in values.get(index, ()):
             part = tuple(
                 PartOfAxis(axis=axis, start=start, stop=stop)
                 for axis, (start, stop) in sorted(ids.part.items())
             )
-            bound = bounds.get((ids.name, part), Bound(part=part))
-            # The stricter one of the earlier bound and this one, in values of the input itself.
-            minima = [] if bound.minimum is None else [bound.minimum]
-            maxima = [] if bound.maximum is None else [bound.maximum]
-            if minimum is not None:
-                minima.append(minimum - ids.offset)
-            if maximum is not None:
-                maxima.append(maximum - ids.offset)
-            bounds[ids.name, part] = Bound(
-                minimum=max(minima, default=None), maximum=min(maxima, default=None), part=part
-            )
+            earlier = bounds.get((ids.name, part), Bound(part=part))
+            lowest, highest = earlier.minimum, earlier.maximum
+            # In values of the input itself, to which the module adds the offset.
+            if minimum is not None and (lowest is None or minimum - ids.offset > lowest):
+                lowest = minimum - ids.offset
+            if maximum is not None and (highest is None or maximum - ids.offset < highest):
+                highest = maximum - ids.offset
+            bounds[ids.name, part] = Bound(minimum=lowest, maximum=highest, part=part)
 
     constants = _constants(program)
     user_inputs = set(program.graph_signature.user_inputs)
@@ -167,8 +168,8 @@ def index_bounds(program: torch.export.ExportedProgram) -> dict[str, tuple[Bound
                 if (last := _last_index(arguments[0], axis)) is not None:
                     limit(index, -last - 1, last)
         elif target is _ATEN.all.default and not node.users:
-            # The exporter removes an assertion but leaves its condition, which no other node then
-            # reads: `one_hot` asserts so that its classes exist.
+            # The condition of an assertion, such as that of `one_hot` that its classes exist. The
+            # exporter removes the assertion, and then no node reads its condition.
             comparison: Any = node.args[0]
             if comparison.target in _COMPARISONS:
                 index, number = comparison.args
@@ -188,7 +189,10 @@ def index_bounds(program: torch.export.ExportedProgram) -> dict[str, tuple[Bound
 
 
 def _constants(program: torch.export.ExportedProgram) -> dict[fx.Node, Tensor]:
-    """The small whole numbers that the program adds to something, by the node that holds them."""
+    """The constants of whole numbers that a sum may add to an index, by the node that holds them.
+
+    Constants of many elements are left out.
+    """
     signature = program.graph_signature
     sources = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     contents = {**program.state_dict, **program.constants}
@@ -199,8 +203,9 @@ def _constants(program: torch.export.ExportedProgram) -> dict[fx.Node, Tensor]:
         if node.op == "placeholder":
             constant = contents.get(sources.get(node.name, ""))
         elif node.target is _ATEN.scalar_tensor.default:
-            # The number may be a size that varies.
-            constant = torch.tensor(arguments[0]) if isinstance(arguments[0], int) else None
+            # The number may also be a size that varies.
+            if isinstance(arguments[0], int):
+                constant = torch.tensor(arguments[0])
         elif node.target in _CONSTANT_OPERATORS and arguments[0] in constants:
             constant = node.target(constants[arguments[0]], *arguments[1:])
         if (
@@ -215,12 +220,14 @@ def _constants(program: torch.export.ExportedProgram) -> dict[fx.Node, Tensor]:
 def _passed_on(
     node: fx.Node, values: _Values, constants: Mapping[fx.Node, Tensor]
 ) -> tuple[_Ids, ...]:
-    """The values of inputs that a node passes on; none if its output has other values."""
+    """The values of inputs that a node passes on; empty if its output has other values."""
     target = node.target
     arguments: Any = node.args
     if target in _JOINS:
-        joined = [ids for part in arguments[0] for ids in values.get(part, ())]
-        return tuple(replace(ids, axes=None) for ids in joined)
+        joined: list[_Ids] = []
+        for part in arguments[0]:
+            joined += [replace(ids, axes=None) for ids in values.get(part, ())]
+        return tuple(joined)
     if target in _SUMS:
         return _sum(node, values, constants)
     first = arguments[0] if arguments else None
@@ -306,10 +313,10 @@ def _drop_axis(ids: _Ids | None, dim: int) -> _Ids | None:
 
 
 def _sum(node: fx.Node, values: _Values, constants: Mapping[fx.Node, Tensor]) -> tuple[_Ids, ...]:
-    """The values of a sum or a difference of an input and whole numbers.
+    """The values of a sum or a difference of an input and constant whole numbers.
 
-    Either one number, or one for each position of the last axis: columns that share a table, each
-    with its own rows.
+    The constant is one number, or one for each position of the last axis. The latter is used where
+    columns share a table, and the rows of each column begin at its own offset.
     """
     arguments: Any = node.args
     first, second = arguments[:2]

@@ -1,4 +1,4 @@
-"""Why torch's exporter gave up, in one sentence that names the model's own line and a way out.
+"""Why torch's exporter gave up, in one sentence: the reason, the model's own line, and a way out.
 
 The kinds of errors, in the order in which they are recognised:
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -33,7 +32,7 @@ def refusal(
 ) -> str:
     """The reason of an exporter's error, where in the model it arises, and what can be done.
 
-    `inputs` and `dynamic_axes` are those of the export; the latter give an axis its name.
+    `inputs` and `dynamic_axes` are those of the export: the sentence names the axes by them.
     """
     causes = list(chain(error))
     innermost = causes[-1] if len(causes) > 1 else error
@@ -50,27 +49,34 @@ def refusal(
 
     if _DATA_DEPENDENT in names:
         return (
-            f"its code branches on numbers that are computed{at}, and a graph has one way for all"
-            " inputs: compute both branches and choose with torch.where, or use a mask for what is"
-            " left out"
+            f"its code branches on numbers that are computed{at}, and a graph runs the same steps"
+            " for all inputs: compute both branches and choose with torch.where, or use a mask for"
+            " what is left out"
         )
 
     if match := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(innermost)):
-        path, kind = _module_of(_failed_node(causes))
-        of = f" in {path or '(root)'} ({kind})" if kind else ""
+        # The module in which the failed step was traced, if the step is known.
+        node = _failed_node(causes)
+        stack = {} if node is None else node.meta.get("nn_module_stack", {})
+        subject = match[1]
+        if stack:
+            path, module_class = list(stack.values())[-1]
+            path = path.removeprefix("L['self'].") or "(root)"
+            kind = str(getattr(module_class, "__name__", module_class)).rpartition(".")[2]
+            subject += f" in {path} ({kind})"
         return (
-            f"ONNX has no operator for {match[1]}{of}{at}: use one that it has, or compute it from"
+            f"ONNX has no operator for {subject}{at}: use one that it has, or compute it from"
             " others (in eval mode a random operator is often a plain one)"
         )
 
     if match := re.search(r"inferred a static shape of (\d+) for dimension \S*?\['(\w+)'\]", text):
         size, input_name = match[1], match[2]
         index = re.search(r"shape\[(\d+)\]", text)
-        axis = dynamic_axes.get(input_name, {}).get(int(index[1]) if index else 0, "")
+        axis = dynamic_axes.get(input_name, {}).get(int(index[1]) if index else 0, "an axis")
         return (
-            f"its code makes {axis or 'an axis'} of {input_name} the fixed size {size}, by a loop"
-            " over it or a size that becomes a number: compute with x.shape and whole tensors, or"
-            f" declare it fixed (--dynamic-axes, with _ in its place){at}"
+            f"its code makes {axis} of {input_name} the fixed size {size}, by a loop over it or a"
+            " size that becomes a number: compute with x.shape and whole tensors, or declare it"
+            f" fixed (--dynamic-axes, with _ in its place){at}"
         )
 
     if any(word in text for word in _UNTRACEABLE) and line:
@@ -120,9 +126,9 @@ def _model_line(error: BaseException) -> str:
 
 
 def _failed_node(causes: list[BaseException]) -> fx.Node | None:
-    """The step of the trace that could not be written.
+    """The step of the trace that could not be written; None if it is not known.
 
-    torch's error does not carry it, but the function that gave up has it in a variable `node`.
+    torch's error does not hold the step. The function that raised it has a local variable `node`.
     """
     for cause in causes:
         for frame, _ in traceback.walk_tb(cause.__traceback__):
@@ -130,12 +136,3 @@ def _failed_node(causes: list[BaseException]) -> fx.Node | None:
             if isinstance(node, fx.Node):
                 return node
     return None
-
-
-def _module_of(node: fx.Node | None) -> tuple[str, str]:
-    """The path and the class of the module in which a step was traced; empty if not known."""
-    stack: dict[str, Any] = {} if node is None else node.meta.get("nn_module_stack", {})
-    if not stack:
-        return "", ""
-    path, kind = list(stack.values())[-1]
-    return path.removeprefix("L['self']."), str(getattr(kind, "__name__", kind)).rpartition(".")[2]

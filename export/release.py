@@ -1,6 +1,6 @@
 """From a candidate to a certified bundle on disk, or to a refusal that names what failed and where.
 
-No rule and no checkpoint is known here: this file puts the parts in order.
+The steps are the same for a checkpoint and for any other module.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from evalmode.export.certify import certify
 from evalmode.export.convert import OPSET
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.rules.registry import Progress
-from evalmode.export.rules.subject import Subject
 
 
 class ExportRefused(EvalmodeError):  # noqa: N818 - read as a sentence: "raise ExportRefused"
@@ -50,10 +49,10 @@ class ExportRefused(EvalmodeError):  # noqa: N818 - read as a sentence: "raise E
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a bundle contains beside its model.
+    """What a bundle contains besides its model.
 
-    `samples` are the inputs of its known answers, each with the text it came from, if any. A sample
-    has one row, if its inputs have rows.
+    `samples` are the inputs of its known answers, each with the text that it came from, or None. If
+    the inputs have an axis of rows, a sample has one row.
     """
 
     samples: Sequence[tuple[Tensors, str | None]]
@@ -92,8 +91,8 @@ def release(
         raise ExportRefused(certified.records)
     progress("write")
     subject = certified.subject
-    # The service has its own table of operators. It is stricter than the rules, which follow a mode
-    # through more operators.
+    # The service reads the graph again before it serves it. It accepts less than the rules do: a
+    # training mode must be off by a plain constant, and nothing is computed to find that out.
     check_operators(subject.data)
 
     # 2. The files of the bundle, with the answers of the session as the service opens it.
@@ -105,10 +104,34 @@ def release(
     if description.tokenizer is not None:
         contents[TOKENIZER_FILE] = description.tokenizer.encode()
 
-    # 3. The manifest lists their hashes, and the certificate names the manifest's digest.
-    manifest = _manifest(
-        description, subject, name=name, version=version, files=hashes_of(contents)
+    # 3. The manifest, with the hashes of the files.
+    inputs = subject.served.inputs
+    # A front end makes the ids itself, from its own vocabulary: they need no bounds.
+    if description.frontend is None:
+        bounds = subject.export.index_bounds
+        inputs = tuple(
+            item.model_copy(update={"bounds": bounds.get(item.name, ())}) for item in inputs
+        )
+    versions: JsonValue = {
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxscript": onnxscript.__version__,
+    }
+    manifest = Manifest(
+        schema_version=lowest_schema_version(inputs),
+        name=name,
+        version=version,
+        opset=OPSET,
+        inputs=inputs,
+        outputs=subject.served.outputs,
+        labels=description.labels,
+        frontend=description.frontend,
+        metrics=dict(description.metrics),
+        provenance={**description.provenance, "export": versions},
+        files=hashes_of(contents),
     )
+
+    # 4. The certificate, which names the digest of the manifest.
     certificate = Certificate(
         digest=digest_of(manifest),
         platform=subject.served.platform,
@@ -123,7 +146,7 @@ def release(
 def require_writable(root: Path, *, name: str, version: str) -> None:
     """Raise EvalmodeError if `root/name/version` cannot be written.
 
-    To be called before a long export, whose last step would otherwise fail.
+    Called before a long export, whose last step would otherwise fail.
     """
     for flag, value in (("--name", name), ("--version", version)):
         if not is_name(value):
@@ -134,34 +157,3 @@ def require_writable(root: Path, *, name: str, version: str) -> None:
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise EvalmodeError(f"no bundle can be written to {root}: {error.strerror}") from error
-
-
-def _manifest(
-    description: Description, subject: Subject, *, name: str, version: str, files: dict[str, str]
-) -> Manifest:
-    session = subject.served
-    inputs = session.inputs
-    # A front end makes the ids itself, from its own vocabulary: they need no bounds.
-    if description.frontend is None:
-        bounds = subject.export.index_bounds
-        inputs = tuple(
-            item.model_copy(update={"bounds": bounds.get(item.name, ())}) for item in inputs
-        )
-    versions: JsonValue = {
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxscript": onnxscript.__version__,
-    }
-    return Manifest(
-        schema_version=lowest_schema_version(inputs),
-        name=name,
-        version=version,
-        opset=OPSET,
-        inputs=inputs,
-        outputs=session.outputs,
-        labels=description.labels,
-        frontend=description.frontend,
-        metrics=dict(description.metrics),
-        provenance={**description.provenance, "export": versions},
-        files=files,
-    )

@@ -35,7 +35,7 @@ class Rewrites(TorchFunctionMode):
 
 @contextmanager
 def traceable_modules() -> Iterator[None]:
-    """Let two calls be traced that compute nothing.
+    """Make two calls traceable that do not affect the answer.
 
     nn.TransformerEncoder compares its mask with a causal one, only to choose a faster kernel.
     `self.layer.to(dtype)` in a forward changes nothing if the layer has that type already.

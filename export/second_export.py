@@ -1,8 +1,9 @@
 """A second export of the user's module, in another process under other seeds.
 
-The seeds differ from the first import on, those that the user's code sets included. So random data
-that is neither a parameter nor a buffer (a mask drawn at import, a table filled by a constructor)
-differs, and changes the fingerprint. Parameters and buffers are copied from the first process.
+The seeds differ from the first import on, also those that the user's code sets. So random data that
+is neither a parameter nor a buffer differs, and changes the fingerprint. Examples are a mask drawn
+at import and a table that a constructor fills. Parameters and buffers are copied from the first
+process.
 
 The other process runs `python -m evalmode.export.second_export FACTORY FOLDER`. It reads a task
 from the folder and writes a fingerprint into it.
@@ -122,9 +123,9 @@ def main(factory: str, folder: Path) -> None:
                     )
                 weights[path].copy_(tensor)
         bind_constants(module, task["constants"])
-        # As in the first process, a forward runs before the export, and a copy from before it is
-        # traced. What the first forward creates outside of the module then exists already; what it
-        # creates in the module is created again in the trace.
+        # As in the first process, a forward runs before the export, and a copy of the module from
+        # before that forward is traced. So what the first forward creates outside of the module
+        # exists already, and what it creates in the module is created again in the trace.
         network = Network.of(module)
         with untouched(network):
             traced = network.copy().module

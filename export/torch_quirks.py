@@ -43,8 +43,9 @@ def one_operator_table() -> Iterator[None]:
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Silence the exporter's remarks on packages that are not installed, and on failed traces that
-    it repeats in another way. Its errors are exceptions, and still reach the caller.
+    """Silence what the exporter logs and prints about missing packages, and about traces that
+    failed and that it tries again in another way. Its errors are exceptions, and still reach the
+    caller.
     """
     names = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
     children = [name for name in logging.root.manager.loggerDict if name.startswith(names)]

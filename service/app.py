@@ -101,7 +101,7 @@ def create_app(components: Components) -> FastAPI:
             responses={503: {"model": ErrorResponse}},
         )
     if components.settings.metrics:
-        process_routes.add_api_route("/metrics", _metrics, name="metrics", response_class=Response)
+        process_routes.add_api_route("/metrics", metrics, name="metrics", response_class=Response)
     app.include_router(process_routes)
     if components.settings.docs:
         docs.mount(app)
@@ -114,7 +114,7 @@ def create_app(components: Components) -> FastAPI:
     return app
 
 
-async def _metrics(request: Request) -> Response:
+async def metrics(request: Request) -> Response:
     """The server's figures, for Prometheus."""
     components = components_of(request)
     # In a thread, because with several workers it reads the files of all of them.

@@ -1,6 +1,6 @@
-"""What an ONNX file is: its model, its nodes with their paths and constants, and its weights.
+"""Read ONNX files: the model, its nodes with their paths and constants, and its weights.
 
-The rules read graphs through this package. No rule is known here.
+The rules read graphs through this package.
 """
 
 from evalmode.export.graph.errors import ModelUnreadable

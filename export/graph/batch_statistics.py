@@ -1,10 +1,11 @@
-"""Normalisation by the statistics of the batch, found in the graph alone.
+"""Find normalisation by the statistics of the batch, from the graph alone.
 
-An exporter writes a BatchNorm without running statistics as the operators that compute them. The
-node itself is then in inference mode, and its mean and variance come from the rows that share the
-batch. Two forms are found: a BatchNormalization whose statistics are computed from its batch
-(`computed_over_batch`), and plain arithmetic that subtracts a mean over the rows and divides by a
-spread (`BatchAxes`).
+An exporter writes a BatchNorm without running statistics as the operators that compute the
+statistics. The node itself is then in inference mode, but its mean and variance come from the rows
+that share the batch. Two forms are found:
+
+- a BatchNormalization whose statistics are computed from its batch (`computed_over_batch`);
+- plain arithmetic that subtracts a mean over the rows and divides by a spread (`BatchAxes`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from evalmode.export.graph.scope import (
 from evalmode.export.graph.walk import NodeAt
 from evalmode.export.graph.weight import Weight
 
-_MAX_VALUES = 1000  # that are visited behind one node
-_MAX_NEAR_VALUES = 20  # a mean and its variance are a few steps of scaling and reshaping away
+# The most values that one decision visits. A larger number would cost time on hostile graphs.
+_MAX_VALUES = 1000
+# The most steps of scaling and reshaping between a mean or a variance and its use.
+_MAX_NEAR_VALUES = 20
 _REDUCTIONS = frozenset(
     ["ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceLogSumExp", "ReduceMax"]
 )
@@ -65,12 +68,12 @@ def computed_over_batch(at: NodeAt, index: int) -> bool | None:
     None if it depends on the model's inputs in a way that is not understood. The decisions, in
     order:
 
-    1. It is an initializer, or the input itself: no.
+    1. It is an initializer, or the data input itself: no.
     2. It does not depend on the model's inputs: no.
-    3. The input has a first axis of size 1, made for the purpose: no. This is an instance
-       normalisation written as a batch normalisation.
-    4. A reduction over what may be the first axis is behind it: yes.
-    5. All behind it is elementwise: no. Otherwise: None.
+    3. An Unsqueeze or a Reshape gave the data input a first axis of size 1: no. This is an instance
+       normalisation that is written as a batch normalisation.
+    4. It is computed by way of a reduction over what may be the first axis: yes.
+    5. It is computed by elementwise operators alone: no. Otherwise: None.
     """
     value = at.scope.argument(at.node, index)
     normalised = at.scope.argument(at.node, 0)
@@ -97,7 +100,7 @@ def computed_over_batch(at: NodeAt, index: int) -> bool | None:
     if not is_complete:
         return None
     for output in outputs:
-        # The values inside a called function are ancestors, too.
+        # For a call, the values inside of the function are ancestors too, and are judged.
         if output.index in output.scope.calls:
             continue
         if domain_of(output.node.domain):
@@ -108,7 +111,7 @@ def computed_over_batch(at: NodeAt, index: int) -> bool | None:
 
 
 class BatchAxes:
-    """Which axis of each value of a graph holds the rows, as far as plain operators show it.
+    """Which axis of each value of a graph holds the rows, as far as known operators show it.
 
     Rows are on the axis of the model's inputs whose name contains "batch".
     """
@@ -126,8 +129,8 @@ class BatchAxes:
     def are_normalised(self, at: NodeAt) -> bool:
         """Whether a division, or a product, completes a normalisation over the axis of rows.
 
-        It does so if one side is a value minus its mean over that axis, and the other side comes
-        from another reduction over it, as a variance does.
+        It does so if one side is a value minus its mean over that axis, and the other side, such as
+        a variance, comes from another reduction over that axis.
         """
         if not self._input_axes or at.domain or at.node.op_type not in ("Div", "Mul"):
             return False
@@ -178,8 +181,8 @@ class BatchAxes:
         return self._stored_axis(value)
 
     def _stored_axis(self, value: Value) -> _Axis | None:
-        if isinstance(value, Unknown):
-            return self._input_axes.get(value.name) if value.origin is Origin.CALLER else None
+        if isinstance(value, Unknown) and value.origin is Origin.CALLER:
+            return self._input_axes.get(value.name)
         return self._axes[id(value)][1] if id(value) in self._axes else None
 
     def _axis_of_output(self, output: NodeOutput) -> _Axis | None:
@@ -227,8 +230,8 @@ class BatchAxes:
         if not axes:
             return None
         if len(ranks) < len(arguments):
-            # The rank of some input is not known. Most often it is a scalar computed in the graph,
-            # or a mean of the same rank, and the axis stays where it is.
+            # The rank of some input is not known. Most often the input is a scalar computed in the
+            # graph, or a mean of the same rank, and the axis stays the same. Not so for a Where.
             return axes[0] if node.op_type != "Where" else None
         rank = max(ranks)
         from_the_end = {axis.rank - axis.index for axis in axes}
@@ -236,8 +239,8 @@ class BatchAxes:
 
 
 def _sources(output: NodeOutput) -> list[Value]:
-    """What an output is computed from: the node's inputs and, last, the output of the function that
-    the node calls.
+    """The values that an output is computed from: the node's inputs and, if the node calls a
+    function, last the output inside of the function.
     """
     node, scope = output.node, output.scope
     sources = [scope.argument(node, index) for index in range(len(node.input))]
@@ -250,7 +253,7 @@ def _sources(output: NodeOutput) -> list[Value]:
 
 
 def _ancestors(value: Value) -> Iterator[Value]:
-    """The value and all that it is computed from, each once, the nearest first."""
+    """The value and all values that it is computed from, each once, the nearest first."""
     visited: set[int] = set()
     pending = deque([value])
     while pending and len(visited) < _MAX_VALUES:
@@ -292,7 +295,7 @@ def _reduces(output: NodeOutput, axis: _Axis | None) -> bool:
         if array is None:
             return axis is None
         axes = [int(number) for number in array.reshape(-1)]
-    if not axes:  # all axes, unless the node says that no axes mean none
+    if not axes:  # all axes, unless an attribute of the node says otherwise
         noop = scope.attribute(node, "noop_with_empty_axes")
         return isinstance(noop, Absent) or not getattr(noop, "i", 0)
     if axis is None:

@@ -1,4 +1,4 @@
-"""Which functions of a model call which. None may call itself, and all calls are bounded."""
+"""The calls between a model's functions: recursion, and calls without a bound, are refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from evalmode.export.graph.scope import domain_of
 Identity = tuple[str, str, str]
 """Domain, name and overload of a function."""
 
-# Each call is walked, and functions multiply: forty functions of two calls each make a million
-# million nodes.
+# The nodes of all calls together. Each call is walked, and the number of calls can grow
+# exponentially: with 40 functions, each of which calls the next one twice, it is 2**40.
 _MAX_NODES = 100_000
 _MAX_NAMES = 2_000_000  # inputs, outputs, attributes and weights, which each call binds again
 
@@ -31,7 +31,7 @@ def order_of_calls(
     """The functions, each before those that it calls.
 
     Raises Broken if a function calls itself, directly or through others, or if all calls together
-    come to more nodes or names than are walked.
+    have more nodes or names than the limits.
     """
     node_counts: dict[Identity, int] = {}
     name_counts: dict[Identity, int] = {}
@@ -75,7 +75,8 @@ def order_of_calls(
                 totals[identity] += totals[callee]
         if sum(totals[identity] for identity in entered) > limit:
             raise Broken(
-                f"its functions call one another until there are more than {limit:,} {noun}"
+                f"its functions call one another: all calls together have more than {limit:,}"
+                f" {noun}"
             )
     return callees_first[::-1]
 

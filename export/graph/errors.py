@@ -10,7 +10,7 @@ class ModelUnreadable(EvalmodeError):  # noqa: N818 - read as a sentence: "raise
 
 
 class Broken(Exception):  # noqa: N818
-    """What is not valid in a model. The message lacks the file's name.
+    """A model that is not valid. The message says what is wrong, without the file's name.
 
     It never leaves this package: `graph` and `suspicious_weights` turn it into ModelUnreadable.
     """

@@ -6,11 +6,12 @@ How a value is decided:
 2. A function call has the value of the output inside the function. An If has the value of its
    branch, if the condition is decided.
 3. Identity, and Not, And, Or, Xor and Where of booleans, are computed here.
-4. Some other operators on small integers and booleans are left to ONNX Runtime itself (`runtime`).
-   Such a value is first marked COMPUTABLE. The runtime runs once, for the value that is asked for,
-   and not for each value on the way.
+4. Some other operators on few integers and booleans are left to ONNX Runtime itself (`runtime`).
+   Such a value is first marked COMPUTABLE. The runtime runs once, for the requested value, and not
+   for each value that it depends on.
 5. Everything else is undecided (None): floating-point arithmetic, on which execution providers
-   differ, and what costs more than a little. A verifier must never be made to run a model.
+   differ, and all computations that are not small. A file must not be able to make its verifier run
+   a whole model.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _MAX_STEPS = 1000  # values that one decision may visit
 _MAX_INPUTS = 1000  # of one node
 _MAX_RUNTIME_BYTES = 4 << 20  # of one model that the runtime is asked to run
 
-# No runtime can compute these differently for booleans.
+# All runtimes compute the same booleans with these.
 _PLAIN_OPERATORS = frozenset({"Identity", "Not", "And", "Or", "Xor", "Where"})
 _RUNTIME_OPERATORS = frozenset(
     [
@@ -79,7 +80,7 @@ _RUNTIME_OPERATORS = frozenset(
         "Expand",
     ]
 )
-# Of an initializer these read the declared shape alone; its values, however many, are not needed.
+# These read only the declared shape of an initializer, so they work for any number of elements.
 _SHAPE_OPERATORS = ("Shape", "Size")
 # A function of such a domain may have the name of an operator of ONNX Runtime, which then runs
 # instead of the function.
@@ -113,7 +114,7 @@ def describe_source(value: Value) -> str:
         return "a constant that cannot be read"
     text = f"computed by {value.scope.path_of(value.index)} ({value.node.op_type})"
 
-    # The first value on the way that is known only when the model runs.
+    # Search backwards for the first value that is known only when the model runs.
     budget = value.scope.budget
     pending: deque[Value] = deque([value])
     visited: set[tuple[int, str]] = set()
@@ -149,7 +150,7 @@ def _decide(output: NodeOutput) -> None:
             continue
         steps += 1
         if steps > _MAX_STEPS:
-            # Undecided for good: many nodes may read the same long chain, and each would walk it.
+            # None is stored for the whole chain: many nodes may read it, and each would walk it.
             for waiting in pending:
                 if not _is_decided(waiting):
                     _store(waiting, None)
@@ -173,7 +174,7 @@ def _decide(output: NodeOutput) -> None:
 
 
 def _key(output: NodeOutput) -> tuple[int, str]:
-    """What tells outputs apart: a scope defines a name once."""
+    """The identity of an output: a scope defines each name once."""
     return id(output.scope), output.name
 
 
@@ -182,7 +183,7 @@ def _is_decided(value: Value) -> bool:
 
 
 def _decision(value: Value) -> Decision:
-    """What was decided about a value; an initializer is read at the first call."""
+    """The decision about a value. An initializer is read at the first call."""
     if isinstance(value, NodeOutput):
         return value.scope.constants.get(value.name)
     if not isinstance(value, Initializer):
@@ -205,7 +206,7 @@ def _store(output: NodeOutput, decision: Decision) -> None:
 
 
 def _charge(array: Array | None, budget: Budget) -> Array | None:
-    """The array, or None if the model's budget of memory does not allow for it."""
+    """The array, or None if it exceeds what is left of the model's memory budget."""
     if array is None or array.nbytes > budget.bytes:
         return None
     budget.bytes -= array.nbytes
@@ -229,7 +230,7 @@ def _array_of(value: Value) -> Array | None:
 def _dependencies(output: NodeOutput) -> Sequence[Value] | None:
     """The values that must be decided before `output`; None if it cannot be decided.
 
-    For a call and for an If, the last one is the value that is passed on.
+    For a call and for an If, the last one is the value that the output equals.
     """
     scope, node = output.scope, output.node
     domain = domain_of(node.domain)
@@ -330,14 +331,14 @@ def _evaluate(output: NodeOutput, dependencies: Sequence[Value]) -> Decision:
 
 
 def _passes_on(output: NodeOutput) -> bool:
-    """Whether the output is another value as it is: that of a function, or of a branch."""
+    """Whether the output is another value unchanged: that of a function, or of a branch."""
     return output.index in output.scope.calls or output.node.op_type == "If"
 
 
 def _compute(output: NodeOutput) -> Array | None:
-    """Have ONNX Runtime compute an output, in a model of the nodes that lead to it.
+    """Let ONNX Runtime compute an output, in a new model of the nodes that it depends on.
 
-    The leaves of the model are the arrays that are decided already.
+    The initializers of the new model (the leaves) are the arrays that are decided already.
     """
     nodes: list[onnx.NodeProto] = []
     leaves: list[onnx.TensorProto] = []
@@ -361,13 +362,12 @@ def _compute(output: NodeOutput) -> Array | None:
             operands = [scope.argument(node, index) for index in range(len(node.input))]
         if operands is None:
             return None
-        missing = [
-            operand
-            for operand in operands
-            if isinstance(operand, NodeOutput)
-            and _decision(operand) is COMPUTABLE
-            and _key(operand) not in names
-        ]
+        missing: list[NodeOutput] = []
+        for operand in operands:
+            if not isinstance(operand, NodeOutput) or _key(operand) in names:
+                continue
+            if _decision(operand) is COMPUTABLE:
+                missing.append(operand)
         if missing:
             pending += missing
             continue
@@ -418,8 +418,8 @@ def _compute(output: NodeOutput) -> Array | None:
     # Functions may import other opsets than the model, and one model cannot mix them.
     if len(opsets) != 1:
         return None
-    # All outputs are returned, so that the child sees each array on the way; the one that is asked
-    # for comes last.
+    # All outputs are returned, so that the child sees each intermediate array. The requested output
+    # comes last.
     target = names[_key(output)]
     output_names = [node.output[0] for node in nodes]
     output_names.sort(key=lambda name: name == target)
@@ -430,7 +430,9 @@ def _compute(output: NodeOutput) -> Array | None:
 
 
 def _leaf(operand: Value, *, reads_shape: bool, max_bytes: int) -> Array | None:
-    """The array of a decided operand; of an initializer whose shape alone counts, zeros."""
+    """The array of a decided operand; zeros of the same shape for an initializer whose shape alone
+    is read.
+    """
     if reads_shape and isinstance(operand, Initializer):
         dims = tuple(operand.weight.dims)
         if min(dims, default=0) < 0 or math.prod(dims) > max_bytes:

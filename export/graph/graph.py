@@ -23,11 +23,11 @@ _IMPORTS_SINCE = 3  # IR version; an older model imports nothing and has opset 1
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """A model, its nodes and its weights; `name` is what messages call it.
+    """A model, its nodes and its weights. Messages use `name`.
 
-    `nodes` includes those of subgraphs, and those of local functions once for each call. The
-    `proto` of a graph that was opened from a file or from bytes lacks the values of large weights.
-    `weights` has them all, and reads each only when it is used.
+    `nodes` includes those of subgraphs, and those of local functions once for each call. `weights`
+    has the values of all weights, and reads them only when they are used. If the graph was opened
+    from a file or from bytes, its `proto` lacks the values of large weights.
     """
 
     proto: onnx.ModelProto
@@ -45,15 +45,14 @@ def graph_of(model: onnx.ModelProto, *, name: str = "model") -> Graph:
 
 
 def read_graph(data: bytes, *, name: str) -> Graph:
-    """The graph of a serialised model. Raises ModelUnreadable if the bytes are not a valid model.
-
-    `name` is what messages call it.
+    """The graph of a serialised model. Raises ModelUnreadable, which begins with `name`, if the
+    bytes are not a valid model.
     """
     return _parse(memoryview(data), Storage(data=memoryview(data)), name)
 
 
 def serialise(model: onnx.ModelProto) -> bytes:
-    """The model's bytes: the same for the same model."""
+    """The model's bytes: equal models have equal bytes."""
     data: bytes = model.SerializeToString(deterministic=True)
     return data
 
@@ -72,11 +71,11 @@ def open_graph(path: Path) -> Graph:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
-            raise ModelUnreadable(f"{path} cannot be read: it is no regular file")
+            raise ModelUnreadable(f"{path} cannot be read: it is not a regular file")
         if status.st_size == 0:
             raise ModelUnreadable(f"{path} is not an ONNX model: it is empty")
         with path.open("rb") as file:
-            # Never closed by hand: the frames of an exception may still refer to parts of it.
+            # Never closed explicitly: the frames of an exception may still refer to parts of it.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return _parse(memoryview(mapped), Storage(data=path, folder=path.parent), str(path))
     except OSError as error:
@@ -103,7 +102,7 @@ def names_read(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def module_of(node_name: str) -> str:
-    """The path of the torch module that a converted model's node came from."""
+    """The path of the torch module that a node of a converted model came from."""
     return node_name.rpartition("/")[0]
 
 

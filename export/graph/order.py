@@ -1,7 +1,7 @@
 """The order in which the nodes of a graph run.
 
-ONNX Runtime sorts the main graph, whatever order it is written in. It refuses bodies and functions
-that are not sorted.
+ONNX Runtime sorts the nodes of the main graph. It refuses bodies and functions whose nodes are not
+sorted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _producers(nodes: Sequence[onnx.NodeProto], defined: Container[str]) -> Mapp
 def _names_read_by(node: onnx.NodeProto) -> Iterator[str]:
     """The names that a node reads, and those that the bodies in it read from outside of them."""
     yield from node.input
-    # Attributes to look into, each with the names that the bodies around it define.
+    # Attributes that are still to be searched, each with the names that the bodies around define.
     pending: list[tuple[onnx.AttributeProto, tuple[frozenset[str], ...]]]
     pending = [(attribute, ()) for attribute in node.attribute]
     while pending:

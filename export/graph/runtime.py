@@ -1,10 +1,10 @@
 """Constants that ONNX Runtime itself computes, in a child process with limits of time and memory.
 
-What decides a mode must be what the runtime computes, and not what another implementation does:
-they saturate, reorder and round differently. The child runs the nodes with optimisation off and on.
-It answers only if both agree and no array on the way holds floating-point numbers, on which
-execution providers differ. A child that aborts, hangs or meets a limit leaves that value undecided;
-the next value gets a new child.
+The runtime itself must compute the values that decide a mode. Other implementations saturate,
+reorder and round differently. The child runs the nodes with optimisation off and on. It answers
+only if both runs agree, and if no intermediate array holds floating-point numbers, on which
+execution providers differ. If the child aborts, hangs or meets a limit, that value is undecided,
+and the next value gets a new child.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from evalmode.export.graph.weight import Array
 
 TIME_S = 20.0  # for one answer; the first one includes loading the runtime
 MEMORY_BYTES = 128 << 20  # beyond what the child has taken before it runs anything
-ELEMENTS = 1024  # of any array on the way
+ELEMENTS = 1024  # of each array, intermediate ones too
 
 
 def compute(model: onnx.ModelProto) -> Array | None:
     """The last output of a model without inputs, or None if it is not decided.
 
-    The outputs of all nodes must be outputs of the model, so that the child sees each array.
+    The outputs of all nodes must be outputs of the model, so that the child sees each of them.
     """
     with _lock:
         try:

@@ -1,7 +1,6 @@
-"""Names and what they stand for: in a graph, in a body inside a node, and in a function as one call
-enters it.
+"""Names and their values: in a graph, in a body inside a node, and in a function for one call.
 
-Applies ONNX's rules of scope and refuses models that break them. No operator is interpreted here.
+Applies ONNX's rules of scope, and refuses models that break them. No operator is interpreted here.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from evalmode.export.graph.weight import Weight
 
 
 class Origin(Enum):
-    """Where a value comes from that the graph does not decide. The text ends a sentence."""
+    """The source of a value that the graph does not decide. The text ends a sentence."""
 
     CALLER = "the model's input"
     OVERRIDABLE = "an initializer that is an input too"
     BODY = "an input of a body"
     FUNCTION = "an input of a function that nothing calls"
     ELSEWHERE = "a name that is bound where the function uses this graph"
-    SHADOWED = "a name that an outer graph uses too, on which runtimes differ"
+    SHADOWED = "a name that an outer graph uses too, which runtimes read differently"
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,11 @@ _FIELDS = {
 
 @dataclass
 class Budget:
-    """What may still be spent to decide the constants of one model.
+    """What is left to spend on the constants of one model.
 
-    A verifier must never be made to run a model, so all constants of a model share these limits.
-    `arrays` caches the initializers that were read, by identity. Many nodes may read the same one,
-    and each reading would map its file anew.
+    A file must not be able to make its verifier run a whole model, so all constants of a model
+    share these limits. `arrays` caches the initializers that were read, by identity: many nodes may
+    read the same one, and each would map its file again.
     """
 
     runtime_calls: int = 200
@@ -103,18 +102,18 @@ class Budget:
 class Scope:
     """The names of one graph or function body.
 
-    `path` is the prefix of the paths to its nodes: empty for the main graph, else it ends with a
-    slash. `parent` is the graph around a body, and None for the main graph and for functions.
-
-    `attributes` maps the names of a function's attributes to what this call passes. The whole
-    mapping is None where no call is known, and one attribute is None where its value is not known.
-
-    `detached` marks a body that was passed to a function as an attribute: its outer names are bound
-    where the function uses it, which this scope does not know.
-
-    `calls`, `bodies` and `tensors` hold what the nodes contain, by the node's index (and the
-    attribute's name). `constants` caches what `fold` decided about outputs, by name.
-    `unsorted_names` holds the outputs of all nodes if the nodes are not sorted, else nothing.
+    path            the prefix of the paths to its nodes: empty for the main graph, else it ends
+                    with a slash
+    parent          the graph around a body; None for the main graph and for functions
+    attributes      what this call passes for the attributes of a function, by name; None for an
+                    attribute whose value is not known, and None as a whole if no call is known
+    detached        whether it is a body that was passed to a function as an attribute; its outer
+                    names are bound where the function uses it, which is not known here
+    calls           the functions that nodes call, by the node's index
+    bodies          the bodies in nodes, by the node's index and the attribute's name
+    tensors         the tensors in nodes, by the node's index and the attribute's name
+    constants       what `fold` decided about outputs, by name
+    unsorted_names  the outputs of all nodes if the nodes are not sorted, else empty
     """
 
     path: str
@@ -134,10 +133,10 @@ class Scope:
     _captured: set[str] = field(default_factory=set)
 
     def define(self, name: str, value: Value) -> None:
-        """Give `name` its one meaning here. Raises Broken if it has one already."""
+        """Define `name` as this value. Raises Broken if the name is defined already."""
         if name in self._values:
             raise Broken(f"the name {name!r} has two meanings in {self.display_name}")
-        # A body has read the name from further out: the same name would then mean two things.
+        # A node has read the name from an outer graph: the same name would then have two meanings.
         if name in self._captured:
             raise Broken(
                 f"the name {name!r} is read in {self.display_name} before it gets a second meaning"
@@ -163,8 +162,8 @@ class Scope:
         return False
 
     def read(self, name: str) -> Value:
-        """What `name` stands for, here or in a graph around. Raises KeyError if nothing has defined
-        it yet.
+        """The value of `name`, here or in a graph around. Raises KeyError if nothing has defined it
+        yet.
         """
         scope: Scope | None = self
         while scope is not None:
@@ -177,7 +176,7 @@ class Scope:
         raise KeyError(name)
 
     def argument(self, node: onnx.NodeProto, index: int) -> Value:
-        """What input `index` of `node` is; Absent also where a function's caller left it out."""
+        """The value of input `index` of `node`; Absent if the node or a caller leaves it out."""
         if index >= len(node.input) or node.input[index] == "":
             return Absent()
         return self.read(node.input[index])
@@ -229,7 +228,7 @@ def domain_of(name: str) -> str:
 
 
 def opsets_of(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
-    """The opset of each domain; 0 for a domain with two versions, on which runtimes differ."""
+    """The opset of each domain; 0 for a domain with two versions, of which runtimes use either."""
     opsets: dict[str, int] = {}
     for item in imports:
         domain = domain_of(item.domain)

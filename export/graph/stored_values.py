@@ -1,7 +1,7 @@
 """The values that a model stores: small initializers, and the attributes of Constant nodes.
 
-None stands for a value that nothing may be decided by: too large, not readable, or stored in a way
-that runtimes read differently.
+None stands for a value that must not decide anything: it is too large, cannot be read, or is stored
+in a form that runtimes read differently.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def read_constant_node(output: NodeOutput) -> Array | None:
 def _is_portable(array: Array, tensor: onnx.TensorProto) -> bool:
     """Whether NumPy and every runtime read the same values from the tensor.
 
-    They do so for plain types only. They differ on booleans that are stored as neither 0 nor 1.
+    They do so for plain types alone. They differ on booleans that are stored as other bytes than 0
+    and 1.
     """
     # `isbuiltin` is 2 for the types of ml_dtypes. It is 0 for NumPy's own types with an explicit
     # byte order, which mapped files have.

@@ -1,13 +1,14 @@
 """Faults that the values of weights show: a dropout mask drawn at export, a NaN from training.
 
-A dropout mask holds 0 and c = 1/(1-p) and nothing else, keeps a share of 1/c of its elements, and
-has no order. A weight is reported only if all three are true:
+A dropout mask has three properties. A weight is reported only if it has all of them:
 
-- A pruned weight has many values.
-- A causal mask, an identity and a one-hot table have an order, or another share.
-- A mask of 0 and 1 is as good as any pruning mask (c would be 1).
+- It holds 0 and c = 1/(1-p), and nothing else. A pruned weight holds many values. A mask of 0 and 1
+  is not reported, because it may be a pruning mask (c would be 1).
+- The share of its elements that are not 0 is 1/c. Most masks with a purpose have another share.
+- Its zeros have no order. A causal mask, an identity and a one-hot table have one.
 
-Noise that was multiplied into a weight has no such form; exports under two seeds find it.
+Noise that was multiplied into a weight has no such form. The rule baked-noise finds it by a second
+export.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from evalmode.export.graph.errors import Broken
 
 _MIN_ELEMENTS = 100  # of fewer, chance and order cannot be told apart
 _MIN_OF_EACH = 5  # dropped elements, and elements that are not
-_SAMPLE = 256  # elements that tell most weights from a mask
-_MAX_EXAMINED = 1 << 24  # elements whose zeros are held in memory, of a large mask
+_SAMPLE = 256  # elements, which show for most weights that they are no mask
+_MAX_EXAMINED = 1 << 24  # elements of a large mask whose zeros are held in memory
 _MAX_COMPARED = 1 << 16  # elements that are correlated with one another to find an order
 # Standard deviations of the share of zeros. At 5, one mask in two million is missed.
 _SIGMAS = 5.0
@@ -77,16 +78,16 @@ def mask_like(graph: Graph) -> tuple[Finding, ...]:
 def non_finite_weights(graph: Graph) -> tuple[Finding, ...]:
     """An error for each weight that holds a NaN.
 
-    Infinities are not reported: masks are made of them. Neither is a scalar NaN, which is a value
-    to compare with or to fill in. All weights are read, a chunk at a time. Raises ModelUnreadable
-    if the values cannot be read.
+    Infinities are not reported, because attention masks use them. A scalar NaN is not reported
+    either: it is a value to compare with or to fill in. All weights are read, a chunk at a time.
+    Raises ModelUnreadable if the values cannot be read.
     """
     findings = []
     with _translated_errors(graph):
         for weight in _float_weights(graph):
             if weight.size < 2:
                 continue
-            # The bits of half precision are compared as fast as those of any other type.
+            # NaN is found by its bits, which is as fast for half precision as for other types.
             unsigned = np.dtype(f"u{weight.dtype.itemsize}")
             infinity = unsigned.type(_INFINITY_BITS[weight.dtype.name])
             without_sign = unsigned.type(np.iinfo(unsigned).max >> 1)
@@ -122,7 +123,7 @@ def _float_weights(graph: Graph) -> list[Weight]:
 
 
 def _implied_rate(weight: Weight) -> float | None:
-    """The p of the dropout whose mask the weight may be, else None. The cheap tests come first."""
+    """The p of the dropout whose mask the weight may be, else None. Cheap tests come first."""
     # 1. A sample holds 0 and one other value.
     if weight.size < _MIN_ELEMENTS:
         return None
@@ -130,11 +131,11 @@ def _implied_rate(weight: Weight) -> float | None:
     if scale is None or _only_scale(weight.sample(_SAMPLE)) != scale:
         return None
 
-    # 2. So do all elements.
+    # 2. All elements are one of the two.
     bits = _nonzero_bits(weight, scale)
     if bits is None:
         return None
-    # A mask of channels that is spread over an image counts once.
+    # If the elements along an axis are equal, as in a mask of whole channels, each counts once.
     for axis in range(bits.ndim):
         first = bits.take([0], axis)
         if (bits == first).all():
@@ -150,7 +151,7 @@ def _implied_rate(weight: Weight) -> float | None:
     if abs(1 - dropped / bits.size - share) > tolerance:
         return None
 
-    # 4. The zeros are where chance alone would put them.
+    # 4. The zeros have no order.
     rare = bits if bits.mean() <= 0.5 else ~bits
     width = rare.shape[-1]
     table = rare.reshape(-1, width)
@@ -174,7 +175,7 @@ def _only_scale(piece: npt.NDArray[np.generic]) -> float | None:
 def _nonzero_bits(weight: Weight, scale: float) -> _Bits | None:
     """Which elements are not 0, in the weight's shape; None if it holds a third value.
 
-    Of a very large weight the first rows only.
+    For a very large weight, only the first rows are returned.
     """
     pieces: list[_Bits] = []
     count = 0
@@ -224,7 +225,8 @@ def _is_autocorrelated(rare: _Bits, neighbours: set[int]) -> bool:
     expected = (rare.size - distances) * rare.mean() ** 2
     is_near = np.isin(distances, list(neighbours))
     sigmas = np.where(is_near, _SIGMAS, _SIGMAS_OF_ORDER)
-    # Where hardly any pair is expected, a few are still chance: the counts are Poisson there.
+    # If hardly any pair is expected, the counts follow a Poisson distribution: a few pairs are
+    # still chance.
     slack = np.where(is_near, 3.0, 6.0)
     spread = sigmas * np.sqrt(expected)
     too_many = pairs > expected + spread + slack

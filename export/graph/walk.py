@@ -130,8 +130,8 @@ class Walker:
         self.weights: list[Weight] = []
         self._storage = storage
         self._skimmed = skimmed
-        # Before IR version 4 each initializer had to be an input. ONNX Runtime lets no caller
-        # override such an input, so there it is a constant all the same.
+        # Before IR version 4 each initializer had to be an input. ONNX Runtime does not let a
+        # caller override such an input, so it is a constant.
         self._overridable = not 0 < model.ir_version < _OVERRIDABLE_SINCE
 
         _require_utf8("the opset imports", [item.domain for item in imports])
@@ -164,7 +164,7 @@ class Walker:
             model.graph, path="", opsets=self._opsets, parent=None, origin=Origin.CALLER
         )
         self._is_dead = True
-        # Callers come first: what they call is then entered with the arguments that they pass.
+        # Callers come first, so that the functions that they call get their arguments.
         for identity in callers_first:
             if identity not in self._walked:
                 function = self._functions[identity]

@@ -1,7 +1,7 @@
-"""A weight: its name, type and shape at once, its values only when they are used.
+"""A weight: its name, its type, its shape, and its values, which are read only when they are used.
 
-The values are stored in one of three ways: in the message itself, in the part of the serialised
-model that `wire` left out of the message, or in an external file.
+The values are in one of three places: in the message itself, in the part of the serialised model
+that `wire` left out of the message, or in an external file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from evalmode.export.graph.wire import Span, field_head
 
 Array = npt.NDArray[np.generic]
 
-# The types that are packed tighter than a byte an element, by their bits. A name that this version
-# of onnx does not have is in no model that it reads.
+# The types whose elements are smaller than a byte, by their bits. Older versions of onnx lack some
+# of these names, and refuse models with such types.
 _PACKED_TYPES = {
     2: ("UINT2", "INT2"),
     4: ("UINT4", "INT4", "FLOAT4E2M1"),
@@ -72,8 +72,8 @@ class Region:
 class Weight:
     """A tensor of the model: an initializer of any graph, or the value of a Constant node.
 
-    `path` says where it is, as a node's path does. `region` holds its values if they are not in
-    `tensor`, and `field` is the field of TensorProto that the region is.
+    `path` is its path, in the form of a node's path. `region` holds its values if they are not in
+    `tensor`, and `field` is the field of TensorProto that the region holds.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Weight:
         needed = self.nbytes
         stored = needed
         if self.region is not None:
-            # The number of varints cannot be told from their length.
+            # The length in bytes does not give the number of varints, so these are not compared.
             if self.field in ("raw_data", *_ARRAY_FIELDS):
                 stored = self.region.length
         elif self.tensor.HasField("raw_data"):
@@ -200,12 +200,12 @@ class Weight:
 
     @property
     def _is_external(self) -> bool:
-        """Whether the values are in a file that cannot be found: the model came from memory."""
+        """Whether the values are in a file of unknown folder, because the model is from memory."""
         return self.region is None and self.tensor.data_location == TensorProto.EXTERNAL
 
     @property
     def _is_mapped(self) -> bool:
-        """Whether the bytes in the region are the elements, one after another."""
+        """Whether the bytes in the region are an array of the elements."""
         if self.field in _ARRAY_FIELDS:
             return self.dtype == _ARRAY_FIELDS[self.field]
         is_packed = self.tensor.data_type in _PACKED_BITS
@@ -220,7 +220,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the values of a model's tensors are: its serialised form, and the folder of its
+    """Where the values of a model's tensors are: `data`, its serialised form, and the folder of its
     external files.
 
     Both are None for a model in memory, whose external files are not read.

@@ -1,10 +1,9 @@
 """Parse a serialised model without its weights.
 
-A model of gigabytes must not be copied into memory to look at its nodes. So the protobuf wire
-format is skimmed first, and the large payloads of tensors are left out. Each such tensor gets an
-entry that says where its payload is. Only the nesting of messages is known here, from onnx's own
-descriptors.
-https://protobuf.dev/programming-guides/encoding/
+A model of gigabytes must not be copied into memory to read its nodes. So the bytes are read in
+protobuf's wire format first, and the large payloads of tensors are left out. Each such tensor gets
+an entry that says where its payload is. The nesting of messages is taken from onnx's descriptors.
+Source: protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _MIN_MESSAGE = 1024
 # protobuf reads faster than this code can skim it.
 _MAX_FIELDS = 10_000
 _MAX_DEPTH = 100  # protobuf's own limit
-# Bytes of nodes, names and shapes. The largest models known to us have a tenth of it.
+# Bytes of nodes, names and shapes. The largest models that we know have a tenth of it.
 _MAX_REST = 256 << 20
 
 
@@ -63,7 +62,7 @@ class Skimmed:
 
 
 def skim(data: memoryview) -> Skimmed:
-    """The model in `data` without its large payloads. Raises Broken for what is not protobuf."""
+    """The model in `data` without its large payloads. Raises Broken if it is not protobuf."""
     # A file cannot guess the key, so it cannot claim a payload at an offset of its choice.
     key = secrets.token_hex(16)
     try:
@@ -73,7 +72,7 @@ def skim(data: memoryview) -> Skimmed:
     size = sum(map(len, pieces))
     if size > _MAX_REST:
         raise Broken(
-            f"it has {size >> 20} MiB beside its weights, at most {_MAX_REST >> 20} are read"
+            f"it has {size >> 20} MiB besides its weights: at most {_MAX_REST >> 20} MiB are read"
         )
     return Skimmed(b"".join(pieces), key)
 
@@ -99,8 +98,8 @@ class _Skimmer:
     def message(
         self, start: int, end: int, descriptor: Descriptor, depth: int
     ) -> list[bytes | memoryview]:
-        """The message in [start, end), in pieces. What stays is not copied here, but once, when the
-        pieces are joined.
+        """The message in [start, end), in pieces. They are views, so that all bytes are copied only
+        once, when the pieces are joined.
         """
         if depth > _MAX_DEPTH:
             raise Broken(f"it nests more than {_MAX_DEPTH} messages deep")
@@ -135,7 +134,7 @@ class _Skimmer:
             descriptor = onnx.TensorProto.DESCRIPTOR.fields_by_number.get(number)
             if descriptor is None or descriptor.name not in _PAYLOADS:
                 continue
-            # Several pieces, which protobuf may join: the tensor stays whole.
+            # Protobuf would join several pieces of a payload, so such a tensor stays as it is.
             if wire != BYTES or payload is not None or count > _MAX_FIELDS:
                 return [self.data[start:end]]
             payload = tag, at, stop, descriptor.name

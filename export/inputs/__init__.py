@@ -1,1 +1,1 @@
-"""From samples to evidence: axes, probes, single rows, and references to the code of users."""
+"""From a user's samples to evidence: axes, probes and single rows, and how user code is loaded."""

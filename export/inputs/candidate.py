@@ -1,4 +1,4 @@
-"""What is to be exported: a module in eval mode, and the evidence on which it is judged."""
+"""The candidate for an export: a module in eval mode, and the evidence on which it is judged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evalmode.export.module.randomness import Draw
 if TYPE_CHECKING:  # an audit uses this file too, and need not load onnx
     from evalmode.export.fingerprint import Fingerprint
 
-# Exports the same weights again, under other seeds. Raises EvalmodeError where it cannot.
+# Exports the same weights again, under other seeds. Raises EvalmodeError if that fails.
 Twin: TypeAlias = "Callable[[], Fingerprint]"
 
 
@@ -24,17 +24,17 @@ class Candidate:
     """A module and all that its export needs.
 
     module       the user's module, which the graph is compared with
-    exported     a copy that has never run; it computes the function of `module`, also where its
-                 weights differ (classic dropout, folded into the weights)
+    exported     a copy that has never run; it computes the same function as `module`, even if its
+                 weights differ (the scale of classic dropout is folded into them)
     fresh        another such copy, for a second export
     example      the inputs that the exporter traces
     outputs      the names of the output tensors
     evidence     the probes and rows
-    draws        the places that drew while the evidence was made: a draw of the first forward that
-                 the module keeps is not repeated later
-    left_out     what the module answers besides tensors
-    constants    what the module is called with besides tensors
-    twins        export it again under other seeds
+    draws        the sites that drew while the evidence was made; a module may store what its first
+                 forward draws, and not draw again
+    left_out     what the module returns besides tensors
+    constants    the arguments of the module that are no tensors
+    twins        functions that export it again under other seeds
     """
 
     module: nn.Module

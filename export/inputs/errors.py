@@ -1,4 +1,4 @@
-"""The error of inputs that a module, or a graph, cannot be run on."""
+"""The error for inputs on which a module or a graph cannot run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,4 @@ from evalmode.errors import EvalmodeError
 
 
 class UnusableInputs(EvalmodeError):  # noqa: N818 - read as a sentence: "raise UnusableInputs"
-    """Sample inputs, or axes of them, that no module can be exported with.
-
-    The message names the input.
-    """
+    """Sample inputs, or axes, that cannot be used for an export. The message names the input."""

@@ -26,9 +26,9 @@ def find_axes(run: Forward, samples: Sequence[Sample]) -> Axes:
 
     1. Axes that have equal sizes in every sample are a group.
     2. A group is one axis (ids and their mask) or several (height and width of square images). The
-       module decides: axes vary together, apart from the rest of the group, if the module reads
-       them at another size and its answer changes.
-    3. The batch is the first axis of every input, except for inputs that all rows share. Where all
+       module decides: some axes of a group vary together if the module reads another size of them
+       alone, and its answer changes.
+    3. The batch is the first axis of every input, except for inputs that all rows share. If all
        samples have the same number of rows this is a guess, and the module must read one row more.
 
     `run` may raise any exception for sizes that the module does not read.
@@ -69,8 +69,8 @@ def _split(run: Forward, sample: Sample, group: list[_Axis]) -> list[list[_Axis]
     """Split axes of one size into blocks that vary together."""
     if len(group) == 1:
         return [group]
-    # An input of one row is broadcast to any number of rows, which would prove nothing. So the size
-    # is 3 at least, and 2 when it shrinks.
+    # An input of one row is broadcast to any number of rows, so its size would prove nothing. With
+    # a size of at least 3, a size that is smaller by one is above 1 too.
     first_input, first_index = group[0]
     size = max(sample[first_input].shape[first_index], 3)
     base = _with_sizes(sample, dict.fromkeys(group, size))
@@ -95,8 +95,8 @@ def _split(run: Forward, sample: Sample, group: list[_Axis]) -> list[list[_Axis]
     remaining = list(group)
     while remaining:
         first, *others = remaining
-        # Candidates for what varies with the first axis: nothing, the axes of equal index in other
-        # inputs, all sets of a few, everything.
+        # Candidates for the axes that vary with the first one: none, those of the same index in
+        # other inputs, all sets if the group is small, and all.
         candidates = [[], [axis for axis in others if axis[1] == first[1]]]
         if len(others) <= _MOST_COMBINED:
             for count in range(1, len(others)):
@@ -121,10 +121,14 @@ def _split(run: Forward, sample: Sample, group: list[_Axis]) -> list[list[_Axis]
     if not blocks:
         return [group]
 
-    # An axis that shows in no answer joins the block with axes of its index.
+    # An axis that affects no answer joins the first block with an axis of its index.
     for axis in without_effect:
-        same_index = [block for block in blocks if any(item[1] == axis[1] for item in block)]
-        (same_index or blocks)[0].append(axis)
+        joined = blocks[0]
+        for block in blocks:
+            if any(index == axis[1] for _, index in block):
+                joined = block
+                break
+        joined.append(axis)
     return blocks
 
 
@@ -134,10 +138,11 @@ def _find_batch(
     sizes: Mapping[_Axis, tuple[int, ...]],
     blocks: Sequence[list[_Axis]],
 ) -> list[_Axis] | None:
-    """The axes of rows; None where there are none.
+    """The axes of rows; None if there are none.
 
-    Where first axes vary, they are the rows if all of them vary together, at most one per input.
-    Where none varies, they are the rows if they have one size and the module reads one more.
+    If first axes vary, they are the axes of rows if they all vary together, without another axis of
+    these inputs. If none varies, they are the axes of rows if they have the same size and the
+    module reads one row more.
     """
     first_axes = [axis for axis in sizes if axis[1] == 0]
     varying = [axis for axis in first_axes if len(set(sizes[axis])) > 1]
@@ -158,7 +163,7 @@ def _find_batch(
 
 def _with_sizes(sample: Sample, sizes: Mapping[_Axis, int]) -> dict[str, Tensor]:
     """The sample with other sizes of these axes."""
-    # Each axis gets a name of its own, by which `resized` takes its size.
+    # `resized` takes sizes by the names of axes, so each axis gets a unique name.
     axes: dict[str, dict[int, str]] = {name: {} for name in sample}
     sizes_by_name: dict[str, int] = {}
     for (name, index), size in sizes.items():
@@ -167,8 +172,13 @@ def _with_sizes(sample: Sample, sizes: Mapping[_Axis, int]) -> dict[str, Tensor]
     return resized(sample, axes, sizes_by_name)
 
 
+<<<<<<< HEAD
 def _answers(run: Forward, sample: Sample) -> dict[str, Tensor] | None:
     """The answers, or None where the module does not read the sample."""
+=======
+def _answers(run: Run, sample: Sample) -> dict[str, Tensor] | None:
+    """The answers, or None if the module does not read the sample."""
+>>>>>>> sen4
     try:
         return dict(run(sample))
     except Exception:  # the user's own code, on sizes that the samples do not have

@@ -1,7 +1,7 @@
-"""Padding: positions of a batch that a module takes no account of in its other answers.
+"""Padding: positions of a batch that have no influence on a module's answers at other positions.
 
-A module's own answers at padding mean nothing, and implementations differ there: attention that may
-look at nothing is 0 in one kernel and a mean in another. Padding is not guessed from the name of an
+A module's own answers at padding mean nothing, and implementations differ there: attention to no
+position at all is 0 in one kernel and a mean in another. Padding is not guessed from the name of an
 input. The module decides: positions are padding if changing them changes no other answer.
 
 Shapes: B rows, T positions.
@@ -43,10 +43,10 @@ def at_positions(array: npt.NDArray[np.generic], axis: int) -> npt.NDArray[np.ge
 
 
 def padding_at(run: Run, inputs: Tensors, positions: Positions, limit: float) -> Padding | None:
-    """The padding that includes all of `positions`, or None if one of them is no padding.
+    """The padding that includes all of `positions`, or None if one of them is not padding.
 
-    1. An input is a candidate if it has one value at all of the positions. All positions with that
-       value are then the padding that it would mark.
+    1. An input is a candidate if it has the same value at all of the positions. All positions with
+       that value are then the padding that it would mark.
     2. Candidates with few different values come first: a mask has two.
     3. A mask beside other inputs marks padding if other values of those inputs at the padding
        change no answer elsewhere.
@@ -64,8 +64,8 @@ def padding_at(run: Run, inputs: Tensors, positions: Positions, limit: float) ->
             for other, array in inputs.items()
             if other != name and array.shape[:2] == positions.shape
         }
-        # An input of more than two values is more than a mask. Its own values at padding matter
-        # too, and they cannot be changed without moving the padding.
+        # An input of more than two values is more than a mask: its values at padding may matter
+        # too. They cannot be changed, because they mark the padding.
         if others and len(np.unique(inputs[name])) == 2:
             is_padding = _ignores_values(run, inputs, others, padded, limit)
         else:
@@ -76,13 +76,13 @@ def padding_at(run: Run, inputs: Tensors, positions: Positions, limit: float) ->
 
 
 def _candidates(inputs: Tensors, positions: Positions) -> Iterator[tuple[str, Positions]]:
-    """The inputs with one value at all of `positions`, each with all positions of that value."""
+    """The inputs that have the same value at all `positions`, with all positions of that value."""
     rows, length = positions.shape
     for name, array in inputs.items():
         if array.shape == positions.shape and array.dtype.kind in "iub":
             by_position = array[:, :, np.newaxis]
         elif array.ndim > 2 and array.shape[0] == rows and array.shape[-2] == length:
-            # A mask of pairs (B, ..., T, T): a position of padding may look at nothing.
+            # A mask of pairs (B, ..., T, T): at padding, attention to every position is masked.
             by_position = np.moveaxis(array, -2, 1).reshape(rows, length, -1)
         else:
             continue
@@ -97,9 +97,9 @@ def _candidates(inputs: Tensors, positions: Positions) -> Iterator[tuple[str, Po
 def _ignores_values(
     run: Run, inputs: Tensors, others: Tensors, padded: Positions, limit: float
 ) -> bool:
-    """Whether other values at the padding change no answer elsewhere.
+    """Whether answers elsewhere stay the same with other values at the padding.
 
-    The values are those that the same input has elsewhere.
+    These values are taken from the same input, from positions that are not padding.
     """
     changed = dict(inputs)
     for name, array in others.items():
@@ -150,7 +150,7 @@ def _ignores_presence(run: Run, inputs: Tensors, padded: Positions, limit: float
 
 
 def _any_same(pairs: list[tuple[np.ndarray, np.ndarray]], limit: float) -> bool:
-    """Whether two answers are the same in one of the readings of their axes."""
+    """Whether the two answers of some pair are the same; each pair is a reading of the axes."""
     for answer, other in pairs:
         if answer.shape != other.shape:
             continue

@@ -1,6 +1,6 @@
 """Make the evidence from a few samples: probes of other sizes and values, and single rows.
 
-Nothing here knows whether a module or a graph answers: both are a `run` function.
+A `run` function stands for the module or the graph that answers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ _ROWS = 8
 _RESAMPLED_PROBES = 4
 
 
+<<<<<<< HEAD
 def evidence_of(run: Forward, samples: Sequence[Sample], axes: Axes) -> Evidence:
     """The probes and the rows on which the module or graph behind `run` is judged."""
+=======
+def evidence_of(run: Run, samples: Sequence[Sample], axes: Axes) -> Evidence:
+    """The probes and the rows on which the module or graph is judged that `run` calls."""
+>>>>>>> sen4
     companions = single_rows(run, samples, axes)
     rows = {}
     if companions and can_batch(run, samples[0], axes):
@@ -33,8 +38,14 @@ def evidence_of(run: Forward, samples: Sequence[Sample], axes: Axes) -> Evidence
     )
 
 
+<<<<<<< HEAD
 def probes(run: Forward, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
     """The samples, and inputs made of them: of sizes at both ends of every axis, of other values.
+=======
+def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
+    """The samples, and inputs made from them: with sizes at both ends of every axis, and with other
+    values.
+>>>>>>> sen4
 
     An input made here is a probe only if `run` reads it and answers with finite numbers. Otherwise
     it may be outside of the module's domain.
@@ -43,7 +54,7 @@ def probes(run: Forward, samples: Sequence[Sample], axes: Axes) -> list[Tensors]
     for sample in samples:
         for sizes in boundary_sizes(sample, axes):
             probe = resized(sample, axes, sizes)
-            # New numbers at the end may be outside of the domain where a repetition is inside.
+            # The module may refuse new numbers and still read numbers of the sample again.
             if not _answers_finite_numbers(run, probe):
                 probe = resized(sample, axes, sizes, repeat=True)
             if keeps_masks(sample, probe):
@@ -51,8 +62,12 @@ def probes(run: Forward, samples: Sequence[Sample], axes: Axes) -> list[Tensors]
     has_rows = BATCH in sizes_of(samples[0], axes)
     for seed in range(_RESAMPLED_PROBES):
         # Every second one also has another number of rows.
-        sizes = {BATCH: 5} if has_rows and seed % 2 else {}
-        candidates.append(resized(resampled(samples[0], seed), axes, sizes))
+        candidate: Sample = resampled(samples[0], seed)
+        if has_rows and seed % 2:
+            candidate = resized(candidate, axes, {BATCH: 5})
+        else:
+            candidate = resized(candidate, axes, {})
+        candidates.append(candidate)
     readable = [probe for probe in candidates if _answers_finite_numbers(run, probe)]
     return [_as_arrays(probe) for probe in (*samples, *readable)]
 
@@ -60,7 +75,7 @@ def probes(run: Forward, samples: Sequence[Sample], axes: Axes) -> list[Tensors]
 def single_rows(run: Forward, samples: Sequence[Sample], axes: Axes) -> dict[int, Companions]:
     """Single rows by their length: the size of the first axis besides the batch, or 0 without one.
 
-    Empty where nothing shares a batch: no input has an axis of rows, or one has two.
+    Empty if no input has an axis of rows, or if one has two: then no rows share a batch.
     """
     row_axes: dict[str, int] = {}
     for name, axis_names in axes.items():
@@ -88,22 +103,24 @@ def single_rows(run: Forward, samples: Sequence[Sample], axes: Axes) -> dict[int
                 row = {name: arrays[name].take([index], axis) for name, axis in row_axes.items()}
                 rows.append(row)
         group = Companions(rows=rows[:_ROWS], axes=row_axes, shared=_as_arrays(shared))
-        # Of several samples of one length the first counts.
+        # If several samples have the same length, the first one counts.
         groups.setdefault(length, group)
     return groups
 
 
 def can_batch(run: Forward, sample: Sample, axes: Axes) -> bool:
     """Whether a service may batch rows: all inputs and answers have them on the first axis."""
-    if not all(axes.get(name, {}).get(0) == BATCH for name in sample):
-        return False
+    for name in sample:
+        if axes.get(name, {}).get(0) != BATCH:
+            return False
     for rows in (2, 3):
         try:
             answers = run(resized(sample, axes, {BATCH: rows})).values()
         except Exception:  # the user's own code: an axis that has one size only is no batch
             return False
-        if not all(answer.ndim and answer.shape[0] == rows for answer in answers):
-            return False
+        for answer in answers:
+            if answer.shape[:1] != (rows,):
+                return False
     return True
 
 

@@ -1,7 +1,7 @@
-"""The user's own code, by reference: `package.module:factory`, `package.module:sample_inputs`.
+"""Load the user's own code: `package.module:factory`, `package.module:sample_inputs`.
 
-The user's packages win over this one's: the working folder is first on the path, and nothing here
-is imported by a bare name such as `model`.
+The working folder comes first on the import path. So a user's package with the name of one of ours,
+such as `model`, is the one that is loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class UserCodeFailed(EvalmodeError):  # noqa: N818 - read as a sentence: "raise 
 
 
 def is_reference(text: str) -> bool:
-    """Whether `text` means `package.module:attribute` and not a path."""
+    """Whether `text` is a reference such as `package.module:attribute`, and not a path."""
     return ":" in text and not Path(text).exists()
 
 
@@ -44,7 +44,7 @@ def load_reference(reference: str) -> Any:
     """The object that `package.module:attribute` names. Raises UserCodeFailed."""
     module_name, _, attribute_path = reference.partition(":")
     if not module_name or not attribute_path:
-        raise UserCodeFailed(f"{reference!r} must read package.module:attribute")
+        raise UserCodeFailed(f"{reference!r} must have the form package.module:attribute")
     folder = str(Path.cwd())
     if sys.path[0] != folder:
         sys.path.insert(0, folder)
@@ -65,7 +65,7 @@ def load_module(reference: str) -> nn.Module:
         return value
     if not callable(value):
         raise UserCodeFailed(
-            f"{reference} must be a function that returns an nn.Module, it is {_type_name(value)}"
+            f"{reference} must be a function that returns an nn.Module, got {_type_name(value)}"
         )
     with _user_errors(f"{reference}() failed"):
         module = value()
@@ -96,7 +96,7 @@ def load_samples(reference: str) -> list[Any]:
             value = value()
     samples = list(value) if isinstance(value, list) else [value]
     if not samples:
-        raise UserCodeFailed(f"{reference} must hold a sample at least, it is an empty list")
+        raise UserCodeFailed(f"{reference} must hold at least one sample, got an empty list")
     return samples
 
 

@@ -60,9 +60,9 @@ def boundary_sizes(sample: Sample, axes: Axes) -> Iterator[dict[str, int]]:
 def resampled(sample: Sample, seed: int) -> dict[str, Tensor]:
     """The sample with other values: each tensor's elements in another order.
 
-    So ids remain ids and ranges stay the same. A mask stays as it is, because a row that may attend
-    to nothing is no input that a network is made for. Float rows are scaled down by a random factor
-    each, which makes numbers and magnitudes that the sample does not hold.
+    So ids remain ids, and ranges stay the same. A mask stays as it is, because networks are not
+    made for a row in which everything is masked. Each row of floats is scaled down by a random
+    factor, which makes numbers and magnitudes that the sample does not hold.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -73,7 +73,7 @@ def resampled(sample: Sample, seed: int) -> dict[str, Tensor]:
         order = torch.randperm(tensor.numel(), generator=generator)
         shuffled = tensor.reshape(-1)[order].reshape(tensor.shape)
         if tensor.is_floating_point():
-            # A sample of ones or zeros only stands for any numbers.
+            # A sample of equal numbers, such as ones, is a placeholder for any numbers.
             if bool((tensor == tensor.reshape(-1)[0]).all()):
                 noise = torch.randn(tensor.shape, generator=generator)
                 shuffled = shuffled + noise.to(tensor.dtype)
@@ -85,7 +85,7 @@ def resampled(sample: Sample, seed: int) -> dict[str, Tensor]:
 
 
 def keeps_masks(sample: Sample, changed: Sample) -> bool:
-    """Whether each row of a mask that allowed something in `sample` still does in `changed`."""
+    """Whether masks without an empty row in `sample` have none in `changed` either."""
     for name, tensor in sample.items():
         if not _is_mask(tensor) or not bool(tensor.any(-1).all()):
             continue
@@ -114,7 +114,7 @@ def _new_numbers(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     numbers, count = tensor.reshape(-1), torch.Size(shape).numel()
     if tensor.is_floating_point():
         drawn = numbers[torch.randint(numbers.numel(), (count,), generator=generator)].double()
-        # A sample of ones or zeros only stands for any numbers.
+        # A sample of equal numbers, such as ones, is a placeholder for any numbers.
         if bool((numbers == numbers[0]).all()):
             drawn = drawn + torch.randn(count, generator=generator)
         factor = 1 - 0.01 * torch.rand(count, generator=generator, dtype=torch.float64)

@@ -31,7 +31,7 @@ from evalmode.export.module.outputs import flatten, left_out
 from evalmode.export.module.randomness import Draw, Unwatched, watch
 from evalmode.export.module.untouched import untouched
 
-# A runtime takes NumPy arrays, and NumPy has no such types.
+# ONNX Runtime takes its inputs as NumPy arrays, and NumPy does not have these types.
 _TYPES_WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 # The fewest and the most rows that are traced. An exporter may take one row for a constant, and
 # more than a few rows only cost time.
@@ -44,15 +44,15 @@ def candidate_of(
     *,
     dynamic_axes: Sequence[str] = (),
 ) -> Candidate:
-    """The candidate for export that `module` is with these sample inputs.
+    """The candidate for an export: `module` with evidence made from these sample inputs.
 
     A sample is a mapping of input names, a tuple or a tensor. Everything in it that is no tensor is
     a constant, to which the module's forward is bound. Apart from that the module, its mode and its
-    state are unchanged. The axes that vary are those of `dynamic_axes` ("ids=batch,length"), or
-    else those that the samples show.
+    state are unchanged. `dynamic_axes` declares the axes that vary ("ids=batch,length"). Without
+    it, the axes that vary between the samples count.
 
-    Raises UnusableInputs for samples that the module cannot be called with, or a module that cannot
-    answer as a graph.
+    Raises UnusableInputs if the module cannot be called with the samples, or if it returns what no
+    graph can return.
 
     >>> candidate = candidate_of(nn.Linear(4, 2).eval(), [torch.ones(3, 4)])
     >>> candidate.evidence.dynamic_axes
@@ -61,7 +61,7 @@ def candidate_of(
     tensors, constants = bind_samples(module, samples)
     network = Network.of(module)
     kind = type(module).__name__
-    # The copies may be the module itself, where it cannot be copied.
+    # `untouched`, because a module that cannot be copied stands for its own copies.
     with untouched(network):
         scout, exported, fresh = (network.copy().module for _ in range(3))
         draws: dict[Draw, None] = {}  # in order, each once
@@ -88,15 +88,15 @@ def candidate_of(
             ) from error
         outputs = flatten(answer)
         if not outputs:
-            raise UnusableInputs(f"{kind} answers with no tensor but with {type(answer).__name__}")
+            raise UnusableInputs(f"{kind} returns no tensor but {type(answer).__name__}")
         for name, tensor in outputs.items():
             if tensor.is_complex():
                 raise UnusableInputs(
-                    f"{kind} answers {name} with complex numbers, which no graph answers with:"
-                    " answer with torch.view_as_real of it"
+                    f"{kind} returns {name} as complex numbers, which no graph can return: return"
+                    " torch.view_as_real of it"
                 )
         axes = parse_axes(dynamic_axes, tensors[0]) if dynamic_axes else find_axes(run, tensors)
-        # A value of a graph has one name, so an output cannot have an input's.
+        # The names of a graph's values are unique, so an output cannot have the name of an input.
         output_names = [f"{name}_out" if name in tensors[0] else name for name in outputs]
         # Evaluated in this order, because each of these runs the scout.
         example = _traced_example(run, tensors, axes)
@@ -120,17 +120,18 @@ def bind_samples(
     """Split samples into tensors, by the names of the forward's inputs, and constants.
 
     Binds the module's forward to the constants, if there are any. Raises UnusableInputs for samples
-    that are no inputs of this module, or that differ in more than sizes and values.
+    that do not fit the module, or that differ in more than sizes and values.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise UnusableInputs(
-            "a scripted or traced module hides its mode: give the Python module that it was made of"
+            "a scripted or traced module hides its mode: export the Python module that it was made"
+            " from"
         )
     for path, part in Network.of(module).parts.items():
         if isinstance(part, torch.jit.ScriptModule):
             raise UnusableInputs(
-                f"{path} is a scripted or traced module, which hides its mode: give the Python"
-                " module that it was made of"
+                f"{path} is a scripted or traced module, which hides its mode: export the Python"
+                " module that it was made from"
             )
     if not samples:
         raise UnusableInputs("there is no sample to call the module with")
@@ -145,7 +146,8 @@ def bind_samples(
     for other in constants[1:]:
         if other != constants[0]:
             raise UnusableInputs(
-                f"what is no tensor is a constant of the graph, the samples differ in it: {other}"
+                f"inputs that are no tensors become constants of the graph, so they must be equal"
+                f" in all samples: {constants[0]} and {other}"
             )
     for name, value in constants[0].items():
         if not isinstance(value, bool | int | float | str | None):
@@ -164,7 +166,7 @@ def bind_constants(module: nn.Module, constants: Mapping[str, Any]) -> None:
     partial = functools.partial(module.forward, **constants)
     signature = inspect.signature(partial)
     forward: Any = functools.wraps(module.forward)(partial)
-    # A partial's signature still lists the constants, as keywords. An exporter would ask for them.
+    # A partial's signature still lists the constants, and the exporter would require them.
     forward.__signature__ = signature.replace(
         parameters=[
             parameter for name, parameter in signature.parameters.items() if name not in constants
@@ -191,10 +193,11 @@ def _named_arguments(module: nn.Module, sample: object) -> dict[str, Any]:
                 hint = ""
                 for attribute in ("_orig_mod", "module"):
                     if hasattr(module, attribute):
-                        hint = f"; export its .{attribute}, which it only wraps"
+                        hint = f", or export its .{attribute}, which it only wraps"
                         break
                 raise UnusableInputs(
-                    f"{kind}.forward takes *args: its inputs have no names to export by{hint}"
+                    f"{kind}.forward takes *args, so its inputs have no names: give the forward"
+                    f" named parameters{hint}"
                 )
     return {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -210,7 +213,8 @@ def _require_exportable(samples: Sequence[Sample]) -> None:
     for name, tensor in first.items():
         if tensor.dtype in _TYPES_WITHOUT_ARRAYS:
             raise UnusableInputs(
-                f"input {name!r} is {tensor.dtype}, which no array holds: cast it in the module"
+                f"input {name!r} is {tensor.dtype}, which NumPy does not have: cast it in the"
+                " module"
             )
         if tensor.layout is not torch.strided:
             raise UnusableInputs(f"input {name!r} is sparse: a graph reads dense tensors")
@@ -218,31 +222,31 @@ def _require_exportable(samples: Sequence[Sample]) -> None:
         for name, tensor in sample.items():
             if not tensor.numel():
                 raise UnusableInputs(
-                    f"input {name!r} is empty in a sample: nothing can be seen from it"
+                    f"input {name!r} is empty in a sample: give a sample with elements"
                 )
     for sample in samples[1:]:
         if sample.keys() != first.keys():
             raise UnusableInputs(
-                f"the samples have other inputs: {', '.join(first)} and {', '.join(sample)}"
+                f"the samples have different inputs: {', '.join(first)} and {', '.join(sample)}"
             )
         for name, tensor in sample.items():
             if (tensor.dtype, tensor.ndim) != (first[name].dtype, first[name].ndim):
                 raise UnusableInputs(
-                    f"input {name!r} has another type or other axes in another sample"
+                    f"input {name!r} has different types, or numbers of axes, in two samples"
                 )
 
 
 def _traced_example(run: Forward, samples: Sequence[Sample], axes: Axes) -> Sample:
     """The inputs that the exporter traces: the largest sample, with few rows.
 
-    Where the module reads it, no two axes have one size and none has size 1: an exporter may take
-    axes of one size for one axis, and a size of 1 for a constant.
+    If the module reads such an example, its axes have different sizes, and none has size 1. An
+    exporter may take axes of equal sizes for the same axis, and a size of 1 for a constant.
     """
     largest = max(samples, key=lambda sample: sum(tensor.numel() for tensor in sample.values()))
     sizes = sizes_of(largest, axes)
     new_sizes: dict[str, int] = {}
-    # Where two sizes are equal, the batch moves up. Other axes move down, because a module may
-    # refuse longer inputs than its samples.
+    # If two sizes are equal, the batch grows. Any other axis shrinks, because a module may refuse
+    # longer inputs than its samples.
     for axis in sorted(sizes, key=lambda axis: axis == BATCH):
         fewest, most = _TRACED_ROWS if axis == BATCH else (2, sizes[axis])
         size = min(max(sizes[axis], fewest), max(most, fewest))

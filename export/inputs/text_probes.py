@@ -12,12 +12,12 @@ from evalmode.bundle.known_answers import Tensors
 from evalmode.export.inputs.evidence import HeldOutBatches
 
 _HELD_OUT_BATCH_SIZE = 64
-# Both ends of the certified batch sizes, and the smallest in which a row has a neighbour.
+# The smallest and the largest certified batch size, and the smallest with a second row.
 _PROBE_BATCH_SIZES = (1, 2, 64)
 
 
 def probes(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> tuple[Tensors, ...]:
-    """Batches of 1, 2 and 64 rows at length 1, at every rung of the ladder and at a middle length.
+    """Batches of several sizes: at length 1, at each length of the ladder, and at a middle length.
 
     The rows are cut to the length, and padded.
     """
@@ -34,7 +34,7 @@ def probes(rows: Sequence[Ids], spec: NgramSpec | BpeSpec) -> tuple[Tensors, ...
 
 
 def held_out(rows: Sequence[Ids], labels: Ids, spec: NgramSpec | BpeSpec) -> HeldOutBatches:
-    """Every held-out row, padded to its own rung, in batches of one rung each."""
+    """Every held-out row, padded to its length of the ladder, in batches of equal lengths."""
     indices_by_length: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         indices_by_length[spec.padded_length(len(row))].append(index)

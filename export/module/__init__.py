@@ -1,1 +1,1 @@
-"""What a torch module is: its parts and dropouts, what it draws, what it answers."""
+"""Inspect and run a torch module: its parts and dropouts, its random draws, and its outputs."""

@@ -1,8 +1,8 @@
 """What counts as a dropout.
 
-In a torch module, three things do:
+In a torch module, three things count:
 
-1. a module that is nothing but a dropout: `is_dropout`, by the names of its classes;
+1. a module that only drops: `is_dropout`, by the names of its classes;
 2. a module of torch's that has a dropout rate and drops inside: `should_drop`;
 3. any code that draws random numbers in a forward in training, whatever its name:
    `evalmode.export.module.randomness.watch`.
@@ -24,7 +24,7 @@ _RATE_NAMES = ("p", "drop_prob", "dropout")
 
 
 def is_dropout(part: nn.Module) -> bool:
-    """Whether a module is nothing but a dropout, by the names of its classes.
+    """Whether a module only drops, judged by the names of its classes.
 
     A module with parameters computes more than a dropout, whatever its name is.
 
@@ -38,12 +38,12 @@ def is_dropout(part: nn.Module) -> bool:
 
 
 def should_drop(part: nn.Module) -> bool:
-    """Whether a module says by its class that it drops in training, given a rate above 0."""
+    """Whether a module of this class should drop in training if its rate is above 0."""
     return is_dropout(part) or isinstance(part, nn.RNNBase | nn.MultiheadAttention)
 
 
 def declared_rate(module: nn.Module) -> float | None:
-    """The drop probability that a module declares in an attribute; None where it declares none.
+    """The drop probability in an attribute of the module; None if it has no such attribute.
 
     >>> declared_rate(nn.Dropout(0.25)), declared_rate(nn.ReLU())
     (0.25, None)

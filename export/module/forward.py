@@ -1,4 +1,4 @@
-"""Running a module: plainly, as a service uses it, on arrays, and under a seed."""
+"""Run a module: without gradients, in inference mode, on arrays, and under a seed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plain_forward() -> Iterator[None]:
 
 @contextmanager
 def as_used() -> Iterator[None]:
-    """Run as a service does: in PyTorch's inference mode, with the fast path as the user set it."""
+    """Run in PyTorch's inference mode, as a service does, with the fast path as the user set it."""
     with torch.inference_mode(), warnings.catch_warnings():
         # The fast path warns about the nested tensors that it uses itself.
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")

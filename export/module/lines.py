@@ -1,4 +1,4 @@
-"""The line of code that a message points at: the user's, neither torch's nor this package's."""
+"""Find the line of the model's code that a message names, among the lines of torch and others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 _SHOWN_CHARACTERS = 80  # of a line of code in a message
 
 _SITE_PACKAGES = Path(torch.__file__).parent.parent
-# A fault of the user's model is not in these files: the exporters, this package, parts of the
-# standard library that call other code, and code without a file, such as "<string>".
+# Lines of these files are never the model's: the exporters, this package, parts of the standard
+# library that call other code, and code without a file, such as "<string>".
 _OTHER_FILES = (
     *(f"{_SITE_PACKAGES / name}{os.sep}" for name in ("torch", "onnx", "onnxscript", "onnx_ir")),
     f"{Path(__file__).parent.parent}{os.sep}",
@@ -26,7 +26,7 @@ _OTHER_FILES = (
 
 
 def is_models(filename: str) -> bool:
-    """Whether a file belongs to the model: to its author, or to a library that it is made of."""
+    """Whether a file is part of the model: code of its author, or of a library that it uses."""
     return not filename.startswith(_OTHER_FILES)
 
 
@@ -50,7 +50,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
     """An error and the errors it was raised from, the outermost first."""
     visited: set[int] = set()
     current: BaseException | None = error
-    # Causes may form a circle.
+    # Causes may form a cycle.
     while current is not None and id(current) not in visited:
         visited.add(id(current))
         yield current

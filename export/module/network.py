@@ -28,7 +28,7 @@ _SKIPPED_PACKAGES = ("torch", "numpy", "lightning", "builtins", "logging", "thre
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A module and everything that its attributes lead to.
+    """A module and what can be reached from its attributes.
 
     parts         path -> module ("" is the root), each module once, also those that
                   `named_modules` does not list: in lists, dicts, partials and closures
@@ -46,8 +46,8 @@ class Network:
         """Walk over the module's attributes, containers, partials and closures."""
         parts: dict[str, nn.Module] = {}
         generators: dict[str, Generator] = {}
-        # Breadth first, each object once. Holding the objects keeps their ids from being given to
-        # others.
+        # Breadth first, each object once. `visited` also holds the objects themselves, because
+        # Python may reuse the id of an object that no longer exists.
         visited: dict[int, object] = {id(module): module}
         pending: deque[tuple[str, object]] = deque([("", module)])
         while pending:
@@ -73,11 +73,11 @@ class Network:
         return {path: part for path, part in self.parts.items() if part.training}
 
     def copy(self, *, parameters: bool = False) -> Network:
-        """A copy that shares nothing but the parameters; with `parameters` it copies them too.
+        """A copy that shares only the parameters; with `parameters` it copies them too.
 
-        Returns the network itself where it cannot be copied (a lock, an open file), or where the
-        copy would still run parts of the original (a closure over one of its modules). So a caller
-        that runs the result must restore what that may change: see `untouched`.
+        Returns the network itself if it cannot be copied (a lock, an open file), or if the copy
+        would still run parts of the original (a closure over one of its modules). So a caller that
+        runs the result must restore what that may change: see `untouched`.
         """
         # deepcopy takes objects from this table instead of copying them.
         shared = {} if parameters else {id(item): item for item in self.module.parameters()}
@@ -98,7 +98,7 @@ class Network:
 
 
 def _children(path: str, value: object) -> Iterator[tuple[str, object]]:
-    """What one value leads to directly, with its path."""
+    """The objects that a value holds directly, each with its path."""
     prefix = f"{path}." if path else ""
     if isinstance(value, nn.Module):
         for name, child in value.named_children():

@@ -1,8 +1,8 @@
 """Run code under other seeds, also code that seeds the generators itself.
 
-A factory that begins with `torch.manual_seed(0)` makes the same network each time, drawn constants
-included. Inside `other_seeds` every seed that code gives to torch, NumPy or Python is replaced by
-another one.
+A factory that begins with `torch.manual_seed(0)` makes the same network each time, and draws the
+same constants. Inside `other_seeds`, every seed that code passes to torch, NumPy or Python is
+replaced by another one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# Added to every seed: a number so odd that the sum is hardly a seed that the code uses as well.
+# Added to every seed. Seeds of the same code seldom differ by this prime, so the sum is most likely
+# none of them.
 _OFFSET = 7919
 _NUMPY_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64", "RandomState")
 _TORCH_GENERATOR = torch.Generator
@@ -23,7 +24,7 @@ _TORCH_GENERATOR = torch.Generator
 
 @contextmanager
 def other_seeds() -> Iterator[None]:
-    """Replace every seed that code gives to torch, NumPy or Python inside of the block.
+    """Replace every seed that code passes to torch, NumPy or Python inside of the block.
 
     Two kinds of seeds stay as they are: those of generators that are not torch's, NumPy's or
     Python's, and those of functions imported by name before (`from torch import manual_seed`).
@@ -57,7 +58,7 @@ def other_seeds() -> Iterator[None]:
 
 
 def _other_seed(seed: Any) -> Any:
-    """Another seed of the same type; a value that is no seed (None, a bit generator) unchanged."""
+    """Another seed of the same type. None, or a bit generator, is returned as it is."""
     if isinstance(seed, str):
         return f"{seed}{_OFFSET}"
     if isinstance(seed, bytes):

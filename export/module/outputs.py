@@ -1,4 +1,4 @@
-"""The tensors that a module answers with, by name, in whatever container it returns them."""
+"""The tensors that a module returns, by name, whatever container they are in."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def flatten(output: object) -> dict[str, Tensor]:
 
 
 def left_out(output: object) -> tuple[str, ...]:
-    """What an output holds besides tensors, which a graph cannot answer with.
+    """What an output holds besides tensors: a graph cannot return it.
 
-    For example `past_key_values (DynamicCache)`. None is no answer.
+    For example `past_key_values (DynamicCache)`. None is not listed.
     """
     return tuple(
         f"{name or 'output'} ({type(leaf).__name__})"
@@ -62,11 +62,11 @@ def own_forward(module: nn.Module) -> Iterator[None]:
 def answering_tensors(
     module: nn.Module, inputs: Sequence[str], *, tracing: AbstractContextManager[object]
 ) -> Iterator[None]:
-    """Make `module` take `inputs` only and answer with a tuple of its tensors, for an exporter.
+    """Make `module` take only `inputs` and return a tuple of its tensors, for an exporter.
 
-    Each call runs under `tracing`. The forward is replaced on the object and not wrapped into
-    another module, so no path in the network changes. Its signature names the inputs, also those
-    that the forward takes as `**kwargs`.
+    Each call runs under `tracing`. The forward is replaced on the object: in a wrapper module, the
+    paths in the network would change. Its signature names the inputs, also those that the forward
+    takes as `**kwargs`.
     """
     forward = module.forward
 
@@ -74,8 +74,7 @@ def answering_tensors(
         named = dict(zip(inputs, args, strict=False)) | kwargs
         with tracing:
             output = forward(**named)
-        # A graph's output must be a value of its own. So a tensor is cloned that is an input, or
-        # an answer already.
+        # In a graph, no output may be an input or another output. Such a tensor is cloned.
         used = {id(tensor) for tensor in named.values()}
         answers = []
         for answer in flatten(output).values():
@@ -93,14 +92,18 @@ def answering_tensors(
 
 
 def _named_leaves(output: object) -> list[tuple[str, Any]]:
-    """The leaves of an output in order, each with the name that its keys make, or ""."""
+    """The leaves of an output in order, each with a name made from its keys, or "" without keys."""
     leaves: list[tuple[str, Any]] = []
     for path, leaf in pytree.tree_flatten_with_path(_without_dataclasses(output))[0]:
         # An entry of a path holds the key of a dictionary, a field's name or an index.
-        keys = [
-            str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", ""))))
-            for entry in path
-        ]
+        keys: list[str] = []
+        for entry in path:
+            key: object = ""
+            for attribute in ("key", "name", "idx"):
+                if hasattr(entry, attribute):
+                    key = getattr(entry, attribute)
+                    break
+            keys.append(str(key))
         name = ""
         if keys and not keys[0].isdigit():
             name = re.sub(r"\W+", "_", "_".join(keys)).strip("_")

@@ -32,26 +32,26 @@ from evalmode.export.module.forward import copies_of, plain_forward
 from evalmode.export.module.lines import is_models
 from evalmode.export.module.network import Network
 
-# The name under which torch's generators are compared, like those of Python and NumPy. Operators
-# that anyone registers need not be marked; a draw of an unmarked one is seen in this way only.
+# torch's generators are compared under this name, like those of Python and NumPy. An operator of
+# another library may lack the tag that says that it draws. Only this comparison shows its draws.
 _UNMARKED = "torch's generator, by an operator that does not say that it draws"
 
 
 class Unwatched(Exception):  # noqa: N818 - read as a sentence: "raise Unwatched"
-    """A forward runs code that cannot be watched; the message names the place.
+    """A forward runs code that cannot be watched; the message names the line.
 
-    Under `torch.cond`, for example, the branch that is not taken is not seen.
+    For example, only one branch of a `torch.cond` runs.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """One place in a forward that drew random numbers.
+    """One site in a forward that drew random numbers.
 
     path        of the innermost module that was running ("" is the root)
     kind        that module's class
     operator    the function and the operator, or the generator, that drew
-    p           the rate: an argument of the call, or else declared by the module, or None
+    p           the rate: an argument of the call, else the rate that the module declares, else None
     line        the innermost line of the model's code, as `net.py:12`
     """
 
@@ -72,9 +72,9 @@ class Draw:
 
 
 def watch(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[object, tuple[Draw, ...]]:
-    """Run one forward. Returns the answer and every place that drew, in order, each once.
+    """Run one forward. Returns the answer and every site that drew, in order, each once.
 
-    Raises Unwatched, and whatever the forward raises.
+    Raises Unwatched, and the errors of the forward.
     """
     # The network is walked for each forward, because a forward may make parts.
     watcher = _Watcher(Network.of(module))
@@ -82,14 +82,15 @@ def watch(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[object, tupl
         with plain_forward(), watcher.watching():
             answer = module(**copies_of(inputs))
     except Unwatched:
-        # The exception left the compiler half-way, and every later forward would fail.
+        # The exception interrupted the compiler, and without a reset every later forward would
+        # fail.
         torch._dynamo.reset()
         raise
     return answer, tuple(dict.fromkeys(watcher.draws))
 
 
 def draws(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Draw, ...]:
-    """Every place that draws in one forward, in order, each once. Raises as `watch` does.
+    """Every site that draws in one forward, in order, each once. Raises the errors of `watch`.
 
     >>> layer = nn.Dropout(0.5)
     >>> [draw.p for draw in draws(layer, {"input": torch.ones(2)})]
@@ -127,13 +128,13 @@ class _Watcher:
             self._compare_states()
 
     def add(self, operator: str) -> None:
-        """Record that `operator` drew, at the place that is running now."""
-        self.draws.append(self.place(operator))
+        """Record that `operator` drew, at the line that is running now."""
+        self.draws.append(self.draw_by(operator))
         # The change of torch's generators is explained: no unmarked operator made it.
         self._states[_UNMARKED] = _torch_states()
 
-    def place(self, operator: str) -> Draw:
-        """The place that is running now, as a draw by `operator`."""
+    def draw_by(self, operator: str) -> Draw:
+        """A draw by `operator`, at the line that is running now."""
         function, rate = self.call or ("", None)
         module = self._running[-1]
         if rate is None:
@@ -151,8 +152,8 @@ class _Watcher:
         line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         return Draw(path=path, kind=type(module).__name__, operator=label, p=rate, line=line)
 
-    # A module that is entered or left is compared before the stack changes: what drew until now
-    # belongs to the module that was running.
+    # The generators are compared before the stack of modules changes: a draw until then belongs to
+    # the module that was running.
 
     def _enter(self, module: nn.Module, _inputs: object) -> None:
         self._compare_states()
@@ -192,9 +193,9 @@ class _Watcher:
 
 
 class _FunctionMode(TorchFunctionMode):
-    """Tells the watcher which Python function of torch runs, and with which rate.
+    """Stores in the watcher which Python function of torch runs, and with which rate.
 
-    The operators that the function dispatches do not know that name, nor always the rate.
+    An operator that the function dispatches does not show that name, and not always the rate.
     """
 
     def __init__(self, watcher: _Watcher) -> None:
@@ -222,7 +223,7 @@ class _FunctionMode(TorchFunctionMode):
 class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compares the state of torch's generators around every operator that may draw."""
 
-    # Without it torch refuses a higher-order operator before this mode can name the place.
+    # Otherwise torch refuses a higher-order operator before this mode can name the line.
     supports_higher_order_operators = True
 
     def __init__(self, watcher: _Watcher) -> None:
@@ -238,7 +239,7 @@ class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
-            raise Unwatched(str(self._watcher.place(str(func))))
+            raise Unwatched(str(self._watcher.draw_by(str(func))))
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         arguments = (*args, *kwargs.values())

@@ -1,7 +1,7 @@
-"""Leave a module as it was: everything that a forward may change is restored afterwards.
+"""Restore a module after its forwards: the generators, buffers and attributes that they change.
 
-Not restored: effects outside of the process, and Python objects other than numbers and tensors,
-such as a list. A copy of the network keeps those apart, where it can be copied.
+Two things are not restored: effects outside of the process, and Python objects other than numbers,
+texts and tensors, such as a list. To keep these unchanged, run a copy of the network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SAVED_TYPES = (bool, int, float, str, Tensor)
 
 @contextmanager
 def untouched(network: Network) -> Iterator[None]:
-    """Restore, also after an error: every generator, and every part's flags, numbers and buffers.
+    """Restore every generator, and each part's flags, numbers and buffers, also after an error.
 
     Example:
         with untouched(Network.of(module)):

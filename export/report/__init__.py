@@ -1,1 +1,1 @@
-"""One report in several formats: each format is a file with `render(report) -> str`."""
+"""One report in several formats. The file of each format has a function `render(report) -> str`."""

@@ -1,7 +1,7 @@
-"""The report as workflow commands: GitHub shows each finding beside its file.
+"""The report as workflow commands of GitHub Actions, which show each finding beside its file.
 
-It does so in the summary of a run and in a pull request. It shows ten
-annotations of a kind for each step; the log has the rest.
+GitHub shows them in the summary of a run and in a pull request: at most ten errors, ten warnings
+and ten notices for each step. The log has the others too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _COMMANDS = {Severity.ERROR: "error", Severity.UNPROVEN: "warning", Severity.WAR
 
 
 def render(report: Report) -> str:
-    """A command for each unreadable file and each finding, and the counts as a line of the log."""
+    """A command for each unreadable file and for each finding. The counts are a line of the log."""
     lines = [
         _command("error", file.path, "unreadable", plain(file.why)) for file in report.unreadable
     ]

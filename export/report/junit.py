@@ -1,4 +1,4 @@
-"""The report as JUnit XML, which every CI system shows: a suite a file, a case a rule.
+"""The report as JUnit XML, which CI systems show: a suite for each file, a case for each rule.
 
 The outcome of a case:
 
@@ -15,7 +15,7 @@ from evalmode.bundle.certificate import Verdict
 from evalmode.export.report.report import EXCLUDED, UNREADABLE, Report, findings_of, plain, sentence
 from evalmode.export.verify.verify import Examined, Unreadable
 
-# The counted elements of a case, each with the attribute of its suite that has the count.
+# The elements that a case may hold. For each, a suite has an attribute with their number.
 _COUNTS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 
 
@@ -65,7 +65,7 @@ def _suite(report: Report, file: Examined) -> Xml.Element:
 
 
 def _count(element: Xml.Element) -> None:
-    """Write the counts of cases and outcomes that are in an element into its attributes."""
+    """Set the attributes of an element that count the cases and their outcomes in it."""
     element.set("tests", str(sum(1 for _ in element.iter("testcase"))))
     for name, attribute in _COUNTS.items():
         element.set(attribute, str(sum(1 for _ in element.iter(name))))

@@ -1,4 +1,4 @@
-"""What all formats share: verdicts, findings, the scope of the rules, and what counts as bad."""
+"""The report that every format renders: verdicts, findings, and the rules that were checked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FailOn(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The results for all files, and which of them are bad for the reader."""
+    """The results for all files. `fail_on` and `allow_unproven` decide which findings are bad."""
 
     examined: tuple[Examined, ...]
     fail_on: FailOn = FailOn.UNPROVEN
@@ -59,9 +59,9 @@ class Report:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing bad was found in the files that were examined."""
+        """Whether no file that was examined has a bad finding."""
         for file in self.verified:
-            # A file to which no rule applied is unproven without any finding.
+            # If no rule applied to a file, it is unproven without any finding.
             severity = _SEVERITIES.get(file.verdict)
             if severity is not None and self.is_bad(severity):
                 return False
@@ -102,7 +102,7 @@ def verdict_of(file: Examined) -> str:
 
 
 def findings_of(record: Record) -> tuple[Finding, ...]:
-    """The record's findings. A record that failed without any becomes one about the whole file."""
+    """The record's findings; if it failed without any, one finding about the whole file."""
     severity = _SEVERITIES.get(record.verdict)
     if record.findings or severity is None:
         return record.findings
@@ -120,7 +120,7 @@ def findings_in(file: Verified) -> Iterator[tuple[Record, Finding]]:
 
 
 def sentence(finding: Finding) -> str:
-    """A finding as one or two sentences: where and why, and what to do about it."""
+    """A finding as one or two sentences: the node and the reason, and what to do about it."""
     text = str(finding).strip().rstrip(".")
     if finding.fix:
         text = f"{text}. What to do: {finding.fix.rstrip('.')}"
@@ -130,7 +130,7 @@ def sentence(finding: Finding) -> str:
 def plain(text: str) -> str:
     """The text with its invisible characters escaped.
 
-    Names come from files, which may try to steer a terminal.
+    Names come from files, and may contain control sequences for a terminal.
     """
     if text.isprintable():
         return text
@@ -143,7 +143,7 @@ def plain(text: str) -> str:
 
 
 def relative(path: Path) -> Path:
-    """The path from the working directory if it is below that, else the absolute path."""
+    """The path relative to the working directory, or the absolute path if it is not inside."""
     # Not resolve(): a symbolic link keeps the name that it has in the repository.
     absolute = Path(os.path.abspath(path))
     return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute

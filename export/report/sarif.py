@@ -1,8 +1,8 @@
 """The report as SARIF 2.1.0, for GitHub code scanning.
 
-GitHub tells alerts apart by `primaryLocationLineHash`, which it would otherwise compute from the
-first line of a binary file. It shows only files of the repository, so paths are relative to the
-working directory. Of a run with more than 5,000 results it shows the 5,000 most severe.
+GitHub identifies an alert by its `primaryLocationLineHash`. Without one it would compute the hash
+from the first line of a binary file, so it is set here. GitHub shows only files of the repository,
+so paths are relative to the working directory. It shows the 5,000 most severe results of a run.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def render(report: Report) -> str:
     for rule in RULES:
         statement = f"{rule.statement[:1].upper()}{rule.statement[1:]}."
         help_text = (
-            f"The rule holds when this is so: {rule.statement}. It needs {rule.needs}. Each result"
-            " says what to do."
+            f"The rule holds if {rule.statement}. It needs {rule.needs}. Each result says what to"
+            " do."
         )
         rules.append(
             {
@@ -106,8 +106,8 @@ def _results(report: Report) -> list[dict[str, Any]]:
             # A certificate may come from a version with other rules.
             if record.rule in rule_indices:
                 result["ruleIndex"] = rule_indices[record.rule]
-            # The identity of a finding stays the same from run to run. A number tells equal
-            # findings apart, as in GitHub's own fingerprints.
+            # The hash of a finding must be the same in each run. Equal findings get a number, as in
+            # GitHub's own fingerprints.
             identity = "\0".join(
                 (record.rule, _uri(file.file), finding.node, finding.op, finding.why)
             )
@@ -122,7 +122,7 @@ def _results(report: Report) -> list[dict[str, Any]]:
 
 
 def _physical_location(path: Path) -> dict[str, Any]:
-    # A binary file has no lines, but GitHub shows no result without one.
+    # A binary file has no lines, but GitHub shows no result without a line.
     return {"artifactLocation": {"uri": _uri(path)}, "region": {"startLine": 1}}
 
 

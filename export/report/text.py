@@ -1,4 +1,4 @@
-"""The report for people: a line a file, a line a finding, the scope, and the counts."""
+"""The report for people: a line for each file and each finding, the scope, and the counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from evalmode.export.report.report import (
 )
 from evalmode.export.verify.verify import Unreadable
 
-# From this number of files on, the rules that pass are not listed.
+# A report on so many files or more does not list the rules that passed: a line for each of them
+# would hide the findings.
 MANY = 20
 
 _COLOURS = {
@@ -37,8 +38,10 @@ def render(report: Report) -> str:
 
 
 def lines(report: Report, *, reasons: bool) -> Iterator[Text]:
-    """The report line by line. Without `reasons` it leaves out why a file is unreadable, for a
-    caller that prints this elsewhere.
+    """The report line by line.
+
+    Without `reasons` it does not say why a file is unreadable, for a caller that prints the reason
+    itself.
     """
     is_brief = len(report.examined) >= MANY
     for file in report.examined:

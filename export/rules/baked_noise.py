@@ -16,18 +16,18 @@ from evalmode.export.rules.subject import Subject
 RULE = "baked-noise"
 
 _FIX = (
-    "draw nothing in eval mode; what was drawn once and must stay belongs into a buffer of the"
-    " module, not into a list, a cache or a class"
+    "draw nothing in eval mode; keep random numbers that must stay in a buffer of the module, not"
+    " in a list, a cache or a class"
 )
 
 
 def check(subject: Subject) -> Record:
     """Fail for noise that became a constant of the graph.
 
-    1. An operator that draws, or trains, in the graph before optimisation and is gone after it: its
+    1. An operator draws, or trains, in the graph before optimisation, and is gone after it: its
        noise may have been folded into a constant.
-    2. A constant that differs in an export of the same weights under other seeds of torch, NumPy
-       and Python. Unproven where that export cannot be made.
+    2. A constant differs in an export of the same weights under other seeds of torch, NumPy and
+       Python. Unproven where that export cannot be made.
     3. A weight that looks like a dropout mask is a warning.
     """
     # 1. Operators that draw before optimisation and are gone after it.

@@ -2,8 +2,9 @@
 batch.
 
 The rule exchanges the other rows of a batch and compares the bits of a row's answer. The batch size
-stays the same: at another one the runtime may choose another kernel, which rounds differently and
-is no fault. The record reports the batch sizes that keep a row's bits: the service uses only those.
+stays the same: at another size the runtime may choose another kernel, which may round differently.
+That is no fault. The record reports the batch sizes that keep a row's bits, and the service uses
+only those.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from evalmode.export.rules.subject import COUNTS, Subject
 RULE = "batch-invariance"
 
 _FIX = (
-    "quantise statically, not dynamically; give BatchNorm running statistics; reduce over no batch"
-    " axis; where the first axis is no batch, say so with --dynamic-axes NAME=length,batch,_"
+    "quantise statically, not dynamically; give BatchNorm running statistics; do not reduce over"
+    " the batch axis; if the batch is not the first axis, declare the axes with --dynamic-axes"
+    " NAME=length,batch,_"
 )
 _WHY_ROWLESS = (
-    "it has no axis of rows and changes with them, so what it tells of one row may come from others"
+    "it has no axis of rows but changes with the rows, so a row's answer may depend on other rows"
 )
-_FIX_ROWLESS = "answer with one value for each row, or leave this out of what the module answers"
+_FIX_ROWLESS = "return one value for each row, or do not return this output"
 
 _BATCH_SIZE = 8
 # An axis of rows is one that shrinks with the batch. 5 has no factor in common with 8, so no other
@@ -40,8 +42,8 @@ def check(subject: Subject) -> Record:
     """Fail when other rows in the batch change a bit of a row's answer.
 
     Every output is judged by itself. Its rows lie on the axis that grows with the batch. An output
-    that is the same for all rows depends on none of them. Unproven for an output without an axis of
-    rows that still changes with them, such as a loss.
+    that is the same for all rows depends on none of them. Unproven for an output that has no axis
+    of rows but changes with the rows, such as a loss.
     """
     groups = subject.evidence.companions or {
         length: Companions(rows=rows, axes=dict.fromkeys(rows[0], 0))
@@ -71,13 +73,13 @@ def check(subject: Subject) -> Record:
         dict.fromkeys(findings),
         fine="no row depends on its neighbours",
         otherwise=otherwise,
-        measured=f"moved by {worst:.3g}; {_stable_counts(subject)}",
+        measured=f"changed by {worst:.3g}; {_stable_counts(subject)}",
         limit="0",
     )
 
 
 def _stable_counts(subject: Subject) -> str:
-    """The batch sizes at which a row has the bits it has alone, in words."""
+    """The batch sizes at which a row has the bits that it has alone, as text for the record."""
     if not subject.evidence.rows:
         return "the service runs no rows of two requests together"
     row_counts = subject.row_counts
@@ -93,7 +95,7 @@ def _stable_counts(subject: Subject) -> str:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the rows of a batch are in an output: along `axis`.
+    """The axis of an output along which the rows of a batch lie.
 
     The axis may hold several elements for each row, such as tokens. They lie row by row, or
     `interleaved`: the first elements of all rows, then the second ones, and so on.
@@ -113,8 +115,8 @@ class _Layout:
 def _exchange_companions(run: Run, group: Companions) -> tuple[dict[str, float], list[str]]:
     """Compare each row's answer among copies of itself with its answer among other rows.
 
-    Returns, by output, the largest change of a row's part, and the names of the outputs that have
-    no such parts and still change.
+    Returns the largest change of a row's part by output, and the names of the outputs that change
+    although they have no such parts.
     """
     count = len(group.rows)
     # Each row in a batch of copies of itself, and one of them in a smaller batch.
@@ -163,8 +165,8 @@ def _largest_change(
 ) -> float:
     """The largest change of a row's part of an output when other rows share its batch.
 
-    A change of bits is never 0, and one of shape or of numbers that cannot be subtracted is
-    infinite.
+    A change of bits is above 0 even if the numbers are equal. A change of shape, or of elements
+    that cannot be subtracted, is infinite.
     """
     parts_alone = [layout.split(answer[name]) for answer in alone]
     largest = 0.0

@@ -23,8 +23,7 @@ def check(subject: Subject) -> Record:
     """Unproven for a dropout module that left nodes in the graph: a person must judge what they do.
 
     The sites are the dropout modules, and all other code that draws in a forward of a copy in
-    training mode. Whether the graph itself draws is the business of the rules stochastic-op and
-    training-mode.
+    training mode. The rules stochastic-op and training-mode judge whether the graph itself draws.
     """
     network = subject.network
     probes = subject.evidence.probes
@@ -37,7 +36,7 @@ def check(subject: Subject) -> Record:
             module = network.copy().module
             module.train()
             drawn = draws(module, as_tensors(largest))
-    except Exception as error:  # the user's own code, in another mode than it is exported in
+    except Exception as error:  # the user's own code, which may not run in training mode
         why = f"the module does not run in training mode: {type(error).__name__}: {error}"
         return Record(rule=RULE, verdict=Verdict.UNPROVEN, why=why)
 

@@ -30,8 +30,8 @@ RULE = "dynamic-axes"
 
 _FIX = "compute with x.shape, not with sizes that were numbers when the module was traced"
 _FIX_BRANCH = (
-    "let no branch depend on a size (make a table for the longest input in the constructor), or let"
-    " the module raise for sizes beyond the branch"
+    "remove branches that depend on a size (make a table for the longest input in the constructor),"
+    " or let the module raise an error for sizes beyond the branch"
 )
 
 # For each condition of the trace, this many inputs that break it are tried.
@@ -39,7 +39,7 @@ _BREAKING_INPUTS = 3
 # The sizes and combinations of sizes that are searched for them.
 _SEARCHED_SIZES = range(1, 65)
 _SEARCHED_COMBINATIONS = 4096
-# Elements of an input that is made here; a larger one is skipped.
+# Elements. A larger input would take long to make and to run, so it is skipped.
 _LARGEST_INPUT = 1 << 24
 
 
@@ -93,10 +93,7 @@ def check(subject: Subject) -> Record:
             subject.reference(larger)
         except Exception:  # the user's own code: the module ends where the graph does
             continue
-        why = (
-            f"the graph is the module's for {axis} up to {bound}, and the module also reads"
-            f" {bound + 1}"
-        )
+        why = f"the graph is valid for {axis} up to {bound}, and the module also reads {bound + 1}"
         findings.append(Finding(severity=Severity.ERROR, why=why, fix=_FIX_BRANCH))
 
     findings += _untraced_branches(subject, sample)
@@ -112,10 +109,11 @@ def check(subject: Subject) -> Record:
 
 
 def _untraced_branches(subject: Subject, sample: Sample) -> Iterator[Finding]:
-    """An error for each condition without which the module answers differently from the graph.
+    """An error for each condition of the trace without which the graph's answers differ from the
+    module's.
 
-    A trace assumes conditions on sizes (`length != 11`), which the probes may not break. So inputs
-    are made here that break them.
+    A trace assumes conditions on sizes (`length != 11`). The probes may not break them, so this
+    function makes inputs that do.
     """
     axes = subject.evidence.dynamic_axes
     limit = limits_of(subject.graph.proto).difference
@@ -158,8 +156,8 @@ def _untraced_branches(subject: Subject, sample: Sample) -> Iterator[Finding]:
             if is_different:
                 where = ", ".join(f"{name} = {size}" for name, size in changes.items())
                 why = (
-                    f"the graph is the module's where {condition}, and the module takes another way"
-                    f" at {where}"
+                    f"the graph is valid where {condition}, and the module takes another branch at"
+                    f" {where}"
                 )
                 yield Finding(severity=Severity.ERROR, why=why, fix=_FIX_BRANCH)
                 break

@@ -20,8 +20,8 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "eager-randomness"
 
-# Randomness that moves no generator may give equal answers once or twice by chance, seldom five
-# times.
+# Randomness that does not come from a generator may give two equal answers by chance. Five equal
+# answers are unlikely.
 _REPEATS = 5
 # A finding names this many attributes that changed; a large module may have hundreds.
 _NAMED_ATTRIBUTES = 3
@@ -31,19 +31,19 @@ _FIX_DRAW = (
     " mode"
 )
 _FIX_UNWATCHED = (
-    "export a module without data-dependent branches: the branch that was not taken is not seen"
+    "export a module without data-dependent branches: only the branch that runs can be watched"
 )
 
 
 def check(subject: Subject) -> Record:
     """Fail for code that draws in eval mode, and for an answer that does not repeat itself.
 
-    1. Every draw while the evidence was made. The module ran then for the first time, and may have
-       kept what it drew.
+    1. Every draw while the evidence was made. These were the module's first forwards, and it may
+       have stored what they drew.
     2. Every draw in a forward of each probe. Unproven for a forward that cannot be watched, such as
        one with `torch.cond`. A forward that raises is an error.
-    3. Only if there is none of these: an answer that differs by a bit between forwards of one
-       input, which shows the system's randomness, a clock, a counter or state.
+    3. If 1 and 2 find nothing: an answer that differs by a bit between forwards of one input. The
+       reason is the system's randomness, a clock, a counter or state.
     """
     module = subject.network.module
     probes = [as_tensors(probe) for probe in subject.evidence.probes]
@@ -57,14 +57,14 @@ def check(subject: Subject) -> Record:
             findings.append(Finding(severity=Severity.UNPROVEN, why=why, fix=_FIX_UNWATCHED))
         except Exception as error:  # the user's own code, on an input that it should read
             why = f"the forward fails on {shapes_of(probe)}: {type(error).__name__}: {error}"
-            findings.append(_error(why, "give inputs that it reads"))
+            findings.append(_error(why, "give inputs that the module reads"))
     if not findings:
         findings = _repeat_findings(subject.network, probes)
     findings = list(dict.fromkeys(findings))
     return Record.of(
         RULE,
         findings,
-        fine="no generator moved and every repeat gave the same bits",
+        fine="no generator was used, and every repeat gave the same bits",
         otherwise="the module is not shown to be free of randomness in eval mode",
         measured=f"{len(findings)} places in {len(probes)} forwards, {_REPEATS} repeats",
         limit="0",
@@ -115,7 +115,7 @@ def _repeat_findings(network: Network, probes: Sequence[Mapping[str, Tensor]]) -
     if not differing:
         return []
 
-    # If the module's own state changed, the answer depends on that, and nothing need be random.
+    # If the module's own state changed, the answer depends on the state, and nothing may be random.
     changed = []
     for name, before in state_before.items():
         if name not in state_after:
@@ -130,7 +130,7 @@ def _repeat_findings(network: Network, probes: Sequence[Mapping[str, Tensor]]) -
             changed.append(name)
     if changed:
         answers, state = ", ".join(differing), ", ".join(changed[:_NAMED_ATTRIBUTES])
-        why = f"{answers} depends on the forwards before: {state} moves from one to the next"
+        why = f"{answers} depends on earlier forwards: {state} changes from one to the next"
         return [_error(why, "keep no state in eval mode, or make it an input and an output")]
     fix = "look for the system's randomness, a clock, a counter"
     return [_error(f"{name} differs between forwards of one input", fix) for name in differing]

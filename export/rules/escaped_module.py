@@ -8,16 +8,16 @@ from evalmode.export.rules.subject import Subject
 RULE = "escaped-module"
 
 _FIX = (
-    "call .eval() on the root; a module in a list needs nn.ModuleList, an overridden train() must"
-    " obey"
+    "call .eval() on the root; put modules of a list into nn.ModuleList; let an overridden train()"
+    " set the mode that it is given"
 )
 
 
 def check(subject: Subject) -> Record:
     """Fail for every module whose `training` flag is still set.
 
-    `root.eval()` does not reach a module kept in a plain list or dict, nor one whose `train()` is
-    overridden.
+    `root.eval()` does not reach a module in a plain list or dict. It has no effect on a module
+    whose overridden `train()` ignores the mode.
     """
     network = subject.network
     findings = [

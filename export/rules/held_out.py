@@ -35,14 +35,14 @@ def check(subject: Subject) -> Record:
     )
     findings = []
     if differing:
-        why = f"the graph labels {differing} of {row_count} held-out rows otherwise than the module"
-        fix = "look at rule parity: the graph computes another function"
+        why = f"the graph gives {differing} of {row_count} held-out rows another label"
+        fix = "look at rule parity: the graph computes another function than the module"
         findings.append(Finding(severity=Severity.ERROR, why=why, fix=fix))
     return Record.of(
         RULE,
         findings,
         fine=accuracy,
         otherwise=accuracy,
-        measured=f"{graph_right} right of {row_count}, {differing} labelled otherwise",
-        limit=f"{module_right} right, 0 otherwise",
+        measured=f"{graph_right} right of {row_count}, {differing} labelled differently",
+        limit=f"{module_right} right, 0 differently",
     )

@@ -14,7 +14,7 @@ RULE = "known-answers"
 
 
 def check(subject: Subject) -> Record:
-    """Fail where an answer differs from the recorded one by more than the certificate tolerates."""
+    """Fail if an answer differs from the recorded one by more than the certificate allows."""
     bundle = subject.bundle
     assert bundle.certificate is not None, "open_bundle refuses a bundle without a certificate"
     session = open_session(bundle.model)

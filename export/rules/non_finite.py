@@ -20,8 +20,8 @@ _FIX = (
 
 
 def check(subject: Subject) -> Record:
-    """Fail for a NaN anywhere, and for an infinity in the graph's answer where the module's answer
-    has none.
+    """Fail for a NaN in a weight or an answer, and for an infinity in the graph's answer where the
+    module's answer has none.
     """
     findings = list(graph_findings(subject.graph))
     # Each problem of an output is reported once, on the first probe that shows it.
@@ -55,7 +55,7 @@ def _problem(answer: np.ndarray, reference: np.ndarray | None) -> str | None:
         return None
     if np.isnan(answer).any():
         if reference is not None and np.isnan(reference).any():
-            return "the answer holds a NaN, the module's own does too"
+            return "the answer holds a NaN, and so does the module's own"
         return "the answer holds a NaN"
     if not np.isinf(answer).any():
         return None

@@ -6,9 +6,9 @@ An operator is known, in this order, if
 2. its domain is a standard one: onnx has schemas for it;
 3. the model imports an opset of that domain;
 4. that opset has the operator, and does not deprecate it;
-5. the schema says whether the operator is deterministic, or it was read and is in `_QUIET_ONNX`.
+5. the schema says whether the operator is deterministic, or the operator is in `_QUIET_ONNX`.
 
-A function of the model is known by the nodes in it, which are judged themselves.
+A call of a function of the model needs no such decision: the nodes in the function are judged.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from evalmode.export.rules.training_mode import JUDGED
 RULE = "opaque-op"
 
 _FIX = (
-    "export it as standard operators or as a function in the model; or show by repeated runs that"
+    "export it as standard operators or as a function of the model, or show by repeated runs that"
     " it does not draw"
 )
 
-# onnx's schemas of these do not say whether they are deterministic. They are plain arithmetic over
-# a window or a state.
+# The schemas of these operators do not say whether they are deterministic (onnx 1.23). Each was
+# read: they are plain arithmetic over a window or a state.
 _QUIET_ONNX = {
     ("", op) for op in ("LinearAttention", "CausalConvWithState", "DepthToSpace", "SpaceToDepth")
 }
@@ -101,7 +101,7 @@ def check(subject: Subject) -> Record:
     """Unproven for every node with an unknown operator, and for every opset newer than onnx."""
     graph = subject.graph
     findings = []
-    # In a later opset a known operator may do something else.
+    # A known operator may have another meaning in a later opset.
     opsets = newest_opsets()
     for domain, opset in sorted({(at.domain, at.opset) for at in graph.nodes}):
         if domain in opsets and opset > opsets[domain]:
@@ -152,7 +152,7 @@ def _problem(at: NodeAt) -> str:
     if operator in _KNOWN:
         return ""
     if at.domain not in newest_opsets():
-        return "it is not a standard operator, nor a function here"
+        return "it is neither a standard operator nor a function of the model"
     if at.opset == 0:
         return "no opset of its domain is imported"
     try:
@@ -160,7 +160,7 @@ def _problem(at: NodeAt) -> str:
     except onnx.defs.SchemaError:
         return f"opset {at.opset} has no such operator"
     if schema.deprecated:
-        return f"opset {at.opset} has done away with it"
+        return f"opset {at.opset} deprecates it"
     if _is_undeclared(schema) and operator not in _QUIET_ONNX:
         return "onnx itself does not say whether it draws"
     return ""

@@ -5,11 +5,11 @@ The order of decisions:
 
 1. The limits follow from the graph's precision: fp32, fp32 with a DFT, fp16 or int8.
 2. Where the graph differs at padding alone, the module's answer replaces the graph's there, and a
-   warning says so. A module takes no account of its own answers at padding.
+   warning says so. The module itself ignores its answers at padding.
 3. A shape, a type or a whole number that differs is an error, and nothing else is compared.
 4. Per output: the largest difference, and for labels the share that flip and the divergence.
-5. Where all errors vanish when the module runs without PyTorch's fast path for attention, the
-   advice names that path.
+5. If the module without PyTorch's fast path for attention gives no errors, the advice names that
+   path.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from evalmode.export.rules.subject import Subject
 RULE = "parity"
 
 _FIX = (
-    "compare the answers layer by layer, on one of the samples: the exporter computes another"
-    " function than the module"
+    "compare the answers layer by layer on one sample: the graph computes another function than the"
+    " module"
 )
 _FIX_FAST_PATH = (
-    "the graph answers as the module does without PyTorch's fast path, which answers 0 at padding"
-    " (nn.TransformerEncoder) and is used in inference alone: leave padding out of what is computed"
-    " behind it, or switch it off beside the module: torch.backends.mha.set_fastpath_enabled(False)"
+    "the difference comes from PyTorch's fast path for inference: nn.TransformerEncoder then"
+    " returns 0 at padding, and the graph does not; exclude padding from what is computed from its"
+    " output, or switch the fast path off: torch.backends.mha.set_fastpath_enabled(False)"
 )
-_FIX_PADDING = "take no account of what is answered at padding: the module itself takes none"
+_FIX_PADDING = "ignore the answers at padding, as the module itself does"
 
 _Array = npt.NDArray[np.generic]
 # For each probe, the module's answer and the graph's.
@@ -73,9 +73,8 @@ class PrecisionLimits:
     divergence: float
 
 
-# A clean 4-layer encoder measured 1.5e-3 in fp16 and 5.3e-2 in int8, where a leak of p = .001 shows
-# 8.2e-3. So below fp32 these limits bound the damage and cannot show that dropout is absent. Other
-# rules show that.
+# A clean 4-layer encoder measured 1.5e-3 in fp16 and 5.3e-2 in int8. A leak of p = 0.001 causes
+# 8.2e-3. So below fp32 these limits cannot show that dropout is absent. Other rules show that.
 FP32 = PrecisionLimits(precision="fp32", difference=TOLERANCE, agreement=1.0, divergence=1e-9)
 # ONNX Runtime's DFT is 2.2e-5 from torch's at lengths that are no powers of two.
 FOURIER = PrecisionLimits(precision="fp32 DFT", difference=1e-4, agreement=1.0, divergence=1e-8)
@@ -142,7 +141,7 @@ def check(subject: Subject) -> Record:
             "the graph answers as the module in eval mode, under torch.inference_mode() with"
             " PyTorch's fast path"
         ),
-        otherwise="the graph answers otherwise than the module",
+        otherwise="the graph's answers differ from the module's",
         measured=(
             f"{worst:.2e} standard deviations, {flipped} of {labels} labels flipped, {sure} cannot;"
             f" {len(pairs)} shapes"
@@ -298,9 +297,9 @@ def _without_padding(subject: Subject, limit: float) -> tuple[_Pairs, list[Findi
     warnings = []
     for (name, mask), total in totals.items():
         why = (
-            f"at {total.differing} of {total.positions} positions, all of which {mask} marks as"
-            " padding, the graph answers otherwise than the module, by up to"
-            f" {total.worst:.2g} standard deviations"
+            f"the graph's answers differ from the module's at {total.differing} of"
+            f" {total.positions} positions, by up to {total.worst:.2g} standard deviations:"
+            f" {mask} marks all of these as padding"
         )
         warnings.append(Finding(severity=Severity.WARNING, node=name, why=why, fix=_FIX_PADDING))
     return pairs, warnings
@@ -308,9 +307,9 @@ def _without_padding(subject: Subject, limit: float) -> tuple[_Pairs, list[Findi
 
 @dataclass(frozen=True, kw_only=True)
 class MendedAnswer:
-    """A graph's answer with the module's in its place at `padding`, where they differ.
+    """A graph's answer in which the module's answer replaces the positions of `padding`.
 
-    They differ at `positions` (B, T); `worst` is the largest difference, in standard deviations.
+    The two differ at `positions` (B, T). `worst` is the largest difference, in standard deviations.
     """
 
     answer: _Array
@@ -324,8 +323,8 @@ def mend_padding(
 ) -> MendedAnswer | None:
     """Replace the graph's answer at padding; None where it differs at other positions or nowhere.
 
-    `run` is the module, `expected` its answer to `probe`. A difference is one of more than `limit`
-    times `deviation`.
+    `run` is the module, `expected` its answer to `probe`, and `actual` the graph's. Differences of
+    up to `limit` times `deviation` do not count.
     """
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return None
@@ -339,8 +338,8 @@ def mend_padding(
         return None
     worst = float(np.nan_to_num(difference, nan=np.inf).max()) / deviation
 
-    # Which axis of the answer holds the positions is not known: every axis is tried that has the
-    # size of an input's second axis, or of its last but one.
+    # The axis of the answer that holds the positions is not known. So each axis is tried that is as
+    # long as the second axis of an input, or as the last axis but one.
     shapes = {array.shape[:2] for array in probe.values() if array.ndim > 1}
     shapes |= {(array.shape[0], array.shape[-2]) for array in probe.values() if array.ndim > 2}
     for shape in sorted(shapes):

@@ -9,11 +9,11 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "repeatability"
 
-# All runs share a session. Every session starts its generators alike, so the first runs of two new
-# sessions agree even on noise.
+# All runs share a session. Every session starts its generators from the same seed, so the first
+# runs of two new sessions would agree even on noise.
 _RUNS = 5
 
-_FIX = "find what draws: the rules stochastic-op and training-mode name it where it is an operator"
+_FIX = "find what draws; if it is an operator, the rules stochastic-op and training-mode name it"
 
 
 def check(subject: Subject) -> Record:

@@ -14,10 +14,10 @@ from evalmode.export.rules.subject import Subject
 
 RULE = "stochastic-op"
 
-# Operators that draw nothing, although onnx's schemas call them non-deterministic. Dropout draws in
-# training mode only, which the rule training-mode judges. A control-flow operator draws only if its
-# bodies do, and the graph's nodes include those. AffineGrid's schema says so because of the way its
-# function body is built.
+# Operators that draw nothing, although their schemas call them non-deterministic (onnx 1.23).
+# Dropout draws in training mode only, and the rule training-mode judges that. A control-flow
+# operator draws only if a node in its bodies does, and the graph's nodes include these. For
+# AffineGrid the value is an artefact: it is derived from how the schema builds its function body.
 _QUIET = {("", op) for op in ("Dropout", "If", "Loop", "Scan", "SequenceMap", "AffineGrid")}
 
 # ONNX Runtime's own operators, for which onnx has no schema. Sampling chooses the next token by
@@ -25,19 +25,19 @@ _QUIET = {("", op) for op in ("Dropout", "If", "Loop", "Scan", "SequenceMap", "A
 _CONTRIB = {("com.microsoft", op) for op in ("Sampling", "RandomNormal", "RandomUniform")}
 
 _FIX = (
-    "export the module in eval mode; what must be random there should be drawn outside and passed"
-    " in as an input"
+    "export the module in eval mode; if it needs random numbers there, draw them outside of the"
+    " module and pass them as an input"
 )
 
-# The steps of a hand-written dropout: noise is compared with the rate, perhaps cast, and scales
-# values.
+# The steps of a hand-written dropout: noise is compared with the rate, the result may be cast, and
+# it scales values.
 _COMPARISONS = frozenset({"GreaterOrEqual", "Greater", "Less", "LessOrEqual", "Floor"})
 _INTERMEDIATE = frozenset(
     {"Cast", "CastLike", "Identity", "Not", "Add", "Reshape", "Expand", "Unsqueeze"}
 )
 _SCALINGS = frozenset({"Mul", "Div", "Where"})
-# The most values that are followed from one draw. A mask has about five; the limit bounds the time
-# spent on noise that is read by a large part of the graph.
+# The most values that are followed from one draw. A mask takes about five. The limit bounds the
+# time where a large part of the graph reads the noise.
 _FOLLOWED_VALUES = 32
 
 # (identity of the scope, name of a value) -> the nodes that read it
@@ -76,11 +76,11 @@ def findings_in(graph: Graph) -> list[Finding]:
         why = "it draws random numbers"
         if _is_dropout_mask(at, readers):
             why = (
-                "it draws the mask of a hand-written dropout: what it draws is compared with a rate"
-                " and scales values"
+                "it draws the mask of a hand-written dropout: its numbers are compared with a rate,"
+                " and the result scales values"
             )
         if at.is_dead:
-            why += "; it stands in a function that nothing calls"
+            why += "; it is in a function that nothing calls"
         findings.append(Finding(severity=Severity.ERROR, node=at.path, op=at.op, why=why, fix=_FIX))
     return findings
 
@@ -89,8 +89,8 @@ def findings_in(graph: Graph) -> list[Finding]:
 def drawing_operators() -> frozenset[tuple[str, str]]:
     """Domain and name of every operator that draws, in any opset.
 
-    The opset of a node is not asked: an operator that draws under one opset also draws under a
-    wrong or a missing one.
+    The opset of a node does not matter: an operator that draws in one opset counts as one that
+    draws in any.
     """
     draws = onnx.defs.OpSchema.NodeDeterminism.NonDeterministic
     operators = {
@@ -109,8 +109,8 @@ def _is_dropout_mask(at: NodeAt, readers: _Readers) -> bool:
     Dropout in place and dropout of whole channels have Less -> Cast -> Div -> Mul. The answer
     changes only the sentence of the finding, not the verdict.
     """
-    # Values to follow, and whether a comparison lies between the draw and each. What Bernoulli
-    # draws is zeros and ones already.
+    # Values to follow, and whether a comparison lies between the draw and each. Bernoulli draws
+    # zeros and ones already, so it needs none.
     pending = deque((name, at.node.op_type == "Bernoulli") for name in at.node.output)
     for _ in range(_FOLLOWED_VALUES):
         if not pending:

@@ -56,7 +56,7 @@ class Export:
 
 
 class Subject:
-    """The parts that rules judge. Reading an absent part is a bug: ask `has` first.
+    """The parts that rules judge. Reading an absent part is a bug: call `has` first.
 
     network     the module that is exported, in eval mode
     module      the module that the graph is compared with; by default the network's

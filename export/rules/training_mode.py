@@ -35,7 +35,7 @@ _FIX_TRAINS = (
 )
 _FIX_STATISTICS = "give the normalisation running statistics, and let it use them in eval mode"
 _FIX_UNDECIDED = (
-    "make the mode a constant of the graph: export in eval mode, and take the input out of the"
+    "make the mode a constant of the graph: export in eval mode, and remove the mode from the"
     " model's inputs"
 )
 
@@ -102,7 +102,7 @@ def _unproven(why: str) -> _Problem:
     return _Problem(Severity.UNPROVEN, why)
 
 
-_NO_OPSET = _unproven("its opset is not known: the model imports its domain not at all, or twice")
+_NO_OPSET = _unproven("its opset is not known: the model imports no opset of its domain, or two")
 
 
 def _judge_dropout(at: NodeAt) -> _Problem | None:
@@ -160,7 +160,7 @@ def _judge_batch_normalization(at: NodeAt) -> _Problem | None:
         return _judge_training_mode(at) or _judge_statistics(at)
     # Outputs 1 to 4 are the mean and variance of the batch, running and saved.
     if any(at.has_output(index) for index in range(1, 5)):
-        return _error("it is asked for the batch's statistics, which puts it into training mode")
+        return _error("it returns the statistics of the batch, which puts it into training mode")
     return _judge_statistics(at)
 
 
@@ -169,13 +169,13 @@ def _judge_statistics(at: NodeAt) -> _Problem | None:
     computed = [computed_over_batch(at, index) for index in (3, 4)]
     if True in computed:
         return _error(
-            "its mean and variance are computed in the graph over the rows of the batch: it"
-            " normalises by them, as in training"
+            "its mean and variance are computed in the graph over the rows of the batch, as in"
+            " training"
         )
     if None in computed:
         return _unproven(
-            "its mean and variance are computed from the model's inputs: it cannot be told whether"
-            " other rows have a part in them"
+            "its mean and variance are computed from the model's inputs: whether they depend on"
+            " other rows is not known"
         )
     return None
 
@@ -184,7 +184,7 @@ def _judge_is_test(at: NodeAt) -> _Problem | None:
     flag = at.flag("is_test")
     if flag is None:
         return _unknown_attribute(at, "is_test")
-    return None if flag else _error("is_test is not set, and unless it is this operator trains")
+    return None if flag else _error("its attribute is_test is not set: it trains by default")
 
 
 def _judge_training_mode(at: NodeAt) -> _Problem | None:
@@ -201,16 +201,16 @@ def _unknown_attribute(at: NodeAt, name: str) -> _Problem:
     attribute = next(item for item in at.node.attribute if item.name == name)
     reference, calls = attribute.ref_attr_name, at.scope.attributes
     if not reference or value_fields(attribute):
-        why = "it is written in a way on which readers differ, and not as one integer"
+        why = "it is not written as one integer, and programs read it differently"
     elif calls is None or calls.get(reference, attribute) is None:
-        why = f"it is what a call gives as {reference!r}, and there is no such call"
+        why = f"a call must pass it as {reference!r}, and there is no such call"
     else:
-        why = f"the call of its function gives {reference!r}, and not as one integer"
+        why = f"the call of its function does not pass {reference!r} as one integer"
     return _unproven(f"its attribute {name} is not known here: {why}")
 
 
 def _always_trains(_: NodeAt) -> _Problem:
-    return _error("it is an operator of training alone")
+    return _error("only training graphs have this operator")
 
 
 # Operators that only a training graph has; ONNX Runtime runs the first group only if it was built

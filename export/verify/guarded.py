@@ -1,16 +1,16 @@
-"""Run files and bundles in a child process: a file that aborts, hangs or takes all memory costs its
-own verdict and no other.
+"""Run files and bundles in a child process. A file that aborts, hangs or takes all memory costs
+only its own verdict.
 
 One child runs all files of a command, and is replaced when it ends. It loads the user's samples and
-module itself, and sends back records.
+module itself, and sends records back.
 
-How the record of a rule that runs a file arises:
+The record of a rule that runs a file:
 
-1. The child opens the file, makes a subject with inputs, and checks the rule: its record.
-2. The file, or the user's module, does not accept the inputs: the rule could not run, so unproven.
-3. The child ends or meets a limit before the rule has a record: unproven, with the reason. If an
-   earlier file had run in this child, a fresh child tries once more. A file that took too long is
-   not tried again.
+1. The child opens the file, makes a subject with inputs, and checks the rule.
+2. If the file, or the user's module, does not accept the inputs, the rule is unproven.
+3. If the child ends or meets a limit before the rule has a record, the rule is unproven, with the
+   reason. If an earlier file had run in this child, a fresh child tries once more. A file that took
+   too long is not tried again.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def load(options: Options) -> None:
 def run_file(subject: Subject, rules: Sequence[Rule], options: Options) -> dict[str, Record]:
     """The records of the rules that run the subject's file, by the name of the rule.
 
-    If the child ends early, the rules without a record say how. Their records also hold what the
-    graph alone shows. Raises ModelUnreadable if weights cannot be read.
+    If the child ends early, the records of the other rules say how it ended, and what the graph
+    alone shows. Raises ModelUnreadable if weights cannot be read.
     """
     assert subject.file is not None, "only a file is run here"
     run = _Run(path=subject.file, is_bundle=False, rules=tuple(rule.name for rule in rules))
@@ -126,7 +126,7 @@ def _records(
 
 
 class _Runner:
-    """The child, and what it has loaded. Not for several threads at once."""
+    """The child, and what it has loaded. Only one thread may use it at a time."""
 
     def __init__(self) -> None:
         self.child = Child(f"{__name__}:main")
@@ -162,17 +162,18 @@ class _Runner:
             is_first_run = not self._has_run
             self._has_run = True
             request = pickle.dumps(run)
-            replies: list[_Reply] = []  # those from before the child is lost count, too
+            replies: list[_Reply] = []  # they count even if the child ends early
             try:
                 for message in self.child.ask(request, time_s=time_s, memory_bytes=memory_bytes):
                     replies.append(_parse(message))  # noqa: PERF401
             except ChildLost as loss:
                 self._has_run = False
-                # An earlier file may have left damage, or taken the memory, that ended the child.
+                # An earlier file may have caused the end of the child: by damage, or by its memory.
                 if is_first_run or isinstance(loss, OutOfTime):
                     return replies, loss
                 continue
-            # A child does not return its memory. The next file shall have most of the limit.
+            # A child does not return its memory. It is replaced, so that the next file can use most
+            # of the limit.
             if self.child.memory_bytes > memory_bytes // 2:
                 self.child.close()
             return replies, None
@@ -206,8 +207,8 @@ def main() -> None:
         request: _Load | _Run = pickle.loads(message)
         try:
             if isinstance(request, _Load):
-                # Libraries that take seconds to import are imported now: the time limit is for a
-                # file.
+                # Some libraries take seconds to import. They are imported now, because the time
+                # limit of a file must not include it.
                 with contextlib.suppress(ImportError):  # the session has a sentence for that
                     import onnxruntime  # noqa: F401
                 if request.samples is None:
@@ -272,7 +273,7 @@ def _file_records(
 
 
 def _as_sentence(error: Exception) -> EvalmodeError:
-    """The error as one sentence. Files, and modules, fail in ways that no list has."""
+    """The error as one sentence. Files and modules may raise errors of any type."""
     if isinstance(error, EvalmodeError):
         return error
     reason = " ".join(str(error).split()) or "it gives no reason"

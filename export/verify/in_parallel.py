@@ -25,10 +25,10 @@ _BUDGET_BYTES = 2 << 30
 def examine_all(
     targets: Sequence[Target], options: Options = DEFAULTS, *, threads: int | None = None
 ) -> Iterator[Examined]:
-    """The result for each target, in the order of the targets, as soon as it is there.
+    """The result for each target, in the order of the targets, as soon as it is known.
 
-    By default on all cores. If bare files are run, one after the other: the runtime has threads of
-    its own. Closing the iterator ends the work in progress.
+    By default all cores are used. If bare files are run, they are examined one after the other,
+    because the runtime has its own threads. Closing the iterator ends the work in progress.
     """
     if threads is None and options.samples is not None:
         threads = 1

@@ -1,4 +1,4 @@
-"""What a verification is asked for: rules to leave out, inputs for bare files, and limits."""
+"""The options of a verification: rules to leave out, inputs for bare files, and limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_TIME_S, _MAX_MEMORY_MIB = 1_000_000, 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What running one file may cost: seconds, and MiB of memory of the process that runs it."""
+    """The limits for running one file: its time, and the memory of the process that runs it."""
 
     time_s: float = 60.0
     memory_mib: int = 8192
@@ -40,7 +40,8 @@ class Options:
     - Mappings from input names to arrays.
     - A reference `package.module:sample_inputs` to user code that returns them.
 
-    `module` is the reference `package.module:factory` of what bare files are compared with.
+    `module` is the reference `package.module:factory` of the module that bare files are compared
+    with.
     """
 
     excluded: Collection[str] = ()

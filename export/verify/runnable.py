@@ -63,7 +63,7 @@ def subject_of_file(
         }
 
     for sample in tensors:
-        run(sample)  # inputs that do not fit are refused here, in the runtime's words
+        run(sample)  # raises the runtime's error for inputs that do not fit
     if module is not None:
         # The module must run on the inputs too, and have as many outputs.
         kind = type(module).__name__
@@ -77,7 +77,7 @@ def subject_of_file(
         outputs = [output.name for output in session.outputs]
         if len(answers) != len(outputs):
             raise UnusableInputs(
-                f"{kind} answers with {len(answers)} tensors, the graph with {', '.join(outputs)}"
+                f"{kind} returns {len(answers)} tensors, but the graph returns {', '.join(outputs)}"
             )
     return Subject(
         module=module,
@@ -106,7 +106,7 @@ def _axes_of(inputs: Sequence[onnx.ValueInfoProto]) -> Axes:
         batch_names |= {name for name in axes.values() if name.lower() in _BATCH_NAMES}
     if not batch_names:
         batch_names = {axes[0] for axes in names.values() if 0 in axes}
-        # First axes of different names, given in the graph, may be different things.
+        # First axes to which the graph gives different names may mean different things.
         if len(batch_names) > 1 and not all(name.endswith("_0") for name in batch_names):
             batch_names = set()
     for axes in names.values():
@@ -126,14 +126,14 @@ def _to_tensors(
         sample = dict(zip(names, arrays, strict=False))
     if set(sample) != set(names):
         raise UnusableInputs(
-            f"the inputs are {', '.join(names)}, given are {', '.join(map(str, sample))}"
+            f"the inputs are {', '.join(names)}, got {', '.join(map(str, sample))}"
         )
     return {name: torch.as_tensor(sample[name]) for name in names}
 
 
 def _generate(inputs: Sequence[onnx.ValueInfoProto], axes: Axes) -> dict[str, Tensor]:
-    """Inputs of the right types and shapes: normal floats, and integers and booleans of 0 and 1,
-    which are valid indices of most tables. Always the same ones.
+    """Inputs of the right types and shapes, always the same: normally distributed floats, and the
+    integers 0 and 1, which are valid indices of most tables.
     """
     generator = np.random.default_rng(0)
     tensors = {}
@@ -145,7 +145,7 @@ def _generate(inputs: Sequence[onnx.ValueInfoProto], axes: Axes) -> dict[str, Te
             dtype = np.dtype(object)
         if not value.type.HasField("tensor_type") or dtype.kind not in "biuf":
             raise UnusableInputs(
-                f"input {value.name} is no tensor of numbers that NumPy has: no values can be"
+                f"input {value.name} is not a tensor of numbers that NumPy has, so no values can be"
                 " generated for it"
             )
 
@@ -158,7 +158,7 @@ def _generate(inputs: Sequence[onnx.ValueInfoProto], axes: Axes) -> dict[str, Te
                 shape.append(_BATCH_SIZE)
             else:
                 shape.append(_AXIS_SIZE)
-        # Each size is tested as well: a size of 0 makes the product 0.
+        # Each size is tested too, because a size of 0 makes the product 0.
         if max([*shape, math.prod(shape)]) > _MAX_GENERATED:
             raise UnusableInputs(
                 f"input {value.name} has shape {shape}, which is too large to generate: the limit"

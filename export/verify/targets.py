@@ -15,14 +15,14 @@ SUFFIX = ".onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A file or a bundle's folder to verify; `problem` is the sentence why it cannot be."""
+    """A file or a bundle's folder to verify. If that is impossible, `problem` says why."""
 
     path: Path
     problem: str = ""
 
     @property
     def bytes(self) -> int:
-        """The size of its ONNX file; 0 if it cannot be read from the file system."""
+        """The size of its ONNX file in bytes; 0 if the file system does not tell it."""
         file = self.path / MODEL_FILE if self.path.is_dir() else self.path
         try:
             return file.stat().st_size
@@ -56,7 +56,8 @@ def _search(folder: Path) -> Iterator[Target]:
     for parent, folders, files in os.walk(folder, onerror=errors.append):
         visible = [name for name in folders if not name.startswith(".")]
         bundles = [name for name in visible if is_bundle(Path(parent, name))]
-        # os.walk enters the folders that this list names: not bundles, whose model is theirs.
+        # os.walk enters the folders that remain in this list. A bundle is one target, so it is not
+        # searched for the .onnx file in it.
         folders[:] = [name for name in visible if name not in bundles]
         models = [
             name for name in files if name.lower().endswith(SUFFIX) and not name.startswith(".")

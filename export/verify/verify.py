@@ -1,18 +1,18 @@
 """Verify a bundle or a bare .onnx file by the rules that can run without the training code.
 
-How the records of a bare file arise, rule by rule:
+The record of a rule about a bare file:
 
 1. An excluded rule has no record.
-2. If inputs were asked for, the rules that run the file run in a child process (`guarded`).
-3. A rule that the graph alone is enough for is checked here.
+2. If there are inputs, the rules that run the file run in a child process (`guarded`).
+3. A rule that needs only the graph is checked here.
 4. Any other rule is not applicable, with the reason.
 
-How the records of a bundle arise:
+The record of a rule about a bundle:
 
 1. An excluded rule has no record.
-2. The rules of the graph are checked anew here, and those that replay known answers in a child.
-3. For any other rule the record of the certificate counts, from the day of the export.
-4. A rule without any of these is not applicable.
+2. A rule that needs only the graph is checked here, and the known answers are replayed in a child.
+3. For any other rule the certificate's record counts, which was made at the export.
+4. A rule without a record in the certificate is not applicable.
 
 The verdict over all records: fail if any rule failed, else unproven if any is unproven or none
 passed, else pass.
@@ -74,7 +74,7 @@ Examined = Verified | Unreadable
 
 
 def examine(target: Target, options: Options = DEFAULTS) -> Examined:
-    """Verify a target. One that cannot be read is a result, too, and no exception."""
+    """Verify a target. A target that cannot be read is a result, too, and raises no exception."""
     if target.problem:
         return Unreadable(path=target.path, why=target.problem)
     try:
@@ -86,7 +86,7 @@ def examine(target: Target, options: Options = DEFAULTS) -> Examined:
 def verify(path: Path, options: Options = DEFAULTS) -> Verified:
     """Check a bare .onnx file, a bundle's folder, or a folder that holds one bundle.
 
-    Raises ModelUnreadable or BundleError for what cannot be read at all.
+    Raises ModelUnreadable or BundleError if the file or the bundle cannot be read at all.
 
     Example:
         verified = verify(Path("model.onnx"), Options(excluded=["opaque-op"]))
@@ -98,7 +98,7 @@ def verify(path: Path, options: Options = DEFAULTS) -> Verified:
         return _verify_file(path, options)
     except (EvalmodeError, ImportError):
         raise
-    except Exception as error:  # a file may be malformed in ways that no list has
+    except Exception as error:  # a malformed file may cause errors of any type
         reason = " ".join(str(error).split()) or "it gives no reason"
         kind = type(error).__name__
         raise ModelUnreadable(f"{path} cannot be examined: {kind}: {reason}") from error
@@ -112,7 +112,7 @@ def _verify_file(path: Path, options: Options) -> Verified:
         if options.module is not None:
             needs_of_a_run.add(Needs.COMPARISON)
 
-    # The graph comes first: its records count also for a file that cannot be run.
+    # The rules of the graph come first: their records count also for a file that cannot be run.
     rules = [rule for rule in RULES if rule.name not in options.excluded]
     records: dict[str, Record] = {}
     for rule in rules:

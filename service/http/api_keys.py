@@ -119,27 +119,23 @@ class ApiKeys:
         content_digest = hashlib.sha256(content).digest()
         if content_digest == self._content_digest:
             return False
-        self._file_digests = _parse(content)
+        try:
+            lines = content.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            # `from None`, because that error holds the whole file.
+            raise _KeysRefused("it is not UTF-8") from None
+        # One key a line, without blank lines and comments.
+        digests: list[bytes] = []
+        for number, line in enumerate(lines, start=1):
+            key = line.strip()
+            if key and not key.startswith("#"):
+                digests += _digests([key], source=f"line {number}")
+        if not digests:
+            raise _KeysRefused("it holds no key")
+        # Without repeated keys, in their order.
+        self._file_digests = tuple(dict.fromkeys(digests))
         self._content_digest = content_digest
         return True
-
-
-def _parse(content: bytes) -> Sequence[bytes]:
-    """The digests of the keys in a file: one key a line, without blank lines and comments."""
-    try:
-        lines = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        # `from None`, because that error holds the whole file.
-        raise _KeysRefused("it is not UTF-8") from None
-    digests: list[bytes] = []
-    for number, line in enumerate(lines, start=1):
-        key = line.strip()
-        if key and not key.startswith("#"):
-            digests += _digests([key], source=f"line {number}")
-    if not digests:
-        raise _KeysRefused("it holds no key")
-    # Without repeated keys, in their order.
-    return tuple(dict.fromkeys(digests))
 
 
 def _digests(keys: Iterable[str], *, source: str) -> Sequence[bytes]:

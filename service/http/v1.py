@@ -60,7 +60,7 @@ def routes(settings: Settings) -> APIRouter:
     responses[200] = {"content": {NDJSON: {"schema": {"type": "string"}}}}
     router.add_api_route(
         "/v1/predict",
-        _predict,
+        predict,
         methods=["POST"],
         name="predict",
         response_model=PredictResponse,
@@ -77,7 +77,7 @@ def routes(settings: Settings) -> APIRouter:
     )
     router.add_api_route(
         "/v1/model",
-        _model,
+        describe_model,
         name="model",
         response_model=ModelResponse,
         responses=_refusals(401, 404, 422, 500, 503),
@@ -89,7 +89,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
-async def _predict(request: Request) -> Response:
+async def predict(request: Request) -> Response:
     """Classify texts. The same text gets the same bits, whatever else is in this request or others.
 
     With `content-type: application/x-ndjson` the body is one text a line, without a limit on their
@@ -165,7 +165,7 @@ def _text_model(request: Request, *, name: str | None, version: str | None) -> M
     return model
 
 
-async def _model(
+async def describe_model(
     request: Request, model: str | None = None, version: str | None = None
 ) -> Response:
     """A model's manifest, its certificate, and how its known answers compared on this machine."""

@@ -74,7 +74,7 @@ def routes(settings: Settings) -> APIRouter:
     for name, path in (("v2_infer", ""), ("v2_infer_version", "/versions/{version}")):
         router.add_api_route(
             f"/v2/models/{{model}}{path}/infer",
-            _infer,
+            infer,
             methods=["POST"],
             name=name,
             tags=["Open Inference Protocol"],
@@ -85,7 +85,7 @@ def routes(settings: Settings) -> APIRouter:
     return router
 
 
-async def _infer(request: Request, model: str, version: str | None = None) -> Response:
+async def infer(request: Request, model: str, version: str | None = None) -> Response:
     """Run a model on texts, as the input `text`, or on tensors of its graph.
 
     The same row gets the same bits, whatever other rows are in this request or in others. The body

@@ -80,9 +80,13 @@ def routes(settings: Settings) -> APIRouter:
         )
 
     # Both paths are served: Triton's clients do not follow a redirect from one to the other.
-    router.add_api_route("/v2", _server, name="v2", response_model=ServerMetadata)
+    router.add_api_route("/v2", server_metadata, name="v2", response_model=ServerMetadata)
     router.add_api_route(
-        "/v2/", _server, name="v2_slash", response_model=ServerMetadata, include_in_schema=False
+        "/v2/",
+        server_metadata,
+        name="v2_slash",
+        response_model=ServerMetadata,
+        include_in_schema=False,
     )
     for name, handler in (("live", health.live), ("ready", health.ready)):
         add(
@@ -94,13 +98,13 @@ def routes(settings: Settings) -> APIRouter:
         )
 
     # Before the routes of one model, which would take "stats" for the name of a model.
-    add("/v2/models/stats", _all_statistics, name="v2_all_stats", response=ModelStatistics)
+    add("/v2/models/stats", all_statistics, name="v2_all_stats", response=ModelStatistics)
     for suffix, version in (("", ""), ("_version", "/versions/{version}")):
         for path, model_handler, name, response in (
-            ("", _metadata, "v2_model", ModelMetadata),
-            ("/ready", _model_ready, "v2_model_ready", ModelState),
-            ("/config", _config, "v2_config", ModelConfig),
-            ("/stats", _statistics, "v2_stats", ModelStatistics),
+            ("", model_metadata, "v2_model", ModelMetadata),
+            ("/ready", model_ready, "v2_model_ready", ModelState),
+            ("/config", model_configuration, "v2_config", ModelConfig),
+            ("/stats", model_statistics, "v2_stats", ModelStatistics),
         ):
             add(
                 f"/v2/models/{{model}}{version}{path}",
@@ -112,13 +116,13 @@ def routes(settings: Settings) -> APIRouter:
 
     add(
         "/v2/repository/index",
-        _index,
+        repository_index,
         name="v2_index",
         response=list[IndexEntry],
         statuses=_INDEX,
         body=INDEX_REQUEST,
     )
-    for verb, change in (("load", _load), ("unload", _unload)):
+    for verb, change in (("load", load_model), ("unload", unload_model)):
         add(
             f"/v2/repository/models/{{model}}/{verb}",
             change,
@@ -130,12 +134,12 @@ def routes(settings: Settings) -> APIRouter:
     return router
 
 
-async def _server(request: Request) -> Response:
+async def server_metadata(request: Request) -> Response:
     """The server, and the extensions of the protocol that it implements."""
     return _json_response(ServerMetadata(version=evalmode.__version__))
 
 
-async def _metadata(request: Request, model: str, version: str | None = None) -> Response:
+async def model_metadata(request: Request, model: str, version: str | None = None) -> Response:
     """A model's tensors, and its versions that are served."""
     repository = components_of(request).repository
     served_model = repository.get(model, version)
@@ -149,7 +153,7 @@ async def _metadata(request: Request, model: str, version: str | None = None) ->
     )
 
 
-async def _model_ready(request: Request, model: str, version: str | None = None) -> Response:
+async def model_ready(request: Request, model: str, version: str | None = None) -> Response:
     """Whether a model is ready for requests, which needs a server that is ready."""
     components = components_of(request)
     served_model = components.repository.get(model, version)
@@ -159,7 +163,7 @@ async def _model_ready(request: Request, model: str, version: str | None = None)
     return _json_response(ModelState(name=served_model.name))
 
 
-async def _config(request: Request, model: str, version: str | None = None) -> Response:
+async def model_configuration(request: Request, model: str, version: str | None = None) -> Response:
     """A model's configuration, as Triton's clients read it."""
     components = components_of(request)
     served_model = components.repository.get(model, version)
@@ -178,7 +182,7 @@ async def _config(request: Request, model: str, version: str | None = None) -> R
     )
 
 
-async def _statistics(request: Request, model: str, version: str | None = None) -> Response:
+async def model_statistics(request: Request, model: str, version: str | None = None) -> Response:
     """Counts and times of a model's requests; without a version, of each version that is served."""
     repository = components_of(request).repository
     if version is None:
@@ -186,7 +190,7 @@ async def _statistics(request: Request, model: str, version: str | None = None) 
     return _statistics_response(request, [repository.get(model, version)])
 
 
-async def _all_statistics(request: Request) -> Response:
+async def all_statistics(request: Request) -> Response:
     """Counts and times of the requests of all models."""
     return _statistics_response(request, components_of(request).repository.models())
 
@@ -200,7 +204,7 @@ def _statistics_response(request: Request, models: Sequence[Model]) -> Response:
     )
 
 
-async def _index(request: Request) -> Response:
+async def repository_index(request: Request) -> Response:
     """The model versions of the repository and their states.
 
     With `"ready": true` these are only the versions that are ready for requests.
@@ -218,12 +222,12 @@ async def _index(request: Request) -> Response:
     return Response(json.dumps(entries), media_type=JSON)
 
 
-async def _load(request: Request, model: str) -> Response:
+async def load_model(request: Request, model: str) -> Response:
     """Load a model's newest versions from the repository, also if some are loaded already."""
     return await _change_repository(request, model, Repository.load)
 
 
-async def _unload(request: Request, model: str) -> Response:
+async def unload_model(request: Request, model: str) -> Response:
     """Unload a model: accepted requests are answered, and later ones are refused."""
     return await _change_repository(request, model, Repository.unload)
 

@@ -80,7 +80,7 @@ class SupervisorLink:
         3. A process that is not ready leaves connections to the others, if any is ready.
         """
         if reason := service.health.live():
-            _log.error("leaving", reason=reason)
+            _log.error("a worker is not live: it ends", reason=reason)
             server.leave(STUCK)
             return
         reason = service.health.ready()

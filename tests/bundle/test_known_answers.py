@@ -186,7 +186,7 @@ def test_an_answer_with_other_bits_in_its_second_run_is_refused_by_its_number(
 
     with pytest.raises(
         KnownAnswersDiffer,
-        match=f"known answer {index} is not the same twice: output 'logits' has other bits",
+        match=f"known answer {index} does not repeat: output 'logits' has other bits",
     ):
         replayed(ANSWERS, run_with_a_dropout, here=(platform, elsewhere)[here])
 
@@ -214,7 +214,7 @@ def test_each_answer_runs_twice_unless_the_caller_says_once(parts, platform, twi
 def test_an_answer_that_varies_between_runs_is_refused_at_any_tolerance(parts, elsewhere):
     draws = np.random.default_rng(5)
     generous = parts().certificate.model_copy(update={"tolerance": 1e9})
-    with pytest.raises(KnownAnswersDiffer, match="known answer 0 is not the same twice"):
+    with pytest.raises(KnownAnswersDiffer, match="known answer 0 does not repeat"):
         replay(
             ANSWERS,
             lambda inputs: {"logits": run(inputs)["logits"] * draws.uniform(0.9, 1.0)},

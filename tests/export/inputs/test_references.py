@@ -95,8 +95,8 @@ def test_samples_are_one_or_several(project: str) -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("net", r"'.*\.net' must read package.module:attribute"),
-        ("net:", "must read package.module:attribute"),
+        ("net", r"'.*\.net' must have the form package.module:attribute"),
+        ("net:", "must have the form package.module:attribute"),
         ("net:absent", "net:absent cannot be imported: AttributeError: .*'absent'"),
         (
             "absent:build",
@@ -107,7 +107,7 @@ def test_samples_are_one_or_several(project: str) -> None:
             r"ModuleNotFoundError: No module named 'no_such_package_anywhere' \(at broken.py:2\)",
         ),
         ("syntax:build", "SyntaxError"),
-        ("net:NUMBER", "must be a function that returns an nn.Module, it is builtins.int"),
+        ("net:NUMBER", "must be a function that returns an nn.Module, got builtins.int"),
         ("net:build_wrong", r"build_wrong\(\) must return an nn.Module, it returned builtins.dict"),
         ("net:build_failing", r"build_failing\(\) failed: AttributeError: .* \(at net.py:19\)"),
         ("net:leaves", r"leaves\(\) failed: SystemExit: 3 \(at net.py:22\)"),
@@ -122,7 +122,7 @@ def test_an_error_is_one_sentence_with_the_line_of_the_user(
 
 
 def test_an_empty_list_of_samples_is_refused_in_one_sentence(project: str) -> None:
-    with pytest.raises(UserCodeFailed, match="must hold a sample at least"):
+    with pytest.raises(UserCodeFailed, match="must hold at least one sample"):
         load_samples(f"{project}.net:none")
 
 

@@ -138,29 +138,33 @@ class Anything(nn.Module):
         (Net(), [(X, 1.0, X)], "cannot be called with the sample: too many positional"),
         (Net(), [{"y": X}], r"fails on the sample \(y \[3, 4\]\): TypeError"),
         (Pair(), [(X, X)], r"fails on the sample \(a \[3, 4\], b \[3, 4\]\): RuntimeError"),
-        (Anything(), [X], r"forward takes \*args: its inputs have no names"),
+        (Anything(), [X], r"forward takes \*args, so its inputs have no names"),
         (
             Net(),
             [{"x": X, "scale": object()}],
             "input 'scale' must be a tensor or a plain constant, got object",
         ),
-        (Net(), [{"x": X, "scale": 1.0}, {"x": X, "scale": 2.0}], "the samples differ in it"),
+        (
+            Net(),
+            [{"x": X, "scale": 1.0}, {"x": X, "scale": 2.0}],
+            "they must be equal in all samples",
+        ),
         (Net(), [{"scale": 1.0}], "holds no tensor"),
         (Net(), [], "there is no sample"),
         (Net(), [X[:0]], "input 'x' is empty in a sample"),
         (Net(), [X.to_sparse()], "input 'x' is sparse"),
-        (Net(), [X.bfloat16()], "input 'x' is torch.bfloat16, which no array holds"),
+        (Net(), [X.bfloat16()], "input 'x' is torch.bfloat16, which NumPy does not have"),
         (
             nn.DataParallel(Net()),
             [X],
-            r"takes \*args: .*; export its \.module, which it only wraps",
+            r"takes \*args, .*, or export its \.module, which it only wraps",
         ),
         (
             Net(),
             [X, {"x": X.double()}],
-            "input 'x' has another type or other axes in another sample",
+            "input 'x' has different types, or numbers of axes, in two samples",
         ),
-        (Pair(), [{"a": X, "b": X.T}, {"a": X}], "the samples have other inputs: a, b and a"),
+        (Pair(), [{"a": X, "b": X.T}, {"a": X}], "the samples have different inputs: a, b and a"),
     ],
 )
 def test_samples_that_the_module_cannot_be_called_with_are_refused_in_one_sentence(
@@ -175,13 +179,13 @@ def test_an_answer_without_a_tensor_is_refused_in_one_sentence() -> None:
         def forward(self, x: Tensor) -> str:
             return "hello"
 
-    with pytest.raises(UnusableInputs, match="Talks answers with no tensor but with str"):
+    with pytest.raises(UnusableInputs, match="Talks returns no tensor but str"):
         candidate_of(Talks().eval(), [X])
 
 
 def test_a_scripted_or_traced_module_is_refused_in_one_sentence() -> None:
     traced = torch.jit.trace(nn.Linear(4, 2), X)
-    with pytest.raises(UnusableInputs, match="give the Python module that it was made of"):
+    with pytest.raises(UnusableInputs, match="export the Python module that it was made from"):
         candidate_of(traced.eval(), [X])
 
 

@@ -154,7 +154,7 @@ def test_state_that_changes_is_named_and_not_called_random(rate: float) -> None:
     assert record.verdict is Verdict.FAIL
     (finding,) = record.findings
     assert "0.past" in finding.why
-    assert "moves from one to the next" in finding.why
+    assert "changes from one to the next" in finding.why
     assert "make it an input and an output" in finding.fix
 
 

@@ -168,7 +168,7 @@ def test_an_answer_that_mixes_rows_and_has_no_axis_of_them_is_unproven_and_named
     assert record.verdict is Verdict.UNPROVEN
     (finding,) = record.findings
     assert finding.node == "loss"
-    assert "has no axis of rows and changes with them" in finding.why
+    assert "has no axis of rows but changes with the rows" in finding.why
 
 
 def test_inputs_without_rows_are_not_applicable() -> None:

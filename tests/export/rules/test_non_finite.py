@@ -19,7 +19,11 @@ from tests.export.rules.small_graphs import graph, messages, node, small_subject
     ("model", "answer", "why"),
     [
         (graph(node("Log", "x")), lambda x: x, "the answer holds a NaN"),
-        (graph(node("Log", "x")), torch.log, "the answer holds a NaN, the module's own does too"),
+        (
+            graph(node("Log", "x")),
+            torch.log,
+            "the answer holds a NaN, and so does the module's own",
+        ),
         (
             graph(node("Div", "x", "zero"), zero=np.float32(0)),
             lambda x: x,

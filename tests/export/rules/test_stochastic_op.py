@@ -148,7 +148,7 @@ def test_a_draw_in_a_function_that_nothing_calls_fails_and_the_finding_says_so()
     assert paths(record) == ["my:noisy/draw (RandomUniformLike)"]
     (finding,) = record.findings
     assert finding.severity is Severity.ERROR
-    assert finding.why == "it draws random numbers; it stands in a function that nothing calls"
+    assert finding.why == "it draws random numbers; it is in a function that nothing calls"
 
 
 def test_a_draw_in_a_function_that_is_called_is_not_reported_as_dead() -> None:

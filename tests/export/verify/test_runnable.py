@@ -88,7 +88,7 @@ def test_a_file_that_answers_with_nan_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("samples", "why"),
     [
-        ([{"y": ROWS}], "the inputs are x, given are y"),
+        ([{"y": ROWS}], "the inputs are x, got y"),
         ([{"x": ROWS[:, :2]}], "ONNX Runtime cannot run the model on these inputs"),
         ([{"x": ROWS.astype(np.float64)}], "ONNX Runtime cannot run the model on these inputs"),
     ],
@@ -120,8 +120,8 @@ def test_external_weights_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "shape", "reason"),
     [
-        (TensorProto.BFLOAT16, (2,), "input x is no tensor of numbers that NumPy has"),
-        (999, (2,), "input x is no tensor of numbers that NumPy has"),
+        (TensorProto.BFLOAT16, (2,), "input x is not a tensor of numbers that NumPy has"),
+        (999, (2,), "input x is not a tensor of numbers that NumPy has"),
         (TensorProto.FLOAT, (1 << 40,), "which is too large to generate"),
     ],
     ids=["bfloat16", "an unknown type", "huge"],

@@ -372,7 +372,7 @@ def test_a_worker_that_stays_stuck_ends_and_is_replaced_although_it_cannot_close
             stuck = int(client.get("/").text.removeprefix("pid "))
             client.get("/stuck?2for99")
         assert (
-            next_event(server, "leaving")["reason"]
+            next_event(server, "a worker is not live: it ends")["reason"]
             == "a batch exceeds its time limit by 2.0 s: this process needs a restart"
         )
         line = next_event(server, "a worker ended")
