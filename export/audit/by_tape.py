@@ -147,6 +147,7 @@ class TapeObserver:
         """
         self.effects = effects
         self.reuses_mask = reuses_mask
+        self.includes_inputs = site.includes_inputs
         self._site, self._foreign_noise, self._groups = site, foreign_noise, groups
         self._application_count = application_count
 
@@ -276,8 +277,10 @@ class JudgedCall:
             return False
 
         for group, interval in zip(self.groups, self.keep_intervals, strict=True):
-            noise = _noise_of(reading, group)
-            kept_count, count = int((noise != 0).sum()), max(noise.numel(), 1)
+            # The noises of this call may have shapes that differ from one another.
+            noises = [reading.applications[index].noise for index in group]
+            kept_count = sum(int((noise != 0).sum()) for noise in noises)
+            count = max(sum(noise.numel() for noise in noises), 1)
             # None: noise that is no mask keeps everything.
             if interval is not None and (
                 statistics.exact_p(kept_count, count, interval) < _UNLIKELY

@@ -61,7 +61,7 @@ class IsolatedSite:
 
         self._switched_children: list[nn.Module] = []
         self._branch_factors: Mapping[nn.Module, float] = {}
-        self._includes_inputs = False
+        self.includes_inputs = False
         self._calls: list[DirectCall] = []
         self._last_outputs: dict[nn.Module, Any] = {}
 
@@ -106,7 +106,7 @@ class IsolatedSite:
         self.module.training = training and self._trains
         self._calls = []
         # Global hooks slow every module down, so they are set only where the calls are read.
-        reads_calls = watched or self._includes_inputs or bool(self._branch_factors)
+        reads_calls = watched or self.includes_inputs or bool(self._branch_factors)
         try:
             with ExitStack() as stack:
                 if reads_calls:
@@ -117,7 +117,7 @@ class IsolatedSite:
                 part.training = False
 
         outputs = output_tensors(output)
-        if self._includes_inputs:
+        if self.includes_inputs:
             for direct_call in self._calls:
                 if direct_call.module not in self._branch_factors:
                     outputs += direct_call.inputs()
@@ -153,11 +153,11 @@ class IsolatedSite:
     @contextmanager
     def including_inputs(self) -> Iterator[None]:
         """Inside, the output of a run includes the inputs of the modules that the site calls."""
-        self._includes_inputs = True
+        self.includes_inputs = True
         try:
             yield
         finally:
-            self._includes_inputs = False
+            self.includes_inputs = False
 
     @contextmanager
     def scaled_branches(self, factors: Mapping[nn.Module, float]) -> Iterator[None]:

@@ -136,7 +136,9 @@ def _judge_by_tape(call: CallToJudge) -> CallVerdict | Unclear:
             return CallVerdict(_measure(call, outputs))
     try:
         reports = _measure(call, observer, eval_factor=_eval_factor(site, observer.effects))
-        return CallVerdict(reports, observer.judged_call(reports))
+        # Where the outputs hide the scale, they cannot recognise a later call.
+        judged_call = None if observer.includes_inputs else observer.judged_call(reports)
+        return CallVerdict(reports, judged_call)
     except PathChanged as error:  # a rare path, which no probe took
         return Unclear((str(error),))
 

@@ -172,13 +172,8 @@ def _with_sizes(sample: Sample, sizes: Mapping[_Axis, int]) -> dict[str, Tensor]
     return resized(sample, axes, sizes_by_name)
 
 
-<<<<<<< HEAD
 def _answers(run: Forward, sample: Sample) -> dict[str, Tensor] | None:
-    """The answers, or None where the module does not read the sample."""
-=======
-def _answers(run: Run, sample: Sample) -> dict[str, Tensor] | None:
     """The answers, or None if the module does not read the sample."""
->>>>>>> sen4
     try:
         return dict(run(sample))
     except Exception:  # the user's own code, on sizes that the samples do not have

@@ -21,13 +21,8 @@ _ROWS = 8
 _RESAMPLED_PROBES = 4
 
 
-<<<<<<< HEAD
 def evidence_of(run: Forward, samples: Sequence[Sample], axes: Axes) -> Evidence:
-    """The probes and the rows on which the module or graph behind `run` is judged."""
-=======
-def evidence_of(run: Run, samples: Sequence[Sample], axes: Axes) -> Evidence:
     """The probes and the rows on which the module or graph is judged that `run` calls."""
->>>>>>> sen4
     companions = single_rows(run, samples, axes)
     rows = {}
     if companions and can_batch(run, samples[0], axes):
@@ -38,14 +33,9 @@ def evidence_of(run: Run, samples: Sequence[Sample], axes: Axes) -> Evidence:
     )
 
 
-<<<<<<< HEAD
 def probes(run: Forward, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
-    """The samples, and inputs made of them: of sizes at both ends of every axis, of other values.
-=======
-def probes(run: Run, samples: Sequence[Sample], axes: Axes) -> list[Tensors]:
     """The samples, and inputs made from them: with sizes at both ends of every axis, and with other
     values.
->>>>>>> sen4
 
     An input made here is a probe only if `run` reads it and answers with finite numbers. Otherwise
     it may be outside of the module's domain.

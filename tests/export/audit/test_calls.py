@@ -106,6 +106,35 @@ def test_a_second_call_that_keeps_less_is_a_gap_of_that_call() -> None:
     assert result.sites[1].gap == pytest.approx(3 / 7, rel=0.1)
 
 
+def test_a_second_call_whose_outputs_hide_the_scale_is_judged() -> None:
+    class BeforeZeros(nn.Module):
+        """A dropout before a layer of zeros, whose eval scale is wrong for 4 rows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            nn.init.zeros_(self.layer.weight)
+            nn.init.zeros_(self.layer.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return self.layer(mask(x) / 0.7)
+            return self.layer(x * 0.2 if len(x) == 4 else x)
+
+    class CallsItTwice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = BeforeZeros()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.drop(x), self.drop(x[:4])
+
+    assert [(s.call, s.severity) for s in audited(CallsItTwice()).sites] == [
+        (0, None),
+        (2, Severity.ERROR),
+    ]
+
+
 def test_a_wrong_first_call_and_a_right_second_call_have_two_verdicts() -> None:
     class Other(Calls):
         def forward(self, x: Tensor) -> Tensor:
