@@ -84,7 +84,7 @@ def triton(served: Any, program: str, options: object = None) -> Any:
 
 
 def test_triton_reads_all_metadata_of_a_server(served: Any):
-    answers = triton(served, "about")
+    answers = triton(served, "metadata")
     assert (answers["live"], answers["ready"]) == (True, True)
     assert answers["model_ready"] == [True, True, False]
     assert answers["server"]["name"] == "evalmode"
@@ -98,7 +98,7 @@ def test_triton_reads_all_metadata_of_a_server(served: Any):
 def test_triton_gets_the_bits_of_predict_for_every_form_of_request(
     served: Any, expected: dict[str, list[Any]]
 ):
-    answers = triton(served, "every_way", {"texts": TEXTS})
+    answers = triton(served, "every_form", {"texts": TEXTS})
     assert len(answers) == 16
     logits = answers["default"]["logits"]
     for form, tensors in answers.items():
@@ -125,7 +125,7 @@ def test_triton_sends_tensors_as_bytes_and_as_json_with_the_same_answer(served: 
 
 
 def test_triton_understands_every_refusal(served: Any):
-    answers = triton(served, "refused", {"texts": TEXTS})
+    answers = triton(served, "refusals", {"texts": TEXTS})
     statuses = {name: status for name, (status, _) in answers.items()}
     assert statuses == {
         "model": "404",
@@ -148,8 +148,8 @@ def test_triton_understands_every_refusal(served: Any):
     assert "which no request can override" in answers["override"][1]
 
 
-def test_triton_unloads_a_model_and_loads_it_again(served: Any):
-    answers = triton(served, "control")
+def test_triton_unloads_and_loads_a_model(served: Any):
+    answers = triton(served, "unload_and_load")
     ready, index = answers["without"]
     assert ready is False
     assert {entry["name"]: entry["state"] for entry in index}["tiny"] == "READY"

@@ -122,8 +122,8 @@ def test_inputs_with_different_numbers_of_rows_are_refused(tmp_path):
     node = helper.make_node("Add", ["a", "b"], ["y"])
     both = [floats("a", ["n", "k"]), floats("b", ["n", "k"])]
     model = onnx_model([node], inputs=both, outputs=[floats("y", ["n", "k"])])
-    known = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}
-    opened = Model.open(tensor_bundle(tmp_path, model=model, known_inputs=[known]))
+    inputs = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}
+    opened = Model.open(tensor_bundle(tmp_path, model=model, known_inputs=[inputs]))
     assert [bucket.label for bucket in opened.buckets] == ["3,3", "other"]
     with pytest.raises(BadRequest, match="input 'b' has 3 rows and 'a' has 2"):
         opened.tensor_jobs({"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)})
