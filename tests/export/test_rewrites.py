@@ -137,7 +137,7 @@ def test_modules_that_only_look_untraceable_are_traced(
     np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_torch_is_as_it_was_after_an_export() -> None:
+def test_an_export_leaves_torch_unchanged() -> None:
     apply, detect = nn.Module._apply, nn.modules.transformer._detect_is_causal_mask
     convert(Casts().eval(), {"x": torch.randn(3, 5, 4)}, dynamic_axes={}, outputs=["y"])
     assert nn.Module._apply is apply
