@@ -1,4 +1,4 @@
-"""The known operators: those that are quiet, those that draw and those that train.
+"""The known operators: those that neither draw nor train, those that draw, and those that train.
 
 `python -m tests.export.operator_table` writes this file from the schemas of onnx, and a test
 compares both. The names are listed by domain, and the domain of ONNX is the empty string. Operators

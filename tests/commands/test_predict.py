@@ -92,13 +92,13 @@ class Server(ThreadingHTTPServer):
 
 def _answer(index: int, line: str) -> bytes:
     try:
-        row = json.loads(line)
+        asked = json.loads(line)
     except ValueError:
         return (
             json.dumps({"index": index, "error": "not valid JSON"}, separators=(",", ":")).encode()
             + b"\n"
         )
-    text = row if isinstance(row, str) else row["text"]
+    text = asked if isinstance(asked, str) else asked["text"]
     answer = {
         "index": index,
         "label": text,

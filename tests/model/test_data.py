@@ -1,4 +1,6 @@
-"""Files of users: formats, columns and refusals; rows that are left out; the split into parts."""
+"""Files as users have them: every ending, every column, every refusal; rows that are left out are
+counted, and a split loses and leaks nothing.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,14 @@ def keys_of(data: DataSet, key: Callable[[str], str]) -> dict[str, list[str]]:
     return {name: [key(text) for text in part.texts] for name, part in parts.items()}
 
 
-@pytest.mark.parametrize("format", ["csv", "tsv", "jsonl", "parquet"])
-def test_every_format_gives_the_same_rows(tmp_path, format):
-    if format == "csv":
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_ending_gives_the_same_rows(tmp_path, ending):
+    if ending == "csv":
         path = csv_of(tmp_path)
-    elif format == "tsv":
+    elif ending == "tsv":
         path = tmp_path / "rows.tsv"
         path.write_text("".join(f"{text}\t{label}\n" for text, label in [("text", "label"), *ROWS]))
-    elif format == "jsonl":
+    elif ending == "jsonl":
         path = tmp_path / "rows.jsonl"
         path.write_text(
             "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS)
@@ -61,15 +63,15 @@ def test_every_format_gives_the_same_rows(tmp_path, format):
     data = read_file(path)
     assert all_pairs(data) == sorted(ROWS)
     assert data.labels == ("bad", "good")
-    assert data.name == f"rows.{format}"
+    assert data.name == f"rows.{ending}"
 
 
-def test_every_value_of_a_csv_is_a_text(tmp_path):
+def test_a_csv_is_nothing_but_text(tmp_path):
     rows = [(f"NA null {n}", ("007", "NA")[n % 2]) for n in range(100)]
     assert read_file(csv_of(tmp_path, rows)).labels == ("007", "NA")
 
 
-def test_booleans_can_be_labels(tmp_path):
+def test_numbers_and_truths_are_labels_too(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(
@@ -81,7 +83,7 @@ def test_booleans_can_be_labels(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["Sentence,Lang", "review,category", "sentiment,content"])
-def test_the_usual_names_of_columns_are_found_in_any_capitals(tmp_path, header):
+def test_the_usual_names_of_columns_are_found_whatever_their_capitals(tmp_path, header):
     rows = [pair[::-1] for pair in ROWS] if header.startswith("sentiment") else ROWS
     assert all_pairs(read_file(csv_of(tmp_path, rows, header=header))) == sorted(ROWS)
 
@@ -91,29 +93,28 @@ def test_columns_can_be_named(tmp_path):
     assert all_pairs(read_file(path, text_column="label", label_column="text")) == sorted(ROWS)
 
 
-def test_the_part_of_a_row_depends_on_its_text_alone(tmp_path):
-    data = read_file(csv_of(tmp_path))
-    fewer_rows = read_file(csv_of(tmp_path, ROWS[:150][::-1], name="fewer.csv"))
+def test_the_split_is_by_the_text_alone(tmp_path):
+    whole = read_file(csv_of(tmp_path))
+    fewer = read_file(csv_of(tmp_path, ROWS[:150][::-1], name="fewer.csv"))
     for part in ("train", "validation", "test"):
-        assert set(getattr(fewer_rows, part).texts) <= set(getattr(data, part).texts)
-    assert 0.05 < len(data.test.texts) / len(ROWS) < 0.2
-    assert 0.05 < len(data.validation.texts) / len(ROWS) < 0.2
+        assert set(getattr(fewer, part).texts) <= set(getattr(whole, part).texts)
+    assert 0.05 < len(whole.test.texts) / len(ROWS) < 0.2
+    assert 0.05 < len(whole.validation.texts) / len(ROWS) < 0.2
 
 
-def test_no_text_occurs_twice_or_with_two_labels(tmp_path):
+def test_no_text_stands_twice_and_none_with_two_labels(tmp_path):
     data = read_file(csv_of(tmp_path, [*ROWS, *ROWS[:50], (ROWS[7][0], "bad")]))
     assert all_pairs(data) == sorted(row for row in ROWS if row != ROWS[7])
 
 
-def test_all_rows_of_a_rare_label_are_in_train(tmp_path):
-    # The hashes of some of these texts belong to the test or the validation part.
-    for number in range(10):
+def test_a_label_too_rare_to_reach_train_goes_there_whole(tmp_path):
+    for number in range(10):  # some of these texts hash to test or validation
         data = read_file(csv_of(tmp_path, [*ROWS, (f"rare {number}", "rare")]))
         assert "rare" in data.train.labels
         assert "rare" not in (*data.validation.labels, *data.test.labels)
 
 
-def test_the_sha256_depends_on_the_content_and_not_on_the_name(tmp_path):
+def test_the_sha_is_of_the_content_and_not_of_the_name(tmp_path):
     first, same = read_file(csv_of(tmp_path)), read_file(csv_of(tmp_path, name="other.csv"))
     changed = read_file(csv_of(tmp_path, [("another text", "good"), *ROWS]))
     assert first.sha256 == same.sha256 != changed.sha256
@@ -135,7 +136,7 @@ def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "message"),
+    ("rows", "options", "said"),
     [
         (
             ROWS,
@@ -163,14 +164,12 @@ def test_nothing_is_left_in_the_users_folders(tmp_path, monkeypatch, capfd):
         ([*ROWS[:12], *ROWS[:3]], {}, r"has 12 usable rows, .*12 of 15 rows .*3 duplicate left"),
     ],
 )
-def test_data_that_cannot_be_trained_on_is_refused_in_one_sentence(
-    tmp_path, rows, options, message
-):
+def test_what_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path, rows, options, said):
     path = csv_of(tmp_path, rows)
-    with pytest.raises(DataError, match=message) as refusal:
+    with pytest.raises(DataError, match=said) as refused:
         read_file(path, **options)
-    assert str(path) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("missing", ["", "   ", "\u00a0"])
@@ -183,7 +182,7 @@ def test_rows_without_a_text_or_a_label_are_left_out_and_counted(tmp_path, missi
     assert str(data.reading) == ("200 of 203 rows are used (2 empty text, 1 empty label left out)")
 
 
-def test_null_and_nan_in_json_are_missing_values(tmp_path):
+def test_null_and_nan_are_no_value_where_a_format_has_them(tmp_path):
     lines = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
     lines += ['{"text": null, "label": "x"}', '{"text": "b", "label": NaN}', '{"text": "c"}']
     path = tmp_path / "rows.jsonl"
@@ -193,7 +192,7 @@ def test_null_and_nan_in_json_are_missing_values(tmp_path):
     assert data.reading.left_out == {"empty text": 1, "empty label": 2}
 
 
-def test_half_of_a_surrogate_pair_is_replaced_in_a_text_and_refused_in_a_label(tmp_path):
+def test_half_of_a_surrogate_pair_is_read_as_the_front_end_reads_it_and_is_no_label(tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"text": f"\ud800 {text}", "label": label}) for text, label in ROWS]
     path.write_text("\n".join(lines))
@@ -203,36 +202,33 @@ def test_half_of_a_surrogate_pair_is_replaced_in_a_text_and_refused_in_a_label(t
         read_file(path)
 
 
-def test_texts_in_different_unicode_forms_are_one_text(tmp_path):
+def test_texts_that_are_composed_otherwise_are_one_text(tmp_path):
     rows = [(f"déjà vu number {n}", ("bad", "good")[n % 2]) for n in range(200)]
     twins = [(unicodedata.normalize("NFD", text), label) for text, label in rows]
     data = read_file(csv_of(tmp_path, [*rows, *twins]))
     assert all_pairs(data) == sorted(rows)
     assert data.reading.left_out == {"duplicate": 200}
-    reversed_data = read_file(csv_of(tmp_path, [*twins[::-1], *rows[::-1]]))
+    turned = read_file(csv_of(tmp_path, [*twins[::-1], *rows[::-1]]))
     assert [
         set(map(composed, part.texts)) for part in (data.train, data.validation, data.test)
-    ] == [
-        set(map(composed, part.texts))
-        for part in (reversed_data.train, reversed_data.validation, reversed_data.test)
-    ]
-    contradiction = [(unicodedata.normalize("NFD", rows[7][0]), "bad")]
-    data = read_file(csv_of(tmp_path, [*rows, *contradiction]))
+    ] == [set(map(composed, part.texts)) for part in (turned.train, turned.validation, turned.test)]
+    wrong = [(unicodedata.normalize("NFD", rows[7][0]), "bad")]
+    data = read_file(csv_of(tmp_path, [*rows, *wrong]))
     assert all_pairs(data) == sorted(row for row in rows if row != rows[7])
     assert data.reading.left_out == {"contradictory": 2}
 
 
-def test_texts_that_a_front_end_reads_alike_are_one_text(tmp_path):
+def test_what_a_front_end_reads_alike_is_one_text_in_one_part(tmp_path):
     rows = [(f"{word} {n}", label) for word, label in ROWS for n in ("one", "ONE", "One")]
     data = read_file(csv_of(tmp_path, rows), identity=lambda text: text.lower().encode())
     assert len(all_pairs(data)) == 200
     assert data.reading.left_out == {"duplicate": 400}
 
 
-def test_texts_that_a_tokenizer_reads_alike_are_in_one_part(tmp_path):
+def test_rows_that_only_a_tokenizer_shows_to_be_alike_stand_in_one_part(tmp_path):
     data = read_file(csv_of(tmp_path))
     assert tell_apart(data, keys_of(data, lambda text: text)) is data
-    test_text, train_text = data.test.texts[0], data.train.texts[0]
+    held_out, trained = data.test.texts[0], data.train.texts[0]
     same_label = next(
         text
         for text, label in zip(data.train.texts, data.train.labels, strict=True)
@@ -243,42 +239,39 @@ def test_texts_that_a_tokenizer_reads_alike_are_in_one_part(tmp_path):
         for text, label in zip(data.train.texts, data.train.labels, strict=True)
         if label != data.test.labels[0]
     )
-    twins = tell_apart(data, keys_of(data, lambda text: same_label if text == test_text else text))
-    assert set(all_pairs(data)) - set(all_pairs(twins)) == {(test_text, data.test.labels[0])}
+    twins = tell_apart(data, keys_of(data, lambda text: same_label if text == held_out else text))
+    assert set(all_pairs(data)) - set(all_pairs(twins)) == {(held_out, data.test.labels[0])}
     assert twins.reading.left_out == {"duplicate": 1}
-    contradicted = tell_apart(
-        data, keys_of(data, lambda text: other_label if text == test_text else text)
-    )
-    lost = {text for text, _ in set(all_pairs(data)) - set(all_pairs(contradicted))}
-    assert lost == {test_text, other_label}
-    assert contradicted.reading.left_out == {"contradictory": 2}
+    rivals = tell_apart(data, keys_of(data, lambda text: other_label if text == held_out else text))
+    lost = {text for text, _ in set(all_pairs(data)) - set(all_pairs(rivals))}
+    assert lost == {held_out, other_label}
+    assert rivals.reading.left_out == {"contradictory": 2}
     with pytest.raises(DataError, match=r"no row is left to train on.*200 contradictory"):
-        tell_apart(data, keys_of(data, lambda text: train_text))
+        tell_apart(data, keys_of(data, lambda text: trained))
 
 
-def test_a_long_run_of_combining_marks_is_read_in_seconds(tmp_path):
+def test_a_long_run_of_combining_marks_takes_no_time_worth_a_word(tmp_path):
     started = time.monotonic()
     rows = [("a" + "\u0316\u0301" * 200_000, "good"), *ROWS]
     assert len(all_pairs(read_file(csv_of(tmp_path, rows)))) == 201
-    # Unicode normalisation of the whole run would take minutes.
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 20  # composing all of it takes minutes
 
 
-def test_a_separator_can_be_set_for_a_file_only(tmp_path):
+def test_a_separator_is_for_a_file_and_can_be_given(tmp_path):
     path = csv_of(tmp_path, separator=";")
     assert all_pairs(read_file(path, separator=";")) == sorted(ROWS)
     with pytest.raises(DataError, match="separator=';' applies to files only"):
         open_data("languages", text_column=None, label_column=None, separator=";", cache=tmp_path)
 
 
-def test_a_column_that_occurs_twice_is_refused(tmp_path):
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label,label\n" + "".join(f"{a},{b},{b}\n" for a, b in ROWS))
     with pytest.raises(DataError, match="has 2 columns 'label': give each a different name"):
         read_file(path)
 
 
-def test_the_error_about_a_missing_column_lists_the_columns(tmp_path):
+def test_a_file_without_a_usual_column_is_told_those_it_has(tmp_path):
     with pytest.raises(DataError, match=r"name one with --label-column: 'text', 'stars'"):
         read_file(csv_of(tmp_path, header="text,stars"))
 
@@ -299,12 +292,12 @@ def test_a_broken_file_is_refused_by_name(tmp_path, name, content):
         read_file(tmp_path / name)
 
 
-def test_a_column_cannot_be_set_for_the_default_data_set(tmp_path):
+def test_a_column_of_the_default_data_set_makes_no_sense(tmp_path):
     with pytest.raises(DataError, match="text_column='x' applies to files only"):
         open_data("languages", text_column="x", label_column=None, cache=tmp_path)
 
 
-def test_a_repeated_header_is_left_out_and_counted(tmp_path):
+def test_a_header_that_stands_again_is_left_out_and_counted(tmp_path):
     path = csv_of(tmp_path)
     path.write_text(path.read_text() + "text,label\nanother text,good\n")
     data = read_file(path)
@@ -329,7 +322,7 @@ def test_a_repeated_header_is_left_out_and_counted(tmp_path):
     ],
     ids=ascii,
 )
-def test_labels_that_look_alike_are_separate_classes_and_are_reported(tmp_path, twins):
+def test_labels_that_a_person_cannot_tell_apart_are_classes_that_are_named(tmp_path, twins):
     rows = [(text, (*twins, "other")[n % 3]) for n, (text, _) in enumerate(ROWS)]
     data = read_file(csv_of(tmp_path, rows))
     assert data.labels == tuple(sorted((*twins, "other")))
@@ -343,7 +336,7 @@ def test_labels_that_look_different_are_not_similar(tmp_path):
 
 
 @pytest.mark.parametrize("marks", ["''", "``", '""', "\u201c\u201d", "\u00ab\u00bb"])
-def test_a_column_whose_values_are_all_in_quotation_marks_gets_a_note(tmp_path, marks):
+def test_values_of_which_all_stand_in_quotation_marks_are_warned_of(tmp_path, marks):
     rows = [(text, marks[0] + label + marks[1]) for text, label in ROWS]
     data = read_file(csv_of(tmp_path, rows))
     (note,) = data.reading.notes
@@ -351,7 +344,7 @@ def test_a_column_whose_values_are_all_in_quotation_marks_gets_a_note(tmp_path, 
     assert read_file(csv_of(tmp_path, [*rows, ("a text", "plain")])).reading.notes == ()
 
 
-def test_quotation_marks_in_a_tsv_get_one_note(tmp_path):
+def test_marks_that_the_file_cannot_enclose_values_in_are_warned_of_once(tmp_path):
     path = tmp_path / "rows.tsv"
     lines = [f'{text}\t"{label}"\n' for text, label in ROWS]
     path.write_text("text\tlabel\n" + "".join(lines))
@@ -359,10 +352,10 @@ def test_quotation_marks_in_a_tsv_get_one_note(tmp_path):
     assert "200 values of column 'label' keep the quotation marks around them" in note
 
 
-def test_an_error_about_many_or_long_columns_is_short(tmp_path):
+def test_a_sentence_names_some_of_many_columns_and_no_megabytes(tmp_path):
     path = tmp_path / "rows.csv"
     for names in ([f"c{number}" for number in range(500)], ["x" * 5_000_000, "label"]):
         path.write_text(",".join(names) + "\n" + ",".join("a" for _ in names) + "\n")
-        with pytest.raises(DataError, match="name one with --text-column") as refusal:
+        with pytest.raises(DataError, match="name one with --text-column") as refused:
             read_file(path)
-        assert len(str(refusal.value)) < 1_000
+        assert len(str(refused.value)) < 1_000

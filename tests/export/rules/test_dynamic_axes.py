@@ -91,7 +91,7 @@ def test_without_declared_axes_the_rule_does_not_apply() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "sizes"),
+    ("answer", "where"),
     [
         (lambda y: y * 2 if y.shape[1] == 11 else y, "at length = 11"),
         (lambda y: y * 2 if y.shape[1] % 11 == 0 else y, "at length = 11"),
@@ -102,13 +102,13 @@ def test_without_declared_axes_the_rule_does_not_apply() -> None:
     ],
 )
 def test_a_branch_that_no_probe_takes_is_found(
-    answer: Callable[[Tensor], Tensor], sizes: str
+    answer: Callable[[Tensor], Tensor], where: str
 ) -> None:
     candidate = candidate_of(Calls(answer).eval(), [torch.randn(3, 9, 4), torch.randn(2, 14, 4)])
     record = dynamic_axes.check(subject_of(candidate))
     assert record.verdict is Verdict.FAIL
     assert "the module takes another way" in messages(record)
-    assert sizes in messages(record)
+    assert where in messages(record)
 
 
 def test_a_branch_with_the_same_answers_passes() -> None:

@@ -193,19 +193,17 @@ def test_a_flag_that_a_call_passes_to_its_function_is_known_and_without_a_call_u
 def test_a_finding_says_why_an_attribute_is_unknown() -> None:
     mistyped = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="node")
     mistyped.attribute.append(helper.make_attribute("training_mode", 1.0))
-    reason = "it is written in a way on which readers differ, and not as one integer"
-    assert reason in str(finding_of(mistyped, opset=15))
-    referring = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="node")
-    referring.attribute.add(
-        name="training_mode", ref_attr_name="flag", type=onnx.AttributeProto.INT
-    )
-    assert "there is no such call" in str(finding_of(referring, opset=15))
-    functions = (function(referring, 15, "flag"),)
+    written = "it is written in a way on which readers differ, and not as one integer"
+    assert written in str(finding_of(mistyped, opset=15))
+    refers = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="node")
+    refers.attribute.add(name="training_mode", ref_attr_name="flag", type=onnx.AttributeProto.INT)
+    assert "there is no such call" in str(finding_of(refers, opset=15))
+    functions = (function(refers, 15, "flag"),)
     call = helper.make_node("f", ["x"], ["y"], domain="my", name="call", flag=1.0)
-    reason_at_call = "the call of its function gives 'flag', and not as one integer"
-    assert reason_at_call in str(finding_of(call, opset=20, functions=functions))
-    referring.attribute[0].i = 1
-    assert reason in str(finding_of(referring, opset=15))
+    given = "the call of its function gives 'flag', and not as one integer"
+    assert given in str(finding_of(call, opset=20, functions=functions))
+    refers.attribute[0].i = 1
+    assert written in str(finding_of(refers, opset=15))
 
 
 @pytest.mark.parametrize(
