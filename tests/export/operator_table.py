@@ -14,7 +14,8 @@ from evalmode.export.rules.opaque_op import newest_opsets, quiet_operators
 from evalmode.export.rules.stochastic_op import drawing_operators
 from evalmode.export.rules.training_mode import TRAINS
 
-_HEAD = '''"""The known operators: those that neither draw nor train, those that draw, and those that train.
+_HEAD = '''\
+"""The known operators: those that neither draw nor train, those that draw, and those that train.
 
 `python -m tests.export.operator_table` writes this file from the schemas of onnx, and a test
 compares both. The names are listed by domain, and the domain of ONNX is the empty string. Operators
