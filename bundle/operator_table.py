@@ -1,13 +1,13 @@
 """The known operators: those that neither draw nor train, those that draw, and those that train.
 
-Written by `python -m tests.export.operator_table` from onnx's schemas; a test compares
-them. The names are listed by their domain; ONNX's own is the empty string. Operators that have a
-training mode are in none of the tables: `operators.py` judges each node of these.
+`python -m tests.export.operator_table` writes this file from the schemas of onnx, and a test
+compares both. The names are listed by domain, and the domain of ONNX is the empty string. Operators
+with a training mode are in none of the tables: `operators.py` checks the mode of each such node.
 """
 
 from __future__ import annotations
 
-# The newest opset of each domain in which the operators are known.
+# The newest opset of each domain whose operators have been reviewed.
 NEWEST_OPSETS = {
     "": 28,
     "ai.onnx.ml": 5,
@@ -15,7 +15,7 @@ NEWEST_OPSETS = {
     "ai.onnx.preview.training": 1,
 }
 
-# What neither draws nor trains.
+# Operators that neither draw nor train.
 QUIET = {
     "": """
         Abs Acos Acosh Add Affine AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh Attention
@@ -87,7 +87,7 @@ QUIET = {
     """,
 }
 
-# What draws random numbers.
+# Operators that draw random numbers.
 DRAWS = {
     "": """
         Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike
@@ -97,7 +97,7 @@ DRAWS = {
     """,
 }
 
-# What only a training graph is made of.
+# Operators that only training graphs contain.
 TRAINS = {
     "ai.onnx.preview.training": """
         Adagrad Adam Gradient Momentum

@@ -1,12 +1,12 @@
-"""What several rooms' tests share: a small trained-looking checkpoint and the bundle made of it."""
+"""A small checkpoint, which looks trained, and its bundle: shared by the tests of several rooms."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Several test processes share the cores: threads that wait for one another only take time. Read
-# when torch is loaded.
+# Several test processes share the cores, so more threads would only wait for one another. torch
+# reads the variable when it is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -33,7 +33,7 @@ TEXTS = (
 
 
 def small_config(**changes: object) -> TransformerConfig:
-    """A network with every dropout site on, small enough to export in a second or two."""
+    """A network with a rate at every dropout site, small enough to export in a second or two."""
     sizes = {
         "vocabulary": 512,
         "labels": 5,
@@ -47,9 +47,7 @@ def small_config(**changes: object) -> TransformerConfig:
 
 
 def make_checkpoint(module: torch.nn.Module, *, labels: int = 5) -> Checkpoint:
-    """A checkpoint, as `model.checkpoint.load` returns it, around any module that reads n-gram
-    ids.
-    """
+    """A checkpoint, as `model.checkpoint.load` returns it, of any module that reads n-gram ids."""
     spec = NgramSpec(vocabulary=512, lengths=(4, 16))
     frontend = NgramFrontEnd(spec)
     rows = [frontend.encode(text).ids for text in TEXTS * 4]
@@ -70,7 +68,7 @@ def checkpoint() -> Checkpoint:
     torch.manual_seed(0)
     module = Transformer(small_config())
     for parameter in module.parameters():
-        # an untrained head answers nearly the same to everything
+        # An untrained head gives nearly the same answer to every text.
         torch.nn.init.normal_(parameter, std=0.3)
     return make_checkpoint(module)
 

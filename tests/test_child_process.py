@@ -158,7 +158,7 @@ for message in child.ask(sys.argv[1].encode()):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("question", ["sleep", "spin"])
 @pytest.mark.usefixtures("child")  # writes answers.py
-def test_a_child_ends_with_its_parent_in_whatever_way_the_parent_ends(
+def test_a_child_ends_with_its_parent_however_the_parent_ends(
     how: signal.Signals, question: str, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", PARENT, question]

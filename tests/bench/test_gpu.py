@@ -96,7 +96,9 @@ def test_counts_are_spelled_as_spans(gpu: ModuleType) -> None:
         ([WRITTEN / "small/1", "--provider", "cuda"], "provider cuda is not available here"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(arguments: list[object], sentence: str) -> None:
+def test_an_impossible_measurement_is_refused_in_one_sentence(
+    arguments: list[object], sentence: str
+) -> None:
     process = run(*arguments)
     if "cuda" in arguments and process.returncode == 0:
         pytest.skip("this machine has a GPU")

@@ -175,7 +175,7 @@ def test_a_killed_server_is_not_found(config: Path) -> None:
         )
 
 
-def test_of_two_servers_in_one_environment_the_one_at_the_configured_address_is_asked(
+def test_of_two_servers_in_one_environment_the_address_is_the_configured_one(
     bundle: Path, config: Path
 ) -> None:
     port = free_port()
@@ -200,7 +200,7 @@ def test_two_servers_in_one_environment_without_a_configured_address_are_ambiguo
         )
 
 
-def test_a_server_in_another_environment_is_not_asked(config: Path) -> None:
+def test_a_server_in_another_environment_is_ignored(config: Path) -> None:
     port = free_port()
     with processes.running(Path("tiny"), program=TINY, config=config):
         assert_unhealthy(
@@ -227,7 +227,7 @@ def test_without_proc_the_address_comes_from_the_environment_and_the_settings_fi
         )
 
 
-def test_in_a_container_process_1_is_asked_whatever_its_variables(tmp_path: Path) -> None:
+def test_in_a_container_the_address_is_that_of_process_1_with_any_variables(tmp_path: Path) -> None:
     unshare = ("unshare", "--map-root-user", "--pid", "--fork", "--mount-proc")
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system forbids user namespaces")

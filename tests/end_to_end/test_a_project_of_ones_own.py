@@ -1,6 +1,4 @@
-"""Someone's project, with packages that are called as ours are, goes the whole way by the real
-command.
-"""
+"""The real command in a project of a user, whose packages have the same names as our rooms."""
 
 from __future__ import annotations
 
@@ -52,26 +50,24 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose packages `model`, `export`, `service` and `bundle` are the user's."""
+    """A project with packages `model`, `export`, `service` and `bundle` of the user."""
     folder = tmp_path_factory.mktemp("theirs")
     files = {
         "model/net.py": NET,
         "service/scale.py": "SCALE = 2.0\n",
         "export/__init__.py": "NAME = 'theirs'\n",
+        "model/__init__.py": "",
+        "service/__init__.py": "",
+        # No file of the project imports this package, so evalmode must not import it either.
+        "bundle/__init__.py": "raise RuntimeError('the bundle package of the user')\n",
     }
-    for name in ("model/__init__.py", "service/__init__.py", "bundle/__init__.py"):
-        files[name] = (
-            ""
-            if name != "bundle/__init__.py"
-            else "raise RuntimeError('theirs, and not asked for')\n"
-        )
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     return folder
 
 
-def called(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_evalmode(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [EVALMODE, *arguments],
         cwd=project,
@@ -84,20 +80,20 @@ def called(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def exported(project: Path) -> Path:
-    made = called(
+    process = run_evalmode(
         project, "export", "model.net:build", "--inputs", "model.net:inputs", "--name", "theirs"
     )
-    assert made.returncode == 0, made.stderr
-    assert "digest " in made.stdout
+    assert process.returncode == 0, process.stderr
+    assert "digest " in process.stdout
     return project / "bundles/theirs/1"
 
 
-def test_the_users_packages_win_and_his_module_becomes_a_bundle_that_verifies(
+def test_the_packages_of_the_user_win_and_their_module_becomes_a_verified_bundle(
     exported: Path, project: Path
 ) -> None:
-    found = called(project, "verify", "bundles", "--format", "json")
-    assert found.returncode == 0, found.stdout
-    (file,) = json.loads(found.stdout)["files"]
+    process = run_evalmode(project, "verify", "bundles", "--format", "json")
+    assert process.returncode == 0, process.stdout
+    (file,) = json.loads(process.stdout)["files"]
     assert (file["path"], file["verdict"], file["findings"]) == ("bundles/theirs/1", "pass", [])
     assert {rule["rule"] for rule in file["certified"]} >= {
         "parity",
@@ -107,42 +103,41 @@ def test_the_users_packages_win_and_his_module_becomes_a_bundle_that_verifies(
     }
 
 
-def test_what_leaks_is_refused_with_its_line_and_leaves_nothing(project: Path) -> None:
-    refused = called(
+def test_a_leaking_module_is_refused_with_its_line_and_writes_nothing(project: Path) -> None:
+    process = run_evalmode(
         project, "export", "model.net:leaks", "--inputs", "model.net:inputs", "--out", "leaky"
     )
-    assert refused.returncode == 1
-    assert "eager-randomness" in refused.stdout
-    assert "net.py:13" in refused.stdout.replace("\n", "")
+    assert process.returncode == 1
+    assert "eager-randomness" in process.stdout
+    assert "net.py:13" in process.stdout.replace("\n", "")
     assert [*project.glob("leaky/*")] == []
 
 
-def test_a_bundle_without_a_front_end_is_served_no_texts_and_says_so(
+def test_predict_refuses_texts_for_a_bundle_without_a_front_end(
     exported: Path, project: Path
 ) -> None:
-    refused = called(project, "predict", "a text", "--bundle", str(exported))
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
+    process = run_evalmode(project, "predict", "a text", "--bundle", str(exported))
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("factory", "code", "kind"), [("build", 0, "inverted"), ("unscaled", 1, "unscaled")]
 )
-def test_the_audit_tells_the_scale_that_is_kept_from_the_one_that_is_lost(
+def test_the_audit_distinguishes_scaled_from_unscaled_dropout(
     project: Path, factory: str, code: int, kind: str
 ) -> None:
-    found = called(project, "audit", f"model.net:{factory}", "--inputs", "model.net:inputs")
-    assert found.returncode == code, found.stderr
-    assert f"│ {kind}" in found.stdout
+    process = run_evalmode(project, "audit", f"model.net:{factory}", "--inputs", "model.net:inputs")
+    assert process.returncode == code, process.stderr
+    assert f"│ {kind}" in process.stdout
     if code:
-        assert re.search(r"(1\.9|2)\S* times larger in eval than in training", found.stdout)
+        assert re.search(r"(1\.9|2)\S* times larger in eval than in training", process.stdout)
 
 
-def test_the_audits_report_points_to_the_users_file(project: Path) -> None:
+def test_the_report_of_the_audit_points_to_the_file_of_the_user(project: Path) -> None:
     arguments = ("audit", "model.net:unscaled", "--inputs", "model.net:inputs", "--samples", "200")
-    assert (
-        called(project, *arguments, "--format", "sarif", "--output", "audit.sarif").returncode == 1
-    )
+    process = run_evalmode(project, *arguments, "--format", "sarif", "--output", "audit.sarif")
+    assert process.returncode == 1
     (run,) = json.loads((project / "audit.sarif").read_text())["runs"]
     (result,) = run["results"]
     assert result["ruleId"] == "expectation-gap"
@@ -150,7 +145,7 @@ def test_the_audits_report_points_to_the_users_file(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ("export", "model.net:build"),
@@ -180,34 +175,38 @@ def test_the_audits_report_points_to_the_users_file(project: Path) -> None:
         (("verify", "bundles", "--exclude", "no-rule"), "there is no rule no-rule; the rules are"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence_and_exit_code_2(
-    project: Path, exported: Path, arguments: tuple[str, ...], said: str
+def test_an_unusable_argument_is_one_sentence_and_exit_code_2(
+    project: Path, exported: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    refused = called(project, *arguments)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(f"evalmode: {said}")
-    assert refused.stderr.count("\n") == 1
+    process = run_evalmode(project, *arguments)
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"evalmode: {message}")
+    assert process.stderr.count("\n") == 1
 
 
-def test_a_bare_file_is_run_on_given_inputs_and_compared_with_its_module(
+def test_a_bare_file_is_run_on_inputs_and_compared_with_its_module(
     project: Path, exported: Path
 ) -> None:
     file = str(exported / "model.onnx")
     np.savez(
         project / "rows.npz", x=np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
     )
-    for inputs, module, ran in (
+    for inputs, module, expected_rules in (
         ("rows.npz", None, {"repeatability", "non-finite", "batch-invariance"}),
         ("made", None, {"repeatability", "non-finite", "batch-invariance"}),
         ("rows.npz", "model.net:build", {"repeatability", "parity", "dynamic-axes"}),
     ):
-        more = () if module is None else ("--module", module)
-        found = called(project, "verify", file, "--inputs", inputs, *more, "--format", "json")
-        (report,) = json.loads(found.stdout)["files"]
-        verdicts = {rule["rule"]: rule["verdict"] for rule in report["rules"]}
-        assert ran <= {rule for rule, verdict in verdicts.items() if verdict in ("pass", "fail")}
-        # A factory that does not load the trained weights makes another module, and parity must say
-        # so.
-        assert (found.returncode, verdicts["parity"]) == (
-            (0, "not applicable") if module is None else (1, "fail")
+        module_options = () if module is None else ("--module", module)
+        process = run_evalmode(
+            project, "verify", file, "--inputs", inputs, *module_options, "--format", "json"
         )
+        (report,) = json.loads(process.stdout)["files"]
+        verdicts = {rule["rule"]: rule["verdict"] for rule in report["rules"]}
+        assert expected_rules <= {
+            rule for rule, verdict in verdicts.items() if verdict in ("pass", "fail")
+        }
+        # The factory does not load the weights of the exported module, so parity must fail.
+        if module is None:
+            assert (process.returncode, verdicts["parity"]) == (0, "not applicable")
+        else:
+            assert (process.returncode, verdicts["parity"]) == (1, "fail")

@@ -1,8 +1,8 @@
-"""README and docs say what is true: their commands are run, and their flags, links and paths exist.
+"""README and docs are true: their commands are run, and their flags, links and paths exist.
 
-A `console` block shows commands and what they print, where `...` stands for any text. A `python`
-block is run as it is. An `sh` block is not run: its commands need a network, a container engine or
-files of the reader. The commands of `evalmode` in it must parse all the same.
+A `console` block shows commands and their output, where `...` stands for any text. A `python` block
+is run as it is. An `sh` block is not run, because its commands need a network, a container engine
+or files of the reader. Its `evalmode` commands and their flags must exist.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Block:
 
     @property
     def commands(self) -> list[tuple[str, str]]:
-        """The commands of a `console` block, each with the output that is shown below it."""
+        """The commands of a `console` block, each with its expected output."""
         commands = []
         for part in re.split(r"^\$ ", self.text, flags=re.MULTILINE)[1:]:
             command, _, output = part.partition("\n")
@@ -95,7 +95,7 @@ class Terminal:
             )
             self.wait_until_ready()
             return
-        done = subprocess.run(
+        process = subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,
             env=self.environment,
@@ -104,11 +104,12 @@ class Terminal:
             timeout=300,
             check=False,
         )
-        # A command that fails, such as `verify` of a leaky file, must show what it prints.
-        assert done.returncode == 0 or expected.strip(" .\n"), (command, done.stderr)
-        printed = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+        # A command may fail, such as `verify` of a leaky file, if the document shows its output.
+        assert process.returncode == 0 or expected.strip(" .\n"), (command, process.stderr)
+        printed = "\n".join(line.rstrip() for line in process.stdout.splitlines())
         pattern = re.escape(expected.strip()).replace(re.escape("..."), ".*")
-        assert re.fullmatch(pattern, printed, re.DOTALL), (command, expected, printed, done.stderr)
+        failure = (command, expected, printed, process.stderr)
+        assert re.fullmatch(pattern, printed, re.DOTALL), failure
 
     def wait_until_ready(self) -> None:
         end = time.monotonic() + START_S
@@ -121,7 +122,7 @@ class Terminal:
 
 @pytest.fixture(scope="module")
 def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
-    """A terminal in which the README was followed from its first line to its last."""
+    """A terminal in which all blocks of the README have been run, in their order."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "examples", folder / "examples")
     terminal = Terminal(folder)
@@ -137,7 +138,8 @@ def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_every_command_prints_what_the_document_shows(terminal: Terminal, document: Path) -> None:
-    if document != README:  # whose commands the fixture has run
+    # The fixture has run the commands of the README.
+    if document != README:
         for block in blocks_of(document):
             terminal.run(block)
 
@@ -148,7 +150,7 @@ def test_every_block_names_its_language(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_every_command_and_flag_that_is_named_exists(document: Path) -> None:
+def test_every_command_and_flag_in_a_document_exists(document: Path) -> None:
     group = typer.main.get_group(app)
     context = group.make_context("evalmode", ["show", "-"])
     text = document.read_text()
@@ -175,7 +177,7 @@ def test_every_command_and_flag_that_is_named_exists(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_every_link_and_path_leads_somewhere(document: Path) -> None:
+def test_every_link_and_path_exists(document: Path) -> None:
     text = FENCE.sub("", document.read_text())
     links = re.findall(r"\]\(([^)#]+)\)", text)
     targets = [document.parent / link for link in links if not link.startswith("http")]

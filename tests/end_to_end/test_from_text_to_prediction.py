@@ -1,6 +1,4 @@
-"""The whole way through the installed command: a file of texts, a training, a bundle, a server, the
-same bits.
-"""
+"""The installed command from a file of texts to predictions: training, bundle, server."""
 
 from __future__ import annotations
 
@@ -25,23 +23,24 @@ WORDS = {
 
 
 def sentences(count: int, *, seed: int) -> list[tuple[str, str]]:
-    draw = random.Random(seed)
-    labels = [draw.choice(list(WORDS)) for _ in range(count)]
+    generator = random.Random(seed)
+    labels = [generator.choice(list(WORDS)) for _ in range(count)]
     return [
-        (" ".join(draw.choices(WORDS[label], k=draw.randint(2, 30))), label) for label in labels
+        (" ".join(generator.choices(WORDS[label], k=generator.randint(2, 30))), label)
+        for label in labels
     ]
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [EVALMODE, *arguments], cwd=cwd, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module", params=["bpe", "ngrams"])
-def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a small model was trained on a file and exported."""
     folder = tmp_path_factory.mktemp(request.param)
     lines = [json.dumps({"text": text, "label": label}) for text, label in sentences(600, seed=1)]
@@ -66,12 +65,12 @@ def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def server(work: Path) -> Iterator[str]:
-    """The address of a real server of that bundle."""
+def server(project: Path) -> Iterator[str]:
+    """The address of a real server of the bundle."""
     command = [EVALMODE, "serve", "--port", "0"]
     settings = {**os.environ, "EVALMODE_LOG_FORMAT": "json", "EVALMODE_ACCESS_LOG": "0"}
     with subprocess.Popen(
-        command, cwd=work, stderr=subprocess.PIPE, text=True, env=settings
+        command, cwd=project, stderr=subprocess.PIPE, text=True, env=settings
     ) as process:
         try:
             assert process.stderr is not None
@@ -82,18 +81,18 @@ def server(work: Path) -> Iterator[str]:
             process.kill()
 
 
-def test_the_model_learned_what_it_was_taught(work: Path) -> None:
+def test_the_model_predicts_the_labels_of_its_training_data(project: Path) -> None:
     answers = json.loads(
-        run("predict", "--json", "cat dog cow", "red blue", "one two six", cwd=work)
+        run("predict", "--json", "cat dog cow", "red blue", "one two six", cwd=project)
     )["predictions"]
     assert [answer["label"] for answer in answers] == ["animal", "colour", "number"]
 
 
 def test_predict_and_the_server_give_the_same_bits_alone_and_in_one_request(
-    work: Path, server: str
+    project: Path, server: str
 ) -> None:
     texts = ["", "?!", *(text for text, _ in sentences(198, seed=2))]
-    local = json.loads(run("predict", "--json", *texts, cwd=work))["predictions"]
+    local = json.loads(run("predict", "--json", *texts, cwd=project))["predictions"]
     with httpx.Client(base_url=server) as client:
         together = client.post("/v1/predict", json={"inputs": texts}).json()["predictions"]
         alone = [
@@ -101,13 +100,14 @@ def test_predict_and_the_server_give_the_same_bits_alone_and_in_one_request(
             for text in texts
         ]
     assert len(local) == 200
-    assert together == local  # floats read back from JSON: equal means equal bits
+    # Python writes and reads floats in JSON without a loss, so equal numbers have equal bits.
+    assert together == local
     assert alone == local
 
 
-def test_the_server_names_the_digest_that_the_manifest_file_has(work: Path, server: str) -> None:
+def test_the_server_reports_the_digest_of_the_manifest_file(project: Path, server: str) -> None:
     model = httpx.get(f"{server}/v1/model").json()
-    manifest = next(work.glob("bundles/*/*/manifest.json"))
+    manifest = next(project.glob("bundles/*/*/manifest.json"))
     sha256 = subprocess.run(
         ["sha256sum", manifest], capture_output=True, text=True, check=True
     ).stdout.split()[0]

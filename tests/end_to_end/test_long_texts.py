@@ -1,4 +1,4 @@
-"""One text of megabytes among short ones costs a training little more than the short ones do."""
+"""A training with one text of megabytes costs little more than one with short texts only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 EVALMODE = Path(sys.executable).parent / "evalmode"
 SMALL = ["--epochs", "1", "--width", "16", "--layers", "1", "--heads", "2"]
-# 20 MB each.
+# Texts of 20 MB: a unit, and how often it is repeated.
 LONG = {
     "words": ("some words and more ", 1_000_000),
     "one word": ("x", 20_000_000),
@@ -22,7 +22,7 @@ LONG = {
     "combining marks": ("\u0301\u0316", 5_000_000),
     "emoji": ("some words and more \U0001f600 ", 800_000),
 }
-# Run by a small process: the peak of a child begins with the memory of the process that makes it.
+# A small process runs the training: the peak memory of a child starts at that of its parent.
 MEASURE = """
 import os, sys
 child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
@@ -33,7 +33,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def write(path: Path, text: str) -> None:
-    """60 rows of which one has the text."""
+    """Write 60 rows, one of which has the text."""
     texts = [f"sentence {number} is {'fine' if number % 2 else 'poor'}" for number in range(60)]
     texts[5] = text
     rows = [(text, "pos" if number % 2 else "neg") for number, text in enumerate(texts)]
@@ -51,7 +51,7 @@ def write(path: Path, text: str) -> None:
 
 
 def cost(path: Path) -> tuple[float, float]:
-    """CPU seconds and peak memory in MB of training with a file."""
+    """The CPU seconds and the peak memory in MB of a training with a file."""
     train = [EVALMODE, "train", "--data", path, "--out", path.with_suffix(""), *SMALL]
     command = [sys.executable, "-S", "-c", MEASURE, *train]
     process = subprocess.run(command, capture_output=True, check=False, text=True)
@@ -61,7 +61,7 @@ def cost(path: Path) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("ending", "names"),
+    ("format", "kinds"),
     [
         ("csv", ("words", "quotation marks", "emoji")),
         ("tsv", ("one word", "combining marks")),
@@ -69,16 +69,16 @@ def cost(path: Path) -> tuple[float, float]:
         ("parquet", ("words", "combining marks")),
     ],
 )
-def test_one_long_text_costs_neither_time_nor_memory(tmp_path, ending, names):
-    write(tmp_path / f"short.{ending}", "a short text")
-    short_s, short_mb = cost(tmp_path / f"short.{ending}")
-    for name in names:
-        path = tmp_path / f"{name}.{ending}"
-        unit, count = LONG[name]
+def test_one_long_text_costs_neither_time_nor_memory(tmp_path, format, kinds):
+    write(tmp_path / f"short.{format}", "a short text")
+    short_s, short_mb = cost(tmp_path / f"short.{format}")
+    for kind in kinds:
+        path = tmp_path / f"{kind}.{format}"
+        unit, count = LONG[kind]
         write(path, unit * count)
         long_s, long_mb = cost(path)
-        # Read whole by a tokenizer: 10 times as much for words. With the text of the whole file
-        # beside the value: 1.3 times for quotation marks and for emoji.
-        assert long_mb < 1.2 * short_mb, name
-        assert long_s < 2 * short_s, name
+        # A tokenizer that read all of the text took 10 times the memory for words. A reader that
+        # held the file beside the value took 1.3 times for quotation marks and for emoji.
+        assert long_mb < 1.2 * short_mb, kind
+        assert long_s < 2 * short_s, kind
         assert (path.with_suffix("") / "checkpoint.json").stat().st_size < 50_000

@@ -1,6 +1,4 @@
-"""A module of one's own, exported and served by the real commands: its own tensors through /v2, bit
-for bit.
-"""
+"""A module of a user, exported and served by the real commands: its tensors over /v2."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ Row = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of the example, as its docstring says it is made."""
+    """The bundle of the example, exported by the command in its docstring."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "examples").mkdir()
     shutil.copy(EXAMPLE, folder / "examples")
@@ -79,26 +77,28 @@ def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def known(exported: Path) -> list[tuple[Row, bytes]]:
-    """Rows with the bits of their answers: the bundle's known ones, and others of lengths that it
-    does not know.
+def cases(exported: Path) -> list[tuple[Row, bytes]]:
+    """Rows, each with the bits of its answer.
+
+    They are the known answers of the bundle, and rows of lengths without a known answer.
     """
     bundle = open_bundle(exported)
     session = open_session(bundle.model)
-    found = [
+    cases = [
         (dict(answer.inputs), answer.outputs["output_0"].tobytes())
         for answer in bundle.known_answers()
     ]
-    assert len(found) > 1
-    for row, expected in found:
+    assert len(cases) > 1
+    for row, expected in cases:
         assert session.run(row)["output_0"].tobytes() == expected
     random = np.random.default_rng(0)
     for length in (5, 12, 31):
         mask = np.ones((1, length), np.float32)
-        mask[0, length // 2 + 1 :: 2] = 0  # a mask with holes
+        # A mask with gaps, and not only padding at the end.
+        mask[0, length // 2 + 1 :: 2] = 0
         row = {"ids": random.integers(0, 100, (1, length)), "mask": mask}
-        found.append((row, session.run(row)["output_0"].tobytes()))
-    return found
+        cases.append((row, session.run(row)["output_0"].tobytes()))
+    return cases
 
 
 def as_json(row: Row) -> dict[str, Any]:
@@ -140,44 +140,54 @@ def bits(answer: httpx.Response) -> bytes:
     return np.array(output["data"], np.float32).tobytes()
 
 
-def asked(server: httpx.Client, row: Row, how: Any) -> bytes:
-    return bits(server.post("/v2/models/classifier/infer", **how(row)))
+def output_bits(server: httpx.Client, row: Row, encoding: Any) -> bytes:
+    return bits(server.post("/v2/models/classifier/infer", **encoding(row)))
 
 
-@pytest.mark.parametrize("how", [as_json, as_bytes])
-def test_every_row_has_the_bits_that_onnx_runtime_gives_it_alone(server, known, how) -> None:
-    assert [asked(server, row, how) for row, _ in known] == [expected for _, expected in known]
-
-
-@pytest.mark.parametrize("how", [as_json, as_bytes])
-def test_it_has_them_too_beside_others_in_its_request_and_among_requests(
-    server, known, how
-) -> None:
-    alike = [
-        (row, expected) for row, expected in known if row["ids"].shape == known[0][0]["ids"].shape
+@pytest.mark.parametrize("encoding", [as_json, as_bytes])
+def test_every_row_has_the_bits_that_onnx_runtime_gives_it_alone(server, cases, encoding) -> None:
+    assert [output_bits(server, row, encoding) for row, _ in cases] == [
+        expected for _, expected in cases
     ]
-    together = {name: np.concatenate([row[name] for row, _ in alike] * 5) for name in DATATYPES}
-    assert asked(server, together, how) == b"".join(expected for _, expected in alike) * 5
+
+
+@pytest.mark.parametrize("encoding", [as_json, as_bytes])
+def test_every_row_has_the_same_bits_beside_other_rows_and_other_requests(
+    server, cases, encoding
+) -> None:
+    same_shape = [
+        (row, expected) for row, expected in cases if row["ids"].shape == cases[0][0]["ids"].shape
+    ]
+    together = {
+        name: np.concatenate([row[name] for row, _ in same_shape] * 5) for name in DATATYPES
+    }
+    assert (
+        output_bits(server, together, encoding)
+        == b"".join(expected for _, expected in same_shape) * 5
+    )
     with ThreadPoolExecutor(16) as pool:
         answers = list(
-            pool.map(lambda place: asked(server, known[place % len(known)][0], how), range(400))
+            pool.map(
+                lambda index: output_bits(server, cases[index % len(cases)][0], encoding),
+                range(400),
+            )
         )
-    assert answers == [known[place % len(known)][1] for place in range(400)]
+    assert answers == [cases[index % len(cases)][1] for index in range(400)]
     figures = server.get("/metrics").text.splitlines()
     assert [
         line for line in figures if "violations_total{" in line and not line.endswith(" 0.0")
     ] == []
 
 
-def test_what_the_model_does_not_take_is_a_sentence_that_names_it(server, known) -> None:
-    row = known[0][0]
-    for wrong, said in (
+def test_inputs_that_the_model_refuses_are_named_in_one_sentence(server, cases) -> None:
+    row = cases[0][0]
+    for inputs, message in (
         ({"ids": row["ids"]}, "input 'mask' is missing"),
         ({**row, "ids": row["ids"][:, :-1]}, "the model cannot compute with these inputs"),
         ({**row, "ids": row["ids"] + 1_000}, "must be at least 0 and at most 99, got 10"),
         ({**row, "mask": row["mask"] * 0}, "output 'output_0' holds NaN in row 0"),
     ):
-        answer = server.post("/v2/models/classifier/infer", **as_json(wrong))
+        answer = server.post("/v2/models/classifier/infer", **as_json(inputs))
         assert answer.json().keys() == {"error"}
-        assert said in answer.json()["error"]
+        assert message in answer.json()["error"]
     assert server.post("/v1/predict", json={"inputs": ["a"]}).status_code == 422

@@ -1,5 +1,5 @@
-"""Small valid models and what damage makes of them: bytes and fields that are exchanged, dropped or
-blown up.
+"""Small valid models, and damaged copies of them: bytes and fields are replaced, removed or
+repeated.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _function(name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
 
 
 def models() -> tuple[onnx.ModelProto, ...]:
-    """Models that are valid, with every kind of message in them."""
+    """Valid models that together contain every kind of message."""
     half, on, off = np.float32(0.5), np.asarray(True), np.asarray(False)
     batch = {name: np.ones(4, np.float32) for name in "sbmv"}
     large = np.arange(600, dtype=np.int64)
@@ -58,12 +58,12 @@ def models() -> tuple[onnx.ModelProto, ...]:
     }
     sparse = _model(_node("Add", "x w"))
     values = numpy_helper.from_array(np.ones(1, np.float32), "w")
-    places = numpy_helper.from_array(np.zeros(1, np.int64), "i")
-    sparse.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [4]))
-    outside = _model(_node("Add", "x w"), w=np.ones(4, np.float32))
-    outside.graph.initializer[0].ClearField("raw_data")
-    outside.graph.initializer[0].data_location = TensorProto.EXTERNAL
-    outside.graph.initializer[0].external_data.add(key="location", value="weights.bin")
+    positions = numpy_helper.from_array(np.zeros(1, np.int64), "i")
+    sparse.graph.sparse_initializer.append(helper.make_sparse_tensor(values, positions, [4]))
+    external = _model(_node("Add", "x w"), w=np.ones(4, np.float32))
+    external.graph.initializer[0].ClearField("raw_data")
+    external.graph.initializer[0].data_location = TensorProto.EXTERNAL
+    external.graph.initializer[0].external_data.add(key="location", value="weights.bin")
     text = helper.make_node("Constant", [], ["t"], value_string="some")
     statistics = (
         _node("ReduceMean", "x", "m", axes=[0], keepdims=0),
@@ -71,7 +71,7 @@ def models() -> tuple[onnx.ModelProto, ...]:
         _node("Mul", "d d", "q"),
         _node("ReduceMean", "q", "v", axes=[0], keepdims=0),
     )
-    turned = (
+    transposed = (
         _node("Transpose", "x", "t", perm=[1, 0]),
         _node("ReduceMean", "t", "m", axes=[1], keepdims=1),
         _node("Sub", "t m", "d"),
@@ -81,9 +81,9 @@ def models() -> tuple[onnx.ModelProto, ...]:
         _node("Div", "d s", "z"),
         _node("Transpose", "z", perm=[1, 0]),
     )
-    by_rows = _model(*turned)
+    by_rows = _model(*transposed)
     by_rows.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-    one = np.ones(4, np.float32)
+    ones = np.ones(4, np.float32)
     return (
         _model(_node("Relu", "x")),
         _model(drop, r=half, m=on),
@@ -138,20 +138,20 @@ def models() -> tuple[onnx.ModelProto, ...]:
         _model(text, _node("Relu", "x")),
         _model(_node("MatMul", "x w"), w=np.ones((4, 4), np.float16)),
         _model(_node("Add", "x w"), w=np.ones(4, np.float64)),
-        _model(*statistics, _node("BatchNormalization", "x s b m v"), s=one, b=one),
+        _model(*statistics, _node("BatchNormalization", "x s b m v"), s=ones, b=ones),
         by_rows,
         sparse,
-        outside,
+        external,
     )
 
 
 def damaged(model: onnx.ModelProto, chance: random.Random) -> bytes:
-    """The model with one to four damages, in its fields or in its bytes."""
+    """The model with one to four random changes, in its fields or in its bytes."""
     broken = onnx.ModelProto()
     broken.CopyFrom(model)
     if chance.random() < 0.7:
         for _ in range(chance.randrange(1, 5)):
-            _damage(broken, chance)
+            _change_field(broken, chance)
         return bytes(broken.SerializeToString())
     data = bytearray(broken.SerializeToString())
     for _ in range(chance.randrange(1, 5)):
@@ -163,8 +163,8 @@ def damaged(model: onnx.ModelProto, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def _damage(model: onnx.ModelProto, chance: random.Random) -> None:
-    message = chance.choice(list(_messages(model)))
+def _change_field(model: onnx.ModelProto, chance: random.Random) -> None:
+    message = chance.choice(list(_nested_messages(model)))
     fields = [item for item, _ in message.ListFields()]
     if chance.random() < 0.3:
         fields = list(message.DESCRIPTOR.fields)
@@ -182,21 +182,23 @@ def _damage(model: onnx.ModelProto, chance: random.Random) -> None:
         elif field.message_type is not None:
             items.add()
         elif items and chance.random() < 0.7:
-            items[chance.randrange(len(items))] = _value(field, chance)
+            items[chance.randrange(len(items))] = _random_value(field, chance)
         else:
-            items.append(_value(field, chance))
+            items.append(_random_value(field, chance))
     elif field.message_type is not None:
         getattr(message, field.name).SetInParent()
-        others = [item for item in _messages(model) if item.DESCRIPTOR is field.message_type]
-        if others:
-            copy = type(others[0])()
-            copy.CopyFrom(chance.choice(others))
+        messages = [
+            item for item in _nested_messages(model) if item.DESCRIPTOR is field.message_type
+        ]
+        if messages:
+            copy = type(messages[0])()
+            copy.CopyFrom(chance.choice(messages))
             getattr(message, field.name).CopyFrom(copy)
     else:
-        setattr(message, field.name, _value(field, chance))
+        setattr(message, field.name, _random_value(field, chance))
 
 
-def _value(field: FieldDescriptor, chance: random.Random) -> object:
+def _random_value(field: FieldDescriptor, chance: random.Random) -> object:
     match field.cpp_type:
         case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
             return bytes(chance.randrange(256) for _ in range(chance.choice([0, 1, 4, 8, 2000])))
@@ -214,9 +216,9 @@ def _value(field: FieldDescriptor, chance: random.Random) -> object:
             return chance.choice(NUMBERS)
 
 
-def _messages(message: Message) -> Iterator[Message]:
+def _nested_messages(message: Message) -> Iterator[Message]:
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:
             for item in value if field.is_repeated else [value]:
-                yield from _messages(item)
+                yield from _nested_messages(item)

@@ -1,8 +1,9 @@
-"""Random graphs whose Dropout has a mode that constants make, and what ONNX Runtime does with them.
+"""Random graphs with a Dropout whose mode is computed from constants, and a runtime to run them.
 
-The constants go through element-wise operators, reductions, slices and shapes, in every type and at
-the limits of the integers; through branches that shadow names, functions with references, overloads
-and functions that are named like operators of the runtime. Some graphs are not sorted.
+The constants pass through element-wise operators, reductions, slices and shapes, in every type and
+up to the limits of the integers. Some also pass through branches that shadow names, functions with
+attribute references, overloads, and functions named like operators of the runtime. Some graphs are
+not sorted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FLOATS = (0.0, -0.0, 1.0, 0.5, 1e-8, 2048.0, 65504.0, 1e30, -3.0, 1.0000001)
 
 
 class Writer:
-    """Writes one model; `chance` decides everything."""
+    """Builds one random model from the draws of `chance`."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -79,7 +80,7 @@ class Writer:
         return self.constant(np.array(values, np.int64))
 
     def value(self, pool: list[Typed], dtype: type[np.generic] | None = None) -> Typed:
-        """A value of the pool, or a new one; of a type, where one is given."""
+        """A value of the pool or a new constant, of this type unless `dtype` is None."""
         fitting = [value for value in pool if dtype in (None, value[1])]
         if fitting and self.chance.random() < 0.7:
             return self.chance.choice(fitting)
@@ -88,63 +89,66 @@ class Writer:
         return pool[-1]
 
     def step(self, pool: list[Typed]) -> Typed:
-        """One more operator on values of the pool, mostly of types that it takes."""
+        """One more operator on values of the pool, mostly of types that the operator accepts."""
         pick = self.chance.choice
-        a, dtype = self.value(pool)
+        first, dtype = self.value(pool)
         kind = pick(["binary", "unary", "compare", "logic", "cast", "reduce", "slice", "shape"])
         if kind == "binary":
-            b, _ = self.value(pool, dtype)
-            return self.node(pick(["Add", "Sub", "Mul", "Min", "Max"]), a, b), dtype
+            second, _ = self.value(pool, dtype)
+            return self.node(pick(["Add", "Sub", "Mul", "Min", "Max"]), first, second), dtype
         if kind == "unary":
             ops = ["Not"] if dtype is np.bool_ else ["Neg", "Abs", "Sign", "Identity", "Floor"]
-            return self.node(pick(ops), a), dtype
+            return self.node(pick(ops), first), dtype
         if kind == "compare":
-            b, _ = self.value(pool, dtype)
-            return self.node(pick(["Equal", "Greater", "Less", "GreaterOrEqual"]), a, b), np.bool_
+            second, _ = self.value(pool, dtype)
+            return self.node(
+                pick(["Equal", "Greater", "Less", "GreaterOrEqual"]), first, second
+            ), np.bool_
         if kind == "logic":
             condition, _ = self.value(pool, np.bool_)
-            other, _ = self.value(pool, np.bool_)
+            second_condition, _ = self.value(pool, np.bool_)
             if self.chance.random() < 0.3:
-                return self.node("Where", condition, a, self.value(pool, dtype)[0]), dtype
-            return self.node(pick(["And", "Or", "Xor"]), condition, other), np.bool_
+                return self.node("Where", condition, first, self.value(pool, dtype)[0]), dtype
+            return self.node(pick(["And", "Or", "Xor"]), condition, second_condition), np.bool_
         if kind == "cast":
             to = pick(DTYPES)
             code = int(helper.np_dtype_to_tensor_dtype(np.dtype(to)))
-            return self.node("Cast", a, to=code), to
+            return self.node("Cast", first, to=code), to
         if kind == "reduce":
             op, keep = pick(["ReduceSum", "ReduceProd", "ReduceMax", "ReduceMin"]), pick([0, 1])
             if self.chance.random() < 0.5:
-                return self.node(op, a, keepdims=keep), dtype
+                return self.node(op, first, keepdims=keep), dtype
             if self.opset >= (13 if op == "ReduceSum" else 18):
-                return self.node(op, a, self.integers(0, -1, 1), keepdims=keep), dtype
-            return self.node(op, a, axes=[pick([0, -1, 1])], keepdims=keep), dtype
+                return self.node(op, first, self.integers(0, -1, 1), keepdims=keep), dtype
+            return self.node(op, first, axes=[pick([0, -1, 1])], keepdims=keep), dtype
         if kind == "slice":
             sizes = (0, 1, -1, 2, -2, 5, -5, 2**62, -(2**62))
             start, end = self.integers(*sizes), self.integers(*sizes)
             axis, stride = self.integers(0, 0, -1, 1), self.integers(1, 1, -1, 2, -2)
-            return self.node("Slice", a, start, end, axis, stride), dtype
-        return self.shaped(pool, a, dtype)
+            return self.node("Slice", first, start, end, axis, stride), dtype
+        return self.shape_step(pool, first, dtype)
 
-    def shaped(self, pool: list[Typed], a: str, dtype: type[np.generic]) -> Typed:
+    def shape_step(self, pool: list[Typed], first: str, dtype: type[np.generic]) -> Typed:
+        """One more operator on the shape or the layout of a value."""
         ops = ["Shape", "Size", "Squeeze", "Unsqueeze", "Gather", "Concat", "Reshape", "Expand"]
         op = self.chance.choice(ops)
         if op in ("Shape", "Size"):
-            return self.node(op, a), np.int64
+            return self.node(op, first), np.int64
         if op == "Unsqueeze" and self.opset < 13:
-            return self.node(op, a, axes=[0]), dtype
+            return self.node(op, first, axes=[0]), dtype
         if op == "Unsqueeze":
-            return self.node(op, a, self.integers(0, -1)), dtype
+            return self.node(op, first, self.integers(0, -1)), dtype
         if op == "Gather":
-            return self.node(op, a, self.integers(0, 1, -1)), dtype
+            return self.node(op, first, self.integers(0, 1, -1)), dtype
         if op == "Concat":
-            return self.node(op, a, self.value(pool, dtype)[0], axis=0), dtype
+            return self.node(op, first, self.value(pool, dtype)[0], axis=0), dtype
         if op in ("Reshape", "Expand"):
             count = self.chance.randrange(1, 3)
-            return self.node(op, a, self.integers(1, 2, 3, -1, 0, count=count)), dtype
-        return self.node(op, a), dtype
+            return self.node(op, first, self.integers(1, 2, 3, -1, 0, count=count)), dtype
+        return self.node(op, first), dtype
 
     def mode(self) -> str:
-        """One boolean, made of everything before."""
+        """A boolean at the end of a random chain of operators."""
         pool: list[Typed] = []
         value = self.value(pool)
         for _ in range(self.chance.randrange(1, 6)):
@@ -155,8 +159,8 @@ class Writer:
             number = self.node("ReduceMax", number, keepdims=0)
         return self.node("Cast", number, to=TensorProto.BOOL)
 
-    def disguised(self, mode: str) -> str:
-        """The mode, or something that only looks like it."""
+    def disguise(self, mode: str) -> str:
+        """The mode, passed through a construct that runtimes may read differently, or unchanged."""
         kind = self.chance.choice(["plain", "plain", "branch", "reference", "namesake", "overload"])
         if kind == "branch":
             bodies = {}
@@ -212,7 +216,7 @@ class Writer:
 
     def model(self) -> onnx.ModelProto:
         ratio = self.constant(np.float32(0.5))
-        mode = self.disguised(self.mode())
+        mode = self.disguise(self.mode())
         self.nodes.append(helper.make_node("Dropout", ["x", ratio, mode], ["y"], name="drop"))
         if self.chance.random() < 0.3:
             self.chance.shuffle(self.nodes)
@@ -224,21 +228,21 @@ class Writer:
 
 
 class Runtime:
-    """ONNX Runtime in a process of its own, for it aborts on some graphs."""
+    """ONNX Runtime in a child process, since it aborts on some graphs."""
 
     def __init__(self) -> None:
-        self.pool = self.started()
+        self.pool = self.start()
 
-    def started(self) -> ProcessPoolExecutor:
+    def start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
     def drops(self, model: onnx.ModelProto) -> set[bool]:
-        """Whether the runtime drops, with optimisation off and on; empty where it refuses."""
+        """Whether the runtime drops, with optimisation off and on; empty for a refused model."""
         try:
             return self.pool.submit(drops, model.SerializeToString()).result()
         except BrokenProcessPool:
             self.pool.shutdown()
-            self.pool = self.started()
+            self.pool = self.start()
             return set()
 
     def __enter__(self) -> Runtime:
@@ -249,8 +253,11 @@ class Runtime:
 
 
 def drops(model: bytes) -> set[bool]:
-    """Of 64 ones, a dropout of one half leaves all as they are once in 2^64 runs."""
-    seen = set()
+    """Whether an output differs from its input of 64 ones, at each level of optimisation.
+
+    A dropout at rate 0.5 leaves all 64 unchanged in one of 2^64 runs.
+    """
+    results = set()
     for level in (
         ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
         ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -261,7 +268,7 @@ def drops(model: bytes) -> set[bool]:
         try:
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             (y,) = session.run(None, ONES)
-        except Exception:  # whatever the runtime raises for a graph that it refuses
+        except Exception:  # a refused graph; the exceptions of ONNX Runtime share no base class
             continue
-        seen.add(bool((np.asarray(y) != 1).any()))
-    return seen
+        results.add(bool((np.asarray(y) != 1).any()))
+    return results

@@ -1,6 +1,4 @@
-"""Networks of Hugging Face's, small and random, as anyone would hand them in: no flag set,
-nothing wrapped.
-"""
+"""Small random networks from Hugging Face, without any flag or wrapper for the export."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def bert() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """A decoder, which answers with a cache beside its logits."""
+    """A decoder, which returns a cache beside its logits."""
     config = GPT2Config(
         **_SIZES, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
     )
@@ -43,7 +41,7 @@ def gpt2() -> nn.Module:
 
 
 def inputs() -> list[dict[str, Tensor]]:
-    """Two batches of padded rows: other numbers of rows, other lengths."""
+    """Two batches of padded rows, with different row counts and lengths."""
     generator = torch.Generator().manual_seed(0)
     return [_batch(rows, length, generator) for rows, length in ((3, 9), (2, 16))]
 
@@ -76,7 +74,7 @@ def bart() -> nn.Module:
 
 
 def wav2vec2() -> nn.Module:
-    """Speech, with SpecAugment and LayerDrop as its configuration has them by default."""
+    """A speech encoder, with the default SpecAugment and LayerDrop of its configuration."""
     config = Wav2Vec2Config(
         hidden_size=16,
         num_hidden_layers=2,

@@ -1,7 +1,7 @@
-"""The leak matrix, measured: which rule refuses which PyTorch module, in eval, in train, with one
-child in train.
+"""The leak matrix: which rule refuses which PyTorch module in eval, in train, and with one child in
+train.
 
-`python -m tests.export.leak_matrix > docs/leak-matrix.md` writes the table anew.
+`python -m tests.export.leak_matrix > docs/leak-matrix.md` measures it and writes the table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES = {case.name: case for case in chain.from_iterable(FAMILIES.values())}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The rules that refused a module, none where it was certified, and the certified model."""
+    """The rules that refused a module, and the model if none did."""
 
     refused: Rules
     model: onnx.ModelProto | None = None
@@ -43,7 +43,7 @@ class Measured:
 
 @cache
 def measure(name: str, state: str) -> Measured | None:
-    """What certify says of a module in a state; None where it cannot be in it."""
+    """The outcome of `certify` for a module in a state; None if it cannot be in that state."""
     case = CASES[name]
     if case.expected(state) is None:
         return None
@@ -53,22 +53,25 @@ def measure(name: str, state: str) -> Measured | None:
             if case.reference:
                 twin = stack.enter_context(exported_elsewhere(candidate, case.reference))
                 candidate = dataclasses.replace(candidate, twins=(twin,))
-            found = certify(candidate, progress=lambda step: None)
+            certification = certify(candidate, progress=lambda step: None)
         except UnusableInputs:
             return Measured(refused=DOES_NOT_RUN)
         except NotConvertible:
             return Measured(refused=NO_EXPORT)
     good = (Verdict.PASS, Verdict.NOT_APPLICABLE)
-    refused = tuple(record.rule for record in found.records if record.verdict not in good)
-    assert found.passed == (not refused), name
-    assert found.subject is not None or refused, name
+    refused = tuple(record.rule for record in certification.records if record.verdict not in good)
+    assert certification.passed == (not refused), name
+    assert certification.subject is not None or refused, name
     return Measured(
-        refused=refused, model=found.subject.graph.proto if found.subject and found.passed else None
+        refused=refused,
+        model=certification.subject.graph.proto
+        if certification.subject and certification.passed
+        else None,
     )
 
 
 def table() -> str:
-    """The whole document."""
+    """The text of docs/leak-matrix.md."""
     return "\n".join(_lines()) + "\n"
 
 
@@ -111,10 +114,10 @@ def _lines() -> Iterator[str]:
 
 
 def _cell(case: Case, state: str) -> str:
-    found = measure(case.name, state)
-    if found is None:
+    measured = measure(case.name, state)
+    if measured is None:
         return "has none"
-    return found.refused[0] if found.refused else "**certified**"
+    return measured.refused[0] if measured.refused else "**certified**"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The table of operators that `bundle/operators.py` reads, from onnx's schemas and from what the
-rules know of ONNX Runtime's own operators.
+"""Write the table of operators that `bundle/operators.py` reads.
 
-`python -m tests.export.operator_table > bundle/operator_table.py` writes it anew.
+The sources are the schemas of onnx and the rules' lists of ONNX Runtime's contributed operators:
+
+    python -m tests.export.operator_table > bundle/operator_table.py
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from evalmode.export.rules.opaque_op import newest_opsets, quiet_operators
 from evalmode.export.rules.stochastic_op import drawing_operators
 from evalmode.export.rules.training_mode import TRAINS
 
-_HEAD = '''"""The operators that are known: which of them are quiet, which draw and which train.
+_HEAD = '''\
+"""The known operators: those that neither draw nor train, those that draw, and those that train.
 
-Written by `python -m tests.export.operator_table` from onnx's schemas; a test compares
-them. The names are listed by their domain; ONNX's own is the empty string. Operators that have a
-training mode are in none of the tables: `operators.py` judges each node of these.
+`python -m tests.export.operator_table` writes this file from the schemas of onnx, and a test
+compares both. The names are listed by domain, and the domain of ONNX is the empty string. Operators
+with a training mode are in none of the tables: `operators.py` checks the mode of each such node.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ def table() -> str:
         f"    {_quoted(domain)}: {opset},\n" for domain, opset in sorted(newest_opsets().items())
     )
     return (
-        f"{_HEAD}# The newest opset of each domain in which the operators are known.\n"
+        f"{_HEAD}# The newest opset of each domain whose operators have been reviewed.\n"
         f"NEWEST_OPSETS = {{\n{newest}}}\n\n"
-        f"# What neither draws nor trains.\n{_set('QUIET', quiet_operators())}\n"
-        f"# What draws random numbers.\n{_set('DRAWS', drawing_operators())}\n"
-        f"# What only a training graph is made of.\n{_set('TRAINS', TRAINS)}"
+        f"# Operators that neither draw nor train.\n{_set('QUIET', quiet_operators())}\n"
+        f"# Operators that draw random numbers.\n{_set('DRAWS', drawing_operators())}\n"
+        f"# Operators that only training graphs contain.\n{_set('TRAINS', TRAINS)}"
     )
 
 

@@ -1,6 +1,6 @@
-"""Every `pass` and `fail` on a random graph of constants is what ONNX Runtime does.
+"""Each `pass` and `fail` on a random graph of constants agrees with ONNX Runtime.
 
-The same 2,000 graphs each time; `python bench/constant_graphs.py` draws others.
+The seeds of the 2,000 graphs are fixed; `python bench/constant_graphs.py` draws new ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from evalmode.export.rules.subject import Subject
 from tests.export.constant_graphs import Runtime, Writer
 
 
-def test_a_pass_never_drops_and_a_fail_does() -> None:
+def test_the_runtime_never_drops_after_a_pass_and_always_after_a_fail() -> None:
     counts = Counter[str]()
     with Runtime() as runtime:
         for seed in range(2000):
@@ -27,9 +27,9 @@ def test_a_pass_never_drops_and_a_fail_does() -> None:
                 continue
             if verdict is Verdict.UNPROVEN:
                 continue
-            seen = runtime.drops(model)
+            drops = runtime.drops(model)
             expected = {verdict is Verdict.FAIL}
-            assert seen <= expected, f"seed {seed}: {verdict}, and the runtime drops: {seen}"
-            counts[verdict] += bool(seen)
-    # The test would say nothing if hardly any graph was decided and ran.
+            assert drops <= expected, f"seed {seed}: {verdict}, and the runtime drops: {drops}"
+            counts[verdict] += bool(drops)
+    # The test proves nothing unless many graphs are decided and run.
     assert min(counts[Verdict.PASS], counts[Verdict.FAIL]) > 50, counts

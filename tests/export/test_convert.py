@@ -47,7 +47,7 @@ def test_nodes_are_named_after_the_modules_they_came_from() -> None:
     assert {module_of(node.name) for node in model.graph.node} == {"body.0", "body.2"}
 
 
-def test_axes_and_outputs_have_the_names_that_were_given() -> None:
+def test_axes_and_outputs_have_the_requested_names() -> None:
     model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model
     assert [output.name for output in model.graph.output] == ["y"]
     assert [
@@ -72,14 +72,14 @@ def test_another_process_writes_the_same_bytes() -> None:
         "print(t.digest_of_a_conversion())"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent)]
-    other = subprocess.run(
+    process = subprocess.run(
         command,
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "PYTHONHASHSEED": "7"},
     )
-    assert other.stdout.split()[-1] == digest_of_a_conversion()
+    assert process.stdout.split()[-1] == digest_of_a_conversion()
 
 
 def digest_of_a_conversion() -> str:
@@ -87,26 +87,27 @@ def digest_of_a_conversion() -> str:
     digest = hashlib.sha256()
     model = convert(Net().eval(), X, dynamic_axes=AXES, outputs=["y"]).model
     digest.update(serialise(model))
-    # It is written as a loop, of whose values onnxscript keeps a set.
+    # onnxscript writes an EmbeddingBag as a loop and keeps its values in a set, whose order could
+    # depend on the hash seed.
     bag, ids = nn.EmbeddingBag(9, 4).eval(), {"input": torch.tensor([[1, 2], [3, 4], [5, 6]])}
     axes = {"input": {0: "batch"}}
     digest.update(serialise(convert(bag, ids, dynamic_axes=axes, outputs=["y"]).model))
     return digest.hexdigest()
 
 
-def test_what_cannot_be_exported_is_one_sentence() -> None:
+def test_an_unexportable_module_is_refused_in_one_sentence() -> None:
     with pytest.raises(NotConvertible, match="Branching cannot be exported"):
         convert(Branching().eval(), X, dynamic_axes=AXES, outputs=["y"])
 
 
-class Answers(nn.Module):
+class ReturnsItsInput(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         twice = x * 2
         return x, twice, twice
 
 
-def test_an_input_that_is_an_answer_and_an_answer_given_twice_are_outputs_of_their_own() -> None:
-    model = convert(Answers().eval(), X, dynamic_axes=AXES, outputs=["a", "b", "c"]).model
+def test_a_returned_input_and_a_tensor_returned_twice_are_separate_outputs() -> None:
+    model = convert(ReturnsItsInput().eval(), X, dynamic_axes=AXES, outputs=["a", "b", "c"]).model
     answer = open_session(serialise(model)).run({"x": np.full((2, 4), 3, np.float32)})
     assert [float(answer[name][0, 0]) for name in "abc"] == [3, 6, 6]
 
@@ -132,7 +133,7 @@ def test_a_recurrent_layer_keeps_its_dynamic_length_at_the_second_export() -> No
         ].shape == (2, 9, 3)
 
 
-def test_a_size_up_to_which_a_branch_was_traced_is_the_bound_of_its_axis() -> None:
+def test_a_branch_on_a_size_bounds_its_axis() -> None:
     class Branches(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * 2 if x.shape[0] <= 16 else x
@@ -142,7 +143,7 @@ def test_a_size_up_to_which_a_branch_was_traced_is_the_bound_of_its_axis() -> No
 
 
 class Named(nn.Module):
-    """An answer whose name torch also gives to a step on the way."""
+    """A network whose output is named, in the tests, like an intermediate value of its graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["embedding", "linear", "linear_1", "exp", "val_0", "logits"])
-def test_an_output_may_be_called_as_torch_calls_a_step(name: str) -> None:
+def test_an_output_may_have_the_name_of_an_intermediate_value_in_torch(name: str) -> None:
     torch.manual_seed(0)
     module = Named().eval()
     ids = torch.tensor([[1, 2], [3, 4], [5, 6]])
@@ -167,7 +168,7 @@ def test_an_output_may_be_called_as_torch_calls_a_step(name: str) -> None:
 
 
 class Buffered(nn.Module):
-    """Buffers with the names that torch gives to steps on the way."""
+    """Buffers with the names that torch gives to intermediate values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,11 +177,11 @@ class Buffered(nn.Module):
             self.register_buffer(name, torch.rand(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = (self.linear(x * self.val_0) + self.add).exp()
-        return h.mean(1, keepdim=True) * self.mul + self.val_1 * self.exp
+        hidden = (self.linear(x * self.val_0) + self.add).exp()
+        return hidden.mean(1, keepdim=True) * self.mul + self.val_1 * self.exp
 
 
-def test_a_buffer_may_be_called_as_torch_calls_a_step() -> None:
+def test_a_buffer_may_have_the_name_of_an_intermediate_value_in_torch() -> None:
     module = Buffered().eval()
     converted = convert(module, X, dynamic_axes=AXES, outputs=["y"])
     for model in (converted.model, converted.unoptimised):

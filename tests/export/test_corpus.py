@@ -1,8 +1,7 @@
-"""The static rules on the models that the onnx wheel brings along: all that draw or train are
-flagged, and no other.
+"""The static rules on the models in the onnx wheel: exactly those that draw or train are flagged.
 
-`python -m tests.export.test_corpus` says how long that takes, without the time it takes to build
-the models.
+`python -m tests.export.test_corpus` measures the time of the rules, without the time to build the
+models.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ TRAIN = {
     *("test_momentum", "test_momentum_multiple", "test_nesterov_momentum"),
     *("test_gradient_of_add", "test_gradient_of_add_and_mul"),
 }
-# Their mode is an input of the model, and their rate too: also where the example's rate is 0, the
-# caller may give another.
+# Their mode and their rate are inputs of the model, so the caller may pass another rate than the 0
+# of an example.
 THE_CALLER_DECIDES = {
     f"test_training_dropout{kind}{mask}"
     for kind in ("", "_default", "_zero_ratio")
     for mask in ("", "_mask")
 }
-# A few that a careless rule would flag.
+# Some models that a careless rule would flag.
 MUST_PASS = {
     *(
         "test_dropout_default",
@@ -86,40 +85,40 @@ def files() -> list[Path]:
 
 
 def verdicts(check: object) -> dict[Verdict, set[str]]:
-    found: dict[Verdict, set[str]] = {
+    graph_names: dict[Verdict, set[str]] = {
         Verdict.PASS: set(),
         Verdict.FAIL: set(),
         Verdict.UNPROVEN: set(),
     }
     for graph in corpus():
         record: Record = check(Subject(graph=graph))  # type: ignore[operator]
-        found[record.verdict].add(graph.name)
-    return found
+        graph_names[record.verdict].add(graph.name)
+    return graph_names
 
 
-def test_the_corpus_is_all_there() -> None:
+def test_the_corpus_is_complete() -> None:
     assert len(corpus()) >= 2033
     assert {graph.name for graph in corpus()} >= DRAW | TRAIN | THE_CALLER_DECIDES | MUST_PASS
 
 
-def test_all_that_draw_are_flagged_and_no_other() -> None:
-    found = verdicts(stochastic_op.check)
-    assert found[Verdict.FAIL] == DRAW
-    assert not found[Verdict.UNPROVEN]
+def test_exactly_the_models_that_draw_are_flagged() -> None:
+    graph_names = verdicts(stochastic_op.check)
+    assert graph_names[Verdict.FAIL] == DRAW
+    assert not graph_names[Verdict.UNPROVEN]
 
 
-def test_all_that_train_are_flagged_and_no_other() -> None:
-    found = verdicts(training_mode.check)
-    assert found[Verdict.FAIL] == TRAIN
-    assert found[Verdict.UNPROVEN] == THE_CALLER_DECIDES
+def test_exactly_the_models_that_train_are_flagged() -> None:
+    graph_names = verdicts(training_mode.check)
+    assert graph_names[Verdict.FAIL] == TRAIN
+    assert graph_names[Verdict.UNPROVEN] == THE_CALLER_DECIDES
 
 
 def test_no_operator_of_the_corpus_is_opaque() -> None:
-    found = verdicts(opaque_op.check)
-    assert not found[Verdict.FAIL] | found[Verdict.UNPROVEN]
+    graph_names = verdicts(opaque_op.check)
+    assert not graph_names[Verdict.FAIL] | graph_names[Verdict.UNPROVEN]
 
 
-def test_a_bundle_with_a_model_of_the_corpus_is_opened_unless_it_draws_or_trains() -> None:
+def test_the_service_refuses_exactly_the_models_that_draw_or_train() -> None:
     refused = set()
     # A graph that was opened from a file lacks the values of its weights.
     contents = {path.parent.name: path.read_bytes() for path in files()}
@@ -137,12 +136,12 @@ def test_no_weight_of_the_corpus_looks_like_a_mask_or_holds_a_nan() -> None:
 
 if __name__ == "__main__":
     started = time.perf_counter()
-    read = corpus()
+    models = corpus()
     built = time.perf_counter()
-    for one in read:
+    for graph in models:
         for rule in (stochastic_op, training_mode, opaque_op):
-            rule.check(Subject(graph=one))
+            rule.check(Subject(graph=graph))
     print(
-        f"{len(read)} models: {built - started:.2f} s to build and open,"
+        f"{len(models)} models: {built - started:.2f} s to build and open,"
         f" {time.perf_counter() - built:.2f} s to judge"
     )

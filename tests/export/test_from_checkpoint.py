@@ -1,5 +1,5 @@
-"""`evalmode export`, on real modules: the clean becomes a bundle, what leaks is refused by name and
-leaves nothing.
+"""`evalmode export` on checkpoints: a clean module becomes a bundle, and a leak is refused by the
+name of its site, without any file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from evalmode.model.dropout import Dropout
 from evalmode.model.transformer import Transformer
 from tests.conftest import make_checkpoint, small_config
 
-# The bundle of tests/conftest.py's checkpoint as an earlier evalmode wrote it.
+# The bundle that an earlier evalmode wrote of the checkpoint in tests/conftest.py.
 RECORDED = Path(__file__).parents[1] / "bundle" / "written_by" / "schema_1" / "small" / "1"
 RECORDED_DIGEST = "7f75f1aa87a1f91830aaf8c2d8c086b6fbcc302107322b0ef4b05c2dc0214f8f"
 SITES = [
@@ -35,7 +35,7 @@ SITES = [
 
 
 class AlwaysTraining(nn.Dropout):
-    """What people write to get Monte Carlo dropout, and forget."""
+    """A common way to get Monte Carlo dropout, which is then forgotten in production."""
 
     def train(self, mode: bool = True) -> AlwaysTraining:
         return super().train(True)
@@ -56,42 +56,42 @@ class HidesInAList(nn.Module):
 
 
 class LeaksInAttention(nn.Module):
-    """The most frequent bug of this kind: the rate is passed, and SDPA cannot see whether the
-    module trains.
+    """The most frequent bug of this kind: SDPA applies the rate in eval mode too, since it cannot
+    know the mode of the module.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(x, x, x, dropout_p=0.25)
 
 
-def exported(checkpoint: Checkpoint, root: Path) -> Released:
+def release(checkpoint: Checkpoint, root: Path) -> Released:
     return release_checkpoint(
         checkpoint, root=root, name="leak", version="1", progress=lambda step: None
     )
 
 
-def refused(checkpoint: Checkpoint, root: Path) -> ExportRefused:
+def refusal_of(checkpoint: Checkpoint, root: Path) -> ExportRefused:
     with pytest.raises(ExportRefused) as caught:
-        exported(checkpoint, root)
+        release(checkpoint, root)
     assert list(root.iterdir()) == [], "a refusal writes nothing"
     return caught.value
 
 
-def replaced(checkpoint: Checkpoint, site: str, part: nn.Module) -> Checkpoint:
+def replace_site(checkpoint: Checkpoint, site: str, part: nn.Module) -> Checkpoint:
     parent, _, name = site.rpartition(".")
     setattr(checkpoint.module.get_submodule(parent), name, part)
     return checkpoint
 
 
-def test_there_are_sites_in_every_place_the_network_drops() -> None:
+def test_the_network_has_ten_sites() -> None:
     assert len(SITES) == 2 + 4 * 2
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_one_site_left_in_training_is_refused_by_name(
+def test_a_site_in_training_is_refused_by_name(
     checkpoint: Checkpoint, tmp_path: Path, site: str
 ) -> None:
-    error = refused(replaced(checkpoint, site, AlwaysTraining(0.25)), tmp_path)
+    error = refusal_of(replace_site(checkpoint, site, AlwaysTraining(0.25)), tmp_path)
     assert f"{site} (AlwaysTraining)" in str(error)
     assert {"escaped-module", "eager-randomness"} == {
         record.rule for record in error.records if record.verdict is Verdict.FAIL
@@ -105,47 +105,49 @@ def test_one_site_left_in_training_is_refused_by_name(
 def test_a_functional_dropout_without_its_flag_is_refused_by_name(
     checkpoint: Checkpoint, tmp_path: Path, site: str, part: nn.Module
 ) -> None:
-    error = refused(replaced(checkpoint, site, part), tmp_path)
+    error = refusal_of(replace_site(checkpoint, site, part), tmp_path)
     assert f"{site} ({type(part).__name__}, p=0.25)" in str(error)
     assert "test_from_checkpoint.py:" in str(error)
 
 
 def test_a_dropout_in_a_list_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    error = refused(replaced(checkpoint, "blocks.0.attention.dropout", HidesInAList()), tmp_path)
+    error = refusal_of(
+        replace_site(checkpoint, "blocks.0.attention.dropout", HidesInAList()), tmp_path
+    )
     assert "blocks.0.attention.dropout.drops[0] (Dropout)" in str(error)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         ({"name": "a/b"}, "--name must be .*'a/b'"),
         ({"name": ""}, "--name"),
         ({"version": "../1"}, "--version must be"),
     ],
 )
-def test_a_name_that_no_bundle_can_have_is_refused_before_any_work(
-    checkpoint: Checkpoint, tmp_path: Path, given: dict[str, str], said: str
+def test_an_invalid_name_or_version_is_refused_before_any_work(
+    checkpoint: Checkpoint, tmp_path: Path, arguments: dict[str, str], message: str
 ) -> None:
     steps: list[str] = []
-    with pytest.raises(EvalmodeError, match=said):
+    with pytest.raises(EvalmodeError, match=message):
         release_checkpoint(
             checkpoint,
             root=tmp_path,
             progress=steps.append,
-            **{"name": "any", "version": "1", **given},
+            **{"name": "any", "version": "1", **arguments},
         )
     assert steps == []
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc/bundles"])
-def test_a_root_that_cannot_be_written_to_is_refused_before_any_work(
-    checkpoint: Checkpoint, tmp_path: Path, place: str
+@pytest.mark.parametrize("root", ["file", "file/below", "/proc/bundles"])
+def test_an_unwritable_root_is_refused_before_any_work(
+    checkpoint: Checkpoint, tmp_path: Path, root: str
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     steps: list[str] = []
-    with pytest.raises(EvalmodeError, match=f"no bundle can be written to .*{place}: "):
+    with pytest.raises(EvalmodeError, match=f"no bundle can be written to .*{root}: "):
         release_checkpoint(
-            checkpoint, root=tmp_path / place, name="any", version="1", progress=steps.append
+            checkpoint, root=tmp_path / root, name="any", version="1", progress=steps.append
         )
     assert steps == []
 
@@ -155,28 +157,30 @@ def test_a_checkpoint_without_held_out_rows_is_refused_in_one_sentence(
 ) -> None:
     empty = dataclasses.replace(checkpoint.held_out, rows=[], labels=checkpoint.held_out.labels[:0])
     with pytest.raises(EvalmodeError, match="holds no held-out rows"):
-        exported(dataclasses.replace(checkpoint, held_out=empty), tmp_path)
+        release(dataclasses.replace(checkpoint, held_out=empty), tmp_path)
 
 
 def test_a_module_that_is_not_finite_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with torch.no_grad():
         checkpoint.module.head.bias[0] = float("nan")
-    assert "non-finite" in str(refused(checkpoint, tmp_path))
+    assert "non-finite" in str(refusal_of(checkpoint, tmp_path))
 
 
-def test_a_graph_of_another_network_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_graph_that_differs_from_its_module_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     class Exchanged(Checkpoint):
         def folded(self) -> Transformer:
-            other = Transformer(self.module.config)
-            other.load_state_dict(self.module.state_dict())
+            module = Transformer(self.module.config)
+            module.load_state_dict(self.module.state_dict())
             with torch.no_grad():
-                other.head.weight.mul_(1.001)
-            return other
+                module.head.weight.mul_(1.001)
+            return module
 
     fields = {
         field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)
     }
-    assert "parity" in str(refused(Exchanged(**fields), tmp_path))
+    assert "parity" in str(refusal_of(Exchanged(**fields), tmp_path))
 
 
 def test_a_clean_module_becomes_a_bundle_that_opens(released: Released) -> None:
@@ -211,7 +215,7 @@ def test_classic_dropout_is_folded_and_leaves_no_node(tmp_path: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     (census,) = [
         record
-        for record in exported(make_checkpoint(module), tmp_path).certificate.records
+        for record in release(make_checkpoint(module), tmp_path).certificate.records
         if record.rule == "census"
     ]
     assert census.verdict is Verdict.PASS
@@ -226,23 +230,23 @@ def test_a_causal_network_without_any_rate_is_exported_too(tmp_path: Path) -> No
     )
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    assert exported(make_checkpoint(module), tmp_path).certificate.verdict is Verdict.PASS
+    assert release(make_checkpoint(module), tmp_path).certificate.verdict is Verdict.PASS
 
 
 def test_the_same_checkpoint_gives_the_same_digest(
     checkpoint: Checkpoint, released: Released, tmp_path: Path
 ) -> None:
-    again = release_checkpoint(
+    second = release_checkpoint(
         checkpoint, root=tmp_path, name="small", version="1", progress=lambda step: None
     )
-    assert again.certificate.digest == released.certificate.digest
+    assert second.certificate.digest == released.certificate.digest
 
 
 def test_the_digest_of_a_seeded_checkpoint_is_the_recorded_one(released: Released) -> None:
     recorded = open_bundle(RECORDED)
     assert recorded.certificate is not None
     assert isinstance(recorded.manifest.frontend, NgramSpec)
-    # All that a digest depends on besides the checkpoint and our own code.
+    # Everything besides the checkpoint and evalmode's code that the digest depends on.
     written_by = {
         **recorded.manifest.provenance["export"],
         "unicode": recorded.manifest.frontend.unicode,

@@ -1,5 +1,5 @@
-"""Anyone's module becomes a bundle as ours does: judged by every rule, and against an export in
-another process.
+"""A user's module becomes a bundle: every rule checks it, and an export in another process is
+compared.
 """
 
 from __future__ import annotations
@@ -154,20 +154,20 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop(name, None)
 
 
-def released(factory: str, inputs: str, root: Path) -> Released:
+def release(factory: str, inputs: str, root: Path) -> Released:
     return release_module(
         factory, inputs, root=root, name="theirs", version="1", progress=lambda step: None
     )
 
 
-def refused(factory: str, inputs: str, root: Path) -> ExportRefused:
+def refusal_of(factory: str, inputs: str, root: Path) -> ExportRefused:
     with pytest.raises(ExportRefused) as caught:
-        released(factory, inputs, root)
+        release(factory, inputs, root)
     assert list(root.iterdir()) == []
     return caught.value
 
 
-def baked(error: ExportRefused) -> Record:
+def baked_noise_record(error: ExportRefused) -> Record:
     (record,) = [
         record for record in error.records if record.verdict is not Verdict.PASS and record.findings
     ]
@@ -178,8 +178,8 @@ def baked(error: ExportRefused) -> Record:
 def test_several_inputs_and_outputs_become_a_bundle_that_opens_verifies_and_answers(
     project: str, tmp_path: Path
 ) -> None:
-    made = released(f"{project}:clean", f"{project}:inputs", tmp_path / "bundles")
-    bundle = open_bundle(made.path)
+    result = release(f"{project}:clean", f"{project}:inputs", tmp_path / "bundles")
+    bundle = open_bundle(result.path)
     assert [(item.name, item.shape) for item in bundle.manifest.inputs] == [
         ("x", (-1, 4)),
         ("y", (-1, 1)),
@@ -188,59 +188,57 @@ def test_several_inputs_and_outputs_become_a_bundle_that_opens_verifies_and_answ
     assert bundle.manifest.frontend is None
     assert bundle.manifest.provenance["module"] == f"{project}:clean"
     assert len(bundle.known_answers()) == 8
-    assert verify(made.path).verdict is Verdict.PASS
+    assert verify(result.path).verdict is Verdict.PASS
     answer = open_session(bundle.model).run(
         {"x": np.ones((5, 4), np.float32), "y": np.zeros((5, 1), np.float32)}
     )
     assert answer["sum"].shape == (5, 4)
 
 
-def test_what_is_random_and_in_a_buffer_is_handed_over_and_passes(
-    project: str, tmp_path: Path
-) -> None:
+def test_a_random_buffer_passes(project: str, tmp_path: Path) -> None:
     assert (
-        released(f"{project}:buffer", f"{project}:inputs", tmp_path / "bundles").certificate.verdict
+        release(f"{project}:buffer", f"{project}:inputs", tmp_path / "bundles").certificate.verdict
         is Verdict.PASS
     )
 
 
 @pytest.mark.parametrize("factory", ["at_import", "attribute"])
-def test_what_is_random_and_neither_parameter_nor_buffer_is_refused_by_name(
+def test_a_random_constant_that_is_no_buffer_is_refused_by_name(
     project: str, tmp_path: Path, factory: str
 ) -> None:
-    record = baked(refused(f"{project}:{factory}", f"{project}:inputs", tmp_path / "bundles"))
+    record = baked_noise_record(
+        refusal_of(f"{project}:{factory}", f"{project}:inputs", tmp_path / "bundles")
+    )
     assert record.verdict is Verdict.FAIL
     assert "its values differ in another export, under other seeds" in str(record.findings[0])
 
 
-def test_a_factory_that_returns_another_network_each_time_is_unproven(
-    project: str, tmp_path: Path
-) -> None:
-    record = baked(refused(f"{project}:other_each_time", f"{project}:one", tmp_path / "bundles"))
+def test_a_factory_whose_networks_differ_is_unproven(project: str, tmp_path: Path) -> None:
+    record = baked_noise_record(
+        refusal_of(f"{project}:other_each_time", f"{project}:one", tmp_path / "bundles")
+    )
     assert record.verdict is Verdict.UNPROVEN
     assert "a second export could not be compared: " in str(record.findings[0])
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_hugging_faces_networks_are_exported_without_a_special_word(
-    name: str, tmp_path: Path
-) -> None:
+def test_hugging_face_networks_are_exported_without_any_option(name: str, tmp_path: Path) -> None:
     here = "tests.export.hugging_face"
-    made = released(f"{here}:{name}", f"{here}:inputs", tmp_path / "bundles")
-    assert made.certificate.verdict is Verdict.PASS
-    bundle = open_bundle(made.path)
+    result = release(f"{here}:{name}", f"{here}:inputs", tmp_path / "bundles")
+    assert result.certificate.verdict is Verdict.PASS
+    bundle = open_bundle(result.path)
     assert [item.shape for item in bundle.manifest.inputs] == [(-1, -1), (-1, -1)]
     assert [item.name for item in bundle.manifest.outputs] == ["logits"]
-    left = {"bert": [], "gpt2": ["past_key_values (DynamicCache)"]}
-    assert bundle.manifest.provenance["left out"] == left[name]
+    left_out = {"bert": [], "gpt2": ["past_key_values (DynamicCache)"]}
+    assert bundle.manifest.provenance["left out"] == left_out[name]
 
 
-def test_no_process_is_left_behind_by_a_refusal(project: str, tmp_path: Path) -> None:
+def test_a_refusal_leaves_no_process(project: str, tmp_path: Path) -> None:
     source = (tmp_path / f"{project}.py").read_text()
     (tmp_path / f"{project}.py").write_text(
         source.replace("self.drop(self.linear(x))", "self.linear(x) * torch.rand(1)")
     )
-    refused(f"{project}:clean", f"{project}:inputs", tmp_path / "bundles")
+    refusal_of(f"{project}:clean", f"{project}:inputs", tmp_path / "bundles")
     running = subprocess.run(
         ["ps", "-eo", "args"], capture_output=True, text=True, check=True
     ).stdout
@@ -257,24 +255,24 @@ def test_no_process_is_left_behind_by_a_refusal(project: str, tmp_path: Path) ->
         "python_generator",
     ],
 )
-def test_a_drawn_constant_is_found_though_the_factory_seeds_itself(
+def test_a_random_constant_is_found_even_if_the_factory_sets_a_seed(
     project: str, tmp_path: Path, factory: str
 ) -> None:
-    error = refused(f"{project}:{factory}", f"{project}:one", tmp_path / "out")
+    error = refusal_of(f"{project}:{factory}", f"{project}:one", tmp_path / "out")
     record = next(record for record in error.records if record.rule == "baked-noise")
     assert record.verdict is Verdict.FAIL
     assert "its values differ in another export, under other seeds" in str(record.findings[0])
 
 
-def test_parameters_and_buffers_are_weights_wherever_they_are(project: str, tmp_path: Path) -> None:
-    released(f"{project}:hidden", f"{project}:one", tmp_path / "out")
+def test_hidden_parameters_and_unsaved_buffers_are_weights(project: str, tmp_path: Path) -> None:
+    release(f"{project}:hidden", f"{project}:one", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "factory",
     ["table_kept", "table_of_class", "table_in_cache", "table_in_buffer", "table_that_grows"],
 )
-def test_a_table_that_the_first_call_makes_is_no_noise(
+def test_a_table_that_the_first_call_computes_is_no_noise(
     project: str, tmp_path: Path, factory: str
 ) -> None:
-    released(f"{project}:{factory}", f"{project}:sequences", tmp_path / "out")
+    release(f"{project}:{factory}", f"{project}:sequences", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The bounds of an input are those of the module: what it refuses is refused, and nothing else."""
+"""The bounds of an input are those of its module: the service refuses the same indices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = 10
 
 
 class Network(nn.Module):
-    """A table of ten rows, two smaller ones, and a forward that is given to it."""
+    """A table of ten rows, two smaller ones, and a forward that is an argument."""
 
     offsets: Tensor
 
@@ -40,51 +40,59 @@ def by_columns(network: Network, *columns: Tensor) -> Tensor:
     return sum((table(column) for table, column in tables), torch.zeros(()))
 
 
-# Each is given ids (B, 2).
+# The forwards get ids (B, 2).
 EXACT: dict[str, Callable[[Network, Tensor], Tensor]] = {
-    "embedding": lambda m, ids: m.table(ids),
-    "functional": lambda m, ids: F.embedding(ids, m.table.weight, padding_idx=0),
-    "bag": lambda m, ids: m.bag(ids),
-    "subscript": lambda m, ids: m.table.weight[ids],
-    "subscript of the second axis": lambda m, ids: m.table.weight.T[:, ids],
-    "index_select": lambda m, ids: m.table.weight.index_select(0, ids.flatten()).view(-1, 4),
-    "gather": lambda m, ids: m.table.weight[:, 0].expand(ids.shape[0], ROWS).gather(1, ids),
-    "scatter": lambda m, ids: torch.zeros(ids.shape[0], ROWS).scatter(1, ids, 1.0),
-    "one_hot": lambda m, ids: F.one_hot(ids, ROWS).float() @ m.table.weight,
-    "other type": lambda m, ids: m.table(ids.int()),
-    "other axes": lambda m, ids: m.table(ids.T.unsqueeze(0).permute(2, 0, 1)),
-    "other shape": lambda m, ids: m.table(ids.reshape(-1)).reshape(-1, 4),
-    "joined with zeros": lambda m, ids: m.table(torch.cat([torch.zeros_like(ids), ids], 1)),
-    "stacked": lambda m, ids: m.table(torch.stack([ids, ids], 1)),
-    "shifted": lambda m, ids: m.table(ids + 1),
-    "shifted down": lambda m, ids: m.table(ids - 2),
-    "number first": lambda m, ids: m.table(3 + ids),
-    "two tables": lambda m, ids: m.table(ids) + m.tables[0](ids),
-    "columns": lambda m, ids: by_columns(m, ids[:, 0], ids[:, 1]),
-    "columns from the end": lambda m, ids: by_columns(m, ids[:, -2], ids[:, -1]),
-    "transposed columns": lambda m, ids: by_columns(m, ids.T[0], ids.T[1]),
-    "unbound columns": lambda m, ids: by_columns(m, *ids.unbind(1)),
-    "split columns": lambda m, ids: by_columns(m, *ids.split(1, dim=1)),
-    "chunks": lambda m, ids: by_columns(m, *ids.chunk(2, dim=1)),
-    "the first column": lambda m, ids: m.table(ids[:, :1]),
-    "the second column": lambda m, ids: m.table(ids[:, 1:]) + ids[:, :1, None],
-    "all from the end": lambda m, ids: m.table(ids[:, -2:]),
-    "all but the last": lambda m, ids: m.table(ids[:, :-1]),
-    "columns in one table": lambda m, ids: m.table(ids + m.offsets),
-    "columns in one table, by a list": lambda m, ids: m.table(ids + ids.new_tensor([[0, 4]])),
-    "two ways to index": lambda m, ids: m.table(ids) + m.tables[1].weight[ids],
-    "clamped": lambda m, ids: m.table(ids.clamp(0, ROWS - 1)),
-    "modulo": lambda m, ids: m.table(ids % ROWS),
-    "a table of the input's own": lambda m, ids: m.table(ids[:1]).sum(1) + ids,
+    "embedding": lambda network, ids: network.table(ids),
+    "functional": lambda network, ids: F.embedding(ids, network.table.weight, padding_idx=0),
+    "bag": lambda network, ids: network.bag(ids),
+    "subscript": lambda network, ids: network.table.weight[ids],
+    "subscript of the second axis": lambda network, ids: network.table.weight.T[:, ids],
+    "index_select": lambda network, ids: network.table.weight.index_select(0, ids.flatten()).view(
+        -1, 4
+    ),
+    "gather": lambda network, ids: (
+        network.table.weight[:, 0].expand(ids.shape[0], ROWS).gather(1, ids)
+    ),
+    "scatter": lambda network, ids: torch.zeros(ids.shape[0], ROWS).scatter(1, ids, 1.0),
+    "one_hot": lambda network, ids: F.one_hot(ids, ROWS).float() @ network.table.weight,
+    "other type": lambda network, ids: network.table(ids.int()),
+    "other axes": lambda network, ids: network.table(ids.T.unsqueeze(0).permute(2, 0, 1)),
+    "other shape": lambda network, ids: network.table(ids.reshape(-1)).reshape(-1, 4),
+    "joined with zeros": lambda network, ids: network.table(
+        torch.cat([torch.zeros_like(ids), ids], 1)
+    ),
+    "stacked": lambda network, ids: network.table(torch.stack([ids, ids], 1)),
+    "shifted": lambda network, ids: network.table(ids + 1),
+    "shifted down": lambda network, ids: network.table(ids - 2),
+    "number first": lambda network, ids: network.table(3 + ids),
+    "two tables": lambda network, ids: network.table(ids) + network.tables[0](ids),
+    "columns": lambda network, ids: by_columns(network, ids[:, 0], ids[:, 1]),
+    "columns from the end": lambda network, ids: by_columns(network, ids[:, -2], ids[:, -1]),
+    "transposed columns": lambda network, ids: by_columns(network, ids.T[0], ids.T[1]),
+    "unbound columns": lambda network, ids: by_columns(network, *ids.unbind(1)),
+    "split columns": lambda network, ids: by_columns(network, *ids.split(1, dim=1)),
+    "chunks": lambda network, ids: by_columns(network, *ids.chunk(2, dim=1)),
+    "the first column": lambda network, ids: network.table(ids[:, :1]),
+    "the second column": lambda network, ids: network.table(ids[:, 1:]) + ids[:, :1, None],
+    "all from the end": lambda network, ids: network.table(ids[:, -2:]),
+    "all but the last": lambda network, ids: network.table(ids[:, :-1]),
+    "columns in one table": lambda network, ids: network.table(ids + network.offsets),
+    "columns in one table, by a list": lambda network, ids: network.table(
+        ids + ids.new_tensor([[0, 4]])
+    ),
+    "two ways to index": lambda network, ids: network.table(ids) + network.tables[1].weight[ids],
+    "clamped": lambda network, ids: network.table(ids.clamp(0, ROWS - 1)),
+    "modulo": lambda network, ids: network.table(ids % ROWS),
+    "a table of the input's own": lambda network, ids: network.table(ids[:1]).sum(1) + ids,
 }
-# The bounds are wider than the module's, since how the index is computed is not followed.
+# These bounds are wider than the module's, since the analysis does not follow such operators.
 WIDER: dict[str, Callable[[Network, Tensor], Tensor]] = {
-    "replaced": lambda m, ids: m.table(torch.where(ids > 0, ids, 0)),
-    "masked": lambda m, ids: m.table(ids.masked_fill(ids < 0, 0)),
-    "halved": lambda m, ids: m.table(ids // 2),
-    "clamped below": lambda m, ids: m.table(ids.clamp(min=0)),
-    "through floats": lambda m, ids: m.table(ids.float().long()),
-    "asked and not demanded": lambda m, ids: m.table(ids % ROWS) + (ids >= 5).all(),
+    "replaced": lambda network, ids: network.table(torch.where(ids > 0, ids, 0)),
+    "masked": lambda network, ids: network.table(ids.masked_fill(ids < 0, 0)),
+    "halved": lambda network, ids: network.table(ids // 2),
+    "clamped below": lambda network, ids: network.table(ids.clamp(min=0)),
+    "through floats": lambda network, ids: network.table(ids.float().long()),
+    "asked and not demanded": lambda network, ids: network.table(ids % ROWS) + (ids >= 5).all(),
 }
 
 
@@ -98,7 +106,7 @@ def spec_of(module: nn.Module) -> TensorSpec:
 
 
 def outcomes(module: nn.Module) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """The values, with their column, that the module refuses, and those that a service does."""
+    """The (column, value) pairs that the module refuses, and those that a service refuses."""
     spec = spec_of(module)
     refused: set[tuple[int, int]] = set()
     checked: set[tuple[int, int]] = set()
@@ -118,13 +126,13 @@ def outcomes(module: nn.Module) -> tuple[set[tuple[int, int]], set[tuple[int, in
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_what_the_module_refuses_is_refused_and_nothing_else(name: str) -> None:
+def test_the_service_refuses_exactly_the_indices_that_the_module_refuses(name: str) -> None:
     refused, checked = outcomes(Network(EXACT[name]))
     assert checked == refused
 
 
 @pytest.mark.parametrize("name", WIDER)
-def test_what_the_module_accepts_is_never_refused(name: str) -> None:
+def test_the_service_accepts_every_index_that_the_module_accepts(name: str) -> None:
     refused, checked = outcomes(Network(WIDER[name]))
     assert checked <= refused
 
@@ -135,13 +143,13 @@ def bounds_of(module: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, t
 
 
 class Gathers(nn.Module):
-    def forward(self, x: Tensor, place: Tensor, mask: Tensor) -> Tensor:
-        return x.gather(0, place) * mask
+    def forward(self, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+        return x.gather(0, position) * mask
 
 
-def test_an_index_into_what_varies_must_only_be_at_least_0() -> None:
-    inputs = {"x": torch.rand(4), "place": torch.tensor([1, 0, 3, 2]), "mask": torch.ones(4)}
-    assert bounds_of(Gathers(), inputs) == {"place": (Bound(minimum=0),)}
+def test_an_index_into_an_axis_that_varies_has_only_a_minimum() -> None:
+    inputs = {"x": torch.rand(4), "position": torch.tensor([1, 0, 3, 2]), "mask": torch.ones(4)}
+    assert bounds_of(Gathers(), inputs) == {"position": (Bound(minimum=0),)}
 
 
 class SizesThatVary(nn.Module):
@@ -151,10 +159,10 @@ class SizesThatVary(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
-        first, _ = ids.split([length // 2, length - length // 2], dim=1)
+        half, _ = ids.split([length // 2, length - length // 2], dim=1)
         pieces = ids.split(length // 2, dim=1)
         return (
-            self.table(first).sum(1)
+            self.table(half).sum(1)
             + self.table(pieces[0]).sum(1)
             + self.table(ids[:, : length // 2]).sum(1)
             + self.table((ids + length) % 6).sum(1)
@@ -162,8 +170,8 @@ class SizesThatVary(nn.Module):
         )
 
 
-def test_places_that_depend_on_a_size_have_no_bounds() -> None:
-    """Traced alone: torch's exporter does not write all of this as ONNX."""
+def test_indices_that_depend_on_a_size_have_no_bounds() -> None:
+    """Only traced, since torch's exporter cannot write every operator here as ONNX."""
     program = torch.export.export(
         SizesThatVary().eval(),
         (torch.ones(2, 8, dtype=torch.long),),
@@ -200,7 +208,7 @@ class Joined(nn.Module):
         return self.table(torch.cat([left, right + 1], 1))
 
 
-def test_inputs_that_are_joined_are_bounded_each() -> None:
+def test_concatenated_inputs_have_separate_bounds() -> None:
     ids = torch.ones(2, 3, dtype=torch.long)
     assert bounds_of(Joined(), {"left": ids, "right": ids}) == {
         "left": (Bound(minimum=0, maximum=5),),

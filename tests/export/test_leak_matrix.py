@@ -1,6 +1,4 @@
-"""No randomness of training reaches a bundle in silence: every module is certified because it is
-clean, or refused.
-"""
+"""No randomness of training reaches a bundle: each module is clean and certified, or refused."""
 
 from __future__ import annotations
 
@@ -21,12 +19,12 @@ from tests.export.leaks.case import DOES_NOT_RUN, NO_EXPORT, STATES, Case, seed
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "leak-matrix.md"
 
-ANSWERED = [
+MEASURED = [
     (name, state)
     for name, state in product(CASES, STATES)
     if CASES[name].expected(state) is not None
 ]
-CLEAN = [(name, state) for name, state in ANSWERED if CASES[name].expected(state) == ()]
+CLEAN = [(name, state) for name, state in MEASURED if CASES[name].expected(state) == ()]
 REFUSED_IN_EVAL = [name for name, case in CASES.items() if case.in_eval]
 
 
@@ -34,89 +32,89 @@ def ids(pairs: list[tuple[str, str]]) -> list[str]:
     return [f"{name} {state}".replace("`", "") for name, state in pairs]
 
 
-@pytest.mark.parametrize(("name", "state"), ANSWERED, ids=ids(ANSWERED))
-def test_a_module_is_certified_or_refused_by_the_rules_that_reason_says(
-    name: str, state: str
-) -> None:
-    found = measure(name, state)
-    assert found is not None
-    assert found.refused == CASES[name].expected(state)
+@pytest.mark.parametrize(("name", "state"), MEASURED, ids=ids(MEASURED))
+def test_a_module_is_certified_or_refused_by_the_expected_rules(name: str, state: str) -> None:
+    measured = measure(name, state)
+    assert measured is not None
+    assert measured.refused == CASES[name].expected(state)
 
 
 @pytest.mark.parametrize(("name", "state"), CLEAN, ids=ids(CLEAN))
-def test_what_is_certified_really_is_clean(name: str, state: str) -> None:
-    found = measure(name, state)
-    assert found is not None
-    assert found.model is not None
+def test_a_certified_graph_answers_as_the_module_under_any_seed(name: str, state: str) -> None:
+    measured = measure(name, state)
+    assert measured is not None
+    assert measured.model is not None
     for sample in samples(CASES[name]):
-        graph = run_often(found.model, sample)
+        graph = run_often(measured.model, sample)
         for number in range(3):
             eager = answers(CASES[name].module(state), sample, number)
             assert len(graph) == len(eager)
-            for one, other in zip(graph, eager, strict=True):
+            for actual, expected in zip(graph, eager, strict=True):
                 np.testing.assert_allclose(
-                    one, other, rtol=0, atol=1e-5 * max(1.0, float(np.abs(other).max()))
+                    actual, expected, rtol=0, atol=1e-5 * max(1.0, float(np.abs(expected).max()))
                 )
 
 
 @pytest.mark.parametrize("name", REFUSED_IN_EVAL)
-def test_what_is_refused_in_eval_varies_there_unless_its_declaration_says_why_not(
+def test_a_module_refused_in_eval_varies_unless_its_case_says_why_not(
     name: str,
 ) -> None:
     case = CASES[name]
     inputs = samples(case)[0]
-    one = case.module("in eval")
-    # what the first forward decides, too
-    modules = [one] * 8 + [case.module("in eval") for _ in range(8)]
-    found = [answers(module, inputs, number) for number, module in enumerate(modules)]
-    seen = {b"".join(array.tobytes() for array in arrays) for arrays in found}
-    assert (len(seen) == 1) == bool(case.though_quiet)
+    module_in_eval = case.module("in eval")
+    # New modules as well, since the first forward may fix what is random.
+    modules = [module_in_eval] * 8 + [case.module("in eval") for _ in range(8)]
+    answers_of_runs = [answers(module, inputs, number) for number, module in enumerate(modules)]
+    distinct = {b"".join(array.tobytes() for array in arrays) for arrays in answers_of_runs}
+    assert (len(distinct) == 1) == bool(case.though_quiet)
 
 
-def test_every_refusal_is_a_rules_or_says_what_it_is() -> None:
-    refusals = {rule for name, state in ANSWERED for rule in CASES[name].expected(state) or ()}
+def test_every_refusal_is_by_a_rule_or_a_failed_export() -> None:
+    refusals = {rule for name, state in MEASURED for rule in CASES[name].expected(state) or ()}
     assert refusals <= {rule.name for rule in RULES} | {*DOES_NOT_RUN, *NO_EXPORT}
 
 
-def test_there_are_well_over_a_hundred_modules_and_most_have_a_child() -> None:
+def test_there_are_a_hundred_modules_with_a_child() -> None:
     assert len(CASES) >= 100
     assert sum(CASES[name].expected("one child in train") is not None for name in CASES) >= 100
     assert len(CLEAN) >= 50
 
 
-def test_the_table_in_the_documents_is_what_was_measured() -> None:
+def test_the_table_in_the_documentation_is_measured() -> None:
     assert DOCUMENT.read_text() == table(), (
         "write it anew with `python -m tests.export.leak_matrix`"
     )
 
 
 def samples(case: Case) -> list[dict[str, Tensor]]:
-    """The case's input by name, and its rows the other way round, the first of them left out."""
+    """The input of the case by name, and its rows in reverse order without the last."""
     sample = case.sample
     named = dict(sample) if isinstance(sample, dict) else {"": sample}
     return [named, {name: value.flip(0)[:-1] for name, value in named.items()}]
 
 
 def answers(module: nn.Module, inputs: dict[str, Tensor], number: int) -> list[np.ndarray]:
-    """What the module answers under a seed, in order."""
+    """The tensors that the module returns under a seed, in order."""
     seed(number)
     with torch.no_grad():
-        given = [value.clone() for value in inputs.values()]
-        answer = module(*given) if list(inputs) == [""] else module(**inputs)
+        arguments = [value.clone() for value in inputs.values()]
+        answer = module(*arguments) if list(inputs) == [""] else module(**inputs)
     return [tensor.numpy() for tensor in flatten(answer).values()]
 
 
 def run_often(model: onnx.ModelProto, inputs: dict[str, Tensor]) -> list[np.ndarray]:
-    """What the graph answers in one session without optimisation, the same bits five times."""
+    """The outputs of the graph without optimisation, after a check that five runs agree bitwise."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    given = dict(zip((value.name for value in session.get_inputs()), inputs.values(), strict=True))
-    feeds = {name: value.numpy() for name, value in given.items()}
-    first, *others = [session.run(None, feeds) for _ in range(5)]
-    for other in others:
-        assert [array.tobytes() for array in other] == [array.tobytes() for array in first]
+    tensors = dict(
+        zip((value.name for value in session.get_inputs()), inputs.values(), strict=True)
+    )
+    feeds = {name: value.numpy() for name, value in tensors.items()}
+    first, *repeats = [session.run(None, feeds) for _ in range(5)]
+    for repeat in repeats:
+        assert [array.tobytes() for array in repeat] == [array.tobytes() for array in first]
     return first

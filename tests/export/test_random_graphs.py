@@ -1,7 +1,7 @@
-"""The static rules on random graphs: they are never wrong, at any depth.
+"""The static rules on random graphs: their verdict is the truth, at any depth.
 
-The same 2,000 graphs each time; `EVALMODE_FRESH=1 pytest tests/export/test_random_graphs.py` draws
-others.
+The seeds of the 2,000 graphs are fixed. `EVALMODE_FRESH=1 pytest
+tests/export/test_random_graphs.py` draws new ones.
 """
 
 from __future__ import annotations

@@ -25,15 +25,15 @@ class Computes(nn.Module):
         return self.function(x)
 
 
-class Inside(nn.Module):
-    """Where the operator stands that ONNX lacks."""
+class UnsupportedOperator(nn.Module):
+    """A layer with an operator that ONNX lacks."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(x.mT @ x)
 
 
 class KeepsTables(nn.Module):
-    """A table for each length, in a dictionary."""
+    """A dictionary with one table per length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class KeepsTables(nn.Module):
 
 
 class Grows(nn.Module):
-    """A buffer that is made anew when it is too short."""
+    """A buffer that is replaced when it is too short."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,34 +59,34 @@ class Grows(nn.Module):
         return x + self.table[: x.shape[1]]
 
 
-def chooses(x: Tensor) -> Tensor:
+def branch_on_sum(x: Tensor) -> Tensor:
     if x.sum() > 0.5:
         return x
     return x * 2
 
 
-def unrolls(x: Tensor) -> Tensor:
+def unroll_length(x: Tensor) -> Tensor:
     return torch.stack([x[:, index] for index in range(x.shape[1])], 1)
 
 
 @pytest.mark.parametrize(
-    ("module", "words", "line", "way_out"),
+    ("module", "problem", "line", "way_out"),
     [
         (
-            Computes(chooses),
+            Computes(branch_on_sum),
             "its code branches on numbers that are computed",
             "if x.sum() > 0.5:",
             "torch.where",
         ),
         (
-            nn.Sequential(nn.Linear(4, 4), Inside()),
-            "ONNX has no operator for aten._linalg_eigh in 1 (Inside)",
+            nn.Sequential(nn.Linear(4, 4), UnsupportedOperator()),
+            "ONNX has no operator for aten._linalg_eigh in 1 (UnsupportedOperator)",
             "test_refusal.py:",
             "use one that it has",
         ),
         (KeepsTables(), "used as a plain number", "if length not in self.tables", "--dynamic-axes"),
         (Grows(), "of a fixed size is read at a size that varies", "", "in the constructor"),
-        (Computes(unrolls), "makes length of x the fixed size 5", "", "whole tensors"),
+        (Computes(unroll_length), "makes length of x the fixed size 5", "", "whole tensors"),
         (
             Computes(lambda x: torch.sparse.mm(x[0].to_sparse(), x[0].T)),
             "cannot trace aten._to_sparse.default",
@@ -96,7 +96,7 @@ def unrolls(x: Tensor) -> Tensor:
     ],
 )
 def test_a_refusal_names_the_line_and_a_way_out(
-    module: nn.Module, words: str, line: str, way_out: str
+    module: nn.Module, problem: str, line: str, way_out: str
 ) -> None:
     name = "input" if isinstance(module, nn.Sequential) else "x"
     axes, inputs = {name: {0: "batch", 1: "length"}}, {name: torch.randn(3, 5, 4)}
@@ -105,7 +105,7 @@ def test_a_refusal_names_the_line_and_a_way_out(
         with pytest.raises(NotConvertible) as caught:
             convert(module.eval(), inputs, dynamic_axes=axes, outputs=["y"])
     message = str(caught.value)
-    for part in (words, line, way_out):
+    for part in (problem, line, way_out):
         assert part in message, message
     assert "\n" not in message
     assert not re.search(r"%\w+|call_function|stack trace", message), message

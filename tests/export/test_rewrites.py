@@ -1,4 +1,4 @@
-"""What torch's exporter refuses is computed in another way while it traces, to the same numbers."""
+"""Operators that torch's exporter refuses are rewritten for the trace, with the same results."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Computes(nn.Module):
         return self.function(x, mask)
 
 
-def attends(query: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+def attention(query: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     return F.scaled_dot_product_attention(query, query, query, attn_mask=mask, is_causal=causal)
 
 
-def experts(rows: Tensor, _mask: Tensor) -> Tensor:
-    """Rows that go to the first, the second and the third expert in turn, and some to none."""
+def mixture_of_experts(rows: Tensor, _mask: Tensor) -> Tensor:
+    """Groups of rows for three experts; the last rows belong to none."""
     weight = torch.arange(3 * 4 * 2, dtype=torch.float32).reshape(3, 4, 2).cos()
     flat = rows.reshape(-1, 4)
     count = flat.shape[0]
@@ -45,8 +45,8 @@ def experts(rows: Tensor, _mask: Tensor) -> Tensor:
     numbers = torch.arange(count)
     answer = torch.zeros(count, 2)
     for index, start in enumerate((0, *ends[:-1].tolist())):
-        here = (numbers >= start) & (numbers < ends[index])
-        answer[here] = flat[here] @ weight[index]
+        is_in_group = (numbers >= start) & (numbers < ends[index])
+        answer[is_in_group] = flat[is_in_group] @ weight[index]
     return answer
 
 
@@ -60,14 +60,14 @@ def experts(rows: Tensor, _mask: Tensor) -> Tensor:
         pytest.param(lambda x, mask: 1 - mask, id="int minus int"),
         pytest.param(lambda x, mask: mask // 2.0, id="int by float"),
         pytest.param(lambda x, mask: mask.softmax(-1, dtype=torch.float32), id="softmax of int"),
-        pytest.param(lambda x, mask: attends(x), id="three axes"),
-        pytest.param(lambda x, mask: attends(x, causal=True), id="three axes, causal"),
-        pytest.param(lambda x, mask: attends(x, mask[:, None, :] > 0), id="three axes, mask"),
-        pytest.param(lambda x, mask: attends(x, torch.ones(5, 5).tril() > 0), id="one mask"),
-        pytest.param(lambda x, mask: attends(x[:, None, None]), id="five axes"),
-        pytest.param(lambda x, mask: attends(x[0]), id="two axes"),
+        pytest.param(lambda x, mask: attention(x), id="three axes"),
+        pytest.param(lambda x, mask: attention(x, causal=True), id="three axes, causal"),
+        pytest.param(lambda x, mask: attention(x, mask[:, None, :] > 0), id="three axes, mask"),
+        pytest.param(lambda x, mask: attention(x, torch.ones(5, 5).tril() > 0), id="one mask"),
+        pytest.param(lambda x, mask: attention(x[:, None, None]), id="five axes"),
+        pytest.param(lambda x, mask: attention(x[0]), id="two axes"),
         pytest.param(lambda x, mask: F.rrelu(x, 0.1, 0.5), id="rrelu"),
-        pytest.param(experts, id="experts"),
+        pytest.param(mixture_of_experts, id="experts"),
     ],
 )
 def test_the_graph_answers_as_the_module(function: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -77,15 +77,15 @@ def test_the_graph_answers_as_the_module(function: Callable[[Tensor, Tensor], Te
     model = convert(module, inputs, dynamic_axes=axes, outputs=["y"]).model
     session = open_session(serialise(model))
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    read = {item.name: arrays[item.name] for item in session.inputs}
+    feeds = {item.name: arrays[item.name] for item in session.inputs}
     (expected,) = answers_of(module, arrays).values()
-    answer = session.run(read)["y"]
+    answer = session.run(feeds)["y"]
     assert answer.dtype == expected.dtype
     np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-5)
 
 
 class Casts(nn.Module):
-    """A layer that is put into its own type at every forward, which changes nothing."""
+    """A layer that each forward casts to the type that it already has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Casts(nn.Module):
 
 
 class Causal(nn.Module):
-    """The language model of torch's own tutorial."""
+    """The language model of the PyTorch tutorial."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Causal(nn.Module):
 
 
 class TakesMore(nn.Module):
-    """An input that the forward has no name for."""
+    """A forward with keyword arguments that its signature does not name."""
 
     def forward(self, x: Tensor, **more: Tensor) -> Tensor:
         return x * more["scale"][:, None, None]
@@ -137,7 +137,7 @@ def test_modules_that_only_look_untraceable_are_traced(
     np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_torch_is_as_it_was_after_an_export() -> None:
+def test_an_export_leaves_torch_unchanged() -> None:
     apply, detect = nn.Module._apply, nn.modules.transformer._detect_is_causal_mask
     convert(Casts().eval(), {"x": torch.randn(3, 5, 4)}, dynamic_axes={}, outputs=["y"])
     assert nn.Module._apply is apply

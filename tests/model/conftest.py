@@ -1,6 +1,4 @@
-"""Small made-up data to train on, and the smallest run that has everything: dropout, crops, epochs,
-saved states.
-"""
+"""Small invented data, and the smallest run with all features: dropout, crops, epochs, states."""
 
 from __future__ import annotations
 
@@ -20,18 +18,20 @@ WORDS = {"animal": "cat dog cow hen fox owl".split(), "plant": "oak elm fir ivy 
 
 
 def write_rows(path: Path, *, rows: int = 230) -> Path:
-    """A CSV of sentences of one word or another, which a network learns in an epoch or two."""
-    draw = random.Random(0)
+    """A CSV of sentences, which a network learns to classify in one or two epochs."""
+    generator = random.Random(0)
     lines: dict[str, None] = {}
-    while len(lines) < rows:  # n-grams read all digits alike, so no number can tell texts apart
-        label = draw.choice(sorted(WORDS))
-        lines[f"{' '.join(draw.choices(WORDS[label], k=draw.randint(1, 9)))},{label}"] = None
+    # The n-gram front end reads all digits alike, so a number cannot make a text unique.
+    while len(lines) < rows:
+        label = generator.choice(sorted(WORDS))
+        text = " ".join(generator.choices(WORDS[label], k=generator.randint(1, 9)))
+        lines[f"{text},{label}"] = None
     path.write_text("\n".join(["text,label", *lines]) + "\n")
     return path
 
 
 def small_run(data: Path, **changes: object) -> TrainConfig:
-    """Two epochs of 13 steps; the state is saved every 5."""
+    """A run of two epochs of 13 steps, whose state is saved every 5 steps."""
     options: dict[str, object] = {
         "data": str(data),
         "frontend": "ngrams",
@@ -50,7 +50,7 @@ def small_run(data: Path, **changes: object) -> TrainConfig:
 
 
 class Killed(BaseException):
-    """The end of a run, as by a kill: no handler of ours or of Lightning's catches it."""
+    """Ends a run as a kill does: neither our handlers nor Lightning's catch a BaseException."""
 
 
 def train(
@@ -63,7 +63,7 @@ def train(
 
 
 def watch_steps(monkeypatch: pytest.MonkeyPatch, *, die_at: int | None = None) -> list[int]:
-    """A list that grows by each step from now on; at step `die_at` the run ends as by a kill."""
+    """A list of the steps that run from now on; at step `die_at` the run ends as by a kill."""
     training_step, steps = Learner.training_step, []
 
     def step(self, batch, batch_idx):
@@ -81,7 +81,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def killed_run(data: Path, folder: Path, *, die_at: int) -> Path:
-    """The folder of a training that ended at the step `die_at`, with the states it saved."""
+    """The folder of a run that was killed at the step `die_at`, with its saved states."""
     out = folder / "run"
     with pytest.MonkeyPatch.context() as patch:
         watch_steps(patch, die_at=die_at)
@@ -97,7 +97,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training that ended in the middle of its first epoch."""
+    """A run that was killed in the middle of its first epoch."""
     return killed_run(data, tmp_path_factory.mktemp("killed"), die_at=12)
 
 
@@ -109,7 +109,7 @@ def out(killed: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """A run sets the number of threads; the next test must not notice."""
-    before = torch.get_num_threads()
+    """Restore the number of threads, which a run sets."""
+    thread_count = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(thread_count)

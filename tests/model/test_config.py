@@ -1,4 +1,4 @@
-"""Nonsense is refused when a configuration is built, by the name of its key and by its value."""
+"""A configuration is checked when it is built; the error names the key and the value."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from evalmode.model.config import TrainConfig, TransformerConfig
         ("vocabulary", 0),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_by_key_and_value(key, value):
+def test_an_invalid_value_is_refused_with_its_key(key, value):
     with pytest.raises(ValueError, match=rf"{key} must be .*{key}={value!r}"):
         TrainConfig(**{key: value})
 
 
-def test_a_place_without_a_rate_of_its_own_takes_the_one_for_all():
+def test_a_site_without_a_specific_rate_has_the_general_one():
     config = TrainConfig(dropout=0.2, attention_dropout=0.0)
     network = config.network(vocabulary=10, labels=2, positions=4, ids_per_position=16)
     assert network.attention_dropout == 0.0
@@ -47,7 +47,7 @@ def test_a_place_without_a_rate_of_its_own_takes_the_one_for_all():
     assert network.ngram_dropout == config.ngram_dropout
 
 
-def test_a_network_of_single_ids_drops_none_of_them():
+def test_a_network_with_one_id_per_position_drops_no_ids():
     assert (
         TrainConfig()
         .network(vocabulary=10, labels=2, positions=4, ids_per_position=1)
@@ -56,7 +56,7 @@ def test_a_network_of_single_ids_drops_none_of_them():
     )
 
 
-def test_a_record_holds_neither_a_path_nor_the_clock():
+def test_a_record_has_neither_a_path_nor_a_time_limit():
     record = TrainConfig(data="/home/someone/reviews.csv", max_minutes=5).record()
     assert record["data"] == "reviews.csv"
     assert "max_minutes" not in record

@@ -1,4 +1,4 @@
-"""The first guess for the table, against counts that can be done by hand."""
+"""The initial table of a network, compared with counts that were computed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from evalmode.model.batches import UNLABELLED, Rows
 from evalmode.model.informed_table import SMOOTHING, informed_table, label_evidence
 
-# Id 1 stands with label 0 alone, id 2 with both, id 3 with a row that has no label, id 4 nowhere.
+# Id 1 occurs with label 0 only, id 2 with both, id 3 in a row without a label, id 4 nowhere.
 ROWS = Rows(
     flat=np.array([1, 1, 2, 0, 2, 2, 2, 0, 3, 3, 3, 3], np.int32),
     offsets=np.array([0, 4, 8, 12]),
@@ -25,7 +25,7 @@ def test_the_evidence_is_the_centred_logarithm_of_the_smoothed_counts():
     assert not evidence[[0, 3, 4]].any()
 
 
-def test_a_label_with_longer_texts_does_not_speak_louder():
+def test_the_evidence_for_a_label_does_not_grow_with_the_length_of_its_texts():
     rows = Rows(
         flat=np.array([1, 1, 1, 1, 1, 1, 1, 1], np.int32),
         offsets=np.array([0, 6, 8]),
@@ -35,7 +35,7 @@ def test_a_label_with_longer_texts_does_not_speak_louder():
 
 
 @pytest.mark.parametrize("width", [2, 8])
-def test_the_table_turns_the_evidence_and_loses_none_of_it(width):
+def test_the_table_is_a_rotation_of_the_scaled_evidence(width):
     evidence = label_evidence(ROWS, vocabulary=5, labels=2)
     table = (
         informed_table(ROWS, vocabulary=5, labels=2, width=width, scale=0.5, seed=0)
@@ -46,7 +46,7 @@ def test_the_table_turns_the_evidence_and_loses_none_of_it(width):
     assert table @ table.T == pytest.approx(factor**2 * evidence @ evidence.T, abs=1e-6)
 
 
-def test_more_labels_than_width_are_projected():
+def test_evidence_for_more_labels_than_the_width_is_projected():
     rows = Rows(flat=np.arange(1, 41, dtype=np.int32), offsets=np.arange(41), labels=np.arange(40))
     table = informed_table(rows, vocabulary=41, labels=40, width=8, scale=0.1, seed=0)
     assert table.shape == (41, 8)
@@ -54,10 +54,10 @@ def test_more_labels_than_width_are_projected():
     assert table[1:].abs().sum(1).min() > 0
 
 
-def test_the_seed_turns_it_and_the_same_seed_turns_it_alike():
-    one, same, other = (
+def test_the_rotation_depends_on_the_seed():
+    table, same_seed, other_seed = (
         informed_table(ROWS, vocabulary=5, labels=2, width=4, scale=0.1, seed=seed)
         for seed in (0, 0, 1)
     )
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+    assert torch.equal(table, same_seed)
+    assert not torch.equal(table, other_seed)

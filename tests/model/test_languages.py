@@ -1,4 +1,4 @@
-"""The default data set, on hand-made wheels: no network, a handful of messages."""
+"""The default data set, from wheels with a few messages that the tests write: no network."""
 
 import hashlib
 import struct
@@ -16,9 +16,10 @@ from evalmode.model.data_set import DataError, Texts
 HEADER = {"": "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=n != 1;\n"}
 
 
-def compiled(messages: dict[str, str]) -> bytes:
-    """Return a gettext catalog as bytes: a head of seven words, two tables of (length, offset),
-    then the strings.
+def gettext_catalog(messages: dict[str, str]) -> bytes:
+    """Return a compiled gettext catalog.
+
+    It has a head of seven words, two tables of (length, offset), and the strings.
     """
     entries = sorted((key.encode(), value.encode()) for key, value in (HEADER | messages).items())
     count, start = len(entries), 28 + 16 * len(entries)
@@ -31,8 +32,9 @@ def compiled(messages: dict[str, str]) -> bytes:
 
 
 def cache_with(tmp_path: Path, *wheels: dict[str, dict[str, str]]) -> dict[str, Path]:
-    """Lay wheels, each {folder: messages}, and the requirements that pin them; return load's
-    arguments.
+    """Write wheels, each {folder: messages}, and the requirements that pin them.
+
+    Return the arguments of `languages.load`.
     """
     folder = tmp_path / "languages" / "wheels"
     folder.mkdir(parents=True)
@@ -41,13 +43,17 @@ def cache_with(tmp_path: Path, *wheels: dict[str, dict[str, str]]) -> dict[str, 
         wheel = folder / f"Some_App{number}-1.0-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
             for name, messages in catalogs.items():
-                archive.writestr(f"some/locale/{name}/LC_MESSAGES/django.mo", compiled(messages))
-            about = f"Some_App{number}-1.0.dist-info"  # without it pip takes no wheel
+                archive.writestr(
+                    f"some/locale/{name}/LC_MESSAGES/django.mo", gettext_catalog(messages)
+                )
+            # pip refuses a wheel without this folder.
+            info_folder = f"Some_App{number}-1.0.dist-info"
             archive.writestr(
-                f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+                f"{info_folder}/WHEEL",
+                "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
             )
             archive.writestr(
-                f"{about}/METADATA",
+                f"{info_folder}/METADATA",
                 f"Metadata-Version: 2.1\nName: Some_App{number}\nVersion: 1.0\n",
             )
         pins.append(
@@ -68,7 +74,7 @@ def rows(*triples: tuple[str, str, str]) -> set[tuple[str, str]]:
 
 
 def in_words(number: int) -> str:
-    """Return a made-up word of its own for every number: digits are not letters."""
+    """Return a different word for each number, since digits do not count as letters."""
     return "".join(chr(ord("a") + int(digit)) for digit in f"{number:06d}")
 
 
@@ -93,7 +99,7 @@ def test_there_are_sixty_languages_in_order() -> None:
         ("e\u0301te\u0301", "été"),
     ],
 )
-def test_what_belongs_to_the_program_is_cleaned_away(raw: str, cleaned: str) -> None:
+def test_placeholders_markup_and_addresses_are_removed(raw: str, cleaned: str) -> None:
     assert languages.clean(raw) == cleaned
 
 
@@ -128,11 +134,11 @@ def test_a_translation_equal_to_its_source_is_dropped() -> None:
     assert rows(("de", "Framework: %s", "Framework")) == {("en", "Framework")}
 
 
-def test_a_text_that_stands_in_two_languages_is_dropped_from_both() -> None:
-    found = rows(
+def test_a_text_that_occurs_in_two_languages_is_dropped_from_both() -> None:
+    remaining = rows(
         ("da", "Ny adgangskode", "New password"), ("nb", "ny adgangskode!", "New password")
     )
-    assert found == {("en", "New password")}
+    assert remaining == {("en", "New password")}
 
 
 def test_a_text_of_fewer_than_six_letters_is_dropped() -> None:
@@ -141,26 +147,26 @@ def test_a_text_of_fewer_than_six_letters_is_dropped() -> None:
     }
 
 
-def test_serbian_counts_in_cyrillic_only() -> None:
-    found = rows(("sr", "Korisničko ime", "Username"), ("sr", "Корисничко име", "Username"))
-    assert found == {("en", "Username"), ("sr", "Корисничко име")}
+def test_serbian_texts_in_latin_letters_are_dropped() -> None:
+    remaining = rows(("sr", "Korisničko ime", "Username"), ("sr", "Корисничко име", "Username"))
+    assert remaining == {("en", "Username"), ("sr", "Корисничко име")}
 
 
-def test_a_text_never_translated_is_dropped_where_the_language_has_another_script() -> None:
+def test_an_untranslated_text_is_dropped_if_the_language_has_another_script() -> None:
     assert rows(("bg", "selected options", "Options selected")) == {("en", "Options selected")}
 
 
-def test_contexts_and_plurals_are_read_as_their_messages(tmp_path: Path) -> None:
+def test_contexts_are_removed_and_plurals_are_separate_texts(tmp_path: Path) -> None:
     plural = {
         "verb\x04Open it now": "Jetzt öffnen",
         "%d old page\0%d old pages": "%d alte Seite\0%d alte Seiten",
     }
-    found = rows_of(languages.load(**cache_with(tmp_path, {"de": plural})))
+    loaded = rows_of(languages.load(**cache_with(tmp_path, {"de": plural})))
     german = {("de", "Jetzt öffnen"), ("de", "alte Seite"), ("de", "alte Seiten")}
-    assert found == german | {("en", "Open it now"), ("en", "old page")}
+    assert loaded == german | {("en", "Open it now"), ("en", "old page")}
 
 
-def test_a_sentence_and_all_its_translations_go_to_one_part() -> None:
+def test_a_sentence_and_all_its_translations_are_in_one_part() -> None:
     words = [in_words(number) for number in range(400)]
     translate = {"de": "Deutsch", "fr": "Français", "ru": "Русский"}
     triples = [
@@ -168,12 +174,12 @@ def test_a_sentence_and_all_its_translations_go_to_one_part() -> None:
         for word in words
         for code, name in translate.items()
     ]
-    home: dict[str, set[str]] = {}
+    parts_of_word: dict[str, set[str]] = {}
     for name, part in languages.split(triples).items():
         for text in part.texts:
-            home.setdefault(text.split()[-1], set()).add(name)
-    assert {len(names) for names in home.values()} == {1}
-    sizes = Counter(names.pop() for names in home.values())
+            parts_of_word.setdefault(text.split()[-1], set()).add(name)
+    assert {len(names) for names in parts_of_word.values()} == {1}
+    sizes = Counter(names.pop() for names in parts_of_word.values())
     assert 20 <= sizes["test"] <= 60
     assert 5 <= sizes["validation"] <= 40
 
@@ -186,19 +192,19 @@ def test_a_message_in_other_capitals_or_with_other_placeholders_is_the_same_mess
             ("fr", f"Deuxième {word}", f"%(n)s SAVE {word}!"),
         ]
     for part in languages.split(triples).values():
-        found = {
+        words = {
             label: {text.split()[-1] for text in part.texts if text.startswith(word)}
             for label, word in (("de", "Erste"), ("fr", "Deuxième"))
         }
-        assert found["de"] == found["fr"] != set()
+        assert words["de"] == words["fr"] != set()
 
 
-def test_a_text_whose_messages_would_go_different_ways_is_dropped() -> None:
+def test_a_text_whose_messages_belong_to_different_parts_is_dropped() -> None:
     triples = [("de", "Immer dasselbe", f"Source {in_words(number)}") for number in range(100)]
     assert {label for label, _ in rows(*triples)} == {"en"}
 
 
-def test_no_text_of_train_is_tested_in_other_capitals() -> None:
+def test_no_text_is_in_two_parts_in_different_capitals() -> None:
     triples = []
     for number in range(300):
         word = in_words(number)
@@ -207,14 +213,14 @@ def test_no_text_of_train_is_tested_in_other_capitals() -> None:
             ("de", f"SEITE: {word}", f"Leaf {word}"),
         ]
     parts = languages.split(triples)
-    seen = {
+    folded = {
         name: {text.casefold().replace(":", "") for text in part.texts}
         for name, part in parts.items()
     }
-    assert not seen["train"] & seen["test"]
-    assert not seen["train"] & seen["validation"]
-    assert not seen["test"] & seen["validation"]
-    assert seen["test"]
+    assert not folded["train"] & folded["test"]
+    assert not folded["train"] & folded["validation"]
+    assert not folded["test"] & folded["validation"]
+    assert folded["test"]
 
 
 def test_no_language_has_more_rows_than_its_cap() -> None:
@@ -284,7 +290,7 @@ def test_no_half_written_rows_are_left_behind(tmp_path: Path) -> None:
     assert rows_file.suffix == ".json"
 
 
-def test_wheels_that_lie_there_are_returned_in_the_order_of_their_pins(tmp_path: Path) -> None:
+def test_present_wheels_are_returned_in_the_order_of_their_pins(tmp_path: Path) -> None:
     arguments = cache_with(tmp_path, {}, {"de": {}})
     wheels = languages.fetch_wheels(**arguments)
     assert [wheel.name for wheel in wheels] == [
@@ -302,7 +308,7 @@ def test_a_wheel_with_a_wrong_hash_is_refused_by_name(tmp_path: Path) -> None:
         languages.load(**arguments)
 
 
-def test_a_failing_pip_is_one_sentence_with_a_way_out(
+def test_a_failing_pip_is_one_sentence_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = cache_with(tmp_path, {"de": {}})
@@ -318,15 +324,15 @@ def test_a_failing_pip_is_one_sentence_with_a_way_out(
     assert not list(wheel.parent.iterdir())
 
 
-def test_pip_fetches_what_is_missing_from_wherever_it_is_told(
+def test_pip_fetches_missing_wheels_from_its_configured_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = cache_with(tmp_path, {"de": {"A new page": "Eine neue Seite"}})
     (wheel,) = (tmp_path / "languages" / "wheels").iterdir()
-    (tmp_path / "shop").mkdir()
-    wheel.rename(tmp_path / "shop" / wheel.name)
+    (tmp_path / "source").mkdir()
+    wheel.rename(tmp_path / "source" / wheel.name)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shop"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "source"))
     assert ("de", "Eine neue Seite") in rows_of(languages.load(**arguments))
     assert [path.name for path in wheel.parent.iterdir()] == [wheel.name]
 

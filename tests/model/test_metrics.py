@@ -1,4 +1,4 @@
-"""Figures that can be done by hand, and a temperature that is the best there is."""
+"""Metrics that can be computed by hand, and the temperature with the lowest loss."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ LOGITS = np.log(np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.
 LABELS = np.array([0, 1, 1, 1])
 
 
-def test_accuracy_and_macro_f1_are_what_a_hand_computes():
+def test_accuracy_and_macro_f1_equal_values_computed_by_hand():
     # Label 0: precision 1/2, recall 1, F1 2/3. Label 1: precision 1, recall 2/3, F1 4/5.
     assert quality(LOGITS[:, :2], LABELS) == pytest.approx(
         {"accuracy": 0.75, "macro_f1": (2 / 3 + 4 / 5) / 2}
     )
 
 
-def test_a_class_that_was_not_tested_counts_nothing_and_is_named():
-    # Label 2 has no row: a mean over the other two would hide that.
+def test_a_class_without_test_rows_counts_as_zero_and_is_named():
+    # Label 2 has no row, and a mean over the other two labels would hide that.
     assert quality(LOGITS, LABELS) == pytest.approx(
         {"accuracy": 0.75, "macro_f1": (2 / 3 + 4 / 5) / 3}
     )
@@ -46,20 +46,20 @@ def test_the_log_loss_is_the_mean_of_minus_log_p():
     assert log_loss(LOGITS, LABELS) == pytest.approx(-np.log([0.7, 0.3, 0.8, 0.7]).mean())
 
 
-def test_a_row_without_a_label_wants_the_same_of_every_label():
+def test_the_target_of_an_unlabelled_row_is_the_same_for_every_label():
     even, uneven = np.zeros((1, 4)), np.array([[3.0, 0.0, 0.0, 0.0]])
     unlabelled = np.array([UNLABELLED])
     assert log_loss(even, unlabelled) == pytest.approx(np.log(4))
     assert log_loss(uneven, unlabelled) > log_loss(even, unlabelled)
 
 
-def test_the_temperature_undoes_what_made_the_scores_too_sure():
-    draw = np.random.default_rng(0)
-    honest = draw.normal(size=(4000, 5)) * 2
-    p = np.exp(honest) / np.exp(honest).sum(1, keepdims=True)
-    labels = np.array([draw.choice(5, p=row) for row in p])
-    assert fit_temperature(honest, labels) == pytest.approx(1.0, abs=0.05)
-    assert fit_temperature(honest * 2.5, labels) == pytest.approx(2.5, abs=0.1)
+def test_the_temperature_undoes_a_factor_of_the_logits():
+    random = np.random.default_rng(0)
+    calibrated = random.normal(size=(4000, 5)) * 2
+    probabilities = np.exp(calibrated) / np.exp(calibrated).sum(1, keepdims=True)
+    labels = np.array([random.choice(5, p=row) for row in probabilities])
+    assert fit_temperature(calibrated, labels) == pytest.approx(1.0, abs=0.05)
+    assert fit_temperature(calibrated * 2.5, labels) == pytest.approx(2.5, abs=0.1)
 
 
 def highest_score(logits):
@@ -67,7 +67,7 @@ def highest_score(logits):
     return (powers / powers.sum(1, keepdims=True)).max()
 
 
-def test_rows_that_are_all_right_support_what_the_rule_of_succession_says():
+def test_the_highest_score_of_correct_rows_is_that_of_the_rule_of_succession():
     logits, labels = LOGITS[[0, 2, 3]] * 40, LABELS[[0, 2, 3]]
     assert highest_score(logits) > 0.999_999
     temperature = fit_temperature(logits, labels)
@@ -83,32 +83,34 @@ def test_rows_that_are_all_right_support_what_the_rule_of_succession_says():
     size=st.floats(0.01, 500),
 )
 def test_no_row_gets_a_higher_score_than_the_rows_support(seed, rows, classes, wrong, size):
-    draw = np.random.default_rng(seed)
-    logits = draw.normal(size=(rows, classes)) * size
-    labels = np.where(draw.random(rows) < wrong, draw.integers(0, classes, rows), logits.argmax(1))
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(rows, classes)) * size
+    labels = np.where(
+        random.random(rows) < wrong, random.integers(0, classes, rows), logits.argmax(1)
+    )
     temperature = fit_temperature(logits, labels)
     assert np.isfinite(temperature)
     assert highest_score(logits / temperature) <= (rows + 1) / (rows + 2) + 1e-9
 
 
 def test_a_bound_that_no_row_reaches_changes_no_bit_of_the_best_temperature():
-    draw = np.random.default_rng(1)
-    logits = draw.normal(size=(4000, 5)) * 2
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    labels = np.array([draw.choice(5, p=row) for row in p])
+    random = np.random.default_rng(1)
+    logits = random.normal(size=(4000, 5)) * 2
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.array([random.choice(5, p=row) for row in probabilities])
     best = fit_temperature(logits, labels)
     assert highest_score(logits / best) < 4001 / 4002
     losses = [log_loss(logits / (best + step), labels) for step in (-0.01, 0.0, 0.01)]
     assert min(losses) == losses[1]
 
 
-def test_scores_that_say_nothing_become_even():
-    draw = np.random.default_rng(2)
-    logits, labels = draw.normal(size=(2000, 3)) * 50, draw.integers(0, 3, 2000)
+def test_random_logits_become_even_scores():
+    random = np.random.default_rng(2)
+    logits, labels = random.normal(size=(2000, 3)) * 50, random.integers(0, 3, 2000)
     assert highest_score(logits / fit_temperature(logits, labels)) < 0.6
 
 
-def test_logits_that_are_not_finite_have_a_loss_that_is_not():
+def test_logits_that_are_not_finite_have_a_loss_that_is_not_finite():
     logits = LOGITS.copy()
     logits[1, 1] = np.nan
     assert np.isnan(log_loss(logits / fit_temperature(logits, LABELS), LABELS))
@@ -121,7 +123,7 @@ def test_a_folded_temperature_divides_the_logits():
     torch.testing.assert_close(head(x), expected)
 
 
-def test_predictions_come_in_the_order_of_the_rows_and_leave_the_network_as_it_was():
+def test_predictions_are_in_the_order_of_rows_and_the_network_stays_in_training_mode():
     class Length(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Opens bundles as a server does, but without measuring them, and changes their folders."""
+"""Open bundles as a server does, but without calibration, and change their folders."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def started_repository(root, opener=OPEN_QUICKLY, **arguments):
 
 
 def spoil(bundle):
-    """Change a byte of the model. Returns a function that undoes it."""
+    """Change a byte of the model, and return a function that restores it."""
     file = bundle / "model.onnx"
     good = file.read_bytes()
     file.write_bytes(good[:-1] + b"?")
@@ -59,7 +59,7 @@ def answer(model, text="Dit is een zin."):
 
 
 def logged_duplicates(logs):
-    """The folders that are not served according to the log, each with the one that is."""
+    """Each folder that the log names as not served, with the served folder of the same version."""
     return [(line["bundle"], line["served"]) for line in logs if "same version" in line["event"]]
 
 

@@ -1,4 +1,4 @@
-"""Tiny certified bundles made by hand: no test that serves one needs torch."""
+"""Tiny bundles with a certificate made by hand, so that a test can serve one without torch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TEXTS = (
 )
 
 
-def elsewhere(certificate: Certificate) -> Certificate:
-    """The certificate as another ONNX Runtime on another CPU would have it."""
+def on_another_platform(certificate: Certificate) -> Certificate:
+    """The certificate with the platform of another ONNX Runtime on another CPU."""
     platform = certificate.platform.model_copy(
         update={"runtime": "onnxruntime 1.0", "cpu_features": ("neon",)}
     )
@@ -41,11 +41,12 @@ def tiny_model(
     labels: int = len(LABELS),
     dropout: float | None = None,
 ) -> bytes:
-    """Sum over n-grams, over positions, then a head: logits (B, C) for ids (B, T, G).
+    """A model that sums over n-grams and positions and applies a head: ids (B, T, G) -> (B, C).
 
-    `batchable` sums the positions by a matrix product, which gives a row the same bits at every
-    batch size; without it a reduction does, whose one-row kernel adds in another order. A `bias`
-    that is NaN or infinite spoils every answer. A `dropout` is one that runs, on the pooled values.
+    If `batchable`, a matrix product sums the positions, and a row has the same bits at every batch
+    size. Otherwise a reduction does, whose kernel for one row adds in another order. A `bias` that
+    is NaN or infinite makes every answer so. `dropout` is the rate of a Dropout in training mode on
+    the pooled values.
     """
     random = np.random.default_rng(7)
     table = random.standard_normal((SPEC.vocabulary, 48)).astype(np.float32)
@@ -58,7 +59,7 @@ def tiny_model(
         "grams": np.array([2], np.int64),
     }
     node = helper.make_node
-    by_product = [
+    product_nodes = [
         node("ReduceMax", ["input_ids", "grams"], ["highest"], keepdims=0),  # (B, T)
         node("Sign", ["highest"], ["real"]),
         node("Cast", ["real"], ["mask"], to=TensorProto.FLOAT),
@@ -66,23 +67,24 @@ def tiny_model(
         node("MatMul", ["weights", "embedded"], ["pooled"]),  # (B, 1, D)
     ]
     # (B, 1, D)
-    by_reduction = [node("ReduceSum", ["embedded", "positions"], ["pooled"], keepdims=1)]
-    # ONNX Runtime 1.31 takes a Dropout away whose mode is constant, True included.
-    dropped = [
-        node("ReduceMax", ["input_ids"], ["largest"], keepdims=0),
-        node("GreaterOrEqual", ["largest", "zero"], ["on"]),
-        node("Dropout", ["pooled", "ratio", "on"], ["dropped"]),
-    ]
-    if dropout is None:
-        dropped = []
-    else:
+    reduction_nodes = [node("ReduceSum", ["embedded", "positions"], ["pooled"], keepdims=1)]
+    pooled, dropout_nodes = "pooled", []
+    if dropout is not None:
+        # ONNX Runtime 1.31 removes a Dropout whose mode is constant, even if it is True. So the
+        # mode is computed from the ids.
+        dropout_nodes = [
+            node("ReduceMax", ["input_ids"], ["largest"], keepdims=0),
+            node("GreaterOrEqual", ["largest", "zero"], ["on"]),
+            node("Dropout", ["pooled", "ratio", "on"], ["dropped"]),
+        ]
+        pooled = "dropped"
         tensors |= {"ratio": np.array(dropout, np.float32), "zero": np.array(0, np.int64)}
     nodes = [
         node("Gather", ["table", "input_ids"], ["gathered"]),  # (B, T, G, D)
         node("ReduceSum", ["gathered", "grams"], ["embedded"], keepdims=0),  # (B, T, D)
-        *(by_product if batchable else by_reduction),
-        *dropped,
-        node("MatMul", ["dropped" if dropped else "pooled", "head"], ["headed"]),  # (B, 1, C)
+        *(product_nodes if batchable else reduction_nodes),
+        *dropout_nodes,
+        node("MatMul", [pooled, "head"], ["headed"]),  # (B, 1, C)
         node("Squeeze", ["headed", "positions"], ["flat"]),
         node("Add", ["flat", "bias"], ["logits"]),  # (B, C)
     ]
@@ -102,14 +104,14 @@ def make_bundle(
     change: Callable[[KnownAnswer], KnownAnswer] = lambda answer: answer,
     certify: Callable[[Certificate], Certificate] = lambda certificate: certificate,
 ) -> Path:
-    """Write a bundle of text below `root` whose certificate is filled in by hand.
+    """Write a bundle of text below `root` with a certificate made by hand.
 
-    `change` spoils its known answers, and `certify` what its certificate says.
+    `change` may falsify its known answers, and `certify` its certificate.
     """
     model = model or tiny_model()
     session = open_session(model)
     answers = tuple(change(answer) for answer in _known_answers(session))
-    return written(
+    return write_certified(
         root,
         model,
         session,
@@ -126,50 +128,46 @@ def tensor_bundle(
     root: Path,
     *,
     model: bytes | None = None,
-    known: Sequence[Mapping[str, np.ndarray]] | None = None,
+    known_inputs: Sequence[Mapping[str, np.ndarray]] | None = None,
     independent: bool = True,
     name: str = "tensors",
     version: str = "1",
 ) -> Path:
-    """Write a bundle without a front end below `root`; its known answers are the model's for
-    `known`.
+    """Write a bundle without a front end below `root`, with known answers for `known_inputs`.
 
-    `independent` is whether its certificate says that rows do not depend on one another.
+    If `independent`, its certificate says that a row does not depend on the other rows.
     """
     model = model or product_model()
     session = open_session(model)
-    known = (
-        [{"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}] if known is None else known
+    if known_inputs is None:
+        known_inputs = [{"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}]
+    answers = tuple(
+        KnownAnswer(inputs=inputs, outputs=session.run(inputs)) for inputs in known_inputs
     )
-    answers = tuple(KnownAnswer(inputs=inputs, outputs=session.run(inputs)) for inputs in known)
     invariance = Record(rule="batch-invariance", verdict=Verdict.PASS, why="a bundle of the tests")
 
     def certify(certificate: Certificate) -> Certificate:
-        more = (invariance,) if independent else ()
-        return certificate.model_copy(update={"records": (*certificate.records, *more)})
+        records = (invariance,) if independent else ()
+        return certificate.model_copy(update={"records": (*certificate.records, *records)})
 
-    return written(root, model, session, answers, certify, name=name, version=version)
+    return write_certified(root, model, session, answers, certify, name=name, version=version)
 
 
 def token_bundle(root: Path, model: bytes, tokenizer: str, *, spec: BpeSpec) -> Path:
-    """Write a bundle of text below `root` whose front end is a tokenizer; it has no known
-    answers.
-    """
-    return written(
+    """Write a bundle of text with a tokenizer below `root`, without known answers."""
+    return write_certified(
         root,
         model,
         open_session(model),
         (),
-        lambda found: found,
+        lambda certificate: certificate,
         frontend=spec,
         tokenizer=tokenizer,
     )
 
 
 def product_model() -> bytes:
-    """y = x @ w: (B, 2) for x (B, T) of 1 to 64 columns; w is as many rows long as x has
-    columns.
-    """
+    """y = x @ w[:T]: (B, 2) for x (B, T), T from 1 to 64."""
     weights = np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)
     node = helper.make_node
     return onnx_model(
@@ -191,14 +189,14 @@ def onnx_model(
     outputs: Sequence[ValueInfoProto],
     weights: Mapping[str, np.ndarray] | None = None,
 ) -> bytes:
-    """A model made by hand."""
+    """A serialised model of these nodes."""
     constants = [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()]
     graph = helper.make_graph(nodes, "by hand", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return model.SerializeToString()
 
 
-def written(
+def write_certified(
     root: Path,
     model: bytes,
     session: Session,
@@ -211,7 +209,7 @@ def written(
     frontend: NgramSpec | BpeSpec | None = None,
     tokenizer: str | None = None,
 ) -> Path:
-    """Write a bundle below `root` whose tensors and platform are those of `session`."""
+    """Write a bundle below `root` with the tensors and the platform of `session`."""
     contents = {MODEL_FILE: model, KNOWN_ANSWERS_FILE: pack(answers)}
     if tokenizer is not None:
         contents[TOKENIZER_FILE] = tokenizer.encode()

@@ -1,4 +1,4 @@
-"""Runs rows of a model without an engine, and makes inputs and parts of ONNX models."""
+"""Run rows of a model without an engine, and make inputs and parts of ONNX models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 
 
 def answer_alone(job):
-    """The answer of one job that runs alone."""
+    """The answer to one job, a pair of bucket and row, in a batch without other rows."""
     bucket, row = job
     (answer,) = bucket.run([row])
     if isinstance(answer, Exception):
@@ -16,7 +16,7 @@ def answer_alone(job):
 
 
 def answers_together(jobs, *, size):
-    """The answers of jobs of one bucket in a batch of `size` rows, filled with copies."""
+    """The answers to jobs of one bucket in a batch of `size` rows, filled up with copies."""
     (bucket,) = {bucket for bucket, _ in jobs}
     rows = [row for _, row in jobs]
     return bucket.run([*rows, *rows[-1:] * (size - len(rows))])[: len(rows)]

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the service: a home folder, texts, a bundle, a server of it."""
+"""Fixtures for tests of the service: a home folder, texts, a bundle, and a server of the bundle."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from tests.service.processes import RunningServer, running
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _a_home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Timings are kept in the home folder: the tests leave none in the user's, and use none that
-    they find there.
-    """
+def _temporary_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The home folder holds recorded timings: tests neither read nor write those of the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         yield
@@ -24,7 +22,7 @@ def _a_home_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """200 texts of every length the tiny model reads, empty, longer, and in several scripts."""
+    """200 texts in several scripts: empty, of every length the tiny model reads, and longer."""
     random = np.random.default_rng(11)
     words = [
         "Ez",

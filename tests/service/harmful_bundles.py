@@ -1,4 +1,4 @@
-"""Certified bundles whose models hang or abort ONNX Runtime; their hashes and certificates hold."""
+"""Bundles with valid hashes and certificates whose models hang or abort ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from evalmode.bundle.known_answers import KnownAnswer
 from evalmode.bundle.session import open_session
-from tests.service.bundles import onnx_model, written
+from tests.service.bundles import onnx_model, write_certified
 
 _X = np.zeros((1, 3), np.float32)
 
@@ -18,14 +18,14 @@ def hanging_when_run(root: Path, *, name: str = "tensors", version: str = "1") -
     """A loop of 2^62 iterations."""
     node, info = helper.make_node, helper.make_tensor_value_info
     body = helper.make_graph(
-        [node("Identity", ["go_on"], ["still"]), node("Identity", ["value"], ["next"])],
+        [node("Identity", ["go_on"], ["continues"]), node("Identity", ["value"], ["next"])],
         "body",
         [
             info("i", TensorProto.INT64, []),
             info("go_on", TensorProto.BOOL, []),
             info("value", TensorProto.FLOAT, None),
         ],
-        [info("still", TensorProto.BOOL, []), info("next", TensorProto.FLOAT, None)],
+        [info("continues", TensorProto.BOOL, []), info("next", TensorProto.FLOAT, None)],
     )
     nodes = [node("Loop", ["count", "always", "x"], ["y"], body=body)]
     weights = {"count": np.array(2**62), "always": np.array(True)}
@@ -33,9 +33,7 @@ def hanging_when_run(root: Path, *, name: str = "tensors", version: str = "1") -
 
 
 def hanging_when_opened(root: Path, *, name: str = "tensors", version: str = "1") -> Path:
-    """A thousand products of large matrices, which the optimiser computes while a session is
-    made.
-    """
+    """A thousand products of large constants, which the optimiser computes when a session opens."""
     node = helper.make_node
     nodes = [
         node("Expand", ["half", "large"], ["m0"]),
@@ -48,7 +46,7 @@ def hanging_when_opened(root: Path, *, name: str = "tensors", version: str = "1"
 
 
 def aborting(root: Path) -> Path:
-    """A normal distribution without a spread, on which ONNX Runtime aborts its process."""
+    """A normal distribution with scale 0, on which ONNX Runtime aborts the process."""
     node = helper.make_node
     nodes = [
         node("RandomNormalLike", ["x"], ["noise"], scale=0.0),
@@ -58,7 +56,7 @@ def aborting(root: Path) -> Path:
 
 
 def harmless(root: Path, *, name: str = "tensors", version: str = "1") -> Path:
-    """A bundle with the tensors of the others, and a model that does no harm."""
+    """A bundle with the same tensors as the others, and a harmless model."""
     return _bundle(root, [helper.make_node("Identity", ["x"], ["y"])], {}, name, version)
 
 
@@ -73,10 +71,10 @@ def _bundle(
         helper.make_tensor_value_info(tensor, TensorProto.FLOAT, ["batch", 3]) for tensor in "xy"
     )
     identity = [helper.make_node("Identity", ["x"], ["y"])]
-    return written(
+    return write_certified(
         root,
         onnx_model(nodes, inputs=[x], outputs=[y], weights=weights),
-        # Its own session could not be made here; the tensors of this one are the same.
+        # A session of the model itself would hang or abort here. This one has the same tensors.
         open_session(onnx_model(identity, inputs=[x], outputs=[y])),
         (KnownAnswer(inputs={"x": _X}, outputs={"y": _X}),),
         lambda certificate: certificate,

@@ -1,7 +1,6 @@
-"""A tiny model with moods: some texts take it a while, one never ends, and one is answered with
-NaN.
+"""A tiny model that is slow for some texts, never ends for one, and answers another with NaN.
 
-Its other answers have the bits that the model it is made of gives.
+Its answers to all other texts have the same bits as those of the original model.
 """
 
 from __future__ import annotations
@@ -12,69 +11,75 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evalmode.bundle.frontend import NgramFrontEnd, NgramSpec
 
-SLOW, SLUGGISH, ENDLESS, POISON = "⏳", "🐌", "∞", "☠"
+SLOW, VERY_SLOW, ENDLESS, NAN_TEXT = "⏳", "🐌", "∞", "☠"
 
-
+# The iterations of a loop: about 20 ms, about 500 ms, and no end within a test.
+_ITERATIONS = {SLOW: 600, VERY_SLOW: 15_000, ENDLESS: 1 << 40}
 _WIDTH = 512
-_TURNS = {SLOW: 600, SLUGGISH: 15_000, ENDLESS: 1 << 40}  # some 20 ms, some 500 ms, and for ever
 
 
-def moody_model(calm: bytes, spec: NgramSpec) -> bytes:
-    """The model that `calm` is, with moods; `spec` is its front end's."""
-    model = onnx.load_from_string(calm)
-    node = helper.make_node
-    model.graph.node[-1].output[0] = "calm"
-    turns, spoiled = np.zeros(spec.vocabulary, np.int64), np.zeros(spec.vocabulary, np.float32)
-    for text, count in _TURNS.items():
-        turns[_own_id(text, spec)] = count
-    spoiled[_own_id(POISON, spec)] = np.nan
+def moody_model(original: bytes, spec: NgramSpec) -> bytes:
+    """The model `original`, with a loop and with NaN for some texts; `spec` is its front end's."""
+    model = onnx.load_from_string(original)
+    node, info = helper.make_node, helper.make_tensor_value_info
+    model.graph.node[-1].output[0] = "original_logits"
+
+    # Tables of the two effects, read by the id of a character.
+    iterations = np.zeros(spec.vocabulary, np.int64)
+    for text, count in _ITERATIONS.items():
+        iterations[_id_of_character(text, spec)] = count
+    offsets = np.zeros(spec.vocabulary, np.float32)
+    offsets[_id_of_character(NAN_TEXT, spec)] = np.nan
     constants = {
-        "turns": turns,
-        "spoiled": spoiled,
-        "on": np.array(True),
+        "iterations": iterations,
+        "offsets": offsets,
+        "always": np.array(True),
         "square": np.eye(_WIDTH, dtype=np.float32),
-        "begun": np.ones((8, _WIDTH), np.float32),
-        "nothing": np.zeros(1, np.float32),
+        "start": np.ones((8, _WIDTH), np.float32),
+        "zero_factor": np.zeros(1, np.float32),
         "ids": np.array([1, 2], np.int64),
     }
-    body = helper.make_graph(
-        [
-            node("Identity", ["cond_in"], ["cond_out"]),
-            node("MatMul", ["x_in", "square"], ["x_out"]),
-        ],
-        "turn",
-        [
-            helper.make_tensor_value_info("turn_in", TensorProto.INT64, []),
-            helper.make_tensor_value_info("cond_in", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("x_in", TensorProto.FLOAT, [8, _WIDTH]),
-        ],
-        [
-            helper.make_tensor_value_info("cond_out", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("x_out", TensorProto.FLOAT, [8, _WIDTH]),
-        ],
-    )
     model.graph.initializer.extend(
         numpy_helper.from_array(array, name) for name, array in constants.items()
     )
+
+    # Each iteration multiplies by the identity, so the result of the loop stays finite.
+    body = helper.make_graph(
+        [
+            node("Identity", ["condition_in"], ["condition_out"]),
+            node("MatMul", ["x_in", "square"], ["x_out"]),
+        ],
+        "iteration",
+        [
+            info("iteration_in", TensorProto.INT64, []),
+            info("condition_in", TensorProto.BOOL, []),
+            info("x_in", TensorProto.FLOAT, [8, _WIDTH]),
+        ],
+        [
+            info("condition_out", TensorProto.BOOL, []),
+            info("x_out", TensorProto.FLOAT, [8, _WIDTH]),
+        ],
+    )
     model.graph.node.extend(
         [
-            node("Gather", ["turns", "input_ids"], ["turns_of_ids"]),
-            node("ReduceMax", ["turns_of_ids"], ["turns_of_batch"], keepdims=0),
-            node("Loop", ["turns_of_batch", "on", "begun"], ["turned"], body=body),
-            node("ReduceSum", ["turned"], ["turned_sum"], keepdims=0),
-            node("Mul", ["turned_sum", "nothing"], ["waited"]),
-            node("Gather", ["spoiled", "input_ids"], ["spoiled_of_ids"]),
-            node("ReduceSum", ["spoiled_of_ids", "ids"], ["spoiled_of_row"], keepdims=0),
-            node("Unsqueeze", ["spoiled_of_row", "positions"], ["spoiled_of_rows"]),
-            node("Add", ["calm", "waited"], ["calmed"]),
-            node("Add", ["calmed", "spoiled_of_rows"], ["logits"]),
+            # The batch runs as many iterations as its slowest text needs.
+            node("Gather", ["iterations", "input_ids"], ["iterations_of_ids"]),
+            node("ReduceMax", ["iterations_of_ids"], ["iterations_of_batch"], keepdims=0),
+            node("Loop", ["iterations_of_batch", "always", "start"], ["looped"], body=body),
+            # The result is multiplied by 0 and added, so that ONNX Runtime cannot remove the loop.
+            node("ReduceSum", ["looped"], ["looped_sum"], keepdims=0),
+            node("Mul", ["looped_sum", "zero_factor"], ["nothing"]),
+            node("Add", ["original_logits", "nothing"], ["delayed_logits"]),
+            # Each row gets the sum of its own offsets: 0, or NaN.
+            node("Gather", ["offsets", "input_ids"], ["offsets_of_ids"]),
+            node("ReduceSum", ["offsets_of_ids", "ids"], ["offset_of_row"], keepdims=0),
+            node("Unsqueeze", ["offset_of_row", "positions"], ["offset_of_rows"]),
+            node("Add", ["delayed_logits", "offset_of_rows"], ["logits"]),
         ]
     )
     return model.SerializeToString()
 
 
-def _own_id(text: str, spec: NgramSpec) -> int:
-    """The id of a text of one character: of its n-gram of one, the character behind the
-    boundary.
-    """
+def _id_of_character(text: str, spec: NgramSpec) -> int:
+    """The id of a single character: that of its unigram, after the boundary character."""
     return int(NgramFrontEnd(spec).encode(text).ids.reshape(-1, spec.orders)[1][0])

@@ -29,7 +29,7 @@ class RunningServer:
     sockets: ExitStack
 
     def connect(self, *, timeout_s: float) -> socket.socket:
-        """A connection to it, which `running` closes at its end."""
+        """A connection to the server, which `running` closes at its end."""
         address = ("127.0.0.1", self.port)
         return self.sockets.enter_context(socket.create_connection(address, timeout=timeout_s))
 
@@ -104,7 +104,7 @@ def ended(
 
 
 def refused(bundle: Path, **settings: object) -> str:
-    """The sentence with which a server refuses to start, with exit code 2 and no traceback."""
+    """The one line on stderr of a server that refuses to start with exit code 2."""
     process = ended(bundle, **settings)
     assert process.returncode == 2, process.stderr
     assert process.stdout == ""

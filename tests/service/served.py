@@ -1,14 +1,13 @@
-"""The application over a real model and a real engine, without a socket: what the tests of its
-routes ask.
-"""
+"""The application with a real model and engine, without a socket, for tests of its routes."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +22,41 @@ Answer = httpx.Response
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A server's parts, and how to ask them."""
+    """The components of a server, and requests to an application of them."""
 
     components: Components
 
-    def ask(self, method: str, path: str, **given: Any) -> Answer:
-        return self.asked(lambda client: client.request(method, path, **given))
+    def ask(self, method: str, path: str, **options: Any) -> Answer:
+        return self.with_client(lambda client: client.request(method, path, **options))
 
-    def infer(self, body: Any, *, model: str = "tiny", **given: Any) -> Answer:
+    def infer(self, body: Any, *, model: str = "tiny", **options: Any) -> Answer:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"accept-encoding": "identity", **given.pop("headers", {})}
+        headers = {"accept-encoding": "identity", **options.pop("headers", {})}
         return self.ask(
-            "POST", f"/v2/models/{model}/infer", content=content, headers=headers, **given
+            "POST", f"/v2/models/{model}/infer", content=content, headers=headers, **options
         )
 
-    def asked(self, ask: Callable[[httpx.AsyncClient], Awaitable[Answer]]) -> Answer:
-        async def all_of_it() -> Answer:
+    def with_client(self, ask: Callable[[httpx.AsyncClient], Awaitable[Answer]]) -> Answer:
+        async def run() -> Answer:
             transport = httpx.ASGITransport(create_app(self.components))
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://localhost"
             ) as client:
                 return await ask(client)
 
-        return asyncio.run(all_of_it())
+        return asyncio.run(run())
 
-    def but(self, **changed: Any) -> Served:
-        """The same parts but for these; a mapping changes single settings."""
-        if isinstance(settings := changed.get("settings"), Mapping):
-            changed["settings"] = Settings(**{**self.components.settings.model_dump(), **settings})
-        return Served(components=replace(self.components, **changed))
+    def replace(self, **changes: Any) -> Served:
+        """The same server with other components; a mapping `settings` changes only its keys."""
+        if isinstance(settings := changes.get("settings"), Mapping):
+            changes["settings"] = Settings(**{**self.components.settings.model_dump(), **settings})
+        return Served(components=dataclasses.replace(self.components, **changes))
 
 
 @contextmanager
 def serving(root: Path, **settings: Any) -> Iterator[Served]:
-    """The parts of a server of the bundles below `root`."""
-    # Bundles made by the tests are opened without a trial, which takes half a second each.
+    """A server of the bundles below `root`, without a socket."""
+    # A trial of a bundle takes half a second, so the bundles of the tests are opened without one.
     quick = {"load_timeout_s": 0, **settings}
     components = open_components(load_settings(bundle=root, poll_s=0, **quick))
     components.health.serve()
@@ -67,13 +66,13 @@ def serving(root: Path, **settings: Any) -> Iterator[Served]:
         components.close()
 
 
-def text_input(texts: Sequence[str], **changed: Any) -> dict[str, Any]:
+def text_input(texts: Sequence[str], **changes: Any) -> dict[str, Any]:
     return {
         "name": "text",
         "datatype": "BYTES",
         "shape": [len(texts)],
         "data": list(texts),
-        **changed,
+        **changes,
     }
 
 

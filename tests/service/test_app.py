@@ -21,12 +21,12 @@ from evalmode.service.errors import QueueFull, RunFailed
 from evalmode.service.http.v1_schemas import PredictRequest, PredictResponse
 from evalmode.service.predictor import Predictor
 from evalmode.service.settings import Settings
-from tests.service.bundles import elsewhere, make_bundle, tensor_bundle
+from tests.service.bundles import make_bundle, on_another_platform, tensor_bundle
 
 
 @contextmanager
 def components_of(bundle: Path, **settings: object) -> Iterator[Components]:
-    # Bundles made by the tests are opened without a trial, which takes half a second each.
+    # A trial of a bundle takes half a second, so the bundles of the tests are opened without one.
     quick = {"load_timeout_s": 0, **settings}
     components = open_components(Settings(bundle=bundle, poll_s=0, **quick))  # type: ignore[arg-type]
     components.health.serve()
@@ -72,18 +72,18 @@ class SlowEncoding:
         return self.model.text_rows(texts, truncate=truncate)
 
 
-class HeldRepository:
-    """A repository whose loads wait for `go_on`."""
+class BlockedRepository:
+    """A repository whose loads wait for `release`."""
 
     def __init__(self, repository) -> None:
         self.repository = repository
-        self.go_on = threading.Event()
+        self.release = threading.Event()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.repository, name)
 
     def load(self, name: str) -> None:
-        assert self.go_on.wait(30)
+        assert self.release.wait(30)
 
 
 class CountingTracing:
@@ -181,18 +181,18 @@ def test_the_answers_are_those_of_the_predictor(bundle):
         assert answer.json()["predictions"][0]["score"] == predictor.predict(["a"])[0].score
 
 
-def test_a_server_that_starts_or_drains_is_live_and_not_ready(bundle):
+def test_a_server_that_drains_is_live_and_not_ready(bundle):
     with components_of(bundle) as components:
         app = create_app(components)
         components.health.drain()
-        live, ready, v2, answered = responses_of(
+        live, ready, v2, prediction = responses_of(
             app,
             lambda client: client.get("/livez"),
             lambda client: client.get("/readyz"),
             lambda client: client.get("/v2/health/ready"),
             predict("a"),
         )
-    assert (live.status_code, answered.status_code) == (200, 200)
+    assert (live.status_code, prediction.status_code) == (200, 200)
     assert (ready.status_code, ready.json()) == (
         503,
         {"error": "the server is stopping", "field": None},
@@ -263,10 +263,10 @@ def test_rows_of_both_protocols_belong_to_the_trace_of_their_request(bundle):
     assert tracing.rows == [2, 3]
 
 
-def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
+def test_a_large_request_is_answered_while_many_requests_wait_to_load_a_model(bundle):
     with components_of(bundle) as components:
-        held = HeldRepository(components.repository)
-        app = create_app(replace(components, repository=held))
+        blocked = BlockedRepository(components.repository)
+        app = create_app(replace(components, repository=blocked))
 
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(app)
@@ -274,14 +274,14 @@ def test_however_many_wait_to_load_a_model_a_large_request_is_answered(bundle):
                 transport=transport, base_url="http://service", timeout=None
             ) as client:
                 path = "/v2/repository/models/tiny/load"
-                # more than there are threads
+                # More requests than the server has threads.
                 loads = [asyncio.create_task(client.post(path)) for _ in range(40)]
                 await asyncio.sleep(0.05)
                 try:
                     async with asyncio.timeout(20):
                         return await predict(*["A long text. " * 100] * 20)(client)
                 finally:
-                    held.go_on.set()
+                    blocked.release.set()
                     await asyncio.gather(*loads)
 
         assert asyncio.run(ask()).status_code == 200
@@ -320,19 +320,19 @@ def test_a_version_needs_the_name_of_its_model(bundle):
 
 
 def test_both_protocols_say_why_known_answers_agree_only_within_tolerance(tmp_path):
-    make_bundle(tmp_path, certify=elsewhere)
+    make_bundle(tmp_path, certify=on_another_platform)
     with components_of(tmp_path) as components:
-        ours, theirs = responses_of(
+        v1, v2 = responses_of(
             create_app(components),
             lambda client: client.get("/v1/model"),
             lambda client: client.get("/v2/models/tiny/config"),
         )
-    replayed = ours.json()["known_answers"]
+    replayed = v1.json()["known_answers"]
     assert replayed["verdict"] == "within tolerance"
     runtime, features = replayed["differences"]
     assert runtime == {"what": "ONNX Runtime", "there": "1.0", "here": onnxruntime.__version__}
     assert (features["what"], features["there"]) == ("CPU features", "neon")
-    reason = theirs.json()["parameters"]["known_answers"]["string_value"]
+    reason = v2.json()["parameters"]["known_answers"]["string_value"]
     assert reason.startswith(
         f"within tolerance (ONNX Runtime 1.0 there, {onnxruntime.__version__} here; CPU features"
     )

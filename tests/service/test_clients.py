@@ -1,6 +1,4 @@
-"""tritonclient and the kserve client, real and unmodified, in an environment of their own, against
-a server process.
-"""
+"""The real tritonclient and kserve client, in a separate environment, against a server process."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ ANSWER_S = 120
 
 
 def run(program: str, *arguments: object) -> Any:
-    """What a client program prints, as JSON."""
+    """The JSON that a client program prints."""
     assert PYTHON.exists(), f"{PYTHON} is missing: `make test` sets it up"
     as_text = [
         argument if isinstance(argument, str) else json.dumps(argument) for argument in arguments
@@ -55,7 +53,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def expected(bundle: Path) -> dict[str, list[Any]]:
-    """What `evalmode predict` says of the texts: the same bundle, opened in this process."""
+    """The predictions for the texts from the same bundle, opened in this process."""
     with Predictor.open(bundle) as predictor:
         predictions = predictor.predict(TEXTS, top_k=5)
     by_label = [
@@ -86,7 +84,7 @@ def triton(served: Any, program: str, options: object = None) -> Any:
 
 
 def test_triton_reads_all_metadata_of_a_server(served: Any):
-    answers = triton(served, "about")
+    answers = triton(served, "metadata")
     assert (answers["live"], answers["ready"]) == (True, True)
     assert answers["model_ready"] == [True, True, False]
     assert answers["server"]["name"] == "evalmode"
@@ -97,14 +95,14 @@ def test_triton_reads_all_metadata_of_a_server(served: Any):
     assert answers["of_a_model"]["model_stats"][0]["version"] == "1"
 
 
-def test_triton_gets_the_bits_of_predict_in_every_way_of_asking(
+def test_triton_gets_the_bits_of_predict_for_every_form_of_request(
     served: Any, expected: dict[str, list[Any]]
 ):
-    answers = triton(served, "every_way", {"texts": TEXTS})
+    answers = triton(served, "every_form", {"texts": TEXTS})
     assert len(answers) == 16
     logits = answers["default"]["logits"]
-    for way, tensors in answers.items():
-        assert tensors == {"logits": logits, **expected}, way
+    for form, tensors in answers.items():
+        assert tensors == {"logits": logits, **expected}, form
 
 
 def test_triton_gets_the_best_classes_with_their_labels(
@@ -127,7 +125,7 @@ def test_triton_sends_tensors_as_bytes_and_as_json_with_the_same_answer(served: 
 
 
 def test_triton_understands_every_refusal(served: Any):
-    answers = triton(served, "refused", {"texts": TEXTS})
+    answers = triton(served, "refusals", {"texts": TEXTS})
     statuses = {name: status for name, (status, _) in answers.items()}
     assert statuses == {
         "model": "404",
@@ -150,8 +148,8 @@ def test_triton_understands_every_refusal(served: Any):
     assert "which no request can override" in answers["override"][1]
 
 
-def test_triton_unloads_a_model_and_loads_it_again(served: Any):
-    answers = triton(served, "control")
+def test_triton_unloads_and_loads_a_model(served: Any):
+    answers = triton(served, "unload_and_load")
     ready, index = answers["without"]
     assert ready is False
     assert {entry["name"]: entry["state"] for entry in index}["tiny"] == "READY"

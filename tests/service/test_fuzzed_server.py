@@ -1,4 +1,4 @@
-"""A real server against bad requests: generated from its OpenAPI schema, and mutated bodies."""
+"""A real server and bad requests: some generated from its OpenAPI schema, others mutated bodies."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def test_every_answer_conforms_to_the_openapi_schema(root, tmp_path):
-    """Requests that the schema allows, and others that it does not; alone, and in sequences."""
+    """The requests are valid or invalid by the schema, and are sent alone and in sequences."""
     with processes.running(root) as service:
         before = answer_of(service)
         run = schemathesis(service.url, documentation_of(service), tmp_path)
@@ -73,7 +73,7 @@ def test_every_answer_conforms_to_the_openapi_schema(root, tmp_path):
 def schemathesis(
     url: str, openapi: dict[str, Any], folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Its run over these operations, in `folder`, where it leaves a cache."""
+    """Run schemathesis over these operations, in `folder`, where it leaves a cache."""
     (folder / "openapi.json").write_text(json.dumps(openapi))
     (folder / "config.toml").write_text(CONFIG)
     (folder / "lines.py").write_text(LINES)
@@ -99,7 +99,7 @@ def schemathesis(
 
 
 def documentation_of(service) -> dict[str, Any]:
-    """The OpenAPI schema of a server, with the names of its models: all other names are 404."""
+    """The OpenAPI schema of a server, with the names of its models: any other name gives a 404."""
     openapi = httpx.get(f"{service.url}/openapi.json").raise_for_status().json()
     for operation in (
         operation for path in openapi["paths"].values() for operation in path.values()
@@ -114,8 +114,8 @@ def answer_of(service) -> bytes:
     return httpx.post(f"{service.url}/v1/predict", json=KNOWN_GOOD).raise_for_status().content
 
 
-def test_2_000_mutated_bodies_get_intended_answers_and_do_no_harm(root):
-    """The program fails for a 5xx, a lost connection, other bits than before, or growing memory."""
+def test_2_000_mutated_bodies_get_intended_responses_and_do_no_harm(root):
+    """The program fails if a response is a 5xx, a connection or a bit is lost, or memory grows."""
     command = [sys.executable, str(FUZZ), str(root), "--bodies", "2000", "--seed", "4"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

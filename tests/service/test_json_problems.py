@@ -1,4 +1,4 @@
-"""Sentences about bodies that are not JSON: the mistake, its position and the way out."""
+"""The errors about bodies that are not JSON: the mistake, its position and how to mend it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IS_NOT_JSON = "the body is not valid JSON: "
 
 
 def sentence_about(raw: bytes) -> str:
-    """The sentence about a body, without the beginning that all share."""
+    """The error about a body, without the beginning that all errors share."""
     with pytest.raises(BadRequest) as refusal:
         parse_json(raw, subject="the body")
     sentence = str(refusal.value)
@@ -23,7 +23,7 @@ def sentence_about(raw: bytes) -> str:
 
 
 def is_json(text: str) -> bool:
-    """Whether Python's parser reads it."""
+    """Whether Python's parser reads the text."""
     try:
         json.loads(text)
     except ValueError:

@@ -1,5 +1,6 @@
-"""A real server of a tokenizer's bundle, and texts of a megabyte: they are cut before they are
-read, so the others do not wait for them.
+"""A real server of a bundle with a tokenizer, and texts of a megabyte.
+
+The server cuts such a text before it is tokenized, so other requests do not wait for it.
 """
 
 from __future__ import annotations
@@ -79,38 +80,39 @@ def predict(server: RunningServer, *texts: str, **options: object) -> httpx.Resp
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG.keys())
 def test_the_liveness_probe_does_not_wait_for_four_texts_of_a_megabyte(server, text):
-    done = threading.Event()
+    all_answered = threading.Event()
     slowest_s = 0.0
     with ThreadPoolExecutor() as pool, httpx.Client(base_url=server.url, timeout=60) as probe:
         requests = [pool.submit(predict, server, text) for _ in range(4)]
         for request in requests:
             request.add_done_callback(
-                lambda _: all(other.done() for other in requests) and done.set()
+                lambda _: all(other.done() for other in requests) and all_answered.set()
             )
         while True:
-            began = time.monotonic()
+            start = time.monotonic()
             probe.get("/livez").raise_for_status()
-            slowest_s = max(slowest_s, time.monotonic() - began)
-            if done.wait(0.005):
+            slowest_s = max(slowest_s, time.monotonic() - start)
+            if all_answered.wait(0.005):
                 break
     for request in requests:
         answer = request.result()
         assert answer.status_code == 200, answer.text
         assert answer.json()["predictions"][0]["truncated"]
-    assert slowest_s < 1  # uncut: 3 to 9 s
+    # Without the cut, the probe waits for 3 to 9 s.
+    assert slowest_s < 1
 
 
-# Of marks and of line ends more or fewer are another word: what was cut may have other last tokens.
+# A longer run of marks or line ends is another word, so the last tokens of a cut text may differ.
 @pytest.mark.parametrize("name", ["words", "one word", "emoji"])
 def test_a_text_of_a_megabyte_has_the_answer_of_its_beginning(server, name):
-    (whole,) = predict(server, LONG[name]).json()["predictions"]
+    (full,) = predict(server, LONG[name]).json()["predictions"]
     (beginning,) = predict(server, LONG[name][:2_000]).json()["predictions"]
-    assert whole == beginning
-    assert whole["truncated"]
+    assert full == beginning
+    assert full["truncated"]
 
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG.keys())
-def test_a_text_of_a_megabyte_is_refused_where_it_must_not_be_cut(server, text):
+def test_a_text_of_a_megabyte_is_refused_if_it_must_not_be_cut(server, text):
     answer = predict(server, "short", text[:900_000], truncate=False)
     assert answer.status_code == 422
     assert answer.json()["field"] == "inputs.1"

@@ -1,3 +1,5 @@
+"""Lines of newline-delimited JSON: how they are split, read and answered."""
+
 from __future__ import annotations
 
 import asyncio
@@ -28,7 +30,7 @@ def test_lines_are_the_same_however_the_bytes_are_cut_into_chunks(
     assert split == [None if len(line) > limit else line.removesuffix(b"\r") for line in lines]
 
 
-def test_a_splitter_holds_nothing_of_a_line_that_is_too_long() -> None:
+def test_a_splitter_buffers_no_more_than_the_limit_of_a_line() -> None:
     splitter = Splitter(max_line_bytes=1000)
     for _ in range(100):
         assert list(splitter.feed(b"x" * 1000)) == []

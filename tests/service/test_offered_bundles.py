@@ -17,7 +17,7 @@ from tests.service.bundles import make_bundle, tiny_model
 
 SERVE = ("-m", "evalmode", "serve")
 WAIT_S = 60
-ASKED = {"inputs": ["Ez egy rövid mondat.", "Dit is een zin.", ""]}
+REQUEST = {"inputs": ["Ez egy rövid mondat.", "Dit is een zin.", ""]}
 
 
 def noisy_model() -> bytes:
@@ -43,15 +43,15 @@ def always_training_model() -> bytes:
 FORGED = {
     "RandomNormalLike": noisy_model,
     "Dropout": always_training_model,
-    "Dropout of a mode that is computed": lambda: tiny_model(dropout=0.5),
+    "Dropout with a computed mode": lambda: tiny_model(dropout=0.5),
 }
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_a_forged_bundle_is_refused_by_the_load_route_and_the_previous_one_still_serves(
+def test_the_load_route_refuses_a_forged_bundle_and_the_previous_one_continues_to_serve(
     tmp_path: Path, kind: str
 ):
-    """Its hashes, its certificate and the digest in it are those of the forged model."""
+    """The hashes, the certificate and its digest are those of the forged model."""
     root = tmp_path / "bundles"
     make_bundle(root)
     forged = make_bundle(tmp_path / "made", model=FORGED[kind](), version="2")
@@ -59,7 +59,7 @@ def test_a_forged_bundle_is_refused_by_the_load_route_and_the_previous_one_still
         processes.running(root, program=SERVE, poll_s=0, parallel=1) as server,
         httpx.Client(base_url=server.url, timeout=WAIT_S) as client,
     ):
-        before = client.post("/v1/predict", json=ASKED).content
+        expected = client.post("/v1/predict", json=REQUEST).content
         shutil.copytree(forged, root / "tiny" / "2")
         answer = client.post("/v2/repository/models/tiny/load")
         assert answer.status_code in (400, 409, 503), answer.text
@@ -72,12 +72,12 @@ def test_a_forged_bundle_is_refused_by_the_load_route_and_the_previous_one_still
         assert states.get("2") != "READY"
         assert client.get("/v2/models/tiny/versions/2").status_code in (404, 503)
         for _ in range(20):
-            assert client.post("/v1/predict", json=ASKED).content == before
+            assert client.post("/v1/predict", json=REQUEST).content == expected
         os.rename(root / "tiny" / "2", tmp_path / "away")
         assert client.post("/v2/repository/models/tiny/load").json() == {}
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_a_forged_bundle_is_a_refusal_to_start(tmp_path: Path, kind: str):
+def test_a_server_of_a_forged_bundle_refuses_to_start(tmp_path: Path, kind: str):
     make_bundle(tmp_path, model=FORGED[kind]())
     assert kind.split()[0] in processes.refused(tmp_path)

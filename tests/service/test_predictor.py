@@ -1,3 +1,5 @@
+"""A predictor: the answers of a bundle in this process, without a server."""
+
 from __future__ import annotations
 
 import asyncio
@@ -18,11 +20,11 @@ LONG = "a much longer text than the sixteen positions of the tiny model"
 
 @pytest.fixture(scope="module")
 def predictor(bundle):
-    with Predictor.open(bundle, parallel=2) as opened:
-        yield opened
+    with Predictor.open(bundle, parallel=2) as predictor:
+        yield predictor
 
 
-def test_a_row_gives_the_same_bits_whatever_its_neighbours(predictor, texts):
+def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(predictor, texts):
     alone = [predictor.predict([text])[0] for text in texts]
     assert predictor.predict(texts) == alone
     assert predictor.predict(texts[::-1]) == alone[::-1]
@@ -39,7 +41,7 @@ def test_a_model_whose_bits_depend_on_the_batch_size_gives_the_same_bits_too(
         assert predictor.predict(texts) == alone
 
 
-def test_many_threads_asking_at_once_get_the_bits_of_one(predictor, texts):
+def test_many_threads_at_once_get_the_bits_of_one_thread(predictor, texts):
     alone = [predictor.predict([text])[0] for text in texts]
     slices = [slice(first, first + size) for first in range(0, 160, 7) for size in (1, 5, 40)]
     with ThreadPoolExecutor(8) as pool:
@@ -69,7 +71,7 @@ def test_an_empty_text_is_a_prediction(predictor):
     assert 0 < prediction.score <= 1
 
 
-def test_a_long_text_is_cut_and_says_so_or_is_refused_with_its_index(predictor):
+def test_a_long_text_is_marked_as_cut_or_is_refused_with_its_index(predictor):
     short, long = predictor.predict(["short", LONG])
     assert (short.truncated, long.truncated) == (False, True)
     with pytest.raises(InvalidField, match="16 positions") as refusal:
@@ -98,7 +100,7 @@ def test_numbers_that_are_not_finite_fail_the_request(tmp_path):
         predictor.predict(["a"])
 
 
-def test_after_closing_nothing_is_answered(bundle):
+def test_a_closed_predictor_refuses_texts(bundle):
     predictor = Predictor.open(bundle)
     predictor.close()
     predictor.close()

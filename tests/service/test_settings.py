@@ -1,3 +1,5 @@
+"""The settings of a server: their sources in order, and one sentence about each wrong value."""
+
 from __future__ import annotations
 
 import re
@@ -71,7 +73,7 @@ def test_settings_are_frozen():
 
 @pytest.fixture
 def config(tmp_path: Path):
-    """Writes a settings file with this content."""
+    """A function that writes a settings file."""
 
     def write(content: str) -> Path:
         file = tmp_path / "evalmode.toml"

@@ -1,3 +1,5 @@
+"""The strict JSON parser of requests, and values as error messages show them."""
+
 from __future__ import annotations
 
 import re
@@ -78,7 +80,8 @@ def test_a_long_value_is_cut_and_a_deep_one_is_not_walked():
     assert shown_flat(deep) == "a list"
     assert len(shown_flat("x" * 10**6)) < 70
     assert len(shown_flat(10**4000)) < 70
-    while deep:  # or its end would be as deep
+    # Unnest the list level by level: its deallocation would recurse just as deep.
+    while deep:
         deep = deep.pop()  # type: ignore[assignment]
 
 

@@ -1,6 +1,4 @@
-"""A real server under what production does to it, each failure by itself. Figures of latency are
-bench/'s matter.
-"""
+"""A real server under the failures of production, one at a time. `bench/` measures latency."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ import pytest
 
 from tests.service import processes
 from tests.service.bundles import SPEC, make_bundle, tiny_model
-from tests.service.moody_model import ENDLESS, POISON, SLOW, SLUGGISH, moody_model
+from tests.service.moody_model import ENDLESS, NAN_TEXT, SLOW, VERY_SLOW, moody_model
 
 WAIT_S = 60
 CHAOS = Path(__file__).parents[2] / "bench" / "chaos.py"
@@ -28,7 +26,7 @@ CHAOS = Path(__file__).parents[2] / "bench" / "chaos.py"
 
 @pytest.fixture(scope="module")
 def moody(tmp_path_factory) -> Path:
-    """A bundle whose model is slow, endless or wrong for certain texts, see `moody_model`."""
+    """A bundle with the slow, endless and NaN answers of `moody_model`."""
     model = moody_model(tiny_model(), SPEC)
     return make_bundle(tmp_path_factory.mktemp("moody"), model=model)
 
@@ -39,18 +37,18 @@ def predict(service, *texts: str, **options: object) -> httpx.Response:
     )
 
 
-def until(holds: Callable[[], object], *, what: str) -> None:
-    """Wait until a condition holds in another process. No event of this process tells."""
+def wait_until(condition: Callable[[], object], *, event: str) -> None:
+    """Poll until a condition holds in another process, which sends no event to this process."""
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
-        if holds():
+        if condition():
             return
         time.sleep(0.005)
-    raise AssertionError(f"{what} did not happen within {WAIT_S} s")
+    raise AssertionError(f"{event} did not happen within {WAIT_S} s")
 
 
-def figure(service, name: str) -> float:
-    """A figure without labels, or the sum over all labels."""
+def metric(service, name: str) -> float:
+    """The value of a metric, summed over all labels."""
     lines = httpx.get(f"{service.url}/metrics", timeout=WAIT_S).text.splitlines()
     return sum(
         float(line.rpartition(" ")[2])
@@ -68,17 +66,15 @@ def request_of(*texts: str) -> bytes:
 
 
 def answer_on(connection: socket.socket) -> tuple[int, dict]:
-    """The status and the body of the one answer that comes on a connection."""
+    """The status and the body of the only response on a connection."""
     with connection, connection.makefile("rb") as stream:
         status = int(stream.readline().split()[1])
         headers = dict(line.lower().split(b": ", 1) for line in iter(stream.readline, b"\r\n"))
         return status, json.loads(stream.read(int(headers[b"content-length"])))
 
 
-def test_20_000_answers_under_chaos_have_the_bits_they_have_alone(bundle):
-    """Random mixtures from up to 256 clients at once, while the model is swapped and workers are
-    killed.
-    """
+def test_20_000_answers_under_chaos_have_the_same_bits_as_alone(bundle):
+    """Up to 256 clients send random mixtures while the model is swapped and workers are killed."""
     command = [sys.executable, str(CHAOS), str(bundle), "--answers", "20000", "--seed", "4"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -93,10 +89,10 @@ def test_256_requests_in_flight_at_sigterm_are_all_answered(moody):
             for _ in range(256)
         ]
         for number, connection in enumerate(connections):
-            connection.sendall(request_of(f"{SLUGGISH} {number}"))
-        until(
-            lambda: figure(service, "evalmode_in_flight_requests") >= 200,
-            what="so many requests in flight",
+            connection.sendall(request_of(f"{VERY_SLOW} {number}"))
+        wait_until(
+            lambda: metric(service, "evalmode_in_flight_requests") >= 200,
+            event="200 requests in flight",
         )
         service.terminate()
         statuses = [answer_on(connection)[0] for connection in connections]
@@ -106,17 +102,17 @@ def test_256_requests_in_flight_at_sigterm_are_all_answered(moody):
 
 def test_50_hot_swaps_under_load_lose_no_answer_and_change_no_bit(tmp_path, texts):
     root = make_bundle(tmp_path, version="1").parents[1]
-    # Without trials, which would take most of the time of 50 swaps beside four busy clients.
+    # No trials of bundles: they would take most of the time of 50 swaps beside four busy clients.
     quick = processes.running(root, poll_s=0.02, load_timeout_s=0)
     with quick as service, ThreadPoolExecutor(4) as pool:
         first = predict(service, *texts[5:45]).json()
-        ended = threading.Event()
+        swapped = threading.Event()
 
         def client(_: int) -> set[str]:
             versions = set()
-            with httpx.Client(base_url=service.url, timeout=WAIT_S) as opened:
-                while not ended.is_set():
-                    answer = opened.post("/v1/predict", json={"inputs": texts[5:45]})
+            with httpx.Client(base_url=service.url, timeout=WAIT_S) as http:
+                while not swapped.is_set():
+                    answer = http.post("/v1/predict", json={"inputs": texts[5:45]})
                     assert answer.status_code == 200, answer.text
                     assert answer.json()["predictions"] == first["predictions"]
                     versions.add(answer.json()["model"]["version"])
@@ -126,28 +122,28 @@ def test_50_hot_swaps_under_load_lose_no_answer_and_change_no_bit(tmp_path, text
         try:
             for version in range(2, 52):
                 make_bundle(tmp_path, version=str(version))
-                until(
+                wait_until(
                     lambda v=str(version): version_of(service) == v,
-                    what=f"the swap to version {version}",
+                    event=f"the swap to version {version}",
                 )
         finally:
-            ended.set()
+            swapped.set()
         assert len(set.union(*(client.result() for client in clients))) > 5, (
             "the clients saw the swaps"
         )
-        assert figure(service, "evalmode_determinism_violations_total") == 0
+        assert metric(service, "evalmode_determinism_violations_total") == 0
 
 
 def version_of(service) -> str:
     return str(httpx.get(f"{service.url}/v1/model", timeout=WAIT_S).json()["version"])
 
 
-def test_a_bad_new_version_is_refused_and_the_old_one_still_serves(tmp_path):
+def test_a_bad_new_version_is_refused_and_the_old_one_continues_to_serve(tmp_path):
     make_bundle(tmp_path, version="1")
     with processes.running(tmp_path, poll_s=0.02) as service:
-        spoiled = make_bundle(tmp_path / "elsewhere", version="2")
-        (spoiled / "model.onnx").write_bytes(b"not a model")
-        spoiled.rename(tmp_path / "tiny" / "2")
+        damaged = make_bundle(tmp_path / "elsewhere", version="2")
+        (damaged / "model.onnx").write_bytes(b"not a model")
+        damaged.rename(tmp_path / "tiny" / "2")
 
         def refused() -> bool:
             index = httpx.post(f"{service.url}/v2/repository/index", timeout=WAIT_S).json()
@@ -155,29 +151,30 @@ def test_a_bad_new_version_is_refused_and_the_old_one_still_serves(tmp_path):
                 entry["version"] == "2" and "model.onnx" in entry["reason"] for entry in index
             )
 
-        until(refused, what="the refusal of version 2")
+        wait_until(refused, event="the refusal of version 2")
         assert version_of(service) == "1"
         assert predict(service, "a").status_code == 200
 
 
 def test_a_killed_worker_loses_only_its_own_requests_and_is_replaced(moody):
     with processes.running(moody, workers=2, parallel=1) as service:
-        until(lambda: len(children(service)) == 2, what="two workers")
+        wait_until(lambda: len(children(service)) == 2, event="two workers")
         connections = [
             socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S) for _ in range(40)
         ]
         for number, connection in enumerate(connections):
-            connection.sendall(request_of(f"{SLUGGISH} {number}"))
-        until(
-            lambda: figure(service, "evalmode_in_flight_requests") >= 20, what="requests in flight"
+            connection.sendall(request_of(f"{VERY_SLOW} {number}"))
+        wait_until(
+            lambda: metric(service, "evalmode_in_flight_requests") >= 20, event="requests in flight"
         )
-        killed = children(service)[0]
-        os.kill(killed, 9)
+        killed_pid = children(service)[0]
+        os.kill(killed_pid, 9)
         outcomes = [outcome(connection) for connection in connections]
         assert set(outcomes) <= {200, None}
-        assert outcomes.count(200) >= 1, "the other worker has answered its own"
-        until(
-            lambda: len(set(children(service)) - {killed}) == 2, what="another worker in its place"
+        assert outcomes.count(200) >= 1, "the other worker has answered its requests"
+        wait_until(
+            lambda: len(set(children(service)) - {killed_pid}) == 2,
+            event="another worker in its place",
         )
         assert predict(service, "a").status_code == 200
 
@@ -188,7 +185,7 @@ def children(service) -> list[int]:
 
 
 def outcome(connection: socket.socket) -> int | None:
-    """The status, or None where the connection broke."""
+    """The status, or None if the connection broke."""
     try:
         return answer_on(connection)[0]
     except (OSError, IndexError):
@@ -222,17 +219,17 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_retry(moody):
             assert 1 <= int(answer.headers["retry-after"]) <= 60
             assert "retry in" in answer.json()["error"]
         assert predict(service, "a", "b", "c", "d").status_code == 200
-        assert figure(service, "evalmode_rejections_total") == len(refused)
+        assert metric(service, "evalmode_rejections_total") == len(refused)
 
 
-def test_more_rows_wait_no_longer_than_the_queue_may_take(moody):
-    """The queue is bounded in seconds too, by the rate at which it has drained."""
+def test_rows_that_would_exceed_the_time_limit_of_the_queue_are_refused(moody):
+    """The limit in seconds is estimated from the rate at which the queue has drained."""
     with (
         processes.running(moody, parallel=1, queue_s=0.01) as service,
         ThreadPoolExecutor(24) as pool,
     ):
         texts = [
-            f"{SLUGGISH} {number}" if number % 2 else f"{SLUGGISH} a longer one {number}"
+            f"{VERY_SLOW} {number}" if number % 2 else f"{VERY_SLOW} a longer one {number}"
             for number in range(24)
         ]
         first = [
@@ -242,9 +239,9 @@ def test_more_rows_wait_no_longer_than_the_queue_may_take(moody):
             answer.status_code for answer in pool.map(lambda text: predict(service, text), texts)
         ]
         assert set(first) | set(later) == {200, 503}
-        assert later.count(503) > 8, "by then it is known how slow they are"
+        assert later.count(503) > 8, "the server has measured how slow the rows are"
         assert predict(service, *["a"] * 256).status_code == 200, (
-            "nothing waits, so there is nothing to expect"
+            "an empty queue accepts any number of rows"
         )
 
 
@@ -257,15 +254,15 @@ def test_a_request_past_its_deadline_gets_504_and_never_runs(moody):
 
         def has_queue() -> bool:
             # Requests that arrive together share a batch, so more are sent until one has to wait.
-            busy.append(pool.submit(predict, service, f"{SLUGGISH} {len(busy)}"))
-            return figure(service, "evalmode_queue_rows") >= 1
+            busy.append(pool.submit(predict, service, f"{VERY_SLOW} {len(busy)}"))
+            return metric(service, "evalmode_queue_rows") >= 1
 
-        until(has_queue, what="a queue")
+        wait_until(has_queue, event="a queue")
         late = predict(service, "late", headers={"x-request-timeout-ms": "1"})
         assert late.status_code == 504
         assert [answer.result().status_code for answer in busy] == [200] * len(busy)
-        assert figure(service, "evalmode_dropped_rows_total") == 1
-        assert figure(service, "evalmode_batch_rows_sum") == len(busy)
+        assert metric(service, "evalmode_dropped_rows_total") == 1
+        assert metric(service, "evalmode_batch_rows_sum") == len(busy)
 
 
 def test_the_rows_of_a_client_that_hung_up_leave_the_queue(moody):
@@ -274,44 +271,47 @@ def test_the_rows_of_a_client_that_hung_up_leave_the_queue(moody):
     ) as service:
         stuck = socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
         stuck.sendall(request_of(ENDLESS))
-        until(
-            lambda: figure(service, "evalmode_running_batches") == 1,
-            what="a batch that does not end",
+        wait_until(
+            lambda: metric(service, "evalmode_running_batches") == 1,
+            event="a batch that does not end",
         )
         waiting = socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
         waiting.sendall(request_of("a", "b", "c"))
-        until(lambda: figure(service, "evalmode_queue_rows") == 3, what="three rows that wait")
+        wait_until(
+            lambda: metric(service, "evalmode_queue_rows") == 3, event="three rows that wait"
+        )
         waiting.close()
-        until(lambda: figure(service, "evalmode_queue_rows") == 0, what="an empty queue")
+        wait_until(lambda: metric(service, "evalmode_queue_rows") == 0, event="an empty queue")
         stuck.close()
 
 
-def test_an_answer_with_nan_fails_its_own_request_with_an_id_and_no_other(moody):
+def test_nan_fails_only_the_request_of_its_row_and_names_the_request_id(moody):
     with processes.running(moody, parallel=1) as service, ThreadPoolExecutor(30) as pool:
         texts = [
-            f"{POISON} {number}" if number % 5 == 0 else f"{SLOW} {number}" for number in range(30)
+            f"{NAN_TEXT} {number}" if number % 5 == 0 else f"{SLOW} {number}"
+            for number in range(30)
         ]
         answers = list(pool.map(lambda text: predict(service, text), texts))
         for text, answer in zip(texts, answers, strict=True):
-            if POISON in text:
+            if NAN_TEXT in text:
                 assert answer.status_code == 500
                 assert "not finite" in answer.json()["error"]
                 assert answer.headers["x-request-id"] in answer.json()["error"]
             else:
                 assert answer.status_code == 200
-        whole = predict(service, "a", POISON, "b")
-        assert whole.status_code == 500, "a request is answered whole or fails whole"
+        response = predict(service, "a", NAN_TEXT, "b")
+        assert response.status_code == 500, "one failed row fails the whole request"
         assert predict(service, "a").status_code == 200
 
 
-def test_a_stuck_batch_turns_readiness_off_at_once_and_liveness_after_its_grace(moody):
+def test_a_stuck_batch_ends_readiness_at_once_and_liveness_after_the_grace(moody):
     with processes.running(
         moody, parallel=2, max_run_s=0.2, stuck_grace_s=0.5, timeout_s=1
     ) as service:
         assert predict(service, ENDLESS).status_code == 504
-        until(lambda: status(service, "/readyz") == 503, what="not ready")
-        assert predict(service, "a").status_code == 200, "the other thread goes on"
-        until(lambda: status(service, "/livez") == 503, what="not live")
+        wait_until(lambda: status(service, "/readyz") == 503, event="not ready")
+        assert predict(service, "a").status_code == 200, "the other thread continues"
+        wait_until(lambda: status(service, "/livez") == 503, event="not live")
         assert status(service, "/v2/health/live") == status(service, "/v2/health/ready") == 503
         service.process.kill()
 
@@ -324,9 +324,11 @@ def test_a_stuck_worker_with_a_supervisor_is_replaced(moody):
         assert predict(service, ENDLESS).status_code in (
             503,
             504,
-        ), "given up by the worker, or at its deadline"
-        until(lambda: len(before & set(children(service))) == 1, what="the end of the stuck worker")
-        until(lambda: len(children(service)) == 2, what="another worker in its place")
+        ), "the worker gives up the request, or its deadline passes"
+        wait_until(
+            lambda: len(before & set(children(service))) == 1, event="the end of the stuck worker"
+        )
+        wait_until(lambda: len(children(service)) == 2, event="another worker in its place")
         assert predict(service, "a").status_code == 200
 
 
@@ -334,30 +336,31 @@ def status(service, path: str) -> int:
     return httpx.get(f"{service.url}{path}", timeout=WAIT_S).status_code
 
 
-def test_with_a_proof_fraction_of_1_every_answer_is_proven_again(bundle, texts):
+def test_with_a_proof_fraction_of_1_answers_are_checked_a_second_time(bundle, texts):
     with processes.running(bundle, proof_fraction=1) as service:
         for text in texts[:30]:
             assert predict(service, text.replace("\ud83d", "")).status_code == 200
-        until(
-            lambda: figure(service, "evalmode_determinism_checks_total") >= 20,
-            what="proofs in idle time",
+        wait_until(
+            lambda: metric(service, "evalmode_determinism_checks_total") >= 20,
+            event="proofs in idle time",
         )
-        assert figure(service, "evalmode_determinism_violations_total") == 0
+        assert metric(service, "evalmode_determinism_violations_total") == 0
 
 
 @pytest.fixture(scope="module")
-def keyed(bundle) -> Iterator[object]:
+def secured(bundle) -> Iterator[object]:
     with processes.running(bundle, api_keys="0123456789abcdef, fedcba9876543210") as service:
         yield service
 
 
 @pytest.mark.parametrize("key", ["0123456789abcdef", "fedcba9876543210"])
-def test_with_api_keys_each_key_is_accepted_and_nothing_else(keyed, key):
-    assert predict(keyed, "a").status_code == 401
+def test_with_api_keys_each_key_is_accepted_and_nothing_else(secured, key):
+    assert predict(secured, "a").status_code == 401
     assert (
-        predict(keyed, "a", headers={"authorization": "Bearer 0123456789abcdeg"}).status_code == 401
+        predict(secured, "a", headers={"authorization": "Bearer 0123456789abcdeg"}).status_code
+        == 401
     )
-    assert predict(keyed, "a", headers={"authorization": f"Bearer {key}"}).status_code == 200
-    assert predict(keyed, "a", headers={"x-api-key": key}).status_code == 200
-    assert status(keyed, "/readyz") == status(keyed, "/v2/health/ready") == 200
-    assert status(keyed, "/metrics") == status(keyed, "/v2/models/tiny") == 401
+    assert predict(secured, "a", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    assert predict(secured, "a", headers={"x-api-key": key}).status_code == 200
+    assert status(secured, "/readyz") == status(secured, "/v2/health/ready") == 200
+    assert status(secured, "/metrics") == status(secured, "/v2/models/tiny") == 401

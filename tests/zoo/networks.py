@@ -19,9 +19,9 @@ from tests.zoo.samples import (
     VOCABULARY,
     images,
     images_of_any_size,
-    seen_positions,
     text,
     token_ids,
+    unpadded_positions,
 )
 
 _WIDTH = 32
@@ -164,7 +164,7 @@ def u_net() -> nn.Module:
 
 
 class SqueezeExcite(nn.Module):
-    """Weighs the channels by what all places hold."""
+    """Weighs the channels by their means over all positions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -209,8 +209,8 @@ class TextConvolutions(nn.Module):
 
 
 def _ids(generator: Generator, rows: int, length: int) -> Sample:
-    seen = seen_positions(generator, rows, length, side="right")
-    return {"input_ids": token_ids(generator, seen, pad=0)}
+    unpadded = unpadded_positions(generator, rows, length, side="right")
+    return {"input_ids": token_ids(generator, unpadded, pad=0)}
 
 
 @entry("convolutional", _ids, sizes=TEXTS, fresh_sizes=FRESH_TEXTS, everyday=True)
@@ -285,8 +285,8 @@ class TokenEncoder(Encoder):
 
 
 def _padded(generator: Generator, rows: int, length: int) -> Sample:
-    seen = seen_positions(generator, rows, length, side="right")
-    return {"input_ids": token_ids(generator, seen, pad=0), "padding": ~seen}
+    unpadded = unpadded_positions(generator, rows, length, side="right")
+    return {"input_ids": token_ids(generator, unpadded, pad=0), "padding": ~unpadded}
 
 
 def _not_padding(sample: Mapping[str, Tensor]) -> Tensor:
@@ -359,12 +359,12 @@ def torch_encoder_under_a_causal_mask() -> nn.Module:
 
 
 class MixerBlock(nn.Module):
-    """Mixes the places and then the channels."""
+    """Mixes the positions and then the channels."""
 
-    def __init__(self, places: int, channels: int) -> None:
+    def __init__(self, positions: int, channels: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.places = self._two_layers(places)
+        self.places = self._two_layers(positions)
         self.channels = self._two_layers(channels)
 
     @staticmethod
@@ -444,17 +444,17 @@ class DeepSets(nn.Module):
         self.whole = nn.Sequential(nn.Linear(2 * _WIDTH, 16), nn.ReLU(), nn.Linear(16, 2))
 
     def forward(self, points: Tensor, attention_mask: Tensor) -> Tensor:
-        seen = attention_mask.unsqueeze(-1)
+        unpadded = attention_mask.unsqueeze(-1)
         features = self.point(points)
-        mean = (features * seen).sum(1) / seen.sum(1).clamp(min=1)
-        largest = features.masked_fill(~seen, -torch.inf).amax(1)
+        mean = (features * unpadded).sum(1) / unpadded.sum(1).clamp(min=1)
+        largest = features.masked_fill(~unpadded, -torch.inf).amax(1)
         return self.whole(torch.cat([mean, largest], dim=1))
 
 
 def _points(generator: Generator, rows: int, length: int) -> Sample:
     return {
         "points": torch.randn(rows, length, 3, generator=generator),
-        "attention_mask": seen_positions(generator, rows, length, side="right"),
+        "attention_mask": unpadded_positions(generator, rows, length, side="right"),
     }
 
 
@@ -508,8 +508,8 @@ class Experts(nn.Module):
         logits = self.router(x)
         if self.training:
             logits = logits + torch.randn_like(logits)
-        values, places = logits.topk(2, dim=-1)
-        weights = torch.zeros_like(logits).scatter(-1, places, values.softmax(-1))
+        values, experts = logits.topk(2, dim=-1)
+        weights = torch.zeros_like(logits).scatter(-1, experts, values.softmax(-1))
         hidden = F.gelu(torch.einsum("bld,edh->bleh", x, self.inner))
         return torch.einsum("bleh,ehd,ble->bld", hidden, self.outer, weights)
 

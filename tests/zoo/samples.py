@@ -35,10 +35,10 @@ def text(
     """
 
     def batch(generator: Generator, rows: int, length: int) -> Sample:
-        seen = seen_positions(generator, rows, length, side=side)
+        unpadded = unpadded_positions(generator, rows, length, side=side)
         sample = {
-            "input_ids": token_ids(generator, seen, pad=pad),
-            "attention_mask": seen.to(mask),
+            "input_ids": token_ids(generator, unpadded, pad=pad),
+            "attention_mask": unpadded.to(mask),
         }
         for name, count in extra.items():
             sample[name] = torch.randint(count, (rows, length), generator=generator)
@@ -51,11 +51,11 @@ def text_pairs(*, pad: int = 0) -> MakeBatch:
     """What an encoder and a decoder read: `batch(generator, rows, length, target_length)`."""
 
     def batch(generator: Generator, rows: int, length: int, target_length: int) -> Sample:
-        seen = seen_positions(generator, rows, length, side="right")
+        unpadded = unpadded_positions(generator, rows, length, side="right")
         targets = torch.ones(rows, target_length, dtype=torch.bool)
         return {
-            "input_ids": token_ids(generator, seen, pad=pad),
-            "attention_mask": seen.to(torch.int64),
+            "input_ids": token_ids(generator, unpadded, pad=pad),
+            "attention_mask": unpadded.to(torch.int64),
             "decoder_input_ids": token_ids(generator, targets, pad=pad),
         }
 
@@ -66,10 +66,10 @@ def waveforms(*, masked: bool = True) -> MakeBatch:
     """Sound of 16 kHz whose ends are silent padding: `batch(generator, rows, length)`."""
 
     def batch(generator: Generator, rows: int, length: int) -> Sample:
-        seen = seen_positions(generator, rows, length, side="right")
-        sound = torch.randn(rows, length, generator=generator) * seen
+        unpadded = unpadded_positions(generator, rows, length, side="right")
+        sound = torch.randn(rows, length, generator=generator) * unpadded
         return {"input_values": sound} | (
-            {"attention_mask": seen.to(torch.int64)} if masked else {}
+            {"attention_mask": unpadded.to(torch.int64)} if masked else {}
         )
 
     return batch
@@ -93,15 +93,15 @@ def images_of_any_size(*, channels: int = 3, name: str = "pixel_values") -> Make
     return batch
 
 
-def seen_positions(generator: Generator, rows: int, length: int, *, side: Side) -> Tensor:
+def unpadded_positions(generator: Generator, rows: int, length: int, *, side: Side) -> Tensor:
     """A boolean of [rows, length]: the first row is full, each other at least half full."""
     lengths = torch.randint(-(-length // 2), length + 1, (rows, 1), generator=generator)
     lengths[0] = length
-    places = torch.arange(length)
-    return places < lengths if side == "right" else places >= length - lengths
+    positions = torch.arange(length)
+    return positions < lengths if side == "right" else positions >= length - lengths
 
 
-def token_ids(generator: Generator, seen: Tensor, *, pad: int) -> Tensor:
-    """Random ids where `seen` is true, and `pad` elsewhere."""
-    ids = torch.randint(_SPECIAL, VOCABULARY, seen.shape, generator=generator)
-    return ids.where(seen, pad)
+def token_ids(generator: Generator, unpadded: Tensor, *, pad: int) -> Tensor:
+    """Random ids where `unpadded` is true, and `pad` elsewhere."""
+    ids = torch.randint(_SPECIAL, VOCABULARY, unpadded.shape, generator=generator)
+    return ids.where(unpadded, pad)

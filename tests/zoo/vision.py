@@ -15,9 +15,9 @@ from tests.zoo.samples import (
     VOCABULARY,
     images,
     images_of_any_size,
-    seen_positions,
     text,
     token_ids,
+    unpadded_positions,
 )
 
 _SIZES = {
@@ -158,11 +158,11 @@ def clip_images() -> nn.Module:
 
 
 def _captioned(generator: Generator, rows: int, length: int) -> Sample:
-    seen = seen_positions(generator, rows, length, side="right")
+    unpadded = unpadded_positions(generator, rows, length, side="right")
     return {
-        "input_ids": token_ids(generator, seen, pad=0),
+        "input_ids": token_ids(generator, unpadded, pad=0),
         "pixel_values": torch.randn(rows, 3, 32, 32, generator=generator),
-        "attention_mask": seen.to(torch.int64),
+        "attention_mask": unpadded.to(torch.int64),
     }
 
 

@@ -1,4 +1,4 @@
-"""Samples whose elements count up, so that each element is known by its value."""
+"""Samples whose elements count up, so that the value identifies the element."""
 
 from __future__ import annotations
 

@@ -80,13 +80,13 @@ def by_id(inputs: Tensors) -> Tensors:
 
 def test_an_id_marks_padding_if_rows_without_it_get_the_same_answers() -> None:
     assert padding_at(by_id, {"ids": IDS}, AT_PADDING, 1e-5) is not None
-    left = np.ascontiguousarray(IDS[:, ::-1])
-    assert padding_at(by_id, {"ids": left}, left == 0, 1e-5) is not None
+    padded_left = np.ascontiguousarray(IDS[:, ::-1])
+    assert padding_at(by_id, {"ids": padded_left}, padded_left == 0, 1e-5) is not None
 
-    def counted(inputs: Tensors) -> Tensors:
+    def with_length(inputs: Tensors) -> Tensors:
         return {"y": by_id(inputs)["y"] + inputs["ids"].shape[1]}
 
-    assert padding_at(counted, {"ids": IDS}, AT_PADDING, 1e-5) is None
+    assert padding_at(with_length, {"ids": IDS}, AT_PADDING, 1e-5) is None
 
 
 class Encoder(nn.Module):
@@ -126,13 +126,13 @@ class AttendsToNothing(nn.Module):
         return y if self.heads_first else y[:, 0]
 
 
-def batches(*, left: bool) -> list[dict[str, Tensor]]:
+def batches(*, pads_left: bool) -> list[dict[str, Tensor]]:
     samples = []
     for rows, length in ((3, 8), (2, 11)):
         mask = torch.ones(rows, length, dtype=torch.long)
         mask[0, :3] = 0
         ids = torch.randint(5, 50, (rows, length))
-        samples.append({"ids": ids, "mask": mask if left else mask.flip(1)})
+        samples.append({"ids": ids, "mask": mask if pads_left else mask.flip(1)})
     return samples
 
 
@@ -141,7 +141,7 @@ def record_of(module: nn.Module, samples: list[dict[str, Tensor]]) -> Record:
 
 
 @pytest.mark.parametrize(
-    ("module", "left"),
+    ("module", "pads_left"),
     [
         (Encoder("none"), False),
         (AttendsToNothing(heads_first=False), True),
@@ -149,9 +149,9 @@ def record_of(module: nn.Module, samples: list[dict[str, Tensor]]) -> Record:
     ],
 )
 def test_a_difference_at_padding_alone_is_a_warning_that_names_it(
-    module: nn.Module, left: bool
+    module: nn.Module, pads_left: bool
 ) -> None:
-    record = record_of(module, batches(left=left))
+    record = record_of(module, batches(pads_left=pads_left))
     assert record.verdict is Verdict.PASS
     (warning,) = record.findings
     assert warning.why.endswith("standard deviations: mask marks all of these as padding")
@@ -159,13 +159,13 @@ def test_a_difference_at_padding_alone_is_a_warning_that_names_it(
 
 
 def test_a_difference_at_padding_that_no_answer_shows_is_not_reported() -> None:
-    record = record_of(Encoder("first"), batches(left=False))
+    record = record_of(Encoder("first"), batches(pads_left=False))
     assert record.verdict is Verdict.PASS
     assert not record.findings
 
 
 def test_an_answer_that_depends_on_the_fast_path_at_padding_fails() -> None:
-    record = record_of(Encoder("all"), batches(left=False))
+    record = record_of(Encoder("all"), batches(pads_left=False))
     assert record.verdict is Verdict.FAIL
     assert "comes from PyTorch's fast path" in record.findings[0].fix
 
@@ -173,6 +173,6 @@ def test_an_answer_that_depends_on_the_fast_path_at_padding_fails() -> None:
 def test_the_module_is_compared_with_the_fast_path_as_the_user_set_it() -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        assert record_of(Encoder("all"), batches(left=False)).verdict is Verdict.PASS
+        assert record_of(Encoder("all"), batches(pads_left=False)).verdict is Verdict.PASS
     finally:
         torch.backends.mha.set_fastpath_enabled(True)

@@ -65,8 +65,8 @@ class DropBlock(nn.Module):
         if not self.training:
             return x
         seeds = (torch.rand_like(x) < 0.1).to(x.dtype)
-        kept = 1 - F.max_pool2d(seeds, kernel_size=3, stride=1, padding=1)
-        return x * kept * kept.numel() / (kept.sum() + 1e-6)
+        mask = 1 - F.max_pool2d(seeds, kernel_size=3, stride=1, padding=1)
+        return x * mask * mask.numel() / (mask.sum() + 1e-6)
 
 
 class Embedded(nn.Module):

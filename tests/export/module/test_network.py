@@ -14,30 +14,30 @@ from torch import Tensor, nn
 
 from evalmode.export.module.network import Network
 
-BESIDE = random.Random(0)
+GLOBAL_GENERATOR = random.Random(0)
 
 
-class Holds(nn.Module):
-    def __init__(self, held: object) -> None:
+class HasValue(nn.Module):
+    def __init__(self, value: object) -> None:
         super().__init__()
-        self.held = held
+        self.value = value
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-class Plain:
+class PlainObject:
     def __init__(self, inside: object) -> None:
         self.inside = inside
 
     def call(self) -> None: ...
 
 
-class LoadedWhenAsked(types.ModuleType):
-    """The kind of module that large libraries replace themselves with."""
+class LazyLibrary(types.ModuleType):
+    """A lazy module, with which large libraries replace themselves in `sys.modules`."""
 
 
-def closing_over(value: object) -> object:
+def closure_over(value: object) -> object:
     return lambda: value
 
 
@@ -59,7 +59,7 @@ class Net(nn.Module):
         return self.linear(self.norm(x))
 
 
-class Hiding(nn.Module):
+class HidesModules(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.child = nn.Linear(1, 1)
@@ -68,8 +68,8 @@ class Hiding(nn.Module):
         self.itself = self.child
 
 
-def test_modules_in_plain_containers_are_found_and_named_as_code_reaches_them() -> None:
-    assert set(Network.of(Hiding()).parts) == {
+def test_modules_in_containers_are_named_by_the_expression_that_reaches_them() -> None:
+    assert set(Network.of(HidesModules()).parts) == {
         "",
         "child",
         "listed[0]",
@@ -79,15 +79,15 @@ def test_modules_in_plain_containers_are_found_and_named_as_code_reaches_them() 
 
 
 def test_a_module_that_two_names_share_is_found_once() -> None:
-    assert "itself" not in Network.of(Hiding()).parts
+    assert "itself" not in Network.of(HidesModules()).parts
 
 
 def test_hidden_modules_are_found_at_any_depth() -> None:
-    assert "0.listed[0]" in Network.of(nn.Sequential(Hiding())).parts
+    assert "0.listed[0]" in Network.of(nn.Sequential(HidesModules())).parts
 
 
 def test_a_container_that_holds_itself_is_walked_once() -> None:
-    module = Hiding()
+    module = HidesModules()
     module.listed.append(module.listed)  # type: ignore[arg-type]
     assert "listed[0]" in Network.of(module).parts
 
@@ -95,16 +95,16 @@ def test_a_container_that_holds_itself_is_walked_once() -> None:
 @pytest.mark.parametrize(
     ("wrapped", "path"),
     [
-        (lambda part: {part}, "held[0]"),
-        (lambda part: frozenset({part}), "held[0]"),
-        (lambda part: deque([part]), "held[0]"),
-        (lambda part: functools.partial(part), "held.func"),
-        (lambda part: functools.partial(print, part), "held.args[0]"),
-        (lambda part: functools.partial(print, end=part), "held.keywords['end']"),
-        (closing_over, "held.<value>"),
-        (lambda part: part.extra_repr, "held.__self__"),
-        (Plain, "held.inside"),
-        (lambda part: Plain([part]).call, "held.__self__.inside[0]"),
+        (lambda part: {part}, "value[0]"),
+        (lambda part: frozenset({part}), "value[0]"),
+        (lambda part: deque([part]), "value[0]"),
+        (lambda part: functools.partial(part), "value.func"),
+        (lambda part: functools.partial(print, part), "value.args[0]"),
+        (lambda part: functools.partial(print, end=part), "value.keywords['end']"),
+        (closure_over, "value.<value>"),
+        (lambda part: part.extra_repr, "value.__self__"),
+        (PlainObject, "value.inside"),
+        (lambda part: PlainObject([part]).call, "value.__self__.inside[0]"),
     ],
     ids=[
         "set",
@@ -119,22 +119,22 @@ def test_a_container_that_holds_itself_is_walked_once() -> None:
         "depth",
     ],
 )
-def test_a_module_is_found_wherever_an_attribute_leads_to_it(
+def test_a_module_is_found_through_any_kind_of_attribute(
     wrapped: Callable[[object], object], path: str
 ) -> None:
     part = nn.Dropout(0.1)
-    parts = Network.of(Holds(wrapped(part))).parts
+    parts = Network.of(HasValue(wrapped(part))).parts
     assert parts[path] is part
     assert set(parts) == {"", path}
 
 
 def test_an_attribute_with_an_underscore_is_walked_too() -> None:
-    module = Holds(None)
+    module = HasValue(None)
     module._drops = [nn.Dropout(0.1)]
     assert set(Network.of(module).parts) == {"", "_drops[0]"}
 
 
-def test_a_child_has_its_own_name_and_not_that_of_torchs_registry() -> None:
+def test_a_child_is_not_found_a_second_time_in_the_registries_of_torch() -> None:
     module = nn.Sequential(nn.Linear(1, 1))
     module[0].register_buffer("table", torch.ones(1))
     module.register_forward_hook(nn.Dropout(0.1))  # type: ignore[arg-type]
@@ -142,32 +142,32 @@ def test_a_child_has_its_own_name_and_not_that_of_torchs_registry() -> None:
 
 
 def test_a_closure_whose_variable_is_not_bound_yet_is_skipped() -> None:
-    assert set(Network.of(Holds(empty_closure())).parts) == {""}
+    assert set(Network.of(HasValue(empty_closure())).parts) == {""}
 
 
 def test_the_objects_of_libraries_are_not_walked() -> None:
-    library = LoadedWhenAsked("library")
+    library = LazyLibrary("library")
     library.drop = nn.Dropout(0.1)
     assert set(
-        Network.of(Holds([torch.ones(1), np.ones(1), nn.Dropout, torch, library])).parts
+        Network.of(HasValue([torch.ones(1), np.ones(1), nn.Dropout, torch, library])).parts
     ) == {""}
 
 
-def test_generators_are_found_by_the_same_paths_and_as_globals_beside_a_forward() -> None:
-    held = {
+def test_generators_are_found_in_attributes_and_in_the_globals_of_a_forward() -> None:
+    value = {
         "a": random.Random(0),
         "b": (np.random.default_rng(0),),
-        "c": Plain(np.random.RandomState(0)),
+        "c": PlainObject(np.random.RandomState(0)),
     }
-    generators = Network.of(nn.Sequential(Holds(held))).generators
+    generators = Network.of(nn.Sequential(HasValue(value))).generators
     assert set(generators) == {
-        "0.held['a']",
-        "0.held['b'][0]",
-        "0.held['c'].inside",
-        "global BESIDE",
+        "0.value['a']",
+        "0.value['b'][0]",
+        "0.value['c'].inside",
+        "global GLOBAL_GENERATOR",
     }
-    assert generators["global BESIDE"] is BESIDE
-    assert generators["0.held['a']"] is held["a"]
+    assert generators["global GLOBAL_GENERATOR"] is GLOBAL_GENERATOR
+    assert generators["0.value['a']"] is value["a"]
 
 
 def test_a_network_without_a_generator_has_none() -> None:
@@ -176,18 +176,18 @@ def test_a_network_without_a_generator_has_none() -> None:
 
 def test_a_copy_shares_the_parameters_and_not_the_buffers() -> None:
     module = Net()
-    other = Network.of(module).copy().module
-    assert other.linear.weight is module.linear.weight
-    assert other.norm.running_mean is not module.norm.running_mean
+    copy = Network.of(module).copy().module
+    assert copy.linear.weight is module.linear.weight
+    assert copy.norm.running_mean is not module.norm.running_mean
 
 
-def test_a_module_that_cannot_be_copied_is_returned_itself() -> None:
+def test_a_module_that_cannot_be_copied_is_returned_as_it_is() -> None:
     module = Net()
     module.lock = threading.Lock()
     assert Network.of(module).copy().module is module
 
 
-def test_a_module_whose_copy_would_run_parts_of_the_original_is_returned_itself() -> None:
+def test_a_module_whose_copy_would_run_parts_of_the_original_is_returned_as_it_is() -> None:
     module = Net()
     module.forward = lambda x: module.linear(x)
     assert Network.of(module).copy().module is module

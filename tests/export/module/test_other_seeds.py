@@ -1,4 +1,4 @@
-"""Code that seeds its generators draws other numbers under other seeds, and the same ones after."""
+"""Under other seeds, code that sets a seed draws other numbers, and the usual ones afterwards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def torch_generator() -> float:
     return float(torch.rand(1, generator=torch.Generator(device="cpu").manual_seed(3)))
 
 
-def torch_generator_as_it_begins() -> float:
+def torch_generator_without_a_seed() -> float:
     return float(torch.rand(1, generator=torch.Generator()))
 
 
@@ -45,7 +45,7 @@ def python_generator() -> float:
 DRAWS: list[Callable[[], float]] = [
     torch_global,
     torch_generator,
-    torch_generator_as_it_begins,
+    torch_generator_without_a_seed,
     numpy_global,
     python_global,
     python_generator,
@@ -59,16 +59,16 @@ DRAWS: list[Callable[[], float]] = [
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_a_seed_in_code_is_replaced_inside_the_block_only(draw: Callable[[], float]) -> None:
+def test_a_seed_in_code_is_replaced_only_inside_the_block(draw: Callable[[], float]) -> None:
     with seeded(0):
-        first = draw()
+        expected = draw()
         with other_seeds():
-            assert draw() != first
-            assert draw() == draw(), "it is still a seed"
-        assert draw() == first
+            assert draw() != expected
+            assert draw() == draw(), "the replaced seed is deterministic"
+        assert draw() == expected
 
 
-def test_generators_made_before_are_still_generators() -> None:
+def test_generators_keep_their_types() -> None:
     with other_seeds():
         assert isinstance(torch.default_generator, torch.Generator)
         assert isinstance(torch.Generator(), torch.Generator)

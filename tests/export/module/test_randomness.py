@@ -20,7 +20,7 @@ class Functional(nn.Module):
         return F.dropout(x, 0.25)
 
 
-class Around(nn.Module):
+class Wrapper(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
@@ -29,7 +29,7 @@ class Around(nn.Module):
         return self.inner(x)
 
 
-class Host(nn.Module):
+class CallsDraw(nn.Module):
     def __init__(self, draw: object) -> None:
         super().__init__()
         self.draw = draw
@@ -49,23 +49,23 @@ class OwnGenerator(nn.Module):
 
 class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        q = x.view(1, 2, 4, 4)
-        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.125)
+        heads = x.view(1, 2, 4, 4)
+        return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.125)
 
 
 def test_a_quiet_module_draws_nothing() -> None:
-    assert draws(Around(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))).eval(), X | {}) == ()
+    assert draws(Wrapper(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))).eval(), X | {}) == ()
 
 
 def test_a_functional_dropout_is_named_with_its_module_its_rate_and_its_line() -> None:
-    (draw,) = draws(Around(Functional()).eval(), X)
+    (draw,) = draws(Wrapper(Functional()).eval(), X)
     assert (draw.path, draw.kind, draw.p) == ("inner", "Functional", 0.25)
     assert "dropout" in draw.operator
     assert draw.line.startswith("test_randomness.py:")
 
 
 def test_a_module_in_training_is_named_with_its_own_rate() -> None:
-    module = Around(nn.Dropout(0.125)).eval()
+    module = Wrapper(nn.Dropout(0.125)).eval()
     module.inner.train()
     (draw,) = draws(module, X)
     assert (draw.path, draw.kind, draw.p) == ("inner", "Dropout", 0.125)
@@ -77,9 +77,12 @@ def test_attention_with_a_rate_is_found() -> None:
 
 
 def test_pythons_and_numpys_generators_are_watched() -> None:
-    assert "random's global generator" in draws(Around(Host(random.random)), X)[0].operator
-    assert "numpy.random's global generator" in draws(Around(Host(np.random.rand)), X)[0].operator
-    assert draws(Around(Host(random.random)), X)[0].path == "inner"
+    assert "random's global generator" in draws(Wrapper(CallsDraw(random.random)), X)[0].operator
+    assert (
+        "numpy.random's global generator"
+        in draws(Wrapper(CallsDraw(np.random.rand)), X)[0].operator
+    )
+    assert draws(Wrapper(CallsDraw(random.random)), X)[0].path == "inner"
 
 
 class DrawsBesideItsChild(nn.Module):
@@ -98,7 +101,7 @@ class DrawsBesideItsChild(nn.Module):
 
 @pytest.mark.parametrize("before", [True, False], ids=["before its child", "after its child"])
 def test_a_draw_of_pythons_generator_belongs_to_the_module_that_made_it(before: bool) -> None:
-    (draw,) = draws(Around(DrawsBesideItsChild(before=before)), X)
+    (draw,) = draws(Wrapper(DrawsBesideItsChild(before=before)), X)
     assert (draw.path, draw.kind) == ("inner", "DrawsBesideItsChild")
 
 
@@ -129,14 +132,14 @@ def test_a_draw_after_a_child_failed_belongs_to_the_parent() -> None:
                 self.inner(x)
             return F.dropout(x, 0.25)
 
-    (draw,) = draws(Around(Tries()), X)
+    (draw,) = draws(Wrapper(Tries()), X)
     assert (draw.path, draw.kind) == ("inner", "Tries")
 
 
 def test_a_forward_can_be_watched_after_another_one_failed() -> None:
     with pytest.raises(RuntimeError):
-        draws(Around(nn.Linear(3, 3)), X)
-    assert draws(Around(Functional()), X)[0].path == "inner"
+        draws(Wrapper(nn.Linear(3, 3)), X)
+    assert draws(Wrapper(Functional()), X)[0].path == "inner"
 
 
 class Unregistered(nn.Module):
@@ -145,19 +148,19 @@ class Unregistered(nn.Module):
 
 
 def test_a_module_that_no_attribute_leads_to_is_named_by_its_caller() -> None:
-    (draw,) = draws(Around(Unregistered()).eval(), X)
+    (draw,) = draws(Wrapper(Unregistered()).eval(), X)
     assert (draw.path, draw.kind, draw.p) == ("inner > unregistered", "Dropout", 0.125)
 
 
 def encoder() -> nn.Module:
-    """A layer of torch's whose fast path reads its own training flag, not that of its dropouts."""
+    """A torch layer whose fast path reads the training flag of the layer, not of its dropouts."""
     module = nn.TransformerEncoderLayer(8, 2, 16, 0.125, batch_first=True).eval()
     module.dropout1.train()
     return module
 
 
 def test_a_dropout_that_the_fast_path_of_torch_skips_is_found() -> None:
-    (draw,) = draws(Around(encoder()), {"x": torch.ones(2, 3, 8)})
+    (draw,) = draws(Wrapper(encoder()), {"x": torch.ones(2, 3, 8)})
     assert (draw.path, draw.p) == ("inner.dropout1", 0.125)
 
 
@@ -193,7 +196,7 @@ def test_a_forward_with_a_branch_cannot_be_watched() -> None:
     with pytest.raises(
         Unwatched, match=r"^inner \(HasBranches\): cond .* at test_randomness.py:\d+$"
     ):
-        draws(Around(HasBranches()), X)
+        draws(Wrapper(HasBranches()), X)
 
 
 def test_a_private_torch_generator_is_found() -> None:

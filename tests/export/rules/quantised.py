@@ -35,7 +35,7 @@ class Classifier(nn.Module):
 
 
 class OneBatch(CalibrationDataReader):
-    """The rows from which the ranges of activations are measured."""
+    """The rows on which the ranges of the activations are measured."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = iter([{"x": rows}])
@@ -45,7 +45,7 @@ class OneBatch(CalibrationDataReader):
 
 
 def classifier(quantise: Callable[[Path, Path], object], folder: Path) -> Subject:
-    """The subject of a classifier whose exported file `quantise` has read and written anew."""
+    """The subject of a classifier after `quantise(before, after)` has rewritten its file."""
     x = (
         torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
         * torch.logspace(-1, 1, 32)[:, None]

@@ -1,4 +1,4 @@
-"""Small subjects for the tests of rules: graphs of a node or two, modules of one function."""
+"""Small subjects for the tests of rules: graphs with a few nodes, modules of one function."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ def graph(
     kind: int = TensorProto.FLOAT,
     **constants: np.ndarray,
 ) -> onnx.ModelProto:
-    """The model of these nodes: x of four columns -> y."""
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 4])
-    y = helper.make_tensor_value_info("y", kind, None)
+    """A model of these nodes, from x with four columns to y."""
+    input_info = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 4])
+    output_info = helper.make_tensor_value_info("y", kind, None)
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     opsets = [helper.make_opsetid("", 20)]
     return helper.make_model(
-        helper.make_graph(nodes, "g", [x], [y], initializers), opset_imports=opsets, ir_version=9
+        helper.make_graph(nodes, "g", [input_info], [output_info], initializers),
+        opset_imports=opsets,
+        ir_version=9,
     )
 
 
@@ -58,7 +60,7 @@ DOUBLED = graph(node("Add", "x", "x"))
 def small_subject(
     model: onnx.ModelProto, answer: Callable[[Tensor], Tensor] = lambda x: x + x, **evidence: object
 ) -> Subject:
-    """A graph and the module that it is compared with; the probes are eight rows, and one row."""
+    """A graph and the module to compare it with; the probes have eight rows and one row."""
     parts = {
         "probes": [{"x": ROWS}, {"x": ROWS[:1]}],
         "rows": {4: [{"x": row[np.newaxis]} for row in ROWS]},
@@ -69,7 +71,7 @@ def small_subject(
 
 
 def subject_of_graph(model: onnx.ModelProto, module: nn.Module, **evidence: Any) -> Subject:
-    """A graph and the module that it was made of, with this evidence."""
+    """A graph and the module to compare it with, with this evidence."""
     return Subject(network=Network.of(module), graph=graph_of(model), evidence=Evidence(**evidence))
 
 

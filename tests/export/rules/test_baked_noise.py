@@ -1,4 +1,4 @@
-"""The rule baked-noise: noise drawn at export is a constant of a graph that repeats itself."""
+"""The rule baked-noise: noise from the export is a constant, so the graph answers repeatably."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Calls(nn.Module):
-    """A linear layer and a function of its answer; `held` is any object that the function uses."""
+    """A linear layer and a function of its output, which may use the object `source`."""
 
-    def __init__(self, answer: Callable[[Any, Tensor], Tensor], held: object = None) -> None:
+    def __init__(self, answer: Callable[[Any, Tensor], Tensor], source: object = None) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.register_buffer("table", torch.full((4,), 0.5))
         self.answer = answer
-        self.held = held
+        self.source = source
 
     def forward(self, x: Tensor) -> Tensor:
         return self.answer(self, self.linear(x))
 
 
-def exported(answer: Callable[[Any, Tensor], Tensor], held: object = None) -> Subject:
+def subject_with(answer: Callable[[Any, Tensor], Tensor], source: object = None) -> Subject:
     # Masks of a few elements: unseeded, two exports may draw the same one by chance.
     torch.manual_seed(0)
-    return subject_of(candidate_of(Calls(answer, held).eval(), [X]))
+    return subject_of(candidate_of(Calls(answer, source).eval(), [X]))
 
 
-def cached(module: Any, x: Tensor) -> Tensor:
-    if module.held is None:
-        module.held = torch.bernoulli(module.table)
-    return x * module.held
+def cached_mask(module: Any, x: Tensor) -> Tensor:
+    if module.source is None:
+        module.source = torch.bernoulli(module.table)
+    return x * module.source
 
 
 def messages(record: Record) -> str:
@@ -59,23 +59,23 @@ CONSTANTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], object]] = {
     ),
     "a python factor": (lambda m, x: x * random.random(), None),
     "a private numpy generator": (
-        lambda m, x: x * torch.from_numpy(m.held.random(4, dtype=np.float32)),
+        lambda m, x: x * torch.from_numpy(m.source.random(4, dtype=np.float32)),
         np.random.default_rng(0),
     ),
-    "a private python generator": (lambda m, x: x * m.held.random(), random.Random(0)),
+    "a private python generator": (lambda m, x: x * m.source.random(), random.Random(0)),
     "torch.bernoulli of a buffer": (lambda m, x: x * torch.bernoulli(m.table), None),
     "dropout of a table": (lambda m, x: x + F.dropout(m.table, 0.5, training=True), None),
     "torch.distributions": (
         lambda m, x: x * torch.distributions.Bernoulli(m.table, validate_args=False).sample(),
         None,
     ),
-    "a mask that the first forward keeps": (cached, None),
+    "a mask that the first forward keeps": (cached_mask, None),
 }
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_noise_that_became_a_constant_is_found_although_the_graph_draws_nothing(name: str) -> None:
-    subject = exported(*CONSTANTS[name])
+def test_noise_in_a_constant_is_found(name: str) -> None:
+    subject = subject_with(*CONSTANTS[name])
     record = baked_noise.check(subject)
     assert record.verdict is Verdict.FAIL, name
     assert all(finding.fix for finding in record.findings)
@@ -84,8 +84,8 @@ def test_noise_that_became_a_constant_is_found_although_the_graph_draws_nothing(
 @pytest.mark.parametrize(
     "name", ["a numpy mask", "a private python generator", "torch.bernoulli of a buffer"]
 )
-def test_no_other_rule_of_the_graph_finds_it(name: str) -> None:
-    subject = exported(*CONSTANTS[name])
+def test_no_other_rule_on_graphs_finds_noise_in_a_constant(name: str) -> None:
+    subject = subject_with(*CONSTANTS[name])
     bare = Subject(graph=subject.graph)
     records = [
         stochastic_op.check(bare),
@@ -95,9 +95,9 @@ def test_no_other_rule_of_the_graph_finds_it(name: str) -> None:
     assert [record.verdict for record in records] == [Verdict.PASS] * 3
 
 
-def test_the_weight_is_named_with_the_node_that_reads_it() -> None:
+def test_the_noisy_weight_is_named_with_the_node_that_reads_it() -> None:
     torch.manual_seed(0)
-    module = Calls(cached).eval()
+    module = Calls(cached_mask).eval()
     candidate = candidate_of(module, [X])
     module(X)  # a rule that watches the module runs it first
     record = baked_noise.check(subject_of(candidate))
@@ -107,13 +107,13 @@ def test_the_weight_is_named_with_the_node_that_reads_it() -> None:
     )
 
 
-def test_a_dropout_that_the_optimiser_folded_is_named_by_the_graph_before_it() -> None:
-    record = baked_noise.check(exported(*CONSTANTS["dropout of a table"]))
+def test_a_folded_dropout_is_named_from_the_graph_before_optimisation() -> None:
+    record = baked_noise.check(subject_with(*CONSTANTS["dropout of a table"]))
     assert "it draws in the graph before optimisation" in messages(record)
 
 
 def test_a_quiet_module_has_equal_exports() -> None:
-    record = baked_noise.check(exported(lambda m, x: F.dropout(x, 0.5, m.training) * m.table))
+    record = baked_noise.check(subject_with(lambda m, x: F.dropout(x, 0.5, m.training) * m.table))
     assert record.verdict is Verdict.PASS
     assert record.findings == ()
     assert record.measured.endswith("in 2 exports")
@@ -129,14 +129,14 @@ def test_a_second_export_that_fails_is_unproven() -> None:
     def fails() -> Any:
         raise EvalmodeError("the factory returned another network")
 
-    subject = exported(lambda m, x: x)
-    other = Subject(
+    subject = subject_with(lambda m, x: x)
+    failing = Subject(
         network=subject.network,
         graph=subject.graph,
         evidence=subject.evidence,
         export=Export(twins=[fails]),
     )
-    record = baked_noise.check(other)
+    record = baked_noise.check(failing)
     assert record.verdict is Verdict.UNPROVEN
     assert "the factory returned another network" in messages(record)
 

@@ -27,7 +27,7 @@ from tests.export.rules.small_graphs import (
 )
 
 
-def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_words() -> None:
+def test_a_row_normalised_by_its_neighbours_fails_with_the_size_of_the_change() -> None:
     centred = graph(
         node("ReduceMean", "x", "axis", output="mean", keepdims=1),
         node("Sub", "x", "mean"),
@@ -41,7 +41,7 @@ def test_a_row_that_is_normalised_by_its_neighbours_fails_with_the_change_in_wor
 
 
 def test_a_row_that_changes_only_in_large_batches_fails_too() -> None:
-    """In a batch of less than eight rows the slice of the eighth row is empty, and its sum 0."""
+    """In a batch of fewer than eight rows the slice of the eighth row is empty, with the sum 0."""
     crowded = graph(
         node("Slice", "x", "from", "to", "axis", output="eighth"),
         node("ReduceSum", "eighth", "axis", output="sum", keepdims=1),
@@ -74,16 +74,16 @@ def test_a_batch_norm_without_statistics_lets_a_row_change_with_its_neighbours()
 
 
 class Normalised(nn.Module):
-    """BatchNorm by the statistics of the batch; `beside` makes the answer of its result."""
+    """BatchNorm by batch statistics; `answer_of(module, normalised)` is the answer."""
 
-    def __init__(self, beside: Callable[[nn.Module, Tensor], object]) -> None:
+    def __init__(self, answer_of: Callable[[nn.Module, Tensor], object]) -> None:
         super().__init__()
-        self.linear, self.beside = nn.Linear(4, 4), beside
+        self.linear, self.answer_of = nn.Linear(4, 4), answer_of
         self.norm = nn.BatchNorm1d(4, track_running_stats=False)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> object:
         y = self.norm(self.linear(x))
-        return self.beside(self, y if scale is None else y * scale)
+        return self.answer_of(self, y if scale is None else y * scale)
 
 
 def record_of(module: nn.Module, *samples: object, dynamic_axes: Sequence[str] = ()) -> Record:
@@ -92,7 +92,7 @@ def record_of(module: nn.Module, *samples: object, dynamic_axes: Sequence[str] =
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "answer_of",
     [
         pytest.param(lambda m, y: {"y": y, "penalty": m.linear.weight.square().sum()}, id="number"),
         pytest.param(lambda m, y: {"y": y, "loss": y.square().mean()}, id="loss"),
@@ -104,10 +104,10 @@ def record_of(module: nn.Module, *samples: object, dynamic_axes: Sequence[str] =
         pytest.param(lambda m, y: y.T.reshape(-1), id="rows in one line, one by one"),
     ],
 )
-def test_batch_statistics_are_found_whatever_else_the_module_answers_with(
-    beside: Callable[[nn.Module, Tensor], object],
+def test_batch_statistics_are_found_in_any_structure_of_answers(
+    answer_of: Callable[[nn.Module, Tensor], object],
 ) -> None:
-    record = record_of(Normalised(beside), torch.randn(4, 4), torch.randn(7, 4))
+    record = record_of(Normalised(answer_of), torch.randn(4, 4), torch.randn(7, 4))
     assert record.verdict is Verdict.FAIL
     assert "another row in the batch changes this row's answer by" in messages(record)
 
@@ -121,7 +121,7 @@ def test_batch_statistics_are_found_beside_an_input_that_all_rows_share(scale: T
 
 
 class RowsSecond(nn.Module):
-    """x of (length, rows, width), each row normalised with or without the others."""
+    """x of (length, rows, width); `norm` gets it as (rows, width, length)."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -139,14 +139,14 @@ class RowsSecond(nn.Module):
         (nn.InstanceNorm1d(4), Verdict.PASS),
     ],
 )
-def test_rows_on_the_second_axis_are_judged(norm: nn.Module, verdict: Verdict) -> None:
+def test_rows_on_the_second_axis_are_compared(norm: nn.Module, verdict: Verdict) -> None:
     samples = [torch.randn(5, 3, 4), torch.randn(7, 2, 4)]
     record = record_of(RowsSecond(norm), *samples, dynamic_axes=["x=length,batch,_"])
     assert record.verdict is verdict, messages(record)
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "answer_of",
     [
         pytest.param(lambda x, y: {"y": y, "norm": torch.ones(()) * 3}, id="a constant"),
         pytest.param(lambda x, y: {"y": y, "tokens": y.reshape(-1, 2)}, id="tokens of all rows"),
@@ -154,10 +154,10 @@ def test_rows_on_the_second_axis_are_judged(norm: nn.Module, verdict: Verdict) -
         pytest.param(lambda x, y: {"y": y, "line": y.T.reshape(-1)}, id="columns in one line"),
     ],
 )
-def test_independent_rows_pass_wherever_an_answer_holds_them(
-    beside: Callable[[Tensor, Tensor], object],
+def test_independent_rows_pass_on_any_axis_of_an_answer(
+    answer_of: Callable[[Tensor, Tensor], object],
 ) -> None:
-    module = Calls(lambda x: beside(x, x.tanh()))  # type: ignore[arg-type, return-value]
+    module = Calls(lambda x: answer_of(x, x.tanh()))  # type: ignore[arg-type, return-value]
     record = record_of(module, torch.randn(4, 4), torch.randn(7, 4))
     assert record.verdict is Verdict.PASS, messages(record)
 

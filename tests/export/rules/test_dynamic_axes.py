@@ -51,23 +51,23 @@ def test_an_answer_of_another_shape_than_the_modules_is_named() -> None:
 
 
 class Branches(nn.Module):
-    """Twice its input, up to 100 rows; beyond them something else, or nothing at all."""
+    """Twice its input up to 100 rows; above them an error if `is_limited`, else three times."""
 
-    def __init__(self, *, ends: bool) -> None:
+    def __init__(self, *, is_limited: bool) -> None:
         super().__init__()
-        self.ends = ends
+        self.is_limited = is_limited
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] <= 100:
             return x * 2
-        if self.ends:
+        if self.is_limited:
             raise ValueError("at most 100 rows")
         return x * 3
 
 
 def test_a_branch_for_sizes_beyond_every_probe_is_found_by_the_bound_of_the_trace() -> None:
     record = dynamic_axes.check(
-        subject_of(candidate_of(Branches(ends=False).eval(), [torch.from_numpy(ROWS)]))
+        subject_of(candidate_of(Branches(is_limited=False).eval(), [torch.from_numpy(ROWS)]))
     )
     assert record.verdict is Verdict.FAIL
     assert "the graph is valid for batch up to 100, and the module also reads 101" in messages(
@@ -75,9 +75,9 @@ def test_a_branch_for_sizes_beyond_every_probe_is_found_by_the_bound_of_the_trac
     )
 
 
-def test_a_module_that_ends_where_its_graph_does_passes_and_the_bound_is_reported() -> None:
+def test_a_module_with_the_same_limit_as_its_graph_passes_and_the_bound_is_reported() -> None:
     record = dynamic_axes.check(
-        subject_of(candidate_of(Branches(ends=True).eval(), [torch.from_numpy(ROWS)]))
+        subject_of(candidate_of(Branches(is_limited=True).eval(), [torch.from_numpy(ROWS)]))
     )
     assert record.verdict is Verdict.PASS
     assert record.measured.endswith("batch at most 100")
@@ -119,7 +119,7 @@ def test_a_branch_with_the_same_answers_passes() -> None:
 class MaskedEncoder(nn.Module):
     """The fast path of nn.TransformerEncoder branches on the row count, and answers 0 at padding.
 
-    `mean` takes account of what it answers there.
+    With `mean`, the answer depends on the values at padding.
     """
 
     def __init__(self, *, mean: bool) -> None:

@@ -13,14 +13,14 @@ from evalmode.export.rules import escaped_module
 from tests.export.rules.small_graphs import subject_of_module
 
 
-class Holds(nn.Module):
-    def __init__(self, name: str, held: object) -> None:
+class HasAttribute(nn.Module):
+    def __init__(self, name: str, value: object) -> None:
         super().__init__()
         self.child = nn.Dropout(0.1)
-        setattr(self, name, held)
+        setattr(self, name, value)
 
 
-class Plain:
+class PlainObject:
     def __init__(self) -> None:
         self.drop = nn.Dropout(0.5)
 
@@ -30,7 +30,7 @@ class IgnoresEval(nn.Dropout):
         return super().train(True)
 
 
-def closing_over(drop: nn.Module) -> object:
+def closure_over(drop: nn.Module) -> object:
     def call(x: Tensor) -> Tensor:
         return drop(x)
 
@@ -38,25 +38,25 @@ def closing_over(drop: nn.Module) -> object:
 
 
 @pytest.mark.parametrize(
-    ("name", "held", "where"),
+    ("name", "value", "path"),
     [
         ("_hidden", [nn.Dropout(0.5)], "_hidden[0] (Dropout)"),
         ("queue", deque([nn.Dropout(0.5)]), "queue[0] (Dropout)"),
         ("call", functools.partial(nn.Dropout(0.5)), "call.func (Dropout)"),
         ("call", functools.partial(print, nn.Dropout(0.5)), "call.args[0] (Dropout)"),
         ("call", functools.partial(print, end=nn.Dropout(0.5)), "call.keywords['end'] (Dropout)"),
-        ("call", closing_over(nn.Dropout(0.5)), "call.<drop> (Dropout)"),
-        ("plain", Plain(), "plain.drop (Dropout)"),
+        ("call", closure_over(nn.Dropout(0.5)), "call.<drop> (Dropout)"),
+        ("plain", PlainObject(), "plain.drop (Dropout)"),
         ("other", IgnoresEval(0.5), "other (IgnoresEval)"),
     ],
 )
 def test_a_module_that_eval_leaves_in_training_is_named(
-    name: str, held: object, where: str
+    name: str, value: object, path: str
 ) -> None:
-    root = nn.Sequential(Holds(name, held)).eval()
+    root = nn.Sequential(HasAttribute(name, value)).eval()
     record = escaped_module.check(subject_of_module(root))
     assert record.verdict is Verdict.FAIL
-    assert [f"{finding.node} ({finding.op})" for finding in record.findings] == [f"0.{where}"]
+    assert [f"{finding.node} ({finding.op})" for finding in record.findings] == [f"0.{path}"]
     assert record.measured == "1 of 4 modules"
 
 
@@ -67,7 +67,7 @@ def test_the_root_itself_is_named() -> None:
 
 def test_hidden_modules_that_were_put_into_eval_by_hand_pass() -> None:
     record = escaped_module.check(
-        subject_of_module(Holds("_hidden", [nn.Dropout(0.5).eval()]).eval())
+        subject_of_module(HasAttribute("_hidden", [nn.Dropout(0.5).eval()]).eval())
     )
     assert record.verdict is Verdict.PASS
     assert record.measured == "0 of 3 modules"

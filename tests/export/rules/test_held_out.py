@@ -1,4 +1,4 @@
-"""The rule held-out: labels of the graph and of the module on rows that were not trained on."""
+"""The rule held-out: labels of the graph and of the module on rows kept out of training."""
 
 from __future__ import annotations
 

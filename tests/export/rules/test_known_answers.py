@@ -24,8 +24,8 @@ def test_a_bundle_reproduces_its_answers(released: Released) -> None:
     assert check_all(Subject(bundle=bundle)) == (record,)
 
 
-def with_another_answer(bundle: Bundle) -> Bundle:
-    """The bundle with another first answer."""
+def with_changed_answer(bundle: Bundle) -> Bundle:
+    """The bundle with a change to its first known answer."""
     first, *others = bundle.known_answers()
     outputs = {name: np.asarray(array) + 1 for name, array in first.outputs.items()}
     answers = (KnownAnswer(inputs=first.inputs, outputs=outputs, text=first.text), *others)
@@ -34,6 +34,6 @@ def with_another_answer(bundle: Bundle) -> Bundle:
 
 
 def test_an_answer_that_differs_fails(released: Released) -> None:
-    record = known_answers.check(Subject(bundle=with_another_answer(open_bundle(released.path))))
+    record = known_answers.check(Subject(bundle=with_changed_answer(open_bundle(released.path))))
     assert record.verdict is Verdict.FAIL
     assert "standard deviations" in record.why

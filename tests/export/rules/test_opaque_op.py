@@ -15,7 +15,7 @@ X = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
 Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
 DOMAINS = ("my", "com.microsoft", "ai.onnx.ml", "ai.onnx.preview.training", "org.pytorch.aten")
 COMPILED = {("com.microsoft", "EPContext"), ("com.microsoft", "Snpe")}
-# What TensorRT and ROCm builds register beside ONNX's operators, for their own use.
+# Operators that TensorRT and ROCm builds register in the domain of ONNX for their own use.
 PLUGINS = {
     ("", f"{name}_TRT")
     for name in (
@@ -62,9 +62,9 @@ def test_an_unknown_operator_is_unproven_and_is_named(domain: str, op: str) -> N
     record = record_of(op, domain)
     assert record.verdict is Verdict.UNPROVEN
     (finding,) = record.findings
-    named = f"{domain}::{op}" if domain else op
-    assert (finding.node, finding.op, finding.severity) == ("n", named, Severity.UNPROVEN)
-    assert finding.why.startswith(f"{named} cannot be shown to be free of randomness: ")
+    qualified_name = f"{domain}::{op}" if domain else op
+    assert (finding.node, finding.op, finding.severity) == ("n", qualified_name, Severity.UNPROVEN)
+    assert finding.why.startswith(f"{qualified_name} cannot be shown to be free of randomness: ")
     assert finding.fix
     is_foreign = domain in ("my", "org.pytorch.aten", "com.microsoft", "com.microsoft.extensions")
     assert finding.why.endswith("nor a function of the model") is is_foreign
@@ -91,11 +91,11 @@ def test_an_unknown_operator_is_unproven_and_is_named(domain: str, op: str) -> N
         ),
     ],
 )
-def test_an_operator_that_is_known_or_judged_elsewhere_passes(domain: str, op: str) -> None:
+def test_a_known_operator_or_one_of_another_rule_passes(domain: str, op: str) -> None:
     assert record_of(op, domain).verdict is Verdict.PASS
 
 
-def test_a_function_of_the_model_is_judged_by_its_nodes() -> None:
+def test_a_function_of_the_model_is_checked_by_its_nodes() -> None:
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("other", 1)]
     for inner, verdict in (("", Verdict.PASS), ("other", Verdict.UNPROVEN)):
         node = helper.make_node("Identity", ["x"], ["y"], name="inner", domain=inner)
@@ -117,9 +117,7 @@ def test_a_function_of_the_model_is_judged_by_its_nodes() -> None:
         ),
     ],
 )
-def test_an_operator_that_the_opset_does_not_have_is_unproven(
-    op: str, opset: int, why: str
-) -> None:
+def test_an_operator_that_its_opset_lacks_is_unproven(op: str, opset: int, why: str) -> None:
     (finding,) = record_of(op, opset=opset).findings
     assert why in finding.why
 
@@ -129,7 +127,7 @@ def test_an_opset_that_is_not_imported_is_unproven() -> None:
     assert finding.why.endswith("no opset of its domain is imported")
 
 
-def test_every_operator_whose_schema_does_not_say_was_read() -> None:
+def test_every_operator_without_a_declared_determinism_was_reviewed() -> None:
     unknown = onnx.defs.OpSchema.NodeDeterminism.Unknown
     silent = {
         (schema.domain, schema.name, schema.since_version)
@@ -154,16 +152,16 @@ def test_every_operator_of_onnx_is_known_at_its_opset_unless_it_is_deprecated() 
             assert verdict is (Verdict.UNPROVEN if schema.deprecated else Verdict.PASS), schema.name
 
 
-def test_every_operator_of_the_runtime_was_read() -> None:
-    """Read what a new runtime adds, for anything that draws or trains, before you add it to a
-    list.
-    """
-    here = {(schema.domain, schema.name) for schema in runtime.get_all_operator_schema()}
-    onnxs = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas_with_history()}
-    read = opaque_op._KNOWN | set(stochastic_op.drawing_operators())
-    assert here - onnxs - read == COMPILED | PLUGINS
+def test_every_operator_of_the_runtime_was_reviewed() -> None:
+    """If this fails: check whether a new operator draws or trains, then add it to a list."""
+    registered = {(schema.domain, schema.name) for schema in runtime.get_all_operator_schema()}
+    onnx_operators = {
+        (schema.domain, schema.name) for schema in onnx.defs.get_all_schemas_with_history()
+    }
+    reviewed = opaque_op._KNOWN | set(stochastic_op.drawing_operators())
+    assert registered - onnx_operators - reviewed == COMPILED | PLUGINS
 
 
-def test_no_operator_is_listed_as_quiet_that_another_rule_judges() -> None:
+def test_no_operator_of_another_rule_is_listed_as_quiet() -> None:
     quiet = {("com.microsoft", op) for op in opaque_op._CONTRIB.split()}
     assert not quiet & (stochastic_op.drawing_operators() | training_mode.JUDGED)

@@ -63,7 +63,7 @@ def test_parity_fails_for_another_function_and_names_the_difference(
 
 
 @pytest.mark.parametrize(("deviations", "verdict"), [(5e-5, Verdict.FAIL), (5e-6, Verdict.PASS)])
-def test_parity_is_judged_at_a_hundred_thousandth_of_a_standard_deviation(
+def test_the_limit_of_parity_is_a_hundred_thousandth_of_a_standard_deviation(
     deviations: float, verdict: Verdict
 ) -> None:
     shift = deviations * float((2 * ROWS).std())
@@ -74,9 +74,9 @@ def test_parity_is_judged_at_a_hundred_thousandth_of_a_standard_deviation(
 
 
 def test_parity_fails_for_a_difference_that_flips_one_label_within_the_tolerance() -> None:
-    near = np.array([[1.0, 1.0 + 1e-6]], np.float32)
+    scores = np.array([[1.0, 1.0 + 1e-6]], np.float32)
     swap = graph(node("Gather", "x", "order", axis=1), order=np.array([1, 0, 2, 3]))
-    probe = {"x": np.hstack([near, -np.ones((1, 2), np.float32)])}
+    probe = {"x": np.hstack([scores, -np.ones((1, 2), np.float32)])}
     module = Calls(lambda x: x).eval()
     record = parity.check(subject_of_graph(swap, module, probes=[probe], labelled=True))
     assert record.verdict is Verdict.FAIL
@@ -85,7 +85,7 @@ def test_parity_fails_for_a_difference_that_flips_one_label_within_the_tolerance
     assert parity.check(numbers).verdict is Verdict.PASS, "numbers, not labels"
 
 
-def test_static_int8_keeps_rows_apart_and_is_judged_by_the_limits_of_int8(tmp_path: Path) -> None:
+def test_static_int8_keeps_rows_independent_and_has_the_limits_of_int8(tmp_path: Path) -> None:
     subject = classifier(static_int8, tmp_path)
     assert batch_invariance.check(subject).verdict is Verdict.PASS
     assert parity.limits_of(subject.graph.proto) is parity.INT8
@@ -93,21 +93,21 @@ def test_static_int8_keeps_rows_apart_and_is_judged_by_the_limits_of_int8(tmp_pa
     assert record.limit.startswith("int8: ")
 
 
-def test_half_precision_is_judged_by_its_own_limits(tmp_path: Path) -> None:
+def test_half_precision_has_its_own_limits(tmp_path: Path) -> None:
     subject = subject_of(candidate_of(Classifier().half().eval(), [torch.randn(32, 16).half()]))
     assert parity.limits_of(subject.graph.proto) is parity.FP16
     assert parity.check(subject).verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize("shift", [0.1, float("nan")])
-def test_half_precision_does_not_excuse_another_function(shift: float) -> None:
+def test_parity_fails_for_another_function_in_half_precision_too(shift: float) -> None:
     subject = subject_of(candidate_of(Classifier().half().eval(), [torch.randn(32, 16).half()]))
-    other = Classifier().half().eval()
+    shifted_module = Classifier().half().eval()
     with torch.no_grad():
-        other.body[4].bias[0] += shift
-    moved = Subject(
-        network=Network.of(other),
+        shifted_module.body[4].bias[0] += shift
+    shifted = Subject(
+        network=Network.of(shifted_module),
         graph=subject.graph,
         evidence=dataclasses.replace(subject.evidence, labelled=True),
     )
-    assert parity.check(moved).verdict is Verdict.FAIL
+    assert parity.check(shifted).verdict is Verdict.FAIL

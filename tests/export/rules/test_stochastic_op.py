@@ -118,15 +118,18 @@ def test_a_draw_is_found_in_every_operator_that_has_a_body(op: str) -> None:
     ]
 
 
-def noisy(name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
+def function(name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
     return helper.make_function("my", name, ["x"], ["y"], nodes, [helper.make_opsetid("", 20)])
 
 
 def test_a_draw_is_found_in_a_local_function_at_each_of_its_calls() -> None:
     calls = [
-        helper.make_node("noisy", [a], [b], domain="my", name=f"to_{b}") for a, b in ("xh", "hy")
+        helper.make_node(
+            "noisy", [input_name], [output_name], domain="my", name=f"to_{output_name}"
+        )
+        for input_name, output_name in ("xh", "hy")
     ]
-    found_paths = paths(record_of(*calls, functions=[noisy("noisy", DRAW)]))
+    found_paths = paths(record_of(*calls, functions=[function("noisy", DRAW)]))
     assert found_paths == [f"to_{name}/my:noisy/draw (RandomUniformLike)" for name in "hy"]
 
 
@@ -137,14 +140,14 @@ def test_a_draw_is_found_in_a_function_that_another_function_calls_in_a_branch()
         "Constant", [], ["c"], value=numpy_helper.from_array(numpy_helper.to_array(HALF) > 0)
     )
     choice = helper.make_node("If", ["c"], ["y"], name="if", then_branch=branch, else_branch=branch)
-    functions = [noisy("noisy", DRAW), noisy("outer", mode, choice)]
+    functions = [function("noisy", DRAW), function("outer", mode, choice)]
     top = helper.make_node("outer", ["x"], ["y"], domain="my", name="top")
     found_paths = paths(record_of(top, functions=functions))
     assert found_paths[0] == "top/my:outer/if/else_branch/inner/my:noisy/draw (RandomUniformLike)"
 
 
 def test_a_draw_in_a_function_that_nothing_calls_fails_and_the_finding_says_so() -> None:
-    record = record_of(helper.make_node("Relu", ["x"], ["y"]), functions=[noisy("noisy", DRAW)])
+    record = record_of(helper.make_node("Relu", ["x"], ["y"]), functions=[function("noisy", DRAW)])
     assert paths(record) == ["my:noisy/draw (RandomUniformLike)"]
     (finding,) = record.findings
     assert finding.severity is Severity.ERROR
@@ -153,23 +156,23 @@ def test_a_draw_in_a_function_that_nothing_calls_fails_and_the_finding_says_so()
 
 def test_a_draw_in_a_function_that_is_called_is_not_reported_as_dead() -> None:
     call = helper.make_node("noisy", ["x"], ["y"], domain="my")
-    (finding,) = record_of(call, functions=[noisy("noisy", DRAW)]).findings
+    (finding,) = record_of(call, functions=[function("noisy", DRAW)]).findings
     assert finding.why == "it draws random numbers"
 
 
-def test_a_function_with_the_name_of_an_operator_that_draws_is_judged_by_its_nodes() -> None:
-    quiet = noisy("RandomUniformLike", helper.make_node("Identity", ["x"], ["y"]))
+def test_a_function_named_like_an_operator_that_draws_is_checked_by_its_nodes() -> None:
+    quiet = function("RandomUniformLike", helper.make_node("Identity", ["x"], ["y"]))
     call = helper.make_node("RandomUniformLike", ["x"], ["y"], domain="my")
     assert record_of(call, functions=[quiet]).verdict is Verdict.PASS
 
 
 def chain(*steps: tuple[str, str]) -> list[onnx.NodeProto]:
-    """Nodes one after another; each also reads the values that its step names."""
+    """Nodes in sequence; each also reads the extra inputs that its step names."""
     names = [*[f"h{index}" for index in range(len(steps) - 1)], "y"]
     nodes = []
-    for index, (op, other) in enumerate(steps):
+    for index, (op, extra_inputs) in enumerate(steps):
         before = names[index - 1] if index else "x"
-        nodes.append(helper.make_node(op, [before, *other.split()], [names[index]]))
+        nodes.append(helper.make_node(op, [before, *extra_inputs.split()], [names[index]]))
     return nodes
 
 

@@ -81,7 +81,7 @@ def test_dropout_of_opset_7_to_11_never_trains(opset: int) -> None:
 
 
 @pytest.mark.parametrize("opset", [12, 13, 20, 22])
-def test_dropout_from_opset_12_is_judged_by_its_mode_input(opset: int) -> None:
+def test_dropout_from_opset_12_is_checked_by_its_mode_input(opset: int) -> None:
     assert verdict_of(dropout(), opset=opset) is Verdict.PASS
     assert verdict_of(dropout("r"), opset=opset, constants=R) is Verdict.PASS
     assert verdict_of(dropout("r", ""), opset=opset, constants=R) is Verdict.PASS
@@ -190,7 +190,7 @@ def test_a_flag_that_a_call_passes_to_its_function_is_known_and_without_a_call_u
     )
 
 
-def test_a_finding_says_why_an_attribute_is_not_known() -> None:
+def test_a_finding_says_why_an_attribute_is_unknown() -> None:
     mistyped = helper.make_node("BatchNormalization", ["x"] * 5, ["y"], name="node")
     mistyped.attribute.append(helper.make_attribute("training_mode", 1.0))
     written = "it is not written as one integer, and programs read it differently"
@@ -224,13 +224,13 @@ def test_a_finding_says_why_an_attribute_is_not_known() -> None:
         (15, {"training_mode": 1}, 1, Verdict.FAIL),
     ],
 )
-def test_batch_normalization_is_judged_by_its_opset(
+def test_batch_normalization_is_checked_by_the_semantics_of_its_opset(
     opset: int, attributes: dict[str, int], outputs: int, verdict: Verdict
 ) -> None:
     assert verdict_of(batch_normalization(outputs, **attributes), opset=opset) is verdict
 
 
-def test_batch_normalization_in_another_layout_is_judged_by_its_flag() -> None:
+def test_batch_normalization_in_another_layout_is_checked_by_its_flag() -> None:
     for flag, verdict in ((0, Verdict.PASS), (1, Verdict.FAIL)):
         assert (
             verdict_of(batch_normalization(1, "com.ms.internal.nhwc", training_mode=flag), opset=20)
@@ -241,17 +241,20 @@ def test_batch_normalization_in_another_layout_is_judged_by_its_flag() -> None:
 @pytest.mark.parametrize(
     ("op", "index"), [("BitmaskDropout", 2), ("BiasDropout", 4), ("BitmaskBiasDropout", 4)]
 )
-def test_the_contributed_dropouts_are_judged_by_their_mode_input(op: str, index: int) -> None:
-    def at(*last: str) -> onnx.NodeProto:
+def test_the_contributed_dropouts_are_checked_by_their_mode_input(op: str, index: int) -> None:
+    def dropout_with(*last: str) -> onnx.NodeProto:
         return helper.make_node(
             op, ["x", *[""] * (index - len(last)), *last], ["y"], domain="com.microsoft"
         )
 
-    assert verdict_of(at("m"), opset=20, constants=ON) is Verdict.FAIL
-    assert verdict_of(at("m"), opset=20, constants=OFF) is Verdict.PASS
-    assert verdict_of(at("mode"), opset=20, inputs=(MODE,)) is Verdict.UNPROVEN
-    assert verdict_of(at("r", "m"), opset=20, constants={"r": np.float32(0)} | ON) is Verdict.PASS
-    assert verdict_of(at(), opset=20) is Verdict.PASS
+    assert verdict_of(dropout_with("m"), opset=20, constants=ON) is Verdict.FAIL
+    assert verdict_of(dropout_with("m"), opset=20, constants=OFF) is Verdict.PASS
+    assert verdict_of(dropout_with("mode"), opset=20, inputs=(MODE,)) is Verdict.UNPROVEN
+    assert (
+        verdict_of(dropout_with("r", "m"), opset=20, constants={"r": np.float32(0)} | ON)
+        is Verdict.PASS
+    )
+    assert verdict_of(dropout_with(), opset=20) is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -273,21 +276,21 @@ def test_the_contributed_dropouts_are_judged_by_their_mode_input(op: str, index:
         *(("ai.onnx.preview.training", op) for op in ("Gradient", "Adam", "Adagrad", "Momentum")),
     ],
 )
-def test_an_operator_of_training_alone_fails(domain: str, op: str) -> None:
+def test_an_operator_only_for_training_fails(domain: str, op: str) -> None:
     assert verdict_of(helper.make_node(op, ["x"], ["y"], domain=domain), opset=20) is Verdict.FAIL
 
 
 @pytest.mark.parametrize(
     "op", ["LSTM", "GRU", "RNN", "InstanceNormalization", "LayerNormalization"]
 )
-def test_an_operator_without_a_mode_is_not_verdict_of(op: str) -> None:
+def test_an_operator_without_a_mode_passes(op: str) -> None:
     record = training_mode.check(
         Subject(graph=graph_of(model_of(helper.make_node(op, ["x"], ["y"]), opset=20)))
     )
     assert (record.verdict, record.measured) == (Verdict.PASS, "0 on, 0 undecided, of 0")
 
 
-def test_an_operator_of_the_same_name_in_another_domain_is_not_verdict_of() -> None:
+def test_an_operator_named_dropout_in_another_domain_passes() -> None:
     assert (
         verdict_of(
             helper.make_node("Dropout", ["x", "", "m"], ["y"], domain="my"), opset=20, constants=ON

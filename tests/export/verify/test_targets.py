@@ -43,7 +43,7 @@ def test_a_folder_is_searched_for_models_and_bundles_in_the_order_of_their_paths
     assert paths_found_in(".") == ["a/deep/er/m.onnx", "a/z.ONNX", "b.onnx", "bundles/x/1"]
 
 
-def test_a_bundle_is_one_target_and_its_files_are_none(folder: Path) -> None:
+def test_a_bundle_is_one_target_and_its_files_are_not_targets(folder: Path) -> None:
     assert paths_found_in("bundles/x/1") == ["bundles/x/1"]
     assert paths_found_in("bundles") == ["bundles/x/1"]
 

@@ -1,4 +1,4 @@
-"""CSV and TSV as people write them: what stands there is read, and no row is lost or shifted."""
+"""CSV and TSV files of users: values are read unchanged, and no row is lost or shifted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(path: Path, *, text: str = "text", label: str = "label", separator=None
         return table.read(text=text, label=label)
 
 
-def written(folder: Path, content: str, name: str = "d.csv") -> Path:
+def write_file(folder: Path, content: str, name: str = "d.csv") -> Path:
     path = folder / name
     path.write_text(content, newline="", encoding="utf-8")
     return path
@@ -38,38 +38,38 @@ def pairs(columns: Columns) -> list[tuple[str | None, str | None]]:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_rows_are_read_whatever_ends_a_line(tmp_path, end):
-    columns = read(written(tmp_path, unquoted(end=end)))
+def test_rows_are_read_with_any_line_ending(tmp_path, end):
+    columns = read(write_file(tmp_path, unquoted(end=end)))
     assert pairs(columns) == ROWS
     assert list(columns.numbers) == list(range(2, 62))
 
 
 @pytest.mark.parametrize("blank", ["\n", "\r\n", "\n\n\n", "   \n", "\ufeff\n"])
-def test_empty_lines_are_no_rows_and_lines_keep_their_numbers(tmp_path, blank):
+def test_empty_lines_are_skipped_and_counted_in_line_numbers(tmp_path, blank):
     content = unquoted().splitlines(keepends=True)
-    path = written(tmp_path, blank + "".join(content[:5]) + "\n" + "".join(content[5:]))
+    path = write_file(tmp_path, blank + "".join(content[:5]) + "\n" + "".join(content[5:]))
     columns = read(path)
     assert pairs(columns) == ROWS
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     assert [lines[number - 1] for number in columns.numbers] == [",".join(row) for row in ROWS]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
-    assert pairs(read(written(tmp_path, "\ufeff" + unquoted()))) == ROWS
+def test_a_byte_order_mark_is_not_part_of_a_column_name(tmp_path):
+    assert pairs(read(write_file(tmp_path, "\ufeff" + unquoted()))) == ROWS
 
 
-def test_words_stay_words(tmp_path):
+def test_values_that_look_like_numbers_or_nulls_are_texts(tmp_path):
     words = [("NA", "007"), ("null", "1.0"), ("nan", "True"), ("2024-01-01", "1e5")]
-    assert pairs(read(written(tmp_path, unquoted(words)))) == words
+    assert pairs(read(write_file(tmp_path, unquoted(words)))) == words
 
 
 @pytest.mark.parametrize("header", [",text,label", "text,label,", "text,,label", ",,text,label"])
-def test_columns_without_a_name_are_nobody_s_affair(tmp_path, header):
+def test_columns_without_a_name_are_ignored(tmp_path, header):
     names = header.split(",")
     rows = [
         [{"text": text, "label": label}.get(name, "x") for name in names] for text, label in ROWS
     ]
-    assert pairs(read(written(tmp_path, unquoted(rows, header=names)))) == ROWS
+    assert pairs(read(write_file(tmp_path, unquoted(rows, header=names)))) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_columns_without_a_name_are_nobody_s_affair(tmp_path, header):
 def test_a_row_that_does_not_fit_the_header_is_refused_with_its_line_and_both_counts(
     tmp_path, bad, fields
 ):
-    path = written(tmp_path, unquoted() + bad + "\n")
+    path = write_file(tmp_path, unquoted() + bad + "\n")
     with pytest.raises(DataError, match=rf"d\.csv, line 62: {fields} fields, .* names 2 columns"):
         read(path)
 
@@ -92,12 +92,13 @@ def test_a_row_that_does_not_fit_the_header_is_refused_with_its_line_and_both_co
         min_size=1,
     )
 )
-def test_what_a_csv_writer_wrote_is_read_back(rows, tmp_path_factory):
-    # A text whose lines are like rows cannot be told from rows that a stray quotation mark joined.
+def test_rows_of_a_csv_writer_are_read_back(rows, tmp_path_factory):
+    # A text whose lines look like rows cannot be distinguished from rows that a stray quotation
+    # mark joins.
     rows = [(text.replace(",", ";"), label) for text, label in rows]
     buffer = io.StringIO()
     csv.writer(buffer).writerows([("text", "label"), *rows])
-    path = written(tmp_path_factory.mktemp("rows"), buffer.getvalue())
+    path = write_file(tmp_path_factory.mktemp("rows"), buffer.getvalue())
     assert pairs(read(path)) == [(text.strip(), label) for text, label in rows]
 
 
@@ -125,13 +126,13 @@ def test_texts_of_several_lines_in_quotation_marks_are_one_text(tmp_path):
     ]
     buffer = io.StringIO()
     csv.writer(buffer).writerows([("text", "label"), *letters])
-    columns = read(written(tmp_path, buffer.getvalue()))
+    columns = read(write_file(tmp_path, buffer.getvalue()))
     assert pairs(columns) == letters
     assert list(columns.numbers)[:3] == [2, 8, 14]
 
 
 @pytest.mark.parametrize("separator", [",", "\t", ";"])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(
     ("opening", "closing"),
     [
@@ -145,49 +146,49 @@ def test_texts_of_several_lines_in_quotation_marks_are_one_text(tmp_path):
         ((59, '"Great they said'), (40, "plain")),
     ],
 )
-def test_a_stray_quotation_mark_never_swallows_rows(tmp_path, separator, turned, opening, closing):
+def test_a_stray_quotation_mark_never_swallows_rows(tmp_path, separator, swapped, opening, closing):
     rows = list(ROWS)
     for number, text in (opening, closing):
         rows[number] = (text, rows[number][1])
-    step = -1 if turned else 1
+    step = -1 if swapped else 1
     content = unquoted(
         [row[::step] for row in rows], header=("text", "label")[::step], separator=separator
     )
-    with pytest.raises(DataError, match=r"d\.csv, lines? \d+") as refused:
-        read(written(tmp_path, content), separator=separator)
-    assert "quotation mark" in str(refused.value)
-    assert "call the file .tsv and give --separator" in str(refused.value)
-    plain = written(tmp_path, content, "d.tsv")
+    with pytest.raises(DataError, match=r"d\.csv, lines? \d+") as refusal:
+        read(write_file(tmp_path, content), separator=separator)
+    assert "quotation mark" in str(refusal.value)
+    assert "call the file .tsv and give --separator" in str(refusal.value)
+    plain = write_file(tmp_path, content, "d.tsv")
     assert pairs(read(plain, separator=separator)) == rows
 
 
-def test_a_stray_quotation_mark_in_a_column_that_is_not_read_swallows_none_either(tmp_path):
+def test_a_stray_quotation_mark_in_an_unread_column_never_swallows_rows(tmp_path):
     rows = [(f"title {n}", *row) for n, row in enumerate(ROWS)]
     rows[10] = ('"A title', *rows[10][1:])
     rows[30] = ('the other title"', *rows[30][1:])
     with pytest.raises(DataError, match="lines 12 to 32: one field in quotation marks holds 20"):
-        read(written(tmp_path, unquoted(rows, header=("title", "text", "label"))))
+        read(write_file(tmp_path, unquoted(rows, header=("title", "text", "label"))))
 
 
-def test_a_header_or_a_label_of_several_lines_is_a_stray_quotation_mark(tmp_path):
+def test_a_header_or_a_label_of_several_lines_is_refused(tmp_path):
     with pytest.raises(DataError, match="the header goes over lines 1 to 3"):
-        read(written(tmp_path, '"text,label\na,neg\nb",pos\n' + unquoted()))
+        read(write_file(tmp_path, '"text,label\na,neg\nb",pos\n' + unquoted()))
     with pytest.raises(DataError, match="lines 62 to 64: a label that goes over several lines"):
-        read(written(tmp_path, unquoted() + 'a text,"pos\nanother,neg\nthird,pos"\n'))
+        read(write_file(tmp_path, unquoted() + 'a text,"pos\nanother,neg\nthird,pos"\n'))
 
 
-def test_a_tsv_has_no_quoting_and_says_so_where_texts_stand_in_quotation_marks(tmp_path):
+def test_a_tsv_has_no_quoting_and_a_note_reports_texts_in_quotation_marks(tmp_path):
     rows = [
         *ROWS,
         ('"Great, they said', "pos"),
         ('"Awful" they said', "neg"),
         ('say ""hi""', "pos"),
     ]
-    columns = read(written(tmp_path, unquoted(rows, separator="\t"), "d.tsv"))
+    columns = read(write_file(tmp_path, unquoted(rows, separator="\t"), "d.tsv"))
     assert pairs(columns) == rows
     assert columns.notes == ()
     rows.append(('"all of it"', "pos"))
-    columns = read(written(tmp_path, unquoted(rows, separator="\t"), "d.TSV"))
+    columns = read(write_file(tmp_path, unquoted(rows, separator="\t"), "d.TSV"))
     assert pairs(columns) == rows
     (note,) = columns.notes
     assert "1 values of column 'text' keep the quotation marks around them" in note
@@ -195,18 +196,18 @@ def test_a_tsv_has_no_quoting_and_says_so_where_texts_stand_in_quotation_marks(t
     assert "call the file .csv and give --separator tab" in note
 
 
-@pytest.mark.parametrize(("separator", "spelled"), [(";", "';'"), ("\t", "tab"), ("|", "'|'")])
-def test_another_separator_is_suggested_and_can_be_given(tmp_path, separator, spelled):
-    path = written(tmp_path, unquoted(separator=separator))
-    with pytest.raises(DataError) as refused:
+@pytest.mark.parametrize(("separator", "name"), [(";", "';'"), ("\t", "tab"), ("|", "'|'")])
+def test_another_separator_is_suggested_and_can_be_set(tmp_path, separator, name):
+    path = write_file(tmp_path, unquoted(separator=separator))
+    with pytest.raises(DataError) as refusal:
         read(path)
-    assert f"give --separator {spelled}" in str(refused.value)
+    assert f"give --separator {name}" in str(refusal.value)
     assert pairs(read(path, separator=separator)) == ROWS
 
 
 @pytest.mark.parametrize("tab", ["tab", "\\t", "\t"])
-def test_a_tab_can_be_spelled(tmp_path, tab):
-    assert pairs(read(written(tmp_path, unquoted(separator="\t")), separator=tab)) == ROWS
+def test_the_separator_can_be_any_name_of_a_tab(tmp_path, tab):
+    assert pairs(read(write_file(tmp_path, unquoted(separator="\t")), separator=tab)) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -219,15 +220,15 @@ def test_a_tab_can_be_spelled(tmp_path, tab):
         ("words\na\n", "the header holds one column, 'words'"),
     ],
 )
-def test_a_file_without_rows_or_columns_says_so(tmp_path, content, reason):
+def test_a_file_without_rows_or_columns_is_refused(tmp_path, content, reason):
     with pytest.raises(DataError, match=rf"d\.csv:? {reason}"):
-        read(written(tmp_path, content))
+        read(write_file(tmp_path, content))
 
 
-def test_a_text_may_be_longer_than_the_reader_s_own_limit(tmp_path):
+def test_a_text_may_be_longer_than_the_limit_of_the_csv_module(tmp_path):
     limit = csv.field_size_limit()
     rows = [("x" * (limit + 1), "pos"), ("y", "neg")]
-    assert pairs(read(written(tmp_path, unquoted(rows)))) == rows
+    assert pairs(read(write_file(tmp_path, unquoted(rows)))) == rows
     assert csv.field_size_limit() == limit
 
 
@@ -236,20 +237,20 @@ LONG_TEXTS = ["x" * 70_000, "one, two " * 9_000, 'say "hi"\n' * 9_000, '"' * 70_
 
 @pytest.mark.parametrize("text", LONG_TEXTS, ids=["word", "commas", "lines", "marks", "emoji"])
 @pytest.mark.parametrize("blanks", ["", " " * 70_000, "\u00a0"])
-def test_a_long_text_is_read_as_it_stands_without_the_blanks_around_it(tmp_path, text, blanks):
+def test_a_long_text_is_read_without_the_blanks_around_it(tmp_path, text, blanks):
     rows = [(blanks + text + blanks, "pos"), ("y", "neg")]
     buffer = io.StringIO()
     csv.writer(buffer).writerows([("text", "label"), *rows])
     expected = [(text.strip(), "pos"), ("y", "neg")]
-    assert pairs(read(written(tmp_path, buffer.getvalue()))) == expected
+    assert pairs(read(write_file(tmp_path, buffer.getvalue()))) == expected
     if "\n" not in text:
-        plain = written(tmp_path, unquoted(rows, separator="\t"), "d.tsv")
+        plain = write_file(tmp_path, unquoted(rows, separator="\t"), "d.tsv")
         assert pairs(read(plain)) == expected
 
 
-def test_marks_behind_a_blank_stay_and_are_counted_in_both_columns_with_the_first_line(tmp_path):
+def test_quotation_marks_after_a_blank_are_part_of_the_value_and_get_a_note(tmp_path):
     content = unquoted() + 'a, "pos"\nb,  "neg" \n "c",neg\n"""d""",pos\n"e","pos"\n'
-    columns = read(written(tmp_path, content))
+    columns = read(write_file(tmp_path, content))
     assert pairs(columns)[60:] == [
         ("a", '"pos"'),
         ("b", '"neg"'),
@@ -267,35 +268,35 @@ def test_marks_behind_a_blank_stay_and_are_counted_in_both_columns_with_the_firs
     )
 
 
-def test_a_separator_in_marks_behind_a_blank_is_refused_for_the_blank(tmp_path):
-    path = written(tmp_path, unquoted() + 'pos, "one, two"\n')
+def test_a_separator_in_quotation_marks_after_a_blank_is_refused_for_the_blank(tmp_path):
+    path = write_file(tmp_path, unquoted() + 'pos, "one, two"\n')
     with pytest.raises(
         DataError, match=r"line 62: 3 fields, .*: remove the blank in front of a quo"
     ):
         read(path)
 
 
-def test_a_field_of_lines_like_rows_is_noted_where_no_label_is_known(tmp_path):
+def test_a_field_of_lines_that_look_like_rows_gets_a_note_if_their_labels_are_unknown(tmp_path):
     stray = '"great, they said,x1\nsecond,x2\nthird,x3\nthey said awful",x4\n'
-    columns = read(written(tmp_path, unquoted() + stray.replace("great, they", "great they")))
+    columns = read(write_file(tmp_path, unquoted() + stray.replace("great, they", "great they")))
     (note,) = columns.notes
     assert note.startswith("one field holds several lines that have as many separators as rows")
     assert "first: lines 62 to 65, 4 lines in one field" in note
     assert "a stray quotation mark opens the field" in note
 
 
-def test_a_poem_with_commas_is_read_and_prose_of_several_lines_needs_no_note(tmp_path):
+def test_a_poem_with_commas_gets_a_note_and_prose_of_several_lines_gets_none(tmp_path):
     poem = "Roses are red, violets are blue\nsugar is sweet,\nand so, my dear, are you"
     letter = "Dear John\nthe red, the blue, and the green one\nare yours"
     for text, notes in ((poem, 1), (letter, 0)):
-        columns = read(written(tmp_path, unquoted() + f'"{text}",pos\n'))
+        columns = read(write_file(tmp_path, unquoted() + f'"{text}",pos\n'))
         assert pairs(columns)[60:] == [(text, "pos")]
         assert len(columns.notes) == notes
 
 
 def test_a_field_of_many_lines_is_judged_by_its_first_thousand(tmp_path):
     swallowed = unquoted(ROWS * 40).removeprefix("text,label\n")
-    path = written(tmp_path, unquoted() + f'"great,pos\n{swallowed}awful",pos\n')
+    path = write_file(tmp_path, unquoted() + f'"great,pos\n{swallowed}awful",pos\n')
     with pytest.raises(
         DataError, match="lines 62 to 2463: one field in quotation marks holds 1000"
     ):
@@ -303,10 +304,10 @@ def test_a_field_of_many_lines_is_judged_by_its_first_thousand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "again", ["text,label", "\ufefftext,label", "Text, LABEL", '"text","label"']
+    "header", ["text,label", "\ufefftext,label", "Text, LABEL", '"text","label"']
 )
-def test_a_header_that_stands_again_is_no_row_and_is_counted(tmp_path, again):
-    path = written(tmp_path, unquoted() + again + "\n" + "a text,pos\n" + again + "\n")
+def test_a_repeated_header_is_counted_and_is_not_a_row(tmp_path, header):
+    path = write_file(tmp_path, unquoted() + header + "\n" + "a text,pos\n" + header + "\n")
     columns = read(path)
     assert pairs(columns) == [*ROWS, ("a text", "pos")]
     assert columns.headers == 2
@@ -315,21 +316,21 @@ def test_a_header_that_stands_again_is_no_row_and_is_counted(tmp_path, again):
 
 def test_a_row_with_the_name_of_one_column_is_a_row(tmp_path):
     rows = [*ROWS, ("some text", "label"), ("text", "pos")]
-    columns = read(written(tmp_path, unquoted(rows)))
+    columns = read(write_file(tmp_path, unquoted(rows)))
     assert (pairs(columns), columns.headers) == (rows, 0)
 
 
-def test_columns_that_are_named_again_in_another_order_are_refused(tmp_path):
+def test_a_repeated_header_in_another_order_is_refused(tmp_path):
     with pytest.raises(DataError, match="line 62: the columns are named again, in another order"):
-        read(written(tmp_path, unquoted() + "label,text\npos,a text\n"))
+        read(write_file(tmp_path, unquoted() + "label,text\npos,a text\n"))
 
 
 @pytest.mark.parametrize("separator", [",", ";", "|", "\t", "¦"])
 @pytest.mark.parametrize("line", ["sep={}\n", '"sep={}"\r\n', "\ufeffSEP={}\n"])
-def test_a_line_that_names_the_separator_is_followed_and_is_no_row(tmp_path, separator, line):
-    path = written(tmp_path, line.format(separator) + unquoted(separator=separator))
+def test_a_sep_line_sets_the_separator_and_is_not_a_row(tmp_path, separator, line):
+    path = write_file(tmp_path, line.format(separator) + unquoted(separator=separator))
     columns = read(path)
     assert pairs(columns) == ROWS
     assert columns.numbers[0] == 3
-    wrong = written(tmp_path, line.format("x") + unquoted(separator=separator), "e.csv")
+    wrong = write_file(tmp_path, line.format("x") + unquoted(separator=separator), "e.csv")
     assert pairs(read(wrong, separator=separator)) == ROWS

@@ -1,4 +1,4 @@
-"""JSON lines: values are what stands in the file, and what is no value of a class is refused."""
+"""JSON lines: values are read unchanged, and a value that cannot be a label is refused."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from evalmode.model.reading.source import Columns
 from evalmode.model.reading.table import open_table
 
 
-def written(folder: Path, content: str) -> Path:
+def write_file(folder: Path, content: str) -> Path:
     path = folder / "d.jsonl"
     path.write_text(content, newline="", encoding="utf-8")
     return path
 
 
 def read(folder: Path, content: str) -> Columns:
-    with open_table(written(folder, content)) as table:
+    with open_table(write_file(folder, content)) as table:
         return table.read(text="text", label="label")
 
 
 @pytest.mark.parametrize(
-    ("written", "label"),
+    ("value", "label"),
     [
         ("1.0", "1.0"),
         ("1", "1"),
@@ -45,8 +45,8 @@ def read(folder: Path, content: str) -> Columns:
         ("NaN", None),
     ],
 )
-def test_a_label_is_the_text_that_stands_there(tmp_path, written, label):
-    assert read(tmp_path, f'{{"text": "a", "label": {written}}}\n').labels == [label]
+def test_a_label_is_the_text_of_the_value_in_the_file(tmp_path, value, label):
+    assert read(tmp_path, f'{{"text": "a", "label": {value}}}\n').labels == [label]
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_lists_objects_and_double_keys_are_refused_with_their_line(tmp_path, mem
     if reason is None:
         assert list(read(tmp_path, content).numbers) == [1, 3, 4]
         return
-    with pytest.raises(DataError, match=rf"d\.jsonl, line 3.*{reason}") as refused:
+    with pytest.raises(DataError, match=rf"d\.jsonl, line 3.*{reason}") as refusal:
         read(tmp_path, content)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_lists_objects_and_double_keys_are_refused_with_their_line(tmp_path, mem
         ("Infinity", "Infinity is not a number in JSON: write null, or a string"),
     ],
 )
-def test_a_line_that_is_no_object_is_refused(tmp_path, line, reason):
+def test_a_line_that_is_not_an_object_is_refused(tmp_path, line, reason):
     content = '{"text": "a", "label": "x"}\n' + line + "\n"
     with pytest.raises(DataError, match=rf"d\.jsonl, line 2.* {reason}"):
         read(tmp_path, content)
 
 
-def test_line_separators_inside_of_strings_end_no_line(tmp_path):
+def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
     texts = ["a\u2028b", "c\u0085d", "e\\nf"]
     content = "".join(
         json.dumps({"text": text, "label": "x"}, ensure_ascii=False) + "\r\n" for text in texts
@@ -105,17 +105,17 @@ def test_line_separators_inside_of_strings_end_no_line(tmp_path):
     assert read(tmp_path, "\ufeff" + content).texts == texts
 
 
-def test_a_member_that_is_missing_is_no_value(tmp_path):
+def test_a_missing_member_is_a_missing_value(tmp_path):
     columns = read(tmp_path, '{"text": "a"}\n{"label": "x", "text": "b"}\n')
     assert columns.labels == [None, "x"]
 
 
-def test_a_file_without_objects_says_so(tmp_path):
+def test_a_file_without_objects_is_refused(tmp_path):
     with pytest.raises(DataError, match="is empty: each line must hold one object"):
         read(tmp_path, "\n \n")
 
 
-def test_the_mark_that_begins_a_file_may_stand_inside_of_a_joined_one(tmp_path):
+def test_a_byte_order_mark_inside_a_joined_file_is_ignored(tmp_path):
     line = '{"text": "a", "label": "x"}\n'
     assert read(tmp_path, line + "\ufeff" + line).labels == ["x", "x"]
 
@@ -130,14 +130,15 @@ LONG_TEXTS = {
     "halves": "\ud83d" + "\ud83d\U0001f600" * 200_000,
     "marks and emoji": '\U0001f600 "hi" ' * 200_000,
     "shifted": "a" + "\U0001f600" * 400_000,
-    "the stand-in": "\x7f0" + "word " * 300_000,
+    "the placeholder": "\x7f0" + "word " * 300_000,
 }
 
 
 @pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS.keys())
 @pytest.mark.parametrize("is_ascii", [True, False])
-def test_a_long_text_is_read_as_it_stands(tmp_path, text, is_ascii):
-    is_ascii = is_ascii or "\ud83d" in text  # UTF-8 has no halves of pairs
+def test_a_long_text_is_read_unchanged(tmp_path, text, is_ascii):
+    # UTF-8 cannot encode half of a surrogate pair.
+    is_ascii = is_ascii or "\ud83d" in text
     row = {"id": 1.50, "text": f" {text}\t", "tags": ["\x7f0", text], "label": "x"}
     columns = read(tmp_path, json.dumps(row, ensure_ascii=is_ascii) + "\n")
     assert columns.texts == [text.strip()]
@@ -155,12 +156,12 @@ def test_a_long_text_is_read_as_it_stands(tmp_path, text, is_ascii):
         ('", "label": Infinity}', "Infinity is not a number in JSON"),
     ],
 )
-def test_a_mistake_in_a_long_line_is_named_by_its_place(tmp_path, end, reason):
+def test_an_error_in_a_long_line_has_its_position(tmp_path, end, reason):
     with pytest.raises(DataError, match=f"line 1.* {reason}"):
         read(tmp_path, '{"text": "' + "x" * 2_000_000 + end + "\n")
 
 
 def test_a_long_key_is_a_key(tmp_path):
     row = {"text": "a", "label": "b", "k" * 2_000_000: "c"}
-    with open_table(written(tmp_path, json.dumps(row))) as table:
+    with open_table(write_file(tmp_path, json.dumps(row))) as table:
         assert table.names == tuple(row)

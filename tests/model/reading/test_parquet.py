@@ -1,4 +1,4 @@
-"""Parquet files of every type that a label or a text may have, and of those it may not."""
+"""Parquet files with columns of every type that is read, and of the types that are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def read(path: Path) -> Columns:
         return table.read(text="text", label="label")
 
 
-def written(folder: Path, labels: pyarrow.Array, features: object = None, **others: object) -> Path:
+def write_file(
+    folder: Path, labels: pyarrow.Array, features: object = None, **others: object
+) -> Path:
     path = folder / "d.parquet"
     texts = [f"text {n}" for n in range(len(labels))]
     table = pyarrow.table({"text": texts, "label": labels, **others})
@@ -54,8 +56,8 @@ def written(folder: Path, labels: pyarrow.Array, features: object = None, **othe
         (pyarrow.array([None, None], pyarrow.null()), [None, None]),
     ],
 )
-def test_a_value_is_its_text(tmp_path, labels, expected):
-    columns = read(written(tmp_path, labels))
+def test_a_value_is_read_as_its_text(tmp_path, labels, expected):
+    columns = read(write_file(tmp_path, labels))
     assert columns.labels == expected
     assert columns.texts == [f"text {n}" for n in range(len(expected))]
 
@@ -72,10 +74,10 @@ def test_a_value_is_its_text(tmp_path, labels, expected):
     ],
 )
 def test_other_types_are_refused_with_column_and_type(tmp_path, labels):
-    with pytest.raises(DataError) as refused:
-        read(written(tmp_path, labels))
+    with pytest.raises(DataError) as refusal:
+        read(write_file(tmp_path, labels))
     kind = str(labels.type).partition("<")[0]
-    assert f"column 'label' is of the type {kind}" in str(refused.value)
+    assert f"column 'label' is of the type {kind}" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -87,28 +89,28 @@ def test_other_types_are_refused_with_column_and_type(tmp_path, labels):
 )
 def test_a_value_without_a_text_is_refused_with_its_row(tmp_path, labels, reason):
     with pytest.raises(DataError, match=reason):
-        read(written(tmp_path, labels))
+        read(write_file(tmp_path, labels))
 
 
 CLASS_LABEL = {"_type": "ClassLabel", "names": ["neg", "pos"]}
 
 
-def test_numbers_have_the_class_names_that_the_file_brings(tmp_path):
+def test_numbers_become_the_class_names_in_the_file(tmp_path):
     labels = pyarrow.array([0, 1, -1, None, 1], pyarrow.int64())
-    path = written(tmp_path, labels, {"label": CLASS_LABEL})
+    path = write_file(tmp_path, labels, {"label": CLASS_LABEL})
     assert read(path).labels == ["neg", "pos", None, None, "pos"]
 
 
-def test_numbers_of_classes_that_pandas_wrote_as_floats_have_their_names(tmp_path):
+def test_class_numbers_that_pandas_wrote_as_floats_become_class_names(tmp_path):
     labels = pyarrow.array([0.0, float("nan"), 1.0, None])
-    path = written(tmp_path, labels, {"label": CLASS_LABEL})
+    path = write_file(tmp_path, labels, {"label": CLASS_LABEL})
     assert read(path).labels == ["neg", None, "pos", None]
     with pytest.raises(DataError, match=r"row 2: column 'label' holds 0\.5, and its ClassLabel"):
-        read(written(tmp_path, pyarrow.array([0.0, 0.5]), {"label": CLASS_LABEL}))
+        read(write_file(tmp_path, pyarrow.array([0.0, 0.5]), {"label": CLASS_LABEL}))
 
 
 def test_class_names_of_another_column_change_nothing(tmp_path):
-    path = written(
+    path = write_file(
         tmp_path, pyarrow.array([0, 1]), {"other": CLASS_LABEL, "label": {"_type": "Value"}}
     )
     assert read(path).labels == ["0", "1"]
@@ -129,33 +131,33 @@ def test_class_names_of_another_column_change_nothing(tmp_path):
 )
 def test_numbers_without_a_class_name_are_refused(tmp_path, labels, feature, reason):
     with pytest.raises(DataError, match=reason):
-        read(written(tmp_path, pyarrow.array(labels), {"label": feature}))
+        read(write_file(tmp_path, pyarrow.array(labels), {"label": feature}))
 
 
-def test_what_other_columns_hold_does_not_matter(tmp_path):
-    path = written(tmp_path, pyarrow.array(["a"]), image=[{"bytes": b"\xff", "path": None}])
+def test_the_values_of_other_columns_are_ignored(tmp_path):
+    path = write_file(tmp_path, pyarrow.array(["a"]), image=[{"bytes": b"\xff", "path": None}])
     assert read(path).labels == ["a"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no", b"PAR1" + bytes(100) + b"PAR1"])
-def test_what_is_not_parquet_is_one_sentence(tmp_path, content):
+def test_a_file_that_is_not_parquet_is_refused_in_one_sentence(tmp_path, content):
     path = tmp_path / "d.parquet"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"d\.parquet cannot be read as Parquet") as refused:
+    with pytest.raises(DataError, match=r"d\.parquet cannot be read as Parquet") as refusal:
         read(path)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refusal.value)
 
 
-def test_a_file_that_was_cut_short_is_one_sentence(tmp_path):
-    path = written(tmp_path, pyarrow.array(["a", "b"] * 500))
+def test_a_truncated_file_is_refused_in_one_sentence(tmp_path):
+    path = write_file(tmp_path, pyarrow.array(["a", "b"] * 500))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         read(path)
 
 
-def test_columns_without_rows_say_so(tmp_path):
+def test_a_file_without_rows_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds columns and no rows"):
-        read(written(tmp_path, pyarrow.array([], pyarrow.string())))
+        read(write_file(tmp_path, pyarrow.array([], pyarrow.string())))
 
 
 KINDS = [
@@ -170,27 +172,27 @@ KINDS = [
     [*((kind, False) for kind in KINDS), (KINDS[0], True), (KINDS[3], True), (KINDS[4], True)],
     ids=str,
 )
-def test_a_long_text_among_short_ones_is_read_as_it_stands(tmp_path, kind, is_dictionary):
+def test_a_long_text_among_short_ones_is_read_unchanged(tmp_path, kind, is_dictionary):
     texts = [f"text {number}" for number in range(3_000)]
     texts[1_500], texts[2_999] = "some é 😀 words " * 100_000, ""
     values = pyarrow.array([*texts, None], pyarrow.string()).cast(kind)
     if is_dictionary:
         values = values.dictionary_encode()
-    columns = read(written(tmp_path, values))
+    columns = read(write_file(tmp_path, values))
     assert columns.labels == [*(text.strip() for text in texts), None]
 
 
-def test_bytes_that_are_no_text_are_named_by_row_and_byte_in_a_long_value_as_well(tmp_path):
+def test_invalid_utf_8_in_a_long_value_is_refused_with_its_row_and_byte(tmp_path):
     values = [b"a"] * 1_500 + [b" " * 100_000 + b"b" * 2_000_000 + b"\xff" + b"c"]
     with pytest.raises(DataError, match=r"row 1501: .* not UTF-8 \(byte 2100001 is 0xff\)"):
-        read(written(tmp_path, pyarrow.array(values)))
+        read(write_file(tmp_path, pyarrow.array(values)))
 
 
-def test_the_allocator_of_others_stays_as_it_was(tmp_path):
-    before = pyarrow.default_memory_pool().backend_name
+def test_the_default_memory_pool_of_pyarrow_is_unchanged(tmp_path):
+    backend = pyarrow.default_memory_pool().backend_name
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1")
-    read(written(tmp_path, pyarrow.array(["a"])))
+    read(write_file(tmp_path, pyarrow.array(["a"])))
     with pytest.raises(DataError):
         read(broken)
-    assert pyarrow.default_memory_pool().backend_name == before
+    assert pyarrow.default_memory_pool().backend_name == backend

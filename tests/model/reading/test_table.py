@@ -1,4 +1,4 @@
-"""Exactly the named file is opened, and what is no file of rows is one sentence."""
+"""Exactly the named file is opened, and any other file is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evalmode.model.reading.table import open_table
 ROWS = "text,label\na,x\n"
 
 
-def refused(path: Path, **options: str) -> str:
+def refusal_of(path: Path, **options: str) -> str:
     with pytest.raises(DataError) as error, open_table(path, **options):
         pass
     assert str(path) in str(error.value)
@@ -28,7 +28,7 @@ def refused(path: Path, **options: str) -> str:
 @pytest.mark.parametrize(
     "name", ["d[1].csv", "x?.csv", "*.csv", "$HOME.csv", "~.csv", "a::b.csv", "{a,b}.csv", "-.csv"]
 )
-def test_a_name_is_a_name_and_never_a_pattern(tmp_path, name, monkeypatch):
+def test_a_file_name_is_never_a_pattern(tmp_path, name, monkeypatch):
     for other in ("d1.csv", "xy.csv", "a.csv", "b.csv"):
         (tmp_path / other).write_text("wrong,file\na,x\n")
     folder = tmp_path / "in [a] folder"
@@ -39,25 +39,25 @@ def test_a_name_is_a_name_and_never_a_pattern(tmp_path, name, monkeypatch):
             assert table.names == ("text", "label")
 
 
-def test_what_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path):
+def test_a_path_that_is_not_a_regular_file_is_refused_at_once(tmp_path):
     (tmp_path / "folder.csv").mkdir()
-    assert "is a folder and not a regular file" in refused(tmp_path / "folder.csv")
+    assert "is a folder and not a regular file" in refusal_of(tmp_path / "folder.csv")
     os.mkfifo(tmp_path / "pipe.csv")
-    assert "is a FIFO and not a regular file" in refused(tmp_path / "pipe.csv")
+    assert "is a FIFO and not a regular file" in refusal_of(tmp_path / "pipe.csv")
     (tmp_path / "device.csv").symlink_to("/dev/zero")
-    assert "is a device and not a regular file" in refused(tmp_path / "device.csv")
+    assert "is a device and not a regular file" in refusal_of(tmp_path / "device.csv")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket.csv"))
-        assert "is a socket and not a regular file" in refused(tmp_path / "socket.csv")
+        assert "is a socket and not a regular file" in refusal_of(tmp_path / "socket.csv")
     (tmp_path / "loop.csv").symlink_to("loop.csv")
-    assert "cannot be opened" in refused(tmp_path / "loop.csv")
-    assert "does not exist" in refused(tmp_path / "absent.csv")
-    assert "cannot be opened" in refused(tmp_path / ("x" * 300 + ".csv"))
+    assert "cannot be opened" in refusal_of(tmp_path / "loop.csv")
+    assert "does not exist" in refusal_of(tmp_path / "absent.csv")
+    assert "cannot be opened" in refusal_of(tmp_path / ("x" * 300 + ".csv"))
 
 
 @pytest.mark.parametrize("name", ["d.xlsx", "d.json", "d", "d.csv.gz"])
-def test_an_unknown_ending_names_those_that_are_read(tmp_path, name):
-    message = refused(tmp_path / name)
+def test_the_error_about_an_unknown_ending_lists_the_known_ones(tmp_path, name):
+    message = refusal_of(tmp_path / name)
     assert ".csv, .tsv, .jsonl, .ndjson, .parquet" in message
     assert ("unpack it" in message) == name.endswith(".gz")
 
@@ -104,13 +104,13 @@ def test_an_unknown_ending_names_those_that_are_read(tmp_path, name):
     ],
 )
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
-def test_what_is_not_utf_8_is_refused_with_line_and_byte(tmp_path, data, reason, ending):
+def test_a_file_that_is_not_utf_8_is_refused_with_line_and_byte(tmp_path, data, reason, ending):
     path = tmp_path / f"d.{ending}"
     path.write_bytes(data)
-    assert reason in refused(path)
+    assert reason in refusal_of(path)
 
 
-def test_a_column_may_be_called_as_a_binary_format_begins(tmp_path):
+def test_a_column_may_have_the_name_of_a_binary_signature(tmp_path):
     path = tmp_path / "d.csv"
     path.write_text("PAR1,label\na,x\n")
     with open_table(path) as table:
@@ -118,5 +118,5 @@ def test_a_column_may_be_called_as_a_binary_format_begins(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_a_separator_is_for_csv_and_tsv_alone(tmp_path, ending):
-    assert "remove --separator" in refused(tmp_path / f"d.{ending}", separator=";")
+def test_a_separator_can_be_set_for_csv_and_tsv_only(tmp_path, ending):
+    assert "remove --separator" in refusal_of(tmp_path / f"d.{ending}", separator=";")

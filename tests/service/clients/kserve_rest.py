@@ -1,5 +1,6 @@
-"""Run by the clients' own interpreter: kserve's InferenceRESTClient, unmodified. Prints JSON for
-the test to read.
+"""Call a server with the unmodified InferenceRESTClient of kserve and print the results as JSON.
+
+It runs in the interpreter of the environment of the clients:
 
 python kserve_rest.py http://HOST:PORT [ARGUMENTS AS JSON]
 """
@@ -21,30 +22,30 @@ from kserve.protocol.infer_type import RequestedOutput
 
 def text_input(texts: list[str], *, binary: bool) -> InferInput:
     array = np.array(texts, dtype=np.object_)
-    found = InferInput(
+    tensor = InferInput(
         name="text",
         shape=list(array.shape),
         datatype="BYTES",
-        parameters={} if not binary else None,
+        parameters=None if binary else {},
     )
-    found.set_data_from_numpy(array, binary_data=binary)
+    tensor.set_data_from_numpy(array, binary_data=binary)
     if binary:
-        found.parameters = {"binary_data_size": len(found._raw_data)}
-    return found
+        tensor.parameters = {"binary_data_size": len(tensor._raw_data)}
+    return tensor
 
 
-def shown(response: Any, name: str) -> list[Any]:
+def tensor_of(response: Any, name: str) -> list[Any]:
     array = response.get_output_by_name(name).as_numpy()
     content = "|".join(array.tolist()).encode() if array.dtype == object else array.tobytes()
     return [str(array.dtype), list(array.shape), base64.b64encode(content).decode()]
 
 
-async def asked(url: str, texts: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+async def results_of(url: str, texts: list[str]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     async with InferenceRESTClient(RESTConfig(protocol="v2", retries=1, timeout=30)) as client:
-        found["live"] = await client.is_server_live(url)
-        found["ready"] = await client.is_server_ready(url)
-        found["model_ready"] = [await client.is_model_ready(url, name) for name in ("tiny", "no")]
+        results["live"] = await client.is_server_live(url)
+        results["ready"] = await client.is_server_ready(url)
+        results["model_ready"] = [await client.is_model_ready(url, name) for name in ("tiny", "no")]
         for name, binary, outputs in (
             ("json", False, None),
             ("binary", True, None),
@@ -61,11 +62,11 @@ async def asked(url: str, texts: list[str]) -> dict[str, Any]:
                 request_outputs=outputs or [],
             )
             response = await client.infer(url, request, model_name="tiny")
-            found[name] = {
+            results[name] = {
                 "model": response.model_name,
                 "id": response.id,
-                "logits": shown(response, "logits"),
-                "label": shown(response, "label"),
+                "logits": tensor_of(response, "logits"),
+                "label": tensor_of(response, "label"),
             }
         for name, model, datatype in (("unknown", "no", "BYTES"), ("wrong", "tiny", "FP32")):
             tensor = InferInput(name="text", shape=[1], datatype=datatype, data=[1.0])
@@ -74,9 +75,9 @@ async def asked(url: str, texts: list[str]) -> dict[str, Any]:
                     url, InferRequest(model_name=model, infer_inputs=[tensor]), model_name=model
                 )
             except httpx.HTTPStatusError as error:
-                found[name] = [error.response.status_code, str(error)]
-    return found
+                results[name] = [error.response.status_code, str(error)]
+    return results
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(asked(sys.argv[1], json.loads(sys.argv[2])["texts"]))))
+    print(json.dumps(asyncio.run(results_of(sys.argv[1], json.loads(sys.argv[2])["texts"]))))

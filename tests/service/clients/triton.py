@@ -1,5 +1,6 @@
-"""Run by the clients' own interpreter: tritonclient.http, unmodified. Prints JSON for the test to
-read.
+"""Call a server with the unmodified tritonclient.http and print the results as JSON for a test.
+
+It runs in the interpreter of the environment of the clients:
 
 python triton.py HOST:PORT PROGRAM [ARGUMENTS AS JSON]
 """
@@ -18,32 +19,32 @@ from tritonclient.utils import InferenceServerException
 
 
 def texts_of(
-    given: dict[str, Any], *, binary: bool = True, column: bool = False
+    arguments: dict[str, Any], *, binary: bool = True, column: bool = False
 ) -> triton.InferInput:
-    texts = np.array(given["texts"], dtype=np.object_)
+    texts = np.array(arguments["texts"], dtype=np.object_)
     texts = texts.reshape(-1, 1) if column else texts
-    found = triton.InferInput("text", list(texts.shape), "BYTES")
-    return found.set_data_from_numpy(texts, binary_data=binary)
+    tensor = triton.InferInput("text", list(texts.shape), "BYTES")
+    return tensor.set_data_from_numpy(texts, binary_data=binary)
 
 
-def shown(result: triton.InferResult, *names: str) -> dict[str, Any]:
-    """Each tensor with its bytes: bits are compared, not digits."""
-    found = {}
+def tensors_of(result: triton.InferResult, *names: str) -> dict[str, Any]:
+    """Each tensor with its bytes, so that a test compares bits and not digits."""
+    tensors = {}
     for name in names:
         array = result.as_numpy(name)
         content = (
             b"|".join(map(raw_of, array.ravel())) if array.dtype == object else array.tobytes()
         )
-        found[name] = [str(array.dtype), list(array.shape), base64.b64encode(content).decode()]
-    return found
+        tensors[name] = [str(array.dtype), list(array.shape), base64.b64encode(content).decode()]
+    return tensors
 
 
 def raw_of(element: str | bytes) -> bytes:
     return element.encode() if isinstance(element, str) else element
 
 
-def about(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
-    """Everything that asks nothing of a model."""
+def metadata(client: triton.InferenceServerClient, arguments: dict[str, Any]) -> Any:
+    """All metadata of the server and of its models."""
     return {
         "live": client.is_server_live(),
         "ready": client.is_server_ready(),
@@ -62,13 +63,15 @@ def about(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
     }
 
 
-def every_way(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
-    """The same texts in each of the ways that the client knows: all must come out alike."""
+def every_form(client: triton.InferenceServerClient, arguments: dict[str, Any]) -> Any:
+    """The same texts in every form of request of the client; all answers must be equal."""
     names = ("logits", "probabilities", "label", "truncated")
-    found = {"default": shown(client.infer("tiny", [texts_of(given)], request_id="7"), *names)}
+    results = {
+        "default": tensors_of(client.infer("tiny", [texts_of(arguments)], request_id="7"), *names)
+    }
     for name, options in {
-        "json": {"inputs": [texts_of(given, binary=False)]},
-        "column": {"inputs": [texts_of(given, column=True)]},
+        "json": {"inputs": [texts_of(arguments, binary=False)]},
+        "column": {"inputs": [texts_of(arguments, column=True)]},
         "json_out": {
             "outputs": [triton.InferRequestedOutput(name, binary_data=False) for name in names]
         },
@@ -82,55 +85,60 @@ def every_way(client: triton.InferenceServerClient, given: dict[str, Any]) -> An
         },
         "version": {"model_version": "1"},
     }.items():
-        result = client.infer("tiny", options.pop("inputs", [texts_of(given)]), **options)
-        found[name] = shown(result, *names)
-    many = [client.async_infer("tiny", [texts_of(given)]) for _ in range(8)]
-    found.update(
-        {f"async {place}": shown(one.get_result(), *names) for place, one in enumerate(many)}
+        result = client.infer("tiny", options.pop("inputs", [texts_of(arguments)]), **options)
+        results[name] = tensors_of(result, *names)
+    requests = [client.async_infer("tiny", [texts_of(arguments)]) for _ in range(8)]
+    results.update(
+        {
+            f"async {index}": tensors_of(request.get_result(), *names)
+            for index, request in enumerate(requests)
+        }
     )
-    return found
+    return results
 
 
-def classes(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
-    found = {}
+def classes(client: triton.InferenceServerClient, arguments: dict[str, Any]) -> Any:
+    results = {}
     for binary in (True, False):
-        asked = triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=2)
-        array = client.infer("tiny", [texts_of(given)], outputs=[asked]).as_numpy("probabilities")
-        found[str(binary)] = [[raw_of(one).decode() for one in row] for row in array]
-    return found
+        output = triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=2)
+        array = client.infer("tiny", [texts_of(arguments)], outputs=[output]).as_numpy(
+            "probabilities"
+        )
+        results[str(binary)] = [[raw_of(element).decode() for element in row] for row in array]
+    return results
 
 
-def tensors(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
-    """A model of tensors, and a text model by its ids."""
-    found = {}
+def tensors(client: triton.InferenceServerClient, arguments: dict[str, Any]) -> Any:
+    """The answers of a model of tensors, and of a model of texts that gets ids."""
+    results = {}
     for binary in (True, False):
-        x = np.array(given["x"], np.float32)
+        x = np.array(arguments["x"], np.float32)
         tensor = triton.InferInput("x", list(x.shape), "FP32").set_data_from_numpy(
             x, binary_data=binary
         )
-        found[f"y {binary}"] = shown(client.infer("tensors", [tensor]), "y")
-        ids = np.array(given["ids"], np.int64)
+        results[f"y {binary}"] = tensors_of(client.infer("tensors", [tensor]), "y")
+        ids = np.array(arguments["ids"], np.int64)
         tensor = triton.InferInput("input_ids", list(ids.shape), "INT64").set_data_from_numpy(
             ids, binary_data=binary
         )
-        found[f"ids {binary}"] = shown(client.infer("tiny", [tensor]), "logits", "label")
-    return found
+        results[f"ids {binary}"] = tensors_of(client.infer("tiny", [tensor]), "logits", "label")
+    return results
 
 
-def refused(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
-    """What the client makes of each refusal: status and sentence."""
+def refusals(client: triton.InferenceServerClient, arguments: dict[str, Any]) -> Any:
+    """The status and the message of each refusal, as the client reports them."""
     x = np.zeros((1, 2), np.float64)
-    wrong = triton.InferInput("x", [1, 2], "FP64").set_data_from_numpy(x)
+    float64 = triton.InferInput("x", [1, 2], "FP64").set_data_from_numpy(x)
     empty = triton.InferInput("text", [0], "BYTES").set_data_from_numpy(np.array([], np.object_))
     unknown = [triton.InferRequestedOutput("scores")]
     many = {"texts": ["a"] * 300}
     long = {"texts": ["x" * 70_000]}
     calls: dict[str, Callable[[], Any]] = {
-        "model": lambda: client.infer("no", [texts_of(given)]),
-        "version": lambda: client.infer("tiny", [texts_of(given)], model_version="9"),
-        "datatype": lambda: client.infer("tensors", [wrong]),
-        "input": lambda: client.infer("tensors", [texts_of(given)]),
-        "output": lambda: client.infer("tiny", [texts_of(given)], outputs=unknown),
+        "model": lambda: client.infer("no", [texts_of(arguments)]),
+        "version": lambda: client.infer("tiny", [texts_of(arguments)], model_version="9"),
+        "datatype": lambda: client.infer("tensors", [float64]),
+        "input": lambda: client.infer("tensors", [texts_of(arguments)]),
+        "output": lambda: client.infer("tiny", [texts_of(arguments)], outputs=unknown),
         "no rows": lambda: client.infer("tiny", [empty]),
         "too many rows": lambda: client.infer("tiny", [texts_of(many)]),
         "too long": lambda: client.infer("tiny", [texts_of(long)], parameters={"truncate": False}),
@@ -140,20 +148,20 @@ def refused(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
         "override": lambda: client.load_model("tiny", config="{}"),
         "nothing there": lambda: client.get_log_settings(),
         "late": lambda: client.infer(
-            "tiny", [texts_of(given)], headers={"X-Request-Timeout-Ms": "x"}
+            "tiny", [texts_of(arguments)], headers={"X-Request-Timeout-Ms": "x"}
         ),
     }
-    found = {}
+    results = {}
     for name, call in calls.items():
         try:
             call()
         except InferenceServerException as error:
-            found[name] = [error.status(), error.message()]
-    return found
+            results[name] = [error.status(), error.message()]
+    return results
 
 
-def control(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
-    """Unload a model, look, and load it again."""
+def unload_and_load(client: triton.InferenceServerClient, arguments: dict[str, Any]) -> Any:
+    """Unload a model and load it, with the state of the server after each step."""
     client.unload_model("tensors")
     without = [client.is_model_ready("tensors"), client.get_model_repository_index()]
     client.load_model("tensors")
@@ -161,10 +169,15 @@ def control(client: triton.InferenceServerClient, given: dict[str, Any]) -> Any:
 
 
 PROGRAMS = {
-    found.__name__: found for found in (about, every_way, classes, tensors, refused, control)
+    "metadata": metadata,
+    "every_form": every_form,
+    "classes": classes,
+    "tensors": tensors,
+    "refusals": refusals,
+    "unload_and_load": unload_and_load,
 }
 
 if __name__ == "__main__":
-    place, program, *arguments = sys.argv[1:]
-    with triton.InferenceServerClient(place, concurrency=8) as client:
+    address, program, *arguments = sys.argv[1:]
+    with triton.InferenceServerClient(address, concurrency=8) as client:
         print(json.dumps(PROGRAMS[program](client, json.loads(arguments[0]) if arguments else {})))

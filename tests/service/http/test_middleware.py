@@ -172,7 +172,7 @@ def test_a_header_of_the_application_is_not_replaced():
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_only_with_tls_a_browser_is_told_to_require_it(tls):
+def test_a_response_requires_tls_of_a_browser_only_over_tls(tls):
     assert ("strict-transport-security" in wrap(tls=tls).ask("/livez").headers) is tls
 
 

@@ -45,8 +45,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
     inputs = [{"x": np.ones((3, 2), np.float32)}]
     model = log_beside_its_argument()
-    tensor_bundle(root, model=model, known=inputs, name="rows")
-    tensor_bundle(root, model=model, known=inputs, name="unbatched", independent=False)
+    tensor_bundle(root, model=model, known_inputs=inputs, name="rows")
+    tensor_bundle(root, model=model, known_inputs=inputs, name="unbatched", independent=False)
     make_bundle(root, model=spoiled_text_model(), name="spoiled")
     with serving(root, parallel=1, proof_fraction=0.0) as server:
         yield server
@@ -145,7 +145,7 @@ def test_on_a_real_server_nan_affects_only_the_requests_of_its_output(
     tmp_path: Path,
 ):
     inputs = [{"x": np.ones((3, 2), np.float32)}]
-    tensor_bundle(tmp_path, model=log_beside_its_argument(), known=inputs, name="rows")
+    tensor_bundle(tmp_path, model=log_beside_its_argument(), known_inputs=inputs, name="rows")
     bodies = [request_of([SPOILED], "same"), request_of([SPOILED], "log"), request_of([FINE])]
     with (
         running(tmp_path) as server,

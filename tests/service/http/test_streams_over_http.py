@@ -153,7 +153,7 @@ def test_the_lines_of_a_client_that_disconnects_are_not_answered(bundle, repeats
         assert 1000 < now < 250_000
 
 
-def test_an_open_stream_ends_with_a_last_line_when_the_server_is_told_to_stop(
+def test_an_open_stream_ends_with_a_last_line_when_the_server_stops(
     bundle,
 ) -> None:
     with processes.running(bundle, drain_s=0, workers=1) as server:

@@ -275,7 +275,7 @@ class FailingEngine:
 def test_an_error_of_the_engine_keeps_its_status(
     served: Served, failure: RequestError, status: int
 ):
-    answer = served.but(engine=FailingEngine(failure=failure)).infer(
+    answer = served.replace(engine=FailingEngine(failure=failure)).infer(
         {"inputs": [text_input(["a"])]}
     )
     assert refusal(answer, status).startswith(str(failure))
@@ -284,7 +284,7 @@ def test_an_error_of_the_engine_keeps_its_status(
 
 def test_the_shortest_of_setting_header_and_parameter_is_the_deadline(served: Served):
     engine = FailingEngine()
-    other = served.but(engine=engine)
+    other = served.replace(engine=engine)
     body = {"inputs": [text_input(["a"])]}
     for parameters, headers in (
         ({}, {}),

@@ -74,11 +74,11 @@ def test_an_unknown_model_or_version_is_404_everywhere(served: Served, model: st
 def test_health_is_that_of_the_process(served: Served):
     assert served.ask("GET", "/v2/health/live").json() == {"live": True}
     assert served.ask("GET", "/v2/health/ready").json() == {"live": True, "ready": True}
-    starting = served.but(health=Health(stuck_s=lambda: 0.0, grace_s=1))
+    starting = served.replace(health=Health(stuck_s=lambda: 0.0, grace_s=1))
     assert starting.ask("GET", "/v2/health/live").status_code == 200
     for path in ("/v2/health/ready", "/v2/models/tiny/ready"):
         assert refusal(starting.ask("GET", path), 503) == "the server is starting"
-    stuck = served.but(health=Health(stuck_s=lambda: 9.0, grace_s=1))
+    stuck = served.replace(health=Health(stuck_s=lambda: 9.0, grace_s=1))
     assert "restart" in refusal(stuck.ask("GET", "/v2/health/live"), 503)
 
 
@@ -116,10 +116,10 @@ def test_a_request_cannot_override_the_files_of_a_bundle(
 @pytest.mark.parametrize("verb", ["load", "unload"])
 def test_with_several_workers_or_control_off_no_request_changes_a_model(served: Served, verb: str):
     path = f"/v2/repository/models/tiny/{verb}"
-    sentence = refusal(served.but(settings={"workers": 4}).ask("POST", path), 409)
+    sentence = refusal(served.replace(settings={"workers": 4}).ask("POST", path), 409)
     assert "every worker polls the folder" in sentence
     assert "put a new version there" in sentence
-    off = served.but(settings={"model_control": False, "workers": 4})
+    off = served.replace(settings={"model_control": False, "workers": 4})
     assert "model_control is off" in refusal(off.ask("POST", path), 403)
 
 

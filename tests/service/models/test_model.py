@@ -29,8 +29,8 @@ from evalmode.service.models.model import Model
 from evalmode.service.models.tensors import content_of
 from evalmode.service.models.text import IDS, MASK
 from tests.service.bundles import (
-    elsewhere,
     make_bundle,
+    on_another_platform,
     onnx_model,
     tensor_bundle,
     tiny_model,
@@ -332,7 +332,7 @@ def test_an_uncertified_bundle_is_opened_only_when_that_is_allowed(tmp_path):
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_forged_certificate_is_not_believed(tmp_path, mode):
     """The certificate, its seal and the known answers are right for the model that drops."""
-    bundle = tensor_bundle(tmp_path, model=dropping_model(mode=mode), known=[])
+    bundle = tensor_bundle(tmp_path, model=dropping_model(mode=mode), known_inputs=[])
     if not mode:
         assert Model.open(bundle).graph_fault is None
         return
@@ -350,7 +350,7 @@ def dropping_model(*, mode):
 
 
 def test_a_certificate_of_another_platform_allows_its_tolerance(tmp_path):
-    opened = Model.open(make_bundle(tmp_path, certify=elsewhere))
+    opened = Model.open(make_bundle(tmp_path, certify=on_another_platform))
     assert opened.replayed.verdict == "within tolerance"
     assert [difference.what for difference in opened.replayed.differences] == [
         "ONNX Runtime",
@@ -364,7 +364,7 @@ def test_a_dropout_that_still_runs_is_refused_whatever_its_certificate_says(tmp_
     def certify(certificate):
         if certified == "here":
             return certificate
-        return elsewhere(certificate).model_copy(update={"tolerance": 1e9})
+        return on_another_platform(certificate).model_copy(update={"tolerance": 1e9})
 
     bundle = make_bundle(tmp_path, model=tiny_model(dropout=0.5), certify=certify)
     with pytest.raises(BundleNotCertified, match="Dropout, which has a training mode"):

@@ -418,7 +418,7 @@ def test_an_uncertified_model_is_opened_with_a_warning(root):
 def test_a_model_that_draws_random_numbers_is_opened_with_a_warning_that_names_the_node(root):
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch"]) for name in "xy")
     draw = helper.make_node("RandomUniformLike", ["x"], ["y"], name="draw")
-    tensor_bundle(root, model=onnx_model([draw], inputs=[x], outputs=[y]), known=[])
+    tensor_bundle(root, model=onnx_model([draw], inputs=[x], outputs=[y]), known_inputs=[])
     with capture_logs() as logs:
         started_repository(root, partial(OPEN_QUICKLY, allow_uncertified=True))
     assert [line["log_level"] for line in logs] == ["warning", "info"]

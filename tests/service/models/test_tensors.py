@@ -74,7 +74,7 @@ def test_with_a_tensor_without_a_variable_first_axis_a_request_runs_as_a_whole(t
     node = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
     model = onnx_model([node], inputs=[floats("x", axes)], outputs=[floats("y", [])])
     tensor = np.ones([2 if size == -1 else size for size in shape], np.float32)
-    whole = Model.open(tensor_bundle(tmp_path, model=model, known=[{"x": tensor}]))
+    whole = Model.open(tensor_bundle(tmp_path, model=model, known_inputs=[{"x": tensor}]))
     ((bucket, row),) = whole.tensor_jobs({"x": tensor})
     assert bucket.label == "whole"
     assert whole.join(bucket.run([row]))["y"].shape == ()
@@ -84,13 +84,13 @@ def test_with_an_output_whose_first_axis_does_not_count_rows_a_request_runs_as_a
     node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)
     model = onnx_model([node], inputs=[floats("x", ["n", 2])], outputs=[floats("y", ["m", 2])])
     whole = Model.open(
-        tensor_bundle(tmp_path, model=model, known=[{"x": np.ones((1, 2), np.float32)}])
+        tensor_bundle(tmp_path, model=model, known_inputs=[{"x": np.ones((1, 2), np.float32)}])
     )
     assert [bucket.label for bucket in whole.buckets] == ["whole"]
 
 
 def test_a_model_without_known_answers_runs_each_row_alone(tmp_path):
-    bare = Model.open(tensor_bundle(tmp_path, known=[]))
+    bare = Model.open(tensor_bundle(tmp_path, known_inputs=[]))
     assert bare.replayed.verdict == "no answers"
     assert [(bucket.label, set(bucket.costs)) for bucket in bare.buckets] == [("other", {1})]
     assert bare.join([answer_alone(job) for job in bare.tensor_jobs(random_inputs(3, 4))])[
@@ -122,8 +122,8 @@ def test_inputs_with_different_numbers_of_rows_are_refused(tmp_path):
     node = helper.make_node("Add", ["a", "b"], ["y"])
     both = [floats("a", ["n", "k"]), floats("b", ["n", "k"])]
     model = onnx_model([node], inputs=both, outputs=[floats("y", ["n", "k"])])
-    known = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}
-    opened = Model.open(tensor_bundle(tmp_path, model=model, known=[known]))
+    inputs = {"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}
+    opened = Model.open(tensor_bundle(tmp_path, model=model, known_inputs=[inputs]))
     assert [bucket.label for bucket in opened.buckets] == ["3,3", "other"]
     with pytest.raises(BadRequest, match="input 'b' has 3 rows and 'a' has 2"):
         opened.tensor_jobs({"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)})
@@ -145,7 +145,9 @@ def test_an_index_out_of_range_is_a_bad_request(tmp_path):
         outputs=[floats("y", ["n", 2])],
         weights={"table": np.ones((4, 2), np.float32)},
     )
-    opened = Model.open(tensor_bundle(tmp_path, model=model, known=[{"i": np.array([1, 2])}]))
+    opened = Model.open(
+        tensor_bundle(tmp_path, model=model, known_inputs=[{"i": np.array([1, 2])}])
+    )
     (job,) = opened.tensor_jobs({"i": np.array([9])})
     with pytest.raises(BadRequest, match="idx=9 must be within the inclusive range"):
         answer_alone(job)
@@ -157,7 +159,9 @@ def test_nan_in_one_row_changes_no_bit_of_the_others(tmp_path):
         inputs=[floats("x", ["n"])],
         outputs=[floats("y", ["n"])],
     )
-    opened = Model.open(tensor_bundle(tmp_path, model=model, known=[{"x": np.ones(2, np.float32)}]))
+    opened = Model.open(
+        tensor_bundle(tmp_path, model=model, known_inputs=[{"x": np.ones(2, np.float32)}])
+    )
     jobs = opened.tensor_jobs({"x": np.array([1, np.nan, -1, 0], np.float32)})
     answers = opened.buckets[0].run([row for _, row in jobs])
     assert [str(answer["y"].tolist()) for answer in answers] == [
@@ -179,7 +183,7 @@ def identity_of_strings():
 
 @pytest.mark.parametrize("elements", [["é", "b\0c"], ["é".encode(), b"b\0c"]])
 def test_strings_are_tensors_too(tmp_path, elements):
-    opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known=[]))
+    opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known_inputs=[]))
     (job,) = opened.tensor_jobs({"s": np.array([elements], object)})
     assert answer_alone(job)["t"].tolist() == [["é", "b\0c"]]
     assert job[1].nbytes > 4
@@ -187,7 +191,7 @@ def test_strings_are_tensors_too(tmp_path, elements):
 
 @pytest.mark.parametrize("element", [b"\xff", "\ud83d"])
 def test_strings_that_are_not_utf_8_are_refused(tmp_path, element):
-    opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known=[]))
+    opened = Model.open(tensor_bundle(tmp_path, model=identity_of_strings(), known_inputs=[]))
     with pytest.raises(BadRequest, match="element 1 of input 's' is not UTF-8"):
         opened.tensor_jobs({"s": np.array([["a", element]], object)})
 
@@ -207,7 +211,7 @@ def test_a_model_with_a_tensor_that_no_request_can_carry_is_refused(tmp_path):
     with pytest.raises(
         BundleError, match="'y' is tensor\\(bfloat16\\), which no request can carry"
     ):
-        Model.open(tensor_bundle(tmp_path, model=model, known=[]))
+        Model.open(tensor_bundle(tmp_path, model=model, known_inputs=[]))
 
 
 def test_without_a_certificate_a_request_is_not_split(tmp_path):

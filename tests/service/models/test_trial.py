@@ -120,8 +120,8 @@ def test_one_child_opens_several_bundles_and_ends_with_end_child(bundle, opener)
     assert children() == before
 
 
-def other_answer(known):
-    return dataclasses.replace(known, outputs={"logits": known.outputs["logits"] + np.float32(1)})
+def other_answer(answer):
+    return dataclasses.replace(answer, outputs={"logits": answer.outputs["logits"] + np.float32(1)})
 
 
 @pytest.mark.parametrize(

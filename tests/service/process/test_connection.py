@@ -218,7 +218,7 @@ def test_a_request_that_is_not_http_or_has_two_lengths_is_400(connect, request_)
     assert sentence
 
 
-def test_a_refusal_comes_after_the_answers_before_it(connect, gate):
+def test_a_refusal_is_sent_after_the_answers_to_earlier_requests(connect, gate):
     connection = connect()
     connection.sendall(GET.replace(b"/ ", b"/gate ") + b"nonsense\r\n\r\n")
     # When this later connection is answered, the server has read the nonsense of the first one.

@@ -208,7 +208,7 @@ def test_each_attribute_exists(parts: dict[type, Any]) -> None:
 @pytest.mark.parametrize(
     ("function", "name"), USES, ids=lambda value: getattr(value, "__qualname__", value)
 )
-def test_uvicorn_uses_what_is_overridden(function: Any, name: str) -> None:
+def test_uvicorn_calls_the_overridden_functions(function: Any, name: str) -> None:
     assert name in function.__code__.co_names, lacking(f"{name} in {function.__qualname__}")
 
 

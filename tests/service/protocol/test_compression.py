@@ -54,7 +54,7 @@ def cut(body: bytes, size: int) -> list[bytes]:
         (raw_deflate(TEXT), "deflate"),
     ],
 )
-def test_a_body_comes_out_whole_however_it_is_cut(packed: bytes, encoding: Encoding):
+def test_a_body_is_decompressed_from_chunks_of_any_size(packed: bytes, encoding: Encoding):
     for size in (1, 7, len(packed)):
         assert read(cut(packed, size), encoding) == TEXT
     assert read([b"", *cut(packed, 100), b""], encoding) == TEXT
