@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from evalmode import __version__
 from evalmode.commands import audit as audit_command
+from evalmode.commands import compare as compare_command
 from evalmode.commands import export as export_command
 from evalmode.commands import healthcheck as healthcheck_command
 from evalmode.commands import predict as predict_command
@@ -73,6 +74,7 @@ for command, epilog in (
     (healthcheck_command.healthcheck, healthcheck_command.EPILOG),
     (predict_command.predict, predict_command.EPILOG),
     (show_command.show, show_command.EPILOG),
+    (compare_command.compare, compare_command.EPILOG),
 ):
     app.command(help=help_of(command), epilog=epilog)(command)
 

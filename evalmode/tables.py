@@ -20,6 +20,7 @@ from evalmode.bundle.certificate import Record, Severity, Verdict
 from evalmode.bundle.store import Bundle
 
 if TYPE_CHECKING:
+    from evalmode.bundle.comparison import Comparison
     from evalmode.export.audit.site import SiteReport
     from evalmode.model.data_set import DataSet
 
@@ -225,6 +226,29 @@ def predictions_table(
         (label, score), *following = labels
         others = ", ".join(f"{name} {value:.4f}" for name, value in following)
         table.add_row(Text(text), Text(label, style="bold"), f"{score:.4f}", Text(others))
+    return table
+
+
+def comparisons_table(comparisons: Sequence[Comparison], *, title: str) -> Table:
+    """One line per setting: how many rows have other bits there, and by how much."""
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("rows differ", justify="right", no_wrap=True)
+    table.add_column("at most by", justify="right", no_wrap=True)
+    table.add_column("other label", justify="right", no_wrap=True)
+    for comparison in comparisons:
+        setting = Text(str(comparison.setting))
+        if comparison.refusal:
+            table.add_row(setting, Text(comparison.refusal, style="yellow"), "", "")
+            continue
+        colour = "yellow" if comparison.differing else "green"
+        largest = "not finite" if comparison.largest is None else f"{comparison.largest:.2g}"
+        table.add_row(
+            setting,
+            Text(f"{comparison.differing:,} of {comparison.rows:,}", style=colour),
+            largest if comparison.differing else "",
+            f"{comparison.changed_labels:,}" if comparison.changed_labels else "",
+        )
     return table
 
 
