@@ -219,7 +219,7 @@ class Engine:
         del failure
         if batch.is_shared:
             for single in batch.single_rows():
-                if self._queue.begin_again(single.entries[0].ticket):
+                if self._queue.restart_run(single.entries[0].ticket):
                     self._run(single)
 
     def _prove(self, proof: PendingProof) -> None:

@@ -13,8 +13,8 @@ A free thread does the first of these that there is to do:
 2. It proves an earlier answer (`proof.py`), if no other thread does so and the queue is not closed.
 3. It waits, or ends if the queue is closed.
 
-The lock is held in methods named `_..._locked`. They never call a model or an observer, and never
-wake a caller: that happens after the lock is released.
+Methods named `_..._locked` are called with the lock held. They never call a model or an observer,
+and never wake a caller: that happens after the lock is released.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ class Queue:
         self._observers = observers
         self._clock = clock
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        self._work_changed = threading.Condition(self._lock)
         self._waiting = WaitingRows()
         self._sequence = count()
         # When the run of each busy thread began, by the thread's id.
         self._running: dict[int, float] = {}
         # The id of the thread that runs a proof. Only one does: the others stay free for batches.
         self._proving: int | None = None
-        # Tickets that failed at their deadline and whose callers must still be woken.
-        self._late: list[Ticket] = []
+        # Tickets that failed at their deadline, and whose callers must still be woken.
+        self._expired: list[tuple[Ticket, Reason]] = []
         self._drain_rate = DrainRate(parallel=parallel)
         self._waiting_callers = WaitingCallers(self._fits_locked)
         self._closed = False
@@ -100,13 +100,13 @@ class Queue:
             raise _deadline_exceeded()
 
         with self._lock:
-            self._require_admissible(rows=len(jobs), nbytes=nbytes)
+            self._require_admissible_locked(rows=len(jobs), nbytes=nbytes)
             fits = self._fits_locked(len(jobs), nbytes)
             if fits:
                 ticket.parts = tuple(parts)
                 for part in parts:
                     self._waiting.add(part)
-                self._work.notify(len(jobs))
+                self._work_changed.notify(len(jobs))
         if not fits:
             self._report_dropped("queue_full", row_counts)
             retry_after_s = self.retry_after_s()
@@ -122,8 +122,9 @@ class Queue:
 
     def drop(self, ticket: Ticket, reason: Reason, failure: RequestError | None) -> None:
         """Remove a request, unless it is done already."""
-        # The garbage collector may call this with the lock held, through a coroutine whose loop is
-        # gone. Such a ticket is done, so the lock must not be taken before this check.
+        # The garbage collector may call this in a thread that holds the lock: it closes a coroutine
+        # whose event loop is gone. Such a ticket is done. To take the lock before this check would
+        # be a deadlock.
         if ticket.done:
             return
         with self._lock:
@@ -133,23 +134,36 @@ class Queue:
         self._settle(dropped=[(ticket, reason)])
 
     def next_work(self) -> Batch | PendingProof | None:
-        """Wait for the next work of the calling thread and return it. None ends the thread."""
+        """Wait for the next work of the calling thread and return it. None ends the thread.
+
+        Tickets that are past their deadline are found on the way. Their callers are woken at once,
+        before the thread waits again.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            # A thread that asks for work has ended its last work.
+            self._running.pop(thread, None)
+            if self._proving == thread:
+                self._proving = None
         while True:
             with self._lock:
-                work = self._await_work_locked()
-                late, self._late = self._late, []
-            if late:
-                self._settle(dropped=[(ticket, "deadline") for ticket in late])
+                work = self._take_work_locked()
+                if work is None and not self._expired:
+                    if self._closed:
+                        return None
+                    self._work_changed.wait()
+                expired, self._expired = self._expired, []
+            if expired:
+                self._settle(dropped=expired)
+                # Otherwise these tickets would stay alive while the thread waits.
+                expired.clear()
             if isinstance(work, Batch):
                 # Its rows have left the queue.
                 self._offer_room()
-            # Without work and without late tickets, the queue is closed and empty.
-            if work is not None or not late:
+            if work is not None:
                 return work
-            # Without `del` these tickets would stay alive while the thread waits.
-            del late
 
-    def begin_again(self, ticket: Ticket) -> bool:
+    def restart_run(self, ticket: Ticket) -> bool:
         """Begin to run a row of a failed batch again. False if its request is done already."""
         now = self._clock()
         if ticket.deadline <= now:
@@ -188,20 +202,21 @@ class Queue:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
-            self._require_admissible(rows=rows, nbytes=nbytes)
+            self._require_admissible_locked(rows=rows, nbytes=nbytes)
             if not self._waiting_callers.join(future, rows=rows, nbytes=nbytes):
                 return
         try:
             await future
         finally:
-            # The garbage collector may run this with the lock held, as in `drop`. So the lock must
-            # not be taken here, and a closed loop needs nothing: its callers are skipped.
+            # The garbage collector may run this in a thread that holds the lock, as in `drop`. A
+            # closed loop needs nothing, because its callers are skipped.
             if not loop.is_closed():
                 # The caller uses the room in this step of the loop. Only then the next caller may
                 # have its turn.
                 loop.call_soon(self._end_turn, future)
         # The queue may have been closed meanwhile.
-        self._require_admissible(rows=rows, nbytes=nbytes)
+        with self._lock:
+            self._require_admissible_locked(rows=rows, nbytes=nbytes)
 
     @property
     def load(self) -> Load:
@@ -231,11 +246,11 @@ class Queue:
         """Admit no more requests. The threads end when no rows wait."""
         with self._lock:
             self._closed = True
-            self._work.notify_all()
+            self._work_changed.notify_all()
             futures = self._waiting_callers.clear()
         wake(futures)
 
-    def _require_admissible(self, *, rows: int, nbytes: int) -> None:
+    def _require_admissible_locked(self, *, rows: int, nbytes: int) -> None:
         """Raise NotReady or BodyTooLarge for a request that can never be admitted."""
         if self._closed:
             raise NotReady("the server is stopping and takes no more requests")
@@ -267,37 +282,23 @@ class Queue:
             self._waiting.remove(part)
         ticket.fail(failure, now=self._clock())
 
-    def _await_work_locked(self) -> Batch | PendingProof | None:
-        """Wait for the next work of this thread.
-
-        None if there are late tickets, whose callers `next_work` must wake before it waits, or if
-        the queue is closed and empty.
-        """
-        # A thread that asks for work has ended its last work.
+    def _take_work_locked(self) -> Batch | PendingProof | None:
+        """The next work of this thread, which begins now; None if there is none."""
         thread = threading.get_ident()
-        self._running.pop(thread, None)
-        if self._proving == thread:
-            self._proving = None
-
-        while True:
-            batch = self._next_batch_locked()
-            if batch is not None:
-                self._running[thread] = self._clock()
-                return batch
-            if self._late or self._closed:
-                return None
-            if self._proving is None:
-                proof = self._proofs.take()
-                if proof is not None:
-                    self._proving = thread
-                    self._running[thread] = self._clock()
-                    return proof
-            self._work.wait()
+        work: Batch | PendingProof | None = self._next_batch_locked()
+        # Callers of expired tickets are woken before a proof begins.
+        if work is None and self._proving is None and not self._expired and not self._closed:
+            work = self._proofs.take()
+            if work is not None:
+                self._proving = thread
+        if work is not None:
+            self._running[thread] = self._clock()
+        return work
 
     def _next_batch_locked(self) -> Batch | None:
         """The batch of the most urgent row; None if no row waits.
 
-        Rows of a ticket past its deadline never run: the ticket fails, and `_late` gets it.
+        Rows of a ticket past its deadline never run: the ticket fails, and `_expired` gets it.
         """
         while (head := self._waiting.head()) is not None:
             bucket = head.bucket
@@ -305,30 +306,32 @@ class Queue:
             # The waiting rows of the bucket are shared among the threads that can run a batch now:
             # this one and the idle ones.
             free_threads = self._parallel - len(self._running)
-            row_count = math.ceil(self._waiting.rows_of(bucket) / free_threads)
-            size = bucket.best_size(row_count)
-            row_count = min(size, row_count)
+            share = math.ceil(self._waiting.rows_of(bucket) / free_threads)
+            size = bucket.best_size(share)
+            planned_count = min(size, share)
 
             now = self._clock()
             entries: list[Entry] = []
-            while len(entries) < row_count and (part := self._waiting.head(bucket)) is not None:
-                ticket = part.ticket
+            while len(entries) < planned_count:
+                part = self._waiting.head(bucket)
+                if part is None:
+                    break
                 # The timer of the deadline may be late, or not have been set at all.
-                if ticket.deadline <= now:
-                    self._fail_locked(ticket, _deadline_exceeded())
-                    self._late.append(ticket)
+                if part.ticket.deadline <= now:
+                    self._fail_locked(part.ticket, _deadline_exceeded())
+                    self._expired.append((part.ticket, "deadline"))
                     continue
-                ticket.began = now
-                entries += self._waiting.take(part, row_count - len(entries))
+                part.ticket.began = now
+                entries += self._waiting.take(part, planned_count - len(entries))
 
-            # Without entries all rows of the bucket were late: try the next bucket.
-            if entries:
-                if len(entries) < row_count:
-                    # Late rows have left a smaller batch than planned.
-                    size = bucket.cheapest_size(len(entries))
-                return Batch(
-                    bucket=bucket, entries=entries, size=size, under_load=self._waiting.rows > 0
-                )
+            # Without entries all rows of the bucket had expired: try the next bucket.
+            if not entries:
+                continue
+            # Expired rows may have left fewer than planned.
+            if len(entries) < planned_count:
+                size = bucket.cheapest_size(len(entries))
+            under_load = self._waiting.rows > 0
+            return Batch(bucket=bucket, entries=entries, size=size, under_load=under_load)
         return None
 
     def _settle(
