@@ -33,8 +33,8 @@ Forward: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
 def parse_axes(texts: Sequence[str], sample: Sample) -> Axes:
     """The axes in texts of the form `INPUT=batch,length,_`, with `_` for an axis that is fixed.
 
-    Raises UnusableInputs for a text of another form, for an input that `sample` does not have, and
-    for a number of axes that differs from the input's.
+    Raises UnusableInputs for a text of another form, for an input that `sample` does not have or
+    that is named twice, and for a number of axes that differs from the input's.
 
     >>> import torch
     >>> parse_axes(["ids=batch,_"], {"ids": torch.ones(2, 3)})
@@ -46,13 +46,17 @@ def parse_axes(texts: Sequence[str], sample: Sample) -> Axes:
         axis_names = [name.strip() for name in name_list.split(",")]
         if not equals_sign or not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in axis_names):
             raise UnusableInputs(
-                "--dynamic-axes must read NAME=batch,length with `_` for a fixed axis, got"
+                "--dynamic-axes must read INPUT=batch,length with `_` for a fixed axis, got"
                 f" {text!r}"
             )
         if input_name not in sample:
             raise UnusableInputs(
                 f"--dynamic-axes names the input {input_name!r}, and the inputs are"
                 f" {', '.join(sample)}"
+            )
+        if input_name in axes:
+            raise UnusableInputs(
+                f"--dynamic-axes names the input {input_name!r} twice: give all its axes at once"
             )
         axis_count = sample[input_name].ndim
         if len(axis_names) != axis_count:

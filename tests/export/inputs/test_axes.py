@@ -18,8 +18,8 @@ def test_a_text_names_the_axes_of_an_input_that_vary() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x", "must read NAME=batch,length"),
-        ("x=1,2", "must read NAME=batch,length"),
+        ("x", "must read INPUT=batch,length"),
+        ("x=1,2", "must read INPUT=batch,length"),
         ("z=batch", "names the input 'z', and the inputs are x"),
         ("x=batch", "names 1 axes of x, and its sample has 2"),
     ],
@@ -29,6 +29,11 @@ def test_a_text_that_does_not_fit_the_sample_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(UnusableInputs, match=message):
         parse_axes([text], tensors(x=(2, 3)))
+
+
+def test_an_input_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(UnusableInputs, match=r"names the input 'x' twice"):
+        parse_axes(["x=batch,_", "x=_,length"], tensors(x=(2, 3)))
 
 
 def test_two_axes_with_one_name_and_different_sizes_are_refused() -> None:
