@@ -196,7 +196,7 @@ def load(folder: Path) -> Checkpoint:
     contents: dict[str, bytes] = {}
     for name, sha256 in record["files"].items():
         try:
-            contents[name] = read_inside(folder, name, called="the checkpoint")
+            contents[name] = read_inside(folder, name, description="the checkpoint")
         except FileUnreadable as error:
             raise CheckpointError(error.reason) from error
         if hashlib.sha256(contents[name]).hexdigest() != sha256:
