@@ -289,7 +289,7 @@ def train_network(
         restored_path = None
         if resume and state_path.exists():
             restored_path = state_path
-            # Lightning itself would accept a state of another shape, and end with other weights.
+            # Lightning itself would accept another training's state, and end with other weights.
             require_matching_state(
                 read_state(state_path),
                 trainer=trainer,
@@ -326,7 +326,7 @@ def untrained_network(run: PreparedRun) -> Transformer:
 def finished_checkpoint(
     run: PreparedRun, weights: Mapping[str, Tensor], *, epochs: int
 ) -> Checkpoint:
-    """The checkpoint of a training with its best weights. `epochs` is how many epochs it ran."""
+    """The checkpoint with the best `weights` of a training, which took `epochs` epochs."""
     network = Transformer(run.network_config).eval()
     network.load_state_dict(weights)
 
