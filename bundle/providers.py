@@ -2,7 +2,7 @@
 
 A provider is part of the installed ONNX Runtime, or it is a plugin. A plugin is a Python package
 `onnxruntime_ep_NAME` beside ONNX Runtime, with the functions `get_library_path()` and
-`get_ep_name()`: those of OpenVINO and WebGPU are made so.
+`get_ep_name()`. OpenVINO and WebGPU are such plugins.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Choice:
     Attributes:
         name: ONNX Runtime's name of it.
         providers: the argument `providers` of an InferenceSession.
-        plugin: the package and the version of a plugin; empty for a provider of ONNX Runtime's own.
+        plugin: the package and the version of a plugin; empty for a provider inside ONNX Runtime.
     """
 
     name: str
@@ -87,8 +87,7 @@ def import_onnxruntime() -> ModuleType:
 
 
 def available_providers() -> list[str]:
-    """The names of all providers that are installed and have a device here, ONNX Runtime's own
-    names.
+    """ONNX Runtime's names of all providers that are installed and have a device here.
 
     Raises ProviderUnavailable if ONNX Runtime is not installed.
     """
@@ -120,7 +119,7 @@ def choose_provider(options: Any, provider: str) -> Choice:
                 devices = _devices(ort, plugin)
                 if devices:
                     options.add_provider_for_devices(devices[:1], _OPTIONS.get(name, {}))
-                    # The options of the session name the provider, its arguments must not.
+                    # The options of the session name the provider, so its argument must not.
                     return Choice(name=name, providers=None, plugin=_description(plugin))
     if name in built_in:
         if name == CUDA and hasattr(ort, "preload_dlls"):

@@ -119,12 +119,14 @@ class Session:
             # plain Fail of a node, and so is a failure of the device or a lack of memory. Only the
             # words of the message differ (ONNX Runtime 1.31).
             is_invalid = type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError)
-            is_of_a_node = "while running" in str(error)
+            failed_in_node = "while running" in str(error)
             has_another_cause = any(word in str(error).lower() for word in _OTHER_CAUSES)
-            kind = ModelRunFailed
-            if is_invalid or (is_of_a_node and not has_another_cause):
-                kind = InputsRefused
-            raise kind(f"ONNX Runtime cannot run the model on these inputs: {error}") from error
+            error_type = ModelRunFailed
+            if is_invalid or (failed_in_node and not has_another_cause):
+                error_type = InputsRefused
+            raise error_type(
+                f"ONNX Runtime cannot run the model on these inputs: {error}"
+            ) from error
         return dict(zip(self._output_names, outputs, strict=True))
 
 

@@ -180,7 +180,7 @@ def open_bundle(path: Path, *, allow_uncertified: bool = False) -> Bundle:
 
     contents = {}
     for name, sha256 in manifest.files.items():
-        contents[name] = read_inside(path, name, called="the bundle")
+        contents[name] = read_inside(path, name, description="the bundle")
         if hashlib.sha256(contents[name]).hexdigest() != sha256:
             raise BundleCorrupt(
                 f"{path / name} is not the certified file: its sha256 differs from the manifest's"
@@ -269,11 +269,11 @@ def read_file(file: Path) -> bytes:
         raise FileUnreadable(f"{file} cannot be read: it does not fit into memory") from error
 
 
-def read_inside(folder: Path, name: str, *, called: str) -> bytes:
+def read_inside(folder: Path, name: str, *, description: str) -> bytes:
     """The bytes of the regular file `name` in `folder`. No link may lead out of the folder.
 
-    Messages call the folder `called`, such as "the bundle". Raises FileUnreadable, which names the
-    file.
+    Messages call the folder by `description`, such as "the bundle". Raises FileUnreadable, which
+    names the file.
     """
     file = folder / name
     try:
@@ -281,7 +281,7 @@ def read_inside(folder: Path, name: str, *, called: str) -> bytes:
     except (OSError, RuntimeError) as error:  # a link that leads to itself
         raise FileUnreadable(f"{file} cannot be read: its link leads to itself") from error
     if not is_inside:
-        raise FileUnreadable(f"{file} leads out of {called}")
+        raise FileUnreadable(f"{file} leads out of {description}")
     return read_file(file)
 
 

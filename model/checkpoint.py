@@ -55,7 +55,9 @@ from evalmode.model.metrics import Measures
 from evalmode.model.transformer import Transformer
 
 FORMAT = 1
-RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE = "checkpoint.json", "model.safetensors", "held_out.npz"
+CHECKPOINT_FILE = "checkpoint.json"
+WEIGHTS_FILE = "model.safetensors"
+HELD_OUT_FILE = "held_out.npz"
 TRAIN_AGAIN = "train again"
 
 # The keys that a record must have, and the type of each value.
@@ -169,7 +171,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     # The last entry, because `replace_files` writes in this order.
-    files[RECORD_FILE] = json.dumps(record, ensure_ascii=True, indent=1).encode()
+    files[CHECKPOINT_FILE] = json.dumps(record, ensure_ascii=True, indent=1).encode()
     try:
         replace_files(folder, files)
         if TOKENIZER_FILE not in files:
@@ -188,13 +190,13 @@ def load(folder: Path) -> Checkpoint:
     Raises CheckpointError, with the name of the file, if a file is missing or changed. Files that
     do not form one classifier are refused even if each has its recorded sha256.
     """
-    path = folder / RECORD_FILE
+    path = folder / CHECKPOINT_FILE
     record = _read_record(path)
 
     contents: dict[str, bytes] = {}
     for name, sha256 in record["files"].items():
         try:
-            contents[name] = read_inside(folder, name, called="the checkpoint")
+            contents[name] = read_inside(folder, name, description="the checkpoint")
         except FileUnreadable as error:
             raise CheckpointError(error.reason) from error
         if hashlib.sha256(contents[name]).hexdigest() != sha256:

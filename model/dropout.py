@@ -9,6 +9,8 @@ Both obey one law, for every input x:  E[train(x)] = eval(x).
                       training                eval
     Dropout           mask * x / keep         x            Srivastava et al. 2014, section 10
     ClassicDropout    mask * x                keep * x     Hinton et al. 2012; Srivastava, section 4
+
+What counts as a dropout in a user's module: export/module/dropouts.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evalmode.bundle.frontend import FrontEndSpec
 from evalmode.errors import EvalmodeError
 from evalmode.model.batches import UNLABELLED, Rows
-from evalmode.model.metrics import fit_temperature, log_loss, predict, quality
+from evalmode.model.metrics import accuracy_and_f1, log_loss, optimal_temperature, predict
 
 
 class Diverged(EvalmodeError):  # noqa: N818 - read as a sentence: "raise Diverged"
@@ -51,10 +51,10 @@ class Validation(lightning.Callback):
         """Validate, even after an epoch that `max_minutes` cut short: it may be the best."""
         logits, labels = predict(_network(pl_module), self.rows, spec=self.spec), self.rows.labels
         is_labelled = labels != UNLABELLED
-        scaled = logits / fit_temperature(logits[is_labelled], labels[is_labelled])
+        scaled = logits / optimal_temperature(logits[is_labelled], labels[is_labelled])
         loss = log_loss(scaled, labels)
         labelled_loss = log_loss(scaled[is_labelled], labels[is_labelled])
-        accuracy = quality(logits[is_labelled], labels[is_labelled])["accuracy"]
+        accuracy = accuracy_and_f1(logits[is_labelled], labels[is_labelled])["accuracy"]
         pl_module.log_dict({"validation_loss": loss, "validation_accuracy": accuracy})
         self.epochs += 1
         if not math.isfinite(loss):

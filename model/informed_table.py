@@ -43,7 +43,7 @@ def label_evidence(rows: Rows, *, vocabulary: int, labels: int) -> npt.NDArray[n
     return evidence - evidence.mean(1, keepdims=True)
 
 
-def informed_table(
+def label_evidence_table(
     rows: Rows, *, vocabulary: int, labels: int, width: int, scale: float, seed: int
 ) -> Tensor:
     """A table (vocabulary, width) float32 that holds a random rotation of `label_evidence`.

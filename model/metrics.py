@@ -62,7 +62,9 @@ def log_loss(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> 
     return float((np.log(np.exp(shifted).sum(1)) - picked).mean())
 
 
-def quality(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> dict[str, float]:
+def accuracy_and_f1(
+    logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]
+) -> dict[str, float]:
     """Accuracy, and macro-F1: the mean over all classes of 2 tp / (2 tp + fp + fn).
 
     A class without a row in `labels` counts 0: a mean over the other classes would hide that it was
@@ -75,14 +77,14 @@ def quality(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> d
     return {"accuracy": float((guesses == labels).mean()), "macro_f1": float(f1.mean())}
 
 
-def not_tested(labels: npt.NDArray[np.int64], names: Sequence[str]) -> Measures:
+def untested_classes(labels: npt.NDArray[np.int64], names: Sequence[str]) -> Measures:
     """The number of classes, and the classes without a row in `labels`; {} if all have one."""
     present = np.bincount(labels, minlength=len(names))
     absent: list[JsonValue] = [name for name, rows in zip(names, present, strict=True) if not rows]
     return {"classes": len(names), "not_tested": absent} if absent else {}
 
 
-def fit_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
+def optimal_temperature(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
     """The temperature t of the lowest log loss of logits / t (Guo et al. 2017, section 4.2).
 
     It is higher if so few rows do not support such high scores. N correct rows support a score of

@@ -1,8 +1,10 @@
 """Compares a state with the training that resumes from it, before Lightning restores it.
 
-Lightning and torch accept states that do not fit. They ignore keys, resize optimizer states, and
-store values of any type. The training then ends with other weights, or fails many steps later.
-`require_fit` refuses a state unless all of this is true, in this order:
+Lightning and torch accept a state that does not match the training. They ignore keys, resize
+optimizer states, and store values of any type. The training then ends with other weights, or fails
+many steps later.
+
+`require_matching_state` refuses a state unless all of this is true, in this order:
 
 1. The record of the run is the same.
 2. All parts have the keys, types, lengths and shapes that this training would save.
@@ -14,6 +16,7 @@ store values of any type. The training then ends with other weights, or fails ma
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,40 +34,29 @@ from evalmode.model.resume import START_OVER, StateUnusable, require_same
 MOST_CHARACTERS = 200
 
 
-class RestoreMonitor(lightning.Callback):
-    """Knows whether Lightning has restored the state. A later error is not the state's fault."""
-
-    def __init__(self) -> None:
-        self.is_restored = False
-
-    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Note that Lightning, before it calls this, has restored the last part of the state."""
-        self.is_restored = True
-
-
-def require_fit(
+def require_matching_state(
     state: Mapping[str, Any],
     *,
     trainer: lightning.Trainer,
     learner: Learner,
     validation: Validation,
     record: dict[str, Any],
-    where: Path,
+    path: Path,
 ) -> None:
     """Raise StateUnusable unless this training could have saved `state`.
 
     The message names the part of the state that differs. Raises RunMismatch if a run with other
-    options saved it. `state` is a result of `read_state`, `where` is its file, and `record`
+    options saved it. `state` is a result of `read_state`, `path` is its file, and `record`
     describes this run.
     """
     try:
         # Through JSON, in which a tuple becomes a list, as in the record's file.
         stored = json.loads(json.dumps(state["run"]))
     except (TypeError, ValueError, RecursionError) as error:
-        raise unfit_state(where, "run is not the record of a training") from error
+        raise mismatch_error(path, "run is not the record of a training") from error
     if stored.keys() != record.keys():
-        raise unfit_state(where, "run is not the record of a training of this version")
-    require_same(stored, record, where=where)
+        raise mismatch_error(path, "run is not the record of a training of this version")
+    require_same(stored, record, path=path)
 
     # The structure is compared first: the other functions read the numbers that it must contain.
     difference = (
@@ -74,18 +66,12 @@ def require_fit(
         or _difference_in_epochs(state, learner)
     )
     if difference:
-        raise unfit_state(where, difference)
+        raise mismatch_error(path, difference)
 
 
-def unfit_state(where: Path, difference: str) -> StateUnusable:
-    """The error for the state in the file `where`, which cannot be restored."""
-    return StateUnusable(f"{where} does not fit this training: {difference}: {START_OVER}")
-
-
-def one_line(error: Exception) -> str:
-    """The type and the message of a library's error as a part of one sentence."""
-    message = " ".join(str(error).split())[:MOST_CHARACTERS]
-    return f"{type(error).__name__} {message}".strip()
+def mismatch_error(path: Path, difference: str) -> StateUnusable:
+    """The error for the state in the file `path`, which this training cannot restore."""
+    return StateUnusable(f"{path} does not fit this training: {difference}: {START_OVER}")
 
 
 def _difference_in_structure(
@@ -196,7 +182,7 @@ def _difference_in_epochs(state: Mapping[str, Any], learner: Learner) -> str | N
     validated = state["callbacks"]["Validation"]["epochs"]
     is_possible = (
         # --max-minutes may end an epoch early, so there may be more epochs than full ones.
-        started == epoch["total"]["ready"] >= -(-step // batch_count)
+        started == epoch["total"]["ready"] >= math.ceil(step / batch_count)
         and finished == validated
         and 0 <= started - finished <= 1
         and 1 <= batch <= min(step, batch_count)

@@ -32,9 +32,9 @@ from evalmode.bundle.errors import FileUnreadable
 from evalmode.bundle.frontend import TOKENIZER_FILE
 from evalmode.bundle.store import read_file
 from evalmode.errors import EvalmodeError
-from evalmode.model.checkpoint import HELD_OUT_FILE, RECORD_FILE, WEIGHTS_FILE
+from evalmode.model.checkpoint import CHECKPOINT_FILE, HELD_OUT_FILE, WEIGHTS_FILE
 
-FOLDER, STATE_FILE, RUN_FILE = "training", "state.ckpt", "run.json"
+STATE_FOLDER, STATE_FILE, RUN_FILE = "training", "state.ckpt", "run.json"
 START_OVER = "start over with --overwrite, or choose another --out"
 # The keys that a state must have, and the type of each value. All but the last two are Lightning's.
 REQUIRED_KEYS = {
@@ -141,7 +141,7 @@ def require_usable_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
     # The folder of the state and the nearest folder above it, in which the others are created.
-    for folder in (out / FOLDER, out, *out.parents):
+    for folder in (out / STATE_FOLDER, out, *out.parents):
         if not os.path.lexists(folder):
             continue
         reason = None
@@ -154,10 +154,10 @@ def require_usable_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
                 f"no training can be written to {out}: {folder} {reason}: choose another --out"
             )
         # The checkpoint is written to `out`, so the folder of the state alone is not enough.
-        if folder != out / FOLDER:
+        if folder != out / STATE_FOLDER:
             break
 
-    for name in (RECORD_FILE, WEIGHTS_FILE, HELD_OUT_FILE, TOKENIZER_FILE):
+    for name in (CHECKPOINT_FILE, WEIGHTS_FILE, HELD_OUT_FILE, TOKENIZER_FILE):
         path = out / name
         # A link to a folder can be replaced, but a folder cannot.
         if os.path.isdir(path) and not os.path.islink(path):
@@ -166,11 +166,11 @@ def require_usable_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
             )
 
     # `lexists`, because a file that is a broken link must not be replaced without a word.
-    state_path = out / FOLDER / STATE_FILE
-    has_state, has_checkpoint = os.path.lexists(state_path), os.path.lexists(out / RECORD_FILE)
+    state_path = out / STATE_FOLDER / STATE_FILE
+    has_state, has_checkpoint = os.path.lexists(state_path), os.path.lexists(out / CHECKPOINT_FILE)
     if has_state and resume:
         read_state(state_path)
-        read_record(out / FOLDER / RUN_FILE)
+        read_record(out / STATE_FOLDER / RUN_FILE)
     elif has_state and not overwrite:
         raise EvalmodeError(
             f"{out} holds an unfinished training: continue with --resume, start over with"
@@ -192,7 +192,7 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> None:
     """
     run_path = folder / RUN_FILE
     if resume and (folder / STATE_FILE).exists():
-        require_same(read_record(run_path), record, where=run_path)
+        require_same(read_record(run_path), record, path=run_path)
         return
     try:
         if os.path.lexists(folder):
@@ -208,16 +208,16 @@ def open_run(folder: Path, *, record: dict[str, Any], resume: bool) -> None:
 
 def remove_run(out: Path) -> None:
     """Remove the state of an unfinished training from `out`, and `out` if it is then empty."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
     # `rmdir` fails if the folder is not empty.
     with suppress(OSError):
         out.rmdir()
 
 
-def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path) -> None:
+def require_same(stored: dict[str, Any], record: dict[str, Any], *, path: Path) -> None:
     """Raise RunMismatch unless the records of two runs are equal.
 
-    `stored` is the record of the earlier run, read from the file `where`; `record` is this run's.
+    `stored` is the record of the earlier run, read from the file `path`; `record` is this run's.
     """
     differences = [
         f"{key} was {reprlib.repr(stored.get(key))} and is now {reprlib.repr(record.get(key))}"
@@ -226,7 +226,7 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], *, where: Path)
     ]
     if differences:
         raise RunMismatch(
-            f"{where} describes another training: {'; '.join(differences)}: use the same options,"
+            f"{path} describes another training: {'; '.join(differences)}: use the same options,"
             " or another --out"
         )
 

@@ -4,31 +4,26 @@
 
 1. `prepare` reads the data, trains the front end and encodes the texts.
 2. `train_network` runs Lightning's loop. It saves the state, from which a killed run resumes.
-3. `finished_checkpoint` fits the temperature, measures the three parts and makes the checkpoint.
+3. `finished_checkpoint` sets the temperature, measures the three parts and makes the checkpoint.
 
-The same configuration gives the same bytes on the same machine, also if the run was killed and
+The same configuration gives the same bytes on the same machine, even if the run was killed and
 resumed. The defaults, such as the number of epochs, are in config.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import math
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor
@@ -36,36 +31,32 @@ from torch import Tensor
 import evalmode
 from evalmode.bundle.frontend import FrontEndSpec, NgramFrontEnd, NgramSpec, open_frontend
 from evalmode.errors import EvalmodeError
-from evalmode.model import checkpoint
+from evalmode.model import checkpoint, metrics
 from evalmode.model.batches import UNLABELLED, Batches, Rows
 from evalmode.model.checkpoint import Checkpoint, CheckpointError, HeldOut
 from evalmode.model.config import TrainConfig, TransformerConfig
 from evalmode.model.data import LANGUAGES, composed_digest, open_data
 from evalmode.model.data_set import DataSet
-from evalmode.model.early_stopping import Diverged, Validation
+from evalmode.model.early_stopping import Validation
 from evalmode.model.encoding import drop_twins, encode_parts
-from evalmode.model.informed_table import informed_table
+from evalmode.model.informed_table import label_evidence_table
 from evalmode.model.learner import Learner, step_seed
-from evalmode.model.metrics import (
-    Measures,
-    fit_temperature,
-    fold_temperature,
-    not_tested,
-    predict,
-    quality,
+from evalmode.model.lightning_loop import (
+    RestoreMonitor,
+    create_trainer,
+    failures_handled,
+    quiet_lightning,
 )
+from evalmode.model.metrics import Measures
 from evalmode.model.progress import ShowProgress
-from evalmode.model.restoring import RestoreMonitor, one_line, require_fit, unfit_state
+from evalmode.model.restoring import require_matching_state
 from evalmode.model.resume import (
-    FOLDER,
     START_OVER,
     STATE_FILE,
-    AtomicCheckpointIO,
+    STATE_FOLDER,
     SaveState,
-    StateNotWritten,
     open_run,
     read_state,
-    remove_run,
     require_same,
     require_usable_folder,
 )
@@ -76,13 +67,14 @@ from evalmode.model.unlabelled import with_unlabelled
 # The accuracy on training rows is shown for its gap to the test accuracy. A sample of at most this
 # many rows is enough for that.
 MEASURED_TRAIN_ROWS = 10_000
-# `scale` of the informed table; the noise that it replaces has a standard deviation of 0.02.
+# The `scale` of `label_evidence_table`. The noise that the table replaces has a standard deviation
+# of 0.02.
 TABLE_SCALE = 0.1
 
-# Sample texts of a checkpoint: these, and the first test text of up to SAMPLED_LABELS labels, cut
-# to SAMPLED_POINTS code points. The export computes known answers for them.
-ODD_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
-SAMPLED_LABELS, SAMPLED_POINTS = 24, 8_192
+# The export computes known answers for the sample texts of a checkpoint. They are the unusual texts
+# here, and the first test text of up to SAMPLE_LABELS labels, cut to SAMPLE_CODE_POINTS.
+UNUSUAL_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
+SAMPLE_LABELS, SAMPLE_CODE_POINTS = 24, 8_192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +93,8 @@ class Result:
 class PreparedRun:
     """A run that is ready to train: its options, its encoded data and its front end.
 
-    The texts of the data are not part of it. The network reads only the first 128 tokens of a text,
-    and a text of 20 MB with an emoji takes 80 MB of memory.
+    The texts of the data are not part of it, because the network reads only their first tokens. A
+    text of 20 MB with an emoji takes 80 MB of memory.
 
     data_rows       number of training rows with a label
     sample_texts    texts for the export, cut to what a model may read
@@ -168,11 +160,12 @@ def fit(
         require_usable_folder(out, resume=resume, overwrite=overwrite)
     run = prepare(config, cache=cache, show_data=show_data if is_first_process else None)
 
-    # A finished training has a record, and no longer a state. After a kill between the two it has
-    # both, and the run resumes. `lexists`, because a record that is a broken link is an error and
-    # not a missing training.
-    record_path, state_path = out / checkpoint.RECORD_FILE, out / FOLDER / STATE_FILE
-    if resume and os.path.lexists(record_path) and not state_path.exists():
+    # A training writes its checkpoint and then removes its state, so it is finished when only the
+    # checkpoint exists. With both, the run was killed in between, and resumes at its last step.
+    # `lexists`, because a checkpoint that is a broken link is an error and not a missing training.
+    has_checkpoint = os.path.lexists(out / checkpoint.CHECKPOINT_FILE)
+    has_state = (out / STATE_FOLDER / STATE_FILE).exists()
+    if resume and has_checkpoint and not has_state:
         finished = load_finished(out, run=run)
     else:
         validation = train_network(
@@ -182,9 +175,9 @@ def fit(
             return None
         finished = finished_checkpoint(run, validation.best_weights, epochs=validation.epochs)
         checkpoint.save(finished, out)
-        # The state goes last: a kill before this line costs nothing, because the run resumes at
-        # its last step and writes the same checkpoint.
-        rmtree(out / FOLDER)
+        # After the checkpoint: a run that is killed before this line resumes at its last step and
+        # writes the same checkpoint again.
+        rmtree(out / STATE_FOLDER)
 
     return Result(
         checkpoint=out,
@@ -200,26 +193,13 @@ def prepare(
     config: TrainConfig, *, cache: Path, show_data: Callable[[DataSet], None] | None
 ) -> PreparedRun:
     """Read the data, train the front end on it, and encode the texts."""
-    # Texts with the same ids count as one, because the model reads them alike. The ids of n-grams
-    # are known before any training, so `open_data` compares them. A tokenizer is trained on the
-    # data: before, only the composed forms of texts are compared, and below `drop_twins` compares
-    # the ids.
-    identity: Callable[[str], bytes] = composed_digest
-    if config.frontend == "ngrams":
-        ngrams = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
-
-        def ids_digest(text: str) -> bytes:
-            return hashlib.sha256(ngrams.encode(text).ids.tobytes()).digest()
-
-        identity = ids_digest
-
     data = open_data(
         config.data,
         text_column=config.text_column,
         label_column=config.label_column,
         separator=config.separator,
         cache=cache,
-        identity=identity,
+        identity=_text_identity(config),
     )
     data = with_unlabelled(data)
     spec, tokenizer = choose_frontend(config, data)
@@ -230,12 +210,12 @@ def prepare(
     if show_data is not None:
         show_data(data)
 
-    # Sample texts: the odd ones, and the first test text of each of the first labels.
+    # The first test text of each label, for the labels that come first in the alphabet.
     first_texts: dict[str, str] = {}
     for text, label in zip(data.test.texts, data.test.labels, strict=True):
         first_texts.setdefault(label, text)
-    sampled_labels = sorted(first_texts)[:SAMPLED_LABELS]
-    sample_texts = [first_texts[label][:SAMPLED_POINTS] for label in sampled_labels]
+    sample_labels = sorted(first_texts)[:SAMPLE_LABELS]
+    sample_texts = [first_texts[label][:SAMPLE_CODE_POINTS] for label in sample_labels]
 
     return PreparedRun(
         config=config,
@@ -243,13 +223,30 @@ def prepare(
         data_sha256=data.sha256,
         data_rows=len(data.train.texts),
         labels=data.labels,
-        sample_texts=(*ODD_TEXTS, *sample_texts),
+        sample_texts=(*UNUSUAL_TEXTS, *sample_texts),
         spec=spec,
         tokenizer=tokenizer,
         train=rows["train"],
         validation=rows["validation"],
         test=rows["test"],
     )
+
+
+def _text_identity(config: TrainConfig) -> Callable[[str], bytes]:
+    """A function from a text to a digest, equal for texts that count as one in the data.
+
+    For n-grams it is a digest of the ids, because the model reads texts with the same ids alike. A
+    tokenizer has no ids before it is trained on the data, so the digest is that of the composed
+    form. `prepare` compares the ids of those texts after the training of the tokenizer.
+    """
+    if config.frontend != "ngrams":
+        return composed_digest
+    frontend = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
+
+    def ids_digest(text: str) -> bytes:
+        return hashlib.sha256(frontend.encode(text).ids.tobytes()).digest()
+
+    return ids_digest
 
 
 def train_network(
@@ -259,7 +256,7 @@ def train_network(
 
     The state from which a killed run resumes stays in `out`: `fit` removes it.
     """
-    config, state_path = run.config, out / FOLDER / STATE_FILE
+    config, state_path = run.config, out / STATE_FOLDER / STATE_FILE
     epochs = config.epochs_for(len(run.train))
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
     restore_monitor = RestoreMonitor()
@@ -273,8 +270,8 @@ def train_network(
         # The last one: it saves the state of the others.
         SaveState(state_path, steps=config.save_steps, record=run.record),
     ]
-    with _quiet_lightning():
-        trainer = _trainer(config, epochs=epochs, callbacks=callbacks)
+    with quiet_lightning():
+        trainer = create_trainer(config, epochs=epochs, callbacks=callbacks)
         batches = Batches(
             run.train,
             spec=run.spec,
@@ -285,23 +282,23 @@ def train_network(
             world=trainer.world_size,
         )
         if trainer.is_global_zero:
-            open_run(out / FOLDER, record=run.record, resume=resume)
+            open_run(out / STATE_FOLDER, record=run.record, resume=resume)
         steps = epochs * len(batches)
         learner = Learner(untrained_network(run), config=config, batches=batches, steps=steps)
 
         restored_path = None
         if resume and state_path.exists():
             restored_path = state_path
-            # Lightning itself would accept a state that does not fit, and end with other weights.
-            require_fit(
+            # Lightning itself would accept another training's state, and end with other weights.
+            require_matching_state(
                 read_state(state_path),
                 trainer=trainer,
                 learner=learner,
                 validation=validation,
                 record=run.record,
-                where=state_path,
+                path=state_path,
             )
-        with _failures_handled(out, restored_path=restored_path, monitor=restore_monitor):
+        with failures_handled(out, restored_path=restored_path, monitor=restore_monitor):
             trainer.fit(learner, ckpt_path=restored_path)
     return validation if trainer.is_global_zero else None
 
@@ -313,7 +310,7 @@ def untrained_network(run: PreparedRun) -> Transformer:
     network = Transformer(run.network_config)
     if run.config.informed_table:
         table = network.embedding.table.weight
-        guess = informed_table(
+        evidence = label_evidence_table(
             run.train,
             vocabulary=table.shape[0],
             labels=len(run.labels),
@@ -322,34 +319,37 @@ def untrained_network(run: PreparedRun) -> Transformer:
             seed=run.config.seed,
         )
         with torch.no_grad():
-            table.copy_(guess)
+            table.copy_(evidence)
     return network
 
 
 def finished_checkpoint(
     run: PreparedRun, weights: Mapping[str, Tensor], *, epochs: int
 ) -> Checkpoint:
-    """The checkpoint of a training of `epochs` epochs whose best weights are `weights`."""
+    """The checkpoint with the best `weights` of a training, which took `epochs` epochs."""
     network = Transformer(run.network_config).eval()
     network.load_state_dict(weights)
 
     # The temperature makes the scores honest. Folded into the head it costs no operator.
     validation = run.validation.labelled
-    temperature = fit_temperature(predict(network, validation, spec=run.spec), validation.labels)
-    fold_temperature(network.head, temperature)
+    validation_logits = metrics.predict(network, validation, spec=run.spec)
+    temperature = metrics.optimal_temperature(validation_logits, validation.labels)
+    metrics.fold_temperature(network.head, temperature)
 
     # A sample of the training rows: every n-th row with a label, where n is the smallest number
     # that leaves at most MEASURED_TRAIN_ROWS.
     labelled_indices = np.flatnonzero(run.train.labels != UNLABELLED)
-    stride = -(-len(labelled_indices) // MEASURED_TRAIN_ROWS)
+    stride = math.ceil(len(labelled_indices) / MEASURED_TRAIN_ROWS)
     train_sample = run.train.take(labelled_indices[::stride])
 
-    metrics: dict[str, Measures] = {}
-    for name, rows in (("train", train_sample), ("validation", validation), ("test", run.test)):
-        metrics[name] = {
-            **quality(predict(network, rows, spec=run.spec), rows.labels),
+    parts = {"train": train_sample, "validation": validation, "test": run.test}
+    measures: dict[str, Measures] = {}
+    for name, rows in parts.items():
+        logits = metrics.predict(network, rows, spec=run.spec)
+        measures[name] = {
+            **metrics.accuracy_and_f1(logits, rows.labels),
             "rows": len(rows),
-            **not_tested(rows.labels, run.labels),
+            **metrics.untested_classes(rows.labels, run.labels),
         }
 
     test_rows = [run.test[index] for index in range(len(run.test))]
@@ -360,7 +360,7 @@ def finished_checkpoint(
         labels=run.labels,
         held_out=HeldOut(rows=test_rows, labels=run.test.labels),
         sample_texts=run.sample_texts,
-        metrics=metrics,
+        metrics=measures,
         provenance={
             "evalmode": evalmode.__version__,
             "torch": torch.__version__,
@@ -383,7 +383,7 @@ def load_finished(out: Path, *, run: PreparedRun) -> Checkpoint:
     Raises RunMismatch if it comes from other options or other data. Raises EvalmodeError if it
     cannot be loaded, or if its provenance does not say how it was trained.
     """
-    record_path = out / checkpoint.RECORD_FILE
+    path = out / checkpoint.CHECKPOINT_FILE
     try:
         finished = checkpoint.load(out)
     except CheckpointError as error:
@@ -396,90 +396,6 @@ def load_finished(out: Path, *, run: PreparedRun) -> Checkpoint:
     except (KeyError, TypeError):
         is_complete = False
     if not is_complete:
-        raise EvalmodeError(f"{record_path} does not say how it was trained: {START_OVER}")
-    require_same(record, run.record, where=record_path)
+        raise EvalmodeError(f"{path} does not say how it was trained: {START_OVER}")
+    require_same(record, run.record, path=path)
     return finished
-
-
-def _trainer(
-    config: TrainConfig, *, epochs: int, callbacks: list[lightning.Callback]
-) -> lightning.Trainer:
-    """The trainer. Raises EvalmodeError for devices or a strategy that Lightning does not have."""
-    max_time = None
-    if config.max_minutes is not None:
-        max_time = timedelta(minutes=config.max_minutes)
-    try:
-        return lightning.Trainer(
-            accelerator="auto",
-            devices=config.devices,
-            num_nodes=config.nodes,
-            strategy=config.strategy,
-            max_epochs=epochs,
-            max_time=max_time,
-            gradient_clip_val=config.clip_norm,
-            deterministic=True,
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            # `Batches` distributes the rows among the processes.
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    except (ValueError, MisconfigurationException) as error:
-        flags = f"--devices {config.devices} --nodes {config.nodes} --strategy {config.strategy}"
-        raise EvalmodeError(f"Lightning cannot train with {flags}: {error}") from error
-
-
-@contextmanager
-def _failures_handled(
-    out: Path, *, restored_path: Path | None, monitor: RestoreMonitor
-) -> Iterator[None]:
-    """A context for `trainer.fit`, which cleans up in `out` and raises the error for the user.
-
-    restored_path is the state that the run resumes from; None for a new run. The cases:
-
-    1. SystemExit is what Lightning makes of a Ctrl-C. It becomes KeyboardInterrupt again.
-    2. The state cannot be saved. If there is no earlier one, its folder is removed.
-    3. The training diverged. The state is removed, because a resumed run would diverge again.
-    4. Other errors of ours, and too little memory, are raised unchanged.
-    5. Any other error while Lightning restores the state means that the state is unusable.
-    6. After that, it is raised unchanged.
-    """
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    except StateNotWritten:
-        if not (out / FOLDER / STATE_FILE).exists():
-            remove_run(out)
-        raise
-    except Diverged:
-        rmtree(out / FOLDER, ignore_errors=True)
-        raise
-    except (EvalmodeError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if restored_path is not None and not monitor.is_restored:
-            raise unfit_state(restored_path, one_line(error)) from error
-        raise
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's tips, device report and advice: they are for users of Lightning."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    # The trainer switches deterministic algorithms on for the whole process.
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.|torch\.")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(was_deterministic)
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

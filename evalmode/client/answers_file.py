@@ -150,7 +150,7 @@ class AnswersFile:
             ) from error
         options = self._answer_options
         if record != options:
-            # The names in their order, which a set would not keep.
+            # Merged as dictionaries, because a set would not keep the order of the names.
             names = {**record, **options}
             changed = [name for name in names if record.get(name) != options.get(name)]
             raise EvalmodeError(

@@ -49,7 +49,7 @@ class _Target:
         certificate: the files of the server's certificate and key. A server that demands client
             certificates may accept its own.
         origin: the flag, variable or setting that names the host, for messages.
-        trouble: a setting with which the server cannot start, as a sentence; else None.
+        settings_problem: a setting with which the server cannot start, as a sentence; else None.
     """
 
     hosts: tuple[str, ...]
@@ -58,7 +58,7 @@ class _Target:
     path: str = _READY_PATH
     certificate: tuple[str, str] | None = None
     origin: str = "--url"
-    trouble: str | None = None
+    settings_problem: str | None = None
 
     @property
     def authority(self) -> str:
@@ -191,10 +191,10 @@ def _configured_target(environment: dict[str, str]) -> _Target | None:
     if port == 0:
         return None
 
-    trouble = None
+    settings_problem = None
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         if name in settings and not Path(str(settings[name])).is_file():
-            trouble = f"{origins[name]} names a file that is not here, {settings[name]}"
+            settings_problem = f"{origins[name]} names a file that is not here, {settings[name]}"
             break
     host = str(settings.get("host", "127.0.0.1"))
     return _Target(
@@ -202,7 +202,7 @@ def _configured_target(environment: dict[str, str]) -> _Target | None:
         port=int(port),
         tls="ssl_certfile" in settings,
         origin=origins.get("host", "host"),
-        trouble=trouble,
+        settings_problem=settings_problem,
     )
 
 
@@ -245,8 +245,8 @@ def _ask(target: _Target) -> str:
         ) from failure
     if failure is not None:
         reason = tls_reason or getattr(failure, "strerror", None) or failure
-        if target.trouble is not None:
-            reason = f"{reason}; {target.trouble}"
+        if target.settings_problem is not None:
+            reason = f"{reason}; {target.settings_problem}"
         raise _Unhealthy(f"{target} cannot be asked: {reason}") from failure
     if not response:
         raise _Unhealthy(f"{target} closes the connection without an answer")

@@ -38,9 +38,9 @@ _LONGEST_RETRY_AFTER_S = 120.0
 # requests at once, so the wait for a free one needs no limit.
 _TIMEOUTS = httpx.Timeout(120.0, connect=10.0, pool=None)
 
-# Of one line of a response; a longer one ends the try.
+# The most bytes of one line in a response. A longer line fails the try.
 _MAX_ANSWER_BYTES = 16 << 20
-# Of an error response, which becomes part of a sentence.
+# Only this many bytes of an error response are parsed, because they become part of a sentence.
 _MAX_ERROR_BYTES = 4096
 
 # How an answer begins.
@@ -120,8 +120,8 @@ class RemoteServer:
     async def _post(self, lines: Sequence[bytes]) -> AsyncIterator[httpx.Response]:
         """Send `lines`, and yield the response before its body is read.
 
-        Raises _TryFailed for a failure that may pass, also of the connection while the body is
-        read, and EvalmodeError for any other.
+        Raises _TryFailed for a temporary failure, including a connection that breaks while the body
+        is read. Raises EvalmodeError for any other failure.
         """
         try:
             async with self.client.stream(
@@ -229,8 +229,8 @@ def open_client(
 def backoff_s(tries: int, retry_after_s: float | None) -> float:
     """Seconds to wait after `tries` failures in a row.
 
-    It is what the server asked for, or else doubles with each failure. A random part prevents that
-    clients that failed together retry together.
+    It is what the server asked for, or else doubles with each failure. A random part keeps clients
+    that failed together from retrying together.
     """
     if retry_after_s is not None:
         return retry_after_s + random.uniform(0, 0.5)

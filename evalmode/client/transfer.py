@@ -1,7 +1,7 @@
 """Answers a file of texts, chunk by chunk, in the order of its lines and in constant memory.
 
 1. `Source.chunks` reads the input and cuts it into chunks of lines.
-2. `Transfer` sends up to `concurrency` chunks at once to an answerer: a server, or a bundle in this
+2. `Transfer` sends up to `concurrency` chunks at once to a backend: a server, or a bundle in this
    process.
 3. `Transfer` writes the answers in the order of the lines, and shows a progress bar.
 """
@@ -38,7 +38,7 @@ _READ_BYTES = 256 << 10
 _BOM = b"\xef\xbb\xbf"
 
 
-class Answerer(Protocol):
+class Backend(Protocol):
     """Answers lines, from any number of tasks at once: `RemoteServer` or `LocalModel`."""
 
     async def answer(self, lines: Sequence[bytes], *, first: int) -> tuple[list[bytes], str]:
@@ -141,7 +141,7 @@ class Transfer:
     """Answers each line of `source` into `writer`, up to `concurrency` chunks at once."""
 
     source: Source
-    answerer: Answerer
+    backend: Backend
     writer: AnswersFile | Stdout
     concurrency: int
 
@@ -162,7 +162,7 @@ class Transfer:
         async def answer(chunk: Chunk) -> tuple[list[bytes], str | None]:
             try:
                 if chunk.lines:
-                    return await self.answerer.answer(chunk.lines, first=chunk.first)
+                    return await self.backend.answer(chunk.lines, first=chunk.first)
                 problem = line_too_long(_MAX_LINE_BYTES)
                 return [encode_line({"index": chunk.first, "error": problem})], None
             finally:

@@ -21,7 +21,8 @@ def healthcheck(
     url: Annotated[
         str | None,
         typer.Option(
-            help="The server's address. Without it the server is searched for.", show_default=False
+            help="The server's address. Default: the local server is found automatically.",
+            show_default=False,
         ),
     ] = None,
     timeout_s: Annotated[

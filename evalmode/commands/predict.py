@@ -1,11 +1,11 @@
 """`evalmode predict`: labels texts of the command line or of stdin, or every line of a file.
 
-`predict` declares the flags and refuses those that would have no effect. Then one of two functions
-answers:
-
-_predict_texts    texts as one request to a bundle in this process; prints a table or JSON
-_predict_file     a file in chunks (client/transfer.py), with a server (client/remote.py) or with a
-                  bundle in this process (client/local.py); writes a line of JSON for each text
+1. `predict` declares the flags. `_refuse_useless_flags` refuses those that would have no effect.
+2. Without --input, `_predict_texts` runs a bundle in this process on all texts at once. It prints a
+   table or JSON.
+3. With --input, `_predict_file` answers the file in chunks (client/transfer.py). A server answers
+   them (client/remote.py), or a bundle in this process (client/local.py). The output has a line of
+   JSON for each text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from evalmode.errors import EvalmodeError
 from evalmode.terminal import EXIT_FINDINGS, open_console, print_error
 
 if TYPE_CHECKING:
-    from evalmode.client.transfer import Answerer, Source
+    from evalmode.client.transfer import Backend, Source
 
 EPILOG = (
     "Examples:  evalmode predict 'Dit is een zin.'   |   cat texts.txt | evalmode predict --json  "
@@ -38,9 +38,12 @@ _SERVER_PANEL = "A server that answers"
 # As a shell reports a program that SIGINT ended: 128 + 2.
 _EXIT_INTERRUPTED = 130
 
-# Flags that have no effect without --input, and flags that have none without --url.
-_FILE_FLAGS = ("output", "url", "chunk_lines", "concurrency")
-_SERVER_FLAGS = ("api_key", "ca", "retries")
+# Flags that have no effect without --input. --url is one of them, since texts of the command line
+# are never sent to a server.
+_FLAGS_OF_INPUT = ("output", "url", "chunk_lines", "concurrency")
+# Flags that have no effect without --url. --model is not among them: its error also says that
+# --bundle takes its place.
+_FLAGS_OF_URL = ("api_key", "ca", "retries")
 
 
 def predict(
@@ -133,28 +136,22 @@ def predict(
         ),
     ] = 8,
 ) -> None:
-    """Label texts, or each line of a file, in this process or with a server; all get the same bits.
+    """Label texts, or each line of a file, in this process or with a server.
+
+    The answers are the same bits either way.
 
     Exit 0 when every text is answered, 1 when a line of a file could not be answered, 2 when
     something cannot be used.
     """
-    # A flag that would have no effect is an error.
-    if input_file is None and (flag := _flag_on_command_line(context, _FILE_FLAGS)):
-        raise EvalmodeError(f"{flag} needs --input FILE with the texts; - is stdin")
-    if url is None and model is not None:
-        raise EvalmodeError(
-            "--model names a model of the server at --url; without --url use --bundle"
-        )
-    if url is None and (flag := _flag_on_command_line(context, _SERVER_FLAGS)):
-        raise EvalmodeError(f"{flag} needs --url, the address of the server")
-    if url is not None and bundle is not None:
-        raise EvalmodeError(
-            "--bundle is answered in this process and --url by a server: give one of them"
-        )
-    if url is not None and _flag_on_command_line(context, ("provider",)):
-        raise EvalmodeError("--provider is for --bundle; the server at --url has its own")
-    if input_file is not None and as_json:
-        raise EvalmodeError("--json is for texts; the answers of --input are JSON lines already")
+    _refuse_useless_flags(
+        context,
+        texts=texts,
+        bundle=bundle,
+        input_file=input_file,
+        url=url,
+        model=model,
+        as_json=as_json,
+    )
 
     if input_file is None:
         _predict_texts(
@@ -167,17 +164,14 @@ def predict(
         )
         return
 
-    if texts:
-        raise EvalmodeError(f"give texts as arguments or as --input {input_file}, not both")
-
     from evalmode.client.transfer import Source
 
-    # The server is connected, or the bundle opened, when `_predict_file` enters this context.
-    answerer: AbstractAsyncContextManager[Answerer]
+    # `_predict_file` enters this context: then the bundle is opened, or the connections are.
+    backend: AbstractAsyncContextManager[Backend]
     if url is not None:
         from evalmode.client.remote import connect
 
-        answerer = connect(
+        backend = connect(
             url,
             model=model,
             top_k=top_k,
@@ -190,16 +184,54 @@ def predict(
     else:
         from evalmode.client.local import open_model
 
-        answerer = open_model(
+        backend = open_model(
             bundle or _DEFAULT_BUNDLES, provider=provider, top_k=top_k, truncate=truncate
         )
     _predict_file(
         Source(path=input_file, chunk_lines=chunk_lines),
         output,
-        answerer,
+        backend,
         concurrency=concurrency,
         answer_options={"top_k": top_k, "truncate": truncate},
     )
+
+
+def _refuse_useless_flags(
+    context: typer.Context,
+    *,
+    texts: Sequence[str] | None,
+    bundle: Path | None,
+    input_file: Path | None,
+    url: str | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Raise EvalmodeError for the first flag, or for texts, that would have no effect."""
+    if input_file is None and (flag := _flag_on_command_line(context, _FLAGS_OF_INPUT)):
+        raise EvalmodeError(f"{flag} needs --input FILE with the texts; - is stdin")
+
+    if url is None:
+        if model is not None:
+            raise EvalmodeError(
+                "--model names a model of the server at --url; without --url use --bundle"
+            )
+        if flag := _flag_on_command_line(context, _FLAGS_OF_URL):
+            raise EvalmodeError(f"{flag} needs --url, the address of the server")
+    else:
+        if bundle is not None:
+            raise EvalmodeError(
+                "--bundle is answered in this process and --url by a server: give one of them"
+            )
+        if _flag_on_command_line(context, ["provider"]):
+            raise EvalmodeError("--provider is for --bundle; the server at --url has its own")
+
+    if input_file is not None:
+        if as_json:
+            raise EvalmodeError(
+                "--json is for texts; the answers of --input are JSON lines already"
+            )
+        if texts:
+            raise EvalmodeError(f"give texts as arguments or as --input {input_file}, not both")
 
 
 def _flag_on_command_line(context: typer.Context, names: Sequence[str]) -> str | None:
@@ -249,7 +281,7 @@ def _predict_texts(
 def _predict_file(
     source: Source,
     output: Path | None,
-    answerer: AbstractAsyncContextManager[Answerer],
+    backend: AbstractAsyncContextManager[Backend],
     *,
     concurrency: int,
     answer_options: Mapping[str, object],
@@ -274,9 +306,9 @@ def _predict_file(
         writer = AnswersFile(output, answer_options={**answer_options, "input": identity})
 
     async def transfer() -> None:
-        async with answerer as opened_answerer:
+        async with backend as opened_backend:
             await Transfer(
-                source=source, answerer=opened_answerer, writer=writer, concurrency=concurrency
+                source=source, backend=opened_backend, writer=writer, concurrency=concurrency
             ).run()
 
     with writer:

@@ -43,7 +43,7 @@ def examine_all(
     budget = _Budget(_BUDGET_BYTES)
 
     def work(target: Target) -> Examined:
-        with budget.reserved(target.bytes):
+        with budget.reserved(target.size_bytes):
             return examine(target, options)
 
     with ThreadPoolExecutor(threads) as pool:

@@ -21,8 +21,8 @@ class Target:
     problem: str = ""
 
     @property
-    def bytes(self) -> int:
-        """The size of its ONNX file in bytes; 0 if the file system does not tell it."""
+    def size_bytes(self) -> int:
+        """The size of its ONNX file; 0 if its size cannot be read."""
         file = self.path / MODEL_FILE if self.path.is_dir() else self.path
         try:
             return file.stat().st_size

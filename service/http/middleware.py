@@ -120,7 +120,7 @@ def add_middleware(
         tls=settings.ssl_certfile is not None,
     )
     if tracing is not None:
-        asgi_app = tracing.around(asgi_app, quiet=QUIET_PATHS)
+        asgi_app = tracing.wrap(asgi_app, quiet=QUIET_PATHS)
     # `app.add_middleware` would put it inside of Starlette's ServerErrorMiddleware, whose
     # responses with 500 would then have neither an id nor headers.
     app.middleware_stack = asgi_app

@@ -7,7 +7,7 @@ descriptors. A readable socket leads to these decisions, in order:
 1. Below the limit, a connection is accepted and served.
 2. At the limit, one of several workers first leaves the connection to the others for a moment.
 3. At the limit, `SURPLUS` more connections are accepted. Each gets one health probe answered, and
-   503 for everything else. If there are already so many, the oldest is closed.
+   503 for everything else. If there are already that many, the oldest is closed.
 4. If no file descriptor is free, a spare one is closed for a moment. With it the connection is
    accepted, answered with 503, and closed.
 5. After any other error, nothing is accepted for a moment.
@@ -48,8 +48,8 @@ _ASSUMED_DESCRIPTORS = 64
 _ACCEPTS_PER_TURN = 128
 # The same for several workers on one socket. With more, the first to wake would accept them all.
 _SHARED_ACCEPTS_PER_TURN = 4
-# The same above the limit. A connection begins two turns later. With only a quarter of `SURPLUS` a
-# turn, one of them can always get its 503 before it is closed for a newer one.
+# The same above the limit. A connection begins two turns later. With a quarter of `SURPLUS` per
+# turn, it can get its 503 before newer connections replace it.
 _SURPLUS_ACCEPTS_PER_TURN = 8
 # How long a worker at its limit leaves a connection to the others, which may have room.
 _LEAVE_TO_OTHERS_S = 0.02
@@ -286,7 +286,7 @@ class Acceptor:
             self._connections.update_all_closed()
 
     async def _sends_plain_text(self, connection: socket.socket) -> bool:
-        """Whether the first byte is a letter or a line end, as in HTTP. No TLS handshake begins so.
+        """Whether the first byte is a letter or a line end, as in HTTP but never in TLS.
 
         The byte stays in the socket. After a failed handshake no answer would be possible, because
         asyncio has closed the socket. Raises TimeoutError if no byte arrives in time.

@@ -13,7 +13,7 @@ from evalmode.service.batching.cpu_quota import cgroup_folders, read_or_empty
 REFUSED = 2
 STUCK = 70
 
-# A cgroup of version 1 without a limit says the largest multiple of a page that fits 63 bits.
+# A cgroup of version 1 without a limit reports the largest multiple of a page that fits 63 bits.
 _UNLIMITED_BYTES = 1 << 60
 _MEMORY_V2 = Path("sys/fs/cgroup")
 _MEMORY_V1 = Path("sys/fs/cgroup/memory")

@@ -1,6 +1,6 @@
 """uvicorn's server with a graceful end: it drains, stops listening, and answers what it accepted.
 
-The end goes through the steps of `Step`. Each signal leads to the next step, and time does too:
+The end has the steps of `Step`. A signal, or the end of a step's time, leads to the next one:
 
 1. DRAINING, for `drain_s`: not ready, and every request is answered. Each answer announces that its
    connection closes, so clients and load balancers turn to other servers.
@@ -11,7 +11,7 @@ The end goes through the steps of `Step`. Each signal leads to the next step, an
 
 - `serve`, which would handle the signals of the process;
 - `startup`, which would accept connections through the loop's own server;
-- `main_loop`, which knows one step only;
+- `main_loop`, which has only one step;
 - `shutdown`, which would close connections without lingering.
 
 tests/service/process/test_uvicorn.py lists every private part that is used.
@@ -48,7 +48,7 @@ _TICK_S = 1.0
 _BACKLOG = 2048
 # How long the closing handshake of TLS may take.
 _TLS_CLOSING_S = 1.0
-# The longest wait for connections that were given up to close.
+# The longest wait until connections that were given up have closed.
 _GIVING_UP_S = 1.0
 # The longest wait after that for the application to close its components.
 _CLOSING_S = 8.0
@@ -77,7 +77,7 @@ class GracefulServer(uvicorn.Server):
 
     Attributes:
         accepts_connections: while False, other processes on the same socket accept connections.
-        exit_code: of the process; 0 unless `leave` sets another.
+        exit_code: the exit code of the process; 0 unless `leave` sets another.
     """
 
     server_state: Connections
@@ -104,7 +104,7 @@ class GracefulServer(uvicorn.Server):
         self._step = Step.SERVING
         self._step_changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        # A thread, because an application that blocks the loop may keep the end from coming.
+        # A thread, because no task can end the process while the application blocks the loop.
         self._watchdog = threading.Timer(
             settings.grace_s + _GIVING_UP_S + _CLOSING_S, self._exit_without_closing
         )
@@ -197,10 +197,10 @@ class GracefulServer(uvicorn.Server):
         _log.info("draining", connections=len(self.server_state.connections))
         deadline_s = self._now_s() + self._settings.drain_s
         while self._step is Step.DRAINING:
-            left_s = deadline_s - self._now_s()
-            if left_s <= 0:
+            remaining_s = deadline_s - self._now_s()
+            if remaining_s <= 0:
                 break
-            await self._wait_for_step(min(left_s, _TICK_S))
+            await self._wait_for_step(min(remaining_s, _TICK_S))
             await self.on_tick(0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -235,7 +235,7 @@ class GracefulServer(uvicorn.Server):
                 await asyncio.wait_for(self.server_state.all_closed.wait(), _GIVING_UP_S)
             self.server_state.abort()
 
-        # A process that is of no use any more may be unable to close its application.
+        # `leave` was called. Such a process may be unable to close its application.
         if self.exit_code:
             os._exit(self.exit_code)
         try:
@@ -268,12 +268,12 @@ class GracefulServer(uvicorn.Server):
         """Wait until the condition holds, until the deadline, or until the last step."""
         waiting = asyncio.ensure_future(condition)
         while self._step < Step.LEAVING and not waiting.done():
-            left_s = deadline_s - self._now_s()
-            if left_s <= 0:
+            remaining_s = deadline_s - self._now_s()
+            if remaining_s <= 0:
                 break
             step_changed = asyncio.ensure_future(self._step_changed.wait())
             await asyncio.wait(
-                (waiting, step_changed), timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+                (waiting, step_changed), timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED
             )
             step_changed.cancel()
             self._step_changed.clear()

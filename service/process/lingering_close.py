@@ -159,7 +159,7 @@ class LingeringProtocol(HttpToolsProtocol):
         self.server_state.arriving.discard(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel every timer and leave the state of the server, which would keep this object."""
+        """Cancel every timer, and remove this object from the state of the server."""
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._cancel_timer()
@@ -168,7 +168,7 @@ class LingeringProtocol(HttpToolsProtocol):
         self.server_state.update_all_closed()
 
     def pause_writing(self) -> None:
-        """Give a client that does not read `read_timeout_s`."""
+        """Disconnect the client if it reads nothing for `read_timeout_s`."""
         super().pause_writing()
         self._watch_write_buffer()
 

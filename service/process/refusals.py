@@ -1,7 +1,7 @@
 """What a connection refuses by itself, the sentence of each refusal, and how it is sent.
 
-A connection refuses bytes that are no HTTP request, and clients beyond its limits. Such a refusal
-has the same form as every other error, and the application never sees the request.
+A connection refuses bytes that are not an HTTP request, and clients beyond its limits. Such a
+refusal has the same form as every other error, and the application never sees the request.
 
 `RefusingProtocol` sends refusals. It uses these private parts of uvicorn 0.54: `STATUS_LINE`, and
 `disconnected`, `message_event`, `response_started` and `response_complete` of a request's cycle.
@@ -130,7 +130,7 @@ def body_bytes_of(
     return body_bytes
 
 
-# Everything else that is refused.
+# The other refusals.
 
 
 def head_too_long(max_bytes: int) -> Refusal:

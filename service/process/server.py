@@ -147,7 +147,7 @@ def _open_bundles(settings: Settings) -> Service:
     from evalmode.service.app import create_app
     from evalmode.service.components import open_components
 
-    # Imported modules stay. Without this the garbage collector visits them again and again, and no
+    # Imported modules are never freed. Without the freeze, each full collection visits them, and no
     # request is answered for tens of milliseconds. Models are swapped, so they open after it.
     gc.collect()
     gc.freeze()
@@ -178,8 +178,8 @@ def _process_age_s() -> float | None:
         stat = Path("/proc/self/stat").read_text()
     except OSError:
         return None
-    # Field 22 is the start time, see proc_pid_stat(5). The name in brackets, field 2, may contain
-    # blanks, so fields are counted from behind it.
+    # Field 22 is the start time, see proc_pid_stat(5). Field 2, the name in brackets, may contain
+    # blanks, so the fields are counted after its last bracket.
     start_ticks = int(stat.rpartition(")")[2].split()[19])
     uptime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     return round(uptime_s - start_ticks / os.sysconf("SC_CLK_TCK"), 3)

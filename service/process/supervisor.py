@@ -53,7 +53,7 @@ _LONGEST_LINE_BYTES = 1 << 20
 class _Worker:
     """A worker process, as the supervisor knows it.
 
-    `oom_kills_before` is the count of its cgroup when it started. `refusal` is the sentence of a
+    `oom_kills_before` is the result of `oom_kills` when it started. `refusal` is the sentence of a
     worker that cannot start.
     """
 

@@ -1,4 +1,4 @@
-"""One of several server processes. A supervisor starts it and sends it its settings.
+"""One of several server processes. A supervisor starts it and sends the settings.
 
 Both use one socket, with a line of JSON for each message. The supervisor sends:
 

@@ -1,6 +1,6 @@
 """The Open Inference Protocol v2 over REST, as bytes and tensors.
 
-This folder knows no web framework, no model and no engine. A request takes this way:
+This folder knows no web framework, no model and no engine. A request passes through its modules:
 
     compression.py   the bytes of a body, decompressed in pieces
     fields.py        its JSON object and the fields in it

@@ -17,10 +17,10 @@ from evalmode.service.strict_json import shown
 
 Encoding = Literal["gzip", "deflate"]
 
-# The most that one step of decompression returns, which is what a reader holds beyond its limit.
+# The largest output of one step, which is what a reader holds beyond its limit.
 _OUTPUT_BYTES = 65_536
 
-# The most that one step is fed. zlib copies what it does not use, so a large piece with many small
+# The largest input of one step. zlib copies what it does not use, so a large piece with many small
 # gzip members would be copied as often as it has members.
 _INPUT_BYTES = 16_384
 

@@ -53,7 +53,7 @@ def array_from_values(values: Sequence[object], datatype: str, *, field: str) ->
     >>> array_from_values([1, 2.5], "FP32", field="inputs.0.data")
     array([1. , 2.5], dtype=float32)
     """
-    # The values are judged together, which is many times faster than one by one.
+    # The values are checked together, which is many times faster than one by one.
     array: Array | None = None
     types = set(map(type, values))
     if datatype == BYTES:
@@ -75,7 +75,7 @@ def array_from_values(values: Sequence[object], datatype: str, *, field: str) ->
     if array is not None:
         return array
 
-    # At least one value is wrong. Only now are they judged one by one, to name the first.
+    # At least one value is wrong. The values are checked one by one only now, to name the first.
     for index, value in enumerate(values):
         if not _fits(value, datatype):
             raise BadRequest(

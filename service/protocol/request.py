@@ -60,11 +60,11 @@ class InputTensor:
     """One input tensor of a request.
 
     Attributes:
-        name: as the request calls it.
+        name: the name in the request.
         datatype: one of the protocol's names.
-        shape: of `data`.
+        shape: the shape of `data`.
         data: the elements; those of BYTES are `str` objects from JSON, or `bytes` objects.
-        path: of the tensor in the body, for error messages.
+        path: the path of the tensor in the body, for error messages.
     """
 
     name: str
@@ -79,10 +79,10 @@ class RequestedOutput:
     """One output that a request names.
 
     Attributes:
-        name: as the request calls it.
-        binary: whether it is written as raw bytes behind the JSON.
+        name: the name in the request.
+        binary: whether it is written as raw bytes after the JSON.
         class_count: how many of its best classes replace its values; None for the values.
-        path: of the output in the body, for error messages.
+        path: the path of the output in the body, for error messages.
     """
 
     name: str
@@ -99,7 +99,7 @@ class InferRequest:
         id: returned with the response; None if the request has none.
         inputs: at least one.
         outputs: in the order of the response; empty for all outputs of the model.
-        binary_output: how outputs are written that do not say it themselves.
+        binary_output: whether outputs without a `binary_data` parameter are written as raw bytes.
         truncate: whether a text that is too long is cut; otherwise it is refused.
         timeout_s: the time for the answer; None for the server's limit.
     """

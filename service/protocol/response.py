@@ -1,4 +1,4 @@
-"""An inference response: named tensors as JSON, or as JSON with raw bytes of tensors behind it."""
+"""An inference response: named tensors as JSON, or as JSON followed by raw bytes of tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evalmode.service.strict_json import shown
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OutputTensor:
-    """One output; it is written as raw bytes where it is `binary`, otherwise as JSON values.
+    """One output, which is written as raw bytes if it is `binary`, and else as JSON values.
 
     The elements of `data` are numbers, bools, or `str` and `bytes` objects for BYTES.
     """
@@ -30,7 +30,7 @@ class OutputTensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedResponse:
-    """The body of a response; its first `json_length` bytes are JSON, all of it if that is None."""
+    """The body of a response. Its first `json_length` bytes are JSON; None means all of it."""
 
     body: bytes
     json_length: int | None

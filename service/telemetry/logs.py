@@ -27,14 +27,14 @@ _log = structlog.get_logger("evalmode.service")
 
 # How long a line waits for its reader. Then it is lost, and so are later ones until there is room.
 _PATIENCE_MS = 250
-# As UTF-8 at most 4,096 bytes. A pipe that is ready for writing takes so many without blocking.
+# As UTF-8 at most 4,096 bytes. A pipe that is ready for writing takes that many without blocking.
 _PIECE_CHARACTERS = 1_024
 
 
 def configure_logs(form: Literal["auto", "json", "console"]) -> None:
     """Send structlog's events, and the warnings of all libraries that use `logging`, to stderr.
 
-    `form` is that of the lines; "auto" is "console" on a terminal and else "json". Whatever is
+    `form` is the form of the lines; "auto" is "console" on a terminal and else "json". Whatever is
     logged while a request is answered carries its `request_id`.
     """
     if sys.stderr is None:

@@ -1,5 +1,4 @@
-"""The requests of each model version and their durations, as the statistics extension of the Open
-Inference Protocol has them.
+"""Counts and durations of each model version, for the protocol's statistics extension.
 
 The engine reports batches and waits, and the routes report the end of each request. Both may do so
 from any thread.
@@ -53,7 +52,7 @@ class _Figures:
     by_rows: dict[int, _Duration] = field(default_factory=dict)
 
     def as_json(self, name: str, version: str) -> dict[str, Any]:
-        # The protocol demands these keys: answers are not cached, and single batches not divided.
+        # The protocol demands the keys that are 0: no answer is cached, and a batch is timed whole.
         zero = _Duration().as_json()
         return {
             "name": name,

@@ -1,4 +1,4 @@
-"""Where the time of one request went: its log line and its span have this beside its duration."""
+"""Where the time of one request went, for its log line and its span."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEY = "timings"
 class Timings:
     """The model of a request, its rows, and the seconds of its steps.
 
-    A step has None until it is done. A stream of lines repeats the steps, and its seconds are sums.
+    A step is None until it is done. A stream of lines repeats the steps, and its seconds are sums.
     Its steps overlap, so together they may be longer than the request.
 
     Attributes:
@@ -77,7 +77,7 @@ class Timings:
         self.run_s = (self.run_s or 0.0) + run_s
 
     def written(self, *, since: float) -> None:
-        """The answers were written to a body, or to a part of one; that began at `since`."""
+        """The answers were written to a body, or to a part of one. Writing began at `since`."""
         self.write_s = (self.write_s or 0.0) + time.monotonic() - since
 
     def fields(self) -> dict[str, str | int | float]:

@@ -1,6 +1,6 @@
 """OpenTelemetry traces: a span for each request, and in it one for its wait and one for its run.
 
-OpenTelemetry is imported only if an endpoint is set. Only then it must be installed.
+OpenTelemetry is imported only if an endpoint is set. It must be installed only then.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def open_tracing(settings: Settings) -> Tracing | None:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        # `around` imports it again. Here a missing package is reported at the start.
+        # `wrap` imports it again. Here a missing package is reported at the start.
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: F401
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -68,8 +68,9 @@ def open_tracing(settings: Settings) -> Tracing | None:
 
 
 class Tracing(Observer):
-    """Makes spans and sends them. It is also an observer of the engine, for the rows of
-    `following`.
+    """Makes spans and sends them to the collector.
+
+    As an observer of the engine it makes spans for the rows registered with `following`.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -81,7 +82,7 @@ class Tracing(Observer):
         # The trace context of each row in `following`, by the row's id.
         self._parents: dict[int, Context] = {}
 
-    def around(self, app: ASGIApp, *, quiet: Collection[str] = ()) -> ASGIApp:
+    def wrap(self, app: ASGIApp, *, quiet: Collection[str] = ()) -> ASGIApp:
         """`app` with a server span around each request, except for the paths in `quiet`."""
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
         from opentelemetry.metrics import NoOpMeterProvider

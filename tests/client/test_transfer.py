@@ -43,9 +43,7 @@ def test_when_several_chunks_fail_only_the_first_is_reported(
             lambda loop, context: complaints.append(context)
         )
         with pytest.raises(EvalmodeError, match="refused 0"):
-            await Transfer(
-                source=source, answerer=Refusing(4), writer=Stdout(), concurrency=4
-            ).run()
+            await Transfer(source=source, backend=Refusing(4), writer=Stdout(), concurrency=4).run()
         gc.collect()
 
     asyncio.run(transfer())

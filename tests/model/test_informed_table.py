@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evalmode.model.batches import UNLABELLED, Rows
-from evalmode.model.informed_table import SMOOTHING, informed_table, label_evidence
+from evalmode.model.informed_table import SMOOTHING, label_evidence, label_evidence_table
 
 # Id 1 occurs with label 0 only, id 2 with both, id 3 in a row without a label, id 4 nowhere.
 ROWS = Rows(
@@ -38,7 +38,7 @@ def test_the_evidence_for_a_label_does_not_grow_with_the_length_of_its_texts():
 def test_the_table_is_a_rotation_of_the_scaled_evidence(width):
     evidence = label_evidence(ROWS, vocabulary=5, labels=2)
     table = (
-        informed_table(ROWS, vocabulary=5, labels=2, width=width, scale=0.5, seed=0)
+        label_evidence_table(ROWS, vocabulary=5, labels=2, width=width, scale=0.5, seed=0)
         .double()
         .numpy()
     )
@@ -48,7 +48,7 @@ def test_the_table_is_a_rotation_of_the_scaled_evidence(width):
 
 def test_evidence_for_more_labels_than_the_width_is_projected():
     rows = Rows(flat=np.arange(1, 41, dtype=np.int32), offsets=np.arange(41), labels=np.arange(40))
-    table = informed_table(rows, vocabulary=41, labels=40, width=8, scale=0.1, seed=0)
+    table = label_evidence_table(rows, vocabulary=41, labels=40, width=8, scale=0.1, seed=0)
     assert table.shape == (41, 8)
     assert torch.isfinite(table).all()
     assert table[1:].abs().sum(1).min() > 0
@@ -56,7 +56,7 @@ def test_evidence_for_more_labels_than_the_width_is_projected():
 
 def test_the_rotation_depends_on_the_seed():
     table, same_seed, other_seed = (
-        informed_table(ROWS, vocabulary=5, labels=2, width=4, scale=0.1, seed=seed)
+        label_evidence_table(ROWS, vocabulary=5, labels=2, width=4, scale=0.1, seed=seed)
         for seed in (0, 0, 1)
     )
     assert torch.equal(table, same_seed)

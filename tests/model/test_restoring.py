@@ -14,8 +14,8 @@ import torch
 
 from evalmode.model.learner import Learner
 from evalmode.model.resume import (
-    FOLDER,
     STATE_FILE,
+    STATE_FOLDER,
     AtomicCheckpointIO,
     RunMismatch,
     StateUnusable,
@@ -47,7 +47,7 @@ def killed(
 
 def write_state(out: Path, state: object) -> Path:
     """Write `state` as the state of the run in `out`, with the right sha256; return its file."""
-    path = out / FOLDER / STATE_FILE
+    path = out / STATE_FOLDER / STATE_FILE
     AtomicCheckpointIO().save_checkpoint(state, path)  # type: ignore[arg-type]
     return path
 
@@ -116,7 +116,7 @@ def test_a_file_that_is_no_state_is_refused_before_any_work(data, out, state):
 def test_a_state_with_a_foreign_part_is_refused_or_gives_the_right_weights(
     data, killed, tmp_path, finished
 ):
-    original, refusals = read_state(killed / FOLDER / STATE_FILE), 0
+    original, refusals = read_state(killed / STATE_FOLDER / STATE_FILE), 0
     draw = random.Random(0)
     # All entries of the first two levels, and some of the deeper ones.
     chosen = list(paths(original, depth=2))
@@ -173,13 +173,13 @@ STEPS = ("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress"
 def test_a_state_that_does_not_fit_is_refused_with_the_part_that_differs(
     data, out, path, value, reason
 ):
-    file = write_state(out, changed(read_state(out / FOLDER / STATE_FILE), path, value))
-    before = contents(out / FOLDER)
+    file = write_state(out, changed(read_state(out / STATE_FOLDER / STATE_FILE), path, value))
+    before = contents(out / STATE_FOLDER)
     with pytest.raises((StateUnusable, RunMismatch)) as refusal:
         train(data, out, resume=True)
     assert str(file) in str(refusal.value)
     assert reason in str(refusal.value)
-    assert contents(out / FOLDER) == before
+    assert contents(out / STATE_FOLDER) == before
 
 
 def test_a_training_that_is_killed_many_times_resumes_from_each_of_its_states(
@@ -208,8 +208,8 @@ def test_max_minutes_may_differ_between_two_calls(data, tmp_path, monkeypatch, f
 
 
 def test_an_error_of_lightning_while_it_restores_is_one_sentence(data, out, monkeypatch):
-    """A difference that `require_fit` does not compare must not reach the user as a traceback."""
-    path = out / FOLDER / STATE_FILE
+    """Not a traceback, although `require_matching_state` did not see the difference."""
+    path = out / STATE_FOLDER / STATE_FILE
     state = read_state(path)
     # The same keys, shapes and types, but a meta tensor has no data to copy.
     bias = torch.ones(2, device="meta")

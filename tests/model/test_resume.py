@@ -15,9 +15,9 @@ import torch
 from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint
 from evalmode.model.resume import (
-    FOLDER,
     RUN_FILE,
     STATE_FILE,
+    STATE_FOLDER,
     AtomicCheckpointIO,
     RunMismatch,
     StateNotWritten,
@@ -85,11 +85,11 @@ def replace_by_folder(path: Path) -> None:
     ],
 )
 def test_a_broken_state_is_refused_before_any_work(data, out, damage):
-    damage(out / FOLDER / STATE_FILE)
+    damage(out / STATE_FOLDER / STATE_FILE)
     # The data does not exist: the state must be refused before the data is read.
     with pytest.raises(StateUnusable) as refusal:
         train(data.with_name("absent.csv"), out, resume=True)
-    assert str(out / FOLDER / STATE_FILE) in str(refusal.value)
+    assert str(out / STATE_FOLDER / STATE_FILE) in str(refusal.value)
     assert "start over with --overwrite, or choose another --out" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert train(data, out, overwrite=True).epochs == 2
@@ -97,7 +97,7 @@ def test_a_broken_state_is_refused_before_any_work(data, out, damage):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", None])
 def test_a_broken_record_of_the_run_is_refused(data, out, content):
-    run = out / FOLDER / RUN_FILE
+    run = out / STATE_FOLDER / RUN_FILE
     if content is None:
         run.unlink()
     else:
@@ -107,19 +107,19 @@ def test_a_broken_record_of_the_run_is_refused(data, out, content):
 
 
 def test_a_loaded_state_is_saved_as_the_same_bytes(out, tmp_path):
-    state = AtomicCheckpointIO().load_checkpoint(out / FOLDER / STATE_FILE)
+    state = AtomicCheckpointIO().load_checkpoint(out / STATE_FOLDER / STATE_FILE)
     AtomicCheckpointIO().save_checkpoint(state, tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == (out / FOLDER / STATE_FILE).read_bytes()
+    assert (tmp_path / "copy").read_bytes() == (out / STATE_FOLDER / STATE_FILE).read_bytes()
 
 
 def test_a_state_that_does_not_fit_on_the_disk_leaves_the_previous_one(data, out):
-    before = contents(out / FOLDER)
+    before = contents(out / STATE_FOLDER)
     with full_disk_after(20_000), pytest.raises(StateNotWritten) as refusal:
         train(data, out, resume=True)
-    assert str(out / FOLDER / STATE_FILE) in str(refusal.value)
+    assert str(out / STATE_FOLDER / STATE_FILE) in str(refusal.value)
     assert "File too large" in str(refusal.value)
     assert "free disk space or make it writable, then continue with --resume" in str(refusal.value)
-    assert contents(out / FOLDER) == before
+    assert contents(out / STATE_FOLDER) == before
     assert train(data, out, resume=True).epochs == 2
 
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_can_be_written_later(data, o
         patch.setattr(checkpoint, "save", on_full_disk)
         with pytest.raises(EvalmodeError, match=r"model\.safetensors.* continue with --resume"):
             train(data, out, resume=True)
-    assert {path.name for path in out.iterdir()} == {FOLDER}
+    assert {path.name for path in out.iterdir()} == {STATE_FOLDER}
     steps = watch_steps(monkeypatch)
     assert train(data, out, resume=True).epochs == 2
     assert steps == []
@@ -166,7 +166,7 @@ def test_a_finished_training_stays_until_the_new_one_is_finished(data, tmp_path,
         watch_steps(patch, die_at=7)
         with pytest.raises(Killed):
             train(data, tmp_path / "run", seed=1, overwrite=True)
-    assert (tmp_path / "run" / FOLDER / STATE_FILE).exists()
+    assert (tmp_path / "run" / STATE_FOLDER / STATE_FILE).exists()
     for name, value in before.items():
         assert (tmp_path / "run" / name).read_bytes() == value
     resumed = train(data, tmp_path / "run", seed=1, resume=True)
@@ -207,13 +207,13 @@ def test_an_out_that_cannot_be_a_folder_is_refused_and_nothing_is_created(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint.json", "model.safetensors", "held_out.npz", "tokenizer.json", FOLDER]
+    "name", ["checkpoint.json", "model.safetensors", "held_out.npz", "tokenizer.json", STATE_FOLDER]
 )
 def test_a_folder_in_place_of_a_file_or_the_reverse_is_refused_before_any_work(
     data, tmp_path, name
 ):
     path = tmp_path / name
-    path.touch() if name == FOLDER else path.mkdir()
+    path.touch() if name == STATE_FOLDER else path.mkdir()
     for options in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(EvalmodeError, match=rf"{name} is .*: choose another --out$") as refusal:
             train(data.with_name("absent.csv"), tmp_path, **options)
@@ -225,7 +225,7 @@ def test_a_link_in_place_of_the_state_folder_is_not_followed(data, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine").touch()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / FOLDER).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / STATE_FOLDER).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(EvalmodeError, match=r"no training can be written to .*choose another"):
         train(data, tmp_path / "run")
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["mine"]
@@ -264,7 +264,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path):
 
 
 def test_the_record_of_a_run_contains_no_path(out):
-    record = json.loads((out / FOLDER / RUN_FILE).read_text())
+    record = json.loads((out / STATE_FOLDER / RUN_FILE).read_text())
     assert record["data"] == "rows.csv"
     assert not {"separator", "max_minutes"} & record.keys()
 

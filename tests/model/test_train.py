@@ -27,7 +27,7 @@ from evalmode.model.data_set import DataSet
 from evalmode.model.languages import letterless
 from evalmode.model.learner import Learner
 from evalmode.model.metrics import predict
-from evalmode.model.resume import FOLDER, STATE_FILE, AtomicCheckpointIO, RunMismatch
+from evalmode.model.resume import STATE_FILE, STATE_FOLDER, AtomicCheckpointIO, RunMismatch
 from evalmode.model.train import Result, fit, prepare
 from tests.model.conftest import (
     WORDS,
@@ -141,8 +141,8 @@ def test_after_a_kill_9_a_resumed_run_ends_with_the_same_bytes(
         cwd=ROOT,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
-    assert (out / FOLDER / STATE_FILE).exists()
-    assert not (out / checkpoint.RECORD_FILE).exists()
+    assert (out / STATE_FOLDER / STATE_FILE).exists()
+    assert not (out / checkpoint.CHECKPOINT_FILE).exists()
     steps = watch_steps(monkeypatch)
     train(data, out, resume=True)
     assert steps == list(range(15, 2 * STEPS_AN_EPOCH))
@@ -397,7 +397,7 @@ def test_a_training_that_diverges_is_one_sentence_and_leaves_no_state(data, tmp_
         match=r"the validation loss is not finite after epoch 1: lower --learning-rate",
     ):
         train(data, tmp_path / "out", learning_rate=1e30)
-    assert not (tmp_path / "out" / FOLDER).exists()
+    assert not (tmp_path / "out" / STATE_FOLDER).exists()
 
 
 def test_a_strategy_that_lightning_does_not_know_is_one_sentence(data, tmp_path):

@@ -92,7 +92,7 @@ class CountingTracing:
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def around(self, app, *, quiet):
+    def wrap(self, app, *, quiet):
         return app
 
     @contextmanager

@@ -91,7 +91,8 @@ def test_a_pipe_and_an_absent_path_are_unreadable(folder: Path) -> None:
 
 def test_the_size_of_a_target_is_the_size_of_its_model(folder: Path) -> None:
     sizes = {
-        target.path.as_posix(): target.bytes for target in find_targets([Path(), Path("absent")])
+        target.path.as_posix(): target.size_bytes
+        for target in find_targets([Path(), Path("absent")])
     }
     assert sizes["b.onnx"] == len("b.onnx")
     assert sizes["bundles/x/1"] == len("bundles/x/1/model.onnx")

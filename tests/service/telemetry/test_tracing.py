@@ -330,7 +330,7 @@ def test_log_lines_of_a_request_have_its_trace_id(collector):
         await send({"type": "http.response.body"})
 
     middleware = RequestMiddleware(looks, metrics=Metrics(), log=Log())  # type: ignore[arg-type]
-    ask(tracing.around(middleware), "/x", traceparent=f"00-{TRACE}-{PARENT}-01")
+    ask(tracing.wrap(middleware), "/x", traceparent=f"00-{TRACE}-{PARENT}-01")
     tracing.close()
     assert bound[0]["trace_id"] == TRACE
 
