@@ -15,9 +15,9 @@ from tests.service.bundles import SPEC, TEXTS, make_bundle, onnx_model, tensor_b
 
 
 def integer_model() -> bytes:
-    """y = floor(x @ w / 4 + 1/2) for x (B, 64) of integers: every number is exact.
+    """y = floor(x @ w / 4) + 1/2 for x (B, 64) of integers: every number is exact.
 
-    Without the 1/2 a sum of 0 would be -0.0 in the rounding mode "down".
+    An output of 0 would be -0.0 in the rounding mode "down", hence the 1/2.
     """
     weights = np.random.default_rng(3).integers(-9, 9, (64, 8)).astype(np.float32)
     node = helper.make_node
@@ -25,8 +25,8 @@ def integer_model() -> bytes:
         [
             node("MatMul", ["x", "w"], ["product"]),
             node("Mul", ["product", "quarter"], ["quotient"]),
-            node("Add", ["quotient", "half"], ["sum"]),
-            node("Floor", ["sum"], ["y"]),
+            node("Floor", ["quotient"], ["floor"]),
+            node("Add", ["floor", "half"], ["y"]),
         ],
         inputs=[helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
         outputs=[helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])],
