@@ -84,30 +84,30 @@ def audit(
         findings = list(_sample_findings(samples, search))
 
         # 2. Each site alone. Bonferroni: all tests of all sites and calls together keep to alpha.
-        call_count = sum(len(candidate.calls) for candidate in search.sites)
+        call_count = sum(len(possible_site.calls) for possible_site in search.sites)
         level = alpha / (_TESTS_PER_SITE * max(call_count, 1))
         norms = batchnorm.batch_norms(search.network.parts)
         sites: list[SiteReport] = []
-        candidates = search.sites if search.samples_in_training else ()
-        for index, candidate in enumerate(candidates):
-            progress(candidate.path or "(root)")
+        possible_sites = search.sites if search.samples_in_training else ()
+        for index, possible_site in enumerate(possible_sites):
+            progress(possible_site.path or "(root)")
             # A seed per site: its verdict does not depend on how much the sites before it drew.
             seed_everything(seed * 1_000_003 + index + 1)
-            sites += judge(search.network, candidate, search.sites, alpha=level, draws=draws)
-            if norms and candidate.training_draws:
-                part = search.network.parts[candidate.path]
+            sites += judge(search.network, possible_site, search.sites, alpha=level, draws=draws)
+            if norms and possible_site.training_draws:
+                part = search.network.parts[possible_site.path]
                 sample = samples[search.samples_in_training[0]]
                 shift = batchnorm.variance_shift(search.network, part, norms, sample)
                 if shift is not None:
                     warning = Finding(
                         severity=Severity.WARNING,
-                        node=candidate.path or "(root)",
-                        op=candidate.type,
+                        node=possible_site.path or "(root)",
+                        op=possible_site.type,
                         why=shift.sentence,
                         fix=batchnorm.FIX,
                     )
                     findings.append(warning)
-            findings += _uncaptured_call_findings(candidate)
+            findings += _uncaptured_call_findings(possible_site)
 
         # 3. The code around the sites.
         if call_count:
@@ -143,26 +143,27 @@ def _sample_findings(samples: Sequence[Mapping[str, Tensor]], search: Search) ->
         )
 
 
-def _uncaptured_call_findings(candidate: PossibleSite) -> Iterator[Finding]:
+def _uncaptured_call_findings(possible_site: PossibleSite) -> Iterator[Finding]:
     """Calls that were not judged.
 
     Unproven where their arguments are unlike those of all that were. A warning where only the
     numbers in the module differ, as those of a counter do.
     """
-    unlike_arguments = "whose arguments are unlike those of the"
-    unlike_state = "before which it held other numbers than before the"
+    new_arguments = "whose arguments are unlike those of the"
+    new_state = "before which it held other numbers than before the"
+    captured_count = len(possible_site.calls)
     for severity, count, difference in (
-        (Severity.UNPROVEN, candidate.unlike_arguments, unlike_arguments),
-        (Severity.WARNING, candidate.unlike_state, unlike_state),
+        (Severity.UNPROVEN, possible_site.uncaptured_new_arguments, new_arguments),
+        (Severity.WARNING, possible_site.uncaptured_new_state, new_state),
     ):
         if count:
             yield Finding(
                 severity=severity,
-                node=candidate.path or "(root)",
-                op=candidate.type,
+                node=possible_site.path or "(root)",
+                op=possible_site.type,
                 why=(
-                    f"{count} of its {candidate.call_count} calls were not looked at, {difference}"
-                    f" {len(candidate.calls)} that were"
+                    f"{count} of its {possible_site.call_count} calls were not looked at,"
+                    f" {difference} {captured_count} that were"
                 ),
                 fix="audit it in a module that calls it less often",
             )
@@ -184,7 +185,7 @@ def _judge_surrounding_code(
     reports, findings = list(sites), []
     differences = find_differences(
         network.copy(parameters=True),
-        {candidate.path for candidate in search.sites},
+        {possible_site.path for possible_site in search.sites},
         search.training_flags,
         [samples[i] for i in search.samples_in_training if i in search.samples_in_eval],
         seed=seed,
@@ -240,7 +241,7 @@ def _undone_gap_index(
     difference: Difference,
     gap: float,
     sites: Sequence[SiteReport],
-    candidates: Sequence[PossibleSite],
+    possible_sites: Sequence[PossibleSite],
 ) -> int | None:
     """The index of the site whose gap the factor of `difference` undoes; None if it undoes none.
 
@@ -248,7 +249,7 @@ def _undone_gap_index(
     factor. Otherwise some of its calls would stay unscaled.
     """
     indices = [index for index, site in enumerate(sites) if site.path == difference.site]
-    call_counts = [c.call_count for c in candidates if c.path == difference.site]
+    call_counts = [c.call_count for c in possible_sites if c.path == difference.site]
     if len(indices) != 1 or call_counts != [difference.call_count] or not gap:
         return None
     site = sites[indices[0]]

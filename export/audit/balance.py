@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,16 +26,30 @@ _NUDGE = 1e-3
 # forward, so more groups are searched from the usual constants alone.
 _MOST_COMBINED = 4
 
-SCALE_HIDDEN = "what follows inside the module takes any scale out again"
+SCALE_HIDDEN = "a later layer of the module, such as a normalisation, cancels every scale"
 
 Constants = Mapping[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseGroup:
+    """Applications of noise that share one constant.
+
+    `indices` are the indices of the applications in the order of the forward. `additive` says that
+    the noise is added to the data, not multiplied. `largest` is the largest value of the noise,
+    which for a mask is the value that it keeps.
+    """
+
+    indices: Sequence[int]
+    additive: bool
+    largest: float
 
 
 class Balance:
     """Compares forwards under constants with the eval forward, and searches the constants.
 
     balance = Balance(forward, eval_outputs)
-    constants = balance.find(groups, additive, largest, p)
+    constants = balance.find(groups, p=p)
     """
 
     def __init__(
@@ -58,34 +73,28 @@ class Balance:
         doubles = [tensor.to(torch.float64) for tensor in outputs]
         return self._distance(doubles, self._expected) <= self._tolerance
 
-    def find(
-        self,
-        groups: Sequence[Sequence[int]],
-        additive: Sequence[bool],
-        largest: Sequence[float],
-        p: float | None,
-    ) -> list[float] | Unclear:
+    def find(self, noise_groups: Sequence[NoiseGroup], *, p: float | None) -> list[float] | Unclear:
         """One constant for each group. Unclear where none make the forwards equal, or where all do.
 
-        `additive` says for each group whether the noise is added, and `largest` is its largest
-        value. The candidates are, in this order:
+        `p` is the declared drop rate. The candidates are, in this order:
 
         1. the usual constants, as after inverted dropout: 1, or 0 for additive noise;
-        2. the constants that the declared rate `p` would need;
+        2. the constants that the rate `p` would need;
         3. for each group in turn, and then for all groups together: what a secant search finds.
         """
         if not self._expected:
             return Unclear(("its output holds no floating point tensor",))
-        usual = [0.0 if is_added else 1.0 for is_added in additive]
+        groups = [group.indices for group in noise_groups]
+        usual = [0.0 if group.additive else 1.0 for group in noise_groups]
         candidates = [usual]
         if p is not None and len(usual) <= _MOST_COMBINED:
             choices = []
-            for constant, value in zip(usual, largest, strict=True):
-                if constant == 0:
-                    choices.append([constant])  # additive noise has mean 0 at any rate
+            for group in noise_groups:
+                if group.additive:
+                    choices.append([0.0])  # additive noise has mean 0 at any rate
                 else:
                     # The means of a mask with this value whose drop rate is p, or whose keep rate.
-                    choices.append([constant, value * (1 - p), value * p])
+                    choices.append([1.0, group.largest * (1 - p), group.largest * p])
             candidates = [list(constants) for constants in itertools.product(*choices)]
 
         distance, best = float("inf"), usual
@@ -104,7 +113,7 @@ class Balance:
             solution = self._search(groups, usual, free)
             if solution is not None:
                 return solution
-        return Unclear(("training and eval differ by more than the factor of the dropped values",))
+        return Unclear(("no single factor makes training equal eval",))
 
     def find_together(self, indices: Sequence[int]) -> list[float] | None:
         """One constant for each application, by Gauss-Newton steps from 1; None where they do not
@@ -170,7 +179,7 @@ class Balance:
     def _is_visible(self, groups: Sequence[Sequence[int]], constants: list[float]) -> bool:
         """Whether other constants would change the outputs.
 
-        A normalisation right after the dropout takes any scale out, and proves nothing.
+        A normalisation right after the dropout cancels every scale: equal outputs prove nothing.
         """
         outputs = self._outputs(groups, constants)
         for group in range(len(groups)):

@@ -30,7 +30,11 @@ _STANDARD_ERRORS = 4.0
 
 @dataclass(frozen=True)
 class VarianceShift:
-    """`ratio` is the variance of the input of `path`, a batch normalisation: training over eval."""
+    """A shift of the variance that a batch normalisation sees.
+
+    `ratio`: variance in training divided by variance in eval, at the input of the batch
+    normalisation `path`.
+    """
 
     path: str
     ratio: float

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from evalmode.export.audit import statistics
 from evalmode.export.audit.augmentation import masks_spans
-from evalmode.export.audit.balance import Balance
+from evalmode.export.audit.balance import Balance, NoiseGroup
 from evalmode.export.audit.isolated_site import IsolatedSite, rounding_step
 from evalmode.export.audit.noise_tape import Application, NoiseTape, Reading
 from evalmode.export.audit.site import Effect, Interval, Kind, SiteReport, Unclear
 from evalmode.export.audit.tensor_roles import Roles
 
-# Forwards that find the random tensors and the applications. A small drop rate may keep all or
+# Readings that find the random tensors and the applications. A small drop rate may keep all or
 # drop all in some of them, so more follow while a mask has kept nothing at all.
-_PROBES = 4
-_MOST_PROBES = 64
-# A call is judged in full if a mask like its first one has a smaller probability than this. Smaller
-# values would miss more differences; larger ones would cost more tests.
+_READINGS = 4
+_MOST_READINGS = 64
+# A call matches no fingerprint if a mask like its first one has a smaller probability than this.
+# Smaller values would miss more differences; larger ones would cost more tests.
 _UNLIKELY = 1e-4
 # What a tape, or the user's code on a tape, raises where it cannot be watched.
 TAPE_ERRORS = (RuntimeError, NotImplementedError, TypeError)
@@ -37,7 +37,7 @@ _PATH_VARIES = "its forward takes another path from call to call"
 
 
 class PathChanged(Exception):  # noqa: N818 - read as a sentence: "raise PathChanged"
-    """A forward applies its noise to the data in other places than the probes did."""
+    """A forward applies its noise to the data in other places than the first readings."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def run_on_tape(
 
 
 @dataclass(frozen=True)
-class Probe:
+class TapeReadings:
     """A few readings, all with the same applications, and the foreign tensors that are random.
 
     `foreign_noise` holds their indices, as `Roles` needs them.
@@ -79,14 +79,14 @@ class Probe:
     readings: list[Reading]
 
 
-def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
+def read_tapes(site: IsolatedSite, *, training: bool = True) -> TapeReadings | Unclear:
     """Run a site a few times on a tape. Unclear where the tape cannot follow the forwards."""
 
     def read(foreign_noise: frozenset[int]) -> Reading:
         return run_on_tape(site, foreign_noise, training=training).reading
 
     try:
-        readings = [read(frozenset()) for _ in range(_PROBES)]
+        readings = [read(frozenset()) for _ in range(_READINGS)]
         foreign = [reading.foreign for reading in readings]
         if not _have_same_shapes(foreign):
             return Unclear((_PATH_VARIES,))
@@ -99,8 +99,8 @@ def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
                 random_indices.add(index)
         foreign_noise = frozenset(random_indices)
         if foreign_noise:
-            readings = [read(foreign_noise) for _ in range(_PROBES)]
-        while len(readings) < _MOST_PROBES and not _has_each_kept_something(readings):
+            readings = [read(foreign_noise) for _ in range(_READINGS)]
+        while len(readings) < _MOST_READINGS and not _has_each_kept_something(readings):
             readings.append(read(foreign_noise))
     except TAPE_ERRORS as error:
         return Unclear((f"its forward cannot be watched: {error}",))
@@ -109,7 +109,7 @@ def probe(site: IsolatedSite, *, training: bool = True) -> Probe | Unclear:
         return Unclear(tuple(readings[0].obstacles))
     if not _have_same_shapes([[a.noise for a in reading.applications] for reading in readings]):
         return Unclear((_PATH_VARIES,))
-    return Probe(foreign_noise, readings)
+    return TapeReadings(foreign_noise, readings)
 
 
 def _have_same_shapes(forwards: Sequence[Sequence[Tensor]]) -> bool:
@@ -160,10 +160,10 @@ class TapeObserver:
         `p` is the declared drop rate. `augmented` says that the module augments its data, so that
         a mask of whole steps or features is meant.
         """
-        probed = probe(site)
-        if isinstance(probed, Unclear):
-            return probed
-        readings = probed.readings
+        tapes = read_tapes(site)
+        if isinstance(tapes, Unclear):
+            return tapes
+        readings = tapes.readings
         groups = _group_applications(readings)
         if isinstance(groups, Unclear):
             return groups
@@ -172,24 +172,28 @@ class TapeObserver:
 
         # One constant per group makes the training forward equal eval's.
         balance = Balance(
-            lambda constants: run_on_tape(site, probed.foreign_noise, constants).outputs,
+            lambda constants: run_on_tape(site, tapes.foreign_noise, constants).outputs,
             site.run(training=False),
         )
         applications = readings[0].applications
-        first, additive, largest = [], [], []
+        noise_groups = []
         for group in groups:
             # The applications of a group have one form, and one largest value in each reading.
             index = group[0]
-            first.append(applications[index])
-            additive.append(applications[index].additive)
-            largest.append(max(_largest(reading.applications[index]) for reading in readings))
-        constants = balance.find(groups, additive, largest, p)
+            noise_group = NoiseGroup(
+                indices=group,
+                additive=applications[index].additive,
+                largest=max(_largest(reading.applications[index]) for reading in readings),
+            )
+            noise_groups.append(noise_group)
+        constants = balance.find(noise_groups, p=p)
         if isinstance(constants, Unclear):
             return constants
 
         rounding = rounding_step([*site.run(training=False), *site.call.tensors()])
         effects = []
-        for application, constant in zip(first, constants, strict=True):
+        for group, constant in zip(groups, constants, strict=True):
+            application = applications[group[0]]
             effects.append(_effect_of(application, constant, rounding, augmented=augmented))
         draws: list[int] = []
         for application in applications:
@@ -197,7 +201,7 @@ class TapeObserver:
                 draws += application.draws
         return cls(
             site,
-            probed.foreign_noise,
+            tapes.foreign_noise,
             groups,
             tuple(effects),
             application_count=len(applications),
@@ -216,14 +220,14 @@ class TapeObserver:
         constants = self._balances()
         return run_on_tape(self._site, self._foreign_noise, constants, watched=watched).outputs
 
-    def judged_call(self, reports: Sequence[SiteReport]) -> JudgedCall | None:
-        """What recognises calls that behave like this one; `reports` are the verdicts on it.
+    def fingerprint(self, reports: Sequence[SiteReport]) -> Fingerprint | None:
+        """The fingerprint of the observed call; `reports` are those on it.
 
         None for augmentation, which has no keep interval to compare with.
         """
         if any(effect.pattern is not None for effect in self.effects):
             return None
-        return JudgedCall(
+        return Fingerprint(
             foreign_noise=self._foreign_noise,
             reading=run_on_tape(self._site, self._foreign_noise).reading,
             groups=self._groups,
@@ -241,10 +245,10 @@ class TapeObserver:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedCall:
-    """What a judged call showed, so that calls that behave like it need three forwards and no test.
+class Fingerprint:
+    """What a judged call showed. A later call that matches it needs three forwards and no test.
 
-    Not recognised: a rate that depends on the sizes or values of tensors so little that a single
+    A match misses a rate that depends on the sizes or values of tensors so little that a single
     mask cannot show it.
     """
 

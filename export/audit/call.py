@@ -78,7 +78,7 @@ class Call:
         if not any(tensor.numel() for tensor in floats):
             return "empty"
         if not any(bool(tensor.isfinite().any()) for tensor in floats):
-            return "finite nowhere"
+            return "without a finite value"
         if all(bool(tensor.isfinite().all()) for tensor in floats):
             return ZERO
         return "zero where it is finite"

@@ -31,8 +31,8 @@ Sample = Mapping[str, Tensor]
 # The calls of one site that are captured to be judged. Each costs hundreds of forwards of the site.
 MOST_CALLS = 8
 
-# Forwards beside the one per sample, while a layer that is skipped at random was never reached. At
-# LayerDrop's usual rates (0.05 to 0.5) a layer is skipped 17 times in a row less than once in 10^5.
+# The most extra forwards to reach a layer that is skipped at random. At LayerDrop's usual rates
+# (0.05 to 0.5) a layer is skipped 17 times in a row less than once in 10^5.
 _MORE_FORWARDS = 16
 # Between the seeds of these forwards, so that they are not the seeds of further samples: a prime.
 _SEED_STEP = 7919
@@ -40,9 +40,12 @@ _SEED_STEP = 7919
 
 @dataclass(frozen=True)
 class CapturedCall:
-    """A call of a site. `number` counts all calls of the site, from 1."""
+    """A call of a site: its arguments, with the numbers that the site held just before it.
 
-    call: Call
+    `number` counts all calls of the site, from 1.
+    """
+
+    arguments: Call
     kind: CallKind
     number: int
 
@@ -52,10 +55,12 @@ class PossibleSite:
     """A module that may be a site, its draws in both modes, and the calls to judge.
 
     `type` is the module's class and `p` its drop rate. `calls` is empty where no sample reaches the
-    module. `call_count` counts its calls in all samples' forwards. Two counts say what was not
-    captured: `unlike_arguments` calls with arguments unlike those of all `calls`, and
-    `unlike_state` calls before which the module held other numbers. `trains` is its training flag
-    after the root's `train()`, which a module may refuse.
+    module. `call_count` counts its calls in all samples' forwards.
+
+    `uncaptured_new_arguments` counts calls that were not captured although their arguments were
+    new: unlike those of all `calls`. `uncaptured_new_state` counts calls that were not captured
+    although the module's state was new: it held other numbers. `trains` is the module's training
+    flag after the root's `train()`, which a module may refuse.
     """
 
     path: str
@@ -65,8 +70,8 @@ class PossibleSite:
     eval_draws: tuple[Draw, ...]
     calls: tuple[CapturedCall, ...]
     call_count: int
-    unlike_arguments: int
-    unlike_state: int
+    uncaptured_new_arguments: int
+    uncaptured_new_state: int
     trains: bool
 
 
@@ -153,8 +158,8 @@ def find_sites(network: Network, samples: Sequence[Sample], *, seed: int) -> Sea
             eval_draws=eval_draws,
             calls=tuple(capture.calls),
             call_count=capture.call_count,
-            unlike_arguments=capture.unlike_arguments,
-            unlike_state=capture.unlike_state,
+            uncaptured_new_arguments=capture.uncaptured_new_arguments,
+            uncaptured_new_state=capture.uncaptured_new_state,
             trains=training_flags.get(path, True),
         )
         sites.append(site)
@@ -203,9 +208,10 @@ class _Forwards:
     def run_until_reached(
         self, network: Network, samples: Sequence[Sample], paths: set[str], *, seed: int
     ) -> None:
-        """Run again while a module that draws has not called all of `paths` that lie inside it.
+        """Run more forwards until every path inside a random module was reached.
 
-        LayerDrop skips layers, and a site inside a skipped layer would never be seen.
+        At most `_MORE_FORWARDS`; `paths` are those to reach. LayerDrop skips layers, and a site
+        inside a skipped layer would never be seen.
         """
         if not self.completed:
             return
@@ -217,7 +223,7 @@ class _Forwards:
             index = self.completed[repeat % len(self.completed)]
             try:
                 self._run(network, samples[index], seed + _SEED_STEP * (repeat + 1))
-            except Exception:  # a forward that runs only so often
+            except Exception:  # a forward that fails only sometimes
                 return
 
     def _run(self, network: Network, sample: Sample, seed: int) -> None:
@@ -245,8 +251,8 @@ class _Capture:
 
     calls: list[CapturedCall] = field(default_factory=list)
     call_count: int = 0
-    unlike_arguments: int = 0
-    unlike_state: int = 0
+    uncaptured_new_arguments: int = 0
+    uncaptured_new_state: int = 0
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Mapping[Any, Any]) -> None:
         """Capture a call where it shows more than those captured before."""
@@ -255,7 +261,7 @@ class _Capture:
 
         # A call that carries values replaces one of its kind that does not.
         for index, captured in enumerate(self.calls):
-            if captured.kind == kind and captured.call.why_unmeasurable():
+            if captured.kind == kind and captured.arguments.why_unmeasurable():
                 call = Call.of(args, kwargs, state)
                 if not call.why_unmeasurable():
                     self.calls[index] = CapturedCall(call, kind, captured.number)
@@ -276,9 +282,9 @@ class _Capture:
                 self.calls[index] = CapturedCall(call, kind, self.call_count)
                 return
         if any(kind.arguments == other.arguments for other in kinds):
-            self.unlike_state += 1
+            self.uncaptured_new_state += 1
         else:
-            self.unlike_arguments += 1
+            self.uncaptured_new_arguments += 1
 
 
 def _capture_calls(
@@ -318,6 +324,6 @@ def _capture_calls(
                 break
             try:
                 run(samples[repeat % len(samples)], seed + _SEED_STEP * (repeat + 1))
-            except Exception:  # a forward that runs only so often
+            except Exception:  # a forward that fails only sometimes
                 break
     return captures

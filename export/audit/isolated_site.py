@@ -41,18 +41,18 @@ class IsolatedSite:
         call: Call,
         *,
         trains: bool = True,
-        sites: Collection[nn.Module] = (),
+        random_modules: Collection[nn.Module] = (),
     ) -> None:
         """Write the state of the call to the module; leaving `isolated()` restores the original.
 
-        `trains` is False for a module that refuses training mode. `sites` are the modules of the
-        network that are judged as sites themselves.
+        `trains` is False for a module that refuses training mode. `random_modules` are the modules
+        of the network that draw: they are judged as sites themselves.
         """
         self.module, self.call, self._trains = module, call, trains
         parts = Network.of(module).parts
         self._inside = list(parts.values())
         self._network_parts = list(network.parts.values())
-        self._site_ids = {id(part) for part in sites}
+        self._random_module_ids = {id(part) for part in random_modules}
 
         # Two states of the site: as it was before the audit, and as it was before the call.
         self._restore_original = [saved(part) for part in self._inside]
@@ -146,9 +146,12 @@ class IsolatedSite:
     def switch_children(self) -> None:
         """From now on set the training flag of the modules inside too.
 
-        Some sites read the flag of a child. Modules that are sites themselves stay in eval.
+        Some sites read the flag of a child. Random modules, which are judged as sites themselves,
+        stay in eval.
         """
-        self._switched_children = [part for part in self._inside if id(part) not in self._site_ids]
+        self._switched_children = [
+            part for part in self._inside if id(part) not in self._random_module_ids
+        ]
 
     @contextmanager
     def including_inputs(self) -> Iterator[None]:
@@ -177,6 +180,15 @@ class IsolatedSite:
             finally:
                 self._branch_factors = outer_factors
 
+    @contextmanager
+    def random_inputs(self) -> Iterator[None]:
+        """Inside, the floating point tensors among the arguments have standard normal values."""
+        original_call, self.call = self.call, self.call.with_random_values()
+        try:
+            yield
+        finally:
+            self.call = original_call
+
     @property
     def has_children(self) -> bool:
         """Whether there is any module inside the site."""
@@ -198,7 +210,7 @@ def _skip(module: nn.Module, last_output: Any, *args: Any, **kwargs: Any) -> Any
 
 
 @contextmanager
-def noise_for_zero_weights(module: nn.Module) -> Iterator[None]:
+def random_zero_weights(module: nn.Module) -> Iterator[None]:
     """Inside, the parameters that are zero everywhere have random values.
 
     They are drawn from N(0, 0.5^2), which neither vanishes nor overflows in the layers behind.

@@ -4,10 +4,11 @@ These two files decide. The files that they import measure, and `verdicts.py` ha
 
 The words of both files:
 
-* A *call* is one call of the site, with its arguments and the numbers that the site held. It was
-  captured in a forward of the whole network. `IsolatedSite` repeats it in training and in eval.
+* A *possible site* is a module that may apply noise, as `find_sites.py` returned it.
 * *Noise* is a tensor of random numbers that the site applies to its data: a dropout's mask, a
   Gaussian factor, a term that is added.
+* A *call* is one call of the site, captured in a forward of the whole network: its arguments, and
+  the numbers that the site held. `IsolatedSite` repeats it in training and in eval.
 * A *tape* records one forward, operator by operator. It finds where noise is applied to data, reads
   the noise, and can run the forward with a constant in the noise's place.
 * A forward's *path* is the sequence of its operators. A random number may choose it: Python code
@@ -15,25 +16,30 @@ The words of both files:
 * An *effect* is one noise of the site that is measured by itself. A site has one or several.
 * An *observer* repeats the call in training, and returns each effect's noise. `TapeObserver` reads
   it from a tape, `OutputObserver` from the outputs, `SkippedLayers` from the layers that ran.
+* A *fingerprint* is what a judged call showed on a tape. Later calls are compared with it.
 
-A possible site as a whole:
+A possible site as a whole (`judge`):
 
 1. p = 0 and it draws nothing in either mode: off.
 2. No sample reaches it:
-   a. its parent draws at the same rate, and so uses the rate itself: not called, without a finding;
+   a. its parent draws at the same rate, as in `F.dropout(x, self.drop.p)`: not called, without a
+      finding, because the parent is judged;
    b. it draws in eval: always on;
    c. else: not called.
-3. Otherwise each captured call is judged. A call that behaves like a judged call of its kind is
-   skipped, and a verdict that repeats an earlier one is dropped.
+3. Samples reach it: each captured call is judged in steps 4 to 6. A verdict that repeats an earlier
+   one of the site is dropped.
 
-One call:
+One call (`_judge_call`):
 
-4. It draws in eval, and eval uses the numbers: always on.
-5. Else its training forward is judged, in steps 7 to 12. Zeros would hide a mask, so that random
-   values replace them: in an input that is zero everywhere, and, after an inconclusive first
-   attempt, in parameters that are zero everywhere.
-6. The user's code raises without the network around it: always on if it draws in eval, else
-   inconclusive.
+4. It matches the fingerprint of an earlier call of its kind: no further verdict.
+5. It draws in eval, and eval uses the numbers: always on.
+6. Else its training forward is judged, in steps 7 to 12. Zeros would hide a mask, so random values
+   replace them:
+   a. from the start, in an input that is zero everywhere;
+   b. in a second attempt, in weights that are zero everywhere, if the first was inconclusive.
+
+If the site's code raises in steps 4 to 12, it does not run without the network around it: always on
+if it draws in eval, else inconclusive.
 """
 
 from __future__ import annotations
@@ -43,11 +49,11 @@ from dataclasses import replace
 
 import torch
 
-from evalmode.export.audit.by_tape import JudgedCall, probe, run_on_tape
+from evalmode.export.audit.by_tape import Fingerprint, read_tapes, run_on_tape
 from evalmode.export.audit.call import ZERO, CallKind
 from evalmode.export.audit.find_sites import PossibleSite
-from evalmode.export.audit.isolated_site import IsolatedSite, noise_for_zero_weights
-from evalmode.export.audit.judge_training import CallToJudge, CallVerdict, judge_training
+from evalmode.export.audit.isolated_site import IsolatedSite, random_zero_weights
+from evalmode.export.audit.judge_training import Task, Verdict, judge_training
 from evalmode.export.audit.masks import kept_value
 from evalmode.export.audit.site import Figures, Kind, Outcome, SiteReport, Unclear
 from evalmode.export.audit.verdicts import report_site
@@ -61,65 +67,53 @@ _ALWAYS_ON_FORWARDS = 32
 
 def judge(
     network: Network,
-    candidate: PossibleSite,
-    candidates: Sequence[PossibleSite],
+    possible_site: PossibleSite,
+    possible_sites: Sequence[PossibleSite],
     *,
     alpha: float,
     draws: int | None,
 ) -> list[SiteReport]:
-    """The verdicts on one of `candidates`, each of its calls tested at level `alpha`.
+    """The reports on one of `possible_sites`, each of its calls tested at level `alpha`.
 
     `network` is a working copy. `draws` fixes the training forwards of each test; None sizes them.
     """
     # 1. Off.
-    is_random = bool(candidate.training_draws or candidate.eval_draws)
-    if candidate.p == 0 and not is_random:
-        return [report_site(candidate, Kind.OFF)]
+    is_random = bool(possible_site.training_draws or possible_site.eval_draws)
+    if possible_site.p == 0 and not is_random:
+        return [report_site(possible_site, Kind.OFF)]
 
     # 2. No call to judge.
-    if not candidate.calls:
-        parent, _, name = candidate.path.rpartition(".")
-        for other in candidates:
-            # The parent passes the rate to a function, and need not call the dropout.
-            is_parent = bool(name) and other.path == parent
-            if is_parent and any(draw.p == candidate.p for draw in other.training_draws):
-                return [replace(report_site(candidate, Kind.NOT_CALLED), fix="", severity=None)]
-        kind = Kind.ALWAYS_ON if candidate.eval_draws else Kind.NOT_CALLED
-        return [report_site(candidate, kind)]
+    if not possible_site.calls:
+        return [_report_unreached(possible_site, possible_sites)]
 
     # 3. Each captured call.
     random_modules = [
         network.parts[other.path]
-        for other in candidates
+        for other in possible_sites
         if other.training_draws or other.eval_draws
     ]
     reports: list[SiteReport] = []
-    earlier_verdicts: list[list[tuple[str, Kind]]] = []
-    judged_calls: dict[CallKind, JudgedCall] = {}
-    for captured in candidate.calls:
+    earlier_verdicts: list[dict[str, Kind]] = []
+    fingerprints: dict[CallKind, Fingerprint] = {}
+    for captured in possible_site.calls:
         site = IsolatedSite(
             network,
-            network.parts[candidate.path],
-            captured.call,
-            trains=candidate.trains,
-            sites=random_modules,
+            network.parts[possible_site.path],
+            captured.arguments,
+            trains=possible_site.trains,
+            random_modules=random_modules,
         )
-        call = CallToJudge(candidate=candidate, site=site, alpha=alpha, draws=draws)
-        judged_call = judged_calls.get(captured.kind)
+        task = Task(possible_site=possible_site, site=site, alpha=alpha, draws=draws)
         with site.isolated():
-            try:
-                if judged_call is not None and judged_call.matches(site):
-                    continue
-                verdict = _judge_call(call)
-            except Exception as error:  # 6. the user's code may raise anything
-                kind = Kind.ALWAYS_ON if candidate.eval_draws else Kind.INCONCLUSIVE
-                reason = f"it does not run alone: {type(error).__name__}: {error}"
-                verdict = CallVerdict([report_site(candidate, kind, reason=reason)])
-        if judged_call is None and verdict.judged_call is not None:
-            judged_calls[captured.kind] = verdict.judged_call
+            verdict = _judge_call(task, fingerprints.get(captured.kind))
+        if verdict is None:
+            continue
+        # A kind has one fingerprint: that of its first call that has any.
+        if verdict.fingerprint is not None:
+            fingerprints.setdefault(captured.kind, verdict.fingerprint)
 
-        # The first verdict has no number. Later ones name the call that differs.
-        kinds = [(report.source, report.kind) for report in verdict.reports]
+        # The reports of the first verdict have no number. Later ones name the call that differs.
+        kinds = verdict.kind_by_source()
         if kinds not in earlier_verdicts:
             number = captured.number if earlier_verdicts else 0
             reports += [replace(report, call=number) for report in verdict.reports]
@@ -127,83 +121,129 @@ def judge(
     return reports
 
 
-def _judge_call(call: CallToJudge) -> CallVerdict:
-    """Steps 4 and 5: the verdict on one call."""
-    site = call.site
+def _report_unreached(
+    possible_site: PossibleSite, possible_sites: Sequence[PossibleSite]
+) -> SiteReport:
+    """Step 2: the report on a possible site that no sample reaches."""
+    # a. The parent passes the rate to a function: `F.dropout(x, self.drop.p)`. It never calls
+    # `self.drop`, and nothing is wrong with that. The name of the root is "": it has no parent.
+    parent_path, _, name = possible_site.path.rpartition(".")
+    for other in possible_sites:
+        if not name or other.path != parent_path:
+            continue
+        if any(draw.p == possible_site.p for draw in other.training_draws):
+            report = report_site(possible_site, Kind.NOT_CALLED)
+            return replace(report, fix="", severity=None)
 
-    # 4. Random in eval.
-    if call.candidate.eval_draws and not _ignores_eval_draws(call):
-        return CallVerdict([_report_always_on(call)])
+    # b. It draws in eval.
+    if possible_site.eval_draws:
+        return report_site(possible_site, Kind.ALWAYS_ON)
 
-    # 5. The training forward. An input of zeros would hide every mask.
-    if site.call.why_unmeasurable() == ZERO:
-        site.call = site.call.with_random_values()
-        verdict = judge_training(call)
-        reports = _note_random_values(verdict.reports, "its input is zero everywhere")
-        return CallVerdict(reports, verdict.judged_call)
-
-    # 5. Parameters of zeros may hide one, such as those at the end of a new residual branch.
-    verdict = judge_training(call)
-    is_inconclusive = all(report.kind is Kind.INCONCLUSIVE for report in verdict.reports)
-    if is_inconclusive and site.has_zero_weights:
-        with noise_for_zero_weights(site.module):
-            second_verdict = judge_training(call)
-        if not any(report.kind is Kind.INCONCLUSIVE for report in second_verdict.reports):
-            # Its `judged_call` is dropped. Later calls would be compared with it on the zeros,
-            # where training equals eval at any scale.
-            reason = "its weights that are all zero let nothing through"
-            return CallVerdict(_note_random_values(second_verdict.reports, reason))
-    return verdict
+    # c. Neither.
+    return report_site(possible_site, Kind.NOT_CALLED)
 
 
-def _ignores_eval_draws(call: CallToJudge) -> bool:
+def _judge_call(task: Task, fingerprint: Fingerprint | None) -> Verdict | None:
+    """Steps 4 to 6: the verdict on one call. Runs inside of `site.isolated()`.
+
+    None where the call matches `fingerprint`, that of an earlier call of its kind.
+    """
+    site, possible_site = task.site, task.possible_site
+    try:
+        # 4. It behaves like an earlier call.
+        if fingerprint is not None and fingerprint.matches(site):
+            return None
+
+        # 5. Random in eval.
+        if possible_site.eval_draws and not _ignores_eval_draws(task):
+            return Verdict([_report_always_on(task)])
+
+        # 6a. An input of zeros would hide every mask.
+        if site.call.why_unmeasurable() == ZERO:
+            with site.random_inputs():
+                verdict = judge_training(task)
+            return _note_random_values(verdict, "its input is zero everywhere")
+
+        # 6b. Weights of zeros may hide a mask too: the last weights of a residual branch often
+        # start as zeros, and whatever the branch drops, it adds nothing.
+        verdict = judge_training(task)
+        if verdict.measured_count > 0 or not site.has_zero_weights:
+            return verdict
+        with random_zero_weights(site.module):
+            second_verdict = judge_training(task)
+        # The second attempt counts only if it measured every source of noise.
+        if second_verdict.measured_count < len(second_verdict.reports):
+            return verdict
+        # Without a fingerprint. Later calls would be compared with it on weights of zeros, where
+        # training equals eval at any scale.
+        second_verdict = replace(second_verdict, fingerprint=None)
+        return _note_random_values(
+            second_verdict, "its weights that are all zero let nothing through"
+        )
+    except Exception as error:  # the user's code may raise anything
+        kind = Kind.ALWAYS_ON if possible_site.eval_draws else Kind.INCONCLUSIVE
+        reason = f"it does not run alone: {type(error).__name__}: {error}"
+        return Verdict([report_site(possible_site, kind, reason=reason)])
+
+
+def _note_random_values(verdict: Verdict, reason: str) -> Verdict:
+    """The same verdict, with a note in each sentence that random values replaced zeros."""
+    note = f"(measured with random values, because {reason})"
+    reports = [replace(report, sentence=f"{report.sentence} {note}") for report in verdict.reports]
+    return replace(verdict, reports=reports)
+
+
+def _ignores_eval_draws(task: Task) -> bool:
     """Whether eval draws numbers from torch and does not use them.
 
-    LayerDrop is often written so: it draws before it asks for the mode.
+    LayerDrop is often written like this: it draws first, and then looks at the mode.
     """
-    site, candidate = call.site, call.candidate
+    site, possible_site = task.site, task.possible_site
     # A tape does not see the numbers of Python's and NumPy's generators.
-    if not candidate.training_draws or any(draw.by_host for draw in candidate.eval_draws):
+    if not possible_site.training_draws or any(draw.by_host for draw in possible_site.eval_draws):
         return False
 
     expected = site.run(training=False)
     for _ in range(_EVAL_FORWARDS):
         run = run_on_tape(site, frozenset(), training=False)
         reading = run.reading
-        uses_noise = reading.may_choose_path or reading.applications or reading.obstacles
-        if uses_noise or not reading.draws:
+        # Without a draw of torch's on the tape, the numbers came from elsewhere.
+        if reading.draws == 0:
             return False
+        # The numbers may choose the path, or they reach the data.
+        if reading.may_choose_path or reading.reaches_data:
+            return False
+        # They may change the output in a way that the tape does not see.
         for tensor, expected_tensor in zip(run.outputs, expected, strict=True):
             if not torch.equal(tensor, expected_tensor):
                 return False
     return True
 
 
-def _report_always_on(call: CallToJudge) -> SiteReport:
+def _report_always_on(task: Task) -> SiteReport:
     """The report on a site that is random in eval, which is an error whatever its mean is.
 
     It has a keep rate and a scale where the noise is a single mask that a tape can follow.
     """
+    # Eval first: this is the mask that its users get. A tape may follow training's alone.
     for training in (False, True):
-        probed = probe(call.site, training=training)
-        if isinstance(probed, Unclear) or len(probed.readings[0].applications) != 1:
+        tapes = read_tapes(task.site, training=training)
+        if isinstance(tapes, Unclear) or len(tapes.readings[0].applications) != 1:
             continue
         noises = []
         for _ in range(_ALWAYS_ON_FORWARDS):
-            run = run_on_tape(call.site, probed.foreign_noise, training=training)
+            run = run_on_tape(task.site, tapes.foreign_noise, training=training)
             noises.append(run.reading.applications[0].noise)
-        noise = torch.stack(noises)
-        value = kept_value(noise, rounding=1e-2)
-        if value is not None:
-            figures = Figures(
-                outcome=Outcome.GAP,
-                forward_count=_ALWAYS_ON_FORWARDS,
-                keep_rate=float((noise != 0).to(torch.float64).mean()),
-            )
-            return report_site(call.candidate, Kind.ALWAYS_ON, figures=figures, train_scale=value)
-    return report_site(call.candidate, Kind.ALWAYS_ON)
-
-
-def _note_random_values(reports: list[SiteReport], reason: str) -> list[SiteReport]:
-    note = f"(measured with random values, since {reason})"
-    return [replace(report, sentence=f"{report.sentence} {note}") for report in reports]
+        noise = torch.stack(noises)  # (forwards, *mask)
+        train_scale = kept_value(noise, rounding=1e-2)
+        if train_scale is None:
+            continue
+        figures = Figures(
+            outcome=Outcome.GAP,
+            forward_count=_ALWAYS_ON_FORWARDS,
+            keep_rate=float((noise != 0).to(torch.float64).mean()),
+        )
+        return report_site(
+            task.possible_site, Kind.ALWAYS_ON, figures=figures, train_scale=train_scale
+        )
+    return report_site(task.possible_site, Kind.ALWAYS_ON)

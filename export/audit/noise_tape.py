@@ -68,6 +68,11 @@ class Reading:
     draws: int = 0
     may_choose_path: bool = False
 
+    @property
+    def reaches_data(self) -> bool:
+        """Whether noise reached the data, in a way that the tape can follow or in another."""
+        return bool(self.applications or self.obstacles)
+
 
 class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
     """A dispatch mode for one forward.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from evalmode.export.audit.balance import Balance, Constants
+from evalmode.export.audit.balance import Balance, Constants, NoiseGroup
 from evalmode.export.audit.by_tape import TapeObserver
 from evalmode.export.audit.isolated_site import IsolatedSite, rounding_step
 from evalmode.export.audit.site import Effect, Unclear
@@ -56,7 +56,8 @@ class SkippedLayers:
                 continue
             balance = _balance(site, layers, skipped, output)
             if not balance.holds({0: 1.0}):
-                factors = balance.find([[0]], [False], [1.0], None)
+                skips = NoiseGroup(indices=[0], additive=False, largest=1.0)
+                factors = balance.find([skips], p=None)
                 if isinstance(factors, Unclear):
                     return None
                 factor = factors[0]

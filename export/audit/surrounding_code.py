@@ -24,10 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from evalmode.export.audit import statistics
-from evalmode.export.audit.balance import Balance
+from evalmode.export.audit.balance import Balance, NoiseGroup
 from evalmode.export.audit.call import Call, CallKind, read_state, write_state
 from evalmode.export.audit.code_runner import INPUT, CodeRunner, float_outputs
-from evalmode.export.audit.isolated_site import noise_for_zero_weights, output_tensors
+from evalmode.export.audit.isolated_site import output_tensors, random_zero_weights
 from evalmode.export.audit.site import Unclear
 from evalmode.export.module.forward import plain_forward, seed_everything
 from evalmode.export.module.network import Network
@@ -118,7 +118,7 @@ def find_differences(
     }
     with (
         # A branch that gives nothing would hide its factor.
-        noise_for_zero_weights(network.module),
+        random_zero_weights(network.module),
         plain_forward(),
         # Plain kernels, as in `IsolatedSite.isolated`: fused ones hide their operators.
         sdpa_kernel(SDPBackend.MATH),
@@ -252,7 +252,8 @@ def _compare(
     names = [runner.paths.get(id(module), "a part of it") for module in modules]
     indices = sorted(range(len(names)), key=lambda index: names[index] not in runner.sites)
     for index in (*indices[:_MOST_PARTS], INPUT):
-        factors = balance.find([[index]], [False], [1.0], None)
+        group = NoiseGroup(indices=[index], additive=False, largest=1.0)
+        factors = balance.find([group], p=None)
         if isinstance(factors, Unclear) or factors[0] == 0:
             continue
         gap = 1 / factors[0]

@@ -138,7 +138,7 @@ KIND_REPORTS: dict[Kind, KindReport] = {
 
 
 def report_site(
-    candidate: PossibleSite,
+    possible_site: PossibleSite,
     kind: Kind,
     *,
     source: str = "",
@@ -151,11 +151,11 @@ def report_site(
 
     `source` and the scales are those of `SiteReport`, `reason` that of `sentence_of`.
     """
-    p, gap, keep_rate = candidate.p, figures.gap, figures.keep_rate
+    p, gap, keep_rate = possible_site.p, figures.gap, figures.keep_rate
     forward_count = figures.forward_count
     return SiteReport(
-        path=candidate.path,
-        type=candidate.type,
+        path=possible_site.path,
+        type=possible_site.type,
         kind=kind,
         source=source,
         p=p,
@@ -166,8 +166,8 @@ def report_site(
         gap=gap,
         gap_interval=figures.gap_interval,
         forward_count=forward_count,
-        call_count=candidate.call_count,
-        captured_count=len(candidate.calls),
+        call_count=possible_site.call_count,
+        captured_count=len(possible_site.calls),
         sentence=sentence_of(
             kind, gap=gap, keep_rate=keep_rate, p=p, reason=reason, forward_count=forward_count
         ),

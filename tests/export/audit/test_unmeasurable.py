@@ -17,9 +17,9 @@ from tests.export.audit import zoo
 X = torch.randn(32, 8, 16, generator=torch.Generator().manual_seed(0))
 INF = torch.full_like(X, torch.inf)
 NOTHING = {
-    "NaN": (torch.full_like(X, torch.nan), "finite nowhere"),
-    "infinity": (INF, "finite nowhere"),
-    "both infinities": (torch.where(X > 0, INF, -INF), "finite nowhere"),
+    "NaN": (torch.full_like(X, torch.nan), "without a finite value"),
+    "infinity": (INF, "without a finite value"),
+    "both infinities": (torch.where(X > 0, INF, -INF), "without a finite value"),
     "zeros and NaN": (
         torch.zeros_like(X).index_fill(0, torch.tensor([3]), torch.nan),
         "zero where it is finite",
@@ -91,7 +91,7 @@ def test_random_values_replace_an_input_of_zeros(
     site = site_of(factory(0.5), ZEROS)
     assert site.kind is kind
     assert site.sentence.endswith(
-        "(measured with random values, since its input is zero everywhere)"
+        "(measured with random values, because its input is zero everywhere)"
     )
 
 
