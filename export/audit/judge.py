@@ -174,9 +174,6 @@ def _judge_call(task: Task, fingerprint: Fingerprint | None) -> Verdict | None:
         # The second attempt counts only if it measured every source of noise.
         if second_verdict.measured_count < len(second_verdict.reports):
             return verdict
-        # Without a fingerprint. Later calls would be compared with it on weights of zeros, where
-        # training equals eval at any scale.
-        second_verdict = replace(second_verdict, fingerprint=None)
         return _note_random_values(
             second_verdict, "its weights that are all zero let nothing through"
         )
@@ -187,10 +184,14 @@ def _judge_call(task: Task, fingerprint: Fingerprint | None) -> Verdict | None:
 
 
 def _note_random_values(verdict: Verdict, reason: str) -> Verdict:
-    """The same verdict, with a note in each sentence that random values replaced zeros."""
+    """The same verdict, with a note in each sentence that random values replaced zeros.
+
+    It has no fingerprint. A later call would be compared with it on zeros, where training equals
+    eval at any scale.
+    """
     note = f"(measured with random values, because {reason})"
     reports = [replace(report, sentence=f"{report.sentence} {note}") for report in verdict.reports]
-    return replace(verdict, reports=reports)
+    return replace(verdict, reports=reports, fingerprint=None)
 
 
 def _ignores_eval_draws(task: Task) -> bool:

@@ -135,6 +135,28 @@ def test_a_second_call_whose_outputs_hide_the_scale_is_judged() -> None:
     ]
 
 
+def test_a_second_call_on_zeros_is_judged_as_the_first_is() -> None:
+    class WrongForFourRows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return mask(x) / 0.7
+            return x * 0.2 if len(x) == 4 else x
+
+    class CallsItOnZeros(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = WrongForFourRows()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            zeros = torch.zeros_like(x)
+            return self.drop(zeros), self.drop(zeros[:4])
+
+    assert [(s.call, s.severity) for s in audited(CallsItOnZeros()).sites] == [
+        (0, None),
+        (2, Severity.ERROR),
+    ]
+
+
 def test_a_wrong_first_call_and_a_right_second_call_have_two_verdicts() -> None:
     class Other(Calls):
         def forward(self, x: Tensor) -> Tensor:
