@@ -31,7 +31,8 @@ A possible site as a whole (`judge`):
 
 One call (`_judge_call`):
 
-4. It matches the fingerprint of an earlier call of its kind: no further verdict.
+4. Its input is not zero everywhere, and it matches the fingerprint of an earlier call of its kind:
+   no further verdict.
 5. It draws in eval, and eval uses the numbers: always on.
 6. Else its training forward is judged, in steps 7 to 12. Zeros would hide a mask, so random values
    replace them:
@@ -150,8 +151,9 @@ def _judge_call(task: Task, fingerprint: Fingerprint | None) -> Verdict | None:
     """
     site, possible_site = task.site, task.possible_site
     try:
-        # 4. It behaves like an earlier call.
-        if fingerprint is not None and fingerprint.matches(site):
+        # 4. It behaves like an earlier call. On an input of zeros every scale would match.
+        is_zero = site.call.why_unmeasurable() == ZERO
+        if fingerprint is not None and not is_zero and fingerprint.matches(site):
             return None
 
         # 5. Random in eval.
@@ -159,7 +161,7 @@ def _judge_call(task: Task, fingerprint: Fingerprint | None) -> Verdict | None:
             return Verdict([_report_always_on(task)])
 
         # 6a. An input of zeros would hide every mask.
-        if site.call.why_unmeasurable() == ZERO:
+        if is_zero:
             with site.random_inputs():
                 verdict = judge_training(task)
             return _note_random_values(verdict, "its input is zero everywhere")

@@ -135,7 +135,8 @@ def test_a_second_call_whose_outputs_hide_the_scale_is_judged() -> None:
     ]
 
 
-def test_a_second_call_on_zeros_is_judged_as_the_first_is() -> None:
+@pytest.mark.parametrize("factor", [0.0, 1.0], ids=["first on zeros", "first on values"])
+def test_a_second_call_on_zeros_is_judged_on_random_values(factor: float) -> None:
     class WrongForFourRows(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if self.training:
@@ -148,13 +149,12 @@ def test_a_second_call_on_zeros_is_judged_as_the_first_is() -> None:
             self.drop = WrongForFourRows()
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            zeros = torch.zeros_like(x)
-            return self.drop(zeros), self.drop(zeros[:4])
+            return self.drop(x * factor), self.drop(torch.zeros_like(x[:4]))
 
-    assert [(s.call, s.severity) for s in audited(CallsItOnZeros()).sites] == [
-        (0, None),
-        (2, Severity.ERROR),
-    ]
+    sites = audited(CallsItOnZeros()).sites
+    # Of two calls on zeros one is captured.
+    expected = [(0, None), (2, Severity.ERROR)] if factor else [(0, None)]
+    assert [(site.call, site.severity) for site in sites] == expected
 
 
 def test_a_wrong_first_call_and_a_right_second_call_have_two_verdicts() -> None:
