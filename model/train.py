@@ -52,6 +52,7 @@ from evalmode.model.metrics import (
     predict,
     quality,
 )
+from evalmode.model.networks import Network, network_of
 from evalmode.model.progress import ShowProgress
 from evalmode.model.restoring import RestoreMonitor, one_line, require_fit, unfit_state
 from evalmode.model.resume import (
@@ -68,7 +69,6 @@ from evalmode.model.resume import (
     require_usable_folder,
 )
 from evalmode.model.tokenizer_training import NGRAM_VOCABULARY, choose_frontend
-from evalmode.model.transformer import Transformer
 from evalmode.model.unlabelled import with_unlabelled
 
 # Training rows on which the training accuracy is measured, for its gap to the test accuracy.
@@ -306,11 +306,11 @@ def train_network(run: Run, *, out: Path, resume: bool, console: Console) -> Val
     return validation if trainer.is_global_zero else None
 
 
-def untrained_network(run: Run) -> Transformer:
+def untrained_network(run: Run) -> Network:
     """The network before its first step, the same in every process."""
     # Step -1, because the steps of the training count from 0.
     torch.manual_seed(step_seed(run.config.seed, step=-1, rank=0))
-    network = Transformer(run.shape)
+    network = network_of(run.shape)
     if run.config.informed_table:
         table = network.embedding.table.weight
         guess = informed_table(
@@ -328,7 +328,7 @@ def untrained_network(run: Run) -> Transformer:
 
 def finish(run: Run, weights: Mapping[str, Tensor], *, epochs: int) -> Checkpoint:
     """The checkpoint of a network with these weights, after `epochs` epochs."""
-    network = Transformer(run.shape).eval()
+    network = network_of(run.shape).eval()
     network.load_state_dict(weights)
 
     # The temperature makes the scores honest. Folded into the head it costs no operator.
