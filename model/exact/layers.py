@@ -120,12 +120,8 @@ class Linear(nn.Linear):
         """
         if self.is_frozen:
             return self.weight, self.bias
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if not self.training:
-            weight = weight * (self.input_keep * self.output_keep)
-            bias = bias * self.output_keep
-        exponents = self._exponents(weight)
+        weight, bias = self._kept()
+        exponents = self._exponents(weight, bias)
         dtype = weight.dtype
         integers = nearest(weight * power_of_two(-exponents, dtype).unsqueeze(1))
         # The bias is a multiple of the smallest product.
@@ -136,15 +132,24 @@ class Linear(nn.Linear):
         half = 0.0 if isinstance(self.writes, SumFormat) else 0.5
         return integers * shift.unsqueeze(1), bias_integers * shift + half
 
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """The weight and the bias, in eval mode times the factors of classic dropouts."""
+        if self.training:
+            return self.weight, self.bias
+        return self.weight * (self.input_keep * self.output_keep), self.bias * self.output_keep
+
     @property
     def _shift(self) -> int:
         """The exponent that brings sums of products to the units of the output."""
         return self.writes.fraction_bits - self.reads.fraction_bits
 
     @torch.no_grad()
-    def _exponents(self, weight: Tensor) -> Tensor:
+    def _exponents(self, weight: Tensor, bias: Tensor) -> Tensor:
         """e for each output (out,) int32: its weights are integers times 2^e."""
-        largest = weight.abs().amax(1).clamp(min=2.0**-12)  # a row of zeros has an exponent too
+        # A bias beside tiny weights sets e too: it then has at most 23 of the 24 bits. The last
+        # bound is for a row of zeros.
+        bias_share = bias.abs() * 2.0 ** (self.reads.fraction_bits - 15)
+        largest = torch.maximum(weight.abs().amax(1), bias_share).clamp(min=2.0**-60)
         fractions, exponents = torch.frexp(largest)  # fractions in [1/2, 1)
         exponents = exponents - (self.weight_bits - 1)
         # A fraction of almost 1 rounds up to 128, one more than the largest weight of 8 bits.
@@ -169,8 +174,8 @@ class Linear(nn.Linear):
         if self.is_frozen:
             return
         require_eval(self)
-        keep = self.input_keep * self.output_keep
-        exponents = self._exponents(self.weight * keep) + self._shift
+        weight, bias = self._kept()
+        exponents = self._exponents(weight, bias) + self._shift
         grid = power_of_two(exponents, torch.float64)
         if not isinstance(self.writes, SumFormat):
             grid = grid.clamp(max=0.5)
@@ -271,7 +276,7 @@ class RmsNorm(nn.Module):
 
     1. x is floored and clipped to 16 bits, units of 2^-12: a real range of -16 to 16.
     2. c, the same in units of 2^-8, is clipped so that the sum S of its squares has 24 bits:
-       to 418 for a width of 96.
+       to 418 for a width of 96. A number beyond 1.6 counts as 1.6 in the mean.
     3. A table has 1 / rms for S / 64, with a significand of 8 bits. 16 and 8 bits make a product
        of 24.
     """
