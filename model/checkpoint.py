@@ -51,10 +51,14 @@ from evalmode.bundle.npz import npz_of
 from evalmode.bundle.store import read_file, read_inside
 from evalmode.errors import EvalmodeError
 from evalmode.model.config import TransformerConfig
+from evalmode.model.exact.network import ExactTransformer
 from evalmode.model.metrics import Measures
-from evalmode.model.transformer import Transformer
+from evalmode.model.networks import Network, network_of
 
-FORMAT = 1
+# Format 2 adds the arithmetic to the network's shape. A float32 network is written in format 1, so
+# that earlier versions read it and its bytes stay the same.
+FORMATS = (1, 2)
+FIELDS_OF_FORMAT_2: dict[str, Any] = {"arithmetic": "float32", "weight_bits": 8}
 CHECKPOINT_FILE = "checkpoint.json"
 WEIGHTS_FILE = "model.safetensors"
 HELD_OUT_FILE = "held_out.npz"
@@ -110,7 +114,7 @@ class Checkpoint:
     provenance      versions, seed, data set and training configuration
     """
 
-    module: Transformer
+    module: Network
     frontend: FrontEndSpec
     tokenizer: str | None
     labels: tuple[str, ...]
@@ -119,11 +123,20 @@ class Checkpoint:
     metrics: Mapping[str, Measures]
     provenance: Mapping[str, Any]
 
-    def folded(self) -> Transformer:
-        """The network for the export: classic dropout's eval factors are folded into the weights.
+    def folded(self) -> Network:
+        """The network for the export: all that eval mode does to the weights is done.
 
-        Returns a folded copy, or the module itself if its dropout is inverted.
+        Classic dropout's eval factors are folded into the weights, and those of an exact network
+        are rounded. Returns a copy, or the module itself if there is nothing to do. Raises
+        CheckpointError for an exact network whose weights are too large to be exact.
         """
+        if isinstance(self.module, ExactTransformer):
+            exact = copy.deepcopy(self.module).eval()
+            try:
+                exact.freeze()
+            except ValueError as error:
+                raise CheckpointError(f"the network is not exact: {error}") from error
+            return exact
         if self.module.config.dropout_kind != "classic":
             return self.module
         module = copy.deepcopy(self.module)
@@ -160,9 +173,15 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.tokenizer is not None:
         files[TOKENIZER_FILE] = checkpoint.tokenizer.encode()
 
+    network = asdict(checkpoint.module.config)
+    version = FORMATS[-1]
+    if checkpoint.module.config.arithmetic == "float32":
+        version = 1
+        for key in FIELDS_OF_FORMAT_2:
+            del network[key]
     record = {
-        "format": FORMAT,
-        "network": asdict(checkpoint.module.config),
+        "format": version,
+        "network": network,
         "frontend": checkpoint.frontend.model_dump(mode="json"),
         "labels": checkpoint.labels,
         "metrics": checkpoint.metrics,
@@ -239,9 +258,9 @@ def _read_record(path: Path) -> dict[str, Any]:
 
     # `type`, because True == 1 and would pass as format 1.
     version = record.get("format")
-    if type(version) is not int or version != FORMAT:
+    if type(version) is not int or version not in FORMATS:
         raise CheckpointError(
-            f"{path} has format {str(version)[:40]}, and this evalmode reads format {FORMAT}"
+            f"{path} has format {str(version)[:40]}, and this evalmode reads the formats 1 and 2"
         )
     for key, kind in REQUIRED_KEYS.items():
         if not isinstance(record.get(key), kind):
@@ -266,13 +285,16 @@ def _parse_network_and_frontend(
     Raises ValueError unless they and the labels belong to one classifier.
     """
     # The parser below would fill a missing field with its default, and ignore an unknown one.
+    network = record["network"]
     fields_of_network = {field.name for field in fields(TransformerConfig)}
-    if mismatched := sorted(fields_of_network ^ record["network"].keys()):
+    if record["format"] == 1:
+        fields_of_network -= FIELDS_OF_FORMAT_2.keys()
+    if mismatched := sorted(fields_of_network ^ network.keys()):
         verb = "lacks" if mismatched[0] in fields_of_network else "holds an unknown"
         raise ValueError(f"network {verb} {mismatched[0][:80]!r}")
     try:
         key = "network"
-        config = _NETWORK.validate_json(json.dumps(record[key]), strict=True)
+        config = _NETWORK.validate_json(json.dumps(FIELDS_OF_FORMAT_2 | network), strict=True)
         key = "frontend"
         frontend = _FRONTEND.validate_json(json.dumps(record[key]), strict=True)
     except ValidationError as error:
@@ -342,7 +364,7 @@ def _parse_tokenizer(contents: Mapping[str, bytes], frontend: FrontEndSpec) -> s
     return text
 
 
-def _load_network(config: TransformerConfig, data: bytes) -> Transformer:
+def _load_network(config: TransformerConfig, data: bytes) -> Network:
     """The network of shape `config` with the weights of a safetensors file.
 
     Raises ValueError unless the weights are finite, and have the names, shapes and types of such a
@@ -365,7 +387,7 @@ def _load_network(config: TransformerConfig, data: bytes) -> Transformer:
         )
     try:
         with torch.device("meta"):
-            expected = Transformer(config).state_dict()
+            expected = network_of(config).state_dict()
     # torch raises these for sizes that need more than 64 bits.
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"no network can have this shape ({_one_line(error)})") from error
@@ -383,7 +405,7 @@ def _load_network(config: TransformerConfig, data: bytes) -> Transformer:
         if not tensor.isfinite().all():
             raise ValueError(f"{name} in {WEIGHTS_FILE} holds numbers that are not finite")
 
-    module = Transformer(config)
+    module = network_of(config)
     module.load_state_dict(weights)
     return module
 

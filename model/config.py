@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import PurePath
 from typing import Any, Literal
 
+from evalmode.model.exact.formats import require_exact_sizes
+
 # A run without --epochs reads about this many rows in all. The default data set then gets two
 # epochs, as measured in docs/decisions.md, and a smaller one more, up to the maximum.
 DEFAULT_ROWS_READ = 225_000
@@ -25,6 +27,8 @@ class TransformerConfig:
     labels              number of classes
     positions           the longest sequence that the network accepts
     ids_per_position    ids summed into one position: 1 for tokens, more for hashed n-grams
+    arithmetic          exact: the network of model/exact, whose sizes are limited
+    weight_bits         bits of a weight in exact arithmetic, 7 or 8
 
     Raises ValueError, naming the key and the value, for values that make no network.
     """
@@ -44,6 +48,8 @@ class TransformerConfig:
     attention_dropout: float = 0.1
     residual_dropout: float = 0.1
     feed_forward_dropout: float = 0.1
+    arithmetic: Literal["float32", "exact"] = "float32"
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
         sizes = ("vocabulary", "positions", "ids_per_position")
@@ -54,6 +60,16 @@ class TransformerConfig:
         kinds = ("inverted", "classic")
         _require(self.dropout_kind in kinds, self, "dropout_kind", "inverted or classic")
         _require_rates(self)
+        _require_arithmetic(self)
+        if self.arithmetic == "exact":
+            require_exact_sizes(
+                width=self.width,
+                heads=self.heads,
+                feed_forward=self.feed_forward,
+                positions=self.positions,
+                ids_per_position=self.ids_per_position,
+                weight_bits=self.weight_bits,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +88,8 @@ class TrainConfig:
     ngram_dropout       drop probability of single ids of a position; for n-grams only
     crop                share of the training rows that an epoch crops at random
     informed_table      start the embedding table from label counts instead of noise
+    arithmetic          exact: logits with the same bits on every machine, see model/exact
+    weight_bits         bits of a weight in exact arithmetic, 7 or 8
     epochs              None: by the number of training rows, see `epochs_for`
     patience            epochs without a lower validation loss before the training stops
     max_minutes         time limit; the result then depends on the clock as well as on the seed
@@ -103,6 +121,8 @@ class TrainConfig:
     ngram_dropout: float = 0.3
     crop: float = 0.0
     informed_table: bool = True
+    arithmetic: Literal["float32", "exact"] = "float32"
+    weight_bits: int = 8
 
     epochs: int | None = None
     patience: int = 3
@@ -143,6 +163,7 @@ class TrainConfig:
         frontends = ("auto", "ngrams", "bpe")
         _require(self.frontend in frontends, self, "frontend", "auto, ngrams or bpe")
         _require_rates(self)
+        _require_arithmetic(self)
         # The network checks its own fields. Build one now, so that a wrong width or number of heads
         # is refused before the data is read.
         self.network(vocabulary=self.vocabulary or 2, labels=2, positions=1, ids_per_position=1)
@@ -182,6 +203,8 @@ class TrainConfig:
             dropout_kind=self.dropout_kind,
             # A position of a single id would vanish with it.
             ngram_dropout=self.ngram_dropout if ids_per_position > 1 else 0.0,
+            arithmetic=self.arithmetic,
+            weight_bits=self.weight_bits,
             **rates,
         )
 
@@ -207,3 +230,11 @@ def _require_rates(config: TransformerConfig | TrainConfig) -> None:
             rate = getattr(config, field.name)
             is_rate = rate is None or 0.0 <= rate < 1.0  # NaN fails the comparison too
             _require(is_rate, config, field.name, "a drop probability in [0, 1)")
+
+
+def _require_arithmetic(config: TransformerConfig | TrainConfig) -> None:
+    kinds = ("float32", "exact")
+    _require(config.arithmetic in kinds, config, "arithmetic", "float32 or exact")
+    _require(config.weight_bits in (7, 8), config, "weight_bits", "7 or 8")
+    needs_exact = config.arithmetic == "exact" or config.weight_bits == 8
+    _require(needs_exact, config, "weight_bits", "8 unless arithmetic is exact")

@@ -48,6 +48,7 @@ from evalmode.model.lightning_loop import (
     quiet_lightning,
 )
 from evalmode.model.metrics import Measures
+from evalmode.model.networks import Network, network_of
 from evalmode.model.progress import ShowProgress
 from evalmode.model.restoring import require_matching_state
 from evalmode.model.resume import (
@@ -61,7 +62,6 @@ from evalmode.model.resume import (
     require_usable_folder,
 )
 from evalmode.model.tokenizer_training import NGRAM_VOCABULARY, choose_frontend
-from evalmode.model.transformer import Transformer
 from evalmode.model.unlabelled import with_unlabelled
 
 # The accuracy on training rows is shown for its gap to the test accuracy. A sample of at most this
@@ -303,11 +303,11 @@ def train_network(
     return validation if trainer.is_global_zero else None
 
 
-def untrained_network(run: PreparedRun) -> Transformer:
+def untrained_network(run: PreparedRun) -> Network:
     """The network before its first step, the same in every process."""
     # Step -1, because the steps of the training count from 0.
     torch.manual_seed(step_seed(run.config.seed, step=-1, rank=0))
-    network = Transformer(run.network_config)
+    network = network_of(run.network_config)
     if run.config.informed_table:
         table = network.embedding.table.weight
         evidence = label_evidence_table(
@@ -327,7 +327,7 @@ def finished_checkpoint(
     run: PreparedRun, weights: Mapping[str, Tensor], *, epochs: int
 ) -> Checkpoint:
     """The checkpoint with the best `weights` of a training, which took `epochs` epochs."""
-    network = Transformer(run.network_config).eval()
+    network = network_of(run.network_config).eval()
     network.load_state_dict(weights)
 
     # The temperature makes the scores honest. Folded into the head it costs no operator.

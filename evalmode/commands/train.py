@@ -47,6 +47,8 @@ _HELP = {
     "heads": "Attention heads; a divisor of the width.",
     "feed_forward": "Inner width of the feed-forward. \\[default: twice the width]",
     "causal": "Let a position attend to itself and earlier ones only.",
+    "arithmetic": "float32, or exact: the same bits on every machine.",
+    "weight_bits": "Bits of a weight in exact arithmetic: 7 or 8.",
     "learning_rate": "Highest learning rate.",
     "batch_rows": "Rows of a batch, in each process.",
     "seed": "The same seed gives the same weights on the same machine.",

@@ -219,7 +219,7 @@ def test_a_foreign_state_or_record_is_one_sentence_with_one_remedy(
     assert (
         refused
         == f"evalmode: {Path('run/checkpoint.json')} has format None, and this evalmode"
-        + (f" reads format 1{way_out}")
+        + (f" reads the formats 1 and 2{way_out}")
     )
     record.unlink()
     os.mkfifo(record)

@@ -130,7 +130,7 @@ def test_another_format_is_refused_with_a_remedy(copy):
     record = json.loads((copy / "checkpoint.json").read_text())
     (copy / "checkpoint.json").write_text(json.dumps(record | {"format": 99}))
     with pytest.raises(
-        CheckpointError, match="format 99, and this evalmode reads format 1: train again"
+        CheckpointError, match="format 99, and this evalmode reads the formats 1 and 2: train again"
     ):
         load(copy)
 
