@@ -57,7 +57,7 @@ def export(
     """
     from evalmode.export.inputs.references import is_reference
     from evalmode.export.release import ExportRefused
-    from evalmode.tables import records_table
+    from evalmode.tables import records_table, statements_table
 
     is_module = is_reference(source)
     if not name:
@@ -109,4 +109,5 @@ def export(
     console.print(
         records_table(released.certificate.records, title=f"certificate of {released.path}")
     )
+    console.print(statements_table(released.certificate.statements))
     console.print(f"digest {released.certificate.digest}", soft_wrap=True)

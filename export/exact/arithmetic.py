@@ -116,27 +116,26 @@ def multiply(call: Call, outputs: list[Outline]) -> list[Bounds]:
         high = np.square(a.largest)
         negative_zero = False
     bits = np.where((a.bits == 1) | (b.bits == 1), np.maximum(a.bits, b.bits), a.bits + b.bits)
-    return [
-        bounded(
-            dtype_of(call),
-            grid=a.grid + b.grid,
-            low=low,
-            high=high,
-            bits=bits,
-            negative_zero=negative_zero,
-            what="the product",
-        )
-    ]
+    result = bounded(
+        dtype_of(call),
+        grid=a.grid + b.grid,
+        low=low,
+        high=high,
+        bits=bits,
+        negative_zero=negative_zero,
+        what="the product",
+    )
+    require_factor(a)
+    require_factor(b)
+    return [result]
 
 
 def corners(a: Bounds, b: Bounds) -> tuple[Floats, Floats]:
     """The smallest and the largest product of numbers within the bounds.
 
     Products of two bounds of float32 numbers, or of integers below 2^26, are exact; others are
-    refused by the check of the result. Raises NotExact for a factor that is not followed.
+    refused by the check of the result.
     """
-    require_factor(a)
-    require_factor(b)
     products = np.stack(
         np.broadcast_arrays(a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high)
     )
@@ -556,14 +555,14 @@ def dequantize(call: Call, outputs: list[Outline]) -> list[Bounds]:
     if shifted.bits.max() > SIGNIFICAND_BITS:
         raise NotExact("its integers may need more than 24 bits")
     low, high = corners(shifted, scale)
-    return [
-        bounded(
-            FLOAT32,
-            grid=np.minimum(scale.grid, COARSEST),
-            low=low,
-            high=high,
-            bits=np.where(scale.bits == 1, shifted.bits, shifted.bits + scale.bits),
-            negative_zero=may_give_negative_zero(shifted, scale),
-            what="the product",
-        )
-    ]
+    result = bounded(
+        FLOAT32,
+        grid=np.minimum(scale.grid, COARSEST),
+        low=low,
+        high=high,
+        bits=np.where(scale.bits == 1, shifted.bits, shifted.bits + scale.bits),
+        negative_zero=may_give_negative_zero(shifted, scale),
+        what="the product",
+    )
+    require_factor(scale)
+    return [result]

@@ -13,6 +13,7 @@ from evalmode.export.exact.call import Call
 from evalmode.export.exact.shapes import Outline, cuts, pads, permutation, split_sizes
 from evalmode.export.exact.values import (
     FLOAT32,
+    MOST_CHANNELS,
     Bounds,
     Extent,
     NotExact,
@@ -21,9 +22,6 @@ from evalmode.export.exact.values import (
     joined,
 )
 from evalmode.export.graph.weight import Array
-
-# More channels are not told apart.
-_MOST_CHANNELS = 1 << 20
 
 
 def same(call: Call, outputs: list[Outline]) -> list[Bounds]:
@@ -57,7 +55,7 @@ def reshape(call: Call, outputs: list[Outline]) -> list[Bounds]:
         return [x.together()]
     if new == old:
         return [x]
-    if new % old == 0 and new <= _MOST_CHANNELS:
+    if new % old == 0 and new <= MOST_CHANNELS:
         return [x.take(np.arange(new) % old)]
     if old % new == 0:
         groups = [x.take(np.arange(start, start + new)) for start in range(0, old, new)]
@@ -140,7 +138,7 @@ def concat(call: Call, outputs: list[Outline]) -> list[Bounds]:
     if axis < len(shapes[0]) - 1:
         return [joined(parts)]
     total = sum(size or 0 for size in sizes)
-    if None in sizes or not 1 < total <= _MOST_CHANNELS:
+    if None in sizes or not 1 < total <= MOST_CHANNELS:
         return [joined([part.together() for part in parts])]
     spread = [
         part.take(np.arange(size or 0)) if part.channels else _spread(part, size or 0)

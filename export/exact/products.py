@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from evalmode.export.exact.arithmetic import (
     aligned,
@@ -97,6 +96,8 @@ def _product(
     dtype = dtype_of(call)
     inner_a = a_shape[-1]
     inner_b = b_shape[-2] if len(b_shape) > 1 else b_shape[-1]
+    if None not in (inner_a.exact, inner_b.exact) and inner_a.exact != inner_b.exact:
+        raise NotExact(f"it multiplies rows of {inner_a.exact} by columns of {inner_b.exact}")
     count = min(
         (extent.largest for extent in (inner_a, inner_b) if extent.largest is not None),
         default=None,
@@ -107,11 +108,9 @@ def _product(
     bounds = a.bounds
     negative_zero = may_give_negative_zero(bounds, b.bounds)
     if b.array is not None and b.array.ndim > 1:
-        require_factor(bounds)
-        require_factor(b.bounds)
         row = bounds if bounds.channels in (None, b.array.shape[-2]) else bounds.together()
         sums = column_sums(row, b.array)
-        return bounded(
+        result = bounded(
             dtype,
             grid=sums.grid,
             low=sums.low,
@@ -119,10 +118,13 @@ def _product(
             negative_zero=negative_zero,
             what=what,
         )
+        require_factor(bounds)
+        require_factor(b.bounds)
+        return result
     columns = b.bounds if len(b_shape) > 1 else b.bounds.together()
     row = bounds.together()
     low, high = corners(row, columns)
-    return bounded(
+    result = bounded(
         dtype,
         grid=row.grid + columns.grid,
         low=np.minimum(low, 0) * count,
@@ -130,6 +132,9 @@ def _product(
         negative_zero=negative_zero,
         what=what,
     )
+    require_factor(row)
+    require_factor(columns)
+    return result
 
 
 def gemm(call: Call, outputs: list[Outline]) -> list[Bounds]:
@@ -233,6 +238,8 @@ def einsum(call: Call, outputs: list[Outline]) -> list[Bounds]:
     low, high, grid, negative_zero = first.low, first.high, first.grid, first.negative_zero
     if len(inputs) == 2:
         second = call.bounds(1).together()
+        require_factor(first)
+        require_factor(second)
         low, high = corners(first, second)
         grid, negative_zero = first.grid + second.grid, may_give_negative_zero(first, second)
     return [
@@ -249,7 +256,7 @@ def einsum(call: Call, outputs: list[Outline]) -> list[Bounds]:
 
 def integer_matrix_product(call: Call, outputs: list[Outline]) -> list[Bounds]:
     """MatMulInteger: both operands less their zero points, summed in int32."""
-    a = _less_zero_point(call.bounds(0).together(), call, 2)
+    a = _less_zero_point(call.bounds(0), call, 2)
     b = call.input(1)
     shape = call.shape(1)
     if len(shape) < 2:
@@ -261,12 +268,13 @@ def integer_matrix_product(call: Call, outputs: list[Outline]) -> list[Bounds]:
             if zero_array is None or zero_array.ndim > 1:
                 raise NotExact("its zero points are computed")
             zero = zero_array.astype(np.float64)
-        sums = column_sums(a, b.array, zero)
+        row = a if a.channels in (None, b.array.shape[-2]) else a.together()
+        sums = column_sums(row, b.array, zero)
         low, high, count = sums.low, sums.high, b.array.shape[-2]
     else:
         second = _less_zero_point(b.bounds.together(), call, 3)
         count = largest_size(shape[-2])
-        low, high = corners(a, second)
+        low, high = corners(a.together(), second)
         low, high = np.minimum(low, 0) * count, np.maximum(high, 0) * count
     return [bounded(INT32, low=low, high=high, what=f"a partial sum of {count} products")]
 
@@ -276,18 +284,3 @@ def _less_zero_point(x: Bounds, call: Call, index: int) -> Bounds:
         return x
     zero = call.bounds(index).together()
     return integer_bounds(x.low - zero.high, x.high - zero.low)
-
-
-def pair_sums(a_largest: float, weights: npt.NDArray[np.integer]) -> float:
-    """The largest magnitude of a sum of two products of a column, beside a byte up to `a_largest`.
-
-    `weights` are (..., K, N). Any two rows are taken: how a kernel pairs them depends on it.
-    """
-    matrix = weights.reshape(-1, *weights.shape[-2:])
-    largest = 0
-    for part in matrix:
-        numbers = np.sort(part.astype(np.int32), axis=0)
-        top = numbers[-2:].clip(min=0).sum(axis=0)
-        bottom = numbers[:2].clip(max=0).sum(axis=0)
-        largest = max(largest, int(top.max(initial=0)), -int(bottom.min(initial=0)))
-    return a_largest * largest

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from evalmode.bundle.certificate import Reason
 from evalmode.errors import EvalmodeError
 from evalmode.export.exact import movement
 from evalmode.export.exact.call import Call
@@ -27,7 +28,7 @@ from evalmode.export.exact.operators import (
     SHAPE_READERS,
     why_not_followed,
 )
-from evalmode.export.exact.shapes import Outline, outlines
+from evalmode.export.exact.shapes import MALFORMED, Outline, outlines
 from evalmode.export.exact.values import (
     BOOL,
     FLOAT32,
@@ -64,18 +65,6 @@ _RUNTIME_DOMAINS = ("", "ai.onnx", "com.microsoft", "com.ms.")
 
 _SUMS = frozenset({"Add", "Sub", "Mul", "MatMul", "Gemm", "Conv", "Einsum", "ReduceSum", "Sum"})
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Einsum"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reason:
-    """Why a graph is not proved: the path of a node, or a tensor's name, its operator and why."""
-
-    node: str
-    op: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.node}, {self.why}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +233,10 @@ class _Walk:
                 raise NotExact("it has outputs that the proof does not follow")
         except NotExact as error:
             self._define(at, outputs, None, self._lost(at.path, at.op, str(error)))
+            return
+        except MALFORMED as error:  # a node may be malformed in ways that no list has
+            why = f"its inputs and attributes do not fit one another: {error}"
+            self._define(at, outputs, None, self._lost(at.path, at.op, why))
             return
         self._calls.append(call)
         self._measure(call, bounds)

@@ -589,6 +589,18 @@ SHAPES: dict[str, ShapeRule] = {
 }
 
 
+# What NumPy and Python raise for inputs that do not fit one another. Nothing is known then.
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+
+
 def outlines(call: Call) -> list[Outline]:
     """The outlines of a node's outputs; of an operator that is not listed, nothing is known."""
     rule = SHAPES.get(call.op)
@@ -597,7 +609,7 @@ def outlines(call: Call) -> list[Outline]:
         return unknown
     try:
         outputs = rule(call)
-    except NotExact:
+    except (NotExact, *MALFORMED):
         return unknown
     return outputs[: call.output_count] + unknown[len(outputs) :]
 

@@ -13,7 +13,7 @@ Bounds are computed in float64, and never wrongly:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +40,9 @@ LARGEST_INTEGER = 2.0**53
 
 # No machine addresses more elements, so no axis that holds any is longer.
 LONGEST_AXIS = 2**47
+
+MOST_CHANNELS = 1 << 20
+"""More channels are not told apart: their bounds would take more memory than the weights."""
 
 # Elements of a stored tensor that are examined at once.
 _CHUNK = 1 << 20
@@ -276,9 +279,11 @@ def bounds_of_array(array: Array) -> Bounds:
     if array.dtype != BOOL and array.dtype.kind not in _INTEGER_KINDS and array.dtype != FLOAT32:
         raise NotExact(f"it reads {array.dtype.name} numbers, and only float32 is followed")
     rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
-    channels = rows.shape[1]
     if rows.size == 0:
         return integer_bounds(0, 0)
+    if rows.shape[1] > MOST_CHANNELS:
+        return joined([bounds_of_array(part).together() for part in _parts(rows)])
+    channels = rows.shape[1]
     if array.dtype != FLOAT32:
         low, high = rows.min(axis=0), rows.max(axis=0)
         floor, ceiling = low.astype(np.float64), high.astype(np.float64)
@@ -303,6 +308,13 @@ def bounds_of_array(array: Array) -> Bounds:
         high = np.maximum(high, chunk.max(axis=0))
         negative_zero = negative_zero or bool(((chunk == 0) & np.signbit(chunk)).any())
     return _squeezed(Bounds(grid=grid, low=low, high=high, bits=bits, negative_zero=negative_zero))
+
+
+def _parts(array: Array) -> Iterator[Array]:
+    """The elements, at most MOST_CHANNELS at a time."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, MOST_CHANNELS):
+        yield flat[start : start + MOST_CHANNELS]
 
 
 def significands(array: npt.NDArray[np.float32]) -> tuple[Integers, Integers]:
