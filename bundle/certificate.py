@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evalmode.bundle.manifest import Frozen, Sha256
 
@@ -111,6 +111,31 @@ class Record(Frozen):
         return cls(rule=rule, verdict=Verdict.NOT_APPLICABLE, why=why)
 
 
+class Reason(Frozen):
+    """One reason why a statement does not hold: the path of a node or a tensor, and why."""
+
+    node: str
+    op: str = ""
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.node}, {self.why}"
+
+
+class Statement(Frozen):
+    """Something about a graph that holds or does not, beside the verdicts: it changes none.
+
+    `why` is one sentence: `proved`, or `not proved: NODE, a partial sum of 16 products may need
+    53.3 bits`. `measured` is text for people. The first of `reasons` is the first in the graph.
+    """
+
+    name: str
+    holds: bool
+    why: str
+    measured: str = ""
+    reasons: tuple[Reason, ...] = ()
+
+
 def overall(records: Iterable[Record]) -> Verdict:
     """The verdict of all records together: the worst of them.
 
@@ -176,15 +201,31 @@ class Certificate(Frozen):
     `row_counts` lists, for each padded length, the batch sizes at which a row has the bits that it
     has alone. `seal` is the sha256 of the canonical JSON with an empty seal. It detects a changed
     byte, but it is no signature: anyone can compute it for another content.
+
+    Version 2 of the schema added statements. A certificate without statements is written as version
+    1, which earlier releases can read: `certificate_schema_version`.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     digest: Sha256
     platform: Platform
     records: tuple[Record, ...]
     row_counts: dict[int, tuple[int, ...]] = Field(default_factory=dict)
     tolerance: float = TOLERANCE
+    statements: tuple[Statement, ...] = Field(
+        default=(), exclude_if=lambda statements: not statements
+    )
     seal: str = ""
+
+    @model_validator(mode="after")
+    def _require_schema_version(self) -> Certificate:
+        if self.schema_version < certificate_schema_version(self.statements):
+            raise ValueError("schema_version 1 has no statements: use 2")
+        return self
+
+    def statement(self, name: str) -> Statement | None:
+        """The statement with this name; None if the certificate has none."""
+        return next((item for item in self.statements if item.name == name), None)
 
     @property
     def verdict(self) -> Verdict:
@@ -202,6 +243,11 @@ class Certificate(Frozen):
 
     def _expected_seal(self) -> str:
         return hashlib.sha256(self.model_copy(update={"seal": ""}).canonical()).hexdigest()
+
+
+def certificate_schema_version(statements: Iterable[Statement]) -> Literal[1, 2]:
+    """The earliest version of the certificate's schema that can hold these statements."""
+    return 2 if any(True for _ in statements) else 1
 
 
 def relative_difference(

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from evalmode.bundle.certificate import Record, Severity, Verdict
+from evalmode.bundle.certificate import Record, Severity, Statement, Verdict
 from evalmode.bundle.store import Bundle
 
 if TYPE_CHECKING:
@@ -205,6 +205,8 @@ def bundle_tables(bundle: Bundle) -> Group:
         tables.append(
             records_table(certificate.records, title=f"certificate: {certificate.verdict}")
         )
+        if certificate.statements:
+            tables.append(statements_table(certificate.statements))
         census = Table("dropout site", "in the graph", title="census", title_justify="left")
         for record in certificate.records:
             if record.rule != "census":
@@ -215,6 +217,19 @@ def bundle_tables(bundle: Bundle) -> Group:
         tables.append(census)
     tables.append(metrics_table(manifest.metrics))
     return Group(*tables)
+
+
+def statements_table(statements: Iterable[Statement]) -> Table:
+    """One line per statement, and its first reasons if it does not hold."""
+    table = Table("statement", "text", title="statements", title_justify="left")
+    for statement in statements:
+        text = statement.why
+        if statement.holds and statement.measured:
+            text = f"{text}: {statement.measured}"
+        table.add_row(Text(statement.name), Text(text, overflow="fold"))
+        for reason in statement.reasons[1:MAX_NAMES]:
+            table.add_row("", Text(str(reason), overflow="fold"))
+    return table
 
 
 def predictions_table(

@@ -15,7 +15,12 @@ import onnxscript
 import torch
 from pydantic import JsonValue
 
-from evalmode.bundle.certificate import Certificate, Record, Verdict
+from evalmode.bundle.certificate import (
+    Certificate,
+    Record,
+    Verdict,
+    certificate_schema_version,
+)
 from evalmode.bundle.frontend import TOKENIZER_FILE, BpeSpec, NgramSpec
 from evalmode.bundle.known_answers import KnownAnswer, Tensors, pack
 from evalmode.bundle.manifest import (
@@ -30,6 +35,7 @@ from evalmode.bundle.store import digest_of, hashes_of, write_bundle
 from evalmode.errors import EvalmodeError
 from evalmode.export.certify import certify
 from evalmode.export.convert import OPSET
+from evalmode.export.exact.statements import Limits, statements_of
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.rules.registry import Progress
 
@@ -130,13 +136,17 @@ def release(
         provenance={**description.provenance, "export": versions},
         files=hashes_of(contents),
     )
+    progress("prove")
+    statements = statements_of(subject.graph, Limits.of(manifest))
 
     # 4. The certificate, which names the digest of the manifest.
     certificate = Certificate(
+        schema_version=certificate_schema_version(statements),
         digest=digest_of(manifest),
         platform=subject.served.platform,
         records=certified.records,
         row_counts=subject.row_counts,
+        statements=statements,
     )
     bundle = write_bundle(root, manifest=manifest, certificate=certificate, contents=contents)
     assert bundle.certificate is not None, "a bundle is written with its certificate"

@@ -57,7 +57,7 @@ def export(
     """
     from evalmode.export.inputs.references import is_reference
     from evalmode.export.release import ExportRefused
-    from evalmode.tables import records_table
+    from evalmode.tables import records_table, statements_table
 
     is_module = is_reference(source)
     if not name:
@@ -110,4 +110,5 @@ def export(
     console.print(
         records_table(release.certificate.records, title=f"certificate of {release.path}")
     )
+    console.print(statements_table(release.certificate.statements))
     console.print(f"digest {release.certificate.digest}", soft_wrap=True)

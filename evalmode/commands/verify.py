@@ -66,6 +66,27 @@ def verify(
     output: reporting.Output = None,
     fail_on: reporting.FailOn = "unproven",
     allow_unproven: reporting.AllowUnproven = False,
+    require_exact: Annotated[
+        bool,
+        typer.Option(
+            "--require-exact", help="Exit 1 unless it is proved that nothing in a graph rounds."
+        ),
+    ] = False,
+    ranges: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--range",
+            help="NAME=LOW:HIGH of an integer input, for that proof; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    largest: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="AXIS=N, the largest size of a varying axis, for that proof; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Leave this rule out; may be repeated.", show_default=False),
@@ -77,6 +98,7 @@ def verify(
     """
     from rich.progress import track
 
+    from evalmode.export.exact import statements
     from evalmode.export.report.report import FailOn, Report
     from evalmode.export.rules.registry import require_rule_names
     from evalmode.export.verify.guarded import load
@@ -91,6 +113,10 @@ def verify(
         samples=None if inputs is None else _samples(inputs),
         module=module,
         limits=Limits(time_s=time_limit, memory_mib=memory_limit),
+        exact=statements.Limits(
+            ranges=dict(_range(text) for text in ranges or ()),
+            largest=dict(_largest(text) for text in largest or ()),
+        ),
     )
     if inputs is not None:
         # The module and the samples are loaded once here, so that an error in the user's code ends
@@ -103,7 +129,10 @@ def verify(
     if len(targets) >= _TARGETS_FOR_A_BAR and stderr.is_terminal:
         examined = track(examined, "verify", total=len(targets), console=stderr, transient=True)
     report = Report(
-        examined=tuple(examined), fail_on=FailOn(fail_on), allow_unproven=allow_unproven
+        examined=tuple(examined),
+        fail_on=FailOn(fail_on),
+        allow_unproven=allow_unproven,
+        require_exact=require_exact,
     )
     reporting.finish(report, form, output)
 
@@ -125,3 +154,25 @@ def _samples(inputs: str) -> Sequence[Any] | str:
             return [dict(arrays)]
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise EvalmodeError(f"{inputs} cannot be read as a .npz file of arrays: {error}") from error
+
+
+def _range(text: str) -> tuple[str, tuple[int, int]]:
+    """A value of --range. Raises EvalmodeError for one that is written otherwise."""
+    name, _, limits = text.rpartition("=")
+    low, colon, high = limits.partition(":")
+    try:
+        if not name or not colon or int(low) > int(high):
+            raise ValueError
+        return name, (int(low), int(high))
+    except ValueError:
+        raise EvalmodeError(
+            f"--range must be NAME=LOW:HIGH with two integers, the smaller first, got {text!r}"
+        ) from None
+
+
+def _largest(text: str) -> tuple[str, int]:
+    """A value of --largest. Raises EvalmodeError for one that is written otherwise."""
+    name, _, size = text.rpartition("=")
+    if not name or not size.isdecimal() or int(size) < 1:
+        raise EvalmodeError(f"--largest must be AXIS=N with an integer of at least 1, got {text!r}")
+    return name, int(size)

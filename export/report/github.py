@@ -23,6 +23,8 @@ def render(report: Report) -> str:
         for record, finding in findings_in(verified):
             name = _COMMANDS[finding.severity]
             lines.append(_command(name, verified.file, record.rule, sentence(finding)))
+        for statement, finding in report.broken_statements(verified):
+            lines.append(_command("error", verified.file, statement.name, sentence(finding)))
     lines.append(report.summary)
     return "".join(f"{line}\n" for line in lines)
 

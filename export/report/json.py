@@ -27,6 +27,7 @@ def render(report: Report) -> str:
                     "findings": [],
                     "rules": [],
                     "certified": [],
+                    "statements": [],
                 }
             )
             continue
@@ -43,6 +44,7 @@ def render(report: Report) -> str:
                 ],
                 "rules": rules,
                 "certified": [_rule(record) for record in file.certified],
+                "statements": [item.model_dump(mode="json") for item in file.statements],
             }
         )
     content = {

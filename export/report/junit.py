@@ -58,6 +58,12 @@ def _suite(report: Report, file: Examined) -> Xml.Element:
                     text += "\n"
             if text:
                 Xml.SubElement(case, "system-out").text = text
+        for statement, finding in report.broken_statements(file):
+            failure = Xml.SubElement(
+                add_case(statement.name), "failure", message=plain(statement.why)
+            )
+            failure.set("type", finding.severity)
+            failure.text = f"{finding.severity}: {sentence(finding)}"
         for rule in file.excluded:
             Xml.SubElement(add_case(rule), "skipped", message=EXCLUDED)
     _count(suite)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from evalmode.bundle.certificate import Finding, Record, Severity, Verdict
+from evalmode.bundle.certificate import Finding, Record, Severity, Statement, Verdict
 from evalmode.export.verify.verify import Examined, Unreadable, Verified
 
 UNREADABLE = "unreadable"
@@ -28,11 +28,15 @@ class FailOn(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The results for all files. `fail_on` and `allow_unproven` decide which findings are bad."""
+    """The results for all files. `fail_on` and `allow_unproven` decide which findings are bad.
+
+    With `require_exact` a statement that does not hold is bad too.
+    """
 
     examined: tuple[Examined, ...]
     fail_on: FailOn = FailOn.UNPROVEN
     allow_unproven: bool = False
+    require_exact: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -67,7 +71,23 @@ class Report:
                 return False
             if any(self.is_bad(finding.severity) for _, finding in findings_in(file)):
                 return False
+            if any(True for _ in self.broken_statements(file)):
+                return False
         return True
+
+    def broken_statements(self, file: Verified) -> Iterator[tuple[Statement, Finding]]:
+        """The statements that the user requires and that do not hold, each as an error."""
+        if not self.require_exact:
+            return
+        for statement in file.statements:
+            if not statement.holds:
+                reason = statement.reasons[0]
+                yield (
+                    statement,
+                    Finding(
+                        severity=Severity.ERROR, node=reason.node, op=reason.op, why=reason.why
+                    ),
+                )
 
     def is_bad(self, severity: Severity) -> bool:
         """Whether a finding of this severity makes the verification fail."""

@@ -93,24 +93,24 @@ def _results(report: Report) -> list[dict[str, Any]]:
     fingerprints = Counter[str]()
     results = []
     for file in report.verified:
-        for record, finding in findings_in(file):
+        pairs = [(record.rule, finding) for record, finding in findings_in(file)]
+        pairs += [(item.name, finding) for item, finding in report.broken_statements(file)]
+        for rule, finding in pairs:
             location: dict[str, Any] = {"physicalLocation": _physical_location(file.file)}
             if finding.node:
                 location["logicalLocations"] = [{"fullyQualifiedName": plain(finding.node)}]
             result: dict[str, Any] = {
-                "ruleId": record.rule,
+                "ruleId": rule,
                 "level": _LEVELS[finding.severity],
                 "message": {"text": sentence(finding)},
                 "locations": [location],
             }
-            # A certificate may come from a version with other rules.
-            if record.rule in rule_indices:
-                result["ruleIndex"] = rule_indices[record.rule]
+            # A certificate may come from a version with other rules, and statements are no rules.
+            if rule in rule_indices:
+                result["ruleIndex"] = rule_indices[rule]
             # The hash of a finding must be the same in each run. Equal findings get a number, as in
             # GitHub's own fingerprints.
-            identity = "\0".join(
-                (record.rule, _uri(file.file), finding.node, finding.op, finding.why)
-            )
+            identity = "\0".join((rule, _uri(file.file), finding.node, finding.op, finding.why))
             digest = hashlib.sha256(identity.encode("utf-8", "backslashreplace"))
             fingerprint = digest.hexdigest()[:16]
             fingerprints[fingerprint] += 1

@@ -68,6 +68,16 @@ def lines(report: Report, *, reasons: bool) -> Iterator[Text]:
                     f"  {record.rule}  {sentence(finding)}"
                 )
 
+        if not is_brief or report.require_exact:
+            for statement in file.statements:
+                why = statement.why
+                if statement.holds and statement.measured:
+                    why = f"{why} ({statement.measured})"
+                is_bad = report.require_exact and not statement.holds
+                kind = Severity.ERROR if is_bad else ""
+                word = "  error" if is_bad else "  note"
+                yield _cell(word, kind) + Text(f"  {statement.name}  {plain(why)}")
+
     for title, rules in report.scope.items():
         yield Text(plain(f"{title}: {', '.join(rules)}"), style="dim")
     yield Text(report.summary, style="bold")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evalmode.errors import EvalmodeError
+from evalmode.export.exact import statements
 
 _MAX_TIME_S, _MAX_MEMORY_MIB = 1_000_000, 1 << 30
 
@@ -42,12 +43,16 @@ class Options:
 
     `module` is the reference `package.module:factory` of the module that bare files are compared
     with.
+
+    `exact` limits what callers may send, for the proof that nothing rounds. A bundle's manifest has
+    limits of its own, which these replace by name.
     """
 
     excluded: Collection[str] = ()
     samples: Sequence[Mapping[str, Any]] | str | None = None
     module: str | None = None
     limits: Limits = field(default_factory=Limits)
+    exact: statements.Limits = field(default_factory=statements.Limits)
 
 
 DEFAULTS = Options()

@@ -15,7 +15,7 @@ The record of a rule about a bundle:
 4. A rule without a record in the certificate is not applicable.
 
 The verdict over all records: fail if any rule failed, else unproven if any is unproven or none
-passed, else pass.
+passed, else pass. Statements (`export/exact`) change no verdict.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from evalmode.bundle.certificate import Record, Verdict, overall
+from evalmode.bundle.certificate import Record, Statement, Verdict, overall
 from evalmode.bundle.manifest import MODEL_FILE
 from evalmode.bundle.store import find_bundle, open_bundle
 from evalmode.errors import EvalmodeError
+from evalmode.export.exact.statements import Limits, statements_of
 from evalmode.export.graph import ModelUnreadable, open_graph, read_graph
 from evalmode.export.rules.registry import RULES, Needs
 from evalmode.export.rules.subject import Subject
@@ -42,7 +43,8 @@ class Verified:
 
     `file` is the ONNX file, of a bundle too. `records` are those of the rules that were checked
     now, and of the rules that are not applicable. `certified` are those of the certificate that
-    still count. `excluded` names the rules that were left out on request.
+    still count. `excluded` names the rules that were left out on request. `statements` are about
+    the graph, and change no verdict.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Verified:
     records: tuple[Record, ...]
     certified: tuple[Record, ...] = ()
     excluded: tuple[str, ...] = ()
+    statements: tuple[Statement, ...] = ()
 
     @property
     def all_records(self) -> tuple[Record, ...]:
@@ -131,6 +134,7 @@ def _verify_file(path: Path, options: Options) -> Verified:
         file=path,
         records=tuple(records[rule.name] for rule in rules),
         excluded=_in_order(options.excluded),
+        statements=statements_of(subject.graph, options.exact),
     )
 
 
@@ -170,6 +174,7 @@ def _verify_bundle(path: Path, options: Options) -> Verified:
         records=tuple(records[rule.name] for rule in rules if rule.name in records),
         certified=certified,
         excluded=_in_order(options.excluded),
+        statements=statements_of(subject.graph, Limits.of(bundle.manifest).updated(options.exact)),
     )
 
 

@@ -1,7 +1,8 @@
 """Every bundle that was ever written stays readable.
 
-`written_by/` has bundles of each schema version, which must open and answer today. `schemas.json`
-in it records the fields of each schema version.
+`written_by/` has bundles of each schema version, which must open and answer today: `schema_*` of
+the manifest, `certificate_*` of the certificate. `schemas.json` in it records the fields of each
+schema version.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import JsonValue
 from typer.testing import CliRunner
 
 from evalmode import cli
-from evalmode.bundle.certificate import Certificate
+from evalmode.bundle.certificate import Certificate, certificate_schema_version
 from evalmode.bundle.known_answers import replay
 from evalmode.bundle.manifest import Frozen, Manifest, lowest_schema_version
 from evalmode.bundle.session import open_session
@@ -24,6 +25,7 @@ from evalmode.bundle.store import open_bundle
 
 WRITTEN = Path(__file__).with_name("written_by")
 DIGESTS = {
+    "certificate_2/counted/1": "1674f967624631cc7d5babc040c4febac32bf4ea75a87831114dde5b3cea1b34",
     "schema_1/classifier/1": "f22d53f519657afe780339241ab4a02fe71231019fc0a6898661be3313e7c715",
     "schema_1/small/1": "7f75f1aa87a1f91830aaf8c2d8c086b6fbcc302107322b0ef4b05c2dc0214f8f",
     "schema_2/columns/1": "7975bac22f9051fec1a668c220ff754a825d3267583472a4c6e6881d0545298a",
@@ -120,3 +122,11 @@ def test_a_manifest_without_bounds_is_written_as_the_version_that_earlier_releas
         manifest = open_bundle(WRITTEN / folder).manifest
         assert manifest.schema_version == lowest_schema_version(manifest.inputs)
         assert manifest.canonical() == (WRITTEN / folder / "manifest.json").read_bytes()
+
+
+def test_a_certificate_without_statements_is_written_as_version_1() -> None:
+    for folder in DIGESTS:
+        certificate = open_bundle(WRITTEN / folder).certificate
+        assert certificate is not None
+        assert certificate.schema_version == certificate_schema_version(certificate.statements)
+        assert certificate.canonical() == (WRITTEN / folder / "certificate.json").read_bytes()

@@ -1,0 +1,372 @@
+"""Small random graphs that compute with numbers of few bits, and two other ways to evaluate them.
+
+`fractions_of` computes every tensor in exact rational arithmetic. `float32_of` computes in float32
+with sums in a random order. Most graphs are exact; some round in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Array = np.ndarray[Any, Any]
+
+VOCABULARY = 6
+ROWS, POSITIONS = 2, 3
+IDS = (ROWS, POSITIONS)
+OPSET = 18
+
+
+@dataclass
+class RandomGraph:
+    """A graph in the making; `pool` names float tensors, each (ROWS, POSITIONS, its channels)."""
+
+    rng: np.random.Generator
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, Array] = field(default_factory=dict)
+    pool: dict[str, int] = field(default_factory=dict)
+
+    def constant(self, array: Array) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = array
+        return name
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(
+            helper.make_node(op, list(inputs), [name], name=f"{op}_{len(self.nodes)}", **attributes)
+        )
+        return name
+
+    def numbers(self, *shape: int) -> Array:
+        """Integers of a few bits times powers of two; sometimes spoilt in one place."""
+        bits = int(self.rng.integers(1, 12))
+        array = self.rng.integers(-(2**bits), 2**bits + 1, shape).astype(np.float32)
+        exponents = self.rng.integers(-6, 7, shape[-1:] if self.rng.random() < 0.5 else ())
+        array = np.asarray(array * np.exp2(exponents).astype(np.float32))
+        if array.size:
+            position = tuple(int(self.rng.integers(size)) for size in shape)
+            match self.rng.integers(30):
+                case 0:
+                    array[position] = 0.1
+                case 1:
+                    array[position] = -0.0
+                case 2:
+                    array[position] = np.nextafter(array[position], np.float32(np.inf))
+                case 3:
+                    array[position] = 2.0**30
+                case 4:
+                    array[position] = 1e-39
+                case 5:
+                    array = np.zeros_like(array)
+                case 6:
+                    array = np.abs(array)
+        return array
+
+    def pick(self) -> tuple[str, int]:
+        names = list(self.pool)
+        # Later tensors are more interesting.
+        name = names[-1 - int(len(names) * self.rng.random() ** 2)]
+        return name, self.pool[name]
+
+
+def random_graph(rng: np.random.Generator) -> RandomGraph:
+    graph = RandomGraph(rng)
+    for _ in range(int(rng.integers(1, 3))):
+        channels = int(rng.integers(1, 5))
+        table = graph.constant(graph.numbers(VOCABULARY, channels))
+        graph.pool[graph.node("Gather", table, "ids", axis=0)] = channels
+    steps = [step for step, weight in _STEPS.items() for _ in range(weight)]
+    for _ in range(int(rng.integers(1, 9))):
+        steps[int(rng.integers(len(steps)))](graph)
+    return graph
+
+
+def model_of(graph: RandomGraph) -> onnx.ModelProto:
+    """The model, whose output is the last tensor."""
+    last = graph.nodes[-1].output[0]
+    return helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "random",
+            [helper.make_tensor_value_info("ids", TensorProto.INT64, IDS)],
+            [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(array, name) for name, array in graph.constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=9,
+    )
+
+
+def _binary(graph: RandomGraph) -> None:
+    op = str(graph.rng.choice(["Add", "Sub", "Mul", "Max", "Min", "Add", "Mul"]))
+    x, channels = graph.pick()
+    same = [name for name, size in graph.pool.items() if size == channels]
+    if graph.rng.random() < 0.3:
+        other = str(graph.rng.choice(same))
+    else:
+        shape = [(), (1,), (channels,)][int(graph.rng.integers(3))]
+        other = graph.constant(graph.numbers(*shape) if shape else graph.numbers(1).reshape(()))
+    inputs = (x, other) if graph.rng.random() < 0.7 else (other, x)
+    graph.pool[graph.node(op, *inputs)] = channels
+
+
+def _unary(graph: RandomGraph) -> None:
+    op = str(graph.rng.choice(["Floor", "Ceil", "Round", "Relu", "Neg", "Abs", "Floor", "Sign"]))
+    x, channels = graph.pick()
+    graph.pool[graph.node(op, x)] = channels
+
+
+def _clip(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    low = float(graph.rng.choice([-128, -5.5, -1, 0, 3, -np.inf]))
+    high = low + float(graph.rng.choice([0.5, 16, 255, -1, np.inf]))
+    if np.isnan(high):
+        high = np.inf
+    limits = [graph.constant(np.asarray(limit, np.float32)) for limit in (low, high)]
+    if graph.rng.random() < 0.2:
+        limits[int(graph.rng.integers(2))] = ""
+    graph.pool[graph.node("Clip", x, *limits)] = channels
+
+
+def _matrix_product(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    columns = int(graph.rng.integers(1, 5))
+    weights = graph.constant(graph.numbers(channels, columns))
+    graph.pool[graph.node("MatMul", x, weights)] = columns
+
+
+def _scores(graph: RandomGraph) -> None:
+    a, channels = graph.pick()
+    same = [name for name, size in graph.pool.items() if size == channels]
+    b = graph.node("Transpose", str(graph.rng.choice(same)), perm=[0, 2, 1])
+    graph.pool[graph.node("MatMul", a, b)] = POSITIONS
+
+
+def _reduce(graph: RandomGraph) -> None:
+    op = str(graph.rng.choice(["ReduceSum", "ReduceSumSquare", "ReduceMax", "ReduceMin"]))
+    if graph.rng.random() < 0.2:
+        op = "ReduceMean"
+    x, channels = graph.pick()
+    axis = int(graph.rng.choice([1, 2]))
+    axes = graph.constant(np.asarray([axis], np.int64))
+    reduced = graph.node(op, x, axes, keepdims=1)
+    if axis == 2:
+        graph.pool[reduced] = 1
+        return
+    graph.pool[graph.node("Sub" if graph.rng.random() < 0.5 else "Max", reduced, x)] = channels
+
+
+def _where(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    same = [name for name, size in graph.pool.items() if size == channels]
+    other = str(graph.rng.choice(same))
+    limit = graph.constant(graph.numbers(1))
+    condition = graph.node(str(graph.rng.choice(["Greater", "LessOrEqual"])), x, limit)
+    graph.pool[graph.node("Where", condition, x, other)] = channels
+
+
+def _lookup(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    size = int(graph.rng.choice([4, 16, 64]))
+    limits = [graph.constant(np.asarray(limit, np.float32)) for limit in (0, size - 1)]
+    clipped = graph.node("Clip", graph.node("Floor", x), *limits)
+    index = graph.node("Cast", clipped, to=TensorProto.INT64)
+    graph.pool[graph.node("Gather", graph.constant(graph.numbers(size)), index, axis=0)] = channels
+
+
+def _concat(graph: RandomGraph) -> None:
+    (a, first), (b, second) = graph.pick(), graph.pick()
+    graph.pool[graph.node("Concat", a, b, axis=-1)] = first + second
+
+
+def _slice(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    start = int(graph.rng.integers(channels))
+    bounds = [graph.constant(np.asarray([value], np.int64)) for value in (start, channels, -1)]
+    graph.pool[graph.node("Slice", x, *bounds)] = channels - start
+
+
+def _reshape(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    if channels % 2:
+        return
+    wide = graph.constant(np.asarray([ROWS, POSITIONS, channels // 2, 2], np.int64))
+    back = graph.constant(np.asarray([0, 0, -1], np.int64))
+    perm = [0, 1, 3, 2] if graph.rng.random() < 0.5 else [0, 1, 2, 3]
+    turned = graph.node("Transpose", graph.node("Reshape", x, wide), perm=perm)
+    graph.pool[graph.node("Reshape", turned, back)] = channels
+
+
+def _rounding(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    if graph.rng.random() < 0.5:
+        other = graph.constant(np.asarray(3.0, np.float32))
+        graph.pool[graph.node("Div", x, other)] = channels
+    else:
+        graph.pool[graph.node("Sigmoid", x)] = channels
+
+
+def _cumulate(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    axis = graph.constant(np.asarray(int(graph.rng.choice([1, 2])), np.int64))
+    graph.pool[graph.node("CumSum", x, axis)] = channels
+
+
+_STEPS: dict[Callable[[RandomGraph], None], int] = {
+    _binary: 10,
+    _unary: 5,
+    _clip: 4,
+    _matrix_product: 5,
+    _scores: 2,
+    _reduce: 4,
+    _where: 2,
+    _lookup: 2,
+    _concat: 1,
+    _slice: 1,
+    _reshape: 1,
+    _rounding: 1,
+    _cumulate: 1,
+}
+
+
+def fractions_of(graph: RandomGraph, ids: Array) -> dict[str, Array]:
+    """Every tensor in exact rational arithmetic; those behind a rounding operator are left out."""
+    exact = np.frompyfunc(lambda value: Fraction(float(value)), 1, 1)
+    tensors: dict[str, Array] = {"ids": ids}
+    for name, array in graph.constants.items():
+        if array.dtype == np.float32 and np.isfinite(array).all():
+            tensors[name] = np.asarray(exact(array), object)
+        else:
+            tensors[name] = array
+    for node in graph.nodes:
+        inputs = [tensors.get(name) for name in node.input]
+        if node.op_type in ("Div", "Sigmoid") or any(
+            value is None and name for value, name in zip(inputs, node.input, strict=True)
+        ):
+            continue
+        tensors[node.output[0]] = _evaluate(node, inputs, _in_order)
+    return tensors
+
+
+def float32_of(graph: RandomGraph, ids: Array, rng: np.random.Generator) -> dict[str, Array]:
+    """Every tensor in float32, with each sum in a random order and from either kind of start."""
+
+    def shuffled(terms: Array) -> Array:
+        order = rng.permutation(len(terms))
+        total = np.zeros(terms.shape[1:], terms.dtype)
+        if len(terms) and rng.random() < 0.5:
+            total, order = terms[order[0]].copy(), order[1:]
+        if rng.random() < 0.5 and len(order) > 2:  # in two parts
+            half = len(order) // 2
+            other = terms[order[half]].copy()
+            for index in order[half + 1 :]:
+                other = other + terms[index]
+            for index in order[:half]:
+                total = total + terms[index]
+            return np.asarray(total + other)
+        for index in order:
+            total = total + terms[index]
+        return np.asarray(total)
+
+    tensors: dict[str, Array] = {"ids": ids, **graph.constants}
+    for node in graph.nodes:
+        inputs = [tensors.get(name) for name in node.input]
+        tensors[node.output[0]] = _evaluate(node, inputs, shuffled)
+    return tensors
+
+
+def _in_order(terms: Array) -> Array:
+    return np.asarray(terms.sum(axis=0))
+
+
+def _evaluate(node: onnx.NodeProto, inputs: list[Any], total: Callable[[Array], Array]) -> Array:
+    """One node; `total` adds up the first axis of an array."""
+    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    x = inputs[0]
+    is_float = getattr(x, "dtype", None) == np.float32
+
+    def rounded(function: Callable[[Any], Any]) -> Array:
+        kind = np.float32 if is_float else object
+        return np.asarray(np.frompyfunc(function, 1, 1)(x), kind)
+
+    match node.op_type:
+        case "Gather":
+            return np.take(x, np.asarray(inputs[1], np.int64), axis=attributes["axis"])
+        case "Add":
+            return np.asarray(x + inputs[1])
+        case "Sub":
+            return np.asarray(x - inputs[1])
+        case "Mul":
+            return np.asarray(x * inputs[1])
+        case "Div":
+            return np.asarray(x / inputs[1])
+        case "Sigmoid":
+            with np.errstate(over="ignore"):
+                return np.asarray(1 / (1 + np.exp(-x)))
+        case "Max":
+            return np.asarray(np.maximum(x, inputs[1]))
+        case "Min":
+            return np.asarray(np.minimum(x, inputs[1]))
+        case "Floor":
+            return np.floor(x) if is_float else rounded(lambda value: Fraction(value // 1))
+        case "Ceil":
+            return np.ceil(x) if is_float else rounded(lambda value: Fraction(-(-value // 1)))
+        case "Round":
+            return np.rint(x) if is_float else rounded(lambda value: Fraction(round(value)))
+        case "Relu":
+            return np.asarray(np.maximum(x, x.dtype.type(0) if is_float else Fraction(0)))
+        case "Neg":
+            return np.asarray(-x)
+        case "Abs":
+            return np.asarray(np.abs(x))
+        case "Sign":
+            return np.sign(x) if is_float else rounded(lambda v: Fraction((v > 0) - (v < 0)))
+        case "Clip":
+            result = x
+            for limit, function in zip(inputs[1:], (np.maximum, np.minimum), strict=True):
+                if limit is not None and np.all(np.abs(np.asarray(limit, float)) != np.inf):
+                    result = function(result, limit)
+            return np.asarray(result)
+        case "MatMul":
+            products = x[..., :, None] * inputs[1][..., None, :, :]  # (..., M, K, N)
+            return total(np.moveaxis(products, -2, 0))
+        case "Transpose":
+            return np.transpose(x, attributes["perm"])
+        case "ReduceSum":
+            return np.expand_dims(total(np.moveaxis(x, inputs[1][0], 0)), inputs[1][0])
+        case "ReduceSumSquare":
+            return np.expand_dims(total(np.moveaxis(x * x, inputs[1][0], 0)), inputs[1][0])
+        case "ReduceMean":
+            count = x.shape[inputs[1][0]]
+            divisor = np.float32(count) if is_float else Fraction(count)
+            result = total(np.moveaxis(x, inputs[1][0], 0)) / divisor
+            return np.expand_dims(np.asarray(result), inputs[1][0])
+        case "ReduceMax":
+            return np.asarray(x.max(axis=inputs[1][0], keepdims=True))
+        case "ReduceMin":
+            return np.asarray(x.min(axis=inputs[1][0], keepdims=True))
+        case "CumSum":
+            return np.asarray(np.cumsum(x, axis=int(inputs[1])))
+        case "Greater":
+            return np.asarray(x > inputs[1], bool)
+        case "LessOrEqual":
+            return np.asarray(x <= inputs[1], bool)
+        case "Where":
+            return np.asarray(np.where(x, inputs[1], inputs[2]))
+        case "Cast":
+            return np.asarray(x, np.int64)
+        case "Concat":
+            return np.concatenate(inputs, axis=-1)
+        case "Slice":
+            return np.asarray(x[..., inputs[1][0] : inputs[2][0]])
+        case "Reshape":
+            sizes = [x.shape[i] if size == 0 else int(size) for i, size in enumerate(inputs[1])]
+            return np.asarray(x.reshape(sizes))
+    raise AssertionError(f"no evaluation of {node.op_type}")

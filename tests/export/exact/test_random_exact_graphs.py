@@ -1,0 +1,95 @@
+"""No random graph is proved wrongly: against rational numbers, other orders, and ONNX Runtime.
+
+Set EXACT_GRAPHS to run more of them than the suite does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from evalmode.export.exact.prove import Proof, prove
+from evalmode.export.exact.values import Bounds
+from evalmode.export.graph import graph_of
+from tests.export.exact.random_exact_graphs import (
+    IDS,
+    VOCABULARY,
+    RandomGraph,
+    float32_of,
+    fractions_of,
+    model_of,
+    random_graph,
+)
+
+COUNT = int(os.environ.get("EXACT_GRAPHS", "2000"))
+PARTS = 4
+
+
+def require_within(bounds: Bounds, exact: np.ndarray[Any, Any], name: str) -> None:
+    """Assert that exact numbers are on their grid, within their bounds, and float32 numbers."""
+    channels = exact.shape[-1] if exact.ndim else 1
+    columns = exact.reshape(-1, channels)
+    for channel in range(channels):
+        at = channel if bounds.channels else ()
+        low, high = Fraction(float(bounds.low[at])), Fraction(float(bounds.high[at]))
+        step = Fraction(2) ** int(bounds.grid[at])
+        for value in columns[:, channel]:
+            assert low <= value <= high, f"{name}: {value} is outside {low} to {high}"
+            assert (value / step).denominator == 1, f"{name}: {value} is not on the grid {step}"
+            assert Fraction(float(np.float32(float(value)))) == value, f"{name}: {value} rounds"
+
+
+def answer(model: onnx.ModelProto, ids: np.ndarray[Any, Any], level: Any) -> bytes:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    output: np.ndarray[Any, Any] = session.run(None, {"ids": ids})[0]
+    return output.tobytes()
+
+
+def check(graph: RandomGraph, rng: np.random.Generator) -> Proof:
+    """Compare everything that the proof knows of a graph with what it computes on some ids."""
+    model = model_of(graph)
+    proof = prove(graph_of(model), ranges={"ids": (0, VOCABULARY - 1)})
+    output = model.graph.output[0].name
+    for _ in range(2):
+        ids = rng.integers(0, VOCABULARY, IDS)
+        exact = fractions_of(graph, ids)
+        for name, tensor in proof.tensors.items():
+            if tensor.computed is not None and name in exact and exact[name].dtype == object:
+                require_within(tensor.bounds, exact[name], name)
+        if not proof.proved:
+            continue
+        answers = {float32_of(graph, ids, rng)[output].tobytes() for _ in range(4)}
+        answers.add(answer(model, ids, ort.GraphOptimizationLevel.ORT_DISABLE_ALL))
+        answers.add(answer(model, ids, ort.GraphOptimizationLevel.ORT_ENABLE_ALL))
+        assert len(answers) == 1, "a proved graph has different bits in another order"
+    return proof
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.timeout(3600)
+def test_no_random_graph_is_proved_wrongly(part: int) -> None:
+    rng = np.random.default_rng(part)
+    counts = Counter[bool]()
+    with np.errstate(all="ignore"):
+        for number in range(COUNT // PARTS):
+            graph = random_graph(rng)
+            try:
+                counts[check(graph, rng).proved] += 1
+            except AssertionError as error:
+                onnx.save(model_of(graph), f"/tmp/x-prv/wrong_{part}_{number}.onnx")
+                raise AssertionError(f"graph {number} of part {part}") from error
+    # Both kinds must be there, or the test would say little.
+    assert min(counts[True], counts[False]) > COUNT // PARTS // 10, counts
