@@ -163,9 +163,8 @@ def fit(
     # A training writes its checkpoint and then removes its state, so it is finished when only the
     # checkpoint exists. With both, the run was killed in between, and resumes at its last step.
     # `lexists`, because a checkpoint that is a broken link is an error and not a missing training.
-    has_checkpoint = os.path.lexists(out / checkpoint.CHECKPOINT_FILE)
-    has_state = (out / STATE_FOLDER / STATE_FILE).exists()
-    if resume and has_checkpoint and not has_state:
+    checkpoint_path, state_path = out / checkpoint.CHECKPOINT_FILE, out / STATE_FOLDER / STATE_FILE
+    if resume and os.path.lexists(checkpoint_path) and not state_path.exists():
         finished = load_finished(out, run=run)
     else:
         validation = train_network(
