@@ -216,6 +216,9 @@ class TrainConfig:
         """
         options = asdict(self)
         del options["max_minutes"], options["separator"]
+        # As before there were others, so that the same training gives the same digest.
+        if self.arithmetic == "float32":
+            del options["arithmetic"], options["weight_bits"]
         return options | {"data": PurePath(self.data).name}
 
 
