@@ -122,6 +122,11 @@ class Reason(Frozen):
         return f"{self.node}, {self.why}"
 
 
+# The statement that nothing in the graph rounds, and the one that no integer product saturates.
+EXACT_ARITHMETIC = "exact-arithmetic"
+INTEGER_SATURATION = "integer-saturation"
+
+
 class Statement(Frozen):
     """Something about a graph that holds or does not, beside the verdicts: it changes none.
 
@@ -226,6 +231,18 @@ class Certificate(Frozen):
     def statement(self, name: str) -> Statement | None:
         """The statement with this name; None if the certificate has none."""
         return next((item for item in self.statements if item.name == name), None)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is proved that nothing in the graph rounds or saturates.
+
+        Such a graph has the same bits wherever float32 is float32: on every processor and provider.
+        """
+        exact = self.statement(EXACT_ARITHMETIC)
+        unsaturated = self.statement(INTEGER_SATURATION)
+        if exact is None or unsaturated is None:
+            return False
+        return exact.holds and unsaturated.holds
 
     @property
     def verdict(self) -> Verdict:

@@ -40,8 +40,9 @@ class KnownAnswer:
 class Replay(Frozen):
     """The result of replaying the known answers of a bundle on this platform.
 
-    `verdict` is "bitwise" on the certifying platform, "within tolerance" on another one, and "no
-    answers" for a bundle without any.
+    `verdict` is "bitwise" on the certifying platform, and on every one if it is proved that the
+    graph never rounds. On another platform it is "within tolerance". For a bundle without answers
+    it is "no answers".
     """
 
     verdict: str
@@ -113,13 +114,14 @@ def replay(
     2. The model must have every output of the answer.
     3. A second run must give the same bits, which it does not if the model still drops.
        `twice=False` leaves this out if it was tested before.
-    4. On the certifying platform the outputs must have the certified bits. On another one they may
-       differ by the certified tolerance, but no label may change.
+    4. On the certifying platform the outputs must have the certified bits, and on every platform if
+       the certificate is exact. Otherwise they may differ by the certified tolerance, but no label
+       may change.
 
     Raises KnownAnswersDiffer, which names the first answer that fails.
     """
     differences = certificate.platform.differences(platform)
-    bitwise = not differences
+    bitwise = not differences or certificate.is_exact
     largest = 0.0
     for index, answer in enumerate(answers):
         if frontend is not None and answer.text is not None:
@@ -166,10 +168,16 @@ def replay(
                 or not has_same_labels
             ):
                 allowed = "not one bit" if bitwise else f"at most {certificate.tolerance:g}"
+                remedy = "export the model again on this platform"
+                if certificate.is_exact:
+                    remedy = (
+                        "the certificate proves that no float32 rounds, so"
+                        f" {platform.provider} computes with fewer bits here (float16, bfloat16 or"
+                        " TF32): set it to float32, or use another provider"
+                    )
                 raise KnownAnswersDiffer(
                     f"known answer {index} is not reproduced: output {name!r} differs by"
-                    f" {difference:.3e} standard deviations where {allowed} is allowed; export the"
-                    " model again on this platform"
+                    f" {difference:.3e} standard deviations where {allowed} is allowed; {remedy}"
                 )
 
     verdict = "bitwise" if bitwise else "within tolerance"

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from evalmode.bundle.certificate import Reason, Statement
+from evalmode.bundle.certificate import (
+    EXACT_ARITHMETIC,
+    INTEGER_SATURATION,
+    Reason,
+    Statement,
+)
 from evalmode.bundle.manifest import Manifest
 from evalmode.export.exact.prove import Proof, prove
 from evalmode.export.exact.saturation import saturating_products
 from evalmode.export.graph import Graph
-
-EXACT_ARITHMETIC = "exact-arithmetic"
-INTEGER_SATURATION = "integer-saturation"
 
 # The significand bits that NVIDIA's TF32 keeps of an operand, with the leading one.
 _TF32_BITS = 11

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, JsonValue
 
@@ -137,6 +137,13 @@ class ModelResponse(_Response):
     certificate: Certificate | None = Field(
         description="null for an uncertified bundle, if the server allows it"
     )
+    determinism: Literal["proved everywhere", "measured here"] = Field(
+        description=(
+            "why an answer never changes by a bit: the certificate proves that nothing in the graph"
+            " rounds, so the bits are the same on every machine; or this server measured at which"
+            " row counts a row keeps its bits"
+        )
+    )
     known_answers: Replay | None = Field(
         description="how the bundle's known answers compared on this machine"
     )
@@ -155,10 +162,13 @@ class ModelResponse(_Response):
     @classmethod
     def of(cls, model: Model, *, parallel: int, workers: int) -> ModelResponse:
         """The description of `model` on a server of `workers` processes."""
+        certificate = model.bundle.certificate
+        is_exact = certificate is not None and certificate.is_exact
         return cls(
             **dict(ModelReference.of(model)),
             manifest=model.bundle.manifest,
-            certificate=model.bundle.certificate,
+            certificate=certificate,
+            determinism="proved everywhere" if is_exact else "measured here",
             known_answers=model.replayed,
             platform=model.platform,
             provider=model.platform.provider,

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evalmode.bundle.certificate import Statement
 from evalmode.bundle.errors import BundleCorrupt, KnownAnswersDiffer
 from evalmode.bundle.frontend import NgramFrontEnd, NgramSpec, collate
 from evalmode.bundle.known_answers import KnownAnswer, pack, replay, unpack
@@ -161,6 +162,36 @@ def test_on_another_platform_a_difference_within_the_tolerance_passes_and_is_rep
     assert result.verdict == "within tolerance"
     assert 1e-6 < result.largest_difference <= result.tolerance == 1e-5
     assert str(result) == "within tolerance (CPU features avx2 there, neon here)"
+
+
+def test_a_proved_bundle_has_the_same_bits_on_every_platform(parts, elsewhere):
+    holding = [
+        Statement(name=name, holds=True, why="proved")
+        for name in ("exact-arithmetic", "integer-saturation")
+    ]
+    proved = parts().certificate.model_copy(
+        update={"schema_version": 2, "statements": tuple(holding)}
+    )
+
+    def replayed(run):
+        return replay(ANSWERS, run, certificate=proved, platform=elsewhere, frontend=FRONTEND)
+
+    assert replayed(run).verdict == "bitwise"
+    with pytest.raises(
+        KnownAnswersDiffer,
+        match="not one bit is allowed; the certificate proves that no float32 rounds, so"
+        " CPUExecutionProvider computes with fewer bits here",
+    ):
+        replayed(off_by(5e-6))
+
+    # A product that may saturate does so on some processors only.
+    saturating = proved.model_copy(
+        update={"statements": (holding[0], holding[1].model_copy(update={"holds": False}))}
+    )
+    result = replay(
+        ANSWERS, off_by(5e-6), certificate=saturating, platform=elsewhere, frontend=FRONTEND
+    )
+    assert result.verdict == "within tolerance"
 
 
 def test_on_the_certifying_platform_there_are_no_differences_to_name(replayed):

@@ -74,6 +74,7 @@ def test_a_server_is_ready_and_describes_its_model(service, client):
     )
     assert model["manifest"]["labels"] == ["hu", "nl", "fi", "et", "de"]
     assert model["certificate"]["digest"] == model["digest"]
+    assert model["determinism"] == "measured here"
     assert model["known_answers"]["verdict"] == "bitwise"
     assert (model["provider"], model["threads"]) == ("CPUExecutionProvider", 1)
     assert (model["parallel"], model["workers"]) == (2, 1)
