@@ -225,7 +225,8 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_retry(moody):
 def test_rows_that_would_exceed_the_time_limit_of_the_queue_are_refused(moody):
     """The limit in seconds is estimated from the rate at which the queue has drained."""
     with (
-        processes.running(moody, parallel=1, queue_s=0.01) as service,
+        # A busy machine may take long for 24 slow rows, which must not meet their deadline.
+        processes.running(moody, parallel=1, queue_s=0.01, timeout_s=600) as service,
         ThreadPoolExecutor(24) as pool,
     ):
         texts = [

@@ -23,12 +23,16 @@ X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Calls(nn.Module):
-    """A linear layer and a function of its output, which may use the object `source`."""
+    """A linear layer and a function of its output, which may use the object `source`.
+
+    Masks have 64 elements. Two exports would sometimes draw the same mask of four: constants that
+    the exporter folds are drawn from a generator that no seed reaches.
+    """
 
     def __init__(self, answer: Callable[[Any, Tensor], Tensor], source: object = None) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("table", torch.full((4,), 0.5))
+        self.linear = nn.Linear(4, 64)
+        self.register_buffer("table", torch.full((64,), 0.5))
         self.answer = answer
         self.source = source
 
@@ -37,7 +41,6 @@ class Calls(nn.Module):
 
 
 def subject_with(answer: Callable[[Any, Tensor], Tensor], source: object = None) -> Subject:
-    # Masks of a few elements: unseeded, two exports may draw the same one by chance.
     torch.manual_seed(0)
     return subject_of(candidate_of(Calls(answer, source).eval(), [X]))
 
@@ -54,7 +57,7 @@ def messages(record: Record) -> str:
 
 CONSTANTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], object]] = {
     "a numpy mask": (
-        lambda m, x: x * torch.from_numpy((np.random.rand(4) < 0.5).astype(np.float32)),
+        lambda m, x: x * torch.from_numpy((np.random.rand(64) < 0.5).astype(np.float32)),
         None,
     ),
     "a python factor": (lambda m, x: x * random.random(), None),
@@ -121,7 +124,7 @@ def test_a_quiet_module_has_equal_exports() -> None:
 
 def test_random_numbers_in_a_buffer_are_weights_and_pass() -> None:
     module = Calls(lambda m, x: x * m.mask)
-    module.register_buffer("mask", torch.bernoulli(torch.full((4, 4), 0.5)).sum(0))
+    module.register_buffer("mask", torch.bernoulli(torch.full((4, 64), 0.5)).sum(0))
     assert baked_noise.check(subject_of(candidate_of(module.eval(), [X]))).verdict is Verdict.PASS
 
 
