@@ -62,7 +62,7 @@ CONSTANTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], object]] = {
     ),
     "a python factor": (lambda m, x: x * random.random(), None),
     "a private numpy generator": (
-        lambda m, x: x * torch.from_numpy(m.source.random(4, dtype=np.float32)),
+        lambda m, x: x * torch.from_numpy(m.source.random(64, dtype=np.float32)),
         np.random.default_rng(0),
     ),
     "a private python generator": (lambda m, x: x * m.source.random(), random.Random(0)),
