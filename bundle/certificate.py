@@ -1,4 +1,7 @@
-"""The certificate of a bundle: the result of every rule, the platform, and the bundle's digest."""
+"""The certificate of a bundle: the result of every rule, the platform, and the bundle's digest.
+
+The rules are in export/rules/registry.py.
+"""
 
 from __future__ import annotations
 

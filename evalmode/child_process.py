@@ -31,7 +31,8 @@ _END = -1  # in place of a length: the answer has no more messages
 
 _POLL_S = 0.05  # between two looks at the limits; a child can exceed them for this long
 _KILL_TIMEOUT_S = 5.0
-_EXIT_TIMEOUT_S = 10  # of a child that closed its answers, before it counts as still running
+# How long to wait for the exit of a child that closed its pipe.
+_EXIT_TIMEOUT_S = 10
 
 _PIPE_BYTES = 1 << 16  # read or written at once; what a pipe holds on Linux
 _STDERR_BYTES = 4096  # of the end of stderr

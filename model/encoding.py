@@ -22,7 +22,7 @@ def encode_parts(data: DataSet, frontend: FrontEnd) -> dict[str, Rows]:
     }
 
 
-def drop_twins(data: DataSet, parts: dict[str, Rows]) -> tuple[DataSet, dict[str, Rows]]:
+def drop_duplicates(data: DataSet, parts: dict[str, Rows]) -> tuple[DataSet, dict[str, Rows]]:
     """The data and its rows without the texts that have the ids of another text.
 
     parts: the rows of `data`, as `encode_parts` returns them. See `distinct_texts` for the texts

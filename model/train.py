@@ -38,7 +38,7 @@ from evalmode.model.config import TrainConfig, TransformerConfig
 from evalmode.model.data import LANGUAGES, composed_digest, open_data
 from evalmode.model.data_set import DataSet
 from evalmode.model.early_stopping import Validation
-from evalmode.model.encoding import drop_twins, encode_parts
+from evalmode.model.encoding import drop_duplicates, encode_parts
 from evalmode.model.informed_table import label_evidence_table
 from evalmode.model.learner import Learner, step_seed
 from evalmode.model.lightning_loop import (
@@ -97,7 +97,7 @@ class PreparedRun:
     text of 20 MB with an emoji takes 80 MB of memory.
 
     data_rows       number of training rows with a label
-    sample_texts    texts for the export, cut to what a model may read
+    sample_texts    texts for the known answers of the export, each cut to SAMPLE_CODE_POINTS
     spec            the front end
     tokenizer       the text of tokenizer.json; None for n-grams
     """
@@ -130,6 +130,14 @@ class PreparedRun:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The best weights of a training, and the number of epochs that it took."""
+
+    weights: Mapping[str, Tensor]
+    epochs: int
+
+
 def fit(
     config: TrainConfig,
     *,
@@ -148,6 +156,13 @@ def fit(
     console     where the progress is printed; None: nowhere
     show_data   called with the data before the training, in the first process
 
+    A training writes its checkpoint, and then removes its state. So, with `resume`:
+
+        checkpoint  state
+        yes         no      the run is finished: the checkpoint is loaded, and nothing is trained
+        any         yes     the run was killed: it continues from the state
+        no          no      nothing to resume: a new run
+
     Returns None in every process but the first. Raises DataError, RunMismatch or EvalmodeError with
     one sentence that says what to change. Ctrl-C raises KeyboardInterrupt; the run can be resumed.
 
@@ -160,19 +175,15 @@ def fit(
         require_usable_folder(out, resume=resume, overwrite=overwrite)
     run = prepare(config, cache=cache, show_data=show_data if is_first_process else None)
 
-    # A training writes its checkpoint and then removes its state, so it is finished when only the
-    # checkpoint exists. With both, the run was killed in between, and resumes at its last step.
     # `lexists`, because a checkpoint that is a broken link is an error and not a missing training.
     checkpoint_path, state_path = out / checkpoint.CHECKPOINT_FILE, out / STATE_FOLDER / STATE_FILE
     if resume and os.path.lexists(checkpoint_path) and not state_path.exists():
         finished = load_finished(out, run=run)
     else:
-        validation = train_network(
-            run, out=out, resume=resume, console=console or Console(quiet=True)
-        )
-        if validation is None:
+        trained = train_network(run, out=out, resume=resume, console=console or Console(quiet=True))
+        if trained is None:
             return None
-        finished = finished_checkpoint(run, validation.best_weights, epochs=validation.epochs)
+        finished = finished_checkpoint(run, trained)
         checkpoint.save(finished, out)
         # After the checkpoint: a run that is killed before this line resumes at its last step and
         # writes the same checkpoint again.
@@ -203,9 +214,9 @@ def prepare(
     data = with_unlabelled(data)
     spec, tokenizer = choose_frontend(config, data)
     rows = encode_parts(data, open_frontend(spec, tokenizer))
-    # The rows of the default data set, and its sha256, are fixed.
+    # The default data set stays as it is: dropping rows would change the published figures.
     if config.data != LANGUAGES:
-        data, rows = drop_twins(data, rows)
+        data, rows = drop_duplicates(data, rows)
     if show_data is not None:
         show_data(data)
 
@@ -232,14 +243,17 @@ def prepare(
 
 
 def _text_identity(config: TrainConfig) -> Callable[[str], bytes]:
-    """A function from a text to a digest, equal for texts that count as one in the data.
+    """The digest by which `open_data` finds duplicates: texts with the same digest count as one.
 
-    For n-grams it is a digest of the ids, because the model reads texts with the same ids alike. A
-    tokenizer has no ids before it is trained on the data, so the digest is that of the composed
-    form. `prepare` compares the ids of those texts after the training of the tokenizer.
+    A model cannot distinguish texts with the same ids. If one were in the training part and another
+    in the test part, the accuracy on the test part would be too high.
     """
+    # A tokenizer is trained on the data, so there are no ids yet. The texts are compared as
+    # characters here, and as ids by `drop_duplicates`, after the training of the tokenizer.
     if config.frontend != "ngrams":
         return composed_digest
+
+    # The ids of n-grams need no training.
     frontend = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
 
     def ids_digest(text: str) -> bytes:
@@ -248,10 +262,8 @@ def _text_identity(config: TrainConfig) -> Callable[[str], bytes]:
     return ids_digest
 
 
-def train_network(
-    run: PreparedRun, *, out: Path, resume: bool, console: Console
-) -> Validation | None:
-    """Train the network; the result holds the best weights. None in every process but the first.
+def train_network(run: PreparedRun, *, out: Path, resume: bool, console: Console) -> Trained | None:
+    """Train the network. None in every process but the first.
 
     The state from which a killed run resumes stays in `out`: `fit` removes it.
     """
@@ -299,7 +311,9 @@ def train_network(
             )
         with failures_handled(out, restored_path=restored_path, monitor=restore_monitor):
             trainer.fit(learner, ckpt_path=restored_path)
-    return validation if trainer.is_global_zero else None
+    if not trainer.is_global_zero:
+        return None
+    return Trained(weights=validation.best_weights, epochs=validation.epochs)
 
 
 def untrained_network(run: PreparedRun) -> Network:
@@ -322,17 +336,15 @@ def untrained_network(run: PreparedRun) -> Network:
     return network
 
 
-def finished_checkpoint(
-    run: PreparedRun, weights: Mapping[str, Tensor], *, epochs: int
-) -> Checkpoint:
-    """The checkpoint with the best `weights` of a training, which took `epochs` epochs."""
+def finished_checkpoint(run: PreparedRun, trained: Trained) -> Checkpoint:
+    """The checkpoint of a run: the trained network, calibrated, and its measures."""
     network = network_of(run.network_config).eval()
-    network.load_state_dict(weights)
+    network.load_state_dict(trained.weights)
 
-    # The temperature makes the scores honest. Folded into the head it costs no operator.
-    validation = run.validation.labelled
-    validation_logits = metrics.predict(network, validation, spec=run.spec)
-    temperature = metrics.optimal_temperature(validation_logits, validation.labels)
+    # The temperature calibrates the scores. Folded into the head, it costs no operator.
+    validation_rows = run.validation.labelled
+    validation_logits = metrics.predict(network, validation_rows, spec=run.spec)
+    temperature = metrics.optimal_temperature(validation_logits, validation_rows.labels)
     metrics.fold_temperature(network.head, temperature)
 
     # A sample of the training rows: every n-th row with a label, where n is the smallest number
@@ -341,7 +353,7 @@ def finished_checkpoint(
     stride = math.ceil(len(labelled_indices) / MEASURED_TRAIN_ROWS)
     train_sample = run.train.take(labelled_indices[::stride])
 
-    parts = {"train": train_sample, "validation": validation, "test": run.test}
+    parts = {"train": train_sample, "validation": validation_rows, "test": run.test}
     measures: dict[str, Measures] = {}
     for name, rows in parts.items():
         logits = metrics.predict(network, rows, spec=run.spec)
@@ -370,7 +382,7 @@ def finished_checkpoint(
                 "rows": run.data_rows,
             },
             "training": run.config.record(),
-            "epochs": epochs,
+            "epochs": trained.epochs,
             "temperature": temperature,
         },
     )
@@ -391,10 +403,10 @@ def load_finished(out: Path, *, run: PreparedRun) -> Checkpoint:
     provenance = finished.provenance
     try:
         record = provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
-        is_complete = isinstance(provenance["epochs"], int)
+        epochs = provenance["epochs"]
     except (KeyError, TypeError):
-        is_complete = False
-    if not is_complete:
+        epochs = None
+    if not isinstance(epochs, int):
         raise EvalmodeError(f"{path} does not say how it was trained: {START_OVER}")
     require_same(record, run.record, path=path)
     return finished

@@ -1,6 +1,7 @@
 """`evalmode predict`: labels texts of the command line or of stdin, or every line of a file.
 
-1. `predict` declares the flags. `_refuse_useless_flags` refuses those that would have no effect.
+1. `predict` declares the flags. `_refuse_useless_flags` refuses those without an effect, by the
+   table `_FLAG_RULES`.
 2. Without --input, `_predict_texts` runs a bundle in this process on all texts at once. It prints a
    table or JSON.
 3. With --input, `_predict_file` answers the file in chunks (client/transfer.py). A server answers
@@ -16,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,12 +39,45 @@ _SERVER_PANEL = "A server that answers"
 # As a shell reports a program that SIGINT ended: 128 + 2.
 _EXIT_INTERRUPTED = 130
 
-# Flags that have no effect without --input. --url is one of them, since texts of the command line
-# are never sent to a server.
-_FLAGS_OF_INPUT = ("output", "url", "chunk_lines", "concurrency")
-# Flags that have no effect without --url. --model is not among them: its error also says that
-# --bundle takes its place.
-_FLAGS_OF_URL = ("api_key", "ca", "retries")
+# The default of the server's setting `max_rows`: by default, a server refuses a larger request.
+_MAX_CHUNK_LINES = 256
+# With the waits of `backoff_s` in client/remote.py, these last about a minute: long enough for the
+# restart of a server.
+_RETRIES = 8
+
+# The combinations of flags that would have no effect: a flag, whether it needs or excludes another
+# flag, and the error, which follows the name of the first flag. The first rule that applies counts.
+# --url needs --input, because texts of the command line are never sent to a server.
+_NEEDS_INPUT = "needs --input FILE with the texts; - is stdin"
+_NEEDS_URL = "needs --url, the address of the server"
+_FLAG_RULES: tuple[tuple[str, Literal["needs", "excludes"], str, str], ...] = (
+    ("--output", "needs", "--input", _NEEDS_INPUT),
+    ("--url", "needs", "--input", _NEEDS_INPUT),
+    ("--chunk-lines", "needs", "--input", _NEEDS_INPUT),
+    ("--concurrency", "needs", "--input", _NEEDS_INPUT),
+    (
+        "--model",
+        "needs",
+        "--url",
+        "names a model of the server at --url; without --url use --bundle",
+    ),
+    ("--api-key", "needs", "--url", _NEEDS_URL),
+    ("--ca", "needs", "--url", _NEEDS_URL),
+    ("--retries", "needs", "--url", _NEEDS_URL),
+    (
+        "--bundle",
+        "excludes",
+        "--url",
+        "runs in this process, --url uses a server: give one of them",
+    ),
+    ("--provider", "excludes", "--url", "is for --bundle; the server at --url has its own"),
+    (
+        "--json",
+        "excludes",
+        "--input",
+        "is for texts; the answers of --input are JSON lines already",
+    ),
+)
 
 
 def predict(
@@ -59,7 +93,7 @@ def predict(
     ] = DEFAULT_TOP_K,
     truncate: Annotated[
         bool,
-        typer.Option(help="Cut a text that is longer than the model reads, or make it an error."),
+        typer.Option(help="Cut a text that is longer than the model reads, or report an error."),
     ] = True,
     provider: Annotated[
         str, typer.Option(help="cpu, cuda, openvino, webgpu, or ONNX Runtime's name of a provider.")
@@ -91,8 +125,10 @@ def predict(
     ] = None,
     chunk_lines: Annotated[
         int,
-        typer.Option(min=1, max=256, help="Lines in one request.", rich_help_panel=_FILE_PANEL),
-    ] = 256,
+        typer.Option(
+            min=1, max=_MAX_CHUNK_LINES, help="Lines in one request.", rich_help_panel=_FILE_PANEL
+        ),
+    ] = _MAX_CHUNK_LINES,
     concurrency: Annotated[
         int,
         typer.Option(min=1, max=64, help="Requests at once.", rich_help_panel=_FILE_PANEL),
@@ -134,24 +170,18 @@ def predict(
         typer.Option(
             min=0, help="Retries in a row before giving up.", rich_help_panel=_SERVER_PANEL
         ),
-    ] = 8,
+    ] = _RETRIES,
 ) -> None:
     """Label texts, or each line of a file, in this process or with a server.
 
     The answers are the same bits either way.
 
-    Exit 0 when every text is answered, 1 when a line of a file could not be answered, 2 when
-    something cannot be used.
+    Exit 0 when every text is answered, 1 when a line of a file could not be answered, 2 when a
+    flag, a file, a bundle or the server is unusable.
     """
-    _refuse_useless_flags(
-        context,
-        texts=texts,
-        bundle=bundle,
-        input_file=input_file,
-        url=url,
-        model=model,
-        as_json=as_json,
-    )
+    _refuse_useless_flags(context)
+    if texts and input_file is not None:
+        raise EvalmodeError(f"give texts as arguments or as --input {input_file}, not both")
 
     if input_file is None:
         _predict_texts(
@@ -166,7 +196,7 @@ def predict(
 
     from evalmode.client.transfer import Source
 
-    # `_predict_file` enters this context: then the bundle is opened, or the connections are.
+    # Nothing is opened yet: `_predict_file` enters the backend, after it has checked the files.
     backend: AbstractAsyncContextManager[Backend]
     if url is not None:
         from evalmode.client.remote import connect
@@ -196,54 +226,21 @@ def predict(
     )
 
 
-def _refuse_useless_flags(
-    context: typer.Context,
-    *,
-    texts: Sequence[str] | None,
-    bundle: Path | None,
-    input_file: Path | None,
-    url: str | None,
-    model: str | None,
-    as_json: bool,
-) -> None:
-    """Raise EvalmodeError for the first flag, or for texts, that would have no effect."""
-    if input_file is None and (flag := _flag_on_command_line(context, _FLAGS_OF_INPUT)):
-        raise EvalmodeError(f"{flag} needs --input FILE with the texts; - is stdin")
-
-    if url is None:
-        if model is not None:
-            raise EvalmodeError(
-                "--model names a model of the server at --url; without --url use --bundle"
-            )
-        if flag := _flag_on_command_line(context, _FLAGS_OF_URL):
-            raise EvalmodeError(f"{flag} needs --url, the address of the server")
-    else:
-        if bundle is not None:
-            raise EvalmodeError(
-                "--bundle is answered in this process and --url by a server: give one of them"
-            )
-        if _flag_on_command_line(context, ["provider"]):
-            raise EvalmodeError("--provider is for --bundle; the server at --url has its own")
-
-    if input_file is not None:
-        if as_json:
-            raise EvalmodeError(
-                "--json is for texts; the answers of --input are JSON lines already"
-            )
-        if texts:
-            raise EvalmodeError(f"give texts as arguments or as --input {input_file}, not both")
-
-
-def _flag_on_command_line(context: typer.Context, names: Sequence[str]) -> str | None:
-    """The first of these flags that the command line has, as `--chunk-lines`; else None.
+def _refuse_useless_flags(context: typer.Context) -> None:
+    """Raise EvalmodeError for the first rule of `_FLAG_RULES` that the command line breaks.
 
     A value from an environment variable does not count: a shell may set it for all commands.
     """
-    for name in names:
-        source = context.get_parameter_source(name)
+    flags = set()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
         if source is not None and source.name == "COMMANDLINE":
-            return "--" + name.replace("_", "-")
-    return None
+            flags.add(parameter.opts[0])
+
+    for flag, relation, other_flag, error in _FLAG_RULES:
+        is_broken = (other_flag in flags) == (relation == "excludes")
+        if flag in flags and is_broken:
+            raise EvalmodeError(f"{flag} {error}")
 
 
 def _texts_from_stdin() -> list[str]:
@@ -305,7 +302,7 @@ def _predict_file(
         identity = identity_of(source.path) if source.repeatable else None
         writer = AnswersFile(output, answer_options={**answer_options, "input": identity})
 
-    async def transfer() -> None:
+    async def answer_all_lines() -> None:
         async with backend as opened_backend:
             await Transfer(
                 source=source, backend=opened_backend, writer=writer, concurrency=concurrency
@@ -315,7 +312,7 @@ def _predict_file(
         # A run that continues a file counts its own lines for the speed.
         started, earlier_lines = time.monotonic(), writer.lines
         try:
-            asyncio.run(transfer())
+            asyncio.run(answer_all_lines())
         except KeyboardInterrupt as interrupt:
             print_error(f"interrupted; {writer.how_to_continue}")
             raise typer.Exit(_EXIT_INTERRUPTED) from interrupt

@@ -30,7 +30,7 @@ _HELP = {
     "out": "The folder to write. \\[default: runs/NAME]",
     "frontend": "How texts become ids: auto, ngrams or bpe.",
     "vocabulary": "Rows of the embedding table.",
-    "epochs": "Passes over the training data. \\[default: by its size]",
+    "epochs": "Passes over the training data. \\[default: {lowest} to {highest}, by its size]",
     "patience": "Epochs without a lower validation loss before training stops.",
     "max_minutes": "Stop after this time; the weights then depend on the clock.",
     "dropout": "Drop probability wherever no rate is given below.",
@@ -73,7 +73,7 @@ def train_command() -> Any:
 
     It is built when it is called: an image that only serves has no model room to import.
     """
-    from evalmode.model.config import TrainConfig
+    from evalmode.model.config import DEFAULT_EPOCHS_MAX, DEFAULT_EPOCHS_MIN, TrainConfig
 
     types = get_type_hints(TrainConfig)
     types |= {"out": Path | None, "resume": bool, "overwrite": bool, "cache": Path | None}
@@ -81,6 +81,8 @@ def train_command() -> Any:
     defaults |= {"out": None, "resume": False, "overwrite": False, "cache": None}
     parameters = []
     for name, help_text in _HELP.items():
+        if name == "epochs":
+            help_text = help_text.format(lowest=DEFAULT_EPOCHS_MIN, highest=DEFAULT_EPOCHS_MAX)
         option = typer.Option(help=help_text, envvar=_VARIABLES.get(name))
         flag_type = types[name]
         # As a string, so that TrainConfig refuses a wrong word in one sentence. click would print

@@ -32,5 +32,5 @@ def masks_spans(application: Application) -> bool:
     noise = application.noise
     if noise.dim() < 2 or application.additive:
         return False
-    shape = masks.shape_of(noise, float(noise.nan_to_num(0.0).max()))
-    return 1 in noise.shape[1:] or any(noise.shape[axis] > 1 for axis in shape.shared)
+    pattern = masks.pattern_of(noise, float(noise.nan_to_num(0.0).max()))
+    return 1 in noise.shape[1:] or any(noise.shape[axis] > 1 for axis in pattern.shared)

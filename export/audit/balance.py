@@ -74,7 +74,9 @@ class Balance:
         return self._distance(doubles, self._expected) <= self._tolerance
 
     def find(self, noise_groups: Sequence[NoiseGroup], *, p: float | None) -> list[float] | Unclear:
-        """One constant for each group. Unclear where none make the forwards equal, or where all do.
+        """One constant for each group that makes the training output equal eval's.
+
+        Unclear if no constants, or any constants, make the outputs equal.
 
         `p` is the declared drop rate. The candidates are, in this order:
 

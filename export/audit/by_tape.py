@@ -50,7 +50,7 @@ class TapedRun:
 
 def run_on_tape(
     site: IsolatedSite,
-    foreign_noise: frozenset[int],
+    random_non_torch: frozenset[int],
     constants: Mapping[int, float] | None = None,
     *,
     training: bool = True,
@@ -58,11 +58,11 @@ def run_on_tape(
 ) -> TapedRun:
     """Run one forward of the site on a tape.
 
-    `foreign_noise` is that of `Roles`, `constants` those of `NoiseTape`, and `watched` is that of
-    `IsolatedSite.run`.
+    `random_non_torch` is that of `Roles`, `constants` are those of `NoiseTape`, and `watched` is
+    that of `IsolatedSite.run`.
     """
     call = site.prepare()
-    tape = NoiseTape(Roles(site.weights(), call.tensors(), foreign_noise), constants)
+    tape = NoiseTape(Roles(site.weights(), call.tensors(), random_non_torch), constants)
     with tape:
         outputs = site.run_prepared(call, training=training, watched=watched)
     return TapedRun(tape.reading, outputs)
@@ -70,38 +70,38 @@ def run_on_tape(
 
 @dataclass(frozen=True)
 class TapeReadings:
-    """A few readings, all with the same applications, and the foreign tensors that are random.
+    """A few readings, all with the same applications.
 
-    `foreign_noise` holds their indices, as `Roles` needs them.
+    `random_non_torch` holds the indices of the random tensors that torch did not make, for `Roles`.
     """
 
-    foreign_noise: frozenset[int]
+    random_non_torch: frozenset[int]
     readings: list[Reading]
 
 
 def read_tapes(site: IsolatedSite, *, training: bool = True) -> TapeReadings | Unclear:
     """Run a site a few times on a tape. Unclear where the tape cannot follow the forwards."""
 
-    def read(foreign_noise: frozenset[int]) -> Reading:
-        return run_on_tape(site, foreign_noise, training=training).reading
+    def read(random_non_torch: frozenset[int]) -> Reading:
+        return run_on_tape(site, random_non_torch, training=training).reading
 
     try:
         readings = [read(frozenset()) for _ in range(_READINGS)]
-        foreign = [reading.foreign for reading in readings]
-        if not _have_same_shapes(foreign):
+        non_torch = [reading.non_torch for reading in readings]
+        if not _have_same_shapes(non_torch):
             return Unclear((_PATH_VARIES,))
 
-        # A foreign tensor, which torch did not make, is random where it differs from forward to
-        # forward. The readings are then repeated with its role known.
+        # A tensor that torch did not make, such as one from NumPy, is random if it differs from
+        # forward to forward. The readings are then repeated with its role known.
         random_indices = set()
-        for index, (first, *others) in enumerate(zip(*foreign, strict=True)):
-            if not all(torch.equal(first, tensor) for tensor in others):
+        for index, (first, *repeats) in enumerate(zip(*non_torch, strict=True)):
+            if not all(torch.equal(first, tensor) for tensor in repeats):
                 random_indices.add(index)
-        foreign_noise = frozenset(random_indices)
-        if foreign_noise:
-            readings = [read(foreign_noise) for _ in range(_READINGS)]
+        random_non_torch = frozenset(random_indices)
+        if random_non_torch:
+            readings = [read(random_non_torch) for _ in range(_READINGS)]
         while len(readings) < _MOST_READINGS and not _has_each_kept_something(readings):
-            readings.append(read(foreign_noise))
+            readings.append(read(random_non_torch))
     except TAPE_ERRORS as error:
         return Unclear((f"its forward cannot be watched: {error}",))
 
@@ -109,7 +109,7 @@ def read_tapes(site: IsolatedSite, *, training: bool = True) -> TapeReadings | U
         return Unclear(tuple(readings[0].obstacles))
     if not _have_same_shapes([[a.noise for a in reading.applications] for reading in readings]):
         return Unclear((_PATH_VARIES,))
-    return TapeReadings(foreign_noise, readings)
+    return TapeReadings(random_non_torch, readings)
 
 
 def _have_same_shapes(forwards: Sequence[Sequence[Tensor]]) -> bool:
@@ -133,7 +133,7 @@ class TapeObserver:
     def __init__(
         self,
         site: IsolatedSite,
-        foreign_noise: frozenset[int],
+        random_non_torch: frozenset[int],
         groups: list[list[int]],
         effects: tuple[Effect, ...],
         *,
@@ -142,13 +142,13 @@ class TapeObserver:
     ) -> None:
         """`groups` holds, for each effect, the indices of the applications that it consists of.
 
-        `reuses_mask` says that one mask is used several times. Used twice on one path, its mean is
-        not its effect there.
+        `reuses_mask` says that one mask is used several times. If a path uses it twice, replacing
+        it by its mean gives another result.
         """
         self.effects = effects
         self.reuses_mask = reuses_mask
         self.includes_inputs = site.includes_inputs
-        self._site, self._foreign_noise, self._groups = site, foreign_noise, groups
+        self._site, self._random_non_torch, self._groups = site, random_non_torch, groups
         self._application_count = application_count
 
     @classmethod
@@ -172,7 +172,7 @@ class TapeObserver:
 
         # One constant per group makes the training forward equal eval's.
         balance = Balance(
-            lambda constants: run_on_tape(site, tapes.foreign_noise, constants).outputs,
+            lambda constants: run_on_tape(site, tapes.random_non_torch, constants).outputs,
             site.run(training=False),
         )
         applications = readings[0].applications
@@ -201,7 +201,7 @@ class TapeObserver:
                 draws += application.draws
         return cls(
             site,
-            tapes.foreign_noise,
+            tapes.random_non_torch,
             groups,
             tuple(effects),
             application_count=len(applications),
@@ -210,7 +210,7 @@ class TapeObserver:
 
     def draw(self) -> list[Tensor]:
         """The noise of one more forward, one tensor per effect. Raises PathChanged."""
-        reading = run_on_tape(self._site, self._foreign_noise).reading
+        reading = run_on_tape(self._site, self._random_non_torch).reading
         if len(reading.applications) != self._application_count:
             raise PathChanged(_PATH_VARIES)
         return [_noise_of(reading, group) for group in self._groups]
@@ -218,7 +218,7 @@ class TapeObserver:
     def balanced(self, *, watched: bool = False) -> list[Tensor]:
         """The output of one more training forward in which all noise is replaced by its balance."""
         constants = self._balances()
-        return run_on_tape(self._site, self._foreign_noise, constants, watched=watched).outputs
+        return run_on_tape(self._site, self._random_non_torch, constants, watched=watched).outputs
 
     def fingerprint(self, reports: Sequence[SiteReport]) -> Fingerprint | None:
         """The fingerprint of the observed call; `reports` are those on it.
@@ -228,8 +228,8 @@ class TapeObserver:
         if any(effect.pattern is not None for effect in self.effects):
             return None
         return Fingerprint(
-            foreign_noise=self._foreign_noise,
-            reading=run_on_tape(self._site, self._foreign_noise).reading,
+            random_non_torch=self._random_non_torch,
+            reading=run_on_tape(self._site, self._random_non_torch).reading,
             groups=self._groups,
             balances=self._balances(),
             keep_intervals=[report.keep_interval for report in reports],
@@ -246,13 +246,13 @@ class TapeObserver:
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What a judged call showed. A later call that matches it needs three forwards and no test.
+    """How a judged call behaved. A later call that matches it needs three forwards and no test.
 
-    A match misses a rate that depends on the sizes or values of tensors so little that a single
-    mask cannot show it.
+    A match can miss a small dependence of the rate on the sizes or values of tensors: it compares a
+    single mask.
     """
 
-    foreign_noise: frozenset[int]
+    random_non_torch: frozenset[int]
     reading: Reading
     groups: list[list[int]]
     balances: Mapping[int, float]
@@ -266,7 +266,7 @@ class Fingerprint:
         """
         applications = self.reading.applications
         try:
-            reading = run_on_tape(site, self.foreign_noise).reading
+            reading = run_on_tape(site, self.random_non_torch).reading
             if len(reading.applications) != len(applications) or reading.obstacles:
                 return False
             for a, b in zip(reading.applications, applications, strict=True):
@@ -276,7 +276,7 @@ class Fingerprint:
                 tolerance = 4 * max(a.step, b.step) * abs(_largest(b))
                 if (a.before, a.after) != (b.before, b.after) or not difference <= tolerance:
                     return False
-            output = run_on_tape(site, self.foreign_noise, self.balances).outputs
+            output = run_on_tape(site, self.random_non_torch, self.balances).outputs
         except TAPE_ERRORS:
             return False
 

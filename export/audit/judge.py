@@ -2,21 +2,12 @@
 
 These two files decide. The files that they import measure, and `verdicts.py` has the sentences.
 
-The words of both files:
-
 * A *possible site* is a module that may apply noise, as `find_sites.py` returned it.
 * *Noise* is a tensor of random numbers that the site applies to its data: a dropout's mask, a
   Gaussian factor, a term that is added.
 * A *call* is one call of the site, captured in a forward of the whole network: its arguments, and
-  the numbers that the site held. `IsolatedSite` repeats it in training and in eval.
-* A *tape* records one forward, operator by operator. It finds where noise is applied to data, reads
-  the noise, and can run the forward with a constant in the noise's place.
-* A forward's *path* is the sequence of its operators. A random number may choose it: Python code
-  asks `if random() < p` and skips a layer. A tape cannot follow that.
-* An *effect* is one noise of the site that is measured by itself. A site has one or several.
-* An *observer* repeats the call in training, and returns each effect's noise. `TapeObserver` reads
-  it from a tape, `OutputObserver` from the outputs, `SkippedLayers` from the layers that ran.
-* A *fingerprint* is what a judged call showed on a tape. Later calls are compared with it.
+  the state of the site before it. `IsolatedSite` repeats it in training and in eval.
+* A *fingerprint* records how a judged call behaved. Later calls are compared with it.
 
 A possible site as a whole (`judge`):
 
@@ -26,14 +17,14 @@ A possible site as a whole (`judge`):
       finding, because the parent is judged;
    b. it draws in eval: always on;
    c. else: not called.
-3. Samples reach it: each captured call is judged in steps 4 to 6. A verdict that repeats an earlier
+3. Samples reach it: each captured call is judged in steps 4 to 6. A result that repeats an earlier
    one of the site is dropped.
 
 One call (`_judge_call`):
 
 4. Its input is not zero everywhere, and it matches the fingerprint of an earlier call of its kind:
-   no further verdict.
-5. It draws in eval, and eval uses the numbers: always on.
+   no further result.
+5. It draws in eval, and the numbers may change the output: always on.
 6. Else its training forward is judged, in steps 7 to 12. Zeros would hide a mask, so random values
    replace them:
    a. from the start, in an input that is zero everywhere;
@@ -54,7 +45,7 @@ from evalmode.export.audit.by_tape import Fingerprint, read_tapes, run_on_tape
 from evalmode.export.audit.call import ZERO, CallKind
 from evalmode.export.audit.find_sites import PossibleSite
 from evalmode.export.audit.isolated_site import IsolatedSite, random_zero_weights
-from evalmode.export.audit.judge_training import Task, Verdict, judge_training
+from evalmode.export.audit.judge_training import CallAudit, CallResult, judge_training
 from evalmode.export.audit.masks import kept_value
 from evalmode.export.audit.site import Figures, Kind, Outcome, SiteReport, Unclear
 from evalmode.export.audit.verdicts import report_site
@@ -87,14 +78,14 @@ def judge(
     if not possible_site.calls:
         return [_report_unreached(possible_site, possible_sites)]
 
-    # 3. Each captured call.
+    # 3. Each captured call. Modules that draw are judged as sites themselves. Inside another site
+    # they stay in eval, because their noise would count as that of the outer site.
     random_modules = [
         network.parts[other.path]
         for other in possible_sites
         if other.training_draws or other.eval_draws
     ]
-    reports: list[SiteReport] = []
-    earlier_verdicts: list[dict[str, Kind]] = []
+    numbered_results: list[tuple[int, CallResult]] = []
     fingerprints: dict[CallKind, Fingerprint] = {}
     for captured in possible_site.calls:
         site = IsolatedSite(
@@ -104,21 +95,33 @@ def judge(
             trains=possible_site.trains,
             random_modules=random_modules,
         )
-        task = Task(possible_site=possible_site, site=site, alpha=alpha, draws=draws)
+        audit = CallAudit(possible_site=possible_site, site=site, alpha=alpha, draws=draws)
         with site.isolated():
-            verdict = _judge_call(task, fingerprints.get(captured.kind))
-        if verdict is None:
+            result = _judge_call(audit, fingerprints.get(captured.kind))
+        if result is None:
             continue
+        numbered_results.append((captured.number, result))
         # A kind has one fingerprint: that of its first call that has any.
-        if verdict.fingerprint is not None:
-            fingerprints.setdefault(captured.kind, verdict.fingerprint)
+        if result.fingerprint is not None:
+            fingerprints.setdefault(captured.kind, result.fingerprint)
+    return _distinct_reports(numbered_results)
 
-        # The reports of the first verdict have no number. Later ones name the call that differs.
-        kinds = verdict.kind_by_source()
-        if kinds not in earlier_verdicts:
-            number = captured.number if earlier_verdicts else 0
-            reports += [replace(report, call=number) for report in verdict.reports]
-            earlier_verdicts.append(kinds)
+
+def _distinct_reports(numbered_results: Sequence[tuple[int, CallResult]]) -> list[SiteReport]:
+    """The reports of the results that differ from every earlier one.
+
+    Each result has the number of its call. The reports of the first result have no number. Later
+    ones name the call that differs.
+    """
+    reports: list[SiteReport] = []
+    earlier_kinds: list[dict[str, Kind]] = []
+    for call_number, result in numbered_results:
+        kinds = result.kind_by_source()
+        if kinds in earlier_kinds:
+            continue
+        number = call_number if earlier_kinds else 0
+        reports += [replace(report, call=number) for report in result.reports]
+        earlier_kinds.append(kinds)
     return reports
 
 
@@ -144,12 +147,12 @@ def _report_unreached(
     return report_site(possible_site, Kind.NOT_CALLED)
 
 
-def _judge_call(task: Task, fingerprint: Fingerprint | None) -> Verdict | None:
-    """Steps 4 to 6: the verdict on one call. Runs inside of `site.isolated()`.
+def _judge_call(audit: CallAudit, fingerprint: Fingerprint | None) -> CallResult | None:
+    """Steps 4 to 6: the result for one call. Runs inside of `site.isolated()`.
 
     None where the call matches `fingerprint`, that of an earlier call of its kind.
     """
-    site, possible_site = task.site, task.possible_site
+    site, possible_site = audit.site, audit.possible_site
     try:
         # 4. It behaves like an earlier call. On an input of zeros every scale would match.
         is_zero = site.call.why_unmeasurable() == ZERO
@@ -157,51 +160,53 @@ def _judge_call(task: Task, fingerprint: Fingerprint | None) -> Verdict | None:
             return None
 
         # 5. Random in eval.
-        if possible_site.eval_draws and not _ignores_eval_draws(task):
-            return Verdict([_report_always_on(task)])
+        if possible_site.eval_draws and not _ignores_eval_draws(audit):
+            return CallResult([_report_always_on(audit)])
 
         # 6a. An input of zeros would hide every mask.
         if is_zero:
             with site.random_inputs():
-                verdict = judge_training(task)
-            return _note_random_values(verdict, "its input is zero everywhere")
+                on_random_inputs = judge_training(audit)
+            return _note_random_values(on_random_inputs, "its input is zero everywhere")
 
-        # 6b. Weights of zeros may hide a mask too: the last weights of a residual branch often
-        # start as zeros, and whatever the branch drops, it adds nothing.
-        verdict = judge_training(task)
-        if verdict.measured_count > 0 or not site.has_zero_weights:
-            return verdict
+        # 6. The first attempt, on the values that were captured.
+        on_captured_values = judge_training(audit)
+        if on_captured_values.conclusive_count > 0 or not site.has_zero_weights:
+            return on_captured_values
+
+        # 6b. The second attempt. The last weights of a residual branch often start as zeros. The
+        # branch then adds nothing, with or without a mask.
         with random_zero_weights(site.module):
-            second_verdict = judge_training(task)
-        # The second attempt counts only if it measured every source of noise.
-        if second_verdict.measured_count < len(second_verdict.reports):
-            return verdict
+            on_random_weights = judge_training(audit)
+        # It counts only if it is conclusive about every source of noise.
+        if on_random_weights.conclusive_count < len(on_random_weights.reports):
+            return on_captured_values
         return _note_random_values(
-            second_verdict, "its weights that are all zero let nothing through"
+            on_random_weights, "its weights that are all zero let nothing through"
         )
     except Exception as error:  # the user's code may raise anything
         kind = Kind.ALWAYS_ON if possible_site.eval_draws else Kind.INCONCLUSIVE
         reason = f"it does not run alone: {type(error).__name__}: {error}"
-        return Verdict([report_site(possible_site, kind, reason=reason)])
+        return CallResult([report_site(possible_site, kind, reason=reason)])
 
 
-def _note_random_values(verdict: Verdict, reason: str) -> Verdict:
-    """The same verdict, with a note in each sentence that random values replaced zeros.
+def _note_random_values(result: CallResult, reason: str) -> CallResult:
+    """The same result, with a note in each sentence that random values replaced zeros.
 
-    It has no fingerprint. A later call would be compared with it on zeros, where training equals
-    eval at any scale.
+    It has no fingerprint. A later call would be compared with it on zeros, and on zeros training
+    equals eval, whatever the scale is.
     """
     note = f"(measured with random values, because {reason})"
-    reports = [replace(report, sentence=f"{report.sentence} {note}") for report in verdict.reports]
-    return replace(verdict, reports=reports, fingerprint=None)
+    reports = [replace(report, sentence=f"{report.sentence} {note}") for report in result.reports]
+    return replace(result, reports=reports, fingerprint=None)
 
 
-def _ignores_eval_draws(task: Task) -> bool:
+def _ignores_eval_draws(audit: CallAudit) -> bool:
     """Whether eval draws numbers from torch and does not use them.
 
     LayerDrop is often written like this: it draws first, and then looks at the mode.
     """
-    site, possible_site = task.site, task.possible_site
+    site, possible_site = audit.site, audit.possible_site
     # A tape does not see the numbers of Python's and NumPy's generators.
     if not possible_site.training_draws or any(draw.by_host for draw in possible_site.eval_draws):
         return False
@@ -223,30 +228,40 @@ def _ignores_eval_draws(task: Task) -> bool:
     return True
 
 
-def _report_always_on(task: Task) -> SiteReport:
-    """The report on a site that is random in eval, which is an error whatever its mean is.
+def _report_always_on(audit: CallAudit) -> SiteReport:
+    """The report on a site that is random in eval, which is an error whatever its mean is."""
+    # Eval first: users get this mask. Where a tape cannot follow it, training may show one.
+    report = _report_always_on_mask(audit, training=False)
+    if report is None:
+        report = _report_always_on_mask(audit, training=True)
+    if report is None:
+        report = report_site(audit.possible_site, Kind.ALWAYS_ON)
+    return report
 
-    It has a keep rate and a scale where the noise is a single mask that a tape can follow.
+
+def _report_always_on_mask(audit: CallAudit, *, training: bool) -> SiteReport | None:
+    """The report with the keep rate and the scale of the mask that the site applies in this mode.
+
+    None unless the noise is a single mask that a tape can follow.
     """
-    # Eval first: this is the mask that its users get. A tape may follow training's alone.
-    for training in (False, True):
-        tapes = read_tapes(task.site, training=training)
-        if isinstance(tapes, Unclear) or len(tapes.readings[0].applications) != 1:
-            continue
-        noises = []
-        for _ in range(_ALWAYS_ON_FORWARDS):
-            run = run_on_tape(task.site, tapes.foreign_noise, training=training)
-            noises.append(run.reading.applications[0].noise)
-        noise = torch.stack(noises)  # (forwards, *mask)
-        train_scale = kept_value(noise, rounding=1e-2)
-        if train_scale is None:
-            continue
-        figures = Figures(
-            outcome=Outcome.GAP,
-            forward_count=_ALWAYS_ON_FORWARDS,
-            keep_rate=float((noise != 0).to(torch.float64).mean()),
-        )
-        return report_site(
-            task.possible_site, Kind.ALWAYS_ON, figures=figures, train_scale=train_scale
-        )
-    return report_site(task.possible_site, Kind.ALWAYS_ON)
+    tapes = read_tapes(audit.site, training=training)
+    if isinstance(tapes, Unclear) or len(tapes.readings[0].applications) != 1:
+        return None
+
+    noises = []
+    for _ in range(_ALWAYS_ON_FORWARDS):
+        run = run_on_tape(audit.site, tapes.random_non_torch, training=training)
+        noises.append(run.reading.applications[0].noise)
+    noise = torch.stack(noises)  # (forwards, *mask)
+    train_scale = kept_value(noise, rounding=1e-2)
+    if train_scale is None:
+        return None
+
+    figures = Figures(
+        outcome=Outcome.UNSURE,  # no gap is tested: the site is wrong with and without one
+        forward_count=_ALWAYS_ON_FORWARDS,
+        keep_rate=float((noise != 0).to(torch.float64).mean()),
+    )
+    return report_site(
+        audit.possible_site, Kind.ALWAYS_ON, figures=figures, train_scale=train_scale
+    )

@@ -1,4 +1,14 @@
-"""The verdict on the training forward of one call, in steps 7 to 12. The words are in `judge.py`.
+"""The result for the training forward of one call, in steps 7 to 12.
+
+`judge.py` has steps 1 to 6, and explains a site, its noise, a call and a fingerprint. In addition:
+
+* A *tape* records one forward, operator by operator. It finds where noise is applied to data, reads
+  the noise, and can run the forward with a constant in place of the noise.
+* The *path* of a forward is the sequence of its operators. A random number may choose it, as in
+  `if random() < p`, which skips a layer. A tape cannot follow that.
+* An *effect* is one noise of the site that is measured by itself. A site has one or several.
+* An *observer* repeats the call in training, and returns the noise of each effect. `TapeObserver`
+  reads it from a tape, `OutputObserver` from the outputs, `SkippedLayers` from the layers that ran.
 
 On a tape (`_judge_on_tape`):
 
@@ -73,8 +83,8 @@ _REACH_FIX = "give samples that reach it"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """What to judge: one call of a possible site, which `site` repeats; and how strictly.
+class CallAudit:
+    """One call to judge, and how strictly. `site` repeats the call of `possible_site`.
 
     `alpha` is the level of one test of the call. `draws` fixes the training forwards of each test;
     None sizes them.
@@ -87,7 +97,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CallResult:
     """The reports on one call, one for each source of noise, and the fingerprint of the call.
 
     `fingerprint` is None where later calls must be judged in full.
@@ -97,101 +107,101 @@ class Verdict:
     fingerprint: Fingerprint | None = None
 
     @property
-    def measured_count(self) -> int:
+    def conclusive_count(self) -> int:
         """The number of reports that are not inconclusive."""
         return sum(report.kind is not Kind.INCONCLUSIVE for report in self.reports)
 
     def kind_by_source(self) -> dict[str, Kind]:
-        """The kind of each source of noise. Verdicts that agree in this are reported once."""
+        """The kind of each source of noise. Results that agree in this are reported once."""
         return {report.source: report.kind for report in self.reports}
 
 
-def judge_training(task: Task) -> Verdict:
-    """The verdict on the training forward of a call. Runs inside of `site.isolated()`."""
-    # 7. and 8. A verdict, or why no tape can follow the noise.
-    on_tape = _judge_on_tape(task)
-    if isinstance(on_tape, Verdict):
+def judge_training(audit: CallAudit) -> CallResult:
+    """The result for the training forward of a call. Runs inside of `site.isolated()`."""
+    # 7. and 8. A result, or why no tape can follow the noise.
+    on_tape = _judge_on_tape(audit)
+    if isinstance(on_tape, CallResult):
         return on_tape
     tape_reasons = on_tape.reasons
 
     # 9. and 10. A report, or the observer of outputs that differ from eval.
-    at_outputs = _compare_outputs(task, tape_reasons)
+    at_outputs = _compare_outputs(audit, tape_reasons)
     if isinstance(at_outputs, SiteReport):
-        return Verdict([at_outputs])
+        return CallResult([at_outputs])
 
     # 11. and 12. The reports on these outputs.
-    return Verdict(_measure_outputs(task, at_outputs, tape_reasons))
+    return CallResult(_measure_outputs(audit, at_outputs, tape_reasons))
 
 
-def _judge_on_tape(task: Task) -> Verdict | Unclear:
-    """Steps 7 and 8: the verdict on noise that a tape can follow, or why no tape can follow it."""
-    site, possible_site = task.site, task.possible_site
+def _judge_on_tape(audit: CallAudit) -> CallResult | Unclear:
+    """Steps 7 and 8: the result for noise that a tape can follow, or why no tape can follow it."""
+    site, possible_site = audit.site, audit.possible_site
 
     # 7. Layers that are skipped at random.
     layers: list[nn.Module] = []
-    if site.has_children and possible_site.training_draws and _may_choose_path(task):
+    if site.has_children and possible_site.training_draws and _may_choose_path(audit):
         layers = skipped_layers(site)
     if layers:
-        reports = _judge_skipped_layers(task, layers)
+        reports = _judge_skipped_layers(audit, layers)
         if reports is not None:
-            return Verdict(reports)
+            return CallResult(reports)
 
     # 8. Noise that a tape can follow.
-    observer = _observe_on_tape(task)
+    observer = _observe_on_tape(audit)
     if isinstance(observer, Unclear) and observer.saw_no_noise and possible_site.training_draws:
         # It drew in the network and does not draw alone: it may read the flag of a child.
         site.switch_children()
-        observer = _observe_on_tape(task)
+        observer = _observe_on_tape(audit)
     if isinstance(observer, Unclear):
         return observer
     if layers:
         # The tape followed one path. Step 7 found that the path changes, and could not explain it.
         return Unclear((f"it skips some of {len(layers)} modules that it calls in eval",))
 
-    # Where a mask is used twice on one path, its effect is not that of its mean.
+    # If a path uses a mask twice, replacing it by its mean gives another result.
     if observer.reuses_mask:
         outputs = OutputObserver.of(site)
         if isinstance(outputs, OutputObserver) and outputs.exact:
-            return Verdict(_measure(task, outputs))
+            return CallResult(_measure(audit, outputs))
 
     eval_factor = _eval_factor(site, observer.effects)
     try:
-        reports = _measure(task, observer, eval_factor=eval_factor)
+        reports = _measure(audit, observer, eval_factor=eval_factor)
     except PathChanged as error:  # a rare path, which none of the observer's forwards took
         return Unclear((str(error),))
     # An observer that includes inputs was needed because the outputs hide the scale. A fingerprint
     # compares outputs alone, and would match at any scale.
     if observer.includes_inputs:
-        return Verdict(reports)
-    return Verdict(reports, observer.fingerprint(reports))
+        return CallResult(reports)
+    return CallResult(reports, observer.fingerprint(reports))
 
 
-def _may_choose_path(task: Task) -> bool:
+def _may_choose_path(audit: CallAudit) -> bool:
     """Whether a random number may choose the path: Python has it, from its generators or torch."""
-    if any(draw.by_host for draw in task.possible_site.training_draws):
+    if any(draw.by_host for draw in audit.possible_site.training_draws):
         return True
     try:
         # Two runs: a rare branch may be the one that reads the number.
         for _ in range(2):
-            if run_on_tape(task.site, frozenset()).reading.may_choose_path:
+            if run_on_tape(audit.site, frozenset()).reading.may_choose_path:
                 return True
     except TAPE_ERRORS:
         return True
     return False
 
 
-def _judge_skipped_layers(task: Task, layers: list[nn.Module]) -> list[SiteReport] | None:
+def _judge_skipped_layers(audit: CallAudit, layers: list[nn.Module]) -> list[SiteReport] | None:
     """Step 7: the reports on a module that skips layers: on the skips, and on its other noise.
 
     None where the skips do not explain all that training changes, or where no tape can follow the
     other noise.
     """
     # The other noise. A training forward that skips every layer shows it alone.
-    site = task.site
+    site = audit.site
     skip_all = dict.fromkeys(layers, 0.0)
     other_noise: TapeObserver | None = None
     with site.scaled_branches(skip_all):
-        observer = _observe_on_tape(task)
+        observer = _observe_on_tape(audit)
     if isinstance(observer, TapeObserver):
         other_noise = observer
     elif not observer.saw_no_noise:
@@ -204,18 +214,18 @@ def _judge_skipped_layers(task: Task, layers: list[nn.Module]) -> list[SiteRepor
     other_reports = []
     if other_noise is not None:
         with site.scaled_branches(skip_all):
-            other_reports = _measure(task, other_noise)
+            other_reports = _measure(audit, other_noise)
 
     # The layers that run are scaled up for those that do not: ordinary dropout, of layers.
     source = f"skips of {len(layers)} layers"
     if abs(skips.factor - 1) > 1e-3:
-        (report,) = _measure(task, skips)
+        (report,) = _measure(audit, skips)
         return [replace(report, source=source), *other_reports]
 
     # Else LayerDrop. Its report has the declared rate only where the measured one agrees.
     shares = [float(skips.draw()[0].mean()) for _ in range(_SKIP_FORWARDS)]
     keep_rate = sum(shares) / _SKIP_FORWARDS
-    interval = statistics.mean_interval(shares, alpha=task.alpha)
+    interval = statistics.mean_interval(shares, alpha=audit.alpha)
     p = layer_drop_rate(site.module)
     if p is not None and not interval[0] <= 1 - p <= interval[1]:
         p = None
@@ -229,7 +239,7 @@ def _judge_skipped_layers(task: Task, layers: list[nn.Module]) -> list[SiteRepor
         gap_interval=interval,
     )
     report = report_site(
-        replace(task.possible_site, p=p),
+        replace(audit.possible_site, p=p),
         Kind.LAYERS_SKIPPED,
         source=source,
         figures=figures,
@@ -239,9 +249,9 @@ def _judge_skipped_layers(task: Task, layers: list[nn.Module]) -> list[SiteRepor
     return [report, *other_reports]
 
 
-def _observe_on_tape(task: Task) -> TapeObserver | Unclear:
+def _observe_on_tape(audit: CallAudit) -> TapeObserver | Unclear:
     """The observer of the noise on a tape, or why no tape can follow it."""
-    site, p = task.site, task.possible_site.p
+    site, p = audit.site, audit.possible_site.p
     augmented = augments(site.module)
     observer = TapeObserver.of(site, p, augmented=augmented)
     if isinstance(observer, Unclear) and SCALE_HIDDEN in observer.reasons and site.has_children:
@@ -275,12 +285,12 @@ def _eval_factor(site: IsolatedSite, effects: tuple[Effect, ...]) -> float | Non
     return None
 
 
-def _compare_outputs(task: Task, tape_reasons: Sequence[str]) -> OutputObserver | SiteReport:
+def _compare_outputs(audit: CallAudit, tape_reasons: Sequence[str]) -> OutputObserver | SiteReport:
     """Steps 9 and 10: the observer of outputs that differ from eval, or a report if none do.
 
     `tape_reasons` say why no tape can follow the noise.
     """
-    site, possible_site = task.site, task.possible_site
+    site, possible_site = audit.site, audit.possible_site
 
     # 9. Outputs that cannot be compared.
     observer = OutputObserver.of(site)
@@ -312,13 +322,13 @@ def _compare_outputs(task: Task, tape_reasons: Sequence[str]) -> OutputObserver 
 
 
 def _measure_outputs(
-    task: Task, observer: OutputObserver, tape_reasons: Sequence[str]
+    audit: CallAudit, observer: OutputObserver, tape_reasons: Sequence[str]
 ) -> list[SiteReport]:
     """Steps 11 and 12: the reports on outputs that differ from eval.
 
     `tape_reasons` say why no tape can follow the noise.
     """
-    site, possible_site = task.site, task.possible_site
+    site, possible_site = audit.site, audit.possible_site
 
     # 11. They differ from forward to forward.
     outputs = site.run(training=True)
@@ -326,7 +336,7 @@ def _measure_outputs(
     for _ in range(_REPEATS):
         for repeated, output in zip(site.run(training=True), outputs, strict=True):
             if not torch.equal(repeated, output):
-                return _measure(task, observer, tape_reasons=tape_reasons)
+                return _measure(audit, observer, tape_reasons=tape_reasons)
 
     # 12a. They are the same in every forward, and zero everywhere.
     forward_count = _REPEATS + 1
@@ -367,7 +377,7 @@ def _measure_outputs(
 
 
 def _measure(
-    task: Task,
+    audit: CallAudit,
     observer: NoiseObserver,
     *,
     eval_factor: float | None = None,
@@ -381,13 +391,13 @@ def _measure(
     """
     effects = observer.effects
     # The effects of one call share its level.
-    all_figures = measure(observer, alpha=task.alpha / len(effects), draws=task.draws)
+    all_figures = measure(observer, alpha=audit.alpha / len(effects), draws=audit.draws)
 
     reports = []
     for number, (effect, figures) in enumerate(zip(effects, all_figures, strict=True), start=1):
         if eval_factor is not None and effect.balance:
             effect = replace(effect, scale=eval_factor / effect.balance)
-        kind = verdicts.name_kind(effect, figures, task.possible_site.p)
+        kind = verdicts.name_kind(effect, figures, audit.possible_site.p)
         train_scale, eval_scale = verdicts.user_scales(effect, figures)
 
         reason = effect.remark
@@ -398,7 +408,7 @@ def _measure(
         if len(effects) > 1:
             source = f"{number} of {len(effects)}"
         report = report_site(
-            task.possible_site,
+            audit.possible_site,
             kind,
             source=source,
             figures=figures,

@@ -18,12 +18,12 @@ _SIGNIFICANT = 6.0
 
 
 @dataclass
-class Shape:
-    """The kept value of a mask, and the axes along which draws showed it to vary."""
+class MaskPattern:
+    """The value of a mask where it keeps, and the axes along which it varied in some draw."""
 
     value: float
     varies: tuple[bool, ...]
-    # Whether anything was dropped beside something kept, or in another draw.
+    # Whether any element was dropped in any draw.
     dropped: bool = False
 
     @property
@@ -36,14 +36,14 @@ class Shape:
             return ()
         return tuple(axis for axis, varies in enumerate(self.varies) if not varies)
 
-    def joined(self, other: Shape) -> Shape:
-        """What the draws behind both shapes show together."""
+    def joined(self, other: MaskPattern) -> MaskPattern:
+        """The pattern that the draws of both patterns show together."""
         varies = tuple(a or b for a, b in zip(self.varies, other.varies, strict=True))
-        return Shape(self.value, varies, self.dropped or other.dropped)
+        return MaskPattern(self.value, varies, self.dropped or other.dropped)
 
 
 def kept_value(noise: Tensor, *, rounding: float) -> float | None:
-    """The value v > 0 of noise that is 0 or v everywhere, up to `rounding`, relatively.
+    """The value v > 0 of noise that is 0 or v everywhere, within a few relative `rounding` steps.
 
     None for noise that is no mask, or that keeps nothing.
     """
@@ -61,8 +61,8 @@ def fits(noise: Tensor, value: float, *, rounding: float) -> bool:
     return not bool((difference > 4 * rounding * value).any())  # NaN compares as False
 
 
-def shape_of(noise: Tensor, value: float) -> Shape:
-    """The shape that one draw shows: it varies along axes that hold kept and dropped elements."""
+def pattern_of(noise: Tensor, value: float) -> MaskPattern:
+    """The pattern of one draw: it varies along axes with both kept and dropped elements."""
     is_visible, is_kept = ~noise.isnan(), noise > value / 2
     is_dropped = is_visible & ~is_kept
     varies = []
@@ -72,17 +72,17 @@ def shape_of(noise: Tensor, value: float) -> Shape:
             varies.append(bool((is_kept.any(axis) & is_dropped.any(axis)).any()))
         else:
             varies.append(False)
-    return Shape(value, tuple(varies), bool(is_dropped.any()))
+    return MaskPattern(value, tuple(varies), bool(is_dropped.any()))
 
 
-def groups(noise: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def groups(noise: Tensor, pattern: MaskPattern) -> tuple[Tensor, Tensor]:
     """Which groups of elements are visible, and which are kept, as two boolean tensors.
 
     Elements that differ along shared axes alone are one group; these axes have size 1 in the
     results.
     """
-    is_visible, is_kept = ~noise.isnan(), noise > shape.value / 2
-    for axis in shape.shared:
+    is_visible, is_kept = ~noise.isnan(), noise > pattern.value / 2
+    for axis in pattern.shared:
         is_visible, is_kept = is_visible.any(axis, keepdim=True), is_kept.any(axis, keepdim=True)
     return is_visible, is_kept
 
@@ -106,8 +106,8 @@ def neighbours_agree(is_visible: Sequence[Tensor], is_kept: Sequence[Tensor]) ->
         products = deviation.narrow(axis, 0, length) * deviation.narrow(axis, 1, length)
         both_visible = all_visible.narrow(axis, 0, length) & all_visible.narrow(axis, 1, length)
         pair_count = int(both_visible.sum())
-        # Fewer than ten pairs of the rarer fate are expected: too few for the normal approximation
-        # below.
+        # Fewer than ten pairs are expected in which both neighbours are kept (or both dropped, if
+        # that is rarer): too few for the normal approximation below.
         if pair_count * min(rate, 1 - rate) ** 2 < 10:
             continue
         # Of independent neighbours, a product has mean 0 and standard deviation rate (1 - rate).

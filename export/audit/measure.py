@@ -58,13 +58,13 @@ class _Test:
 class _Pilot:
     """The draws before the test, and the structure that they showed.
 
-    `kept_value` is None for noise that is no mask. `shape` is None unless it is a mask of
+    `kept_value` is None for noise that is no mask. `mask_pattern` is None unless it is a mask of
     independent groups.
     """
 
     noises: list[Tensor]
     kept_value: float | None
-    shape: masks.Shape | None = None
+    mask_pattern: masks.MaskPattern | None = None
 
 
 def measure(observer: NoiseObserver, *, alpha: float, draws: int | None) -> list[Figures]:
@@ -111,15 +111,15 @@ def _measure_effect(test: _Test) -> Figures:
         )
 
     # 4. A mask of independent groups. A test may refute the structure that the pilot showed, and
-    # return another shape to test, or None.
-    shape = pilot.shape
+    # return another pattern to test, or None.
+    mask_pattern = pilot.mask_pattern
     for _ in range(_MASK_TESTS):
-        if shape is None:
+        if mask_pattern is None:
             break
-        result = _test_mask(test, pilot.noises, shape)
+        result = _test_mask(test, pilot.noises, mask_pattern)
         if isinstance(result, Figures):
             return result
-        shape = result
+        mask_pattern = result
 
     # 5. Anything else.
     return _test_mean(test, pilot)
@@ -149,14 +149,14 @@ def _draw_pilot(test: _Test) -> _Pilot:
         return _Pilot(noises=noises, kept_value=value)
 
     # Its groups: the elements that are kept or dropped together.
-    shape = masks.shape_of(noises[0], value)
+    mask_pattern = masks.pattern_of(noises[0], value)
     for noise in noises[1:]:
-        shape = shape.joined(masks.shape_of(noise, value))
+        mask_pattern = mask_pattern.joined(masks.pattern_of(noise, value))
 
     # Whether the groups are independent.
     visible_groups, kept_groups = [], []
     for noise in noises:
-        is_visible, is_kept = masks.groups(noise, shape)
+        is_visible, is_kept = masks.groups(noise, mask_pattern)
         visible_groups.append(is_visible)
         kept_groups.append(is_kept)
     kept_counts = [int(is_kept.sum()) for is_kept in kept_groups]
@@ -165,23 +165,23 @@ def _draw_pilot(test: _Test) -> _Pilot:
         return _Pilot(noises=noises, kept_value=value)
     if masks.neighbours_agree(visible_groups, kept_groups):
         return _Pilot(noises=noises, kept_value=value)
-    return _Pilot(noises=noises, kept_value=value, shape=shape)
+    return _Pilot(noises=noises, kept_value=value, mask_pattern=mask_pattern)
 
 
 def _test_mask(
-    test: _Test, pilot_noises: list[Tensor], shape: masks.Shape
-) -> Figures | masks.Shape | None:
-    """The exact test of a mask with independent groups of this shape.
+    test: _Test, pilot_noises: list[Tensor], mask_pattern: masks.MaskPattern
+) -> Figures | masks.MaskPattern | None:
+    """The exact test of a mask with independent groups of this pattern.
 
-    The draws of the test may refute the shape, and the test is then void. The result is the shape
-    that they show instead, or None where their groups depend on one another.
+    The draws of the test may refute the pattern, and the test is then void. The result is the
+    pattern that they show instead, or None where their groups depend on one another.
     """
-    effect, alpha, value = test.effect, test.alpha, shape.value
+    effect, alpha, value = test.effect, test.alpha, mask_pattern.value
 
     # The number of draws, from the pilot's keep rate.
     visible_count = kept_count = 0
     for noise in pilot_noises:
-        is_visible, is_kept = masks.groups(noise, shape)
+        is_visible, is_kept = masks.groups(noise, mask_pattern)
         visible_count += int(is_visible.sum())
         kept_count += int(is_kept.sum())
     rate = kept_count / max(visible_count, 1)
@@ -195,16 +195,16 @@ def _test_mask(
     # The draws.
     kept_counts: list[int] = []
     visible_counts: list[int] = []
-    shape_of_draws = shape
+    pattern_of_draws = mask_pattern
     for noise in test.noises(draws):
         if not masks.fits(noise, value, rounding=effect.rounding):
             return None
-        shape_of_draws = shape_of_draws.joined(masks.shape_of(noise, value))
-        is_visible, is_kept = masks.groups(noise, shape)
+        pattern_of_draws = pattern_of_draws.joined(masks.pattern_of(noise, value))
+        is_visible, is_kept = masks.groups(noise, mask_pattern)
         kept_counts.append(int(is_kept.sum()))
         visible_counts.append(int(is_visible.sum()))
-    if shape_of_draws.shared != shape.shared:
-        return shape_of_draws
+    if pattern_of_draws.shared != mask_pattern.shared:
+        return pattern_of_draws
     if statistics.overdispersed(kept_counts, visible_counts):
         return None
 

@@ -56,7 +56,7 @@ class Application:
 
 @dataclass
 class Reading:
-    """What one forward showed: the applications in order, the obstacles, and the foreign tensors.
+    """What one forward showed: the applications in order, the obstacles, the non-torch tensors.
 
     `draws` counts torch's draws. `may_choose_path` says that a random tensor became a number of
     Python's, which may choose the path of the forward.
@@ -64,7 +64,7 @@ class Reading:
 
     applications: list[Application] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
-    foreign: list[Tensor] = field(default_factory=list)
+    non_torch: list[Tensor] = field(default_factory=list)
     draws: int = 0
     may_choose_path: bool = False
 
@@ -87,7 +87,7 @@ class NoiseTape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch doe
 
     def __init__(self, roles: Roles, constants: Mapping[int, float] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.reading = Reading(foreign=roles.foreign)
+        self.reading = Reading(non_torch=roles.non_torch)
         self._roles = roles
         self._constants = constants or {}
         # Two tables by the identity of a tensor: the plain number by which it was multiplied, and

@@ -27,7 +27,7 @@ class SkippedLayers:
     """Observes the skips: the noise of a layer is 0 where it is skipped, else `factor`."""
 
     def __init__(self, site: IsolatedSite, layers: list[nn.Module], factor: float) -> None:
-        """`factor` is what a layer adds in training, where it runs, over what it adds in eval."""
+        """`factor` is the ratio of a layer's training output to its eval output, when it runs."""
         self.layers, self.factor = layers, factor
         rounding = 64 * rounding_step(site.run(training=False))
         self.effects: tuple[Effect, ...] = (Effect(balance=1.0, rounding=rounding),)

@@ -32,19 +32,19 @@ class Role(IntEnum):
 class Roles:
     """The role of every tensor in one forward, and for noise the draws that it is made of.
 
-    A draw is a number that counts from 1. A foreign tensor is one that no operator of the forward
+    A draw is a number that counts from 1. A non-torch tensor is one that no operator of the forward
     made: it comes from NumPy, from a literal, or from an attribute that is neither a parameter nor
     a buffer.
     """
 
     def __init__(
-        self, weights: Iterable[Tensor], data: Iterable[Tensor], foreign_noise: frozenset[int]
+        self, weights: Iterable[Tensor], data: Iterable[Tensor], random_non_torch: frozenset[int]
     ) -> None:
-        """`foreign_noise` holds the indices of the foreign tensors that differ from run to run, in
-        the order in which they appear.
+        """`random_non_torch` holds indices of non-torch tensors, in the order in which they appear:
+        those of the tensors that differ from run to run.
         """
-        self.foreign: list[Tensor] = []
-        self._foreign_noise = foreign_noise
+        self.non_torch: list[Tensor] = []
+        self._random_non_torch = random_non_torch
         self._roles: dict[int, Role] = {}
         self._draws: dict[int, frozenset[int]] = {}
         self._draw_count = 0
@@ -56,11 +56,11 @@ class Roles:
             self.set(tensor, Role.DATA)
 
     def of(self, tensor: Tensor) -> Role:
-        """The role of a tensor. One that was never seen before is foreign."""
+        """The role of a tensor. A new one, which no operator made, is non-torch."""
         key = _key(tensor)
         if key not in self._roles:
-            is_noise = len(self.foreign) in self._foreign_noise
-            self.foreign.append(tensor.detach().clone())
+            is_noise = len(self.non_torch) in self._random_non_torch
+            self.non_torch.append(tensor.detach().clone())
             if is_noise:
                 self.set(tensor, Role.NOISE, self.new_draw())
             else:

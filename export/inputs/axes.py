@@ -22,7 +22,7 @@ BATCH = "batch"
 _FIXED = "_"
 
 Sample: TypeAlias = Mapping[str, Tensor]
-# The name of an input -> the index of each axis that varies -> the name of that axis, for example
+# For each input by name, the axes that vary: the index of the axis and its name. For example,
 # {"input_ids": {0: "batch", 1: "length"}}.
 Axes: TypeAlias = Mapping[str, Mapping[int, str]]
 # A function from a sample to the output tensors by name: a call of a module or of a graph. It may
@@ -33,8 +33,8 @@ Forward: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
 def parse_axes(texts: Sequence[str], sample: Sample) -> Axes:
     """The axes in texts of the form `INPUT=batch,length,_`, with `_` for an axis that is fixed.
 
-    Raises UnusableInputs for a text of another form, for an input that `sample` does not have or
-    that is named twice, and for a number of axes that differs from the input's.
+    Raises UnusableInputs for a text of another form, for an input that is not in `sample`, for an
+    input that is named twice, and for a wrong number of axes.
 
     >>> import torch
     >>> parse_axes(["ids=batch,_"], {"ids": torch.ones(2, 3)})
@@ -46,8 +46,8 @@ def parse_axes(texts: Sequence[str], sample: Sample) -> Axes:
         axis_names = [name.strip() for name in name_list.split(",")]
         if not equals_sign or not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in axis_names):
             raise UnusableInputs(
-                "--dynamic-axes must read INPUT=batch,length with `_` for a fixed axis, got"
-                f" {text!r}"
+                "--dynamic-axes must have the form INPUT=batch,length with `_` for a fixed axis,"
+                f" got {text!r}"
             )
         if input_name not in sample:
             raise UnusableInputs(
@@ -81,13 +81,16 @@ def sizes_of(sample: Sample, axes: Axes) -> dict[str, int]:
     {'batch': 2, 'length': 3}
     """
     sizes: dict[str, int] = {}
+    first_inputs: dict[str, str] = {}  # by the name of the axis, for the error
     for input_name, axis_names in axes.items():
         for index, axis_name in axis_names.items():
             size = sample[input_name].shape[index]
-            earlier_size = sizes.setdefault(axis_name, size)
-            if size != earlier_size:
+            first_size = sizes.setdefault(axis_name, size)
+            first_input = first_inputs.setdefault(axis_name, input_name)
+            if size != first_size:
                 raise UnusableInputs(
-                    f"axis {axis_name!r} is {earlier_size} in one input and {size} in {input_name}"
+                    f"axis {axis_name!r} is {first_size} in {first_input} and {size} in"
+                    f" {input_name}"
                 )
     return sizes
 

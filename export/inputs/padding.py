@@ -4,6 +4,8 @@ A module's own answers at padding mean nothing, and implementations differ there
 position at all is 0 in one kernel and a mean in another. Padding is not guessed from the name of an
 input. The module decides: positions are padding if changing them changes no other answer.
 
+The ladder of padded lengths is in bundle/frontend.py.
+
 Shapes: B rows, T positions.
 """
 

@@ -1,4 +1,7 @@
-"""What the engine may hold, what it holds now, and how fast its queue empties."""
+"""What the engine may hold, what it holds now, and how fast its queue empties.
+
+`Queue.admit` in queue.py refuses the requests that do not fit, and has the sentence of the error.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ All state that threads and callers share is here, under one lock. A request ente
 all. It leaves when all its rows have run, at its deadline, when its caller is gone, or when one of
 its rows fails.
 
-A free thread does the first of these that there is to do:
+A free thread chooses its work in this order:
 
 1. It runs a batch, if rows wait. The batch has the bucket of the most urgent row, and is filled
    with the next rows of that bucket. Most urgent is the row with the earliest deadline. A row
@@ -123,15 +123,15 @@ class Queue:
     def drop(self, ticket: Ticket, reason: Reason, failure: RequestError | None) -> None:
         """Remove a request, unless it is done already."""
         # The garbage collector may call this in a thread that holds the lock: it closes a coroutine
-        # whose event loop is gone. Such a ticket is done. To take the lock before this check would
-        # be a deadlock.
+        # whose event loop is gone. Such a ticket is done. Taking the lock before this check would
+        # deadlock.
         if ticket.done:
             return
         with self._lock:
             if ticket.done:
                 return
             self._fail_locked(ticket, failure)
-        self._settle(dropped=[(ticket, reason)])
+        self._wake_and_report(dropped=[(ticket, reason)])
 
     def next_work(self) -> Batch | PendingProof | None:
         """Wait for the next work of the calling thread and return it. None ends the thread.
@@ -154,12 +154,13 @@ class Queue:
                     self._work_changed.wait()
                 expired, self._expired = self._expired, []
             if expired:
-                self._settle(dropped=expired)
-                # Otherwise these tickets would stay alive while the thread waits.
+                self._wake_and_report(dropped=expired)
+                # This frees the tickets, with their rows and callers. Otherwise the local variable
+                # would keep them in memory while the thread waits.
                 expired.clear()
             if isinstance(work, Batch):
-                # Its rows have left the queue.
-                self._offer_room()
+                # Its rows have left the queue, so there is room for others.
+                self._wake_next_caller()
             if work is not None:
                 return work
 
@@ -195,7 +196,7 @@ class Queue:
                     failed.append((ticket, "failed"))
                 elif ticket.answer(entry.position, outcome, now=now):
                     answered.append(ticket)
-        self._settle(answered=answered, dropped=failed)
+        self._wake_and_report(answered=answered, dropped=failed)
 
     async def wait_for_room(self, *, rows: int, nbytes: int) -> None:
         """Return when a request of this size would be admitted. Nothing is reserved."""
@@ -302,13 +303,7 @@ class Queue:
         """
         while (head := self._waiting.head()) is not None:
             bucket = head.bucket
-
-            # The waiting rows of the bucket are shared among the threads that can run a batch now:
-            # this one and the idle ones.
-            free_threads = self._parallel - len(self._running)
-            share = math.ceil(self._waiting.rows_of(bucket) / free_threads)
-            size = bucket.best_size(share)
-            planned_count = min(size, share)
+            size, planned_count = self._plan_batch_locked(bucket)
 
             now = self._clock()
             entries: list[Entry] = []
@@ -334,7 +329,16 @@ class Queue:
             return Batch(bucket=bucket, entries=entries, size=size, under_load=under_load)
         return None
 
-    def _settle(
+    def _plan_batch_locked(self, bucket: Bucket) -> tuple[int, int]:
+        """The size of the next batch of a bucket, and how many of its waiting rows it takes."""
+        # The waiting rows are shared among the threads that can run a batch now: this one and the
+        # idle ones. This thread is never in `_running` here, so the divisor is at least 1.
+        free_threads = self._parallel - len(self._running)
+        share = math.ceil(self._waiting.rows_of(bucket) / free_threads)
+        size = bucket.best_size(share)
+        return size, min(size, share)
+
+    def _wake_and_report(
         self,
         *,
         answered: Sequence[Ticket] = (),
@@ -345,15 +349,15 @@ class Queue:
             self._report_dropped(reason, ticket.dropped)
         wake([ticket.caller for ticket in answered] + [ticket.caller for ticket, _ in dropped])
         if dropped:
-            self._offer_room()
+            self._wake_next_caller()
 
     def _report_dropped(self, reason: Reason, row_counts: Sequence[tuple[Bucket, int]]) -> None:
         for observer in self._observers:
             for bucket, row_count in row_counts:
                 notify(observer.rows_dropped, reason, bucket, row_count)
 
-    def _offer_room(self) -> None:
-        """Wake the caller that waits first, if its rows fit now."""
+    def _wake_next_caller(self) -> None:
+        """Wake the first of the callers in `wait_for_room`, if its rows fit now."""
         # Read without the lock: a caller that joins later checks for room itself.
         if not len(self._waiting_callers):
             return
@@ -365,7 +369,7 @@ class Queue:
     def _end_turn(self, future: asyncio.Future[None]) -> None:
         with self._lock:
             self._waiting_callers.leave(future)
-        self._offer_room()
+        self._wake_next_caller()
 
 
 def _deadline_exceeded() -> DeadlineExceeded:

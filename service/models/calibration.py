@@ -4,6 +4,8 @@ Whether a size gives a row the bits that it has alone is measured at every load,
 
 How long it takes is measured too, and cached, because one short measurement beside other work is
 imprecise. The smallest time in the cache counts, so the sizes stay the same from start to start.
+
+The padded lengths are in bundle/frontend.py.
 """
 
 from __future__ import annotations

@@ -131,6 +131,10 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
             ("predict", "--input", "-", "--url", "http://localhost", "--provider", "cpu"),
             "--provider is for --bundle",
         ),
+        (
+            ("predict", "--input", "-", "--url", "http://localhost", "--bundle", "b"),
+            "--bundle runs in this process, --url uses a server: give one of them",
+        ),
         (("predict", "a", "--input", "b"), "give texts as arguments or as --input b, not both"),
         (
             ("predict", "--input", "absent.jsonl"),

@@ -17,11 +17,11 @@ def draws(
     return [(torch.rand(shape, generator=generator).double() < keep) * value for _ in range(count)]
 
 
-def shape_of(noises: list[torch.Tensor], value: float = 1.25) -> masks.Shape:
-    shape = masks.shape_of(noises[0], value)
+def pattern_of(noises: list[torch.Tensor], value: float = 1.25) -> masks.MaskPattern:
+    pattern = masks.pattern_of(noises[0], value)
     for noise in noises[1:]:
-        shape = shape.joined(masks.shape_of(noise, value))
-    return shape
+        pattern = pattern.joined(masks.pattern_of(noise, value))
+    return pattern
 
 
 def test_zeros_and_nan_do_not_change_the_kept_value() -> None:
@@ -59,20 +59,20 @@ def test_the_shared_axes_are_those_along_which_the_mask_is_constant(
     size: tuple[int, ...], shared: tuple[int, ...]
 ) -> None:
     noises = [noise.expand(4, 6, 8) for noise in draws(size)]
-    shape = shape_of(noises)
-    assert shape.shared == shared
-    is_visible, is_kept = masks.groups(noises[0], shape)
+    pattern = pattern_of(noises)
+    assert pattern.shared == shared
+    is_visible, is_kept = masks.groups(noises[0], pattern)
     assert is_visible.sum() == math.prod(size)
     assert is_kept.sum() == (noises[0] != 0).double().mean() * math.prod(size)
 
 
 def test_a_mask_that_drops_nothing_shares_no_axis() -> None:
-    assert shape_of([torch.full((4, 6), 1.25).double()]).shared == ()
+    assert pattern_of([torch.full((4, 6), 1.25).double()]).shared == ()
 
 
 def test_a_group_is_visible_when_one_of_its_elements_is() -> None:
     noise = torch.tensor([[1.25, NAN, 1.25], [NAN, 0.0, 0.0], [NAN, NAN, NAN]])
-    is_visible, is_kept = masks.groups(noise, masks.Shape(1.25, (True, False), dropped=True))
+    is_visible, is_kept = masks.groups(noise, masks.MaskPattern(1.25, (True, False), dropped=True))
     assert is_visible.flatten().tolist() == [True, True, False]
     assert is_kept.flatten().tolist() == [True, False, False]
 

@@ -112,12 +112,12 @@ def test_the_factors_before_and_after_a_mask_are_recorded() -> None:
     assert (application.before, application.after) == (pytest.approx(1.25), pytest.approx(1.5))
 
 
-def test_a_foreign_tensor_that_differs_from_run_to_run_is_noise() -> None:
+def test_a_tensor_that_torch_did_not_make_and_that_differs_from_run_to_run_is_noise() -> None:
     def forward(x: Tensor) -> Tensor:
         return x * torch.tensor([1.0] * 7 + [0.0])
 
     assert run_on_tape(forward)[0].applications == []
-    assert len(run_on_tape(forward)[0].foreign) == 1
+    assert len(run_on_tape(forward)[0].non_torch) == 1
     (application,) = run_on_tape(forward, noise=frozenset({0}))[0].applications
     assert application.noise.tolist() == [1.0] * 7 + [0.0]
 

@@ -18,8 +18,8 @@ def test_a_text_names_the_axes_of_an_input_that_vary() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x", "must read INPUT=batch,length"),
-        ("x=1,2", "must read INPUT=batch,length"),
+        ("x", "must have the form INPUT=batch,length"),
+        ("x=1,2", "must have the form INPUT=batch,length"),
         ("z=batch", "names the input 'z', and the inputs are x"),
         ("x=batch", "names 1 axes of x, and its sample has 2"),
     ],
@@ -37,5 +37,5 @@ def test_an_input_that_is_named_twice_is_refused() -> None:
 
 
 def test_two_axes_with_one_name_and_different_sizes_are_refused() -> None:
-    with pytest.raises(UnusableInputs, match="axis 'batch' is 2 in one input and 3 in y"):
+    with pytest.raises(UnusableInputs, match="axis 'batch' is 2 in x and 3 in y"):
         sizes_of(tensors(x=(2,), y=(3,)), {"x": {0: "batch"}, "y": {0: "batch"}})
