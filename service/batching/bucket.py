@@ -6,7 +6,7 @@ Two things are chosen for a row, and neither may change a bit of its answer:
    front end (`padded_length` in `bundle/frontend.py`). Each length of the ladder has a `Bucket`,
    and `models/model.py` chooses the bucket of a row.
 2. The size of its batch. A batch runs only at sizes that were measured to give the bits of a row
-   alone (`models/calibration.py`). These sizes are the keys of `Bucket.costs`, and
+   alone (`models/calibration.py`), or proved to. These sizes are the keys of `Bucket.costs`, and
    `Bucket.best_size` chooses one of them.
 """
 
@@ -41,7 +41,7 @@ class Row(Protocol):
         """Identifies the row in a log: equal rows have equal descriptions."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class Bucket:
     """Rows that may share a batch, and the function that answers them.
 
@@ -56,6 +56,8 @@ class Bucket:
         run: answers rows, in their order. An exception instead of an answer fails only the request
             of that row.
         costs: seconds that a batch takes, by its size in rows. A batch runs only at these sizes.
+        measured_costs: those of `costs` whose sizes were measured to keep the bits of a row. The
+            others are proved to keep them. None if all were measured.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Bucket:
     run: Callable[[Sequence[Row]], Sequence[Answer | Exception]]
     costs: Mapping[int, float]
     digest: str = ""
+    measured_costs: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         is_valid = bool(self.costs)
@@ -76,6 +79,13 @@ class Bucket:
                 f"costs of bucket {self.model}/{self.version}/{self.label} is {dict(self.costs)}:"
                 " it must have at least one batch size of 1 or more, each with its seconds"
             )
+
+    def fall_back(self) -> bool:
+        """Run only at the measured sizes from now on. False if that is so already."""
+        if self.measured_costs is None or self.costs == self.measured_costs:
+            return False
+        self.costs = self.measured_costs
+        return True
 
     @property
     def smallest_size(self) -> int:

@@ -233,5 +233,12 @@ class Engine:
                 proof.bucket.label,
             )
             return
+        if violation is not None and proof.bucket.fall_back():
+            _log.error(
+                "the proof of model %s does not hold here: its batches of bucket %s run only at"
+                " measured sizes from now on",
+                proof.bucket.model,
+                proof.bucket.label,
+            )
         for observer in self._observers:
             notify(observer.proved, proof.bucket, violation)

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from evalmode import CACHE
@@ -128,6 +129,30 @@ def efficient(timings: Mapping[int, float]) -> dict[int, float]:
     for size in sorted(timings):
         if all(timings[size] / size < seconds / smaller for smaller, seconds in costs.items()):
             costs[size] = timings[size]
+    return costs
+
+
+def every_size(measured: MeasuredBucket) -> dict[int, float]:
+    """The seconds of every batch size from 1 to the largest measured one, for an exact model.
+
+    It is proved that such a model keeps the bits of a row at any size, so no copies have to fill a
+    batch. The times between two efficient sizes are interpolated.
+
+    The measurement checks the proof: where a size did not keep the bits, only the measured sizes
+    may run.
+
+    >>> every_size(MeasuredBucket(stable=(1, 2, 4), costs={1: 1.0, 2: 1.2, 4: 2.0}))
+    {1: 1.0, 2: 1.2, 3: 1.6, 4: 2.0}
+    """
+    expected = tuple(size for size in ROW_COUNTS if size <= max(measured.stable))
+    if measured.stable != expected:
+        return dict(measured.costs)
+    sizes = sorted(measured.costs)
+    costs = {sizes[0]: measured.costs[sizes[0]]}
+    for smaller, larger in pairwise(sizes):
+        first, last = measured.costs[smaller], measured.costs[larger]
+        for size in range(smaller + 1, larger + 1):
+            costs[size] = first + (last - first) * (size - smaller) / (larger - smaller)
     return costs
 
 

@@ -35,6 +35,7 @@ from evalmode.service.errors import BadRequest, TextTooLong
 from evalmode.service.models.calibration import (
     Calibration,
     MeasuredBucket,
+    every_size,
     slowest_run_s,
     text_rows_to_measure,
 )
@@ -192,6 +193,7 @@ class Model:
                 bundle, session, answers, frontend=frontend, calibration=calibration
             )
 
+        is_exact = bundle.certificate is not None and bundle.certificate.is_exact
         is_text = frontend is not None
         run_rows = run_of_rows(session.run, is_text=is_text, whole=WHOLE in measured)
         buckets = {
@@ -202,7 +204,8 @@ class Model:
                 label=label,
                 positions=int(label) if is_text else 1,
                 run=run_rows,
-                costs=measurements.costs,
+                costs=every_size(measurements) if is_exact else measurements.costs,
+                measured_costs=measurements.costs,
             )
             for label, measurements in measured.items()
         }

@@ -62,6 +62,21 @@ def test_a_row_with_other_bits_in_a_batch_is_reported_with_all_that_reproduces_i
     assert violation.actual_sha256 == sha256(60.5)
 
 
+def test_after_a_violation_a_bucket_runs_only_at_measured_sizes(caplog):
+    observer = RecordingObserver()
+    measured = {1: 1.0, 4: 2.0}
+    bucket = bucket_of(wrong_second_row, costs={1: 1.0, 2: 1.3, 3: 1.6, 4: 2.0})
+    bucket.measured_costs = measured
+    with engine_of(proof_fraction=1.0, observers=[observer]) as engine:
+        assert engine.answer(jobs_of(bucket, [5, 6, 7])) == [50, 60.5, 70]
+        until(lambda: len(observer.proofs) == 3, observer)
+    assert bucket.costs == measured
+    (record,) = [record for record in caplog.records if "does not hold here" in record.message]
+    assert record.levelname == "ERROR"
+    # It is reported once.
+    assert not bucket.fall_back()
+
+
 def until(condition, observer: RecordingObserver) -> None:
     while not condition():
         assert observer.proved_once.wait(WAIT_S)

@@ -18,7 +18,9 @@ from evalmode.bundle.known_answers import KnownAnswer
 from evalmode.service.models.calibration import (
     ROW_COUNTS,
     Calibration,
+    MeasuredBucket,
     efficient,
+    every_size,
     slowest_run_s,
     text_rows_to_measure,
 )
@@ -209,3 +211,22 @@ def test_whole_requests_are_timed_and_must_repeat_their_bits():
     assert slowest_run_s(exact, [], path=Path("here")) is None
     with pytest.raises(BundleError, match="not deterministic"):
         slowest_run_s(lambda inputs: {"y": np.array([next(noise)])}, requests, path=Path("here"))
+
+
+def test_an_exact_model_may_run_at_every_size_up_to_the_largest_measured_one():
+    measured = MeasuredBucket(stable=(1, 2, 4, 8), costs={1: 1.0, 2: 1.5, 8: 4.5})
+    assert every_size(measured) == {
+        1: 1.0,
+        2: 1.5,
+        3: 2.0,
+        4: 2.5,
+        5: 3.0,
+        6: 3.5,
+        7: 4.0,
+        8: 4.5,
+    }
+
+
+def test_a_size_that_did_not_keep_the_bits_restricts_an_exact_model_to_measured_sizes():
+    measured = MeasuredBucket(stable=(1, 2, 8), costs={1: 1.0, 8: 4.5})
+    assert every_size(measured) == {1: 1.0, 8: 4.5}

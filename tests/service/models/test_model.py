@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from evalmode.bundle.certificate import Verdict
+from evalmode.bundle.certificate import (
+    EXACT_ARITHMETIC,
+    INTEGER_SATURATION,
+    Statement,
+    Verdict,
+)
 from evalmode.bundle.errors import (
     BundleCorrupt,
     BundleError,
@@ -70,6 +75,22 @@ def test_an_open_model_has_its_identity_and_its_measurements(model, bundle):
     for bucket in model.buckets:
         assert 1 in bucket.costs
         assert set(bucket.costs) <= set(model.row_counts[bucket.label]) <= set(ROW_COUNTS)
+
+
+def test_a_proved_model_runs_at_sizes_between_the_measured_ones(tmp_path):
+    def certify(certificate):
+        statements = tuple(
+            Statement(name=name, holds=True, why="proved")
+            for name in (EXACT_ARITHMETIC, INTEGER_SATURATION)
+        )
+        return certificate.model_copy(update={"schema_version": 2, "statements": statements})
+
+    model = Model.open(make_bundle(tmp_path, certify=certify), calibration=Calibration(budget_s=60))
+    for bucket in model.buckets:
+        assert model.row_counts[bucket.label] == ROW_COUNTS
+        assert bucket.measured_costs is not None
+        assert set(bucket.costs) == set(range(1, max(bucket.measured_costs) + 1))
+        assert set(bucket.measured_costs) <= set(ROW_COUNTS)
 
 
 def test_a_text_has_one_bucket_whatever_other_texts_the_request_has(model, texts):
