@@ -93,8 +93,8 @@ class Result:
 class PreparedRun:
     """A run that is ready to train: its options, its encoded data and its front end.
 
-    The texts of the data are not part of it, because the network reads only their first tokens. A
-    text of 20 MB with an emoji takes 80 MB of memory.
+    It does not keep the texts: the network reads only their first tokens, and long texts take much
+    memory (80 MB for one of 20 MB with an emoji).
 
     data_rows       number of training rows with a label
     sample_texts    texts for the known answers of the export, each cut to SAMPLE_CODE_POINTS
@@ -156,12 +156,11 @@ def fit(
     console     where the progress is printed; None: nowhere
     show_data   called with the data before the training, in the first process
 
-    A training writes its checkpoint, and then removes its state. So, with `resume`:
+    A training writes its checkpoint, and then removes its state. So `resume` finds:
 
-        checkpoint  state
-        yes         no      the run is finished: the checkpoint is loaded, and nothing is trained
-        any         yes     the run was killed: it continues from the state
-        no          no      nothing to resume: a new run
+        a state             the run was killed: it continues from the state
+        only a checkpoint   the run is finished: the checkpoint is loaded, and nothing is trained
+        neither             a new run begins
 
     Returns None in every process but the first. Raises DataError, RunMismatch or EvalmodeError with
     one sentence that says what to change. Ctrl-C raises KeyboardInterrupt; the run can be resumed.
@@ -248,8 +247,8 @@ def _text_identity(config: TrainConfig) -> Callable[[str], bytes]:
     A model cannot distinguish texts with the same ids. If one were in the training part and another
     in the test part, the accuracy on the test part would be too high.
     """
-    # A tokenizer is trained on the data, so there are no ids yet. The texts are compared as
-    # characters here, and as ids by `drop_duplicates`, after the training of the tokenizer.
+    # The tokenizer is not trained yet, so characters are compared here. `drop_duplicates` compares
+    # the ids later.
     if config.frontend != "ngrams":
         return composed_digest
 
@@ -273,8 +272,8 @@ def train_network(run: PreparedRun, *, out: Path, resume: bool, console: Console
     restore_monitor = RestoreMonitor()
     # Lightning calls the callbacks in this order.
     callbacks = [
-        # The first one: when its `on_train_start` runs, Lightning has restored the state. So an
-        # error in the `on_train_start` of another callback does not count as the state's.
+        # The first one: its `on_train_start` marks the state as restored. Errors of the callbacks
+        # after it are then not blamed on the state.
         restore_monitor,
         validation,
         ShowProgress(console, epochs=epochs),

@@ -238,7 +238,8 @@ def _refuse_useless_flags(context: typer.Context) -> None:
             flags.add(parameter.opts[0])
 
     for flag, relation, other_flag, error in _FLAG_RULES:
-        is_broken = (other_flag in flags) == (relation == "excludes")
+        is_present = other_flag in flags
+        is_broken = is_present if relation == "excludes" else not is_present
         if flag in flags and is_broken:
             raise EvalmodeError(f"{flag} {error}")
 

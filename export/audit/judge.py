@@ -1,13 +1,8 @@
-"""The verdict on one possible site, in steps 1 to 6. `judge_training.py` has steps 7 to 12.
+"""Decides what the audit says about one module that may apply noise: steps 1 to 6.
 
-These two files decide. The files that they import measure, and `verdicts.py` has the sentences.
-
-* A *possible site* is a module that may apply noise, as `find_sites.py` returned it.
-* *Noise* is a tensor of random numbers that the site applies to its data: a dropout's mask, a
-  Gaussian factor, a term that is added.
-* A *call* is one call of the site, captured in a forward of the whole network: its arguments, and
-  the state of the site before it. `IsolatedSite` repeats it in training and in eval.
-* A *fingerprint* records how a judged call behaved. Later calls are compared with it.
+`find_sites.py` found the module, called a possible site here, and captured its calls: the arguments
+of each, and the state of the module. `IsolatedSite` repeats a call in training and in eval.
+`judge_training.py` has steps 7 to 12, and `verdicts.py` the sentences.
 
 A possible site as a whole (`judge`):
 
@@ -18,20 +13,20 @@ A possible site as a whole (`judge`):
    b. it draws in eval: always on;
    c. else: not called.
 3. Samples reach it: each captured call is judged in steps 4 to 6. A result that repeats an earlier
-   one of the site is dropped.
+   one is dropped.
 
 One call (`_judge_call`):
 
-4. Its input is not zero everywhere, and it matches the fingerprint of an earlier call of its kind:
-   no further result.
+4. It behaves like an earlier call of its kind, by its fingerprint: no new result. This is not tried
+   if its input is all zeros.
 5. It draws in eval, and the numbers may change the output: always on.
-6. Else its training forward is judged, in steps 7 to 12. Zeros would hide a mask, so random values
-   replace them:
-   a. from the start, in an input that is zero everywhere;
-   b. in a second attempt, in weights that are zero everywhere, if the first was inconclusive.
+6. Else its training forward is judged, in steps 7 to 12. Zeros would hide a mask:
+   a. if the input is all zeros, random inputs are used;
+   b. if the result is inconclusive and some weights are all zeros, a second attempt is made with
+      random weights.
 
-If the site's code raises in steps 4 to 12, it does not run without the network around it: always on
-if it draws in eval, else inconclusive.
+If the module raises in steps 4 to 12, it does not run without the network around it: always on if
+it draws in eval, else inconclusive.
 """
 
 from __future__ import annotations
@@ -193,8 +188,8 @@ def _judge_call(audit: CallAudit, fingerprint: Fingerprint | None) -> CallResult
 def _note_random_values(result: CallResult, reason: str) -> CallResult:
     """The same result, with a note in each sentence that random values replaced zeros.
 
-    It has no fingerprint. A later call would be compared with it on zeros, and on zeros training
-    equals eval, whatever the scale is.
+    It has no fingerprint. A later call runs on the real zeros, where training equals eval at any
+    scale, so it would match wrongly.
     """
     note = f"(measured with random values, because {reason})"
     reports = [replace(report, sentence=f"{report.sentence} {note}") for report in result.reports]
@@ -215,10 +210,10 @@ def _ignores_eval_draws(audit: CallAudit) -> bool:
     for _ in range(_EVAL_FORWARDS):
         run = run_on_tape(site, frozenset(), training=False)
         reading = run.reading
-        # Without a draw of torch's on the tape, the numbers came from elsewhere.
+        # No draw of torch's is on the tape, so nothing shows that the numbers are unused.
         if reading.draws == 0:
             return False
-        # The numbers may choose the path, or they reach the data.
+        # A number that may choose the path, or that reaches the data, is used.
         if reading.may_choose_path or reading.reaches_data:
             return False
         # They may change the output in a way that the tape does not see.

@@ -80,19 +80,18 @@ def sizes_of(sample: Sample, axes: Axes) -> dict[str, int]:
     >>> sizes_of({"ids": torch.ones(2, 3)}, {"ids": {0: "batch", 1: "length"}})
     {'batch': 2, 'length': 3}
     """
-    sizes: dict[str, int] = {}
-    first_inputs: dict[str, str] = {}  # by the name of the axis, for the error
+    # For each name of an axis, its size and the first input that has it.
+    first_seen: dict[str, tuple[int, str]] = {}
     for input_name, axis_names in axes.items():
         for index, axis_name in axis_names.items():
             size = sample[input_name].shape[index]
-            first_size = sizes.setdefault(axis_name, size)
-            first_input = first_inputs.setdefault(axis_name, input_name)
+            first_size, first_input = first_seen.setdefault(axis_name, (size, input_name))
             if size != first_size:
                 raise UnusableInputs(
                     f"axis {axis_name!r} is {first_size} in {first_input} and {size} in"
                     f" {input_name}"
                 )
-    return sizes
+    return {axis_name: size for axis_name, (size, _) in first_seen.items()}
 
 
 def shapes_of(inputs: Mapping[str, Tensor | npt.NDArray[np.generic]]) -> str:

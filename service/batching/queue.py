@@ -122,9 +122,8 @@ class Queue:
 
     def drop(self, ticket: Ticket, reason: Reason, failure: RequestError | None) -> None:
         """Remove a request, unless it is done already."""
-        # The garbage collector may call this in a thread that holds the lock: it closes a coroutine
-        # whose event loop is gone. Such a ticket is done. Taking the lock before this check would
-        # deadlock.
+        # The garbage collector may close a coroutine of a dead event loop while this thread holds
+        # the lock, which is not reentrant. The ticket of such a coroutine is done.
         if ticket.done:
             return
         with self._lock:
@@ -212,8 +211,7 @@ class Queue:
             # The garbage collector may run this in a thread that holds the lock, as in `drop`. A
             # closed loop needs nothing, because its callers are skipped.
             if not loop.is_closed():
-                # The caller uses the room in this step of the loop. Only then the next caller may
-                # have its turn.
+                # The caller runs next and uses the room. After that, the next caller is woken.
                 loop.call_soon(self._end_turn, future)
         # The queue may have been closed meanwhile.
         with self._lock:
@@ -223,10 +221,11 @@ class Queue:
     def load(self) -> Load:
         """The rows that wait and the batches that run now."""
         with self._lock:
+            proofs = 1 if self._proving is not None else 0
             return Load(
                 waiting_rows=self._waiting.rows,
                 waiting_bytes=self._waiting.nbytes,
-                running_batches=len(self._running) - (self._proving is not None),
+                running_batches=len(self._running) - proofs,
                 parallel=self._parallel,
             )
 
@@ -331,8 +330,8 @@ class Queue:
 
     def _plan_batch_locked(self, bucket: Bucket) -> tuple[int, int]:
         """The size of the next batch of a bucket, and how many of its waiting rows it takes."""
-        # The waiting rows are shared among the threads that can run a batch now: this one and the
-        # idle ones. This thread is never in `_running` here, so the divisor is at least 1.
+        # The waiting rows are shared among this thread and the idle ones. This thread is not in
+        # `_running` yet, so at least one is free.
         free_threads = self._parallel - len(self._running)
         share = math.ceil(self._waiting.rows_of(bucket) / free_threads)
         size = bucket.best_size(share)
