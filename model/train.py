@@ -67,8 +67,8 @@ from evalmode.model.unlabelled import with_unlabelled
 # The accuracy on training rows is shown for its gap to the test accuracy. A sample of at most this
 # many rows is enough for that.
 MEASURED_TRAIN_ROWS = 10_000
-# The `scale` of `label_evidence_table`. The noise that the table replaces has a standard deviation
-# of 0.02.
+# The embedding table begins with how much each id speaks for each label, times this. The noise
+# that others begin with has a standard deviation of 0.02.
 TABLE_SCALE = 0.1
 
 # The export computes known answers for the sample texts of a checkpoint. They are the unusual texts
@@ -94,7 +94,7 @@ class PreparedRun:
     """A run that is ready to train: its options, its encoded data and its front end.
 
     It does not keep the texts: the network reads only their first tokens, and long texts take much
-    memory (80 MB for one of 20 MB with an emoji).
+    memory (one emoji makes Python store a text of 20 MB in 80 MB).
 
     data_rows       number of training rows with a label
     sample_texts    texts for the known answers of the export, each cut to SAMPLE_CODE_POINTS
@@ -403,9 +403,9 @@ def load_finished(out: Path, *, run: PreparedRun) -> Checkpoint:
     try:
         record = provenance["training"] | {"data_sha256": provenance["data"]["sha256"]}
         epochs = provenance["epochs"]
-    except (KeyError, TypeError):
-        epochs = None
+    except (KeyError, TypeError) as error:
+        raise EvalmodeError(f"{path} does not say how it was trained: {START_OVER}") from error
     if not isinstance(epochs, int):
-        raise EvalmodeError(f"{path} does not say how it was trained: {START_OVER}")
+        raise EvalmodeError(f"{path} does not say for how many epochs it was trained: {START_OVER}")
     require_same(record, run.record, path=path)
     return finished

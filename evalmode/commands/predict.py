@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
@@ -39,39 +39,49 @@ _SERVER_PANEL = "A server that answers"
 # As a shell reports a program that SIGINT ended: 128 + 2.
 _EXIT_INTERRUPTED = 130
 
-# The default of the server's setting `max_rows`: by default, a server refuses a larger request.
+# Servers refuse requests of more rows than this, unless their setting `max_rows` is raised.
 _MAX_CHUNK_LINES = 256
-# With the waits of `backoff_s` in client/remote.py, these last about a minute: long enough for the
-# restart of a server.
+# They take about a minute (`backoff_s` in client/remote.py), which is enough to restart a server.
 _RETRIES = 8
 
-# The combinations of flags that would have no effect: a flag, whether it needs or excludes another
-# flag, and the error, which follows the name of the first flag. The first rule that applies counts.
-# --url needs --input, because texts of the command line are never sent to a server.
+
+class _FlagRule(NamedTuple):
+    """A flag that needs or excludes another one. `error` follows the flag's name in the message."""
+
+    flag: str
+    relation: Literal["needs", "excludes"]
+    other_flag: str
+    error: str
+
+
+# The first rule that is broken is reported. --url needs --input, because texts of the command line
+# are never sent to a server.
 _NEEDS_INPUT = "needs --input FILE with the texts; - is stdin"
 _NEEDS_URL = "needs --url, the address of the server"
-_FLAG_RULES: tuple[tuple[str, Literal["needs", "excludes"], str, str], ...] = (
-    ("--output", "needs", "--input", _NEEDS_INPUT),
-    ("--url", "needs", "--input", _NEEDS_INPUT),
-    ("--chunk-lines", "needs", "--input", _NEEDS_INPUT),
-    ("--concurrency", "needs", "--input", _NEEDS_INPUT),
-    (
+_FLAG_RULES = (
+    _FlagRule("--output", "needs", "--input", _NEEDS_INPUT),
+    _FlagRule("--url", "needs", "--input", _NEEDS_INPUT),
+    _FlagRule("--chunk-lines", "needs", "--input", _NEEDS_INPUT),
+    _FlagRule("--concurrency", "needs", "--input", _NEEDS_INPUT),
+    _FlagRule(
         "--model",
         "needs",
         "--url",
         "names a model of the server at --url; without --url use --bundle",
     ),
-    ("--api-key", "needs", "--url", _NEEDS_URL),
-    ("--ca", "needs", "--url", _NEEDS_URL),
-    ("--retries", "needs", "--url", _NEEDS_URL),
-    (
+    _FlagRule("--api-key", "needs", "--url", _NEEDS_URL),
+    _FlagRule("--ca", "needs", "--url", _NEEDS_URL),
+    _FlagRule("--retries", "needs", "--url", _NEEDS_URL),
+    _FlagRule(
         "--bundle",
         "excludes",
         "--url",
         "runs in this process, --url uses a server: give one of them",
     ),
-    ("--provider", "excludes", "--url", "is for --bundle; the server at --url has its own"),
-    (
+    _FlagRule(
+        "--provider", "excludes", "--url", "is for --bundle; the server at --url has its own"
+    ),
+    _FlagRule(
         "--json",
         "excludes",
         "--input",
@@ -237,11 +247,12 @@ def _refuse_useless_flags(context: typer.Context) -> None:
         if source is not None and source.name == "COMMANDLINE":
             flags.add(parameter.opts[0])
 
-    for flag, relation, other_flag, error in _FLAG_RULES:
-        is_present = other_flag in flags
-        is_broken = is_present if relation == "excludes" else not is_present
-        if flag in flags and is_broken:
-            raise EvalmodeError(f"{flag} {error}")
+    for rule in _FLAG_RULES:
+        if rule.flag not in flags:
+            continue
+        is_present = rule.other_flag in flags
+        if is_present == (rule.relation == "excludes"):
+            raise EvalmodeError(f"{rule.flag} {rule.error}")
 
 
 def _texts_from_stdin() -> list[str]:
@@ -287,7 +298,7 @@ def _predict_file(
     """Answer the lines of `source` into `output`, and print a summary on stderr.
 
     `output` is a file, or stdout if it is None or `-`. `answer_options` are the flags that the
-    answers depend on: a later run with others does not continue the file. Raises typer.Exit with 1
+    answers depend on: a later run with other options is refused. Raises typer.Exit with 1
     when a line could not be answered, and with 130 after Ctrl-C.
     """
     from evalmode.client.answers_file import AnswersFile, Stdout, identity_of

@@ -4,6 +4,9 @@
 of each, and the state of the module. `IsolatedSite` repeats a call in training and in eval.
 `judge_training.py` has steps 7 to 12, and `verdicts.py` the sentences.
 
+A tape records one forward, operator by operator, and where random numbers reach the data. A
+fingerprint is what the tapes of a call showed of its noise, and of eval beside training.
+
 A possible site as a whole (`judge`):
 
 1. p = 0 and it draws nothing in either mode: off.
@@ -105,18 +108,20 @@ def judge(
 def _distinct_reports(numbered_results: Sequence[tuple[int, CallResult]]) -> list[SiteReport]:
     """The reports of the results that differ from every earlier one.
 
-    Each result has the number of its call. The reports of the first result have no number. Later
-    ones name the call that differs.
+    Each result has the number of its call. The reports of the first result have the number 0, and
+    later ones that of the call which differs.
     """
     reports: list[SiteReport] = []
-    earlier_kinds: list[dict[str, Kind]] = []
+    earlier_verdicts: list[dict[str, Kind]] = []
     for call_number, result in numbered_results:
-        kinds = result.kind_by_source()
-        if kinds in earlier_kinds:
+        verdict = result.kind_by_source()
+        if verdict in earlier_verdicts:
             continue
-        number = call_number if earlier_kinds else 0
-        reports += [replace(report, call=number) for report in result.reports]
-        earlier_kinds.append(kinds)
+        if earlier_verdicts:
+            reports += [replace(report, call=call_number) for report in result.reports]
+        else:
+            reports += result.reports
+        earlier_verdicts.append(verdict)
     return reports
 
 
@@ -128,9 +133,8 @@ def _report_unreached(
     # `self.drop`, and nothing is wrong with that. The name of the root is "": it has no parent.
     parent_path, _, name = possible_site.path.rpartition(".")
     for other in possible_sites:
-        if not name or other.path != parent_path:
-            continue
-        if any(draw.p == possible_site.p for draw in other.training_draws):
+        is_parent = name != "" and other.path == parent_path
+        if is_parent and any(draw.p == possible_site.p for draw in other.training_draws):
             report = report_site(possible_site, Kind.NOT_CALLED)
             return replace(report, fix="", severity=None)
 
@@ -188,8 +192,8 @@ def _judge_call(audit: CallAudit, fingerprint: Fingerprint | None) -> CallResult
 def _note_random_values(result: CallResult, reason: str) -> CallResult:
     """The same result, with a note in each sentence that random values replaced zeros.
 
-    It has no fingerprint. A later call runs on the real zeros, where training equals eval at any
-    scale, so it would match wrongly.
+    It has no fingerprint: on the real zeros training equals eval at any scale, so a later call
+    would match every fingerprint.
     """
     note = f"(measured with random values, because {reason})"
     reports = [replace(report, sentence=f"{report.sentence} {note}") for report in result.reports]
@@ -202,15 +206,18 @@ def _ignores_eval_draws(audit: CallAudit) -> bool:
     LayerDrop is often written like this: it draws first, and then looks at the mode.
     """
     site, possible_site = audit.site, audit.possible_site
+    # A site that draws in eval alone draws for eval.
+    if not possible_site.training_draws:
+        return False
     # A tape does not see the numbers of Python's and NumPy's generators.
-    if not possible_site.training_draws or any(draw.by_host for draw in possible_site.eval_draws):
+    if any(draw.by_host for draw in possible_site.eval_draws):
         return False
 
     expected = site.run(training=False)
     for _ in range(_EVAL_FORWARDS):
         run = run_on_tape(site, frozenset(), training=False)
         reading = run.reading
-        # No draw of torch's is on the tape, so nothing shows that the numbers are unused.
+        # Without a draw on the tape, nothing shows that the numbers are unused.
         if reading.draws == 0:
             return False
         # A number that may choose the path, or that reaches the data, is used.

@@ -1,6 +1,6 @@
-"""The axes of a module's inputs that vary, by name.
+"""Names for those axes of a module's inputs whose size varies.
 
-A *sample* holds the inputs of one call, by the name of the input. An *axis* that varies has a name,
+A *sample* holds the inputs of one call, by the name of the input. An axis that varies has a name,
 such as `batch` or `length`. Axes with the same name have the same size in every sample.
 """
 
@@ -18,7 +18,7 @@ from evalmode.export.inputs.errors import UnusableInputs
 
 # The name of the axis of rows.
 BATCH = "batch"
-# How `--dynamic-axes` writes an axis that does not vary.
+# The sign for a fixed axis in `--dynamic-axes`.
 _FIXED = "_"
 
 Sample: TypeAlias = Mapping[str, Tensor]

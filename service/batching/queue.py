@@ -135,8 +135,8 @@ class Queue:
     def next_work(self) -> Batch | PendingProof | None:
         """Wait for the next work of the calling thread and return it. None ends the thread.
 
-        Tickets that are past their deadline are found on the way. Their callers are woken at once,
-        before the thread waits again.
+        Each round of the loop takes work, or waits for a change. Tickets that are past their
+        deadline are found on the way: their callers are woken before the next round.
         """
         thread = threading.get_ident()
         with self._lock:
@@ -203,15 +203,17 @@ class Queue:
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
             self._require_admissible_locked(rows=rows, nbytes=nbytes)
-            if not self._waiting_callers.join(future, rows=rows, nbytes=nbytes):
-                return
+            must_wait = self._waiting_callers.join(future, rows=rows, nbytes=nbytes)
+        if not must_wait:
+            return
         try:
             await future
         finally:
-            # The garbage collector may run this in a thread that holds the lock, as in `drop`. A
-            # closed loop needs nothing, because its callers are skipped.
+            # Never take the lock for a closed loop: as in `drop`, the garbage collector may run
+            # this while this thread holds it. `next_caller` skips the callers of closed loops.
             if not loop.is_closed():
-                # The caller runs next and uses the room. After that, the next caller is woken.
+                # One caller at a time has the turn to use the room. This one runs next; after that
+                # its turn ends, and the next caller is woken.
                 loop.call_soon(self._end_turn, future)
         # The queue may have been closed meanwhile.
         with self._lock:
