@@ -291,19 +291,17 @@ class RmsNorm(nn.Module):
         table = tables.reciprocal_roots(
             width, most_squares=width * largest**2, unit=self.coarse_unit
         )
-        # A product with these sums up squares and divides by 64, in one operation.
-        shares = torch.full((width,), 1.0 / tables.SQUARES_PER_INDEX)
         self.register_buffer("table", table, persistent=False)
-        self.register_buffer("shares", shares, persistent=False)
         self.table: Tensor
-        self.shares: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         x = floor_clip(x, self.taken, training=self.training)
         with torch.no_grad():
             coarse = (x * (1 / self.coarse_unit)).floor().clamp(self.coarse.low, self.coarse.high)
-            index = ((coarse * coarse) @ self.shares).floor().long()  # (...)
+            # Not a product with a vector of ones, which ONNX Runtime 1.31 computes 12 times slower.
+            squares = (coarse * coarse).sum(-1)  # (...)
+            index = (squares * (1 / tables.SQUARES_PER_INDEX)).floor().int()
             factor = F.embedding(index, self.table)  # (..., 1)
             normed = x * factor
         if self.training:
@@ -342,42 +340,52 @@ class Attention(nn.Module):
         )
         self.dropout = dropout
         root_bits = round(math.log2(math.sqrt(head_width)))
-        # What 1 in a product of a query and a key is worth.
+        # What 1 in a product of a query and a key is worth, and what brings it to a score: a score
+        # counts steps of the table of exponentials. ONNX Runtime makes the scale part of the
+        # product; behind the subtraction of the softmax it would be an operation of its own.
         self.nats = 2.0 ** (-2 * PROJECTED.fraction_bits - root_bits)
+        self.scale = self.nats * tables.EXPONENTIAL_STEPS
         self.register_buffer("exponentials", tables.exponentials(), persistent=False)
         self.register_buffer("reciprocals", tables.reciprocals(positions), persistent=False)
         self.exponentials: Tensor
         self.reciprocals: Tensor
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, D) of NORMED -> (B, T, D) of STREAM.
+        """x (B, T, D) or (B * T, D) of NORMED -> the same shape, of STREAM.
 
-        mask (B, 1, 1 or T, T): 0 where a query sees a key, at most formats.MASKED where not.
+        mask (B, 1, 1 or T, T): 0 where a query sees a key, at most formats.MASKED where not. Its
+        unit is that of a product of a query and a key.
         """
-        b, t, d = x.shape
-        heads = self.qkv(x).view(b, t, 3 * self.heads, -1).transpose(1, 2)  # (B, 3 H, T, K)
+        b, t, d = mask.shape[0], mask.shape[-1], x.shape[-1]
+        heads = self.qkv(x).view(b, t, 3 * self.heads, d // self.heads)
+        heads = heads.transpose(1, 2)  # (B, 3 H, T, K)
         q, k, v = heads.split(self.heads, dim=1)  # each (B, H, T, K)
-        scores = q @ k.transpose(-2, -1) + mask  # (B, H, T, T)
+        scores = (q @ k.transpose(-2, -1)) * self.scale + mask * self.scale  # (B, H, T, T)
         weights = dropped(self.dropout, self._softmax(scores))
         # The mean without the 1/2 for rounding to nearest: half a unit less everywhere, which the
         # bias of `out` makes up for.
         mixed = floor_clip(
             (weights @ v) * 2.0**-ATTENTION.fraction_bits, PROJECTED, training=self.training
         )
-        return self.out(mixed.transpose(1, 2).reshape(b, t, d))
+        out = self.out(mixed.transpose(1, 2).reshape(-1, d))
+        return out if x.dim() == 2 else out.view(b, t, d)
 
     def _softmax(self, scores: Tensor) -> Tensor:
-        """(B, H, T, T) -> weights of the format ATTENTION, which are 0 for masked keys."""
+        """Scores (B, H, T, T), in steps of the table of exponentials -> weights of the format
+        ATTENTION, which are 0 for masked keys.
+        """
         with torch.no_grad():
             gap = scores.amax(-1, keepdim=True) - scores
-            index = (gap * (self.nats * tables.EXPONENTIAL_STEPS)).floor()
-            index = index.clamp(0, len(self.exponentials) - 1).long()
-            shares = F.embedding(index, self.exponentials).squeeze(-1)  # (B, H, T, T)
-            reciprocal = F.embedding(shares.sum(-1).long(), self.reciprocals)  # (B, H, T, 1)
+            index = gap.floor().clamp(0, len(self.exponentials) - 1).long()
+            # `gather` becomes GatherElements, which takes 1 ns an index in ONNX Runtime 1.31; the
+            # Gather of `F.embedding` copies rows and takes 8. Here is an index for each pair of
+            # positions.
+            shares = self.exponentials.gather(0, index.flatten()).view(index.shape)  # (B, H, T, T)
+            reciprocal = F.embedding(shares.sum(-1).int(), self.reciprocals)  # (B, H, T, 1)
             # At most 255.5 * 2^16 in units of 2^-16: 16,744,448.
             weights = (shares * reciprocal + 0.5).floor()
         if self.training:
-            weights = softmax_gradient(scores, weights, nats=self.nats)
+            weights = softmax_gradient(scores, weights, nats=1 / tables.EXPONENTIAL_STEPS)
         return weights
 
 
@@ -398,7 +406,7 @@ class Pooling(nn.Module):
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         """x (B, T, D); real (B, T), 1 at a real position and 0 at padding."""
         real = real.unsqueeze(1)  # (B, 1, T)
-        inverse = F.embedding(real.sum(-1).long(), self.inverse_counts)  # (B, 1, 1)
+        inverse = F.embedding(real.sum(-1).int(), self.inverse_counts)  # (B, 1, 1)
         total = real @ x  # (B, 1, D)
         return floor_clip(total * inverse, self.writes, training=self.training)
 

@@ -59,7 +59,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) of NORMED -> (B, T, D) of STREAM."""
+        """(..., D) of NORMED -> (..., D) of STREAM."""
         return self.down(dropped(self.dropout, self.up(x)))
 
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, output_keep=keep_of(self.feed_forward_dropout))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, D) of STREAM, mask as in Attention -> (B, T, D) of STREAM."""
+        """x of STREAM, (B, T, D) or (B * T, D), and a mask as in Attention -> as x."""
         x = x + dropped(self.attention_dropout, self.attention(self.attention_norm(x), mask))
         return x + dropped(self.feed_forward_dropout, self.feed_forward(self.feed_forward_norm(x)))
 
@@ -147,7 +147,7 @@ class ExactTransformer(nn.Module):
         # The largest id and not `any`, which takes three operations more in a graph.
         marks = ids.amax(-1) if attention_mask is None else attention_mask  # (B, T)
         real = (marks != 0).to(self.head.weight.dtype)
-        return self.head(self.pooling(self.hidden(ids, real), real)).squeeze(1)
+        return self.head(self.pooling(self.hidden(ids, real), real).squeeze(1))
 
     def hidden(self, ids: Tensor, real: Tensor) -> Tensor:
         """The output of the last norm: ids (B, T, G), real (B, T), 1 or 0 -> (B, T, D)."""
@@ -155,10 +155,12 @@ class ExactTransformer(nn.Module):
         if self.config.causal:
             t = ids.shape[1]
             mask = mask + self.future[:t, :t]  # (B, 1, T, T)
-        x = self.embedding(ids)
+        # As a matrix of positions: the exporter then writes a linear layer as one Gemm, and not as
+        # a MatMul and an Add.
+        x = self.embedding(ids).flatten(0, 1)  # (B * T, D)
         for block in self.blocks:
             x = block(x, mask)
-        return self.norm(x)
+        return self.norm(x).view(*ids.shape[:2], -1)
 
     def freeze(self) -> None:
         """Replace all parameters by the rounded ones of the graph, in place.

@@ -39,7 +39,7 @@ def reciprocal_roots(width: int, *, most_squares: int, unit: float) -> Tensor:
 
 
 def exponentials() -> Tensor:
-    """255 * exp(-i / 32), rounded to integers, for i from 0 on: (201, 1) float32.
+    """255 * exp(-i / 32), rounded to integers, for i from 0 on: (201,) float32.
 
     The last entry is the first that is 0: a larger index is clipped to it.
     """
@@ -47,7 +47,7 @@ def exponentials() -> Tensor:
     while not entries or entries[-1]:
         nats = Decimal(len(entries)) / EXPONENTIAL_STEPS
         entries.append(int(ATTENTION.high * (-nats).exp() + Decimal("0.5")))
-    return _column(np.array(entries, np.float64))
+    return torch.tensor(entries, dtype=torch.float32)
 
 
 def reciprocals(positions: int) -> Tensor:

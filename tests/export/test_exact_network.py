@@ -20,7 +20,7 @@ from tests.conftest import make_checkpoint, small_config
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 # Everything that the graph may contain: exact operations, and what moves or names numbers.
 OPERATORS = {
-    *("Add", "Sub", "Mul", "MatMul", "Floor", "Clip", "Cast", "Gather"),
+    *("Add", "Sub", "Mul", "MatMul", "Gemm", "Floor", "Clip", "Cast", "Gather", "GatherElements"),
     *("ReduceMax", "ReduceSum", "Equal", "Not"),
     *("Shape", "Concat", "Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze"),
 }

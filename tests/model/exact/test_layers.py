@@ -245,7 +245,7 @@ def test_attention_gives_the_numbers_of_rational_arithmetic():
 def test_the_weights_of_attention_are_close_to_a_softmax_and_sum_to_about_255():
     layer = attention(positions=32)
     scores = torch.randint(-20_000, 20_000, (4, 2, 32, 32), generator=generator()).float()
-    weights = layer._softmax(scores)
+    weights = layer._softmax(scores * layer.scale)
     assert (weights - 255 * (scores * layer.nats).softmax(-1)).abs().max() < 4.5
     assert (weights.sum(-1) - 255).abs().max() <= 16
 
