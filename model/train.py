@@ -67,8 +67,8 @@ from evalmode.model.unlabelled import with_unlabelled
 # The accuracy on training rows is shown for its gap to the test accuracy. A sample of at most this
 # many rows is enough for that.
 MEASURED_TRAIN_ROWS = 10_000
-# The embedding table begins with how much each id speaks for each label, times this. The noise
-# that others begin with has a standard deviation of 0.02.
+# With the option `informed_table`, the embedding table starts as the evidence of each id for each
+# label, multiplied by this. Without it, it starts as noise with a standard deviation of 0.02.
 TABLE_SCALE = 0.1
 
 # The export computes known answers for the sample texts of a checkpoint. They are the unusual texts
@@ -174,9 +174,10 @@ def fit(
         require_usable_folder(out, resume=resume, overwrite=overwrite)
     run = prepare(config, cache=cache, show_data=show_data if is_first_process else None)
 
+    has_state = resume and (out / STATE_FOLDER / STATE_FILE).exists()
     # `lexists`, because a checkpoint that is a broken link is an error and not a missing training.
-    checkpoint_path, state_path = out / checkpoint.CHECKPOINT_FILE, out / STATE_FOLDER / STATE_FILE
-    if resume and os.path.lexists(checkpoint_path) and not state_path.exists():
+    has_checkpoint = resume and os.path.lexists(out / checkpoint.CHECKPOINT_FILE)
+    if has_checkpoint and not has_state:
         finished = load_finished(out, run=run)
     else:
         trained = train_network(run, out=out, resume=resume, console=console or Console(quiet=True))
@@ -210,6 +211,8 @@ def prepare(
         cache=cache,
         identity=_text_identity(config),
     )
+    # Made-up texts without letters, unless the data has such rows: they teach the network to give
+    # every class the same score there.
     data = with_unlabelled(data)
     spec, tokenizer = choose_frontend(config, data)
     rows = encode_parts(data, open_frontend(spec, tokenizer))

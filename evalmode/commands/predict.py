@@ -41,7 +41,7 @@ _EXIT_INTERRUPTED = 130
 
 # Servers refuse requests of more rows than this, unless their setting `max_rows` is raised.
 _MAX_CHUNK_LINES = 256
-# They take about a minute (`backoff_s` in client/remote.py), which is enough to restart a server.
+# So many retries take about a minute (`backoff_s` in client/remote.py): a server can restart.
 _RETRIES = 8
 
 
@@ -251,7 +251,8 @@ def _refuse_useless_flags(context: typer.Context) -> None:
         if rule.flag not in flags:
             continue
         is_present = rule.other_flag in flags
-        if is_present == (rule.relation == "excludes"):
+        is_broken = is_present if rule.relation == "excludes" else not is_present
+        if is_broken:
             raise EvalmodeError(f"{rule.flag} {rule.error}")
 
 

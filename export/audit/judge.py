@@ -5,7 +5,8 @@ of each, and the state of the module. `IsolatedSite` repeats a call in training 
 `judge_training.py` has steps 7 to 12, and `verdicts.py` the sentences.
 
 A tape records one forward, operator by operator, and where random numbers reach the data. A
-fingerprint is what the tapes of a call showed of its noise, and of eval beside training.
+fingerprint sums up a call: its noise, and how its output in training compares with that in eval. A
+later call of its kind that matches is not judged again.
 
 A possible site as a whole (`judge`):
 
@@ -153,7 +154,8 @@ def _judge_call(audit: CallAudit, fingerprint: Fingerprint | None) -> CallResult
     """
     site, possible_site = audit.site, audit.possible_site
     try:
-        # 4. It behaves like an earlier call. On an input of zeros every scale would match.
+        # 4. It behaves like an earlier call. 0 times any scale is 0, so a call on zeros would match
+        # every fingerprint.
         is_zero = site.call.why_unmeasurable() == ZERO
         if fingerprint is not None and not is_zero and fingerprint.matches(site):
             return None
@@ -192,8 +194,7 @@ def _judge_call(audit: CallAudit, fingerprint: Fingerprint | None) -> CallResult
 def _note_random_values(result: CallResult, reason: str) -> CallResult:
     """The same result, with a note in each sentence that random values replaced zeros.
 
-    It has no fingerprint: on the real zeros training equals eval at any scale, so a later call
-    would match every fingerprint.
+    It leaves no fingerprint: later calls would be compared with it on the real zeros.
     """
     note = f"(measured with random values, because {reason})"
     reports = [replace(report, sentence=f"{report.sentence} {note}") for report in result.reports]
@@ -206,7 +207,7 @@ def _ignores_eval_draws(audit: CallAudit) -> bool:
     LayerDrop is often written like this: it draws first, and then looks at the mode.
     """
     site, possible_site = audit.site, audit.possible_site
-    # A site that draws in eval alone draws for eval.
+    # If it draws only in eval, the numbers are meant for eval.
     if not possible_site.training_draws:
         return False
     # A tape does not see the numbers of Python's and NumPy's generators.

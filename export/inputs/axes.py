@@ -82,8 +82,8 @@ def sizes_of(sample: Sample, axes: Axes) -> dict[str, int]:
     """
     # For each name of an axis, its size and the first input that has it.
     first_seen: dict[str, tuple[int, str]] = {}
-    for input_name, axis_names in axes.items():
-        for index, axis_name in axis_names.items():
+    for input_name, names_by_index in axes.items():
+        for index, axis_name in names_by_index.items():
             size = sample[input_name].shape[index]
             first_size, first_input = first_seen.setdefault(axis_name, (size, input_name))
             if size != first_size:

@@ -67,7 +67,7 @@ class Queue:
         self._work_changed = threading.Condition(self._lock)
         self._waiting = WaitingRows()
         self._sequence = count()
-        # When the run of each busy thread began, by the thread's id.
+        # When the run of each busy thread began, by the thread's id. A proof is a run too.
         self._running: dict[int, float] = {}
         # The id of the thread that runs a proof. Only one does: the others stay free for batches.
         self._proving: int | None = None
@@ -122,8 +122,8 @@ class Queue:
 
     def drop(self, ticket: Ticket, reason: Reason, failure: RequestError | None) -> None:
         """Remove a request, unless it is done already."""
-        # The garbage collector may close a coroutine of a dead event loop while this thread holds
-        # the lock, which is not reentrant. The ticket of such a coroutine is done.
+        # Check before locking: the garbage collector may close a coroutine of a dead event loop on
+        # a thread that holds the lock already, which would deadlock. Its ticket is done by then.
         if ticket.done:
             return
         with self._lock:
@@ -198,7 +198,10 @@ class Queue:
         self._wake_and_report(answered=answered, dropped=failed)
 
     async def wait_for_room(self, *, rows: int, nbytes: int) -> None:
-        """Return when a request of this size would be admitted. Nothing is reserved."""
+        """Return when a request of this size would be admitted. Nothing is reserved.
+
+        Callers wait in a line. The first one has its turn to use the room, then the next is woken.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
@@ -212,8 +215,7 @@ class Queue:
             # Never take the lock for a closed loop: as in `drop`, the garbage collector may run
             # this while this thread holds it. `next_caller` skips the callers of closed loops.
             if not loop.is_closed():
-                # One caller at a time has the turn to use the room. This one runs next; after that
-                # its turn ends, and the next caller is woken.
+                # This caller runs next. The call after it ends its turn.
                 loop.call_soon(self._end_turn, future)
         # The queue may have been closed meanwhile.
         with self._lock:
