@@ -32,6 +32,8 @@ _LARGEST = 2**24
 _LARGEST_WEIGHT = 127
 # What makes a signed byte unsigned.
 _OFFSET = 128
+# A Gemm with these is a product and an addition; its weights may be transposed.
+_GEMM_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,7 +42,7 @@ class IntegerProduct:
 
     integers    (K, N) int8
     scale       (N,) float32, the power of two of each column
-    bias        (N,) float32, less what the offset adds to the sums
+    bias        (N,) float32, the float product's less what the offset adds to the sums
     offset      what is added to the left operand: 0 or 128
     """
 
@@ -54,9 +56,14 @@ def with_integer_kernels(model: ModelProto, limits: Limits) -> ModelProto:
     """A copy of an exact model, in which every product that qualifies is a MatMulInteger.
 
     `limits` are those of the proof. Other products stay as they are.
+
+    Example:
+        limits = Limits(ranges={"input_ids": (0, 65535)}, largest={"length": 32})
+        integer = with_integer_kernels(onnx.load(path), limits)
     """
-    limits = limits.within(graph_of(model))
-    proof = prove(graph_of(model), ranges=limits.ranges, largest=limits.largest)
+    before = graph_of(model)
+    limits = limits.within(before)
+    proof = prove(before, ranges=limits.ranges, largest=limits.largest)
     products = {}
     for call in proof.calls:
         qualified = integer_product(call)
@@ -147,9 +154,6 @@ def integer_product(call: Call) -> IntegerProduct | None:
         bias=new_bias,
         offset=offset,
     )
-
-
-_GEMM_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
 def _grid_of(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
