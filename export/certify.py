@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -64,7 +64,12 @@ def subject_of(candidate: Candidate) -> Subject:
     def export(module: nn.Module, seed: int) -> Converted:
         axes = candidate.evidence.dynamic_axes
         with seeded(seed):
-            return convert(module, candidate.example, dynamic_axes=axes, outputs=candidate.outputs)
+            converted = convert(
+                module, candidate.example, dynamic_axes=axes, outputs=candidate.outputs
+            )
+        if candidate.rewrite is not None:
+            converted = replace(converted, model=candidate.rewrite(converted.model))
+        return converted
 
     def twin() -> Fingerprint:
         fresh = Network.of(candidate.fresh)

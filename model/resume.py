@@ -219,11 +219,13 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], *, path: Path) 
 
     `stored` is the record of the earlier run, read from the file `path`; `record` is this run's.
     """
-    differences = [
-        f"{key} was {reprlib.repr(stored.get(key))} and is now {reprlib.repr(record.get(key))}"
-        for key in sorted(stored.keys() | record.keys())
-        if stored.get(key) != record.get(key)
-    ]
+    differences = []
+    for key in sorted(stored.keys() | record.keys()):
+        if stored.get(key) != record.get(key):
+            # A record leaves out options that were added later and have their default.
+            before = reprlib.repr(stored[key]) if key in stored else "not set"
+            now = reprlib.repr(record[key]) if key in record else "not set"
+            differences.append(f"{key} was {before} and is now {now}")
     if differences:
         raise RunMismatch(
             f"{path} describes another training: {'; '.join(differences)}: use the same options,"

@@ -219,6 +219,34 @@ def test_the_default_name_of_a_bundle_is_the_checkpoints_folder_in_allowed_chara
     assert exported["root"] == Path("bundles")
 
 
+@pytest.mark.parametrize("kernels", ["float", "integer"])
+def test_export_passes_the_kernels_on(
+    exported: dict[str, object], monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    assert called("export", "any", "--kernels", kernels, patch=monkeypatch) == 0
+    assert exported["kernels"] == kernels
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("any", "--kernels", "fast"), "--kernels must be float or integer, got 'fast'"),
+        (
+            ("package.module:factory", "--inputs", "package.module:inputs", "--kernels", "integer"),
+            "--kernels integer is for the checkpoint of an exact network",
+        ),
+    ],
+)
+def test_kernels_that_do_not_exist_or_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    sentence: str,
+) -> None:
+    assert called("export", *flags, patch=monkeypatch) == terminal.EXIT_UNUSABLE
+    assert capsys.readouterr().err.startswith(f"evalmode: {sentence}")
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

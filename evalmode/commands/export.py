@@ -50,6 +50,15 @@ def export(
         ),
     ] = None,
     version: Annotated[str, typer.Option(help="The bundle's version.")] = "1",
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "float, or integer: the matrix products of an exact network in 8-bit integers, with"
+                " the same bits."
+            )
+        ),
+    ] = "float",
 ) -> None:
     """Export in eval mode, certify, and write a bundle.
 
@@ -59,6 +68,8 @@ def export(
     from evalmode.export.release import ExportRefused
     from evalmode.tables import records_table, statements_table
 
+    if kernels not in ("float", "integer"):
+        raise EvalmodeError(f"--kernels must be float or integer, got {kernels!r}")
     is_module = is_reference(source)
     if not name:
         # The last part of the factory's module, or the name of the checkpoint's folder.
@@ -81,6 +92,11 @@ def export(
                     raise EvalmodeError(
                         f"{source} needs --inputs package.module:sample_inputs to call it with"
                     )
+                if kernels != "float":
+                    raise EvalmodeError(
+                        "--kernels integer is for the checkpoint of an exact network, and not for a"
+                        " package.module:factory"
+                    )
                 from evalmode.export.from_module import release_module
 
                 release = release_module(
@@ -102,7 +118,12 @@ def export(
                 from evalmode.model.checkpoint import load
 
                 release = release_checkpoint(
-                    load(Path(source)), root=out, name=name, version=version, progress=progress
+                    load(Path(source)),
+                    root=out,
+                    name=name,
+                    version=version,
+                    progress=progress,
+                    kernels=kernels,
                 )
     except ExportRefused as refusal:
         console.print(records_table(refusal.records, title="refused: no bundle was written"))

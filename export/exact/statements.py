@@ -5,7 +5,7 @@ A statement stands beside the verdicts and fails nothing, unless a user requires
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from evalmode.bundle.certificate import (
@@ -14,6 +14,7 @@ from evalmode.bundle.certificate import (
     Reason,
     Statement,
 )
+from evalmode.bundle.frontend import FrontEndSpec
 from evalmode.bundle.manifest import Manifest
 from evalmode.export.exact.prove import Proof, prove
 from evalmode.export.exact.saturation import saturating_products
@@ -45,13 +46,20 @@ class Limits:
             for bound in tensor.bounds:
                 if not bound.part and bound.minimum is not None and bound.maximum is not None:
                     ranges[tensor.name] = (bound.minimum, bound.maximum)
-        frontend = manifest.frontend
-        if frontend is not None:
-            for tensor in manifest.inputs:
-                # `collate` makes the ids, and a mask where positions have one id each.
-                last = 1 if tensor.name == "attention_mask" else frontend.vocabulary - 1
-                ranges[tensor.name] = (0, last)
-                largest[f"{tensor.name}:1"] = frontend.lengths[-1]
+        limits = cls(ranges=ranges, largest=largest)
+        if manifest.frontend is not None:
+            names = [tensor.name for tensor in manifest.inputs]
+            limits = limits.updated(cls.of_frontend(manifest.frontend, names))
+        return limits
+
+    @classmethod
+    def of_frontend(cls, frontend: FrontEndSpec, names: Iterable[str]) -> Limits:
+        """The limits that a front end sets for inputs of these names, which `collate` makes."""
+        ranges, largest = {}, {}
+        for name in names:
+            # The ids, and a mask where positions have one id each.
+            ranges[name] = (0, 1 if name == "attention_mask" else frontend.vocabulary - 1)
+            largest[f"{name}:1"] = frontend.lengths[-1]
         return cls(ranges=ranges, largest=largest)
 
     def updated(self, other: Limits) -> Limits:

@@ -13,10 +13,14 @@ from evalmode.export.inputs.evidence import Evidence
 from evalmode.export.module.randomness import Draw
 
 if TYPE_CHECKING:  # an audit uses this file too, and need not load onnx
+    from onnx import ModelProto
+
     from evalmode.export.fingerprint import Fingerprint
 
 # Exports the same weights again, under other seeds. Raises EvalmodeError if that fails.
 Twin: TypeAlias = "Callable[[], Fingerprint]"
+# The same function of the same inputs as another graph. All rules judge that one.
+Rewrite: TypeAlias = "Callable[[ModelProto], ModelProto]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Candidate:
     left_out     what the module returns besides tensors
     constants    the arguments of the module that are no tensors
     twins        functions that export it again under other seeds
+    rewrite      what is done to each exported graph, if anything
     """
 
     module: nn.Module
@@ -47,3 +52,4 @@ class Candidate:
     left_out: tuple[str, ...] = ()
     constants: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
     twins: tuple[Twin, ...] = ()
+    rewrite: Rewrite | None = None

@@ -84,14 +84,18 @@ def test_onnx_runtime_gives_the_bits_of_pytorch_at_every_level_and_number_of_thr
                 assert np.asarray(answer).tobytes() == logits.tobytes()
 
 
+@pytest.mark.parametrize("kernels", ["float", "integer"])
 @pytest.mark.parametrize("kind", ["inverted", "classic"])
-def test_a_checkpoint_becomes_a_bundle_that_passes_every_rule(tmp_path: Path, kind: str) -> None:
+def test_a_checkpoint_becomes_a_bundle_that_passes_every_rule(
+    tmp_path: Path, kind: str, kernels: str
+) -> None:
     released = release_checkpoint(
         make_checkpoint(network(dropout_kind=kind)),
         root=tmp_path,
         name="exact",
         version="1",
         progress=lambda step: None,
+        kernels=kernels,
     )
     bundle = open_bundle(released.path)
     assert bundle.certificate is not None

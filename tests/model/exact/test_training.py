@@ -44,7 +44,7 @@ def test_a_run_in_one_arithmetic_does_not_resume_in_the_other(data, tmp_path, mo
         watch_steps(patch, die_at=7)
         with pytest.raises(Killed):
             train(data, tmp_path, **EXACT)
-    with pytest.raises(RunMismatch, match="arithmetic was 'exact' and is now 'float32'"):
+    with pytest.raises(RunMismatch, match="arithmetic was 'exact' and is now not set"):
         train(data, tmp_path, resume=True)
 
 
