@@ -15,7 +15,7 @@ from evalmode.export.graph import NodeAt
 from evalmode.export.graph.scope import Absent
 
 # A longer list of integers is no list of axis sizes.
-_MOST_SIZES = 64
+MOST_SIZES = 64
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,7 +122,7 @@ def sizes_in(tensor: Tensor) -> Shape | None:
     if tensor.shape is None or len(tensor.shape) > 1:
         return None
     count = 1 if not tensor.shape else tensor.channels
-    if count is None or count > _MOST_SIZES:
+    if count is None or count > MOST_SIZES:
         return None
     if tensor.integers is not None:
         return shape_of(tensor.integers.tolist())

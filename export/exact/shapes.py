@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import helper
 
-from evalmode.export.exact.call import Call, position, sizes_in
+from evalmode.export.exact.call import MOST_SIZES, Call, position, sizes_in
 from evalmode.export.exact.values import (
     BOOL,
     INT64,
@@ -313,6 +313,10 @@ def concat(call: Call) -> list[Outline]:
     for tensor in call.inputs:
         part = sizes_in(tensor) if tensor is not None else None
         sizes = None if sizes is None or part is None else sizes + part
+        # A chain of Concat nodes could double the list at each of thousands of nodes.
+        if sizes is None or len(sizes) > MOST_SIZES:
+            sizes = None
+            break
     return [
         Outline(
             dtype=call.input(0).dtype,
