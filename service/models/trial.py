@@ -131,6 +131,12 @@ def run_trials() -> None:
 def _messages_of_trial(question: bytes) -> Iterator[bytes]:
     """Open the bundle of a question. Gives a message before each step, and one with the result."""
     messages: queue.SimpleQueue[dict[str, object] | None] = queue.SimpleQueue()
+    step_is_sent = threading.Semaphore(0)
+
+    def send_step(step: str) -> None:
+        # The step may end this process, so it must not begin before its message is sent.
+        messages.put({"step": step})
+        step_is_sent.acquire()
 
     def run() -> None:
         try:
@@ -144,7 +150,7 @@ def _messages_of_trial(question: bytes) -> Iterator[bytes]:
                 path,
                 **options,
                 calibration=calibration,
-                on_step=lambda step: messages.put({"step": step}),
+                on_step=send_step,
             )
             result = TrialResult(digest=model.digest, measured=dict(model.measured))
             messages.put({"trial": _RESULT.dump_python(result, mode="json")})
@@ -159,7 +165,10 @@ def _messages_of_trial(question: bytes) -> Iterator[bytes]:
         finally:
             messages.put(None)
 
-    # In a thread: each step must be sent before it begins, while `Model.open` is still running.
+    # In a thread, so that messages are sent while `Model.open` is running.
     threading.Thread(target=run, daemon=True).start()
     while (message := messages.get()) is not None:
         yield json.dumps(message).encode()
+        # The caller of this generator has sent the message when it asks for the next one.
+        if "step" in message:
+            step_is_sent.release()
