@@ -211,8 +211,8 @@ def prepare(
         cache=cache,
         identity=_text_identity(config),
     )
-    # Made-up texts without letters, unless the data has such rows: they teach the network to give
-    # every class the same score there.
+    # Adds made-up texts without letters, unless the data has some. The network learns from them to
+    # give every class the same score for a text without letters.
     data = with_unlabelled(data)
     spec, tokenizer = choose_frontend(config, data)
     rows = encode_parts(data, open_frontend(spec, tokenizer))
@@ -245,7 +245,7 @@ def prepare(
 
 
 def _text_identity(config: TrainConfig) -> Callable[[str], bytes]:
-    """The digest by which `open_data` finds duplicates: texts with the same digest count as one.
+    """A function from a text to a digest. Texts with the same digest count as one in `open_data`.
 
     A model cannot distinguish texts with the same ids. If one were in the training part and another
     in the test part, the accuracy on the test part would be too high.

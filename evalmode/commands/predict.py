@@ -46,7 +46,9 @@ _RETRIES = 8
 
 
 class _FlagRule(NamedTuple):
-    """A flag that needs or excludes another one. `error` follows the flag's name in the message."""
+    """A flag that needs or excludes another one. `error` follows the flag's name in the message:
+    "--output needs --input FILE with the texts; - is stdin".
+    """
 
     flag: str
     relation: Literal["needs", "excludes"]

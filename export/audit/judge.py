@@ -4,9 +4,10 @@
 of each, and the state of the module. `IsolatedSite` repeats a call in training and in eval.
 `judge_training.py` has steps 7 to 12, and `verdicts.py` the sentences.
 
-A tape records one forward, operator by operator, and where random numbers reach the data. A
-fingerprint sums up a call: its noise, and how its output in training compares with that in eval. A
-later call of its kind that matches is not judged again.
+Calls of one kind differ in the sizes and values of their tensors alone. A fingerprint sums up a
+judged call: the noise, and how the output in training compares with that in eval. A later call of
+its kind that matches is not judged again. A tape records one forward, operator by operator, and
+where random numbers reach the data.
 
 A possible site as a whole (`judge`):
 
@@ -77,8 +78,8 @@ def judge(
     if not possible_site.calls:
         return [_report_unreached(possible_site, possible_sites)]
 
-    # 3. Each captured call. Modules that draw are judged as sites themselves. Inside another site
-    # they stay in eval, because their noise would count as that of the outer site.
+    # 3. Each captured call. Of these modules, the ones inside the site stay in eval: each is judged
+    # by itself, and its noise would count as that of the site.
     random_modules = [
         network.parts[other.path]
         for other in possible_sites

@@ -1,7 +1,7 @@
 """Names for those axes of a module's inputs whose size varies.
 
 A *sample* holds the inputs of one call, by the name of the input. An axis that varies has a name,
-such as `batch` or `length`. Axes with the same name have the same size in every sample.
+such as `batch` or `length`. Axes with the same name have the same size within one sample.
 """
 
 from __future__ import annotations

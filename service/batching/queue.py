@@ -200,7 +200,8 @@ class Queue:
     async def wait_for_room(self, *, rows: int, nbytes: int) -> None:
         """Return when a request of this size would be admitted. Nothing is reserved.
 
-        Callers wait in a line. The first one has its turn to use the room, then the next is woken.
+        Callers wait in a line. When there is room, the first one is woken and has the turn: it may
+        `admit` its rows. The turn ends after its step of the event loop, and the next one is woken.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
@@ -215,7 +216,7 @@ class Queue:
             # Never take the lock for a closed loop: as in `drop`, the garbage collector may run
             # this while this thread holds it. `next_caller` skips the callers of closed loops.
             if not loop.is_closed():
-                # This caller runs next. The call after it ends its turn.
+                # After the step of the loop that resumes the caller.
                 loop.call_soon(self._end_turn, future)
         # The queue may have been closed meanwhile.
         with self._lock:
