@@ -16,6 +16,7 @@ What counts as a dropout in a user's module: export/module/dropouts.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,11 @@ class ClassicDropout(_Mask):
     def extra_repr(self) -> str:
         """The text between the brackets of `repr(module)`."""
         return f"{super().extra_repr()}, folded={self.folded}"
+
+
+def new_dropout(kind: Literal["inverted", "classic"], p: float) -> Dropout | ClassicDropout:
+    """A dropout of this kind with the drop probability `p`."""
+    return ClassicDropout(p) if kind == "classic" else Dropout(p)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evalmode.model.config import TransformerConfig
-from evalmode.model.dropout import ClassicDropout, Dropout, fold
+from evalmode.model.dropout import ClassicDropout, fold, new_dropout
+from evalmode.model.initial_weights import initialise
 
 
 class Embedding(nn.Module):
@@ -32,8 +33,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.table = nn.Embedding(config.vocabulary, config.width, padding_idx=0)
         self.positions = nn.Embedding(config.positions, config.width)
-        self.ngram_dropout = _dropout(config, config.ngram_dropout)
-        self.dropout = _dropout(config, config.embedding_dropout)
+        self.ngram_dropout = new_dropout(config.dropout_kind, config.ngram_dropout)
+        self.dropout = new_dropout(config.dropout_kind, config.embedding_dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T, G) int64 -> (B, T, D)."""
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         self.scale = 1.0 / math.sqrt(config.width // config.heads)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
-        self.dropout = _dropout(config, config.attention_dropout)
+        self.dropout = new_dropout(config.dropout_kind, config.attention_dropout)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """x (B, T, D), visible (B, 1, 1 or T, T) bool -> (B, T, D)."""
@@ -111,7 +112,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.width, config.feed_forward)
         self.down = nn.Linear(config.feed_forward, config.width)
-        self.dropout = _dropout(config, config.feed_forward_dropout)
+        self.dropout = new_dropout(config.dropout_kind, config.feed_forward_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -125,10 +126,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = Attention(config)
-        self.attention_dropout = _dropout(config, config.residual_dropout)
+        self.attention_dropout = new_dropout(config.dropout_kind, config.residual_dropout)
         self.feed_forward_norm = nn.LayerNorm(config.width)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_dropout = _dropout(config, config.residual_dropout)
+        self.feed_forward_dropout = new_dropout(config.dropout_kind, config.residual_dropout)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """x (B, T, D), visible (B, 1, 1 or T, T) bool -> (B, T, D)."""
@@ -147,10 +148,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = [Block(config) for _ in range(config.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.labels)
-        self.apply(self._initialise)
+        residual_layers = []
+        for block in blocks:
+            residual_layers += [block.attention.out, block.feed_forward.down]
+        initialise(self, residual_layers=residual_layers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The logits (B, C) of `input_ids`, int64 (B, T) or (B, T, G), 1 <= T <= config.positions.
@@ -202,27 +207,6 @@ class Transformer(nn.Module):
             fold(_classic(block.attention_dropout), preceding=[block.attention.out])
             fold(_classic(block.feed_forward.dropout), following=[block.feed_forward.down])
             fold(_classic(block.feed_forward_dropout), preceding=[block.feed_forward.down])
-
-    @torch.no_grad()
-    def _initialise(self, module: nn.Module) -> None:
-        """Initialise one module as in GPT-2 (Radford et al. 2019, section 2.3).
-
-        Weights are drawn from N(0, 0.02), and biases are 0. Layers whose outputs are added to the
-        stream are divided by the root of their number, so that depth does not widen the stream.
-        """
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.normal_(0.0, 0.02)
-        if isinstance(module, nn.Linear):
-            module.bias.zero_()
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            module.weight[module.padding_idx].zero_()
-        if isinstance(module, Block):
-            for layer in (module.attention.out, module.feed_forward.down):
-                layer.weight.div_(math.sqrt(2 * self.config.layers))
-
-
-def _dropout(config: TransformerConfig, p: float) -> Dropout | ClassicDropout:
-    return ClassicDropout(p) if config.dropout_kind == "classic" else Dropout(p)
 
 
 def _classic(dropout: nn.Module) -> ClassicDropout:

@@ -8,13 +8,11 @@ Shapes: B rows, T positions, G ids a position, D width, C labels.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from evalmode.model.config import TransformerConfig
-from evalmode.model.dropout import ClassicDropout, Dropout
+from evalmode.model.dropout import ClassicDropout, new_dropout
 from evalmode.model.exact.formats import (
     HIDDEN,
     LARGEST,
@@ -33,6 +31,7 @@ from evalmode.model.exact.layers import (
     dropped,
     keep_of,
 )
+from evalmode.model.initial_weights import initialise
 
 
 class FeedForward(nn.Module):
@@ -44,7 +43,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig, *, output_keep: float) -> None:
         super().__init__()
         bits = config.weight_bits
-        self.dropout = _dropout(config, config.feed_forward_dropout)
+        self.dropout = new_dropout(config.dropout_kind, config.feed_forward_dropout)
         self.up = Linear(
             config.width, config.feed_forward, reads=NORMED, writes=HIDDEN, weight_bits=bits
         )
@@ -68,14 +67,14 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_dropout = _dropout(config, config.residual_dropout)
-        self.feed_forward_dropout = _dropout(config, config.residual_dropout)
+        self.attention_dropout = new_dropout(config.dropout_kind, config.residual_dropout)
+        self.feed_forward_dropout = new_dropout(config.dropout_kind, config.residual_dropout)
         self.attention_norm = RmsNorm(config.width)
         self.attention = Attention(
             config.width,
             heads=config.heads,
             positions=config.positions,
-            dropout=_dropout(config, config.attention_dropout),
+            dropout=new_dropout(config.dropout_kind, config.attention_dropout),
             weight_bits=config.weight_bits,
             output_keep=keep_of(self.attention_dropout),
         )
@@ -113,10 +112,11 @@ class ExactTransformer(nn.Module):
             config.width,
             positions=config.positions,
             ids_per_position=config.ids_per_position,
-            ngram_dropout=_dropout(config, config.ngram_dropout),
-            dropout=_dropout(config, config.embedding_dropout),
+            ngram_dropout=new_dropout(config.dropout_kind, config.ngram_dropout),
+            dropout=new_dropout(config.dropout_kind, config.embedding_dropout),
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = [Block(config) for _ in range(config.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = RmsNorm(config.width)
         pooled = pooled_format(config.width, weight_bits=config.weight_bits)
         self.pooling = Pooling(positions=config.positions, writes=pooled)
@@ -135,7 +135,10 @@ class ExactTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, RmsNorm):
                 module.table = self.norm.table
-        self.apply(self._initialise)
+        residual_layers = []
+        for block in blocks:
+            residual_layers += [block.attention.out, block.feed_forward.down]
+        initialise(self, residual_layers=residual_layers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The logits (B, C) of `input_ids`, int64 (B, T) or (B, T, G), 1 <= T <= config.positions.
@@ -186,24 +189,3 @@ class ExactTransformer(nn.Module):
                 module.freeze()
             elif isinstance(module, ClassicDropout):
                 module.folded = True
-
-    @torch.no_grad()
-    def _initialise(self, module: nn.Module) -> None:
-        """Initialise one module as in GPT-2 (Radford et al. 2019, section 2.3).
-
-        Weights are drawn from N(0, 0.02), and biases are 0. Layers whose outputs are added to the
-        stream are divided by the root of their number, so that depth does not widen the stream.
-        """
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.normal_(0.0, 0.02)
-        if isinstance(module, nn.Linear):
-            module.bias.zero_()
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            module.weight[module.padding_idx].zero_()
-        if isinstance(module, Block):
-            for layer in (module.attention.out, module.feed_forward.down):
-                layer.weight.div_(math.sqrt(2 * self.config.layers))
-
-
-def _dropout(config: TransformerConfig, p: float) -> Dropout | ClassicDropout:
-    return ClassicDropout(p) if config.dropout_kind == "classic" else Dropout(p)
