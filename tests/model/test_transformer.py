@@ -6,38 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from evalmode.model.config import TransformerConfig
 from evalmode.model.dropout import ClassicDropout, Dropout
-from evalmode.model.transformer import Transformer
-
-SITES = (
-    "ngram_dropout",
-    "embedding_dropout",
-    "attention_dropout",
-    "residual_dropout",
-    "feed_forward_dropout",
-)
-
-
-def small(**changes) -> Transformer:
-    """A network with large random weights; `changes` are fields of its shape."""
-    shape = {
-        "vocabulary": 50,
-        "labels": 5,
-        "positions": 12,
-        "width": 16,
-        "layers": 2,
-        "heads": 2,
-        "feed_forward": 32,
-    }
-    torch.manual_seed(0)
-    network = Transformer(TransformerConfig(**(shape | changes)))
-    # The outputs of untrained weights are so small that a wrong path could pass as rounding.
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.add_(torch.randn_like(weight) * 0.2)
-        network.embedding.table.weight[0].zero_()
-    return network
+from tests.model.small_networks import RATES, small_network
 
 
 def ids_of(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -45,7 +15,7 @@ def ids_of(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def test_a_position_of_a_causal_network_sees_only_itself_and_the_past():
-    network, ids = small(causal=True).eval(), ids_of(1, 10, 1)
+    network, ids = small_network(causal=True).eval(), ids_of(1, 10, 1)
     real = torch.ones(1, 10, dtype=torch.bool)
     before = network.hidden(ids, real)
     for changed in range(10):
@@ -57,7 +27,7 @@ def test_a_position_of_a_causal_network_sees_only_itself_and_the_past():
 
 
 def test_each_position_of_a_bidirectional_network_sees_all_positions():
-    network, ids = small().eval(), ids_of(1, 10, 1)
+    network, ids = small_network().eval(), ids_of(1, 10, 1)
     real = torch.ones(1, 10, dtype=torch.bool)
     other = ids.clone()
     other[0, 9] = ids[0, 9] % 49 + 1
@@ -67,13 +37,16 @@ def test_each_position_of_a_bidirectional_network_sees_all_positions():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_padding_changes_logits_only_by_rounding(groups, causal):
-    network, ids = small(ids_per_position=groups, causal=causal).eval(), ids_of(3, 7, groups)
+    network, ids = (
+        small_network(ids_per_position=groups, causal=causal).eval(),
+        ids_of(3, 7, groups),
+    )
     padded = torch.cat([ids, torch.zeros(3, 5, groups, dtype=torch.int64)], dim=1)
     torch.testing.assert_close(network(padded), network(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_a_mask_of_the_nonzero_ids_gives_the_same_bits_as_no_mask():
-    network, ids = small().eval(), ids_of(2, 8)
+    network, ids = small_network().eval(), ids_of(2, 8)
     ids[1, 5:] = 0
     assert torch.equal(network(ids, (ids != 0).long()), network(ids))
 
@@ -81,7 +54,7 @@ def test_a_mask_of_the_nonzero_ids_gives_the_same_bits_as_no_mask():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_row_of_padding_has_finite_logits(causal, training):
-    network = small(causal=causal).train(training)
+    network = small_network(causal=causal).train(training)
     logits = network(torch.zeros(2, 4, dtype=torch.int64))
     assert logits.shape == (2, 5)
     assert torch.isfinite(logits).all()
@@ -89,14 +62,14 @@ def test_a_row_of_padding_has_finite_logits(causal, training):
 
 @pytest.mark.parametrize("kind", ["inverted", "classic"])
 def test_with_all_rates_zero_training_gives_the_logits_of_eval(kind):
-    network = small(ids_per_position=4, dropout_kind=kind, **dict.fromkeys(SITES, 0.0))
+    network = small_network(ids_per_position=4, dropout_kind=kind, **dict.fromkeys(RATES, 0.0))
     ids = ids_of(3, 6, 4)
     torch.testing.assert_close(network.train()(ids), network.eval()(ids), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", RATES)
 def test_each_site_drops_at_its_own_rate(site):
-    network = small(ids_per_position=4, **(dict.fromkeys(SITES, 0.0) | {site: 0.5}))
+    network = small_network(ids_per_position=4, **(dict.fromkeys(RATES, 0.0) | {site: 0.5}))
     dropping = [
         module for module in network.modules() if isinstance(module, Dropout) and module.p > 0
     ]
@@ -108,7 +81,7 @@ def test_each_site_drops_at_its_own_rate(site):
 
 
 def test_attention_dropout_acts_on_the_weights_after_the_softmax():
-    network, inputs_of_site = small(attention_dropout=0.5), []
+    network, inputs_of_site = small_network(attention_dropout=0.5), []
     site = network.blocks[0].attention.dropout
     site.register_forward_pre_hook(lambda _, inputs: inputs_of_site.append(inputs[0]))
     network.train()(ids_of(2, 6))
@@ -118,7 +91,7 @@ def test_attention_dropout_acts_on_the_weights_after_the_softmax():
 
 
 def test_a_folded_network_gives_the_logits_of_the_unfolded_one():
-    network = small(
+    network = small_network(
         ids_per_position=4, dropout_kind="classic", ngram_dropout=0.4, residual_dropout=0.3
     ).eval()
     ids = ids_of(4, 9, 4)
@@ -129,7 +102,7 @@ def test_a_folded_network_gives_the_logits_of_the_unfolded_one():
 
 
 def test_the_table_gets_the_gradient_of_autograd():
-    network, ids = small(ids_per_position=4, **dict.fromkeys(SITES, 0.0)), ids_of(3, 6, 4)
+    network, ids = small_network(ids_per_position=4, **dict.fromkeys(RATES, 0.0)), ids_of(3, 6, 4)
     ids[0, 3:] = 0
     gradients = []
     for training in (True, False):
@@ -142,10 +115,10 @@ def test_the_table_gets_the_gradient_of_autograd():
 
 def test_an_invalid_shape_is_refused_by_key_and_value():
     with pytest.raises(ValueError, match=r"heads must be a divisor of width=16, got heads=3"):
-        small(heads=3)
+        small_network(heads=3)
     with pytest.raises(ValueError, match=r"labels must be at least 2.*labels=1"):
-        small(labels=1)
+        small_network(labels=1)
 
 
 def test_the_network_contains_no_dropout_of_torch():
-    assert not any(isinstance(module, nn.Dropout) for module in small().modules())
+    assert not any(isinstance(module, nn.Dropout) for module in small_network().modules())

@@ -12,14 +12,8 @@ from evalmode.model.config import TransformerConfig
 from evalmode.model.dropout import ClassicDropout, Dropout
 from evalmode.model.exact.network import ExactTransformer
 from evalmode.model.transformer import Transformer
+from tests.model.small_networks import RATES, small_config, small_network
 
-RATES = (
-    "ngram_dropout",
-    "embedding_dropout",
-    "attention_dropout",
-    "residual_dropout",
-    "feed_forward_dropout",
-)
 SHAPES = [
     {"ids_per_position": 4},
     {"ids_per_position": 1},
@@ -30,28 +24,12 @@ SHAPES = [
 
 
 def config(**changes) -> TransformerConfig:
-    shape = {
-        "vocabulary": 50,
-        "labels": 5,
-        "positions": 12,
-        "width": 16,
-        "layers": 2,
-        "heads": 2,
-        "feed_forward": 32,
-        "arithmetic": "exact",
-    }
-    return TransformerConfig(**(shape | changes))
+    return small_config(**({"arithmetic": "exact"} | changes))
 
 
 def small(**changes) -> ExactTransformer:
     """A network with large random weights; `changes` are fields of its shape."""
-    torch.manual_seed(0)
-    network = ExactTransformer(config(**changes))
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.add_(torch.randn_like(weight) * 0.2)
-        network.embedding.table.weight[0].zero_()
-    return network.eval()
+    return small_network(arithmetic="exact", **changes).eval()
 
 
 def frozen(network: ExactTransformer) -> ExactTransformer:
