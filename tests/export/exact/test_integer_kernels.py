@@ -73,13 +73,27 @@ def test_integer_kernels_give_the_bits_of_the_float_graph_for_every_row_count(
     operators = Counter(node.op_type for node in integer.graph.node)
     assert operators["MatMulInteger"] == 4 * module.config.layers
     assert operators["Gemm"] == 1
-    assert {*operators} <= OPERATORS | {"MatMulInteger"}
+    assert {*operators} <= OPERATORS | {"MatMulInteger", "Min"}
 
     groups = module.config.ids_per_position
     inputs = [inputs_of(groups, rows=rows, length=3 + rows % 7) for rows in range(1, 65)]
     expected = answers_of(graph, inputs, "ORT_ENABLE_ALL")
     for level in LEVELS:
         assert answers_of(integer, inputs, level) == expected
+
+
+def test_onnx_runtime_makes_one_operation_of_each_product_of_bytes(tmp_path: Path) -> None:
+    module = network()
+    integer = with_integer_kernels(exported(module), limits_of(module))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # it warns that such a file is for this machine
+    ort.InferenceSession(integer.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(options.optimized_model_filepath)
+    operators = Counter(node.op_type for node in optimized.graph.node)
+    assert operators["MatMulIntegerToFloat"] == 4 * module.config.layers
+    assert not operators["MatMulInteger"]
 
 
 @pytest.mark.parametrize("bits", [7, 8])
