@@ -19,6 +19,8 @@ activations. With a stored scale there are four operations (1.31).
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +60,10 @@ class IntegerProduct:
     offset: int
 
 
+# Standard operators that pass numbers on and compute none.
+_MOVES = ("Reshape", "Transpose")
+
+
 def with_integer_kernels(model: ModelProto, limits: Limits) -> ModelProto:
     """A copy of an exact model, in which every product that qualifies is a MatMulInteger.
 
@@ -72,10 +78,14 @@ def with_integer_kernels(model: ModelProto, limits: Limits) -> ModelProto:
     proof = prove(before, ranges=limits.ranges, largest=limits.largest)
     calls = {call.at.node.output[0]: call for call in proof.calls}
     products: dict[str, IntegerProduct] = {}
+    floors: dict[str, str] = {}
     for name, call in calls.items():
         qualified = integer_product(call)
         if qualified is not None:
             products[name] = qualified
+            floor = _redundant_floor(call.at.node.input[0], qualified, calls, model.graph)
+            if floor is not None:
+                floors[floor.output[0]] = floor.input[0]
 
     rewritten = ModelProto()
     rewritten.CopyFrom(model)
@@ -85,7 +95,11 @@ def with_integer_kernels(model: ModelProto, limits: Limits) -> ModelProto:
     one, nodes = _one_of_the_run(graph) if products else ("", [])
     for node in graph.node:
         product = products.get(node.output[0])
+        if node.output[0] in floors:
+            continue
         if product is None:
+            if node.input and node.input[0] in floors:
+                node.input[0] = floors[node.input[0]]
             nodes.append(node)
             continue
         new_nodes, new_tensors = _written(node, product, one)
@@ -167,6 +181,43 @@ def _grid_of(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     """The exponent of the lowest bit of each number; that of 1.0 for a zero."""
     lowest_bits, _ = significands(numbers)
     return np.where(numbers != 0, lowest_bits, 0).astype(np.int32)
+
+
+def _redundant_floor(
+    left: str, product: IntegerProduct, calls: Mapping[str, Call], graph: GraphProto
+) -> NodeProto | None:
+    """The Floor whose work is done by the cast of a product's left operand; None if there is none.
+
+        left = moved(Clip(Floor(x), low, high))     low and high are integers
+        u = Cast(left + offset)
+
+    A cast to integers drops the fraction. The operand is not negative there, so that is a floor.
+    Neither integer limits nor an integer offset change what a floor drops.
+    """
+    producers = {name: node for node in graph.node for name in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    readers.update(value.name for value in graph.output)
+
+    def alone(name: str, *ops: str) -> NodeProto | None:
+        """The node that computes a tensor which nothing else reads, if it is one of these."""
+        node = producers.get(name)
+        if node is None or readers[name] > 1 or name not in calls:
+            return None
+        return node if calls[name].op in ops and not calls[name].at.domain else None
+
+    while (move := alone(left, *_MOVES)) is not None:
+        left = move.input[0]
+    clip = alone(left, "Clip")
+    floor = alone(clip.input[0], "Floor") if clip is not None else None
+    if clip is None or floor is None:
+        return None
+    limits = [calls[left].input(index).array for index in (1, 2) if calls[left].has(index)]
+    if len(limits) < 2 or any(limit is None or limit != np.floor(limit) for limit in limits):
+        return None
+    low, high = (float(limit) + product.offset for limit in limits if limit is not None)
+    # The sum with the offset has the fraction now, and must still fit 24 bits.
+    finest = 2.0 ** int(calls[floor.output[0]].bounds(0).grid.min())
+    return floor if low >= 0 and high <= min(_LARGEST_BYTE, _LARGEST * finest) else None
 
 
 def _one_of_the_run(graph: GraphProto) -> tuple[str, list[NodeProto]]:
