@@ -29,6 +29,7 @@ import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from evalmode.export.exact.call import Call
+from evalmode.export.exact.integer_tables import IntegerTable, integer_table, written_table
 from evalmode.export.exact.prove import prove
 from evalmode.export.exact.statements import Limits
 from evalmode.export.exact.values import FLOAT32, NotExact, significands
@@ -67,7 +68,8 @@ _MOVES = ("Reshape", "Transpose")
 def with_integer_kernels(model: ModelProto, limits: Limits) -> ModelProto:
     """A copy of an exact model, in which every product that qualifies is a MatMulInteger.
 
-    `limits` are those of the proof. Other products stay as they are.
+    `limits` are those of the proof. Other products stay as they are. A sum of rows of a table is
+    one of them: see `integer_tables`.
 
     Example:
         limits = Limits(ranges={"input_ids": (0, 65535)}, largest={"length": 32})
@@ -79,7 +81,13 @@ def with_integer_kernels(model: ModelProto, limits: Limits) -> ModelProto:
     calls = {call.at.node.output[0]: call for call in proof.calls}
     products: dict[str, IntegerProduct] = {}
     floors: dict[str, str] = {}
+    tables: dict[str, IntegerTable] = {}
+    lookups: set[str] = set()
     for name, call in calls.items():
+        table = integer_table(call, calls, model.graph)
+        if table is not None:
+            tables[name] = table
+            lookups.add(table.lookup.output[0])
         qualified = integer_product(call)
         if qualified is not None:
             products[name] = qualified
@@ -94,21 +102,23 @@ def with_integer_kernels(model: ModelProto, limits: Limits) -> ModelProto:
     del graph.value_info[:]
     one, nodes = _one_of_the_run(graph) if products else ("", [])
     for node in graph.node:
-        product = products.get(node.output[0])
-        if node.output[0] in floors:
+        output = node.output[0]
+        if output in floors or output in lookups:
             continue
-        if product is None:
+        if output in products:
+            new_nodes, new_tensors = _written(node, products[output], one)
+        elif output in tables:
+            new_nodes, new_tensors = written_table(node, tables[output])
+        else:
+            new_nodes, new_tensors = [node], []
             if node.input and node.input[0] in floors:
                 node.input[0] = floors[node.input[0]]
-            nodes.append(node)
-            continue
-        new_nodes, new_tensors = _written(node, product, one)
         nodes += new_nodes
         graph.initializer.extend(new_tensors)
     del graph.node[:]
     graph.node.extend(nodes)
 
-    # The float weights that nothing reads any more.
+    # The float weights and the float tables that nothing reads any more.
     names = {name for node in graph.node for name in node.input}
     names |= {value.name for value in graph.output}
     tensors = [tensor for tensor in graph.initializer if tensor.name in names]
