@@ -149,12 +149,15 @@ class ExactTransformer(nn.Module):
         ids = input_ids if input_ids.dim() == 3 else input_ids.unsqueeze(-1)  # (B, T, G)
         # The largest id and not `any`, which takes three operations more in a graph.
         marks = ids.amax(-1) if attention_mask is None else attention_mask  # (B, T)
-        real = (marks != 0).to(self.head.weight.dtype)
+        # Through a bool: a comparison with 0 takes an operation more in a graph.
+        real = marks.bool().to(self.head.weight.dtype)
         return self.head(self.pooling(self.hidden(ids, real), real).squeeze(1))
 
     def hidden(self, ids: Tensor, real: Tensor) -> Tensor:
         """The output of the last norm: ids (B, T, G), real (B, T), 1 or 0 -> (B, T, D)."""
-        mask = ((real - 1.0) * -MASKED)[:, None, None, :]  # (B, 1, 1, T)
+        # A softmax sees only how far a score is below the best one. So keys that count are raised
+        # here, which is one operation less than lowering those of padding.
+        mask = (real * -MASKED)[:, None, None, :]  # (B, 1, 1, T)
         if self.config.causal:
             t = ids.shape[1]
             mask = mask + self.future[:t, :t]  # (B, 1, T, T)

@@ -21,7 +21,7 @@ LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENA
 # Everything that the graph may contain: exact operations, and what moves or names numbers.
 OPERATORS = {
     *("Add", "Sub", "Mul", "MatMul", "Gemm", "Floor", "Clip", "Cast", "Gather", "GatherElements"),
-    *("ReduceMax", "ReduceSum", "Equal", "Not"),
+    *("ReduceMax", "ReduceSum"),
     *("Shape", "Concat", "Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze"),
 }
 

@@ -22,6 +22,14 @@ ROWS, POSITIONS = 2, 3
 IDS = (ROWS, POSITIONS)
 OPSET = 18
 
+# Types of integers, each with the range from which limits are drawn.
+_RANGES = [
+    (TensorProto.UINT8, 0, 255),
+    (TensorProto.INT8, -128, 127),
+    (TensorProto.INT32, -(2**20), 2**20),
+    (TensorProto.INT64, -(2**20), 2**20),
+]
+
 
 @dataclass
 class RandomGraph:
@@ -176,9 +184,27 @@ def _lookup(graph: RandomGraph) -> None:
     x, channels = graph.pick()
     size = int(graph.rng.choice([4, 16, 64]))
     limits = [graph.constant(np.asarray(limit, np.float32)) for limit in (0, size - 1)]
-    clipped = graph.node("Clip", graph.node("Floor", x), *limits)
+    # A cast to integers needs no Floor before it: it drops the fraction.
+    if graph.rng.random() < 0.5:
+        x = graph.node("Floor", x)
+    clipped = graph.node("Clip", x, *limits)
     index = graph.node("Cast", clipped, to=TensorProto.INT64)
     graph.pool[graph.node("Gather", graph.constant(graph.numbers(size)), index, axis=0)] = channels
+
+
+def _integers(graph: RandomGraph) -> None:
+    """To integers and back: fractions are dropped, also those of negative numbers."""
+    x, channels = graph.pick()
+    to, low, high = _RANGES[int(graph.rng.integers(len(_RANGES)))]
+    low, high = int(graph.rng.integers(low, high)), int(graph.rng.integers(low, high + 1))
+    # Now and then a limit is half a unit beyond the type, or the number is not clipped at all.
+    edge = float(graph.rng.choice([0.0, 0.0, 0.0, 0.5]))
+    limits = sorted([low - edge, high + edge])
+    if graph.rng.random() < 0.9:
+        names = [graph.constant(np.asarray(limit, np.float32)) for limit in limits]
+        x = graph.node("Clip", x, *names)
+    integers = graph.node("Cast", x, to=to)
+    graph.pool[graph.node("Cast", integers, to=TensorProto.FLOAT)] = channels
 
 
 def _concat(graph: RandomGraph) -> None:
@@ -228,6 +254,7 @@ _STEPS: dict[Callable[[RandomGraph], None], int] = {
     _reduce: 4,
     _where: 2,
     _lookup: 2,
+    _integers: 3,
     _concat: 1,
     _slice: 1,
     _reshape: 1,
@@ -251,7 +278,9 @@ def fractions_of(graph: RandomGraph, ids: Array) -> dict[str, Array]:
             value is None and name for value, name in zip(inputs, node.input, strict=True)
         ):
             continue
-        tensors[node.output[0]] = _evaluate(node, inputs, _in_order)
+        result = _evaluate(node, inputs, _in_order)
+        # Integers that were cast back.
+        tensors[node.output[0]] = exact(result) if result.dtype == np.float32 else result
     return tensors
 
 
@@ -361,7 +390,9 @@ def _evaluate(node: onnx.NodeProto, inputs: list[Any], total: Callable[[Array], 
         case "Where":
             return np.asarray(np.where(x, inputs[1], inputs[2]))
         case "Cast":
-            return np.asarray(x, np.int64)
+            if attributes["to"] == TensorProto.FLOAT:
+                return np.asarray(x, np.float32)
+            return np.asarray(x, np.int64)  # of a float or a Fraction: towards zero
         case "Concat":
             return np.concatenate(inputs, axis=-1)
         case "Slice":

@@ -24,6 +24,7 @@ from evalmode.export.graph import graph_of
 from evalmode.model.exact.network import ExactTransformer
 from evalmode.model.transformer import Transformer
 from tests.conftest import make_checkpoint, small_config
+from tests.export.exact.small_exact_graphs import model, node
 from tests.export.test_exact_network import LEVELS, OPERATORS, inputs_of, network
 
 
@@ -54,7 +55,7 @@ def answers_of(graph: onnx.ModelProto, inputs: list[dict[str, Tensor]], level: s
     answers = []
     for tensors in inputs:
         feed = {name: tensor.numpy() for name, tensor in tensors.items()}
-        answers.append(np.asarray(session.run(["logits"], feed)[0]).tobytes())
+        answers.append(np.asarray(session.run(None, feed)[0]).tobytes())
     return answers
 
 
@@ -69,17 +70,35 @@ def test_integer_kernels_give_the_bits_of_the_float_graph_for_every_row_count(
     module = network(**changes)
     graph = exported(module)
     integer = with_integer_kernels(graph, limits_of(module))
-    # Four linear layers of each block; the head reads 11 bits, and q @ k no stored weights.
+    # Four linear layers of each block, and the sum of a position's rows; the head reads 11 bits,
+    # and q @ k no stored weights.
     operators = Counter(node.op_type for node in integer.graph.node)
-    assert operators["MatMulInteger"] == 4 * module.config.layers
+    assert operators["MatMulInteger"] == 4 * module.config.layers + 1
     assert operators["Gemm"] == 1
-    assert {*operators} <= OPERATORS | {"MatMulInteger"}
+    assert {*operators} <= OPERATORS | {"MatMulInteger", "Min"}
 
     groups = module.config.ids_per_position
     inputs = [inputs_of(groups, rows=rows, length=3 + rows % 7) for rows in range(1, 65)]
     expected = answers_of(graph, inputs, "ORT_ENABLE_ALL")
     for level in LEVELS:
         assert answers_of(integer, inputs, level) == expected
+    # The left operands of all four, each with a Floor before its Clip, are cast without it.
+    floors = [sum(item.op_type == "Floor" for item in part.graph.node) for part in (graph, integer)]
+    assert floors[0] - floors[1] == 4 * module.config.layers
+
+
+def test_onnx_runtime_makes_one_operation_of_each_product_of_bytes(tmp_path: Path) -> None:
+    module = network()
+    integer = with_integer_kernels(exported(module), limits_of(module))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # it warns that such a file is for this machine
+    ort.InferenceSession(integer.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(options.optimized_model_filepath)
+    operators = Counter(node.op_type for node in optimized.graph.node)
+    assert operators["MatMulIntegerToFloat"] == 4 * module.config.layers
+    assert operators["MatMulInteger"] == 1  # the sum of table rows
 
 
 @pytest.mark.parametrize("bits", [7, 8])
@@ -104,14 +123,65 @@ def test_only_weights_of_8_bits_times_a_power_of_two_become_integers() -> None:
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     integer = with_integer_kernels(graph, limits_of(module))
     operators = Counter(node.op_type for node in integer.graph.node)
-    assert operators["MatMulInteger"] == 4 * module.config.layers - 1
+    assert operators["MatMulInteger"] == 4 * module.config.layers
     assert products[0] in integer.graph.node
 
     array[0, :2] = 2.0**-8, 127 * 2.0**-8
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     integer = with_integer_kernels(graph, limits_of(module))
     operators = Counter(node.op_type for node in integer.graph.node)
-    assert operators["MatMulInteger"] == 4 * module.config.layers
+    assert operators["MatMulInteger"] == 4 * module.config.layers + 1
+
+
+@pytest.mark.parametrize(
+    ("fraction_bits", "high", "other_reader", "floors"),
+    [
+        (6, 127.0, False, 0),
+        (16, 127.0, False, 0),  # 255 has 24 bits with 16 of a fraction
+        (17, 127.0, False, 1),
+        (6, 126.5, False, 1),  # 126.5 + 128 would become 254, and not 255
+        (6, 300.0, False, 1),  # a cast of 255.5 to a byte has no meaning
+        (6, 127.0, True, 2),
+    ],
+)
+def test_a_floor_goes_where_the_cast_to_bytes_does_its_work(
+    fraction_bits: int, high: float, other_reader: bool, floors: int
+) -> None:
+    rng = np.random.default_rng(0)
+    unit = 2.0**-fraction_bits
+    # From -128 to 127 with the finest fractions, but below 127 + 1 so that bytes hold the floors.
+    table = (rng.integers(-128, 127, (9, 8)) + unit * rng.integers(0, 3, (9, 8))).astype(np.float32)
+    end = [node("MatMul", ["clipped", "weights"])]
+    if other_reader:
+        end = [
+            node("MatMul", ["clipped", "weights"], "products"),
+            node("Floor", ["clipped"], "other"),
+            node("Add", ["products", "other"]),
+        ]
+    graph = model(
+        [
+            node("Gather", ["table", "ids"], "x"),
+            node("Floor", ["x"], "floored"),
+            node("Clip", ["floored", "low", "high"], "clipped"),
+            *end,
+        ],
+        inputs={"ids": (onnx.TensorProto.INT64, ["batch", "length"])},
+        constants={
+            "table": table,
+            "low": np.float32(-128),
+            "high": np.float32(high),
+            "weights": rng.integers(-127, 128, (8, 8)).astype(np.float32),
+        },
+    )
+    limits = Limits(ranges={"ids": (0, 8)})
+    integer = with_integer_kernels(graph, limits)
+    operators = Counter(item.op_type for item in integer.graph.node)
+    assert operators["MatMulInteger"] == 1
+    assert operators["Floor"] == floors
+    assert statements_of(graph_of(integer), limits)[0].why == "proved"
+    inputs = [{"ids": torch.arange(9).reshape(1, 9)}]
+    for level in LEVELS:
+        assert answers_of(integer, inputs, level) == answers_of(graph, inputs, level)
 
 
 def test_a_product_of_unknown_range_stays_as_it_is() -> None:

@@ -273,7 +273,11 @@ def test_a_cast_must_hold_every_number() -> None:
     assert cast(TensorProto.UINT8, [[0.0], [255.0]]).proved
     assert "do not all fit uint8" in str(cast(TensorProto.UINT8, [[0.0], [256.0]]))
     assert "do not all fit uint8" in str(cast(TensorProto.UINT8, [[-1.0], [25.0]]))
-    assert "may have a fraction" in str(cast(INT64, [[0.5], [1.0]]))
+    # A fraction is dropped, but the number with its fraction must fit.
+    assert cast(TensorProto.UINT8, [[0.5], [254.5]]).proved
+    assert "do not all fit uint8" in str(cast(TensorProto.UINT8, [[0.5], [255.5]]))
+    assert "do not all fit uint8" in str(cast(TensorProto.UINT8, [[-0.5], [25.0]]))
+    assert cast(TensorProto.INT8, [[-127.5], [126.5]]).tensors["i"].bounds.low == -127
     assert cast(TensorProto.BOOL, [[0.5], [0.0]]).proved
     assert "may need 25.0 bits" in str(
         proof_of(node("Cast", ["ids"], to=FLOAT), ids=(0, 2**25 - 1))
