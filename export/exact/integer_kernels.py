@@ -22,8 +22,8 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from evalmode.export.exact.call import Call
+from evalmode.export.exact.limits import Limits
 from evalmode.export.exact.prove import prove
-from evalmode.export.exact.statements import Limits
 from evalmode.export.exact.values import FLOAT32, NotExact, significands
 from evalmode.export.graph import graph_of
 
