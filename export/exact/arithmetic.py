@@ -14,11 +14,9 @@ from evalmode.export.exact.call import Call
 from evalmode.export.exact.shapes import Outline, largest_size, reduced_axes
 from evalmode.export.exact.values import (
     BOOL,
-    COARSEST,
     FLOAT32,
     LARGEST_INTEGER,
     LONGEST_AXIS,
-    SIGNIFICAND_BITS,
     Bounds,
     Floats,
     NotExact,
@@ -540,29 +538,3 @@ def range_(call: Call, outputs: list[Outline]) -> list[Bounds]:
     if high > LARGEST_INTEGER:
         raise NotExact("its limit is not bounded")
     return [integer_bounds(start.low, high)]
-
-
-def dequantize(call: Call, outputs: list[Outline]) -> list[Bounds]:
-    """(x - zero point) * scale, with one scale for all or for each element of an axis."""
-    if call.attribute("block_size", 0):
-        raise NotExact("it has scales of blocks, which runtimes multiply as they like")
-    if outputs[0].dtype != FLOAT32:
-        raise NotExact("its scale is not float32")
-    x = call.bounds(0).together()
-    scale = call.bounds(1).together()
-    zero = call.bounds(2).together() if call.has(2) else integer_bounds(0, 0)
-    shifted = integer_bounds(x.low - zero.high, x.high - zero.low)
-    if shifted.bits.max() > SIGNIFICAND_BITS:
-        raise NotExact("its integers may need more than 24 bits")
-    low, high = corners(shifted, scale)
-    result = bounded(
-        FLOAT32,
-        grid=np.minimum(scale.grid, COARSEST),
-        low=low,
-        high=high,
-        bits=np.where(scale.bits == 1, shifted.bits, shifted.bits + scale.bits),
-        negative_zero=may_give_negative_zero(shifted, scale),
-        what="the product",
-    )
-    require_factor(scale)
-    return [result]

@@ -493,11 +493,6 @@ def one_hot(call: Call) -> list[Outline]:
     return [Outline(dtype=call.input(2).dtype, shape=tuple(indices))]
 
 
-def dequantized(call: Call) -> list[Outline]:
-    """The shape of the input and the type of the scale."""
-    return [Outline(dtype=call.input(1).dtype, shape=call.shape(0))]
-
-
 def einsum(call: Call) -> list[Outline]:
     """The extents of the output's letters."""
     inputs, output = equation(call)
@@ -589,7 +584,6 @@ SHAPES: dict[str, ShapeRule] = {
     "ConstantOfShape": constant_of_shape,
     "Range": range_,
     "OneHot": one_hot,
-    "DequantizeLinear": dequantized,
 }
 
 

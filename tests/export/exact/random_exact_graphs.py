@@ -219,6 +219,70 @@ def _cumulate(graph: RandomGraph) -> None:
     graph.pool[graph.node("CumSum", x, axis)] = channels
 
 
+BYTES = {TensorProto.UINT8: (np.uint8, 0, 255), TensorProto.INT8: (np.int8, -128, 127)}
+
+
+def _bytes(graph: RandomGraph) -> tuple[str, int, int]:
+    """A tensor of bytes, its channels and its type."""
+    x, channels = graph.pick()
+    kind = int(graph.rng.choice(list(BYTES)))
+    limits = [graph.constant(np.asarray(limit, np.float32)) for limit in BYTES[kind][1:]]
+    clipped = graph.node("Clip", graph.node("Floor", x), *limits)
+    return graph.node("Cast", clipped, to=kind), channels, kind
+
+
+def _scale(graph: RandomGraph) -> str:
+    scale = 0.3 if graph.rng.random() < 0.1 else 2.0 ** int(graph.rng.integers(-9, 3))
+    return graph.constant(np.asarray(scale, np.float32))
+
+
+def _zero_point(graph: RandomGraph, kind: int) -> str:
+    dtype, low, high = BYTES[kind]
+    return graph.constant(np.asarray(graph.rng.integers(low, high + 1), dtype))
+
+
+def _dequantize(graph: RandomGraph) -> None:
+    x, channels, kind = _bytes(graph)
+    inputs = [x, _scale(graph)]
+    if graph.rng.random() < 0.5:
+        inputs.append(_zero_point(graph, kind))
+    graph.pool[graph.node("DequantizeLinear", *inputs)] = channels
+
+
+def _byte_weights(graph: RandomGraph, channels: int) -> tuple[str, int]:
+    columns = int(graph.rng.integers(1, 5))
+    return graph.constant(
+        graph.rng.integers(-127, 128, (channels, columns)).astype(np.int8)
+    ), columns
+
+
+def _integer_product(graph: RandomGraph) -> None:
+    x, channels, kind = _bytes(graph)
+    weights, columns = _byte_weights(graph, channels)
+    inputs = [x, weights]
+    if graph.rng.random() < 0.5:
+        inputs += [_zero_point(graph, kind), _zero_point(graph, TensorProto.INT8)]
+    sums = graph.node("MatMulInteger", *inputs)
+    if graph.rng.random() < 0.5:
+        graph.pool[graph.node("DequantizeLinear", sums, _scale(graph))] = columns
+    else:
+        graph.pool[graph.node("Cast", sums, to=TensorProto.FLOAT)] = columns
+
+
+def _dequantized_weights(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    weights, columns = _byte_weights(graph, channels)
+    matrix = graph.node("DequantizeLinear", weights, _scale(graph))
+    graph.pool[graph.node("MatMul", x, matrix)] = columns
+
+
+def _quantize(graph: RandomGraph) -> None:
+    x, channels = graph.pick()
+    scale, zero = _scale(graph), _zero_point(graph, TensorProto.INT8)
+    quantized = graph.node("QuantizeLinear", x, scale, zero)
+    graph.pool[graph.node("DequantizeLinear", quantized, scale, zero)] = channels
+
+
 _STEPS: dict[Callable[[RandomGraph], None], int] = {
     _binary: 10,
     _unary: 5,
@@ -233,21 +297,30 @@ _STEPS: dict[Callable[[RandomGraph], None], int] = {
     _reshape: 1,
     _rounding: 1,
     _cumulate: 1,
+    _dequantize: 2,
+    _integer_product: 2,
+    _dequantized_weights: 1,
+    _quantize: 1,
 }
+
+# The exact value of these is not a number of few bits, or not defined.
+_NOT_EXACT = ("Div", "Sigmoid", "QuantizeLinear")
+
+
+_fractions = np.frompyfunc(lambda value: Fraction(float(value)), 1, 1)
 
 
 def fractions_of(graph: RandomGraph, ids: Array) -> dict[str, Array]:
     """Every tensor in exact rational arithmetic; those behind a rounding operator are left out."""
-    exact = np.frompyfunc(lambda value: Fraction(float(value)), 1, 1)
     tensors: dict[str, Array] = {"ids": ids}
     for name, array in graph.constants.items():
         if array.dtype == np.float32 and np.isfinite(array).all():
-            tensors[name] = np.asarray(exact(array), object)
+            tensors[name] = np.asarray(_fractions(array), object)
         else:
             tensors[name] = array
     for node in graph.nodes:
         inputs = [tensors.get(name) for name in node.input]
-        if node.op_type in ("Div", "Sigmoid") or any(
+        if node.op_type in _NOT_EXACT or any(
             value is None and name for value, name in zip(inputs, node.input, strict=True)
         ):
             continue
@@ -360,8 +433,24 @@ def _evaluate(node: onnx.NodeProto, inputs: list[Any], total: Callable[[Array], 
             return np.asarray(x <= inputs[1], bool)
         case "Where":
             return np.asarray(np.where(x, inputs[1], inputs[2]))
+        case "Cast" if attributes["to"] == TensorProto.FLOAT:
+            return np.asarray(x, np.float32) if total is not _in_order else _fractions(x)
         case "Cast":
             return np.asarray(x, np.int64)
+        case "DequantizeLinear":
+            zero = inputs[2] if len(inputs) > 2 else 0
+            integers = np.asarray(x, np.int64) - np.asarray(zero, np.int64)
+            if inputs[1].dtype == object:
+                return np.asarray(_fractions(integers) * inputs[1], object)
+            return np.asarray(integers.astype(np.float32) * inputs[1])
+        case "QuantizeLinear":
+            integers = np.nan_to_num(np.rint(x / inputs[1])) + np.float32(inputs[2])
+            return np.clip(integers, -128, 127).astype(np.int64)
+        case "MatMulInteger":
+            a, b = (np.asarray(part, np.int64) for part in inputs[:2])
+            if len(inputs) > 2:
+                a, b = a - np.int64(inputs[2]), b - np.int64(inputs[3])
+            return np.asarray(a @ b)
         case "Concat":
             return np.concatenate(inputs, axis=-1)
         case "Slice":

@@ -222,3 +222,20 @@ def test_products_of_a_runtimes_own_operators_count() -> None:
     )
     statement = statements_of(graph_of(proto))[1]
     assert statement.reasons[0].op == "com.microsoft::QGemm"
+
+
+@pytest.mark.parametrize("before", ["", "DequantizeLinear", "QuantizeLinear"])
+def test_dequantised_weights_beside_bytes_are_a_product_of_bytes(before: str) -> None:
+    # ONNX Runtime makes MatMulIntegerToFloat and QLinearMatMul of them.
+    nodes = [
+        node("DequantizeLinear", ["w", "scale"], "matrix"),
+        node("MatMul", ["left", "matrix"]),
+    ]
+    kind = TensorProto.UINT8 if before == "DequantizeLinear" else TensorProto.FLOAT
+    nodes.insert(0, node(before or "Identity", ["x"] if not before else ["x", "scale"], "left"))
+    proto = model(
+        nodes,
+        inputs={"x": (kind, ["n", 2])},
+        constants={"w": np.int8([[127], [127]]), "scale": np.float32(0.25)},
+    )
+    assert statements_of(graph_of(proto))[1].holds == (before == "")
