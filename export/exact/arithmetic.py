@@ -394,6 +394,7 @@ def reduce_sum_square(call: Call, outputs: list[Outline]) -> list[Bounds]:
     """The sum of squares over some axes, in any order."""
     x = call.bounds(0)
     require_factor(x)
+    _require_axes(call)
     square = bounded(
         dtype_of(call),
         grid=2 * x.grid,
@@ -407,7 +408,18 @@ def reduce_sum_square(call: Call, outputs: list[Outline]) -> list[Bounds]:
 
 def reduce_l1(call: Call, outputs: list[Outline]) -> list[Bounds]:
     """The sum of magnitudes over some axes, in any order."""
+    _require_axes(call)
     return [reduced_sum(call, absolute(call, outputs)[0], "magnitudes")]
+
+
+def _require_axes(call: Call) -> None:
+    """Raise NotExact for a reduction without axes that is more than a sum.
+
+    Earlier opsets say that it returns its input, later ones that it computes the square or the
+    magnitude of each number.
+    """
+    if not reduced_axes(call):
+        raise NotExact("it reduces no axis, which runtimes read differently")
 
 
 def reduce_mean(call: Call, outputs: list[Outline]) -> list[Bounds]:

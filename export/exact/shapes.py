@@ -408,16 +408,23 @@ def split(call: Call) -> list[Outline]:
 
 
 def split_sizes(call: Call) -> list[int]:
-    """The sizes of a Split's outputs along its axis."""
+    """The sizes of a Split's outputs along its axis.
+
+    Raises NotExact for sizes that do not cover the axis, which runtimes refuse or read differently.
+    """
     shape = call.shape(0)
     whole = shape[call.axis("axis", 0, len(shape))].exact
     if call.has(1):
-        return [int(value) for value in call.integers(1, "sizes")]
+        sizes = [int(value) for value in call.integers(1, "sizes")]
+        if min(sizes) < 0 or (whole is not None and sum(sizes) != whole):
+            raise NotExact(f"it splits {whole} elements into parts of {sizes}")
+        return sizes
     if whole is None:
         raise NotExact("it splits an axis whose size varies")
     count = int(call.attribute("num_outputs", call.output_count))
-    part = -(-whole // count)  # the last part may be smaller
-    return [part] * (count - 1) + [whole - part * (count - 1)]
+    if whole % count:
+        raise NotExact(f"it splits {whole} elements into {count} parts, which are not equal")
+    return [whole // count] * count
 
 
 def expand(call: Call) -> list[Outline]:

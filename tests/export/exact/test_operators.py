@@ -341,6 +341,29 @@ def test_a_split_has_the_channels_of_each_part() -> None:
     assert bounds_of(proof, "z")[2] == [20.0, 30.0, 40.0]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "attributes"),
+    [([1, 1], {}), ([5, -1], {}), (None, {"num_outputs": 3}), (None, {"num_outputs": 8})],
+)
+def test_a_split_that_does_not_cover_its_axis_is_refused(
+    sizes: Any, attributes: dict[str, int]
+) -> None:
+    split = node("Split", ["x", "sizes"] if sizes else ["x"], axis=-1, **attributes)
+    constants = {"sizes": sizes} if sizes else {}
+    assert "it splits 4 elements into" in str(proof_of(split, x=CHANNELS, **constants))
+
+
+@pytest.mark.parametrize(
+    ("op", "proved"), [("ReduceSum", True), ("ReduceSumSquare", False), ("ReduceL1", False)]
+)
+def test_a_reduction_of_no_axis_is_followed_only_where_all_opsets_mean_the_same(
+    op: str, proved: bool
+) -> None:
+    proof = proof_of(node(op, ["x"], noop_with_empty_axes=1), x=CHANNELS)
+    assert proof.proved == proved
+    assert proved or "reduces no axis" in str(proof)
+
+
 def test_shapes_that_are_computed_are_followed() -> None:
     proto = model(
         [
