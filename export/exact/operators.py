@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from evalmode.export.exact import arithmetic, movement, products
+from evalmode.export.exact import arithmetic, movement, products, reductions
 from evalmode.export.exact.arithmetic import BoundsRule
 
 OPERATORS: dict[str, BoundsRule] = {
     "Abs": arithmetic.absolute,
     "Add": arithmetic.add,
-    "ArgMax": arithmetic.arg_extreme,
-    "ArgMin": arithmetic.arg_extreme,
+    "ArgMax": reductions.arg_extreme,
+    "ArgMin": reductions.arg_extreme,
     "Cast": arithmetic.cast,
     "Ceil": arithmetic.ceiling,
     "Clip": arithmetic.clip,
     "Concat": movement.concat,
     "ConstantOfShape": movement.constant_of_shape,
     "Conv": products.convolution,
-    "CumSum": arithmetic.cumulative_sum,
+    "CumSum": reductions.cumulative_sum,
     "Div": arithmetic.divide,
     "Dropout": movement.dropout,
     "Einsum": products.einsum,
@@ -38,12 +38,12 @@ OPERATORS: dict[str, BoundsRule] = {
     "OneHot": movement.one_hot,
     "Pad": movement.pad,
     "Range": arithmetic.range_,
-    "ReduceL1": arithmetic.reduce_l1,
-    "ReduceMax": arithmetic.reduce_extreme,
-    "ReduceMean": arithmetic.reduce_mean,
-    "ReduceMin": arithmetic.reduce_extreme,
-    "ReduceSum": arithmetic.reduce_sum,
-    "ReduceSumSquare": arithmetic.reduce_sum_square,
+    "ReduceL1": reductions.reduce_l1,
+    "ReduceMax": reductions.reduce_extreme,
+    "ReduceMean": reductions.reduce_mean,
+    "ReduceMin": reductions.reduce_extreme,
+    "ReduceSum": reductions.reduce_sum,
+    "ReduceSumSquare": reductions.reduce_sum_square,
     "Relu": arithmetic.relu,
     "Reshape": movement.reshape,
     "Round": arithmetic.round_,

@@ -30,7 +30,8 @@ from evalmode.export.exact.operators import (
     SHAPE_READERS,
     why_not_followed,
 )
-from evalmode.export.exact.shapes import MALFORMED, Outline, outlines
+from evalmode.export.exact.outline import Outline
+from evalmode.export.exact.shapes import MALFORMED, outlines
 from evalmode.export.exact.values import (
     BOOL,
     FLOAT32,
