@@ -17,15 +17,16 @@ import onnxruntime as ort
 import pytest
 
 from evalmode.bundle.comparison import OTHER_ROUNDINGS, rounding_mode
+from evalmode.export.exact.limits import Range
 from evalmode.export.exact.prove import Proof, prove
 from evalmode.export.exact.values import Bounds
 from evalmode.export.graph import graph_of
 from tests.export.exact.random_exact_graphs import (
-    IDS,
     VOCABULARY,
     RandomGraph,
     float32_of,
     fractions_of,
+    inputs_of,
     model_of,
     random_graph,
 )
@@ -65,7 +66,10 @@ def open_session(model: onnx.ModelProto, level: Any) -> ort.InferenceSession:
 def check(graph: RandomGraph, rng: np.random.Generator) -> Proof:
     """Compare everything that the proof knows of a graph with what it computes on some ids."""
     model = model_of(graph)
-    proof = prove(graph_of(model), ranges={"ids": (0, VOCABULARY - 1)})
+    ranges: dict[str, Range] = {"ids": (0, VOCABULARY - 1)}
+    if graph.numbers_range is not None:
+        ranges["numbers"] = graph.numbers_range
+    proof = prove(graph_of(model), ranges=ranges)
     output = model.graph.output[0].name
     sessions = []
     if proof.proved:
@@ -74,28 +78,28 @@ def check(graph: RandomGraph, rng: np.random.Generator) -> Proof:
             open_session(model, ort.GraphOptimizationLevel.ORT_ENABLE_ALL),
         ]
     for _ in range(2):
-        ids = rng.integers(0, VOCABULARY, IDS)
-        exact = fractions_of(graph, ids)
+        inputs = inputs_of(graph, rng)
+        exact = fractions_of(graph, inputs)
         for name, tensor in proof.tensors.items():
             if tensor.computed is not None and name in exact and exact[name].dtype == object:
                 require_within(tensor.bounds, exact[name], name)
         if not proof.proved:
             continue
-        answers = {float32_of(graph, ids, rng)[output].tobytes() for _ in range(4)}
-        results = [session.run(None, {"ids": ids})[0] for session in sessions]
+        answers = {float32_of(graph, inputs, rng)[output].tobytes() for _ in range(4)}
+        results = [session.run(None, inputs)[0] for session in sessions]
         answers |= {result.tobytes() for result in results}
         assert len(answers) == 1, "a proved graph has different bits in another order"
         if not DIRECTED & {node.op_type for node in graph.nodes}:
             for session in sessions:
                 require_same_numbers_in_every_direction(
-                    session, ids, results[0], can_be_zero=proof.tensors[output].bounds.has_zero
+                    session, inputs, results[0], can_be_zero=proof.tensors[output].bounds.has_zero
                 )
     return proof
 
 
 def require_same_numbers_in_every_direction(
     session: ort.InferenceSession,
-    ids: np.ndarray[Any, Any],
+    inputs: dict[str, np.ndarray[Any, Any]],
     expected: np.ndarray[Any, Any],
     *,
     can_be_zero: bool,
@@ -103,7 +107,7 @@ def require_same_numbers_in_every_direction(
     """Assert that the rounding direction changes no number, and no bit of what is never zero."""
     for mode in OTHER_ROUNDINGS:
         with rounding_mode(mode):
-            (result,) = session.run(None, {"ids": ids})
+            (result,) = session.run(None, inputs)
         assert np.array_equal(result, expected), f"rounding {mode} gives other numbers"
         if not can_be_zero:
             assert result.tobytes() == expected.tobytes(), f"rounding {mode} gives other bits"
