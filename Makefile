@@ -87,6 +87,6 @@ $(MACHINES)/webgpu/ready: pyproject.toml constraints.txt constraints-machines.tx
 	@touch $@
 
 # Without apt-get, as on other systems than Debian, the folder has no Python and its tests are skipped.
-$(MACHINES)/aarch64/ready: tests/machines/aarch64.sh constraints.txt | $(VENV)/dev
+$(MACHINES)/aarch64/ready: tests/machines/aarch64.sh pyproject.toml constraints.txt | $(VENV)/dev
 	if command -v apt-get; then tests/machines/aarch64.sh $(@D) $(BIN)/python; else mkdir -p $(@D); fi
 	@touch $@

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the folder of an aarch64 machine for qemu-aarch64: Debian's Python, NumPy and ONNX Runtime.
+# Makes the folder of an aarch64 machine for qemu-aarch64: Debian's Python, and what evalmode serves with.
 #
 #     tests/machines/aarch64.sh FOLDER PYTHON
 #
@@ -8,10 +8,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$(realpath --no-symlinks "$2")
-constraints=$PWD/constraints.txt
+checkout=$PWD
 mkdir -p "$1"
 cd "$1"
-rm -rf ready system packages apt
+rm -rf system packages apt
 mkdir -p system packages apt/{lists,cache}/partial apt/cache/archives/partial
 touch apt/status
 
@@ -25,11 +25,16 @@ for package in apt/cache/archives/*.deb; do
 done
 rm -r apt
 
+# evalmode itself is read from the checkout, so its dependencies are installed without it.
+mapfile -t dependencies < <("$python" -c 'import sys, tomllib
+with open(sys.argv[1], "rb") as file:
+    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")' "$checkout/pyproject.toml")
 version=$(basename system/usr/bin/python3.[0-9]*)
-"$python" -m pip --disable-pip-version-check install -q -c "$constraints" --target packages --no-deps \
-  --only-binary=:all: --python-version "${version#python}" --implementation cp \
-  --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 \
-  numpy onnxruntime
+"$python" -m pip --disable-pip-version-check install -q -c "$checkout/constraints.txt" --target packages \
+  --only-binary=:all: --implementation cp --python-version "${version#python}" \
+  --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
+  --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
+  onnxruntime "${dependencies[@]}"
 
 # ONNX Runtime reads /proc/cpuinfo for the kind of processor, and QEMU would show this machine's. ONNX
 # Runtime 1.28 and 1.31 then end with a segmentation fault (1.24 did not). This is a Neoverse N1.
@@ -46,4 +51,3 @@ CPU revision	: 1
 
 END
 done
-touch ready

@@ -71,13 +71,13 @@ def aarch64_command() -> list[str]:
     """How the Python of the aarch64 environment runs."""
     emulator = _emulator("qemu-aarch64-static")
     folder = MACHINES / "aarch64"
-    if not (folder / "system").is_dir():
+    pythons = [*(folder / "system" / "usr" / "bin").glob("python3.[0-9]*")]
+    # Without the stamp the folder is not complete. Without Debian's apt-get it has no Python.
+    if not pythons or not (folder / "ready").is_file():
         pytest.skip(f"{folder} is missing: `make machines` makes it on Debian")
-    (python,) = (folder / "system" / "usr" / "bin").glob("python3.[0-9]*")
     # Files that the system folder has are read from there in place of this machine's.
-    command = [emulator, "-L", str(folder / "system")]
-    command += ["-E", f"PYTHONHOME={folder}/system/usr", "-E", f"PYTHONPATH={folder}/packages"]
-    return [*command, str(python)]
+    command = [emulator, "-L", str(folder / "system"), "-E", f"PYTHONHOME={folder}/system/usr"]
+    return [*command, "-E", f"PYTHONPATH={ROOT}:{folder}/packages", str(pythons[0])]
 
 
 def _emulator(name: str) -> str:
