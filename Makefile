@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CLIENTS := .venv-clients
+MACHINES := build/machines
 
 DATA := languages
 CHECKPOINT := runs/$(DATA)
@@ -15,7 +16,7 @@ EXPORT := evalmode export --kernels integer
 ENGINE ?= $(shell command -v docker || command -v podman)
 IMAGE ?= evalmode
 
-.PHONY: serve test check minimum zoo lint bench image clean
+.PHONY: serve test check minimum zoo machines lint bench image clean
 
 serve: $(BUNDLE)/manifest.json  ## train, export and certify the default model once, then serve it on :8000
 	$(BIN)/evalmode serve $(BUNDLE)
@@ -33,6 +34,9 @@ minimum: $(CLIENTS)/ready  ## the whole suite with the lowest versions that pypr
 
 zoo: $(VENV)/dev  ## every architecture of docs/zoo.md, exported and confirmed, and a table of the verdicts
 	$(BIN)/python -m pytest tests/zoo -m '' -n 2
+
+machines: $(VENV)/dev $(MACHINES)/openvino/ready $(MACHINES)/webgpu/ready $(MACHINES)/aarch64/ready  ## exact bundles on other runtimes and processors
+	$(BIN)/python -m pytest tests/machines -m machines -rs
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -70,4 +74,22 @@ $(VENV)/dev: pyproject.toml constraints.txt
 $(CLIENTS)/ready: constraints-clients.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install -q -c constraints-clients.txt kserve 'tritonclient[http]'
+	@touch $@
+
+# Two builds of ONNX Runtime cannot be in one environment.
+$(MACHINES)/openvino/ready: pyproject.toml constraints.txt constraints-machines.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -c constraints-machines.txt \
+		-e . onnxruntime-openvino
+	@touch $@
+
+$(MACHINES)/webgpu/ready: pyproject.toml constraints.txt constraints-machines.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -c constraints-machines.txt \
+		-e . onnxruntime onnxruntime-ep-webgpu
+	@touch $@
+
+# Without apt-get, as on other systems than Debian, the folder has no Python and its tests are skipped.
+$(MACHINES)/aarch64/ready: tests/machines/aarch64.sh pyproject.toml constraints.txt | $(VENV)/dev
+	if command -v apt-get; then tests/machines/aarch64.sh $(@D) $(BIN)/python; else mkdir -p $(@D); fi
 	@touch $@

@@ -1,12 +1,14 @@
-"""Measures a bundle on a GPU, and prints JSON.
+"""Measures a bundle on a GPU or on another processor, and prints JSON.
 
-    python bench/gpu.py BUNDLE [--provider cuda|cpu]
+    python bench/gpu.py BUNDLE [--provider cuda|cpu] [--known-answers]
 
 The script needs onnxruntime-gpu (or onnxruntime) and numpy, and nothing of this project. So it can
 be copied beside a bundle onto a machine that has a GPU. It measures, once with the deterministic
-settings (TF32 off, CUBLAS_WORKSPACE_CONFIG=:16:8) and once with the defaults of the provider:
+settings (TF32 off, CUBLAS_WORKSPACE_CONFIG=:16:8) and once with the defaults of the provider (TF32
+on):
 
-- how much its answers differ from those of the CPU, and from the known answers in the bundle;
+- whether its answers are identical to the known answers in the bundle, which those of an exact
+  bundle are under both settings, and how far they are from these and from those of the CPU;
 - at which row counts of 1..64, and at which lengths, a row keeps the bits that it has alone;
 - which floating-point nodes ran on the CPU although the provider is another one;
 - rows per second at 1, 8 and 64 rows.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +34,8 @@ import onnxruntime as ort
 Tensors = Mapping[str, np.ndarray]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+SETTINGS = ("deterministic", "default")
+IDENTICAL = "identical to the known answers"
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 ROW_COUNTS = range(1, 65)
 TIMED_ROWS = (1, 8, 64)
@@ -45,7 +50,10 @@ def main() -> None:
     )
     parser.add_argument("bundle", type=Path, help="a bundle: the folder NAME/VERSION")
     parser.add_argument("--provider", choices=PROVIDERS, default="cuda")
-    parser.add_argument("--settings", choices=("deterministic", "default"), help="only these")
+    parser.add_argument("--settings", choices=SETTINGS, help="only these, in this process")
+    parser.add_argument(
+        "--known-answers", action="store_true", help="compare the answers, and measure nothing else"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timing")
     arguments = parser.parse_args()
     for name in ("manifest.json", "model.onnx", "known_answers.npz"):
@@ -57,42 +65,44 @@ def main() -> None:
     if PROVIDERS[arguments.provider] not in ort.get_available_providers():
         available = ", ".join(ort.get_available_providers())
         parser.error(f"provider {arguments.provider} is not available here, these are: {available}")
-    if arguments.settings is not None:
+    if arguments.settings is None:
+        # A process for each settings, because cuBLAS reads its variable once.
+        reports = {settings: measure_in_process(settings) for settings in SETTINGS}
+    else:
         report = measure(
-            arguments.bundle, arguments.provider, arguments.settings, timed_s=arguments.seconds
+            arguments.bundle,
+            arguments.provider,
+            arguments.settings,
+            known_answers_only=arguments.known_answers,
+            timed_s=arguments.seconds,
         )
-        print(json.dumps(report, indent=2))
-        return
-    # A process for each settings, because cuBLAS reads its variable once.
-    reports = {
-        settings: measure_in_process(
-            arguments.bundle, arguments.provider, settings, timed_s=arguments.seconds
-        )
-        for settings in ("deterministic", "default")
-    }
+        reports = {arguments.settings: report}
     manifest = json.loads((arguments.bundle / "manifest.json").read_bytes())
     full_report = {
         "bundle": f"{manifest['name']}/{manifest['version']}",
         "provider": PROVIDERS[arguments.provider],
         "onnxruntime": ort.__version__,
         "device": device_name(),
+        "processor": {"architecture": platform.machine(), "instructions": vector_instructions()},
         **reports,
     }
     print(json.dumps(full_report, indent=2))
 
 
-def measure_in_process(bundle: Path, provider: str, settings: str, *, timed_s: float) -> Any:
-    """The report under these settings, or the last line that the process wrote when it failed."""
+def measure_in_process(settings: str) -> Any:
+    """What this script reports under these settings, with its own arguments beside them.
+
+    It is the last line that the process wrote if it failed.
+    """
     environment = {name: value for name, value in os.environ.items() if name != WORKSPACE}
     if settings == "deterministic":
         environment[WORKSPACE] = ":16:8"
-    command = [sys.executable, __file__, str(bundle)]
-    command += ["--provider", provider, "--settings", settings, "--seconds", str(timed_s)]
+    command = [sys.executable, __file__, *sys.argv[1:], "--settings", settings]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         return {"error": lines[-1]}
-    return json.loads(process.stdout)
+    return json.loads(process.stdout)[settings]
 
 
 def device_name() -> str | None:
@@ -105,24 +115,38 @@ def device_name() -> str | None:
     return process.stdout.strip() or None
 
 
-def measure(bundle: Path, provider: str, settings: str, *, timed_s: float) -> dict[str, Any]:
+def vector_instructions() -> list[str]:
+    """The extensions of the instruction set that NumPy finds here beyond those it requires."""
+    extensions: dict[str, Any] = np.show_config(mode="dicts")["SIMD Extensions"]
+    return list(extensions.get("found", ()))
+
+
+def measure(
+    bundle: Path, provider: str, settings: str, *, known_answers_only: bool, timed_s: float
+) -> dict[str, Any]:
     """All figures of a bundle on one provider, in this process."""
     session = open_session(bundle, provider, settings)
     answers = known_answers(bundle)
-    rows = rows_by_length(bundle, answers)
-    return {
-        "tf32": settings != "deterministic",
+    compared = compare(session, open_session(bundle, "cpu", settings), answers)
+    report = {
+        "tf32": provider == "cuda" and settings != "deterministic",
         WORKSPACE: os.environ.get(WORKSPACE),
-        "known_answers": compare(session, open_session(bundle, "cpu", settings), answers),
-        "row_counts": {
-            str(length): stable_row_counts(session, singles) for length, singles in rows.items()
-        },
+        "verdict": verdict(compared),
+        "known_answers": compared,
         # Without another provider, no node falls back to the CPU.
         "float_nodes_left_to_the_cpu": (
             []
             if provider == "cpu"
             else float_nodes_on_cpu(bundle, provider, settings, answers[0][0])
         ),
+    }
+    if known_answers_only:
+        return report
+    rows = rows_by_length(bundle, answers)
+    return report | {
+        "row_counts": {
+            str(length): stable_row_counts(session, singles) for length, singles in rows.items()
+        },
         "rows_per_second": {
             str(length): {
                 str(count): speed(session, singles, count, timed_s=timed_s) for count in TIMED_ROWS
@@ -130,6 +154,19 @@ def measure(bundle: Path, provider: str, settings: str, *, timed_s: float) -> di
             for length, singles in rows.items()
         },
     }
+
+
+def verdict(compared: Mapping[str, Any]) -> str:
+    """Whether the answers are those in the bundle, in one line; `compared` is from `compare`."""
+    recorded, count = compared["recorded"], compared["answers"]
+    differing = count - recorded["bitwise_equal"]
+    if not differing:
+        return IDENTICAL
+    difference = recorded["largest_difference_in_deviations"]
+    return (
+        f"{differing} of {count} known answers have other bits, by at most {difference:.2g}"
+        " standard deviations"
+    )
 
 
 def open_session(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -11,7 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+
+from evalmode.bundle.known_answers import pack, unpack
+from tests.bundle.test_comparison import integer_model, integer_rows
+from tests.service.bundles import tensor_bundle
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "gpu.py"
@@ -63,6 +69,39 @@ def test_on_the_cpu_a_bundle_gives_its_known_answers_and_keeps_its_rows(
         for speeds in figures["rows_per_second"].values():
             assert list(speeds) == ["1", "8", "64"]
             assert all(speed > 0 for speed in speeds.values())
+
+
+def test_answers_that_are_those_in_the_bundle_are_called_identical(tmp_path: Path) -> None:
+    bundle = tensor_bundle(tmp_path, model=integer_model(), known_inputs=integer_rows(8))
+    process = run(bundle, "--provider", "cpu", "--known-answers")
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
+    assert report["processor"]["architecture"]
+    for settings in ("deterministic", "default"):
+        assert report[settings]["verdict"] == "identical to the known answers"
+        assert report[settings]["known_answers"]["answers"] == 8
+        assert "row_counts" not in report[settings]
+        assert not report[settings]["tf32"], "the CPU has none"
+
+
+def test_answers_with_other_bits_are_counted_and_measured(tmp_path: Path) -> None:
+    bundle = tensor_bundle(tmp_path, model=integer_model(), known_inputs=integer_rows(8))
+    file = bundle / "known_answers.npz"
+    answers = list(unpack(file.read_bytes()))
+    for index in (2, 5, 7):
+        outputs = {name: tensor.copy() for name, tensor in answers[index].outputs.items()}
+        for tensor in outputs.values():
+            tensor.flat[0] = np.nextafter(tensor.flat[0], np.float32(np.inf))
+        answers[index] = dataclasses.replace(answers[index], outputs=outputs)
+    file.write_bytes(pack(tuple(answers)))
+    process = run(bundle, "--provider", "cpu", "--known-answers", "--settings", "default")
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
+    assert "deterministic" not in report
+    beginning = "3 of 8 known answers have other bits, by at most "
+    verdict = report["default"]["verdict"]
+    assert verdict.startswith(beginning)
+    assert 0 < float(verdict.removeprefix(beginning).split()[0]) < 1e-5
 
 
 def test_the_row_counts_are_those_of_the_certificate_where_it_was_written_here(
