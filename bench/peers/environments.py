@@ -30,21 +30,28 @@ def environment(name: str, requirements: Sequence[str], *, build: Path) -> Path:
     stamp = folder / "installed"
     if stamp.exists() and stamp.read_text() == digest:
         return python
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [*pip, "-c", str(constraints), *requirements],
-    ):
-        process = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if process.returncode != 0:
-            lines = [line for line in process.stdout.splitlines() if line.strip()]
-            raise NotInstalledError(lines[-1] if lines else f"exit code {process.returncode}")
+    # pip takes a minute for each of these, uv two seconds. Its own environment is made first.
+    uv = build / "uv" / "bin" / "uv"
+    if not uv.exists():
+        run([sys.executable, "-m", "venv", "--clear", str(build / "uv")])
+        run([str(uv.with_name("python")), "-m", "pip", "install", "--quiet", "uv"])
+    run([str(uv), "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)])
+    install = [str(uv), "pip", "install", "--quiet", "--python", str(python)]
+    run([*install, "--constraints", str(constraints), *requirements])
     stamp.write_text(digest)
     return python
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a step of an installation. Raises NotInstalledError with the last line of its output."""
+    process = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if process.returncode != 0:
+        lines = [line for line in process.stdout.splitlines() if line.strip()]
+        raise NotInstalledError(lines[-1] if lines else f"exit code {process.returncode}")

@@ -135,9 +135,9 @@ def ray(launch: Launch) -> list[str]:
 
 
 def kserve(launch: Launch) -> list[str]:
-    """A program that starts KServe's model server."""
+    """A program that starts KServe's model server, in one process as its default is."""
     program = [str(launch.python), str(SERVED / "on_kserve.py")]
-    return [*program, "--http_port", str(launch.ports[0]), "--workers", str(launch.cores)]
+    return [*program, "--http_port", str(launch.ports[0])]
 
 
 def triton(launch: Launch) -> list[str]:
@@ -214,7 +214,8 @@ PEERS = (
         formats=ANY_JSON,
         environment="ray",
         requirements=("ray[serve]",),
-        variables=lambda launch: {"RAY_USAGE_STATS_ENABLED": "0"},
+        # By default Ray writes a token for its cluster into the user's home.
+        variables=lambda launch: {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
     ),
     Peer(
         name="kserve",

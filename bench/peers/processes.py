@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -81,7 +82,7 @@ def stat_fields(pid: int) -> list[str]:
     return [*head.split(" ", 1), *tail.split()]
 
 
-def processes_of(root: int, mark: str) -> list[int]:
+def processes_of(root: int | None, mark: str) -> list[int]:
     """The live processes of a server: the descendants of `root`, and those with its mark.
 
     Some servers start daemons, which leave the tree and keep the mark. Others rename their
@@ -108,8 +109,11 @@ def processes_of(root: int, mark: str) -> list[int]:
     return sorted(pids)
 
 
-def end_all(root: int, mark: str) -> None:
-    """End all processes of a server: SIGTERM to the first one, and SIGKILL to what is left."""
+def end_all(root: int | None, mark: str) -> None:
+    """End all processes of a server: SIGTERM to the first one, and SIGKILL to what is left.
+
+    Without a first one (`root` is None), all of them get SIGKILL.
+    """
     remaining = processes_of(root, mark)
     if root in remaining:
         os.kill(root, signal.SIGTERM)
@@ -123,10 +127,11 @@ def end_all(root: int, mark: str) -> None:
         if remaining and root not in remaining:
             break
     for pid in remaining:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    # The next server must not share the processor with one that is still ending.
+    while any(map(is_alive, remaining)):
+        time.sleep(0.005)
 
 
 def is_alive(pid: int) -> bool:
@@ -145,26 +150,28 @@ def running(
     does not answer within START_LIMIT_S.
     """
     url, mark = f"http://127.0.0.1:{port}", uuid.uuid4().hex
-    started = time.perf_counter()
+    process = None
     with (
         tempfile.NamedTemporaryFile() as log,
-        subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment, MARK: mark},
-            start_new_session=True,  # Ctrl-C reaches the bench alone, which ends its servers
-        ) as process,
         httpx.Client(base_url=url, timeout=START_LIMIT_S) as client,
     ):
         try:
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **environment, MARK: mark},
+                start_new_session=True,  # Ctrl-C reaches the bench alone, which ends its servers
+            )
+            status = "no connection"
             while True:
                 if process.poll() is not None:
                     raise ServerError(f"it ended: {last_line(Path(log.name))}")
                 if time.perf_counter() - started > START_LIMIT_S:
                     raise ServerError(
-                        f"no answer in {START_LIMIT_S} s: {last_line(Path(log.name))}"
+                        f"{status} for {START_LIMIT_S} s: {last_line(Path(log.name))}"
                     )
                 try:
                     answer = client.post(
@@ -172,8 +179,10 @@ def running(
                     )
                 except httpx.TransportError:  # it does not listen yet
                     answer = None
-                if answer is not None and answer.status_code == 200:
-                    break
+                if answer is not None:
+                    status = f"status {answer.status_code}"
+                    if answer.status_code == 200:
+                        break
                 time.sleep(0.005)  # the resolution of the cold start
             yield Server(
                 url=url,
@@ -182,7 +191,10 @@ def running(
                 mark=mark,
             )
         finally:
-            end_all(process.pid, mark)
+            # An interrupt may come before Popen returns. The mark is there already.
+            end_all(process.pid if process else None, mark)
+            if process:
+                process.wait()
 
 
 def last_line(log: Path) -> str:

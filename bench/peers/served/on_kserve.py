@@ -1,6 +1,6 @@
 """KServe's Python server: a custom predictor. It has no batching of its own.
 
-BENCH_MODEL=bundles/languages/1 python on_kserve.py --http_port PORT --enable_grpc false
+BENCH_MODEL=bundles/languages/1 python on_kserve.py --http_port PORT
 """
 
 from __future__ import annotations
@@ -38,16 +38,20 @@ class Predictor(kserve.Model):
         else:
             logits = self.model.logits(list(tensors["input_ids"]), list(tensors["attention_mask"]))
             output = InferOutput("logits", list(logits.shape), "FP32")
-            parameters = payload.request_outputs[0].parameters if payload.request_outputs else None
-            is_binary = bool(parameters and parameters.get("binary_data"))
-            output.set_data_from_numpy(np.ascontiguousarray(logits), binary_data=is_binary)
+            output.set_data_from_numpy(
+                np.ascontiguousarray(logits), binary_data=payload.use_binary_outputs
+            )
             outputs = [output]
-        return InferResponse(payload.id, self.name, outputs)
+        # KServe refuses an answer without an id.
+        return InferResponse(
+            payload.id or "0",
+            self.name,
+            outputs,
+            use_binary_outputs=payload.use_binary_outputs,
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(parents=[kserve.model_server.parser])
     arguments = parser.parse_args()
-    kserve.ModelServer(
-        http_port=arguments.http_port, enable_grpc=False, workers=arguments.workers
-    ).start([Predictor()])
+    kserve.ModelServer(http_port=arguments.http_port, enable_grpc=False).start([Predictor()])

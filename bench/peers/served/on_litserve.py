@@ -20,7 +20,8 @@ class Classifier(litserve.LitAPI):
         """Open the model in this worker."""
         self.model = open_model()
 
-    def decode_request(self, request: dict[str, Any]) -> Any:
+    # LitServe reads the annotation: without one it passes the JSON of the body.
+    def decode_request(self, request) -> Any:
         """One text, or the ids (T,) and the mask (T,) of one row."""
         if "inputs" in request:
             return request["inputs"][0]

@@ -55,7 +55,7 @@ if __name__ == "__main__":
         names = ("input_ids", "attention_mask")
         inputs = [Tensor(name=name, dtype=np.int64, shape=(-1,)) for name in names]
         outputs = [Tensor(name="logits", dtype=np.float32, shape=(-1,))]
-    with Triton(config=config, workspace=Path(sys.argv[4])) as triton:
+    with Triton(config=config, workspace=Path(sys.argv[4]) / "triton") as triton:
         triton.bind(
             model_name="model",
             infer_func=[function] * cores(),
