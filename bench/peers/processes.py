@@ -198,6 +198,10 @@ def running(
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that is not blank."""
+    """The last line of a log that names an error, or else its last line; at most 300 characters.
+
+    Some servers log their own shutdown after the error that caused it.
+    """
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it wrote nothing"
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["it wrote nothing"])[-1][:300]
