@@ -234,8 +234,8 @@ PEERS = (
         formats={"text": [TextV2(INFER.format("model"), shape=(1, 1))], "rows": ANY_V2["rows"]},
         environment="triton",
         requirements=("nvidia-pytriton",),
-        # PyTriton 0.7.0 embeds a Python older than 3.11.7: beside the library of 3.11.7 its instances
-        # end with "'_thread.RLock' object has no attribute '_recursion_count'".
+        # With Python 3.11.7 the instances of PyTriton 0.7.0 end with "'_thread.RLock' object has no
+        # attribute '_recursion_count'": its binary and the standard library do not match.
         note="Triton joins rows of one length alone; the graph runs in its Python instances.",
     ),
     Peer(
