@@ -44,8 +44,9 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(BUNDLE)/manifest.json $(VENV)/dev  ## start-up, memory and latency of the server, as figures
-	$(BIN)/python bench/speed.py $(BUNDLE)
+bench: $(BUNDLE)/manifest.json $(VENV)/dev  ## the server beside others, and training beside torch's layers: docs/performance.md
+	$(BIN)/python bench/peers $(BUNDLE)
+	$(BIN)/python bench/training.py --checkpoint $(CHECKPOINT) --bundle $(BUNDLE)
 
 image: $(BUNDLE)/manifest.json  ## a container image that serves the default bundle
 	$(ENGINE) build --build-context bundle=bundles/$(DATA) -t $(IMAGE) .
