@@ -14,7 +14,8 @@ COPY . .
 FROM python AS trained
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
 RUN pip install -c constraints.txt '.[cpu,train,export]'
-RUN evalmode train --data languages --out /runs/languages && evalmode export /runs/languages --out /bundles
+RUN evalmode train --data languages --arithmetic exact --weight-bits 7 --out /runs/languages \
+    && evalmode export --kernels integer /runs/languages --out /bundles
 
 # A stage of files alone, so that `--build-context bundle=DIR` can take its place.
 FROM scratch AS bundle

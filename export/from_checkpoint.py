@@ -12,7 +12,7 @@ from evalmode.bundle.row_counts import rows_by_length
 from evalmode.errors import EvalmodeError
 from evalmode.export.exact.integer_kernels import with_integer_kernels
 from evalmode.export.exact.lean_graph import lean_graph
-from evalmode.export.exact.statements import Limits
+from evalmode.export.exact.limits import Limits
 from evalmode.export.inputs.axes import BATCH
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.inputs.evidence import Evidence

@@ -35,7 +35,8 @@ from evalmode.bundle.store import digest_of, hashes_of, write_bundle
 from evalmode.errors import EvalmodeError
 from evalmode.export.certify import certify
 from evalmode.export.convert import OPSET
-from evalmode.export.exact.statements import Limits, statements_of
+from evalmode.export.exact.limits import Limits
+from evalmode.export.exact.statements import statements_of
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.rules.registry import Progress
 

@@ -157,6 +157,16 @@ def require_usable_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
         if folder != out / STATE_FOLDER:
             break
 
+    # What no existing folder shows: a name that is too long.
+    try:
+        os.lstat(out)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise EvalmodeError(
+            f"no training can be written to {out}: {error.strerror}: choose another --out"
+        ) from error
+
     for name in (CHECKPOINT_FILE, WEIGHTS_FILE, HELD_OUT_FILE, TOKENIZER_FILE):
         path = out / name
         # A link to a folder can be replaced, but a folder cannot.

@@ -2,9 +2,10 @@
 
 `fit` runs the steps in this order:
 
-1. `prepare` reads the data, trains the front end and encodes the texts.
+1. `prepare` (preparation.py) reads the data, trains the front end and encodes the texts.
 2. `train_network` runs Lightning's loop. It saves the state, from which a killed run resumes.
-3. `finished_checkpoint` sets the temperature, measures the three parts and makes the checkpoint.
+3. `finished_checkpoint` sets the temperature, measures the accuracy on the training, validation and
+   test parts, and makes the checkpoint.
 
 The same configuration gives the same bytes on the same machine, even if the run was killed and
 resumed. The defaults, such as the number of epochs, are in config.py.
@@ -20,7 +21,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +29,13 @@ from rich.console import Console
 from torch import Tensor
 
 import evalmode
-from evalmode.bundle.frontend import FrontEndSpec, NgramFrontEnd, NgramSpec, open_frontend
 from evalmode.errors import EvalmodeError
 from evalmode.model import checkpoint, metrics
-from evalmode.model.batches import UNLABELLED, Batches, Rows
+from evalmode.model.batches import UNLABELLED, Batches
 from evalmode.model.checkpoint import Checkpoint, CheckpointError, HeldOut
-from evalmode.model.config import TrainConfig, TransformerConfig
-from evalmode.model.data import LANGUAGES, composed_digest, open_data
+from evalmode.model.config import TrainConfig
 from evalmode.model.data_set import DataSet
 from evalmode.model.early_stopping import Validation
-from evalmode.model.encoding import drop_duplicates, encode_parts
 from evalmode.model.informed_table import label_evidence_table
 from evalmode.model.learner import Learner, step_seed
 from evalmode.model.lightning_loop import (
@@ -49,6 +46,7 @@ from evalmode.model.lightning_loop import (
 )
 from evalmode.model.metrics import Measures
 from evalmode.model.networks import Network, network_of
+from evalmode.model.preparation import PreparedRun, prepare
 from evalmode.model.progress import ShowProgress
 from evalmode.model.restoring import require_matching_state
 from evalmode.model.resume import (
@@ -61,8 +59,6 @@ from evalmode.model.resume import (
     require_same,
     require_usable_folder,
 )
-from evalmode.model.tokenizer_training import NGRAM_VOCABULARY, choose_frontend
-from evalmode.model.unlabelled import with_unlabelled
 
 # The accuracy on training rows is shown for its gap to the test accuracy. A sample of at most this
 # many rows is enough for that.
@@ -70,11 +66,6 @@ MEASURED_TRAIN_ROWS = 10_000
 # With the option `informed_table`, the embedding table starts as the evidence of each id for each
 # label, multiplied by this. Without it, it starts as noise with a standard deviation of 0.02.
 TABLE_SCALE = 0.1
-
-# The export computes known answers for the sample texts of a checkpoint. They are the unusual texts
-# here, and the first test text of up to SAMPLE_LABELS labels, cut to SAMPLE_CODE_POINTS.
-UNUSUAL_TEXTS = ("", " ", "12:30", "?!", "👩‍👩‍👧 \u200d", "A", "\ud800", "word " * 400)
-SAMPLE_LABELS, SAMPLE_CODE_POINTS = 24, 8_192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,47 +78,6 @@ class Result:
     parameters: int
     epochs: int
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedRun:
-    """A run that is ready to train: its options, its encoded data and its front end.
-
-    It does not keep the texts: the network reads only their first tokens, and long texts take much
-    memory (one emoji makes Python store a text of 20 MB in 80 MB).
-
-    data_rows       number of training rows with a label
-    sample_texts    texts for the known answers of the export, each cut to SAMPLE_CODE_POINTS
-    spec            the front end
-    tokenizer       the text of tokenizer.json; None for n-grams
-    """
-
-    config: TrainConfig
-    data_name: str
-    data_sha256: str
-    data_rows: int
-    labels: tuple[str, ...]
-    sample_texts: tuple[str, ...]
-    spec: FrontEndSpec
-    tokenizer: str | None
-    train: Rows
-    validation: Rows
-    test: Rows
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The options and the data that a run must share to continue another one."""
-        return self.config.record() | {"data_sha256": self.data_sha256}
-
-    @property
-    def network_config(self) -> TransformerConfig:
-        """The shape of the network for this data."""
-        return self.config.network(
-            vocabulary=self.spec.vocabulary,
-            labels=len(self.labels),
-            positions=self.spec.lengths[-1],
-            ids_per_position=self.spec.ids_per_position,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +127,10 @@ def fit(
     has_state = resume and (out / STATE_FOLDER / STATE_FILE).exists()
     # `lexists`, because a checkpoint that is a broken link is an error and not a missing training.
     has_checkpoint = resume and os.path.lexists(out / checkpoint.CHECKPOINT_FILE)
-    if has_checkpoint and not has_state:
+    is_finished = has_checkpoint and not has_state
+    if is_finished:
+        if not is_first_process:
+            return None
         finished = load_finished(out, run=run)
     else:
         trained = train_network(run, out=out, resume=resume, console=console or Console(quiet=True))
@@ -199,71 +152,6 @@ def fit(
     )
 
 
-def prepare(
-    config: TrainConfig, *, cache: Path, show_data: Callable[[DataSet], None] | None
-) -> PreparedRun:
-    """Read the data, train the front end on it, and encode the texts."""
-    data = open_data(
-        config.data,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        separator=config.separator,
-        cache=cache,
-        identity=_text_identity(config),
-    )
-    # Adds made-up texts without letters, unless the data has some. The network learns from them to
-    # give every class the same score for a text without letters.
-    data = with_unlabelled(data)
-    spec, tokenizer = choose_frontend(config, data)
-    rows = encode_parts(data, open_frontend(spec, tokenizer))
-    # The default data set stays as it is: dropping rows would change the published figures.
-    if config.data != LANGUAGES:
-        data, rows = drop_duplicates(data, rows)
-    if show_data is not None:
-        show_data(data)
-
-    # The first test text of each label, for the labels that come first in the alphabet.
-    first_texts: dict[str, str] = {}
-    for text, label in zip(data.test.texts, data.test.labels, strict=True):
-        first_texts.setdefault(label, text)
-    sample_labels = sorted(first_texts)[:SAMPLE_LABELS]
-    sample_texts = [first_texts[label][:SAMPLE_CODE_POINTS] for label in sample_labels]
-
-    return PreparedRun(
-        config=config,
-        data_name=data.name,
-        data_sha256=data.sha256,
-        data_rows=len(data.train.texts),
-        labels=data.labels,
-        sample_texts=(*UNUSUAL_TEXTS, *sample_texts),
-        spec=spec,
-        tokenizer=tokenizer,
-        train=rows["train"],
-        validation=rows["validation"],
-        test=rows["test"],
-    )
-
-
-def _text_identity(config: TrainConfig) -> Callable[[str], bytes]:
-    """A function from a text to a digest. Texts with the same digest count as one in `open_data`.
-
-    A model cannot distinguish texts with the same ids. If one were in the training part and another
-    in the test part, the accuracy on the test part would be too high.
-    """
-    # The tokenizer is not trained yet, so characters are compared here. `drop_duplicates` compares
-    # the ids later.
-    if config.frontend != "ngrams":
-        return composed_digest
-
-    # The ids of n-grams need no training.
-    frontend = NgramFrontEnd(NgramSpec(vocabulary=config.vocabulary or NGRAM_VOCABULARY))
-
-    def ids_digest(text: str) -> bytes:
-        return hashlib.sha256(frontend.encode(text).ids.tobytes()).digest()
-
-    return ids_digest
-
-
 def train_network(run: PreparedRun, *, out: Path, resume: bool, console: Console) -> Trained | None:
     """Train the network. None in every process but the first.
 
@@ -272,15 +160,16 @@ def train_network(run: PreparedRun, *, out: Path, resume: bool, console: Console
     config, state_path = run.config, out / STATE_FOLDER / STATE_FILE
     epochs = config.epochs_for(len(run.train))
     validation = Validation(run.validation, spec=run.spec, patience=config.patience)
+    # Notes that the training has begun. An error before that means that the saved state could not
+    # be restored, and `failures_handled` says so.
     restore_monitor = RestoreMonitor()
     # Lightning calls the callbacks in this order.
     callbacks = [
-        # The first one: its `on_train_start` marks the state as restored. Errors of the callbacks
-        # after it are then not blamed on the state.
+        # First: an error of another callback comes after the beginning.
         restore_monitor,
         validation,
         ShowProgress(console, epochs=epochs),
-        # The last one: it saves the state of the others.
+        # Last: it saves what the other callbacks hold.
         SaveState(state_path, steps=config.save_steps, record=run.record),
     ]
     with quiet_lightning():

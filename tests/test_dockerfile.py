@@ -33,6 +33,17 @@ def test_the_health_check_is_a_command_of_evalmode_that_gives_up_before_docker_d
     assert script == "evalmode.__main__:main"  # the way that does without Typer
 
 
+def test_the_image_has_the_same_default_model_as_make_serve() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    data = re.search(r"^DATA := (\w+)$", makefile, flags=re.MULTILINE)
+    assert data is not None
+    commands = [arguments for name, arguments in instructions() if "evalmode train" in arguments]
+    for variable in ("TRAIN", "EXPORT"):
+        command = re.search(rf"^{variable} := (.*)$", makefile, flags=re.MULTILINE)
+        assert command is not None
+        assert f"{command[1]} ".replace("$(DATA)", data[1]) in commands[0]
+
+
 def test_the_service_is_installed_with_tracing_and_without_what_trains() -> None:
     installs = [
         re.findall(r"'\.\[(.*?)\]'", arguments)

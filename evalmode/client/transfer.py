@@ -22,7 +22,15 @@ from typing import IO, Protocol, TypeAlias
 
 from evalmode.client.answers_file import AnswersFile, Stdout
 from evalmode.errors import EvalmodeError
-from evalmode.service.ndjson import WINDOW_BYTES, WINDOW_ROWS, Splitter, encode_line, line_too_long
+from evalmode.service.ndjson import (
+    WINDOW_BYTES,
+    WINDOW_ROWS,
+    Line,
+    Splitter,
+    encode_line,
+    line_too_long,
+    read_line,
+)
 from evalmode.terminal import open_console
 
 # A request is never larger than the window of what a server reads ahead. Otherwise a client that
@@ -68,10 +76,12 @@ class Source:
     """The input: JSONL, or one text per line if the suffix is .txt. The path `-` is JSONL on stdin.
 
     Blank lines of JSONL are skipped and have no index. A blank line of a .txt file is a text.
+    `flag` is the flag that errors name.
     """
 
     path: Path
     chunk_lines: int = CHUNK_LINES
+    flag: str = "--input"
 
     @property
     def repeatable(self) -> bool:
@@ -85,7 +95,9 @@ class Source:
             if self.repeatable or self.path.is_dir():
                 self.open().close()
         except OSError as error:
-            raise EvalmodeError(f"--input {self.path} cannot be read: {error.strerror}") from error
+            raise EvalmodeError(
+                f"{self.flag} {self.path} cannot be read: {error.strerror}"
+            ) from error
 
     def open(self) -> IO[bytes]:
         """The open input. Raises EvalmodeError where it cannot be opened."""
@@ -95,7 +107,9 @@ class Source:
             # interpreter takes at exit.
             return open(0 if is_stdin else self.path, "rb", buffering=0, closefd=not is_stdin)
         except OSError as error:
-            raise EvalmodeError(f"--input {self.path} cannot be read: {error.strerror}") from error
+            raise EvalmodeError(
+                f"{self.flag} {self.path} cannot be read: {error.strerror}"
+            ) from error
 
     def chunks(self, file: IO[bytes], *, skip: int) -> Iterator[Chunk]:
         """The lines after the first `skip`, in chunks.
@@ -134,6 +148,30 @@ class Source:
                 sendable_lines = [line for line in group if line is not None]
                 yield Chunk(lines=sendable_lines, first=first, read_bytes=read_bytes)
                 first += len(group)
+
+    def texts(self, *, most: int) -> list[str]:
+        """The first `most` texts.
+
+        Raises EvalmodeError for an input without texts, and for a line that is no text.
+        """
+        texts: list[str] = []
+        with self.open() as file:
+            for chunk in self.chunks(file, skip=0):
+                lines = [read_line(raw) for raw in chunk.lines]
+                if not lines:
+                    lines = [Line(problem=line_too_long(_MAX_LINE_BYTES))]
+                for line in lines:
+                    if len(texts) == most:
+                        return texts
+                    if line.problem is not None:
+                        raise EvalmodeError(
+                            f"{self.flag} {self.path}: text {len(texts) + 1} cannot be read:"
+                            f" {line.problem}"
+                        )
+                    texts.append(line.text)
+        if not texts:
+            raise EvalmodeError(f"{self.flag} {self.path} has no texts")
+        return texts
 
 
 @dataclass(frozen=True, kw_only=True)

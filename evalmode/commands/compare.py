@@ -29,8 +29,11 @@ def compare(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="A file with a text per line, or with the suffix .jsonl a JSON string or an object"
-            ' with "text" per line. \\[default: rows of the known answers]'
+            help=(
+                'A file with a JSON string or {"text": ..., "id": ...} per line. With the suffix'
+                " .txt each line is a text. - reads JSON lines from stdin."
+                " \\[default: rows of the known answers]"
+            )
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="The most rows to compare.")] = 512,
@@ -48,10 +51,14 @@ def compare(
     from evalmode.bundle.comparison import compare as compare_settings
     from evalmode.bundle.comparison import rows_of, settings_for
     from evalmode.bundle.store import find_bundle, open_bundle
+    from evalmode.client.transfer import Source
     from evalmode.tables import comparisons_table
 
     opened = open_bundle(find_bundle(bundle))
-    compared_rows = rows_of(opened, _texts_in(texts) if texts is not None else (), count=rows)
+    chosen_texts: list[str] = []
+    if texts is not None:
+        chosen_texts = Source(path=texts, flag="--texts").texts(most=rows)
+    compared_rows = rows_of(opened, chosen_texts, count=rows)
     settings = settings_for(opened, provider or ())
     with open_console(stderr=True).status("comparing") as status:
         comparisons = compare_settings(
@@ -75,28 +82,3 @@ def compare(
             raise EvalmodeError(comparison.refusal)
     if require_same and any(comparison.differing for comparison in comparisons):
         raise typer.Exit(EXIT_FINDINGS)
-
-
-def _texts_in(path: Path) -> list[str]:
-    """The texts of a file. Raises EvalmodeError, which names the line that cannot be read."""
-    try:
-        lines = path.read_text("utf-8", "replace").splitlines()
-    except OSError as error:
-        raise EvalmodeError(f"--texts {path} cannot be read: {error.strerror}") from error
-    if path.suffix != ".jsonl":
-        return lines
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise EvalmodeError(f"--texts {path}: line {number} is not JSON: {error}") from error
-        text = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            raise EvalmodeError(
-                f'--texts {path}: line {number} must be a string or an object with "text"'
-            )
-        texts.append(text)
-    return texts

@@ -1,7 +1,7 @@
 """`evalmode predict`: labels texts of the command line or of stdin, or every line of a file.
 
-1. `predict` declares the flags. `_refuse_useless_flags` refuses those without an effect, by the
-   table `_FLAG_RULES`.
+1. `predict` declares the flags. `_refuse_conflicting_flags` refuses those that contradict each
+   other or have no effect, by the table `_FLAG_RULES`.
 2. Without --input, `_predict_texts` runs a bundle in this process on all texts at once. It prints a
    table or JSON.
 3. With --input, `_predict_file` answers the file in chunks (client/transfer.py). A server answers
@@ -46,22 +46,24 @@ _RETRIES = 8
 
 
 class _FlagRule(NamedTuple):
-    """A flag that needs or excludes another one. `error` follows the flag's name in the message:
-    "--output needs --input FILE with the texts; - is stdin".
+    """A flag that needs or excludes another flag, and why.
+
+    The message of a broken rule is the flag with the reason behind it, for example
+    "--api-key needs --url, the address of the server".
     """
 
     flag: str
     relation: Literal["needs", "excludes"]
     other_flag: str
-    error: str
+    reason: str
 
 
-# The first rule that is broken is reported. --url needs --input, because texts of the command line
-# are never sent to a server.
 _NEEDS_INPUT = "needs --input FILE with the texts; - is stdin"
 _NEEDS_URL = "needs --url, the address of the server"
+# The first rule that is broken is reported.
 _FLAG_RULES = (
     _FlagRule("--output", "needs", "--input", _NEEDS_INPUT),
+    # Texts of the command line are never sent to a server.
     _FlagRule("--url", "needs", "--input", _NEEDS_INPUT),
     _FlagRule("--chunk-lines", "needs", "--input", _NEEDS_INPUT),
     _FlagRule("--concurrency", "needs", "--input", _NEEDS_INPUT),
@@ -191,7 +193,7 @@ def predict(
     Exit 0 when every text is answered, 1 when a line of a file could not be answered, 2 when a
     flag, a file, a bundle or the server is unusable.
     """
-    _refuse_useless_flags(context)
+    _refuse_conflicting_flags(context)
     if texts and input_file is not None:
         raise EvalmodeError(f"give texts as arguments or as --input {input_file}, not both")
 
@@ -238,7 +240,7 @@ def predict(
     )
 
 
-def _refuse_useless_flags(context: typer.Context) -> None:
+def _refuse_conflicting_flags(context: typer.Context) -> None:
     """Raise EvalmodeError for the first rule of `_FLAG_RULES` that the command line breaks.
 
     A value from an environment variable does not count: a shell may set it for all commands.
@@ -255,7 +257,7 @@ def _refuse_useless_flags(context: typer.Context) -> None:
         is_present = rule.other_flag in flags
         is_broken = is_present if rule.relation == "excludes" else not is_present
         if is_broken:
-            raise EvalmodeError(f"{rule.flag} {rule.error}")
+            raise EvalmodeError(f"{rule.flag} {rule.reason}")
 
 
 def _texts_from_stdin() -> list[str]:
@@ -314,6 +316,7 @@ def _predict_file(
     if output is None or output == Path("-"):
         writer = Stdout()
     else:
+        # A later run continues the file only if its input is the same. A pipe has no identity.
         identity = identity_of(source.path) if source.repeatable else None
         writer = AnswersFile(output, answer_options={**answer_options, "input": identity})
 
@@ -324,7 +327,7 @@ def _predict_file(
             ).run()
 
     with writer:
-        # A run that continues a file counts its own lines for the speed.
+        # An output that is continued has lines of earlier runs, which do not count for the speed.
         started, earlier_lines = time.monotonic(), writer.lines
         try:
             asyncio.run(answer_all_lines())

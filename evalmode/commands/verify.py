@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from zipfile import BadZipFile
@@ -16,6 +18,7 @@ from evalmode.terminal import open_console
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from evalmode.export.exact.limits import Range
     from evalmode.export.verify.verify import Examined
 
 EPILOG = (
@@ -76,7 +79,11 @@ def verify(
         list[str] | None,
         typer.Option(
             "--range",
-            help="NAME=LOW:HIGH of an integer input, for that proof; may be repeated.",
+            help=(
+                "For that proof: NAME=LOW:HIGH of an integer input, or NAME=LOW:HIGH/STEP of a"
+                " float32 input whose numbers are multiples of a power of two, such as"
+                " x=-1:1/2^-8. May be repeated."
+            ),
             show_default=False,
         ),
     ] = None,
@@ -98,7 +105,7 @@ def verify(
     """
     from rich.progress import track
 
-    from evalmode.export.exact import statements
+    from evalmode.export.exact import limits as exact_limits
     from evalmode.export.report.report import FailOn, Report
     from evalmode.export.rules.registry import require_rule_names
     from evalmode.export.verify.guarded import load
@@ -113,7 +120,7 @@ def verify(
         samples=None if inputs is None else _samples(inputs),
         module=module,
         limits=Limits(time_s=time_limit, memory_mib=memory_limit),
-        exact=statements.Limits(
+        exact=exact_limits.Limits(
             ranges=dict(_range(text) for text in ranges or ()),
             largest=dict(_largest(text) for text in largest or ()),
         ),
@@ -156,18 +163,47 @@ def _samples(inputs: str) -> Sequence[Any] | str:
         raise EvalmodeError(f"{inputs} cannot be read as a .npz file of arrays: {error}") from error
 
 
-def _range(text: str) -> tuple[str, tuple[int, int]]:
+def _range(text: str) -> tuple[str, Range]:
     """A value of --range. Raises EvalmodeError for one that is written otherwise."""
+    from evalmode.export.exact.limits import FloatRange
+
     name, _, limits = text.rpartition("=")
-    low, colon, high = limits.partition(":")
+    numbers, slash, step_text = limits.partition("/")
+    low_text, colon, high_text = numbers.partition(":")
     try:
-        if not name or not colon or int(low) > int(high):
+        low, high = Fraction(low_text), Fraction(high_text)
+        if slash:
+            grid = _exponent(step_text)
+        elif low.denominator == high.denominator == 1:
+            grid = None
+        else:
             raise ValueError
-        return name, (int(low), int(high))
-    except ValueError:
+        if not name or not colon or low > high:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
         raise EvalmodeError(
-            f"--range must be NAME=LOW:HIGH with two integers, the smaller first, got {text!r}"
+            "--range must be NAME=LOW:HIGH with two integers, the smaller first, or for a float32"
+            f" input NAME=LOW:HIGH/STEP with a power of two, such as x=-1:1/2^-8, got {text!r}"
         ) from None
+    if grid is None:
+        return name, (int(low), int(high))
+    # The multiples of the step that are within the limits.
+    step = Fraction(2) ** grid
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return name, FloatRange(low=float(first * step), high=float(last * step), grid=grid)
+
+
+def _exponent(text: str) -> int:
+    """The exponent of a power of two that is written as 2^-8, 0.5 or 4. Raises ValueError."""
+    base, caret, exponent = text.partition("^")
+    if caret:
+        if base != "2" or abs(int(exponent)) > 126:  # the exponents of float32
+            raise ValueError
+        return int(exponent)
+    fraction, exponent_of_two = math.frexp(float(text))
+    if fraction != 0.5:
+        raise ValueError
+    return exponent_of_two - 1
 
 
 def _largest(text: str) -> tuple[str, int]:

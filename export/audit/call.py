@@ -94,15 +94,15 @@ class Call:
         return Call(args, kwargs, self.state)
 
 
-class CallKind(NamedTuple):
+class CallSignature(NamedTuple):
     """What calls that run the same code have in common: all but the sizes and values of tensors."""
 
     arguments: Hashable
     state: Hashable
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State) -> CallKind:
-        """The kind of a call, from its arguments and the numbers that the module holds."""
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: State) -> CallSignature:
+        """The signature of a call, from its arguments and the numbers that the module holds."""
         leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
         descriptions: list[Hashable] = []
         for leaf in leaves:

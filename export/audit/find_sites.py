@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from evalmode.export.audit.call import Call, CallKind, read_state
+from evalmode.export.audit.call import Call, CallSignature, read_state
 from evalmode.export.inputs.errors import UnusableInputs
 from evalmode.export.module.dropouts import declared_rate, should_drop
 from evalmode.export.module.forward import plain_forward, seed_everything
@@ -46,7 +46,7 @@ class CapturedCall:
     """
 
     arguments: Call
-    kind: CallKind
+    signature: CallSignature
     number: int
 
 
@@ -247,7 +247,9 @@ class _Forwards:
 
 @dataclass
 class _Capture:
-    """The captured calls of one path: at most MOST_CALLS, of as many kinds as there are."""
+    """The captured calls of one path: at most MOST_CALLS, of as many
+    signatures as there are.
+    """
 
     calls: list[CapturedCall] = field(default_factory=list)
     call_count: int = 0
@@ -257,31 +259,33 @@ class _Capture:
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Mapping[Any, Any]) -> None:
         """Capture a call where it shows more than those captured before."""
         self.call_count += 1
-        kind = CallKind.of(args, kwargs, state)
+        signature = CallSignature.of(args, kwargs, state)
 
-        # A call that carries values replaces one of its kind that does not.
+        # A call that carries values replaces one of its signature that does not.
         for index, captured in enumerate(self.calls):
-            if captured.kind == kind and captured.arguments.why_unmeasurable():
+            if captured.signature == signature and captured.arguments.why_unmeasurable():
                 call = Call.of(args, kwargs, state)
                 if not call.why_unmeasurable():
-                    self.calls[index] = CapturedCall(call, kind, captured.number)
+                    self.calls[index] = CapturedCall(call, signature, captured.number)
                 return
 
         if len(self.calls) < MOST_CALLS:
-            self.calls.append(CapturedCall(Call.of(args, kwargs, state), kind, self.call_count))
+            self.calls.append(
+                CapturedCall(Call.of(args, kwargs, state), signature, self.call_count)
+            )
             return
 
-        kinds = [captured.kind for captured in self.calls]
-        if kind in kinds:
+        signatures = [captured.signature for captured in self.calls]
+        if signature in signatures:
             return
 
-        # A call of a new kind replaces the last one that repeats a kind.
-        for index in reversed(range(len(kinds))):
-            if kinds[index] in kinds[:index]:
+        # A call of a new signature replaces the last one that repeats a signature.
+        for index in reversed(range(len(signatures))):
+            if signatures[index] in signatures[:index]:
                 call = Call.of(args, kwargs, state)
-                self.calls[index] = CapturedCall(call, kind, self.call_count)
+                self.calls[index] = CapturedCall(call, signature, self.call_count)
                 return
-        if any(kind.arguments == other.arguments for other in kinds):
+        if any(signature.arguments == other.arguments for other in signatures):
             self.uncaptured_new_state += 1
         else:
             self.uncaptured_new_arguments += 1

@@ -1,18 +1,17 @@
-"""Decides what the audit says about one module that may apply noise: steps 1 to 6.
+"""Decides what the audit says about one possible site: a module that may apply noise.
 
-`find_sites.py` found the module, called a possible site here, and captured its calls: the arguments
-of each, and the state of the module. `IsolatedSite` repeats a call in training and in eval.
-`judge_training.py` has steps 7 to 12, and `verdicts.py` the sentences.
+`find_sites.py` found the module and captured its calls: the arguments of each, and the state of the
+module. An `IsolatedSite` repeats a captured call in training and in eval.
 
-Calls of one kind differ in the sizes and values of their tensors alone. A fingerprint sums up a
-judged call: the noise, and how the output in training compares with that in eval. A later call of
-its kind that matches is not judged again. A tape records one forward, operator by operator, and
-where random numbers reach the data.
+Later calls need not be judged in full. Calls with the same *signature* run the same code: they
+differ in the sizes and values of their tensors alone. A judged call leaves a *fingerprint*: its
+noise, and how its output in training compares with that in eval. A later call of the same signature
+that matches the fingerprint has the same verdict.
 
 A possible site as a whole (`judge`):
 
 1. p = 0 and it draws nothing in either mode: off.
-2. No sample reaches it:
+2. No sample reaches it (`_report_unreached`):
    a. its parent draws at the same rate, as in `F.dropout(x, self.drop.p)`: not called, without a
       finding, because the parent is judged;
    b. it draws in eval: always on;
@@ -22,16 +21,16 @@ A possible site as a whole (`judge`):
 
 One call (`_judge_call`):
 
-4. It behaves like an earlier call of its kind, by its fingerprint: no new result. This is not tried
-   if its input is all zeros.
-5. It draws in eval, and the numbers may change the output: always on.
-6. Else its training forward is judged, in steps 7 to 12. Zeros would hide a mask:
+4. It matches the fingerprint of an earlier call: no new result. An input of zeros would match any
+   fingerprint, so such a call is always judged.
+5. It draws in eval, and the numbers may change the output: always on. See `judge_eval.py`.
+6. Else its training forward is judged, by `judge_training.py`. A mask on zeros has no effect, so
    a. if the input is all zeros, random inputs are used;
    b. if the result is inconclusive and some weights are all zeros, a second attempt is made with
       random weights.
 
-If the module raises in steps 4 to 12, it does not run without the network around it: always on if
-it draws in eval, else inconclusive.
+If the module raises in steps 4 to 6, it does not run without the network around it: always on if it
+draws in eval, else inconclusive.
 """
 
 from __future__ import annotations
@@ -39,22 +38,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from evalmode.export.audit.by_tape import Fingerprint, read_tapes, run_on_tape
-from evalmode.export.audit.call import ZERO, CallKind
+from evalmode.export.audit.by_tape import Fingerprint
+from evalmode.export.audit.call import ZERO, CallSignature
+from evalmode.export.audit.call_audit import CallAudit, CallResult
 from evalmode.export.audit.find_sites import PossibleSite
 from evalmode.export.audit.isolated_site import IsolatedSite, random_zero_weights
-from evalmode.export.audit.judge_training import CallAudit, CallResult, judge_training
-from evalmode.export.audit.masks import kept_value
-from evalmode.export.audit.site import Figures, Kind, Outcome, SiteReport, Unclear
+from evalmode.export.audit.judge_eval import ignores_eval_draws, report_always_on
+from evalmode.export.audit.judge_training import judge_training
+from evalmode.export.audit.site import Kind, SiteReport
 from evalmode.export.audit.verdicts import report_site
 from evalmode.export.module.network import Network
-
-# Eval forwards that must be equal before draws in eval count as unused.
-_EVAL_FORWARDS = 4
-# Forwards that estimate the keep rate of a mask that is always on. No verdict rests on it.
-_ALWAYS_ON_FORWARDS = 32
 
 
 def judge(
@@ -65,9 +58,11 @@ def judge(
     alpha: float,
     draws: int | None,
 ) -> list[SiteReport]:
-    """The reports on one of `possible_sites`, each of its calls tested at level `alpha`.
+    """The reports on one of `possible_sites`.
 
-    `network` is a working copy. `draws` fixes the training forwards of each test; None sizes them.
+    network     a working copy of the network: its modules are run and switched
+    alpha       the level of the tests of one call
+    draws       training forwards of each test; None: as many as the test needs
     """
     # 1. Off.
     is_random = bool(possible_site.training_draws or possible_site.eval_draws)
@@ -78,15 +73,15 @@ def judge(
     if not possible_site.calls:
         return [_report_unreached(possible_site, possible_sites)]
 
-    # 3. Each captured call. Of these modules, the ones inside the site stay in eval: each is judged
-    # by itself, and its noise would count as that of the site.
+    # 3. Each captured call. `IsolatedSite` keeps the random modules inside the site in eval: each
+    # is a possible site itself, and its noise would count as that of this one.
     random_modules = [
         network.parts[other.path]
         for other in possible_sites
         if other.training_draws or other.eval_draws
     ]
     numbered_results: list[tuple[int, CallResult]] = []
-    fingerprints: dict[CallKind, Fingerprint] = {}
+    fingerprints: dict[CallSignature, Fingerprint] = {}
     for captured in possible_site.calls:
         site = IsolatedSite(
             network,
@@ -97,13 +92,13 @@ def judge(
         )
         audit = CallAudit(possible_site=possible_site, site=site, alpha=alpha, draws=draws)
         with site.isolated():
-            result = _judge_call(audit, fingerprints.get(captured.kind))
+            result = _judge_call(audit, fingerprints.get(captured.signature))
         if result is None:
             continue
         numbered_results.append((captured.number, result))
-        # A kind has one fingerprint: that of its first call that has any.
-        if result.fingerprint is not None:
-            fingerprints.setdefault(captured.kind, result.fingerprint)
+        # Later calls are compared with the first one of their signature that has a fingerprint.
+        if result.fingerprint is not None and captured.signature not in fingerprints:
+            fingerprints[captured.signature] = result.fingerprint
     return _distinct_reports(numbered_results)
 
 
@@ -114,16 +109,16 @@ def _distinct_reports(numbered_results: Sequence[tuple[int, CallResult]]) -> lis
     later ones that of the call which differs.
     """
     reports: list[SiteReport] = []
-    earlier_verdicts: list[dict[str, Kind]] = []
+    earlier_kinds: list[dict[str, Kind]] = []
     for call_number, result in numbered_results:
-        verdict = result.kind_by_source()
-        if verdict in earlier_verdicts:
+        kinds = result.kind_by_source()
+        if kinds in earlier_kinds:
             continue
-        if earlier_verdicts:
+        if earlier_kinds:
             reports += [replace(report, call=call_number) for report in result.reports]
         else:
             reports += result.reports
-        earlier_verdicts.append(verdict)
+        earlier_kinds.append(kinds)
     return reports
 
 
@@ -151,22 +146,22 @@ def _report_unreached(
 def _judge_call(audit: CallAudit, fingerprint: Fingerprint | None) -> CallResult | None:
     """Steps 4 to 6: the result for one call. Runs inside of `site.isolated()`.
 
-    None where the call matches `fingerprint`, that of an earlier call of its kind.
+    None where the call matches `fingerprint`, that of an earlier call of its signature.
     """
     site, possible_site = audit.site, audit.possible_site
     try:
-        # 4. It behaves like an earlier call. 0 times any scale is 0, so a call on zeros would match
-        # every fingerprint.
-        is_zero = site.call.why_unmeasurable() == ZERO
-        if fingerprint is not None and not is_zero and fingerprint.matches(site):
+        # 4. It matches an earlier call. A call on zeros would match every fingerprint: its output
+        # is zero in both modes, whatever mask and scale the site applies.
+        is_all_zeros = site.call.why_unmeasurable() == ZERO
+        if fingerprint is not None and not is_all_zeros and fingerprint.matches(site):
             return None
 
         # 5. Random in eval.
-        if possible_site.eval_draws and not _ignores_eval_draws(audit):
-            return CallResult([_report_always_on(audit)])
+        if possible_site.eval_draws and not ignores_eval_draws(audit):
+            return CallResult([report_always_on(audit)])
 
         # 6a. An input of zeros would hide every mask.
-        if is_zero:
+        if is_all_zeros:
             with site.random_inputs():
                 on_random_inputs = judge_training(audit)
             return _note_random_values(on_random_inputs, "its input is zero everywhere")
@@ -200,72 +195,3 @@ def _note_random_values(result: CallResult, reason: str) -> CallResult:
     note = f"(measured with random values, because {reason})"
     reports = [replace(report, sentence=f"{report.sentence} {note}") for report in result.reports]
     return replace(result, reports=reports, fingerprint=None)
-
-
-def _ignores_eval_draws(audit: CallAudit) -> bool:
-    """Whether eval draws numbers from torch and does not use them.
-
-    LayerDrop is often written like this: it draws first, and then looks at the mode.
-    """
-    site, possible_site = audit.site, audit.possible_site
-    # If it draws only in eval, the numbers are meant for eval.
-    if not possible_site.training_draws:
-        return False
-    # A tape does not see the numbers of Python's and NumPy's generators.
-    if any(draw.by_host for draw in possible_site.eval_draws):
-        return False
-
-    expected = site.run(training=False)
-    for _ in range(_EVAL_FORWARDS):
-        run = run_on_tape(site, frozenset(), training=False)
-        reading = run.reading
-        # Without a draw on the tape, nothing shows that the numbers are unused.
-        if reading.draws == 0:
-            return False
-        # A number that may choose the path, or that reaches the data, is used.
-        if reading.may_choose_path or reading.reaches_data:
-            return False
-        # They may change the output in a way that the tape does not see.
-        for tensor, expected_tensor in zip(run.outputs, expected, strict=True):
-            if not torch.equal(tensor, expected_tensor):
-                return False
-    return True
-
-
-def _report_always_on(audit: CallAudit) -> SiteReport:
-    """The report on a site that is random in eval, which is an error whatever its mean is."""
-    # Eval first: users get this mask. Where a tape cannot follow it, training may show one.
-    report = _report_always_on_mask(audit, training=False)
-    if report is None:
-        report = _report_always_on_mask(audit, training=True)
-    if report is None:
-        report = report_site(audit.possible_site, Kind.ALWAYS_ON)
-    return report
-
-
-def _report_always_on_mask(audit: CallAudit, *, training: bool) -> SiteReport | None:
-    """The report with the keep rate and the scale of the mask that the site applies in this mode.
-
-    None unless the noise is a single mask that a tape can follow.
-    """
-    tapes = read_tapes(audit.site, training=training)
-    if isinstance(tapes, Unclear) or len(tapes.readings[0].applications) != 1:
-        return None
-
-    noises = []
-    for _ in range(_ALWAYS_ON_FORWARDS):
-        run = run_on_tape(audit.site, tapes.random_non_torch, training=training)
-        noises.append(run.reading.applications[0].noise)
-    noise = torch.stack(noises)  # (forwards, *mask)
-    train_scale = kept_value(noise, rounding=1e-2)
-    if train_scale is None:
-        return None
-
-    figures = Figures(
-        outcome=Outcome.UNSURE,  # no gap is tested: the site is wrong with and without one
-        forward_count=_ALWAYS_ON_FORWARDS,
-        keep_rate=float((noise != 0).to(torch.float64).mean()),
-    )
-    return report_site(
-        audit.possible_site, Kind.ALWAYS_ON, figures=figures, train_scale=train_scale
-    )

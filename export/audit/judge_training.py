@@ -1,6 +1,6 @@
 """The result for the training forward of one call, in steps 7 to 12.
 
-`judge.py` has steps 1 to 6, and explains a site, its noise, a call and a fingerprint. In addition:
+`judge.py` has steps 1 to 6, and explains a signature and a fingerprint. In addition:
 
 * A *tape* records one forward, operator by operator. It finds where noise is applied to data, reads
   the noise, and can run the forward with a constant in place of the noise.
@@ -41,7 +41,7 @@ Measured noise gets its kind from `verdicts.name_kind`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -52,13 +52,12 @@ from evalmode.export.audit.balance import SCALE_HIDDEN
 from evalmode.export.audit.by_output import OutputObserver
 from evalmode.export.audit.by_tape import (
     TAPE_ERRORS,
-    Fingerprint,
     PathChanged,
     TapeObserver,
     run_on_tape,
 )
 from evalmode.export.audit.call import carry_values
-from evalmode.export.audit.find_sites import PossibleSite
+from evalmode.export.audit.call_audit import CallAudit, CallResult
 from evalmode.export.audit.isolated_site import IsolatedSite
 from evalmode.export.audit.masks import kept_value
 from evalmode.export.audit.measure import measure
@@ -80,40 +79,6 @@ _REPEATS = 16
 # 0.2 of the rate for a single layer, and closer for several.
 _SKIP_FORWARDS = 128
 _REACH_FIX = "give samples that reach it"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallAudit:
-    """One call to judge, and how strictly. `site` repeats the call of `possible_site`.
-
-    `alpha` is the level of one test of the call. `draws` fixes the training forwards of each test;
-    None sizes them.
-    """
-
-    possible_site: PossibleSite
-    site: IsolatedSite
-    alpha: float
-    draws: int | None
-
-
-@dataclass(frozen=True)
-class CallResult:
-    """The reports on one call, one for each source of noise, and the fingerprint of the call.
-
-    `fingerprint` is None where later calls must be judged in full.
-    """
-
-    reports: list[SiteReport]
-    fingerprint: Fingerprint | None = None
-
-    @property
-    def conclusive_count(self) -> int:
-        """The number of reports that are not inconclusive."""
-        return sum(report.kind is not Kind.INCONCLUSIVE for report in self.reports)
-
-    def kind_by_source(self) -> dict[str, Kind]:
-        """The kind of each source of noise. Results that agree in this are reported once."""
-        return {report.source: report.kind for report in self.reports}
 
 
 def judge_training(audit: CallAudit) -> CallResult:

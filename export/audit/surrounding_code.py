@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from evalmode.export.audit import statistics
 from evalmode.export.audit.balance import Balance, NoiseGroup
-from evalmode.export.audit.call import Call, CallKind, read_state, write_state
+from evalmode.export.audit.call import Call, CallSignature, read_state, write_state
 from evalmode.export.audit.code_runner import INPUT, CodeRunner, float_outputs
 from evalmode.export.audit.isolated_site import output_tensors, random_zero_weights
 from evalmode.export.audit.site import Unclear
@@ -35,9 +35,9 @@ from evalmode.export.module.untouched import saved
 
 Sample = Mapping[str, Tensor]
 
-# The calls of one module that are compared, and those of one kind among them.
+# The calls of one module that are compared, and those of one signature among them.
 _MOST_CALLS = 8
-_CALLS_PER_KIND = 2
+_CALLS_PER_SIGNATURE = 2
 # The direct calls of one module whose factor is searched: each search costs up to forty forwards.
 _MOST_PARTS = 16
 
@@ -84,16 +84,16 @@ class _Record:
     """
 
     calls: list[_RecordedCall] = field(default_factory=list)
-    kinds: list[CallKind] = field(default_factory=list)
+    signatures: list[CallSignature] = field(default_factory=list)
     unlike_count: int = 0
     call_count: int = 0
 
-    def admit(self, kind: CallKind) -> bool:
-        """Count a call of this kind, and decide whether it is recorded."""
+    def admit(self, signature: CallSignature) -> bool:
+        """Count a call of this signature, and decide whether it is recorded."""
         self.call_count += 1
         if len(self.calls) < _MOST_CALLS:
-            return self.kinds.count(kind) < _CALLS_PER_KIND
-        if kind.arguments not in {other.arguments for other in self.kinds}:
+            return self.signatures.count(signature) < _CALLS_PER_SIGNATURE
+        if signature.arguments not in {other.arguments for other in self.signatures}:
             self.unlike_count += 1
         return False
 
@@ -165,21 +165,21 @@ def _record_calls(
         inside = Network.of(part).parts
         record = records[path]
         # A stack, as a module may call itself. None: a call that is not recorded.
-        open_calls: list[tuple[CallKind, Call] | None] = []
+        open_calls: list[tuple[CallSignature, Call] | None] = []
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             state = read_state(inside)
-            kind = CallKind.of(args, kwargs, state)
-            if record.admit(kind):
-                open_calls.append((kind, Call.of(args, kwargs, state)))
+            signature = CallSignature.of(args, kwargs, state)
+            if record.admit(signature):
+                open_calls.append((signature, Call.of(args, kwargs, state)))
             else:
                 open_calls.append(None)
 
         def leave(_module: nn.Module, _args: object, output: object) -> None:
             opened = open_calls.pop()
             if opened is not None:
-                kind, call = opened
-                record.kinds.append(kind)
+                signature, call = opened
+                record.signatures.append(signature)
                 outputs = [tensor.clone() for tensor in float_outputs(output)]
                 record.calls.append(_RecordedCall(call, outputs))
 

@@ -30,8 +30,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from evalmode.export.exact.call import Call
 from evalmode.export.exact.integer_tables import IntegerTable, integer_table, written_table
+from evalmode.export.exact.limits import Limits
 from evalmode.export.exact.prove import prove
-from evalmode.export.exact.statements import Limits
 from evalmode.export.exact.values import FLOAT32, NotExact, significands
 from evalmode.export.graph import graph_of
 

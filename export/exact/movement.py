@@ -10,7 +10,8 @@ from onnx import numpy_helper
 
 from evalmode.export.exact.arithmetic import dtype_of
 from evalmode.export.exact.call import Call
-from evalmode.export.exact.shapes import Outline, cuts, pads, permutation, split_sizes
+from evalmode.export.exact.moved_shapes import cuts, pads, permutation, split_sizes
+from evalmode.export.exact.outline import Outline
 from evalmode.export.exact.values import (
     FLOAT32,
     MOST_CHANNELS,

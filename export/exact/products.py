@@ -18,7 +18,8 @@ from evalmode.export.exact.arithmetic import (
     may_give_negative_zero,
 )
 from evalmode.export.exact.call import Call
-from evalmode.export.exact.shapes import Outline, equation, largest_size
+from evalmode.export.exact.outline import Outline, largest_size
+from evalmode.export.exact.shapes import equation
 from evalmode.export.exact.values import (
     COARSEST,
     FLOAT32,

@@ -1,6 +1,6 @@
 """Walk a graph and decide whether anything in it rounds.
 
-1. Inputs and stored tensors get their bounds. Nothing is known of a float input.
+1. Inputs and stored tensors get their bounds. Nothing is known of a float input without a range.
 2. Each node, in the order in which nodes run, gets outlines of its outputs (`shapes`). If all its
    inputs have bounds, so have its outputs (`operators`), or there is a reason why not.
 3. What is computed from a tensor without bounds has none either, and adds no reason.
@@ -11,6 +11,7 @@ A call of a function has the outputs of the function's nodes, and an If those of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,13 +23,15 @@ from evalmode.bundle.certificate import Reason
 from evalmode.errors import EvalmodeError
 from evalmode.export.exact import movement
 from evalmode.export.exact.call import Call
+from evalmode.export.exact.limits import FloatRange, Range
 from evalmode.export.exact.operators import (
     FOLDABLE,
     OPERATORS,
     SHAPE_READERS,
     why_not_followed,
 )
-from evalmode.export.exact.shapes import MALFORMED, Outline, outlines
+from evalmode.export.exact.outline import Outline
+from evalmode.export.exact.shapes import MALFORMED, outlines
 from evalmode.export.exact.values import (
     BOOL,
     FLOAT32,
@@ -103,14 +106,15 @@ class Proof:
 def prove(
     graph: Graph,
     *,
-    ranges: Mapping[str, tuple[int, int]] | None = None,
+    ranges: Mapping[str, Range] | None = None,
     largest: Mapping[str, int] | None = None,
 ) -> Proof:
     """Whether nothing in the graph rounds, whatever the caller sends within these limits.
 
-    `ranges` are the smallest and the largest integer of inputs, by name; without one an input may
-    hold any number of its type. `largest` are the largest sizes of axes that vary: by the name that
-    the graph gives them, or as "input:axis". Each such axis has at least one element.
+    `ranges` are the smallest and the largest integer of inputs by name, or a FloatRange for float32
+    inputs. Without one an input may hold any number of its type. `largest` are the largest sizes of
+    axes that vary: by the name that the graph gives them, or as "input:axis". Each such axis has at
+    least one element.
 
     Raises EvalmodeError for a name that is not in the graph.
 
@@ -128,9 +132,7 @@ def prove(
 class _Walk:
     """The state of one walk: what is known of each tensor, and the reasons so far."""
 
-    def __init__(
-        self, graph: Graph, ranges: dict[str, tuple[int, int]], largest: dict[str, int]
-    ) -> None:
+    def __init__(self, graph: Graph, ranges: dict[str, Range], largest: dict[str, int]) -> None:
         self._graph = graph
         self._reasons: list[Reason] = []
         self._calls: list[Call] = []
@@ -165,7 +167,7 @@ class _Walk:
     def _input(
         self,
         value: onnx.ValueInfoProto,
-        ranges: dict[str, tuple[int, int]],
+        ranges: dict[str, Range],
         largest: dict[str, int],
     ) -> Tensor:
         """What is known of an input before anyone calls the model."""
@@ -182,10 +184,13 @@ class _Walk:
                 shape.append(Extent(1, limit, symbol=symbol, label=label))
         has_shape = tensor_type.HasField("shape")
         bounds: Bounds | None = None
-        if dtype is not None and (dtype == BOOL or dtype.kind in "iu"):
+        limits = ranges.get(value.name)
+        if dtype == FLOAT32 and isinstance(limits, FloatRange):
+            bounds = limits.bounds
+        elif dtype is not None and (dtype == BOOL or dtype.kind in "iu"):
             bounds = type_bounds(dtype)
-            if value.name in ranges:
-                low, high = ranges[value.name]
+            if limits is not None:
+                low, high = _integers_within(limits)
                 if low > high:
                     raise EvalmodeError(f"the range of {value.name} is empty: {low} to {high}")
                 bounds = integer_bounds(
@@ -259,6 +264,8 @@ class _Walk:
                 name = call.at.node.input[index]
                 kind = "a type that is not followed" if tensor.dtype is None else tensor.dtype.name
                 why = f"it reads {name!r}, which comes from outside as {kind} with any values"
+                if tensor.dtype == FLOAT32:
+                    why += f": give them with --range {name}=LOW:HIGH/STEP"
                 return self._lost(call.at.path, call.at.op, why)
         raise AssertionError("only a node with such an input has this reason")
 
@@ -447,6 +454,13 @@ class _Walk:
             if not at.scope.path:
                 return at.scope
         return None
+
+
+def _integers_within(limits: Range) -> tuple[int, int]:
+    """The smallest and the largest integer of a range."""
+    if isinstance(limits, FloatRange):
+        return math.ceil(limits.low), math.floor(limits.high)
+    return limits
 
 
 def _constant(array: Array) -> Tensor:

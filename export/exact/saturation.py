@@ -46,11 +46,11 @@ def saturating_products(graph: Graph, proof: Proof) -> tuple[int, tuple[Reason, 
     What the proof knows of the left operand counts; else it may be any byte.
     """
     followed = {id(call.at.node): call for call in proof.calls}
-    quantises = any(at.node.op_type == "QuantizeLinear" for at in graph.nodes)
+    quantises = any(_makes_bytes_of_activations(at) for at in graph.nodes)
     count, reasons = 0, []
     for at in graph.nodes:
         places = _PRODUCTS.get((at.domain, at.node.op_type))
-        # Between a QuantizeLinear and a DequantizeLinear a runtime makes integer products.
+        # Between these a runtime makes integer products: MatMulIntegerToFloat and QLinearMatMul.
         is_weight_of_a_pair = (
             at.domain == "" and at.node.op_type == "DequantizeLinear" and quantises
         )
@@ -80,6 +80,15 @@ def saturating_products(graph: Graph, proof: Proof) -> tuple[int, tuple[Reason, 
             )
             reasons.append(Reason(node=at.path, op=at.op, why=why))
     return count, tuple(reasons)
+
+
+def _makes_bytes_of_activations(at: NodeAt) -> bool:
+    """Whether it is a QuantizeLinear, or a DequantizeLinear of what is computed or comes from
+    outside.
+    """
+    if at.domain or at.node.op_type != "DequantizeLinear":
+        return at.node.op_type == "QuantizeLinear"
+    return not isinstance(at.scope.argument(at.node, 0), Initializer)
 
 
 def _stored_bytes(at: NodeAt, index: int) -> npt.NDArray[Any] | None:

@@ -5,17 +5,13 @@ A statement stands beside the verdicts and fails nothing, unless a user requires
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-
 from evalmode.bundle.certificate import (
     EXACT_ARITHMETIC,
     INTEGER_SATURATION,
     Reason,
     Statement,
 )
-from evalmode.bundle.frontend import FrontEndSpec
-from evalmode.bundle.manifest import Manifest
+from evalmode.export.exact.limits import Limits
 from evalmode.export.exact.prove import Proof, prove
 from evalmode.export.exact.saturation import saturating_products
 from evalmode.export.graph import Graph
@@ -25,61 +21,6 @@ _TF32_BITS = 11
 
 # A certificate lists at most so many reasons; the first is the one to look at.
 _MOST_REASONS = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a caller may send: ranges of integer inputs, and largest sizes of axes that vary.
-
-    `prove` describes the names.
-    """
-
-    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    largest: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> Limits:
-        """The limits that a bundle's front end, or the bounds of its inputs, set."""
-        ranges: dict[str, tuple[int, int]] = {}
-        largest: dict[str, int] = {}
-        for tensor in manifest.inputs:
-            for bound in tensor.bounds:
-                if not bound.part and bound.minimum is not None and bound.maximum is not None:
-                    ranges[tensor.name] = (bound.minimum, bound.maximum)
-        limits = cls(ranges=ranges, largest=largest)
-        if manifest.frontend is not None:
-            names = [tensor.name for tensor in manifest.inputs]
-            limits = limits.updated(cls.of_frontend(manifest.frontend, names))
-        return limits
-
-    @classmethod
-    def of_frontend(cls, frontend: FrontEndSpec, names: Iterable[str]) -> Limits:
-        """The limits that a front end sets for inputs of these names, which `collate` makes."""
-        ranges, largest = {}, {}
-        for name in names:
-            # The ids, and a mask where positions have one id each.
-            ranges[name] = (0, 1 if name == "attention_mask" else frontend.vocabulary - 1)
-            largest[f"{name}:1"] = frontend.lengths[-1]
-        return cls(ranges=ranges, largest=largest)
-
-    def updated(self, other: Limits) -> Limits:
-        """These limits, with those of `other` in the place of equal names."""
-        return Limits(
-            ranges={**self.ranges, **other.ranges}, largest={**self.largest, **other.largest}
-        )
-
-    def within(self, graph: Graph) -> Limits:
-        """The limits whose names the graph has."""
-        inputs = graph.proto.graph.input
-        names = {value.name for value in inputs}
-        axes = set()
-        for value in inputs:
-            for index, dim in enumerate(value.type.tensor_type.shape.dim):
-                axes |= {dim.dim_param, f"{value.name}:{index}"}
-        return Limits(
-            ranges={name: limit for name, limit in self.ranges.items() if name in names},
-            largest={name: limit for name, limit in self.largest.items() if name in axes},
-        )
 
 
 def statements_of(graph: Graph, limits: Limits | None = None) -> tuple[Statement, ...]:

@@ -7,7 +7,7 @@ such as `batch` or `length`. Axes with the same name have the same size within o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -25,9 +25,6 @@ Sample: TypeAlias = Mapping[str, Tensor]
 # For each input by name, the axes that vary: the index of the axis and its name. For example,
 # {"input_ids": {0: "batch", 1: "length"}}.
 Axes: TypeAlias = Mapping[str, Mapping[int, str]]
-# A function from a sample to the output tensors by name: a call of a module or of a graph. It may
-# raise any exception for inputs that it cannot read.
-Forward: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
 
 
 def parse_axes(texts: Sequence[str], sample: Sample) -> Axes:
@@ -72,7 +69,7 @@ def parse_axes(texts: Sequence[str], sample: Sample) -> Axes:
 
 
 def sizes_of(sample: Sample, axes: Axes) -> dict[str, int]:
-    """The size of each axis in a sample, by the name of the axis.
+    """The size of each named axis in a sample, by its name.
 
     Raises UnusableInputs where two axes with the same name have different sizes.
 
@@ -80,18 +77,20 @@ def sizes_of(sample: Sample, axes: Axes) -> dict[str, int]:
     >>> sizes_of({"ids": torch.ones(2, 3)}, {"ids": {0: "batch", 1: "length"}})
     {'batch': 2, 'length': 3}
     """
-    # For each name of an axis, its size and the first input that has it.
-    first_seen: dict[str, tuple[int, str]] = {}
+    sizes: dict[str, int] = {}
+    first_inputs: dict[str, str] = {}
     for input_name, names_by_index in axes.items():
         for index, axis_name in names_by_index.items():
             size = sample[input_name].shape[index]
-            first_size, first_input = first_seen.setdefault(axis_name, (size, input_name))
-            if size != first_size:
+            if axis_name not in sizes:
+                sizes[axis_name] = size
+                first_inputs[axis_name] = input_name
+            elif size != sizes[axis_name]:
                 raise UnusableInputs(
-                    f"axis {axis_name!r} is {first_size} in {first_input} and {size} in"
-                    f" {input_name}"
+                    f"axis {axis_name!r} is {sizes[axis_name]} in {first_inputs[axis_name]}"
+                    f" and {size} in {input_name}"
                 )
-    return {axis_name: size for axis_name, (size, _) in first_seen.items()}
+    return sizes
 
 
 def shapes_of(inputs: Mapping[str, Tensor | npt.NDArray[np.generic]]) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from evalmode.export.inputs.axes import BATCH, Axes, Forward, Sample
+from evalmode.export.inputs.axes import BATCH, Axes, Sample
 from evalmode.export.inputs.resize import resized
 
 _LENGTH = "length"
 
 # With up to this many other axes of one size, all sets of them are tried: about 64 for an axis.
 _MOST_COMBINED = 6
+
+# A function from a sample to the output tensors by name: a call of a module or of a graph. It may
+# raise any exception for inputs that it cannot read.
+Forward: TypeAlias = Callable[[Sample], Mapping[str, Tensor]]
 
 # An input, and the index of one of its axes.
 _Axis: TypeAlias = tuple[str, int]

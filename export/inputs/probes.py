@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from evalmode.bundle.known_answers import Tensors
-from evalmode.export.inputs.axes import BATCH, Axes, Forward, Sample, sizes_of
+from evalmode.export.inputs.axes import BATCH, Axes, Sample, sizes_of
 from evalmode.export.inputs.evidence import Companions, Evidence
+from evalmode.export.inputs.find_axes import Forward
 from evalmode.export.inputs.resize import boundary_sizes, keeps_masks, resampled, resized
 
 # Single rows of each length; batch-invariance exchanges every pair of them.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from evalmode.export.inputs.axes import (
     BATCH,
     Axes,
-    Forward,
     Sample,
     parse_axes,
     shapes_of,
@@ -22,7 +21,7 @@ from evalmode.export.inputs.axes import (
 )
 from evalmode.export.inputs.candidate import Candidate
 from evalmode.export.inputs.errors import UnusableInputs
-from evalmode.export.inputs.find_axes import find_axes
+from evalmode.export.inputs.find_axes import Forward, find_axes
 from evalmode.export.inputs.probes import evidence_of
 from evalmode.export.inputs.resize import resized
 from evalmode.export.module.forward import copies_of, plain_forward

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evalmode.errors import EvalmodeError
-from evalmode.export.exact import statements
+from evalmode.export.exact import limits as exact_limits
 
 _MAX_TIME_S, _MAX_MEMORY_MIB = 1_000_000, 1 << 30
 
@@ -45,14 +45,14 @@ class Options:
     with.
 
     `exact` limits what callers may send, for the proof that nothing rounds. A bundle's manifest has
-    limits of its own, which these replace by name.
+    limits of its own, which the service enforces. So they come before these.
     """
 
     excluded: Collection[str] = ()
     samples: Sequence[Mapping[str, Any]] | str | None = None
     module: str | None = None
     limits: Limits = field(default_factory=Limits)
-    exact: statements.Limits = field(default_factory=statements.Limits)
+    exact: exact_limits.Limits = field(default_factory=exact_limits.Limits)
 
 
 DEFAULTS = Options()

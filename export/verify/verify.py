@@ -28,7 +28,8 @@ from evalmode.bundle.certificate import Record, Statement, Verdict, overall
 from evalmode.bundle.manifest import MODEL_FILE
 from evalmode.bundle.store import find_bundle, open_bundle
 from evalmode.errors import EvalmodeError
-from evalmode.export.exact.statements import Limits, statements_of
+from evalmode.export.exact.limits import Limits
+from evalmode.export.exact.statements import statements_of
 from evalmode.export.graph import ModelUnreadable, open_graph, read_graph
 from evalmode.export.rules.registry import RULES, Needs
 from evalmode.export.rules.subject import Subject
@@ -168,13 +169,15 @@ def _verify_bundle(path: Path, options: Options) -> Verified:
     running = [rule for rule in rules if rule.needs is Needs.BUNDLE]
     if running:
         records |= guarded.run_bundle(subject, running, options)
+    # A range that is narrower than the manifest's would prove nothing of what the service accepts.
+    limits = options.exact.updated(Limits.of(bundle.manifest))
     return Verified(
         path=path,
         file=path / MODEL_FILE,
         records=tuple(records[rule.name] for rule in rules if rule.name in records),
         certified=certified,
         excluded=_in_order(options.excluded),
-        statements=statements_of(subject.graph, Limits.of(bundle.manifest).updated(options.exact)),
+        statements=statements_of(subject.graph, limits),
     )
 
 

@@ -17,12 +17,8 @@ graph.
 
 Bounds. A sum of products is exact if the sum of |weight| * largest input, counted in the finest
 unit of the weights, is at most 2^24. `formats.require_exact_sizes` guarantees this for the worst
-weights, up to a width of 1,032 and a feed-forward of 518. `Linear.reach` measures it for the
-weights at hand, which use less. For larger layers:
-
-- `weight_bits=7` doubles every limit.
-- Split the sum: two layers that each read half of the inputs, each floored and clipped by itself,
-  and their results added. The sum of two 8-bit results has 9 bits.
+weights, and `Linear.reach` measures it for the weights at hand, which use less. The package's
+docstring has the formulas, a network of these layers, and what to do for larger ones.
 
 Classic dropout multiplies by 1 - p in eval mode, which no power of two can express. So the layer
 beside it has the factor in its weights before they are rounded: `input_keep` and `output_keep`. In
@@ -411,6 +407,19 @@ class Pooling(nn.Module):
         inverse = F.embedding(real.sum(-1).int(), self.inverse_counts)  # (B, 1, 1)
         total = real @ x  # (B, 1, D)
         return floor_clip(total * inverse, self.writes, training=self.training)
+
+
+def freeze(network: nn.Module) -> None:
+    """Freeze every layer of a network in eval mode, in place. Its outputs keep every bit.
+
+    The network cannot train any more. Raises ValueError where a sum of these weights could need
+    more than 24 bits. What a network adds up by itself, such as a residual stream, is not checked.
+    """
+    for module in network.modules():
+        if isinstance(module, Linear | Embedding):
+            module.freeze()
+        elif isinstance(module, ClassicDropout):
+            module.folded = True
 
 
 def require_eval(layer: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evalmode.model.config import TransformerConfig
-from evalmode.model.dropout import ClassicDropout, new_dropout
+from evalmode.model.dropout import new_dropout
 from evalmode.model.exact.formats import (
     HIDDEN,
     LARGEST,
@@ -29,6 +29,7 @@ from evalmode.model.exact.layers import (
     Pooling,
     RmsNorm,
     dropped,
+    freeze,
     keep_of,
 )
 from evalmode.model.initial_weights import initialise
@@ -187,8 +188,4 @@ class ExactTransformer(nn.Module):
                 f" {LARGEST:,}: train with fewer layers, a smaller feed-forward or a higher"
                 " weight decay"
             )
-        for module in self.modules():
-            if isinstance(module, Linear | Embedding):
-                module.freeze()
-            elif isinstance(module, ClassicDropout):
-                module.folded = True
+        freeze(self)

@@ -4,6 +4,9 @@ All state that threads and callers share is here, under one lock. A request ente
 all. It leaves when all its rows have run, at its deadline, when its caller is gone, or when one of
 its rows fails.
 
+Inside the queue a request is a `Ticket`. Each of its rows is an `Entry`. A `Bucket` names the rows
+that may share a batch, and the rows of a ticket in one bucket are a `Part`.
+
 A free thread chooses its work in this order:
 
 1. It runs a batch, if rows wait. The batch has the bucket of the most urgent row, and is filled
@@ -87,13 +90,16 @@ class Queue:
         now = self._clock()
         deadline = math.inf if timeout_s is None else now + timeout_s
         ticket = Ticket(len(jobs), arrived=now, deadline=deadline, caller=caller)
+
+        # Group the rows by bucket. The urgency of a part is its deadline, or its patience if that
+        # ends earlier; the sequence decides between equals.
         entries: dict[Bucket, list[Entry]] = {}
         for position, (bucket, row) in enumerate(jobs):
             entries.setdefault(bucket, []).append(Entry(ticket, position, row, row.nbytes))
         order = (min(deadline, now + self._limits.patience_s), next(self._sequence))
         parts = [Part(bucket, rows, order=order, ticket=ticket) for bucket, rows in entries.items()]
-        row_counts = [(part.bucket, part.row_count) for part in parts]
         nbytes = sum(part.nbytes for part in parts)
+        row_counts = [(part.bucket, part.row_count) for part in parts]
 
         # Not `timeout_s <= 0`: a timeout that is NaN must be refused too.
         if timeout_s is not None and not timeout_s > 0:
@@ -123,8 +129,9 @@ class Queue:
 
     def drop(self, ticket: Ticket, reason: Reason, failure: RequestError | None) -> None:
         """Remove a request, unless it is done already."""
-        # Check before locking: the garbage collector may close a coroutine of a dead event loop on
-        # a thread that holds the lock already, which would deadlock. Its ticket is done by then.
+        # Without the lock first. When an event loop is closed, the garbage collector ends its
+        # coroutines at some later allocation, perhaps on a thread that holds this lock: it would
+        # wait for itself. The tickets of such coroutines are done.
         if ticket.done:
             return
         with self._lock:
@@ -134,35 +141,36 @@ class Queue:
         self._wake_and_report(dropped=[(ticket, reason)])
 
     def next_work(self) -> Batch | PendingProof | None:
-        """Wait for the next work of the calling thread and return it. None ends the thread.
-
-        Each round of the loop takes work, or waits for a change. Tickets that are past their
-        deadline are found on the way: their callers are woken before the next round.
-        """
-        thread = threading.get_ident()
-        with self._lock:
-            # A thread that asks for work has ended its last work.
-            self._running.pop(thread, None)
-            if self._proving == thread:
-                self._proving = None
+        """Wait for the next work of the calling thread and return it. None ends the thread."""
+        self._end_last_work()
         while True:
             with self._lock:
                 work = self._take_work_locked()
-                if work is None and not self._expired:
+                # Tickets past their deadline, which `_take_work_locked` removed on its way.
+                expired, self._expired = self._expired, []
+                if work is None and not expired:
                     if self._closed:
                         return None
                     self._work_changed.wait()
-                expired, self._expired = self._expired, []
+                    continue
+
+            # Without the lock: first the callers that can go on, then the work. If there are only
+            # expired tickets, the loop looks for work again.
             if expired:
                 self._wake_and_report(dropped=expired)
-                # This frees the tickets, with their rows and callers. Otherwise the local variable
-                # would keep them in memory while the thread waits.
-                expired.clear()
             if isinstance(work, Batch):
                 # Its rows have left the queue, so there is room for others.
                 self._wake_next_caller()
             if work is not None:
                 return work
+
+    def _end_last_work(self) -> None:
+        """The calling thread is free: a thread that asks for work has ended its last work."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._running.pop(thread, None)
+            if self._proving == thread:
+                self._proving = None
 
     def restart_run(self, ticket: Ticket) -> bool:
         """Begin to run a row of a failed batch again. False if its request is done already."""
@@ -201,8 +209,8 @@ class Queue:
     async def wait_for_room(self, *, rows: int, nbytes: int) -> None:
         """Return when a request of this size would be admitted. Nothing is reserved.
 
-        Callers wait in a line. When there is room, the first one is woken and has the turn: it may
-        `admit` its rows. The turn ends after its step of the event loop, and the next one is woken.
+        Callers wait in a line. When there is room, the first one is woken and has the turn: it
+        calls `admit` before its next `await`. Then the next caller is woken.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
@@ -214,10 +222,10 @@ class Queue:
         try:
             await future
         finally:
-            # Never take the lock for a closed loop: as in `drop`, the garbage collector may run
-            # this while this thread holds it. `next_caller` skips the callers of closed loops.
+            # The turn ends once the caller has run up to its next `await`. In a closed loop the
+            # garbage collector may run this, as in `drop`, so no lock is taken: `next_caller` skips
+            # the callers of closed loops.
             if not loop.is_closed():
-                # After the step of the loop that resumes the caller.
                 loop.call_soon(self._end_turn, future)
         # The queue may have been closed meanwhile.
         with self._lock:

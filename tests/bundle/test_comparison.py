@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from evalmode.bundle.comparison import Setting, compare, rows_of, settings_for
+from evalmode.bundle.comparison import (
+    OTHER_ROUNDINGS,
+    Setting,
+    compare,
+    rows_of,
+    settings_for,
+)
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.store import open_bundle
 from tests.service.bundles import SPEC, TEXTS, make_bundle, onnx_model, tensor_bundle, tiny_model
@@ -135,3 +141,20 @@ def test_a_setting_says_what_differs_from_the_reference() -> None:
     assert str(Setting(optimisation="off", threads=2)) == "optimisation off, 2 threads"
     assert str(Setting(provider="cuda", batch_rows=32)) == "cuda, batches of 32"
     assert str(Setting(padding="none", rounding="up")) == "no padding, rounding up"
+
+
+def test_rounding_down_makes_a_negative_zero_and_no_other_number_of_exact_integers(
+    tmp_path: Path,
+) -> None:
+    model = onnx_model(
+        [helper.make_node("Sub", ["x", "x"], ["y"])],
+        inputs=[helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
+        outputs=[helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 64])],
+        weights={},
+    )
+    bundle = open_bundle(tensor_bundle(tmp_path, model=model, known_inputs=integer_rows(40)))
+    settings = [Setting(rounding=mode) for mode in OTHER_ROUNDINGS]
+    comparisons = compare(bundle, rows_of(bundle, count=40), settings)
+    differing = {comparison.setting.rounding: comparison.differing for comparison in comparisons}
+    assert differing == {mode: 40 if mode == "down" else 0 for mode in OTHER_ROUNDINGS}
+    assert {comparison.largest for comparison in comparisons} == {0.0}

@@ -67,20 +67,39 @@ def test_a_missing_provider_is_refused_after_the_table(bundle: Path) -> None:
     assert "a second run" in process.stdout
 
 
-def test_texts_are_read_from_a_file_of_lines_or_of_json(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text("one\ntwo\nthree\n")
-    (tmp_path / "texts.jsonl").write_text('"one"\n\n{"text": "two", "id": 7}\n')
-    for name, count in (("texts.txt", 3), ("texts.jsonl", 2)):
+def test_texts_are_read_as_predict_reads_them(bundle: Path, tmp_path: Path) -> None:
+    lines = b'\xef\xbb\xbf"one"\n\n{"text": "two", "id": 7}\n'
+    for name, content, count in (
+        ("texts.txt", b"one\n\nthree\n", 3),
+        ("texts.jsonl", lines, 2),
+        ("texts.log", lines, 2),
+        ("texts", lines, 2),
+    ):
+        (tmp_path / name).write_bytes(content)
         process = compare(bundle, "--texts", str(tmp_path / name), "--json")
         assert process.returncode == 0, process.stderr
         assert json.loads(process.stdout)["comparisons"][0]["rows"] == count
 
 
+def test_texts_come_from_stdin_and_no_more_than_the_rows(bundle: Path) -> None:
+    process = subprocess.run(
+        [EVALMODE, "compare", str(bundle), "--rows=2", "--texts=-", "--json"],
+        input='"one"\n"two"\nnothing\n',
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["comparisons"][0]["rows"] == 2
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('"one"\n{\n', "line 2 is not JSON"),
-        ('{"words": "one"}\n', 'line 1 must be a string or an object with "text"'),
+        ('"one"\n{\n', "text 2 cannot be read: the line is not valid JSON"),
+        ('\n{"words": "one"}\n', "text 1 cannot be read: words is not a field of a line"),
+        ("\n", "has no texts"),
     ],
 )
 def test_a_line_that_is_no_text_is_named(
@@ -89,10 +108,11 @@ def test_a_line_that_is_no_text_is_named(
     (tmp_path / "texts.jsonl").write_text(content)
     process = compare(bundle, "--texts", str(tmp_path / "texts.jsonl"))
     assert process.returncode == 2
-    assert sentence in process.stderr
+    assert sentence in " ".join(process.stderr.split())
 
 
 def test_a_file_that_is_missing_is_named(bundle: Path, tmp_path: Path) -> None:
     process = compare(bundle, "--texts", str(tmp_path / "nothing.txt"))
     assert process.returncode == 2
+    assert "--texts" in process.stderr
     assert "nothing.txt cannot be read: No such file" in process.stderr

@@ -174,10 +174,14 @@ def test_a_read_only_disk_is_refused_before_any_work(tmp_path: Path) -> None:
         assert "no training can be written to disk/run: disk may not be written to" in refused
 
 
+@pytest.mark.parametrize("mode", ["", "--resume", "--overwrite"])
 @pytest.mark.parametrize("out", ["/proc/x", "file/x", "n" * 300])
-def test_an_unusable_out_folder_is_one_sentence(data: Path, tmp_path: Path, out: str) -> None:
+def test_an_unusable_out_folder_is_one_sentence(
+    data: Path, tmp_path: Path, out: str, mode: str
+) -> None:
     (tmp_path / "file").touch()
-    refused = refusal(evalmode("train", "--data", data, *SMALL, "--out", out, cwd=tmp_path))
+    flags = [mode] if mode else []
+    refused = refusal(evalmode("train", "--data", data, *SMALL, "--out", out, *flags, cwd=tmp_path))
     assert f"no training can be written to {out}" in refused
     assert refused.endswith(": choose another --out\n")
     assert {path.name for path in tmp_path.iterdir()} == {"file"}

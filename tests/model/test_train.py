@@ -27,8 +27,9 @@ from evalmode.model.data_set import DataSet
 from evalmode.model.languages import letterless
 from evalmode.model.learner import Learner
 from evalmode.model.metrics import predict
+from evalmode.model.preparation import prepare
 from evalmode.model.resume import STATE_FILE, STATE_FOLDER, AtomicCheckpointIO, RunMismatch
-from evalmode.model.train import Result, fit, prepare
+from evalmode.model.train import Result, fit
 from tests.model.conftest import (
     WORDS,
     Killed,

@@ -18,7 +18,8 @@ from evalmode.errors import EvalmodeError
 from evalmode.export.convert import convert
 from evalmode.export.exact.integer_kernels import with_integer_kernels
 from evalmode.export.exact.lean_graph import lean_graph
-from evalmode.export.exact.statements import Limits, statements_of
+from evalmode.export.exact.limits import Limits
+from evalmode.export.exact.statements import statements_of
 from evalmode.export.from_checkpoint import release_checkpoint
 from evalmode.export.graph import graph_of
 from evalmode.model.exact.network import ExactTransformer

@@ -345,6 +345,29 @@ def test_a_split_has_the_channels_of_each_part() -> None:
     assert bounds_of(proof, "z")[2] == [20.0, 30.0, 40.0]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "attributes"),
+    [([1, 1], {}), ([5, -1], {}), (None, {"num_outputs": 3}), (None, {"num_outputs": 8})],
+)
+def test_a_split_that_does_not_cover_its_axis_is_refused(
+    sizes: Any, attributes: dict[str, int]
+) -> None:
+    split = node("Split", ["x", "sizes"] if sizes else ["x"], axis=-1, **attributes)
+    constants = {"sizes": sizes} if sizes else {}
+    assert "it splits 4 elements into" in str(proof_of(split, x=CHANNELS, **constants))
+
+
+@pytest.mark.parametrize(
+    ("op", "proved"), [("ReduceSum", True), ("ReduceSumSquare", False), ("ReduceL1", False)]
+)
+def test_a_reduction_of_no_axis_is_followed_only_where_all_opsets_mean_the_same(
+    op: str, proved: bool
+) -> None:
+    proof = proof_of(node(op, ["x"], noop_with_empty_axes=1), x=CHANNELS)
+    assert proof.proved == proved
+    assert proved or "reduces no axis" in str(proof)
+
+
 def test_shapes_that_are_computed_are_followed() -> None:
     proto = model(
         [
@@ -429,17 +452,35 @@ def test_an_integer_product_is_summed_in_int32() -> None:
     assert bounds_of(proof, "sums")[1:] == ([-381.0], [254.0])
 
 
-def test_stored_integers_with_a_power_of_two_as_scale_are_dequantized_exactly() -> None:
-    def dequantized(scale: Any) -> Proof:
-        return proof_of(
-            node("Gather", ["t", "ids"], "rows"),
-            node("DequantizeLinear", ["rows", "scale"]),
-            t=np.int8([[1, -2], [3, 4], [5, 6], [7, 8]]),
-            scale=F32(scale),
-        )
-
-    assert bounds_of(dequantized(0.125))[1:] == (-0.25, 1.0)
-    assert not dequantized(0.1).proved
+@pytest.mark.parametrize(
+    ("op", "inputs", "domain", "why"),
+    [
+        ("DequantizeLinear", ["bytes", "scale"], "", "runtimes quantise anew what stands beside"),
+        ("QuantizeLinear", ["x", "scale"], "", "it rounds, and runtimes make one of two"),
+        ("DynamicQuantizeLinear", ["x"], "", "its results round"),
+        ("QLinearMatMul", ["bytes", *"szwszsz"], "", "its results round"),
+        ("QLinearConv", ["bytes", *"szwszsz"], "", "its results round"),
+        ("ConvInteger", ["bytes", "w"], "", "the proof does not follow this operator"),
+        ("MatMulIntegerToFloat", ["bytes", *"wss"], "com.microsoft", "of com.microsoft are not"),
+        ("DynamicQuantizeMatMul", ["x", *"ws"], "com.microsoft", "of com.microsoft are not"),
+        ("MatMulNBits", ["x", *"ws"], "com.microsoft", "of com.microsoft are not"),
+    ],
+)
+def test_quantised_operators_that_a_runtime_computes_otherwise_are_refused_by_name(
+    op: str, inputs: list[str], domain: str, why: str
+) -> None:
+    proof = proof_of(
+        node("Cast", ["x"], "bytes", to=TensorProto.INT8),
+        node(op, inputs, domain=domain),
+        x=[[1.0], [3.0]],
+        scale=F32(0.25),
+        s=F32(0.25),
+        z=np.int8(0),
+        w=np.int8([[2]]),
+    )
+    assert proof.reasons[0].node == "at_y"
+    assert proof.reasons[0].op == (f"{domain}::{op}" if domain else op)
+    assert why in proof.reasons[0].why
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from evalmode.errors import EvalmodeError
+from evalmode.export.exact.limits import FloatRange
 from evalmode.export.exact.prove import Proof, prove
 from evalmode.export.graph import graph_of, open_graph, read_graph
 from tests.export.exact.small_exact_graphs import (
@@ -229,6 +230,69 @@ def test_a_float_input_may_hold_anything() -> None:
     proof = proof_of_nodes(node("Floor", ["x"]), inputs={"x": (FLOAT, [4])})
     assert proof.reasons[0].node == "at_y"
     assert "'x'" in proof.reasons[0].why
+
+
+def test_a_float_input_with_a_range_is_a_grid_of_numbers() -> None:
+    nodes = (node("Mul", ["x", "x"], "squares"), node("ReduceSum", ["squares", "axes"]))
+    arguments: dict[str, Any] = {
+        "inputs": {"x": (FLOAT, [4, 16])},
+        "constants": {"axes": np.asarray([1])},
+    }
+    assert "--range x=LOW:HIGH/STEP" in str(proof_of_nodes(*nodes, **arguments))
+    # An integer's range has no step, and says nothing of a float.
+    assert not proof_of_nodes(*nodes, ranges={"x": (0, 1)}, **arguments).proved
+    pixels = FloatRange(low=0, high=1, grid=-8)
+    proof = proof_of_nodes(*nodes, ranges={"x": pixels}, **arguments)
+    assert proof.proved
+    assert proof.tensors["y"].bounds.high == 16
+    assert proof.tensors["y"].bounds.grid == -16
+    # 16 squares of 12 bits have 28.
+    finer = FloatRange(low=0, high=1, grid=-12)
+    assert not proof_of_nodes(*nodes, ranges={"x": finer}, **arguments).proved
+
+
+def test_a_float_input_may_hold_negative_zeros() -> None:
+    floor = node("Floor", ["x"])
+    inputs = {"x": (FLOAT, [4])}
+    zero, positive = (FloatRange(low=low, high=9, grid=-1) for low in (0, 0.5))
+    assert "-0.0" in str(proof_of_nodes(floor, inputs=inputs, ranges={"x": zero}))
+    assert proof_of_nodes(node("Neg", ["x"]), inputs=inputs, ranges={"x": positive}).proved
+
+
+def test_a_wide_range_of_floats_has_24_bits() -> None:
+    wide = FloatRange(low=0.25, high=2.0**30, grid=-2)
+    inputs = {"x": (FLOAT, [4])}
+    proof = proof_of_nodes(
+        node("Mul", ["x", "c"]), inputs=inputs, constants={"c": np.float32(0.5)}, ranges={"x": wide}
+    )
+    assert proof.proved
+    assert proof.tensors["x"].bounds.bits == 24
+    assert not proof_of_nodes(node("Add", ["x", "x"]), inputs=inputs, ranges={"x": wide}).proved
+
+
+def test_a_range_of_floats_for_integers_has_the_integers_in_it() -> None:
+    proof = proof_of_nodes(
+        node("Cast", ["ids"], to=FLOAT),
+        inputs={"ids": (INT64, [4])},
+        ranges={"ids": FloatRange(low=-1.5, high=2.5, grid=-1)},
+    )
+    assert (proof.tensors["y"].bounds.low, proof.tensors["y"].bounds.high) == (-1, 2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "grid", "why"),
+    [
+        (1, 0, 0, "must not be empty, got 1 to 0"),
+        (float("nan"), 0, 0, "must not be empty"),
+        (0, 1, -41, r"must be from 2\^-40 to 2\^40, got 2\^-41"),
+        (0, 2.0**41, 0, r"must lie within 2\^40"),
+    ],
+)
+def test_a_range_of_floats_that_the_proof_cannot_follow_is_refused(
+    low: float, high: float, grid: int, why: str
+) -> None:
+    with pytest.raises(EvalmodeError, match=why):
+        FloatRange(low=low, high=high, grid=grid)
 
 
 def test_a_float_input_that_is_an_output_is_not_proved() -> None:

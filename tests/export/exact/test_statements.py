@@ -16,7 +16,8 @@ from evalmode import cli
 from evalmode.bundle.certificate import Certificate, Statement
 from evalmode.bundle.frontend import BpeSpec
 from evalmode.bundle.store import open_bundle
-from evalmode.export.exact.statements import Limits, statements_of
+from evalmode.export.exact.limits import Limits
+from evalmode.export.exact.statements import statements_of
 from evalmode.export.graph import graph_of
 from tests.export.exact.small_exact_graphs import (
     LENGTH,
@@ -93,12 +94,47 @@ def test_the_json_report_has_the_statements(exact_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["--range=ids=5:1", "--range=ids=5", "--range=5:6", "--largest=length", "--largest=n=0"]
+    "flag",
+    [
+        "--range=ids=5:1",
+        "--range=ids=5",
+        "--range=5:6",
+        "--range=x=0:0.5",
+        "--range=x=0:1/0.3",
+        "--range=x=0:1/0",
+        "--range=x=0:1/2^-999999999",
+        "--range=x=0:1/3^2",
+        "--range=x=0:nan/1",
+        "--largest=length",
+        "--largest=n=0",
+    ],
 )
 def test_a_limit_that_is_written_otherwise_is_refused(flag: str, exact_file: Path) -> None:
     result = CliRunner().invoke(cli.app, ["verify", str(exact_file), flag])
     assert result.exit_code != 0
     assert "must be" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("flag", "largest"),
+    [
+        ("x=0:1/2^-8", "1"),
+        ("x=0:1/0.00390625", "1"),
+        ("x=0:255/1", "255"),
+        ("x=0.1:0.9/0.25", "0.75"),
+        ("x=-0.5:-0.25/0.25", "-0.25"),
+    ],
+)
+def test_a_range_with_a_step_is_for_a_float_input(flag: str, largest: str, tmp_path: Path) -> None:
+    proto = model(
+        [node("Sub", ["x", "c"], "gap"), node("Abs", ["gap"])],
+        inputs={"x": (TensorProto.FLOAT, [4])},
+        constants={"c": np.float32(float(largest) + 1)},
+    )
+    onnx.save(proto, tmp_path / "float.onnx")
+    assert verify(tmp_path / "float.onnx", "--require-exact")[0] == 1
+    code, output = verify(tmp_path / "float.onnx", "--require-exact", f"--range={flag}")
+    assert code == 0, output
 
 
 def test_a_bundle_is_proved_within_the_limits_of_its_manifest() -> None:
@@ -111,6 +147,15 @@ def test_a_bundle_is_proved_within_the_limits_of_its_manifest() -> None:
     assert statement.holds
     assert certificate.statement("another") is None
     assert verify(WRITTEN / "schema_1" / "small" / "1", "--require-exact")[0] == 1
+
+
+def test_a_flag_does_not_replace_what_the_manifest_of_a_bundle_says() -> None:
+    # Its ids go from -4 to 3, which the service enforces.
+    bundle = WRITTEN / "certificate_2" / "counted" / "1"
+    assert verify(bundle, "--require-exact", "--range=ids=0:100")[0] == 0
+    onnx_file = bundle / "model.onnx"
+    assert verify(onnx_file, "--require-exact", "--range=ids=-4:3")[0] == 0
+    assert verify(onnx_file, "--require-exact", "--range=ids=0:100")[0] == 1
 
 
 def test_the_limits_of_a_front_end_are_those_of_its_ids_and_its_mask() -> None:
@@ -177,3 +222,20 @@ def test_products_of_a_runtimes_own_operators_count() -> None:
     )
     statement = statements_of(graph_of(proto))[1]
     assert statement.reasons[0].op == "com.microsoft::QGemm"
+
+
+@pytest.mark.parametrize("before", ["", "DequantizeLinear", "QuantizeLinear"])
+def test_dequantised_weights_beside_bytes_are_a_product_of_bytes(before: str) -> None:
+    # ONNX Runtime makes MatMulIntegerToFloat and QLinearMatMul of them.
+    nodes = [
+        node("DequantizeLinear", ["w", "scale"], "matrix"),
+        node("MatMul", ["left", "matrix"]),
+    ]
+    kind = TensorProto.UINT8 if before == "DequantizeLinear" else TensorProto.FLOAT
+    nodes.insert(0, node(before or "Identity", ["x"] if not before else ["x", "scale"], "left"))
+    proto = model(
+        nodes,
+        inputs={"x": (kind, ["n", 2])},
+        constants={"w": np.int8([[127], [127]]), "scale": np.float32(0.25)},
+    )
+    assert statements_of(graph_of(proto))[1].holds == (before == "")

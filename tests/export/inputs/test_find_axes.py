@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from evalmode.export.inputs.axes import Forward, Sample
-from evalmode.export.inputs.find_axes import find_axes
+from evalmode.export.inputs.axes import Sample
+from evalmode.export.inputs.find_axes import Forward, find_axes
 from tests.export.inputs.counting import tensors
 
 
