@@ -7,6 +7,7 @@ bias behind the product into the sum.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,8 @@ from evalmode.export.exact.values import (
     require_factor,
     significands,
 )
+from evalmode.export.graph import Weight
+from evalmode.export.graph.scope import Initializer, NodeOutput
 from evalmode.export.graph.weight import Array
 
 # Elements of a weight that are examined at once.
@@ -107,7 +110,7 @@ def _product(
         count = largest_size(inner_a)
     what = f"a partial sum of {count} products"
     bounds = a.bounds
-    negative_zero = may_give_negative_zero(bounds, b.bounds)
+    negative_zero = may_give_negative_zero(bounds, b.bounds) or _may_scale_negatively(call)
     if b.array is not None and b.array.ndim > 1:
         row = bounds if bounds.channels in (None, b.array.shape[-2]) else bounds.together()
         sums = column_sums(row, b.array)
@@ -136,6 +139,25 @@ def _product(
     require_factor(row)
     require_factor(columns)
     return result
+
+
+def _may_scale_negatively(call: Call) -> bool:
+    """Whether an operand is a product with a single stored number that may be negative.
+
+    ONNX Runtime's MatMulScaleFusion multiplies the sums by that number instead (1.31), and makes
+    -0.0 of a sum that is 0.0. A factor that is computed may be computed when the file is loaded.
+    """
+    for index in range(2):
+        operand = call.at.scope.argument(call.at.node, index)
+        if not isinstance(operand, NodeOutput) or operand.node.op_type not in ("Mul", "Div"):
+            continue
+        factors = [operand.scope.argument(operand.node, position) for position in range(2)]
+        stored = [factor.weight for factor in factors if isinstance(factor, Initializer)]
+        if len(stored) != 1 or not isinstance(stored[0], Weight):
+            return True
+        if math.prod(stored[0].dims) == 1 and not stored[0].array().item() >= 0:
+            return True
+    return False
 
 
 def gemm(call: Call, outputs: list[Outline]) -> list[Bounds]:

@@ -12,10 +12,10 @@ from evalmode.service.errors import RequestError, RunFailed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of one bucket that run together.
+    """Rows that run together.
 
     Attributes:
-        bucket: the bucket of all its rows.
+        bucket: where it runs: the bucket of all its rows, or of the longest where it pads others.
         entries: its rows, each with its ticket and its position in that request.
         size: the number of rows that it runs with, copies included.
         under_load: whether other rows were waiting when the batch was made.

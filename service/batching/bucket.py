@@ -8,6 +8,9 @@ Two things are chosen for a row, and neither may change a bit of its answer:
 2. The size of its batch. A batch runs only at sizes that were measured to give the bits of a row
    alone (`models/calibration.py`), or proved to. These sizes are the keys of `Bucket.costs`, and
    `Bucket.best_size` chooses one of them.
+
+The padding of a model whose arithmetic is proved to be exact changes no bit either. So its rows may
+also run at a longer length, in a batch with rows of that length: see `cheaper_together`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from typing import Protocol, TypeAlias
 from evalmode.bundle.known_answers import Tensors
 
 Answer: TypeAlias = Tensors
+
+# Rows of several lengths share a batch if that takes at most this share of the time that a batch of
+# each length takes. Measured costs are not precise enough for less.
+_LARGEST_SHARE = 0.9
 
 
 class Row(Protocol):
@@ -54,10 +61,12 @@ class Bucket:
         label: the padded length of its rows, or "other" where rows have no length.
         positions: positions of one padded row; 1 where rows have no length.
         run: answers rows, in their order. An exception instead of an answer fails only the request
-            of that row.
+            of that row. All buckets of a model may have the same one.
         costs: seconds that a batch takes, by its size in rows. A batch runs only at these sizes.
         measured_costs: those of `costs` whose sizes were measured to keep the bits of a row. The
             others are proved to keep them. None if all were measured.
+        pads_rows: whether `run` takes shorter rows too and pads them, because it is proved that
+            padding changes no bit. Buckets with the same `run` may then share a batch.
     """
 
     model: str
@@ -68,6 +77,7 @@ class Bucket:
     costs: Mapping[int, float]
     digest: str = ""
     measured_costs: Mapping[int, float] | None = None
+    pads_rows: bool = False
 
     def __post_init__(self) -> None:
         is_valid = bool(self.costs)
@@ -81,11 +91,14 @@ class Bucket:
             )
 
     def fall_back(self) -> bool:
-        """Run only at the measured sizes from now on. False if that is so already."""
-        if self.measured_costs is None or self.costs == self.measured_costs:
+        """Run only rows of this length, and only at the measured sizes, from now on. False if that
+        is so already.
+        """
+        if self.measured_costs is None:
             return False
-        self.costs = self.measured_costs
-        return True
+        changes = self.pads_rows or self.costs != self.measured_costs
+        self.costs, self.pads_rows = self.measured_costs, False
+        return changes
 
     @property
     def smallest_size(self) -> int:
@@ -114,6 +127,51 @@ class Bucket:
             (size for size in self.costs if size >= rows),
             key=lambda size: (self.costs[size], size),
         )
+
+
+def cheaper_together(head: Bucket, row_counts: Mapping[Bucket, int]) -> list[Bucket]:
+    """The buckets whose rows run in the next batch, from the shortest length to the longest.
+
+    All of their rows run in the last of them, which pads the others. `head` is one of them. It is
+    the only one, unless the batch takes at most nine tenths of the time of a batch for each bucket.
+    `row_counts` has the rows that wait in each bucket.
+
+    >>> def run(rows):
+    ...     return rows
+    >>> short, long = (
+    ...     Bucket(
+    ...         model="m", version="1", label=label, positions=int(label), run=run,
+    ...         costs={1: 4, 2: 5}, pads_rows=True,
+    ...     )
+    ...     for label in ("8", "16")
+    ... )
+    >>> [bucket.label for bucket in cheaper_together(short, {short: 1, long: 1})]
+    ['8', '16']
+    """
+    buckets = [bucket for bucket in row_counts if bucket.pads_rows and bucket.run is head.run]
+    if len(buckets) < 2 or head not in buckets:
+        return [head]
+    buckets.sort(key=lambda bucket: bucket.positions)
+
+    # Only lengths that follow one another, with all rows that wait at them: a row that is padded
+    # past a length at which others run costs more than one that runs with those.
+    best, most_saved_s = [head], 0.0
+    place = buckets.index(head)
+    for last in range(place, len(buckets)):
+        costs = buckets[last].costs
+        rows, apart_s = 0, 0.0
+        for first in range(last, -1, -1):
+            bucket = buckets[first]
+            count = row_counts[bucket]
+            rows += count
+            if rows not in costs or count not in bucket.costs:
+                break
+            apart_s += bucket.costs[count]
+            saved_s = apart_s - costs[rows]
+            is_worth_it = costs[rows] <= _LARGEST_SHARE * apart_s
+            if first <= place and is_worth_it and saved_s > most_saved_s:
+                best, most_saved_s = buckets[first : last + 1], saved_s
+    return best
 
 
 # A row and the bucket in which it must run.

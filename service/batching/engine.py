@@ -1,8 +1,9 @@
 """Runs rows in batches on a few threads.
 
 A job is a row with its bucket, which says how the row is run and at which batch sizes. Rows of
-different buckets never share a batch. A batch starts at once if a thread is free. Otherwise rows
-wait in the queue until a thread is free. `queue.py` decides which rows run next.
+different buckets share a batch only where padding is proved to change no bit. A batch starts at
+once if a thread is free. Otherwise rows wait in the queue until a thread is free. `queue.py`
+decides which rows run next.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ class Engine:
         if violation is not None and proof.bucket.fall_back():
             _log.error(
                 "the proof of model %s does not hold here: its batches of bucket %s run only at"
-                " measured sizes from now on",
+                " measured sizes, and with rows of one length, from now on",
                 proof.bucket.model,
                 proof.bucket.label,
             )

@@ -26,7 +26,7 @@ class RanBatch:
     """A batch that was answered.
 
     Attributes:
-        bucket: the bucket of its rows.
+        bucket: the bucket of its rows, or of the longest of them.
         rows: its rows, without the copies that filled it.
         size: the number of rows that it ran with, copies included.
         waited_s: seconds that each of `rows` waited for the batch.

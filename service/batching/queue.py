@@ -10,9 +10,10 @@ that may share a batch, and the rows of a ticket in one bucket are a `Part`.
 A free thread chooses its work in this order:
 
 1. It runs a batch, if rows wait. The batch has the bucket of the most urgent row, and is filled
-   with the next rows of that bucket. Most urgent is the row with the earliest deadline. A row
-   without a near deadline counts as due `patience_s` after its arrival, so it cannot be overtaken
-   for ever.
+   with the next rows of that bucket. If no other thread is free, rows of other lengths join where
+   that takes less time (`cheaper_together` in bucket.py). Most urgent is the row with the earliest
+   deadline. A row without a near deadline counts as due `patience_s` after its arrival, so it
+   cannot be overtaken for ever.
 2. It proves an earlier answer (`proof.py`), if no other thread does so and the queue is not closed.
 3. It waits, or ends if the queue is closed.
 
@@ -29,7 +30,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from evalmode.service.batching.batch import Batch, as_request_error
-from evalmode.service.batching.bucket import Answer, Bucket, Job
+from evalmode.service.batching.bucket import Answer, Bucket, Job, cheaper_together
 from evalmode.service.batching.limits import DrainRate, Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, notify
 from evalmode.service.batching.proof import PendingProof, Proofs
@@ -314,24 +315,25 @@ class Queue:
         Rows of a ticket past its deadline never run: the ticket fails, and `_expired` gets it.
         """
         while (head := self._waiting.head()) is not None:
-            bucket = head.bucket
-            size, planned_count = self._plan_batch_locked(bucket)
+            sources, size, planned_count = self._plan_batch_locked(head.bucket)
+            bucket = sources[-1]
 
             now = self._clock()
             entries: list[Entry] = []
-            while len(entries) < planned_count:
-                part = self._waiting.head(bucket)
-                if part is None:
-                    break
-                # The timer of the deadline may be late, or not have been set at all.
-                if part.ticket.deadline <= now:
-                    self._fail_locked(part.ticket, _deadline_exceeded())
-                    self._expired.append((part.ticket, "deadline"))
-                    continue
-                part.ticket.began = now
-                entries += self._waiting.take(part, planned_count - len(entries))
+            for source in sources:
+                while len(entries) < planned_count:
+                    part = self._waiting.head(source)
+                    if part is None:
+                        break
+                    # The timer of the deadline may be late, or not have been set at all.
+                    if part.ticket.deadline <= now:
+                        self._fail_locked(part.ticket, _deadline_exceeded())
+                        self._expired.append((part.ticket, "deadline"))
+                        continue
+                    part.ticket.began = now
+                    entries += self._waiting.take(part, planned_count - len(entries))
 
-            # Without entries all rows of the bucket had expired: try the next bucket.
+            # Without entries all rows of these buckets had expired: try the next bucket.
             if not entries:
                 continue
             # Expired rows may have left fewer than planned.
@@ -341,14 +343,24 @@ class Queue:
             return Batch(bucket=bucket, entries=entries, size=size, under_load=under_load)
         return None
 
-    def _plan_batch_locked(self, bucket: Bucket) -> tuple[int, int]:
-        """The size of the next batch of a bucket, and how many of its waiting rows it takes."""
+    def _plan_batch_locked(self, bucket: Bucket) -> tuple[list[Bucket], int, int]:
+        """The buckets whose rows the next batch takes, its size, and how many rows it takes.
+
+        `bucket` is one of the buckets. The batch runs in the last one.
+        """
         # The waiting rows are shared among this thread and the idle ones. This thread is not in
         # `_running` yet, so at least one is free.
         free_threads = self._parallel - len(self._running)
+        # An idle thread would run the rows of another bucket at the same time.
+        if free_threads == 1 and bucket.pads_rows:
+            row_counts = {other: self._waiting.rows_of(other) for other in self._waiting}
+            buckets = cheaper_together(bucket, row_counts)
+            if len(buckets) > 1:
+                rows = sum(row_counts[other] for other in buckets)
+                return buckets, rows, rows
         share = math.ceil(self._waiting.rows_of(bucket) / free_threads)
         size = bucket.best_size(share)
-        return size, min(size, share)
+        return [bucket], size, min(size, share)
 
     def _wake_and_report(
         self,

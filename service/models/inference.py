@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from evalmode.bundle.errors import InputsRefused, ModelRunFailed
 from evalmode.bundle.known_answers import Run, Tensors
@@ -24,7 +25,8 @@ def run_of_rows(
 ) -> Callable[[Sequence[Row]], Sequence[Tensors]]:
     """The `run` of a bucket: a function that returns the answer of each row.
 
-    With `whole` a row is a whole request, so there is one row, and its answer is not split. The
+    Rows of texts may have several lengths; they are padded to the longest. With `whole` a row is a
+    whole request, so there is one row, and its answer is not split. The
     function raises BadRequest for inputs that the model cannot compute with, and RunFailed for any
     other failure. NaN is an answer here: only requests that want its output are concerned.
     """
@@ -34,9 +36,7 @@ def run_of_rows(
         if len(rows) == 1:
             inputs = rows[0].inputs
         else:
-            inputs = {
-                name: np.concatenate([row.inputs[name] for row in rows]) for name in rows[0].inputs
-            }
+            inputs = {name: _joined([row.inputs[name] for row in rows]) for name in rows[0].inputs}
         try:
             outputs = run(inputs)
         except InputsRefused as error:
@@ -58,6 +58,21 @@ def run_of_rows(
         return split_rows(outputs, len(rows))
 
     return run_rows
+
+
+def _joined(tensors: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+    """Tensors of one row each, (1, T, ...), as one (B, T, ...).
+
+    Where T varies, zeros follow the shorter rows: the id of padding, and the mask of a position
+    that does not count.
+    """
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return np.concatenate(tensors)
+    longest = max(tensors, key=lambda tensor: tensor.shape[1])
+    joined = np.zeros((len(tensors), *longest.shape[1:]), longest.dtype)
+    for row, tensor in zip(joined, tensors, strict=True):
+        row[: tensor.shape[1]] = tensor[0]
+    return joined
 
 
 def _reason(error: ModelRunFailed) -> str:

@@ -13,6 +13,7 @@ There are three kinds of models:
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,12 +26,12 @@ import numpy.typing as npt
 from evalmode.bundle.certificate import Platform, Verdict
 from evalmode.bundle.errors import BundleError, BundleNotCertified
 from evalmode.bundle.frontend import FrontEnd
-from evalmode.bundle.known_answers import KnownAnswer, Replay, Run, Tensors, replay
+from evalmode.bundle.known_answers import KnownAnswer, Replay, Run, Tensors, bits, replay
 from evalmode.bundle.manifest import TensorSpec
 from evalmode.bundle.operators import check_operators
 from evalmode.bundle.session import Session, open_session
 from evalmode.bundle.store import Bundle, open_bundle
-from evalmode.service.batching.bucket import Bucket, Job
+from evalmode.service.batching.bucket import Bucket, Job, Row
 from evalmode.service.errors import BadRequest, TextTooLong
 from evalmode.service.models.calibration import (
     Calibration,
@@ -66,6 +67,8 @@ INLINE_CHARACTERS = 2_000
 # Encoding holds Python's lock, so more threads would not encode faster. Each would be one more that
 # the event loop has to wait for.
 _ENCODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
+
+_log = logging.getLogger(__name__)
 
 # The labels of the buckets without a length or a shape.
 OTHER = "other"
@@ -196,6 +199,11 @@ class Model:
         is_exact = bundle.certificate is not None and bundle.certificate.is_exact
         is_text = frontend is not None
         run_rows = run_of_rows(session.run, is_text=is_text, whole=WHOLE in measured)
+        pads_rows = False
+        if is_exact and frontend is not None:
+            inputs = {spec.name for spec in manifest.inputs}
+            rows = text_rows_to_measure(answers, frontend=frontend, inputs=inputs)
+            pads_rows = _padding_keeps_bits(run_rows, rows)
         buckets = {
             label: Bucket(
                 model=manifest.name,
@@ -206,6 +214,7 @@ class Model:
                 run=run_rows,
                 costs=every_size(measurements) if is_exact else measurements.costs,
                 measured_costs=measurements.costs,
+                pads_rows=pads_rows,
             )
             for label, measurements in measured.items()
         }
@@ -378,6 +387,23 @@ def _measure(
     if rows is None:
         return {WHOLE: alone}
     return {**measure(rows), OTHER: alone}
+
+
+def _padding_keeps_bits(
+    run_rows: Callable[[Sequence[Row]], Sequence[Tensors]], rows: Mapping[str, Sequence[Tensors]]
+) -> bool:
+    """Whether rows of all lengths have the bits in one batch that each has alone.
+
+    It is proved of an exact model. This checks the proof on this machine, with two of the `rows` of
+    each length: one without padding, and one that is mostly padding.
+    """
+    mixed = [ModelRow(inputs=inputs) for of_a_length in rows.values() for inputs in of_a_length[:2]]
+    for row, answer in zip(mixed, run_rows(mixed), strict=True):
+        (alone,) = run_rows([row])
+        if any(bits(alone[name]) != bits(tensor) for name, tensor in answer.items()):
+            _log.error("the proof of this model does not hold here: padding changes its bits")
+            return False
+    return True
 
 
 def _rows_by_shape(

@@ -613,7 +613,10 @@ def _evaluate(
         case "Cast" if attributes["to"] == TensorProto.FLOAT:
             return np.asarray(x, np.float32) if total is not _in_order else _fractions(x)
         case "Cast":
-            return np.asarray(x, np.int64)
+            # Numbers that no integer type holds are not followed, so any other may stand for them.
+            limit = 2**62
+            inside = np.minimum(np.maximum(x, -limit), limit)
+            return np.asarray(inside, np.int64)
         case "DequantizeLinear":
             zero = inputs[2] if len(inputs) > 2 else 0
             integers = np.asarray(x, np.int64) - np.asarray(zero, np.int64)

@@ -266,6 +266,18 @@ def test_integers_that_overflow_or_divide_otherwise_are_refused(
     assert why in str(_integers(op, other, ids, INT32))
 
 
+@pytest.mark.parametrize(("factor", "proved"), [(-0.5, False), (0.5, True)])
+def test_a_negative_number_before_a_product_may_be_moved_behind_it(
+    factor: Any, proved: bool
+) -> None:
+    # ONNX Runtime then makes -0.0 of a sum that is 0.0, as here with weights of 0.
+    nodes = [node("Mul", ["x", "factor"], "scaled"), node("MatMul", ["scaled", "w"])]
+    proof = proof_of(*nodes, x=[[1.0, 2.0]], factor=F32(factor), w=F32([[0.0], [0.0]]))
+    assert proof.proved == proved
+    if not proved:
+        assert "-0.0" in str(proof)
+
+
 def test_a_cast_must_hold_every_number() -> None:
     def cast(to: int, x: Any) -> Proof:
         return proof_of(node("Cast", ["x"], "i", to=to), node("Cast", ["i"], to=FLOAT), x=x)

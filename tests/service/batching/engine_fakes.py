@@ -99,8 +99,18 @@ def bucket_of(
     *,
     label: str = "8",
     costs: Mapping[int, float] | None = None,
+    positions: int = 8,
+    pads_rows: bool = False,
 ) -> Bucket:
-    return Bucket(model="m", version="1", label=label, positions=8, run=run, costs=costs or COSTS)
+    return Bucket(
+        model="m",
+        version="1",
+        label=label,
+        positions=positions,
+        run=run,
+        costs=costs or COSTS,
+        pads_rows=pads_rows,
+    )
 
 
 def start_engine(*, parallel: int = 1, **arguments: Any) -> Engine:

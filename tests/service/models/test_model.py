@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from evalmode.bundle.certificate import (
-    EXACT_ARITHMETIC,
-    INTEGER_SATURATION,
-    Statement,
-    Verdict,
-)
+from evalmode.bundle.certificate import Verdict
 from evalmode.bundle.errors import (
     BundleCorrupt,
     BundleError,
@@ -34,6 +29,7 @@ from evalmode.service.models.model import Model
 from evalmode.service.models.tensors import content_of
 from evalmode.service.models.text import IDS, MASK
 from tests.service.bundles import (
+    as_proved,
     make_bundle,
     on_another_platform,
     onnx_model,
@@ -78,14 +74,8 @@ def test_an_open_model_has_its_identity_and_its_measurements(model, bundle):
 
 
 def test_a_proved_model_runs_at_sizes_between_the_measured_ones(tmp_path):
-    def certify(certificate):
-        statements = tuple(
-            Statement(name=name, holds=True, why="proved")
-            for name in (EXACT_ARITHMETIC, INTEGER_SATURATION)
-        )
-        return certificate.model_copy(update={"schema_version": 2, "statements": statements})
-
-    model = Model.open(make_bundle(tmp_path, certify=certify), calibration=Calibration(budget_s=60))
+    bundle = make_bundle(tmp_path, certify=as_proved)
+    model = Model.open(bundle, calibration=Calibration(budget_s=60))
     for bucket in model.buckets:
         assert model.row_counts[bucket.label] == ROW_COUNTS
         assert bucket.measured_costs is not None
