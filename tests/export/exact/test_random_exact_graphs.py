@@ -28,6 +28,7 @@ from tests.export.exact.random_exact_graphs import (
     fractions_of,
     inputs_of,
     model_of,
+    names_read_by_branches,
     random_graph,
 )
 
@@ -49,6 +50,23 @@ def require_within(bounds: Bounds, exact: np.ndarray[Any, Any], name: str) -> No
             assert low <= value <= high, f"{name}: {value} is outside {low} to {high}"
             assert (value / step).denominator == 1, f"{name}: {value} is not on the grid {step}"
             assert Fraction(float(np.float32(float(value)))) == value, f"{name}: {value} rounds"
+
+
+def without_other_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without the nodes that its output does not need.
+
+    ONNX Runtime 1.31 refuses some with a DequantizeLinear behind a product of bytes: it makes a
+    MatMulIntegerToFloat of int32 numbers.
+    """
+    needed = {model.graph.output[0].name}
+    nodes = []
+    for node in reversed(model.graph.node):
+        if node.output[0] in needed:
+            nodes.insert(0, node)
+            needed |= {*node.input, *names_read_by_branches(node)}
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 def open_session(model: onnx.ModelProto, level: Any) -> ort.InferenceSession:
@@ -74,8 +92,11 @@ def check(graph: RandomGraph, rng: np.random.Generator) -> Proof:
     sessions = []
     if proof.proved:
         sessions = [
-            open_session(model, ort.GraphOptimizationLevel.ORT_DISABLE_ALL),
-            open_session(model, ort.GraphOptimizationLevel.ORT_ENABLE_ALL),
+            open_session(without_other_outputs(model), level)
+            for level in (
+                ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+                ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+            )
         ]
     for _ in range(2):
         inputs = inputs_of(graph, rng)
