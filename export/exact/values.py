@@ -154,7 +154,8 @@ class Bounds:
 
 def steps_of(largest: Floats, grid: Integers) -> Floats:
     """How many steps of the grid a magnitude has."""
-    return np.asarray(largest / np.exp2(grid.astype(np.float64)))
+    # A change of the exponent, where exp2 of some libraries is an ulp off.
+    return np.asarray(np.ldexp(largest, -grid))
 
 
 def bounded(
