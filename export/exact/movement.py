@@ -171,11 +171,12 @@ def _spread(bounds: Bounds, channels: int) -> Bounds:
 def slice_(call: Call, outputs: list[Outline]) -> list[Bounds]:
     """A part of the numbers."""
     x, rank = call.bounds(0), len(call.shape(0))
+    parts = cuts(call)
     if x.channels is None:
         return [x]
-    for cut in cuts(call):
+    for cut in parts:
         if cut.axis == rank - 1:
-            if cut.start is None or cut.end is None or not cut.step:
+            if cut.start is None or cut.end is None:
                 return [x.together()]
             part = np.arange(x.channels)[cut.start : cut.end : cut.step]
             picked = x.take(part)

@@ -343,6 +343,32 @@ def test_a_split_has_the_channels_of_each_part() -> None:
 
 
 @pytest.mark.parametrize(
+    ("start", "end", "step", "proved"),
+    [
+        (-1, -(2**63), -2, True),
+        (3, 0, -1, True),
+        (2**62, -5, -1, True),
+        (-9, 3, 1, True),
+        (-4, -9, -1, True),
+        (-5, -9, -1, False),
+        (-1, 2**63 - 1, -1, False),
+        (0, 3, 0, False),
+    ],
+)
+def test_a_slice_that_runtimes_read_differently_is_refused(
+    start: int, end: int, step: int, proved: bool
+) -> None:
+    # The last axis has four elements.
+    limits = {"start": [start], "end": [end], "axes": [-1], "steps": [step]}
+    proof = proof_of(node("Slice", ["x", *limits]), x=CHANNELS, **limits)
+    assert proof.proved == proved
+    if proved:
+        expected = [10.0, 20.0, 30.0, 40.0][slice(start, end, step)]
+        high = bounds_of(proof)[2]
+        assert high == (expected if len(expected) > 1 else max(expected))
+
+
+@pytest.mark.parametrize(
     ("sizes", "attributes"),
     [([1, 1], {}), ([5, -1], {}), (None, {"num_outputs": 3}), (None, {"num_outputs": 8})],
 )
