@@ -446,6 +446,14 @@ def test_an_einsum_of_two_tensors_counts_its_terms() -> None:
     ).proved
 
 
+@pytest.mark.parametrize(("off", "proved"), [(2.0**23, True), (2.0**30, False)])
+def test_the_difference_of_the_values_of_a_one_hot_is_exact(off: float, proved: bool) -> None:
+    # The reference implementation computes off + (on - off), which for 2^30 is -256 and not -320.
+    proof = proof_of(node("OneHot", ["ids", "depth", "c"]), depth=4, c=F32([off, -321]))
+    assert proof.proved == proved
+    assert proved or "the difference of its two values may need" in str(proof)
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_convolution_is_followed_if_its_kernel_has_one_element(kernel: int) -> None:
     weights = np.ones((4, 3, kernel), np.float32)
