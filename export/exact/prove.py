@@ -417,7 +417,7 @@ class _Walk:
                     if bits > self._widest.bits:
                         self._widest = Peak(bits=bits, node=call.at.path)
         if call.op in _PRODUCTS:
-            for index in range(2):
+            for index in range(min(2, len(call.inputs))):  # an Einsum may have one operand
                 bits = float(call.bounds(index).bits.max())
                 if bits > self._widest_operand.bits:
                     self._widest_operand = Peak(bits=bits, node=call.at.path)

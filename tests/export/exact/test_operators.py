@@ -438,6 +438,11 @@ def test_gemm_adds_the_bias_and_reads_transposed_weights() -> None:
     assert "alpha" in str(proof_of(flat, gemm, x=TABLE, **arguments))
 
 
+def test_an_einsum_of_one_tensor_is_a_sum() -> None:
+    proof = proof_of(node("Einsum", ["x"], equation="bik->b"), x=TABLE)
+    assert bounds_of(proof) == (-2, -9.0, 18.0)
+
+
 def test_an_einsum_of_two_tensors_counts_its_terms() -> None:
     proof = proof_of(node("Einsum", ["x", "x"], equation="bik,bjk->bij"), x=TABLE)
     assert bounds_of(proof) == (-4, -9.0, 18.0)
