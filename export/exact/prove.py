@@ -242,6 +242,7 @@ class _Walk:
             bounds = OPERATORS[at.node.op_type](call, outputs)
             if len(bounds) < len(at.node.output):
                 raise NotExact("it has outputs that the proof does not follow")
+            self._measure(call, bounds)
         except NotExact as error:
             self._define(at, outputs, None, self._lost(at.path, at.op, str(error)))
             return
@@ -250,7 +251,6 @@ class _Walk:
             self._define(at, outputs, None, self._lost(at.path, at.op, why))
             return
         self._calls.append(call)
-        self._measure(call, bounds)
         self._define(at, outputs, bounds, frozenset())
 
     def _require_followed(self, at: NodeAt) -> None:

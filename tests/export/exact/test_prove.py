@@ -560,6 +560,21 @@ def test_inputs_that_do_not_fit_one_another_are_a_reason_and_no_crash() -> None:
     assert not proof.proved
 
 
+@pytest.mark.parametrize(
+    ("op", "inputs"), [("ConstantOfShape", [""]), ("Sum", ["", "x"]), ("Gemm", ["", "x"])]
+)
+def test_a_node_without_its_first_input_is_a_reason_and_no_crash(
+    op: str, inputs: list[str]
+) -> None:
+    proof = proof_of_nodes(
+        node("Cast", ["ids"], "x", to=FLOAT),
+        node(op, inputs),
+        inputs={"ids": (INT64, [4, 4])},
+        ranges={"ids": (0, 3)},
+    )
+    assert proof.reasons[0].node == "at_y"
+
+
 def test_a_constant_node_is_read() -> None:
     value = numpy_helper.from_array(np.float32([0.5, 0.25]))
     proof = proof_of_nodes(
