@@ -188,6 +188,10 @@ def _sum(a: Extent, b: Extent) -> Extent:
     return Extent(a.lowest + b.lowest, largest, label=label)
 
 
+# A larger end of a Slice backwards stands for no end in some runtimes.
+_LARGEST_END = 2**62
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """What Slice takes of one axis; None stands for a value that is not known."""
@@ -195,12 +199,15 @@ class Cut:
     axis: int
     start: int | None
     end: int | None
-    step: int | None
+    step: int
     end_extent: Extent | None = None
 
 
 def cuts(call: Call) -> list[Cut]:
-    """What a Slice takes of each axis that it names."""
+    """What a Slice takes of each axis that it names.
+
+    Raises NotExact where runtimes would take different elements.
+    """
     shape = call.shape(0)
     starts, ends = call.extents(1), call.extents(2)
     axes = list(range(len(starts)))
@@ -209,10 +216,20 @@ def cuts(call: Call) -> list[Cut]:
     steps = call.integers(4, "steps").tolist() if call.has(4) else [1] * len(axes)
     if not len(starts) == len(ends) == len(axes) == len(steps) or len(set(axes)) < len(axes):
         raise NotExact("its starts, ends, axes and steps do not fit one another")
-    return [
-        Cut(axis=axis, start=start.exact, end=end.exact, step=int(step), end_extent=end)
-        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
-    ]
+    result = []
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if step == 0:
+            raise NotExact("it has a step of 0")
+        if step < 0:
+            # Of 5 elements from -6 backwards NumPy takes none, and ONNX Runtime the first. With the
+            # largest integer as the end NumPy takes none, and ONNX Runtime all.
+            is_known = start.exact is not None and end.exact is not None
+            if not is_known or start.lowest < -shape[axis].lowest or end.lowest > _LARGEST_END:
+                raise NotExact("it runs backwards between limits that runtimes read differently")
+        result.append(
+            Cut(axis=axis, start=start.exact, end=end.exact, step=int(step), end_extent=end)
+        )
+    return result
 
 
 def slice_(call: Call) -> list[Outline]:
@@ -223,7 +240,7 @@ def slice_(call: Call) -> list[Outline]:
         extent = new[cut.axis]
         is_from_start = cut.start == 0 and cut.step == 1
         whole = extent.exact
-        if whole is not None and cut.start is not None and cut.end is not None and cut.step:
+        if whole is not None and cut.start is not None and cut.end is not None:
             part = range(whole)[slice(cut.start, cut.end, cut.step)]
             new[cut.axis] = Extent.exactly(len(part))
             picked = None if picked is None else tuple(picked[index] for index in part)

@@ -171,11 +171,12 @@ def _spread(bounds: Bounds, channels: int) -> Bounds:
 def slice_(call: Call, outputs: list[Outline]) -> list[Bounds]:
     """A part of the numbers."""
     x, rank = call.bounds(0), len(call.shape(0))
+    parts = cuts(call)
     if x.channels is None:
         return [x]
-    for cut in cuts(call):
+    for cut in parts:
         if cut.axis == rank - 1:
-            if cut.start is None or cut.end is None or not cut.step:
+            if cut.start is None or cut.end is None:
                 return [x.together()]
             part = np.arange(x.channels)[cut.start : cut.end : cut.step]
             picked = x.take(part)
@@ -228,9 +229,20 @@ def constant_of_shape(call: Call, outputs: list[Outline]) -> list[Bounds]:
 
 
 def one_hot(call: Call, outputs: list[Outline]) -> list[Bounds]:
-    """One of two numbers. Which of them depends on the indices, which must have bounds."""
+    """One of two numbers. Which of them depends on the indices, which must have bounds.
+
+    ONNX's reference implementation computes off + (on - off), so the difference must be exact too.
+    """
     call.bounds(0)
-    return [call.bounds(2).together()]
+    values = call.bounds(2).together()
+    bounded(
+        dtype_of(call, 2),
+        grid=values.grid,
+        low=values.low - values.high,
+        high=values.high - values.low,
+        what="the difference of its two values",
+    )
+    return [values]
 
 
 def fold(call: Call, outputs: list[Outline]) -> Array | None:

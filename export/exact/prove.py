@@ -141,15 +141,19 @@ class _Walk:
         self._weights: dict[int, Tensor] = {}
         self._nothings: dict[tuple[str, str], Tensor] = {}
         self._main: Scope | None = None
+        names = {value.name for value in graph.proto.graph.input}
+        symbols, labels = set(), set()
+        for value in graph.proto.graph.input:
+            for index, dim in enumerate(value.type.tensor_type.shape.dim):
+                symbols.add(f"{value.name}:{index}")
+                labels.add(dim.dim_param)
+        axes = symbols | labels
+        # A file may call an axis "ids:1", which is another axis: the limit is for that one.
+        self._largest_by_label = {
+            name: size for name, size in largest.items() if name not in symbols
+        }
         self._inputs = {
             value.name: self._input(value, ranges, largest) for value in graph.proto.graph.input
-        }
-        names = {value.name for value in graph.proto.graph.input}
-        axes = {
-            name
-            for value in graph.proto.graph.input
-            for index, dim in enumerate(value.type.tensor_type.shape.dim)
-            for name in (dim.dim_param, f"{value.name}:{index}")
         }
         for flag, given, existing in (("range", ranges, names), ("largest", largest, axes)):
             unknown = sorted(set(given) - existing)
@@ -180,7 +184,7 @@ class _Walk:
             if dim.HasField("dim_value") and dim.dim_value >= 0:
                 shape.append(Extent.exactly(dim.dim_value))
             else:
-                limit = largest.get(symbol, largest.get(dim.dim_param))
+                limit = largest.get(symbol, self._largest_by_label.get(dim.dim_param))
                 shape.append(Extent(1, limit, symbol=symbol, label=label))
         has_shape = tensor_type.HasField("shape")
         bounds: Bounds | None = None
@@ -191,11 +195,13 @@ class _Walk:
             bounds = type_bounds(dtype)
             if limits is not None:
                 low, high = _integers_within(limits)
-                if low > high:
-                    raise EvalmodeError(f"the range of {value.name} is empty: {low} to {high}")
-                bounds = integer_bounds(
-                    max(float(low), float(bounds.low)), min(float(high), float(bounds.high))
-                )
+                smallest = max(float(low), float(bounds.low))
+                greatest = min(float(high), float(bounds.high))
+                if smallest > greatest:
+                    raise EvalmodeError(
+                        f"the range of {value.name} is empty: {low} to {high} for {dtype.name}"
+                    )
+                bounds = integer_bounds(smallest, greatest)
         return Tensor(dtype=dtype, shape=tuple(shape) if has_shape else None, computed=bounds)
 
     def visit(self, at: NodeAt) -> None:
@@ -236,6 +242,7 @@ class _Walk:
             bounds = OPERATORS[at.node.op_type](call, outputs)
             if len(bounds) < len(at.node.output):
                 raise NotExact("it has outputs that the proof does not follow")
+            self._measure(call, bounds)
         except NotExact as error:
             self._define(at, outputs, None, self._lost(at.path, at.op, str(error)))
             return
@@ -244,7 +251,6 @@ class _Walk:
             self._define(at, outputs, None, self._lost(at.path, at.op, why))
             return
         self._calls.append(call)
-        self._measure(call, bounds)
         self._define(at, outputs, bounds, frozenset())
 
     def _require_followed(self, at: NodeAt) -> None:
@@ -411,7 +417,7 @@ class _Walk:
                     if bits > self._widest.bits:
                         self._widest = Peak(bits=bits, node=call.at.path)
         if call.op in _PRODUCTS:
-            for index in range(2):
+            for index in range(min(2, len(call.inputs))):  # an Einsum may have one operand
                 bits = float(call.bounds(index).bits.max())
                 if bits > self._widest_operand.bits:
                     self._widest_operand = Peak(bits=bits, node=call.at.path)

@@ -154,7 +154,8 @@ class Bounds:
 
 def steps_of(largest: Floats, grid: Integers) -> Floats:
     """How many steps of the grid a magnitude has."""
-    return np.asarray(largest / np.exp2(grid.astype(np.float64)))
+    # A change of the exponent, where exp2 of some libraries is an ulp off.
+    return np.asarray(np.ldexp(largest, -grid))
 
 
 def bounded(
@@ -191,7 +192,8 @@ def bounded(
     bits_array = by_grid if bits is None else np.minimum(by_grid, np.asarray(bits, np.int64))
     too_wide = bits_array > SIGNIFICAND_BITS
     if too_wide.any():
-        needed = float(np.log2(steps[too_wide]).max())
+        # A little more than 24 must not read as 24.0.
+        needed = max(float(np.log2(steps[too_wide]).max()), SIGNIFICAND_BITS + 0.1)
         raise NotExact(f"{what} may need {needed:.1f} bits, and float32 has {SIGNIFICAND_BITS}")
     if (grid_array < FINEST).any():
         finest = int(grid_array.min())

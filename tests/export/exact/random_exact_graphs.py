@@ -458,13 +458,16 @@ def fractions_of(graph: RandomGraph, inputs: Mapping[str, Array]) -> dict[str, A
         else:
             tensors[name] = array
     for node in graph.nodes:
-        is_known = all(name in tensors for name in [*node.input, *_read_by_branches(node)] if name)
+        is_known = all(
+            name in tensors for name in [*node.input, *names_read_by_branches(node)] if name
+        )
         if node.op_type not in _NOT_EXACT and is_known:
             tensors[node.output[0]] = _evaluate(node, tensors, _in_order)
     return tensors
 
 
-def _read_by_branches(node: onnx.NodeProto) -> list[str]:
+def names_read_by_branches(node: onnx.NodeProto) -> list[str]:
+    """What the branches of an If read from outside."""
     return [name for branch in _branches(node).values() for name in branch.input]
 
 
@@ -613,10 +616,8 @@ def _evaluate(
         case "Cast" if attributes["to"] == TensorProto.FLOAT:
             return np.asarray(x, np.float32) if total is not _in_order else _fractions(x)
         case "Cast":
-            # Numbers that no integer type holds are not followed, so any other may stand for them.
-            limit = 2**62
-            inside = np.minimum(np.maximum(x, -limit), limit)
-            return np.asarray(inside, np.int64)
+            # No proof follows larger numbers, and NumPy does not convert them.
+            return np.asarray(np.clip(x, -(2**62), 2**62), np.int64)
         case "DequantizeLinear":
             zero = inputs[2] if len(inputs) > 2 else 0
             integers = np.asarray(x, np.int64) - np.asarray(zero, np.int64)

@@ -133,6 +133,7 @@ def test_numbers_of_24_bits_are_the_limit(value: int) -> None:
     half = F32(value // 2)
     proof = proof_of(node("Add", ["x", "c"]), x=[[half], [1.0]], c=half)
     assert proof.proved == (value == 2**24)
+    assert proof.proved or "may need 24.1 bits, and float32 has 24" in str(proof)
 
 
 def test_significands_multiply_and_powers_of_two_change_the_exponent() -> None:
@@ -358,6 +359,32 @@ def test_a_split_has_the_channels_of_each_part() -> None:
 
 
 @pytest.mark.parametrize(
+    ("start", "end", "step", "proved"),
+    [
+        (-1, -(2**63), -2, True),
+        (3, 0, -1, True),
+        (2**62, -5, -1, True),
+        (-9, 3, 1, True),
+        (-4, -9, -1, True),
+        (-5, -9, -1, False),
+        (-1, 2**63 - 1, -1, False),
+        (0, 3, 0, False),
+    ],
+)
+def test_a_slice_that_runtimes_read_differently_is_refused(
+    start: int, end: int, step: int, proved: bool
+) -> None:
+    # The last axis has four elements.
+    limits = {"start": [start], "end": [end], "axes": [-1], "steps": [step]}
+    proof = proof_of(node("Slice", ["x", *limits]), x=CHANNELS, **limits)
+    assert proof.proved == proved
+    if proved:
+        expected = [10.0, 20.0, 30.0, 40.0][slice(start, end, step)]
+        high = bounds_of(proof)[2]
+        assert high == (expected if len(expected) > 1 else max(expected))
+
+
+@pytest.mark.parametrize(
     ("sizes", "attributes"),
     [([1, 1], {}), ([5, -1], {}), (None, {"num_outputs": 3}), (None, {"num_outputs": 8})],
 )
@@ -427,12 +454,25 @@ def test_gemm_adds_the_bias_and_reads_transposed_weights() -> None:
     assert "alpha" in str(proof_of(flat, gemm, x=TABLE, **arguments))
 
 
+def test_an_einsum_of_one_tensor_is_a_sum() -> None:
+    proof = proof_of(node("Einsum", ["x"], equation="bik->b"), x=TABLE)
+    assert bounds_of(proof) == (-2, -9.0, 18.0)
+
+
 def test_an_einsum_of_two_tensors_counts_its_terms() -> None:
     proof = proof_of(node("Einsum", ["x", "x"], equation="bik,bjk->bij"), x=TABLE)
     assert bounds_of(proof) == (-4, -9.0, 18.0)
     assert not proof_of(
         node("Einsum", ["x", "x", "x"], equation="bik,bjk,bik->bij"), x=TABLE
     ).proved
+
+
+@pytest.mark.parametrize(("off", "proved"), [(2.0**23, True), (2.0**30, False)])
+def test_the_difference_of_the_values_of_a_one_hot_is_exact(off: float, proved: bool) -> None:
+    # The reference implementation computes off + (on - off), which for 2^30 is -256 and not -320.
+    proof = proof_of(node("OneHot", ["ids", "depth", "c"]), depth=4, c=F32([off, -321]))
+    assert proof.proved == proved
+    assert proved or "the difference of its two values may need" in str(proof)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

@@ -350,8 +350,27 @@ def test_an_unknown_name_of_a_limit_is_refused_with_the_names_that_there_are() -
         prove(graph, ranges={"id": (0, 1)})
     with pytest.raises(EvalmodeError, match=r"--largest names len.*batch, ids:0, ids:1, length"):
         prove(graph, largest={"len": 1})
-    with pytest.raises(EvalmodeError, match="range of ids is empty: 3 to 2"):
+    with pytest.raises(EvalmodeError, match="range of ids is empty: 3 to 2 for int64"):
         prove(graph, ranges={"ids": (3, 2)})
+
+
+def test_a_range_outside_of_the_type_is_empty() -> None:
+    arguments: dict[str, Any] = {"inputs": {"ids": (TensorProto.UINT8, [4])}}
+    with pytest.raises(EvalmodeError, match="is empty: -5 to -1 for uint8"):
+        proof_of_nodes(node("Cast", ["ids"], to=FLOAT), ranges={"ids": (-5, -1)}, **arguments)
+
+
+def test_an_axis_that_is_called_like_the_axis_of_an_input_is_another_one() -> None:
+    # The limit of the second axis is not that of the first, whatever the file calls it.
+    proof = proof_of_nodes(
+        node("Cast", ["ids"], "x", to=FLOAT),
+        node("ReduceSum", ["x", "axes"]),
+        inputs={"ids": (INT64, ["ids:1", "length"])},
+        constants={"axes": np.asarray([0])},
+        ranges={"ids": (0, 255)},
+        largest={"ids:1": 32},
+    )
+    assert "may have any size" in str(proof)
 
 
 @pytest.mark.parametrize("dtype", [TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16])
@@ -539,6 +558,21 @@ def test_inputs_that_do_not_fit_one_another_are_a_reason_and_no_crash() -> None:
         ranges={"ids": (0, 3)},
     )
     assert not proof.proved
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"), [("ConstantOfShape", [""]), ("Sum", ["", "x"]), ("Gemm", ["", "x"])]
+)
+def test_a_node_without_its_first_input_is_a_reason_and_no_crash(
+    op: str, inputs: list[str]
+) -> None:
+    proof = proof_of_nodes(
+        node("Cast", ["ids"], "x", to=FLOAT),
+        node(op, inputs),
+        inputs={"ids": (INT64, [4, 4])},
+        ranges={"ids": (0, 3)},
+    )
+    assert proof.reasons[0].node == "at_y"
 
 
 def test_a_constant_node_is_read() -> None:
