@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -87,8 +88,12 @@ def create_app(components: Components) -> FastAPI:
         draining=lambda: components.health.stage is Stage.DRAINING,
         drain_s=components.settings.drain_s,
     )
-    app.include_router(v1.routes(components.settings))
-    app.include_router(v2.routes(components.settings))
+    direct_routes: list[APIRoute] = []
+    for router in (v1.routes(components.settings), v2.routes(components.settings)):
+        app.include_router(router)
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.endpoint in (v1.predict, v2.infer):
+                direct_routes.append(route)
 
     # The routes about the server process: its health and its metrics.
     process_routes = APIRouter(generate_unique_id_function=lambda route: route.name)
@@ -110,7 +115,13 @@ def create_app(components: Components) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_routing_error)
     app.add_exception_handler(ClientDisconnect, _answer_disconnect)
     app.add_exception_handler(Exception, _answer_failure)
-    add_middleware(app, components.settings, components.metrics, tracing=components.tracing)
+    add_middleware(
+        app,
+        components.settings,
+        components.metrics,
+        tracing=components.tracing,
+        direct_routes=direct_routes,
+    )
     return app
 
 
