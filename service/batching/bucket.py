@@ -62,9 +62,11 @@ class Bucket:
         costs: seconds that a batch takes, by its size in rows. A batch runs only at these sizes.
         measured_costs: those of `costs` whose sizes were measured to keep the bits of a row. The
             others are proved to keep them. None if all were measured.
+        has_steady_time: whether a run takes about as long as `costs` says, whatever its values
+            are.
         smallest_size: the smallest batch size, used for a row alone.
         row_cost_s: seconds of a row at the batch size with the lowest cost per row.
-        is_quick: whether a row alone is a quick run.
+        is_quick: whether an event loop may run its rows, because a row alone is a quick run.
     """
 
     model: str
@@ -75,6 +77,7 @@ class Bucket:
     costs: Mapping[int, float]
     digest: str = ""
     measured_costs: Mapping[int, float] | None = None
+    has_steady_time: bool = True
     smallest_size: int = field(init=False)
     row_cost_s: float = field(init=False)
     is_quick: bool = field(init=False)
@@ -103,7 +106,7 @@ class Bucket:
         self.costs = costs
         self.smallest_size = min(costs)
         self.row_cost_s = min(cost / size for size, cost in costs.items())
-        self.is_quick = costs[self.smallest_size] <= QUICK_RUN_S
+        self.is_quick = self.has_steady_time and costs[self.smallest_size] <= QUICK_RUN_S
         self._best_sizes: dict[tuple[int, bool], int] = {}
 
     def best_size(self, rows: int, *, quick: bool = False) -> int:

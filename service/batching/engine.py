@@ -27,6 +27,10 @@ from evalmode.service.batching.queue import Queue
 
 _log = logging.getLogger(__name__)
 
+# After a quick batch that took longer, its bucket is not quick any more. Ten times as long as its
+# costs say is more than a cold cache explains.
+_LONGEST_QUICK_RUN_S = 10 * QUICK_RUN_S
+
 
 class Engine:
     """Answers requests of one or many rows, blocking or awaited. It may be called from any number
@@ -187,7 +191,12 @@ class Engine:
         batch = self._queue.next_quick_batch()
         if batch is None:
             return
+        # The time of this thread alone: other processes may take the processor away from it.
+        started_s = time.thread_time()
         self._run(batch)
+        if time.thread_time() - started_s > _LONGEST_QUICK_RUN_S:
+            # Its costs do not say how long it takes. From now on its rows are for the threads.
+            batch.bucket.is_quick = False
         # The next batch in the next turn: what has arrived meanwhile comes first.
         if batch.under_load:
             self._run_soon(loop)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Iterable
 
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class DirectRoutes:
@@ -55,18 +55,26 @@ class DirectRoutes:
         scope["route"] = route
         scope["path_params"] = parameters
         request = Request(scope, receive, send)
-        failure: Exception | None = None
+        has_started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
         try:
             response = await route.endpoint(request, **parameters)
+            await response(scope, receive, send_and_note)
         except Exception as error:
+            # A status that is sent cannot be replaced.
+            if has_started:
+                raise
             handlers = self._application.exception_handlers
             error_class = next(kind for kind in type(error).__mro__ if kind in handlers)
             answering = handlers[error_class](request, error)
             # Starlette allows handlers that are plain functions; ours are coroutines.
             response = await answering if isinstance(answering, Awaitable) else answering
-            if error_class is Exception:
-                failure = error
-        await response(scope, receive, send)
-        if failure is not None:
+            await response(scope, receive, send)
             # As Starlette does after its page for an unexpected error: the log gets the traceback.
-            raise failure
+            if error_class is Exception:
+                raise

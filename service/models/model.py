@@ -71,6 +71,8 @@ _ENCODING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
 OTHER = "other"
 WHOLE = "whole"
 
+# Operators that repeat a body as often as the input says, so no measurement bounds their time.
+_REPEATS = frozenset({("", "Loop"), ("", "Scan")})
 # The rule that proves rows independent of one another.
 _INDEPENDENCE_RULE = "batch-invariance"
 # The assumed seconds of a run, if the bundle has no input to measure with.
@@ -162,8 +164,10 @@ class Model:
 
         # A certificate may be forged, so the operators of the graph are checked too.
         graph_fault = None
+        has_steady_time = False
         try:
-            check_operators(bundle.model)
+            operators = check_operators(bundle.model)
+            has_steady_time = not operators & _REPEATS
         except BundleNotCertified as error:
             if not allow_uncertified:
                 raise
@@ -206,6 +210,7 @@ class Model:
                 run=run_rows,
                 costs=every_size(measurements) if is_exact else measurements.costs,
                 measured_costs=measurements.costs,
+                has_steady_time=has_steady_time,
             )
             for label, measurements in measured.items()
         }
