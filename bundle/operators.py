@@ -66,19 +66,22 @@ class _Refused(Exception):  # noqa: N818 - never leaves this module
     """A model must not be served; the message is the reason, without the file's name."""
 
 
-def check_operators(model: bytes) -> None:
-    """Raise BundleNotCertified, naming the node, for a model that can draw or train.
+def check_operators(model: bytes) -> frozenset[Operator]:
+    """The operators and local functions of the nodes, in bodies and functions too.
 
-    Also for a model that cannot be read, or that another program could read differently.
+    Raises BundleNotCertified, naming the node, for a model that can draw or train. Also for a model
+    that cannot be read, or that another program could read differently.
     """
+    reader = _Reader(model)
     try:
-        _Reader(model).read()
+        reader.read()
     except Malformed as error:
         raise BundleNotCertified(
             f"{MODEL_FILE} must not be served: it is not an ONNX model: {error}"
         ) from error
     except (_Refused, Ambiguous) as error:
         raise BundleNotCertified(f"{MODEL_FILE} must not be served: {error}") from None
+    return frozenset(reader.operators)
 
 
 @dataclass(eq=False)
@@ -215,6 +218,7 @@ class _Reader:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._functions: set[Operator] = set()
+        self.operators: set[Operator] = set()
 
     def read(self) -> None:
         """Read the main graph and all local functions, also those that nothing calls."""
@@ -270,6 +274,7 @@ class _Reader:
             node = Fields(self._data, span, NODE)
             domain, name = _domain_of(node), node.text("op_type")
             operator = (domain, name)
+            self.operators.add(operator)
             node_path = f"{path}{node.text('name') or f'{name}_{index}'}"
 
             attributes: dict[str, Fields] = {}

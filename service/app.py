@@ -12,8 +12,10 @@ from typing import Any
 
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 import evalmode
 from evalmode.service.components import Components, components_of
@@ -42,6 +44,14 @@ _log = structlog.get_logger("evalmode.service")
 
 class _Application(FastAPI):
     """FastAPI whose OpenAPI schema mentions API keys if the settings have any."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. FastAPI would first look for telemetry, and we have our own."""
+        if scope["type"] == "http" and self.middleware_stack is not None:
+            scope["app"] = self
+            await self.middleware_stack(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """The schema of all routes."""
@@ -87,8 +97,14 @@ def create_app(components: Components) -> FastAPI:
         draining=lambda: components.health.stage is Stage.DRAINING,
         drain_s=components.settings.drain_s,
     )
-    app.include_router(v1.routes(components.settings))
-    app.include_router(v2.routes(components.settings))
+    direct_routes: list[APIRoute] = []
+    for router in (v1.routes(components.settings), v2.routes(components.settings)):
+        app.include_router(router)
+        direct_routes += [
+            route
+            for route in router.routes
+            if isinstance(route, APIRoute) and route.endpoint in (v1.predict, v2.infer)
+        ]
 
     # The routes about the server process: its health and its metrics.
     process_routes = APIRouter(generate_unique_id_function=lambda route: route.name)
@@ -110,7 +126,13 @@ def create_app(components: Components) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_routing_error)
     app.add_exception_handler(ClientDisconnect, _answer_disconnect)
     app.add_exception_handler(Exception, _answer_failure)
-    add_middleware(app, components.settings, components.metrics, tracing=components.tracing)
+    add_middleware(
+        app,
+        components.settings,
+        components.metrics,
+        tracing=components.tracing,
+        direct_routes=direct_routes,
+    )
     return app
 
 

@@ -17,10 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from evalmode.bundle.known_answers import Tensors
+
+# A run of at most this time is quick: the event loop may run it itself. A thread costs two changes
+# of threads, about 0.1 ms, and a longer run would keep the other requests of the loop waiting.
+QUICK_RUN_S = 0.001
 
 Answer: TypeAlias = Tensors
 
@@ -67,6 +71,11 @@ class Bucket:
             others are proved to keep them. None if all were measured.
         pads_rows: whether `run` takes shorter rows too and pads them, because it is proved that
             padding changes no bit. Buckets with the same `run` may then share a batch.
+        has_steady_time: whether a run takes about as long as `costs` says, whatever its values
+            are.
+        smallest_size: the smallest batch size, used for a row alone.
+        row_cost_s: seconds of a row at the batch size with the lowest cost per row.
+        is_quick: whether an event loop may run its rows, because a row alone is a quick run.
     """
 
     model: str
@@ -78,6 +87,10 @@ class Bucket:
     digest: str = ""
     measured_costs: Mapping[int, float] | None = None
     pads_rows: bool = False
+    has_steady_time: bool = True
+    smallest_size: int = field(init=False)
+    row_cost_s: float = field(init=False)
+    is_quick: bool = field(init=False)
 
     def __post_init__(self) -> None:
         is_valid = bool(self.costs)
@@ -89,6 +102,7 @@ class Bucket:
                 f"costs of bucket {self.model}/{self.version}/{self.label} is {dict(self.costs)}:"
                 " it must have at least one batch size of 1 or more, each with its seconds"
             )
+        self._set_costs(self.costs)
 
     def fall_back(self) -> bool:
         """Run only rows of this length, and only at the measured sizes, from now on. False if that
@@ -97,29 +111,37 @@ class Bucket:
         if self.measured_costs is None:
             return False
         changes = self.pads_rows or self.costs != self.measured_costs
-        self.costs, self.pads_rows = self.measured_costs, False
+        self.pads_rows = False
+        self._set_costs(self.measured_costs)
         return changes
 
-    @property
-    def smallest_size(self) -> int:
-        """The smallest batch size, used for a row alone."""
-        return min(self.costs)
+    def _set_costs(self, costs: Mapping[int, float]) -> None:
+        """Set the costs, and what follows from them: the queue asks for it with each batch."""
+        self.costs = costs
+        self.smallest_size = min(costs)
+        self.row_cost_s = min(cost / size for size, cost in costs.items())
+        self.is_quick = self.has_steady_time and costs[self.smallest_size] <= QUICK_RUN_S
+        self._best_sizes: dict[tuple[int, bool], int] = {}
 
-    @property
-    def row_cost_s(self) -> float:
-        """Seconds of a row at the batch size with the lowest cost per row."""
-        return min(cost / size for size, cost in self.costs.items())
-
-    def best_size(self, rows: int) -> int:
+    def best_size(self, rows: int, *, quick: bool = False) -> int:
         """The batch size with the lowest cost per row while `rows` rows wait.
 
         Where the size exceeds `rows`, copies fill the batch. Of sizes with equal costs the one with
-        fewer copies is best, then the larger one: fewer batches for the same time.
+        fewer copies is best, then the larger one: fewer batches for the same time. With `quick` the
+        run is quick, as far as the costs say; `is_quick` must be true.
         """
-        return min(
-            self.costs,
-            key=lambda size: (self.costs[size] / min(size, rows), max(size - rows, 0), -size),
-        )
+        # More rows than the largest size change nothing, so the results are few.
+        rows = min(rows, max(self.costs))
+        size = self._best_sizes.get((rows, quick))
+        if size is None:
+            costs = self.costs
+            longest_s = QUICK_RUN_S if quick else math.inf
+            size = min(
+                (size for size in costs if costs[size] <= longest_s),
+                key=lambda size: (costs[size] / min(size, rows), max(size - rows, 0), -size),
+            )
+            self._best_sizes[rows, quick] = size
+        return size
 
     def cheapest_size(self, rows: int) -> int:
         """The cheapest batch size that holds `rows` rows. There must be one."""

@@ -1,9 +1,13 @@
-"""Runs rows in batches on a few threads.
+"""Runs rows in batches: quick ones in the event loop, all others on a few threads.
 
 A job is a row with its bucket, which says how the row is run and at which batch sizes. Rows of
 different buckets share a batch only where padding is proved to change no bit. A batch starts at
 once if a thread is free. Otherwise rows wait in the queue until a thread is free. `queue.py`
 decides which rows run next.
+
+A quick request (`QUICK_RUN_S` in bucket.py) that is awaited runs in its event loop, with all quick
+requests that arrived in the same turn of the loop: to hand it to a thread and back would take about
+as long as its run.
 """
 
 from __future__ import annotations
@@ -16,13 +20,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from evalmode.service.batching.batch import Batch, as_request_error, run_filled
-from evalmode.service.batching.bucket import Answer, Job
+from evalmode.service.batching.bucket import QUICK_RUN_S, Answer, Job
 from evalmode.service.batching.limits import Limits, Load
 from evalmode.service.batching.observer import Observer, RanBatch, notify
 from evalmode.service.batching.proof import PendingProof, Proofs
 from evalmode.service.batching.queue import Queue
 
 _log = logging.getLogger(__name__)
+
+# After a quick batch that took longer, its bucket is not quick any more. Ten times as long as its
+# costs say is more than a cold cache explains.
+_LONGEST_QUICK_RUN_S = 10 * QUICK_RUN_S
 
 
 class Engine:
@@ -66,6 +74,8 @@ class Engine:
             observers=self._observers,
             clock=clock,
         )
+        # The event loops that will run a batch in their next turn.
+        self._loops_to_run: set[asyncio.AbstractEventLoop] = set()
         # Daemons: a run that never returns must not keep the process from ending.
         self._threads = [
             threading.Thread(target=self._serve, name=f"engine-{number}", daemon=True)
@@ -111,7 +121,12 @@ class Engine:
             return []
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        ticket = self._queue.admit(jobs, timeout_s=timeout_s, caller=future)
+        is_quick = _is_quick(jobs)
+        ticket = self._queue.admit(
+            jobs, timeout_s=timeout_s, caller=future, wakes_threads=not is_quick
+        )
+        if is_quick:
+            self._run_soon(loop)
         timer = None
         if timeout_s is not None and timeout_s < math.inf:
             timer = loop.call_later(timeout_s, self._queue.expire, ticket)
@@ -161,6 +176,33 @@ class Engine:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
         self._proofs.clear()
         return not any(thread.is_alive() for thread in self._threads)
+
+    def _run_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let this loop run a batch in its next turn.
+
+        By then the requests that arrived in this turn have been admitted: they share the batch.
+        """
+        if loop not in self._loops_to_run:
+            self._loops_to_run.add(loop)
+            loop.call_soon(self._run_in_loop, loop)
+
+    def _run_in_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run a quick batch in the event loop, and leave what it cannot run to the threads."""
+        self._loops_to_run.discard(loop)
+        batch = self._queue.next_quick_batch()
+        if batch is None:
+            return
+        # The time of this thread alone: other processes may take the processor away from it.
+        started_s = time.thread_time()
+        self._run(batch)
+        if time.thread_time() - started_s > _LONGEST_QUICK_RUN_S:
+            # Its costs do not say how long it takes. From now on its rows are for the threads.
+            batch.bucket.is_quick = False
+        # The next batch in the next turn: what has arrived meanwhile comes first.
+        if batch.under_load:
+            self._run_soon(loop)
+        if len(self._proofs) or (batch.under_load and len(self._threads) > 1):
+            self._queue.wake_thread()
 
     def _serve(self) -> None:
         while self._step():
@@ -243,3 +285,13 @@ class Engine:
             )
         for observer in self._observers:
             notify(observer.proved, proof.bucket, violation)
+
+
+def _is_quick(jobs: Sequence[Job]) -> bool:
+    """Whether all of a request is quick, as far as the costs say."""
+    cost_s = 0.0
+    for bucket, _ in jobs:
+        if not bucket.is_quick:
+            return False
+        cost_s += bucket.row_cost_s
+    return cost_s <= QUICK_RUN_S

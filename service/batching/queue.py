@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from evalmode.service.batching.batch import Batch, as_request_error
-from evalmode.service.batching.bucket import Answer, Bucket, Job, cheaper_together
+from evalmode.service.batching.bucket import QUICK_RUN_S, Answer, Bucket, Job, cheaper_together
 from evalmode.service.batching.limits import DrainRate, Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, notify
 from evalmode.service.batching.proof import PendingProof, Proofs
@@ -81,8 +81,17 @@ class Queue:
         self._waiting_callers = WaitingCallers(self._fits_locked)
         self._closed = False
 
-    def admit(self, jobs: Sequence[Job], *, timeout_s: float | None, caller: Caller) -> Ticket:
+    def admit(
+        self,
+        jobs: Sequence[Job],
+        *,
+        timeout_s: float | None,
+        caller: Caller,
+        wakes_threads: bool = True,
+    ) -> Ticket:
         """Add a request. Its caller will be woken once, when the ticket is done.
+
+        With `wakes_threads` the threads run it; without, the caller sees to it.
 
         Raises DeadlineExceeded for a timeout of 0 or less, QueueFull, BodyTooLarge for more than
         the queue can ever hold, and NotReady once it is closed.
@@ -113,7 +122,8 @@ class Queue:
                 ticket.parts = tuple(parts)
                 for part in parts:
                     self._waiting.add(part)
-                self._work_changed.notify(len(jobs))
+                if wakes_threads:
+                    self._work_changed.notify(len(jobs))
         if not fits:
             self._report_dropped("queue_full", row_counts)
             retry_after_s = self.retry_after_s()
@@ -171,6 +181,27 @@ class Queue:
             self._running.pop(thread, None)
             if self._proving == thread:
                 self._proving = None
+
+    def next_quick_batch(self) -> Batch | None:
+        """The batch that an event loop runs itself, which begins now. None if no quick row waits.
+
+        Unlike `next_work` it never waits.
+        """
+        with self._lock:
+            batch = self._next_batch_locked(quick=True)
+            if batch is not None:
+                self._running[threading.get_ident()] = self._clock()
+            expired, self._expired = self._expired, []
+        if expired:
+            self._wake_and_report(dropped=expired)
+        if batch is not None:
+            self._wake_next_caller()
+        return batch
+
+    def wake_thread(self) -> None:
+        """Let an idle thread look for work: for rows that wait, or for a proof."""
+        with self._lock:
+            self._work_changed.notify()
 
     def restart_run(self, ticket: Ticket) -> bool:
         """Begin to run a row of a failed batch again. False if its request is done already."""
@@ -309,20 +340,20 @@ class Queue:
             self._running[thread] = self._clock()
         return work
 
-    def _next_batch_locked(self) -> Batch | None:
-        """The batch of the most urgent row; None if no row waits.
+    def _next_batch_locked(self, *, quick: bool = False) -> Batch | None:
+        """The batch of the most urgent row, with `quick` a quick one; None if no such row waits.
 
         Rows of a ticket past its deadline never run: the ticket fails, and `_expired` gets it.
         """
-        while (head := self._waiting.head()) is not None:
-            sources, size, planned_count = self._plan_batch_locked(head.bucket)
+        while (head := self._waiting.head(quick=quick)) is not None:
+            sources, size, planned_count = self._plan_batch_locked(head.bucket, quick=quick)
             bucket = sources[-1]
 
             now = self._clock()
             entries: list[Entry] = []
             for source in sources:
                 while len(entries) < planned_count:
-                    part = self._waiting.head(source)
+                    part = self._waiting.head_of(source)
                     if part is None:
                         break
                     # The timer of the deadline may be late, or not have been set at all.
@@ -343,23 +374,31 @@ class Queue:
             return Batch(bucket=bucket, entries=entries, size=size, under_load=under_load)
         return None
 
-    def _plan_batch_locked(self, bucket: Bucket) -> tuple[list[Bucket], int, int]:
+    def _plan_batch_locked(self, bucket: Bucket, *, quick: bool) -> tuple[list[Bucket], int, int]:
         """The buckets whose rows the next batch takes, its size, and how many rows it takes.
 
         `bucket` is one of the buckets. The batch runs in the last one.
         """
-        # The waiting rows are shared among this thread and the idle ones. This thread is not in
-        # `_running` yet, so at least one is free.
-        free_threads = self._parallel - len(self._running)
+        free_threads = 1
+        if not quick:
+            # The waiting rows are shared among this thread and the idle ones. This thread is not in
+            # `_running` yet. Event loops may be in it, beyond the number of threads.
+            free_threads = max(1, self._parallel - len(self._running))
+
         # An idle thread would run the rows of another bucket at the same time.
         if free_threads == 1 and bucket.pads_rows:
-            row_counts = {other: self._waiting.rows_of(other) for other in self._waiting}
+            row_counts = {
+                other: self._waiting.rows_of(other)
+                for other in self._waiting
+                if other.is_quick or not quick
+            }
             buckets = cheaper_together(bucket, row_counts)
-            if len(buckets) > 1:
-                rows = sum(row_counts[other] for other in buckets)
+            rows = sum(row_counts[other] for other in buckets)
+            if len(buckets) > 1 and not (quick and buckets[-1].costs[rows] > QUICK_RUN_S):
                 return buckets, rows, rows
+
         share = math.ceil(self._waiting.rows_of(bucket) / free_threads)
-        size = bucket.best_size(share)
+        size = bucket.best_size(share, quick=quick)
         return [bucket], size, min(size, share)
 
     def _wake_and_report(

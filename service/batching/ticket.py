@@ -162,6 +162,10 @@ def wake(callers: Iterable[Caller]) -> None:
         else:
             futures_by_loop.setdefault(caller.get_loop(), []).append(caller)
     for loop, futures in futures_by_loop.items():
+        if loop is asyncio._get_running_loop():
+            # The loop runs this very code, so it needs no wake-up.
+            _set_done(futures)
+            continue
         # RuntimeError: the loop is closed, so nothing awaits its futures.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(_set_done, futures)

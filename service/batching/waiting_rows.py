@@ -71,12 +71,17 @@ class WaitingRows:
         if not line.parts:
             del self._lines[part.bucket]
 
-    def head(self, bucket: Bucket | None = None) -> Part | None:
-        """The most urgent part, of `bucket` or of all; None if nothing waits there."""
-        if bucket is not None:
-            line = self._lines.get(bucket)
-            return line.parts[0] if line is not None else None
-        return min((line.parts[0] for line in self._lines.values()), key=_order, default=None)
+    def head(self, *, quick: bool = False) -> Part | None:
+        """The most urgent part, with `quick` of the quick buckets alone; None if nothing waits."""
+        heads = [
+            line.parts[0] for bucket, line in self._lines.items() if not quick or bucket.is_quick
+        ]
+        return min(heads, key=_order, default=None)
+
+    def head_of(self, bucket: Bucket) -> Part | None:
+        """The most urgent part of a bucket; None if nothing waits there."""
+        line = self._lines.get(bucket)
+        return line.parts[0] if line is not None else None
 
     def rows_of(self, bucket: Bucket) -> int:
         """The number of rows that wait in a bucket."""

@@ -15,6 +15,9 @@ Answer = TypeVar("Answer")
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 
+# So much later than the end of its body, a request begins to watch its client.
+_UNWATCHED_S = 0.01
+
 
 def request_timeout_s(headers: Mapping[str, str], *, longest_s: float) -> float:
     """The seconds that a request allows for its answer: those of its header, at most `longest_s`.
@@ -39,21 +42,32 @@ async def cancel_on_disconnect(request: Request, answer: Coroutine[Any, Any, Ans
 
     The body must have been read to its end: the next message of the connection is then its end.
     """
+    task = asyncio.current_task()
+    assert task is not None, "a request is answered in a task"
+    watching: asyncio.Task[None] | None = None
+    has_disconnected = False
 
-    async def disconnected() -> None:
+    async def watch() -> None:
+        nonlocal has_disconnected
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        has_disconnected = True
+        task.cancel()
 
-    answering = asyncio.ensure_future(answer)
-    watching = asyncio.ensure_future(disconnected())
+    def begin_to_watch() -> None:
+        nonlocal watching
+        watching = asyncio.ensure_future(watch())
+
+    # Most answers are there before it is worth a task to watch for the end of their connection.
+    timer = asyncio.get_running_loop().call_later(_UNWATCHED_S, begin_to_watch)
     try:
-        await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            answering.cancel()
-            # The log line must say how long the request waited, so its end is awaited.
-            await asyncio.gather(answering, return_exceptions=True)
-            raise ClientDisconnect
-        return answering.result()
+        return await answer
+    except asyncio.CancelledError:
+        # Unless the server cancels the request too.
+        if has_disconnected and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
     finally:
-        for task in (answering, watching):
-            task.cancel()
+        timer.cancel()
+        if watching is not None:
+            watching.cancel()

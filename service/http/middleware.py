@@ -1,7 +1,7 @@
 """The middleware around all routes: the id of a request, its log line, its metrics, its headers.
 
-From outside in, a request passes traces, `RequestMiddleware`, CORS, API keys, HEAD, and then the
-application with its error pages.
+From outside in, a request passes traces, `RequestMiddleware`, CORS, API keys, the short way to the
+routes of inference, HEAD, and then the application with its error pages.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from urllib.parse import quote
 
 import structlog
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,7 @@ from structlog.typing import FilteringBoundLogger
 from evalmode.service.errors import error_body
 from evalmode.service.health import PROBE_PATHS
 from evalmode.service.http.api_keys import ApiKeys, RequireKey, header_value
+from evalmode.service.http.direct import DirectRoutes
 from evalmode.service.http.head import AnswerHead
 from evalmode.service.settings import Settings, setting_named
 from evalmode.service.strict_json import shown
@@ -92,14 +94,21 @@ _CORS_RESPONSE_HEADERS = (
 
 
 def add_middleware(
-    app: FastAPI, settings: Settings, metrics: Metrics, *, tracing: Tracing | None = None
+    app: FastAPI,
+    settings: Settings,
+    metrics: Metrics,
+    *,
+    tracing: Tracing | None = None,
+    direct_routes: Collection[APIRoute] = (),
 ) -> None:
     """Put all middleware around `app` and its error pages.
 
-    Call it last: a handler that is added later is ignored. Raises StartFailed for API keys that
-    cannot be used.
+    Call it last: a handler that is added later is ignored. The short way leads to `direct_routes`.
+    Raises StartFailed for API keys that cannot be used.
     """
     asgi_app: ASGIApp = AnswerHead(app.build_middleware_stack())
+    if direct_routes:
+        asgi_app = DirectRoutes(asgi_app, app, direct_routes)
     keys = ApiKeys.of(settings)
     if keys is not None:
         asgi_app = RequireKey(asgi_app, keys)

@@ -9,10 +9,13 @@ line that is read says how many.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
 import sys
+import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, TextIO
 
 import structlog
@@ -29,6 +32,9 @@ _log = structlog.get_logger("evalmode.service")
 _PATIENCE_MS = 250
 # As UTF-8 at most 4,096 bytes. A pipe that is ready for writing takes that many without blocking.
 _PIECE_CHARACTERS = 1_024
+
+# Made once: `json.dumps` makes one for each event.
+_encode = json.JSONEncoder(ensure_ascii=False, default=repr).encode
 
 
 def configure_logs(form: Literal["auto", "json", "console"]) -> None:
@@ -56,7 +62,7 @@ def configure_logs(form: Literal["auto", "json", "console"]) -> None:
         )
     else:
         processors.append(structlog.processors.format_exc_info)
-        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+        renderer = _render_json
 
     handler = LineHandler(sys.stderr)
     handler.setFormatter(
@@ -64,12 +70,17 @@ def configure_logs(form: Literal["auto", "json", "console"]) -> None:
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("evalmode").setLevel(logging.INFO)
+    # Our own events are written as they are rendered, without a `LogRecord`: each request has one.
     structlog.configure(
-        processors=[*processors, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[*processors, renderer],
+        logger_factory=lambda name: LineLogger(handler, name),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
+
+
+def _render_json(_logger: object, _level: str, event: structlog.types.EventDict) -> str:
+    return _encode(event)
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
@@ -80,12 +91,20 @@ class LineHandler(logging.StreamHandler[TextIO]):
         self._lost = 0
         # The end of a line that was written only in part; empty if the last line is complete.
         self._missing_end = ""
+        self._line_lock = threading.Lock()
         self._poll = select.poll()
         self._poll.register(stream.fileno(), select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, or count it as lost."""
         try:
+            self.write_line(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+    def write_line(self, line: str) -> None:
+        """Write a line, or count it as lost. Safe to use from several threads."""
+        with self._line_lock:
             # After lost lines, the first line says how many. Without a reader nothing waits here.
             if self._lost and self._poll.poll(0):
                 message = f"{self._lost} lines before this one were lost: nothing read them"
@@ -94,10 +113,8 @@ class LineHandler(logging.StreamHandler[TextIO]):
                 )
                 self._lost = 0
                 self._write(self._missing_end + self.format(lost_record))
-            if self._lost or not self._write(self.format(record)):
+            if self._lost or not self._write(line):
                 self._lost += 1
-        except Exception:
-            self.handleError(record)
 
     def _write(self, line: str) -> bool:
         """Write a line; False if its reader left no room in time."""
@@ -111,6 +128,21 @@ class LineHandler(logging.StreamHandler[TextIO]):
             self.stream.flush()
         self._missing_end = ""
         return True
+
+
+class LineLogger:
+    """The end of structlog's chain: writes rendered events to a handler."""
+
+    def __init__(self, handler: LineHandler, name: str) -> None:
+        self._handler = handler
+        self.name = name
+
+    def info(self, line: str) -> None:
+        """Write a line. One that cannot be written, because stderr is closed, is lost."""
+        with suppress(OSError, ValueError):
+            self._handler.write_line(line)
+
+    debug = warning = error = critical = exception = info
 
 
 class ViolationLog(Observer):

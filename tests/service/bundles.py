@@ -183,18 +183,28 @@ def token_bundle(root: Path, model: bytes, tokenizer: str, *, spec: BpeSpec) -> 
 
 
 def product_model() -> bytes:
-    """y = x @ w[:T]: (B, 2) for x (B, T), T from 1 to 64."""
+    """y = x @ w[:T]: (B, 2) for x (B, T), T from 1 to 64.
+
+    Written as a sum of products. A MatMul has other bits for one row alone than for several.
+    """
     weights = np.random.default_rng(3).standard_normal((64, 2)).astype(np.float32)
     node = helper.make_node
     return onnx_model(
         [
             node("Shape", ["x"], ["columns"], start=1, end=2),
             node("Slice", ["w", "zero", "columns", "zero"], ["some"]),
-            node("MatMul", ["x", "some"], ["y"]),
+            node("Unsqueeze", ["x", "two"], ["numbers"]),
+            node("Mul", ["numbers", "some"], ["products"]),
+            node("ReduceSum", ["products", "one"], ["y"], keepdims=0),
         ],
         inputs=[helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "columns"])],
         outputs=[helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
-        weights={"w": weights, "zero": np.array([0], np.int64)},
+        weights={
+            "w": weights,
+            "zero": np.array([0], np.int64),
+            "one": np.array([1], np.int64),
+            "two": np.array([2], np.int64),
+        },
     )
 
 

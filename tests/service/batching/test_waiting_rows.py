@@ -62,7 +62,7 @@ def test_it_behaves_like_a_sorted_list_of_all_rows(steps):
             model.add(part)
             waiting.add(part)
         elif step[0] == "take":
-            head = waiting.head(step[1])
+            head = waiting.head() if step[1] is None else waiting.head_of(step[1])
             assert head is model.head(step[1])
             if head is not None:
                 rows = waiting.take(head, step[2])
