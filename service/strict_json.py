@@ -56,7 +56,7 @@ def parse_json(raw: bytes, *, subject: str) -> Any:
     # text that can be answered.
     try:
         try:
-            return json.loads(text, parse_constant=_refuse_constant)
+            return _decode(text)
         except (json.JSONDecodeError, _NotJsonNumber):
             raise
         except ValueError:
@@ -139,6 +139,10 @@ def _refuse_other_encoding(raw: bytes, subject: str) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _NotJsonNumber(name)
+
+
+# Made once: `json.loads` makes one for each text that is read with options.
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _integer(digits: str) -> int | _LongInteger:

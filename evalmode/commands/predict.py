@@ -279,9 +279,9 @@ def _predict_texts(
     with Predictor.open(bundle, provider=provider) as predictor:
         predictions = predictor.predict(texts, top_k=top_k, truncate=truncate)
         if as_json:
-            from evalmode.service.http.v1_schemas import PredictResponse
+            from evalmode.service.http.v1_schemas import predict_json
 
-            print(PredictResponse.of(predictor.model, predictions).model_dump_json())
+            print(predict_json(predictor.model, predictions).decode())
             return
 
     from evalmode.tables import predictions_table

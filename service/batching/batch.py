@@ -10,7 +10,7 @@ from evalmode.service.batching.ticket import Entry
 from evalmode.service.errors import RequestError, RunFailed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Batch:
     """Rows that run together.
 

@@ -21,7 +21,7 @@ P = ParamSpec("P")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RanBatch:
     """A batch that was answered.
 

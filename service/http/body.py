@@ -84,16 +84,18 @@ async def read_body(
     """
     _require_size(whole_number(declared_bytes or "") or 0, max_body_bytes=max_body_bytes)
     body = bytearray()
-    while True:
-        try:
-            async with asyncio.timeout(silence_s):
-                chunk = await anext(chunks)
-        except StopAsyncIteration:
-            return bytes(body)
-        except TimeoutError as error:
-            raise silence_error(silence_s) from error
-        body += chunk
-        _require_size(len(body), max_body_bytes=max_body_bytes)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(silence_s) as silence:
+            async for chunk in chunks:
+                # Starlette ends each body with an empty chunk: nothing has arrived.
+                if chunk:
+                    silence.reschedule(loop.time() + silence_s)
+                    body += chunk
+                    _require_size(len(body), max_body_bytes=max_body_bytes)
+    except TimeoutError as error:
+        raise silence_error(silence_s) from error
+    return bytes(body)
 
 
 def silence_error(silence_s: float) -> RequestTimeout:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import random
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Collection
+from itertools import count
 from urllib.parse import quote
 
 import structlog
@@ -41,6 +42,11 @@ CLIENT_CLOSED_REQUEST = 499
 
 # What a client may choose as the id of a request, which is then in logs and traces.
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+# The ids of all other requests: a prefix that is random for each process, and a number. A random id
+# for each request would cost a system call.
+_ID_PREFIX = secrets.token_hex(8)
+_id_numbers = count(1)
 
 # A client may send any word as the method, and each one would be a series of the metrics.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -199,7 +205,7 @@ class RequestMiddleware:
         if sent_id is not None and _REQUEST_ID.fullmatch(sent_id):
             request_id = sent_id.decode()
         else:
-            request_id = uuid.uuid4().hex
+            request_id = f"{_ID_PREFIX}{next(_id_numbers):016x}"
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
 

@@ -20,6 +20,7 @@ from evalmode.service.http.body import (
 from evalmode.service.http.deadline import cancel_on_disconnect, request_timeout_s
 from evalmode.service.http.streams import StreamOptions, Streams
 from evalmode.service.http.v1_request import (
+    NO_OPTIONS,
     PredictQuery,
     parse_predict_query,
     parse_predict_request,
@@ -29,6 +30,7 @@ from evalmode.service.http.v1_schemas import (
     ErrorResponse,
     ModelResponse,
     PredictResponse,
+    predict_json,
     query_schema,
     request_schema,
 )
@@ -95,8 +97,10 @@ async def predict(request: Request) -> Response:
     With `content-type: application/x-ndjson` the body is one text a line, without a limit on their
     number, and so is the answer. Either body may have `content-encoding: gzip` or `deflate`.
     """
-    max_top_k = components_of(request).settings.max_top_k
-    query = parse_predict_query(request.query_params.multi_items(), max_top_k=max_top_k)
+    query = NO_OPTIONS
+    if request.scope["query_string"]:
+        max_top_k = components_of(request).settings.max_top_k
+        query = parse_predict_query(request.query_params.multi_items(), max_top_k=max_top_k)
     if media_type_of(request.headers.get("content-type")) == NDJSON:
         # Lines are read and predictions written at the same time.
         timings = timings_of(request.scope)
@@ -142,7 +146,7 @@ async def _predict_json(request: Request, query: PredictQuery) -> Response:
         # From answers to the body of the response.
         writing_started = time.monotonic()
         predictions = model.predictions(answers, truncated, top_k=predict_request.top_k)
-        response = _json_response(PredictResponse.of(model, predictions))
+        response = Response(predict_json(model, predictions), media_type=JSON)
         timings.written(since=writing_started)
         return response
 

@@ -28,7 +28,7 @@ class PredictQuery:
     version: str | None = None
 
 
-_NO_OPTIONS = PredictQuery()
+NO_OPTIONS = PredictQuery()
 
 
 def parse_predict_query(items: Iterable[tuple[str, str]], *, max_top_k: int) -> PredictQuery:
@@ -86,7 +86,7 @@ def parse_predict_request(
     *,
     max_rows: int,
     max_top_k: int,
-    query: PredictQuery = _NO_OPTIONS,
+    query: PredictQuery = NO_OPTIONS,
 ) -> PredictRequest:
     """The request for predictions in `body` and `query`, within the limits of this server.
 
@@ -107,7 +107,7 @@ def parse_predict_request(
     if request.top_k > max_top_k:
         raise _value_error("top_k", request.top_k, max_top_k=max_top_k)
 
-    if query == _NO_OPTIONS:
+    if query is NO_OPTIONS:
         return request
     options = {name: value for name, value in asdict(query).items() if value is not None}
     for name in options:

@@ -13,6 +13,7 @@ from evalmode.bundle.known_answers import Run, Tensors
 from evalmode.service.batching.bucket import Row
 from evalmode.service.errors import BadRequest, RunFailed
 from evalmode.service.models.tensors import split_rows
+from evalmode.service.models.text import LOGITS, BatchScores, TextAnswer
 
 _REASON_CHARACTERS = 200
 
@@ -55,7 +56,13 @@ def run_of_rows(
                 raise RunFailed(
                     f"the model answered {len(rows)} rows with {name!r} of shape {[*tensor.shape]}"
                 )
-        return split_rows(outputs, len(rows))
+        answers = split_rows(outputs, len(rows))
+        if is_text and LOGITS in outputs:
+            batch = BatchScores(outputs[LOGITS])
+            return [
+                TextAnswer(answer, batch=batch, index=index) for index, answer in enumerate(answers)
+            ]
+        return answers
 
     return run_rows
 

@@ -57,13 +57,12 @@ from evalmode.service.models.tensors import (
     unknown_datatype,
 )
 from evalmode.service.models.text import (
-    LOGITS,
     MASK,
     IdRow,
     Prediction,
+    TextAnswer,
     id_rows,
     labels_of,
-    predict,
 )
 
 # Encoding takes some 30 microseconds a text and a microsecond a character. More characters than
@@ -355,10 +354,11 @@ class Model:
         Raises RunFailed if the logits of a text are not finite.
         """
         assert self.labels is not None, "a model of text has labels"
-        if not answers:
-            return []
-        logits = np.concatenate([answer[LOGITS] for answer in answers])  # (B, C)
-        return predict(logits, self.labels, truncated=truncated, top_k=top_k)
+        predictions: list[Prediction] = []
+        for answer, is_truncated in zip(answers, truncated, strict=True):
+            assert isinstance(answer, TextAnswer), "the rows of texts have such answers"
+            predictions.append(answer.prediction(self.labels, top_k=top_k, truncated=is_truncated))
+        return predictions
 
     def _text_job(self, frontend: FrontEnd, row: IdRow) -> Job:
         """The row padded to the first length of the ladder that holds it, and the bucket of that

@@ -24,7 +24,7 @@ RowShape: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 _STRING_BYTES = 64
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class ModelRow:
     """One row as the engine sees it.
 

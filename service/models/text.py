@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +25,14 @@ IDS = "input_ids"
 MASK = "attention_mask"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoredLabel:
+class ScoredLabel(NamedTuple):
     """A label with its probability."""
 
     label: str
     score: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
+class Prediction(NamedTuple):
     """The model's answer for one text.
 
     Attributes:
@@ -55,7 +54,65 @@ class Prediction:
         return self.top[0].score
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+class TextAnswer(dict[str, npt.NDArray[np.generic]]):
+    """The outputs of one row by name, each with a leading dimension of 1.
+
+    The scores of all rows of its batch are computed together, when one of them is asked for.
+    """
+
+    __slots__ = ("_batch", "_index")
+
+    def __init__(self, outputs: Tensors, *, batch: BatchScores, index: int) -> None:
+        super().__init__(outputs)
+        self._batch = batch
+        self._index = index
+
+    def prediction(self, labels: Sequence[str], *, top_k: int, truncated: bool) -> Prediction:
+        """The prediction with the `top_k` best of the labels, or all if there are fewer.
+
+        Raises RunFailed if the logits of the row are not finite.
+        """
+        scores, ranked = self._batch.of(self._index)
+        top = tuple([ScoredLabel(labels[label], scores[label]) for label in ranked[:top_k]])
+        return Prediction(top, truncated)
+
+
+class BatchScores:
+    """The scores of logits (B, C), and the labels of each row from the best to the worst.
+
+    `scores.py` computes each row by itself, so a row has the same bits in every batch. NumPy takes
+    about as long for some rows as for one.
+    """
+
+    __slots__ = ("_logits", "_rows")
+
+    def __init__(self, logits: npt.NDArray[np.generic]) -> None:
+        self._logits = logits
+        # None until the first use; then None for each row that is not finite.
+        self._rows: list[tuple[list[float], list[int]] | None] | None = None
+
+    def of(self, index: int) -> tuple[list[float], list[int]]:
+        """The scores (C) of the row `index`, and its labels from the best to the worst (C).
+
+        Raises RunFailed if the logits of this row are not finite.
+        """
+        if self._rows is None:
+            # (B,); the zeros take the place of rows that have no scores.
+            is_finite = np.isfinite(self._logits).all(axis=1)
+            logits = np.where(is_finite[:, None], self._logits, 0)
+            rows = zip(
+                is_finite.tolist(), softmax(logits).tolist(), ranking(logits).tolist(), strict=True
+            )
+            self._rows = [(scores, ranked) if finite else None for finite, scores, ranked in rows]
+        row = self._rows[index]
+        if row is None:
+            raise RunFailed(
+                f"the model's output {LOGITS!r} holds numbers that are not finite for this text"
+            )
+        return row
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class IdRow:
     """One row without padding.
 
@@ -151,31 +208,6 @@ def labels_of(manifest: Manifest, *, path: object) -> tuple[str, ...]:
             f" {[(output.name, output.shape) for output in manifest.outputs]}"
         )
     return labels or tuple(map(str, range(shape[1])))
-
-
-def predict(
-    logits: npt.NDArray[np.generic],
-    labels: Sequence[str],
-    *,
-    truncated: Sequence[bool],
-    top_k: int,
-) -> list[Prediction]:
-    """The predictions of rows of logits (B, C), each with its `top_k` best labels, or all if there
-    are fewer.
-
-    Raises RunFailed if the logits of a row are not finite.
-    """
-    if not np.isfinite(logits).all():
-        raise RunFailed(
-            f"the model's output {LOGITS!r} holds numbers that are not finite for this text"
-        )
-    scores = softmax(logits).tolist()
-    best = ranking(logits)[:, :top_k].tolist()
-    predictions = []
-    for row_scores, row_best, is_truncated in zip(scores, best, truncated, strict=True):
-        top = [ScoredLabel(label=labels[index], score=row_scores[index]) for index in row_best]
-        predictions.append(Prediction(top=tuple(top), truncated=is_truncated))
-    return predictions
 
 
 def _require_range(name: str, values: npt.NDArray[np.int64], *, below: int) -> None:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, TextIO
 
 import structlog
+from pydantic_core import PydanticSerializationError, to_json
 
 from evalmode.service.batching.observer import Observer
 
@@ -32,9 +33,6 @@ _log = structlog.get_logger("evalmode.service")
 _PATIENCE_MS = 250
 # As UTF-8 at most 4,096 bytes. A pipe that is ready for writing takes that many without blocking.
 _PIECE_CHARACTERS = 1_024
-
-# Made once: `json.dumps` makes one for each event.
-_encode = json.JSONEncoder(ensure_ascii=False, default=repr).encode
 
 
 def configure_logs(form: Literal["auto", "json", "console"]) -> None:
@@ -80,7 +78,11 @@ def configure_logs(form: Literal["auto", "json", "console"]) -> None:
 
 
 def _render_json(_logger: object, _level: str, event: structlog.types.EventDict) -> str:
-    return _encode(event)
+    try:
+        return to_json(event, fallback=repr).decode()
+    except PydanticSerializationError:
+        # Half a surrogate pair, which UTF-8 cannot encode. Here it becomes an escape.
+        return json.dumps(event, default=repr)
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
