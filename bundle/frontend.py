@@ -55,6 +55,18 @@ _MAX_WORD_POINTS = 65_536
 _MAX_LOCKED_POINTS = 10_000
 
 
+# The constants of the hash. The multiplier is 2^64 divided by the golden ratio; the shifts and the
+# multipliers of the finaliser are those of splitmix64.
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_FINALISER = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+_LAST_SHIFT = np.uint64(31)
+
+_DIGIT = re.compile(r"\d")
+
+
 class _Spec(BaseModel):
     """The parameters that both kinds have.
 
@@ -152,6 +164,7 @@ class NgramFrontEnd:
     def __init__(self, spec: NgramSpec) -> None:
         self.spec = spec
         self._max_symbols = spec.lengths[-1] * spec.characters - 1  # one more is the boundary
+        self._highest_id = np.uint64(spec.vocabulary - 1)
 
     def encode(self, text: str) -> Row:
         """The ids (T, G) of a text.
@@ -167,14 +180,14 @@ class NgramFrontEnd:
         readable = _without_surrogates(folded[: 2 * max_points + 2])
         composed = unicodedata.normalize("NFC", readable[:max_points]).lower()
         # The cut may have left a blank at the end, which is no symbol.
-        symbols = re.sub(r"\d", "0", " ".join(composed.split()))
+        symbols = _DIGIT.sub("0", " ".join(composed.split()))
         is_complete = len(readable) <= max_points
 
-        points = np.frombuffer(
-            symbols[: self._max_symbols].encode("utf-32-le"), dtype=np.uint32
-        ).astype(np.uint64)
         # The last of these zeros is the boundary. The others fill the n-grams that end there.
-        points = np.concatenate([np.zeros(self.spec.orders, np.uint64), points])
+        boundary = "\0" * self.spec.orders
+        points = np.frombuffer(
+            (boundary + symbols[: self._max_symbols]).encode("utf-32-le"), dtype=np.uint32
+        ).astype(np.uint64)
 
         # The n-grams that end at the boundary or at a character of the text.
         grams = self._hash(points)[self.spec.orders - 1 :]  # (symbols, orders)
@@ -186,19 +199,21 @@ class NgramFrontEnd:
     def _hash(self, points: npt.NDArray[np.uint64]) -> Ids:
         """The ids, 1 to vocabulary - 1, of the n-grams that end at each point: (P, orders)."""
         # A polynomial over the points, whose order grows by one in each step. uint64 wraps around,
-        # as is intended. The multiplier is 2^64 divided by the golden ratio.
+        # as is intended. In place, because a row is short and each new array costs time.
         mixed = np.empty((self.spec.orders, len(points)), np.uint64)
-        step = np.full(len(points), 1, np.uint64)
-        for back in range(self.spec.orders):
-            step = step * np.uint64(0x9E3779B97F4A7C15)
-            step[back:] += points[: len(points) - back]
-            mixed[back] = step
+        np.add(points, _MULTIPLIER, out=mixed[0])
+        for back in range(1, self.spec.orders):
+            np.multiply(mixed[back - 1], _MULTIPLIER, out=mixed[back])
+            mixed[back, back:] += points[:-back]
         # The finaliser of splitmix64 (Steele, Lea and Flood, Fast splittable pseudorandom number
         # generators, 2014) spreads the polynomial over all bits.
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed = mixed ^ (mixed >> np.uint64(31))
-        return (mixed % np.uint64(self.spec.vocabulary - 1) + np.uint64(1)).astype(np.int64).T
+        for shift, multiplier in _FINALISER:
+            mixed ^= mixed >> shift
+            mixed *= multiplier
+        mixed ^= mixed >> _LAST_SHIFT
+        mixed %= self._highest_id
+        mixed += np.uint64(1)
+        return mixed.view(np.int64).T  # below 2^63
 
 
 class BpeFrontEnd:

@@ -55,27 +55,49 @@ def softmax(logits: npt.ArrayLike) -> Floats:
     >>> softmax([[0.0, 0.0], [0.0, float("-inf")]]).tolist()
     [[0.5, 0.5], [1.0, 0.0]]
     """
-    logits = np.asarray(logits, np.float64)
-    largest = logits.max(axis=1, keepdims=True)
-    if not np.isfinite(largest).all():
+    logits = np.asarray(logits)
+    x = logits.astype(np.float64)
+    largest = x.max(axis=1, keepdims=True)
+    if not all(map(math.isfinite, largest[:, 0].tolist())):
         raise RunFailed("the model answered a row of this request with numbers that are not finite")
-    with np.errstate(over="ignore"):  # a difference may be -inf
-        x = logits - largest
-    is_zero = x < _SMALLEST
-    x = np.floor(np.maximum(x, _SMALLEST) / _GRID) * _GRID
+    # Each operation below takes about as long for some rows as for one, so there are few of them,
+    # and they work in place.
+    if logits.dtype == np.float64:
+        with np.errstate(over="ignore"):  # a difference may be -inf
+            x -= largest
+    else:
+        x -= largest
+    has_zeros = x.min() < _SMALLEST
+    if has_zeros:
+        is_zero = x < _SMALLEST
+        np.maximum(x, _SMALLEST, out=x)
+    x *= 1 / _GRID  # a power of two, so nothing rounds
+    np.floor(x, out=x)
+    x *= _GRID
 
-    k = np.floor(x * _STEPS_PER_UNIT + 0.5)
-    r = (x - k * _STEP_HIGH) - k * _STEP_LOW
-    powers = (((r * (1 / 24) + 1 / 6) * r + 0.5) * r + 1.0) * r + 1.0
+    k = x * _STEPS_PER_UNIT
+    k += 0.5
+    np.floor(k, out=k)
     index = k.astype(np.int64)
-    powers = powers * _ROOTS[index % _STEPS]
-    powers = np.ldexp(powers, (index // _STEPS).astype(np.int32))
-    powers[is_zero] = 0.0
+    r = x
+    r -= k * _STEP_HIGH
+    k *= _STEP_LOW
+    r -= k
+    # 1 + r + r^2 / 2 + r^3 / 6 + r^4 / 24, by Horner's rule.
+    powers = r * (1 / 24)
+    powers += 1 / 6
+    for coefficient in (0.5, 1.0, 1.0):
+        powers *= r
+        powers += coefficient
+    powers *= _ROOTS[index & (_STEPS - 1)]
+    np.ldexp(powers, index >> _STEPS.bit_length() - 1, out=powers)
+    if has_zeros:
+        powers[is_zero] = 0.0
 
     # `fsum` rounds once, so the order of the labels does not matter.
     totals = [math.fsum(row) for row in powers.tolist()]
-    probabilities: Floats = powers / np.array(totals)[:, None]
-    return probabilities
+    powers /= np.array(totals)[:, None]
+    return powers
 
 
 def ranking(logits: npt.ArrayLike) -> npt.NDArray[np.intp]:

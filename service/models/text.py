@@ -97,13 +97,15 @@ class BatchScores:
         Raises RunFailed if the logits of this row are not finite.
         """
         if self._rows is None:
-            # (B,); the zeros take the place of rows that have no scores.
-            is_finite = np.isfinite(self._logits).all(axis=1)
-            logits = np.where(is_finite[:, None], self._logits, 0)
-            rows = zip(
-                is_finite.tolist(), softmax(logits).tolist(), ranking(logits).tolist(), strict=True
-            )
-            self._rows = [(scores, ranked) if finite else None for finite, scores, ranked in rows]
+            logits, is_finite = self._logits, np.isfinite(self._logits)
+            # Zeros take the place of rows that have no scores.
+            if not is_finite.all():
+                logits = np.where(is_finite.all(axis=1, keepdims=True), logits, 0)
+            rows = zip(softmax(logits).tolist(), ranking(logits).tolist(), strict=True)
+            self._rows = [
+                row if finite else None
+                for row, finite in zip(rows, is_finite.all(axis=1).tolist(), strict=True)
+            ]
         row = self._rows[index]
         if row is None:
             raise RunFailed(

@@ -31,8 +31,8 @@ _log = structlog.get_logger("evalmode.service")
 
 # How long a line waits for its reader. Then it is lost, and so are later ones until there is room.
 _PATIENCE_MS = 250
-# As UTF-8 at most 4,096 bytes. A pipe that is ready for writing takes that many without blocking.
-_PIECE_CHARACTERS = 1_024
+# A pipe that is ready for writing takes this many without blocking.
+_PIECE_BYTES = 4_096
 
 
 def configure_logs(form: Literal["auto", "json", "console"]) -> None:
@@ -94,8 +94,9 @@ class LineHandler(logging.StreamHandler[TextIO]):
         # The end of a line that was written only in part; empty if the last line is complete.
         self._missing_end = ""
         self._line_lock = threading.Lock()
+        self._descriptor = stream.fileno()
         self._poll = select.poll()
-        self._poll.register(stream.fileno(), select.POLLOUT)
+        self._poll.register(self._descriptor, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, or count it as lost."""
@@ -120,14 +121,17 @@ class LineHandler(logging.StreamHandler[TextIO]):
 
     def _write(self, line: str) -> bool:
         """Write a line; False if its reader left no room in time."""
-        line += self.terminator
-        for start in range(0, len(line), _PIECE_CHARACTERS):
+        unwritten = (line + self.terminator).encode("utf-8", "backslashreplace")
+        is_begun = False
+        while unwritten:
             if not self._poll.poll(_PATIENCE_MS):
-                if start:
+                if is_begun:
                     self._missing_end = self.terminator
                 return False
-            self.stream.write(line[start : start + _PIECE_CHARACTERS])
-            self.stream.flush()
+            # Past the stream, whose buffer costs as much time as the write.
+            written_bytes = os.write(self._descriptor, unwritten[:_PIECE_BYTES])
+            unwritten = unwritten[written_bytes:]
+            is_begun = True
         self._missing_end = ""
         return True
 

@@ -100,7 +100,7 @@ class Stderr:
             return next(line for line in self.lines if words in line)
 
     def json(self, event: str) -> dict:
-        return json.loads(self.line(f'"event": "{event}'))
+        return json.loads(self.line(f'"event":"{event}'))
 
 
 @contextmanager
