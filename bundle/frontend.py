@@ -131,7 +131,7 @@ class BpeSpec(_Spec):
 FrontEndSpec: TypeAlias = Annotated[NgramSpec | BpeSpec, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Row:
     """One encoded text: its ids, (T,) or (T, G), without padding.
 

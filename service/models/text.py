@@ -97,15 +97,16 @@ class BatchScores:
         Raises RunFailed if the logits of this row are not finite.
         """
         if self._rows is None:
-            logits, is_finite = self._logits, np.isfinite(self._logits)
-            # Zeros take the place of rows that have no scores.
+            logits = self._logits
+            is_finite = np.isfinite(logits)
+            without_scores: list[int] = []
             if not is_finite.all():
-                logits = np.where(is_finite.all(axis=1, keepdims=True), logits, 0)
-            rows = zip(softmax(logits).tolist(), ranking(logits).tolist(), strict=True)
-            self._rows = [
-                row if finite else None
-                for row, finite in zip(rows, is_finite.all(axis=1).tolist(), strict=True)
-            ]
+                has_scores = is_finite.all(axis=1)  # (B,)
+                without_scores = np.flatnonzero(~has_scores).tolist()
+                logits = np.where(has_scores[:, None], logits, 0)
+            self._rows = list(zip(softmax(logits).tolist(), ranking(logits).tolist(), strict=True))
+            for row_index in without_scores:
+                self._rows[row_index] = None
         row = self._rows[index]
         if row is None:
             raise RunFailed(
