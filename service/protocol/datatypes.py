@@ -138,10 +138,10 @@ def array_to_json(array: Array, *, field: str) -> bytes:
         if b"e" not in written and b"0.0000" not in written:
             return written
         # Python writes another exponent than pydantic, and writes one below 0.0001.
+        magnitudes = np.abs(flat.astype(np.float64))
         parts = written[1:-1].split(b",")
-        for index, part in enumerate(parts):
-            if b"e" in part or part.startswith((b"0.0000", b"-0.0000")):
-                parts[index] = repr(numbers[index]).encode()
+        for index in np.flatnonzero((magnitudes < 1e-4) | (magnitudes >= 1e16)).tolist():
+            parts[index] = repr(numbers[index]).encode()
         return b"[%b]" % b",".join(parts)
 
     texts: list[str] = []
