@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from pydantic_core import from_json
+
 from evalmode.service.errors import BadRequest
 from evalmode.service.json_problems import constant_problem, other_encoding, problem_of
 
@@ -40,6 +42,17 @@ def parse_json(raw: bytes, *, subject: str) -> Any:
     >>> parse_json(b'{"inputs": ["a"]}', subject="the body")
     {'inputs': ['a']}
     """
+    try:
+        # Takes a third of the time of Python's parser, and a sixth for numbers with a point.
+        return from_json(raw, allow_inf_nan=False, cache_strings="keys")
+    except ValueError:
+        # Not JSON, or JSON that only Python's parser reads: half a surrogate pair (half an emoji),
+        # a byte order mark, and a value that is nested deeply.
+        return _parse_json_slowly(raw, subject=subject)
+
+
+def _parse_json_slowly(raw: bytes, *, subject: str) -> Any:
+    """The same with Python's parser, for the values that need it and for the errors."""
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         text = raw.decode()
@@ -52,8 +65,6 @@ def parse_json(raw: bytes, *, subject: str) -> Any:
     if not text.strip():
         raise BadRequest(f"{subject} is empty: it must be JSON")
 
-    # Python's parser, not pydantic's: a lone surrogate escape (half an emoji) is valid JSON and a
-    # text that can be answered.
     try:
         try:
             return _decode(text)

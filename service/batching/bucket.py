@@ -22,10 +22,6 @@ from typing import Protocol, TypeAlias
 
 from evalmode.bundle.known_answers import Tensors
 
-# A run of at most this time is quick: the event loop may run it itself. A thread costs two changes
-# of threads, about 0.1 ms, and a longer run would keep the other requests of the loop waiting.
-QUICK_RUN_S = 0.001
-
 Answer: TypeAlias = Tensors
 
 # Rows of several lengths share a batch if that takes at most this share of the time that a batch of
@@ -73,9 +69,11 @@ class Bucket:
             padding changes no bit. Buckets with the same `run` may then share a batch.
         has_steady_time: whether a run takes about as long as `costs` says, whatever its values
             are.
+        learns: whether `costs` is a guess until the first row has run, see `learn`.
         smallest_size: the smallest batch size, used for a row alone.
         row_cost_s: seconds of a row at the batch size with the lowest cost per row.
-        is_quick: whether an event loop may run its rows, because a row alone is a quick run.
+        steady_s: seconds that a row alone takes, whatever its values are. Infinite where that is
+            not known.
     """
 
     model: str
@@ -88,9 +86,10 @@ class Bucket:
     measured_costs: Mapping[int, float] | None = None
     pads_rows: bool = False
     has_steady_time: bool = True
+    learns: bool = False
     smallest_size: int = field(init=False)
     row_cost_s: float = field(init=False)
-    is_quick: bool = field(init=False)
+    steady_s: float = field(init=False)
 
     def __post_init__(self) -> None:
         is_valid = bool(self.costs)
@@ -102,6 +101,7 @@ class Bucket:
                 f"costs of bucket {self.model}/{self.version}/{self.label} is {dict(self.costs)}:"
                 " it must have at least one batch size of 1 or more, each with its seconds"
             )
+        self._is_guess = self.learns
         self._set_costs(self.costs)
 
     def fall_back(self) -> bool:
@@ -115,32 +115,46 @@ class Bucket:
         self._set_costs(self.measured_costs)
         return changes
 
+    def learn(self, run_s: float) -> None:
+        """A row of a bucket that `learns` has run, alone, for so many seconds.
+
+        The smallest time counts: the first run allocates memory, and others share the processor.
+        """
+        if self._is_guess or run_s < self.costs[1]:
+            self._is_guess = False
+            self._set_costs({1: run_s})
+
+    def distrust(self) -> None:
+        """A run took much longer than `costs` says, so that may happen again."""
+        self.has_steady_time = False
+        self._set_costs(self.costs)
+
     def _set_costs(self, costs: Mapping[int, float]) -> None:
         """Set the costs, and what follows from them: the queue asks for it with each batch."""
         self.costs = costs
         self.smallest_size = min(costs)
         self.row_cost_s = min(cost / size for size, cost in costs.items())
-        self.is_quick = self.has_steady_time and costs[self.smallest_size] <= QUICK_RUN_S
-        self._best_sizes: dict[tuple[int, bool], int] = {}
+        is_known = self.has_steady_time and not self._is_guess
+        self.steady_s = costs[self.smallest_size] if is_known else math.inf
+        self._best_sizes: dict[tuple[int, float], int] = {}
 
-    def best_size(self, rows: int, *, quick: bool = False) -> int:
+    def best_size(self, rows: int, *, longest_s: float = math.inf) -> int:
         """The batch size with the lowest cost per row while `rows` rows wait.
 
         Where the size exceeds `rows`, copies fill the batch. Of sizes with equal costs the one with
-        fewer copies is best, then the larger one: fewer batches for the same time. With `quick` the
-        run is quick, as far as the costs say; `is_quick` must be true.
+        fewer copies is best, then the larger one: fewer batches for the same time. No size is
+        chosen that takes more than `longest_s`; the smallest one must not.
         """
         # More rows than the largest size change nothing, so the results are few.
         rows = min(rows, max(self.costs))
-        size = self._best_sizes.get((rows, quick))
+        size = self._best_sizes.get((rows, longest_s))
         if size is None:
             costs = self.costs
-            longest_s = QUICK_RUN_S if quick else math.inf
             size = min(
                 (size for size in costs if costs[size] <= longest_s),
                 key=lambda size: (costs[size] / min(size, rows), max(size - rows, 0), -size),
             )
-            self._best_sizes[rows, quick] = size
+            self._best_sizes[rows, longest_s] = size
         return size
 
     def cheapest_size(self, rows: int) -> int:

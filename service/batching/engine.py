@@ -1,13 +1,12 @@
-"""Runs rows in batches: quick ones in the event loop, all others on a few threads.
+"""Runs rows in batches: short ones in the event loop, all others on a few threads.
 
 A job is a row with its bucket, which says how the row is run and at which batch sizes. Rows of
 different buckets share a batch only where padding is proved to change no bit. A batch starts at
 once if a thread is free. Otherwise rows wait in the queue until a thread is free. `queue.py`
 decides which rows run next.
 
-A quick request (`QUICK_RUN_S` in bucket.py) that is awaited runs in its event loop, with all quick
-requests that arrived in the same turn of the loop: to hand it to a thread and back would take about
-as long as its run.
+A short request that is awaited runs in its event loop, with all short requests that arrived in the
+same turn of the loop: to hand it to a thread and back takes about as long as a small model runs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from evalmode.service.batching.batch import Batch, as_request_error, run_filled
-from evalmode.service.batching.bucket import QUICK_RUN_S, Answer, Job
+from evalmode.service.batching.bucket import Answer, Job
 from evalmode.service.batching.limits import Limits, Load
 from evalmode.service.batching.observer import Observer, RanBatch, notify
 from evalmode.service.batching.proof import PendingProof, Proofs
@@ -28,9 +27,15 @@ from evalmode.service.batching.queue import Queue
 
 _log = logging.getLogger(__name__)
 
-# After a quick batch that took longer, its bucket is not quick any more. Ten times as long as its
-# costs say is more than a cold cache explains.
-_LONGEST_QUICK_RUN_S = 10 * QUICK_RUN_S
+# A run of at most this time is short: the event loop runs it itself. A thread costs two changes of
+# threads, about 0.1 ms, and the other requests of the loop wait for the run.
+_SHORT_RUN_S = 0.001
+# The same for an engine of one thread: the process is to use one core, so that a thread only takes
+# turns with the loop. Probes, deadlines and clients that hang up wait for at most one such run.
+_SHORT_RUN_ALONE_S = 0.01
+# After a longer run in an event loop, its bucket is for the threads. That is more than a cold cache
+# or another process explains.
+_LONGEST_LOOP_RUN_S = 2 * _SHORT_RUN_ALONE_S
 
 
 class Engine:
@@ -74,6 +79,7 @@ class Engine:
             observers=self._observers,
             clock=clock,
         )
+        self._short_run_s = _SHORT_RUN_ALONE_S if parallel == 1 else _SHORT_RUN_S
         # The event loops that will run a batch in their next turn.
         self._loops_to_run: set[asyncio.AbstractEventLoop] = set()
         # Daemons: a run that never returns must not keep the process from ending.
@@ -121,11 +127,11 @@ class Engine:
             return []
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        is_quick = _is_quick(jobs)
+        is_short = self._is_short(jobs)
         ticket = self._queue.admit(
-            jobs, timeout_s=timeout_s, caller=future, wakes_threads=not is_quick
+            jobs, timeout_s=timeout_s, caller=future, wakes_threads=not is_short
         )
-        if is_quick:
+        if is_short:
             self._run_soon(loop)
         timer = None
         if timeout_s is not None and timeout_s < math.inf:
@@ -177,6 +183,15 @@ class Engine:
         self._proofs.clear()
         return not any(thread.is_alive() for thread in self._threads)
 
+    def _is_short(self, jobs: Sequence[Job]) -> bool:
+        """Whether all of a request is a short run, as far as the costs say."""
+        cost_s = 0.0
+        for bucket, _ in jobs:
+            if bucket.steady_s > self._short_run_s:
+                return False
+            cost_s += bucket.row_cost_s
+        return cost_s <= self._short_run_s
+
     def _run_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let this loop run a batch in its next turn.
 
@@ -187,17 +202,17 @@ class Engine:
             loop.call_soon(self._run_in_loop, loop)
 
     def _run_in_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run a quick batch in the event loop, and leave what it cannot run to the threads."""
+        """Run a short batch in the event loop, and leave what it cannot run to the threads."""
         self._loops_to_run.discard(loop)
-        batch = self._queue.next_quick_batch()
+        batch = self._queue.next_batch_within(self._short_run_s)
         if batch is None:
             return
         # The time of this thread alone: other processes may take the processor away from it.
         started_s = time.thread_time()
         self._run(batch)
-        if time.thread_time() - started_s > _LONGEST_QUICK_RUN_S:
+        if time.thread_time() - started_s > _LONGEST_LOOP_RUN_S:
             # Its costs do not say how long it takes. From now on its rows are for the threads.
-            batch.bucket.is_quick = False
+            batch.bucket.distrust()
         # The next batch in the next turn: what has arrived meanwhile comes first.
         if batch.under_load:
             self._run_soon(loop)
@@ -235,6 +250,8 @@ class Engine:
             failure = as_request_error(error)
         else:
             run_s = self._clock() - began
+            if batch.bucket.learns:
+                batch.bucket.learn(run_s)
             rows = batch.rows
             # Before the callers are woken: traces add spans to requests that are still open.
             if self._observers:
@@ -285,13 +302,3 @@ class Engine:
             )
         for observer in self._observers:
             notify(observer.proved, proof.bucket, violation)
-
-
-def _is_quick(jobs: Sequence[Job]) -> bool:
-    """Whether all of a request is quick, as far as the costs say."""
-    cost_s = 0.0
-    for bucket, _ in jobs:
-        if not bucket.is_quick:
-            return False
-        cost_s += bucket.row_cost_s
-    return cost_s <= QUICK_RUN_S

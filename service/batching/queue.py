@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from evalmode.service.batching.batch import Batch, as_request_error
-from evalmode.service.batching.bucket import QUICK_RUN_S, Answer, Bucket, Job, cheaper_together
+from evalmode.service.batching.bucket import Answer, Bucket, Job, cheaper_together
 from evalmode.service.batching.limits import DrainRate, Limits, Load
 from evalmode.service.batching.observer import Observer, Reason, notify
 from evalmode.service.batching.proof import PendingProof, Proofs
@@ -182,13 +182,13 @@ class Queue:
             if self._proving == thread:
                 self._proving = None
 
-    def next_quick_batch(self) -> Batch | None:
-        """The batch that an event loop runs itself, which begins now. None if no quick row waits.
+    def next_batch_within(self, longest_s: float) -> Batch | None:
+        """The next batch that takes at most `longest_s`, which begins now; None if there is none.
 
-        Unlike `next_work` it never waits.
+        For event loops: unlike `next_work` it never waits.
         """
         with self._lock:
-            batch = self._next_batch_locked(quick=True)
+            batch = self._next_batch_locked(longest_s)
             if batch is not None:
                 self._running[threading.get_ident()] = self._clock()
             expired, self._expired = self._expired, []
@@ -340,13 +340,13 @@ class Queue:
             self._running[thread] = self._clock()
         return work
 
-    def _next_batch_locked(self, *, quick: bool = False) -> Batch | None:
-        """The batch of the most urgent row, with `quick` a quick one; None if no such row waits.
+    def _next_batch_locked(self, longest_s: float = math.inf) -> Batch | None:
+        """The batch of the most urgent row, if it takes at most `longest_s`. None if there is none.
 
         Rows of a ticket past its deadline never run: the ticket fails, and `_expired` gets it.
         """
-        while (head := self._waiting.head(quick=quick)) is not None:
-            sources, size, planned_count = self._plan_batch_locked(head.bucket, quick=quick)
+        while (head := self._waiting.head(longest_s=longest_s)) is not None:
+            sources, size, planned_count = self._plan_batch_locked(head.bucket, longest_s)
             bucket = sources[-1]
 
             now = self._clock()
@@ -374,13 +374,13 @@ class Queue:
             return Batch(bucket=bucket, entries=entries, size=size, under_load=under_load)
         return None
 
-    def _plan_batch_locked(self, bucket: Bucket, *, quick: bool) -> tuple[list[Bucket], int, int]:
+    def _plan_batch_locked(self, bucket: Bucket, longest_s: float) -> tuple[list[Bucket], int, int]:
         """The buckets whose rows the next batch takes, its size, and how many rows it takes.
 
         `bucket` is one of the buckets. The batch runs in the last one.
         """
         free_threads = 1
-        if not quick:
+        if longest_s == math.inf:
             # The waiting rows are shared among this thread and the idle ones. This thread is not in
             # `_running` yet. Event loops may be in it, beyond the number of threads.
             free_threads = max(1, self._parallel - len(self._running))
@@ -390,15 +390,15 @@ class Queue:
             row_counts = {
                 other: self._waiting.rows_of(other)
                 for other in self._waiting
-                if other.is_quick or not quick
+                if other.steady_s <= longest_s
             }
             buckets = cheaper_together(bucket, row_counts)
             rows = sum(row_counts[other] for other in buckets)
-            if len(buckets) > 1 and not (quick and buckets[-1].costs[rows] > QUICK_RUN_S):
+            if len(buckets) > 1 and buckets[-1].costs[rows] <= longest_s:
                 return buckets, rows, rows
 
         share = math.ceil(self._waiting.rows_of(bucket) / free_threads)
-        size = bucket.best_size(share, quick=quick)
+        size = bucket.best_size(share, longest_s=longest_s)
         return [bucket], size, min(size, share)
 
     def _wake_and_report(

@@ -6,6 +6,7 @@ sorted and removed, not single rows. A part is removed at once, never marked and
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
@@ -71,10 +72,14 @@ class WaitingRows:
         if not line.parts:
             del self._lines[part.bucket]
 
-    def head(self, *, quick: bool = False) -> Part | None:
-        """The most urgent part, with `quick` of the quick buckets alone; None if nothing waits."""
+    def head(self, *, longest_s: float = math.inf) -> Part | None:
+        """The most urgent part of the buckets in which a row alone takes at most `longest_s`; None
+        if nothing waits in one.
+        """
         heads = [
-            line.parts[0] for bucket, line in self._lines.items() if not quick or bucket.is_quick
+            line.parts[0]
+            for bucket, line in self._lines.items()
+            if longest_s == math.inf or bucket.steady_s <= longest_s
         ]
         return min(heads, key=_order, default=None)
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -41,11 +39,9 @@ BINARY = "application/octet-stream"
 
 # Reading and writing tensors takes some 10 ms for each MiB of JSON. More than this is done in a
 # thread, because the event loop would not answer other requests meanwhile.
-_INLINE_BYTES = 2_048
+_INLINE_BYTES = 8_192
 
 _REFUSALS = (400, 401, 404, 408, 413, 415, 500, 503, 504)
-
-Result = TypeVar("Result")
 
 
 def routes(settings: Settings) -> APIRouter:
@@ -115,7 +111,10 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
     async def answer() -> EncodedResponse:
         # From the body to rows.
         parsing_started = time.monotonic()
-        infer_request, prepared = await _run(parse, nbytes=len(body))
+        if len(body) <= _INLINE_BYTES:
+            infer_request, prepared = parse()
+        else:
+            infer_request, prepared = await asyncio.to_thread(parse)
         now = timings.encoded(prepared.jobs, since=parsing_started)
 
         # From rows to answers, within the shortest of the setting, the header and the parameter.
@@ -136,8 +135,11 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
                 digest=served_model.digest,
             )
 
-        nbytes = sum(tensor.nbytes for tensors in answers for tensor in tensors.values())
-        encoded = await _run(encode, nbytes=nbytes)
+        nbytes = 0
+        for tensors in answers:
+            for tensor in tensors.values():
+                nbytes += tensor.nbytes
+        encoded = encode() if nbytes <= _INLINE_BYTES else await asyncio.to_thread(encode)
         timings.written(since=writing_started)
         return encoded
 
@@ -171,12 +173,8 @@ async def _response(encoded: EncodedResponse, *, accept_encoding: str | None) ->
     encoding = accepted_encoding(accept_encoding)
     if encoding is not None:
         headers["content-encoding"] = encoding
-        body = await _run(partial(compress, body, encoding), nbytes=len(body))
+        if len(body) <= _INLINE_BYTES:
+            body = compress(body, encoding)
+        else:
+            body = await asyncio.to_thread(compress, body, encoding)
     return Response(body, media_type=media_type, headers=headers)
-
-
-async def _run(work: Callable[[], Result], *, nbytes: int) -> Result:
-    """The result of `work` on `nbytes` bytes, in a thread if they are many."""
-    if nbytes <= _INLINE_BYTES:
-        return work()
-    return await asyncio.to_thread(work)

@@ -8,7 +8,7 @@ outputs of its graph alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -32,8 +32,7 @@ TEXT = TensorSpec(name="text", datatype=BYTES, shape=(-1,))
 _PROBABILITIES, _LABEL, _TRUNCATED = "probabilities", "label", "truncated"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PreparedRequest:
+class PreparedRequest(NamedTuple):
     """A request that its model can answer.
 
     Attributes:
@@ -78,7 +77,7 @@ def only_input(model: Model) -> TensorSpec | None:
 
 def is_batched(model: Model) -> bool:
     """Whether the rows of a request are batched independently of one another."""
-    return WHOLE not in model.row_counts
+    return WHOLE not in model.measured
 
 
 def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRequest:
@@ -105,9 +104,8 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
     if model.is_text:
         text = next((tensor for tensor in request.inputs if tensor.name == TEXT.name), None)
 
-    graph_names = {spec.name for spec in model.outputs}
     output_names = [spec.name for spec in outputs_of(model)]
-    if text is None and _TRUNCATED in output_names and _TRUNCATED not in graph_names:
+    if text is None and model.is_text and _TRUNCATED not in [spec.name for spec in model.outputs]:
         # Ids are never cut, so there is nothing to say about them.
         output_names.remove(_TRUNCATED)
     for output in request.outputs:
@@ -121,15 +119,12 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
     if not outputs:
         # A request that names no outputs gets all of them.
         outputs = tuple(
-            RequestedOutput(
-                name=name, binary=request.binary_output, class_count=None, path="outputs"
-            )
-            for name in output_names
+            [RequestedOutput(name, request.binary_output, None, "outputs") for name in output_names]
         )
 
     if text is None:
         jobs = model.tensor_jobs({tensor.name: tensor.data for tensor in request.inputs})
-        return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=None)
+        return PreparedRequest(model, jobs, outputs, None)
 
     for tensor in request.inputs:
         if tensor is not text:
@@ -144,7 +139,7 @@ def prepare(model: Model, request: InferRequest, *, max_rows: int) -> PreparedRe
         # The error names a text of /v1, `inputs.3`; here texts are the elements of a tensor.
         field = f"{text.path}.data.{error.index}"
         raise BadRequest(f"{field} {error.problem}", field=field) from error
-    return PreparedRequest(model=model, jobs=jobs, outputs=outputs, truncated=truncated)
+    return PreparedRequest(model, jobs, outputs, truncated)
 
 
 def _texts_of(tensor: InputTensor) -> list[str]:
@@ -176,30 +171,31 @@ def output_tensors(prepared: PreparedRequest, answers: Sequence[Tensors]) -> lis
     Raises RunFailed, or BadRequest where numbers of the request itself are not finite.
     """
     model = prepared.model
-    graph_names = {spec.name for spec in model.outputs}
     requested_names = {output.name for output in prepared.outputs}
 
     # Outputs of the graph.
-    tensors: dict[str, Array] = {}
-    tensors |= model.join(answers, outputs=sorted(requested_names & graph_names))
+    graph_names = sorted([spec.name for spec in model.outputs if spec.name in requested_names])
+    tensors: dict[str, Array] = {**model.join(answers, outputs=graph_names)}
     for output in prepared.outputs:
         tensor = tensors.get(output.name)
         if tensor is not None and tensor.dtype.kind == "f":
-            _require_sound(
-                prepared, ~np.isnan(tensor), output=f"output {output.name!r}", problem="NaN"
-            )
+            is_nan = np.isnan(tensor)
+            if is_nan.any():
+                _refuse(prepared, is_nan, output=f"output {output.name!r}", problem="NaN")
 
     # Outputs that are computed from the logits.
-    derived_names = requested_names - graph_names
+    derived_names = requested_names.difference(graph_names)
     from_logits = sorted(derived_names & {_PROBABILITIES, _LABEL})
     if from_logits:
         logits = np.concatenate([answer[LOGITS] for answer in answers])  # (N, C)
-        _require_sound(
-            prepared,
-            np.isfinite(logits),
-            output=f"output {LOGITS!r}, the source of {' and '.join(map(repr, from_logits))},",
-            problem="numbers that are not finite",
-        )
+        is_finite = np.isfinite(logits)
+        if not is_finite.all():
+            _refuse(
+                prepared,
+                ~is_finite,
+                output=f"output {LOGITS!r}, the source of {' and '.join(map(repr, from_logits))},",
+                problem="numbers that are not finite",
+            )
         if _PROBABILITIES in from_logits:
             tensors[_PROBABILITIES] = softmax(logits)
         if _LABEL in from_logits:
@@ -213,22 +209,20 @@ def output_tensors(prepared: PreparedRequest, answers: Sequence[Tensors]) -> lis
         data = tensors[output.name]
         if output.class_count is not None:
             data = classify(data, output.class_count, labels=model.labels, name=output.name)
-        written.append(OutputTensor(name=output.name, data=data, binary=output.binary))
+        written.append(OutputTensor(output.name, data, output.binary))
     return written
 
 
-def _require_sound(prepared: PreparedRequest, sound: Array, *, output: str, problem: str) -> None:
-    """Raise for the first row of an output whose numbers are not all `sound`.
+def _refuse(prepared: PreparedRequest, faults: Array, *, output: str, problem: str) -> NoReturn:
+    """Raise for the first row of an output in which a number is at fault.
 
     Numbers of the request that are not finite are the client's mistake, others are the model's.
     """
-    if sound.all():
-        return
     row = 0
     in_row = ""
     # A model that is not batched answers a request as one job, and its rows are not told apart.
     if is_batched(prepared.model):
-        row = int(np.argwhere(~sound)[0][0])
+        row = int(np.argwhere(faults)[0][0])
         in_row = f" in row {row}"
     name = non_finite_input(prepared.jobs[row][1].inputs)
     if name is not None:

@@ -80,6 +80,8 @@ WHOLE = "whole"
 
 # Operators that repeat a body as often as the input says, so no measurement bounds their time.
 _REPEATS = frozenset({("", "Loop"), ("", "Scan")})
+# A model forgets how long rows take when it knows so many shapes. Clients choose the shapes.
+_MAX_SHAPES = 1_024
 # The rule that proves rows independent of one another.
 _INDEPENDENCE_RULE = "batch-invariance"
 # The rows that a bucket of tensors is measured with. With three rows of known answers, all sizes of
@@ -135,6 +137,8 @@ class Model:
     buckets: tuple[Bucket, ...]
     measured: Mapping[str, MeasuredBucket]
     _buckets_by_label: Mapping[str, Bucket]
+    # By the shapes of the inputs, in the model's order.
+    _buckets_by_shape: dict[tuple[tuple[int, ...], ...], Bucket]
 
     @classmethod
     def open(
@@ -227,6 +231,7 @@ class Model:
                 measured_costs=measurements.costs,
                 pads_rows=pads_rows,
                 has_steady_time=has_steady_time,
+                learns=label in (WHOLE, OTHER),
             )
             for label, measurements in measured.items()
         }
@@ -241,6 +246,7 @@ class Model:
             buckets=tuple(buckets.values()),
             measured=measured,
             _buckets_by_label=buckets,
+            _buckets_by_shape={},
         )
 
     @property
@@ -324,13 +330,11 @@ class Model:
                 self._text_job(self.frontend, row) for row in id_rows(tensors, self.frontend.spec)
             ]
         tensors = check_inputs(inputs, self.inputs)
-        whole = self._buckets_by_label.get(WHOLE)
-        if whole is not None:
-            return [(whole, ModelRow(inputs=tensors))]
+        if WHOLE in self._buckets_by_label:
+            return [(self._bucket_of_shape(tensors), ModelRow(inputs=tensors))]
         rows = split_rows(tensors, row_count(tensors))
         # All rows of a tensor have one shape, so the first row decides the bucket of all.
-        label = label_of(row_shape_of(rows[0]))
-        bucket = self._buckets_by_label.get(label, self._buckets_by_label[OTHER])
+        bucket = self._bucket_of_shape(rows[0])
         return [(bucket, ModelRow(inputs=row)) for row in rows]
 
     def join(
@@ -359,6 +363,24 @@ class Model:
             assert isinstance(answer, TextAnswer), "the rows of texts have such answers"
             predictions.append(answer.prediction(self.labels, top_k=top_k, truncated=is_truncated))
         return predictions
+
+    def _bucket_of_shape(self, row: Tensors) -> Bucket:
+        """The bucket of the rows, or requests, of this shape.
+
+        A shape that was not measured gets a bucket of its own, which learns how long a row takes.
+        """
+        shape = tuple([row[spec.name].shape for spec in self.inputs])
+        bucket = self._buckets_by_shape.get(shape)
+        if bucket is None:
+            label = WHOLE if WHOLE in self._buckets_by_label else label_of(row_shape_of(row))
+            bucket = self._buckets_by_label.get(label, self._buckets_by_label.get(OTHER))
+            assert bucket is not None, "a model of tensors has one of these buckets"
+            if bucket.learns:
+                bucket = replace(bucket)
+            if len(self._buckets_by_shape) >= _MAX_SHAPES:
+                self._buckets_by_shape.clear()
+            self._buckets_by_shape[shape] = bucket
+        return bucket
 
     def _text_job(self, frontend: FrontEnd, row: IdRow) -> Job:
         """The row padded to the first length of the ladder that holds it, and the bucket of that

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from evalmode.bundle.known_answers import Tensors, bits
 from evalmode.bundle.manifest import Bound, TensorSpec
 from evalmode.service.errors import BadRequest
-from evalmode.service.protocol.datatypes import BYTES, DATATYPES, datatype_of
+from evalmode.service.protocol.datatypes import BYTES, DATATYPES, DTYPES, datatype_of
 
 # The name of each input, and its shape without the rows. Only rows of one shape share a batch.
 RowShape: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
@@ -91,20 +91,24 @@ def check_inputs(
     checked: dict[str, npt.NDArray[np.generic]] = {}
     for name, tensor in inputs.items():
         spec = specs_by_name[name]
+        has_shape = len(tensor.shape) == len(spec.shape)
         # A declared size of -1 allows any size.
-        if len(tensor.shape) != len(spec.shape) or any(
-            expected not in (-1, size)
-            for size, expected in zip(tensor.shape, spec.shape, strict=True)
-        ):
+        for size, expected in zip(tensor.shape, spec.shape, strict=False):
+            if expected not in (-1, size):
+                has_shape = False
+        if not has_shape:
             raise BadRequest(
                 f"input {name!r} must have the shape {[*spec.shape]} (-1: any), got"
                 f" {[*tensor.shape]}",
                 field=name,
             )
-        # Strings arrive as Python objects, bytes or characters; the protocol calls all BYTES.
-        datatype = BYTES if tensor.dtype.kind in "OUS" else datatype_of(tensor)
-        if datatype != spec.datatype:
-            raise BadRequest(f"input {name!r} must be {spec.datatype}, got {datatype}", field=name)
+        if tensor.dtype != DTYPES.get(spec.datatype):
+            # Strings arrive as Python objects, bytes or characters; the protocol calls all BYTES.
+            datatype = BYTES if tensor.dtype.kind in "OUS" else datatype_of(tensor)
+            if datatype != spec.datatype:
+                raise BadRequest(
+                    f"input {name!r} must be {spec.datatype}, got {datatype}", field=name
+                )
         if spec.datatype == BYTES:
             strings = np.empty(tensor.size, dtype=object)
             for index, element in enumerate(tensor.flat):
@@ -121,20 +125,23 @@ def check_inputs(
 
         for bound in spec.bounds:
             _require_bound(tensor, bound, name)
-        # The reshape restores a shape of (), which NumPy's ascontiguousarray makes (1,).
-        native = tensor.dtype.newbyteorder("=")
-        checked[name] = np.ascontiguousarray(tensor, dtype=native).reshape(tensor.shape)
+        if not (tensor.flags.c_contiguous and tensor.dtype.isnative):
+            # The reshape restores a shape of (), which NumPy's ascontiguousarray makes (1,).
+            native = tensor.dtype.newbyteorder("=")
+            tensor = np.ascontiguousarray(tensor, dtype=native).reshape(tensor.shape)
+        checked[name] = tensor
     return checked
 
 
 def row_count(inputs: Tensors) -> int:
     """The number of rows. Raises BadRequest if the inputs do not agree on it, or if it is 0."""
-    sizes: dict[str, int] = {name: tensor.shape[0] for name, tensor in inputs.items()}
-    first, rows = next(iter(sizes.items()))
-    for name, size in sizes.items():
-        if size != rows:
+    first = next(iter(inputs))
+    rows: int = inputs[first].shape[0]
+    for name, tensor in inputs.items():
+        if tensor.shape[0] != rows:
             raise BadRequest(
-                f"input {name!r} has {size} rows and {first!r} has {rows}: make them agree",
+                f"input {name!r} has {tensor.shape[0]} rows and {first!r} has {rows}: make them"
+                " agree",
                 field=name,
             )
     if rows == 0:
@@ -162,6 +169,8 @@ def join_rows(
 
     Raises BadRequest if the rows give an output different shapes.
     """
+    if len(answers) == 1:
+        return {name: answers[0][name] for name in names}
     outputs = {}
     for name in names:
         rows = [answer[name] for answer in answers]
@@ -172,7 +181,7 @@ def join_rows(
                 " leave this output out",
                 field=name,
             )
-        outputs[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        outputs[name] = np.concatenate(rows)
     return outputs
 
 
@@ -206,10 +215,13 @@ def _require_bound(tensor: npt.NDArray[np.generic], bound: Bound, name: str) -> 
 
     ONNX Runtime would not refuse a negative index: it counts it from the other end.
     """
-    slices: list[slice] = [slice(None)] * tensor.ndim
-    for part in bound.part:
-        slices[part.axis] = slice(part.start, part.stop)
-    bounded = tensor[tuple(slices)]
+    slices: list[slice] = []
+    bounded = tensor
+    if bound.part:
+        slices = [slice(None)] * tensor.ndim
+        for part in bound.part:
+            slices[part.axis] = slice(part.start, part.stop)
+        bounded = tensor[tuple(slices)]
     if bounded.size == 0:
         return
     smallest, largest = int(bounded.min()), int(bounded.max())
@@ -223,6 +235,6 @@ def _require_bound(tensor: npt.NDArray[np.generic], bound: Bound, name: str) -> 
     # The index of the first such value, counted in the whole tensor and not in its bounded part.
     index = []
     for axis, index_in_part in enumerate(np.argwhere(bounded == value)[0]):
-        start, _, _ = slices[axis].indices(tensor.shape[axis])
+        start = slices[axis].indices(tensor.shape[axis])[0] if slices else 0
         index.append(start + int(index_in_part))
     raise BadRequest(f"{name}{index} must be {bound}, got {value}", field=name)

@@ -7,11 +7,15 @@ as many digits as it takes to read the same bits back.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from pydantic_core import to_json
 
 from evalmode.bundle.datatypes import ELEMENT_TYPES
 from evalmode.service.errors import BadRequest
@@ -66,8 +70,10 @@ def array_from_values(values: Sequence[object], datatype: str, *, field: str) ->
             array = np.array(values, dtype=np.bool_)
     elif datatype in _INTEGER_BOUNDS:
         expected = f"an integer within {datatype}"
-        if types <= {int} and _all_integers_fit(values, datatype):
-            array = np.array(values, dtype=DTYPES[datatype])
+        if types <= {int}:
+            # NumPy refuses integers beyond the datatype.
+            with suppress(OverflowError):
+                array = np.array(values, dtype=DTYPES[datatype])
     else:
         expected = f"a number within {datatype}"
         if types <= {int, float}:
@@ -91,13 +97,9 @@ def _fits(value: object, datatype: str) -> bool:
     if datatype == "BOOL":
         return type(value) is bool
     if datatype in _INTEGER_BOUNDS:
-        return type(value) is int and _all_integers_fit([value], datatype)
+        lowest, highest = _INTEGER_BOUNDS[datatype]
+        return type(value) is int and lowest <= value <= highest
     return type(value) in (int, float) and _finite_array([value], datatype) is not None
-
-
-def _all_integers_fit(integers: Sequence[Any], datatype: str) -> bool:
-    lowest, highest = _INTEGER_BOUNDS[datatype]
-    return not integers or (lowest <= min(integers) and max(integers) <= highest)
 
 
 def _finite_array(numbers: Sequence[Any], datatype: str) -> Array | None:
@@ -112,21 +114,35 @@ def _finite_array(numbers: Sequence[Any], datatype: str) -> Array | None:
     return array if np.isfinite(array).all() else None
 
 
-def array_to_values(array: Array, *, field: str) -> list[Any]:
-    """The elements in row-major order, as JSON values.
+def array_to_json(array: Array, *, field: str) -> bytes:
+    """The elements in row-major order, as a list in JSON.
+
+    Numbers have as many digits as `repr` writes.
 
     Raises BadRequest, naming `field`, for elements that JSON cannot write: NaN and infinity, and
     bytes that are not UTF-8. The message names the way out, binary data.
     """
     flat = array.ravel()
     if not array.dtype.hasobject:
-        if array.dtype.kind == "f" and not np.isfinite(flat).all():
+        numbers: list[Any] = flat.tolist()
+        if array.dtype.kind != "f":
+            return to_json(numbers)
+        # The sum is not finite if a number is not, but it may be too large all the same.
+        if not math.isfinite(sum(numbers)) and not np.isfinite(flat).all():
             raise BadRequest(
                 f"{field} holds numbers that are not finite, which JSON cannot write: request it"
                 ' with the parameter "binary_data": true',
                 field=field,
             )
-        return list(flat.tolist())
+        written = to_json(numbers)
+        if b"e" not in written and b"0.0000" not in written:
+            return written
+        # Python writes another exponent than pydantic, and writes one below 0.0001.
+        magnitudes = np.abs(flat.astype(np.float64))
+        parts = written[1:-1].split(b",")
+        for index in np.flatnonzero((magnitudes < 1e-4) | (magnitudes >= 1e16)).tolist():
+            parts[index] = repr(numbers[index]).encode()
+        return b"[%b]" % b",".join(parts)
 
     texts: list[str] = []
     for element in flat:
@@ -138,4 +154,4 @@ def array_to_values(array: Array, *, field: str) -> list[Any]:
                 ' "binary_data": true',
                 field=field,
             ) from error
-    return texts
+    return json.dumps(texts, separators=(",", ":")).encode()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from evalmode.service.errors import BadRequest
 from evalmode.service.strict_json import parse_json, shown_flat, shown_key
@@ -22,8 +21,7 @@ _SIMILARITY = 0.85
 _COMPARED_CHARACTERS = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One object in a list of tensors: its path in the body, its name, and all of its fields."""
 
     path: str
@@ -109,7 +107,7 @@ def tensor_entries(
             )
         names.add(name)
         require_allowed(entry, allowed, path=path)
-        yield TensorEntry(path=path, name=name, fields=entry)
+        yield TensorEntry(path, name, entry)
 
 
 def parameters_of(fields: dict[str, Any], *, path: str = "") -> dict[str, Any]:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,8 +54,7 @@ _MAX_DIMENSION = 2**31 - 1
 _MAX_TIMEOUT_US = 2**63 - 1
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class InputTensor:
+class InputTensor(NamedTuple):
     """One input tensor of a request.
 
     Attributes:
@@ -74,8 +72,7 @@ class InputTensor:
     path: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestedOutput:
+class RequestedOutput(NamedTuple):
     """One output that a request names.
 
     Attributes:
@@ -91,21 +88,20 @@ class RequestedOutput:
     path: str
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class InferRequest:
+class InferRequest(NamedTuple):
     """A request for an inference.
 
     Attributes:
-        id: returned with the response; None if the request has none.
         inputs: at least one.
+        id: returned with the response; None if the request has none.
         outputs: in the order of the response; empty for all outputs of the model.
         binary_output: whether outputs without a `binary_data` parameter are written as raw bytes.
         truncate: whether a text that is too long is cut; otherwise it is refused.
         timeout_s: the time for the answer; None for the server's limit.
     """
 
-    id: str | None = None
     inputs: tuple[InputTensor, ...]
+    id: str | None = None
     outputs: tuple[RequestedOutput, ...] = ()
     binary_output: bool = False
     truncate: bool = True
@@ -141,7 +137,7 @@ def parse_infer_request(
         if json_bytes == 0:
             return _raw_request(memoryview(body), only_input)
 
-    fields = parse_object(body[:json_bytes])
+    fields = parse_object(body if json_bytes == len(body) else body[:json_bytes])
     require_no_misspelt(fields, _REQUEST_FIELDS)
     request_id = fields.get("id")
     if request_id is not None and not isinstance(request_id, str):
@@ -209,13 +205,15 @@ def _parse_inputs(fields: dict[str, Any], raw: memoryview) -> tuple[InputTensor,
     tensors: list[InputTensor] = []
     position = 0
     for entry in tensor_entries(fields, "inputs", allowed=_INPUT_FIELDS):
-        size = integer(
-            parameters_of(entry.fields, path=entry.path),
-            "binary_data_size",
-            lowest=0,
-            highest=len(raw) - position,
-            path=f"{entry.path}.parameters",
-        )
+        size = None
+        if "parameters" in entry.fields:
+            size = integer(
+                parameters_of(entry.fields, path=entry.path),
+                "binary_data_size",
+                lowest=0,
+                highest=len(raw) - position,
+                path=f"{entry.path}.parameters",
+            )
         if size is None:
             tensors.append(_parse_input(entry, None))
         else:

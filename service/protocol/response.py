@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from evalmode.service.errors import BadRequest
 from evalmode.service.protocol.binary import array_to_bytes
-from evalmode.service.protocol.datatypes import Array, array_to_values, datatype_of
+from evalmode.service.protocol.datatypes import Array, array_to_json, datatype_of
 from evalmode.service.strict_json import shown
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """One output, which is written as raw bytes if it is `binary`, and else as JSON values.
 
     The elements of `data` are numbers, bools, or `str` and `bytes` objects for BYTES.
@@ -28,8 +27,7 @@ class OutputTensor:
     binary: bool
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedResponse:
+class EncodedResponse(NamedTuple):
     """The body of a response. Its first `json_length` bytes are JSON; None means all of it."""
 
     body: bytes
@@ -49,32 +47,37 @@ def encode_response(
     `digest` is the digest of the bundle that answered. Raises BadRequest, naming the output, for
     values that JSON cannot write.
     """
-    descriptions: list[dict[str, Any]] = []
+    # Written as bytes, because a dictionary of all this takes twice as long.
     raw_parts: list[bytes] = []
+    written: list[bytes] = []
     for output in outputs:
-        description: dict[str, Any] = {
-            "name": output.name,
-            "datatype": datatype_of(output.data),
-            "shape": list(output.data.shape),
-        }
+        shape = ",".join(map(str, output.data.shape))
         if output.binary:
             raw = array_to_bytes(output.data)
             raw_parts.append(raw)
-            description["parameters"] = {"binary_data_size": len(raw)}
+            content = b'"parameters":{"binary_data_size":%d}' % len(raw)
         else:
-            description["data"] = array_to_values(output.data, field=f"output {output.name}")
-        descriptions.append(description)
-
-    response: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
-    if request_id is not None:
-        response["id"] = request_id
-    response["parameters"] = {"digest": digest}
-    response["outputs"] = descriptions
-
-    body = json.dumps(response, allow_nan=False, separators=(",", ":")).encode()
+            content = b'"data":' + array_to_json(output.data, field=f"output {output.name}")
+        written.append(
+            b'{"name":%b,"datatype":"%b","shape":[%b],%b}'
+            % (_quoted(output.name), datatype_of(output.data).encode(), shape.encode(), content)
+        )
+    body = b'{"model_name":%b,"model_version":%b%b,"parameters":{"digest":"%b"},"outputs":[%b]}' % (
+        _quoted(model_name),
+        _quoted(model_version),
+        b"" if request_id is None else b',"id":' + json.dumps(request_id).encode(),
+        digest.encode(),
+        b",".join(written),
+    )
     if not raw_parts:
-        return EncodedResponse(body=body, json_length=None)
-    return EncodedResponse(body=b"".join([body, *raw_parts]), json_length=len(body))
+        return EncodedResponse(body, None)
+    return EncodedResponse(b"".join([body, *raw_parts]), len(body))
+
+
+@lru_cache(maxsize=1_000)
+def _quoted(name: str) -> bytes:
+    """A name of a model, a version or an output as JSON. There are few."""
+    return json.dumps(name).encode()
 
 
 def classify(scores: Array, count: int, *, labels: Sequence[str] | None, name: str) -> Array:

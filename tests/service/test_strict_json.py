@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from evalmode.service.errors import BadRequest
 from evalmode.service.strict_json import parse_json, shown, shown_flat, shown_key, whole_number
@@ -54,6 +57,47 @@ def test_invalid_json_is_refused_in_one_sentence_that_names_the_subject(raw, sen
         parse_json(raw, subject="the line")
     assert str(refusal.value).startswith(sentence)
     assert not re.search("codec|Expecting|delimiter|utf-8-sig", str(refusal.value))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+)
+
+
+@given(_JSON, st.booleans())
+def test_a_value_is_read_as_python_reads_it(value, ascii_only):
+    raw = json.dumps(value, ensure_ascii=ascii_only).replace("Infinity", "1e999")
+    encoded = raw.encode("utf-8", "replace")
+    assert repr(parse_json(encoded, subject="the body")) == repr(json.loads(encoded))
+
+
+@given(
+    st.from_regex(r"-?(0|[1-9][0-9]{0,30})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?", fullmatch=True)
+)
+@example("9007199254740993.0")
+@example("2.2250738585072011e-308")
+@example("0.500000000000000166533453693773481063544750213623046875")
+@example("-0")
+@example("-0.0")
+def test_a_number_is_read_to_the_same_bits_as_python_reads_it(text):
+    assert repr(parse_json(text.encode(), subject="the body")) == repr(json.loads(text))
+
+
+@given(
+    st.sampled_from([b'{"a": [1, -2.5e3, true, null, "x\\u00e9"], "b": {}}', b"[0.1, 10]"]),
+    st.integers(0, 60),
+    st.binary(max_size=3),
+)
+def test_what_python_refuses_is_refused(raw, position, inserted):
+    mutated = raw[:position] + inserted + raw[position + 1 :]
+    try:
+        expected = json.loads(mutated.decode(), parse_constant=lambda name: 1 / 0)
+    except (ValueError, ZeroDivisionError):
+        with pytest.raises(BadRequest):
+            parse_json(mutated, subject="the body")
+    else:
+        assert repr(parse_json(mutated, subject="the body")) == repr(expected)
 
 
 def test_half_an_emoji_is_json():

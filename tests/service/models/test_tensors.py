@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
@@ -280,3 +282,25 @@ def test_the_first_index_out_of_bounds_is_counted_in_the_whole_input():
     check_inputs({"ids": ids}, [spec])
     nothing = np.zeros((0, 4), np.int64)
     assert check_inputs({"ids": nothing}, [spec])["ids"].shape == (0, 4)
+
+
+def test_each_shape_that_was_not_measured_learns_its_own_time(tensors):
+    def bucket_of(columns: int):
+        ((bucket, _),) = tensors.tensor_jobs(random_inputs(1, columns))
+        return bucket
+
+    assert bucket_of(9) is bucket_of(9)
+    assert bucket_of(9) is not bucket_of(10)
+    bucket_of(9).learn(0.002)
+    assert bucket_of(9).steady_s == 0.002
+    assert bucket_of(10).steady_s == math.inf
+    assert {bucket_of(9).label, bucket_of(10).label} == {"other"}
+
+
+def test_the_shapes_that_a_model_knows_are_bounded(tensors):
+    ((first, _),) = tensors.tensor_jobs(random_inputs(1, 9))
+    for columns in range(10, 1_100):
+        tensors.tensor_jobs(random_inputs(1, columns))
+    ((again, _),) = tensors.tensor_jobs(random_inputs(1, 9))
+    assert again is not first
+    assert again.label == "other"

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from evalmode.service.errors import BadRequest
@@ -13,7 +13,7 @@ from evalmode.service.protocol.datatypes import (
     BYTES,
     DTYPES,
     array_from_values,
-    array_to_values,
+    array_to_json,
     datatype_of,
 )
 
@@ -38,7 +38,7 @@ def test_every_datatype_goes_through_json_without_losing_a_bit(datatype: str):
         array = np.array([True, False])
     else:
         array = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max, 0, 1], dtype)
-    written = json.loads(json.dumps(array_to_values(array, field="output x"), allow_nan=False))
+    written = json.loads(array_to_json(array, field="output x"))
     assert array_from_values(written, datatype, field="x").tobytes() == array.tobytes()
     assert datatype_of(array) == datatype
 
@@ -48,8 +48,31 @@ def test_any_finite_float_goes_through_json_without_losing_a_bit(raw: bytes):
     for datatype in ("FP16", "FP32"):
         array = np.frombuffer(raw[: len(raw) // 4 * 4], DTYPES[datatype])
         array = array[np.isfinite(array)]
-        written = json.loads(json.dumps(array_to_values(array, field="x")))
+        written = json.loads(array_to_json(array, field="x"))
         assert array_from_values(written, datatype, field="x").tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("datatype", DTYPES)
+@given(st.binary(max_size=400))
+def test_numbers_are_written_as_python_writes_them(datatype: str, raw: bytes):
+    dtype = DTYPES[datatype]
+    array = np.frombuffer(raw[: len(raw) // dtype.itemsize * dtype.itemsize], dtype)
+    array = array[np.isfinite(array)] if dtype.kind == "f" else array.astype(dtype)
+    expected = json.dumps(array.tolist(), separators=(",", ":")).encode()
+    assert array_to_json(array, field="x") == expected
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False)))
+@example([1e-4, 0.00099, 9.999e-5, 1e-5, 1e15, 1e16, 1e17, 123456789012345680.0, -1e-7, 10.00001])
+@example([1.7976931348623157e308, 1.7976931348623157e308])
+def test_floats_are_written_as_python_writes_them(numbers: list[float]):
+    expected = json.dumps(numbers, separators=(",", ":")).encode()
+    assert array_to_json(np.array(numbers, np.float64), field="x") == expected
+
+
+def test_texts_are_written_in_ascii():
+    texts = np.array(["é", b"\xe2\x98\x83", "\ud83d", '"'], dtype=object)
+    assert array_to_json(texts, field="x") == rb'["\u00e9","\u2603","\ud83d","\""]'
 
 
 @pytest.mark.parametrize("datatype", DTYPES)
@@ -110,12 +133,12 @@ def test_half_an_emoji_is_accepted_as_a_text():
 @pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
 def test_numbers_that_json_cannot_write_are_refused_with_a_hint_at_binary_data(number: float):
     with pytest.raises(BadRequest, match=r'output y .*"binary_data": true'):
-        array_to_values(np.array([1.0, number], np.float32), field="output y")
+        array_to_json(np.array([1.0, number], np.float32), field="output y")
 
 
 def test_bytes_that_are_not_text_are_refused_with_a_hint_at_binary_data():
     with pytest.raises(BadRequest, match=r'output y .*not UTF-8.*"binary_data": true'):
-        array_to_values(np.array([b"\xff"], dtype=object), field="output y")
+        array_to_json(np.array([b"\xff"], dtype=object), field="output y")
 
 
 @pytest.mark.parametrize(
