@@ -143,7 +143,14 @@ def main() -> int:
 
 def _open_bundles(settings: Settings) -> Service:
     """The service of the bundles that the settings name."""
-    # Imported here, because a supervisor needs neither models nor routes.
+    # Imported here, because a supervisor needs neither models nor routes. Imports take most of the
+    # time of a start, so the trial of the bundle runs in another process meanwhile.
+    from evalmode.service.models.trial import TrialOpener
+
+    opener = TrialOpener.of(settings)
+    if settings.load_timeout_s > 0:
+        opener.start_child()
+        opener.begin(settings.bundle)
     from evalmode.service.app import create_app
     from evalmode.service.components import open_components
 
@@ -151,7 +158,7 @@ def _open_bundles(settings: Settings) -> Service:
     # request is answered for tens of milliseconds. Models are swapped, so they open after it.
     gc.collect()
     gc.freeze()
-    components = open_components(settings)
+    components = open_components(settings, opener)
 
     log_fields: dict[str, object] = {}
     if models := components.repository.models():
