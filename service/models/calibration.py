@@ -84,9 +84,8 @@ class Calibration:
         label of their bucket, and so is the result.
 
         A row alone is always measured. A size that the budget does not reach is not measured, so it
-        never runs. A size whose time is in the cache is timed only while its bits are compared, which
-        spares two thirds of the runs. Raises BundleError if a row alone does not repeat its own
-        bits.
+        never runs. A size whose time is in the cache runs only to compare its bits, which spares
+        two thirds of the runs. Raises BundleError if a row alone does not repeat its own bits.
         """
         cache = _TimingsCache.of(self.cache, digest=digest, platform=platform)
         cached = cache.read()

@@ -12,7 +12,6 @@ There are three kinds of models:
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -300,6 +299,9 @@ class Model:
         """The same, without blocking an event loop: many characters are encoded in a thread."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self.text_rows(texts, truncate=truncate)
+        # Imported here, because the process of a trial does not need it.
+        import asyncio
+
         encode = partial(self.text_rows, texts, truncate=truncate)
         return await asyncio.get_running_loop().run_in_executor(_ENCODING, encode)
 
