@@ -17,7 +17,9 @@ Importing this module loads neither NumPy nor pydantic. So the child can start b
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -30,6 +32,7 @@ from evalmode.bundle import errors
 from evalmode.bundle.errors import BundleError
 from evalmode.child_process import Cancelled, Child, ChildLost, OutOfTime
 from evalmode.errors import EvalmodeError
+from evalmode.service.models.shared_trials import SharedTrials, now
 
 if TYPE_CHECKING:
     from evalmode.service.models.calibration import MeasuredBucket
@@ -81,9 +84,11 @@ class TrialOpener:
         allow_uncertified: bool = False,
         budget_s: float = 1.0,
         cache: Path | None = None,
+        shared: SharedTrials | None = None,
     ) -> None:
         """The child has `timeout_s` for each bundle. `budget_s` and `cache` are those of
-        `Calibration`, the other arguments those of `Model.open`.
+        `Calibration`. With `shared` other processes of this server share their trials. The other
+        arguments are those of `Model.open`.
         """
         self._timeout_s = timeout_s
         self._options: dict[str, Any] = {
@@ -93,6 +98,7 @@ class TrialOpener:
         }
         self._calibration = {"budget_s": budget_s, "cache": None if cache is None else str(cache)}
         self._child = Child(_CHILD)
+        self._shared = shared if shared is not None and shared.is_private else None
         self._cancelled = threading.Event()
         # Reads the answers of the child to the trial that began last.
         self._reader: threading.Thread | None = None
@@ -102,6 +108,9 @@ class TrialOpener:
     @classmethod
     def of(cls, settings: Settings) -> TrialOpener:
         """The opener of a server with these settings."""
+        from evalmode.service.settings import METRICS_FOLDER_VARIABLE
+
+        folder = os.environ.get(METRICS_FOLDER_VARIABLE)
         return cls(
             timeout_s=settings.load_timeout_s,
             provider=settings.provider,
@@ -109,13 +118,19 @@ class TrialOpener:
             allow_uncertified=settings.allow_uncertified,
             budget_s=settings.calibration_s,
             cache=settings.cache,
+            # The workers of a server have this folder in common.
+            shared=SharedTrials(Path(folder)) if folder and settings.workers > 1 else None,
         )
 
     def start_child(self) -> None:
-        """Start the child, which imports what it needs before the first bundle."""
-        # `open` starts it again, and then reports the error.
-        with suppress(ChildLost):
-            self._child.start()
+        """Start the child, which imports what it needs before the first bundle.
+
+        Another process of this server may be making its trial already: then no child is needed.
+        """
+        # `open` tries it again, and then reports the error.
+        with suppress(ChildLost, OSError):
+            if self._shared is None or self._shared.try_take_turn():
+                self._child.start()
 
     def begin(self, root: Path) -> None:
         """Begin the trial of the bundle below `root`, if there is only one; `open` goes on with it.
@@ -134,7 +149,7 @@ class TrialOpener:
         """The open model. Raises the errors of `Model.open`, and BundleError if the child does not
         finish.
         """
-        # Imported while the child is starting.
+        # Imported here, while the child is running.
         from evalmode.service.models.folders import signature_of
         from evalmode.service.models.model import Model
 
@@ -161,6 +176,8 @@ class TrialOpener:
         self._begun = None
         self._end_trial()
         self._child.close()
+        if self._shared is not None:
+            self._shared.end_turn()
 
     def cancel(self) -> None:
         """End the trial that is running, from another thread. No other trial will succeed."""
@@ -183,20 +200,45 @@ class TrialOpener:
             reader.join()
 
     def _follow(self, trial: Trial) -> None:
-        """Ask the child, and pass on what it says of a trial."""
+        """Ask the child, or take over the outcome of another process, and pass it on."""
+        shared, wished_at = self._shared, now()
+        outcome = None
         try:
-            self._ask(trial)
+            key = self._key_of(trial.path)
+            if shared is not None and key is not None:
+                with suppress(OSError):
+                    shared.take_turn(cancelled=self._cancelled.is_set)
+                    outcome = shared.outcome(key, wished_at=wished_at)
+            if outcome is None:
+                outcome = self._ask(trial)
+                if shared is not None and key is not None and not self._cancelled.is_set():
+                    with suppress(OSError):
+                        shared.share(key, outcome)
+            if "error" in outcome:
+                error_class: type[EvalmodeError] = getattr(errors, outcome["error"])
+                raise error_class(outcome["sentence"])
+            if "unexpected" in outcome:
+                raise TrialError(outcome["unexpected"])
+            from evalmode.service.models.calibration import measured_from_json
+
+            if not trial.passed.done():
+                trial.passed.set_result(outcome["passed"])
+            trial.measured.set_result(measured_from_json(outcome["measured"]))
         except Exception as error:
             # Any error at all: `open` raises it.
             for future in (trial.passed, trial.measured):
                 if not future.done():
                     future.set_exception(error)
+        finally:
+            if shared is not None:
+                shared.end_turn()
 
-    def _ask(self, trial: Trial) -> None:
+    def _ask(self, trial: Trial) -> Mapping[str, Any]:
+        """The outcome by the child: what it says, or why it does not."""
         path = trial.path
         question = {"path": str(path), **self._calibration, **self._options}
         step = "starting a process for it"
-        answer: Mapping[str, Any] = {}
+        outcome: dict[str, Any] = {}
         messages = self._child.ask(
             json.dumps(question).encode(),
             time_s=self._timeout_s,
@@ -204,26 +246,38 @@ class TrialOpener:
         )
         try:
             for message in messages:
-                answer = json.loads(message)
-                step = answer.get("step", step)
-                if "passed" in answer:
-                    trial.passed.set_result(answer["passed"])
-        except Cancelled as error:
-            raise BundleError(f"{path} is not opened: the server is stopping") from error
-        except OutOfTime as error:
-            raise BundleError(
+                outcome |= json.loads(message)
+                step = outcome.get("step", step)
+                if "passed" in outcome and not trial.passed.done():
+                    trial.passed.set_result(outcome["passed"])
+            return outcome
+        except Cancelled:
+            sentence = f"{path} is not opened: the server is stopping"
+        except OutOfTime:
+            sentence = (
                 f"{path} is refused: {step} was not finished after {self._timeout_s:g} s; if the"
                 " model needs longer, raise the setting load_timeout_s"
-            ) from error
+            )
         except ChildLost as error:
-            raise BundleError(
+            sentence = (
                 f"{path} is refused: the process that opened it on trial {error} (while {step})"
-            ) from error
-        if "error" in answer:
-            error_class: type[EvalmodeError] = getattr(errors, answer["error"])
-            raise error_class(answer["sentence"])
-        if "unexpected" in answer:
-            raise TrialError(answer["unexpected"])
-        from evalmode.service.models.calibration import measured_from_json
+            )
+        return {"error": "BundleError", "sentence": sentence}
 
-        trial.measured.set_result(measured_from_json(answer["measured"]))
+    def _key_of(self, path: Path) -> str | None:
+        """What an outcome depends on, besides this machine and this server. None if there are no
+        other processes to share it with, or if the files cannot be read.
+        """
+        if self._shared is None:
+            return None
+        from evalmode.bundle.manifest import CERTIFICATE_FILE, MANIFEST_FILE
+        from evalmode.bundle.store import read_file
+
+        key = [str(path), self._timeout_s, self._options, self._calibration]
+        # The manifest has the hash of every file but the certificate.
+        for name in (MANIFEST_FILE, CERTIFICATE_FILE):
+            try:
+                key.append(hashlib.sha256(read_file(path / name)).hexdigest())
+            except BundleError:
+                return None
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
