@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+# Before FastAPI: this package imports it in a cheaper way.
+import evalmode.service.http  # isort: skip
+
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,7 +39,7 @@ from evalmode.service.http.body import JSON
 from evalmode.service.http.middleware import CLIENT_CLOSED_REQUEST, add_middleware
 from evalmode.service.http.streams import Streams
 from evalmode.service.http.v1_schemas import ErrorResponse
-from evalmode.service.left_out import left_out
+from evalmode.service.lean_imports import left_out
 from evalmode.service.protocol.metadata import ServerState
 from evalmode.service.strict_json import SHOWN_CHARACTERS
 

@@ -93,7 +93,12 @@ class SharedTrials:
         return outcome if record["ended_at"] >= earliest else None
 
     def share(self, key: str, outcome: Mapping[str, Any]) -> None:
-        """Let other processes take over the outcome of a trial that has just ended."""
+        """Let other processes take over the outcome of a trial that has just ended, in the turn of
+        this process.
+        """
+        if self._lock is None:
+            # The turn could not be taken: the folder is gone, and must not be made again.
+            return
         record = {"ended_at": now(), "outcome": outcome}
         write_file(self._file(key), json.dumps(record).encode())
 

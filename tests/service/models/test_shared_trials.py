@@ -105,11 +105,13 @@ def test_a_process_that_waited_takes_over_a_failure_and_a_later_one_tries_again(
 
 def test_a_failure_is_an_outcome_only_for_wishes_before_it(folder):
     shared = SharedTrials(folder)
+    assert shared.try_take_turn()
     wished_at = now()
     shared.share("key", {"error": "BundleError", "sentence": "it is broken"})
     assert shared.outcome("key", wished_at=wished_at) is not None
     assert shared.outcome("key", wished_at=now()) is None
     assert shared.outcome("other", wished_at=wished_at) is None
+    shared.end_turn()
 
 
 def test_a_file_that_changes_after_the_trial_is_refused_although_it_passed(tmp_path, folder):

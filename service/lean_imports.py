@@ -1,10 +1,12 @@
-"""Keeps modules out of the process that a library imports only if they are installed."""
+"""Makes imports of libraries cheaper: what this server does not use is not loaded or not built."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from pydantic import BaseModel
 
 
 @contextmanager
@@ -22,3 +24,13 @@ def left_out(name: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+
+
+@contextmanager
+def deferred_models() -> Iterator[None]:
+    """While the context is open, a new class of pydantic is built when it is first used."""
+    BaseModel.model_config["defer_build"] = True
+    try:
+        yield
+    finally:
+        del BaseModel.model_config["defer_build"]
