@@ -14,15 +14,16 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from tokenizers import Encoding, Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 
 from evalmode.bundle.errors import BundleCorrupt
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 TOKENIZER_FILE = "tokenizer.json"
@@ -226,6 +227,9 @@ class BpeFrontEnd:
     """
 
     def __init__(self, spec: BpeSpec, tokenizer: str) -> None:
+        # Imported here, because a model of n-grams does not need it.
+        from tokenizers import Tokenizer
+
         self.spec = spec
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer)
@@ -332,6 +336,8 @@ def _max_token_bytes(description: dict[str, Any]) -> int | None:
     A text then has at most as many bytes as its tokens together. None for any other file: unknown
     tokens, added tokens and removed pieces could stand for any number of bytes.
     """
+    from tokenizers.pre_tokenizers import ByteLevel
+
     model, splitter = description["model"], description["pre_tokenizer"]
     normalizer = description["normalizer"]
     vocabulary = model.get("vocab")

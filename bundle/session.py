@@ -87,6 +87,8 @@ class Session:
             raise BundleCorrupt(
                 f"{MODEL_FILE} cannot be opened by ONNX Runtime: {error}"
             ) from error
+        # ONNX Runtime's Python class would keep the file in memory beside the session (1.31).
+        self._session._model_bytes = None
         # Where a provider fails to start, ONNX Runtime prints a line and uses the CPU instead.
         active = self._session.get_providers()[0]
         if active != self.provider:

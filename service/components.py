@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from starlette.requests import Request
 
@@ -67,8 +66,8 @@ def components_of(request: Request) -> Components:
     return components
 
 
-def open_components(settings: Settings) -> Components:
-    """Open the components for these settings.
+def open_components(settings: Settings, opener: TrialOpener | None = None) -> Components:
+    """Open the components for these settings, perhaps with an opener that has begun a trial.
 
     Every bundle is checked, its known answers are replayed, and its row counts are measured. Raises
     BundleError for a bundle that must not be served, ProviderUnavailable for a provider that is not
@@ -77,18 +76,19 @@ def open_components(settings: Settings) -> Components:
     tracing = open_tracing(settings)
     metrics, statistics = Metrics(), Statistics()
 
-    opening: dict[str, Any] = {
-        "provider": settings.provider,
-        "threads": settings.threads,
-        "allow_uncertified": settings.allow_uncertified,
-        "calibration": Calibration(budget_s=settings.calibration_s, cache=settings.cache),
-    }
-    trial = TrialOpener(timeout_s=settings.load_timeout_s, **opening)
+    opener = opener or TrialOpener.of(settings)
+    open_untried = partial(
+        Model.open,
+        provider=settings.provider,
+        threads=settings.threads,
+        allow_uncertified=settings.allow_uncertified,
+        calibration=Calibration(budget_s=settings.calibration_s, cache=settings.cache),
+    )
     repository = Repository(
         settings.bundle,
-        open_model=trial.open if settings.load_timeout_s > 0 else partial(Model.open, **opening),
-        after_opening=trial.end_child,
-        cancel_opening=trial.cancel,
+        open_model=opener.open if settings.load_timeout_s > 0 else open_untried,
+        after_opening=opener.end_child,
+        cancel_opening=opener.cancel,
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,

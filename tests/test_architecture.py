@@ -54,8 +54,25 @@ def test_every_file_of_the_rooms_says_what_it_is_for() -> None:
 
 
 def test_the_service_loads_neither_torch_nor_onnx() -> None:
-    loaded = loaded_after("import evalmode.service.process.server")
+    loaded = loaded_after("import evalmode.service.process.server, evalmode.service.app")
     assert not loaded & {"torch", "onnx", "lightning", "pyarrow"}
+
+
+def test_the_service_loads_no_library_that_it_does_not_use() -> None:
+    loaded = loaded_after("import evalmode.service.process.server, evalmode.service.app")
+    assert not loaded & {"rich", "pygments", "tokenizers", "onnxruntime"}
+
+
+def test_a_server_can_start_the_trial_of_a_bundle_before_its_large_libraries_are_loaded() -> None:
+    loaded = loaded_after("import evalmode.service.models.trial")
+    assert not loaded & {"numpy", "pydantic", "fastapi", "structlog"}
+    loaded = loaded_after("import evalmode.service.process.server")
+    assert not loaded & {"numpy", "fastapi", "uvicorn", "prometheus_client"}
+
+
+def test_the_process_of_a_trial_loads_nothing_of_the_web() -> None:
+    loaded = loaded_after("import evalmode.service.models.trial_process")
+    assert not loaded & {"asyncio", "fastapi", "starlette", "uvicorn", "structlog", "tokenizers"}
 
 
 def test_an_audit_loads_neither_onnx_nor_its_runtime() -> None:

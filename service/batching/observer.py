@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, ParamSpec, Protocol
+from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol
 
-from evalmode.service.batching.bucket import Bucket, Row
-from evalmode.service.batching.proof import Violation
+if TYPE_CHECKING:
+    # A supervisor logs, and needs no NumPy.
+    from evalmode.service.batching.bucket import Bucket, Row
+    from evalmode.service.batching.proof import Violation
 
 # Why rows are dropped, as metrics name it.
 Reason = Literal["queue_full", "deadline", "cancelled", "failed"]

@@ -20,3 +20,10 @@ turns them into responses. By status, a request is refused in these files:
     503  health.py, v2_models.py, ../models/repository.py, ../batching/
     504  ../batching/
 """
+
+from evalmode.service.lean_imports import deferred_models
+
+# FastAPI builds the models of an OpenAPI document when it is imported, which takes a fifth of its
+# import. They are used for /openapi.json alone, and now built for its first request.
+with deferred_models():
+    import fastapi  # noqa: F401

@@ -48,7 +48,8 @@ def routes(settings: Settings) -> APIRouter:
     """All routes of `/v2`."""
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
     # First, because these have fixed paths where the routes below have the name of a model.
-    router.include_router(v2_models.routes(settings))
+    # Not with `include_router`, which would build them again at the first request.
+    router.routes.extend(v2_models.routes(settings).routes)
 
     responses: dict[int | str, dict[str, Any]] = {
         200: {

@@ -57,7 +57,7 @@ def find_folders(root: Path, *, earlier: Mapping[Path, Folder]) -> list[Folder]:
 
     folders = []
     for path in sorted(paths):
-        folder, signature = earlier.get(path), _signature(path)
+        folder, signature = earlier.get(path), signature_of(path)
         if folder is None or folder.signature != signature:
             identity: tuple[str, str] | None = None
             with suppress(BundleError, ValidationError):
@@ -68,7 +68,8 @@ def find_folders(root: Path, *, earlier: Mapping[Path, Folder]) -> list[Folder]:
     return folders
 
 
-def _signature(path: Path) -> FilesSignature:
+def signature_of(path: Path) -> FilesSignature:
+    """The signature of the files of a folder now."""
     files = []
     for folder, _, names in os.walk(path):
         for name in names:

@@ -12,13 +12,13 @@ There are three kinds of models:
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,9 @@ from evalmode.service.models.text import (
     labels_of,
 )
 
+if TYPE_CHECKING:
+    from evalmode.service.models.trial import Trial
+
 # Encoding takes some 30 microseconds a text and a microsecond a character. More characters than
 # these would block an event loop for too long.
 INLINE_CHARACTERS = 2_000
@@ -89,21 +92,6 @@ _INDEPENDENCE_RULE = "batch-invariance"
 _MEASURED_ROWS = 16
 # The assumed seconds of a run, if the bundle has no input to measure with.
 _UNMEASURED_S = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialResult:
-    """The result of opening a bundle in another process on this machine.
-
-    The bundle opens there, and its known answers come out, the same twice.
-
-    Attributes:
-        digest: the bundle's digest.
-        measured: the measurements of its buckets, by label.
-    """
-
-    digest: str
-    measured: dict[str, MeasuredBucket]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,22 +137,23 @@ class Model:
         threads: int = 1,
         allow_uncertified: bool = False,
         calibration: Calibration = Calibration(),  # noqa: B008 - frozen
-        trial: TrialResult | None = None,
+        trial: Trial | None = None,
         on_step: Callable[[str], None] = lambda step: None,
+        on_passed: Callable[[str], None] = lambda digest: None,
     ) -> Model:
         """Open the bundle folder `path`, replay its known answers, and measure which batch sizes
         keep the bits of a row.
 
-        With the result of a `trial` of this digest, the answers are replayed once instead of twice,
-        and nothing is measured again. `on_step` is called with the name of each step before it
-        begins.
+        With a `trial` in another process that has passed, the answers are replayed once instead of
+        twice, and the measurements are those of the trial. `on_step` is called with the name of
+        each step before it begins, and `on_passed` with the digest when the answers came out.
 
         Raises BundleError for a bundle that must not be served, and ProviderUnavailable for an
         execution provider that is missing.
         """
         on_step("reading its files")
         bundle = open_bundle(path, allow_uncertified=allow_uncertified)
-        if trial is not None and bundle.digest != trial.digest:
+        if trial is not None and bundle.digest != trial.passed.result():
             raise BundleError(f"{path} was changed while it was opened")
         manifest = bundle.manifest
         frontend = bundle.frontend()
@@ -203,8 +192,9 @@ class Model:
                 twice=trial is None,
             )
 
+        on_passed(bundle.digest)
         if trial is not None:
-            measured = trial.measured
+            measured = trial.measured.result()
         else:
             on_step("measuring its batch sizes")
             measured = _measure(
@@ -314,6 +304,9 @@ class Model:
         """The same, without blocking an event loop: many characters are encoded in a thread."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self.text_rows(texts, truncate=truncate)
+        # Imported here, because the process of a trial does not need it.
+        import asyncio
+
         encode = partial(self.text_rows, texts, truncate=truncate)
         return await asyncio.get_running_loop().run_in_executor(_ENCODING, encode)
 

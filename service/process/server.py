@@ -13,19 +13,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import structlog
+from typing import TYPE_CHECKING, Any
 
 from evalmode.errors import EvalmodeError
 from evalmode.service.errors import WorkersFailed
 from evalmode.service.health import Health
 from evalmode.service.process.announcement import announced
-from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.listener import bind_listener, listen_failure, tls_context, url_of
 from evalmode.service.process.signals import Signals, interruptible
 from evalmode.service.settings import Settings, load_settings, strange_variables
+from evalmode.service.telemetry import structlog
 from evalmode.service.telemetry.logs import configure_logs
+
+if TYPE_CHECKING:
+    from evalmode.service.process.graceful import GracefulServer
 
 _log = structlog.get_logger("evalmode.service")
 
@@ -111,6 +112,8 @@ def serve_one(
     `on_serving` is called when requests can arrive, and `watch` every second from then on.
     """
     service = interruptible(lambda: (open_service or _open_bundles)(settings))
+    from evalmode.service.process.graceful import GracefulServer
+
     server = GracefulServer(
         service.app,
         settings,
@@ -143,15 +146,25 @@ def main() -> int:
 
 def _open_bundles(settings: Settings) -> Service:
     """The service of the bundles that the settings name."""
-    # Imported here, because a supervisor needs neither models nor routes.
+    # Imported here, because a supervisor needs neither models nor routes. Imports take most of the
+    # time of a start, and the trial of the bundle runs in another process meanwhile.
+    from evalmode.service.models.trial import TrialOpener
+
+    opener = TrialOpener.of(settings)
+    # Garbage collections take a tenth of the time of imports, and find nothing to free.
+    gc.disable()
+    if settings.load_timeout_s > 0:
+        opener.start_child()
+        opener.begin(settings.bundle)
     from evalmode.service.app import create_app
     from evalmode.service.components import open_components
+    from evalmode.service.process import graceful  # noqa: F401 - for `serve_one`
 
     # Imported modules are never freed. Without the freeze, each full collection visits them, and no
     # request is answered for tens of milliseconds. Models are swapped, so they open after it.
-    gc.collect()
     gc.freeze()
-    components = open_components(settings)
+    gc.enable()
+    components = open_components(settings, opener)
 
     log_fields: dict[str, object] = {}
     if models := components.repository.models():

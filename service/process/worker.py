@@ -26,17 +26,18 @@ import sys
 import threading
 from collections.abc import Callable
 from io import TextIOWrapper
-from typing import Any
-
-import structlog
+from typing import TYPE_CHECKING, Any
 
 from evalmode.errors import EvalmodeError
 from evalmode.service.process.cause_of_death import REFUSED, STUCK
-from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.server import Service, serve_one
 from evalmode.service.process.signals import Signals
 from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
+from evalmode.service.telemetry import structlog
 from evalmode.service.telemetry.logs import configure_logs
+
+if TYPE_CHECKING:
+    from evalmode.service.process.graceful import GracefulServer
 
 _log = structlog.get_logger("evalmode.service")
 

@@ -88,6 +88,19 @@ def test_a_row_count_not_begun_within_the_budget_is_left_out():
     assert set(timed_row_counts(exact, ROWS, COUNTS, budget_s=0)) == {1}
 
 
+def test_row_counts_that_are_well_timed_run_only_to_compare_their_bits():
+    batches = []
+
+    def run(inputs):
+        batches.append(len(inputs["x"]))
+        return exact(inputs)
+
+    timed = timed_row_counts(run, ROWS, COUNTS, budget_s=10, well_timed={1, 2, 4})
+    assert set(timed) == set(COUNTS)
+    # Two batches of each count show its stability, and four more runs improve the time of the last.
+    assert [batches.count(count) for count in COUNTS] == [len(ROWS) + 2, 2, 2, 6]
+
+
 def test_exactly_the_stable_row_counts_are_timed():
     def run(inputs):
         outputs = exact(inputs)["y"]

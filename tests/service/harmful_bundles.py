@@ -9,13 +9,35 @@ from onnx import NodeProto, TensorProto, helper
 
 from evalmode.bundle.known_answers import KnownAnswer
 from evalmode.bundle.session import open_session
-from tests.service.bundles import onnx_model, write_certified
+from tests.service.bundles import onnx_model, tensor_bundle, write_certified
 
 _X = np.zeros((1, 3), np.float32)
 
 
 def hanging_when_run(root: Path, *, name: str = "tensors", version: str = "1") -> Path:
     """A loop of 2^62 iterations."""
+    weights = {"count": np.array(2**62), "always": np.array(True)}
+    return _bundle(root, [_loop()], weights, name=name, version=version)
+
+
+def hanging_when_batched(root: Path) -> Path:
+    """A loop of 2^62 iterations for each row beyond the first."""
+    node, info = helper.make_node, helper.make_tensor_value_info
+    nodes = [
+        node("Shape", ["x"], ["rows"], end=1),
+        node("Sub", ["rows", "one"], ["more"]),
+        node("Mul", ["more", "many"], ["counts"]),
+        node("Squeeze", ["counts"], ["count"]),
+        _loop(),
+    ]
+    weights = {"one": np.array([1]), "many": np.array([2**62]), "always": np.array(True)}
+    x, y = (info(tensor, TensorProto.FLOAT, ["batch", 3]) for tensor in "xy")
+    model = onnx_model(nodes, inputs=[x], outputs=[y], weights=weights)
+    return tensor_bundle(root, model=model, known_inputs=[{"x": _X}])
+
+
+def _loop() -> NodeProto:
+    """y = x, after `count` iterations."""
     node, info = helper.make_node, helper.make_tensor_value_info
     body = helper.make_graph(
         [node("Identity", ["go_on"], ["continues"]), node("Identity", ["value"], ["next"])],
@@ -27,9 +49,7 @@ def hanging_when_run(root: Path, *, name: str = "tensors", version: str = "1") -
         ],
         [info("continues", TensorProto.BOOL, []), info("next", TensorProto.FLOAT, None)],
     )
-    nodes = [node("Loop", ["count", "always", "x"], ["y"], body=body)]
-    weights = {"count": np.array(2**62), "always": np.array(True)}
-    return _bundle(root, nodes, weights, name=name, version=version)
+    return node("Loop", ["count", "always", "x"], ["y"], body=body)
 
 
 def hanging_when_opened(root: Path, *, name: str = "tensors", version: str = "1") -> Path:

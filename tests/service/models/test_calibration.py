@@ -107,6 +107,21 @@ def test_timings_are_cached_and_the_smallest_counts(tmp_path):
     assert json.loads(file.read_bytes())["4"]["8"] == 1e-12
 
 
+def test_sizes_in_the_cache_run_only_to_compare_their_bits(tmp_path):
+    batches = []
+
+    def run(inputs):
+        batches.append(len(inputs["input_ids"]))
+        return exact(inputs)
+
+    first = measure(run, cache=tmp_path)
+    first_runs = len(batches)
+    second = measure(run, cache=tmp_path)
+    assert [each.stable for each in second.values()] == [each.stable for each in first.values()]
+    repeated_runs = 4 * len(ROW_COUNTS) * len(first)
+    assert len(batches) - first_runs == first_runs - repeated_runs
+
+
 def test_slower_timings_do_not_change_the_cache(tmp_path):
     measure(exact, cache=tmp_path)
     (file,) = cache_files(tmp_path)

@@ -25,7 +25,6 @@ from evalmode.bundle.errors import (
     KnownAnswersDiffer,
     ProviderUnavailable,
 )
-from evalmode.service.models.calibration import Calibration
 from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.models.trial import TrialError, TrialOpener
@@ -42,6 +41,7 @@ from tests.service.bundle_folders import (
 from tests.service.bundles import make_bundle, tensor_bundle
 from tests.service.harmful_bundles import (
     aborting,
+    hanging_when_batched,
     hanging_when_opened,
     hanging_when_run,
     harmless,
@@ -102,8 +102,7 @@ def test_a_bundle_of_tensors_has_the_buckets_that_it_has_without_a_trial(tmp_pat
 
 
 def test_the_budget_and_the_cache_of_the_measurements_reach_the_child(bundle, tmp_path):
-    calibration = Calibration(budget_s=0, cache=tmp_path / "cache")
-    trial = TrialOpener(timeout_s=WAIT_S, calibration=calibration)
+    trial = TrialOpener(timeout_s=WAIT_S, budget_s=0, cache=tmp_path / "cache")
     assert trial.open(bundle).row_counts == {"4": (1,), "8": (1,), "16": (1,)}
     assert [*(tmp_path / "cache").rglob("*.json")]
     trial.end_child()
@@ -181,6 +180,8 @@ def test_an_unexpected_error_has_the_traceback_of_the_child(bundle):
     [
         (hanging_when_run, "running its known answers"),
         (hanging_when_opened, "making a session of its graph"),
+        # By then the server has made its own session.
+        (hanging_when_batched, "measuring its batch sizes"),
     ],
 )
 def test_a_model_that_hangs_is_refused_with_the_step_and_leaves_no_process(tmp_path, make, step):
@@ -221,6 +222,47 @@ def test_a_trial_can_be_cancelled_from_another_thread(tmp_path, opener):
             opened.result(WAIT_S)
 
 
+def test_a_trial_that_has_begun_is_the_one_that_opening_goes_on_with(bundle, opener):
+    before = children()
+    opener.start_child()
+    (child,) = children() - before
+    opener.begin(bundle.parent.parent)
+    model = opener.open(bundle)
+    assert children() - before == {child}
+    assert answer(model) == answer(Model.open(bundle))
+
+
+def test_a_bundle_that_changes_after_its_trial_began_gets_another_trial(tmp_path, opener):
+    path = hanging_when_run(tmp_path / "a")
+    opener.begin(path)
+    copy_bundle(harmless(tmp_path / "b"), path)
+    assert opener.open(path).name == "tensors"
+
+
+def test_a_trial_that_has_begun_and_is_not_wanted_leaves_the_child_free(tmp_path, opener):
+    opener.begin(hanging_when_run(tmp_path / "a"))
+    assert opener.open(harmless(tmp_path / "b")).name == "tensors"
+
+
+def test_a_trial_that_nothing_opened_ends_with_the_child(tmp_path, opener):
+    before = children()
+    opener.begin(hanging_when_run(tmp_path))
+    opener.end_child()
+    assert children() == before
+
+
+@pytest.mark.parametrize("bundles", [0, 2])
+def test_no_trial_begins_before_the_look_at_a_folder_with_several_bundles_or_none(
+    tmp_path, opener, bundles
+):
+    for version in range(bundles):
+        harmless(tmp_path, version=str(version))
+    before = children()
+    opener.begin(tmp_path)
+    opener.begin(tmp_path / "missing")
+    assert children() == before
+
+
 class Swapping(TrialOpener):
     """Replaces the bundle after its trial, before it is opened here."""
 
@@ -228,10 +270,11 @@ class Swapping(TrialOpener):
         super().__init__(timeout_s=WAIT_S)
         self._other = other
 
-    def _try(self, path):
-        result = super()._try(path)
+    def _begin(self, path):
+        trial = super()._begin(path)
+        trial.passed.result(WAIT_S)
         copy_bundle(self._other, path)
-        return result
+        return trial
 
 
 def test_a_bundle_that_replaces_another_after_its_trial_is_never_opened(tmp_path):
