@@ -235,7 +235,7 @@ STOPPED_WHILE_LOADING = """
 import signal, sys
 from evalmode.service.process import server
 from evalmode.service import components
-components.open_components = lambda settings: signal.raise_signal(signal.SIGTERM)
+components.open_components = lambda *arguments: signal.raise_signal(signal.SIGTERM)
 sys.exit(server.main())
 """
 
