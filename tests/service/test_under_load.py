@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from tests.service import processes
-from tests.service.bundles import SPEC, make_bundle, tiny_model
+from tests.service.bundles import SPEC, make_bundle, tensor_bundle, tiny_model
+from tests.service.by_hand import random_inputs
 from tests.service.moody_model import ENDLESS, NAN_TEXT, SLOW, VERY_SLOW, moody_model
 
 WAIT_S = 60
@@ -131,6 +132,38 @@ def test_50_hot_swaps_under_load_lose_no_answer_and_change_no_bit(tmp_path, text
         assert len(set.union(*(client.result() for client in clients))) > 5, (
             "the clients saw the swaps"
         )
+        assert metric(service, "evalmode_determinism_violations_total") == 0
+
+
+def row_of(columns: int) -> bytes:
+    """The body of an inference of one row."""
+    x = random_inputs(1, columns)["x"]
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, columns], "data": x.ravel().tolist()}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+def test_rows_of_many_shapes_have_the_same_bits_alone_and_beside_others(tmp_path):
+    tensor_bundle(tmp_path)
+    # 65 columns are more than the weights of the model have.
+    bodies = [row_of(columns) for columns in (*range(1, 33), 65)]
+    settings = {"parallel": 1, "proof_fraction": 1.0, "load_timeout_s": 0}
+    with (
+        processes.running(tmp_path, **settings) as service,
+        httpx.Client(base_url=service.url, timeout=WAIT_S) as http,
+        ThreadPoolExecutor(8) as pool,
+    ):
+
+        def infer(body: bytes) -> tuple[int, bytes]:
+            answer = http.post("/v2/models/tensors/infer", content=body)
+            return answer.status_code, answer.content
+
+        # The first run of a shape is in a thread, and later ones are in the event loop.
+        alone = [infer(body) for body in bodies]
+        assert [status for status, _ in alone] == [200] * 32 + [400]
+        futures = [pool.submit(infer, body) for _ in range(8) for body in bodies]
+        probes = [http.get("/livez").status_code for _ in range(8)]
+        assert [future.result() for future in futures] == alone * 8
+        assert probes == [200] * 8
         assert metric(service, "evalmode_determinism_violations_total") == 0
 
 
