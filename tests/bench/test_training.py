@@ -24,9 +24,12 @@ def training() -> ModuleType:
     return module
 
 
-def test_with_the_same_weights_both_networks_have_the_same_logits(training: ModuleType) -> None:
+@pytest.mark.parametrize("encoder_only", [False, True])
+def test_with_the_same_weights_both_networks_have_the_same_logits(
+    training: ModuleType, encoder_only: bool
+) -> None:
     ours = training.Transformer(training.NETWORK).eval()
-    theirs = training.TorchTransformer(training.NETWORK).eval()
+    theirs = training.TorchTransformer(training.NETWORK, encoder_only=encoder_only).eval()
     weights = ours.state_dict()
     names = {
         "attention_norm": "norm1",
@@ -54,4 +57,4 @@ def test_it_prints_a_ratio_for_each_comparison() -> None:
     command = [sys.executable, SCRIPT, "--seconds", "0.01", "--rounds", "1"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count(" to ") == 2
+    assert process.stdout.count(" to ") == 3
