@@ -86,8 +86,6 @@ def create_app(components: Components) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.components = components
-    # Loads and unloads of models take turns.
-    app.state.repository_lock = asyncio.Lock()
     app.state.streams = Streams(
         components.engine,
         parallel=components.engine.load.parallel,

@@ -15,10 +15,11 @@ from typing import Any
 from starlette.requests import Request
 
 from evalmode.bundle.known_answers import Tensors
+from evalmode.service.all_processes import AllProcesses, OneProcess
 from evalmode.service.batching.bucket import Job
-from evalmode.service.batching.cpu_quota import cpu_quota
 from evalmode.service.batching.engine import Engine
 from evalmode.service.batching.limits import Limits
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.health import Health
 from evalmode.service.models.calibration import Calibration
 from evalmode.service.models.model import Model
@@ -43,6 +44,7 @@ class Components:
     metrics: Metrics
     statistics: Statistics
     health: Health
+    processes: AllProcesses
     tracing: Tracing | None
 
     async def answer(
@@ -67,13 +69,15 @@ def components_of(request: Request) -> Components:
     return components
 
 
-def open_components(settings: Settings) -> Components:
-    """Open the components for these settings.
+def open_components(settings: Settings, processes: AllProcesses | None = None) -> Components:
+    """Open the components for these settings. `processes` are all processes of the server; without
+    them this is the only one.
 
     Every bundle is checked, its known answers are replayed, and its row counts are measured. Raises
     BundleError for a bundle that must not be served, ProviderUnavailable for a provider that is not
     installed, and StartFailed for other problems with the settings.
     """
+    processes = processes or OneProcess()
     tracing = open_tracing(settings)
     metrics, statistics = Metrics(), Statistics()
 
@@ -92,10 +96,14 @@ def open_components(settings: Settings) -> Components:
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,
+        unloaded=processes.unloaded,
         on_change=metrics.models_changed,
         on_swap=metrics.model_swapped,
     )
     repository.start()
+    processes.offer(
+        {"load": repository.load, "unload": repository.unload, "statistics": statistics.records}
+    )
 
     # Without a setting, every process gets its share of the CPU quota.
     quota_share = max(1, cpu_quota() // (settings.workers * settings.threads))
@@ -120,5 +128,6 @@ def open_components(settings: Settings) -> Components:
         metrics=metrics,
         statistics=statistics,
         health=Health(stuck_s=engine.stuck_s, grace_s=settings.stuck_grace_s),
+        processes=processes,
         tracing=tracing,
     )

@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
-from evalmode.service.batching.cpu_quota import cpu_quota
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.errors import StartFailed
 
 _PREFIX = "EVALMODE_"

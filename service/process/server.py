@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from evalmode.errors import EvalmodeError
+from evalmode.service.all_processes import AllProcesses, OneProcess
 from evalmode.service.errors import WorkersFailed
 from evalmode.service.health import Health
 from evalmode.service.process.announcement import announced
@@ -51,7 +52,7 @@ class Service:
 def serve(
     settings: Settings,
     *,
-    open_service: Callable[[Settings], Service] | None = None,
+    open_service: Callable[[Settings, AllProcesses], Service] | None = None,
     worker: Sequence[str] = (sys.executable, "-m", "evalmode.service.process.worker"),
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer every accepted request and return.
@@ -91,6 +92,7 @@ def serve(
                 settings,
                 listener,
                 signals=signals,
+                processes=OneProcess(),
                 on_serving=lambda service: log_start(service.log_fields),
                 open_service=open_service,
             )
@@ -102,15 +104,17 @@ def serve_one(
     listener: socket.socket,
     *,
     signals: Signals,
+    processes: AllProcesses,
     on_serving: Callable[[Service], None],
     watch: Callable[[Service, GracefulServer], None] = lambda service, server: None,
-    open_service: Callable[[Settings], Service] | None = None,
+    open_service: Callable[[Settings, AllProcesses], Service] | None = None,
 ) -> int:
     """Serve in this process, on a bound socket, until a signal. Returns the exit code.
 
-    `on_serving` is called when requests can arrive, and `watch` every second from then on.
+    `processes` are all processes of the server. `on_serving` is called when requests can arrive,
+    and `watch` every second from then on.
     """
-    service = interruptible(lambda: (open_service or _open_bundles)(settings))
+    service = interruptible(lambda: (open_service or _open_bundles)(settings, processes))
     server = GracefulServer(
         service.app,
         settings,
@@ -141,7 +145,7 @@ def main() -> int:
     return 0
 
 
-def _open_bundles(settings: Settings) -> Service:
+def _open_bundles(settings: Settings, processes: AllProcesses) -> Service:
     """The service of the bundles that the settings name."""
     # Imported here, because a supervisor needs neither models nor routes.
     from evalmode.service.app import create_app
@@ -151,7 +155,7 @@ def _open_bundles(settings: Settings) -> Service:
     # request is answered for tens of milliseconds. Models are swapped, so they open after it.
     gc.collect()
     gc.freeze()
-    components = open_components(settings)
+    components = open_components(settings, processes)
 
     log_fields: dict[str, object] = {}
     if models := components.repository.models():

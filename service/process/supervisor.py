@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -34,6 +35,7 @@ from evalmode.service.errors import StartFailed, WorkersFailed
 from evalmode.service.process.cause_of_death import cause_of_death, oom_kills
 from evalmode.service.process.signals import Signals
 from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
+from evalmode.service.telemetry.statistics import add_records
 
 _log = structlog.get_logger("evalmode.service")
 
@@ -45,8 +47,11 @@ _MAX_QUICK_DEATHS = 5
 _ENDING_S = 15.0
 # The same for a worker that is still starting: it has nothing to answer.
 _STARTING_ENDING_S = 5.0
-# Far more than any message of a worker; asyncio's default is 64 KiB.
-_LONGEST_LINE_BYTES = 1 << 20
+# More than any message of a worker, which are the statistics of 1,000 model versions: 5 MB.
+# asyncio's default is 64 KiB.
+_LONGEST_LINE_BYTES = 1 << 26
+# The longest wait for the statistics of a worker. Later its last known ones count.
+_STATISTICS_S = 1.0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -54,7 +59,7 @@ class _Worker:
     """A worker process, as the supervisor knows it.
 
     `oom_kills_before` is the result of `oom_kills` when it started. `refusal` is the sentence of a
-    worker that cannot start.
+    worker that cannot start. `statistics` are its records when they were last read.
     """
 
     process: asyncio.subprocess.Process
@@ -64,6 +69,11 @@ class _Worker:
     is_ready: bool = False
     was_ready: bool = False
     refusal: str | None = None
+    statistics: list[dict[str, Any]] = field(default_factory=list)
+
+    def send(self, **message: object) -> None:
+        """Send a message. One to a worker that has ended is lost."""
+        self.writer.write(json.dumps(message).encode() + b"\n")
 
     def signal(self, number: int) -> None:
         """Send a signal, unless the process has ended.
@@ -75,6 +85,32 @@ class _Worker:
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number if self.was_ready else signal.SIGTERM)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Call:
+    """A call of a function in several workers. It ends when it waits for no more of them.
+
+    `results` are the results that were sent, in the order of arrival.
+    """
+
+    number: int
+    name: str
+    arguments: Sequence[object]
+    waits_for: set[_Worker] = field(default_factory=set)
+    results: dict[_Worker, Mapping[str, Any]] = field(default_factory=dict)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def send_to(self, worker: _Worker) -> None:
+        """Call the function in this worker too."""
+        self.waits_for.add(worker)
+        worker.send(call=self.number, name=self.name, arguments=self.arguments)
+
+    def wait_no_longer_for(self, worker: _Worker) -> None:
+        """The worker has sent its result, or has ended."""
+        self.waits_for.discard(worker)
+        if not self.waits_for:
+            self.ended.set()
 
 
 class Supervisor:
@@ -92,6 +128,15 @@ class Supervisor:
         self._metrics_folder: str | None = None
         self._on_serving: Callable[[Mapping[str, object]], None] = lambda log_fields: None
         self._stopping = asyncio.Event()
+        # The calls that were passed on and have not ended, and among them the load or unload.
+        self._call_numbers = itertools.count()
+        self._calls: dict[int, _Call] = {}
+        self._change: _Call | None = None
+        self._changing = asyncio.Lock()
+        self._answering: set[asyncio.Task[None]] = set()
+        # The models that were unloaded by request, and the statistics of workers that have ended.
+        self._unloaded: set[str] = set()
+        self._ended_statistics: list[dict[str, Any]] = []
 
     def run(self, signals: Signals, *, on_serving: Callable[[Mapping[str, object]], None]) -> None:
         """Serve until a signal, and until every worker has ended.
@@ -183,6 +228,9 @@ class Supervisor:
         # Through the socket, because every user can read command lines, and child processes of the
         # worker would inherit its environment.
         writer.write(settings_as_json(self._settings).encode() + b"\n")
+        worker.send(unloaded=sorted(self._unloaded))
+        if self._change is not None:
+            self._change.send_to(worker)
         if self._signal is not None:
             worker.signal(self._signal)
         return worker
@@ -195,6 +243,9 @@ class Supervisor:
         exit_code = await worker.process.wait()
         self._workers.remove(worker)
         worker.writer.close()
+        for call in self._calls.values():
+            call.wait_no_longer_for(worker)
+        self._ended_statistics = add_records([*self._ended_statistics, *worker.statistics])
         if self._metrics_folder is not None:
             # Removes its gauges, which would otherwise still count.
             mark_process_dead(  # type: ignore[no-untyped-call]
@@ -218,6 +269,14 @@ class Supervisor:
         if "refused" in message:
             worker.refusal = message["refused"]
             return
+        if "call" in message:
+            task = asyncio.create_task(self._answer_call(worker, message))
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+            return
+        if "result" in message:
+            self._handle_result(worker, message)
+            return
         worker.is_ready = message["ready"]
         if not worker.was_ready:
             worker.was_ready = True
@@ -239,8 +298,76 @@ class Supervisor:
         """Tell each worker how many others are ready."""
         ready_count = sum(worker.is_ready for worker in self._workers)
         for worker in self._workers:
-            message = {"others": ready_count - worker.is_ready}
-            worker.writer.write(json.dumps(message).encode() + b"\n")
+            worker.send(others=ready_count - worker.is_ready)
+
+    async def _answer_call(self, caller: _Worker, message: Mapping[str, Any]) -> None:
+        """Pass the call of a worker on to every worker, and send it the result of all."""
+        name, arguments = message["name"], message["arguments"]
+        result: Mapping[str, object]
+        if name == "statistics":
+            result = {"value": await self._statistics()}
+        else:
+            async with self._changing:
+                result = await self._change_models(caller, name, *arguments)
+        caller.send(result=message["call"], **result)
+
+    async def _change_models(self, caller: _Worker, name: str, model: str) -> Mapping[str, object]:
+        """Load or unload a model in every worker. The result is the first error, if there is one.
+
+        A worker that starts meanwhile is called too. A worker that ends meanwhile has no result.
+        """
+        with self._calling(self._workers, name, model) as call:
+            self._change = call
+            await call.ended.wait()
+            self._change = None
+
+        # Otherwise no worker knows the model, and nothing has changed.
+        if any(result.get("error") != "UnknownModel" for result in call.results.values()):
+            if name == "load":
+                self._unloaded.discard(model)
+            else:
+                self._unloaded.add(model)
+        for worker, result in call.results.items():
+            # The others may have stopped already, and then they open no model.
+            is_stopping = self._signal is not None and worker is not caller
+            if "error" in result and not is_stopping:
+                return {"error": result["error"], "sentence": result["sentence"]}
+        return {"value": None}
+
+    async def _statistics(self) -> list[dict[str, Any]]:
+        """The statistics of all workers, added up, with those of workers that have ended."""
+        ready_workers = [worker for worker in self._workers if worker.was_ready]
+        with (
+            self._calling(ready_workers, "statistics") as call,
+            contextlib.suppress(asyncio.TimeoutError),
+        ):
+            await asyncio.wait_for(call.ended.wait(), _STATISTICS_S)
+        records = list(self._ended_statistics)
+        for worker in self._workers:
+            records += worker.statistics
+        return add_records(records)
+
+    @contextlib.contextmanager
+    def _calling(
+        self, workers: Iterable[_Worker], name: str, *arguments: object
+    ) -> Iterator[_Call]:
+        """A call of a function in these workers."""
+        call = _Call(number=next(self._call_numbers), name=name, arguments=arguments)
+        self._calls[call.number] = call
+        for worker in workers:
+            call.send_to(worker)
+        yield call
+        del self._calls[call.number]
+
+    def _handle_result(self, worker: _Worker, message: Mapping[str, Any]) -> None:
+        call = self._calls.get(message["result"])
+        # The statistics of a worker may arrive after the answer. The next ones are at least these.
+        if call is None:
+            return
+        if call.name == "statistics":
+            worker.statistics = message.get("value", worker.statistics)
+        call.results[worker] = message
+        call.wait_no_longer_for(worker)
 
     def _stop(self, number: int) -> None:
         """Pass a signal to every worker. After the first, kill workers that do not end in time."""

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 # Why requests are rejected.
 REASONS = (
     "cancelled",
-    "conflict",
     "deadline",
     "failed",
     "forbidden",

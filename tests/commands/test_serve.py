@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evalmode import cli, terminal
-from evalmode.service.batching.cpu_quota import cpu_quota
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.settings import GROUPS, SECRETS, Settings, load_settings
 
 EVALMODE = Path(sys.executable).with_name("evalmode")

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from evalmode.service import settings as module
-from evalmode.service.batching.cpu_quota import cpu_quota
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.errors import StartFailed
 from evalmode.service.settings import GROUPS, SECRETS, Settings, load_settings, trace_settings
 
