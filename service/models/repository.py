@@ -9,6 +9,7 @@ used as a path.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,7 +253,7 @@ class Repository:
         self._on_change(self.models())
 
     def _poll_until_ended(self, poll_s: float) -> None:
-        while not self._ended.wait(poll_s):
+        while not self._ended.wait(seconds_until_poll(poll_s, now_s=time.time())):
             try:
                 self.poll()
             except Exception:
@@ -262,6 +263,17 @@ class Repository:
     def _require_control(self) -> None:
         if not self._control:
             raise Forbidden(CONTROL_OFF)
+
+
+def seconds_until_poll(poll_s: float, *, now_s: float) -> float:
+    """Seconds from the time `now_s` to the next multiple of `poll_s`.
+
+    So all processes of a server look at the same moments, and swap a model together.
+
+    >>> seconds_until_poll(2.0, now_s=1001.5)
+    0.5
+    """
+    return poll_s - now_s % poll_s
 
 
 def _not_open(snapshot: _Snapshot, name: str, version: str | None) -> NotReady | UnknownModel:
