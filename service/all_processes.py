@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 # Changes of the models that are open. They take turns.
 Change: TypeAlias = Literal["load", "unload"]
+# What every process counts, and what is added up.
+FigureKind: TypeAlias = Literal["statistics", "metrics"]
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
 
@@ -23,7 +25,7 @@ class AllProcesses(Protocol):
         """The models that were unloaded by request before this process started."""
 
     def offer(self, functions: Functions) -> None:
-        """Let every process call these functions of this one: load, unload and statistics.
+        """Let every process call these functions of this one: load, unload, statistics and metrics.
 
         Their arguments and results are plain JSON values. They may be called from any thread.
         """
@@ -35,8 +37,10 @@ class AllProcesses(Protocol):
         NotReady if the server ends meanwhile.
         """
 
-    async def statistics(self) -> list[dict[str, Any]]:
-        """The records of `Statistics.records`, added up over all processes, ended ones too."""
+    async def figures(self, kind: FigureKind) -> list[dict[str, Any]]:
+        """The records of `Statistics.records` or the families of `Metrics.families`, added up over
+        all processes, ended ones too.
+        """
 
 
 class OneProcess:
@@ -59,7 +63,7 @@ class OneProcess:
         async with self._changing:
             await asyncio.to_thread(self._functions[change], model)
 
-    async def statistics(self) -> list[dict[str, Any]]:
+    async def figures(self, kind: FigureKind) -> list[dict[str, Any]]:
         """See `AllProcesses`."""
-        records: list[dict[str, Any]] = self._functions["statistics"]()
-        return records
+        # In a thread, because collecting a thousand series takes milliseconds.
+        return await asyncio.to_thread(self._functions[kind])

@@ -38,6 +38,7 @@ from evalmode.service.http.streams import Streams
 from evalmode.service.http.v1_schemas import ErrorResponse
 from evalmode.service.protocol.metadata import ServerState
 from evalmode.service.strict_json import SHOWN_CHARACTERS
+from evalmode.service.telemetry.metrics import render
 
 _log = structlog.get_logger("evalmode.service")
 
@@ -137,9 +138,10 @@ def create_app(components: Components) -> FastAPI:
 async def metrics(request: Request) -> Response:
     """The server's figures, for Prometheus."""
     components = components_of(request)
-    # In a thread, because with several workers it reads the files of all of them.
+    families = await components.processes.figures("metrics")
+    # In a thread, because a thousand series take milliseconds.
     body, content_type = await asyncio.to_thread(
-        components.metrics.render, request.headers.get("accept", ""), load=components.engine.load
+        render, families, request.headers.get("accept", "")
     )
     return Response(body, headers={"content-type": content_type})
 

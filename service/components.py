@@ -6,6 +6,7 @@ the metrics.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -58,7 +59,6 @@ class Components:
         """Answer the accepted requests, for at most `grace_s`, and close everything."""
         self.repository.close()
         self.engine.close(timeout_s=self.settings.grace_s)
-        self.metrics.close()
         if self.tracing is not None:
             self.tracing.close()
 
@@ -79,7 +79,8 @@ def open_components(settings: Settings, processes: AllProcesses | None = None) -
     """
     processes = processes or OneProcess()
     tracing = open_tracing(settings)
-    metrics, statistics = Metrics(), Statistics()
+    metrics = Metrics(pid=os.getpid() if settings.workers > 1 else None)
+    statistics = Statistics()
 
     opening: dict[str, Any] = {
         "provider": settings.provider,
@@ -101,9 +102,6 @@ def open_components(settings: Settings, processes: AllProcesses | None = None) -
         on_swap=metrics.model_swapped,
     )
     repository.start()
-    processes.offer(
-        {"load": repository.load, "unload": repository.unload, "statistics": statistics.records}
-    )
 
     # Without a setting, every process gets its share of the CPU quota.
     quota_share = max(1, cpu_quota() // (settings.workers * settings.threads))
@@ -119,7 +117,14 @@ def open_components(settings: Settings, processes: AllProcesses | None = None) -
         observers=(metrics, statistics, ViolationLog(), *([tracing] if tracing else [])),
         proof_fraction=settings.proof_fraction,
     )
-    metrics.watch(lambda: engine.load)
+    processes.offer(
+        {
+            "load": repository.load,
+            "unload": repository.unload,
+            "statistics": statistics.records,
+            "metrics": lambda: metrics.families(load=engine.load),
+        }
+    )
     repository.start_polling(settings.poll_s)
     return Components(
         settings=settings,

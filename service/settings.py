@@ -31,9 +31,6 @@ from evalmode.service.errors import StartFailed
 
 _PREFIX = "EVALMODE_"
 CONFIG_VARIABLE = f"{_PREFIX}CONFIG"
-# The variable with the folder in which the processes of one server share their metrics.
-# prometheus_client reads it itself, under this name.
-METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 # The source of a setting's value.
 Origin = Literal["flag", "environment", "file", "default"]

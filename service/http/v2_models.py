@@ -198,7 +198,7 @@ async def all_statistics(request: Request) -> Response:
 
 async def _statistics_response(request: Request, models: Sequence[Model]) -> Response:
     """The records of these models, added up over all processes of the server."""
-    records = await components_of(request).processes.statistics()
+    records = await components_of(request).processes.figures("statistics")
     by_version = {(record["name"], record["version"]): record for record in records}
     model_stats = []
     for model in models:

@@ -22,19 +22,19 @@ import json
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
-from prometheus_client.multiprocess import mark_process_dead
 from pydantic import SecretStr
 
+from evalmode.service.all_processes import FigureKind
 from evalmode.service.errors import StartFailed, WorkersFailed
 from evalmode.service.process.cause_of_death import cause_of_death, oom_kills
 from evalmode.service.process.signals import Signals
-from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
+from evalmode.service.settings import Settings
+from evalmode.service.telemetry.figures import add_families, lasting_families
 from evalmode.service.telemetry.statistics import add_records
 
 _log = structlog.get_logger("evalmode.service")
@@ -50,8 +50,15 @@ _STARTING_ENDING_S = 5.0
 # More than any message of a worker, which are the statistics of 1,000 model versions: 5 MB.
 # asyncio's default is 64 KiB.
 _LONGEST_LINE_BYTES = 1 << 26
-# The longest wait for the statistics of a worker. Later its last known ones count.
-_STATISTICS_S = 1.0
+# The longest wait for the figures of a worker. Later its last known ones count.
+_FIGURES_S = 1.0
+# How often the figures of all workers are read. What a killed worker counted since is lost.
+_READING_S = 5.0
+# How the figures of several workers become one.
+_ADD: Mapping[FigureKind, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
+    "statistics": add_records,
+    "metrics": add_families,
+}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -59,7 +66,7 @@ class _Worker:
     """A worker process, as the supervisor knows it.
 
     `oom_kills_before` is the result of `oom_kills` when it started. `refusal` is the sentence of a
-    worker that cannot start. `statistics` are its records when they were last read.
+    worker that cannot start. `figures` are those that were read last.
     """
 
     process: asyncio.subprocess.Process
@@ -69,7 +76,9 @@ class _Worker:
     is_ready: bool = False
     was_ready: bool = False
     refusal: str | None = None
-    statistics: list[dict[str, Any]] = field(default_factory=list)
+    figures: dict[FigureKind, list[dict[str, Any]]] = field(
+        default_factory=lambda: {kind: [] for kind in _ADD}
+    )
 
     def send(self, **message: object) -> None:
         """Send a message. One to a worker that has ended is lost."""
@@ -125,7 +134,6 @@ class Supervisor:
         self._workers: set[_Worker] = set()
         self._has_served = False
         self._signal: int | None = None
-        self._metrics_folder: str | None = None
         self._on_serving: Callable[[Mapping[str, object]], None] = lambda log_fields: None
         self._stopping = asyncio.Event()
         # The calls that were passed on and have not ended, and among them the load or unload.
@@ -134,9 +142,9 @@ class Supervisor:
         self._change: _Call | None = None
         self._changing = asyncio.Lock()
         self._answering: set[asyncio.Task[None]] = set()
-        # The models that were unloaded by request, and the statistics of workers that have ended.
+        # The models that were unloaded by request, and the figures of workers that have ended.
         self._unloaded: set[str] = set()
-        self._ended_statistics: list[dict[str, Any]] = []
+        self._ended_figures: dict[FigureKind, list[dict[str, Any]]] = {kind: [] for kind in _ADD}
 
     def run(self, signals: Signals, *, on_serving: Callable[[Mapping[str, object]], None]) -> None:
         """Serve until a signal, and until every worker has ended.
@@ -146,8 +154,7 @@ class Supervisor:
         start before that, and WorkersFailed if workers keep ending before they are ready.
         """
         self._on_serving = on_serving
-        with metrics_folder(self._settings) as self._metrics_folder:
-            asyncio.run(self._run(signals))
+        asyncio.run(self._run(signals))
 
     async def _run(self, signals: Signals) -> None:
         loop = asyncio.get_running_loop()
@@ -155,6 +162,7 @@ class Supervisor:
         failure: StartFailed | WorkersFailed | None = None
         try:
             async with asyncio.TaskGroup() as group:
+                group.create_task(self._read_figures_until_stopping())
                 for _ in range(self._settings.workers):
                     group.create_task(self._keep_worker())
         except* (StartFailed, WorkersFailed) as group_error:
@@ -201,11 +209,6 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), backoff_s)
 
     async def _start_worker(self) -> _Worker:
-        environment = dict(os.environ)
-        environment.pop(METRICS_FOLDER_VARIABLE, None)
-        if self._metrics_folder is not None:
-            environment[METRICS_FOLDER_VARIABLE] = self._metrics_folder
-
         oom_kills_before = oom_kills()
         channel, worker_channel = socket.socketpair()
         with worker_channel:
@@ -214,7 +217,6 @@ class Supervisor:
                 *self._command,
                 *map(str, descriptors),
                 pass_fds=descriptors,
-                env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 # A group for the worker alone. Otherwise an interrupt at the terminal would reach
                 # it twice: from the terminal, and from the supervisor.
@@ -245,12 +247,9 @@ class Supervisor:
         worker.writer.close()
         for call in self._calls.values():
             call.wait_no_longer_for(worker)
-        self._ended_statistics = add_records([*self._ended_statistics, *worker.statistics])
-        if self._metrics_folder is not None:
-            # Removes its gauges, which would otherwise still count.
-            mark_process_dead(  # type: ignore[no-untyped-call]
-                worker.process.pid, self._metrics_folder
-            )
+        for kind, figures in worker.figures.items():
+            lasting = lasting_families(figures) if kind == "metrics" else figures
+            self._ended_figures[kind] = _ADD[kind]([*self._ended_figures[kind], *lasting])
         self._send_ready_counts()
 
         cause = worker.refusal or cause_of_death(
@@ -304,8 +303,8 @@ class Supervisor:
         """Pass the call of a worker on to every worker, and send it the result of all."""
         name, arguments = message["name"], message["arguments"]
         result: Mapping[str, object]
-        if name == "statistics":
-            result = {"value": await self._statistics()}
+        if name in _ADD:
+            result = {"value": await self._figures(name)}
         else:
             async with self._changing:
                 result = await self._change_models(caller, name, *arguments)
@@ -334,18 +333,26 @@ class Supervisor:
                 return {"error": result["error"], "sentence": result["sentence"]}
         return {"value": None}
 
-    async def _statistics(self) -> list[dict[str, Any]]:
-        """The statistics of all workers, added up, with those of workers that have ended."""
+    async def _figures(self, kind: FigureKind) -> list[dict[str, Any]]:
+        """The figures of all workers, added up, with those of workers that have ended."""
         ready_workers = [worker for worker in self._workers if worker.was_ready]
         with (
-            self._calling(ready_workers, "statistics") as call,
+            self._calling(ready_workers, kind) as call,
             contextlib.suppress(asyncio.TimeoutError),
         ):
-            await asyncio.wait_for(call.ended.wait(), _STATISTICS_S)
-        records = list(self._ended_statistics)
+            await asyncio.wait_for(call.ended.wait(), _FIGURES_S)
+        figures = list(self._ended_figures[kind])
         for worker in self._workers:
-            records += worker.statistics
-        return add_records(records)
+            figures += worker.figures[kind]
+        return _ADD[kind](figures)
+
+    async def _read_figures_until_stopping(self) -> None:
+        """Read the figures of all workers again and again: a worker may be killed at any time."""
+        while self._signal is None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _READING_S)
+            for kind in _ADD:
+                await self._figures(kind)
 
     @contextlib.contextmanager
     def _calling(
@@ -361,11 +368,12 @@ class Supervisor:
 
     def _handle_result(self, worker: _Worker, message: Mapping[str, Any]) -> None:
         call = self._calls.get(message["result"])
-        # The statistics of a worker may arrive after the answer. The next ones are at least these.
+        # The figures of a worker may arrive after the answer. The next ones are at least these.
         if call is None:
             return
-        if call.name == "statistics":
-            worker.statistics = message.get("value", worker.statistics)
+        for kind in _ADD:
+            if call.name == kind and "value" in message:
+                worker.figures[kind] = message["value"]
         call.results[worker] = message
         call.wait_no_longer_for(worker)
 
@@ -401,27 +409,3 @@ def settings_as_json(settings: Settings) -> str:
         if isinstance(value, SecretStr):
             values[name] = value.get_secret_value()
     return json.dumps(values)
-
-
-@contextlib.contextmanager
-def metrics_folder(settings: Settings, *, memory: str = "/dev/shm") -> Iterator[str | None]:
-    """A folder in which the workers share their metrics, while the context is open.
-
-    It is in memory where the system allows that. None if the settings want no metrics. Raises
-    StartFailed if no folder can be written.
-    """
-    if not settings.metrics:
-        yield None
-        return
-    parent = memory if os.access(memory, os.W_OK) else None
-    try:
-        temporary = tempfile.TemporaryDirectory(
-            prefix="evalmode-metrics-", dir=parent, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise StartFailed(
-            f"the metrics of several workers need a folder: make {memory} or TMPDIR writable, or"
-            f" set metrics to false (--no-metrics): {error.strerror or error}"
-        ) from error
-    with temporary as folder:
-        yield folder

@@ -18,8 +18,8 @@ Both send these, for what all processes do together:
   is one of every worker, which the supervisor passes on;
 - {"result": NUMBER, "value": ...}, or with {"error": CLASS, "sentence": ...} in place of the value.
 
-The functions are load, unload and statistics. Loads and unloads take turns: the next one is passed
-on when every worker has sent the result of the last one, also those that are starting.
+The functions are load, unload, statistics and metrics. Loads and unloads take turns: the next one
+is passed on when every worker has sent the result of the last one, also those that are starting.
 
 The end of the socket means the end of the supervisor. Then the worker drains and ends as well.
 """
@@ -31,7 +31,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -45,13 +44,13 @@ import structlog
 
 from evalmode.errors import EvalmodeError
 from evalmode.service import errors
-from evalmode.service.all_processes import AllProcesses, Change, Functions
+from evalmode.service.all_processes import AllProcesses, Change, FigureKind, Functions
 from evalmode.service.errors import RequestError
 from evalmode.service.process.cause_of_death import REFUSED, STUCK
 from evalmode.service.process.graceful import GracefulServer
 from evalmode.service.process.server import Service, serve_one
 from evalmode.service.process.signals import Signals
-from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
+from evalmode.service.settings import Settings
 from evalmode.service.telemetry.logs import configure_logs
 
 _log = structlog.get_logger("evalmode.service")
@@ -140,10 +139,10 @@ class SupervisorLink(AllProcesses):
         """See `AllProcesses`."""
         await self._call(change, model)
 
-    async def statistics(self) -> list[dict[str, Any]]:
+    async def figures(self, kind: FigureKind) -> list[dict[str, Any]]:
         """See `AllProcesses`."""
-        records: list[dict[str, Any]] = await self._call("statistics")
-        return records
+        figures: list[dict[str, Any]] = await self._call(kind)
+        return figures
 
     async def _call(self, name: str, *arguments: object) -> Any:
         """Call a function in every worker. Returns its result, or raises its error."""
@@ -182,12 +181,6 @@ class SupervisorLink(AllProcesses):
             result = {"error": "RunFailed", "sentence": sentence}
         self._send(result=message["call"], **result)
 
-    def clean_up(self) -> None:
-        """Remove the folder of the metrics if the supervisor is gone and cannot do it."""
-        folder = os.environ.get(METRICS_FOLDER_VARIABLE)
-        if self._is_orphaned and folder:
-            shutil.rmtree(folder, ignore_errors=True)
-
     def _send(self, **message: Any) -> None:
         # OSError: the supervisor is gone, and the thread of `listen` ends this process.
         with self._sending, contextlib.suppress(OSError):
@@ -219,8 +212,6 @@ def work(
         except EvalmodeError as error:
             link.report_refusal(error)
             return REFUSED
-        finally:
-            link.clean_up()
 
 
 if __name__ == "__main__":

@@ -238,7 +238,6 @@ def test_an_interrupt_from_the_terminal_reaches_the_workers_once_and_ends_all_gr
 def test_workers_without_their_supervisor_answer_accepted_requests_and_end(run, gate):
     with run() as server:
         workers = workers_of(server)
-        folder = httpx.get(f"{server.url}/settings").json()["folder"]
         connection = begin_request(server)
         server.process.kill()
         server.process.wait()
@@ -249,7 +248,6 @@ def test_workers_without_their_supervisor_answer_accepted_requests_and_end(run, 
         gate.touch()
         assert rest_of(connection).endswith(b"whole")
         wait_until(lambda: not any(map(is_running, workers)), "a worker does not end")
-        wait_until(lambda: not Path(folder).exists(), "the folder of the metrics is not removed")
 
 
 @pytest.mark.parametrize("loading", [False, True])
@@ -397,20 +395,6 @@ def test_a_worker_that_stays_stuck_ends_and_is_replaced_although_it_cannot_close
         wait_until(lambda: len(workers_of(server)) == 2, "no replacement")
         server.terminate()
         events_until_end(server)
-
-
-def test_workers_share_their_metrics_in_a_folder_that_is_removed_at_the_end(run):
-    with run() as server:
-        folder = Path(httpx.get(f"{server.url}/settings").json()["folder"])
-        assert folder.is_dir()
-        assert folder.stat().st_mode & 0o777 == 0o700
-        dead = folder / f"gauge_livesum_{next(iter(workers_of(server)))}.db"
-        dead.touch()
-        os.kill(int(dead.stem.rpartition("_")[2]), signal.SIGKILL)
-        wait_until(lambda: not dead.exists(), "the gauges of a dead worker are not removed")
-        server.terminate()
-        events_until_end(server)
-        assert not folder.exists()
 
 
 def test_a_change_reaches_every_worker_and_the_answer_comes_after_the_last(run, changes):

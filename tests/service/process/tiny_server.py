@@ -92,7 +92,7 @@ class Tiny:
             except RequestError as error:
                 return error.status, str(error).encode()
         if path == "/statistics":
-            return 200, json.dumps(await self.processes.statistics()).encode()
+            return 200, json.dumps(await self.processes.figures("statistics")).encode()
         if path == "/unloaded":
             return 200, json.dumps(sorted(self.processes.unloaded)).encode()
         if path == "/settings":
@@ -139,11 +139,11 @@ def open_tiny(settings: Settings, processes: AllProcesses) -> Service:
             "load": partial(change, "load"),
             "unload": partial(change, "unload"),
             "statistics": statistics.records,
+            "metrics": list,
         }
     )
     app.fields = {
         "key": settings.api_keys.get_secret_value() if settings.api_keys else None,
-        "folder": os.environ.get("PROMETHEUS_MULTIPROC_DIR"),
         "drain_s": settings.drain_s,
     }
     return Service(app=app, health=app.health, log_fields={"bundle": "tiny"})
