@@ -348,9 +348,10 @@ class Supervisor:
 
     async def _read_figures_until_stopping(self) -> None:
         """Read the figures of all workers again and again: a worker may be killed at any time."""
-        while self._signal is None:
+        while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _READING_S)
+                return
             for kind in _ADD:
                 await self._figures(kind)
 
