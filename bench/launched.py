@@ -34,10 +34,13 @@ class Server:
 
 @contextmanager
 def served(bundle: str | Path, *flags: str) -> Iterator[Server]:
-    """A server of `bundle` on a free port, while the context is open."""
+    """A server of `bundle` on a free port, while the context is open.
+
+    It is one process, whose memory is measured, unless the flags say otherwise.
+    """
     started = time.perf_counter()
     command = [Path(sys.executable).with_name("evalmode"), "serve", str(bundle)]
-    command += ["--port", "0", *flags]
+    command += ["--port", "0", "--workers", "1", *flags]
     environment = {**os.environ, "EVALMODE_LOG_FORMAT": "json"}
     with (
         tempfile.NamedTemporaryFile("w+") as log,

@@ -42,6 +42,7 @@ from evalmode.service.http.v1_schemas import ErrorResponse
 from evalmode.service.lean_imports import left_out
 from evalmode.service.protocol.metadata import ServerState
 from evalmode.service.strict_json import SHOWN_CHARACTERS
+from evalmode.service.telemetry.metrics import render
 
 _log = structlog.get_logger("evalmode.service")
 
@@ -93,8 +94,6 @@ def create_app(components: Components) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.components = components
-    # Loads and unloads of models take turns.
-    app.state.repository_lock = asyncio.Lock()
     app.state.streams = Streams(
         components.engine,
         parallel=components.engine.load.parallel,
@@ -155,9 +154,10 @@ def _include(app: FastAPI, router: APIRouter) -> None:
 async def metrics(request: Request) -> Response:
     """The server's figures, for Prometheus."""
     components = components_of(request)
-    # In a thread, because with several workers it reads the files of all of them.
+    families = await components.processes.figures("metrics")
+    # In a thread, because a thousand series take milliseconds.
     body, content_type = await asyncio.to_thread(
-        components.metrics.render, request.headers.get("accept", ""), load=components.engine.load
+        render, families, request.headers.get("accept", "")
     )
     return Response(body, headers={"content-type": content_type})
 

@@ -6,6 +6,7 @@ the metrics.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from functools import partial
 from starlette.requests import Request
 
 from evalmode.bundle.known_answers import Tensors
+from evalmode.service.all_processes import AllProcesses, OneProcess
 from evalmode.service.batching.bucket import Job
-from evalmode.service.batching.cpu_quota import cpu_quota
 from evalmode.service.batching.engine import Engine
 from evalmode.service.batching.limits import Limits
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.health import Health
 from evalmode.service.models.calibration import Calibration
 from evalmode.service.models.model import Model
@@ -42,6 +44,7 @@ class Components:
     metrics: Metrics
     statistics: Statistics
     health: Health
+    processes: AllProcesses
     tracing: Tracing | None
 
     async def answer(
@@ -55,7 +58,6 @@ class Components:
         """Answer the accepted requests, for at most `grace_s`, and close everything."""
         self.repository.close()
         self.engine.close(timeout_s=self.settings.grace_s)
-        self.metrics.close()
         if self.tracing is not None:
             self.tracing.close()
 
@@ -66,17 +68,26 @@ def components_of(request: Request) -> Components:
     return components
 
 
-def open_components(settings: Settings, opener: TrialOpener | None = None) -> Components:
-    """Open the components for these settings, perhaps with an opener that has begun a trial.
+def open_components(
+    settings: Settings,
+    processes: AllProcesses | None = None,
+    opener: TrialOpener | None = None,
+) -> Components:
+    """Open the components for these settings.
+
+    `processes` are all processes of the server; without them this is the only one. `opener` may
+    have begun a trial.
 
     Every bundle is checked, its known answers are replayed, and its row counts are measured. Raises
     BundleError for a bundle that must not be served, ProviderUnavailable for a provider that is not
     installed, and StartFailed for other problems with the settings.
     """
+    processes = processes or OneProcess()
     tracing = open_tracing(settings)
-    metrics, statistics = Metrics(), Statistics()
+    metrics = Metrics(pid=os.getpid() if settings.workers > 1 else None)
+    statistics = Statistics()
 
-    opener = opener or TrialOpener.of(settings)
+    opener = opener or TrialOpener.of(settings, shared_folder=processes.shared_folder)
     open_untried = partial(
         Model.open,
         provider=settings.provider,
@@ -92,6 +103,7 @@ def open_components(settings: Settings, opener: TrialOpener | None = None) -> Co
         versions=settings.versions,
         control=settings.model_control,
         default_model=settings.default_model,
+        unloaded=processes.unloaded,
         on_change=metrics.models_changed,
         on_swap=metrics.model_swapped,
     )
@@ -111,7 +123,14 @@ def open_components(settings: Settings, opener: TrialOpener | None = None) -> Co
         observers=(metrics, statistics, ViolationLog(), *([tracing] if tracing else [])),
         proof_fraction=settings.proof_fraction,
     )
-    metrics.watch(lambda: engine.load)
+    processes.offer(
+        {
+            "load": repository.load,
+            "unload": repository.unload,
+            "statistics": statistics.records,
+            "metrics": lambda: metrics.families(load=engine.load),
+        }
+    )
     repository.start_polling(settings.poll_s)
     return Components(
         settings=settings,
@@ -120,5 +139,6 @@ def open_components(settings: Settings, opener: TrialOpener | None = None) -> Co
         metrics=metrics,
         statistics=statistics,
         health=Health(stuck_s=engine.stuck_s, grace_s=settings.stuck_grace_s),
+        processes=processes,
         tracing=tracing,
     )

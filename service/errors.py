@@ -10,7 +10,6 @@ EvalmodeError
     ├── Forbidden          403  the settings of this server do not allow the request
     ├── UnknownModel       404  there is no model, or no version of it, with this name
     ├── RequestTimeout     408  the body did not arrive in time
-    ├── Conflict           409  this server cannot do this as it is set up
     ├── BodyTooLarge       413  more than this server reads, or than its queue could ever hold
     ├── UnsupportedMedia   415  the body declares a type or an encoding that is not supported
     ├── InvalidField       422  one field is wrong; the message says which, and why
@@ -94,12 +93,6 @@ class RequestTimeout(RequestError):  # noqa: N818
     """The body did not arrive in time."""
 
     status = 408
-
-
-class Conflict(RequestError):  # noqa: N818
-    """The server cannot do this as it is set up."""
-
-    status = 409
 
 
 class BodyTooLarge(RequestError):  # noqa: N818

@@ -14,9 +14,9 @@ from types import TracebackType
 from evalmode import DEFAULT_TOP_K
 from evalmode.bundle.errors import BundleError
 from evalmode.bundle.store import find_bundle
-from evalmode.service.batching.cpu_quota import cpu_quota
 from evalmode.service.batching.engine import Engine
 from evalmode.service.batching.limits import Limits
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.models.calibration import Calibration
 from evalmode.service.models.model import Model
 from evalmode.service.models.tensors import content_of

@@ -14,20 +14,30 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.errors import StartFailed
 
 _PREFIX = "EVALMODE_"
 CONFIG_VARIABLE = f"{_PREFIX}CONFIG"
-# The variable with the folder in which the processes of one server share their metrics.
-# prometheus_client reads it itself, under this name.
-METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 # The source of a setting's value.
 Origin = Literal["flag", "environment", "file", "default"]
+
+# The setting `workers` that asks for one process a core, and the most that a server may have.
+_AUTO = "auto"
+_MAX_WORKERS = 256
 
 # The titles of the groups in `--help`, each by the first setting of its group. The comments in
 # `Settings` repeat them.
@@ -83,7 +93,14 @@ class Settings(BaseSettings):
         default=None, ge=1, description="parallel batches in a process; none: by the CPU quota"
     )
     workers: int = Field(
-        default=1, ge=1, le=256, description="server processes that share the port"
+        default=_AUTO,
+        ge=1,
+        le=_MAX_WORKERS,
+        validate_default=True,
+        description=(
+            "server processes that share the port; auto: on cpu, the CPU quota divided by threads;"
+            " elsewhere 1"
+        ),
     )
     calibration_s: float = Field(
         default=1.0, ge=0, description="the longest time for measuring a model"
@@ -208,6 +225,26 @@ class Settings(BaseSettings):
         pattern=r"^https?://[^/]",
         description="the address for OpenTelemetry traces; none: no traces",
     )
+
+    @field_validator("workers", mode="wrap")
+    @classmethod
+    def _resolve_workers(
+        cls, value: object, validate: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> int:
+        if value != _AUTO:
+            try:
+                workers: int = validate(value)
+            except ValidationError as error:
+                raise ValueError(
+                    f"must be a whole number from 1 to {_MAX_WORKERS}, or {_AUTO}"
+                ) from error
+            return workers
+        # On a device, each process would hold the model in the device's memory.
+        if info.data.get("provider", "").lower() not in ("cpu", "cpuexecutionprovider"):
+            return 1
+        # `threads` is missing if it is wrong, and then its error is the one that is reported.
+        threads: int = info.data.get("threads", 1)
+        return min(_MAX_WORKERS, max(1, cpu_quota() // threads))
 
     @field_validator("control_hosts", "cors_origins", mode="before")
     @classmethod

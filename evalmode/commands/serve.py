@@ -112,6 +112,9 @@ def _parameters() -> Iterator[inspect.Parameter]:
             default = "yes" if default else "no"
         elif annotation == tuple[str, ...]:
             annotation = list[str]
+        elif isinstance(default, str):
+            # A number or a word, as 4 or "auto": the settings read it.
+            annotation = str
 
         description = field.description or ""
         help_text = f"{description[:1].upper()}{description[1:]}."
@@ -146,7 +149,8 @@ def _toml_lines(settings: Settings, origins: Mapping[str, Origin]) -> Iterator[s
     for name, field in Settings.model_fields.items():
         if name in GROUPS:
             yield f"\n# {GROUPS[name]}.\n"
-        value = getattr(settings, name)
+        # Not the number of cores of this machine, but the "auto" that gave it.
+        value = field.default if origins[name] == "default" else getattr(settings, name)
         if value is None:
             line = f"# {name} ="
         elif name in SECRETS:

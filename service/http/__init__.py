@@ -12,7 +12,6 @@ turns them into responses. By status, a request is refused in these files:
     404  v2_models.py, ../models/repository.py; ../app.py for a path without a route
     405  ../app.py
     408  body.py
-    409  v2_models.py
     413  body.py, ../batching/
     415  body.py, cross_site.py, ../protocol/compression.py
     422  v1_request.py, v1.py, ../models/; in /v2 it becomes 400

@@ -59,7 +59,6 @@ _REASONS = {
     401: "unauthorized",
     403: "forbidden",
     408: "request_timeout",
-    409: "conflict",
     413: "too_large",
     415: "invalid",
     422: "invalid",

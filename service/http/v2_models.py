@@ -6,7 +6,6 @@ listed and changed.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,14 +15,15 @@ from pydantic import BaseModel
 
 import evalmode
 from evalmode.bundle.manifest import is_name
+from evalmode.service.all_processes import Change
 from evalmode.service.components import components_of
-from evalmode.service.errors import BadRequest, Conflict, Forbidden, NotReady, UnknownModel
+from evalmode.service.errors import BadRequest, Forbidden, NotReady, UnknownModel
 from evalmode.service.http import health
 from evalmode.service.http.body import JSON, read_request_body
 from evalmode.service.http.cross_site import refuse_cross_site
 from evalmode.service.http.v2_inference import inputs_of, is_batched, outputs_of
 from evalmode.service.models.model import Model
-from evalmode.service.models.repository import CONTROL_OFF, Repository
+from evalmode.service.models.repository import CONTROL_OFF
 from evalmode.service.protocol.fields import flag, parameters_of, parse_optional_object
 from evalmode.service.protocol.metadata import (
     ErrorBody,
@@ -39,6 +39,7 @@ from evalmode.service.protocol.metadata import (
 from evalmode.service.protocol.schemas import INDEX_REQUEST, PARAMETERS_REQUEST
 from evalmode.service.settings import Settings
 from evalmode.service.strict_json import shown, shown_key
+from evalmode.service.telemetry.statistics import new_record
 
 _READY = "READY"
 
@@ -47,7 +48,7 @@ _ANY = (401,)
 _HEALTH = (503,)
 _MODEL = (400, 401, 404, 500, 503)
 _INDEX = (400, 401, 408, 413, 415)
-_CHANGE = (400, 401, 403, 404, 408, 409, 413, 415, 500, 503)
+_CHANGE = (400, 401, 403, 404, 408, 413, 415, 500, 503)
 
 
 def routes(settings: Settings) -> APIRouter:
@@ -186,22 +187,24 @@ async def model_statistics(request: Request, model: str, version: str | None = N
     """Counts and times of a model's requests; without a version, of each version that is served."""
     repository = components_of(request).repository
     if version is None:
-        return _statistics_response(request, repository.versions_of(model))
-    return _statistics_response(request, [repository.get(model, version)])
+        return await _statistics_response(request, repository.versions_of(model))
+    return await _statistics_response(request, [repository.get(model, version)])
 
 
 async def all_statistics(request: Request) -> Response:
     """Counts and times of the requests of all models."""
-    return _statistics_response(request, components_of(request).repository.models())
+    return await _statistics_response(request, components_of(request).repository.models())
 
 
-def _statistics_response(request: Request, models: Sequence[Model]) -> Response:
-    statistics = components_of(request).statistics
-    return _json_response(
-        ModelStatistics(
-            model_stats=tuple(statistics.of(model.name, model.version) for model in models)
-        )
-    )
+async def _statistics_response(request: Request, models: Sequence[Model]) -> Response:
+    """The records of these models, added up over all processes of the server."""
+    records = await components_of(request).processes.figures("statistics")
+    by_version = {(record["name"], record["version"]): record for record in records}
+    model_stats = []
+    for model in models:
+        record = by_version.get((model.name, model.version))
+        model_stats.append(record or new_record(model.name, model.version))
+    return _json_response(ModelStatistics(model_stats=tuple(model_stats)))
 
 
 async def repository_index(request: Request) -> Response:
@@ -224,37 +227,30 @@ async def repository_index(request: Request) -> Response:
 
 async def load_model(request: Request, model: str) -> Response:
     """Load a model's newest versions from the repository, also if some are loaded already."""
-    return await _change_repository(request, model, Repository.load)
+    return await _change_repository(request, model, "load")
 
 
 async def unload_model(request: Request, model: str) -> Response:
     """Unload a model: accepted requests are answered, and later ones are refused."""
-    return await _change_repository(request, model, Repository.unload)
+    return await _change_repository(request, model, "unload")
 
 
-async def _change_repository(
-    request: Request, model: str, change: Callable[[Repository, str], None]
-) -> Response:
-    """Apply `change` to the model of this name, unless the request may not do that.
+async def _change_repository(request: Request, model: str, change: Change) -> Response:
+    """Apply `change` to the model of this name in every process, unless the request may not do
+    that.
 
     It is refused, in this order, with
 
     1. 403 where the settings allow no changes by requests;
     2. 403 or 415 where a page of another site may have sent it;
-    3. 409 where other workers would keep the models that they have;
-    4. 404 for a name that no model can have;
-    5. 400 for a body with anything but the one parameter that the protocol has here.
+    3. 404 for a name that no model can have;
+    4. 400 for a body with anything but the one parameter that the protocol has here.
     """
     components = components_of(request)
     settings = components.settings
     if not settings.model_control:
         raise Forbidden(CONTROL_OFF)
     refuse_cross_site(request, settings)
-    if settings.workers > 1:
-        raise Conflict(
-            f"one of {settings.workers} workers cannot load or unload for the others: every worker"
-            " polls the folder of bundles: put a new version there, or remove one"
-        )
     # The name becomes a path: nothing but a plain name may reach the file system.
     if not is_name(model):
         raise UnknownModel(f"no model can be called {shown(model)}")
@@ -269,12 +265,7 @@ async def _change_repository(
                 field=f"parameters.{shown_key(key)}",
             )
     flag(parameters, "unload_dependents", default=False, path="parameters")
-
-    # One change at a time: others would wait in threads, and the threads of the pool are needed to
-    # read requests.
-    lock: asyncio.Lock = request.app.state.repository_lock
-    async with lock:
-        await asyncio.to_thread(change, components.repository, model)
+    await components.processes.change(change, model)
     return Response(b"{}", media_type=JSON)
 
 

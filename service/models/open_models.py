@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -95,6 +95,7 @@ class OpenModels:
     """The open versions of all models below `root`, at most the newest `versions` of each.
 
     - `open_model` opens a bundle's folder. Its errors refuse only that bundle.
+    - `unloaded` are the models that stay closed until they are restored.
     - `publish` is called at each change, with the open models by name, newest version first, and
       the entries of all versions.
     - `on_swap` is called when a version of a model was loaded, unloaded or refused.
@@ -109,6 +110,7 @@ class OpenModels:
         *,
         open_model: Callable[[Path], Model],
         versions: int,
+        unloaded: Collection[str],
         publish: Callable[[Mapping[str, tuple[Model, ...]], tuple[Entry, ...]], None],
         on_swap: Callable[[str, Outcome], None],
         after_opening: Callable[[], None],
@@ -127,7 +129,7 @@ class OpenModels:
         # The bundles that could not be opened, by path, in the order in which they were tried.
         self._refusals: dict[Path, Refusal] = {}
         # The models that were unloaded by request.
-        self._withdrawn: set[str] = set()
+        self._withdrawn: set[str] = set(unloaded)
         # The models that are open although none of their folders can be opened.
         self._orphans: set[str] = set()
         # The folders that are not served because another one holds the same version: that one.

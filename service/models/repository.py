@@ -9,7 +9,8 @@ used as a path.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class Repository:
     - `versions` of each model are open, the newest ones.
     - `control` is whether `load` and `unload` are allowed.
     - `default_model` is the name of the model for texts, if a request names none.
+    - `unloaded` are the models that stay closed until they are loaded.
     - `on_change` is called with the open models at each change. It must be quick and never raise.
     - `on_swap` is called with the name of a model of which a version was loaded, unloaded or
       refused. It must be quick and never raise.
@@ -78,6 +80,7 @@ class Repository:
         versions: int = 1,
         control: bool = True,
         default_model: str | None = None,
+        unloaded: Collection[str] = (),
         on_change: Callable[[Iterable[Model]], None] = lambda models: None,
         on_swap: Callable[[str, Outcome], None] = lambda model, outcome: None,
         after_opening: Callable[[], None] = lambda: None,
@@ -87,6 +90,7 @@ class Repository:
         self._cancel_opening = cancel_opening
         self._control = control
         self._default_model = default_model
+        self._unloaded = frozenset(unloaded)
         self._on_change = on_change
         self._snapshot = _Snapshot()
         # Held during each call to `_open_models`, which may open bundles. Readers never take it.
@@ -95,6 +99,7 @@ class Repository:
             root,
             open_model=open_model,
             versions=versions,
+            unloaded=unloaded,
             publish=self._publish,
             on_swap=on_swap,
             after_opening=after_opening,
@@ -105,8 +110,9 @@ class Repository:
     def start(self) -> None:
         """Open the models. An older good version is served instead of a bad one.
 
-        Raises the error of the first bundle if none can be opened. Raises StartFailed if the folder
-        cannot be read, or if the default model is not among those that were opened.
+        Raises the error of the first bundle if none can be opened, unless models are unloaded.
+        Raises StartFailed if the folder cannot be read, or if the default model is not among those
+        that were opened.
         """
         with self._lock:
             try:
@@ -116,13 +122,14 @@ class Repository:
                 raise StartFailed(
                     f"the bundles at {self._root} cannot be read: {error.strerror}"
                 ) from error
-            if not self._snapshot.models:
+            if not self._snapshot.models and not self._unloaded:
                 if refusals:
                     raise refusals[0].error
                 raise BundleError(no_bundle_at(self._root))
             for refusal in refusals:
                 refusal.log()
-        if self._default_model is not None and self._default_model not in self._snapshot.models:
+        expected_names = {*self._snapshot.models, *self._unloaded}
+        if self._default_model is not None and self._default_model not in expected_names:
             raise StartFailed(
                 f"setting default_model is {self._default_model!r} and no such model could be"
                 f" opened: there is {', '.join(self._snapshot.models)}"
@@ -246,7 +253,7 @@ class Repository:
         self._on_change(self.models())
 
     def _poll_until_ended(self, poll_s: float) -> None:
-        while not self._ended.wait(poll_s):
+        while not self._ended.wait(seconds_until_poll(poll_s, now_s=time.time())):
             try:
                 self.poll()
             except Exception:
@@ -256,6 +263,17 @@ class Repository:
     def _require_control(self) -> None:
         if not self._control:
             raise Forbidden(CONTROL_OFF)
+
+
+def seconds_until_poll(poll_s: float, *, now_s: float) -> float:
+    """Seconds from the time `now_s` to the next multiple of `poll_s`.
+
+    So all processes of a server look at the same moments, and swap a model together.
+
+    >>> seconds_until_poll(2.0, now_s=1001.5)
+    0.5
+    """
+    return poll_s - now_s % poll_s
 
 
 def _not_open(snapshot: _Snapshot, name: str, version: str | None) -> NotReady | UnknownModel:

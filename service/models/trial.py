@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -106,11 +105,8 @@ class TrialOpener:
         self._begun: tuple[Trial, Folder] | None = None
 
     @classmethod
-    def of(cls, settings: Settings) -> TrialOpener:
-        """The opener of a server with these settings."""
-        from evalmode.service.settings import METRICS_FOLDER_VARIABLE
-
-        folder = os.environ.get(METRICS_FOLDER_VARIABLE)
+    def of(cls, settings: Settings, *, shared_folder: Path | None) -> TrialOpener:
+        """The opener of a server with these settings, whose processes have a folder in common."""
         return cls(
             timeout_s=settings.load_timeout_s,
             provider=settings.provider,
@@ -118,8 +114,7 @@ class TrialOpener:
             allow_uncertified=settings.allow_uncertified,
             budget_s=settings.calibration_s,
             cache=settings.cache,
-            # The workers of a server have this folder in common.
-            shared=SharedTrials(Path(folder)) if folder and settings.workers > 1 else None,
+            shared=None if shared_folder is None else SharedTrials(shared_folder),
         )
 
     def start_child(self) -> None:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from evalmode.service.batching.cpu_quota import cgroup_folders, read_or_empty
+from evalmode.service.cpu_quota import cgroup_folders, read_or_empty
 
 # The exit codes of a worker, besides 0 and those of the system. A worker that cannot start has sent
 # the reason to its supervisor. A worker with a batch that is stuck for good ends itself.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evalmode.errors import EvalmodeError
+from evalmode.service.all_processes import AllProcesses, OneProcess
 from evalmode.service.errors import WorkersFailed
 from evalmode.service.health import Health
 from evalmode.service.process.announcement import announced
@@ -52,7 +53,7 @@ class Service:
 def serve(
     settings: Settings,
     *,
-    open_service: Callable[[Settings], Service] | None = None,
+    open_service: Callable[[Settings, AllProcesses], Service] | None = None,
     worker: Sequence[str] = (sys.executable, "-m", "evalmode.service.process.worker"),
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer every accepted request and return.
@@ -92,6 +93,7 @@ def serve(
                 settings,
                 listener,
                 signals=signals,
+                processes=OneProcess(),
                 on_serving=lambda service: log_start(service.log_fields),
                 open_service=open_service,
             )
@@ -103,15 +105,17 @@ def serve_one(
     listener: socket.socket,
     *,
     signals: Signals,
+    processes: AllProcesses,
     on_serving: Callable[[Service], None],
     watch: Callable[[Service, GracefulServer], None] = lambda service, server: None,
-    open_service: Callable[[Settings], Service] | None = None,
+    open_service: Callable[[Settings, AllProcesses], Service] | None = None,
 ) -> int:
     """Serve in this process, on a bound socket, until a signal. Returns the exit code.
 
-    `on_serving` is called when requests can arrive, and `watch` every second from then on.
+    `processes` are all processes of the server. `on_serving` is called when requests can arrive,
+    and `watch` every second from then on.
     """
-    service = interruptible(lambda: (open_service or _open_bundles)(settings))
+    service = interruptible(lambda: (open_service or _open_bundles)(settings, processes))
     from evalmode.service.process.graceful import GracefulServer
 
     server = GracefulServer(
@@ -144,13 +148,13 @@ def main() -> int:
     return 0
 
 
-def _open_bundles(settings: Settings) -> Service:
+def _open_bundles(settings: Settings, processes: AllProcesses) -> Service:
     """The service of the bundles that the settings name."""
     # Imported here, because a supervisor needs neither models nor routes. Imports take most of the
     # time of a start, and the trial of the bundle runs in another process meanwhile.
     from evalmode.service.models.trial import TrialOpener
 
-    opener = TrialOpener.of(settings)
+    opener = TrialOpener.of(settings, shared_folder=processes.shared_folder)
     # Garbage collections take a tenth of the time of imports, and find nothing to free.
     gc.disable()
     if settings.load_timeout_s > 0:
@@ -164,7 +168,7 @@ def _open_bundles(settings: Settings) -> Service:
     # request is answered for tens of milliseconds. Models are swapped, so they open after it.
     gc.freeze()
     gc.enable()
-    components = open_components(settings, opener)
+    components = open_components(settings, processes, opener)
 
     log_fields: dict[str, object] = {}
     if models := components.repository.models():

@@ -17,23 +17,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
-from prometheus_client.multiprocess import mark_process_dead
 from pydantic import SecretStr
 
+from evalmode.service.all_processes import FigureKind
 from evalmode.service.errors import StartFailed, WorkersFailed
 from evalmode.service.process.cause_of_death import cause_of_death, oom_kills
 from evalmode.service.process.signals import Signals
-from evalmode.service.settings import METRICS_FOLDER_VARIABLE, Settings
+from evalmode.service.settings import Settings
+from evalmode.service.telemetry import structlog
+from evalmode.service.telemetry.figures import add_families, lasting_families
+from evalmode.service.telemetry.statistics import add_records
 
 _log = structlog.get_logger("evalmode.service")
 
@@ -45,8 +48,18 @@ _MAX_QUICK_DEATHS = 5
 _ENDING_S = 15.0
 # The same for a worker that is still starting: it has nothing to answer.
 _STARTING_ENDING_S = 5.0
-# Far more than any message of a worker; asyncio's default is 64 KiB.
-_LONGEST_LINE_BYTES = 1 << 20
+# More than any message of a worker, which are the statistics of 1,000 model versions: 5 MB.
+# asyncio's default is 64 KiB.
+_LONGEST_LINE_BYTES = 1 << 26
+# The longest wait for the figures of a worker. Later its last known ones count.
+_FIGURES_S = 1.0
+# How often the figures of all workers are read. What a killed worker counted since is lost.
+_READING_S = 5.0
+# How the figures of several workers become one.
+_ADD: Mapping[FigureKind, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
+    "statistics": add_records,
+    "metrics": add_families,
+}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -54,7 +67,7 @@ class _Worker:
     """A worker process, as the supervisor knows it.
 
     `oom_kills_before` is the result of `oom_kills` when it started. `refusal` is the sentence of a
-    worker that cannot start.
+    worker that cannot start. `figures` are those that were read last.
     """
 
     process: asyncio.subprocess.Process
@@ -64,6 +77,13 @@ class _Worker:
     is_ready: bool = False
     was_ready: bool = False
     refusal: str | None = None
+    figures: dict[FigureKind, list[dict[str, Any]]] = field(
+        default_factory=lambda: {kind: [] for kind in _ADD}
+    )
+
+    def send(self, **message: object) -> None:
+        """Send a message. One to a worker that has ended is lost."""
+        self.writer.write(json.dumps(message).encode() + b"\n")
 
     def signal(self, number: int) -> None:
         """Send a signal, unless the process has ended.
@@ -75,6 +95,32 @@ class _Worker:
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number if self.was_ready else signal.SIGTERM)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Call:
+    """A call of a function in several workers. It ends when it waits for no more of them.
+
+    `results` are the results that were sent, in the order of arrival.
+    """
+
+    number: int
+    name: str
+    arguments: Sequence[object]
+    waits_for: set[_Worker] = field(default_factory=set)
+    results: dict[_Worker, Mapping[str, Any]] = field(default_factory=dict)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def send_to(self, worker: _Worker) -> None:
+        """Call the function in this worker too."""
+        self.waits_for.add(worker)
+        worker.send(call=self.number, name=self.name, arguments=self.arguments)
+
+    def wait_no_longer_for(self, worker: _Worker) -> None:
+        """The worker has sent its result, or has ended."""
+        self.waits_for.discard(worker)
+        if not self.waits_for:
+            self.ended.set()
 
 
 class Supervisor:
@@ -89,9 +135,18 @@ class Supervisor:
         self._workers: set[_Worker] = set()
         self._has_served = False
         self._signal: int | None = None
-        self._metrics_folder: str | None = None
+        self._shared_folder: str | None = None
         self._on_serving: Callable[[Mapping[str, object]], None] = lambda log_fields: None
         self._stopping = asyncio.Event()
+        # The calls that were passed on and have not ended, and among them the load or unload.
+        self._call_numbers = itertools.count()
+        self._calls: dict[int, _Call] = {}
+        self._change: _Call | None = None
+        self._changing = asyncio.Lock()
+        self._answering: set[asyncio.Task[None]] = set()
+        # The models that were unloaded by request, and the figures of workers that have ended.
+        self._unloaded: set[str] = set()
+        self._ended_figures: dict[FigureKind, list[dict[str, Any]]] = {kind: [] for kind in _ADD}
 
     def run(self, signals: Signals, *, on_serving: Callable[[Mapping[str, object]], None]) -> None:
         """Serve until a signal, and until every worker has ended.
@@ -101,7 +156,7 @@ class Supervisor:
         start before that, and WorkersFailed if workers keep ending before they are ready.
         """
         self._on_serving = on_serving
-        with metrics_folder(self._settings) as self._metrics_folder:
+        with _shared_folder() as self._shared_folder:
             asyncio.run(self._run(signals))
 
     async def _run(self, signals: Signals) -> None:
@@ -110,6 +165,7 @@ class Supervisor:
         failure: StartFailed | WorkersFailed | None = None
         try:
             async with asyncio.TaskGroup() as group:
+                group.create_task(self._read_figures_until_stopping())
                 for _ in range(self._settings.workers):
                     group.create_task(self._keep_worker())
         except* (StartFailed, WorkersFailed) as group_error:
@@ -156,11 +212,6 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), backoff_s)
 
     async def _start_worker(self) -> _Worker:
-        environment = dict(os.environ)
-        environment.pop(METRICS_FOLDER_VARIABLE, None)
-        if self._metrics_folder is not None:
-            environment[METRICS_FOLDER_VARIABLE] = self._metrics_folder
-
         oom_kills_before = oom_kills()
         channel, worker_channel = socket.socketpair()
         with worker_channel:
@@ -169,7 +220,6 @@ class Supervisor:
                 *self._command,
                 *map(str, descriptors),
                 pass_fds=descriptors,
-                env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 # A group for the worker alone. Otherwise an interrupt at the terminal would reach
                 # it twice: from the terminal, and from the supervisor.
@@ -183,6 +233,9 @@ class Supervisor:
         # Through the socket, because every user can read command lines, and child processes of the
         # worker would inherit its environment.
         writer.write(settings_as_json(self._settings).encode() + b"\n")
+        worker.send(unloaded=sorted(self._unloaded), shared_folder=self._shared_folder)
+        if self._change is not None:
+            self._change.send_to(worker)
         if self._signal is not None:
             worker.signal(self._signal)
         return worker
@@ -195,11 +248,11 @@ class Supervisor:
         exit_code = await worker.process.wait()
         self._workers.remove(worker)
         worker.writer.close()
-        if self._metrics_folder is not None:
-            # Removes its gauges, which would otherwise still count.
-            mark_process_dead(  # type: ignore[no-untyped-call]
-                worker.process.pid, self._metrics_folder
-            )
+        for call in self._calls.values():
+            call.wait_no_longer_for(worker)
+        for kind, figures in worker.figures.items():
+            lasting = lasting_families(figures) if kind == "metrics" else figures
+            self._ended_figures[kind] = _ADD[kind]([*self._ended_figures[kind], *lasting])
         self._send_ready_counts()
 
         cause = worker.refusal or cause_of_death(
@@ -217,6 +270,14 @@ class Supervisor:
     def _handle_message(self, worker: _Worker, message: Mapping[str, Any]) -> None:
         if "refused" in message:
             worker.refusal = message["refused"]
+            return
+        if "call" in message:
+            task = asyncio.create_task(self._answer_call(worker, message))
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+            return
+        if "result" in message:
+            self._handle_result(worker, message)
             return
         worker.is_ready = message["ready"]
         if not worker.was_ready:
@@ -239,8 +300,86 @@ class Supervisor:
         """Tell each worker how many others are ready."""
         ready_count = sum(worker.is_ready for worker in self._workers)
         for worker in self._workers:
-            message = {"others": ready_count - worker.is_ready}
-            worker.writer.write(json.dumps(message).encode() + b"\n")
+            worker.send(others=ready_count - worker.is_ready)
+
+    async def _answer_call(self, caller: _Worker, message: Mapping[str, Any]) -> None:
+        """Pass the call of a worker on to every worker, and send it the result of all."""
+        name, arguments = message["name"], message["arguments"]
+        result: Mapping[str, object]
+        if name in _ADD:
+            result = {"value": await self._figures(name)}
+        else:
+            async with self._changing:
+                result = await self._change_models(caller, name, *arguments)
+        caller.send(result=message["call"], **result)
+
+    async def _change_models(self, caller: _Worker, name: str, model: str) -> Mapping[str, object]:
+        """Load or unload a model in every worker. The result is the first error, if there is one.
+
+        A worker that starts meanwhile is called too. A worker that ends meanwhile has no result.
+        """
+        with self._calling(self._workers, name, model) as call:
+            self._change = call
+            await call.ended.wait()
+            self._change = None
+
+        # Otherwise no worker knows the model, and nothing has changed.
+        if any(result.get("error") != "UnknownModel" for result in call.results.values()):
+            if name == "load":
+                self._unloaded.discard(model)
+            else:
+                self._unloaded.add(model)
+        for worker, result in call.results.items():
+            # The others may have stopped already, and then they open no model.
+            is_stopping = self._signal is not None and worker is not caller
+            if "error" in result and not is_stopping:
+                return {"error": result["error"], "sentence": result["sentence"]}
+        return {"value": None}
+
+    async def _figures(self, kind: FigureKind) -> list[dict[str, Any]]:
+        """The figures of all workers, added up, with those of workers that have ended."""
+        ready_workers = [worker for worker in self._workers if worker.was_ready]
+        with (
+            self._calling(ready_workers, kind) as call,
+            contextlib.suppress(asyncio.TimeoutError),
+        ):
+            await asyncio.wait_for(call.ended.wait(), _FIGURES_S)
+        figures = list(self._ended_figures[kind])
+        for worker in self._workers:
+            figures += worker.figures[kind]
+        return _ADD[kind](figures)
+
+    async def _read_figures_until_stopping(self) -> None:
+        """Read the figures of all workers again and again: a worker may be killed at any time."""
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _READING_S)
+                return
+            for kind in _ADD:
+                await self._figures(kind)
+
+    @contextlib.contextmanager
+    def _calling(
+        self, workers: Iterable[_Worker], name: str, *arguments: object
+    ) -> Iterator[_Call]:
+        """A call of a function in these workers."""
+        call = _Call(number=next(self._call_numbers), name=name, arguments=arguments)
+        self._calls[call.number] = call
+        for worker in workers:
+            call.send_to(worker)
+        yield call
+        del self._calls[call.number]
+
+    def _handle_result(self, worker: _Worker, message: Mapping[str, Any]) -> None:
+        call = self._calls.get(message["result"])
+        # The figures of a worker may arrive after the answer. The next ones are at least these.
+        if call is None:
+            return
+        for kind in _ADD:
+            if call.name == kind and "value" in message:
+                worker.figures[kind] = message["value"]
+        call.results[worker] = message
+        call.wait_no_longer_for(worker)
 
     def _stop(self, number: int) -> None:
         """Pass a signal to every worker. After the first, kill workers that do not end in time."""
@@ -277,24 +416,18 @@ def settings_as_json(settings: Settings) -> str:
 
 
 @contextlib.contextmanager
-def metrics_folder(settings: Settings, *, memory: str = "/dev/shm") -> Iterator[str | None]:
-    """A folder in which the workers share their metrics, while the context is open.
+def _shared_folder(memory: str = "/dev/shm") -> Iterator[str | None]:
+    """A private folder for the workers while the context is open, in memory where that is allowed.
 
-    It is in memory where the system allows that. None if the settings want no metrics. Raises
-    StartFailed if no folder can be written.
+    None if no folder can be written: each worker then makes its own trials of bundles.
     """
-    if not settings.metrics:
-        yield None
-        return
     parent = memory if os.access(memory, os.W_OK) else None
     try:
         temporary = tempfile.TemporaryDirectory(
-            prefix="evalmode-metrics-", dir=parent, ignore_cleanup_errors=True
+            prefix="evalmode-", dir=parent, ignore_cleanup_errors=True
         )
-    except OSError as error:
-        raise StartFailed(
-            f"the metrics of several workers need a folder: make {memory} or TMPDIR writable, or"
-            f" set metrics to false (--no-metrics): {error.strerror or error}"
-        ) from error
+    except OSError:
+        yield None
+        return
     with temporary as folder:
         yield folder

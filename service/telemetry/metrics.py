@@ -1,22 +1,17 @@
 """The metrics that Prometheus reads at /metrics: requests, batches, the queue, models, determinism.
 
-A single process has its figures in memory. Several processes, started with PROMETHEUS_MULTIPROC_DIR
-in their environment, write them to files in that folder, and each process can report all of them.
+Each process has its figures in memory. With several processes, `figures.py` adds them up.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,14 +22,11 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from evalmode.service.batching.observer import Reason
 from evalmode.service.models.open_models import Outcome
-from evalmode.service.settings import METRICS_FOLDER_VARIABLE
 
 if TYPE_CHECKING:
     from evalmode.service.batching.bucket import Bucket
@@ -46,7 +38,6 @@ if TYPE_CHECKING:
 # Why requests are rejected.
 REASONS = (
     "cancelled",
-    "conflict",
     "deadline",
     "failed",
     "forbidden",
@@ -65,16 +56,12 @@ _ROWS = tuple(2**power for power in range(11))
 _TOKENS = tuple(8 * 4**power for power in range(8))
 _SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-# How often a process among several writes its load to its file.
-_WATCH_S = 1.0
 # How often the lag of the event loop is measured. Every longer block is noticed, and an idle loop
 # spends no time on it.
 _LAG_EVERY_S = 0.25
 # The time over which the longest lag is reported: longer than the usual interval of scrapes.
 _LAG_WINDOW_S = 30.0
-
-# The file of a gauge of a process that is running; the group is the process id.
-_LIVE_FILE = re.compile(r"gauge_live\w*_(\d+)\.db")
+_LONGEST_LAG = "evalmode_event_loop_lag_max_seconds"
 
 _ModelLabels: TypeAlias = tuple[str, str, str]  # name, version, digest
 
@@ -91,15 +78,14 @@ class _BucketFigures:
 
 
 class Metrics:
-    """The metrics of one server process or, with several processes, of all.
+    """The metrics of a server process. `pid` is its id if it is one of several.
 
     An observer of the engine. Its methods are quick and may be called from any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pid: int | None = None) -> None:
         # A creation time for each series would double the size of a scrape.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._is_multiprocess = bool(os.environ.get(METRICS_FOLDER_VARIABLE))
         self._registry = CollectorRegistry()
         self._lock = threading.Lock()
         # The models that are loaded now.
@@ -111,22 +97,15 @@ class Metrics:
         # Series that were looked up, by model and bucket, and by route, method and status.
         self._buckets: dict[tuple[str, str], _BucketFigures] = {}
         self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._watcher: threading.Thread | None = None
-        self._closed = threading.Event()
+        # A sum would hide the process that is blocked, or that holds the memory.
+        self._process_labels = {} if pid is None else {"pid": str(pid)}
 
-        # With several processes a family must not be in a registry: its values are in files, and
-        # `_AllProcesses` reads them.
-        registry = None if self._is_multiprocess else self._registry
-        self._open_requests(registry)
-        self._open_batches(registry)
-        self._open_models(registry)
-        if self._is_multiprocess:
-            families = [part for part in vars(self).values() if isinstance(part, MetricWrapperBase)]
-            self._registry.register(_AllProcesses(families))
-        else:
-            ProcessCollector(registry=self._registry)
+        self._open_requests(self._registry)
+        self._open_batches(self._registry)
+        self._open_models(self._registry)
+        ProcessCollector(registry=self._registry)
 
-    def _open_requests(self, registry: CollectorRegistry | None) -> None:
+    def _open_requests(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
             "evalmode_requests",
             "Answered requests.",
@@ -140,8 +119,8 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self._in_flight = _gauge(
-            "evalmode_in_flight_requests", "Requests that are being answered.", registry, "livesum"
+        self._in_flight = Gauge(
+            "evalmode_in_flight_requests", "Requests that are being answered.", registry=registry
         )
         self._rejections = Counter(
             "evalmode_rejections",
@@ -152,14 +131,14 @@ class Metrics:
         # A series begins at 0: Prometheus computes no rate from a first value of 1.
         for reason in REASONS:
             self._rejections.labels(reason)
-        self._queue_rows = _gauge(
-            "evalmode_queue_rows", "Rows that wait for a batch.", registry, "livesum"
+        self._queue_rows = Gauge(
+            "evalmode_queue_rows", "Rows that wait for a batch.", registry=registry
         )
-        self._queue_bytes = _gauge(
-            "evalmode_queue_bytes", "Bytes of the rows that wait.", registry, "livesum"
+        self._queue_bytes = Gauge(
+            "evalmode_queue_bytes", "Bytes of the rows that wait.", registry=registry
         )
-        self._running = _gauge(
-            "evalmode_running_batches", "Batches that are running.", registry, "livesum"
+        self._running = Gauge(
+            "evalmode_running_batches", "Batches that are running.", registry=registry
         )
         self._loop_lag = Histogram(
             "evalmode_event_loop_lag_seconds",
@@ -167,15 +146,13 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        # A series for each process: a sum would hide the one that is blocked.
-        self._longest_loop_lag = _gauge(
-            "evalmode_event_loop_lag_max_seconds",
+        self._longest_loop_lag = Gauge(
+            _LONGEST_LAG,
             f"The longest lag of the event loop in the last {_LAG_WINDOW_S:g} seconds.",
-            registry,
-            "liveall",
+            registry=registry,
         )
 
-    def _open_batches(self, registry: CollectorRegistry | None) -> None:
+    def _open_batches(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, text: str, bounds: Sequence[float]) -> Histogram:
             return Histogram(
                 f"evalmode_{name}", text, ("model", "bucket"), buckets=bounds, registry=registry
@@ -203,7 +180,7 @@ class Metrics:
             registry=registry,
         )
 
-    def _open_models(self, registry: CollectorRegistry | None) -> None:
+    def _open_models(self, registry: CollectorRegistry) -> None:
         self._checks = Counter(
             "evalmode_determinism_checks",
             "Answers that were computed again, the row alone.",
@@ -216,15 +193,14 @@ class Metrics:
             ("model",),
             registry=registry,
         )
-        self._info = _gauge(
+        self._info = Gauge(
             "evalmode_model_info",
             "1 for each model that is loaded.",
-            registry,
-            "livemax",
             ("model", "version", "digest"),
+            registry=registry,
         )
-        self._loaded = _gauge(
-            "evalmode_models_loaded", "How many models are loaded.", registry, "livemax"
+        self._loaded = Gauge(
+            "evalmode_models_loaded", "How many models are loaded.", registry=registry
         )
         self._swaps = Counter(
             "evalmode_model_swaps",
@@ -296,7 +272,7 @@ class Metrics:
     def models_changed(self, models: Iterable[Model]) -> None:
         """These models are loaded now, and no others.
 
-        In a single process the series of a model end when its last version is unloaded.
+        The series of a model end when its last version is unloaded.
         """
         with self._lock:
             before = self._loaded_models
@@ -307,12 +283,7 @@ class Metrics:
             self._unloaded_names = (self._unloaded_names | names_before) - names
 
             for labels in before - now:
-                if self._is_multiprocess:
-                    # A series cannot be removed from the files; `_AllProcesses` leaves out those
-                    # of value 0.
-                    self._info.labels(*labels).set(0)
-                else:
-                    self._info.remove(*labels)
+                self._info.remove(*labels)
             for labels in now:
                 self._info.labels(*labels).set(1)
             self._loaded.set(len(now))
@@ -326,8 +297,7 @@ class Metrics:
                 for outcome in get_args(Outcome):
                     self._swaps.labels(name, outcome)
 
-            if not self._is_multiprocess:
-                self._forget(names_before - names)
+            self._forget(names_before - names)
 
     def model_swapped(self, model: str, outcome: Outcome) -> None:
         """A version of the model was loaded, unloaded or refused."""
@@ -337,31 +307,29 @@ class Metrics:
 
     # For Prometheus.
 
-    def render(self, accept: str, *, load: Load | None = None) -> tuple[bytes, str]:
-        """All metrics and their content type, in the form that the `Accept` header asks for.
-
-        `load` is the engine's load now. With several processes this reads files, so do not call it
-        on an event loop.
-        """
+    def families(self, *, load: Load | None = None) -> list[dict[str, Any]]:
+        """All metrics as plain JSON values, see `figures.py`. `load` is the engine's load now."""
         if load is not None:
-            self._set_load(load)
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
-
-    def watch(self, load: Callable[[], Load]) -> None:
-        """With several processes: write the load of this one to its file, again and again, for the
-        process that renders the metrics.
-        """
-        if not self._is_multiprocess:
-            return
-
-        def set_load_until_closed() -> None:
-            while not self._closed.wait(_WATCH_S):
-                self._set_load(load())
-
-        self._set_load(load())
-        self._watcher = threading.Thread(target=set_load_until_closed, name="metrics", daemon=True)
-        self._watcher.start()
+            self._queue_rows.set(load.waiting_rows)
+            self._queue_bytes.set(load.waiting_bytes)
+            self._running.set(load.running_batches)
+        families = []
+        for metric in self._registry.collect():
+            is_of_process = metric.name.startswith("process_") or metric.name == _LONGEST_LAG
+            labels_of_process = self._process_labels if is_of_process else {}
+            samples = [
+                [sample.name, {**sample.labels, **labels_of_process}, sample.value]
+                for sample in metric.samples
+            ]
+            families.append(
+                {
+                    "name": metric.name,
+                    "documentation": metric.documentation,
+                    "type": metric.type,
+                    "samples": samples,
+                }
+            )
+        return families
 
     async def measure_loop_lag(self) -> None:
         """Measure how late the running event loop is, a few times a second, until cancelled."""
@@ -374,17 +342,6 @@ class Metrics:
             self._loop_lag.observe(lag_s)
             recent_s.append(lag_s)
             self._longest_loop_lag.set(max(recent_s))
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._closed.set()
-        if self._watcher is not None:
-            self._watcher.join()
-
-    def _set_load(self, load: Load) -> None:
-        self._queue_rows.set(load.waiting_rows)
-        self._queue_bytes.set(load.waiting_bytes)
-        self._running.set(load.running_batches)
 
     def _figures_of(self, bucket: Bucket) -> _BucketFigures | None:
         """The series of a bucket; None if its model was unloaded."""
@@ -421,53 +378,21 @@ class Metrics:
                     self._swaps.remove(name, outcome)
 
 
-class _AllProcesses(Collector):
-    """The metrics of all processes that share the folder, and what /proc says of the running ones.
+def render(families: Iterable[Mapping[str, Any]], accept: str) -> tuple[bytes, str]:
+    """Families and their content type, in the form that the `Accept` header asks for."""
+    encode, content_type = choose_encoder(accept)
+    return encode(_Families(families)), content_type
 
-    A family of `families` in which no process has counted yet is collected without samples.
-    """
 
-    def __init__(self, families: Sequence[MetricWrapperBase]) -> None:
+class _Families(Collector):
+    """Families of plain JSON values, as an encoder reads them."""
+
+    def __init__(self, families: Iterable[Mapping[str, Any]]) -> None:
         self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        missing = {metric.name: metric for family in self._families for metric in family.describe()}
-        for metric in MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]
-            missing.pop(metric.name, None)
-            # The info of models that were unloaded is 0.
-            if metric.name == "evalmode_model_info":
-                metric.samples = [sample for sample in metric.samples if sample.value]
+        for family in self._families:
+            metric = Metric(family["name"], family["documentation"], family["type"])
+            for name, labels, value in family["samples"]:
+                metric.add_sample(name, labels, value)
             yield metric
-        yield from missing.values()
-        yield from _process_metrics(Path(os.environ[METRICS_FOLDER_VARIABLE]))
-
-
-def _process_metrics(folder: Path) -> Iterable[Metric]:
-    """Memory, CPU time, open files and more of each running process that writes to this folder."""
-    pids: set[str] = set()
-    for file in folder.iterdir():
-        match = _LIVE_FILE.fullmatch(file.name)
-        if match:
-            pids.add(match[1])
-    families: dict[str, Metric] = {}
-    for pid in sorted(pids, key=int):
-        for family in ProcessCollector(pid=partial(str, pid), registry=None).collect():
-            merged = families.setdefault(
-                family.name, Metric(family.name, family.documentation, family.type)
-            )
-            for sample in family.samples:
-                merged.add_sample(sample.name, {"pid": pid}, sample.value)
-    return families.values()
-
-
-def _gauge(
-    name: str,
-    text: str,
-    registry: CollectorRegistry | None,
-    mode: Literal["livesum", "livemax", "liveall"],
-    labels: Sequence[str] = (),
-) -> Gauge:
-    """A gauge. `mode` is how several processes are merged: the sum or the maximum of those that
-    run, or a series for each.
-    """
-    return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)

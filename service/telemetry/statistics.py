@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,11 +107,10 @@ class Statistics(Observer):
         with self._lock:
             self._figures_of(name, version).fail.add(took_s)
 
-    def of(self, name: str, version: str) -> dict[str, Any]:
-        """The figures of a model version, all 0 before its first request."""
+    def records(self) -> list[dict[str, Any]]:
+        """The record of each model version that had a request, as plain JSON values."""
         with self._lock:
-            figures = self._figures.get((name, version), _Figures())
-            return figures.as_json(name, version)
+            return [figures.as_json(*identity) for identity, figures in self._figures.items()]
 
     def batch_ran(self, batch: RanBatch) -> None:
         """The engine ran a batch."""
@@ -133,3 +132,43 @@ class Statistics(Observer):
         if len(self._figures) > _MAX_VERSIONS:
             self._figures.popitem(last=False)
         return figures
+
+
+def new_record(name: str, version: str) -> dict[str, Any]:
+    """The record of a model version before its first request: all figures are 0."""
+    return _Figures().as_json(name, version)
+
+
+def add_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of several processes, added up: one for each model version.
+
+    Above the limit of versions, those whose last inference is the oldest are dropped.
+    """
+    sums: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        identity = record["name"], record["version"]
+        sums[identity] = _sum(sums[identity], record) if identity in sums else record
+    newest_first = sorted(sums.values(), key=lambda record: -record["last_inference"])
+    return newest_first[:_MAX_VERSIONS]
+
+
+def _sum(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two objects of records, added up at every depth."""
+    result: dict[str, Any] = {}
+    for key, value in first.items():
+        other = second[key]
+        if key == "last_inference":
+            result[key] = max(value, other)
+        elif key == "batch_stats":
+            by_size = {batch["batch_size"]: batch for batch in value}
+            for batch in other:
+                size = batch["batch_size"]
+                by_size[size] = _sum(by_size[size], batch) if size in by_size else batch
+            result[key] = [by_size[size] for size in sorted(by_size)]
+        elif isinstance(value, Mapping):
+            result[key] = _sum(value, other)
+        elif key in ("name", "version", "batch_size"):
+            result[key] = value
+        else:
+            result[key] = value + other
+    return result

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evalmode import cli, terminal
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.settings import GROUPS, SECRETS, Settings, load_settings
 
 EVALMODE = Path(sys.executable).with_name("evalmode")
@@ -103,7 +104,7 @@ def test_printed_settings_are_a_table_on_a_terminal(tmp_path: Path) -> None:
     ]
     assert ["port", "90", "environment"] in rows
     assert ["threads", "3", "flag"] in rows
-    assert ["workers", "1", "default"] in rows
+    assert ["workers", str(max(1, cpu_quota() // 3)), "default"] in rows
     assert ["api_keys", "(not", "shown)", "environment"] in rows
     assert b"topsecret" not in output
 

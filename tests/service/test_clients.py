@@ -157,6 +157,21 @@ def test_triton_unloads_and_loads_a_model(served: Any):
     assert answers["after"] is True
 
 
+def test_with_two_workers_triton_sees_each_change_and_the_sums_on_every_connection(
+    tmp_path: Path,
+):
+    make_bundle(tmp_path)
+    tensor_bundle(tmp_path)
+    with processes.running(tmp_path, workers=2, poll_s=0) as server:
+        address = f"127.0.0.1:{server.port}"
+        answers = triton(server, "every_worker", {"address": address, "texts": TEXTS})
+    assert set(answers["unloaded"]) == {False}
+    assert set(answers["states"]) == {"UNAVAILABLE"}
+    assert set(answers["loaded"]) == {True}
+    # 24 requests of four texts.
+    assert set(answers["rows"]) == {24 * len(TEXTS)}
+
+
 def test_kserve_gets_the_bits_of_predict(served: Any, expected: dict[str, list[Any]]):
     answers = run("kserve_rest.py", served.url, {"texts": TEXTS})
     assert (answers["live"], answers["ready"], answers["model_ready"]) == (

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from evalmode.service import settings as module
+from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.errors import StartFailed
 from evalmode.service.settings import GROUPS, SECRETS, Settings, load_settings, trace_settings
 
@@ -38,6 +39,8 @@ def test_a_flag_overrides_the_environment_and_the_environment_overrides_the_defa
         ("port", "70000"),
         ("threads", "0"),
         ("workers", "-1"),
+        ("workers", "257"),
+        ("workers", "autos"),
         ("max_body_bytes", "0"),
         ("max_rows", "none"),
         ("max_top_k", "1.5"),
@@ -63,6 +66,31 @@ def test_a_wrong_value_is_one_sentence_that_names_the_setting_and_the_value(
 def test_a_setting_that_does_not_exist_is_refused():
     with pytest.raises(StartFailed, match="max_row"):
         load_settings(max_row=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "workers"),
+    [
+        ({}, cpu_quota()),
+        ({"workers": "auto"}, cpu_quota()),
+        ({"provider": "CPUExecutionProvider"}, cpu_quota()),
+        ({"threads": 2}, max(1, cpu_quota() // 2)),
+        ({"threads": 4096}, 1),
+        ({"provider": "cuda"}, 1),
+        ({"provider": "cuda", "workers": "3"}, 3),
+    ],
+)
+def test_auto_is_a_worker_for_each_core_that_the_threads_leave_and_one_beside_a_device(
+    given, workers
+):
+    assert load_settings(**given).workers == workers
+
+
+def test_a_wrong_number_of_workers_names_auto_and_wrong_threads_are_named_first():
+    with pytest.raises(StartFailed, match="must be a whole number from 1 to 256, or auto, got 300"):
+        load_settings(workers=300)
+    with pytest.raises(StartFailed, match="setting threads"):
+        load_settings(threads=0, workers="auto")
 
 
 def test_settings_are_frozen():

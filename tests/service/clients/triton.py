@@ -168,7 +168,37 @@ def unload_and_load(client: triton.InferenceServerClient, arguments: dict[str, A
     return {"without": without, "after": client.is_model_ready("tensors")}
 
 
+def every_worker(client: triton.InferenceServerClient, arguments: dict[str, Any]) -> Any:
+    """What many connections to the server see after each change, and what they count."""
+    address = arguments["address"]
+
+    def seen(call: Callable[[triton.InferenceServerClient], Any]) -> list[Any]:
+        answers = []
+        for _ in range(24):
+            with triton.InferenceServerClient(address) as other:
+                answers.append(call(other))
+        return answers
+
+    def rows_of(other: triton.InferenceServerClient) -> int:
+        statistics = other.get_inference_statistics("tiny", "1")["model_stats"][0]
+        return int(statistics["inference_count"])
+
+    results: dict[str, Any] = {}
+    client.unload_model("tensors")
+    results["unloaded"] = seen(lambda other: other.is_model_ready("tensors"))
+    states = seen(lambda other: other.get_model_repository_index())
+    results["states"] = [
+        {entry["name"]: entry["state"] for entry in entries}["tensors"] for entries in states
+    ]
+    client.load_model("tensors")
+    results["loaded"] = seen(lambda other: other.is_model_ready("tensors"))
+    seen(lambda other: other.infer("tiny", [texts_of(arguments)]).as_numpy("label").tolist())
+    results["rows"] = seen(rows_of)
+    return results
+
+
 PROGRAMS = {
+    "every_worker": every_worker,
     "metadata": metadata,
     "every_form": every_form,
     "classes": classes,

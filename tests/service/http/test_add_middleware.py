@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 
 from evalmode.service.http.middleware import RequestMiddleware, add_middleware
 from evalmode.service.settings import Settings
-from evalmode.service.telemetry.metrics import Metrics
+from evalmode.service.telemetry.metrics import Metrics, render
 
 KEY = "a-key-of-the-tests"
 PAGE = "https://page.example"
@@ -62,7 +62,7 @@ class WrappedApp:
 
     @property
     def metrics_lines(self) -> list[str]:
-        return self.metrics.render("")[0].decode().splitlines()
+        return render(self.metrics.families(), "")[0].decode().splitlines()
 
 
 def test_log_lines_of_concurrent_requests_each_have_the_id_of_their_request():

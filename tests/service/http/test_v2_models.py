@@ -114,12 +114,9 @@ def test_a_request_cannot_override_the_files_of_a_bundle(
 
 
 @pytest.mark.parametrize("verb", ["load", "unload"])
-def test_with_several_workers_or_control_off_no_request_changes_a_model(served: Served, verb: str):
+def test_with_control_off_no_request_changes_a_model(served: Served, verb: str):
     path = f"/v2/repository/models/tiny/{verb}"
-    sentence = refusal(served.replace(settings={"workers": 4}).ask("POST", path), 409)
-    assert "every worker polls the folder" in sentence
-    assert "put a new version there" in sentence
-    off = served.replace(settings={"model_control": False, "workers": 4})
+    off = served.replace(settings={"model_control": False})
     assert "model_control is off" in refusal(off.ask("POST", path), 403)
 
 

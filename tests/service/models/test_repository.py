@@ -22,7 +22,7 @@ from evalmode.service.errors import (
     StartFailed,
     UnknownModel,
 )
-from evalmode.service.models.repository import Repository
+from evalmode.service.models.repository import Repository, seconds_until_poll
 from tests.service import processes
 from tests.service.bundle_folders import (
     LOADING,
@@ -203,6 +203,22 @@ def test_loading_opens_a_model_that_is_new_since_the_last_look(root):
     assert repository.get("tensors").name == "tensors"
 
 
+def test_models_that_are_unloaded_from_the_start_stay_closed_until_they_are_loaded(root):
+    make_bundle(root)
+    tensor_bundle(root)
+    repository = started_repository(root, unloaded={"tiny"}, default_model="tiny")
+    assert [model.name for model in repository.models()] == ["tensors"]
+    repository.poll()
+    assert states(repository)["tiny", "1"] == "UNAVAILABLE"
+    repository.load("tiny")
+    assert repository.get("tiny").name == "tiny"
+    repository.close()
+
+    nothing = started_repository(root, unloaded={"tiny", "tensors"})
+    assert nothing.models() == ()
+    nothing.close()
+
+
 def test_without_model_control_loading_and_unloading_are_forbidden(root):
     make_bundle(root)
     repository = started_repository(root, control=False)
@@ -257,6 +273,12 @@ def test_polling_opens_a_new_version_and_ends_at_close(root):
     repository.close()
     assert repository.get("tiny").version == "2"
     assert not [thread for thread in threading.enumerate() if thread.name == "poll"]
+
+
+def test_processes_that_started_at_any_time_poll_at_the_same_moments():
+    moments = {now_s + seconds_until_poll(0.5, now_s=now_s) for now_s in (7.0, 7.125, 7.25, 7.375)}
+    assert moments == {7.5}
+    assert seconds_until_poll(2.0, now_s=1001.5) == 0.5
 
 
 def test_an_error_does_not_end_the_polling(root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,12 +12,10 @@ import pytest
 from evalmode.bundle.errors import BundleCorrupt, BundleError
 from evalmode.service.models.shared_trials import SharedTrials, now
 from evalmode.service.models.trial import TrialOpener
-from evalmode.service.settings import METRICS_FOLDER_VARIABLE
 from tests.service import processes
 from tests.service.bundle_folders import WAIT_S, answer, spoil
 from tests.service.bundles import make_bundle
 from tests.service.harmful_bundles import hanging_when_run
-from tests.service.models.test_trial import children
 
 
 @pytest.fixture
@@ -35,11 +34,13 @@ def outcomes(folder: Path) -> dict[Path, str]:
     return {file: file.read_text() for file in folder.glob("trial-*.json")}
 
 
-def shared_by(worker: int) -> set[Path]:
-    """The folder that a worker of a server shares with the others."""
-    variables = Path(f"/proc/{worker}/environ").read_text().split("\0")
-    values = dict(variable.partition("=")[::2] for variable in variables)
-    return {Path(values[METRICS_FOLDER_VARIABLE])}
+def shared_folders(digest: str) -> list[Path]:
+    """The folders of all running servers that hold the trial of this bundle."""
+    return [
+        folder
+        for folder in Path("/dev/shm").glob("evalmode-*")
+        if any(digest in record for record in outcomes(folder).values())
+    ]
 
 
 def test_only_one_process_has_its_turn_until_it_ends(folder):
@@ -140,9 +141,12 @@ def test_a_folder_that_is_gone_does_no_harm(bundle, folder):
     assert not folder.exists()
 
 
-def test_the_workers_of_a_server_open_a_bundle_after_one_trial(bundle):
-    with processes.running(bundle, workers=2, poll_s=0) as server:
-        (folder,) = {folder for pid in children(server.process.pid) for folder in shared_by(pid)}
+def test_the_workers_of_a_server_open_a_bundle_after_one_trial(tmp_path):
+    # Of a digest that no other test has.
+    bundle = make_bundle(tmp_path, name="shared-by-workers")
+    digest = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+    with processes.running(bundle, workers=2, poll_s=0):
+        (folder,) = shared_folders(digest)
         (outcome,) = outcomes(folder).values()
         assert json.loads(outcome)["outcome"].keys() >= {"passed", "measured"}
     assert not folder.exists()

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from evalmode.bundle.frontend import NgramFrontEnd, collate
-from evalmode.service.errors import StartFailed
 from evalmode.service.process.signals import Signals
-from evalmode.service.process.supervisor import metrics_folder, settings_as_json
+from evalmode.service.process.supervisor import settings_as_json
 from evalmode.service.settings import Settings
 from tests.service import processes
 from tests.service.bundles import SPEC, make_bundle, tiny_model
@@ -137,32 +135,17 @@ def test_a_full_pipe_of_the_log_does_not_hold_up_the_end(run):
         assert server.process.wait(WAIT_S) == 0
 
 
-def test_a_worker_whose_supervisor_ended_first_removes_the_folder_of_the_metrics(tmp_path):
-    folder = tmp_path / "figures"
-    folder.mkdir()
+def test_a_worker_whose_supervisor_ended_first_ends_with_0():
     ours, theirs = socket.socketpair()
     with socket.socket() as listener, theirs:
         listener.bind(("127.0.0.1", 0))
-        ours.sendall(settings_as_json(Settings()).encode() + b"\n")
+        ours.sendall(settings_as_json(Settings()).encode() + b'\n{"unloaded": []}\n')
         ours.close()
         descriptors = (listener.fileno(), theirs.fileno())
         worker = subprocess.run(
             [sys.executable, *PROGRAM, *map(str, descriptors)],
             pass_fds=descriptors,
-            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)},
             timeout=WAIT_S,
             check=False,
         )
     assert worker.returncode == 0
-    assert not folder.exists()
-
-
-def test_several_workers_without_a_folder_for_their_metrics_are_refused_with_the_way_out(
-    monkeypatch, tmp_path
-):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
-    with (
-        pytest.raises(StartFailed, match="TMPDIR writable, or set metrics to false"),
-        metrics_folder(Settings(), memory=str(tmp_path / "absent")),
-    ):
-        pass

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +36,14 @@ def mode(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(gate, mode):
+def changes(tmp_path, monkeypatch) -> Path:
+    """The file with a line for each change in each worker, see `change` of the tiny server."""
+    monkeypatch.setenv("TINY_CHANGES", str(tmp_path / "changes"))
+    return tmp_path / "changes"
+
+
+@pytest.fixture
+def run(gate, mode, changes):
     @contextmanager
     def running(**settings: object) -> Iterator[object]:
         with processes.running(
@@ -82,6 +90,14 @@ def answering_pid(server) -> int:
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
         connection.sendall(GET.replace(b"host", b"connection: close\r\nhost"))
         return int(rest_of(connection).partition(b"pid ")[2])
+
+
+def on_worker(server, path: str, worker: int) -> httpx.Response:
+    """The answer of this worker to a GET."""
+    while True:
+        with httpx.Client(base_url=server.url, timeout=WAIT_S) as client:
+            if client.get("/").text == f"pid {worker}":
+                return client.get(path)
 
 
 def next_event(server, event: str) -> dict[str, object]:
@@ -222,7 +238,6 @@ def test_an_interrupt_from_the_terminal_reaches_the_workers_once_and_ends_all_gr
 def test_workers_without_their_supervisor_answer_accepted_requests_and_end(run, gate):
     with run() as server:
         workers = workers_of(server)
-        folder = httpx.get(f"{server.url}/settings").json()["folder"]
         connection = begin_request(server)
         server.process.kill()
         server.process.wait()
@@ -233,7 +248,6 @@ def test_workers_without_their_supervisor_answer_accepted_requests_and_end(run, 
         gate.touch()
         assert rest_of(connection).endswith(b"whole")
         wait_until(lambda: not any(map(is_running, workers)), "a worker does not end")
-        wait_until(lambda: not Path(folder).exists(), "the folder of the metrics is not removed")
 
 
 @pytest.mark.parametrize("loading", [False, True])
@@ -383,15 +397,137 @@ def test_a_worker_that_stays_stuck_ends_and_is_replaced_although_it_cannot_close
         events_until_end(server)
 
 
-def test_workers_share_their_metrics_in_a_folder_that_is_removed_at_the_end(run):
+def test_a_change_reaches_every_worker_and_the_answer_comes_after_the_last(run, changes):
+    with run(workers=3) as server:
+        assert httpx.get(f"{server.url}/load?tiny", timeout=WAIT_S).status_code == 200
+        expected = {f"{worker} load tiny" for worker in workers_of(server)}
+        assert set(changes.read_text().splitlines()) == expected
+
+
+def test_concurrent_changes_have_one_order_in_all_workers(run, changes):
+    with run() as server, ThreadPoolExecutor(16) as pool:
+        paths = [f"/{verb}?m{index % 5}" for index in range(20) for verb in ("load", "unload")]
+        answers = list(
+            pool.map(lambda path: httpx.get(f"{server.url}{path}", timeout=WAIT_S), paths)
+        )
+        assert {answer.status_code for answer in answers} == {200}
+        by_worker: dict[str, list[str]] = {}
+        for line in changes.read_text().splitlines():
+            worker, _, change = line.partition(" ")
+            by_worker.setdefault(worker, []).append(change)
+        first, second = by_worker.values()
+        assert first == second
+        assert len(first) == len(paths)
+
+
+def test_the_error_of_one_worker_is_the_answer_and_the_others_have_changed(run, changes):
     with run() as server:
-        folder = Path(httpx.get(f"{server.url}/settings").json()["folder"])
-        assert folder.is_dir()
-        assert folder.stat().st_mode & 0o777 == 0o700
-        dead = folder / f"gauge_livesum_{next(iter(workers_of(server)))}.db"
-        dead.touch()
-        os.kill(int(dead.stem.rpartition("_")[2]), signal.SIGKILL)
-        wait_until(lambda: not dead.exists(), "the gauges of a dead worker are not removed")
+        failing, other = workers_of(server)
+        for asked in (failing, other):
+            answer = on_worker(server, f"/load?fails_in_{failing}", asked)
+            assert (answer.status_code, answer.text) == (400, f"it cannot be loaded in {failing}")
+        assert changes.read_text() == f"{other} load fails_in_{failing}\n" * 2
+        unknown = httpx.get(f"{server.url}/unload?unknown", timeout=WAIT_S)
+        assert (unknown.status_code, unknown.text) == (404, "there is no such model")
+        broken = httpx.get(f"{server.url}/load?breaks", timeout=WAIT_S)
+        assert (broken.status_code, broken.text) == (
+            500,
+            "load failed in a process of the server; its log says why",
+        )
+        line = next_event(server, "a call of the supervisor failed")
+        assert "ZeroDivisionError" in line["exception"]
+
+
+def test_a_worker_that_dies_of_a_change_does_not_block_it(run, changes):
+    with run() as server:
+        dying, other = workers_of(server)
+        assert on_worker(server, f"/load?dies_in_{dying}", other).status_code == 200
+        assert changes.read_text().startswith(f"{other} load ")
+        assert next_event(server, "a worker ended")["worker"] == dying
+        replacement = next_event(server, "a worker serves")["worker"]
+        assert on_worker(server, "/unload?tiny", replacement).status_code == 200
+        made = {f"{worker} unload tiny" for worker in (other, replacement)}
+        assert set(changes.read_text().splitlines()[-2:]) == made
+
+
+def test_a_change_waits_for_a_worker_that_is_starting_which_then_makes_it_too(run, changes, gate):
+    with run() as server, ThreadPoolExecutor(1) as pool:
+        killed, left = workers_of(server)
+        waiting = pool.submit(on_worker, server, "/unload?waits", left)
+        wait_until(lambda: changes_wait(server), "the change does not begin")
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: workers_of(server) - {killed, left}, "no replacement")
+        (replacement,) = workers_of(server) - {killed, left}
+        gate.touch()
+        assert waiting.result(timeout=WAIT_S).status_code == 200
+        made = {f"{worker} unload waits" for worker in (left, replacement)}
+        assert set(changes.read_text().splitlines()) == made
+
+
+def test_a_worker_that_starts_later_knows_which_models_were_unloaded(run, changes):
+    with run() as server:
+        for path in ("/unload?a", "/unload?b", "/load?a", "/load?c", "/unload?d", "/load?unknown"):
+            httpx.get(f"{server.url}{path}", timeout=WAIT_S)
+        killed, _ = workers_of(server)
+        os.kill(killed, signal.SIGKILL)
+        replacement = next_event(server, "a worker serves")["worker"]
+        assert on_worker(server, "/unloaded", replacement).json() == ["b", "d"]
+
+
+def test_a_change_that_was_accepted_is_answered_although_the_others_have_ended(run, changes, gate):
+    with run(grace_s=WAIT_S) as server, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(httpx.get, f"{server.url}/load?waits", timeout=WAIT_S)
+        # The first worker to serve it is the one that waits for the other to end.
+        wait_until(lambda: changes_wait(server), "the change does not begin")
         server.terminate()
+        wait_until(lambda: len(workers_of(server)) == 1, "the idle worker does not end")
+        (left,) = workers_of(server)
+        gate.touch()
+        assert waiting.result(timeout=WAIT_S).status_code == 200
+        assert changes.read_text().splitlines()[-1] == f"{left} load waits"
         events_until_end(server)
-        assert not folder.exists()
+
+
+def changes_wait(server) -> bool:
+    """Whether each worker runs a change: in a thread besides the main one and the reading one."""
+    return all(
+        len(list(Path(f"/proc/{worker}/task").iterdir())) > 2 for worker in workers_of(server)
+    )
+
+
+def test_without_their_supervisor_a_change_is_refused_as_the_end_of_the_server(run, changes, gate):
+    with run(drain_s=WAIT_S) as server, ThreadPoolExecutor(1) as pool:
+        workers = workers_of(server)
+        waiting = pool.submit(httpx.get, f"{server.url}/load?waits", timeout=WAIT_S)
+        wait_until(lambda: changes_wait(server), "the change does not begin")
+        server.process.kill()
+        server.process.wait()
+        answer = waiting.result(timeout=WAIT_S)
+        assert (answer.status_code, answer.text) == (503, "the server is stopping")
+        later = httpx.get(f"{server.url}/load?tiny", timeout=WAIT_S)
+        assert (later.status_code, later.text) == (503, "the server is stopping")
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_statistics_are_those_of_all_workers_and_of_ended_ones_and_of_one_that_hangs(run):
+    def failures() -> int:
+        (record,) = httpx.get(f"{server.url}/statistics", timeout=WAIT_S).json()
+        return record["inference_stats"]["fail"]["count"]
+
+    with run(workers=3) as server:
+        assert failures() == 3
+        killed, hanging, asked = workers_of(server)
+        os.kill(killed, signal.SIGKILL)
+        next_event(server, "a worker serves")
+        assert failures() == 4
+        os.kill(hanging, signal.SIGSTOP)
+        try:
+            assert (
+                on_worker(server, "/statistics", asked).json()[0]["inference_stats"]["fail"][
+                    "count"
+                ]
+                == 4
+            )
+        finally:
+            os.kill(hanging, signal.SIGCONT)

@@ -6,6 +6,9 @@
 - `/stuck?AforB` makes the process report for B seconds that a batch exceeds its time by A seconds.
 - `/kept` never answers.
 - `/settings` answers with some settings.
+- `/load?NAME` and `/unload?NAME` change a model in every process, see `change`.
+- `/statistics` answers with those of all processes, where each counts 1 failed request, and
+  `/unloaded` with the models that were unloaded before the process started.
 """
 
 from __future__ import annotations
@@ -16,14 +19,17 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from evalmode.errors import EvalmodeError
-from evalmode.service.errors import StartFailed
+from evalmode.service.all_processes import AllProcesses
+from evalmode.service.errors import BadRequest, RequestError, StartFailed, UnknownModel
 from evalmode.service.health import Health
 from evalmode.service.process.server import Service, serve
 from evalmode.service.process.worker import work
 from evalmode.service.settings import Settings, load_settings
+from evalmode.service.telemetry.statistics import Statistics
 
 GATE = Path(os.environ.get("TINY_GATE", "/nonexistent"))
 MODE = Path(os.environ.get("TINY_MODE", "/nonexistent"))
@@ -32,7 +38,8 @@ MODE = Path(os.environ.get("TINY_MODE", "/nonexistent"))
 class Tiny:
     """The application."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, processes: AllProcesses) -> None:
+        self.processes = processes
         self.stuck_s = 0.0
         self.health = Health(stuck_s=lambda: self.stuck_s, grace_s=settings.stuck_grace_s)
 
@@ -78,12 +85,38 @@ class Tiny:
             await asyncio.sleep(0.01)
         if path == "/kept":
             await asyncio.sleep(3600)
+        argument = scope["query_string"].decode()
+        if path in ("/load", "/unload"):
+            try:
+                await self.processes.change(path[1:], argument)
+            except RequestError as error:
+                return error.status, str(error).encode()
+        if path == "/statistics":
+            return 200, json.dumps(await self.processes.figures("statistics")).encode()
+        if path == "/unloaded":
+            return 200, json.dumps(sorted(self.processes.unloaded)).encode()
         if path == "/settings":
             return 200, json.dumps(self.fields).encode()
         return 200, (body or b"pid %d" % os.getpid()) if path != "/large" else bytes(64_000_000)
 
 
-def open_tiny(settings: Settings) -> Service:
+def change(verb: str, name: str) -> None:
+    """Write the change to the file TINY_CHANGES, after what the name asks for."""
+    if name == "unknown":
+        raise UnknownModel("there is no such model")
+    if name == f"fails_in_{os.getpid()}":
+        raise BadRequest(f"it cannot be loaded in {os.getpid()}")
+    if name == "breaks":
+        raise ZeroDivisionError
+    if name == f"dies_in_{os.getpid()}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while name == "waits" and not GATE.exists():
+        time.sleep(0.01)
+    with Path(os.environ["TINY_CHANGES"]).open("a") as file:
+        file.write(f"{os.getpid()} {verb} {name}\n")
+
+
+def open_tiny(settings: Settings, processes: AllProcesses) -> Service:
     """The service, or another outcome if the file TINY_MODE says so.
 
     The file holds "refuse", "slow", "exit N", "die" (by SIGKILL) or "die N" (by signal N).
@@ -98,10 +131,19 @@ def open_tiny(settings: Settings) -> Service:
         os._exit(int(mode[4:]))
     if mode == "slow":
         time.sleep(30)
-    app = Tiny(settings)
+    app = Tiny(settings, processes)
+    statistics = Statistics()
+    statistics.request_failed("tiny", "1", took_s=1)
+    processes.offer(
+        {
+            "load": partial(change, "load"),
+            "unload": partial(change, "unload"),
+            "statistics": statistics.records,
+            "metrics": list,
+        }
+    )
     app.fields = {
         "key": settings.api_keys.get_secret_value() if settings.api_keys else None,
-        "folder": os.environ.get("PROMETHEUS_MULTIPROC_DIR"),
         "drain_s": settings.drain_s,
     }
     return Service(app=app, health=app.health, log_fields={"bundle": "tiny"})

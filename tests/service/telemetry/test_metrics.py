@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,14 +18,14 @@ import httpx
 import pytest
 from prometheus_client import parser
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from evalmode.service.batching.bucket import Bucket
 from evalmode.service.batching.limits import Load
 from evalmode.service.batching.observer import RanBatch
 from evalmode.service.batching.proof import Violation
-from evalmode.service.telemetry.metrics import REASONS, Metrics
+from evalmode.service.telemetry.figures import add_families, lasting_families
+from evalmode.service.telemetry.metrics import REASONS, Metrics, render
 from tests.service.processes import running
 
 RESIDENT = "process_resident_memory_bytes"
@@ -63,7 +62,7 @@ def loaded_model(
 def values(
     metrics: Metrics, *, load: Load | None = None
 ) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    text = metrics.render("", load=load)[0].decode()
+    text = render(metrics.families(load=load), "")[0].decode()
     families = parser.text_string_to_metric_families(text)
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -272,7 +271,7 @@ def test_a_client_that_accepts_openmetrics_gets_it_and_it_is_well_formed():
     metrics.request_ended(
         route="/v1/predict", method="POST", status=200, duration_s=0.1, reason=None
     )
-    body, content_type = metrics.render(OPENMETRICS)
+    body, content_type = render(metrics.families(), OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
     assert body.endswith(b"# EOF\n")
     names = {
@@ -283,7 +282,7 @@ def test_a_client_that_accepts_openmetrics_gets_it_and_it_is_well_formed():
         "evalmode_request_duration_seconds",
         "evalmode_model_info",
     } <= names
-    assert metrics.render("text/html")[1].startswith("text/plain; version=0.0.4")
+    assert render(metrics.families(), "text/html")[1].startswith("text/plain; version=0.0.4")
 
 
 def process_series(name: str, pid: int | None = None) -> tuple[str, frozenset[tuple[str, str]]]:
@@ -304,7 +303,7 @@ def test_a_single_process_reports_its_resources_and_no_series_has_a_creation_tim
     files_before = series[process_series("process_open_fds")]
     with Path(os.devnull).open():
         assert values(metrics)[process_series("process_open_fds")] == files_before + 1
-    assert "_created" not in metrics.render("")[0].decode()
+    assert "_created" not in render(metrics.families(), "")[0].decode()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -369,61 +368,67 @@ def resident_bytes_of(pid: object) -> int:
     return pages * resource.getpagesize()
 
 
-WORKER = """
-import sys
-from types import SimpleNamespace
-from evalmode.service.batching.bucket import Bucket
-from evalmode.service.batching.limits import Load
-from evalmode.service.batching.observer import RanBatch
-from evalmode.service.telemetry.metrics import Metrics
-
-metrics = Metrics()
-old, new = (
-    SimpleNamespace(name="languages", version=version, digest="d" + version) for version in "12"
-)
-metrics.models_changed([old])
-metrics.models_changed([new])
-bucket = Bucket(model="languages", version="2", label="32", positions=32, run=list, costs={1: 1.0})
-rows = [SimpleNamespace(tokens=8, nbytes=64)]
-metrics.batch_ran(RanBatch(bucket=bucket, rows=rows, size=1, waited_s=[0.001], run_s=0.1))
-metrics.request_began()
-metrics.watch(lambda: Load(waiting_rows=5, waiting_bytes=10, running_batches=1, parallel=1))
-print("counted", flush=True)
-sys.stdin.readline()
-print(metrics.render("")[0].decode(), flush=True)
-sys.stdin.readline()
-metrics.close()
-"""
+def process_with_figures(pid: int) -> Metrics:
+    """The metrics of a process that answered one row and waits for five."""
+    metrics = Metrics(pid=pid)
+    metrics.models_changed([loaded_model(version="1", digest="d1")])
+    metrics.models_changed([loaded_model(version="2", digest="d2")])
+    metrics.batch_ran(one_row(bucket_of()))
+    metrics.request_began()
+    return metrics
 
 
-def worker(folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER],
-        env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_each_process_reports_all_processes_and_dead_ones_have_no_waiting_rows(
-    tmp_path,
-):
-    processes = [worker(tmp_path) for _ in range(2)]
-    for process in processes:
-        assert process.stdout.readline() == "counted\n"
-    processes[0].kill()
-    processes[0].communicate()
-    mark_process_dead(processes[0].pid, tmp_path)  # as the supervisor does
-    text, _ = processes[1].communicate("\n\n", timeout=30)
-    assert processes[1].returncode == 0
-    lines = text.splitlines()
-    # The counts of a dead process stay.
-    assert 'evalmode_batch_rows_count{bucket="32",model="languages"} 2.0' in lines
-    assert "evalmode_queue_rows 5.0" in lines
-    assert "evalmode_in_flight_requests 1.0" in lines
+def test_the_metrics_of_processes_add_up_and_an_ended_one_has_only_its_counts():
+    load = Load(waiting_rows=5, waiting_bytes=10, running_batches=1, parallel=1)
+    ended, *running_processes = (process_with_figures(pid).families(load=load) for pid in (1, 2, 3))
+    before = json.dumps([ended, *running_processes])
+    total = [*lasting_families(ended), *running_processes[0], *running_processes[1]]
+    lines = render(add_families(total), "")[0].decode().splitlines()
+    assert 'evalmode_batch_rows_count{bucket="32",model="languages"} 3.0' in lines
+    assert 'evalmode_batch_rows_bucket{bucket="32",le="1.0",model="languages"} 3.0' in lines
+    assert "evalmode_queue_rows 10.0" in lines
+    assert "evalmode_in_flight_requests 2.0" in lines
     assert "evalmode_models_loaded 1.0" in lines
     assert [line for line in lines if line.startswith("evalmode_model_info{")] == [
         'evalmode_model_info{digest="d2",model="languages",version="2"} 1.0'
     ]
     assert 'evalmode_rejections_total{reason="queue_full"} 0.0' in lines
+    for name in (RESIDENT, "process_cpu_seconds_total", "evalmode_event_loop_lag_max_seconds"):
+        pids = [line for line in lines if line.startswith(f"{name}{{")]
+        assert [re.findall(r'pid="(\d)"', line) for line in pids] == [["2"], ["3"]], name
+    assert json.dumps([ended, *running_processes]) == before
+
+
+def test_no_series_of_a_server_goes_backwards_when_a_worker_is_killed(bundle):
+    with running(bundle, workers=2) as server:
+
+        def counts() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+            text = httpx.get(f"{server.url}/metrics", timeout=30).text
+            return {
+                (sample.name, frozenset(sample.labels.items())): sample.value
+                for family in parser.text_string_to_metric_families(text)
+                for sample in family.samples
+                if family.type in ("counter", "histogram") and "pid" not in sample.labels
+            }
+
+        for _ in range(20):
+            answer = httpx.post(f"{server.url}/v1/predict", json={"inputs": ["a"]}, timeout=30)
+            assert answer.status_code == 200
+        before = counts()
+        requests = [
+            count
+            for (name, labels), count in before.items()
+            if name == "evalmode_requests_total" and ("route", "/v1/predict") in labels
+        ]
+        assert requests == [20]
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        pids = children.read_text().split()
+        for killed in pids:
+            os.kill(int(killed), signal.SIGKILL)
+        for line in server.process.stderr:
+            if json.loads(line)["event"] == "a worker serves":
+                break
+        after = counts()
+        assert {
+            series: after.get(series) for series in before if after[series] < before[series]
+        } == {}

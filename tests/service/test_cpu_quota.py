@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evalmode.service.batching.cpu_quota import cpu_quota
+from evalmode.service.cpu_quota import cpu_quota
 
 ALL_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
