@@ -162,10 +162,11 @@ class Supervisor:
     async def _run(self, signals: Signals) -> None:
         loop = asyncio.get_running_loop()
         signals.send_to(lambda number: loop.call_soon_threadsafe(self._stop, number))
+        # Outside of the group, which would wait for it.
+        reading = asyncio.create_task(self._read_figures_until_stopping())
         failure: StartFailed | WorkersFailed | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._read_figures_until_stopping())
                 for _ in range(self._settings.workers):
                     group.create_task(self._keep_worker())
         except* (StartFailed, WorkersFailed) as group_error:
@@ -176,6 +177,7 @@ class Supervisor:
             self._stop(signal.SIGINT)
             await asyncio.gather(*(worker.process.wait() for worker in self._workers))
             raise failure
+        reading.cancel()
 
     async def _keep_worker(self) -> None:
         """Keep one worker running until the server stops. The module's docstring has the rules."""
@@ -339,11 +341,9 @@ class Supervisor:
     async def _figures(self, kind: FigureKind) -> list[dict[str, Any]]:
         """The figures of all workers, added up, with those of workers that have ended."""
         ready_workers = [worker for worker in self._workers if worker.was_ready]
-        with (
-            self._calling(ready_workers, kind) as call,
-            contextlib.suppress(asyncio.TimeoutError),
-        ):
-            await asyncio.wait_for(call.ended.wait(), _FIGURES_S)
+        with self._calling(ready_workers, kind) as call, contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIGURES_S):
+                await call.ended.wait()
         figures = list(self._ended_figures[kind])
         for worker in self._workers:
             figures += worker.figures[kind]
@@ -352,8 +352,10 @@ class Supervisor:
     async def _read_figures_until_stopping(self) -> None:
         """Read the figures of all workers again and again: a worker may be killed at any time."""
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), _READING_S)
+            # Not `wait_for`, which may lose a cancellation in Python 3.11.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_READING_S):
+                    await self._stopping.wait()
                 return
             for kind in _ADD:
                 await self._figures(kind)
