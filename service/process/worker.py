@@ -37,6 +37,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from io import TextIOWrapper
@@ -58,6 +59,10 @@ if TYPE_CHECKING:
     from evalmode.service.process.graceful import GracefulServer
 
 _log = structlog.get_logger("evalmode.service")
+
+_TICK_S = 1.0
+# How long the event loop has for the end of a process that is not live: `leave` takes 9 s at most.
+_BLOCKED_S = 12.0
 
 _STOPPING = {"error": "NotReady", "sentence": "the server is stopping"}
 
@@ -108,6 +113,9 @@ class SupervisorLink(AllProcesses):
     def report_serving(self, service: Service) -> None:
         """Tell the supervisor that requests can arrive."""
         self._send(ready=True, log_fields=dict(service.log_fields))
+        threading.Thread(
+            target=self._end_when_blocked, args=(service,), name="watchdog", daemon=True
+        ).start()
 
     def report_refusal(self, error: EvalmodeError) -> None:
         """Tell the supervisor why this worker cannot start."""
@@ -131,6 +139,19 @@ class SupervisorLink(AllProcesses):
             self._send(ready=reason is None, reason=reason)
         self._last_reason = reason
         server.accepts_connections = reason is None or self._ready_others == 0
+
+    def _end_when_blocked(self, service: Service) -> None:
+        """End this process when it is not live and its event loop does not call `watch`.
+
+        Short batches run in the event loop. If one of them hangs, the loop does nothing else.
+        """
+        blocked_s = 0.0
+        while blocked_s < _BLOCKED_S:
+            time.sleep(_TICK_S)
+            blocked_s = blocked_s + _TICK_S if service.health.live() else 0.0
+        _log.error("a worker is not live and its event loop is blocked: it ends")
+        self.clean_up()
+        os._exit(STUCK)
 
     def clean_up(self) -> None:
         """Remove the shared folder if the supervisor is gone and cannot do it."""

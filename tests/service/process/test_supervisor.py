@@ -379,6 +379,18 @@ def test_a_stuck_worker_leaves_new_connections_to_others_until_it_recovers(run):
         events_until_end(server)
 
 
+def test_a_worker_whose_event_loop_is_blocked_for_good_is_replaced(run):
+    with run() as server:
+        with httpx.Client(base_url=server.url, timeout=2 * WAIT_S) as client:
+            blocked = int(client.get("/").text.removeprefix("pid "))
+            with pytest.raises(httpx.TransportError):
+                client.get("/blocked")
+        end = next_event(server, "a worker ended")
+        assert (end["worker"], end["exit_code"]) == (blocked, 70)
+        next_event(server, "a worker serves")
+        assert blocked not in workers_of(server)
+
+
 def test_a_worker_that_stays_stuck_ends_and_is_replaced_although_it_cannot_close(run, monkeypatch):
     monkeypatch.setenv("TINY_CLOSING", "never")
     with run(stuck_grace_s=1) as server:

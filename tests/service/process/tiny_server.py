@@ -4,6 +4,7 @@
 - `/gate...` answers when the file TINY_GATE exists.
 - `/large` answers with 64 MB, and `/early` before the body is read.
 - `/stuck?AforB` makes the process report for B seconds that a batch exceeds its time by A seconds.
+- `/blocked` blocks the event loop for good, with a batch that is stuck.
 - `/kept` never answers.
 - `/settings` answers with some settings.
 - `/load?NAME` and `/unload?NAME` change a model in every process, see `change`.
@@ -83,6 +84,9 @@ class Tiny:
             asyncio.get_running_loop().call_later(for_s, setattr, self, "stuck_s", 0.0)
         while path.startswith("/gate") and not GATE.exists():
             await asyncio.sleep(0.01)
+        if path == "/blocked":
+            self.stuck_s = 3600.0
+            time.sleep(3600)  # noqa: ASYNC251 - the event loop must be blocked
         if path == "/kept":
             await asyncio.sleep(3600)
         argument = scope["query_string"].decode()
