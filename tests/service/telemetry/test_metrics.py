@@ -9,6 +9,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -432,3 +434,19 @@ def test_no_series_of_a_server_goes_backwards_when_a_worker_is_killed(bundle):
         assert {
             series: after.get(series) for series in before if after[series] < before[series]
         } == {}
+
+
+def test_a_variable_for_another_server_does_not_make_this_one_count_in_files(tmp_path):
+    program = (
+        "import evalmode.service.telemetry.metrics, prometheus_client.values as values;"
+        "print(values.ValueClass.__name__)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert process.stdout.strip() == "MutexValue"
+    assert not list(tmp_path.iterdir())
