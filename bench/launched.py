@@ -47,7 +47,7 @@ def served(bundle: str | Path, *flags: str) -> Iterator[Server]:
         subprocess.Popen(command, stderr=log, text=True, env=environment) as process,
     ):
         try:
-            while not (match := re.search(r'"url": "([^"]+)"', Path(log.name).read_text())):
+            while not (match := re.search(r'"url": ?"([^"]+)"', Path(log.name).read_text())):
                 if process.poll() is not None:
                     sys.exit(Path(log.name).read_text())
                 # The resolution of `start_s`.

@@ -501,9 +501,11 @@ def test_a_change_that_was_accepted_is_answered_although_the_others_have_ended(r
 
 
 def changes_wait(server) -> bool:
-    """Whether each worker runs a change: in a thread besides the main one and the reading one."""
+    """Whether each worker runs a change: in a thread besides the main one, the reading one and the
+    watchdog.
+    """
     return all(
-        len(list(Path(f"/proc/{worker}/task").iterdir())) > 2 for worker in workers_of(server)
+        len(list(Path(f"/proc/{worker}/task").iterdir())) > 3 for worker in workers_of(server)
     )
 
 
