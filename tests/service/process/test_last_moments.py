@@ -139,7 +139,8 @@ def test_a_worker_whose_supervisor_ended_first_ends_with_0():
     ours, theirs = socket.socketpair()
     with socket.socket() as listener, theirs:
         listener.bind(("127.0.0.1", 0))
-        ours.sendall(settings_as_json(Settings()).encode() + b'\n{"unloaded": []}\n')
+        start = b'{"unloaded": [], "shared_folder": null}'
+        ours.sendall(settings_as_json(Settings()).encode() + b"\n" + start + b"\n")
         ours.close()
         descriptors = (listener.fileno(), theirs.fileno())
         worker = subprocess.run(
