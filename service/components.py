@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 from starlette.requests import Request
 
@@ -21,8 +20,6 @@ from evalmode.service.batching.engine import Engine
 from evalmode.service.batching.limits import Limits
 from evalmode.service.cpu_quota import cpu_quota
 from evalmode.service.health import Health
-from evalmode.service.models.calibration import Calibration
-from evalmode.service.models.model import Model
 from evalmode.service.models.repository import Repository
 from evalmode.service.models.tensors import content_of
 from evalmode.service.models.trial import TrialOpener
@@ -88,16 +85,9 @@ def open_components(
     statistics = Statistics()
 
     opener = opener or TrialOpener.of(settings, shared_folder=processes.shared_folder)
-    open_untried = partial(
-        Model.open,
-        provider=settings.provider,
-        threads=settings.threads,
-        allow_uncertified=settings.allow_uncertified,
-        calibration=Calibration(budget_s=settings.calibration_s, cache=settings.cache),
-    )
     repository = Repository(
         settings.bundle,
-        open_model=opener.open if settings.load_timeout_s > 0 else open_untried,
+        open_model=opener.open if settings.load_timeout_s > 0 else opener.open_untried,
         after_opening=opener.end_child,
         cancel_opening=opener.cancel,
         versions=settings.versions,

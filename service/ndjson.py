@@ -157,6 +157,12 @@ def read_line(raw: bytes) -> Line:
     return Line(text=value["text"], echoed=echoed)
 
 
+def prediction_record(prediction: Predicted) -> dict[str, object]:
+    """The fields of a prediction in every answer: its best label, and its best labels in order."""
+    top = [{"label": scored.label, "score": scored.score} for scored in prediction.top]
+    return {**top[0], "truncated": prediction.truncated, "top": top}
+
+
 def line_too_long(max_line_bytes: int) -> str:
     """The problem with a line that is longer than the limit."""
     return f"the line is longer than the {max_line_bytes} bytes allowed: shorten it"
@@ -193,8 +199,7 @@ async def answer_lines(
         if isinstance(outcome, str):
             answer["error"] = outcome
         else:
-            top = [{"label": scored.label, "score": scored.score} for scored in outcome.top]
-            answer |= {**top[0], "truncated": outcome.truncated, "top": top}
+            answer |= prediction_record(outcome)
         answers.append(encode_line(answer))
     return answers
 

@@ -14,6 +14,7 @@ from evalmode.bundle.known_answers import Replay
 from evalmode.bundle.manifest import Manifest
 from evalmode.service.models.model import Model
 from evalmode.service.models.text import Prediction
+from evalmode.service.ndjson import prediction_record
 
 _REQUEST: JsonValue = {
     "inputs": ["Ez egy rövid mondat.", "Dit is een zin."],
@@ -115,10 +116,7 @@ def predict_json(model: Model, predictions: Sequence[Prediction]) -> bytes:
 
     Its values are ours, so they need no validation, which would take longer than the scores.
     """
-    records: list[dict[str, object]] = []
-    for top, truncated in predictions:
-        labels = [{"label": label, "score": score} for label, score in top]
-        records.append({**labels[0], "truncated": truncated, "top": labels})
+    records = [prediction_record(prediction) for prediction in predictions]
     reference = {"name": model.name, "version": model.version, "digest": model.digest}
     return to_json({"model": reference, "predictions": records})
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
@@ -42,6 +44,8 @@ BINARY = "application/octet-stream"
 _INLINE_BYTES = 8_192
 
 _REFUSALS = (400, 401, 404, 408, 413, 415, 500, 503, 504)
+
+Result = TypeVar("Result")
 
 
 def routes(settings: Settings) -> APIRouter:
@@ -112,10 +116,7 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
     async def answer() -> EncodedResponse:
         # From the body to rows.
         parsing_started = time.monotonic()
-        if len(body) <= _INLINE_BYTES:
-            infer_request, prepared = parse()
-        else:
-            infer_request, prepared = await asyncio.to_thread(parse)
+        infer_request, prepared = await _run(parse, nbytes=len(body))
         now = timings.encoded(prepared.jobs, since=parsing_started)
 
         # From rows to answers, within the shortest of the setting, the header and the parameter.
@@ -140,7 +141,7 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
         for tensors in answers:
             for tensor in tensors.values():
                 nbytes += tensor.nbytes
-        encoded = encode() if nbytes <= _INLINE_BYTES else await asyncio.to_thread(encode)
+        encoded = await _run(encode, nbytes=nbytes)
         timings.written(since=writing_started)
         return encoded
 
@@ -174,8 +175,12 @@ async def _response(encoded: EncodedResponse, *, accept_encoding: str | None) ->
     encoding = accepted_encoding(accept_encoding)
     if encoding is not None:
         headers["content-encoding"] = encoding
-        if len(body) <= _INLINE_BYTES:
-            body = compress(body, encoding)
-        else:
-            body = await asyncio.to_thread(compress, body, encoding)
+        body = await _run(partial(compress, body, encoding), nbytes=len(body))
     return Response(body, media_type=media_type, headers=headers)
+
+
+async def _run(work: Callable[[], Result], *, nbytes: int) -> Result:
+    """The result of `work` on `nbytes` bytes, in a thread if they are many."""
+    if nbytes <= _INLINE_BYTES:
+        return work()
+    return await asyncio.to_thread(work)

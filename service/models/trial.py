@@ -95,7 +95,8 @@ class TrialOpener:
             "threads": threads,
             "allow_uncertified": allow_uncertified,
         }
-        self._calibration = {"budget_s": budget_s, "cache": None if cache is None else str(cache)}
+        self._budget_s = budget_s
+        self._cache = cache
         self._child = Child(_CHILD)
         self._shared = shared if shared is not None and shared.is_private else None
         self._cancelled = threading.Event()
@@ -166,6 +167,14 @@ class TrialOpener:
         finally:
             self._end_trial()
 
+    def open_untried(self, path: Path) -> Model:
+        """The model, opened in this process alone. Raises the errors of `Model.open`."""
+        from evalmode.service.models.calibration import Calibration
+        from evalmode.service.models.model import Model
+
+        calibration = Calibration(budget_s=self._budget_s, cache=self._cache)
+        return Model.open(path, **self._options, calibration=calibration)
+
     def end_child(self) -> None:
         """End the child; the next bundle starts another one."""
         self._begun = None
@@ -231,7 +240,7 @@ class TrialOpener:
     def _ask(self, trial: Trial) -> Mapping[str, Any]:
         """The outcome by the child: what it says, or why it does not."""
         path = trial.path
-        question = {"path": str(path), **self._calibration, **self._options}
+        question = {"path": str(path), **self._calibration_json, **self._options}
         step = "starting a process for it"
         outcome: dict[str, Any] = {}
         messages = self._child.ask(
@@ -259,6 +268,11 @@ class TrialOpener:
             )
         return {"error": "BundleError", "sentence": sentence}
 
+    @property
+    def _calibration_json(self) -> dict[str, Any]:
+        cache = None if self._cache is None else str(self._cache)
+        return {"budget_s": self._budget_s, "cache": cache}
+
     def _key_of(self, path: Path) -> str | None:
         """What an outcome depends on, besides this machine and this server. None if there are no
         other processes to share it with, or if the files cannot be read.
@@ -268,7 +282,7 @@ class TrialOpener:
         from evalmode.bundle.manifest import CERTIFICATE_FILE, MANIFEST_FILE
         from evalmode.bundle.store import read_file
 
-        key = [str(path), self._timeout_s, self._options, self._calibration]
+        key = [str(path), self._timeout_s, self._options, self._calibration_json]
         # The manifest has the hash of every file but the certificate.
         for name in (MANIFEST_FILE, CERTIFICATE_FILE):
             try:
