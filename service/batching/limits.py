@@ -69,6 +69,11 @@ class DrainRate:
         self._rows = 0.0
         self._run_s = 0.0
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a batch has run: then the assumed seconds per row do not count."""
+        return self._rows > 0
+
     def record(self, *, rows: int, run_s: float, under_load: bool = True) -> None:
         """A batch of `rows` rows ran for `run_s` seconds; `under_load` if other rows waited."""
         # Seconds per row, compared without a division: no batch may have been recorded yet.

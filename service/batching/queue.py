@@ -320,6 +320,8 @@ class Queue:
 
     def _assumed_row_s_locked(self) -> float:
         """Seconds per row before the first batch: those of the slowest bucket that waits."""
+        if self._drain_rate.is_known:
+            return 0.0
         return max((bucket.row_cost_s for bucket in self._waiting), default=0.0)
 
     def _fail_locked(self, ticket: Ticket, failure: RequestError | None) -> None:

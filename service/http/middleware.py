@@ -30,6 +30,7 @@ from evalmode.service.http.direct import DirectRoutes
 from evalmode.service.http.head import AnswerHead
 from evalmode.service.settings import Settings, setting_named
 from evalmode.service.strict_json import shown
+from evalmode.service.telemetry.logs import request_fields
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.timings import fields_of, is_streamed
 from evalmode.service.telemetry.tracing import Tracing
@@ -189,7 +190,7 @@ class RequestMiddleware:
         self._log_share = log_share
         self._slow_s = slow_s
         self._headers = _HEADERS + _TLS_HEADERS if tls else _HEADERS
-        self._log = log or structlog.get_logger("evalmode.access")
+        self._log = log or structlog.get_logger("evalmode.access").bind()
         self._chance = chance
         self._clock = clock
 
@@ -209,10 +210,10 @@ class RequestMiddleware:
         state["request_id"] = request_id
 
         # All that is logged during the request has its id.
-        log_context = {"request_id": request_id}
+        fields = {"request_id": request_id}
         if "trace_id" in state:
-            log_context["trace_id"] = state["trace_id"]
-        tokens = structlog.contextvars.bind_contextvars(**log_context)
+            fields["trace_id"] = state["trace_id"]
+        token = request_fields.set(fields)
 
         exchange = _Exchange(
             receive, send, (*self._headers, (b"x-request-id", request_id.encode()))
@@ -229,7 +230,7 @@ class RequestMiddleware:
             self._end(scope, exchange, self._clock() - started)
             # If the response is unfinished, the server logs that, and should do so with the id.
             if exchange.is_finished:
-                structlog.contextvars.reset_contextvars(**tokens)
+                request_fields.reset(token)
 
     async def _answer_crash(self, scope: Scope, exchange: _Exchange, request_id: str) -> None:
         if exchange.status is None:

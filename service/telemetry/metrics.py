@@ -17,7 +17,6 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
 )
@@ -27,6 +26,7 @@ from prometheus_client.registry import Collector
 
 from evalmode.service.batching.observer import Reason
 from evalmode.service.models.open_models import Outcome
+from evalmode.service.telemetry.histogram import Histogram, Series
 
 if TYPE_CHECKING:
     from evalmode.service.batching.bucket import Bucket
@@ -70,11 +70,11 @@ _ModelLabels: TypeAlias = tuple[str, str, str]  # name, version, digest
 class _BucketFigures:
     """The series of one bucket. Looking them up by their labels costs time for each batch."""
 
-    waited: Histogram
-    rows: Histogram
-    tokens: Histogram
-    padding: Histogram
-    run: Histogram
+    waited: Series
+    rows: Series
+    tokens: Series
+    padding: Series
+    run: Series
 
 
 class Metrics:
@@ -96,7 +96,7 @@ class Metrics:
         self._swapped: set[tuple[str, str]] = set()
         # Series that were looked up, by model and bucket, and by route, method and status.
         self._buckets: dict[tuple[str, str], _BucketFigures] = {}
-        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._answered: dict[tuple[str, str, int], tuple[Counter, Series]] = {}
         # A sum would hide the process that is blocked, or that holds the memory.
         self._process_labels = {} if pid is None else {"pid": str(pid)}
 
@@ -116,7 +116,7 @@ class Metrics:
             "evalmode_request_duration_seconds",
             "From the first byte of a request's headers to the last byte of its answer.",
             ("route",),
-            buckets=_SECONDS,
+            bounds=_SECONDS,
             registry=registry,
         )
         self._in_flight = Gauge(
@@ -143,7 +143,7 @@ class Metrics:
         self._loop_lag = Histogram(
             "evalmode_event_loop_lag_seconds",
             "How late the event loop runs a task that is due.",
-            buckets=_SECONDS,
+            bounds=_SECONDS,
             registry=registry,
         )
         self._longest_loop_lag = Gauge(
@@ -155,7 +155,7 @@ class Metrics:
     def _open_batches(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, text: str, bounds: Sequence[float]) -> Histogram:
             return Histogram(
-                f"evalmode_{name}", text, ("model", "bucket"), buckets=bounds, registry=registry
+                f"evalmode_{name}", text, ("model", "bucket"), bounds=bounds, registry=registry
             )
 
         self._waits = histogram(
@@ -339,7 +339,7 @@ class Metrics:
             due_s = time.perf_counter() + _LAG_EVERY_S
             await asyncio.sleep(_LAG_EVERY_S)
             lag_s = max(0.0, time.perf_counter() - due_s)
-            self._loop_lag.observe(lag_s)
+            self._loop_lag.labels().observe(lag_s)
             recent_s.append(lag_s)
             self._longest_loop_lag.set(max(recent_s))
 

@@ -122,12 +122,16 @@ class Statistics(Observer):
             figures.batches += 1
             figures.queue.add(sum(batch.waited_s), count=rows)
             figures.compute_infer.add(batch.run_s, count=rows)
-            figures.by_rows.setdefault(rows, _Duration()).add(batch.run_s)
+            if rows not in figures.by_rows:
+                figures.by_rows[rows] = _Duration()
+            figures.by_rows[rows].add(batch.run_s)
 
     def _figures_of(self, name: str, version: str) -> _Figures:
         """The figures of a version, as the most recently used ones; new ones if it has none."""
         key = (name, version)
-        figures = self._figures.setdefault(key, _Figures())
+        figures = self._figures.get(key)
+        if figures is None:
+            figures = self._figures[key] = _Figures()
         self._figures.move_to_end(key)
         if len(self._figures) > _MAX_VERSIONS:
             self._figures.popitem(last=False)

@@ -105,7 +105,10 @@ class Timings:
 
 def timings_of(scope: MutableMapping[str, Any]) -> Timings:
     """The timings of the request with this ASGI scope; new ones at the first call."""
-    timings: Timings = scope.setdefault("state", {}).setdefault(_KEY, Timings())
+    state = scope.setdefault("state", {})
+    timings: Timings | None = state.get(_KEY)
+    if timings is None:
+        timings = state[_KEY] = Timings()
     return timings
 
 

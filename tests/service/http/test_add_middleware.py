@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-import structlog
 from fastapi import FastAPI, Request
 
 from evalmode.service.http.middleware import RequestMiddleware, add_middleware
 from evalmode.service.settings import Settings
+from evalmode.service.telemetry.logs import request_fields
 from evalmode.service.telemetry.metrics import Metrics, render
 
 KEY = "a-key-of-the-tests"
@@ -33,9 +33,7 @@ class WrappedApp:
 
     async def _infer(self, name: str, request: Request) -> str:
         await self.barrier.wait()
-        self.logged_ids[request.state.request_id] = structlog.contextvars.get_contextvars()[
-            "request_id"
-        ]
+        self.logged_ids[request.state.request_id] = request_fields.get()["request_id"]
         return name
 
     async def _crash(self, name: str) -> None:
@@ -48,7 +46,7 @@ class WrappedApp:
             await asyncio.gather(
                 *(client.get(path, headers={"x-request-id": name}) for name in ids)
             )
-        return structlog.contextvars.get_contextvars()
+        return request_fields.get()
 
     def ask(self, path: str, *, method: str = "GET", **headers: str) -> httpx.Response:
         async def send() -> httpx.Response:

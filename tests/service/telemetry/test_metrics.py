@@ -27,6 +27,7 @@ from evalmode.service.batching.limits import Load
 from evalmode.service.batching.observer import RanBatch
 from evalmode.service.batching.proof import Violation
 from evalmode.service.telemetry.figures import add_families, lasting_families
+from evalmode.service.telemetry.histogram import Histogram
 from evalmode.service.telemetry.metrics import REASONS, Metrics, render
 from tests.service.processes import running
 
@@ -174,9 +175,9 @@ def test_a_new_server_has_all_families_and_its_counters_are_0(bundle, workers):
         text = httpx.get(f"{server.url}/metrics", timeout=30).text
     families = {family.name: family for family in parser.text_string_to_metric_families(text)}
     assert {
-        part.describe()[0].name
+        next(iter(part.collect())).name
         for part in vars(Metrics()).values()
-        if isinstance(part, MetricWrapperBase)
+        if isinstance(part, MetricWrapperBase | Histogram)
     } <= families.keys()
     for name in ("dropped_rows", "model_swaps", "rejections", "determinism_checks"):
         assert families[f"evalmode_{name}"].samples, name

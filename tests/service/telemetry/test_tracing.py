@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import pytest
-import structlog
 from fastapi import APIRouter, FastAPI, Response
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
@@ -26,6 +25,7 @@ from evalmode.service.batching.observer import RanBatch
 from evalmode.service.errors import StartFailed
 from evalmode.service.http.middleware import QUIET_PATHS, RequestMiddleware, add_middleware
 from evalmode.service.settings import Settings
+from evalmode.service.telemetry.logs import request_fields
 from evalmode.service.telemetry.metrics import Metrics
 from evalmode.service.telemetry.tracing import Tracing, open_tracing
 from tests.service.served import serving
@@ -325,7 +325,7 @@ def test_log_lines_of_a_request_have_its_trace_id(collector):
     bound: list[dict[str, Any]] = []
 
     async def looks(scope, receive, send):
-        bound.append(structlog.contextvars.get_contextvars())
+        bound.append(request_fields.get())
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body"})
 
