@@ -71,7 +71,6 @@ class Bucket:
             are.
         learns: whether `costs` is a guess until the first row has run, see `learn`.
         smallest_size: the smallest batch size, used for a row alone.
-        largest_size: the largest batch size.
         row_cost_s: seconds of a row at the batch size with the lowest cost per row.
         steady_s: seconds that a row alone takes, whatever its values are. Infinite where that is
             not known.
@@ -89,7 +88,6 @@ class Bucket:
     has_steady_time: bool = True
     learns: bool = False
     smallest_size: int = field(init=False)
-    largest_size: int = field(init=False)
     row_cost_s: float = field(init=False)
     steady_s: float = field(init=False)
 
@@ -135,7 +133,6 @@ class Bucket:
         """Set the costs, and what follows from them: the queue asks for it with each batch."""
         self.costs = costs
         self.smallest_size = min(costs)
-        self.largest_size = max(costs)
         self.row_cost_s = min(cost / size for size, cost in costs.items())
         is_known = self.has_steady_time and not self._is_guess
         self.steady_s = costs[self.smallest_size] if is_known else math.inf
@@ -149,7 +146,7 @@ class Bucket:
         chosen that takes more than `longest_s`; the smallest one must not.
         """
         # More rows than the largest size change nothing, so the results are few.
-        rows = min(rows, self.largest_size)
+        rows = min(rows, max(self.costs))
         size = self._best_sizes.get((rows, longest_s))
         if size is None:
             costs = self.costs

@@ -202,30 +202,21 @@ class Engine:
             loop.call_soon(self._run_in_loop, loop)
 
     def _run_in_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run short batches in the event loop, and leave what it cannot run to the threads."""
+        """Run a short batch in the event loop, and leave what it cannot run to the threads."""
         self._loops_to_run.discard(loop)
-        last_batch: Batch | None = None
-        left_s = self._short_run_s
-        while (batch := self._queue.next_batch_within(left_s)) is not None:
-            # The time of this thread alone: other processes may take the processor away from it.
-            started_s = time.thread_time()
-            self._run(batch)
-            run_s = time.thread_time() - started_s
-            if run_s > _LONGEST_LOOP_RUN_S:
-                # Its costs do not say how long it takes. From now on its rows are for the threads.
-                batch.bucket.distrust()
-            last_batch = batch
-            left_s -= run_s
-            # A bucket that runs single rows gains nothing from rows that arrive meanwhile. So
-            # several of them run at once, and the answers are written while that code is cached.
-            if not batch.under_load or batch.bucket.largest_size > 1:
-                break
-        if last_batch is None:
+        batch = self._queue.next_batch_within(self._short_run_s)
+        if batch is None:
             return
+        # The time of this thread alone: other processes may take the processor away from it.
+        started_s = time.thread_time()
+        self._run(batch)
+        if time.thread_time() - started_s > _LONGEST_LOOP_RUN_S:
+            # Its costs do not say how long it takes. From now on its rows are for the threads.
+            batch.bucket.distrust()
         # The next batch in the next turn: what has arrived meanwhile comes first.
-        if last_batch.under_load:
+        if batch.under_load:
             self._run_soon(loop)
-        if len(self._proofs) or (last_batch.under_load and len(self._threads) > 1):
+        if len(self._proofs) or (batch.under_load and len(self._threads) > 1):
             self._queue.wake_thread()
 
     def _serve(self) -> None:

@@ -120,42 +120,6 @@ def test_the_event_loop_does_other_work_between_two_short_batches():
     assert all("probe" in order[first:last] for first, last in pairwise(batches))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "turns"),
-    [((1,), [3, 1]), ((1, 2), [1, 1, 1, 1])],
-    ids=["of single rows", "of batches"],
-)
-def test_runs_of_single_rows_that_are_short_together_share_a_turn_of_the_loop(sizes, turns):
-    # Each run takes a bit more than 3 ms, so that three begin within 10 ms.
-    run = PlacedRun(busy_s=0.0031)
-    finished: list[int] = []
-
-    async def together() -> None:
-        requests = [
-            asyncio.create_task(
-                engine.answer_async(
-                    jobs_of(
-                        bucket_with(run, row_s=0, costs={size: 0.003 * size for size in sizes}),
-                        [number],
-                    )
-                )
-            )
-            for number in range(4)
-        ]
-        done = 0
-        while not all(request.done() for request in requests):
-            await asyncio.sleep(0)
-            now_done = sum(request.done() for request in requests)
-            if now_done > done:
-                finished.append(now_done - done)
-            done = now_done
-
-    with engine_of() as engine:
-        asyncio.run(together())
-    assert finished == turns
-    assert all(run.in_loop())
-
-
 def test_a_request_that_reaches_its_deadline_before_its_turn_never_runs():
     run = PlacedRun()
     times = [0.0]
