@@ -63,7 +63,8 @@ def main(report: Path, chart: Path) -> None:
             axes.margins(x=0.15)
             axes.tick_params(labelsize=8)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.set_title(f"{workload}, {form}, {connections} connections", fontsize=9)
+            plural = "s" if connections > 1 else ""
+            axes.set_title(f"{workload}, {form}, {connections} connection{plural}", fontsize=9)
     figure.supxlabel("requests/s; dashed: ONNX Runtime alone, without HTTP", fontsize=9)
     figure.savefig(chart, dpi=150)
 

@@ -5,7 +5,8 @@ resets connections, those of health probes too. So the limit here is below the n
 descriptors. A readable socket leads to these decisions, in order:
 
 1. Below the limit, a connection is accepted and served.
-2. At the limit, one of several workers first leaves the connection to the others for a moment.
+2. At the limit, or with more connections than its share, one of several workers first leaves the
+   connection to the others for a moment.
 3. At the limit, `SURPLUS` more connections are accepted. Each gets one health probe answered, and
    503 for everything else. If there are already that many, the oldest is closed.
 4. If no file descriptor is free, a spare one is closed for a moment. With it the connection is
@@ -53,6 +54,12 @@ _SHARED_ACCEPTS_PER_TURN = 4
 _SURPLUS_ACCEPTS_PER_TURN = 8
 # How long a worker at its limit leaves a connection to the others, which may have room.
 _LEAVE_TO_OTHERS_S = 0.02
+# The same for a worker that has more connections than its share: another one accepts at once,
+# unless it is busy.
+_LEAVE_SHARE_S = 0.002
+# A worker may have this part more connections than the one with the fewest. Otherwise a thousand
+# connections would be accepted one by one.
+_UNEVEN_SHARE = 1 / 8
 _RETRY_S = 0.05
 # A full server would otherwise log one line for each connection.
 _LOG_INTERVAL_S = 60.0
@@ -139,10 +146,14 @@ class Acceptor:
         """Accept connections from now on."""
         self._resume()
         self.is_accepting = True
+        self._connections.accepts = True
+        self._connections.count_changed()
 
     def stop(self) -> None:
         """Accept nothing more. Connections wait in the kernel, or another process accepts them."""
         self.is_accepting = False
+        self._connections.accepts = False
+        self._connections.count_changed()
         self._loop.remove_reader(self._listener.fileno())
         if self._retry is not None:
             self._retry.cancel()
@@ -164,6 +175,8 @@ class Acceptor:
     def _on_readable(self) -> None:
         if self._is_shared and self._is_full():
             self._pause(_LEAVE_TO_OTHERS_S, then=self._accept_after_others)
+        elif self._has_its_share():
+            self._pause(_LEAVE_SHARE_S, then=self._accept_beyond_share)
         else:
             # A worker that reaches its limit here leaves the rest to its next turn.
             self._accept_some(with_surplus=not self._is_shared)
@@ -172,14 +185,31 @@ class Acceptor:
         self._loop.add_reader(self._listener.fileno(), self._on_readable)
         self._accept_some(with_surplus=True)
 
-    def _is_full(self) -> bool:
-        open_count = len(self._connections.connections) + len(self._connections.arriving)
-        return open_count >= self._limit
+    def _accept_beyond_share(self) -> None:
+        self._loop.add_reader(self._listener.fileno(), self._on_readable)
+        self._accept_some(with_surplus=False, most=1)
 
-    def _accept_some(self, *, with_surplus: bool) -> None:
-        """Accept what one turn of the loop allows. `with_surplus`: connections above the limit."""
+    def _is_full(self) -> bool:
+        return self._connections.open_count >= self._limit
+
+    def _has_its_share(self) -> bool:
+        """Whether another process has so many fewer connections that it should take the next."""
+        counts = self._connections.counts
+        lowest = counts.lowest_of_others() if counts is not None else None
+        if lowest is None:
+            return False
+        return self._connections.open_count > lowest + int(_UNEVEN_SHARE * lowest)
+
+    def _accept_some(self, *, with_surplus: bool, most: int | None = None) -> None:
+        """Accept what one turn of the loop allows, at most `most`.
+
+        `with_surplus`: connections above the limit too. Without it, connections beyond the share of
+        this process are left to a later turn, except for the first.
+        """
         surplus_count = 0
-        for _ in range(self._accepts_per_turn):
+        for accepted_count in range(most or self._accepts_per_turn):
+            if accepted_count and not with_surplus and self._has_its_share():
+                return
             is_surplus = self._is_full()
             if is_surplus and not with_surplus:
                 return
@@ -264,6 +294,7 @@ class Acceptor:
         protocol = self._new_connection()
         protocol.probes_only = probes_only
         self._connections.arriving.add(protocol)
+        self._connections.count_changed()
         task = self._loop.create_task(self._connect(connection, protocol))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -283,7 +314,7 @@ class Acceptor:
             connection.close()
         finally:
             self._connections.arriving.discard(protocol)
-            self._connections.update_all_closed()
+            self._connections.count_changed()
 
     async def _sends_plain_text(self, connection: socket.socket) -> bool:
         """Whether the first byte is a letter or a line end, as in HTTP but never in TLS.

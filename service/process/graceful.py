@@ -28,6 +28,7 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -37,6 +38,7 @@ from evalmode.errors import EvalmodeError
 from evalmode.service.health import Health
 from evalmode.service.process.acceptor import Acceptor, connection_limit
 from evalmode.service.process.connection import Connection, connection_class
+from evalmode.service.process.connection_counts import ConnectionCounts
 from evalmode.service.process.lingering_close import Connections
 from evalmode.service.process.listener import tls_context
 from evalmode.service.settings import Settings
@@ -70,6 +72,7 @@ class GracefulServer(uvicorn.Server):
         app: the ASGI application.
         settings: the limits of connections, and the times of the end.
         health: it becomes ready when the server listens, and not ready when the end begins.
+        shared_folder: a private folder of the processes that accept from the same socket.
         on_serving: called when the server listens.
         watch: called every second while it serves. It may set `accepts_connections` and call
             `leave`.
@@ -88,12 +91,17 @@ class GracefulServer(uvicorn.Server):
         settings: Settings,
         *,
         health: Health,
+        shared_folder: Path | None = None,
         on_serving: Callable[[], None] = lambda: None,
         watch: Callable[[GracefulServer], None] = lambda server: None,
         on_refusal: Callable[[str], None] = lambda reason: None,
     ) -> None:
         super().__init__(_uvicorn_config(app, settings, on_refusal=on_refusal))
         self.server_state = Connections()
+        if shared_folder is not None:
+            # Without the counts, a process accepts what it can.
+            with contextlib.suppress(OSError):
+                self.server_state.counts = ConnectionCounts(shared_folder)
         self.exit_code = 0
         self.accepts_connections = True
         self._settings = settings

@@ -22,6 +22,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from evalmode.service.process.connection_counts import ConnectionCounts
+
 # How long input is read and dropped before the socket closes. An idle client may just be sending
 # its next request, which takes one round trip.
 IDLE_LINGER_S = 0.5
@@ -40,6 +42,8 @@ class Connections(ServerState):
         draining: each answer from now on says "connection: close".
         stopping: each connection closes as soon as its requests are answered.
         all_closed: set when the server is stopping and no connection is open.
+        accepts: whether this process accepts connections.
+        counts: the connections of all processes of this server; None if there are no others.
     """
 
     def __init__(self) -> None:
@@ -49,6 +53,19 @@ class Connections(ServerState):
         self.draining = False
         self.stopping = False
         self.all_closed = asyncio.Event()
+        self.accepts = False
+        self.counts: ConnectionCounts | None = None
+
+    @property
+    def open_count(self) -> int:
+        """The number of connections, including those whose protocol is not connected yet."""
+        return len(self.connections) + len(self.arriving)
+
+    def count_changed(self) -> None:
+        """A connection was accepted or has closed."""
+        if self.counts is not None:
+            self.counts.publish(self.open_count if self.accepts else None)
+        self.update_all_closed()
 
     def drain(self) -> None:
         """Make every answer from now on announce that its connection closes."""
@@ -165,7 +182,7 @@ class LingeringProtocol(HttpToolsProtocol):
         self._cancel_timer()
         self._stop_write_timer()
         self.server_state.surplus.pop(self, None)
-        self.server_state.update_all_closed()
+        self.server_state.count_changed()
 
     def pause_writing(self) -> None:
         """Disconnect the client if it reads nothing for `read_timeout_s`."""

@@ -122,6 +122,7 @@ def serve_one(
         service.app,
         settings,
         health=service.health,
+        shared_folder=processes.shared_folder,
         on_serving=lambda: on_serving(service),
         watch=lambda running: watch(service, running),
         on_refusal=service.on_refusal,
