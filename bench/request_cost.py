@@ -79,7 +79,8 @@ def measure_parts(
     """A row of the table for each number of connections, of one process."""
     requests = [form.request(item) for item in workload.items]
     encode_us = front_end_us(workload)
-    with served(workload, requests[0], "--workers", "1") as server:
+    # One process of a server with one for each core.
+    with served(workload, requests[0], "--workers", "1", "--parallel", "1") as server:
         write_requests(requests_file, server.url, requests)
         # The first request of each shape runs in a thread, and its time is learned.
         measure(server.url, requests_file, connections=max(CONNECTIONS), seconds=1)
@@ -149,7 +150,7 @@ def main() -> None:
     with console.status("export four layers of 256, once"):
         rows = rows_workload(BUILD, count=ITEMS)
 
-    parts = Table(title="processor time of a request, microseconds, --workers 1")
+    parts = Table(title="processor time of a request, microseconds, one process")
     for column in ("request", "connections", "all", "ONNX Runtime", "front end", "the rest"):
         parts.add_column(column, justify="left" if column == "request" else "right")
     loads = Table(title="other loads, default settings")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -335,6 +337,49 @@ def test_five_quick_deaths_of_a_worker_end_the_server_with_the_probable_cause(
     ends = [event for event in events if event["event"] == "a worker ended"]
     assert 5 <= len(ends) <= 10
     assert all(end["reason"].startswith(reason) for end in ends)
+
+
+def keep_alive_pids(server, count: int) -> list[int]:
+    """The process of each of `count` connections, which are opened at once and stay open."""
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(
+                socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)
+            )
+            for _ in range(count)
+        ]
+        pids = []
+        for connection in connections:
+            connection.sendall(GET)
+            answer = b""
+            while b"pid " not in answer:
+                answer += connection.recv(65_536)
+            pids.append(int(answer.partition(b"pid ")[2]))
+        return pids
+
+
+@pytest.mark.parametrize("count", [8, 64, 400])
+def test_workers_share_a_burst_of_connections(run, count):
+    with run() as server:
+        workers = workers_of(server)
+        for worker in workers:
+            on_worker(server, "/", worker)
+        pids = Counter(keep_alive_pids(server, count))
+        assert set(pids) == workers
+        # One may have an eighth more than the other, and a few accepted at the same moment.
+        assert min(pids.values()) >= 0.3 * count, pids
+
+
+def test_a_worker_accepts_all_connections_while_another_does_not_run(run):
+    with run() as server:
+        stopped, other = workers_of(server)
+        for worker in (stopped, other):
+            on_worker(server, "/", worker)
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            assert set(keep_alive_pids(server, 64)) == {other}
+        finally:
+            os.kill(stopped, signal.SIGCONT)
 
 
 def test_quick_deaths_while_another_worker_serves_end_nothing(run, mode):
