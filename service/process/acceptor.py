@@ -47,7 +47,8 @@ _ASSUMED_DESCRIPTORS = 64
 
 # Connections accepted in one turn of the loop. With more, those that are open would wait.
 _ACCEPTS_PER_TURN = 128
-# The same for several workers on one socket. With more, the first to wake would accept them all.
+# The same for several workers on one socket that do not know how many connections the others have.
+# With more, the first to wake would accept them all.
 _SHARED_ACCEPTS_PER_TURN = 4
 # The same above the limit. A connection begins two turns later. With a quarter of `SURPLUS` per
 # turn, it can get its 503 before newer connections replace it.
@@ -131,7 +132,8 @@ class Acceptor:
         self._connections = connections
         self._limit = limit
         self._is_shared = is_shared
-        self._accepts_per_turn = _SHARED_ACCEPTS_PER_TURN if is_shared else _ACCEPTS_PER_TURN
+        knows_its_share = not is_shared or connections.counts is not None
+        self._accepts_per_turn = _ACCEPTS_PER_TURN if knows_its_share else _SHARED_ACCEPTS_PER_TURN
         self._tls = tls
         self._on_refusal = on_refusal
         self._loop = asyncio.get_running_loop()
