@@ -22,12 +22,10 @@ _NOT_ACCEPTING = -1
 
 
 class ConnectionCounts:
-    """The count of this process, and those of the others. For one thread.
-
-    Raises OSError where the folder cannot be used.
-    """
+    """The count of this process, and those of the others. For one thread."""
 
     def __init__(self, folder: Path) -> None:
+        """Begin with a process that accepts nothing. Raises OSError if `folder` cannot be used."""
         self._folder = folder / "connections"
         self._folder.mkdir(exist_ok=True)
         self._own_name = str(os.getpid())
@@ -43,7 +41,12 @@ class ConnectionCounts:
     def lowest_of_others(self) -> int | None:
         """The lowest count of another process that accepts connections; None if there is none."""
         counts: list[int] = []
-        for name in os.listdir(self._folder):
+        try:
+            names = os.listdir(self._folder)
+        except OSError:
+            # The first process that outlives its supervisor removes the folder.
+            return None
+        for name in names:
             if name == self._own_name:
                 continue
             try:

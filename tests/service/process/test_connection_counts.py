@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -68,4 +69,12 @@ def test_a_file_that_is_no_count_is_ignored(tmp_path: Path) -> None:
     counts = ConnectionCounts(tmp_path)
     (tmp_path / "connections" / "other").write_text("")
     (tmp_path / "connections" / "1").write_bytes(b"")
+    assert counts.lowest_of_others() is None
+
+
+def test_without_the_folder_there_are_no_others(tmp_path: Path) -> None:
+    counts = ConnectionCounts(tmp_path)
+    written(tmp_path, os.getppid(), 5)
+    shutil.rmtree(tmp_path / "connections")
+    counts.publish(3)
     assert counts.lowest_of_others() is None
