@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).with_name("peers")))
 from formats import Format, Request, RowBinary, RowV2, TextJson
 from load import measure, require_wrk, write_requests
 from measuring import Plan, measure_ceiling
+from peers import INFER, PREDICT
 from processes import Server, free_ports, running
 from workloads import Workload, rows_workload, text_workload
 
@@ -100,7 +101,7 @@ def measure_loads(workload: Workload, *, seconds: int, requests_file: Path, tabl
     ceiling = measure_ceiling(workload, plan, round_number=0)
     table.add_row(f"ceiling: {ceiling.way}", "", f"{ceiling.per_s:,.0f}", "1.00", "", "", "")
 
-    path, texts = "/v1/predict", list(workload.items)
+    path, texts = PREDICT, list(workload.items)
     repeated = texts * (LINES_A_STREAM // len(texts) + 1)
     lines = "".join(f"{json.dumps(text)}\n" for text in repeated[:LINES_A_STREAM])
     single = [TextJson(path).request(text) for text in texts]
@@ -161,9 +162,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, Progress(console=console, transient=True) as bar:
         requests_file = Path(name) / "requests"
         task = bar.add_task("processor time", total=4)
-        infer = "/v2/models/encoder/infer"
+        infer = INFER.format("encoder")
         for workload, form in (
-            (text, TextJson("/v1/predict")),
+            (text, TextJson(PREDICT)),
             (rows, RowV2(infer)),
             (rows, RowBinary(infer)),
         ):

@@ -84,7 +84,7 @@ class DrainRate:
 
     def wait_s(self, rows: int, *, assumed_row_s: float) -> float:
         """Seconds until `rows` rows have run. Before the first batch `assumed_row_s` counts."""
-        row_s = self._run_s / self._rows if self._rows else assumed_row_s
+        row_s = self._run_s / self._rows if self.is_known else assumed_row_s
         return rows * row_s / self._parallel
 
     def retry_after_s(self, rows: int, *, assumed_row_s: float) -> int:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from starlette.requests import Request
 
 from evalmode.service.errors import BodyTooLarge, RequestTimeout, UnsupportedMedia
+from evalmode.service.http.deadline import OwnCancellation
 from evalmode.service.protocol.compression import declared_encoding, decompress
 from evalmode.service.settings import Settings, setting_named
 from evalmode.service.strict_json import shown, whole_number
@@ -84,20 +85,17 @@ async def read_body(
     """
     _require_size(whole_number(declared_bytes or "") or 0, max_body_bytes=max_body_bytes)
     body = bytearray()
-    task = asyncio.current_task()
-    assert task is not None, "a body is read in a task"
+    cancellation = OwnCancellation()
     loop = asyncio.get_running_loop()
     arrived_s = loop.time()
-    is_silent = False
     timer: asyncio.TimerHandle
 
     def end_silence() -> None:
-        nonlocal timer, is_silent
+        nonlocal timer
         if loop.time() < arrived_s + silence_s:
             timer = loop.call_at(arrived_s + silence_s, end_silence)
-            return
-        is_silent = True
-        task.cancel()
+        else:
+            cancellation.cancel()
 
     # `asyncio.timeout` does the same. Its timer would be set again for each chunk, and most bodies
     # have arrived before they are read: it took a tenth of the time of a small request.
@@ -110,8 +108,7 @@ async def read_body(
                 body += chunk
                 _require_size(len(body), max_body_bytes=max_body_bytes)
     except asyncio.CancelledError:
-        # Unless the server cancels the request too.
-        if is_silent and task.uncancel() == 0:
+        if cancellation.is_cause():
             raise silence_error(silence_s) from None
         raise
     finally:

@@ -37,22 +37,39 @@ def request_timeout_s(headers: Mapping[str, str], *, longest_s: float) -> float:
     return min(timeout_ms / 1000, longest_s)
 
 
+class OwnCancellation:
+    """Cancels the current task, and tells that from a cancellation by the server."""
+
+    __slots__ = ("_is_requested", "_task")
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a request is answered in a task"
+        self._task = task
+        self._is_requested = False
+
+    def cancel(self) -> None:
+        """Cancel the task at its next step."""
+        self._is_requested = True
+        self._task.cancel()
+
+    def is_cause(self) -> bool:
+        """Whether nothing else cancelled the task. Call it once, for the CancelledError."""
+        return self._is_requested and self._task.uncancel() == 0
+
+
 async def cancel_on_disconnect(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
     """The answer. It is cancelled if the client disconnects first, and ClientDisconnect is raised.
 
     The body must have been read to its end: the next message of the connection is then its end.
     """
-    task = asyncio.current_task()
-    assert task is not None, "a request is answered in a task"
+    cancellation = OwnCancellation()
     watching: asyncio.Task[None] | None = None
-    has_disconnected = False
 
     async def watch() -> None:
-        nonlocal has_disconnected
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        has_disconnected = True
-        task.cancel()
+        cancellation.cancel()
 
     def begin_to_watch() -> None:
         nonlocal watching
@@ -63,8 +80,7 @@ async def cancel_on_disconnect(request: Request, answer: Coroutine[Any, Any, Ans
     try:
         return await answer
     except asyncio.CancelledError:
-        # Unless the server cancels the request too.
-        if has_disconnected and task.uncancel() == 0:
+        if cancellation.is_cause():
             raise ClientDisconnect from None
         raise
     finally:

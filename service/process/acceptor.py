@@ -23,6 +23,7 @@ import os
 import resource
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import structlog
@@ -141,19 +142,16 @@ class Acceptor:
         self._retry: asyncio.TimerHandle | None = None
         self._last_log_s = -_LOG_INTERVAL_S
         self._spare_descriptor: int | None = None
-        self.is_accepting = False
         listener.setblocking(False)
 
     def start(self) -> None:
         """Accept connections from now on."""
         self._resume()
-        self.is_accepting = True
         self._connections.accepts = True
         self._connections.count_changed()
 
     def stop(self) -> None:
         """Accept nothing more. Connections wait in the kernel, or another process accepts them."""
-        self.is_accepting = False
         self._connections.accepts = False
         self._connections.count_changed()
         self._loop.remove_reader(self._listener.fileno())
@@ -176,20 +174,16 @@ class Acceptor:
 
     def _on_readable(self) -> None:
         if self._is_shared and self._is_full():
-            self._pause(_LEAVE_TO_OTHERS_S, then=self._accept_after_others)
+            self._pause(_LEAVE_TO_OTHERS_S, then=partial(self._accept_after_others, True))
         elif self._has_its_share():
-            self._pause(_LEAVE_SHARE_S, then=self._accept_beyond_share)
+            self._pause(_LEAVE_SHARE_S, then=partial(self._accept_after_others, False))
         else:
             # A worker that reaches its limit here leaves the rest to its next turn.
             self._accept_some(with_surplus=not self._is_shared)
 
-    def _accept_after_others(self) -> None:
+    def _accept_after_others(self, with_surplus: bool) -> None:
         self._loop.add_reader(self._listener.fileno(), self._on_readable)
-        self._accept_some(with_surplus=True)
-
-    def _accept_beyond_share(self) -> None:
-        self._loop.add_reader(self._listener.fileno(), self._on_readable)
-        self._accept_some(with_surplus=False, most=1)
+        self._accept_some(with_surplus=with_surplus)
 
     def _is_full(self) -> bool:
         return self._connections.open_count >= self._limit
@@ -202,14 +196,14 @@ class Acceptor:
             return False
         return self._connections.open_count > lowest + int(_UNEVEN_SHARE * lowest)
 
-    def _accept_some(self, *, with_surplus: bool, most: int | None = None) -> None:
-        """Accept what one turn of the loop allows, at most `most`.
+    def _accept_some(self, *, with_surplus: bool) -> None:
+        """Accept what one turn of the loop allows.
 
         `with_surplus`: connections above the limit too. Without it, connections beyond the share of
         this process are left to a later turn, except for the first.
         """
         surplus_count = 0
-        for accepted_count in range(most or self._accepts_per_turn):
+        for accepted_count in range(self._accepts_per_turn):
             if accepted_count and not with_surplus and self._has_its_share():
                 return
             is_surplus = self._is_full()

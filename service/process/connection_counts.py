@@ -41,6 +41,7 @@ class ConnectionCounts:
     def lowest_of_others(self) -> int | None:
         """The lowest count of another process that accepts connections; None if there is none."""
         counts: list[int] = []
+        others: dict[str, mmap.mmap] = {}
         try:
             names = os.listdir(self._folder)
         except OSError:
@@ -52,19 +53,19 @@ class ConnectionCounts:
             try:
                 # A process that was killed leaves its file.
                 os.kill(int(name), 0)
-                if name not in self._others:
-                    self._others[name] = self._open(name, os.O_RDWR)
+                others[name] = self._others.get(name) or self._open(name, os.O_RDWR)
             except ProcessLookupError:
                 with contextlib.suppress(OSError):
                     os.unlink(self._folder / name)
-                self._others.pop(name, None)
                 continue
             except (OSError, ValueError):
                 # It begins or ends at this moment.
                 continue
-            (count,) = _COUNT.unpack_from(self._others[name], 0)
+            (count,) = _COUNT.unpack_from(others[name], 0)
             if count != _NOT_ACCEPTING:
                 counts.append(count)
+        # Without those of processes that have ended.
+        self._others = others
         return min(counts, default=None)
 
     def _open(self, name: str, flags: int) -> mmap.mmap:

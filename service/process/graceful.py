@@ -193,7 +193,7 @@ class GracefulServer(uvicorn.Server):
             await self._wait_for_step(_TICK_S)
             await self.on_tick(0)
             self._watch(self)
-            if self.accepts_connections != self._acceptor.is_accepting:
+            if self.accepts_connections != self.server_state.accepts:
                 self.server_state.draining = not self.accepts_connections
                 if self.accepts_connections:
                     self._acceptor.start()
